@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from peft import PeftModel
 from safetensors import SafetensorError
 from torch import nn
@@ -39,7 +40,10 @@ from fitune.model.presets import PRESETS, preset_config
 Kind = Literal["preset", "directory", "gguf", "pth", "hub"]
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
-_READ_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError, AttributeError, SafetensorError)
+_READ_ERRORS = (
+    *(OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError, AttributeError),
+    *(SafetensorError, StrictDataclassError),
+)
 
 
 def source_kind(source: str) -> Kind:
@@ -289,7 +293,7 @@ def _unreadable(model: ModelConfig, kind: Kind, error: BaseException) -> ModelEr
     chain = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
         chain.append(cause)
-    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    first = " ".join(str(error).split())[:200] or type(error).__name__
     text = " ".join(str(link) for link in chain)
     if "trust_remote_code" in text:
         return ModelError(f"{model.source} brings its own code: read it, then set model.trust_remote_code=true")

@@ -1,5 +1,6 @@
 """Low-rank adapters beside frozen weights, by peft."""
 
+import warnings
 from typing import cast
 
 import torch
@@ -35,7 +36,8 @@ def apply_lora(model: PreTrainedModel, lora: LoraConfig, *, seed: int = 0) -> Pe
         target_modules=names if "all-linear" in targets else targets,
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
     )
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by names that this one renames
         torch.manual_seed(seed)
         adapted = get_peft_model(model, config)
     return cast(PeftModel, adapted)
