@@ -34,10 +34,11 @@ from fitune.errors import ModelError
 Kernel = Literal["rows", "varlen", "flash_attn"]
 
 _NAME = "fitune_rows"
-_FORCED: dict[str, SDPBackend] = {
-    "flash": SDPBackend.FLASH_ATTENTION,
-    "efficient": SDPBackend.EFFICIENT_ATTENTION,
-    "math": SDPBackend.MATH,
+# transformers looks for an outside package when a name contains "flash", so that kernel is registered as "tiled"
+_FORCED: dict[str, tuple[str, SDPBackend]] = {
+    "flash": (f"{_NAME}_tiled", SDPBackend.FLASH_ATTENTION),
+    "efficient": (f"{_NAME}_efficient", SDPBackend.EFFICIENT_ATTENTION),
+    "math": (f"{_NAME}_math", SDPBackend.MATH),
 }
 
 
@@ -95,10 +96,21 @@ def attention_name(config: PretrainedConfig, attention: Attention | Auto) -> str
     if attention == "eager":
         return "eager"
     if model_class is not None and getattr(model_class, "_supports_attention_backend", False):
-        return _NAME if attention == "auto" else f"{_NAME}_{attention}"
+        return _NAME if attention == "auto" else _FORCED[attention][0]
     if attention == "auto":
         return None if model_class is None or getattr(model_class, "_supports_sdpa", False) else "eager"
     raise ModelError(f"model.attention={attention} is not available for '{config.model_type}': use auto or eager")
+
+
+def check_attention(attention: Attention | Auto, *, device: torch.device, dtype: torch.dtype) -> None:
+    """Raises ModelError where torch has no such kernel for `device` and for matrix products in `dtype`."""
+    if attention == "efficient" and device.type == "cpu":
+        raise ModelError("model.attention=efficient exists on CUDA only: use auto, flash, math or eager on a CPU")
+    if attention == "flash" and device.type == "cuda" and dtype == torch.float32:
+        raise ModelError(
+            "model.attention=flash needs 16 bits on CUDA, but model.precision is float32: "
+            "use model.precision=autocast_bfloat16, or model.attention=efficient"
+        )
 
 
 def can_pack(model: nn.Module) -> str | None:
@@ -315,5 +327,5 @@ def _varlen_parameters() -> frozenset[str]:
 
 # No mask function goes with these names, so transformers builds no mask: our attention is causal by itself.
 AttentionInterface.register(_NAME, rows_attention)
-for _attention, _backend in _FORCED.items():
-    AttentionInterface.register(f"{_NAME}_{_attention}", functools.partial(rows_attention, backend=_backend))
+for _name, _backend in _FORCED.values():
+    AttentionInterface.register(_name, functools.partial(rows_attention, backend=_backend))

@@ -31,7 +31,7 @@ from transformers.utils import logging as transformers_logging
 
 from fitune.config import ModelConfig
 from fitune.errors import ModelError
-from fitune.model.attention import attention_name
+from fitune.model.attention import attention_name, check_attention
 from fitune.model.lora import apply_lora
 from fitune.model.minimind import pth_config, read_pth
 from fitune.model.precision import Precision, device_precision, resolve_precision
@@ -119,6 +119,7 @@ def load_model(
     """
     precision = precision or resolve_precision(model, *device_precision(device))
     config = load_config(model)
+    check_attention(model.attention, device=device, dtype=precision.matmul_dtype)
     attention = attention_name(config, model.attention)
     meta = device.type == "meta"
     if meta or model.init == "random" or source_kind(model.source) == "preset":

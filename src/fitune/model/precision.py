@@ -25,6 +25,11 @@ class Precision:
     needs_scaler: bool
     reason: str
 
+    @property
+    def matmul_dtype(self) -> torch.dtype:
+        """The format of matrix products, and so of activations between layers."""
+        return self.autocast_dtype or self.parameter_dtype
+
     def autocast(self, device_type: str) -> AbstractContextManager[Any]:
         """The context of the forward pass; does nothing where the parameters' own format is used."""
         enabled = self.autocast_dtype is not None
