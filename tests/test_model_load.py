@@ -71,6 +71,14 @@ def test_a_preset_is_a_function_of_the_seed_and_leaves_the_random_state_alone() 
     assert not torch.equal(first.lm_head.weight, other.lm_head.weight)
 
 
+@pytest.mark.parametrize("device", [META, CPU], ids=str)
+def test_sixteen_bit_models_keep_their_rotary_frequencies_in_float32(device: torch.device) -> None:
+    with device:
+        model = build_model(copy.deepcopy(TINY_QWEN3), dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert {buffer.dtype for buffer in model.buffers()} == {torch.float32}
+
+
 def test_a_model_on_the_meta_device_reads_no_weights(directory: Path) -> None:
     (directory / "model.safetensors").unlink()
     model = load_model(ModelConfig(source=str(directory)), META)

@@ -106,7 +106,10 @@ def build_model(
             attn_implementation=attention,
             **({"trust_remote_code": True} if remote else {}),
         )
-    return cast(PreTrainedModel, model.to(dtype))
+    if not meta and dtype != torch.float32:
+        for parameter in model.parameters():  # not the buffers: rotary frequencies need float32
+            parameter.data = parameter.data.to(dtype)
+    return cast(PreTrainedModel, model)
 
 
 def load_model(
