@@ -78,7 +78,7 @@ def load_config(model: ModelConfig) -> PretrainedConfig:
     name, files = _location(model.source, kind)
     if kind == "directory" and not (Path(name) / "config.json").is_file():
         raise ModelError(f"{name} has no config.json: it is no transformers directory")
-    with _quiet(), _gguf_read_once():
+    with quiet_transformers(), _gguf_read_once():
         try:
             config = AutoConfig.from_pretrained(name, trust_remote_code=model.trust_remote_code, **files)
         except _READ_ERRORS as error:
@@ -96,7 +96,7 @@ def build_model(
     they are drawn on the CPU in float32, and the global random state stays as it was.
     """
     meta = torch.get_default_device().type == "meta"
-    with torch.random.fork_rng(devices=[], enabled=not meta), _quiet():
+    with torch.random.fork_rng(devices=[], enabled=not meta), quiet_transformers():
         if not meta:
             torch.manual_seed(seed)
         remote = bool(getattr(config, "auto_map", None))
@@ -145,7 +145,7 @@ def load_weights(
     name, files = _location(model.source, kind)
     options: dict[str, Any] = {"config": config, "dtype": dtype, "output_loading_info": True}
     options |= {"attn_implementation": attention, "ignore_mismatched_sizes": True}
-    with _quiet(), _gguf_read_once():
+    with quiet_transformers(), _gguf_read_once():
         try:
             if kind in ("pth", "gguf"):
                 tensors = read_pth(Path(name)) if kind == "pth" else _read_gguf(config, dtype, files, name=name)
@@ -176,7 +176,7 @@ def load_tokenizer(model: ModelConfig) -> Tokenizer:
         name = str(Path(name).parent)
     if kind == "directory" and not _has_tokenizer(Path(name)):
         raise ModelError(f"{name} has no tokenizer.json: set model.tokenizer to a directory or hub id that has one")
-    with _quiet(), _gguf_read_once():
+    with quiet_transformers(), _gguf_read_once():
         try:
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=model.trust_remote_code, **files)
         except _READ_ERRORS as error:
@@ -323,7 +323,7 @@ def _unreadable(model: ModelConfig, kind: Kind, error: BaseException) -> ModelEr
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """No progress bars and no advice from transformers on standard error; its errors become ours."""
     bars, level = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
