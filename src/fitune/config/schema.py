@@ -2,17 +2,52 @@
 
 The schema is the only place where a key, its default and its allowed values are written down; the JSON schema for
 editors, the error messages and the documentation are made from it. A value that this version cannot carry out is not
-in the schema, so no key is silently without effect.
+in the schema, so no key is silently without effect; a key without effect beside the others is a fault.
+
+Paths are relative to the current directory, not to the file that they stand in; a leading ~ is the home directory.
 """
 
+import os
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from fitune.units import parse_bytes, parse_seconds
+
+
+def _whole_number(value: object) -> object:
+    """1e6 is a float in YAML; where a count is wanted it is 1000000."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _source_from_path(value: object) -> object:
+    return {"path": value} if isinstance(value, str) else value
+
+
+def _budget(value: object) -> object:
+    if isinstance(value, str) and value != "auto":
+        if parse_bytes(value) == 0:
+            raise ValueError("a budget of 0 bytes holds nothing")
+    elif isinstance(value, bool) or not (value == "auto" or (isinstance(value, int | float) and 0 < value <= 1)):
+        raise ValueError(f"{value} is neither a size like 20GiB nor a share above 0 and at most 1")
+    return value
+
+
+def _duration(value: str) -> str:
+    if parse_seconds(value) == 0:
+        raise ValueError("a run of 0 seconds does nothing")
+    return value
+
 
 Auto = Literal["auto"]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[int, Field(gt=0)]
+Float = Annotated[float, Field(strict=True)]
+Bool = Annotated[bool, Field(strict=True)]
+Positive = Annotated[int, Field(strict=True, gt=0), BeforeValidator(_whole_number)]
+PositiveFloat = Annotated[Float, Field(gt=0)]
+Fraction = Annotated[Float, Field(ge=0, le=1)]
+BelowOne = Annotated[Float, Field(ge=0, lt=1)]
+PathText = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
 
 Method = Literal["full", "lora"]
 Precision = Literal["float32", "bfloat16", "autocast_bfloat16", "autocast_float16"]
@@ -23,13 +58,13 @@ OptimizerName = Literal["adamw", "adamw_foreach", "adamw_8bit", "adafactor", "sg
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class LoraConfig(Section):
     rank: Positive = 16
-    alpha: Annotated[float, Field(gt=0)] = 32
-    dropout: Fraction = 0.0
+    alpha: PositiveFloat = Field(32, description="the adapter's output is scaled by alpha / rank")
+    dropout: BelowOne = 0.0
     targets: str | tuple[str, ...] = Field("all-linear", description="module names, or all-linear")
 
 
@@ -45,8 +80,8 @@ class ShapeConfig(Section):
 
 
 class ModelConfig(Section):
-    source: str = Field(description="preset name, directory, hub id, file.gguf or file.pth")
-    tokenizer: str | None = Field(None, description="directory or hub id; the model's own when left out")
+    source: PathText = Field(description="preset name, directory, hub id, file.gguf or file.pth")
+    tokenizer: PathText | None = Field(None, description="directory or hub id; the model's own when left out")
     init: Literal["pretrained", "random"] = "pretrained"
     method: Method = "full"
     lora: LoraConfig = LoraConfig()
@@ -54,25 +89,31 @@ class ModelConfig(Section):
     attention: Attention | Auto = "auto"
     recompute: Recompute | Auto = "auto"
     shape: ShapeConfig = ShapeConfig()
-    trust_remote_code: bool = False
+    trust_remote_code: Bool = Field(False, description="run Python code that comes with the model")
 
 
 class DataSource(Section):
-    path: str = Field(description="file, directory or hub id; '#n' at its end samples n rows")
-    weight: Annotated[float, Field(gt=0)] = Field(1.0, description="how many times its rows are seen in an epoch")
+    path: PathText = Field(description="file, directory or hub id; '#n' at its end samples n rows")
+    weight: PositiveFloat = Field(1.0, description="how many times its rows are seen in an epoch")
     max_rows: Positive | None = None
+
+
+Source = Annotated[DataSource, BeforeValidator(_source_from_path, json_schema_input_type=str | DataSource)]
+Sources = Annotated[tuple[Source, ...], Field(min_length=1)]
 
 
 class DataConfig(Section):
-    train: str | tuple[DataSource, ...]
-    eval: str | tuple[DataSource, ...] | None = Field(None, description="held-out data; else eval_fraction of train")
-    eval_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.01
-    max_length: Annotated[int, Field(ge=8)] = 2048
-    template: str | None = Field(None, description="a Jinja chat template file; the tokenizer's when left out")
+    train: PathText | Sources = Field(description="training data: a path or hub id, or a list of them")
+    eval: PathText | Sources | None = Field(None, description="held-out data; else eval_fraction of train")
+    eval_fraction: BelowOne = Field(0.01, description="share of the training rows held out; 0 means no evaluation")
+    max_length: Annotated[int, Field(strict=True, ge=8), BeforeValidator(_whole_number)] = Field(
+        2048, description="tokens of a row; longer ones are cut or dropped"
+    )
+    template: PathText | None = Field(None, description="a Jinja chat template file; the tokenizer's when left out")
     mask: Literal["assistant", "all"] = "assistant"
     too_long: Literal["truncate", "drop"] = "truncate"
     max_rows: Positive | None = None
-    packing: bool = True
+    packing: Bool = Field(True, description="join rows instead of padding them")
     max_bad_fraction: Fraction = Field(0.01, description="stop when a larger share of the rows cannot be read")
 
     @property
@@ -107,7 +148,25 @@ class BatchConfig(Section):
                     f"batch.micro {self.micro} x batch.accumulation {self.accumulation} = {product}, "
                     f"but batch.effective is {self.effective}: drop one of the three"
                 )
+        if self.accumulation != "auto" and self.effective != "auto" and self.micro == "auto":
+            self._check_accumulation(self.effective, self.accumulation)
+        if self.effective != "auto" and self.micro != "auto" and self.micro > self.effective:
+            raise ValueError(
+                f"batch.micro {self.micro} is more than batch.effective {self.effective}: lower batch.micro"
+            )
         return self
+
+    @staticmethod
+    def _check_accumulation(effective: int, accumulation: int) -> None:
+        """The micro-batches have equal rows but for the last one; not every count can be reached so."""
+        if accumulation == -(-effective // -(-effective // accumulation)):
+            return
+        near = [n for n in range(1, effective + 1) if effective % n == 0]
+        near.sort(key=lambda n: abs(n - accumulation))
+        raise ValueError(
+            f"batch.effective {effective} rows cannot be cut into batch.accumulation {accumulation} equal "
+            f"micro-batches: try batch.accumulation {' or '.join(str(n) for n in sorted(near[:2]))}"
+        )
 
     @property
     def rows_per_step(self) -> int:
@@ -132,36 +191,42 @@ class BatchConfig(Section):
 
 class OptimConfig(Section):
     name: OptimizerName = "adamw"
-    lr: Annotated[float, Field(gt=0)] | Auto = Field("auto", description="2e-5 for full fine-tuning, 2e-4 for LoRA")
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
-    eps: Annotated[float, Field(gt=0)] = 1e-8
-    weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    clip: Annotated[float, Field(ge=0)] = Field(1.0, description="largest gradient norm; 0 switches clipping off")
+    lr: PositiveFloat | Auto = Field("auto", description="2e-5 for full fine-tuning, 2e-4 for LoRA")
+    betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
+    eps: PositiveFloat = 1e-8
+    weight_decay: Annotated[Float, Field(ge=0)] = 0.01
+    clip: Annotated[Float, Field(ge=0)] = Field(1.0, description="largest gradient norm; 0 switches clipping off")
     warmup: Fraction = Field(0.03, description="share of the run's tokens over which the rate rises")
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
     final_lr_fraction: Fraction = Field(0.0, description="the rate at the end of the schedule, as a share of lr")
 
 
 class MemoryConfig(Section):
-    budget: str | Annotated[float, Field(gt=0, le=1)] = Field("auto", description="auto, 20GiB, or a share like 0.9")
+    budget: Annotated[str | float, BeforeValidator(_budget)] = Field(
+        "auto", description="auto, 20GiB, or a share of the free memory like 0.9"
+    )
     gpu: str | None = Field(None, description="a card of the catalogue to plan for; this machine's when left out")
     allocator: str = Field("", description="PYTORCH_ALLOC_CONF of the run and of its prediction")
 
 
 class TrainConfig(Section):
-    epochs: Annotated[float, Field(gt=0)] | None = None
+    epochs: PositiveFloat | None = None
     steps: Positive | None = None
     tokens: Positive | None = None
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(strict=True, ge=0, lt=2**63), BeforeValidator(_whole_number)] = 0
     eval_every: Positive | Auto = Field("auto", description="optimizer steps between evaluations; auto: ten in a run")
     save_every: Positive | Auto = Field("auto", description="optimizer steps between saves; auto: with each evaluation")
-    stop_after: str | None = Field(None, description="save and stop after this time: 11h, 90m")
+    stop_after: Annotated[str, AfterValidator(_duration)] | None = Field(
+        None, description="save and stop after this time: 11h, 90m"
+    )
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:
         given = [key for key in ("epochs", "steps", "tokens") if getattr(self, key) is not None]
         if len(given) > 1:
-            raise ValueError(f"train.{' and train.'.join(given)} exclude each other: give one of them")
+            raise ValueError(
+                f"train.{' and train.'.join(given)} exclude each other: keep one and set the other to null"
+            )
         return self
 
 
@@ -171,7 +236,7 @@ class EvalConfig(Section):
 
 
 class OutputConfig(Section):
-    output: Path = Path("runs")
+    output: Annotated[Path, AfterValidator(Path.expanduser)] = Field(Path("runs"), description="where runs are kept")
     name: str | None = Field(
         None, description="the run's directory below output; made from model and data when left out"
     )
@@ -187,6 +252,24 @@ class RunConfig(Section):
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
     run: OutputConfig = OutputConfig()
+
+    @model_validator(mode="after")
+    def _nothing_without_effect(self) -> Self:
+        faults = []
+        if self.model.method == "full" and self.model.lora != LoraConfig():
+            faults.append("model.lora has no effect while model.method is full: set model.method to lora, or drop it")
+        if self.data.eval is not None and self.data.eval_fraction != DataConfig.model_fields["eval_fraction"].default:
+            faults.append("data.eval_fraction has no effect beside data.eval: drop one of them")
+        if self.data.eval is None and self.data.eval_fraction == 0 and self.train.eval_every != "auto":
+            faults.append(
+                f"train.eval_every {self.train.eval_every} has no effect while data.eval_fraction is 0 and data.eval "
+                "is not given: give evaluation data, or drop it"
+            )
+        if self.optim.schedule == "constant" and self.optim.final_lr_fraction != 0:
+            faults.append("optim.final_lr_fraction has no effect while optim.schedule is constant: drop one of them")
+        if faults:
+            raise ValueError("\n".join(faults))
+        return self
 
 
 def _sources(value: str | tuple[DataSource, ...]) -> tuple[DataSource, ...]:
