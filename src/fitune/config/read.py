@@ -283,7 +283,8 @@ def _schema_at(path: KeyPath) -> type[Section] | Mapping[str, Any] | None:
         if isinstance(annotation, type) and issubclass(annotation, Section):
             model = annotation
         elif depth == len(path) - 1:
-            return _properties(model)[part]
+            schema: Mapping[str, Any] = _properties(model)[part]
+            return schema
         elif path[:depth] == ("data",) and isinstance(path[depth + 1], int) and len(path) > depth + 2:
             item: Mapping[str, Any] | None = _properties(DataSource).get(str(path[depth + 2]))
             return item if len(path) == depth + 3 else None

@@ -256,8 +256,13 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _nothing_without_effect(self) -> Self:
         faults = []
-        if self.model.method == "full" and self.model.lora != LoraConfig():
-            faults.append("model.lora has no effect while model.method is full: set model.method to lora, or drop it")
+        if self.model.method == "full":
+            default = LoraConfig()
+            keys = [key for key in LoraConfig.model_fields if getattr(self.model.lora, key) != getattr(default, key)]
+            faults += [
+                f"model.lora.{key} has no effect while model.method is full: set model.method to lora, or drop it"
+                for key in keys
+            ]
         if self.data.eval is not None and self.data.eval_fraction != DataConfig.model_fields["eval_fraction"].default:
             faults.append("data.eval_fraction has no effect beside data.eval: drop one of them")
         if self.data.eval is None and self.data.eval_fraction == 0 and self.train.eval_every != "auto":
