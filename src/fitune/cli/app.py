@@ -11,7 +11,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from cyclopts import App, CycloptsError, UnknownOptionError
+from cyclopts import App, CycloptsError, Parameter, UnknownOptionError
 
 from fitune import __version__
 from fitune.config.foreign_names import foreign_hint
@@ -25,10 +25,16 @@ app = App(
     help="Fine-tune a language model inside the memory you have.",
     help_epilogue="A verb's own help: fitune VERB --help",
     version=__version__,
+    default_parameter=Parameter(negative=(), show_default=False),
     suppress_keyboard_interrupt=False,
 )
 app.command("fitune.cli.env:env", help="The machine: cards, memory, driver, versions.", sort_key=1)
-app.command("fitune.cli.train:train", help="Train by a configuration.", sort_key=4)
+app.command(
+    "fitune.cli.train:train",
+    usage="fitune train [CONFIG] [KEY.SUB=VALUE...] [OPTIONS]",
+    help="Train by a configuration.",
+    sort_key=4,
+)
 app.command("fitune.cli.runs:runs", help="The runs here, one line each.", sort_key=7)
 app.command("fitune.cli.config_command:app", name="config", help="About configuration files.", sort_key=12)
 

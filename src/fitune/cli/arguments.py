@@ -22,7 +22,7 @@ ConfigArguments = Annotated[
 
 
 def _flag(key: str, text: str) -> Parameter:
-    return Parameter(help=f"{text} ({key})", negative=())
+    return Parameter(help=f"{text} ({key})")
 
 
 @Parameter(name="*")

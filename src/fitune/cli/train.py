@@ -1,6 +1,5 @@
 """`fitune train`: train by a configuration."""
 
-import json
 from typing import Annotated
 
 from cyclopts import Parameter
@@ -14,8 +13,8 @@ from fitune.errors import FituneError
 def train(
     *words: ConfigArguments,
     flags: ConfigFlags = ConfigFlags(),  # noqa: B008 (frozen)
-    overwrite: Annotated[bool, Parameter(help="replace an existing run of this name", negative=())] = False,
-    print_config: Annotated[bool, Parameter(help="print the resolved configuration, and stop", negative=())] = False,
+    overwrite: Annotated[bool, Parameter(help="replace an existing run of this name")] = False,
+    print_config: Annotated[bool, Parameter(help="print the resolved configuration, and stop")] = False,
     output_format: Format = "auto",
 ) -> None:
     """Train by a configuration. An existing run is refused unless --overwrite."""
