@@ -76,6 +76,7 @@ class _Draft:
     marks: dict[KeyPath, Mark]
     name: str | None = None
     faults: list[str] = field(default_factory=list)
+    lost_sections: set[KeyPath] = field(default_factory=set)
 
     def origin(self, path: KeyPath) -> str | None:
         """Where the value at `path` stands; for a part of a value, where the value does."""
@@ -100,9 +101,8 @@ def _draft(source: Path | str | Mapping[str, Any] | None) -> _Draft:
     marked = parse_yaml(_read_text(path), str(path))
     if not isinstance(marked.tree, dict):
         what = "is empty" if marked.tree is None else f"holds {show(marked.tree)}"
-        raise ConfigError(
-            [f"{path} {what}, not the keys of a configuration: it needs at least model.source and data.train"]
-        )
+        sentence = f"{path} {what}, not the keys of a configuration: it needs at least model.source and data.train"
+        raise ConfigError([*marked.faults, sentence])
     return _Draft(marked.tree, dict(marked.marks), str(path), list(marked.faults))
 
 
@@ -177,6 +177,7 @@ def _remove_unknown_keys(draft: _Draft, tree: Any, model: type[Section], path: K
                 tree[key] = {}
             elif not isinstance(value, dict):
                 draft.fault(here, _section_sentence(here))
+                draft.lost_sections.add(here)
                 del tree[key]
             else:
                 _remove_unknown_keys(draft, value, schema, here)
@@ -221,6 +222,8 @@ def _validate(draft: _Draft) -> RunConfig | None:
     for detail in errors:
         by_key.setdefault(_key_of(detail["loc"]), []).append(detail)
     for path, details in by_key.items():
+        if path[:-1] in draft.lost_sections:
+            continue
         if any(other[: len(path)] == path and len(other) > len(path) for other in by_key if path):
             continue  # a part of this value is at fault: the other branches of the union say nothing
         for where, sentence in _sentences(draft, path, details):

@@ -16,6 +16,7 @@ from fitune.errors import ConfigError
 Tree: TypeAlias = bool | int | float | str | list["Tree"] | dict[str, "Tree"] | None
 KeyPath: TypeAlias = tuple[str | int, ...]
 
+MAX_VALUES = 10_000
 _NULL = re.compile(r"~|null|Null|NULL|")
 _BOOL = re.compile(r"true|True|TRUE|false|False|FALSE")
 _INT = re.compile(r"[-+]?[0-9](_?[0-9]){0,99}")
@@ -47,9 +48,10 @@ def parse_yaml(text: str, source: str) -> MarkedTree:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"{source}:{mark.line + 1}" if mark else source
-        raise ConfigError([f"{where}: this is not valid YAML: {error.problem or error.context}"]) from error
-    except yaml.YAMLError as error:
-        raise ConfigError([f"{source}: this is not a text file of YAML: {' '.join(str(error).split())}"]) from error
+        problem = ", ".join(part for part in (error.context, error.problem) if part)
+        raise ConfigError([f"{where}: this is not valid YAML: {problem}"]) from error
+    except yaml.reader.ReaderError as error:
+        raise ConfigError([f"{source}: not a text file: character {error.position} is not printable"]) from error
     except RecursionError as error:
         raise ConfigError([f"{source}: this is nested too deeply for a configuration"]) from error
     reading = _Reading(source)
@@ -80,6 +82,8 @@ class _Reading:
 
     def value(self, node: yaml.Node, path: KeyPath) -> Tree:
         self.marks.setdefault(path, Mark(self._where(node)))
+        if len(self.marks) > MAX_VALUES:  # a few anchors that repeat one another grow beyond any memory
+            raise ConfigError([f"{self.source}: more than {MAX_VALUES:,} values are too many for a configuration"])
         if isinstance(node, yaml.ScalarNode):
             if not node.tag.startswith("tag:yaml.org,2002:"):
                 self.faults.append(f"{self._where(node)}: tags such as {node.tag} are not read: write the value itself")

@@ -127,7 +127,9 @@ def create_run(output: Path, name: str, *, overwrite: bool = False) -> RunDirect
 def name_prefix(model: str, data: str) -> str:
     """('org/MiniMind2', 'data/sft_2048.jsonl#500') -> 'MiniMind2-sft_2048-', which `create_run` numbers."""
     names = (Path(source.partition("#")[0]).name for source in (model, data))
-    return "".join(re.sub(r"[^\w.-]+", "_", re.sub(r"\.\w{2,7}$", "", name)).strip(".") + "-" for name in names)
+    return "".join(
+        re.sub(r"[^\w.-]+", "_", re.sub(r"\.[a-z][a-z0-9]{1,6}$", "", name)).strip(".") + "-" for name in names
+    )
 
 
 def open_run(path: Path) -> RunDirectory:
@@ -154,7 +156,7 @@ def list_runs(output: Path) -> list[RunRecord]:
     """The runs directly below `output`, the one with the latest sign of life last. Raises RunDirectoryError where
     `output` is not a directory."""
     if not output.is_dir():
-        raise RunDirectoryError(f"{output} is not a directory: there are no runs")
+        raise RunDirectoryError(f"{output} is not a directory: give the one that runs are kept in (run.output)")
     records = [read_run(path) for path in output.iterdir() if _is_run(path)]
     return sorted(records, key=lambda record: (record.updated, record.run.name))
 

@@ -1,5 +1,5 @@
 """The machine a run happens on: what `fitune env` shows and a run keeps as env.json. Nothing heavy is imported:
-versions are read from the packages' metadata. It holds no name of the user or of a directory: it can be shown around."""
+versions are read from the packages' metadata. No name of the user or of a directory is in it."""
 
 import os
 import platform
