@@ -1,8 +1,7 @@
 """PyTorch's CUDA caching allocator, rule by rule, without a card: from allocations and frees to reserved memory.
 
 Behaves as c10/cuda/CUDACachingAllocator.cpp of PyTorch 2.14.1 does for one device (no CUDA graphs, no private pools);
-the golden recordings of that allocator in tests/golden/allocator are reproduced event by event. The rules, as numbered
-in docs/memory.md:
+the recordings of that allocator in tests/golden/allocator are reproduced event by event. The rules:
 
  1. A request is rounded up to 512 bytes, or to a division of a power of two where the configuration says so.
  2. Requests up to 1 MiB live in the small pool, in segments of 2 MiB; larger ones in the large pool, in segments of

@@ -118,19 +118,16 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     status = 0
     for name in arguments:
+        line = "ok"
         try:
             mismatch = compare_with_recording(read_recording(Path(name)))
         except UsageError as error:
-            line, worst = f"unreadable: {error}", 2
+            line, status = f"unreadable: {error}", 2
         else:
-            line, worst = "ok", 0
             if mismatch is not None:
-                line, worst = (
-                    f"event {mismatch.index}: {mismatch.field} expected {mismatch.expected}, got {mismatch.got}",
-                    1,
-                )
+                line = f"event {mismatch.index}: {mismatch.field} expected {mismatch.expected}, got {mismatch.got}"
+                status = max(status, 1)
         sys.stdout.write(f"{name}: {line}\n")
-        status = max(status, worst)
     return status
 
 
