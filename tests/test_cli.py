@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,10 @@ import fitune
 from fitune import errors
 from fitune.cli.app import app, main
 from fitune.config import read_config
+from fitune.memory.devices import find_device
 from fitune.run.directory import RunDirectory, create_run, write_json
 from fitune.run.metrics import Summary, summary_json
+from fitune.units import GIB
 
 SOURCE = Path(__file__).parent.parent / "src"
 SUMMARY = Summary(
@@ -163,6 +166,17 @@ def test_a_damaged_run_is_a_warning(runs: list[RunDirectory], capsys: pytest.Cap
     output, warnings = capsys.readouterr()
     assert warnings.startswith("warning: runs/minimind2-sft_2048-0007/summary.json")
     assert "damaged" in output
+
+
+def test_each_card_is_shown_with_all_its_sizes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    card = replace(find_device("RTX 4090"), name="NVIDIA GeForce RTX 4090", free_bytes=22 * GIB, used_bytes=GIB)
+    monkeypatch.setattr("fitune.memory.environment.this_machine", lambda: (card,))
+    assert main(["env"]) == 0
+    line = capsys.readouterr().out.splitlines()[0]
+    assert "24 GB card" in line
+    assert "visible · 22.0 GiB free now · 1.0 GiB used by others" in line
 
 
 @pytest.mark.parametrize("output_format", ["auto", "human", "json", "quiet"])

@@ -1,16 +1,17 @@
 """`fitune env`: the machine."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-import pynvml
 from cyclopts import Parameter
 from rich.console import Console
 
 from fitune.cli.output import Format, console, print_json
-from fitune.run.environment import environment, find_tcmalloc
-from fitune.units import format_bytes
+from fitune.memory.environment import environment, find_tcmalloc
+from fitune.units import GIB, format_bytes
+
+_SIZES = {"total": "visible", "free": "free now", "used": "used by others"}
 
 
 def env(
@@ -19,7 +20,7 @@ def env(
     output_format: Format = "auto",
 ) -> None:
     """The machine: cards, memory (visible, free, used by others), driver, processor, versions."""
-    machine = environment(_cards(), output)
+    machine = environment(output)
     if output_format == "json":
         print_json(machine)
     elif output_format == "quiet":
@@ -35,14 +36,15 @@ def _print(machine: Mapping[str, Any], screen: Console) -> None:
 
 
 def _sections(machine: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
-    for card in machine["cards"]:
-        yield f"GPU {card['index']}", _card_lines(card)
+    for index, card in enumerate(machine["cards"]):
+        yield f"GPU {index}", _card_lines(card, machine["driver"])
     if not machine["cards"]:
-        yield "GPU", ["none that NVML can see: runs use the processor; plan for a card with --gpu"]
+        yield "GPU", ["none that NVML can see: runs use the processor; memory.gpu names a card to plan for"]
     cpu, host = machine["cpu"], machine["host"]
     yield "CPU", [f"{cpu['name'] or 'n/a'} · {cpu['num_cores'] or 'n/a'} cores, {cpu['num_usable'] or 'n/a'} usable"]
-    limited = "" if host["limit_bytes"] is None else " (limit of the control group)"
-    yield "Memory", [f"{format_bytes(host['total_bytes'])}{limited} · {format_bytes(host['free_bytes'])} free"]
+    limited = host["total_bytes"] < host["installed_bytes"]
+    of = f" of {format_bytes(host['installed_bytes'])}, by the limit of its control group" if limited else ""
+    yield "Memory", [f"{format_bytes(host['total_bytes'])}{of} · {format_bytes(host['free_bytes'])} free now"]
     yield "Disk", [f"{format_bytes(machine['disk']['free_bytes'])} free where runs are kept"]
     yield "malloc", _allocator_lines(machine)
     packages = [f"{name} {number}" for name, number in machine["packages"].items() if number]
@@ -50,12 +52,11 @@ def _sections(machine: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
     yield "", [" · ".join(packages[start : start + 4]) for start in range(0, len(packages), 4)]
 
 
-def _card_lines(card: Mapping[str, Any]) -> list[str]:
-    return [
-        f"{card['name']} · {format_bytes(card['total_bytes'])} visible · {format_bytes(card['free_bytes'])} free now · "
-        f"{format_bytes(card['used_bytes'])} used by others",
-        f"driver {card['driver']} · compute {card['compute_capability'] or 'n/a'}",
-    ]
+def _card_lines(card: Mapping[str, Any], driver: str | None) -> list[str]:
+    sizes = [f"{card['box_bytes'] / GIB:.0f} GB card"]
+    sizes += [f"{format_bytes(card[f'{kind}_bytes'])} {words}" for kind, words in _SIZES.items()]
+    capability = card["compute_capability"] or "n/a"
+    return [f"{card['name']} · {' · '.join(sizes)}", f"driver {driver or 'n/a'} · compute capability {capability}"]
 
 
 def _allocator_lines(machine: Mapping[str, Any]) -> list[str]:
@@ -65,39 +66,3 @@ def _allocator_lines(machine: Mapping[str, Any]) -> list[str]:
     path = find_tcmalloc()
     way = f"LD_PRELOAD={path}" if path else "install it (Debian: libtcmalloc-minimal4), then set LD_PRELOAD to it"
     return [f"{name} · on the processor tcmalloc is as fast and was measured to need 14 to 34 % less memory:", way]
-
-
-def _cards() -> list[dict[str, Any]]:
-    """What NVML, and so nvidia-smi, says of each card before this process uses it."""
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        return []
-    try:
-        driver = pynvml.nvmlSystemGetDriverVersion()
-        return [_card(index, driver) for index in range(pynvml.nvmlDeviceGetCount())]
-    finally:
-        pynvml.nvmlShutdown()
-
-
-def _card(index: int, driver: str) -> dict[str, Any]:
-    handle = pynvml.nvmlDeviceGetHandleByIndex(index)
-    memory = _known(pynvml.nvmlDeviceGetMemoryInfo, handle)
-    compute = _known(pynvml.nvmlDeviceGetCudaComputeCapability, handle)
-    return {
-        "index": index,
-        "name": pynvml.nvmlDeviceGetName(handle),
-        "total_bytes": memory and memory.total,
-        "free_bytes": memory and memory.free,
-        "used_bytes": memory and memory.used,
-        "compute_capability": compute and ".".join(map(str, compute)),
-        "driver": driver,
-    }
-
-
-def _known(ask: Callable[[Any], Any], handle: Any) -> Any:
-    """None where this card or its driver does not say, as with memory shared with the processor."""
-    try:
-        return ask(handle)
-    except pynvml.NVMLError:
-        return None

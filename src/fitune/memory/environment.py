@@ -6,47 +6,44 @@ import platform
 import re
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import psutil
+import pynvml
 
 from fitune import __version__
+from fitune.memory.devices import Device, cpu_device, this_machine
 
 PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "peft", "accelerate", "safetensors", "numpy")
 OPTIONAL_PACKAGES = ("bitsandbytes", "gguf", "liger-kernel", "torchao")
 
 
-def environment(cards: Sequence[Mapping[str, Any]], output: Path) -> dict[str, Any]:
-    """The machine as JSON holds it: sizes in bytes, unknown is None. `cards`: as found by the caller. `output`: where
-    runs are kept, for the free disk space."""
+def environment(output: Path) -> dict[str, Any]:
+    """The machine as JSON holds it: sizes in bytes, unknown is None. `output`: where runs are kept, for the free disk
+    space. Memory is what other processes and this one leave now: a run asks before it uses the card."""
+    memory = cpu_device()
     return {
         "fitune": __version__,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "packages": {name: _version(name) for name in (*PACKAGES, *OPTIONAL_PACKAGES)},
-        "cards": [dict(card) for card in cards],
+        "driver": _driver_version(),
+        "cards": [_card(device) for device in this_machine()],
         "cpu": {
             "name": _cpu_name(),
             "num_cores": psutil.cpu_count(logical=False),
             "num_usable": _num_usable_cpus(),
         },
-        "host": host_memory(),
+        "host": {
+            "installed_bytes": memory.box_bytes,
+            "total_bytes": memory.total_bytes,
+            "free_bytes": memory.free_bytes,
+        },
         "disk": {"free_bytes": _free_disk_bytes(output)},
         "allocator": c_allocator(),
     }
-
-
-def host_memory(root: Path = Path("/")) -> dict[str, int | None]:
-    """total_bytes, free_bytes (what can be had without swapping) and limit_bytes (of the control group, None without
-    one); total and free respect the limit. `root`: where /proc and /sys are found."""
-    memory = psutil.virtual_memory()
-    limits = [(limit, used) for limit, used in _group_limits(root) if limit < memory.total]
-    free = min([memory.available, *(max(0, limit - used) for limit, used in limits)])
-    limit = min((limit for limit, _ in limits), default=None)
-    return {"total_bytes": min(memory.total, limit or memory.total), "free_bytes": free, "limit_bytes": limit}
 
 
 def c_allocator(maps: Path = Path("/proc/self/maps")) -> str | None:
@@ -99,29 +96,23 @@ def _free_disk_bytes(output: Path) -> int | None:
         return None
 
 
-def _group_limits(root: Path) -> list[tuple[int, int]]:
-    """(limit, used without reclaimable file cache) in bytes of this process's control group and of all above it."""
-    limits = []
+def _card(device: Device) -> dict[str, Any]:
+    return {
+        "name": device.name,
+        "box_bytes": device.box_bytes,
+        "total_bytes": device.total_bytes,
+        "free_bytes": device.free_bytes,
+        "used_bytes": device.used_bytes,
+        "compute_capability": device.compute_capability and ".".join(map(str, device.compute_capability)),
+    }
+
+
+def _driver_version() -> str | None:
     try:
-        groups = (root / "proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return []
-    for line in groups:
-        _, controllers, path = line.split(":", 2)
-        if controllers == "":
-            mount, limit, used, cache = root / "sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"
-        elif "memory" in controllers.split(","):
-            mount, limit, used = root / "sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
-            cache = "total_inactive_file"
-        else:
-            continue
-        # Inside a container the path may be the host's: then only the mount itself, which is the container's, exists.
-        group = mount / path.strip("/")
-        for place in {group, *(parent for parent in group.parents if parent.is_relative_to(mount)), mount}:
-            try:
-                size = int((place / limit).read_text())
-                reclaimable = re.search(rf"^{cache} (\d+)$", (place / "memory.stat").read_text(), re.MULTILINE)
-                limits.append((size, int((place / used).read_text()) - (int(reclaimable[1]) if reclaimable else 0)))
-            except (OSError, ValueError):  # no such place, or 'max'
-                continue
-    return limits
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return None
+    try:
+        return str(pynvml.nvmlSystemGetDriverVersion())
+    finally:
+        pynvml.nvmlShutdown()
