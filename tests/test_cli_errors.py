@@ -44,6 +44,10 @@ CONFIGS: dict[str, tuple[str | bytes, tuple[str, ...]]] = {
     "minimind's name": (f"{GOOD}accumulation_steps: 4\n", ("minimind; here it is 'batch.accumulation'",)),
     "a name that needs nothing here": (f"{GOOD}do_train: true\n", ("drop it",)),
     "a value for a section": (f"{GOOD}optim: adamw\n", ("sft.yaml:3: 'optim' is a section of keys",)),
+    "a name for the model section": (
+        "model: minimind2\ndata: {train: a}\n",
+        ("sft.yaml:1: 'model' is a section of keys",),
+    ),
     "text for a number": (
         f"{GOOD}optim: {{lr: high}}\n",
         ("sft.yaml:3: optim.lr is 'high': it must be a number above 0 or auto",),
