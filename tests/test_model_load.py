@@ -264,6 +264,14 @@ def test_a_tokenizer_without_padding_pads_with_a_token_that_it_has(tmp_path: Pat
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
 
 
+def test_a_damaged_tokenizer_is_refused(tmp_path: Path) -> None:
+    save_tokenizer(tmp_path)
+    content = (tmp_path / "tokenizer.json").read_text()
+    (tmp_path / "tokenizer.json").write_text(content[: len(content) // 2])
+    with pytest.raises(ModelError, match="cannot be read"):
+        load_tokenizer(ModelConfig(source="minimind-3", tokenizer=str(tmp_path)))
+
+
 def test_a_directory_without_tokenizer_names_the_key(directory: Path) -> None:
     with pytest.raises(ModelError, match=r"set model\.tokenizer"):
         load_tokenizer(ModelConfig(source=str(directory)))
@@ -288,6 +296,7 @@ print((status("VmHWM") - before) / sum(p.numel() * 4 for p in model.parameters()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's peak counter")
 def test_loading_peaks_at_the_weights_and_not_at_twice_their_size(tmp_path: Path) -> None:
     build_model(load_config(ModelConfig(source="minimind2-small"))).save_pretrained(tmp_path)

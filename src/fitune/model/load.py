@@ -7,7 +7,6 @@ memory twice: a parameter whose type on disk is the wanted one stays a view of t
 A local path never touches the network. Hub ids go through huggingface_hub, which honours HF_ENDPOINT and its cache.
 """
 
-import functools
 import os
 import re
 from collections.abc import Iterator
@@ -32,6 +31,7 @@ from transformers.utils import logging as transformers_logging
 from fitune.config import ModelConfig
 from fitune.errors import ModelError
 from fitune.model.attention import attention_name, check_attention
+from fitune.model.gguf import gguf_read_once, read_gguf
 from fitune.model.lora import apply_lora
 from fitune.model.minimind import pth_config, read_pth
 from fitune.model.precision import Precision, device_precision, resolve_precision
@@ -78,7 +78,7 @@ def load_config(model: ModelConfig) -> PretrainedConfig:
     name, files = _location(model.source, kind)
     if kind == "directory" and not (Path(name) / "config.json").is_file():
         raise ModelError(f"{name} has no config.json: it is no transformers directory")
-    with _quiet(), _gguf_read_once():
+    with quiet_transformers(), gguf_read_once():
         try:
             config = AutoConfig.from_pretrained(name, trust_remote_code=model.trust_remote_code, **files)
         except _READ_ERRORS as error:
@@ -96,7 +96,7 @@ def build_model(
     they are drawn on the CPU in float32, and the global random state stays as it was.
     """
     meta = torch.get_default_device().type == "meta"
-    with torch.random.fork_rng(devices=[], enabled=not meta), _quiet():
+    with torch.random.fork_rng(devices=[], enabled=not meta), quiet_transformers():
         if not meta:
             torch.manual_seed(seed)
         remote = bool(getattr(config, "auto_map", None))
@@ -145,10 +145,14 @@ def load_weights(
     name, files = _location(model.source, kind)
     options: dict[str, Any] = {"config": config, "dtype": dtype, "output_loading_info": True}
     options |= {"attn_implementation": attention, "ignore_mismatched_sizes": True}
-    with _quiet(), _gguf_read_once():
+    with quiet_transformers(), gguf_read_once():
         try:
             if kind in ("pth", "gguf"):
-                tensors = read_pth(Path(name)) if kind == "pth" else _read_gguf(config, dtype, files, name=name)
+                tensors = (
+                    read_pth(Path(name))
+                    if kind == "pth"
+                    else read_gguf(config, dtype, pretrained_model_name_or_path=name, **files)
+                )
                 model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
                 built, report = model_class.from_pretrained(None, state_dict=tensors, **options)
             else:
@@ -176,10 +180,10 @@ def load_tokenizer(model: ModelConfig) -> Tokenizer:
         name = str(Path(name).parent)
     if kind == "directory" and not _has_tokenizer(Path(name)):
         raise ModelError(f"{name} has no tokenizer.json: set model.tokenizer to a directory or hub id that has one")
-    with _quiet(), _gguf_read_once():
+    with quiet_transformers(), gguf_read_once():
         try:
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=model.trust_remote_code, **files)
-        except _READ_ERRORS as error:
+        except Exception as error:  # the tokenizers library raises no narrower class for a damaged file
             raise _unreadable(model.model_copy(update={"source": source}), kind, error) from error
     vocab_size = load_config(model).get_text_config().vocab_size
     needed = 1 + max(tokenizer.get_vocab().values(), default=-1)
@@ -207,53 +211,6 @@ def _location(source: str, kind: Kind) -> tuple[str, dict[str, Any]]:
     if kind == "gguf":
         return str(path.parent), {"gguf_file": path.name, "local_files_only": True}
     return str(path), {"local_files_only": True}
-
-
-def _read_gguf(
-    config: PretrainedConfig, dtype: torch.dtype, files: dict[str, Any], *, name: str
-) -> dict[str, torch.Tensor]:
-    """Dequantised tensors under transformers' names. transformers marks a model read from GGUF as quantised, which
-    forbids training and saving it; its tensors are ordinary, so only they are kept."""
-    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    return cast(
-        dict[str, torch.Tensor], model_class.from_pretrained(name, config=config, dtype=dtype, **files).state_dict()
-    )
-
-
-@contextmanager
-def _gguf_read_once() -> Iterator[None]:
-    """transformers parses a GGUF header anew for the configuration, the weights and the tokenizer (two to four seconds
-    each) and builds one table of names per submodule; within this block and the next ones each is made once."""
-    try:
-        import gguf
-    except ImportError:
-        yield
-        return
-    originals = gguf.GGUFReader, gguf.get_tensor_name_map
-    gguf.GGUFReader, gguf.get_tensor_name_map = _cached_gguf_reader, _cached_gguf_names
-    try:
-        yield
-    finally:
-        gguf.GGUFReader, gguf.get_tensor_name_map = originals
-
-
-def _cached_gguf_reader(path: str | os.PathLike[str]) -> Any:
-    stat = os.stat(path)
-    return _gguf_reader(os.fspath(path), stat.st_mtime_ns, stat.st_size)
-
-
-@functools.lru_cache(maxsize=1)
-def _gguf_reader(path: str, changed: int, size: int) -> Any:
-    from gguf.gguf_reader import GGUFReader
-
-    return GGUFReader(path)
-
-
-@functools.lru_cache(maxsize=1)
-def _cached_gguf_names(arch: Any, num_layers: int) -> Any:
-    from gguf.tensor_mapping import get_tensor_name_map
-
-    return get_tensor_name_map(arch, num_layers)
 
 
 def _check_causal(config: PretrainedConfig, model: ModelConfig) -> None:
@@ -323,7 +280,7 @@ def _unreadable(model: ModelConfig, kind: Kind, error: BaseException) -> ModelEr
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """No progress bars and no advice from transformers on standard error; its errors become ours."""
     bars, level = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()

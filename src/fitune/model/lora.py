@@ -1,11 +1,13 @@
 """Low-rank adapters beside frozen weights, by peft."""
 
 import warnings
+from pathlib import Path
 from typing import cast
 
 import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
+from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -41,6 +43,18 @@ def apply_lora(model: PreTrainedModel, lora: LoraConfig, *, seed: int = 0) -> Pe
         torch.manual_seed(seed)
         adapted = get_peft_model(model, config)
     return cast(PeftModel, adapted)
+
+
+def load_adapters(model: PreTrainedModel, directory: Path) -> PeftModel:
+    """`model` with the saved adapters of `directory`, trainable. Raises ModelError where they cannot be read or do not
+    fit."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            return cast(PeftModel, PeftModel.from_pretrained(model, str(directory), is_trainable=True))
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        first = " ".join(str(error).split())[:200]
+        raise ModelError(f"the adapters in {directory} cannot be loaded into this model: {first}") from error
 
 
 def adaptable_names(model: PreTrainedModel) -> list[str]:
