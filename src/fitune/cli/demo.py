@@ -35,7 +35,7 @@ def demo(
     steps: Annotated[int, Parameter(help="optimizer steps")] = 30,
     language: Annotated[str, Parameter(help="a language of chatterbot-corpus")] = "english",
 ) -> None:
-    """Fine-tune SmolLM2-135M-Instruct on real dialogues: held-out loss and an answer before and after, measured peak."""
+    """Fine-tune SmolLM2-135M on real dialogues: held-out loss and an answer before and after, and the measured peak."""
     start = time.perf_counter()
     model_path, corpus = _model_file(), _corpus_directory(language)
     output.mkdir(parents=True, exist_ok=True)
