@@ -1,10 +1,11 @@
 """Examples: what is kept, cut, dropped, held out, cached and reported."""
 
 import json
+import os
 import random
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ def chat(asked: str, said: str, **keys: Any) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": said, **keys}]}
 
 
-def write(path: Path, rows: Sequence[object]) -> Path:
+def write(path: Path, rows: Iterable[object]) -> Path:
     path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
     return path
 
@@ -280,27 +281,6 @@ def test_a_damaged_table_is_made_again(tmp_path: Path, cache: Path) -> None:
     assert texts(load(path)) == whole
 
 
-def test_two_processes_at_once_write_one_table(tmp_path: Path, cache: Path) -> None:
-    path = write(tmp_path / "a.jsonl", numbered(300))
-    program = (
-        "import sys; from byte_tokenizer import byte_tokenizer; from fitune.config import DataConfig; "
-        "from fitune.data.examples import load_examples; "
-        "print(load_examples(DataConfig(train=sys.argv[1]), byte_tokenizer()).data_hash)"
-    )
-    environment = {
-        "PYTHONPATH": f"{SOURCE}:{Path(__file__).parent}",
-        "FITUNE_CACHE": str(cache.parent),
-        "OMP_NUM_THREADS": "1",
-    }
-    started = [
-        subprocess.Popen([sys.executable, "-c", program, str(path)], env=environment, stdout=subprocess.PIPE, text=True)
-        for _ in range(2)
-    ]
-    hashes = [process.communicate()[0].strip() for process in started]
-    assert hashes[0] == hashes[1] == load(path, eval_fraction=0.01).data_hash
-    assert len(list(cache.glob("*/rows.arrow"))) == 1
-
-
 def test_a_cache_that_cannot_be_written_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (blocked := tmp_path / "file").write_text("")
     monkeypatch.setenv("FITUNE_CACHE", str(blocked))
@@ -316,3 +296,30 @@ def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path) -> None
 
     with pytest.raises(DataError, match="changed while it was read"):
         load_examples(DataConfig(train=str(path)), TOKENIZER, on_progress=change)
+
+
+MEMORY_PROGRAM = """
+import resource, sys
+from byte_tokenizer import byte_tokenizer
+from fitune.config import DataConfig
+from fitune.data.examples import load_examples
+tokenizer = byte_tokenizer()
+peaks = []
+for path in sys.argv[1:]:
+    load_examples(DataConfig(train=path), tokenizer)
+    peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+print(*peaks)
+"""
+
+
+@pytest.mark.slow
+def test_ten_times_the_rows_take_no_ten_times_the_memory(tmp_path: Path, cache: Path) -> None:
+    """A row of 140 tokens held as Python objects would be more than 1 kB; as numbers about the table it is 22 bytes,
+    and a few times that while the split is made."""
+    pytest.importorskip("resource")
+    few = write(tmp_path / "few.jsonl", ({"text": f"{i} " * 20} for i in range(10_000, 13_000)))
+    many = write(tmp_path / "many.jsonl", ({"text": f"{i} " * 20} for i in range(100_000, 130_000)))
+    environment = {**os.environ, "PYTHONPATH": f"{SOURCE}:{Path(__file__).parent}", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", MEMORY_PROGRAM, str(few), str(many)]
+    kib = [int(peak) for peak in subprocess.check_output(command, env=environment, text=True).split()]
+    assert (kib[1] - kib[0]) * 1024 < 30_000 * 500 + 8 * 2**20
