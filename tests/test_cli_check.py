@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from byte_tokenizer import byte_tokenizer
-from fitune.cli.check import check
+from fitune.cli.check import report_on
 from fitune.config import DataConfig
 
 TOKENIZER = byte_tokenizer()
@@ -25,7 +25,7 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DataConfig:
 
 @pytest.mark.parametrize("width", [80, 100])
 def test_the_report_fits_its_width_and_cuts_no_number(data: DataConfig, width: int) -> None:
-    shown = check(data, tokenizer=TOKENIZER, width=width)
+    shown = report_on(data, tokenizer=TOKENIZER, width=width)
     assert max(map(len, shown.splitlines())) <= width
     assert "…" not in shown
     head = next(line for line in shown.splitlines() if line.startswith("split"))
@@ -33,7 +33,7 @@ def test_the_report_fits_its_width_and_cuts_no_number(data: DataConfig, width: i
 
 
 def test_the_report_names_format_mask_losses_and_bad_rows(data: DataConfig) -> None:
-    shown = " ".join(check(data, tokenizer=TOKENIZER).split())
+    shown = " ".join(report_on(data, tokenizer=TOKENIZER).split())
     for part in (
         "sft.jsonl: alpaca, 43 rows",
         "through the tokenizer's chat template",
@@ -48,7 +48,7 @@ def test_the_report_names_format_mask_losses_and_bad_rows(data: DataConfig) -> N
 
 
 def test_json_holds_the_same_numbers_as_integers(data: DataConfig) -> None:
-    report = json.loads(check(data, tokenizer=TOKENIZER, output_format="json"))
+    report = json.loads(report_on(data, tokenizer=TOKENIZER, output_format="json"))
     assert (report["schema"], report["num_rows"], report["num_bad_rows"]) == (1, 43, 1)
     assert report["train"]["num_rows"] + report["eval"]["num_rows"] == 41
     assert report["train"]["quantiles"].keys() == {"p50_tokens", "p95_tokens", "p99_tokens", "max_tokens"}
@@ -60,7 +60,7 @@ def test_json_holds_the_same_numbers_as_integers(data: DataConfig) -> None:
 
 
 def test_rows_are_shown_with_what_is_supervised(data: DataConfig) -> None:
-    shown = check(data, tokenizer=TOKENIZER, show=1)
+    shown = report_on(data, tokenizer=TOKENIZER, show=1)
     assert "<|im_start|>user\nquestion" in shown
     assert "<|im_start|>assistant\n⟦answer" in shown
-    assert "\x1b[32m" in check(data, tokenizer=TOKENIZER, show=1, colour=True)
+    assert "\x1b[32m" in report_on(data, tokenizer=TOKENIZER, show=1, colour=True)

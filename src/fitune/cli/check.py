@@ -4,15 +4,18 @@ import io
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import groupby
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from cyclopts import Parameter
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from tqdm import tqdm
 
+from fitune.cli.arguments import ConfigArguments, ConfigFlags, read_arguments
+from fitune.cli.output import Format, console
 from fitune.config import DataConfig
 from fitune.data.examples import Examples, load_examples
 from fitune.data.report import BadRow, DataReport, SplitReport
@@ -22,6 +25,36 @@ _MASKED = {"assistant": "assistant turns only", "all": "every token"}
 
 
 def check(
+    *words: ConfigArguments,
+    flags: ConfigFlags = ConfigFlags(),  # noqa: B008 (frozen)
+    show: Annotated[int, Parameter(help="also show so many rows as the model will see them")] = 0,
+    output_format: Format = "auto",
+) -> None:
+    """What the data is: format, template, supervised share, lengths, rows cut or lost.
+
+    Takes a configuration, or a data file and --model (whose tokenizer and chat template are used):
+    fitune check sft.jsonl --model DIRECTORY
+    """
+    if words and "=" not in words[0] and not words[0].endswith((".yaml", ".yml")):
+        flags, words = replace(flags, data=(words[0], *flags.data)), words[1:]
+    config = read_arguments(words, flags).config
+    from fitune.model.load import load_tokenizer
+
+    screen = console(output_format)
+    text = report_on(
+        config.data,
+        tokenizer=load_tokenizer(config.model),
+        output_format="json" if output_format == "json" else "human",
+        eval_max_rows=config.eval.max_rows,
+        show=show,
+        width=screen.width,
+        colour=screen.is_terminal and not screen.no_color,
+    )
+    if output_format != "quiet":
+        print(text, end="" if text.endswith("\n") else "\n")
+
+
+def report_on(
     data: DataConfig,
     *,
     tokenizer: Any,
@@ -44,7 +77,7 @@ def check(
     if output_format == "json":
         content = {"schema": 1, **asdict(report), "supervised_fraction": report.supervised_fraction}
         return json.dumps({**content, "data_hash": examples.data_hash}, ensure_ascii=False, indent=2)
-    console = Console(
+    screen = Console(
         file=io.StringIO(),
         width=width,
         highlight=False,
@@ -53,25 +86,25 @@ def check(
     )
     for source in report.sources:
         formats = ", ".join(source.formats) or "n/a"
-        console.print(f"data     {source.path}: {formats}, {source.num_rows:,} rows", markup=False)
-    console.print(f"format   as messages through {report.template}", markup=False)
+        screen.print(f"data     {source.path}: {formats}, {source.num_rows:,} rows", markup=False)
+    screen.print(f"format   as messages through {report.template}", markup=False)
     found = "" if data.mask == "all" else f" (found by {report.mask})"
     share = f"{report.supervised_fraction:.1%} of tokens carry loss"
-    console.print(f"loss     {_MASKED[data.mask]} · {share}{found}", markup=False)
-    console.print(_split_table(report))
+    screen.print(f"loss     {_MASKED[data.mask]} · {share}{found}", markup=False)
+    screen.print(_split_table(report))
     for sentence in _warnings(report):
-        console.print(f"! {sentence}", markup=False)
+        screen.print(f"! {sentence}", markup=False)
     for title, rows, count in (
         ("bad rows, not used", report.bad_rows, report.num_bad_rows),
         ("rows dropped", report.dropped_rows, report.train.num_untrainable_rows + report.eval.num_untrainable_rows),
     ):
         if rows:
-            console.print(f"{title}: {count:,}; the first ones", markup=False)
+            screen.print(f"{title}: {count:,}; the first ones", markup=False)
             for row in rows:
-                console.print(f"  {_place(row)}", markup=False)
+                screen.print(f"  {_place(row)}", markup=False)
     for index in range(min(show, len(examples))):
-        console.print(_shown(examples, index, tokenizer, colour=colour))
-    return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
+        screen.print(_shown(examples, index, tokenizer, colour=colour))
+    return screen.file.getvalue()  # type: ignore[attr-defined, no-any-return]
 
 
 def _split_table(report: DataReport) -> Table:
