@@ -84,6 +84,7 @@ def test_a_long_row_is_cut_and_one_without_targets_left_is_dropped_and_listed(tm
     rows = [chat("Q", "A"), chat("Q", "long " * 20), chat("long " * 20, "A")]
     examples = load(write(tmp_path / "a.jsonl", rows), max_length=40)
     assert examples.lengths.tolist() == [len(load(tmp_path / "a.jsonl")[0]), 40]
+    assert examples.num_supervised_tokens == sum(int((row.loss_weights > 0).sum()) for row in examples)
     assert (examples.report.train.num_long_rows, examples.report.train.num_untrainable_rows) == (2, 1)
     assert [(row.line, row.reason) for row in examples.report.dropped_rows] == [
         (3, "no supervised token left after the cut (122 tokens, max_length 40)")

@@ -40,7 +40,7 @@ _CHUNK_CHARS = 4 * MIB
 _HOPELESS_ROWS = 1000  # bad ones, when they are at least a third of what was read: no use in reading on
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Examples:
     """Tokenised rows, mapped from the cache: examples[i] reads one.
 
