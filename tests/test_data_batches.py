@@ -151,8 +151,9 @@ def test_closing_ends_the_thread_and_closes_what_it_read() -> None:
         finally:
             closed.append(True)
 
-    ahead = prefetch(items(), depth=1)
+    ahead = prefetch(source := items(), depth=1)
     next(ahead)
     ahead.close()  # type: ignore[attr-defined]
     assert not prefetch_threads()
     assert closed == [True]
+    assert next(source, None) is None

@@ -84,9 +84,10 @@ def test_a_long_row_is_cut_and_one_without_targets_left_is_dropped_and_listed(tm
     rows = [chat("Q", "A"), chat("Q", "long " * 20), chat("long " * 20, "A")]
     examples = load(write(tmp_path / "a.jsonl", rows), max_length=40)
     assert examples.lengths.tolist() == [len(load(tmp_path / "a.jsonl")[0]), 40]
+    assert examples.num_supervised_tokens == sum(int((row.loss_weights > 0).sum()) for row in examples)
     assert (examples.report.train.num_long_rows, examples.report.train.num_untrainable_rows) == (2, 1)
     assert [(row.line, row.reason) for row in examples.report.dropped_rows] == [
-        (3, "no supervised token left after the cut (122 tokens, max_length 40)")
+        (3, "no supervised token left after the cut (122 tokens, data.max_length 40)")
     ]
 
 
@@ -94,7 +95,7 @@ def test_a_long_row_can_be_dropped_whole(tmp_path: Path) -> None:
     rows = [chat("Q", "A"), chat("Q", "long " * 20)]
     examples = load(write(tmp_path / "a.jsonl", rows), max_length=40, too_long="drop")
     assert len(examples) == 1
-    assert examples.report.dropped_rows[0].reason.startswith("longer than 40")
+    assert examples.report.dropped_rows[0].reason.startswith("too long (")
 
 
 def test_bad_rows_are_counted_and_listed_with_their_lines(tmp_path: Path) -> None:
