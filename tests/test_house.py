@@ -20,7 +20,7 @@ WITHOUT_TORCH = (
     "run/",
     "plan/plan.py",
     "trace/events.py",
-    "config.py",
+    "config/",
     "errors.py",
     "units.py",
 )

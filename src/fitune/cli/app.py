@@ -1,0 +1,76 @@
+"""The command `fitune`: its verbs, and the one place where errors become exit codes.
+
+    0 ok   1 failed   2 usage, configuration or data   3 does not fit   4 out of memory after all retries
+    75 start me again   130 interrupted   141 the reader of our output is gone
+
+A verb is a module of this package, imported when it is called, so that `fitune --help` imports none of them.
+"""
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+from cyclopts import App, CycloptsError, Parameter, UnknownOptionError
+
+from fitune import __version__
+from fitune.config.foreign_names import foreign_hint
+from fitune.errors import FituneError
+
+INTERRUPTED = 130
+BROKEN_PIPE = 141
+
+app = App(
+    name="fitune",
+    help="Fine-tune a language model inside the memory you have.",
+    help_epilogue="A verb's own help: fitune VERB --help",
+    version=__version__,
+    default_parameter=Parameter(negative=(), show_default=False),
+    suppress_keyboard_interrupt=False,
+)
+app.command("fitune.cli.env:env", help="The machine: cards, memory, driver, versions.", sort_key=1)
+app.command(
+    "fitune.cli.train:train",
+    usage="fitune train [CONFIG] [KEY.SUB=VALUE...] [OPTIONS]",
+    help="Train by a configuration.",
+    sort_key=4,
+)
+app.command("fitune.cli.runs:runs", help="The runs here, one line each.", sort_key=7)
+app.command("fitune.cli.config_command:app", name="config", help="About configuration files.", sort_key=12)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The exit code of `fitune ARGUMENTS` (sys.argv's by default). What goes wrong is said on stderr, one line a fault;
+    FITUNE_DEBUG=1 adds the traceback."""
+    try:
+        app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
+        sys.stdout.flush()
+        return 0
+    except CycloptsError as error:
+        return _fail([_usage_sentence(error)], exit_code=2)
+    except FituneError as error:
+        return _fail(str(error).splitlines(), error.exit_code)
+    except KeyboardInterrupt:
+        return _fail(["interrupted"], INTERRUPTED)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more at its end
+        return BROKEN_PIPE
+
+
+def _fail(sentences: Sequence[str], exit_code: int) -> int:
+    if os.environ.get("FITUNE_DEBUG", "0") not in ("", "0"):
+        traceback.print_exc()
+    for sentence in sentences:
+        print(f"error: {sentence}", file=sys.stderr)
+    return exit_code
+
+
+def _usage_sentence(error: CycloptsError) -> str:
+    sentence = " ".join(str(error).split())
+    if isinstance(error, UnknownOptionError):
+        name = (error.token.keyword or error.token.value).partition("=")[0]
+        if hint := foreign_hint(name):
+            return f"{sentence} It is {hint}."
+        if "." in name:
+            return f"{sentence} A key of the configuration is given without dashes: {name.lstrip('-')}=VALUE"
+    return sentence

@@ -1,0 +1,77 @@
+"""What the verbs that take a configuration share: `CONFIG [key.sub=value ...]` and the flags for common keys."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from fitune.config import ResolvedConfig, read_config
+from fitune.errors import ConfigError
+
+ConfigArguments = Annotated[
+    str,
+    Parameter(
+        name="CONFIG",
+        help="A YAML file, then any number of key.sub=value that replace its values: sft.yaml optim.lr=2e-5. "
+        "Without a file, --model and --data are needed.",
+    ),
+]
+
+
+def _flag(key: str, text: str) -> Parameter:
+    return Parameter(help=f"{text} ({key})")
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class ConfigFlags:
+    """Short forms of the most used keys. All are text here: the configuration's own checks judge them."""
+
+    model: Annotated[str | None, _flag("model.source", "preset, directory, hub id or file")] = None
+    data: Annotated[tuple[str, ...], _flag("data.train", "training data; may be given several times")] = ()
+    max_length: Annotated[str | None, _flag("data.max_length", "tokens of a row")] = None
+    batch: Annotated[str | None, _flag("batch.effective", "rows in an optimizer step")] = None
+    micro: Annotated[str | None, _flag("batch.micro", "rows in one forward and backward")] = None
+    lr: Annotated[str | None, _flag("optim.lr", "learning rate")] = None
+    epochs: Annotated[str | None, _flag("train.epochs", "passes over the data")] = None
+    steps: Annotated[str | None, _flag("train.steps", "optimizer steps")] = None
+    seed: Annotated[str | None, _flag("train.seed", "of all random numbers")] = None
+    output: Annotated[str | None, _flag("run.output", "where runs are kept")] = None
+    name: Annotated[str | None, _flag("run.name", "the run's directory below output")] = None
+
+
+_KEYS = {
+    "model": "model.source",
+    "data": "data.train",
+    "max_length": "data.max_length",
+    "batch": "batch.effective",
+    "micro": "batch.micro",
+    "lr": "optim.lr",
+    "epochs": "train.epochs",
+    "steps": "train.steps",
+    "seed": "train.seed",
+    "output": "run.output",
+    "name": "run.name",
+}
+
+
+def read_arguments(words: tuple[str, ...], flags: ConfigFlags) -> ResolvedConfig:
+    """Raises ConfigError with every fault of the file, the overrides and the flags."""
+    overrides = list(words)
+    is_file = bool(words) and ("=" not in words[0] or Path(words[0]).exists())
+    source = Path(overrides.pop(0)) if is_file else None
+    if source is None and not words and flags == ConfigFlags():
+        raise ConfigError(["nothing to work on: give a configuration file, or --model and --data"])
+    return read_config(source, [*overrides, *_overrides(flags)])
+
+
+def _overrides(flags: ConfigFlags) -> Iterator[str]:
+    for field in fields(flags):
+        value = getattr(flags, field.name)
+        if isinstance(value, tuple) and value:
+            yield f"{_KEYS[field.name]}={json.dumps(value if len(value) > 1 else value[0])}"
+        elif value is not None and value != ():
+            yield f"{_KEYS[field.name]}={value}"

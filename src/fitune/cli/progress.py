@@ -1,0 +1,76 @@
+"""What a run shows on stderr: a bar on a terminal, plain lines elsewhere (nohup, logs, notebooks' shells)."""
+
+import sys
+import time
+from collections import deque
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+
+from fitune.run.metrics import StepMetrics
+from fitune.units import format_bytes, format_seconds
+
+PLAIN_EVERY_SECONDS = 10.0
+RATE_STEPS = 50
+
+
+class TrainingProgress:
+    """Prints what training reports. The rate and the time left are those of the last steps of *this* process, so that
+    they are right after a resume."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        self._console = Console(stderr=True, quiet=quiet, highlight=False)
+        self._recent: deque[tuple[float, int, float]] = deque(maxlen=RATE_STEPS)
+        self._last_line = 0.0
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[text]}"),
+            console=self._console,
+            disable=quiet or not self._console.is_terminal,
+        )
+        self._task = self._bar.add_task("train", total=1.0, text="")
+
+    def __enter__(self) -> "TrainingProgress":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        self._bar.stop()
+
+    def note(self, text: str) -> None:
+        """One line that stays: what is being done, a warning, an event."""
+        self._bar.console.print(text, soft_wrap=True, markup=False)
+
+    def step(self, metrics: StepMetrics, *, progress: float) -> None:
+        """progress: the share (0 to 1) of the run that is done after this step."""
+        now = time.monotonic()
+        self._recent.append((now, metrics.tokens, progress))
+        text = self._text(metrics)
+        self._bar.update(self._task, completed=progress, text=text)
+        plain = not self._console.is_terminal
+        if plain and (progress >= 1 or now - self._last_line >= PLAIN_EVERY_SECONDS):
+            self._last_line = now
+            self.note(f"{progress:6.1%}  {text}")
+
+    def _text(self, metrics: StepMetrics) -> str:
+        (start, first_tokens, first_progress), (end, last_tokens, last_progress) = self._recent[0], self._recent[-1]
+        rate = left = None
+        if end > start:
+            rate = (last_tokens - first_tokens) / (end - start)
+            speed = (last_progress - first_progress) / (end - start)
+            left = (1 - last_progress) / speed if speed > 0 else None
+        parts = [f"step {metrics.step}", f"loss {metrics.loss:.3f}" if metrics.loss is not None else "loss n/a"]
+        parts.append(f"lr {metrics.lr:.1e}")
+        if rate is not None:
+            parts.append(f"{rate:,.0f} tok/s")
+        peak = metrics.peak_reserved_bytes or metrics.peak_device_bytes
+        if peak is not None:
+            parts.append(format_bytes(peak))
+        parts.append(f"left {format_seconds(left)}")
+        return " | ".join(parts)
+
+
+def is_terminal() -> bool:
+    return sys.stderr.isatty()

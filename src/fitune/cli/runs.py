@@ -1,0 +1,74 @@
+"""`fitune runs`: the runs here, one line each."""
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from fitune.cli.output import Format, console, print_json, table, warn
+from fitune.run.directory import RunRecord, list_runs
+from fitune.run.metrics import summary_json
+from fitune.units import format_count, format_gib, format_seconds
+
+_COLOURS = {"running": "cyan", "finished": "green", "failed": "red", "crashed": "red", "damaged": "red"}
+
+
+def runs(
+    directory: Annotated[Path, Parameter(help="where runs are kept")] = Path("runs"),
+    /,
+    *,
+    output_format: Format = "auto",
+) -> None:
+    """The runs in a directory, the latest last.
+
+    States: running, finished, stopped (by its user or by stop_after), failed (it said why), crashed (its process
+    ended without a word), damaged (its summary cannot be read).
+    """
+    records = list_runs(directory)
+    for record in records:
+        if record.fault:
+            warn(record.fault)
+    if output_format == "json":
+        print_json({"runs": [_json(record) for record in records]})
+    elif output_format == "quiet":
+        for record in records:
+            print(record.run.name)
+    elif not records:
+        warn(f"there are no runs in {directory}")
+    else:
+        columns = ("run", "state", ">steps", ">train", ">eval", ">peak GiB", ">tok/s", ">age")
+        grid = table(columns, [_row(record) for record in records])
+        for row, record in enumerate(records):
+            grid.rows[row].style = _COLOURS.get(record.state)
+        console(output_format).print(grid)
+
+
+def _json(record: RunRecord) -> dict[str, object]:
+    summary = None if record.summary is None else summary_json(record.summary)
+    return {"name": record.run.name, "state": record.state, "updated": record.updated, "summary": summary}
+
+
+def _row(record: RunRecord) -> tuple[str, ...]:
+    age = _age(time.time() - record.updated)
+    summary = record.summary
+    if summary is None:
+        return (record.run.name, record.state, *["n/a"] * 5, age)
+    return (
+        record.run.name,
+        record.state,
+        f"{summary.steps:,}",
+        _loss(summary.train_loss),
+        _loss(summary.eval_loss),
+        format_gib(summary.measured_allocated_bytes),
+        format_count(summary.tokens_per_second),
+        age,
+    )
+
+
+def _loss(loss: float | None) -> str:
+    return "n/a" if loss is None else f"{loss:.3f}"
+
+
+def _age(seconds: float) -> str:
+    return f"{seconds / 86400:.0f}d" if seconds >= 2 * 86400 else format_seconds(max(0.0, seconds))

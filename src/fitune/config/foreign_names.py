@@ -1,0 +1,137 @@
+"""The names that other trainers give to our keys, so that an unknown key can be answered with the right one.
+
+Sources: the argument lists of transformers TrainingArguments, TRL SFTConfig and ModelConfig, LLaMA-Factory, axolotl,
+Unsloth, torchtune, ms-swift and minimind as of 2026.
+"""
+
+_KEYS = {
+    "HF, TRL, LLaMA-Factory": {
+        "per_device_train_batch_size": "batch.micro",
+        "per_device_eval_batch_size": "eval.micro",
+        "num_train_epochs": "train.epochs",
+        "model_name_or_path": "model.source",
+        "lr_scheduler_type": "optim.schedule",
+        "warmup_ratio": "optim.warmup",
+        "adam_epsilon": "optim.eps",
+        "adam_beta1": "optim.betas",
+        "adam_beta2": "optim.betas",
+        "max_grad_norm": "optim.clip",
+        "eval_strategy": "train.eval_every",
+        "save_strategy": "train.save_every",
+    },
+    "TRL": {
+        "dataset_name": "data.train",
+        "completion_only_loss": "data.mask",
+        "assistant_only_loss": "data.mask",
+        "attn_implementation": "model.attention",
+        "use_peft": "model.method",
+        "lora_target_modules": "model.lora.targets",
+    },
+    "LLaMA-Factory": {
+        "cutoff_len": "data.max_length",
+        "val_size": "data.eval_fraction",
+        "dataset": "data.train",
+        "eval_dataset": "data.eval",
+        "max_samples": "data.max_rows",
+        "finetuning_type": "model.method",
+        "lora_rank": "model.lora.rank",
+        "lora_target": "model.lora.targets",
+        "flash_attn": "model.attention",
+        "train_on_prompt": "data.mask",
+        "mask_history": "data.mask",
+    },
+    "axolotl": {
+        "micro_batch_size": "batch.micro",
+        "sequence_len": "data.max_length",
+        "num_epochs": "train.epochs",
+        "val_set_size": "data.eval_fraction",
+        "base_model": "model.source",
+        "datasets": "data.train",
+        "test_datasets": "data.eval",
+        "adapter": "model.method",
+        "lora_r": "model.lora.rank",
+        "sample_packing": "data.packing",
+        "train_on_inputs": "data.mask",
+        "flash_attention": "model.attention",
+        "lr_scheduler": "optim.schedule",
+        "optimizer": "optim.name",
+        "bf16": "model.precision",
+        "fp16": "model.precision",
+    },
+    "Unsloth": {
+        "max_seq_length": "data.max_length",
+        "local_dataset": "data.train",
+        "model_name": "model.source",
+        "eval_split": "data.eval_fraction",
+        "train_on_completions": "data.mask",
+        "use_gradient_checkpointing": "model.recompute",
+        "target_modules": "model.lora.targets",
+    },
+    "torchtune": {
+        "max_seq_len": "data.max_length",
+        "enable_activation_checkpointing": "model.recompute",
+        "max_steps_per_epoch": "train.steps",
+        "checkpoint_dir": "model.source",
+        "clip_grad_norm": "optim.clip",
+        "dtype": "model.precision",
+    },
+    "ms-swift": {"split_dataset_ratio": "data.eval_fraction", "total_batch_size": "batch.effective"},
+    "minimind": {
+        "accumulation_steps": "batch.accumulation",
+        "from_weight": "model.source",
+        "data_path": "data.train",
+        "save_dir": "run.output",
+        "grad_clip": "optim.clip",
+        "save_interval": "train.save_every",
+        "num_hidden_layers": "model.shape.num_layers",
+        "use_moe": "model.shape.preset",
+    },
+    "other trainers": {
+        "batch_size": "batch.micro",
+        "gradient_accumulation_steps": "batch.accumulation",
+        "gradient_checkpointing": "model.recompute",
+        "learning_rate": "optim.lr",
+        "max_steps": "train.steps",
+        "output_dir": "run.output",
+        "run_name": "run.name",
+        "eval_steps": "train.eval_every",
+        "save_steps": "train.save_every",
+        "lora_alpha": "model.lora.alpha",
+        "lora_dropout": "model.lora.dropout",
+        "torch_dtype": "model.precision",
+        "mixed_precision": "model.precision",
+        "chat_template": "data.template",
+        "r": "model.lora.rank",
+    },
+}
+
+_ANSWERS = {
+    "auto_find_batch_size": "fitune always picks batch.micro by the memory: drop it",
+    "warmup_steps": "here it is 'optim.warmup', a share of the run",
+    "group_by_length": "rows are packed instead (data.packing): drop it",
+    "logging_steps": "every step is logged: drop it",
+    "report_to": "metrics go to the run directory: drop it",
+    "load_in_4bit": "training in 4 bits is not offered",
+    "load_in_8bit": "training in 8 bits is not offered",
+    "quantization_bit": "training on quantised weights is not offered",
+    "deepspeed": "DeepSpeed is not used: drop it",
+    "resume_from_checkpoint": "it is a flag: fitune train --resume RUN",
+    "from_resume": "it is a flag: fitune train --resume RUN",
+    "overwrite_output_dir": "it is a flag: fitune train --overwrite",
+    "do_train": "fitune train always trains: drop it",
+    "stage": "fitune train is supervised fine-tuning: drop it",
+}
+
+FOREIGN_KEYS = {name: (tools, key) for tools, names in _KEYS.items() for name, key in names.items()}
+FOREIGN_NAMES = (*FOREIGN_KEYS, *_ANSWERS)
+
+
+def foreign_hint(name: str) -> str | None:
+    """'cutoff_len' -> "the name in LLaMA-Factory; here it is 'data.max_length'"; None for a name of no other tool."""
+    plain = name.lstrip("-").replace("-", "_").lower()
+    if plain in _ANSWERS:
+        return _ANSWERS[plain]
+    if plain not in FOREIGN_KEYS:
+        return None
+    tools, key = FOREIGN_KEYS[plain]
+    return f"the name in {tools}; here it is '{key}'"

@@ -1,0 +1,281 @@
+"""A run's configuration: the schema. `read_config` turns YAML and overrides into a `RunConfig`.
+
+The schema is the only place where a key, its default and its allowed values are written down; the JSON schema for
+editors, the error messages and the documentation are made from it. A value that this version cannot carry out is not
+in the schema, so no key is silently without effect; a key without effect beside the others is a fault.
+
+Paths are relative to the current directory, not to the file that they stand in; a leading ~ is the home directory.
+"""
+
+import os
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from fitune.units import parse_bytes, parse_seconds
+
+
+def _whole_number(value: object) -> object:
+    """1e6 is a float in YAML; where a count is wanted it is 1000000."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _source_from_path(value: object) -> object:
+    return {"path": value} if isinstance(value, str) else value
+
+
+def _budget(value: object) -> object:
+    if isinstance(value, str) and value != "auto":
+        if parse_bytes(value) == 0:
+            raise ValueError("a budget of 0 bytes holds nothing")
+    elif isinstance(value, bool) or not (value == "auto" or (isinstance(value, int | float) and 0 < value <= 1)):
+        raise ValueError(f"{value} is neither a size like 20GiB nor a share above 0 and at most 1")
+    return value
+
+
+def _duration(value: str) -> str:
+    if parse_seconds(value) == 0:
+        raise ValueError("a run of 0 seconds does nothing")
+    return value
+
+
+Auto = Literal["auto"]
+Float = Annotated[float, Field(strict=True)]
+Bool = Annotated[bool, Field(strict=True)]
+Positive = Annotated[int, Field(strict=True, gt=0), BeforeValidator(_whole_number)]
+PositiveFloat = Annotated[Float, Field(gt=0)]
+Fraction = Annotated[Float, Field(ge=0, le=1)]
+BelowOne = Annotated[Float, Field(ge=0, lt=1)]
+PathText = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
+
+Method = Literal["full", "lora"]
+Precision = Literal["float32", "bfloat16", "autocast_bfloat16", "autocast_float16"]
+Attention = Literal["flash", "efficient", "math", "eager"]
+Recompute = Literal["off", "every_2", "every_4", "selective", "full"]
+Loss = Literal["full", "chunked"]
+OptimizerName = Literal["adamw", "adamw_foreach", "adamw_8bit", "adafactor", "sgd"]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class LoraConfig(Section):
+    rank: Positive = 16
+    alpha: PositiveFloat = Field(32, description="the adapter's output is scaled by alpha / rank")
+    dropout: BelowOne = 0.0
+    targets: str | tuple[str, ...] = Field("all-linear", description="module names, or all-linear")
+
+
+class ShapeConfig(Section):
+    """The architecture of a bare weights file (minimind's .pth), which carries none; what is left out is read off
+    the tensors' shapes where they tell it."""
+
+    preset: str | None = Field(None, description="minimind-3, minimind-3-moe, minimind2 or minimind2-small")
+    hidden_size: Positive | None = None
+    num_layers: Positive | None = None
+    num_heads: Positive | None = None
+    num_kv_heads: Positive | None = None
+
+
+class ModelConfig(Section):
+    source: PathText = Field(description="preset name, directory, hub id, file.gguf or file.pth")
+    tokenizer: PathText | None = Field(None, description="directory or hub id; the model's own when left out")
+    init: Literal["pretrained", "random"] = "pretrained"
+    method: Method = "full"
+    lora: LoraConfig = LoraConfig()
+    precision: Precision | Auto = "auto"
+    attention: Attention | Auto = "auto"
+    recompute: Recompute | Auto = "auto"
+    shape: ShapeConfig = ShapeConfig()
+    trust_remote_code: Bool = Field(False, description="run Python code that comes with the model")
+
+
+class DataSource(Section):
+    path: PathText = Field(description="file, directory or hub id; '#n' at its end samples n rows")
+    weight: PositiveFloat = Field(1.0, description="how many times its rows are seen in an epoch")
+    max_rows: Positive | None = None
+
+
+Source = Annotated[DataSource, BeforeValidator(_source_from_path, json_schema_input_type=str | DataSource)]
+Sources = Annotated[tuple[Source, ...], Field(min_length=1)]
+
+
+class DataConfig(Section):
+    train: PathText | Sources = Field(description="training data: a path or hub id, or a list of them")
+    eval: PathText | Sources | None = Field(None, description="held-out data; else eval_fraction of train")
+    eval_fraction: BelowOne = Field(0.01, description="share of the training rows held out; 0 means no evaluation")
+    max_length: Annotated[int, Field(strict=True, ge=8), BeforeValidator(_whole_number)] = Field(
+        2048, description="tokens of a row; longer ones are cut or dropped"
+    )
+    template: PathText | None = Field(None, description="a Jinja chat template file; the tokenizer's when left out")
+    mask: Literal["assistant", "all"] = "assistant"
+    too_long: Literal["truncate", "drop"] = "truncate"
+    max_rows: Positive | None = None
+    packing: Bool = Field(True, description="join rows instead of padding them")
+    max_bad_fraction: Fraction = Field(0.01, description="stop when a larger share of the rows cannot be read")
+
+    @property
+    def train_sources(self) -> tuple[DataSource, ...]:
+        return _sources(self.train)
+
+    @property
+    def eval_sources(self) -> tuple[DataSource, ...] | None:
+        return None if self.eval is None else _sources(self.eval)
+
+
+class BatchConfig(Section):
+    effective: Positive | Auto = Field("auto", description="rows in an optimizer step, over all devices")
+    micro: Positive | Auto = Field("auto", description="rows in one forward and backward")
+    micro_tokens: Positive | Auto = Field("auto", description="tokens in one forward and backward")
+    accumulation: Positive | Auto = Field("auto", description="micro-batches in an optimizer step")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.micro != "auto" and self.micro_tokens != "auto":
+            raise ValueError("batch.micro (rows) and batch.micro_tokens (tokens) exclude each other: give one of them")
+        if self.micro_tokens != "auto" and self.accumulation != "auto":
+            raise ValueError(
+                "batch.accumulation follows from the rows' lengths when batch.micro_tokens is given: drop it"
+            )
+        if "auto" not in (self.effective, self.micro, self.accumulation):
+            assert isinstance(self.micro, int)
+            assert isinstance(self.accumulation, int)
+            product = self.micro * self.accumulation
+            if product != self.effective:
+                raise ValueError(
+                    f"batch.micro {self.micro} x batch.accumulation {self.accumulation} = {product}, "
+                    f"but batch.effective is {self.effective}: drop one of the three"
+                )
+        if self.accumulation != "auto" and self.effective != "auto" and self.micro == "auto":
+            self._check_accumulation(self.effective, self.accumulation)
+        if self.effective != "auto" and self.micro != "auto" and self.micro > self.effective:
+            raise ValueError(
+                f"batch.micro {self.micro} is more than batch.effective {self.effective}: lower batch.micro"
+            )
+        return self
+
+    @staticmethod
+    def _check_accumulation(effective: int, accumulation: int) -> None:
+        """The micro-batches have equal rows but for the last one; not every count can be reached so."""
+        if accumulation == -(-effective // -(-effective // accumulation)):
+            return
+        near = [n for n in range(1, effective + 1) if effective % n == 0]
+        near.sort(key=lambda n: abs(n - accumulation))
+        raise ValueError(
+            f"batch.effective {effective} rows cannot be cut into batch.accumulation {accumulation} equal "
+            f"micro-batches: try batch.accumulation {' or '.join(str(n) for n in sorted(near[:2]))}"
+        )
+
+    @property
+    def rows_per_step(self) -> int:
+        """The effective batch in rows: as given, else micro x accumulation, else 16."""
+        if self.effective != "auto":
+            return self.effective
+        micro = self.micro if self.micro != "auto" else None
+        accumulation = self.accumulation if self.accumulation != "auto" else None
+        if micro is None and accumulation is None:
+            return 16
+        return (micro or 1) * (accumulation or 1)
+
+    @property
+    def micro_rows(self) -> int | None:
+        """Rows of a micro-batch where the configuration forces them, else None."""
+        if self.micro != "auto":
+            return self.micro
+        if self.accumulation != "auto":
+            return -(-self.rows_per_step // self.accumulation)
+        return None
+
+
+class OptimConfig(Section):
+    name: OptimizerName = "adamw"
+    lr: PositiveFloat | Auto = Field("auto", description="2e-5 for full fine-tuning, 2e-4 for LoRA")
+    betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
+    eps: PositiveFloat = 1e-8
+    weight_decay: Annotated[Float, Field(ge=0)] = 0.01
+    clip: Annotated[Float, Field(ge=0)] = Field(1.0, description="largest gradient norm; 0 switches clipping off")
+    warmup: Fraction = Field(0.03, description="share of the run's tokens over which the rate rises")
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    final_lr_fraction: Fraction = Field(0.0, description="the rate at the end of the schedule, as a share of lr")
+
+
+class MemoryConfig(Section):
+    budget: Annotated[str | float, BeforeValidator(_budget)] = Field(
+        "auto", description="auto, 20GiB, or a share of the free memory like 0.9"
+    )
+    gpu: str | None = Field(None, description="a card of the catalogue to plan for; this machine's when left out")
+    allocator: str = Field("", description="PYTORCH_ALLOC_CONF of the run and of its prediction")
+
+
+class TrainConfig(Section):
+    epochs: PositiveFloat | None = None
+    steps: Positive | None = None
+    tokens: Positive | None = None
+    seed: Annotated[int, Field(strict=True, ge=0, lt=2**63), BeforeValidator(_whole_number)] = 0
+    eval_every: Positive | Auto = Field("auto", description="optimizer steps between evaluations; auto: ten in a run")
+    save_every: Positive | Auto = Field("auto", description="optimizer steps between saves; auto: with each evaluation")
+    stop_after: Annotated[str, AfterValidator(_duration)] | None = Field(
+        None, description="save and stop after this time: 11h, 90m"
+    )
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        given = [key for key in ("epochs", "steps", "tokens") if getattr(self, key) is not None]
+        if len(given) > 1:
+            raise ValueError(
+                f"train.{' and train.'.join(given)} exclude each other: keep one and set the other to null"
+            )
+        return self
+
+
+class EvalConfig(Section):
+    micro: Positive | Auto = Field("auto", description="rows in one forward of the evaluation")
+    max_rows: Positive = 2000
+
+
+class OutputConfig(Section):
+    output: Annotated[Path, AfterValidator(Path.expanduser)] = Field(Path("runs"), description="where runs are kept")
+    name: str | None = Field(
+        None, description="the run's directory below output; made from model and data when left out"
+    )
+
+
+class RunConfig(Section):
+    model: ModelConfig
+    data: DataConfig
+    optim: OptimConfig = OptimConfig()
+    batch: BatchConfig = BatchConfig()
+    loss: Loss | Auto = "auto"
+    memory: MemoryConfig = MemoryConfig()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+    run: OutputConfig = OutputConfig()
+
+    @model_validator(mode="after")
+    def _nothing_without_effect(self) -> Self:
+        faults = []
+        if self.model.method == "full":
+            default = LoraConfig()
+            keys = [key for key in LoraConfig.model_fields if getattr(self.model.lora, key) != getattr(default, key)]
+            faults += [
+                f"model.lora.{key} has no effect while model.method is full: set model.method to lora, or drop it"
+                for key in keys
+            ]
+        if self.data.eval is not None and self.data.eval_fraction != DataConfig.model_fields["eval_fraction"].default:
+            faults.append("data.eval_fraction has no effect beside data.eval: drop one of them")
+        if self.data.eval is None and self.data.eval_fraction == 0 and self.train.eval_every != "auto":
+            faults.append(
+                f"train.eval_every {self.train.eval_every} has no effect while data.eval_fraction is 0 and data.eval "
+                "is not given: give evaluation data, or drop it"
+            )
+        if self.optim.schedule == "constant" and self.optim.final_lr_fraction != 0:
+            faults.append("optim.final_lr_fraction has no effect while optim.schedule is constant: drop one of them")
+        if faults:
+            raise ValueError("\n".join(faults))
+        return self
+
+
+def _sources(value: str | tuple[DataSource, ...]) -> tuple[DataSource, ...]:
+    return (DataSource(path=value),) if isinstance(value, str) else value

@@ -1,0 +1,53 @@
+"""What a key wants and what it got, in words: from its JSON schema and from the value."""
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def describe(schema: Mapping[str, Any] | type | None) -> str:
+    """{'type': 'integer', 'exclusiveMinimum': 0} -> 'a whole number above 0'; unions joined by 'or'."""
+    assert isinstance(schema, Mapping)
+    branches = schema.get("anyOf", [schema])
+    words = [_one(branch) for branch in branches]
+    choices = [word for branch, word in zip(branches, words, strict=True) if "const" in branch or "enum" in branch]
+    rest = [word for word in words if word not in choices]
+    if not choices:
+        return " or ".join(rest)
+    listed = [choice for word in choices for choice in word.split(", ")]
+    return " or ".join([*rest, *([", ".join(listed[:-1])] if len(listed) > 1 else []), listed[-1]])
+
+
+def show(value: object) -> str:
+    """The value as a person would write it, cut where it is long."""
+    words = {None: "null", True: "true", False: "false"}
+    if value is None or isinstance(value, bool):
+        return words[value]
+    if isinstance(value, list | tuple):
+        return f"a list of {len(value)}"
+    if isinstance(value, Mapping):
+        return "a mapping"
+    text = f"'{value}'" if isinstance(value, str) else str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _one(schema: Mapping[str, Any]) -> str:
+    if "const" in schema:
+        return str(schema["const"])
+    if "enum" in schema:
+        return ", ".join(str(choice) for choice in schema["enum"])
+    kind = schema.get("type")
+    if kind == "array":
+        prefix = schema.get("prefixItems")
+        return f"a list of {len(prefix)} numbers below 1" if prefix else "a list"
+    if kind in ("integer", "number"):
+        return f"a {'whole ' if kind == 'integer' else ''}number{_limits(schema)}"
+    if kind == "string" and schema.get("minLength"):
+        return "text that is not empty"
+    return {"boolean": "true or false", "null": "null", "string": "text"}[str(kind)]
+
+
+def _limits(schema: Mapping[str, Any]) -> str:
+    limits = [("minimum", "of at least"), ("exclusiveMinimum", "above"), ("maximum", "of at most")]
+    limits.append(("exclusiveMaximum", "below"))
+    parts = [f"{words} {schema[name]:g}" for name, words in limits if name in schema]
+    return f" {' and '.join(parts)}" if parts else ""

@@ -1,0 +1,54 @@
+"""`RunConfig` -> YAML that names the origin of each value and reads back as the same; its hash; its JSON schema."""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import yaml
+
+from fitune.config.read import ResolvedConfig
+from fitune.config.schema import RunConfig
+from fitune.config.yaml_lines import parse_scalar
+
+
+def format_config(resolved: ResolvedConfig) -> str:
+    """Every key, also the defaults, each with its origin as a comment. `read_config` gives the same RunConfig back."""
+    lines = list(_lines(resolved.config.model_dump(mode="json"), resolved.origins, ""))
+    return "\n".join(lines) + "\n"
+
+
+def config_hash(config: RunConfig) -> str:
+    """16 hexadecimal digits, equal for configurations that train the same: all sections but `run`, which only says
+    where the result goes."""
+    text = json.dumps(config.model_dump(mode="json", exclude={"run"}), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON schema (draft 2020-12) of the YAML file, for editors."""
+    head = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
+    return head | RunConfig.model_json_schema() | {"title": "fitune configuration"}
+
+
+def _lines(tree: Mapping[str, Any], origins: Mapping[str, str], prefix: str) -> Iterator[str]:
+    indent = "  " * prefix.count(".")
+    for name, value in tree.items():
+        key = f"{prefix}{name}"
+        if key in origins:
+            yield f"{indent}{f'{name}: {_flow(value)}':<{48 - len(indent)}}  # {origins[key]}"
+        else:
+            yield f"{indent}{name}:"
+            yield from _lines(value, origins, f"{key}.")
+
+
+def _flow(value: Any) -> str:
+    """JSON, which is YAML too, but for words that need no quotes; written so that YAML 1.1 reads the same from it."""
+    if isinstance(value, str) and re.fullmatch(r"[\w./~-]+", value) and yaml.safe_load(value) == value:
+        return value if parse_scalar(value) == value else json.dumps(value)
+    if isinstance(value, float):
+        return re.sub(r"^(\d+)e", r"\1.0e", repr(value))
+    if isinstance(value, list):
+        value = [{k: v for k, v in item.items() if v is not None} if isinstance(item, dict) else item for item in value]
+    return json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,100 @@
+"""A batch -> the micro-batches that it is computed in.
+
+The sampler has fixed which rows are in the step; here it is only decided how they are laid out. Packed rows lie one
+after another without padding; padded rows are filled up on the right. Both leave out the targets that cross a row's
+border, so every supervised token is a target once, in whichever layout.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from fitune.data.rows import Batch, MicroBatch, Row
+
+
+def split(
+    batch: Batch, *, packed: bool, micro_rows: int | None = None, micro_tokens: int | None = None, pad_id: int = 0
+) -> list[MicroBatch]:
+    """The rows of `batch`, each in one micro-batch. Exactly one of the two sizes is given.
+
+    micro_rows: consecutive rows, so many at a time.
+    micro_tokens: at most so many positions, never fewer than the longest row has. Packed: first-fit decreasing over the
+    lengths, the largest first. Padded: consecutive rows, as many as fit when filled up to their longest.
+    """
+    assert (micro_rows is None) != (micro_tokens is None), "give micro_rows or micro_tokens"
+    if micro_rows is not None:
+        groups = [list(batch.rows[first : first + micro_rows]) for first in range(0, len(batch.rows), micro_rows)]
+    else:
+        assert micro_tokens is not None
+        budget_tokens = max([micro_tokens, *map(len, batch.rows)])
+        groups = (_first_fit if packed else _consecutive)(batch.rows, budget_tokens)
+    return [lay_out(rows, packed=packed, pad_id=pad_id) for rows in groups]
+
+
+def sort_by_length(batch: Batch) -> Batch:
+    """The same rows, the longest first; padded groups of neighbours then waste little. Ties keep their order."""
+    return Batch(tuple(sorted(batch.rows, key=len, reverse=True)))
+
+
+def lay_out(rows: Sequence[Row], *, packed: bool, pad_id: int = 0) -> MicroBatch:
+    """One micro-batch of all these rows, of which there is at least one."""
+    lengths = [len(row) for row in rows]
+    width = sum(lengths) if packed else max(lengths)
+    starts = np.cumsum([0, *lengths[:-1]]) if packed else np.arange(len(rows)) * width
+    num_positions = width if packed else width * len(rows)
+    ids_T = np.full(num_positions, pad_id, np.int64)
+    positions_T = np.zeros(num_positions, np.int64)
+    index, ids, weights = [], [], []
+    for row, start in zip(rows, starts, strict=True):
+        ids_T[start : start + len(row)] = row.input_ids
+        positions_T[start : start + len(row)] = np.arange(len(row))
+        targets = 1 + np.flatnonzero(row.loss_weights[1:])
+        index.append(start + targets - 1)
+        ids.append(row.input_ids[targets])
+        weights.append(row.loss_weights[targets])
+    shape = (1, width) if packed else (len(rows), width)
+    weights_N = np.concatenate(weights)
+    return MicroBatch(
+        row_ids=tuple(row.row_id for row in rows),
+        row_lengths=tuple(lengths),
+        packed=packed,
+        input_ids_BS=torch.from_numpy(ids_T.reshape(shape)),
+        position_ids_BS=torch.from_numpy(positions_T.reshape(shape)),
+        target_index_N=_int64(index),
+        target_ids_N=_int64(ids),
+        target_weights_N=torch.from_numpy(weights_N.astype(np.float32)),
+        loss_weight=float(weights_N.sum(dtype=np.float64)),
+    )
+
+
+def _first_fit(rows: Sequence[Row], budget_tokens: int) -> list[list[Row]]:
+    """First-fit decreasing (Johnson, 1973: at most 11/9 of the fewest bins, plus one). In a bin the batch's order."""
+    bins: list[list[int]] = []
+    room: list[int] = []
+    for number in sorted(range(len(rows)), key=lambda number: -len(rows[number])):
+        size = len(rows[number])
+        place = next((i for i, free in enumerate(room) if size <= free), len(room))
+        if place == len(room):
+            bins.append([])
+            room.append(budget_tokens)
+        bins[place].append(number)
+        room[place] -= size
+    return [[rows[number] for number in sorted(numbers)] for numbers in bins]
+
+
+def _consecutive(rows: Sequence[Row], budget_tokens: int) -> list[list[Row]]:
+    groups: list[list[Row]] = []
+    longest = 0
+    for row in rows:
+        longest = max(longest, len(row))
+        if not groups or longest * (len(groups[-1]) + 1) > budget_tokens:
+            groups.append([])
+            longest = len(row)
+        groups[-1].append(row)
+    return groups
+
+
+def _int64(parts: Sequence[npt.NDArray[np.integer]]) -> torch.Tensor:
+    return torch.from_numpy(np.concatenate(parts).astype(np.int64))

@@ -1,0 +1,194 @@
+"""Rows of any number, tokenised once and kept in an Arrow file that is mapped, not read.
+
+A table lies in a directory of the cache named by a hash of everything that its content depends on. It is written
+beside that place and renamed as a whole, so a table that is there is complete; a lock lets one process write while the
+others wait.
+"""
+
+import json
+import os
+import shutil
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import filelock
+import numpy as np
+import numpy.typing as npt
+import platformdirs
+import pyarrow
+
+from fitune.errors import DataError
+
+_SCHEMA = pyarrow.schema(
+    [
+        ("input_ids", pyarrow.list_(pyarrow.int32())),
+        ("span_starts", pyarrow.list_(pyarrow.int32())),
+        ("span_ends", pyarrow.list_(pyarrow.int32())),
+        ("span_weights", pyarrow.list_(pyarrow.float32())),
+        ("full_length", pyarrow.int32()),
+        ("num_supervised", pyarrow.int32()),
+        ("digest", pyarrow.uint64()),
+        ("source", pyarrow.int16()),
+    ]
+)
+_ROWS = "rows.arrow"
+_FACTS = "facts.json"
+
+
+@dataclass(frozen=True, slots=True)
+class TableRow:
+    """input_ids: cut to max_length; empty when the row is dropped. spans: supervised (start, end, weight).
+    full_length: tokens before the cut. digest: of the row's content. source: number of its source."""
+
+    input_ids: Sequence[int]
+    spans: Sequence[tuple[int, int, float]]
+    full_length: int
+    digest: int
+    source: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Column:
+    """A list column of one record batch, as two mapped arrays."""
+
+    offsets: npt.NDArray[np.int32]
+    values: npt.NDArray[Any]
+
+    def __getitem__(self, row: int) -> npt.NDArray[Any]:
+        return self.values[self.offsets[row] : self.offsets[row + 1]]
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """lengths: tokens kept of each row, 0 where it is dropped. facts: what was written beside the rows.
+    digest: hash of all the rows."""
+
+    lengths: npt.NDArray[np.int32]
+    full_lengths: npt.NDArray[np.int32]
+    num_supervised: npt.NDArray[np.int32]
+    digests: npt.NDArray[np.uint64]
+    sources: npt.NDArray[np.int16]
+    digest: str
+    facts: dict[str, Any]
+    starts: list[int]
+    columns: list[tuple[_Column, ...]]
+
+    def row(self, index: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+        """input_ids [length] and loss_weights [length] of one row, copied out of the map."""
+        number = bisect_right(self.starts, index) - 1
+        ids, starts, ends, weights = (column[index - self.starts[number]] for column in self.columns[number])
+        loss_weights = np.zeros(len(ids), np.float32)
+        for start, end, weight in zip(starts, ends, weights, strict=True):
+            loss_weights[start:end] = weight
+        return ids.copy(), loss_weights
+
+
+def cached_table(key: object, write: Callable[["TableWriter"], dict[str, Any]]) -> Table:
+    """The table of `key`, any value that JSON can write; `write` makes it when there is none, and returns its facts.
+
+    The cache lies in FITUNE_CACHE, else in the user's cache directory. Raises DataError when it cannot be written.
+    """
+    name = blake2b(json.dumps(key, sort_keys=True).encode(), digest_size=16).hexdigest()
+    root = Path(os.environ.get("FITUNE_CACHE") or platformdirs.user_cache_path("fitune")) / "data"
+    try:
+        if (table := _open(root / name)) is not None:
+            return table
+        root.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(root / f"{name}.lock"):
+            if (table := _open(root / name)) is not None:
+                return table
+            unfinished = root / f"{name}.unfinished"  # of a process that was killed, or damaged
+            for left in (unfinished, root / name):
+                shutil.rmtree(left, ignore_errors=True)
+            unfinished.mkdir()
+            _write(unfinished, write)
+            unfinished.rename(root / name)
+    except OSError as error:
+        raise DataError(
+            f"the cache of tokenised rows cannot be written to {root}: {error}; FITUNE_CACHE names another place"
+        ) from error
+    table = _open(root / name)
+    assert table is not None
+    return table
+
+
+class TableWriter:
+    """Appends rows to the file of a table, a record batch at a time."""
+
+    def __init__(self, sink: Any) -> None:
+        self._sink = sink
+        self._hash = blake2b(digest_size=16)
+
+    def append(self, rows: Sequence[TableRow]) -> None:
+        spans = [row.spans for row in rows]
+        batch = pyarrow.record_batch(
+            [
+                _list_array([row.input_ids for row in rows], np.int32),
+                _list_array([[start for start, _, _ in row] for row in spans], np.int32),
+                _list_array([[end for _, end, _ in row] for row in spans], np.int32),
+                _list_array([[weight for _, _, weight in row] for row in spans], np.float32),
+                np.array([row.full_length for row in rows], np.int32),
+                np.array([sum(end - start for start, end, _ in row) for row in spans], np.int32),
+                np.array([row.digest for row in rows], np.uint64),
+                np.array([row.source for row in rows], np.int16),
+            ],
+            schema=_SCHEMA,
+        )
+        for column in batch.columns[:4]:
+            for part in (column.offsets, column.values):
+                self._hash.update(part.to_numpy().tobytes())
+        self._sink.write_batch(batch)
+
+    @property
+    def digest(self) -> str:
+        return self._hash.hexdigest()
+
+
+def _write(directory: Path, write: Callable[[TableWriter], dict[str, Any]]) -> None:
+    with pyarrow.OSFile(str(directory / _ROWS), "wb") as file, pyarrow.ipc.new_file(file, _SCHEMA) as sink:
+        writer = TableWriter(sink)
+        facts = write(writer)
+    (directory / _FACTS).write_text(json.dumps({"digest": writer.digest, "facts": facts}), encoding="utf-8")
+    for name in (_ROWS, _FACTS):
+        with (directory / name).open("rb") as written:
+            os.fsync(written.fileno())
+
+
+def _open(directory: Path) -> Table | None:
+    """None when there is no table, or one that the disk has damaged."""
+    try:
+        record = json.loads((directory / _FACTS).read_text(encoding="utf-8"))
+        reader = pyarrow.ipc.open_file(pyarrow.memory_map(str(directory / _ROWS)))
+        batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
+    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError, pyarrow.ArrowInvalid):
+        return None
+    columns = [
+        tuple(_Column(column.offsets.to_numpy(), column.values.to_numpy()) for column in batch.columns[:4])
+        for batch in batches
+    ]
+    return Table(
+        lengths=_joined((np.diff(ids.offsets) for ids, *_ in columns), np.int32),
+        full_lengths=_joined((batch["full_length"].to_numpy() for batch in batches), np.int32),
+        num_supervised=_joined((batch["num_supervised"].to_numpy() for batch in batches), np.int32),
+        digests=_joined((batch["digest"].to_numpy() for batch in batches), np.uint64),
+        sources=_joined((batch["source"].to_numpy() for batch in batches), np.int16),
+        digest=record["digest"],
+        facts=record["facts"],
+        starts=[0, *np.cumsum([batch.num_rows for batch in batches]).tolist()][:-1],
+        columns=columns,
+    )
+
+
+def _joined(parts: Iterable[npt.NDArray[Any]], dtype: type) -> npt.NDArray[Any]:
+    return np.concatenate([np.zeros(0, dtype), *parts]).astype(dtype, copy=False)
+
+
+def _list_array(lists: Sequence[Sequence[Any]], dtype: type) -> Any:
+    offsets = np.zeros(len(lists) + 1, np.int32)
+    np.cumsum([len(row) for row in lists], out=offsets[1:])
+    values = np.concatenate([np.zeros(0, dtype), *(np.asarray(row, dtype) for row in lists)])
+    return pyarrow.ListArray.from_arrays(offsets, values)

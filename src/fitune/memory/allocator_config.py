@@ -1,0 +1,196 @@
+"""The value of PYTORCH_ALLOC_CONF (older name: PYTORCH_CUDA_ALLOC_CONF), read as PyTorch 2.14 reads it.
+
+Keys and limits are those of c10/core/AllocatorConfig and c10/cuda/CUDAAllocatorConfig. Two differences, both on the
+strict side: a number with a tail ("64.5", "64x"), of which PyTorch keeps the leading digits, and a key that is given
+twice are refused, because neither can be what was meant.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from difflib import get_close_matches
+from itertools import pairwise
+
+from fitune.errors import UsageError
+from fitune.units import MIB
+
+NUM_INTERVALS = 16  # sizes of 1 MiB, 2 MiB, ... 32 GiB and more, each with its own number of divisions
+
+
+@dataclass(frozen=True)
+class AllocatorConfig:
+    """What of the configuration changes where device memory goes; the defaults are PyTorch's.
+
+    max_split_bytes: blocks of this size or larger are never split; None: every block may be.
+    roundup_divisions: for each interval of floor(log2(size in MiB)), into how many steps a power of two is divided
+    when a size is rounded up; 0 and 1 round to 512 bytes.
+    garbage_collection_threshold: share of the memory limit above which old cached blocks are given back; 0: never.
+    memory_fraction: share of the card that may be reserved.
+    """
+
+    max_split_bytes: int | None = None
+    max_non_split_rounding_bytes: int = 20 * MIB
+    large_segment_bytes: int = 20 * MIB
+    roundup_divisions: tuple[int, ...] = (0,) * NUM_INTERVALS
+    garbage_collection_threshold: float = 0.0
+    expandable_segments: bool = False
+    memory_fraction: float = 1.0
+
+
+# Host memory, locks and CUDA graphs: these never move a block of device memory, so they are checked and set aside.
+_SWITCHES = (
+    "graph_capture_record_stream_reuse",
+    "pinned_free_catch_all",
+    "pinned_use_background_threads",
+    "pinned_use_cuda_host_register",
+    "release_lock_on_cudamalloc",
+)
+_HOST_NUMBERS = (
+    "pinned_max_cached_size_mb",
+    "pinned_max_round_threshold_mb",
+    "pinned_num_register_threads",
+    "pinned_reserve_segment_size_mb",
+)
+_KEYS = (
+    "backend",
+    "expandable_segments",
+    "garbage_collection_threshold",
+    "large_segment_size_mb",
+    "max_non_split_rounding_mb",
+    "max_split_size_mb",
+    "per_process_memory_fraction",
+    "roundup_power2_divisions",
+    "throw_on_cudamalloc_oom",
+    *_SWITCHES,
+    *_HOST_NUMBERS,
+)
+
+
+def parse_allocator_config(text: str) -> AllocatorConfig:
+    """'max_split_size_mb:128,expandable_segments:True' -> AllocatorConfig; '' gives the defaults.
+
+    Raises UsageError for an unknown key, a value out of its range, or a backend that cannot be replayed.
+    """
+    settings = dict(_settings(text))
+    for key in set(settings) & set(_SWITCHES):
+        _switch(key, settings[key])
+    for key in set(settings) & set(_HOST_NUMBERS):
+        _whole(key, settings[key])
+    if settings.get("backend", "native") != "native":
+        raise UsageError(
+            f"allocator setting backend:{settings['backend']} cannot be predicted: only PyTorch's native allocator is "
+            "known exactly; remove it"
+        )
+    if _switch("throw_on_cudamalloc_oom", settings.get("throw_on_cudamalloc_oom", "False")):
+        raise UsageError(
+            "allocator setting throw_on_cudamalloc_oom:True is not modelled: it fails before it tries; remove it"
+        )
+    segment_mb = _at_least("large_segment_size_mb", settings, smallest=11, default=20)
+    split_mb = _at_least("max_split_size_mb", settings, smallest=segment_mb, default=0)
+    rounding_mb = _at_least("max_non_split_rounding_mb", settings, smallest=segment_mb, default=segment_mb)
+    threshold = _number("garbage_collection_threshold", settings, default=0.0)
+    if "garbage_collection_threshold" in settings and not 0 < threshold < 1:
+        raise UsageError(
+            f"allocator setting garbage_collection_threshold is {threshold:g}, but must lie between 0 and 1"
+        )
+    fraction = _number("per_process_memory_fraction", settings, default=1.0)
+    if not 0 <= fraction <= 1:
+        raise UsageError(f"allocator setting per_process_memory_fraction is {fraction:g}, but must be from 0 to 1")
+    return AllocatorConfig(
+        max_split_bytes=split_mb * MIB or None,
+        max_non_split_rounding_bytes=rounding_mb * MIB,
+        large_segment_bytes=segment_mb * MIB,
+        roundup_divisions=_divisions(settings.get("roundup_power2_divisions")),
+        garbage_collection_threshold=threshold,
+        expandable_segments=_switch("expandable_segments", settings.get("expandable_segments", "False")),
+        memory_fraction=fraction,
+    )
+
+
+def _settings(text: str) -> Iterator[tuple[str, str]]:
+    """The 'key:value' parts of the text, whose separating commas are those outside brackets."""
+    compact = "".join(text.split())
+    depth, cuts = 0, [-1]
+    for i, char in enumerate(compact):
+        depth += (char == "[") - (char == "]")
+        if char == "," and depth == 0:
+            cuts.append(i)
+    cuts += [] if compact.endswith(",") else [len(compact)]
+    seen = set()
+    for part in (compact[start + 1 : end] for start, end in pairwise(cuts)) if compact else ():
+        key, colon, value = part.partition(":")
+        if not colon or not value:
+            raise UsageError(f"allocator setting '{part}' has no value; write key:value,key:value")
+        if key not in _KEYS:
+            close = get_close_matches(key, _KEYS, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(sorted(_KEYS))}"
+            raise UsageError(f"unknown allocator setting '{key}': {hint}")
+        if key in seen:
+            raise UsageError(f"allocator setting {key} is given twice: keep one")
+        seen.add(key)
+        yield key, value
+
+
+def _divisions(value: str | None) -> tuple[int, ...]:
+    """'4' -> 4 everywhere; '[1:2,16:4,>:8]' -> by interval: a key is a size in MiB, '>' is all above the key before it,
+    the first key's value also stands for all below it, and intervals that are not named do not round."""
+    key = "roundup_power2_divisions"
+    if value is None:
+        return (0,) * NUM_INTERVALS
+    if not value.startswith("["):
+        number = _whole(key, value)
+        if not _is_power_of_two(number):
+            raise UsageError(f"allocator setting {key} is {number}, but must be a power of two")
+        return (number,) * NUM_INTERVALS
+    if not value.endswith("]"):
+        raise UsageError(f"allocator setting {key}:{value} has no closing bracket; write [256:1,512:2,>:4]")
+    table = [0] * NUM_INTERVALS
+    last, is_first = 0, True
+    for entry in filter(None, value[1:-1].split(",")):
+        start, _, text = entry.partition(":")
+        number = _whole(key, text)
+        if number and not _is_power_of_two(number):
+            raise UsageError(f"allocator setting {key} has {number} divisions, but must have a power of two, or 0")
+        if start == ">":
+            table[last + 1 :] = [number] * (NUM_INTERVALS - last - 1)
+            continue
+        size_mb = _whole(key, start)
+        if not _is_power_of_two(size_mb):
+            raise UsageError(f"allocator setting {key} has the size {size_mb} MiB, but must have a power of two")
+        last = min(size_mb.bit_length() - 1, NUM_INTERVALS - 1)
+        if is_first:
+            table[:last] = [number] * last
+            is_first = False
+        table[last] = number
+    return tuple(table)
+
+
+def _is_power_of_two(number: int) -> bool:
+    return number > 0 and number & (number - 1) == 0
+
+
+def _whole(key: str, value: str) -> int:
+    if not (value.isascii() and value.isdigit()):
+        raise UsageError(f"allocator setting {key} has '{value}' where a whole number is needed")
+    return int(value)
+
+
+def _at_least(key: str, settings: dict[str, str], *, smallest: int, default: int) -> int:
+    if key not in settings:
+        return default
+    number = _whole(key, settings[key])
+    if number < smallest:
+        raise UsageError(f"allocator setting {key} is {number}, but must be at least {smallest}")
+    return number
+
+
+def _number(key: str, settings: dict[str, str], *, default: float) -> float:
+    try:
+        return float(settings.get(key, default))
+    except ValueError:
+        raise UsageError(f"allocator setting {key} is '{settings[key]}', which is not a number") from None
+
+
+def _switch(key: str, value: str) -> bool:
+    if value not in ("True", "False"):
+        raise UsageError(f"allocator setting {key} is '{value}', but must be True or False")
+    return value == "True"

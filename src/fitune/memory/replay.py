@@ -1,0 +1,135 @@
+"""From the allocations and frees of a trace to the peak of reserved memory, through the `CachingAllocator`.
+
+`python -m fitune.memory.replay FILE...` replays recordings of PyTorch's own allocator (golden.py) and compares all that
+they hold, one line a file. Exit status 0: all match, 1: a mismatch, 2: a file that cannot be read.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from fitune.errors import UsageError
+from fitune.memory.allocator import CachingAllocator, OutOfDeviceMemoryError
+from fitune.memory.golden import compare_with_recording, read_recording
+from fitune.trace.events import MemoryTrace
+
+
+@dataclass(frozen=True)
+class ReplaySettings:
+    """The card and the allocator's settings.
+
+    allocator: the value of PYTORCH_ALLOC_CONF. total_bytes: the card's memory; None: no limit.
+    used_by_others_bytes: CUDA context and other processes. memory_fraction: as set_per_process_memory_fraction.
+    warm_up_bytes: a block allocated and freed before the first event, as transformers' loader does with one block of
+    the model's size. on_oom: whether the replay goes on after a failed allocation, as if the caller had caught it.
+    """
+
+    allocator: str = ""
+    total_bytes: int | None = None
+    used_by_others_bytes: int = 0
+    memory_fraction: float | None = None
+    warm_up_bytes: int = 0
+    on_oom: Literal["stop", "continue"] = "stop"
+
+
+@dataclass(frozen=True)
+class FailedAllocation:
+    """`event` is its index in the trace, None for the warm-up; allocated, reserved and free are those after it."""
+
+    event: int | None
+    requested_bytes: int
+    allocated_bytes: int
+    reserved_bytes: int
+    free_bytes: int
+
+
+@dataclass(frozen=True)
+class ReplayResult:
+    """Peaks as torch.cuda.max_memory_allocated and max_memory_reserved, of the whole replay and of the last step, for
+    which they are reset when it begins (None when the replay stopped before it).
+
+    peak_event: index of the event with the first of the highest allocated memory; None when there was none.
+    """
+
+    peak_allocated_bytes: int
+    peak_reserved_bytes: int
+    last_step_peak_allocated_bytes: int | None
+    last_step_peak_reserved_bytes: int | None
+    num_alloc_retries: int
+    num_ooms: int
+    peak_event: int | None
+    first_oom: FailedAllocation | None
+
+
+def replay(trace: MemoryTrace, settings: ReplaySettings) -> ReplayResult:
+    """What the allocator reserves for the trace. Raises UsageError for allocator settings that cannot be used."""
+    allocator = CachingAllocator(
+        settings.allocator,
+        total_bytes=settings.total_bytes,
+        used_by_others_bytes=settings.used_by_others_bytes,
+        memory_fraction=settings.memory_fraction,
+    )
+    last_step = max((event.step for event in trace.events), default=0)
+    addresses: dict[int, int] = {}
+    failures: list[FailedAllocation] = []
+    highest, peak_event = 0, None
+    peaks_before: tuple[int, int] | None = None  # those up to the last step
+
+    def allocate(event: int | None, num_bytes: int, stream: int = 0) -> int:
+        try:
+            return allocator.allocate(num_bytes, stream)
+        except OutOfDeviceMemoryError as error:
+            failures.append(
+                FailedAllocation(event, num_bytes, error.allocated_bytes, error.reserved_bytes, error.free_bytes)
+            )
+            return 0
+
+    allocator.free(allocate(None, settings.warm_up_bytes))
+    for i, event in enumerate(trace.events):
+        if failures and settings.on_oom == "stop":
+            break
+        if peaks_before is None and event.step == last_step:
+            peaks_before = allocator.peak_allocated_bytes, allocator.peak_reserved_bytes
+            allocator.reset_peaks()
+        if event.num_bytes < 0:
+            allocator.free(addresses.pop(event.storage, 0))
+            continue
+        addresses[event.storage] = allocate(i, event.num_bytes, event.stream)
+        if allocator.allocated_bytes > highest:
+            highest, peak_event = allocator.allocated_bytes, i
+    return ReplayResult(
+        peak_allocated_bytes=max(allocator.peak_allocated_bytes, peaks_before[0] if peaks_before else 0),
+        peak_reserved_bytes=max(allocator.peak_reserved_bytes, peaks_before[1] if peaks_before else 0),
+        last_step_peak_allocated_bytes=allocator.peak_allocated_bytes if peaks_before else None,
+        last_step_peak_reserved_bytes=allocator.peak_reserved_bytes if peaks_before else None,
+        num_alloc_retries=allocator.num_alloc_retries,
+        num_ooms=allocator.num_ooms,
+        peak_event=peak_event,
+        first_oom=failures[0] if failures else None,
+    )
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Compares the recordings of these files and writes one line a file; the exit status."""
+    if not arguments:
+        sys.stderr.write("usage: python -m fitune.memory.replay FILE...\n")
+        return 2
+    status = 0
+    for name in arguments:
+        line = "ok"
+        try:
+            mismatch = compare_with_recording(read_recording(Path(name)))
+        except UsageError as error:
+            line, status = f"unreadable: {error}", 2
+        else:
+            if mismatch is not None:
+                line = f"event {mismatch.index}: {mismatch.field} expected {mismatch.expected}, got {mismatch.got}"
+                status = max(status, 1)
+        sys.stdout.write(f"{name}: {line}\n")
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,62 @@
+"""The device that a run uses, and what it says of its own memory: the only place that asks which kind it is.
+
+On a CPU the process is the device: its resident set is what `device` means there, and its peak can be reset (Linux).
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+_STATUS = Path("/proc/self/status")
+_CLEAR_REFS = Path("/proc/self/clear_refs")
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPeak:
+    """Largest values since `reset_peak`. None where the device does not tell it.
+
+    allocated_bytes, reserved_bytes: PyTorch's allocator (CUDA). device_bytes: what the process occupies: reserved bytes
+    and the context are not told apart by CUDA, so there it is None; on a CPU the peak of the resident set (VmHWM).
+    """
+
+    allocated_bytes: int | None = None
+    reserved_bytes: int | None = None
+    device_bytes: int | None = None
+
+
+def choose_device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def reset_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif _CLEAR_REFS.exists():
+        _CLEAR_REFS.write_text("5")  # proc(5): resets VmHWM to the present resident set
+
+
+def read_peak(device: torch.device) -> MemoryPeak:
+    if device.type == "cuda":
+        return MemoryPeak(torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device))
+    return MemoryPeak(device_bytes=_resident_peak_bytes())
+
+
+def wait_for(device: torch.device) -> None:
+    """Until everything queued on the device is done, for honest clock readings."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _resident_peak_bytes() -> int | None:
+    if _STATUS.exists():
+        for line in _STATUS.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,71 @@
+"""A language model cut before its last matrix product, so that a loss computes logits only where it needs them."""
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from peft import PeftModel
+from torch import nn
+from torch._subclasses.fake_tensor import is_fake
+from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """decoder(input_ids=..., position_ids=..., use_cache=False, ...).last_hidden_state is the hidden state h, and
+
+        logits = soft_cap * tanh(scale * (h @ weight.T + bias) / soft_cap)
+
+    without the cap where soft_cap is None. weight: [V, D]. bias: [V] or None.
+    """
+
+    decoder: nn.Module
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    scale: float
+    soft_cap: float | None
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[..., D] -> [..., V], exactly the model's own logits. The oracle of every leaner loss."""
+        logits = nn.functional.linear(hidden, self.weight, self.bias)
+        if self.scale != 1:
+            logits = logits * self.scale
+        return logits if self.soft_cap is None else self.soft_cap * torch.tanh(logits / self.soft_cap)
+
+
+def decoder_and_head(model: nn.Module) -> Head | str:
+    """The parts of a causal language model, adapters left in place, or why they are unknown, as one clause.
+
+    The parts are believed only if they give the model's own logits for two tokens. Where weights carry no data (meta
+    and fake tensors) that cannot be seen, and the structure alone decides.
+    """
+    whole = cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
+    decoder = getattr(whole, whole.base_model_prefix, None)
+    output = whole.get_output_embeddings()
+    if not isinstance(decoder, nn.Module) or decoder is whole or type(output) is not nn.Linear:
+        return f"{type(whole).__name__} has no plain linear head after a decoder"
+    config = whole.config.get_text_config()
+    soft_cap = getattr(config, "final_logit_softcapping", None)
+    head = Head(decoder, output.weight, output.bias, _scale(config), soft_cap)
+    if output.weight.is_meta or is_fake(output.weight) or _gives_the_logits(whole, head):
+        return head
+    return f"{type(whole).__name__} computes its logits in a way that fitune does not know"
+
+
+def _scale(config: Any) -> float:
+    """Cohere and Falcon-H1 multiply their logits, Granite divides them."""
+    factor = getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None) or 1.0
+    return float(factor) / float(getattr(config, "logits_scaling", None) or 1.0)
+
+
+def _gives_the_logits(whole: PreTrainedModel, head: Head) -> bool:
+    tokens = torch.tensor([[1, 2]], device=head.weight.device)
+    was_training = whole.training
+    whole.eval()
+    try:
+        with torch.no_grad():
+            expected = whole(input_ids=tokens, use_cache=False).logits
+            found = head.logits(head.decoder(input_ids=tokens, use_cache=False).last_hidden_state)
+    finally:
+        whole.train(was_training)
+    return found.shape == expected.shape and bool((found - expected).abs().max() <= 1e-2 * expected.abs().max())

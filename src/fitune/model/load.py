@@ -1,0 +1,293 @@
+"""From what `model.source` names to a model and its tokenizer: a preset, a directory, a hub id, a GGUF or a .pth file.
+
+One path for every use: `load_config` needs no weights, `build_model` makes the modules (on the meta device too, which
+is how a step is recorded without a GPU), and `load_model` fills them. Weights are mapped from the file, not read into
+memory twice: a parameter whose type on disk is the wanted one stays a view of the file until it is written to.
+
+A local path never touches the network. Hub ids go through huggingface_hub, which honours HF_ENDPOINT and its cache.
+"""
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from peft import PeftModel
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
+from transformers.utils import logging as transformers_logging
+
+from fitune.config import ModelConfig
+from fitune.errors import ModelError
+from fitune.model.attention import attention_name, check_attention
+from fitune.model.gguf import gguf_read_once, read_gguf
+from fitune.model.lora import apply_lora
+from fitune.model.minimind import pth_config, read_pth
+from fitune.model.precision import Precision, device_precision, resolve_precision
+from fitune.model.presets import PRESETS, preset_config
+
+Kind = Literal["preset", "directory", "gguf", "pth", "hub"]
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+_READ_ERRORS = (
+    *(OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError, AttributeError),
+    *(SafetensorError, StrictDataclassError),
+)
+
+
+def source_kind(source: str) -> Kind:
+    """What `model.source` is. Raises ModelError for a path that does not exist and for what is neither path nor id."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return "directory"
+    if path.suffix in (".gguf", ".pth", ".pt"):
+        if not path.is_file():
+            raise ModelError(f"model.source '{source}' does not exist")
+        return "gguf" if path.suffix == ".gguf" else "pth"
+    if path.is_file():
+        raise ModelError(f"model.source '{source}' is a file of unknown kind; give a directory, a .gguf or a .pth")
+    if source in PRESETS:
+        return "preset"
+    if source.startswith((".", "~", os.sep)) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source):
+        raise ModelError(f"model.source '{source}' does not exist; presets are {', '.join(PRESETS)}")
+    return "hub"
+
+
+def load_config(model: ModelConfig) -> PretrainedConfig:
+    """The model's architecture, without its weights: of a hub id config.json is fetched, of a file its header read.
+
+    Raises ModelError for what cannot be read and for architectures that are no causal language models.
+    """
+    kind = source_kind(model.source)
+    if kind == "preset":
+        return preset_config(model.source)
+    if kind == "pth":
+        path = Path(model.source).expanduser()
+        return pth_config(read_pth(path), model.shape, path=path)
+    name, files = _location(model.source, kind)
+    if kind == "directory" and not (Path(name) / "config.json").is_file():
+        raise ModelError(f"{name} has no config.json: it is no transformers directory")
+    with quiet_transformers(), gguf_read_once():
+        try:
+            config = AutoConfig.from_pretrained(name, trust_remote_code=model.trust_remote_code, **files)
+        except _READ_ERRORS as error:
+            raise _unreadable(model, kind, error) from error
+    _check_causal(config, model)
+    return config
+
+
+def build_model(
+    config: PretrainedConfig, *, dtype: torch.dtype = torch.float32, attention: str | None = None, seed: int = 0
+) -> PreTrainedModel:
+    """The modules with random weights, on the current default device; under torch.device('meta') without any memory.
+
+    attention: a name of transformers' attention registry. On a real device the weights are a function of `seed` alone:
+    they are drawn on the CPU in float32, and the global random state stays as it was.
+    """
+    meta = torch.get_default_device().type == "meta"
+    with torch.random.fork_rng(devices=[], enabled=not meta), quiet_transformers():
+        if not meta:
+            torch.manual_seed(seed)
+        remote = bool(getattr(config, "auto_map", None))
+        model = AutoModelForCausalLM.from_config(
+            config,
+            dtype=dtype if meta else torch.float32,
+            attn_implementation=attention,
+            **({"trust_remote_code": True} if remote else {}),
+        )
+    if not meta and dtype != torch.float32:
+        for parameter in model.parameters():  # not the buffers: rotary frequencies need float32
+            parameter.data = parameter.data.to(dtype)
+    return cast(PreTrainedModel, model)
+
+
+def load_model(
+    model: ModelConfig, device: torch.device, *, precision: Precision | None = None, seed: int = 0
+) -> PreTrainedModel | PeftModel:
+    """The model that `model` describes on `device`, in training mode, with its adapters where it has any.
+
+    On the meta device nothing is read but the configuration: that model is the planner's and the recorder's. precision:
+    as decided by `resolve_precision`; where left out it is resolved for `device` (for meta: as on a CPU).
+    """
+    precision = precision or resolve_precision(model, *device_precision(device))
+    config = load_config(model)
+    check_attention(model.attention, device=device, dtype=precision.matmul_dtype)
+    attention = attention_name(config, model.attention)
+    meta = device.type == "meta"
+    if meta or model.init == "random" or source_kind(model.source) == "preset":
+        with torch.device("meta" if meta else "cpu"):
+            built = build_model(config, dtype=precision.parameter_dtype, attention=attention, seed=seed)
+    else:
+        built = load_weights(model, config, dtype=precision.parameter_dtype, attention=attention)
+    built.to(device)
+    adapted = apply_lora(built, model.lora, seed=seed) if model.method == "lora" else built
+    return adapted.train()
+
+
+def load_weights(
+    model: ModelConfig, config: PretrainedConfig, *, dtype: torch.dtype, attention: str | None = None
+) -> PreTrainedModel:
+    """The model with the weights of `model.source`, on the CPU. Raises ModelError where weights are missing, do not fit
+    `config`, or cannot be read: nothing is ever left at a random value."""
+    kind = source_kind(model.source)
+    assert kind != "preset", "a preset has no weights"
+    name, files = _location(model.source, kind)
+    options: dict[str, Any] = {"config": config, "dtype": dtype, "output_loading_info": True}
+    options |= {"attn_implementation": attention, "ignore_mismatched_sizes": True}
+    with quiet_transformers(), gguf_read_once():
+        try:
+            if kind in ("pth", "gguf"):
+                tensors = (
+                    read_pth(Path(name))
+                    if kind == "pth"
+                    else read_gguf(config, dtype, pretrained_model_name_or_path=name, **files)
+                )
+                model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+                built, report = model_class.from_pretrained(None, state_dict=tensors, **options)
+            else:
+                built, report = AutoModelForCausalLM.from_pretrained(
+                    name, trust_remote_code=model.trust_remote_code, **files, **options
+                )
+        except _READ_ERRORS as error:
+            raise _unreadable(model, kind, error) from error
+    _check_complete(model, report, strict=kind == "pth")
+    return cast(PreTrainedModel, built)
+
+
+def load_tokenizer(model: ModelConfig) -> Tokenizer:
+    """The tokenizer of `model.tokenizer`, else the model's own, with a padding token that is in the vocabulary.
+
+    Padding needs no token of its own: which tokens are trained on is decided by position, never by id, so an existing
+    special token serves. Raises ModelError where there is no tokenizer and where its ids exceed the model's vocabulary.
+    """
+    source = model.tokenizer or model.source
+    kind = source_kind(source)
+    if kind == "preset" or (kind == "pth" and not _has_tokenizer(Path(source).expanduser().parent)):
+        raise ModelError(f"{source} carries no tokenizer: set model.tokenizer to a directory or hub id that has one")
+    name, files = _location(source, kind)
+    if kind == "pth":
+        name = str(Path(name).parent)
+    if kind == "directory" and not _has_tokenizer(Path(name)):
+        raise ModelError(f"{name} has no tokenizer.json: set model.tokenizer to a directory or hub id that has one")
+    with quiet_transformers(), gguf_read_once():
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=model.trust_remote_code, **files)
+        except Exception as error:  # the tokenizers library raises no narrower class for a damaged file
+            raise _unreadable(model.model_copy(update={"source": source}), kind, error) from error
+    vocab_size = load_config(model).get_text_config().vocab_size
+    needed = 1 + max(tokenizer.get_vocab().values(), default=-1)
+    if not 0 < needed <= vocab_size:
+        raise ModelError(
+            f"the tokenizer of {source} has ids up to {needed - 1:,}, but {model.source} has an embedding of "
+            f"{vocab_size:,} rows: set model.tokenizer to the one that the model was trained with"
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
+    return cast(Tokenizer, tokenizer)
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """(all, trainable) parameters, tied ones once."""
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    return sum(size for size, _ in sizes), sum(size for size, trainable in sizes if trainable)
+
+
+def _location(source: str, kind: Kind) -> tuple[str, dict[str, Any]]:
+    """What transformers calls the source, and the arguments that keep a local path local."""
+    if kind == "hub":
+        return source, {}
+    path = Path(source).expanduser()
+    if kind == "gguf":
+        return str(path.parent), {"gguf_file": path.name, "local_files_only": True}
+    return str(path), {"local_files_only": True}
+
+
+def _check_causal(config: PretrainedConfig, model: ModelConfig) -> None:
+    kind = config.model_type
+    remote = model.trust_remote_code and getattr(config, "auto_map", None)
+    encoder = getattr(config, "is_encoder_decoder", False) or (
+        kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
+    )
+    if encoder or (kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not remote):
+        what = "an encoder" if encoder else "no causal language model that this transformers knows"
+        raise ModelError(
+            f"{model.source} is '{kind}', {what}: fitune trains decoder-only models like llama, qwen3 or gemma"
+        )
+
+
+def _check_complete(model: ModelConfig, report: dict[str, Any], *, strict: bool) -> None:
+    faults = [
+        f"{name} is {list(found)} in the file and {list(wanted)} in the model"
+        for name, found, wanted in sorted(report["mismatched_keys"])
+    ]
+    faults += _listed("missing", report["missing_keys"])
+    faults += _listed("unexpected", report["unexpected_keys"]) if strict else []
+    if faults:
+        raise ModelError(f"the weights of {model.source} do not fit its architecture: {'; '.join(faults[:4])}")
+
+
+def _listed(what: str, names: set[str]) -> list[str]:
+    if not names:
+        return []
+    first = ", ".join(sorted(names)[:3])
+    return [f"{len(names)} {what} ({first}{', ...' if len(names) > 3 else ''})"]
+
+
+def _has_tokenizer(directory: Path) -> bool:
+    return any((directory / name).is_file() for name in _TOKENIZER_FILES)
+
+
+def _unreadable(model: ModelConfig, kind: Kind, error: BaseException) -> ModelError:
+    if isinstance(error, ModelError):
+        return error
+    chain = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
+        chain.append(cause)
+    first = " ".join(str(error).split())[:200] or type(error).__name__
+    text = " ".join(str(link) for link in chain)
+    if "trust_remote_code" in text:
+        return ModelError(f"{model.source} brings its own code: read it, then set model.trust_remote_code=true")
+    if kind == "gguf" and "gguf" in text and isinstance(error, ImportError):
+        return ModelError(f"{model.source} needs the gguf package: pip install 'fitune[gguf]'")
+    if kind == "hub" and isinstance(error, OSError):
+        names = {type(link).__name__ for link in chain}
+        if names & {"RepositoryNotFoundError", "GatedRepoError"}:
+            return ModelError(f"the hub has no {model.source} that this account may read: {first}")
+        return ModelError(
+            f"{model.source} is not cached and the hub cannot be reached: download it once with a connection "
+            f"(HF_ENDPOINT names a mirror), or give a local directory"
+        )
+    if isinstance(error, SafetensorError):
+        return ModelError(f"the weights of {model.source} are damaged or incomplete ({first}): copy them again")
+    if kind == "directory" and "no file named" in text:
+        return ModelError(
+            f"{model.source} holds no weights (model.safetensors): set model.init=random to train from scratch"
+        )
+    if "model type" in text and ("not recognize" in text or "should have" in text.lower()):
+        return ModelError(f"{model.source} has an architecture that this transformers does not know ({first})")
+    return ModelError(f"{model.source} cannot be read: {first}")
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No progress bars and no advice from transformers on standard error; its errors become ours."""
+    bars, level = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()

@@ -1,0 +1,88 @@
+"""Low-rank adapters beside frozen weights, by peft."""
+
+import warnings
+from pathlib import Path
+from typing import cast
+
+import torch
+from peft import LoraConfig as PeftLoraConfig
+from peft import PeftModel, get_peft_model
+from safetensors import SafetensorError
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from fitune.config import LoraConfig
+from fitune.errors import ModelError
+
+
+def apply_lora(model: PreTrainedModel, lora: LoraConfig, *, seed: int = 0) -> PeftModel:
+    """Freeze `model` and add trainable adapters to the layers that `lora.targets` names, on whatever device it is.
+
+    Adapters are float32 whatever the model's format. The second factor starts at zero, so the model computes what it
+    did before; the first is drawn from `seed`. Raises ModelError for targets that the model does not have.
+    """
+    targets = [lora.targets] if isinstance(lora.targets, str) else list(lora.targets)
+    names = adaptable_names(model)
+    unknown = sorted(set(targets) - set(names) - {"all-linear"})
+    if unknown:
+        raise ModelError(
+            f"model.lora.targets names {', '.join(unknown)}, which this model does not have: "
+            f"choose from {', '.join(names)}, or all-linear"
+        )
+    config = PeftLoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora.rank,
+        lora_alpha=cast(int, lora.alpha),  # peft divides it by the rank; a float is as good
+        lora_dropout=lora.dropout,
+        target_modules=names if "all-linear" in targets else targets,
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
+    )
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by names that this one renames
+        torch.manual_seed(seed)
+        adapted = get_peft_model(model, config)
+    return cast(PeftModel, adapted)
+
+
+def load_adapters(model: PreTrainedModel, directory: Path) -> PeftModel:
+    """`model` with the saved adapters of `directory`, trainable. Raises ModelError where they cannot be read or do not
+    fit."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            return cast(PeftModel, PeftModel.from_pretrained(model, str(directory), is_trainable=True))
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        first = " ".join(str(error).split())[:200]
+        raise ModelError(f"the adapters in {directory} cannot be loaded into this model: {first}") from error
+
+
+def adaptable_names(model: PreTrainedModel) -> list[str]:
+    """The last names of the linear layers, without the head: q_proj, gate_proj, ..."""
+    head = model.get_output_embeddings()
+    found = {
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and module is not head
+    }
+    return sorted(found)
+
+
+def not_adapted(model: PreTrainedModel) -> str | None:
+    """What stays frozen although all linear layers are adapted, as one clause for the log; None if nothing does.
+
+    Fused experts and their router are bare parameters of three and two dimensions, no linear layers.
+    """
+    linear = (nn.Linear, Conv1D, nn.Embedding)
+    bare = [
+        (f"{name.rpartition('.')[2] or type(module).__name__}.{key}", parameter.numel())
+        for name, module in model.named_modules()
+        if not isinstance(module, linear)
+        for key, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() > 1
+    ]
+    if not bare:
+        return None
+    names = ", ".join(sorted({name for name, _ in bare}))
+    share = sum(size for _, size in bare) / sum(parameter.numel() for parameter in model.parameters())
+    return f"{names} hold {share:.0%} of the parameters and get no adapter"

@@ -1,0 +1,80 @@
+"""Which number format parameters, matrix products and gradients use, and why `auto` chose it."""
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+
+from fitune.config import ModelConfig
+from fitune.config import Precision as PrecisionName
+
+
+@dataclass(frozen=True, slots=True)
+class Precision:
+    """The formats of a run.
+
+    parameter_dtype: of the model's own weights. Adapters are always float32, so that small updates are not rounded
+    away. autocast_dtype: of the matrix products where it differs, else None. needs_scaler: float16's small range needs
+    a GradScaler. reason: one clause that says who or what decided.
+    """
+
+    name: PrecisionName
+    parameter_dtype: torch.dtype
+    autocast_dtype: torch.dtype | None
+    needs_scaler: bool
+    reason: str
+
+    @property
+    def matmul_dtype(self) -> torch.dtype:
+        """The format of matrix products, and so of activations between layers."""
+        return self.autocast_dtype or self.parameter_dtype
+
+    def autocast(self, device_type: str) -> AbstractContextManager[Any]:
+        """The context of the forward pass; does nothing where the parameters' own format is used."""
+        enabled = self.autocast_dtype is not None
+        return cast(
+            AbstractContextManager[Any],
+            torch.autocast(device_type, dtype=self.autocast_dtype or torch.float32, enabled=enabled),
+        )
+
+
+def resolve_precision(model: ModelConfig, device_type: str, bfloat16: bool) -> Precision:
+    """The precision that `model.precision` asks for; `auto` is decided by the device that trains.
+
+    device_type: 'cuda' or 'cpu'; bfloat16: whether that device computes in it at speed.
+
+    Full fine-tuning on a GPU keeps float32 parameters under autocast: an AdamW update is often smaller than bfloat16's
+    spacing (2**-8 of the value) and would be lost. With adapters the frozen weights are never updated, so they are held
+    in 16 bits for half the memory, and only the adapters are float32.
+    """
+    if model.precision != "auto":
+        return _precision(model.precision, model.method, reason="as configured")
+    if device_type == "cpu":
+        reason = "a CPU without bfloat16 instructions runs bfloat16 about 20 times slower" if not bfloat16 else "a CPU"
+        return _precision("float32", model.method, reason=reason)
+    if not bfloat16:
+        return _precision("autocast_float16", model.method, reason="this GPU has no bfloat16; gradients are scaled")
+    if model.method == "lora":
+        return _precision("bfloat16", model.method, reason="frozen weights lose nothing by half the memory")
+    return _precision("autocast_bfloat16", model.method, reason="small updates need float32 parameters")
+
+
+def device_precision(device: torch.device) -> tuple[str, bool]:
+    """(device type, whether it computes in bfloat16 at speed) of a device of this machine, for `resolve_precision`."""
+    if device.type == "cuda":
+        return "cuda", torch.cuda.is_bf16_supported(including_emulation=False)
+    return "cpu", bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def _precision(name: PrecisionName, method: str, *, reason: str) -> Precision:
+    dtypes: dict[PrecisionName, tuple[torch.dtype, torch.dtype | None]] = {
+        "float32": (torch.float32, None),
+        # the adapters of a bfloat16 model are float32: autocast keeps their products in bfloat16 all the same
+        "bfloat16": (torch.bfloat16, torch.bfloat16 if method == "lora" else None),
+        "autocast_bfloat16": (torch.float32, torch.bfloat16),
+        # frozen weights need no float32 copy; trained ones do, since a GradScaler cannot unscale float16 gradients
+        "autocast_float16": (torch.float16 if method == "lora" else torch.float32, torch.float16),
+    }
+    parameter_dtype, autocast_dtype = dtypes[name]
+    return Precision(name, parameter_dtype, autocast_dtype, name == "autocast_float16", reason)

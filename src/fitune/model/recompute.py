@@ -1,0 +1,55 @@
+"""Activation checkpointing: which layers keep what they computed for the backward, and which compute it again."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from fitune.config import Recompute
+from fitune.errors import ModelError
+
+_aten = torch.ops.aten
+# Matrix products and attention are nearly all of a layer's arithmetic; what lies between them is cheap to repeat.
+_EXPENSIVE: set[Any] = {
+    *(_aten.mm.default, _aten.addmm.default, _aten.bmm.default, _aten.baddbmm.default),
+    _aten._scaled_dot_product_flash_attention.default,
+    _aten._scaled_dot_product_flash_attention_for_cpu.default,
+    _aten._scaled_dot_product_efficient_attention.default,
+    _aten._scaled_dot_product_cudnn_attention.default,
+}
+_EXPENSIVE_NAMES = {  # of operators that exist only once their module is imported
+    "torch_attn::_varlen_attn",
+    "flash_attn::_flash_attn_varlen_forward",
+}
+_EXPERTS_NAMES = {"aten::_grouped_mm", "transformers::grouped_mm_fallback"}
+_EVERY: dict[Recompute, int] = {"full": 1, "selective": 1, "every_2": 2, "every_4": 4}
+
+
+def set_recompute(model: nn.Module, recompute: Recompute) -> None:
+    """Make the model's layers recompute: none (off), all (full), every second or fourth, or all except their matrix
+    products and attention (selective). Gradients are the same in each. Acts in training mode only; may be called again.
+
+    Raises ModelError where the model's layers cannot be recomputed.
+    """
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if recompute != "off" and not layers:
+        raise ModelError(f"model.recompute={recompute} needs layers that transformers can recompute: use off")
+    again = cast(Callable[..., Any], partial(checkpoint, use_reentrant=False))
+    if recompute == "selective":
+        # experts with a bias add it into their product in place, so that product cannot be kept
+        experts = set() if any(getattr(part, "has_bias", False) for part in model.modules()) else _EXPERTS_NAMES
+        policy = partial(_policy, names=_EXPENSIVE_NAMES | experts)
+        again = partial(again, context_fn=partial(create_selective_checkpoint_contexts, policy))
+    for number, layer in enumerate(layers):
+        layer.gradient_checkpointing = recompute != "off" and number % _EVERY[recompute] == 0
+        layer._gradient_checkpointing_func = again
+
+
+def _policy(_: Any, operator: Any, *args: Any, names: set[str], **options: Any) -> CheckpointPolicy:
+    if operator in _EXPENSIVE or str(operator).removesuffix(".default").replace(".", "::", 1) in names:
+        return CheckpointPolicy.MUST_SAVE
+    return CheckpointPolicy.PREFER_RECOMPUTE

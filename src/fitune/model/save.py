@@ -1,0 +1,191 @@
+"""From a trained model to files: a transformers directory, adapters, or minimind's `.pth`.
+
+Whatever is written appears under its name complete or not at all: it is written beside it, flushed to the disk, and
+renamed. Saving never changes the model, so a run can go on afterwards bit for bit.
+"""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import cast
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError
+from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from fitune.errors import ModelError
+from fitune.model.load import quiet_transformers
+
+_MARKS = ("config.json", "adapter_config.json")  # what tells a model's directory from somebody's documents
+
+
+def save_model(
+    model: PreTrainedModel | PeftModel, directory: Path, *, tokenizer: Tokenizer, merge: bool = False
+) -> None:
+    """Write a directory that plain transformers loads: weights, configuration, generation settings, tokenizer and chat
+    template.
+
+    Of a model with adapters only the adapters are written (peft's layout), or with `merge` the whole model with the
+    adapters added in. An earlier model in `directory` is replaced once the new one is complete. Raises ModelError where
+    `directory` holds something else or cannot be written.
+    """
+    with replaced_directory(directory) as unfinished, quiet_transformers():
+        if isinstance(model, PeftModel) and not merge:
+            model.save_pretrained(str(unfinished), save_embedding_layers=False)  # "auto" would ask the hub
+        else:
+            plain = cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
+            generation = plain.generation_config
+            if generation is not None and generation.eos_token_id is None:
+                generation.eos_token_id = tokenizer.eos_token_id
+            plain.save_pretrained(str(unfinished), state_dict=plain_tensors(model))
+        tokenizer.save_pretrained(str(unfinished))
+
+
+def export_minimind(
+    model: PreTrainedModel | PeftModel, path: Path, *, dtype: torch.dtype | None = torch.float16
+) -> None:
+    """Write the weights as minimind's own scripts do: one dictionary under its names, in float16.
+
+    dtype None keeps the model's own type, and reading the file back then gives the same bits. Adapters are merged.
+    Raises ModelError for architectures that minimind does not compute and for weights that float16 cannot hold.
+    """
+    reason = _not_minimind(model)
+    if reason is not None:
+        raise ModelError(f"this model cannot be written as minimind's .pth: {reason}. Use --to hf")
+    tensors = _with_single_experts(plain_tensors(model))
+    if dtype is not None:
+        tensors = _cast(tensors, dtype)
+        overflown = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+        if overflown:
+            raise ModelError(f"{overflown[0]} holds values beyond {dtype}: export it in the model's own type")
+    unfinished = path.with_name(f".{path.name}.new")
+    with _said_plainly(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.save({name: tensor.cpu() for name, tensor in tensors.items()}, unfinished)
+            _flush(unfinished)
+            unfinished.replace(path)
+            _flush(path.parent)
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+
+def plain_tensors(model: PreTrainedModel | PeftModel) -> dict[str, torch.Tensor]:
+    """The state dictionary under transformers' names, adapters added into the weights that they adapt. The model itself
+    stays as it is: adding and subtracting adapters in place would leave rounding behind."""
+    if not isinstance(model, PeftModel):
+        return cast(dict[str, torch.Tensor], model.state_dict())
+    plain = model.get_base_model()
+    tensors = {
+        name.replace(".base_layer.", "."): tensor for name, tensor in plain.state_dict().items() if ".lora_" not in name
+    }
+    for name, layer in plain.named_modules():
+        if isinstance(layer, BaseTunerLayer):
+            weight = tensors[f"{name}.weight"]
+            with torch.no_grad():
+                delta = sum(layer.get_delta_weight(adapter).float() for adapter in layer.active_adapters)
+                tensors[f"{name}.weight"] = (weight.float() + delta).to(weight.dtype)
+    return tensors
+
+
+@contextmanager
+def replaced_directory(directory: Path) -> Iterator[Path]:
+    """A fresh directory to write into, which becomes `directory` when the block ends without an error.
+
+    Only one name can change at once, so replacing is two renames: after a crash between them the earlier directory
+    still lies beside as `.NAME.old`, and `recover_directory` puts it back.
+    """
+    recover_directory(directory)
+    occupied = directory.exists() and not (directory.is_dir() and not any(directory.iterdir()))
+    if occupied and not any((directory / mark).is_file() for mark in _MARKS):
+        raise ModelError(f"{directory} exists and is no model directory: give another name, nothing was overwritten")
+    new, old = _beside(directory, "new"), _beside(directory, "old")
+    with _said_plainly(directory):
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir(parents=True)
+        try:
+            yield new
+            for file in new.rglob("*"):
+                _flush(file)
+            _flush(new)
+            if directory.exists():
+                directory.rename(old)
+            new.rename(directory)
+            _flush(directory.parent)
+        finally:
+            shutil.rmtree(new, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def recover_directory(directory: Path) -> None:
+    """Put back what a crash left between the two renames of `replaced_directory`; does nothing otherwise."""
+    old = _beside(directory, "old")
+    if old.is_dir() and not directory.exists():
+        old.rename(directory)
+
+
+def _not_minimind(model: PreTrainedModel | PeftModel) -> str | None:
+    config = model.config
+    if config.model_type not in ("llama", "qwen3", "qwen3_moe"):
+        return f"'{config.model_type}' is another architecture"
+    if config.hidden_act != "silu":
+        return f"its activation is {config.hidden_act}"
+    if getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False):
+        return "its linear layers have biases"
+    if getattr(config, "sliding_window", None) is not None:
+        return "it has sliding windows"
+    if config.rope_parameters["rope_type"] != "default":
+        return f"its positions are scaled ({config.rope_parameters['rope_type']})"
+    if config.model_type == "qwen3_moe" and (config.mlp_only_layers or config.decoder_sparse_step != 1):
+        return "some of its layers have experts and some have none"
+    return None
+
+
+def _with_single_experts(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """transformers holds a layer's experts in two tensors, [E, 2F, D] (gate above up) and [E, D, F]; minimind in 3E."""
+    single: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        stem, _, kind = name.rpartition("experts.")
+        if kind == "gate_up_proj":
+            for number, expert in enumerate(tensor):
+                gate, up = expert.chunk(2)
+                single[f"{stem}experts.{number}.gate_proj.weight"] = gate.clone()
+                single[f"{stem}experts.{number}.up_proj.weight"] = up.clone()
+        elif kind == "down_proj":
+            for number, expert in enumerate(tensor):
+                single[f"{stem}experts.{number}.down_proj.weight"] = expert.clone()
+        else:
+            single[name] = tensor
+    return single
+
+
+def _cast(tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Tied tensors stay tied."""
+    done: dict[int, torch.Tensor] = {}
+    return {name: done.setdefault(tensor.data_ptr(), tensor.to(dtype)) for name, tensor in tensors.items()}
+
+
+@contextmanager
+def _said_plainly(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"{path} cannot be written ({first}); what was there before is untouched") from error
+
+
+def _beside(directory: Path, what: str) -> Path:
+    return directory.with_name(f".{directory.name}.{what}")
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,219 @@
+"""What a run measured: one JSON object a line while it goes on, one summary at its end.
+
+A line is one write, handed to the system at once: it survives the death of the process, not that of the machine (no
+fsync: a checkpoint has its own). Readers skip a last line that is not complete yet. A number that is not finite is
+written as "nan", "inf" or "-inf", since JSON has none and a diverged loss must stay visible; unknown is null.
+"""
+
+import json
+import math
+import os
+import types
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args, get_type_hints
+
+from fitune.errors import RunDirectoryError
+
+SCHEMA = 1
+Status = Literal["running", "finished", "stopped", "failed"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepMetrics:
+    """One optimizer step. Tokens, seconds and peaks are of this step alone; total_tokens of the run up to it.
+
+    loss: mean over the supervised tokens of the step. lr: the rate that the step was done with. grad_norm: before
+    clipping. micro_batch: rows of the largest micro-batch. noise_signal (U), noise_variance (T, in tokens), noise_ratio
+    (rho) and noise_scale_tokens (B_noise): None where they cannot be measured.
+    """
+
+    step: int
+    tokens: int
+    supervised_tokens: int
+    total_tokens: int
+    loss: float
+    lr: float
+    grad_norm: float
+    seconds: float
+    tokens_per_second: float
+    num_micro_batches: int
+    micro_batch: int
+    peak_allocated_bytes: int | None = None
+    peak_reserved_bytes: int | None = None
+    device_used_bytes: int | None = None
+    noise_signal: float | None = None
+    noise_variance: float | None = None
+    noise_ratio: float | None = None
+    noise_scale_tokens: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvalMetrics:
+    """One evaluation, after `step` steps. eval_loss: mean over all supervised tokens of the held-out rows."""
+
+    step: int
+    total_tokens: int
+    eval_loss: float
+    eval_tokens: int
+    seconds: float
+    peak_allocated_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunEvent:
+    """Something worth a line in the run's log. time: seconds since 1970. kind: one word with underscores, such as
+    out_of_memory, retry, micro_batch, checkpoint, resume. message: one sentence for a person."""
+
+    time: float
+    step: int
+    kind: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Summary:
+    """The run in numbers; unknown is None. train_loss: of the last step. seconds: at work, over all sessions."""
+
+    schema: int = SCHEMA
+    status: Status = "running"
+    steps: int = 0
+    tokens: int = 0
+    supervised_tokens: int = 0
+    seconds: float = 0.0
+    tokens_per_second: float | None = None
+    train_loss: float | None = None
+    eval_loss: float | None = None
+    best_eval_loss: float | None = None
+    predicted_allocated_bytes: int | None = None
+    predicted_reserved_bytes: int | None = None
+    measured_allocated_bytes: int | None = None
+    measured_reserved_bytes: int | None = None
+    measured_device_bytes: int | None = None
+    num_ooms: int = 0
+    num_retries: int = 0
+    micro_batch_changes: int = 0
+    effective_batch: int | None = None
+    config_hash: str | None = None
+    data_hash: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Metrics:
+    """What a metrics file holds. damaged_lines: the numbers, from 1, of complete lines that could not be read."""
+
+    steps: tuple[StepMetrics, ...]
+    evals: tuple[EvalMetrics, ...]
+    damaged_lines: tuple[int, ...] = ()
+
+
+Record = TypeVar("Record", StepMetrics, EvalMetrics, RunEvent, Summary)
+
+
+def append_line(path: Path, record: StepMetrics | EvalMetrics | RunEvent) -> None:
+    """Raises RunDirectoryError where the line cannot be written whole."""
+    line = f"{json.dumps(_to_json(asdict(record)), ensure_ascii=False, allow_nan=False)}\n".encode()
+    try:
+        with path.open("ab+", buffering=0) as file:
+            if file.seek(0, os.SEEK_END) > 0:
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":  # what a killed writer left: end it, so that it spoils one line only
+                    line = b"\n" + line
+            if file.write(line) != len(line):
+                raise OSError(None, "no space left")
+    except OSError as error:
+        raise RunDirectoryError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def read_metrics(path: Path) -> Metrics:
+    """A run that was resumed from an earlier step did the later ones again: the lines of the second time count.
+
+    Raises RunDirectoryError where the file cannot be opened.
+    """
+    steps: list[StepMetrics] = []
+    evals: list[EvalMetrics] = []
+    damaged = []
+    for number, content in _lines(path):
+        record = None
+        if content is not None:
+            record = _record(EvalMetrics, content) if "eval_loss" in content else _record(StepMetrics, content)
+        if record is None:
+            damaged.append(number)
+        elif isinstance(record, EvalMetrics):
+            evals.append(record)
+        else:
+            if steps and record.step <= steps[-1].step:
+                steps = [earlier for earlier in steps if earlier.step < record.step]
+                evals = [earlier for earlier in evals if earlier.step < record.step]
+            steps.append(record)
+    return Metrics(tuple(steps), tuple(evals), tuple(damaged))
+
+
+def read_events(path: Path) -> tuple[RunEvent, ...]:
+    """In the order written; damaged lines are left out. Raises RunDirectoryError where the file cannot be opened."""
+    records = (_record(RunEvent, content) for _, content in _lines(path) if content is not None)
+    return tuple(record for record in records if record is not None)
+
+
+def summary_json(summary: Summary) -> dict[str, Any]:
+    """As `write_json` takes it."""
+    content: dict[str, Any] = _to_json(asdict(summary))
+    return content
+
+
+def read_summary(path: Path) -> Summary:
+    """Raises RunDirectoryError where it is missing, damaged or of another version."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunDirectoryError(f"{path} cannot be read: {error}") from error
+    version = content.get("schema") if isinstance(content, dict) else None
+    if version != SCHEMA:
+        raise RunDirectoryError(f"{path} has schema {version}; this fitune reads schema {SCHEMA}")
+    summary = _record(Summary, content)
+    if summary is None or summary.status not in get_args(Status):
+        raise RunDirectoryError(f"{path} is damaged: it does not hold a run's summary")
+    return summary
+
+
+def _lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any] | None]]:
+    """Each complete line, numbered from 1, as an object; None where it is not one."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise RunDirectoryError(f"{path} cannot be read: {error.strerror}") from error
+    for number, line in enumerate(data.split(b"\n")[:-1], start=1):
+        try:
+            content = json.loads(line)
+        except ValueError:
+            content = None
+        yield number, content if isinstance(content, dict) else None
+
+
+def _record(kind: type[Record], content: Mapping[str, Any]) -> Record | None:
+    """None where a needed field is missing or one is of the wrong type; fields of a later version are passed over."""
+    wanted = get_type_hints(kind)
+    names = [field.name for field in fields(kind) if field.name in content]
+    try:
+        return kind(**{name: _value(wanted[name], content[name]) for name in names})
+    except (TypeError, ValueError):
+        return None
+
+
+def _value(wanted: Any, value: Any) -> Any:
+    accepted = get_args(wanted) if isinstance(wanted, types.UnionType) else (wanted,)
+    if value is None and type(None) in accepted:
+        return None
+    if float in accepted and (value in ("nan", "inf", "-inf") or type(value) in (int, float)):
+        return float(value)
+    if (int in accepted and type(value) is int) or (isinstance(value, str) and int not in accepted):
+        return value
+    raise ValueError(f"{value!r} is not {wanted}")
+
+
+def _to_json(content: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: repr(value) if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in content.items()
+    }

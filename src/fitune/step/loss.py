@@ -1,0 +1,172 @@
+"""The loss of a micro-batch: the weighted *sum* of its token losses, so that it can be divided once by the weight of
+the whole effective batch.
+
+`full` takes the model's own logits; it is the oracle. `chunked` applies the head only at supervised positions, a few at
+a time, and forms the gradient in the same pass, so that logits of all positions never exist together.
+Shape suffixes as in `data/rows.py`.
+"""
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fitune.config import Loss
+from fitune.data.rows import MicroBatch
+from fitune.model.attention import packed_rows
+from fitune.model.head import Head, find_head
+
+
+@dataclass(frozen=True, slots=True)
+class LossSettings:
+    """How logits are formed. chunk_tokens: supervised positions whose logits exist at the same time."""
+
+    loss: Loss = "chunked"
+    chunk_tokens: int = 256
+
+
+def token_loss_sum(model: torch.nn.Module, micro_batch: MicroBatch, settings: LossSettings) -> Tensor:
+    """Weighted sum of the token losses of a micro-batch, a float32 scalar; 0 (with zero gradients) without targets.
+
+    Raises ModelError if the loss is `chunked` and the model's head is not a plain linear layer.
+    """
+    if settings.loss == "full":
+        return _weighted_cross_entropy(_supervised_logits(model, micro_batch), micro_batch)
+    head = find_head(model)
+    hidden_TD = _decoder_output(head, micro_batch).flatten(0, 1)
+    hidden_ND = hidden_TD.index_select(0, micro_batch.target_index_N)
+    return chunked_cross_entropy(hidden_ND, head, micro_batch, chunk_tokens=settings.chunk_tokens)
+
+
+def count_correct(
+    model: torch.nn.Module, micro_batch: MicroBatch, settings: LossSettings
+) -> tuple[Tensor, Tensor]:
+    """(weighted sum of token losses, number of supervised tokens whose most likely word is right), without gradients."""
+    if settings.loss == "full":
+        logits_NV = _supervised_logits(model, micro_batch)
+        return (
+            _weighted_cross_entropy(logits_NV, micro_batch),
+            (logits_NV.argmax(-1) == micro_batch.target_ids_N).sum(),
+        )
+    head = find_head(model)
+    hidden_TD = _decoder_output(head, micro_batch).flatten(0, 1)
+    hidden_ND = hidden_TD.index_select(0, micro_batch.target_index_N)
+    loss, correct = hidden_ND.new_zeros((), dtype=torch.float32), torch.zeros((), dtype=torch.int64, device=hidden_ND.device)
+    for chunk in _chunks(hidden_ND.shape[0], settings.chunk_tokens):
+        logits_NV = head.logits(hidden_ND[chunk])
+        target_N = micro_batch.target_ids_N[chunk]
+        losses_N = F.cross_entropy(logits_NV.float(), target_N, reduction="none")
+        loss += losses_N @ micro_batch.target_weights_N[chunk]
+        correct += (logits_NV.argmax(-1) == target_N).sum()
+    return loss, correct
+
+
+def chunked_cross_entropy(hidden_ND: Tensor, head: Head, micro_batch: MicroBatch, *, chunk_tokens: int) -> Tensor:
+    """The weighted sum of cross-entropies of `head(hidden_ND)`, with the logits of `chunk_tokens` positions at a time."""
+    return cast(
+        Tensor,
+        _ChunkedCrossEntropy.apply(
+            hidden_ND,
+            head.weight,
+            head.bias,
+            micro_batch.target_ids_N,
+            micro_batch.target_weights_N,
+            head,
+            chunk_tokens,
+        ),
+    )
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Forward and gradient in one pass over chunks of rows, as in the fused losses of Liger and of Apple's CCE
+    (arXiv 2411.09009): the gradient of the sum does not depend on what follows but for one factor."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        target_N: Tensor,
+        weights_N: Tensor,
+        head: Head,
+        chunk_tokens: int,
+    ) -> Tensor:
+        compute_dtype = _compute_dtype(hidden_ND)
+        matmul_weight_VD = weight_VD.to(compute_dtype)
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        loss = hidden_ND.new_zeros((), dtype=torch.float32)
+        grad_hidden_ND = torch.empty_like(hidden_ND) if needs_hidden else None
+        grad_weight_VD = torch.zeros_like(weight_VD) if needs_weight else None
+        grad_bias_V = torch.zeros_like(bias_V) if needs_bias and bias_V is not None else None
+        with torch.autocast(hidden_ND.device.type, enabled=False):
+            for chunk in _chunks(hidden_ND.shape[0], chunk_tokens):
+                part_ND = hidden_ND[chunk].to(compute_dtype)
+                raw_NV = F.linear(part_ND, matmul_weight_VD, None if bias_V is None else bias_V.to(compute_dtype)).float()
+                logits_NV = head.transform(raw_NV)
+                log_norm_N = logits_NV.logsumexp(-1)
+                picked_N = logits_NV.gather(1, target_N[chunk].unsqueeze(1)).squeeze(1)
+                loss += (log_norm_N - picked_N) @ weights_N[chunk]
+                if not (needs_hidden or needs_weight or needs_bias):
+                    continue
+                grad_NV = (logits_NV - log_norm_N.unsqueeze(1)).exp_()
+                del raw_NV
+                ones_N1 = torch.ones_like(log_norm_N).neg_().unsqueeze(1)
+                grad_NV.scatter_add_(1, target_N[chunk].unsqueeze(1), ones_N1)
+                grad_NV.mul_(weights_N[chunk].unsqueeze(1))
+                grad_NV = head.transform_backward(grad_NV, logits_NV).to(compute_dtype)
+                del logits_NV
+                if grad_hidden_ND is not None:
+                    grad_hidden_ND[chunk] = grad_NV @ matmul_weight_VD
+                if grad_weight_VD is not None:
+                    if compute_dtype == weight_VD.dtype:
+                        grad_weight_VD.addmm_(grad_NV.T, part_ND)
+                    else:
+                        grad_weight_VD += grad_NV.T @ part_ND
+                if grad_bias_V is not None:
+                    grad_bias_V += grad_NV.sum(0)
+        ctx.save_for_backward(*(t for t in (grad_hidden_ND, grad_weight_VD, grad_bias_V) if t is not None))
+        ctx.present = tuple(t is not None for t in (grad_hidden_ND, grad_weight_VD, grad_bias_V))
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (factor,) = grad_outputs
+        saved = iter(ctx.saved_tensors)
+        # In place: they are this function's own, and nobody can come a second time (no double backward).
+        grads = [next(saved).mul_(factor) if present else None for present in ctx.present]
+        return (*grads, None, None, None, None)
+
+
+def _compute_dtype(hidden: Tensor) -> torch.dtype:
+    """What a linear layer would compute in: a custom function does not see autocast by itself."""
+    kind = hidden.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+
+
+def _chunks(num_positions: int, chunk_tokens: int) -> list[slice]:
+    return [slice(start, min(start + chunk_tokens, num_positions)) for start in range(0, num_positions, chunk_tokens)]
+
+
+def _weighted_cross_entropy(logits_NV: Tensor, micro_batch: MicroBatch) -> Tensor:
+    losses_N = F.cross_entropy(logits_NV.float(), micro_batch.target_ids_N, reduction="none")
+    return losses_N @ micro_batch.target_weights_N
+
+
+def _supervised_logits(model: torch.nn.Module, micro_batch: MicroBatch) -> Tensor:
+    """The model's own logits [N, V] at the supervised positions."""
+    with packed_rows(micro_batch):
+        logits_BSV = model(
+            input_ids=micro_batch.input_ids_BS, position_ids=micro_batch.position_ids_BS, use_cache=False
+        ).logits
+    return cast(Tensor, logits_BSV.flatten(0, 1).index_select(0, micro_batch.target_index_N))
+
+
+def _decoder_output(head: Head, micro_batch: MicroBatch) -> Tensor:
+    with packed_rows(micro_batch):
+        output = head.decoder(
+            input_ids=micro_batch.input_ids_BS, position_ids=micro_batch.position_ids_BS, use_cache=False
+        )
+    return cast(Tensor, output.last_hidden_state)

