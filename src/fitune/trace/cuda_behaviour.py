@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from fitune.errors import UsageError
+from fitune.model import attention as rows_attention
 from fitune.trace.events import Phase
 
 aten = torch.ops.aten
@@ -137,6 +139,8 @@ def choose_attention(target: CudaTarget, query: Tensor, key: Tensor, value: Tens
 
     query: [B, H, S, d]. call: mask (Tensor or None), dropout, is_causal, needs_gradient.
     """
+    if target.attention == "flash" and query.dtype not in _16_BIT:
+        raise UsageError(f"flash attention needs 16 bits, but the queries are {query.dtype}: choose another attention")
     if target.attention in ("flash", "efficient", "math"):
         return target.attention
     enabled = {
@@ -183,6 +187,7 @@ def _flash_can(
 
 
 def _efficient_can(target: CudaTarget, query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Its backward knows no grouped heads, so `check_batch_size_and_num_heads_dense<false>` sends those elsewhere."""
     alignment = 8 if query.dtype in _16_BIT else 4  # minimum_gemm_alignment: 128 bits, for 16 bit on tensor cores
     return (
         target.compute_capability >= (5, 0)
@@ -190,6 +195,7 @@ def _efficient_can(target: CudaTarget, query: Tensor, key: Tensor, value: Tensor
             query.dtype in (torch.float16, torch.float32)
             or (query.dtype == torch.bfloat16 and target.compute_capability >= (8, 0))
         )
+        and query.shape[1] == key.shape[1] == value.shape[1]
         and query.shape[-1] % alignment == 0
         and value.shape[-1] % alignment == 0
         and _last_dim_contiguous(query, key, value)
@@ -236,6 +242,8 @@ def _scaled_dot_product_attention(target: CudaTarget) -> Callable[..., Tensor]:
         if chosen == "flash":
             return _flash(query, key, value, dropout_p, is_causal, scale)
         if chosen == "efficient":
+            if repeats := query.shape[1] // key.shape[1] - 1:  # forced: the caller has to repeat the heads
+                key, value = (part.repeat_interleave(repeats + 1, dim=1) for part in (key, value))
             bias = None if attn_mask is None else _aligned_bias(attn_mask, query, key)
             out: Tensor = aten._scaled_dot_product_efficient_attention(
                 query, key, value, bias, needs_gradient, dropout_p, is_causal, scale=scale
@@ -300,7 +308,7 @@ class CudaKernels:
         return (cublas_workspace_bytes(self.target),)
 
     def temporaries(self, func: Any, args: tuple[Any, ...], outputs: Sequence[Tensor]) -> Sequence[int]:
-        rule = _TEMPORARIES.get(func.overloadpacket)
+        rule = _TEMPORARIES.get(func._schema.name)
         return () if rule is None else rule(self.target, args, outputs)
 
 
@@ -337,9 +345,9 @@ def _flash_backward(target: CudaTarget, args: tuple[Any, ...], outputs: Sequence
 
 def _varlen_backward(target: CudaTarget, args: tuple[Any, ...], outputs: Sequence[Tensor]) -> Sequence[int]:
     """flash_api.cpp, mha_varlen_bwd: as above over the flat positions, each row padded to 128."""
-    query, key = args[1], args[2]
+    query, key, boundaries = args[1], args[2], args[6]
     tokens, heads, head_dim = query.shape
-    rows = tokens + 128 * (args[6].shape[0] - 1)
+    rows = tokens + 128 * (boundaries.shape[0] - 1)
     expanded = heads * key.shape[0] * head_dim * query.element_size()
     return (
         heads * rows * 4,
@@ -406,12 +414,13 @@ def _ceil_to(number: int, step: int) -> int:
     return ceil(number / step) * step
 
 
-_TEMPORARIES: dict[Any, Callable[[CudaTarget, tuple[Any, ...], Sequence[Tensor]], Sequence[int]]] = {
-    aten._scaled_dot_product_flash_attention_backward: _flash_backward,
-    aten._flash_attention_backward: _varlen_backward,
-    aten._scaled_dot_product_efficient_attention_backward: _efficient_backward,
-    aten.embedding_dense_backward: _embedding_backward,
-    aten._foreach_norm: _foreach_norm,
+_TEMPORARIES: dict[str, Callable[[CudaTarget, tuple[Any, ...], Sequence[Tensor]], Sequence[int]]] = {
+    "aten::_scaled_dot_product_flash_attention_backward": _flash_backward,
+    "aten::_flash_attention_backward": _varlen_backward,
+    "torch_attn::_varlen_attn_backward": _varlen_backward,
+    "aten::_scaled_dot_product_efficient_attention_backward": _efficient_backward,
+    "aten::embedding_dense_backward": _embedding_backward,
+    "aten::_foreach_norm": _foreach_norm,
 }
 
 
@@ -442,6 +451,8 @@ def cuda_behaviour(target: CudaTarget) -> Iterator[None]:
     with ExitStack() as stack:
         stack.callback(library._destroy)
         stack.enter_context(_foreach_by_default())
+        capability = target.compute_capability
+        stack.enter_context(patch.object(rows_attention, "_compute_capability", lambda _: capability))
         with warnings.catch_warnings(action="ignore"):  # that a registered kernel is overridden is meant
             for name, kernel in _autocast_rules():
                 library.impl(name, kernel, "AutocastCPU", allow_override=True)

@@ -20,6 +20,7 @@ from fitune.errors import UsageError
 from fitune.trace.assumptions import Assumptions, Routing
 from fitune.trace.cuda_behaviour import CpuKernels, CudaKernels, CudaTarget, cuda_behaviour
 from fitune.trace.events import MemoryTrace
+from fitune.trace.placement import CARD, card_stands_in
 from fitune.trace.recorder import Recorder
 
 Build = Callable[[], nn.Module]
@@ -68,7 +69,9 @@ def record_loop(build: Build, loop: Loop, settings: RecordSettings = RecordSetti
         recorder.load(model)
         stack.enter_context(recorder.hooks())
         stack.enter_context(recorder)
-        step = loop(model, torch.device("cpu"))
+        if settings.target is not None:
+            stack.enter_context(card_stands_in(recorder))
+        step = loop(model, CARD)
         recorder.load(model)
         for number in range(1, settings.num_steps + 1):
             gc.collect()

@@ -14,7 +14,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fitune.trace.events import Category, MemoryEvent, Phase
 
 Operator = torch._ops.OpOverload
+Place = Literal["host", "card"]
 
 
 class Kernels(Protocol):
@@ -64,7 +65,7 @@ class Recorder(TorchDispatchMode):
         self._sequence: tuple[list[int], list[str]] = ([], [])
         self._saved_candidates: list[_Storage] = []
         self._hooked: set[int] = set()
-        self.on_host = False
+        self._placing: Place | None = None
 
     # ---- what the driver tells ----
 
@@ -106,6 +107,15 @@ class Recorder(TorchDispatchMode):
         if storage is not None and storage.category is None:
             storage.category = "input"
 
+    @contextmanager
+    def placing(self, place: Place) -> Iterator[None]:
+        """New storages are on the host, where they are not counted, or on the card; else they follow the inputs."""
+        before, self._placing = self._placing, place
+        try:
+            yield
+        finally:
+            self._placing = before
+
     def is_on_host(self, tensor: torch.Tensor) -> bool:
         return tensor.untyped_storage()._cdata in self._host
 
@@ -131,14 +141,14 @@ class Recorder(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         self._follow_phase(func, args)
-        if not self.on_host:
+        if self._placing != "host":
             for num_bytes in self._kernels.workspaces(func, self._phase):
                 self.allocate(num_bytes, "workspace", str(func))
         result = self._kernels.call(func, args, kwargs)
         outputs = tuple(_tensors(result))
         if not outputs:
             return result
-        host = self.on_host or self._only_host(args, kwargs)
+        host = self._placing == "host" or (self._placing is None and self._only_host(args, kwargs))
         for tensor in outputs:
             if host:
                 self._put_on_host(tensor.untyped_storage())
