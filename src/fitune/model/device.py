@@ -17,8 +17,8 @@ _CLEAR_REFS = Path("/proc/self/clear_refs")
 class MemoryPeak:
     """Largest values since `reset_peak`. None where the device does not tell it.
 
-    allocated_bytes, reserved_bytes: PyTorch's allocator (CUDA). device_bytes: what the process occupies: reserved bytes
-    and the context are not told apart by CUDA, so there it is None; on a CPU the peak of the resident set (VmHWM).
+    allocated_bytes, reserved_bytes: PyTorch's allocator (CUDA). device_bytes: on CUDA what the whole card has in use
+    now, as nvidia-smi shows it (reserved memory does not shrink by itself); on a CPU the peak of the resident set.
     """
 
     allocated_bytes: int | None = None
@@ -39,14 +39,11 @@ def reset_peak(device: torch.device) -> None:
 
 def read_peak(device: torch.device) -> MemoryPeak:
     if device.type == "cuda":
-        return MemoryPeak(torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device))
+        free_bytes, total_bytes = torch.cuda.mem_get_info(device)
+        return MemoryPeak(
+            torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device), total_bytes - free_bytes
+        )
     return MemoryPeak(device_bytes=_resident_peak_bytes())
-
-
-def wait_for(device: torch.device) -> None:
-    """Until everything queued on the device is done, for honest clock readings."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _resident_peak_bytes() -> int | None:

@@ -46,6 +46,17 @@ def save_model(
         tokenizer.save_pretrained(str(unfinished))
 
 
+def link_model(source: Path, directory: Path) -> None:
+    """`directory` becomes another name for the files of the saved model `source`, without a second copy where the file
+    system can: a saved model is only ever replaced, never written into."""
+    with _said_plainly(directory), replaced_directory(directory) as new:
+        for file in source.iterdir():
+            try:
+                os.link(file, new / file.name)
+            except OSError:
+                shutil.copy2(file, new / file.name)
+
+
 def export_minimind(
     model: PreTrainedModel | PeftModel, path: Path, *, dtype: torch.dtype | None = torch.float16
 ) -> None:

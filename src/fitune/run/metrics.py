@@ -51,11 +51,14 @@ class StepMetrics:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvalMetrics:
-    """One evaluation, after `step` steps. eval_loss: mean over all supervised tokens of the held-out rows."""
+    """One evaluation, after `step` steps. eval_loss: mean over all supervised tokens of the held-out rows;
+    eval_perplexity is its exponential. eval_accuracy: share of these tokens that are the model's first choice."""
 
     step: int
     total_tokens: int
     eval_loss: float
+    eval_perplexity: float
+    eval_accuracy: float
     eval_tokens: int
     seconds: float
     peak_allocated_bytes: int | None = None

@@ -11,72 +11,62 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from fitune.config import Loss
 from fitune.data.rows import MicroBatch
-from fitune.model.attention import packed_rows
-from fitune.model.head import Head, find_head
+from fitune.model.attention import row_boundaries
+from fitune.model.head import Head
+
+CHUNK_TOKENS = 256
+"""Supervised positions whose logits exist at the same time. 256 x 151,936 words of float32 are 148 MiB."""
 
 
 @dataclass(frozen=True, slots=True)
 class LossSettings:
-    """How logits are formed. chunk_tokens: supervised positions whose logits exist at the same time."""
+    """head: where the model's body ends and its logits begin; None for the model's own logits (the `full` loss)."""
 
-    loss: Loss = "chunked"
-    chunk_tokens: int = 256
+    head: Head | None = None
+    chunk_tokens: int = CHUNK_TOKENS
 
 
-def token_loss_sum(model: torch.nn.Module, micro_batch: MicroBatch, settings: LossSettings) -> Tensor:
-    """Weighted sum of the token losses of a micro-batch, a float32 scalar; 0 (with zero gradients) without targets.
-
-    Raises ModelError if the loss is `chunked` and the model's head is not a plain linear layer.
-    """
-    if settings.loss == "full":
+def token_loss_sum(model: nn.Module, micro_batch: MicroBatch, settings: LossSettings) -> Tensor:
+    """Weighted sum of the token losses of a micro-batch: a float32 scalar, 0 with zero gradients without targets."""
+    if settings.head is None:
         return _weighted_cross_entropy(_supervised_logits(model, micro_batch), micro_batch)
-    head = find_head(model)
-    hidden_TD = _decoder_output(head, micro_batch).flatten(0, 1)
-    hidden_ND = hidden_TD.index_select(0, micro_batch.target_index_N)
-    return chunked_cross_entropy(hidden_ND, head, micro_batch, chunk_tokens=settings.chunk_tokens)
+    hidden_ND = _supervised_hidden(settings.head, micro_batch)
+    return chunked_cross_entropy(hidden_ND, settings.head, micro_batch, chunk_tokens=settings.chunk_tokens)
 
 
-def count_correct(
-    model: torch.nn.Module, micro_batch: MicroBatch, settings: LossSettings
-) -> tuple[Tensor, Tensor]:
-    """(weighted sum of token losses, number of supervised tokens whose most likely word is right), without gradients."""
-    if settings.loss == "full":
+def loss_and_correct(model: nn.Module, micro_batch: MicroBatch, settings: LossSettings) -> tuple[Tensor, Tensor]:
+    """(weighted sum of token losses, number of supervised tokens whose most likely word is right): float32 and int64
+    scalars, for an evaluation."""
+    if settings.head is None:
         logits_NV = _supervised_logits(model, micro_batch)
-        return (
-            _weighted_cross_entropy(logits_NV, micro_batch),
-            (logits_NV.argmax(-1) == micro_batch.target_ids_N).sum(),
-        )
-    head = find_head(model)
-    hidden_TD = _decoder_output(head, micro_batch).flatten(0, 1)
-    hidden_ND = hidden_TD.index_select(0, micro_batch.target_index_N)
-    loss, correct = hidden_ND.new_zeros((), dtype=torch.float32), torch.zeros((), dtype=torch.int64, device=hidden_ND.device)
+        return _weighted_cross_entropy(logits_NV, micro_batch), _num_correct(logits_NV, micro_batch.target_ids_N)
+    hidden_ND = _supervised_hidden(settings.head, micro_batch)
+    loss = hidden_ND.new_zeros((), dtype=torch.float32)
+    correct = torch.zeros((), dtype=torch.int64, device=hidden_ND.device)
     for chunk in _chunks(hidden_ND.shape[0], settings.chunk_tokens):
-        logits_NV = head.logits(hidden_ND[chunk])
-        target_N = micro_batch.target_ids_N[chunk]
-        losses_N = F.cross_entropy(logits_NV.float(), target_N, reduction="none")
+        logits_NV = settings.head.logits(hidden_ND[chunk])
+        losses_N = F.cross_entropy(logits_NV.float(), micro_batch.target_ids_N[chunk], reduction="none")
         loss += losses_N @ micro_batch.target_weights_N[chunk]
-        correct += (logits_NV.argmax(-1) == target_N).sum()
+        correct += _num_correct(logits_NV, micro_batch.target_ids_N[chunk])
     return loss, correct
 
 
 def chunked_cross_entropy(hidden_ND: Tensor, head: Head, micro_batch: MicroBatch, *, chunk_tokens: int) -> Tensor:
-    """The weighted sum of cross-entropies of `head(hidden_ND)`, with the logits of `chunk_tokens` positions at a time."""
-    return cast(
-        Tensor,
-        _ChunkedCrossEntropy.apply(
-            hidden_ND,
-            head.weight,
-            head.bias,
-            micro_batch.target_ids_N,
-            micro_batch.target_weights_N,
-            head,
-            chunk_tokens,
-        ),
+    """The weighted sum of cross-entropies of `head.logits(hidden_ND)`, with the logits of `chunk_tokens` positions at a
+    time. float32 scalar."""
+    loss = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        hidden_ND,
+        head.weight,
+        head.bias,
+        micro_batch.target_ids_N,
+        micro_batch.target_weights_N,
+        head,
+        chunk_tokens,
     )
+    return cast(Tensor, loss)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -104,20 +94,18 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         with torch.autocast(hidden_ND.device.type, enabled=False):
             for chunk in _chunks(hidden_ND.shape[0], chunk_tokens):
                 part_ND = hidden_ND[chunk].to(compute_dtype)
-                raw_NV = F.linear(part_ND, matmul_weight_VD, None if bias_V is None else bias_V.to(compute_dtype)).float()
-                logits_NV = head.transform(raw_NV)
+                bias = None if bias_V is None else bias_V.to(compute_dtype)
+                logits_NV = _transform(F.linear(part_ND, matmul_weight_VD, bias).float(), head)
                 log_norm_N = logits_NV.logsumexp(-1)
                 picked_N = logits_NV.gather(1, target_N[chunk].unsqueeze(1)).squeeze(1)
                 loss += (log_norm_N - picked_N) @ weights_N[chunk]
                 if not (needs_hidden or needs_weight or needs_bias):
                     continue
                 grad_NV = (logits_NV - log_norm_N.unsqueeze(1)).exp_()
-                del raw_NV
                 ones_N1 = torch.ones_like(log_norm_N).neg_().unsqueeze(1)
                 grad_NV.scatter_add_(1, target_N[chunk].unsqueeze(1), ones_N1)
                 grad_NV.mul_(weights_N[chunk].unsqueeze(1))
-                grad_NV = head.transform_backward(grad_NV, logits_NV).to(compute_dtype)
-                del logits_NV
+                grad_NV = _transform_backward(grad_NV, logits_NV, head).to(compute_dtype)
                 if grad_hidden_ND is not None:
                     grad_hidden_ND[chunk] = grad_NV @ matmul_weight_VD
                 if grad_weight_VD is not None:
@@ -150,23 +138,44 @@ def _chunks(num_positions: int, chunk_tokens: int) -> list[slice]:
     return [slice(start, min(start + chunk_tokens, num_positions)) for start in range(0, num_positions, chunk_tokens)]
 
 
+def _transform(raw_NV: Tensor, head: Head) -> Tensor:
+    """What `Head.logits` does after its matrix product, in place."""
+    if head.scale != 1:
+        raw_NV.mul_(head.scale)
+    return raw_NV if head.soft_cap is None else raw_NV.div_(head.soft_cap).tanh_().mul_(head.soft_cap)
+
+
+def _transform_backward(grad_NV: Tensor, logits_NV: Tensor, head: Head) -> Tensor:
+    """d tanh(x) = 1 - tanh(x)^2, in place; the logits are used up."""
+    if head.soft_cap is not None:
+        grad_NV.mul_(logits_NV.div_(head.soft_cap).square_().neg_().add_(1))
+    return grad_NV if head.scale == 1 else grad_NV.mul_(head.scale)
+
+
 def _weighted_cross_entropy(logits_NV: Tensor, micro_batch: MicroBatch) -> Tensor:
     losses_N = F.cross_entropy(logits_NV.float(), micro_batch.target_ids_N, reduction="none")
     return losses_N @ micro_batch.target_weights_N
 
 
-def _supervised_logits(model: torch.nn.Module, micro_batch: MicroBatch) -> Tensor:
+def _num_correct(logits_NV: Tensor, target_N: Tensor) -> Tensor:
+    return (logits_NV.argmax(-1) == target_N).sum()
+
+
+def _supervised_logits(model: nn.Module, micro_batch: MicroBatch) -> Tensor:
     """The model's own logits [N, V] at the supervised positions."""
-    with packed_rows(micro_batch):
-        logits_BSV = model(
-            input_ids=micro_batch.input_ids_BS, position_ids=micro_batch.position_ids_BS, use_cache=False
-        ).logits
+    logits_BSV = model(**_inputs(micro_batch)).logits
     return cast(Tensor, logits_BSV.flatten(0, 1).index_select(0, micro_batch.target_index_N))
 
 
-def _decoder_output(head: Head, micro_batch: MicroBatch) -> Tensor:
-    with packed_rows(micro_batch):
-        output = head.decoder(
-            input_ids=micro_batch.input_ids_BS, position_ids=micro_batch.position_ids_BS, use_cache=False
-        )
-    return cast(Tensor, output.last_hidden_state)
+def _supervised_hidden(head: Head, micro_batch: MicroBatch) -> Tensor:
+    """The last hidden states [N, D] at the supervised positions."""
+    hidden_BSD = head.decoder(**_inputs(micro_batch)).last_hidden_state
+    return cast(Tensor, hidden_BSD.flatten(0, 1).index_select(0, micro_batch.target_index_N))
+
+
+def _inputs(micro_batch: MicroBatch) -> dict[str, Any]:
+    """No attention mask: packed rows have boundaries, and right padding is hidden by the causal order."""
+    inputs = {"input_ids": micro_batch.input_ids_BS, "position_ids": micro_batch.position_ids_BS, "use_cache": False}
+    if not micro_batch.packed:
+        return inputs
+    return inputs | {"row_boundaries": row_boundaries(micro_batch.row_lengths, device=micro_batch.input_ids_BS.device)}

@@ -51,7 +51,7 @@ def _adamw_8bit(groups: Groups, optim: OptimConfig, lr: float) -> torch.optim.Op
         from bitsandbytes.optim import AdamW8bit
     except ImportError as error:
         raise ConfigError(
-            ["optim.name=adamw_8bit needs bitsandbytes, which is not installed: pip install 'fitune[bnb]', or use adamw"]
+            ["optim.name=adamw_8bit needs bitsandbytes, not installed here: pip install 'fitune[bnb]', or use adamw"]
         ) from error
     optimizer: torch.optim.Optimizer = AdamW8bit(groups, lr=lr, betas=optim.betas, eps=optim.eps)
     return optimizer

@@ -7,7 +7,7 @@ is not finite never reaches the weights.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -15,14 +15,14 @@ import torch
 from torch import nn
 
 from fitune.data.rows import MicroBatch
-from fitune.step.loss import LossSettings, count_correct, token_loss_sum
+from fitune.step.loss import LossSettings, loss_and_correct, token_loss_sum
 
 
 @dataclass(frozen=True, slots=True)
 class StepSettings:
     """clip: the largest gradient norm, 0 for none. autocast: the dtype of matrix products, None for the parameters'."""
 
-    loss: LossSettings = LossSettings()
+    loss: LossSettings
     clip: float = 1.0
     autocast: torch.dtype | None = None
 
@@ -83,7 +83,7 @@ def train_step(
     for micro_batch in micro_batches:
         with autocast(device, settings.autocast):
             loss = token_loss_sum(model, micro_batch.to(device), settings.loss) / loss_weight
-        (loss if scaler is None else scaler.scale(loss)).backward()
+        torch.autograd.backward(loss if scaler is None else scaler.scale(loss))
         losses.append(loss.detach())
     if scaler is not None:
         scaler.unscale_(optimizer)
@@ -102,26 +102,24 @@ def train_step(
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, micro_batches: Sequence[MicroBatch], *, settings: StepSettings) -> EvalResult:
-    """Loss and token accuracy over micro-batches, in evaluation mode; the model's mode is restored."""
+def evaluate(model: nn.Module, micro_batches: Iterable[MicroBatch], *, settings: StepSettings) -> EvalResult:
+    """Loss and token accuracy over micro-batches, in evaluation mode; the model's own mode is restored."""
     device = next(model.parameters()).device
+    totals = torch.zeros(2, dtype=torch.float64, device=device)
+    loss_weight, num_supervised_tokens = 0.0, 0
     was_training = model.training
     model.eval()
     try:
-        totals = torch.zeros(2, dtype=torch.float64, device=device)
         for micro_batch in micro_batches:
             with autocast(device, settings.autocast):
-                loss, correct = count_correct(model, micro_batch.to(device), settings.loss)
+                loss, correct = loss_and_correct(model, micro_batch.to(device), settings.loss)
             totals += torch.stack((loss.double(), correct.double()))
+            loss_weight += micro_batch.loss_weight
+            num_supervised_tokens += micro_batch.num_supervised_tokens
     finally:
         model.train(was_training)
     host = totals.cpu()
-    return EvalResult(
-        loss_sum=host[0].item(),
-        loss_weight=sum(micro_batch.loss_weight for micro_batch in micro_batches),
-        num_correct=int(host[1].item()),
-        num_supervised_tokens=sum(micro_batch.num_supervised_tokens for micro_batch in micro_batches),
-    )
+    return EvalResult(host[0].item(), loss_weight, int(host[1].item()), num_supervised_tokens)
 
 
 def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[object]:

@@ -6,7 +6,7 @@ import math
 from fitune.config import OptimConfig
 
 WSD_DECAY_FRACTION = 0.1
-"""Share of the run over which warm-up-stable-decay falls at its end (Hägele et al. 2024, arXiv 2405.18392: 10 to 20 %)."""
+"""Share of the run over which warm-up-stable-decay falls at its end (Hägele et al. 2024, arXiv 2405.18392)."""
 
 
 def lr_factor(optim: OptimConfig, progress: float) -> float:

@@ -1,0 +1,351 @@
+"""The run: batches in, optimizer steps out, evaluation between them, and everything written to the run directory.
+
+What is saved is saved after a whole step (a commit), never within one. An interrupt is noted and acted upon at the next
+commit; a second one ends the process at once.
+"""
+
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any, Protocol
+
+import torch
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from fitune.config import RunConfig, config_hash
+from fitune.data.batches import batches, num_samples, num_steps, prefetch
+from fitune.data.examples import Examples
+from fitune.data.rows import Batch, MicroBatch
+from fitune.errors import FituneError, InterruptedRunError
+from fitune.model.device import MemoryPeak, read_peak, reset_peak
+from fitune.model.save import link_model, save_model
+from fitune.run.directory import RunDirectory, write_json
+from fitune.run.metrics import EvalMetrics, RunEvent, Status, StepMetrics, Summary, append_line, summary_json
+from fitune.step.optimizer import set_lr
+from fitune.step.train_step import StepResult, evaluate, train_step
+from fitune.train.schedule import lr_factor
+from fitune.train.setup import Layout, Setup
+from fitune.units import parse_seconds
+
+EVALS_PER_RUN = 10
+PREFETCHED_BATCHES = 2
+MOST_BAD_STEPS = 3
+MOST_OVERFLOWS = 30
+"""A float16 scale of 2^16 needs 16 halvings to reach 1; more overflows in a row are no matter of scale."""
+
+
+class Watcher(Protocol):
+    """Who is told what happens, while it happens."""
+
+    def step(self, metrics: StepMetrics, *, progress: float) -> None: ...
+
+    def evaluation(self, metrics: EvalMetrics, *, best: bool) -> None: ...
+
+    def note(self, text: str) -> None: ...
+
+
+@dataclass(frozen=True)
+class Data:
+    train: Examples
+    eval: Examples
+
+
+@dataclass(frozen=True)
+class Length:
+    """How long the run is: one of them. None: not limited by it."""
+
+    epochs: float | None
+    steps: int | None
+    tokens: int | None
+    total_tokens: int
+    total_steps: int
+
+    def progress(self, *, step: int, tokens: int) -> float:
+        """The share (0 to 1) that is done after `step` steps with `tokens` tokens in all."""
+        done = step / self.steps if self.steps is not None else tokens / self.total_tokens
+        return min(done, 1.0)
+
+    def is_over(self, *, step: int, tokens: int) -> bool:
+        return (self.steps is not None and step >= self.steps) or (self.tokens is not None and tokens >= self.tokens)
+
+
+def run_length(config: RunConfig, examples: Examples) -> Length:
+    """In epochs, steps or tokens as configured, one epoch where nothing is said; the other measures are estimates."""
+    train, rows_per_step = config.train, config.batch.rows_per_step
+    epoch_tokens = int((examples.lengths * examples.repeats.astype("float64")).sum())
+    epoch_steps = num_steps(examples, rows_per_step=rows_per_step)
+    if train.steps is not None:
+        return Length(None, train.steps, None, epoch_tokens * train.steps // max(epoch_steps, 1), train.steps)
+    if train.tokens is not None:
+        return Length(None, None, train.tokens, train.tokens, -(-train.tokens * epoch_steps // max(epoch_tokens, 1)))
+    epochs = train.epochs or 1.0
+    seen = num_samples(examples, epochs=epochs) / max(num_samples(examples), 1)
+    steps = num_steps(examples, rows_per_step=rows_per_step, epochs=epochs)
+    return Length(epochs, None, None, max(round(epoch_tokens * seen), 1), steps)
+
+
+@dataclass
+class _State:
+    """What changes while the run goes on."""
+
+    step: int = 0
+    tokens: int = 0
+    supervised_tokens: int = 0
+    bad_steps: int = 0
+    train_loss: float | None = None
+    eval_loss: float | None = None
+    best_eval_loss: float | None = None
+    saved_step: int = -1
+    evaluated_step: int = -1
+    peak: MemoryPeak = field(default_factory=MemoryPeak)
+    started: float = field(default_factory=time.perf_counter)
+
+
+def train(
+    config: RunConfig, setup: Setup, run: RunDirectory, *, data: Data, tokenizer: Tokenizer, watcher: Watcher
+) -> Summary:
+    """Train to the end. Raises InterruptedRunError after a signal, FituneError when the loss stays not finite; the
+    weights of the last commit are in `run.last` in every case."""
+    trainer = _Trainer(config, setup, run, data, tokenizer, watcher)
+    status: Status = "failed"
+    try:
+        with _noted_signals() as caught:
+            status = trainer.run_to_the_end(caught)
+    finally:
+        summary = trainer.write_summary(status)
+    if caught and status == "stopped":
+        where = f"saved after step {summary.steps} in {run.last}"
+        interrupted = InterruptedRunError(f"interrupted: {where}")
+        interrupted.exit_code = 128 + caught[0]
+        raise interrupted
+    return summary
+
+
+class _Trainer:
+    """The state of a run and what is done with it; lives as long as `train`."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        setup: Setup,
+        run: RunDirectory,
+        data: Data,
+        tokenizer: Tokenizer,
+        watcher: Watcher,
+    ) -> None:
+        self.config, self.setup, self.run, self.data = config, setup, run, data
+        self.tokenizer, self.watcher = tokenizer, watcher
+        self.device = next(setup.model.parameters()).device
+        self.length = run_length(config, data.train)
+        self.state = _State()
+        every = max(1, self.length.total_steps // EVALS_PER_RUN)
+        self.eval_every = every if config.train.eval_every == "auto" else config.train.eval_every
+        self.save_every = self.eval_every if config.train.save_every == "auto" else config.train.save_every
+
+    def run_to_the_end(self, caught: list[int]) -> Status:
+        stop_at = None
+        if self.config.train.stop_after is not None:
+            stop_at = self.state.started + parse_seconds(self.config.train.stop_after)
+        torch.manual_seed(self.config.train.seed)
+        self.write_summary("running")
+        self.evaluate()
+        prepared = prefetch(self._prepared(), depth=PREFETCHED_BATCHES)
+        try:
+            for batch, micro_batches in prepared:
+                self.train_batch(batch, micro_batches)
+                over = self.length.is_over(step=self.state.step, tokens=self.state.tokens)
+                stopped = bool(caught) or (stop_at is not None and time.perf_counter() >= stop_at)
+                if not over and not stopped:
+                    if self.state.step % self.eval_every == 0:
+                        self.evaluate()
+                    if self.state.step % self.save_every == 0:
+                        self.save()
+                    continue
+                if stopped and not over:
+                    self.save()
+                    self.event("stopped", "interrupted" if caught else f"stopped after {self.config.train.stop_after}")
+                    return "stopped"
+                break
+        finally:
+            prepared.close()  # type: ignore[attr-defined]
+        self.evaluate()
+        self.save()
+        return "finished"
+
+    def _prepared(self) -> Iterator[tuple[Batch, list[MicroBatch]]]:
+        for batch in batches(
+            self.data.train,
+            rows_per_step=self.config.batch.rows_per_step,
+            seed=self.config.train.seed,
+            epochs=self.length.epochs,
+        ):
+            yield batch, self.setup.layout.split(batch)
+
+    def train_batch(self, batch: Batch, micro_batches: list[MicroBatch]) -> None:
+        state, setup = self.state, self.setup
+        tokens = state.tokens + batch.num_tokens
+        progress = self.length.progress(step=state.step + 1, tokens=tokens)
+        lr = setup.peak_lr * lr_factor(self.config.optim, progress)
+        set_lr(setup.optimizer, lr)
+        reset_peak(self.device)
+        start = time.perf_counter()
+        result = train_step(setup.model, setup.optimizer, micro_batches, settings=setup.settings, scaler=setup.scaler)
+        seconds = time.perf_counter() - start
+        state.tokens = tokens
+        if result.loss is None or result.grad_norm is None:
+            self.event("no_target", f"rows {batch.row_ids} have no supervised token: no update, no step")
+            return
+        state.step += 1
+        state.supervised_tokens += batch.num_supervised_tokens
+        state.train_loss = result.loss
+        peak = read_peak(self.device)
+        state.peak = _largest(state.peak, peak)
+        metrics = StepMetrics(
+            step=state.step,
+            tokens=batch.num_tokens,
+            supervised_tokens=batch.num_supervised_tokens,
+            total_tokens=state.tokens,
+            loss=result.loss,
+            lr=lr,
+            grad_norm=result.grad_norm,
+            seconds=seconds,
+            tokens_per_second=batch.num_tokens / seconds,
+            num_micro_batches=len(micro_batches),
+            micro_batch=max(len(micro_batch.row_ids) for micro_batch in micro_batches),
+            peak_allocated_bytes=peak.allocated_bytes,
+            peak_reserved_bytes=peak.reserved_bytes,
+            device_used_bytes=peak.device_bytes,
+        )
+        append_line(self.run.metrics, metrics)
+        self.watcher.step(metrics, progress=progress)
+        self.check_update(result)
+
+    def check_update(self, result: StepResult) -> None:
+        state = self.state
+        if result.updated:
+            state.bad_steps = 0
+            return
+        state.bad_steps += 1
+        if self.setup.scaler is not None:
+            self.event("overflow", f"step {state.step}: the float16 gradient overflowed, the scale is lowered")
+        else:
+            self.event(
+                "not_finite", f"step {state.step}: loss {result.loss}, gradient norm {result.grad_norm}: no update"
+            )
+        if state.bad_steps >= (MOST_BAD_STEPS if self.setup.scaler is None else MOST_OVERFLOWS):
+            self.save()
+            raise FituneError(
+                f"the gradient was not finite in {state.bad_steps} steps in a row (loss {result.loss} at step "
+                f"{state.step}): lower optim.lr ({self.setup.peak_lr:g}) or look at the rows of these steps; "
+                f"the weights before them are in {self.run.last}"
+            )
+
+    def evaluate(self) -> None:
+        state = self.state
+        if not len(self.data.eval) or state.evaluated_step == state.step:
+            return
+        reset_peak(self.device)
+        start = time.perf_counter()
+        micro_batches = _in_order(self.data.eval, self.setup.eval_layout, self.config.batch.rows_per_step)
+        result = evaluate(self.setup.model, micro_batches, settings=self.setup.settings)
+        peak = read_peak(self.device)
+        state.peak = _largest(state.peak, peak)
+        metrics = EvalMetrics(
+            step=state.step,
+            total_tokens=state.tokens,
+            eval_loss=result.loss,
+            eval_perplexity=result.perplexity,
+            eval_accuracy=result.accuracy,
+            eval_tokens=result.num_supervised_tokens,
+            seconds=time.perf_counter() - start,
+            peak_allocated_bytes=peak.allocated_bytes,
+        )
+        append_line(self.run.metrics, metrics)
+        state.eval_loss, state.evaluated_step = result.loss, state.step
+        # the untrained model is measured but is no result of this run
+        best = state.step > 0 and (state.best_eval_loss is None or result.loss < state.best_eval_loss)
+        if best:
+            state.best_eval_loss = result.loss
+            self.save()
+            link_model(self.run.last, self.run.best)
+        self.watcher.evaluation(metrics, best=best)
+
+    def save(self) -> None:
+        """The present weights as last/, if they are not there already."""
+        if self.state.saved_step == self.state.step:
+            return
+        save_model(self.setup.model, self.run.last, tokenizer=self.tokenizer)
+        self.state.saved_step = self.state.step
+        self.write_summary("running")
+
+    def event(self, kind: str, message: str) -> None:
+        append_line(self.run.events, RunEvent(time=time.time(), step=self.state.step, kind=kind, message=message))
+        self.watcher.note(message)
+
+    def write_summary(self, status: Status) -> Summary:
+        state = self.state
+        seconds = time.perf_counter() - state.started
+        summary = Summary(
+            status=status,
+            steps=state.step,
+            tokens=state.tokens,
+            supervised_tokens=state.supervised_tokens,
+            seconds=seconds,
+            tokens_per_second=state.tokens / seconds if state.tokens else None,
+            train_loss=state.train_loss,
+            eval_loss=state.eval_loss,
+            best_eval_loss=state.best_eval_loss,
+            measured_allocated_bytes=state.peak.allocated_bytes,
+            measured_reserved_bytes=state.peak.reserved_bytes,
+            measured_device_bytes=state.peak.device_bytes,
+            effective_batch=self.config.batch.rows_per_step,
+            config_hash=config_hash(self.config),
+            data_hash=self.data.train.data_hash,
+        )
+        write_json(self.run.summary, summary_json(summary))
+        return summary
+
+
+def _in_order(examples: Examples, layout: Layout, rows_at_once: int) -> Iterator[MicroBatch]:
+    """All rows in micro-batches, read as they are needed."""
+    for start in range(0, len(examples), rows_at_once):
+        rows = tuple(examples[index] for index in range(start, min(start + rows_at_once, len(examples))))
+        yield from layout.split(Batch(rows))
+
+
+def _largest(first: MemoryPeak, second: MemoryPeak) -> MemoryPeak:
+    def larger(a: int | None, b: int | None) -> int | None:
+        return max((value for value in (a, b) if value is not None), default=None)
+
+    return MemoryPeak(
+        larger(first.allocated_bytes, second.allocated_bytes),
+        larger(first.reserved_bytes, second.reserved_bytes),
+        larger(first.device_bytes, second.device_bytes),
+    )
+
+
+@contextmanager
+def _noted_signals() -> Iterator[list[int]]:
+    """SIGINT and SIGTERM are noted in the list that this yields; a second one acts as it usually does. Only the main
+    thread may set handlers: elsewhere (a notebook's worker) signals stay as they are."""
+    caught: list[int] = []
+    previous: dict[int, Any] = {}
+
+    def note(number: int, frame: FrameType | None) -> None:
+        caught.append(number)
+        signal.signal(number, previous[number])
+
+    try:
+        for number in (int(signal.SIGINT), int(signal.SIGTERM)):
+            previous[number] = signal.getsignal(number)
+            signal.signal(number, note)
+    except ValueError:
+        previous.clear()
+    try:
+        yield caught
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

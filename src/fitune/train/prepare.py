@@ -1,0 +1,73 @@
+"""Loads what a run needs, in the order in which mistakes are cheapest to find: tokenizer, data, then weights."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from fitune.config import RunConfig
+from fitune.data.examples import load_examples
+from fitune.errors import ConfigError, DataError
+from fitune.model.device import choose_device
+from fitune.model.load import count_parameters, load_model, load_tokenizer
+from fitune.model.lora import not_adapted
+from fitune.train.loop import Data
+from fitune.train.setup import Setup, assemble, choose_precision
+
+
+@dataclass(frozen=True)
+class Prepared:
+    setup: Setup
+    data: Data
+    tokenizer: Tokenizer
+    device: torch.device
+    num_parameters: int
+    num_trainable_parameters: int
+    notes: tuple[str, ...]
+
+
+def prepare(config: RunConfig, *, on_progress: Callable[[int], None] | None = None) -> Prepared:
+    """on_progress: called with the number of rows tokenised so far. Raises a UsageError of the room concerned."""
+    device = choose_device()
+    notes = []
+    if config.memory.allocator and device.type == "cpu":
+        notes.append("memory.allocator has no effect here: it sets CUDA's allocator, and this run is on the CPU")
+    if config.memory.gpu is not None:
+        notes.append("memory.gpu is for plans: a run uses the card that is there")
+    tokenizer = load_tokenizer(config.model)
+    data = load_data(config, tokenizer, on_progress=on_progress)
+    precision = choose_precision(config, device)
+    model = load_model(config.model, device, precision=precision, seed=config.train.seed)
+    check_length(model.config.get_text_config(), config)
+    if config.model.method == "lora" and (clause := not_adapted(model)) is not None:
+        notes.append(clause)
+    setup = assemble(model, config, device=device, precision=precision)
+    num_parameters, num_trainable = count_parameters(model)
+    return Prepared(setup, data, tokenizer, device, num_parameters, num_trainable, tuple(notes))
+
+
+def load_data(config: RunConfig, tokenizer: Tokenizer, *, on_progress: Callable[[int], None] | None = None) -> Data:
+    """Raises DataError where nothing is left to train on."""
+    train = load_examples(
+        config.data, tokenizer, split="train", eval_max_rows=config.eval.max_rows, on_progress=on_progress
+    )
+    held_out = load_examples(config.data, tokenizer, split="eval", eval_max_rows=config.eval.max_rows)
+    if not len(train):
+        raise DataError(
+            f"{config.data.train_sources[0].path} leaves no row to train on after holding out {len(held_out)}: "
+            "give more rows, or set data.eval_fraction=0"
+        )
+    return Data(train, held_out)
+
+
+def check_length(model_config: object, config: RunConfig) -> None:
+    """Raises ConfigError where rows may be longer than the positions that a model with learned positions has."""
+    positions = getattr(model_config, "n_positions", None)
+    if positions is not None and config.data.max_length > positions:
+        raise ConfigError(
+            [
+                f"data.max_length {config.data.max_length:,} exceeds the {positions:,} positions of "
+                f"{config.model.source}: set data.max_length={positions}"
+            ]
+        )
