@@ -2,8 +2,8 @@
 
 `express(row)` turns a row of data/published.json into something that can be recorded, or says why it cannot be.
 Models are our own or transformers' classes with the row's sizes; there are no weights. What the source leaves open is
-listed in `Expressed.assumed`. Nothing here is fitted: a loop fact comes from the row's notes or from what the libraries of the
-row's version do.
+listed in `Expressed.assumed`. Nothing here is fitted: a loop fact comes from the row's notes or from what the
+libraries of the row's version do.
 """
 
 from collections.abc import Callable
@@ -29,7 +29,7 @@ class Expressed:
     gpu: str
     known: bool = True
     attention: Attention = "auto"
-    num_steps: int = 3
+    num_steps: int = 2
     assumed: tuple[str, ...] = ()
 
 
@@ -263,8 +263,15 @@ def _a6000(row: Row) -> Expressed:
         optimizer = torch.optim.AdamW(trainable, foreach=True)
 
         def step() -> None:
+            # transformers 4.57 takes every batch for one of packed rows (find_packed_sequence_indices): for SDPA it
+            # always builds a boolean mask, which every layer turns into a 16-bit bias of its own.
+            mask = (
+                None
+                if row["attention"] == "eager"
+                else torch.ones((1, 1, length, length), dtype=torch.bool, device=device)
+            )
             with torch.autocast("cuda", dtype=torch.bfloat16, enabled=amp):
-                out = model(input_ids=ids, labels=ids)
+                out = model(input_ids=ids, labels=ids, attention_mask=mask)
                 loss = out.loss
             loss.backward()
             del out, loss
@@ -273,7 +280,12 @@ def _a6000(row: Row) -> Expressed:
 
         return step
 
-    return Expressed(build=build, loop=loop, gpu="RTX A6000", assumed=("transformers as installed for 4.57.6",))
+    return Expressed(
+        build=build,
+        loop=loop,
+        gpu="RTX A6000",
+        assumed=("the installed transformers, given the mask that 4.57.6 builds",),
+    )
 
 
 def _llama(arch: Row, *, dtype: torch.dtype, attention: str) -> Any:
@@ -314,23 +326,53 @@ def _with_lora(model: Any, lora: Row) -> Any:
 
 # ---- FMS: SFTTrainer on an A100 -------------------------------------------------------------------------------------
 
-Loss = Callable[[Any, Tensor], Tensor]
+Forward = Callable[[Any, Tensor, Tensor], Tensor]
 
 
-def shifted_loss_448(output: Any, labels: Tensor) -> Tensor:
-    """transformers 4.48: the output keeps the 16-bit logits, the loss keeps their float32 copy and a shifted copy."""
-    logits = output.logits.float()
+def causal_lm_448(model: Any, ids: Tensor, labels: Tensor) -> Tensor:
+    """transformers 4.48: hidden states, 16-bit logits, their float32 and their shifted copy live during the loss."""
+    hidden = _decoder(model)(input_ids=ids)[0]
+    logits = _head(model)(hidden)
+    return _float32_loss(logits, labels)
+
+
+def _float32_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    logits = logits.float()
+    return _shifted_loss(logits, labels)
+
+
+def causal_lm_445(model: Any, ids: Tensor, labels: Tensor) -> Tensor:
+    """transformers 4.45: rebinding the logits to their float32 copy frees the 16-bit ones."""
+    hidden = _decoder(model)(input_ids=ids)[0]
+    logits = _head(model)(hidden)
+    logits = logits / getattr(_causal_lm(model).config, "logits_scaling", 1)
+    logits = logits.float()
+    return _shifted_loss(logits, labels)
+
+
+def causal_lm_16_bit(model: Any, ids: Tensor, labels: Tensor) -> Tensor:
+    """transformers 4.48, GPTBigCode: the loss is computed in the 16 bits of the logits."""
+    hidden = _decoder(model)(input_ids=ids)[0]
+    logits = _head(model)(hidden)
+    return _shifted_loss(logits, labels)
+
+
+def _shifted_loss(logits: Tensor, labels: Tensor) -> Tensor:
     shift_logits = logits[..., :-1, :].contiguous()
     shift_labels = labels[..., 1:].contiguous()
     return F.cross_entropy(shift_logits.view(-1, logits.shape[-1]), shift_labels.view(-1))
 
 
-def shifted_loss_445(output: Any, labels: Tensor) -> Tensor:
-    """transformers 4.45: the model rebinds its logits to the float32 copy, which frees the 16-bit ones."""
-    output.logits = output.logits.float()
-    shift_logits = output.logits[..., :-1, :].contiguous()
-    shift_labels = labels[..., 1:].contiguous()
-    return F.cross_entropy(shift_logits.view(-1, shift_logits.shape[-1]), shift_labels.view(-1))
+def _causal_lm(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _decoder(model: Any) -> Any:
+    return _causal_lm(model).base_model
+
+
+def _head(model: Any) -> Any:
+    return _causal_lm(model).get_output_embeddings()
 
 
 def _fms(row: Row) -> Expressed | NotExpressed:
@@ -340,10 +382,11 @@ def _fms(row: Row) -> Expressed | NotExpressed:
         return NotExpressed("the lengths of its batches are not published")
     if "FOAK" in row["loss"] or "Liger" in row["loss"]:
         return NotExpressed("loss and layers are Triton kernels, whose allocations are not written down here")
-    loss = shifted_loss_445 if "transformers 4.45" in row["software"] else shifted_loss_448
-    build: Callable[[], Any] = partial(_fms_model, row)
-    loop = partial(_trainer_loop, row=row, compute_loss=loss)
-    return Expressed(build=lambda: build(), loop=loop, gpu="A100 80GB", attention="flash")
+    forward = causal_lm_445 if "transformers 4.45" in row["software"] else causal_lm_448
+    if "santacoder" in row["model"]:
+        forward = causal_lm_16_bit
+    loop = partial(_trainer_loop, row=row, forward=forward)
+    return Expressed(build=lambda: _fms_model(row), loop=loop, gpu="A100 80GB", attention="flash")
 
 
 def _fms_model(row: Row) -> Any:
@@ -378,7 +421,7 @@ def _fms_model(row: Row) -> Any:
     return model
 
 
-def _trainer_loop(model: nn.Module, device: torch.device, *, row: Row, compute_loss: Loss) -> Step:
+def _trainer_loop(model: nn.Module, device: torch.device, *, row: Row, forward: Forward) -> Step:
     """transformers' Trainer: a batch of three int64 tensors, clipping at 1.0, AdamW (foreach) with a group for what
     does not decay, gradients set to None after the step."""
     model.train()
@@ -396,7 +439,7 @@ def _trainer_loop(model: nn.Module, device: torch.device, *, row: Row, compute_l
     def step() -> None:
         nonlocal total_loss
         ids, labels, mask = (torch.ones(shape, dtype=torch.int64).to(device) for _ in range(3))
-        loss = _forward(model, ids, labels, compute_loss)
+        loss = forward(model, ids, labels)
         loss.backward()
         total_loss = total_loss + loss.detach()
         norm = nn.utils.clip_grad_norm_(trainable.values(), 1.0)
@@ -405,11 +448,6 @@ def _trainer_loop(model: nn.Module, device: torch.device, *, row: Row, compute_l
         del ids, labels, mask, norm
 
     return step
-
-
-def _forward(model: nn.Module, ids: Tensor, labels: Tensor, compute_loss: Loss) -> Tensor:
-    """A frame of its own: what the model returned is gone before the backward."""
-    return compute_loss(model(input_ids=ids), labels)
 
 
 _SOURCES: dict[str, Callable[[Row], Expressed | NotExpressed]] = {
