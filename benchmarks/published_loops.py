@@ -383,10 +383,18 @@ def _fms(row: Row) -> Expressed | NotExpressed:
     if "FOAK" in row["loss"] or "Liger" in row["loss"]:
         return NotExpressed("loss and layers are Triton kernels, whose allocations are not written down here")
     forward = causal_lm_445 if "transformers 4.45" in row["software"] else causal_lm_448
+    assumed: tuple[str, ...] = ()
     if "santacoder" in row["model"]:
         forward = causal_lm_16_bit
-    loop = partial(_trainer_loop, row=row, forward=forward)
-    return Expressed(build=lambda: _fms_model(row), loop=loop, gpu="A100 80GB", attention="flash")
+        assumed = ("dropout, activation and extra vocabulary rows of the checkpoint are GPTBigCode's defaults",)
+    return Expressed(
+        build=lambda: _fms_model(row),
+        loop=partial(_trainer_loop, row=row, forward=forward),
+        gpu="A100 80GB",
+        attention="flash",
+        known=not assumed,
+        assumed=assumed,
+    )
 
 
 def _fms_model(row: Row) -> Any:
