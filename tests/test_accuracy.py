@@ -1,8 +1,9 @@
 """The benchmark against published measurements, on its smallest rows."""
 
+import pytest
+
 import accuracy
 import published_loops
-import pytest
 
 ROWS = {row["id"]: row for row in accuracy.read_rows()}
 
