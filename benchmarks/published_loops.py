@@ -68,7 +68,11 @@ class MiniMindLayer(nn.Module):
 
     def __init__(self, arch: Row) -> None:
         super().__init__()
-        self.num_heads, self.num_kv_heads, self.head_dim = arch["n_heads"], arch["n_kv_heads"], arch["head_dim"]
+        self.num_heads, self.num_kv_heads, self.head_dim = (
+            arch["n_heads"],
+            arch["n_kv_heads"],
+            arch["head_dim"],
+        )
         hidden = arch["hidden"]
         self.q_proj = nn.Linear(hidden, self.num_heads * self.head_dim, bias=False)
         self.k_proj = nn.Linear(hidden, self.num_kv_heads * self.head_dim, bias=False)
@@ -172,8 +176,14 @@ class GPT2Layer(nn.Module):
         super().__init__()
         hidden, block = arch["hidden"], arch["block_size"]
         self.num_heads = arch["n_heads"]
-        self.ln_1, self.ln_2 = nn.LayerNorm(hidden, bias=False), nn.LayerNorm(hidden, bias=False)
-        self.qkv, self.proj = nn.Linear(hidden, 3 * hidden, bias=False), nn.Linear(hidden, hidden, bias=False)
+        self.ln_1, self.ln_2 = (
+            nn.LayerNorm(hidden, bias=False),
+            nn.LayerNorm(hidden, bias=False),
+        )
+        self.qkv, self.proj = (
+            nn.Linear(hidden, 3 * hidden, bias=False),
+            nn.Linear(hidden, hidden, bias=False),
+        )
         self.up = nn.Linear(hidden, arch["intermediate"], bias=False)
         self.down = nn.Linear(arch["intermediate"], hidden, bias=False)
         self.register_buffer("causal", torch.ones(1, 1, block, block))
@@ -334,41 +344,83 @@ def _with_lora(model: Any, lora: Row) -> Any:
 
 # ---- FMS: SFTTrainer on an A100 -------------------------------------------------------------------------------------
 
-Forward = Callable[[Any, Tensor, Tensor], Tensor]
+Forward = Callable[..., Tensor]
+CrossEntropy = Callable[[Tensor, Tensor], Tensor]
 
 
-def causal_lm_448(model: Any, ids: Tensor, labels: Tensor) -> Tensor:
+def causal_lm_448(model: Any, ids: Tensor, labels: Tensor, cross_entropy: CrossEntropy) -> Tensor:
     """transformers 4.48: hidden states, 16-bit logits, their float32 and their shifted copy live during the loss."""
     hidden = _decoder(model)(input_ids=ids)[0]
     logits = _head(model)(hidden)
-    return _float32_loss(logits, labels)
+    return _float32_loss(logits, labels, cross_entropy)
 
 
-def _float32_loss(logits: Tensor, labels: Tensor) -> Tensor:
+def _float32_loss(logits: Tensor, labels: Tensor, cross_entropy: CrossEntropy) -> Tensor:
     logits = logits.float()
-    return _shifted_loss(logits, labels)
+    return _shifted_loss(logits, labels, cross_entropy)
 
 
-def causal_lm_445(model: Any, ids: Tensor, labels: Tensor) -> Tensor:
+def causal_lm_445(model: Any, ids: Tensor, labels: Tensor, cross_entropy: CrossEntropy) -> Tensor:
     """transformers 4.45: rebinding the logits to their float32 copy frees the 16-bit ones."""
     hidden = _decoder(model)(input_ids=ids)[0]
     logits = _head(model)(hidden)
     logits = logits / getattr(_causal_lm(model).config, "logits_scaling", 1)
     logits = logits.float()
-    return _shifted_loss(logits, labels)
+    return _shifted_loss(logits, labels, cross_entropy)
 
 
-def causal_lm_16_bit(model: Any, ids: Tensor, labels: Tensor) -> Tensor:
+def causal_lm_16_bit(model: Any, ids: Tensor, labels: Tensor, cross_entropy: CrossEntropy) -> Tensor:
     """transformers 4.48, GPTBigCode: the loss is computed in the 16 bits of the logits."""
     hidden = _decoder(model)(input_ids=ids)[0]
     logits = _head(model)(hidden)
-    return _shifted_loss(logits, labels)
+    return _shifted_loss(logits, labels, cross_entropy)
 
 
-def _shifted_loss(logits: Tensor, labels: Tensor) -> Tensor:
+def _shifted_loss(logits: Tensor, labels: Tensor, cross_entropy: CrossEntropy) -> Tensor:
     shift_logits = logits[..., :-1, :].contiguous()
     shift_labels = labels[..., 1:].contiguous()
-    return F.cross_entropy(shift_logits.view(-1, logits.shape[-1]), shift_labels.view(-1))
+    return cross_entropy(shift_logits.view(-1, logits.shape[-1]), shift_labels.view(-1))
+
+
+class InPlaceCrossEntropy(torch.autograd.Function):
+    """The memory of the fused Triton loss: a float32 loss and log-sum-exp for each position, the gradient written over
+    the logits."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
+        losses, log_sum_exp = (torch.empty(labels.shape, device=logits.device) for _ in range(2))
+        ctx.save_for_backward(logits, log_sum_exp, labels)
+        return losses.sum() / labels.numel()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return ctx.saved_tensors[0], None
+
+
+class FusedRMSNorm(torch.autograd.Function):
+    """The memory of the fused Triton norm: it keeps its 16-bit input and a float32 number for each row, and gives its
+    weight no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        inverse = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
+        ctx.save_for_backward(x, weight, inverse)
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
+
+
+def _with_fused_norms(model: Any) -> Any:
+    for module in model.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            module.forward = partial(_fused_norm, module)
+    return model
+
+
+def _fused_norm(module: Any, x: Tensor) -> Any:
+    return FusedRMSNorm.apply(x, module.weight)
 
 
 def _causal_lm(model: Any) -> Any:
@@ -388,16 +440,29 @@ def _fms(row: Row) -> Expressed | NotExpressed:
         return NotExpressed("4-bit weights (NF4 or GPTQ): the quantised layers run on a card only")
     if not isinstance(row["seq"], int):
         return NotExpressed("the lengths of its batches are not published")
-    if "FOAK" in row["loss"] or "Liger" in row["loss"]:
-        return NotExpressed("loss and layers are Triton kernels, whose allocations are not written down here")
+    if "Liger" in row["loss"]:
+        return NotExpressed("the Liger loss is a Triton kernel that is not written down here")
+    fused = "FOAK" in row["loss"]
     forward = causal_lm_445 if "transformers 4.45" in row["software"] else causal_lm_448
     assumed: tuple[str, ...] = ()
+    if fused:
+        assumed = (
+            "fused Triton loss and norms keep what FusedRMSNorm and InPlaceCrossEntropy keep; other fused "
+            "layers of the source are recorded unfused",
+        )
     if "santacoder" in row["model"]:
         forward = causal_lm_16_bit
-        assumed = ("dropout, activation and extra vocabulary rows of the checkpoint are GPTBigCode's defaults",)
+        assumed += ("dropout, activation and extra vocabulary rows of the checkpoint are GPTBigCode's defaults",)
     return Expressed(
-        build=lambda: _fms_model(row),
-        loop=partial(_trainer_loop, row=row, forward=forward),
+        build=lambda: _with_fused_norms(_fms_model(row)) if fused else _fms_model(row),
+        loop=partial(
+            _trainer_loop,
+            row=row,
+            forward=partial(
+                forward,
+                cross_entropy=InPlaceCrossEntropy.apply if fused else F.cross_entropy,
+            ),
+        ),
         gpu="A100 80GB",
         attention="flash",
         known=not assumed,
@@ -423,10 +488,20 @@ def _fms_model(row: Row) -> Any:
         )  # fmt: skip
         model_class: Any = GPTBigCodeForCausalLM
     elif "Power" in row["model"]:
-        biases = {"attention_bias": arch["attention_bias"], "mlp_bias": arch["mlp_bias"]}
-        config, model_class = GraniteConfig(**_sizes(arch), **biases), GraniteForCausalLM
+        biases = {
+            "attention_bias": arch["attention_bias"],
+            "mlp_bias": arch["mlp_bias"],
+        }
+        config, model_class = (
+            GraniteConfig(**_sizes(arch), **biases),
+            GraniteForCausalLM,
+        )
     else:
-        config, model_class = MistralConfig(**_sizes(arch, 32001), sliding_window=None), MistralForCausalLM
+        extra = arch["vocab"] + (2 if "lama-3" in row["model"] else 1)  # rows for the tokenizer's special tokens
+        config, model_class = (
+            MistralConfig(**_sizes(arch, extra), sliding_window=None),
+            MistralForCausalLM,
+        )
     config.use_cache = False
     config._attn_implementation = "sdpa"
     model = model_class._from_config(config, dtype=torch.bfloat16)
@@ -447,7 +522,10 @@ def _trainer_loop(model: nn.Module, device: torch.device, *, row: Row, forward: 
     exempt = ("bias",) if "istral" in row["model"] else ("bias", "norm", "ln_")
     groups = [
         {"params": [p for name, p in trainable.items() if not any(part in name for part in exempt)]},
-        {"params": [p for name, p in trainable.items() if any(part in name for part in exempt)], "weight_decay": 0.0},
+        {
+            "params": [p for name, p in trainable.items() if any(part in name for part in exempt)],
+            "weight_decay": 0.0,
+        },
     ]
     optimizer = torch.optim.AdamW([group for group in groups if group["params"]])
     total_loss = torch.zeros((), device=device)
@@ -455,7 +533,8 @@ def _trainer_loop(model: nn.Module, device: torch.device, *, row: Row, forward: 
     def step() -> None:
         nonlocal total_loss
         ids, labels, mask = (torch.ones(shape, dtype=torch.int64).to(device) for _ in range(3))
-        loss = forward(model, ids, labels)
+        with torch.autocast("cuda", dtype=torch.bfloat16, enabled="bf16 autocast on" in row["precision"]):
+            loss = forward(model, ids, labels)
         loss.backward()
         total_loss = total_loss + loss.detach()
         norm = nn.utils.clip_grad_norm_(trainable.values(), 1.0)
