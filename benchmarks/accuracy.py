@@ -218,19 +218,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--limit-seconds", type=float, default=120.0, help="time limit of a row (default: 120)")
     options = parser.parse_args(arguments)
     wanted = {name for name in options.rows.split(",") if name}
-    rows = [row for row in read_rows() if options.group in row["source"] and (not wanted or row["id"] in wanted)]
-    compared = []
-    for row in rows:
-        compared.append(compare_apart(row, options.limit_seconds))
-        last = compared[-1]
-        outcome = last.reason if last.error_fraction is None else f"{last.error_fraction:+.3%} in {last.seconds} s"
-        print(f"{last.id}: {outcome}", file=sys.stderr, flush=True)
-    print("\n".join(summarise(compared)))
-    if not options.group and not wanted:
-        RESULTS.parent.mkdir(exist_ok=True)
-        RESULTS.write_text(json.dumps([asdict(row) for row in compared], indent=1) + "\n")
-        TABLE.parent.mkdir(exist_ok=True)
-        TABLE.write_text(render(compared))
+    published = read_rows()
+    compared = {row.id: row for row in read_results()}
+    for row in published:
+        if wanted and row["id"] not in wanted:
+            continue
+        if options.group in row["source"] or options.group in row["id"]:
+            outcome = compared[row["id"]] = compare_apart(row, options.limit_seconds)
+            error = outcome.error_fraction
+            said = outcome.reason if error is None else f"{error:+.3%} in {outcome.seconds} s"
+            print(f"{outcome.id}: {said}", file=sys.stderr, flush=True)
+            write([compared[row["id"]] for row in published if row["id"] in compared])
+    print("\n".join(summarise(tuple(compared.values()))))
+
+
+def read_results(path: Path = RESULTS) -> list[Compared]:
+    return [Compared(**row) for row in json.loads(path.read_text())] if path.exists() else []
+
+
+def write(rows: Sequence[Compared]) -> None:
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    TABLE.parent.mkdir(exist_ok=True)
+    TABLE.write_text(render(rows))
 
 
 if __name__ == "__main__":
