@@ -27,12 +27,16 @@ from tiny_run import save_tiny_model, write_config, write_dialogues
 
 SOURCE = Path(__file__).parent.parent / "src"
 RUN = RunDirectory(Path("runs/run"))
-SUMMARY_KEYS = (
-    "schema status steps tokens supervised_tokens seconds tokens_per_second train_loss eval_loss best_eval_loss "
-    "predicted_allocated_bytes predicted_reserved_bytes measured_allocated_bytes measured_reserved_bytes "
-    "measured_device_bytes num_ooms num_retries micro_batch_changes effective_batch config_hash data_hash"
-).split()
-STEP_KEYS = "step tokens supervised_tokens loss lr grad_norm seconds tokens_per_second num_micro_batches".split()
+SUMMARY_KEYS = [
+    "schema", "status", "steps", "tokens", "supervised_tokens", "seconds", "tokens_per_second", "train_loss",
+    "eval_loss", "best_eval_loss", "predicted_allocated_bytes", "predicted_reserved_bytes",
+    "measured_allocated_bytes", "measured_reserved_bytes", "measured_device_bytes", "num_ooms", "num_retries",
+    "micro_batch_changes", "effective_batch", "config_hash", "data_hash",
+]  # fmt: skip
+STEP_KEYS = [
+    "step", "tokens", "supervised_tokens", "total_tokens", "loss", "lr", "grad_norm", "seconds", "tokens_per_second",
+    "num_micro_batches", "device_used_bytes",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +81,9 @@ def weights(directory: Path) -> bytes:
 def plain_eval_loss(directory: Path) -> float:
     """The held-out loss by plain transformers, row by row: no packing, no chunks, nothing of the training step."""
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(directory).eval()
-    examples = load_examples(read_config(RUN.config).config.data, AutoTokenizer.from_pretrained(directory), split="eval")
+    examples = load_examples(
+        read_config(RUN.config).config.data, AutoTokenizer.from_pretrained(directory), split="eval"
+    )
     loss, weight = 0.0, 0.0
     for row in examples:
         ids, loss_weights = torch.tensor(row.input_ids).long(), torch.tensor(row.loss_weights)
@@ -307,9 +313,12 @@ def test_evaluation_data_of_its_own_is_used_whole(place: Path) -> None:
     write_dialogues(place / "eval.jsonl", 20, seed=9)
     write_config(place / "sft.yaml", {"data": {"eval": "eval.jsonl", "eval_fraction": 0.01}})
     train()
-    assert read_metrics(RUN.metrics).evals[-1].eval_tokens == load_examples(
-        read_config(RUN.config).config.data, AutoTokenizer.from_pretrained("tiny"), split="eval"
-    ).num_supervised_tokens
+    assert (
+        read_metrics(RUN.metrics).evals[-1].eval_tokens
+        == load_examples(
+            read_config(RUN.config).config.data, AutoTokenizer.from_pretrained("tiny"), split="eval"
+        ).num_supervised_tokens
+    )
 
 
 def test_stop_after_saves_and_stops() -> None:
@@ -368,9 +377,7 @@ def test_control_c_ends_the_process_with_saved_weights() -> None:
 
 
 def test_a_loss_that_stays_not_finite_ends_the_run_with_the_way_out(capsys: pytest.CaptureFixture[str]) -> None:
-    error = error_of(
-        capsys, "train", "sft.yaml", "optim.lr=1e30", "train.steps=50", "train.eval_every=50", exit_code=1
-    )
+    error = error_of(capsys, "train", "sft.yaml", "optim.lr=1e30", "train.steps=50", "train.eval_every=50", exit_code=1)
     assert "not finite in 3 steps in a row" in error
     assert "lower optim.lr (1e+30)" in error
     assert read_run(RUN.path).state == "failed"

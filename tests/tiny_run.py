@@ -5,19 +5,19 @@ import random
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from transformers import PretrainedConfig
 
-from fitune.model.load import build_model
+from fitune.model.load import build_model, quiet_transformers
 from tiny_models import TINY_LLAMA, save_tokenizer
 
 Dialogue = list[dict[str, str]]
 
 
-def save_tiny_model(directory: Path, config: PretrainedConfig = TINY_LLAMA, *, dtype: torch.dtype | None = None) -> Path:
+def save_tiny_model(directory: Path, config: PretrainedConfig = TINY_LLAMA) -> Path:
     """A transformers directory with random weights and a tokenizer that has a chat template."""
-    build_model(config, dtype=dtype or torch.float32, seed=3).save_pretrained(directory)
+    with quiet_transformers():
+        build_model(config, seed=3).save_pretrained(directory)
     save_tokenizer(directory, num_extra=50)
     return directory
 

@@ -235,7 +235,8 @@ class _Trainer:
             self.event("overflow", f"step {state.step}: the float16 gradient overflowed, the scale is lowered")
         else:
             self.event(
-                "not_finite", f"step {state.step}: loss {result.loss:.4g}, gradient norm {result.grad_norm:.4g}: no update"
+                "not_finite",
+                f"step {state.step}: loss {result.loss:.4g}, gradient norm {result.grad_norm:.4g}: no update",
             )
         if state.bad_steps >= (MOST_BAD_STEPS if self.setup.scaler is None else MOST_OVERFLOWS):
             self.save()
