@@ -30,6 +30,12 @@ app = App(
 )
 app.command("fitune.cli.env:env", help="The machine: cards, memory, driver, versions.", sort_key=1)
 app.command(
+    "fitune.cli.check:check",
+    usage="fitune check DATA|CONFIG [KEY.SUB=VALUE...] [OPTIONS]",
+    help="What the data is: format, template, supervised share, lengths, rows cut or lost.",
+    sort_key=2,
+)
+app.command(
     "fitune.cli.train:train",
     usage="fitune train [CONFIG] [KEY.SUB=VALUE...] [OPTIONS]",
     help="Train by a configuration.",

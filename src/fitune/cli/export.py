@@ -40,7 +40,7 @@ def export(
 
 
 def _load(run: RunDirectory, weights: Path) -> tuple[Any, Any]:
-    """(model, tokenizer) of a run's saved weights; adapters stand on the base model of the run's configuration."""
+    """(model, tokenizer) of saved weights; adapters stand on the base model that the run was configured with."""
     import torch
 
     from fitune.model.load import load_model, load_tokenizer
