@@ -15,6 +15,8 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+import fitune
+from fitune import errors
 from fitune.cli.app import main
 from fitune.cli.progress import TrainingProgress
 from fitune.config import ModelConfig, read_config
@@ -430,3 +432,27 @@ def test_recomputing_changes_no_result(recompute: str, method: str) -> None:
 def test_the_written_configuration_is_plain_yaml() -> None:
     train()
     assert yaml.safe_load(RUN.config.read_text())["batch"]["effective"] == 8
+
+
+def test_python_trains_by_a_mapping_a_file_or_a_configuration(place: Path) -> None:
+    mapping: dict[str, Any] = yaml.safe_load((place / "sft.yaml").read_text())
+    summaries = [
+        fitune.train(config, overwrite=True, quiet=True)
+        for config in (mapping, "sft.yaml", place / "sft.yaml", read_config("sft.yaml").config)
+    ]
+    assert {summary.train_loss for summary in summaries} == {train("train.steps=7", "run.name=cli").train_loss}
+
+
+def test_python_gets_an_error_as_an_exception() -> None:
+    with pytest.raises(errors.ConfigError, match="optim.lr is -1"):
+        fitune.train({"model": {"source": "tiny"}, "data": {"train": "sft.jsonl"}, "optim": {"lr": -1}})
+
+
+@pytest.mark.parametrize("first", ["import fitune", "import fitune.train.schedule as schedule"])
+def test_importing_fitune_imports_nothing_heavy(first: str) -> None:
+    code = f"{first}; import fitune, sys; assert callable(fitune.train); print('torch' in sys.modules)"
+    environment = {**os.environ, "PYTHONPATH": str(SOURCE)}
+    assert (
+        subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True).stdout
+        == "False\n"
+    )
