@@ -447,5 +447,4 @@ def test_importing_fitune_imports_nothing_heavy(first: str) -> None:
     code = f"{first}; import fitune, sys; assert callable(fitune.train); print('torch' in sys.modules)"
     environment = {**os.environ, "PYTHONPATH": str(SOURCE)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout == "False
-"
+    assert done.stdout == "False\n"
