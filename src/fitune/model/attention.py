@@ -256,11 +256,17 @@ def _band(num_queries: int, num_keys: int, window: int | None, device: torch.dev
 def _choose_kernel(query: torch.Tensor, value: torch.Tensor, scoring: Scoring) -> Kernel:
     """The variable-length kernels need CUDA, 16 bits, heads of at most 256 and one size for query and value."""
     plain = not scoring.needs_steps and scoring.dropout == 0 and scoring.backend is None
-    if not (plain and query.is_cuda and query.element_size() == 2 and query.shape[-1] == value.shape[-1] <= 256):
+    capability = _compute_capability(query)
+    if capability is None or not (plain and query.element_size() == 2 and query.shape[-1] == value.shape[-1] <= 256):
         return "rows"
-    if _has_flash_attn():
+    if query.is_cuda and _has_flash_attn():
         return "flash_attn"
-    return "varlen" if torch.cuda.get_device_capability(query.device) >= (8, 0) else "rows"
+    return "varlen" if capability >= (8, 0) else "rows"
+
+
+def _compute_capability(tensor: torch.Tensor) -> tuple[int, int] | None:
+    """Of the card that the tensor is on, None off CUDA. A recording for a card puts that card here."""
+    return torch.cuda.get_device_capability(tensor.device) if tensor.is_cuda else None
 
 
 def _varlen(
