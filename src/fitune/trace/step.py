@@ -41,10 +41,13 @@ class Pass:
 
 @dataclass(frozen=True)
 class RecordedStep:
-    """layout: how rows became micro-batches. parameters: (all, trainable). notes: what `assemble` decided."""
+    """layout: how rows became micro-batches. evaluation_step: the number of the step of the trace that is an
+    evaluation, None without one. notes: what `assemble` decided."""
 
     trace: MemoryTrace
     layout: Layout
+    chunked: bool
+    evaluation_step: int | None
     num_parameters: int
     num_trainable_parameters: int
     precision: Precision
@@ -107,6 +110,8 @@ def record_step(
     return RecordedStep(
         trace=trace,
         layout=setup.layout,
+        chunked=setup.settings.loss.head is not None,
+        evaluation_step=next((i for i, each in enumerate(passes, start=1) if each.kind == "eval"), None),
         num_parameters=sum(size for size, _ in sizes),
         num_trainable_parameters=sum(size for size, trainable in sizes if trainable),
         precision=precision,
