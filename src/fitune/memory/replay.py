@@ -93,6 +93,9 @@ def replay(trace: MemoryTrace, settings: ReplaySettings) -> ReplayResult:
         if peaks_before is None and event.step == last_step:
             peaks_before = allocator.peak_allocated_bytes, allocator.peak_reserved_bytes
             allocator.reset_peaks()
+        if event.num_bytes == 0:
+            allocator.empty_cache()
+            continue
         if event.num_bytes < 0:
             allocator.free(addresses.pop(event.storage, 0))
             continue

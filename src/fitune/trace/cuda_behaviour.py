@@ -429,11 +429,10 @@ _TEMPORARIES: dict[str, Callable[[CudaTarget, tuple[Any, ...], Sequence[Tensor]]
 
 def _dropout(tensor: Tensor, p: float, train: bool) -> Tensor:
     """Dropout.cpp: CUDA's fused kernel keeps a mask of one byte per element."""
-    if train and 0 < p < 1 and tensor.numel():
-        out: Tensor = aten.native_dropout(tensor, p, True)[0]
-        return out
-    dropped: Tensor = aten.dropout.default.decompose(tensor, p, train)
-    return dropped
+    if p == 0 or not train or not tensor.numel():
+        return tensor
+    out: Tensor = aten.native_dropout(tensor, p, True)[0]
+    return out
 
 
 def _one_hot(tensor: Tensor, num_classes: int = -1) -> Tensor:

@@ -108,6 +108,7 @@ def card_stands_in(recorder: Recorder) -> Iterator[None]:
         stack.enter_context(patch.object(torch.amp.autocast_mode.autocast, "__init__", autocast_init))
         stack.enter_context(patch.object(torch.amp.GradScaler, "__init__", grad_scaler_init))
         stack.enter_context(patch.object(torch, "compile", as_it_is))
+        stack.enter_context(patch.object(torch.cuda, "empty_cache", recorder.empty_cache))
         for name in ("synchronize", "reset_peak_memory_stats", "set_device"):
             stack.enter_context(patch.object(torch.cuda, name, lambda *_, **__: None))
         for name in ("memory_allocated", "memory_reserved", "max_memory_allocated", "max_memory_reserved"):

@@ -101,6 +101,10 @@ class Recorder(TorchDispatchMode):
     def free(self, storage: _Storage) -> None:
         self._events.append((storage, -storage.num_bytes, self._where(storage.where[4])))
 
+    def empty_cache(self) -> None:
+        storage = _Storage(0, 0, "workspace", self._where("empty_cache"))
+        self._events.append((storage, 0, storage.where))
+
     def input_arrived(self, tensor: torch.Tensor) -> None:
         """`tensor` is a copy from the host."""
         storage = self._see(tensor, "copy")
