@@ -59,7 +59,7 @@ _KEYS = {
 
 
 def read_arguments(words: tuple[str, ...], flags: ConfigFlags, *, overrides: Sequence[str] = ()) -> ResolvedConfig:
-    """overrides: of a verb's own flags. Raises ConfigError with every fault of the file, the overrides and the flags."""
+    """overrides: of a verb's own flags. Raises ConfigError with every fault of the file and of what was typed."""
     own, overrides = overrides, list(words)
     is_file = bool(words) and ("=" not in words[0] or Path(words[0]).exists())
     source = Path(overrides.pop(0)) if is_file else None

@@ -75,7 +75,7 @@ def _print(plan: "Plan", screen: Console) -> None:
     screen.print(f"at the peak (longest rows, in {shown.peak_phase})", soft_wrap=True)
     parts = [(name, size) for name, size in shown.categories.items() if size]
     total = shown.predicted_allocated_bytes
-    rows = [(name, format_gib(size), f"{size / total:.0%}") for name, size in parts]
+    rows: list[tuple[str, str, str]] = [(name, format_gib(size), f"{size / total:.0%}") for name, size in parts]
     rows += [
         ("= allocated", format_gib(total), "100%"),
         ("= reserved", format_gib(shown.predicted_reserved_bytes), ""),
@@ -84,7 +84,8 @@ def _print(plan: "Plan", screen: Console) -> None:
     ]
     screen.print(table(("part", ">GiB", ">share"), rows))
     screen.print()
-    columns = ("  micro x accum", "recompute", "optimizer", ">allocated", ">reserved", ">device GiB", "fits")
+    screen.print("rows x accumulation; GiB")
+    columns = ("  batch", "recompute", "optimizer", ">alloc.", ">reserved", ">device", "fits")
     screen.print(table(columns, [_row(plan, index) for index in range(len(plan.candidates))]))
 
 

@@ -10,8 +10,8 @@ from fitune.trace.events import Category
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
     """One setting and its prediction. micro_batch: rows of the longest length in one forward and backward.
-    micro_tokens: the token budget of a micro-batch, None where rows are counted. predicted_seconds_per_step is None: not
-    predicted. reason: why it does not fit, or on what condition it does; empty otherwise."""
+    micro_tokens: the token budget of a micro-batch, None where rows are counted. predicted_seconds_per_step: None where
+    it is not predicted. reason: why it does not fit, or on what condition it does; empty otherwise."""
 
     micro_batch: int
     micro_tokens: int | None

@@ -1,4 +1,4 @@
-"""Which setting to run: the largest micro-batch that fits the budget, with recomputation only where nothing fits without.
+"""Which setting to run: the largest micro-batch that fits, with recomputation only where nothing fits without it.
 
 The rows of an optimizer step stay as configured; only how they are cut, and what is kept for the backward, is chosen.
 What the configuration forces is not varied. This does not yet weigh speed.
@@ -14,11 +14,11 @@ from fitune.errors import UsageError
 from fitune.memory.devices import Device, context_prior, find_device, this_machine
 from fitune.model.load import load_tokenizer, source_kind
 from fitune.plan.plan import Candidate, Plan, PlannedDevice, PlannedModel
-from fitune.plan.predict import Prediction, choose_target, heaviest_passes, predict_run, rows_per_micro_batch
+from fitune.plan.predict import RunPrediction, choose_target, heaviest_passes, predict_run, rows_per_micro_batch
 from fitune.units import format_bytes, parse_bytes
 
 AUTO_SHARE = 0.9
-"""Of the free memory, where no budget is given: the desktop, other processes and the context's uncertainty need room."""
+"""Of the free memory, where no budget is given: other processes and the context's uncertainty need room."""
 MOST_MICRO_TOKENS = 65536
 """No card gets faster above; a larger micro-batch is never proposed."""
 
@@ -51,7 +51,7 @@ def choose_plan(
     Without a card, here or by name, memory.budget as a size stands for any card with so much memory.
     """
     limits = find_limits(config, gpu=gpu)
-    looked_at: dict[Choice, tuple[Candidate, Prediction]] = {}
+    looked_at: dict[Choice, tuple[Candidate, RunPrediction]] = {}
 
     def fits(choice: Choice) -> bool:
         if choice not in looked_at:
@@ -84,7 +84,7 @@ def choose_plan(
         },
         candidates=tuple(looked_at[choice][0] for choice in order),
         chosen=None if chosen is None else order.index(chosen),
-        assumptions=(*prediction.reasons, *prediction.recorded.trace.source, *prediction.recorded.notes),
+        assumptions=_assumptions(prediction),
     )
 
 
@@ -96,10 +96,16 @@ def find_limits(config: RunConfig, *, gpu: str | None = None) -> Limits:
         device = _any_card(size)
     else:
         device = choose_target(config, gpu=gpu)
-    if size is None:
-        size = int((AUTO_SHARE if isinstance(budget, str) else budget) * _free_bytes(device))
     row_tokens, origin = longest_row(config)
-    return Limits(device, size, row_tokens, origin)
+    return Limits(device, budget_bytes(config, device), row_tokens, origin)
+
+
+def budget_bytes(config: RunConfig, device: Device) -> int:
+    """Of memory.budget on that device; auto is a share of what is free now."""
+    budget = config.memory.budget
+    if isinstance(budget, str) and budget != "auto":
+        return parse_bytes(budget)
+    return int((AUTO_SHARE if isinstance(budget, str) else budget) * _free_bytes(device))
 
 
 def longest_row(config: RunConfig) -> tuple[int, str]:
@@ -119,7 +125,7 @@ def longest_row(config: RunConfig) -> tuple[int, str]:
     return config.data.max_length, "data.max_length"
 
 
-def look_at(config: RunConfig, choice: Choice, limits: Limits) -> tuple[Candidate, Prediction]:
+def look_at(config: RunConfig, choice: Choice, limits: Limits) -> tuple[Candidate, RunPrediction]:
     settled = settle(config, choice, row_tokens=limits.row_tokens)
     prediction = predict_run(
         settled,
@@ -127,7 +133,7 @@ def look_at(config: RunConfig, choice: Choice, limits: Limits) -> tuple[Candidat
         passes=heaviest_passes(settled, limits.device, row_tokens=limits.row_tokens),
         limit_bytes=limits.limit_bytes,
     )
-    recorded = prediction.recorded
+    recorded, largest = prediction.recorded, prediction.largest
     micro = rows_per_micro_batch(settled, limits.device, limits.row_tokens)
     candidate = Candidate(
         micro_batch=micro,
@@ -140,12 +146,12 @@ def look_at(config: RunConfig, choice: Choice, limits: Limits) -> tuple[Candidat
         method=settled.model.method,
         attention=settled.model.attention,
         packing=recorded.layout.packed,
-        predicted_allocated_bytes=prediction.peak_allocated_bytes,
-        predicted_reserved_bytes=prediction.peak_reserved_bytes,
-        predicted_device_bytes=prediction.device_bytes,
-        categories=prediction.categories,
+        predicted_allocated_bytes=largest.peak_allocated_bytes,
+        predicted_reserved_bytes=largest.peak_reserved_bytes,
+        predicted_device_bytes=largest.peak_reserved_bytes + prediction.context_bytes,
+        categories=largest.categories,
         peak_phase=prediction.peak_phase,
-        fits=prediction.fits,
+        fits=bool(largest.fits),
         reason=_reason(prediction, limits),
     )
     return candidate, prediction
@@ -196,13 +202,19 @@ def _words(choice: Choice) -> str:
     return f"{choice.rows} rows at once, recompute {choice.recompute}"
 
 
-def _reason(prediction: Prediction, limits: Limits) -> str:
-    over = prediction.device_bytes - limits.limit_bytes
-    if not prediction.fits:
+def _reason(prediction: RunPrediction, limits: Limits) -> str:
+    largest = prediction.largest
+    if not largest.fits:
+        over = largest.peak_reserved_bytes + prediction.context_bytes - limits.limit_bytes
         return f"needs {format_bytes(max(over, 1))} more"
-    if prediction.num_alloc_retries:
-        return f"fits by giving cached blocks back {prediction.num_alloc_retries} times a step"
+    if largest.num_alloc_retries:
+        return f"fits by giving cached blocks back {largest.num_alloc_retries} times"
     return ""
+
+
+def _assumptions(prediction: RunPrediction) -> tuple[str, ...]:
+    interval = prediction.largest.device_interval
+    return (*(interval.reasons if interval else ()), *prediction.largest.assumptions, *prediction.recorded.notes)
 
 
 def _free_bytes(device: Device) -> int:

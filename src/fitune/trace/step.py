@@ -20,7 +20,7 @@ from fitune.step.assemble import Layout, Setup, assemble
 from fitune.step.train_step import evaluate, train_step
 from fitune.trace.cuda_behaviour import CudaTarget
 from fitune.trace.events import MemoryTrace
-from fitune.trace.fake import RecordSettings, record_loop
+from fitune.trace.fake import RecordSettings, Step, record_loop
 
 _TENSORS = ("input_ids_BS", "position_ids_BS", "target_index_N", "target_ids_N", "target_weights_N")
 FIRST_BFLOAT16 = (8, 0)
@@ -77,19 +77,20 @@ def record_step(
     """The memory events of these passes, in order, as the steps 1, 2, ... of the trace.
 
     target: the card, None for this machine's CPU. The optimizer state is born in the first training pass, and gradients
-    are resident from a pass's second micro-batch on, so the last of two training passes is the steady state. Raises what
-    `load_model` and `assemble` raise.
+    are resident from a pass's second micro-batch on, so the last of two training passes is the steady state. Raises
+    what `load_model` and `assemble` raise.
     """
     precision = target_precision(config, target)
     device = torch.device("cpu" if target is None else "cuda")
     made: list[tuple[nn.Module, Setup]] = []
 
     def build() -> nn.Module:
-        where = "meta" if mode == "fake" else "cpu"
-        return load_model(config.model, torch.device(where), precision=precision, seed=config.train.seed)
+        where = torch.device("meta" if mode == "fake" else "cpu")
+        model: nn.Module = load_model(config.model, where, precision=precision, seed=config.train.seed)
+        return model
 
-    def loop(model: nn.Module, _: torch.device) -> Any:
-        setup = assemble(model, config, device=device, precision=precision)  # type: ignore[arg-type]
+    def loop(model: Any, _: torch.device) -> Step:
+        setup = assemble(model, config, device=device, precision=precision)
         made.append((model, setup))
         vocab_size = int(setup.model.config.get_text_config().vocab_size)
         laid_out = iter([(each.kind, list(_micro_batches(each, setup, vocab_size, target))) for each in passes])
