@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensor
 
 aten = torch.ops.aten
 Routing = Literal["balanced", "worst"]
@@ -20,7 +20,7 @@ Call = Callable[..., Any]
 
 @dataclass(slots=True)
 class _Router:
-    """One topk over experts: `num_experts` choices, `top_k` of them per token; `unseen` experts still to be asked for."""
+    """One topk over experts: `num_experts` choices, `top_k` of them a token; `unseen`: experts yet to be asked for."""
 
     num_experts: int
     top_k: int
@@ -37,10 +37,33 @@ class _Origin:
 
 _SAME_ELEMENTS = {
     packet
-    for name in (
-        "view _unsafe_view reshape permute transpose t unsqueeze squeeze select slice expand clone _to_copy detach "
-        "alias lift_fresh copy contiguous flatten max amax min amin unbind split"
-    ).split()
+    for name in [
+        "view",
+        "_unsafe_view",
+        "reshape",
+        "permute",
+        "transpose",
+        "t",
+        "unsqueeze",
+        "squeeze",
+        "select",
+        "slice",
+        "expand",
+        "clone",
+        "_to_copy",
+        "detach",
+        "alias",
+        "lift_fresh",
+        "copy",
+        "contiguous",
+        "flatten",
+        "max",
+        "amax",
+        "min",
+        "amin",
+        "unbind",
+        "split",
+    ]
     if (packet := getattr(aten, name, None)) is not None
 }
 _TRUTH = {aten.isfinite: 1.0, aten.isnan: 0.0, aten.isinf: 0.0, aten.all: 1.0, aten.ne: 1.0}
@@ -65,6 +88,8 @@ class Assumptions:
             return aten.index.Tensor(args[0], self._without_masks([args[1]]))
         elif packet is aten.bincount:
             return self._bincount(func, args, kwargs)
+        elif packet is aten._grouped_mm and isinstance(args[0], FakeTensor):
+            return _grouped_mm(args[0], args[1], kwargs.get("offs", args[2] if len(args) > 2 else None))
         elif packet is aten.equal:
             return self._answer(func, args, kwargs, False, "tensors that are compared as a whole differ")
         try:
@@ -91,21 +116,21 @@ class Assumptions:
     def _origin_of_result(self, packet: Any, args: tuple[Any, ...], result: Any) -> _Origin | None:
         first = args[0]
         origin = _origin(first) if isinstance(first, torch.Tensor) else None
+        router = None if origin is None else origin.router
         if packet in _SAME_ELEMENTS:
             return origin
         if packet in _TRUTH:
-            return _Origin(_TRUTH[packet], origin and origin.router)
+            return _Origin(_TRUTH[packet], router)
         if packet is aten.eq:
-            router = origin and origin.router
             return _Origin(self._share(router) if router else 0.0, router)
         if packet in (aten.sum, aten.count_nonzero, aten.any) and isinstance(result, torch.Tensor) and result.numel():
             mean = 1.0 if origin is None or origin.mean is None else origin.mean
             total = mean * first.numel() / result.numel()
-            return _Origin(min(total, 1.0) if packet is aten.any else total, origin and origin.router)
+            return _Origin(min(total, 1.0) if packet is aten.any else total, router)
         if packet in (aten.gt, aten.ge) and origin is not None and origin.mean is not None:
-            if origin.router and self._routing == "worst":
-                return _Origin(origin.router.top_k / origin.router.num_experts, origin.router)
-            return _Origin(float(origin.mean > 0), origin.router)
+            if router and self._routing == "worst":
+                return _Origin(router.top_k / router.num_experts, router)
+            return _Origin(float(origin.mean > 0), router)
         if packet is aten.logical_not or packet is aten.bitwise_not:
             return None if origin is None or origin.mean is None else _Origin(1.0 - origin.mean)
         return None
@@ -118,7 +143,7 @@ class Assumptions:
         """Indices of a topk are a router's choice; where they are real they are made to follow the policy."""
         top_k = indices.shape[-1]
         _set_origin(indices, _Origin(None, _Router(num_experts, top_k, top_k)))
-        if top_k < num_experts and not isinstance(indices, torch._subclasses.FakeTensor):
+        if top_k < num_experts and not isinstance(indices, FakeTensor):
             flat = torch.arange(indices.numel(), dtype=indices.dtype)
             indices.copy_((flat % (top_k if self._routing == "worst" else num_experts)).view(indices.shape))
 
@@ -169,7 +194,7 @@ class Assumptions:
         """Index lists with masks replaced by the positions that they select."""
         out: list[Any] = []
         for index in indices:
-            if isinstance(index, torch._subclasses.FakeTensor) and index.dtype in (torch.bool, torch.uint8):
+            if isinstance(index, FakeTensor) and index.dtype in (torch.bool, torch.uint8):
                 out.extend(self._nonzero(aten.nonzero.default, index).unbind(1))
             else:
                 out.append(index)
@@ -196,6 +221,20 @@ class Assumptions:
             for position in range(len(func._schema.returns))
         ]
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+
+def _grouped_mm(a: torch.Tensor, b: torch.Tensor, offsets: torch.Tensor | None) -> torch.Tensor:
+    """GroupedMMUtils.h: rows of the output are padded to 16 bytes. PyTorch's own shapes refuse all but bfloat16, which
+    its kernels have not since 2.10."""
+    if a.dim() == 2 and b.dim() == 2:
+        assert offsets is not None
+        shape = (offsets.shape[0], a.shape[0], b.shape[1])
+    else:
+        shape = (*((a.shape[0],) if a.dim() == b.dim() == 3 else ()), a.shape[-2], b.shape[-1])
+    step = 16 // a.element_size()
+    padded = -(-shape[-1] // step) * step
+    strides = (shape[-2] * padded, padded, 1)[-len(shape) :]
+    return torch.empty_strided(shape, strides, dtype=a.dtype, device=a.device)
 
 
 def _origin(tensor: torch.Tensor) -> _Origin | None:

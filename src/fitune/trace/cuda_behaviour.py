@@ -23,7 +23,9 @@ from fitune.model import attention as rows_attention
 from fitune.trace.events import Phase
 
 aten = torch.ops.aten
+_optimizer = import_module("torch.optim.optimizer")  # torch.optim does not show it
 Attention = Literal["auto", "flash", "efficient", "math", "eager"]
+Kernel = Literal["flash", "efficient", "cudnn", "math"]
 _16_BIT = (torch.float16, torch.bfloat16)
 
 
@@ -40,20 +42,88 @@ class CudaTarget:
 # ---- autocast -------------------------------------------------------------------------------------------------------
 # ATen/autocast_mode.h: AT_FORALL_FP32, AT_FORALL_FP32_SET_OPT_DTYPE, AT_FORALL_PROMOTE. CPU's own lists are shorter.
 
-_FLOAT32 = (
-    "acos asin cosh erfinv exp expm1 log log10 log2 log1p reciprocal rsqrt sinh tan pow.Tensor_Scalar "
-    "pow.Tensor_Tensor pow.Scalar softplus layer_norm native_layer_norm rms_norm group_norm frobenius_norm.dim "
-    "nuclear_norm nuclear_norm.dim cosine_similarity poisson_nll_loss cosine_embedding_loss nll_loss nll_loss2d "
-    "hinge_embedding_loss kl_div l1_loss smooth_l1_loss huber_loss mse_loss margin_ranking_loss "
-    "multilabel_margin_loss soft_margin_loss triplet_margin_loss multi_margin_loss binary_cross_entropy_with_logits "
-    "dist pdist cdist renorm logsumexp upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_linear1d "
-    "upsample_bilinear2d upsample_trilinear3d upsample_bicubic2d"
-).split()
-_FLOAT32_OUTPUT = (
-    "prod prod.dim_int softmax.int log_softmax.int cumprod cumsum linalg_vector_norm linalg_matrix_norm "
-    "linalg_matrix_norm.str_ord sum sum.dim_IntList"
-).split()
-_PROMOTE = "addcdiv addcmul atan2 bilinear cross dot vdot grid_sampler index_put tensordot scatter_add".split()
+_FLOAT32 = [
+    "acos",
+    "asin",
+    "cosh",
+    "erfinv",
+    "exp",
+    "expm1",
+    "log",
+    "log10",
+    "log2",
+    "log1p",
+    "reciprocal",
+    "rsqrt",
+    "sinh",
+    "tan",
+    "pow.Tensor_Scalar",
+    "pow.Tensor_Tensor",
+    "pow.Scalar",
+    "softplus",
+    "layer_norm",
+    "native_layer_norm",
+    "rms_norm",
+    "group_norm",
+    "frobenius_norm.dim",
+    "nuclear_norm",
+    "nuclear_norm.dim",
+    "cosine_similarity",
+    "poisson_nll_loss",
+    "cosine_embedding_loss",
+    "nll_loss",
+    "nll_loss2d",
+    "hinge_embedding_loss",
+    "kl_div",
+    "l1_loss",
+    "smooth_l1_loss",
+    "huber_loss",
+    "mse_loss",
+    "margin_ranking_loss",
+    "multilabel_margin_loss",
+    "soft_margin_loss",
+    "triplet_margin_loss",
+    "multi_margin_loss",
+    "binary_cross_entropy_with_logits",
+    "dist",
+    "pdist",
+    "cdist",
+    "renorm",
+    "logsumexp",
+    "upsample_nearest1d",
+    "upsample_nearest2d",
+    "upsample_nearest3d",
+    "upsample_linear1d",
+    "upsample_bilinear2d",
+    "upsample_trilinear3d",
+    "upsample_bicubic2d",
+]
+_FLOAT32_OUTPUT = [
+    "prod",
+    "prod.dim_int",
+    "softmax.int",
+    "log_softmax.int",
+    "cumprod",
+    "cumsum",
+    "linalg_vector_norm",
+    "linalg_matrix_norm",
+    "linalg_matrix_norm.str_ord",
+    "sum",
+    "sum.dim_IntList",
+]
+_PROMOTE = [
+    "addcdiv",
+    "addcmul",
+    "atan2",
+    "bilinear",
+    "cross",
+    "dot",
+    "vdot",
+    "grid_sampler",
+    "index_put",
+    "tensordot",
+    "scatter_add",
+]
 # In CPU's float32 list and in none of CUDA's (autocast_mode.cpp): CUDA decomposes or runs them as they come.
 _NOT_IN_CUDA = ("cross_entropy_loss",)
 
@@ -76,7 +146,7 @@ def _autocast_rules() -> Iterator[tuple[str, Callable[..., Any]]]:
 
 def _casting(op: Any, dtype_of: Callable[[list[Tensor]], torch.dtype]) -> Callable[..., Any]:
     def kernel(*args: Any, **kwargs: Any) -> Any:
-        tensors = [tensor for tensor in _float_tensors((args, tuple(kwargs.values())))]
+        tensors = list(_float_tensors((args, tuple(kwargs.values()))))
         dtype = dtype_of(tensors) if tensors else torch.float32
         with _without_autocast():
             return op(*_cast(args, dtype), **{key: _cast(value, dtype) for key, value in kwargs.items()})
@@ -134,28 +204,29 @@ def _cast(tree: Any, dtype: torch.dtype) -> Any:
 # ---- attention ------------------------------------------------------------------------------------------------------
 
 
-def choose_attention(target: CudaTarget, query: Tensor, key: Tensor, value: Tensor, **call: Any) -> str:
+def choose_attention(target: CudaTarget, query: Tensor, key: Tensor, value: Tensor, **call: Any) -> Kernel:
     """PyTorch's choice of kernel (transformers/cuda/sdp_utils.cpp: select_sdp_backend): flash, efficient, cudnn, math.
 
     query: [B, H, S, d]. call: mask (Tensor or None), dropout, is_causal, needs_gradient.
     """
     if target.attention == "flash" and query.dtype not in _16_BIT:
         raise UsageError(f"flash attention needs 16 bits, but the queries are {query.dtype}: choose another attention")
-    if target.attention in ("flash", "efficient", "math"):
+    if target.attention == "flash" or target.attention == "efficient" or target.attention == "math":
         return target.attention
-    enabled = {
+    enabled: dict[Kernel, bool] = {
         "flash": torch.backends.cuda.flash_sdp_enabled(),
         "efficient": torch.backends.cuda.mem_efficient_sdp_enabled(),
         "cudnn": torch.backends.cuda.cudnn_sdp_enabled(),
     }
     # check_prefer_cudnn_attention: Hopper and data-centre Blackwell try cuDNN first (cuDNN 9.15.1 and newer)
-    first = ("cudnn",) if target.compute_capability in ((9, 0), (10, 0), (10, 3)) else ()
-    possible = {
+    first: tuple[Kernel, ...] = ("cudnn",) if target.compute_capability in ((9, 0), (10, 0), (10, 3)) else ()
+    possible: dict[Kernel, bool] = {
         "flash": _flash_can(target, query, key, value, **call),
         "efficient": _efficient_can(target, query, key, value),
         "cudnn": _cudnn_can(target, query, key, value),
     }
-    for kernel in (*first, "flash", "efficient"):
+    order: tuple[Kernel, ...] = (*first, "flash", "efficient")
+    for kernel in order:
         if enabled[kernel] and possible[kernel]:
             return kernel
     return "math"
@@ -245,15 +316,17 @@ def _scaled_dot_product_attention(target: CudaTarget) -> Callable[..., Tensor]:
             if repeats := query.shape[1] // key.shape[1] - 1:  # forced: the caller has to repeat the heads
                 key, value = (part.repeat_interleave(repeats + 1, dim=1) for part in (key, value))
             bias = None if attn_mask is None else _aligned_bias(attn_mask, query, key)
-            out: Tensor = aten._scaled_dot_product_efficient_attention(
-                query, key, value, bias, needs_gradient, dropout_p, is_causal, scale=scale
-            )[0]
-            return out
+            return _first(
+                aten._scaled_dot_product_efficient_attention(
+                    query, key, value, bias, needs_gradient, dropout_p, is_causal, scale=scale
+                )
+            )
         if chosen == "cudnn":
-            out = aten._scaled_dot_product_cudnn_attention(
-                query, key, value, attn_mask, needs_gradient, dropout_p, is_causal, False, scale=scale
-            )[0]
-            return out
+            return _first(
+                aten._scaled_dot_product_cudnn_attention(
+                    query, key, value, attn_mask, needs_gradient, dropout_p, is_causal, False, scale=scale
+                )
+            )
         return _math_attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
 
     return kernel
@@ -261,10 +334,11 @@ def _scaled_dot_product_attention(target: CudaTarget) -> Callable[..., Tensor]:
 
 def _math_attention(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor:
     mask, dropout, is_causal, scale, enable_gqa = rest
-    out: Tensor = aten._scaled_dot_product_attention_math(
-        query, key, value, mask, dropout, is_causal, scale=scale, enable_gqa=enable_gqa
-    )[0]
-    return out
+    return _first(
+        aten._scaled_dot_product_attention_math(
+            query, key, value, mask, dropout, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+    )
 
 
 def _flash(query: Tensor, key: Tensor, value: Tensor, dropout: float, is_causal: bool, scale: float | None) -> Tensor:
@@ -273,8 +347,12 @@ def _flash(query: Tensor, key: Tensor, value: Tensor, dropout: float, is_causal:
     scale = head_dim**-0.5 if scale is None else scale
     if padding := -head_dim % 8:
         query, key, value = (torch.nn.functional.pad(t, (0, padding)) for t in (query, key, value))
-    out: Tensor = aten._scaled_dot_product_flash_attention(query, key, value, dropout, is_causal, False, scale=scale)[0]
+    out = _first(aten._scaled_dot_product_flash_attention(query, key, value, dropout, is_causal, False, scale=scale))
     return out[..., :head_dim] if padding else out
+
+
+def _first(outputs: tuple[Tensor, ...]) -> Tensor:
+    return outputs[0]
 
 
 def _aligned_bias(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -363,7 +441,7 @@ def _rounded_head(head_dim: int) -> int:
 def _efficient_backward(target: CudaTarget, args: tuple[Any, ...], outputs: Sequence[Tensor]) -> Sequence[int]:
     """transformers/cuda/attention_backward.cu and mem_eff_attention/kernel_backward.h (workspace_size): delta, and a
     float32 accumulator for dq, with one for dk and dv where they do not stay in registers."""
-    query, key = args[1], args[2]
+    query = args[1]
     batch, heads, length, head_dim = query.shape
     half = query.element_size() == 2
     block_rows, block_columns, in_registers = _efficient_block(half, head_dim, target.compute_capability)
@@ -431,16 +509,7 @@ def _dropout(tensor: Tensor, p: float, train: bool) -> Tensor:
     """Dropout.cpp: CUDA's fused kernel keeps a mask of one byte per element."""
     if p == 0 or not train or not tensor.numel():
         return tensor
-    out: Tensor = aten.native_dropout(tensor, p, True)[0]
-    return out
-
-
-def _one_hot(tensor: Tensor, num_classes: int = -1) -> Tensor:
-    """Onehot.cpp: zeros and a scatter; fake tensors would take the compiler's way, a comparison with all classes."""
-    if num_classes == -1:
-        num_classes = int(tensor.max().item()) + 1
-    out = torch.zeros((*tensor.shape, num_classes), dtype=tensor.dtype, device=tensor.device)
-    return out.scatter_(-1, tensor.unsqueeze(-1), 1)
+    return _first(aten.native_dropout(tensor, p, True))
 
 
 @contextmanager
@@ -449,7 +518,8 @@ def cuda_behaviour(target: CudaTarget) -> Iterator[None]:
     library = torch.library.Library("aten", "IMPL")
     with ExitStack() as stack:
         stack.callback(library._destroy)
-        stack.enter_context(_foreach_by_default())
+        # optim/optimizer.py: optimizers take their foreach path by default on CUDA only
+        stack.enter_context(patch.object(_optimizer, "_get_foreach_kernels_supported_devices", lambda: ["cpu", "cuda"]))
         capability = target.compute_capability
         stack.enter_context(patch.object(rows_attention, "_compute_capability", lambda _: capability))
         with warnings.catch_warnings(action="ignore"):  # that a registered kernel is overridden is meant
@@ -458,20 +528,6 @@ def cuda_behaviour(target: CudaTarget) -> Iterator[None]:
             for name, kernel in (
                 ("scaled_dot_product_attention", _scaled_dot_product_attention(target)),
                 ("dropout", _dropout),
-                ("one_hot", _one_hot),
             ):
                 library.impl(name, kernel, "AutogradCPU", allow_override=True)
-        yield
-
-
-@contextmanager
-def _foreach_by_default() -> Iterator[None]:
-    """optim/optimizer.py, utils/_foreach_utils.py: optimizers and clip_grad_norm_ take their foreach path for plain
-    CUDA tensors and parameters only; here fake CPU tensors stand for those."""
-    with ExitStack() as stack:
-        for name in ("torch.utils._foreach_utils", "torch.optim.optimizer"):
-            module = import_module(name)
-            types = [*module._foreach_supported_types, FakeTensor]
-            stack.enter_context(patch.object(module, "_foreach_supported_types", types))
-            stack.enter_context(patch.object(module, "_get_foreach_kernels_supported_devices", lambda: ["cpu", "cuda"]))
         yield

@@ -9,12 +9,15 @@ import gc
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import partial
+from importlib import import_module
+from typing import Any, Literal, cast
 from unittest.mock import patch
 
 import torch
+import transformers.utils.import_utils
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from fitune.errors import UsageError
 from fitune.trace.assumptions import Assumptions, Routing
@@ -32,17 +35,15 @@ Loop = Callable[[nn.Module, torch.device], Step]
 class RecordSettings:
     """mode: "fake" needs neither memory nor data; "real" runs the loop on CPU tensors. target: the card that is
     recorded for, None for what the CPU itself does. routing: tokens per expert of a mixture of experts, spread evenly
-    or all to the same experts. loader_warmup: transformers' `from_pretrained(device_map=...)` allocates and frees one
-    block of the model's size first."""
+    or all to the same experts."""
 
     mode: Literal["fake", "real"] = "fake"
-    target: CudaTarget | None = CudaTarget()
+    target: CudaTarget | None = None
     num_steps: int = 3
     routing: Routing = "balanced"
-    loader_warmup: bool = False
 
 
-def record_loop(build: Build, loop: Loop, settings: RecordSettings = RecordSettings()) -> MemoryTrace:  # noqa: B008
+def record_loop(build: Build, loop: Loop, settings: RecordSettings = RecordSettings()) -> MemoryTrace:
     """Builds the model with `build()`, sets the loop up with `loop(model, device)` and records `num_steps` calls of
     the step that it returns. Raises UsageError for a real recording with a CUDA target."""
     fake = settings.mode == "fake"
@@ -60,12 +61,9 @@ def record_loop(build: Build, loop: Loop, settings: RecordSettings = RecordSetti
         with torch.device("meta") if fake else nullcontext():
             model = build()
         if fake:
-            stack.enter_context(_not_tracing())
+            stack.enter_context(_as_real_tensors(checks_indices=settings.target is None))
             stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
             fill(model)
-        if settings.loader_warmup:
-            warmup = recorder.allocate(_model_bytes(model), "workspace", "loader warm-up")
-            recorder.free(warmup)
         recorder.load(model)
         stack.enter_context(recorder.hooks())
         stack.enter_context(recorder)
@@ -97,15 +95,11 @@ def fill(model: nn.Module) -> None:
 
     keep = list(model.parameters()) + list(model.buffers())  # ids stay unique while these live
     for module in model.modules():
-        for tensors in (module._parameters, module._buffers, module.__dict__):
+        for tensors in cast(tuple[dict[str, Any], ...], (module._parameters, module._buffers, module.__dict__)):
             for name, tensor in tensors.items():
                 if isinstance(tensor, torch.Tensor):
                     tensors[name] = on_cpu(tensor)
     del keep
-
-
-def _model_bytes(model: nn.Module) -> int:
-    return sum(tensor.nbytes for tensor in {*model.parameters(), *model.buffers()})
 
 
 def _describe(settings: RecordSettings) -> Iterator[str]:
@@ -130,12 +124,27 @@ def _collected_at_step_ends() -> Iterator[None]:
 
 
 @contextmanager
-def _not_tracing() -> Iterator[None]:
-    """transformers takes other paths for fake tensors, as if it were compiled; here they stand for real ones."""
-    try:
-        from transformers.utils import import_utils
-    except ImportError:
+def _as_real_tensors(*, checks_indices: bool) -> Iterator[None]:
+    """Fake tensors stand for real ones: the paths that PyTorch and transformers keep for compilers stay closed."""
+    library = torch.library.Library("aten", "IMPL")
+    with ExitStack() as stack:
+        stack.callback(library._destroy)
+        library.impl("one_hot", partial(_one_hot, checks_indices=checks_indices), "AutogradCPU")
+        for name in ("torch.utils._foreach_utils", "torch.optim.optimizer"):
+            module = import_module(name)
+            types = [*module._foreach_supported_types, FakeTensor]
+            stack.enter_context(patch.object(module, "_foreach_supported_types", types))
+        stack.enter_context(patch.object(transformers.utils.import_utils, "is_fake_tensor", lambda _: False))
         yield
-        return
-    with patch.object(import_utils, "is_fake_tensor", lambda _: False):
-        yield
+
+
+def _one_hot(tensor: torch.Tensor, num_classes: int = -1, *, checks_indices: bool) -> torch.Tensor:
+    """Onehot.cpp, the branch for real tensors: a CPU looks at the smallest and largest index, CUDA at neither."""
+    if checks_indices:
+        smallest, largest = tensor.aminmax()
+        smallest.item()
+        num_classes = int(largest.item()) + 1 if num_classes == -1 else num_classes
+    elif num_classes == -1:
+        num_classes = int(tensor.max().item()) + 1
+    out = torch.zeros((*tensor.shape, num_classes), dtype=tensor.dtype, device=tensor.device)
+    return out.scatter_(-1, tensor.unsqueeze(-1), 1)

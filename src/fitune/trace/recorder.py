@@ -51,7 +51,7 @@ class _Storage:
 
 class Recorder(TorchDispatchMode):
     def __init__(self, kernels: Kernels) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._kernels = kernels
         self._events: list[tuple[_Storage, int, tuple[Phase, int, int, str, str]]] = []
         self._alive: dict[int, _Storage] = {}
@@ -70,7 +70,7 @@ class Recorder(TorchDispatchMode):
     # ---- what the driver tells ----
 
     def load(self, model: torch.nn.Module) -> None:
-        """The model's parameters and buffers, in its order; again after the loop's set-up, which may have moved them."""
+        """The model's parameters and buffers, in its order; again after the loop's set-up, which may move them."""
         self._names |= {id(module): name for name, module in model.named_modules()}
         for tensor in (*model.parameters(), *model.buffers()):
             storage = self._see(tensor, "load")
@@ -223,9 +223,7 @@ class Recorder(TorchDispatchMode):
                     if storage.category is None and storage.reference is not None and storage.reference() is not None:
                         storage.category = "activation"
                 self._saved_candidates.clear()
-        elif self._in_optimizer:
-            self._phase = "optimizer"
-        elif self._phase == "backward":
+        elif self._in_optimizer or self._phase == "backward":
             self._phase = "optimizer"
         elif self._phase == "optimizer" and not any(True for _ in _tensors(args)):
             self._next_micro_batch()  # a factory function: the next micro-batch's input
