@@ -34,6 +34,10 @@ app.command(
     usage="fitune plan [CONFIG] [KEY.SUB=VALUE...] [OPTIONS]",
     help="Predicted memory of each setting; the largest micro-batch that fits.",
     sort_key=3,
+    "fitune.cli.check:check",
+    usage="fitune check DATA|CONFIG [KEY.SUB=VALUE...] [OPTIONS]",
+    help="What the data is: format, template, supervised share, lengths, rows cut or lost.",
+    sort_key=2,
 )
 app.command(
     "fitune.cli.train:train",
