@@ -30,14 +30,16 @@ app = App(
 )
 app.command("fitune.cli.env:env", help="The machine: cards, memory, driver, versions.", sort_key=1)
 app.command(
-    "fitune.cli.plan:plan",
-    usage="fitune plan [CONFIG] [KEY.SUB=VALUE...] [OPTIONS]",
-    help="Predicted memory of each setting; the largest micro-batch that fits.",
-    sort_key=3,
     "fitune.cli.check:check",
     usage="fitune check DATA|CONFIG [KEY.SUB=VALUE...] [OPTIONS]",
     help="What the data is: format, template, supervised share, lengths, rows cut or lost.",
     sort_key=2,
+)
+app.command(
+    "fitune.cli.plan:plan",
+    usage="fitune plan [CONFIG] [KEY.SUB=VALUE...] [OPTIONS]",
+    help="Predicted memory of each setting; the largest micro-batch that fits.",
+    sort_key=3,
 )
 app.command(
     "fitune.cli.train:train",
