@@ -11,6 +11,15 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 
+def __getattr__(name: str) -> Any:
+    """`fitune.predict` and `fitune.plan`, which import torch only when they are asked for."""
+    if name == "predict":
+        from fitune.plan.predict import predict
+
+        return predict
+    raise AttributeError(f"module 'fitune' has no attribute '{name}'")
+
+
 def predict_loop(
     build: "Callable[[], torch.nn.Module]",
     loop: "Callable[[torch.nn.Module, torch.device], Callable[[], Any]]",

@@ -5,8 +5,8 @@ Only the rows are made up, since what they hold moves no memory, and how long th
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from fitune.config import RunConfig
 from fitune.data.rows import Batch, MicroBatch, Row
 from fitune.model.load import load_model
 from fitune.model.precision import Precision, device_precision, resolve_precision
-from fitune.step.assemble import Layout, Setup, assemble
+from fitune.step.assemble import Layout, Setup, assemble, choose_layouts
 from fitune.step.train_step import evaluate, train_step
 from fitune.trace.cuda_behaviour import CudaTarget
 from fitune.trace.events import MemoryTrace
@@ -24,6 +24,7 @@ from fitune.trace.fake import RecordSettings, Step, record_loop
 
 _TENSORS = ("input_ids_BS", "position_ids_BS", "target_index_N", "target_ids_N", "target_weights_N")
 FIRST_BFLOAT16 = (8, 0)
+Kind = Literal["train", "eval"]
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Pass:
     makes are recorded; from the third on they only repeat the second.
     """
 
-    kind: Literal["train", "eval"]
+    kind: Kind
     rows: tuple[tuple[int, int], ...]
     most_micro_batches: int = 2
 
@@ -83,6 +84,8 @@ def record_step(
     precision = target_precision(config, target)
     device = torch.device("cpu" if target is None else "cuda")
     made: list[tuple[nn.Module, Setup]] = []
+    # laid out before the recording, whose tensors have no data, both ways: whether it packs the model tells later
+    laid_out = {packed: _lay_out(config, passes, device=device, packed=packed) for packed in (True, False)}
 
     def build() -> nn.Module:
         where = torch.device("meta" if mode == "fake" else "cpu")
@@ -92,11 +95,10 @@ def record_step(
     def loop(model: Any, _: torch.device) -> Step:
         setup = assemble(model, config, device=device, precision=precision)
         made.append((model, setup))
-        vocab_size = int(setup.model.config.get_text_config().vocab_size)
-        laid_out = iter([(each.kind, list(_micro_batches(each, setup, vocab_size, target))) for each in passes])
+        remaining = iter(laid_out[setup.layout.packed])
 
         def step() -> None:
-            kind, micro_batches = next(laid_out)
+            kind, micro_batches = next(remaining)
             if kind == "eval":
                 evaluate(model, micro_batches, settings=setup.settings)
             else:
@@ -120,23 +122,33 @@ def record_step(
     )
 
 
-def _micro_batches(each: Pass, setup: Setup, vocab_size: int, target: CudaTarget | None) -> Iterator[MicroBatch]:
-    """Those of the pass that are recorded, in the run's order."""
-    layout = setup.layout if each.kind == "train" else setup.eval_layout
-    batch = Batch(tuple(_row(i, length, supervised, vocab_size) for i, (length, supervised) in enumerate(each.rows)))
-    whole = layout.split(batch)
+def _lay_out(
+    config: RunConfig, passes: Sequence[Pass], *, device: torch.device, packed: bool
+) -> list[tuple[Kind, list[MicroBatch]]]:
+    """The micro-batches of each pass that are recorded, in the run's order."""
+    layouts = dict(zip(("train", "eval"), choose_layouts(config, device, packed=packed), strict=True))
+    return [(each.kind, list(_recorded(each, layouts[each.kind], device))) for each in passes]
+
+
+def _recorded(each: Pass, layout: Layout, device: torch.device) -> Iterator[MicroBatch]:
+    whole = layout.split(Batch(tuple(_row(number, *size) for number, size in enumerate(each.rows))))
     largest = sorted(range(len(whole)), key=lambda i: -whole[i].input_ids_BS.numel())[: each.most_micro_batches]
-    for number in sorted(largest):
-        yield whole[number] if target is None else _without_data(whole[number])
+    for micro_batch in (whole[number] for number in sorted(largest)):
+        if device.type == "cpu":
+            yield micro_batch
+        else:
+            yield _OnHost(**{field.name: getattr(micro_batch, field.name) for field in fields(MicroBatch)})
 
 
-def _row(number: int, length: int, num_supervised: int, vocab_size: int) -> Row:
+def _row(number: int, length: int, num_supervised: int) -> Row:
     weights = np.zeros(length, np.float32)
     weights[length - num_supervised :] = 1
     weights[0] = 0
-    return Row(number, (np.arange(length) % vocab_size).astype(np.int32), weights)
+    return Row(number, np.zeros(length, np.int32), weights)
 
 
-def _without_data(micro_batch: MicroBatch) -> MicroBatch:
-    """On the meta device, so that its move to the card's stand-in is the copy that it is in a run."""
-    return replace(micro_batch, **{name: getattr(micro_batch, name).to("meta") for name in _TENSORS})
+class _OnHost(MicroBatch):
+    """Where a CPU tensor stands for the card's, the move to the card is still a copy."""
+
+    def to(self, device: torch.device) -> Self:
+        return replace(self, **{name: getattr(self, name).to(device) for name in _TENSORS})
