@@ -1,16 +1,25 @@
 """fitune: fine-tune a language model inside the memory you have.
 
-summary = fitune.train({"model": {"source": "minimind2", ...}, "data": {"train": "sft.jsonl"}})
+    fitune.predict(config, gpu="RTX 4090")     what a run will need            (plan/predict.py)
+    fitune.plan(config, gpu="RTX 4090")        what fits, and what was chosen  (plan/planner.py)
+    fitune.train(config)                       the whole run
+    fitune.predict_loop(build, loop)           the same prediction for a loop that is not ours
+
+A config is a mapping, the path of a YAML file or a RunConfig. Nothing heavy is imported before one of these is called.
 """
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
+    import torch
+
     from fitune.config import RunConfig
+    from fitune.memory.prediction import Prediction
+    from fitune.plan.plan import Plan
     from fitune.run.metrics import Summary
 
 __version__ = "0.1.0"
@@ -35,15 +44,29 @@ def _train(
         return run_training(resolved, progress, overwrite=overwrite)[1]
 
 
-_VERBS = {"train": _train}
+def _plan(config: "RunConfig | Mapping[str, Any] | Path | str", *, gpu: str | None = None) -> "Plan":
+    """What each setting of `config` would need and which one was chosen, as `fitune plan` shows it. gpu: a card of the
+    catalogue or 'cpu', this machine's card where left out. `chosen` is None where nothing fits. Raises a UsageError."""
+    from fitune.config import RunConfig, read_config
+    from fitune.plan.planner import choose_plan
+
+    return choose_plan(config if isinstance(config, RunConfig) else read_config(config).config, gpu=gpu)
+
+
+_VERBS: dict[str, Callable[..., Any]] = {"train": _train, "plan": _plan}
 
 if TYPE_CHECKING:
+    from fitune.plan.predict import predict as predict
+
+    plan = _plan
     train = _train
 else:
 
     def __getattr__(name: str) -> Any:
         if name in _VERBS:
             return importlib.import_module(f"fitune.{name}")
+        if name == "predict":
+            return importlib.import_module("fitune.plan.predict").predict
         raise AttributeError(f"module 'fitune' has no attribute '{name}'")
 
 
@@ -53,3 +76,33 @@ class CallableRoom(ModuleType):
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
         return _VERBS[self.__name__.rpartition(".")[2]](*arguments, **options)
+
+
+def predict_loop(
+    build: "Callable[[], torch.nn.Module]",
+    loop: "Callable[[torch.nn.Module, torch.device], Callable[[], Any]]",
+    *,
+    gpu: str | None = None,
+    num_steps: int = 3,
+    attention: Literal["auto", "flash", "efficient", "math", "eager"] = "auto",
+) -> "Prediction":
+    """Predicts the memory of any training loop, without the card and without weights.
+
+    build() returns the model (with adapters, recompute, dtype as it is trained). loop(model, device) sets up what it
+    needs and returns a function that does one step. Both run for real, on tensors without data; what depends on data is
+    answered by stated assumptions (`Prediction.assumptions`). gpu: a card's name, "cpu", or None for this machine's
+    card. attention: "auto" follows PyTorch's choice of kernel for `scaled_dot_product_attention`.
+
+    All figures are of the last of num_steps steps. Raises UsageError for an unknown card.
+    """
+    from fitune.memory.devices import cpu_device, find_device, this_machine
+    from fitune.memory.prediction import PredictSettings, predict
+    from fitune.trace.cuda_behaviour import CudaTarget
+    from fitune.trace.fake import RecordSettings, record_loop
+
+    device = find_device(gpu) if gpu is not None else next(iter(this_machine()), cpu_device())
+    target = None
+    if device.kind == "cuda":
+        target = CudaTarget(device.compute_capability or (8, 0), attention)
+    trace = record_loop(build, loop, RecordSettings(target=target, num_steps=num_steps))
+    return predict(trace, PredictSettings(device=device))

@@ -36,6 +36,12 @@ app.command(
     sort_key=2,
 )
 app.command(
+    "fitune.cli.plan:plan",
+    usage="fitune plan [CONFIG] [KEY.SUB=VALUE...] [OPTIONS]",
+    help="Predicted memory of each setting; the largest micro-batch that fits.",
+    sort_key=3,
+)
+app.command(
     "fitune.cli.train:train",
     usage="fitune train [CONFIG] [KEY.SUB=VALUE...] [OPTIONS]",
     help="Train by a configuration.",

@@ -5,7 +5,7 @@ they hold, one line a file. Exit status 0: all match, 1: a mismatch, 2: a file t
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -51,6 +51,7 @@ class ReplayResult:
     which they are reset when it begins (None when the replay stopped before it).
 
     peak_event: index of the event with the first of the highest allocated memory; None when there was none.
+    block_bytes: by storage, what its allocation added to the allocated bytes.
     """
 
     peak_allocated_bytes: int
@@ -61,6 +62,7 @@ class ReplayResult:
     num_ooms: int
     peak_event: int | None
     first_oom: FailedAllocation | None
+    block_bytes: Mapping[int, int]
 
 
 def replay(trace: MemoryTrace, settings: ReplaySettings) -> ReplayResult:
@@ -73,6 +75,7 @@ def replay(trace: MemoryTrace, settings: ReplaySettings) -> ReplayResult:
     )
     last_step = max((event.step for event in trace.events), default=0)
     addresses: dict[int, int] = {}
+    block_bytes: dict[int, int] = {}
     failures: list[FailedAllocation] = []
     highest, peak_event = 0, None
     peaks_before: tuple[int, int] | None = None  # those up to the last step
@@ -93,10 +96,15 @@ def replay(trace: MemoryTrace, settings: ReplaySettings) -> ReplayResult:
         if peaks_before is None and event.step == last_step:
             peaks_before = allocator.peak_allocated_bytes, allocator.peak_reserved_bytes
             allocator.reset_peaks()
+        if event.num_bytes == 0:
+            allocator.empty_cache()
+            continue
         if event.num_bytes < 0:
             allocator.free(addresses.pop(event.storage, 0))
             continue
+        before = allocator.allocated_bytes
         addresses[event.storage] = allocate(i, event.num_bytes, event.stream)
+        block_bytes[event.storage] = allocator.allocated_bytes - before
         if allocator.allocated_bytes > highest:
             highest, peak_event = allocator.allocated_bytes, i
     return ReplayResult(
@@ -108,6 +116,7 @@ def replay(trace: MemoryTrace, settings: ReplaySettings) -> ReplayResult:
         num_ooms=allocator.num_ooms,
         peak_event=peak_event,
         first_oom=failures[0] if failures else None,
+        block_bytes=block_bytes,
     )
 
 

@@ -9,7 +9,8 @@ Phase = Literal["load", "forward", "backward", "optimizer"]
 
 @dataclass(frozen=True, slots=True)
 class MemoryEvent:
-    """A storage is born (`num_bytes` > 0 requested bytes) or dies (`num_bytes` is minus what its birth requested).
+    """A storage is born (`num_bytes` > 0 requested bytes), dies (minus what its birth requested), or the allocator's
+    cache is emptied (0).
 
     storage: an id, used once. step: the optimizer step it happens in, 0 for what comes before the first one, which is
     step 1. micro_batch: its index in the step. module: the dotted path of the innermost module that runs. op: the

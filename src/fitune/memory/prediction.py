@@ -1,0 +1,123 @@
+"""What a trace will take on a card: allocated and reserved by PyTorch, used on the device, and whether it fits."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from fitune.memory.devices import Device
+from fitune.memory.replay import FailedAllocation, ReplaySettings
+from fitune.memory.replay import replay as replay_trace
+from fitune.memory.timeline import Living, timeline
+from fitune.trace.events import Category, MemoryTrace, Phase
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PredictSettings:
+    """The card, the value of PYTORCH_ALLOC_CONF, the share of the card that PyTorch may reserve, and the block that a
+    loader allocates and frees before the trace. device None: no limit, and nothing outside PyTorch is known."""
+
+    device: Device | None = None
+    allocator: str = ""
+    memory_fraction: float | None = None
+    warm_up_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    low_bytes: int
+    high_bytes: int
+    reasons: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """All of the last step of the trace, when optimizer state and gradients have settled.
+
+    device_bytes: what nvidia-smi will show for the process, reserved + CUDA context; None where the context is unknown.
+    categories add up to peak_allocated_bytes. fits: None without a device. num_alloc_retries: how often the cache has
+    to be emptied to fit. first_oom: the allocation that fails where it does not fit.
+    """
+
+    peak_allocated_bytes: int
+    peak_reserved_bytes: int
+    device_bytes: int | None
+    device_interval: Interval | None
+    categories: Mapping[Category, int]
+    peak_phase: Phase
+    modules: tuple[Living, ...]
+    tensors: tuple[Living, ...]
+    fits: bool | None
+    num_alloc_retries: int
+    first_oom: FailedAllocation | None
+    assumptions: tuple[str, ...]
+
+
+def predict(trace: MemoryTrace, settings: PredictSettings) -> Prediction:
+    """Replays the trace without a limit, and against the card's where that does not plainly fit.
+
+    Raises UsageError for a trace without events or allocator settings that cannot be used.
+    """
+    device = settings.device
+    if device is not None and device.kind == "cpu":
+        return _on_cpu(trace, device)
+    unlimited = ReplaySettings(allocator=settings.allocator, warm_up_bytes=settings.warm_up_bytes)
+    result = replay_trace(trace, unlimited)
+    fits, retries, first_oom = None, 0, None
+    if device is not None:
+        context = device.context.expected_bytes if device.context else 0
+        limit = (settings.memory_fraction or 1.0) * device.total_bytes
+        fits = result.peak_reserved_bytes + context <= limit
+        if not fits:
+            limited = replay_trace(
+                trace,
+                replace(
+                    unlimited,
+                    total_bytes=device.total_bytes,
+                    used_by_others_bytes=context,
+                    memory_fraction=settings.memory_fraction,
+                ),
+            )
+            fits, retries, first_oom = limited.first_oom is None, limited.num_alloc_retries, limited.first_oom
+            result = limited if fits else result
+    peak = timeline(trace, block_bytes=result.block_bytes).last_step_peak
+    reserved = result.last_step_peak_reserved_bytes or result.peak_reserved_bytes
+    return Prediction(
+        peak_allocated_bytes=peak.num_bytes,
+        peak_reserved_bytes=reserved,
+        device_bytes=reserved + device.context.expected_bytes if device and device.context else None,
+        device_interval=_interval(reserved, device),
+        fits=fits,
+        num_alloc_retries=retries,
+        first_oom=first_oom,
+        assumptions=trace.source,
+        categories=peak.categories,
+        peak_phase=peak.phase,
+        modules=peak.modules,
+        tensors=peak.tensors,
+    )
+
+
+def _on_cpu(trace: MemoryTrace, device: Device) -> Prediction:
+    """The process's memory: no caching allocator, the requested bytes. What the process holds besides is not in it."""
+    peak = timeline(trace).last_step_peak
+    return Prediction(
+        peak_allocated_bytes=peak.num_bytes,
+        peak_reserved_bytes=peak.num_bytes,
+        device_bytes=None,
+        device_interval=None,
+        fits=None if device.free_bytes is None else peak.num_bytes <= device.free_bytes,
+        num_alloc_retries=0,
+        first_oom=None,
+        assumptions=trace.source,
+        categories=peak.categories,
+        peak_phase=peak.phase,
+        modules=peak.modules,
+        tensors=peak.tensors,
+    )
+
+
+def _interval(reserved_bytes: int, device: Device | None) -> Interval | None:
+    if device is None or device.context is None:
+        return None
+    low, high = device.context.low_bytes, device.context.high_bytes
+    reason = f"the CUDA context of such a card takes {low / 2**20:.0f} to {high / 2**20:.0f} MiB, by driver and version"
+    return Interval(reserved_bytes + low, reserved_bytes + high, (reason,))

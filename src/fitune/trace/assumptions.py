@@ -1,0 +1,245 @@
+"""What a recording assumes where a loop asks for data that fake tensors do not have.
+
+A branch, a count or a shape that depends on data gets an answer from what is known about the tensor's origin: a sum of
+ones is a count, indices made by topk are a router's choice, `isfinite` is true. Each kind of answer that was used is
+named once in `MemoryTrace.source`.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensor
+
+aten = torch.ops.aten
+Routing = Literal["balanced", "worst"]
+Call = Callable[..., Any]
+
+
+@dataclass(slots=True)
+class _Router:
+    """One topk over experts: `num_experts` choices, `top_k` of them a token; `unseen`: experts yet to be asked for."""
+
+    num_experts: int
+    top_k: int
+    unseen: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Origin:
+    """The mean of the elements as far as it is known, and the router that they come from."""
+
+    mean: float | None = None
+    router: _Router | None = None
+
+
+_SAME_ELEMENTS = {
+    packet
+    for name in [
+        "view",
+        "_unsafe_view",
+        "reshape",
+        "permute",
+        "transpose",
+        "t",
+        "unsqueeze",
+        "squeeze",
+        "select",
+        "slice",
+        "expand",
+        "clone",
+        "_to_copy",
+        "detach",
+        "alias",
+        "lift_fresh",
+        "copy",
+        "contiguous",
+        "flatten",
+        "max",
+        "amax",
+        "min",
+        "amin",
+        "unbind",
+        "split",
+    ]
+    if (packet := getattr(aten, name, None)) is not None
+}
+_TRUTH = {aten.isfinite: 1.0, aten.isnan: 0.0, aten.isinf: 0.0, aten.all: 1.0, aten.ne: 1.0}
+
+
+class Assumptions:
+    """Carries out operators, real or fake, and answers for the data where there is none."""
+
+    def __init__(self, routing: Routing) -> None:
+        self._routing = routing
+        self.used: dict[str, None] = {}
+
+    def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        packet = func.overloadpacket
+        if packet is aten._local_scalar_dense:
+            return self._scalar(func, args[0])
+        if packet is aten.nonzero:
+            return self._nonzero(func, args[0])
+        if packet in (aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_):
+            args = (args[0], self._without_masks(args[1]), *args[2:])
+        elif packet is aten.masked_select:
+            return aten.index.Tensor(args[0], self._without_masks([args[1]]))
+        elif packet is aten.bincount:
+            return self._bincount(func, args, kwargs)
+        elif packet is aten._grouped_mm and isinstance(args[0], FakeTensor):
+            return _grouped_mm(args[0], args[1], kwargs.get("offs", args[2] if len(args) > 2 else None))
+        elif packet is aten.equal:
+            return self._answer(func, args, kwargs, False, "tensors that are compared as a whole differ")
+        try:
+            result = func(*args, **kwargs)
+        except (DataDependentOutputException, DynamicOutputShapeException):
+            result = self._of_full_size(func, args)
+        self._note_origin(packet, args, kwargs, result)
+        return result
+
+    # ---- origins ----
+
+    def _note_origin(self, packet: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        if packet is aten.topk:
+            self._route(result[1], args[0].shape[-1])
+        elif packet is aten._amp_foreach_non_finite_check_and_unscale_:
+            _set_origin(args[1], _Origin(0.0))
+        elif isinstance(result, (torch.Tensor, list, tuple)) and args:
+            origin = self._origin_of_result(packet, args, result)
+            if origin is not None:
+                for tensor in (result,) if isinstance(result, torch.Tensor) else result:
+                    if isinstance(tensor, torch.Tensor):
+                        _set_origin(tensor, origin)
+
+    def _origin_of_result(self, packet: Any, args: tuple[Any, ...], result: Any) -> _Origin | None:
+        first = args[0]
+        origin = _origin(first) if isinstance(first, torch.Tensor) else None
+        router = None if origin is None else origin.router
+        if packet in _SAME_ELEMENTS:
+            return origin
+        if packet in _TRUTH:
+            return _Origin(_TRUTH[packet], router)
+        if packet is aten.eq:
+            return _Origin(self._share(router) if router else 0.0, router)
+        if packet in (aten.sum, aten.count_nonzero, aten.any) and isinstance(result, torch.Tensor) and result.numel():
+            mean = 1.0 if origin is None or origin.mean is None else origin.mean
+            total = mean * first.numel() / result.numel()
+            return _Origin(min(total, 1.0) if packet is aten.any else total, router)
+        if packet in (aten.gt, aten.ge) and origin is not None and origin.mean is not None:
+            if router and self._routing == "worst":
+                return _Origin(router.top_k / router.num_experts, router)
+            return _Origin(float(origin.mean > 0), router)
+        if packet is aten.logical_not or packet is aten.bitwise_not:
+            return None if origin is None or origin.mean is None else _Origin(1.0 - origin.mean)
+        return None
+
+    def _share(self, router: _Router) -> float:
+        """The share of the slots (tokens x top_k) that one expert gets."""
+        return 1 / router.top_k if self._routing == "worst" else 1 / router.num_experts
+
+    def _route(self, indices: torch.Tensor, num_experts: int) -> None:
+        """Indices of a topk are a router's choice; where they are real they are made to follow the policy."""
+        top_k = indices.shape[-1]
+        _set_origin(indices, _Origin(None, _Router(num_experts, top_k, top_k)))
+        if top_k < num_experts and not isinstance(indices, FakeTensor):
+            flat = torch.arange(indices.numel(), dtype=indices.dtype)
+            indices.copy_((flat % (top_k if self._routing == "worst" else num_experts)).view(indices.shape))
+
+    # ---- answers ----
+
+    def _answer(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any, sentence: str) -> Any:
+        """The true answer where there is data, else `value`."""
+        try:
+            return func(*args, **kwargs)
+        except DataDependentOutputException:
+            self.used[f"assumed: {sentence}"] = None
+            return value
+
+    def _scalar(self, func: Any, tensor: torch.Tensor) -> Any:
+        origin = _origin(tensor)
+        mean = None if origin is None else origin.mean
+        if tensor.dtype == torch.bool:
+            value: Any = bool(mean) if mean is not None else False
+            router = origin and origin.router
+            if value and router and self._routing == "worst":
+                router.unseen, value = router.unseen - 1, router.unseen > 0
+            sentence = "a branch on data: comparisons are false, any() and all() of a mask true, values finite"
+        elif tensor.dtype.is_floating_point:
+            value = 1.0 if mean is None else float(mean)
+            sentence = "a number read from the device is 1.0"
+        else:
+            value = 0 if mean is None else math.ceil(mean)
+            sentence = "a count read from the device counts every element, an index is 0"
+        return self._answer(func, (tensor,), {}, value, sentence)
+
+    def _nonzero(self, func: Any, tensor: torch.Tensor) -> torch.Tensor:
+        try:
+            found: torch.Tensor = func(tensor)
+            return found
+        except DynamicOutputShapeException:
+            return torch.empty((self._count(tensor), tensor.dim()), dtype=torch.int64, device=tensor.device)
+
+    def _count(self, mask: torch.Tensor) -> int:
+        """How many elements of a mask are taken to be true."""
+        origin = _origin(mask)
+        if origin is not None and origin.router is not None:
+            self.used[f"assumed: experts are {self._routing}"] = None
+        else:
+            self.used["assumed: a mask selects every element"] = None
+        return math.ceil(mask.numel() * (1.0 if origin is None or origin.mean is None else origin.mean) - 1e-9)
+
+    def _without_masks(self, indices: Any) -> list[Any]:
+        """Index lists with masks replaced by the positions that they select."""
+        out: list[Any] = []
+        for index in indices:
+            if isinstance(index, FakeTensor) and index.dtype in (torch.bool, torch.uint8):
+                out.extend(self._nonzero(aten.nonzero.default, index).unbind(1))
+            else:
+                out.append(index)
+        return out
+
+    def _bincount(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+        try:
+            counts: torch.Tensor = func(*args, **kwargs)
+        except (DataDependentOutputException, DynamicOutputShapeException):
+            origin = _origin(args[0])
+            bins = kwargs.get("minlength", args[2] if len(args) > 2 else 0)
+            bins = max(bins, origin.router.num_experts if origin and origin.router else 1)
+            counts = torch.empty((bins,), dtype=torch.int64, device=args[0].device)
+            _set_origin(counts, _Origin(args[0].numel() / bins))
+        return counts
+
+    def _of_full_size(self, func: Any, args: tuple[Any, ...]) -> Any:
+        """Outputs as large as the input, for the operators whose size depends on data (unique and its like)."""
+        self.used[f"assumed: {func.overloadpacket.__name__} keeps every element"] = None
+        source = args[0]
+        size = (source.numel(),)
+        outputs = [
+            torch.empty(size, dtype=source.dtype if position == 0 else torch.int64, device=source.device)
+            for position in range(len(func._schema.returns))
+        ]
+        return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+
+def _grouped_mm(a: torch.Tensor, b: torch.Tensor, offsets: torch.Tensor | None) -> torch.Tensor:
+    """GroupedMMUtils.h: rows of the output are padded to 16 bytes. PyTorch's own shapes refuse all but bfloat16, which
+    its kernels have not since 2.10."""
+    if a.dim() == 2 and b.dim() == 2:
+        assert offsets is not None
+        shape = (offsets.shape[0], a.shape[0], b.shape[1])
+    else:
+        shape = (*((a.shape[0],) if a.dim() == b.dim() == 3 else ()), a.shape[-2], b.shape[-1])
+    step = 16 // a.element_size()
+    padded = -(-shape[-1] // step) * step
+    strides = (shape[-2] * padded, padded, 1)[-len(shape) :]
+    return torch.empty_strided(shape, strides, dtype=a.dtype, device=a.device)
+
+
+def _origin(tensor: torch.Tensor) -> _Origin | None:
+    return getattr(tensor, "_fitune_origin", None)
+
+
+def _set_origin(tensor: torch.Tensor, origin: _Origin) -> None:
+    tensor._fitune_origin = origin  # type: ignore[attr-defined]

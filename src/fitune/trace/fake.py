@@ -1,0 +1,150 @@
+"""Records what a training loop allocates and frees, step by step, without a GPU and without weights.
+
+The model is built on the meta device, moved to fake CPU tensors (shapes and dtypes, no data) and trained for a few
+steps by the loop's own code under a `Recorder`. With a CUDA target the process behaves as CUDA meanwhile. The same
+recorder runs on real CPU tensors (mode="real"), which is how its truth is checked: the events are equal.
+"""
+
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
+from typing import Any, Literal, cast
+from unittest.mock import patch
+
+import torch
+import transformers.utils.import_utils
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from fitune.errors import UsageError
+from fitune.trace.assumptions import Assumptions, Routing
+from fitune.trace.cuda_behaviour import CpuKernels, CudaKernels, CudaTarget, cuda_behaviour
+from fitune.trace.events import MemoryTrace
+from fitune.trace.placement import CARD, card_stands_in
+from fitune.trace.recorder import Recorder
+
+Build = Callable[[], nn.Module]
+Step = Callable[[], Any]
+Loop = Callable[[nn.Module, torch.device], Step]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecordSettings:
+    """mode: "fake" needs neither memory nor data; "real" runs the loop on CPU tensors. target: the card that is
+    recorded for, None for what the CPU itself does. routing: tokens per expert of a mixture of experts, spread evenly
+    or all to the same experts."""
+
+    mode: Literal["fake", "real"] = "fake"
+    target: CudaTarget | None = None
+    num_steps: int = 3
+    routing: Routing = "balanced"
+
+
+def record_loop(build: Build, loop: Loop, settings: RecordSettings = RecordSettings()) -> MemoryTrace:
+    """Builds the model with `build()`, sets the loop up with `loop(model, device)` and records `num_steps` calls of
+    the step that it returns. Raises UsageError for a real recording with a CUDA target."""
+    fake = settings.mode == "fake"
+    if not fake and settings.target is not None:
+        raise UsageError("a recording on real CPU tensors cannot behave as CUDA: use mode='fake' or target=None")
+    assumptions = Assumptions(settings.routing)
+    kernels = (
+        CpuKernels(assumptions.call) if settings.target is None else CudaKernels(settings.target, assumptions.call)
+    )
+    recorder = Recorder(kernels)
+    with ExitStack() as stack:
+        stack.enter_context(_collected_at_step_ends())
+        if settings.target is not None:
+            stack.enter_context(cuda_behaviour(settings.target))
+        with torch.device("meta") if fake else nullcontext():
+            model = build()
+        if fake:
+            stack.enter_context(_as_real_tensors(checks_indices=settings.target is None))
+            stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+            fill(model)
+        recorder.load(model)
+        stack.enter_context(recorder.hooks())
+        stack.enter_context(recorder)
+        if settings.target is not None:
+            stack.enter_context(card_stands_in(recorder))
+        step = loop(model, CARD)
+        recorder.load(model)
+        for number in range(1, settings.num_steps + 1):
+            gc.collect()
+            recorder.begin_step(number)
+            step()
+            recorder.end_step(model)
+        events = recorder.events()
+    return MemoryTrace(events, (*_describe(settings), *assumptions.used))
+
+
+def fill(model: nn.Module) -> None:
+    """Puts the model's meta tensors on the CPU, in place: parameters, buffers and plain attributes. Inside
+    FakeTensorMode they become fake. What was shared stays shared."""
+    made: dict[int, torch.Tensor] = {}
+
+    def on_cpu(tensor: torch.Tensor) -> torch.Tensor:
+        if id(tensor) not in made:
+            empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+            if isinstance(tensor, nn.Parameter):
+                empty = nn.Parameter(empty, requires_grad=tensor.requires_grad)
+            made[id(tensor)] = empty
+        return made[id(tensor)]
+
+    keep = list(model.parameters()) + list(model.buffers())  # ids stay unique while these live
+    for module in model.modules():
+        for tensors in cast(tuple[dict[str, Any], ...], (module._parameters, module._buffers, module.__dict__)):
+            for name, tensor in tensors.items():
+                if isinstance(tensor, torch.Tensor):
+                    tensors[name] = on_cpu(tensor)
+    del keep
+
+
+def _describe(settings: RecordSettings) -> Iterator[str]:
+    yield f"recorded {settings.num_steps} optimizer steps on {settings.mode} tensors"
+    if settings.target is None:
+        yield "kernels of this CPU"
+    else:
+        major, minor = settings.target.compute_capability
+        yield f"kernels of CUDA, compute capability {major}.{minor}, attention {settings.target.attention}"
+
+
+@contextmanager
+def _collected_at_step_ends() -> Iterator[None]:
+    """Reference cycles would die whenever Python's collector happens to run."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+@contextmanager
+def _as_real_tensors(*, checks_indices: bool) -> Iterator[None]:
+    """Fake tensors stand for real ones: the paths that PyTorch and transformers keep for compilers stay closed."""
+    library = torch.library.Library("aten", "IMPL")
+    with ExitStack() as stack:
+        stack.callback(library._destroy)
+        library.impl("one_hot", partial(_one_hot, checks_indices=checks_indices), "AutogradCPU")
+        for name in ("torch.utils._foreach_utils", "torch.optim.optimizer"):
+            module = import_module(name)
+            types = [*module._foreach_supported_types, FakeTensor]
+            stack.enter_context(patch.object(module, "_foreach_supported_types", types))
+        stack.enter_context(patch.object(transformers.utils.import_utils, "is_fake_tensor", lambda _: False))
+        yield
+
+
+def _one_hot(tensor: torch.Tensor, num_classes: int = -1, *, checks_indices: bool) -> torch.Tensor:
+    """Onehot.cpp, the branch for real tensors: a CPU looks at the smallest and largest index, CUDA at neither."""
+    if checks_indices:
+        smallest, largest = tensor.aminmax()
+        smallest.item()
+        num_classes = int(largest.item()) + 1 if num_classes == -1 else num_classes
+    elif num_classes == -1:
+        num_classes = int(tensor.max().item()) + 1
+    out = torch.zeros((*tensor.shape, num_classes), dtype=tensor.dtype, device=tensor.device)
+    return out.scatter_(-1, tensor.unsqueeze(-1), 1)

@@ -1,0 +1,117 @@
+"""Which tensors of a loop live on the host and which on the card, while both are CPU tensors for the recorder.
+
+A factory call without a device makes a host tensor, as it does in the real run; the device handed to the loop, or
+"cuda" in any spelling, means the card. What is computed from host tensors alone stays on the host. `.to(device)` of a
+host tensor is an allocation on the card, `.cpu()` of a card's tensor none.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._device import _device_constructors
+
+from fitune.trace.recorder import Recorder
+
+CARD = torch.device("cpu")  # what stands for the card; a loop's own "cpu" is a string, so the two can be told apart
+
+
+class Placement(TorchFunctionMode):
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self._recorder = recorder
+        self._constructors = _device_constructors()
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in self._constructors:
+            device = kwargs.get("device")
+            kwargs = {**kwargs, "device": _as_cpu(device)} if device is not None else kwargs
+            with self._recorder.placing("card" if _is_card(device) else "host"):
+                return func(*args, **kwargs)
+        if func is Tensor.to:
+            return self._to(args[0], args[1:], kwargs)
+        if func is Tensor.cuda:
+            return self._to_card(args[0], lambda tensor: tensor)
+        if func is Tensor.cpu:
+            return self._to_host(args[0])
+        if func is Tensor.pin_memory:
+            return args[0]
+        if func is Tensor.numpy and isinstance(args[0], FakeTensor):
+            return np.zeros(args[0].shape, dtype=torch.empty(0, dtype=args[0].dtype, device="meta").numpy().dtype)
+        return func(*args, **kwargs)
+
+    def _to(self, tensor: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        named = kwargs.get("device", args[0] if args else None)
+        device = named.device if isinstance(named, Tensor) else named
+        if not isinstance(device, (str, int, torch.device)):
+            return tensor.to(*args, **kwargs)
+        rewritten = tuple(_as_cpu(item) for item in args)
+        kwargs = {key: _as_cpu(value) for key, value in kwargs.items()}
+        if not _is_card(device):
+            return self._to_host(tensor.to(*rewritten, **kwargs))
+        return self._to_card(tensor, lambda source: source.to(*rewritten, **kwargs))
+
+    def _to_card(self, tensor: Tensor, convert: Callable[[Tensor], Tensor]) -> Tensor:
+        if isinstance(tensor, FakeTensor) and not self._recorder.is_on_host(tensor):
+            return convert(tensor)
+        with self._recorder.placing("host"):
+            source = convert(tensor)
+        with self._recorder.placing("card"):
+            copied = source.clone()
+        self._recorder.input_arrived(copied)
+        return copied
+
+    def _to_host(self, tensor: Tensor) -> Tensor:
+        if self._recorder.is_on_host(tensor):
+            return tensor
+        with self._recorder.placing("host"):
+            return tensor.clone()
+
+
+def _is_card(device: Any) -> bool:
+    return device is not None and not (isinstance(device, str) and device.startswith("cpu"))
+
+
+def _as_cpu(value: Any) -> Any:
+    """Any spelling of a CUDA device as the CPU; everything else as it is."""
+    if isinstance(value, torch.device) or (isinstance(value, str) and value.startswith("cuda")):
+        return CARD
+    return value
+
+
+@contextmanager
+def card_stands_in(recorder: Recorder) -> Iterator[None]:
+    """A loop that names CUDA gets the CPU tensors that stand for it; torch.compile leaves its function as it is."""
+    init = torch.amp.autocast_mode.autocast.__init__
+
+    def autocast_init(self: Any, device_type: str, dtype: torch.dtype | None = None, *args: Any, **kwargs: Any) -> None:
+        init(self, "cpu", dtype or torch.float16, *args, **kwargs)  # CUDA's default dtype is float16
+
+    scaler_init = torch.amp.GradScaler.__init__
+
+    def grad_scaler_init(self: Any, device: str = "cuda", *args: Any, **kwargs: Any) -> None:
+        scaler_init(self, "cpu", *args, **kwargs)
+
+    def as_it_is(function: Any = None, **_: Any) -> Any:
+        return function if function is not None else lambda decorated: decorated
+
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(torch.amp.autocast_mode.autocast, "__init__", autocast_init))
+        stack.enter_context(patch.object(torch.amp.GradScaler, "__init__", grad_scaler_init))
+        stack.enter_context(patch.object(torch, "compile", as_it_is))
+        stack.enter_context(patch.object(torch.cuda, "empty_cache", recorder.empty_cache))
+        for name in ("synchronize", "reset_peak_memory_stats", "set_device"):
+            stack.enter_context(patch.object(torch.cuda, name, lambda *_, **__: None))
+        for name in ("memory_allocated", "memory_reserved", "max_memory_allocated", "max_memory_reserved"):
+            stack.enter_context(patch.object(torch.cuda, name, lambda *_, **__: 0))
+        stack.enter_context(Placement(recorder))
+        yield

@@ -1,0 +1,307 @@
+"""A dispatch mode that writes down the birth and death of every storage while any training loop runs.
+
+What an operator returns is looked at after it ran: a storage not seen before is born there, and dies when its last
+tensor, saved copy or view is gone. What an operator allocates inside and frees again is invisible here; for CUDA those
+temporaries are added by rule (`cuda_behaviour`).
+
+Phases and modules are found without the loop's help: forward from global module hooks, backward from autograd's graph
+task, the optimizer from its global step hooks. In the backward the module is that of the forward operator whose
+gradient is computed, found by autograd's sequence number.
+"""
+
+import weakref
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fitune.trace.events import Category, MemoryEvent, Phase
+
+Operator = torch._ops.OpOverload
+Place = Literal["host", "card"]
+
+
+class Kernels(Protocol):
+    """How an operator is carried out, and what the target's kernel allocates besides its outputs."""
+
+    def call(self, func: Operator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any: ...
+
+    def workspaces(self, func: Operator, phase: Phase) -> Sequence[int]:
+        """Bytes of what the operator allocates before its outputs and keeps for ever."""
+
+    def temporaries(self, func: Operator, args: tuple[Any, ...], outputs: Sequence[torch.Tensor]) -> Sequence[int]:
+        """Bytes of what the operator allocates after its outputs and frees before it returns."""
+
+
+@dataclass(slots=True, eq=False)
+class _Storage:
+    number: int
+    num_bytes: int
+    category: Category | None
+    where: tuple[Phase, int, int, str, str]
+    reference: weakref.ref[torch.UntypedStorage] | None = None
+    cause: str = ""
+
+
+class Recorder(TorchDispatchMode):
+    def __init__(self, kernels: Kernels) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._kernels = kernels
+        self._events: list[tuple[_Storage, int, tuple[Phase, int, int, str, str]]] = []
+        self._alive: dict[int, _Storage] = {}
+        self._host: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self._step = self._micro_batch = self._num_storages = 0
+        self._task_depth = 0
+        self._phase: Phase = "load"
+        self._in_optimizer = self._forward_began = False
+        self._names: dict[int, str] = {}
+        self._stack: list[str] = []
+        self._sequence: tuple[list[int], list[str]] = ([], [])
+        self._saved_candidates: list[_Storage] = []
+        self._hooked: set[int] = set()
+        self._placing: Place | None = None
+
+    # ---- what the driver tells ----
+
+    def load(self, model: torch.nn.Module) -> None:
+        """The model's parameters and buffers, in its order; again after the loop's set-up, which may move them."""
+        self._names |= {id(module): name for name, module in model.named_modules()}
+        for tensor in (*model.parameters(), *model.buffers()):
+            storage = self._see(tensor, "load")
+            if storage is not None:
+                storage.category = "parameter"
+        for parameter in model.parameters():
+            if parameter.requires_grad and id(parameter) not in self._hooked:
+                self._hooked.add(id(parameter))
+                parameter.register_post_accumulate_grad_hook(self._gradient_arrived)
+
+    def begin_step(self, step: int) -> None:
+        self._step, self._micro_batch, self._phase, self._forward_began = step, 0, "forward", False
+        for items in self._sequence:
+            items.clear()
+
+    def end_step(self, model: torch.nn.Module) -> None:
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                self._gradient_arrived(parameter)
+        self._saved_candidates.clear()
+
+    def allocate(self, num_bytes: int, category: Category, op: str) -> _Storage:
+        """A storage that no tensor here stands for."""
+        storage = _Storage(self._next_number(), num_bytes, category, self._where(op))
+        self._events.append((storage, num_bytes, storage.where))
+        return storage
+
+    def free(self, storage: _Storage) -> None:
+        self._events.append((storage, -storage.num_bytes, self._where(storage.where[4])))
+
+    def empty_cache(self) -> None:
+        storage = _Storage(0, 0, "workspace", self._where("empty_cache"))
+        self._events.append((storage, 0, storage.where))
+
+    def input_arrived(self, tensor: torch.Tensor) -> None:
+        """`tensor` is a copy from the host."""
+        storage = self._see(tensor, "copy")
+        if storage is not None and storage.category is None:
+            storage.category = "input"
+
+    @contextmanager
+    def placing(self, place: Place) -> Iterator[None]:
+        """New storages are on the host, where they are not counted, or on the card; else they follow the inputs."""
+        before, self._placing = self._placing, place
+        try:
+            yield
+        finally:
+            self._placing = before
+
+    def is_on_host(self, tensor: torch.Tensor) -> bool:
+        return tensor.untyped_storage()._cdata in self._host
+
+    def events(self) -> tuple[MemoryEvent, ...]:
+        return tuple(
+            MemoryEvent(
+                storage.number,
+                num_bytes,
+                storage.category or "temporary",
+                phase,
+                step,
+                micro_batch,
+                module,
+                op,
+            )
+            for storage, num_bytes, (phase, step, micro_batch, module, op) in self._events
+        )
+
+    # ---- operators ----
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        self._follow_phase(func, args)
+        if self._placing != "host":
+            for num_bytes in self._kernels.workspaces(func, self._phase):
+                self.allocate(num_bytes, "workspace", str(func))
+        result = self._kernels.call(func, args, kwargs)
+        outputs = tuple(_tensors(result))
+        if not outputs:
+            return result
+        host = self._placing == "host" or (self._placing is None and self._only_host(args, kwargs))
+        for tensor in outputs:
+            if host:
+                self._put_on_host(tensor.untyped_storage())
+            else:
+                self._see(tensor, str(func))
+        if not host:
+            hidden = [
+                self.allocate(num_bytes, "temporary", str(func))
+                for num_bytes in self._kernels.temporaries(func, args, outputs)
+            ]
+            for storage in reversed(hidden):
+                self.free(storage)
+        return result
+
+    def _only_host(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        if not self._host:
+            return False
+        inputs = tuple(_tensors((args, tuple(kwargs.values()))))
+        return bool(inputs) and all(self.is_on_host(tensor) for tensor in inputs)
+
+    def _put_on_host(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key not in self._alive and key not in self._host:
+            self._host[key] = weakref.ref(storage, lambda _: self._host.pop(key, None))
+
+    def _see(self, tensor: torch.Tensor, op: str) -> _Storage | None:
+        """The record of the tensor's storage; a new one where it is born here; None for empty ones and the host's."""
+        untyped = tensor.untyped_storage()
+        key, num_bytes = untyped._cdata, untyped.nbytes()
+        known = self._alive.get(key)
+        if known is not None:
+            if known.num_bytes == num_bytes:
+                return known
+            self._die(key)  # resized in place
+        elif key in self._host:
+            return None
+        if not num_bytes:
+            return None
+        storage = self.allocate(num_bytes, None, op)  # type: ignore[arg-type]
+        if known is not None:
+            storage.category = known.category
+        storage.reference = weakref.ref(untyped, lambda _: self._die(key))
+        self._alive[key] = storage
+        self._guess_category(storage)
+        return storage
+
+    def _guess_category(self, storage: _Storage) -> None:
+        """What is known at birth; gradients, optimizer state and what the backward needs are known later."""
+        if self._phase == "load":
+            storage.category = storage.category or "input"
+        elif self._phase == "forward" and not self._forward_began and not self._stack:
+            storage.category = "input"
+        elif self._phase == "forward" or (self._phase == "backward" and torch.is_grad_enabled()):
+            self._saved_candidates.append(storage)
+
+    def _die(self, key: int) -> None:
+        storage = self._alive.pop(key, None)
+        if storage is not None:
+            self.free(storage)
+
+    # ---- phases ----
+
+    def _follow_phase(self, func: Operator, args: tuple[Any, ...]) -> None:
+        if torch._C._current_graph_task_id() != -1:
+            self._phase = "backward"
+            if self._saved_candidates and not torch.is_grad_enabled():
+                for storage in self._saved_candidates:
+                    if storage.category is None and storage.reference is not None and storage.reference() is not None:
+                        storage.category = "activation"
+                self._saved_candidates.clear()
+        elif self._in_optimizer or self._phase == "backward":
+            self._phase = "optimizer"
+        elif self._phase == "optimizer" and not any(True for _ in _tensors(args)):
+            self._next_micro_batch()  # a factory function: the next micro-batch's input
+
+    def _next_micro_batch(self) -> None:
+        self._phase, self._forward_began = "forward", False
+        self._micro_batch += 1
+
+    def _enter_module(self, module: torch.nn.Module, _: Any) -> None:
+        if torch._C._current_graph_task_id() == -1:
+            if self._phase in ("backward", "optimizer") and not self._stack:
+                self._next_micro_batch()
+            self._forward_began = self._phase == "forward"
+        self._stack.append(self._names.get(id(module), type(module).__name__))
+        self._mark_sequence()
+
+    def _leave_module(self, module: torch.nn.Module, *_: Any) -> None:
+        if self._stack:
+            self._stack.pop()
+            self._mark_sequence()
+
+    def _mark_sequence(self) -> None:
+        if torch._C._current_graph_task_id() == -1:
+            numbers, names = self._sequence
+            numbers.append(torch._C._autograd._get_sequence_nr())
+            names.append(self._stack[-1] if self._stack else "")
+
+    def _module(self) -> str:
+        if self._stack:
+            return self._stack[-1]
+        if self._phase == "backward" and (node := torch._C._current_autograd_node()) is not None:
+            numbers, names = self._sequence
+            position = bisect_right(numbers, node._sequence_nr()) - 1
+            return names[position] if position >= 0 else ""
+        return ""
+
+    def _where(self, op: str) -> tuple[Phase, int, int, str, str]:
+        return self._phase, self._step, self._micro_batch, self._module(), op
+
+    def _gradient_arrived(self, parameter: torch.Tensor) -> None:
+        if parameter.grad is not None and (storage := self._find(parameter.grad)) is not None:
+            storage.category = "gradient"
+
+    def _begin_optimizer(self, *_: Any) -> None:
+        self._in_optimizer, self._phase = True, "optimizer"
+
+    def _end_optimizer(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        self._in_optimizer = False
+        for tensor in _tensors(list(optimizer.state.values())):
+            if (storage := self._find(tensor)) is not None and storage.category in (None, "input"):
+                storage.category = "optimizer_state"
+
+    def _find(self, tensor: torch.Tensor) -> _Storage | None:
+        return self._alive.get(tensor.untyped_storage()._cdata)
+
+    def _next_number(self) -> int:
+        self._num_storages += 1
+        return self._num_storages
+
+    @contextmanager
+    def hooks(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for handle in (
+                register_module_forward_pre_hook(self._enter_module),
+                register_module_forward_hook(self._leave_module, always_call=True),
+                register_optimizer_step_pre_hook(self._begin_optimizer),
+                register_optimizer_step_post_hook(self._end_optimizer),
+            ):
+                stack.callback(handle.remove)
+            yield
+
+
+def _tensors(tree: Any) -> Iterator[torch.Tensor]:
+    if isinstance(tree, torch.Tensor):
+        yield tree
+    elif isinstance(tree, (list, tuple)):
+        for item in tree:
+            yield from _tensors(item)
+    elif isinstance(tree, dict):
+        for item in tree.values():
+            yield from _tensors(item)
