@@ -119,6 +119,8 @@ class Assumptions:
         router = None if origin is None else origin.router
         if packet in _SAME_ELEMENTS:
             return origin
+        if packet in (aten.scatter_, aten.scatter) and (index := _origin(args[2])) is not None and index.router:
+            return _Origin(self._share(index.router), index.router)  # one-hot
         if packet in _TRUTH:
             return _Origin(_TRUTH[packet], router)
         if packet is aten.eq:
@@ -128,8 +130,9 @@ class Assumptions:
             total = mean * first.numel() / result.numel()
             return _Origin(min(total, 1.0) if packet is aten.any else total, router)
         if packet in (aten.gt, aten.ge) and origin is not None and origin.mean is not None:
-            if router and self._routing == "worst":
-                return _Origin(router.top_k / router.num_experts, router)
+            if router is not None:  # which experts are chosen at all
+                num_chosen = router.top_k if self._routing == "worst" else router.num_experts
+                return _Origin(num_chosen / result.numel(), router)
             return _Origin(float(origin.mean > 0), router)
         if packet is aten.logical_not or packet is aten.bitwise_not:
             return None if origin is None or origin.mean is None else _Origin(1.0 - origin.mean)

@@ -144,6 +144,7 @@ def _one_hot(tensor: torch.Tensor, num_classes: int = -1, *, checks_indices: boo
         smallest, largest = tensor.aminmax()
         smallest.item()
         num_classes = int(largest.item()) + 1 if num_classes == -1 else num_classes
+        del smallest, largest
     elif num_classes == -1:
         num_classes = int(tensor.max().item()) + 1
     out = torch.zeros((*tensor.shape, num_classes), dtype=tensor.dtype, device=tensor.device)
