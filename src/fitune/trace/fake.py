@@ -116,9 +116,12 @@ def _collected_at_step_ends() -> Iterator[None]:
     """Reference cycles would die whenever Python's collector happens to run."""
     was_enabled = gc.isenabled()
     gc.disable()
+    gc.collect()
+    gc.freeze()  # what is there already need not be looked at again
     try:
         yield
     finally:
+        gc.unfreeze()
         if was_enabled:
             gc.enable()
 
