@@ -25,7 +25,9 @@ STEP = StepMetrics(
     step=1, tokens=100, supervised_tokens=60, total_tokens=100, loss=2.5, lr=1e-4, grad_norm=1.0, seconds=0.5,
     tokens_per_second=200.0, num_micro_batches=4, micro_batch=6,
 )  # fmt: skip
-EVAL = EvalMetrics(step=1, total_tokens=100, eval_loss=2.25, eval_tokens=10, seconds=0.1)
+EVAL = EvalMetrics(
+    step=1, total_tokens=100, eval_loss=2.25, eval_perplexity=2.5, eval_accuracy=0.5, eval_tokens=10, seconds=0.1
+)
 SUMMARY_KEYS = (
     "schema status steps tokens supervised_tokens seconds tokens_per_second train_loss eval_loss best_eval_loss "
     "predicted_allocated_bytes predicted_reserved_bytes measured_allocated_bytes measured_reserved_bytes "

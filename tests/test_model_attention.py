@@ -51,8 +51,9 @@ def gradients(model: nn.Module, logits: list[torch.Tensor]) -> dict[str, torch.T
 
 def assert_equal_gradients(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
     assert ours.keys() == theirs.keys()
+    largest = max(gradient.abs().max() for gradient in theirs.values())
     for name, gradient in theirs.items():
-        scale = gradient.abs().max().clamp(min=1e-3)
+        scale = gradient.abs().max().clamp(min=1e-2 * largest)  # a router of one expert has a gradient of zero
         assert (ours[name] - gradient).abs().max() <= 1e-5 * scale, name
 
 
@@ -87,7 +88,10 @@ def test_a_row_does_not_see_what_is_in_another(name: str) -> None:
     before = packed_logits(model, rows())
     after = packed_logits(model, [rows(seed=1)[0], *rows()[1:]])
     assert not torch.equal(before[0], after[0])
-    assert all(torch.equal(mine, other) for mine, other in zip(before[1:], after[1:], strict=True))
+    # an expert multiplies the tokens of all rows at once, so another number of them may round otherwise
+    tolerance = 1e-5 if "experts" in str(model) else 0.0
+    for mine, other in zip(before[1:], after[1:], strict=True):
+        assert torch.allclose(mine, other, atol=tolerance, rtol=0)
 
 
 @pytest.mark.parametrize("name", TINY)

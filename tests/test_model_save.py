@@ -49,7 +49,13 @@ def test_a_saved_model_loads_with_plain_transformers(name: str, tmp_path: Path, 
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "best")
     for (key, ours), theirs in zip(model.state_dict().items(), loaded.state_dict().values(), strict=True):
         assert torch.equal(ours, theirs), key
-    assert loaded.generation_config.eos_token_id == 2
+
+
+def test_a_model_that_knows_no_end_gets_that_of_its_tokenizer(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    model = build(type(TINY_LLAMA)(**(TINY_LLAMA.to_dict() | {"eos_token_id": None})))
+    save_model(model, tmp_path / "best", tokenizer=tokenizer)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "best")
+    assert loaded.generation_config.eos_token_id == tokenizer.eos_token_id
 
 
 def test_the_tokenizer_and_its_template_come_along(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -104,9 +110,11 @@ def test_adapters_are_float32_beside_a_sixteen_bit_model() -> None:
 
 
 def test_fresh_adapters_change_nothing_and_follow_the_seed() -> None:
-    first, again = (apply_lora(build(), LoraConfig(), seed=3).eval() for _ in range(2))
+    first, again, other = (apply_lora(build(), LoraConfig(), seed=seed).eval() for seed in (3, 3, 4))
     assert torch.equal(first(IDS).logits, build()(IDS).logits)
-    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
+    weights = [torch.cat([p.flatten() for p in model.parameters()]) for model in (first, again, other)]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
 
 
 def test_all_linear_layers_but_the_head_are_adapted() -> None:

@@ -26,6 +26,7 @@ _SHAPE: dict[str, Any] = {
     "num_key_value_heads": 2,
     "head_dim": 8,
     "max_position_embeddings": 64,
+    "initializer_range": 0.2,  # wide enough for attention to prefer some positions
 }
 _WIDE: dict[str, Any] = _SHAPE | {"intermediate_size": 48, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 _SLIDING: dict[str, Any] = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 4}
@@ -34,7 +35,7 @@ TINY_LLAMA = llama_config(**_SHAPE, intermediate_size=48)
 TINY_QWEN3 = qwen3_config(**_SHAPE, intermediate_size=48)
 TINY_MOE = qwen3_moe_config(**_SHAPE, moe_intermediate_size=48, num_experts=4)
 TINY_GPT2 = GPT2Config(
-    vocab_size=64, n_positions=64, n_embd=32, n_layer=2, n_head=4,
+    vocab_size=64, n_positions=64, n_embd=32, n_layer=2, n_head=4, initializer_range=0.2,
     attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0, bos_token_id=1, eos_token_id=2,
 )  # fmt: skip
 TINY: dict[str, PretrainedConfig] = {

@@ -30,12 +30,19 @@ app = App(
 )
 app.command("fitune.cli.env:env", help="The machine: cards, memory, driver, versions.", sort_key=1)
 app.command(
+    "fitune.cli.check:check",
+    usage="fitune check DATA|CONFIG [KEY.SUB=VALUE...] [OPTIONS]",
+    help="What the data is: format, template, supervised share, lengths, rows cut or lost.",
+    sort_key=2,
+)
+app.command(
     "fitune.cli.train:train",
     usage="fitune train [CONFIG] [KEY.SUB=VALUE...] [OPTIONS]",
     help="Train by a configuration.",
     sort_key=4,
 )
 app.command("fitune.cli.runs:runs", help="The runs here, one line each.", sort_key=7)
+app.command("fitune.cli.export:export", help="A run's weights for use elsewhere.", sort_key=11)
 app.command("fitune.cli.demo:demo", help="The whole story here in minutes: real model, real data.", sort_key=13)
 app.command("fitune.cli.config_command:app", name="config", help="About configuration files.", sort_key=12)
 

@@ -7,7 +7,7 @@ sample without any generator's state.
 import contextlib
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import TypeVar
 
 import numpy as np
@@ -72,7 +72,8 @@ def batches(
 def prefetch(items: Iterator[T], *, depth: int) -> Iterator[T]:
     """The same items in the same order, made ahead by a thread, at most `depth` of them waiting.
 
-    What `items` raises is raised here, in its place. Closing or dropping this iterator ends the thread.
+    What `items` raises is raised here, in its place. Closing or dropping this iterator ends the thread and closes
+    `items`.
     """
     ready: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(depth)
     closed = threading.Event()
@@ -92,6 +93,9 @@ def prefetch(items: Iterator[T], *, depth: int) -> Iterator[T]:
             put(None, StopIteration())
         except BaseException as error:
             put(None, error)
+        finally:
+            if isinstance(items, Generator):
+                items.close()
 
     thread = threading.Thread(target=produce, name="fitune-prefetch", daemon=True)
     thread.start()

@@ -29,7 +29,7 @@ from fitune.data.report import (
 )
 from fitune.data.rows import Row
 from fitune.data.table import Table, TableRow, TableWriter, cached_table
-from fitune.data.tokenise import Encoder, encode, read_encoder
+from fitune.data.tokenise import Encoded, Encoder, encode, read_encoder
 from fitune.errors import DataError
 from fitune.units import MIB
 
@@ -40,7 +40,7 @@ _CHUNK_CHARS = 4 * MIB
 _HOPELESS_ROWS = 1000  # bad ones, when they are at least a third of what was read: no use in reading on
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Examples:
     """Tokenised rows, mapped from the cache: examples[i] reads one.
 
@@ -210,23 +210,11 @@ def _tokenise(
             if isinstance(encoded, str):
                 tally.bad(source, BadRow(place.path, place.line, encoded))
                 continue
-            full_length = len(encoded.input_ids)
-            ids, spans = encoded.input_ids[: data.max_length], encoded.spans
-            if full_length > data.max_length:
-                spans = tuple((a, min(b, data.max_length), w) for a, b, w in spans if a < data.max_length)
-            reason = "no supervised token" if not encoded.spans else "no supervised token left after the cut"
-            if full_length > data.max_length and data.too_long == "drop":
-                reason, spans = f"longer than {data.max_length}", ()
-            if not spans:
-                ids = []
-                if len(tally.dropped_rows) < _NUM_LISTED:
-                    tally.dropped_rows.append(
-                        BadRow(
-                            place.path, place.line, f"{reason} ({full_length:,} tokens, max_length {data.max_length:,})"
-                        )
-                    )
-            num_kept += bool(ids)
-            rows.append(TableRow(ids, spans, full_length, conversation.digest, source))
+            row, reason = _cut(encoded, conversation.digest, source, data)
+            if reason is not None and len(tally.dropped_rows) < _NUM_LISTED:
+                tally.dropped_rows.append(BadRow(place.path, place.line, reason))
+            num_kept += reason is None
+            rows.append(row)
             _notice(tally.noticed, conversation, encoder, marker_in_text=encoded.marker_in_text)
         if rows:
             writer.append(rows)
@@ -251,6 +239,24 @@ def _tokenise(
         "template": encoder.template_name,
         "mask": encoder.mask,
     }
+
+
+def _cut(encoded: Encoded, digest: int, source: int, data: DataConfig) -> tuple[TableRow, str | None]:
+    """The row as it is kept, and why nothing of it is."""
+    full_length = len(encoded.input_ids)
+    is_long = full_length > data.max_length
+    spans = tuple((a, min(b, data.max_length), weight) for a, b, weight in encoded.spans if a < data.max_length)
+    reason = None
+    if is_long and data.too_long == "drop":
+        reason = "too long"
+    elif not spans:
+        reason = "no supervised token left after the cut" if encoded.spans else "no supervised token"
+    if reason is None:
+        return TableRow(encoded.input_ids[: data.max_length], spans, full_length, digest, source), None
+    return (
+        TableRow([], (), full_length, digest, source),
+        f"{reason} ({full_length:,} tokens, data.max_length {data.max_length:,})",
+    )
 
 
 def _conversations(

@@ -30,6 +30,7 @@ _MAX_ELEMENT_CHARS = 64 * MIB
 _CHUNK = MIB
 _SMALL_FILE_BYTES = 64 * MIB
 _NUM_SAMPLES = 64
+_AFTER_NUMBER = (",", "]", " ", "\t", "\r", "\n")  # anything else, the end of what is held too, may still belong to it
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +141,8 @@ def _read_lines(path: Path) -> Iterator[RawRow]:
         for number, line in enumerate(file, 1):
             if number == 1:
                 line = line.removeprefix(b"\xef\xbb\xbf")
-            if line.isspace() or not line:
+            line = line.rstrip(b"\r\n")
+            if not line.strip():
                 continue
             try:
                 yield RawRow(name, number, json.loads(line.decode()))
@@ -206,7 +208,8 @@ def _read_array(path: Path) -> Iterator[RawRow]:
             while True:
                 try:
                     value, end = decoder.raw_decode(window.text, window.position)
-                    if end < len(window.text) or not window.grow():
+                    is_whole = isinstance(value, (dict, list, str)) or window.text[end : end + 1] in _AFTER_NUMBER
+                    if is_whole or not window.grow():
                         break
                 except json.JSONDecodeError as error:
                     line = window.line + window.text.count("\n", window.position, error.pos)

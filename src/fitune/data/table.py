@@ -62,7 +62,7 @@ class _Column:
         return self.values[self.offsets[row] : self.offsets[row + 1]]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Table:
     """lengths: tokens kept of each row, 0 where it is dropped. facts: what was written beside the rows.
     digest: hash of all the rows."""

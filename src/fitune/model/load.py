@@ -31,6 +31,7 @@ from transformers.utils import logging as transformers_logging
 from fitune.config import ModelConfig
 from fitune.errors import ModelError
 from fitune.model.attention import attention_name, check_attention
+from fitune.model.experts import EXPERTS
 from fitune.model.gguf import gguf_read_once, read_gguf
 from fitune.model.lora import apply_lora
 from fitune.model.minimind import pth_config, read_pth
@@ -104,6 +105,7 @@ def build_model(
             config,
             dtype=dtype if meta else torch.float32,
             attn_implementation=attention,
+            experts_implementation=EXPERTS,
             **({"trust_remote_code": True} if remote else {}),
         )
     if not meta and dtype != torch.float32:
@@ -144,7 +146,7 @@ def load_weights(
     assert kind != "preset", "a preset has no weights"
     name, files = _location(model.source, kind)
     options: dict[str, Any] = {"config": config, "dtype": dtype, "output_loading_info": True}
-    options |= {"attn_implementation": attention, "ignore_mismatched_sizes": True}
+    options |= {"attn_implementation": attention, "experts_implementation": EXPERTS, "ignore_mismatched_sizes": True}
     with quiet_transformers(), gguf_read_once():
         try:
             if kind in ("pth", "gguf"):

@@ -24,10 +24,10 @@ from fitune.model.device import MemoryPeak, read_peak, reset_peak
 from fitune.model.save import link_model, save_model
 from fitune.run.directory import RunDirectory, write_json
 from fitune.run.metrics import EvalMetrics, RunEvent, Status, StepMetrics, Summary, append_line, summary_json
+from fitune.step.assemble import Layout, Setup
 from fitune.step.optimizer import set_lr
 from fitune.step.train_step import StepResult, evaluate, train_step
 from fitune.train.schedule import lr_factor
-from fitune.train.setup import Layout, Setup
 from fitune.units import parse_seconds
 
 EVALS_PER_RUN = 10
@@ -188,7 +188,8 @@ class _Trainer:
         state, setup = self.state, self.setup
         tokens = state.tokens + batch.num_tokens
         progress = self.length.progress(step=state.step + 1, tokens=tokens)
-        lr = setup.peak_lr * lr_factor(self.config.optim, progress)
+        before = self.length.progress(step=state.step, tokens=state.tokens)
+        lr = setup.peak_lr * lr_factor(self.config.optim, (before + progress) / 2)
         set_lr(setup.optimizer, lr)
         reset_peak(self.device)
         start = time.perf_counter()

@@ -12,8 +12,8 @@ from fitune.errors import ConfigError, DataError
 from fitune.model.device import choose_device
 from fitune.model.load import count_parameters, load_model, load_tokenizer
 from fitune.model.lora import not_adapted
+from fitune.step.assemble import Setup, assemble, choose_precision
 from fitune.train.loop import Data
-from fitune.train.setup import Setup, assemble, choose_precision
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,8 @@ WSD_DECAY_FRACTION = 0.1
 
 
 def lr_factor(optim: OptimConfig, progress: float) -> float:
-    """The share of optim.lr in use at `progress`, the share (0 to 1) of the run's tokens seen *after* this step.
-
-    Taken after the step, the first step of a warm-up does not have rate 0, and the last one ends on the schedule's end.
-    """
+    """The share of optim.lr in use at `progress`, the share (0 to 1) of the run's tokens seen in the *middle* of the
+    step, so that neither the first step of a warm-up nor the last one of a decay is done with a rate of 0."""
     progress = min(max(progress, 0.0), 1.0)
     if progress < optim.warmup:
         return progress / optim.warmup
