@@ -116,9 +116,12 @@ def _collected_at_step_ends() -> Iterator[None]:
     """Reference cycles would die whenever Python's collector happens to run."""
     was_enabled = gc.isenabled()
     gc.disable()
+    gc.collect()
+    gc.freeze()  # what is there already need not be looked at again
     try:
         yield
     finally:
+        gc.unfreeze()
         if was_enabled:
             gc.enable()
 
@@ -144,6 +147,7 @@ def _one_hot(tensor: torch.Tensor, num_classes: int = -1, *, checks_indices: boo
         smallest, largest = tensor.aminmax()
         smallest.item()
         num_classes = int(largest.item()) + 1 if num_classes == -1 else num_classes
+        del smallest, largest
     elif num_classes == -1:
         num_classes = int(tensor.max().item()) + 1
     out = torch.zeros((*tensor.shape, num_classes), dtype=tensor.dtype, device=tensor.device)
