@@ -4,7 +4,9 @@ Nothing is rebuilt here: `load_model` makes the model, `assemble` what is around
 Only the rows are made up, since what they hold moves no memory, and how long they are does.
 """
 
+import gc
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, Self
 
@@ -107,7 +109,8 @@ def record_step(
         return step
 
     settings = RecordSettings(mode=mode, target=target, num_steps=len(passes))
-    trace = record_loop(build, loop, settings)
+    with _older_objects_set_aside():
+        trace = record_loop(build, loop, settings)
     ((model, setup),) = made
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
     return RecordedStep(
@@ -142,6 +145,17 @@ def _row(number: int, length: int, num_supervised: int) -> Row:
     weights[length - num_supervised :] = 1
     weights[0] = 0
     return Row(number, np.zeros(length, np.int32), weights)
+
+
+@contextmanager
+def _older_objects_set_aside() -> Iterator[None]:
+    """What exists already is of no matter to the collections between steps, which would spend most of their time on
+    it."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 class _OnHost(MicroBatch):
