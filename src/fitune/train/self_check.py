@@ -39,7 +39,7 @@ class SelfCheck:
 
     def measured(self, peak: MemoryPeak) -> MemoryPeak:
         """The peak in the terms of the prediction: on a CPU the program itself is taken off."""
-        if self.program_bytes is None or peak.device_bytes is None:
+        if self.program_bytes is None or peak.device_bytes is None or peak.reserved_bytes is not None:
             return peak
         return MemoryPeak(None, peak.device_bytes - self.program_bytes, peak.device_bytes)
 
