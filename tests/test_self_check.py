@@ -35,13 +35,13 @@ def prediction(tree: dict[str, Any]) -> Prediction:
 
 
 def test_on_a_card_a_difference_of_one_percent_agrees(prediction: Prediction) -> None:
-    sentence, agrees = SelfCheck(prediction, None).sentence(MemoryPeak(101 * MIB, 120 * MIB, GIB))
+    sentence, agrees = SelfCheck(prediction, None).compare(MemoryPeak(101 * MIB, 120 * MIB, GIB))
     assert agrees
     assert "allocated 100.0 MiB predicted, 101.0 MiB measured (-1.0%)" in sentence
 
 
 def test_on_a_card_a_difference_of_three_percent_does_not(prediction: Prediction) -> None:
-    assert not SelfCheck(prediction, None).sentence(MemoryPeak(100 * MIB, 124 * MIB, GIB))[1]
+    assert not SelfCheck(prediction, None).compare(MemoryPeak(100 * MIB, 124 * MIB, GIB))[1]
 
 
 def test_on_a_cpu_the_program_is_taken_off(prediction: Prediction) -> None:
@@ -51,7 +51,7 @@ def test_on_a_cpu_the_program_is_taken_off(prediction: Prediction) -> None:
 
 
 def test_a_difference_on_a_cpu_names_the_c_library(prediction: Prediction) -> None:
-    sentence, agrees = SelfCheck(prediction, 0).sentence(MemoryPeak(None, None, 200 * MIB))
+    sentence, agrees = SelfCheck(prediction, 0).compare(MemoryPeak(None, 200 * MIB, GIB))
     assert not agrees
     assert "times the live" in sentence
 
