@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    """`fitune.predict` and `fitune.plan`, which import torch only when they are asked for."""
+    """`fitune.predict`, which imports torch only when it is asked for."""
     if name == "predict":
         from fitune.plan.predict import predict
 
