@@ -74,8 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _fail(sentences: Sequence[str], exit_code: int) -> int:
     if os.environ.get("FITUNE_DEBUG", "0") not in ("", "0"):
         traceback.print_exc()
-    for sentence in sentences:
-        print(f"error: {sentence}", file=sys.stderr)
+    for sentence in sentences:  # an indented line is a detail of the sentence before it
+        print(sentence if sentence.startswith(" ") else f"error: {sentence}", file=sys.stderr)
     return exit_code
 
 

@@ -4,6 +4,7 @@ What is saved is saved after a whole step (a commit), never within one. An inter
 commit; a second one ends the process at once.
 """
 
+import math
 import signal
 import time
 from collections.abc import Iterator
@@ -250,12 +251,13 @@ class _Trainer:
             self.event("overflow", f"step {state.step}: the float16 gradient overflowed, the scale is lowered")
         else:
             self.event(
-                "not_finite", f"step {state.step}: loss {result.loss}, gradient norm {result.grad_norm}: no update"
+                "not_finite",
+                f"step {state.step}: loss {result.loss:.4g}, gradient norm {result.grad_norm:.4g}: no update",
             )
         if state.bad_steps >= (MOST_BAD_STEPS if self.setup.scaler is None else MOST_OVERFLOWS):
             self.save()
             raise FituneError(
-                f"the gradient was not finite in {state.bad_steps} steps in a row (loss {result.loss} at step "
+                f"the gradient was not finite in {state.bad_steps} steps in a row (loss {result.loss:.4g} at step "
                 f"{state.step}): lower optim.lr ({self.setup.peak_lr:g}) or look at the rows of these steps; "
                 f"the weights before them are in {self.run.last}"
             )
@@ -282,8 +284,9 @@ class _Trainer:
         )
         append_line(self.run.metrics, metrics)
         state.eval_loss, state.evaluated_step = result.loss, state.step
-        # the untrained model is measured but is no result of this run
-        best = state.step > 0 and (state.best_eval_loss is None or result.loss < state.best_eval_loss)
+        # the untrained model is measured but is no result of this run, nor is a loss that is not a number
+        better = state.best_eval_loss is None or result.loss < state.best_eval_loss
+        best = state.step > 0 and better and math.isfinite(result.loss)
         if best:
             state.best_eval_loss = result.loss
             self.save()
