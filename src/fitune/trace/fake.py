@@ -128,7 +128,9 @@ def _collected_at_step_ends() -> Iterator[None]:
 
 @contextmanager
 def _as_real_tensors(*, checks_indices: bool) -> Iterator[None]:
-    """Fake tensors stand for real ones: the paths that PyTorch and transformers keep for compilers stay closed."""
+    """Fake tensors stand for real ones: the paths that PyTorch and transformers keep for compilers stay closed, and a
+    module converts its parameters in place (`Module._apply` swaps fake ones, which fails while anything refers to
+    them)."""
     library = torch.library.Library("aten", "IMPL")
     with ExitStack() as stack:
         stack.callback(library._destroy)
@@ -138,6 +140,7 @@ def _as_real_tensors(*, checks_indices: bool) -> Iterator[None]:
             types = [*module._foreach_supported_types, FakeTensor]
             stack.enter_context(patch.object(module, "_foreach_supported_types", types))
         stack.enter_context(patch.object(transformers.utils.import_utils, "is_fake_tensor", lambda _: False))
+        stack.enter_context(patch.object(nn.Module, "_apply", _convert_in_place))
         yield
 
 
@@ -152,3 +155,22 @@ def _one_hot(tensor: torch.Tensor, num_classes: int = -1, *, checks_indices: boo
         num_classes = int(tensor.max().item()) + 1
     out = torch.zeros((*tensor.shape, num_classes), dtype=tensor.dtype, device=tensor.device)
     return out.scatter_(-1, tensor.unsqueeze(-1), 1)
+
+
+def _convert_in_place(
+    module: nn.Module, convert: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True
+) -> nn.Module:
+    if recurse:
+        for child in module.children():
+            child._apply(convert)
+    for parameter in module._parameters.values():
+        if parameter is not None:
+            with torch.no_grad():
+                if (converted := convert(parameter)) is not parameter:
+                    parameter.data = converted
+                if parameter.grad is not None:
+                    parameter.grad = convert(parameter.grad)
+    for name, buffer in module._buffers.items():
+        if buffer is not None:
+            module._buffers[name] = convert(buffer)
+    return module
