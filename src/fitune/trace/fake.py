@@ -45,7 +45,8 @@ class RecordSettings:
 
 def record_loop(build: Build, loop: Loop, settings: RecordSettings = RecordSettings()) -> MemoryTrace:
     """Builds the model with `build()`, sets the loop up with `loop(model, device)` and records `num_steps` calls of
-    the step that it returns. Raises UsageError for a real recording with a CUDA target."""
+    the step that it returns. Raises UsageError for a real recording with a CUDA target, and for
+    a loop that returns no function."""
     fake = settings.mode == "fake"
     if not fake and settings.target is not None:
         raise UsageError("a recording on real CPU tensors cannot behave as CUDA: use mode='fake' or target=None")
@@ -70,6 +71,8 @@ def record_loop(build: Build, loop: Loop, settings: RecordSettings = RecordSetti
         if settings.target is not None:
             stack.enter_context(card_stands_in(recorder))
         step = loop(model, CARD)
+        if not callable(step):
+            raise UsageError(f"loop(model, device) must return a function that does one step, not {step!r}")
         recorder.load(model)
         for number in range(1, settings.num_steps + 1):
             gc.collect()
