@@ -12,7 +12,7 @@ from tiny_models import TINY_LLAMA, save_tokenizer
 
 PRECISIONS = ("float32", "bfloat16", "autocast_bfloat16", "autocast_float16")
 SETTINGS = (
-    *((f"model.precision={precision}", f"model.method={method}") for precision in PRECISIONS for method in ("full", "lora")),
+    *((f"model.precision={name}", f"model.method={method}") for name in PRECISIONS for method in ("full", "lora")),
     *((f"optim.name={name}",) for name in ("adamw_foreach", "adafactor", "sgd")),
     *((f"model.recompute={how}",) for how in ("every_2", "every_4", "selective", "full")),
     *((f"model.attention={how}",) for how in ("math", "eager")),
