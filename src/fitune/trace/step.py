@@ -4,7 +4,9 @@ Nothing is rebuilt here: `load_model` makes the model, `assemble` what is around
 Only the rows are made up, since what they hold moves no memory, and how long they are does.
 """
 
+import gc
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, Self
 
@@ -107,7 +109,8 @@ def record_step(
         return step
 
     settings = RecordSettings(mode=mode, target=target, num_steps=len(passes))
-    trace = record_loop(build, loop, settings)
+    with _older_objects_set_aside():
+        trace = record_loop(build, loop, settings)
     ((model, setup),) = made
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
     return RecordedStep(
@@ -127,17 +130,14 @@ def _lay_out(
 ) -> list[tuple[Kind, list[MicroBatch]]]:
     """The micro-batches of each pass that are recorded, in the run's order."""
     layouts = dict(zip(("train", "eval"), choose_layouts(config, device, packed=packed), strict=True))
-    return [(each.kind, list(_recorded(each, layouts[each.kind], device))) for each in passes]
+    return [(each.kind, list(_recorded(each, layouts[each.kind]))) for each in passes]
 
 
-def _recorded(each: Pass, layout: Layout, device: torch.device) -> Iterator[MicroBatch]:
+def _recorded(each: Pass, layout: Layout) -> Iterator[MicroBatch]:
     whole = layout.split(Batch(tuple(_row(number, *size) for number, size in enumerate(each.rows))))
     largest = sorted(range(len(whole)), key=lambda i: -whole[i].input_ids_BS.numel())[: each.most_micro_batches]
     for micro_batch in (whole[number] for number in sorted(largest)):
-        if device.type == "cpu":
-            yield micro_batch
-        else:
-            yield _OnHost(**{field.name: getattr(micro_batch, field.name) for field in fields(MicroBatch)})
+        yield _OnHost(**{field.name: getattr(micro_batch, field.name) for field in fields(MicroBatch)})
 
 
 def _row(number: int, length: int, num_supervised: int) -> Row:
@@ -147,8 +147,19 @@ def _row(number: int, length: int, num_supervised: int) -> Row:
     return Row(number, np.zeros(length, np.int32), weights)
 
 
+@contextmanager
+def _older_objects_set_aside() -> Iterator[None]:
+    """What exists already is of no matter to the collections between steps, which would spend most of their time on
+    it."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
 class _OnHost(MicroBatch):
-    """Where a CPU tensor stands for the card's, the move to the card is still a copy."""
+    """Its move to the device is always a copy, as to a card. On a CPU it stands for the rows that the process holds."""
 
     def to(self, device: torch.device) -> Self:
-        return replace(self, **{name: getattr(self, name).to(device) for name in _TENSORS})
+        return replace(self, **{name: getattr(self, name).to(device, copy=True) for name in _TENSORS})

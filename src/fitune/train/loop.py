@@ -238,7 +238,7 @@ class _Trainer:
         self.watcher.step(metrics, progress=progress)
         self.check_update(result)
         if self.self_check is not None and state.step == CHECKED_STEP:
-            sentence, agrees = self.self_check.sentence(peak)
+            sentence, agrees = self.self_check.compare(peak)
             self.event("memory_check" if agrees else "memory_differs", sentence)
 
     def check_update(self, result: StepResult) -> None:

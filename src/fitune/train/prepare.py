@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from fitune.config import RunConfig
 from fitune.data.examples import load_examples
-from fitune.errors import ConfigError, DataError, FituneError
+from fitune.errors import ConfigError, DataError, DoesNotFitError
 from fitune.model.device import choose_device
 from fitune.model.load import count_parameters, load_config, load_model, load_tokenizer
 from fitune.model.lora import not_adapted
@@ -54,7 +54,7 @@ def prepare(
         if plan_check:
             check_fits(config, data.train, device=device)
         self_check = predict_second_step(config, data.train, data.eval, device=device)
-    except FituneError:
+    except DoesNotFitError:
         raise
     except Exception as error:  # whatever a model does on tensors without data: the run itself needs none of this
         notes.append(f"memory is not predicted: {type(error).__name__}: {' '.join(str(error).split())[:160]}")

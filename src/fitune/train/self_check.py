@@ -43,9 +43,8 @@ class SelfCheck:
             return peak
         return MemoryPeak(None, peak.device_bytes - self.program_bytes, peak.device_bytes)
 
-    def sentence(self, peak: MemoryPeak) -> tuple[str, bool]:
-        """(predicted beside measured, whether they agree)."""
-        measured = self.measured(peak)
+    def compare(self, measured: MemoryPeak) -> tuple[str, bool]:
+        """(predicted beside measured, whether they agree). measured: as the method of that name gives it."""
         sides = {
             "allocated": (self.predicted.peak_allocated_bytes, measured.allocated_bytes),
             "reserved" if self.program_bytes is None else "resident": (
@@ -67,7 +66,8 @@ class SelfCheck:
                 f"{factor.name} holds {factor.low:.2f} to {factor.high:.2f} times the live "
                 f"{format_bytes(self.predicted.peak_allocated_bytes)}"
             )
-        return f"memory of step {CHECKED_STEP}: {'; '.join(words)}", agrees
+        warning = "" if agrees else f"warning: more than {tolerance:.0%} off: "
+        return f"{warning}memory of step {CHECKED_STEP}: {'; '.join(words)}", agrees
 
 
 def run_device(device: torch.device) -> Device:
