@@ -1,0 +1,474 @@
+"""The training loops behind the published measurements, each written after what its source says about it.
+
+`express(row)` turns a row of data/published.json into something that can be recorded, or says why it cannot be.
+Models are our own or transformers' classes with the row's sizes; there are no weights. What the source leaves open is
+listed in `Expressed.assumed`. Nothing here is fitted: a loop fact comes from the row's notes or from what the
+libraries of the row's version do.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Row = dict[str, Any]
+Step = Callable[[], Any]
+Attention = Literal["auto", "flash", "efficient", "math", "eager"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Expressed:
+    """A row as `fitune.predict_loop` takes it. known: the source states the whole loop; else a part is inferred."""
+
+    build: Callable[[], nn.Module]
+    loop: Callable[[nn.Module, torch.device], Step]
+    gpu: str
+    known: bool = True
+    attention: Attention = "auto"
+    num_steps: int = 2
+    assumed: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class NotExpressed:
+    reason: str
+
+
+def express(row: Row) -> Expressed | NotExpressed:
+    """The row's loop, or why it cannot be recorded or compared."""
+    if row.get("exclude"):
+        return NotExpressed(f"excluded by the collection: {row['exclude']}")
+    if row.get("bound"):
+        return NotExpressed("an out-of-memory error: only a bound is known, no peak")
+    for prefix, read in _SOURCES.items():
+        if row["id"].startswith(prefix):
+            return read(row)
+    return NotExpressed("the loop of this source is not written down here")
+
+
+# ---- MiniMind, float32 ----------------------------------------------------------------------------------------------
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x32 = x.float()
+        return self.weight * (x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + 1e-5)).type_as(x)
+
+
+class MiniMindLayer(nn.Module):
+    """Grouped-query attention with normalised queries and keys, then a gated MLP."""
+
+    def __init__(self, arch: Row) -> None:
+        super().__init__()
+        self.num_heads, self.num_kv_heads, self.head_dim = arch["n_heads"], arch["n_kv_heads"], arch["head_dim"]
+        hidden = arch["hidden"]
+        self.q_proj = nn.Linear(hidden, self.num_heads * self.head_dim, bias=False)
+        self.k_proj = nn.Linear(hidden, self.num_kv_heads * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(hidden, self.num_kv_heads * self.head_dim, bias=False)
+        self.o_proj = nn.Linear(self.num_heads * self.head_dim, hidden, bias=False)
+        self.q_norm, self.k_norm = RMSNorm(self.head_dim), RMSNorm(self.head_dim)
+        self.gate_proj, self.up_proj = (nn.Linear(hidden, arch["intermediate"], bias=False) for _ in range(2))
+        self.down_proj = nn.Linear(arch["intermediate"], hidden, bias=False)
+        self.input_norm, self.mlp_norm = RMSNorm(hidden), RMSNorm(hidden)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        attended = self.attend(self.input_norm(x), cos, sin)
+        attended += x
+        normed = self.mlp_norm(attended)
+        return attended + self.down_proj(F.silu(self.gate_proj(normed)) * self.up_proj(normed))
+
+    def attend(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        batch, length, _ = x.shape
+        q = self.q_norm(self.q_proj(x).view(batch, length, self.num_heads, self.head_dim))
+        k = self.k_norm(self.k_proj(x).view(batch, length, self.num_kv_heads, self.head_dim))
+        v = self.v_proj(x).view(batch, length, self.num_kv_heads, self.head_dim)
+        q, k = (part * cos.unsqueeze(1) + _rotate_half(part) * sin.unsqueeze(1) for part in (q, k))
+        k, v = (_repeat_heads(part, self.num_heads // self.num_kv_heads) for part in (k, v))
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.o_proj(out.transpose(1, 2).reshape(batch, length, -1))
+
+
+def _rotate_half(x: Tensor) -> Tensor:
+    half = x.shape[-1] // 2
+    return torch.cat((-x[..., half:], x[..., :half]), dim=-1)
+
+
+def _repeat_heads(x: Tensor, times: int) -> Tensor:
+    batch, length, heads, head_dim = x.shape
+    return x[:, :, :, None, :].expand(batch, length, heads, times, head_dim).reshape(batch, length, -1, head_dim)
+
+
+class MiniMind(nn.Module):
+    def __init__(self, arch: Row, seq_length: int) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(arch["vocab"], arch["hidden"])
+        self.layers = nn.ModuleList(MiniMindLayer(arch) for _ in range(arch["n_layers"]))
+        self.norm = RMSNorm(arch["hidden"])
+        self.lm_head = nn.Linear(arch["hidden"], arch["vocab"], bias=False)
+        self.lm_head.weight = self.embed_tokens.weight
+        self.register_buffer("cos", torch.ones(seq_length, arch["head_dim"]), persistent=False)
+        self.register_buffer("sin", torch.ones(seq_length, arch["head_dim"]), persistent=False)
+
+    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.embed_tokens(ids)
+        for layer in self.layers:
+            x = layer(x, self.cos, self.sin)
+        x = self.norm(x)
+        return self.lm_head(x), x
+
+
+def _minimind(row: Row) -> Expressed:
+    arch, batch, length = row["arch"], row["batch"], row["seq"]
+
+    def loop(model: nn.Module, device: torch.device) -> Step:
+        ids = torch.randint(0, arch["vocab"], (batch, length), device=device)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4)
+        num_done = 0
+
+        def step() -> None:
+            nonlocal num_done
+            optimizer.zero_grad(set_to_none=True)
+            if num_done == 3:  # warm-up steps; what the allocator's cache holds changes how large its blocks come
+                torch.cuda.empty_cache()
+            num_done += 1
+            output = model(ids)  # logits and final hidden states live until the step ends
+            loss = output[0].float().mean()
+            loss.backward()
+            optimizer.step()
+
+        return step
+
+    return Expressed(
+        build=lambda: MiniMind(arch, length),
+        loop=loop,
+        gpu="A100 80GB",
+        known=False,
+        attention="math",
+        num_steps=4,
+        assumed=(
+            "the first timed step has the highest peak (checked up to the fourth)",
+            "attention materialises its scores (the source names neither card nor version; inferred from these rows)",
+            "any card with the 8,519,680-byte cuBLAS workspace",
+        ),
+    )
+
+
+# ---- nanoGPT's GPT-2, float16 autocast ------------------------------------------------------------------------------
+
+
+class GPT2Layer(nn.Module):
+    """A pre-norm layer without biases whose attention materialises its scores."""
+
+    def __init__(self, arch: Row) -> None:
+        super().__init__()
+        hidden, block = arch["hidden"], arch["block_size"]
+        self.num_heads = arch["n_heads"]
+        self.ln_1, self.ln_2 = nn.LayerNorm(hidden, bias=False), nn.LayerNorm(hidden, bias=False)
+        self.qkv, self.proj = nn.Linear(hidden, 3 * hidden, bias=False), nn.Linear(hidden, hidden, bias=False)
+        self.up = nn.Linear(hidden, arch["intermediate"], bias=False)
+        self.down = nn.Linear(arch["intermediate"], hidden, bias=False)
+        self.register_buffer("causal", torch.ones(1, 1, block, block))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.proj(self.attend(self.ln_1(x)))
+        return x + self.down(F.gelu(self.up(self.ln_2(x))))
+
+    def attend(self, x: Tensor) -> Tensor:
+        batch, length, hidden = x.shape
+        q, k, v = (
+            part.view(batch, length, self.num_heads, -1).transpose(1, 2) for part in self.qkv(x).split(hidden, dim=2)
+        )
+        scores = (q @ k.transpose(-2, -1)) * q.shape[-1] ** -0.5
+        scores = scores.masked_fill(self.causal[:, :, :length, :length] == 0, float("-inf"))
+        out = F.softmax(scores, dim=-1) @ v
+        return out.transpose(1, 2).contiguous().view(batch, length, hidden)
+
+
+class GPT2(nn.Module):
+    def __init__(self, arch: Row) -> None:
+        super().__init__()
+        self.wte = nn.Embedding(arch["vocab"], arch["hidden"])
+        self.wpe = nn.Embedding(arch["block_size"], arch["hidden"])
+        self.layers = nn.ModuleList(GPT2Layer(arch) for _ in range(arch["n_layers"]))
+        self.ln_f = nn.LayerNorm(arch["hidden"], bias=False)
+        self.lm_head = nn.Linear(arch["hidden"], arch["vocab"], bias=False)
+        self.lm_head.weight = self.wte.weight
+
+    def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
+        x = self.wte(ids) + self.wpe(torch.arange(ids.shape[1], device=ids.device))
+        for layer in self.layers:
+            x = layer(x)
+        logits = self.lm_head(self.ln_f(x))
+        return F.cross_entropy(logits.view(-1, logits.shape[-1]), targets.view(-1))
+
+
+def _nanogpt(row: Row) -> Expressed:
+    arch, batch, length = row["arch"], row["batch"], row["seq"]
+
+    def loop(model: nn.Module, device: torch.device) -> Step:
+        ids = torch.randint(0, arch["vocab"], (batch, length), device=device)
+        targets = torch.randint(0, arch["vocab"], (batch, length), device=device)
+        decay = [parameter for parameter in model.parameters() if parameter.dim() > 1]
+        rest = [parameter for parameter in model.parameters() if parameter.dim() <= 1]
+        groups = [{"params": decay}, {"params": rest, "weight_decay": 0.0}]
+        optimizer = torch.optim.AdamW(groups, fused=True)
+        scaler = torch.amp.GradScaler("cuda")
+
+        def step() -> None:
+            with torch.autocast("cuda", dtype=torch.float16):
+                loss = model(ids, targets)
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=False)
+
+        return step
+
+    inferred = () if row["quality"] == "exact" else ("the batch size, inferred by the collection from a plot",)
+    return Expressed(
+        build=lambda: GPT2(arch),
+        loop=loop,
+        gpu="A100 80GB",
+        known=False,
+        attention="eager",
+        assumed=(
+            "gradients are resident in the forward (they are part of the published steady state)",
+            "the logits are not held during the backward (inferred from the residual of these rows)",
+            "float16 autocast with a gradient scaler",
+            *inferred,
+        ),
+    )
+
+
+# ---- Llama on an A6000, plain loop ----------------------------------------------------------------------------------
+
+
+def _a6000(row: Row) -> Expressed:
+    arch, batch, length = row["arch"], row["batch"], row["seq"]
+    amp = row["precision"] == "amp"
+
+    def build() -> nn.Module:
+        attention = "eager" if row["attention"] == "eager" else "sdpa"
+        model = _llama(arch, dtype=torch.float32 if amp else torch.bfloat16, attention=attention)
+        if row["checkpointing"]:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        return _with_lora(model, row["lora"]) if row["method"] == "lora" else model
+
+    def loop(model: nn.Module, device: torch.device) -> Step:
+        model.train()
+        ids = torch.randint(0, arch["vocab"], (batch, length), device=device)
+        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(trainable, foreach=True)
+
+        def step() -> None:
+            torch.cuda.empty_cache()
+            # transformers 4.57 takes every batch for one of packed rows (find_packed_sequence_indices): for SDPA it
+            # always builds a boolean mask, which every layer turns into a 16-bit bias of its own.
+            mask = (
+                None
+                if row["attention"] == "eager"
+                else torch.ones((1, 1, length, length), dtype=torch.bool, device=device)
+            )
+            with torch.autocast("cuda", dtype=torch.bfloat16, enabled=amp):
+                out = model(input_ids=ids, labels=ids, attention_mask=mask)
+                loss = out.loss
+            loss.backward()
+            del out, loss
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=False)
+
+        return step
+
+    return Expressed(
+        build=build,
+        loop=loop,
+        gpu="RTX A6000",
+        assumed=("the installed transformers, given the mask that 4.57.6 builds",),
+    )
+
+
+def _llama(arch: Row, *, dtype: torch.dtype, attention: str) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(**_sizes(arch), attention_bias=False, use_cache=False)
+    config._attn_implementation = attention
+    return LlamaForCausalLM._from_config(config, dtype=dtype)
+
+
+def _sizes(arch: Row, vocab: int | None = None) -> dict[str, Any]:
+    return {
+        "num_hidden_layers": arch["n_layers"],
+        "hidden_size": arch["hidden"],
+        "intermediate_size": arch["intermediate"],
+        "num_attention_heads": arch["n_heads"],
+        "num_key_value_heads": arch["n_kv_heads"],
+        "vocab_size": vocab or arch["vocab"],
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": arch["tied_embeddings"],
+    }
+
+
+def _with_lora(model: Any, lora: Row) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(
+        model,
+        LoraConfig(
+            r=lora["r"],
+            lora_alpha=lora["alpha"],
+            lora_dropout=lora["dropout"],
+            target_modules=lora["targets"],
+            task_type="CAUSAL_LM",
+        ),
+    )
+
+
+# ---- FMS: SFTTrainer on an A100 -------------------------------------------------------------------------------------
+
+Forward = Callable[[Any, Tensor, Tensor], Tensor]
+
+
+def causal_lm_448(model: Any, ids: Tensor, labels: Tensor) -> Tensor:
+    """transformers 4.48: hidden states, 16-bit logits, their float32 and their shifted copy live during the loss."""
+    hidden = _decoder(model)(input_ids=ids)[0]
+    logits = _head(model)(hidden)
+    return _float32_loss(logits, labels)
+
+
+def _float32_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    logits = logits.float()
+    return _shifted_loss(logits, labels)
+
+
+def causal_lm_445(model: Any, ids: Tensor, labels: Tensor) -> Tensor:
+    """transformers 4.45: rebinding the logits to their float32 copy frees the 16-bit ones."""
+    hidden = _decoder(model)(input_ids=ids)[0]
+    logits = _head(model)(hidden)
+    logits = logits / getattr(_causal_lm(model).config, "logits_scaling", 1)
+    logits = logits.float()
+    return _shifted_loss(logits, labels)
+
+
+def causal_lm_16_bit(model: Any, ids: Tensor, labels: Tensor) -> Tensor:
+    """transformers 4.48, GPTBigCode: the loss is computed in the 16 bits of the logits."""
+    hidden = _decoder(model)(input_ids=ids)[0]
+    logits = _head(model)(hidden)
+    return _shifted_loss(logits, labels)
+
+
+def _shifted_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    shift_logits = logits[..., :-1, :].contiguous()
+    shift_labels = labels[..., 1:].contiguous()
+    return F.cross_entropy(shift_logits.view(-1, logits.shape[-1]), shift_labels.view(-1))
+
+
+def _causal_lm(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _decoder(model: Any) -> Any:
+    return _causal_lm(model).base_model
+
+
+def _head(model: Any) -> Any:
+    return _causal_lm(model).get_output_embeddings()
+
+
+def _fms(row: Row) -> Expressed | NotExpressed:
+    if row["method"] == "qlora":
+        return NotExpressed("4-bit weights (NF4 or GPTQ): the quantised layers run on a card only")
+    if not isinstance(row["seq"], int):
+        return NotExpressed("the lengths of its batches are not published")
+    if "FOAK" in row["loss"] or "Liger" in row["loss"]:
+        return NotExpressed("loss and layers are Triton kernels, whose allocations are not written down here")
+    forward = causal_lm_445 if "transformers 4.45" in row["software"] else causal_lm_448
+    assumed: tuple[str, ...] = ()
+    if "santacoder" in row["model"]:
+        forward = causal_lm_16_bit
+        assumed = ("dropout, activation and extra vocabulary rows of the checkpoint are GPTBigCode's defaults",)
+    return Expressed(
+        build=lambda: _fms_model(row),
+        loop=partial(_trainer_loop, row=row, forward=forward),
+        gpu="A100 80GB",
+        attention="flash",
+        known=not assumed,
+        assumed=assumed,
+    )
+
+
+def _fms_model(row: Row) -> Any:
+    from transformers import (
+        GPTBigCodeConfig,
+        GPTBigCodeForCausalLM,
+        GraniteConfig,
+        GraniteForCausalLM,
+        MistralConfig,
+        MistralForCausalLM,
+    )
+
+    arch = row["arch"]
+    if "santacoder" in row["model"]:
+        config: Any = GPTBigCodeConfig(
+            vocab_size=arch["vocab"], n_positions=arch["max_pos"], n_embd=arch["hidden"], n_layer=arch["n_layers"],
+            n_head=arch["n_heads"], n_inner=arch["intermediate"], multi_query=True,
+        )  # fmt: skip
+        model_class: Any = GPTBigCodeForCausalLM
+    elif "Power" in row["model"]:
+        biases = {"attention_bias": arch["attention_bias"], "mlp_bias": arch["mlp_bias"]}
+        config, model_class = GraniteConfig(**_sizes(arch), **biases), GraniteForCausalLM
+    else:
+        config, model_class = MistralConfig(**_sizes(arch, 32001), sliding_window=None), MistralForCausalLM
+    config.use_cache = False
+    config._attn_implementation = "sdpa"
+    model = model_class._from_config(config, dtype=torch.bfloat16)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    if row["method"] == "lora":
+        model.enable_input_require_grads()
+        model = _with_lora(model, row["lora"])
+    return model
+
+
+def _trainer_loop(model: nn.Module, device: torch.device, *, row: Row, forward: Forward) -> Step:
+    """transformers' Trainer: a batch of three int64 tensors, clipping at 1.0, AdamW (foreach) with a group for what
+    does not decay, gradients set to None after the step."""
+    model.train()
+    shape = (row["batch"], row["seq"])
+    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    # Norms are exempt from decay only where their class is registered as a layer norm: Mistral's is not.
+    exempt = ("bias",) if "istral" in row["model"] else ("bias", "norm", "ln_")
+    groups = [
+        {"params": [p for name, p in trainable.items() if not any(part in name for part in exempt)]},
+        {"params": [p for name, p in trainable.items() if any(part in name for part in exempt)], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW([group for group in groups if group["params"]])
+    total_loss = torch.zeros((), device=device)
+
+    def step() -> None:
+        nonlocal total_loss
+        ids, labels, mask = (torch.ones(shape, dtype=torch.int64).to(device) for _ in range(3))
+        loss = forward(model, ids, labels)
+        loss.backward()
+        total_loss = total_loss + loss.detach()
+        norm = nn.utils.clip_grad_norm_(trainable.values(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        del ids, labels, mask, norm
+
+    return step
+
+
+_SOURCES: dict[str, Callable[[Row], Expressed | NotExpressed]] = {
+    "minimind795": _minimind,
+    "nanogpt": _nanogpt,
+    "a6000": _a6000,
+    "fms": _fms,
+}
