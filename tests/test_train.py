@@ -94,7 +94,8 @@ def plain_eval_loss(directory: Path) -> float:
 def test_a_run_leaves_these_files() -> None:
     train()
     assert {path.name for path in RUN.path.iterdir()} == {
-        "config.yaml", "env.json", "metrics.jsonl", "events.jsonl", "summary.json", "checkpoints", "best", "last", "lock",
+        "config.yaml", "env.json", "metrics.jsonl", "events.jsonl", "summary.json",
+        "checkpoints", "best", "last", "lock",
     }  # fmt: skip
     assert read_run(RUN.path).state == "finished"
 
@@ -322,7 +323,7 @@ def test_stop_after_saves_and_stops() -> None:
     assert summary.status == "stopped"
     assert 0 < summary.steps < 1000000
     assert plain_eval_loss(RUN.last) > 0
-    assert [event.kind for event in read_events(RUN.events)] == ["stopped"]
+    assert [event.kind for event in read_events(RUN.events) if event.kind != "memory_check"] == ["stopped"]
 
 
 def interrupt_at(step: int, monkeypatch: pytest.MonkeyPatch, number: signal.Signals = signal.SIGINT) -> None:
@@ -377,7 +378,7 @@ def test_a_loss_that_stays_not_finite_ends_the_run_with_the_way_out(capsys: pyte
     assert "not finite in 3 steps in a row" in error
     assert "lower optim.lr (1e+30)" in error
     assert read_run(RUN.path).state == "failed"
-    assert [event.kind for event in read_events(RUN.events)] == ["not_finite"] * 3
+    assert [event.kind for event in read_events(RUN.events) if event.kind != "memory_check"] == ["not_finite"] * 3
 
 
 def test_an_evaluation_that_is_not_a_number_is_never_the_best() -> None:

@@ -205,7 +205,7 @@ MODEL = ("model.source=model",)
 
 MODELS: dict[str, Case] = {
     "no such path": (nothing, ("model.source=./gone",), ("model.source './gone' does not exist",)),
-    "an unknown preset": (nothing, ("model.source=minimind9", "model.tokenizer=tiny"), ("minimind9 is not cached",)),
+    "an unknown preset": (nothing, ("model.source=minimind9", "model.tokenizer=tiny"), ("did you mean minimind2",)),
     "a hub id without a connection": (nothing, ("model.source=someone/model",), ("someone/model is not cached",)),
     "a preset without a tokenizer": (nothing, ("model.source=minimind2",), ("minimind2 carries no tokenizer",)),
     "a file of another kind": (text("a", "a.bin"), ("model.source=a.bin",), ("is a file of unknown kind",)),
