@@ -1,14 +1,81 @@
-"""fitune: fine-tune a language model inside the memory you have."""
+"""fitune: fine-tune a language model inside the memory you have.
 
-from collections.abc import Callable
+    fitune.predict(config, gpu="RTX 4090")     what a run will need            (plan/predict.py)
+    fitune.plan(config, gpu="RTX 4090")        what fits, and what was chosen  (plan/planner.py)
+    fitune.train(config)                       the whole run
+    fitune.predict_loop(build, loop)           the same prediction for a loop that is not ours
+
+A config is a mapping, the path of a YAML file or a RunConfig. Nothing heavy is imported before one of these is called.
+"""
+
+import importlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     import torch
 
+    from fitune.config import RunConfig
     from fitune.memory.prediction import Prediction
+    from fitune.plan.plan import Plan
+    from fitune.run.metrics import Summary
 
 __version__ = "0.1.0"
+
+
+def _train(
+    config: "RunConfig | Mapping[str, Any] | Path | str", *, overwrite: bool = False, quiet: bool = False
+) -> "Summary":
+    """The whole run of `config` (a mapping, a file or a RunConfig), as `fitune train` does it; its files are in the
+    directory that `run.output` and `run.name` say. Progress is shown on stderr unless `quiet`.
+
+    Raises a FituneError as listed in fitune/errors.py.
+    """
+    from fitune.cli.progress import TrainingProgress
+    from fitune.cli.train import run_training
+    from fitune.config import RunConfig, read_config
+
+    if isinstance(config, RunConfig):
+        config = config.model_dump(mode="json", exclude_defaults=True)
+    resolved = read_config(config)
+    with TrainingProgress(quiet=quiet) as progress:
+        return run_training(resolved, progress, overwrite=overwrite)[1]
+
+
+def _plan(config: "RunConfig | Mapping[str, Any] | Path | str", *, gpu: str | None = None) -> "Plan":
+    """What each setting of `config` would need and which one was chosen, as `fitune plan` shows it. gpu: a card of the
+    catalogue or 'cpu', this machine's card where left out. `chosen` is None where nothing fits. Raises a UsageError."""
+    from fitune.config import RunConfig, read_config
+    from fitune.plan.planner import choose_plan
+
+    return choose_plan(config if isinstance(config, RunConfig) else read_config(config).config, gpu=gpu)
+
+
+_VERBS: dict[str, Callable[..., Any]] = {"train": _train, "plan": _plan}
+
+if TYPE_CHECKING:
+    from fitune.plan.predict import predict as predict
+
+    plan = _plan
+    train = _train
+else:
+
+    def __getattr__(name: str) -> Any:
+        if name in _VERBS:
+            return importlib.import_module(f"fitune.{name}")
+        if name == "predict":
+            return importlib.import_module("fitune.plan.predict").predict
+        raise AttributeError(f"module 'fitune' has no attribute '{name}'")
+
+
+class CallableRoom(ModuleType):
+    """A package of this house that is a verb too: Python has one name for `fitune.train(config)` and for the home of
+    `fitune.train.loop`, so the package can be called. Nothing heavy is imported before that."""
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        return _VERBS[self.__name__.rpartition(".")[2]](*arguments, **options)
 
 
 def predict_loop(

@@ -36,6 +36,12 @@ app.command(
     sort_key=2,
 )
 app.command(
+    "fitune.cli.plan:plan",
+    usage="fitune plan [CONFIG] [KEY.SUB=VALUE...] [OPTIONS]",
+    help="Predicted memory of each setting; the largest micro-batch that fits.",
+    sort_key=3,
+)
+app.command(
     "fitune.cli.train:train",
     usage="fitune train [CONFIG] [KEY.SUB=VALUE...] [OPTIONS]",
     help="Train by a configuration.",
@@ -68,8 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _fail(sentences: Sequence[str], exit_code: int) -> int:
     if os.environ.get("FITUNE_DEBUG", "0") not in ("", "0"):
         traceback.print_exc()
-    for sentence in sentences:
-        print(f"error: {sentence}", file=sys.stderr)
+    for sentence in sentences:  # an indented line is a detail of the sentence before it
+        print(sentence if sentence.startswith(" ") else f"error: {sentence}", file=sys.stderr)
     return exit_code
 
 

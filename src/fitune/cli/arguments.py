@@ -1,7 +1,7 @@
 """What the verbs that take a configuration share: `CONFIG [key.sub=value ...]` and the flags for common keys."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated
@@ -58,14 +58,14 @@ _KEYS = {
 }
 
 
-def read_arguments(words: tuple[str, ...], flags: ConfigFlags) -> ResolvedConfig:
-    """Raises ConfigError with every fault of the file, the overrides and the flags."""
-    overrides = list(words)
+def read_arguments(words: tuple[str, ...], flags: ConfigFlags, *, overrides: Sequence[str] = ()) -> ResolvedConfig:
+    """overrides: of a verb's own flags. Raises ConfigError with every fault of the file and of what was typed."""
+    own, overrides = overrides, list(words)
     is_file = bool(words) and ("=" not in words[0] or Path(words[0]).exists())
     source = Path(overrides.pop(0)) if is_file else None
     if source is None and not words and flags == ConfigFlags():
         raise ConfigError(["nothing to work on: give a configuration file, or --model and --data"])
-    return read_config(source, [*overrides, *_overrides(flags)])
+    return read_config(source, [*overrides, *_overrides(flags), *own])
 
 
 def _overrides(flags: ConfigFlags) -> Iterator[str]:

@@ -32,7 +32,7 @@ def demo(
     output: Annotated[Path, Parameter(help="for the data and the run; the run of an earlier demo is replaced")] = Path(
         "demo"
     ),
-    steps: Annotated[int, Parameter(help="optimizer steps")] = 30,
+    steps: Annotated[int, Parameter(help="optimizer steps")] = 24,
     language: Annotated[str, Parameter(help="a language of chatterbot-corpus")] = "english",
 ) -> None:
     """Fine-tune SmolLM2-135M on real dialogues: held-out loss and an answer before and after, and the measured peak."""

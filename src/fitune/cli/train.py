@@ -25,6 +25,7 @@ def train(
     overwrite: Annotated[bool, Parameter(help="replace an existing run of this name")] = False,
     print_config: Annotated[bool, Parameter(help="print the resolved configuration, and stop")] = False,
     dry_run: Annotated[bool, Parameter(help="load and check everything, and stop before the first step")] = False,
+    no_plan_check: Annotated[bool, Parameter(help="start even where the prediction exceeds memory.budget")] = False,
     output_format: Format = "auto",
 ) -> None:
     """Train by a configuration. An existing run is refused unless --overwrite."""
@@ -35,10 +36,10 @@ def train(
     quiet = output_format == "quiet"
     with TrainingProgress(quiet=quiet) as progress:
         if dry_run:
-            _prepare(resolved.config, progress)
+            _prepare(resolved.config, progress, plan_check=not no_plan_check)
             progress.note("dry run: model, data and settings fit together; nothing was written")
             return
-        run, summary = run_training(resolved, progress, overwrite=overwrite)
+        run, summary = run_training(resolved, progress, overwrite=overwrite, plan_check=not no_plan_check)
         _report(run, summary, progress)
     if output_format == "json":
         print_json({"run": str(run.path), "summary": summary_json(summary)})
@@ -47,7 +48,7 @@ def train(
 
 
 def run_training(
-    resolved: ResolvedConfig, progress: TrainingProgress, *, overwrite: bool = False
+    resolved: ResolvedConfig, progress: TrainingProgress, *, overwrite: bool = False, plan_check: bool = True
 ) -> tuple[RunDirectory, Summary]:
     """Everything of a run from its configuration to its summary. Nothing is written before model and data are loaded,
     so that what cannot work leaves no trace; only a run that would be refused is refused at once."""
@@ -56,7 +57,7 @@ def run_training(
     run = None
     if name is not None and (config.run.output / name).exists() and not overwrite:
         run = create_run(config.run.output, name)  # refuses unless it is an empty directory
-    prepared = _prepare(config, progress)
+    prepared = _prepare(config, progress, plan_check=plan_check)
     from fitune.train.loop import train as train_loop
 
     if run is None:
@@ -67,19 +68,25 @@ def run_training(
         write_atomically(run.config, format_config(resolved))
         write_json(run.env, environment(config.run.output))
         summary = train_loop(
-            config, prepared.setup, run, data=prepared.data, tokenizer=prepared.tokenizer, watcher=progress
+            config,
+            prepared.setup,
+            run,
+            data=prepared.data,
+            tokenizer=prepared.tokenizer,
+            watcher=progress,
+            self_check=prepared.self_check,
         )
     return run, summary
 
 
-def _prepare(config: RunConfig, progress: TrainingProgress) -> "Prepared":
+def _prepare(config: RunConfig, progress: TrainingProgress, *, plan_check: bool) -> "Prepared":
     parse_allocator_config(config.memory.allocator)
     if config.memory.allocator:
         os.environ["PYTORCH_ALLOC_CONF"] = config.memory.allocator  # read when CUDA starts, so before torch is used
     progress.note(f"model  {config.model.source} · data {', '.join(s.path for s in config.data.train_sources)}")
     from fitune.train.prepare import prepare
 
-    prepared = prepare(config, on_progress=progress.rows)
+    prepared = prepare(config, on_progress=progress.rows, plan_check=plan_check)
     progress.rows(None)
     report = prepared.data.train.report
     trainable, parameters = prepared.num_trainable_parameters, prepared.num_parameters
@@ -88,6 +95,9 @@ def _prepare(config: RunConfig, progress: TrainingProgress) -> "Prepared":
         f"{len(prepared.data.train):,} rows, {format_count(report.train.num_tokens)} tokens, "
         f"{report.supervised_fraction:.1%} supervised · {len(prepared.data.eval):,} rows held out"
     )
+    if prepared.self_check is not None:
+        needed = format_bytes(prepared.self_check.predicted.device_bytes)
+        progress.note(f"       {needed} of memory predicted for step 2, where it will be measured")
     for sentence in (*prepared.setup.notes, *prepared.notes):
         progress.note(f"note   {sentence}")
     for sentence in report.warnings:

@@ -23,6 +23,7 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import nn
+from torch.amp.autocast_mode import is_autocast_available
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface, PretrainedConfig
@@ -82,8 +83,8 @@ def row_boundaries(lengths: tuple[int, ...], *, device: torch.device, kernel: Ke
     """The boundaries of packed rows, for `model(input_ids, position_ids=..., row_boundaries=...)`."""
     ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
     if device.type == "cuda":
-        ends = ends.pin_memory().to(device, non_blocking=True)
-    return RowBoundaries(lengths, ends, kernel)
+        ends = ends.pin_memory()
+    return RowBoundaries(lengths, ends.to(device, non_blocking=True), kernel)
 
 
 def attention_name(config: PretrainedConfig, attention: Attention | Auto) -> str | None:
@@ -179,6 +180,10 @@ def rows_attention(
         attended = _attend(query_BHSD, key_BGSD, value_BGSD, scoring=scoring, mask=attention_mask)
         return attended.transpose(1, 2).contiguous(), None
     row_boundaries.visits.append(1)
+    kind = query_BHSD.device.type
+    if is_autocast_available(kind) and torch.is_autocast_enabled(kind):  # rotary embeddings leave float32
+        dtype = torch.get_autocast_dtype(kind)  # torch's own attention casts by itself
+        query_BHSD, key_BGSD, value_BGSD = (part.to(dtype) for part in (query_BHSD, key_BGSD, value_BGSD))
     kernel = row_boundaries.kernel or _choose_kernel(query_BHSD, value_BGSD, scoring)
     if kernel != "rows":
         query_THD, key_TGD, value_TGD = (part[0].transpose(0, 1) for part in (query_BHSD, key_BGSD, value_BGSD))

@@ -7,6 +7,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import torch
 
 _STATUS = Path("/proc/self/status")
@@ -44,6 +45,11 @@ def read_peak(device: torch.device) -> MemoryPeak:
             torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device), total_bytes - free_bytes
         )
     return MemoryPeak(device_bytes=_resident_peak_bytes())
+
+
+def program_bytes(device: torch.device) -> int | None:
+    """What the process holds now, on a CPU, where it shares the device with the tensors; None on a card."""
+    return psutil.Process().memory_info().rss if device.type == "cpu" else None
 
 
 def _resident_peak_bytes() -> int | None:

@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -62,6 +63,8 @@ def source_kind(source: str) -> Kind:
         return "preset"
     if source.startswith((".", "~", os.sep)) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source):
         raise ModelError(f"model.source '{source}' does not exist; presets are {', '.join(PRESETS)}")
+    if "/" not in source and (near := get_close_matches(source, PRESETS, n=1, cutoff=0.8)):
+        raise ModelError(f"model.source '{source}' is neither a path nor a preset: did you mean {near[0]}?")
     return "hub"
 
 

@@ -7,6 +7,7 @@ checkpoints on disk still hold them one by one, as minimind does, and transforme
 
 import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -31,13 +32,15 @@ def read_pth(path: Path) -> Tensors:
     """The tensors of a `.pth`, memory-mapped where its format allows. Raises ModelError where the file cannot be read,
     holds more than tensors and plain values, or is no dictionary of tensors."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected pickle protocol", UserWarning)
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         raise ModelError(
             f"{path} is refused: it is not a plain dictionary of tensors but holds pickled code or is damaged; "
             f"save it again with torch.save(model.state_dict(), path)"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except Exception as error:  # bytes that are no pickle end in whatever its machine stumbles over
         raise ModelError(f"{path} cannot be read as a weights file ({_first_line(error)}); copy it again") from error
     for key in ("model", "state_dict"):  # a training checkpoint holds the weights beside the optimizer
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):

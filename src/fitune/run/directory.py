@@ -249,7 +249,7 @@ def _given_name(path: Path, *, overwrite: bool) -> RunDirectory:
         if not path.is_dir() or not _is_run(path):
             raise RunDirectoryError(f"{path} exists and is not a run: choose another run.name, or remove it yourself")
         if not overwrite:
-            raise RunDirectoryError(f"{path} exists: choose another run.name, go on with --resume, or give --overwrite")
+            raise RunDirectoryError(f"{path} exists: choose another run.name, or give --overwrite")
         with working_on(run):
             _remove_files(run)
     path.mkdir(exist_ok=True)

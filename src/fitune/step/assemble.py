@@ -73,17 +73,23 @@ def assemble(
     head, head_note = _choose_head(model, config)
     notes += [line for line in (note, head_note) if line]
     peak_lr = DEFAULT_LR[config.model.method] if config.optim.lr == "auto" else config.optim.lr
-    layout = _choose_layout(config, device, packed=packed)
+    layout, eval_layout = choose_layouts(config, device, packed=packed)
     return Setup(
         model=model,
         optimizer=build_optimizer(model, config.optim, lr=peak_lr),
         scaler=torch.amp.GradScaler(device.type) if precision.needs_scaler else None,
         settings=StepSettings(LossSettings(head), config.optim.clip, precision.autocast_dtype),
         layout=layout,
-        eval_layout=layout if config.eval.micro == "auto" else Layout(packed, config.eval.micro, None),
+        eval_layout=eval_layout,
         peak_lr=peak_lr,
         notes=tuple(notes),
     )
+
+
+def choose_layouts(config: RunConfig, device: torch.device, *, packed: bool) -> tuple[Layout, Layout]:
+    """(of training, of evaluation), for a model whose rows are packed or not."""
+    layout = _choose_layout(config, device, packed=packed)
+    return layout, layout if config.eval.micro == "auto" else Layout(packed, config.eval.micro, None)
 
 
 def _choose_packing(model: nn.Module, config: RunConfig) -> tuple[bool, str | None]:

@@ -6,7 +6,6 @@ named once in `MemoryTrace.source`.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,7 +14,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 
 aten = torch.ops.aten
 Routing = Literal["balanced", "worst"]
-Call = Callable[..., Any]
+_DEVICE_OF = torch.ops.prim.device
 
 
 @dataclass(slots=True)
@@ -78,6 +77,8 @@ class Assumptions:
 
     def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         packet = func.overloadpacket
+        if packet is _DEVICE_OF and isinstance(args[0], FakeTensor):
+            return args[0].fake_device  # two thirds of all calls, and slow through FakeTensorMode
         if packet is aten._local_scalar_dense:
             return self._scalar(func, args[0])
         if packet is aten.nonzero:
@@ -119,6 +120,8 @@ class Assumptions:
         router = None if origin is None else origin.router
         if packet in _SAME_ELEMENTS:
             return origin
+        if packet in (aten.scatter_, aten.scatter) and (index := _origin(args[2])) is not None and index.router:
+            return _Origin(self._share(index.router), index.router)  # one-hot
         if packet in _TRUTH:
             return _Origin(_TRUTH[packet], router)
         if packet is aten.eq:
@@ -128,8 +131,9 @@ class Assumptions:
             total = mean * first.numel() / result.numel()
             return _Origin(min(total, 1.0) if packet is aten.any else total, router)
         if packet in (aten.gt, aten.ge) and origin is not None and origin.mean is not None:
-            if router and self._routing == "worst":
-                return _Origin(router.top_k / router.num_experts, router)
+            if router is not None:  # which experts are chosen at all
+                num_chosen = router.top_k if self._routing == "worst" else router.num_experts
+                return _Origin(num_chosen / result.numel(), router)
             return _Origin(float(origin.mean > 0), router)
         if packet is aten.logical_not or packet is aten.bitwise_not:
             return None if origin is None or origin.mean is None else _Origin(1.0 - origin.mean)

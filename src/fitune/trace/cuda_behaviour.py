@@ -25,6 +25,7 @@ from fitune.trace.events import Phase
 aten = torch.ops.aten
 _optimizer = import_module("torch.optim.optimizer")  # torch.optim does not show it
 Attention = Literal["auto", "flash", "efficient", "math", "eager"]
+Groups = Sequence[Sequence[int]]
 Kernel = Literal["flash", "efficient", "cudnn", "math"]
 _16_BIT = (torch.float16, torch.bfloat16)
 
@@ -385,7 +386,7 @@ class CudaKernels:
         self._threads_with_workspace.add(autograd_thread)
         return (cublas_workspace_bytes(self.target),)
 
-    def temporaries(self, func: Any, args: tuple[Any, ...], outputs: Sequence[Tensor]) -> Sequence[int]:
+    def temporaries(self, func: Any, args: tuple[Any, ...], outputs: Sequence[Tensor]) -> Groups:
         rule = _TEMPORARIES.get(func._schema.name)
         return () if rule is None else rule(self.target, args, outputs)
 
@@ -399,7 +400,7 @@ class CpuKernels:
     def workspaces(self, func: Any, phase: Phase) -> Sequence[int]:
         return ()
 
-    def temporaries(self, func: Any, args: tuple[Any, ...], outputs: Sequence[Tensor]) -> Sequence[int]:
+    def temporaries(self, func: Any, args: tuple[Any, ...], outputs: Sequence[Tensor]) -> Groups:
         return ()
 
 
@@ -408,65 +409,66 @@ def cublas_workspace_bytes(target: CudaTarget) -> int:
     return 4096 * 1024 * 8 if target.compute_capability >= (9, 0) else 4096 * 1024 * 2 + 16 * 1024 * 8
 
 
-def _flash_backward(target: CudaTarget, args: tuple[Any, ...], outputs: Sequence[Tensor]) -> Sequence[int]:
+def _flash_backward(target: CudaTarget, args: tuple[Any, ...], outputs: Sequence[Tensor]) -> Groups:
     """transformers/cuda/flash_attn/flash_api.cpp, mha_bwd: softmax_d, dq_accum, and dk, dv for every query head."""
     query, key = args[1], args[2]
     batch, heads, length, head_dim = query.shape
     rows = _ceil_to(length, 128)
     expanded = batch * heads * key.shape[2] * head_dim * query.element_size()
-    return (
-        batch * heads * rows * 4,
-        batch * heads * rows * _rounded_head(head_dim) * 4,
-        *((expanded, expanded) if key.shape[1] != heads else ()),
-    )
+    grouped = (expanded, expanded) if key.shape[1] != heads else ()
+    return ((batch * heads * rows * 4, batch * heads * rows * _rounded_head(head_dim) * 4, *grouped),)
 
 
-def _varlen_backward(target: CudaTarget, args: tuple[Any, ...], outputs: Sequence[Tensor]) -> Sequence[int]:
+def _varlen_backward(target: CudaTarget, args: tuple[Any, ...], outputs: Sequence[Tensor]) -> Groups:
     """flash_api.cpp, mha_varlen_bwd: as above over the flat positions, each row padded to 128."""
     query, key, boundaries = args[1], args[2], args[6]
     tokens, heads, head_dim = query.shape
     rows = tokens + 128 * (boundaries.shape[0] - 1)
     expanded = heads * key.shape[0] * head_dim * query.element_size()
-    return (
-        heads * rows * 4,
-        rows * heads * _rounded_head(head_dim) * 4,
-        *((expanded, expanded) if key.shape[1] != heads else ()),
-    )
+    grouped = (expanded, expanded) if key.shape[1] != heads else ()
+    return ((heads * rows * 4, rows * heads * _rounded_head(head_dim) * 4, *grouped),)
 
 
 def _rounded_head(head_dim: int) -> int:
     return _ceil_to(head_dim, 32) if head_dim <= 192 else 256
 
 
-def _efficient_backward(target: CudaTarget, args: tuple[Any, ...], outputs: Sequence[Tensor]) -> Sequence[int]:
-    """transformers/cuda/attention_backward.cu and mem_eff_attention/kernel_backward.h (workspace_size): delta, and a
-    float32 accumulator for dq, with one for dk and dv where they do not stay in registers."""
-    query = args[1]
+def _efficient_backward(target: CudaTarget, args: tuple[Any, ...], outputs: Sequence[Tensor]) -> Groups:
+    """transformers/cuda/attention_backward.cu and mem_eff_attention/kernel_backward.h (Params::workspace_size): delta,
+    computed by the kernel in 16 bits, by a float32 product and its sum else; then a float32 accumulator for dq, and
+    for dk and dv where they do not stay in registers."""
+    query, key = args[1], args[2]
     batch, heads, length, head_dim = query.shape
     half = query.element_size() == 2
-    block_rows, block_columns, in_registers = _efficient_block(half, head_dim, target.compute_capability)
-    tile = block_rows * min(_ceil_to(head_dim, 32), block_columns)
-    dq = ceil(length / block_rows) * ceil(head_dim / block_columns) * (tile + 4)
-    dk_dv = 0 if in_registers else 2 * block_columns * _ceil_to(head_dim, block_rows)
+    rows, columns, in_registers = _efficient_block(half, head_dim, target.compute_capability)
+    splits = ceil(key.shape[2] / columns)
+    if in_registers and batch * heads >= 256 and key.shape[2] <= 2 * columns:
+        splits = 1
+    elif not in_registers:
+        splits = max(1, min(splits, 200 // (batch * heads)))
+    dq = ceil(length / rows) * ceil(head_dim / columns) * (rows * columns + 4)
+    dk_dv = 0 if in_registers else 2 * splits * columns * _ceil_to(head_dim, rows)
     workspace = batch * heads * _ceil_to(dq + dk_dv, 4) * 4
     delta = batch * heads * length * 4
-    if half:  # kKernelComputesDelta
-        return delta, workspace
-    return delta, workspace
+    return ((delta, workspace),) if half else ((delta * head_dim, delta), (delta, workspace))
+
+
+_LARGE_SHARED_MEMORY = ((8, 0), (8, 7), (9, 0), (10, 0), (10, 3))  # 160 KiB a block and more; the others about 100
 
 
 def _efficient_block(half: bool, head_dim: int, capability: tuple[int, int]) -> tuple[int, int, bool]:
-    """(rows, columns, dk and dv stay in registers) of the first kernel of cutlassB.h for sm80 that takes head_dim."""
+    """(rows, columns, whether dk and dv stay in registers) of the first kernel in kernels/cutlassB.h that takes
+    head_dim and fits the card's shared memory."""
     if head_dim <= 64:
         return 64, 64, half
-    if half:
-        if head_dim <= 96 and capability in ((8, 6), (8, 9)):
-            return 128, 64, True
-        return (128, 128, True) if head_dim <= 128 and capability in ((8, 0), (9, 0)) else (64, 64, False)
-    return 128, 64, False
+    if half and head_dim <= 96 and capability in ((8, 6), (8, 9)):
+        return 128, 64, True
+    if half and head_dim <= 128:
+        return (128, 128, True) if capability in _LARGE_SHARED_MEMORY else (64, 64, False)
+    return (128, 64, False) if half or capability >= (8, 0) else (64, 64, False)
 
 
-def _embedding_backward(target: CudaTarget, args: tuple[Any, ...], outputs: Sequence[Tensor]) -> Sequence[int]:
+def _embedding_backward(target: CudaTarget, args: tuple[Any, ...], outputs: Sequence[Tensor]) -> Groups:
     """cuda/Embedding.cu and EmbeddingBackwardKernel.cu: many tokens are sorted and summed per segment in float32."""
     grad, indices, num_weights = args[0], args[1], args[2]
     tokens = indices.numel()
@@ -475,24 +477,24 @@ def _embedding_backward(target: CudaTarget, args: tuple[Any, ...], outputs: Sequ
     segments = min(tokens, num_weights)
     partial = tokens // 10 + segments  # NROWS_PER_THREAD
     size = indices.element_size()
+    indices_and_segments = (tokens, tokens, tokens, 1, segments, segments, 1, partial)
     return (
-        tokens * size, tokens * size, tokens * size, size, segments * size, segments * size, size, partial * size,
-        partial * grad.shape[-1] * max(4, grad.element_size()),
-    )  # fmt: skip
+        (*(number * size for number in indices_and_segments), partial * grad.shape[-1] * max(4, grad.element_size())),
+    )
 
 
-def _foreach_norm(target: CudaTarget, args: tuple[Any, ...], outputs: Sequence[Tensor]) -> Sequence[int]:
+def _foreach_norm(target: CudaTarget, args: tuple[Any, ...], outputs: Sequence[Tensor]) -> Groups:
     """cuda/ForeachReduceOp.cu: one partial norm per chunk of 65,536 elements of the largest tensor, for each tensor."""
     tensors = args[0]
     chunks = max(ceil(tensor.numel() / 65536) for tensor in tensors)
-    return (len(tensors) * chunks * max(4, tensors[0].element_size()),)
+    return ((len(tensors) * chunks * max(4, tensors[0].element_size()),),)
 
 
 def _ceil_to(number: int, step: int) -> int:
     return ceil(number / step) * step
 
 
-_TEMPORARIES: dict[str, Callable[[CudaTarget, tuple[Any, ...], Sequence[Tensor]], Sequence[int]]] = {
+_TEMPORARIES: dict[str, Callable[[CudaTarget, tuple[Any, ...], Sequence[Tensor]], Groups]] = {
     "aten::_scaled_dot_product_flash_attention_backward": _flash_backward,
     "aten::_flash_attention_backward": _varlen_backward,
     "torch_attn::_varlen_attn_backward": _varlen_backward,

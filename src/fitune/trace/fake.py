@@ -45,7 +45,8 @@ class RecordSettings:
 
 def record_loop(build: Build, loop: Loop, settings: RecordSettings = RecordSettings()) -> MemoryTrace:
     """Builds the model with `build()`, sets the loop up with `loop(model, device)` and records `num_steps` calls of
-    the step that it returns. Raises UsageError for a real recording with a CUDA target."""
+    the step that it returns. Raises UsageError for a real recording with a CUDA target, and for
+    a loop that returns no function."""
     fake = settings.mode == "fake"
     if not fake and settings.target is not None:
         raise UsageError("a recording on real CPU tensors cannot behave as CUDA: use mode='fake' or target=None")
@@ -70,6 +71,8 @@ def record_loop(build: Build, loop: Loop, settings: RecordSettings = RecordSetti
         if settings.target is not None:
             stack.enter_context(card_stands_in(recorder))
         step = loop(model, CARD)
+        if not callable(step):
+            raise UsageError(f"loop(model, device) must return a function that does one step, not {step!r}")
         recorder.load(model)
         for number in range(1, settings.num_steps + 1):
             gc.collect()
@@ -116,16 +119,21 @@ def _collected_at_step_ends() -> Iterator[None]:
     """Reference cycles would die whenever Python's collector happens to run."""
     was_enabled = gc.isenabled()
     gc.disable()
+    gc.collect()
+    gc.freeze()  # what is there already need not be looked at again
     try:
         yield
     finally:
+        gc.unfreeze()
         if was_enabled:
             gc.enable()
 
 
 @contextmanager
 def _as_real_tensors(*, checks_indices: bool) -> Iterator[None]:
-    """Fake tensors stand for real ones: the paths that PyTorch and transformers keep for compilers stay closed."""
+    """Fake tensors stand for real ones: the paths that PyTorch and transformers keep for compilers stay closed, and a
+    module converts its parameters in place (`Module._apply` swaps fake ones, which fails while anything refers to
+    them)."""
     library = torch.library.Library("aten", "IMPL")
     with ExitStack() as stack:
         stack.callback(library._destroy)
@@ -135,6 +143,7 @@ def _as_real_tensors(*, checks_indices: bool) -> Iterator[None]:
             types = [*module._foreach_supported_types, FakeTensor]
             stack.enter_context(patch.object(module, "_foreach_supported_types", types))
         stack.enter_context(patch.object(transformers.utils.import_utils, "is_fake_tensor", lambda _: False))
+        stack.enter_context(patch.object(nn.Module, "_apply", _convert_in_place))
         yield
 
 
@@ -144,7 +153,27 @@ def _one_hot(tensor: torch.Tensor, num_classes: int = -1, *, checks_indices: boo
         smallest, largest = tensor.aminmax()
         smallest.item()
         num_classes = int(largest.item()) + 1 if num_classes == -1 else num_classes
+        del smallest, largest
     elif num_classes == -1:
         num_classes = int(tensor.max().item()) + 1
     out = torch.zeros((*tensor.shape, num_classes), dtype=tensor.dtype, device=tensor.device)
     return out.scatter_(-1, tensor.unsqueeze(-1), 1)
+
+
+def _convert_in_place(
+    module: nn.Module, convert: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True
+) -> nn.Module:
+    if recurse:
+        for child in module.children():
+            child._apply(convert)
+    for parameter in module._parameters.values():
+        if parameter is not None:
+            with torch.no_grad():
+                if (converted := convert(parameter)) is not parameter:
+                    parameter.data = converted
+                if parameter.grad is not None:
+                    parameter.grad = convert(parameter.grad)
+    for name, buffer in module._buffers.items():
+        if buffer is not None:
+            module._buffers[name] = convert(buffer)
+    return module

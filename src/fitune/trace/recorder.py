@@ -25,6 +25,7 @@ from fitune.trace.events import Category, MemoryEvent, Phase
 
 Operator = torch._ops.OpOverload
 Place = Literal["host", "card"]
+_Where = tuple[Phase, int, int, str, str]  # phase, step, micro-batch, module, operator
 
 
 class Kernels(Protocol):
@@ -35,8 +36,11 @@ class Kernels(Protocol):
     def workspaces(self, func: Operator, phase: Phase) -> Sequence[int]:
         """Bytes of what the operator allocates before its outputs and keeps for ever."""
 
-    def temporaries(self, func: Operator, args: tuple[Any, ...], outputs: Sequence[torch.Tensor]) -> Sequence[int]:
-        """Bytes of what the operator allocates after its outputs and frees before it returns."""
+    def temporaries(
+        self, func: Operator, args: tuple[Any, ...], outputs: Sequence[torch.Tensor]
+    ) -> Sequence[Sequence[int]]:
+        """Bytes of what the operator allocates after its outputs and frees before it returns: one group after the
+        other."""
 
 
 @dataclass(slots=True, eq=False)
@@ -44,16 +48,16 @@ class _Storage:
     number: int
     num_bytes: int
     category: Category | None
-    where: tuple[Phase, int, int, str, str]
+    where: _Where
     reference: weakref.ref[torch.UntypedStorage] | None = None
-    cause: str = ""
 
 
 class Recorder(TorchDispatchMode):
     def __init__(self, kernels: Kernels) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._kernels = kernels
-        self._events: list[tuple[_Storage, int, tuple[Phase, int, int, str, str]]] = []
+        self._events: list[tuple[_Storage, int, _Where]] = []
+        self._dead: list[tuple[_Storage, int, _Where]] = []
         self._alive: dict[int, _Storage] = {}
         self._host: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         self._step = self._micro_batch = self._num_storages = 0
@@ -94,6 +98,7 @@ class Recorder(TorchDispatchMode):
 
     def allocate(self, num_bytes: int, category: Category, op: str) -> _Storage:
         """A storage that no tensor here stands for."""
+        self._write_deaths()
         storage = _Storage(self._next_number(), num_bytes, category, self._where(op))
         self._events.append((storage, num_bytes, storage.where))
         return storage
@@ -102,6 +107,7 @@ class Recorder(TorchDispatchMode):
         self._events.append((storage, -storage.num_bytes, self._where(storage.where[4])))
 
     def empty_cache(self) -> None:
+        self._write_deaths()
         storage = _Storage(0, 0, "workspace", self._where("empty_cache"))
         self._events.append((storage, 0, storage.where))
 
@@ -124,6 +130,7 @@ class Recorder(TorchDispatchMode):
         return tensor.untyped_storage()._cdata in self._host
 
     def events(self) -> tuple[MemoryEvent, ...]:
+        self._write_deaths()
         return tuple(
             MemoryEvent(
                 storage.number,
@@ -159,12 +166,10 @@ class Recorder(TorchDispatchMode):
             else:
                 self._see(tensor, str(func))
         if not host:
-            hidden = [
-                self.allocate(num_bytes, "temporary", str(func))
-                for num_bytes in self._kernels.temporaries(func, args, outputs)
-            ]
-            for storage in reversed(hidden):
-                self.free(storage)
+            for group in self._kernels.temporaries(func, args, outputs):
+                hidden = [self.allocate(num_bytes, "temporary", str(func)) for num_bytes in group]
+                for storage in reversed(hidden):
+                    self.free(storage)
         return result
 
     def _only_host(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -211,7 +216,13 @@ class Recorder(TorchDispatchMode):
     def _die(self, key: int) -> None:
         storage = self._alive.pop(key, None)
         if storage is not None:
-            self.free(storage)
+            self._dead.append((storage, -storage.num_bytes, self._where(storage.where[4])))
+
+    def _write_deaths(self) -> None:
+        """Deaths with no birth in between are written in the order of the births: it makes no difference to an
+        allocator, and autocast's cache frees its copies in the order of their addresses."""
+        self._events.extend(sorted(self._dead, key=lambda death: death[0].number))
+        self._dead.clear()
 
     # ---- phases ----
 
@@ -260,7 +271,7 @@ class Recorder(TorchDispatchMode):
             return names[position] if position >= 0 else ""
         return ""
 
-    def _where(self, op: str) -> tuple[Phase, int, int, str, str]:
+    def _where(self, op: str) -> _Where:
         return self._phase, self._step, self._micro_batch, self._module(), op
 
     def _gradient_arrived(self, parameter: torch.Tensor) -> None:

@@ -4,6 +4,7 @@ What is saved is saved after a whole step (a commit), never within one. An inter
 commit; a second one ends the process at once.
 """
 
+import math
 import signal
 import time
 from collections.abc import Iterator
@@ -28,6 +29,7 @@ from fitune.step.assemble import Layout, Setup
 from fitune.step.optimizer import set_lr
 from fitune.step.train_step import StepResult, evaluate, train_step
 from fitune.train.schedule import lr_factor
+from fitune.train.self_check import CHECKED_STEP, SelfCheck
 from fitune.units import parse_seconds
 
 EVALS_PER_RUN = 10
@@ -105,11 +107,20 @@ class _State:
 
 
 def train(
-    config: RunConfig, setup: Setup, run: RunDirectory, *, data: Data, tokenizer: Tokenizer, watcher: Watcher
+    config: RunConfig,
+    setup: Setup,
+    run: RunDirectory,
+    *,
+    data: Data,
+    tokenizer: Tokenizer,
+    watcher: Watcher,
+    self_check: SelfCheck | None = None,
 ) -> Summary:
-    """Train to the end. Raises InterruptedRunError after a signal, FituneError when the loss stays not finite; the
-    weights of the last commit are in `run.last` in every case."""
-    trainer = _Trainer(config, setup, run, data, tokenizer, watcher)
+    """Train to the end. self_check: the prediction of the second step, which is compared with what it took.
+
+    Raises InterruptedRunError after a signal, FituneError when the loss stays not finite; the weights of the last
+    commit are in `run.last` in every case."""
+    trainer = _Trainer(config, setup, run, data, tokenizer, watcher, self_check)
     status: Status = "failed"
     try:
         with _noted_signals() as caught:
@@ -135,9 +146,10 @@ class _Trainer:
         data: Data,
         tokenizer: Tokenizer,
         watcher: Watcher,
+        self_check: SelfCheck | None,
     ) -> None:
         self.config, self.setup, self.run, self.data = config, setup, run, data
-        self.tokenizer, self.watcher = tokenizer, watcher
+        self.tokenizer, self.watcher, self.self_check = tokenizer, watcher, self_check
         self.device = next(setup.model.parameters()).device
         self.length = run_length(config, data.train)
         self.state = _State()
@@ -203,6 +215,8 @@ class _Trainer:
         state.supervised_tokens += batch.num_supervised_tokens
         state.train_loss = result.loss
         peak = read_peak(self.device)
+        if self.self_check is not None:
+            peak = self.self_check.measured(peak)
         state.peak = _largest(state.peak, peak)
         metrics = StepMetrics(
             step=state.step,
@@ -223,6 +237,9 @@ class _Trainer:
         append_line(self.run.metrics, metrics)
         self.watcher.step(metrics, progress=progress)
         self.check_update(result)
+        if self.self_check is not None and state.step == CHECKED_STEP:
+            sentence, agrees = self.self_check.compare(peak)
+            self.event("memory_check" if agrees else "memory_differs", sentence)
 
     def check_update(self, result: StepResult) -> None:
         state = self.state
@@ -234,12 +251,13 @@ class _Trainer:
             self.event("overflow", f"step {state.step}: the float16 gradient overflowed, the scale is lowered")
         else:
             self.event(
-                "not_finite", f"step {state.step}: loss {result.loss}, gradient norm {result.grad_norm}: no update"
+                "not_finite",
+                f"step {state.step}: loss {result.loss:.4g}, gradient norm {result.grad_norm:.4g}: no update",
             )
         if state.bad_steps >= (MOST_BAD_STEPS if self.setup.scaler is None else MOST_OVERFLOWS):
             self.save()
             raise FituneError(
-                f"the gradient was not finite in {state.bad_steps} steps in a row (loss {result.loss} at step "
+                f"the gradient was not finite in {state.bad_steps} steps in a row (loss {result.loss:.4g} at step "
                 f"{state.step}): lower optim.lr ({self.setup.peak_lr:g}) or look at the rows of these steps; "
                 f"the weights before them are in {self.run.last}"
             )
@@ -266,8 +284,9 @@ class _Trainer:
         )
         append_line(self.run.metrics, metrics)
         state.eval_loss, state.evaluated_step = result.loss, state.step
-        # the untrained model is measured but is no result of this run
-        best = state.step > 0 and (state.best_eval_loss is None or result.loss < state.best_eval_loss)
+        # the untrained model is measured but is no result of this run, nor is a loss that is not a number
+        better = state.best_eval_loss is None or result.loss < state.best_eval_loss
+        best = state.step > 0 and better and math.isfinite(result.loss)
         if best:
             state.best_eval_loss = result.loss
             self.save()
@@ -289,6 +308,7 @@ class _Trainer:
     def write_summary(self, status: Status) -> Summary:
         state = self.state
         seconds = time.perf_counter() - state.started
+        predicted = None if self.self_check is None else self.self_check.predicted
         summary = Summary(
             status=status,
             steps=state.step,
@@ -299,6 +319,8 @@ class _Trainer:
             train_loss=state.train_loss,
             eval_loss=state.eval_loss,
             best_eval_loss=state.best_eval_loss,
+            predicted_allocated_bytes=None if predicted is None else predicted.peak_allocated_bytes,
+            predicted_reserved_bytes=None if predicted is None else predicted.peak_reserved_bytes,
             measured_allocated_bytes=state.peak.allocated_bytes,
             measured_reserved_bytes=state.peak.reserved_bytes,
             measured_device_bytes=state.peak.device_bytes,

@@ -8,27 +8,37 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from fitune.config import RunConfig
 from fitune.data.examples import load_examples
-from fitune.errors import ConfigError, DataError
+from fitune.errors import ConfigError, DataError, DoesNotFitError
 from fitune.model.device import choose_device
-from fitune.model.load import count_parameters, load_model, load_tokenizer
+from fitune.model.load import count_parameters, load_config, load_model, load_tokenizer
 from fitune.model.lora import not_adapted
 from fitune.step.assemble import Setup, assemble, choose_precision
 from fitune.train.loop import Data
+from fitune.train.self_check import SelfCheck, check_fits, predict_second_step
 
 
 @dataclass(frozen=True)
 class Prepared:
+    """self_check: the prediction of the second step, None where it could not be made."""
+
     setup: Setup
     data: Data
     tokenizer: Tokenizer
     device: torch.device
     num_parameters: int
     num_trainable_parameters: int
+    self_check: SelfCheck | None
     notes: tuple[str, ...]
 
 
-def prepare(config: RunConfig, *, on_progress: Callable[[int], None] | None = None) -> Prepared:
-    """on_progress: called with the number of rows tokenised so far. Raises a UsageError of the room concerned."""
+def prepare(
+    config: RunConfig, *, on_progress: Callable[[int], None] | None = None, plan_check: bool = True
+) -> Prepared:
+    """on_progress: called with the number of rows tokenised so far. plan_check: whether a setting that is predicted to
+    need more than memory.budget is refused.
+
+    Raises a UsageError of the room concerned, and DoesNotFitError.
+    """
     device = choose_device()
     notes = []
     if config.memory.allocator and device.type == "cpu":
@@ -38,13 +48,22 @@ def prepare(config: RunConfig, *, on_progress: Callable[[int], None] | None = No
     tokenizer = load_tokenizer(config.model)
     data = load_data(config, tokenizer, on_progress=on_progress)
     precision = choose_precision(config, device)
+    check_length(load_config(config.model).get_text_config(), config)
+    self_check = None
+    try:
+        if plan_check:
+            check_fits(config, data.train, device=device)
+        self_check = predict_second_step(config, data.train, data.eval, device=device)
+    except DoesNotFitError:
+        raise
+    except Exception as error:  # whatever a model does on tensors without data: the run itself needs none of this
+        notes.append(f"memory is not predicted: {type(error).__name__}: {' '.join(str(error).split())[:160]}")
     model = load_model(config.model, device, precision=precision, seed=config.train.seed)
-    check_length(model.config.get_text_config(), config)
     if config.model.method == "lora" and (clause := not_adapted(model)) is not None:
         notes.append(clause)
     setup = assemble(model, config, device=device, precision=precision)
     num_parameters, num_trainable = count_parameters(model)
-    return Prepared(setup, data, tokenizer, device, num_parameters, num_trainable, tuple(notes))
+    return Prepared(setup, data, tokenizer, device, num_parameters, num_trainable, self_check, tuple(notes))
 
 
 def load_data(config: RunConfig, tokenizer: Tokenizer, *, on_progress: Callable[[int], None] | None = None) -> Data:

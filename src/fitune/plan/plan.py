@@ -1,0 +1,68 @@
+"""A plan: the settings that were looked at, what each would need, and the one that was chosen. Pure data."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from fitune.trace.events import Category
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """One setting and its prediction. micro_batch: rows of the longest length in one forward and backward.
+    micro_tokens: the token budget of a micro-batch, None where rows are counted. predicted_seconds_per_step: None where
+    it is not predicted. reason: why it does not fit, or on what condition it does; empty otherwise."""
+
+    micro_batch: int
+    micro_tokens: int | None
+    accumulation: int
+    recompute: str
+    loss: str
+    optimizer: str
+    precision: str
+    method: str
+    attention: str
+    packing: bool
+    predicted_allocated_bytes: int
+    predicted_reserved_bytes: int
+    predicted_device_bytes: int
+    categories: Mapping[Category, int]
+    peak_phase: str
+    predicted_seconds_per_step: float | None = None
+    fits: bool
+    reason: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedModel:
+    name: str
+    num_parameters: int
+    num_trainable_parameters: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedDevice:
+    """free_bytes: of a card that is not here, all of it. context_bytes: what the process holds outside PyTorch."""
+
+    name: str
+    total_bytes: int
+    free_bytes: int
+    context_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """data: max_length, row_tokens (of the longest row) and where that comes from. chosen: an index, None if nothing
+    fits. assumptions: what the predictions rest on, one sentence each."""
+
+    model: PlannedModel
+    device: PlannedDevice
+    budget_bytes: int
+    data: Mapping[str, Any]
+    candidates: tuple[Candidate, ...]
+    chosen: int | None
+    assumptions: tuple[str, ...] = ()
+
+
+def plan_json(plan: Plan) -> dict[str, Any]:
+    return asdict(plan)

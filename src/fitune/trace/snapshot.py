@@ -1,0 +1,112 @@
+"""Reads what a real card recorded: a pickle of `torch.cuda.memory._snapshot()`, as `MemoryTrace`.
+
+The file is a list of allocator actions by device, with addresses, requested sizes, streams and, where they were
+recorded, Python frames. Phases are read off the frames; categories are those of what was alive before the recording
+(parameter) and otherwise of the phase, since an allocator does not know what it allocates for.
+"""
+
+import pickle
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import count
+from pathlib import Path
+from typing import Any, NoReturn
+
+from fitune.errors import UsageError
+from fitune.trace.events import Category, MemoryEvent, MemoryTrace, Phase
+
+_FREES = ("free_requested", "free")  # freed for the allocator's statistics; "free_completed" when streams are done
+_CATEGORY: Mapping[Phase, Category] = {
+    "load": "parameter",
+    "forward": "activation",
+    "backward": "temporary",
+    "optimizer": "temporary",
+}
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Containers and numbers only: a file cannot run code here."""
+
+    def find_class(self, module_name: str, global_name: str, /) -> NoReturn:
+        raise UsageError(f"the snapshot holds {module_name}.{global_name}, not plain containers only; it is not read")
+
+
+def read_snapshot(path: Path, *, device: int = 0) -> MemoryTrace:
+    """The allocations and frees of one device, in order; blocks that were allocated before the recording began come
+    first, in phase load. Raises UsageError for a file that is no snapshot or holds no action of that device."""
+    try:
+        with path.open("rb") as file:
+            snapshot = _PlainUnpickler(file).load()
+        actions = snapshot["device_traces"][device]
+        segments = [segment for segment in snapshot["segments"] if segment.get("device", 0) == device]
+    except (OSError, pickle.UnpicklingError, EOFError, KeyError, IndexError, TypeError, AttributeError) as error:
+        raise UsageError(f"{path} is no snapshot of torch.cuda.memory with device {device}: {error}") from error
+    if not actions:
+        raise UsageError(
+            f"{path} holds no action of device {device}: call torch.cuda.memory._record_memory_history() before the run"
+        )
+    return MemoryTrace(
+        tuple(_events(actions, segments)),
+        (f"recorded by PyTorch's allocator on device {device}", "categories are guessed from the phase"),
+    )
+
+
+def _events(actions: Sequence[Mapping[str, Any]], segments: Sequence[Mapping[str, Any]]) -> Iterator[MemoryEvent]:
+    numbers = count(1)
+    streams: dict[int, int] = {}
+    alive: dict[int, MemoryEvent] = {}
+    for address, num_bytes, stream in _allocated_before(actions, segments):
+        event = MemoryEvent(
+            next(numbers), num_bytes, "parameter", "load", stream=streams.setdefault(stream, len(streams))
+        )
+        alive[address] = event
+        yield event
+    phase: Phase = "forward"
+    step = 1
+    for action in actions:
+        before, phase = phase, _phase(action.get("frames", ()), phase)
+        step += before == "optimizer" and phase == "forward"
+        if action["action"] == "alloc" and action["size"]:
+            stream = streams.setdefault(action.get("stream", 0), len(streams))
+            op = _innermost(action.get("frames", ()))
+            event = MemoryEvent(next(numbers), action["size"], _CATEGORY[phase], phase, step=step, op=op, stream=stream)
+            alive[action["addr"]] = event
+            yield event
+        elif action["action"] in _FREES and (born := alive.pop(action["addr"], None)) is not None:
+            yield MemoryEvent(
+                born.storage, -born.num_bytes, born.category, phase, step=step, op=born.op, stream=born.stream
+            )
+
+
+def _allocated_before(
+    actions: Sequence[Mapping[str, Any]], segments: Sequence[Mapping[str, Any]]
+) -> Iterator[tuple[int, int, int]]:
+    """Address, bytes and stream of what was there at the start: freed without having been allocated, or still there."""
+    seen: set[int] = set()
+    for action in actions:
+        if action["action"] in _FREES and action["addr"] not in seen:
+            yield action["addr"], action["size"], action.get("stream", 0)
+        if action["action"] in ("alloc", *_FREES):
+            seen.add(action["addr"])
+    for segment in segments:
+        address = segment["address"]
+        for block in segment["blocks"]:
+            if block["state"] == "active_allocated" and address not in seen:
+                yield address, block.get("requested_size", block["size"]), segment.get("stream", 0)
+            address += block["size"]
+
+
+def _phase(frames: Sequence[Mapping[str, Any]], before: Phase) -> Phase:
+    """Of the outermost frame that tells it; the phase before where no frames were recorded."""
+    if not frames:
+        return before
+    for frame in reversed(frames):
+        name, file = frame.get("name", ""), frame.get("filename", "")
+        if "/optim/" in file and "step" in name:
+            return "optimizer"
+        if name in ("_engine_run_backward", "run_backward") or file.endswith("torch/autograd/__init__.py"):
+            return "backward"
+    return "forward"
+
+
+def _innermost(frames: Sequence[Mapping[str, Any]]) -> str:
+    return str(frames[0].get("name", "")) if frames else ""

@@ -1,0 +1,165 @@
+"""Records fitune's own training step: the model, the optimizer and the step that train, on fake tensors.
+
+Nothing is rebuilt here: `load_model` makes the model, `assemble` what is around it, `train_step` and `evaluate` run.
+Only the rows are made up, since what they hold moves no memory, and how long they are does.
+"""
+
+import gc
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, Self
+
+import numpy as np
+import torch
+from torch import nn
+
+from fitune.config import RunConfig
+from fitune.data.rows import Batch, MicroBatch, Row
+from fitune.model.load import load_model
+from fitune.model.precision import Precision, device_precision, resolve_precision
+from fitune.step.assemble import Layout, Setup, assemble, choose_layouts
+from fitune.step.train_step import evaluate, train_step
+from fitune.trace.cuda_behaviour import CudaTarget
+from fitune.trace.events import MemoryTrace
+from fitune.trace.fake import RecordSettings, Step, record_loop
+
+_TENSORS = ("input_ids_BS", "position_ids_BS", "target_index_N", "target_ids_N", "target_weights_N")
+FIRST_BFLOAT16 = (8, 0)
+Kind = Literal["train", "eval"]
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What one recorded step does: the optimizer step of an effective batch, or an evaluation, of rows this long.
+
+    rows: (length, supervised tokens) of each. most_micro_batches: only the largest so many of those that the layout
+    makes are recorded; from the third on they only repeat the second.
+    """
+
+    kind: Kind
+    rows: tuple[tuple[int, int], ...]
+    most_micro_batches: int = 2
+
+
+@dataclass(frozen=True)
+class RecordedStep:
+    """layout: how rows became micro-batches. evaluation_step: the number of the step of the trace that is an
+    evaluation, None without one. notes: what `assemble` decided."""
+
+    trace: MemoryTrace
+    layout: Layout
+    chunked: bool
+    evaluation_step: int | None
+    num_parameters: int
+    num_trainable_parameters: int
+    precision: Precision
+    notes: tuple[str, ...]
+
+
+def target_precision(config: RunConfig, target: CudaTarget | None) -> Precision:
+    """What `model.precision` means on the target: a card, or this machine's CPU where it is None."""
+    if target is None:
+        return resolve_precision(config.model, *device_precision(torch.device("cpu")))
+    return resolve_precision(config.model, "cuda", target.compute_capability >= FIRST_BFLOAT16)
+
+
+def longest_rows(config: RunConfig, *, num_rows: int, row_tokens: int | None = None) -> tuple[tuple[int, int], ...]:
+    """Rows as long as they can be, every token supervised that can be: the heaviest batch there is."""
+    length = row_tokens or config.data.max_length
+    return ((length, length - 1),) * num_rows
+
+
+def record_step(
+    config: RunConfig,
+    passes: Sequence[Pass],
+    *,
+    target: CudaTarget | None = CudaTarget(),  # noqa: B008 (frozen)
+    mode: Literal["fake", "real"] = "fake",
+) -> RecordedStep:
+    """The memory events of these passes, in order, as the steps 1, 2, ... of the trace.
+
+    target: the card, None for this machine's CPU. The optimizer state is born in the first training pass, and gradients
+    are resident from a pass's second micro-batch on, so the last of two training passes is the steady state. Raises
+    what `load_model` and `assemble` raise.
+    """
+    precision = target_precision(config, target)
+    device = torch.device("cpu" if target is None else "cuda")
+    made: list[tuple[nn.Module, Setup]] = []
+    # laid out before the recording, whose tensors have no data, both ways: whether it packs the model tells later
+    laid_out = {packed: _lay_out(config, passes, device=device, packed=packed) for packed in (True, False)}
+
+    def build() -> nn.Module:
+        where = torch.device("meta" if mode == "fake" else "cpu")
+        model: nn.Module = load_model(config.model, where, precision=precision, seed=config.train.seed)
+        return model
+
+    def loop(model: Any, _: torch.device) -> Step:
+        setup = assemble(model, config, device=device, precision=precision)
+        made.append((model, setup))
+        remaining = iter(laid_out[setup.layout.packed])
+
+        def step() -> None:
+            kind, micro_batches = next(remaining)
+            if kind == "eval":
+                evaluate(model, micro_batches, settings=setup.settings)
+            else:
+                train_step(model, setup.optimizer, micro_batches, settings=setup.settings, scaler=setup.scaler)
+
+        return step
+
+    settings = RecordSettings(mode=mode, target=target, num_steps=len(passes))
+    with _older_objects_set_aside():
+        trace = record_loop(build, loop, settings)
+    ((model, setup),) = made
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    return RecordedStep(
+        trace=trace,
+        layout=setup.layout,
+        chunked=setup.settings.loss.head is not None,
+        evaluation_step=next((i for i, each in enumerate(passes, start=1) if each.kind == "eval"), None),
+        num_parameters=sum(size for size, _ in sizes),
+        num_trainable_parameters=sum(size for size, trainable in sizes if trainable),
+        precision=precision,
+        notes=setup.notes,
+    )
+
+
+def _lay_out(
+    config: RunConfig, passes: Sequence[Pass], *, device: torch.device, packed: bool
+) -> list[tuple[Kind, list[MicroBatch]]]:
+    """The micro-batches of each pass that are recorded, in the run's order."""
+    layouts = dict(zip(("train", "eval"), choose_layouts(config, device, packed=packed), strict=True))
+    return [(each.kind, list(_recorded(each, layouts[each.kind]))) for each in passes]
+
+
+def _recorded(each: Pass, layout: Layout) -> Iterator[MicroBatch]:
+    whole = layout.split(Batch(tuple(_row(number, *size) for number, size in enumerate(each.rows))))
+    largest = sorted(range(len(whole)), key=lambda i: -whole[i].input_ids_BS.numel())[: each.most_micro_batches]
+    for micro_batch in (whole[number] for number in sorted(largest)):
+        yield _OnHost(**{field.name: getattr(micro_batch, field.name) for field in fields(MicroBatch)})
+
+
+def _row(number: int, length: int, num_supervised: int) -> Row:
+    weights = np.zeros(length, np.float32)
+    weights[length - num_supervised :] = 1
+    weights[0] = 0
+    return Row(number, np.zeros(length, np.int32), weights)
+
+
+@contextmanager
+def _older_objects_set_aside() -> Iterator[None]:
+    """What exists already is of no matter to the collections between steps, which would spend most of their time on
+    it."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+class _OnHost(MicroBatch):
+    """Its move to the device is always a copy, as to a card. On a CPU it stands for the rows that the process holds."""
+
+    def to(self, device: torch.device) -> Self:
+        return replace(self, **{name: getattr(self, name).to(device, copy=True) for name in _TENSORS})

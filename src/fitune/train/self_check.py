@@ -1,0 +1,118 @@
+"""The run checks its own prediction: the first two steps are predicted from the rows that they will see, and the second
+one is measured.
+
+On CUDA PyTorch's own counters are compared. On a CPU it is the resident peak above the state before the model was
+loaded, where the C library's habits are part of the number.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+
+from fitune.config import RunConfig
+from fitune.data.batches import batches
+from fitune.data.examples import Examples
+from fitune.data.rows import Batch
+from fitune.errors import DoesNotFitError
+from fitune.memory.c_allocator import allocator_factor
+from fitune.memory.devices import Device, cpu_device, this_machine
+from fitune.memory.prediction import Prediction
+from fitune.model.device import MemoryPeak, program_bytes
+from fitune.plan.planner import budget_bytes
+from fitune.plan.predict import heaviest_passes, predict_run
+from fitune.trace.step import Pass
+from fitune.units import MIB, format_bytes
+
+CHECKED_STEP = 2
+CUDA_TOLERANCE = 0.02
+CPU_TOLERANCE = 0.12
+CPU_NOISE_BYTES = 32 * MIB
+"""Code pages, thread stacks and buffers that the first steps touch beside the tensors: 6 MiB for a model of 1 MiB."""
+
+
+@dataclass(frozen=True)
+class SelfCheck:
+    """predicted: of the second optimizer step. program_bytes: resident before the model was loaded, on a CPU."""
+
+    predicted: Prediction
+    program_bytes: int | None
+
+    def measured(self, peak: MemoryPeak) -> MemoryPeak:
+        """The peak in the terms of the prediction: on a CPU the program itself is taken off."""
+        if self.program_bytes is None or peak.device_bytes is None:
+            return peak
+        return MemoryPeak(None, peak.device_bytes - self.program_bytes, peak.device_bytes)
+
+    def compare(self, measured: MemoryPeak) -> tuple[str, bool]:
+        """(predicted beside measured, whether they agree). measured: as the method of that name gives it."""
+        sides = {
+            "allocated": (self.predicted.peak_allocated_bytes, measured.allocated_bytes),
+            "reserved" if self.program_bytes is None else "resident": (
+                self.predicted.peak_reserved_bytes,
+                measured.reserved_bytes,
+            ),
+        }
+        words, agrees = [], True
+        tolerance = CUDA_TOLERANCE if self.program_bytes is None else CPU_TOLERANCE
+        for name, (predicted, found) in sides.items():
+            if found is None:
+                continue
+            error = predicted / found - 1 if found > 0 else 0.0
+            noise_bytes = 0 if self.program_bytes is None else CPU_NOISE_BYTES
+            agrees &= abs(error) <= tolerance or abs(predicted - found) <= noise_bytes
+            words.append(f"{name} {format_bytes(predicted)} predicted, {format_bytes(found)} measured ({error:+.1%})")
+        if not agrees and self.program_bytes is not None:
+            factor = allocator_factor()
+            words.append(
+                f"{factor.name} holds {factor.low:.2f} to {factor.high:.2f} times the live "
+                f"{format_bytes(self.predicted.peak_allocated_bytes)}"
+            )
+        warning = "" if agrees else f"warning: more than {tolerance:.0%} off: "
+        return f"{warning}memory of step {CHECKED_STEP}: {'; '.join(words)}", agrees
+
+
+def run_device(device: torch.device) -> Device:
+    cards = this_machine()
+    return cpu_device() if device.type == "cpu" or not cards else cards[0]
+
+
+def predict_second_step(config: RunConfig, train: Examples, held_out: Examples, *, device: torch.device) -> SelfCheck:
+    """Raises what a recording raises; a run without its prediction is still a run."""
+    prediction = predict_run(config, run_device(device), passes=list(_passes(config, train, held_out)))
+    return SelfCheck(prediction.training, program_bytes(device))
+
+
+def check_fits(config: RunConfig, train: Examples, *, device: torch.device) -> None:
+    """Raises DoesNotFitError where memory.budget is given, the micro-batch is forced, and the longest rows need
+    more."""
+    forced = config.batch.micro_rows is not None or config.batch.micro_tokens != "auto"
+    if config.memory.budget == "auto" or not forced:
+        return
+    target = run_device(device)
+    limit = budget_bytes(config, target)
+    passes = heaviest_passes(config, target, row_tokens=int(train.lengths.max()))
+    prediction = predict_run(config, target, passes=passes, limit_bytes=limit)
+    if not prediction.largest.fits:
+        needed = prediction.largest.peak_reserved_bytes + prediction.context_bytes
+        parts = sorted(prediction.largest.categories.items(), key=lambda part: -part[1])[:3]
+        named = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts)
+        raise DoesNotFitError(
+            f"this setting needs {format_bytes(needed)} ({named}), and memory.budget leaves {format_bytes(limit)}: "
+            "lower batch.micro, set model.recompute=full, or see `fitune plan`; --no-plan-check runs it anyway"
+        )
+
+
+def _passes(config: RunConfig, train: Examples, held_out: Examples) -> Iterator[Pass]:
+    """As the run will do them: an evaluation of the untrained model, then its first two steps."""
+    rows_per_step = config.batch.rows_per_step
+    if len(held_out):
+        rows = tuple(held_out[index] for index in range(min(rows_per_step, len(held_out))))
+        yield Pass("eval", _sizes(Batch(rows)), most_micro_batches=1)
+    seen = list(islice(batches(train, rows_per_step=rows_per_step, seed=config.train.seed), CHECKED_STEP))
+    yield from (Pass("train", _sizes(batch)) for batch in seen)
+
+
+def _sizes(batch: Batch) -> tuple[tuple[int, int], ...]:
+    return tuple((len(row), int((row.loss_weights[1:] != 0).sum())) for row in batch.rows)

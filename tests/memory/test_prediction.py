@@ -1,0 +1,87 @@
+from dataclasses import replace
+
+import pytest
+
+from fitune.memory.devices import Device, cpu_device, find_device
+from fitune.memory.prediction import PredictSettings, predict
+from fitune.memory.replay import ReplaySettings, replay
+from fitune.trace.events import MemoryEvent, MemoryTrace, Phase
+from fitune.units import MIB
+
+
+def trace(*sizes: tuple[int, int], phase: Phase = "backward") -> MemoryTrace:
+    """Storage and MiB."""
+    return MemoryTrace(
+        tuple(MemoryEvent(storage, mib * MIB, "activation", phase, step=1) for storage, mib in sizes), ("assumed: x",)
+    )
+
+
+def card(total_mib: int) -> Device:
+    device = find_device("RTX 3090")
+    assert device.context is not None
+    return replace(device, total_bytes=total_mib * MIB + device.context.expected_bytes)
+
+
+FRAGMENTED = trace((1, 30), (2, 30), (1, -30), (3, 40))  # the 30 MiB hole is too small for 40
+
+
+def test_allocated_and_reserved_are_the_replays() -> None:
+    prediction = predict(FRAGMENTED, PredictSettings())
+    result = replay(FRAGMENTED, ReplaySettings())
+    assert prediction.peak_allocated_bytes == result.last_step_peak_allocated_bytes == 70 * MIB
+    assert prediction.peak_reserved_bytes == result.last_step_peak_reserved_bytes == 100 * MIB
+
+
+def test_the_categories_add_up_to_the_allocated_bytes() -> None:
+    odd = MemoryTrace(tuple(MemoryEvent(i, 11 * MIB + i, "temporary", "forward", step=1) for i in range(3)))
+    prediction = predict(odd, PredictSettings())
+    assert sum(prediction.categories.values()) == prediction.peak_allocated_bytes
+    assert prediction.peak_allocated_bytes == replay(odd, ReplaySettings()).peak_allocated_bytes
+
+
+def test_the_device_also_holds_the_context() -> None:
+    device = card(200)
+    assert device.context is not None
+    prediction = predict(FRAGMENTED, PredictSettings(device=device))
+    assert prediction.device_bytes == 100 * MIB + device.context.expected_bytes
+    assert prediction.device_interval is not None
+    assert prediction.device_interval.low_bytes == 100 * MIB + device.context.low_bytes
+
+
+def test_a_roomy_card_needs_no_retry() -> None:
+    prediction = predict(FRAGMENTED, PredictSettings(device=card(200)))
+    assert (prediction.fits, prediction.num_alloc_retries) == (True, 0)
+
+
+def test_a_card_that_holds_the_blocks_but_not_the_cache_fits_with_retries() -> None:
+    prediction = predict(FRAGMENTED, PredictSettings(device=card(80)))
+    assert (prediction.fits, prediction.num_alloc_retries) == (True, 1)
+    assert prediction.peak_reserved_bytes == 70 * MIB
+
+
+def test_a_card_that_is_too_small_names_the_allocation_that_fails() -> None:
+    prediction = predict(FRAGMENTED, PredictSettings(device=card(60)))
+    assert prediction.fits is False
+    assert prediction.first_oom is not None
+    assert prediction.first_oom.requested_bytes == 40 * MIB
+    assert prediction.peak_reserved_bytes == 100 * MIB
+
+
+def test_a_loaders_block_is_reserved_from_the_start() -> None:
+    prediction = predict(trace((1, 30)), PredictSettings(warm_up_bytes=64 * MIB))
+    assert prediction.peak_reserved_bytes == 64 * MIB
+
+
+def test_on_a_cpu_the_requested_bytes_are_counted() -> None:
+    events = MemoryTrace((MemoryEvent(1, 1000, "activation", "forward", step=1),))
+    prediction = predict(events, PredictSettings(device=cpu_device()))
+    assert (prediction.peak_allocated_bytes, prediction.device_bytes) == (1000, None)
+
+
+def test_what_was_assumed_comes_along() -> None:
+    assert predict(FRAGMENTED, PredictSettings()).assumptions == ("assumed: x",)
+
+
+@pytest.mark.parametrize("phase", ["forward", "backward", "optimizer"])
+def test_the_phase_of_the_peak_is_named(phase: Phase) -> None:
+    assert predict(trace((1, 30), phase=phase), PredictSettings()).peak_phase == phase

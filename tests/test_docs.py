@@ -1,0 +1,118 @@
+"""What the documentation tells people to type works: commands are run, configurations are read."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+
+import fitune
+from fitune.cli.app import app, main
+from fitune.config import read_config
+from tiny_run import save_tiny_model, write_dialogues
+
+ROOT = Path(__file__).parent.parent
+READMES = [ROOT / "README.md", ROOT / "README_zh.md"]
+PAGES = [*READMES, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+ELSEWHERE = {"fitune demo": "test_demo.py"}  # commands that are too slow for here, and the test that runs them
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+def commands(page: Path) -> list[str]:
+    return [line for block in blocks(page, "sh") for line in block.splitlines() if line]
+
+
+def page_name(page: Path) -> str:
+    return page.name
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("docs") / "my-model")
+
+
+@pytest.fixture
+def place(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where a reader stands: their model, their data."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FITUNE_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "my-model").symlink_to(model)
+    for seed, name in enumerate(("sft.jsonl", "more.jsonl")):
+        write_dialogues(tmp_path / name, seed=seed)
+    return tmp_path
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page != READMES[1]], ids=page_name)
+def test_every_command_works_in_the_order_in_which_it_is_read(page: Path, place: Path) -> None:
+    for block in blocks(page, "yaml"):
+        if match := re.match(r"# (\S+\.yaml)\n", block):
+            (place / match[1]).write_text(block, encoding="utf-8")
+    for command in commands(page):
+        if command in ELSEWHERE:
+            assert f'"{command.split()[1]}"' in (ROOT / "tests" / ELSEWHERE[command]).read_text()
+            continue
+        program, *arguments = shlex.split(command)
+        assert program == "fitune", f"{page.name}: nothing runs '{command}'"
+        assert main(arguments) == 0, command
+
+
+def test_the_python_example_runs(place: Path) -> None:
+    (config,) = blocks(READMES[0], "yaml")
+    (place / "sft.yaml").write_text(config, encoding="utf-8")
+    (code,) = blocks(READMES[0], "python")
+    namespace: dict[str, object] = {}
+    exec(code, namespace)
+    assert namespace["fitune"] is fitune
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
+def test_every_configuration_is_valid(page: Path) -> None:
+    for block in blocks(page, "yaml"):
+        read_config(yaml.safe_load(block))
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").rglob("*.yaml")), ids=page_name)
+def test_every_example_is_valid(path: Path) -> None:
+    assert read_config(path).config.model.tokenizer is not None
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
+def test_every_make_target_exists(page: Path) -> None:
+    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"\bmake (\w+)\b(?=`|$)", page.read_text(encoding="utf-8"), re.MULTILINE)) <= targets
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
+def test_every_link_leads_to_a_file(page: Path) -> None:
+    links = re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8"))
+    assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
+def test_every_test_that_is_named_exists(page: Path) -> None:
+    for file, test in re.findall(r"`(tests/\w+\.py)::(\w+)`", page.read_text(encoding="utf-8")):
+        assert f"def {test}(" in (ROOT / file).read_text(encoding="utf-8"), test
+
+
+def test_both_readmes_say_the_same() -> None:
+    english, chinese = READMES
+    assert commands(english) == commands(chinese)
+    assert blocks(english, "python") == blocks(chinese, "python")
+    shapes = [re.findall(r"^(#+ |\||    \S|- )", page.read_text(encoding="utf-8"), re.MULTILINE) for page in READMES]
+    assert shapes[0] == shapes[1]
+    configurations = [[yaml.safe_load(block) for block in blocks(page, "yaml")] for page in READMES]
+    assert configurations[0] == configurations[1]
+
+
+def test_the_readme_names_every_verb() -> None:
+    shown = {shlex.split(command)[1] for command in commands(READMES[0])}
+    assert shown == {verb for verb in app if not verb.startswith("-")}
+
+
+def test_the_documentation_speaks_of_nothing_but_fitune() -> None:
+    for page in PAGES:
+        assert not re.search(r"/work/|/root/|/tmp/", page.read_text(encoding="utf-8")), page.name

@@ -1,0 +1,71 @@
+"""A run compares its own prediction with what it took."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fitune.config import read_config
+from fitune.errors import DoesNotFitError
+from fitune.memory.prediction import Prediction
+from fitune.model.device import MemoryPeak
+from fitune.plan.predict import predict
+from fitune.train.self_check import SelfCheck, check_fits
+from fitune.units import GIB, MIB
+from tiny_models import TINY
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    directory = tmp_path_factory.mktemp("model")
+    TINY["llama"].save_pretrained(directory)
+    return {
+        "model": {"source": str(directory)},
+        "data": {"train": "rows.jsonl", "max_length": 32},
+        "batch": {"micro": 1, "accumulation": 1},
+    }
+
+
+@pytest.fixture(scope="module")
+def prediction(tree: dict[str, Any]) -> Prediction:
+    found = predict(tree, gpu="RTX 4090")
+    return replace(found, peak_allocated_bytes=100 * MIB, peak_reserved_bytes=120 * MIB)
+
+
+def test_on_a_card_a_difference_of_one_percent_agrees(prediction: Prediction) -> None:
+    sentence, agrees = SelfCheck(prediction, None).compare(MemoryPeak(101 * MIB, 120 * MIB, GIB))
+    assert agrees
+    assert "allocated 100.0 MiB predicted, 101.0 MiB measured (-1.0%)" in sentence
+
+
+def test_on_a_card_a_difference_of_three_percent_does_not(prediction: Prediction) -> None:
+    assert not SelfCheck(prediction, None).compare(MemoryPeak(100 * MIB, 124 * MIB, GIB))[1]
+
+
+def test_on_a_cpu_the_program_is_taken_off(prediction: Prediction) -> None:
+    check = SelfCheck(prediction, 400 * MIB)
+    peak = MemoryPeak(None, None, 500 * MIB)
+    assert check.measured(peak).reserved_bytes == 100 * MIB
+
+
+def test_a_difference_on_a_cpu_names_the_c_library(prediction: Prediction) -> None:
+    sentence, agrees = SelfCheck(prediction, 0).compare(MemoryPeak(None, 200 * MIB, GIB))
+    assert not agrees
+    assert "times the live" in sentence
+
+
+class Lengths:
+    lengths = np.array([32])
+
+
+def test_a_forced_setting_above_the_budget_is_refused(tree: dict[str, Any]) -> None:
+    config = read_config(tree, ["memory.budget=10MiB"]).config
+    with pytest.raises(DoesNotFitError, match=r"memory.budget leaves 10.0 MiB.*--no-plan-check"):
+        check_fits(config, Lengths(), device=torch.device("cpu"))  # type: ignore[arg-type]
+
+
+def test_a_setting_that_is_not_forced_is_not_refused(tree: dict[str, Any]) -> None:
+    config = read_config(tree | {"batch": {"effective": 4}}, ["memory.budget=10MiB"]).config
+    check_fits(config, Lengths(), device=torch.device("cpu"))  # type: ignore[arg-type]
