@@ -16,6 +16,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import fitune
+from published_loops import NotExpressed, express
+
 HERE = Path(__file__).parent
 PUBLISHED = HERE / "data" / "published.json"
 RESULTS = HERE / "results" / "accuracy.json"
@@ -54,7 +57,6 @@ def read_rows(path: Path = PUBLISHED) -> list[dict[str, Any]]:
 
 def compare_row(row: dict[str, Any]) -> Compared:
     """Predicts the figure that the row's source measured."""
-    import fitune
     import published_loops
 
     described = _describe(row)
@@ -63,11 +65,7 @@ def compare_row(row: dict[str, Any]) -> Compared:
         return Compared(**described, reason=expressed.reason)
     started = time.perf_counter()
     prediction = fitune.predict_loop(
-        expressed.build,
-        expressed.loop,
-        gpu=expressed.gpu,
-        num_steps=expressed.num_steps,
-        attention=expressed.attention,
+        expressed.build, expressed.loop, gpu=expressed.gpu, num_steps=expressed.num_steps, attention=expressed.attention
     )
     predicted = {
         "allocated": prediction.peak_allocated_bytes,
@@ -87,6 +85,8 @@ def compare_row(row: dict[str, Any]) -> Compared:
 
 def compare_apart(row: dict[str, Any], limit_seconds: float) -> Compared:
     """`compare_row` in a process of its own, so that a row that fails or hangs costs only itself."""
+    if isinstance(express(row), NotExpressed):
+        return compare_row(row)
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_send, args=(row, sender), daemon=True)

@@ -9,6 +9,7 @@ libraries of the row's version do.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from math import ceil
 from typing import Any, Literal
 
 import torch
@@ -68,11 +69,7 @@ class MiniMindLayer(nn.Module):
 
     def __init__(self, arch: Row) -> None:
         super().__init__()
-        self.num_heads, self.num_kv_heads, self.head_dim = (
-            arch["n_heads"],
-            arch["n_kv_heads"],
-            arch["head_dim"],
-        )
+        self.num_heads, self.num_kv_heads, self.head_dim = (arch["n_heads"], arch["n_kv_heads"], arch["head_dim"])
         hidden = arch["hidden"]
         self.q_proj = nn.Linear(hidden, self.num_heads * self.head_dim, bias=False)
         self.k_proj = nn.Linear(hidden, self.num_kv_heads * self.head_dim, bias=False)
@@ -176,14 +173,8 @@ class GPT2Layer(nn.Module):
         super().__init__()
         hidden, block = arch["hidden"], arch["block_size"]
         self.num_heads = arch["n_heads"]
-        self.ln_1, self.ln_2 = (
-            nn.LayerNorm(hidden, bias=False),
-            nn.LayerNorm(hidden, bias=False),
-        )
-        self.qkv, self.proj = (
-            nn.Linear(hidden, 3 * hidden, bias=False),
-            nn.Linear(hidden, hidden, bias=False),
-        )
+        self.ln_1, self.ln_2 = (nn.LayerNorm(hidden, bias=False), nn.LayerNorm(hidden, bias=False))
+        self.qkv, self.proj = (nn.Linear(hidden, 3 * hidden, bias=False), nn.Linear(hidden, hidden, bias=False))
         self.up = nn.Linear(hidden, arch["intermediate"], bias=False)
         self.down = nn.Linear(arch["intermediate"], hidden, bias=False)
         self.register_buffer("causal", torch.ones(1, 1, block, block))
@@ -370,8 +361,16 @@ def causal_lm_445(model: Any, ids: Tensor, labels: Tensor, cross_entropy: CrossE
 
 
 def causal_lm_16_bit(model: Any, ids: Tensor, labels: Tensor, cross_entropy: CrossEntropy) -> Tensor:
-    """transformers 4.48, GPTBigCode: the loss is computed in the 16 bits of the logits."""
-    hidden = _decoder(model)(input_ids=ids)[0]
+    """transformers 4.48, GPTBigCode: the loss is computed in the 16 bits of the logits, and although layers are
+    recomputed the key-value cache is kept until then, as views that keep all of c_attn's output alive."""
+    decoder, cache = _decoder(model), []
+    hooks = [
+        block.attn.c_attn.register_forward_hook(lambda _module, _inputs, output: cache.append(output))
+        for block in decoder.h
+    ]
+    hidden = decoder(input_ids=ids)[0]
+    for hook in hooks:
+        hook.remove()
     logits = _head(model)(hidden)
     return _shifted_loss(logits, labels, cross_entropy)
 
@@ -395,6 +394,42 @@ class InPlaceCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return ctx.saved_tensors[0], None
+
+
+def causal_lm_without_logits(model: Any, ids: Tensor, labels: Tensor) -> Tensor:
+    """Liger's fused head and loss, on shifted hidden states."""
+    hidden = _decoder(model)(input_ids=ids)[0]
+    shift_hidden = hidden[..., :-1, :].contiguous()
+    shift_labels = labels[..., 1:].contiguous()
+    loss: Tensor = ChunkedHeadLoss.apply(
+        shift_hidden.view(-1, hidden.shape[-1]), _head(model).weight, shift_labels.view(-1)
+    )
+    return loss
+
+
+class ChunkedHeadLoss(torch.autograd.Function):
+    """The memory of Liger's fused linear cross-entropy: the logits of one chunk of positions at a time, their gradient
+    written over them; the gradients of hidden states and head are computed in the forward."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        num_positions, width = hidden.shape
+        chunk = 1 << (ceil(num_positions / ceil(weight.shape[0] / width)) - 1).bit_length()
+        hidden_grad = torch.zeros_like(hidden)
+        weight_grad = torch.zeros_like(weight) if weight.requires_grad else None
+        losses = torch.zeros(num_positions, dtype=torch.float32, device=hidden.device)
+        for start in range(0, num_positions, chunk):
+            part = hidden[start : start + chunk]
+            logits = part @ weight.t()
+            hidden_grad[start : start + chunk] = logits @ weight
+            if weight_grad is not None:
+                torch.addmm(weight_grad, logits.t(), part, out=weight_grad)
+        ctx.save_for_backward(hidden_grad, weight_grad)
+        return losses.sum() / num_positions
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        return (*ctx.saved_tensors, None)
 
 
 class FusedRMSNorm(torch.autograd.Function):
@@ -440,29 +475,24 @@ def _fms(row: Row) -> Expressed | NotExpressed:
         return NotExpressed("4-bit weights (NF4 or GPTQ): the quantised layers run on a card only")
     if not isinstance(row["seq"], int):
         return NotExpressed("the lengths of its batches are not published")
-    if "Liger" in row["loss"]:
-        return NotExpressed("the Liger loss is a Triton kernel that is not written down here")
-    fused = "FOAK" in row["loss"]
+    fused = "framework_config=foak" in row["notes"]
+    cross_entropy = InPlaceCrossEntropy.apply if fused else F.cross_entropy
     forward = causal_lm_445 if "transformers 4.45" in row["software"] else causal_lm_448
     assumed: tuple[str, ...] = ()
     if fused:
         assumed = (
-            "fused Triton loss and norms keep what FusedRMSNorm and InPlaceCrossEntropy keep; other fused "
+            "fused Triton loss and norms keep what the functions here that stand for them keep; other fused "
             "layers of the source are recorded unfused",
         )
     if "santacoder" in row["model"]:
         forward = causal_lm_16_bit
         assumed += ("dropout, activation and extra vocabulary rows of the checkpoint are GPTBigCode's defaults",)
+    compute_loss: Forward = partial(forward, cross_entropy=cross_entropy)
+    if "Liger" in row["loss"]:
+        compute_loss = causal_lm_without_logits
     return Expressed(
         build=lambda: _with_fused_norms(_fms_model(row)) if fused else _fms_model(row),
-        loop=partial(
-            _trainer_loop,
-            row=row,
-            forward=partial(
-                forward,
-                cross_entropy=InPlaceCrossEntropy.apply if fused else F.cross_entropy,
-            ),
-        ),
+        loop=partial(_trainer_loop, row=row, compute_loss=compute_loss),
         gpu="A100 80GB",
         attention="flash",
         known=not assumed,
@@ -488,22 +518,14 @@ def _fms_model(row: Row) -> Any:
         )  # fmt: skip
         model_class: Any = GPTBigCodeForCausalLM
     elif "Power" in row["model"]:
-        biases = {
-            "attention_bias": arch["attention_bias"],
-            "mlp_bias": arch["mlp_bias"],
-        }
-        config, model_class = (
-            GraniteConfig(**_sizes(arch), **biases),
-            GraniteForCausalLM,
-        )
+        biases = {"attention_bias": arch["attention_bias"], "mlp_bias": arch["mlp_bias"]}
+        config, model_class = (GraniteConfig(**_sizes(arch), **biases), GraniteForCausalLM)
     else:
         extra = arch["vocab"] + (2 if "lama-3" in row["model"] else 1)  # rows for the tokenizer's special tokens
-        config, model_class = (
-            MistralConfig(**_sizes(arch, extra), sliding_window=None),
-            MistralForCausalLM,
-        )
+        config, model_class = (MistralConfig(**_sizes(arch, extra), sliding_window=None), MistralForCausalLM)
     config.use_cache = False
-    config._attn_implementation = "sdpa"
+    repeats = "istral" in row["model"] and "transformers 4.45" in row["software"]
+    config._attn_implementation = _attention_with_repeated_heads() if repeats else "sdpa"
     model = model_class._from_config(config, dtype=torch.bfloat16)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
     if row["method"] == "lora":
@@ -512,7 +534,21 @@ def _fms_model(row: Row) -> Any:
     return model
 
 
-def _trainer_loop(model: nn.Module, device: torch.device, *, row: Row, forward: Forward) -> Step:
+def _attention_with_repeated_heads() -> str:
+    """transformers 4.45: Mistral's flash attention gets a key and a value for every query head. The name to use."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register("repeated_heads", _repeated_heads)
+    return "repeated_heads"
+
+
+def _repeated_heads(module: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
+    key, value = (_repeat_heads(part.transpose(1, 2), module.num_key_value_groups) for part in (key, value))
+    out = F.scaled_dot_product_attention(query, key.transpose(1, 2), value.transpose(1, 2), is_causal=True)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _trainer_loop(model: nn.Module, device: torch.device, *, row: Row, compute_loss: Forward) -> Step:
     """transformers' Trainer: a batch of three int64 tensors, clipping at 1.0, AdamW (foreach) with a group for what
     does not decay, gradients set to None after the step."""
     model.train()
@@ -522,10 +558,7 @@ def _trainer_loop(model: nn.Module, device: torch.device, *, row: Row, forward: 
     exempt = ("bias",) if "istral" in row["model"] else ("bias", "norm", "ln_")
     groups = [
         {"params": [p for name, p in trainable.items() if not any(part in name for part in exempt)]},
-        {
-            "params": [p for name, p in trainable.items() if any(part in name for part in exempt)],
-            "weight_decay": 0.0,
-        },
+        {"params": [p for name, p in trainable.items() if any(part in name for part in exempt)], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW([group for group in groups if group["params"]])
     total_loss = torch.zeros((), device=device)
@@ -534,7 +567,7 @@ def _trainer_loop(model: nn.Module, device: torch.device, *, row: Row, forward: 
         nonlocal total_loss
         ids, labels, mask = (torch.ones(shape, dtype=torch.int64).to(device) for _ in range(3))
         with torch.autocast("cuda", dtype=torch.bfloat16, enabled="bf16 autocast on" in row["precision"]):
-            loss = forward(model, ids, labels)
+            loss = compute_loss(model, ids, labels)
         loss.backward()
         total_loss = total_loss + loss.detach()
         norm = nn.utils.clip_grad_norm_(trainable.values(), 1.0)
