@@ -57,11 +57,9 @@ def read_rows(path: Path = PUBLISHED) -> list[dict[str, Any]]:
 
 def compare_row(row: dict[str, Any]) -> Compared:
     """Predicts the figure that the row's source measured."""
-    import published_loops
-
     described = _describe(row)
-    expressed = published_loops.express(row)
-    if isinstance(expressed, published_loops.NotExpressed):
+    expressed = express(row)
+    if isinstance(expressed, NotExpressed):
         return Compared(**described, reason=expressed.reason)
     started = time.perf_counter()
     prediction = fitune.predict_loop(
