@@ -1,3 +1,7 @@
-"""Fixtures that several files of tests use."""
+"""What is said is said in English here, whatever language this machine speaks."""
+
+import os
+
+os.environ["FITUNE_LANG"] = "en"
 
 pytest_plugins = ["nvml_stand_in"]
