@@ -11,8 +11,9 @@ class MemorySample:
     """One moment of a run. Unknown is None, or left out of the line.
 
     time: seconds since 1970. step: the last one done. progress_fraction: the share of the run that is done.
-    allocated_bytes, reserved_bytes: PyTorch's, now; peak_*: the largest since the line before. num_retries, num_ooms:
-    PyTorch's, since the process started. state_bytes: parameters, gradients and optimizer state.
+    allocated_bytes, reserved_bytes: PyTorch's, now. peak_*: the largest of the step that is going on and of those that
+    ended since the line before. num_retries, num_ooms: PyTorch's, since the process started. state_bytes: parameters,
+    gradients and optimizer state.
     process_bytes: what the process holds in the host's memory. program_bytes: the part of it that was there before
     training, without the parameters; on a CPU only, where it shares the device with the tensors.
     device_*: the card as NVML tells it; on a CPU the host, within the limit of its control group.
@@ -36,7 +37,6 @@ class MemorySample:
     program_bytes: int | None = None
     device_used_bytes: int | None = None
     device_total_bytes: int | None = None
-    peak_device_used_bytes: int | None = None
     other_processes_bytes: int | None = None
     spill_bytes: int | None = None
     utilisation_fraction: float | None = None
