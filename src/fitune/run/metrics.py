@@ -121,8 +121,8 @@ Record = TypeVar("Record", bound="DataclassInstance")
 def append_line(path: Path, record: "DataclassInstance", *, leave_out_unknown: bool = False) -> None:
     """leave_out_unknown: a field that is None is not written. Raises RunDirectoryError where the line cannot be written
     whole."""
-    content = {name: value for name, value in asdict(record).items() if value is not None or not leave_out_unknown}
-    line = f"{json.dumps(_to_json(content), ensure_ascii=False, allow_nan=False)}\n".encode()
+    content = {name: value for name, value in as_json(record).items() if value is not None or not leave_out_unknown}
+    line = f"{json.dumps(content, ensure_ascii=False, allow_nan=False)}\n".encode()
     try:
         with path.open("ab+", buffering=0) as file:
             if file.seek(0, os.SEEK_END) > 0:
@@ -176,8 +176,15 @@ def read_records(path: Path, kind: type[Record]) -> Iterator[Record]:
 
 def summary_json(summary: Summary) -> dict[str, Any]:
     """As `write_json` takes it."""
-    content: dict[str, Any] = _to_json(asdict(summary))
-    return content
+    return as_json(summary)
+
+
+def as_json(record: "DataclassInstance") -> dict[str, Any]:
+    """As it is written: a number that is not finite as a word."""
+    return {
+        name: repr(value) if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in asdict(record).items()
+    }
 
 
 def read_summary(path: Path) -> Summary:
@@ -240,10 +247,3 @@ def _value(accepted: tuple[Any, ...], value: Any) -> Any:
     if isinstance(value, str) and int not in accepted:
         return value
     raise ValueError(f"{value!r} is not one of {accepted}")
-
-
-def _to_json(content: dict[str, Any]) -> dict[str, Any]:
-    return {
-        name: repr(value) if isinstance(value, float) and not math.isfinite(value) else value
-        for name, value in content.items()
-    }
