@@ -24,6 +24,7 @@ SILENCE_SECONDS = 15.0
 SPEED_STEPS = 20
 FEWEST_EVENT_LINES = 6
 TALLEST_CHART = 12
+WIDEST_STEP = 4
 ASCII = str.maketrans({"█": "#", "▌": "#", "·": ".", "│": "|", "°": " ", "…": "~", "×": "x"}) | str.maketrans(
     "▁▂▃▄▅▆▇", "..::++*"
 )
@@ -237,6 +238,7 @@ def _chart(view: RunView, *, width: int, height: int) -> Iterator[Text]:
     label = f"{say('loss')} {view.steps[-1].loss:.3f} "
     room = max(8, width - cell_len(label) - cell_len(behind) - 1)
     means = _columns([step.loss for step in view.steps], min(room, len(view.steps)))
+    means = [mean for mean in means for _ in range(min(WIDEST_STEP, room // len(means)))]
     highest = max((mean for mean in means if math.isfinite(mean)), default=math.nan)
     for number, row in enumerate(_blocks(means, height)):
         is_last = number == height - 1
