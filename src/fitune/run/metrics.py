@@ -142,7 +142,7 @@ def read_metrics(path: Path) -> Metrics:
     """
     steps: list[StepMetrics] = []
     evals: list[EvalMetrics] = []
-    damaged = [number for number, content in _lines(path) if not add_line(content, steps, evals)]
+    damaged = [number for number, content in read_lines(path) if not add_line(content, steps, evals)]
     return Metrics(tuple(steps), tuple(evals), tuple(damaged))
 
 
@@ -169,7 +169,7 @@ def read_events(path: Path) -> tuple[RunEvent, ...]:
 def read_records(path: Path, kind: type[Record]) -> Iterator[Record]:
     """The lines of a file that hold a `kind`, in the order written. Raises RunDirectoryError where it cannot be
     opened."""
-    for _, content in _lines(path):
+    for _, content in read_lines(path):
         if content is not None and (record := as_record(kind, content)) is not None:
             yield record
 
@@ -202,7 +202,7 @@ def read_summary(path: Path) -> Summary:
     return summary
 
 
-def _lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any] | None]]:
+def read_lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any] | None]]:
     """Each complete line, numbered from 1, as an object; None where it is not one."""
     try:
         data = path.read_bytes()
