@@ -7,7 +7,7 @@ from cyclopts import Parameter
 
 from fitune.cli.arguments import ConfigArguments, ConfigFlags, read_arguments
 from fitune.cli.output import Format, print_json
-from fitune.cli.progress import TrainingProgress
+from fitune.cli.progress import RunProgress, open_progress
 from fitune.config import ResolvedConfig, RunConfig, format_config
 from fitune.memory.allocator_config import parse_allocator_config
 from fitune.memory.environment import environment
@@ -34,7 +34,7 @@ def train(
         _print_config(resolved, output_format)
         return
     quiet = output_format == "quiet"
-    with TrainingProgress(quiet=quiet) as progress:
+    with open_progress(quiet=quiet) as progress:
         if dry_run:
             _prepare(resolved.config, progress, plan_check=not no_plan_check)
             progress.note("dry run: model, data and settings fit together; nothing was written")
@@ -48,7 +48,7 @@ def train(
 
 
 def run_training(
-    resolved: ResolvedConfig, progress: TrainingProgress, *, overwrite: bool = False, plan_check: bool = True
+    resolved: ResolvedConfig, progress: RunProgress, *, overwrite: bool = False, plan_check: bool = True
 ) -> tuple[RunDirectory, Summary]:
     """Everything of a run from its configuration to its summary. Nothing is written before model and data are loaded,
     so that what cannot work leaves no trace; only a run that would be refused is refused at once."""
@@ -64,7 +64,7 @@ def run_training(
     if run is None:
         prefix = name_prefix(config.model.source, config.data.train_sources[0].path)
         run = create_run(config.run.output, name or prefix, overwrite=overwrite)
-    progress.note(f"run    {run.path}")
+    progress.begin(run)
     with working_on(run):
         write_atomically(run.config, format_config(resolved))
         write_json(run.env, environment(config.run.output))
@@ -81,7 +81,7 @@ def run_training(
     return run, summary
 
 
-def _prepare(config: RunConfig, progress: TrainingProgress, *, plan_check: bool) -> "Prepared":
+def _prepare(config: RunConfig, progress: RunProgress, *, plan_check: bool) -> "Prepared":
     parse_allocator_config(config.memory.allocator)
     if config.memory.allocator:
         os.environ["PYTORCH_ALLOC_CONF"] = config.memory.allocator  # read when CUDA starts, so before torch is used
@@ -109,7 +109,7 @@ def _prepare(config: RunConfig, progress: TrainingProgress, *, plan_check: bool)
     return prepared
 
 
-def _report(run: RunDirectory, summary: Summary, progress: TrainingProgress) -> None:
+def _report(run: RunDirectory, summary: Summary, progress: RunProgress) -> None:
     loss = "n/a" if summary.eval_loss is None else f"{summary.eval_loss:.4f}"
     peak = summary.measured_reserved_bytes or summary.measured_device_bytes
     progress.note(
