@@ -29,6 +29,7 @@ from fitune.units import format_bytes, format_count, format_seconds
 
 if TYPE_CHECKING:
     from fitune.train.prepare import Prepared
+    from fitune.train.resume import Replay, Start
 
 
 def train(
@@ -92,7 +93,6 @@ def run_training(
         run = create_run(config.run.output, name)  # refuses unless there is nothing to lose
     prepared = _prepare(config, progress, plan_check=plan_check)
     from fitune.train.checkpoint import check_disk
-    from fitune.train.loop import train as train_loop
     from fitune.train.resume import read_replay
 
     replay = None if replayed is None else read_replay(replayed)
@@ -106,16 +106,7 @@ def run_training(
     with working_on(run):
         write_atomically(run.config, format_config(resolved))
         write_json(run.env, environment(config.run.output))
-        summary = train_loop(
-            config,
-            prepared.setup,
-            run,
-            data=prepared.data,
-            tokenizer=prepared.tokenizer,
-            watcher=progress,
-            self_check=prepared.self_check,
-            replay=replay,
-        )
+        summary = _train(config, prepared, run, progress=progress, replay=replay)
     if replay is not None:
         progress.note(f"replay of {replay.path}: {len(replay.lines):,} steps, each bit for bit")
     return run, summary
@@ -135,7 +126,6 @@ def _resume(
         from fitune.model.device import choose_device
         from fitune.train.checkpoint import newest_checkpoint
         from fitune.train.identity import run_conditions, run_identity
-        from fitune.train.loop import train as train_loop
         from fitune.train.resume import go_on, pin_precision
 
         checkpoint, faults = newest_checkpoint(run)
@@ -149,15 +139,33 @@ def _resume(
         start = go_on(run, checkpoint, setup, config=config, facts=facts, allowed=allow_change)
         if is_changed:
             write_atomically(run.config, format_config(resolved))
+        start = replace(start, notes=(*faults, *start.notes))
+        return _train(config, prepared, run, progress=progress, start=start)
+
+
+def _train(
+    config: RunConfig,
+    prepared: "Prepared",
+    run: RunDirectory,
+    *,
+    progress: TrainingProgress,
+    start: "Start | None" = None,
+    replay: "Replay | None" = None,
+) -> Summary:
+    from fitune.train.loop import train as train_loop
+    from fitune.train.monitor import watched
+
+    with watched(config, prepared.setup, run, watcher=progress) as watcher:
         return train_loop(
             config,
-            setup,
+            prepared.setup,
             run,
-            data=data,
+            data=prepared.data,
             tokenizer=prepared.tokenizer,
-            watcher=progress,
+            watcher=watcher,
             self_check=prepared.self_check,
-            start=replace(start, notes=(*faults, *start.notes)),
+            start=start,
+            replay=replay,
         )
 
 
@@ -193,7 +201,9 @@ def _prepare(config: RunConfig, progress: TrainingProgress, *, plan_check: bool)
         os.environ["PYTORCH_ALLOC_CONF"] = config.memory.allocator  # read when CUDA starts, so before torch is used
     progress.note(f"model  {config.model.source} · data {', '.join(s.path for s in config.data.train_sources)}")
     from fitune.train.prepare import prepare
+    from fitune.train.trackers import check_trackers
 
+    check_trackers(config)
     prepared = prepare(config, on_progress=progress.rows, plan_check=plan_check)
     progress.rows(None)
     report = prepared.data.train.report

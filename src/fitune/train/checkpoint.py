@@ -342,10 +342,9 @@ def state_json(state: RunState) -> Json:
 
 def read_state(content: Mapping[str, Any]) -> RunState:
     numbers = {"nan": float("nan"), "inf": float("inf"), "-inf": float("-inf")}
-    values: Json = {
-        name: numbers.get(value, value) if isinstance(value, str) else value for name, value in content.items()
-    }
-    return RunState(**(values | {"peak": MemoryPeak(**content["peak"])}))
+    peak = MemoryPeak(**content["peak"])
+    values: Json = {name: numbers.get(value, value) for name, value in content.items() if name != "peak"}
+    return RunState(**values, peak=peak)
 
 
 def random_state(device: torch.device) -> Json:

@@ -79,11 +79,8 @@ def condition_note(saved: Mapping[str, Any], now: Mapping[str, Any], *, dropout:
     if not changed:
         return None
     listed = "; ".join(f"{key} {_show(saved.get(key))} -> {_show(now.get(key))}" for key in changed)
-    masks = (
-        ", and dropout draws other masks"
-        if dropout and any("batch." in key or "data." in key for key in changed)
-        else ""
-    )
+    is_split_anew = any(key.startswith(("batch.", "data.")) for key in changed)
+    masks = ", and dropout draws other masks" if dropout and is_split_anew else ""
     return f"goes on to 1e-5, not bit for bit{masks}: {listed}"
 
 
