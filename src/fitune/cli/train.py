@@ -225,7 +225,7 @@ def _prepare(config: RunConfig, progress: TrainingProgress, *, plan_check: bool)
 
 def _report(run: RunDirectory, summary: Summary, progress: TrainingProgress) -> None:
     loss = "n/a" if summary.eval_loss is None else f"{summary.eval_loss:.4f}"
-    peak = summary.measured_reserved_bytes or summary.measured_device_bytes
+    peak = summary.peak_reserved_bytes or summary.peak_device_bytes
     progress.note(
         f"{summary.status} after {summary.steps:,} steps, {format_count(summary.tokens)} tokens, "
         f"{format_seconds(summary.seconds)} | eval loss {loss} | peak memory {format_bytes(peak)}"

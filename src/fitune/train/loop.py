@@ -287,6 +287,13 @@ class _Trainer:
         if not result.updated:
             self.check_update(result)
         if self.self_check is not None and state.step == CHECKED_STEP:
+            self.state = replace(
+                state,
+                checked_allocated_bytes=peak.allocated_bytes,
+                checked_reserved_bytes=peak.reserved_bytes,
+                checked_device_bytes=peak.device_bytes,
+            )
+            self.self_check.keep(peak)
             sentence, agrees = self.self_check.compare(peak)
             self.event("memory_check" if agrees else "memory_differs", sentence)
 
@@ -387,9 +394,12 @@ class _Trainer:
             best_eval_loss=state.best_eval_loss,
             predicted_allocated_bytes=None if predicted is None else predicted.peak_allocated_bytes,
             predicted_reserved_bytes=None if predicted is None else predicted.peak_reserved_bytes,
-            measured_allocated_bytes=state.peak.allocated_bytes,
-            measured_reserved_bytes=state.peak.reserved_bytes,
-            measured_device_bytes=state.peak.device_bytes,
+            measured_allocated_bytes=state.checked_allocated_bytes,
+            measured_reserved_bytes=state.checked_reserved_bytes,
+            measured_device_bytes=state.checked_device_bytes,
+            peak_allocated_bytes=state.peak.allocated_bytes,
+            peak_reserved_bytes=state.peak.reserved_bytes,
+            peak_device_bytes=state.peak.device_bytes,
             effective_batch=self.config.batch.rows_per_step,
             config_hash=config_hash(self.config),
             data_hash=self.data.train.data_hash,
