@@ -10,8 +10,10 @@ from fitune.trace.events import Category
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
     """One setting and its prediction. micro_batch: rows of the longest length in one forward and backward.
-    micro_tokens: the token budget of a micro-batch, None where rows are counted. predicted_seconds_per_step: None where
-    it is not predicted. reason: why it does not fit, or on what condition it does; empty otherwise."""
+    micro_tokens: the token budget of a micro-batch, None where rows are counted. accumulation: micro-batches of the
+    mean step. predicted_seconds_per_step: of the mean step, None where it is not predicted. reason: why it does not
+    fit, or on what condition it does; empty otherwise. result: what it does to what is learnt beside the configuration:
+    same, close, or different."""
 
     micro_batch: int
     micro_tokens: int | None
@@ -31,6 +33,7 @@ class Candidate:
     predicted_seconds_per_step: float | None = None
     fits: bool
     reason: str = ""
+    result: str = "same"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,9 +54,20 @@ class PlannedDevice:
 
 
 @dataclass(frozen=True, kw_only=True)
+class OtherEstimate:
+    """What another estimator says of a quantity: num_bytes beside our predicted_bytes."""
+
+    name: str
+    quantity: str
+    num_bytes: int
+    predicted_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Plan:
-    """data: max_length, row_tokens (of the longest row) and where that comes from. chosen: an index, None if nothing
-    fits. assumptions: what the predictions rest on, one sentence each."""
+    """data: what is known of the rows (`planner`). candidates: by predicted time, the fastest first. chosen: an index,
+    None if nothing fits. others: what other estimators say for the chosen candidate. assumptions: what the predictions
+    rest on, one sentence each."""
 
     model: PlannedModel
     device: PlannedDevice
@@ -61,6 +75,7 @@ class Plan:
     data: Mapping[str, Any]
     candidates: tuple[Candidate, ...]
     chosen: int | None
+    others: tuple[OtherEstimate, ...] = ()
     assumptions: tuple[str, ...] = ()
 
 

@@ -1,0 +1,135 @@
+"""Seconds of an optimizer step, from the operators that were recorded and what the device does at most.
+
+A roofline for each kind of operator (Williams, Waterman, Patterson 2009): it takes as long as its arithmetic at the
+device's rate or its bytes at the memory's, whichever is longer, and a launch. A CPU does one after the other; a card
+runs them while the next ones are launched, so there the longer of both sums counts. What a run has measured on this
+device corrects the level (`plan/calibration.py`); the order of the candidates is the roofline's.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from fitune.memory.devices import Device
+from fitune.trace.events import OperatorWork
+
+WorkKind = Literal["matmul", "attention", "pointwise"]
+
+CARD_MATMUL_SHARE = 0.7
+CARD_ATTENTION_SHARE = 0.4
+CARD_BANDWIDTH_SHARE = 0.8
+"""Of the data sheet's rates: what large kernels reach of them. FlashAttention-2 reaches 50 to 73 % of an A100's forward
+and backward (Dao 2023, arXiv 2307.08691), less with short rows; PaLM and Megatron report 40 to 60 % of the whole step,
+idle times and pointwise operators included (Chowdhery et al. 2022; Korthikanti et al. 2022)."""
+CARD_LAUNCH_SECONDS = 8e-6
+"""Of an eager operator and its part of autograd, on the processor that feeds the card."""
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """The operators of one kind and dtype in a micro-batch or in the optimizer's part of a step: sums."""
+
+    kind: WorkKind
+    dtype: str
+    flops: float
+    num_bytes: float
+    launches: float
+
+
+@dataclass(frozen=True, slots=True)
+class StepWork:
+    """first: of the first micro-batch of a step; later: of each further one, which adds to the gradients; update: what
+    is done once. positions: tokens of a micro-batch, padding too. packed: whether its rows are joined."""
+
+    positions: int
+    packed: bool
+    first: tuple[Work, ...]
+    later: tuple[Work, ...]
+    update: tuple[Work, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Ceilings:
+    """matmul_flops_per_second: by dtype. asynchronous: whether launches go on while kernels run. origin: of the
+    numbers, in words."""
+
+    matmul_flops_per_second: Mapping[str, float]
+    attention_flops_per_second: Mapping[str, float]
+    bandwidth_bytes_per_second: float
+    launch_seconds: float
+    asynchronous: bool
+    origin: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepShape:
+    """The mean step of the run: micro-batches, and what they hold in all. positions: padding too. row_tokens: of the
+    row that a token is in, on average, which is what attention sees."""
+
+    num_micro_batches: float
+    positions: float
+    supervised: float
+    row_tokens: float
+
+
+def card_ceilings(device: Device) -> Ceilings | None:
+    """From the catalogue's rates; None where the card is not in it."""
+    half, single = device.float16_flops_per_second, device.float32_flops_per_second
+    bandwidth = device.bandwidth_bytes_per_second
+    if half is None or single is None or bandwidth is None:
+        return None
+    rates = {"float16": half, "bfloat16": device.bfloat16_flops_per_second or single, "float32": single}
+    return Ceilings(
+        matmul_flops_per_second={dtype: CARD_MATMUL_SHARE * rate for dtype, rate in rates.items()},
+        attention_flops_per_second={dtype: CARD_ATTENTION_SHARE * rate for dtype, rate in rates.items()},
+        bandwidth_bytes_per_second=CARD_BANDWIDTH_SHARE * bandwidth,
+        launch_seconds=CARD_LAUNCH_SECONDS,
+        asynchronous=True,
+        origin=f"rates of {device.name}'s data sheet, {CARD_MATMUL_SHARE:.0%} of them in matrix products",
+    )
+
+
+def work_of(operators: Sequence[OperatorWork], *, positions: int, packed: bool) -> StepWork:
+    """From a recording of two steps: one micro-batch, then two of the same."""
+
+    def part(step: int, *, update: bool) -> tuple[Work, ...]:
+        return mix(*((1.0, [_work(each)]) for each in operators if each.step == step and (each.phase == "optimizer") == update))
+
+    first, both = part(1, update=False), part(2, update=False)
+    return StepWork(positions, packed, first, mix((1.0, both), (-1.0, first)), part(2, update=True))
+
+
+def _work(operators: OperatorWork) -> Work:
+    kind: WorkKind = "matmul" if operators.flops else "pointwise"
+    if "attention" in operators.op or "varlen" in operators.op:
+        kind = "attention"
+    return Work(kind, operators.dtype, operators.flops, operators.num_bytes, operators.num_calls)
+
+
+def mix(*terms: tuple[float, Sequence[Work]]) -> tuple[Work, ...]:
+    """The weighted sum, kind by kind, never less than nothing."""
+    sums: dict[tuple[WorkKind, str], list[float]] = {}
+    for weight, works in terms:
+        for work in works:
+            total = sums.setdefault((work.kind, work.dtype), [0.0, 0.0, 0.0])
+            for index, amount in enumerate((work.flops, work.num_bytes, work.launches)):
+                total[index] += weight * amount
+    return tuple(Work(kind, dtype, *(max(0.0, amount) for amount in total)) for (kind, dtype), total in sums.items())
+
+
+def seconds_of(work: Sequence[Work], ceilings: Ceilings, *, attended: float = 1.0) -> float:
+    """attended: the length of the rows that attention sees, as a share of the recorded ones'."""
+    kernels = launches = 0.0
+    for part in work:
+        flops = part.flops * (attended if part.kind == "attention" else 1.0)
+        kernels += max(flops / _rate(part, ceilings), part.num_bytes / ceilings.bandwidth_bytes_per_second)
+        launches += part.launches * ceilings.launch_seconds
+    return max(kernels, launches) if ceilings.asynchronous else kernels + launches
+
+
+def _rate(part: Work, ceilings: Ceilings) -> float:
+    if part.kind == "pointwise":
+        return math.inf
+    rates = ceilings.matmul_flops_per_second if part.kind == "matmul" else ceilings.attention_flops_per_second
+    return rates.get(part.dtype, rates["float32"])

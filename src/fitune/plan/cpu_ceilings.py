@@ -1,0 +1,1 @@
+"""What this machine's CPU does at most, measured in about a second and remembered."""
