@@ -1,6 +1,5 @@
 """`fitune plan`: what each setting needs and takes, the fastest that fits, and why not the others."""
 
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -9,9 +8,8 @@ from cyclopts import Parameter
 
 from fitune.cli.arguments import ConfigArguments, ConfigFlags, read_arguments
 from fitune.cli.output import Format, console, print_json, table
-from fitune.config import RunConfig, format_config
+from fitune.config import format_config
 from fitune.errors import DoesNotFitError, UsageError
-from fitune.units import format_bytes
 
 if TYPE_CHECKING:
     from fitune.plan.plan import Candidate, Plan
@@ -41,11 +39,13 @@ def plan(
         compare_splits(config, splits, output_format)
         return
     from fitune.cli.plan_table import show_measured, show_plan
-    from fitune.plan.plan import plan_json
+    from fitune.plan.plan import does_not_fit, plan_json
     from fitune.plan.planner import choose_plan
 
     found = choose_plan(config)
     if apply is not None:
+        from fitune.plan.candidates import settings_of
+
         wanted = _candidate(found, apply)
         print(format_config(read_arguments(words, flags, overrides=[*given, *settings_of(wanted, config)])), end="")
         return
@@ -64,52 +64,6 @@ def plan(
             show_measured(found, measured, console(output_format))
     if found.chosen is None:
         raise DoesNotFitError(does_not_fit(found))
-
-
-def settings_of(candidate: "Candidate", config: RunConfig) -> list[str]:
-    """As overrides of the configuration; what it forces already is left out."""
-    batch = config.batch
-    settings = {
-        "model.recompute": candidate.recompute if config.model.recompute == "auto" else None,
-        "model.method": candidate.method if candidate.method != config.model.method else None,
-        "model.precision": candidate.precision if candidate.precision != config.model.precision else None,
-        "loss": candidate.loss if config.loss == "auto" else None,
-        "optim.name": candidate.optimizer if candidate.optimizer != config.optim.name else None,
-    }
-    if batch.micro_rows is None and batch.micro_tokens == "auto":
-        settings["batch.micro_tokens"] = str(candidate.micro_tokens)
-    return [f"{key}={value}" for key, value in settings.items() if value is not None]
-
-
-def does_not_fit(plan: "Plan") -> str:
-    """One sentence: the closest candidate, its largest parts, and what would make room."""
-    same = [candidate for candidate in plan.candidates if candidate.result == "same"]
-    closest = min(same, key=lambda candidate: candidate.predicted_device_bytes)
-    parts = sorted(closest.categories.items(), key=lambda part: -part[1])
-    named = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts[:4] if size)
-    return (
-        f"no plan fits {format_bytes(plan.budget_bytes)} on {plan.device.name}: the closest candidate "
-        f"({closest.micro_batch} x {closest.accumulation} rows, recompute {closest.recompute}) needs "
-        f"{format_bytes(closest.predicted_device_bytes)} ({named}). Try {' or '.join(_ways_out(plan, closest))}"
-    )
-
-
-def _ways_out(plan: "Plan", closest: "Candidate") -> Iterator[str]:
-    for candidate in plan.candidates:
-        if candidate.result != "same" and candidate.fits:
-            changed = {"optim.name": candidate.optimizer, "model.method": candidate.method}
-            names = [f"{key}={value}" for key, value in changed.items() if value != getattr(closest, key.split(".")[1], "")]
-            yield f"{' '.join(names)} ({format_bytes(candidate.predicted_device_bytes)})"
-    largest = max(closest.categories, key=lambda name: closest.categories[name])
-    if largest in ("activation", "temporary", "input"):
-        if closest.recompute != "full":
-            yield "model.recompute=full"
-        if closest.micro_batch > 1:
-            yield "a smaller batch.micro"
-        yield f"data.max_length={plan.data['max_length'] // 2}"
-    else:
-        yield "a smaller model"
-    yield f"a memory.budget of {format_bytes(closest.predicted_device_bytes)}"
 
 
 def _candidate(plan: "Plan", number: int) -> "Candidate":

@@ -6,11 +6,13 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from fitune.cli.arguments import ConfigArguments, ConfigFlags, read_arguments
-from fitune.cli.output import Format, print_json
+from fitune.cli.output import SCHEMA, Format, print_json
 from fitune.cli.progress import TrainingProgress
 from fitune.config import ResolvedConfig, RunConfig, format_config
 from fitune.memory.allocator_config import parse_allocator_config
 from fitune.memory.environment import environment
+from fitune.plan.calibration import calibrate
+from fitune.plan.plan import plan_json
 from fitune.run.directory import RunDirectory, create_run, name_prefix, working_on, write_atomically, write_json
 from fitune.run.metrics import Summary, summary_json
 from fitune.units import format_bytes, format_count, format_seconds
@@ -67,6 +69,8 @@ def run_training(
     with working_on(run):
         write_atomically(run.config, format_config(resolved))
         write_json(run.env, environment(config.run.output))
+        if prepared.plan is not None:
+            write_json(run.plan, {"schema": SCHEMA, **plan_json(prepared.plan)})
         summary = train_loop(
             config,
             prepared.setup,
@@ -76,6 +80,8 @@ def run_training(
             watcher=progress,
             self_check=prepared.self_check,
         )
+    if prepared.plan is not None:
+        calibrate(prepared.plan, run.metrics)
     return run, summary
 
 

@@ -22,6 +22,7 @@ import pyarrow.parquet
 from fitune.config import DataSource
 from fitune.data.order import shuffled
 from fitune.errors import DataError
+from fitune.hub import hub_is_known
 from fitune.units import MIB
 
 SUFFIXES = (".json", ".jsonl", ".parquet", ".csv")
@@ -261,6 +262,8 @@ def _is_hub_id(path: str) -> bool:
 def _load_hub(path: str) -> Any:
     import datasets
 
+    if not hub_is_known():
+        datasets.config.HF_HUB_OFFLINE = True  # the cache is used, and nothing is retried for half a minute
     try:
         return datasets.load_dataset(path, split="train")
     except (OSError, ValueError, RuntimeError) as error:  # what datasets and huggingface_hub raise derives from these

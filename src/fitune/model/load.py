@@ -31,6 +31,7 @@ from transformers.utils import logging as transformers_logging
 
 from fitune.config import ModelConfig
 from fitune.errors import ModelError
+from fitune.hub import hub_is_known
 from fitune.model.attention import attention_name, check_attention
 from fitune.model.experts import EXPERTS
 from fitune.model.gguf import gguf_read_once, read_gguf
@@ -211,7 +212,7 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 def _location(source: str, kind: Kind) -> tuple[str, dict[str, Any]]:
     """What transformers calls the source, and the arguments that keep a local path local."""
     if kind == "hub":
-        return source, {}
+        return source, {} if hub_is_known() else {"local_files_only": True}
     path = Path(source).expanduser()
     if kind == "gguf":
         return str(path.parent), {"gguf_file": path.name, "local_files_only": True}

@@ -6,7 +6,7 @@ from typing import Any
 
 from fitune.plan.cache import read_cached, write_cached
 from fitune.plan.plan import Plan
-from fitune.run.metrics import read_step_metrics
+from fitune.run.metrics import read_metrics
 
 _MOST = 16.0
 """A factor beyond it, either way, is no matter of calibration: another program had the device."""
@@ -22,4 +22,10 @@ def calibration_factor(device: str, model: str) -> float | None:
 
 def calibrate(plan: Plan, metrics: Path) -> None:
     """From the steps of a run that followed the plan; nothing where they are too few to tell."""
-    seconds = None if plan.chosen is None else plan.candidates[plan.chosen].predicted_seconds_per_step
+    predicted = None if plan.chosen is None else plan.candidates[plan.chosen].predicted_seconds_per_step
+    steps = read_metrics(metrics).steps[_WARM_UP_STEPS:]
+    if predicted is None or len(steps) < _FEWEST_STEPS:
+        return
+    measured = median(step.seconds / step.tokens for step in steps) * plan.data["tokens_per_step"]
+    known = calibration_factor(plan.device.name, plan.model.name) or 1.0  # the prediction has it in it
+    write_cached("calibration", [plan.device.name, plan.model.name], known * measured / predicted)

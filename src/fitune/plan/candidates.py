@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from fitune.config import BatchConfig, Loss, Precision, Recompute, RunConfig
 from fitune.plan.budget import Lengths
+from fitune.plan.plan import Candidate
 
 Result = Literal["same", "close", "different"]
 MOST_MICRO_TOKENS = 65536
@@ -112,3 +113,18 @@ def settle(config: RunConfig, choice: Choice) -> RunConfig:
             "loss": "auto" if config.loss == "auto" and choice.loss == "chunked" else choice.loss,
         }
     )
+
+
+def settings_of(candidate: Candidate, config: RunConfig) -> list[str]:
+    """As overrides of the configuration; what it forces already is left out."""
+    batch = config.batch
+    settings = {
+        "model.recompute": candidate.recompute if config.model.recompute == "auto" else None,
+        "model.method": candidate.method if candidate.method != config.model.method else None,
+        "model.precision": candidate.precision if candidate.precision != config.model.precision else None,
+        "loss": candidate.loss if config.loss == "auto" else None,
+        "optim.name": candidate.optimizer if candidate.optimizer != config.optim.name else None,
+    }
+    if batch.micro_rows is None and batch.micro_tokens == "auto":
+        settings["batch.micro_tokens"] = str(candidate.micro_tokens)
+    return [f"{key}={value}" for key, value in settings.items() if value is not None]

@@ -1,1 +1,81 @@
-"""What this machine's CPU does at most, measured in about a second and remembered."""
+"""What this machine's CPU does at most: measured once, in about half a second, and remembered for the number of threads.
+
+Each probe is short and repeated, and the best time counts: what else the machine does at the moment is no ceiling.
+"""
+
+import os
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import cache
+
+from fitune.plan.cache import read_cached, write_cached
+from fitune.plan.cost import Ceilings
+
+_REPEATS = 7
+_NUM_LAUNCHES = 100
+
+
+@cache
+def cpu_ceilings() -> Ceilings:
+    threads = os.environ.get("OMP_NUM_THREADS") or os.cpu_count()
+    key = [platform.processor(), platform.node(), threads]
+    found = read_cached("ceilings", key)
+    if found is None:
+        found = asdict(_measure())
+        write_cached("ceilings", key, found)
+    return Ceilings(**found)
+
+
+def _measure() -> Ceilings:
+    import torch
+
+    left, right = torch.randn(512, 512), torch.randn(512, 1024)
+    matmul = 2 * 512 * 512 * 1024 / _best(lambda: left @ right)
+    large = torch.randn(1024, 1024)
+    bandwidth = 3 * large.numel() * 4 / _best(lambda: large * large)
+    return Ceilings(
+        matmul_flops_per_second={"float32": matmul},
+        attention_flops_per_second={"float32": _attention_rate()},
+        bandwidth_bytes_per_second=bandwidth,
+        launch_seconds=_best(_launches) / (3 * _NUM_LAUNCHES),
+        asynchronous=False,
+        origin=f"measured on this CPU: {matmul / 1e9:.0f} GFLOP/s in matrix products, {bandwidth / 1e9:.1f} GB/s",
+    )
+
+
+def _attention_rate() -> float:
+    """Forward and backward, counted as PyTorch counts them: 4 and 10 times heads x head_dim x tokens squared."""
+    import torch
+    from torch.nn.functional import scaled_dot_product_attention
+
+    heads, tokens, width = 4, 256, 64
+    query = torch.randn(1, heads, tokens, width, requires_grad=True)
+
+    def both_ways() -> None:
+        scaled_dot_product_attention(query, query, query, is_causal=True).sum().backward()  # type: ignore[no-untyped-call]
+
+    return 14 * heads * tokens**2 * width / _best(both_ways)
+
+
+def _launches() -> None:
+    """A forward operator and two of the backward each."""
+    import torch
+
+    value = torch.ones(8, requires_grad=True)
+    result = value
+    for _ in range(_NUM_LAUNCHES):
+        result = result * value
+    result.sum().backward()  # type: ignore[no-untyped-call]
+
+
+def _best(function: Callable[[], object]) -> float:
+    """Seconds of the fastest of a few calls, after one that warms up."""
+    function()
+    found = []
+    for _ in range(_REPEATS):
+        start = time.perf_counter()
+        function()
+        found.append(time.perf_counter() - start)
+    return min(found)

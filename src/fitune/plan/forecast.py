@@ -132,6 +132,7 @@ class Forecaster:
         return self._recordings
 
     def _predict(self, choice: Choice) -> Forecast:
+        recordings = self._recorder()
         from fitune.model.load import load_config
         from fitune.plan.predict import predict_run
 
@@ -142,7 +143,7 @@ class Forecaster:
             self.limits.device,
             passes=_passes(settled, rows, self.lengths.longest_eval_tokens),
             limit_bytes=self.limits.limit_bytes,
-            recordings=self._recorder(),
+            recordings=recordings,
         )
         recorded, largest = prediction.recorded, prediction.largest
         limit_bytes = self.limits.limit_bytes

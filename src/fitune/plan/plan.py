@@ -1,10 +1,11 @@
 """A plan: the settings that were looked at, what each would need, and the one that was chosen. Pure data."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from fitune.trace.events import Category
+from fitune.units import format_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,3 +82,39 @@ class Plan:
 
 def plan_json(plan: Plan) -> dict[str, Any]:
     return asdict(plan)
+
+
+def closest(plan: Plan) -> Candidate:
+    """The candidate with the same result that needs the least memory."""
+    same = (candidate for candidate in plan.candidates if candidate.result == "same")
+    return min(same, key=lambda candidate: candidate.predicted_device_bytes)
+
+
+def does_not_fit(plan: Plan) -> str:
+    """One sentence: the closest candidate, its largest parts, and what would make room."""
+    nearest = closest(plan)
+    parts = sorted(nearest.categories.items(), key=lambda part: -part[1])
+    named = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts[:4] if size)
+    return (
+        f"no plan fits {format_bytes(plan.budget_bytes)} on {plan.device.name}: the closest candidate "
+        f"({nearest.micro_batch} x {nearest.accumulation} rows, recompute {nearest.recompute}) needs "
+        f"{format_bytes(nearest.predicted_device_bytes)} ({named}). Try {' or '.join(_ways_out(plan, nearest))}"
+    )
+
+
+def _ways_out(plan: Plan, nearest: Candidate) -> Iterator[str]:
+    for candidate in plan.candidates:
+        if candidate.result != "same" and candidate.fits:
+            changed = {"optim.name": candidate.optimizer, "model.method": candidate.method}
+            names = [f"{key}={value}" for key, value in changed.items() if value != getattr(nearest, key.split(".")[1], "")]
+            yield f"{' '.join(names)} ({format_bytes(candidate.predicted_device_bytes)})"
+    largest = max(nearest.categories, key=lambda name: nearest.categories[name])
+    if largest in ("activation", "temporary", "input"):
+        if nearest.recompute != "full":
+            yield "model.recompute=full"
+        if nearest.micro_batch > 1:
+            yield "a smaller batch.micro"
+        yield f"data.max_length={plan.data['max_length'] // 2}"
+    else:
+        yield "a smaller model"
+    yield f"a memory.budget of {format_bytes(nearest.predicted_device_bytes)}"

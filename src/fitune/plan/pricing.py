@@ -25,7 +25,7 @@ class Pricer:
         self._forecaster, self._base = forecaster, base.variant
         device = forecaster.limits.device
         self._ceilings: Ceilings | None = cpu_ceilings() if device.kind == "cpu" else card_ceilings(device)
-        self._factor = calibration_factor(device.name, forecaster.config.model.precision)
+        self._factor = calibration_factor(device.name, forecaster.config.model.source)
 
     def seconds(self, choice: Choice, *, bound: bool = False) -> float | None:
         """Of the mean step; None where the device's rates are not known. bound: a lower bound, by the base: what
