@@ -16,7 +16,8 @@ from fitune.memory.prediction import predict as predict_trace
 from fitune.step.assemble import CPU_MICRO_TOKENS, CUDA_MICRO_TOKENS
 from fitune.trace.cuda_behaviour import CudaTarget
 from fitune.trace.events import MemoryTrace
-from fitune.trace.step import Pass, RecordedStep, longest_rows, record_step
+from fitune.trace.recordings import Recordings
+from fitune.trace.step import Pass, RecordedStep, longest_rows
 
 ConfigSource = RunConfig | Mapping[str, Any] | Path | str
 OLDEST_FLASH = (8, 0)
@@ -64,12 +65,17 @@ def predict_run(
     *,
     passes: Sequence[Pass] | None = None,
     limit_bytes: int | None = None,
+    recordings: Recordings | None = None,
 ) -> RunPrediction:
     """passes: what is recorded; the heaviest steps of the configuration where left out. limit_bytes: of the whole
-    device, less than it has. On a CPU the program is counted as it is now, so ask before a model is loaded."""
+    device, less than it has. On a CPU the program is counted as it is now, so ask before a model is loaded.
+
+    recordings: shared by calls that predict many settings of one configuration (micro-batch, recompute, ...) for one
+    device: what was recorded for one is then used for the others, with the same answers as without it.
+    """
     program_bytes = psutil.Process().memory_info().rss if device.kind == "cpu" else None
     passes = passes or heaviest_passes(config, device)
-    recorded = record_step(config, passes, target=cuda_target(config, device))
+    recorded = (recordings or Recordings()).step(config, passes, target=cuda_target(config, device))
     limited = device if limit_bytes is None else replace(device, total_bytes=min(limit_bytes, device.total_bytes))
 
     def of(trace: MemoryTrace) -> Prediction:

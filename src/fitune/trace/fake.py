@@ -25,6 +25,7 @@ from fitune.trace.cuda_behaviour import CpuKernels, CudaKernels, CudaTarget, cud
 from fitune.trace.events import MemoryTrace
 from fitune.trace.placement import CARD, card_stands_in
 from fitune.trace.recorder import Recorder
+from fitune.trace.recording import Recording, to_trace
 
 Build = Callable[[], nn.Module]
 Step = Callable[[], Any]
@@ -44,6 +45,11 @@ class RecordSettings:
 
 
 def record_loop(build: Build, loop: Loop, settings: RecordSettings = RecordSettings()) -> MemoryTrace:
+    """The events of a training loop, as `record_columns` says."""
+    return to_trace(record_columns(build, loop, settings))
+
+
+def record_columns(build: Build, loop: Loop, settings: RecordSettings) -> Recording:
     """Builds the model with `build()`, sets the loop up with `loop(model, device)` and records `num_steps` calls of
     the step that it returns. Raises UsageError for a real recording with a CUDA target, and for
     a loop that returns no function."""
@@ -79,8 +85,7 @@ def record_loop(build: Build, loop: Loop, settings: RecordSettings = RecordSetti
             recorder.begin_step(number)
             step()
             recorder.end_step(model)
-        events = recorder.events()
-    return MemoryTrace(events, (*_describe(settings), *assumptions.used))
+        return recorder.recording((*_describe(settings), *assumptions.used))
 
 
 def fill(model: nn.Module) -> None:

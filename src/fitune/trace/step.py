@@ -21,8 +21,9 @@ from fitune.model.precision import Precision, device_precision, resolve_precisio
 from fitune.step.assemble import Layout, Setup, assemble, choose_layouts
 from fitune.step.train_step import evaluate, train_step
 from fitune.trace.cuda_behaviour import CudaTarget
-from fitune.trace.events import MemoryTrace
-from fitune.trace.fake import RecordSettings, Step, record_loop
+from fitune.trace.events import MemoryTrace, OperatorWork
+from fitune.trace.fake import RecordSettings, Step, record_columns
+from fitune.trace.recording import sum_work, to_trace
 
 _TENSORS = ("input_ids_BS", "position_ids_BS", "target_index_N", "target_ids_N", "target_weights_N")
 FIRST_BFLOAT16 = (8, 0)
@@ -45,9 +46,11 @@ class Pass:
 @dataclass(frozen=True)
 class RecordedStep:
     """layout: how rows became micro-batches. evaluation_step: the number of the step of the trace that is an
-    evaluation, None without one. notes: what `assemble` decided."""
+    evaluation, None without one. notes: what `assemble` decided. work: what the operators compute and move, summed by
+    step, phase, operator and format."""
 
     trace: MemoryTrace
+    work: tuple[OperatorWork, ...]
     layout: Layout
     chunked: bool
     evaluation_step: int | None
@@ -110,11 +113,12 @@ def record_step(
 
     settings = RecordSettings(mode=mode, target=target, num_steps=len(passes))
     with _older_objects_set_aside():
-        trace = record_loop(build, loop, settings)
+        recording = record_columns(build, loop, settings)
     ((model, setup),) = made
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
     return RecordedStep(
-        trace=trace,
+        trace=to_trace(recording),
+        work=sum_work(recording),
         layout=setup.layout,
         chunked=setup.settings.loss.head is not None,
         evaluation_step=next((i for i, each in enumerate(passes, start=1) if each.kind == "eval"), None),
