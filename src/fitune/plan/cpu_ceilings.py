@@ -31,10 +31,10 @@ def cpu_ceilings() -> Ceilings:
 def _measure() -> Ceilings:
     import torch
 
-    left, right = torch.randn(512, 512), torch.randn(512, 1024)
-    matmul = 2 * 512 * 512 * 1024 / _best(lambda: left @ right)
+    left, right = torch.randn(256, 512), torch.randn(512, 512)
+    matmul = 2 * 256 * 512 * 512 / _best(lambda: left @ right)
     large = torch.randn(1024, 1024)
-    bandwidth = 3 * large.numel() * 4 / _best(lambda: large * large)
+    bandwidth = 5 * large.numel() * 4 / _best(lambda: torch.nn.functional.silu(large) * large)
     return Ceilings(
         matmul_flops_per_second={"float32": matmul},
         attention_flops_per_second={"float32": _attention_rate()},
