@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from fitune.cli.arguments import ConfigArguments, ConfigFlags, read_arguments
-from fitune.cli.output import Format, console, print_json, table
+from fitune.cli.output import Format, console, print_json
 from fitune.config import format_config
 from fitune.errors import DoesNotFitError, UsageError
 

@@ -1,7 +1,6 @@
 """A plan as a person reads it: what there is, what is alive at the peak, the candidates, what others would say."""
 
 from collections.abc import Iterator, Sequence
-
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -29,7 +28,12 @@ def show_plan(plan: Plan, screen: Console, *, every: bool = False) -> None:
     screen.print()
     numbers = range(len(plan.candidates)) if every else telling(plan)
     columns = (
-        f"   {say('micro x accum, recompute')}", ">GiB", say("fits"), f">{say('tok/s')}", f">{say('epoch')}", say("result")
+        f"   {say('micro x accum, recompute')}",
+        ">GiB",
+        say("fits"),
+        f">{say('tok/s')}",
+        f">{say('epoch')}",
+        say("result"),
     )
     screen.print(table(columns, [_row(plan, number) for number in numbers]))
     for line in _footnotes(plan, len(list(numbers))):
@@ -41,7 +45,11 @@ def show_measured(plan: Plan, measured: "PlanMeasured", screen: Console) -> None
     screen.print(say("{steps} real steps of the chosen one, predicted beside measured:", steps=measured.num_steps))
     seconds = measured.predicted_seconds_per_step
     rows = [
-        (say("seconds per step"), "n/a" if seconds is None else f"{seconds:.3g}", f"{measured.measured_seconds_per_step:.3g}")
+        (
+            say("seconds per step"),
+            "n/a" if seconds is None else f"{seconds:.3g}",
+            f"{measured.measured_seconds_per_step:.3g}",
+        )
     ]
     for name, predicted, found in (
         (say("allocated"), measured.predicted_allocated_bytes, measured.measured_allocated_bytes),
@@ -72,7 +80,9 @@ def split_words(plan: Plan, candidate: Candidate) -> str:
     """'4 x 6' where all rows are equally long, else '8,192 tokens x 3'."""
     if candidate.micro_tokens is None or plan.data["mean_row_tokens"] == plan.data["row_tokens"]:
         return f"{candidate.micro_batch} x {candidate.accumulation}"
-    return say("{tokens} tokens x {accumulation}", tokens=f"{candidate.micro_tokens:,}", accumulation=candidate.accumulation)
+    return say(
+        "{tokens} tokens x {accumulation}", tokens=f"{candidate.micro_tokens:,}", accumulation=candidate.accumulation
+    )
 
 
 def _heading(plan: Plan) -> Iterator[tuple[str, str]]:
@@ -147,7 +157,9 @@ def _row(plan: Plan, index: int) -> Sequence[str]:
     return (
         f"{index + 1:>2}{'*' if index == plan.chosen else ' '} {split_words(plan, candidate)}, {', '.join(changes)}",
         format_gib(candidate.predicted_device_bytes, 1),
-        say("yes, {left} left", left=format_gib(left, 1)) if candidate.fits else say("no, +{more}", more=format_gib(-left, 1)),
+        say("yes, {left} left", left=format_gib(left, 1))
+        if candidate.fits
+        else say("no, +{more}", more=format_gib(-left, 1)),
         format_count(rate),
         format_seconds(epoch),
         say(candidate.result),

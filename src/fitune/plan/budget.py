@@ -93,7 +93,9 @@ def free_bytes(device: Device) -> int:
 def find_lengths(config: RunConfig) -> Lengths:
     """Of the data where it is here and can be read, else every row as long as data.max_length."""
     sources = config.data.train_sources
-    paths = [Path(source.path.partition("#")[0]).expanduser() for source in (*sources, *(config.data.eval_sources or ()))]
+    paths = [
+        Path(source.path.partition("#")[0]).expanduser() for source in (*sources, *(config.data.eval_sources or ()))
+    ]
     if not all(path.exists() for path in paths):
         return uniform_lengths(config)
     tokenizer = config.model.tokenizer or config.model.source

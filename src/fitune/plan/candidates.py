@@ -102,7 +102,9 @@ def settle(config: RunConfig, choice: Choice) -> RunConfig:
     if choice.precision is not None:
         model["precision"] = choice.precision
     batch = BatchConfig(
-        effective=config.batch.rows_per_step, micro=choice.micro_rows or "auto", micro_tokens=choice.micro_tokens or "auto"
+        effective=config.batch.rows_per_step,
+        micro=choice.micro_rows or "auto",
+        micro_tokens=choice.micro_tokens or "auto",
     )
     optim = {} if choice.optimizer is None else {"name": choice.optimizer}
     return config.model_copy(

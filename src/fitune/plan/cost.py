@@ -9,12 +9,9 @@ device corrects the level (`plan/calibration.py`); the order of the candidates i
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from fitune.memory.devices import Device
 from fitune.trace.events import OperatorWork
-
-WorkKind = Literal["matmul", "attention", "pointwise"]
 
 CARD_MATMUL_SHARE = 0.7
 CARD_ATTENTION_SHARE = 0.4
@@ -24,13 +21,16 @@ and backward (Dao 2023, arXiv 2307.08691), less with short rows; PaLM and Megatr
 idle times and pointwise operators included (Chowdhery et al. 2022; Korthikanti et al. 2022)."""
 CARD_LAUNCH_SECONDS = 8e-6
 """Of an eager operator and its part of autograd, on the processor that feeds the card."""
+SELECTIVE_LAUNCHES = 3.0
+"""Selective recomputing asks a Python function about every operator: each that is done again costs so many launches
+more (fitted to 30 settings of a 6.9 M model on a CPU, of which five recompute so)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """The operators of one kind and dtype in a micro-batch or in the optimizer's part of a step: sums."""
+    """All calls of one operator in a micro-batch, or in the optimizer's part of a step."""
 
-    kind: WorkKind
+    op: str
     dtype: str
     flops: float
     num_bytes: float
@@ -51,12 +51,13 @@ class StepWork:
 
 @dataclass(frozen=True, slots=True)
 class Ceilings:
-    """matmul_flops_per_second: by dtype. asynchronous: whether launches go on while kernels run. origin: of the
-    numbers, in words."""
+    """matmul_flops_per_second, attention_flops_per_second: by dtype. bandwidths: (bytes that a call moves, bytes per
+    second), ascending; between them the logarithm decides, as caches do. asynchronous: whether launches go on while
+    kernels run. origin: of the numbers, in words."""
 
     matmul_flops_per_second: Mapping[str, float]
     attention_flops_per_second: Mapping[str, float]
-    bandwidth_bytes_per_second: float
+    bandwidths: Sequence[tuple[float, float]]
     launch_seconds: float
     asynchronous: bool
     origin: str
@@ -83,7 +84,7 @@ def card_ceilings(device: Device) -> Ceilings | None:
     return Ceilings(
         matmul_flops_per_second={dtype: CARD_MATMUL_SHARE * rate for dtype, rate in rates.items()},
         attention_flops_per_second={dtype: CARD_ATTENTION_SHARE * rate for dtype, rate in rates.items()},
-        bandwidth_bytes_per_second=CARD_BANDWIDTH_SHARE * bandwidth,
+        bandwidths=((1.0, CARD_BANDWIDTH_SHARE * bandwidth),),
         launch_seconds=CARD_LAUNCH_SECONDS,
         asynchronous=True,
         origin=f"rates of {device.name}'s data sheet, {CARD_MATMUL_SHARE:.0%} of them in matrix products",
@@ -94,42 +95,51 @@ def work_of(operators: Sequence[OperatorWork], *, positions: int, packed: bool) 
     """From a recording of two steps: one micro-batch, then two of the same."""
 
     def part(step: int, *, update: bool) -> tuple[Work, ...]:
-        return mix(*((1.0, [_work(each)]) for each in operators if each.step == step and (each.phase == "optimizer") == update))
+        wanted = (each for each in operators if each.step == step and (each.phase == "optimizer") == update)
+        return mix((1.0, [Work(each.op, each.dtype, each.flops, each.num_bytes, each.num_calls) for each in wanted]))
 
     first, both = part(1, update=False), part(2, update=False)
     return StepWork(positions, packed, first, mix((1.0, both), (-1.0, first)), part(2, update=True))
 
 
-def _work(operators: OperatorWork) -> Work:
-    kind: WorkKind = "matmul" if operators.flops else "pointwise"
-    if "attention" in operators.op or "varlen" in operators.op:
-        kind = "attention"
-    return Work(kind, operators.dtype, operators.flops, operators.num_bytes, operators.num_calls)
-
-
 def mix(*terms: tuple[float, Sequence[Work]]) -> tuple[Work, ...]:
-    """The weighted sum, kind by kind, never less than nothing."""
-    sums: dict[tuple[WorkKind, str], list[float]] = {}
+    """The weighted sum, operator by operator, never less than nothing."""
+    sums: dict[tuple[str, str], list[float]] = {}
     for weight, works in terms:
         for work in works:
-            total = sums.setdefault((work.kind, work.dtype), [0.0, 0.0, 0.0])
+            total = sums.setdefault((work.op, work.dtype), [0.0, 0.0, 0.0])
             for index, amount in enumerate((work.flops, work.num_bytes, work.launches)):
                 total[index] += weight * amount
-    return tuple(Work(kind, dtype, *(max(0.0, amount) for amount in total)) for (kind, dtype), total in sums.items())
+    return tuple(Work(op, dtype, *(max(0.0, amount) for amount in total)) for (op, dtype), total in sums.items())
 
 
-def seconds_of(work: Sequence[Work], ceilings: Ceilings, *, attended: float = 1.0) -> float:
-    """attended: the length of the rows that attention sees, as a share of the recorded ones'."""
-    kernels = launches = 0.0
-    for part in work:
-        flops = part.flops * (attended if part.kind == "attention" else 1.0)
-        kernels += max(flops / _rate(part, ceilings), part.num_bytes / ceilings.bandwidth_bytes_per_second)
-        launches += part.launches * ceilings.launch_seconds
+def num_launches(works: Sequence[Work]) -> float:
+    return sum(work.launches for work in works)
+
+
+def seconds_of(
+    works: Sequence[Work], ceilings: Ceilings, *, attended: float = 1.0, more_launches: float = 0.0
+) -> float:
+    """attended: the length of the rows that attention sees, as a share of the recorded ones'. more_launches: what the
+    host does besides."""
+    launches = (num_launches(works) + more_launches) * ceilings.launch_seconds
+    kernels = sum(_kernel_seconds(work, ceilings, attended) for work in works)
     return max(kernels, launches) if ceilings.asynchronous else kernels + launches
 
 
-def _rate(part: Work, ceilings: Ceilings) -> float:
-    if part.kind == "pointwise":
-        return math.inf
-    rates = ceilings.matmul_flops_per_second if part.kind == "matmul" else ceilings.attention_flops_per_second
-    return rates.get(part.dtype, rates["float32"])
+def _kernel_seconds(work: Work, ceilings: Ceilings, attended: float) -> float:
+    moving = work.num_bytes / _bandwidth(work.num_bytes / max(work.launches, 1.0), ceilings.bandwidths)
+    attention = "attention" in work.op or "varlen" in work.op
+    rates = ceilings.attention_flops_per_second if attention else ceilings.matmul_flops_per_second
+    flops = work.flops * attended if attention else work.flops
+    return max(moving, flops / rates.get(work.dtype, rates["float32"]))
+
+
+def _bandwidth(call_bytes: float, bandwidths: Sequence[tuple[float, float]]) -> float:
+    (small, fast), (large, slow) = bandwidths[0], bandwidths[-1]
+    if call_bytes <= small:
+        return fast
+    if call_bytes >= large:
+        return slow
+    share = math.log(call_bytes / small) / math.log(large / small)
+    return 1 / ((1 - share) / fast + share / slow)

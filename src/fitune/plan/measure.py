@@ -77,7 +77,9 @@ def measure_candidate(config: RunConfig, plan: Plan, *, num_steps: int = 3) -> P
     drawn = draw.choice(lengths.sample_tokens, size=(num_steps, config.batch.rows_per_step))
     supervised = lengths.supervised_fraction
     usual = [[(int(n), max(1, int(supervised * (n - 1)))) for n in rows] for rows in drawn]
-    measured = measure_steps(settled, [heaviest[: max(config.batch.rows_per_step, len(heaviest) // 2)], *usual], device=device)
+    measured = measure_steps(
+        settled, [heaviest[: max(config.batch.rows_per_step, len(heaviest) // 2)], *usual], device=device
+    )
     peak = measured.peaks[0]
     return PlanMeasured(
         num_steps=num_steps,
@@ -90,9 +92,7 @@ def measure_candidate(config: RunConfig, plan: Plan, *, num_steps: int = 3) -> P
     )
 
 
-def measure_steps(
-    config: RunConfig, batches: Sequence[Sequence[tuple[int, int]]], *, device: torch.device
-) -> Measured:
+def measure_steps(config: RunConfig, batches: Sequence[Sequence[tuple[int, int]]], *, device: torch.device) -> Measured:
     """One step for each of `batches`, given as (length, supervised tokens) of its rows, and one before them that is not
     measured. Raises what `load_model`, `assemble` and a step raise."""
     before = program_bytes(device)

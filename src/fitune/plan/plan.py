@@ -106,7 +106,9 @@ def _ways_out(plan: Plan, nearest: Candidate) -> Iterator[str]:
     for candidate in plan.candidates:
         if candidate.result != "same" and candidate.fits:
             changed = {"optim.name": candidate.optimizer, "model.method": candidate.method}
-            names = [f"{key}={value}" for key, value in changed.items() if value != getattr(nearest, key.split(".")[1], "")]
+            names = [
+                f"{key}={value}" for key, value in changed.items() if value != getattr(nearest, key.split(".")[1], "")
+            ]
             yield f"{' '.join(names)} ({format_bytes(candidate.predicted_device_bytes)})"
     largest = max(nearest.categories, key=lambda name: nearest.categories[name])
     if largest in ("activation", "temporary", "input"):

@@ -45,9 +45,7 @@ def choose_plan(
 
 
 class _Search:
-    def __init__(
-        self, config: RunConfig, forecaster: Forecaster, on_candidate: Callable[[str], None] | None
-    ) -> None:
+    def __init__(self, config: RunConfig, forecaster: Forecaster, on_candidate: Callable[[str], None] | None) -> None:
         self.config, self.forecaster, self.on_candidate = config, forecaster, on_candidate
         self.limits, self.lengths = forecaster.limits, forecaster.lengths
         self.choices = list(same_choices(config, self.lengths))
@@ -128,7 +126,9 @@ class _Search:
                 "effective_batch": self.config.batch.rows_per_step,
                 "tokens_per_step": round(data.mean_tokens * self.config.batch.rows_per_step),
                 "epoch_tokens": data.epoch_tokens,
-                "epoch_steps": None if data.epoch_rows is None else -(-data.epoch_rows // self.config.batch.rows_per_step),
+                "epoch_steps": None
+                if data.epoch_rows is None
+                else -(-data.epoch_rows // self.config.batch.rows_per_step),
             },
             candidates=tuple(self.candidate(choice) for choice in order),
             chosen=None if chosen is None else order.index(chosen),

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from fitune.plan.calibration import calibration_factor
 from fitune.plan.candidates import Choice
-from fitune.plan.cost import Ceilings, Work, card_ceilings, mix, seconds_of
+from fitune.plan.cost import SELECTIVE_LAUNCHES, Ceilings, Work, card_ceilings, mix, num_launches, seconds_of
 from fitune.plan.cpu_ceilings import cpu_ceilings
 from fitune.plan.forecast import Forecaster
 
@@ -40,8 +40,15 @@ class Pricer:
         attended = shape.row_tokens / self._forecaster.lengths.longest_tokens
         unsupervised = positions - shape.supervised / shape.num_micro_batches
         head = self._head(variant) if unsupervised >= 1 else ()
+        base = self._forecaster.work(self._base, num_rows=LOW_ROWS) if variant.recompute == "selective" else low
+        more = SELECTIVE_LAUNCHES * max(0.0, num_launches(low.later) - num_launches(base.later))
         first, later = (
-            seconds_of(mix((1 - at, few), (at, many), (-unsupervised, head)), self._ceilings, attended=attended)
+            seconds_of(
+                mix((1 - at, few), (at, many), (-unsupervised, head)),
+                self._ceilings,
+                attended=attended,
+                more_launches=more,
+            )
             for few, many in ((low.first, high.first), (low.later, high.later))
         )
         seconds = first + (shape.num_micro_batches - 1) * later + seconds_of(low.update, self._ceilings)
@@ -52,7 +59,9 @@ class Pricer:
         """What the times rest on."""
         if self._ceilings is None:
             return "time is not predicted: the rates of this card are not known"
-        how = "not yet measured by a run" if self._factor is None else f"times {self._factor:.2f}, as the last run had it"
+        how = (
+            "not yet measured by a run" if self._factor is None else f"times {self._factor:.2f}, as the last run had it"
+        )
         return f"time by a roofline of the recorded operators, {self._ceilings.origin}, {how}"
 
     def _head(self, variant: Choice) -> tuple[Work, ...]:
