@@ -22,7 +22,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fitune.trace.events import Category, Phase
-from fitune.trace.recording import NEVER, Birth, Recording, Rule, Where, Work, make_recording
+from fitune.trace.recording import NEVER, Birth, Recording, Rule, Where, Work, make_recording, split_turn
 from fitune.trace.work import count_flops, moved_bytes
 
 Operator = torch._ops.OpOverload
@@ -63,7 +63,7 @@ class Recorder(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self._kernels = kernels
         self._births: list[_Storage] = []
-        self._work: dict[tuple[Where, str, str], list[int]] = {}
+        self._work: dict[tuple[Phase, int, int, str, int, str, str], list[int]] = {}
         self._alive: dict[int, _Storage] = {}
         self._host: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         self._step = self._micro_batch = 0
@@ -132,6 +132,17 @@ class Recorder(TorchDispatchMode):
         finally:
             self._placing = before
 
+    @contextmanager
+    def running(self, module: str) -> Iterator[None]:
+        """What happens inside belongs to `module`, which need be none of the model."""
+        self._stack.append(module)
+        self._mark_sequence()
+        try:
+            yield
+        finally:
+            self._stack.pop()
+            self._mark_sequence()
+
     def is_on_host(self, tensor: torch.Tensor) -> bool:
         return tensor.untyped_storage()._cdata in self._host
 
@@ -185,7 +196,10 @@ class Recorder(TorchDispatchMode):
         return result
 
     def _count(self, func: Operator, args: Any, kwargs: Any, outputs: tuple[torch.Tensor, ...]) -> None:
-        key = self._where(), str(func.overloadpacket), str(outputs[0].dtype).removeprefix("torch.")
+        phase, step, micro_batch, module = self._where()
+        _, turn, loop = split_turn(module)
+        dtype = str(outputs[0].dtype).removeprefix("torch.")
+        key = phase, step, micro_batch, loop, turn, str(func.overloadpacket), dtype
         sums = self._work.setdefault(key, [0, 0, 0])
         sums[0] += 1
         sums[1] += moved_bytes(args, outputs)

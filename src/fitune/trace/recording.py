@@ -54,9 +54,13 @@ class Birth(NamedTuple):
 
 
 class Work(NamedTuple):
-    """All calls of an operator in one place, as in `OperatorWork`."""
+    """All calls of an operator in one place; the last three are sums."""
 
-    where: Where
+    phase: Phase
+    step: int
+    micro_batch: int
+    loop: str
+    turn: int
     op: str
     dtype: str
     num_calls: int
@@ -188,8 +192,7 @@ def sum_work(recording: Recording) -> tuple[OperatorWork, ...]:
     """By step, micro-batch, phase, operator and format, over all modules."""
     sums: dict[tuple[int, int, Phase, str, str], list[int]] = {}
     for work in recording.work:
-        where = work.where
-        total = sums.setdefault((where.step, where.micro_batch, where.phase, work.op, work.dtype), [0, 0, 0])
-        for i, number in enumerate((work.num_calls, work.num_bytes, work.flops)):
+        total = sums.setdefault((work.step, work.micro_batch, work.phase, work.op, work.dtype), [0, 0, 0])
+        for i, number in enumerate(work[-3:]):
             total[i] += number
     return tuple(OperatorWork(*key, *total) for key, total in sums.items())
