@@ -18,13 +18,12 @@ _NUM_FITTING, _NUM_REFUSED = 5, 4
 
 def show_plan(plan: Plan, screen: Console, *, every: bool = False) -> None:
     """every: all candidates, else those that tell the most."""
-    headings = list(_heading(plan))
-    for title, line in headings:
+    for title, line in _heading(plan):
         screen.print(f"{pad(title, 9)}{line}", soft_wrap=True)
     shown = plan.candidates[plan.chosen if plan.chosen is not None else 0]
     screen.print()
-    columns = (say("at the peak ({phase})", phase=say(shown.peak_phase)), say("how"), ">GiB", f">{say('share')}")
-    screen.print(table(columns, list(_parts(plan, shown))))
+    headings = (say("at the peak ({phase})", phase=say(shown.peak_phase)), say("how"), ">GiB", f">{say('share')}")
+    screen.print(table(headings, list(_parts(plan, shown))))
     screen.print()
     numbers = range(len(plan.candidates)) if every else telling(plan)
     columns = (
@@ -148,7 +147,8 @@ def _row(plan: Plan, index: int) -> Sequence[str]:
     epoch = plan.data["epoch_tokens"] / rate if rate and plan.data["epoch_tokens"] else None
     changes = [candidate.recompute]
     reference = plan.candidates[0]
-    changes += [say("full logits")] if candidate.loss == "full" and reference.loss != "full" else []
+    both = len({each.loss for each in plan.candidates}) > 1
+    changes += [say("full logits")] if candidate.loss == "full" and both else []
     changes += [
         getattr(candidate, name)
         for name in ("optimizer", "method", "precision")
@@ -178,5 +178,10 @@ def _footnotes(plan: Plan, num_shown: int) -> Iterator[str]:
             f"  {other.name}: {say(other.quantity)} {format_bytes(other.num_bytes)} "
             f"({format_bytes(other.predicted_bytes)}, {difference:+.0%})"
         )
-    for sentence in plan.assumptions[:1]:
-        yield sentence
+    yield from plan.assumptions[:1]
+
+
+def _fits(candidate: Candidate, left_bytes: int) -> str:
+    if not candidate.fits:
+        return say("no, +{more}", more=format_gib(-left_bytes, 1))
+    return say("yes, {left} left", left=format_gib(left_bytes, 1))

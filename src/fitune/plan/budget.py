@@ -99,7 +99,12 @@ def find_lengths(config: RunConfig) -> Lengths:
     if not all(path.exists() for path in paths):
         return uniform_lengths(config)
     tokenizer = config.model.tokenizer or config.model.source
-    key = [config.data.model_dump(mode="json"), config.eval.max_rows, tokenizer, *map(file_state, [tokenizer, *paths])]
+    key = [
+        config.data.model_dump(mode="json"),
+        config.eval.max_rows,
+        tokenizer,
+        *(file_state(path) for path in (tokenizer, *paths)),
+    ]
     found = cached("plans", ["lengths", key], lambda: asdict(_read_lengths(config)))
     return Lengths(**found | {"sample_tokens": tuple(found["sample_tokens"])})
 

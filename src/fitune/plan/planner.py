@@ -32,8 +32,8 @@ def choose_plan(
     """The candidates and the chosen one; none where nothing fits.
 
     gpu: a card's name, or 'cpu'. limits, lengths: where they are known already, else found from the configuration.
-    thorough: look at every candidate; else only until none of the others can be faster than one that fits. on_candidate:
-    told what is looked at. Raises what the configuration's and the model's checks raise.
+    thorough: look at every candidate; else only until none of the others can be faster than one that fits.
+    on_candidate: told what is looked at. Raises what the configuration's and the model's checks raise.
     """
     limits = limits or find_limits(config, gpu=gpu)
     lengths = lengths or find_lengths(config)
