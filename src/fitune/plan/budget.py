@@ -103,7 +103,8 @@ def find_lengths(config: RunConfig) -> Lengths:
         config.data.model_dump(mode="json"),
         config.eval.max_rows,
         tokenizer,
-        *(file_state(path) for path in (tokenizer, *paths)),
+        file_state(tokenizer),
+        *map(file_state, paths),
     ]
     found = cached("plans", ["lengths", key], lambda: asdict(_read_lengths(config)))
     return Lengths(**found | {"sample_tokens": tuple(found["sample_tokens"])})

@@ -8,7 +8,7 @@ device corrects the level (`plan/calibration.py`); the order of the candidates i
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fitune.memory.devices import Device
 from fitune.trace.events import OperatorWork
@@ -40,9 +40,11 @@ class Work:
 @dataclass(frozen=True, slots=True)
 class StepWork:
     """first: of the first micro-batch of a step; later: of each further one, which adds to the gradients; update: what
-    is done once. positions: tokens of a micro-batch, padding too. packed: whether its rows are joined."""
+    is done once. positions: tokens of a micro-batch. row_tokens: of the row that a token is in, on average. packed:
+    whether rows are joined."""
 
     positions: int
+    row_tokens: float
     packed: bool
     first: tuple[Work, ...]
     later: tuple[Work, ...]
@@ -91,15 +93,29 @@ def card_ceilings(device: Device) -> Ceilings | None:
     )
 
 
-def work_of(operators: Sequence[OperatorWork], *, positions: int, packed: bool) -> StepWork:
-    """From a recording of two steps: one micro-batch, then two of the same."""
+def work_of(operators: Sequence[OperatorWork], *, rows: Sequence[tuple[int, int]], packed: bool) -> StepWork:
+    """From a recording whose first step is a micro-batch of these rows (tokens, supervised), and its last step two."""
+    last_step = max(each.step for each in operators)
+    positions = sum(length for length, _ in rows)
 
     def part(step: int, *, update: bool) -> tuple[Work, ...]:
         wanted = (each for each in operators if each.step == step and (each.phase == "optimizer") == update)
         return mix((1.0, [Work(each.op, each.dtype, each.flops, each.num_bytes, each.num_calls) for each in wanted]))
 
-    first, both = part(1, update=False), part(2, update=False)
-    return StepWork(positions, packed, first, mix((1.0, both), (-1.0, first)), part(2, update=True))
+    first, both = part(1, update=False), part(last_step, update=False)
+    return StepWork(
+        positions=positions,
+        row_tokens=sum(length**2 for length, _ in rows) / positions,
+        packed=packed,
+        first=first,
+        later=mix((1.0, both), (-1.0, first)),
+        update=part(last_step, update=True),
+    )
+
+
+def attending(works: Sequence[Work], share: float) -> tuple[Work, ...]:
+    """With attention over rows of that share of the length."""
+    return tuple(replace(work, flops=work.flops * share) if _is_attention(work) else work for work in works)
 
 
 def mix(*terms: tuple[float, Sequence[Work]]) -> tuple[Work, ...]:
@@ -117,22 +133,21 @@ def num_launches(works: Sequence[Work]) -> float:
     return sum(work.launches for work in works)
 
 
-def seconds_of(
-    works: Sequence[Work], ceilings: Ceilings, *, attended: float = 1.0, more_launches: float = 0.0
-) -> float:
-    """attended: the length of the rows that attention sees, as a share of the recorded ones'. more_launches: what the
-    host does besides."""
+def seconds_of(works: Sequence[Work], ceilings: Ceilings, *, more_launches: float = 0.0) -> float:
+    """more_launches: what the host does besides."""
     launches = (num_launches(works) + more_launches) * ceilings.launch_seconds
-    kernels = sum(_kernel_seconds(work, ceilings, attended) for work in works)
+    kernels = sum(_kernel_seconds(work, ceilings) for work in works)
     return max(kernels, launches) if ceilings.asynchronous else kernels + launches
 
 
-def _kernel_seconds(work: Work, ceilings: Ceilings, attended: float) -> float:
+def _kernel_seconds(work: Work, ceilings: Ceilings) -> float:
     moving = work.num_bytes / _bandwidth(work.num_bytes / max(work.launches, 1.0), ceilings.bandwidths)
-    attention = "attention" in work.op or "varlen" in work.op
-    rates = ceilings.attention_flops_per_second if attention else ceilings.matmul_flops_per_second
-    flops = work.flops * attended if attention else work.flops
-    return max(moving, flops / rates.get(work.dtype, rates["float32"]))
+    rates = ceilings.attention_flops_per_second if _is_attention(work) else ceilings.matmul_flops_per_second
+    return max(moving, work.flops / rates.get(work.dtype, rates["float32"]))
+
+
+def _is_attention(work: Work) -> bool:
+    return "attention" in work.op or "varlen" in work.op
 
 
 def _bandwidth(call_bytes: float, bandwidths: Sequence[tuple[float, float]]) -> float:

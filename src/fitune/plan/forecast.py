@@ -4,13 +4,14 @@ Nothing heavy is imported before something has to be recorded, so a second plan 
 a file.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
 from fitune.config import RunConfig
+from fitune.errors import ConfigError, ModelError
 from fitune.plan.budget import Lengths, Limits
 from fitune.plan.cache import file_state, read_cached, write_cached
 from fitune.plan.candidates import Choice, settle
@@ -20,7 +21,6 @@ from fitune.trace.events import Category
 if TYPE_CHECKING:
     from fitune.trace.step import Pass
 
-T = TypeVar("T")
 Sizes = tuple[tuple[int, int], ...]
 _NUM_SHAPED_STEPS = 8
 
@@ -80,39 +80,40 @@ class Forecaster:
         self._program_bytes = psutil.Process().memory_info().rss
 
     def forecast(self, choice: Choice) -> Forecast:
-        """Raises what recording it raises."""
+        """Raises what recording it raises; ModelError and ConfigError are remembered too."""
         limit_bytes = self.limits.limit_bytes
         for key in (f"{choice}", f"{choice} {limit_bytes}"):
             tree = self._known.get(key)
+            if tree is not None and "refused" in tree:
+                raise ModelError(tree["refused"])
             if tree is not None and (found := self._on_device(_forecast(tree)).within(limit_bytes)) is not None:
                 return found
-        found = self._on_device(self._predict(choice))
+        try:
+            found = self._on_device(self._predict(choice))
+        except (ModelError, ConfigError) as error:
+            self._known[f"{choice}"] = {"refused": str(error)}
+            raise
         self._known[f"{choice}" if found.limit_bytes is None else f"{choice} {limit_bytes}"] = asdict(found)
         return found.within(limit_bytes) or found
 
-    def work(self, variant: Choice, *, num_rows: int, supervised_fraction: float = 1.0) -> StepWork:
-        """Of micro-batches with so many rows of the longest length."""
-
-        def make() -> dict[str, Any]:
-            return asdict(self._record(variant, num_rows, supervised_fraction))
-
-        return _step_work(self._remembered(f"work {variant} {num_rows} {supervised_fraction}", make))
+    def work(self, variant: Choice, *, tokens: int, supervised_fraction: float = 1.0) -> StepWork:
+        """Of micro-batches with so many tokens in rows of the longest length."""
+        key = _work_key(variant, tokens, supervised_fraction)
+        if key not in self._known:
+            self._known[key] = asdict(self._record(variant, tokens, supervised_fraction))
+        return _step_work(self._known[key])
 
     def shape(self, choice: Choice) -> StepShape:
         """The mean over a few steps of rows drawn from the lengths, cut as the run will cut them."""
-        packed = self.work(choice.variant, num_rows=1).packed
+        packed = self.work(choice.variant, tokens=self.lengths.longest_tokens).packed
         key = f"shape {packed} {choice.micro_rows} {choice.micro_tokens}"
-        return StepShape(**self._remembered(key, lambda: asdict(self._shape(choice, packed=packed))))
+        if key not in self._known:
+            self._known[key] = asdict(self._shape(choice, packed=packed))
+        return StepShape(**self._known[key])
 
     def save(self) -> None:
         if len(self._known) > self._num_read:
             write_cached("plans", self._key, self._known)
-
-    def _remembered(self, key: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        if key not in self._known:
-            self._known[key] = make()
-        found: dict[str, Any] = self._known[key]
-        return found
 
     def _on_device(self, forecast: Forecast) -> Forecast:
         """On a CPU the program takes its part of the same memory: what a process that has loaded all it needs holds."""
@@ -138,14 +139,18 @@ class Forecaster:
 
         settled = settle(self.config, choice)
         rows = heaviest_rows(settled, choice, self.lengths)
+        passes = _passes(rows, self.lengths.longest_eval_tokens, settled.batch.rows_per_step)
         prediction = predict_run(
             settled,
             self.limits.device,
-            passes=_passes(settled, rows, self.lengths.longest_eval_tokens),
+            passes=passes,
             limit_bytes=self.limits.limit_bytes,
             recordings=recordings,
         )
         recorded, largest = prediction.recorded, prediction.largest
+        if choice.micro_tokens is not None and len(passes[-1].rows) == 2 * len(rows):
+            key = _work_key(choice.variant, choice.micro_tokens, 1.0)
+            self._known[key] = asdict(work_of(recorded.work, rows=rows, packed=recorded.layout.packed))
         limit_bytes = self.limits.limit_bytes
         unlimited = self.limits.device.kind == "cpu" or (
             largest.peak_reserved_bytes + prediction.context_bytes <= limit_bytes and not largest.num_alloc_retries
@@ -173,17 +178,20 @@ class Forecaster:
             notes=(*largest.assumptions, *recorded.notes),
         )
 
-    def _record(self, variant: Choice, num_rows: int, supervised_fraction: float) -> StepWork:
+    def _record(self, variant: Choice, tokens: int, supervised_fraction: float) -> StepWork:
+        recordings = self._recorder()
         from fitune.plan.predict import cuda_target
-        from fitune.trace.step import Pass
 
-        length = self.lengths.longest_tokens
-        settled = settle(self.config, replace(variant, micro_tokens=num_rows * length))
-        rows = ((length, max(1, int(supervised_fraction * (length - 1)))),) * num_rows
-        passes = [Pass("train", rows, most_micro_batches=1), Pass("train", rows * 2)]
+        choice = replace(variant, micro_tokens=tokens)
+        settled = settle(self.config, choice)
+        longest = self.lengths.longest_tokens
+        rows = tuple(
+            (length, max(1, int(supervised_fraction * (length - 1))))
+            for length in [longest] * (tokens // longest) + [tokens % longest] * (tokens % longest > 1)
+        )
         target = cuda_target(settled, self.limits.device)
-        recorded = self._recorder().step(settled, passes, target=target)
-        return work_of(recorded.work, positions=num_rows * length, packed=recorded.layout.packed)
+        recorded = recordings.step(settled, _passes(rows, 0, 2 * len(rows)), target=target)
+        return work_of(recorded.work, rows=rows, packed=recorded.layout.packed)
 
     def _shape(self, choice: Choice, *, packed: bool) -> StepShape:
         import numpy as np
@@ -225,18 +233,21 @@ def heaviest_rows(config: RunConfig, choice: Choice, lengths: Lengths) -> Sizes:
     return tuple((size, size - 1) for size in sizes)
 
 
-def _passes(config: RunConfig, rows: Sizes, longest_eval_tokens: int) -> Sequence["Pass"]:
+def _passes(rows: Sizes, longest_eval_tokens: int, rows_per_step: int) -> Sequence["Pass"]:
     """A first step, where the optimizer's state is born; an evaluation; the steady step, whose second micro-batch finds
     the gradients of the first."""
     from fitune.trace.step import Pass
 
     evaluation = ((longest_eval_tokens, longest_eval_tokens - 1),) * len(rows)
-    steady = (rows * 2)[: max(config.batch.rows_per_step, len(rows))]
     return [
         Pass("train", rows, most_micro_batches=1),
         *([Pass("eval", evaluation, most_micro_batches=1)] if longest_eval_tokens else []),
-        Pass("train", steady),
+        Pass("train", (rows * 2)[: max(rows_per_step, len(rows))]),
     ]
+
+
+def _work_key(variant: Choice, tokens: int, supervised_fraction: float) -> str:
+    return f"work {variant} {tokens} {supervised_fraction}"
 
 
 def _forecast(tree: Mapping[str, Any]) -> Forecast:
@@ -245,4 +256,4 @@ def _forecast(tree: Mapping[str, Any]) -> Forecast:
 
 def _step_work(tree: Mapping[str, Any]) -> StepWork:
     parts = {name: tuple(Work(**part) for part in tree[name]) for name in ("first", "later", "update")}
-    return StepWork(positions=tree["positions"], packed=tree["packed"], **parts)
+    return StepWork(**{**tree, **parts})

@@ -49,7 +49,7 @@ class _Search:
         self.config, self.forecaster, self.on_candidate = config, forecaster, on_candidate
         self.limits, self.lengths = forecaster.limits, forecaster.lengths
         self.choices = list(same_choices(config, self.lengths))
-        self.pricer = Pricer(forecaster, self.choices[0])
+        self.pricer = Pricer(forecaster, self.choices)
         self.looked_at: dict[Choice, Forecast] = {}
         self.refused: dict[str, None] = {}
 

@@ -5,24 +5,37 @@ micro-batch, which is smaller than the heaviest one wherever rows differ in leng
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 from fitune.plan.calibration import calibration_factor
 from fitune.plan.candidates import Choice
-from fitune.plan.cost import SELECTIVE_LAUNCHES, Ceilings, Work, card_ceilings, mix, num_launches, seconds_of
+from fitune.plan.cost import (
+    SELECTIVE_LAUNCHES,
+    Ceilings,
+    Work,
+    attending,
+    card_ceilings,
+    mix,
+    num_launches,
+    seconds_of,
+)
 from fitune.plan.cpu_ceilings import cpu_ceilings
 from fitune.plan.forecast import Forecaster
 
 STEP = 1.01
 """Times are told apart by one percent: no more is known, and nearer ones are ties."""
-LOW_ROWS, HIGH_ROWS = 1, 4
+_MOST_ROWS = 4
+"""Of the larger size: fake tensors cost the same at any size, but a packed row is an operator call on a CPU."""
 
 
 class Pricer:
-    """base: the variant that stands for the others where no recording of their own is wanted."""
+    """choices: all that leave the result the same; the first one's variant stands for the others where no recording of
+    their own is wanted."""
 
-    def __init__(self, forecaster: Forecaster, base: Choice) -> None:
-        self._forecaster, self._base = forecaster, base.variant
+    def __init__(self, forecaster: Forecaster, choices: Sequence[Choice]) -> None:
+        self._forecaster, self._base = forecaster, choices[0].variant
+        self._sizes = _two_sizes(choices, forecaster)
         device = forecaster.limits.device
         self._ceilings: Ceilings | None = cpu_ceilings() if device.kind == "cpu" else card_ceilings(device)
         self._factor = calibration_factor(device.name, forecaster.config.model.source)
@@ -33,24 +46,23 @@ class Pricer:
         if self._ceilings is None:
             return None
         variant = self._base if bound else choice.variant
-        low, high = (self._forecaster.work(variant, num_rows=rows) for rows in (LOW_ROWS, HIGH_ROWS))
+        low, high = (self._forecaster.work(variant, tokens=tokens) for tokens in self._sizes)
         shape = self._forecaster.shape(choice)
         positions = shape.positions / shape.num_micro_batches
         at = (positions - low.positions) / (high.positions - low.positions)
-        attended = shape.row_tokens / self._forecaster.lengths.longest_tokens
         unsupervised = positions - shape.supervised / shape.num_micro_batches
         head = self._head(variant) if unsupervised >= 1 else ()
-        base = self._forecaster.work(self._base, num_rows=LOW_ROWS) if variant.recompute == "selective" else low
+        base = self._forecaster.work(self._base, tokens=low.positions) if variant.recompute == "selective" else low
         more = SELECTIVE_LAUNCHES * max(0.0, num_launches(low.later) - num_launches(base.later))
-        first, later = (
-            seconds_of(
-                mix((1 - at, few), (at, many), (-unsupervised, head)),
-                self._ceilings,
-                attended=attended,
-                more_launches=more,
+
+        def micro_seconds(few: Sequence[Work], many: Sequence[Work]) -> float:
+            few, many = (
+                attending(work, shape.row_tokens / size.row_tokens) for work, size in ((few, low), (many, high))
             )
-            for few, many in ((low.first, high.first), (low.later, high.later))
-        )
+            assert self._ceilings is not None
+            return seconds_of(mix((1 - at, few), (at, many), (-unsupervised, head)), self._ceilings, more_launches=more)
+
+        first, later = micro_seconds(low.first, high.first), micro_seconds(low.later, high.later)
         seconds = first + (shape.num_micro_batches - 1) * later + seconds_of(low.update, self._ceilings)
         return STEP ** round(math.log(seconds * (self._factor or 1.0), STEP))
 
@@ -66,7 +78,16 @@ class Pricer:
 
     def _head(self, variant: Choice) -> tuple[Work, ...]:
         """What a supervised position adds; recomputing has no part in it."""
-        base = replace(self._base, loss=variant.loss)
-        whole = self._forecaster.work(base, num_rows=HIGH_ROWS)
-        half = self._forecaster.work(base, num_rows=HIGH_ROWS, supervised_fraction=0.5)
-        return mix((2 / whole.positions, whole.later), (-2 / whole.positions, half.later))
+        base, tokens = replace(self._base, loss=variant.loss), self._sizes[1]
+        whole = self._forecaster.work(base, tokens=tokens)
+        half = self._forecaster.work(base, tokens=tokens, supervised_fraction=0.5)
+        return mix((2 / tokens, whole.later), (-2 / tokens, half.later))
+
+
+def _two_sizes(choices: Sequence[Choice], forecaster: Forecaster) -> tuple[int, int]:
+    """Tokens: the longest row, and several. Sizes that the memory is predicted for are recorded anyway, if a step has
+    two such micro-batches."""
+    longest, rows = forecaster.lengths.longest_tokens, forecaster.config.batch.rows_per_step
+    sizes = {choice.micro_tokens for choice in choices if choice.micro_tokens is not None}
+    recorded = [size for size in sizes if 2 * longest <= size <= min(rows / 2, _MOST_ROWS) * longest]
+    return longest, max(recorded, default=2 * longest)
