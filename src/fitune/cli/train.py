@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from fitune.cli.arguments import ConfigArguments, ConfigFlags, read_arguments
-from fitune.cli.output import Format, print_json
+from fitune.cli.output import SCHEMA, Format, print_json
 from fitune.cli.progress import TrainingProgress
 from fitune.config import ResolvedConfig, RunConfig, format_config
 from fitune.errors import RunDirectoryError, UsageError
 from fitune.memory.allocator_config import parse_allocator_config
 from fitune.memory.environment import environment
+from fitune.plan.calibration import calibrate
+from fitune.plan.plan import plan_json
 from fitune.run.directory import (
     RunDirectory,
     create_run,
@@ -106,7 +108,11 @@ def run_training(
     with working_on(run):
         write_atomically(run.config, format_config(resolved))
         write_json(run.env, environment(config.run.output))
+        if prepared.plan is not None:
+            write_json(run.plan, {"schema": SCHEMA, **plan_json(prepared.plan)})
         summary = _train(config, prepared, run, progress=progress, replay=replay)
+    if prepared.plan is not None:
+        calibrate(prepared.plan, run.metrics)
     if replay is not None:
         progress.note(f"replay of {replay.path}: {len(replay.lines):,} steps, each bit for bit")
     return run, summary

@@ -16,14 +16,12 @@ from fitune.config import RunConfig
 from fitune.data.batches import batches
 from fitune.data.examples import Examples
 from fitune.data.rows import Batch
-from fitune.errors import DoesNotFitError
 from fitune.memory.c_allocator import allocator_factor
 from fitune.memory.devices import Device, cpu_device, this_machine
 from fitune.memory.prediction import Prediction
 from fitune.memory.residuals import Circumstances, Residual, add_residual, circumstances
 from fitune.model.device import MemoryPeak, program_bytes
-from fitune.plan.planner import budget_bytes
-from fitune.plan.predict import heaviest_passes, predict_run
+from fitune.plan.predict import predict_run
 from fitune.trace.step import Pass
 from fitune.units import MIB, format_bytes
 
@@ -97,26 +95,6 @@ def predict_second_step(config: RunConfig, train: Examples, held_out: Examples, 
     target = run_device(device)
     prediction = predict_run(config, target, passes=list(_passes(config, train, held_out)))
     return SelfCheck(prediction.training, program_bytes(device), circumstances(target, config.model.source))
-
-
-def check_fits(config: RunConfig, train: Examples, *, device: torch.device) -> None:
-    """Raises DoesNotFitError where memory.budget is given, the micro-batch is forced, and the longest rows need
-    more."""
-    forced = config.batch.micro_rows is not None or config.batch.micro_tokens != "auto"
-    if config.memory.budget == "auto" or not forced:
-        return
-    target = run_device(device)
-    limit = budget_bytes(config, target)
-    passes = heaviest_passes(config, target, row_tokens=int(train.lengths.max()))
-    prediction = predict_run(config, target, passes=passes, limit_bytes=limit)
-    if not prediction.largest.fits:
-        needed = prediction.largest.peak_reserved_bytes + prediction.context_bytes
-        parts = sorted(prediction.largest.categories.items(), key=lambda part: -part[1])[:3]
-        named = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts)
-        raise DoesNotFitError(
-            f"this setting needs {format_bytes(needed)} ({named}), and memory.budget leaves {format_bytes(limit)}: "
-            "lower batch.micro, set model.recompute=full, or see `fitune plan`; --no-plan-check runs it anyway"
-        )
 
 
 def _passes(config: RunConfig, train: Examples, held_out: Examples) -> Iterator[Pass]:
