@@ -12,9 +12,12 @@ import types
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_type_hints
 
 from fitune.errors import RunDirectoryError
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 SCHEMA = 1
 Status = Literal["running", "finished", "stopped", "failed"]
@@ -114,7 +117,7 @@ class Metrics:
 Record = TypeVar("Record", StepMetrics, EvalMetrics, RunEvent, Summary)
 
 
-def append_line(path: Path, record: StepMetrics | EvalMetrics | RunEvent) -> None:
+def append_line(path: Path, record: "DataclassInstance") -> None:
     """Raises RunDirectoryError where the line cannot be written whole."""
     line = f"{json.dumps(_to_json(asdict(record)), ensure_ascii=False, allow_nan=False)}\n".encode()
     try:
@@ -137,7 +140,7 @@ def read_metrics(path: Path) -> Metrics:
     steps: list[StepMetrics] = []
     evals: list[EvalMetrics] = []
     damaged = []
-    for number, content in _lines(path):
+    for number, content in read_lines(path):
         record = None
         if content is not None:
             record = _record(EvalMetrics, content) if "eval_loss" in content else _record(StepMetrics, content)
@@ -155,7 +158,7 @@ def read_metrics(path: Path) -> Metrics:
 
 def read_events(path: Path) -> tuple[RunEvent, ...]:
     """In the order written; damaged lines are left out. Raises RunDirectoryError where the file cannot be opened."""
-    records = (_record(RunEvent, content) for _, content in _lines(path) if content is not None)
+    records = (_record(RunEvent, content) for _, content in read_lines(path) if content is not None)
     return tuple(record for record in records if record is not None)
 
 
@@ -180,7 +183,7 @@ def read_summary(path: Path) -> Summary:
     return summary
 
 
-def _lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any] | None]]:
+def read_lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any] | None]]:
     """Each complete line, numbered from 1, as an object; None where it is not one."""
     try:
         data = path.read_bytes()
