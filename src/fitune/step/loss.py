@@ -142,7 +142,7 @@ def _transform(raw_NV: Tensor, head: Head) -> Tensor:
 
 
 def _losses_and_gradient(logits_NV: Tensor, target_N: Tensor, weights_N: Tensor, head: Head) -> tuple[Tensor, Tensor]:
-    """The cross-entropies [N], and the gradient of their weighted sum with respect to `raw_NV` of `_transform`, which is
+    """The cross-entropies [N], and the gradient of their weighted sum with respect to `raw_NV` of `_transform`:
     w * scale * (softmax - target) * (1 - tanh^2). The logits are used up."""
     target_N1 = target_N.unsqueeze(1)
     picked_N = logits_NV.gather(1, target_N1).squeeze(1)
