@@ -125,7 +125,7 @@ def create_run(output: Path, name: str, *, overwrite: bool = False) -> RunDirect
         output.mkdir(parents=True, exist_ok=True)
         run = _next_number(output, name) if name.endswith("-") else _given_name(output / name, overwrite=overwrite)
         run.lock.touch()
-        run.checkpoints.mkdir()
+        run.checkpoints.mkdir(exist_ok=True)
     return run
 
 
@@ -253,7 +253,7 @@ def _given_name(path: Path, *, overwrite: bool) -> RunDirectory:
     if path.exists():
         if not path.is_dir() or not _is_run(path):
             raise RunDirectoryError(f"{path} exists and is not a run: choose another run.name, or remove it yourself")
-        if not overwrite:
+        if not overwrite and run.config.exists():  # without one it never began: there is nothing to lose
             raise RunDirectoryError(f"{path} exists: choose another run.name, or give --overwrite")
         with working_on(run):
             _remove_files(run)

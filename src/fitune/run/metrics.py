@@ -81,7 +81,12 @@ class RunEvent:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Summary:
-    """The run in numbers; unknown is None. train_loss: of the last step. seconds: at work, over all sessions."""
+    """The run in numbers; unknown is None. train_loss: of the last step. seconds: at work, over all sessions.
+
+    predicted_*_bytes and measured_*_bytes: both of the second optimizer step; measured ones are None until it is done.
+    peak_*_bytes: the largest that was measured in the whole run, evaluations included. On a CPU "reserved" is what is
+    resident above the state before the model was loaded, "device" all that is resident.
+    """
 
     schema: int = SCHEMA
     status: Status = "running"
@@ -98,6 +103,9 @@ class Summary:
     measured_allocated_bytes: int | None = None
     measured_reserved_bytes: int | None = None
     measured_device_bytes: int | None = None
+    peak_allocated_bytes: int | None = None
+    peak_reserved_bytes: int | None = None
+    peak_device_bytes: int | None = None
     num_ooms: int = 0
     num_retries: int = 0
     micro_batch_changes: int = 0
