@@ -30,14 +30,15 @@ class RunView:
 
 
 class RunFollower:
-    """Reads a run again and again."""
+    """Reads a run again and again. tail_bytes: of each file, at first; all of it
+    where left out, but for memory.jsonl."""
 
-    def __init__(self, run: RunDirectory) -> None:
+    def __init__(self, run: RunDirectory, *, tail_bytes: int | None = None) -> None:
         self._run = run
         self._metrics, self._memory, self._events = (
-            _GrowingFile(run.metrics),
-            _GrowingFile(run.memory, tail_bytes=TAIL_BYTES),
-            _GrowingFile(run.events),
+            _GrowingFile(run.metrics, tail_bytes=tail_bytes),
+            _GrowingFile(run.memory, tail_bytes=tail_bytes or TAIL_BYTES),
+            _GrowingFile(run.events, tail_bytes=tail_bytes),
         )
         self._forget()
 
