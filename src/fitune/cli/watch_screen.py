@@ -347,9 +347,8 @@ def _total_steps(view: RunView) -> int | None:
 
 
 def _elapsed_seconds(view: RunView, now: float) -> float | None:
-    if view.started is not None:
-        return (now if view.record.state == "running" else view.samples[-1].time) - view.started
-    return None if view.record.summary is None else view.record.summary.seconds
+    is_on = view.record.state == "running" and view.samples
+    return None if view.seconds is None else view.seconds + (max(0.0, now - view.samples[-1].time) if is_on else 0.0)
 
 
 def seconds_left(view: RunView) -> float | None:
