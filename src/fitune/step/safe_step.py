@@ -34,7 +34,7 @@ MOST_ATTEMPTS = 40
 """Of one step. Halving reaches a single row in 20 from a million positions; beyond that something else is wrong."""
 MOST_UPDATES = 2
 """Clip and update need little, and smaller pieces would not help them."""
-Place = Literal["forward", "backward", "commit", "clip", "update"]
+Place = Literal["forward", "backward", "commit", "clip", "update", "evaluation"]
 
 
 class Piece(Protocol):
@@ -311,11 +311,11 @@ def _next_rung(
 ) -> str:
     """What is done about the failure, as a clause. Raises OutOfMemoryError at the end of the ladder."""
     if len(failures) + 1 >= MOST_ATTEMPTS:
-        raise OutOfMemoryError(f"{_what(failure)} after {MOST_ATTEMPTS} attempts: another process takes the memory")
+        raise OutOfMemoryError(f"{no_room(failure)} after {MOST_ATTEMPTS} attempts: another process takes the memory")
     if failure.place in ("clip", "update"):
         if sum(earlier.place in ("clip", "update") for earlier in failures) + 1 >= MOST_UPDATES:
             raise OutOfMemoryError(
-                f"{_what(failure)}, which no smaller micro-batch needs less for: use optim.name=adamw"
+                f"{no_room(failure)}, which no smaller micro-batch needs less for: use optim.name=adamw"
             )
         return "the step is done again"
     if not progress.repeated and fits is not None and fits(failure.num_positions):
@@ -341,12 +341,13 @@ def _next_rung(
         progress.leave_out(failure.row_ids)
         return f"row {failure.row_ids[0]} is left out from now on"
     raise OutOfMemoryError(
-        f"{_what(failure)}, alone and with all that may save memory: lower data.max_length, allow "
+        f"{no_room(failure)}, alone and with all that may save memory: lower data.max_length, allow "
         "model.recompute=auto, or leave such rows out with memory.on_oom=quarantine"
     )
 
 
-def _what(failure: Failure) -> str:
+def no_room(failure: Failure) -> str:
+    """What was missing, as the beginning of a sentence."""
     needed = "" if failure.needed_bytes is None else f" for {format_bytes(failure.needed_bytes)}"
     rows = f"row {failure.row_ids[0]}" if len(failure.row_ids) == 1 else f"{len(failure.row_ids)} rows"
     return (
