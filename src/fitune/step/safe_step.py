@@ -142,11 +142,13 @@ def safe_step(
     *,
     step: int,
     fits: Callable[[int], bool] | None = None,
+    trial: bool = False,
 ) -> SafeResult:
     """One optimizer step on these pieces, whatever memory does.
 
     step: its number, which with the run's seed and a piece's first row is what the piece draws from. fits(positions):
-    whether a piece of this size should fit in what is free now, so that its failure is one that passes.
+    whether a piece of this size should fit in what is free now, so that its failure is one that passes. trial: forward
+    and backward only, of which nothing stays, to see what fits.
 
     Raises OutOfMemoryError where a single row does not fit and is not to be left out: parameters, optimizer and
     schedule are then those before the step. Raises RestartError where an unprotected update is torn.
@@ -155,7 +157,7 @@ def safe_step(
     failures: list[Failure] = []
     with streams_kept(protection.device):
         while True:
-            outcome = _attempt(protection, progress, step=step)
+            outcome = _attempt(protection, progress, step=step, trial=trial)
             if isinstance(outcome, StepResult):
                 left_out = tuple(sorted(progress.left_out))
                 return SafeResult(outcome, tuple(p.row_ids for p in progress.done), tuple(failures), left_out)
@@ -192,9 +194,8 @@ class _Progress(Generic[P]):
     def recover(self, *, again: bool) -> None:
         """Take back what the failed attempt did: the piece alone where pieces are committed, unless the step must be
         done again as a whole."""
+        self._drop_gradients()
         work = self.protection.work
-        for parameter in work.model.parameters():
-            parameter.grad = None
         if again and work.scaler is not None:
             work.scaler.update(new_scale=work.scaler.get_scale())  # the same scale; it forgets that it has unscaled
         if again or self.committed is None:
@@ -210,11 +211,20 @@ class _Progress(Generic[P]):
         self._at_start.put_back()
         self._at_piece = self._at_start
 
+    def forget(self) -> None:
+        """After a trial: no gradient and no changed buffer stays."""
+        self._drop_gradients()
+        self._at_start.put_back()
+
     def leave_out(self, row_ids: Collection[int]) -> None:
         self.left_out |= set(row_ids)
         kept = [self.protection.work.without(piece, row_ids) for piece in self.pending]
         self.pending = [piece for piece in kept if piece is not None]
         self.loss_weight = self._loss_weight()
+
+    def _drop_gradients(self) -> None:
+        for parameter in self.protection.work.model.parameters():
+            parameter.grad = None
 
     def _loss_weight(self) -> float:
         return sum(piece.loss_weight for piece in self.pending)
@@ -260,7 +270,7 @@ class _Buffers:
             buffer.copy_(values)
 
 
-def _attempt(protection: Protection[P], progress: _Progress[P], *, step: int) -> Failure | StepResult:
+def _attempt(protection: Protection[P], progress: _Progress[P], *, step: int, trial: bool) -> Failure | StepResult:
     """Everything that is pending. A failure is told in numbers and words: whoever receives it holds no tensor."""
     work = protection.work
     if progress.loss_weight == 0:
@@ -280,6 +290,9 @@ def _attempt(protection: Protection[P], progress: _Progress[P], *, step: int) ->
             if progress.committed is not None:
                 progress.committed.add()
             progress.finish(loss)
+        if trial:
+            progress.forget()
+            return NOTHING_TO_LEARN
         place = "clip"
         if progress.committed is not None:
             progress.committed.hand_over()
