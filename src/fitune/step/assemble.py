@@ -28,6 +28,8 @@ DEFAULT_LR = {"full": 2e-5, "lora": 2e-4}
 CPU_MICRO_TOKENS = 1024
 """On a CPU larger micro-batches are no faster, only larger: measured 445, 444, 443 tokens/s at 768, 1,536, 3,072."""
 CUDA_MICRO_TOKENS = 8192
+COMMIT_FRACTION = 0.1
+"""Of the model's bytes: LoRA of rank 16 on SmolLM2-135M trains 3.6 % of the parameters, at half precision 7 %."""
 
 
 @dataclass(frozen=True)
@@ -78,12 +80,20 @@ def assemble(
         model=model,
         optimizer=build_optimizer(model, config.optim, lr=peak_lr),
         scaler=torch.amp.GradScaler(device.type) if precision.needs_scaler else None,
-        settings=StepSettings(LossSettings(head), config.optim.clip, precision.autocast_dtype),
+        settings=StepSettings(
+            LossSettings(head), config.optim.clip, precision.autocast_dtype, commit=_few_are_trained(model)
+        ),
         layout=layout,
         eval_layout=eval_layout,
         peak_lr=peak_lr,
         notes=tuple(notes),
     )
+
+
+def _few_are_trained(model: nn.Module) -> bool:
+    """Whether a second copy of the gradient, in float32, and of the optimizer's state is little beside the model."""
+    trained = sum(4 * parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return trained <= COMMIT_FRACTION * sum(p.numel() * p.element_size() for p in model.parameters())
 
 
 def choose_layouts(config: RunConfig, device: torch.device, *, packed: bool) -> tuple[Layout, Layout]:
