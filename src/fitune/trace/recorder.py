@@ -206,9 +206,10 @@ class Recorder(TorchDispatchMode):
         sums[2] += count_flops(func, args, kwargs, outputs)
 
     def _modules(self, args: tuple[Any, ...], num_outputs: int) -> Sequence[str | None]:
-        """The modules that the outputs belong to, where it is not the one that runs: in the optimizer that of what they
-        are computed from."""
-        if self._phase != "optimizer" or self._stack or not args:
+        """The modules that the outputs belong to, where none runs: in the optimizer, and for operators on whole lists,
+        those of what they are computed from."""
+        by_tensor = bool(args) and (self._phase == "optimizer" or isinstance(args[0], (list, tuple)))
+        if self._stack or not by_tensor:
             return (None,) * num_outputs
         inputs = tuple(_tensors(args[0]))
         if len(inputs) != num_outputs:
