@@ -1,7 +1,10 @@
 """What a plan promises: parts that add up, the fastest that fits, the contract of its JSON, exit 3."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -172,14 +175,17 @@ def test_looking_at_all_or_at_the_fastest_first_chooses_the_same(
 
 
 def test_a_known_plan_needs_no_torch(wide: Plan, tree: dict[str, Any]) -> None:
-    import subprocess
-    import sys
-
     words = command(tree, "--gpu", "RTX 4090", "--format", "json")
     code = (
         f"import sys; from fitune.cli.app import main; assert main({words!r}) == 0; assert 'torch' not in sys.modules"
     )
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    found = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": str(Path(fitune.__file__).parent.parent)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert found.returncode == 0, found.stderr
     assert json.loads(found.stdout)["chosen"] == wide.chosen
 
