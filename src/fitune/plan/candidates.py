@@ -7,9 +7,10 @@ never chosen. What the configuration forces is not varied.
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from fitune.config import BatchConfig, Loss, Precision, Recompute, RunConfig
+from fitune.config.schema import Method
 from fitune.plan.budget import Lengths
 from fitune.plan.plan import Candidate
 
@@ -67,8 +68,10 @@ def proposals(config: RunConfig, choice: Choice, *, float32: bool) -> Iterator[C
         yield replace(choice, optimizer="adafactor", result="different")
     if float32:
         yield replace(choice, precision="autocast_bfloat16", result="close")
-    if config.model.method == "full":
-        yield replace(choice, method="lora", result="different")
+    smaller = {"full": ("lora", "qlora"), "lora": ("qlora",)}.get(config.model.method, ())
+    for method in smaller:
+        if method in get_args(Method):
+            yield replace(choice, method=method, result="different")
 
 
 def micro_sizes(config: RunConfig, lengths: Lengths) -> list[tuple[int | None, int | None]]:

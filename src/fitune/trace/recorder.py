@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -26,6 +27,7 @@ from fitune.trace.recording import NEVER, Birth, Recording, Rule, Where, Work, m
 from fitune.trace.work import count_flops, moved_bytes
 
 Operator = torch._ops.OpOverload
+_DEVICE_OF = torch.ops.prim.device.default
 Place = Literal["host", "card"]
 
 
@@ -76,6 +78,7 @@ class Recorder(TorchDispatchMode):
         self._saved_candidates: list[_Storage] = []
         self._hooked: set[int] = set()
         self._placing: Place | None = None
+        self._turns: dict[str, tuple[int, str]] = {}
 
     # ---- what the driver tells ----
 
@@ -166,9 +169,15 @@ class Recorder(TorchDispatchMode):
 
     # ---- operators ----
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here, and torch would wrap every call to say so
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func is _DEVICE_OF and isinstance(args[0], FakeTensor):
+            return args[0].fake_device  # two thirds of all calls, and slow through FakeTensorMode
         kwargs = kwargs or {}
         self._follow_phase(func, args)
         if self._placing != "host":
@@ -197,7 +206,7 @@ class Recorder(TorchDispatchMode):
 
     def _count(self, func: Operator, args: Any, kwargs: Any, outputs: tuple[torch.Tensor, ...]) -> None:
         phase, step, micro_batch, module = self._where()
-        _, turn, loop = split_turn(module)
+        turn, loop = self._turn(module)
         dtype = str(outputs[0].dtype).removeprefix("torch.")
         key = phase, step, micro_batch, loop, turn, str(func.overloadpacket), dtype
         sums = self._work.setdefault(key, [0, 0, 0])
@@ -300,6 +309,11 @@ class Recorder(TorchDispatchMode):
             numbers, names = self._sequence
             numbers.append(torch._C._autograd._get_sequence_nr())
             names.append(self._stack[-1] if self._stack else "")
+
+    def _turn(self, module: str) -> tuple[int, str]:
+        if module not in self._turns:
+            self._turns[module] = split_turn(module)[1:]
+        return self._turns[module]
 
     def _module(self) -> str:
         if self._stack:
