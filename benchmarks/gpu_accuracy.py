@@ -85,6 +85,9 @@ SETTINGS = (
 )
 
 
+BY_NAME = {setting.name: setting for setting in SETTINGS}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
     """Of the second step. device_bytes: of this process as NVML tells it, else what the card has in use more than
@@ -165,7 +168,8 @@ def describe(setting: Setting, device: Device) -> str:
 
 def measure_apart(setting: Setting, device: Device, path: Path) -> Measured:
     """`measure_here` in a process of its own, with the allocator that the setting names."""
-    environment = os.environ | {"PYTORCH_ALLOC_CONF": setting.config(device).memory.allocator}
+    allocator = setting.config(device).memory.allocator
+    environment = os.environ | {"PYTORCH_ALLOC_CONF": allocator, "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
     command = [sys.executable, __file__, "--measure", setting.name, "--snapshot", str(path)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=LIMIT_SECONDS)
     if done.returncode != 0:
@@ -229,11 +233,11 @@ def _process_bytes() -> int | None:
 # ---- the table ------------------------------------------------------------------------------------------------------
 
 
-def section(results: Path = RESULTS) -> list[str]:
+def section() -> list[str]:
     """The part of docs/accuracy.md about runs on a card; empty where none was run."""
-    if not results.exists():
+    if not RESULTS.exists():
         return []
-    content = json.loads(results.read_text())
+    content = json.loads(RESULTS.read_text())
     rows = [Compared(**row) for row in content["settings"]]
     lines = [
         "# On a card",
@@ -272,7 +276,8 @@ def _line(row: Compared) -> str:
     return f"| {row.name}: {row.setting} | {' | '.join(cells)} | {equal} |"
 
 
-def write(rows: Sequence[Compared], device: Device, *, results: Path = RESULTS) -> None:
+def write(rows: Sequence[Compared], device: Device) -> None:
+    import accuracy
     from fitune.memory.environment import driver_version
 
     content = {
@@ -281,8 +286,9 @@ def write(rows: Sequence[Compared], device: Device, *, results: Path = RESULTS) 
         "torch": version("torch"),
         "settings": [asdict(row) for row in rows],
     }
-    results.parent.mkdir(exist_ok=True)
-    results.write_text(json.dumps(content, indent=1) + "\n")
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps(content, indent=1) + "\n")
+    accuracy.write(accuracy.read_results())
 
 
 def show(row: Compared) -> None:
@@ -314,8 +320,8 @@ def main(arguments: Sequence[str] | None = None, *, measure: Measure = measure_a
     parser.add_argument("--snapshot", default="", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     wanted = [name for name in options.settings.split(",") if name]
-    if unknown := sorted(set(wanted) - {setting.name for setting in SETTINGS}):
-        parser.error(f"unknown: {', '.join(unknown)}; there are {', '.join(each.name for each in SETTINGS)}")
+    if unknown := sorted({*wanted} - {*BY_NAME}):
+        parser.error(f"unknown: {', '.join(unknown)}; there are {', '.join(BY_NAME)}")
     settings = [setting for setting in SETTINGS if not wanted or setting.name in wanted]
     if options.plan:
         plan(find_device(options.plan), settings)
@@ -325,8 +331,7 @@ def main(arguments: Sequence[str] | None = None, *, measure: Measure = measure_a
         print("no NVIDIA card here: nothing is measured; --plan NAME shows what would be run on a card")
         return 0
     if options.measure:
-        setting = next(each for each in SETTINGS if each.name == options.measure)
-        print(json.dumps(asdict(measure_here(setting, device, Path(options.snapshot)))))
+        print(json.dumps(asdict(measure_here(BY_NAME[options.measure], device, Path(options.snapshot)))))
         return 0
     rows = []
     for setting in settings:
@@ -335,14 +340,7 @@ def main(arguments: Sequence[str] | None = None, *, measure: Measure = measure_a
     print("\n".join(summary(rows)))
     if not wanted:
         write(rows, device)
-        write_page()
     return 1 if any(row.failure for row in rows) else 0
-
-
-def write_page() -> None:
-    import accuracy
-
-    accuracy.write(accuracy.read_results())
 
 
 if __name__ == "__main__":
