@@ -58,6 +58,7 @@ def run_training(
     if name is not None and (config.run.output / name).exists() and not overwrite:
         run = create_run(config.run.output, name)  # refuses unless it is an empty directory
     prepared = _prepare(config, progress, plan_check=plan_check)
+    from fitune.data.examples import data_json
     from fitune.train.loop import train as train_loop
 
     if run is None:
@@ -67,6 +68,7 @@ def run_training(
     with working_on(run):
         write_atomically(run.config, format_config(resolved))
         write_json(run.env, environment(config.run.output))
+        write_json(run.data, data_json(prepared.data.train, prepared.data.eval))
         summary = train_loop(
             config,
             prepared.setup,

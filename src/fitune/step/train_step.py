@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from fitune.data.rows import MicroBatch
-from fitune.step.loss import LossSettings, loss_and_correct, token_loss_sum
+from fitune.step.loss import LossSettings, losses_and_correct, token_loss_sum
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,12 +43,18 @@ class StepResult:
 
 @dataclass(frozen=True, slots=True)
 class EvalResult:
-    """loss_sum: weighted sum of token losses; num_correct: tokens predicted right, of num_supervised_tokens."""
+    """num_correct: tokens predicted right, of num_supervised_tokens. row_losses, row_weights: the weighted sum of token
+    losses and the sum of weights of each row, in the order of the row ids, however the rows were laid out."""
 
-    loss_sum: float
     loss_weight: float
     num_correct: int
     num_supervised_tokens: int
+    row_losses: tuple[float, ...]
+    row_weights: tuple[float, ...]
+
+    @property
+    def loss_sum(self) -> float:
+        return math.fsum(self.row_losses)
 
     @property
     def loss(self) -> float:
@@ -105,21 +111,39 @@ def train_step(
 def evaluate(model: nn.Module, micro_batches: Iterable[MicroBatch], *, settings: StepSettings) -> EvalResult:
     """Loss and token accuracy over micro-batches, in evaluation mode; the model's own mode is restored."""
     device = next(model.parameters()).device
-    totals = torch.zeros(2, dtype=torch.float64, device=device)
+    correct = torch.zeros((), dtype=torch.int64, device=device)
+    row_ids: list[int] = []
+    sums_2R: list[torch.Tensor] = []
     loss_weight, num_supervised_tokens = 0.0, 0
     was_training = model.training
     model.eval()
     try:
         for micro_batch in micro_batches:
             with autocast(device, settings.autocast):
-                loss, correct = loss_and_correct(model, micro_batch.to(device), settings.loss)
-            totals += torch.stack((loss.double(), correct.double()))
+                here = micro_batch.to(device)
+                losses_N, num_correct = losses_and_correct(model, here, settings.loss)
+            correct += num_correct
+            sums_2R.append(sum_by_row(torch.stack((losses_N, here.target_weights_N)), here))
+            row_ids += micro_batch.row_ids
             loss_weight += micro_batch.loss_weight
             num_supervised_tokens += micro_batch.num_supervised_tokens
     finally:
         model.train(was_training)
-    host = totals.cpu()
-    return EvalResult(host[0].item(), loss_weight, int(host[1].item()), num_supervised_tokens)
+    host = torch.cat(sums_2R, dim=1).cpu()
+    order = sorted(range(len(row_ids)), key=row_ids.__getitem__)
+    row_losses, row_weights = host[:, order].tolist()
+    num_right = int(correct.item())
+    return EvalResult(loss_weight, num_right, num_supervised_tokens, tuple(row_losses), tuple(row_weights))
+
+
+def sum_by_row(values_KN: torch.Tensor, micro_batch: MicroBatch) -> torch.Tensor:
+    """K values of each target -> their float64 sums over the targets of each row [K, rows]."""
+    num_rows = len(micro_batch.row_ids)
+    widths = micro_batch.row_lengths if micro_batch.packed else (micro_batch.input_ids_BS.shape[1],) * num_rows
+    ends_R = torch.tensor(widths, device=values_KN.device).cumsum(0)
+    row_N = torch.bucketize(micro_batch.target_index_N, ends_R, right=True)
+    sums_KR = values_KN.new_zeros((len(values_KN), num_rows), dtype=torch.float64)
+    return sums_KR.index_add_(1, row_N, values_KN.double())
 
 
 def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[object]:

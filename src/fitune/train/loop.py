@@ -24,10 +24,11 @@ from fitune.errors import FituneError, InterruptedRunError
 from fitune.model.device import MemoryPeak, read_peak, reset_peak
 from fitune.model.save import link_model, save_model
 from fitune.run.directory import RunDirectory, write_json
+from fitune.run.eval_rows import EvalRows, append_eval_rows
 from fitune.run.metrics import EvalMetrics, RunEvent, Status, StepMetrics, Summary, append_line, summary_json
 from fitune.step.assemble import Layout, Setup
 from fitune.step.optimizer import set_lr
-from fitune.step.train_step import StepResult, evaluate, train_step
+from fitune.step.train_step import EvalResult, StepResult, evaluate, train_step
 from fitune.train.schedule import lr_factor
 from fitune.train.self_check import CHECKED_STEP, SelfCheck
 from fitune.units import parse_seconds
@@ -283,6 +284,7 @@ class _Trainer:
             peak_allocated_bytes=peak.allocated_bytes,
         )
         append_line(self.run.metrics, metrics)
+        append_eval_rows(self.run.eval_rows, _eval_rows(result, metrics))
         state.eval_loss, state.evaluated_step = result.loss, state.step
         # the untrained model is measured but is no result of this run, nor is a loss that is not a number
         better = state.best_eval_loss is None or result.loss < state.best_eval_loss
@@ -330,6 +332,12 @@ class _Trainer:
         )
         write_json(self.run.summary, summary_json(summary))
         return summary
+
+
+def _eval_rows(result: EvalResult, metrics: EvalMetrics) -> EvalRows:
+    pairs = zip(result.row_losses, result.row_weights, strict=True)
+    losses = tuple(round(loss / weight, 6) if weight else 0.0 for loss, weight in pairs)
+    return EvalRows(step=metrics.step, total_tokens=metrics.total_tokens, losses=losses, weights=result.row_weights)
 
 
 def _in_order(examples: Examples, layout: Layout, rows_at_once: int) -> Iterator[MicroBatch]:
