@@ -98,7 +98,7 @@ class Comparison:
 def compare(runs: Sequence[RecordedRun | Path | str], *, tokens: float | None = None) -> Comparison:
     """Runs, or what `read_recorded` reads; the first is what the others are compared with. tokens: where to compare,
     as far as every run has come where left out. Raises RunDirectoryError."""
-    found = list(_found(runs))
+    found = list({run.path: run for run in _found(runs)}.values())  # one given twice stands once
     if not found:
         raise RunDirectoryError("nothing to compare: give the directories of runs")
     found = _with_names(found)

@@ -144,7 +144,10 @@ def _facts(row: Row) -> Iterator[tuple[str, str]]:
     yield say("state"), row.run.state
     yield say("peak memory"), format_bytes(row.measured_bytes)
     if row.predicted_bytes and row.measured_bytes:
-        yield say("predicted"), f"{format_bytes(row.predicted_bytes)} ({row.predicted_bytes / row.measured_bytes - 1:+.1%})"
+        yield (
+            say("predicted"),
+            f"{format_bytes(row.predicted_bytes)} ({row.predicted_bytes / row.measured_bytes - 1:+.1%})",
+        )
     yield say("eval loss"), tables.number(row.eval_loss)
     yield say("tokens/s"), format_count(row.tokens_per_second)
     yield say("tokens"), format_count(summary.get("tokens"))
@@ -253,8 +256,8 @@ def _advice(row: Row | None, advice: Sequence[Advice]) -> str:
         return f"<p>{_text(say('nothing to change in {name}, as far as its record tells', name=row.name))}</p>"
     rows = [[each.change, each.memory, each.speed, each.effect, each.evidence] for each in advice]
     heads = [say("change"), say(">memory"), say(">speed"), say("training result"), say("evidence")]
-    commands = "\n".join(each.command for each in advice if each.command)
-    return f"<p class='soft'>{_text(say('for {name}', name=row.name))}</p>{_table(heads, rows)}<pre>{_text(commands)}</pre>"
+    commands = "\n".join(_text(each.command) for each in advice if each.command)
+    return f"<p class='soft'>{_text(say('for {name}', name=row.name))}</p>{_table(heads, rows)}<pre>{commands}</pre>"
 
 
 def _events(run: RecordedRun) -> str:
@@ -280,15 +283,15 @@ def _settings(run: RecordedRun) -> str:
 
 
 def _machine(run: RecordedRun) -> Iterator[str]:
-    """The versions and cards that env.json names, whatever else it holds."""
+    """The versions and cards that env.json names."""
     env = run.env or {}
-    for key in ("python", "versions", "packages", "platform", "driver"):
-        value = env.get(key)
-        if isinstance(value, dict):
-            yield from (f"{name} {version}" for name, version in value.items() if version)
-        elif value:
-            yield f"{key} {value}"
-    for device in env.get("devices") or env.get("cards") or []:
+    yield from (f"{key} {env[key]}" for key in ("fitune", "python", "driver") if env.get(key))
+    if env.get("system"):
+        yield str(env["system"])
+    packages = env.get("packages")
+    if isinstance(packages, dict):
+        yield from (f"{name} {version}" for name, version in packages.items() if version)
+    for device in (*(env.get("cards") or ()), env.get("cpu")):
         if isinstance(device, dict) and device.get("name"):
             yield str(device["name"])
 
@@ -341,7 +344,12 @@ def _trace(series: Series, axis: str) -> dict[str, Any]:
         case "bars":
             trace |= {"type": "bar", "marker": {"color": colour}}
         case "area":
-            trace |= {"mode": "lines", "stackgroup": "memory", "line": {"width": 0, "color": colour}, "fillcolor": colour}
+            trace |= {
+                "mode": "lines",
+                "stackgroup": "memory",
+                "line": {"width": 0, "color": colour},
+                "fillcolor": colour,
+            }
         case "marks":
             trace |= {"mode": "markers", "marker": {"symbol": "diamond", "size": 8, "color": colour}}
         case "points":

@@ -27,13 +27,17 @@ def write_png(picture: Picture, path: Path, *, axis: str | None = None) -> None:
     bars = [series for series in picture.series if series.kind == "bars"]
     for series in picture.series:
         if series.kind == "area":
-            plot.fill_between(series.x[chosen], bottom, bottom + series.y, color=_colour(series), label=_plain(series.name))
+            plot.fill_between(
+                series.x[chosen], bottom, bottom + series.y, color=_colour(series), label=_plain(series.name)
+            )
             bottom = bottom + series.y
         else:
             _draw(plot, series, chosen, bars)
     for label, y in picture.lines:
         plot.axhline(y, color="black", linewidth=0.8, linestyle=":")
-        plot.annotate(_plain(label), (0.995, y), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)
+        plot.annotate(
+            _plain(label), (0.995, y), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8
+        )
     plot.set_title(_plain(picture.title), fontsize=10)
     plot.set_xlabel(_plain(picture.axes[chosen]))
     plot.set_ylabel(_plain(picture.y_title))

@@ -19,13 +19,13 @@ def columns(comparison: Comparison) -> list[str]:
     """Headings; one that starts with '>' is a column of numbers."""
     return [
         say("run"), say("rows"), say(">lr"), say(">peak GiB (plan)"), say(">tok/s"), say(">train loss"),
-        say(">eval loss"), say(">to the first"), say("Pareto"),
+        say(">eval loss"), say(">to the first"),
     ]  # fmt: skip
 
 
 def cells(row: Row) -> list[str]:
     return [
-        row.name,
+        f"* {row.name}" if row.on_front else row.name,
         "n/a" if row.effective_batch is None else f"{row.split} = {row.effective_batch}",
         "n/a" if row.lr is None else f"{row.lr:.2g}",
         peak(row),
@@ -33,7 +33,6 @@ def cells(row: Row) -> list[str]:
         number(row.train_loss),
         number(row.eval_loss),
         difference(row.eval_difference),
-        "*" if row.on_front else "",
     ]
 
 
@@ -64,9 +63,7 @@ def heading(comparison: Comparison) -> str:
 
 
 def legend() -> str:
-    return say(
-        "! is more than chance (95 %, paired over the held-out rows); * no run is better in all of peak, loss, speed"
-    )
+    return say("* nothing else is better all round · ! more than chance (95 %, paired over the held-out rows)")
 
 
 def markdown(comparison: Comparison) -> str:
