@@ -16,8 +16,8 @@ def advise(
     *beside: Runs,
     output_format: Format = "auto",
 ) -> None:
-    """Ranked changes to RUN, each with its memory, its speed, whether the training result stays the same, what that rests
-    on, and the command. Runs beside it are evidence."""
+    """Ranked changes to RUN, each with its memory, its speed, whether the training result stays the same, what that
+    rests on, and the command. Runs beside it are evidence."""
     from fitune.report.advice import advise as find_advice
     from fitune.report.compare import compare
 

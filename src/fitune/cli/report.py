@@ -22,8 +22,8 @@ def report(
     lang: Annotated[Literal["en", "zh"] | None, Parameter(help="the page's language (FITUNE_LANG)")] = None,
     output_format: Format = "auto",
 ) -> None:
-    """One HTML file that needs no network: losses, memory, what was predicted, comparison, advice, events, settings. Its
-    data is in it: `fitune compare` reads it again."""
+    """One HTML file that needs no network: losses, memory, what was predicted, comparison, advice, events, settings.
+    Its data is in it: `fitune compare` reads it again."""
     if not runs:
         raise UsageError("give the runs to report on: fitune report runs/NAME -o report.html")
     if lang is not None:

@@ -1,8 +1,8 @@
 """What to change in a run, best first, each with what it rests on.
 
 The evidence is what was recorded: other runs beside this one, the candidates and categories of its plan, its
-evaluations, its gradients, its noise, its events. A rule that lacks its evidence says nothing. Whether to change is told
-by the validation, what to change by the noise; the rules are those of docs/batch_size.md.
+evaluations, its gradients, its noise, its events. A rule that lacks its evidence says nothing. Whether to change is
+told by the validation, what to change by the noise; the rules are those of docs/batch_size.md.
 """
 
 import math

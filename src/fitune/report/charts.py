@@ -1,7 +1,7 @@
 """What is drawn, as data: series with their axes. `page.py` gives a Picture to plotly, `png.py` to matplotlib.
 
-Colours are Okabe and Ito's eight, which people with any kind of colour blindness tell apart; runs differ in their dashes
-too. Nothing here is longer than MAX_POINTS points over all runs, and thinning keeps every extreme.
+Colours are Okabe and Ito's eight, which people with any kind of colour blindness tell apart; runs differ in their
+dashes too. Nothing here is longer than MAX_POINTS points over all runs, and thinning keeps every extreme.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,7 +24,8 @@ Numbers = npt.NDArray[np.float64]
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999", "#F0E442")
 MAX_POINTS = 6000
 MOST_TIMELINES = 4
-SMOOTHING = 0.9
+SMOOTHED_FRACTION = 0.03
+"""Half-life of the smoothed loss as a share of the run, so that runs of equal tokens are smoothed alike."""
 _CATEGORIES = ("parameter", "gradient", "optimizer_state", "activation", "temporary", "input", "workspace")
 
 
@@ -56,6 +57,11 @@ class Picture:
     lines: tuple[tuple[str, float], ...] = ()
     stacked: bool = False
     says: str = field(default="")
+
+    @property
+    def y_from(self) -> str:
+        """Bytes and counts from zero; losses and noise from where they begin (plotly's names)."""
+        return "normal" if self.key in ("loss", "pareto", "noise") else "tozero"
 
 
 def pictures(comparison: Comparison) -> list[Picture]:
@@ -94,7 +100,7 @@ def loss_picture(comparison: Comparison) -> Picture | None:
 def _loss_series(run: RecordedRun, index: int, share: int) -> Iterator[Series]:
     loss = run.train["loss"]
     if len(loss):
-        rows, smooth = thin(loss, share), smoothed(loss)
+        rows, smooth = thin(loss, share), smoothed(loss, 0.5 ** (1 / max(len(loss) * SMOOTHED_FRACTION, 1)))
         yield Series(run.name, _axes(run.train, rows), loss[rows], "faint", index, index)
         rows = thin(smooth, share)
         name = say("{name} train, smoothed", name=run.name)
@@ -113,7 +119,7 @@ def _axes(curve: Curve, rows: npt.NDArray[np.int64]) -> dict[str, Numbers]:
     }
 
 
-def smoothed(values: Numbers, factor: float = SMOOTHING) -> Numbers:
+def smoothed(values: Numbers, factor: float) -> Numbers:
     """Exponential mean, corrected at its start as Adam's are; what is not finite is passed over."""
     found = np.full(len(values), np.nan)
     mean = weight = 0.0

@@ -80,8 +80,8 @@ class CurveCheck:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """tokens: where losses are compared, None where a run did not count them (then each is taken at its end). differing:
-    the settings that are not the same in all runs, one value a run. notes: what limits the comparison."""
+    """tokens: where losses are compared, None where a run did not count them (then each is taken at its end).
+    differing: the settings that are not the same in all runs, one value a run. notes: what limits the comparison."""
 
     rows: tuple[Row, ...]
     tokens: float | None
@@ -134,7 +134,7 @@ def _with_names(runs: Sequence[RecordedRun]) -> list[RecordedRun]:
 
 
 def _row(run: RecordedRun, first: RecordedRun, place: float | None) -> Row:
-    settings, summary = run.settings, run.summary
+    summary = run.summary
     micro, accumulation = last_split(run)
     split = "n/a" if micro is None else f"{micro} x {accumulation}"
     return Row(

@@ -1,8 +1,8 @@
 """A comparison as one HTML file that needs nothing else: its pictures, tables, data and the code that draws them.
 
-Safe with any data: text from a run is escaped, JSON is embedded with every '<' written as \\u003c, names reach plotly as
-escaped text, and the content security policy lets only the two scripts of this page run, by their hashes, and nothing
-be fetched. The pictures are plotly's JSON, drawn by its basic bundle (MIT), which is shipped with this package: the
+Safe with any data: text from a run is escaped, JSON is embedded with every '<' written as \\u003c, names reach plotly
+as escaped text, and the content security policy lets only the two scripts of this page run, by their hashes, and
+nothing be fetched. The pictures are plotly's JSON, drawn by its basic bundle (MIT), which is shipped with this package: the
 Python package of plotly carries only the full one, which alone is larger than a page may be.
 """
 
@@ -212,8 +212,9 @@ def _axis_switch(drawn: Sequence[Picture]) -> str:
         return ""
     first = next(iter(picture.axes))
     inputs = "".join(
-        f"<label><input type='radio' name='axis' value='{axis}'{' checked' if axis == first else ''}> {_text(title)}</label>"
+        f"<label><input type='radio' name='axis' value='{axis}'{checked}> {_text(title)}</label>"
         for axis, title in picture.axes.items()
+        for checked in (" checked" if axis == first else "",)
     )
     return f"<fieldset><legend>{_text(say('by'))}</legend>{inputs}</fieldset>"
 
@@ -307,7 +308,8 @@ def _figure(picture: Picture) -> dict[str, Any]:
     first = next(iter(picture.axes))
     layout: dict[str, Any] = {
         "xaxis": {"title": {"text": _text(picture.axes[first])}, "automargin": True},
-        "yaxis": {"title": {"text": _text(picture.y_title)}, "automargin": True},
+        "yaxis": {"title": {"text": _text(picture.y_title)}, "automargin": True, "rangemode": picture.y_from},
+        "modebar": {"bgcolor": "rgba(0,0,0,0)", "color": "#888888", "activecolor": "#0072B2"},
         "margin": {"l": 60, "r": 20, "t": 10, "b": 50},
         "hovermode": "closest",
         "legend": {"orientation": "h", "y": -0.25},
@@ -318,8 +320,8 @@ def _figure(picture: Picture) -> dict[str, Any]:
             for _, y in picture.lines
         ],
         "annotations": [
-            {"text": f"{_text(label)} {y:.1f}", "xref": "paper", "x": 1, "y": y, "xanchor": "right", "yanchor": "bottom",
-             "showarrow": False}
+            {"text": f"{_text(label)} {y:.1f}", "xref": "paper", "x": 1, "y": y, "xanchor": "right",
+             "yanchor": "bottom", "showarrow": False}
             for label, y in picture.lines
         ],
     }  # fmt: skip

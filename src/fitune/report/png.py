@@ -19,7 +19,7 @@ def write_png(picture: Picture, path: Path, *, axis: str | None = None) -> None:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise UsageError("pictures as PNG need matplotlib: pip install 'fitune[png]'") from error
-    chosen = axis if axis in picture.axes else next(iter(picture.axes))
+    chosen = axis if axis is not None and axis in picture.axes else next(iter(picture.axes))
     figure = Figure(figsize=(_WIDTH_INCHES, _HEIGHT_INCHES), layout="constrained")
     FigureCanvasAgg(figure)
     plot = figure.add_subplot()

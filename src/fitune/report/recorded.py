@@ -21,6 +21,7 @@ from fitune.errors import RunDirectoryError
 from fitune.run.directory import RunDirectory, read_run
 from fitune.run.eval_rows import EvalRows, read_eval_rows
 from fitune.run.metrics import EvalMetrics, RunEvent, StepMetrics, read_events, read_metrics, summary_json
+from fitune.run.sweep import SWEEP_FILE, read_states
 
 Column = npt.NDArray[np.float64]
 Curve = Mapping[str, Column]
@@ -92,6 +93,8 @@ def read_recorded(path: Path) -> tuple[RecordedRun, ...]:
         return read_report(path)
     if path.is_dir() and RunDirectory(path).checkpoints.is_dir():
         return (read_fitune_run(path),)
+    if (path / SWEEP_FILE).is_file():
+        return tuple(_sweep(path))
     foreign = find_foreign(path)
     if foreign is not None:
         return (foreign,)
@@ -105,6 +108,28 @@ def read_recorded(path: Path) -> tuple[RecordedRun, ...]:
         f"{path} holds no run: give a run directory, a report of fitune, trainer_state.json, trainer_log.jsonl, "
         "a TensorBoard directory or a log of minimind"
     )
+
+
+def _sweep(path: Path) -> Iterator[RecordedRun]:
+    """In its order; a run that does not fit stands there with its plan alone, one that has not begun does not."""
+    for name, state in read_states(path).items():
+        if RunDirectory(path / name).checkpoints.is_dir():
+            yield read_fitune_run(path / name)
+        elif state.get("state") == "does not fit":
+            notes: list[str] = []
+            yield RecordedRun(
+                name=name,
+                path=str(path / name),
+                origin="fitune",
+                state="does not fit",
+                settings=_settings(path / "configs" / f"{name}.yaml", notes),
+                summary={},
+                train=make_curve(TRAIN_COLUMNS, []),
+                evals=make_curve(EVAL_COLUMNS, []),
+                memory=make_curve(MEMORY_COLUMNS, []),
+                plan=state.get("plan"),
+                notes=tuple(notes),
+            )
 
 
 def read_fitune_run(path: Path) -> RecordedRun:
@@ -148,7 +173,7 @@ def _step_curve(steps: Sequence[StepMetrics]) -> Curve:
 
 def _eval_curve(evals: Sequence[EvalMetrics], train: Curve) -> Curve:
     curve = make_curve(EVAL_COLUMNS, [asdict(each) for each in evals])
-    return curve | {"seconds": seconds_at(train, curve["step"])}
+    return {**curve, "seconds": seconds_at(train, curve["step"])}
 
 
 def seconds_at(train: Curve, steps: Column) -> Column:

@@ -18,7 +18,7 @@ from fitune.units import format_count, format_gib
 def columns(comparison: Comparison) -> list[str]:
     """Headings; one that starts with '>' is a column of numbers."""
     return [
-        say("run"), say("rows"), say(">lr"), say(">peak GiB (plan)"), say(">tok/s"), say(">train loss"),
+        say("run"), say("rows"), say(">lr"), say(">peak GiB"), say(">tok/s"), say(">train loss"),
         say(">eval loss"), say(">to the first"),
     ]  # fmt: skip
 
@@ -26,7 +26,7 @@ def columns(comparison: Comparison) -> list[str]:
 def cells(row: Row) -> list[str]:
     return [
         f"* {row.name}" if row.on_front else row.name,
-        "n/a" if row.effective_batch is None else f"{row.split} = {row.effective_batch}",
+        "n/a" if row.effective_batch is None else row.split,
         "n/a" if row.lr is None else f"{row.lr:.2g}",
         peak(row),
         "n/a" if row.tokens_per_second is None else f"{row.tokens_per_second:,.0f}",
@@ -109,14 +109,17 @@ def comparison_json(comparison: Comparison) -> dict[str, Any]:
 
 
 def row_json(row: Row) -> dict[str, Any]:
-    names = "effective_batch split lr predicted_bytes measured_bytes tokens_per_second seconds train_loss eval_loss on_front"
+    names = (
+        "effective_batch", "split", "lr", "predicted_bytes", "measured_bytes", "tokens_per_second", "seconds",
+        "train_loss", "eval_loss", "on_front",
+    )  # fmt: skip
     intervals = {name: getattr(row, name) for name in ("train_difference", "eval_difference")}
     return {
         "name": row.name,
         "path": row.run.path,
         "origin": row.run.origin,
         "state": row.run.state,
-        **{name: _finite(getattr(row, name)) for name in names.split()},
+        **{name: _finite(getattr(row, name)) for name in names},
         **{name: None if interval is None else asdict(interval) for name, interval in intervals.items()},
     }
 
