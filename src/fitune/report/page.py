@@ -2,8 +2,8 @@
 
 Safe with any data: text from a run is escaped, JSON is embedded with every '<' written as \\u003c, names reach plotly
 as escaped text, and the content security policy lets only the two scripts of this page run, by their hashes, and
-nothing be fetched. The pictures are plotly's JSON, drawn by its basic bundle (MIT), which is shipped with this package: the
-Python package of plotly carries only the full one, which alone is larger than a page may be.
+nothing be fetched. The pictures are plotly's JSON, drawn by its basic bundle (MIT), which is shipped with this package:
+the Python package of plotly carries only the full one, which alone is larger than a page may be.
 """
 
 import base64
