@@ -60,6 +60,7 @@ def run_training(
     prepared = _prepare(config, progress, plan_check=plan_check)
     from fitune.data.examples import data_json
     from fitune.train.loop import train as train_loop
+    from fitune.train.monitor import watched
 
     if run is None:
         prefix = name_prefix(config.model.source, config.data.train_sources[0].path)
@@ -69,15 +70,16 @@ def run_training(
         write_atomically(run.config, format_config(resolved))
         write_json(run.env, environment(config.run.output))
         write_json(run.data, data_json(prepared.data.train, prepared.data.eval))
-        summary = train_loop(
-            config,
-            prepared.setup,
-            run,
-            data=prepared.data,
-            tokenizer=prepared.tokenizer,
-            watcher=progress,
-            self_check=prepared.self_check,
-        )
+        with watched(config, prepared.setup, run, watcher=progress) as watcher:
+            summary = train_loop(
+                config,
+                prepared.setup,
+                run,
+                data=prepared.data,
+                tokenizer=prepared.tokenizer,
+                watcher=watcher,
+                self_check=prepared.self_check,
+            )
     return run, summary
 
 
@@ -87,7 +89,9 @@ def _prepare(config: RunConfig, progress: TrainingProgress, *, plan_check: bool)
         os.environ["PYTORCH_ALLOC_CONF"] = config.memory.allocator  # read when CUDA starts, so before torch is used
     progress.note(f"model  {config.model.source} · data {', '.join(s.path for s in config.data.train_sources)}")
     from fitune.train.prepare import prepare
+    from fitune.train.trackers import check_trackers
 
+    check_trackers(config)
     prepared = prepare(config, on_progress=progress.rows, plan_check=plan_check)
     progress.rows(None)
     report = prepared.data.train.report

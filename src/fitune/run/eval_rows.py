@@ -23,7 +23,7 @@ class EvalRows:
 def append_eval_rows(path: Path, rows: EvalRows) -> None:
     """Nothing is written of an evaluation whose loss is not finite. Raises RunDirectoryError as `append_line`."""
     if all(map(math.isfinite, rows.losses)):
-        append_line(path, rows)  # type: ignore[arg-type]
+        append_line(path, rows)
 
 
 def read_eval_rows(path: Path) -> tuple[EvalRows, ...]:
