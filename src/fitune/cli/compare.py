@@ -62,7 +62,8 @@ def show_comparison(comparison: "Comparison", screen: Console) -> None:
 
     heads = tables.columns(comparison)
     rows = [tables.cells(row) for row in comparison.rows]
-    used = [index for index in range(len(heads)) if index == 0 or any(row[index] not in ("", "n/a") for row in rows)]
+    without = {tables.TRAIN_COLUMN} if all(row.eval_loss is not None for row in comparison.rows) else set()
+    used = [index for index in range(len(heads)) if index not in without and _says_something(rows, index)]
     screen.print(tables.heading(comparison), markup=False)
     screen.print(table([heads[index] for index in used], [[row[index] for index in used] for row in rows]))
     if len(rows) > 1:
@@ -73,6 +74,10 @@ def show_comparison(comparison: "Comparison", screen: Console) -> None:
         screen.print(table(["", *(row.name for row in comparison.rows)], differing))
     for sentence in (*verdicts(comparison), *comparison.notes):
         screen.print(f"· {sentence}", markup=False)
+
+
+def _says_something(rows: list[list[str]], index: int) -> bool:
+    return index == 0 or any(row[index] not in ("", "n/a") for row in rows)
 
 
 def _tokens(text: str) -> float:

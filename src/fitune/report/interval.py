@@ -7,12 +7,13 @@ plain percentiles are too narrow. It covers which rows were held out; another se
 """
 
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 import numpy.typing as npt
 
 LEVEL = 0.95
-NUM_RESAMPLES = 2000
+NUM_RESAMPLES = 1000
 FEWEST_PAIRS = 5
 _CHUNK = 200
 """Resamples at a time: 200 x 2,000 rows of float64 are 3 MiB."""
@@ -48,8 +49,18 @@ def paired_interval(
         return Interval(mean, mean, mean, num_pairs, level)
     draw = np.random.default_rng(20260)
     ratios = np.concatenate([_resampled_t(differences, weights, mean, draw) for _ in range(0, NUM_RESAMPLES, _CHUNK)])
-    low, high = np.quantile(ratios[np.isfinite(ratios)], ((1 + level) / 2, (1 - level) / 2))
-    return Interval(mean, mean - float(low) * error, mean - float(high) * error, num_pairs, level)
+    low, high = np.quantile(ratios[np.isfinite(ratios)], ((1 - level) / 2, (1 + level) / 2))
+    least = _student(weights.sum() ** 2 / (weights**2).sum() - 1, level)
+    return Interval(
+        mean, mean - max(float(high), least) * error, mean - min(float(low), -least) * error, num_pairs, level
+    )
+
+
+def _student(freedom: float, level: float) -> float:
+    """Student's two-sided quantile, by the expansion of Fisher and Cornish to the second order (within 1 % from 4
+    degrees of freedom on). An interval is never narrower: resamples of few rows know too little of their tails."""
+    z = NormalDist().inv_cdf((1 + level) / 2)
+    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
 
 
 def differ(first_N: npt.ArrayLike, second_N: npt.ArrayLike, weights_N: npt.ArrayLike) -> bool:
@@ -61,8 +72,8 @@ def differ(first_N: npt.ArrayLike, second_N: npt.ArrayLike, weights_N: npt.Array
 def _pairs(
     first_N: npt.ArrayLike, second_N: npt.ArrayLike, weights_N: npt.ArrayLike
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], float, float] | None:
-    """(differences, weights, their weighted mean, its standard error) of what can be used. The error of a weighted mean
-    is that of a ratio, by linearisation (Cochran, Sampling Techniques, 1977, chapter 6)."""
+    """(differences, weights, their weighted mean, its standard error) of what can be used. The error is that of a
+    ratio, by the jackknife: a heavy row draws the mean to itself, so its residual counts for more."""
     differences, weights = np.asarray(first_N, float) - np.asarray(second_N, float), np.asarray(weights_N, float)
     used = np.isfinite(differences) & (weights > 0)
     differences, weights = differences[used], weights[used]
@@ -70,8 +81,9 @@ def _pairs(
     if num_pairs < FEWEST_PAIRS:
         return None
     mean = float(np.average(differences, weights=weights))
-    squares = ((weights * (differences - mean)) ** 2).sum() * num_pairs / (num_pairs - 1)
-    return differences, weights, mean, float(np.sqrt(squares) / weights.sum())
+    shares = weights / weights.sum()
+    errors = shares * (differences - mean) / np.maximum(1 - shares, 1e-9)
+    return differences, weights, mean, float(np.sqrt((errors**2).sum() * (num_pairs - 1) / num_pairs))
 
 
 def _resampled_t(

@@ -14,6 +14,9 @@ from fitune.report.interval import Interval
 from fitune.report.verdicts import verdicts
 from fitune.units import format_count, format_gib
 
+TRAIN_COLUMN = 5
+"""Where the training loss stands in `columns`: a narrow screen leaves it out beside the eval loss."""
+
 
 def columns(comparison: Comparison) -> list[str]:
     """Headings; one that starts with '>' is a column of numbers."""
