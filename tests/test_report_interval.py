@@ -33,7 +33,10 @@ def test_intervals_cover_the_truth_at_their_stated_rate(num_rows: int) -> None:
 def test_runs_that_are_alike_are_called_different_in_at_most_a_twentieth() -> None:
     draw = np.random.default_rng(7)
     found = [paired_interval(*draw_runs(draw, 40, 0.0)) for _ in range(NUM_DRAWS)]
-    assert sum(interval is not None and interval.excludes_zero for interval in found) / NUM_DRAWS <= 0.05 + 2 * (0.05 * 0.95 / NUM_DRAWS) ** 0.5
+    assert (
+        sum(interval is not None and interval.excludes_zero for interval in found) / NUM_DRAWS
+        <= 0.05 + 2 * (0.05 * 0.95 / NUM_DRAWS) ** 0.5
+    )
 
 
 def test_a_difference_well_above_the_noise_is_found() -> None:

@@ -12,6 +12,8 @@ from typing import Any, Literal
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensor
 
+from fitune.trace.shapes import ShapeMemory
+
 aten = torch.ops.aten
 Routing = Literal["balanced", "worst"]
 _DEVICE_OF = torch.ops.prim.device
@@ -73,6 +75,7 @@ class Assumptions:
 
     def __init__(self, routing: Routing) -> None:
         self._routing = routing
+        self._shapes = ShapeMemory()
         self.used: dict[str, None] = {}
 
     def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -94,7 +97,7 @@ class Assumptions:
         elif packet is aten.equal:
             return self._answer(func, args, kwargs, False, "tensors that are compared as a whole differ")
         try:
-            result = func(*args, **kwargs)
+            result = self._shapes.call(func, args, kwargs)
         except (DataDependentOutputException, DynamicOutputShapeException):
             result = self._of_full_size(func, args)
         self._note_origin(packet, args, kwargs, result)
