@@ -41,7 +41,7 @@ class Recipe:
 
 
 def write_run(output: Path, name: str, recipe: Recipe) -> Path:
-    run = create_run(output, name)
+    run = create_run(output, name, overwrite=True)
     draw = np.random.default_rng(recipe.seed)
     tokens = recipe.effective * recipe.row_tokens
     seconds = tokens / recipe.tokens_per_second

@@ -109,9 +109,7 @@ def _run(found: Sweep, entry: Entry, states: States) -> None:
         states[entry.name] |= {"state": "finished"}
         write_states(found.directory, states)
         return
-    command = [sys.executable, "-m", "fitune", "train", str(write_entry(found.directory, entry))]
-    if run.path.exists():
-        command.append("--overwrite")
+    command = [sys.executable, "-m", "fitune", "train", *_arguments(found, entry, run)]
     with _left_to_the_child():
         code = subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode
     if code == 0 and state["plan"] is not None and not run.plan.exists():
@@ -125,14 +123,23 @@ def _run(found: Sweep, entry: Entry, states: States) -> None:
 
 
 def _is_done(run: RunDirectory, entry: Entry) -> bool:
+    return _is_of(run, entry) and read_run(run.path).state == "finished"
+
+
+def _is_of(run: RunDirectory, entry: Entry) -> bool:
+    """Whether the run there is of this configuration, and not one of an earlier version of the sweep."""
     if not run.checkpoints.is_dir():
         return False
-    record = read_run(run.path)
-    return (
-        record.state == "finished"
-        and record.summary is not None
-        and record.summary.config_hash == config_hash(entry.config)
-    )
+    summary = read_run(run.path).summary
+    return summary is not None and summary.config_hash == config_hash(entry.config)
+
+
+def _arguments(found: Sweep, entry: Entry, run: RunDirectory) -> list[str]:
+    """Of `fitune train`: a run that was stopped goes on from its checkpoint; without one it begins again."""
+    if _is_of(run, entry) and any(run.checkpoints.iterdir()):
+        return ["--resume", str(run.path)]
+    arguments = [str(write_entry(found.directory, entry))]
+    return [*arguments, "--overwrite"] if run.path.exists() else arguments
 
 
 @contextmanager
