@@ -18,6 +18,7 @@ import numpy.typing as npt
 import yaml
 
 from fitune.errors import RunDirectoryError
+from fitune.report.thin import thin_all
 from fitune.run.directory import RunDirectory, read_run
 from fitune.run.eval_rows import EvalRows, read_eval_rows
 from fitune.run.metrics import EvalMetrics, RunEvent, StepMetrics, read_events, read_metrics, summary_json
@@ -245,19 +246,20 @@ def _number(value: Any) -> float:
 
 def embed(run: RecordedRun, *, max_points: int) -> dict[str, Any]:
     """`run` as JSON: curves of at most `max_points`, the rows of its last evaluation, its last events."""
-    from fitune.report.thin import thin
 
-    def columns(curve: Curve, key: str) -> dict[str, list[float | None]]:
-        rows = thin(curve[key], max_points)
+    def columns(curve: Curve, *watched: str) -> dict[str, list[float | None]]:
+        """Thinned so that the extremes of the `watched` ones are kept."""
+        known = [curve[name] for name in watched if np.isfinite(curve[name]).any()] or [curve[watched[0]]]
+        rows = thin_all(known, max_points)
         kept = {name: column[rows] for name, column in curve.items() if np.isfinite(column).any()}
         return {name: [_short(value) for value in column] for name, column in kept.items()}
 
     return {
         **{name: getattr(run, name) for name in ("name", "path", "origin", "state", "summary", "started")},
         "settings": {key: clip(value) for key, value in run.settings.items()},
-        "train": columns(run.train, "loss"),
+        "train": columns(run.train, "loss", "peak_reserved_bytes", "device_used_bytes"),
         "evals": columns(run.evals, "eval_loss"),
-        "memory": columns(run.memory, "peak_reserved_bytes"),
+        "memory": columns(run.memory, "peak_reserved_bytes", "peak_process_bytes"),
         "eval_rows": [
             asdict(rows) | {"losses": [round(loss, 4) for loss in rows.losses]} for rows in run.eval_rows[-1:]
         ],
