@@ -67,7 +67,10 @@
   };
 
   dark.addEventListener("change", () => relayout(theme(dark.matches)));
-  window.addEventListener("beforeprint", () => relayout({ ...theme(false), width: 660, autosize: false }));
+  window.addEventListener("beforeprint", () => {
+    for (const details of document.querySelectorAll("details")) details.open = true;
+    relayout({ ...theme(false), width: 660, autosize: false });
+  });
   window.addEventListener("afterprint", () => relayout({ ...theme(dark.matches), width: null, autosize: true }));
   window.addEventListener("error", (event) => { document.documentElement.dataset.fault = event.message; });
   draw().catch((error) => {
