@@ -3,6 +3,7 @@
     fitune.predict(config, gpu="RTX 4090")     what a run will need            (plan/predict.py)
     fitune.plan(config, gpu="RTX 4090")        what fits, and what was chosen  (plan/planner.py)
     fitune.train(config)                       the whole run
+    fitune.compare(runs)                       runs side by side               (report/compare.py)
     fitune.predict_loop(build, loop)           the same prediction for a loop that is not ours
 
 A config is a mapping, the path of a YAML file or a RunConfig. Nothing heavy is imported before one of these is called.
@@ -57,6 +58,7 @@ _VERBS: dict[str, Callable[..., Any]] = {"train": _train, "plan": _plan}
 
 if TYPE_CHECKING:
     from fitune.plan.predict import predict as predict
+    from fitune.report.compare import compare as compare
 
     plan = _plan
     train = _train
@@ -67,6 +69,8 @@ else:
             return importlib.import_module(f"fitune.{name}")
         if name == "predict":
             return importlib.import_module("fitune.plan.predict").predict
+        if name == "compare":
+            return importlib.import_module("fitune.report.compare").compare
         raise AttributeError(f"module 'fitune' has no attribute '{name}'")
 
 
