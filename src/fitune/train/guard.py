@@ -75,6 +75,11 @@ class Guard:
         self._told_rung = 0
         self.free_bytes: int | None = None
 
+    @property
+    def is_as_planned(self) -> bool:
+        """Whether micro-batches have the size that was predicted."""
+        return self.memory.rung == 0
+
     def start(self) -> None:
         """Raises OutOfMemoryError where not even the optimizer's state, or a single row, fits."""
         optimizer = self.protection.work.optimizer

@@ -203,6 +203,7 @@ class _Trainer:
         start = time.perf_counter()
         safe = self.safe_step(batch, micro_batches)
         result, seconds = safe.step, time.perf_counter() - start
+        state = self.state
         peak = read_peak(self.device)
         if self.self_check is not None:
             peak = self.self_check.measured(peak)
@@ -233,7 +234,6 @@ class _Trainer:
             position=record.position,
             tokens=tokens,
             journal_hash=link,
-            num_ooms=state.num_ooms + len(safe.failures),
             num_retries=state.num_retries + bool(safe.failures),
             micro_batch_changes=self.guard.memory.num_changes,
         )
@@ -268,7 +268,7 @@ class _Trainer:
         self.watcher.step(metrics, progress=progress)
         if not result.updated:
             self.check_update(result)
-        if self.self_check is not None and state.step == CHECKED_STEP:
+        if self.self_check is not None and state.step == CHECKED_STEP and self.guard.is_as_planned:
             sentence, agrees = self.self_check.compare(peak)
             self.event("memory_check" if agrees else "memory_differs", sentence)
 
@@ -344,6 +344,8 @@ class _Trainer:
 
     def event(self, kind: str, message: str) -> None:
         append_line(self.run.events, RunEvent(time=time.time(), step=self.state.step, kind=kind, message=message))
+        if kind == "out_of_memory":
+            self.state = replace(self.state, num_ooms=self.state.num_ooms + 1)
         self.watcher.note(message)
 
     def write_summary(self, status: Status) -> Summary:
