@@ -12,23 +12,9 @@ from fitune.data.packing import lay_out
 from fitune.data.rows import MicroBatch, Row
 from fitune.step.model_check import Probe, Verdict, check_model
 from fitune.step.train_step import loss_share
-from tiny_steps import make_model, settings_for
+from tiny_steps import labelled, make_model, settings_for
 
 Part = dict[str, Tensor]
-
-
-def labelled(*rows: tuple[int, int]) -> Part:
-    """Padded rows of (tokens, targets), as transformers takes them."""
-    width = max(length for length, _ in rows)
-    ids, labels = torch.zeros((len(rows), width), dtype=torch.int64), torch.full((len(rows), width), -100)
-    mask = torch.zeros((len(rows), width), dtype=torch.int64)
-    for place, (length, num_targets) in enumerate(rows):
-        ids[place, :length] = torch.arange(1, length + 1)
-        mask[place, :length] = 1
-        labels[place, length - num_targets : length] = ids[place, length - num_targets : length]
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
-
-
 PROBE = Probe(labelled((3, 1), (12, 10)), labelled((3, 1)), labelled((12, 10)), labelled((3, 0)), 11.0)
 
 
