@@ -3,6 +3,7 @@
     fitune.predict(config, gpu="RTX 4090")     what a run will need            (plan/predict.py)
     fitune.plan(config, gpu="RTX 4090")        what fits, and what was chosen  (plan/planner.py)
     fitune.train(config)                       the whole run
+    fitune.compare(runs)                       runs side by side               (report/compare.py)
     fitune.predict_loop(build, loop)           the same prediction for a loop that is not ours
     fitune.SafeStep(model, optimizer)          a step of such a loop that running out of memory does not end
 
@@ -34,14 +35,14 @@ def _train(
 
     Raises a FituneError as listed in fitune/errors.py.
     """
-    from fitune.cli.progress import TrainingProgress
+    from fitune.cli.progress import open_progress
     from fitune.cli.train import run_training
     from fitune.config import RunConfig, read_config
 
     if isinstance(config, RunConfig):
         config = config.model_dump(mode="json", exclude_defaults=True)
     resolved = read_config(config)
-    with TrainingProgress(quiet=quiet) as progress:
+    with open_progress(quiet=quiet) as progress:
         return run_training(resolved, progress, overwrite=overwrite)[1]
 
 
@@ -56,10 +57,15 @@ def _plan(config: "RunConfig | Mapping[str, Any] | Path | str", *, gpu: str | No
 
 _VERBS: dict[str, Callable[..., Any]] = {"train": _train, "plan": _plan}
 
-_ELSEWHERE = {"predict": "fitune.plan.predict", "SafeStep": "fitune.train.plain_loop"}
+_ELSEWHERE = {
+    "predict": "fitune.plan.predict",
+    "compare": "fitune.report.compare",
+    "SafeStep": "fitune.train.plain_loop",
+}
 
 if TYPE_CHECKING:
     from fitune.plan.predict import predict as predict
+    from fitune.report.compare import compare as compare
     from fitune.train.plain_loop import SafeStep as SafeStep
 
     plan = _plan

@@ -9,13 +9,15 @@ from dataclasses import dataclass
 import torch
 from peft import PeftModel
 from torch import nn
+from torch._subclasses.fake_tensor import is_fake
 from transformers import PreTrainedModel
 
-from fitune.config import RunConfig
+from fitune.config import Recompute, RunConfig
 from fitune.data.packing import sort_by_length, split
 from fitune.data.rows import Batch, MicroBatch
-from fitune.errors import ModelError
+from fitune.errors import ConfigError, ModelError
 from fitune.model.attention import can_pack
+from fitune.model.compile import compile_layers
 from fitune.model.head import Head, decoder_and_head
 from fitune.model.precision import Precision, device_precision, resolve_precision
 from fitune.model.recompute import set_recompute
@@ -58,6 +60,7 @@ class Setup:
     layout: Layout
     eval_layout: Layout
     peak_lr: float
+    recompute: Recompute
     notes: tuple[str, ...]
 
 
@@ -70,7 +73,7 @@ def assemble(
 ) -> Setup:
     """Everything around a loaded model. Raises ModelError or ConfigError for what this model cannot do."""
     notes = [f"precision {precision.name}: {precision.reason}"]
-    set_recompute(model, "off" if config.model.recompute == "auto" else config.model.recompute)
+    recompute = _set_layers(model, config, device)
     packed, note = _choose_packing(model, config)
     head, head_note = _choose_head(model, config)
     notes += [line for line in (note, head_note) if line]
@@ -78,7 +81,7 @@ def assemble(
     layout, eval_layout = choose_layouts(config, device, packed=packed)
     return Setup(
         model=model,
-        optimizer=build_optimizer(model, config.optim, lr=peak_lr),
+        optimizer=build_optimizer(model, config.optim, lr=peak_lr, device=device),
         scaler=torch.amp.GradScaler(device.type) if precision.needs_scaler else None,
         settings=StepSettings(
             LossSettings(head), config.optim.clip, precision.autocast_dtype, commit=_few_are_trained(model)
@@ -86,6 +89,7 @@ def assemble(
         layout=layout,
         eval_layout=eval_layout,
         peak_lr=peak_lr,
+        recompute=recompute,
         notes=tuple(notes),
     )
 
@@ -100,6 +104,18 @@ def choose_layouts(config: RunConfig, device: torch.device, *, packed: bool) -> 
     """(of training, of evaluation), for a model whose rows are packed or not."""
     layout = _choose_layout(config, device, packed=packed)
     return layout, layout if config.eval.micro == "auto" else Layout(packed, config.eval.micro, None)
+
+
+def _set_layers(model: nn.Module, config: RunConfig, device: torch.device) -> Recompute:
+    if config.model.offload_activations and device.type == "cpu":
+        raise ConfigError(
+            ["model.offload_activations moves them to the host's memory, where they are on a CPU: drop it"]
+        )
+    recompute: Recompute = "off" if config.model.recompute == "auto" else config.model.recompute
+    set_recompute(model, recompute, offload=config.model.offload_activations)
+    if config.model.compile and not is_fake(next(model.parameters())):  # a recording sees the layers as they are
+        compile_layers(model, device)
+    return recompute
 
 
 def _choose_packing(model: nn.Module, config: RunConfig) -> tuple[bool, str | None]:
