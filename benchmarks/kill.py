@@ -170,7 +170,7 @@ def _outcome(path: Path) -> dict[str, Any]:
         "best weights": _bytes(run.best),
         "metrics": [{key: value for key, value in line.items() if key not in TIMES} for line in lines],
         "journal": read_journal(run.journal)[-1].hash,
-        "no failed saves": [event for event in read_events(run.events) if event.kind == "save_failed"],
+        "failed saves": run.events.exists() and any(event.kind == "save_failed" for event in read_events(run.events)),
         "leftovers": [path.name for path in run.checkpoints.glob(".*")],
     }
 
