@@ -124,6 +124,7 @@ def train(
         trainer.event("stopped", "interrupted at once, without saving")
         raise
     finally:
+        trainer.writer.close()  # in any case: nothing is written once the run's lock is given back
         summary = trainer.write_summary(status)
     if caught and status == "stopped":
         where = f"saved after step {summary.steps} in {run.last}"
