@@ -41,9 +41,9 @@ class Kernels(Protocol):
 
     def temporaries(
         self, func: Operator, args: tuple[Any, ...], outputs: Sequence[torch.Tensor]
-    ) -> Sequence[Sequence[int]]:
+    ) -> Sequence[Sequence[int]] | None:
         """Bytes of what the operator allocates after its outputs and frees before it returns: one group after the
-        other."""
+        other. None for an operator without a rule."""
 
 
 @dataclass(slots=True, eq=False)
@@ -65,6 +65,7 @@ class Recorder(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self._kernels = kernels
         self._births: list[_Storage] = []
+        self._silent: list[tuple[int, Rule]] = []
         self._work: dict[tuple[Phase, int, int, str, int, str, str], list[int]] = {}
         self._alive: dict[int, _Storage] = {}
         self._host: dict[int, weakref.ref[torch.UntypedStorage]] = {}
@@ -164,6 +165,7 @@ class Recorder(TorchDispatchMode):
                 for each in self._births
             ),
             (Work(*key, *sums) for key, sums in self._work.items()),
+            silent=self._silent,
             source=source,
         )
 
@@ -193,16 +195,25 @@ class Recorder(TorchDispatchMode):
             return result
         for tensor, module in zip(outputs, self._modules(args, len(outputs)), strict=True):
             self._see(tensor, str(func), module)
-        position = 0
-        for group in self._kernels.temporaries(func, args, outputs):
-            hidden = [self.allocate(num_bytes, "temporary", str(func)) for num_bytes in group]
-            for storage in hidden:
-                self.free(storage)
-                storage.rule = _rule(func, args, position)
-                position += 1
+        self._add_temporaries(func, args, outputs)
         if not func.is_view:
             self._count(func, args, kwargs, outputs)
         return result
+
+    def _add_temporaries(self, func: Operator, args: tuple[Any, ...], outputs: tuple[torch.Tensor, ...]) -> None:
+        groups = self._kernels.temporaries(func, args, outputs)
+        if groups is None:
+            return
+        rule = _rule(func, args, total=sum(map(len, groups)))
+        if rule is not None and not groups:
+            self._silent.append((self._step, rule))
+        position = 0
+        for group in groups:
+            hidden = [self.allocate(num_bytes, "temporary", str(func)) for num_bytes in group]
+            for storage in hidden:
+                self.free(storage)
+                storage.rule = None if rule is None else rule._replace(position=position)
+                position += 1
 
     def _count(self, func: Operator, args: Any, kwargs: Any, outputs: tuple[torch.Tensor, ...]) -> None:
         phase, step, micro_batch, module = self._where()
@@ -367,11 +378,11 @@ def _tensors(tree: Any) -> Iterator[torch.Tensor]:
             yield from _tensors(item)
 
 
-def _rule(func: Operator, args: tuple[Any, ...], position: int) -> Rule | None:
+def _rule(func: Operator, args: tuple[Any, ...], *, total: int) -> Rule | None:
     """None where tensors come in lists, whose lengths are no shape."""
     if any(any(True for _ in _tensors(value)) for value in args if isinstance(value, (list, tuple))):
         return None
-    return Rule(func._schema.name, tuple(_shape(value) for value in args), position)
+    return Rule(func._schema.name, tuple(_shape(value) for value in args), 0, total)
 
 
 def _shape(value: Any) -> object:
