@@ -1,6 +1,8 @@
 """`fitune train`: train by a configuration."""
 
+import json
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -93,7 +95,8 @@ def run_training(
         name = f"{replayed.name}-replay-"
     elif name is not None and (config.run.output / name).exists() and not overwrite:
         run = create_run(config.run.output, name)  # refuses unless there is nothing to lose
-    prepared = _prepare(config, progress, plan_check=plan_check)
+    settings = None if replayed is None else _settings(replayed)
+    prepared = _prepare(config, progress, plan_check=plan_check, settings=settings)
     from fitune.train.checkpoint import check_disk
     from fitune.train.resume import read_replay
 
@@ -109,7 +112,7 @@ def run_training(
         write_atomically(run.config, format_config(resolved))
         write_json(run.env, environment(config.run.output))
         if prepared.plan is not None:
-            write_json(run.plan, {"schema": SCHEMA, **plan_json(prepared.plan)})
+            write_json(run.plan, {"schema": SCHEMA, **plan_json(prepared.plan), "settings": prepared.settings})
         summary = _train(config, prepared, run, progress=progress, replay=replay)
     if prepared.plan is not None:
         calibrate(prepared.plan, run.metrics)
@@ -138,7 +141,7 @@ def _resume(
         config = resolved.config
         if checkpoint is not None:
             config = pin_precision(config, checkpoint, choose_device())
-        prepared = _prepare(config, progress, plan_check=False)
+        prepared = _prepare(config, progress, plan_check=False, settings=_settings(run))
         setup, data = prepared.setup, prepared.data
         identity = run_identity(config, setup, train=data.train, held_out=data.eval)
         facts = (identity, run_conditions(config, setup))
@@ -201,7 +204,20 @@ def _earlier_run(resume: str | None, replay: Path | None, *, output: str | None)
     return run
 
 
-def _prepare(config: RunConfig, progress: TrainingProgress, *, plan_check: bool) -> "Prepared":
+def _settings(run: RunDirectory) -> list[str]:
+    """What the plan of that run decided; nothing where it had none."""
+    try:
+        content = json.loads(run.plan.read_text(encoding="utf-8"))
+        return [str(setting) for setting in content["settings"]]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunDirectoryError(f"{run.plan} cannot be read, so the run cannot be gone on with as planned") from error
+
+
+def _prepare(
+    config: RunConfig, progress: TrainingProgress, *, plan_check: bool, settings: Sequence[str] | None = None
+) -> "Prepared":
     parse_allocator_config(config.memory.allocator)
     if config.memory.allocator:
         os.environ["PYTORCH_ALLOC_CONF"] = config.memory.allocator  # read when CUDA starts, so before torch is used
@@ -210,7 +226,7 @@ def _prepare(config: RunConfig, progress: TrainingProgress, *, plan_check: bool)
     from fitune.train.trackers import check_trackers
 
     check_trackers(config)
-    prepared = prepare(config, on_progress=progress.rows, plan_check=plan_check)
+    prepared = prepare(config, on_progress=progress.rows, plan_check=plan_check, settings=settings)
     progress.rows(None)
     report = prepared.data.train.report
     trainable, parameters = prepared.num_trainable_parameters, prepared.num_parameters

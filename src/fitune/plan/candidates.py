@@ -5,7 +5,7 @@ how the loss is formed leave the result the same, so these are varied. What woul
 never chosen. What the configuration forces is not varied.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -133,3 +133,15 @@ def settings_of(candidate: Candidate, config: RunConfig) -> list[str]:
     if batch.micro_rows is None and batch.micro_tokens == "auto":
         settings["batch.micro_tokens"] = str(candidate.micro_tokens)
     return [f"{key}={value}" for key, value in settings.items() if value is not None]
+
+
+def still_open(settings: Iterable[str], config: RunConfig) -> list[str]:
+    """Of the overrides that a plan once gave, those that the configuration, which may be another now, leaves open."""
+    batch = config.batch
+    is_open = {
+        "model.recompute": config.model.recompute == "auto",
+        "model.precision": config.model.precision == "auto",
+        "loss": config.loss == "auto",
+        "batch.micro_tokens": batch.micro_rows is None and batch.micro_tokens == "auto",
+    }
+    return [setting for setting in settings if is_open.get(setting.partition("=")[0], False)]

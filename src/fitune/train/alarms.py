@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from fitune.run.memory import MemorySample
 from fitune.run.metrics import RunEvent, StepMetrics
+from fitune.train.self_check import CPU_NOISE_BYTES, CPU_TOLERANCE, CUDA_TOLERANCE
 from fitune.units import GIB, MIB, format_bytes
 
 QUIET_SECONDS = 300.0
@@ -36,7 +37,11 @@ class AlarmSettings:
     @property
     def tolerance(self) -> float:
         """By how much a peak may exceed its prediction: what the prediction promises on such a device."""
-        return 0.12 if self.on_cpu else 0.02
+        return CPU_TOLERANCE if self.on_cpu else CUDA_TOLERANCE
+
+    @property
+    def noise_bytes(self) -> int:
+        return CPU_NOISE_BYTES if self.on_cpu else 0
 
 
 class Alarms:
@@ -185,6 +190,8 @@ class Alarms:
     def _prediction(self, metrics: StepMetrics) -> str | None:
         predicted, measured = self._settings.predicted_bytes, metrics.peak_reserved_bytes
         if predicted is None or measured is None or measured <= predicted * (1 + self._settings.tolerance):
+            return None
+        if measured - predicted <= self._settings.noise_bytes:
             return None
         return (
             f"step {metrics.step} took {format_bytes(measured)}, {measured / predicted - 1:.1%} more than the "
