@@ -11,11 +11,9 @@ import psutil
 from fitune.config import RunConfig, read_config
 from fitune.memory.c_allocator import allocator_factor
 from fitune.memory.devices import Device, context_prior, cpu_device, find_device, this_machine
-from fitune.memory.prediction import Interval, Prediction, PredictSettings
-from fitune.memory.prediction import predict as predict_trace
+from fitune.memory.prediction import Interval, Prediction, PredictSettings, predict_steps
 from fitune.step.assemble import CPU_MICRO_TOKENS, CUDA_MICRO_TOKENS
 from fitune.trace.cuda_behaviour import CudaTarget
-from fitune.trace.events import MemoryTrace
 from fitune.trace.recordings import Recordings
 from fitune.trace.step import Pass, RecordedStep, longest_rows
 
@@ -78,14 +76,13 @@ def predict_run(
     recorded = (recordings or Recordings()).step(config, passes, target=cuda_target(config, device))
     limited = device if limit_bytes is None else replace(device, total_bytes=min(limit_bytes, device.total_bytes))
 
-    def of(trace: MemoryTrace) -> Prediction:
-        prediction = predict_trace(trace, PredictSettings(device=limited, allocator=config.memory.allocator))
-        return prediction if program_bytes is None else _in_process(prediction, limited, program_bytes)
-
-    training = of(recorded.trace)
-    evaluation = None
+    steps = [int(recorded.trace.columns().step.max())]
     if recorded.evaluation_step is not None:
-        evaluation = of(until_step(recorded.trace, recorded.evaluation_step))
+        steps.append(recorded.evaluation_step)
+    predicted = predict_steps(recorded.trace, PredictSettings(device=limited, allocator=config.memory.allocator), steps)
+    if program_bytes is not None:
+        predicted = [_in_process(prediction, limited, program_bytes) for prediction in predicted]
+    training, evaluation = predicted[0], predicted[1] if len(predicted) > 1 else None
     largest = training
     if evaluation is not None and evaluation.peak_allocated_bytes > training.peak_allocated_bytes:
         largest = evaluation
@@ -98,11 +95,6 @@ def predict_run(
         device=device,
         context_bytes=context.expected_bytes if program_bytes is None else program_bytes,
     )
-
-
-def until_step(trace: MemoryTrace, step: int) -> MemoryTrace:
-    """The trace as it was after that step."""
-    return replace(trace, events=tuple(event for event in trace.events if event.step <= step))
 
 
 def cuda_target(config: RunConfig, device: Device) -> CudaTarget | None:
