@@ -47,6 +47,7 @@ app.command(
     help="Train by a configuration.",
     sort_key=4,
 )
+app.command("fitune.cli.watch:watch", help="A run live, or as it ended: progress, memory, loss, events.", sort_key=6)
 app.command("fitune.cli.runs:runs", help="The runs here, one line each.", sort_key=7)
 app.command("fitune.cli.export:export", help="A run's weights for use elsewhere.", sort_key=11)
 app.command("fitune.cli.demo:demo", help="The whole story here in minutes: real model, real data.", sort_key=13)

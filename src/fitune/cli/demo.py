@@ -77,7 +77,7 @@ def _show_result(run: "RunDirectory", summary: "Summary", model_path: Path) -> N
     before, after = evals[0].eval_loss, summary.eval_loss or evals[-1].eval_loss
     print(f"\nheld-out loss   {before:.4f} before, {after:.4f} after ({after / before - 1:+.1%})")
     print(f"speed           {summary.tokens_per_second:,.0f} tokens/s, evaluation and saving included")
-    print(f"peak memory     {format_bytes(summary.measured_device_bytes or summary.measured_reserved_bytes)} measured")
+    print(f"peak memory     {format_bytes(summary.peak_device_bytes or summary.peak_reserved_bytes)} measured")
     print(f"\nquestion        {QUESTION}?", flush=True)
     for when, source in (("before", str(model_path)), ("after", str(run.best))):
         print(f"answer {when:8} {_answer(ModelConfig(source=source))}", flush=True)

@@ -60,7 +60,7 @@ def _row(record: RunRecord) -> tuple[str, ...]:
         f"{summary.steps:,}",
         _loss(summary.train_loss),
         _loss(summary.eval_loss),
-        format_gib(summary.measured_allocated_bytes),
+        format_gib(summary.peak_allocated_bytes),
         format_count(summary.tokens_per_second),
         age,
     )

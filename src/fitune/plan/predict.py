@@ -12,6 +12,7 @@ from fitune.config import RunConfig, read_config
 from fitune.memory.c_allocator import allocator_factor
 from fitune.memory.devices import Device, context_prior, cpu_device, find_device, this_machine
 from fitune.memory.prediction import Interval, Prediction, PredictSettings, predict_steps
+from fitune.memory.residuals import circumstances, read_residuals, widen
 from fitune.step.assemble import CPU_MICRO_TOKENS, CUDA_MICRO_TOKENS
 from fitune.trace.cuda_behaviour import CudaTarget
 from fitune.trace.recordings import Recordings
@@ -75,14 +76,23 @@ def predict_run(
     passes = passes or heaviest_passes(config, device)
     recorded = (recordings or Recordings()).step(config, passes, target=cuda_target(config, device))
     limited = device if limit_bytes is None else replace(device, total_bytes=min(limit_bytes, device.total_bytes))
+    is_here = device.kind == "cpu" or device.uuid is not None
+    residuals = read_residuals(circumstances(device, config.model.source)) if is_here else ()
+
+    def complete(prediction: Prediction) -> Prediction:
+        if program_bytes is not None:
+            prediction = _in_process(prediction, config, limited, program_bytes=program_bytes)
+        interval = prediction.device_interval
+        if interval is not None and residuals:
+            interval = widen(interval, residuals, reserved_bytes=prediction.peak_reserved_bytes)
+        return replace(prediction, device_interval=interval)
 
     steps = [int(recorded.trace.columns().step.max())]
     if recorded.evaluation_step is not None:
         steps.append(recorded.evaluation_step)
     predicted = predict_steps(recorded.trace, PredictSettings(device=limited, allocator=config.memory.allocator), steps)
-    if program_bytes is not None:
-        predicted = [_in_process(prediction, limited, program_bytes) for prediction in predicted]
-    training, evaluation = predicted[0], predicted[1] if len(predicted) > 1 else None
+    training, *rest = map(complete, predicted)
+    evaluation = rest[0] if rest else None
     largest = training
     if evaluation is not None and evaluation.peak_allocated_bytes > training.peak_allocated_bytes:
         largest = evaluation
@@ -124,17 +134,16 @@ def heaviest_passes(config: RunConfig, device: Device, *, row_tokens: int | None
     return [first, *([Pass("eval", rows, most_micro_batches=1)] if evaluated else []), steady]
 
 
-def _in_process(prediction: Prediction, device: Device, program_bytes: int) -> Prediction:
+def _in_process(prediction: Prediction, config: RunConfig, device: Device, *, program_bytes: int) -> Prediction:
     """On a CPU the process is the device: live bytes as the C library holds them, and the program itself."""
-    live, factor = prediction.peak_allocated_bytes, allocator_factor()
-    device_bytes = int(live * factor.expected) + program_bytes
+    factor = allocator_factor(config.model.method, recomputes=config.model.recompute not in ("auto", "off"))
+    low, expected, high = factor.resident_bytes(prediction.peak_allocated_bytes)
+    device_bytes = expected + program_bytes
     reason = f"{factor.name} was measured to hold {factor.low:.2f} to {factor.high:.2f} times the live bytes"
     return replace(
         prediction,
-        peak_reserved_bytes=int(live * factor.expected),
+        peak_reserved_bytes=expected,
         device_bytes=device_bytes,
-        device_interval=Interval(
-            int(live * factor.low) + program_bytes, int(live * factor.high) + program_bytes, (reason,)
-        ),
+        device_interval=Interval(low + program_bytes, high + program_bytes, (reason,)),
         fits=device_bytes <= device.total_bytes,
     )
