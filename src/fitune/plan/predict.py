@@ -136,7 +136,9 @@ def heaviest_passes(config: RunConfig, device: Device, *, row_tokens: int | None
 
 def _in_process(prediction: Prediction, config: RunConfig, device: Device, *, program_bytes: int) -> Prediction:
     """On a CPU the process is the device: live bytes as the C library holds them, and the program itself."""
-    factor = allocator_factor(config.model.method, recomputes=config.model.recompute not in ("auto", "off"))
+    factor = allocator_factor(
+        "full" if config.model.method == "full" else "lora", recomputes=config.model.recompute not in ("auto", "off")
+    )
     low, expected, high = factor.resident_bytes(prediction.peak_allocated_bytes)
     device_bytes = expected + program_bytes
     reason = f"{factor.name} was measured to hold {factor.low:.2f} to {factor.high:.2f} times the live bytes"
