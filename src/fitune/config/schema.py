@@ -49,7 +49,7 @@ Fraction = Annotated[Float, Field(ge=0, le=1)]
 BelowOne = Annotated[Float, Field(ge=0, lt=1)]
 PathText = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
 
-Method = Literal["full", "lora"]
+Method = Literal["full", "lora", "qlora"]
 Precision = Literal["float32", "bfloat16", "autocast_bfloat16", "autocast_float16"]
 Attention = Literal["flash", "efficient", "math", "eager"]
 Recompute = Literal["off", "every_2", "every_4", "selective", "full"]

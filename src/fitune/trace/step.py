@@ -18,7 +18,7 @@ from transformers import PretrainedConfig
 
 from fitune.config import RunConfig
 from fitune.data.rows import Batch, MicroBatch, Row
-from fitune.model.load import load_model
+from fitune.model.load import count_parameters, load_model
 from fitune.model.precision import Precision, device_precision, resolve_precision
 from fitune.step import loss
 from fitune.step.assemble import Layout, Setup, assemble, choose_layouts
@@ -176,15 +176,15 @@ def record_columns_of_step(
     with _older_objects_set_aside():
         recording = record_columns(build, loop, settings, watch=name_chunks)
     ((model, setup),) = made
-    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    num_parameters, num_trainable = count_parameters(model)
     return ColumnsOfStep(
         recording=recording,
         chunk_tokens=setup.settings.loss.chunk_tokens,
         layout=setup.layout,
         chunked=setup.settings.loss.head is not None,
         evaluation_step=next((i for i, each in enumerate(passes, start=1) if each.kind == "eval"), None),
-        num_parameters=sum(size for size, _ in sizes),
-        num_trainable_parameters=sum(size for size, trainable in sizes if trainable),
+        num_parameters=num_parameters,
+        num_trainable_parameters=num_trainable,
         precision=precision,
         notes=setup.notes,
     )
