@@ -1,13 +1,10 @@
 """The CPU's benchmark: its quick form runs whole, its committed results are what the predictor carries."""
 
-import json
-
 import pytest
 
-import cpu_accuracy
-from cpu_accuracy import QUICK, SETTINGS, Compared, compare, environment_of, section
+from cpu_accuracy import QUICK, SETTINGS, compare, environment_of, read_results, section
 
-COMMITTED = [Compared(**row) for row in json.loads(cpu_accuracy.RESULTS.read_text())["settings"]]
+COMMITTED = read_results()
 
 
 @pytest.mark.slow
