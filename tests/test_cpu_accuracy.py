@@ -1,10 +1,10 @@
 """The CPU's benchmark: its quick form runs whole, its committed results are what the predictor carries."""
 
+from statistics import median
+
 import pytest
 
 from cpu_accuracy import QUICK, SETTINGS, compare, environment_of, read_results, section
-
-COMMITTED = read_results()
 
 
 @pytest.mark.slow
@@ -21,19 +21,23 @@ def test_the_settings_differ_in_everything_that_moves_memory() -> None:
     assert {1, 8} <= {setting.micro for setting in SETTINGS}
 
 
-@pytest.mark.parametrize(("allocator", "worst", "middle"), [("mapped", 0.08, 0.04), ("tcmalloc", 0.12, 0.12)])
+@pytest.mark.parametrize(
+    ("allocator", "worst", "middle"), [("mapped", 0.08, 0.04), ("tcmalloc", 0.12, 0.06), ("glibc", 0.12, 0.12)]
+)
 def test_the_committed_results_are_within_their_bounds(allocator: str, worst: float, middle: float) -> None:
-    errors = sorted(
-        abs(row.error_fraction) for row in COMMITTED if row.allocator == allocator and row.error_fraction is not None
-    )
-    assert len(errors) == len(SETTINGS)
-    assert errors[-1] < worst
-    assert errors[len(errors) // 2] < middle
+    errors = [
+        abs(row.error_fraction)
+        for row in read_results()
+        if row.allocator == allocator and row.error_fraction is not None
+    ]
+    assert len(errors) >= 12
+    assert max(errors) < worst
+    assert median(errors) < middle
 
 
-def test_every_setting_stands_in_the_table() -> None:
+def test_every_measured_setting_stands_in_the_table() -> None:
     page = "\n".join(section())
-    assert all(f"| {setting} | mapped |" in page for setting in SETTINGS)
+    assert all(f"| {row.setting} | {row.allocator} |" in page for row in read_results())
 
 
 def test_a_measurement_does_not_inherit_the_caller_s_allocator(monkeypatch: pytest.MonkeyPatch) -> None:
