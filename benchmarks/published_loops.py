@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fitune.model.quantise import quantise, share_tables
+from fitune.model.quantise import NF4Linear, quantise, share_tables
 
 Row = dict[str, Any]
 Step = Callable[[], Any]
@@ -533,6 +533,10 @@ def _fms_model(row: Row) -> Any:
     if row["method"] == "qlora":
         model = quantise(model)
         share_tables(model)
+        for module in model.modules():
+            if isinstance(module, NF4Linear):
+                module.register_forward_pre_hook(_bias_as_input)
+                module.register_forward_hook(_output_as_input)
         if "framework_config=baseline" in row["notes"]:  # peft: prepare_model_for_kbit_training
             for module in model.modules():
                 if "RMSNorm" in type(module).__name__:
@@ -541,6 +545,17 @@ def _fms_model(row: Row) -> Any:
         model.enable_input_require_grads()
         model = _with_lora(model, row["lora"])
     return model
+
+
+def _bias_as_input(module: nn.Module, inputs: tuple[Tensor]) -> None:
+    """bitsandbytes, nn/modules.py, Linear4bit: the bias is kept in the format of the last input."""
+    if module.bias is not None:
+        module.bias.data = module.bias.data.to(inputs[0].dtype)
+
+
+def _output_as_input(_: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+    """The same: the product is computed in 16 bits and returned in the format of the input."""
+    return output.to(inputs[0].dtype)
 
 
 def _attention_with_repeated_heads() -> str:
