@@ -11,7 +11,7 @@ from cyclopts import Parameter
 
 from fitune.cli.arguments import ConfigArguments, ConfigFlags, read_arguments
 from fitune.cli.output import SCHEMA, Format, print_json
-from fitune.cli.progress import TrainingProgress
+from fitune.cli.progress import RunProgress, open_progress
 from fitune.config import ResolvedConfig, RunConfig, format_config
 from fitune.errors import RunDirectoryError, UsageError
 from fitune.memory.allocator_config import parse_allocator_config
@@ -56,7 +56,7 @@ def train(
         _print_config(resolved, output_format)
         return
     quiet = output_format == "quiet"
-    with TrainingProgress(quiet=quiet) as progress:
+    with open_progress(quiet=quiet) as progress:
         if dry_run:
             _prepare(resolved.config, progress, plan_check=not no_plan_check)
             progress.note("dry run: model, data and settings fit together; nothing was written")
@@ -78,7 +78,7 @@ def train(
 
 def run_training(
     resolved: ResolvedConfig,
-    progress: TrainingProgress,
+    progress: RunProgress,
     *,
     overwrite: bool = False,
     plan_check: bool = True,
@@ -97,6 +97,7 @@ def run_training(
         run = create_run(config.run.output, name)  # refuses unless there is nothing to lose
     settings = None if replayed is None else _settings(replayed)
     prepared = _prepare(config, progress, plan_check=plan_check, settings=settings)
+    from fitune.data.examples import data_json
     from fitune.train.checkpoint import check_disk
     from fitune.train.resume import read_replay
 
@@ -107,10 +108,11 @@ def run_training(
     if run is None:
         prefix = name_prefix(config.model.source, config.data.train_sources[0].path)
         run = create_run(output, name or prefix, overwrite=overwrite)
-    progress.note(f"run    {run.path}")
+    progress.begin(run)
     with working_on(run):
         write_atomically(run.config, format_config(resolved))
         write_json(run.env, environment(config.run.output))
+        write_json(run.data, data_json(prepared.data.train, prepared.data.eval))
         if prepared.plan is not None:
             write_json(run.plan, {"schema": SCHEMA, **plan_json(prepared.plan), "settings": prepared.settings})
         summary = _train(config, prepared, run, progress=progress, replay=replay)
@@ -124,14 +126,14 @@ def run_training(
 def _resume(
     run: RunDirectory,
     resolved: ResolvedConfig,
-    progress: TrainingProgress,
+    progress: RunProgress,
     *,
     allow_change: tuple[str, ...],
     is_changed: bool,
 ) -> Summary:
     """Nothing in the directory changes before everything is loaded and found to be the same run."""
     with working_on(run):
-        progress.note(f"run    {run.path}")
+        progress.begin(run)
         from fitune.model.device import choose_device
         from fitune.train.checkpoint import newest_checkpoint
         from fitune.train.identity import run_conditions, run_identity
@@ -157,7 +159,7 @@ def _train(
     prepared: "Prepared",
     run: RunDirectory,
     *,
-    progress: TrainingProgress,
+    progress: RunProgress,
     start: "Start | None" = None,
     replay: "Replay | None" = None,
 ) -> Summary:
@@ -216,7 +218,7 @@ def _settings(run: RunDirectory) -> list[str]:
 
 
 def _prepare(
-    config: RunConfig, progress: TrainingProgress, *, plan_check: bool, settings: Sequence[str] | None = None
+    config: RunConfig, progress: RunProgress, *, plan_check: bool, settings: Sequence[str] | None = None
 ) -> "Prepared":
     parse_allocator_config(config.memory.allocator)
     if config.memory.allocator:
@@ -245,7 +247,7 @@ def _prepare(
     return prepared
 
 
-def _report(run: RunDirectory, summary: Summary, progress: TrainingProgress) -> None:
+def _report(run: RunDirectory, summary: Summary, progress: RunProgress) -> None:
     loss = "n/a" if summary.eval_loss is None else f"{summary.eval_loss:.4f}"
     peak = summary.peak_reserved_bytes or summary.peak_device_bytes
     progress.note(

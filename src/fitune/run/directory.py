@@ -2,6 +2,7 @@
 
     config.yaml     what was asked for, with the origin of each value
     env.json        the machine          plan.json      what was chosen, and why
+    data.json       what the data is     eval_rows.jsonl  each evaluation, row by row
     metrics.jsonl   one line a step      memory.jsonl   memory over time
     events.jsonl    what happened        journal.jsonl  what each step did, for resume and replay
     summary.json    the run in numbers   report.html    the run in pictures
@@ -56,8 +57,16 @@ class RunDirectory:
         return self.path / "plan.json"
 
     @property
+    def data(self) -> Path:
+        return self.path / "data.json"
+
+    @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
+
+    @property
+    def eval_rows(self) -> Path:
+        return self.path / "eval_rows.jsonl"
 
     @property
     def memory(self) -> Path:
@@ -265,7 +274,10 @@ def _remove_files(run: RunDirectory) -> None:
     for directory in (run.checkpoints, run.best, run.last, run.trackers):
         if directory.is_dir():
             shutil.rmtree(directory)
-    texts = (run.config, run.env, run.plan, run.metrics, run.memory, run.events, run.journal, run.summary, run.report)
+    texts = (
+        *(run.config, run.env, run.plan, run.data, run.metrics, run.eval_rows),
+        *(run.memory, run.events, run.journal, run.summary, run.report),
+    )
     for file in texts:
         file.unlink(missing_ok=True)
 

@@ -23,12 +23,13 @@ from fitune.errors import FituneError, InterruptedRunError, OutOfMemoryError, Ru
 from fitune.model.device import read_peak, reset_peak
 from fitune.model.save import model_files
 from fitune.run.directory import RunDirectory, write_json
+from fitune.run.eval_rows import EvalRows, append_eval_rows
 from fitune.run.journal import StepRecord, append_step, ids_hash
 from fitune.run.metrics import EvalMetrics, RunEvent, Status, StepMetrics, Summary, append_line, summary_json
 from fitune.step.assemble import Layout, Setup
 from fitune.step.optimizer import set_lr
 from fitune.step.safe_step import SafeResult
-from fitune.step.train_step import StepResult
+from fitune.step.train_step import EvalResult, StepResult
 from fitune.train.checkpoint import CheckpointWriter, seed_everything
 from fitune.train.guard import Guard
 from fitune.train.identity import run_conditions, run_identity
@@ -372,6 +373,7 @@ class _Trainer:
             peak_allocated_bytes=peak.allocated_bytes,
         )
         append_line(self.run.metrics, metrics)
+        append_eval_rows(self.run.eval_rows, _eval_rows(result, metrics))
         # the untrained model is measured but is no result of this run, nor is a loss that is not a number
         better = state.best_eval_loss is None or result.loss < state.best_eval_loss
         best = state.step > 0 and better and math.isfinite(result.loss)
@@ -446,6 +448,12 @@ class _Trainer:
         )
         write_json(self.run.summary, summary_json(summary))
         return summary
+
+
+def _eval_rows(result: EvalResult, metrics: EvalMetrics) -> EvalRows:
+    pairs = zip(result.row_losses, result.row_weights, strict=True)
+    losses = tuple(round(loss / weight, 6) if weight else 0.0 for loss, weight in pairs)
+    return EvalRows(step=metrics.step, total_tokens=metrics.total_tokens, losses=losses, weights=result.row_weights)
 
 
 def _in_order(examples: Examples, layout: Layout, rows_at_once: int) -> Iterator[MicroBatch]:
