@@ -247,9 +247,7 @@ TRAINERS: dict[str, Callable[[Task, Sequence[Row]], Outcome]] = {
     "padding to max_length": run_padding,
     "TRL, float32": lambda task, rows: run_trl(task, rows),
     "TRL, recompute off": lambda task, rows: run_trl(task, rows, gradient_checkpointing=False),
-    "TRL, padding-free": lambda task, rows: run_trl(
-        task, rows, name="", gradient_checkpointing=False, padding_free=True
-    ),
+    "TRL, padding-free": lambda task, rows: run_trl(task, rows, gradient_checkpointing=False, padding_free=True),
     "TRL, padding-free, recompute": lambda task, rows: run_trl(task, rows, padding_free=True),
     "TRL, packing": lambda task, rows: run_trl(task, rows, gradient_checkpointing=False, packing=True),
 }
