@@ -3,3 +3,5 @@
 import os
 
 os.environ["FITUNE_LANG"] = "en"
+
+pytest_plugins = ["nvml_stand_in"]

@@ -54,6 +54,7 @@ Precision = Literal["float32", "bfloat16", "autocast_bfloat16", "autocast_float1
 Attention = Literal["flash", "efficient", "math", "eager"]
 Recompute = Literal["off", "every_2", "every_4", "selective", "full"]
 Loss = Literal["full", "chunked"]
+Tracker = Literal["tensorboard", "trackio", "wandb", "mlflow", "swanlab"]
 OptimizerName = Literal["adamw", "adamw_foreach", "adamw_host", "adamw_8bit", "adamw_8bit_paged", "adafactor", "sgd"]
 
 
@@ -208,6 +209,10 @@ class MemoryConfig(Section):
         "auto", description="auto, 20GiB, or a share of the free memory like 0.9"
     )
     gpu: str | None = Field(None, description="a card of the catalogue to plan for; this machine's when left out")
+    on_oom: Literal["stop", "quarantine"] = Field(
+        "stop", description="a row that does not fit even alone: stop the run, or leave the row out"
+    )
+    grow: Bool = Field(True, description="larger micro-batches than planned where a GPU has room and gains speed")
     allocator: str = Field("", description="PYTORCH_ALLOC_CONF of the run and of its prediction")
 
 
@@ -241,6 +246,10 @@ class OutputConfig(Section):
     output: Annotated[Path, AfterValidator(Path.expanduser)] = Field(Path("runs"), description="where runs are kept")
     name: str | None = Field(
         None, description="the run's directory below output; made from model and data when left out"
+    )
+    trackers: tuple[Tracker, ...] = Field((), description="also tell these, through the accelerate library")
+    prometheus: PathText | None = Field(
+        None, description="keep a text file of the present numbers here, for node_exporter's textfile collector"
     )
 
 

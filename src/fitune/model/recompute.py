@@ -10,7 +10,7 @@ from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from fitune.config import Recompute
+from fitune.config import Auto, Recompute
 from fitune.errors import ModelError
 
 _aten = torch.ops.aten
@@ -51,6 +51,11 @@ def set_recompute(model: nn.Module, recompute: Recompute, *, offload: bool = Fal
     for number, layer in enumerate(layers):
         layer.gradient_checkpointing = recompute != "off" and number % _EVERY[recompute] == 0
         layer._gradient_checkpointing_func = again
+
+
+def recompute_period(recompute: Recompute | Auto) -> int:
+    """How many layers apart the same is done again; auto means off, as long as nothing has decided."""
+    return 1 if recompute == "auto" else _EVERY.get(recompute, 1)
 
 
 def recomputable_layers(model: nn.Module) -> list[GradientCheckpointingLayer]:

@@ -37,21 +37,21 @@ def token_loss_sum(model: nn.Module, micro_batch: MicroBatch, settings: LossSett
     return chunked_cross_entropy(hidden_ND, settings.head, micro_batch, chunk_tokens=settings.chunk_tokens)
 
 
-def loss_and_correct(model: nn.Module, micro_batch: MicroBatch, settings: LossSettings) -> tuple[Tensor, Tensor]:
-    """(weighted sum of token losses, number of supervised tokens whose most likely word is right): float32 and int64
-    scalars, for an evaluation."""
+def losses_and_correct(model: nn.Module, micro_batch: MicroBatch, settings: LossSettings) -> tuple[Tensor, Tensor]:
+    """(weighted loss of each supervised token, number of them whose most likely word is right): float32 [N] and an
+    int64 scalar, for an evaluation."""
     if settings.head is None:
         logits_NV = _supervised_logits(model, micro_batch)
-        return _weighted_cross_entropy(logits_NV, micro_batch), _num_correct(logits_NV, micro_batch.target_ids_N)
+        losses_N = F.cross_entropy(logits_NV.float(), micro_batch.target_ids_N, reduction="none")
+        return losses_N * micro_batch.target_weights_N, _num_correct(logits_NV, micro_batch.target_ids_N)
     hidden_ND = _supervised_hidden(settings.head, micro_batch)
-    loss = hidden_ND.new_zeros((), dtype=torch.float32)
+    losses_N = hidden_ND.new_empty(hidden_ND.shape[0], dtype=torch.float32)
     correct = torch.zeros((), dtype=torch.int64, device=hidden_ND.device)
     for chunk in _chunks(hidden_ND.shape[0], settings.chunk_tokens):
         logits_NV = settings.head.logits(hidden_ND[chunk])
-        losses_N = F.cross_entropy(logits_NV.float(), micro_batch.target_ids_N[chunk], reduction="none")
-        loss += losses_N @ micro_batch.target_weights_N[chunk]
+        losses_N[chunk] = F.cross_entropy(logits_NV.float(), micro_batch.target_ids_N[chunk], reduction="none")
         correct += _num_correct(logits_NV, micro_batch.target_ids_N[chunk])
-    return loss, correct
+    return losses_N * micro_batch.target_weights_N, correct
 
 
 def chunked_cross_entropy(hidden_ND: Tensor, head: Head, micro_batch: MicroBatch, *, chunk_tokens: int) -> Tensor:
