@@ -48,7 +48,7 @@ NUM_KEPT = 2
 """The last ones; the best one is kept beside them."""
 SPARE_BYTES = 4 * MIB
 """What a save leaves free for the logs, so that it does not end the run that it is to protect."""
-_STATE_SHARE = {"sgd": 1.0, "adafactor": 0.1, "adamw_8bit": 0.6}
+_STATE_SHARE = {"sgd": 1.0, "adafactor": 0.1, "adamw_8bit": 0.6, "adamw_8bit_paged": 0.6}
 """The optimizer's state in bytes of the trained parameters: twice their size where nothing is said here."""
 
 Json = dict[str, Any]
