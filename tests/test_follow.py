@@ -25,7 +25,7 @@ def run(tmp_path: Path) -> RunDirectory:
 def test_everything_is_read_at_first(run: RunDirectory) -> None:
     view = RunFollower(run).read()
     assert (len(view.steps), len(view.evals), len(view.events), len(view.samples)) == (NUM_STEPS, 3, 5, 301)
-    assert (view.started, view.device_name) == (START, "NVIDIA GeForce RTX 4090")
+    assert (view.seconds, view.device_name) == (600.0, "NVIDIA GeForce RTX 4090")
 
 
 def test_new_lines_are_added(run: RunDirectory) -> None:
@@ -70,12 +70,16 @@ def test_only_the_end_of_a_long_memory_file_is_read(run: RunDirectory, monkeypat
     view = RunFollower(run).read()
     assert 0 < len(view.samples) < 10
     assert view.samples[-1].time == START + 600
-    assert view.started == START
+
+
+def test_seconds_at_work_are_those_of_the_summary_and_those_sampled_since(run: RunDirectory) -> None:
+    os.utime(run.summary, (START + 590.0,) * 2)
+    assert RunFollower(run).read().seconds == 610.0
 
 
 def test_files_that_are_not_there_yet_are_empty(tmp_path: Path) -> None:
     view = RunFollower(create_run(tmp_path, "new")).read()
-    assert (view.steps, view.samples, view.started, view.budget_bytes, view.device_name) == ((), (), None, None, None)
+    assert (view.steps, view.samples, view.seconds, view.budget_bytes, view.device_name) == ((), (), None, None, None)
 
 
 @pytest.mark.parametrize(("silent_seconds", "state"), [(0, "running"), (120, "crashed")])

@@ -1,9 +1,13 @@
 """What a plan promises: parts that add up, the fastest that fits, the contract of its JSON, exit 3."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,8 +20,9 @@ from fitune.config import RunConfig, read_config
 from fitune.errors import UsageError
 from fitune.memory.devices import find_device
 from fitune.plan.budget import find_limits, uniform_lengths
+from fitune.plan.candidates import Choice, same_choices
 from fitune.plan.plan import Plan
-from fitune.plan.planner import choose_plan
+from fitune.plan.planner import _Search, choose_plan
 from fitune.plan.predict import predict
 from tiny_models import TINY
 
@@ -115,23 +120,48 @@ def test_the_fastest_that_fits_is_chosen(wide: Plan) -> None:
     assert wide.candidates[wide.chosen].predicted_seconds_per_step == min(filter(None, fitting))
 
 
-@given(shares=st.tuples(st.floats(0, 1), st.floats(0, 1)))
-def test_a_larger_budget_never_gives_a_slower_plan(wide: Plan, shares: tuple[float, float]) -> None:
-    sizes = [each.predicted_device_bytes for each in wide.candidates]
-    low, high = (int(min(sizes) + share * (max(sizes) - min(sizes))) for share in sorted(shares))
-    small, large = (within(wide, num_bytes) for num_bytes in (low, high))
-    assert large is not None
-    assert small is None or large <= small
+class Drawn:
+    """Stands for the forecaster and the pricer: seconds and bytes of each choice are drawn."""
+
+    def __init__(self, figures: list[tuple[float, int]], limit_bytes: int) -> None:
+        self.config = config({"model": {"source": "none"}, **REST})
+        self.lengths = uniform_lengths(self.config)
+        self.limits = replace(find_limits(self.config, gpu="RTX 4090"), budget_bytes=limit_bytes)
+        self.figures = dict(zip(same_choices(self.config, self.lengths), figures, strict=False))
+
+    def forecast(self, choice: Choice) -> Any:
+        return SimpleNamespace(fits=self.figures[choice][1] <= self.limits.limit_bytes)
+
+    def seconds(self, choice: Choice, *, bound: bool = False) -> float:
+        return min(seconds for seconds, _ in self.figures.values()) if bound else self.figures[choice][0]
+
+    def search(self) -> _Search:
+        search = _Search(self.config, self, None)  # type: ignore[arg-type]
+        search.choices, search.pricer = list(self.figures), self  # type: ignore[assignment]
+        return search
 
 
-def within(plan: Plan, budget_bytes: int) -> float | None:
-    """Seconds of what is chosen in that budget."""
-    settings = config({"model": {"source": plan.model.name}, **REST}, f"memory.budget={budget_bytes}B")
-    found = choose_plan(settings, gpu="RTX 4090", thorough=False)
-    return None if found.chosen is None else found.candidates[found.chosen].predicted_seconds_per_step
+FIGURES = st.lists(st.tuples(st.sampled_from([1.0, 1.5, 2.0, 3.0]), st.integers(1, 100)), min_size=1, max_size=18)
 
 
-@pytest.mark.parametrize("share", [0.2, 0.6])
+@given(FIGURES, st.integers(0, 100), st.integers(0, 100))
+def test_a_larger_budget_never_gives_a_slower_plan(figures: list[tuple[float, int]], first: int, second: int) -> None:
+    drawn = [Drawn(figures, limit) for limit in sorted((first, second))]
+    small, large = (each.search().lean() for each in drawn)
+    if small is not None:
+        assert large is not None
+        assert drawn[1].seconds(large) <= drawn[0].seconds(small)
+
+
+@given(FIGURES, st.integers(0, 100))
+def test_best_first_finds_the_fastest_that_fits(figures: list[tuple[float, int]], limit: int) -> None:
+    drawn = Drawn(figures, limit)
+    found = drawn.search().lean()
+    fitting = [seconds for seconds, num_bytes in drawn.figures.values() if num_bytes <= limit]
+    assert (None if found is None else drawn.seconds(found)) == min(fitting, default=None)
+
+
+@pytest.mark.parametrize("share", [0.3])
 def test_looking_at_all_or_at_the_fastest_first_chooses_the_same(
     wide: Plan, tree: dict[str, Any], share: float
 ) -> None:
@@ -145,14 +175,17 @@ def test_looking_at_all_or_at_the_fastest_first_chooses_the_same(
 
 
 def test_a_known_plan_needs_no_torch(wide: Plan, tree: dict[str, Any]) -> None:
-    import subprocess
-    import sys
-
     words = command(tree, "--gpu", "RTX 4090", "--format", "json")
     code = (
         f"import sys; from fitune.cli.app import main; assert main({words!r}) == 0; assert 'torch' not in sys.modules"
     )
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    found = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": str(Path(fitune.__file__).parent.parent)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert found.returncode == 0, found.stderr
     assert json.loads(found.stdout)["chosen"] == wide.chosen
 

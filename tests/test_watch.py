@@ -276,3 +276,10 @@ def test_elsewhere_than_in_a_terminal_it_is_told_in_plain_lines(
     assert lines[0] == "step 1: warning: make room"
     assert "running" in lines[1]
     assert "finished" in lines[2]
+
+
+def test_runs_shows_where_a_live_run_stands(held: "subprocess.Popen[str]", capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["runs"]) == 0
+    row = capsys.readouterr().out.splitlines()[-1].split()
+    assert row[1:8] == ["running", "20%", "400", "1.886", "2.041", "15.05", "38.4"]
+    assert row[-2:] in (["40m00s", "left"], ["39m54s", "left"])  # the last step of the end of the file may lie behind

@@ -34,14 +34,14 @@ def _train(
 
     Raises a FituneError as listed in fitune/errors.py.
     """
-    from fitune.cli.progress import TrainingProgress
+    from fitune.cli.progress import open_progress
     from fitune.cli.train import run_training
     from fitune.config import RunConfig, read_config
 
     if isinstance(config, RunConfig):
         config = config.model_dump(mode="json", exclude_defaults=True)
     resolved = read_config(config)
-    with TrainingProgress(quiet=quiet) as progress:
+    with open_progress(quiet=quiet) as progress:
         return run_training(resolved, progress, overwrite=overwrite)[1]
 
 

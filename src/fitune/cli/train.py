@@ -1,6 +1,8 @@
 """`fitune train`: train by a configuration."""
 
+import json
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -9,7 +11,7 @@ from cyclopts import Parameter
 
 from fitune.cli.arguments import ConfigArguments, ConfigFlags, read_arguments
 from fitune.cli.output import SCHEMA, Format, print_json
-from fitune.cli.progress import TrainingProgress
+from fitune.cli.progress import RunProgress, open_progress
 from fitune.config import ResolvedConfig, RunConfig, format_config
 from fitune.errors import RunDirectoryError, UsageError
 from fitune.memory.allocator_config import parse_allocator_config
@@ -54,7 +56,7 @@ def train(
         _print_config(resolved, output_format)
         return
     quiet = output_format == "quiet"
-    with TrainingProgress(quiet=quiet) as progress:
+    with open_progress(quiet=quiet) as progress:
         if dry_run:
             _prepare(resolved.config, progress, plan_check=not no_plan_check)
             progress.note("dry run: model, data and settings fit together; nothing was written")
@@ -76,7 +78,7 @@ def train(
 
 def run_training(
     resolved: ResolvedConfig,
-    progress: TrainingProgress,
+    progress: RunProgress,
     *,
     overwrite: bool = False,
     plan_check: bool = True,
@@ -93,7 +95,8 @@ def run_training(
         name = f"{replayed.name}-replay-"
     elif name is not None and (config.run.output / name).exists() and not overwrite:
         run = create_run(config.run.output, name)  # refuses unless there is nothing to lose
-    prepared = _prepare(config, progress, plan_check=plan_check)
+    settings = None if replayed is None else _settings(replayed)
+    prepared = _prepare(config, progress, plan_check=plan_check, settings=settings)
     from fitune.data.examples import data_json
     from fitune.train.checkpoint import check_disk
     from fitune.train.resume import read_replay
@@ -105,13 +108,13 @@ def run_training(
     if run is None:
         prefix = name_prefix(config.model.source, config.data.train_sources[0].path)
         run = create_run(output, name or prefix, overwrite=overwrite)
-    progress.note(f"run    {run.path}")
+    progress.begin(run)
     with working_on(run):
         write_atomically(run.config, format_config(resolved))
         write_json(run.env, environment(config.run.output))
         write_json(run.data, data_json(prepared.data.train, prepared.data.eval))
         if prepared.plan is not None:
-            write_json(run.plan, {"schema": SCHEMA, **plan_json(prepared.plan)})
+            write_json(run.plan, {"schema": SCHEMA, **plan_json(prepared.plan), "settings": prepared.settings})
         summary = _train(config, prepared, run, progress=progress, replay=replay)
     if prepared.plan is not None:
         calibrate(prepared.plan, run.metrics)
@@ -123,14 +126,14 @@ def run_training(
 def _resume(
     run: RunDirectory,
     resolved: ResolvedConfig,
-    progress: TrainingProgress,
+    progress: RunProgress,
     *,
     allow_change: tuple[str, ...],
     is_changed: bool,
 ) -> Summary:
     """Nothing in the directory changes before everything is loaded and found to be the same run."""
     with working_on(run):
-        progress.note(f"run    {run.path}")
+        progress.begin(run)
         from fitune.model.device import choose_device
         from fitune.train.checkpoint import newest_checkpoint
         from fitune.train.identity import run_conditions, run_identity
@@ -140,7 +143,7 @@ def _resume(
         config = resolved.config
         if checkpoint is not None:
             config = pin_precision(config, checkpoint, choose_device())
-        prepared = _prepare(config, progress, plan_check=False)
+        prepared = _prepare(config, progress, plan_check=False, settings=_settings(run))
         setup, data = prepared.setup, prepared.data
         identity = run_identity(config, setup, train=data.train, held_out=data.eval)
         facts = (identity, run_conditions(config, setup))
@@ -156,7 +159,7 @@ def _train(
     prepared: "Prepared",
     run: RunDirectory,
     *,
-    progress: TrainingProgress,
+    progress: RunProgress,
     start: "Start | None" = None,
     replay: "Replay | None" = None,
 ) -> Summary:
@@ -203,7 +206,20 @@ def _earlier_run(resume: str | None, replay: Path | None, *, output: str | None)
     return run
 
 
-def _prepare(config: RunConfig, progress: TrainingProgress, *, plan_check: bool) -> "Prepared":
+def _settings(run: RunDirectory) -> list[str]:
+    """What the plan of that run decided; nothing where it had none."""
+    try:
+        content = json.loads(run.plan.read_text(encoding="utf-8"))
+        return [str(setting) for setting in content["settings"]]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunDirectoryError(f"{run.plan} cannot be read, so the run cannot be gone on with as planned") from error
+
+
+def _prepare(
+    config: RunConfig, progress: RunProgress, *, plan_check: bool, settings: Sequence[str] | None = None
+) -> "Prepared":
     parse_allocator_config(config.memory.allocator)
     if config.memory.allocator:
         os.environ["PYTORCH_ALLOC_CONF"] = config.memory.allocator  # read when CUDA starts, so before torch is used
@@ -212,7 +228,7 @@ def _prepare(config: RunConfig, progress: TrainingProgress, *, plan_check: bool)
     from fitune.train.trackers import check_trackers
 
     check_trackers(config)
-    prepared = prepare(config, on_progress=progress.rows, plan_check=plan_check)
+    prepared = prepare(config, on_progress=progress.rows, plan_check=plan_check, settings=settings)
     progress.rows(None)
     report = prepared.data.train.report
     trainable, parameters = prepared.num_trainable_parameters, prepared.num_parameters
@@ -231,7 +247,7 @@ def _prepare(config: RunConfig, progress: TrainingProgress, *, plan_check: bool)
     return prepared
 
 
-def _report(run: RunDirectory, summary: Summary, progress: TrainingProgress) -> None:
+def _report(run: RunDirectory, summary: Summary, progress: RunProgress) -> None:
     loss = "n/a" if summary.eval_loss is None else f"{summary.eval_loss:.4f}"
     peak = summary.peak_reserved_bytes or summary.peak_device_bytes
     progress.note(

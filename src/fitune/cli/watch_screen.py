@@ -63,7 +63,7 @@ def watch_screen(view: RunView, *, width: int, height: int | None, now: float) -
 
 def watch_json(view: RunView, *, now: float) -> dict[str, Any]:
     """The same as one object: sizes in bytes, unknown is None."""
-    progress = _progress(view)
+    progress = progress_fraction(view)
     return {
         "run": str(view.record.run.path),
         "state": view.record.state,
@@ -71,7 +71,7 @@ def watch_json(view: RunView, *, now: float) -> dict[str, Any]:
         "progress_fraction": progress,
         "total_steps": _total_steps(view),
         "seconds": _elapsed_seconds(view, now),
-        "seconds_left": _seconds_left(view),
+        "seconds_left": seconds_left(view),
         "budget_bytes": view.budget_bytes,
         "device": view.device_name,
         "memory": {part.name: {"now_bytes": part.now_bytes, "peak_bytes": part.peak_bytes} for part in classes(view)},
@@ -154,11 +154,11 @@ def _head(view: RunView, *, width: int, now: float) -> Iterator[Text]:
     line.append(f"  {say(record.state)}", style=STATE_STYLES.get(record.state, "bold red"))
     line.append(f"  {format_seconds(_elapsed_seconds(view, now))}")
     step = view.steps[-1].step if view.steps else 0
-    total, progress = _total_steps(view), _progress(view)
+    total, progress = _total_steps(view), progress_fraction(view)
     of = "" if total is None or progress is None else f"/{total:,} ({progress:.1%})"
     place = f"  {say('step')} {step:,}{of}"
     if record.state == "running":
-        place += f"  {say('left')} {format_seconds(_seconds_left(view))}"
+        place += f"  {say('left')} {format_seconds(seconds_left(view))}"
     if line.cell_len + cell_len(place) > width:
         yield line
         yield Text(place.strip())
@@ -333,7 +333,8 @@ def _wrapped(message: str, width: int) -> list[str]:
     return lines
 
 
-def _progress(view: RunView) -> float | None:
+def progress_fraction(view: RunView) -> float | None:
+    """The share of the run (0 to 1) that is done."""
     if view.record.state == "finished":
         return 1.0
     return view.samples[-1].progress_fraction if view.samples else None
@@ -341,17 +342,16 @@ def _progress(view: RunView) -> float | None:
 
 def _total_steps(view: RunView) -> int | None:
     """Exact where the run counts steps, else an estimate from the tokens so far."""
-    progress = _progress(view)
+    progress = progress_fraction(view)
     return round(view.steps[-1].step / progress) if view.steps and progress else None
 
 
 def _elapsed_seconds(view: RunView, now: float) -> float | None:
-    if view.started is not None:
-        return (now if view.record.state == "running" else view.samples[-1].time) - view.started
-    return None if view.record.summary is None else view.record.summary.seconds
+    is_on = view.record.state == "running" and view.samples
+    return None if view.seconds is None else view.seconds + (max(0.0, now - view.samples[-1].time) if is_on else 0.0)
 
 
-def _seconds_left(view: RunView) -> float | None:
+def seconds_left(view: RunView) -> float | None:
     """By the steps of the last minutes, evaluations and saves included."""
     if view.record.state != "running" or not view.samples:
         return None

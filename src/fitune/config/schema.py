@@ -209,6 +209,10 @@ class MemoryConfig(Section):
         "auto", description="auto, 20GiB, or a share of the free memory like 0.9"
     )
     gpu: str | None = Field(None, description="a card of the catalogue to plan for; this machine's when left out")
+    on_oom: Literal["stop", "quarantine"] = Field(
+        "stop", description="a row that does not fit even alone: stop the run, or leave the row out"
+    )
+    grow: Bool = Field(True, description="larger micro-batches than planned where a GPU has room and gains speed")
     allocator: str = Field("", description="PYTORCH_ALLOC_CONF of the run and of its prediction")
 
 

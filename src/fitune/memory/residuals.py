@@ -14,7 +14,7 @@ from pathlib import Path
 
 import platformdirs
 
-from fitune.memory.c_allocator import allocator_factor
+from fitune.memory.c_allocator import allocator_name
 from fitune.memory.devices import Device
 from fitune.memory.environment import driver_version
 from fitune.memory.prediction import Interval
@@ -48,7 +48,7 @@ class Residual:
 
 
 def circumstances(device: Device, model_source: str) -> Circumstances:
-    driver = allocator_factor().name if device.kind == "cpu" else driver_version() or "unknown"
+    driver = allocator_name() if device.kind == "cpu" else driver_version() or "unknown"
     return Circumstances(device.name, driver, version("torch"), Path(model_source).name)
 
 

@@ -5,11 +5,12 @@ how the loss is formed leave the result the same, so these are varied. What woul
 never chosen. What the configuration forces is not varied.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from fitune.config import BatchConfig, Loss, Precision, Recompute, RunConfig
+from fitune.config.schema import Method
 from fitune.plan.budget import Lengths
 from fitune.plan.plan import Candidate
 
@@ -67,8 +68,10 @@ def proposals(config: RunConfig, choice: Choice, *, float32: bool) -> Iterator[C
         yield replace(choice, optimizer="adafactor", result="different")
     if float32:
         yield replace(choice, precision="autocast_bfloat16", result="close")
-    if config.model.method == "full":
-        yield replace(choice, method="lora", result="different")
+    smaller = {"full": ("lora", "qlora"), "lora": ("qlora",)}.get(config.model.method, ())
+    for method in smaller:
+        if method in get_args(Method):
+            yield replace(choice, method=method, result="different")
 
 
 def micro_sizes(config: RunConfig, lengths: Lengths) -> list[tuple[int | None, int | None]]:
@@ -130,3 +133,15 @@ def settings_of(candidate: Candidate, config: RunConfig) -> list[str]:
     if batch.micro_rows is None and batch.micro_tokens == "auto":
         settings["batch.micro_tokens"] = str(candidate.micro_tokens)
     return [f"{key}={value}" for key, value in settings.items() if value is not None]
+
+
+def still_open(settings: Iterable[str], config: RunConfig) -> list[str]:
+    """Of the overrides that a plan once gave, those that the configuration, which may be another now, leaves open."""
+    batch = config.batch
+    is_open = {
+        "model.recompute": config.model.recompute == "auto",
+        "model.precision": config.model.precision == "auto",
+        "loss": config.loss == "auto",
+        "batch.micro_tokens": batch.micro_rows is None and batch.micro_tokens == "auto",
+    }
+    return [setting for setting in settings if is_open.get(setting.partition("=")[0], False)]

@@ -39,9 +39,9 @@ def choose_plan(
     lengths = lengths or find_lengths(config)
     forecaster = Forecaster(config, limits, lengths)
     search = _Search(config, forecaster, on_candidate)
-    chosen = search.thorough() if thorough else search.lean()
+    plan = search.plan(search.thorough() if thorough else search.lean())
     forecaster.save()
-    return search.plan(chosen)
+    return plan
 
 
 class _Search:

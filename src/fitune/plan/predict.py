@@ -84,7 +84,7 @@ def predict_run(
     def of(trace: MemoryTrace) -> Prediction:
         prediction = predict_trace(trace, PredictSettings(device=limited, allocator=config.memory.allocator))
         if program_bytes is not None:
-            prediction = _in_process(prediction, limited, program_bytes)
+            prediction = _in_process(prediction, config, limited, program_bytes=program_bytes)
         interval = prediction.device_interval
         if interval is not None and residuals:
             interval = widen(interval, residuals, reserved_bytes=prediction.peak_reserved_bytes)
@@ -140,17 +140,16 @@ def heaviest_passes(config: RunConfig, device: Device, *, row_tokens: int | None
     return [first, *([Pass("eval", rows, most_micro_batches=1)] if evaluated else []), steady]
 
 
-def _in_process(prediction: Prediction, device: Device, program_bytes: int) -> Prediction:
+def _in_process(prediction: Prediction, config: RunConfig, device: Device, *, program_bytes: int) -> Prediction:
     """On a CPU the process is the device: live bytes as the C library holds them, and the program itself."""
-    live, factor = prediction.peak_allocated_bytes, allocator_factor()
-    device_bytes = int(live * factor.expected) + program_bytes
+    factor = allocator_factor(config.model.method, recomputes=config.model.recompute not in ("auto", "off"))
+    low, expected, high = factor.resident_bytes(prediction.peak_allocated_bytes)
+    device_bytes = expected + program_bytes
     reason = f"{factor.name} was measured to hold {factor.low:.2f} to {factor.high:.2f} times the live bytes"
     return replace(
         prediction,
-        peak_reserved_bytes=int(live * factor.expected),
+        peak_reserved_bytes=expected,
         device_bytes=device_bytes,
-        device_interval=Interval(
-            int(live * factor.low) + program_bytes, int(live * factor.high) + program_bytes, (reason,)
-        ),
+        device_interval=Interval(low + program_bytes, high + program_bytes, (reason,)),
         fits=device_bytes <= device.total_bytes,
     )

@@ -16,7 +16,7 @@ TAIL_BYTES = 2**21
 
 @dataclass(frozen=True, slots=True)
 class RunView:
-    """samples: of the last hour. started: the time of the first one, in seconds since 1970. budget_bytes: what the
+    """samples: of the last hour. seconds: at work up to the last sign of it, over all sessions. budget_bytes: what the
     run's plan allowed itself. device_name: None where the run did not note it."""
 
     record: RunRecord
@@ -24,20 +24,21 @@ class RunView:
     evals: tuple[EvalMetrics, ...]
     events: tuple[RunEvent, ...]
     samples: tuple[MemorySample, ...]
-    started: float | None
+    seconds: float | None
     budget_bytes: int | None
     device_name: str | None
 
 
 class RunFollower:
-    """Reads a run again and again."""
+    """Reads a run again and again. tail_bytes: of each file, at first; all of it
+    where left out, but for memory.jsonl."""
 
-    def __init__(self, run: RunDirectory) -> None:
+    def __init__(self, run: RunDirectory, *, tail_bytes: int | None = None) -> None:
         self._run = run
         self._metrics, self._memory, self._events = (
-            _GrowingFile(run.metrics),
-            _GrowingFile(run.memory, tail_bytes=TAIL_BYTES),
-            _GrowingFile(run.events),
+            _GrowingFile(run.metrics, tail_bytes=tail_bytes),
+            _GrowingFile(run.memory, tail_bytes=tail_bytes or TAIL_BYTES),
+            _GrowingFile(run.events, tail_bytes=tail_bytes),
         )
         self._forget()
 
@@ -59,7 +60,7 @@ class RunFollower:
             evals=tuple(self._evals),
             events=tuple(self._happened),
             samples=tuple(self._samples),
-            started=self._started(),
+            seconds=self._seconds(record),
             budget_bytes=_read_json(self._run.plan).get("budget_bytes"),
             device_name=self._device_name(),
         )
@@ -72,10 +73,12 @@ class RunFollower:
         for file in (self._metrics, self._memory, self._events):
             file.rewind()
 
-    def _started(self) -> float | None:
-        first = self._memory.first_line()
-        sample = None if first is None else as_record(MemorySample, first)
-        return None if sample is None else sample.time
+    def _seconds(self, record: RunRecord) -> float | None:
+        """What the summary says, and what was sampled since it was written."""
+        if record.summary is None:
+            return None
+        written = self._run.summary.stat().st_mtime
+        return record.summary.seconds + max(0.0, self._samples[-1].time - written if self._samples else 0.0)
 
     def _device_name(self) -> str | None:
         """Of the card that samples with PyTorch's counters come from, else of the processor."""
@@ -113,13 +116,6 @@ class _GrowingFile:
         self._offset += end
         contents = (_parse(line) for line in data[:end].splitlines())
         return [content for content in contents if content is not None]
-
-    def first_line(self) -> Mapping[str, Any] | None:
-        try:
-            with self._path.open("rb") as file:
-                return _parse(file.readline())
-        except OSError:
-            return None
 
 
 def _parse(line: bytes) -> Mapping[str, Any] | None:

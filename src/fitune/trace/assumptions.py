@@ -16,7 +16,6 @@ from fitune.trace.shapes import ShapeMemory
 
 aten = torch.ops.aten
 Routing = Literal["balanced", "worst"]
-_DEVICE_OF = torch.ops.prim.device
 
 
 @dataclass(slots=True)
@@ -80,8 +79,6 @@ class Assumptions:
 
     def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         packet = func.overloadpacket
-        if packet is _DEVICE_OF and isinstance(args[0], FakeTensor):
-            return args[0].fake_device  # two thirds of all calls, and slow through FakeTensorMode
         if packet is aten._local_scalar_dense:
             return self._scalar(func, args[0])
         if packet is aten.nonzero:

@@ -13,21 +13,25 @@ the next turn or in the last one can only be told with both, which is why two ar
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from fitune.trace.recording import COLUMNS, NEVER, Integers, Recording, Work
+from fitune.trace.cuda_behaviour import CudaTarget, temporaries_by_shape
+from fitune.trace.recording import COLUMNS, NEVER, Integers, Recording, Rule, Work
 
+NUM_RECORDED_CHUNKS = 4
+"""Of a loss, where its middle ones are skipped: the first, two middles and the last."""
 Bools = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True)
 class Turns:
     """A loop as it was recorded: its name, the period of equal turns, how many turns were recorded and how many there
-    are. The recorded ones are the first, twice `period`, those left over and the last."""
+    are in all. The recorded ones are the first, twice `period`, those left over and the last."""
 
     loop: str
     period: int
@@ -60,12 +64,28 @@ class _Section:
     reverse: bool = False
 
 
-def repeat_turns(recording: Recording, turns: Turns, *, fewer: Recording | None = None) -> Recording | None:
-    """The recording with `num_turns` turns of the loop instead of `num_recorded`; None where they are not equal.
+@dataclass(frozen=True)
+class Growth:
+    """What a turn more adds outside of the middles, e.g. to a list of all gradient norms: bytes of each birth, and sums
+    of work by place."""
 
-    fewer: the same recorded without the middles, i.e. with 2 * period turns less; what is outside of the middles may
-    then grow with the number of turns (a list of all gradient norms). Without it nothing outside does.
-    """
+    num_bytes: Integers
+    work: Mapping[tuple[object, ...], Integers]
+
+
+def find_growth(recording: Recording, turns: Turns, *, fewer: Recording) -> Growth | None:
+    """fewer: the same recorded without the middles, i.e. with 2 * period turns less. None where it is not the same."""
+    sections = _sections(recording, turns.loop, turns.num_recorded)
+    if sections is None:
+        return None
+    places = _Places.of(recording, sections)
+    num_bytes = _growth_of_births(recording, places, turns, fewer)
+    work = _growth_of_work(recording, turns, fewer)
+    return None if num_bytes is None or work is None else Growth(num_bytes, work)
+
+
+def repeat_turns(recording: Recording, turns: Turns, *, growth: Growth | None = None) -> Recording | None:
+    """The recording with `num_turns` turns of the loop instead of `num_recorded`; None where they are not equal."""
     if turns.loop not in recording.loops:
         return None
     sections = _sections(recording, turns.loop, turns.num_recorded)
@@ -73,11 +93,11 @@ def repeat_turns(recording: Recording, turns: Turns, *, fewer: Recording | None 
         return None
     places = _Places.of(recording, sections)
     seen = _seen_from_turns(recording, places, turns)
-    growth = np.zeros(len(recording), dtype=np.int64) if fewer is None else _growth(recording, places, turns, fewer)
-    work = _repeat_work(recording, turns, fewer=fewer)
-    if seen is None or growth is None or work is None:
+    if seen is None:
         return None
-    return replace(_repeat(recording, places, turns, growth=growth, seen=seen), work=work)
+    grows = growth or Growth(np.zeros(len(recording), dtype=np.int64), {})
+    repeated = _repeat(recording, places, turns, growth=grows.num_bytes, seen=seen)
+    return replace(repeated, work=_repeat_work(recording, turns, growth=grows.work))
 
 
 # ---- finding the turns ----------------------------------------------------------------------------------------------
@@ -218,7 +238,7 @@ def _compare(
     return same, near
 
 
-def _growth(recording: Recording, places: _Places, turns: Turns, fewer: Recording) -> Integers | None:
+def _growth_of_births(recording: Recording, places: _Places, turns: Turns, fewer: Recording) -> Integers | None:
     """Bytes that each birth grows by with a turn more: 0 in the middles, as compared with the recording without them
     elsewhere."""
     num_fewer = turns.num_recorded - 2 * turns.period
@@ -310,19 +330,166 @@ def _deaths(
     }
 
 
-def _repeat_work(recording: Recording, turns: Turns, *, fewer: Recording | None) -> tuple[Work, ...] | None:
-    """A middle counts for every turn that repeats it; what is done outside may grow with the turns."""
-    counts = Counter(turns.template(turn) for turn in range(turns.num_turns))
-    before = {} if fewer is None else {work[:-3]: np.array(work[-3:]) for work in fewer.work}
-    result = []
+def _growth_of_work(recording: Recording, turns: Turns, fewer: Recording) -> dict[tuple[object, ...], Integers] | None:
+    before = {work.place: np.array(work.sums) for work in fewer.work}
+    result = {}
     for work in recording.work:
-        sums = np.array(work[-3:])
-        if work.loop == turns.loop:
-            sums = sums * counts[work.turn]
-        elif fewer is not None and work[:-3] in before:
-            growth, rest = np.divmod(sums - before[work[:-3]], 2 * turns.period)
+        if work.loop != turns.loop and work.place in before:
+            result[work.place], rest = np.divmod(np.array(work.sums) - before[work.place], 2 * turns.period)
             if rest.any():
                 return None
-            sums = sums + growth * (turns.num_turns - turns.num_recorded)
-        result.append(Work(*work[:-3], *sums.tolist()))
+    return result
+
+
+def _repeat_work(
+    recording: Recording, turns: Turns, *, growth: Mapping[tuple[object, ...], Integers]
+) -> tuple[Work, ...]:
+    """A middle counts for every turn that repeats it."""
+    counts = Counter(turns.template(turn) for turn in range(turns.num_turns))
+    result = []
+    for work in recording.work:
+        sums = np.array(work.sums)
+        if work.loop == turns.loop:
+            sums = sums * counts[work.turn]
+        elif work.place in growth:
+            sums = sums + growth[work.place] * (turns.num_turns - turns.num_recorded)
+        result.append(Work(*work.place, *sums.tolist()))
     return tuple(result)
+
+
+# ---- another number of rows -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """What the sizes of a recording depend on: by step the rows of its micro-batches, by loop over the loss's chunks
+    the positions of the last chunk."""
+
+    by_step: Mapping[int, int]
+    last_chunk: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Sample:
+    recording: Recording
+    rows: Rows
+
+
+def interpolate_rows(one: Sample, other: Sample, *, rows: Rows, target: CudaTarget | None) -> Recording | None:
+    """The recording with another number of rows: every size lies on the line through those of two samples, and what
+    the target's kernels allocate inside follows its own rules. None where that is not so, or a line gives no whole
+    number. Both samples have two rows or more: one row has another structure."""
+    a, b = one.recording, other.recording
+    if not have_same_structure(a, b):
+        return None
+    lines = [
+        _line(*points) for points in zip(*(_positions(a, each) for each in (one.rows, other.rows, rows)), strict=True)
+    ]
+    num_bytes = _on_lines(a.num_bytes, b.num_bytes, lines)
+    rules: dict[tuple[int, int, _Line | None], tuple[Rule, int] | None] = {}
+    made: dict[Rule, int] = {}
+    rule = np.full(len(a), -1, dtype=np.int64)
+    for i in np.flatnonzero(a.rule >= 0).tolist():
+        key = int(a.rule[i]), int(b.rule[i]), lines[i]
+        if key not in rules:
+            rules[key] = _follow_rule(a.rules[key[0]], b.rules[key[1]], lines[i], target)
+        found = rules[key]
+        if found is None:
+            return None
+        rule[i], num_bytes[i] = made.setdefault(found[0], len(made)), found[1]
+    for (step, mine), (_, its) in zip(a.silent, b.silent, strict=True):
+        line = _line(*(each.by_step.get(step, 0) for each in (one.rows, other.rows, rows)))
+        if _follow_rule(mine, its, line, target) is None:
+            return None
+    work = _interpolate_work(one, other, rows)
+    if work is None or np.any(num_bytes < 0):
+        return None
+    return replace(a, num_bytes=num_bytes, rule=rule, rules=tuple(made), silent=(), work=work)
+
+
+def have_same_structure(one: Recording, other: Recording) -> bool:
+    """Equal but for the sizes, so that both can be samples of the same."""
+    return (
+        len(one) == len(other)
+        and (one.labels, one.loops, len(one.silent)) == (other.labels, other.loops, len(other.silent))
+        and all(np.array_equal(getattr(one, name), getattr(other, name)) for name in _STRUCTURE)
+    )
+
+
+_STRUCTURE = tuple(name for name in COLUMNS if name not in ("num_bytes", "rule"))
+_Line = tuple[int, int]  # the wanted point lies `first` of `second` parts of the way from one sample to the other
+
+
+def _line(one: int, other: int, wanted: int) -> _Line | None:
+    if one == other:
+        return (0, 1) if wanted == one else None
+    return wanted - one, other - one
+
+
+def _positions(recording: Recording, rows: Rows) -> list[int]:
+    """What the size of each birth depends on."""
+    loops = [rows.last_chunk.get(loop) for loop in recording.loops]
+    steps = [rows.by_step.get(label.where.step, 0) for label in recording.labels]
+    last = NUM_RECORDED_CHUNKS - 1
+    return [
+        of_loop if loop >= 0 and turn == last and (of_loop := loops[loop]) is not None else steps[label]
+        for label, loop, turn in zip(
+            recording.label.tolist(), recording.loop.tolist(), recording.turn.tolist(), strict=True
+        )
+    ]
+
+
+def _on_lines(one: Integers, other: Integers, lines: Sequence[_Line | None]) -> Integers:
+    """Negative where there is no such size."""
+    none = (-1, 0)
+    first, second = np.array([line or none for line in lines], dtype=np.int64).reshape(-1, 2).T
+    known = (second != 0) & ((second != 1) | (first != 0) | (one == other))
+    change, rest = np.divmod((other - one) * first, np.where(second == 0, 1, second))
+    return np.where(known & (rest == 0), one + change, -1)
+
+
+def _follow_rule(one: Rule, other: Rule, line: _Line | None, target: CudaTarget | None) -> tuple[Rule, int] | None:
+    """The rule with its arguments on the line, and the bytes that it gives; None where it gives another number of
+    temporaries."""
+    if line is None or target is None or (one.op, one.position, one.total) != (other.op, other.position, other.total):
+        return None
+    arguments = _between(one.arguments, other.arguments, line)
+    if arguments is None:
+        return None
+    sizes = temporaries_by_shape(target, one.op, arguments)
+    if len(sizes) != one.total:
+        return None
+    return one._replace(arguments=arguments), sizes[one.position] if sizes else 0
+
+
+def _between(one: Any, other: Any, line: _Line) -> Any:
+    """Numbers on the line, in tuples of any depth; None where something else differs."""
+    if isinstance(one, tuple) and isinstance(other, tuple) and len(one) == len(other):
+        parts = [_between(*pair, line) if pair[0] != pair[1] else pair[0] for pair in zip(one, other, strict=True)]
+        missing = any(part is None and pair is not None for part, pair in zip(parts, one, strict=True))
+        return None if missing else tuple(parts)
+    if type(one) is int and type(other) is int:
+        change, rest = divmod((other - one) * line[0], line[1])
+        return None if rest else one + change
+    return None
+
+
+def _interpolate_work(one: Sample, other: Sample, rows: Rows) -> tuple[Work, ...] | None:
+    a, b = one.recording.work, other.recording.work
+    if [work.place for work in a] != [work.place for work in b]:
+        return None
+    last = NUM_RECORDED_CHUNKS - 1
+    lines = []
+    for work in a:
+        in_last = work.turn == last and work.loop in rows.last_chunk
+        points = (
+            each.last_chunk[work.loop] if in_last else each.by_step.get(work.step, 0)
+            for each in (one.rows, other.rows, rows)
+        )
+        lines.append(_line(*points))
+    sums = np.array([work.sums for work in a], dtype=np.int64).reshape(-1, 3).T
+    others = np.array([work.sums for work in b], dtype=np.int64).reshape(-1, 3).T
+    columns = [_on_lines(mine, its, lines) for mine, its in zip(sums, others, strict=True)]
+    if any(np.any(column < 0) for column in columns):
+        return None
+    return tuple(Work(*work.place, *values) for work, *values in zip(a, *(c.tolist() for c in columns), strict=True))

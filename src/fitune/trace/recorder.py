@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -26,6 +27,7 @@ from fitune.trace.recording import NEVER, Birth, Recording, Rule, Where, Work, m
 from fitune.trace.work import count_flops, moved_bytes
 
 Operator = torch._ops.OpOverload
+_DEVICE_OF = torch.ops.prim.device.default
 Place = Literal["host", "card"]
 
 
@@ -39,9 +41,9 @@ class Kernels(Protocol):
 
     def temporaries(
         self, func: Operator, args: tuple[Any, ...], outputs: Sequence[torch.Tensor]
-    ) -> Sequence[Sequence[int]]:
+    ) -> Sequence[Sequence[int]] | None:
         """Bytes of what the operator allocates after its outputs and frees before it returns: one group after the
-        other."""
+        other. None for an operator without a rule."""
 
 
 @dataclass(slots=True, eq=False)
@@ -63,6 +65,7 @@ class Recorder(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self._kernels = kernels
         self._births: list[_Storage] = []
+        self._silent: list[tuple[int, Rule]] = []
         self._work: dict[tuple[Phase, int, int, str, int, str, str], list[int]] = {}
         self._alive: dict[int, _Storage] = {}
         self._host: dict[int, weakref.ref[torch.UntypedStorage]] = {}
@@ -76,6 +79,7 @@ class Recorder(TorchDispatchMode):
         self._saved_candidates: list[_Storage] = []
         self._hooked: set[int] = set()
         self._placing: Place | None = None
+        self._turns: dict[str, tuple[int, str]] = {}
 
     # ---- what the driver tells ----
 
@@ -161,14 +165,21 @@ class Recorder(TorchDispatchMode):
                 for each in self._births
             ),
             (Work(*key, *sums) for key, sums in self._work.items()),
+            silent=self._silent,
             source=source,
         )
 
     # ---- operators ----
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here, and torch would wrap every call to say so
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func is _DEVICE_OF and isinstance(args[0], FakeTensor):
+            return args[0].fake_device  # two thirds of all calls, and slow through FakeTensorMode
         kwargs = kwargs or {}
         self._follow_phase(func, args)
         if self._placing != "host":
@@ -184,20 +195,29 @@ class Recorder(TorchDispatchMode):
             return result
         for tensor, module in zip(outputs, self._modules(args, len(outputs)), strict=True):
             self._see(tensor, str(func), module)
-        position = 0
-        for group in self._kernels.temporaries(func, args, outputs):
-            hidden = [self.allocate(num_bytes, "temporary", str(func)) for num_bytes in group]
-            for storage in hidden:
-                self.free(storage)
-                storage.rule = _rule(func, args, position)
-                position += 1
+        self._add_temporaries(func, args, outputs)
         if not func.is_view:
             self._count(func, args, kwargs, outputs)
         return result
 
+    def _add_temporaries(self, func: Operator, args: tuple[Any, ...], outputs: tuple[torch.Tensor, ...]) -> None:
+        groups = self._kernels.temporaries(func, args, outputs)
+        if groups is None:
+            return
+        rule = _rule(func, args, total=sum(map(len, groups)))
+        if rule is not None and not groups:
+            self._silent.append((self._step, rule))
+        position = 0
+        for group in groups:
+            hidden = [self.allocate(num_bytes, "temporary", str(func)) for num_bytes in group]
+            for storage in hidden:
+                self.free(storage)
+                storage.rule = None if rule is None else rule._replace(position=position)
+                position += 1
+
     def _count(self, func: Operator, args: Any, kwargs: Any, outputs: tuple[torch.Tensor, ...]) -> None:
         phase, step, micro_batch, module = self._where()
-        _, turn, loop = split_turn(module)
+        turn, loop = self._turn(module)
         dtype = str(outputs[0].dtype).removeprefix("torch.")
         key = phase, step, micro_batch, loop, turn, str(func.overloadpacket), dtype
         sums = self._work.setdefault(key, [0, 0, 0])
@@ -301,6 +321,11 @@ class Recorder(TorchDispatchMode):
             numbers.append(torch._C._autograd._get_sequence_nr())
             names.append(self._stack[-1] if self._stack else "")
 
+    def _turn(self, module: str) -> tuple[int, str]:
+        if module not in self._turns:
+            self._turns[module] = split_turn(module)[1:]
+        return self._turns[module]
+
     def _module(self) -> str:
         if self._stack:
             return self._stack[-1]
@@ -353,11 +378,11 @@ def _tensors(tree: Any) -> Iterator[torch.Tensor]:
             yield from _tensors(item)
 
 
-def _rule(func: Operator, args: tuple[Any, ...], position: int) -> Rule | None:
+def _rule(func: Operator, args: tuple[Any, ...], *, total: int) -> Rule | None:
     """None where tensors come in lists, whose lengths are no shape."""
     if any(any(True for _ in _tensors(value)) for value in args if isinstance(value, (list, tuple))):
         return None
-    return Rule(func._schema.name, tuple(_shape(value) for value in args), position)
+    return Rule(func._schema.name, tuple(_shape(value) for value in args), 0, total)
 
 
 def _shape(value: Any) -> object:

@@ -10,7 +10,7 @@ so by its module: model.layers.2.mlp is turn 2 of the loop model.layers.
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -33,12 +33,13 @@ class Where(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """A temporary that is computed from the shapes of an operator's arguments: number `position` of what the rule of
-    `op` gives for `arguments`, tensors written as (shape, dtype, strides)."""
+    """A temporary that is computed from the shapes of an operator's arguments: number `position` of the `total`
+    that the rule of `op` gives for `arguments`, tensors written as (shape, dtype)."""
 
     op: str
     arguments: tuple[object, ...]
     position: int
+    total: int
 
 
 class Birth(NamedTuple):
@@ -67,6 +68,14 @@ class Work(NamedTuple):
     num_bytes: int
     flops: int
 
+    @property
+    def place(self) -> tuple[Any, ...]:
+        return self[:-3]
+
+    @property
+    def sums(self) -> tuple[int, int, int]:
+        return self[-3:]
+
 
 class Label(NamedTuple):
     """What equal births have in common. The modules have {} for the number of the turn."""
@@ -81,7 +90,8 @@ class Label(NamedTuple):
 class Recording:
     """Columns of one length, a row for each birth. num_bytes: 0 where the allocator's cache is emptied. label: index
     into labels. loop: index into loops, -1 outside; turn: in that loop. dies_after: as in `Birth`. death_loop and
-    death_turn: of the module that runs at the death. rule: index into rules, or -1. source: as in `MemoryTrace`."""
+    death_turn: of the module that runs at the death. rule: index into rules, or -1. silent:
+    (step, rule) of operators whose rules gave nothing. source: as in `MemoryTrace`."""
 
     labels: tuple[Label, ...]
     loops: tuple[str, ...]
@@ -94,6 +104,7 @@ class Recording:
     death_loop: Integers
     death_turn: Integers
     rule: Integers
+    silent: tuple[tuple[int, Rule], ...]
     work: tuple[Work, ...]
     source: tuple[str, ...]
 
@@ -111,7 +122,13 @@ def split_turn(module: str) -> tuple[str, int, str]:
     return f"{module[:start]}{{}}{module[end:]}", int(found[1]), module[: max(start - 1, 0)] or "."
 
 
-def make_recording(births: Iterable[Birth], work: Iterable[Work], *, source: Sequence[str] = ()) -> Recording:
+def make_recording(
+    births: Iterable[Birth],
+    work: Iterable[Work],
+    *,
+    silent: Iterable[tuple[int, Rule]] = (),
+    source: Sequence[str] = (),
+) -> Recording:
     labels: dict[Label, int] = {}
     loops: dict[str, int] = {"": -1}
     rules: dict[Rule, int] = {}
@@ -144,6 +161,7 @@ def make_recording(births: Iterable[Birth], work: Iterable[Work], *, source: Seq
         loops=tuple(loops)[1:],
         rules=tuple(rules),
         **dict(zip(COLUMNS, columns, strict=True)),
+        silent=tuple(dict.fromkeys(silent)),
         work=tuple(work),
         source=tuple(source),
     )
@@ -193,6 +211,6 @@ def sum_work(recording: Recording) -> tuple[OperatorWork, ...]:
     sums: dict[tuple[int, int, Phase, str, str], list[int]] = {}
     for work in recording.work:
         total = sums.setdefault((work.step, work.micro_batch, work.phase, work.op, work.dtype), [0, 0, 0])
-        for i, number in enumerate(work[-3:]):
+        for i, number in enumerate(work.sums):
             total[i] += number
     return tuple(OperatorWork(*key, *total) for key, total in sums.items())

@@ -25,15 +25,15 @@ from fitune.step.assemble import Layout, Setup, assemble, choose_layouts
 from fitune.step.train_step import evaluate, train_step
 from fitune.trace.cuda_behaviour import CudaTarget
 from fitune.trace.events import MemoryTrace, OperatorWork
+from fitune.trace.extrapolate import NUM_RECORDED_CHUNKS, Rows
 from fitune.trace.fake import RecordSettings, Step, record_columns
 from fitune.trace.recorder import Recorder
 from fitune.trace.recording import Recording, sum_work, to_trace
 
 _TENSORS = ("input_ids_BS", "position_ids_BS", "target_index_N", "target_ids_N", "target_weights_N")
 FIRST_BFLOAT16 = (8, 0)
-NUM_RECORDED_CHUNKS = 4
-"""Of the loss, where its middle ones are skipped."""
 Kind = Literal["train", "eval"]
+CHUNK_LOOPS: Mapping[Kind, str] = {"train": "loss.chunks", "eval": "loss.eval_chunks"}
 
 
 @dataclass(frozen=True)
@@ -97,11 +97,10 @@ def record_step(
 
 @dataclass(frozen=True)
 class ColumnsOfStep:
-    """A recorded step before it is written as events. num_chunks: by the loop over the loss's chunks, how many there
-    are; more than one where its micro-batches differ."""
+    """A recorded step before it is written as events. chunk_tokens: of a chunk of the loss."""
 
     recording: Recording
-    num_chunks: Mapping[str, frozenset[int]]
+    chunk_tokens: int
     layout: Layout
     chunked: bool
     evaluation_step: int | None
@@ -112,7 +111,7 @@ class ColumnsOfStep:
 
     def to_step(self) -> RecordedStep:
         same = {field.name: getattr(self, field.name) for field in fields(self)}
-        del same["num_chunks"]
+        del same["chunk_tokens"]
         recording = same.pop("recording")
         return RecordedStep(trace=to_trace(recording), work=sum_work(recording), **same)
 
@@ -131,7 +130,6 @@ def record_columns_of_step(
     precision = target_precision(config, target)
     device = torch.device("cpu" if target is None else "cuda")
     made: list[tuple[nn.Module, Setup]] = []
-    chunks: dict[str, set[int]] = {}
     evaluates = False
     # laid out before the recording, whose tensors have no data, both ways: whether it packs the model tells later
     laid_out = {packed: _lay_out(config, passes, device=device, packed=packed) for packed in (True, False)}
@@ -163,9 +161,8 @@ def record_columns_of_step(
         slices_of = loss._chunks
 
         def chunks_of(num_positions: int, chunk_tokens: int) -> Iterator[slice]:
-            name = "loss.eval_chunks" if evaluates else "loss.chunks"
+            name = CHUNK_LOOPS["eval" if evaluates else "train"]
             slices = slices_of(num_positions, chunk_tokens)
-            chunks.setdefault(name, set()).add(len(slices))
             if skip_chunks:
                 slices = slices[: NUM_RECORDED_CHUNKS - 1] + slices[NUM_RECORDED_CHUNKS - 1 :][-1:]
             for number, each in enumerate(slices):
@@ -182,7 +179,7 @@ def record_columns_of_step(
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
     return ColumnsOfStep(
         recording=recording,
-        num_chunks={name: frozenset(counts) for name, counts in chunks.items()},
+        chunk_tokens=setup.settings.loss.chunk_tokens,
         layout=setup.layout,
         chunked=setup.settings.loss.head is not None,
         evaluation_step=next((i for i, each in enumerate(passes, start=1) if each.kind == "eval"), None),
@@ -191,6 +188,42 @@ def record_columns_of_step(
         precision=precision,
         notes=setup.notes,
     )
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Of the micro-batches that are recorded. rows: by step. num_chunks: by loop over the loss's chunks. structure:
+    what else is equal where two recordings have the same structure."""
+
+    rows: Rows
+    num_chunks: Mapping[str, int]
+    structure: tuple[object, ...]
+
+
+def count_rows(
+    config: RunConfig, passes: Sequence[Pass], columns: ColumnsOfStep, *, device: torch.device
+) -> Counts | None:
+    """Of such passes, laid out as those of `columns`. None where the loss has another number of chunks from one
+    micro-batch to the next."""
+    by_step: dict[int, int] = {}
+    chunks: dict[str, set[tuple[int, int]]] = {}
+    structure: list[object] = [columns.chunked]
+    laid_out = _lay_out(config, passes, device=device, packed=columns.layout.packed)
+    for step, (each, (kind, micro_batches)) in enumerate(zip(passes, laid_out, strict=True), start=1):
+        counts = [len(micro_batch.row_ids) for micro_batch in micro_batches]
+        equal = len(set(each.rows)) == 1 and len(set(counts)) == 1
+        structure.append((kind, len(micro_batches), each.rows[0] if equal else (each.rows, *counts)))
+        by_step[step] = max(counts)
+        for micro_batch in micro_batches if columns.chunked else ():
+            parts = loss._chunks(micro_batch.num_supervised_tokens, columns.chunk_tokens)
+            last = parts[-1].stop - parts[-1].start if parts else 0
+            chunks.setdefault(CHUNK_LOOPS[kind], set()).add((len(parts), last))
+    if any(len(found) > 1 for found in chunks.values()):
+        return None
+    of_loop = {loop: next(iter(found)) for loop, found in chunks.items()}
+    structure += [(loop, min(number, NUM_RECORDED_CHUNKS)) for loop, (number, _) in of_loop.items()]
+    rows = Rows(by_step, {loop: last for loop, (_, last) in of_loop.items()})
+    return Counts(rows, {loop: number for loop, (number, _) in of_loop.items()}, tuple(structure))
 
 
 def _lay_out(

@@ -47,7 +47,7 @@ def run_conditions(config: RunConfig, setup: Setup) -> Json:
         "data.packing": setup.layout.packed,
         "loss": "full" if setup.settings.loss.head is None else "chunked",
         "model.attention": config.model.attention,
-        "model.recompute": config.model.recompute,
+        "model.recompute": setup.recompute,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,

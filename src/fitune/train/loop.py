@@ -19,7 +19,7 @@ from fitune.config import RunConfig, config_hash
 from fitune.data.batches import batches, num_samples, num_steps, prefetch
 from fitune.data.examples import Examples
 from fitune.data.rows import Batch, MicroBatch
-from fitune.errors import FituneError, InterruptedRunError, RunDirectoryError
+from fitune.errors import FituneError, InterruptedRunError, OutOfMemoryError, RunDirectoryError
 from fitune.model.device import read_peak, reset_peak
 from fitune.model.save import model_files
 from fitune.run.directory import RunDirectory, write_json
@@ -28,8 +28,10 @@ from fitune.run.journal import StepRecord, append_step, ids_hash
 from fitune.run.metrics import EvalMetrics, RunEvent, Status, StepMetrics, Summary, append_line, summary_json
 from fitune.step.assemble import Layout, Setup
 from fitune.step.optimizer import set_lr
-from fitune.step.train_step import EvalResult, StepResult, evaluate, train_step
+from fitune.step.safe_step import SafeResult
+from fitune.step.train_step import EvalResult, StepResult
 from fitune.train.checkpoint import CheckpointWriter, seed_everything
+from fitune.train.guard import Guard
 from fitune.train.identity import run_conditions, run_identity
 from fitune.train.resume import Replay, Start, check_replayed, replayed_split
 from fitune.train.schedule import lr_factor
@@ -152,6 +154,13 @@ class _Trainer:
         self.length = run_length(config, data.train)
         self.state = RunState() if start is None else start.state
         self.saved_step = -1 if start is None or start.state.step == 0 else start.state.step
+        self.guard = Guard(
+            config,
+            setup,
+            examples=data.train,
+            tell=self.event,
+            predicted=None if self_check is None else self_check.predicted,
+        )
         self.started = time.perf_counter()
         self.num_replayed = 0
         every = max(1, self.length.total_steps // EVALS_PER_RUN)
@@ -187,6 +196,9 @@ class _Trainer:
         for note in () if self.start is None else self.start.notes:
             self.event("resume", note)
         self.write_summary("running")
+        self.guard.start()
+        if self.start is not None and self.start.memory_model is not None:
+            self.guard.restore(self.start.memory_model)  # after the start, which has learned something of its own
         if self.state.step == 0:
             self.evaluate()
         prepared = prefetch(self._prepared(), depth=PREFETCHED_BATCHES)
@@ -232,10 +244,9 @@ class _Trainer:
         before = self.length.progress(step=state.step, tokens=state.tokens)
         lr = setup.peak_lr * lr_factor(self.config.optim, (before + progress) / 2)
         set_lr(setup.optimizer, lr)
-        reset_peak(self.device)
         start = time.perf_counter()
-        result = train_step(setup.model, setup.optimizer, micro_batches, settings=setup.settings, scaler=setup.scaler)
-        seconds = time.perf_counter() - start
+        safe = self.safe_step(batch, micro_batches)
+        result, seconds = safe.step, time.perf_counter() - start
         peak = read_peak(self.device)
         if self.self_check is not None:
             peak = self.self_check.measured(peak)
@@ -245,7 +256,7 @@ class _Trainer:
             position=state.position + len(batch.rows),
             ids_hash=ids_hash(batch.row_ids),
             loss_weight=result.loss_weight,
-            plan=tuple(micro_batch.row_ids for micro_batch in micro_batches),
+            plan=safe.plan,
             lr=lr,
             loss_sum=None if result.loss is None else result.loss * result.loss_weight,
             grad_norm=result.grad_norm,
@@ -254,8 +265,25 @@ class _Trainer:
         if self.replay is not None:
             check_replayed(self.replay, self.num_replayed, record)
             self.num_replayed += 1
-        link = append_step(self.run.journal, state.journal_hash, record, peak_bytes=peak.device_bytes, seconds=seconds)
-        state = replace(state, step=record.step, position=record.position, tokens=tokens, journal_hash=link)
+        link = append_step(
+            self.run.journal,
+            state.journal_hash,
+            record,
+            attempts=1 + len(safe.failures),
+            peak_bytes=peak.device_bytes,
+            free_bytes=self.guard.free_bytes,
+            seconds=seconds,
+        )
+        state = replace(
+            state,
+            step=record.step,
+            position=record.position,
+            tokens=tokens,
+            journal_hash=link,
+            num_ooms=state.num_ooms + len(safe.failures),
+            num_retries=state.num_retries + bool(safe.failures),
+            micro_batch_changes=self.guard.memory.num_changes,
+        )
         self.state = state
         if result.loss is None or result.grad_norm is None:
             self.event("no_target", f"rows {batch.row_ids} have no supervised token: no update, no step")
@@ -277,8 +305,8 @@ class _Trainer:
             grad_norm=result.grad_norm,
             seconds=seconds,
             tokens_per_second=batch.num_tokens / seconds,
-            num_micro_batches=len(micro_batches),
-            micro_batch=max(len(micro_batch.row_ids) for micro_batch in micro_batches),
+            num_micro_batches=len(safe.plan),
+            micro_batch=max(map(len, safe.plan)),
             peak_allocated_bytes=peak.allocated_bytes,
             peak_reserved_bytes=peak.reserved_bytes,
             device_used_bytes=peak.device_bytes,
@@ -297,6 +325,15 @@ class _Trainer:
             self.self_check.keep(peak)
             sentence, agrees = self.self_check.compare(peak)
             self.event("memory_check" if agrees else "memory_differs", sentence)
+
+    def safe_step(self, batch: Batch, micro_batches: list[MicroBatch]) -> SafeResult:
+        """Raises OutOfMemoryError after saving what was trained so far."""
+        try:
+            step = self.state.step + 1
+            return self.guard.train(batch, micro_batches, step=step, keep_plan=self.replay is not None)
+        except OutOfMemoryError as error:
+            self.save_for_good()
+            raise OutOfMemoryError(f"{error}; the weights of step {self.state.step} are in {self.run.last}") from error
 
     def check_update(self, result: StepResult) -> None:
         """Of a step without an update."""
@@ -323,7 +360,7 @@ class _Trainer:
         reset_peak(self.device)
         start = time.perf_counter()
         micro_batches = _in_order(self.data.eval, self.setup.eval_layout, self.config.batch.rows_per_step)
-        result = evaluate(self.setup.model, micro_batches, settings=self.setup.settings)
+        result = self.guard.evaluate(micro_batches)
         peak = read_peak(self.device)
         metrics = EvalMetrics(
             step=state.step,
@@ -358,7 +395,7 @@ class _Trainer:
             return
         self.tell_failed_save(wait=True)
         self.state = replace(self.state, seconds=self.seconds)
-        self.writer.save(self.state)
+        self.writer.save(self.state, memory_model=self.guard.to_json())
         self.saved_step = self.state.step
         self.write_summary("running")
 
@@ -402,6 +439,9 @@ class _Trainer:
             peak_allocated_bytes=state.peak.allocated_bytes,
             peak_reserved_bytes=state.peak.reserved_bytes,
             peak_device_bytes=state.peak.device_bytes,
+            num_ooms=state.num_ooms,
+            num_retries=state.num_retries,
+            micro_batch_changes=state.micro_batch_changes,
             effective_batch=self.config.batch.rows_per_step,
             config_hash=config_hash(self.config),
             data_hash=self.data.train.data_hash,

@@ -16,7 +16,6 @@ from fitune.config import RunConfig
 from fitune.data.batches import batches
 from fitune.data.examples import Examples
 from fitune.data.rows import Batch
-from fitune.memory.c_allocator import allocator_factor
 from fitune.memory.devices import Device, cpu_device, this_machine
 from fitune.memory.prediction import Prediction
 from fitune.memory.residuals import Circumstances, Residual, add_residual, circumstances
@@ -65,12 +64,8 @@ class SelfCheck:
             noise_bytes = 0 if self.program_bytes is None else CPU_NOISE_BYTES
             agrees &= abs(error) <= tolerance or abs(predicted - found) <= noise_bytes
             words.append(f"{name} {format_bytes(predicted)} predicted, {format_bytes(found)} measured ({error:+.1%})")
-        if not agrees and self.program_bytes is not None:
-            factor = allocator_factor()
-            words.append(
-                f"{factor.name} holds {factor.low:.2f} to {factor.high:.2f} times the live "
-                f"{format_bytes(self.predicted.peak_allocated_bytes)}"
-            )
+        if not agrees and self.predicted.device_interval is not None:
+            words += self.predicted.device_interval.reasons
         warning = "" if agrees else f"warning: more than {tolerance:.0%} off: "
         return f"{warning}memory of step {CHECKED_STEP}: {'; '.join(words)}", agrees
 
