@@ -84,9 +84,11 @@ def scale(
         betas=(beta1 if keep_beta1 else beta1**factor, beta2**factor),
         eps=reference.eps / math.sqrt(factor),
         weight_decay=reference.weight_decay * factor / change,
-        clip=reference.clip / math.sqrt(_clip_gain(factor, rho)),
+        clip=reference.clip / math.sqrt(_implied_gain(change, factor, rho=rho, adaptive=adaptive)),
     )
 
 
-def _clip_gain(factor: float, rho: float | None) -> float:
-    return gain(rho, factor) if rho is not None else 1.0
+def _implied_gain(change: float, factor: float, *, rho: float | None, adaptive: bool) -> float:
+    """r(k), measured, else the one that the change of the rate takes for granted; between 1 and k."""
+    implied = gain(rho, factor) if rho is not None else change ** (2 if adaptive else 1)
+    return min(max(implied, min(1.0, factor)), max(1.0, factor))

@@ -97,9 +97,7 @@ def update(
     if dot is None or not math.isfinite(dot):
         return updated
     dot_weight = decay * averages.dot_weight + sample.tokens
-    return replace(
-        updated, dot_weight=dot_weight, dot=averages.dot + sample.tokens / dot_weight * (dot - averages.dot)
-    )
+    return replace(updated, dot_weight=dot_weight, dot=averages.dot + sample.tokens / dot_weight * (dot - averages.dot))
 
 
 @dataclass(frozen=True, slots=True)
