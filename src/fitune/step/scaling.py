@@ -7,8 +7,8 @@ For a batch k times as large, and noise of rho times the signal at the old one,
 is how much further one step may go: k where the gradient is all noise, 1 where it has none. It is AdaScale's gain
 (Johnson et al. 2020, arXiv 2007.05105). Adam's rate grows by sqrt(r) (its step is a ratio of gradient and root mean
 square), SGD's by r. What remembers or shrinks per step is kept per token instead: beta -> beta^k, weight decay by
-rate * decay / batch = const (Wang and Aitchison 2024, arXiv 2405.13698), eps by 1 / sqrt(k) (Malladi et al. 2022, arXiv 2205.10287),
-the clipping threshold by 1 / sqrt(r), since the norm of a less noisy gradient is smaller.
+rate * decay / batch = const (Wang and Aitchison 2024, arXiv 2405.13698). eps goes by 1 / sqrt(k) (Malladi et al. 2022,
+arXiv 2205.10287), the clipping threshold by 1 / sqrt(r), since the norm of a less noisy gradient is smaller.
 """
 
 import math
@@ -56,7 +56,7 @@ def rate_factor(rule: Rule, factor: float, *, rho: float | None, adaptive: bool 
             return math.sqrt(factor)
         case "sqrt_gain":
             if rho is not None:
-                return gain(rho, factor) ** (0.5 if adaptive else 1.0)
+                return math.sqrt(gain(rho, factor)) if adaptive else gain(rho, factor)
             power = math.sqrt(factor) if adaptive else factor
             return min(max(power, 1 / MOST_UNMEASURED), MOST_UNMEASURED)
 

@@ -6,7 +6,7 @@ c_i = w_i g_i to the gradient. With q_i = |c_i|^2, Q = |sum c_i|^2 before clippi
     signal    U = (Q - sum q_i) / (1 - W2)    unbiased for |G|^2, the squared norm of the true gradient
     variance  v = Q - U                       unbiased for the variance of the step's gradient;  T = v N per token
 
-for any weights and any noise that is independent between micro-batches: U is the weighted mean of g_i . g_j over i != j.
+for any weights and any noise that is independent between micro-batches: U is the weighted mean of g_i . g_j, i != j.
 For equal weights it is the estimator of McCandlish et al. 2018 (arXiv 1812.06162, appendix A); the usual formulas
 assume equal sizes, which micro-batches of real rows never have.
 
