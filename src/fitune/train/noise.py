@@ -71,6 +71,7 @@ class NoiseAverages:
     variance_spread: float = 0.0
     dot_weight: float = 0.0
     dot: float = 0.0
+    dot_spread: float = 0.0
 
     @property
     def effective_steps(self) -> float:
@@ -103,7 +104,7 @@ def update(
 @dataclass(frozen=True, slots=True)
 class NoiseEstimate:
     """scale_tokens: the noise scale, with one-sided 95 % bounds; None where the signal is not known to be above zero,
-    inf where it may be zero. bounce: tau, None where it cannot be told. effective_steps: how many steps these rest on.
+    inf where it may be zero. bounce: tau, 1 or -1 where only its sign is known, None where not even that. effective_steps: how many steps these rest on.
     """
 
     signal: float
@@ -136,8 +137,8 @@ def estimate(averages: NoiseAverages) -> NoiseEstimate | None:
     bounce = None
     if averages.dot_weight and surest_signal > 0:
         bounce = averages.dot / signal
-    elif averages.dot_weight and averages.dot <= 0:
-        bounce = 0.0  # no agreement at one place nor along the path: only the sign is known
+    elif abs(averages.dot) > Z * math.sqrt(averages.dot_spread / (steps - 1)):
+        bounce = math.copysign(1.0, averages.dot)  # only the sign is known
     return NoiseEstimate(
         signal=signal,
         variance=variance,
