@@ -1,17 +1,22 @@
-"""`fitune env`: the machine."""
+"""`fitune env`: the machine, and who uses its cards now."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Annotated, Any
 
+import psutil
 from cyclopts import Parameter
 from rich.console import Console
 
 from fitune.cli.output import Format, console, print_json
 from fitune.memory.environment import environment, find_tcmalloc
+from fitune.memory.nvml import CardProcess, CardState, read_cards
 from fitune.units import GIB, format_bytes
 
 _SIZES = {"total": "visible", "free": "free now", "used": "used by others"}
+_MOST_PROCESSES = 5
 
 
 def env(
@@ -19,8 +24,10 @@ def env(
     output: Annotated[Path, Parameter(help="where runs are kept, for the free disk space")] = Path("runs"),
     output_format: Format = "auto",
 ) -> None:
-    """The machine: cards, memory (visible, free, used by others), driver, processor, versions."""
+    """The machine: cards, memory (on the box, visible, free, used by others, and who they are), driver, versions."""
     machine = environment(output)
+    states = chain(read_cards(), repeat(CardState()))
+    machine["cards"] = [{**card, **_now(state)} for card, state in zip(machine["cards"], states, strict=False)]
     if output_format == "json":
         print_json(machine)
     elif output_format == "quiet":
@@ -55,8 +62,43 @@ def _sections(machine: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
 def _card_lines(card: Mapping[str, Any], driver: str | None) -> list[str]:
     sizes = [f"{card['box_bytes'] / GIB:.0f} GB card"]
     sizes += [f"{format_bytes(card[f'{kind}_bytes'])} {words}" for kind, words in _SIZES.items()]
-    capability = card["compute_capability"] or "n/a"
-    return [f"{card['name']} · {' · '.join(sizes)}", f"driver {driver or 'n/a'} · compute capability {capability}"]
+    facts = [f"driver {driver or 'n/a'}", f"compute capability {card['compute_capability'] or 'n/a'}"]
+    facts += [f"{card['utilisation_fraction']:.0%} busy"] if card["utilisation_fraction"] is not None else []
+    facts += [f"{card['power_watts']:.0f} W"] if card["power_watts"] is not None else []
+    facts += [f"{card['temperature_celsius']:.0f} °C"] if card["temperature_celsius"] is not None else []
+    facts += [f"slowed down by {card['throttled']}"] if card["throttled"] else []
+    return [f"{card['name']} · {' · '.join(sizes)}", " · ".join(facts), *_process_lines(card["processes"])]
+
+
+def _process_lines(processes: list[Mapping[str, Any]]) -> list[str]:
+    """Those with the most memory first."""
+    if not processes:
+        return []
+    shown = [
+        f"{process['name'] or 'n/a'} ({process['pid']}) {format_bytes(process['used_bytes'])}"
+        for process in processes[:_MOST_PROCESSES]
+    ]
+    more = len(processes) - len(shown)
+    return [f"used by {' · '.join(shown)}{f' · and {more} more' if more else ''}"]
+
+
+def _now(state: CardState) -> dict[str, Any]:
+    processes = sorted(state.processes, key=lambda process: -(process.used_bytes or 0))
+    return {
+        "uuid": state.uuid,
+        "utilisation_fraction": state.utilisation_fraction,
+        "power_watts": state.power_watts,
+        "temperature_celsius": state.temperature_celsius,
+        "throttled": state.throttled,
+        "processes": [{**asdict(process), "name": _process_name(process)} for process in processes],
+    }
+
+
+def _process_name(process: CardProcess) -> str | None:
+    try:
+        return psutil.Process(process.pid).name()
+    except psutil.Error:  # ended since, or of another container
+        return None
 
 
 def _allocator_lines(machine: Mapping[str, Any]) -> list[str]:

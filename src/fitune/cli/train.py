@@ -59,6 +59,7 @@ def run_training(
         run = create_run(config.run.output, name)  # refuses unless it is an empty directory
     prepared = _prepare(config, progress, plan_check=plan_check)
     from fitune.train.loop import train as train_loop
+    from fitune.train.monitor import watched
 
     if run is None:
         prefix = name_prefix(config.model.source, config.data.train_sources[0].path)
@@ -67,15 +68,16 @@ def run_training(
     with working_on(run):
         write_atomically(run.config, format_config(resolved))
         write_json(run.env, environment(config.run.output))
-        summary = train_loop(
-            config,
-            prepared.setup,
-            run,
-            data=prepared.data,
-            tokenizer=prepared.tokenizer,
-            watcher=progress,
-            self_check=prepared.self_check,
-        )
+        with watched(config, prepared.setup, run, watcher=progress) as watcher:
+            summary = train_loop(
+                config,
+                prepared.setup,
+                run,
+                data=prepared.data,
+                tokenizer=prepared.tokenizer,
+                watcher=watcher,
+                self_check=prepared.self_check,
+            )
     return run, summary
 
 
@@ -85,7 +87,9 @@ def _prepare(config: RunConfig, progress: TrainingProgress, *, plan_check: bool)
         os.environ["PYTORCH_ALLOC_CONF"] = config.memory.allocator  # read when CUDA starts, so before torch is used
     progress.note(f"model  {config.model.source} · data {', '.join(s.path for s in config.data.train_sources)}")
     from fitune.train.prepare import prepare
+    from fitune.train.trackers import check_trackers
 
+    check_trackers(config)
     prepared = prepare(config, on_progress=progress.rows, plan_check=plan_check)
     progress.rows(None)
     report = prepared.data.train.report

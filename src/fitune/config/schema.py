@@ -54,6 +54,7 @@ Precision = Literal["float32", "bfloat16", "autocast_bfloat16", "autocast_float1
 Attention = Literal["flash", "efficient", "math", "eager"]
 Recompute = Literal["off", "every_2", "every_4", "selective", "full"]
 Loss = Literal["full", "chunked"]
+Tracker = Literal["tensorboard", "trackio", "wandb", "mlflow", "swanlab"]
 OptimizerName = Literal["adamw", "adamw_foreach", "adamw_8bit", "adafactor", "sgd"]
 
 
@@ -239,6 +240,10 @@ class OutputConfig(Section):
     output: Annotated[Path, AfterValidator(Path.expanduser)] = Field(Path("runs"), description="where runs are kept")
     name: str | None = Field(
         None, description="the run's directory below output; made from model and data when left out"
+    )
+    trackers: tuple[Tracker, ...] = Field((), description="also tell these, through the accelerate library")
+    prometheus: PathText | None = Field(
+        None, description="keep a text file of the present numbers here, for node_exporter's textfile collector"
     )
 
 

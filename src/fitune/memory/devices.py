@@ -18,7 +18,7 @@ The real machine overrides the catalogue: name and memory come from NVML, the re
 import contextlib
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -28,6 +28,7 @@ from typing import Any, Literal
 import psutil
 
 from fitune.errors import UsageError
+from fitune.memory.nvml import ask, nvml_session, read_memory, read_name, read_uuid, visible_handles
 from fitune.units import GIB, MIB
 
 GB = 1000**3
@@ -212,17 +213,10 @@ def find_device(text: str) -> Device:
 def this_machine() -> tuple[Device, ...]:
     """The NVIDIA cards that this process may use, in its order, with their free memory now; none without the library,
     the driver or a card."""
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()
-    except Exception:  # no library, no driver, or one that does not answer: all mean that there is no card to use
-        return ()
-    try:
-        return tuple(_real_device(pynvml, handle) for handle in _visible_handles(pynvml, os.environ))
-    finally:
-        with contextlib.suppress(pynvml.NVMLError):
-            pynvml.nvmlShutdown()
+    with nvml_session() as nvml:
+        if nvml is None:
+            return ()
+        return tuple(_real_device(nvml, handle) for handle in visible_handles(nvml, os.environ))
 
 
 def cpu_device() -> Device:
@@ -264,52 +258,12 @@ def _cgroup_limits(root: Path, process_cgroups: Path) -> Iterator[tuple[int, int
                 break
 
 
-def _ask(nvml: ModuleType, function: str, *arguments: Any) -> Any:
-    """What a call of NVML returns; None when the card, the driver or the library does not know it."""
-    try:
-        return getattr(nvml, function)(*arguments)
-    except (nvml.NVMLError, AttributeError):
-        return None
-
-
-def _visible_handles(nvml: ModuleType, environment: Mapping[str, str]) -> list[Any]:
-    """Handles in the order of CUDA_VISIBLE_DEVICES, which lists numbers or (beginnings of) UUIDs and ends at the first
-    entry that is none. Numbers count in the order of the bus, as with CUDA_DEVICE_ORDER=PCI_BUS_ID."""
-    count = _ask(nvml, "nvmlDeviceGetCount") or 0
-    handles = [_ask(nvml, "nvmlDeviceGetHandleByIndex", i) for i in range(count)]
-    visible = environment.get("CUDA_VISIBLE_DEVICES")
-    if visible is None:
-        return [handle for handle in handles if handle is not None]
-    chosen: list[Any] = []
-    for entry in (part.strip() for part in visible.split(",")):
-        if entry.startswith("MIG-"):
-            found = [_ask(nvml, "nvmlDeviceGetHandleByUUID", entry)]
-        elif entry.startswith("GPU-"):
-            found = [h for h in handles if h is not None and (_uuid(nvml, h) or "").startswith(entry)]
-        else:
-            found = handles[int(entry) :][:1] if entry.isdecimal() else []
-        if len(found) != 1 or found[0] is None:
-            break
-        chosen.append(found[0])
-    return chosen
-
-
-def _text(value: Any) -> str | None:
-    return value.decode() if isinstance(value, bytes) else value
-
-
-def _uuid(nvml: ModuleType, handle: Any) -> str | None:
-    return _text(_ask(nvml, "nvmlDeviceGetUUID", handle))
-
-
 def _real_device(nvml: ModuleType, handle: Any) -> Device:
-    name = _text(_ask(nvml, "nvmlDeviceGetName", handle)) or "NVIDIA card"
-    version = getattr(nvml, "nvmlMemory_v2", None)
-    memory = _ask(nvml, "nvmlDeviceGetMemoryInfo", handle, version) or _ask(nvml, "nvmlDeviceGetMemoryInfo", handle)
-    answer = _ask(nvml, "nvmlDeviceGetCudaComputeCapability", handle)
+    name = read_name(nvml, handle) or "NVIDIA card"
+    memory = read_memory(nvml, handle)
+    answer = ask(nvml, "nvmlDeviceGetCudaComputeCapability", handle)
     capability = (int(answer[0]), int(answer[1])) if answer else None
-    # What the driver keeps for itself is part of NVML's total (and apart from `used`), but not of CUDA's.
-    total = memory.total - getattr(memory, "reserved", 0) if memory else 0
+    total = memory.total_bytes if memory else 0
     unknown = Device(name=name, pattern="", box_bytes=total, total_bytes=total)
     # Of namesakes with different memory, the nearest; a card may carry more than its namesake was ever sold with.
     row = min(_rows(name), key=lambda row: abs(row.total_bytes - total), default=unknown)
@@ -321,7 +275,7 @@ def _real_device(nvml: ModuleType, handle: Any) -> Device:
         total_bytes=total or row.total_bytes,
         compute_capability=capability,
         context=context_prior(capability) if capability else None,
-        uuid=_uuid(nvml, handle),
-        free_bytes=memory.free if memory else None,
-        used_bytes=memory.used if memory else None,
+        uuid=read_uuid(nvml, handle),
+        free_bytes=memory.free_bytes if memory else None,
+        used_bytes=memory.used_bytes if memory else None,
     )

@@ -6,6 +6,7 @@
     events.jsonl    what happened        journal.jsonl  what each step did, for resume and replay
     summary.json    the run in numbers   report.html    the run in pictures
     checkpoints/    to resume from       best/ last/    to use: transformers directories
+    trackers/       what the trackers of run.trackers keep here
     lock            held while a process works on the run; its time is the heartbeat
 
 Whole files are written atomically: a reader sees the old one or the new one, also after a power cut. A process that
@@ -89,6 +90,10 @@ class RunDirectory:
     @property
     def last(self) -> Path:
         return self.path / "last"
+
+    @property
+    def trackers(self) -> Path:
+        return self.path / "trackers"
 
     @property
     def lock(self) -> Path:
@@ -257,7 +262,7 @@ def _given_name(path: Path, *, overwrite: bool) -> RunDirectory:
 
 
 def _remove_files(run: RunDirectory) -> None:
-    for directory in (run.checkpoints, run.best, run.last):
+    for directory in (run.checkpoints, run.best, run.last, run.trackers):
         if directory.is_dir():
             shutil.rmtree(directory)
     texts = (run.config, run.env, run.plan, run.metrics, run.memory, run.events, run.journal, run.summary, run.report)

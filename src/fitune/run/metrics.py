@@ -11,10 +11,14 @@ import os
 import types
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
+from functools import cache
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_type_hints
 
 from fitune.errors import RunDirectoryError
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 SCHEMA = 1
 Status = Literal["running", "finished", "stopped", "failed"]
@@ -111,12 +115,14 @@ class Metrics:
     damaged_lines: tuple[int, ...] = ()
 
 
-Record = TypeVar("Record", StepMetrics, EvalMetrics, RunEvent, Summary)
+Record = TypeVar("Record", bound="DataclassInstance")
 
 
-def append_line(path: Path, record: StepMetrics | EvalMetrics | RunEvent) -> None:
-    """Raises RunDirectoryError where the line cannot be written whole."""
-    line = f"{json.dumps(_to_json(asdict(record)), ensure_ascii=False, allow_nan=False)}\n".encode()
+def append_line(path: Path, record: "DataclassInstance", *, leave_out_unknown: bool = False) -> None:
+    """leave_out_unknown: a field that is None is not written. Raises RunDirectoryError where the line cannot be written
+    whole."""
+    content = {name: value for name, value in asdict(record).items() if value is not None or not leave_out_unknown}
+    line = f"{json.dumps(_to_json(content), ensure_ascii=False, allow_nan=False)}\n".encode()
     try:
         with path.open("ab+", buffering=0) as file:
             if file.seek(0, os.SEEK_END) > 0:
@@ -137,7 +143,7 @@ def read_metrics(path: Path) -> Metrics:
     steps: list[StepMetrics] = []
     evals: list[EvalMetrics] = []
     damaged = []
-    for number, content in _lines(path):
+    for number, content in read_lines(path):
         record = None
         if content is not None:
             record = _record(EvalMetrics, content) if "eval_loss" in content else _record(StepMetrics, content)
@@ -155,8 +161,15 @@ def read_metrics(path: Path) -> Metrics:
 
 def read_events(path: Path) -> tuple[RunEvent, ...]:
     """In the order written; damaged lines are left out. Raises RunDirectoryError where the file cannot be opened."""
-    records = (_record(RunEvent, content) for _, content in _lines(path) if content is not None)
-    return tuple(record for record in records if record is not None)
+    return tuple(read_records(path, RunEvent))
+
+
+def read_records(path: Path, kind: type[Record]) -> Iterator[Record]:
+    """The lines of a file that hold a `kind`, in the order written. Raises RunDirectoryError where it cannot be
+    opened."""
+    for _, content in read_lines(path):
+        if content is not None and (record := _record(kind, content)) is not None:
+            yield record
 
 
 def summary_json(summary: Summary) -> dict[str, Any]:
@@ -180,7 +193,7 @@ def read_summary(path: Path) -> Summary:
     return summary
 
 
-def _lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any] | None]]:
+def read_lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any] | None]]:
     """Each complete line, numbered from 1, as an object; None where it is not one."""
     try:
         data = path.read_bytes()
@@ -196,23 +209,32 @@ def _lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any] | None]]:
 
 def _record(kind: type[Record], content: Mapping[str, Any]) -> Record | None:
     """None where a needed field is missing or one is of the wrong type; fields of a later version are passed over."""
-    wanted = get_type_hints(kind)
-    names = [field.name for field in fields(kind) if field.name in content]
     try:
-        return kind(**{name: _value(wanted[name], content[name]) for name in names})
+        return kind(
+            **{name: _value(accepted, content[name]) for name, accepted in _fields(kind).items() if name in content}
+        )
     except (TypeError, ValueError):
         return None
 
 
-def _value(wanted: Any, value: Any) -> Any:
-    accepted = get_args(wanted) if isinstance(wanted, types.UnionType) else (wanted,)
+@cache
+def _fields(kind: type["DataclassInstance"]) -> dict[str, tuple[Any, ...]]:
+    """The types that each field accepts."""
+    wanted = get_type_hints(kind)
+    return {
+        field.name: get_args(hint) if isinstance(hint := wanted[field.name], types.UnionType) else (hint,)
+        for field in fields(kind)
+    }
+
+
+def _value(accepted: tuple[Any, ...], value: Any) -> Any:
     if value is None and type(None) in accepted:
         return None
     if float in accepted and (value in ("nan", "inf", "-inf") or type(value) in (int, float)):
         return float(value)
     if (int in accepted and type(value) is int) or (isinstance(value, str) and int not in accepted):
         return value
-    raise ValueError(f"{value!r} is not {wanted}")
+    raise ValueError(f"{value!r} is not one of {accepted}")
 
 
 def _to_json(content: dict[str, Any]) -> dict[str, Any]:

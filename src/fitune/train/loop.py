@@ -9,7 +9,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from types import FrameType
 from typing import Any, Protocol
 
@@ -21,15 +21,17 @@ from fitune.data.batches import batches, num_samples, num_steps, prefetch
 from fitune.data.examples import Examples
 from fitune.data.rows import Batch, MicroBatch
 from fitune.errors import FituneError, InterruptedRunError
-from fitune.model.device import MemoryPeak, read_peak, reset_peak
+from fitune.model.device import read_peak, reset_peak
 from fitune.model.save import link_model, save_model
 from fitune.run.directory import RunDirectory, write_json
+from fitune.run.journal import StepRecord, append_step, ids_hash
 from fitune.run.metrics import EvalMetrics, RunEvent, Status, StepMetrics, Summary, append_line, summary_json
 from fitune.step.assemble import Layout, Setup
 from fitune.step.optimizer import set_lr
 from fitune.step.train_step import StepResult, evaluate, train_step
 from fitune.train.schedule import lr_factor
 from fitune.train.self_check import CHECKED_STEP, SelfCheck
+from fitune.train.state import RunState, larger_peak
 from fitune.units import parse_seconds
 
 EVALS_PER_RUN = 10
@@ -89,23 +91,6 @@ def run_length(config: RunConfig, examples: Examples) -> Length:
     return Length(epochs, None, None, max(round(epoch_tokens * seen), 1), steps)
 
 
-@dataclass
-class _State:
-    """What changes while the run goes on."""
-
-    step: int = 0
-    tokens: int = 0
-    supervised_tokens: int = 0
-    bad_steps: int = 0
-    train_loss: float | None = None
-    eval_loss: float | None = None
-    best_eval_loss: float | None = None
-    saved_step: int = -1
-    evaluated_step: int = -1
-    peak: MemoryPeak = field(default_factory=MemoryPeak)
-    started: float = field(default_factory=time.perf_counter)
-
-
 def train(
     config: RunConfig,
     setup: Setup,
@@ -152,7 +137,9 @@ class _Trainer:
         self.tokenizer, self.watcher, self.self_check = tokenizer, watcher, self_check
         self.device = next(setup.model.parameters()).device
         self.length = run_length(config, data.train)
-        self.state = _State()
+        self.state = RunState()
+        self.saved_step = -1
+        self.started = time.perf_counter()
         every = max(1, self.length.total_steps // EVALS_PER_RUN)
         self.eval_every = every if config.train.eval_every == "auto" else config.train.eval_every
         self.save_every = self.eval_every if config.train.save_every == "auto" else config.train.save_every
@@ -160,7 +147,7 @@ class _Trainer:
     def run_to_the_end(self, caught: list[int]) -> Status:
         stop_at = None
         if self.config.train.stop_after is not None:
-            stop_at = self.state.started + parse_seconds(self.config.train.stop_after)
+            stop_at = self.started + parse_seconds(self.config.train.stop_after)
         torch.manual_seed(self.config.train.seed)
         self.write_summary("running")
         self.evaluate()
@@ -207,17 +194,34 @@ class _Trainer:
         start = time.perf_counter()
         result = train_step(setup.model, setup.optimizer, micro_batches, settings=setup.settings, scaler=setup.scaler)
         seconds = time.perf_counter() - start
-        state.tokens = tokens
-        if result.loss is None or result.grad_norm is None:
-            self.event("no_target", f"rows {batch.row_ids} have no supervised token: no update, no step")
-            return
-        state.step += 1
-        state.supervised_tokens += batch.num_supervised_tokens
-        state.train_loss = result.loss
         peak = read_peak(self.device)
         if self.self_check is not None:
             peak = self.self_check.measured(peak)
-        state.peak = _largest(state.peak, peak)
+        has_target = result.loss is not None
+        record = StepRecord(
+            step=state.step + has_target,
+            position=state.position + len(batch.rows),
+            ids_hash=ids_hash(batch.row_ids),
+            loss_weight=result.loss_weight,
+            plan=tuple(micro_batch.row_ids for micro_batch in micro_batches),
+            lr=lr,
+            loss_sum=None if result.loss is None else result.loss * result.loss_weight,
+            grad_norm=result.grad_norm,
+            updated=result.updated,
+        )
+        link = append_step(self.run.journal, state.journal_hash, record, peak_bytes=peak.device_bytes, seconds=seconds)
+        state = replace(state, step=record.step, position=record.position, tokens=tokens, journal_hash=link)
+        self.state = state
+        if result.loss is None or result.grad_norm is None:
+            self.event("no_target", f"rows {batch.row_ids} have no supervised token: no update, no step")
+            return
+        self.state = state = replace(
+            state,
+            supervised_tokens=state.supervised_tokens + batch.num_supervised_tokens,
+            train_loss=result.loss,
+            bad_steps=0 if result.updated else state.bad_steps + 1,
+            peak=larger_peak(state.peak, peak),
+        )
         metrics = StepMetrics(
             step=state.step,
             tokens=batch.num_tokens,
@@ -236,17 +240,15 @@ class _Trainer:
         )
         append_line(self.run.metrics, metrics)
         self.watcher.step(metrics, progress=progress)
-        self.check_update(result)
+        if not result.updated:
+            self.check_update(result)
         if self.self_check is not None and state.step == CHECKED_STEP:
             sentence, agrees = self.self_check.compare(peak)
             self.event("memory_check" if agrees else "memory_differs", sentence)
 
     def check_update(self, result: StepResult) -> None:
+        """Of a step without an update."""
         state = self.state
-        if result.updated:
-            state.bad_steps = 0
-            return
-        state.bad_steps += 1
         if self.setup.scaler is not None:
             self.event("overflow", f"step {state.step}: the float16 gradient overflowed, the scale is lowered")
         else:
@@ -271,7 +273,6 @@ class _Trainer:
         micro_batches = _in_order(self.data.eval, self.setup.eval_layout, self.config.batch.rows_per_step)
         result = evaluate(self.setup.model, micro_batches, settings=self.setup.settings)
         peak = read_peak(self.device)
-        state.peak = _largest(state.peak, peak)
         metrics = EvalMetrics(
             step=state.step,
             total_tokens=state.tokens,
@@ -283,22 +284,28 @@ class _Trainer:
             peak_allocated_bytes=peak.allocated_bytes,
         )
         append_line(self.run.metrics, metrics)
-        state.eval_loss, state.evaluated_step = result.loss, state.step
         # the untrained model is measured but is no result of this run, nor is a loss that is not a number
         better = state.best_eval_loss is None or result.loss < state.best_eval_loss
         best = state.step > 0 and better and math.isfinite(result.loss)
+        self.state = replace(
+            state,
+            eval_loss=result.loss,
+            evaluated_step=state.step,
+            best_eval_loss=result.loss if best else state.best_eval_loss,
+            best_step=state.step if best else state.best_step,
+            peak=larger_peak(state.peak, peak),
+        )
         if best:
-            state.best_eval_loss = result.loss
             self.save()
             link_model(self.run.last, self.run.best)
         self.watcher.evaluation(metrics, best=best)
 
     def save(self) -> None:
         """The present weights as last/, if they are not there already."""
-        if self.state.saved_step == self.state.step:
+        if self.saved_step == self.state.step:
             return
         save_model(self.setup.model, self.run.last, tokenizer=self.tokenizer)
-        self.state.saved_step = self.state.step
+        self.saved_step = self.state.step
         self.write_summary("running")
 
     def event(self, kind: str, message: str) -> None:
@@ -307,7 +314,7 @@ class _Trainer:
 
     def write_summary(self, status: Status) -> Summary:
         state = self.state
-        seconds = time.perf_counter() - state.started
+        seconds = state.seconds + time.perf_counter() - self.started
         predicted = None if self.self_check is None else self.self_check.predicted
         summary = Summary(
             status=status,
@@ -337,17 +344,6 @@ def _in_order(examples: Examples, layout: Layout, rows_at_once: int) -> Iterator
     for start in range(0, len(examples), rows_at_once):
         rows = tuple(examples[index] for index in range(start, min(start + rows_at_once, len(examples))))
         yield from layout.split(Batch(rows))
-
-
-def _largest(first: MemoryPeak, second: MemoryPeak) -> MemoryPeak:
-    def larger(a: int | None, b: int | None) -> int | None:
-        return max((value for value in (a, b) if value is not None), default=None)
-
-    return MemoryPeak(
-        larger(first.allocated_bytes, second.allocated_bytes),
-        larger(first.reserved_bytes, second.reserved_bytes),
-        larger(first.device_bytes, second.device_bytes),
-    )
 
 
 @contextmanager

@@ -1,0 +1,186 @@
+"""NVIDIA's management library: which cards this process may use, and what each of them does now.
+
+Every call is guarded. A card, a driver or a platform that does not know an answer (MIG has no utilisation, WSL and
+Windows no memory by process) leaves it None: no question ends a run.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+NOT_AVAILABLE_BYTES = 2**60
+"""No card has as much. WSL reports 2**64 bytes where it knows nothing (nvtop #432)."""
+
+_SLOWED_BY = (  # bits of nvmlDeviceGetCurrentClocksEventReasons that mean that the card could be faster
+    ("nvmlClocksEventReasonSwPowerCap", "power limit"),
+    ("nvmlClocksEventReasonSwThermalSlowdown", "heat"),
+    ("nvmlClocksEventReasonHwThermalSlowdown", "heat"),
+    ("nvmlClocksEventReasonHwPowerBrakeSlowdown", "power brake"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class CardMemory:
+    """total_bytes: as CUDA sees it, without what the driver keeps for itself. used_bytes: by all processes."""
+
+    total_bytes: int
+    free_bytes: int
+    used_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class CardProcess:
+    """used_bytes: None where the platform does not tell."""
+
+    pid: int
+    used_bytes: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class CardState:
+    """A card, or a part of one (MIG), now; unknown is None. throttled: what slows it down, '' for nothing."""
+
+    name: str | None = None
+    uuid: str | None = None
+    memory: CardMemory | None = None
+    processes: tuple[CardProcess, ...] = ()
+    utilisation_fraction: float | None = None
+    power_watts: float | None = None
+    temperature_celsius: float | None = None
+    throttled: str | None = None
+
+
+@contextmanager
+def nvml_session() -> Iterator[ModuleType | None]:
+    """NVML while it is open; None without the library, the driver, or one that answers."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+    except Exception:  # whatever a broken installation raises: it means that there is no card to ask
+        yield None
+        return
+    try:
+        yield pynvml
+    finally:
+        with suppress(pynvml.NVMLError):
+            pynvml.nvmlShutdown()
+
+
+def read_cards() -> tuple[CardState, ...]:
+    """The cards that this process may use, in its order."""
+    with nvml_session() as nvml:
+        return tuple(read_card(nvml, handle) for handle in visible_handles(nvml, os.environ)) if nvml else ()
+
+
+@contextmanager
+def card_reader(uuid: str, index: int) -> Iterator[Callable[[], CardState] | None]:
+    """What reads one card again and again: the one with this UUID (with or without its GPU- or MIG- in front), else
+    the visible one of this number. None where there is no such card."""
+    with nvml_session() as nvml:
+        handle = None
+        if nvml is not None:
+            handles = visible_handles(nvml, os.environ)
+            same = [handle for handle in handles if (read_uuid(nvml, handle) or "").endswith(uuid.lower())]
+            handle = next(iter(same or handles[index : index + 1]), None)
+        yield None if nvml is None or handle is None else lambda: read_card(nvml, handle)
+
+
+def ask(nvml: ModuleType, function: str, *arguments: Any) -> Any:
+    """What a call of NVML returns; None when the card, the driver or the library does not know it."""
+    try:
+        return getattr(nvml, function)(*arguments)
+    except (nvml.NVMLError, AttributeError):
+        return None
+
+
+def visible_handles(nvml: ModuleType, environment: Mapping[str, str]) -> list[Any]:
+    """Handles in the order of CUDA_VISIBLE_DEVICES, which lists numbers or (beginnings of) UUIDs and ends at the first
+    entry that is none. Numbers count in the order of the bus, as with CUDA_DEVICE_ORDER=PCI_BUS_ID. A card that is
+    divided (MIG) stands for its first part: CUDA uses no other unless one is named."""
+    count = ask(nvml, "nvmlDeviceGetCount") or 0
+    handles = [ask(nvml, "nvmlDeviceGetHandleByIndex", i) for i in range(count)]
+    visible = environment.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return [_first_part(nvml, handle) for handle in handles if handle is not None]
+    chosen: list[Any] = []
+    for entry in (part.strip() for part in visible.split(",")):
+        if entry.startswith("MIG-"):
+            found = [ask(nvml, "nvmlDeviceGetHandleByUUID", entry)]
+        elif entry.startswith("GPU-"):
+            found = [h for h in handles if h is not None and (read_uuid(nvml, h) or "").startswith(entry)]
+        else:
+            found = handles[int(entry) :][:1] if entry.isdecimal() else []
+        if len(found) != 1 or found[0] is None:
+            break
+        chosen.append(_first_part(nvml, found[0]))
+    return chosen
+
+
+def read_name(nvml: ModuleType, handle: Any) -> str | None:
+    return _text(ask(nvml, "nvmlDeviceGetName", handle))
+
+
+def read_uuid(nvml: ModuleType, handle: Any) -> str | None:
+    return _text(ask(nvml, "nvmlDeviceGetUUID", handle))
+
+
+def read_memory(nvml: ModuleType, handle: Any) -> CardMemory | None:
+    version = getattr(nvml, "nvmlMemory_v2", None)
+    memory = ask(nvml, "nvmlDeviceGetMemoryInfo", handle, version) or ask(nvml, "nvmlDeviceGetMemoryInfo", handle)
+    if memory is None or max(memory.total, memory.free, memory.used) >= NOT_AVAILABLE_BYTES:
+        return None
+    # What the driver keeps for itself is part of NVML's total (and apart from `used`), but not of CUDA's.
+    return CardMemory(memory.total - getattr(memory, "reserved", 0), memory.free, memory.used)
+
+
+def read_card(nvml: ModuleType, handle: Any) -> CardState:
+    whole = ask(nvml, "nvmlDeviceGetDeviceHandleFromMigDeviceHandle", handle) or handle
+    utilisation = ask(nvml, "nvmlDeviceGetUtilizationRates", handle)
+    milliwatts = ask(nvml, "nvmlDeviceGetPowerUsage", whole)
+    celsius = ask(nvml, "nvmlDeviceGetTemperature", whole, 0)  # 0: NVML_TEMPERATURE_GPU
+    return CardState(
+        name=read_name(nvml, handle),
+        uuid=read_uuid(nvml, handle),
+        memory=read_memory(nvml, handle),
+        processes=_processes(nvml, handle),
+        utilisation_fraction=None if utilisation is None else utilisation.gpu / 100,
+        power_watts=None if milliwatts is None else milliwatts / 1000,
+        temperature_celsius=None if celsius is None else float(celsius),
+        throttled=_throttled(nvml, whole),
+    )
+
+
+def _first_part(nvml: ModuleType, handle: Any) -> Any:
+    mode = ask(nvml, "nvmlDeviceGetMigMode", handle)  # (now, after a restart); 1: divided
+    if not mode or mode[0] != 1:
+        return handle
+    parts = range(ask(nvml, "nvmlDeviceGetMaxMigDeviceCount", handle) or 0)
+    found = (ask(nvml, "nvmlDeviceGetMigDeviceHandleByIndex", handle, index) for index in parts)
+    return next((part for part in found if part is not None), handle)
+
+
+def _processes(nvml: ModuleType, handle: Any) -> tuple[CardProcess, ...]:
+    """Those that compute and those that draw; one that does both is listed twice by NVML, with the same memory."""
+    used: dict[int, int | None] = {}
+    for kind in ("Compute", "Graphics"):
+        for process in ask(nvml, f"nvmlDeviceGet{kind}RunningProcesses", handle) or ():
+            size = process.usedGpuMemory
+            used[process.pid] = None if size is None or size >= NOT_AVAILABLE_BYTES else size
+    return tuple(CardProcess(pid, size) for pid, size in used.items())
+
+
+def _throttled(nvml: ModuleType, handle: Any) -> str | None:
+    bits = ask(nvml, "nvmlDeviceGetCurrentClocksEventReasons", handle)
+    if bits is None:
+        bits = ask(nvml, "nvmlDeviceGetCurrentClocksThrottleReasons", handle)  # its name in drivers before 535
+    if bits is None:
+        return None
+    return ", ".join(dict.fromkeys(words for name, words in _SLOWED_BY if bits & getattr(nvml, name)))
+
+
+def _text(value: Any) -> str | None:
+    return value.decode() if isinstance(value, bytes) else value

@@ -1,0 +1,184 @@
+"""What watches a run from beside it: a thread that writes memory.jsonl twice a second and rings the alarms, and the
+trackers that the configuration names.
+
+The thread does no work on the device and waits for none; a run neither ends nor slows down because of it.
+"""
+
+import json
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from fitune.config import RunConfig
+from fitune.errors import RunDirectoryError
+from fitune.run.directory import RunDirectory
+from fitune.run.memory import MemorySample
+from fitune.run.metrics import EvalMetrics, RunEvent, StepMetrics, append_line
+from fitune.step.assemble import Setup
+from fitune.train.alarms import Alarms, AlarmSettings
+from fitune.train.loop import Watcher
+from fitune.train.prometheus import write_prometheus
+from fitune.train.sampler import Sampler
+from fitune.train.trackers import open_trackers
+
+SAMPLE_SECONDS = 0.5
+PROMETHEUS_SECONDS = 5.0
+STATE_EVERY_STEPS = 100
+
+
+@contextmanager
+def watched(config: RunConfig, setup: Setup, run: RunDirectory, *, watcher: Watcher) -> Iterator[Watcher]:
+    """`watcher`, together with all that the run is to be watched by. Raises what a tracker raises that cannot start."""
+    with ExitStack() as opened:
+        others = Watchers((watcher, *opened.enter_context(open_trackers(config, run, tell=watcher.note))))
+        monitor = opened.enter_context(Monitor(config, setup, run, tell=others.note))
+        yield Watchers((*others.watchers, monitor))
+
+
+@dataclass(frozen=True)
+class Watchers:
+    """Several as one."""
+
+    watchers: tuple[Watcher, ...]
+
+    def step(self, metrics: StepMetrics, *, progress: float) -> None:
+        for watcher in self.watchers:
+            watcher.step(metrics, progress=progress)
+
+    def evaluation(self, metrics: EvalMetrics, *, best: bool) -> None:
+        for watcher in self.watchers:
+            watcher.evaluation(metrics, best=best)
+
+    def note(self, text: str) -> None:
+        for watcher in self.watchers:
+            watcher.note(text)
+
+
+class Monitor:
+    """A watcher with a thread of its own. tell: called with each alarm, in the thread that trains."""
+
+    def __init__(self, config: RunConfig, setup: Setup, run: RunDirectory, *, tell: Callable[[str], None]) -> None:
+        self._config, self._setup, self._run, self._tell = config, setup, run, tell
+        self._device = next(setup.model.parameters()).device
+        parameters = list(setup.model.parameters())
+        saved = parameters if config.model.method == "full" else [p for p in parameters if p.requires_grad]
+        self._state_bytes = sum(parameter.nbytes for parameter in parameters)
+        self._sampler = Sampler(self._device, place=run.path, parameter_bytes=self._state_bytes)
+        self._alarms = Alarms(
+            AlarmSettings(
+                clip=config.optim.clip,
+                on_cpu=self._device.type == "cpu",
+                save_bytes=sum(parameter.nbytes for parameter in saved),
+                predicted_bytes=_planned_bytes(run.plan),
+            )
+        )
+        self._lock = threading.Lock()
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._sample_until_stopped, name="monitor", daemon=True)
+        self._sentences: deque[str] = deque()
+        self._last: StepMetrics | None = None
+        self._progress: float | None = None
+        self._peaks: list[StepMetrics] = []
+        self._exported = 0.0
+
+    def __enter__(self) -> "Monitor":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        self._stopped.set()
+        self._thread.join()
+        self._sampler.close()
+        self._tell_alarms()
+
+    def step(self, metrics: StepMetrics, *, progress: float) -> None:
+        if self._last is None or metrics.step % STATE_EVERY_STEPS == 0:
+            self._state_bytes = _state_bytes(self._setup, self._device)
+        with self._lock:
+            self._last, self._progress = metrics, progress
+            self._peaks.append(metrics)
+            self._ring(self._alarms.step(metrics, held_bytes=self._sampler.held_bytes(), now=time.time()))
+        self._tell_alarms()
+
+    def evaluation(self, metrics: EvalMetrics, *, best: bool) -> None:
+        pass
+
+    def note(self, text: str) -> None:
+        pass
+
+    def sample(self) -> MemorySample:
+        """Read, write and judge the present moment. Raises RunDirectoryError where it cannot be written."""
+        step = 0 if self._last is None else self._last.step
+        sample = self._sampler.read(step=step, progress=self._progress, state_bytes=self._state_bytes)
+        with self._lock:
+            for metrics in self._peaks:
+                sample = _with_peaks(sample, metrics)
+            self._peaks.clear()
+            self._ring(self._alarms.sample(sample))
+        append_line(self._run.memory, sample, leave_out_unknown=True)
+        if self._config.run.prometheus is not None and sample.time - self._exported >= PROMETHEUS_SECONDS:
+            self._exported = sample.time
+            write_prometheus(Path(self._config.run.prometheus), self._run.name, sample=sample, metrics=self._last)
+        return sample
+
+    def _sample_until_stopped(self) -> None:
+        going_on = True
+        try:
+            while going_on:
+                start = time.perf_counter()
+                self.sample()
+                going_on = not self._stopped.wait(max(0.0, SAMPLE_SECONDS - (time.perf_counter() - start)))
+            self._exported = 0.0
+            self.sample()
+        except Exception as error:  # a full disk, a driver that broke: training is not to end because of its monitor
+            self._sentences.append(f"warning: memory is no longer recorded: {error}")
+
+    def _ring(self, events: list[RunEvent]) -> None:
+        """At once into the run's directory, lest a run that dies takes its warnings with it."""
+        for event in events:
+            self._sentences.append(event.message)
+            with suppress(RunDirectoryError):  # the loop's own lines meet the same fault, and end the run
+                append_line(self._run.events, event)
+
+    def _tell_alarms(self) -> None:
+        while self._sentences:
+            self._tell(self._sentences.popleft())
+
+
+def _state_bytes(setup: Setup, device: torch.device) -> int:
+    """Parameters, buffers, gradients and optimizer state on the device."""
+    parameters = list(setup.model.parameters())
+    state = (tensor for tensors in setup.optimizer.state.values() for tensor in tensors.values())
+    gradients = [parameter for parameter in parameters if parameter.requires_grad]
+    held = [*parameters, *gradients, *setup.model.buffers(), *state]
+    return sum(t.nbytes for t in held if isinstance(t, torch.Tensor) and t.device == device)
+
+
+def _with_peaks(sample: MemorySample, metrics: StepMetrics) -> MemorySample:
+    """The peaks of a step that ended since the sample before. On a CPU the step's device is the process."""
+    on_cpu = sample.allocated_bytes is None
+    return replace(
+        sample,
+        peak_allocated_bytes=_larger(sample.peak_allocated_bytes, None if on_cpu else metrics.peak_allocated_bytes),
+        peak_reserved_bytes=_larger(sample.peak_reserved_bytes, None if on_cpu else metrics.peak_reserved_bytes),
+        peak_process_bytes=_larger(sample.peak_process_bytes, metrics.device_used_bytes if on_cpu else None),
+    )
+
+
+def _larger(first: int | None, second: int | None) -> int | None:
+    return max((value for value in (first, second) if value is not None), default=None)
+
+
+def _planned_bytes(path: Path) -> int | None:
+    """What the run's plan reserves at its peak; None where there is no plan, or none that says it."""
+    try:
+        plan = json.loads(path.read_text(encoding="utf-8"))
+        return int(plan["candidates"][plan["chosen"]]["predicted_reserved_bytes"])
+    except (OSError, ValueError, KeyError, IndexError, TypeError):
+        return None

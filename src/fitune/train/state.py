@@ -1,0 +1,47 @@
+"""What changes while a run goes on, in one noun: what a checkpoint holds beside tensors and random numbers."""
+
+from dataclasses import dataclass, field
+
+from fitune.model.device import MemoryPeak
+from fitune.run.journal import CHAIN_START
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunState:
+    """After a commit: a whole optimizer step, or a batch without targets that was passed over.
+
+    step: optimizer steps. position: samples consumed, the sampler's cursor. tokens, supervised_tokens: seen.
+    bad_steps: steps without an update in a row. train_loss: of the last step. best_step: the step of best_eval_loss,
+    whose weights are best/. evaluated_step: of the last evaluation, -1 before the first. seconds: at work, over all
+    sessions. journal_hash: of the last line of the journal.
+    """
+
+    step: int = 0
+    position: int = 0
+    tokens: int = 0
+    supervised_tokens: int = 0
+    bad_steps: int = 0
+    train_loss: float | None = None
+    eval_loss: float | None = None
+    best_eval_loss: float | None = None
+    best_step: int | None = None
+    evaluated_step: int = -1
+    num_ooms: int = 0
+    num_retries: int = 0
+    micro_batch_changes: int = 0
+    peak: MemoryPeak = field(default_factory=MemoryPeak)
+    seconds: float = 0.0
+    journal_hash: str = CHAIN_START
+
+
+def larger_peak(first: MemoryPeak, second: MemoryPeak) -> MemoryPeak:
+    """The larger of each number; of an unknown one the other."""
+
+    def larger(a: int | None, b: int | None) -> int | None:
+        return max((value for value in (a, b) if value is not None), default=None)
+
+    return MemoryPeak(
+        larger(first.allocated_bytes, second.allocated_bytes),
+        larger(first.reserved_bytes, second.reserved_bytes),
+        larger(first.device_bytes, second.device_bytes),
+    )

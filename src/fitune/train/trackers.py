@@ -1,0 +1,152 @@
+"""Experiment trackers, through accelerate's adapters: they are told the configuration, every step and evaluation, the
+events, and at the end the run's small files.
+
+All of them stay on this machine and none asks a question: wandb and swanlab write for a later `sync` unless their key
+is in the environment beside their mode (WANDB_API_KEY and WANDB_MODE, SWANLAB_API_KEY and SWANLAB_MODE).
+"""
+
+import importlib.util
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, redirect_stdout
+from dataclasses import asdict
+from typing import Any
+
+from fitune.config import RunConfig
+from fitune.errors import ConfigError, FituneError
+from fitune.run.directory import RunDirectory
+from fitune.run.metrics import EvalMetrics, StepMetrics
+
+PROJECT = "fitune"
+
+
+def check_trackers(config: RunConfig) -> None:
+    """Raises ConfigError where a tracker is not installed."""
+    missing = [name for name in config.run.trackers if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError([f"run.trackers: {name} is not installed: pip install {name}" for name in missing])
+
+
+@contextmanager
+def open_trackers(
+    config: RunConfig, run: RunDirectory, *, tell: Callable[[str], None]
+) -> Iterator[tuple["Tracked", ...]]:
+    """Those of `run.trackers`, as watchers. tell: called when one of them fails, which does not end the run. Raises
+    FituneError where one cannot start."""
+    with ExitStack() as opened:
+        yield tuple(opened.enter_context(_started(name, config, run, tell=tell)) for name in config.run.trackers)
+
+
+class Tracked:
+    """A watcher that tells one tracker."""
+
+    def __init__(self, tracker: Any, run: RunDirectory, tell: Callable[[str], None]) -> None:
+        self._tracker, self._run, self._tell = tracker, run, tell
+        self._step = 0
+        self._works = True
+
+    def step(self, metrics: StepMetrics, *, progress: float) -> None:
+        self._step = metrics.step
+        self._log({f"train/{name}": value for name, value in asdict(metrics).items()})
+
+    def evaluation(self, metrics: EvalMetrics, *, best: bool) -> None:
+        self._log({f"eval/{name.removeprefix('eval_')}": value for name, value in asdict(metrics).items()})
+
+    def note(self, text: str) -> None:
+        if self._tracker.name == "swanlab":
+            import swanlab
+
+            self._log({"event": swanlab.Text(text)})
+        elif self._tracker.name != "mlflow":  # which takes numbers alone: it gets events.jsonl
+            self._log({"event": text})
+
+    def finish(self) -> None:
+        with self._guarded():
+            self._save_files()
+        with self._guarded():
+            self._tracker.finish()
+
+    def _save_files(self) -> None:
+        run = self._run
+        for path in (run.config, run.env, run.plan, run.summary, run.metrics, run.events):
+            if path.exists() and self._tracker.name == "mlflow":
+                self._tracker.log_artifact(str(path))
+            elif path.exists() and self._tracker.name == "wandb":
+                self._tracker.tracker.save(str(path), base_path=str(run.path), policy="now")
+
+    def _log(self, values: dict[str, Any]) -> None:
+        with self._guarded():
+            known = {name: value for name, value in values.items() if value is not None}
+            self._tracker.log(known, step=self._step)
+
+    @contextmanager
+    def _guarded(self) -> Iterator[None]:
+        """stdout is for data. A tracker that failed once is left alone, but for its end."""
+        try:
+            with redirect_stdout(sys.stderr):
+                yield
+        except Exception as error:  # a full disk, a network, a fault of the tracker: not worth the run
+            if self._works:
+                self._tell(f"warning: {self._tracker.name} failed and may be incomplete: {error}")
+            self._works = False
+
+
+@contextmanager
+def _started(name: str, config: RunConfig, run: RunDirectory, *, tell: Callable[[str], None]) -> Iterator["Tracked"]:
+    tracker = Tracked(_start(name, config, run), run, tell)
+    try:
+        yield tracker
+    finally:
+        tracker.finish()
+
+
+def _start(name: str, config: RunConfig, run: RunDirectory) -> Any:
+    from accelerate import PartialState
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+    with redirect_stdout(sys.stderr):
+        try:
+            PartialState()  # accelerate's adapters do not work without it
+            tracker = LOGGER_TYPE_TO_CLASS[name](**_options(name, config, run))
+            tracker.start()
+            tracker.store_init_configuration(_flat(config.model_dump(mode="json")))
+        except Exception as error:
+            raise FituneError(f"{name} cannot start: {error}; drop it from run.trackers") from error
+    return tracker
+
+
+def _options(name: str, config: RunConfig, run: RunDirectory) -> dict[str, Any]:
+    if name == "tensorboard":  # `tensorboard --logdir runs` shows every run under its own name
+        return {"run_name": name, "logging_dir": run.trackers}
+    if name == "trackio":
+        return {"run_name": PROJECT, "name": run.name, "auto_log_gpu": False, "auto_log_cpu": False}
+    if name == "wandb":
+        run.trackers.mkdir(exist_ok=True)
+        return {"run_name": PROJECT, "name": run.name, "dir": str(run.trackers), "mode": _mode("WANDB")}
+    if name == "swanlab":
+        place = run.trackers / name
+        place.mkdir(parents=True, exist_ok=True)
+        return {"run_name": PROJECT, "name": run.name, "log_dir": str(place), "mode": _mode("SWANLAB")}
+    assert name == "mlflow"
+    import mlflow
+
+    output = config.run.output.absolute()
+    if "MLFLOW_TRACKING_URI" not in os.environ:
+        mlflow.set_tracking_uri(f"sqlite:///{output / 'mlflow.db'}")
+    return {"experiment_name": PROJECT, "run_name": run.name, "logging_dir": (output / "mlartifacts").as_uri()}
+
+
+def _mode(prefix: str) -> str:
+    return os.environ.get(f"{prefix}_MODE", "offline") if f"{prefix}_API_KEY" in os.environ else "offline"
+
+
+def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, bool | int | float | str]:
+    """{'optim': {'lr': 1e-4}} -> {'optim.lr': 1e-4}; what is no plain value as text, what is not set left out."""
+    flat: dict[str, bool | int | float | str] = {}
+    for key, value in content.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        elif value is not None:
+            flat[f"{prefix}{key}"] = value if isinstance(value, bool | int | float | str) else str(value)
+    return flat
