@@ -84,6 +84,11 @@ class MicroBatch:
         return sum(self.row_lengths)
 
     @property
+    def num_positions(self) -> int:
+        """Tokens with padding."""
+        return self.input_ids_BS.numel()
+
+    @property
     def num_supervised_tokens(self) -> int:
         return self.target_ids_N.shape[0]
 

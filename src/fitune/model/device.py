@@ -4,6 +4,7 @@ On a CPU the process is the device: its resident set is what `device` means ther
 """
 
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,3 +64,28 @@ def _resident_peak_bytes() -> int | None:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def usable_bytes(device: torch.device) -> int | None:
+    """What this process can still allocate. CUDA: what the card has free and what PyTorch holds without using it. CPU:
+    what the machine has available, or what the process's own limits (RLIMIT_DATA, RLIMIT_AS) leave."""
+    if device.type == "cuda":
+        free_bytes, _ = torch.cuda.mem_get_info(device)
+        return free_bytes + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return min([psutil.virtual_memory().available, *_left_by_limits()])
+
+
+def _left_by_limits() -> Iterator[int]:
+    if sys.platform == "linux":
+        import resource
+
+        for limit, used in ((resource.RLIMIT_DATA, "VmData:"), (resource.RLIMIT_AS, "VmSize:")):
+            soft, _ = resource.getrlimit(limit)
+            if soft != resource.RLIM_INFINITY:
+                yield max(soft - _status_bytes(used), 0)
+
+
+def _status_bytes(name: str) -> int:
+    """A line of proc(5)'s status file. 0 where it is missing."""
+    lines = _STATUS.read_text().splitlines()
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(name)), 0)

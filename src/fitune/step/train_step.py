@@ -7,24 +7,31 @@ is not finite never reaches the weights.
 """
 
 import math
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fitune.data.rows import MicroBatch
+from fitune.errors import RestartError
 from fitune.step.loss import LossSettings, loss_and_correct, token_loss_sum
+from fitune.step.out_of_memory import memory_failure
 
 
 @dataclass(frozen=True, slots=True)
 class StepSettings:
-    """clip: the largest gradient norm, 0 for none. autocast: the dtype of matrix products, None for the parameters'."""
+    """clip: the largest gradient norm, 0 for none. autocast: the dtype of matrix products, None for the parameters'.
+
+    commit: gradients of complete micro-batches are kept apart, so that one that fails is done again alone, and the
+    update can be undone; else a failure begins the step again, which needs no memory. For few trainable parameters.
+    """
 
     loss: LossSettings
     clip: float = 1.0
     autocast: torch.dtype | None = None
+    commit: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +46,9 @@ class StepResult:
     grad_norm: float | None
     loss_weight: float
     updated: bool
+
+
+NOTHING_TO_LEARN = StepResult(loss=None, grad_norm=None, loss_weight=0.0, updated=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,53 +83,173 @@ def train_step(
 ) -> StepResult:
     """One optimizer step on one effective batch, given as its micro-batches.
 
-    `.grad` is None before and after. scaler: for float16 autocast only.
+    `.grad` is None before and after. scaler: for float16 autocast only. `safe_step` does the same, of the same parts,
+    and survives running out of memory between them.
     """
     loss_weight = sum(micro_batch.loss_weight for micro_batch in micro_batches)
     if loss_weight == 0:
-        return StepResult(loss=None, grad_norm=None, loss_weight=0.0, updated=False)
-    device = next(model.parameters()).device
+        return NOTHING_TO_LEARN
+    committed = CommitBuffer(model) if settings.commit else None
     losses = []
     for micro_batch in micro_batches:
-        with autocast(device, settings.autocast):
-            loss = token_loss_sum(model, micro_batch.to(device), settings.loss) / loss_weight
-        torch.autograd.backward(loss if scaler is None else scaler.scale(loss))
-        losses.append(loss.detach())
-    if scaler is not None:
-        scaler.unscale_(optimizer)
-    parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
-    grad_norm_tensor = nn.utils.clip_grad_norm_(parameters, settings.clip or math.inf)
-    host = torch.stack((torch.stack(losses).sum(), grad_norm_tensor.float())).cpu()
-    mean_loss, grad_norm = host[0].item(), host[1].item()
-    updated = math.isfinite(grad_norm)
-    if scaler is not None:
-        scaler.step(optimizer)
-        scaler.update()
-    elif updated:
-        optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+        loss = loss_share(model, micro_batch, loss_weight=loss_weight, settings=settings)
+        losses.append(backward(loss, scaler))
+        if committed is not None:
+            committed.add()
+    if committed is not None:
+        committed.hand_over()
+    mean_loss, grad_norm = clip_gradients(optimizer, losses, clip=settings.clip, scaler=scaler)
+    updated = update(optimizer, grad_norm, scaler=scaler, protected=settings.commit)
     return StepResult(loss=mean_loss, grad_norm=grad_norm, loss_weight=loss_weight, updated=updated)
 
 
-@torch.no_grad()
+def loss_share(model: nn.Module, micro_batch: MicroBatch, *, loss_weight: float, settings: StepSettings) -> Tensor:
+    """What this micro-batch adds to the mean loss of a batch of weight `loss_weight`, with its graph."""
+    device = next(model.parameters()).device
+    with autocast(device, settings.autocast):
+        return token_loss_sum(model, micro_batch.to(device), settings.loss) / loss_weight
+
+
+def backward(loss: Tensor, scaler: torch.amp.GradScaler | None) -> Tensor:
+    """The loss without its graph, once that has given its gradients."""
+    torch.autograd.backward(loss if scaler is None else scaler.scale(loss))
+    return loss.detach()
+
+
+class CommitBuffer:
+    """Sums of the gradients of *complete* micro-batches, in float32.
+
+    `.grad` is None before each micro-batch and added after it, so that a backward that fails half-way spoils nothing
+    but what is in `.grad`. Costs a gradient's memory, which is little where few parameters are trained.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._sums: list[Tensor | None] = [None] * len(self._parameters)
+
+    @torch.no_grad()
+    def add(self) -> None:
+        """All of `.grad` or, after any failure, nothing of it: what must be allocated is allocated first."""
+        pairs = list(zip(self._sums, self._parameters, strict=True))
+        new = [p.grad.float() if total is None and p.grad is not None else None for total, p in pairs]
+        old = [(total, p.grad) for total, p in pairs if total is not None and p.grad is not None]
+        if old:
+            torch._foreach_add_([total for total, _ in old], [gradient for _, gradient in old])
+        self._sums = [total if first is None else first for (total, _), first in zip(pairs, new, strict=True)]
+        for parameter in self._parameters:
+            parameter.grad = None
+
+    def hand_over(self) -> None:
+        """The sums become `.grad`, in the parameters' data type; this buffer is empty then."""
+        for place, parameter in enumerate(self._parameters):
+            total, self._sums[place] = self._sums[place], None
+            parameter.grad = None if total is None else total.to(parameter.dtype)
+
+
+def clip_gradients(
+    optimizer: torch.optim.Optimizer, losses: Sequence[Tensor], *, clip: float, scaler: torch.amp.GradScaler | None
+) -> tuple[float, float]:
+    """(loss, gradient norm before clipping) as host numbers, in the step's one transfer. Clips `.grad` in place."""
+    if scaler is not None:
+        scaler.unscale_(optimizer)
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    norm = nn.utils.clip_grad_norm_(parameters, clip or math.inf)
+    host = torch.stack((torch.stack(list(losses)).sum(), norm.float())).cpu()
+    return host[0].item(), host[1].item()
+
+
+def update(
+    optimizer: torch.optim.Optimizer, grad_norm: float, *, scaler: torch.amp.GradScaler | None, protected: bool
+) -> bool:
+    """Whether the parameters were updated; not by a gradient that is not finite. `.grad` is None afterwards.
+
+    protected: parameters and optimizer state are copied first and put back if the update fails in its middle. Without
+    a copy, running out of memory there raises RestartError, since half an update cannot be undone.
+    """
+    updated = math.isfinite(grad_norm)
+    if scaler is not None or updated:
+        before = _Rollback(optimizer) if protected else None
+        try:
+            if scaler is not None:
+                scaler.step(optimizer)
+                scaler.update()
+            else:
+                optimizer.step()
+        except Exception as error:
+            if before is not None:
+                before.put_back()
+            elif memory_failure(error) is not None:
+                raise RestartError(
+                    "out of memory in the middle of the optimizer's update, which cannot be undone: start again from "
+                    "the last checkpoint; optim.name=adamw needs no memory there"
+                ) from error
+            raise
+    optimizer.zero_grad(set_to_none=True)
+    return updated
+
+
+class _Rollback:
+    """A copy of what an optimizer's update changes. Putting it back allocates nothing."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self._optimizer = optimizer
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        self._values = [(parameter, parameter.detach().clone()) for parameter in parameters if parameter.requires_grad]
+        self._state = {
+            parameter: {key: value.clone() if isinstance(value, Tensor) else value for key, value in state.items()}
+            for parameter, state in optimizer.state.items()
+        }
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        for parameter, value in self._values:
+            parameter.copy_(value)
+        for parameter in list(self._optimizer.state):
+            if parameter not in self._state:
+                del self._optimizer.state[parameter]
+        for parameter, state in self._state.items():
+            self._optimizer.state[parameter] = state
+
+
 def evaluate(model: nn.Module, micro_batches: Iterable[MicroBatch], *, settings: StepSettings) -> EvalResult:
     """Loss and token accuracy over micro-batches, in evaluation mode; the model's own mode is restored."""
-    device = next(model.parameters()).device
-    totals = torch.zeros(2, dtype=torch.float64, device=device)
-    loss_weight, num_supervised_tokens = 0.0, 0
+    totals = EvalTotals(model, settings)
+    with evaluation_mode(model):
+        for micro_batch in micro_batches:
+            totals.add(micro_batch)
+    return totals.result()
+
+
+class EvalTotals:
+    """Sums over the micro-batches of an evaluation. They stay on the device until `result`."""
+
+    def __init__(self, model: nn.Module, settings: StepSettings) -> None:
+        self._model, self._settings = model, settings
+        self._device = next(model.parameters()).device
+        self._sums = torch.zeros(2, dtype=torch.float64, device=self._device)
+        self._loss_weight, self._num_supervised_tokens = 0.0, 0
+
+    @torch.no_grad()
+    def add(self, micro_batch: MicroBatch) -> None:
+        with autocast(self._device, self._settings.autocast):
+            loss, correct = loss_and_correct(self._model, micro_batch.to(self._device), self._settings.loss)
+        self._sums += torch.stack((loss.double(), correct.double()))
+        self._loss_weight += micro_batch.loss_weight
+        self._num_supervised_tokens += micro_batch.num_supervised_tokens
+
+    def result(self) -> EvalResult:
+        host = self._sums.cpu()
+        return EvalResult(host[0].item(), self._loss_weight, int(host[1].item()), self._num_supervised_tokens)
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
     was_training = model.training
     model.eval()
     try:
-        for micro_batch in micro_batches:
-            with autocast(device, settings.autocast):
-                loss, correct = loss_and_correct(model, micro_batch.to(device), settings.loss)
-            totals += torch.stack((loss.double(), correct.double()))
-            loss_weight += micro_batch.loss_weight
-            num_supervised_tokens += micro_batch.num_supervised_tokens
+        yield
     finally:
         model.train(was_training)
-    host = totals.cpu()
-    return EvalResult(host[0].item(), loss_weight, int(host[1].item()), num_supervised_tokens)
 
 
 def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[object]:

@@ -1,0 +1,42 @@
+"""The optimizer's state made before the first step, so that no later update has to allocate it.
+
+Torch makes it in the first update, parameter by parameter, when memory is at its fullest; a failure there leaves some
+parameters moved and others without state (`KeyError: 'exp_avg_sq'` in the next update).
+"""
+
+import torch
+from torch import Tensor
+from torch.optim import SGD, Adafactor, Adam, AdamW
+
+_STARTS_AT_ZERO = (Adam, AdamW, Adafactor, SGD)
+
+
+def create_state(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the state of every parameter exists now. False for an optimizer that is not known to start from zeros.
+
+    An update with a gradient of zeros and a rate of 0, one parameter at a time, so it needs one parameter's gradient.
+    Afterwards the counters are 0 and parameters and later updates the same, bit for bit. `.grad` must be None.
+    """
+    groups = optimizer.param_groups
+    if not isinstance(optimizer, _STARTS_AT_ZERO) or any(group.get("dampening") for group in groups):
+        return False
+    changed = ("lr", "weight_decay")
+    before = [{key: group[key] for key in changed if key in group} for group in groups]
+    for group, values in zip(groups, before, strict=True):
+        group.update(dict.fromkeys(values, 0.0))
+    try:
+        for parameter in [p for group in groups for p in group["params"]]:
+            if not parameter.requires_grad or optimizer.state.get(parameter):
+                continue
+            parameter.grad = torch.zeros_like(parameter)
+            try:
+                optimizer.step()
+            finally:
+                parameter.grad = None
+            step = optimizer.state[parameter].get("step")
+            if isinstance(step, Tensor):
+                step.zero_()
+    finally:
+        for group, values in zip(groups, before, strict=True):
+            group.update(values)
+    return True

@@ -1,0 +1,75 @@
+"""Which errors mean that memory ran out, what they say of it, and giving back what is no longer needed."""
+
+import ctypes
+import gc
+import re
+import sys
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+
+from fitune.units import parse_bytes
+
+Where = Literal["device", "host"]
+_DEVICE = re.compile(
+    r"out of memory|_ALLOC_FAILED|cudaErrorMemoryAllocation|DefaultCPUAllocator: (can't allocate|not enough) memory",
+    re.IGNORECASE,
+)
+_NEVER = re.compile(
+    r"illegal memory access|illegal address|device-side assert|unspecified launch failure", re.IGNORECASE
+)
+"""After these the device's state is unknown: nothing that is done again can be believed."""
+_NEEDED = re.compile(r"tr(?:ied|ying) to allocate ([\d.]+ ?(?:bytes|[KMGT]i?B))", re.IGNORECASE)
+
+
+def memory_failure(error: BaseException) -> Where | None:
+    """Where memory ran out, or None for any other error. Causes and contexts are looked through, since libraries wrap
+    what they catch.
+
+    "device": of the tensors, which giving up a part of the work may cure. "host": Python's own MemoryError, which it
+    cannot. Torch reports the first by type or by these words in a RuntimeError, by device and library: "CUDA out of
+    memory", "CUBLAS_STATUS_ALLOC_FAILED", "DefaultCPUAllocator: can't allocate memory".
+    """
+    chain = list(_causes(error))
+    if any(isinstance(each, RuntimeError) and _NEVER.search(str(each)) for each in chain):
+        return None
+    for each in chain:
+        if isinstance(each, MemoryError):
+            return "host"
+        if isinstance(each, torch.OutOfMemoryError) or (isinstance(each, RuntimeError) and _DEVICE.search(str(each))):
+            return "device"
+    return None
+
+
+def needed_bytes(error: BaseException) -> int | None:
+    """The allocation that failed, as the error or one of its causes tells it."""
+    for each in _causes(error):
+        if match := _NEEDED.search(str(each)):
+            return parse_bytes(match[1].replace("bytes", "B"))
+    return None
+
+
+def release_memory(device: torch.device) -> None:
+    """Give the system back what no tensor uses any more. To be called when the failed work's error, frames and tensors
+    are gone, thus never in an `except` block."""
+    gc.collect()  # autograd nodes of custom functions and recomputed layers may hold each other
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    else:
+        _trim_heap()
+
+
+def _trim_heap() -> None:
+    """glibc keeps what was freed below the top of its heaps until it is asked; other C libraries lack the call."""
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+        trim(0)
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    link: BaseException | None = error
+    while link is not None and id(link) not in seen:
+        seen.add(id(link))
+        yield link
+        link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)

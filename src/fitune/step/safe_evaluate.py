@@ -1,0 +1,98 @@
+"""An evaluation that running out of memory does not end.
+
+Its ladder is its own: what fits here says nothing of training, which keeps activations, and never changes its plan.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from fitune.data.rows import MicroBatch
+from fitune.data.unpacking import split_again
+from fitune.errors import OutOfMemoryError
+from fitune.step.out_of_memory import memory_failure, needed_bytes, release_memory
+from fitune.step.safe_step import Failure, no_room
+from fitune.step.train_step import EvalResult, EvalTotals, StepSettings, evaluation_mode
+
+
+@dataclass(frozen=True, slots=True)
+class SafeEvaluation:
+    """most_positions: of a micro-batch, as the failures taught it; None without any. left_out: rows that did not fit
+    alone."""
+
+    result: EvalResult
+    most_positions: int | None
+    failures: tuple[Failure, ...] = ()
+    left_out: tuple[int, ...] = ()
+
+
+def safe_evaluate(
+    model: nn.Module,
+    micro_batches: Iterable[MicroBatch],
+    *,
+    settings: StepSettings,
+    room: Callable[[], int | None],
+    most_positions: int | None = None,
+    quarantine: bool = False,
+) -> SafeEvaluation:
+    """As `evaluate`. most_positions: what an earlier evaluation taught. Raises OutOfMemoryError where a single row does
+    not fit, unless such rows are to be left out (quarantine)."""
+    device = next(model.parameters()).device
+    totals = EvalTotals(model, settings)
+    failures: list[Failure] = []
+    left_out: list[int] = []
+    with evaluation_mode(model):
+        for micro_batch in micro_batches:
+            pending = _at_most([micro_batch], most_positions)
+            while pending:
+                failure = _attempt(totals, pending[0])
+                if failure is None:
+                    pending.pop(0)
+                    continue
+                release_memory(device)
+                failure = replace(failure, free_bytes=room())
+                if len(failure.row_ids) > 1:
+                    most_positions = failure.num_positions // 2
+                    pending = _at_most(pending, most_positions)
+                    action = f"evaluated in pieces of at most {most_positions:,} positions from now on"
+                elif quarantine:
+                    left_out += pending.pop(0).row_ids
+                    action = f"row {failure.row_ids[0]} is not evaluated"
+                else:
+                    raise OutOfMemoryError(
+                        f"{no_room(failure)}: lower data.max_length, or leave such rows out with "
+                        "memory.on_oom=quarantine"
+                    )
+                failures.append(replace(failure, action=action))
+    return SafeEvaluation(totals.result(), most_positions, tuple(failures), tuple(left_out))
+
+
+def _at_most(micro_batches: list[MicroBatch], most_positions: int | None) -> list[MicroBatch]:
+    if most_positions is None:
+        return micro_batches
+    return [
+        part
+        for micro_batch in micro_batches
+        for part in (
+            split_again(micro_batch, most_positions) if micro_batch.num_positions > most_positions else [micro_batch]
+        )
+    ]
+
+
+def _attempt(totals: EvalTotals, micro_batch: MicroBatch) -> Failure | None:
+    try:
+        totals.add(micro_batch)
+    except Exception as error:
+        where = memory_failure(error)
+        if where == "host":
+            raise OutOfMemoryError("the machine's own memory ran out in an evaluation: close other programs") from error
+        if where is None:
+            raise
+        return Failure(
+            place="evaluation",
+            row_ids=micro_batch.row_ids,
+            num_positions=micro_batch.num_positions,
+            needed_bytes=needed_bytes(error),
+        )
+    return None

@@ -1,0 +1,369 @@
+"""The training step that running out of memory neither changes nor ends.
+
+    attempt    forward, backward and commit of each piece, then clip and update: the parts of `train_step`
+    recover    the error and its frames are gone; gradients are dropped, buffers put back, memory is given back
+    ladder     the same size again, where something passing explains the failure; smaller pieces; at a single row what
+               the user allows to save memory; then the row is left out, or the run stops
+
+The rows of the step, the weight N that they are divided by and the learning rate stay what they are, so the gradient
+does too. An attempt either commits whole pieces to a buffer of its own (`StepSettings.commit`) or begins again.
+"""
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Generic, Literal, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from fitune.errors import OutOfMemoryError
+from fitune.model.device import usable_bytes
+from fitune.step.out_of_memory import memory_failure, needed_bytes, release_memory
+from fitune.step.random_state import micro_batch_seed, seed_streams, streams_kept
+from fitune.step.train_step import (
+    NOTHING_TO_LEARN,
+    CommitBuffer,
+    StepResult,
+    backward,
+    clip_gradients,
+    update,
+)
+from fitune.units import format_bytes
+
+MOST_ATTEMPTS = 40
+"""Of one step. Halving reaches a single row in 20 from a million positions; beyond that something else is wrong."""
+MOST_UPDATES = 2
+"""Clip and update need little, and smaller pieces would not help them."""
+Place = Literal["forward", "backward", "commit", "clip", "update", "evaluation"]
+
+
+class Piece(Protocol):
+    """What one forward and backward computes: a micro-batch, or a part of someone's own batch. num_positions: tokens
+    with padding."""
+
+    @property
+    def row_ids(self) -> tuple[int, ...]: ...
+
+    @property
+    def loss_weight(self) -> float: ...
+
+    @property
+    def num_positions(self) -> int: ...
+
+
+P = TypeVar("P", bound=Piece)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work(Generic[P]):
+    """What a step computes, and how its pieces become smaller.
+
+    loss_share(piece, loss_weight): what the piece adds to the mean loss of a batch of that weight, with its graph.
+    split(piece, most_positions): its rows in pieces of at most so many positions, or of one row.
+    without(piece, row_ids): the piece without these rows, None where no row is left.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler | None
+    loss_share: Callable[[P, float], Tensor]
+    split: Callable[[P, int], list[P]]
+    without: Callable[[P, Collection[int]], P | None]
+    clip: float
+    commit: bool
+
+
+@dataclass(frozen=True)
+class Relief(Generic[P]):
+    """Something that saves memory and changes no gradient. name: as the user would configure it."""
+
+    name: str
+    apply: Callable[[Work[P]], Work[P]]
+
+
+@dataclass(kw_only=True)
+class Protection(Generic[P]):
+    """What safe steps carry from one to the next.
+
+    reliefs: tried in this order, when a single row does not fit; what was tried stays. quarantine: whether a row that
+    does not fit even then is left out, from now on, instead of ending the run. room: the bytes that are free.
+    """
+
+    work: Work[P]
+    seed: int = 0
+    reliefs: list[Relief[P]] = field(default_factory=list)
+    quarantine: bool = False
+    quarantined: set[int] = field(default_factory=set)
+    room: Callable[[], int | None] | None = None
+    watched: list[tuple[nn.Module, str]] | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.work.model.parameters()).device
+
+    def free_bytes(self) -> int | None:
+        return usable_bytes(self.device) if self.room is None else self.room()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """Memory ran out once. row_ids, num_positions: of the piece. needed_bytes: of the allocation that failed.
+    free_bytes: after everything was given back. action: what was done about it, as a clause."""
+
+    place: Place
+    row_ids: tuple[int, ...]
+    num_positions: int
+    needed_bytes: int | None
+    free_bytes: int | None = None
+    action: str = ""
+
+    def __str__(self) -> str:
+        rows = f"row {self.row_ids[0]}" if len(self.row_ids) == 1 else f"{len(self.row_ids)} rows"
+        needed = "" if self.needed_bytes is None else f", {format_bytes(self.needed_bytes)} at once were missing"
+        return (
+            f"out of memory in the {self.place} of {rows} ({self.num_positions:,} positions{needed}): "
+            f"{self.action}; no row is lost"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class SafeResult:
+    """plan: the row ids of each piece that the update is made of, in order. quarantined: rows left out of this step."""
+
+    step: StepResult
+    plan: tuple[tuple[int, ...], ...]
+    failures: tuple[Failure, ...] = ()
+    quarantined: tuple[int, ...] = ()
+
+
+def safe_step(
+    protection: Protection[P],
+    pieces: Sequence[P],
+    *,
+    step: int,
+    fits: Callable[[int], bool] | None = None,
+    trial: bool = False,
+) -> SafeResult:
+    """One optimizer step on these pieces, whatever memory does.
+
+    step: its number, which with the run's seed and a piece's first row is what the piece draws from. fits(positions):
+    whether a piece of this size should fit in what is free now, so that its failure is one that passes. trial: forward
+    and backward only, of which nothing stays, to see what fits.
+
+    Raises OutOfMemoryError where a single row does not fit and is not to be left out: parameters, optimizer and
+    schedule are then those before the step. Raises RestartError where an unprotected update is torn.
+    """
+    progress = _Progress(protection, pieces)
+    failures: list[Failure] = []
+    with streams_kept(protection.device):
+        while True:
+            outcome = _attempt(protection, progress, step=step, trial=trial)
+            if isinstance(outcome, StepResult):
+                left_out = tuple(sorted(progress.left_out))
+                return SafeResult(outcome, tuple(p.row_ids for p in progress.done), tuple(failures), left_out)
+            progress.recover(again=outcome.place in ("clip", "update"))
+            outcome = replace(outcome, free_bytes=protection.free_bytes())
+            action = _next_rung(protection, progress, outcome, failures=failures, fits=fits)
+            failures.append(replace(outcome, action=action))
+
+
+class _Progress(Generic[P]):
+    """How far a step has come, and what takes it back."""
+
+    def __init__(self, protection: Protection[P], pieces: Sequence[P]) -> None:
+        self.protection = protection
+        self.pending = list(pieces)
+        self.done: list[P] = []
+        self.losses: list[Tensor] = []
+        self.left_out: set[int] = set()
+        self.repeated = False
+        self.committed = self._new_buffer()
+        if known := protection.quarantined & {row for piece in pieces for row in piece.row_ids}:
+            self.leave_out(known)
+        self.loss_weight = self._loss_weight()
+        self._at_start = self._at_piece = _Buffers(protection)
+
+    def finish(self, loss: Tensor) -> None:
+        """The first pending piece is done."""
+        self.losses.append(loss)
+        self.done.append(self.pending.pop(0))
+        self._at_start.narrow()
+        if self.committed is not None and self._at_start:
+            self._at_piece = _Buffers(self.protection)
+
+    def recover(self, *, again: bool) -> None:
+        """Take back what the failed attempt did: the piece alone where pieces are committed, unless the step must be
+        done again as a whole."""
+        self._drop_gradients()
+        work = self.protection.work
+        if again and work.scaler is not None:
+            work.scaler.update(new_scale=work.scaler.get_scale())  # the same scale; it forgets that it has unscaled
+        if again or self.committed is None:
+            self.restart()
+        else:
+            self._at_piece.put_back()
+        release_memory(self.protection.device)
+
+    def restart(self) -> None:
+        self.pending = self.done + self.pending
+        self.done, self.losses = [], []
+        self.committed = self._new_buffer()
+        self._at_start.put_back()
+        self._at_piece = self._at_start
+
+    def forget(self) -> None:
+        """After a trial: no gradient and no changed buffer stays."""
+        self._drop_gradients()
+        self._at_start.put_back()
+
+    def leave_out(self, row_ids: Collection[int]) -> None:
+        self.left_out |= set(row_ids)
+        kept = [self.protection.work.without(piece, row_ids) for piece in self.pending]
+        self.pending = [piece for piece in kept if piece is not None]
+        self.loss_weight = self._loss_weight()
+
+    def _drop_gradients(self) -> None:
+        for parameter in self.protection.work.model.parameters():
+            parameter.grad = None
+
+    def _loss_weight(self) -> float:
+        return sum(piece.loss_weight for piece in self.pending)
+
+    def _new_buffer(self) -> CommitBuffer | None:
+        return CommitBuffer(self.protection.work.model) if self.protection.work.commit else None
+
+
+class _Buffers:
+    """A copy of the buffers that forwards change, as a batch norm does. Which they are is seen at the first piece, for
+    which all are copied: a change raises a tensor's version, and some kernels change a module's other buffers without
+    that, so a module's buffers are taken together."""
+
+    def __init__(self, protection: Protection[P]) -> None:
+        self._protection = protection
+        slots = protection.watched
+        if slots is None:
+            slots = [(module, name) for module in protection.work.model.modules() for name in module._buffers]
+        self._copies = [
+            (module, name, buffer, buffer._version, buffer.detach().clone())
+            for module, name in slots
+            if (buffer := module._buffers.get(name)) is not None
+        ]
+
+    def __bool__(self) -> bool:
+        return bool(self._copies)
+
+    def narrow(self) -> None:
+        """After the run's first piece: only what it changed is watched from now on."""
+        if self._protection.watched is None:
+            moved = {
+                module
+                for module, name, buffer, version, _ in self._copies
+                if module._buffers.get(name) is not buffer or buffer._version != version
+            }
+            self._copies = [copy for copy in self._copies if copy[0] in moved]
+            self._protection.watched = [(module, name) for module, name, *_ in self._copies]
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        for module, name, buffer, _, values in self._copies:
+            module._buffers[name] = buffer
+            buffer.copy_(values)
+
+
+def _attempt(protection: Protection[P], progress: _Progress[P], *, step: int, trial: bool) -> Failure | StepResult:
+    """Everything that is pending. A failure is told in numbers and words: whoever receives it holds no tensor."""
+    work = protection.work
+    if progress.loss_weight == 0:
+        progress.done, progress.pending = progress.pending, []
+        return NOTHING_TO_LEARN
+    place: Place = "forward"
+    piece = (progress.pending or progress.done)[0]
+    try:
+        while progress.pending:
+            piece, place = progress.pending[0], "forward"
+            seed = micro_batch_seed(protection.seed, step=step, first_row_id=piece.row_ids[0])
+            seed_streams(seed, protection.device)
+            loss = work.loss_share(piece, progress.loss_weight)
+            place = "backward"
+            loss = backward(loss, work.scaler)
+            place = "commit"
+            if progress.committed is not None:
+                progress.committed.add()
+            progress.finish(loss)
+        if trial:
+            progress.forget()
+            return NOTHING_TO_LEARN
+        place = "clip"
+        if progress.committed is not None:
+            progress.committed.hand_over()
+        mean_loss, grad_norm = clip_gradients(work.optimizer, progress.losses, clip=work.clip, scaler=work.scaler)
+        place = "update"
+        updated = update(work.optimizer, grad_norm, scaler=work.scaler, protected=work.commit)
+        return StepResult(mean_loss, grad_norm, progress.loss_weight, updated)
+    except Exception as error:
+        where = memory_failure(error)
+        if where is None:
+            raise
+        if where == "host":
+            raise OutOfMemoryError(
+                f"the machine's own memory ran out in the {place} of {len(piece.row_ids)} rows: close other programs, "
+                "or use a smaller model or less data"
+            ) from error
+        return Failure(
+            place=place, row_ids=piece.row_ids, num_positions=piece.num_positions, needed_bytes=needed_bytes(error)
+        )
+
+
+def _next_rung(
+    protection: Protection[P],
+    progress: _Progress[P],
+    failure: Failure,
+    *,
+    failures: Sequence[Failure],
+    fits: Callable[[int], bool] | None,
+) -> str:
+    """What is done about the failure, as a clause. Raises OutOfMemoryError at the end of the ladder."""
+    if len(failures) + 1 >= MOST_ATTEMPTS:
+        raise OutOfMemoryError(f"{no_room(failure)} after {MOST_ATTEMPTS} attempts: another process takes the memory")
+    if failure.place in ("clip", "update"):
+        if sum(earlier.place in ("clip", "update") for earlier in failures) + 1 >= MOST_UPDATES:
+            raise OutOfMemoryError(
+                f"{no_room(failure)}, which no smaller micro-batch needs less for: use optim.name=adamw"
+            )
+        return "the step is done again"
+    if not progress.repeated and fits is not None and fits(failure.num_positions):
+        progress.repeated = True
+        return "done again at the same size, which fits in what is free now"
+    if len(failure.row_ids) > 1:
+        most_positions = failure.num_positions // 2
+        progress.pending = [
+            part
+            for piece in progress.pending
+            for part in (
+                protection.work.split(piece, most_positions) if piece.num_positions > most_positions else [piece]
+            )
+        ]
+        return f"split into pieces of at most {most_positions:,} positions"
+    if protection.reliefs:
+        relief = protection.reliefs.pop(0)
+        protection.work = relief.apply(protection.work)
+        return f"{relief.name} from now on"
+    if protection.quarantine:
+        protection.quarantined.add(failure.row_ids[0])
+        progress.restart()
+        progress.leave_out(failure.row_ids)
+        return f"row {failure.row_ids[0]} is left out from now on"
+    raise OutOfMemoryError(
+        f"{no_room(failure)}, alone and with all that may save memory: lower data.max_length, allow "
+        "model.recompute=auto, or leave such rows out with memory.on_oom=quarantine"
+    )
+
+
+def no_room(failure: Failure) -> str:
+    """What was missing, as the beginning of a sentence."""
+    needed = "" if failure.needed_bytes is None else f" for {format_bytes(failure.needed_bytes)}"
+    rows = f"row {failure.row_ids[0]}" if len(failure.row_ids) == 1 else f"{len(failure.row_ids)} rows"
+    return (
+        f"no memory{needed} in the {failure.place} of {rows} ({failure.num_positions:,} positions) "
+        f"with {format_bytes(failure.free_bytes)} free"
+    )

@@ -1,0 +1,132 @@
+"""Running out of memory changes nothing that a step gives and keeps nothing alive: the fault matrix."""
+
+import copy
+import random
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from faults import PLACES, failing, out_of_memory, proving_release
+from fitune.config import LoraConfig
+from fitune.data.packing import split
+from fitune.data.rows import Batch, MicroBatch
+from fitune.data.unpacking import lay_out_as
+from fitune.errors import OutOfMemoryError, RestartError
+from fitune.model.attention import attention_name
+from fitune.model.load import build_model
+from fitune.model.lora import apply_lora
+from fitune.model.recompute import set_recompute
+from fitune.step.loss import LossSettings
+from fitune.step.micro_batch_work import micro_batch_work
+from fitune.step.optimizer_state import create_state
+from fitune.step.safe_step import MOST_ATTEMPTS, Protection, SafeResult, safe_step
+from fitune.step.train_step import StepSettings, train_step
+from tiny_models import TINY
+from tiny_steps import distance, make_batch
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "dropout": {"attention_dropout": 0.3},
+    "recompute": {},
+    "tied": {"tie_word_embeddings": True},
+}
+LR = 0.01
+
+
+class CallCounter(nn.Module):
+    """A buffer that every forward in training changes, as a batch norm's is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return hidden
+
+
+class Trained:
+    """A model, its optimizer, and what the last update was given."""
+
+    def __init__(self, variant: str = "tied", *, dtype: torch.dtype = torch.float32, lora: bool = False) -> None:
+        changed = TINY["llama"].to_dict() | {"tie_word_embeddings": False} | VARIANTS[variant]
+        config = TINY["llama"].__class__.from_dict(changed)
+        model: nn.Module = build_model(config, attention=attention_name(config, "auto"), seed=1).to(dtype)
+        if lora:
+            model = apply_lora(model, LoraConfig(rank=4, dropout=0.2 if variant == "dropout" else 0.0))
+        if variant == "recompute":
+            set_recompute(model, "full")
+        self.model = model.train()
+        self.counter = CallCounter()
+        layers = next(part for part in model.modules() if isinstance(part, nn.ModuleList) and len(part) == 2)
+        layers[0].add_module("counter", self.counter)
+        layers[0].register_forward_pre_hook(lambda _, inputs: (self.counter(inputs[0]), *inputs[1:]))
+        self.optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LR)
+        self.gradient = torch.zeros(0)
+        self.optimizer.register_step_pre_hook(self._keep_gradient)
+
+    def _keep_gradient(self, *_: Any) -> None:
+        grads = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        self.gradient = torch.cat([gradient.double().flatten() for gradient in grads])
+
+    def protection(self, *, commit: bool, **options: Any) -> Protection[MicroBatch]:
+        settings = StepSettings(LossSettings(), clip=1e9, commit=commit)
+        return Protection(work=micro_batch_work(self.model, self.optimizer, settings), seed=7, **options)
+
+    def bits(self) -> list[torch.Tensor]:
+        state = [value for each in self.optimizer.state.values() for value in each.values()]
+        return [tensor.detach().clone() for tensor in (*self.model.parameters(), *self.model.buffers(), *state)]
+
+
+def pieces_of(batch: Batch) -> list[MicroBatch]:
+    return split(batch, packed=True, micro_rows=3)
+
+
+def streams() -> list[Any]:
+    return [torch.get_rng_state().tolist(), random.getstate(), [str(part) for part in np.random.get_state()]]
+
+
+def same_bits(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
+    return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def rows_seen(result: SafeResult) -> Counter[int]:
+    return Counter(row for piece in result.plan for row in piece)
+
+
+@pytest.mark.parametrize("commit", [False, True], ids=["restart", "commit"])
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("place", PLACES)
+def test_a_step_that_runs_out_of_memory_is_the_step_of_its_plan(
+    place: str, variant: str, dtype: torch.dtype, lora: bool, commit: bool
+) -> None:
+    """Compared bit by bit with a step that is given the same plan and never fails: parameters, optimizer state with its
+    counters, buffers; then with the step that was asked for: rows, learning rate, gradient, random streams."""
+    if place == "update" and not commit:
+        pytest.skip("an unprotected update is torn for good, which has its own test")
+    batch = make_batch()
+    failed = Trained(variant, dtype=dtype, lora=lora)
+    calm, asked_for = Trained(variant, dtype=dtype, lora=lora), Trained(variant, dtype=dtype, lora=lora)
+    before = streams()
+    with failing(failed.model, place, 1, 3), proving_release(failed.model) as released:
+        result = safe_step(failed.protection(commit=commit), pieces_of(batch), step=1)
+    assert len(result.failures) == len(released) >= 1
+    assert streams() == before
+    assert rows_seen(result) == Counter(batch.row_ids)
+    assert [group["lr"] for group in failed.optimizer.param_groups] == [LR]
+
+    again = safe_step(calm.protection(commit=commit), lay_out_as(batch, result.plan, packed=True), step=1)
+    assert again.step == result.step
+    assert same_bits(failed.bits(), calm.bits())
+    assert failed.counter.calls == len(result.plan)
+
+    whole = safe_step(asked_for.protection(commit=commit), pieces_of(batch), step=1)
+    assert whole.failures == ()
+    assert result.step.loss_weight == whole.step.loss_weight == batch.loss_weight
+    if variant != "dropout":  # whose masks belong to the split
+        assert distance(failed.gradient, asked_for.gradient) < (1e-6 if dtype == torch.float32 else 2e-2)

@@ -1,0 +1,72 @@
+"""A batch of very unequal rows, models to compute it with, and an optimizer that keeps what it is given."""
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from torch import nn
+
+from fitune.config import LoraConfig
+from fitune.data.rows import Batch, Row
+from fitune.model.attention import attention_name
+from fitune.model.head import decoder_and_head
+from fitune.model.load import build_model
+from fitune.model.lora import apply_lora
+from fitune.step.loss import LossSettings
+from fitune.step.train_step import StepSettings
+from tiny_models import TINY
+
+LENGTHS = (3, 40, 7, 19, 2, 33, 11)
+MASKED_ROW = 3
+
+
+class Capture(torch.optim.Optimizer):
+    """Keeps the gradients that it is given and changes nothing."""
+
+    def __init__(self, parameters: Iterator[nn.Parameter]) -> None:
+        super().__init__([p for p in parameters if p.requires_grad], {})
+        self.gradients: list[torch.Tensor] = []
+
+    def step(self, closure: Callable[[], float] | None = None) -> None:
+        # a parameter without a gradient (an expert that saw no token) has none to compare
+        present = (p.grad if p.grad is not None else torch.zeros_like(p) for p in self.param_groups[0]["params"])
+        self.gradients = [gradient.double().flatten().clone() for gradient in present]
+
+    def vector(self) -> torch.Tensor:
+        return torch.cat(self.gradients)
+
+
+def make_batch(seed: int = 0) -> Batch:
+    """Rows of very unequal length and supervised share; one has no target at all."""
+    random = np.random.default_rng(seed)
+    rows = []
+    for row_id, length in enumerate(LENGTHS):
+        weights = (random.random(length) < (0.9 if row_id % 2 else 0.3)).astype(np.float32)
+        weights[0] = 0
+        weights[-1] = 1
+        if row_id == MASKED_ROW:
+            weights[:] = 0
+        rows.append(Row(row_id, random.integers(0, 64, length, dtype=np.int32), weights))
+    return Batch(tuple(rows))
+
+
+def make_model(family: str = "llama", *, tied: bool = True, lora: bool = False) -> nn.Module:
+    config = TINY[family].__class__.from_dict(TINY[family].to_dict() | {"tie_word_embeddings": tied})
+    model = build_model(config, attention=attention_name(config, "auto"), seed=1)
+    if lora:
+        adapted = apply_lora(model, LoraConfig(rank=4))
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:  # zero at the start, which would leave the other factor without gradient
+                nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(2))
+        return adapted
+    return model
+
+
+def settings_for(model: nn.Module, loss: str, clip: float = 0.0) -> StepSettings:
+    head = decoder_and_head(model) if loss == "chunked" else None
+    assert not isinstance(head, str), head
+    return StepSettings(LossSettings(head, chunk_tokens=8), clip)
+
+
+def distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).norm() / b.norm())
