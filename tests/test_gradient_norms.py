@@ -1,6 +1,7 @@
 """The norms that hooks read are those of what each micro-batch adds to the gradient."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,11 +9,17 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
+from fitune.data.packing import split
+from fitune.data.rows import MicroBatch
 from fitune.model.load import build_model
 from fitune.model.recompute import set_recompute
-from fitune.step.gradient_norms import NormRecorder
+from fitune.step.gradient_norms import GradientNorms, NormRecorder
+from fitune.step.micro_batch_work import micro_batch_work
+from fitune.step.safe_step import Protection, safe_step
+from fitune.step.train_step import StepResult, train_step
 from fitune.train.noise import pairwise_sample
 from tiny_models import TINY_GPT2, TINY_LLAMA
+from tiny_steps import make_batch, make_model, settings_for
 
 SEQUENCES, LENGTH = 4, 12
 
@@ -48,13 +55,15 @@ def test_hooks_read_the_norm_of_every_contribution(config: PretrainedConfig, rec
     for ids in tokens().split(1):
         with recorder.reading():
             loss_of(model, ids, SEQUENCES * LENGTH).backward()
+        recorder.keep(11)
     total = float(flat_gradient(model).norm())
-    found = recorder.read(recorder.values().tolist(), total_norm=total, weights=[11] * SEQUENCES)
+    found = recorder.read(recorder.values().tolist(), total_norm=total)
     model.zero_grad()
     expected = [float(c.double().square().sum()) for c in contributions(model, tokens().split(1), SEQUENCES * LENGTH)]
     assert found.micro == pytest.approx(expected, rel=1e-5)
     assert found.total == pytest.approx(total**2)
     assert found.momentum_dot is None
+    assert found.weights == (11,) * SEQUENCES
 
 
 def test_weighted_norms_and_the_product_use_adams_memory_from_before_the_step() -> None:
@@ -72,8 +81,9 @@ def test_weighted_norms_and_the_product_use_adams_memory_from_before_the_step() 
     for ids in tokens().split(1):
         with recorder.reading():
             loss_of(model, ids, 44).backward()
+        recorder.keep(11)
     gradient = flat_gradient(model)
-    found = recorder.read(recorder.values().tolist(), total_norm=1.0, weights=[11] * SEQUENCES)
+    found = recorder.read(recorder.values().tolist(), total_norm=1.0)
     assert found.momentum_dot == pytest.approx(float(gradient @ m), rel=1e-4)
     assert found.preconditioned_total == pytest.approx(float((gradient**2 / (v.sqrt() + 1e-12)).sum()), rel=1e-4)
     assert found.preconditioned_micro == pytest.approx(
@@ -101,7 +111,8 @@ def test_what_a_failed_backward_left_is_not_counted() -> None:
     model.zero_grad()
     with recorder.reading():
         loss_of(model, tokens(), 44).backward()
-    found = recorder.read(recorder.values().tolist(), total_norm=1.0, weights=[44])
+    recorder.keep(44)
+    found = recorder.read(recorder.values().tolist(), total_norm=1.0)
     assert found.micro == pytest.approx([float(flat_gradient(model).square().sum())], rel=1e-5)
     assert all(not parameter._backward_hooks for parameter in model.parameters())
 
@@ -138,3 +149,55 @@ def test_on_a_real_model_signal_and_variance_are_those_of_its_own_sequences() ->
     assert np.mean([sample.signal for sample in samples]) == pytest.approx(truth, rel=0.05)
     variance = np.mean([sample.variance / sample.tokens for sample in samples])
     assert variance == pytest.approx(np.mean(total - 2 * to_truth + truth), rel=0.02)
+
+
+def run_steps(*, recorded: bool, preconditioned: bool = False) -> tuple[list[torch.Tensor], list[StepResult]]:
+    model, batch = make_model(), make_batch()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
+    results = []
+    for _ in range(3):
+        norms = NormRecorder(optimizer, preconditioned=preconditioned) if recorded else None
+        micro_batches = split(batch, packed=True, micro_rows=2)
+        settings = settings_for(model, "chunked")
+        results.append(train_step(model, optimizer, micro_batches, settings=settings, norms=norms))
+    return [parameter.detach() for parameter in model.parameters()], results
+
+
+@pytest.mark.parametrize("preconditioned", [False, True])
+def test_reading_the_norms_changes_no_bit_of_the_step(preconditioned: bool) -> None:
+    with_norms, results = run_steps(recorded=True, preconditioned=preconditioned)
+    without, plain = run_steps(recorded=False)
+    assert all(torch.equal(a, b) for a, b in zip(with_norms, without, strict=True))
+    assert [result.grad_norm for result in results] == [result.grad_norm for result in plain]
+    last = results[-1].norms
+    assert last is not None
+    assert last.total == pytest.approx((results[-1].grad_norm or 0.0) ** 2)
+    assert (last.preconditioned_micro is not None) == preconditioned
+
+
+@pytest.mark.parametrize("commit", [False, True], ids=["begun again", "committed"])
+def test_a_step_that_ran_out_of_memory_has_the_norms_of_one_that_did_not(commit: bool) -> None:
+    def norms_of(failures: set[int]) -> GradientNorms:
+        model = make_model()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        settings = replace(settings_for(model, "chunked"), commit=commit)
+        work = micro_batch_work(model, optimizer, settings)
+        calls = iter(range(100))
+
+        def loss_share(piece: MicroBatch, loss_weight: float) -> torch.Tensor:
+            loss = work.loss_share(piece, loss_weight)
+            if next(calls) in failures:
+                raise torch.OutOfMemoryError("out of memory")
+            return loss
+
+        protection = Protection(work=replace(work, loss_share=loss_share))
+        norms = NormRecorder(optimizer)
+        micro_batches = split(make_batch(), packed=True, micro_rows=2)
+        found = safe_step(protection, micro_batches, step=1, fits=lambda size: True, norms=norms).step.norms
+        assert found is not None
+        return found
+
+    undisturbed, failed = norms_of(set()), norms_of({2})
+    assert failed.weights == undisturbed.weights
+    assert failed.micro == pytest.approx(undisturbed.micro, rel=1e-5)
+    assert failed.total == pytest.approx(undisturbed.total, rel=1e-5)

@@ -1,6 +1,5 @@
 """Running out of memory changes nothing that a step gives and keeps nothing alive: the fault matrix."""
 
-import copy
 import random
 from collections import Counter
 from typing import Any
@@ -10,21 +9,19 @@ import pytest
 import torch
 from torch import nn
 
-from faults import PLACES, failing, out_of_memory, proving_release
+from faults import PLACES, failing, proving_release
 from fitune.config import LoraConfig
 from fitune.data.packing import split
 from fitune.data.rows import Batch, MicroBatch
 from fitune.data.unpacking import lay_out_as
-from fitune.errors import OutOfMemoryError, RestartError
 from fitune.model.attention import attention_name
 from fitune.model.load import build_model
 from fitune.model.lora import apply_lora
 from fitune.model.recompute import set_recompute
 from fitune.step.loss import LossSettings
 from fitune.step.micro_batch_work import micro_batch_work
-from fitune.step.optimizer_state import create_state
-from fitune.step.safe_step import MOST_ATTEMPTS, Protection, SafeResult, safe_step
-from fitune.step.train_step import StepSettings, train_step
+from fitune.step.safe_step import Protection, SafeResult, safe_step
+from fitune.step.train_step import StepSettings
 from tiny_models import TINY
 from tiny_steps import distance, make_batch
 

@@ -48,10 +48,11 @@ class NormRecorder:
         self._norms: list[torch.Tensor] = []
         self._weighted: list[torch.Tensor] = []
         self._micro: list[torch.Tensor] = []
+        self._weights: list[float] = []
 
     @contextmanager
     def reading(self) -> Iterator[None]:
-        """One micro-batch's backward goes into this; where it fails, nothing of it is kept."""
+        """One micro-batch's backward goes into this. What an earlier one left is forgotten unless it was kept."""
         self._norms, self._weighted = [], []
         handles = [parameter.register_hook(partial(self._add, parameter)) for parameter in self._parameters]
         try:
@@ -59,11 +60,16 @@ class NormRecorder:
         finally:
             for handle in handles:
                 handle.remove()
-        self._micro.append(torch.stack((torch.stack(self._norms).square().sum(), self._sum(self._weighted))))
+
+    def keep(self, weight: float) -> None:
+        """The micro-batch that was read is done. weight: its loss weight."""
+        squares = [norm.square() for norm in self._norms]
+        self._micro.append(torch.stack((self._sum(squares), self._sum(self._weighted))))
+        self._weights.append(weight)
 
     def forget(self) -> None:
         """The step begins anew."""
-        self._micro = []
+        self._micro, self._weights = [], []
 
     @torch.no_grad()
     def values(self) -> torch.Tensor:
@@ -74,17 +80,15 @@ class NormRecorder:
         weighted = [_weighted_square(grad, self._exp_avg_sq[p]) for p, grad in grads if self._exp_avg_sq]
         return torch.cat((*self._micro, torch.stack((self._sum(weighted), self._sum(dots)))))
 
-    def read(
-        self, host: Sequence[float], *, total_norm: float, weights: Sequence[float], scale: float = 1.0
-    ) -> GradientNorms:
-        """host: `values()` on the host. weights: loss weight of each micro-batch. scale: a GradScaler's, which is in
-        every backward's gradient and was taken out of their sum."""
+    def read(self, host: Sequence[float], *, total_norm: float, scale: float = 1.0) -> GradientNorms:
+        """host: `values()` on the host. scale: a GradScaler's, which is in every backward's gradient and was taken out
+        of their sum."""
         *micro, weighted_total, dot = host
         norms = [value / scale**2 for value in micro]
         return GradientNorms(
             micro=tuple(norms[0::2]),
             total=total_norm**2,
-            weights=tuple(weights),
+            weights=tuple(self._weights),
             momentum_dot=dot if self._exp_avg else None,
             preconditioned_micro=tuple(norms[1::2]) if self._exp_avg_sq else None,
             preconditioned_total=weighted_total if self._exp_avg_sq else None,

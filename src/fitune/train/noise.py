@@ -104,8 +104,8 @@ def update(
 @dataclass(frozen=True, slots=True)
 class NoiseEstimate:
     """scale_tokens: the noise scale, with one-sided 95 % bounds; None where the signal is not known to be above zero,
-    inf where it may be zero. bounce: tau, 1 or -1 where only its sign is known, None where not even that. effective_steps: how many steps these rest on.
-    """
+    inf where it may be zero. bounce: tau, 1 or -1 where only its sign is known, None where not even that.
+    effective_steps: how many steps these rest on."""
 
     signal: float
     variance: float
