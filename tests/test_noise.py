@@ -2,13 +2,24 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fitune.train.noise import NoiseAverages, NoiseSample, estimate, momentum_sample, pairwise_sample, update
+from fitune.step.gradient_norms import GradientNorms
+from fitune.train.noise import (
+    NoiseAverages,
+    NoiseSample,
+    estimate,
+    momentum_sample,
+    observe,
+    observe_preconditioned,
+    pairwise_sample,
+    update,
+)
 
 DRAWS, DIMENSIONS = 20_000, 32
 SIGNAL = 1.0
@@ -190,3 +201,59 @@ def test_old_steps_are_forgotten_by_their_tokens() -> None:
         for _ in range(steps):
             averages = update(averages, NoiseSample(signal, 1.0, 10.0), half_life_tokens=100.0)
     assert averages.signal == pytest.approx(5 - 4 * 0.5**10, rel=1e-3)
+
+
+def norms_of(parts: np.ndarray, memory: np.ndarray) -> GradientNorms:
+    total = parts.sum(axis=0)
+    return GradientNorms(
+        micro=tuple((parts**2).sum(axis=1)),
+        total=float(total @ total),
+        weights=(10.0,) * len(parts),
+        momentum_dot=float(total @ memory),
+    )
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.5], ids=["free", "clipped"])
+@pytest.mark.parametrize("num_micro", [1, 4])
+def test_adams_average_is_compared_as_if_it_were_full_and_never_clipped(num_micro: int, clip: float) -> None:
+    """With a gradient that stands still tau is 1 from the first steps on, and clipping does not bend it."""
+    random = np.random.default_rng(6)
+    truth = np.full(DIMENSIONS, DIMENSIONS**-0.5)
+    memory, averages = np.zeros(DIMENSIONS), NoiseAverages()
+    for _ in range(3000):
+        parts = (truth + 0.3 * random.standard_normal((num_micro, DIMENSIONS))) / num_micro
+        norms = norms_of(parts, memory)
+        averages = observe(averages, norms, half_life_tokens=1e6, beta1=0.9, clip=clip)
+        gradient = parts.sum(axis=0)
+        kept = min(1.0, clip / math.sqrt(norms.total)) if clip else 1.0
+        memory = 0.9 * memory + 0.1 * kept * gradient
+    found = estimate(averages)
+    assert found is not None
+    assert found.signal == pytest.approx(1.0, rel=0.03)
+    assert found.bounce == pytest.approx(1.0, rel=0.03)
+
+
+def test_weighing_squares_needs_adams_memory_from_before_the_step() -> None:
+    """With the average of this step's own squares, large gradients would be divided by themselves."""
+    random = np.random.default_rng(7)
+    scales = np.array([0.1, 1.0, 4.0, 3.0])
+    before, after, truth = NoiseAverages(), NoiseAverages(), np.array([0.05, 0.5, 2.0, 1.0])
+    squares, expected = scales**2 / 4 + truth**2, []
+    for _ in range(20_000):
+        parts = (truth + scales * random.standard_normal((4, 4))) / 4
+        gradient = parts.sum(axis=0)
+        now = 0.9 * squares + 0.1 * gradient**2
+        expected.append((truth**2 / np.sqrt(squares)).sum())
+        for averages, weights in ((0, squares), (1, now)):
+            norms = replace(
+                norms_of(parts, gradient),
+                preconditioned_micro=tuple((parts**2 / np.sqrt(weights)).sum(axis=1)),
+                preconditioned_total=float((gradient**2 / np.sqrt(weights)).sum()),
+            )
+            if averages == 0:
+                before = observe_preconditioned(before, norms, half_life_tokens=1e9)
+            else:
+                after = observe_preconditioned(after, norms, half_life_tokens=1e9)
+        squares = now
+    assert before.signal == pytest.approx(np.mean(expected), rel=0.06)
+    assert after.signal < 0.9 * before.signal

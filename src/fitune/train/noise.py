@@ -23,6 +23,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from fitune.step.gradient_norms import GradientNorms
+
 HALF_LIFE_FRACTION = 0.02
 """Of the run's tokens: how long an average remembers."""
 LARGE_SHARE = 0.05
@@ -61,7 +63,9 @@ def momentum_sample(dot: float, total_squared_norm: float, *, tokens: float) -> 
 @dataclass(frozen=True, slots=True)
 class NoiseAverages:
     """Averages over the run so far, weighted by tokens and halved every half-life; JSON numbers, so that a checkpoint
-    holds them as they are. weight and squared_weight give the effective number of steps; *_spread are variances."""
+    holds them as they are. weight and squared_weight give the effective number of steps; *_spread are variances.
+    momentum_gain: by how much Adam's average is smaller than the gradient that it averages, since it starts at zero
+    and takes clipped gradients."""
 
     weight: float = 0.0
     squared_weight: float = 0.0
@@ -72,6 +76,7 @@ class NoiseAverages:
     dot_weight: float = 0.0
     dot: float = 0.0
     dot_spread: float = 0.0
+    momentum_gain: float = 0.0
 
     @property
     def effective_steps(self) -> float:
@@ -99,6 +104,30 @@ def update(
         return updated
     dot_weight = decay * averages.dot_weight + sample.tokens
     return replace(updated, dot_weight=dot_weight, dot=averages.dot + sample.tokens / dot_weight * (dot - averages.dot))
+
+
+def observe(
+    averages: NoiseAverages, norms: GradientNorms, *, half_life_tokens: float, beta1: float, clip: float
+) -> NoiseAverages:
+    """Take in a step. beta1, clip: that the step was done with; its own average comes after the product was taken."""
+    dot = norms.momentum_dot
+    if dot is not None:
+        dot = dot / averages.momentum_gain if averages.momentum_gain > 0 else None
+    sample = pairwise_sample(norms.micro, norms.total, weights=norms.weights)
+    if sample is None and dot is not None:
+        sample = momentum_sample(dot, norms.total, tokens=sum(norms.weights))
+    if sample is not None:
+        averages = update(averages, sample, half_life_tokens=half_life_tokens, dot=dot)
+    kept = min(1.0, clip / (math.sqrt(norms.total) + 1e-6)) if clip else 1.0
+    return replace(averages, momentum_gain=beta1 * averages.momentum_gain + (1 - beta1) * kept)
+
+
+def observe_preconditioned(averages: NoiseAverages, norms: GradientNorms, *, half_life_tokens: float) -> NoiseAverages:
+    """The same averages of squares weighted as Adam weighs them; unchanged by a step that has none."""
+    if norms.preconditioned_micro is None or norms.preconditioned_total is None:
+        return averages
+    sample = pairwise_sample(norms.preconditioned_micro, norms.preconditioned_total, weights=norms.weights)
+    return averages if sample is None else update(averages, sample, half_life_tokens=half_life_tokens)
 
 
 @dataclass(frozen=True, slots=True)
