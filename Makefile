@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test check bench clean
+.PHONY: install demo test test-gpu check bench clean
 
 install: $(STAMP)
 
@@ -16,6 +16,7 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: install
 	$(BIN)/fitune demo
+	$(BIN)/fitune sweep examples/minimind/three_cpu.yaml
 
 check: install
 	$(BIN)/ruff check .
@@ -24,6 +25,10 @@ check: install
 
 test: check
 	$(BIN)/python -m pytest
+
+# On a machine with an NVIDIA card; skipped without one.
+test-gpu: install
+	$(BIN)/python -m pytest -m gpu tests/gpu -rs
 
 bench: install
 	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done

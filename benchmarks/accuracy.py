@@ -16,7 +16,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import cpu_accuracy
 import fitune
+import gpu_accuracy
 from published_loops import NotExpressed, express
 
 HERE = Path(__file__).parent
@@ -176,6 +178,7 @@ def render(rows: Sequence[Compared]) -> str:
         lines += [f"## {group}", "", *_predicted_lines(row for row in of_group if row.error_fraction is not None)]
         lines += _assumption_lines(row for row in of_group if row.error_fraction is not None)
         lines += _missing_lines(row for row in of_group if row.error_fraction is None)
+    lines += [*cpu_accuracy.section(), *gpu_accuracy.section()]
     return "\n".join(lines).rstrip() + "\n"
 
 

@@ -131,6 +131,16 @@ def test_more_than_was_planned_rings() -> None:
     assert "step 40 took 18.0 GiB, 5.9% more than the 17.0 GiB" in event.message
 
 
+def test_what_a_prediction_promises_to_be_within_does_not_ring() -> None:
+    def a_little_more(step: int) -> dict[str, float | int | None]:
+        return {"peak_reserved_bytes": int(17.3 * GIB)}
+
+    assert rung_by_steps(a_little_more) == []
+    assert (
+        rung_by_steps(lambda step: {"peak_reserved_bytes": 30 * MIB}, settings=replace(HOST, predicted_bytes=MIB)) == []
+    )
+
+
 def test_a_loss_far_above_the_ones_before_rings() -> None:
     (event,) = rung_by_steps(lambda step: {"loss": 9.0 if step == 60 else 2.0 + 0.1 * math.sin(step)})
     assert (event.kind, event.step) == ("loss_spike", 60)

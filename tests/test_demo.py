@@ -23,8 +23,8 @@ def test_the_demo_trains_the_real_model_and_shows_what_changed(
     assert (tmp_path / "demo" / "run" / "best" / "model.safetensors").is_file()
     summary = read_summary(tmp_path / "demo" / "run" / "summary.json")
     assert summary.status == "finished"
-    assert summary.measured_device_bytes is not None
-    assert summary.measured_device_bytes > 2**30
+    assert summary.peak_device_bytes is not None
+    assert summary.peak_device_bytes > 2**30
 
 
 def test_the_dialogues_are_whole_exchanges(tmp_path: Path) -> None:

@@ -31,7 +31,8 @@ EVAL = EvalMetrics(
 SUMMARY_KEYS = (
     "schema status steps tokens supervised_tokens seconds tokens_per_second train_loss eval_loss best_eval_loss "
     "predicted_allocated_bytes predicted_reserved_bytes measured_allocated_bytes measured_reserved_bytes "
-    "measured_device_bytes num_ooms num_retries micro_batch_changes effective_batch config_hash data_hash"
+    "measured_device_bytes peak_allocated_bytes peak_reserved_bytes peak_device_bytes num_ooms num_retries "
+    "micro_batch_changes effective_batch config_hash data_hash"
 )
 
 

@@ -1,6 +1,7 @@
 """model/recompute.py: less memory between forward and backward, and the same gradients."""
 
 import copy
+import shutil
 import typing
 from collections import Counter
 from collections.abc import Iterator
@@ -9,11 +10,14 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.autograd.graph import save_on_cpu
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fitune.config import LoraConfig, Recompute
 from fitune.errors import ModelError
+from fitune.model import recompute as recompute_module
 from fitune.model.attention import attention_name, row_boundaries
+from fitune.model.compile import compile_layers
 from fitune.model.load import build_model
 from fitune.model.lora import apply_lora
 from fitune.model.recompute import set_recompute
@@ -22,10 +26,10 @@ from tiny_models import TINY
 CHOICES = typing.get_args(Recompute)
 
 
-def loss(model: nn.Module) -> torch.Tensor:
-    ids = torch.arange(3, 31)[None]
-    positions = torch.cat([torch.arange(20), torch.arange(8)])[None]
-    boundaries = row_boundaries((20, 8), device=torch.device("cpu"))
+def loss(model: nn.Module, lengths: tuple[int, ...] = (20, 8)) -> torch.Tensor:
+    ids = torch.arange(3, 3 + sum(lengths))[None]
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    boundaries = row_boundaries(lengths, device=torch.device("cpu"))
     return model(input_ids=ids, position_ids=positions, use_cache=False, row_boundaries=boundaries).logits.pow(2).sum()
 
 
@@ -36,9 +40,9 @@ def build(name: str, num_layers: int = 4) -> nn.Module:
     return build_model(config, attention=attention_name(config, "auto"), seed=1).train()
 
 
-def gradients(model: nn.Module) -> Iterator[torch.Tensor]:
+def gradients(model: nn.Module, lengths: tuple[int, ...] = (20, 8)) -> Iterator[torch.Tensor]:
     model.zero_grad()
-    loss(model).backward()
+    loss(model, lengths).backward()
     return (parameter.grad for parameter in model.parameters() if parameter.grad is not None)
 
 
@@ -126,6 +130,57 @@ def test_selective_does_not_repeat_what_is_expensive(name: str, operator: str) -
         return calls.counts[operator]
 
     assert 0 < count("selective") == count("off") < count("full")
+
+
+@pytest.mark.parametrize("recompute", [choice for choice in CHOICES if choice != "off"])
+def test_offloaded_inputs_change_no_gradient(recompute: Recompute) -> None:
+    model = apply_lora(build("qwen3"), LoraConfig(dropout=0.1))
+    torch.manual_seed(0)
+    expected = [gradient.clone() for gradient in gradients(model)]
+    set_recompute(model, recompute, offload=True)
+    torch.manual_seed(0)
+    for ours, reference in zip(gradients(model), expected, strict=True):
+        assert torch.allclose(ours, reference, rtol=1e-6, atol=1e-7)
+
+
+def test_only_the_inputs_of_layers_go_to_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    moved: list[torch.Size] = []
+
+    class Watched(save_on_cpu):
+        def __init__(self, **options: Any) -> None:
+            super().__init__(**options)
+            pack = self.pack_hook
+            self.pack_hook = lambda tensor: (moved.append(tensor.shape), pack(tensor))[1]
+
+    monkeypatch.setattr(recompute_module, "save_on_cpu", Watched)
+    model = build("llama", num_layers=4)
+    set_recompute(model, "every_2", offload=True)
+    loss(model).backward()
+    assert moved == [torch.Size((1, 28, 32))] * 2
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # dynamo looks at its inputs
+def test_compiled_layers_have_the_same_gradients_for_any_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    def compile_without_code(layer: nn.Module, **options: Any) -> None:
+        layer._compiled_call_impl = torch.compile(layer._call_impl, backend="eager", **options)
+
+    monkeypatch.setattr(nn.Module, "compile", compile_without_code)
+    plain, compiled = build("llama"), build("llama")
+    compile_layers(compiled, torch.device("cpu"))
+    torch._dynamo.reset()
+    num_graphs = []
+    for lengths in ((20, 8), (5, 9), (30,), (3, 3, 3, 3, 40)):
+        expected = list(gradients(plain, lengths))
+        for ours, reference in zip(gradients(compiled, lengths), expected, strict=True):
+            assert torch.allclose(ours, reference, rtol=1e-6, atol=1e-7)
+        num_graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert num_graphs[0] == num_graphs[-1]
+
+
+def test_a_machine_without_a_compiler_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(ModelError, match=r"model\.compile needs a C\+\+ compiler"):
+        compile_layers(build("llama"), torch.device("cpu"))
 
 
 def test_recompute_can_be_switched_off_again() -> None:

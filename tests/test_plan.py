@@ -1,35 +1,69 @@
-"""What a plan promises: parts that add up, more rows never for less, the contract of its JSON, exit 3."""
+"""What a plan promises: parts that add up, the fastest that fits, the contract of its JSON, exit 3."""
 
 import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import fitune
 from fitune.cli.app import main
 from fitune.config import RunConfig, read_config
 from fitune.errors import UsageError
 from fitune.memory.devices import find_device
-from fitune.plan.planner import choose_plan
-from fitune.plan.predict import predict, predict_run
+from fitune.plan.budget import find_limits, uniform_lengths
+from fitune.plan.candidates import Choice, same_choices
+from fitune.plan.plan import Plan
+from fitune.plan.planner import _Search, choose_plan
+from fitune.plan.predict import predict
 from tiny_models import TINY
 
 CANDIDATE_KEYS = {
     "micro_batch", "micro_tokens", "accumulation", "recompute", "loss", "optimizer", "precision", "method",
     "attention", "packing", "predicted_allocated_bytes", "predicted_reserved_bytes", "predicted_device_bytes",
-    "categories", "peak_phase", "predicted_seconds_per_step", "fits", "reason",
+    "categories", "peak_phase", "predicted_seconds_per_step", "fits", "reason", "result",
 }  # fmt: skip
 
 
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """One for all tests here: a plan that was made once is read again."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FITUNE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    directory = tmp_path_factory.mktemp("model")
+    TINY["llama"].save_pretrained(directory)
+    return str(directory)
+
+
 @pytest.fixture
-def tree(tmp_path: Path) -> dict[str, Any]:
-    TINY["llama"].save_pretrained(tmp_path / "model")
+def tree(model: str) -> dict[str, Any]:
     return {
-        "model": {"source": str(tmp_path / "model")},
-        "data": {"train": str(tmp_path / "missing.jsonl"), "max_length": 32},
+        "model": {"source": model},
+        "data": {"train": "missing.jsonl", "max_length": 1024},
         "batch": {"effective": 4},
     }
+
+
+@pytest.fixture(scope="module")
+def wide(model: str) -> Plan:
+    """On a card where all fits."""
+    return choose_plan(config({"model": {"source": model}, **REST}), gpu="RTX 4090")
+
+
+REST: dict[str, Any] = {"data": {"train": "missing.jsonl", "max_length": 1024}, "batch": {"effective": 4}}
 
 
 def config(tree: dict[str, Any], *overrides: str) -> RunConfig:
@@ -48,22 +82,115 @@ def test_the_categories_add_up_to_the_peak(tree: dict[str, Any], gpu: str) -> No
     assert prediction.peak_allocated_bytes <= prediction.peak_reserved_bytes <= (prediction.device_bytes or 0)
 
 
-def test_more_rows_never_need_less(tree: dict[str, Any]) -> None:
-    device = find_device("RTX 4090")
-    peaks = [
-        predict_run(config(tree, f"batch.micro={rows}"), device).training.peak_allocated_bytes for rows in (1, 2, 4)
-    ]
-    assert peaks == sorted(peaks)
-    assert peaks[0] < peaks[-1]
+def test_the_categories_of_every_candidate_add_up(wide: Plan) -> None:
+    assert all(sum(each.categories.values()) == each.predicted_allocated_bytes for each in wide.candidates)
 
 
-def test_recomputing_needs_less(tree: dict[str, Any]) -> None:
-    kept = predict(tree, gpu="RTX 4090", overrides=["model.recompute=off"])
-    recomputed = predict(tree, gpu="RTX 4090", overrides=["model.recompute=full"])
-    assert recomputed.categories["activation"] < kept.categories["activation"]
+def test_more_rows_never_need_less(wide: Plan) -> None:
+    for recompute in {each.recompute for each in wide.candidates}:
+        same = [each for each in wide.candidates if (each.result, each.recompute) == ("same", recompute)]
+        for loss in ("chunked", "full"):
+            peaks = [each.predicted_allocated_bytes for each in sorted(same, key=rows) if each.loss == loss]
+            assert peaks == sorted(peaks)
 
 
-def test_predict_is_the_packages_own(tree: dict[str, Any]) -> None:
+def rows(candidate: Any) -> int:
+    return int(candidate.micro_batch)
+
+
+def test_all_splits_of_a_step_are_looked_at(wide: Plan) -> None:
+    assert {(each.micro_batch, each.accumulation) for each in wide.candidates} == {(1, 4), (2, 2), (4, 1)}
+
+
+def test_recomputing_needs_less_and_takes_longer(wide: Plan) -> None:
+    chosen = {each.recompute: each for each in wide.candidates if (rows(each), each.loss) == (4, "chunked")}
+    assert chosen["full"].categories["activation"] < chosen["off"].categories["activation"]
+    assert (chosen["full"].predicted_seconds_per_step or 0) > (chosen["off"].predicted_seconds_per_step or 0)
+
+
+def test_what_changes_the_result_is_never_chosen(wide: Plan) -> None:
+    assert {each.result for each in wide.candidates} >= {"same", "different"}
+    assert wide.chosen is not None
+    assert wide.candidates[wide.chosen].result == "same"
+
+
+def test_the_fastest_that_fits_is_chosen(wide: Plan) -> None:
+    assert wide.chosen is not None
+    fitting = [each.predicted_seconds_per_step for each in wide.candidates if each.fits and each.result == "same"]
+    assert wide.candidates[wide.chosen].predicted_seconds_per_step == min(filter(None, fitting))
+
+
+class Drawn:
+    """Stands for the forecaster and the pricer: seconds and bytes of each choice are drawn."""
+
+    def __init__(self, figures: list[tuple[float, int]], limit_bytes: int) -> None:
+        self.config = config({"model": {"source": "none"}, **REST})
+        self.lengths = uniform_lengths(self.config)
+        self.limits = replace(find_limits(self.config, gpu="RTX 4090"), budget_bytes=limit_bytes)
+        self.figures = dict(zip(same_choices(self.config, self.lengths), figures, strict=False))
+
+    def forecast(self, choice: Choice) -> Any:
+        return SimpleNamespace(fits=self.figures[choice][1] <= self.limits.limit_bytes)
+
+    def seconds(self, choice: Choice, *, bound: bool = False) -> float:
+        return min(seconds for seconds, _ in self.figures.values()) if bound else self.figures[choice][0]
+
+    def search(self) -> _Search:
+        search = _Search(self.config, self, None)  # type: ignore[arg-type]
+        search.choices, search.pricer = list(self.figures), self  # type: ignore[assignment]
+        return search
+
+
+FIGURES = st.lists(st.tuples(st.sampled_from([1.0, 1.5, 2.0, 3.0]), st.integers(1, 100)), min_size=1, max_size=18)
+
+
+@given(FIGURES, st.integers(0, 100), st.integers(0, 100))
+def test_a_larger_budget_never_gives_a_slower_plan(figures: list[tuple[float, int]], first: int, second: int) -> None:
+    drawn = [Drawn(figures, limit) for limit in sorted((first, second))]
+    small, large = (each.search().lean() for each in drawn)
+    if small is not None:
+        assert large is not None
+        assert drawn[1].seconds(large) <= drawn[0].seconds(small)
+
+
+@given(FIGURES, st.integers(0, 100))
+def test_best_first_finds_the_fastest_that_fits(figures: list[tuple[float, int]], limit: int) -> None:
+    drawn = Drawn(figures, limit)
+    found = drawn.search().lean()
+    fitting = [seconds for seconds, num_bytes in drawn.figures.values() if num_bytes <= limit]
+    assert (None if found is None else drawn.seconds(found)) == min(fitting, default=None)
+
+
+@pytest.mark.parametrize("share", [0.3])
+def test_looking_at_all_or_at_the_fastest_first_chooses_the_same(
+    wide: Plan, tree: dict[str, Any], share: float
+) -> None:
+    sizes = [each.predicted_device_bytes for each in wide.candidates if each.result == "same"]
+    budget = f"memory.budget={int(min(sizes) + share * (max(sizes) - min(sizes)))}B"
+    first, second = (choose_plan(config(tree, budget), gpu="RTX 4090", thorough=each) for each in (True, False))
+    assert first.chosen is not None
+    assert second.chosen is not None
+    assert first.candidates[first.chosen] == second.candidates[second.chosen]
+    assert len(second.candidates) < len(first.candidates)
+
+
+def test_a_known_plan_needs_no_torch(wide: Plan, tree: dict[str, Any]) -> None:
+    words = command(tree, "--gpu", "RTX 4090", "--format", "json")
+    code = (
+        f"import sys; from fitune.cli.app import main; assert main({words!r}) == 0; assert 'torch' not in sys.modules"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": str(Path(fitune.__file__).parent.parent)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert found.returncode == 0, found.stderr
+    assert json.loads(found.stdout)["chosen"] == wide.chosen
+
+
+def test_predict_is_the_packages_own() -> None:
     assert fitune.predict is predict
 
 
@@ -75,40 +202,22 @@ def test_an_unknown_card_is_refused(tree: dict[str, Any]) -> None:
 def test_a_forced_candidate_is_printed_by_the_contract(
     tree: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ("--gpu", "RTX 4090", "--budget", "24GiB", "--format", "json", "batch.micro=4", "batch.accumulation=1")
-    assert main(command(tree, *words)) == 0
+    forced = ("batch.micro=4", "batch.accumulation=1", "model.recompute=off", "loss=chunked")
+    assert main(command(tree, "--gpu", "RTX 4090", "--budget", "24GiB", "--format", "json", *forced)) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["schema"] == 1
     assert set(found["model"]) == {"name", "num_parameters", "num_trainable_parameters"}
     assert set(found["device"]) == {"name", "total_bytes", "free_bytes", "context_bytes"}
     assert found["budget_bytes"] == 24 * 2**30
-    assert found["data"]["max_length"] == 32
+    assert found["data"]["max_length"] == 1024
     assert found["chosen"] == 0
     assert (found["candidates"][0]["micro_batch"], found["candidates"][0]["accumulation"]) == (4, 1)
     for candidate in found["candidates"]:
         assert set(candidate) == CANDIDATE_KEYS
-        assert sum(candidate["categories"].values()) == candidate["predicted_allocated_bytes"]
-
-
-def test_the_largest_micro_batch_that_fits_is_chosen(tree: dict[str, Any]) -> None:
-    plan = choose_plan(config(tree), gpu="RTX 4090")
-    assert plan.chosen is not None
-    assert (plan.candidates[plan.chosen].micro_batch, plan.candidates[plan.chosen].recompute) == (4, "off")
-
-
-def test_a_budget_between_two_candidates_chooses_the_smaller(tree: dict[str, Any]) -> None:
-    tree["data"]["max_length"] = 2048
-    tree["model"]["recompute"] = "off"
-    device = find_device("RTX 4090")
-    two, four = (predict_run(config(tree, f"batch.micro_tokens={n * 2048}"), device) for n in (2, 4))
-    middle = (two.largest.peak_reserved_bytes + four.largest.peak_reserved_bytes) // 2 + two.context_bytes
-    plan = choose_plan(config(tree, f"memory.budget={middle}B"), gpu="RTX 4090")
-    assert plan.chosen is not None
-    assert plan.candidates[plan.chosen].micro_batch == 2
 
 
 def test_what_fits_nowhere_exits_with_3_and_says_what_is_large(
-    tree: dict[str, Any], capsys: pytest.CaptureFixture[str]
+    wide: Plan, tree: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(command(tree, "--gpu", "RTX 4090", "--budget", "301MiB", "--format", "json")) == 3
     out, err = capsys.readouterr()
@@ -117,19 +226,67 @@ def test_what_fits_nowhere_exits_with_3_and_says_what_is_large(
     assert "Try" in err
 
 
+@pytest.mark.parametrize("language", ["en", "zh"])
 @pytest.mark.parametrize("columns", [80, 100])
 def test_the_table_stays_within_the_screen(
-    tree: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, columns: int
+    wide: Plan,
+    tree: dict[str, Any],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    columns: int,
+    language: str,
 ) -> None:
+    from rich.cells import cell_len
+
     monkeypatch.setenv("COLUMNS", str(columns))
-    assert main(command(tree, "--gpu", "RTX 4090", "--format", "human", "model.recompute=off")) == 0
-    lines = [line for line in capsys.readouterr().out.splitlines() if "x" in line or "─" in line]
-    assert lines
-    table = [line for line in lines if "target" not in line and "budget" not in line and "model" not in line]
-    assert max(map(visible_length, table)) <= columns
+    monkeypatch.setenv("FITUNE_LANG", language)
+    assert main(command(tree, "--gpu", "RTX 4090", "--format", "human", "--all")) == 0
+    lines = [re.sub(r"\x1b\[[0-9;]*m", "", line) for line in capsys.readouterr().out.splitlines()]
+    start = next(i for i, line in enumerate(lines) if "max_memory_allocated" in line)
+    table = [line for line in lines[start - 10 :] if re.search(r"\d[*]? +\d+ x \d|─", line)]
+    assert len(table) >= len(wide.candidates)
+    assert max(map(cell_len, table)) <= columns
+    assert all(re.search("same|相同|different|不同|─", line) for line in table)
 
 
-def visible_length(line: str) -> int:
-    import re
+def test_the_configuration_of_a_candidate_can_be_printed(
+    wide: Plan, tree: dict[str, Any], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    number = next(i for i, each in enumerate(wide.candidates, start=1) if each.recompute == "selective")
+    assert main(command(tree, "--gpu", "RTX 4090", "--apply", str(number))) == 0
+    (tmp_path / "applied.yaml").write_text(capsys.readouterr().out)
+    applied = read_config(tmp_path / "applied.yaml").config
+    wanted = wide.candidates[number - 1]
+    assert (applied.model.recompute, applied.batch.micro_tokens) == (wanted.recompute, wanted.micro_tokens)
+    assert applied.batch.rows_per_step == 4
 
-    return len(re.sub(r"\x1b\[[0-9;]*m", "", line))
+
+def test_a_model_alone_can_be_planned_for(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["data.max_length=1024", "batch.effective=4", "model.recompute=off", "loss=chunked", "--gpu", "RTX 4090"]
+    assert main(["plan", f"{model}/config.json", *words, "--format", "quiet"]) == 0
+    assert int(capsys.readouterr().out) in (1, 2, 4)
+
+
+def test_splits_are_compared_and_the_rate_is_advised(tree: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    forced = ("model.recompute=off", "loss=chunked")
+    assert main(command(tree, "--gpu", "RTX 4090", "--splits", "1x1,1x4,4x1", *forced)) == 0
+    out = capsys.readouterr().out
+    assert "1 x 4, 4 x 1 are one training of 4 rows a step" in out
+    assert "4 rows a step instead of 1: at most 2 times the learning rate" in out
+
+
+def test_a_list_of_splits_that_cannot_be_read_is_refused(
+    tree: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(command(tree, "--splits", "6by4")) == 2
+    assert "write it like 6x1,6x4,4x6" in capsys.readouterr().err
+
+
+def test_memory_that_others_hold_is_no_part_of_the_limit(tree: dict[str, Any]) -> None:
+    limits = find_limits(config(tree, "memory.budget=20GiB"), gpu="RTX 4090")
+    taken = replace(limits, device=replace(find_device("RTX 4090"), free_bytes=5 * 2**30))
+    assert taken.limit_bytes == 5 * 2**30
+
+
+def test_without_data_every_row_is_as_long_as_the_longest(tree: dict[str, Any]) -> None:
+    assert uniform_lengths(config(tree)).sample_tokens == (1024,)

@@ -1,18 +1,20 @@
 """A run compares its own prediction with what it took."""
 
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
-from fitune.config import read_config
-from fitune.errors import DoesNotFitError
+from fitune.memory.devices import cpu_device, find_device
 from fitune.memory.prediction import Prediction
+from fitune.memory.residuals import circumstances
 from fitune.model.device import MemoryPeak
 from fitune.plan.predict import predict
-from fitune.train.self_check import SelfCheck, check_fits
+from fitune.train import self_check
+from fitune.train.self_check import SelfCheck, run_device
 from fitune.units import GIB, MIB
 from tiny_models import TINY
 
@@ -50,22 +52,37 @@ def test_on_a_cpu_the_program_is_taken_off(prediction: Prediction) -> None:
     assert check.measured(peak).reserved_bytes == 100 * MIB
 
 
-def test_a_difference_on_a_cpu_names_the_c_library(prediction: Prediction) -> None:
+def test_a_difference_comes_with_the_reasons_of_the_interval(prediction: Prediction) -> None:
+    assert prediction.device_interval is not None
     sentence, agrees = SelfCheck(prediction, 0).compare(MemoryPeak(None, 200 * MIB, GIB))
     assert not agrees
-    assert "times the live" in sentence
+    assert sentence.endswith(prediction.device_interval.reasons[-1])
 
 
-class Lengths:
-    lengths = np.array([32])
+def test_the_outcome_is_kept_for_later_predictions(
+    tree: dict[str, Any], prediction: Prediction, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FITUNE_CACHE", str(tmp_path))
+    kept = circumstances(cpu_device(), tree["model"]["source"])
+    SelfCheck(prediction, 0, kept).keep(MemoryPeak(None, 132 * MIB, GIB))
+    interval = predict(tree, gpu="cpu").device_interval
+    assert interval is not None
+    assert "an earlier run of this model here differed from its prediction by +10.0%" in interval.reasons
 
 
-def test_a_forced_setting_above_the_budget_is_refused(tree: dict[str, Any]) -> None:
-    config = read_config(tree, ["memory.budget=10MiB"]).config
-    with pytest.raises(DoesNotFitError, match=r"memory.budget leaves 10.0 MiB.*--no-plan-check"):
-        check_fits(config, Lengths(), device=torch.device("cpu"))  # type: ignore[arg-type]
+def test_a_card_that_is_only_planned_for_has_no_earlier_runs(
+    tree: dict[str, Any], prediction: Prediction, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FITUNE_CACHE", str(tmp_path))
+    kept = circumstances(find_device("RTX 4090"), tree["model"]["source"])
+    SelfCheck(prediction, None, kept).keep(MemoryPeak(100 * MIB, 132 * MIB, GIB))
+    interval = predict(tree, gpu="RTX 4090").device_interval
+    assert interval is not None
+    assert not any("earlier" in reason for reason in interval.reasons)
 
 
-def test_a_setting_that_is_not_forced_is_not_refused(tree: dict[str, Any]) -> None:
-    config = read_config(tree | {"batch": {"effective": 4}}, ["memory.budget=10MiB"]).config
-    check_fits(config, Lengths(), device=torch.device("cpu"))  # type: ignore[arg-type]
+def test_the_card_is_the_one_that_torch_means(monkeypatch: pytest.MonkeyPatch) -> None:
+    cards = tuple(replace(find_device("RTX 4090"), uuid=f"GPU-{name}") for name in ("aa-1", "bb-2"))
+    monkeypatch.setattr(self_check, "this_machine", lambda: cards)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="bb-2"))
+    assert run_device(torch.device("cuda", 0)) is cards[1]

@@ -94,7 +94,8 @@ def plain_eval_loss(directory: Path) -> float:
 def test_a_run_leaves_these_files() -> None:
     train()
     assert {path.name for path in RUN.path.iterdir()} == {
-        "config.yaml", "env.json", "metrics.jsonl", "memory.jsonl", "events.jsonl", "journal.jsonl",
+        "config.yaml", "env.json", "plan.json", "metrics.jsonl", "memory.jsonl", "events.jsonl",
+        "journal.jsonl",
         "summary.json",
         "checkpoints", "best", "last", "lock",
     }  # fmt: skip
@@ -450,3 +451,11 @@ def test_importing_fitune_imports_nothing_heavy(first: str) -> None:
     environment = {**os.environ, "PYTHONPATH": str(SOURCE)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
+
+
+def test_a_run_that_cannot_fit_is_refused_before_its_weights_are_loaded_unless_it_is_told_to_try(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["train", "sft.yaml", "memory.budget=10MiB"]) == 3
+    assert "no plan fits 10.0 MiB" in capsys.readouterr().err
+    assert not RUN.path.exists()

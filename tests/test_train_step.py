@@ -146,6 +146,19 @@ def test_evaluation_gives_loss_and_accuracy_of_the_plain_model_and_leaves_it_tra
     assert result.num_supervised_tokens == batch.num_supervised_tokens
 
 
+@pytest.mark.parametrize("loss", ["full", "chunked"])
+@pytest.mark.parametrize("packed", [True, False])
+def test_evaluation_gives_the_loss_of_each_row_however_rows_are_laid_out(loss: str, packed: bool) -> None:
+    model, batch = make_model(), make_batch()
+    shuffled = Batch(tuple(reversed(batch.rows)))
+    result = evaluate(model, split(shuffled, packed=packed, micro_rows=3), settings=settings_for(model, loss))
+    rows = sorted(batch.rows, key=lambda row: row.row_id)
+    weights = [row.loss_weights.sum() for row in rows]
+    expected = [w and reference(model, Batch((row,)))[1] * w for row, w in zip(rows, weights, strict=True)]
+    assert result.row_losses == pytest.approx(expected, rel=1e-5)
+    assert result.row_weights == pytest.approx(weights)
+
+
 def test_bfloat16_autocast_keeps_a_float32_loss_close_to_float32() -> None:
     model, batch = make_model(), make_batch()
     expected, expected_loss = reference(model, batch)

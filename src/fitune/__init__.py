@@ -3,6 +3,7 @@
     fitune.predict(config, gpu="RTX 4090")     what a run will need            (plan/predict.py)
     fitune.plan(config, gpu="RTX 4090")        what fits, and what was chosen  (plan/planner.py)
     fitune.train(config)                       the whole run
+    fitune.compare(runs)                       runs side by side               (report/compare.py)
     fitune.predict_loop(build, loop)           the same prediction for a loop that is not ours
 
 A config is a mapping, the path of a YAML file or a RunConfig. Nothing heavy is imported before one of these is called.
@@ -33,14 +34,14 @@ def _train(
 
     Raises a FituneError as listed in fitune/errors.py.
     """
-    from fitune.cli.progress import TrainingProgress
+    from fitune.cli.progress import open_progress
     from fitune.cli.train import run_training
     from fitune.config import RunConfig, read_config
 
     if isinstance(config, RunConfig):
         config = config.model_dump(mode="json", exclude_defaults=True)
     resolved = read_config(config)
-    with TrainingProgress(quiet=quiet) as progress:
+    with open_progress(quiet=quiet) as progress:
         return run_training(resolved, progress, overwrite=overwrite)[1]
 
 
@@ -57,6 +58,7 @@ _VERBS: dict[str, Callable[..., Any]] = {"train": _train, "plan": _plan}
 
 if TYPE_CHECKING:
     from fitune.plan.predict import predict as predict
+    from fitune.report.compare import compare as compare
 
     plan = _plan
     train = _train
@@ -67,6 +69,8 @@ else:
             return importlib.import_module(f"fitune.{name}")
         if name == "predict":
             return importlib.import_module("fitune.plan.predict").predict
+        if name == "compare":
+            return importlib.import_module("fitune.report.compare").compare
         raise AttributeError(f"module 'fitune' has no attribute '{name}'")
 
 

@@ -30,6 +30,8 @@ from fitune.units import GIB, MIB
         ("NVIDIA A100 80GB PCIe", "A100 80GB"),
         ("NVIDIA H100 80GB HBM3", "H100"),
         ("NVIDIA H100 PCIe", "H100 PCIe"),
+        ("NVIDIA H100 NVL", "H100 NVL"),
+        ("NVIDIA H800", "H100"),
         ("Tesla T4", "T4"),
         ("Tesla V100-SXM2-16GB", "V100 16GB"),
         ("NVIDIA RTX A6000", "RTX A6000"),
@@ -72,6 +74,23 @@ def test_a_card_shows_a_little_less_memory_than_is_on_its_box(row: devices.Devic
 def test_a_context_prior_is_an_interval(row: devices.Device) -> None:
     assert row.context is not None
     assert 100 * MIB < row.context.low_bytes <= row.context.expected_bytes < row.context.high_bytes < 2 * GIB
+
+
+@pytest.mark.parametrize(
+    "row", [row for row in CATALOGUE if row.name.startswith(("RTX 3", "RTX 4", "RTX 5"))], ids=lambda row: row.name
+)
+def test_tensor_cores_of_a_geforce_are_dense_and_accumulate_in_float32(row: devices.Device) -> None:
+    assert row.float16_flops_per_second is not None
+    assert row.float32_flops_per_second is not None
+    assert row.float16_flops_per_second / row.float32_flops_per_second == pytest.approx(2, rel=0.01)  # sparse: 4
+
+
+@pytest.mark.parametrize(
+    ("name", "teraflops"),
+    [("A100 80GB", 312), ("H100", 989.4), ("H100 PCIe", 756), ("H200", 989.4), ("L40S", 362.1), ("B200", 2250)],
+)
+def test_data_centre_cards_are_not_counted_with_sparsity(name: str, teraflops: float) -> None:
+    assert find_device(name).bfloat16_flops_per_second == pytest.approx(teraflops * 1e12)
 
 
 def test_bfloat16_begins_with_compute_capability_8() -> None:
@@ -189,6 +208,7 @@ def test_a_card_that_answers_nothing_raises_nothing(nvml: FakeNvml, monkeypatch:
         ("", []),
         ("-1", []),
         ("0,7,2", ["GPU-aaaa1"]),
+        ("0,2,0", []),
         ("GPU-bbbb3,GPU-aa", ["GPU-bbbb3", "GPU-aaaa1"]),
         ("GPU-bbbb", []),
         ("MIG-1", []),
@@ -234,6 +254,25 @@ def test_a_control_group_limits_the_cpus_memory(
     monkeypatch.setattr(devices, "PROCESS_CGROUPS", tmp_path / "cgroup")
     device = cpu_device()
     assert (device.total_bytes, device.free_bytes) == (512 * MIB, 12 * MIB)
+
+
+@pytest.mark.parametrize(("line", "prefix"), [("0::/", ""), ("4:memory:/", "total_")])
+def test_page_cache_of_a_control_group_is_free(
+    line: str, prefix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "memory").mkdir()
+    for folder, limit, used in (
+        (tmp_path, "memory.max", "memory.current"),
+        (tmp_path / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ):
+        (folder / limit).write_text(f"{512 * MIB}\n")
+        (folder / used).write_text(f"{500 * MIB}\n")
+        statistics = f"active_file {100 * MIB}\ninactive_file {200 * MIB}\nfile {400 * MIB}\n"
+        (folder / "memory.stat").write_text("".join(f"{prefix}{row}\n" for row in statistics.splitlines()))
+    (tmp_path / "cgroup").write_text(f"{line}\n")
+    monkeypatch.setattr(devices, "CGROUP_ROOT", tmp_path)
+    monkeypatch.setattr(devices, "PROCESS_CGROUPS", tmp_path / "cgroup")
+    assert cpu_device().free_bytes == 312 * MIB
 
 
 def test_a_system_without_control_groups_has_no_such_limit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 import gzip
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,38 @@ def test_the_command_gives_2_for_a_file_that_is_no_recording(
     path.write_bytes(content)
     assert main([str(path), str(GOLDEN[0])]) == 2
     assert "unreadable: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("change", "place"),
+    [
+        ({"events": 5}, "events: "),
+        ({"events": [["a", 1]]}, r"the event \['a', 1\]"),
+        ({"events": [["q"]]}, r"the event \['q'\]"),
+        ({"events": [["a", 1, -5]]}, r"the event \['a', 1, -5\]"),
+        ({"events": [["f", [1]]]}, r"the event \['f', \[1\]\]"),
+        ({"expected": [{"i": 0}, {}]}, r"expected\.1"),
+        ({"vram_bytes": "much"}, "vram_bytes: "),
+        ({"memory_fraction": 7}, "memory_fraction: "),
+        ({"ooms": 7}, "ooms: "),
+        ({"driver": []}, "driver: "),
+        ({"reserved_changes": "no"}, "reserved_changes: "),
+        ({"config": None}, "config: "),
+    ],
+)
+def test_a_malformed_recording_is_refused_where_it_is_wrong(
+    change: dict[str, Any], place: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "file.json"
+    path.write_text(json.dumps(recording() | change))
+    assert main([str(path)]) == 2
+    assert re.search(place, capsys.readouterr().out)
+
+
+def test_brackets_without_end_are_no_recording(tmp_path: Path) -> None:
+    path = tmp_path / "file.json"
+    path.write_text("[" * 100_000)
+    assert main([str(path)]) == 2
 
 
 def test_a_file_that_is_not_there_gives_2() -> None:

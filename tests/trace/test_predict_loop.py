@@ -111,7 +111,7 @@ def packed(device: torch.device, lengths: tuple[int, ...]) -> MicroBatch:
 
 def own_loop(lengths: tuple[int, ...]) -> Callable[[nn.Module, torch.device], Callable[[], Any]]:
     def loop(model: nn.Module, device: torch.device) -> Callable[[], Any]:
-        optimizer = build_optimizer(model, OptimConfig(), lr=1e-4)
+        optimizer = build_optimizer(model, OptimConfig(), lr=1e-4, device=torch.device("cuda"))
         micro_batches = [packed(device, lengths), packed(device, lengths)]
         return lambda: train_step(model, optimizer, micro_batches, settings=StepSettings(LossSettings()))
 

@@ -47,7 +47,17 @@ app.command(
     help="Train by a configuration.",
     sort_key=4,
 )
+app.command("fitune.cli.watch:watch", help="A run live, or as it ended: progress, memory, loss, events.", sort_key=6)
 app.command("fitune.cli.runs:runs", help="The runs here, one line each.", sort_key=7)
+app.command(
+    "fitune.cli.sweep:sweep",
+    usage="fitune sweep CONFIG [KEY.SUB=VALUE...] [OPTIONS]",
+    help="Several configurations one after another, then compared.",
+    sort_key=5,
+)
+app.command("fitune.cli.compare:compare", help="Runs side by side, at equal tokens.", sort_key=8)
+app.command("fitune.cli.advise:advise", help="What to change in a run, best first.", sort_key=9)
+app.command("fitune.cli.report:report", help="Runs as one offline HTML page.", sort_key=10)
 app.command("fitune.cli.export:export", help="A run's weights for use elsewhere.", sort_key=11)
 app.command("fitune.cli.demo:demo", help="The whole story here in minutes: real model, real data.", sort_key=13)
 app.command("fitune.cli.config_command:app", name="config", help="About configuration files.", sort_key=12)

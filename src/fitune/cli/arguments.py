@@ -58,11 +58,18 @@ _KEYS = {
 }
 
 
-def read_arguments(words: tuple[str, ...], flags: ConfigFlags, *, overrides: Sequence[str] = ()) -> ResolvedConfig:
-    """overrides: of a verb's own flags. Raises ConfigError with every fault of the file and of what was typed."""
+def read_arguments(
+    words: tuple[str, ...], flags: ConfigFlags, *, overrides: Sequence[str] = (), source: Path | None = None
+) -> ResolvedConfig:
+    """overrides: of a verb's own flags. source: a run's configuration, in place of a file among the words.
+
+    Raises ConfigError with every fault of the file and of what was typed."""
     own, overrides = overrides, list(words)
     is_file = bool(words) and ("=" not in words[0] or Path(words[0]).exists())
-    source = Path(overrides.pop(0)) if is_file else None
+    if source is not None and is_file:
+        raise ConfigError([f"{words[0]}: the run has its configuration; give what changes as key.sub=value"])
+    if is_file:
+        source = Path(overrides.pop(0))
     if source is None and not words and flags == ConfigFlags():
         raise ConfigError(["nothing to work on: give a configuration file, or --model and --data"])
     return read_config(source, [*overrides, *_overrides(flags), *own])

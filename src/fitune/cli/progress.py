@@ -6,6 +6,8 @@ from collections import deque
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
+from fitune.cli.notebook import NotebookProgress, in_notebook
+from fitune.run.directory import RunDirectory
 from fitune.run.metrics import EvalMetrics, StepMetrics
 from fitune.units import format_bytes, format_seconds
 
@@ -41,6 +43,10 @@ class TrainingProgress:
     def note(self, text: str) -> None:
         """One line that stays: what is being done, a warning, an event."""
         self._bar.console.print(text, soft_wrap=True, markup=False)
+
+    def begin(self, run: RunDirectory) -> None:
+        """The run has its directory, and what follows is part of it."""
+        self.note(f"run    {run.path}")
 
     def rows(self, num_rows: int | None) -> None:
         """Rows tokenised so far; None when that is done. Shown in the bar, or as a line now and then."""
@@ -85,3 +91,11 @@ class TrainingProgress:
             parts.append(format_bytes(peak))
         parts.append(f"left {format_seconds(left)}")
         return " | ".join(parts)
+
+
+RunProgress = TrainingProgress | NotebookProgress
+
+
+def open_progress(*, quiet: bool) -> RunProgress:
+    """As fits the place: a block in a notebook, a bar on a terminal, lines elsewhere."""
+    return NotebookProgress() if in_notebook() and not quiet else TrainingProgress(quiet=quiet)

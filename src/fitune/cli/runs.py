@@ -7,10 +7,13 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from fitune.cli.output import Format, console, print_json, table, warn
+from fitune.cli.watch_screen import progress_fraction, seconds_left
 from fitune.run.directory import RunRecord, list_runs
-from fitune.run.metrics import summary_json
+from fitune.run.follow import RunFollower
+from fitune.run.metrics import Summary, summary_json
 from fitune.units import format_count, format_gib, format_seconds
 
+TAIL_BYTES = 2**18
 _COLOURS = {"running": "cyan", "finished": "green", "failed": "red", "crashed": "red", "damaged": "red"}
 
 
@@ -20,7 +23,7 @@ def runs(
     *,
     output_format: Format = "auto",
 ) -> None:
-    """The runs in a directory, the latest last.
+    """The runs in a directory, the latest last; of those that run, the present step and the time left.
 
     States: running, finished, stopped (by its user or by stop_after), failed (it said why), crashed (its process
     ended without a word), damaged (its summary cannot be read).
@@ -37,7 +40,7 @@ def runs(
     elif not records:
         warn(f"there are no runs in {directory}")
     else:
-        columns = ("run", "state", ">steps", ">train", ">eval", ">peak GiB", ">tok/s", ">age")
+        columns = ("run", "state", ">steps", ">train", ">eval", ">peak GiB", ">tok/s", ">time")
         grid = table(columns, [_row(record) for record in records])
         for row, record in enumerate(records):
             grid.rows[row].style = _COLOURS.get(record.state)
@@ -50,19 +53,31 @@ def _json(record: RunRecord) -> dict[str, object]:
 
 
 def _row(record: RunRecord) -> tuple[str, ...]:
-    age = _age(time.time() - record.updated)
-    summary = record.summary
-    if summary is None:
-        return (record.run.name, record.state, *["n/a"] * 5, age)
+    summary = record.summary or Summary()
+    peak_bytes = summary.peak_allocated_bytes or summary.peak_reserved_bytes or summary.peak_device_bytes
+    if record.state == "running":  # its summary is as old as its last save
+        view = RunFollower(record.run, tail_bytes=TAIL_BYTES).read()
+        if view.steps:
+            last, done = view.steps[-1], progress_fraction(view)
+            return (
+                record.run.name,
+                "running" if done is None else f"running {done:.0%}",
+                f"{last.step:,}",
+                _loss(last.loss),
+                _loss(view.evals[-1].eval_loss if view.evals else summary.eval_loss),
+                format_gib(peak_bytes or last.peak_allocated_bytes or last.device_used_bytes),
+                format_count(last.tokens_per_second),
+                f"{format_seconds(seconds_left(view))} left",
+            )
     return (
         record.run.name,
         record.state,
-        f"{summary.steps:,}",
+        f"{summary.steps:,}" if record.summary else "n/a",
         _loss(summary.train_loss),
         _loss(summary.eval_loss),
-        format_gib(summary.measured_allocated_bytes),
+        format_gib(peak_bytes),
         format_count(summary.tokens_per_second),
-        age,
+        f"{_age(time.time() - record.updated)} ago",
     )
 
 

@@ -1,45 +1,74 @@
 """`fitune train`: train by a configuration."""
 
+import json
 import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
 from fitune.cli.arguments import ConfigArguments, ConfigFlags, read_arguments
-from fitune.cli.output import Format, print_json
-from fitune.cli.progress import TrainingProgress
+from fitune.cli.output import SCHEMA, Format, print_json
+from fitune.cli.progress import RunProgress, open_progress
 from fitune.config import ResolvedConfig, RunConfig, format_config
+from fitune.errors import RunDirectoryError, UsageError
 from fitune.memory.allocator_config import parse_allocator_config
 from fitune.memory.environment import environment
-from fitune.run.directory import RunDirectory, create_run, name_prefix, working_on, write_atomically, write_json
+from fitune.plan.calibration import calibrate
+from fitune.plan.plan import plan_json
+from fitune.run.directory import (
+    RunDirectory,
+    create_run,
+    list_runs,
+    name_prefix,
+    open_run,
+    working_on,
+    write_atomically,
+    write_json,
+)
 from fitune.run.metrics import Summary, summary_json
 from fitune.units import format_bytes, format_count, format_seconds
 
 if TYPE_CHECKING:
     from fitune.train.prepare import Prepared
+    from fitune.train.resume import Replay, Start
 
 
 def train(
     *words: ConfigArguments,
     flags: ConfigFlags = ConfigFlags(),  # noqa: B008 (frozen)
+    resume: Annotated[str | None, Parameter(help="go on with this run: its directory, or latest")] = None,
+    allow_change: Annotated[tuple[str, ...], Parameter(help="what may differ from the run that goes on")] = (),
+    replay: Annotated[Path | None, Parameter(help="do this run's steps once more and compare each one")] = None,
     overwrite: Annotated[bool, Parameter(help="replace an existing run of this name")] = False,
     print_config: Annotated[bool, Parameter(help="print the resolved configuration, and stop")] = False,
     dry_run: Annotated[bool, Parameter(help="load and check everything, and stop before the first step")] = False,
     no_plan_check: Annotated[bool, Parameter(help="start even where the prediction exceeds memory.budget")] = False,
     output_format: Format = "auto",
 ) -> None:
-    """Train by a configuration. An existing run is refused unless --overwrite."""
-    resolved = read_arguments(words, flags)
+    """Train by a configuration, or go on with a run. An existing run is refused unless --overwrite."""
+    _check_flags(resume=resume, replay=replay, overwrite=overwrite, allow_change=allow_change)
+    earlier = _earlier_run(resume, replay, output=flags.output)
+    resolved = read_arguments(words, flags, source=None if earlier is None else earlier.config)
     if print_config:
         _print_config(resolved, output_format)
         return
     quiet = output_format == "quiet"
-    with TrainingProgress(quiet=quiet) as progress:
+    with open_progress(quiet=quiet) as progress:
         if dry_run:
             _prepare(resolved.config, progress, plan_check=not no_plan_check)
             progress.note("dry run: model, data and settings fit together; nothing was written")
             return
-        run, summary = run_training(resolved, progress, overwrite=overwrite, plan_check=not no_plan_check)
+        if earlier is not None and replay is None:
+            is_changed = bool(words) or flags != ConfigFlags(output=flags.output)
+            summary = _resume(earlier, resolved, progress, allow_change=allow_change, is_changed=is_changed)
+            run = earlier
+        else:
+            run, summary = run_training(
+                resolved, progress, overwrite=overwrite, plan_check=not no_plan_check, replayed=earlier
+            )
         _report(run, summary, progress)
     if output_format == "json":
         print_json({"run": str(run.path), "summary": summary_json(summary)})
@@ -48,40 +77,149 @@ def train(
 
 
 def run_training(
-    resolved: ResolvedConfig, progress: TrainingProgress, *, overwrite: bool = False, plan_check: bool = True
+    resolved: ResolvedConfig,
+    progress: RunProgress,
+    *,
+    overwrite: bool = False,
+    plan_check: bool = True,
+    replayed: RunDirectory | None = None,
 ) -> tuple[RunDirectory, Summary]:
     """Everything of a run from its configuration to its summary. Nothing is written before model and data are loaded,
-    so that what cannot work leaves no trace; only a run that would be refused is refused at once."""
+    so that what cannot work leaves no trace; only a run that would be refused is refused at once.
+
+    replayed: the run whose steps are done once more, in a directory of its own beside it."""
     config = resolved.config
     name = config.run.name
     run = None
-    if name is not None and (config.run.output / name).exists() and not overwrite:
-        run = create_run(config.run.output, name)  # refuses unless it is an empty directory
-    prepared = _prepare(config, progress, plan_check=plan_check)
-    from fitune.train.loop import train as train_loop
-    from fitune.train.monitor import watched
+    if replayed is not None:
+        name = f"{replayed.name}-replay-"
+    elif name is not None and (config.run.output / name).exists() and not overwrite:
+        run = create_run(config.run.output, name)  # refuses unless there is nothing to lose
+    settings = None if replayed is None else _settings(replayed)
+    prepared = _prepare(config, progress, plan_check=plan_check, settings=settings)
+    from fitune.data.examples import data_json
+    from fitune.train.checkpoint import check_disk
+    from fitune.train.resume import read_replay
 
+    replay = None if replayed is None else read_replay(replayed)
+    output = config.run.output if replayed is None else replayed.path.parent
+    if (note := check_disk(output, prepared.setup, config.optim.name)) is not None:
+        progress.note(f"warn   {note}")
     if run is None:
         prefix = name_prefix(config.model.source, config.data.train_sources[0].path)
-        run = create_run(config.run.output, name or prefix, overwrite=overwrite)
-    progress.note(f"run    {run.path}")
+        run = create_run(output, name or prefix, overwrite=overwrite)
+    progress.begin(run)
     with working_on(run):
         write_atomically(run.config, format_config(resolved))
         write_json(run.env, environment(config.run.output))
-        with watched(config, prepared.setup, run, watcher=progress) as watcher:
-            summary = train_loop(
-                config,
-                prepared.setup,
-                run,
-                data=prepared.data,
-                tokenizer=prepared.tokenizer,
-                watcher=watcher,
-                self_check=prepared.self_check,
-            )
+        write_json(run.data, data_json(prepared.data.train, prepared.data.eval))
+        if prepared.plan is not None:
+            write_json(run.plan, {"schema": SCHEMA, **plan_json(prepared.plan), "settings": prepared.settings})
+        summary = _train(config, prepared, run, progress=progress, replay=replay)
+    if prepared.plan is not None:
+        calibrate(prepared.plan, run.metrics)
+    if replay is not None:
+        progress.note(f"replay of {replay.path}: {len(replay.lines):,} steps, each bit for bit")
     return run, summary
 
 
-def _prepare(config: RunConfig, progress: TrainingProgress, *, plan_check: bool) -> "Prepared":
+def _resume(
+    run: RunDirectory,
+    resolved: ResolvedConfig,
+    progress: RunProgress,
+    *,
+    allow_change: tuple[str, ...],
+    is_changed: bool,
+) -> Summary:
+    """Nothing in the directory changes before everything is loaded and found to be the same run."""
+    with working_on(run):
+        progress.begin(run)
+        from fitune.model.device import choose_device
+        from fitune.train.checkpoint import newest_checkpoint
+        from fitune.train.identity import run_conditions, run_identity
+        from fitune.train.resume import go_on, pin_precision
+
+        checkpoint, faults = newest_checkpoint(run)
+        config = resolved.config
+        if checkpoint is not None:
+            config = pin_precision(config, checkpoint, choose_device())
+        prepared = _prepare(config, progress, plan_check=False, settings=_settings(run))
+        setup, data = prepared.setup, prepared.data
+        identity = run_identity(config, setup, train=data.train, held_out=data.eval)
+        facts = (identity, run_conditions(config, setup))
+        start = go_on(run, checkpoint, setup, config=config, facts=facts, allowed=allow_change)
+        if is_changed:
+            write_atomically(run.config, format_config(resolved))
+        start = replace(start, notes=(*faults, *start.notes))
+        return _train(config, prepared, run, progress=progress, start=start)
+
+
+def _train(
+    config: RunConfig,
+    prepared: "Prepared",
+    run: RunDirectory,
+    *,
+    progress: RunProgress,
+    start: "Start | None" = None,
+    replay: "Replay | None" = None,
+) -> Summary:
+    from fitune.train.loop import train as train_loop
+    from fitune.train.monitor import watched
+
+    with watched(config, prepared.setup, run, watcher=progress) as watcher:
+        return train_loop(
+            config,
+            prepared.setup,
+            run,
+            data=prepared.data,
+            tokenizer=prepared.tokenizer,
+            watcher=watcher,
+            self_check=prepared.self_check,
+            start=start,
+            replay=replay,
+        )
+
+
+def _check_flags(*, resume: str | None, replay: Path | None, overwrite: bool, allow_change: tuple[str, ...]) -> None:
+    if resume is not None and replay is not None:
+        raise UsageError("--resume and --replay exclude each other: go on with a run, or do it once more")
+    if overwrite and (resume is not None or replay is not None):
+        raise UsageError("--overwrite begins a run anew: drop it, or --resume and --replay")
+    if allow_change and resume is None:
+        raise UsageError("--allow-change is for --resume: drop it, or name the run that goes on")
+
+
+def _earlier_run(resume: str | None, replay: Path | None, *, output: str | None) -> RunDirectory | None:
+    """The run that goes on or is replayed. Raises RunDirectoryError where there is none."""
+    if resume == "latest":
+        directory = Path(output or "runs")
+        records = list_runs(directory)
+        if not records:
+            raise RunDirectoryError(f"there are no runs in {directory}: give the directory of one, or --output")
+        run = records[-1].run
+    elif resume is not None or replay is not None:
+        run = open_run(Path(resume) if resume is not None else replay or Path())
+    else:
+        return None
+    if not run.config.exists():
+        raise RunDirectoryError(f"{run.path} was stopped before it began: start it again as it was started")
+    return run
+
+
+def _settings(run: RunDirectory) -> list[str]:
+    """What the plan of that run decided; nothing where it had none."""
+    try:
+        content = json.loads(run.plan.read_text(encoding="utf-8"))
+        return [str(setting) for setting in content["settings"]]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunDirectoryError(f"{run.plan} cannot be read, so the run cannot be gone on with as planned") from error
+
+
+def _prepare(
+    config: RunConfig, progress: RunProgress, *, plan_check: bool, settings: Sequence[str] | None = None
+) -> "Prepared":
     parse_allocator_config(config.memory.allocator)
     if config.memory.allocator:
         os.environ["PYTORCH_ALLOC_CONF"] = config.memory.allocator  # read when CUDA starts, so before torch is used
@@ -90,7 +228,7 @@ def _prepare(config: RunConfig, progress: TrainingProgress, *, plan_check: bool)
     from fitune.train.trackers import check_trackers
 
     check_trackers(config)
-    prepared = prepare(config, on_progress=progress.rows, plan_check=plan_check)
+    prepared = prepare(config, on_progress=progress.rows, plan_check=plan_check, settings=settings)
     progress.rows(None)
     report = prepared.data.train.report
     trainable, parameters = prepared.num_trainable_parameters, prepared.num_parameters
@@ -109,9 +247,9 @@ def _prepare(config: RunConfig, progress: TrainingProgress, *, plan_check: bool)
     return prepared
 
 
-def _report(run: RunDirectory, summary: Summary, progress: TrainingProgress) -> None:
+def _report(run: RunDirectory, summary: Summary, progress: RunProgress) -> None:
     loss = "n/a" if summary.eval_loss is None else f"{summary.eval_loss:.4f}"
-    peak = summary.measured_reserved_bytes or summary.measured_device_bytes
+    peak = summary.peak_reserved_bytes or summary.peak_device_bytes
     progress.note(
         f"{summary.status} after {summary.steps:,} steps, {format_count(summary.tokens)} tokens, "
         f"{format_seconds(summary.seconds)} | eval loss {loss} | peak memory {format_bytes(peak)}"

@@ -190,6 +190,8 @@ def _remove_unknown_keys(draft: _Draft, tree: Any, model: type[Section], path: K
 def _suggestion(name: str) -> str:
     """': did you mean ...', or what the name is called here if it is another tool's or stands in another section."""
     known = {path[-1]: _dotted(path) for path in reversed(list(_leaves(RunConfig)))}
+    if name == "sweep":
+        return ": several runs in one file are for 'fitune sweep'"
     if name in known:
         return f": did you mean '{known[name]}'?"
     if hint := foreign_hint(name):

@@ -55,7 +55,7 @@ Attention = Literal["flash", "efficient", "math", "eager"]
 Recompute = Literal["off", "every_2", "every_4", "selective", "full"]
 Loss = Literal["full", "chunked"]
 Tracker = Literal["tensorboard", "trackio", "wandb", "mlflow", "swanlab"]
-OptimizerName = Literal["adamw", "adamw_foreach", "adamw_8bit", "adafactor", "sgd"]
+OptimizerName = Literal["adamw", "adamw_foreach", "adamw_host", "adamw_8bit", "adamw_8bit_paged", "adafactor", "sgd"]
 
 
 class Section(BaseModel):
@@ -89,6 +89,8 @@ class ModelConfig(Section):
     precision: Precision | Auto = "auto"
     attention: Attention | Auto = "auto"
     recompute: Recompute | Auto = "auto"
+    offload_activations: Bool = Field(False, description="keep what recomputed layers keep in the host's memory")
+    compile: Bool = Field(False, description="compile each layer with torch.compile")
     shape: ShapeConfig = ShapeConfig()
     trust_remote_code: Bool = Field(False, description="run Python code that comes with the model")
 
@@ -207,6 +209,10 @@ class MemoryConfig(Section):
         "auto", description="auto, 20GiB, or a share of the free memory like 0.9"
     )
     gpu: str | None = Field(None, description="a card of the catalogue to plan for; this machine's when left out")
+    on_oom: Literal["stop", "quarantine"] = Field(
+        "stop", description="a row that does not fit even alone: stop the run, or leave the row out"
+    )
+    grow: Bool = Field(True, description="larger micro-batches than planned where a GPU has room and gains speed")
     allocator: str = Field("", description="PYTORCH_ALLOC_CONF of the run and of its prediction")
 
 
@@ -268,6 +274,11 @@ class RunConfig(Section):
                 f"model.lora.{key} has no effect while model.method is full: set model.method to lora, or drop it"
                 for key in keys
             ]
+        if self.model.offload_activations and self.model.recompute in ("off", "auto"):
+            faults.append(
+                f"model.offload_activations has no effect while model.recompute is {self.model.recompute}: "
+                "set model.recompute to full, selective, every_2 or every_4"
+            )
         if self.data.eval is not None and self.data.eval_fraction != DataConfig.model_fields["eval_fraction"].default:
             faults.append("data.eval_fraction has no effect beside data.eval: drop one of them")
         if self.data.eval is None and self.data.eval_fraction == 0 and self.train.eval_every != "auto":

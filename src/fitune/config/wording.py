@@ -38,6 +38,8 @@ def _one(schema: Mapping[str, Any]) -> str:
     kind = schema.get("type")
     if kind == "array":
         prefix = schema.get("prefixItems")
+        if choices := schema.get("items", {}).get("enum"):
+            return f"a list of words, each {', '.join(choices[:-1])} or {choices[-1]}"
         return f"a list of {len(prefix)} numbers below 1" if prefix else "a list"
     if kind in ("integer", "number"):
         return f"a {'whole ' if kind == 'integer' else ''}number{_limits(schema)}"

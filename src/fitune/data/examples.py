@@ -24,6 +24,7 @@ from fitune.data.report import (
     DataReport,
     SourceReport,
     SplitReport,
+    length_histogram,
     length_quantiles,
     padding_report,
 )
@@ -67,6 +68,18 @@ class Examples:
 
     def __iter__(self) -> Iterator[Row]:
         return (self[index] for index in range(len(self)))
+
+
+def data_json(train: Examples, held_out: Examples) -> dict[str, Any]:
+    """What a run keeps of its data, as `write_json` takes it: the report, the lengths and the hashes of both sides."""
+    return {
+        "schema": 1,
+        **asdict(train.report),
+        "supervised_fraction": train.report.supervised_fraction,
+        "data_hash": train.data_hash,
+        "held_out_hash": held_out.data_hash,
+        "lengths": length_histogram(train.lengths, train.report.max_length),
+    }
 
 
 def load_examples(

@@ -111,6 +111,14 @@ def padding_report(lengths_R: npt.NDArray[np.int32], max_length: int) -> Padding
     )
 
 
+def length_histogram(lengths_R: npt.NDArray[np.int32], max_length: int, *, num_bins: int = 40) -> dict[str, list[int]]:
+    """How many rows have how many tokens: `counts[i]` rows of at least `edges[i]` and less than `edges[i + 1]`, the
+    last bin with both its edges."""
+    edges = np.unique(np.linspace(1, max(max_length, 2), num_bins + 1).round().astype(np.int64))
+    counts, _ = np.histogram(lengths_R, bins=edges)
+    return {"edges": edges.tolist(), "counts": counts.tolist()}
+
+
 def _padded_tokens(lengths_R: npt.NDArray[np.int32], rows: int = 8) -> int:
     starts = np.arange(0, len(lengths_R), rows)
     longest = np.maximum.reduceat(lengths_R, starts).astype(np.int64)

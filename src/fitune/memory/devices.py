@@ -1,9 +1,13 @@
 """The memory that a run can have: a catalogue of CUDA cards to plan for, and the cards and the memory of this machine.
 
 Figures of the catalogue:
-- memory on the box, bandwidth and dense arithmetic (16 bits in tensor cores, where there are any, with float32
-  accumulation; float32 outside them): NVIDIA's data sheets and architecture white papers, at boost clock; laptops at
-  their highest power. B200's bandwidth: 7,680 bits at 3,996 MHz as its driver reports them (pytorch/ao #4002).
+- memory on the box, bandwidth and compute capability: NVIDIA's data sheets and its CUDA GPU list. B200's bandwidth:
+  7,680 bits at 3,996 MHz as its driver reports them (pytorch/ao #4002).
+- dense arithmetic, 16 bits in tensor cores with float32 accumulation (bfloat16 at the same rate from 8.0 on; outside
+  tensor cores where there are none) and float32 outside them: NVIDIA's architecture white papers, at boost clock. Data
+  sheets since Ampere print twice the tensor rate, with structured sparsity; what stands here is without it. GeForce
+  accumulates in float32 at half the rate of the professional cards. Laptops are counted at the boost clock of 150 W:
+  2,040 MHz for the RTX 4090's 9,728 cores, 2,160 MHz for the RTX 5090's 10,496.
 - visible memory: `torch.cuda.mem_get_info`'s total as PyTorch's out-of-memory messages show it for such cards on Linux,
   for example 23.64 GiB of a 24 GB RTX 4090. It differs by 0.1 GiB between drivers, and is some 6 % less with ECC on.
 - what the CUDA context takes outside PyTorch's allocator, an interval by compute capability from published
@@ -121,10 +125,10 @@ CATALOGUE: tuple[Device, ...] = (
     _card("RTX 5060 Ti 16GB", "(rtx)?5060ti", (16, 15.47), (12, 0), (448, 47.4, 23.7)),
     _card("RTX 5060 Ti 8GB", "(rtx)?5060ti", (8, 7.53), (12, 0), (448, 47.4, 23.7)),
     _card("RTX 5060", "(rtx)?5060", (8, 7.53), (12, 0), (448, 38.4, 19.2)),
-    _card("RTX 5090 Laptop", "(rtx)?5090laptop", (24, 23.42), (12, 0), (896, 63.6, 31.8)),
+    _card("RTX 5090 Laptop", "(rtx)?5090laptop", (24, 23.42), (12, 0), (896, 90.7, 45.3)),
     _card("RTX 4090", "(rtx)?4090", (24, 23.64), (8, 9), (1008, 165.2, 82.6)),
     _card("RTX 4090 D", "(rtx)?4090d", (24, 23.64), (8, 9), (1008, 147.1, 73.5)),
-    _card("RTX 4090 Laptop", "(rtx)?4090laptop", (16, 15.70), (8, 9), (576, 66.0, 33.0)),
+    _card("RTX 4090 Laptop", "(rtx)?4090laptop", (16, 15.70), (8, 9), (576, 79.4, 39.7)),
     _card("RTX 4080 SUPER", "(rtx)?4080super", (16, 15.70), (8, 9), (736, 104.4, 52.2)),
     _card("RTX 4080", "(rtx)?4080", (16, 15.70), (8, 9), (717, 97.5, 48.7)),
     _card("RTX 4070 Ti SUPER", "(rtx)?4070tisuper", (16, 15.70), (8, 9), (672, 88.2, 44.1)),
@@ -152,7 +156,8 @@ CATALOGUE: tuple[Device, ...] = (
     # data centre
     _card("B200", "b200", (180, 178.35), (10, 0), (7672, 2250.0, 75.0)),
     _card("H200", "h200(sxm)?", (141, 139.80), (9, 0), (4800, 989.4, 66.9)),
-    _card("H100", "h100(sxm5?)?", (80, 79.18), (9, 0), (3352, 989.4, 66.9)),
+    _card("H100 NVL", "h100nvl", (94, 93.10), (9, 0), (3938, 835.5, 60.0)),
+    _card("H100", "h[18]00(sxm5?)?", (80, 79.18), (9, 0), (3352, 989.4, 66.9)),
     _card("H100 PCIe", "h100pcie", (80, 79.18), (9, 0), (2039, 756.0, 51.2)),
     _card("H20", "h20", (96, 95.00), (9, 0), (4000, 148.0, 44.0)),
     _card("A100 80GB", "a[18]00(sxm4?|pcie)?", (80, 79.25), (8, 0), (2039, 312.0, 19.5)),
@@ -220,7 +225,8 @@ def this_machine() -> tuple[Device, ...]:
 
 
 def cpu_device() -> Device:
-    """This machine's memory, or what its control group leaves of it."""
+    """This machine's memory, or what its control group leaves of it. Page cache counts as free: the kernel gives it up
+    when memory is asked for."""
     memory = psutil.virtual_memory()
     total, free = memory.total, memory.available
     for limit, used in _cgroup_limits(CGROUP_ROOT, PROCESS_CGROUPS):
@@ -237,25 +243,37 @@ def cpu_device() -> Device:
 
 
 def _cgroup_limits(root: Path, process_cgroups: Path) -> Iterator[tuple[int, int]]:
-    """Limit and use in bytes of the process's control groups and those above them, versions 1 and 2. Those that lie
-    outside the mounted tree, as in a container, are not seen."""
+    """Limit and use (without page cache) in bytes of the process's control groups and those above them, versions 1 and
+    2. Those that lie outside the mounted tree, as in a container, are not seen."""
     try:
         lines = process_cgroups.read_text().splitlines()
     except OSError:
         return
     for _, controllers, path in (line.split(":", 2) for line in lines):
         if controllers == "":
-            top, limit_name, used_name = root, "memory.max", "memory.current"
+            top, limit_name, used_name, prefix = root, "memory.max", "memory.current", ""
         elif "memory" in controllers.split(","):
             top, limit_name, used_name = root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+            prefix = "total_"  # with the groups below, as the use is
         else:
             continue
         inner = top / path.lstrip("/")
         for group in (inner, *inner.parents):
             with contextlib.suppress(OSError, ValueError):  # no such file, or the word "max"
-                yield int((group / limit_name).read_text()), int((group / used_name).read_text())
+                used = int((group / used_name).read_text())
+                cache = _page_cache_bytes(group / "memory.stat", prefix)
+                yield int((group / limit_name).read_text()), max(used - cache, 0)
             if group == top:
                 break
+
+
+def _page_cache_bytes(statistics: Path, prefix: str) -> int:
+    """Pages of files in a control group's memory.stat; those of shared memory are not among them."""
+    try:
+        numbers = dict(line.split() for line in statistics.read_text().splitlines())
+    except (OSError, ValueError):
+        return 0
+    return sum(int(numbers.get(f"{prefix}{name}", 0)) for name in ("active_file", "inactive_file"))
 
 
 def _real_device(nvml: ModuleType, handle: Any) -> Device:

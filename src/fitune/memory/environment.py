@@ -29,7 +29,7 @@ def environment(output: Path) -> dict[str, Any]:
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "packages": {name: _version(name) for name in (*PACKAGES, *OPTIONAL_PACKAGES)},
-        "driver": _driver_version(),
+        "driver": driver_version(),
         "cards": [_card(device) for device in this_machine()],
         "cpu": {
             "name": _cpu_name(),
@@ -107,7 +107,8 @@ def _card(device: Device) -> dict[str, Any]:
     }
 
 
-def _driver_version() -> str | None:
+def driver_version() -> str | None:
+    """Of the NVIDIA driver; None without one."""
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError:

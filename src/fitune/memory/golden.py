@@ -13,7 +13,9 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, Field, ValidationError
 
 from fitune.errors import UsageError
 from fitune.memory.allocator import FIRST_ADDRESS, CachingAllocator, OutOfDeviceMemoryError
@@ -56,6 +58,31 @@ _DRIVER_CALLS = {
 }
 
 
+_Count = Annotated[int, Field(strict=True, ge=0)]
+_NUM_FIELDS = {"a": (2, 3), "f": (1,), "e": (0,), "r": (0,)}  # id, bytes, stream
+
+
+class _Indexed(BaseModel):
+    i: _Count | None
+
+
+class _Shape(BaseModel):
+    """What a replay needs of a recording's form; the values in `expected` and the rest are compared, whatever they
+    are."""
+
+    config: str
+    vram_bytes: _Count
+    ctx_bytes: _Count
+    memory_fraction: Annotated[float, Field(gt=0, le=1)] | None
+    on_oom: Literal["stop", "continue"]
+    events: list[Any]
+    expected: list[_Indexed]
+    reserved_changes: list[Any] | None = None
+    ooms: list[_Indexed] | None = None
+    driver: dict[str, Any] | None = None
+    final_layout: list[Any] | None = None
+
+
 @dataclass(frozen=True)
 class Mismatch:
     """The first difference: index of the event (number of events when it is found at the end), field, both values."""
@@ -70,13 +97,30 @@ def read_recording(path: Path) -> dict[str, Any]:
     """A recording from .json or .json.gz. Raises UsageError when it is none."""
     try:
         data = path.read_bytes()
-        recording = json.loads(gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data)
-    except (OSError, EOFError, ValueError, zlib.error) as error:
+        recording: dict[str, Any] = json.loads(gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data)
+        _Shape.model_validate(recording)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"] if isinstance(part, int) or part in _Shape.model_fields)
+        raise UsageError(f"{path} is no recording of an allocator: {place or 'the file'}: {first['msg']}") from None
+    except (OSError, EOFError, ValueError, RecursionError, zlib.error) as error:
         raise UsageError(f"{path} cannot be read as a recording: {error}") from None
-    needed = {"config", "vram_bytes", "ctx_bytes", "memory_fraction", "on_oom", "events", "expected"}
-    if not isinstance(recording, dict) or not needed <= recording.keys():
-        raise UsageError(f"{path} is no recording of an allocator: it needs {', '.join(sorted(needed))}")
+    faulty = next((event for event in recording["events"] if not _is_event(event)), None)
+    if faulty is not None:
+        raise UsageError(
+            f'{path} holds the event {faulty!r}: events are ["a", id, bytes, stream], ["f", id], ["e"] and ["r"]'
+        )
     return recording
+
+
+def _is_event(event: Any) -> bool:
+    return (
+        isinstance(event, list)
+        and len(event) > 0
+        and isinstance(event[0], str)
+        and len(event) - 1 in _NUM_FIELDS.get(event[0], ())
+        and all(type(number) is int and number >= 0 for number in event[1:])
+    )
 
 
 def compare_with_recording(recording: dict[str, Any]) -> Mismatch | None:
@@ -139,10 +183,8 @@ class _Replay:
             self.allocator.free(self.addresses.pop(event[1], 0))
         elif kind == "e":
             self.allocator.empty_cache()
-        elif kind == "r":
-            self.allocator.reset_peaks()
         else:
-            raise UsageError(f"unknown event {event!r}: a recording has a, f, e and r")
+            self.allocator.reset_peaks()
         return None
 
     def compare_oom(self, index: int, event: list[Any], error: OutOfDeviceMemoryError) -> Iterator[Mismatch]:

@@ -99,15 +99,19 @@ def ask(nvml: ModuleType, function: str, *arguments: Any) -> Any:
 
 def visible_handles(nvml: ModuleType, environment: Mapping[str, str]) -> list[Any]:
     """Handles in the order of CUDA_VISIBLE_DEVICES, which lists numbers or (beginnings of) UUIDs and ends at the first
-    entry that is none. Numbers count in the order of the bus, as with CUDA_DEVICE_ORDER=PCI_BUS_ID. A card that is
-    divided (MIG) stands for its first part: CUDA uses no other unless one is named."""
+    entry that is none; what is named twice leaves no card at all, as in CUDA. Numbers count in the order of the bus, as
+    with CUDA_DEVICE_ORDER=PCI_BUS_ID. A card that is divided (MIG)
+    stands for its first part: CUDA uses no other unless one is named."""
     count = ask(nvml, "nvmlDeviceGetCount") or 0
     handles = [ask(nvml, "nvmlDeviceGetHandleByIndex", i) for i in range(count)]
     visible = environment.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
         return [_first_part(nvml, handle) for handle in handles if handle is not None]
     chosen: list[Any] = []
-    for entry in (part.strip() for part in visible.split(",")):
+    entries = [part.strip() for part in visible.split(",")]
+    if len(set(entries)) < len(entries):
+        return []
+    for entry in entries:
         if entry.startswith("MIG-"):
             found = [ask(nvml, "nvmlDeviceGetHandleByUUID", entry)]
         elif entry.startswith("GPU-"):

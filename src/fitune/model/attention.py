@@ -336,7 +336,17 @@ def _varlen_parameters() -> frozenset[str]:
     return frozenset(inspect.signature(_varlen_attn()).parameters)
 
 
-# No mask function goes with these names, so transformers builds no mask: our attention is causal by itself.
-AttentionInterface.register(_NAME, rows_attention)
-for _name, _backend in _FORCED.values():
-    AttentionInterface.register(_name, functools.partial(rows_attention, backend=_backend))
+def _register(attend: Callable[..., Any]) -> None:
+    """No mask function goes with these names, so transformers builds no mask: our attention is causal by itself."""
+    AttentionInterface.register(_NAME, attend)
+    for name, backend in _FORCED.values():
+        AttentionInterface.register(name, functools.partial(attend, backend=backend))
+
+
+def keep_out_of_compilation() -> None:
+    """From now on a compiled layer leaves its compiled code for attention, which would be compiled anew for every
+    set of row lengths."""
+    _register(torch.compiler.disable(rows_attention))
+
+
+_register(rows_attention)

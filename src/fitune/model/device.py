@@ -66,6 +66,16 @@ def _resident_peak_bytes() -> int | None:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def held_bytes(device: torch.device) -> int:
+    """What tensors hold now (CUDA), or the process (CPU): what a peak is compared with."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else int(psutil.Process().memory_info().rss)
+
+
+def num_alloc_retries(device: torch.device) -> int:
+    """How often PyTorch had to give cached blocks back to find memory. 0 on a CPU, which has no cache."""
+    return int(torch.cuda.memory_stats(device).get("num_alloc_retries", 0)) if device.type == "cuda" else 0
+
+
 def usable_bytes(device: torch.device) -> int | None:
     """What this process can still allocate. CUDA: what the card has free and what PyTorch holds without using it. CPU:
     what the machine has available, or what the process's own limits (RLIMIT_DATA, RLIMIT_AS) leave."""

@@ -19,9 +19,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 def read_gguf(config: PretrainedConfig, dtype: torch.dtype, **location: Any) -> dict[str, torch.Tensor]:
     """Dequantised tensors under transformers' names. transformers marks a model read from GGUF as quantised, which
-    forbids training and saving it; its tensors are ordinary, so only they are kept."""
+    forbids training and saving it; its tensors are ordinary, so only they are kept. The parsed file is let go: it keeps
+    the whole of it mapped, and what was read of it resident."""
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     model = model_class.from_pretrained(config=config, dtype=dtype, **location)
+    _parsed.cache_clear()
     return cast(dict[str, torch.Tensor], model.state_dict())
 
 

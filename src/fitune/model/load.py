@@ -119,15 +119,21 @@ def build_model(
 
 
 def load_model(
-    model: ModelConfig, device: torch.device, *, precision: Precision | None = None, seed: int = 0
+    model: ModelConfig,
+    device: torch.device,
+    *,
+    precision: Precision | None = None,
+    seed: int = 0,
+    config: PretrainedConfig | None = None,
 ) -> PreTrainedModel | PeftModel:
     """The model that `model` describes on `device`, in training mode, with its adapters where it has any.
 
     On the meta device nothing is read but the configuration: that model is the planner's and the recorder's. precision:
-    as decided by `resolve_precision`; where left out it is resolved for `device` (for meta: as on a CPU).
+    as decided by `resolve_precision`; where left out it is resolved for `device` (for meta: as on a CPU). config: an
+    architecture instead of the one that `model` names, on the meta device only.
     """
     precision = precision or resolve_precision(model, *device_precision(device))
-    config = load_config(model)
+    config = config or load_config(model)
     check_attention(model.attention, device=device, dtype=precision.matmul_dtype)
     attention = attention_name(config, model.attention)
     meta = device.type == "meta"

@@ -6,10 +6,11 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from fitune.config import Recompute
+from fitune.config import Auto, Recompute
 from fitune.errors import ModelError
 
 _aten = torch.ops.aten
@@ -29,13 +30,14 @@ _EXPERTS_NAMES = {"aten::_grouped_mm", "transformers::grouped_mm_fallback"}
 _EVERY: dict[Recompute, int] = {"full": 1, "selective": 1, "every_2": 2, "every_4": 4}
 
 
-def set_recompute(model: nn.Module, recompute: Recompute) -> None:
+def set_recompute(model: nn.Module, recompute: Recompute, *, offload: bool = False) -> None:
     """Make the model's layers recompute: none (off), all (full), every second or fourth, or all except their matrix
     products and attention (selective). Gradients are the same in each. Acts in training mode only; may be called again.
 
+    offload: keep the inputs of recomputed layers, which the recomputation starts from, in pinned memory of the host.
     Raises ModelError where the model's layers cannot be recomputed.
     """
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    layers = recomputable_layers(model)
     if recompute != "off" and not layers:
         raise ModelError(f"model.recompute={recompute} needs layers that transformers can recompute: use off")
     again = cast(Callable[..., Any], partial(checkpoint, use_reentrant=False))
@@ -44,9 +46,27 @@ def set_recompute(model: nn.Module, recompute: Recompute) -> None:
         experts = set() if any(getattr(part, "has_bias", False) for part in model.modules()) else _EXPERTS_NAMES
         policy = partial(_policy, names=_EXPENSIVE_NAMES | experts)
         again = partial(again, context_fn=partial(create_selective_checkpoint_contexts, policy))
+    if offload:
+        again = partial(_with_inputs_on_host, again)
     for number, layer in enumerate(layers):
         layer.gradient_checkpointing = recompute != "off" and number % _EVERY[recompute] == 0
         layer._gradient_checkpointing_func = again
+
+
+def recompute_period(recompute: Recompute | Auto) -> int:
+    """How many layers apart the same is done again; auto means off, as long as nothing has decided."""
+    return 1 if recompute == "auto" else _EVERY.get(recompute, 1)
+
+
+def recomputable_layers(model: nn.Module) -> list[GradientCheckpointingLayer]:
+    """The model's repeated layers, in order; empty for a model whose code does not mark them."""
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def _with_inputs_on_host(again: Callable[..., Any], function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """Inside, `again` has hooks of its own, so that only what it keeps itself is moved: no weight."""
+    with save_on_cpu(pin_memory=True):
+        return again(function, *args, **options)
 
 
 def _policy(_: Any, operator: Any, *args: Any, names: set[str], **options: Any) -> CheckpointPolicy:

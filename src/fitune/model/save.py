@@ -6,20 +6,23 @@ renamed. Saving never changes the model, so a run can go on afterwards bit for b
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import cast
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors import SafetensorError
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from fitune.errors import ModelError
 from fitune.model.load import quiet_transformers
+from fitune.model.tensor_file import write_tensors
 
 _MARKS = ("config.json", "adapter_config.json")  # what tells a model's directory from somebody's documents
 
@@ -34,16 +37,47 @@ def save_model(
     adapters added in. An earlier model in `directory` is replaced once the new one is complete. Raises ModelError where
     `directory` holds something else or cannot be written.
     """
-    with replaced_directory(directory) as unfinished, quiet_transformers():
+    with replaced_directory(directory) as unfinished:
+        write_files(unfinished, model_files(model, tokenizer=tokenizer, merge=merge))
+        weights_name, tensors = saved_tensors(model, merge=merge)
+        write_tensors(unfinished / weights_name, tensors)
+
+
+def model_files(model: PreTrainedModel | PeftModel, *, tokenizer: Tokenizer, merge: bool = False) -> dict[str, bytes]:
+    """Every file of a saved model's directory but the weights, by name. They are the same all through a run."""
+    with TemporaryDirectory() as directory, quiet_transformers():
         if isinstance(model, PeftModel) and not merge:
-            model.save_pretrained(str(unfinished), save_embedding_layers=False)  # "auto" would ask the hub
+            model.save_pretrained(directory, state_dict={}, save_embedding_layers=False)  # "auto" would ask the hub
         else:
-            plain = cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
+            plain = _plain(model)
             generation = plain.generation_config
             if generation is not None and generation.eos_token_id is None:
                 generation.eos_token_id = tokenizer.eos_token_id
-            plain.save_pretrained(str(unfinished), state_dict=plain_tensors(model))
-        tokenizer.save_pretrained(str(unfinished))
+            plain.save_pretrained(directory, state_dict={})
+        tokenizer.save_pretrained(directory)
+        files = (path for path in Path(directory).rglob("*") if path.is_file() and path.suffix != ".safetensors")
+        return {path.relative_to(directory).as_posix(): path.read_bytes() for path in files}
+
+
+def write_files(directory: Path, files: Mapping[str, bytes]) -> None:
+    for name, content in files.items():
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        (directory / name).write_bytes(content)
+
+
+def saved_tensors(model: PreTrainedModel | PeftModel, *, merge: bool = False) -> tuple[str, dict[str, torch.Tensor]]:
+    """(name of the weights file, its tensors under the names that transformers or peft gives them there). Tied weights
+    stand in it once. The tensors are the model's own memory but where its layout on disk is another (experts)."""
+    if isinstance(model, PeftModel) and not merge:
+        return "adapter_model.safetensors", get_peft_model_state_dict(model, save_embedding_layers=False)
+    plain = _plain(model)
+    left_out = set(plain._keys_to_ignore_on_save or ())
+    tensors = {name: tensor for name, tensor in plain_tensors(model).items() if name not in left_out}
+    return "model.safetensors", revert_weight_conversion(plain, remove_tied_weights_from_state_dict(tensors, plain))
+
+
+def _plain(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    return cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
 
 
 def link_model(source: Path, directory: Path) -> None:
@@ -185,7 +219,7 @@ def _cast(tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, tor
 def _said_plainly(path: Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, SafetensorError, RuntimeError) as error:
+    except (OSError, RuntimeError) as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise ModelError(f"{path} cannot be written ({first}); what was there before is untouched") from error
 

@@ -1,17 +1,20 @@
 """A plan: the settings that were looked at, what each would need, and the one that was chosen. Pure data."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from fitune.trace.events import Category
+from fitune.units import format_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
     """One setting and its prediction. micro_batch: rows of the longest length in one forward and backward.
-    micro_tokens: the token budget of a micro-batch, None where rows are counted. predicted_seconds_per_step: None where
-    it is not predicted. reason: why it does not fit, or on what condition it does; empty otherwise."""
+    micro_tokens: the token budget of a micro-batch, None where rows are counted. accumulation: micro-batches of the
+    mean step. predicted_seconds_per_step: of the mean step, None where it is not predicted. reason: why it does not
+    fit, or on what condition it does; empty otherwise. result: what it does to what is learnt beside the configuration:
+    same, close, or different."""
 
     micro_batch: int
     micro_tokens: int | None
@@ -31,6 +34,7 @@ class Candidate:
     predicted_seconds_per_step: float | None = None
     fits: bool
     reason: str = ""
+    result: str = "same"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,9 +55,20 @@ class PlannedDevice:
 
 
 @dataclass(frozen=True, kw_only=True)
+class OtherEstimate:
+    """What another estimator says of a quantity: num_bytes beside our predicted_bytes."""
+
+    name: str
+    quantity: str
+    num_bytes: int
+    predicted_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Plan:
-    """data: max_length, row_tokens (of the longest row) and where that comes from. chosen: an index, None if nothing
-    fits. assumptions: what the predictions rest on, one sentence each."""
+    """data: what is known of the rows (`planner`). candidates: by predicted time, the fastest first. chosen: an index,
+    None if nothing fits. others: what other estimators say for the chosen candidate. assumptions: what the predictions
+    rest on, one sentence each."""
 
     model: PlannedModel
     device: PlannedDevice
@@ -61,8 +76,47 @@ class Plan:
     data: Mapping[str, Any]
     candidates: tuple[Candidate, ...]
     chosen: int | None
+    others: tuple[OtherEstimate, ...] = ()
     assumptions: tuple[str, ...] = ()
 
 
 def plan_json(plan: Plan) -> dict[str, Any]:
     return asdict(plan)
+
+
+def closest(plan: Plan) -> Candidate:
+    """The candidate with the same result that needs the least memory."""
+    same = (candidate for candidate in plan.candidates if candidate.result == "same")
+    return min(same, key=lambda candidate: candidate.predicted_device_bytes)
+
+
+def does_not_fit(plan: Plan) -> str:
+    """One sentence: the closest candidate, its largest parts, and what would make room."""
+    nearest = closest(plan)
+    parts = sorted(nearest.categories.items(), key=lambda part: -part[1])
+    named = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts[:4] if size)
+    return (
+        f"no plan fits {format_bytes(plan.budget_bytes)} on {plan.device.name}: the closest candidate "
+        f"({nearest.micro_batch} x {nearest.accumulation} rows, recompute {nearest.recompute}) needs "
+        f"{format_bytes(nearest.predicted_device_bytes)} ({named}). Try {' or '.join(_ways_out(plan, nearest))}"
+    )
+
+
+def _ways_out(plan: Plan, nearest: Candidate) -> Iterator[str]:
+    for candidate in plan.candidates:
+        if candidate.result != "same" and candidate.fits:
+            changed = {"optim.name": candidate.optimizer, "model.method": candidate.method}
+            names = [
+                f"{key}={value}" for key, value in changed.items() if value != getattr(nearest, key.split(".")[1], "")
+            ]
+            yield f"{' '.join(names)} ({format_bytes(candidate.predicted_device_bytes)})"
+    largest = max(nearest.categories, key=lambda name: nearest.categories[name])
+    if largest in ("activation", "temporary", "input"):
+        if nearest.recompute != "full":
+            yield "model.recompute=full"
+        if nearest.micro_batch > 1:
+            yield "a smaller batch.micro"
+        yield f"data.max_length={plan.data['max_length'] // 2}"
+    else:
+        yield "a smaller model"
+    yield f"a memory.budget of {format_bytes(nearest.predicted_device_bytes)}"

@@ -13,10 +13,12 @@ from fitune.memory.c_allocator import allocator_factor
 from fitune.memory.devices import Device, context_prior, cpu_device, find_device, this_machine
 from fitune.memory.prediction import Interval, Prediction, PredictSettings
 from fitune.memory.prediction import predict as predict_trace
+from fitune.memory.residuals import circumstances, read_residuals, widen
 from fitune.step.assemble import CPU_MICRO_TOKENS, CUDA_MICRO_TOKENS
 from fitune.trace.cuda_behaviour import CudaTarget
 from fitune.trace.events import MemoryTrace
-from fitune.trace.step import Pass, RecordedStep, longest_rows, record_step
+from fitune.trace.recordings import Recordings
+from fitune.trace.step import Pass, RecordedStep, longest_rows
 
 ConfigSource = RunConfig | Mapping[str, Any] | Path | str
 OLDEST_FLASH = (8, 0)
@@ -64,17 +66,29 @@ def predict_run(
     *,
     passes: Sequence[Pass] | None = None,
     limit_bytes: int | None = None,
+    recordings: Recordings | None = None,
 ) -> RunPrediction:
     """passes: what is recorded; the heaviest steps of the configuration where left out. limit_bytes: of the whole
-    device, less than it has. On a CPU the program is counted as it is now, so ask before a model is loaded."""
+    device, less than it has. On a CPU the program is counted as it is now, so ask before a model is loaded.
+
+    recordings: shared by calls that predict many settings of one configuration (micro-batch, recompute, ...) for one
+    device: what was recorded for one is then used for the others, with the same answers as without it.
+    """
     program_bytes = psutil.Process().memory_info().rss if device.kind == "cpu" else None
     passes = passes or heaviest_passes(config, device)
-    recorded = record_step(config, passes, target=cuda_target(config, device))
+    recorded = (recordings or Recordings()).step(config, passes, target=cuda_target(config, device))
     limited = device if limit_bytes is None else replace(device, total_bytes=min(limit_bytes, device.total_bytes))
+    is_here = device.kind == "cpu" or device.uuid is not None
+    residuals = read_residuals(circumstances(device, config.model.source)) if is_here else ()
 
     def of(trace: MemoryTrace) -> Prediction:
         prediction = predict_trace(trace, PredictSettings(device=limited, allocator=config.memory.allocator))
-        return prediction if program_bytes is None else _in_process(prediction, limited, program_bytes)
+        if program_bytes is not None:
+            prediction = _in_process(prediction, config, limited, program_bytes=program_bytes)
+        interval = prediction.device_interval
+        if interval is not None and residuals:
+            interval = widen(interval, residuals, reserved_bytes=prediction.peak_reserved_bytes)
+        return replace(prediction, device_interval=interval)
 
     training = of(recorded.trace)
     evaluation = None
@@ -126,17 +140,16 @@ def heaviest_passes(config: RunConfig, device: Device, *, row_tokens: int | None
     return [first, *([Pass("eval", rows, most_micro_batches=1)] if evaluated else []), steady]
 
 
-def _in_process(prediction: Prediction, device: Device, program_bytes: int) -> Prediction:
+def _in_process(prediction: Prediction, config: RunConfig, device: Device, *, program_bytes: int) -> Prediction:
     """On a CPU the process is the device: live bytes as the C library holds them, and the program itself."""
-    live, factor = prediction.peak_allocated_bytes, allocator_factor()
-    device_bytes = int(live * factor.expected) + program_bytes
+    factor = allocator_factor(config.model.method, recomputes=config.model.recompute not in ("auto", "off"))
+    low, expected, high = factor.resident_bytes(prediction.peak_allocated_bytes)
+    device_bytes = expected + program_bytes
     reason = f"{factor.name} was measured to hold {factor.low:.2f} to {factor.high:.2f} times the live bytes"
     return replace(
         prediction,
-        peak_reserved_bytes=int(live * factor.expected),
+        peak_reserved_bytes=expected,
         device_bytes=device_bytes,
-        device_interval=Interval(
-            int(live * factor.low) + program_bytes, int(live * factor.high) + program_bytes, (reason,)
-        ),
+        device_interval=Interval(low + program_bytes, high + program_bytes, (reason,)),
         fits=device_bytes <= device.total_bytes,
     )

@@ -2,6 +2,7 @@
 
     config.yaml     what was asked for, with the origin of each value
     env.json        the machine          plan.json      what was chosen, and why
+    data.json       what the data is     eval_rows.jsonl  each evaluation, row by row
     metrics.jsonl   one line a step      memory.jsonl   memory over time
     events.jsonl    what happened        journal.jsonl  what each step did, for resume and replay
     summary.json    the run in numbers   report.html    the run in pictures
@@ -56,8 +57,16 @@ class RunDirectory:
         return self.path / "plan.json"
 
     @property
+    def data(self) -> Path:
+        return self.path / "data.json"
+
+    @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
+
+    @property
+    def eval_rows(self) -> Path:
+        return self.path / "eval_rows.jsonl"
 
     @property
     def memory(self) -> Path:
@@ -125,7 +134,7 @@ def create_run(output: Path, name: str, *, overwrite: bool = False) -> RunDirect
         output.mkdir(parents=True, exist_ok=True)
         run = _next_number(output, name) if name.endswith("-") else _given_name(output / name, overwrite=overwrite)
         run.lock.touch()
-        run.checkpoints.mkdir()
+        run.checkpoints.mkdir(exist_ok=True)
     return run
 
 
@@ -172,7 +181,7 @@ def working_on(run: RunDirectory) -> Iterator[None]:
     with _said(f"{run.lock} cannot be written"):
         descriptor = os.open(run.lock, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        if not _try_lock(descriptor) or _beats_elsewhere(run):
+        if (locked := _try_lock(descriptor)) is False or _beats(run, elsewhere=locked is not None):
             raise RunDirectoryError(f"{run.path} is being worked on by {_holder(run)}: wait for it, or stop it first")
         os.ftruncate(descriptor, 0)
         os.write(descriptor, json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode())
@@ -253,7 +262,7 @@ def _given_name(path: Path, *, overwrite: bool) -> RunDirectory:
     if path.exists():
         if not path.is_dir() or not _is_run(path):
             raise RunDirectoryError(f"{path} exists and is not a run: choose another run.name, or remove it yourself")
-        if not overwrite:
+        if not overwrite and run.config.exists():  # without one it never began: there is nothing to lose
             raise RunDirectoryError(f"{path} exists: choose another run.name, or give --overwrite")
         with working_on(run):
             _remove_files(run)
@@ -265,31 +274,37 @@ def _remove_files(run: RunDirectory) -> None:
     for directory in (run.checkpoints, run.best, run.last, run.trackers):
         if directory.is_dir():
             shutil.rmtree(directory)
-    texts = (run.config, run.env, run.plan, run.metrics, run.memory, run.events, run.journal, run.summary, run.report)
+    texts = (
+        *(run.config, run.env, run.plan, run.data, run.metrics, run.eval_rows),
+        *(run.memory, run.events, run.journal, run.summary, run.report),
+    )
     for file in texts:
         file.unlink(missing_ok=True)
 
 
 def _state(run: RunDirectory, summary: Summary | None) -> State:
-    if _is_locked(run) or _beats_elsewhere(run):
+    locked = _is_locked(run)
+    if locked or _beats(run, elsewhere=locked is not None):
         return "running"
     return summary.status if summary and summary.status != "running" else "crashed"
 
 
-def _is_locked(run: RunDirectory) -> bool:
+def _is_locked(run: RunDirectory) -> bool | None:
+    """None where the file system has no locks."""
     try:
         descriptor = os.open(run.lock, os.O_RDONLY if sys.platform != "win32" else os.O_RDWR)
     except OSError:
         return False
     try:
-        return not _try_lock(descriptor, attempts=1)
+        got = _try_lock(descriptor, attempts=1)
+        return None if got is None else not got
     finally:
         os.close(descriptor)
 
 
-def _try_lock(descriptor: int, attempts: int = 5) -> bool:
+def _try_lock(descriptor: int, attempts: int = 5) -> bool | None:
     """Several attempts, since a reader that asks for the state holds the lock for a moment. The system releases a lock
-    when its process ends. Where a file system has no locks there is the heartbeat alone."""
+    when its process ends. None where a file system has no locks: there is the heartbeat alone."""
     for attempt in range(attempts):
         try:
             if sys.platform == "win32":
@@ -305,18 +320,19 @@ def _try_lock(descriptor: int, attempts: int = 5) -> bool:
             if attempt + 1 < attempts:
                 time.sleep(0.05)
         except OSError:
-            return True
+            return None
     return False
 
 
-def _beats_elsewhere(run: RunDirectory) -> bool:
-    """Whether another machine, whose locks may be invisible here, has shown a sign of life of late."""
+def _beats(run: RunDirectory, *, elsewhere: bool) -> bool:
+    """Whether a process has shown a sign of life of late. elsewhere: only one of another machine counts, whose locks
+    may be invisible here."""
     try:
         silence = time.time() - run.lock.stat().st_mtime
         host = json.loads(run.lock.read_text())["host"]
     except (OSError, ValueError, KeyError, TypeError):
         return False
-    return bool(host != socket.gethostname()) and silence < SILENCE_SECONDS
+    return bool(host != socket.gethostname() or not elsewhere) and silence < SILENCE_SECONDS
 
 
 def _holder(run: RunDirectory) -> str:

@@ -81,7 +81,12 @@ class RunEvent:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Summary:
-    """The run in numbers; unknown is None. train_loss: of the last step. seconds: at work, over all sessions."""
+    """The run in numbers; unknown is None. train_loss: of the last step. seconds: at work, over all sessions.
+
+    predicted_*_bytes and measured_*_bytes: both of the second optimizer step; measured ones are None until it is done.
+    peak_*_bytes: the largest that was measured in the whole run, evaluations included. On a CPU "reserved" is what is
+    resident above the state before the model was loaded, "device" all that is resident.
+    """
 
     schema: int = SCHEMA
     status: Status = "running"
@@ -98,6 +103,9 @@ class Summary:
     measured_allocated_bytes: int | None = None
     measured_reserved_bytes: int | None = None
     measured_device_bytes: int | None = None
+    peak_allocated_bytes: int | None = None
+    peak_reserved_bytes: int | None = None
+    peak_device_bytes: int | None = None
     num_ooms: int = 0
     num_retries: int = 0
     micro_batch_changes: int = 0
@@ -121,8 +129,8 @@ Record = TypeVar("Record", bound="DataclassInstance")
 def append_line(path: Path, record: "DataclassInstance", *, leave_out_unknown: bool = False) -> None:
     """leave_out_unknown: a field that is None is not written. Raises RunDirectoryError where the line cannot be written
     whole."""
-    content = {name: value for name, value in asdict(record).items() if value is not None or not leave_out_unknown}
-    line = f"{json.dumps(_to_json(content), ensure_ascii=False, allow_nan=False)}\n".encode()
+    content = {name: value for name, value in as_json(record).items() if value is not None or not leave_out_unknown}
+    line = f"{json.dumps(content, ensure_ascii=False, allow_nan=False)}\n".encode()
     try:
         with path.open("ab+", buffering=0) as file:
             if file.seek(0, os.SEEK_END) > 0:
@@ -142,21 +150,23 @@ def read_metrics(path: Path) -> Metrics:
     """
     steps: list[StepMetrics] = []
     evals: list[EvalMetrics] = []
-    damaged = []
-    for number, content in read_lines(path):
-        record = None
-        if content is not None:
-            record = _record(EvalMetrics, content) if "eval_loss" in content else _record(StepMetrics, content)
-        if record is None:
-            damaged.append(number)
-        elif isinstance(record, EvalMetrics):
-            evals.append(record)
-        else:
-            if steps and record.step <= steps[-1].step:
-                steps = [earlier for earlier in steps if earlier.step < record.step]
-                evals = [earlier for earlier in evals if earlier.step < record.step]
-            steps.append(record)
+    damaged = [number for number, content in read_lines(path) if not add_line(content, steps, evals)]
     return Metrics(tuple(steps), tuple(evals), tuple(damaged))
+
+
+def add_line(content: Mapping[str, Any] | None, steps: list[StepMetrics], evals: list[EvalMetrics]) -> bool:
+    """Add a line of metrics to those before it; False where it cannot be read."""
+    record = None
+    if content is not None:
+        record = as_record(EvalMetrics, content) if "eval_loss" in content else as_record(StepMetrics, content)
+    if isinstance(record, EvalMetrics):
+        evals.append(record)
+    elif record is not None:
+        if steps and record.step <= steps[-1].step:
+            steps[:] = [earlier for earlier in steps if earlier.step < record.step]
+            evals[:] = [earlier for earlier in evals if earlier.step < record.step]
+        steps.append(record)
+    return record is not None
 
 
 def read_events(path: Path) -> tuple[RunEvent, ...]:
@@ -168,14 +178,21 @@ def read_records(path: Path, kind: type[Record]) -> Iterator[Record]:
     """The lines of a file that hold a `kind`, in the order written. Raises RunDirectoryError where it cannot be
     opened."""
     for _, content in read_lines(path):
-        if content is not None and (record := _record(kind, content)) is not None:
+        if content is not None and (record := as_record(kind, content)) is not None:
             yield record
 
 
 def summary_json(summary: Summary) -> dict[str, Any]:
     """As `write_json` takes it."""
-    content: dict[str, Any] = _to_json(asdict(summary))
-    return content
+    return as_json(summary)
+
+
+def as_json(record: "DataclassInstance") -> dict[str, Any]:
+    """As it is written: a number that is not finite as a word."""
+    return {
+        name: repr(value) if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in asdict(record).items()
+    }
 
 
 def read_summary(path: Path) -> Summary:
@@ -187,7 +204,7 @@ def read_summary(path: Path) -> Summary:
     version = content.get("schema") if isinstance(content, dict) else None
     if version != SCHEMA:
         raise RunDirectoryError(f"{path} has schema {version}; this fitune reads schema {SCHEMA}")
-    summary = _record(Summary, content)
+    summary = as_record(Summary, content)
     if summary is None or summary.status not in get_args(Status):
         raise RunDirectoryError(f"{path} is damaged: it does not hold a run's summary")
     return summary
@@ -207,12 +224,15 @@ def read_lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any] | None]]:
         yield number, content if isinstance(content, dict) else None
 
 
-def _record(kind: type[Record], content: Mapping[str, Any]) -> Record | None:
+def as_record(kind: type[Record], content: Mapping[str, Any]) -> Record | None:
     """None where a needed field is missing or one is of the wrong type; fields of a later version are passed over."""
+    known = {}
     try:
-        return kind(
-            **{name: _value(accepted, content[name]) for name, accepted in _fields(kind).items() if name in content}
-        )
+        for name, accepted in _fields(kind).items():
+            if name in content:
+                value = content[name]
+                known[name] = value if type(value) in accepted else _value(accepted, value)
+        return kind(**known)
     except (TypeError, ValueError):
         return None
 
@@ -228,17 +248,10 @@ def _fields(kind: type["DataclassInstance"]) -> dict[str, tuple[Any, ...]]:
 
 
 def _value(accepted: tuple[Any, ...], value: Any) -> Any:
-    if value is None and type(None) in accepted:
-        return None
-    if float in accepted and (value in ("nan", "inf", "-inf") or type(value) in (int, float)):
+    """Of another type than those in the record: a number without decimals, a word for one that is not finite, one of
+    several words."""
+    if float in accepted and (value in ("nan", "inf", "-inf") or type(value) is int):
         return float(value)
-    if (int in accepted and type(value) is int) or (isinstance(value, str) and int not in accepted):
+    if isinstance(value, str) and int not in accepted:
         return value
     raise ValueError(f"{value!r} is not one of {accepted}")
-
-
-def _to_json(content: dict[str, Any]) -> dict[str, Any]:
-    return {
-        name: repr(value) if isinstance(value, float) and not math.isfinite(value) else value
-        for name, value in content.items()
-    }

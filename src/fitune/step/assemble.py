@@ -9,13 +9,15 @@ from dataclasses import dataclass
 import torch
 from peft import PeftModel
 from torch import nn
+from torch._subclasses.fake_tensor import is_fake
 from transformers import PreTrainedModel
 
-from fitune.config import RunConfig
+from fitune.config import Recompute, RunConfig
 from fitune.data.packing import sort_by_length, split
 from fitune.data.rows import Batch, MicroBatch
-from fitune.errors import ModelError
+from fitune.errors import ConfigError, ModelError
 from fitune.model.attention import can_pack
+from fitune.model.compile import compile_layers
 from fitune.model.head import Head, decoder_and_head
 from fitune.model.precision import Precision, device_precision, resolve_precision
 from fitune.model.recompute import set_recompute
@@ -28,6 +30,8 @@ DEFAULT_LR = {"full": 2e-5, "lora": 2e-4}
 CPU_MICRO_TOKENS = 1024
 """On a CPU larger micro-batches are no faster, only larger: measured 445, 444, 443 tokens/s at 768, 1,536, 3,072."""
 CUDA_MICRO_TOKENS = 8192
+COMMIT_FRACTION = 0.1
+"""Of the model's bytes: LoRA of rank 16 on SmolLM2-135M trains 3.6 % of the parameters, at half precision 7 %."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,7 @@ class Setup:
     layout: Layout
     eval_layout: Layout
     peak_lr: float
+    recompute: Recompute
     notes: tuple[str, ...]
 
 
@@ -68,7 +73,7 @@ def assemble(
 ) -> Setup:
     """Everything around a loaded model. Raises ModelError or ConfigError for what this model cannot do."""
     notes = [f"precision {precision.name}: {precision.reason}"]
-    set_recompute(model, "off" if config.model.recompute == "auto" else config.model.recompute)
+    recompute = _set_layers(model, config, device)
     packed, note = _choose_packing(model, config)
     head, head_note = _choose_head(model, config)
     notes += [line for line in (note, head_note) if line]
@@ -76,20 +81,41 @@ def assemble(
     layout, eval_layout = choose_layouts(config, device, packed=packed)
     return Setup(
         model=model,
-        optimizer=build_optimizer(model, config.optim, lr=peak_lr),
+        optimizer=build_optimizer(model, config.optim, lr=peak_lr, device=device),
         scaler=torch.amp.GradScaler(device.type) if precision.needs_scaler else None,
-        settings=StepSettings(LossSettings(head), config.optim.clip, precision.autocast_dtype),
+        settings=StepSettings(
+            LossSettings(head), config.optim.clip, precision.autocast_dtype, commit=_few_are_trained(model)
+        ),
         layout=layout,
         eval_layout=eval_layout,
         peak_lr=peak_lr,
+        recompute=recompute,
         notes=tuple(notes),
     )
+
+
+def _few_are_trained(model: nn.Module) -> bool:
+    """Whether a second copy of the gradient, in float32, and of the optimizer's state is little beside the model."""
+    trained = sum(4 * parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return trained <= COMMIT_FRACTION * sum(p.numel() * p.element_size() for p in model.parameters())
 
 
 def choose_layouts(config: RunConfig, device: torch.device, *, packed: bool) -> tuple[Layout, Layout]:
     """(of training, of evaluation), for a model whose rows are packed or not."""
     layout = _choose_layout(config, device, packed=packed)
     return layout, layout if config.eval.micro == "auto" else Layout(packed, config.eval.micro, None)
+
+
+def _set_layers(model: nn.Module, config: RunConfig, device: torch.device) -> Recompute:
+    if config.model.offload_activations and device.type == "cpu":
+        raise ConfigError(
+            ["model.offload_activations moves them to the host's memory, where they are on a CPU: drop it"]
+        )
+    recompute: Recompute = "off" if config.model.recompute == "auto" else config.model.recompute
+    set_recompute(model, recompute, offload=config.model.offload_activations)
+    if config.model.compile and not is_fake(next(model.parameters())):  # a recording sees the layers as they are
+        compile_layers(model, device)
+    return recompute
 
 
 def _choose_packing(model: nn.Module, config: RunConfig) -> tuple[bool, str | None]:

@@ -37,21 +37,21 @@ def token_loss_sum(model: nn.Module, micro_batch: MicroBatch, settings: LossSett
     return chunked_cross_entropy(hidden_ND, settings.head, micro_batch, chunk_tokens=settings.chunk_tokens)
 
 
-def loss_and_correct(model: nn.Module, micro_batch: MicroBatch, settings: LossSettings) -> tuple[Tensor, Tensor]:
-    """(weighted sum of token losses, number of supervised tokens whose most likely word is right): float32 and int64
-    scalars, for an evaluation."""
+def losses_and_correct(model: nn.Module, micro_batch: MicroBatch, settings: LossSettings) -> tuple[Tensor, Tensor]:
+    """(weighted loss of each supervised token, number of them whose most likely word is right): float32 [N] and an
+    int64 scalar, for an evaluation."""
     if settings.head is None:
         logits_NV = _supervised_logits(model, micro_batch)
-        return _weighted_cross_entropy(logits_NV, micro_batch), _num_correct(logits_NV, micro_batch.target_ids_N)
+        losses_N = F.cross_entropy(logits_NV.float(), micro_batch.target_ids_N, reduction="none")
+        return losses_N * micro_batch.target_weights_N, _num_correct(logits_NV, micro_batch.target_ids_N)
     hidden_ND = _supervised_hidden(settings.head, micro_batch)
-    loss = hidden_ND.new_zeros((), dtype=torch.float32)
+    losses_N = hidden_ND.new_empty(hidden_ND.shape[0], dtype=torch.float32)
     correct = torch.zeros((), dtype=torch.int64, device=hidden_ND.device)
     for chunk in _chunks(hidden_ND.shape[0], settings.chunk_tokens):
         logits_NV = settings.head.logits(hidden_ND[chunk])
-        losses_N = F.cross_entropy(logits_NV.float(), micro_batch.target_ids_N[chunk], reduction="none")
-        loss += losses_N @ micro_batch.target_weights_N[chunk]
+        losses_N[chunk] = F.cross_entropy(logits_NV.float(), micro_batch.target_ids_N[chunk], reduction="none")
         correct += _num_correct(logits_NV, micro_batch.target_ids_N[chunk])
-    return loss, correct
+    return losses_N * micro_batch.target_weights_N, correct
 
 
 def chunked_cross_entropy(hidden_ND: Tensor, head: Head, micro_batch: MicroBatch, *, chunk_tokens: int) -> Tensor:
@@ -96,16 +96,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 part_ND = hidden_ND[chunk].to(compute_dtype)
                 bias = None if bias_V is None else bias_V.to(compute_dtype)
                 logits_NV = _transform(F.linear(part_ND, matmul_weight_VD, bias).float(), head)
-                log_norm_N = logits_NV.logsumexp(-1)
-                picked_N = logits_NV.gather(1, target_N[chunk].unsqueeze(1)).squeeze(1)
-                loss += (log_norm_N - picked_N) @ weights_N[chunk]
+                losses_N, grad_NV = _losses_and_gradient(logits_NV, target_N[chunk], weights_N[chunk], head)
+                del logits_NV
+                loss += losses_N @ weights_N[chunk]
                 if not (needs_hidden or needs_weight or needs_bias):
                     continue
-                grad_NV = (logits_NV - log_norm_N.unsqueeze(1)).exp_()
-                ones_N1 = torch.ones_like(log_norm_N).neg_().unsqueeze(1)
-                grad_NV.scatter_add_(1, target_N[chunk].unsqueeze(1), ones_N1)
-                grad_NV.mul_(weights_N[chunk].unsqueeze(1))
-                grad_NV = _transform_backward(grad_NV, logits_NV, head).to(compute_dtype)
+                grad_NV = grad_NV.to(compute_dtype)
                 if grad_hidden_ND is not None:
                     grad_hidden_ND[chunk] = grad_NV @ matmul_weight_VD
                 if grad_weight_VD is not None:
@@ -145,11 +141,20 @@ def _transform(raw_NV: Tensor, head: Head) -> Tensor:
     return raw_NV if head.soft_cap is None else raw_NV.div_(head.soft_cap).tanh_().mul_(head.soft_cap)
 
 
-def _transform_backward(grad_NV: Tensor, logits_NV: Tensor, head: Head) -> Tensor:
-    """d tanh(x) = 1 - tanh(x)^2, in place; the logits are used up."""
-    if head.soft_cap is not None:
-        grad_NV.mul_(logits_NV.div_(head.soft_cap).square_().neg_().add_(1))
-    return grad_NV if head.scale == 1 else grad_NV.mul_(head.scale)
+def _losses_and_gradient(logits_NV: Tensor, target_N: Tensor, weights_N: Tensor, head: Head) -> tuple[Tensor, Tensor]:
+    """The cross-entropies [N], and the gradient of their weighted sum with respect to `raw_NV` of `_transform`:
+    w * scale * (softmax - target) * (1 - tanh^2). The logits are used up."""
+    target_N1 = target_N.unsqueeze(1)
+    picked_N = logits_NV.gather(1, target_N1).squeeze(1)
+    largest_N1 = logits_NV.amax(-1, keepdim=True)
+    slope_NV = None if head.soft_cap is None else logits_NV.div(head.soft_cap).square_().neg_().add_(1)
+    grad_NV = logits_NV.sub_(largest_N1).exp_()
+    total_N1 = grad_NV.sum(-1, keepdim=True)
+    factor_N1 = (weights_N * head.scale).unsqueeze(1)
+    grad_NV.mul_(factor_N1 / total_N1).scatter_add_(1, target_N1, -factor_N1)
+    if slope_NV is not None:
+        grad_NV.mul_(slope_NV)
+    return (largest_N1 + total_N1.log()).squeeze(1) - picked_N, grad_NV
 
 
 def _weighted_cross_entropy(logits_NV: Tensor, micro_batch: MicroBatch) -> Tensor:

@@ -4,12 +4,15 @@ import ctypes
 import gc
 import re
 import sys
-from collections.abc import Iterator
-from typing import Literal
+from collections.abc import Callable, Iterator
+from typing import Literal, TypeVar
 
 import torch
 
-from fitune.units import parse_bytes
+from fitune.errors import OutOfMemoryError
+from fitune.units import format_bytes, parse_bytes
+
+T = TypeVar("T")
 
 Where = Literal["device", "host"]
 _DEVICE = re.compile(
@@ -58,6 +61,22 @@ def release_memory(device: torch.device) -> None:
         torch.cuda.empty_cache()
     else:
         _trim_heap()
+
+
+def try_twice(action: Callable[[], T], *, device: torch.device, what: str) -> T:
+    """For what is too small to be cut. Raises OutOfMemoryError where the second time fails as well. what: the action as
+    the subject of a sentence."""
+    for last in (False, True):
+        try:
+            return action()
+        except Exception as error:
+            if memory_failure(error) is None:
+                raise
+            if last:
+                needed = format_bytes(needed_bytes(error))
+                raise OutOfMemoryError(f"{what} found no memory ({needed} at once): close other programs") from error
+        release_memory(device)
+    raise AssertionError
 
 
 def _trim_heap() -> None:

@@ -129,10 +129,12 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class SafeResult:
-    """plan: the row ids of each piece that the update is made of, in order. quarantined: rows left out of this step."""
+    """plan: the row ids of each piece that the update is made of, in order. most_positions: of the largest of them.
+    quarantined: rows left out of this step."""
 
     step: StepResult
     plan: tuple[tuple[int, ...], ...]
+    most_positions: int
     failures: tuple[Failure, ...] = ()
     quarantined: tuple[int, ...] = ()
 
@@ -161,8 +163,13 @@ def safe_step(
         while True:
             outcome = _attempt(protection, progress, step=step, trial=trial)
             if isinstance(outcome, StepResult):
-                left_out = tuple(sorted(progress.left_out))
-                return SafeResult(outcome, tuple(p.row_ids for p in progress.done), tuple(failures), left_out)
+                return SafeResult(
+                    step=outcome,
+                    plan=tuple(piece.row_ids for piece in progress.done),
+                    most_positions=max((piece.num_positions for piece in progress.done), default=0),
+                    failures=tuple(failures),
+                    quarantined=tuple(sorted(progress.left_out)),
+                )
             progress.recover(again=outcome.place in ("clip", "update"))
             outcome = replace(outcome, free_bytes=protection.free_bytes())
             action = _next_rung(protection, progress, outcome, failures=failures, fits=fits)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fitune.data.rows import MicroBatch
 from fitune.errors import RestartError
 from fitune.step.gradient_norms import GradientNorms, NormRecorder
-from fitune.step.loss import LossSettings, loss_and_correct, token_loss_sum
+from fitune.step.loss import LossSettings, losses_and_correct, token_loss_sum
 from fitune.step.out_of_memory import memory_failure
 
 
@@ -57,12 +57,18 @@ NOTHING_TO_LEARN = StepResult(loss=None, grad_norm=None, loss_weight=0.0, update
 
 @dataclass(frozen=True, slots=True)
 class EvalResult:
-    """loss_sum: weighted sum of token losses; num_correct: tokens predicted right, of num_supervised_tokens."""
+    """num_correct: tokens predicted right, of num_supervised_tokens. row_losses, row_weights: the weighted sum of token
+    losses and the sum of weights of each row, in the order of the row ids, however the rows were laid out."""
 
-    loss_sum: float
     loss_weight: float
     num_correct: int
     num_supervised_tokens: int
+    row_losses: tuple[float, ...]
+    row_weights: tuple[float, ...]
+
+    @property
+    def loss_sum(self) -> float:
+        return math.fsum(self.row_losses)
 
     @property
     def loss(self) -> float:
@@ -245,25 +251,37 @@ def evaluate(model: nn.Module, micro_batches: Iterable[MicroBatch], *, settings:
 
 
 class EvalTotals:
-    """Sums over the micro-batches of an evaluation. They stay on the device until `result`."""
+    """Sums over the micro-batches of an evaluation, row by row. They stay on the device until `result`."""
 
     def __init__(self, model: nn.Module, settings: StepSettings) -> None:
         self._model, self._settings = model, settings
         self._device = next(model.parameters()).device
-        self._sums = torch.zeros(2, dtype=torch.float64, device=self._device)
+        self._correct = torch.zeros((), dtype=torch.int64, device=self._device)
+        self._row_ids: list[int] = []
+        self._sums_2R = [torch.zeros((2, 0), dtype=torch.float64, device=self._device)]
         self._loss_weight, self._num_supervised_tokens = 0.0, 0
 
     @torch.no_grad()
     def add(self, micro_batch: MicroBatch) -> None:
+        """All of the micro-batch or, where that fails, nothing of it."""
+        here = micro_batch.to(self._device)
         with autocast(self._device, self._settings.autocast):
-            loss, correct = loss_and_correct(self._model, micro_batch.to(self._device), self._settings.loss)
-        self._sums += torch.stack((loss.double(), correct.double()))
+            losses_N, num_correct = losses_and_correct(self._model, here, self._settings.loss)
+        sums_2R = sum_by_row(torch.stack((losses_N, here.target_weights_N)), here)
+        self._correct += num_correct
+        self._sums_2R.append(sums_2R)
+        self._row_ids += micro_batch.row_ids
         self._loss_weight += micro_batch.loss_weight
         self._num_supervised_tokens += micro_batch.num_supervised_tokens
 
     def result(self) -> EvalResult:
-        host = self._sums.cpu()
-        return EvalResult(host[0].item(), self._loss_weight, int(host[1].item()), self._num_supervised_tokens)
+        host = torch.cat(self._sums_2R, dim=1).cpu()
+        order = sorted(range(len(self._row_ids)), key=self._row_ids.__getitem__)
+        row_losses, row_weights = host[:, order].tolist()
+        num_correct = int(self._correct.item())
+        return EvalResult(
+            self._loss_weight, num_correct, self._num_supervised_tokens, tuple(row_losses), tuple(row_weights)
+        )
 
 
 @contextmanager
@@ -274,6 +292,16 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(was_training)
+
+
+def sum_by_row(values_KN: torch.Tensor, micro_batch: MicroBatch) -> torch.Tensor:
+    """K values of each target -> their float64 sums over the targets of each row [K, rows]."""
+    num_rows = len(micro_batch.row_ids)
+    widths = micro_batch.row_lengths if micro_batch.packed else (micro_batch.input_ids_BS.shape[1],) * num_rows
+    ends_R = torch.tensor(widths, device=values_KN.device).cumsum(0)
+    row_N = torch.bucketize(micro_batch.target_index_N, ends_R, right=True)
+    sums_KR = values_KN.new_zeros((len(values_KN), num_rows), dtype=torch.float64)
+    return sums_KR.index_add_(1, row_N, values_KN.double())
 
 
 def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[object]:

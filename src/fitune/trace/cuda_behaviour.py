@@ -386,9 +386,9 @@ class CudaKernels:
         self._threads_with_workspace.add(autograd_thread)
         return (cublas_workspace_bytes(self.target),)
 
-    def temporaries(self, func: Any, args: tuple[Any, ...], outputs: Sequence[Tensor]) -> Groups:
+    def temporaries(self, func: Any, args: tuple[Any, ...], outputs: Sequence[Tensor]) -> Groups | None:
         rule = _TEMPORARIES.get(func._schema.name)
-        return () if rule is None else rule(self.target, args, outputs)
+        return None if rule is None else rule(self.target, args, outputs)
 
 
 class CpuKernels:
@@ -400,8 +400,8 @@ class CpuKernels:
     def workspaces(self, func: Any, phase: Phase) -> Sequence[int]:
         return ()
 
-    def temporaries(self, func: Any, args: tuple[Any, ...], outputs: Sequence[Tensor]) -> Groups:
-        return ()
+    def temporaries(self, func: Any, args: tuple[Any, ...], outputs: Sequence[Tensor]) -> Groups | None:
+        return None
 
 
 def cublas_workspace_bytes(target: CudaTarget) -> int:
@@ -502,6 +502,19 @@ _TEMPORARIES: dict[str, Callable[[CudaTarget, tuple[Any, ...], Sequence[Tensor]]
     "aten::embedding_dense_backward": _embedding_backward,
     "aten::_foreach_norm": _foreach_norm,
 }
+
+
+def temporaries_by_shape(target: CudaTarget, op: str, arguments: Sequence[Any]) -> list[int]:
+    """Bytes of what operator `op` allocates inside, one after the other. arguments: tensors as (shape, dtype)."""
+    tensors = [
+        torch.empty(value[0], dtype=value[1], device="meta") if isinstance(value, tuple) and _is_shape(value) else value
+        for value in arguments
+    ]
+    return [num_bytes for group in _TEMPORARIES[op](target, tuple(tensors), ()) for num_bytes in group]
+
+
+def _is_shape(value: tuple[Any, ...]) -> bool:
+    return len(value) == 2 and isinstance(value[1], torch.dtype)
 
 
 # ---- for the length of a recording ----------------------------------------------------------------------------------

@@ -34,3 +34,21 @@ class MemoryTrace:
 
     events: tuple[MemoryEvent, ...]
     source: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class OperatorWork:
+    """What all calls of one operator in a phase of a micro-batch do; views, which launch nothing, are left out.
+
+    op: as PyTorch names it, aten.mm. dtype: of its first output, as PyTorch names it, bfloat16. num_bytes: tensors that
+    it reads and writes, each once a call. flops: 0 for what is no matrix product and no attention.
+    """
+
+    step: int
+    micro_batch: int
+    phase: Phase
+    op: str
+    dtype: str
+    num_calls: int
+    num_bytes: int
+    flops: int

@@ -7,7 +7,7 @@ recorder runs on real CPU tensors (mode="real"), which is how its truth is check
 
 import gc
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
@@ -25,10 +25,12 @@ from fitune.trace.cuda_behaviour import CpuKernels, CudaKernels, CudaTarget, cud
 from fitune.trace.events import MemoryTrace
 from fitune.trace.placement import CARD, card_stands_in
 from fitune.trace.recorder import Recorder
+from fitune.trace.recording import Recording, to_trace
 
 Build = Callable[[], nn.Module]
 Step = Callable[[], Any]
 Loop = Callable[[nn.Module, torch.device], Step]
+Watch = Callable[[Recorder], AbstractContextManager[Any]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,9 +46,20 @@ class RecordSettings:
 
 
 def record_loop(build: Build, loop: Loop, settings: RecordSettings = RecordSettings()) -> MemoryTrace:
+    """The events of a training loop, as `record_columns` says."""
+    return to_trace(record_columns(build, loop, settings))
+
+
+def record_columns(
+    build: Build,
+    loop: Loop,
+    settings: RecordSettings,
+    *,
+    watch: Callable[[Recorder], AbstractContextManager[Any]] | None = None,
+) -> Recording:
     """Builds the model with `build()`, sets the loop up with `loop(model, device)` and records `num_steps` calls of
     the step that it returns. Raises UsageError for a real recording with a CUDA target, and for
-    a loop that returns no function."""
+    a loop that returns no function. watch: entered with the recorder for the length of the recording."""
     fake = settings.mode == "fake"
     if not fake and settings.target is not None:
         raise UsageError("a recording on real CPU tensors cannot behave as CUDA: use mode='fake' or target=None")
@@ -70,6 +83,8 @@ def record_loop(build: Build, loop: Loop, settings: RecordSettings = RecordSetti
         stack.enter_context(recorder)
         if settings.target is not None:
             stack.enter_context(card_stands_in(recorder))
+        if watch is not None:
+            stack.enter_context(watch(recorder))
         step = loop(model, CARD)
         if not callable(step):
             raise UsageError(f"loop(model, device) must return a function that does one step, not {step!r}")
@@ -79,8 +94,7 @@ def record_loop(build: Build, loop: Loop, settings: RecordSettings = RecordSetti
             recorder.begin_step(number)
             step()
             recorder.end_step(model)
-        events = recorder.events()
-    return MemoryTrace(events, (*_describe(settings), *assumptions.used))
+        return recorder.recording((*_describe(settings), *assumptions.used))
 
 
 def fill(model: nn.Module) -> None:

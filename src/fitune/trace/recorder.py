@@ -17,15 +17,18 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fitune.trace.events import Category, MemoryEvent, Phase
+from fitune.trace.events import Category, Phase
+from fitune.trace.recording import NEVER, Birth, Recording, Rule, Where, Work, make_recording, split_turn
+from fitune.trace.work import count_flops, moved_bytes
 
 Operator = torch._ops.OpOverload
+_DEVICE_OF = torch.ops.prim.device.default
 Place = Literal["host", "card"]
-_Where = tuple[Phase, int, int, str, str]  # phase, step, micro-batch, module, operator
 
 
 class Kernels(Protocol):
@@ -38,29 +41,35 @@ class Kernels(Protocol):
 
     def temporaries(
         self, func: Operator, args: tuple[Any, ...], outputs: Sequence[torch.Tensor]
-    ) -> Sequence[Sequence[int]]:
+    ) -> Sequence[Sequence[int]] | None:
         """Bytes of what the operator allocates after its outputs and frees before it returns: one group after the
-        other."""
+        other. None for an operator without a rule."""
 
 
 @dataclass(slots=True, eq=False)
 class _Storage:
-    number: int
+    """dies_after: the place in the order of births of the one after which it dies."""
+
     num_bytes: int
     category: Category | None
-    where: _Where
+    where: Where
+    op: str
     reference: weakref.ref[torch.UntypedStorage] | None = None
+    dies_after: int = NEVER
+    death: Where | None = None
+    rule: Rule | None = None
 
 
 class Recorder(TorchDispatchMode):
     def __init__(self, kernels: Kernels) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._kernels = kernels
-        self._events: list[tuple[_Storage, int, _Where]] = []
-        self._dead: list[tuple[_Storage, int, _Where]] = []
+        self._births: list[_Storage] = []
+        self._silent: list[tuple[int, Rule]] = []
+        self._work: dict[tuple[Phase, int, int, str, int, str, str], list[int]] = {}
         self._alive: dict[int, _Storage] = {}
         self._host: dict[int, weakref.ref[torch.UntypedStorage]] = {}
-        self._step = self._micro_batch = self._num_storages = 0
+        self._step = self._micro_batch = 0
         self._task_depth = 0
         self._phase: Phase = "load"
         self._in_optimizer = self._forward_began = False
@@ -70,14 +79,15 @@ class Recorder(TorchDispatchMode):
         self._saved_candidates: list[_Storage] = []
         self._hooked: set[int] = set()
         self._placing: Place | None = None
+        self._turns: dict[str, tuple[int, str]] = {}
 
     # ---- what the driver tells ----
 
     def load(self, model: torch.nn.Module) -> None:
         """The model's parameters and buffers, in its order; again after the loop's set-up, which may move them."""
         self._names |= {id(module): name for name, module in model.named_modules()}
-        for tensor in (*model.parameters(), *model.buffers()):
-            storage = self._see(tensor, "load")
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            storage = self._see(tensor, "load", name.rpartition(".")[0])
             if storage is not None:
                 storage.category = "parameter"
         for parameter in model.parameters():
@@ -96,20 +106,20 @@ class Recorder(TorchDispatchMode):
                 self._gradient_arrived(parameter)
         self._saved_candidates.clear()
 
-    def allocate(self, num_bytes: int, category: Category, op: str) -> _Storage:
-        """A storage that no tensor here stands for."""
-        self._write_deaths()
-        storage = _Storage(self._next_number(), num_bytes, category, self._where(op))
-        self._events.append((storage, num_bytes, storage.where))
+    def allocate(self, num_bytes: int, category: Category | None, op: str, *, module: str | None = None) -> _Storage:
+        """A storage that no tensor here stands for. module: None for the one that runs."""
+        where = self._where()
+        if module is not None:
+            where = where._replace(module=module)
+        storage = _Storage(num_bytes, category, where, op)
+        self._births.append(storage)
         return storage
 
     def free(self, storage: _Storage) -> None:
-        self._events.append((storage, -storage.num_bytes, self._where(storage.where[4])))
+        storage.dies_after, storage.death = len(self._births) - 1, self._where()
 
     def empty_cache(self) -> None:
-        self._write_deaths()
-        storage = _Storage(0, 0, "workspace", self._where("empty_cache"))
-        self._events.append((storage, 0, storage.where))
+        self.allocate(0, "workspace", "empty_cache")
 
     def input_arrived(self, tensor: torch.Tensor) -> None:
         """`tensor` is a copy from the host."""
@@ -126,30 +136,50 @@ class Recorder(TorchDispatchMode):
         finally:
             self._placing = before
 
+    @contextmanager
+    def running(self, module: str) -> Iterator[None]:
+        """What happens inside belongs to `module`, which need be none of the model."""
+        self._stack.append(module)
+        self._mark_sequence()
+        try:
+            yield
+        finally:
+            self._stack.pop()
+            self._mark_sequence()
+
     def is_on_host(self, tensor: torch.Tensor) -> bool:
         return tensor.untyped_storage()._cdata in self._host
 
-    def events(self) -> tuple[MemoryEvent, ...]:
-        self._write_deaths()
-        return tuple(
-            MemoryEvent(
-                storage.number,
-                num_bytes,
-                storage.category or "temporary",
-                phase,
-                step,
-                micro_batch,
-                module,
-                op,
-            )
-            for storage, num_bytes, (phase, step, micro_batch, module, op) in self._events
+    def recording(self, source: Sequence[str]) -> Recording:
+        return make_recording(
+            (
+                Birth(
+                    each.num_bytes,
+                    each.category or "temporary",
+                    each.where,
+                    each.op,
+                    each.dies_after,
+                    each.death,
+                    each.rule,
+                )
+                for each in self._births
+            ),
+            (Work(*key, *sums) for key, sums in self._work.items()),
+            silent=self._silent,
+            source=source,
         )
 
     # ---- operators ----
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here, and torch would wrap every call to say so
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func is _DEVICE_OF and isinstance(args[0], FakeTensor):
+            return args[0].fake_device  # two thirds of all calls, and slow through FakeTensorMode
         kwargs = kwargs or {}
         self._follow_phase(func, args)
         if self._placing != "host":
@@ -159,18 +189,53 @@ class Recorder(TorchDispatchMode):
         outputs = tuple(_tensors(result))
         if not outputs:
             return result
-        host = self._placing == "host" or (self._placing is None and self._only_host(args, kwargs))
-        for tensor in outputs:
-            if host:
+        if self._placing == "host" or (self._placing is None and self._only_host(args, kwargs)):
+            for tensor in outputs:
                 self._put_on_host(tensor.untyped_storage())
-            else:
-                self._see(tensor, str(func))
-        if not host:
-            for group in self._kernels.temporaries(func, args, outputs):
-                hidden = [self.allocate(num_bytes, "temporary", str(func)) for num_bytes in group]
-                for storage in reversed(hidden):
-                    self.free(storage)
+            return result
+        for tensor, module in zip(outputs, self._modules(args, len(outputs)), strict=True):
+            self._see(tensor, str(func), module)
+        self._add_temporaries(func, args, outputs)
+        if not func.is_view:
+            self._count(func, args, kwargs, outputs)
         return result
+
+    def _add_temporaries(self, func: Operator, args: tuple[Any, ...], outputs: tuple[torch.Tensor, ...]) -> None:
+        groups = self._kernels.temporaries(func, args, outputs)
+        if groups is None:
+            return
+        rule = _rule(func, args, total=sum(map(len, groups)))
+        if rule is not None and not groups:
+            self._silent.append((self._step, rule))
+        position = 0
+        for group in groups:
+            hidden = [self.allocate(num_bytes, "temporary", str(func)) for num_bytes in group]
+            for storage in hidden:
+                self.free(storage)
+                storage.rule = None if rule is None else rule._replace(position=position)
+                position += 1
+
+    def _count(self, func: Operator, args: Any, kwargs: Any, outputs: tuple[torch.Tensor, ...]) -> None:
+        phase, step, micro_batch, module = self._where()
+        turn, loop = self._turn(module)
+        dtype = str(outputs[0].dtype).removeprefix("torch.")
+        key = phase, step, micro_batch, loop, turn, str(func.overloadpacket), dtype
+        sums = self._work.setdefault(key, [0, 0, 0])
+        sums[0] += 1
+        sums[1] += moved_bytes(args, outputs)
+        sums[2] += count_flops(func, args, kwargs, outputs)
+
+    def _modules(self, args: tuple[Any, ...], num_outputs: int) -> Sequence[str | None]:
+        """The modules that the outputs belong to, where none runs: in the optimizer, and for operators on whole lists,
+        those of what they are computed from."""
+        by_tensor = bool(args) and (self._phase == "optimizer" or isinstance(args[0], (list, tuple)))
+        if self._stack or not by_tensor:
+            return (None,) * num_outputs
+        inputs = tuple(_tensors(args[0]))
+        if len(inputs) != num_outputs:
+            return (None,) * num_outputs
+        found = (self._find(tensor) for tensor in inputs)
+        return [None if storage is None else storage.where.module for storage in found]
 
     def _only_host(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         if not self._host:
@@ -183,7 +248,7 @@ class Recorder(TorchDispatchMode):
         if key not in self._alive and key not in self._host:
             self._host[key] = weakref.ref(storage, lambda _: self._host.pop(key, None))
 
-    def _see(self, tensor: torch.Tensor, op: str) -> _Storage | None:
+    def _see(self, tensor: torch.Tensor, op: str, module: str | None = None) -> _Storage | None:
         """The record of the tensor's storage; a new one where it is born here; None for empty ones and the host's."""
         untyped = tensor.untyped_storage()
         key, num_bytes = untyped._cdata, untyped.nbytes()
@@ -196,7 +261,7 @@ class Recorder(TorchDispatchMode):
             return None
         if not num_bytes:
             return None
-        storage = self.allocate(num_bytes, None, op)  # type: ignore[arg-type]
+        storage = self.allocate(num_bytes, None, op, module=module)
         if known is not None:
             storage.category = known.category
         storage.reference = weakref.ref(untyped, lambda _: self._die(key))
@@ -216,13 +281,7 @@ class Recorder(TorchDispatchMode):
     def _die(self, key: int) -> None:
         storage = self._alive.pop(key, None)
         if storage is not None:
-            self._dead.append((storage, -storage.num_bytes, self._where(storage.where[4])))
-
-    def _write_deaths(self) -> None:
-        """Deaths with no birth in between are written in the order of the births: it makes no difference to an
-        allocator, and autocast's cache frees its copies in the order of their addresses."""
-        self._events.extend(sorted(self._dead, key=lambda death: death[0].number))
-        self._dead.clear()
+            self.free(storage)
 
     # ---- phases ----
 
@@ -262,6 +321,11 @@ class Recorder(TorchDispatchMode):
             numbers.append(torch._C._autograd._get_sequence_nr())
             names.append(self._stack[-1] if self._stack else "")
 
+    def _turn(self, module: str) -> tuple[int, str]:
+        if module not in self._turns:
+            self._turns[module] = split_turn(module)[1:]
+        return self._turns[module]
+
     def _module(self) -> str:
         if self._stack:
             return self._stack[-1]
@@ -271,8 +335,8 @@ class Recorder(TorchDispatchMode):
             return names[position] if position >= 0 else ""
         return ""
 
-    def _where(self, op: str) -> _Where:
-        return self._phase, self._step, self._micro_batch, self._module(), op
+    def _where(self) -> Where:
+        return Where(self._phase, self._step, self._micro_batch, self._module())
 
     def _gradient_arrived(self, parameter: torch.Tensor) -> None:
         if parameter.grad is not None and (storage := self._find(parameter.grad)) is not None:
@@ -289,10 +353,6 @@ class Recorder(TorchDispatchMode):
 
     def _find(self, tensor: torch.Tensor) -> _Storage | None:
         return self._alive.get(tensor.untyped_storage()._cdata)
-
-    def _next_number(self) -> int:
-        self._num_storages += 1
-        return self._num_storages
 
     @contextmanager
     def hooks(self) -> Iterator[None]:
@@ -316,3 +376,16 @@ def _tensors(tree: Any) -> Iterator[torch.Tensor]:
     elif isinstance(tree, dict):
         for item in tree.values():
             yield from _tensors(item)
+
+
+def _rule(func: Operator, args: tuple[Any, ...], *, total: int) -> Rule | None:
+    """None where tensors come in lists, whose lengths are no shape."""
+    if any(any(True for _ in _tensors(value)) for value in args if isinstance(value, (list, tuple))):
+        return None
+    return Rule(func._schema.name, tuple(_shape(value) for value in args), 0, total)
+
+
+def _shape(value: Any) -> object:
+    if isinstance(value, torch.Tensor):
+        return tuple(value.shape), value.dtype
+    return tuple(value) if isinstance(value, list) else value

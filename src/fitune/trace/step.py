@@ -5,28 +5,35 @@ Only the rows are made up, since what they hold moves no memory, and how long th
 """
 
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, Self
+from unittest.mock import patch
 
 import numpy as np
 import torch
 from torch import nn
+from transformers import PretrainedConfig
 
 from fitune.config import RunConfig
 from fitune.data.rows import Batch, MicroBatch, Row
 from fitune.model.load import load_model
 from fitune.model.precision import Precision, device_precision, resolve_precision
+from fitune.step import loss
 from fitune.step.assemble import Layout, Setup, assemble, choose_layouts
 from fitune.step.train_step import evaluate, train_step
 from fitune.trace.cuda_behaviour import CudaTarget
-from fitune.trace.events import MemoryTrace
-from fitune.trace.fake import RecordSettings, Step, record_loop
+from fitune.trace.events import MemoryTrace, OperatorWork
+from fitune.trace.extrapolate import NUM_RECORDED_CHUNKS, Rows
+from fitune.trace.fake import RecordSettings, Step, record_columns
+from fitune.trace.recorder import Recorder
+from fitune.trace.recording import Recording, sum_work, to_trace
 
 _TENSORS = ("input_ids_BS", "position_ids_BS", "target_index_N", "target_ids_N", "target_weights_N")
 FIRST_BFLOAT16 = (8, 0)
 Kind = Literal["train", "eval"]
+CHUNK_LOOPS: Mapping[Kind, str] = {"train": "loss.chunks", "eval": "loss.eval_chunks"}
 
 
 @dataclass(frozen=True)
@@ -45,9 +52,11 @@ class Pass:
 @dataclass(frozen=True)
 class RecordedStep:
     """layout: how rows became micro-batches. evaluation_step: the number of the step of the trace that is an
-    evaluation, None without one. notes: what `assemble` decided."""
+    evaluation, None without one. notes: what `assemble` decided. work: what the operators compute and move, summed by
+    step, phase, operator and format."""
 
     trace: MemoryTrace
+    work: tuple[OperatorWork, ...]
     layout: Layout
     chunked: bool
     evaluation_step: int | None
@@ -81,17 +90,54 @@ def record_step(
 
     target: the card, None for this machine's CPU. The optimizer state is born in the first training pass, and gradients
     are resident from a pass's second micro-batch on, so the last of two training passes is the steady state. Raises
-    what `load_model` and `assemble` raise.
+    what `load_model` and `assemble` raise. Everything is recorded; `Recordings` gives the same for less.
     """
+    return record_columns_of_step(config, passes, target=target, mode=mode).to_step()
+
+
+@dataclass(frozen=True)
+class ColumnsOfStep:
+    """A recorded step before it is written as events. chunk_tokens: of a chunk of the loss."""
+
+    recording: Recording
+    chunk_tokens: int
+    layout: Layout
+    chunked: bool
+    evaluation_step: int | None
+    num_parameters: int
+    num_trainable_parameters: int
+    precision: Precision
+    notes: tuple[str, ...]
+
+    def to_step(self) -> RecordedStep:
+        same = {field.name: getattr(self, field.name) for field in fields(self)}
+        del same["chunk_tokens"]
+        recording = same.pop("recording")
+        return RecordedStep(trace=to_trace(recording), work=sum_work(recording), **same)
+
+
+def record_columns_of_step(
+    config: RunConfig,
+    passes: Sequence[Pass],
+    *,
+    target: CudaTarget | None,
+    mode: Literal["fake", "real"] = "fake",
+    architecture: PretrainedConfig | None = None,
+    skip_chunks: bool = False,
+) -> ColumnsOfStep:
+    """As `record_step`. architecture: of a model with fewer layers, instead of the configured one. skip_chunks: of the
+    loss's chunks only the first three and the last are done."""
     precision = target_precision(config, target)
     device = torch.device("cpu" if target is None else "cuda")
     made: list[tuple[nn.Module, Setup]] = []
+    evaluates = False
     # laid out before the recording, whose tensors have no data, both ways: whether it packs the model tells later
     laid_out = {packed: _lay_out(config, passes, device=device, packed=packed) for packed in (True, False)}
 
     def build() -> nn.Module:
         where = torch.device("meta" if mode == "fake" else "cpu")
-        model: nn.Module = load_model(config.model, where, precision=precision, seed=config.train.seed)
+        seed = config.train.seed
+        model: nn.Module = load_model(config.model, where, precision=precision, seed=seed, config=architecture)
         return model
 
     def loop(model: Any, _: torch.device) -> Step:
@@ -100,21 +146,40 @@ def record_step(
         remaining = iter(laid_out[setup.layout.packed])
 
         def step() -> None:
+            nonlocal evaluates
             kind, micro_batches = next(remaining)
-            if kind == "eval":
+            evaluates = kind == "eval"
+            if evaluates:
                 evaluate(model, micro_batches, settings=setup.settings)
             else:
                 train_step(model, setup.optimizer, micro_batches, settings=setup.settings, scaler=setup.scaler)
 
         return step
 
+    @contextmanager
+    def name_chunks(recorder: Recorder) -> Iterator[None]:
+        slices_of = loss._chunks
+
+        def chunks_of(num_positions: int, chunk_tokens: int) -> Iterator[slice]:
+            name = CHUNK_LOOPS["eval" if evaluates else "train"]
+            slices = slices_of(num_positions, chunk_tokens)
+            if skip_chunks:
+                slices = slices[: NUM_RECORDED_CHUNKS - 1] + slices[NUM_RECORDED_CHUNKS - 1 :][-1:]
+            for number, each in enumerate(slices):
+                with recorder.running(f"{name}.{number}"):
+                    yield each
+
+        with patch.object(loss, "_chunks", chunks_of):
+            yield
+
     settings = RecordSettings(mode=mode, target=target, num_steps=len(passes))
     with _older_objects_set_aside():
-        trace = record_loop(build, loop, settings)
+        recording = record_columns(build, loop, settings, watch=name_chunks)
     ((model, setup),) = made
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
-    return RecordedStep(
-        trace=trace,
+    return ColumnsOfStep(
+        recording=recording,
+        chunk_tokens=setup.settings.loss.chunk_tokens,
         layout=setup.layout,
         chunked=setup.settings.loss.head is not None,
         evaluation_step=next((i for i, each in enumerate(passes, start=1) if each.kind == "eval"), None),
@@ -123,6 +188,42 @@ def record_step(
         precision=precision,
         notes=setup.notes,
     )
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Of the micro-batches that are recorded. rows: by step. num_chunks: by loop over the loss's chunks. structure:
+    what else is equal where two recordings have the same structure."""
+
+    rows: Rows
+    num_chunks: Mapping[str, int]
+    structure: tuple[object, ...]
+
+
+def count_rows(
+    config: RunConfig, passes: Sequence[Pass], columns: ColumnsOfStep, *, device: torch.device
+) -> Counts | None:
+    """Of such passes, laid out as those of `columns`. None where the loss has another number of chunks from one
+    micro-batch to the next."""
+    by_step: dict[int, int] = {}
+    chunks: dict[str, set[tuple[int, int]]] = {}
+    structure: list[object] = [columns.chunked]
+    laid_out = _lay_out(config, passes, device=device, packed=columns.layout.packed)
+    for step, (each, (kind, micro_batches)) in enumerate(zip(passes, laid_out, strict=True), start=1):
+        counts = [len(micro_batch.row_ids) for micro_batch in micro_batches]
+        equal = len(set(each.rows)) == 1 and len(set(counts)) == 1
+        structure.append((kind, len(micro_batches), each.rows[0] if equal else (each.rows, *counts)))
+        by_step[step] = max(counts)
+        for micro_batch in micro_batches if columns.chunked else ():
+            parts = loss._chunks(micro_batch.num_supervised_tokens, columns.chunk_tokens)
+            last = parts[-1].stop - parts[-1].start if parts else 0
+            chunks.setdefault(CHUNK_LOOPS[kind], set()).add((len(parts), last))
+    if any(len(found) > 1 for found in chunks.values()):
+        return None
+    of_loop = {loop: next(iter(found)) for loop, found in chunks.items()}
+    structure += [(loop, min(number, NUM_RECORDED_CHUNKS)) for loop, (number, _) in of_loop.items()]
+    rows = Rows(by_step, {loop: last for loop, (_, last) in of_loop.items()})
+    return Counts(rows, {loop: number for loop, (number, _) in of_loop.items()}, tuple(structure))
 
 
 def _lay_out(

@@ -11,7 +11,9 @@ that it fails again the ban is twice as long. Below the plan the way back up is 
 only while tokens per second gain.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 MARGIN_FRACTION = 0.03
 """Of the free memory, never planned for: what else moves in a step."""
@@ -36,8 +38,8 @@ class Observation:
     num_alloc_retries: how often the allocator had to give cached blocks back."""
 
     size: int
-    need_bytes: int | None
-    tokens_per_second: float
+    need_bytes: int | None = None
+    tokens_per_second: float | None = None
     failed_size: int | None = None
     free_bytes: int | None = None
     num_alloc_retries: int = 0
@@ -51,8 +53,8 @@ class _Ban:
 
 @dataclass
 class MemoryModel:
-    """planned: the size of rung 0. highest: the rung that is never exceeded, 0 unless the run may grow. The rest is
-    learned; all of it is plain numbers, for a checkpoint."""
+    """planned: the size of rung 0. highest: the rung that is never exceeded, 0 unless the run may grow. prior_slope:
+    predicted bytes per position, 0 where there is no prediction. The rest is learned."""
 
     planned: int
     highest: int = 0
@@ -90,6 +92,14 @@ class MemoryModel:
         return slope, (y - slope * x) / n
 
 
+def memory_model(content: Mapping[str, Any]) -> MemoryModel:
+    """What `dataclasses.asdict` made of one, also by way of JSON, whose keys are text."""
+    model = MemoryModel(**content)
+    model.bans = {int(rung): _Ban(**ban) for rung, ban in content["bans"].items()}
+    model.speeds = {int(rung): speed for rung, speed in content["speeds"].items()}
+    return model
+
+
 def choose_size(model: MemoryModel, free_bytes: int | None) -> int:
     """The largest size that a micro-batch of the next step may have."""
     before = model.rung
@@ -124,7 +134,8 @@ def learn(model: MemoryModel, seen: Observation) -> None:
         model.rung, model.clean_steps = model.rung - 1, 0
     else:
         model.clean_steps += 1
-        _time(model, seen.tokens_per_second)
+        if seen.tokens_per_second is not None:
+            _time(model, seen.tokens_per_second)
     model.num_changes += model.rung != before
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from fitune.run.memory import MemorySample
 from fitune.run.metrics import RunEvent, StepMetrics
+from fitune.train.self_check import CPU_NOISE_BYTES, CPU_TOLERANCE, CUDA_TOLERANCE
 from fitune.units import GIB, MIB, format_bytes
 
 QUIET_SECONDS = 300.0
@@ -34,9 +35,12 @@ class AlarmSettings:
     predicted_bytes: int | None = None
 
     @property
-    def tolerance(self) -> float:
-        """By how much a peak may exceed its prediction: what the prediction promises on such a device."""
-        return 0.12 if self.on_cpu else 0.02
+    def most_bytes(self) -> float:
+        """What a step may take: the prediction, and what it promises to be within."""
+        if self.predicted_bytes is None:
+            return math.inf
+        tolerance = CPU_TOLERANCE if self.on_cpu else CUDA_TOLERANCE
+        return max(self.predicted_bytes * (1 + tolerance), self.predicted_bytes + CPU_NOISE_BYTES * self.on_cpu)
 
 
 class Alarms:
@@ -184,7 +188,7 @@ class Alarms:
 
     def _prediction(self, metrics: StepMetrics) -> str | None:
         predicted, measured = self._settings.predicted_bytes, metrics.peak_reserved_bytes
-        if predicted is None or measured is None or measured <= predicted * (1 + self._settings.tolerance):
+        if predicted is None or measured is None or measured <= self._settings.most_bytes:
             return None
         return (
             f"step {metrics.step} took {format_bytes(measured)}, {measured / predicted - 1:.1%} more than the "

@@ -13,22 +13,27 @@ from dataclasses import dataclass, replace
 from types import FrameType
 from typing import Any, Protocol
 
-import torch
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from fitune.config import RunConfig, config_hash
 from fitune.data.batches import batches, num_samples, num_steps, prefetch
 from fitune.data.examples import Examples
 from fitune.data.rows import Batch, MicroBatch
-from fitune.errors import FituneError, InterruptedRunError
+from fitune.errors import FituneError, InterruptedRunError, OutOfMemoryError, RunDirectoryError
 from fitune.model.device import read_peak, reset_peak
-from fitune.model.save import link_model, save_model
+from fitune.model.save import model_files
 from fitune.run.directory import RunDirectory, write_json
+from fitune.run.eval_rows import EvalRows, append_eval_rows
 from fitune.run.journal import StepRecord, append_step, ids_hash
 from fitune.run.metrics import EvalMetrics, RunEvent, Status, StepMetrics, Summary, append_line, summary_json
 from fitune.step.assemble import Layout, Setup
 from fitune.step.optimizer import set_lr
-from fitune.step.train_step import StepResult, evaluate, train_step
+from fitune.step.safe_step import SafeResult
+from fitune.step.train_step import EvalResult, StepResult
+from fitune.train.checkpoint import CheckpointWriter, seed_everything
+from fitune.train.guard import Guard
+from fitune.train.identity import run_conditions, run_identity
+from fitune.train.resume import Replay, Start, check_replayed, replayed_split
 from fitune.train.schedule import lr_factor
 from fitune.train.self_check import CHECKED_STEP, SelfCheck
 from fitune.train.state import RunState, larger_peak
@@ -100,28 +105,36 @@ def train(
     tokenizer: Tokenizer,
     watcher: Watcher,
     self_check: SelfCheck | None = None,
+    start: Start | None = None,
+    replay: Replay | None = None,
 ) -> Summary:
-    """Train to the end. self_check: the prediction of the second step, which is compared with what it took.
+    """Train to the end. self_check: the prediction of the second step, which is compared with what it took. start:
+    where a run goes on, whose weights and random numbers are there already. replay: the steps to do, and what must
+    come out.
 
-    Raises InterruptedRunError after a signal, FituneError when the loss stays not finite; the weights of the last
-    commit are in `run.last` in every case."""
-    trainer = _Trainer(config, setup, run, data, tokenizer, watcher, self_check)
+    Raises InterruptedRunError after a signal, FituneError when the loss stays not finite or a replay differs,
+    RunDirectoryError where the end cannot be saved; the weights of the last commit are in `run.last` in every case."""
+    trainer = _Trainer(config, setup, run, data, tokenizer, watcher, self_check, start, replay)
     status: Status = "failed"
     try:
         with _noted_signals() as caught:
             status = trainer.run_to_the_end(caught)
+    except KeyboardInterrupt:
+        status = "stopped"
+        trainer.event("stopped", "interrupted at once, without saving")
+        raise
     finally:
         summary = trainer.write_summary(status)
     if caught and status == "stopped":
         where = f"saved after step {summary.steps} in {run.last}"
-        interrupted = InterruptedRunError(f"interrupted: {where}")
+        interrupted = InterruptedRunError(f"interrupted: {where}; fitune train --resume {run.path} goes on")
         interrupted.exit_code = 128 + caught[0]
         raise interrupted
     return summary
 
 
 class _Trainer:
-    """The state of a run and what is done with it; lives as long as `train`."""
+    """What a run needs, its state, and what is done with it; lives as long as `train`."""
 
     def __init__(
         self,
@@ -132,55 +145,96 @@ class _Trainer:
         tokenizer: Tokenizer,
         watcher: Watcher,
         self_check: SelfCheck | None,
+        start: Start | None,
+        replay: Replay | None,
     ) -> None:
         self.config, self.setup, self.run, self.data = config, setup, run, data
-        self.tokenizer, self.watcher, self.self_check = tokenizer, watcher, self_check
+        self.watcher, self.self_check, self.start, self.replay = watcher, self_check, start, replay
         self.device = next(setup.model.parameters()).device
         self.length = run_length(config, data.train)
-        self.state = RunState()
-        self.saved_step = -1
+        self.state = RunState() if start is None else start.state
+        self.saved_step = -1 if start is None or start.state.step == 0 else start.state.step
+        self.guard = Guard(
+            config,
+            setup,
+            examples=data.train,
+            tell=self.event,
+            predicted=None if self_check is None else self_check.predicted,
+        )
         self.started = time.perf_counter()
+        self.num_replayed = 0
         every = max(1, self.length.total_steps // EVALS_PER_RUN)
         self.eval_every = every if config.train.eval_every == "auto" else config.train.eval_every
         self.save_every = self.eval_every if config.train.save_every == "auto" else config.train.save_every
+        self.writer = CheckpointWriter(
+            run,
+            setup,
+            files=model_files(setup.model, tokenizer=tokenizer),
+            facts={
+                "identity": run_identity(config, setup, train=data.train, held_out=data.eval),
+                "conditions": run_conditions(config, setup),
+            },
+        )
+
+    def is_over(self) -> bool:
+        if self.replay is not None and self.num_replayed == len(self.replay.lines):
+            return True
+        return self.length.is_over(step=self.state.step, tokens=self.state.tokens)
+
+    @property
+    def seconds(self) -> float:
+        """At work, over all sessions."""
+        earlier = 0.0 if self.start is None else self.start.state.seconds
+        return earlier + time.perf_counter() - self.started
 
     def run_to_the_end(self, caught: list[int]) -> Status:
         stop_at = None
         if self.config.train.stop_after is not None:
             stop_at = self.started + parse_seconds(self.config.train.stop_after)
-        torch.manual_seed(self.config.train.seed)
+        if self.state == RunState():
+            seed_everything(self.config.train.seed)
+        for note in () if self.start is None else self.start.notes:
+            self.event("resume", note)
         self.write_summary("running")
-        self.evaluate()
+        self.guard.start()
+        if self.start is not None and self.start.memory_model is not None:
+            self.guard.restore(self.start.memory_model)  # after the start, which has learned something of its own
+        if self.state.step == 0:
+            self.evaluate()
         prepared = prefetch(self._prepared(), depth=PREFETCHED_BATCHES)
         try:
-            for batch, micro_batches in prepared:
-                self.train_batch(batch, micro_batches)
-                over = self.length.is_over(step=self.state.step, tokens=self.state.tokens)
-                stopped = bool(caught) or (stop_at is not None and time.perf_counter() >= stop_at)
-                if not over and not stopped:
-                    if self.state.step % self.eval_every == 0:
-                        self.evaluate()
-                    if self.state.step % self.save_every == 0:
-                        self.save()
-                    continue
-                if stopped and not over:
-                    self.save()
+            while not self.is_over() and (item := next(prepared, None)) is not None:
+                self.train_batch(*item)
+                self.tell_failed_save()
+                if self.is_over():
+                    break
+                if caught or (stop_at is not None and time.perf_counter() >= stop_at):
+                    self.save_for_good()
                     self.event("stopped", "interrupted" if caught else f"stopped after {self.config.train.stop_after}")
                     return "stopped"
-                break
+                if self.state.step % self.eval_every == 0:
+                    self.evaluate()
+                if self.state.step % self.save_every == 0:
+                    self.save()
         finally:
             prepared.close()  # type: ignore[attr-defined]
         self.evaluate()
-        self.save()
+        self.save_for_good()
         return "finished"
 
     def _prepared(self) -> Iterator[tuple[Batch, list[MicroBatch]]]:
-        for batch in batches(
+        following = batches(
             self.data.train,
             rows_per_step=self.config.batch.rows_per_step,
             seed=self.config.train.seed,
+            position=self.state.position,
             epochs=self.length.epochs,
-        ):
+        )
+        if self.replay is not None:
+            for batch, line in zip(following, self.replay.lines, strict=False):
+                yield batch, replayed_split(batch, line, packed=self.setup.layout.packed)
+            return
+        for batch in following:
             yield batch, self.setup.layout.split(batch)
 
     def train_batch(self, batch: Batch, micro_batches: list[MicroBatch]) -> None:
@@ -190,10 +244,9 @@ class _Trainer:
         before = self.length.progress(step=state.step, tokens=state.tokens)
         lr = setup.peak_lr * lr_factor(self.config.optim, (before + progress) / 2)
         set_lr(setup.optimizer, lr)
-        reset_peak(self.device)
         start = time.perf_counter()
-        result = train_step(setup.model, setup.optimizer, micro_batches, settings=setup.settings, scaler=setup.scaler)
-        seconds = time.perf_counter() - start
+        safe = self.safe_step(batch, micro_batches)
+        result, seconds = safe.step, time.perf_counter() - start
         peak = read_peak(self.device)
         if self.self_check is not None:
             peak = self.self_check.measured(peak)
@@ -203,14 +256,34 @@ class _Trainer:
             position=state.position + len(batch.rows),
             ids_hash=ids_hash(batch.row_ids),
             loss_weight=result.loss_weight,
-            plan=tuple(micro_batch.row_ids for micro_batch in micro_batches),
+            plan=safe.plan,
             lr=lr,
             loss_sum=None if result.loss is None else result.loss * result.loss_weight,
             grad_norm=result.grad_norm,
             updated=result.updated,
         )
-        link = append_step(self.run.journal, state.journal_hash, record, peak_bytes=peak.device_bytes, seconds=seconds)
-        state = replace(state, step=record.step, position=record.position, tokens=tokens, journal_hash=link)
+        if self.replay is not None:
+            check_replayed(self.replay, self.num_replayed, record)
+            self.num_replayed += 1
+        link = append_step(
+            self.run.journal,
+            state.journal_hash,
+            record,
+            attempts=1 + len(safe.failures),
+            peak_bytes=peak.device_bytes,
+            free_bytes=self.guard.free_bytes,
+            seconds=seconds,
+        )
+        state = replace(
+            state,
+            step=record.step,
+            position=record.position,
+            tokens=tokens,
+            journal_hash=link,
+            num_ooms=state.num_ooms + len(safe.failures),
+            num_retries=state.num_retries + bool(safe.failures),
+            micro_batch_changes=self.guard.memory.num_changes,
+        )
         self.state = state
         if result.loss is None or result.grad_norm is None:
             self.event("no_target", f"rows {batch.row_ids} have no supervised token: no update, no step")
@@ -232,8 +305,8 @@ class _Trainer:
             grad_norm=result.grad_norm,
             seconds=seconds,
             tokens_per_second=batch.num_tokens / seconds,
-            num_micro_batches=len(micro_batches),
-            micro_batch=max(len(micro_batch.row_ids) for micro_batch in micro_batches),
+            num_micro_batches=len(safe.plan),
+            micro_batch=max(map(len, safe.plan)),
             peak_allocated_bytes=peak.allocated_bytes,
             peak_reserved_bytes=peak.reserved_bytes,
             device_used_bytes=peak.device_bytes,
@@ -243,8 +316,24 @@ class _Trainer:
         if not result.updated:
             self.check_update(result)
         if self.self_check is not None and state.step == CHECKED_STEP:
+            self.state = replace(
+                state,
+                checked_allocated_bytes=peak.allocated_bytes,
+                checked_reserved_bytes=peak.reserved_bytes,
+                checked_device_bytes=peak.device_bytes,
+            )
+            self.self_check.keep(peak)
             sentence, agrees = self.self_check.compare(peak)
             self.event("memory_check" if agrees else "memory_differs", sentence)
+
+    def safe_step(self, batch: Batch, micro_batches: list[MicroBatch]) -> SafeResult:
+        """Raises OutOfMemoryError after saving what was trained so far."""
+        try:
+            step = self.state.step + 1
+            return self.guard.train(batch, micro_batches, step=step, keep_plan=self.replay is not None)
+        except OutOfMemoryError as error:
+            self.save_for_good()
+            raise OutOfMemoryError(f"{error}; the weights of step {self.state.step} are in {self.run.last}") from error
 
     def check_update(self, result: StepResult) -> None:
         """Of a step without an update."""
@@ -257,7 +346,7 @@ class _Trainer:
                 f"step {state.step}: loss {result.loss:.4g}, gradient norm {result.grad_norm:.4g}: no update",
             )
         if state.bad_steps >= (MOST_BAD_STEPS if self.setup.scaler is None else MOST_OVERFLOWS):
-            self.save()
+            self.save_for_good()
             raise FituneError(
                 f"the gradient was not finite in {state.bad_steps} steps in a row (loss {result.loss:.4g} at step "
                 f"{state.step}): lower optim.lr ({self.setup.peak_lr:g}) or look at the rows of these steps; "
@@ -271,7 +360,7 @@ class _Trainer:
         reset_peak(self.device)
         start = time.perf_counter()
         micro_batches = _in_order(self.data.eval, self.setup.eval_layout, self.config.batch.rows_per_step)
-        result = evaluate(self.setup.model, micro_batches, settings=self.setup.settings)
+        result = self.guard.evaluate(micro_batches)
         peak = read_peak(self.device)
         metrics = EvalMetrics(
             step=state.step,
@@ -284,6 +373,7 @@ class _Trainer:
             peak_allocated_bytes=peak.allocated_bytes,
         )
         append_line(self.run.metrics, metrics)
+        append_eval_rows(self.run.eval_rows, _eval_rows(result, metrics))
         # the untrained model is measured but is no result of this run, nor is a loss that is not a number
         better = state.best_eval_loss is None or result.loss < state.best_eval_loss
         best = state.step > 0 and better and math.isfinite(result.loss)
@@ -297,16 +387,31 @@ class _Trainer:
         )
         if best:
             self.save()
-            link_model(self.run.last, self.run.best)
         self.watcher.evaluation(metrics, best=best)
 
     def save(self) -> None:
-        """The present weights as last/, if they are not there already."""
+        """Begin to save the present commit as last/ (and best/), if that is not done already."""
         if self.saved_step == self.state.step:
             return
-        save_model(self.setup.model, self.run.last, tokenizer=self.tokenizer)
+        self.tell_failed_save(wait=True)
+        self.state = replace(self.state, seconds=self.seconds)
+        self.writer.save(self.state, memory_model=self.guard.to_json())
         self.saved_step = self.state.step
         self.write_summary("running")
+
+    def tell_failed_save(self, *, wait: bool = False) -> None:
+        """A save that fails does not end the run: the next one may succeed."""
+        if wait:
+            self.writer.wait()
+        if (failure := self.writer.failure()) is not None:
+            self.event("save_failed", f"warning: {failure}; the run goes on")
+
+    def save_for_good(self) -> None:
+        """Save and wait. Raises RunDirectoryError where that fails."""
+        self.save()
+        self.writer.wait()
+        if (failure := self.writer.failure()) is not None:
+            raise RunDirectoryError(f"{failure}; the checkpoint before it is whole")
 
     def event(self, kind: str, message: str) -> None:
         append_line(self.run.events, RunEvent(time=time.time(), step=self.state.step, kind=kind, message=message))
@@ -314,7 +419,7 @@ class _Trainer:
 
     def write_summary(self, status: Status) -> Summary:
         state = self.state
-        seconds = state.seconds + time.perf_counter() - self.started
+        seconds = self.seconds
         predicted = None if self.self_check is None else self.self_check.predicted
         summary = Summary(
             status=status,
@@ -328,15 +433,27 @@ class _Trainer:
             best_eval_loss=state.best_eval_loss,
             predicted_allocated_bytes=None if predicted is None else predicted.peak_allocated_bytes,
             predicted_reserved_bytes=None if predicted is None else predicted.peak_reserved_bytes,
-            measured_allocated_bytes=state.peak.allocated_bytes,
-            measured_reserved_bytes=state.peak.reserved_bytes,
-            measured_device_bytes=state.peak.device_bytes,
+            measured_allocated_bytes=state.checked_allocated_bytes,
+            measured_reserved_bytes=state.checked_reserved_bytes,
+            measured_device_bytes=state.checked_device_bytes,
+            peak_allocated_bytes=state.peak.allocated_bytes,
+            peak_reserved_bytes=state.peak.reserved_bytes,
+            peak_device_bytes=state.peak.device_bytes,
+            num_ooms=state.num_ooms,
+            num_retries=state.num_retries,
+            micro_batch_changes=state.micro_batch_changes,
             effective_batch=self.config.batch.rows_per_step,
             config_hash=config_hash(self.config),
             data_hash=self.data.train.data_hash,
         )
         write_json(self.run.summary, summary_json(summary))
         return summary
+
+
+def _eval_rows(result: EvalResult, metrics: EvalMetrics) -> EvalRows:
+    pairs = zip(result.row_losses, result.row_weights, strict=True)
+    losses = tuple(round(loss / weight, 6) if weight else 0.0 for loss, weight in pairs)
+    return EvalRows(step=metrics.step, total_tokens=metrics.total_tokens, losses=losses, weights=result.row_weights)
 
 
 def _in_order(examples: Examples, layout: Layout, rows_at_once: int) -> Iterator[MicroBatch]:

@@ -1,26 +1,35 @@
 """Loads what a run needs, in the order in which mistakes are cheapest to find: tokenizer, data, then weights."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from fitune.config import RunConfig
+from fitune.config import RunConfig, read_config
 from fitune.data.examples import load_examples
 from fitune.errors import ConfigError, DataError, DoesNotFitError
 from fitune.model.device import choose_device
 from fitune.model.load import count_parameters, load_config, load_model, load_tokenizer
 from fitune.model.lora import not_adapted
+from fitune.plan.budget import lengths_of, limits_of
+from fitune.plan.candidates import settings_of, still_open
+from fitune.plan.plan import Plan, closest, does_not_fit
+from fitune.plan.planner import choose_plan
 from fitune.step.assemble import Setup, assemble, choose_precision
 from fitune.train.loop import Data
-from fitune.train.self_check import SelfCheck, check_fits, predict_second_step
+from fitune.train.self_check import SelfCheck, predict_second_step, run_device
+from fitune.units import format_bytes
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """self_check: the prediction of the second step, None where it could not be made."""
+    """plan: what the run follows; None where it could not be made or an earlier one is followed. settings: what it
+    decides, as overrides. self_check: the prediction of the second step, None
+    where it could not be made."""
 
+    plan: Plan | None
+    settings: tuple[str, ...]
     setup: Setup
     data: Data
     tokenizer: Tokenizer
@@ -32,10 +41,15 @@ class Prepared:
 
 
 def prepare(
-    config: RunConfig, *, on_progress: Callable[[int], None] | None = None, plan_check: bool = True
+    config: RunConfig,
+    *,
+    on_progress: Callable[[int], None] | None = None,
+    plan_check: bool = True,
+    settings: Sequence[str] | None = None,
 ) -> Prepared:
     """on_progress: called with the number of rows tokenised so far. plan_check: whether a setting that is predicted to
-    need more than memory.budget is refused.
+    need more than memory.budget is refused. settings: what an earlier plan decided, which is followed instead of a new
+    one, as far as the configuration still leaves it open.
 
     Raises a UsageError of the room concerned, and DoesNotFitError.
     """
@@ -49,10 +63,19 @@ def prepare(
     data = load_data(config, tokenizer, on_progress=on_progress)
     precision = choose_precision(config, device)
     check_length(load_config(config.model).get_text_config(), config)
-    self_check = None
+    plan = self_check = None
     try:
-        if plan_check:
-            check_fits(config, data.train, device=device)
+        if settings is None:
+            plan = choose_plan(
+                config,
+                limits=limits_of(config, run_device(device)),
+                lengths=lengths_of(data.train, data.eval),
+                thorough=False,
+            )
+            settings, note = follow(plan, config, plan_check=plan_check)
+            notes.append(note)
+        settings = still_open(settings, config)
+        config = read_config(config.model_dump(mode="json", exclude_defaults=True), settings).config
         self_check = predict_second_step(config, data.train, data.eval, device=device)
     except DoesNotFitError:
         raise
@@ -63,7 +86,39 @@ def prepare(
         notes.append(clause)
     setup = assemble(model, config, device=device, precision=precision)
     num_parameters, num_trainable = count_parameters(model)
-    return Prepared(setup, data, tokenizer, device, num_parameters, num_trainable, self_check, tuple(notes))
+    return Prepared(
+        plan,
+        tuple(settings or ()),
+        setup,
+        data,
+        tokenizer,
+        device,
+        num_parameters,
+        num_trainable,
+        self_check,
+        tuple(notes),
+    )
+
+
+def follow(plan: Plan, config: RunConfig, *, plan_check: bool = True) -> tuple[list[str], str]:
+    """(the plan's choice as overrides of the configuration, what was chosen in a sentence).
+
+    Where nothing fits, the closest candidate runs if a budget was not given and it only exceeds the share of the free
+    memory that is kept back, or if plan_check is off. Raises DoesNotFitError else.
+    """
+    if plan.chosen is not None:
+        chosen = plan.candidates[plan.chosen]
+        room = f"of {format_bytes(plan.budget_bytes)}"
+    else:
+        chosen = closest(plan)
+        tight = config.memory.budget == "auto" and chosen.predicted_device_bytes <= plan.device.free_bytes
+        if plan_check and not tight:
+            raise DoesNotFitError(f"{does_not_fit(plan)}; --no-plan-check runs it anyway")
+        room = f"of {format_bytes(plan.budget_bytes)}: it may run out of memory"
+    return settings_of(chosen, config), (
+        f"plan: {chosen.micro_batch} x {chosen.accumulation} rows, recompute {chosen.recompute}, {chosen.loss} loss: "
+        f"{format_bytes(chosen.predicted_device_bytes)} {room}"
+    )
 
 
 def load_data(config: RunConfig, tokenizer: Tokenizer, *, on_progress: Callable[[int], None] | None = None) -> Data:

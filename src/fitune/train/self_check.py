@@ -2,7 +2,8 @@
 one is measured.
 
 On CUDA PyTorch's own counters are compared. On a CPU it is the resident peak above the state before the model was
-loaded, where the C library's habits are part of the number.
+loaded, where the C library's habits are part of the number. What is found is kept for later predictions
+(memory/residuals.py).
 """
 
 from collections.abc import Iterator
@@ -15,13 +16,11 @@ from fitune.config import RunConfig
 from fitune.data.batches import batches
 from fitune.data.examples import Examples
 from fitune.data.rows import Batch
-from fitune.errors import DoesNotFitError
-from fitune.memory.c_allocator import allocator_factor
 from fitune.memory.devices import Device, cpu_device, this_machine
 from fitune.memory.prediction import Prediction
+from fitune.memory.residuals import Circumstances, Residual, add_residual, circumstances
 from fitune.model.device import MemoryPeak, program_bytes
-from fitune.plan.planner import budget_bytes
-from fitune.plan.predict import heaviest_passes, predict_run
+from fitune.plan.predict import predict_run
 from fitune.trace.step import Pass
 from fitune.units import MIB, format_bytes
 
@@ -34,10 +33,12 @@ CPU_NOISE_BYTES = 32 * MIB
 
 @dataclass(frozen=True)
 class SelfCheck:
-    """predicted: of the second optimizer step. program_bytes: resident before the model was loaded, on a CPU."""
+    """predicted: of the second optimizer step. program_bytes: resident before the model was loaded, on a CPU.
+    circumstances: under which its outcome is kept; None: it is not."""
 
     predicted: Prediction
     program_bytes: int | None
+    circumstances: Circumstances | None = None
 
     def measured(self, peak: MemoryPeak) -> MemoryPeak:
         """The peak in the terms of the prediction: on a CPU the program itself is taken off."""
@@ -63,45 +64,32 @@ class SelfCheck:
             noise_bytes = 0 if self.program_bytes is None else CPU_NOISE_BYTES
             agrees &= abs(error) <= tolerance or abs(predicted - found) <= noise_bytes
             words.append(f"{name} {format_bytes(predicted)} predicted, {format_bytes(found)} measured ({error:+.1%})")
-        if not agrees and self.program_bytes is not None:
-            factor = allocator_factor()
-            words.append(
-                f"{factor.name} holds {factor.low:.2f} to {factor.high:.2f} times the live "
-                f"{format_bytes(self.predicted.peak_allocated_bytes)}"
-            )
+        if not agrees and self.predicted.device_interval is not None:
+            words += self.predicted.device_interval.reasons
         warning = "" if agrees else f"warning: more than {tolerance:.0%} off: "
         return f"{warning}memory of step {CHECKED_STEP}: {'; '.join(words)}", agrees
 
+    def keep(self, measured: MemoryPeak) -> None:
+        """Adds both sides to the residuals of this machine. measured: as the method of that name gives it."""
+        if self.circumstances is not None and measured.reserved_bytes is not None and measured.reserved_bytes > 0:
+            predicted_bytes = self.predicted.peak_reserved_bytes
+            add_residual(Residual(self.circumstances, predicted_bytes, measured.reserved_bytes))
+
 
 def run_device(device: torch.device) -> Device:
+    """The card that torch means by `device`, found by its UUID: torch may count cards in another order than NVML."""
     cards = this_machine()
-    return cpu_device() if device.type == "cpu" or not cards else cards[0]
+    if device.type == "cpu" or not cards:
+        return cpu_device()
+    uuid = str(torch.cuda.get_device_properties(device).uuid)
+    return next((card for card in cards if (card.uuid or "").endswith(uuid)), cards[0])
 
 
 def predict_second_step(config: RunConfig, train: Examples, held_out: Examples, *, device: torch.device) -> SelfCheck:
     """Raises what a recording raises; a run without its prediction is still a run."""
-    prediction = predict_run(config, run_device(device), passes=list(_passes(config, train, held_out)))
-    return SelfCheck(prediction.training, program_bytes(device))
-
-
-def check_fits(config: RunConfig, train: Examples, *, device: torch.device) -> None:
-    """Raises DoesNotFitError where memory.budget is given, the micro-batch is forced, and the longest rows need
-    more."""
-    forced = config.batch.micro_rows is not None or config.batch.micro_tokens != "auto"
-    if config.memory.budget == "auto" or not forced:
-        return
     target = run_device(device)
-    limit = budget_bytes(config, target)
-    passes = heaviest_passes(config, target, row_tokens=int(train.lengths.max()))
-    prediction = predict_run(config, target, passes=passes, limit_bytes=limit)
-    if not prediction.largest.fits:
-        needed = prediction.largest.peak_reserved_bytes + prediction.context_bytes
-        parts = sorted(prediction.largest.categories.items(), key=lambda part: -part[1])[:3]
-        named = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts)
-        raise DoesNotFitError(
-            f"this setting needs {format_bytes(needed)} ({named}), and memory.budget leaves {format_bytes(limit)}: "
-            "lower batch.micro, set model.recompute=full, or see `fitune plan`; --no-plan-check runs it anyway"
-        )
+    prediction = predict_run(config, target, passes=list(_passes(config, train, held_out)))
+    return SelfCheck(prediction.training, program_bytes(device), circumstances(target, config.model.source))
 
 
 def _passes(config: RunConfig, train: Examples, held_out: Examples) -> Iterator[Pass]:

@@ -12,8 +12,9 @@ class RunState:
 
     step: optimizer steps. position: samples consumed, the sampler's cursor. tokens, supervised_tokens: seen.
     bad_steps: steps without an update in a row. train_loss: of the last step. best_step: the step of best_eval_loss,
-    whose weights are best/. evaluated_step: of the last evaluation, -1 before the first. seconds: at work, over all
-    sessions. journal_hash: of the last line of the journal.
+    whose weights are best/. evaluated_step: of the last evaluation, -1 before the first. peak: of the whole
+    run. checked_*: what the step took that the self-check looks at. seconds: at work, over all sessions. journal_hash:
+    of the last line of the journal.
     """
 
     step: int = 0
@@ -30,6 +31,9 @@ class RunState:
     num_retries: int = 0
     micro_batch_changes: int = 0
     peak: MemoryPeak = field(default_factory=MemoryPeak)
+    checked_allocated_bytes: int | None = None
+    checked_reserved_bytes: int | None = None
+    checked_device_bytes: int | None = None
     seconds: float = 0.0
     journal_hash: str = CHAIN_START
 

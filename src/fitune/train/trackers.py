@@ -65,7 +65,12 @@ class Tracked:
         with self._guarded():
             self._save_files()
         with self._guarded():
-            self._tracker.finish()
+            if self._tracker.name == "trackio":  # accelerate's finish leaves it to end, and to say so, once more
+                import trackio
+
+                trackio.finish()
+            else:
+                self._tracker.finish()
 
     def _save_files(self) -> None:
         run = self._run

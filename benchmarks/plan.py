@@ -1,0 +1,230 @@
+"""Is the plan's choice the fastest that fits? On this CPU: three models, three budgets each.
+
+    python benchmarks/plan.py             about six minutes on a calm core; writes benchmarks/results/plan.json
+    python benchmarks/plan.py --quick     one model of two layers, one budget, two sizes
+
+Every candidate of a model is measured: real steps, CPU seconds on one thread, the best of two rounds that take the
+candidates in turn. Then for each budget `fitune train` runs in a process of its own whose data segment is limited to
+that budget (RLIMIT_DATA), where it plans by itself. Shown: the rank correlation of predicted and measured time over the
+candidates, whether the run ended without an out-of-memory event, and how much slower its choice is than the fastest
+candidate that fits by measurement.
+"""
+
+import argparse
+import json
+import os
+import random
+import resource
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PretrainedConfig, PreTrainedTokenizerFast
+
+from fitune.config import RunConfig, read_config
+from fitune.model.load import build_model, quiet_transformers
+from fitune.model.presets import llama_config, qwen3_config
+from fitune.plan.budget import uniform_lengths
+from fitune.plan.candidates import settings_of
+from fitune.plan.measure import measure_steps
+from fitune.plan.plan import Candidate, Plan
+from fitune.plan.planner import choose_plan
+
+LENGTH, ROWS = 256, 8
+MODELS: dict[str, PretrainedConfig] = {
+    "llama 6 x 256": llama_config(
+        hidden_size=256, num_hidden_layers=6, head_dim=64, intermediate_size=704,
+        num_attention_heads=4, num_key_value_heads=2,
+    ),
+    "qwen3 3 x 384": qwen3_config(
+        hidden_size=384, num_hidden_layers=3, head_dim=64, intermediate_size=1024,
+        num_attention_heads=6, num_key_value_heads=3,
+    ),
+    "llama 12 x 128": llama_config(
+        hidden_size=128, num_hidden_layers=12, head_dim=32, intermediate_size=384,
+        num_attention_heads=4, num_key_value_heads=4,
+    ),
+}  # fmt: skip
+QUICK = {
+    "llama 2 x 64": llama_config(
+        hidden_size=64, num_hidden_layers=2, head_dim=32, intermediate_size=128,
+        num_attention_heads=2, num_key_value_heads=2,
+    )
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """device_bytes: resident peak, the program of the measuring process included."""
+
+    setting: str
+    predicted_seconds: float
+    measured_seconds: float
+    predicted_bytes: int
+    measured_bytes: int
+
+
+@dataclass(frozen=True)
+class Run:
+    """slower: than the fastest candidate that fits by measurement, as a share. events: of running out of memory."""
+
+    budget_bytes: int
+    exit_code: int
+    chosen: str | None
+    peak_bytes: int | None
+    events: int
+    slower: float | None
+
+
+def name(candidate: Candidate) -> str:
+    return f"{candidate.micro_batch} x {candidate.accumulation}, {candidate.recompute}, {candidate.loss} loss"
+
+
+def write_model(directory: Path, config: PretrainedConfig) -> None:
+    words = [f"w{number}" for number in range(config.vocab_size - 3)]
+    table = {word: number for number, word in enumerate(["<unk>", "<s>", "</s>", *words])}
+    tokenizer = Tokenizer(models.WordLevel(table, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    fast.save_pretrained(directory)
+    with quiet_transformers():
+        build_model(config).save_pretrained(directory)
+
+
+def write_rows(path: Path, vocabulary: int, *, num_rows: int = 160) -> None:
+    """Rows that are all cut to LENGTH tokens."""
+    draw = random.Random(0)
+    rows = (" ".join(f"w{draw.randrange(vocabulary)}" for _ in range(LENGTH + 8)) for _ in range(num_rows))
+    path.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+
+
+def settings(directory: Path) -> dict[str, Any]:
+    return {
+        "model": {"source": str(directory)},
+        "data": {"train": str(directory / "rows.jsonl"), "max_length": LENGTH, "eval_fraction": 0.0, "mask": "all"},
+        "batch": {"effective": ROWS},
+        "train": {"steps": 4, "save_every": 1000},
+        "run": {"output": str(directory / "runs")},
+    }
+
+
+def measure(plan: Plan, config: RunConfig, *, rounds: int) -> list[Measurement]:
+    candidates = [each for each in plan.candidates if each.result == "same"]
+    seconds, peaks = [np.inf] * len(candidates), [0] * len(candidates)
+    program = plan.device.context_bytes
+    tree = config.model_dump(mode="json", exclude_defaults=True)
+    steps = [((LENGTH, LENGTH - 1),) * ROWS] * 2
+    for _ in range(rounds):
+        for number, candidate in enumerate(candidates):
+            settled = read_config(tree, settings_of(candidate, config)).config
+            found = measure_steps(settled, steps, device=torch.device("cpu"))
+            seconds[number] = min(seconds[number], *found.cpu_seconds)
+            peaks[number] = max(peaks[number], *(peak.device_bytes or 0 for peak in found.peaks))
+            print(f"  {name(candidates[number])}: {seconds[number]:.3f} s", file=sys.stderr, flush=True)
+    return [
+        Measurement(
+            name(candidate),
+            candidate.predicted_seconds_per_step or 0.0,
+            seconds[number],
+            candidate.predicted_device_bytes,
+            program + peaks[number],
+        )
+        for number, candidate in enumerate(candidates)
+    ]
+
+
+def rank_correlation(first: list[float], second: list[float]) -> float:
+    """Spearman's: of the ranks, ties sharing theirs."""
+    ranks = []
+    for values in (first, second):
+        array = np.array(values)
+        ranks.append([(array < value).sum() + (array == value).sum() / 2 for value in array])
+    return float(np.corrcoef(*ranks)[0, 1])
+
+
+def run(directory: Path, budget: int, measured: list[Measurement], number: int) -> Run:
+    """`fitune train` in a process that cannot have more than the budget."""
+    path = directory / "config.json"
+    path.write_text(json.dumps(settings(directory)))
+    command = [sys.executable, "-m", "fitune", "train", str(path), f"memory.budget={budget}B", f"run.name=run{number}"]
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_DATA, (budget, budget))
+
+    done = subprocess.run(command, preexec_fn=limit, capture_output=True, text=True, check=False)
+    place = directory / "runs" / f"run{number}"
+    if done.returncode != 0:
+        print(done.stderr, file=sys.stderr)
+        return Run(budget, done.returncode, None, None, 0, None)
+    plan = json.loads((place / "plan.json").read_text())
+    chosen = plan["candidates"][plan["chosen"]]
+    setting = f"{chosen['micro_batch']} x {chosen['accumulation']}, {chosen['recompute']}, {chosen['loss']} loss"
+    events = (place / "events.jsonl").read_text() if (place / "events.jsonl").exists() else ""
+    summary = json.loads((place / "summary.json").read_text())
+    fitting = [each.measured_seconds for each in measured if each.measured_bytes <= budget]
+    own = next(each.measured_seconds for each in measured if each.setting == setting)
+    return Run(
+        budget_bytes=budget,
+        exit_code=0,
+        chosen=setting,
+        peak_bytes=summary["measured_device_bytes"],
+        events=events.count("out of memory") + events.count('"oom'),
+        slower=own / min(fitting) - 1 if fitting else None,
+    )
+
+
+def benchmark(config: PretrainedConfig, *, budgets: tuple[float, ...], rounds: int) -> dict[str, Any]:
+    """budgets: where each lies between the smallest and the largest candidate, as a share."""
+    with tempfile.TemporaryDirectory() as made:
+        directory = Path(made)
+        write_model(directory, config)
+        write_rows(directory / "rows.jsonl", config.vocab_size - 3)
+        whole = read_config(settings(directory)).config
+        plan = choose_plan(whole, gpu="cpu", lengths=uniform_lengths(whole))
+        measured = measure(plan, whole, rounds=rounds)
+        sizes = [each.predicted_bytes for each in measured]
+        limits = [int(min(sizes) * 1.02 + share * (max(sizes) - min(sizes))) for share in budgets]
+        runs = [run(directory, limit, measured, number) for number, limit in enumerate(limits)]
+    predicted, found = ([getattr(each, key) for each in measured] for key in ("predicted_seconds", "measured_seconds"))
+    return {
+        "rank_correlation": rank_correlation(predicted, found),
+        "candidates": [asdict(each) for each in measured],
+        "runs": [asdict(each) for each in runs],
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--model", help="only those whose name contains this")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "plan.json")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    wanted = QUICK if options.quick else {k: v for k, v in MODELS.items() if (options.model or "") in k}
+    shares, rounds = ((0.5,), 1) if options.quick else ((0.05, 0.4, 1.0), 2)
+    results = {}
+    for title, config in wanted.items():
+        results[title] = found = benchmark(config, budgets=shares, rounds=rounds)
+        print(f"{title}: rank correlation {found['rank_correlation']:.3f}")
+        for each in found["runs"]:
+            slower = "n/a" if each["slower"] is None else f"{each['slower']:+.1%}"
+            print(
+                f"  budget {each['budget_bytes'] / 2**20:.0f} MiB: exit {each['exit_code']}, {each['chosen']}, "
+                f"{each['events']} out-of-memory events, {slower} against the fastest that fits"
+            )
+    if not options.quick:
+        options.output.parent.mkdir(exist_ok=True)
+        options.output.write_text(json.dumps({"torch": torch.__version__, "models": results}, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

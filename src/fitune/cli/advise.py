@@ -1,0 +1,45 @@
+"""`fitune advise`: what to change in a run, best first."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from fitune.cli.compare import Runs
+from fitune.cli.output import Format, console, print_json, table
+from fitune.language import say
+
+
+def advise(
+    run: Annotated[Path, Parameter(name="RUN", help="the run to advise on, or a report with it first")],
+    *beside: Runs,
+    output_format: Format = "auto",
+) -> None:
+    """Ranked changes to RUN, each with its memory, its speed, whether the training result stays the same, what that
+    rests on, and the command. Runs beside it are evidence."""
+    from fitune.report.advice import advise as find_advice
+    from fitune.report.compare import compare
+
+    comparison = compare((run, *beside))
+    found = find_advice(comparison.rows[0].run, comparison)
+    if output_format == "json":
+        print_json({"run": comparison.rows[0].name, "advice": [asdict(each) for each in found]})
+        return
+    if output_format == "quiet":
+        for each in found:
+            print(each.command)
+        return
+    screen = console(output_format)
+    if not found:
+        screen.print(say("nothing to change in {name}, as far as its record tells", name=comparison.rows[0].name))
+        return
+    heads = [say("change"), say(">memory"), say(">speed"), say("result")]
+    rows = [
+        [f"{index} {each.change}", each.memory, each.speed, each.effect] for index, each in enumerate(found, start=1)
+    ]
+    screen.print(table(heads, rows))
+    for index, each in enumerate(found, start=1):
+        screen.print(f"{index}  {each.evidence}", markup=False, soft_wrap=True)
+        if each.command:
+            screen.print(f"   {each.command}", markup=False, soft_wrap=True)

@@ -1,0 +1,90 @@
+"""`fitune compare`: runs side by side, at equal tokens."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from cyclopts import Parameter
+from rich.console import Console
+
+from fitune.cli.output import console, print_json, table
+from fitune.errors import UsageError
+
+if TYPE_CHECKING:
+    from fitune.report.compare import Comparison
+
+Runs = Annotated[
+    Path,
+    Parameter(
+        name="RUN",
+        help="a run directory, a directory of runs, a report of fitune, or what another trainer left: "
+        "trainer_state.json, trainer_log.jsonl, TensorBoard events, a log of minimind",
+    ),
+]
+
+
+def compare(
+    *runs: Runs,
+    at: Annotated[str | None, Parameter(help="tokens to compare at: 24M; as far as all came where left out")] = None,
+    output_format: Annotated[
+        Literal["auto", "human", "json", "csv", "md", "quiet"],
+        Parameter(name="--format", help="auto, human, json, csv, md (Markdown), or quiet: the names on the Pareto set"),
+    ] = "auto",
+    json: Annotated[bool, Parameter(help="--format json")] = False,
+    csv: Annotated[bool, Parameter(help="--format csv")] = False,
+    md: Annotated[bool, Parameter(help="--format md")] = False,
+) -> None:
+    """Peak memory, speed and losses of runs, at equal tokens: differences to the first run with their intervals, the
+    settings that differ, and whether runs of one effective batch are the same run."""
+    from fitune.report import tables
+    from fitune.report.compare import compare as compare_runs
+
+    if not runs:
+        raise UsageError("give the runs to compare, the first being what the others are compared with")
+    comparison = compare_runs(runs, tokens=None if at is None else _tokens(at))
+    chosen = "json" if json else "csv" if csv else "md" if md else output_format
+    if chosen == "json":
+        print_json(tables.comparison_json(comparison))
+    elif chosen == "csv":
+        print(tables.csv_text(comparison), end="")
+    elif chosen == "md":
+        print(tables.markdown(comparison), end="")
+    elif chosen == "quiet":
+        for row in comparison.rows:
+            if row.on_front:
+                print(row.name)
+    else:
+        show_comparison(comparison, console(chosen))
+
+
+def show_comparison(comparison: "Comparison", screen: Console) -> None:
+    from fitune.report import tables
+    from fitune.report.verdicts import verdicts
+
+    heads = tables.columns(comparison)
+    rows = [tables.cells(row) for row in comparison.rows]
+    without = {tables.TRAIN_COLUMN} if all(row.eval_loss is not None for row in comparison.rows) else set()
+    used = [index for index in range(len(heads)) if index not in without and _says_something(rows, index)]
+    screen.print(tables.heading(comparison), markup=False)
+    screen.print(table([heads[index] for index in used], [[row[index] for index in used] for row in rows]))
+    if len(rows) > 1:
+        screen.print(tables.legend(), markup=False)
+    differing = tables.differing_rows(comparison)
+    if differing:
+        screen.print()
+        screen.print(table(["", *(row.name for row in comparison.rows)], differing))
+    for sentence in (*verdicts(comparison), *comparison.notes):
+        screen.print(f"· {sentence}", markup=False)
+
+
+def _says_something(rows: list[list[str]], index: int) -> bool:
+    return index == 0 or any(row[index] not in ("", "n/a") for row in rows)
+
+
+def _tokens(text: str) -> float:
+    """'24M' -> 24_000_000."""
+    factors = {"k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "": 1.0}
+    digits = text.rstrip("kKMG")
+    try:
+        return float(digits.replace(",", "")) * factors[text[len(digits) :]]
+    except (KeyError, ValueError):
+        raise UsageError(f"--at '{text}' is no number of tokens: write it like 24M or 500k") from None

@@ -1,0 +1,84 @@
+"""A run in a notebook: one block that is brought up to date, instead of a log that grows."""
+
+import io
+import sys
+import time
+from typing import Any
+
+from rich.console import Console
+
+from fitune.cli.watch_screen import watch_screen
+from fitune.run.directory import RunDirectory
+from fitune.run.follow import RunFollower
+from fitune.run.metrics import EvalMetrics, StepMetrics
+
+REFRESH_SECONDS = 2.0
+WIDTH = 100
+_BLOCK = '<pre style="white-space:pre;overflow-x:auto;line-height:1.2;font-family:monospace">{code}</pre>'
+
+
+def in_notebook() -> bool:
+    """Whether this process is a notebook's kernel: Jupyter, Colab, Kaggle, VS Code."""
+    ipython = sys.modules.get("IPython")
+    return ipython is not None and hasattr(ipython.get_ipython(), "kernel")
+
+
+class NotebookProgress:
+    """A watcher of a run: what was said before it begins, then what `fitune watch` shows of it."""
+
+    def __init__(self) -> None:
+        self._said: list[str] = []
+        self._rows: int | None = None
+        self._follower: RunFollower | None = None
+        self._handle: Any = None
+        self._shown = 0.0
+
+    def __enter__(self) -> "NotebookProgress":
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        self._show()
+
+    def note(self, text: str) -> None:
+        """Once the run has begun its files tell it, and the screen with them."""
+        if self._follower is None:
+            self._said.append(text)
+        self._show_now_and_then()
+
+    def rows(self, num_rows: int | None) -> None:
+        self._rows = num_rows
+        self._show_now_and_then()
+
+    def begin(self, run: RunDirectory) -> None:
+        self.note(f"run    {run.path}")
+        self._follower = RunFollower(run)
+
+    def step(self, metrics: StepMetrics, *, progress: float) -> None:
+        self._show_now_and_then()
+
+    def evaluation(self, metrics: EvalMetrics, *, best: bool) -> None:
+        self._show_now_and_then()
+
+    def _show_now_and_then(self) -> None:
+        if time.monotonic() - self._shown >= REFRESH_SECONDS:
+            self._show()
+
+    def _show(self) -> None:
+        from IPython.display import HTML, display
+
+        self._shown = time.monotonic()
+        block = HTML(self._html())
+        if self._handle is None:
+            self._handle = display(block, display_id=True)
+        else:
+            self._handle.update(block)
+
+    def _html(self) -> str:
+        console = Console(file=io.StringIO(), record=True, width=WIDTH, highlight=False, force_jupyter=False)
+        for line in self._said:
+            console.print(line, markup=False)
+        if self._rows is not None:
+            console.print(f"       {self._rows:,} rows tokenised")
+        if self._follower is not None:
+            console.print(watch_screen(self._follower.read(), width=WIDTH, height=None, now=time.time()))
+        return console.export_html(inline_styles=True, code_format=_BLOCK)

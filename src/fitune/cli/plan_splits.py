@@ -1,0 +1,104 @@
+"""`fitune plan --splits 6x1,6x4,4x6`: what forced splits need and take, and what each means for the learning rate."""
+
+import math
+import re
+from collections.abc import Iterator
+
+from fitune.cli.output import console, print_json, table
+from fitune.cli.plan_table import tokens_per_second
+from fitune.config import RunConfig
+from fitune.errors import UsageError
+from fitune.language import say
+from fitune.plan.plan import Candidate, Plan, closest, plan_json
+from fitune.units import format_count, format_gib
+
+_MOST_LR_FACTOR = 2.0
+"""Without a measured noise scale the rate for k times the batch is raised by sqrt(k), and by no more than this."""
+
+
+def compare_splits(config: RunConfig, splits: str, output_format: str) -> None:
+    """Raises UsageError for a list that cannot be read."""
+    from fitune.plan.planner import choose_plan
+
+    plans = [choose_plan(_forced(config, *split), thorough=False) for split in read_splits(splits)]
+    if output_format == "json":
+        print_json({"plans": [plan_json(plan) for plan in plans]})
+        return
+    screen = console(output_format)
+    columns = (say("rows x micro-batches"), say("recompute"), ">GiB", say("fits"), f">{say('tok/s')}")
+    screen.print(table(columns, [_row(plan) for plan in plans]))
+    for sentence in _advice(plans):
+        screen.print(sentence, soft_wrap=True)
+
+
+def read_splits(text: str) -> list[tuple[int, int]]:
+    """'6x1,6x4' -> [(6, 1), (6, 4)]."""
+    found = [re.fullmatch(r"\s*(\d+)\s*[xX*]\s*(\d+)\s*", part) for part in text.split(",")]
+    pairs = [(int(match[1]), int(match[2])) for match in found if match is not None]
+    if len(pairs) < len(found) or any(0 in pair for pair in pairs):
+        raise UsageError(f"--splits {text} is no list of rows x micro-batches: write it like 6x1,6x4,4x6")
+    return pairs
+
+
+def _forced(config: RunConfig, rows: int, accumulation: int) -> RunConfig:
+    batch = {"effective": rows * accumulation, "micro": rows, "accumulation": "auto", "micro_tokens": "auto"}
+    return config.model_copy(update={"batch": config.batch.model_copy(update=batch)})
+
+
+def _shown(plan: Plan) -> Candidate:
+    return closest(plan) if plan.chosen is None else plan.candidates[plan.chosen]
+
+
+def _words(plan: Plan) -> str:
+    candidate = _shown(plan)
+    return f"{candidate.micro_batch} x {plan.data['effective_batch'] // candidate.micro_batch}"
+
+
+def _row(plan: Plan) -> tuple[str, ...]:
+    candidate = _shown(plan)
+    left = min(plan.budget_bytes, plan.device.free_bytes) - candidate.predicted_device_bytes
+    return (
+        f"{_words(plan)} = {plan.data['effective_batch']}",
+        candidate.recompute,
+        format_gib(candidate.predicted_device_bytes, 1),
+        say("yes, {left} left", left=format_gib(left, 1))
+        if candidate.fits
+        else say("no, +{more}", more=format_gib(-left, 1)),
+        format_count(tokens_per_second(plan, candidate)),
+    )
+
+
+def _advice(plans: list[Plan]) -> Iterator[str]:
+    """Splits of one batch differ in memory and time only; another batch is another training (docs: batch size)."""
+    first = plans[0]
+    for batch in sorted({plan.data["effective_batch"] for plan in plans}):
+        same = [plan for plan in plans if plan.data["effective_batch"] == batch]
+        if len(same) > 1:
+            best = min(
+                same, key=lambda plan: (not _shown(plan).fits, _shown(plan).predicted_seconds_per_step or math.inf)
+            )
+            yield say(
+                "{splits} are one training of {rows} rows a step and take one learning rate; of them, take {best}.",
+                splits=", ".join(map(_words, same)),
+                rows=batch,
+                best=_words(best),
+            )
+    reference = first.data["effective_batch"]
+    for batch in sorted({plan.data["effective_batch"] for plan in plans} - {reference}):
+        factor = batch / reference
+        if factor > 1:
+            yield say(
+                "{rows} rows a step instead of {reference}: at most {factor} times the learning rate, less where the "
+                "gradient is not noisy; {whole} times is too much.",
+                rows=batch,
+                reference=reference,
+                factor=f"{min(math.sqrt(factor), _MOST_LR_FACTOR):.2g}",
+                whole=f"{factor:.2g}",
+            )
+        else:
+            yield say(
+                "{rows} rows a step instead of {reference}: {factor} times the learning rate.",
+                rows=batch,
+                reference=reference,
+                factor=f"{math.sqrt(factor):.2g}",
+            )

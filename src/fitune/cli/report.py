@@ -1,0 +1,51 @@
+"""`fitune report`: runs as one offline HTML file, and their pictures as PNG."""
+
+import os
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
+
+from fitune.cli.compare import Runs
+from fitune.cli.output import Format, print_json
+from fitune.errors import UsageError
+from fitune.run.directory import RunDirectory
+
+
+def report(
+    *runs: Runs,
+    output: Annotated[
+        Path | None,
+        Parameter(name=("--output", "-o"), help="the file; report.html in the run where left out"),
+    ] = None,
+    png: Annotated[Path | None, Parameter(help="a directory for each picture as PNG (needs matplotlib)")] = None,
+    lang: Annotated[Literal["en", "zh"] | None, Parameter(help="the page's language (FITUNE_LANG)")] = None,
+    output_format: Format = "auto",
+) -> None:
+    """One HTML file that needs no network: losses, memory, what was predicted, comparison, advice, events, settings.
+    Its data is in it: `fitune compare` reads it again."""
+    if not runs:
+        raise UsageError("give the runs to report on: fitune report runs/NAME -o report.html")
+    if lang is not None:
+        os.environ["FITUNE_LANG"] = lang
+    from fitune.report.charts import pictures
+    from fitune.report.compare import compare
+    from fitune.report.page import write_page
+    from fitune.report.png import write_png
+
+    comparison = compare(runs)
+    inside = RunDirectory(runs[0]).report if runs[0].is_dir() else Path("report.html")
+    path = output or (inside if len(runs) == 1 else Path("report.html"))
+    write_page(comparison, path)
+    drawn = []
+    if png is not None:
+        png.mkdir(parents=True, exist_ok=True)
+        for index, picture in enumerate(pictures(comparison), start=1):
+            drawn.append(png / f"{index}-{picture.key.partition('-')[0]}.png")
+            write_png(picture, drawn[-1], axis="tokens")
+    if output_format == "json":
+        print_json({"report": str(path), "pictures": [str(file) for file in drawn]})
+    else:
+        print(path)
+        for file in drawn:
+            print(file)

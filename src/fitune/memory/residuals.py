@@ -1,0 +1,104 @@
+"""What earlier runs on this machine took beside what had been predicted for them, kept in the user's cache.
+
+A run's self-check adds a line. Later predictions of the same model, on the same device with the same driver and torch,
+widen their interval by these lines and say so; the prediction itself is never corrected by them.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import platformdirs
+
+from fitune.memory.c_allocator import allocator_name
+from fitune.memory.devices import Device
+from fitune.memory.environment import driver_version
+from fitune.memory.prediction import Interval
+
+KEPT = 200
+
+
+@dataclass(frozen=True, slots=True)
+class Circumstances:
+    """device: its name. driver: of a card NVIDIA's version, of the CPU the C allocator. model: the last part of its
+    source."""
+
+    device: str
+    driver: str
+    torch: str
+    model: str
+
+
+@dataclass(frozen=True, slots=True)
+class Residual:
+    """What one step reserved (on a CPU: kept resident), and its prediction."""
+
+    circumstances: Circumstances
+    predicted_bytes: int
+    measured_bytes: int
+
+    @property
+    def ratio(self) -> float:
+        """Measured over predicted."""
+        return self.measured_bytes / self.predicted_bytes
+
+
+def circumstances(device: Device, model_source: str) -> Circumstances:
+    driver = allocator_name() if device.kind == "cpu" else driver_version() or "unknown"
+    return Circumstances(device.name, driver, version("torch"), Path(model_source).name)
+
+
+def read_residuals(wanted: Circumstances) -> tuple[Residual, ...]:
+    """Those of earlier runs under the same circumstances, oldest first; damaged lines are passed over."""
+    return tuple(residual for residual in _residuals() if residual.circumstances == wanted)
+
+
+def add_residual(residual: Residual) -> None:
+    """Keeps the latest 200 of all. A cache that cannot be written is left as it is: the run's own files hold both
+    sides too."""
+    path = _path()
+    kept = [*_residuals(), residual][-KEPT:]
+    beside = path.with_suffix(f".{os.getpid()}")
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside.write_text("".join(f"{json.dumps(asdict(each))}\n" for each in kept), encoding="utf-8")
+        beside.replace(path)
+
+
+def widen(interval: Interval, residuals: tuple[Residual, ...], *, reserved_bytes: int) -> Interval:
+    """The interval with what these runs, one or more, needed more or less than their predictions."""
+    ratios = [residual.ratio for residual in residuals]
+    lowest, highest = min(ratios), max(ratios)
+    if len(ratios) == 1:
+        reason = f"an earlier run of this model here differed from its prediction by {lowest - 1:+.1%}"
+    else:
+        reason = (
+            f"{len(ratios)} earlier runs of this model here differed from their predictions by {lowest - 1:+.1%} to "
+            f"{highest - 1:+.1%}"
+        )
+    return Interval(
+        interval.low_bytes + int(reserved_bytes * min(lowest - 1, 0)),
+        interval.high_bytes + int(reserved_bytes * max(highest - 1, 0)),
+        (*interval.reasons, reason),
+    )
+
+
+def _path() -> Path:
+    return Path(os.environ.get("FITUNE_CACHE") or platformdirs.user_cache_path("fitune")) / "residuals.jsonl"
+
+
+def _residuals() -> Iterator[Residual]:
+    try:
+        lines = _path().read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        return
+    for line in lines:
+        with suppress(ValueError, TypeError, KeyError):
+            content = json.loads(line)
+            predicted, measured = int(content["predicted_bytes"]), int(content["measured_bytes"])
+            if predicted > 0 and measured > 0:
+                yield Residual(Circumstances(**content["circumstances"]), predicted, measured)

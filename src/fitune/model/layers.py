@@ -1,0 +1,95 @@
+"""Which layers of a model are equal, so that a recording of a few of them stands for all.
+
+Two layers are equal when their modules, their parameters' shapes, the settings that the modules hold and what the
+configuration lists for each layer are equal.
+"""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig
+
+from fitune.config import ModelConfig
+from fitune.model.load import build_model, load_config
+from fitune.model.recompute import recompute_period
+
+_LARGEST_PERIOD = 8
+_NUMBER_OF_LAYER = ("layer_idx", "layer_index", "layer_id", "layer_number", "block_idx")
+_SETTING = (bool, int, float, str, type(None))
+
+
+@dataclass(frozen=True, slots=True)
+class EqualLayers:
+    """name: of the list of layers in the model without adapters. From the second on, layer i
+    equals layer i + period."""
+
+    name: str
+    num_layers: int
+    period: int
+
+
+def find_equal_layers(model: ModelConfig) -> EqualLayers | None:
+    """None where the layers do not repeat, or the model has none. Raises what `load_config` and `build_model` raise."""
+    config = load_config(model)
+    num_layers = getattr(config.get_text_config(), "num_hidden_layers", None)
+    if not isinstance(num_layers, int):
+        return None
+    with torch.device("meta"):
+        built = build_model(config)
+    lists = [(name, part) for name, part in built.named_modules() if _is_layers(part, num_layers)]
+    if len(lists) != 1:
+        return None
+    ((name, layers),) = lists
+    listed = _listed(config.get_text_config(), num_layers)
+    signatures = [(_signature(layer), *(values[i] for values in listed)) for i, layer in enumerate(layers)]
+    step = recompute_period(model.recompute)
+    for period in range(step, _LARGEST_PERIOD + 1, step):
+        # the last one too: in a model of the first few layers an earlier one takes its place
+        if all(signatures[i] == signatures[i + period] for i in range(1, num_layers - period)):
+            return EqualLayers(name, num_layers, period)
+    return None
+
+
+def first_layers(config: PretrainedConfig, num_layers: int) -> PretrainedConfig:
+    """The configuration of a model of the first `num_layers` layers."""
+    config = copy.deepcopy(config)
+    text = config.get_text_config()
+    total = text.num_hidden_layers
+    for name, values in list(vars(text).items()):
+        if isinstance(values, (list, tuple)) and len(values) == total:
+            setattr(text, name, values[:num_layers])
+    text.num_hidden_layers = num_layers
+    return config
+
+
+def _is_layers(part: nn.Module, num_layers: int) -> bool:
+    return isinstance(part, nn.ModuleList) and len(part) == num_layers
+
+
+def _listed(config: PretrainedConfig, num_layers: int) -> list[Sequence[Any]]:
+    return [
+        values
+        for name, values in vars(config).items()
+        if isinstance(values, (list, tuple)) and len(values) == num_layers and not name.startswith("_")
+    ]
+
+
+def _signature(layer: nn.Module) -> tuple[object, ...]:
+    return tuple(
+        (
+            name,
+            type(part),
+            tuple(
+                (key, value)
+                for key, value in vars(part).items()
+                if isinstance(value, _SETTING) and key not in _NUMBER_OF_LAYER
+            ),
+            tuple((key, value.shape, value.dtype) for key, value in part.named_parameters(recurse=False)),
+            tuple((key, value.shape, value.dtype) for key, value in part.named_buffers(recurse=False)),
+        )
+        for name, part in layer.named_modules()
+    )

@@ -1,0 +1,75 @@
+"""What a plan has found out once, kept as JSON: so that a second plan needs neither the model nor torch.
+
+The files lie in FITUNE_CACHE, else in the user's cache directory. A key names everything that the value depends on;
+the versions of fitune and of what it records with are part of each. A cache that cannot be read or written is none.
+"""
+
+import contextlib
+import json
+import os
+from collections.abc import Callable
+from functools import cache
+from hashlib import blake2b
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+
+import fitune
+
+_PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
+
+
+def cached(kind: str, key: Any, make: Callable[[], Any]) -> Any:
+    """The JSON value of `key` in the part `kind` of the cache; `make` makes it where there is none."""
+    found = read_cached(kind, key)
+    if found is None:
+        found = make()
+        write_cached(kind, key, found)
+    return found
+
+
+def read_cached(kind: str, key: Any) -> Any | None:
+    try:
+        return json.loads(_path(kind, key).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def write_cached(kind: str, key: Any, value: Any) -> None:
+    path = _path(kind, key)
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_suffix(f".{os.getpid()}")
+        unfinished.write_text(json.dumps(value), encoding="utf-8")
+        unfinished.replace(path)
+
+
+def file_state(path: str | Path) -> list[Any]:
+    """What tells that a file, or the files of a directory, are no longer what they were."""
+    root = Path(path).expanduser()
+    files = sorted(file for file in root.iterdir() if file.is_file()) if root.is_dir() else [root]
+    states = []
+    for file in files:
+        with contextlib.suppress(OSError):
+            state = file.stat()
+            states.append([str(file), state.st_size, state.st_mtime_ns])
+    return states
+
+
+def _path(kind: str, key: Any) -> Path:
+    root = Path(os.environ.get("FITUNE_CACHE") or platformdirs.user_cache_path("fitune"))
+    text = json.dumps([_versions(), key], sort_keys=True, default=str)
+    return root / kind / f"{blake2b(text.encode(), digest_size=16).hexdigest()}.json"
+
+
+@cache
+def _versions() -> list[str]:
+    """fitune's own by the newest change of its files too, for who works on it."""
+    own = max(file.stat().st_mtime_ns for file in Path(fitune.__file__).parent.rglob("*.py"))
+    found = [fitune.__version__, str(own)]
+    for package in _PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            found.append(f"{package} {version(package)}")
+    return found

@@ -1,0 +1,147 @@
+"""The settings that a plan looks at, as changes of a configuration.
+
+The rows of an optimizer step stay as configured: how they are cut into micro-batches, what is kept for the backward and
+how the loss is formed leave the result the same, so these are varied. What would change it is proposed beside them,
+never chosen. What the configuration forces is not varied.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
+
+from fitune.config import BatchConfig, Loss, Precision, Recompute, RunConfig
+from fitune.config.schema import Method
+from fitune.plan.budget import Lengths
+from fitune.plan.plan import Candidate
+
+Result = Literal["same", "close", "different"]
+MOST_MICRO_TOKENS = 65536
+"""No card gets faster above; a larger micro-batch is never proposed."""
+RECOMPUTES: tuple[Recompute, ...] = ("off", "every_4", "selective", "every_2", "full")
+"""From the fastest and largest to the slowest and smallest, roughly."""
+_GROWTH = 1.4
+"""Between two token budgets for rows of different lengths: their heaviest micro-batches differ by so much."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """One of micro_rows and micro_tokens. method, optimizer, precision: None as configured. result: what it does to
+    what is learnt. num_changes: how many settings differ from the simplest."""
+
+    micro_rows: int | None
+    micro_tokens: int | None
+    recompute: Recompute
+    loss: Loss
+    method: str | None = None
+    optimizer: str | None = None
+    precision: Precision | None = None
+    result: Result = "same"
+
+    @property
+    def num_changes(self) -> int:
+        changed = (self.recompute != "off", self.loss != "chunked", self.method, self.optimizer, self.precision)
+        return sum(map(bool, changed))
+
+    @property
+    def variant(self) -> "Choice":
+        """The same but for its size."""
+        return replace(self, micro_rows=None, micro_tokens=None)
+
+
+def same_choices(config: RunConfig, lengths: Lengths) -> Iterator[Choice]:
+    """The settings that leave the result the same, from few changes to many. Full logits, which never need less
+    memory, are looked at without recomputation only."""
+    recomputes = RECOMPUTES if config.model.recompute == "auto" else (config.model.recompute,)
+    losses: tuple[Loss, ...] = ("chunked", "full") if config.loss == "auto" else (config.loss,)
+    for recompute in recomputes:
+        for loss in losses:
+            if loss == losses[0] or recompute == recomputes[0]:
+                for rows, tokens in micro_sizes(config, lengths):
+                    yield Choice(micro_rows=rows, micro_tokens=tokens, recompute=recompute, loss=loss)
+
+
+def proposals(config: RunConfig, choice: Choice, *, float32: bool) -> Iterator[Choice]:
+    """What would need less memory or time beside `choice` and is for the user to decide. float32: whether the model
+    computes in float32 though the device has bfloat16."""
+    if config.optim.name in ("adamw", "adamw_foreach"):
+        yield replace(choice, optimizer="adamw_8bit", result="close")
+        yield replace(choice, optimizer="adafactor", result="different")
+    if float32:
+        yield replace(choice, precision="autocast_bfloat16", result="close")
+    smaller = {"full": ("lora", "qlora"), "lora": ("qlora",)}.get(config.model.method, ())
+    for method in smaller:
+        if method in get_args(Method):
+            yield replace(choice, method=method, result="different")
+
+
+def micro_sizes(config: RunConfig, lengths: Lengths) -> list[tuple[int | None, int | None]]:
+    """(rows, tokens) of a micro-batch, one of the two, ascending.
+
+    Rows of one length: the fewest rows for each number of micro-batches that a step can have, so 24 rows are cut into
+    24, 12, 8, 6, 5, 4, 3, 2 and 1 at a time. Others: token budgets from the longest row to the whole step.
+    """
+    batch = config.batch
+    if batch.micro_rows is not None:
+        return [(min(batch.micro_rows, batch.rows_per_step), None)]
+    if batch.micro_tokens != "auto":
+        return [(None, batch.micro_tokens)]
+    longest = lengths.longest_tokens
+    if len(set(lengths.sample_tokens)) == 1:
+        counts = range(1, batch.rows_per_step + 1)
+        rows = sorted({-(-batch.rows_per_step // count) for count in counts})
+        return [(None, count * longest) for count in rows if count == 1 or count * longest <= MOST_MICRO_TOKENS]
+    sizes, whole = [longest], 1.5 * lengths.mean_tokens * batch.rows_per_step
+    while sizes[-1] < min(whole, MOST_MICRO_TOKENS):
+        sizes.append(-(-int(sizes[-1] * _GROWTH) // 64) * 64)
+    return [(None, size) for size in sizes]
+
+
+def settle(config: RunConfig, choice: Choice) -> RunConfig:
+    """The configuration with the choice written into it. A chunked loss that is not forced stays `auto`: a model
+    without a separate head then takes full logits."""
+    model: dict[str, Any] = {"recompute": choice.recompute}
+    if choice.method is not None:
+        model["method"] = choice.method
+    if choice.precision is not None:
+        model["precision"] = choice.precision
+    batch = BatchConfig(
+        effective=config.batch.rows_per_step,
+        micro=choice.micro_rows or "auto",
+        micro_tokens=choice.micro_tokens or "auto",
+    )
+    optim = {} if choice.optimizer is None else {"name": choice.optimizer}
+    return config.model_copy(
+        update={
+            "model": config.model.model_copy(update=model),
+            "batch": batch,
+            "optim": config.optim.model_copy(update=optim),
+            "loss": "auto" if config.loss == "auto" and choice.loss == "chunked" else choice.loss,
+        }
+    )
+
+
+def settings_of(candidate: Candidate, config: RunConfig) -> list[str]:
+    """As overrides of the configuration; what it forces already is left out."""
+    batch = config.batch
+    settings = {
+        "model.recompute": candidate.recompute if config.model.recompute == "auto" else None,
+        "model.method": candidate.method if candidate.method != config.model.method else None,
+        "model.precision": candidate.precision if candidate.precision != config.model.precision else None,
+        "loss": candidate.loss if config.loss == "auto" else None,
+        "optim.name": candidate.optimizer if candidate.optimizer != config.optim.name else None,
+    }
+    if batch.micro_rows is None and batch.micro_tokens == "auto":
+        settings["batch.micro_tokens"] = str(candidate.micro_tokens)
+    return [f"{key}={value}" for key, value in settings.items() if value is not None]
+
+
+def still_open(settings: Iterable[str], config: RunConfig) -> list[str]:
+    """Of the overrides that a plan once gave, those that the configuration, which may be another now, leaves open."""
+    batch = config.batch
+    is_open = {
+        "model.recompute": config.model.recompute == "auto",
+        "model.precision": config.model.precision == "auto",
+        "loss": config.loss == "auto",
+        "batch.micro_tokens": batch.micro_rows is None and batch.micro_tokens == "auto",
+    }
+    return [setting for setting in settings if is_open.get(setting.partition("=")[0], False)]

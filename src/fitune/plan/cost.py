@@ -1,0 +1,160 @@
+"""Seconds of an optimizer step, from the operators that were recorded and what the device does at most.
+
+A roofline for each kind of operator (Williams, Waterman, Patterson 2009): it takes as long as its arithmetic at the
+device's rate or its bytes at the memory's, whichever is longer, and a launch. A CPU does one after the other; a card
+runs them while the next ones are launched, so there the longer of both sums counts. What a run has measured on this
+device corrects the level (`plan/calibration.py`); the order of the candidates is the roofline's.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from fitune.memory.devices import Device
+from fitune.trace.events import OperatorWork
+
+CARD_MATMUL_SHARE = 0.7
+CARD_ATTENTION_SHARE = 0.4
+CARD_BANDWIDTH_SHARE = 0.8
+"""Of the data sheet's rates: what large kernels reach of them. FlashAttention-2 reaches 50 to 73 % of an A100's forward
+and backward (Dao 2023, arXiv 2307.08691), less with short rows; PaLM and Megatron report 40 to 60 % of the whole step,
+idle times and pointwise operators included (Chowdhery et al. 2022; Korthikanti et al. 2022)."""
+CARD_LAUNCH_SECONDS = 8e-6
+"""Of an eager operator and its part of autograd, on the processor that feeds the card."""
+SELECTIVE_LAUNCHES = 3.0
+"""Selective recomputing asks a Python function about every operator: each that is done again costs so many launches
+more (fitted to 30 settings of a 6.9 M model on a CPU, of which five recompute so)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """All calls of one operator in a micro-batch, or in the optimizer's part of a step."""
+
+    op: str
+    dtype: str
+    flops: float
+    num_bytes: float
+    launches: float
+
+
+@dataclass(frozen=True, slots=True)
+class StepWork:
+    """first: of the first micro-batch of a step; later: of each further one, which adds to the gradients; update: what
+    is done once. positions: tokens of a micro-batch. row_tokens: of the row that a token is in, on average. packed:
+    whether rows are joined."""
+
+    positions: int
+    row_tokens: float
+    packed: bool
+    first: tuple[Work, ...]
+    later: tuple[Work, ...]
+    update: tuple[Work, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Ceilings:
+    """matmul_flops_per_second, attention_flops_per_second: by dtype. bandwidths: (bytes that a call moves, bytes per
+    second), ascending; between them the logarithm decides, as caches do. asynchronous: whether launches go on while
+    kernels run. origin: of the numbers, in words."""
+
+    matmul_flops_per_second: Mapping[str, float]
+    attention_flops_per_second: Mapping[str, float]
+    bandwidths: Sequence[tuple[float, float]]
+    launch_seconds: float
+    asynchronous: bool
+    origin: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepShape:
+    """The mean step of the run: micro-batches, and what they hold in all. positions: padding too. row_tokens: of the
+    row that a token is in, on average, which is what attention sees."""
+
+    num_micro_batches: float
+    positions: float
+    supervised: float
+    row_tokens: float
+
+
+def card_ceilings(device: Device) -> Ceilings | None:
+    """From the catalogue's rates; None where the card is not in it."""
+    half, single = device.float16_flops_per_second, device.float32_flops_per_second
+    bandwidth = device.bandwidth_bytes_per_second
+    if half is None or single is None or bandwidth is None:
+        return None
+    rates = {"float16": half, "bfloat16": device.bfloat16_flops_per_second or single, "float32": single}
+    return Ceilings(
+        matmul_flops_per_second={dtype: CARD_MATMUL_SHARE * rate for dtype, rate in rates.items()},
+        attention_flops_per_second={dtype: CARD_ATTENTION_SHARE * rate for dtype, rate in rates.items()},
+        bandwidths=((1.0, CARD_BANDWIDTH_SHARE * bandwidth),),
+        launch_seconds=CARD_LAUNCH_SECONDS,
+        asynchronous=True,
+        origin=f"rates of {device.name}'s data sheet, {CARD_MATMUL_SHARE:.0%} of them in matrix products",
+    )
+
+
+def work_of(operators: Sequence[OperatorWork], *, rows: Sequence[tuple[int, int]], packed: bool) -> StepWork:
+    """From a recording whose first step is a micro-batch of these rows (tokens, supervised), and its last step two."""
+    last_step = max(each.step for each in operators)
+    positions = sum(length for length, _ in rows)
+
+    def part(step: int, *, update: bool) -> tuple[Work, ...]:
+        wanted = (each for each in operators if each.step == step and (each.phase == "optimizer") == update)
+        return mix((1.0, [Work(each.op, each.dtype, each.flops, each.num_bytes, each.num_calls) for each in wanted]))
+
+    first, both = part(1, update=False), part(last_step, update=False)
+    return StepWork(
+        positions=positions,
+        row_tokens=sum(length**2 for length, _ in rows) / positions,
+        packed=packed,
+        first=first,
+        later=mix((1.0, both), (-1.0, first)),
+        update=part(last_step, update=True),
+    )
+
+
+def attending(works: Sequence[Work], share: float) -> tuple[Work, ...]:
+    """With attention over rows of that share of the length."""
+    return tuple(replace(work, flops=work.flops * share) if _is_attention(work) else work for work in works)
+
+
+def mix(*terms: tuple[float, Sequence[Work]]) -> tuple[Work, ...]:
+    """The weighted sum, operator by operator, never less than nothing."""
+    sums: dict[tuple[str, str], list[float]] = {}
+    for weight, works in terms:
+        for work in works:
+            total = sums.setdefault((work.op, work.dtype), [0.0, 0.0, 0.0])
+            for index, amount in enumerate((work.flops, work.num_bytes, work.launches)):
+                total[index] += weight * amount
+    return tuple(Work(op, dtype, *(max(0.0, amount) for amount in total)) for (op, dtype), total in sums.items())
+
+
+def num_launches(works: Sequence[Work]) -> float:
+    return sum(work.launches for work in works)
+
+
+def seconds_of(works: Sequence[Work], ceilings: Ceilings, *, more_launches: float = 0.0) -> float:
+    """more_launches: what the host does besides."""
+    launches = (num_launches(works) + more_launches) * ceilings.launch_seconds
+    kernels = sum(_kernel_seconds(work, ceilings) for work in works)
+    return max(kernels, launches) if ceilings.asynchronous else kernels + launches
+
+
+def _kernel_seconds(work: Work, ceilings: Ceilings) -> float:
+    moving = work.num_bytes / _bandwidth(work.num_bytes / max(work.launches, 1.0), ceilings.bandwidths)
+    rates = ceilings.attention_flops_per_second if _is_attention(work) else ceilings.matmul_flops_per_second
+    return max(moving, work.flops / rates.get(work.dtype, rates["float32"]))
+
+
+def _is_attention(work: Work) -> bool:
+    return "attention" in work.op or "varlen" in work.op
+
+
+def _bandwidth(call_bytes: float, bandwidths: Sequence[tuple[float, float]]) -> float:
+    (small, fast), (large, slow) = bandwidths[0], bandwidths[-1]
+    if call_bytes <= small:
+        return fast
+    if call_bytes >= large:
+        return slow
+    share = math.log(call_bytes / small) / math.log(large / small)
+    return 1 / ((1 - share) / fast + share / slow)

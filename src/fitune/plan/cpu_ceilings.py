@@ -1,0 +1,95 @@
+"""What this machine's CPU does at most: measured once, in about a second, and remembered for the number of threads.
+
+Each probe is short and repeated, and the best time counts: what else the machine does at the moment is no ceiling.
+"""
+
+import os
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import cache
+
+from fitune.plan.cache import read_cached, write_cached
+from fitune.plan.cost import Ceilings
+
+MATMUL_SHARE, SMALL_SHARE, LARGE_SHARE, LAUNCH_SHARE = 0.9, 0.5, 0.7, 0.1
+"""Of what the probes reach, what a training step does: matrix products of its shapes, operators on strided tensors of
+about 1 MB and of 100 MB, launches through the model's Python. Fitted to 30 settings of a 6.9 M model (8 x 256, 2,048
+tokens a step) within 8 % each; benchmarks/plan.py measures how other models come out."""
+_SMALL_ELEMENTS, _LARGE_ELEMENTS = 2**16, 2**22
+_MOVED_BYTES = 5 * 4
+"""Of each element in the probe: two read and one written, then one read and one written."""
+_REPEATS = 9
+_NUM_LAUNCHES = 100
+
+
+@cache
+def cpu_ceilings() -> Ceilings:
+    threads = os.environ.get("OMP_NUM_THREADS") or os.cpu_count()
+    key = [platform.processor(), platform.node(), threads]
+    found = read_cached("ceilings", key)
+    if found is None:
+        found = asdict(_measure())
+        write_cached("ceilings", key, found)
+    return Ceilings(**found)
+
+
+def _measure() -> Ceilings:
+    import torch
+
+    left, right = torch.randn(256, 512), torch.randn(512, 512)
+    matmul = 2 * 256 * 512 * 512 / _best(lambda: left @ right)
+    small, large = (_bandwidth(number) for number in (_SMALL_ELEMENTS, _LARGE_ELEMENTS))
+    return Ceilings(
+        matmul_flops_per_second={"float32": MATMUL_SHARE * matmul},
+        attention_flops_per_second={"float32": MATMUL_SHARE * _attention_rate()},
+        bandwidths=((1e6, SMALL_SHARE * small), (1e8, LARGE_SHARE * large)),
+        launch_seconds=_best(_launches) / (3 * _NUM_LAUNCHES) / LAUNCH_SHARE,
+        asynchronous=False,
+        origin=f"measured on this CPU: {matmul / 1e9:.0f} GFLOP/s in matrix products",
+    )
+
+
+def _bandwidth(num_elements: int) -> float:
+    import torch
+    from torch.nn.functional import silu
+
+    values = torch.randn(num_elements)
+    return num_elements * _MOVED_BYTES / _best(lambda: silu(values) * values)
+
+
+def _attention_rate() -> float:
+    """Forward and backward, counted as PyTorch counts them: 4 and 10 times heads x head_dim x tokens squared."""
+    import torch
+    from torch.nn.functional import scaled_dot_product_attention
+
+    heads, tokens, width = 4, 256, 64
+    query = torch.randn(1, heads, tokens, width, requires_grad=True)
+
+    def both_ways() -> None:
+        scaled_dot_product_attention(query, query, query, is_causal=True).sum().backward()
+
+    return 14 * heads * tokens**2 * width / _best(both_ways)
+
+
+def _launches() -> None:
+    """A forward operator and two of the backward each."""
+    import torch
+
+    value = torch.ones(8, requires_grad=True)
+    result = value
+    for _ in range(_NUM_LAUNCHES):
+        result = result * value
+    result.sum().backward()
+
+
+def _best(function: Callable[[], object]) -> float:
+    """Seconds of the fastest of a few calls, after one that warms up."""
+    function()
+    found = []
+    for _ in range(_REPEATS):
+        start = time.perf_counter()
+        function()
+        found.append(time.perf_counter() - start)
+    return min(found)

@@ -1,0 +1,259 @@
+"""What a candidate needs and does: its prediction reduced to numbers, remembered in this process and on disk.
+
+Nothing heavy is imported before something has to be recorded, so a second plan of the same model is a matter of reading
+a file.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import psutil
+
+from fitune.config import RunConfig
+from fitune.errors import ConfigError, ModelError
+from fitune.plan.budget import Lengths, Limits
+from fitune.plan.cache import file_state, read_cached, write_cached
+from fitune.plan.candidates import Choice, settle
+from fitune.plan.cost import StepShape, StepWork, Work, work_of
+from fitune.trace.events import Category
+
+if TYPE_CHECKING:
+    from fitune.trace.step import Pass
+
+Sizes = tuple[tuple[int, int], ...]
+_NUM_SHAPED_STEPS = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Forecast:
+    """Of one choice on one device. micro_batch: rows of the longest length in its largest micro-batch. positions: of
+    that micro-batch. limit_bytes: what it was replayed against; None where the limit made no difference."""
+
+    num_parameters: int
+    num_trainable_parameters: int
+    hidden_size: int
+    num_layers: int
+    precision: str
+    packed: bool
+    chunked: bool
+    micro_batch: int
+    positions: int
+    allocated_bytes: int
+    reserved_bytes: int
+    context_bytes: int
+    categories: Mapping[Category, int]
+    peak_phase: str
+    num_alloc_retries: int
+    fits: bool
+    limit_bytes: int | None
+    notes: tuple[str, ...]
+
+    @property
+    def device_bytes(self) -> int:
+        return self.reserved_bytes + self.context_bytes
+
+    def within(self, limit_bytes: int) -> "Forecast | None":
+        """The same against that limit; None where it has to be replayed for it."""
+        if self.limit_bytes is not None:
+            return self if self.limit_bytes == limit_bytes else None
+        if self.device_bytes > limit_bytes >= self.allocated_bytes + self.context_bytes:
+            return None
+        return replace(self, fits=self.device_bytes <= limit_bytes)
+
+
+class Forecaster:
+    """Forecasts of one configuration's choices on one device. `save` keeps them for the next process."""
+
+    def __init__(self, config: RunConfig, limits: Limits, lengths: Lengths) -> None:
+        self.config, self.limits, self.lengths = config, limits, lengths
+        device = limits.device
+        self._key = [
+            config.model_dump(mode="json", exclude={"run", "train", "memory"}),
+            [config.memory.allocator, device.name, device.total_bytes, device.compute_capability],
+            asdict(lengths),
+            file_state(config.model.source),
+        ]
+        self._known: dict[str, Any] = read_cached("plans", self._key) or {}
+        self._num_read = len(self._known)
+        self._recordings: Any = None
+        self._program_bytes = psutil.Process().memory_info().rss
+
+    def forecast(self, choice: Choice) -> Forecast:
+        """Raises what recording it raises; ModelError and ConfigError are remembered too."""
+        limit_bytes = self.limits.limit_bytes
+        for key in (f"{choice}", f"{choice} {limit_bytes}"):
+            tree = self._known.get(key)
+            if tree is not None and "refused" in tree:
+                raise ModelError(tree["refused"])
+            if tree is not None and (found := self._on_device(_forecast(tree)).within(limit_bytes)) is not None:
+                return found
+        try:
+            found = self._on_device(self._predict(choice))
+        except (ModelError, ConfigError) as error:
+            self._known[f"{choice}"] = {"refused": str(error)}
+            raise
+        self._known[f"{choice}" if found.limit_bytes is None else f"{choice} {limit_bytes}"] = asdict(found)
+        return found.within(limit_bytes) or found
+
+    def work(self, variant: Choice, *, tokens: int, supervised_fraction: float = 1.0) -> StepWork:
+        """Of micro-batches with so many tokens in rows of the longest length."""
+        key = _work_key(variant, tokens, supervised_fraction)
+        if key not in self._known:
+            self._known[key] = asdict(self._record(variant, tokens, supervised_fraction))
+        return _step_work(self._known[key])
+
+    def shape(self, choice: Choice) -> StepShape:
+        """The mean over a few steps of rows drawn from the lengths, cut as the run will cut them."""
+        packed = self.work(choice.variant, tokens=self.lengths.longest_tokens).packed
+        key = f"shape {packed} {choice.micro_rows} {choice.micro_tokens}"
+        if key not in self._known:
+            self._known[key] = asdict(self._shape(choice, packed=packed))
+        return StepShape(**self._known[key])
+
+    def save(self) -> None:
+        if len(self._known) > self._num_read:
+            write_cached("plans", self._key, self._known)
+
+    def _on_device(self, forecast: Forecast) -> Forecast:
+        """On a CPU the program takes its part of the same memory: what a process that has loaded all it needs holds."""
+        if self.limits.device.kind != "cpu":
+            return forecast
+        program_bytes = max(self._known.get("program_bytes", 0), self._program_bytes)
+        return replace(forecast, context_bytes=program_bytes)
+
+    def _recorder(self) -> Any:
+        """The recordings of this process. What the program itself holds is measured before the first."""
+        from fitune.trace.recordings import Recordings
+
+        if self._recordings is None:
+            self._recordings = Recordings()
+            if self._num_read == 0:
+                self._known["program_bytes"] = psutil.Process().memory_info().rss
+        return self._recordings
+
+    def _predict(self, choice: Choice) -> Forecast:
+        recordings = self._recorder()
+        from fitune.model.load import load_config
+        from fitune.plan.predict import predict_run
+
+        settled = settle(self.config, choice)
+        rows = heaviest_rows(settled, choice, self.lengths)
+        passes = _passes(rows, self.lengths.longest_eval_tokens, settled.batch.rows_per_step)
+        prediction = predict_run(
+            settled,
+            self.limits.device,
+            passes=passes,
+            limit_bytes=self.limits.limit_bytes,
+            recordings=recordings,
+        )
+        recorded, largest = prediction.recorded, prediction.largest
+        if choice.micro_tokens is not None and len(passes[-1].rows) == 2 * len(rows):
+            key = _work_key(choice.variant, choice.micro_tokens, 1.0)
+            self._known[key] = asdict(work_of(recorded.work, rows=rows, packed=recorded.layout.packed))
+        limit_bytes = self.limits.limit_bytes
+        unlimited = self.limits.device.kind == "cpu" or (
+            largest.peak_reserved_bytes + prediction.context_bytes <= limit_bytes and not largest.num_alloc_retries
+        )
+        cannot = largest.peak_allocated_bytes + prediction.context_bytes > limit_bytes
+        text = load_config(settled.model).get_text_config()
+        return Forecast(
+            num_parameters=recorded.num_parameters,
+            num_trainable_parameters=recorded.num_trainable_parameters,
+            hidden_size=text.hidden_size,
+            num_layers=text.num_hidden_layers,
+            precision=recorded.precision.name,
+            packed=recorded.layout.packed,
+            chunked=recorded.chunked,
+            micro_batch=max(1, sum(length for length, _ in rows) // self.lengths.longest_tokens),
+            positions=sum(length for length, _ in rows),
+            allocated_bytes=largest.peak_allocated_bytes,
+            reserved_bytes=largest.peak_reserved_bytes,
+            context_bytes=prediction.context_bytes,
+            categories=dict(largest.categories),
+            peak_phase=prediction.peak_phase,
+            num_alloc_retries=largest.num_alloc_retries if largest.fits else 0,
+            fits=bool(largest.fits),
+            limit_bytes=None if unlimited or cannot else limit_bytes,
+            notes=(*largest.assumptions, *recorded.notes),
+        )
+
+    def _record(self, variant: Choice, tokens: int, supervised_fraction: float) -> StepWork:
+        recordings = self._recorder()
+        from fitune.plan.predict import cuda_target
+
+        choice = replace(variant, micro_tokens=tokens)
+        settled = settle(self.config, choice)
+        longest = self.lengths.longest_tokens
+        rows = tuple(
+            (length, max(1, int(supervised_fraction * (length - 1))))
+            for length in [longest] * (tokens // longest) + [tokens % longest] * (tokens % longest > 1)
+        )
+        target = cuda_target(settled, self.limits.device)
+        recorded = recordings.step(settled, _passes(rows, 0, 2 * len(rows)), target=target)
+        return work_of(recorded.work, rows=rows, packed=recorded.layout.packed)
+
+    def _shape(self, choice: Choice, *, packed: bool) -> StepShape:
+        import numpy as np
+
+        from fitune.data.rows import Batch, Row
+        from fitune.step.assemble import Layout
+
+        layout = Layout(packed, choice.micro_rows, choice.micro_tokens)
+        sample, rows_per_step = self.lengths.sample_tokens, self.config.batch.rows_per_step
+        num_steps = 1 if len(set(sample)) == 1 else _NUM_SHAPED_STEPS
+        drawn = np.random.default_rng(0).choice(sample, size=(num_steps, rows_per_step))
+        micro_batches = []
+        for lengths in drawn:
+            rows = (Row(i, np.zeros(n, np.int32), np.zeros(n, np.float32)) for i, n in enumerate(lengths))
+            micro_batches += layout.split(Batch(tuple(rows)))
+        tokens = int(drawn.sum())
+        return StepShape(
+            num_micro_batches=len(micro_batches) / num_steps,
+            positions=sum(micro_batch.input_ids_BS.numel() for micro_batch in micro_batches) / num_steps,
+            supervised=tokens * self.lengths.supervised_fraction / num_steps,
+            row_tokens=float((drawn.astype(float) ** 2).sum() / tokens),
+        )
+
+
+def heaviest_rows(config: RunConfig, choice: Choice, lengths: Lengths) -> Sizes:
+    """(tokens, supervised) of the rows of the heaviest micro-batch there can be."""
+    longest, most = lengths.longest_tokens, config.batch.rows_per_step
+    if choice.micro_rows is not None:
+        sizes = [longest] * choice.micro_rows
+    else:
+        assert choice.micro_tokens is not None
+        tokens = min(max(choice.micro_tokens, longest), most * longest)
+        whole, rest = divmod(tokens, longest)
+        if config.data.packing:
+            sizes = [longest] * whole + ([rest] if rest > 1 and whole < most else [])
+        else:
+            count = min(whole + (rest > 0), most)
+            sizes = [tokens // count] * count
+    return tuple((size, size - 1) for size in sizes)
+
+
+def _passes(rows: Sizes, longest_eval_tokens: int, rows_per_step: int) -> Sequence["Pass"]:
+    """A first step, where the optimizer's state is born; an evaluation; the steady step, whose second micro-batch finds
+    the gradients of the first."""
+    from fitune.trace.step import Pass
+
+    evaluation = ((longest_eval_tokens, longest_eval_tokens - 1),) * len(rows)
+    return [
+        Pass("train", rows, most_micro_batches=1),
+        *([Pass("eval", evaluation, most_micro_batches=1)] if longest_eval_tokens else []),
+        Pass("train", (rows * 2)[: max(rows_per_step, len(rows))]),
+    ]
+
+
+def _work_key(variant: Choice, tokens: int, supervised_fraction: float) -> str:
+    return f"work {variant} {tokens} {supervised_fraction}"
+
+
+def _forecast(tree: Mapping[str, Any]) -> Forecast:
+    return Forecast(**{**tree, "notes": tuple(tree["notes"])})
+
+
+def _step_work(tree: Mapping[str, Any]) -> StepWork:
+    parts = {name: tuple(Work(**part) for part in tree[name]) for name in ("first", "later", "update")}
+    return StepWork(**{**tree, **parts})

@@ -1,0 +1,93 @@
+"""Seconds per step of the candidates, from the operators of two sizes of each variant.
+
+The operators of a micro-batch are affine in its tokens, so those of two recorded sizes give those of the mean
+micro-batch, which is smaller than the heaviest one wherever rows differ in length.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+from fitune.plan.calibration import calibration_factor
+from fitune.plan.candidates import Choice
+from fitune.plan.cost import (
+    SELECTIVE_LAUNCHES,
+    Ceilings,
+    Work,
+    attending,
+    card_ceilings,
+    mix,
+    num_launches,
+    seconds_of,
+)
+from fitune.plan.cpu_ceilings import cpu_ceilings
+from fitune.plan.forecast import Forecaster
+
+STEP = 1.01
+"""Times are told apart by one percent: no more is known, and nearer ones are ties."""
+_MOST_ROWS = 4
+"""Of the larger size: fake tensors cost the same at any size, but a packed row is an operator call on a CPU."""
+
+
+class Pricer:
+    """choices: all that leave the result the same; the first one's variant stands for the others where no recording of
+    their own is wanted."""
+
+    def __init__(self, forecaster: Forecaster, choices: Sequence[Choice]) -> None:
+        self._forecaster, self._base = forecaster, choices[0].variant
+        self._sizes = _two_sizes(choices, forecaster)
+        device = forecaster.limits.device
+        self._ceilings: Ceilings | None = cpu_ceilings() if device.kind == "cpu" else card_ceilings(device)
+        self._factor = calibration_factor(device.name, forecaster.config.model.source)
+
+    def seconds(self, choice: Choice, *, bound: bool = False) -> float | None:
+        """Of the mean step; None where the device's rates are not known. bound: a lower bound, by the base: what
+        other variants do adds work."""
+        if self._ceilings is None:
+            return None
+        variant = self._base if bound else choice.variant
+        low, high = (self._forecaster.work(variant, tokens=tokens) for tokens in self._sizes)
+        shape = self._forecaster.shape(choice)
+        positions = shape.positions / shape.num_micro_batches
+        at = (positions - low.positions) / (high.positions - low.positions)
+        unsupervised = positions - shape.supervised / shape.num_micro_batches
+        head = self._head(variant) if unsupervised >= 1 else ()
+        base = self._forecaster.work(self._base, tokens=low.positions) if variant.recompute == "selective" else low
+        more = SELECTIVE_LAUNCHES * max(0.0, num_launches(low.later) - num_launches(base.later))
+
+        def micro_seconds(few: Sequence[Work], many: Sequence[Work]) -> float:
+            few, many = (
+                attending(work, shape.row_tokens / size.row_tokens) for work, size in ((few, low), (many, high))
+            )
+            assert self._ceilings is not None
+            return seconds_of(mix((1 - at, few), (at, many), (-unsupervised, head)), self._ceilings, more_launches=more)
+
+        first, later = micro_seconds(low.first, high.first), micro_seconds(low.later, high.later)
+        seconds = first + (shape.num_micro_batches - 1) * later + seconds_of(low.update, self._ceilings)
+        return STEP ** round(math.log(seconds * (self._factor or 1.0), STEP))
+
+    @property
+    def assumption(self) -> str:
+        """What the times rest on."""
+        if self._ceilings is None:
+            return "time is not predicted: the rates of this card are not known"
+        how = (
+            "not yet measured by a run" if self._factor is None else f"times {self._factor:.2f}, as the last run had it"
+        )
+        return f"time by a roofline of the recorded operators, {self._ceilings.origin}, {how}"
+
+    def _head(self, variant: Choice) -> tuple[Work, ...]:
+        """What a supervised position adds; recomputing has no part in it."""
+        base, tokens = replace(self._base, loss=variant.loss), self._sizes[1]
+        whole = self._forecaster.work(base, tokens=tokens)
+        half = self._forecaster.work(base, tokens=tokens, supervised_fraction=0.5)
+        return mix((2 / tokens, whole.later), (-2 / tokens, half.later))
+
+
+def _two_sizes(choices: Sequence[Choice], forecaster: Forecaster) -> tuple[int, int]:
+    """Tokens: the longest row, and several. Sizes that the memory is predicted for are recorded anyway, if a step has
+    two such micro-batches."""
+    longest, rows = forecaster.lengths.longest_tokens, forecaster.config.batch.rows_per_step
+    sizes = {choice.micro_tokens for choice in choices if choice.micro_tokens is not None}
+    recorded = [size for size in sizes if 2 * longest <= size <= min(rows / 2, _MOST_ROWS) * longest]
+    return longest, max(recorded, default=2 * longest)

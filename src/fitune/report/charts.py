@@ -1,0 +1,348 @@
+"""What is drawn, as data: series with their axes. `page.py` gives a Picture to plotly, `png.py` to matplotlib.
+
+Colours are Okabe and Ito's eight, which people with any kind of colour blindness tell apart; runs differ in their
+dashes too. Nothing here is longer than MAX_POINTS points over all runs, and thinning keeps every extreme.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from fitune.language import say
+from fitune.report.compare import Comparison, Row, planned_candidate
+from fitune.report.recorded import Curve, RecordedRun
+from fitune.report.thin import thin, thin_all
+from fitune.units import GIB
+
+Axis = Literal["step", "tokens", "hours"]
+Kind = Literal["line", "faint", "area", "marks", "bars", "points"]
+Numbers = npt.NDArray[np.float64]
+
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999", "#F0E442")
+MAX_POINTS = 6000
+MOST_TIMELINES = 4
+SMOOTHED_FRACTION = 0.03
+"""Half-life of the smoothed loss as a share of the run, so that runs of equal tokens are smoothed alike."""
+_CATEGORIES = ("parameter", "gradient", "optimizer_state", "activation", "temporary", "input", "workspace")
+
+
+@dataclass(frozen=True, slots=True)
+class Series:
+    """x: by axis, where the picture has several; else under 'x', and there it may be text. colour: an index into
+    COLOURS; dash likewise. sizes: of points, 0 to 1. labels: said of each point."""
+
+    name: str
+    x: Mapping[str, Sequence[Any] | Numbers]
+    y: Numbers
+    kind: Kind = "line"
+    colour: int = 0
+    dash: int = 0
+    sizes: Numbers | None = None
+    labels: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """key: its name in the page and as a file. axes: key -> title. lines: what is drawn across, (label, y). says: the
+    picture in a sentence, for those who do not see it."""
+
+    key: str
+    title: str
+    axes: Mapping[str, str]
+    y_title: str
+    series: tuple[Series, ...]
+    lines: tuple[tuple[str, float], ...] = ()
+    stacked: bool = False
+    says: str = field(default="")
+
+    @property
+    def y_from(self) -> str:
+        """Bytes and counts from zero; losses and noise from where they begin (plotly's names)."""
+        return "normal" if self.key in ("loss", "pareto", "noise") else "tozero"
+
+
+def pictures(comparison: Comparison) -> list[Picture]:
+    """Those for which there is something to draw, in the order of the page."""
+    runs = [row.run for row in comparison.rows]
+    found = [
+        loss_picture(comparison),
+        *(memory_picture(run, most_points=MAX_POINTS // 2) for run in runs[:MOST_TIMELINES]),
+        predicted_picture(comparison),
+        *(microscope_picture(run) for run in runs[:MOST_TIMELINES]),
+        pareto_picture(comparison),
+        lengths_picture(runs),
+        noise_picture(runs),
+    ]
+    return [picture for picture in found if picture is not None and picture.series]
+
+
+def loss_picture(comparison: Comparison) -> Picture | None:
+    ran = [row.run for row in comparison.rows if row.run.num_steps or len(row.run.evals["step"])]
+    if not ran:
+        return None
+    share = max(MAX_POINTS // (2 * len(ran)), 40)
+    series = [each for index, run in enumerate(ran) for each in _loss_series(run, index, share)]
+    axes = {"step": say("step"), "tokens": say("tokens"), "hours": say("hours of training")}
+    known = {axis: title for axis, title in axes.items() if all(np.isfinite(each.x[axis]).any() for each in series)}
+    return Picture(
+        key="loss",
+        title=say("Loss"),
+        axes=known,
+        y_title=say("nats per token"),
+        series=tuple(series),
+        says=say("Training loss, raw and smoothed, and loss on the held-out rows, of {num} runs", num=len(ran)),
+    )
+
+
+def _loss_series(run: RecordedRun, index: int, share: int) -> Iterator[Series]:
+    loss = run.train["loss"]
+    if len(loss):
+        rows, smooth = thin(loss, share), smoothed(loss, 0.5 ** (1 / max(len(loss) * SMOOTHED_FRACTION, 1)))
+        yield Series(run.name, _axes(run.train, rows), loss[rows], "faint", index, index)
+        rows = thin(smooth, share)
+        name = say("{name} train, smoothed", name=run.name)
+        yield Series(name, _axes(run.train, rows), smooth[rows], "line", index, index)
+    if len(run.evals["step"]):
+        rows = thin(run.evals["eval_loss"], 200)
+        name = say("{name} eval", name=run.name)
+        yield Series(name, _axes(run.evals, rows), run.evals["eval_loss"][rows], "marks", index, index)
+
+
+def _axes(curve: Curve, rows: npt.NDArray[np.int64]) -> dict[str, Numbers]:
+    return {
+        "step": curve["step"][rows],
+        "tokens": curve["total_tokens"][rows],
+        "hours": curve["seconds"][rows] / 3600,
+    }
+
+
+def smoothed(values: Numbers, factor: float) -> Numbers:
+    """Exponential mean, corrected at its start as Adam's are; what is not finite is passed over."""
+    found = np.full(len(values), np.nan)
+    mean = weight = 0.0
+    for index, value in enumerate(values):
+        if np.isfinite(value):
+            mean, weight = factor * mean + (1 - factor) * value, factor * weight + (1 - factor)
+        found[index] = mean / weight if weight else np.nan
+    return found
+
+
+def memory_picture(run: RecordedRun, *, most_points: int) -> Picture | None:
+    """Stacked: what adds up to the memory that is used. From memory.jsonl; without it the peaks of the steps."""
+    curve = run.memory
+    card = np.nanmax(curve["device_total_bytes"]) if np.isfinite(curve["device_total_bytes"]).any() else None
+    layers = dict(_layers(curve))
+    if not layers:
+        return _step_peaks(run, most_points)
+    rows = thin_all([np.sum(list(layers.values()), axis=0), *layers.values()], most_points)
+    minutes = curve["seconds"][rows] / 60
+    series = [
+        Series(name, {"x": minutes}, sizes[rows] / GIB, "area", index)
+        for index, (name, sizes) in enumerate(layers.items())
+    ]
+    total = np.sum(list(layers.values()), axis=0)
+    series += _event_marks(run, minutes, total[rows] / GIB)
+    return Picture(
+        key=f"memory-{run.name}",
+        title=say("Memory over time: {name}", name=run.name),
+        axes={"x": say("minutes")},
+        y_title="GiB",
+        series=tuple(series),
+        lines=tuple(_limits(run, card)),
+        stacked=True,
+        says=say("Memory over time, highest {peak} GiB", peak=f"{np.nanmax(total) / GIB:.2f}"),
+    )
+
+
+def _layers(curve: Curve) -> Iterator[tuple[str, Numbers]]:
+    """From the bottom: state, the rest of what PyTorch allocated, its cache, other processes. On a CPU the process."""
+    if not len(curve["seconds"]):
+        return
+    zero = np.zeros(len(curve["seconds"]))
+
+    def highest(name: str) -> Numbers:
+        return np.fmax(curve[name], curve[f"peak_{name}"])
+
+    allocated, reserved, process = (highest(f"{name}_bytes") for name in ("allocated", "reserved", "process"))
+    state = np.nan_to_num(curve["state_bytes"])
+    if np.isfinite(allocated).any():
+        allocated, reserved = np.nan_to_num(allocated), np.nan_to_num(reserved)
+        state = np.minimum(state, allocated)
+        yield say("parameters, gradients, optimizer"), state
+        yield say("activations and the rest"), allocated - state
+        yield say("cache (reserved - allocated)"), np.maximum(reserved - allocated, zero)
+    elif np.isfinite(process).any():
+        process = np.nan_to_num(process)
+        state = np.minimum(state, process)
+        yield say("parameters, gradients, optimizer"), state
+        yield say("the rest of the process"), process - state
+    else:
+        return
+    if np.isfinite(curve["other_processes_bytes"]).any() and np.isfinite(allocated).any():
+        yield say("other processes"), np.nan_to_num(curve["other_processes_bytes"])
+
+
+def _step_peaks(run: RecordedRun, most_points: int) -> Picture | None:
+    names = {
+        "peak_allocated_bytes": say("allocated"),
+        "peak_reserved_bytes": say("reserved"),
+        "device_used_bytes": say("process"),
+    }
+    known = [name for name in names if np.isfinite(run.train[name]).any()]
+    if not known:
+        return None
+    rows = thin_all([run.train[name] for name in known], most_points)
+    series = [
+        Series(names[name], {"x": run.train["step"][rows]}, run.train[name][rows] / GIB, "line", index, index)
+        for index, name in enumerate(known)
+    ]
+    highest = max(float(np.nanmax(run.train[name])) for name in known)
+    return Picture(
+        key=f"memory-{run.name}",
+        title=say("Peak memory of each step: {name}", name=run.name),
+        axes={"x": say("step")},
+        y_title="GiB",
+        series=tuple(series),
+        lines=tuple(_limits(run, None)),
+        says=say("Peak memory of each step, highest {peak} GiB", peak=f"{highest / GIB:.2f}"),
+    )
+
+
+def _limits(run: RecordedRun, card_bytes: float | None) -> Iterator[tuple[str, float]]:
+    plan = run.plan or {}
+    device = plan.get("device") or {}
+    total = card_bytes or device.get("total_bytes")
+    if isinstance(total, int | float):
+        yield say("card"), total / GIB
+    if isinstance(budget := plan.get("budget_bytes"), int | float):
+        yield say("budget"), budget / GIB
+
+
+def _event_marks(run: RecordedRun, minutes: Numbers, top: Numbers) -> list[Series]:
+    """On the curve, where they happened."""
+    if run.started is None or not run.events or not len(minutes):
+        return []
+    times = np.array([(event.time - run.started) / 60 for event in run.events[-200:]])
+    labels = tuple(f"{event.kind}: {event.message}"[:120] for event in run.events[-200:])
+    return [Series(say("events"), {"x": times}, np.interp(times, minutes, top), "marks", 5, labels=labels)]
+
+
+def predicted_picture(comparison: Comparison) -> Picture | None:
+    rows = [row for row in comparison.rows if row.predicted_bytes and row.measured_bytes]
+    names = [row.name for row in rows]
+    sides = (
+        (say("predicted"), [row.predicted_bytes or 0 for row in rows]),
+        (say("measured"), [row.measured_bytes or 0 for row in rows]),
+    )
+    series = [
+        Series(name, {"x": names}, np.array(sizes, float) / GIB, "bars", index)
+        for index, (name, sizes) in enumerate(sides)
+    ]
+    if not rows:
+        return None
+    return Picture(
+        key="predicted",
+        title=say("Peak memory: predicted and measured"),
+        axes={"x": say("run")},
+        y_title="GiB",
+        series=tuple(series),
+        says="; ".join(f"{row.name}: {_error(row):+.1%}" for row in rows),
+    )
+
+
+def _error(row: Row) -> float:
+    assert row.predicted_bytes
+    assert row.measured_bytes
+    return row.predicted_bytes / row.measured_bytes - 1
+
+
+def microscope_picture(run: RecordedRun) -> Picture | None:
+    """What the plan says is alive at the peak, by category."""
+    candidate = planned_candidate(run)
+    categories = (candidate or {}).get("categories")
+    if not isinstance(categories, Mapping):
+        return None
+    known = [(name, float(categories[name])) for name in _CATEGORIES if categories.get(name)]
+    phase = str((candidate or {}).get("peak_phase", "n/a"))
+    series = Series("", {"x": [name for name, _ in known]}, np.array([size for _, size in known]) / GIB, "bars", 0)
+    return Picture(
+        key=f"microscope-{run.name}",
+        title=say("Alive at the peak, in {phase}: {name}", phase=phase, name=run.name),
+        axes={"x": say("category")},
+        y_title="GiB",
+        series=(series,) if known else (),
+        says="; ".join(f"{name}: {size / GIB:.2f} GiB" for name, size in known),
+    )
+
+
+def pareto_picture(comparison: Comparison) -> Picture | None:
+    """Peak against eval loss, the size of a point being its speed."""
+    rows = [row for row in comparison.rows if row.peak_bytes and (row.eval_loss or row.train_loss)]
+    if len(rows) < 2:
+        return None
+    speeds = np.array([row.tokens_per_second or 0.0 for row in rows])
+    sizes = speeds / speeds.max() if speeds.max() > 0 else np.ones(len(rows))
+    series = []
+    for index, row in enumerate(rows):
+        speed = "n/a" if row.tokens_per_second is None else f"{row.tokens_per_second:,.0f}"
+        series.append(
+            Series(
+                f"{row.name} *" if row.on_front else row.name,
+                {"x": np.array([(row.peak_bytes or 0) / GIB])},
+                np.array([row.eval_loss if row.eval_loss is not None else row.train_loss or 0.0]),
+                "points",
+                index,
+                sizes=sizes[index : index + 1],
+                labels=(f"{row.name}: {speed} tokens/s",),
+            )
+        )
+    return Picture(
+        key="pareto",
+        title=say("Peak against loss; a larger point is faster; * nothing else is better all round"),
+        axes={"x": say("peak GiB")},
+        y_title=say("eval loss"),
+        series=tuple(series),
+        says="; ".join(row.name for row in rows if row.on_front),
+    )
+
+
+def lengths_picture(runs: Sequence[RecordedRun]) -> Picture | None:
+    """Of the first run that tells."""
+    data = next((run.data for run in runs if run.data and isinstance(run.data.get("lengths"), Mapping)), None)
+    if data is None:
+        return None
+    edges, counts = data["lengths"]["edges"], data["lengths"]["counts"]
+    middles = (np.array(edges[:-1], float) + np.array(edges[1:], float)) / 2
+    padding = (data.get("train") or {}).get("padding") or {}
+    waste = ", ".join(f"{name} {value:.2f} x" for name, value in padding.items())
+    return Picture(
+        key="lengths",
+        title=say("Tokens of a row; positions computed for a real token: {waste}", waste=waste or "n/a"),
+        axes={"x": say("tokens")},
+        y_title=say("rows"),
+        series=(Series("", {"x": middles}, np.array(counts, float), "bars", 0),),
+        says=say("Lengths of the training rows, cut at {length}", length=data.get("max_length", "n/a")),
+    )
+
+
+def noise_picture(runs: Sequence[RecordedRun]) -> Picture | None:
+    """The noise scale beside the batch in tokens."""
+    series = []
+    for index, run in enumerate(runs):
+        scale = run.train["noise_scale_tokens"]
+        if np.isfinite(scale).any():
+            rows = thin(scale, max(MAX_POINTS // (4 * len(runs)), 40))
+            series.append(Series(run.name, {"x": run.train["total_tokens"][rows]}, scale[rows], "line", index, index))
+    if not series:
+        return None
+    return Picture(
+        key="noise",
+        title=say("Noise scale: the batch beyond which more rows a step stop paying"),
+        axes={"x": say("tokens")},
+        y_title=say("tokens a step"),
+        series=tuple(series),
+        says=say("Noise scale over the run, of {num} runs", num=len(series)),
+    )

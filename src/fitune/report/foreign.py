@@ -1,0 +1,191 @@
+"""What other trainers leave -> RecordedRun, so that their runs stand beside ours.
+
+    trainer_state.json    transformers' Trainer, TRL: `log_history`, one object a logging; TRL adds num_tokens
+    trainer_log.jsonl     LLaMA-Factory's callback: current_steps, loss, lr, throughput; vram_* with RECORD_VRAM=1
+    events.out.tfevents*  TensorBoard, by its own library
+    a text                minimind's lines: Epoch:[1/2](100/1000), loss: 2.5, lr: 0.00003, epoch_time: 4.0min
+
+Each name of a value is looked up in `_NAMES`; what a format does not have is nan. Nothing is estimated.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fitune.errors import RunDirectoryError
+from fitune.report.recorded import EVAL_COLUMNS, MEMORY_COLUMNS, TRAIN_COLUMNS, RecordedRun, make_curve, seconds_at
+from fitune.units import GIB
+
+_NAMES = {
+    "loss": ("loss",),
+    "lr": ("learning_rate", "lr"),
+    "grad_norm": ("grad_norm",),
+    "eval_loss": ("eval_loss",),
+    "total_tokens": ("num_tokens", "num_input_tokens_seen", "total_tokens"),
+    "tokens_per_second": ("throughput", "tokens_per_second"),
+    "eval_accuracy": ("eval_mean_token_accuracy", "eval_accuracy"),
+}
+_LOG_BYTES = 64 * 1024 * 1024
+_MINIMIND = re.compile(r"Epoch:\s*\[(\d+)/\d+\]\s*\((\d+)/(\d+)\)(.*)")
+_PAIR = re.compile(r"([A-Za-z_]+)\s*:\s*([-+]?(?:\d[\d.]*(?:[eE][-+]?\d+)?|nan|inf))")
+
+
+def find_foreign(path: Path) -> RecordedRun | None:
+    """The run of another trainer in a file or directory, None where there is none. Raises RunDirectoryError for one
+    that is damaged."""
+    if path.is_file():
+        if path.suffix == ".json":
+            return read_trainer_state(path)
+        if path.suffix == ".jsonl":
+            return read_trainer_log(path)
+        return read_tensorboard(path) if "tfevents" in path.name else read_minimind(path)
+    if not path.is_dir():
+        return None
+    for name, read in (("trainer_log.jsonl", read_trainer_log), ("trainer_state.json", read_trainer_state)):
+        found = [*path.glob(name), *path.glob(f"checkpoint-*/{name}")]
+        if found:
+            return read(max(found, key=lambda file: file.stat().st_mtime))
+    return read_tensorboard(path) if any(path.rglob("*tfevents*")) else None
+
+
+def read_trainer_state(path: Path) -> RecordedRun:
+    """transformers and TRL; `settings` are those that the state tells."""
+    content = _json(path)
+    history = content.get("log_history") if isinstance(content, dict) else None
+    if not isinstance(history, list):
+        raise RunDirectoryError(f"{path} has no log_history: it is no trainer_state.json of transformers")
+    entries = [entry for entry in history if isinstance(entry, dict)]
+    micro = content.get("train_batch_size")
+    return _run(path, "transformers", entries, settings={} if not isinstance(micro, int) else {"batch.micro": micro})
+
+
+def read_trainer_log(path: Path) -> RecordedRun:
+    """LLaMA-Factory. Its vram_reserved and vram_allocated are in GB of 1024^3 bytes."""
+    entries = []
+    for line in _text(path).splitlines():
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(entry, dict) and isinstance(entry.get("current_steps"), int):
+            entry |= {"step": entry["current_steps"], "seconds": _clock(entry.get("elapsed_time"))}
+            for name in ("allocated", "reserved"):
+                if isinstance(value := entry.get(f"vram_{name}"), int | float):
+                    entry[f"peak_{name}_bytes"] = value * GIB
+            entries.append(entry)
+    if not entries:
+        raise RunDirectoryError(f"{path} has no line with current_steps: it is no trainer_log.jsonl of LLaMA-Factory")
+    return _run(path, "llama-factory", entries)
+
+
+def read_tensorboard(path: Path) -> RecordedRun:
+    """Scalars named as transformers names them (train/loss, eval/loss), or without a prefix."""
+    try:
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    except ImportError as error:
+        raise RunDirectoryError(f"{path} is TensorBoard's: reading it needs pip install tensorboard") from error
+    rows: dict[int, dict[str, Any]] = {}
+    files = [path] if path.is_file() else sorted(path.rglob("*tfevents*"))
+    times: list[float] = []
+    for file in files:
+        events = EventAccumulator(str(file), size_guidance={"scalars": 0}).Reload()
+        for tag in events.Tags()["scalars"]:
+            kind, _, name = tag.rpartition("/")
+            for event in events.Scalars(tag):
+                full = f"eval_{name}" if kind == "eval" else name
+                rows.setdefault(event.step, {"step": event.step})[full] = event.value
+                times.append(event.wall_time)
+                rows[event.step].setdefault("wall_time", event.wall_time)
+    start = min(times, default=0.0)
+    entries = [row | {"seconds": row["wall_time"] - start} for _, row in sorted(rows.items())]
+    if not any("loss" in entry or "eval_loss" in entry for entry in entries):
+        raise RunDirectoryError(f"{path} has no scalar named loss, train/loss or eval/loss")
+    return _run(path, "tensorboard", entries)
+
+
+def read_minimind(path: Path) -> RecordedRun | None:
+    """None for a text without its lines. It counts micro-batches, not optimizer steps."""
+    if path.stat().st_size > _LOG_BYTES:
+        return None
+    entries = []
+    for match in _MINIMIND.finditer(_text(path)):
+        epoch, step, per_epoch = (int(match[index]) for index in (1, 2, 3))
+        values = {name: float(value) for name, value in _PAIR.findall(match[4])}
+        entries.append(values | {"step": (epoch - 1) * per_epoch + step})
+    if not any("loss" in entry for entry in entries):
+        return None
+    return _run(path, "minimind", entries, notes=(f"{path}: a step of minimind's log is a micro-batch",))
+
+
+def _run(
+    path: Path,
+    origin: str,
+    entries: Sequence[Mapping[str, Any]],
+    *,
+    settings: Mapping[str, Any] | None = None,
+    notes: tuple[str, ...] = (),
+) -> RecordedRun:
+    """entries: in the order logged, each with its step; an entry may be of training, of an evaluation, or both."""
+    named = [dict(_named(entry)) for entry in entries if isinstance(entry.get("step"), int)]
+    train = make_curve(TRAIN_COLUMNS, _forward([entry for entry in named if "loss" in entry]))
+    evals = make_curve(EVAL_COLUMNS, _forward([entry for entry in named if "eval_loss" in entry]))
+    if np.isnan(evals["total_tokens"]).any() and len(train["step"]):
+        tokens = np.interp(evals["step"], train["step"], train["total_tokens"])
+        evals = dict(evals) | {"total_tokens": tokens}
+    if len(train["step"]):
+        evals = dict(evals) | {"seconds": seconds_at(train, evals["step"])}
+    directory = path if path.is_dir() else path.parent
+    return RecordedRun(
+        name=directory.parent.name if directory.name.startswith("checkpoint-") else directory.name or path.stem,
+        path=str(path),
+        origin=origin,
+        state="n/a",
+        settings=settings or {},
+        summary={},
+        train=train,
+        evals=evals,
+        memory=make_curve(MEMORY_COLUMNS, []),
+        notes=notes,
+    )
+
+
+def _named(entry: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Under our names; a value that is already so named is kept."""
+    yield from ((name, entry[name]) for name in {*TRAIN_COLUMNS, *EVAL_COLUMNS} & entry.keys())
+    for ours, theirs in _NAMES.items():
+        for name in theirs:
+            if name in entry:
+                yield ours, entry[name]
+                break
+
+
+def _forward(entries: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Of a step that was logged twice the last one, and steps in order."""
+    return [entry for _, entry in sorted({entry["step"]: entry for entry in entries}.items())]
+
+
+def _clock(text: Any) -> float | None:
+    """'1 day, 0:00:12' as Python writes a timedelta -> seconds."""
+    match = re.fullmatch(r"(?:(\d+) days?, )?(\d+):(\d+):(\d+)(?:\.\d+)?", str(text))
+    if match is None:
+        return None
+    days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
+    return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise RunDirectoryError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(_text(path))
+    except ValueError as error:
+        raise RunDirectoryError(f"{path} is damaged: {error}") from error

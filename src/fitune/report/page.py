@@ -1,0 +1,373 @@
+"""A comparison as one HTML file that needs nothing else: its pictures, tables, data and the code that draws them.
+
+Safe with any data: text from a run is escaped, JSON is embedded with every '<' written as \\u003c, names reach plotly
+as escaped text, and the content security policy lets only the two scripts of this page run, by their hashes, and
+nothing be fetched. The pictures are plotly's JSON, drawn by its basic bundle (MIT), which is shipped with this package:
+the Python package of plotly carries only the full one, which alone is larger than a page may be.
+"""
+
+import base64
+import gzip
+import hashlib
+import html
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fitune.language import choose_language, say
+from fitune.report import tables
+from fitune.report.advice import Advice, advise
+from fitune.report.charts import COLOURS, MAX_POINTS, Picture, Series, pictures
+from fitune.report.compare import Comparison, Row
+from fitune.report.recorded import EMBEDDED_ID, MAX_EVENTS, RecordedRun, clip, embed
+from fitune.report.verdicts import outcome, verdicts
+from fitune.run.directory import write_atomically
+from fitune.units import format_bytes, format_count, format_seconds
+
+PLOTLY = "plotly-basic-4.1.1.min.js.gz"
+_DASHES = ("solid", "dash", "dashdot", "dot")
+_MOST_NAME_CHARS = 40
+
+
+def write_page(comparison: Comparison, path: Path) -> None:
+    """Raises RunDirectoryError where it cannot be written."""
+    write_atomically(path, page(comparison))
+
+
+def page(comparison: Comparison) -> str:
+    """In the language of `choose_language`."""
+    drawn = pictures(comparison)
+    advised = next(iter(sorted(comparison.rows, key=_eval_loss)), None)
+    advice = [] if advised is None else advise(advised.run, comparison)
+    runs = [row.run for row in comparison.rows]
+    scripts = {name: _script(name) for name in ("plotly", "page")}
+    hashes = " ".join(f"'sha256-{_digest(text)}'" for text in scripts.values())
+    policy = f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data: blob:; base-uri 'none'"
+    title = runs[0].name if len(runs) == 1 else say("{num} runs of fitune", num=len(runs))
+    body = "\n".join(
+        [
+            f"<header><h1>{_bdi(title)}</h1>{_header(comparison)}</header>",
+            _navigation(),
+            "<main id='main'>",
+            _section("comparison", say("Comparison"), _comparison(comparison) + _plots(drawn, "pareto")),
+            _section("loss", say("Loss"), _axis_switch(drawn) + _plots(drawn, "loss", "noise")),
+            _section("memory", say("Memory"), _plots(drawn, "memory", "predicted")),
+            _section("peak", say("One step under the microscope"), _plots(drawn, "microscope") + _largest(runs)),
+            _section("data", say("Data"), _plots(drawn, "lengths")),
+            _section("advice", say("Advice"), _advice(advised, advice)),
+            _section("events", say("Events"), "".join(_events(run) for run in runs)),
+            _section("settings", say("Settings"), "".join(_settings(run) for run in runs)),
+            "</main>",
+        ]
+    )
+    data = {"schema": 1, "runs": [embed(run, max_points=max(MAX_POINTS // len(runs), 60)) for run in runs]}
+    figures = {
+        "words": {"fault": say("a picture could not be drawn")},
+        "pictures": [_figure(picture) for picture in drawn],
+    }
+    return f"""<!DOCTYPE html>
+<html lang="{choose_language()}">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{_text(title)} - fitune</title>
+<link rel="icon" href="data:,">
+<style>{_asset("page.css")}</style>
+</head>
+<body>
+<a class="skip" href="#main">{_text(say("to the content"))}</a>
+{body}
+<p id="fault" role="alert"></p>
+<script type="application/json" id="{EMBEDDED_ID}">{_json(data)}</script>
+<script type="application/json" id="fitune-figures">{_json(figures)}</script>
+<script>{scripts["plotly"]}</script>
+<script>{scripts["page"]}</script>
+</body>
+</html>
+"""
+
+
+@cache
+def _asset(name: str) -> str:
+    file = resources.files("fitune.report") / "assets" / name
+    return gzip.decompress(file.read_bytes()).decode() if name.endswith(".gz") else file.read_text(encoding="utf-8")
+
+
+def _script(name: str) -> str:
+    """Without what would end the element early (plotly has '</script' in a string, or may have one day)."""
+    text = _asset(PLOTLY if name == "plotly" else f"{name}.js")
+    return text.replace("</script", "<\\/script").replace("<!--", "<\\!--")
+
+
+@cache
+def _digest(script: str) -> str:
+    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+
+
+def _json(content: Any) -> str:
+    text = json.dumps(content, ensure_ascii=False, separators=(",", ":"), default=str, allow_nan=False)
+    for character, written in (("<", "\\u003c"), (">", "\\u003e"), ("\u2028", "\\u2028"), ("\u2029", "\\u2029")):
+        text = text.replace(character, written)
+    return text.encode("utf-8", "replace").decode()
+
+
+def _text(value: Any) -> str:
+    """Escaped, without control characters, and not longer than a paragraph."""
+    text = re.sub(r"[\x00-\x08\x0b-\x1f\x7f]", "\ufffd", str(clip(value)))
+    return html.escape(text.encode("utf-8", "replace").decode())
+
+
+def _bdi(value: Any) -> str:
+    """Isolated, so that text from right to left does not turn what stands beside it."""
+    return f"<bdi>{_text(value)}</bdi>"
+
+
+def _header(comparison: Comparison) -> str:
+    if len(comparison.rows) == 1:
+        row = comparison.rows[0]
+        sentences, cards = [outcome(row)], "".join(_card(name, value) for name, value in _facts(row))
+    else:
+        sentences, cards = verdicts(comparison), ""
+    items = "".join(f"<li>{_text(sentence)}</li>" for sentence in sentences)
+    return f"<ul class='verdict'>{items}</ul><div class='cards'>{cards}</div>"
+
+
+def _facts(row: Row) -> Iterator[tuple[str, str]]:
+    summary = row.run.summary
+    yield say("state"), row.run.state
+    yield say("peak memory"), format_bytes(row.measured_bytes)
+    if row.predicted_bytes and row.measured_bytes:
+        yield (
+            say("predicted"),
+            f"{format_bytes(row.predicted_bytes)} ({row.predicted_bytes / row.measured_bytes - 1:+.1%})",
+        )
+    yield say("eval loss"), tables.number(row.eval_loss)
+    yield say("tokens/s"), format_count(row.tokens_per_second)
+    yield say("tokens"), format_count(summary.get("tokens"))
+    yield say("time"), format_seconds(summary.get("seconds"))
+    yield say("out of memory"), f"{summary.get('num_ooms', 0)}"
+    yield say("changes of micro-batch"), f"{summary.get('micro_batch_changes', 0)}"
+
+
+def _card(name: str, value: str) -> str:
+    return f"<div class='card'><span class='soft'>{_text(name)}</span><b>{_text(value)}</b></div>"
+
+
+def _navigation() -> str:
+    names = {
+        "comparison": say("Comparison"), "loss": say("Loss"), "memory": say("Memory"), "advice": say("Advice"),
+        "events": say("Events"), "settings": say("Settings"),
+    }  # fmt: skip
+    links = "".join(f"<a href='#{key}'>{_text(name)}</a>" for key, name in names.items())
+    return f"<nav>{links}</nav>"
+
+
+def _section(key: str, title: str, content: str) -> str:
+    if not content:
+        return ""
+    return f"<section aria-labelledby='{key}'><h2 id='{key}'>{_text(title)}</h2>{content}</section>"
+
+
+def _table(heads: Sequence[str], rows: Iterable[Sequence[str]], *, marked: Sequence[bool] = ()) -> str:
+    """A heading that starts with '>' is a column of numbers."""
+    classes = [" class='number'" if head.startswith(">") else "" for head in heads]
+    top = "".join(
+        f"<th scope='col'{kind}>{_text(head.removeprefix('>'))}</th>" for head, kind in zip(heads, classes, strict=True)
+    )
+    lines = []
+    for index, row in enumerate(rows):
+        cells = "".join(f"<td{kind}>{_bdi(cell)}</td>" for cell, kind in zip(row, classes, strict=True))
+        lines.append(f"<tr{' class=front' if index < len(marked) and marked[index] else ''}>{cells}</tr>")
+    return f"<div class='wide'><table><thead><tr>{top}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
+
+
+def _comparison(comparison: Comparison) -> str:
+    heads = tables.columns(comparison)
+    rows = [tables.cells(row) for row in comparison.rows]
+    parts = [
+        f"<p class='soft'>{_text(tables.heading(comparison))}</p>",
+        _table(heads, rows, marked=[row.on_front for row in comparison.rows]),
+    ]
+    if len(rows) > 1:
+        parts.append(f"<p class='soft'>{_text(tables.legend())}</p>")
+    differing = tables.differing_rows(comparison)
+    if differing:
+        parts.append(f"<h3>{_text(say('Settings that differ'))}</h3>")
+        parts.append(_table([say("key"), *(row.name for row in comparison.rows)], differing))
+    if comparison.notes:
+        parts.append(f"<ul>{''.join(f'<li>{_text(note)}</li>' for note in comparison.notes)}</ul>")
+    return "".join(parts)
+
+
+def _axis_switch(drawn: Sequence[Picture]) -> str:
+    picture = next((picture for picture in drawn if picture.key == "loss"), None)
+    if picture is None or len(picture.axes) < 2:
+        return ""
+    first = next(iter(picture.axes))
+    inputs = "".join(
+        f"<label><input type='radio' name='axis' value='{axis}'{checked}> {_text(title)}</label>"
+        for axis, title in picture.axes.items()
+        for checked in (" checked" if axis == first else "",)
+    )
+    return f"<fieldset><legend>{_text(say('by'))}</legend>{inputs}</fieldset>"
+
+
+def _plots(drawn: Sequence[Picture], *prefixes: str) -> str:
+    return "".join(
+        f"<h3>{_text(picture.title)}</h3>"
+        f"<div class='plot' id='{_plot_id(picture)}' role='img' tabindex='0' aria-label='{_text(picture.says)}'></div>"
+        for prefix in prefixes
+        for picture in drawn
+        if picture.key.startswith(prefix)
+    )
+
+
+def _plot_id(picture: Picture) -> str:
+    """Of letters and digits, whatever the run is called."""
+    return f"plot-{hashlib.sha256(picture.key.encode('utf-8', 'replace')).hexdigest()[:12]}"
+
+
+def _largest(runs: Sequence[RecordedRun]) -> str:
+    """The largest modules and tensors alive at the peak, where a run recorded them (plan.json, `largest`)."""
+    parts = []
+    for run in runs:
+        largest = (run.plan or {}).get("largest")
+        rows = [each for each in largest if isinstance(each, dict)] if isinstance(largest, list) else []
+        if rows:
+            cells = [
+                [str(each.get("name") or each.get("op") or "n/a"), str(each.get("category") or ""),
+                 format_bytes(each.get("num_bytes"))]
+                for each in rows[:20]
+            ]  # fmt: skip
+            parts.append(f"<h3>{_bdi(run.name)}</h3>{_table([say('what'), say('category'), say('>size')], cells)}")
+    return "".join(parts)
+
+
+def _advice(row: Row | None, advice: Sequence[Advice]) -> str:
+    if row is None:
+        return ""
+    if not advice:
+        return f"<p>{_text(say('nothing to change in {name}, as far as its record tells', name=row.name))}</p>"
+    rows = [[each.change, each.memory, each.speed, each.effect, each.evidence] for each in advice]
+    heads = [say("change"), say(">memory"), say(">speed"), say("training result"), say("evidence")]
+    commands = "\n".join(_text(each.command) for each in advice if each.command)
+    return f"<p class='soft'>{_text(say('for {name}', name=row.name))}</p>{_table(heads, rows)}<pre>{commands}</pre>"
+
+
+def _events(run: RecordedRun) -> str:
+    if not run.events:
+        return ""
+    start = run.events[0].time
+    rows = [
+        [format_seconds(max(event.time - start, 0.0)), f"{event.step:,}", event.kind, event.message]
+        for event in run.events[-MAX_EVENTS:]
+    ]
+    heads = [say(">after"), say(">step"), say("kind"), say("what")]
+    return f"<details open><summary>{_bdi(run.name)} ({len(run.events):,})</summary>{_table(heads, rows)}</details>"
+
+
+def _settings(run: RecordedRun) -> str:
+    rows = [[key, tables.show(value)] for key, value in run.settings.items()]
+    machine = ", ".join(str(clip(value)) for value in _machine(run))
+    command = f"fitune train {run.path}/config.yaml" if run.origin == "fitune" else ""
+    again = f"<p>{_text(say('to do it again'))}</p><pre>{_text(command)}</pre>" if command else ""
+    about = f"<p class='soft'>{_text(machine)}</p>" if machine else ""
+    table = _table([say("key"), say("value")], rows) if rows else ""
+    return f"<details><summary>{_bdi(run.name)}</summary>{about}{again}{table}</details>"
+
+
+def _machine(run: RecordedRun) -> Iterator[str]:
+    """The versions and cards that env.json names."""
+    env = run.env or {}
+    yield from (f"{key} {env[key]}" for key in ("fitune", "python", "driver") if env.get(key))
+    if env.get("system"):
+        yield str(env["system"])
+    packages = env.get("packages")
+    if isinstance(packages, dict):
+        yield from (f"{name} {version}" for name, version in packages.items() if version)
+    for device in (*(env.get("cards") or ()), env.get("cpu")):
+        if isinstance(device, dict) and device.get("name"):
+            yield str(device["name"])
+
+
+def _eval_loss(row: Row) -> float:
+    return row.eval_loss if row.eval_loss is not None and np.isfinite(row.eval_loss) else float("inf")
+
+
+# A picture as plotly takes it: names as escaped text, numbers with six digits.
+
+
+def _figure(picture: Picture) -> dict[str, Any]:
+    first = next(iter(picture.axes))
+    layout: dict[str, Any] = {
+        "xaxis": {"title": {"text": _text(picture.axes[first])}, "automargin": True},
+        "yaxis": {"title": {"text": _text(picture.y_title)}, "automargin": True, "rangemode": picture.y_from},
+        "modebar": {"bgcolor": "rgba(0,0,0,0)", "color": "#888888", "activecolor": "#0072B2"},
+        "margin": {"l": 60, "r": 20, "t": 10, "b": 50},
+        "hovermode": "closest",
+        "legend": {"orientation": "h", "y": -0.25},
+        "showlegend": any(series.name for series in picture.series),
+        "shapes": [
+            {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": y, "y1": y, "line": {"dash": "dot", "width": 1.5,
+             "color": "#888888"}}
+            for _, y in picture.lines
+        ],
+        "annotations": [
+            {"text": f"{_text(label)} {y:.1f}", "xref": "paper", "x": 1, "y": y, "xanchor": "right",
+             "yanchor": "bottom", "showarrow": False}
+            for label, y in picture.lines
+        ],
+    }  # fmt: skip
+    return {
+        "id": _plot_id(picture),
+        "axes": {axis: _text(title) for axis, title in picture.axes.items()},
+        "xs": [{axis: _numbers(series.x[axis]) for axis in picture.axes} for series in picture.series]
+        if len(picture.axes) > 1
+        else [],
+        "data": [_trace(series, first) for series in picture.series],
+        "layout": layout,
+    }
+
+
+def _trace(series: Series, axis: str) -> dict[str, Any]:
+    colour = COLOURS[series.colour % len(COLOURS)]
+    name = _text(series.name if len(series.name) <= _MOST_NAME_CHARS else f"{series.name[:_MOST_NAME_CHARS]}…")
+    trace: dict[str, Any] = {"type": "scatter", "name": name, "x": _numbers(series.x[axis]), "y": _numbers(series.y)}
+    if series.labels:
+        trace |= {"text": [_text(label) for label in series.labels], "hoverinfo": "text"}
+    match series.kind:
+        case "bars":
+            trace |= {"type": "bar", "marker": {"color": colour}}
+        case "area":
+            trace |= {
+                "mode": "lines",
+                "stackgroup": "memory",
+                "line": {"width": 0, "color": colour},
+                "fillcolor": colour,
+            }
+        case "marks":
+            trace |= {"mode": "markers", "marker": {"symbol": "diamond", "size": 8, "color": colour}}
+        case "points":
+            size = 14 + 26 * float(series.sizes[0] if series.sizes is not None else 0)
+            trace |= {"mode": "markers", "marker": {"size": size, "color": colour, "opacity": 0.85}}
+        case "faint":
+            trace |= {"mode": "lines", "opacity": 0.3, "line": {"width": 1, "color": colour}, "showlegend": False}
+        case _:
+            dash = _DASHES[series.dash % len(_DASHES)]
+            trace |= {"mode": "lines", "line": {"width": 2, "color": colour, "dash": dash}}
+    return trace
+
+
+def _numbers(values: Any) -> list[Any]:
+    """Six digits; null where it is unknown or not finite, which leaves a gap. Text is escaped."""
+    return [
+        _text(value) if isinstance(value, str) else float(f"{value:.6g}") if np.isfinite(value) else None
+        for value in values
+    ]

@@ -1,0 +1,163 @@
+"""A comparison as rows of text: for a terminal, Markdown, CSV, JSON and a notebook."""
+
+import csv
+import html
+import io
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from fitune.language import say
+from fitune.report.compare import Comparison, Row
+from fitune.report.interval import Interval
+from fitune.report.verdicts import verdicts
+from fitune.units import format_count, format_gib
+
+TRAIN_COLUMN = 5
+"""Where the training loss stands in `columns`: a narrow screen leaves it out beside the eval loss."""
+
+
+def columns(comparison: Comparison) -> list[str]:
+    """Headings; one that starts with '>' is a column of numbers."""
+    return [
+        say("run"), say("rows"), say(">lr"), say(">peak GiB"), say(">tok/s"), say(">train loss"),
+        say(">eval loss"), say(">to the first"),
+    ]  # fmt: skip
+
+
+def cells(row: Row) -> list[str]:
+    return [
+        f"* {row.name}" if row.on_front else row.name,
+        "n/a" if row.effective_batch is None else row.split,
+        "n/a" if row.lr is None else f"{row.lr:.2g}",
+        peak(row),
+        "n/a" if row.tokens_per_second is None else f"{row.tokens_per_second:,.0f}",
+        number(row.train_loss),
+        number(row.eval_loss),
+        difference(row.eval_difference),
+    ]
+
+
+def peak(row: Row) -> str:
+    """'16.9 (-1%)': measured, and how far the prediction was off; '(16.7)' where there is the prediction alone."""
+    if row.measured_bytes is None:
+        return "n/a" if row.predicted_bytes is None else f"({format_gib(row.predicted_bytes)})"
+    error = "" if not row.predicted_bytes else f" ({row.predicted_bytes / row.measured_bytes - 1:+.0%})"
+    return f"{format_gib(row.measured_bytes)}{error}"
+
+
+def number(value: float | None, decimals: int = 3) -> str:
+    return "n/a" if value is None else f"{value:.{decimals}f}"
+
+
+def difference(interval: Interval | None) -> str:
+    """'-0.041 ±0.004 !' where it is more than chance; the half-width is the larger side of the interval."""
+    if interval is None:
+        return ""
+    half = max(interval.high - interval.mean, interval.mean - interval.low)
+    return f"{interval.mean:+.3f} ±{half:.3f}{' !' if interval.excludes_zero else ''}"
+
+
+def heading(comparison: Comparison) -> str:
+    if comparison.tokens is None:
+        return say("each run at its end")
+    return say("at {tokens} tokens", tokens=format_count(comparison.tokens))
+
+
+def legend() -> str:
+    return say("* nothing else is better all round · ! more than chance (95 %, paired over the held-out rows)")
+
+
+def markdown(comparison: Comparison) -> str:
+    heads = columns(comparison)
+    rule = ["---:" if head.startswith(">") else "---" for head in heads]
+    lines = [[head.removeprefix(">") for head in heads], rule, *(cells(row) for row in comparison.rows)]
+    body = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    sentences = "\n".join(f"- {sentence}" for sentence in [*verdicts(comparison), *comparison.notes])
+    return f"{heading(comparison)}\n\n{body}\n\n{legend()}\n\n{sentences}\n"
+
+
+def csv_text(comparison: Comparison) -> str:
+    """One line a run, numbers in full and in the units of their names; then the settings that differ."""
+    out = io.StringIO()
+    rows = [row_json(row) for row in comparison.rows]
+    flat = [
+        {key: value for key, value in row.items() if not isinstance(value, dict)}
+        | {
+            f"{key}_{part}": each
+            for key, value in row.items()
+            if isinstance(value, dict)
+            for part, each in value.items()
+        }
+        for row in rows
+    ]
+    names = list(dict.fromkeys(key for row in flat for key in row))
+    writer = csv.DictWriter(out, [*names, *comparison.differing], restval="", lineterminator="\n")
+    writer.writeheader()
+    for index, row in enumerate(flat):
+        writer.writerow(row | {key: values[index] for key, values in comparison.differing.items()})
+    return out.getvalue()
+
+
+def comparison_json(comparison: Comparison) -> dict[str, Any]:
+    return {
+        "tokens": comparison.tokens,
+        "runs": [row_json(row) for row in comparison.rows],
+        "differing": {key: list(values) for key, values in comparison.differing.items()},
+        "checks": [asdict(check) | {"same": check.same} for check in comparison.checks],
+        "verdicts": verdicts(comparison),
+        "notes": list(comparison.notes),
+    }
+
+
+def row_json(row: Row) -> dict[str, Any]:
+    names = (
+        "effective_batch", "split", "lr", "predicted_bytes", "measured_bytes", "tokens_per_second", "seconds",
+        "train_loss", "eval_loss", "on_front",
+    )  # fmt: skip
+    intervals = {name: getattr(row, name) for name in ("train_difference", "eval_difference")}
+    return {
+        "name": row.name,
+        "path": row.run.path,
+        "origin": row.run.origin,
+        "state": row.run.state,
+        **{name: _finite(getattr(row, name)) for name in names},
+        **{name: None if interval is None else asdict(interval) for name, interval in intervals.items()},
+    }
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and value - value != 0 else value
+
+
+def html_table(comparison: Comparison) -> str:
+    """For a notebook: the table, what differs, and what it says. Everything is escaped."""
+    heads = columns(comparison)
+    table = _table(heads, [cells(row) for row in comparison.rows])
+    sentences = "".join(f"<li>{html.escape(text)}</li>" for text in [*verdicts(comparison), *comparison.notes])
+    return f"<p>{html.escape(heading(comparison))}</p>{table}<p>{html.escape(legend())}</p><ul>{sentences}</ul>"
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    right = [head.startswith(">") for head in heads]
+
+    def line(tag: str, texts: Sequence[str]) -> Iterator[str]:
+        for text, is_right in zip(texts, right, strict=True):
+            align = ' style="text-align:right"' if is_right else ""
+            yield f"<{tag}{align}>{html.escape(text)}</{tag}>"
+
+    head = "".join(line("th", [text.removeprefix(">") for text in heads]))
+    body = "".join(f"<tr>{''.join(line('td', row))}</tr>" for row in rows)
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def differing_rows(comparison: Comparison) -> list[list[str]]:
+    """[key, value of each run ...], text."""
+    return [[key, *(show(value) for value in values)] for key, values in comparison.differing.items()]
+
+
+def show(value: Any) -> str:
+    if value is None:
+        return "n/a"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)

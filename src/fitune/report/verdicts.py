@@ -1,0 +1,189 @@
+"""What a comparison says, in sentences."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from fitune.language import say
+from fitune.report.compare import Comparison, CurveCheck, Row, eval_interval
+from fitune.units import format_bytes, format_count
+
+
+def verdicts(comparison: Comparison) -> list[str]:
+    """What fits, what is the same run, what accumulation cost and gained, which rate was right: a sentence each."""
+    return [
+        *_fits(comparison),
+        *(_same(comparison, check) for check in comparison.checks),
+        *_accumulation(comparison),
+        *_rates(comparison),
+        *_best(comparison),
+    ]
+
+
+def _fits(comparison: Comparison) -> Iterator[str]:
+    unfit = [row for row in comparison.rows if row.run.state == "does not fit"]
+    for row in unfit:
+        budget = (row.run.plan or {}).get("budget_bytes")
+        yield say(
+            "{name} does not fit: it needs {needed} of {budget}",
+            name=row.name,
+            needed=format_bytes(row.predicted_bytes),
+            budget=format_bytes(budget),
+        )
+    ran = [row for row in comparison.rows if row.run.num_steps]
+    if len(comparison.rows) > 1 and ran and any(row.measured_bytes for row in ran):
+        listed = ", ".join(f"{row.name} {format_bytes(row.measured_bytes)}" for row in ran)
+        yield say("fits, by the peak as measured: {listed}", listed=listed)
+
+
+def _same(comparison: Comparison, check: CurveCheck) -> str:
+    rows = {row.name: row for row in comparison.rows}
+    first, second = rows[check.first], rows[check.second]
+    values = {
+        "first": check.first,
+        "second": check.second,
+        "difference": f"{check.max_difference:.2g}",
+        "step": f"{check.step:,}",
+        "num_steps": f"{check.num_steps:,}",
+    }
+    if not check.same:
+        return say(
+            "{first} and {second} should be the same training, but their losses differ by {difference} at step {step} "
+            "of {num_steps}",
+            **values,
+        )
+    return say(
+        "{first} and {second} are the same run: their losses differ by at most {difference} over {num_steps} steps. "
+        "Choose by memory and speed: {facts}",
+        **values,
+        facts=_beside(first, second),
+    )
+
+
+def _beside(first: Row, second: Row) -> str:
+    parts = []
+    if first.peak_bytes and second.peak_bytes:
+        lower, higher = sorted((first, second), key=lambda row: row.peak_bytes or 0)
+        assert lower.peak_bytes is not None
+        assert higher.peak_bytes is not None
+        parts.append(
+            say("{name} takes {less} less", name=lower.name, less=format_bytes(higher.peak_bytes - lower.peak_bytes))
+        )
+    if first.tokens_per_second and second.tokens_per_second:
+        slower, faster = sorted((first, second), key=lambda row: row.tokens_per_second or 0.0)
+        assert slower.tokens_per_second is not None
+        assert faster.tokens_per_second is not None
+        gain = faster.tokens_per_second / slower.tokens_per_second - 1
+        parts.append(say("{name} is {gain} faster", name=faster.name, gain=f"{gain:.0%}"))
+    return ", ".join(parts) or "n/a"
+
+
+def _accumulation(comparison: Comparison) -> Iterator[str]:
+    """The best run of each larger batch beside the best of the smallest."""
+    batches = sorted({row.effective_batch for row in comparison.rows if row.effective_batch and row.eval_loss})
+    if len(batches) < 2:
+        return
+    best = {batch: _lowest([row for row in comparison.rows if row.effective_batch == batch]) for batch in batches}
+    small = best[batches[0]]
+    for batch in batches[1:]:
+        large = best[batch]
+        if small is None or large is None:
+            continue
+        speed = ""
+        if small.tokens_per_second and large.tokens_per_second:
+            change = large.tokens_per_second / small.tokens_per_second - 1
+            speed = say("{change} tokens/s", change=f"{change:+.0%}".replace("-0%", "+0%"))
+        peak = ""
+        if small.peak_bytes and large.peak_bytes:
+            sign = "+" if large.peak_bytes >= small.peak_bytes else "-"
+            peak = f"{sign}{format_bytes(abs(large.peak_bytes - small.peak_bytes))}"
+        yield say(
+            "from {few} to {many} rows a step ({small} to {large}), each at its best rate, at equal tokens: eval loss "
+            "{difference}; {cost}",
+            few=batches[0],
+            many=batch,
+            small=small.name,
+            large=large.name,
+            difference=_difference(comparison, large, small),
+            cost=", ".join(part for part in (speed, peak) if part) or "n/a",
+        )
+
+
+def _rates(comparison: Comparison) -> Iterator[str]:
+    for batch in sorted({row.effective_batch for row in comparison.rows if row.effective_batch}):
+        rows = [row for row in comparison.rows if row.effective_batch == batch and row.lr and row.eval_loss]
+        best = _lowest(rows)
+        others = {row.lr: row for row in sorted(rows, key=_loss, reverse=True) if best and row.lr != best.lr}
+        if best is None or not others:
+            continue
+        listed = "; ".join(
+            say("{rate} {difference}", rate=f"{lr:.2g}", difference=_difference(comparison, row, best))
+            for lr, row in sorted(others.items())
+        )
+        yield say(
+            "with {batch} rows a step the best rate tried is {rate} (eval loss {loss}); beside it: {listed}",
+            batch=batch,
+            rate=f"{best.lr:.2g}",
+            loss=f"{best.eval_loss:.4f}",
+            listed=listed,
+        )
+
+
+def _best(comparison: Comparison) -> Iterator[str]:
+    rows = [row for row in comparison.rows if row.eval_loss is not None]
+    best = _lowest(rows)
+    if best is None or len(rows) < 2:
+        return
+    equal = [
+        row.name
+        for row in rows
+        if row is not best
+        and (found := eval_interval(comparison, row.name, best.name)) is not None
+        and not found.excludes_zero
+    ]
+    speed = format_count(best.tokens_per_second)
+    yield say(
+        "lowest eval loss: {name}, {loss}, {speed} tokens/s, {peak}",
+        name=best.name,
+        loss=f"{best.eval_loss:.4f}",
+        speed=speed,
+        peak=format_bytes(best.peak_bytes),
+    ) + (say("; not told apart from it: {equal}", equal=", ".join(equal)) if equal else "")
+
+
+def _difference(comparison: Comparison, row: Row, other: Row) -> str:
+    """row - other, with its interval where there is one."""
+    interval = eval_interval(comparison, row.name, other.name)
+    if interval is None:
+        assert row.eval_loss is not None
+        assert other.eval_loss is not None
+        return say("{change} (no interval)", change=f"{row.eval_loss - other.eval_loss:+.4f}")
+    values = {"change": f"{interval.mean:+.4f}", "low": f"{interval.low:+.4f}", "high": f"{interval.high:+.4f}"}
+    if interval.excludes_zero:
+        return say("{change} (95 %: {low} to {high})", **values)
+    return say("{change} (95 %: {low} to {high}, within chance)", **values)
+
+
+def _loss(row: Row) -> float:
+    return float("inf") if row.eval_loss is None or not np.isfinite(row.eval_loss) else row.eval_loss
+
+
+def _lowest(rows: list[Row]) -> Row | None:
+    known = [row for row in rows if np.isfinite(_loss(row))]
+    return min(known, key=_loss, default=None)
+
+
+def outcome(row: Row) -> str:
+    """One run in a sentence."""
+    evals = row.run.evals["eval_loss"]
+    finite = evals[np.isfinite(evals)]
+    change = say("no evaluation") if not len(finite) else f"{finite[0]:.3f} → {finite[-1]:.3f}"
+    return say(
+        "{state} after {steps} steps: eval loss {change}, peak memory {peak} (predicted {predicted}), {speed} tokens/s",
+        state=row.run.state,
+        steps=f"{row.run.num_steps:,}",
+        change=change,
+        peak=format_bytes(row.measured_bytes),
+        predicted=format_bytes(row.predicted_bytes),
+        speed=format_count(row.tokens_per_second),
+    )

@@ -1,0 +1,133 @@
+"""A run as its files tell it while they grow: read once, then only what was added."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fitune.run.directory import RunDirectory, RunRecord, read_run
+from fitune.run.memory import MemorySample
+from fitune.run.metrics import EvalMetrics, RunEvent, StepMetrics, add_line, as_record
+
+TAIL_BYTES = 2**21
+"""Of memory.jsonl, about an hour; reading ten hours of it would take a second."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunView:
+    """samples: of the last hour. seconds: at work up to the last sign of it, over all sessions. budget_bytes: what the
+    run's plan allowed itself. device_name: None where the run did not note it."""
+
+    record: RunRecord
+    steps: tuple[StepMetrics, ...]
+    evals: tuple[EvalMetrics, ...]
+    events: tuple[RunEvent, ...]
+    samples: tuple[MemorySample, ...]
+    seconds: float | None
+    budget_bytes: int | None
+    device_name: str | None
+
+
+class RunFollower:
+    """Reads a run again and again. tail_bytes: of each file, at first; all of it
+    where left out, but for memory.jsonl."""
+
+    def __init__(self, run: RunDirectory, *, tail_bytes: int | None = None) -> None:
+        self._run = run
+        self._metrics, self._memory, self._events = (
+            _GrowingFile(run.metrics, tail_bytes=tail_bytes),
+            _GrowingFile(run.memory, tail_bytes=tail_bytes or TAIL_BYTES),
+            _GrowingFile(run.events, tail_bytes=tail_bytes),
+        )
+        self._forget()
+
+    def read(self) -> RunView:
+        """The run now. Raises RunDirectoryError where it is gone."""
+        record = read_run(self._run.path)
+        new = [file.new_lines() for file in (self._metrics, self._memory, self._events)]
+        if any(lines is None for lines in new):  # one became shorter: the run was begun again, or from a checkpoint
+            self._forget()
+            new = [file.new_lines() for file in (self._metrics, self._memory, self._events)]
+        metrics, memory, events = (lines or [] for lines in new)
+        for line in metrics:
+            add_line(line, self._steps, self._evals)
+        self._samples += [sample for line in memory if (sample := as_record(MemorySample, line)) is not None]
+        self._happened += [event for line in events if (event := as_record(RunEvent, line)) is not None]
+        return RunView(
+            record=record,
+            steps=tuple(self._steps),
+            evals=tuple(self._evals),
+            events=tuple(self._happened),
+            samples=tuple(self._samples),
+            seconds=self._seconds(record),
+            budget_bytes=_read_json(self._run.plan).get("budget_bytes"),
+            device_name=self._device_name(),
+        )
+
+    def _forget(self) -> None:
+        self._steps: list[StepMetrics] = []
+        self._evals: list[EvalMetrics] = []
+        self._happened: list[RunEvent] = []
+        self._samples: list[MemorySample] = []
+        for file in (self._metrics, self._memory, self._events):
+            file.rewind()
+
+    def _seconds(self, record: RunRecord) -> float | None:
+        """What the summary says, and what was sampled since it was written."""
+        if record.summary is None:
+            return None
+        written = self._run.summary.stat().st_mtime
+        return record.summary.seconds + max(0.0, self._samples[-1].time - written if self._samples else 0.0)
+
+    def _device_name(self) -> str | None:
+        """Of the card that samples with PyTorch's counters come from, else of the processor."""
+        machine = _read_json(self._run.env)
+        on_card = bool(self._samples) and self._samples[-1].allocated_bytes is not None
+        cards = machine.get("cards") or []
+        place = cards[0] if on_card and cards else {} if on_card else machine.get("cpu") or {}
+        return place.get("name")
+
+
+class _GrowingFile:
+    def __init__(self, path: Path, *, tail_bytes: int | None = None) -> None:
+        self._path, self._tail_bytes = path, tail_bytes
+        self._offset = 0
+
+    def rewind(self) -> None:
+        self._offset = 0
+
+    def new_lines(self) -> list[Mapping[str, Any]] | None:
+        """The complete lines since the call before that hold an object; None where the file became shorter."""
+        try:
+            size = self._path.stat().st_size
+            if size < self._offset:
+                return None
+            with self._path.open("rb") as file:
+                if self._offset == 0 and self._tail_bytes is not None and size > self._tail_bytes:
+                    file.seek(size - self._tail_bytes)
+                    file.readline()
+                    self._offset = file.tell()
+                file.seek(self._offset)
+                data = file.read()
+        except OSError:  # not there yet
+            return None if self._offset else []
+        end = data.rfind(b"\n") + 1
+        self._offset += end
+        contents = (_parse(line) for line in data[:end].splitlines())
+        return [content for content in contents if content is not None]
+
+
+def _parse(line: bytes) -> Mapping[str, Any] | None:
+    try:
+        content = json.loads(line)
+    except ValueError:
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def _read_json(path: Path) -> Mapping[str, Any]:
+    try:
+        return _parse(path.read_bytes()) or {}
+    except OSError:
+        return {}

@@ -1,0 +1,175 @@
+"""Several configurations of one file: the key `sweep` beside the others.
+
+    sweep: [{batch.micro: 6, batch.accumulation: 1}, {batch.micro: 4, optim.lr: 6e-5}]      a list: one run an entry
+    sweep: {optim.lr: [3e-5, 6e-5], batch.micro: [4, 6]}                                     a grid: every combination
+    sweep: {search: {optim.lr: {low: 1e-5, high: 1e-3, log: true}}, trials: 12}              a search, by Optuna
+
+All runs share seed, order of the data and held-out rows, unless the sweep itself names such a key. A sweep is a
+directory of runs; sweep.json beside them says how far it has come, so that the same command goes on where it stopped.
+"""
+
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from fitune.config import RunConfig, read_config
+from fitune.config.yaml_lines import parse_yaml
+from fitune.errors import ConfigError, RunDirectoryError
+from fitune.run.directory import write_atomically, write_json
+
+SWEEP_FILE = "sweep.json"
+MOST_RUNS = 200
+EntryState = Literal["waiting", "does not fit", "finished", "failed"]
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One run of a sweep: its name, what it sets, its whole configuration."""
+
+    name: str
+    overrides: Mapping[str, Any]
+    config: RunConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Search:
+    """space: key -> a list of choices, or {low, high, log, step}. trials: how many runs in all."""
+
+    space: Mapping[str, Any]
+    trials: int
+
+
+@dataclass(frozen=True, slots=True)
+class Sweep:
+    """directory: where its runs are. tree: the configuration without the key `sweep`. One of entries and search."""
+
+    directory: Path
+    tree: Mapping[str, Any]
+    typed: tuple[str, ...]
+    entries: tuple[Entry, ...]
+    search: Search | None = None
+
+
+def read_sweep(path: Path, typed: Sequence[str] = ()) -> Sweep:
+    """typed: `key.sub=value`, for all runs. Raises ConfigError with every fault of every run."""
+    try:
+        marked = parse_yaml(path.read_text(encoding="utf-8-sig"), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError([f"{path} cannot be read: {error}"]) from error
+    if marked.faults:
+        raise ConfigError(list(marked.faults))
+    tree = dict(marked.tree) if isinstance(marked.tree, dict) else {}
+    wanted = tree.pop("sweep", None)
+    if not isinstance(wanted, list | dict) or not wanted:
+        raise ConfigError([f"{path} has no key 'sweep': give a list of runs, or a grid of keys and their values"])
+    base = read_config(tree, typed).config
+    directory = base.run.output / (base.run.name or path.stem)
+    if isinstance(wanted, dict) and "search" in wanted:
+        return Sweep(directory, tree, tuple(typed), (), _read_search(path, wanted))
+    settings = _grid(path, wanted) if isinstance(wanted, dict) else wanted
+    if len(settings) > MOST_RUNS:
+        raise ConfigError([f"{path}: this sweep has {len(settings):,} runs; at most {MOST_RUNS} are done in one"])
+    entries, faults = [], []
+    for number, overrides in enumerate(settings, start=1):
+        if not isinstance(overrides, dict):
+            faults.append(f"{path}: run {number} of the sweep is no set of keys: write it like {{optim.lr: 3e-5}}")
+            continue
+        try:
+            entries.append(make_entry(directory, tree, overrides, typed=typed))
+        except ConfigError as error:
+            faults += [f"run {number} of the sweep: {fault}" for fault in error.faults]
+    names = [entry.name for entry in entries]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    faults += [f"{path}: two runs of the sweep are called {name}: give one a run.name" for name in twice]
+    if faults:
+        raise ConfigError(faults)
+    return Sweep(directory, tree, tuple(typed), tuple(entries))
+
+
+def make_entry(
+    directory: Path,
+    tree: Mapping[str, Any],
+    overrides: Mapping[str, Any],
+    *,
+    name: str | None = None,
+    typed: Sequence[str] = (),
+) -> Entry:
+    """Raises ConfigError."""
+    overrides = dict(overrides)
+    chosen = name or str(overrides.pop("run.name", "") or _name(overrides))
+    words = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in overrides.items()]
+    given = {word.partition("=")[0] for word in words} | {"run.output", "run.name"}
+    kept = [word for word in typed if word.partition("=")[0] not in given]
+    config = read_config(tree, [*kept, *words, f"run.output={directory}", f"run.name={chosen}"]).config
+    return Entry(chosen, overrides, config)
+
+
+def write_entry(directory: Path, entry: Entry) -> Path:
+    """The entry's configuration as a file that `fitune train` takes."""
+    path = directory / "configs" / f"{entry.name}.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = entry.config.model_dump(mode="json", exclude_defaults=True)
+    write_atomically(path, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+    return path
+
+
+def read_states(directory: Path) -> dict[str, dict[str, Any]]:
+    """name -> {state, plan, message}, in the sweep's order; empty where it has not begun. Raises RunDirectoryError for
+    a damaged file."""
+    path = directory / SWEEP_FILE
+    if not path.exists():
+        return {}
+    try:
+        return {str(each["name"]): dict(each) for each in json.loads(path.read_text(encoding="utf-8"))["runs"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunDirectoryError(f"{path} is damaged: {error}; remove it to begin the sweep again") from error
+
+
+def write_states(directory: Path, states: Mapping[str, Mapping[str, Any]]) -> None:
+    runs = [{"name": name, **state} for name, state in states.items()]
+    write_json(directory / SWEEP_FILE, {"schema": 1, "runs": runs})
+
+
+def _grid(path: Path, wanted: Mapping[str, Any]) -> list[dict[str, Any]]:
+    faults = [
+        f"{path}: sweep.{key} must be a list of values: write it like [3e-5, 6e-5]"
+        for key, values in wanted.items()
+        if not isinstance(values, list) or not values
+    ]
+    if faults:
+        raise ConfigError(faults)
+    return [dict(zip(wanted, values, strict=True)) for values in itertools.product(*wanted.values())]
+
+
+def _read_search(path: Path, wanted: Mapping[str, Any]) -> Search:
+    space, trials = wanted["search"], wanted.get("trials", 20)
+    unknown = sorted(wanted.keys() - {"search", "trials"})
+    faults = [f"{path}: sweep.{key} is unknown beside 'search': only 'trials' stands there" for key in unknown]
+    if not isinstance(space, dict) or not space:
+        faults.append(f"{path}: sweep.search must hold keys with [choices] or {{low: .., high: ..}}")
+        space = {}
+    if not isinstance(trials, int) or not 0 < trials <= MOST_RUNS:
+        faults.append(f"{path}: sweep.trials is {trials}: it must be a whole number from 1 to {MOST_RUNS}")
+    for key, values in space.items():
+        in_range = isinstance(values, dict) and {"low", "high"} <= values.keys() <= {"low", "high", "log", "step"}
+        if not in_range and not (isinstance(values, list) and values):
+            faults.append(f"{path}: sweep.search.{key} must be a list of choices, or {{low: .., high: .., log: true}}")
+    if faults:
+        raise ConfigError(faults)
+    return Search(space, trials)
+
+
+def _name(overrides: Mapping[str, Any]) -> str:
+    """{'batch.micro': 6, 'batch.accumulation': 4, 'optim.lr': 6e-5} -> '6x4-lr6e-05'."""
+    rest = dict(overrides)
+    parts = []
+    if {"batch.micro", "batch.accumulation"} <= rest.keys():
+        parts.append(f"{rest.pop('batch.micro')}x{rest.pop('batch.accumulation')}")
+    parts += [f"{key.rpartition('.')[2]}{value}" for key, value in rest.items()]
+    name = "".join(character if character.isalnum() or character in "-._" else "_" for character in "-".join(parts))
+    return name.strip(".")[:80] or "run"

@@ -1,0 +1,84 @@
+"""Two records of the same steps, held against each other event by event: a prediction and a card's own."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import zip_longest
+
+from fitune.trace.events import MemoryEvent, MemoryTrace
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """A birth, and the deaths between it and the next one, which an allocator cannot tell apart in their order.
+
+    birth: None for the deaths before the first birth. deaths: their bytes, ascending.
+    """
+
+    birth: MemoryEvent | None
+    deaths: tuple[int, ...]
+
+    @property
+    def sizes(self) -> tuple[int, tuple[int, ...]]:
+        return (self.birth.num_bytes if self.birth else 0), self.deaths
+
+    def __str__(self) -> str:
+        words = []
+        if self.birth is not None:
+            birth = self.birth
+            named = [f"step {birth.step} {birth.phase}", birth.op, birth.module]
+            words.append(f"+{birth.num_bytes:,} ({', '.join(word for word in named if word)})")
+        words += [f"-{num_bytes:,}" for num_bytes in self.deaths]
+        return ", ".join(words) or "nothing"
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """The first moment that differs. index: the number of births before it. Each side: the moment before, the one that
+    differs and the one after; None where that side has ended or not begun."""
+
+    index: int
+    predicted: tuple[Moment | None, Moment | None, Moment | None]
+    measured: tuple[Moment | None, Moment | None, Moment | None]
+
+    def __str__(self) -> str:
+        lines = [f"the records differ at birth {self.index:,}:"]
+        for name, side in (("predicted", self.predicted), ("measured", self.measured)):
+            for mark, moment in zip((" ", ">", " "), side, strict=True):
+                lines.append(f"  {name:9} {mark} {moment if moment is not None else '(none)'}")
+        return "\n".join(lines)
+
+
+def first_difference(predicted: MemoryTrace, measured: MemoryTrace, *, first_step: int = 1) -> Difference | None:
+    """Of what happens from step `first_step` on: bytes asked for, in order, and the bytes given back between them.
+    What was allocated before may be in any order. None where there is no difference."""
+    sides = tuple(tuple(_moments(trace, first_step)) for trace in (predicted, measured))
+    for index, (expected, found) in enumerate(zip_longest(*sides)):
+        if expected is None or found is None or expected.sizes != found.sizes:
+            before, after = _around(sides[0], index), _around(sides[1], index)
+            return Difference(max(index - 1, 0), before, after)
+    return None
+
+
+def num_births(trace: MemoryTrace, *, first_step: int = 1) -> int:
+    return sum(event.num_bytes > 0 for event in trace.events if event.step >= first_step)
+
+
+def _moments(trace: MemoryTrace, first_step: int) -> Iterator[Moment]:
+    birth: MemoryEvent | None = None
+    deaths: list[int] = []
+    for event in trace.events:
+        if event.step < first_step or event.num_bytes == 0:
+            continue
+        if event.num_bytes < 0:
+            deaths.append(-event.num_bytes)
+            continue
+        yield Moment(birth, tuple(sorted(deaths)))
+        birth, deaths = event, []
+    yield Moment(birth, tuple(sorted(deaths)))
+
+
+def _around(moments: tuple[Moment, ...], index: int) -> tuple[Moment | None, Moment | None, Moment | None]:
+    def at(position: int) -> Moment | None:
+        return moments[position] if 0 <= position < len(moments) else None
+
+    return at(index - 1), at(index), at(index + 1)

@@ -1,0 +1,495 @@
+"""From recordings of a short loop or of two micro-batches to that of a long loop or another micro-batch.
+
+A model of 80 equal layers does 80 times the same, so a few layers are recorded and the turns in the middle are
+repeated (`repeat_turns`). Sizes are affine in the number of rows, so two micro-batches give any other
+(`interpolate_rows`). Both compare the structure first and answer None where it is not as expected: then the
+caller records the whole.
+
+    template of period p, r turns left over:   0 | 1 .. p | p+1 .. 2p | 2p+1 .. 2p+r | last
+    repeated to n turns:                       0 | 1 .. p | p+1 .. 2p | again ...    | 2p+1 .. 2p+r | last
+
+The two middles must be equal, down to which birth of which turn dies when, seen from the turn. Whether a tensor dies in
+the next turn or in the last one can only be told with both, which is why two are recorded.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fitune.trace.cuda_behaviour import CudaTarget, temporaries_by_shape
+from fitune.trace.recording import COLUMNS, NEVER, Integers, Recording, Rule, Work
+
+NUM_RECORDED_CHUNKS = 4
+"""Of a loss, where its middle ones are skipped: the first, two middles and the last."""
+Bools = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True)
+class Turns:
+    """A loop as it was recorded: its name, the period of equal turns, how many turns were recorded and how many there
+    are in all. The recorded ones are the first, twice `period`, those left over and the last."""
+
+    loop: str
+    period: int
+    num_recorded: int
+    num_turns: int
+
+    def template(self, turn: int) -> int:
+        """The recorded turn that turn number `turn` is equal to."""
+        if turn <= self.period:
+            return turn
+        from_end = self.num_turns - turn
+        if from_end <= self.num_recorded - self.period - 1:
+            return self.num_recorded - from_end
+        return 1 + (turn - 1) % self.period
+
+
+def num_recorded_turns(num_turns: int, period: int) -> int:
+    """How many turns a recording needs, to be repeated to `num_turns`."""
+    return 2 * period + 2 + (num_turns - 2) % period
+
+
+@dataclass(frozen=True)
+class _Section:
+    """Consecutive births: outside of the loop (starts of length 2: begin, end), or one sweep over all turns in their
+    order (or reverse), turn i from starts[i] to ends[i]."""
+
+    starts: tuple[int, ...]
+    ends: tuple[int, ...]
+    is_sweep: bool
+    reverse: bool = False
+
+
+@dataclass(frozen=True)
+class Growth:
+    """What a turn more adds outside of the middles, e.g. to a list of all gradient norms: bytes of each birth, and sums
+    of work by place."""
+
+    num_bytes: Integers
+    work: Mapping[tuple[object, ...], Integers]
+
+
+def find_growth(recording: Recording, turns: Turns, *, fewer: Recording) -> Growth | None:
+    """fewer: the same recorded without the middles, i.e. with 2 * period turns less. None where it is not the same."""
+    sections = _sections(recording, turns.loop, turns.num_recorded)
+    if sections is None:
+        return None
+    places = _Places.of(recording, sections)
+    num_bytes = _growth_of_births(recording, places, turns, fewer)
+    work = _growth_of_work(recording, turns, fewer)
+    return None if num_bytes is None or work is None else Growth(num_bytes, work)
+
+
+def repeat_turns(recording: Recording, turns: Turns, *, growth: Growth | None = None) -> Recording | None:
+    """The recording with `num_turns` turns of the loop instead of `num_recorded`; None where they are not equal."""
+    if turns.loop not in recording.loops:
+        return None
+    sections = _sections(recording, turns.loop, turns.num_recorded)
+    if sections is None:
+        return None
+    places = _Places.of(recording, sections)
+    seen = _seen_from_turns(recording, places, turns)
+    if seen is None:
+        return None
+    grows = growth or Growth(np.zeros(len(recording), dtype=np.int64), {})
+    repeated = _repeat(recording, places, turns, growth=grows.num_bytes, seen=seen)
+    return replace(repeated, work=_repeat_work(recording, turns, growth=grows.work))
+
+
+# ---- finding the turns ----------------------------------------------------------------------------------------------
+
+
+def _sections(recording: Recording, loop: str, num_turns: int) -> list[_Section] | None:
+    """The births cut into sweeps over the loop and what lies between; None where turns come in another order. A birth
+    outside of all modules between two turns of one sweep is counted with the turn before it."""
+    number = recording.loops.index(loop)
+    turn = np.where(recording.loop == number, recording.turn, -1)
+    phases: dict[object, int] = {}
+    phase_of = [phases.setdefault(label.where[:3], len(phases)) for label in recording.labels]
+    phase = np.array(phase_of, dtype=np.int64)[recording.label]
+    cuts = np.flatnonzero((np.diff(turn) != 0) | (np.diff(phase) != 0)) + 1
+    starts = [0, *cuts.tolist()]
+    ends = [*cuts.tolist(), len(turn)]
+    runs = [(int(turn[start]), int(phase[start]), start, end) for start, end in zip(starts, ends, strict=True)]
+    sections: list[_Section] = []
+    i = 0
+    while i < len(runs):
+        if runs[i][0] < 0:
+            sections.append(_Section((runs[i][2],), (runs[i][3],), is_sweep=False))
+            i += 1
+            continue
+        found = _sweep(runs, i, num_turns)
+        if found is None:
+            return None
+        section, i = found
+        sections.append(section)
+    return sections
+
+
+def _sweep(runs: Sequence[tuple[int, int, int, int]], first: int, num_turns: int) -> tuple[_Section, int] | None:
+    """The sweep that begins with run number `first`, and the number of the run behind it."""
+    step = 1 if runs[first][0] == 0 else -1
+    if runs[first][0] != (0 if step > 0 else num_turns - 1):
+        return None
+    starts, ends = [runs[first][2]], [runs[first][3]]
+    current, phase, i = runs[first][0], runs[first][1], first + 1
+    while i < len(runs) and runs[i][1] == phase:
+        ahead = i + 1 if runs[i][0] < 0 else i
+        if ahead >= len(runs) or runs[ahead][1] != phase or runs[ahead][0] not in (current, current + step):
+            break
+        if runs[ahead][0] == current:
+            ends[-1] = runs[ahead][3]
+        else:
+            ends[-1] = runs[ahead][2]
+            starts.append(runs[ahead][2])
+            ends.append(runs[ahead][3])
+            current += step
+        i = ahead + 1
+    if len(starts) != num_turns:
+        return None
+    if step < 0:
+        starts, ends = starts[::-1], ends[::-1]
+    return _Section(tuple(starts), tuple(ends), is_sweep=True, reverse=step < 0), i
+
+
+@dataclass(frozen=True)
+class _Places:
+    """For each birth its section, its turn in it (-1 outside of sweeps) and its place in that turn; and the same for
+    the birth that it dies after. section is -1 for what never dies."""
+
+    sections: tuple[_Section, ...]
+    section: Integers
+    turn: Integers
+    offset: Integers
+    death_section: Integers
+    death_turn: Integers
+    death_offset: Integers
+
+    @classmethod
+    def of(cls, recording: Recording, sections: Sequence[_Section]) -> "_Places":
+        size = len(recording)
+        section, turn, offset = (np.full(size, -1, dtype=np.int64) for _ in range(3))
+        for number, each in enumerate(sections):
+            for index, (start, end) in enumerate(zip(each.starts, each.ends, strict=True)):
+                section[start:end] = number
+                turn[start:end] = index if each.is_sweep else -1
+                offset[start:end] = np.arange(end - start)
+        dies = recording.dies_after != NEVER
+        at = np.where(dies, recording.dies_after, 0)
+        deaths = (np.where(dies, column[at], -1) for column in (section, turn, offset))
+        return cls(tuple(sections), section, turn, offset, *deaths)
+
+    def rows(self, section: int, turn: int) -> slice:
+        each = self.sections[section]
+        return slice(each.starts[turn], each.ends[turn])
+
+
+# ---- comparing ------------------------------------------------------------------------------------------------------
+
+
+_EQUAL = ("num_bytes", "label", "loop", "rule", "death_loop")
+
+
+def _seen_from_turns(recording: Recording, places: _Places, turns: Turns) -> tuple[Bools, Bools] | None:
+    """For each birth whether its death, and the module that runs then, are a matter of how far they are from its turn;
+    else of where they are in the whole. None where the middles differ."""
+    dies_near = (places.turn >= 0) & (places.death_turn >= 0) & (np.abs(places.death_turn - places.turn) <= 1)
+    named_near = (places.turn >= 0) & (recording.death_turn >= 0) & (np.abs(recording.death_turn - places.turn) <= 1)
+    this = recording.death_loop == recording.loops.index(turns.loop)
+    for number, section in enumerate(places.sections):
+        for turn in range(1, turns.period + 1) if section.is_sweep else ():
+            one, other = places.rows(number, turn), places.rows(number, turn + turns.period)
+            if one.stop - one.start != other.stop - other.start or not all(
+                np.array_equal(column[one], column[other])
+                for column in (*(getattr(recording, name) for name in _EQUAL), places.death_section)
+            ):
+                return None
+            ends = turn == 1, turn == turns.period
+            same, near = _compare(
+                places.death_turn, places.death_offset, one, other, shift=turns.period, at=turn, ends=ends
+            )
+            if not np.all(same | near):
+                return None
+            dies_near[one] = dies_near[other] = ~same
+            same, near = _compare(
+                recording.death_turn, recording.death_loop, one, other, shift=turns.period, at=turn, ends=ends
+            )
+            if not np.all(same | (near & this[one])):
+                return None
+            named_near[one] = named_near[other] = ~same
+    return dies_near, named_near & this
+
+
+def _compare(
+    turn: Integers, offset: Integers, one: slice, other: slice, *, shift: int, at: int, ends: tuple[bool, bool]
+) -> tuple[Bools, Bools]:
+    """Whether what `turn` and `offset` name for the births of one turn is the same for those a period later; and
+    whether it is the same seen from the turn. The places in the first turn and in those behind the middles are not
+    compared with those in a middle, which may be longer or shorter."""
+    distance = turn[one] - at
+    equal = offset[one] == offset[other]
+    same = (turn[one] == turn[other]) & equal
+    unlike = ((distance == -1) & ends[0]) | ((distance == 1) & ends[1])
+    near = (turn[one] >= 0) & (turn[other] - turn[one] == shift) & (np.abs(distance) <= 1) & (equal | unlike)
+    return same, near
+
+
+def _growth_of_births(recording: Recording, places: _Places, turns: Turns, fewer: Recording) -> Integers | None:
+    """Bytes that each birth grows by with a turn more: 0 in the middles, as compared with the recording without them
+    elsewhere."""
+    num_fewer = turns.num_recorded - 2 * turns.period
+    sections = _sections(fewer, turns.loop, num_fewer)
+    if sections is None or len(sections) != len(places.sections):
+        return None
+    growth = np.zeros(len(recording), dtype=np.int64)
+    for number, (section, other) in enumerate(zip(places.sections, sections, strict=True)):
+        if section.is_sweep != other.is_sweep or section.reverse != other.reverse:
+            return None
+        for turn in range(len(other.starts)):
+            mine = places.rows(number, turn if turn == 0 else turn + 2 * turns.period)
+            its = slice(other.starts[turn], other.ends[turn])
+            if mine.stop - mine.start != its.stop - its.start:
+                return None
+            if _labels(recording, mine) != _labels(fewer, its):
+                return None
+            difference = recording.num_bytes[mine] - fewer.num_bytes[its]
+            if np.any(difference % (2 * turns.period)):
+                return None
+            growth[mine] = difference // (2 * turns.period)
+    return growth
+
+
+def _labels(recording: Recording, rows: slice) -> list[tuple[object, ...]]:
+    return [recording.labels[label][:3] for label in recording.label[rows].tolist()]
+
+
+# ---- repeating ------------------------------------------------------------------------------------------------------
+
+
+def _repeat(
+    recording: Recording, places: _Places, turns: Turns, *, growth: Integers, seen: tuple[Bools, Bools]
+) -> Recording:
+    starts = np.zeros((len(places.sections), turns.num_turns), dtype=np.int64)  # where each turn begins in the result
+    sources, new_turns = [], []
+    position = 0
+    for number, section in enumerate(places.sections):
+        order = range(turns.num_turns if section.is_sweep else 1)
+        for turn in reversed(order) if section.reverse else order:
+            rows = places.rows(number, turns.template(turn) if section.is_sweep else 0)
+            starts[number, turn] = position
+            sources.append(np.arange(rows.start, rows.stop))
+            new_turns.append(np.full(rows.stop - rows.start, turn if section.is_sweep else -1))
+            position += rows.stop - rows.start
+    source: Integers = np.concatenate(sources)
+    new_turn: Integers = np.concatenate(new_turns)
+    columns = {name: getattr(recording, name)[source] for name in COLUMNS}
+    in_loop = columns["loop"] == recording.loops.index(turns.loop)
+    columns["turn"] = np.where(in_loop, new_turn, columns["turn"])
+    columns["num_bytes"] = columns["num_bytes"] + growth[source] * (turns.num_turns - turns.num_recorded)
+    whose = _second_middle(places, turns, source, new_turn)
+    columns |= _deaths(recording, places, turns, source=whose, turn=new_turn, starts=starts, seen=seen)
+    return replace(recording, **columns)
+
+
+def _second_middle(places: _Places, turns: Turns, source: Integers, turn: Integers) -> Integers:
+    """Whose death is looked at. What a repeated first middle ends in the turn before is read off the second middle:
+    before that comes a middle too, before the first one does not."""
+    own = places.turn[source]
+    back = (own >= 1) & (own <= turns.period) & (turn != own) & (places.death_turn[source] == own - 1)
+    shift = np.zeros((len(places.sections), turns.num_recorded), dtype=np.int64)
+    for number, section in enumerate(places.sections):
+        for middle in range(1, turns.period + 1) if section.is_sweep else ():
+            shift[number, middle] = section.starts[middle + turns.period] - section.starts[middle]
+    return np.where(back, source + shift[places.section[source], own], source)
+
+
+def _deaths(
+    recording: Recording, places: _Places, turns: Turns, *, source: Integers, turn: Integers, starts: Integers,
+    seen: tuple[Bools, Bools],
+) -> dict[str, Integers]:  # fmt: skip
+    """Near deaths keep their distance from the turn of the birth; far ones are counted from the nearer end."""
+    own = places.turn[source]
+
+    def moved(old: Integers, near: Bools) -> Integers:
+        from_end = old + turns.num_turns - turns.num_recorded
+        far = np.where(old < turns.num_recorded // 2, old, from_end)
+        return np.where(old < 0, -1, np.where(near, turn + old - own, far))
+
+    dies_near, named_near = seen
+    section, offset = places.death_section[source], places.death_offset[source]
+    death_turn = moved(places.death_turn[source], dies_near[source])
+    named = recording.death_turn[source]
+    in_loop = recording.death_loop[source] == recording.loops.index(turns.loop)
+    return {
+        "dies_after": np.where(section < 0, NEVER, starts[section, np.maximum(death_turn, 0)] + offset),
+        "death_turn": np.where(in_loop, moved(named, named_near[source]), named),
+    }
+
+
+def _growth_of_work(recording: Recording, turns: Turns, fewer: Recording) -> dict[tuple[object, ...], Integers] | None:
+    before = {work.place: np.array(work.sums) for work in fewer.work}
+    result = {}
+    for work in recording.work:
+        if work.loop != turns.loop and work.place in before:
+            result[work.place], rest = np.divmod(np.array(work.sums) - before[work.place], 2 * turns.period)
+            if rest.any():
+                return None
+    return result
+
+
+def _repeat_work(
+    recording: Recording, turns: Turns, *, growth: Mapping[tuple[object, ...], Integers]
+) -> tuple[Work, ...]:
+    """A middle counts for every turn that repeats it."""
+    counts = Counter(turns.template(turn) for turn in range(turns.num_turns))
+    result = []
+    for work in recording.work:
+        sums = np.array(work.sums)
+        if work.loop == turns.loop:
+            sums = sums * counts[work.turn]
+        elif work.place in growth:
+            sums = sums + growth[work.place] * (turns.num_turns - turns.num_recorded)
+        result.append(Work(*work.place, *sums.tolist()))
+    return tuple(result)
+
+
+# ---- another number of rows -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """What the sizes of a recording depend on: by step the rows of its micro-batches, by loop over the loss's chunks
+    the positions of the last chunk."""
+
+    by_step: Mapping[int, int]
+    last_chunk: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Sample:
+    recording: Recording
+    rows: Rows
+
+
+def interpolate_rows(one: Sample, other: Sample, *, rows: Rows, target: CudaTarget | None) -> Recording | None:
+    """The recording with another number of rows: every size lies on the line through those of two samples, and what
+    the target's kernels allocate inside follows its own rules. None where that is not so, or a line gives no whole
+    number. Both samples have two rows or more: one row has another structure."""
+    a, b = one.recording, other.recording
+    if not have_same_structure(a, b):
+        return None
+    lines = [
+        _line(*points) for points in zip(*(_positions(a, each) for each in (one.rows, other.rows, rows)), strict=True)
+    ]
+    num_bytes = _on_lines(a.num_bytes, b.num_bytes, lines)
+    rules: dict[tuple[int, int, _Line | None], tuple[Rule, int] | None] = {}
+    made: dict[Rule, int] = {}
+    rule = np.full(len(a), -1, dtype=np.int64)
+    for i in np.flatnonzero(a.rule >= 0).tolist():
+        key = int(a.rule[i]), int(b.rule[i]), lines[i]
+        if key not in rules:
+            rules[key] = _follow_rule(a.rules[key[0]], b.rules[key[1]], lines[i], target)
+        found = rules[key]
+        if found is None:
+            return None
+        rule[i], num_bytes[i] = made.setdefault(found[0], len(made)), found[1]
+    for (step, mine), (_, its) in zip(a.silent, b.silent, strict=True):
+        line = _line(*(each.by_step.get(step, 0) for each in (one.rows, other.rows, rows)))
+        if _follow_rule(mine, its, line, target) is None:
+            return None
+    work = _interpolate_work(one, other, rows)
+    if work is None or np.any(num_bytes < 0):
+        return None
+    return replace(a, num_bytes=num_bytes, rule=rule, rules=tuple(made), silent=(), work=work)
+
+
+def have_same_structure(one: Recording, other: Recording) -> bool:
+    """Equal but for the sizes, so that both can be samples of the same."""
+    return (
+        len(one) == len(other)
+        and (one.labels, one.loops, len(one.silent)) == (other.labels, other.loops, len(other.silent))
+        and all(np.array_equal(getattr(one, name), getattr(other, name)) for name in _STRUCTURE)
+    )
+
+
+_STRUCTURE = tuple(name for name in COLUMNS if name not in ("num_bytes", "rule"))
+_Line = tuple[int, int]  # the wanted point lies `first` of `second` parts of the way from one sample to the other
+
+
+def _line(one: int, other: int, wanted: int) -> _Line | None:
+    if one == other:
+        return (0, 1) if wanted == one else None
+    return wanted - one, other - one
+
+
+def _positions(recording: Recording, rows: Rows) -> list[int]:
+    """What the size of each birth depends on."""
+    loops = [rows.last_chunk.get(loop) for loop in recording.loops]
+    steps = [rows.by_step.get(label.where.step, 0) for label in recording.labels]
+    last = NUM_RECORDED_CHUNKS - 1
+    return [
+        of_loop if loop >= 0 and turn == last and (of_loop := loops[loop]) is not None else steps[label]
+        for label, loop, turn in zip(
+            recording.label.tolist(), recording.loop.tolist(), recording.turn.tolist(), strict=True
+        )
+    ]
+
+
+def _on_lines(one: Integers, other: Integers, lines: Sequence[_Line | None]) -> Integers:
+    """Negative where there is no such size."""
+    none = (-1, 0)
+    first, second = np.array([line or none for line in lines], dtype=np.int64).reshape(-1, 2).T
+    known = (second != 0) & ((second != 1) | (first != 0) | (one == other))
+    change, rest = np.divmod((other - one) * first, np.where(second == 0, 1, second))
+    return np.where(known & (rest == 0), one + change, -1)
+
+
+def _follow_rule(one: Rule, other: Rule, line: _Line | None, target: CudaTarget | None) -> tuple[Rule, int] | None:
+    """The rule with its arguments on the line, and the bytes that it gives; None where it gives another number of
+    temporaries."""
+    if line is None or target is None or (one.op, one.position, one.total) != (other.op, other.position, other.total):
+        return None
+    arguments = _between(one.arguments, other.arguments, line)
+    if arguments is None:
+        return None
+    sizes = temporaries_by_shape(target, one.op, arguments)
+    if len(sizes) != one.total:
+        return None
+    return one._replace(arguments=arguments), sizes[one.position] if sizes else 0
+
+
+def _between(one: Any, other: Any, line: _Line) -> Any:
+    """Numbers on the line, in tuples of any depth; None where something else differs."""
+    if isinstance(one, tuple) and isinstance(other, tuple) and len(one) == len(other):
+        parts = [_between(*pair, line) if pair[0] != pair[1] else pair[0] for pair in zip(one, other, strict=True)]
+        missing = any(part is None and pair is not None for part, pair in zip(parts, one, strict=True))
+        return None if missing else tuple(parts)
+    if type(one) is int and type(other) is int:
+        change, rest = divmod((other - one) * line[0], line[1])
+        return None if rest else one + change
+    return None
+
+
+def _interpolate_work(one: Sample, other: Sample, rows: Rows) -> tuple[Work, ...] | None:
+    a, b = one.recording.work, other.recording.work
+    if [work.place for work in a] != [work.place for work in b]:
+        return None
+    last = NUM_RECORDED_CHUNKS - 1
+    lines = []
+    for work in a:
+        in_last = work.turn == last and work.loop in rows.last_chunk
+        points = (
+            each.last_chunk[work.loop] if in_last else each.by_step.get(work.step, 0)
+            for each in (one.rows, other.rows, rows)
+        )
+        lines.append(_line(*points))
+    sums = np.array([work.sums for work in a], dtype=np.int64).reshape(-1, 3).T
+    others = np.array([work.sums for work in b], dtype=np.int64).reshape(-1, 3).T
+    columns = [_on_lines(mine, its, lines) for mine, its in zip(sums, others, strict=True)]
+    if any(np.any(column < 0) for column in columns):
+        return None
+    return tuple(Work(*work.place, *values) for work, *values in zip(a, *(c.tolist() for c in columns), strict=True))

@@ -1,0 +1,216 @@
+"""A recorded loop as columns: births in order, each with the place of its death, and what the operators did.
+
+In this form a recording can be made longer without being recorded again (`extrapolate`). `to_trace` writes it as the
+events that it stands for.
+
+Turns: most of a step is a loop over layers, or over the chunks of a loss. What belongs to the third turn of a loop says
+so by its module: model.layers.2.mlp is turn 2 of the loop model.layers.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from fitune.trace.events import Category, MemoryEvent, MemoryTrace, OperatorWork, Phase
+
+Integers = npt.NDArray[np.int64]
+NEVER = -1
+COLUMNS = ("num_bytes", "label", "loop", "turn", "dies_after", "death_loop", "death_turn", "rule")
+_TURN = re.compile(r"(?:^|\.)(\d+)(?=\.|$)")
+
+
+class Where(NamedTuple):
+    """When and where something happens; module as in `MemoryEvent`."""
+
+    phase: Phase
+    step: int
+    micro_batch: int
+    module: str
+
+
+class Rule(NamedTuple):
+    """A temporary that is computed from the shapes of an operator's arguments: number `position` of the `total`
+    that the rule of `op` gives for `arguments`, tensors written as (shape, dtype)."""
+
+    op: str
+    arguments: tuple[object, ...]
+    position: int
+    total: int
+
+
+class Birth(NamedTuple):
+    """dies_after: the place in the order of births of the last one before its death, or NEVER."""
+
+    num_bytes: int
+    category: Category
+    where: Where
+    op: str
+    dies_after: int
+    death: Where | None
+    rule: Rule | None = None
+
+
+class Work(NamedTuple):
+    """All calls of an operator in one place; the last three are sums."""
+
+    phase: Phase
+    step: int
+    micro_batch: int
+    loop: str
+    turn: int
+    op: str
+    dtype: str
+    num_calls: int
+    num_bytes: int
+    flops: int
+
+    @property
+    def place(self) -> tuple[Any, ...]:
+        return self[:-3]
+
+    @property
+    def sums(self) -> tuple[int, int, int]:
+        return self[-3:]
+
+
+class Label(NamedTuple):
+    """What equal births have in common. The modules have {} for the number of the turn."""
+
+    category: Category
+    where: Where
+    op: str
+    death: Where | None
+
+
+@dataclass(frozen=True)
+class Recording:
+    """Columns of one length, a row for each birth. num_bytes: 0 where the allocator's cache is emptied. label: index
+    into labels. loop: index into loops, -1 outside; turn: in that loop. dies_after: as in `Birth`. death_loop and
+    death_turn: of the module that runs at the death. rule: index into rules, or -1. silent:
+    (step, rule) of operators whose rules gave nothing. source: as in `MemoryTrace`."""
+
+    labels: tuple[Label, ...]
+    loops: tuple[str, ...]
+    rules: tuple[Rule, ...]
+    num_bytes: Integers
+    label: Integers
+    loop: Integers
+    turn: Integers
+    dies_after: Integers
+    death_loop: Integers
+    death_turn: Integers
+    rule: Integers
+    silent: tuple[tuple[int, Rule], ...]
+    work: tuple[Work, ...]
+    source: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.num_bytes)
+
+
+def split_turn(module: str) -> tuple[str, int, str]:
+    """(the module with {} for its turn, the turn, the loop): the first number in the path counts the turns; ('', -1)
+    for a module outside of loops."""
+    found = _TURN.search(module)
+    if found is None:
+        return module, -1, ""
+    start, end = found.span(1)
+    return f"{module[:start]}{{}}{module[end:]}", int(found[1]), module[: max(start - 1, 0)] or "."
+
+
+def make_recording(
+    births: Iterable[Birth],
+    work: Iterable[Work],
+    *,
+    silent: Iterable[tuple[int, Rule]] = (),
+    source: Sequence[str] = (),
+) -> Recording:
+    labels: dict[Label, int] = {}
+    loops: dict[str, int] = {"": -1}
+    rules: dict[Rule, int] = {}
+    rows: list[tuple[int, ...]] = []
+    split: dict[str, tuple[str, int, int]] = {}
+
+    def place(module: str) -> tuple[str, int, int]:
+        if module not in split:
+            template, turn, loop = split_turn(module)
+            split[module] = template, turn, loops.setdefault(loop, len(loops) - 1)
+        return split[module]
+
+    for birth in births:
+        module, turn, loop = place(birth.where.module)
+        death, death_turn, death_loop = birth.death, -1, -1
+        if death is not None:
+            death_module, death_turn, death_loop = place(death.module)
+            death = death._replace(module=death_module)
+        label = Label(birth.category, birth.where._replace(module=module), birth.op, death)
+        rule = -1 if birth.rule is None else rules.setdefault(birth.rule, len(rules))
+        rows.append(
+            (
+                *(birth.num_bytes, labels.setdefault(label, len(labels)), loop, turn),
+                *(birth.dies_after, death_loop, death_turn, rule),
+            )
+        )
+    columns = np.array(rows, dtype=np.int64).reshape(-1, len(COLUMNS)).T
+    return Recording(
+        labels=tuple(labels),
+        loops=tuple(loops)[1:],
+        rules=tuple(rules),
+        **dict(zip(COLUMNS, columns, strict=True)),
+        silent=tuple(dict.fromkeys(silent)),
+        work=tuple(work),
+        source=tuple(source),
+    )
+
+
+def to_trace(recording: Recording) -> MemoryTrace:
+    """Deaths with no birth in between are in the order of the births: it makes no difference to an allocator."""
+    storages = np.cumsum(recording.num_bytes > 0) * (recording.num_bytes > 0)
+    dying = np.flatnonzero(recording.dies_after != NEVER)
+    dying = dying[np.argsort(recording.dies_after[dying], kind="stable")]
+    deaths = iter(dying.tolist())
+    next_death = next(deaths, None)
+    turns, death_turns = recording.turn.tolist(), recording.death_turn.tolist()
+    sizes, labels, dies_after = (
+        column.tolist() for column in (recording.num_bytes, recording.label, recording.dies_after)
+    )
+    numbers = storages.tolist()
+    modules: dict[tuple[str, int], str] = {}
+
+    def named(module: str, turn: int) -> str:
+        if turn < 0:
+            return module
+        if (module, turn) not in modules:
+            modules[module, turn] = module.format(turn)
+        return modules[module, turn]
+
+    events: list[MemoryEvent] = []
+    for i, (size, label) in enumerate(zip(sizes, labels, strict=True)):
+        category, (phase, step, micro_batch, module), op, _ = recording.labels[label]
+        events.append(MemoryEvent(numbers[i], size, category, phase, step, micro_batch, named(module, turns[i]), op))
+        while next_death is not None and dies_after[next_death] == i:
+            category, _, op, death = recording.labels[labels[next_death]]
+            assert death is not None
+            phase, step, micro_batch, module = death
+            events.append(
+                MemoryEvent(
+                    numbers[next_death], -sizes[next_death], category, phase, step, micro_batch,
+                    named(module, death_turns[next_death]), op,
+                )
+            )  # fmt: skip
+            next_death = next(deaths, None)
+    return MemoryTrace(tuple(events), recording.source)
+
+
+def sum_work(recording: Recording) -> tuple[OperatorWork, ...]:
+    """By step, micro-batch, phase, operator and format, over all modules."""
+    sums: dict[tuple[int, int, Phase, str, str], list[int]] = {}
+    for work in recording.work:
+        total = sums.setdefault((work.step, work.micro_batch, work.phase, work.op, work.dtype), [0, 0, 0])
+        for i, number in enumerate(work.sums):
+            total[i] += number
+    return tuple(OperatorWork(*key, *total) for key, total in sums.items())

@@ -1,0 +1,164 @@
+"""Recordings of one process, kept, so that further settings of one configuration cost little.
+
+A model of many equal layers is recorded with a few of them, a loss of many chunks with four; what is between is
+repeated. Two sizes of micro-batch give all others. Where the structure is not as expected (`extrapolate`), the step is
+recorded afresh, in the end as a whole.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+
+from fitune.config import ModelConfig, RunConfig
+from fitune.model.layers import find_equal_layers, first_layers
+from fitune.model.load import load_config
+from fitune.step.assemble import choose_layouts
+from fitune.trace.cuda_behaviour import CudaTarget
+from fitune.trace.extrapolate import (
+    NUM_RECORDED_CHUNKS,
+    Growth,
+    Sample,
+    Turns,
+    find_growth,
+    have_same_structure,
+    interpolate_rows,
+    num_recorded_turns,
+    repeat_turns,
+)
+from fitune.trace.recording import Recording
+from fitune.trace.step import ColumnsOfStep, Counts, Pass, RecordedStep, count_rows, record_columns_of_step
+
+
+@dataclass
+class _Family:
+    """Recordings that differ in their rows alone, with a few layers and chunks. turns and growth: None where all layers
+    were recorded."""
+
+    samples: list[tuple[Counts, ColumnsOfStep]] = field(default_factory=list)
+    turns: Turns | None = None
+    growth: Growth | None = None
+    num_parameters: tuple[int, int] = (0, 0)
+
+
+class Recordings:
+    """Grows with each question. Answers are equal to those of `record_step`, event by event."""
+
+    def __init__(self) -> None:
+        self._answers: dict[str, RecordedStep] = {}
+        self._layers: dict[str, Turns | None] = {}
+        self._families: dict[str, list[_Family]] = {}
+
+    def step(self, config: RunConfig, passes: Sequence[Pass], *, target: CudaTarget | None) -> RecordedStep:
+        """As `record_step` on fake tensors."""
+        key = repr((_without_rows(config), config.batch, config.eval, tuple(passes), target))
+        if key not in self._answers:
+            columns = self.columns(config, passes, target=target)
+            if columns is None:
+                columns = record_columns_of_step(config, passes, target=target)
+            self._answers[key] = columns.to_step()
+        return self._answers[key]
+
+    def columns(self, config: RunConfig, passes: Sequence[Pass], *, target: CudaTarget | None) -> ColumnsOfStep | None:
+        """The step from a short recording; None where the whole has to be recorded."""
+        device = torch.device("cpu" if target is None else "cuda")
+        families = self._families.setdefault(repr((_without_rows(config), target)), [])
+        alike = []
+        for family in families:
+            columns = family.samples[0][1]
+            counts = count_rows(config, passes, columns, device=device)
+            if counts is not None and counts.structure == family.samples[0][0].structure:
+                alike.append(family)
+                if (found := _interpolate(family, counts, target=target)) is not None:
+                    layout, _ = choose_layouts(config, device, packed=columns.layout.packed)
+                    return _repeat(family, counts, replace(columns, recording=found, layout=layout))
+        layers = self._layers_to_record(config.model)
+        columns = self._record(
+            config, passes, target=target, num_layers=None if layers is None else layers.num_recorded
+        )
+        counts = count_rows(config, passes, columns, device=device)
+        if counts is None:
+            return None
+        for family in alike:
+            if have_same_structure(family.samples[0][1].recording, columns.recording):
+                family.samples.append((counts, columns))
+                return _repeat(family, counts, columns)
+        family = _Family([(counts, columns)])
+        if layers is not None:
+            fewer = self._record(config, passes, target=target, num_layers=layers.num_recorded - 2 * layers.period)
+            family = _with_growth(family, layers, fewer)
+        families.append(family)
+        return _repeat(family, counts, columns)
+
+    def _record(
+        self, config: RunConfig, passes: Sequence[Pass], *, target: CudaTarget | None, num_layers: int | None = None
+    ) -> ColumnsOfStep:
+        architecture = None if num_layers is None else first_layers(load_config(config.model), num_layers)
+        return record_columns_of_step(config, passes, target=target, architecture=architecture, skip_chunks=True)
+
+    def _layers_to_record(self, model: ModelConfig) -> Turns | None:
+        """None where a few layers do not stand for all."""
+        key = repr((model.source, model.shape, model.recompute, model.trust_remote_code))
+        if key not in self._layers:
+            layers = find_equal_layers(model)
+            number = 0 if layers is None else num_recorded_turns(layers.num_layers, layers.period)
+            self._layers[key] = (
+                Turns(layers.name, layers.period, number, layers.num_layers)
+                if layers is not None and number < layers.num_layers
+                else None
+            )
+        return self._layers[key]
+
+
+def _with_growth(family: _Family, layers: Turns, fewer: ColumnsOfStep) -> _Family:
+    """layers: whose loop is named as in the model without adapters."""
+    ((_, columns),) = family.samples
+    loops = [name for name in columns.recording.loops if f".{name}".endswith(f".{layers.loop}")]
+    turns = replace(layers, loop=loops[0]) if len(loops) == 1 else layers
+    growth = find_growth(columns.recording, turns, fewer=fewer.recording) if loops else None
+
+    def grown(one: int, other: int) -> int:
+        return one + (one - other) * (layers.num_turns - layers.num_recorded) // (2 * layers.period)
+
+    totals = (
+        grown(columns.num_parameters, fewer.num_parameters),
+        grown(columns.num_trainable_parameters, fewer.num_trainable_parameters),
+    )
+    return _Family(family.samples, turns, growth, totals)
+
+
+def _interpolate(family: _Family, counts: Counts, *, target: CudaTarget | None) -> Recording | None:
+    samples = [
+        Sample(columns.recording, mine.rows)
+        for mine, columns in family.samples
+        if min(mine.rows.by_step.values()) > 1  # one row has another structure than several
+    ]
+    if len(samples) < 2 or min(counts.rows.by_step.values()) < 2:
+        return None
+    one, other = samples[:2]
+    if family.growth is not None and np.any(
+        (family.growth.num_bytes != 0) & (one.recording.num_bytes != other.recording.num_bytes)
+    ):
+        return None  # a product of rows and layers: its growth was measured for other rows
+    return interpolate_rows(one, other, rows=counts.rows, target=target)
+
+
+def _without_rows(config: RunConfig) -> tuple[object, ...]:
+    """What a recording depends on besides its rows."""
+    return config.model, config.data.packing, config.optim, config.loss
+
+
+def _repeat(family: _Family, counts: Counts, columns: ColumnsOfStep) -> ColumnsOfStep | None:
+    """With all layers and chunks; None where those that were recorded are not equal."""
+    recording: Recording | None = columns.recording
+    if family.turns is not None:
+        if family.growth is None:
+            return None
+        recording = repeat_turns(columns.recording, family.turns, growth=family.growth)
+        total, trainable = family.num_parameters
+        columns = replace(columns, num_parameters=total, num_trainable_parameters=trainable)
+    for loop, number in counts.num_chunks.items():
+        if recording is not None and number > NUM_RECORDED_CHUNKS:
+            recording = repeat_turns(recording, Turns(loop, 1, NUM_RECORDED_CHUNKS, number))
+    return None if recording is None else replace(columns, recording=recording)

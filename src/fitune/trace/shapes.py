@@ -1,0 +1,139 @@
+"""Carries operators out on fake tensors, and remembers by shapes what came out.
+
+A training step calls the same operators with the same shapes over and over. FakeTensorMode has a cache of its own,
+whose keys cover symbolic shapes and devices that do not occur here, and take three quarters of a recording. What this
+one makes is compared with what FakeTensorMode made the first time, down to the dispatch keys; what it cannot
+imitate is left to FakeTensorMode.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+_CPU = torch.device("cpu")
+_Make = Callable[[tuple[Any, ...]], Any]
+_NOT_BY_SHAPE = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.inplace_view)
+_NOT_REMEMBERED = {
+    torch.ops.aten.lift_fresh.default,
+    torch.ops.aten.lift.default,
+    torch.ops.aten.lift_fresh_copy.default,
+}
+
+
+class _CannotRememberError(Exception):
+    pass
+
+
+class ShapeMemory:
+    """What operators make of which shapes, for the fake tensors of one mode."""
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[Any, ...], _Make | None] = {}
+        self._by_shape: dict[Any, bool] = {}
+        self._attributes: dict[str, Any] = {}
+
+    def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        by_shape = self._by_shape.get(func)
+        if by_shape is None:
+            by_shape = self._by_shape[func] = func not in _NOT_REMEMBERED and not any(
+                tag in func.tags for tag in _NOT_BY_SHAPE
+            )
+        if not by_shape:
+            return func(*args, **kwargs)
+        try:
+            key = (func, *_key(args), *((name, *_key((value,))) for name, value in kwargs.items()))
+            known = key in self._made
+        except (_CannotRememberError, TypeError):  # TypeError: an argument that is not hashable
+            return func(*args, **kwargs)
+        if not known:
+            result = func(*args, **kwargs)
+            self._made[key] = self._imitate(func, args, result)
+            return result
+        make = self._made[key]
+        return func(*args, **kwargs) if make is None else make(args)
+
+    def _imitate(self, func: Any, args: tuple[Any, ...], result: Any) -> _Make | None:
+        """How to make such a result from such arguments; None where this is not known."""
+        if result is None:
+            return lambda _: None
+        if isinstance(result, FakeTensor):
+            return self._output(args, result)
+        if not isinstance(result, (tuple, list)) or not all(isinstance(each, FakeTensor) for each in result):
+            return None
+        if len({each.untyped_storage()._cdata for each in result}) != len(result) and not func.is_view:
+            return None
+        makes = [self._output(args, each) for each in result]
+        if any(make is None for make in makes):
+            return None
+        kind = type(result)
+        return lambda args: kind(make(args) for make in makes if make is not None)
+
+    def _output(self, args: tuple[Any, ...], result: FakeTensor) -> _Make | None:
+        for position, value in enumerate(args):
+            if value is result:
+                return lambda args: args[position]
+        make = self._tensor(args, result)
+        if make is None or result.constant is not None or result.is_conj() or result.is_neg():
+            return None
+        made = make(args)
+        same = torch._C._dispatch_key_set(made) == torch._C._dispatch_key_set(result) and _key((made,)) == _key(
+            (result,)
+        )
+        return make if same and made.untyped_storage().nbytes() == result.untyped_storage().nbytes() else None
+
+    def _tensor(self, args: tuple[Any, ...], result: FakeTensor) -> _Make | None:
+        """A view of an argument, or a tensor of its own."""
+        if not self._attributes:
+            with torch._C._DisableTorchDispatch():
+                empty = torch.empty(0, device="meta")
+            self._attributes = dict(FakeTensor(result.fake_mode, empty, _CPU).__dict__)
+        attributes, shape, stride = self._attributes, tuple(result.shape), result.stride()
+        offset, dtype = result.storage_offset(), result.dtype
+        storage = result.untyped_storage()._cdata
+        base = next(
+            (
+                i
+                for i, value in enumerate(args)
+                if isinstance(value, Tensor) and value.untyped_storage()._cdata == storage
+            ),
+            None,
+        )
+
+        def make(args: tuple[Any, ...]) -> Tensor:
+            with torch._C._DisableTorchDispatch():
+                if base is None:
+                    empty = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
+                else:
+                    empty = torch.empty(0, dtype=dtype, device="meta")
+                    empty.set_(args[base].untyped_storage(), offset, shape, stride)
+            made = Tensor._make_subclass(
+                FakeTensor,
+                empty,
+                False,
+                dispatch_device=True,
+                device_for_backend_keys=_CPU,
+            )
+            torch._C._set_throw_on_mutable_data_ptr(made)
+            made.__dict__.update(attributes)
+            return made
+
+        return make
+
+
+def _key(values: Any) -> list[Any]:
+    key: list[Any] = []
+    for value in values:
+        if isinstance(value, FakeTensor):
+            if value.constant is not None:
+                raise _CannotRememberError
+            key.append((value.shape, value.stride(), value.storage_offset(), value.dtype))
+        elif isinstance(value, Tensor):
+            raise _CannotRememberError
+        elif isinstance(value, (list, tuple)):
+            key.append(tuple(_key(value)))
+        else:
+            key.append((type(value), value))
+    return key

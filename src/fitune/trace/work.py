@@ -1,0 +1,67 @@
+"""What one call of an operator computes and moves, from the shapes of its tensors."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import flop_registry
+
+
+def moved_bytes(args: Any, outputs: tuple[torch.Tensor, ...]) -> int:
+    """Of the tensors that are read and written, each once; of a broadcast one what it really holds."""
+    sizes = {}
+    for tensor in (*_tensors(args), *outputs):
+        sizes[id(tensor)] = min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
+    return sum(sizes.values())
+
+
+def count_flops(func: Any, args: Any, kwargs: Any, outputs: tuple[torch.Tensor, ...]) -> int:
+    """By torch.utils.flop_counter's formulas for products and attention, two for a multiplication and an addition; 0
+    for other operators. Attention counts all pairs of positions, although a causal kernel skips half of them."""
+    packet = func.overloadpacket
+    if (own := _OWN.get(func._schema.name)) is not None:
+        return own(args, outputs)
+    formula = flop_registry.get(packet)
+    if formula is None:
+        return 0
+    return int(formula(*args, **kwargs, out_val=outputs[0] if len(outputs) == 1 else outputs))
+
+
+def _varlen(products: int, longest: int) -> Callable[[Any, Any], int]:
+    """Flat positions [T, H, d] against rows that are no longer than the longest, which argument number `longest` is."""
+
+    def flops(args: Any, _: Any) -> int:
+        return products * 2 * _size(args[0]) * int(args[longest])
+
+    return flops
+
+
+def _on_cpu(products: int, query: int) -> Callable[[Any, Any], int]:
+    """[B, H, S, d]; argument number `query`, and the keys behind it."""
+    return lambda args, _: products * 2 * _size(args[query]) * int(args[query + 1].shape[-2])
+
+
+def _grouped(args: Any, _: Any) -> int:
+    """Each row is multiplied by the matrix of its group; for the weights' gradient the groups share the columns."""
+    return 2 * _size(args[0]) * int(args[1].shape[-1])
+
+
+_OWN: dict[str, Callable[[Any, Any], int]] = {
+    "torch_attn::_varlen_attn": _varlen(2, longest=6),
+    "torch_attn::_varlen_attn_backward": _varlen(5, longest=9),
+    "aten::_scaled_dot_product_flash_attention_for_cpu": _on_cpu(2, query=0),
+    "aten::_scaled_dot_product_flash_attention_for_cpu_backward": _on_cpu(5, query=1),
+    "aten::_grouped_mm": _grouped,
+}
+
+
+def _size(tensor: torch.Tensor) -> int:
+    return tensor.numel()
+
+
+def _tensors(tree: Any) -> Iterator[torch.Tensor]:
+    if isinstance(tree, torch.Tensor):
+        yield tree
+    elif isinstance(tree, (list, tuple)):
+        for item in tree:
+            yield from _tensors(item)

@@ -1,0 +1,215 @@
+"""What stands between the loop of a run and its device's memory: steps and evaluations that survive running out of it,
+and the size of micro-batches as memory comes and goes.
+
+    start     optimizer state made, the model checked on two rows, the heaviest micro-batch tried: before step 1
+    train     one safe step, in micro-batches of the size that fits now; what it showed is learned
+    evaluate  with a ladder of its own
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, replace
+from typing import Any
+
+import numpy as np
+
+from fitune.config import RunConfig
+from fitune.data.examples import Examples
+from fitune.data.packing import lay_out
+from fitune.data.rows import Batch, MicroBatch, Row
+from fitune.memory.devices import cpu_device
+from fitune.memory.prediction import Prediction
+from fitune.model.device import held_bytes, num_alloc_retries, read_peak, reset_peak, usable_bytes
+from fitune.step.assemble import Setup
+from fitune.step.micro_batch_work import allowed_reliefs, micro_batch_work
+from fitune.step.model_check import Probe, Verdict, check_model
+from fitune.step.optimizer_state import create_state
+from fitune.step.out_of_memory import try_twice
+from fitune.step.safe_evaluate import safe_evaluate
+from fitune.step.safe_step import Failure, Protection, SafeResult, safe_step
+from fitune.step.train_step import EvalResult, loss_share
+from fitune.train.adapt import RUNG, MemoryModel, Observation, choose_size, learn, memory_model
+from fitune.units import format_bytes, parse_bytes
+
+LARGEST_POSITIONS = 65536
+"""Of a micro-batch; beyond that no card gets faster."""
+PROBE_ROWS = ((3, 1), (12, 10))
+"""(tokens, targets) of the two rows that the model is checked with."""
+
+
+class Guard:
+    """tell(kind, sentence): told of every event. free_bytes: before the last step; None before the first."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        setup: Setup,
+        *,
+        examples: Examples,
+        tell: Callable[[str, str], None],
+        predicted: Prediction | None = None,
+    ) -> None:
+        self._setup, self._tell = setup, tell
+        work = micro_batch_work(setup.model, setup.optimizer, setup.settings, scaler=setup.scaler)
+        self.protection = Protection(
+            work=work,
+            seed=config.train.seed,
+            reliefs=allowed_reliefs(setup.model, setup.settings, recompute=config.model.recompute),
+            quarantine=config.memory.on_oom == "quarantine",
+            room=self._free_bytes,
+        )
+        self._device = self.protection.device
+        budget = config.memory.budget
+        self._budget_bytes = parse_bytes(budget) if isinstance(budget, str) and budget != "auto" else None
+        self._heaviest = _heaviest(examples, setup, rows_per_step=config.batch.rows_per_step)
+        planned = setup.layout.micro_tokens or self._heaviest[0].num_positions
+        is_open = config.batch.micro_rows is None and config.batch.micro_tokens == "auto"
+        may_grow = config.memory.grow and is_open and self._device.type == "cuda"
+        self.memory = MemoryModel(
+            planned=planned,
+            highest=max(0, math.floor(math.log(LARGEST_POSITIONS / planned, RUNG))) if may_grow else 0,
+            prior_slope=_predicted_slope(predicted, planned),
+        )
+        self._eval_most_positions: int | None = None
+        self._told_rung = 0
+        self.free_bytes: int | None = None
+
+    def start(self) -> None:
+        """Raises OutOfMemoryError where not even the optimizer's state, or a single row, fits."""
+        optimizer = self.protection.work.optimizer
+        complete = try_twice(lambda: create_state(optimizer), device=self._device, what="the optimizer's state")
+        if not complete and not self.protection.work.commit:
+            self._tell("unprotected", "the optimizer makes its state in its first update, which cannot be undone")
+        verdict = try_twice(self._check_model, device=self._device, what="the check of the model on two rows")
+        if verdict.reason:
+            kind = "model_check" if verdict.exact else "not_exact"
+            self._tell(kind, verdict.reason if verdict.exact else f"warning: not exact in parts: {verdict.reason}")
+        self._observed(lambda: safe_step(self.protection, self._heaviest, step=0, trial=True), self._free_bytes())
+
+    def train(self, batch: Batch, micro_batches: list[MicroBatch], *, step: int, keep_plan: bool = False) -> SafeResult:
+        """micro_batches: the batch as it was laid out ahead, taken where it is still of the right size. keep_plan: take
+        it in any case, as a replay does. Raises what `safe_step` raises."""
+        self.free_bytes = free_bytes = self._free_bytes()
+        if not keep_plan:
+            size = choose_size(self.memory, free_bytes)
+            self._tell_size(free_bytes)
+            if size != self.memory.planned:
+                micro_batches = replace(self._setup.layout, micro_rows=None, micro_tokens=size).split(batch)
+        return self._observed(
+            lambda: safe_step(self.protection, micro_batches, step=step, fits=self._fits), free_bytes, batch.num_tokens
+        )
+
+    def evaluate(self, micro_batches: Iterable[MicroBatch]) -> EvalResult:
+        found = safe_evaluate(
+            self.protection.work.model,
+            micro_batches,
+            settings=self._setup.settings,
+            room=self._free_bytes,
+            most_positions=self._eval_most_positions,
+            quarantine=self.protection.quarantine,
+        )
+        self._eval_most_positions = found.most_positions
+        self._tell_failures(found.failures)
+        return found.result
+
+    def to_json(self) -> dict[str, Any]:
+        """What it has learned, for a checkpoint."""
+        return {
+            "memory": asdict(self.memory),
+            "quarantined": sorted(self.protection.quarantined),
+            "eval_most_positions": self._eval_most_positions,
+        }
+
+    def restore(self, content: Mapping[str, Any]) -> None:
+        """What `to_json` gave. Under another plan the sizes that were learned mean nothing and are not taken."""
+        if content["memory"]["planned"] == self.memory.planned:
+            self.memory = memory_model(content["memory"])
+            self._told_rung = self.memory.rung
+        self.protection.quarantined = set(content["quarantined"])
+        self._eval_most_positions = content["eval_most_positions"]
+
+    def _observed(
+        self, action: Callable[[], SafeResult], free_bytes: int | None, num_tokens: int | None = None
+    ) -> SafeResult:
+        """free_bytes: before it. num_tokens: None where the speed says nothing."""
+        reset_peak(self._device)
+        held, retries, start = held_bytes(self._device), num_alloc_retries(self._device), time.perf_counter()
+        result = action()
+        seconds = time.perf_counter() - start
+        peak = read_peak(self._device)
+        peak_bytes = peak.device_bytes if peak.allocated_bytes is None else peak.allocated_bytes
+        failed = [each.num_positions for each in result.failures if each.place not in ("clip", "update")]
+        learn(
+            self.memory,
+            Observation(
+                size=result.most_positions,
+                need_bytes=None if result.failures or peak_bytes is None else max(peak_bytes - held, 0),
+                tokens_per_second=None if num_tokens is None else num_tokens / seconds,
+                failed_size=min(failed, default=None),
+                free_bytes=free_bytes,
+                num_alloc_retries=num_alloc_retries(self._device) - retries,
+            ),
+        )
+        self._tell_failures(result.failures)
+        return result
+
+    def _tell_failures(self, failures: Iterable[Failure]) -> None:
+        for failure in failures:
+            self._tell("out_of_memory", str(failure))
+
+    def _tell_size(self, free_bytes: int | None) -> None:
+        before, now = self._told_rung, self.memory.rung
+        if now != before:
+            self._told_rung = now
+            size = self.memory.size(now)
+            self._tell(
+                "micro_batch",
+                f"micro-batches {'shrink' if now < before else 'grow'} to at most {size:,} positions, "
+                f"with {format_bytes(free_bytes)} free; the effective batch stays",
+            )
+
+    def _fits(self, num_positions: int) -> bool:
+        return self.memory.fits(num_positions, self._free_bytes())
+
+    def _free_bytes(self) -> int | None:
+        free_bytes = [usable_bytes(self._device)]
+        if self._device.type == "cpu":
+            free_bytes.append(cpu_device().free_bytes)
+        if self._budget_bytes is not None:
+            free_bytes.append(max(self._budget_bytes - held_bytes(self._device), 0))
+        return min((each for each in free_bytes if each is not None), default=None)
+
+    def _check_model(self) -> Verdict:
+        settings, layout = self._setup.settings, self._setup.layout
+        rows = [_probe_row(number, *size) for number, size in enumerate(PROBE_ROWS)]
+        masked = Row(0, rows[0].input_ids, np.zeros_like(rows[0].loss_weights))
+        both = lay_out(rows, packed=layout.packed)
+        first, second, empty = (lay_out([row], packed=layout.packed) for row in (*rows, masked))
+        return check_model(
+            self.protection.work.model,
+            lambda part, weight: loss_share(self.protection.work.model, part, loss_weight=weight, settings=settings),
+            Probe(both, first, second, empty, both.loss_weight),
+        )
+
+
+def _probe_row(row_id: int, num_tokens: int, num_targets: int) -> Row:
+    weights = np.zeros(num_tokens, np.float32)
+    weights[num_tokens - num_targets :] = 1
+    return Row(row_id, np.arange(1, num_tokens + 1, dtype=np.int32), weights)
+
+
+def _heaviest(examples: Examples, setup: Setup, *, rows_per_step: int) -> list[MicroBatch]:
+    """The largest micro-batch that the longest rows make, twice where a step has two: the second finds the gradients
+    there already."""
+    longest = np.argsort(-examples.lengths, kind="stable")[:rows_per_step]
+    micro_batches = setup.layout.split(Batch(tuple(examples[int(row)] for row in longest)))
+    largest = max(micro_batches, key=lambda micro_batch: micro_batch.num_positions)
+    return [largest] * min(len(micro_batches), 2)
+
+
+def _predicted_slope(predicted: Prediction | None, planned: int) -> float:
+    """Bytes of activations and temporaries per position, at the predicted peak; 0 where there is none."""
+    if predicted is None:
+        return 0.0
+    return (predicted.categories.get("activation", 0) + predicted.categories.get("temporary", 0)) / planned

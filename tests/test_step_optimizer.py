@@ -1,0 +1,82 @@
+"""step/optimizer.py: variants of AdamW that move its state and change nothing else."""
+
+import copy
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import nn
+
+from fitune.config import OptimConfig
+from fitune.errors import ConfigError
+from fitune.step.optimizer import HostAdamW, build_optimizer, set_lr
+
+CPU, CARD = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 6), nn.LayerNorm(6), nn.Linear(6, 4))
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 3) -> Iterator[torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    for step in range(steps):
+        set_lr(optimizer, 0.01 / (1 + step))
+        model(torch.randn(5, 8, generator=generator)).pow(2).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return (parameter.detach() for parameter in model.parameters())
+
+
+def test_the_state_on_the_host_changes_no_bit(model: nn.Module) -> None:
+    other = copy.deepcopy(model)
+    optim = OptimConfig(weight_decay=0.1)
+    ours = train(model, build_optimizer(model, OptimConfig(name="adamw_host", weight_decay=0.1), lr=0.01, device=CARD))
+    theirs = train(other, build_optimizer(other, optim, lr=0.01, device=CPU))
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_the_state_on_the_host_is_saved_and_loaded(model: nn.Module) -> None:
+    optim = OptimConfig(name="adamw_host")
+    optimizer = build_optimizer(model, optim, lr=0.01, device=CARD)
+    list(train(model, optimizer))
+    other = copy.deepcopy(model)
+    continued = build_optimizer(other, optim, lr=0.01, device=CARD)
+    continued.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for ours, theirs in zip(train(model, optimizer), train(other, continued), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_parameters_written_between_steps_count(model: nn.Module) -> None:
+    optimizer = build_optimizer(model, OptimConfig(name="adamw_host"), lr=0.01, device=CARD)
+    list(train(model, optimizer, steps=1))
+    with torch.no_grad():
+        model[0].weight.fill_(7.0)
+    list(train(model, optimizer, steps=1))
+    assert (model[0].weight - 7.0).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("name", ["adamw_host", "adamw_8bit_paged"])
+def test_what_needs_a_card_is_refused_on_a_cpu(name: str, model: nn.Module) -> None:
+    with pytest.raises(ConfigError, match="use adamw"):
+        build_optimizer(model, OptimConfig(name=name), lr=0.01, device=CPU)
+
+
+def test_a_frozen_or_unused_parameter_stays(model: nn.Module) -> None:
+    optimizer = HostAdamW([{"params": [model[0].weight, model[2].weight]}], lr=0.1, betas=(0.9, 0.999), eps=1e-8)
+    before = model[2].weight.clone()
+    model[0](torch.ones(2, 8)).sum().backward()
+    optimizer.step()
+    assert torch.equal(model[2].weight, before)
+
+
+@pytest.mark.parametrize("name", ["adamw_8bit", "adamw_8bit_paged"])
+def test_8_bit_adamw_trains_where_it_is_installed(name: str, model: nn.Module) -> None:
+    pytest.importorskip("bitsandbytes")
+    if name.endswith("paged") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA card")
+    before = model[0].weight.detach().clone()
+    list(train(model, build_optimizer(model, OptimConfig(name=name), lr=0.01, device=CPU)))
+    assert not torch.equal(model[0].weight, before)
