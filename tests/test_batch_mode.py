@@ -7,17 +7,19 @@ import numpy as np
 import pytest
 import torch
 
-from fitune.step.scaling import Settings
+from fitune.config import BatchMode
+from fitune.step.scaling import OptimSettings
 from fitune.train.batch_mode import (
     FOLLOWED_FRACTION,
     MOST_GROWTH,
-    BatchMode,
     BatchState,
     Change,
     Situation,
     changed,
     decide,
-    switch_optimizer,
+    is_flat,
+    rescale_memory,
+    set_settings,
     switch_settings,
 )
 from fitune.train.noise import NoiseAverages, NoiseEstimate, estimate, pairwise_sample, update
@@ -41,6 +43,9 @@ NOW = Situation(
     noise=NOISY,
     flat=False,
 )
+
+
+OLD = OptimSettings(lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, clip=1.0)
 
 
 def test_advise_never_changes_anything() -> None:
@@ -73,7 +78,7 @@ def test_follow_waits(now: Situation) -> None:
 
 
 def test_follow_rests_after_a_change_and_stops_at_the_cap() -> None:
-    state = changed(BatchState(), Change(1.4, 2.0, ""), replace(NOW, tokens=2.9e6))
+    state = changed(BatchState(), replace(NOW, tokens=2.9e6), OLD)
     assert decide("follow", state, NOW) is None
     assert decide("follow", state, replace(NOW, tokens=3.4e6)) is not None
     assert decide("follow", replace(state, growth=MOST_GROWTH), replace(NOW, tokens=3.4e6)) is None
@@ -85,8 +90,9 @@ def test_anneal_doubles_each_time_the_schedule_has_halved() -> None:
     now = replace(NOW, schedule=0.5)
     change = decide("anneal", state, now)
     assert change is not None
-    state = changed(state, change, now)
-    assert (state.growth, state.lr_factor) == (2, pytest.approx(math.sqrt(2)))
+    assert change.lr_factor == pytest.approx(math.sqrt(2))
+    state = changed(state, now, OLD)
+    assert state.growth == 2
     assert decide("anneal", state, replace(NOW, schedule=0.3)) is None
     assert decide("anneal", state, replace(NOW, schedule=0.25)) is not None
 
@@ -110,15 +116,23 @@ def test_a_switch_rescales_adams_memory_and_settings() -> None:
         weight.grad = torch.full((3,), 0.1)
         optimizer.step()
     before = {key: value.clone() for key, value in optimizer.state[weight].items()}
-    old = Settings(lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, clip=1.0)
-    new = switch_settings(old, Change(1.4, 1.96, ""), rho=50.0, steps_left=1000)
-    switch_optimizer(optimizer, old, new, gain=1.96)
+    new = switch_settings(OLD, Change(1.4, 1.96, ""), steps_left=1000)
+    set_settings(optimizer, new)
+    rescale_memory(optimizer, gain=1.96)
     assert torch.allclose(optimizer.state[weight]["exp_avg_sq"], before["exp_avg_sq"] / 1.96)
     assert torch.equal(optimizer.state[weight]["exp_avg"], before["exp_avg"])
     assert float(optimizer.state[weight]["step"]) == 5
     group = optimizer.param_groups[0]
     assert group["betas"] == (0.9, pytest.approx(0.999**2))
-    assert group["weight_decay"] * new.lr / 2 == pytest.approx(0.01 * old.lr)
+    assert group["weight_decay"] * new.lr / 2 == pytest.approx(0.01 * OLD.lr)
+    assert new.lr == pytest.approx(1.4e-3)
+    assert new.clip == pytest.approx(1 / 1.4)
+
+
+def test_a_loss_stands_still_when_it_has_hardly_fallen_over_four_evaluations() -> None:
+    assert is_flat([2.0, 1.9, 1.8]) is None
+    assert is_flat([3.0, 2.0, 1.9, 1.8, 1.7]) is False
+    assert is_flat([3.0, 1.7, 1.7, 1.699, 1.698]) is True
 
 
 DIMENSIONS, MICRO, STEPS, TOTAL = 32, 4, 2000, 1.0e6
@@ -153,8 +167,8 @@ def simulate(
             schedule=1.0,
             noise=estimate(averages),
         )
-        if (change := decide(mode, state, now)) is not None:
-            state = changed(state, change, now)
+        if decide(mode, state, now) is not None:
+            state = changed(state, now, OLD)
             grown.append(tokens / TOTAL)
     return grown
 

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fitune.step.scaling import Settings, gain, rate_factor, scale
+from fitune.step.scaling import OptimSettings, gain, rate_factor, scale
 
-REFERENCE = Settings(lr=3e-5, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, clip=1.0)
+REFERENCE = OptimSettings(lr=3e-5, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, clip=1.0)
 
 
 @given(st.floats(0, 1e6), st.floats(1, 256))
@@ -56,7 +56,7 @@ def test_what_remembers_and_shrinks_keeps_its_length_in_tokens() -> None:
 
 def test_a_published_pair_of_beta2_follows() -> None:
     """0.95 at a batch of 16 and 0.997 at 1 (Marek et al. 2025, arXiv 2507.07101)."""
-    reference = Settings(lr=1e-5, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, clip=0.0)
+    reference = OptimSettings(lr=1e-5, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, clip=0.0)
     assert scale(reference, "sqrt", factor=1 / 16).betas[1] == pytest.approx(0.9968, abs=5e-5)
 
 
@@ -72,7 +72,7 @@ def test_no_rule_and_no_change_leave_everything() -> None:
 
 RUNS, CURVATURES = 1500, np.geomspace(0.05, 1.0, 8)
 NOISE, DECAY, STEPS = 300.0, 2.5, 3200
-BASE = Settings(lr=3e-2, betas=(0.9, 0.998), eps=1e-12, weight_decay=0.0, clip=0.0)
+BASE = OptimSettings(lr=3e-2, betas=(0.9, 0.998), eps=1e-12, weight_decay=0.0, clip=0.0)
 
 
 @dataclass(frozen=True)
@@ -81,11 +81,11 @@ class Switch:
 
     step: int
     factor: int
-    settings: Settings
+    settings: OptimSettings
     gain: float
 
 
-def adam_on_a_quadratic(settings: Settings, factor: int, *, seed: int, switch: Switch | None = None) -> np.ndarray:
+def adam_on_a_quadratic(settings: OptimSettings, factor: int, *, seed: int, switch: Switch | None = None) -> np.ndarray:
     """The loss, mean over runs, after each step; STEPS steps of one sample, or the same samples in larger batches. The
     noise falls over the run, as it does in training, so that what is remembered too long or too briefly shows."""
     random = np.random.default_rng(seed)
@@ -119,7 +119,7 @@ def test_the_whole_rule_keeps_the_path_of_a_noisy_run_and_the_rate_alone_does_no
 ) -> None:
     """In the limit of noise (rho -> inf) and at equal samples (Malladi et al. 2022, arXiv 2205.10287)."""
 
-    def deviation(settings: Settings) -> float:
+    def deviation(settings: OptimSettings) -> float:
         other = adam_on_a_quadratic(settings, factor, seed=2)
         return float(np.abs(other / path[factor - 1 :: factor] - 1)[-len(other) // 8 :].mean())
 

@@ -12,12 +12,10 @@ arXiv 2205.10287), the clipping threshold by 1 / sqrt(r), since the norm of a le
 """
 
 import math
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import asdict, dataclass, replace
 
-from fitune.config import OptimConfig
+from fitune.config import OptimConfig, Scaling
 
-Rule = Literal["none", "sqrt_gain", "sqrt", "linear"]
 MOST_UNMEASURED = 2.0
 """The rate is changed by no more than this factor while the noise is not known."""
 LONGEST_LAG_FRACTION = 0.05
@@ -25,7 +23,7 @@ LONGEST_LAG_FRACTION = 0.05
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
+class OptimSettings:
     """Of an optimizer, all of which depend on the batch. clip: 0 for none."""
 
     lr: float
@@ -35,8 +33,33 @@ class Settings:
     clip: float
 
 
-def settings_of(optim: OptimConfig, *, lr: float) -> Settings:
-    return Settings(lr=lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay, clip=optim.clip)
+def settings_of(optim: OptimConfig, *, lr: float, rows: int) -> OptimSettings:
+    """For a batch of `rows`: as configured, and carried over where optim.scaling says so."""
+    given = OptimSettings(lr=lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay, clip=optim.clip)
+    if optim.reference_batch is None:
+        return given
+    rho = None if optim.noise_scale is None else optim.noise_scale / optim.reference_batch
+    return scale(given, optim.scaling, factor=rows / optim.reference_batch, rho=rho, adaptive=is_adaptive(optim))
+
+
+def with_settings(optim: OptimConfig, settings: OptimSettings) -> OptimConfig:
+    return optim.model_copy(update=asdict(settings))
+
+
+def scaling_note(optim: OptimConfig, settings: OptimSettings, *, lr: float, rows: int) -> str:
+    """What optim.scaling made of the settings, in one sentence."""
+    assert optim.reference_batch is not None
+    measured = "" if optim.noise_scale is None else f", noise scale {optim.noise_scale:g} rows"
+    return (
+        f"{optim.scaling} from {optim.reference_batch} rows to {rows}{measured}: rate {lr:.3g} -> {settings.lr:.3g}, "
+        f"beta2 {optim.betas[1]:g} -> {settings.betas[1]:.4g}, weight decay {optim.weight_decay:g} -> "
+        f"{settings.weight_decay:.3g}, clip {optim.clip:g} -> {settings.clip:.3g}"
+    )
+
+
+def is_adaptive(optim: OptimConfig) -> bool:
+    """Whether the optimizer divides by the gradient's own size."""
+    return optim.name != "sgd"
 
 
 def gain(rho: float, factor: float) -> float:
@@ -44,7 +67,7 @@ def gain(rho: float, factor: float) -> float:
     return factor if math.isinf(rho) else (1 + rho) / (1 + rho / factor)
 
 
-def rate_factor(rule: Rule, factor: float, *, rho: float | None, adaptive: bool = True) -> float:
+def rate_factor(rule: Scaling, factor: float, *, rho: float | None, adaptive: bool = True) -> float:
     """By how much the rate changes. rho: None where it was not measured, which sqrt_gain answers with caution.
     adaptive: Adam and its like, not SGD."""
     match rule:
@@ -62,14 +85,14 @@ def rate_factor(rule: Rule, factor: float, *, rho: float | None, adaptive: bool 
 
 
 def scale(
-    reference: Settings,
-    rule: Rule,
+    reference: OptimSettings,
+    rule: Scaling,
     *,
     factor: float,
     rho: float | None = None,
     adaptive: bool = True,
     steps_left: float | None = None,
-) -> Settings:
+) -> OptimSettings:
     """The settings for a batch `factor` times the one that `reference` was chosen for. steps_left: of the new batch,
     None where that is not known; beta1 stays as it is unless it would average over too many of them."""
     if rule == "none" or factor == 1:

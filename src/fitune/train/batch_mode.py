@@ -15,16 +15,16 @@ bounce ratio, a cap, the number of steps left and a pause after every change sta
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-from fitune.step.scaling import Settings, gain, scale
+from fitune.config import BatchMode
+from fitune.step.scaling import OptimSettings, gain, scale
 from fitune.train.noise import NoiseEstimate
 
-BatchMode = Literal["advise", "anneal", "follow", "hold"]
 GROWTH = 2
 MOST_GROWTH = 16
 """Times the configured batch, over all changes."""
@@ -39,11 +39,11 @@ LAST_GROWTH_PROGRESS = 0.9
 
 @dataclass(frozen=True, slots=True)
 class BatchState:
-    """What a checkpoint holds of it. growth: the effective batch over the configured one. lr_factor: on top of the
-    schedule. changed_tokens, changed_schedule: tokens seen and the schedule's factor at the last change."""
+    """What a checkpoint holds of it. growth: the effective batch over the configured one. optim: the settings since
+    the last change, None before one. changed_tokens, changed_schedule: tokens seen and the schedule's factor then."""
 
     growth: int = 1
-    lr_factor: float = 1.0
+    optim: OptimSettings | None = None
     changed_tokens: float = 0.0
     changed_schedule: float = 1.0
 
@@ -66,6 +66,11 @@ class Situation:
     def progress(self) -> float:
         return self.tokens / self.total_tokens
 
+    @property
+    def steps_left(self) -> float:
+        """Of the batch that growing would give."""
+        return (self.total_tokens - self.tokens) / (GROWTH * self.step_tokens)
+
 
 @dataclass(frozen=True, slots=True)
 class Change:
@@ -77,12 +82,25 @@ class Change:
     reason: str
 
 
+FLAT_EVALS = 4
+FLAT_FRACTION = 0.002
+
+
+def is_flat(eval_losses: Sequence[float]) -> bool | None:
+    """Whether the held-out loss has fallen by less than a 500th over the last evaluations; None with fewer."""
+    if len(eval_losses) < FLAT_EVALS:
+        return None
+    first, last = eval_losses[-FLAT_EVALS], eval_losses[-1]
+    return last > first * (1 - FLAT_FRACTION)
+
+
 def decide(mode: BatchMode, state: BatchState, now: Situation) -> Change | None:
     """None: the batch stays as it is."""
     if mode == "advise" or state.growth * GROWTH > MOST_GROWTH:
         return None
-    steps_left = (now.total_tokens - now.tokens) / (GROWTH * now.step_tokens)
-    if now.progress < now.warmup_fraction or now.progress > LAST_GROWTH_PROGRESS or steps_left < LEAST_STEPS_LEFT:
+    if now.progress < now.warmup_fraction or now.progress > LAST_GROWTH_PROGRESS:
+        return None
+    if now.steps_left < LEAST_STEPS_LEFT:
         return None
     match mode:
         case "anneal":
@@ -93,33 +111,42 @@ def decide(mode: BatchMode, state: BatchState, now: Situation) -> Change | None:
             return _hold(state, now)
 
 
-def changed(state: BatchState, change: Change, now: Situation) -> BatchState:
+def changed(state: BatchState, now: Situation, optim: OptimSettings) -> BatchState:
+    """optim: what `switch_settings` gave."""
     return replace(
         state,
         growth=state.growth * GROWTH,
-        lr_factor=state.lr_factor * change.lr_factor,
+        optim=optim,
         changed_tokens=now.tokens,
         changed_schedule=now.schedule,
     )
 
 
-def switch_settings(settings: Settings, change: Change, *, rho: float, steps_left: float) -> Settings:
+def switch_settings(settings: OptimSettings, change: Change, *, steps_left: float) -> OptimSettings:
     """The optimizer's settings after the change. The rate is what the change says, not what the rule would give."""
-    scaled = scale(settings, "sqrt_gain", factor=GROWTH, rho=rho, steps_left=steps_left)
-    rate = settings.lr * change.lr_factor
-    return replace(scaled, lr=rate, weight_decay=settings.weight_decay * GROWTH / change.lr_factor)
+    scaled = scale(settings, "sqrt", factor=GROWTH, steps_left=steps_left)
+    return replace(
+        scaled,
+        lr=settings.lr * change.lr_factor,
+        weight_decay=settings.weight_decay * GROWTH / change.lr_factor,
+        clip=settings.clip / math.sqrt(change.gain),
+    )
 
 
-def switch_optimizer(optimizer: torch.optim.Optimizer, old: Settings, new: Settings, *, gain: float) -> None:
-    """Adam goes on with its memory as the new batch would have made it: second moments are smaller by the gain, and a
-    step stands for GROWTH of the old ones (arXiv 2205.10287; without the division the path jumps)."""
+def set_settings(optimizer: torch.optim.Optimizer, settings: OptimSettings) -> None:
+    """But for the rate, which the schedule sets. Groups without weight decay stay without."""
     for group in optimizer.param_groups:
         if "betas" in group:
-            group["betas"] = new.betas
-        if "eps" in group and isinstance(group["eps"], float):
-            group["eps"] = new.eps
-        if old.weight_decay:
-            group["weight_decay"] *= new.weight_decay / old.weight_decay
+            group["betas"] = settings.betas
+        if isinstance(group.get("eps"), float):
+            group["eps"] = settings.eps
+        if group["weight_decay"]:
+            group["weight_decay"] = settings.weight_decay
+
+
+def rescale_memory(optimizer: torch.optim.Optimizer, *, gain: float) -> None:
+    """Adam goes on with its memory as the new batch would have made it: second moments are smaller by the gain, and a
+    step stands for GROWTH of the old ones (arXiv 2205.10287; without the division the path jumps)."""
     for state in optimizer.state.values():
         if "exp_avg_sq" in state:
             state["exp_avg_sq"].div_(gain)
@@ -127,8 +154,11 @@ def switch_optimizer(optimizer: torch.optim.Optimizer, old: Settings, new: Setti
             step.div_(GROWTH)
 
 
-def state_from(content: Mapping[str, Any]) -> BatchState:
-    return BatchState(**content)
+def batch_state(content: Mapping[str, Any]) -> BatchState:
+    """From what `asdict` made of it, by way of JSON."""
+    optim = content["optim"]
+    settings = None if optim is None else OptimSettings(**{**optim, "betas": tuple(optim["betas"])})
+    return BatchState(**{**content, "optim": settings})
 
 
 def _anneal(state: BatchState, now: Situation) -> Change | None:
