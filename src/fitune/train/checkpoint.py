@@ -56,15 +56,14 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A whole commit on the disk. identity, conditions: as `train/identity.py` makes them. metrics_bytes,
-    journal_bytes: how much of these files belongs to it. memory_model: opaque."""
+    """A whole commit on the disk. identity, conditions: as `train/identity.py` makes them. log_bytes: how much of each
+    log belongs to it, by file name. memory_model: opaque."""
 
     path: Path
     state: RunState
     identity: Json
     conditions: Json
-    metrics_bytes: int
-    journal_bytes: int
+    log_bytes: Mapping[str, int]
     memory_model: Json | None
     rest: Json
 
@@ -101,8 +100,7 @@ class CheckpointWriter:
             "scaler": None if self._setup.scaler is None else self._setup.scaler.state_dict(),
             "optimizer": tensors.optimizer_scalars,
             "memory_model": memory_model,
-            "metrics_bytes": _size(self._run.metrics),
-            "journal_bytes": _size(self._run.journal),
+            "log_bytes": {log.name: _size(log) for log in _logs(self._run)},
             **self._facts,
         }
         self._thread = threading.Thread(
@@ -138,7 +136,7 @@ class CheckpointWriter:
             self._is_read.set()
             write_files(new / "model", self._files)
             write_json(new / "state.json", content)
-            for log in (self._run.metrics, self._run.journal):
+            for log in _logs(self._run):
                 _flush(log)
             _write_manifest(new, hashes)
             shutil.rmtree(final, ignore_errors=True)
@@ -269,7 +267,7 @@ def _restore_optimizer(checkpoint: Checkpoint, setup: Setup) -> None:
             group = groups[parameter]
             on_host = key == "step" and not (group.get("fused") or group.get("capturable"))
             device = torch.device("cpu") if on_host else parameter.device
-            setup.optimizer.state[parameter][key] = file.get_tensor(name).to(device)
+            setup.optimizer.state[parameter][key] = file.get_tensor(name).to(device, copy=True)  # not the file mapped
     for parameter_name, scalars in checkpoint.rest["optimizer"].items():
         setup.optimizer.state[parameters[parameter_name]].update(scalars)
 
@@ -278,8 +276,8 @@ def roll_back(run: RunDirectory, checkpoint: Checkpoint | None) -> list[str]:
     """Make the directory that of the commit (None: of a run that has not begun): the logs end there, later checkpoints
     are gone, last/ and best/ are its own. What the logs have lost is told, one sentence each."""
     lost = []
-    sizes = (0, 0) if checkpoint is None else (checkpoint.metrics_bytes, checkpoint.journal_bytes)
-    for log, size in zip((run.metrics, run.journal), sizes, strict=True):
+    for log in _logs(run):
+        size = 0 if checkpoint is None else checkpoint.log_bytes.get(log.name, 0)
         if _size(log) < size:
             lost.append(f"{log} has lost {size - _size(log):,} of the {size:,} bytes that were written")
         elif log.exists():
@@ -419,8 +417,7 @@ def _read(path: Path) -> Checkpoint:
         state=read_state(content["state"]),
         identity=content["identity"],
         conditions=content["conditions"],
-        metrics_bytes=content["metrics_bytes"],
-        journal_bytes=content["journal_bytes"],
+        log_bytes=content["log_bytes"],
         memory_model=content["memory_model"],
         rest=content,
     )
@@ -442,6 +439,12 @@ def _check_room(directory: Path, needed_bytes: int) -> None:
         raise RunDirectoryError(
             f"{directory} has no space for {format_bytes(needed_bytes)}: {format_bytes(free_bytes)} are free"
         )
+
+
+def _logs(run: RunDirectory) -> tuple[Path, ...]:
+    """Which have a line for each step or evaluation, so that they end with the commit. What happened, and how memory
+    was, stays true when steps are done again."""
+    return run.metrics, run.journal, run.eval_rows
 
 
 def _size(path: Path) -> int:
