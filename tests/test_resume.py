@@ -43,7 +43,7 @@ class Killed(BaseException):
 def without_prediction() -> Iterator[None]:
     """It takes most of the time of so small a run and has nothing to do with going on."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("fitune.train.prepare.predict_second_step", None)
+        patched.setattr("fitune.train.prepare.choose_plan", None)
         yield
 
 
