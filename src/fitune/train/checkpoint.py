@@ -16,6 +16,7 @@ or rotten all the same is found by its length and hash, and the commit before it
 """
 
 import json
+import math
 import os
 import random
 import re
@@ -33,7 +34,7 @@ from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
-from fitune.errors import FituneError, RunDirectoryError
+from fitune.errors import RunDirectoryError
 from fitune.model.device import MemoryPeak
 from fitune.model.save import link_model, saved_tensors, write_files
 from fitune.model.tensor_file import file_hash, write_tensors
@@ -148,7 +149,7 @@ class CheckpointWriter:
             if state.best_step == state.step:
                 link_model(final / "model", self._run.best)
             _remove_old(self._run, state)
-        except (OSError, RuntimeError, FituneError) as error:
+        except Exception as error:  # of whatever kind: in a thread nobody else would hear of it
             self._failure = f"step {state.step} could not be saved: {error}"
             shutil.rmtree(new, ignore_errors=True)
         finally:
@@ -334,13 +335,13 @@ def _planned_bytes(setup: Setup, optimizer_name: str) -> int:
 
 def state_json(state: RunState) -> Json:
     """A number that is not finite is written as text, as in the logs."""
-    return {
-        name: repr(value) if isinstance(value, float) and not np.isfinite(value) else value
-        for name, value in asdict(state).items()
-    }
+    content: Json = _as_text(asdict(state))
+    return content
 
 
-def read_state(content: Mapping[str, Any]) -> RunState:
+def read_state(saved: Mapping[str, Any]) -> RunState:
+    """What `state_json` gave."""
+    content: Json = _as_numbers(saved)
     nouns: Json = {
         "peak": MemoryPeak(**content["peak"]),
         "noise": NoiseAverages(**content["noise"]),
@@ -348,10 +349,24 @@ def read_state(content: Mapping[str, Any]) -> RunState:
         "batch": batch_state(content["batch"]),
         "eval_losses": tuple(content["eval_losses"]),
     }
-    return RunState(**{name: nouns.get(name, _number(value)) for name, value in content.items()})
+    return RunState(**(content | nouns))
 
 
-def _number(value: Any) -> Any:
+def _as_text(value: Any) -> Any:
+    """JSON has no numbers that are not finite."""
+    if isinstance(value, Mapping):
+        return {name: _as_text(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_as_text(item) for item in value]
+    return repr(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _as_numbers(value: Any) -> Any:
+    """What `_as_text` took."""
+    if isinstance(value, Mapping):
+        return {name: _as_numbers(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_as_numbers(item) for item in value]
     return float(value) if value in ("nan", "inf", "-inf") else value
 
 
