@@ -2,8 +2,8 @@
 
     python limited_process.py CONFIG HEADROOM_MIB [FIRST LAST LEFT_MIB]
 
-After step FIRST and until step LAST only LEFT_MIB are left, as if another process had taken the rest. 0 for HEADROOM_MIB
-is no limit.
+After step FIRST and until step LAST only LEFT_MIB are left, as if another process had taken the rest. A HEADROOM_MIB of
+0 is no limit.
 """
 
 import resource
