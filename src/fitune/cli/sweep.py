@@ -63,6 +63,9 @@ def _plan(found: Sweep, entries: Sequence[Entry], states: States) -> None:
         known = states.get(entry.name, {})
         if known.get("config_hash") != config_hash(entry.config):
             states[entry.name] = {"state": "waiting", "config_hash": config_hash(entry.config), "plan": None}
+    ordered = {entry.name: states[entry.name] for entry in entries}  # without what the sweep no longer holds
+    states.clear()
+    states.update(ordered)
     names = [entry.name for entry in entries if states[entry.name]["plan"] is None]
     configs = {entry.name: entry.config for entry in entries}
     if names:
