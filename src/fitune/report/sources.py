@@ -1,4 +1,4 @@
-"""What a path holds -> its runs: a run directory, a sweep, a directory of runs, a report, or another trainer's record."""
+"""What a path holds -> its runs: a run directory, a sweep, a directory of runs, a report, or what another trainer left."""
 
 from collections.abc import Iterator
 from pathlib import Path
