@@ -1,4 +1,4 @@
-"""What a path holds -> its runs: a run directory, a sweep, a directory of runs, a report, or what another trainer left."""
+"""What a path holds -> its runs: a run directory, a sweep, a directory of runs, a report, another trainer's record."""
 
 from collections.abc import Iterator
 from pathlib import Path
