@@ -27,13 +27,13 @@ def read_recorded(path: Path) -> tuple[RecordedRun, ...]:
         return (read_fitune_run(path),)
     if (path / SWEEP_FILE).is_file():
         return tuple(_sweep(path))
-    foreign = find_foreign(path)
-    if foreign is not None:
-        return (foreign,)
     if path.is_dir():
         inside = sorted(entry for entry in path.iterdir() if RunDirectory(entry).checkpoints.is_dir())
         if inside:
             return tuple(read_fitune_run(entry) for entry in inside)
+    foreign = find_foreign(path)  # last: a run of ours may hold TensorBoard's files
+    if foreign is not None:
+        return (foreign,)
     if not path.exists():
         raise RunDirectoryError(f"{path} does not exist: give the directory of a run, such as runs/NAME")
     raise RunDirectoryError(
