@@ -1,5 +1,6 @@
 """A run compares its own prediction with what it took."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,15 +9,18 @@ from typing import Any
 import pytest
 import torch
 
+from fitune.cli.app import main
 from fitune.memory.devices import cpu_device, find_device
 from fitune.memory.prediction import Prediction
 from fitune.memory.residuals import circumstances
 from fitune.model.device import MemoryPeak
 from fitune.plan.predict import predict
+from fitune.run.metrics import read_metrics, read_summary
 from fitune.train import self_check
 from fitune.train.self_check import SelfCheck, run_device
 from fitune.units import GIB, MIB
 from tiny_models import TINY
+from tiny_run import save_tiny_model, write_config, write_dialogues
 
 
 @pytest.fixture(scope="module")
@@ -86,3 +90,21 @@ def test_the_card_is_the_one_that_torch_means(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(self_check, "this_machine", lambda: cards)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="bb-2"))
     assert run_device(torch.device("cuda", 0)) is cards[1]
+
+
+def test_the_summary_compares_the_second_step_with_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FITUNE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    save_tiny_model(tmp_path / "tiny")
+    write_dialogues(tmp_path / "sft.jsonl")
+    write_config(tmp_path / "sft.yaml")
+    assert main(["train", "sft.yaml", "train.steps=3"]) == 0
+    summary = read_summary(tmp_path / "runs" / "run" / "summary.json")
+    steps = read_metrics(tmp_path / "runs" / "run" / "metrics.jsonl").steps
+    assert (summary.measured_reserved_bytes, summary.measured_device_bytes) == (
+        steps[1].peak_reserved_bytes, steps[1].device_used_bytes,
+    )  # fmt: skip
+    assert summary.peak_device_bytes is not None
+    assert summary.peak_device_bytes >= max(step.device_used_bytes or 0 for step in steps)
+    (kept,) = (tmp_path / "cache" / "residuals.jsonl").read_text().splitlines()
+    assert json.loads(kept)["measured_bytes"] == summary.measured_reserved_bytes

@@ -39,7 +39,7 @@ from fitune.model.lora import apply_lora
 from fitune.model.minimind import pth_config, read_pth
 from fitune.model.precision import Precision, device_precision, resolve_precision
 from fitune.model.presets import PRESETS, preset_config
-from fitune.model.quantise import num_weights, quantise
+from fitune.model.quantise import num_weights, quantise, share_tables
 
 Kind = Literal["preset", "directory", "gguf", "pth", "hub"]
 
@@ -146,6 +146,7 @@ def load_model(
     if model.method == "qlora":
         built = quantise(built)
     built.to(device)
+    share_tables(built)
     adapted = built if model.method == "full" else apply_lora(built, model.lora, seed=seed)
     return adapted.train()
 

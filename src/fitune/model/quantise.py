@@ -2,7 +2,7 @@
 2023, arXiv 2305.14314). bitsandbytes has the kernels, for cards and for CPUs.
 
 A weight of n elements takes n / 2 bytes, a byte of scale for each 64 elements, a float32 for each 256 of these scales,
-and 1,092 bytes of code tables and offset: bitsandbytes' layout (functional.py: quantize_4bit with compress_statistics).
+a code table of 64 bytes and an offset: bitsandbytes' layout (functional.py: quantize_4bit with compress_statistics).
 For a product the whole weight is unpacked into the format of the product, in the forward and again in the backward
 (autograd/_functions.py: MatMul4Bit), and dropped. Without data the same is allocated by arithmetic, so a step is
 recorded without the library.
@@ -64,7 +64,7 @@ class NF4Linear(nn.Linear):
         """The weight [out, in]. functional.py: dequantize_4bit makes the scales float32 first."""
         shape, device = (self.out_features, self.in_features), self.weight.device
         if self.weight.is_meta or is_fake(self.weight):
-            scales = torch.empty(self.scales.shape, dtype=torch.float32, device=device)
+            scales = torch.empty(cast(Tensor, self.scales).shape, dtype=torch.float32, device=device)
             weight = torch.empty(shape, dtype=dtype, device=device)
             del scales
             return weight
@@ -105,6 +105,14 @@ def quantise(model: PreTrainedModel) -> PreTrainedModel:
     for parent, name, child in found:
         setattr(parent, name, NF4Linear(child))
     return model
+
+
+def share_tables(model: nn.Module) -> None:
+    """All layers read the scales' code table from one tensor, as bitsandbytes has one in the process; moving a model to
+    a device gives each layer its own."""
+    layers = [module for module in model.modules() if isinstance(module, NF4Linear)]
+    for layer in layers:
+        layer.scale_codes = layers[0].scale_codes
 
 
 def num_weights(parameter: nn.Parameter) -> int:

@@ -12,6 +12,7 @@ import psutil
 
 from fitune.config import RunConfig
 from fitune.errors import ConfigError, ModelError
+from fitune.memory.c_allocator import allocator_name
 from fitune.plan.budget import Lengths, Limits
 from fitune.plan.cache import file_state, read_cached, write_cached
 from fitune.plan.candidates import Choice, settle
@@ -73,6 +74,7 @@ class Forecaster:
             config.optim.model_dump(mode="json", exclude={"lr", "warmup", "schedule", "final_lr_fraction"}),
             [config.data.packing, config.batch.rows_per_step],
             [config.memory.allocator, device.name, device.total_bytes, device.compute_capability],
+            allocator_name() if device.kind == "cpu" else None,
             asdict(lengths),
             file_state(config.model.source),
         ]

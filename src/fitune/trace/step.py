@@ -20,13 +20,14 @@ from fitune.config import RunConfig
 from fitune.data.rows import Batch, MicroBatch, Row
 from fitune.model.load import count_parameters, load_model
 from fitune.model.precision import Precision, device_precision, resolve_precision
-from fitune.step import loss
+from fitune.step import loss, optimizer
 from fitune.step.assemble import Layout, Setup, assemble, choose_layouts
 from fitune.step.train_step import evaluate, train_step
 from fitune.trace.cuda_behaviour import CudaTarget
 from fitune.trace.events import MemoryTrace, OperatorWork
 from fitune.trace.extrapolate import NUM_RECORDED_CHUNKS, Rows
 from fitune.trace.fake import RecordSettings, Step, record_columns
+from fitune.trace.optimizer_8bit import build_8bit_adamw
 from fitune.trace.recorder import Recorder
 from fitune.trace.recording import Recording, sum_work, to_trace
 
@@ -169,7 +170,8 @@ def record_columns_of_step(
                 with recorder.running(f"{name}.{number}"):
                     yield each
 
-        with patch.object(loss, "_chunks", chunks_of):
+        state_alone = {"adamw_8bit": build_8bit_adamw, "adamw_8bit_paged": build_8bit_adamw} if mode == "fake" else {}
+        with patch.object(loss, "_chunks", chunks_of), patch.dict(optimizer._BUILDERS, state_alone):
             yield
 
     settings = RecordSettings(mode=mode, target=target, num_steps=len(passes))
