@@ -13,7 +13,7 @@ from fitune.memory.c_allocator import allocator_factor
 from fitune.memory.devices import Device, context_prior, cpu_device, find_device, this_machine
 from fitune.memory.prediction import Interval, Prediction, PredictSettings
 from fitune.memory.prediction import predict as predict_trace
-from fitune.memory.residuals import circumstances, read_residuals, widen
+from fitune.memory.residuals import circumstances, measured_context, read_residuals, widen
 from fitune.step.assemble import CPU_MICRO_TOKENS, CUDA_MICRO_TOKENS
 from fitune.trace.cuda_behaviour import CudaTarget
 from fitune.trace.events import MemoryTrace
@@ -77,9 +77,11 @@ def predict_run(
     program_bytes = psutil.Process().memory_info().rss if device.kind == "cpu" else None
     passes = passes or heaviest_passes(config, device)
     recorded = (recordings or Recordings()).step(config, passes, target=cuda_target(config, device))
-    limited = device if limit_bytes is None else replace(device, total_bytes=min(limit_bytes, device.total_bytes))
     is_here = device.kind == "cpu" or device.uuid is not None
-    residuals = read_residuals(circumstances(device, config.model.source)) if is_here else ()
+    here = circumstances(device, config.model.source) if is_here else None
+    residuals = read_residuals(here) if here else ()
+    device = replace(device, context=(measured_context(here) if here else None) or device.context)
+    limited = device if limit_bytes is None else replace(device, total_bytes=min(limit_bytes, device.total_bytes))
 
     def of(trace: MemoryTrace) -> Prediction:
         prediction = predict_trace(trace, PredictSettings(device=limited, allocator=config.memory.allocator))
