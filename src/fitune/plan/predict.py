@@ -9,7 +9,7 @@ from typing import Any
 import psutil
 
 from fitune.config import RunConfig, read_config
-from fitune.memory.c_allocator import allocator_factor
+from fitune.memory.c_allocator import allocator_habit
 from fitune.memory.devices import Device, context_prior, cpu_device, find_device, this_machine
 from fitune.memory.prediction import Interval, Prediction, PredictSettings
 from fitune.memory.prediction import predict as predict_trace
@@ -19,6 +19,7 @@ from fitune.trace.cuda_behaviour import CudaTarget
 from fitune.trace.events import MemoryTrace
 from fitune.trace.recordings import Recordings
 from fitune.trace.step import Pass, RecordedStep, longest_rows
+from fitune.units import format_bytes
 
 ConfigSource = RunConfig | Mapping[str, Any] | Path | str
 OLDEST_FLASH = (8, 0)
@@ -144,10 +145,13 @@ def heaviest_passes(config: RunConfig, device: Device, *, row_tokens: int | None
 
 def _in_process(prediction: Prediction, config: RunConfig, device: Device, *, program_bytes: int) -> Prediction:
     """On a CPU the process is the device: live bytes as the C library holds them, and the program itself."""
-    factor = allocator_factor(config.model.method, recomputes=config.model.recompute not in ("auto", "off"))
-    low, expected, high = factor.resident_bytes(prediction.peak_allocated_bytes)
+    habit = allocator_habit(config.model.method, recomputes=config.model.recompute not in ("auto", "off"))
+    live = prediction.peak_allocated_bytes
+    low, expected, high = habit.resident_bytes(live)
     device_bytes = expected + program_bytes
-    reason = f"{factor.name} was measured to hold {factor.low:.2f} to {factor.high:.2f} times the live bytes"
+    reason = (
+        f"{habit.name} was measured to keep {format_bytes(low - live)} to {format_bytes(high - live)} beside tensors"
+    )
     return replace(
         prediction,
         peak_reserved_bytes=expected,
