@@ -77,6 +77,8 @@ def assemble(
     packed, note = _choose_packing(model, config)
     head, head_note = _choose_head(model, config)
     notes += [line for line in (note, head_note) if line]
+    if config.model.compile and not is_fake(next(model.parameters())):  # a recording sees the layers as they are
+        compile_layers(model, device)  # after the model was asked what it can do, which would compile it for that alone
     peak_lr = DEFAULT_LR[config.model.method] if config.optim.lr == "auto" else config.optim.lr
     layout, eval_layout = choose_layouts(config, device, packed=packed)
     return Setup(
@@ -113,8 +115,6 @@ def _set_layers(model: nn.Module, config: RunConfig, device: torch.device) -> Re
         )
     recompute: Recompute = "off" if config.model.recompute == "auto" else config.model.recompute
     set_recompute(model, recompute, offload=config.model.offload_activations)
-    if config.model.compile and not is_fake(next(model.parameters())):  # a recording sees the layers as they are
-        compile_layers(model, device)
     return recompute
 
 
