@@ -85,6 +85,8 @@ def assemble(
     packed, note = _choose_packing(model, config)
     head, head_note = _choose_head(model, config)
     notes += [line for line in (note, head_note) if line]
+    if config.model.compile and not is_fake(next(model.parameters())):  # a recording sees the layers as they are
+        compile_layers(model, device)  # after the model was asked what it can do, which would compile it for that alone
     lr = DEFAULT_LR[config.model.method] if config.optim.lr == "auto" else config.optim.lr
     optim = settings_of(config.optim, lr=lr, rows=config.batch.rows_per_step)
     if config.optim.scaling != "none":
@@ -122,8 +124,6 @@ def _set_layers(model: nn.Module, config: RunConfig, device: torch.device) -> Re
         )
     recompute: Recompute = "off" if config.model.recompute == "auto" else config.model.recompute
     set_recompute(model, recompute, offload=config.model.offload_activations)
-    if config.model.compile and not is_fake(next(model.parameters())):  # a recording sees the layers as they are
-        compile_layers(model, device)
     return recompute
 
 
