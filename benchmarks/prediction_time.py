@@ -1,4 +1,4 @@
-"""What a prediction takes from the start of the process on, in seconds and memory, and what further settings take.
+"""What a prediction takes from the start of its process on, in seconds and memory; and what further settings take.
 
 python benchmarks/prediction_time.py            all models, about two minutes on a busy core
 python benchmarks/prediction_time.py --only minimind2
@@ -112,9 +112,9 @@ def main() -> None:
         taken.append(measure(name))
         each = taken[-1]
         print(
-            f"{name:24} {each.wall_seconds:5.1f} s, of CPU {each.cpu_seconds:.1f} s with {each.import_cpu_seconds:.1f} s "
-            f"of imports, {each.resident_bytes / 2**30:.2f} GiB; {NUM_FURTHER} more sizes "
-            f"{each.further_wall_seconds:.1f} s, of CPU {each.further_cpu_seconds:.1f} s",
+            f"{name:24} {each.wall_seconds:5.1f} s ({each.cpu_seconds:.1f} s of CPU, {each.import_cpu_seconds:.1f} of "
+            f"them imports), {each.resident_bytes / 2**30:.2f} GiB; {NUM_FURTHER} more sizes "
+            f"{each.further_wall_seconds:.1f} s ({each.further_cpu_seconds:.1f} of CPU)",
             flush=True,
         )
     if not arguments.only:

@@ -1,7 +1,8 @@
 """What a trace will take on a card: allocated and reserved by PyTorch, used on the device, and whether it fits."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from fitune.memory.devices import Device
 from fitune.memory.replay import FailedAllocation, ReplayResult, ReplaySettings
@@ -49,6 +50,17 @@ class Prediction:
     num_alloc_retries: int
     first_oom: FailedAllocation | None
     assumptions: tuple[str, ...]
+
+
+def peak_json(prediction: Prediction) -> dict[str, Any]:
+    """What is alive at the peak, as `write_json` takes it."""
+    return {
+        "schema": 1,
+        "peak_phase": prediction.peak_phase,
+        "categories": dict(prediction.categories),
+        "modules": [asdict(each) for each in prediction.modules],
+        "tensors": [asdict(each) for each in prediction.tensors],
+    }
 
 
 def predict(trace: MemoryTrace, settings: PredictSettings) -> Prediction:
