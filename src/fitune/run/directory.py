@@ -263,6 +263,9 @@ def _next_number(output: Path, prefix: str) -> RunDirectory:
 def _given_name(path: Path, *, overwrite: bool) -> RunDirectory:
     run = RunDirectory(path)
     if path.is_dir() and _never_began(run):
+        if run.lock.exists():
+            with working_on(run):  # refused where another process is about to begin it
+                pass
         return run
     if path.exists():
         if not path.is_dir() or not _is_run(path):
