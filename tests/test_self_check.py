@@ -1,6 +1,7 @@
 """A run compares its own prediction with what it took."""
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,11 +11,13 @@ import pytest
 import torch
 
 from fitune.cli.app import main
+from fitune.config import read_config
 from fitune.memory.devices import cpu_device, find_device
+from fitune.memory.nvml import CardProcess, CardState
 from fitune.memory.prediction import Prediction
 from fitune.memory.residuals import circumstances
 from fitune.model.device import MemoryPeak
-from fitune.plan.predict import predict
+from fitune.plan.predict import predict, predict_run
 from fitune.run.metrics import read_metrics, read_summary
 from fitune.train import self_check
 from fitune.train.self_check import SelfCheck, run_device
@@ -72,6 +75,21 @@ def test_the_outcome_is_kept_for_later_predictions(
     interval = predict(tree, gpu="cpu").device_interval
     assert interval is not None
     assert "an earlier run of this model here differed from its prediction by +10.0%" in interval.reasons
+
+
+def test_a_card_s_context_is_measured_once_and_then_expected(
+    tree: dict[str, Any], prediction: Prediction, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FITUNE_CACHE", str(tmp_path))
+    state = CardState(processes=(CardProcess(1, GIB), CardProcess(os.getpid(), 1000 * MIB)))
+    monkeypatch.setattr(self_check, "read_cards", lambda: (state,))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 740 * MIB)
+    card = replace(find_device("RTX 4090"), uuid="GPU-1")
+    kept = circumstances(card, tree["model"]["source"])
+    SelfCheck(prediction, None, kept).keep(MemoryPeak(100 * MIB, 120 * MIB, GIB))
+    predicted = predict_run(read_config(tree).config, card)
+    assert predicted.context_bytes == 260 * MIB
+    assert predicted.training.device_bytes == predicted.training.peak_reserved_bytes + 260 * MIB
 
 
 def test_a_card_that_is_only_planned_for_has_no_earlier_runs(

@@ -4,12 +4,12 @@ from fitune.memory import c_allocator
 from fitune.memory.c_allocator import (
     FIRST_STEP_BYTES,
     MAPPED,
-    AllocatorFactor,
+    AllocatorHabit,
     Method,
-    allocator_factor,
+    allocator_habit,
     allocator_name,
 )
-from fitune.units import GIB
+from fitune.units import GIB, MIB
 
 
 @pytest.fixture
@@ -41,20 +41,21 @@ def test_the_threshold_is_glibcs_alone() -> None:
 @pytest.mark.parametrize("method", ["full", "lora"])
 @pytest.mark.usefixtures("loaded")
 def test_glibc_as_it_comes_keeps_more_where_layers_are_recomputed(method: Method) -> None:
-    without, with_it = (allocator_factor(method, recomputes=value, environment={}) for value in (False, True))
-    assert without.expected < with_it.expected
+    without, with_it = (allocator_habit(method, recomputes=value, environment={}) for value in (False, True))
+    assert without.resident_bytes(GIB)[1] < with_it.resident_bytes(GIB)[1]
 
 
 @named(None)
 @pytest.mark.usefixtures("loaded")
 def test_an_allocator_that_was_not_measured_gets_the_widest_interval() -> None:
-    factor = allocator_factor("lora", recomputes=True, environment={})
-    assert factor.name == "unknown"
-    assert (factor.low, factor.high) == (1.0, 2.7)
+    habit = allocator_habit("lora", recomputes=True, environment={})
+    assert (habit.name, habit.share[0], habit.share[2]) == ("unknown", 0.0, 1.8)
 
 
-def test_the_first_step_is_counted_once() -> None:
-    low, expected, high = AllocatorFactor("any", 1.0, 1.5, 2.0).resident_bytes(GIB)
-    assert (low, expected, high) == tuple(
-        int(factor * GIB) + first for factor, first in zip((1.0, 1.5, 2.0), FIRST_STEP_BYTES, strict=True)
-    )
+def test_what_is_kept_is_a_share_with_a_bound() -> None:
+    habit = AllocatorHabit("any", (0.0, 0.5, 1.0), (100, 200, 300))
+    small, large = habit.resident_bytes(100 * MIB), habit.resident_bytes(GIB)
+    kept = [
+        [(size - first) // MIB for size, first in zip(side, FIRST_STEP_BYTES, strict=True)] for side in (small, large)
+    ]
+    assert kept == [[100, 150, 200], [1024, 1224, 1324]]
