@@ -6,8 +6,8 @@ keyword, not a context variable: recomputation runs layers again inside the back
 forward has left every context, and the keyword is part of what it replays.
 
 On a CPU the rows are a loop of causal attention calls, long rows a few queries at a time; on CUDA one variable-length
-kernel (torch's, or flash-attn). Sliding windows, soft-capped scores and attention sinks are computed as the model asks; `can_pack` tells which models
-cannot be packed, by looking whether each of their layers really received the boundaries.
+kernel (torch's, or flash-attn). Sliding windows, soft-capped scores and attention sinks are computed as the model asks;
+`can_pack` tells which models cannot be packed, by looking whether each of their layers really received the boundaries.
 
     B rows of a padded batch    S positions of a row    T positions of all packed rows
     H query heads               G heads of keys and values     D size of a head
