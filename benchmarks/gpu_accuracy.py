@@ -217,17 +217,12 @@ def measure_here(setting: Setting, device: Device, path: Path) -> Measured:
 
 
 def _process_bytes() -> int | None:
-    """What this process has on its cards, as nvidia-smi shows it; None in a container or on WSL, where NVML cannot
+    """What this process has on its card, as nvidia-smi shows it; None in a container or on WSL, where NVML cannot
     tell."""
-    from fitune.memory.nvml import ask, nvml_session, visible_handles
+    from fitune.memory.nvml import read_cards
 
-    with nvml_session() as nvml:
-        if nvml is None:
-            return None
-        handle = next(iter(visible_handles(nvml, os.environ)), None)
-        processes = ask(nvml, "nvmlDeviceGetComputeRunningProcesses", handle) or []
-        mine = [process.usedGpuMemory for process in processes if process.pid == os.getpid()]
-    return mine[0] if mine and mine[0] else None
+    processes = [process for card in read_cards() for process in card.processes]
+    return next((process.used_bytes for process in processes if process.pid == os.getpid()), None)
 
 
 # ---- the table ------------------------------------------------------------------------------------------------------

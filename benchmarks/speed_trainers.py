@@ -89,9 +89,9 @@ def row_lengths(task: Task) -> list[int]:
 
 
 def dialogue_rows(task: Task) -> list[Row]:
-    """Real dialogues of chatterbot-corpus in SmolLM2's chat template, so many in a row as its length needs, cut at the
-    beginning, so that a row ends with an answer; what the assistant says is supervised. A smaller vocabulary gets the
-    ids modulo its size."""
+    """Real dialogues of chatterbot-corpus in SmolLM2's chat template, as many of them in a row as its length needs, cut
+    at the beginning, so that a row ends with an answer; what the assistant says is supervised. A smaller vocabulary
+    gets the ids modulo its size."""
     vocab_size = load_config(task_config(task).model).get_text_config().vocab_size
     random = np.random.default_rng(task.seed)
     pool = _dialogues()

@@ -1,5 +1,7 @@
 """A run compares its own prediction with what it took."""
 
+import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,15 +10,20 @@ from typing import Any
 import pytest
 import torch
 
+from fitune.cli.app import main
+from fitune.config import read_config
 from fitune.memory.devices import cpu_device, find_device
+from fitune.memory.nvml import CardProcess, CardState
 from fitune.memory.prediction import Prediction
 from fitune.memory.residuals import circumstances
 from fitune.model.device import MemoryPeak
-from fitune.plan.predict import predict
+from fitune.plan.predict import predict, predict_run
+from fitune.run.metrics import read_metrics, read_summary
 from fitune.train import self_check
 from fitune.train.self_check import SelfCheck, run_device
 from fitune.units import GIB, MIB
 from tiny_models import TINY
+from tiny_run import save_tiny_model, write_config, write_dialogues
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +77,21 @@ def test_the_outcome_is_kept_for_later_predictions(
     assert "an earlier run of this model here differed from its prediction by +10.0%" in interval.reasons
 
 
+def test_a_card_s_context_is_measured_once_and_then_expected(
+    tree: dict[str, Any], prediction: Prediction, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FITUNE_CACHE", str(tmp_path))
+    state = CardState(processes=(CardProcess(1, GIB), CardProcess(os.getpid(), 1000 * MIB)))
+    monkeypatch.setattr(self_check, "read_cards", lambda: (state,))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 740 * MIB)
+    card = replace(find_device("RTX 4090"), uuid="GPU-1")
+    kept = circumstances(card, tree["model"]["source"])
+    SelfCheck(prediction, None, kept).keep(MemoryPeak(100 * MIB, 120 * MIB, GIB))
+    predicted = predict_run(read_config(tree).config, card)
+    assert predicted.context_bytes == 260 * MIB
+    assert predicted.training.device_bytes == predicted.training.peak_reserved_bytes + 260 * MIB
+
+
 def test_a_card_that_is_only_planned_for_has_no_earlier_runs(
     tree: dict[str, Any], prediction: Prediction, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -86,3 +108,21 @@ def test_the_card_is_the_one_that_torch_means(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(self_check, "this_machine", lambda: cards)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="bb-2"))
     assert run_device(torch.device("cuda", 0)) is cards[1]
+
+
+def test_the_summary_compares_the_second_step_with_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FITUNE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    save_tiny_model(tmp_path / "tiny")
+    write_dialogues(tmp_path / "sft.jsonl")
+    write_config(tmp_path / "sft.yaml")
+    assert main(["train", "sft.yaml", "train.steps=3"]) == 0
+    summary = read_summary(tmp_path / "runs" / "run" / "summary.json")
+    steps = read_metrics(tmp_path / "runs" / "run" / "metrics.jsonl").steps
+    assert (summary.measured_reserved_bytes, summary.measured_device_bytes) == (
+        steps[1].peak_reserved_bytes, steps[1].device_used_bytes,
+    )  # fmt: skip
+    assert summary.peak_device_bytes is not None
+    assert summary.peak_device_bytes >= max(step.device_used_bytes or 0 for step in steps)
+    (kept,) = (tmp_path / "cache" / "residuals.jsonl").read_text().splitlines()
+    assert json.loads(kept)["measured_bytes"] == summary.measured_reserved_bytes

@@ -4,9 +4,17 @@ from pathlib import Path
 import pytest
 
 from fitune.memory import residuals
-from fitune.memory.devices import cpu_device, find_device
+from fitune.memory.devices import ContextPrior, cpu_device, find_device
 from fitune.memory.prediction import Interval
-from fitune.memory.residuals import Circumstances, Residual, add_residual, circumstances, read_residuals, widen
+from fitune.memory.residuals import (
+    Circumstances,
+    Residual,
+    add_residual,
+    circumstances,
+    measured_context,
+    read_residuals,
+    widen,
+)
 
 HERE = Circumstances("NVIDIA GeForce RTX 4090", "580.65", "2.13.0", "minimind2")
 
@@ -63,6 +71,17 @@ def test_earlier_runs_widen_the_interval_and_are_named() -> None:
 def test_runs_that_all_took_less_leave_the_upper_end() -> None:
     wider = widen(Interval(1100, 1300, ()), (Residual(HERE, 1000, 970),), reserved_bytes=1000)
     assert (wider.low_bytes, wider.high_bytes) == (1070, 1300)
+
+
+def test_the_context_is_the_one_that_runs_of_any_model_found() -> None:
+    for model, context in (("minimind2", 300), ("minimind-3", 320), ("minimind2", 310), ("minimind2", None)):
+        add_residual(Residual(replace(HERE, model=model), 100, 98, context))
+    add_residual(Residual(replace(HERE, driver="another"), 100, 98, 900))
+    assert measured_context(HERE) == ContextPrior(300, 310, 320)
+
+
+def test_without_a_run_there_is_no_measured_context() -> None:
+    assert measured_context(HERE) is None
 
 
 def test_a_source_is_kept_without_its_directory() -> None:

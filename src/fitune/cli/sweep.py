@@ -1,6 +1,7 @@
 """`fitune sweep`: several configurations one after another, each in its own process, then compared."""
 
 import multiprocessing
+import os
 import signal
 import subprocess
 import sys
@@ -62,6 +63,9 @@ def _plan(found: Sweep, entries: Sequence[Entry], states: States) -> None:
         known = states.get(entry.name, {})
         if known.get("config_hash") != config_hash(entry.config):
             states[entry.name] = {"state": "waiting", "config_hash": config_hash(entry.config), "plan": None}
+    ordered = {entry.name: states[entry.name] for entry in entries}  # without what the sweep no longer holds
+    states.clear()
+    states.update(ordered)
     names = [entry.name for entry in entries if states[entry.name]["plan"] is None]
     configs = {entry.name: entry.config for entry in entries}
     if names:
@@ -81,7 +85,7 @@ def plan_content(config: RunConfig) -> dict[str, Any]:
     from fitune.plan.planner import choose_plan
 
     try:
-        plan = choose_plan(config)
+        plan = choose_plan(config, thorough=False)
     except Exception as error:  # a model that cannot be recorded can still be trained
         return {"plan": None, "plan_fault": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
     return {"plan": plan_json(plan)} | ({"state": "does not fit"} if plan.chosen is None else {})
@@ -110,8 +114,10 @@ def _run(found: Sweep, entry: Entry, states: States) -> None:
         write_states(found.directory, states)
         return
     command = [sys.executable, "-m", "fitune", "train", *_arguments(found, entry, run)]
+    here = str(Path(__file__).parents[2])  # the run is done by this fitune, also where it is not installed
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))}
     with _left_to_the_child():
-        code = subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode
+        code = subprocess.run(command, stdout=subprocess.DEVNULL, env=environment, check=False).returncode
     if code == 0 and state["plan"] is not None and not run.plan.exists():
         write_json(run.plan, state["plan"])
     states[entry.name] |= {"state": "finished" if code == 0 else "failed", "exit_code": code}

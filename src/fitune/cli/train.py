@@ -13,6 +13,7 @@ from fitune.cli.arguments import ConfigArguments, ConfigFlags, read_arguments
 from fitune.cli.output import SCHEMA, Format, print_json
 from fitune.cli.progress import RunProgress, open_progress
 from fitune.config import ResolvedConfig, RunConfig, format_config
+from fitune.config.read import COMMAND_LINE
 from fitune.errors import RunDirectoryError, UsageError
 from fitune.memory.allocator_config import parse_allocator_config
 from fitune.memory.environment import environment
@@ -52,6 +53,8 @@ def train(
     _check_flags(resume=resume, replay=replay, overwrite=overwrite, allow_change=allow_change)
     earlier = _earlier_run(resume, replay, output=flags.output)
     resolved = read_arguments(words, flags, source=None if earlier is None else earlier.config)
+    if earlier is not None and resolved.origins["run.name"] == COMMAND_LINE:
+        raise UsageError("run.name has no effect on a run that exists already: drop it")
     if print_config:
         _print_config(resolved, output_format)
         return
@@ -98,6 +101,7 @@ def run_training(
     settings = None if replayed is None else _settings(replayed)
     prepared = _prepare(config, progress, plan_check=plan_check, settings=settings)
     from fitune.data.examples import data_json
+    from fitune.memory.prediction import peak_json
     from fitune.train.checkpoint import check_disk
     from fitune.train.resume import read_replay
 
@@ -113,6 +117,8 @@ def run_training(
         write_atomically(run.config, format_config(resolved))
         write_json(run.env, environment(config.run.output))
         write_json(run.data, data_json(prepared.data.train, prepared.data.eval))
+        if prepared.self_check is not None:
+            write_json(run.peak, peak_json(prepared.self_check.predicted))
         if prepared.plan is not None:
             write_json(run.plan, {"schema": SCHEMA, **plan_json(prepared.plan), "settings": prepared.settings})
         summary = _train(config, prepared, run, progress=progress, replay=replay)

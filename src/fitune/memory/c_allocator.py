@@ -1,14 +1,16 @@
 """How much more than the live tensors a CPU process holds: the C library keeps freed blocks, and the first step brings
 in code that was not needed before.
 
-    resident above the program = FIRST_STEP + factor x live bytes
+    resident above the program = FIRST_STEP + live + min(share of live, most)
 
-FIRST_STEP is what a model of 15 MiB was measured to need besides its tensors; the factors are from the settings of
-benchmarks/cpu_accuracy.py, 26 M to 135 M parameters, whose results are in docs/accuracy.md. With every large block
+FIRST_STEP is what a model of 15 MiB was measured to need besides its tensors; shares and bounds are from the settings
+of benchmarks/cpu_accuracy.py, 26 M to 135 M parameters, whose results are in docs/accuracy.md. With every large block
 mapped, or under tcmalloc, the process follows its tensors. glibc as it comes puts blocks below 32 MiB on its heap and
-keeps there what is freed between blocks that live on: most with LoRA, more with recomputation than without.
+keeps there what is freed between blocks that live on: more with LoRA and with recomputation, hardly more with larger
+models.
 """
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +20,7 @@ from fitune.memory.environment import c_allocator
 from fitune.units import MIB
 
 Method = Literal["full", "lora"]
-Factor = tuple[float, float, float]  # lowest, expected, highest
+Three = tuple[float, float, float]  # lowest, expected, highest
 
 MAPPED = "glibc, large blocks mapped"
 MAPPED_THRESHOLD_BYTES = 1024**2
@@ -26,38 +28,39 @@ FIRST_STEP_BYTES = (20 * MIB, 26 * MIB, 36 * MIB)
 """Pages of code of the kernels and of the matrix library (17 to 22 MiB), their buffers, and Python's objects: lowest,
 expected, highest."""
 
-_GLIBC: dict[tuple[Method, bool], Factor] = {  # by method, and whether layers are recomputed
-    ("full", False): (1.10, 1.17, 1.25),
-    ("full", True): (1.15, 1.28, 1.60),
-    ("lora", False): (1.35, 1.58, 1.80),
-    ("lora", True): (1.80, 2.40, 2.70),
-}
-_FACTORS: dict[str, Factor] = {
-    "tcmalloc": (1.00, 1.03, 1.08),
-    MAPPED: (1.00, 1.00, 1.04),
-    # measured once, on full fine-tuning of 26 M parameters with and without recomputation
-    "jemalloc": (1.00, 1.02, 1.10),
-    "mimalloc": (1.00, 1.02, 1.11),
-}
-_UNKNOWN = (1.00, 1.20, 2.70)
-
 
 @dataclass(frozen=True, slots=True)
-class AllocatorFactor:
-    """Resident over live bytes: lowest, expected, highest."""
+class AllocatorHabit:
+    """What is kept of freed blocks: a share of the live bytes, but not more than `most_mib`; each the lowest, expected
+    and highest."""
 
     name: str
-    low: float
-    expected: float
-    high: float
+    share: Three
+    most_mib: Three = (math.inf, math.inf, math.inf)
 
     def resident_bytes(self, live_bytes: int) -> tuple[int, int, int]:
         """What the process will hold above its state before the model was loaded: lowest, expected, highest."""
-        factors = (self.low, self.expected, self.high)
         low, expected, high = (
-            int(live_bytes * factor) + first for factor, first in zip(factors, FIRST_STEP_BYTES, strict=True)
+            first + live_bytes + int(min(share * live_bytes, most * MIB))
+            for first, share, most in zip(FIRST_STEP_BYTES, self.share, self.most_mib, strict=True)
         )
         return low, expected, high
+
+
+_GLIBC: dict[tuple[Method, bool], tuple[Three, Three]] = {  # by method, and whether layers are recomputed
+    ("full", False): ((0.10, 0.21, 0.26), (120, 200, 400)),
+    ("full", True): ((0.20, 0.60, 0.70), (190, 265, 310)),
+    ("lora", False): ((0.35, 0.75, 0.90), (360, 440, 560)),
+    ("lora", True): ((0.80, 1.50, 1.80), (600, 850, 1000)),
+}
+_SHARES: dict[str, Three] = {
+    "tcmalloc": (0.00, 0.03, 0.08),
+    MAPPED: (0.00, 0.00, 0.04),
+    # measured once, on full fine-tuning of 26 M parameters with and without recomputation
+    "jemalloc": (0.00, 0.02, 0.10),
+    "mimalloc": (0.00, 0.02, 0.11),
+}
+_UNKNOWN = (0.00, 0.20, 1.80)
 
 
 def allocator_name(environment: Mapping[str, str] = os.environ) -> str:
@@ -68,11 +71,9 @@ def allocator_name(environment: Mapping[str, str] = os.environ) -> str:
     return MAPPED if is_mapped else name
 
 
-def allocator_factor(
-    method: Method, *, recomputes: bool, environment: Mapping[str, str] = os.environ
-) -> AllocatorFactor:
+def allocator_habit(method: Method, *, recomputes: bool, environment: Mapping[str, str] = os.environ) -> AllocatorHabit:
     """Of this process. One that was not measured gets a wide guess."""
     name = allocator_name(environment)
     if name == "glibc":
-        return AllocatorFactor(name, *_GLIBC[method, recomputes])
-    return AllocatorFactor(name, *_FACTORS.get(name, _UNKNOWN))
+        return AllocatorHabit(name, *_GLIBC[method, recomputes])
+    return AllocatorHabit(name, _SHARES.get(name, _UNKNOWN))

@@ -1,21 +1,22 @@
 """What earlier runs on this machine took beside what had been predicted for them, kept in the user's cache.
 
 A run's self-check adds a line. Later predictions of the same model, on the same device with the same driver and torch,
-widen their interval by these lines and say so; the prediction itself is never corrected by them.
+widen their interval by these lines and say so; the prediction itself is never corrected by them. What the CUDA context
+was measured to take stands in for the catalogue's interval.
 """
 
 import json
 import os
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
 import platformdirs
 
 from fitune.memory.c_allocator import allocator_name
-from fitune.memory.devices import Device
+from fitune.memory.devices import ContextPrior, Device
 from fitune.memory.environment import driver_version
 from fitune.memory.prediction import Interval
 
@@ -35,11 +36,13 @@ class Circumstances:
 
 @dataclass(frozen=True, slots=True)
 class Residual:
-    """What one step reserved (on a CPU: kept resident), and its prediction."""
+    """What one step reserved (on a CPU: kept resident), and its prediction. context_bytes: what the process had on the
+    card besides, None where that cannot be told."""
 
     circumstances: Circumstances
     predicted_bytes: int
     measured_bytes: int
+    context_bytes: int | None = None
 
     @property
     def ratio(self) -> float:
@@ -55,6 +58,17 @@ def circumstances(device: Device, model_source: str) -> Circumstances:
 def read_residuals(wanted: Circumstances) -> tuple[Residual, ...]:
     """Those of earlier runs under the same circumstances, oldest first; damaged lines are passed over."""
     return tuple(residual for residual in _residuals() if residual.circumstances == wanted)
+
+
+def measured_context(here: Circumstances) -> ContextPrior | None:
+    """The CUDA context as earlier runs found it with this device, driver and torch, whatever their model; the latest is
+    the expected one. None where none of them could tell."""
+    found = [
+        residual.context_bytes
+        for residual in _residuals()
+        if residual.context_bytes is not None and replace(residual.circumstances, model=here.model) == here
+    ]
+    return ContextPrior(min(found), found[-1], max(found)) if found else None
 
 
 def add_residual(residual: Residual) -> None:
@@ -100,5 +114,7 @@ def _residuals() -> Iterator[Residual]:
         with suppress(ValueError, TypeError, KeyError):
             content = json.loads(line)
             predicted, measured = int(content["predicted_bytes"]), int(content["measured_bytes"])
+            context = content.get("context_bytes")
             if predicted > 0 and measured > 0:
-                yield Residual(Circumstances(**content["circumstances"]), predicted, measured)
+                kept = Circumstances(**content["circumstances"])
+                yield Residual(kept, predicted, measured, None if context is None else int(context))

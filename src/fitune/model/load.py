@@ -13,11 +13,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from peft import PeftModel
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
@@ -39,6 +38,10 @@ from fitune.model.lora import apply_lora
 from fitune.model.minimind import pth_config, read_pth
 from fitune.model.precision import Precision, device_precision, resolve_precision
 from fitune.model.presets import PRESETS, preset_config
+from fitune.model.quantise import num_weights, quantise, share_tables
+
+if TYPE_CHECKING:
+    from peft import PeftModel  # half a second, needed for adapters only
 
 Kind = Literal["preset", "directory", "gguf", "pth", "hub"]
 
@@ -125,7 +128,7 @@ def load_model(
     precision: Precision | None = None,
     seed: int = 0,
     config: PretrainedConfig | None = None,
-) -> PreTrainedModel | PeftModel:
+) -> "PreTrainedModel | PeftModel":
     """The model that `model` describes on `device`, in training mode, with its adapters where it has any.
 
     On the meta device nothing is read but the configuration: that model is the planner's and the recorder's. precision:
@@ -142,8 +145,11 @@ def load_model(
             built = build_model(config, dtype=precision.parameter_dtype, attention=attention, seed=seed)
     else:
         built = load_weights(model, config, dtype=precision.parameter_dtype, attention=attention)
+    if model.method == "qlora":
+        built = quantise(built)
     built.to(device)
-    adapted = apply_lora(built, model.lora, seed=seed) if model.method == "lora" else built
+    share_tables(built)
+    adapted = built if model.method == "full" else apply_lora(built, model.lora, seed=seed)
     return adapted.train()
 
 
@@ -211,7 +217,7 @@ def load_tokenizer(model: ModelConfig) -> Tokenizer:
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """(all, trainable) parameters, tied ones once."""
-    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    sizes = [(num_weights(parameter), parameter.requires_grad) for parameter in model.parameters()]
     return sum(size for size, _ in sizes), sum(size for size, trainable in sizes if trainable)
 
 

@@ -2,11 +2,9 @@
 
 import warnings
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
-from peft import LoraConfig as PeftLoraConfig
-from peft import PeftModel, get_peft_model
 from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
@@ -14,9 +12,13 @@ from transformers.pytorch_utils import Conv1D
 
 from fitune.config import LoraConfig
 from fitune.errors import ModelError
+from fitune.model.quantise import num_weights
+
+if TYPE_CHECKING:
+    from peft import PeftModel  # half a second, needed for adapters only
 
 
-def apply_lora(model: PreTrainedModel, lora: LoraConfig, *, seed: int = 0) -> PeftModel:
+def apply_lora(model: PreTrainedModel, lora: LoraConfig, *, seed: int = 0) -> "PeftModel":
     """Freeze `model` and add trainable adapters to the layers that `lora.targets` names, on whatever device it is.
 
     Adapters are float32 whatever the model's format. The second factor starts at zero, so the model computes what it
@@ -30,6 +32,9 @@ def apply_lora(model: PreTrainedModel, lora: LoraConfig, *, seed: int = 0) -> Pe
             f"model.lora.targets names {', '.join(unknown)}, which this model does not have: "
             f"choose from {', '.join(names)}, or all-linear"
         )
+    from peft import LoraConfig as PeftLoraConfig
+    from peft import get_peft_model
+
     config = PeftLoraConfig(
         task_type="CAUSAL_LM",
         r=lora.rank,
@@ -42,12 +47,14 @@ def apply_lora(model: PreTrainedModel, lora: LoraConfig, *, seed: int = 0) -> Pe
         warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by names that this one renames
         torch.manual_seed(seed)
         adapted = get_peft_model(model, config)
-    return cast(PeftModel, adapted)
+    return cast("PeftModel", adapted)
 
 
-def load_adapters(model: PreTrainedModel, directory: Path) -> PeftModel:
+def load_adapters(model: PreTrainedModel, directory: Path) -> "PeftModel":
     """`model` with the saved adapters of `directory`, trainable. Raises ModelError where they cannot be read or do not
     fit."""
+    from peft import PeftModel
+
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
@@ -75,7 +82,7 @@ def not_adapted(model: PreTrainedModel) -> str | None:
     """
     linear = (nn.Linear, Conv1D, nn.Embedding)
     bare = [
-        (f"{name.rpartition('.')[2] or type(module).__name__}.{key}", parameter.numel())
+        (f"{name.rpartition('.')[2] or type(module).__name__}.{key}", num_weights(parameter))
         for name, module in model.named_modules()
         if not isinstance(module, linear)
         for key, parameter in module.named_parameters(recurse=False)
@@ -84,5 +91,5 @@ def not_adapted(model: PreTrainedModel) -> str | None:
     if not bare:
         return None
     names = ", ".join(sorted({name for name, _ in bare}))
-    share = sum(size for _, size in bare) / sum(parameter.numel() for parameter in model.parameters())
+    share = sum(size for _, size in bare) / sum(map(num_weights, model.parameters()))
     return f"{names} hold {share:.0%} of the parameters and get no adapter"

@@ -7,10 +7,9 @@ never chosen. What the configuration forces is not varied.
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from fitune.config import BatchConfig, Loss, Precision, Recompute, RunConfig
-from fitune.config.schema import Method
 from fitune.plan.budget import Lengths
 from fitune.plan.plan import Candidate
 
@@ -19,6 +18,8 @@ MOST_MICRO_TOKENS = 65536
 """No card gets faster above; a larger micro-batch is never proposed."""
 RECOMPUTES: tuple[Recompute, ...] = ("off", "every_4", "selective", "every_2", "full")
 """From the fastest and largest to the slowest and smallest, roughly."""
+_LEAST_GROWTH = 1.2
+"""Between two numbers of rows: nearer ones tell nothing new."""
 _GROWTH = 1.4
 """Between two token budgets for rows of different lengths: their heaviest micro-batches differ by so much."""
 
@@ -68,10 +69,8 @@ def proposals(config: RunConfig, choice: Choice, *, float32: bool) -> Iterator[C
         yield replace(choice, optimizer="adafactor", result="different")
     if float32:
         yield replace(choice, precision="autocast_bfloat16", result="close")
-    smaller = {"full": ("lora", "qlora"), "lora": ("qlora",)}.get(config.model.method, ())
-    for method in smaller:
-        if method in get_args(Method):
-            yield replace(choice, method=method, result="different")
+    for method in {"full": ("lora", "qlora"), "lora": ("qlora",)}.get(config.model.method, ()):
+        yield replace(choice, method=method, result="different")
 
 
 def micro_sizes(config: RunConfig, lengths: Lengths) -> list[tuple[int | None, int | None]]:
@@ -87,9 +86,11 @@ def micro_sizes(config: RunConfig, lengths: Lengths) -> list[tuple[int | None, i
         return [(None, batch.micro_tokens)]
     longest = lengths.longest_tokens
     if len(set(lengths.sample_tokens)) == 1:
-        counts = range(1, batch.rows_per_step + 1)
-        rows = sorted({-(-batch.rows_per_step // count) for count in counts})
-        return [(None, count * longest) for count in rows if count == 1 or count * longest <= MOST_MICRO_TOKENS]
+        rows = [1]
+        for size in sorted({-(-batch.rows_per_step // count) for count in range(1, batch.rows_per_step + 1)}):
+            if size >= _LEAST_GROWTH * rows[-1] and size * longest <= MOST_MICRO_TOKENS:
+                rows.append(size)
+        return [(None, size * longest) for size in rows]
     sizes, whole = [longest], 1.5 * lengths.mean_tokens * batch.rows_per_step
     while sizes[-1] < min(whole, MOST_MICRO_TOKENS):
         sizes.append(-(-int(sizes[-1] * _GROWTH) // 64) * 64)
@@ -126,7 +127,7 @@ def settings_of(candidate: Candidate, config: RunConfig) -> list[str]:
     settings = {
         "model.recompute": candidate.recompute if config.model.recompute == "auto" else None,
         "model.method": candidate.method if candidate.method != config.model.method else None,
-        "model.precision": candidate.precision if candidate.precision != config.model.precision else None,
+        "model.precision": candidate.precision if config.model.precision not in ("auto", candidate.precision) else None,
         "loss": candidate.loss if config.loss == "auto" else None,
         "optim.name": candidate.optimizer if candidate.optimizer != config.optim.name else None,
     }

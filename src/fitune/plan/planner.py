@@ -6,6 +6,7 @@ with the fewest changes is chosen, then the smallest micro-batch. What the confi
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from heapq import heappop, heappush
 from typing import Any
 
@@ -56,10 +57,11 @@ class _Search:
     def thorough(self) -> Choice | None:
         fitting = [choice for choice in self.choices if self.fits(choice)]
         chosen = min(fitting, key=self.order, default=None)
-        fastest = min(self.looked_at, key=self.order)
-        forecast = self.looked_at[fastest]
-        slow = forecast.precision == "float32" and self.limits.device.bfloat16_flops_per_second is not None
-        for proposal in proposals(self.config, fastest, float32=slow):
+        smallest = min(self.looked_at, key=lambda choice: self.looked_at[choice].device_bytes)
+        beside = smallest if chosen is None else min(self.looked_at, key=self.order)
+        half_is_fast = self.limits.device.bfloat16_flops_per_second is not None
+        float32 = self.looked_at[beside].precision == "float32" and half_is_fast
+        for proposal in proposals(self.config, beside, float32=float32):
             self.fits(proposal)
         return chosen
 
@@ -72,7 +74,8 @@ class _Search:
             _, number, exact = heappop(waiting)
             choice = self.choices[number]
             if not exact:
-                heappush(waiting, (self.order(choice), number, True))
+                with self.refusing(choice):
+                    heappush(waiting, (self.order(choice), number, True))
             elif self.fits(choice):
                 return choice
         return None
@@ -82,14 +85,19 @@ class _Search:
             return self.looked_at[choice].fits
         if self.on_candidate is not None:
             self.on_candidate(words_of(choice))
-        try:
+        with self.refusing(choice):
             self.looked_at[choice] = self.forecaster.forecast(choice)
+        return choice in self.looked_at and self.looked_at[choice].fits
+
+    @contextmanager
+    def refusing(self, choice: Choice) -> Iterator[None]:
+        """What this model or machine cannot do is no candidate, but for the first, which is the configuration's own."""
+        try:
+            yield
         except (ModelError, ConfigError) as error:
-            if not self.looked_at:  # the configuration's own setting: nothing else will do better
+            if choice.variant == self.choices[0].variant:
                 raise
             self.refused[f"{words_of(choice.variant)}: {error}"] = None
-            return False
-        return self.looked_at[choice].fits
 
     def order(self, choice: Choice, *, bound: bool = False) -> tuple[Any, ...]:
         """Fastest first, then fewest changes, then smallest. Without times: few changes first, then largest."""

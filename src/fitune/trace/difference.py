@@ -48,10 +48,10 @@ class Difference:
         return "\n".join(lines)
 
 
-def first_difference(predicted: MemoryTrace, measured: MemoryTrace, *, first_step: int = 1) -> Difference | None:
-    """Of what happens from step `first_step` on: bytes asked for, in order, and the bytes given back between them.
-    What was allocated before may be in any order. None where there is no difference."""
-    sides = tuple(tuple(_moments(trace, first_step)) for trace in (predicted, measured))
+def first_difference(predicted: MemoryTrace, measured: MemoryTrace) -> Difference | None:
+    """Of what happens in the steps: bytes asked for, in order, and the bytes given back between them. What was there
+    before step 1 may be in any order. None where there is no difference."""
+    sides = tuple(tuple(_moments(trace)) for trace in (predicted, measured))
     for index, (expected, found) in enumerate(zip_longest(*sides)):
         if expected is None or found is None or expected.sizes != found.sizes:
             before, after = _around(sides[0], index), _around(sides[1], index)
@@ -59,15 +59,16 @@ def first_difference(predicted: MemoryTrace, measured: MemoryTrace, *, first_ste
     return None
 
 
-def num_births(trace: MemoryTrace, *, first_step: int = 1) -> int:
-    return sum(event.num_bytes > 0 for event in trace.events if event.step >= first_step)
+def num_births(trace: MemoryTrace) -> int:
+    """In the steps."""
+    return sum(event.num_bytes > 0 for event in trace.events if event.step >= 1)
 
 
-def _moments(trace: MemoryTrace, first_step: int) -> Iterator[Moment]:
+def _moments(trace: MemoryTrace) -> Iterator[Moment]:
     birth: MemoryEvent | None = None
     deaths: list[int] = []
     for event in trace.events:
-        if event.step < first_step or event.num_bytes == 0:
+        if event.step < 1 or event.num_bytes == 0:
             continue
         if event.num_bytes < 0:
             deaths.append(-event.num_bytes)

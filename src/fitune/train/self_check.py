@@ -6,6 +6,7 @@ loaded, where the C library's habits are part of the number. What is found is ke
 (memory/residuals.py).
 """
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -17,6 +18,7 @@ from fitune.data.batches import batches
 from fitune.data.examples import Examples
 from fitune.data.rows import Batch
 from fitune.memory.devices import Device, cpu_device, this_machine
+from fitune.memory.nvml import read_cards
 from fitune.memory.prediction import Prediction
 from fitune.memory.residuals import Circumstances, Residual, add_residual, circumstances
 from fitune.model.device import MemoryPeak, program_bytes
@@ -71,9 +73,20 @@ class SelfCheck:
 
     def keep(self, measured: MemoryPeak) -> None:
         """Adds both sides to the residuals of this machine. measured: as the method of that name gives it."""
-        if self.circumstances is not None and measured.reserved_bytes is not None and measured.reserved_bytes > 0:
-            predicted_bytes = self.predicted.peak_reserved_bytes
-            add_residual(Residual(self.circumstances, predicted_bytes, measured.reserved_bytes))
+        if self.circumstances is None or measured.reserved_bytes is None or measured.reserved_bytes <= 0:
+            return
+        context_bytes = _context_bytes() if self.program_bytes is None else None
+        predicted_bytes = self.predicted.peak_reserved_bytes
+        add_residual(Residual(self.circumstances, predicted_bytes, measured.reserved_bytes, context_bytes))
+
+
+def _context_bytes() -> int | None:
+    """What this process has on its card besides what PyTorch has reserved; None where NVML cannot tell, as in most
+    containers."""
+    for process in (process for card in read_cards() for process in card.processes):
+        if process.pid == os.getpid() and process.used_bytes is not None:
+            return max(process.used_bytes - torch.cuda.memory_reserved(), 0) or None
+    return None
 
 
 def run_device(device: torch.device) -> Device:
