@@ -152,7 +152,7 @@ def rank_correlation(first: list[float], second: list[float]) -> float:
 
 def run(directory: Path, budget: int, measured: list[Measurement], number: int) -> Run:
     """`fitune train` in a process that cannot have more than the budget."""
-    path = directory / "config.json"
+    path = directory / "run.json"
     path.write_text(json.dumps(settings(directory)))
     command = [sys.executable, "-m", "fitune", "train", str(path), f"memory.budget={budget}B", f"run.name=run{number}"]
 

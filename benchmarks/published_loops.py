@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fitune.model.quantise import NF4Linear, quantise, share_tables
+
 Row = dict[str, Any]
 Step = Callable[[], Any]
 Attention = Literal["auto", "flash", "efficient", "math", "eager"]
@@ -471,8 +473,8 @@ def _head(model: Any) -> Any:
 
 
 def _fms(row: Row) -> Expressed | NotExpressed:
-    if row["method"] == "qlora":
-        return NotExpressed("4-bit weights (NF4 or GPTQ): the quantised layers run on a card only")
+    if row["method"] == "qlora" and "NF4" not in row.get("quantization", ""):
+        return NotExpressed("4-bit weights of GPTQ, whose layers are not known here")
     if not isinstance(row["seq"], int):
         return NotExpressed("the lengths of its batches are not published")
     fused = "framework_config=foak" in row["notes"]
@@ -528,10 +530,32 @@ def _fms_model(row: Row) -> Any:
     config._attn_implementation = _attention_with_repeated_heads() if repeats else "sdpa"
     model = model_class._from_config(config, dtype=torch.bfloat16)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
-    if row["method"] == "lora":
+    if row["method"] == "qlora":
+        model = quantise(model)
+        share_tables(model)
+        for module in model.modules():
+            if isinstance(module, NF4Linear):
+                module.register_forward_pre_hook(_bias_as_input)
+                module.register_forward_hook(_output_as_input)
+        if "framework_config=baseline" in row["notes"]:  # peft: prepare_model_for_kbit_training
+            for module in model.modules():
+                if "RMSNorm" in type(module).__name__:
+                    module.float()
+    if row["method"] != "full":
         model.enable_input_require_grads()
         model = _with_lora(model, row["lora"])
     return model
+
+
+def _bias_as_input(module: nn.Module, inputs: tuple[Tensor]) -> None:
+    """bitsandbytes, nn/modules.py, Linear4bit: the bias is kept in the format of the last input."""
+    if module.bias is not None:
+        module.bias.data = module.bias.data.to(inputs[0].dtype)
+
+
+def _output_as_input(_: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+    """The same: the product is computed in 16 bits and returned in the format of the input."""
+    return output.to(inputs[0].dtype)
 
 
 def _attention_with_repeated_heads() -> str:

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 
-from fitune.config import DataConfig, RunConfig, read_config
+from fitune.config import DataConfig, ModelConfig, RunConfig, read_config
 from fitune.data.examples import load_examples
 from fitune.data.rows import Batch, Row
 from fitune.model.device import program_bytes, read_peak, reset_peak
@@ -106,7 +106,6 @@ def dialogue_rows(task: Task) -> list[Row]:
 
 
 def _dialogues() -> list[Row]:
-    config = read_config({"model": {"source": str(smollm2())}, "data": {"train": "none"}}).config
     with TemporaryDirectory() as directory:
         path = Path(directory) / "dialogues.jsonl"
         with path.open("w") as file:
@@ -118,8 +117,14 @@ def _dialogues() -> list[Row]:
                         messages = [{"role": roles[i % 2], "content": text} for i, text in enumerate(texts)]
                         file.write(json.dumps({"messages": messages}) + "\n")
         data = DataConfig(train=str(path), eval_fraction=0)
-        examples = load_examples(data, load_tokenizer(config.model), split="train", eval_max_rows=0)
+        examples = load_examples(
+            data, load_tokenizer(ModelConfig(source=_tokenizer_source())), split="train", eval_max_rows=0
+        )
         return [examples[index] for index in range(len(examples))]
+
+
+def _tokenizer_source() -> str:
+    return str(smollm2())
 
 
 def _package(name: str) -> Path:
@@ -232,9 +237,7 @@ def run_trl(task: Task, rows: Sequence[Row], *, packing: bool = False, **options
             max_grad_norm=1.0, num_train_epochs=1, train_sampling_strategy="sequential", save_strategy="no",
             logging_strategy="no", report_to="none", disable_tqdm=True, packing=packing, **batch, **options,
         )  # fmt: skip
-        tokenizer = load_tokenizer(
-            read_config({"model": {"source": str(smollm2())}, "data": {"train": "none"}}).config.model
-        )
+        tokenizer = load_tokenizer(ModelConfig(source=_tokenizer_source()))
         trainer = Measured(model, arguments, train_dataset=Dataset.from_dict(columns), processing_class=tokenizer,
                            callbacks=[Watch()])  # fmt: skip
         trainer.train()
@@ -247,9 +250,7 @@ TRAINERS: dict[str, Callable[[Task, Sequence[Row]], Outcome]] = {
     "padding to max_length": run_padding,
     "TRL, float32": lambda task, rows: run_trl(task, rows),
     "TRL, recompute off": lambda task, rows: run_trl(task, rows, gradient_checkpointing=False),
-    "TRL, padding-free": lambda task, rows: run_trl(
-        task, rows, name="", gradient_checkpointing=False, padding_free=True
-    ),
+    "TRL, padding-free": lambda task, rows: run_trl(task, rows, gradient_checkpointing=False, padding_free=True),
     "TRL, padding-free, recompute": lambda task, rows: run_trl(task, rows, padding_free=True),
     "TRL, packing": lambda task, rows: run_trl(task, rows, gradient_checkpointing=False, packing=True),
 }

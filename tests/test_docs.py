@@ -10,12 +10,16 @@ import yaml
 import fitune
 from fitune.cli.app import app, main
 from fitune.config import read_config
+from fitune.run.sweep import read_sweep
 from tiny_run import save_tiny_model, write_dialogues
 
 ROOT = Path(__file__).parent.parent
 READMES = [ROOT / "README.md", ROOT / "README_zh.md"]
 PAGES = [*READMES, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-ELSEWHERE = {"fitune demo": "test_demo.py"}  # commands that are too slow for here, and the test that runs them
+ELSEWHERE = {
+    "fitune demo": "test_demo.py",
+    "fitune sweep three.yaml": "test_sweep.py",
+}  # commands that are too slow for here, and the test that runs them
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -77,7 +81,9 @@ def test_every_configuration_is_valid(page: Path) -> None:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").rglob("*.yaml")), ids=page_name)
 def test_every_example_is_valid(path: Path) -> None:
-    assert read_config(path).config.model.tokenizer is not None
+    is_sweep = "sweep" in yaml.safe_load(path.read_text())
+    configs = [entry.config for entry in read_sweep(path).entries] if is_sweep else [read_config(path).config]
+    assert all(config.model.tokenizer is not None or config.model.source.endswith(".gguf") for config in configs)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_name)

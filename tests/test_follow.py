@@ -52,9 +52,15 @@ def test_a_run_that_begins_again_is_read_anew(run: RunDirectory) -> None:
     follower = RunFollower(run)
     follower.read()
     write_lines(run.metrics, [step_metrics(1)])
-    run.events.unlink()
     view = follower.read()
-    assert (len(view.steps), view.evals, view.events) == (1, (), ())
+    assert (len(view.steps), view.evals, len(view.events)) == (1, (), 5)
+
+
+def test_a_file_that_was_removed_is_empty(run: RunDirectory) -> None:
+    follower = RunFollower(run)
+    follower.read()
+    run.events.unlink()
+    assert follower.read().events == ()
 
 
 def test_steps_done_again_after_a_resume_count_once(run: RunDirectory) -> None:

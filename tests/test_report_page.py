@@ -57,6 +57,9 @@ def add_plan(run: Path) -> None:
     }  # fmt: skip
     plan = {"budget_bytes": 22 * GIB, "device": {"total_bytes": 24 * GIB}, "candidates": [candidate], "chosen": 0}
     write_json(RunDirectory(run).plan, plan)
+    living = {"name": "model.layers.3.mlp", "op": "", "category": "activation", "num_bytes": GIB}
+    peak = {"peak_phase": "backward", "categories": candidate["categories"], "modules": [living], "tensors": []}
+    write_json(RunDirectory(run).peak, peak)
     lengths = {"edges": list(range(0, 2049, 64)), "counts": [n % 7 for n in range(32)]}
     padding = {"fixed": 4.0, "shuffled": 1.5, "sorted": 1.03, "packed": 1.0}
     write_json(RunDirectory(run).data, {"max_length": 2048, "lengths": lengths, "train": {"padding": padding}})
@@ -102,7 +105,14 @@ def test_every_picture_of_the_design_is_there(whole: Path) -> None:
     keys = {picture.key.partition("-")[0] for picture in pictures(compare([whole]))}
     assert keys == {"loss", "memory", "predicted", "microscope", "pareto", "lengths", "noise"}
     text = whole.read_text()
-    for words in ("Settings that differ", "Advice", "Events", "are the same run", "fitune train "):
+    for words in (
+        "Settings that differ",
+        "Advice",
+        "Events",
+        "are the same run",
+        "fitune train ",
+        "model.layers.3.mlp",
+    ):
         assert words in text
 
 

@@ -1,16 +1,33 @@
 """A run that is stopped anywhere goes on as if it had not been: the same bits, and logs without gap or repetition."""
 
 import json
+import math
+import random
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from fitune.cli.app import main
 from fitune.cli.progress import TrainingProgress
-from fitune.run.directory import RunDirectory
-from fitune.run.journal import read_journal
-from fitune.run.metrics import StepMetrics, read_summary
+from fitune.model.device import MemoryPeak
+from fitune.model.tensor_file import write_tensors
+from fitune.run.directory import RunDirectory, create_run, read_run, working_on
+from fitune.run.journal import CHAIN_START, StepRecord, append_step, read_journal
+from fitune.run.metrics import StepMetrics, read_events, read_metrics, read_summary
+from fitune.train import checkpoint as checkpoint_module
+from fitune.train.checkpoint import newest_checkpoint
+from fitune.train.state import RunState
+from tiny_models import TINY_QWEN3
 from tiny_run import save_tiny_model, write_config, write_dialogues
 
 RUN, UNDISTURBED = RunDirectory(Path("runs/run")), RunDirectory(Path("runs/undisturbed"))
@@ -22,23 +39,45 @@ class Killed(BaseException):
     """Stands for the end of the process: nothing of ours catches it."""
 
 
+@pytest.fixture(autouse=True, scope="module")
+def without_prediction() -> Iterator[None]:
+    """It takes most of the time of so small a run and has nothing to do with going on."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("fitune.train.prepare.predict_second_step", None)
+        yield
+
+
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("tiny_run")
+    """A directory with tiny/, sft.jsonl, sft.yaml, a run that was left alone and one that died in step 5."""
+    directory = tmp_path_factory.mktemp("shared")
     save_tiny_model(directory / "tiny")
+    write_dialogues(directory / "sft.jsonl")
+    write_config(directory / "sft.yaml", {"train": {"steps": STEPS, "save_every": 2, "eval_every": 3}})
+    with pytest.MonkeyPatch.context() as patched:
+        patched.chdir(directory)
+        patched.setenv("FITUNE_CACHE", str(directory / "cache"))
+        train("sft.yaml", "run.name=undisturbed")
+        train_until(5, "sft.yaml", monkeypatch=patched)
     return directory
 
 
 @pytest.fixture(autouse=True)
 def place(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A directory with tiny/, sft.jsonl and sft.yaml, which is the current one."""
+    """The current directory: as `shared`, without the run that died."""
     monkeypatch.setenv("FITUNE_CACHE", str(shared / "cache"))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tiny").symlink_to(shared / "tiny")
-    write_dialogues(tmp_path / "sft.jsonl")
-    train = {"steps": STEPS, "save_every": 2, "eval_every": 3}
-    write_config(tmp_path / "sft.yaml", {"train": train})
+    for name in ("sft.jsonl", "sft.yaml"):
+        shutil.copy2(shared / name, name)  # with its time, by which the cache knows it
+    shutil.copytree(shared / UNDISTURBED.path, UNDISTURBED.path)
     return tmp_path
+
+
+@pytest.fixture
+def crashed(shared: Path, place: Path) -> None:
+    """runs/run died in step 5, after the checkpoint of step 4."""
+    shutil.copytree(shared / RUN.path, RUN.path)
 
 
 def train(*arguments: str, exit_code: int = 0) -> None:
@@ -106,10 +145,464 @@ KINDS = {
 def test_a_resumed_run_is_the_undisturbed_one_bit_for_bit(
     kind: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    train("sft.yaml", "run.name=undisturbed", *kind)
+    if kind:
+        train("sft.yaml", "run.name=undisturbed", "--overwrite", *kind)
     train_until(5, "sft.yaml", *kind, monkeypatch=monkeypatch)
     train("--resume", "runs/run")
     if "data.eval_fraction=0" in kind:
         assert weights(RUN) == weights(UNDISTURBED)
     else:
         assert_same()
+
+
+@pytest.mark.parametrize("step", range(1, STEPS + 1))
+def test_it_does_not_matter_in_which_step_a_run_died(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    train_until(step, "sft.yaml", monkeypatch=monkeypatch)
+    train("--resume", "runs/run")
+    assert_same()
+
+
+def test_a_run_may_die_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    train_until(3, "sft.yaml", monkeypatch=monkeypatch)
+    for step in (4, 6, 9):
+        train_until(step, "--resume", "runs/run", monkeypatch=monkeypatch)
+    train("--resume", "latest", "--output", "runs")
+    assert_same()
+    resumed = [event.message for event in read_events(RUN.events) if event.kind == "resume"]
+    assert resumed == [f"goes on after step {step}" for step in (2, 2, 4, 8)]
+
+
+def test_a_run_that_finished_stays_as_it_is() -> None:
+    train("sft.yaml")
+    train("--resume", "runs/run")
+    assert_same()
+
+
+def test_a_run_that_was_stopped_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patched:
+        interrupt_at(5, 1, patched)
+        train("sft.yaml", exit_code=130)
+    train("--resume", "runs/run")
+    assert_same()
+
+
+def interrupt_at(step: int, times: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(self: TrainingProgress, metrics: StepMetrics, *, progress: float) -> None:
+        for _ in range(times if metrics.step == step else 0):
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(TrainingProgress, "step", interrupt)
+
+
+def test_a_second_control_c_ends_at_once_and_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupt_at(5, 2, monkeypatch)
+    train("sft.yaml", exit_code=130)
+    assert read_run(RUN.path).state == "stopped"
+    assert [event.message for event in read_events(RUN.events) if event.kind == "stopped"] == [
+        "interrupted at once, without saving"
+    ]
+    assert newest_step() == 4
+
+
+def newest_step() -> int:
+    found, _ = newest_checkpoint(RUN)
+    assert found is not None
+    return found.state.step
+
+
+def test_a_signal_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    interrupt_at(5, 1, monkeypatch)
+    assert "fitune train --resume runs/run goes on" in error_of(capsys, "sft.yaml", exit_code=130)
+
+
+# --- what may change ---------------------------------------------------------------------------------------------
+
+
+def test_another_micro_batch_is_the_same_run_to_1e_5(crashed: None) -> None:
+    train("--resume", "runs/run", "batch.micro=3")
+    summary, expected = read_summary(RUN.summary), read_summary(UNDISTURBED.summary)
+    assert summary.eval_loss == pytest.approx(expected.eval_loss, rel=1e-5)
+    assert [line["step"] for line in log(RUN)] == [line["step"] for line in log(UNDISTURBED)]
+    notes = [event.message for event in read_events(RUN.events) if event.kind == "resume"]
+    assert notes[1] == "goes on to 1e-5, not bit for bit: batch.micro none -> 3; batch.micro_tokens 1024 -> none"
+
+
+CHANGES = {
+    "batch.effective": ("batch.effective=4", "batch.effective 8 -> 4"),
+    "optim.lr": ("optim.lr=0.02", "optim.lr 0.01 -> 0.02"),
+    "train.seed": ("train.seed=1", "train.seed 0 -> 1"),
+    "train.steps": ("train.steps=20", "train.steps 9 -> 20"),
+    "data.train": ("data.max_rows=50", "data.train "),
+}
+
+
+@pytest.mark.parametrize(("key", "change"), CHANGES.items(), ids=CHANGES)
+def test_what_makes_another_run_is_refused_with_the_difference_until_it_is_declared(
+    key: str, change: tuple[str, str], capsys: pytest.CaptureFixture[str], crashed: None
+) -> None:
+    before = {path: path.read_bytes() for path in RUN.path.rglob("*") if path.is_file() and path != RUN.lock}
+    error = error_of(capsys, "--resume", "runs/run", change[0])
+    assert f"--allow-change {key}" in error
+    assert f"\n  {change[1]}" in error
+    assert {path: path.read_bytes() for path in before} == before
+    allowed = [f"--allow-change={name}" for name in CHANGES if f"--allow-change {name}" in error]
+    more = ["--allow-change=data.eval"] if "--allow-change data.eval" in error else []
+    train("--resume", "runs/run", change[0], *allowed, *more)
+    assert read_run(RUN.path).state == "finished"
+    assert any(change[1] in event.message for event in read_events(RUN.events))
+
+
+def test_a_change_that_was_declared_and_did_not_happen_is_noticed(
+    capsys: pytest.CaptureFixture[str], crashed: None
+) -> None:
+    assert "has not changed" in error_of(capsys, "--resume", "runs/run", "--allow-change=optim.lr")
+
+
+@pytest.mark.parametrize("change", ["optim.name=sgd", "model.method=lora", "model.source=other"])
+def test_a_change_that_the_saved_tensors_cannot_follow_needs_a_new_run(
+    change: str, capsys: pytest.CaptureFixture[str], crashed: None
+) -> None:
+    save_tiny_model(Path("other"), TINY_QWEN3)
+    assert "start a new run with model.source" in error_of(capsys, "--resume", "runs/run", change)
+
+
+def test_a_run_goes_on_elsewhere_with_its_data_and_model_under_other_names(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train("sft.yaml", "run.name=undisturbed", "--overwrite", "model.method=lora")
+    train_until(5, "sft.yaml", "model.method=lora", monkeypatch=monkeypatch)
+    shutil.copytree("tiny", "moved/model")
+    shutil.move("sft.jsonl", "moved/rows.jsonl")
+    (place / "tiny").unlink()
+    shutil.move("runs/run", "moved/run")
+    train("--resume", "moved/run", "model.source=moved/model", "data.train=moved/rows.jsonl")
+    assert_same(RunDirectory(Path("moved/run")))
+
+
+def test_the_identity_names_no_path_device_or_version(place: Path, crashed: None) -> None:
+    found, _ = newest_checkpoint(RUN)
+    assert found is not None
+    text = json.dumps(found.identity)
+    assert not [word for word in (str(place), "tiny", "sft.jsonl", "cpu", torch.__version__) if word in text]
+
+
+def test_another_model_of_the_same_shape_is_another_run_under_adapters(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train_until(5, "sft.yaml", "model.method=lora", monkeypatch=monkeypatch)
+    shutil.copytree("tiny", "other")
+    tensors = load_file("other/model.safetensors")
+    save_file({name: tensor + 0.01 for name, tensor in tensors.items()}, "other/model.safetensors", {"format": "pt"})
+    assert "do not fit (model " in error_of(capsys, "--resume", "runs/run", "model.source=other")
+
+
+# --- damage ------------------------------------------------------------------------------------------------------
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(bytes(content))
+
+
+FILES = ["model/model.safetensors", "optimizer.safetensors", "state.json", "manifest.json", "model/config.json"]
+
+
+@pytest.mark.parametrize("damage", [cut, flip, Path.unlink], ids=["cut", "flipped", "missing"])
+@pytest.mark.parametrize("name", FILES)
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
+    name: str, damage: Callable[[Path], None], crashed: None
+) -> None:
+    path = RUN.checkpoints / "step-00000004" / name
+    unlink_and_write(path)
+    damage(path)
+    found, faults = newest_checkpoint(RUN)
+    assert found is not None
+    assert found.state.step == 3
+    assert len(faults) == 1
+    assert "step-00000004 is damaged" in faults[0]
+
+
+def unlink_and_write(path: Path) -> None:
+    """Its links in last/ and best/ stay as they are."""
+    content = path.read_bytes()
+    path.unlink()
+    path.write_bytes(content)
+
+
+def test_after_damage_the_result_is_the_same_and_the_damage_is_said(crashed: None) -> None:
+    cut(RUN.checkpoints / "step-00000004" / "optimizer.safetensors")
+    train("--resume", "runs/run")
+    assert_same()
+    notes = [event.message for event in read_events(RUN.events) if event.kind == "resume"]
+    assert "optimizer.safetensors has" in notes[0]
+    assert notes[1] == "goes on after step 3"
+
+
+def test_a_run_without_any_whole_checkpoint_is_refused_and_left_alone(
+    capsys: pytest.CaptureFixture[str], crashed: None
+) -> None:
+    for path in RUN.checkpoints.iterdir():
+        cut(path / "state.json")
+    metrics = RUN.metrics.read_bytes()
+    error = error_of(capsys, "--resume", "runs/run")
+    assert "no checkpoint of runs/run is whole" in error
+    assert error.count("is damaged") == 2
+    assert RUN.metrics.read_bytes() == metrics
+
+
+def test_a_log_that_has_lost_lines_is_said(crashed: None) -> None:
+    lines = RUN.metrics.read_bytes().splitlines(keepends=True)
+    RUN.metrics.write_bytes(b"".join(lines[:2]))
+    train("--resume", "runs/run")
+    notes = [event.message for event in read_events(RUN.events) if event.kind == "resume"]
+    assert "metrics.jsonl has lost" in notes[-1]
+
+
+def test_a_journal_that_was_changed_is_said(crashed: None) -> None:
+    flip(RUN.journal)
+    train("--resume", "runs/run")
+    notes = [event.message for event in read_events(RUN.events) if event.kind == "resume"]
+    assert "journal.jsonl" in notes[-1]
+
+
+# --- the directory -----------------------------------------------------------------------------------------------
+
+
+def test_the_last_two_checkpoints_and_the_best_one_are_kept() -> None:
+    train("sft.yaml", "optim.lr=1.0", "optim.warmup=0.9", "train.save_every=1", "train.eval_every=1")
+    summary, evals = read_summary(RUN.summary), read_metrics(RUN.metrics).evals
+    best = next(line.step for line in evals if line.eval_loss == summary.best_eval_loss)
+    assert best < STEPS - 2
+    assert sorted(path.name for path in RUN.checkpoints.iterdir()) == [
+        f"step-{step:08d}" for step in (best, STEPS - 1, STEPS)
+    ]
+
+
+def test_last_and_best_are_no_second_copy() -> None:
+    train("sft.yaml")
+    inodes = {(directory / "model.safetensors").stat().st_ino for directory in (RUN.last, RUN.best)}
+    assert inodes == {(RUN.checkpoints / f"step-{STEPS:08d}/model/model.safetensors").stat().st_ino}
+
+
+def test_weights_have_the_mode_of_other_files() -> None:
+    train("sft.yaml")
+    assert (RUN.last / "model.safetensors").stat().st_mode == RUN.metrics.stat().st_mode
+
+
+def test_adapters_are_saved_without_the_model_below_them() -> None:
+    train("sft.yaml", "model.method=lora")
+    saved = load_file(RUN.checkpoints / f"step-{STEPS:08d}" / "weights.safetensors")
+    assert all(".lora_" in name for name in saved)
+
+
+def test_a_run_at_work_is_not_resumed_by_a_second_process(capsys: pytest.CaptureFixture[str], crashed: None) -> None:
+    with working_on(RUN):
+        assert "is being worked on" in error_of(capsys, "--resume", "runs/run")
+
+
+def test_a_run_that_died_before_its_first_save_starts_from_the_beginning(monkeypatch: pytest.MonkeyPatch) -> None:
+    train_until(1, "sft.yaml", monkeypatch=monkeypatch)
+    assert newest_checkpoint(RUN) == (None, [])
+    train("--resume", "runs/run")
+    assert_same()
+
+
+def test_a_run_that_died_before_it_began_is_started_again_as_it_was() -> None:
+    create_run(Path("runs"), "run")
+    train("--resume", "runs/run", exit_code=2)
+    train("sft.yaml")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--resume", "latest"), "there are no runs in runs"),
+        (("--resume", "tiny"), "is not the directory of a run"),
+        (("--resume", "a", "--replay", "b"), "exclude each other"),
+        (("--resume", "a", "--overwrite"), "begins a run anew"),
+        (("sft.yaml", "--allow-change=optim.lr"), "--allow-change is for --resume"),
+    ],
+)
+def test_what_cannot_be_resumed_is_said(
+    arguments: tuple[str, ...], message: str, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (place / "runs").mkdir()
+    assert message in error_of(capsys, *arguments)
+
+
+def test_a_run_has_its_configuration_already(capsys: pytest.CaptureFixture[str], crashed: None) -> None:
+    assert "the run has its configuration" in error_of(capsys, "sft.yaml", "--resume", "runs/run")
+
+
+# --- saving beside the step --------------------------------------------------------------------------------------
+
+
+def test_the_update_waits_until_the_tensors_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+
+    def slowly(path: Path, tensors: Mapping[str, torch.Tensor]) -> str:
+        time.sleep(0.05)
+        return write_tensors(path, tensors)
+
+    monkeypatch.setattr(checkpoint_module, "write_tensors", slowly)
+    train("sft.yaml")
+    assert_same()
+    hashes = {run: (run.checkpoints / "step-00000008/manifest.json").read_text() for run in (RUN, UNDISTURBED)}
+    files = {run: json.loads(text)["files"] for run, text in hashes.items()}
+    assert all(files[RUN][name] == files[UNDISTURBED][name] for name in files[RUN] if name.endswith(".safetensors"))
+
+
+def test_a_save_that_fails_is_said_and_the_run_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    fail_at({4}, monkeypatch)
+    train("sft.yaml")
+    assert weights(RUN) == weights(UNDISTURBED)
+    failed = [event.message for event in read_events(RUN.events) if event.kind == "save_failed"]
+    assert failed == ["warning: step 4 could not be saved: No space left on device; the run goes on"]
+    assert not list(RUN.checkpoints.glob(".*"))
+
+
+def fail_at(steps: set[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(path: Path, tensors: Mapping[str, torch.Tensor]) -> str:
+        if any(f"step-{step:08d}" in str(path) for step in steps):
+            path.write_bytes(b"half")
+            raise OSError("No space left on device")
+        return write_tensors(path, tensors)
+
+    monkeypatch.setattr(checkpoint_module, "write_tensors", fail)
+
+
+def test_a_last_save_that_fails_ends_the_run_with_what_is_whole(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with monkeypatch.context() as patched:
+        fail_at({STEPS}, patched)
+        error = error_of(capsys, "sft.yaml")
+    assert f"step {STEPS} could not be saved" in error
+    assert "the checkpoint before it is whole" in error
+    assert newest_step() == 8
+    train("--resume", "runs/run")
+    assert_same()
+
+
+def test_a_disk_that_fills_up_leaves_the_last_good_checkpoint(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A checkpoint of this model has 0.2 MiB; the disk has room for some of them until another file takes it."""
+    disk = place / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", disk]
+    if subprocess.run(command, capture_output=True, check=False).returncode != 0:
+        pytest.skip("mounting a small disk is not allowed here")
+    run = RunDirectory(disk / "run")
+    try:
+
+        def fill(self: TrainingProgress, metrics: StepMetrics, *, progress: float) -> None:
+            if metrics.step == 5:
+                (disk / "filler").write_bytes(bytes(3 * 2**20))
+
+        with monkeypatch.context() as patched:
+            patched.setattr(TrainingProgress, "step", fill)
+            error = error_of(capsys, "sft.yaml", f"run.output={disk}")
+        assert "has no space for" in error
+        found, faults = newest_checkpoint(run)
+        assert found is not None
+        assert (found.state.step, faults) == (4, [])
+        (disk / "filler").unlink()
+        train("--resume", str(run.path))
+        assert_same(run)
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_a_directory_that_becomes_read_only_ends_the_run_in_one_sentence(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (place / "empty").mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "ro", "tmpfs"]
+    if subprocess.run([*command, place / "empty"], capture_output=True, check=False).returncode != 0:
+        pytest.skip("mounting a disk is not allowed here")
+    subprocess.run(["umount", place / "empty"], check=True)
+
+    def protect(self: TrainingProgress, metrics: StepMetrics, *, progress: float) -> None:
+        if metrics.step == 5:
+            subprocess.run([*command, RUN.checkpoints], check=True)
+
+    monkeypatch.setattr(TrainingProgress, "step", protect)
+    try:
+        error = error_of(capsys, "sft.yaml")
+    finally:
+        subprocess.run(["umount", RUN.checkpoints], check=True)
+    assert "Read-only file system" in error
+    assert newest_step() == 4
+
+
+# --- replay ------------------------------------------------------------------------------------------------------
+
+
+def test_a_replay_does_the_same_steps_bit_for_bit(capsys: pytest.CaptureFixture[str]) -> None:
+    train("sft.yaml", "batch.micro=3")
+    train("--replay", "runs/run")
+    assert "9 steps, each bit for bit" in capsys.readouterr().err
+    again = RunDirectory(Path("runs/run-replay-0001"))
+    assert weights(again) == weights(RUN)
+    assert read_journal(again.journal)[-1].hash == read_journal(RUN.journal)[-1].hash
+
+
+def rewrite_journal(change: Callable[[StepRecord], StepRecord]) -> None:
+    """With a chain that is right."""
+    lines = read_journal(RUN.journal)
+    RUN.journal.unlink()
+    link = CHAIN_START
+    for line in lines:
+        values = {name: getattr(line, name) for name in StepRecord.__dataclass_fields__}
+        link = append_step(RUN.journal, link, change(StepRecord(**values)), seconds=line.seconds)
+
+
+def test_a_replay_takes_the_splits_of_the_journal() -> None:
+    train("sft.yaml", "optim.lr=1e-9", "batch.micro=3")
+    lines = read_journal(RUN.journal)
+    config = RUN.config.read_text()
+    RUN.config.write_text(config.replace("micro: 3", "micro: 2"))
+    train("--replay", "runs/run")
+    assert [line.plan for line in read_journal(Path("runs/run-replay-0001/journal.jsonl"))] == [
+        line.plan for line in lines
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("loss_sum", 1.0), ("grad_norm", 1.0), ("lr", 1e-9), ("plan", ((1, 2), (3,)))]
+)
+def test_a_replay_that_differs_says_where(name: str, value: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    train("sft.yaml")
+    rewrite_journal(lambda record: replace(record, **{name: value}) if record.step == 5 else record)
+    error = error_of(capsys, "--replay", "runs/run", exit_code=1)
+    assert "the replay differs from runs/run at step 5" in error
+    assert f"  {name} " in error
+
+
+def test_a_journal_that_was_tampered_with_is_not_replayed(capsys: pytest.CaptureFixture[str]) -> None:
+    train("sft.yaml")
+    RUN.journal.write_text(RUN.journal.read_text().replace('"updated": true', '"updated": false', 1))
+    assert "does not follow from the line before it" in error_of(capsys, "--replay", "runs/run")
+
+
+# --- the pieces --------------------------------------------------------------------------------------------------
+
+
+def test_a_state_reads_back_as_it_was() -> None:
+    state = RunState(step=3, train_loss=math.inf, eval_loss=0.1 + 0.2, peak=MemoryPeak(device_bytes=5), seconds=1.5)
+    content = json.loads(json.dumps(checkpoint_module.state_json(state), allow_nan=False))
+    assert checkpoint_module.read_state(content) == state
+
+
+def test_random_numbers_go_on_where_they_were() -> None:
+    device = torch.device("cpu")
+    checkpoint_module.seed_everything(3)
+    saved = json.loads(json.dumps(checkpoint_module.random_state(device)))
+    drawn = [(torch.rand(1).item(), random.random(), np.random.rand()) for _ in range(2)]
+    checkpoint_module.set_random_state(saved, device)
+    assert [(torch.rand(1).item(), random.random(), np.random.rand()) for _ in range(2)] == drawn

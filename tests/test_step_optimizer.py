@@ -10,6 +10,7 @@ from torch import nn
 from fitune.config import OptimConfig
 from fitune.errors import ConfigError
 from fitune.step.optimizer import HostAdamW, build_optimizer, set_lr
+from fitune.step.optimizer_state import create_state
 
 CPU, CARD = torch.device("cpu"), torch.device("cuda")
 
@@ -47,6 +48,18 @@ def test_the_state_on_the_host_is_saved_and_loaded(model: nn.Module) -> None:
     continued.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     for ours, theirs in zip(train(model, optimizer), train(other, continued), strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_the_state_is_found_at_the_parameters_and_made_beforehand(model: nn.Module) -> None:
+    optimizer = build_optimizer(model, OptimConfig(name="adamw_host"), lr=0.01, device=CARD)
+    before = [parameter.clone() for parameter in model.parameters()]
+    assert create_state(optimizer)
+    assert {name for parameter in model.parameters() for name in optimizer.state[parameter]} == {
+        "step",
+        "exp_avg",
+        "exp_avg_sq",
+    }
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
 def test_parameters_written_between_steps_count(model: nn.Module) -> None:

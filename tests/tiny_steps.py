@@ -70,3 +70,15 @@ def settings_for(model: nn.Module, loss: str, clip: float = 0.0) -> StepSettings
 
 def distance(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).norm() / b.norm())
+
+
+def labelled(*rows: tuple[int, int]) -> dict[str, torch.Tensor]:
+    """Padded rows of (tokens, targets), as transformers takes them."""
+    width = max(length for length, _ in rows)
+    ids, labels = torch.zeros((len(rows), width), dtype=torch.int64), torch.full((len(rows), width), -100)
+    mask = torch.zeros((len(rows), width), dtype=torch.int64)
+    for place, (length, num_targets) in enumerate(rows):
+        ids[place, :length] = torch.arange(1, length + 1)
+        mask[place, :length] = 1
+        labels[place, length - num_targets : length] = ids[place, length - num_targets : length]
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}

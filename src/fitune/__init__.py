@@ -5,6 +5,7 @@
     fitune.train(config)                       the whole run
     fitune.compare(runs)                       runs side by side               (report/compare.py)
     fitune.predict_loop(build, loop)           the same prediction for a loop that is not ours
+    fitune.SafeStep(model, optimizer)          a step of such a loop that running out of memory does not end
 
 A config is a mapping, the path of a YAML file or a RunConfig. Nothing heavy is imported before one of these is called.
 """
@@ -56,9 +57,16 @@ def _plan(config: "RunConfig | Mapping[str, Any] | Path | str", *, gpu: str | No
 
 _VERBS: dict[str, Callable[..., Any]] = {"train": _train, "plan": _plan}
 
+_ELSEWHERE = {
+    "predict": "fitune.plan.predict",
+    "compare": "fitune.report.compare",
+    "SafeStep": "fitune.train.plain_loop",
+}
+
 if TYPE_CHECKING:
     from fitune.plan.predict import predict as predict
     from fitune.report.compare import compare as compare
+    from fitune.train.plain_loop import SafeStep as SafeStep
 
     plan = _plan
     train = _train
@@ -67,10 +75,8 @@ else:
     def __getattr__(name: str) -> Any:
         if name in _VERBS:
             return importlib.import_module(f"fitune.{name}")
-        if name == "predict":
-            return importlib.import_module("fitune.plan.predict").predict
-        if name == "compare":
-            return importlib.import_module("fitune.report.compare").compare
+        if name in _ELSEWHERE:
+            return getattr(importlib.import_module(_ELSEWHERE[name]), name)
         raise AttributeError(f"module 'fitune' has no attribute '{name}'")
 
 

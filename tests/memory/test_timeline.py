@@ -3,8 +3,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fitune.errors import UsageError
-from fitune.memory.timeline import CATEGORIES, timeline
-from fitune.trace.events import Category, MemoryEvent, MemoryTrace, Phase
+from fitune.memory.timeline import timeline
+from fitune.trace.events import CATEGORIES, Category, MemoryEvent, MemoryTrace, Phase
 
 
 def event(

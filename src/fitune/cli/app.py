@@ -38,7 +38,7 @@ app.command(
 app.command(
     "fitune.cli.plan:plan",
     usage="fitune plan [CONFIG] [KEY.SUB=VALUE...] [OPTIONS]",
-    help="Predicted memory of each setting; the largest micro-batch that fits.",
+    help="Predicted memory and time of each setting; the fastest that fits, and why not the others.",
     sort_key=3,
 )
 app.command(

@@ -1,6 +1,7 @@
 """`fitune sweep`: several configurations one after another, each in its own process, then compared."""
 
 import multiprocessing
+import os
 import signal
 import subprocess
 import sys
@@ -110,8 +111,10 @@ def _run(found: Sweep, entry: Entry, states: States) -> None:
         write_states(found.directory, states)
         return
     command = [sys.executable, "-m", "fitune", "train", *_arguments(found, entry, run)]
+    here = str(Path(__file__).parents[2])  # the run is done by this fitune, also where it is not installed
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))}
     with _left_to_the_child():
-        code = subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode
+        code = subprocess.run(command, stdout=subprocess.DEVNULL, env=environment, check=False).returncode
     if code == 0 and state["plan"] is not None and not run.plan.exists():
         write_json(run.plan, state["plan"])
     states[entry.name] |= {"state": "finished" if code == 0 else "failed", "exit_code": code}

@@ -98,6 +98,7 @@ def run_training(
     settings = None if replayed is None else _settings(replayed)
     prepared = _prepare(config, progress, plan_check=plan_check, settings=settings)
     from fitune.data.examples import data_json
+    from fitune.memory.prediction import peak_json
     from fitune.train.checkpoint import check_disk
     from fitune.train.resume import read_replay
 
@@ -113,6 +114,8 @@ def run_training(
         write_atomically(run.config, format_config(resolved))
         write_json(run.env, environment(config.run.output))
         write_json(run.data, data_json(prepared.data.train, prepared.data.eval))
+        if prepared.self_check is not None:
+            write_json(run.peak, peak_json(prepared.self_check.predicted))
         if prepared.plan is not None:
             write_json(run.plan, {"schema": SCHEMA, **plan_json(prepared.plan), "settings": prepared.settings})
         summary = _train(config, prepared, run, progress=progress, replay=replay)

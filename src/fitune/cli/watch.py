@@ -89,30 +89,16 @@ def _live(follower: RunFollower, console: Console) -> None:
     with Live(console=console, screen=True, auto_refresh=False) as live, _keys() as pressed:
         try:
             while not _is_over(view):
-                _refresh(view, console, live)
-                if _wait(view, console, live, pressed):
-                    return
+                text = _shown(view, console, height=console.height - 1)
+                live.update(Text("\n").join([text, Text(say("q leaves; the run goes on"), style="dim")]), refresh=True)
+                due = time.monotonic() + REFRESH_SECONDS
+                while time.monotonic() < due:
+                    if pressed() in ("q", "Q"):
+                        return
                 view = follower.read()
         except KeyboardInterrupt:
             return
     console.print(_shown(view, console, height=None), soft_wrap=True)
-
-
-def _wait(view: RunView, console: Console, live: Live, pressed: Callable[[], str]) -> bool:
-    """Until the next reading is due; True where a key says to leave. A changed size is followed at once."""
-    due, size = time.monotonic() + REFRESH_SECONDS, console.size
-    while time.monotonic() < due:
-        if pressed() in ("q", "Q"):
-            return True
-        if console.size != size:
-            size = console.size
-            _refresh(view, console, live)
-    return False
-
-
-def _refresh(view: RunView, console: Console, live: Live) -> None:
-    text = _shown(view, console, height=console.height - 1)
-    live.update(Text("\n").join([text, Text(say("q leaves; the run goes on"), style="dim")]), refresh=True)
 
 
 def _print_json_lines(follower: RunFollower, *, once: bool) -> None:

@@ -49,13 +49,17 @@ Fraction = Annotated[Float, Field(ge=0, le=1)]
 BelowOne = Annotated[Float, Field(ge=0, lt=1)]
 PathText = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
 
-Method = Literal["full", "lora"]
+Method = Literal["full", "lora", "qlora"]
 Precision = Literal["float32", "bfloat16", "autocast_bfloat16", "autocast_float16"]
 Attention = Literal["flash", "efficient", "math", "eager"]
 Recompute = Literal["off", "every_2", "every_4", "selective", "full"]
 Loss = Literal["full", "chunked"]
 Tracker = Literal["tensorboard", "trackio", "wandb", "mlflow", "swanlab"]
 OptimizerName = Literal["adamw", "adamw_foreach", "adamw_host", "adamw_8bit", "adamw_8bit_paged", "adafactor", "sgd"]
+
+
+Scaling = Literal["none", "sqrt_gain", "sqrt", "linear"]
+BatchMode = Literal["advise", "anneal", "follow", "hold"]
 
 
 class Section(BaseModel):
@@ -202,6 +206,9 @@ class OptimConfig(Section):
     warmup: Fraction = Field(0.03, description="share of the run's tokens over which the rate rises")
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
     final_lr_fraction: Fraction = Field(0.0, description="the rate at the end of the schedule, as a share of lr")
+    scaling: Scaling = Field("none", description="how the rate is carried from reference_batch to batch.effective")
+    reference_batch: Positive | None = Field(None, description="rows of the batch that lr was chosen for")
+    noise_scale: PositiveFloat | None = Field(None, description="measured noise scale in rows, for sqrt_gain")
 
 
 class MemoryConfig(Section):
@@ -226,6 +233,7 @@ class TrainConfig(Section):
     stop_after: Annotated[str, AfterValidator(_duration)] | None = Field(
         None, description="save and stop after this time: 11h, 90m"
     )
+    batch_mode: BatchMode = Field("advise", description="when the effective batch grows by itself; advise: never")
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:
@@ -288,9 +296,29 @@ class RunConfig(Section):
             )
         if self.optim.schedule == "constant" and self.optim.final_lr_fraction != 0:
             faults.append("optim.final_lr_fraction has no effect while optim.schedule is constant: drop one of them")
+        faults += self._scaling_without_effect()
+        if self.train.batch_mode != "advise" and self.train.steps is not None:
+            faults.append(
+                f"train.batch_mode {self.train.batch_mode} makes steps larger, so train.steps says nothing of the "
+                "run's length: give train.epochs or train.tokens"
+            )
+        if self.train.batch_mode == "anneal" and self.optim.schedule == "constant":
+            faults.append("train.batch_mode anneal has no effect while optim.schedule is constant: drop one of them")
         if faults:
             raise ValueError("\n".join(faults))
         return self
+
+    def _scaling_without_effect(self) -> list[str]:
+        optim = self.optim
+        if optim.scaling == "none":
+            given = [key for key in ("reference_batch", "noise_scale") if getattr(optim, key) is not None]
+            return [f"optim.{key} has no effect while optim.scaling is none: set it to sqrt_gain" for key in given]
+        faults = []
+        if optim.reference_batch is None:
+            faults.append(f"optim.scaling {optim.scaling} needs optim.reference_batch, the rows that lr was chosen for")
+        if optim.noise_scale is not None and optim.scaling != "sqrt_gain":
+            faults.append(f"optim.noise_scale has no effect while optim.scaling is {optim.scaling}: drop one of them")
+        return faults
 
 
 def _sources(value: str | tuple[DataSource, ...]) -> tuple[DataSource, ...]:

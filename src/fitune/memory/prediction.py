@@ -1,12 +1,13 @@
 """What a trace will take on a card: allocated and reserved by PyTorch, used on the device, and whether it fits."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from fitune.memory.devices import Device
-from fitune.memory.replay import FailedAllocation, ReplaySettings
+from fitune.memory.replay import FailedAllocation, ReplayResult, ReplaySettings
 from fitune.memory.replay import replay as replay_trace
-from fitune.memory.timeline import Living, timeline
+from fitune.memory.timeline import Living, Peak, timeline
 from fitune.trace.events import Category, MemoryTrace, Phase
 
 
@@ -51,35 +52,62 @@ class Prediction:
     assumptions: tuple[str, ...]
 
 
+def peak_json(prediction: Prediction) -> dict[str, Any]:
+    """What is alive at the peak, as `write_json` takes it."""
+    return {
+        "schema": 1,
+        "peak_phase": prediction.peak_phase,
+        "categories": dict(prediction.categories),
+        "modules": [asdict(each) for each in prediction.modules],
+        "tensors": [asdict(each) for each in prediction.tensors],
+    }
+
+
 def predict(trace: MemoryTrace, settings: PredictSettings) -> Prediction:
-    """Replays the trace without a limit, and against the card's where that does not plainly fit.
+    """Of the last step. Replays the trace without a limit, and against the card's where that does not plainly fit.
 
     Raises UsageError for a trace without events or allocator settings that cannot be used.
     """
+    last_step = int(trace.columns().step.max()) if trace.events else 0
+    return predict_steps(trace, settings, (last_step,))[0]
+
+
+def predict_steps(trace: MemoryTrace, settings: PredictSettings, steps: Sequence[int]) -> list[Prediction]:
+    """As `predict`, of each of these steps, as if the loop ended with it."""
     device = settings.device
     if device is not None and device.kind == "cpu":
-        return _on_cpu(trace, device)
+        peaks = timeline(trace, steps=steps).step_peaks
+        return [_on_cpu(peaks[step], trace, device) for step in steps]
     unlimited = ReplaySettings(allocator=settings.allocator, warm_up_bytes=settings.warm_up_bytes)
     result = replay_trace(trace, unlimited)
+    peaks = timeline(trace, block_bytes=result.block_bytes, steps=steps).step_peaks
+    return [_of_step(step, trace, settings, result, peaks[step]) for step in steps]
+
+
+def _of_step(
+    step: int, trace: MemoryTrace, settings: PredictSettings, unlimited: ReplayResult, peak: Peak
+) -> Prediction:
+    device = settings.device
+    reserved = unlimited.step_peaks[step][1]
     fits, retries, first_oom = None, 0, None
     if device is not None:
         context = device.context.expected_bytes if device.context else 0
         limit = (settings.memory_fraction or 1.0) * device.total_bytes
-        fits = result.peak_reserved_bytes + context <= limit
+        fits = max(peaks[1] for number, peaks in unlimited.step_peaks.items() if number <= step) + context <= limit
         if not fits:
             limited = replay_trace(
                 trace,
-                replace(
-                    unlimited,
+                ReplaySettings(
+                    allocator=settings.allocator,
+                    warm_up_bytes=settings.warm_up_bytes,
                     total_bytes=device.total_bytes,
                     used_by_others_bytes=context,
                     memory_fraction=settings.memory_fraction,
+                    until_step=step,
                 ),
             )
             fits, retries, first_oom = limited.first_oom is None, limited.num_alloc_retries, limited.first_oom
-            result = limited if fits else result
-    peak = timeline(trace, block_bytes=result.block_bytes).last_step_peak
-    reserved = result.last_step_peak_reserved_bytes or result.peak_reserved_bytes
+            reserved = limited.step_peaks[step][1] if fits else reserved
     return Prediction(
         peak_allocated_bytes=peak.num_bytes,
         peak_reserved_bytes=reserved,
@@ -96,9 +124,8 @@ def predict(trace: MemoryTrace, settings: PredictSettings) -> Prediction:
     )
 
 
-def _on_cpu(trace: MemoryTrace, device: Device) -> Prediction:
+def _on_cpu(peak: Peak, trace: MemoryTrace, device: Device) -> Prediction:
     """The process's memory: no caching allocator, the requested bytes. What the process holds besides is not in it."""
-    peak = timeline(trace).last_step_peak
     return Prediction(
         peak_allocated_bytes=peak.num_bytes,
         peak_reserved_bytes=peak.num_bytes,

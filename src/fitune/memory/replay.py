@@ -32,6 +32,7 @@ class ReplaySettings:
     memory_fraction: float | None = None
     warm_up_bytes: int = 0
     on_oom: Literal["stop", "continue"] = "stop"
+    until_step: int | None = None
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,8 @@ class ReplayResult:
     which they are reset when it begins (None when the replay stopped before it).
 
     peak_event: index of the event with the first of the highest allocated memory; None when there was none.
-    block_bytes: by storage, what its allocation added to the allocated bytes.
+    block_bytes: by storage, what its allocation added to the allocated bytes. step_peaks: by step, (allocated,
+    reserved) of that step, for which the peaks are reset when it begins.
     """
 
     peak_allocated_bytes: int
@@ -63,6 +65,7 @@ class ReplayResult:
     peak_event: int | None
     first_oom: FailedAllocation | None
     block_bytes: Mapping[int, int]
+    step_peaks: Mapping[int, tuple[int, int]]
 
 
 def replay(trace: MemoryTrace, settings: ReplaySettings) -> ReplayResult:
@@ -73,12 +76,14 @@ def replay(trace: MemoryTrace, settings: ReplaySettings) -> ReplayResult:
         used_by_others_bytes=settings.used_by_others_bytes,
         memory_fraction=settings.memory_fraction,
     )
-    last_step = max((event.step for event in trace.events), default=0)
+    columns = trace.columns()
+    last_step = int(columns.step.max()) if len(columns.step) else 0
     addresses: dict[int, int] = {}
     block_bytes: dict[int, int] = {}
     failures: list[FailedAllocation] = []
     highest, peak_event = 0, None
-    peaks_before: tuple[int, int] | None = None  # those up to the last step
+    step_peaks: dict[int, tuple[int, int]] = {}
+    current_step = 0
 
     def allocate(event: int | None, num_bytes: int, stream: int = 0) -> int:
         try:
@@ -89,34 +94,42 @@ def replay(trace: MemoryTrace, settings: ReplaySettings) -> ReplayResult:
             )
             return 0
 
+    def end_step() -> None:
+        step_peaks[current_step] = allocator.peak_allocated_bytes, allocator.peak_reserved_bytes
+        allocator.reset_peaks()
+
     allocator.free(allocate(None, settings.warm_up_bytes))
-    for i, event in enumerate(trace.events):
-        if failures and settings.on_oom == "stop":
+    numbers = (column.tolist() for column in (columns.storage, columns.num_bytes, columns.step, columns.stream))
+    for i, (storage, num_bytes, step, stream) in enumerate(zip(*numbers, strict=True)):
+        if (failures and settings.on_oom == "stop") or (settings.until_step is not None and step > settings.until_step):
             break
-        if peaks_before is None and event.step == last_step:
-            peaks_before = allocator.peak_allocated_bytes, allocator.peak_reserved_bytes
-            allocator.reset_peaks()
-        if event.num_bytes == 0:
+        if step != current_step:
+            end_step()
+            current_step = step
+        if num_bytes == 0:
             allocator.empty_cache()
             continue
-        if event.num_bytes < 0:
-            allocator.free(addresses.pop(event.storage, 0))
+        if num_bytes < 0:
+            allocator.free(addresses.pop(storage, 0))
             continue
         before = allocator.allocated_bytes
-        addresses[event.storage] = allocate(i, event.num_bytes, event.stream)
-        block_bytes[event.storage] = allocator.allocated_bytes - before
+        addresses[storage] = allocate(i, num_bytes, stream)
+        block_bytes[storage] = allocator.allocated_bytes - before
         if allocator.allocated_bytes > highest:
             highest, peak_event = allocator.allocated_bytes, i
+    end_step()
+    of_last = step_peaks.get(last_step, (None, None))
     return ReplayResult(
-        peak_allocated_bytes=max(allocator.peak_allocated_bytes, peaks_before[0] if peaks_before else 0),
-        peak_reserved_bytes=max(allocator.peak_reserved_bytes, peaks_before[1] if peaks_before else 0),
-        last_step_peak_allocated_bytes=allocator.peak_allocated_bytes if peaks_before else None,
-        last_step_peak_reserved_bytes=allocator.peak_reserved_bytes if peaks_before else None,
+        peak_allocated_bytes=max(allocated for allocated, _ in step_peaks.values()),
+        peak_reserved_bytes=max(reserved for _, reserved in step_peaks.values()),
+        last_step_peak_allocated_bytes=of_last[0],
+        last_step_peak_reserved_bytes=of_last[1],
         num_alloc_retries=allocator.num_alloc_retries,
         num_ooms=allocator.num_ooms,
         peak_event=peak_event,
         first_oom=failures[0] if failures else None,
         block_bytes=block_bytes,
+        step_peaks=step_peaks,
     )
 
 

@@ -1,17 +1,15 @@
 """From a trace to the live bytes of each category over time, and what is alive at the peaks."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import get_args
 
 import numpy as np
 import numpy.typing as npt
 
 from fitune.errors import UsageError
-from fitune.trace.events import Category, MemoryEvent, MemoryTrace, Phase
+from fitune.trace.events import CATEGORIES, Category, EventColumns, MemoryTrace, Phase
 
-CATEGORIES: tuple[Category, ...] = get_args(Category)
 NUM_TOP = 10
 
 
@@ -41,56 +39,65 @@ class Peak:
 
 @dataclass(frozen=True)
 class MemoryTimeline:
-    """categories: live bytes after each event, int64 [events]; total_bytes is their sum. peak: of the whole trace and
-    of its last step."""
+    """categories: live bytes after each event, int64 [events]; total_bytes is their sum. peak: of the whole trace.
+    step_peaks: of each step that was asked for; last_step_peak: of the last one."""
 
     categories: Mapping[Category, npt.NDArray[np.int64]]
     total_bytes: npt.NDArray[np.int64]
     peak: Peak
     last_step_peak: Peak
+    step_peaks: Mapping[int, Peak]
 
 
-def timeline(trace: MemoryTrace, *, block_bytes: Mapping[int, int] | None = None) -> MemoryTimeline:
+def timeline(
+    trace: MemoryTrace, *, block_bytes: Mapping[int, int] | None = None, steps: Sequence[int] = ()
+) -> MemoryTimeline:
     """Live bytes over the trace's events. block_bytes: what each storage took in an allocator (`ReplayResult`); without
     it the requested bytes are counted. Raises UsageError for a trace without events."""
     if not trace.events:
         raise UsageError("the trace holds no event: nothing was allocated while it was recorded")
-    sizes = np.array([_bytes(event, block_bytes) for event in trace.events], dtype=np.int64)
-    category_of = np.array([CATEGORIES.index(event.category) for event in trace.events], dtype=np.int8)
+    columns = trace.columns()
+    sizes = columns.num_bytes
+    if block_bytes is not None:
+        block = np.zeros(int(columns.storage.max()) + 1, dtype=np.int64)
+        block[list(block_bytes)] = list(block_bytes.values())
+        sizes = np.where(sizes > 0, 1, -1) * block[columns.storage]
     categories = {
-        category: np.cumsum(np.where(category_of == number, sizes, 0)) for number, category in enumerate(CATEGORIES)
+        category: np.cumsum(np.where(columns.category == number, sizes, 0))
+        for number, category in enumerate(CATEGORIES)
     }
     total_bytes = np.cumsum(sizes)
-    last_step = max(event.step for event in trace.events)
-    first = next(i for i, event in enumerate(trace.events) if event.step == last_step)
+    last_step = int(columns.step.max())
+
+    def peak_of(step: int) -> Peak:
+        inside = np.flatnonzero(columns.step == step)
+        return _peak(trace, columns, sizes, int(inside[np.argmax(total_bytes[inside])]))
+
+    step_peaks = {step: peak_of(step) for step in {last_step, *steps}}
     return MemoryTimeline(
         categories=categories,
         total_bytes=total_bytes,
-        peak=_peak(trace, int(np.argmax(total_bytes)), block_bytes),
-        last_step_peak=_peak(trace, first + int(np.argmax(total_bytes[first:])), block_bytes),
+        peak=_peak(trace, columns, sizes, int(np.argmax(total_bytes))),
+        last_step_peak=step_peaks[last_step],
+        step_peaks=step_peaks,
     )
 
 
-def _bytes(event: MemoryEvent, block_bytes: Mapping[int, int] | None) -> int:
-    if block_bytes is None:
-        return event.num_bytes
-    block = block_bytes.get(event.storage, 0)
-    return block if event.num_bytes > 0 else -block
-
-
-def _peak(trace: MemoryTrace, index: int, block_bytes: Mapping[int, int] | None) -> Peak:
-    alive: dict[int, tuple[MemoryEvent, int]] = {}
-    for event in trace.events[: index + 1]:
-        if event.num_bytes > 0:
-            alive[event.storage] = event, _bytes(event, block_bytes)
+def _peak(trace: MemoryTrace, columns: EventColumns, sizes: npt.NDArray[np.int64], index: int) -> Peak:
+    alive: dict[int, int] = {}
+    born = (columns.num_bytes[: index + 1] > 0).tolist()
+    for i, (storage, is_born) in enumerate(zip(columns.storage[: index + 1].tolist(), born, strict=True)):
+        if is_born:
+            alive[storage] = i
         else:
-            alive.pop(event.storage, None)
+            alive.pop(storage, None)
+    living = [(trace.events[i], int(sizes[i])) for i in alive.values()]
     categories: Counter[Category] = Counter()
     modules: Counter[str] = Counter()
-    for event, num_bytes in alive.values():
+    for event, num_bytes in living:
         categories[event.category] += num_bytes
         modules[event.module] += num_bytes
-    largest = sorted(alive.values(), key=lambda item: item[1], reverse=True)[:NUM_TOP]
+    largest = sorted(living, key=lambda item: item[1], reverse=True)[:NUM_TOP]
     at = trace.events[index]
     return Peak(
         event=index,

@@ -3,6 +3,7 @@
 On a CPU the process is the device: its resident set is what `device` means there, and its peak can be reset (Linux).
 """
 
+import ctypes
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -67,8 +68,11 @@ def _resident_peak_bytes() -> int | None:
 
 
 def held_bytes(device: torch.device) -> int:
-    """What tensors hold now (CUDA), or the process (CPU): what a peak is compared with."""
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else int(psutil.Process().memory_info().rss)
+    """What tensors hold now (CUDA), or the process without what its heap has free (CPU): what a peak is compared
+    with."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    return max(int(psutil.Process().memory_info().rss) - _free_in_heap(), 0)
 
 
 def num_alloc_retries(device: torch.device) -> int:
@@ -82,7 +86,27 @@ def usable_bytes(device: torch.device) -> int | None:
     if device.type == "cuda":
         free_bytes, _ = torch.cuda.mem_get_info(device)
         return free_bytes + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return min([psutil.virtual_memory().available, *_left_by_limits()])
+    return min([psutil.virtual_memory().available, *_left_by_limits()]) + _free_in_heap()
+
+
+class _MallocState(ctypes.Structure):
+    """glibc's struct mallinfo2, see mallinfo(3)."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_size_t)
+        for name in (
+            *("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks"),
+            "keepcost",
+        )
+    )
+
+
+def _free_in_heap() -> int:
+    """What glibc holds without using it; 0 with other C libraries."""
+    if sys.platform != "linux" or (mallinfo := getattr(ctypes.CDLL(None), "mallinfo2", None)) is None:
+        return 0
+    mallinfo.restype = _MallocState
+    return int(mallinfo().fordblks)
 
 
 def _left_by_limits() -> Iterator[int]:

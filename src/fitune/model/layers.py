@@ -47,7 +47,7 @@ def find_equal_layers(model: ModelConfig) -> EqualLayers | None:
     listed = _listed(config.get_text_config(), num_layers)
     signatures = [(_signature(layer), *(values[i] for values in listed)) for i, layer in enumerate(layers)]
     step = recompute_period(model.recompute)
-    for period in range(step, _LARGEST_PERIOD + 1, step):
+    for period in range(step, min(_LARGEST_PERIOD, num_layers // 2 - 1) + 1, step):
         # the last one too: in a model of the first few layers an earlier one takes its place
         if all(signatures[i] == signatures[i + period] for i in range(1, num_layers - period)):
             return EqualLayers(name, num_layers, period)

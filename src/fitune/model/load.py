@@ -39,6 +39,7 @@ from fitune.model.lora import apply_lora
 from fitune.model.minimind import pth_config, read_pth
 from fitune.model.precision import Precision, device_precision, resolve_precision
 from fitune.model.presets import PRESETS, preset_config
+from fitune.model.quantise import num_weights, quantise, share_tables
 
 Kind = Literal["preset", "directory", "gguf", "pth", "hub"]
 
@@ -142,8 +143,11 @@ def load_model(
             built = build_model(config, dtype=precision.parameter_dtype, attention=attention, seed=seed)
     else:
         built = load_weights(model, config, dtype=precision.parameter_dtype, attention=attention)
+    if model.method == "qlora":
+        built = quantise(built)
     built.to(device)
-    adapted = apply_lora(built, model.lora, seed=seed) if model.method == "lora" else built
+    share_tables(built)
+    adapted = built if model.method == "full" else apply_lora(built, model.lora, seed=seed)
     return adapted.train()
 
 
@@ -211,7 +215,7 @@ def load_tokenizer(model: ModelConfig) -> Tokenizer:
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """(all, trainable) parameters, tied ones once."""
-    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    sizes = [(num_weights(parameter), parameter.requires_grad) for parameter in model.parameters()]
     return sum(size for size, _ in sizes), sum(size for size, trainable in sizes if trainable)
 
 

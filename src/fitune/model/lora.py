@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fitune.config import LoraConfig
 from fitune.errors import ModelError
+from fitune.model.quantise import num_weights
 
 
 def apply_lora(model: PreTrainedModel, lora: LoraConfig, *, seed: int = 0) -> PeftModel:
@@ -75,7 +76,7 @@ def not_adapted(model: PreTrainedModel) -> str | None:
     """
     linear = (nn.Linear, Conv1D, nn.Embedding)
     bare = [
-        (f"{name.rpartition('.')[2] or type(module).__name__}.{key}", parameter.numel())
+        (f"{name.rpartition('.')[2] or type(module).__name__}.{key}", num_weights(parameter))
         for name, module in model.named_modules()
         if not isinstance(module, linear)
         for key, parameter in module.named_parameters(recurse=False)
@@ -84,5 +85,5 @@ def not_adapted(model: PreTrainedModel) -> str | None:
     if not bare:
         return None
     names = ", ".join(sorted({name for name, _ in bare}))
-    share = sum(size for _, size in bare) / sum(parameter.numel() for parameter in model.parameters())
+    share = sum(size for _, size in bare) / sum(map(num_weights, model.parameters()))
     return f"{names} hold {share:.0%} of the parameters and get no adapter"

@@ -55,7 +55,7 @@ def resolve_precision(model: ModelConfig, device_type: str, bfloat16: bool) -> P
         return _precision("float32", model.method, reason=reason)
     if not bfloat16:
         return _precision("autocast_float16", model.method, reason="this GPU has no bfloat16; gradients are scaled")
-    if model.method == "lora":
+    if model.method != "full":
         return _precision("bfloat16", model.method, reason="frozen weights lose nothing by half the memory")
     return _precision("autocast_bfloat16", model.method, reason="small updates need float32 parameters")
 
@@ -71,10 +71,10 @@ def _precision(name: PrecisionName, method: str, *, reason: str) -> Precision:
     dtypes: dict[PrecisionName, tuple[torch.dtype, torch.dtype | None]] = {
         "float32": (torch.float32, None),
         # the adapters of a bfloat16 model are float32: autocast keeps their products in bfloat16 all the same
-        "bfloat16": (torch.bfloat16, torch.bfloat16 if method == "lora" else None),
+        "bfloat16": (torch.bfloat16, torch.bfloat16 if method != "full" else None),
         "autocast_bfloat16": (torch.float32, torch.bfloat16),
         # frozen weights need no float32 copy; trained ones do, since a GradScaler cannot unscale float16 gradients
-        "autocast_float16": (torch.float16 if method == "lora" else torch.float32, torch.float16),
+        "autocast_float16": (torch.float16 if method != "full" else torch.float32, torch.float16),
     }
     parameter_dtype, autocast_dtype = dtypes[name]
     return Precision(name, parameter_dtype, autocast_dtype, name == "autocast_float16", reason)

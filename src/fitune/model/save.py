@@ -22,6 +22,7 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from fitune.errors import ModelError
 from fitune.model.load import quiet_transformers
+from fitune.model.quantise import NF4Linear
 from fitune.model.tensor_file import write_tensors
 
 _MARKS = ("config.json", "adapter_config.json")  # what tells a model's directory from somebody's documents
@@ -129,6 +130,13 @@ def plain_tensors(model: PreTrainedModel | PeftModel) -> dict[str, torch.Tensor]
     tensors = {
         name.replace(".base_layer.", "."): tensor for name, tensor in plain.state_dict().items() if ".lora_" not in name
     }
+    compute_dtype = plain.get_input_embeddings().weight.dtype
+    for name, layer in plain.named_modules():
+        if isinstance(layer, NF4Linear):
+            name = name.removesuffix(".base_layer")
+            for packed, _ in layer.named_buffers(recurse=False):
+                del tensors[f"{name}.{packed}"]
+            tensors[f"{name}.weight"] = layer.unpacked(compute_dtype)
     for name, layer in plain.named_modules():
         if isinstance(layer, BaseTunerLayer):
             weight = tensors[f"{name}.weight"]

@@ -19,6 +19,8 @@ MOST_MICRO_TOKENS = 65536
 """No card gets faster above; a larger micro-batch is never proposed."""
 RECOMPUTES: tuple[Recompute, ...] = ("off", "every_4", "selective", "every_2", "full")
 """From the fastest and largest to the slowest and smallest, roughly."""
+_LEAST_GROWTH = 1.2
+"""Between two numbers of rows: nearer ones tell nothing new."""
 _GROWTH = 1.4
 """Between two token budgets for rows of different lengths: their heaviest micro-batches differ by so much."""
 
@@ -87,9 +89,11 @@ def micro_sizes(config: RunConfig, lengths: Lengths) -> list[tuple[int | None, i
         return [(None, batch.micro_tokens)]
     longest = lengths.longest_tokens
     if len(set(lengths.sample_tokens)) == 1:
-        counts = range(1, batch.rows_per_step + 1)
-        rows = sorted({-(-batch.rows_per_step // count) for count in counts})
-        return [(None, count * longest) for count in rows if count == 1 or count * longest <= MOST_MICRO_TOKENS]
+        rows = [1]
+        for size in sorted({-(-batch.rows_per_step // count) for count in range(1, batch.rows_per_step + 1)}):
+            if size >= _LEAST_GROWTH * rows[-1] and size * longest <= MOST_MICRO_TOKENS:
+                rows.append(size)
+        return [(None, size * longest) for size in rows]
     sizes, whole = [longest], 1.5 * lengths.mean_tokens * batch.rows_per_step
     while sizes[-1] < min(whole, MOST_MICRO_TOKENS):
         sizes.append(-(-int(sizes[-1] * _GROWTH) // 64) * 64)

@@ -28,8 +28,9 @@ more (fitted to 30 settings of a 6.9 M model on a CPU, of which five recompute s
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """All calls of one operator in a micro-batch, or in the optimizer's part of a step."""
+    """All calls of one operator in a phase of a micro-batch, or in the optimizer's part of a step."""
 
+    phase: str
     op: str
     dtype: str
     flops: float
@@ -100,7 +101,12 @@ def work_of(operators: Sequence[OperatorWork], *, rows: Sequence[tuple[int, int]
 
     def part(step: int, *, update: bool) -> tuple[Work, ...]:
         wanted = (each for each in operators if each.step == step and (each.phase == "optimizer") == update)
-        return mix((1.0, [Work(each.op, each.dtype, each.flops, each.num_bytes, each.num_calls) for each in wanted]))
+        return mix(
+            (
+                1.0,
+                [Work(each.phase, each.op, each.dtype, each.flops, each.num_bytes, each.num_calls) for each in wanted],
+            )
+        )
 
     first, both = part(1, update=False), part(last_step, update=False)
     return StepWork(
@@ -120,13 +126,13 @@ def attending(works: Sequence[Work], share: float) -> tuple[Work, ...]:
 
 def mix(*terms: tuple[float, Sequence[Work]]) -> tuple[Work, ...]:
     """The weighted sum, operator by operator, never less than nothing."""
-    sums: dict[tuple[str, str], list[float]] = {}
+    sums: dict[tuple[str, str, str], list[float]] = {}
     for weight, works in terms:
         for work in works:
-            total = sums.setdefault((work.op, work.dtype), [0.0, 0.0, 0.0])
+            total = sums.setdefault((work.phase, work.op, work.dtype), [0.0, 0.0, 0.0])
             for index, amount in enumerate((work.flops, work.num_bytes, work.launches)):
                 total[index] += weight * amount
-    return tuple(Work(op, dtype, *(max(0.0, amount) for amount in total)) for (op, dtype), total in sums.items())
+    return tuple(Work(*key, *(max(0.0, amount) for amount in total)) for key, total in sums.items())
 
 
 def num_launches(works: Sequence[Work]) -> float:

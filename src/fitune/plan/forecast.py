@@ -70,7 +70,9 @@ class Forecaster:
         self.config, self.limits, self.lengths = config, limits, lengths
         device = limits.device
         self._key = [
-            config.model_dump(mode="json", exclude={"run", "train", "memory"}),
+            config.model_dump(mode="json", include={"model", "loss", "eval"}),
+            config.optim.model_dump(mode="json", exclude={"lr", "warmup", "schedule", "final_lr_fraction"}),
+            [config.data.packing, config.batch.rows_per_step],
             [config.memory.allocator, device.name, device.total_bytes, device.compute_capability],
             allocator_name() if device.kind == "cpu" else None,
             asdict(lengths),
@@ -88,15 +90,15 @@ class Forecaster:
             tree = self._known.get(key)
             if tree is not None and "refused" in tree:
                 raise ModelError(tree["refused"])
-            if tree is not None and (found := self._on_device(_forecast(tree)).within(limit_bytes)) is not None:
+            if tree is not None and (found := self._within(_forecast(tree))) is not None:
                 return found
         try:
-            found = self._on_device(self._predict(choice))
+            found = self._predict(choice)
         except (ModelError, ConfigError) as error:
             self._known[f"{choice}"] = {"refused": str(error)}
             raise
         self._known[f"{choice}" if found.limit_bytes is None else f"{choice} {limit_bytes}"] = asdict(found)
-        return found.within(limit_bytes) or found
+        return self._within(found) or found
 
     def work(self, variant: Choice, *, tokens: int, supervised_fraction: float = 1.0) -> StepWork:
         """Of micro-batches with so many tokens in rows of the longest length."""
@@ -117,12 +119,15 @@ class Forecaster:
         if len(self._known) > self._num_read:
             write_cached("plans", self._key, self._known)
 
-    def _on_device(self, forecast: Forecast) -> Forecast:
-        """On a CPU the program takes its part of the same memory: what a process that has loaded all it needs holds."""
+    def _within(self, forecast: Forecast) -> Forecast | None:
+        """Against the limit. On a CPU there is nothing to replay, and the program takes its part of the same memory:
+        what a process holds that has loaded all it needs."""
+        limit_bytes = self.limits.limit_bytes
         if self.limits.device.kind != "cpu":
-            return forecast
+            return forecast.within(limit_bytes)
         program_bytes = max(self._known.get("program_bytes", 0), self._program_bytes)
-        return replace(forecast, context_bytes=program_bytes)
+        fits = forecast.reserved_bytes + program_bytes <= limit_bytes
+        return replace(forecast, context_bytes=program_bytes, fits=fits)
 
     def _recorder(self) -> Any:
         """The recordings of this process. What the program itself holds is measured before the first."""

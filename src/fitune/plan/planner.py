@@ -6,6 +6,7 @@ with the fewest changes is chosen, then the smallest micro-batch. What the confi
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from heapq import heappop, heappush
 from typing import Any
 
@@ -72,7 +73,8 @@ class _Search:
             _, number, exact = heappop(waiting)
             choice = self.choices[number]
             if not exact:
-                heappush(waiting, (self.order(choice), number, True))
+                with self.refusing(choice):
+                    heappush(waiting, (self.order(choice), number, True))
             elif self.fits(choice):
                 return choice
         return None
@@ -82,14 +84,19 @@ class _Search:
             return self.looked_at[choice].fits
         if self.on_candidate is not None:
             self.on_candidate(words_of(choice))
-        try:
+        with self.refusing(choice):
             self.looked_at[choice] = self.forecaster.forecast(choice)
+        return choice in self.looked_at and self.looked_at[choice].fits
+
+    @contextmanager
+    def refusing(self, choice: Choice) -> Iterator[None]:
+        """What this model or machine cannot do is no candidate, but for the first, which is the configuration's own."""
+        try:
+            yield
         except (ModelError, ConfigError) as error:
-            if not self.looked_at:  # the configuration's own setting: nothing else will do better
+            if choice.variant == self.choices[0].variant:
                 raise
             self.refused[f"{words_of(choice.variant)}: {error}"] = None
-            return False
-        return self.looked_at[choice].fits
 
     def order(self, choice: Choice, *, bound: bool = False) -> tuple[Any, ...]:
         """Fastest first, then fewest changes, then smallest. Without times: few changes first, then largest."""

@@ -11,12 +11,10 @@ import psutil
 from fitune.config import RunConfig, read_config
 from fitune.memory.c_allocator import allocator_habit
 from fitune.memory.devices import Device, context_prior, cpu_device, find_device, this_machine
-from fitune.memory.prediction import Interval, Prediction, PredictSettings
-from fitune.memory.prediction import predict as predict_trace
+from fitune.memory.prediction import Interval, Prediction, PredictSettings, predict_steps
 from fitune.memory.residuals import circumstances, measured_context, read_residuals, widen
 from fitune.step.assemble import CPU_MICRO_TOKENS, CUDA_MICRO_TOKENS
 from fitune.trace.cuda_behaviour import CudaTarget
-from fitune.trace.events import MemoryTrace
 from fitune.trace.recordings import Recordings
 from fitune.trace.step import Pass, RecordedStep, longest_rows
 from fitune.units import format_bytes
@@ -84,8 +82,7 @@ def predict_run(
     device = replace(device, context=(measured_context(here) if here else None) or device.context)
     limited = device if limit_bytes is None else replace(device, total_bytes=min(limit_bytes, device.total_bytes))
 
-    def of(trace: MemoryTrace) -> Prediction:
-        prediction = predict_trace(trace, PredictSettings(device=limited, allocator=config.memory.allocator))
+    def complete(prediction: Prediction) -> Prediction:
         if program_bytes is not None:
             prediction = _in_process(prediction, config, limited, program_bytes=program_bytes)
         interval = prediction.device_interval
@@ -93,10 +90,12 @@ def predict_run(
             interval = widen(interval, residuals, reserved_bytes=prediction.peak_reserved_bytes)
         return replace(prediction, device_interval=interval)
 
-    training = of(recorded.trace)
-    evaluation = None
+    steps = [int(recorded.trace.columns().step.max())]
     if recorded.evaluation_step is not None:
-        evaluation = of(until_step(recorded.trace, recorded.evaluation_step))
+        steps.append(recorded.evaluation_step)
+    predicted = predict_steps(recorded.trace, PredictSettings(device=limited, allocator=config.memory.allocator), steps)
+    training, *rest = map(complete, predicted)
+    evaluation = rest[0] if rest else None
     largest = training
     if evaluation is not None and evaluation.peak_allocated_bytes > training.peak_allocated_bytes:
         largest = evaluation
@@ -109,11 +108,6 @@ def predict_run(
         device=device,
         context_bytes=context.expected_bytes if program_bytes is None else program_bytes,
     )
-
-
-def until_step(trace: MemoryTrace, step: int) -> MemoryTrace:
-    """The trace as it was after that step."""
-    return replace(trace, events=tuple(event for event in trace.events if event.step <= step))
 
 
 def cuda_target(config: RunConfig, device: Device) -> CudaTarget | None:
@@ -145,7 +139,9 @@ def heaviest_passes(config: RunConfig, device: Device, *, row_tokens: int | None
 
 def _in_process(prediction: Prediction, config: RunConfig, device: Device, *, program_bytes: int) -> Prediction:
     """On a CPU the process is the device: live bytes as the C library holds them, and the program itself."""
-    habit = allocator_habit(config.model.method, recomputes=config.model.recompute not in ("auto", "off"))
+    habit = allocator_habit(
+        "full" if config.model.method == "full" else "lora", recomputes=config.model.recompute not in ("auto", "off")
+    )
     live = prediction.peak_allocated_bytes
     low, expected, high = habit.resident_bytes(live)
     device_bytes = expected + program_bytes

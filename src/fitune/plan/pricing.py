@@ -38,15 +38,23 @@ class Pricer:
         self._sizes = _two_sizes(choices, forecaster)
         device = forecaster.limits.device
         self._ceilings: Ceilings | None = cpu_ceilings() if device.kind == "cpu" else card_ceilings(device)
+        self._seconds: dict[tuple[Choice, bool], float | None] = {}
         self._factor = calibration_factor(device.name, forecaster.config.model.source)
 
     def seconds(self, choice: Choice, *, bound: bool = False) -> float | None:
         """Of the mean step; None where the device's rates are not known. bound: a lower bound, by the base: what
         other variants do adds work."""
+        key = choice, bound
+        if key not in self._seconds:
+            self._seconds[key] = self._price(choice, self._base if bound else choice.variant)
+        return self._seconds[key]
+
+    def _price(self, choice: Choice, variant: Choice) -> float | None:
         if self._ceilings is None:
             return None
-        variant = self._base if bound else choice.variant
-        low, high = (self._forecaster.work(variant, tokens=tokens) for tokens in self._sizes)
+        kin = variant if variant.optimizer is None else replace(variant, optimizer=None, result="same")
+        low, high = (self._forecaster.work(kin, tokens=tokens) for tokens in self._sizes)
+        own = low if kin == variant else self._forecaster.work(variant, tokens=choice.micro_tokens or self._sizes[0])
         shape = self._forecaster.shape(choice)
         positions = shape.positions / shape.num_micro_batches
         at = (positions - low.positions) / (high.positions - low.positions)
@@ -63,8 +71,8 @@ class Pricer:
             return seconds_of(mix((1 - at, few), (at, many), (-unsupervised, head)), self._ceilings, more_launches=more)
 
         first, later = micro_seconds(low.first, high.first), micro_seconds(low.later, high.later)
-        seconds = first + (shape.num_micro_batches - 1) * later + seconds_of(low.update, self._ceilings)
-        return STEP ** round(math.log(seconds * (self._factor or 1.0), STEP))
+        seconds = first + (shape.num_micro_batches - 1) * later + seconds_of(own.update, self._ceilings)
+        return (self._factor or 1.0) * STEP ** round(math.log(seconds, STEP))  # a run must not move the ties
 
     @property
     def assumption(self) -> str:

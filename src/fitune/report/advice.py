@@ -139,10 +139,10 @@ def _from_other_runs(row: Row, comparison: Comparison) -> Iterator[Advice]:
         return
     interval = eval_interval(comparison, best.name, row.name)
     if interval is not None and interval.high < 0:
-        yield _as_run(row, best, interval, comparison)
+        yield _as_run(row, best, comparison, interval=interval)
 
 
-def _as_run(row: Row, best: Row, interval: Interval, comparison: Comparison) -> Advice:
+def _as_run(row: Row, best: Row, comparison: Comparison, *, interval: Interval) -> Advice:
     index, other = (next(i for i, each in enumerate(comparison.rows) if each.name == name.name) for name in (row, best))
     changed = [
         f"{key}={values[other]}"

@@ -260,13 +260,13 @@ def _error(row: Row) -> float:
 
 
 def microscope_picture(run: RecordedRun) -> Picture | None:
-    """What the plan says is alive at the peak, by category."""
-    candidate = planned_candidate(run)
-    categories = (candidate or {}).get("categories")
+    """What is predicted to be alive at the peak, by category: of the run's own rows, else of the plan's longest."""
+    peak = run.peak or planned_candidate(run) or {}
+    categories = peak.get("categories")
     if not isinstance(categories, Mapping):
         return None
     known = [(name, float(categories[name])) for name in _CATEGORIES if categories.get(name)]
-    phase = str((candidate or {}).get("peak_phase", "n/a"))
+    phase = str(peak.get("peak_phase", "n/a"))
     series = Series("", {"x": [name for name, _ in known]}, np.array([size for _, size in known]) / GIB, "bars", 0)
     return Picture(
         key=f"microscope-{run.name}",

@@ -48,7 +48,7 @@ def paired_interval(
     if error <= 1e-12 * max(1.0, abs(mean)):  # every pair differs by the same: nothing is left to chance
         return Interval(mean, mean, mean, num_pairs, level)
     draw = np.random.default_rng(20260)
-    ratios = np.concatenate([_resampled_t(differences, weights, mean, draw) for _ in range(0, NUM_RESAMPLES, _CHUNK)])
+    ratios = np.concatenate([_resampled_t(differences, weights, draw) for _ in range(0, NUM_RESAMPLES, _CHUNK)])
     low, high = np.quantile(ratios[np.isfinite(ratios)], ((1 - level) / 2, (1 + level) / 2))
     least = _student(weights.sum() ** 2 / (weights**2).sum() - 1, level)
     return Interval(
@@ -87,8 +87,10 @@ def _pairs(
 
 
 def _resampled_t(
-    differences: npt.NDArray[np.float64], weights: npt.NDArray[np.float64], mean: float, draw: np.random.Generator
+    differences: npt.NDArray[np.float64], weights: npt.NDArray[np.float64], draw: np.random.Generator
 ) -> npt.NDArray[np.float64]:
+    """How far the mean of each of _CHUNK resamples lies from the mean, in its own standard errors."""
+    mean = float(np.average(differences, weights=weights))
     num_pairs = len(differences)
     picks = draw.integers(0, num_pairs, (_CHUNK, num_pairs))
     w, d = weights[picks], differences[picks]

@@ -235,18 +235,22 @@ def _plot_id(picture: Picture) -> str:
 
 
 def _largest(runs: Sequence[RecordedRun]) -> str:
-    """The largest modules and tensors alive at the peak, where a run recorded them (plan.json, `largest`)."""
+    """The largest modules and tensors alive at the predicted peak."""
     parts = []
     for run in runs:
-        largest = (run.plan or {}).get("largest")
-        rows = [each for each in largest if isinstance(each, dict)] if isinstance(largest, list) else []
-        if rows:
-            cells = [
-                [str(each.get("name") or each.get("op") or "n/a"), str(each.get("category") or ""),
-                 format_bytes(each.get("num_bytes"))]
-                for each in rows[:20]
+        for key, title in (("modules", say("largest modules")), ("tensors", say("largest tensors"))):
+            found = (run.peak or {}).get(key)
+            rows = [
+                [str(each.get("name") or each.get("op") or "n/a"), str(each.get("op") or ""),
+                 str(each.get("category") or ""), format_bytes(each.get("num_bytes"))]
+                for each in (found if isinstance(found, list) else [])
+                if isinstance(each, dict)
             ]  # fmt: skip
-            parts.append(f"<h3>{_bdi(run.name)}</h3>{_table([say('what'), say('category'), say('>size')], cells)}")
+            if rows:
+                heads = [title, say("made by"), say("category"), say(">size")]
+                parts.append(
+                    f"<details><summary>{_bdi(run.name)}: {_text(title)}</summary>{_table(heads, rows)}</details>"
+                )
     return "".join(parts)
 
 

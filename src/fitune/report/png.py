@@ -32,7 +32,7 @@ def write_png(picture: Picture, path: Path, *, axis: str | None = None) -> None:
             )
             bottom = bottom + series.y
         else:
-            _draw(plot, series, chosen, bars)
+            _draw(plot, series, axis=chosen, bars=bars)
     for label, y in picture.lines:
         plot.axhline(y, color="black", linewidth=0.8, linestyle=":")
         plot.annotate(
@@ -47,7 +47,7 @@ def write_png(picture: Picture, path: Path, *, axis: str | None = None) -> None:
     figure.savefig(path, dpi=_DPI)
 
 
-def _draw(plot: Any, series: Series, axis: str, bars: list[Series]) -> None:
+def _draw(plot: Any, series: Series, *, axis: str, bars: list[Series]) -> None:
     x, style = series.x[axis], {"color": _colour(series), "label": _plain(series.name) or None}
     match series.kind:
         case "bars":

@@ -45,8 +45,8 @@ EMBEDDED_ID = "fitune-runs"
 @dataclass(frozen=True, kw_only=True)
 class RecordedRun:
     """origin: fitune, transformers, llama-factory, tensorboard or minimind. settings: dotted key -> value, as far as
-    known. summary: as in summary.json. plan, env, data: the files of these names, None where there are none. notes:
-    what could not be read, one sentence each. started: seconds since 1970, None where unknown."""
+    known. summary: as in summary.json. plan, env, data, peak: the files of these names, None where there are none.
+    notes: what could not be read, one sentence each. started: seconds since 1970, None where unknown."""
 
     name: str
     path: str
@@ -62,6 +62,7 @@ class RecordedRun:
     plan: Mapping[str, Any] | None = None
     env: Mapping[str, Any] | None = None
     data: Mapping[str, Any] | None = None
+    peak: Mapping[str, Any] | None = None
     started: float | None = None
     notes: tuple[str, ...] = field(default=())
 
@@ -142,7 +143,7 @@ def read_fitune_run(path: Path) -> RecordedRun:
         notes.append(f"{len(metrics.damaged_lines):,} lines of {run.metrics} are damaged and left out")
     steps = metrics.steps if metrics else ()
     train = _step_curve(steps)
-    env, plan, data = (_read_json(file, notes) for file in (run.env, run.plan, run.data))
+    env, plan, data, peak = (_read_json(file, notes) for file in (run.env, run.plan, run.data, run.peak))
     memory, started = _memory_curve(run.memory)
     return RecordedRun(
         name=run.name,
@@ -159,6 +160,7 @@ def read_fitune_run(path: Path) -> RecordedRun:
         plan=plan,
         env=env,
         data=data,
+        peak=peak,
         started=started,
         notes=tuple(notes + ([record.fault] if record.fault else [])),
     )
@@ -267,6 +269,7 @@ def embed(run: RecordedRun, *, max_points: int) -> dict[str, Any]:
         "plan": run.plan,
         "env": run.env,
         "data": run.data,
+        "peak": run.peak,
         "notes": list(run.notes),
     }
 
@@ -309,7 +312,7 @@ def _unembed(content: Mapping[str, Any]) -> RecordedRun:
 
     return RecordedRun(
         **{name: content[name] for name in ("name", "path", "origin", "state", "summary", "settings", "started")},
-        **{name: content[name] for name in ("plan", "env", "data")},
+        **{name: content[name] for name in ("plan", "env", "data", "peak")},
         train=curve(TRAIN_COLUMNS, content["train"]),
         evals=curve(EVAL_COLUMNS, content["evals"]),
         memory=curve(MEMORY_COLUMNS, content["memory"]),

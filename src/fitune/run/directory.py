@@ -2,7 +2,8 @@
 
     config.yaml     what was asked for, with the origin of each value
     env.json        the machine          plan.json      what was chosen, and why
-    data.json       what the data is     eval_rows.jsonl  each evaluation, row by row
+    data.json       what the data is     peak.json      what is alive at the predicted peak
+    eval_rows.jsonl  each evaluation, row by row
     metrics.jsonl   one line a step      memory.jsonl   memory over time
     events.jsonl    what happened        journal.jsonl  what each step did, for resume and replay
     summary.json    the run in numbers   report.html    the run in pictures
@@ -59,6 +60,10 @@ class RunDirectory:
     @property
     def data(self) -> Path:
         return self.path / "data.json"
+
+    @property
+    def peak(self) -> Path:
+        return self.path / "peak.json"
 
     @property
     def metrics(self) -> Path:
@@ -275,7 +280,7 @@ def _remove_files(run: RunDirectory) -> None:
         if directory.is_dir():
             shutil.rmtree(directory)
     texts = (
-        *(run.config, run.env, run.plan, run.data, run.metrics, run.eval_rows),
+        *(run.config, run.env, run.plan, run.data, run.peak, run.metrics, run.eval_rows),
         *(run.memory, run.events, run.journal, run.summary, run.report),
     )
     for file in texts:

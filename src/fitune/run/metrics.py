@@ -30,7 +30,8 @@ class StepMetrics:
 
     loss: mean over the supervised tokens of the step. lr: the rate that the step was done with. grad_norm: before
     clipping. micro_batch: rows of the largest micro-batch. noise_signal (U), noise_variance (T, in tokens), noise_ratio
-    (rho) and noise_scale_tokens (B_noise): None where they cannot be measured.
+    (rho) and noise_scale_tokens (B_noise), averages over the last steps, also with squares weighted as Adam weighs them
+    (preconditioned), and noise_bounce (tau): None where they cannot be measured.
     """
 
     step: int
@@ -51,6 +52,8 @@ class StepMetrics:
     noise_variance: float | None = None
     noise_ratio: float | None = None
     noise_scale_tokens: float | None = None
+    noise_scale_preconditioned_tokens: float | None = None
+    noise_bounce: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

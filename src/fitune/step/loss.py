@@ -97,10 +97,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 bias = None if bias_V is None else bias_V.to(compute_dtype)
                 logits_NV = _transform(F.linear(part_ND, matmul_weight_VD, bias).float(), head)
                 losses_N, grad_NV = _losses_and_gradient(logits_NV, target_N[chunk], weights_N[chunk], head)
-                del logits_NV
                 loss += losses_N @ weights_N[chunk]
                 if not (needs_hidden or needs_weight or needs_bias):
                     continue
+                del logits_NV
                 grad_NV = grad_NV.to(compute_dtype)
                 if grad_hidden_ND is not None:
                     grad_hidden_ND[chunk] = grad_NV @ matmul_weight_VD
@@ -111,6 +111,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                         grad_weight_VD += grad_NV.T @ part_ND
                 if grad_bias_V is not None:
                     grad_bias_V += grad_NV.sum(0)
+                del grad_NV  # before the next chunk's logits are made
         ctx.save_for_backward(*(t for t in (grad_hidden_ND, grad_weight_VD, grad_bias_V) if t is not None))
         ctx.present = tuple(t is not None for t in (grad_hidden_ND, grad_weight_VD, grad_bias_V))
         return loss

@@ -53,7 +53,9 @@ def allowed_reliefs(
         reliefs.append(
             Relief(
                 f"a loss of {SMALL_CHUNK_TOKENS} positions at a time",
-                lambda work: micro_batch_work(work.model, work.optimizer, smaller, scaler=work.scaler),
+                lambda work: replace(
+                    micro_batch_work(work.model, work.optimizer, smaller, scaler=work.scaler), clip=work.clip
+                ),
             )
         )
     return reliefs

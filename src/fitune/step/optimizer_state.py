@@ -31,6 +31,9 @@ def create_state(optimizer: torch.optim.Optimizer) -> bool:
             parameter.grad = torch.zeros_like(parameter)
             try:
                 optimizer.step()
+            except BaseException:
+                optimizer.state.pop(parameter, None)  # a part of it, which a later update would take for the whole
+                raise
             finally:
                 parameter.grad = None
             step = optimizer.state[parameter].get("step")

@@ -9,7 +9,7 @@ from typing import Literal, TypeVar
 
 import torch
 
-from fitune.errors import OutOfMemoryError
+from fitune.errors import FituneError, OutOfMemoryError
 from fitune.units import format_bytes, parse_bytes
 
 T = TypeVar("T")
@@ -34,6 +34,8 @@ def memory_failure(error: BaseException) -> Where | None:
     cannot. Torch reports the first by type or by these words in a RuntimeError, by device and library: "CUDA out of
     memory", "CUBLAS_STATUS_ALLOC_FAILED", "DefaultCPUAllocator: can't allocate memory".
     """
+    if isinstance(error, FituneError):
+        return None  # it has been judged already
     chain = list(_causes(error))
     if any(isinstance(each, RuntimeError) and _NEVER.search(str(each)) for each in chain):
         return None

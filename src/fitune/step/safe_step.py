@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fitune.errors import OutOfMemoryError
 from fitune.model.device import usable_bytes
+from fitune.step.gradient_norms import NormRecorder
 from fitune.step.out_of_memory import memory_failure, needed_bytes, release_memory
 from fitune.step.random_state import micro_batch_seed, seed_streams, streams_kept
 from fitune.step.train_step import (
@@ -145,17 +146,18 @@ def safe_step(
     step: int,
     fits: Callable[[int], bool] | None = None,
     trial: bool = False,
+    norms: NormRecorder | None = None,
 ) -> SafeResult:
     """One optimizer step on these pieces, whatever memory does.
 
     step: its number, which with the run's seed and a piece's first row is what the piece draws from. fits(positions):
     whether a piece of this size should fit in what is free now, so that its failure is one that passes. trial: forward
-    and backward only, of which nothing stays, to see what fits.
+    and backward only, of which nothing stays, to see what fits. norms: reads this step's gradients.
 
     Raises OutOfMemoryError where a single row does not fit and is not to be left out: parameters, optimizer and
     schedule are then those before the step. Raises RestartError where an unprotected update is torn.
     """
-    progress = _Progress(protection, pieces)
+    progress = _Progress(protection, pieces, norms)
     failures: list[Failure] = []
     with streams_kept(protection.device):
         while True:
@@ -177,8 +179,8 @@ def safe_step(
 class _Progress(Generic[P]):
     """How far a step has come, and what takes it back."""
 
-    def __init__(self, protection: Protection[P], pieces: Sequence[P]) -> None:
-        self.protection = protection
+    def __init__(self, protection: Protection[P], pieces: Sequence[P], norms: NormRecorder | None) -> None:
+        self.protection, self.norms = protection, norms
         self.pending = list(pieces)
         self.done: list[P] = []
         self.losses: list[Tensor] = []
@@ -194,6 +196,8 @@ class _Progress(Generic[P]):
         """The first pending piece is done."""
         self.losses.append(loss)
         self.done.append(self.pending.pop(0))
+        if self.norms is not None:
+            self.norms.keep(self.done[-1].loss_weight)
         self._at_start.narrow()
         if self.committed is not None and self._at_start:
             self._at_piece = _Buffers(self.protection)
@@ -214,6 +218,8 @@ class _Progress(Generic[P]):
     def restart(self) -> None:
         self.pending = self.done + self.pending
         self.done, self.losses = [], []
+        if self.norms is not None:
+            self.norms.forget()
         self.committed = self._new_buffer()
         self._at_start.put_back()
         self._at_piece = self._at_start
@@ -292,7 +298,7 @@ def _attempt(protection: Protection[P], progress: _Progress[P], *, step: int, tr
             seed_streams(seed, protection.device)
             loss = work.loss_share(piece, progress.loss_weight)
             place = "backward"
-            loss = backward(loss, work.scaler)
+            loss = backward(loss, work.scaler, progress.norms)
             place = "commit"
             if progress.committed is not None:
                 progress.committed.add()
@@ -303,10 +309,12 @@ def _attempt(protection: Protection[P], progress: _Progress[P], *, step: int, tr
         place = "clip"
         if progress.committed is not None:
             progress.committed.hand_over()
-        mean_loss, grad_norm = clip_gradients(work.optimizer, progress.losses, clip=work.clip, scaler=work.scaler)
+        clipped = clip_gradients(
+            work.optimizer, progress.losses, clip=work.clip, scaler=work.scaler, norms=progress.norms
+        )
         place = "update"
-        updated = update(work.optimizer, grad_norm, scaler=work.scaler, protected=work.commit)
-        return StepResult(mean_loss, grad_norm, progress.loss_weight, updated)
+        updated = update(work.optimizer, clipped.grad_norm, scaler=work.scaler, protected=work.commit)
+        return StepResult(clipped.loss, clipped.grad_norm, progress.loss_weight, updated, clipped.norms)
     except Exception as error:
         where = memory_failure(error)
         if where is None:

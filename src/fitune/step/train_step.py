@@ -10,12 +10,14 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fitune.data.rows import MicroBatch
 from fitune.errors import RestartError
+from fitune.step.gradient_norms import GradientNorms, NormRecorder
 from fitune.step.loss import LossSettings, losses_and_correct, token_loss_sum
 from fitune.step.out_of_memory import memory_failure
 
@@ -39,13 +41,15 @@ class StepResult:
     """loss: mean over the loss weight N of the effective batch. grad_norm: before clipping.
 
     updated is False when the batch had no target (N = 0), the gradient was not finite, or a float16 gradient overflowed
-    and the scaler lowers its scale; `loss` is None in the first case.
+    and the scaler lowers its scale; `loss` is None in the first case. norms: of the micro-batches' gradients, where a
+    recorder was given.
     """
 
     loss: float | None
     grad_norm: float | None
     loss_weight: float
     updated: bool
+    norms: GradientNorms | None = None
 
 
 NOTHING_TO_LEARN = StepResult(loss=None, grad_norm=None, loss_weight=0.0, updated=False)
@@ -86,11 +90,12 @@ def train_step(
     *,
     settings: StepSettings,
     scaler: torch.amp.GradScaler | None = None,
+    norms: NormRecorder | None = None,
 ) -> StepResult:
     """One optimizer step on one effective batch, given as its micro-batches.
 
-    `.grad` is None before and after. scaler: for float16 autocast only. `safe_step` does the same, of the same parts,
-    and survives running out of memory between them.
+    `.grad` is None before and after. scaler: for float16 autocast only. norms: reads this step's gradients. `safe_step`
+    does the same, of the same parts, and survives running out of memory between them.
     """
     loss_weight = sum(micro_batch.loss_weight for micro_batch in micro_batches)
     if loss_weight == 0:
@@ -99,14 +104,16 @@ def train_step(
     losses = []
     for micro_batch in micro_batches:
         loss = loss_share(model, micro_batch, loss_weight=loss_weight, settings=settings)
-        losses.append(backward(loss, scaler))
+        losses.append(backward(loss, scaler, norms))
         if committed is not None:
             committed.add()
+        if norms is not None:
+            norms.keep(micro_batch.loss_weight)
     if committed is not None:
         committed.hand_over()
-    mean_loss, grad_norm = clip_gradients(optimizer, losses, clip=settings.clip, scaler=scaler)
-    updated = update(optimizer, grad_norm, scaler=scaler, protected=settings.commit)
-    return StepResult(loss=mean_loss, grad_norm=grad_norm, loss_weight=loss_weight, updated=updated)
+    clipped = clip_gradients(optimizer, losses, clip=settings.clip, scaler=scaler, norms=norms)
+    updated = update(optimizer, clipped.grad_norm, scaler=scaler, protected=settings.commit)
+    return StepResult(clipped.loss, clipped.grad_norm, loss_weight, updated, clipped.norms)
 
 
 def loss_share(model: nn.Module, micro_batch: MicroBatch, *, loss_weight: float, settings: StepSettings) -> Tensor:
@@ -116,9 +123,10 @@ def loss_share(model: nn.Module, micro_batch: MicroBatch, *, loss_weight: float,
         return token_loss_sum(model, micro_batch.to(device), settings.loss) / loss_weight
 
 
-def backward(loss: Tensor, scaler: torch.amp.GradScaler | None) -> Tensor:
+def backward(loss: Tensor, scaler: torch.amp.GradScaler | None, norms: NormRecorder | None = None) -> Tensor:
     """The loss without its graph, once that has given its gradients."""
-    torch.autograd.backward(loss if scaler is None else scaler.scale(loss))
+    with nullcontext() if norms is None else norms.reading():
+        torch.autograd.backward(loss if scaler is None else scaler.scale(loss))
     return loss.detach()
 
 
@@ -152,16 +160,32 @@ class CommitBuffer:
             parameter.grad = None if total is None else total.to(parameter.dtype)
 
 
+class Clipped(NamedTuple):
+    """grad_norm: before clipping."""
+
+    loss: float
+    grad_norm: float
+    norms: GradientNorms | None
+
+
 def clip_gradients(
-    optimizer: torch.optim.Optimizer, losses: Sequence[Tensor], *, clip: float, scaler: torch.amp.GradScaler | None
-) -> tuple[float, float]:
-    """(loss, gradient norm before clipping) as host numbers, in the step's one transfer. Clips `.grad` in place."""
+    optimizer: torch.optim.Optimizer,
+    losses: Sequence[Tensor],
+    *,
+    clip: float,
+    scaler: torch.amp.GradScaler | None,
+    norms: NormRecorder | None = None,
+) -> Clipped:
+    """Host numbers, in the step's one transfer. Clips `.grad` in place."""
     if scaler is not None:
         scaler.unscale_(optimizer)
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    on_device = [] if norms is None else [norms.values()]
     norm = nn.utils.clip_grad_norm_(parameters, clip or math.inf)
-    host = torch.stack((torch.stack(list(losses)).sum(), norm.float())).cpu()
-    return host[0].item(), host[1].item()
+    host = torch.cat((torch.stack((torch.stack(list(losses)).sum(), norm.float())), *on_device)).tolist()
+    scale = 1.0 if scaler is None else scaler.get_scale()
+    read = None if norms is None else norms.read(host[2:], total_norm=host[1], scale=scale)
+    return Clipped(host[0], host[1], read)
 
 
 def update(

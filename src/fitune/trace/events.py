@@ -1,9 +1,14 @@
 """What a training step allocates and frees, in order: pure data, written by the recorders and read by `memory/`."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol, get_args, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
 
 Category = Literal["parameter", "gradient", "optimizer_state", "activation", "temporary", "input", "workspace"]
+CATEGORIES: tuple[Category, ...] = get_args(Category)
 Phase = Literal["load", "forward", "backward", "optimizer"]
 
 
@@ -29,11 +34,38 @@ class MemoryEvent:
 
 
 @dataclass(frozen=True)
+class EventColumns:
+    """The numbers of all events, a column for each field that an allocator needs. category: index into CATEGORIES."""
+
+    storage: npt.NDArray[np.int64]
+    num_bytes: npt.NDArray[np.int64]
+    step: npt.NDArray[np.int64]
+    stream: npt.NDArray[np.int64]
+    category: npt.NDArray[np.int64]
+
+
+@runtime_checkable
+class Columnar(Protocol):
+    """Events that are columns already and made into objects one by one, where somebody looks at one."""
+
+    def columns(self) -> EventColumns: ...
+
+
+@dataclass(frozen=True)
 class MemoryTrace:
     """Events in order. `source` says what was recorded and under which assumptions, one sentence each."""
 
-    events: tuple[MemoryEvent, ...]
+    events: Sequence[MemoryEvent]
     source: tuple[str, ...] = ()
+
+    def columns(self) -> EventColumns:
+        if isinstance(self.events, Columnar):
+            return self.events.columns()
+        numbers = [
+            (each.storage, each.num_bytes, each.step, each.stream, CATEGORIES.index(each.category))
+            for each in self.events
+        ]
+        return EventColumns(*np.array(numbers, dtype=np.int64).reshape(-1, 5).T)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,12 +10,13 @@ so by its module: model.layers.2.mlp is turn 2 of the loop model.layers.
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from operator import eq
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 import numpy.typing as npt
 
-from fitune.trace.events import Category, MemoryEvent, MemoryTrace, OperatorWork, Phase
+from fitune.trace.events import CATEGORIES, Category, EventColumns, MemoryEvent, MemoryTrace, OperatorWork, Phase
 
 Integers = npt.NDArray[np.int64]
 NEVER = -1
@@ -168,42 +169,63 @@ def make_recording(
 
 
 def to_trace(recording: Recording) -> MemoryTrace:
-    """Deaths with no birth in between are in the order of the births: it makes no difference to an allocator."""
-    storages = np.cumsum(recording.num_bytes > 0) * (recording.num_bytes > 0)
-    dying = np.flatnonzero(recording.dies_after != NEVER)
-    dying = dying[np.argsort(recording.dies_after[dying], kind="stable")]
-    deaths = iter(dying.tolist())
-    next_death = next(deaths, None)
-    turns, death_turns = recording.turn.tolist(), recording.death_turn.tolist()
-    sizes, labels, dies_after = (
-        column.tolist() for column in (recording.num_bytes, recording.label, recording.dies_after)
-    )
-    numbers = storages.tolist()
-    modules: dict[tuple[str, int], str] = {}
+    return MemoryTrace(RecordedEvents(recording), recording.source)
 
-    def named(module: str, turn: int) -> str:
-        if turn < 0:
-            return module
-        if (module, turn) not in modules:
-            modules[module, turn] = module.format(turn)
-        return modules[module, turn]
 
-    events: list[MemoryEvent] = []
-    for i, (size, label) in enumerate(zip(sizes, labels, strict=True)):
-        category, (phase, step, micro_batch, module), op, _ = recording.labels[label]
-        events.append(MemoryEvent(numbers[i], size, category, phase, step, micro_batch, named(module, turns[i]), op))
-        while next_death is not None and dies_after[next_death] == i:
-            category, _, op, death = recording.labels[labels[next_death]]
+class RecordedEvents(Sequence[MemoryEvent]):
+    """The events of a recording, made when they are looked at. Deaths with no birth in between are in the order of the
+    births: it makes no difference to an allocator."""
+
+    def __init__(self, recording: Recording) -> None:
+        self._recording = recording
+        births = np.arange(len(recording))
+        dying = np.flatnonzero(recording.dies_after != NEVER)
+        # a birth stands at twice its number, what dies after it behind it
+        at = np.concatenate([2 * births, 2 * recording.dies_after[dying] + 1])
+        order = np.argsort(at, kind="stable")
+        self._birth = np.concatenate([births, dying])[order]
+        self._dies = (np.arange(len(at)) >= len(births))[order]
+        born = recording.num_bytes > 0
+        self._storage = np.cumsum(born) * born
+
+    def columns(self) -> EventColumns:
+        recording, birth = self._recording, self._birth
+        label = recording.label[birth]
+        steps = np.array(
+            [(each.where.step, (each.death or each.where).step) for each in recording.labels], dtype=np.int64
+        )
+        categories = np.array([CATEGORIES.index(each.category) for each in recording.labels], dtype=np.int64)
+        return EventColumns(
+            storage=self._storage[birth],
+            num_bytes=np.where(self._dies, -1, 1) * recording.num_bytes[birth],
+            step=steps.reshape(-1, 2)[label, self._dies.astype(np.int64)],
+            stream=np.zeros(len(birth), dtype=np.int64),
+            category=categories[label],
+        )
+
+    def __len__(self) -> int:
+        return len(self._birth)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and len(self) == len(other) and all(map(eq, self, other))
+
+    @overload
+    def __getitem__(self, index: int) -> MemoryEvent: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[MemoryEvent, ...]: ...
+    def __getitem__(self, index: int | slice) -> MemoryEvent | tuple[MemoryEvent, ...]:
+        if isinstance(index, slice):
+            return tuple(self[i] for i in range(*index.indices(len(self))))
+        recording, birth = self._recording, int(self._birth[index])
+        category, where, op, death = recording.labels[recording.label[birth]]
+        num_bytes, turn = int(recording.num_bytes[birth]), recording.turn[birth]
+        if self._dies[index]:
             assert death is not None
-            phase, step, micro_batch, module = death
-            events.append(
-                MemoryEvent(
-                    numbers[next_death], -sizes[next_death], category, phase, step, micro_batch,
-                    named(module, death_turns[next_death]), op,
-                )
-            )  # fmt: skip
-            next_death = next(deaths, None)
-    return MemoryTrace(tuple(events), recording.source)
+            where, num_bytes, turn = death, -num_bytes, recording.death_turn[birth]
+        phase, step, micro_batch, module = where
+        if turn >= 0:
+            module = module.format(turn)
+        return MemoryEvent(int(self._storage[birth]), num_bytes, category, phase, step, micro_batch, module, op)
 
 
 def sum_work(recording: Recording) -> tuple[OperatorWork, ...]:

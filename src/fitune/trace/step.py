@@ -18,15 +18,16 @@ from transformers import PretrainedConfig
 
 from fitune.config import RunConfig
 from fitune.data.rows import Batch, MicroBatch, Row
-from fitune.model.load import load_model
+from fitune.model.load import count_parameters, load_model
 from fitune.model.precision import Precision, device_precision, resolve_precision
-from fitune.step import loss
+from fitune.step import loss, optimizer
 from fitune.step.assemble import Layout, Setup, assemble, choose_layouts
 from fitune.step.train_step import evaluate, train_step
 from fitune.trace.cuda_behaviour import CudaTarget
 from fitune.trace.events import MemoryTrace, OperatorWork
 from fitune.trace.extrapolate import NUM_RECORDED_CHUNKS, Rows
 from fitune.trace.fake import RecordSettings, Step, record_columns
+from fitune.trace.optimizer_8bit import build_8bit_adamw
 from fitune.trace.recorder import Recorder
 from fitune.trace.recording import Recording, sum_work, to_trace
 
@@ -169,22 +170,23 @@ def record_columns_of_step(
                 with recorder.running(f"{name}.{number}"):
                     yield each
 
-        with patch.object(loss, "_chunks", chunks_of):
+        state_alone = {"adamw_8bit": build_8bit_adamw, "adamw_8bit_paged": build_8bit_adamw} if mode == "fake" else {}
+        with patch.object(loss, "_chunks", chunks_of), patch.dict(optimizer._BUILDERS, state_alone):
             yield
 
     settings = RecordSettings(mode=mode, target=target, num_steps=len(passes))
     with _older_objects_set_aside():
         recording = record_columns(build, loop, settings, watch=name_chunks)
     ((model, setup),) = made
-    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    num_parameters, num_trainable = count_parameters(model)
     return ColumnsOfStep(
         recording=recording,
         chunk_tokens=setup.settings.loss.chunk_tokens,
         layout=setup.layout,
         chunked=setup.settings.loss.head is not None,
         evaluation_step=next((i for i, each in enumerate(passes, start=1) if each.kind == "eval"), None),
-        num_parameters=sum(size for size, _ in sizes),
-        num_trainable_parameters=sum(size for size, trainable in sizes if trainable),
+        num_parameters=num_parameters,
+        num_trainable_parameters=num_trainable,
         precision=precision,
         notes=setup.notes,
     )

@@ -5,10 +5,10 @@ root of 2 apart; rung 0 is what was planned. What a step needs above what is hel
 
     need(size) = fixed + slope * size
 
-fitted to measured peaks and lifted until no recent one lies above it; a failure lifts it too. The next size is the
-present rung if that fits in what is free now, a lower one if not. A rung that failed is banned for a while; each time
-that it fails again the ban is twice as long. Below the plan the way back up is taken when memory is there; above it
-only while tokens per second gain.
+fitted to measured peaks, and to what was free where a size failed, and lifted until no recent one lies above it. The
+next size is the present rung if that fits in what is free now, a lower one if not. A rung that failed is banned for a
+while; each time that it fails again the ban is twice as long. Below the plan the way back up is taken when memory is
+there; above it only while tokens per second gain.
 """
 
 from collections.abc import Mapping
@@ -31,7 +31,7 @@ LOWEST_RUNG = -24
 RUNG = 2**0.5
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Observation:
     """One step. size: its largest micro-batch. need_bytes: the step's peak above what was held before it, None where
     it was not measured. failed_size: the smallest that did not fit, None where all did. free_bytes: before the step.
@@ -103,8 +103,8 @@ def memory_model(content: Mapping[str, Any]) -> MemoryModel:
 def choose_size(model: MemoryModel, free_bytes: int | None) -> int:
     """The largest size that a micro-batch of the next step may have."""
     before = model.rung
-    if _may_grow(model, free_bytes):
-        model.rung, model.clean_steps = model.rung + 1, 0
+    if (grown := _grown(model, free_bytes)) > before:
+        model.rung, model.clean_steps = grown, 0
     elif free_bytes is not None and not _may_fit(model, model.rung, free_bytes):
         lower = range(model.rung - 1, LOWEST_RUNG - 1, -1)
         # where no size would fit, what is held regardless of the size is the matter, and a smaller one is only slower
@@ -118,13 +118,13 @@ def learn(model: MemoryModel, seen: Observation) -> None:
     """Take in what a step showed."""
     model.step += 1
     if seen.need_bytes is not None:
-        _measure(model, seen.size, seen.need_bytes)
+        # a step that went well needed no more than was free, whatever the peak seems to say
+        most = seen.need_bytes if seen.free_bytes is None else int((1 - MARGIN_FRACTION) * seen.free_bytes)
+        _measure(model, seen.size, min(seen.need_bytes, most))
     before = model.rung
     if seen.failed_size is not None:
-        if seen.free_bytes is not None and model.sums[0]:
-            need = model.need_bytes(seen.failed_size)
-            assert need is not None
-            model.lift_bytes += max(seen.free_bytes - need, 0.0)
+        if seen.free_bytes is not None and (model.need_bytes(seen.failed_size) or 0.0) < seen.free_bytes:
+            _measure(model, seen.failed_size, seen.free_bytes)  # it needs at least that
         while model.rung > LOWEST_RUNG and model.size(model.rung) >= seen.failed_size:
             _ban(model, model.rung)
             model.rung -= 1
@@ -151,19 +151,24 @@ def _may_fit(model: MemoryModel, rung: int, free_bytes: int) -> bool:
     return need is None or need <= (1 - MARGIN_FRACTION) * free_bytes
 
 
-def _may_grow(model: MemoryModel, free_bytes: int | None) -> bool:
-    upper = model.rung + 1
-    if upper > model.highest or model.clean_steps < CLEAN_STEPS:
-        return False
-    ban = model.bans.get(upper)
+def _grown(model: MemoryModel, free_bytes: int | None) -> int:
+    """Below the plan the highest rung up to it that fits; above it the next one, while the last one was a gain."""
+    if model.clean_steps < CLEAN_STEPS or model.rung >= model.highest:
+        return model.rung
+    if model.rung > 0 and not _gained(model):
+        model.highest = model.rung
+        return model.rung
+    upper = range(min(model.highest, max(model.rung + 1, 0)), model.rung, -1)
+    return next((rung for rung in upper if _has_room(model, rung, free_bytes)), model.rung)
+
+
+def _has_room(model: MemoryModel, rung: int, free_bytes: int | None) -> bool:
+    ban = model.bans.get(rung)
     if ban is not None and model.step < ban.until_step:
         return False
-    if upper > 1 and not _gained(model):
-        model.highest = model.rung
-        return False
-    need = model.need_bytes(model.size(upper))
+    need = model.need_bytes(model.size(rung))
     if need is None or free_bytes is None:
-        return upper <= 0
+        return rung <= 0
     return need <= GROW_FRACTION * free_bytes
 
 

@@ -119,7 +119,6 @@ class Alarms:
         if others - before < grown:
             return None
         self._others_bytes = others
-        self._ringing.discard("other_processes")  # each further growth is news
         return f"other processes took {format_bytes(others - before)} more: they now hold {format_bytes(others)}"
 
     def _spill(self, sample: MemorySample) -> str | None:

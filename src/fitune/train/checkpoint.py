@@ -40,6 +40,8 @@ from fitune.model.tensor_file import file_hash, write_tensors
 from fitune.run.directory import RunDirectory, sync_directory, write_json
 from fitune.run.journal import read_journal
 from fitune.step.assemble import Setup
+from fitune.train.batch_mode import batch_state
+from fitune.train.noise import NoiseAverages
 from fitune.train.state import RunState
 from fitune.units import MIB, format_bytes
 
@@ -48,7 +50,7 @@ NUM_KEPT = 2
 """The last ones; the best one is kept beside them."""
 SPARE_BYTES = 4 * MIB
 """What a save leaves free for the logs, so that it does not end the run that it is to protect."""
-_STATE_SHARE = {"sgd": 1.0, "adafactor": 0.1, "adamw_8bit": 0.6}
+_STATE_SHARE = {"sgd": 1.0, "adafactor": 0.1, "adamw_8bit": 0.6, "adamw_8bit_paged": 0.6}
 """The optimizer's state in bytes of the trained parameters: twice their size where nothing is said here."""
 
 Json = dict[str, Any]
@@ -341,10 +343,18 @@ def state_json(state: RunState) -> Json:
 
 
 def read_state(content: Mapping[str, Any]) -> RunState:
-    numbers = {"nan": float("nan"), "inf": float("inf"), "-inf": float("-inf")}
-    peak = MemoryPeak(**content["peak"])
-    values: Json = {name: numbers.get(value, value) for name, value in content.items() if name != "peak"}
-    return RunState(**values, peak=peak)
+    nouns: Json = {
+        "peak": MemoryPeak(**content["peak"]),
+        "noise": NoiseAverages(**content["noise"]),
+        "preconditioned_noise": NoiseAverages(**content["preconditioned_noise"]),
+        "batch": batch_state(content["batch"]),
+        "eval_losses": tuple(content["eval_losses"]),
+    }
+    return RunState(**{name: nouns.get(name, _number(value)) for name, value in content.items()})
+
+
+def _number(value: Any) -> Any:
+    return float(value) if value in ("nan", "inf", "-inf") else value
 
 
 def random_state(device: torch.device) -> Json:

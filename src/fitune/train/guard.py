@@ -22,6 +22,7 @@ from fitune.memory.devices import cpu_device
 from fitune.memory.prediction import Prediction
 from fitune.model.device import held_bytes, num_alloc_retries, read_peak, reset_peak, usable_bytes
 from fitune.step.assemble import Setup
+from fitune.step.gradient_norms import NormRecorder
 from fitune.step.micro_batch_work import allowed_reliefs, micro_batch_work
 from fitune.step.model_check import Probe, Verdict, check_model
 from fitune.step.optimizer_state import create_state
@@ -75,6 +76,11 @@ class Guard:
         self._told_rung = 0
         self.free_bytes: int | None = None
 
+    @property
+    def is_as_planned(self) -> bool:
+        """Whether micro-batches have the size that was predicted."""
+        return self.memory.rung == 0
+
     def start(self) -> None:
         """Raises OutOfMemoryError where not even the optimizer's state, or a single row, fits."""
         optimizer = self.protection.work.optimizer
@@ -87,9 +93,17 @@ class Guard:
             self._tell(kind, verdict.reason if verdict.exact else f"warning: not exact in parts: {verdict.reason}")
         self._observed(lambda: safe_step(self.protection, self._heaviest, step=0, trial=True), self._free_bytes())
 
-    def train(self, batch: Batch, micro_batches: list[MicroBatch], *, step: int, keep_plan: bool = False) -> SafeResult:
+    def train(
+        self,
+        batch: Batch,
+        micro_batches: list[MicroBatch],
+        *,
+        step: int,
+        keep_plan: bool = False,
+        norms: NormRecorder | None = None,
+    ) -> SafeResult:
         """micro_batches: the batch as it was laid out ahead, taken where it is still of the right size. keep_plan: take
-        it in any case, as a replay does. Raises what `safe_step` raises."""
+        it in any case, as a replay does. norms: reads the step's gradients. Raises what `safe_step` raises."""
         self.free_bytes = free_bytes = self._free_bytes()
         if not keep_plan:
             size = choose_size(self.memory, free_bytes)
@@ -97,8 +111,13 @@ class Guard:
             if size != self.memory.planned:
                 micro_batches = replace(self._setup.layout, micro_rows=None, micro_tokens=size).split(batch)
         return self._observed(
-            lambda: safe_step(self.protection, micro_batches, step=step, fits=self._fits), free_bytes, batch.num_tokens
+            lambda: safe_step(self.protection, micro_batches, step=step, fits=self._fits, norms=norms),
+            free_bytes,
+            batch.num_tokens,
         )
+
+    def set_clip(self, clip: float) -> None:
+        self.protection.work = replace(self.protection.work, clip=clip)
 
     def evaluate(self, micro_batches: Iterable[MicroBatch]) -> EvalResult:
         found = safe_evaluate(

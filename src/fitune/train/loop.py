@@ -27,12 +27,25 @@ from fitune.run.eval_rows import EvalRows, append_eval_rows
 from fitune.run.journal import StepRecord, append_step, ids_hash
 from fitune.run.metrics import EvalMetrics, RunEvent, Status, StepMetrics, Summary, append_line, summary_json
 from fitune.step.assemble import Layout, Setup
+from fitune.step.gradient_norms import NormRecorder
 from fitune.step.optimizer import set_lr
 from fitune.step.safe_step import SafeResult
+from fitune.step.scaling import OptimSettings
 from fitune.step.train_step import EvalResult, StepResult
+from fitune.train.batch_mode import (
+    FLAT_EVALS,
+    Situation,
+    changed,
+    decide,
+    is_flat,
+    rescale_memory,
+    set_settings,
+    switch_settings,
+)
 from fitune.train.checkpoint import CheckpointWriter, seed_everything
 from fitune.train.guard import Guard
 from fitune.train.identity import run_conditions, run_identity
+from fitune.train.noise import HALF_LIFE_FRACTION, estimate, observe, observe_preconditioned
 from fitune.train.resume import Replay, Start, check_replayed, replayed_split
 from fitune.train.schedule import lr_factor
 from fitune.train.self_check import CHECKED_STEP, SelfCheck
@@ -42,6 +55,8 @@ from fitune.units import parse_seconds
 EVALS_PER_RUN = 10
 PREFETCHED_BATCHES = 2
 MOST_BAD_STEPS = 3
+FEWEST_HALF_LIFE_STEPS = 8
+PRECONDITIONED_EVERY = 10
 MOST_OVERFLOWS = 30
 """A float16 scale of 2^16 needs 16 halvings to reach 1; more overflows in a row are no matter of scale."""
 
@@ -124,6 +139,7 @@ def train(
         trainer.event("stopped", "interrupted at once, without saving")
         raise
     finally:
+        trainer.writer.close()  # in any case: nothing is written once the run's lock is given back
         summary = trainer.write_summary(status)
     if caught and status == "stopped":
         where = f"saved after step {summary.steps} in {run.last}"
@@ -161,6 +177,9 @@ class _Trainer:
             tell=self.event,
             predicted=None if self_check is None else self_check.predicted,
         )
+        if self.state.batch.optim is not None:
+            self.set_optim(self.state.batch.optim)
+        self.supervised_tokens = max(self.length.total_tokens * data.train.report.supervised_fraction, 1.0)
         self.started = time.perf_counter()
         self.num_replayed = 0
         every = max(1, self.length.total_steps // EVALS_PER_RUN)
@@ -175,6 +194,28 @@ class _Trainer:
                 "conditions": run_conditions(config, setup),
             },
         )
+
+    @property
+    def rows_per_step(self) -> int:
+        return self.config.batch.rows_per_step * self.state.batch.growth
+
+    @property
+    def step_tokens(self) -> float:
+        """Supervised tokens of an effective batch, on average."""
+        configured = self.supervised_tokens / max(self.length.total_steps, 1)
+        return configured * self.state.batch.growth
+
+    @property
+    def optim(self) -> OptimSettings:
+        return self.state.batch.optim or self.setup.optim
+
+    def set_optim(self, optim: OptimSettings) -> None:
+        set_settings(self.setup.optimizer, optim)
+        self.guard.set_clip(optim.clip)
+
+    @property
+    def half_life_tokens(self) -> float:
+        return max(HALF_LIFE_FRACTION * self.supervised_tokens, FEWEST_HALF_LIFE_STEPS * self.step_tokens)
 
     def is_over(self) -> bool:
         if self.replay is not None and self.num_replayed == len(self.replay.lines):
@@ -205,6 +246,9 @@ class _Trainer:
         try:
             while not self.is_over() and (item := next(prepared, None)) is not None:
                 self.train_batch(*item)
+                if self.grow():
+                    prepared.close()  # type: ignore[attr-defined]
+                    prepared = prefetch(self._prepared(), depth=PREFETCHED_BATCHES)
                 self.tell_failed_save()
                 if self.is_over():
                     break
@@ -225,13 +269,13 @@ class _Trainer:
     def _prepared(self) -> Iterator[tuple[Batch, list[MicroBatch]]]:
         following = batches(
             self.data.train,
-            rows_per_step=self.config.batch.rows_per_step,
+            rows_per_step=self.rows_per_step,
             seed=self.config.train.seed,
             position=self.state.position,
             epochs=self.length.epochs,
         )
         if self.replay is not None:
-            for batch, line in zip(following, self.replay.lines, strict=False):
+            for batch, line in zip(following, self.replay.lines[self.num_replayed :], strict=False):
                 yield batch, replayed_split(batch, line, packed=self.setup.layout.packed)
             return
         for batch in following:
@@ -242,11 +286,13 @@ class _Trainer:
         tokens = state.tokens + batch.num_tokens
         progress = self.length.progress(step=state.step + 1, tokens=tokens)
         before = self.length.progress(step=state.step, tokens=state.tokens)
-        lr = setup.peak_lr * lr_factor(self.config.optim, (before + progress) / 2)
+        lr = self.optim.lr * lr_factor(self.config.optim, (before + progress) / 2)
         set_lr(setup.optimizer, lr)
+        norms = NormRecorder(setup.optimizer, preconditioned=state.step % PRECONDITIONED_EVERY == 0)
         start = time.perf_counter()
-        safe = self.safe_step(batch, micro_batches)
+        safe = self.safe_step(batch, micro_batches, norms)
         result, seconds = safe.step, time.perf_counter() - start
+        state = self.state
         peak = read_peak(self.device)
         if self.self_check is not None:
             peak = self.self_check.measured(peak)
@@ -280,7 +326,6 @@ class _Trainer:
             position=record.position,
             tokens=tokens,
             journal_hash=link,
-            num_ooms=state.num_ooms + len(safe.failures),
             num_retries=state.num_retries + bool(safe.failures),
             micro_batch_changes=self.guard.memory.num_changes,
         )
@@ -294,7 +339,9 @@ class _Trainer:
             train_loss=result.loss,
             bad_steps=0 if result.updated else state.bad_steps + 1,
             peak=larger_peak(state.peak, peak),
+            **self.observed_noise(result),
         )
+        noise, preconditioned = estimate(state.noise), estimate(state.preconditioned_noise)
         metrics = StepMetrics(
             step=state.step,
             tokens=batch.num_tokens,
@@ -310,12 +357,18 @@ class _Trainer:
             peak_allocated_bytes=peak.allocated_bytes,
             peak_reserved_bytes=peak.reserved_bytes,
             device_used_bytes=peak.device_bytes,
+            noise_signal=None if noise is None else noise.signal,
+            noise_variance=None if noise is None else noise.variance,
+            noise_ratio=None if noise is None else noise.ratio(result.loss_weight),
+            noise_scale_tokens=None if noise is None else noise.scale_tokens,
+            noise_scale_preconditioned_tokens=None if preconditioned is None else preconditioned.scale_tokens,
+            noise_bounce=None if noise is None else noise.bounce,
         )
         append_line(self.run.metrics, metrics)
         self.watcher.step(metrics, progress=progress)
         if not result.updated:
             self.check_update(result)
-        if self.self_check is not None and state.step == CHECKED_STEP:
+        if self.self_check is not None and state.step == CHECKED_STEP and self.guard.is_as_planned:
             self.state = replace(
                 state,
                 checked_allocated_bytes=peak.allocated_bytes,
@@ -326,11 +379,49 @@ class _Trainer:
             sentence, agrees = self.self_check.compare(peak)
             self.event("memory_check" if agrees else "memory_differs", sentence)
 
-    def safe_step(self, batch: Batch, micro_batches: list[MicroBatch]) -> SafeResult:
+    def observed_noise(self, result: StepResult) -> dict[str, Any]:
+        """What the state's averages are after this step."""
+        if result.norms is None or not result.updated:
+            return {}
+        half_life = self.half_life_tokens
+        beta1 = self.optim.betas[0]
+        noise = observe(self.state.noise, result.norms, half_life_tokens=half_life, beta1=beta1, clip=self.optim.clip)
+        preconditioned = observe_preconditioned(
+            self.state.preconditioned_noise, result.norms, half_life_tokens=half_life
+        )
+        return {"noise": noise, "preconditioned_noise": preconditioned}
+
+    def grow(self) -> bool:
+        """Whether the effective batch is larger from the next step on."""
+        state = self.state
+        progress = self.length.progress(step=state.step, tokens=state.tokens)
+        now = Situation(
+            tokens=progress * self.supervised_tokens,
+            total_tokens=self.supervised_tokens,
+            step_tokens=self.step_tokens,
+            half_life_tokens=self.half_life_tokens,
+            warmup_fraction=self.config.optim.warmup,
+            schedule=lr_factor(self.config.optim, progress),
+            noise=estimate(state.noise),
+            flat=is_flat(state.eval_losses),
+        )
+        change = decide(self.config.train.batch_mode, state.batch, now)
+        if change is None:
+            return False
+        before = self.rows_per_step
+        optim = switch_settings(self.optim, change, steps_left=now.steps_left)
+        self.writer.wait()  # what is being saved is the state before the change
+        rescale_memory(self.setup.optimizer, gain=change.gain)
+        self.set_optim(optim)
+        self.state = replace(state, batch=changed(state.batch, now, optim), eval_losses=())
+        self.event("batch", f"effective batch {before} -> {self.rows_per_step} rows, {change.reason}")
+        return True
+
+    def safe_step(self, batch: Batch, micro_batches: list[MicroBatch], norms: NormRecorder) -> SafeResult:
         """Raises OutOfMemoryError after saving what was trained so far."""
         try:
             step = self.state.step + 1
-            return self.guard.train(batch, micro_batches, step=step, keep_plan=self.replay is not None)
+            return self.guard.train(batch, micro_batches, step=step, keep_plan=self.replay is not None, norms=norms)
         except OutOfMemoryError as error:
             self.save_for_good()
             raise OutOfMemoryError(f"{error}; the weights of step {self.state.step} are in {self.run.last}") from error
@@ -361,6 +452,7 @@ class _Trainer:
         start = time.perf_counter()
         micro_batches = _in_order(self.data.eval, self.setup.eval_layout, self.config.batch.rows_per_step)
         result = self.guard.evaluate(micro_batches)
+        state = self.state
         peak = read_peak(self.device)
         metrics = EvalMetrics(
             step=state.step,
@@ -384,6 +476,7 @@ class _Trainer:
             best_eval_loss=result.loss if best else state.best_eval_loss,
             best_step=state.step if best else state.best_step,
             peak=larger_peak(state.peak, peak),
+            eval_losses=(*state.eval_losses, result.loss)[-FLAT_EVALS:] if state.step else (),
         )
         if best:
             self.save()
@@ -415,6 +508,8 @@ class _Trainer:
 
     def event(self, kind: str, message: str) -> None:
         append_line(self.run.events, RunEvent(time=time.time(), step=self.state.step, kind=kind, message=message))
+        if kind == "out_of_memory":
+            self.state = replace(self.state, num_ooms=self.state.num_ooms + 1)
         self.watcher.note(message)
 
     def write_summary(self, status: Status) -> Summary:

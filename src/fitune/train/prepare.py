@@ -82,7 +82,7 @@ def prepare(
     except Exception as error:  # whatever a model does on tensors without data: the run itself needs none of this
         notes.append(f"memory is not predicted: {type(error).__name__}: {' '.join(str(error).split())[:160]}")
     model = load_model(config.model, device, precision=precision, seed=config.train.seed)
-    if config.model.method == "lora" and (clause := not_adapted(model)) is not None:
+    if config.model.method != "full" and (clause := not_adapted(model)) is not None:
         notes.append(clause)
     setup = assemble(model, config, device=device, precision=precision)
     num_parameters, num_trainable = count_parameters(model)

@@ -54,7 +54,7 @@ def go_on(
         lost = roll_back(run, None)
         return Start(RunState(), ("nothing was saved yet: starts from the beginning", *lost))
     notes = check_identity(checkpoint.identity, identity, allowed=allowed)
-    dropout = config.model.method == "lora" and config.model.lora.dropout > 0
+    dropout = config.model.method != "full" and config.model.lora.dropout > 0
     note = condition_note(checkpoint.conditions, conditions, dropout=dropout)
     lost = roll_back(run, checkpoint)
     restore(checkpoint, setup)

@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 
 from fitune.model.device import MemoryPeak
 from fitune.run.journal import CHAIN_START
+from fitune.train.batch_mode import BatchState
+from fitune.train.noise import NoiseAverages
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -14,7 +16,9 @@ class RunState:
     bad_steps: steps without an update in a row. train_loss: of the last step. best_step: the step of best_eval_loss,
     whose weights are best/. evaluated_step: of the last evaluation, -1 before the first. peak: of the whole
     run. checked_*: what the step took that the self-check looks at. seconds: at work, over all sessions. journal_hash:
-    of the last line of the journal.
+    of the last line of the journal. noise,
+    preconditioned_noise: averages of the gradient noise. batch: how far the effective batch has grown. eval_losses: the
+    last ones since it did.
     """
 
     step: int = 0
@@ -36,6 +40,10 @@ class RunState:
     checked_device_bytes: int | None = None
     seconds: float = 0.0
     journal_hash: str = CHAIN_START
+    noise: NoiseAverages = field(default_factory=NoiseAverages)
+    preconditioned_noise: NoiseAverages = field(default_factory=NoiseAverages)
+    batch: BatchState = field(default_factory=BatchState)
+    eval_losses: tuple[float, ...] = ()
 
 
 def larger_peak(first: MemoryPeak, second: MemoryPeak) -> MemoryPeak:

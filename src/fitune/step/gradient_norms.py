@@ -1,0 +1,120 @@
+"""Squared norms of what each micro-batch adds to the gradient, read while the backward runs.
+
+A hook on a parameter sees the gradient of one backward before it is added to `.grad`, once per backward, for tied
+weights and under recomputation too. It costs one read of the gradient, no copy and no wait for the device. From these
+norms and that of their sum follows the gradient noise (see train/noise.py).
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import nn
+
+CHUNK_ELEMENTS = 1 << 20
+"""Weighted norms need a temporary; it is kept this small instead of as large as the largest parameter."""
+
+EPS = 1e-12
+"""Below every root of a second moment that matters; Adam's own eps would weigh dead coordinates by the batch size."""
+
+
+@dataclass(frozen=True, slots=True)
+class GradientNorms:
+    """Of one step. micro: squared norm of each micro-batch's contribution; total: of their sum, before clipping.
+    weights: their loss weights. momentum_dot: gradient . Adam's exp_avg as it was before the step, None without one.
+    preconditioned_*: the same with squares divided by the root of Adam's exp_avg_sq, None where not asked for."""
+
+    micro: tuple[float, ...]
+    total: float
+    weights: tuple[float, ...]
+    momentum_dot: float | None = None
+    preconditioned_micro: tuple[float, ...] | None = None
+    preconditioned_total: float | None = None
+
+
+class NormRecorder:
+    """Reads the gradients of one step: made for that step, its hooks gone with it.
+
+    preconditioned: weighted norms too, where the optimizer has an exp_avg_sq by now.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, *, preconditioned: bool = False) -> None:
+        self._parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+        self._exp_avg = {p: state["exp_avg"] for p, state in optimizer.state.items() if "exp_avg" in state}
+        squares = {p: state["exp_avg_sq"] for p, state in optimizer.state.items() if "exp_avg_sq" in state}
+        self._exp_avg_sq = squares if preconditioned and len(squares) == len(self._parameters) else {}
+        self._norms: list[torch.Tensor] = []
+        self._weighted: list[torch.Tensor] = []
+        self._micro: list[torch.Tensor] = []
+        self._weights: list[float] = []
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """One micro-batch's backward goes into this. What an earlier one left is forgotten unless it was kept."""
+        self._norms, self._weighted = [], []
+        handles = [parameter.register_hook(partial(self._add, parameter)) for parameter in self._parameters]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def keep(self, weight: float) -> None:
+        """The micro-batch that was read is done. weight: its loss weight."""
+        squares = [norm.square() for norm in self._norms]
+        self._micro.append(torch.stack((self._sum(squares), self._sum(self._weighted))))
+        self._weights.append(weight)
+
+    def forget(self) -> None:
+        """The step begins anew."""
+        self._micro, self._weights = [], []
+
+    @torch.no_grad()
+    def values(self) -> torch.Tensor:
+        """Float32 [2 a + 2] on the device, for a micro-batches: norm and weighted norm of each; the weighted norm of
+        their sum, and its product with Adam's average. To be taken after the last backward and before clipping."""
+        grads = [(p, p.grad) for p in self._parameters if p.grad is not None]
+        dots = [torch.sum(_dot(grad, self._exp_avg[p])) for p, grad in grads if p in self._exp_avg]
+        weighted = [_weighted_square(grad, self._exp_avg_sq[p]) for p, grad in grads if self._exp_avg_sq]
+        return torch.cat((*self._micro, torch.stack((self._sum(weighted), self._sum(dots)))))
+
+    def read(self, host: Sequence[float], *, total_norm: float, scale: float = 1.0) -> GradientNorms:
+        """host: `values()` on the host. scale: a GradScaler's, which is in every backward's gradient and was taken out
+        of their sum."""
+        *micro, weighted_total, dot = host
+        norms = [value / scale**2 for value in micro]
+        return GradientNorms(
+            micro=tuple(norms[0::2]),
+            total=total_norm**2,
+            weights=tuple(self._weights),
+            momentum_dot=dot if self._exp_avg else None,
+            preconditioned_micro=tuple(norms[1::2]) if self._exp_avg_sq else None,
+            preconditioned_total=weighted_total if self._exp_avg_sq else None,
+        )
+
+    @torch.no_grad()
+    def _add(self, parameter: nn.Parameter, gradient: torch.Tensor) -> None:
+        self._norms.append(torch.linalg.vector_norm(gradient, dtype=torch.float32))
+        if self._exp_avg_sq:
+            self._weighted.append(_weighted_square(gradient, self._exp_avg_sq[parameter]))
+
+    def _sum(self, values: list[torch.Tensor]) -> torch.Tensor:
+        return torch.stack(values).sum() if values else torch.zeros((), device=self._parameters[0].device)
+
+
+def _dot(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """In float32, in pieces: the two may be of different types."""
+    pieces = zip(_pieces(first), _pieces(second), strict=True)
+    return torch.stack([torch.dot(a.float(), b.float()) for a, b in pieces])
+
+
+def _weighted_square(gradient: torch.Tensor, exp_avg_sq: torch.Tensor) -> torch.Tensor:
+    """sum of g^2 / sqrt(v). A constant factor, such as v's missing correction of its bias, cancels in every ratio."""
+    pieces = zip(_pieces(gradient), _pieces(exp_avg_sq), strict=True)
+    return torch.stack([(g.float().square() / (v.float().sqrt() + EPS)).sum() for g, v in pieces]).sum()
+
+
+def _pieces(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return torch.split(tensor.reshape(-1), CHUNK_ELEMENTS)

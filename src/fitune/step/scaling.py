@@ -1,0 +1,117 @@
+"""What the optimizer's settings become when the effective batch changes: one gain gives them all.
+
+For a batch k times as large, and noise of rho times the signal at the old one,
+
+    r(k) = (1 + rho) / (1 + rho / k)
+
+is how much further one step may go: k where the gradient is all noise, 1 where it has none. It is AdaScale's gain
+(Johnson et al. 2020, arXiv 2007.05105). Adam's rate grows by sqrt(r) (its step is a ratio of gradient and root mean
+square), SGD's by r. What remembers or shrinks per step is kept per token instead: beta -> beta^k, weight decay by
+rate * decay / batch = const (Wang and Aitchison 2024, arXiv 2405.13698). eps goes by 1 / sqrt(k) (Malladi et al. 2022,
+arXiv 2205.10287), the clipping threshold by 1 / sqrt(r), since the norm of a less noisy gradient is smaller.
+"""
+
+import math
+from dataclasses import asdict, dataclass, replace
+
+from fitune.config import OptimConfig, Scaling
+
+MOST_UNMEASURED = 2.0
+"""The rate is changed by no more than this factor while the noise is not known."""
+LONGEST_LAG_FRACTION = 0.05
+"""Of the remaining steps that beta1 may average over before it, too, is kept per token."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimSettings:
+    """Of an optimizer, all of which depend on the batch. clip: 0 for none."""
+
+    lr: float
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+    clip: float
+
+
+def settings_of(optim: OptimConfig, *, lr: float, rows: int) -> OptimSettings:
+    """For a batch of `rows`: as configured, and carried over where optim.scaling says so."""
+    given = OptimSettings(lr=lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay, clip=optim.clip)
+    if optim.reference_batch is None:
+        return given
+    rho = None if optim.noise_scale is None else optim.noise_scale / optim.reference_batch
+    return scale(given, optim.scaling, factor=rows / optim.reference_batch, rho=rho, adaptive=is_adaptive(optim))
+
+
+def with_settings(optim: OptimConfig, settings: OptimSettings) -> OptimConfig:
+    return optim.model_copy(update=asdict(settings))
+
+
+def scaling_note(optim: OptimConfig, settings: OptimSettings, *, lr: float, rows: int) -> str:
+    """What optim.scaling made of the settings, in one sentence."""
+    assert optim.reference_batch is not None
+    measured = "" if optim.noise_scale is None else f", noise scale {optim.noise_scale:g} rows"
+    return (
+        f"{optim.scaling} from {optim.reference_batch} rows to {rows}{measured}: rate {lr:.3g} -> {settings.lr:.3g}, "
+        f"beta2 {optim.betas[1]:g} -> {settings.betas[1]:.4g}, weight decay {optim.weight_decay:g} -> "
+        f"{settings.weight_decay:.3g}, clip {optim.clip:g} -> {settings.clip:.3g}"
+    )
+
+
+def is_adaptive(optim: OptimConfig) -> bool:
+    """Whether the optimizer divides by the gradient's own size."""
+    return optim.name != "sgd"
+
+
+def gain(rho: float, factor: float) -> float:
+    """r(k) for a batch that grows by `factor`. rho: noise over signal at the old batch; inf: nothing but noise."""
+    return factor if math.isinf(rho) else (1 + rho) / (1 + rho / factor)
+
+
+def rate_factor(rule: Scaling, factor: float, *, rho: float | None, adaptive: bool = True) -> float:
+    """By how much the rate changes. rho: None where it was not measured, which sqrt_gain answers with caution.
+    adaptive: Adam and its like, not SGD."""
+    match rule:
+        case "none":
+            return 1.0
+        case "linear":
+            return factor
+        case "sqrt":
+            return math.sqrt(factor)
+        case "sqrt_gain":
+            if rho is not None:
+                return math.sqrt(gain(rho, factor)) if adaptive else gain(rho, factor)
+            power = math.sqrt(factor) if adaptive else factor
+            return min(max(power, 1 / MOST_UNMEASURED), MOST_UNMEASURED)
+
+
+def scale(
+    reference: OptimSettings,
+    rule: Scaling,
+    *,
+    factor: float,
+    rho: float | None = None,
+    adaptive: bool = True,
+    steps_left: float | None = None,
+) -> OptimSettings:
+    """The settings for a batch `factor` times the one that `reference` was chosen for. steps_left: of the new batch,
+    None where that is not known; beta1 stays as it is unless it would average over too many of them."""
+    if rule == "none" or factor == 1:
+        return reference
+    change = rate_factor(rule, factor, rho=rho, adaptive=adaptive)
+    beta1, beta2 = reference.betas
+    lag = 1 / (1 - beta1)
+    keep_beta1 = steps_left is None or lag <= LONGEST_LAG_FRACTION * steps_left
+    return replace(
+        reference,
+        lr=reference.lr * change,
+        betas=(beta1 if keep_beta1 else beta1**factor, beta2**factor),
+        eps=reference.eps / math.sqrt(factor),
+        weight_decay=reference.weight_decay * factor / change,
+        clip=reference.clip / math.sqrt(_implied_gain(change, factor, rho=rho, adaptive=adaptive)),
+    )
+
+
+def _implied_gain(change: float, factor: float, *, rho: float | None, adaptive: bool) -> float:
+    """r(k), measured, else the one that the change of the rate takes for granted; between 1 and k."""
+    implied = gain(rho, factor) if rho is not None else change ** (2 if adaptive else 1)
+    return min(max(implied, min(1.0, factor)), max(1.0, factor))

@@ -1,0 +1,53 @@
+"""bitsandbytes' 8-bit AdamW for a recording: its state and nothing else, so that the library need not be here.
+
+bitsandbytes 0.50, optim/optimizer.py (Optimizer2State.init_state): two states of a byte an element, two float32 for
+each 256 elements, and two code tables that all parameters share; parameters below 4,096 elements keep two float32
+states. A paged state of 100,000 elements and more is managed memory, outside PyTorch's allocator (get_state_buffer).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from fitune.config import OptimConfig
+
+_BLOCK = 256
+_SMALLEST_IN_8_BIT = 4096
+_SMALLEST_PAGED = 100_000
+_NUM_CODES = 256
+
+
+class StateOf8BitAdamW(torch.optim.Optimizer):
+    """Its steps change no parameter. paged: large states are outside of the allocator."""
+
+    def __init__(self, groups: list[dict[str, object]], *, paged: bool = False) -> None:
+        super().__init__(groups, {})
+        self._paged = paged
+        self._tables: dict[str, torch.Tensor] = {}
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None and not self.state[parameter]:
+                    self.state[parameter].update(self._new_state(parameter))
+
+    def _new_state(self, parameter: nn.Parameter) -> dict[str, Any]:
+        size, device = parameter.numel(), parameter.device
+        if size < _SMALLEST_IN_8_BIT:
+            return {name: torch.zeros_like(parameter, dtype=torch.float32) for name in ("state1", "state2")}
+        if not self._tables:
+            self._tables = {name: torch.zeros(_NUM_CODES, device=device) for name in ("qmap1", "qmap2")}
+        state = dict(self._tables)
+        for name in ("state1", "state2") if not (self._paged and size >= _SMALLEST_PAGED) else ():
+            state[name] = torch.zeros_like(parameter, dtype=torch.uint8)
+        for name in ("absmax1", "absmax2"):
+            state[name] = torch.zeros(-(-size // _BLOCK), device=device)
+        return state
+
+
+def build_8bit_adamw(groups: list[dict[str, object]], optim: OptimConfig, lr: float) -> torch.optim.Optimizer:
+    """As the builder in step/optimizer.py, which a recording replaces by this."""
+    return StateOf8BitAdamW([{**group, "lr": lr} for group in groups], paged=optim.name == "adamw_8bit_paged")

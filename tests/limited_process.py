@@ -1,0 +1,48 @@
+"""Trains by a configuration in a process whose data segment (RLIMIT_DATA) is limited once everything is loaded.
+
+    python limited_process.py CONFIG HEADROOM_MIB [FIRST LAST HOG_MIB]
+
+From step FIRST to step LAST HOG_MIB less is left, as if another process had taken it; 0 for HEADROOM_MIB is no limit.
+"""
+
+import resource
+import sys
+from typing import Any
+
+import fitune
+from fitune.cli.progress import TrainingProgress
+from fitune.run.metrics import StepMetrics
+from fitune.train.guard import Guard
+from fitune.units import MIB
+
+
+def data_bytes() -> int:
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmData:"))
+
+
+def main(config: str, headroom_mib: str, *hog: str) -> None:
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    first, last, hog_mib = map(int, hog or (0, 0, 0))
+    start, step = Guard.start, TrainingProgress.step
+    limit = 0
+
+    def limited_start(guard: Guard) -> None:
+        nonlocal limit
+        limit = data_bytes() + int(headroom_mib) * MIB
+        if int(headroom_mib):
+            resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
+        start(guard)
+
+    def hogged_step(watcher: TrainingProgress, metrics: StepMetrics, **options: Any) -> None:
+        if hog and metrics.step in (first, last):
+            left = limit - hog_mib * MIB * (metrics.step == first)
+            resource.setrlimit(resource.RLIMIT_DATA, (left, hard))
+        step(watcher, metrics, **options)
+
+    Guard.start, TrainingProgress.step = limited_start, hogged_step  # type: ignore[method-assign]
+    fitune.train(config, overwrite=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

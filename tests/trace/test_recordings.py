@@ -1,0 +1,156 @@
+"""What a few layers, a few chunks and two micro-batches stand for equals the whole recording, event by event."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import fitune.trace.recordings as recordings_room
+from fitune.config import RunConfig, read_config
+from fitune.model.layers import find_equal_layers
+from fitune.trace.cuda_behaviour import CudaTarget
+from fitune.trace.recordings import Recordings
+from fitune.trace.step import ColumnsOfStep, Pass, RecordedStep, longest_rows, record_step
+from tiny_models import TINY
+
+AMPERE = CudaTarget((8, 0))
+SHORT, CHUNKED = 40, 512  # tokens of a row: three rows are one chunk of the loss, or six
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> list[RunConfig]:
+    """The configurations that were recorded, one entry a recording."""
+    calls: list[RunConfig] = []
+    record = recordings_room.record_columns_of_step
+
+    def counted(config: RunConfig, *args: Any, **options: Any) -> ColumnsOfStep:
+        calls.append(config)
+        return record(config, *args, **options)
+
+    monkeypatch.setattr(recordings_room, "record_columns_of_step", counted)
+    return calls
+
+
+def make_config(
+    directory: Path, kind: str, *overrides: str, num_layers: int = 6, length: int = SHORT, rows: int = 3
+) -> RunConfig:
+    config = copy.deepcopy(TINY[kind])
+    if hasattr(config, "layer_types"):
+        config.layer_types = (config.layer_types * num_layers)[:num_layers]
+    config.num_hidden_layers = num_layers
+    config.save_pretrained(directory)
+    tree: dict[str, Any] = {
+        "model": {"source": str(directory), "init": "random"},
+        "data": {"train": "rows.jsonl", "max_length": length},
+        "batch": {"micro": rows, "accumulation": 2},
+    }
+    return read_config(tree, overrides).config
+
+
+def passes(config: RunConfig) -> list[Pass]:
+    rows = longest_rows(config, num_rows=config.batch.rows_per_step)
+    return [Pass("train", rows, most_micro_batches=1), Pass("eval", rows, most_micro_batches=1), Pass("train", rows)]
+
+
+def facts(step: RecordedStep) -> tuple[object, ...]:
+    work = sorted(step.work, key=repr)
+    return work, step.layout, step.notes, step.precision, step.num_parameters, step.num_trainable_parameters
+
+
+def ask(recordings: Recordings, config: RunConfig, target: CudaTarget | None = AMPERE) -> None:
+    """Asks for the step of `config`, and compares with the whole recording."""
+    whole = record_step(config, passes(config), target=target)
+    short = recordings.step(config, passes(config), target=target)
+    assert len(short.trace.events) == len(whole.trace.events) > 500
+    assert short.trace.events == whole.trace.events
+    assert facts(short) == facts(whole)
+
+
+@pytest.mark.parametrize(
+    ("kind", "num_layers", "target", "overrides"),
+    [
+        ("llama", 7, AMPERE, ()),
+        ("llama", 7, None, ("model.precision=float32", "data.packing=false")),
+        ("llama", 7, AMPERE, ("model.method=lora", "model.recompute=full")),
+        ("llama", 7, AMPERE, ("model.recompute=selective", "optim.name=adamw_foreach")),
+        ("llama", 10, AMPERE, ("model.recompute=every_2",)),
+        ("gpt2", 7, AMPERE, ("model.precision=autocast_float16", "loss=full")),
+        ("gemma2", 11, AMPERE, ("model.precision=bfloat16",)),
+        ("qwen3_moe", 6, CudaTarget((9, 0)), ("optim.name=adafactor",)),
+    ],
+    ids=str,
+)
+def test_a_few_layers_stand_for_all(
+    tmp_path: Path, recorded: list[RunConfig], kind: str, num_layers: int, target: CudaTarget | None,
+    overrides: tuple[str, ...],
+) -> None:  # fmt: skip
+    config = make_config(tmp_path, kind, *overrides, num_layers=num_layers)
+    ask(Recordings(), config, target)
+    assert len(recorded) == 2  # with a few layers and with fewer, and never the whole
+
+
+def test_four_chunks_of_a_loss_stand_for_all(tmp_path: Path, recorded: list[RunConfig]) -> None:
+    config = make_config(tmp_path, "llama", num_layers=3, length=CHUNKED)
+    ask(Recordings(), config)
+    assert len(recorded) == 1
+
+
+def test_two_micro_batches_give_all_others(tmp_path: Path, recorded: list[RunConfig]) -> None:
+    recordings = Recordings()
+    for rows in (3, 5, 4, 6):
+        ask(recordings, make_config(tmp_path, "llama", length=CHUNKED, rows=rows))
+    assert [config.batch.micro for config in recorded] == [3, 3, 5]
+
+
+def test_a_size_is_recorded_afresh_where_cuda_takes_another_path(tmp_path: Path, recorded: list[RunConfig]) -> None:
+    """From 3,072 tokens on the embedding's gradient is sorted."""
+    recordings = Recordings()
+    for rows in (3, 5, 7):
+        ask(recordings, make_config(tmp_path, "llama", num_layers=3, length=CHUNKED, rows=rows))
+    assert [config.batch.micro for config in recorded] == [3, 5, 7]
+
+
+def test_one_row_is_no_sample(tmp_path: Path, recorded: list[RunConfig]) -> None:
+    recordings = Recordings()
+    for rows in (1, 2, 3):
+        ask(recordings, make_config(tmp_path, "llama", "data.packing=false", num_layers=2, rows=rows))
+    assert [config.batch.micro for config in recorded] == [1, 2, 3]
+
+
+def test_an_odd_layer_leaves_nothing_to_repeat(tmp_path: Path) -> None:
+    config = make_config(tmp_path, "gemma2", num_layers=12)
+    layer_types = ["sliding_attention", "full_attention"] * 6
+    layer_types[5] = "sliding_attention"
+    tiny = copy.deepcopy(TINY["gemma2"])
+    tiny.num_hidden_layers, tiny.layer_types = 12, layer_types
+    tiny.save_pretrained(tmp_path)
+    assert find_equal_layers(config.model) is None
+    recordings = Recordings()
+    ask(recordings, config)
+
+
+def test_alternating_layers_have_a_period_of_two(tmp_path: Path) -> None:
+    layers = find_equal_layers(make_config(tmp_path, "gemma2", num_layers=12).model)
+    assert layers is not None
+    assert (layers.num_layers, layers.period) == (12, 2)
+
+
+def test_layers_recomputed_by_turns_have_their_period(tmp_path: Path) -> None:
+    layers = find_equal_layers(make_config(tmp_path, "llama", "model.recompute=every_4", num_layers=12).model)
+    assert layers is not None
+    assert layers.period == 4
+
+
+def test_the_work_of_a_step_is_that_of_its_matrix_products(tmp_path: Path) -> None:
+    """6 floating-point operations a parameter of the layers and position (2 forward, 4 backward), as in Kaplan et al.
+    2020 (arXiv 2001.08361)."""
+    config = make_config(tmp_path, "llama")
+    step = Recordings().step(config, passes(config), target=AMPERE)
+    flops = sum(
+        work.flops
+        for work in step.work
+        if work.step == 3 and work.micro_batch == 2 and work.op in ("aten.mm", "aten.addmm")
+    )
+    per_layer = 32 * 32 * 2 + 2 * 32 * 16 + 3 * 32 * 48
+    assert 3 * SHORT * 6 * (6 * per_layer) <= flops <= 3 * SHORT * 6 * (6 * per_layer + 32 * 64)
