@@ -89,8 +89,9 @@ def row_lengths(task: Task) -> list[int]:
 
 
 def dialogue_rows(task: Task) -> list[Row]:
-    """Real dialogues of chatterbot-corpus in SmolLM2's chat template, as many of them in a row as its length needs;
-    what the assistant says is supervised. A smaller vocabulary gets the ids modulo its size."""
+    """Real dialogues of chatterbot-corpus in SmolLM2's chat template, as many of them in a row as its length needs, cut
+    at the beginning, so that a row ends with an answer; what the assistant says is supervised. A smaller vocabulary
+    gets the ids modulo its size."""
     vocab_size = load_config(task_config(task).model).get_text_config().vocab_size
     random = np.random.default_rng(task.seed)
     pool = _dialogues()
@@ -99,8 +100,9 @@ def dialogue_rows(task: Task) -> list[Row]:
         parts: list[Row] = []
         while sum(map(len, parts)) < length:
             parts.append(pool[int(random.integers(len(pool)))])
-        ids = np.concatenate([part.input_ids for part in parts])[:length] % vocab_size
-        weights = np.concatenate([part.loss_weights for part in parts])[:length]
+        ids = np.concatenate([part.input_ids for part in parts])[-length:] % vocab_size
+        weights = np.concatenate([part.loss_weights for part in parts])[-length:]
+        weights[0] = 0
         rows.append(Row(row_id, ids.astype(np.int32), weights.astype(np.float32)))
     return rows
 

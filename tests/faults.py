@@ -56,7 +56,7 @@ def failing(model: nn.Module, place: str, *calls: int, **options: Any) -> Iterat
                 "commit": ("fitune.step.train_step.CommitBuffer", "add", True),
                 "clip": ("torch.nn.utils", "clip_grad_norm_", True),
                 "update": ("torch.optim.AdamW", "step", False),
-                "evaluation": ("fitune.step.train_step", "loss_and_correct", False),
+                "evaluation": ("fitune.step.train_step", "losses_and_correct", False),
             }[place]
             stack.enter_context(_patched(f"{target}.{name}", fault, before=before))
         yield fault

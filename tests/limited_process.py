@@ -1,8 +1,9 @@
 """Trains by a configuration in a process whose data segment (RLIMIT_DATA) is limited once everything is loaded.
 
-    python limited_process.py CONFIG HEADROOM_MIB [FIRST LAST HOG_MIB]
+    python limited_process.py CONFIG HEADROOM_MIB [FIRST LAST LEFT_MIB]
 
-From step FIRST to step LAST HOG_MIB less is left, as if another process had taken it; 0 for HEADROOM_MIB is no limit.
+After step FIRST and until step LAST only LEFT_MIB are left, as if another process had taken the rest. A HEADROOM_MIB of
+0 is no limit.
 """
 
 import resource
@@ -23,7 +24,7 @@ def data_bytes() -> int:
 
 def main(config: str, headroom_mib: str, *hog: str) -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    first, last, hog_mib = map(int, hog or (0, 0, 0))
+    first, last, left_mib = map(int, hog or (0, 0, 0))
     start, step = Guard.start, TrainingProgress.step
     limit = 0
 
@@ -36,7 +37,7 @@ def main(config: str, headroom_mib: str, *hog: str) -> None:
 
     def hogged_step(watcher: TrainingProgress, metrics: StepMetrics, **options: Any) -> None:
         if hog and metrics.step in (first, last):
-            left = limit - hog_mib * MIB * (metrics.step == first)
+            left = data_bytes() + left_mib * MIB if metrics.step == first else limit
             resource.setrlimit(resource.RLIMIT_DATA, (left, hard))
         step(watcher, metrics, **options)
 

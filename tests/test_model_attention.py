@@ -129,6 +129,41 @@ def test_generation_with_a_cache_equals_the_whole_sequence() -> None:
     assert torch.allclose(torch.cat([begun.logits, rest.logits, last], dim=1), whole, atol=1e-5)
 
 
+def attended(lengths: tuple[int, ...], *, in_pieces: bool, **options: Any) -> list[torch.Tensor]:
+    """Output and gradients of packed rows, computed in pieces or by torch's attention on each row."""
+    generator = torch.Generator().manual_seed(0)
+    parts = [torch.randn(1, heads, sum(lengths), 8, generator=generator).requires_grad_() for heads in (4, 2, 2)]
+    if in_pieces:
+        boundaries = row_boundaries(lengths, device=torch.device("cpu"))
+        out_BSHD, _ = attention.rows_attention(nn.Identity(), *parts, None, row_boundaries=boundaries, **options)
+    else:
+        rows = zip(*(part.split(list(lengths), dim=2) for part in parts), strict=True)
+        sdpa = nn.functional.scaled_dot_product_attention
+        out_BSHD = torch.cat([sdpa(*row, is_causal=True, enable_gqa=True) for row in rows], dim=2).transpose(1, 2)
+    out_BSHD.float().cos().sum().backward()
+    return [out_BSHD, *(part.grad for part in parts)]
+
+
+@pytest.mark.parametrize("lengths", [(200,), (191, 192, 193), (384, 5, 257), (700, 300)], ids=str)
+def test_long_rows_in_pieces_compute_what_whole_rows_do(lengths: tuple[int, ...]) -> None:
+    ours, theirs = attended(lengths, in_pieces=True), attended(lengths, in_pieces=False)
+    for mine, reference in zip(ours, theirs, strict=True):
+        assert torch.allclose(mine, reference, atol=1e-5, rtol=1e-5)
+
+
+def test_long_rows_in_pieces_under_autocast() -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, theirs = attended((300, 20), in_pieces=True), attended((300, 20), in_pieces=False)
+    assert ours[0].dtype == torch.bfloat16
+    for mine, reference in zip(ours, theirs, strict=True):
+        assert torch.allclose(mine.float(), reference.float(), atol=3e-2, rtol=3e-2)
+
+
+def test_a_long_row_under_a_window_sees_its_window_alone() -> None:
+    cut = attended((300,), in_pieces=True, sliding_window=50)
+    assert not torch.allclose(cut[0], attended((300,), in_pieces=True)[0], atol=1e-3)
+
+
 def test_eager_attention_cannot_be_packed() -> None:
     assert "eager" in str(can_pack(build("llama", "eager")))
 

@@ -214,6 +214,14 @@ def test_a_crash_between_the_renames_loses_nothing(tmp_path: Path) -> None:
     assert (tmp_path / "best" / "config.json").exists()
 
 
+def test_a_crash_after_the_renames_is_no_matter(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    (tmp_path / ".best.old").mkdir()
+    (tmp_path / ".best.old" / "config.json").write_text("{}")
+    for _ in range(2):
+        save_model(build(), tmp_path / "best", tokenizer=tokenizer)
+    assert not (tmp_path / ".best.old").exists()
+
+
 def test_a_directory_with_something_else_is_never_replaced(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").touch()
     with pytest.raises(ModelError, match="is no model directory"), replaced_directory(tmp_path):

@@ -172,6 +172,28 @@ def test_prometheus_finds_the_present_numbers(place: Path, tmp_path: Path) -> No
     assert all(f"# TYPE {name} gauge" in lines for name in values)
 
 
+def test_a_file_for_prometheus_that_cannot_be_written_is_said_once(
+    monitored: tuple[RunConfig, Any, RunDirectory], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fitune.train.monitor.PROMETHEUS_SECONDS", 0.0)
+    config, setup, run = monitored
+    config = config.model_copy(update={"run": config.run.model_copy(update={"prometheus": "nowhere/fitune.prom"})})
+    said: list[str] = []
+    with Monitor(config, setup, run, tell=said.append) as monitor:
+        monitor.sample()
+        monitor.sample()
+    assert said == ["warning: run.prometheus nowhere/fitune.prom cannot be written: no more is tried"]
+
+
+def test_a_disk_that_does_not_answer_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: object) -> NoReturn:
+        raise OSError("stale file handle")
+
+    monkeypatch.setattr("shutil.disk_usage", fail)
+    sampler = Sampler(CPU, place=Path(), parameter_bytes=0)
+    assert sampler.read(step=0, progress=None, state_bytes=0).disk_free_bytes is None
+
+
 @pytest.fixture
 def card(stand_in: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """PyTorch as it is on the stand-in's first card, of which this process holds 16,900 MiB."""

@@ -1,5 +1,7 @@
 """In a notebook a run is one block that changes, whatever its length."""
 
+import os
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -10,6 +12,8 @@ import pytest
 import fitune
 from fitune.cli.progress import TrainingProgress, open_progress
 from tiny_run import save_tiny_model, write_dialogues
+
+SOURCE = Path(__file__).parent.parent / "src"
 
 
 class Notebook:
@@ -76,11 +80,17 @@ def test_ipython_in_a_terminal_is_no_notebook(notebook: Notebook, monkeypatch: p
     assert isinstance(open_progress(quiet=False), TrainingProgress)
 
 
-def test_the_block_is_one_that_ipython_itself_displays(monkeypatch: pytest.MonkeyPatch) -> None:
-    ipython = pytest.importorskip("IPython")
-    from IPython.utils.capture import capture_output
-
-    monkeypatch.setattr(ipython, "get_ipython", lambda: SimpleNamespace(kernel=object()))
-    with capture_output() as captured, open_progress(quiet=False) as progress:
-        progress.note("model  tiny")
-    assert "model  tiny" in captured.outputs[-1].data["text/html"]
+def test_the_block_is_one_that_ipython_itself_displays() -> None:
+    """In a process of its own: IPython's shell changes the one that it is made in."""
+    pytest.importorskip("IPython")
+    code = (
+        "from IPython.core.interactiveshell import InteractiveShell\n"
+        "from IPython.utils.capture import capture_output\n"
+        "from fitune.cli.progress import open_progress\n"
+        "InteractiveShell.instance().kernel = object()\n"
+        "with capture_output() as captured, open_progress(quiet=False) as progress: progress.note('model  tiny')\n"
+        "print([output.data['text/html'] for output in captured.outputs])"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(SOURCE), "IPYTHONDIR": os.devnull}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert "model  tiny" in done.stdout, done.stderr

@@ -246,7 +246,7 @@ def test_the_table_stays_within_the_screen(
     table = [line for line in lines[start - 10 :] if re.search(r"\d[*]? +\d+ x \d|─", line)]
     assert len(table) >= len(wide.candidates)
     assert max(map(cell_len, table)) <= columns
-    assert all(re.search("same|相同|different|不同|─", line) for line in table)
+    assert all(re.search("same|相同|close|相近|different|不同|─", line) for line in table)
 
 
 def test_the_configuration_of_a_candidate_can_be_printed(

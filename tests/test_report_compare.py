@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fitune.cli.app import main
@@ -89,6 +89,7 @@ def test_the_pareto_set_counts_ties_within_noise_as_equal(comparison: Comparison
     assert [row.name for row in comparison.rows if row.on_front] == ["6x4", "4x6"]  # faster, and smaller
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 5), st.integers(1, 5), st.integers(1, 5)), min_size=1, max_size=8))
 def test_the_pareto_set_is_never_empty_and_nothing_outside_it_is_best(shape: list[tuple[int, int, int]]) -> None:
     from fitune.report.compare import Row, _with_front

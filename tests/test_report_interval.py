@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fitune.report.interval import differ, paired_interval
@@ -64,6 +64,7 @@ def test_too_few_pairs_give_no_interval() -> None:
     assert paired_interval([1.0] * 9, [2.0] * 9, [0.0] * 9) is None
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(-50, 50), min_size=5, max_size=30), st.floats(-5, 5))
 def test_an_interval_holds_its_mean(rows: list[float], shift: float) -> None:
     interval = paired_interval(np.array(rows) + shift, np.zeros(len(rows)), np.ones(len(rows)))
@@ -71,6 +72,7 @@ def test_an_interval_holds_its_mean(rows: list[float], shift: float) -> None:
     assert interval.low - 1e-9 <= interval.mean <= interval.high + 1e-9
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats() | st.just(float("nan")), min_size=1, max_size=300), st.integers(4, 40))
 def test_thinning_keeps_the_highest_and_the_lowest(values: list[float], most: int) -> None:
     column = np.array(values)

@@ -79,7 +79,7 @@ def test_a_failure_says_what_was_missing_and_that_no_row_is_lost() -> None:
     with failing(model, FORWARD, 0):
         (failure,) = safe_step(protected(model), pieces(make_batch()), step=1).failures
     assert str(failure) == (
-        "out of memory in the forward of 3 rows (50 positions, 20.0 MiB at once were missing): "
+        "out of memory in the forward of 3 rows (50 positions), 20.0 MiB at once were missing: "
         "split into pieces of at most 25 positions; no row is lost"
     )
 

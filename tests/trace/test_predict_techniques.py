@@ -60,3 +60,11 @@ def test_offloading_is_refused_on_a_cpu(directory: Path) -> None:
 def test_offloading_without_recompute_is_refused(directory: Path) -> None:
     with pytest.raises(ConfigError, match=r"no effect while model\.recompute is auto"):
         make_config(directory, "model.offload_activations=true")
+
+
+def test_a_row_that_is_attended_to_in_pieces_has_the_same_peak_on_fake_tensors(directory: Path) -> None:
+    config = make_config(directory, "data.max_length=256")
+    passes = [Pass("train", longest_rows(config, num_rows=ROWS))] * 2
+    fake, real = (record_step(config, passes, target=None, mode=mode) for mode in ("fake", "real"))
+    assert timeline(fake.trace).last_step_peak.num_bytes == timeline(real.trace).last_step_peak.num_bytes
+    assert any("flash_attention" in event.op for event in fake.trace.events)

@@ -63,6 +63,9 @@ def _plan(found: Sweep, entries: Sequence[Entry], states: States) -> None:
         known = states.get(entry.name, {})
         if known.get("config_hash") != config_hash(entry.config):
             states[entry.name] = {"state": "waiting", "config_hash": config_hash(entry.config), "plan": None}
+    ordered = {entry.name: states[entry.name] for entry in entries}  # without what the sweep no longer holds
+    states.clear()
+    states.update(ordered)
     names = [entry.name for entry in entries if states[entry.name]["plan"] is None]
     configs = {entry.name: entry.config for entry in entries}
     if names:
@@ -82,7 +85,7 @@ def plan_content(config: RunConfig) -> dict[str, Any]:
     from fitune.plan.planner import choose_plan
 
     try:
-        plan = choose_plan(config)
+        plan = choose_plan(config, thorough=False)
     except Exception as error:  # a model that cannot be recorded can still be trained
         return {"plan": None, "plan_fault": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
     return {"plan": plan_json(plan)} | ({"state": "does not fit"} if plan.chosen is None else {})

@@ -13,6 +13,7 @@ from fitune.cli.arguments import ConfigArguments, ConfigFlags, read_arguments
 from fitune.cli.output import SCHEMA, Format, print_json
 from fitune.cli.progress import RunProgress, open_progress
 from fitune.config import ResolvedConfig, RunConfig, format_config
+from fitune.config.read import COMMAND_LINE
 from fitune.errors import RunDirectoryError, UsageError
 from fitune.memory.allocator_config import parse_allocator_config
 from fitune.memory.environment import environment
@@ -52,6 +53,8 @@ def train(
     _check_flags(resume=resume, replay=replay, overwrite=overwrite, allow_change=allow_change)
     earlier = _earlier_run(resume, replay, output=flags.output)
     resolved = read_arguments(words, flags, source=None if earlier is None else earlier.config)
+    if earlier is not None and resolved.origins["run.name"] == COMMAND_LINE:
+        raise UsageError("run.name has no effect on a run that exists already: drop it")
     if print_config:
         _print_config(resolved, output_format)
         return

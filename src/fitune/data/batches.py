@@ -16,6 +16,7 @@ import numpy.typing as npt
 from fitune.data.examples import Examples
 from fitune.data.order import shuffled
 from fitune.data.rows import Batch
+from fitune.errors import OutOfMemoryError
 
 T = TypeVar("T")
 
@@ -101,7 +102,12 @@ def prefetch(items: Iterator[T], *, depth: int) -> Iterator[T]:
     thread.start()
     try:
         while True:
-            item, error = ready.get()
+            try:
+                item, error = ready.get(timeout=1)
+            except queue.Empty:
+                if not thread.is_alive() and ready.empty():  # not even its error found memory to be told with
+                    raise OutOfMemoryError("the machine's own memory ran out while a batch was prepared") from None
+                continue
             if isinstance(error, StopIteration):
                 return
             if error is not None:

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from peft import PeftModel
 from torch import nn
 from torch._subclasses.fake_tensor import is_fake
 from transformers import PreTrainedModel
@@ -39,7 +38,7 @@ def decoder_and_head(model: nn.Module) -> Head | str:
     The parts are believed only if they give the model's own logits for two tokens. Where weights carry no data (meta
     and fake tensors) that cannot be seen, and the structure alone decides.
     """
-    whole = cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
+    whole = cast(PreTrainedModel, getattr(model, "get_base_model", lambda: model)())
     decoder = getattr(whole, whole.base_model_prefix, None)
     output = whole.get_output_embeddings()
     if not isinstance(decoder, nn.Module) or decoder is whole or type(output) is not nn.Linear:

@@ -13,11 +13,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from peft import PeftModel
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
@@ -40,6 +39,9 @@ from fitune.model.minimind import pth_config, read_pth
 from fitune.model.precision import Precision, device_precision, resolve_precision
 from fitune.model.presets import PRESETS, preset_config
 from fitune.model.quantise import num_weights, quantise, share_tables
+
+if TYPE_CHECKING:
+    from peft import PeftModel  # half a second, needed for adapters only
 
 Kind = Literal["preset", "directory", "gguf", "pth", "hub"]
 
@@ -126,7 +128,7 @@ def load_model(
     precision: Precision | None = None,
     seed: int = 0,
     config: PretrainedConfig | None = None,
-) -> PreTrainedModel | PeftModel:
+) -> "PreTrainedModel | PeftModel":
     """The model that `model` describes on `device`, in training mode, with its adapters where it has any.
 
     On the meta device nothing is read but the configuration: that model is the planner's and the recorder's. precision:

@@ -2,11 +2,9 @@
 
 import warnings
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
-from peft import LoraConfig as PeftLoraConfig
-from peft import PeftModel, get_peft_model
 from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
@@ -16,8 +14,11 @@ from fitune.config import LoraConfig
 from fitune.errors import ModelError
 from fitune.model.quantise import num_weights
 
+if TYPE_CHECKING:
+    from peft import PeftModel  # half a second, needed for adapters only
 
-def apply_lora(model: PreTrainedModel, lora: LoraConfig, *, seed: int = 0) -> PeftModel:
+
+def apply_lora(model: PreTrainedModel, lora: LoraConfig, *, seed: int = 0) -> "PeftModel":
     """Freeze `model` and add trainable adapters to the layers that `lora.targets` names, on whatever device it is.
 
     Adapters are float32 whatever the model's format. The second factor starts at zero, so the model computes what it
@@ -31,6 +32,9 @@ def apply_lora(model: PreTrainedModel, lora: LoraConfig, *, seed: int = 0) -> Pe
             f"model.lora.targets names {', '.join(unknown)}, which this model does not have: "
             f"choose from {', '.join(names)}, or all-linear"
         )
+    from peft import LoraConfig as PeftLoraConfig
+    from peft import get_peft_model
+
     config = PeftLoraConfig(
         task_type="CAUSAL_LM",
         r=lora.rank,
@@ -43,12 +47,14 @@ def apply_lora(model: PreTrainedModel, lora: LoraConfig, *, seed: int = 0) -> Pe
         warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by names that this one renames
         torch.manual_seed(seed)
         adapted = get_peft_model(model, config)
-    return cast(PeftModel, adapted)
+    return cast("PeftModel", adapted)
 
 
-def load_adapters(model: PreTrainedModel, directory: Path) -> PeftModel:
+def load_adapters(model: PreTrainedModel, directory: Path) -> "PeftModel":
     """`model` with the saved adapters of `directory`, trainable. Raises ModelError where they cannot be read or do not
     fit."""
+    from peft import PeftModel
+
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)

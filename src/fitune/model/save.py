@@ -167,6 +167,7 @@ def replaced_directory(directory: Path) -> Iterator[Path]:
                 _flush(file)
             _flush(new)
             if directory.exists():
+                shutil.rmtree(old, ignore_errors=True)  # left by a crash after both renames
                 directory.rename(old)
             new.rename(directory)
             _flush(directory.parent)

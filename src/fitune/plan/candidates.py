@@ -7,10 +7,9 @@ never chosen. What the configuration forces is not varied.
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from fitune.config import BatchConfig, Loss, Precision, Recompute, RunConfig
-from fitune.config.schema import Method
 from fitune.plan.budget import Lengths
 from fitune.plan.plan import Candidate
 
@@ -70,10 +69,8 @@ def proposals(config: RunConfig, choice: Choice, *, float32: bool) -> Iterator[C
         yield replace(choice, optimizer="adafactor", result="different")
     if float32:
         yield replace(choice, precision="autocast_bfloat16", result="close")
-    smaller = {"full": ("lora", "qlora"), "lora": ("qlora",)}.get(config.model.method, ())
-    for method in smaller:
-        if method in get_args(Method):
-            yield replace(choice, method=method, result="different")
+    for method in {"full": ("lora", "qlora"), "lora": ("qlora",)}.get(config.model.method, ()):
+        yield replace(choice, method=method, result="different")
 
 
 def micro_sizes(config: RunConfig, lengths: Lengths) -> list[tuple[int | None, int | None]]:
@@ -130,7 +127,7 @@ def settings_of(candidate: Candidate, config: RunConfig) -> list[str]:
     settings = {
         "model.recompute": candidate.recompute if config.model.recompute == "auto" else None,
         "model.method": candidate.method if candidate.method != config.model.method else None,
-        "model.precision": candidate.precision if candidate.precision != config.model.precision else None,
+        "model.precision": candidate.precision if config.model.precision not in ("auto", candidate.precision) else None,
         "loss": candidate.loss if config.loss == "auto" else None,
         "optim.name": candidate.optimizer if candidate.optimizer != config.optim.name else None,
     }

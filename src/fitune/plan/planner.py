@@ -57,10 +57,11 @@ class _Search:
     def thorough(self) -> Choice | None:
         fitting = [choice for choice in self.choices if self.fits(choice)]
         chosen = min(fitting, key=self.order, default=None)
-        fastest = min(self.looked_at, key=self.order)
-        forecast = self.looked_at[fastest]
-        slow = forecast.precision == "float32" and self.limits.device.bfloat16_flops_per_second is not None
-        for proposal in proposals(self.config, fastest, float32=slow):
+        smallest = min(self.looked_at, key=lambda choice: self.looked_at[choice].device_bytes)
+        beside = smallest if chosen is None else min(self.looked_at, key=self.order)
+        half_is_fast = self.limits.device.bfloat16_flops_per_second is not None
+        float32 = self.looked_at[beside].precision == "float32" and half_is_fast
+        for proposal in proposals(self.config, beside, float32=float32):
             self.fits(proposal)
         return chosen
 

@@ -4,7 +4,7 @@ replayed, and what lies outside of PyTorch added."""
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 
@@ -139,9 +139,8 @@ def heaviest_passes(config: RunConfig, device: Device, *, row_tokens: int | None
 
 def _in_process(prediction: Prediction, config: RunConfig, device: Device, *, program_bytes: int) -> Prediction:
     """On a CPU the process is the device: live bytes as the C library holds them, and the program itself."""
-    habit = allocator_habit(
-        "full" if config.model.method == "full" else "lora", recomputes=config.model.recompute not in ("auto", "off")
-    )
+    method: Literal["full", "lora"] = "full" if config.model.method == "full" else "lora"
+    habit = allocator_habit(method, recomputes=config.model.recompute not in ("auto", "off"))
     live = prediction.peak_allocated_bytes
     low, expected, high = habit.resident_bytes(live)
     device_bytes = expected + program_bytes

@@ -5,6 +5,7 @@ evaluations on both sides of that place, and between them a straight line. A dif
 (`interval.py`). What lies within the noise counts as equal, also for the Pareto set.
 """
 
+import importlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
@@ -17,7 +18,8 @@ import numpy.typing as npt
 from fitune.errors import RunDirectoryError
 from fitune.language import say
 from fitune.report.interval import Interval, differ, paired_interval
-from fitune.report.recorded import RecordedRun, read_recorded
+from fitune.report.recorded import RecordedRun
+from fitune.report.sources import read_recorded
 
 SAME_LOSS = 0.02
 """Nats: rounding alone (bfloat16 sums in another order) stays below it; another batch or another rate does not."""
@@ -90,9 +92,8 @@ class Comparison:
     notes: tuple[str, ...]
 
     def _repr_html_(self) -> str:
-        from fitune.report.tables import html_table
-
-        return html_table(self)
+        tables = importlib.import_module("fitune.report.tables")  # which is about this noun, and imports it
+        return str(tables.html_table(self))
 
 
 def compare(runs: Sequence[RecordedRun | Path | str], *, tokens: float | None = None) -> Comparison:

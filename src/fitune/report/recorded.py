@@ -1,6 +1,7 @@
 """A run as it was recorded, by fitune or by another trainer: the noun that everything in this room works on.
 
-    read_recorded(path)     a run directory, a report.html, or what another trainer left (`foreign.py`)
+    read_fitune_run(path)   a run directory        read_report(path)   the runs that a report.html carries
+    (`sources.py` finds out what a path is, `foreign.py` reads other trainers)
 
 A curve is a mapping of columns, one float64 array each, all of one length; what is unknown is nan. Names and units are
 those of `run/metrics.py`, and `seconds` is the time at work since the run began.
@@ -19,10 +20,9 @@ import yaml
 
 from fitune.errors import RunDirectoryError
 from fitune.report.thin import thin_all
-from fitune.run.directory import RunDirectory, read_run
+from fitune.run.directory import read_run
 from fitune.run.eval_rows import EvalRows, read_eval_rows
 from fitune.run.metrics import EvalMetrics, RunEvent, StepMetrics, read_events, read_metrics, summary_json
-from fitune.run.sweep import SWEEP_FILE, read_states
 
 Column = npt.NDArray[np.float64]
 Curve = Mapping[str, Column]
@@ -87,53 +87,6 @@ def make_curve(names: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> Curve
     return curve
 
 
-def read_recorded(path: Path) -> tuple[RecordedRun, ...]:
-    """The runs in `path`: one, or those of a report or of a directory of runs. Raises RunDirectoryError."""
-    from fitune.report.foreign import find_foreign
-
-    if path.is_file() and path.suffix in (".html", ".htm"):
-        return read_report(path)
-    if path.is_dir() and RunDirectory(path).checkpoints.is_dir():
-        return (read_fitune_run(path),)
-    if (path / SWEEP_FILE).is_file():
-        return tuple(_sweep(path))
-    foreign = find_foreign(path)
-    if foreign is not None:
-        return (foreign,)
-    if path.is_dir():
-        inside = sorted(entry for entry in path.iterdir() if RunDirectory(entry).checkpoints.is_dir())
-        if inside:
-            return tuple(read_fitune_run(entry) for entry in inside)
-    if not path.exists():
-        raise RunDirectoryError(f"{path} does not exist: give the directory of a run, such as runs/NAME")
-    raise RunDirectoryError(
-        f"{path} holds no run: give a run directory, a report of fitune, trainer_state.json, trainer_log.jsonl, "
-        "a TensorBoard directory or a log of minimind"
-    )
-
-
-def _sweep(path: Path) -> Iterator[RecordedRun]:
-    """In its order; a run that does not fit stands there with its plan alone, one that has not begun does not."""
-    for name, state in read_states(path).items():
-        if RunDirectory(path / name).checkpoints.is_dir():
-            yield read_fitune_run(path / name)
-        elif state.get("state") == "does not fit":
-            notes: list[str] = []
-            yield RecordedRun(
-                name=name,
-                path=str(path / name),
-                origin="fitune",
-                state="does not fit",
-                settings=_settings(path / "configs" / f"{name}.yaml", notes),
-                summary={},
-                train=make_curve(TRAIN_COLUMNS, []),
-                evals=make_curve(EVAL_COLUMNS, []),
-                memory=make_curve(MEMORY_COLUMNS, []),
-                plan=state.get("plan"),
-                notes=tuple(notes),
-            )
-
-
 def read_fitune_run(path: Path) -> RecordedRun:
     """A run directory, also of a run that is going on. Raises RunDirectoryError where it is none."""
     record = read_run(path)
@@ -150,7 +103,7 @@ def read_fitune_run(path: Path) -> RecordedRun:
         path=str(path),
         origin="fitune",
         state=record.state,
-        settings=_settings(run.config, notes),
+        settings=read_settings(run.config, notes),
         summary={} if record.summary is None else summary_json(record.summary),
         train=train,
         evals=_eval_curve(metrics.evals if metrics else (), train),
@@ -219,7 +172,8 @@ def _read_json(path: Path, notes: list[str]) -> Mapping[str, Any] | None:
     return None
 
 
-def _settings(path: Path, notes: list[str]) -> Mapping[str, Any]:
+def read_settings(path: Path, notes: list[str]) -> Mapping[str, Any]:
+    """Dotted key -> value of a config.yaml; what cannot be read is added to `notes`."""
     if not path.exists():
         return {}
     try:

@@ -5,9 +5,9 @@ together by the same code as the step that trains.
 """
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from peft import PeftModel
 from torch import nn
 from torch._subclasses.fake_tensor import is_fake
 from transformers import PreTrainedModel
@@ -25,6 +25,9 @@ from fitune.step.loss import LossSettings
 from fitune.step.optimizer import build_optimizer
 from fitune.step.scaling import OptimSettings, scaling_note, settings_of, with_settings
 from fitune.step.train_step import StepSettings
+
+if TYPE_CHECKING:
+    from peft import PeftModel  # half a second, needed for adapters only
 
 DEFAULT_LR = {"full": 2e-5, "lora": 2e-4, "qlora": 2e-4}
 """LoRA wants about ten times the rate of full fine-tuning (Schulman et al. 2025, "LoRA Without Regret")."""
@@ -54,7 +57,7 @@ class Layout:
 class Setup:
     """optim: of the effective batch, at the peak rate. notes: what was decided for the user, one sentence each."""
 
-    model: PreTrainedModel | PeftModel
+    model: "PreTrainedModel | PeftModel"
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler | None
     settings: StepSettings
@@ -74,7 +77,7 @@ def choose_precision(config: RunConfig, device: torch.device) -> Precision:
 
 
 def assemble(
-    model: PreTrainedModel | PeftModel, config: RunConfig, *, device: torch.device, precision: Precision
+    model: "PreTrainedModel | PeftModel", config: RunConfig, *, device: torch.device, precision: Precision
 ) -> Setup:
     """Everything around a loaded model. Raises ModelError or ConfigError for what this model cannot do."""
     notes = [f"precision {precision.name}: {precision.reason}"]
@@ -82,6 +85,8 @@ def assemble(
     packed, note = _choose_packing(model, config)
     head, head_note = _choose_head(model, config)
     notes += [line for line in (note, head_note) if line]
+    if config.model.compile and not is_fake(next(model.parameters())):  # a recording sees the layers as they are
+        compile_layers(model, device)  # after the model was asked what it can do, which would compile it for that alone
     lr = DEFAULT_LR[config.model.method] if config.optim.lr == "auto" else config.optim.lr
     optim = settings_of(config.optim, lr=lr, rows=config.batch.rows_per_step)
     if config.optim.scaling != "none":
@@ -119,8 +124,6 @@ def _set_layers(model: nn.Module, config: RunConfig, device: torch.device) -> Re
         )
     recompute: Recompute = "off" if config.model.recompute == "auto" else config.model.recompute
     set_recompute(model, recompute, offload=config.model.offload_activations)
-    if config.model.compile and not is_fake(next(model.parameters())):  # a recording sees the layers as they are
-        compile_layers(model, device)
     return recompute
 
 

@@ -6,12 +6,11 @@ from typing import Literal
 
 import torch
 from torch import nn
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fitune.config import Recompute
 from fitune.data.rows import MicroBatch
 from fitune.data.unpacking import split_again, without_rows
-from fitune.model.recompute import set_recompute
+from fitune.model.recompute import recomputable_layers, set_recompute
 from fitune.step.safe_step import Relief, Work
 from fitune.step.train_step import StepSettings, loss_share
 
@@ -45,7 +44,7 @@ def allowed_reliefs(
     """What saves memory, changes no gradient, and was left open: recomputation where model.recompute is auto, and a
     loss in smaller chunks."""
     reliefs: list[Relief[MicroBatch]] = []
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    layers = recomputable_layers(model)
     if recompute == "auto" and not all(layer.gradient_checkpointing for layer in layers):
         reliefs.append(Relief("model.recompute=full", _recompute))
     if settings.loss.head is not None and settings.loss.chunk_tokens > SMALL_CHUNK_TOKENS:

@@ -118,13 +118,16 @@ class Failure:
     free_bytes: int | None = None
     action: str = ""
 
-    def __str__(self) -> str:
+    @property
+    def where(self) -> str:
+        if self.place in ("clip", "update"):
+            return self.place
         rows = f"row {self.row_ids[0]}" if len(self.row_ids) == 1 else f"{len(self.row_ids)} rows"
+        return f"{self.place} of {rows} ({self.num_positions:,} positions)"
+
+    def __str__(self) -> str:
         needed = "" if self.needed_bytes is None else f", {format_bytes(self.needed_bytes)} at once were missing"
-        return (
-            f"out of memory in the {self.place} of {rows} ({self.num_positions:,} positions{needed}): "
-            f"{self.action}; no row is lost"
-        )
+        return f"out of memory in the {self.where}{needed}: {self.action}; no row is lost"
 
 
 @dataclass(frozen=True, slots=True)
@@ -377,8 +380,4 @@ def _next_rung(
 def no_room(failure: Failure) -> str:
     """What was missing, as the beginning of a sentence."""
     needed = "" if failure.needed_bytes is None else f" for {format_bytes(failure.needed_bytes)}"
-    rows = f"row {failure.row_ids[0]}" if len(failure.row_ids) == 1 else f"{len(failure.row_ids)} rows"
-    return (
-        f"no memory{needed} in the {failure.place} of {rows} ({failure.num_positions:,} positions) "
-        f"with {format_bytes(failure.free_bytes)} free"
-    )
+    return f"no memory{needed} in the {failure.where} with {format_bytes(failure.free_bytes)} free"

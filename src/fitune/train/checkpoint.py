@@ -16,6 +16,7 @@ or rotten all the same is found by its length and hash, and the commit before it
 """
 
 import json
+import math
 import os
 import random
 import re
@@ -33,7 +34,7 @@ from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
-from fitune.errors import FituneError, RunDirectoryError
+from fitune.errors import RunDirectoryError
 from fitune.model.device import MemoryPeak
 from fitune.model.save import link_model, saved_tensors, write_files
 from fitune.model.tensor_file import file_hash, write_tensors
@@ -58,15 +59,14 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A whole commit on the disk. identity, conditions: as `train/identity.py` makes them. metrics_bytes,
-    journal_bytes: how much of these files belongs to it. memory_model: opaque."""
+    """A whole commit on the disk. identity, conditions: as `train/identity.py` makes them. log_bytes: how much of each
+    log belongs to it, by file name. memory_model: opaque."""
 
     path: Path
     state: RunState
     identity: Json
     conditions: Json
-    metrics_bytes: int
-    journal_bytes: int
+    log_bytes: Mapping[str, int]
     memory_model: Json | None
     rest: Json
 
@@ -103,8 +103,7 @@ class CheckpointWriter:
             "scaler": None if self._setup.scaler is None else self._setup.scaler.state_dict(),
             "optimizer": tensors.optimizer_scalars,
             "memory_model": memory_model,
-            "metrics_bytes": _size(self._run.metrics),
-            "journal_bytes": _size(self._run.journal),
+            "log_bytes": {log.name: _size(log) for log in _logs(self._run)},
             **self._facts,
         }
         self._thread = threading.Thread(
@@ -140,7 +139,7 @@ class CheckpointWriter:
             self._is_read.set()
             write_files(new / "model", self._files)
             write_json(new / "state.json", content)
-            for log in (self._run.metrics, self._run.journal):
+            for log in _logs(self._run):
                 _flush(log)
             _write_manifest(new, hashes)
             shutil.rmtree(final, ignore_errors=True)
@@ -150,7 +149,7 @@ class CheckpointWriter:
             if state.best_step == state.step:
                 link_model(final / "model", self._run.best)
             _remove_old(self._run, state)
-        except (OSError, RuntimeError, FituneError) as error:
+        except Exception as error:  # of whatever kind: in a thread nobody else would hear of it
             self._failure = f"step {state.step} could not be saved: {error}"
             shutil.rmtree(new, ignore_errors=True)
         finally:
@@ -271,7 +270,7 @@ def _restore_optimizer(checkpoint: Checkpoint, setup: Setup) -> None:
             group = groups[parameter]
             on_host = key == "step" and not (group.get("fused") or group.get("capturable"))
             device = torch.device("cpu") if on_host else parameter.device
-            setup.optimizer.state[parameter][key] = file.get_tensor(name).to(device)
+            setup.optimizer.state[parameter][key] = file.get_tensor(name).to(device, copy=True)  # not the file mapped
     for parameter_name, scalars in checkpoint.rest["optimizer"].items():
         setup.optimizer.state[parameters[parameter_name]].update(scalars)
 
@@ -280,8 +279,8 @@ def roll_back(run: RunDirectory, checkpoint: Checkpoint | None) -> list[str]:
     """Make the directory that of the commit (None: of a run that has not begun): the logs end there, later checkpoints
     are gone, last/ and best/ are its own. What the logs have lost is told, one sentence each."""
     lost = []
-    sizes = (0, 0) if checkpoint is None else (checkpoint.metrics_bytes, checkpoint.journal_bytes)
-    for log, size in zip((run.metrics, run.journal), sizes, strict=True):
+    for log in _logs(run):
+        size = 0 if checkpoint is None else checkpoint.log_bytes.get(log.name, 0)
         if _size(log) < size:
             lost.append(f"{log} has lost {size - _size(log):,} of the {size:,} bytes that were written")
         elif log.exists():
@@ -336,13 +335,13 @@ def _planned_bytes(setup: Setup, optimizer_name: str) -> int:
 
 def state_json(state: RunState) -> Json:
     """A number that is not finite is written as text, as in the logs."""
-    return {
-        name: repr(value) if isinstance(value, float) and not np.isfinite(value) else value
-        for name, value in asdict(state).items()
-    }
+    content: Json = _as_text(asdict(state))
+    return content
 
 
-def read_state(content: Mapping[str, Any]) -> RunState:
+def read_state(saved: Mapping[str, Any]) -> RunState:
+    """What `state_json` gave."""
+    content: Json = _as_numbers(saved)
     nouns: Json = {
         "peak": MemoryPeak(**content["peak"]),
         "noise": NoiseAverages(**content["noise"]),
@@ -350,10 +349,24 @@ def read_state(content: Mapping[str, Any]) -> RunState:
         "batch": batch_state(content["batch"]),
         "eval_losses": tuple(content["eval_losses"]),
     }
-    return RunState(**{name: nouns.get(name, _number(value)) for name, value in content.items()})
+    return RunState(**(content | nouns))
 
 
-def _number(value: Any) -> Any:
+def _as_text(value: Any) -> Any:
+    """JSON has no numbers that are not finite."""
+    if isinstance(value, Mapping):
+        return {name: _as_text(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_as_text(item) for item in value]
+    return repr(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _as_numbers(value: Any) -> Any:
+    """What `_as_text` took."""
+    if isinstance(value, Mapping):
+        return {name: _as_numbers(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_as_numbers(item) for item in value]
     return float(value) if value in ("nan", "inf", "-inf") else value
 
 
@@ -429,8 +442,7 @@ def _read(path: Path) -> Checkpoint:
         state=read_state(content["state"]),
         identity=content["identity"],
         conditions=content["conditions"],
-        metrics_bytes=content["metrics_bytes"],
-        journal_bytes=content["journal_bytes"],
+        log_bytes=content["log_bytes"],
         memory_model=content["memory_model"],
         rest=content,
     )
@@ -452,6 +464,12 @@ def _check_room(directory: Path, needed_bytes: int) -> None:
         raise RunDirectoryError(
             f"{directory} has no space for {format_bytes(needed_bytes)}: {format_bytes(free_bytes)} are free"
         )
+
+
+def _logs(run: RunDirectory) -> tuple[Path, ...]:
+    """Which have a line for each step or evaluation, so that they end with the commit. What happened, and how memory
+    was, stays true when steps are done again."""
+    return run.metrics, run.journal, run.eval_rows
 
 
 def _size(path: Path) -> int:

@@ -64,7 +64,7 @@ class Monitor:
     """A watcher with a thread of its own. tell: called with each alarm, in the thread that trains."""
 
     def __init__(self, config: RunConfig, setup: Setup, run: RunDirectory, *, tell: Callable[[str], None]) -> None:
-        self._config, self._setup, self._run, self._tell = config, setup, run, tell
+        self._setup, self._run, self._tell = setup, run, tell
         self._device = next(setup.model.parameters()).device
         parameters = list(setup.model.parameters())
         saved = parameters if config.model.method == "full" else [p for p in parameters if p.requires_grad]
@@ -85,6 +85,7 @@ class Monitor:
         self._last: StepMetrics | None = None
         self._progress: float | None = None
         self._peaks: list[StepMetrics] = []
+        self._prometheus = None if config.run.prometheus is None else Path(config.run.prometheus)
         self._exported = 0.0
 
     def __enter__(self) -> "Monitor":
@@ -122,10 +123,19 @@ class Monitor:
             self._peaks.clear()
             self._ring(self._alarms.sample(sample))
         append_line(self._run.memory, sample, leave_out_unknown=True)
-        if self._config.run.prometheus is not None and sample.time - self._exported >= PROMETHEUS_SECONDS:
+        if sample.time - self._exported >= PROMETHEUS_SECONDS:
             self._exported = sample.time
-            write_prometheus(Path(self._config.run.prometheus), self._run.name, sample=sample, metrics=self._last)
+            self._export(sample)
         return sample
+
+    def _export(self, sample: MemorySample) -> None:
+        if self._prometheus is None:
+            return
+        try:
+            write_prometheus(self._prometheus, self._run.name, sample=sample, metrics=self._last)
+        except RunDirectoryError:
+            self._sentences.append(f"warning: run.prometheus {self._prometheus} cannot be written: no more is tried")
+            self._prometheus = None
 
     def _sample_until_stopped(self) -> None:
         going_on = True

@@ -51,6 +51,7 @@ class Sampler:
 
     def read(self, *, step: int, progress: float | None, state_bytes: int) -> MemorySample:
         read = {"cuda": self._cuda, "mps": _mps}.get(self._device.type, self._cpu)
+        disk_free_bytes = None
         with suppress(OSError):
             disk_free_bytes = shutil.disk_usage(self._place).free
         return MemorySample(

@@ -1,0 +1,125 @@
+"""What a prediction takes from the start of its process on, in seconds and memory; and what further settings take.
+
+python benchmarks/prediction_time.py            all models, about two minutes on a busy core
+python benchmarks/prediction_time.py --only minimind2
+
+Each model has a process of its own. The weights are nowhere: an architecture is enough. The result is also written to
+benchmarks/results/prediction_time.json.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results" / "prediction_time.json"
+NUM_FURTHER = 30
+GPU = "A100 80GB"
+_8B = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32}
+_70B = {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64}
+_LLAMA = {"vocab_size": 128256, "num_key_value_heads": 8, "head_dim": 128}
+RUNS: dict[str, tuple[dict[str, Any] | None, dict[str, Any], int]] = {
+    "minimind2": (None, {"source": "minimind2"}, 6),
+    "8B LoRA, recompute": (_LLAMA | _8B | {"num_hidden_layers": 32}, {"method": "lora", "recompute": "full"}, 4),
+    "70B QLoRA, recompute": (_LLAMA | _70B | {"num_hidden_layers": 80}, {"method": "qlora", "recompute": "full"}, 2),
+    "the same, 160 layers": (_LLAMA | _70B | {"num_hidden_layers": 160}, {"method": "qlora", "recompute": "full"}, 2),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """wall_seconds and cpu_seconds: of the whole process, imports included. further_*: of NUM_FURTHER more sizes of
+    micro-batch. resident_bytes: at most."""
+
+    name: str
+    wall_seconds: float
+    cpu_seconds: float
+    import_cpu_seconds: float
+    resident_bytes: int
+    further_wall_seconds: float
+    further_cpu_seconds: float
+    allocated_bytes: int
+
+
+def measure(name: str) -> Taken:
+    architecture, model, rows = RUNS[name]
+    with TemporaryDirectory() as directory:
+        if architecture is not None:
+            config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": False}
+            (Path(directory) / "config.json").write_text(json.dumps(config | architecture))
+            model = model | {"source": directory}
+        task = json.dumps({"model": model, "rows": rows})
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        command = [sys.executable, __file__, "--worker", task]
+        out = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
+    return Taken(name=name, **json.loads(out.splitlines()[-1]))
+
+
+def work(model: dict[str, Any], rows: int) -> dict[str, Any]:
+    """In a fresh process, whose time so far was the interpreter's own."""
+    import resource
+
+    started = time.time()
+    from fitune.config import read_config
+    from fitune.memory.devices import find_device
+    from fitune.plan.predict import predict_run
+    from fitune.trace.recordings import Recordings
+
+    imported = time.process_time()
+
+    def config_of(num_rows: int) -> Any:
+        batch = {"micro": num_rows, "effective": 2 * num_rows}
+        tree = {
+            "model": {"init": "random", **model},
+            "data": {"train": "rows.jsonl", "max_length": 2048},
+            "batch": batch,
+        }
+        return read_config(tree).config
+
+    device, recordings = find_device(GPU), Recordings()
+    prediction = predict_run(config_of(rows), device, recordings=recordings)
+    wall, cpu = time.time() - started, time.process_time()
+    sizes = [size for size in range(2, NUM_FURTHER + 3) if size != rows][:NUM_FURTHER]
+    for size in sizes:
+        predict_run(config_of(size), device, recordings=recordings)
+    return {
+        "wall_seconds": wall,
+        "cpu_seconds": cpu,
+        "import_cpu_seconds": imported,
+        "resident_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "further_wall_seconds": time.time() - started - wall,
+        "further_cpu_seconds": time.process_time() - cpu,
+        "allocated_bytes": prediction.largest.peak_allocated_bytes,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=RUNS, action="append", help="these models only")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker is not None:
+        print(json.dumps(work(**json.loads(arguments.worker))))
+        return
+    taken = []
+    for name in arguments.only or RUNS:
+        taken.append(measure(name))
+        each = taken[-1]
+        print(
+            f"{name:24} {each.wall_seconds:5.1f} s ({each.cpu_seconds:.1f} s of CPU, {each.import_cpu_seconds:.1f} of "
+            f"them imports), {each.resident_bytes / 2**30:.2f} GiB; {NUM_FURTHER} more sizes "
+            f"{each.further_wall_seconds:.1f} s ({each.further_cpu_seconds:.1f} of CPU)",
+            flush=True,
+        )
+    if not arguments.only:
+        RESULTS.write_text(json.dumps([asdict(each) for each in taken], indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

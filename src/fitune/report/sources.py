@@ -1,0 +1,64 @@
+"""What a path holds -> its runs: a run directory, a sweep, a directory of runs, a report, another trainer's record."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from fitune.errors import RunDirectoryError
+from fitune.report.foreign import find_foreign
+from fitune.report.recorded import (
+    EVAL_COLUMNS,
+    MEMORY_COLUMNS,
+    TRAIN_COLUMNS,
+    RecordedRun,
+    make_curve,
+    read_fitune_run,
+    read_report,
+    read_settings,
+)
+from fitune.run.directory import RunDirectory
+from fitune.run.sweep import SWEEP_FILE, read_states
+
+
+def read_recorded(path: Path) -> tuple[RecordedRun, ...]:
+    """The runs in `path`: one, or those of a report or of a directory of runs. Raises RunDirectoryError."""
+    if path.is_file() and path.suffix in (".html", ".htm"):
+        return read_report(path)
+    if path.is_dir() and RunDirectory(path).checkpoints.is_dir():
+        return (read_fitune_run(path),)
+    if (path / SWEEP_FILE).is_file():
+        return tuple(_sweep(path))
+    if path.is_dir():
+        inside = sorted(entry for entry in path.iterdir() if RunDirectory(entry).checkpoints.is_dir())
+        if inside:
+            return tuple(read_fitune_run(entry) for entry in inside)
+    foreign = find_foreign(path)  # last: a run of ours may hold TensorBoard's files
+    if foreign is not None:
+        return (foreign,)
+    if not path.exists():
+        raise RunDirectoryError(f"{path} does not exist: give the directory of a run, such as runs/NAME")
+    raise RunDirectoryError(
+        f"{path} holds no run: give a run directory, a report of fitune, trainer_state.json, trainer_log.jsonl, "
+        "a TensorBoard directory or a log of minimind"
+    )
+
+
+def _sweep(path: Path) -> Iterator[RecordedRun]:
+    """In its order; a run that does not fit stands there with its plan alone, one that has not begun does not."""
+    for name, state in read_states(path).items():
+        if RunDirectory(path / name).checkpoints.is_dir():
+            yield read_fitune_run(path / name)
+        elif state.get("state") == "does not fit":
+            notes: list[str] = []
+            yield RecordedRun(
+                name=name,
+                path=str(path / name),
+                origin="fitune",
+                state="does not fit",
+                settings=read_settings(path / "configs" / f"{name}.yaml", notes),
+                summary={},
+                train=make_curve(TRAIN_COLUMNS, []),
+                evals=make_curve(EVAL_COLUMNS, []),
+                memory=make_curve(MEMORY_COLUMNS, []),
+                plan=state.get("plan"),
+                notes=tuple(notes),
+            )
