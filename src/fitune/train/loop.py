@@ -29,7 +29,6 @@ from fitune.run.metrics import EvalMetrics, RunEvent, Status, StepMetrics, Summa
 from fitune.step.assemble import Layout, Setup
 from fitune.step.gradient_norms import NormRecorder
 from fitune.step.optimizer import set_lr
-from fitune.step.safe_step import SafeResult
 from fitune.step.scaling import OptimSettings
 from fitune.step.train_step import EvalResult, StepResult
 from fitune.train.batch_mode import (
@@ -290,7 +289,9 @@ class _Trainer:
         set_lr(setup.optimizer, lr)
         norms = NormRecorder(setup.optimizer, preconditioned=state.step % PRECONDITIONED_EVERY == 0)
         start = time.perf_counter()
-        safe = self.safe_step(batch, micro_batches, norms)
+        keep_plan = self.replay is not None
+        with self.saved_before_it_ends():
+            safe = self.guard.train(batch, micro_batches, step=state.step + 1, keep_plan=keep_plan, norms=norms)
         result, seconds = safe.step, time.perf_counter() - start
         state = self.state
         peak = read_peak(self.device)
@@ -417,12 +418,14 @@ class _Trainer:
         self.event("batch", f"effective batch {before} -> {self.rows_per_step} rows, {change.reason}")
         return True
 
-    def safe_step(self, batch: Batch, micro_batches: list[MicroBatch], norms: NormRecorder) -> SafeResult:
-        """Raises OutOfMemoryError after saving what was trained so far."""
+    @contextmanager
+    def saved_before_it_ends(self) -> Iterator[None]:
+        """Of running out of memory for good: what was trained so far is saved."""
         try:
-            step = self.state.step + 1
-            return self.guard.train(batch, micro_batches, step=step, keep_plan=self.replay is not None, norms=norms)
+            yield
         except OutOfMemoryError as error:
+            if self.state.step == 0:
+                raise
             self.save_for_good()
             raise OutOfMemoryError(f"{error}; the weights of step {self.state.step} are in {self.run.last}") from error
 
@@ -451,7 +454,8 @@ class _Trainer:
         reset_peak(self.device)
         start = time.perf_counter()
         micro_batches = _in_order(self.data.eval, self.setup.eval_layout, self.config.batch.rows_per_step)
-        result = self.guard.evaluate(micro_batches)
+        with self.saved_before_it_ends():
+            result = self.guard.evaluate(micro_batches)
         state = self.state
         peak = read_peak(self.device)
         metrics = EvalMetrics(
