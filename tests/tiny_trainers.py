@@ -1,5 +1,6 @@
 """Trainers of transformers and TRL on a model of a few thousand parameters and rows of very unequal length."""
 
+import importlib.util
 import os
 from pathlib import Path
 from typing import Any
@@ -8,10 +9,12 @@ import datasets
 import torch
 from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
+import pytest
 from byte_tokenizer import byte_tokenizer
 from tiny_models import TINY_LLAMA
 
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"  # TRL would send a ping
+needs_trl = pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="TRL is not installed")
 LENGTHS = (5, 30, 11, 17, 8, 23, 14, 9, 26, 12, 7, 19)
 
 
@@ -35,7 +38,7 @@ def settings(directory: Path) -> dict[str, Any]:
     return {
         "output_dir": str(directory), "report_to": [], "use_cpu": True, "per_device_train_batch_size": 4,
         "gradient_accumulation_steps": 1, "max_steps": 4, "logging_steps": 1, "save_strategy": "no", "bf16": False,
-        "disable_tqdm": True, "gradient_checkpointing": False, "dataloader_pin_memory": False, "learning_rate": 1e-3,
+        "disable_tqdm": True, "dataloader_pin_memory": False, "learning_rate": 1e-3,
     }  # fmt: skip
 
 

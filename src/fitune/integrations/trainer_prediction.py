@@ -20,7 +20,8 @@ from unittest.mock import patch
 import pyarrow.compute
 import torch
 from torch import nn
-from transformers import Trainer, TrainerControl, TrainerState
+from torch._subclasses.fake_tensor import FakeTensor
+from transformers import DefaultFlowCallback, Trainer, TrainerControl, TrainerState
 from transformers.trainer_callback import CallbackHandler
 
 import fitune
@@ -29,6 +30,7 @@ from fitune.integrations.versions import check_alone, check_trainer
 from fitune.memory.devices import this_machine
 from fitune.memory.prediction import Prediction
 from fitune.step.random_state import streams_kept
+from fitune.trace.assumptions import tell_mean
 from fitune.trace.fake import Build, Loop, Step
 
 RECORDED_MICRO_BATCHES = 2
@@ -62,6 +64,27 @@ def predict_trainer(
 
 
 @dataclass(frozen=True)
+class HeaviestBatch:
+    """What the collator made of the longest rows, on the host. mask_means: of its masks. rows: which ones, as a
+    clause."""
+
+    values: dict[str, Any]
+    mask_means: dict[str, float]
+    rows: str
+
+    def place(self, device: torch.device) -> dict[str, Any]:
+        """As a DataLoader makes it: on the host, then on the device. Whether a mask masks anything is told, since
+        models look at that."""
+        placed = dict(self.values)
+        for name, value in self.values.items():
+            if isinstance(value, torch.Tensor):
+                placed[name] = torch.empty(value.shape, dtype=value.dtype).copy_(value).to(device)
+                if isinstance(placed[name], FakeTensor) and name in self.mask_means:
+                    tell_mean(placed[name], self.mask_means[name])
+        return placed
+
+
+@dataclass(frozen=True)
 class RecordedTrainer:
     """A trainer as `trace.fake.record_loop` takes it. rows: which ones it sees, as a clause."""
 
@@ -73,8 +96,8 @@ class RecordedTrainer:
 def record_trainer(trainer: Trainer, *, mode: Literal["fake", "real"] = "fake") -> RecordedTrainer:
     """mode: "real" copies the model with its values, to be run."""
     shadow = _shadow(trainer, to_meta=mode == "fake")
-    batch, rows = _heaviest_batch(shadow, trainer.train_dataset)
-    return RecordedTrainer(lambda: shadow.model, partial(_set_up, shadow, trainer, batch), rows)
+    batch = _heaviest_batch(shadow, trainer.train_dataset)
+    return RecordedTrainer(lambda: shadow.model, partial(_set_up, shadow, trainer, batch), batch.rows)
 
 
 def _check_model(trainer: Trainer) -> None:
@@ -104,13 +127,24 @@ def _shadow(trainer: Trainer, *, to_meta: bool) -> Any:
         elif isinstance(value, types.MethodType) and value.__self__ is trainer:
             setattr(shadow, name, types.MethodType(value.__func__, shadow))
     shadow.model = shadow.model_wrapped = model
-    shadow.optimizer = shadow.lr_scheduler = None
+    shadow.optimizer = shadow.lr_scheduler = shadow.model_init = None
+    shadow.args = copy.copy(trainer.args)
+    shadow.args.auto_find_batch_size = False
     shadow.accelerator = copy.copy(trainer.accelerator)
     for name in ("_models", "_optimizers", "_schedulers", "_dataloaders"):
         setattr(shadow.accelerator, name, [])
     shadow.state, shadow.control = TrainerState(), TrainerControl()
-    shadow.callback_handler = CallbackHandler([], model, trainer.processing_class, None, None)
+    shadow.callback_handler = CallbackHandler([_NoFlow()], model, trainer.processing_class, None, None)
     return shadow
+
+
+class _NoFlow(DefaultFlowCallback):  # type: ignore[misc]
+    """No logging, evaluation and saving, and no warning that this is missing."""
+
+    def on_step_end(self, args: Any, state: Any, control: TrainerControl, **unused: Any) -> TrainerControl:
+        return control
+
+    on_epoch_end = on_step_end
 
 
 def copy_model(model: nn.Module, memo: dict[int, Any], *, to_meta: bool) -> nn.Module:
@@ -163,7 +197,7 @@ def _owner(value: Any) -> Any:
 # ---- its loop ----
 
 
-def _set_up(shadow: Any, trainer: Trainer, batch: dict[str, Any], model: nn.Module, device: torch.device) -> Step:
+def _set_up(shadow: Any, trainer: Trainer, batch: HeaviestBatch, model: nn.Module, device: torch.device) -> Step:
     """The Trainer's own preparation, and one of its epochs of one step."""
     num_micro_batches = trainer.args.gradient_accumulation_steps
     num_recorded = min(num_micro_batches, RECORDED_MICRO_BATCHES)
@@ -171,15 +205,17 @@ def _set_up(shadow: Any, trainer: Trainer, batch: dict[str, Any], model: nn.Modu
         shadow.optimizer = _copy_optimizer(trainer.optimizer, dict(zip(_ids(trainer.model), model.parameters())))
     if shadow.accelerator.scaler is not None:
         shadow.accelerator.scaler = torch.amp.GradScaler("cuda")
-    prepared, _ = shadow._prepare_for_training(1000, None, None)
+    # all that .train() does before its loop: recompute, noise on embeddings, the optimizer, autocast
+    shadow._inner_training_loop = lambda **_: shadow._prepare_for_training(1000, None, None)[0]
+    prepared = shadow.train()
     shadow._tr_loss = torch.tensor(0.0, device=trainer.args.device)
     shadow._total_loss_scalar, shadow._globalstep_last_logged = 0.0, 0
 
     def loader() -> Iterator[dict[str, Any]]:
         # the Trainer fetches the batches of a whole step before its first forward
-        held = [_place(batch, trainer.args.device) for _ in range(num_micro_batches - num_recorded)]
+        held = [batch.place(trainer.args.device) for _ in range(num_micro_batches - num_recorded)]
         for _ in range(num_recorded):
-            yield _place(batch, trainer.args.device)
+            yield batch.place(trainer.args.device)
         del held
 
     def step() -> None:
@@ -208,16 +244,6 @@ class _Loader:
         return self.batches()
 
 
-def _place(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """As a DataLoader makes it: on the host, then on the device."""
-    return {
-        name: torch.empty(value.shape, dtype=value.dtype).copy_(value).to(device)
-        if isinstance(value, torch.Tensor)
-        else value
-        for name, value in batch.items()
-    }
-
-
 def _ids(model: nn.Module) -> list[int]:
     return [id(parameter) for parameter in model.parameters()]
 
@@ -238,8 +264,7 @@ def _copy_optimizer(optimizer: Any, twins: dict[int, torch.Tensor]) -> torch.opt
 # ---- its heaviest batch ----
 
 
-def _heaviest_batch(shadow: Any, dataset: Any) -> tuple[dict[str, Any], str]:
-    """The longest rows of the dataset, collated on the host, and a clause that says so."""
+def _heaviest_batch(shadow: Any, dataset: Any) -> HeaviestBatch:
     size = shadow.args.per_device_train_batch_size
     if dataset is None:
         raise UsageError("the Trainer has no train_dataset, whose longest rows the prediction is made from")
@@ -261,8 +286,9 @@ def _heaviest_batch(shadow: Any, dataset: Any) -> tuple[dict[str, Any], str]:
         first = [row for row, _ in zip(dataset, range(size))]
         features = [first[place % len(first)] for place in range(size)]
         what = f"recorded with the first {size} rows of a dataset that cannot be looked at as a whole"
-    batch = dict(collate(features))
-    return {name: value.cpu() if isinstance(value, torch.Tensor) else value for name, value in batch.items()}, what
+    values = dict(collate(features))
+    masks = {name: value for name, value in values.items() if name.endswith("mask") and torch.is_tensor(value)}
+    return HeaviestBatch(values, {name: value.double().mean().item() for name, value in masks.items()}, what)
 
 
 def _row_lengths(dataset: Any) -> Sequence[int]:

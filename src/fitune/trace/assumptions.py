@@ -29,10 +29,18 @@ class _Router:
 
 @dataclass(frozen=True, slots=True)
 class _Origin:
-    """The mean of the elements as far as it is known, and the router that they come from."""
+    """The mean of the elements as far as it is known, and the router that they come from. measured: the mean is that
+    of real data, thus more than an assumption."""
 
     mean: float | None = None
     router: _Router | None = None
+    measured: bool = False
+
+
+def tell_mean(tensor: torch.Tensor, mean: float) -> None:
+    """What is known of a fake tensor whose data is known elsewhere: an attention mask without padding has a mean of
+    1, and a model that looks for padding goes on without a mask."""
+    _set_origin(tensor, _Origin(mean, measured=True))
 
 
 _SAME_ELEMENTS = {
@@ -120,16 +128,22 @@ class Assumptions:
         router = None if origin is None else origin.router
         if packet in _SAME_ELEMENTS:
             return origin
+        if packet is aten.all and origin is not None and origin.measured:
+            return _Origin(float(origin.mean == 1.0))
         if packet in (aten.scatter_, aten.scatter) and (index := _origin(args[2])) is not None and index.router:
             return _Origin(self._share(index.router), index.router)  # one-hot
         if packet in _TRUTH:
             return _Origin(_TRUTH[packet], router)
+        if packet is aten.eq and origin is not None and origin.measured and not isinstance(args[1], torch.Tensor):
+            if first.numel() == 1:
+                return _Origin(float(origin.mean == args[1]))
         if packet is aten.eq:
             return _Origin(self._share(router) if router else 0.0, router)
         if packet in (aten.sum, aten.count_nonzero, aten.any) and isinstance(result, torch.Tensor) and result.numel():
             mean = 1.0 if origin is None or origin.mean is None else origin.mean
             total = mean * first.numel() / result.numel()
-            return _Origin(min(total, 1.0) if packet is aten.any else total, router)
+            total = min(total, 1.0) if packet is aten.any else total
+            return _Origin(total, router, origin is not None and origin.measured)
         if packet in (aten.gt, aten.ge) and origin is not None and origin.mean is not None:
             if router is not None:  # which experts are chosen at all
                 num_chosen = router.top_k if self._routing == "worst" else router.num_experts
