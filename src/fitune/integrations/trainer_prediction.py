@@ -30,7 +30,7 @@ from fitune.integrations.versions import check_alone, check_trainer
 from fitune.memory.devices import this_machine
 from fitune.memory.prediction import Prediction
 from fitune.step.random_state import streams_kept
-from fitune.trace.assumptions import tell_mean
+from fitune.trace.assumptions import tell_data
 from fitune.trace.fake import Build, Loop, Step
 
 RECORDED_MICRO_BATCHES = 2
@@ -65,22 +65,20 @@ def predict_trainer(
 
 @dataclass(frozen=True)
 class HeaviestBatch:
-    """What the collator made of the longest rows, on the host. mask_means: of its masks. rows: which ones, as a
-    clause."""
+    """What the collator made of the longest rows, on the host. rows: which ones, as a clause."""
 
     values: dict[str, Any]
-    mask_means: dict[str, float]
     rows: str
 
     def place(self, device: torch.device) -> dict[str, Any]:
-        """As a DataLoader makes it: on the host, then on the device. Whether a mask masks anything is told, since
-        models look at that."""
+        """As a DataLoader makes it: on the host, then on the device. The data are told, since models look at them:
+        whether a mask masks anything, where packed rows begin."""
         placed = dict(self.values)
         for name, value in self.values.items():
             if isinstance(value, torch.Tensor):
                 placed[name] = torch.empty(value.shape, dtype=value.dtype).copy_(value).to(device)
-                if isinstance(placed[name], FakeTensor) and name in self.mask_means:
-                    tell_mean(placed[name], self.mask_means[name])
+                if isinstance(placed[name], FakeTensor):
+                    tell_data(placed[name], value)
         return placed
 
 
@@ -287,8 +285,7 @@ def _heaviest_batch(shadow: Any, dataset: Any) -> HeaviestBatch:
         features = [first[place % len(first)] for place in range(size)]
         what = f"recorded with the first {size} rows of a dataset that cannot be looked at as a whole"
     values = dict(collate(features))
-    masks = {name: value for name, value in values.items() if name.endswith("mask") and torch.is_tensor(value)}
-    return HeaviestBatch(values, {name: value.double().mean().item() for name, value in masks.items()}, what)
+    return HeaviestBatch(values, what)
 
 
 def _row_lengths(dataset: Any) -> Sequence[int]:

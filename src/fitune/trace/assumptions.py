@@ -2,7 +2,8 @@
 
 A branch, a count or a shape that depends on data gets an answer from what is known about the tensor's origin: a sum of
 ones is a count, indices made by topk are a router's choice, `isfinite` is true. Each kind of answer that was used is
-named once in `MemoryTrace.source`.
+named once in `MemoryTrace.source`. Where a loop has told the data of its batch (`tell_data`), what is computed from
+that alone is computed, and nothing is assumed.
 """
 
 import math
@@ -11,6 +12,8 @@ from typing import Any, Literal
 
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensor
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_any, tree_map_only
 
 from fitune.trace.shapes import ShapeMemory
 
@@ -29,18 +32,10 @@ class _Router:
 
 @dataclass(frozen=True, slots=True)
 class _Origin:
-    """The mean of the elements as far as it is known, and the router that they come from. measured: the mean is that
-    of real data, thus more than an assumption."""
+    """The mean of the elements as far as it is known, and the router that they come from."""
 
     mean: float | None = None
     router: _Router | None = None
-    measured: bool = False
-
-
-def tell_mean(tensor: torch.Tensor, mean: float) -> None:
-    """What is known of a fake tensor whose data is known elsewhere: an attention mask without padding has a mean of
-    1, and a model that looks for padding goes on without a mask."""
-    _set_origin(tensor, _Origin(mean, measured=True))
 
 
 _SAME_ELEMENTS = {
@@ -77,6 +72,11 @@ _SAME_ELEMENTS = {
 _TRUTH = {aten.isfinite: 1.0, aten.isnan: 0.0, aten.isinf: 0.0, aten.all: 1.0, aten.ne: 1.0}
 
 
+def tell_data(tensor: torch.Tensor, data: torch.Tensor) -> None:
+    """The values that a fake tensor of a batch stands for: a mask without padding, the places of packed rows."""
+    tensor._fitune_data = data  # type: ignore[attr-defined]
+
+
 class Assumptions:
     """Carries out operators, real or fake, and answers for the data where there is none."""
 
@@ -106,6 +106,7 @@ class Assumptions:
         except (DataDependentOutputException, DynamicOutputShapeException):
             result = self._of_full_size(func, args)
         self._note_origin(packet, args, kwargs, result)
+        _compute_data(func, args, kwargs, result)
         return result
 
     # ---- origins ----
@@ -128,22 +129,16 @@ class Assumptions:
         router = None if origin is None else origin.router
         if packet in _SAME_ELEMENTS:
             return origin
-        if packet is aten.all and origin is not None and origin.measured:
-            return _Origin(float(origin.mean == 1.0))
         if packet in (aten.scatter_, aten.scatter) and (index := _origin(args[2])) is not None and index.router:
             return _Origin(self._share(index.router), index.router)  # one-hot
         if packet in _TRUTH:
             return _Origin(_TRUTH[packet], router)
-        if packet is aten.eq and origin is not None and origin.measured and not isinstance(args[1], torch.Tensor):
-            if first.numel() == 1:
-                return _Origin(float(origin.mean == args[1]))
         if packet is aten.eq:
             return _Origin(self._share(router) if router else 0.0, router)
         if packet in (aten.sum, aten.count_nonzero, aten.any) and isinstance(result, torch.Tensor) and result.numel():
             mean = 1.0 if origin is None or origin.mean is None else origin.mean
             total = mean * first.numel() / result.numel()
-            total = min(total, 1.0) if packet is aten.any else total
-            return _Origin(total, router, origin is not None and origin.measured)
+            return _Origin(min(total, 1.0) if packet is aten.any else total, router)
         if packet in (aten.gt, aten.ge) and origin is not None and origin.mean is not None:
             if router is not None:  # which experts are chosen at all
                 num_chosen = router.top_k if self._routing == "worst" else router.num_experts
@@ -169,6 +164,8 @@ class Assumptions:
 
     def _answer(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any, sentence: str) -> Any:
         """The true answer where there is data, else `value`."""
+        if _is_known(args, kwargs):
+            return _on_data(func, args, kwargs)
         try:
             return func(*args, **kwargs)
         except DataDependentOutputException:
@@ -201,6 +198,8 @@ class Assumptions:
 
     def _count(self, mask: torch.Tensor) -> int:
         """How many elements of a mask are taken to be true."""
+        if _is_known((mask,), {}):
+            return len(_on_data(aten.nonzero.default, (mask,), {}))
         origin = _origin(mask)
         if origin is not None and origin.router is not None:
             self.used[f"assumed: experts are {self._routing}"] = None
@@ -253,6 +252,33 @@ def _grouped_mm(a: torch.Tensor, b: torch.Tensor, offsets: torch.Tensor | None) 
     padded = -(-shape[-1] // step) * step
     strides = (shape[-2] * padded, padded, 1)[-len(shape) :]
     return torch.empty_strided(shape, strides, dtype=a.dtype, device=a.device)
+
+
+def _data(tensor: torch.Tensor) -> torch.Tensor | None:
+    return getattr(tensor, "_fitune_data", None)
+
+
+def _compute_data(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+    """The result's data, where that of all tensors it is computed from is known."""
+    if args and isinstance(result, FakeTensor) and _is_known(args, kwargs):
+        if func._schema.is_mutable:
+            del result._fitune_data
+        else:
+            tell_data(result, _on_data(func, args, kwargs))
+
+
+def _is_known(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether there are fake tensors, and the data of all of them is known. The first is looked at first: nearly all
+    are unknown."""
+    first = args[0][0] if isinstance(args[0], (list, tuple)) and args[0] else args[0]
+    if not isinstance(first, FakeTensor) or _data(first) is None:
+        return False
+    return not tree_any(lambda value: isinstance(value, FakeTensor) and _data(value) is None, (args, kwargs))
+
+
+def _on_data(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    with _disable_current_modes():  # type: ignore[no-untyped-call]
+        return func(*tree_map_only(FakeTensor, _data, args), **tree_map_only(FakeTensor, _data, kwargs))
 
 
 def _origin(tensor: torch.Tensor) -> _Origin | None:
