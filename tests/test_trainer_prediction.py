@@ -62,7 +62,7 @@ def real_run(make: Make, directory: Path, **changes: Any) -> MemoryTrace:
 
 
 def sizes(trace: MemoryTrace) -> list[tuple[int, int]]:
-    """(step, bytes) of each birth in the first three steps, but for inputs, which the DataLoader makes when it likes."""
+    """(step, bytes) of each birth in the first three steps, but for inputs: the DataLoader makes them when it likes."""
     return [
         (event.step, event.num_bytes)
         for event in trace.events
@@ -188,7 +188,7 @@ def test_another_transformers_is_refused(found: str, tmp_path: Path) -> None:
 def test_another_trl_is_refused_for_its_trainers_alone(tmp_path: Path) -> None:
     with version_of("trl", "0.9.0"):
         fitune.predict_trainer(hf_trainer(tmp_path), gpu="cpu", num_steps=1)
-        with pytest.raises(UsageError, match="trl 0.9.0 is not supported"):
+        with pytest.raises(UsageError, match=r"trl 0\.9\.0 is not supported"):
             fitune.predict_trainer(sft_trainer(tmp_path), gpu="cpu")
 
 
@@ -200,7 +200,7 @@ def test_a_second_model_is_refused(tmp_path: Path) -> None:
 
 
 def test_what_is_no_trainer_is_refused() -> None:
-    with pytest.raises(UsageError, match="not a transformers.Trainer"):
+    with pytest.raises(UsageError, match=r"not a transformers\.Trainer"):
         fitune.predict_trainer(torch.nn.Linear(2, 2), gpu="cpu")  # type: ignore[arg-type]
 
 

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pytest
 import torch
 from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
-import pytest
 from byte_tokenizer import byte_tokenizer
 from tiny_models import TINY_LLAMA
 
@@ -31,7 +31,9 @@ def rows(lengths: tuple[int, ...] = LENGTHS, *, masked: bool = True) -> datasets
         [-100 if masked and place < length // 3 else token for place, token in enumerate(row)]
         for row, length in zip(ids, lengths, strict=True)
     ]
-    return datasets.Dataset.from_dict({"input_ids": ids, "labels": labels, "attention_mask": [[1] * n for n in lengths]})
+    return datasets.Dataset.from_dict(
+        {"input_ids": ids, "labels": labels, "attention_mask": [[1] * n for n in lengths]}
+    )
 
 
 def settings(directory: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import copy
 import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +25,6 @@ from fitune.step.safe_step import Protection, SafeResult, Work, safe_step
 from fitune.train.adapt import MemoryModel, Observation, choose_size, learn
 
 log = logging.getLogger(__name__)
-
-_Trainer = Trainer if TYPE_CHECKING else object
 
 
 @dataclass(frozen=True)
@@ -52,18 +50,18 @@ class _Kept(torch.optim.Optimizer):
     def __init__(self, model: nn.Module) -> None:
         super().__init__([p for p in model.parameters() if p.requires_grad], {})
 
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         pass
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         pass
 
 
-class SafeSteps(_Trainer):  # type: ignore[misc]
-    """Mixed in before a Trainer: `class SafeSFTTrainer(SafeSteps, SFTTrainer): pass`.
+class SafeSteps(Trainer):  # type: ignore[misc]
+    """A Trainer, or mixed in before another: `class SafeSFTTrainer(SafeSteps, SFTTrainer): pass`.
 
-    safe_result: of the last step. safe_verdict: whether the loss may be computed in parts, seen on two rows of the first
-    step; where it may not, micro-batches stay whole. Raises UsageError at the first step for what it cannot keep
+    safe_result: of the last step. safe_verdict: whether the loss may be computed in parts, seen on two rows of the
+    first step; where it may not, micro-batches stay whole. Raises UsageError at the first step for what it cannot keep
     exact, and OutOfMemoryError where a row does not fit alone; nothing of that step is done then.
     """
 
@@ -192,9 +190,7 @@ def _num_targets(part: _Part) -> int:
 
 
 def _take(part: _Part, places: Sequence[int]) -> _Part:
-    inputs = {
-        name: value[list(places)] if isinstance(value, Tensor) else value for name, value in part.inputs.items()
-    }
+    inputs = {name: value[list(places)] if isinstance(value, Tensor) else value for name, value in part.inputs.items()}
     return _Part(tuple(part.row_ids[place] for place in places), inputs)
 
 

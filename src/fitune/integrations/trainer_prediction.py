@@ -181,9 +181,7 @@ def _rebound(function: Any, memo: dict[int, Any]) -> types.FunctionType | None:
         types.CellType(copy.deepcopy(each, memo) if isinstance(each, (nn.Module, types.MethodType)) else each)
         for each in contents
     )
-    made = types.FunctionType(
-        function.__code__, function.__globals__, function.__name__, function.__defaults__, bound
-    )
+    made = types.FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__, bound)
     made.__kwdefaults__ = function.__kwdefaults__
     return made
 
@@ -200,7 +198,9 @@ def _set_up(shadow: Any, trainer: Trainer, batch: HeaviestBatch, model: nn.Modul
     num_micro_batches = trainer.args.gradient_accumulation_steps
     num_recorded = min(num_micro_batches, RECORDED_MICRO_BATCHES)
     if trainer.optimizer is not None:
-        shadow.optimizer = _copy_optimizer(trainer.optimizer, dict(zip(_ids(trainer.model), model.parameters())))
+        shadow.optimizer = _copy_optimizer(
+            trainer.optimizer, dict(zip(_ids(trainer.model), model.parameters(), strict=True))
+        )
     if shadow.accelerator.scaler is not None:
         shadow.accelerator.scaler = torch.amp.GradScaler("cuda")
     # all that .train() does before its loop: recompute, noise on embeddings, the optimizer, autocast
@@ -253,8 +253,7 @@ def _copy_optimizer(optimizer: Any, twins: dict[int, torch.Tensor]) -> torch.opt
     copied: torch.optim.Optimizer = copy.copy(optimizer)
     copied.state = defaultdict(dict)
     copied.param_groups = [
-        {**group, "params": [twins[id(parameter)] for parameter in group["params"]]}
-        for group in optimizer.param_groups
+        {**group, "params": [twins[id(parameter)] for parameter in group["params"]]} for group in optimizer.param_groups
     ]
     return copied
 
@@ -281,7 +280,7 @@ def _heaviest_batch(shadow: Any, dataset: Any) -> HeaviestBatch:
     else:
         if hasattr(dataset, "take"):
             dataset = shadow._remove_unused_columns(dataset, description="training")
-        first = [row for row, _ in zip(dataset, range(size))]
+        first = [row for row, _ in zip(dataset, range(size), strict=False)]
         features = [first[place % len(first)] for place in range(size)]
         what = f"recorded with the first {size} rows of a dataset that cannot be looked at as a whole"
     values = dict(collate(features))

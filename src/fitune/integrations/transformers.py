@@ -1,7 +1,7 @@
 """fitune inside the `Trainer` of transformers and the `SFTTrainer` of TRL.
 
-    predict_trainer(trainer, gpu="RTX 4090")     what it will need, before it trains           (trainer_prediction.py)
-    class Mine(SafeSteps, SFTTrainer): pass      steps that running out of memory does not end (safe_trainer.py)
+predict_trainer(trainer, gpu="RTX 4090")     what it will need, before it trains           (trainer_prediction.py)
+class Mine(SafeSteps, SFTTrainer): pass      steps that running out of memory does not end (safe_trainer.py)
 """
 
 from fitune.integrations.safe_trainer import SafeSteps as SafeSteps

@@ -262,7 +262,7 @@ def _compute_data(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], resu
     """The result's data, where that of all tensors it is computed from is known."""
     if args and isinstance(result, FakeTensor) and _is_known(args, kwargs):
         if func._schema.is_mutable:
-            del result._fitune_data
+            del result._fitune_data  # type: ignore[attr-defined]
         else:
             tell_data(result, _on_data(func, args, kwargs))
 
@@ -277,7 +277,7 @@ def _is_known(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 
 
 def _on_data(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    with _disable_current_modes():  # type: ignore[no-untyped-call]
+    with _disable_current_modes():
         return func(*tree_map_only(FakeTensor, _data, args), **tree_map_only(FakeTensor, _data, kwargs))
 
 
