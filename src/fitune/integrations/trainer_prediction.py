@@ -198,9 +198,8 @@ def _set_up(shadow: Any, trainer: Trainer, batch: HeaviestBatch, model: nn.Modul
     num_micro_batches = trainer.args.gradient_accumulation_steps
     num_recorded = min(num_micro_batches, RECORDED_MICRO_BATCHES)
     if trainer.optimizer is not None:
-        shadow.optimizer = _copy_optimizer(
-            trainer.optimizer, dict(zip(_ids(trainer.model), model.parameters(), strict=True))
-        )
+        originals = map(id, trainer.model.parameters())
+        shadow.optimizer = _copy_optimizer(trainer.optimizer, dict(zip(originals, model.parameters(), strict=True)))
     if shadow.accelerator.scaler is not None:
         shadow.accelerator.scaler = torch.amp.GradScaler("cuda")
     # all that .train() does before its loop: recompute, noise on embeddings, the optimizer, autocast
@@ -240,10 +239,6 @@ class _Loader:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return self.batches()
-
-
-def _ids(model: nn.Module) -> list[int]:
-    return [id(parameter) for parameter in model.parameters()]
 
 
 def _copy_optimizer(optimizer: Any, twins: dict[int, torch.Tensor]) -> torch.optim.Optimizer:
