@@ -19,6 +19,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -33,7 +34,7 @@ from fitune.data import examples  # noqa: E402
 from fitune.run.directory import RunDirectory, read_run  # noqa: E402
 from fitune.run.journal import read_journal  # noqa: E402
 from fitune.run.metrics import read_events  # noqa: E402
-from fitune.train import checkpoint, loop, monitor, prepare  # noqa: E402, F401
+from fitune.train import checkpoint, guard, loop, monitor, prepare  # noqa: E402, F401
 from tiny_run import save_tiny_model, write_config, write_dialogues  # noqa: E402
 
 MOST_KILLS_PER_RUN = 3
@@ -109,7 +110,11 @@ def _run(name: str, kind: str, *, kill_after: float | None) -> str | None:
     stage = mmap.mmap(-1, 1)
     child = os.fork()
     if child == 0:
-        _be_the_run(arguments, stage)
+        try:
+            os._exit(_be_the_run(arguments, stage))
+        except BaseException:
+            traceback.print_exc()
+        os._exit(70)
     try:
         if kill_after is not None:
             time.sleep(kill_after)
@@ -123,19 +128,18 @@ def _run(name: str, kind: str, *, kill_after: float | None) -> str | None:
     return None
 
 
-def _be_the_run(arguments: list[str], stage: mmap.mmap) -> None:
-    """Never returns. Tables are written anew each time, so that tokenising is killed too."""
+def _be_the_run(arguments: list[str], stage: mmap.mmap) -> int:
+    """The exit code. Tables are written anew each time, so that tokenising is killed too."""
     for number, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     with tempfile.TemporaryDirectory(dir=".") as cache:
         os.environ["FITUNE_CACHE"] = cache
         setattr(prepare, "choose_plan", None)  # noqa: B010 most of the time of so small a run, and no matter here
         _tell_stage(examples, "_tokenise", stage)
-        _tell_stage(loop, "train_step", stage, "stepping")
-        _tell_stage(loop, "evaluate", stage, "evaluating")
+        _tell_stage(guard, "safe_step", stage, "stepping")
+        _tell_stage(guard, "safe_evaluate", stage, "evaluating")
         _tell_stage(checkpoint.CheckpointWriter, "_write", stage, "saving")
-        exit_code = app.main(arguments)
-    os._exit(exit_code)
+        return app.main(arguments)
 
 
 def _tell_stage(owner: Any, name: str, stage: mmap.mmap, told: str = "tokenising") -> None:

@@ -1,6 +1,6 @@
 """fitune's step against TRL's SFTTrainer and against padding every row to max_length: tokens/s, peak memory, losses.
 
-python benchmarks/speed.py                                              everything, about an hour on 2 shared cores
+python benchmarks/speed.py                                              everything, about half an hour on one core
 python benchmarks/speed.py --model minimind2-small --max-length 768     one comparison: 2 to 8 minutes
 python benchmarks/speed.py --trainer fitune --trainer "TRL, packing"    these trainers only
 python benchmarks/speed.py --table                                      only writes the table again
@@ -14,7 +14,7 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -35,17 +35,18 @@ TASKS = (
 MOST_SECONDS = 1800
 
 
-def compare(task: Task, trainers: Sequence[str], *, rounds: int) -> dict[str, list[Outcome]]:
-    """The outcomes of each trainer, one for each round. A trainer that fails is left out, and stderr says why."""
-    outcomes: dict[str, list[Outcome]] = {name: [] for name in trainers}
+def compare(task: Task, trainers: Sequence[str], *, rounds: int) -> Iterator[dict[str, list[Outcome]]]:
+    """After each process the outcomes so far of each trainer, one for each round. A trainer that fails is left out, and
+    stderr says why."""
+    outcomes: dict[str, list[Outcome]] = {}
     for number in range(rounds):
         for name in trainers:
             outcome = run_apart(task, name)
             if outcome is not None:
-                outcomes[name].append(outcome)
+                outcomes.setdefault(name, []).append(outcome)
                 said = f"{speed(outcome):.0f} tokens/CPU s, {outcome.peak_bytes / 1e6:,.0f} MB"
                 print(f"{task.model} {task.max_length} round {number + 1} {name}: {said}", file=sys.stderr, flush=True)
-    return {name: found for name, found in outcomes.items() if found}
+                yield outcomes
 
 
 def run_apart(task: Task, trainer: str) -> Outcome | None:
@@ -149,15 +150,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for task in () if options.table else TASKS:
         if options.model not in (None, task.model) or options.max_length not in (None, task.max_length):
             continue
-        found = compare(task, options.trainer or list(TRAINERS), rounds=options.rounds)
         place = (task.model, task.max_length)
         before = entries[place]["outcomes"] if options.trainer and place in entries else {}
-        new = entry(task, found)
-        new["outcomes"] = {name: (before | new["outcomes"]).get(name) for name in TRAINERS}
-        new["outcomes"] = {name: each for name, each in new["outcomes"].items() if each}
-        entries[place] = new
-        RESULTS.parent.mkdir(exist_ok=True)
-        RESULTS.write_text(json.dumps(list(entries.values()), indent=1) + "\n")
+        for found in compare(task, options.trainer or list(TRAINERS), rounds=options.rounds):
+            known = before | entry(task, found)["outcomes"]
+            entries[place] = entry(task, {}) | {"outcomes": {name: known[name] for name in TRAINERS if name in known}}
+            RESULTS.parent.mkdir(exist_ok=True)
+            RESULTS.write_text(json.dumps(list(entries.values()), indent=1) + "\n")
     write_page(list(entries.values()))
 
 

@@ -69,6 +69,22 @@ def test_the_table_has_the_ratios() -> None:
     assert "| padding to max_length | 125 | 125 | 500 | 2.00000 | x 4.00 | 20% |" in speed.render([entry])
 
 
+def test_rounds_alternate_and_results_are_kept_after_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def run_apart(task: Task, trainer: str) -> Outcome | None:
+        asked.append(trainer)
+        return None if trainer == "b" else Outcome(tokens=1, cpu_seconds=1, wall_seconds=1, peak_bytes=1, losses=[0.0])
+
+    monkeypatch.setattr(speed, "run_apart", run_apart)
+    found = [
+        {name: len(each) for name, each in outcomes.items()}
+        for outcomes in speed.compare(Task(model="any", max_length=8), ["a", "b", "c"], rounds=2)
+    ]
+    assert asked == ["a", "b", "c"] * 2
+    assert found == [{"a": 1}, {"a": 1, "c": 1}, {"a": 2, "c": 1}, {"a": 2, "c": 2}]
+
+
 def test_a_trainer_that_fails_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert speed.run_apart(Task(model="nowhere/nothing", max_length=768), "fitune") is None
     assert "fitune: failed" in capsys.readouterr().err

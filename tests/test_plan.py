@@ -290,3 +290,19 @@ def test_memory_that_others_hold_is_no_part_of_the_limit(tree: dict[str, Any]) -
 
 def test_without_data_every_row_is_as_long_as_the_longest(tree: dict[str, Any]) -> None:
     assert uniform_lengths(config(tree)).sample_tokens == (1024,)
+
+
+FORCED = ("batch.micro=2", "model.recompute=off", "loss=chunked", "optim.name=sgd")
+
+
+def test_real_steps_stand_beside_the_prediction(tree: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(command(tree, "--measure", "--format", "json", *FORCED)) == 0
+    measured = json.loads(capsys.readouterr().out)["measured"]
+    assert measured["num_steps"] == 3
+    assert measured["measured_seconds_per_step"] > 0
+    assert measured["measured_reserved_bytes"] > 0
+
+
+def test_another_card_cannot_be_measured_here(tree: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(command(tree, "--measure", "--gpu", "RTX 4090", *FORCED)) == 2
+    assert "--measure runs on this machine, and the plan is for RTX 4090: leave out --gpu" in capsys.readouterr().err

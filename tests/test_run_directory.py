@@ -43,6 +43,12 @@ def test_an_existing_run_is_refused_and_left_alone(tmp_path: Path) -> None:
     assert run.metrics.read_text() == "kept"
 
 
+def test_a_run_that_never_began_may_be_taken(tmp_path: Path) -> None:
+    run = create_run(tmp_path, "a")
+    (run.path / ".config.yaml.123").write_text("half")
+    assert create_run(tmp_path, "a") == run
+
+
 def test_overwriting_removes_the_run_and_nothing_else(tmp_path: Path) -> None:
     run = create_run(tmp_path, "a")
     run.metrics.write_text("old")

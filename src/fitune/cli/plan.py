@@ -5,11 +5,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
+from rich.console import Console
 
 from fitune.cli.arguments import ConfigArguments, ConfigFlags, read_arguments
 from fitune.cli.output import Format, console, print_json
 from fitune.config import format_config
 from fitune.errors import DoesNotFitError, UsageError
+from fitune.language import say
 
 if TYPE_CHECKING:
     from fitune.plan.plan import Candidate, Plan
@@ -42,7 +44,8 @@ def plan(
     from fitune.plan.plan import does_not_fit, plan_json
     from fitune.plan.planner import choose_plan
 
-    found = choose_plan(config)
+    with Console(stderr=True).status(say("planning")) as status:
+        found = choose_plan(config, on_candidate=status.update)
     if apply is not None:
         from fitune.plan.candidates import settings_of
 

@@ -1,6 +1,7 @@
 """The Chinese of what `say` is given, by its English. One part for each command, so that they grow apart."""
 
 _PLAN: dict[str, str] = {
+    "planning": "正在规划",
     "micro x accum, recompute": "微批 x 累积，重算",
     "rows x micro-batches": "行数 x 微批数",
     "recompute": "重算",

@@ -258,6 +258,7 @@ def _stretch_means(run: RecordedRun, place: float | None, *, num_stretches: int)
     tokens, loss = run.train["total_tokens"], run.train["loss"]
     if place is None or not len(tokens) or not np.isfinite(tokens).all():
         return None
+    place = min(place, float(tokens[-1]))
     sums = np.concatenate(([0.0], np.cumsum(loss * np.diff(tokens, prepend=0.0))))
     edges = np.linspace(place * (1 - TRAIN_WINDOW_FRACTION), place, num_stretches + 1)
     means: npt.NDArray[np.float64] = np.diff(np.interp(edges, np.concatenate(([0.0], tokens)), sums)) / np.diff(edges)

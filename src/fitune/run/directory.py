@@ -262,17 +262,27 @@ def _next_number(output: Path, prefix: str) -> RunDirectory:
 
 def _given_name(path: Path, *, overwrite: bool) -> RunDirectory:
     run = RunDirectory(path)
-    if path.is_dir() and not any(path.iterdir()):
+    if path.is_dir() and _never_began(run):
+        if run.lock.exists():
+            with working_on(run):  # refused where another process is about to begin it
+                pass
         return run
     if path.exists():
         if not path.is_dir() or not _is_run(path):
             raise RunDirectoryError(f"{path} exists and is not a run: choose another run.name, or remove it yourself")
-        if not overwrite and run.config.exists():  # without one it never began: there is nothing to lose
+        if not overwrite:
             raise RunDirectoryError(f"{path} exists: choose another run.name, or give --overwrite")
         with working_on(run):
             _remove_files(run)
     path.mkdir(exist_ok=True)
     return run
+
+
+def _never_began(run: RunDirectory) -> bool:
+    """Whether it is empty, or its process died before anything was written: there is nothing to lose."""
+    names = {path.name for path in run.path.iterdir()} - {run.lock.name, run.checkpoints.name}
+    saved = run.checkpoints.is_dir() and any(run.checkpoints.iterdir())
+    return not saved and all(name.startswith(f".{run.config.name}.") for name in names)
 
 
 def _remove_files(run: RunDirectory) -> None:
