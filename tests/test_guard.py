@@ -7,6 +7,7 @@ import random
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -216,3 +217,16 @@ def test_a_real_model_below_its_first_micro_batchs_need_has_the_losses_of_one_wi
     assert consumed(crowded) == consumed(calm)
     assert happened(crowded, "out_of_memory")
     shutil.rmtree(tmp_path / "runs")
+
+
+def test_a_checkpoint_that_gets_no_thread_is_written_all_the_same(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    start = threading.Thread.start
+
+    def start_others(thread: threading.Thread) -> None:
+        if thread.name == "fitune-checkpoint":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start_others)
+    assert command(place) == 0
+    assert (RUN.last / "model.safetensors").exists()
