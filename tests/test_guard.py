@@ -133,7 +133,7 @@ def test_what_does_not_fit_is_seen_before_the_first_step_and_no_step_is_retried(
 ) -> None:
     assert command(place) == 0
     expected = losses(RUN)
-    limit(60)
+    limit(64)  # below the first size, above the one that is a rung smaller
     assert command(place) == 0
     assert losses(RUN) == pytest.approx(expected, rel=1e-5)
     summary = read_summary(RUN.summary)
@@ -166,7 +166,7 @@ def test_rows_that_do_not_fit_are_left_out_where_that_is_asked_for(place: Path, 
 
 
 def test_a_run_goes_on_with_what_it_has_learned(place: Path, limit: Callable[..., None]) -> None:
-    limit(60)
+    limit(64)  # below the first size, above the one that is a rung smaller
     assert command(place) == 0
     events = read_events(RUN.events)
     sizes = [event for event in events if event.kind == "micro_batch"]
