@@ -1,9 +1,9 @@
 """What measuring the gradient noise costs: the training step with and without it, in turns, on SmolLM2-135M.
 
-python benchmarks/noise.py            two micro-batches of 512 tokens a step, about three minutes on one core
+python benchmarks/noise.py            eight micro-batches of 512 tokens a step (16 rows), about eight minutes on one core
 python benchmarks/noise.py --quick    micro-batches of 64 tokens
 
-Every tenth step of a run also reads the norms weighted by Adam's second moment; both kinds are timed, in seconds of the
+Every fiftieth step of a run also reads the norms weighted by Adam's second moment; both kinds are timed, in seconds of the
 processor and one thread, and weighed as a run does them. Writes benchmarks/results/noise.json.
 """
 
@@ -37,13 +37,13 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    num_tokens, rounds = (64, 3) if arguments.quick else (512, 6)
+    num_micro, num_tokens, rounds = (2, 64, 3) if arguments.quick else (8, 512, 4)
     device = torch.device("cpu")
     model = load_model(ModelConfig(source=str(_model_file())), device)
     optimizer = build_optimizer(model, OptimConfig(), lr=1e-6, device=device)
     head = decoder_and_head(model)
     settings = StepSettings(LossSettings(head if isinstance(head, Head) else None))
-    micro_batches = [micro_batch(number, num_tokens) for number in range(2)]
+    micro_batches = [micro_batch(number, num_tokens) for number in range(num_micro)]
     train_step(model, optimizer, micro_batches, settings=settings)  # the optimizer's state is made
     seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
     for turn in range(rounds):
@@ -63,7 +63,7 @@ def main() -> None:
         "overhead_fraction": overhead,
     }
     print(
-        f"step of 2 x {num_tokens} tokens: {plain:.2f} s of CPU; with norms {noise / plain - 1:+.2%}, with weighted "
+        f"step of {num_micro} x {num_tokens} tokens: {plain:.2f} s of CPU; with norms {noise / plain - 1:+.2%}, with weighted "
         f"norms too {preconditioned / plain - 1:+.2%}; as a run does it {overhead:+.2%}"
     )
     if not arguments.quick:
