@@ -1,10 +1,10 @@
 """What measuring the gradient noise costs: the training step with and without it, in turns, on SmolLM2-135M.
 
-python benchmarks/noise.py            eight micro-batches of 512 tokens a step (16 rows), about eight minutes on one core
+python benchmarks/noise.py            eight micro-batches of 512 tokens a step, about eight minutes on one core
 python benchmarks/noise.py --quick    micro-batches of 64 tokens
 
-Every fiftieth step of a run also reads the norms weighted by Adam's second moment; both kinds are timed, in seconds of the
-processor and one thread, and weighed as a run does them. Writes benchmarks/results/noise.json.
+Every fiftieth step of a run also reads the norms weighted by Adam's second moment; both kinds are timed, in seconds of
+the processor and one thread, and weighed as a run does them. Writes benchmarks/results/noise.json.
 """
 
 import argparse
@@ -63,8 +63,8 @@ def main() -> None:
         "overhead_fraction": overhead,
     }
     print(
-        f"step of {num_micro} x {num_tokens} tokens: {plain:.2f} s of CPU; with norms {noise / plain - 1:+.2%}, with weighted "
-        f"norms too {preconditioned / plain - 1:+.2%}; as a run does it {overhead:+.2%}"
+        f"step of {num_micro} x {num_tokens} tokens: {plain:.2f} s of CPU; with norms {noise / plain - 1:+.2%}, "
+        f"with weighted norms too {preconditioned / plain - 1:+.2%}; as a run does it {overhead:+.2%}"
     )
     if not arguments.quick:
         RESULT.write_text(json.dumps(found, indent=1) + "\n")
