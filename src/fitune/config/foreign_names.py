@@ -1,4 +1,5 @@
-"""The names that other trainers give to our keys, so that an unknown key can be answered with the right one.
+"""The names that other trainers give to our keys: an unknown key is answered with the right one, and a whole file of
+another trainer is read by them (`foreign_translate`).
 
 Sources: the argument lists of transformers TrainingArguments, TRL SFTConfig and ModelConfig, LLaMA-Factory, axolotl,
 Unsloth, torchtune, ms-swift and minimind as of 2026.
@@ -12,14 +13,19 @@ _KEYS = {
         "model_name_or_path": "model.source",
         "lr_scheduler_type": "optim.schedule",
         "warmup_ratio": "optim.warmup",
+        "optim": "optim.name",
         "adam_epsilon": "optim.eps",
         "adam_beta1": "optim.betas",
         "adam_beta2": "optim.betas",
         "max_grad_norm": "optim.clip",
         "eval_strategy": "train.eval_every",
         "save_strategy": "train.save_every",
+        "torch_compile": "model.compile",
     },
     "TRL": {
+        "max_length": "data.max_length",
+        "chat_template_path": "data.template",
+        "activation_offloading": "model.offload_activations",
         "dataset_name": "data.train",
         "completion_only_loss": "data.mask",
         "assistant_only_loss": "data.mask",
@@ -54,6 +60,9 @@ _KEYS = {
         "train_on_inputs": "data.mask",
         "flash_attention": "model.attention",
         "lr_scheduler": "optim.schedule",
+        "cosine_min_lr_ratio": "optim.final_lr_fraction",
+        "tokenizer_config": "model.tokenizer",
+        "eval_batch_size": "eval.micro",
         "optimizer": "optim.name",
         "bf16": "model.precision",
         "fp16": "model.precision",
@@ -77,6 +86,9 @@ _KEYS = {
     },
     "ms-swift": {"split_dataset_ratio": "data.eval_fraction", "total_batch_size": "batch.effective"},
     "minimind": {
+        "epochs": "train.epochs",
+        "save_weight": "run.name",
+        "use_compile": "model.compile",
         "accumulation_steps": "batch.accumulation",
         "from_weight": "model.source",
         "data_path": "data.train",
@@ -88,6 +100,10 @@ _KEYS = {
     },
     "other trainers": {
         "batch_size": "batch.micro",
+        "weight_decay": "optim.weight_decay",
+        "seed": "train.seed",
+        "packing": "data.packing",
+        "trust_remote_code": "model.trust_remote_code",
         "gradient_accumulation_steps": "batch.accumulation",
         "gradient_checkpointing": "model.recompute",
         "learning_rate": "optim.lr",
@@ -102,6 +118,7 @@ _KEYS = {
         "mixed_precision": "model.precision",
         "chat_template": "data.template",
         "r": "model.lora.rank",
+        "report_to": "run.trackers",
     },
 }
 
@@ -110,7 +127,6 @@ _ANSWERS = {
     "warmup_steps": "here it is 'optim.warmup', a share of the run",
     "group_by_length": "rows are packed instead (data.packing): drop it",
     "logging_steps": "every step is logged: drop it",
-    "report_to": "metrics go to the run directory: drop it",
     "load_in_4bit": "set model.method to qlora",
     "load_in_8bit": "training in 8 bits is not offered",
     "quantization_bit": "4 bits are model.method: qlora, others are not offered",
@@ -121,6 +137,25 @@ _ANSWERS = {
     "do_train": "fitune train always trains: drop it",
     "stage": "fitune train is supervised fine-tuning: drop it",
 }
+
+# What changes neither the model that comes out nor how it is trained, and needs no word here.
+_NOT_NEEDED = """
+overwrite_cache preprocessing_num_workers preprocessing_batch_size dataloader_num_workers dataloader_pin_memory
+dataloader_prefetch_factor dataset_num_proc dataset_processes num_workers dataset_prepared_path tokenized_path
+cache_dir logging_dir logging_strategy logging_first_step log_level log_interval plot_loss save_only_model
+save_total_limit save_safetensors saves_per_epoch evals_per_epoch load_best_model_at_end metric_for_best_model
+greater_is_better push_to_hub hub_model_id hub_strategy hub_private_repo ddp_timeout ddp_backend
+ddp_find_unused_parameters local_rank device device_map tf32 strict include_num_input_tokens_seen
+include_tokens_per_second disable_tqdm remove_unused_columns pad_to_sequence_len pad_to_multiple_of
+eval_sample_packing eval_packing padding_free dataset_kwargs lora_task_type task_type bias model_type tokenizer_type
+is_llama_derived_model use_reentrant_gc gradient_checkpointing_kwargs use_cache use_kv_cache use_fast_tokenizer
+low_cpu_mem_usage enable_liger_kernel use_liger_kernel use_unsloth use_unsloth_gc xformers_attention s2_attention
+wandb_entity wandb_watch wandb_name wandb_run_id wandb_log_model ray_run_name run_name upcast_layernorm bf16_full_eval
+fp16_full_eval eval_accumulation_steps do_predict bnb_4bit_quant_type use_bnb_nested_quant double_quantization
+quantization_method quantization_type auto_find_batch_size group_by_length logging_steps do_train do_eval
+overwrite_output_dir from_resume stage train_sampling_strategy shuffle_dataset dataset_text_field infer_backend debug
+"""
+NOT_NEEDED = frozenset(_NOT_NEEDED.split())
 
 FOREIGN_KEYS = {name: (tools, key) for tools, names in _KEYS.items() for name, key in names.items()}
 FOREIGN_NAMES = (*FOREIGN_KEYS, *_ANSWERS)
