@@ -182,6 +182,13 @@ def test_minimind_keeps_its_meaning(tmp_path: Path) -> None:
     assert (found.train.epochs, found.train.save_every) == (2, 125)
 
 
+def test_an_adapter_may_be_described_in_a_mapping_of_its_own(tmp_path: Path) -> None:
+    adapter = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
+    text = json.dumps({"per_device_train_batch_size": 4, "peft_config": adapter})
+    lora = config(tmp_path, text, "args.json", model="m", data="a.jsonl").model.lora
+    assert (lora.rank, lora.alpha, lora.dropout, lora.targets) == (4, 8, 0.1, ("q_proj",))
+
+
 def test_a_json_of_training_arguments_needs_the_model_and_the_data_beside_it(tmp_path: Path) -> None:
     text = json.dumps({"per_device_train_batch_size": 4, "learning_rate": "3e-5", "output_dir": "out", "fp16": True})
     with pytest.raises(ConfigError, match="names no model: give it with --model"):
@@ -211,6 +218,7 @@ def test_a_json_of_training_arguments_needs_the_model_and_the_data_beside_it(tmp
         (LF + "--use_rslora --lora_rank 16", "model.lora.alpha", 128),
         (LF + "--disable_gradient_checkpointing", "model.recompute", "off"),
         (LF + "--lr_scheduler_type constant --warmup_ratio 0.1", "optim.warmup", 0),
+        (HF + "--lr_scheduler_kwargs {\"min_lr\":1e-5} --learning_rate 1e-4", "optim.final_lr_fraction", 0.1),
         (HF + "--adam_beta2 0.95 --max_steps -1", "optim.betas", (0.9, 0.95)),
         (HF + "--chat_template_path chat.jinja", "data.template", "chat.jinja"),
     ],
@@ -298,7 +306,25 @@ NAMES = st.sampled_from(
     [*FOREIGN_KEYS, "warmup_steps", "peft_config", "lr_scheduler_kwargs", "save_steps", "rl", "bf16"]
 )
 SCALARS = st.sampled_from(
-    [0, 1, -1, 0.5, 1e400, True, "auto", "7", "lora", "cosine", "", [], ["a"], {}, {"a": 1}, [{}]]
+    [
+        0,
+        1,
+        -1,
+        0.5,
+        1e400,
+        True,
+        "auto",
+        "7",
+        "lora",
+        "cosine",
+        "",
+        [],
+        ["a"],
+        {},
+        {"r": "x", "use_rslora": True},
+        {"min_lr": 1, "a": None},
+        [{}],
+    ]
 )
 TOOLS = st.sampled_from(["LLaMA-Factory", "axolotl", "TRL", "transformers", "minimind"])
 

@@ -8,6 +8,7 @@ transformers 5.23, SFTConfig and ModelConfig of TRL 1.16; the arguments of LLaMA
 import json
 import math
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePath
 from typing import Any, get_args
@@ -77,10 +78,18 @@ _NUMBERS = frozenset(
     (
         *("batch.micro", "batch.accumulation", "optim.lr", "optim.warmup", "train.steps", "train.epochs"),
         *("data.eval_fraction", "model.lora.rank", "model.lora.alpha"),
-        *("warmup_steps", "hidden_size", "num_hidden_layers", "use_moe"),
+        *(
+            "optim.final_lr_fraction",
+            "min_lr",
+            "min_lr_rate",
+            "warmup_steps",
+            "hidden_size",
+            "num_hidden_layers",
+            "use_moe",
+        ),
     )
 )
-_WORDS = frozenset(("optim.schedule", "optim.name", "model.method", "model.source", "run.output"))
+_WORDS = frozenset(("optim.schedule", "optim.name", "model.source", "run.output"))
 _MAPPINGS = frozenset(("peft_config", "lr_scheduler_kwargs"))
 
 # Renamed, with the same values on both sides.
@@ -114,7 +123,7 @@ def translate(
     Raises ConfigError where it is no supervised fine-tuning of decoder models, names no model or data, or has a value
     that our configuration refuses.
     """
-    draft = _Draft(replace(arguments, values=_checked(arguments)), devices or arguments.devices or 1)
+    draft = _Draft(_checked(arguments), devices or arguments.devices or 1)
     if model is not None:
         draft.override("model.source", model)
     if data is not None:
@@ -137,26 +146,34 @@ def translate(
     )
 
 
-def _checked(arguments: ForeignArguments) -> dict[str, Any]:
-    """The values, with numbers that stand in quotes as numbers. Raises ConfigError for values of the wrong kind."""
-    checked = dict(arguments.values)
-    faults = []
-    for name, value in arguments.values.items():
-        names = {name, FOREIGN_KEYS.get(name, ("", ""))[1]}
-        if names & _NUMBERS and isinstance(value, str):
-            checked[name] = value = parse_scalar(value)
-        if names & _NUMBERS and not isinstance(value, int | float):
-            wanted = "a number"
-        elif names & _MAPPINGS and not isinstance(value, dict):
-            wanted = "a mapping"
-        elif names & _WORDS and not isinstance(value, str | bool):
-            wanted = "a word"
-        else:
-            continue
-        faults.append(f"{arguments.origins[name]} {name}: {show(value)}: {wanted} is needed here")
+def _checked(arguments: ForeignArguments) -> ForeignArguments:
+    """With mappings of arguments taken apart and numbers in quotes as numbers. Raises ConfigError for values of the
+    wrong kind."""
+    values: dict[str, Any] = {}
+    origins, faults = {}, []
+    for holder, held in arguments.values.items():
+        for name, value in _taken_apart(holder, held).items():
+            names = {name, FOREIGN_KEYS.get(name, ("", ""))[1]}
+            is_number = bool(names & _NUMBERS)
+            values[name] = parse_scalar(value) if is_number and isinstance(value, str) else value
+            origins[name] = arguments.origins[holder]
+            is_word = bool(names & _WORDS) or ("model.method" in names and not isinstance(value, bool))
+            if is_number and not isinstance(values[name], int | float):
+                faults.append(f"{origins[name]} {name}: {show(value)}: a number is needed here")
+            elif is_word and not isinstance(value, str):
+                faults.append(f"{origins[name]} {name}: {show(value)}: a word is needed here")
     if faults:
         raise ConfigError(faults)
-    return checked
+    return replace(arguments, values=values, origins=origins)
+
+
+def _taken_apart(name: str, value: Any) -> dict[str, Any]:
+    if name not in _MAPPINGS:
+        return {name: value}
+    if isinstance(value, str):  # as a command gives it
+        with suppress(json.JSONDecodeError):
+            value = json.loads(value)
+    return {key: part for key, part in value.items() if part is not None} if isinstance(value, dict) else {name: value}
 
 
 @dataclass
@@ -254,31 +271,27 @@ def _whole(draft: _Draft, key: str) -> int:
 def _method(draft: _Draft) -> None:
     _refuse_other_stages(draft)
     method = _method_name(draft)
+    draft.take("model.lora.dropout")
     name = draft.name("model.method")
     draft.put("model.method", method, draft.said(name) if name else None)
-    peft = draft.raw("peft_config") or {}
-    rank = peft.get("r") or draft.take("model.lora.rank")
-    alpha = peft.get("lora_alpha") or draft.take("model.lora.alpha")
-    dropout = peft.get("lora_dropout", draft.take("model.lora.dropout"))
-    targets = peft.get("target_modules") or draft.take("model.lora.targets")
+    rank, alpha, targets = (draft.take(f"model.lora.{name}") for name in ("rank", "alpha", "targets"))
     all_linear = draft.raw("lora_target_linear")
-    is_rank_stabilised = draft.raw("use_rslora") or peft.get("use_rslora")
+    is_rank_stabilised = draft.raw("use_rslora")
     if method == "full":
         return
     if draft.tool == "LLaMA-Factory" and draft.name("model.lora.alpha") is None:
         alpha = 2 * rank
     if is_rank_stabilised:  # Kalajdzievski 2023, arXiv 2312.03732: alpha / sqrt(rank) in place of alpha / rank
-        alpha *= math.sqrt(rank)
-    origin = f"{draft.origin('peft_config')} peft_config" if peft else None
-    draft.put("model.lora.rank", rank, origin)
-    draft.put("model.lora.alpha", alpha, "times the square root of rank: use_rslora" if is_rank_stabilised else origin)
-    draft.put("model.lora.dropout", dropout, origin)
+        alpha *= math.sqrt(abs(rank))
+    draft.put("model.lora.rank", rank)
+    draft.put("model.lora.alpha", alpha, "times the square root of rank: use_rslora" if is_rank_stabilised else None)
+    draft.keep("model.lora.dropout")
     if all_linear:
         targets = "all"
     if isinstance(targets, str):
         targets = "all-linear" if targets in ("all", "all-linear") else [part.strip() for part in targets.split(",")]
     if targets:
-        draft.put("model.lora.targets", targets, draft.said("lora_target_linear") if all_linear else origin)
+        draft.put("model.lora.targets", targets, draft.said("lora_target_linear") if all_linear else None)
     else:
         draft.differs.append(
             "LoRA's target modules are not named, so peft chose them by the architecture (often q_proj and v_proj); "
@@ -308,7 +321,7 @@ def _method_name(draft: _Draft) -> str:
         return "lora" if draft.arguments.script == "train_lora.py" else "full"
     asked = draft.take("model.method")
     if draft.tool in ("TRL", "transformers"):
-        asked = "lora" if asked or in_4_bits or draft.arguments.values.get("peft_config") else "full"
+        asked = "lora" if asked or in_4_bits or draft.name("model.lora.rank") == "r" else "full"
     asked = asked or "full"
     if asked not in ("full", "lora", "qlora"):
         name = draft.name("model.method")
@@ -411,7 +424,7 @@ def _data(draft: _Draft) -> None:
 
 def _sources(draft: _Draft, named: Any, max_rows: Any) -> Any:
     """A path, or a list of paths with their limits; LLaMA-Factory's names are looked up in its dataset_info.json."""
-    items = [part.strip() for part in named.split(",")] if isinstance(named, str) and "," in named else named
+    items: Any = [part.strip() for part in named.split(",")] if isinstance(named, str) and "," in named else named
     sources: list[Any] = [_source(draft, item) for item in (items if isinstance(items, list) else [items])]
     if max_rows is not None:
         sources = [{"path": source, "max_rows": max_rows} for source in sources]
@@ -428,6 +441,8 @@ def _source(draft: _Draft, item: Any) -> str:
             draft.differs.append(f"data {path}: {told}: all rows are read and their format is told by their keys")
         files = files[0] if isinstance(files, list) and files else files
         return str(files if files and path in ("json", "csv", "parquet", None) else path)
+    if not isinstance(item, str):
+        raise ConfigError([f"{draft.arguments.source}: {show(item)} is no path of data: give it with --data"])
     if draft.tool != "LLaMA-Factory" or PurePath(item).suffix or "data.train" in draft.given_elsewhere:
         return str(item)
     directory = Path(draft.raw("dataset_dir", "data"))
@@ -551,12 +566,12 @@ def _schedule(draft: _Draft) -> None:
 
 
 def _final_rate(draft: _Draft, schedule: str | None) -> None:
-    settings = draft.raw("lr_scheduler_kwargs") or {}
-    share = settings.get("min_lr_rate", draft.take("optim.final_lr_fraction"))
-    if "min_lr" in settings:
-        share = settings["min_lr"] / draft.take("optim.lr")
+    share, least = draft.raw("min_lr_rate", draft.take("optim.final_lr_fraction")), draft.raw("min_lr")
+    if least is not None and (rate := draft.take("optim.lr")):
+        share = least / rate
     if share and schedule != "constant":
-        draft.put("optim.final_lr_fraction", share, draft.said("lr_scheduler_kwargs") if settings else None)
+        name = next((name for name in ("min_lr", "min_lr_rate") if name in draft.arguments.values), None)
+        draft.put("optim.final_lr_fraction", share, draft.said(name) if name else None)
     if schedule == "wsd":
         draft.differs.append(f"{draft.tool}'s warmup_stable_decay falls over num_decay_steps; here over the last tenth")
 
@@ -574,18 +589,19 @@ def _saving(draft: _Draft) -> None:
                 every = max(1, every // _whole(draft, "batch.accumulation"))
             draft.put(f"train.{kind}_every", every, draft.said(name))
     output, name = draft.take("run.output"), draft.take("run.name")
-    if output is not None and draft.tool != "minimind":  # their directory is the run's own
-        draft.put("run.name", PurePath(output).name, f"{draft.origin('output_dir')} output_dir")
-        draft.put("run.output", str(PurePath(output).parent), f"{draft.origin('output_dir')} output_dir")
-    elif output is not None:
+    if draft.tool == "minimind":
         draft.put("run.output", output)
         draft.put("run.name", draft.raw("lora_name") or name)
+    elif output is not None:  # their directory is the run's own
+        comment = draft.said(str(draft.name("run.output")))
+        draft.put("run.name", PurePath(output).name, comment)
+        draft.put("run.output", str(PurePath(output).parent), comment)
     _trackers(draft)
 
 
 def _trackers(draft: _Draft) -> None:
     asked = draft.take("run.trackers")
-    told = [asked] if isinstance(asked, str) else list(asked or ())
+    told = list(asked) if isinstance(asked, list) else [asked]
     if draft.raw("wandb_project") and draft.tool == "axolotl":
         told.append("wandb")
     if draft.raw("use_wandb"):
