@@ -349,3 +349,12 @@ def test_a_command_may_follow_two_dashes(capsys: pytest.CaptureFixture[str]) -> 
     words = ["python", "train_full_sft.py", "--batch_size", "16", "--accumulation_steps", "8"]
     assert main(["config", "import", "--devices", "2", "--", *words]) == 0
     assert "effective: 256" in capsys.readouterr().out
+
+
+def test_all_training_arguments_as_transformers_writes_them_leave_nothing_over(tmp_path: Path) -> None:
+    """The names and values of TrainingArguments(output_dir='out').to_dict(), those that are not null."""
+    transformers = pytest.importorskip("transformers")
+    text = json.dumps(transformers.TrainingArguments(output_dir="out", use_cpu=True).to_dict())
+    found = imported(tmp_path, text, "args.json", model="m", data="a.jsonl")
+    assert found.dropped == ()
+    assert found.resolved.config.optim.lr == 5e-5

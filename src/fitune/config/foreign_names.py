@@ -21,6 +21,7 @@ _KEYS = {
         "eval_strategy": "train.eval_every",
         "save_strategy": "train.save_every",
         "torch_compile": "model.compile",
+        "activation_checkpointing": "model.recompute",
     },
     "TRL": {
         "max_length": "data.max_length",
@@ -138,22 +139,26 @@ _ANSWERS = {
     "stage": "fitune train is supervised fine-tuning: drop it",
 }
 
-# What changes neither the model that comes out nor how it is trained, and needs no word here.
+# What changes neither the model that comes out nor how it is trained, and passwords, whose values are never shown.
 _NOT_NEEDED = """
-auto_find_batch_size bf16_full_eval bias bnb_4bit_quant_type cache_dir dataloader_num_workers dataloader_pin_memory
-dataloader_prefetch_factor dataset_kwargs dataset_num_proc dataset_prepared_path dataset_processes dataset_text_field
-ddp_backend ddp_find_unused_parameters ddp_timeout debug device device_map disable_tqdm do_eval do_predict do_train
-double_quantization enable_liger_kernel eval_accumulation_steps eval_packing eval_sample_packing evals_per_epoch
-fp16_full_eval from_resume gradient_checkpointing_kwargs greater_is_better group_by_length hub_model_id
-hub_private_repo hub_strategy include_num_input_tokens_seen include_tokens_per_second infer_backend inference_mode
-is_llama_derived_model load_best_model_at_end local_rank log_interval log_level logging_dir logging_first_step
-logging_steps logging_strategy lora_task_type low_cpu_mem_usage metric_for_best_model model_type num_workers
-overwrite_cache overwrite_output_dir pad_to_multiple_of pad_to_sequence_len padding_free peft_type plot_loss
-preprocessing_batch_size preprocessing_num_workers push_to_hub quantization_method quantization_type ray_run_name
-remove_unused_columns run_name s2_attention save_only_model save_safetensors save_total_limit saves_per_epoch
-shuffle_dataset stage strict task_type tf32 tokenized_path tokenizer_type train_sampling_strategy upcast_layernorm
-use_bnb_nested_quant use_cache use_fast_tokenizer use_kv_cache use_liger_kernel use_reentrant_gc use_unsloth
-use_unsloth_gc wandb_entity wandb_log_model wandb_name wandb_run_id wandb_watch xformers_attention
+accelerator_config auto_find_batch_size average_tokens_across_devices bf16_full_eval bias bnb_4bit_quant_type
+cache_dir dataloader_in_order dataloader_num_workers dataloader_pin_memory dataloader_prefetch_factor dataset_kwargs
+dataset_num_proc dataset_prepared_path dataset_processes dataset_text_field ddp_backend ddp_find_unused_parameters
+ddp_timeout debug device device_map disable_tqdm do_eval do_predict do_train double_quantization enable_liger_kernel
+eval_accumulation_steps eval_do_concat_batches eval_packing eval_sample_packing evals_per_epoch fp16_full_eval
+from_resume gradient_checkpointing_kwargs greater_is_better group_by_length hf_hub_token hub_model_id hub_private_repo
+hub_strategy hub_token include_num_input_tokens_seen include_tokens_per_second infer_backend inference_mode
+is_llama_derived_model length_column_name load_best_model_at_end local_rank log_interval log_level log_level_replica
+log_on_each_node logging_dir logging_first_step logging_nan_inf_filter logging_steps logging_strategy lora_task_type
+low_cpu_mem_usage metric_for_best_model model_type ms_hub_token num_workers om_hub_token overwrite_cache
+overwrite_output_dir packing_strategy pad_to_multiple_of pad_to_sequence_len padding_free peft_type plot_loss
+preprocessing_batch_size preprocessing_num_workers project push_to_hub quantization_method quantization_type
+ray_run_name remove_unused_columns run_name s2_attention save_only_model save_safetensors save_total_limit
+saves_per_epoch shuffle_dataset skip_memory_metrics stage strict swanlab_api_key swanlab_lark_secret
+swanlab_lark_webhook_url swanlab_logdir swanlab_mode swanlab_project swanlab_run_name swanlab_workspace task_type tf32
+tokenized_path tokenizer_type train_sampling_strategy upcast_layernorm use_bnb_nested_quant use_cache use_cpu
+use_fast_tokenizer use_kv_cache use_liger_kernel use_reentrant_gc use_unsloth use_unsloth_gc wandb_entity
+wandb_log_model wandb_name wandb_run_id wandb_watch xformers_attention
 """
 NOT_NEEDED = frozenset(_NOT_NEEDED.split())
 

@@ -92,6 +92,9 @@ _NUMBERS = frozenset(
 _WORDS = frozenset(("optim.schedule", "optim.name", "model.source", "run.output"))
 _MAPPINGS = frozenset(("peft_config", "lr_scheduler_kwargs"))
 
+# What other values would change and these do not; the last two are how transformers writes an empty one.
+_AS_HERE = {"truncation_mode": "keep_start", "loss_type": "nll", "eos_token": "<EOS_TOKEN>", "pad_token": "<PAD_TOKEN>"}
+
 # Renamed, with the same values on both sides.
 _SWITCHES = ("model.trust_remote_code", "model.compile", "model.offload_activations", "data.packing")
 _SAME_MEANING = (
@@ -241,6 +244,7 @@ class _Draft:
         """What nobody read: sentences for what makes a difference, names for what makes none. What is switched off is
         absent here as there."""
         left = {name: value for name, value in self.arguments.values.items() if name not in self.used}
+        left = {name: value for name, value in left.items() if _AS_HERE.get(name) != value}
         dropped = [self.said(name) for name, value in left.items() if name not in NOT_NEEDED and not _is_off(value)]
         return dropped, [name for name in left if name in NOT_NEEDED]
 
@@ -388,6 +392,8 @@ def _precision(draft: _Draft) -> None:
 def _recompute(draft: _Draft) -> None:
     """What is not said is left to fitune: it changes memory and speed, never the result."""
     asked = draft.take("model.recompute")
+    for name in ("gradient_checkpointing", "activation_checkpointing"):
+        draft.raw(name)  # transformers 5 has both names and fills in both
     if draft.raw("disable_gradient_checkpointing"):
         draft.put("model.recompute", "off", draft.said("disable_gradient_checkpointing"))
     elif asked is not None:
@@ -403,8 +409,10 @@ def _data(draft: _Draft) -> None:
     train = draft.take("data.train")
     if train is None:
         raise ConfigError([f"{draft.arguments.source} names no training data: give it with --data"])
+    draft.raw("dataset_dir")
     max_rows = draft.take("data.max_rows")
-    draft.put("data.train", _sources(draft, train, max_rows))
+    given = draft.given_elsewhere.get("data.train")
+    draft.put("data.train", _sources(draft, train, max_rows) if given is None else given)
     held_out = draft.take("data.eval")
     fraction = draft.take("data.eval_fraction")
     if held_out:
@@ -425,26 +433,36 @@ def _data(draft: _Draft) -> None:
 def _sources(draft: _Draft, named: Any, max_rows: Any) -> Any:
     """A path, or a list of paths with their limits; LLaMA-Factory's names are looked up in its dataset_info.json."""
     items: Any = [part.strip() for part in named.split(",")] if isinstance(named, str) and "," in named else named
-    sources: list[Any] = [_source(draft, item) for item in (items if isinstance(items, list) else [items])]
+    items = items if isinstance(items, list) else [items]
+    sources: list[Any] = [path for item in items for path in _paths(draft, item)]
     if max_rows is not None:
         sources = [{"path": source, "max_rows": max_rows} for source in sources]
     return sources[0] if len(sources) == 1 and isinstance(sources[0], str) else sources
 
 
-def _source(draft: _Draft, item: Any) -> str:
+def _paths(draft: _Draft, item: Any) -> list[str]:
+    """One entry of a tool's list of data: a path, a name of LLaMA-Factory, or axolotl's and TRL's mapping."""
     if isinstance(item, Mapping):
-        rest = {key: value for key, value in item.items() if key not in ("path", "data_files", "type", "ds_type")}
-        rest = {key: value for key, value in rest.items() if not _is_off(value) and value is not None}
         path, files = item.get("path"), item.get("data_files")
-        if rest and rest != {"split": "train"}:
-            told = ", ".join(f"{key} {show(value)}" for key, value in rest.items())
-            draft.differs.append(f"data {path}: {told}: all rows are read and their format is told by their keys")
-        files = files[0] if isinstance(files, list) and files else files
-        return str(files if files and path in ("json", "csv", "parquet", None) else path)
+        told = {key: value for key, value in item.items() if key not in ("path", "data_files", "ds_type")}
+        told = {key: value for key, value in told.items() if value is not None and not _is_off(value)}
+        if isinstance(told.get("type"), str):  # a format, which the rows' keys tell here
+            del told["type"]
+        if told and told != {"split": "train"}:
+            words = ", ".join(f"{key} {show(value)}" for key, value in told.items())
+            draft.differs.append(f"data {path}: {words}: all rows are read and their format is told by their keys")
+        if files and path in ("json", "csv", "parquet", None):
+            return [str(file) for file in files] if isinstance(files, list) else [str(files)]
+        item = path
     if not isinstance(item, str):
         raise ConfigError([f"{draft.arguments.source}: {show(item)} is no path of data: give it with --data"])
-    if draft.tool != "LLaMA-Factory" or PurePath(item).suffix or "data.train" in draft.given_elsewhere:
-        return str(item)
+    if draft.tool != "LLaMA-Factory" or PurePath(item).suffix:
+        return [item]
+    return [_listed(draft, item)]
+
+
+def _listed(draft: _Draft, item: str) -> str:
+    """The path of a name in LLaMA-Factory's list of data sets."""
     directory = Path(draft.raw("dataset_dir", "data"))
     try:
         entry = json.loads((directory / "dataset_info.json").read_text(encoding="utf-8"))[item]
@@ -454,7 +472,7 @@ def _source(draft: _Draft, item: Any) -> str:
             f"dataset {item} is a name in {directory}/dataset_info.json, which does not tell it here: replace it in "
             "data.train by the path of the file"
         )
-        return str(item)
+        return item
 
 
 def _templates(draft: _Draft) -> None:
@@ -477,9 +495,11 @@ def _mask(draft: _Draft) -> None:
     everything = draft.raw("train_on_prompt") or draft.raw("train_on_inputs")
     if draft.tool in ("TRL", "transformers"):
         mask = "assistant" if answers or prompts else "all"
-        if not answers and prompts is None:
+        if draft.tool == "transformers":
+            draft.differs.append("transformers leaves the labels to the script: data.mask: all, or assistant?")
+        elif not answers and prompts is None:
             draft.differs.append(
-                f"{draft.tool} trains on every token of a conversation (data.mask: all), but of rows with prompt and "
+                "TRL trains on every token of a conversation (data.mask: all), but of rows with prompt and "
                 "completion on the completion alone: for those set data.mask to assistant"
             )
     else:
@@ -604,7 +624,7 @@ def _trackers(draft: _Draft) -> None:
     told = list(asked) if isinstance(asked, list) else [asked]
     if draft.raw("wandb_project") and draft.tool == "axolotl":
         told.append("wandb")
-    if draft.raw("use_wandb"):
-        told.append("swanlab")  # which minimind imports under that name
+    if draft.raw("use_swanlab") or draft.raw("use_wandb"):
+        told.append("swanlab")  # which minimind imports under the other's name
     if trackers := [name for name in told if name in get_args(Tracker)]:
         draft.put("run.trackers", trackers, "as there")
