@@ -158,7 +158,7 @@ def test_axolotl_keeps_its_meaning(tmp_path: Path) -> None:
     assert [source.path for source in found.data.train_sources] == ["data/one.jsonl", "data/two.jsonl"]
     assert (found.data.max_length, found.data.eval_fraction, found.data.packing) == (4096, 0.05, True)
     assert (found.batch.effective, found.optim.lr, found.optim.name) == (8, 2e-4, "adamw_8bit")
-    assert (found.train.epochs, found.optim.schedule) == (4, "cosine")
+    assert (found.train.epochs, found.optim.schedule, found.model.precision) == (4, "cosine", "auto")
 
 
 def test_trl_keeps_its_meaning(tmp_path: Path) -> None:
@@ -230,6 +230,26 @@ def test_a_command_is_read(words: str, key: str, value: object) -> None:
     assert found == value
 
 
+@pytest.mark.parametrize(
+    ("text", "precision"),
+    [
+        ("base_model: m\ndatasets: [a.jsonl]\nbf16: true\n", "bfloat16"),
+        ("base_model: m\ndatasets: [a.jsonl]\nfp16: true\n", "autocast_float16"),
+        ("model_name_or_path: m\ndataset: a.jsonl\nfinetuning_type: full\nbf16: true\n", "autocast_bfloat16"),
+        ("model_name_or_path: m\ndataset: a.jsonl\nfinetuning_type: full\n", "float32"),
+        ("model_name_or_path: m\ndataset_name: a.jsonl\n", "autocast_bfloat16"),
+        ("model_name_or_path: m\ndataset_name: a.jsonl\nbf16: false\n", "float32"),
+    ],
+)
+def test_the_precision_follows_what_the_tool_does_with_the_weights(text: str, precision: str, tmp_path: Path) -> None:
+    assert config(tmp_path, text).model.precision == precision
+
+
+def test_a_value_that_means_what_is_done_here_is_not_listed(tmp_path: Path) -> None:
+    text = "model_name_or_path: m\ndataset_name: a.jsonl\ntruncation_mode: keep_start\nloss_type: dft\n"
+    assert [sentence.split()[1:] for sentence in imported(tmp_path, text).dropped] == [["loss_type:", "'dft'"]]
+
+
 def test_every_value_says_where_it_comes_from(tmp_path: Path) -> None:
     lines = imported(tmp_path, LLAMA_FACTORY).text.splitlines()
     path = tmp_path / "other.yaml"
@@ -279,7 +299,10 @@ def test_what_has_no_counterpart_is_listed_apart_from_what_makes_no_difference(t
         ("finetuning_type: lora\nmodel_name_or_path: m\n", "names no training data: give it with --data"),
         ("base_model: m\nmicro_batch_size: auto\n", "micro_batch_size: 'auto': a number is needed here"),
         ("base_model: m\nmicro_batch_size: 0\ndatasets: [a]\n", "a number above 0 is needed"),
-        ("base_model: m\nsequence_len: 4\ndatasets: [a]\n", "data.max_length is 4: it must be"),
+        (
+            "base_model: m\nsequence_len: 4\ndatasets: [a]\n",
+            r"data.max_length is 4: it must be .* \(\S+:2 sequence_len\)",
+        ),
         ("base_model: [\n", "not valid YAML"),
     ],
 )

@@ -123,7 +123,7 @@ _KEYS = {
     },
 }
 
-_ANSWERS = {
+ANSWERS = {
     "auto_find_batch_size": "fitune always picks batch.micro by the memory: drop it",
     "warmup_steps": "here it is 'optim.warmup', a share of the run",
     "group_by_length": "rows are packed instead (data.packing): drop it",
@@ -163,14 +163,14 @@ wandb_log_model wandb_name wandb_run_id wandb_watch xformers_attention
 NOT_NEEDED = frozenset(_NOT_NEEDED.split())
 
 FOREIGN_KEYS = {name: (tools, key) for tools, names in _KEYS.items() for name, key in names.items()}
-FOREIGN_NAMES = (*FOREIGN_KEYS, *_ANSWERS)
+FOREIGN_NAMES = (*FOREIGN_KEYS, *ANSWERS)
 
 
 def foreign_hint(name: str) -> str | None:
     """'cutoff_len' -> "the name in LLaMA-Factory; here it is 'data.max_length'"; None for a name of no other tool."""
     plain = name.lstrip("-").replace("-", "_").lower()
-    if plain in _ANSWERS:
-        return _ANSWERS[plain]
+    if plain in ANSWERS:
+        return ANSWERS[plain]
     if plain not in FOREIGN_KEYS:
         return None
     tools, key = FOREIGN_KEYS[plain]

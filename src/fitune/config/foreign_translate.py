@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePath
 from typing import Any, get_args
 
-from fitune.config.foreign_names import FOREIGN_KEYS, NOT_NEEDED
+from fitune.config.foreign_names import ANSWERS, FOREIGN_KEYS, NOT_NEEDED
 from fitune.config.foreign_read import MINIMIND_SCRIPTS, ForeignArguments, Tool
 from fitune.config.read import ResolvedConfig, read_config
 from fitune.config.schema import Tracker
@@ -24,12 +24,13 @@ from fitune.errors import ConfigError
 
 _HF: dict[str, Any] = {
     "batch.micro": 8, "batch.accumulation": 1, "optim.lr": 5e-5, "optim.schedule": "linear", "optim.warmup": 0.0,
-    "optim.weight_decay": 0.0, "train.epochs": 3.0, "train.seed": 42, "data.eval_fraction": 0.0,
+    "optim.weight_decay": 0.0, "optim.clip": 1.0, "train.epochs": 3.0, "train.seed": 42, "data.eval_fraction": 0.0,
     "model.lora.rank": 8, "model.lora.alpha": 8, "model.lora.dropout": 0.0,
 }  # fmt: skip
 _MINIMIND: dict[str, Any] = {
     "batch.micro": 16, "batch.accumulation": 1, "optim.lr": 1e-5, "optim.schedule": "cosine", "optim.warmup": 0.0,
-    "optim.final_lr_fraction": 0.1, "train.epochs": 2, "train.seed": 42, "data.max_length": 768,
+    "optim.final_lr_fraction": 0.1, "optim.weight_decay": 0.01, "optim.clip": 1.0, "train.epochs": 2,
+    "train.seed": 42, "data.max_length": 768,
     "data.eval_fraction": 0.0, "data.train": "../dataset/sft_t2t_mini.jsonl", "run.output": "../out",
     "run.name": "full_sft", "model.source": "pretrain",
     "model.lora.rank": 16, "model.lora.alpha": 16, "model.lora.dropout": 0.0,
@@ -137,7 +138,10 @@ def translate(
     for key in _SAME_MEANING:
         draft.keep(key)
     dropped, not_needed = draft.rest()
-    resolved = read_config(draft.tree(draft.written))
+    try:
+        resolved = read_config(draft.tree(draft.written))
+    except ConfigError as error:
+        raise ConfigError([draft.located(fault) for fault in error.faults]) from error
     tree = draft.tree(key for key in resolved.origins if key in draft.written)
     return ImportedConfig(
         arguments.tool,
@@ -240,12 +244,21 @@ class _Draft:
     def refuse(self, name: str, sentence: str) -> ConfigError:
         return ConfigError([f"{self.said(name)}: {sentence}"])
 
+    def located(self, fault: str) -> str:
+        """A fault of our configuration, with where its key's value comes from."""
+        key = fault.split()[0].rstrip(":")
+        return f"{fault} ({self.written[key][1]})" if key in self.written else fault
+
     def rest(self) -> tuple[list[str], list[str]]:
         """What nobody read: sentences for what makes a difference, names for what makes none. What is switched off is
         absent here as there."""
         left = {name: value for name, value in self.arguments.values.items() if name not in self.used}
         left = {name: value for name, value in left.items() if _AS_HERE.get(name) != value}
-        dropped = [self.said(name) for name, value in left.items() if name not in NOT_NEEDED and not _is_off(value)]
+        dropped = [
+            f"{self.said(name)}: {ANSWERS[name]}" if name in ANSWERS else self.said(name)
+            for name, value in left.items()
+            if name not in NOT_NEEDED and not _is_off(value)
+        ]
         return dropped, [name for name in left if name in NOT_NEEDED]
 
     def tree(self, keys: Iterable[str]) -> dict[str, Any]:
@@ -336,12 +349,11 @@ def _method_name(draft: _Draft) -> str:
 
 def _model(draft: _Draft) -> None:
     source = draft.take("model.source")
-    if draft.tool == "minimind" and "model.source" not in draft.given_elsewhere:
-        _minimind_model(draft, str(source))
-        return
     if source is None:
         raise ConfigError([f"{draft.arguments.source} names no model: give it with --model"])
     draft.put("model.source", source)
+    if draft.tool == "minimind":
+        _minimind_model(draft, source)
 
 
 def _minimind_model(draft: _Draft, weight: str) -> None:
@@ -349,6 +361,10 @@ def _minimind_model(draft: _Draft, weight: str) -> None:
     width, depth = draft.raw("hidden_size", 768), draft.raw("num_hidden_layers", 8)
     is_moe = bool(draft.raw("use_moe", 0))
     preset = _MINIMIND_PRESETS.get((width, depth, is_moe))
+    if is_moe:
+        draft.differs.append("minimind adds the experts' balance loss (aux_loss), which is not added here")
+    if "model.source" in draft.given_elsewhere:
+        return
     size = f"hidden_size {width}, num_hidden_layers {depth}, use_moe {int(is_moe)}"
     if weight == "none":
         if preset is None:
@@ -362,26 +378,24 @@ def _minimind_model(draft: _Draft, weight: str) -> None:
         draft.put(*shape, "a .pth does not tell the heads")
     draft.put("model.tokenizer", "../model", "where minimind's scripts find it")
     draft.differs.append("paths are those of minimind's trainer/ directory: stand there, or change them")
-    if is_moe:
-        draft.differs.append("minimind adds the experts' balance loss (aux_loss), which is not added here")
 
 
 def _precision(draft: _Draft) -> None:
     bf16, fp16 = draft.raw("bf16"), draft.raw("fp16")
     pure = draft.raw("pure_bf16")
     kind = next((word for word in ("torch_dtype", "dtype") if word in draft.arguments.values), "dtype")
-    dtype = str(draft.raw(kind, "float32")).removeprefix("torch.")
+    dtype = str(draft.raw(kind, "bfloat16" if draft.tool == "minimind" else "float32")).removeprefix("torch.")
     is_full = draft.written["model.method"][0] == "full"
     names = [name for name in ("bf16", "fp16", "pure_bf16", kind) if name in draft.arguments.values]
     if draft.tool == "minimind":
-        precision = "autocast_float16" if dtype not in ("bfloat16", "float32") else "autocast_bfloat16"
+        precision = "autocast_bfloat16" if dtype == "bfloat16" else "autocast_float16"
     elif fp16 is True:
         precision = "autocast_float16"
     elif bf16 == "auto" and not is_full:
         precision = "auto"
     elif bf16 or pure or (bf16 is None and draft.tool == "TRL"):
         # axolotl loads all weights in 16 bits, LLaMA-Factory those that are frozen, TRL by dtype.
-        is_16_bits = draft.tool == "axolotl" or pure or dtype == "bfloat16"
+        is_16_bits = draft.tool == "axolotl" or pure or dtype in ("bfloat16", "auto")
         is_16_bits = is_16_bits or (draft.tool == "LLaMA-Factory" and not is_full)
         precision = "bfloat16" if is_16_bits else "autocast_bfloat16"
     else:
@@ -503,7 +517,8 @@ def _mask(draft: _Draft) -> None:
                 "completion on the completion alone: for those set data.mask to assistant"
             )
     else:
-        mask = "all" if everything or draft.raw("stage") == "pt" else "assistant"
+        is_text = draft.raw("stage") == "pt"
+        mask, name = "all" if everything or is_text else "assistant", "stage" if is_text else name
         if mask == "assistant" and name is None:
             return
     draft.put("data.mask", mask, draft.said(name) if name else None)
@@ -599,19 +614,17 @@ def _final_rate(draft: _Draft, schedule: str | None) -> None:
 def _saving(draft: _Draft) -> None:
     has_eval = "data.eval" in draft.written or draft.written.get("data.eval_fraction", (1, ""))[0] > 0
     for kind, is_useful in (("eval", has_eval), ("save", True)):
-        every = (
-            draft.raw("save_interval") if draft.tool == "minimind" and kind == "save" else draft.raw(f"{kind}_steps")
-        )
+        name = "save_interval" if draft.tool == "minimind" else f"{kind}_steps"
+        every = draft.raw(name) if is_useful else None
         strategy = draft.raw(f"{kind}_strategy", draft.raw("evaluation_strategy") if kind == "eval" else None)
-        if strategy in (None, "steps") and isinstance(every, int) and every > 0 and is_useful:
-            name = "save_interval" if draft.tool == "minimind" else f"{kind}_steps"
+        if strategy in (None, "steps") and isinstance(every, int) and every > 0:
             if draft.tool == "minimind":
                 every = max(1, every // _whole(draft, "batch.accumulation"))
             draft.put(f"train.{kind}_every", every, draft.said(name))
-    output, name = draft.take("run.output"), draft.take("run.name")
+    output, own_name = draft.take("run.output"), draft.take("run.name")
     if draft.tool == "minimind":
         draft.put("run.output", output)
-        draft.put("run.name", draft.raw("lora_name") or name)
+        draft.put("run.name", draft.raw("lora_name") or own_name)
     elif output is not None:  # their directory is the run's own
         comment = draft.said(str(draft.name("run.output")))
         draft.put("run.name", PurePath(output).name, comment)
