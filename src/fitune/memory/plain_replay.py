@@ -32,8 +32,8 @@ _ROUND_LARGE = ROUND_LARGE_BYTES // MIN_BLOCK_BYTES
 @dataclass(frozen=True)
 class PlainReplay:
     """Up to the first allocation that fails. block_bytes: of each event's block, 0 where it made none. reserved_at,
-    reserved_bytes: reserved memory from which event on. retries_at: the events for which the cache was emptied. failed_at: the event
-    that failed."""
+    reserved_bytes: reserved memory from which event on. retries_at: the events for which the cache was emptied.
+    failed_at: the event that failed."""
 
     block_bytes: Integers
     reserved_at: list[int]

@@ -72,9 +72,9 @@ _TRUTH = {aten.isfinite: 1.0, aten.isnan: 0.0, aten.isinf: 0.0, aten.all: 1.0, a
 class Assumptions:
     """Carries out operators, real or fake, and answers for the data where there is none."""
 
-    def __init__(self, routing: Routing) -> None:
+    def __init__(self, routing: Routing, shapes: ShapeMemory) -> None:
         self._routing = routing
-        self._shapes = ShapeMemory()
+        self._shapes = shapes
         self.used: dict[str, None] = {}
 
     def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

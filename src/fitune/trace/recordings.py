@@ -28,6 +28,7 @@ from fitune.trace.extrapolate import (
     repeat_turns,
 )
 from fitune.trace.recording import Recording
+from fitune.trace.shapes import ShapeMemory
 from fitune.trace.step import ColumnsOfStep, Counts, Pass, RecordedStep, count_rows, record_columns_of_step
 
 
@@ -49,6 +50,7 @@ class Recordings:
         self._answers: dict[str, RecordedStep] = {}
         self._layers: dict[str, Turns | None] = {}
         self._families: dict[str, list[_Family]] = {}
+        self._shapes: dict[CudaTarget | None, ShapeMemory] = {}
 
     def step(self, config: RunConfig, passes: Sequence[Pass], *, target: CudaTarget | None) -> RecordedStep:
         """As `record_step` on fake tensors."""
@@ -95,7 +97,14 @@ class Recordings:
         self, config: RunConfig, passes: Sequence[Pass], *, target: CudaTarget | None, num_layers: int | None = None
     ) -> ColumnsOfStep:
         architecture = None if num_layers is None else first_layers(load_config(config.model), num_layers)
-        return record_columns_of_step(config, passes, target=target, architecture=architecture, skip_chunks=True)
+        return record_columns_of_step(
+            config,
+            passes,
+            target=target,
+            architecture=architecture,
+            skip_chunks=True,
+            shapes=self._shapes.setdefault(target, ShapeMemory()),
+        )
 
     def _layers_to_record(self, model: ModelConfig) -> Turns | None:
         """None where a few layers do not stand for all."""
