@@ -4,6 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import numpy as np
+
+from fitune.memory.allocator import MIN_BLOCK_BYTES
 from fitune.memory.devices import Device
 from fitune.memory.replay import FailedAllocation, ReplaySettings
 from fitune.memory.replay import replay as replay_trace
@@ -14,12 +17,14 @@ from fitune.trace.events import Category, MemoryTrace, Phase
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PredictSettings:
     """The card, the value of PYTORCH_ALLOC_CONF, the share of the card that PyTorch may reserve, and the block that a
-    loader allocates and frees before the trace. device None: no limit, and nothing outside PyTorch is known."""
+    loader allocates and frees before the trace. device None: no limit, and nothing outside PyTorch is known.
+    find_oom: whether to look for the first allocation that fails, where the tensors alone are too large."""
 
     device: Device | None = None
     allocator: str = ""
     memory_fraction: float | None = None
     warm_up_bytes: int = 0
+    find_oom: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +98,10 @@ def predict_steps(trace: MemoryTrace, settings: PredictSettings, steps: Sequence
         > limit_bytes
     ]
     limited = result
-    if too_large:
+    hopeless = (
+        [] if settings.find_oom else [step for step in too_large if _least_bytes(trace, step) + context > limit_bytes]
+    )
+    if len(too_large) > len(hopeless):
         limited = replay_trace(
             trace,
             replace(
@@ -101,11 +109,15 @@ def predict_steps(trace: MemoryTrace, settings: PredictSettings, steps: Sequence
                 total_bytes=device.total_bytes,
                 used_by_others_bytes=context,
                 memory_fraction=settings.memory_fraction,
-                until_step=max(too_large),
+                until_step=max(step for step in too_large if step not in hopeless),
             ),
         )
     predictions = []
     for step in steps:
+        if step in hopeless:
+            prediction = _of_step(result.step_peaks[step][1], trace, device, peaks[step])
+            predictions.append(replace(prediction, fits=False))
+            continue
         within = limited if step in too_large else result
         failure = within.first_oom
         if failure is not None and failure.event is not None and trace.events[failure.event].step > step:
@@ -115,6 +127,13 @@ def predict_steps(trace: MemoryTrace, settings: PredictSettings, steps: Sequence
         prediction = _of_step(reserved, trace, device, peaks[step])
         predictions.append(replace(prediction, fits=failure is None, num_alloc_retries=retries, first_oom=failure))
     return predictions
+
+
+def _least_bytes(trace: MemoryTrace, step: int) -> int:
+    """What the allocator holds at the peak up to the end of `step`, whatever it makes of its blocks."""
+    columns = trace.columns()
+    blocks = -(-np.abs(columns.num_bytes) // MIN_BLOCK_BYTES) * MIN_BLOCK_BYTES
+    return int(np.cumsum(np.sign(columns.num_bytes) * blocks)[columns.step <= step].max())
 
 
 def _of_step(reserved: int, trace: MemoryTrace, device: Device | None, peak: Peak) -> Prediction:

@@ -161,6 +161,8 @@ def _replay_plain(columns: EventColumns, settings: ReplaySettings, allocator: Ca
     num_events = len(columns.step)
     if settings.until_step is not None and last_step > settings.until_step:
         num_events = int(np.argmax(columns.step > settings.until_step))
+    if num_events == 0:
+        return _replay_by_all_rules(columns, settings, allocator)
     warm_up = [settings.warm_up_bytes, -settings.warm_up_bytes] if settings.warm_up_bytes else []
     storage = np.concatenate([[-1] * len(warm_up), columns.storage[:num_events]]).astype(np.int64)
     requested = np.concatenate([warm_up, columns.num_bytes[:num_events]]).astype(np.int64)
