@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 
 from fitune.memory.devices import Device, cpu_device, find_device
-from fitune.memory.prediction import PredictSettings, predict
+from fitune.memory.prediction import PredictSettings, predict, predict_steps
 from fitune.memory.replay import ReplaySettings, replay
 from fitune.trace.events import MemoryEvent, MemoryTrace, Phase
 from fitune.units import MIB
@@ -65,6 +65,37 @@ def test_a_card_that_is_too_small_names_the_allocation_that_fails() -> None:
     assert prediction.first_oom is not None
     assert prediction.first_oom.requested_bytes == 40 * MIB
     assert prediction.peak_reserved_bytes == 100 * MIB
+
+
+def test_what_plainly_does_not_fit_need_not_name_the_allocation_that_fails() -> None:
+    shown = predict(FRAGMENTED, PredictSettings(device=card(60)))
+    short = predict(FRAGMENTED, PredictSettings(device=card(60), find_oom=False))
+    assert shown.first_oom is not None
+    assert short == replace(shown, first_oom=None, num_alloc_retries=0)
+
+
+def test_what_may_fit_is_replayed_even_where_no_failure_is_asked_for() -> None:
+    settings = PredictSettings(device=card(80))
+    assert predict(FRAGMENTED, replace(settings, find_oom=False)) == predict(FRAGMENTED, settings)
+    assert predict(FRAGMENTED, settings).num_alloc_retries == 1
+
+
+def test_a_step_before_the_one_that_fails_fits() -> None:
+    events = (MemoryEvent(1, 30 * MIB, "input", "forward", 1), MemoryEvent(2, 60 * MIB, "input", "forward", 2))
+    settings = PredictSettings(device=card(70))
+    first, second = predict_steps(MemoryTrace(events), settings, (1, 2))
+    assert (first.fits, first.first_oom, second.fits) == (True, None, False)
+
+
+def test_the_first_step_that_fails_fails_the_later_ones() -> None:
+    events = (
+        MemoryEvent(1, 90 * MIB, "input", "forward", 1),
+        MemoryEvent(1, -90 * MIB, "input", "forward", 1),
+        MemoryEvent(2, 10 * MIB, "input", "forward", 2),
+    )
+    for find_oom in (True, False):
+        settings = PredictSettings(device=card(70), find_oom=find_oom)
+        assert [each.fits for each in predict_steps(MemoryTrace(events), settings, (1, 2))] == [False, False]
 
 
 def test_a_loaders_block_is_reserved_from_the_start() -> None:

@@ -1,11 +1,14 @@
 """What a trace will take on a card: allocated and reserved by PyTorch, used on the device, and whether it fits."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import numpy as np
+
+from fitune.memory.allocator import MIN_BLOCK_BYTES
 from fitune.memory.devices import Device
-from fitune.memory.replay import FailedAllocation, ReplayResult, ReplaySettings
+from fitune.memory.replay import FailedAllocation, ReplaySettings
 from fitune.memory.replay import replay as replay_trace
 from fitune.memory.timeline import Living, Peak, timeline
 from fitune.trace.events import Category, MemoryTrace, Phase
@@ -14,12 +17,14 @@ from fitune.trace.events import Category, MemoryTrace, Phase
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PredictSettings:
     """The card, the value of PYTORCH_ALLOC_CONF, the share of the card that PyTorch may reserve, and the block that a
-    loader allocates and frees before the trace. device None: no limit, and nothing outside PyTorch is known."""
+    loader allocates and frees before the trace. device None: no limit, and nothing outside PyTorch is known.
+    find_oom: whether to look for the first allocation that fails, where the tensors alone are too large."""
 
     device: Device | None = None
     allocator: str = ""
     memory_fraction: float | None = None
     warm_up_bytes: int = 0
+    find_oom: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +78,8 @@ def predict(trace: MemoryTrace, settings: PredictSettings) -> Prediction:
 
 
 def predict_steps(trace: MemoryTrace, settings: PredictSettings, steps: Sequence[int]) -> list[Prediction]:
-    """As `predict`, of each of these steps, as if the loop ended with it."""
+    """As `predict`, of each of these steps, as if the loop ended with it. A replay that is too large is followed by one
+    against the limit, for all steps at once."""
     device = settings.device
     if device is not None and device.kind == "cpu":
         peaks = timeline(trace, steps=steps).step_peaks
@@ -81,41 +87,64 @@ def predict_steps(trace: MemoryTrace, settings: PredictSettings, steps: Sequence
     unlimited = ReplaySettings(allocator=settings.allocator, warm_up_bytes=settings.warm_up_bytes)
     result = replay_trace(trace, unlimited)
     peaks = timeline(trace, block_bytes=result.block_bytes, steps=steps).step_peaks
-    return [_of_step(step, trace, settings, result, peaks[step]) for step in steps]
+    if device is None:
+        return [_of_step(result.step_peaks[step][1], trace, None, peaks[step]) for step in steps]
+    context = device.context.expected_bytes if device.context else 0
+    limit_bytes = (settings.memory_fraction or 1.0) * device.total_bytes
+    too_large = [
+        step
+        for step in steps
+        if max(reserved for number, (_, reserved) in result.step_peaks.items() if number <= step) + context
+        > limit_bytes
+    ]
+    limited = result
+    hopeless = (
+        [] if settings.find_oom else [step for step in too_large if _least_bytes(trace, step) + context > limit_bytes]
+    )
+    if len(too_large) > len(hopeless):
+        limited = replay_trace(
+            trace,
+            replace(
+                unlimited,
+                total_bytes=device.total_bytes,
+                used_by_others_bytes=context,
+                memory_fraction=settings.memory_fraction,
+                until_step=max(step for step in too_large if step not in hopeless),
+            ),
+        )
+    predictions = []
+    for step in steps:
+        if step in hopeless:
+            prediction = _of_step(result.step_peaks[step][1], trace, device, peaks[step])
+            predictions.append(replace(prediction, fits=False))
+            continue
+        within = limited if step in too_large else result
+        failure = within.first_oom
+        if failure is not None and failure.event is not None and trace.events[failure.event].step > step:
+            failure = None
+        reserved = (within if failure is None else result).step_peaks[step][1]
+        retries = within.step_retries[step] if failure is None else within.num_alloc_retries
+        prediction = _of_step(reserved, trace, device, peaks[step])
+        predictions.append(replace(prediction, fits=failure is None, num_alloc_retries=retries, first_oom=failure))
+    return predictions
 
 
-def _of_step(
-    step: int, trace: MemoryTrace, settings: PredictSettings, unlimited: ReplayResult, peak: Peak
-) -> Prediction:
-    device = settings.device
-    reserved = unlimited.step_peaks[step][1]
-    fits, retries, first_oom = None, 0, None
-    if device is not None:
-        context = device.context.expected_bytes if device.context else 0
-        limit = (settings.memory_fraction or 1.0) * device.total_bytes
-        fits = max(peaks[1] for number, peaks in unlimited.step_peaks.items() if number <= step) + context <= limit
-        if not fits:
-            limited = replay_trace(
-                trace,
-                ReplaySettings(
-                    allocator=settings.allocator,
-                    warm_up_bytes=settings.warm_up_bytes,
-                    total_bytes=device.total_bytes,
-                    used_by_others_bytes=context,
-                    memory_fraction=settings.memory_fraction,
-                    until_step=step,
-                ),
-            )
-            fits, retries, first_oom = limited.first_oom is None, limited.num_alloc_retries, limited.first_oom
-            reserved = limited.step_peaks[step][1] if fits else reserved
+def _least_bytes(trace: MemoryTrace, step: int) -> int:
+    """What the allocator holds at the peak up to the end of `step`, whatever it makes of its blocks."""
+    columns = trace.columns()
+    blocks = -(-np.abs(columns.num_bytes) // MIN_BLOCK_BYTES) * MIN_BLOCK_BYTES
+    return int(np.cumsum(np.sign(columns.num_bytes) * blocks)[columns.step <= step].max())
+
+
+def _of_step(reserved: int, trace: MemoryTrace, device: Device | None, peak: Peak) -> Prediction:
     return Prediction(
         peak_allocated_bytes=peak.num_bytes,
         peak_reserved_bytes=reserved,
         device_bytes=reserved + device.context.expected_bytes if device and device.context else None,
         device_interval=_interval(reserved, device),
-        fits=fits,
-        num_alloc_retries=retries,
-        first_oom=first_oom,
+        fits=None,
+        num_alloc_retries=0,
+        first_oom=None,
         assumptions=trace.source,
         categories=peak.categories,
         peak_phase=peak.phase,

@@ -5,15 +5,20 @@ they hold, one line a file. Exit status 0: all match, 1: a mismatch, 2: a file t
 """
 
 import sys
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
+
+import numpy as np
 
 from fitune.errors import UsageError
 from fitune.memory.allocator import CachingAllocator, OutOfDeviceMemoryError
 from fitune.memory.golden import compare_with_recording, read_recording
-from fitune.trace.events import MemoryTrace
+from fitune.memory.plain_replay import is_plain, replay_plain
+from fitune.trace.events import EventColumns, MemoryTrace
 
 
 @dataclass(frozen=True)
@@ -53,7 +58,7 @@ class ReplayResult:
 
     peak_event: index of the event with the first of the highest allocated memory; None when there was none.
     block_bytes: by storage, what its allocation added to the allocated bytes. step_peaks: by step, (allocated,
-    reserved) of that step, for which the peaks are reset when it begins.
+    reserved) of that step, for which the peaks are reset when it begins. step_retries: num_alloc_retries at its end.
     """
 
     peak_allocated_bytes: int
@@ -66,6 +71,7 @@ class ReplayResult:
     first_oom: FailedAllocation | None
     block_bytes: Mapping[int, int]
     step_peaks: Mapping[int, tuple[int, int]]
+    step_retries: Mapping[int, int]
 
 
 def replay(trace: MemoryTrace, settings: ReplaySettings) -> ReplayResult:
@@ -77,12 +83,25 @@ def replay(trace: MemoryTrace, settings: ReplaySettings) -> ReplayResult:
         memory_fraction=settings.memory_fraction,
     )
     columns = trace.columns()
+    if settings.on_oom == "stop" and is_plain(allocator.config) and _is_simple(columns):
+        return _replay_plain(columns, settings, allocator)
+    return _replay_by_all_rules(columns, settings, allocator)
+
+
+def _is_simple(columns: EventColumns) -> bool:
+    """One stream, and no storage is allocated twice."""
+    born = columns.storage[columns.num_bytes > 0]
+    return not columns.stream.any() and len(np.unique(born)) == len(born) > 0
+
+
+def _replay_by_all_rules(columns: EventColumns, settings: ReplaySettings, allocator: CachingAllocator) -> ReplayResult:
     last_step = int(columns.step.max()) if len(columns.step) else 0
     addresses: dict[int, int] = {}
     block_bytes: dict[int, int] = {}
     failures: list[FailedAllocation] = []
     highest, peak_event = 0, None
     step_peaks: dict[int, tuple[int, int]] = {}
+    step_retries: dict[int, int] = {}
     current_step = 0
 
     def allocate(event: int | None, num_bytes: int, stream: int = 0) -> int:
@@ -96,6 +115,7 @@ def replay(trace: MemoryTrace, settings: ReplaySettings) -> ReplayResult:
 
     def end_step() -> None:
         step_peaks[current_step] = allocator.peak_allocated_bytes, allocator.peak_reserved_bytes
+        step_retries[current_step] = allocator.num_alloc_retries
         allocator.reset_peaks()
 
     allocator.free(allocate(None, settings.warm_up_bytes))
@@ -130,6 +150,65 @@ def replay(trace: MemoryTrace, settings: ReplaySettings) -> ReplayResult:
         first_oom=failures[0] if failures else None,
         block_bytes=block_bytes,
         step_peaks=step_peaks,
+        step_retries=step_retries,
+    )
+
+
+def _replay_plain(columns: EventColumns, settings: ReplaySettings, allocator: CachingAllocator) -> ReplayResult:
+    """allocator: for its limits alone."""
+    last_step = int(columns.step.max())
+    limits = [limit for limit in (allocator.limit_bytes, allocator.free_bytes) if limit is not None]
+    num_events = len(columns.step)
+    if settings.until_step is not None and last_step > settings.until_step:
+        num_events = int(np.argmax(columns.step > settings.until_step))
+    if num_events == 0:
+        return _replay_by_all_rules(columns, settings, allocator)
+    warm_up = [settings.warm_up_bytes, -settings.warm_up_bytes] if settings.warm_up_bytes else []
+    storage = np.concatenate([[-1] * len(warm_up), columns.storage[:num_events]]).astype(np.int64)
+    requested = np.concatenate([warm_up, columns.num_bytes[:num_events]]).astype(np.int64)
+    done = replay_plain(storage, requested, limit_bytes=min(limits, default=None))
+    first, end = len(warm_up), len(storage) if done.failed_at is None else done.failed_at + 1
+    born = requested[:end] > 0
+    block_of, number = np.unique(storage[:end], return_inverse=True)
+    blocks = np.zeros(len(block_of), dtype=np.int64)
+    blocks[number[born]] = done.block_bytes[:end][born]
+    allocated = np.cumsum(np.sign(requested[:end]) * blocks[number])
+    changes = np.searchsorted(done.reserved_at, np.arange(end), side="right") - 1
+    reserved = np.array(done.reserved_bytes)[changes]
+    step = np.concatenate([[0] * first, columns.step[: max(end - first, 0)]]).astype(np.int64)
+    cuts = np.flatnonzero(np.diff(step)) + 1
+    step_peaks, step_retries = {0: (0, 0)}, {0: 0}
+    for begin, stop in pairwise([0, *cuts.tolist(), end]):
+        since = slice(max(begin - 1, 0), stop)  # a peak is reset to what there is
+        peaks = int(allocated[since].max()), int(reserved[since].max())
+        step_peaks[int(step[begin])] = peaks
+        step_retries[int(step[begin])] = bisect_left(done.retries_at, stop)
+    live = allocated[first:]
+    failure = None
+    if done.failed_at is not None:
+        at, held = done.failed_at, int(reserved[-1])
+        left = max(allocator.free_bytes - held, 0) if allocator.free_bytes is not None else 0
+        event = at - first if at >= first else None
+        failure = FailedAllocation(event, int(requested[at]), int(allocated[at]), held, left)
+    of_last = step_peaks.get(last_step, (None, None))
+    return ReplayResult(
+        peak_allocated_bytes=max(peak for peak, _ in step_peaks.values()),
+        peak_reserved_bytes=max(peak for _, peak in step_peaks.values()),
+        last_step_peak_allocated_bytes=of_last[0],
+        last_step_peak_reserved_bytes=of_last[1],
+        num_alloc_retries=len(done.retries_at),
+        num_ooms=int(failure is not None),
+        peak_event=int(np.argmax(live)) if len(live) and live.max() > 0 else None,
+        first_oom=failure,
+        block_bytes=dict(
+            zip(
+                storage[first:end][born[first:]].tolist(),
+                done.block_bytes[first:end][born[first:]].tolist(),
+                strict=True,
+            )
+        ),
+        step_peaks=step_peaks,
+        step_retries=step_retries,
     )
 
 

@@ -84,27 +84,23 @@ def timeline(
 
 
 def _peak(trace: MemoryTrace, columns: EventColumns, sizes: npt.NDArray[np.int64], index: int) -> Peak:
-    alive: dict[int, int] = {}
-    born = (columns.num_bytes[: index + 1] > 0).tolist()
-    for i, (storage, is_born) in enumerate(zip(columns.storage[: index + 1].tolist(), born, strict=True)):
-        if is_born:
-            alive[storage] = i
-        else:
-            alive.pop(storage, None)
-    living = [(trace.events[i], int(sizes[i])) for i in alive.values()]
-    categories: Counter[Category] = Counter()
+    is_birth = columns.num_bytes[: index + 1] > 0
+    born = np.flatnonzero(is_birth)
+    alive = born[~np.isin(columns.storage[born], columns.storage[: index + 1][~is_birth])]
+    living = sizes[alive]
     modules: Counter[str] = Counter()
-    for event, num_bytes in living:
-        categories[event.category] += num_bytes
-        modules[event.module] += num_bytes
-    largest = sorted(living, key=lambda item: item[1], reverse=True)[:NUM_TOP]
+    for module, num_bytes in zip(trace.modules(alive), living.tolist(), strict=True):
+        modules[module] += num_bytes
+    largest = [(trace.events[int(alive[i])], int(living[i])) for i in np.argsort(-living, kind="stable")[:NUM_TOP]]
     at = trace.events[index]
     return Peak(
         event=index,
         step=at.step,
         phase=at.phase,
-        num_bytes=sum(categories.values()),
-        categories={category: categories[category] for category in CATEGORIES},
+        num_bytes=int(living.sum()),
+        categories={
+            category: int(living[columns.category[alive] == number].sum()) for number, category in enumerate(CATEGORIES)
+        },
         modules=tuple(
             Living(name, "", None, num_bytes) for name, num_bytes in modules.most_common(NUM_TOP + 1) if name
         )[:NUM_TOP],

@@ -153,6 +153,7 @@ class Forecaster:
             passes=passes,
             limit_bytes=self.limits.limit_bytes,
             recordings=recordings,
+            find_oom=False,
         )
         recorded, largest = prediction.recorded, prediction.largest
         if choice.micro_tokens is not None and len(passes[-1].rows) == 2 * len(rows):

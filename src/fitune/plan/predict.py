@@ -66,12 +66,14 @@ def predict_run(
     passes: Sequence[Pass] | None = None,
     limit_bytes: int | None = None,
     recordings: Recordings | None = None,
+    find_oom: bool = True,
 ) -> RunPrediction:
     """passes: what is recorded; the heaviest steps of the configuration where left out. limit_bytes: of the whole
     device, less than it has. On a CPU the program is counted as it is now, so ask before a model is loaded.
 
     recordings: shared by calls that predict many settings of one configuration (micro-batch, recompute, ...) for one
     device: what was recorded for one is then used for the others, with the same answers as without it.
+    find_oom: as in `PredictSettings`.
     """
     program_bytes = psutil.Process().memory_info().rss if device.kind == "cpu" else None
     passes = passes or heaviest_passes(config, device)
@@ -93,7 +95,8 @@ def predict_run(
     steps = [int(recorded.trace.columns().step.max())]
     if recorded.evaluation_step is not None:
         steps.append(recorded.evaluation_step)
-    predicted = predict_steps(recorded.trace, PredictSettings(device=limited, allocator=config.memory.allocator), steps)
+    settings = PredictSettings(device=limited, allocator=config.memory.allocator, find_oom=find_oom)
+    predicted = predict_steps(recorded.trace, settings, steps)
     training, *rest = map(complete, predicted)
     evaluation = rest[0] if rest else None
     largest = training

@@ -80,9 +80,9 @@ def tell_data(tensor: torch.Tensor, data: torch.Tensor) -> None:
 class Assumptions:
     """Carries out operators, real or fake, and answers for the data where there is none."""
 
-    def __init__(self, routing: Routing) -> None:
+    def __init__(self, routing: Routing, shapes: ShapeMemory) -> None:
         self._routing = routing
-        self._shapes = ShapeMemory()
+        self._shapes = shapes
         self.used: dict[str, None] = {}
 
     def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

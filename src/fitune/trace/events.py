@@ -50,6 +50,10 @@ class Columnar(Protocol):
 
     def columns(self) -> EventColumns: ...
 
+    def modules(self, indices: npt.NDArray[np.int64]) -> list[str]:
+        """Of these births."""
+        ...
+
 
 @dataclass(frozen=True)
 class MemoryTrace:
@@ -66,6 +70,12 @@ class MemoryTrace:
             for each in self.events
         ]
         return EventColumns(*np.array(numbers, dtype=np.int64).reshape(-1, 5).T)
+
+    def modules(self, indices: npt.NDArray[np.int64]) -> list[str]:
+        """Of these births."""
+        if isinstance(self.events, Columnar):
+            return self.events.modules(indices)
+        return [self.events[i].module for i in indices.tolist()]
 
 
 @dataclass(frozen=True, slots=True)

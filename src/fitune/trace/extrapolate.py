@@ -84,6 +84,60 @@ def find_growth(recording: Recording, turns: Turns, *, fewer: Recording) -> Grow
     return None if num_bytes is None or work is None else Growth(num_bytes, work)
 
 
+def transfer_growth(recording: Recording, turns: Turns, *, growth: Growth, of: Recording) -> Growth | None:
+    """The growth of a recording of other rows, from that of `of`: what grows with the layers sees no rows. None where
+    something happens that does not happen there, or what grows is of another size."""
+    theirs, mine = _kinds(of), _kinds(recording)
+    growing = {theirs[label] for label in of.label[growth.num_bytes != 0].tolist()}
+    sizes: dict[_Kind, list[tuple[int, int]]] = {kind: [] for kind in growing}
+    for label, num_bytes, more in zip(of.label.tolist(), of.num_bytes.tolist(), growth.num_bytes.tolist(), strict=True):
+        if theirs[label] in growing:
+            sizes[theirs[label]].append((num_bytes, more))
+    places, by_place = _places_of_work(of, turns), _places_of_work(recording, turns)
+    if not set(mine) <= set(theirs) or not by_place.keys() <= places.keys():
+        return None
+    found = np.zeros(len(recording), dtype=np.int64)
+    for kind in growing:
+        at = np.flatnonzero(np.array([each == kind for each in mine])[recording.label])
+        if recording.num_bytes[at].tolist() != [num_bytes for num_bytes, _ in sizes[kind]]:
+            return None
+        found[at] = [more for _, more in sizes[kind]]
+    works = {mine: growth.work[places[kind]] for kind, mine in by_place.items() if places[kind] in growth.work}
+    return Growth(found, works)
+
+
+_Kind = tuple[object, ...]
+
+
+def _kinds(recording: Recording) -> list[_Kind]:
+    """Of each label what it has in common with that of a step of more micro-batches."""
+    last = _last_micro_batches(recording)
+    return [
+        (category, where._replace(micro_batch=where.micro_batch - last.get((where.phase, where.step), 0)), op)
+        for category, where, op, _ in recording.labels
+    ]
+
+
+def _places_of_work(recording: Recording, turns: Turns) -> dict[_Kind, _Kind]:
+    """The places outside of the loop, by what they have in common in the same way."""
+    last = _last_micro_batches(recording)
+    return {
+        work._replace(micro_batch=work.micro_batch - last.get((work.phase, work.step), 0)).place: work.place
+        for work in recording.work
+        if work.loop != turns.loop
+    }
+
+
+def _last_micro_batches(recording: Recording) -> dict[tuple[object, int], int]:
+    """Of each step: the optimizer follows whichever is the last."""
+    last: dict[tuple[object, int], int] = {}
+    for work in recording.work:
+        if work.phase == "optimizer":
+            key = work.phase, work.step
+            last[key] = max(last.get(key, 0), work.micro_batch)
+    return last
+
+
 def repeat_turns(recording: Recording, turns: Turns, *, growth: Growth | None = None) -> Recording | None:
     """The recording with `num_turns` turns of the loop instead of `num_recorded`; None where they are not equal."""
     if turns.loop not in recording.loops:

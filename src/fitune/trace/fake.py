@@ -26,6 +26,7 @@ from fitune.trace.events import MemoryTrace
 from fitune.trace.placement import CARD, card_stands_in
 from fitune.trace.recorder import Recorder
 from fitune.trace.recording import Recording, to_trace
+from fitune.trace.shapes import ShapeMemory
 
 Build = Callable[[], nn.Module]
 Step = Callable[[], Any]
@@ -56,14 +57,17 @@ def record_columns(
     settings: RecordSettings,
     *,
     watch: Callable[[Recorder], AbstractContextManager[Any]] | None = None,
+    shapes: ShapeMemory | None = None,
 ) -> Recording:
     """Builds the model with `build()`, sets the loop up with `loop(model, device)` and records `num_steps` calls of
     the step that it returns. Raises UsageError for a real recording with a CUDA target, and for
-    a loop that returns no function. watch: entered with the recorder for the length of the recording."""
+    a loop that returns no function. watch: entered with the recorder for the length of the recording.
+    shapes: of earlier recordings for the same target, which make this one faster."""
     fake = settings.mode == "fake"
     if not fake and settings.target is not None:
         raise UsageError("a recording on real CPU tensors cannot behave as CUDA: use mode='fake' or target=None")
-    assumptions = Assumptions(settings.routing)
+    shapes = shapes or ShapeMemory()
+    assumptions = Assumptions(settings.routing, shapes)
     kernels = (
         CpuKernels(assumptions.call) if settings.target is None else CudaKernels(settings.target, assumptions.call)
     )
@@ -76,7 +80,7 @@ def record_columns(
             model = build()
         if fake:
             stack.enter_context(_as_real_tensors(checks_indices=settings.target is None))
-            stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+            shapes.serve(stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True)))
             fill(model)
         recorder.load(model)
         stack.enter_context(recorder.hooks())

@@ -203,6 +203,17 @@ class RecordedEvents(Sequence[MemoryEvent]):
             category=categories[label],
         )
 
+    def modules(self, indices: Integers) -> list[str]:
+        """Of these births."""
+        recording, birth = self._recording, self._birth[indices]
+        places = zip(recording.label[birth].tolist(), recording.turn[birth].tolist(), strict=True)
+        names: dict[tuple[int, int], str] = {}
+        return [names.get(place) or names.setdefault(place, self._module(*place)) for place in places]
+
+    def _module(self, label: int, turn: int) -> str:
+        module = self._recording.labels[label].where.module
+        return module if turn < 0 else module.format(turn)
+
     def __len__(self) -> int:
         return len(self._birth)
 

@@ -26,8 +26,10 @@ from fitune.trace.extrapolate import (
     interpolate_rows,
     num_recorded_turns,
     repeat_turns,
+    transfer_growth,
 )
 from fitune.trace.recording import Recording
+from fitune.trace.shapes import ShapeMemory
 from fitune.trace.step import ColumnsOfStep, Counts, Pass, RecordedStep, count_rows, record_columns_of_step
 
 
@@ -49,6 +51,7 @@ class Recordings:
         self._answers: dict[str, RecordedStep] = {}
         self._layers: dict[str, Turns | None] = {}
         self._families: dict[str, list[_Family]] = {}
+        self._shapes: dict[CudaTarget | None, ShapeMemory] = {}
 
     def step(self, config: RunConfig, passes: Sequence[Pass], *, target: CudaTarget | None) -> RecordedStep:
         """As `record_step` on fake tensors."""
@@ -84,18 +87,28 @@ class Recordings:
             if have_same_structure(family.samples[0][1].recording, columns.recording):
                 family.samples.append((counts, columns))
                 return _repeat(family, counts, columns)
-        family = _Family([(counts, columns)])
+        new = _Family([(counts, columns)])
         if layers is not None:
-            fewer = self._record(config, passes, target=target, num_layers=layers.num_recorded - 2 * layers.period)
-            family = _with_growth(family, layers, fewer)
-        families.append(family)
-        return _repeat(family, counts, columns)
+            known = _with_known_growth(new, families)
+            if known is None:
+                fewer = self._record(config, passes, target=target, num_layers=layers.num_recorded - 2 * layers.period)
+                known = _with_growth(new, layers, fewer)
+            new = known
+        families.append(new)
+        return _repeat(new, counts, columns)
 
     def _record(
         self, config: RunConfig, passes: Sequence[Pass], *, target: CudaTarget | None, num_layers: int | None = None
     ) -> ColumnsOfStep:
         architecture = None if num_layers is None else first_layers(load_config(config.model), num_layers)
-        return record_columns_of_step(config, passes, target=target, architecture=architecture, skip_chunks=True)
+        return record_columns_of_step(
+            config,
+            passes,
+            target=target,
+            architecture=architecture,
+            skip_chunks=True,
+            shapes=self._shapes.setdefault(target, ShapeMemory()),
+        )
 
     def _layers_to_record(self, model: ModelConfig) -> Turns | None:
         """None where a few layers do not stand for all."""
@@ -109,6 +122,19 @@ class Recordings:
                 else None
             )
         return self._layers[key]
+
+
+def _with_known_growth(family: _Family, families: Sequence[_Family]) -> _Family | None:
+    """Of another family of the same settings, whose rows are others."""
+    ((_, columns),) = family.samples
+    for known in families:
+        if known.turns is None or known.growth is None:
+            continue
+        of = known.samples[0][1].recording
+        growth = transfer_growth(columns.recording, known.turns, growth=known.growth, of=of)
+        if growth is not None:
+            return _Family(family.samples, known.turns, growth, known.num_parameters)
+    return None
 
 
 def _with_growth(family: _Family, layers: Turns, fewer: ColumnsOfStep) -> _Family:

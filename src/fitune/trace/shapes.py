@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 _CPU = torch.device("cpu")
 _Make = Callable[[tuple[Any, ...]], Any]
@@ -28,12 +28,18 @@ class _CannotRememberError(Exception):
 
 
 class ShapeMemory:
-    """What operators make of which shapes, for the fake tensors of one mode."""
+    """What operators make of which shapes: for one recording after the other, if all have the same target."""
 
     def __init__(self) -> None:
         self._made: dict[tuple[Any, ...], _Make | None] = {}
         self._by_shape: dict[Any, bool] = {}
         self._attributes: dict[str, Any] = {}
+
+    def serve(self, mode: FakeTensorMode) -> None:
+        """What is made from now on are fake tensors of `mode`."""
+        with torch._C._DisableTorchDispatch():
+            empty = torch.empty(0, device="meta")
+        self._attributes |= FakeTensor(mode, empty, _CPU).__dict__
 
     def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         by_shape = self._by_shape.get(func)
@@ -86,10 +92,6 @@ class ShapeMemory:
 
     def _tensor(self, args: tuple[Any, ...], result: FakeTensor) -> _Make | None:
         """A view of an argument, or a tensor of its own."""
-        if not self._attributes:
-            with torch._C._DisableTorchDispatch():
-                empty = torch.empty(0, device="meta")
-            self._attributes = dict(FakeTensor(result.fake_mode, empty, _CPU).__dict__)
         attributes, shape, stride = self._attributes, tuple(result.shape), result.stride()
         offset, dtype = result.storage_offset(), result.dtype
         storage = result.untyped_storage()._cdata

@@ -30,6 +30,7 @@ from fitune.trace.fake import RecordSettings, Step, record_columns
 from fitune.trace.optimizer_8bit import build_8bit_adamw
 from fitune.trace.recorder import Recorder
 from fitune.trace.recording import Recording, sum_work, to_trace
+from fitune.trace.shapes import ShapeMemory
 
 _TENSORS = ("input_ids_BS", "position_ids_BS", "target_index_N", "target_ids_N", "target_weights_N")
 FIRST_BFLOAT16 = (8, 0)
@@ -125,9 +126,10 @@ def record_columns_of_step(
     mode: Literal["fake", "real"] = "fake",
     architecture: PretrainedConfig | None = None,
     skip_chunks: bool = False,
+    shapes: ShapeMemory | None = None,
 ) -> ColumnsOfStep:
     """As `record_step`. architecture: of a model with fewer layers, instead of the configured one. skip_chunks: of the
-    loss's chunks only the first three and the last are done."""
+    loss's chunks only the first three and the last are done. shapes: as in `record_columns`."""
     precision = target_precision(config, target)
     device = torch.device("cpu" if target is None else "cuda")
     made: list[tuple[nn.Module, Setup]] = []
@@ -176,7 +178,7 @@ def record_columns_of_step(
 
     settings = RecordSettings(mode=mode, target=target, num_steps=len(passes))
     with _older_objects_set_aside():
-        recording = record_columns(build, loop, settings, watch=name_chunks)
+        recording = record_columns(build, loop, settings, watch=name_chunks, shapes=shapes)
     ((model, setup),) = made
     num_parameters, num_trainable = count_parameters(model)
     return ColumnsOfStep(

@@ -1,0 +1,159 @@
+"""The rules of `CachingAllocator` that are at work in an allocator as it comes, on one stream, in one tight loop.
+
+Reserved memory alone is followed event by event; what is allocated is summed up afterwards from the sizes of the
+blocks. Sizes and addresses are counted in units of 512 bytes. tests/memory/test_plain_replay.py holds it against the
+allocator that knows all rules.
+"""
+
+from bisect import bisect_left, insort
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from fitune.memory.allocator import (
+    MIN_BLOCK_BYTES,
+    MIN_LARGE_ALLOCATION_BYTES,
+    ROUND_LARGE_BYTES,
+    SMALL_BYTES,
+    SMALL_SEGMENT_BYTES,
+)
+from fitune.memory.allocator_config import AllocatorConfig
+from fitune.trace.recording import Integers
+
+_ADDRESS_BITS = 40
+_ADDRESS_MASK = (1 << _ADDRESS_BITS) - 1
+_SMALL = SMALL_BYTES // MIN_BLOCK_BYTES
+_SMALL_SEGMENT = SMALL_SEGMENT_BYTES // MIN_BLOCK_BYTES
+_MIN_LARGE = MIN_LARGE_ALLOCATION_BYTES // MIN_BLOCK_BYTES
+_LARGE_SEGMENT = AllocatorConfig().large_segment_bytes // MIN_BLOCK_BYTES
+_ROUND_LARGE = ROUND_LARGE_BYTES // MIN_BLOCK_BYTES
+
+
+@dataclass(frozen=True)
+class PlainReplay:
+    """Up to the first allocation that fails. block_bytes: of each event's block, 0 where it made none. reserved_at,
+    reserved_bytes: reserved memory from which event on. retries_at: the events for which the cache was emptied.
+    failed_at: the event that failed."""
+
+    block_bytes: Integers
+    reserved_at: list[int]
+    reserved_bytes: list[int]
+    retries_at: list[int]
+    failed_at: int | None
+
+
+class _Block:
+    """A block in the chain of its segment. free: the list of the free blocks of its pool, while it is one of them."""
+
+    __slots__ = ("address", "after", "before", "is_free", "num_units", "pool")
+
+    def __init__(
+        self, address: int, num_units: int, pool: list[int], before: "_Block | None", after: "_Block | None"
+    ) -> None:
+        self.address, self.num_units, self.pool = address, num_units, pool
+        self.before, self.after, self.is_free = before, after, False
+
+
+def is_plain(config: AllocatorConfig) -> bool:
+    """Whether it is PyTorch's own but for the limit."""
+    return replace(config, memory_fraction=1.0) == AllocatorConfig()
+
+
+def replay_plain(storage: Integers, requested: Integers, *, limit_bytes: int | None) -> PlainReplay:
+    """storage, requested: of the events; a free has minus its bytes, 0 bytes empty the cache. A storage is allocated
+    once. limit_bytes: of reserved memory."""
+    limit = None if limit_bytes is None else limit_bytes // MIN_BLOCK_BYTES
+    small: list[int] = []  # free blocks, size << 40 | address
+    large: list[int] = []
+    free: dict[int, _Block] = {}
+    blocks: dict[int, _Block] = {}
+    block_units = [0] * len(requested)
+    reserved = next_address = 0
+    reserved_at, reserved_bytes, retries_at = [0], [0], []
+    failed_at = None
+
+    def empty_cache() -> int:
+        """Units given back."""
+        whole = [(key, each) for key, each in free.items() if each.before is None and each.after is None]
+        for key, each in whole:
+            del free[key], each.pool[bisect_left(each.pool, key)]
+        return sum(each.num_units for _, each in whole)
+
+    units = np.where(requested > 0, -(-requested // MIN_BLOCK_BYTES), requested)
+    for i, (name, size) in enumerate(zip(storage.tolist(), units.tolist(), strict=True)):
+        if size > 0:
+            pool = small if size <= _SMALL else large
+            at = bisect_left(pool, size << _ADDRESS_BITS)
+            if at < len(pool):
+                block = free.pop(pool.pop(at))
+                block.is_free = False
+            else:
+                if size <= _SMALL:
+                    segment = _SMALL_SEGMENT
+                else:
+                    segment = _LARGE_SEGMENT if size < _MIN_LARGE else -(-size // _ROUND_LARGE) * _ROUND_LARGE
+                if limit is not None and reserved + segment > limit:
+                    reserved -= empty_cache()
+                    retries_at.append(i)
+                    if reserved + segment > limit:
+                        failed_at = i
+                if failed_at is None:
+                    reserved += segment
+                reserved_at.append(i)
+                reserved_bytes.append(reserved * MIN_BLOCK_BYTES)
+                if failed_at is not None:
+                    break
+                block = _Block(next_address, segment, pool, None, None)
+                next_address += segment
+            remaining = block.num_units - size
+            if remaining > _SMALL or (remaining and pool is small):
+                after = block.after
+                rest = _Block(block.address + size, remaining, pool, block, after)
+                rest.is_free = True
+                if after is not None:
+                    after.before = rest
+                block.after = rest
+                block.num_units = size
+                key = remaining << _ADDRESS_BITS | rest.address
+                free[key] = rest
+                insort(pool, key)
+            else:
+                size = block.num_units
+            blocks[name] = block
+            block_units[i] = size
+        elif size < 0:
+            found = blocks.pop(name, None)
+            if found is None:
+                continue
+            block, pool = found, found.pool
+            before, after = block.before, block.after
+            if before is not None and before.is_free:
+                key = before.num_units << _ADDRESS_BITS | before.address
+                del free[key], pool[bisect_left(pool, key)]
+                before.num_units += block.num_units
+                before.after = after
+                if after is not None:
+                    after.before = before
+                block = before
+            if after is not None and after.is_free:
+                key = after.num_units << _ADDRESS_BITS | after.address
+                del free[key], pool[bisect_left(pool, key)]
+                block.num_units += after.num_units
+                block.after = after.after
+                if after.after is not None:
+                    after.after.before = block
+            block.is_free = True
+            key = block.num_units << _ADDRESS_BITS | block.address
+            free[key] = block
+            insort(pool, key)
+        else:
+            reserved -= empty_cache()
+            reserved_at.append(i)
+            reserved_bytes.append(reserved * MIN_BLOCK_BYTES)
+    return PlainReplay(
+        block_bytes=np.array(block_units, dtype=np.int64) * MIN_BLOCK_BYTES,
+        reserved_at=reserved_at,
+        reserved_bytes=reserved_bytes,
+        retries_at=retries_at,
+        failed_at=failed_at,
+    )
