@@ -104,7 +104,7 @@ def test_without_its_bans_the_same_memory_would_be_tried_again_and_again(monkeyp
     """So the limits above can be exceeded."""
     restless = Memory(blip_chance=0.05)
     assert simulate(restless, 20_000).retried < 0.003
-    monkeypatch.setattr("fitune.train.adapt._ban", lambda model, rung: None)
+    monkeypatch.setattr("fitune.train.adapt._ban", lambda model, rung, free_bytes: None)
     assert simulate(restless, 20_000).retried > 0.01
 
 

@@ -23,6 +23,8 @@ CLEAN_STEPS = 8
 """Steps without a failure before a larger size is tried."""
 FIRST_BAN_STEPS = 64
 LONGEST_BAN_STEPS = 4096
+LIFTED_FACTOR = 2
+"""A ban ends early when so many times the memory is free as when the rung failed."""
 FORGET = 0.95
 """Weight of the earlier measurements at each new one: about 20 steps count."""
 LEAST_GAIN_FRACTION = 0.02
@@ -47,8 +49,11 @@ class Observation:
 
 @dataclass
 class _Ban:
+    """free_bytes: when it failed."""
+
     until_step: int
     num_steps: int
+    free_bytes: int | None = None
 
 
 @dataclass
@@ -126,11 +131,11 @@ def learn(model: MemoryModel, seen: Observation) -> None:
         if seen.free_bytes is not None and (model.need_bytes(seen.failed_size) or 0.0) < seen.free_bytes:
             _measure(model, seen.failed_size, seen.free_bytes)  # it needs at least that
         while model.rung > LOWEST_RUNG and model.size(model.rung) >= seen.failed_size:
-            _ban(model, model.rung)
+            _ban(model, model.rung, seen.free_bytes)
             model.rung -= 1
         model.clean_steps = 0
     elif seen.num_alloc_retries and model.rung > LOWEST_RUNG:
-        _ban(model, model.rung)
+        _ban(model, model.rung, None)
         model.rung, model.clean_steps = model.rung - 1, 0
     else:
         model.clean_steps += 1
@@ -164,7 +169,7 @@ def _grown(model: MemoryModel, free_bytes: int | None) -> int:
 
 def _has_room(model: MemoryModel, rung: int, free_bytes: int | None) -> bool:
     ban = model.bans.get(rung)
-    if ban is not None and model.step < ban.until_step:
+    if ban is not None and model.step < ban.until_step and not _is_lifted(ban, free_bytes):
         return False
     need = model.need_bytes(model.size(rung))
     if need is None or free_bytes is None:
@@ -172,13 +177,18 @@ def _has_room(model: MemoryModel, rung: int, free_bytes: int | None) -> bool:
     return need <= GROW_FRACTION * free_bytes
 
 
-def _ban(model: MemoryModel, rung: int) -> None:
+def _is_lifted(ban: _Ban, free_bytes: int | None) -> bool:
+    """What another process had taken is given back: its failure says nothing of what is free now."""
+    return ban.free_bytes is not None and free_bytes is not None and free_bytes >= LIFTED_FACTOR * ban.free_bytes
+
+
+def _ban(model: MemoryModel, rung: int, free_bytes: int | None) -> None:
     """A rung that held out for four times its last ban starts again with a short one."""
     last = model.bans.get(rung)
     num_steps = FIRST_BAN_STEPS
     if last is not None and model.step - last.until_step < 4 * last.num_steps:
         num_steps = min(2 * last.num_steps, LONGEST_BAN_STEPS)
-    model.bans[rung] = _Ban(model.step + num_steps, num_steps)
+    model.bans[rung] = _Ban(model.step + num_steps, num_steps, free_bytes)
 
 
 def _time(model: MemoryModel, tokens_per_second: float) -> None:
