@@ -31,7 +31,7 @@ test-gpu: install
 	$(BIN)/python -m pytest -m gpu tests/gpu -rs
 
 bench: install
-	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+	@for script in $$(grep -l __main__ benchmarks/*.py); do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
 clean:
 	rm -rf $(VENV) build dist demo

@@ -157,3 +157,11 @@ def test_closing_ends_the_thread_and_closes_what_it_read() -> None:
     assert not prefetch_threads()
     assert closed == [True]
     assert next(source, None) is None
+
+
+def test_batches_are_made_in_place_where_no_thread_can_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_memory(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", no_memory)
+    assert list(prefetch(iter(range(5)), depth=2)) == [0, 1, 2, 3, 4]

@@ -52,7 +52,7 @@ def place(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page != READMES[1]], ids=page_name)
 def test_every_command_works_in_the_order_in_which_it_is_read(page: Path, place: Path) -> None:
-    for block in blocks(page, "yaml"):
+    for block in [*blocks(page, "yaml"), *blocks(page, "yml")]:  # ours, and other tools'
         if match := re.match(r"# (\S+\.yaml)\n", block):
             (place / match[1]).write_text(block, encoding="utf-8")
     for command in commands(page):

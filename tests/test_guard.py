@@ -7,6 +7,7 @@ import random
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -132,7 +133,7 @@ def test_what_does_not_fit_is_seen_before_the_first_step_and_no_step_is_retried(
 ) -> None:
     assert command(place) == 0
     expected = losses(RUN)
-    limit(60)
+    limit(64)  # below the first size, above the one that is a rung smaller
     assert command(place) == 0
     assert losses(RUN) == pytest.approx(expected, rel=1e-5)
     summary = read_summary(RUN.summary)
@@ -165,7 +166,7 @@ def test_rows_that_do_not_fit_are_left_out_where_that_is_asked_for(place: Path, 
 
 
 def test_a_run_goes_on_with_what_it_has_learned(place: Path, limit: Callable[..., None]) -> None:
-    limit(60)
+    limit(64)  # below the first size, above the one that is a rung smaller
     assert command(place) == 0
     events = read_events(RUN.events)
     sizes = [event for event in events if event.kind == "micro_batch"]
@@ -216,3 +217,16 @@ def test_a_real_model_below_its_first_micro_batchs_need_has_the_losses_of_one_wi
     assert consumed(crowded) == consumed(calm)
     assert happened(crowded, "out_of_memory")
     shutil.rmtree(tmp_path / "runs")
+
+
+def test_a_checkpoint_that_gets_no_thread_is_written_all_the_same(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    start = threading.Thread.start
+
+    def start_others(thread: threading.Thread) -> None:
+        if thread.name == "fitune-checkpoint":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start_others)
+    assert command(place) == 0
+    assert (RUN.last / "model.safetensors").exists()

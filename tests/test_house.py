@@ -11,8 +11,8 @@ FLOORS = {
     "errors": 1, "units": 1, "hub": 1, "language": 1, "config": 2,
     "model": 3, "data": 3, "run": 3,
     "step": 4, "trace": 5, "memory": 6, "plan": 7,
-    "train": 8, "report": 8, "integrations": 8,
-    "cli": 9,
+    "train": 8, "report": 8, "integrations": 9,
+    "cli": 10,
 }  # fmt: skip
 WITHOUT_TORCH = (
     "memory/",

@@ -139,7 +139,7 @@ def trained(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[bytes]:
 def test_making_the_optimizers_state_moves_no_bit_now_or_later(name: str) -> None:
     settings = OptimConfig(name=name, weight_decay=0.1)  # type: ignore[arg-type]
     model, plain = small_model(), small_model()
-    optimizer = build_optimizer(model, settings, lr=0.1)
+    optimizer = build_optimizer(model, settings, lr=0.1, device=torch.device("cpu"))
     before = bits(model)
     rates = [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
     assert create_state(optimizer)
@@ -147,7 +147,9 @@ def test_making_the_optimizers_state_moves_no_bit_now_or_later(name: str) -> Non
     assert [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups] == rates
     assert all(parameter.grad is None for parameter in model.parameters())
     assert all(optimizer.state[parameter] for parameter in model.parameters())
-    assert trained(model, optimizer) == trained(plain, build_optimizer(plain, settings, lr=0.1))
+    assert trained(model, optimizer) == trained(
+        plain, build_optimizer(plain, settings, lr=0.1, device=torch.device("cpu"))
+    )
 
 
 @pytest.mark.parametrize("failing_call", range(6))
@@ -156,7 +158,7 @@ def test_state_that_found_no_memory_half_way_is_completed_the_second_time(
 ) -> None:
     """Torch's own way leaves KeyError: 'exp_avg_sq' for the next update."""
     model, settings = small_model(), OptimConfig()
-    optimizer = build_optimizer(model, settings, lr=0.1)
+    optimizer = build_optimizer(model, settings, lr=0.1, device=torch.device("cpu"))
     calls, zeros_like = itertools.count(), torch.zeros_like
 
     def failing_once(*arguments: Any, **options: Any) -> torch.Tensor:

@@ -94,9 +94,8 @@ def plain_eval_loss(directory: Path) -> float:
 def test_a_run_leaves_these_files() -> None:
     train()
     assert {path.name for path in RUN.path.iterdir()} == {
-        "config.yaml", "env.json", "plan.json", "data.json", "metrics.jsonl", "eval_rows.jsonl", "memory.jsonl",
-        "events.jsonl", "journal.jsonl",
-        "summary.json",
+        "config.yaml", "env.json", "plan.json", "peak.json", "data.json", "metrics.jsonl", "eval_rows.jsonl",
+        "memory.jsonl", "events.jsonl", "journal.jsonl", "summary.json",
         "checkpoints", "best", "last", "lock",
     }  # fmt: skip
     assert read_run(RUN.path).state == "finished"

@@ -5,6 +5,7 @@
     fitune.train(config)                       the whole run
     fitune.compare(runs)                       runs side by side               (report/compare.py)
     fitune.predict_loop(build, loop)           the same prediction for a loop that is not ours
+    fitune.predict_trainer(trainer)            the same for a Trainer of transformers or TRL, before it trains
     fitune.SafeStep(model, optimizer)          a step of such a loop that running out of memory does not end
 
 A config is a mapping, the path of a YAML file or a RunConfig. Nothing heavy is imported before one of these is called.
@@ -60,10 +61,12 @@ _VERBS: dict[str, Callable[..., Any]] = {"train": _train, "plan": _plan}
 _ELSEWHERE = {
     "predict": "fitune.plan.predict",
     "compare": "fitune.report.compare",
+    "predict_trainer": "fitune.integrations.transformers",
     "SafeStep": "fitune.train.plain_loop",
 }
 
 if TYPE_CHECKING:
+    from fitune.integrations.transformers import predict_trainer as predict_trainer
     from fitune.plan.predict import predict as predict
     from fitune.report.compare import compare as compare
     from fitune.train.plain_loop import SafeStep as SafeStep

@@ -1,10 +1,16 @@
 """`fitune config`: about configuration files."""
 
 import json
+import sys
+from pathlib import Path
+from typing import Annotated
 
-from cyclopts import App
+from cyclopts import App, Parameter
 
 from fitune.config import json_schema
+from fitune.config.foreign_read import read_command, read_foreign
+from fitune.config.foreign_translate import ImportedConfig, translate
+from fitune.errors import UsageError
 
 app = App(name="config")
 
@@ -17,3 +23,43 @@ def schema() -> None:
     `# yaml-language-server: $schema=fitune.schema.json`.
     """
     print(json.dumps(json_schema(), indent=2, ensure_ascii=False))
+
+
+@app.command(
+    name="import", usage="fitune config import FILE [OPTIONS]   or   fitune config import [OPTIONS] -- COMMAND"
+)
+def import_(
+    *words: Annotated[str, Parameter(name="FILE", help="a file, or after -- the command that starts the training")],
+    output: Annotated[Path | None, Parameter(name=("--output", "-o"), help="where to; must not exist yet")] = None,
+    model: Annotated[str | None, Parameter(help="in place of the model that it names")] = None,
+    data: Annotated[str | None, Parameter(help="in place of the data that it names")] = None,
+    devices: Annotated[int | None, Parameter(help="how many GPUs trained together, where it does not tell")] = None,
+) -> None:
+    """Another trainer's configuration as fitune's: LLaMA-Factory, axolotl, TRL, transformers, minimind.
+
+    The YAML says where each value comes from. What means something else here, and what has no counterpart, is listed
+    on stderr.
+    """
+    if not words:
+        raise UsageError("nothing to import: give a file, or after -- the command that starts the training")
+    if output is not None and output.exists():
+        raise UsageError(f"{output} exists: give another place with -o, or remove it yourself")
+    arguments = read_foreign(Path(words[0])) if len(words) == 1 else read_command(words)
+    imported = translate(arguments, devices=devices, model=model, data=data)
+    if output is None:
+        print(imported.text, end="")
+    else:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(imported.text, encoding="utf-8")
+    _tell(imported, arguments.source)
+
+
+def _tell(imported: ImportedConfig, source: str) -> None:
+    print(f"{source} is of {imported.tool}", file=sys.stderr)
+    for heading, sentences in (
+        ("means something else here:", imported.differs),
+        ("has no counterpart here, and is left out:", imported.dropped),
+        ("makes no difference, and is left out:", [", ".join(imported.not_needed)] if imported.not_needed else []),
+    ):
+        if sentences:
+            print(heading, *(f"  {sentence}" for sentence in sentences), sep="\n", file=sys.stderr)

@@ -26,11 +26,21 @@ def plan(
     apply: Annotated[int | None, Parameter(help="print the configuration with candidate N written into it")] = None,
     measure: Annotated[bool, Parameter(help="run real steps of the chosen candidate here, and compare")] = False,
     splits: Annotated[str | None, Parameter(help="compare forced splits, rows x micro-batches: 6x1,6x4,4x6")] = None,
+    trainer: Annotated[
+        str | None, Parameter(help="module:function that builds a transformers Trainer, in place of CONFIG")
+    ] = None,
     output_format: Format = "auto",
 ) -> None:
     """Predicted memory and time of each setting, and the fastest that fits and leaves the result the same. Needs no
     card, no weights and no data: instead of a configuration, a preset, a model's directory or its config.json is
     enough. Exit 3: nothing fits."""
+    if trainer is not None:
+        from fitune.cli.plan_trainer import plan_trainer
+
+        if words or flags != ConfigFlags():
+            raise UsageError("--trainer takes the place of a configuration: give one of them")
+        plan_trainer(trainer, gpu=gpu, output_format=output_format)
+        return
     given = [f"memory.{key}={value}" for key, value in (("gpu", gpu), ("budget", budget)) if value is not None]
     words, given = _model_alone(words, flags, given)
     resolved = read_arguments(words, flags, overrides=given)

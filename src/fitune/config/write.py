@@ -15,8 +15,12 @@ from fitune.config.yaml_lines import parse_scalar
 
 def format_config(resolved: ResolvedConfig) -> str:
     """Every key, also the defaults, each with its origin as a comment. `read_config` gives the same RunConfig back."""
-    lines = list(_lines(resolved.config.model_dump(mode="json"), resolved.origins, ""))
-    return "\n".join(lines) + "\n"
+    return commented_yaml(resolved.config.model_dump(mode="json"), resolved.origins)
+
+
+def commented_yaml(tree: Mapping[str, Any], comments: Mapping[str, str]) -> str:
+    """YAML of a tree of sections; comments: by the dotted key of each value."""
+    return "\n".join(_lines(tree, comments, "")) + "\n"
 
 
 def config_hash(config: RunConfig) -> str:

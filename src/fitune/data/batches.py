@@ -99,7 +99,11 @@ def prefetch(items: Iterator[T], *, depth: int) -> Iterator[T]:
                 items.close()
 
     thread = threading.Thread(target=produce, name="fitune-prefetch", daemon=True)
-    thread.start()
+    try:
+        thread.start()
+    except RuntimeError:  # no memory for a thread's stack: the items are then made when they are asked for
+        yield from items
+        return
     try:
         while True:
             try:

@@ -31,6 +31,7 @@ _PLAN: dict[str, str] = {
     "seconds per step": "每步秒数",
     "allocated": "已分配",
     "reserved": "已保留",
+    "device used": "设备占用",
     "predicted": "预测",
     "measured": "实测",
     "model": "模型",

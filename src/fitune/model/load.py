@@ -7,6 +7,7 @@ memory twice: a parameter whose type on disk is the wanted one stays a view of t
 A local path never touches the network. Hub ids go through huggingface_hub, which honours HF_ENDPOINT and its cache.
 """
 
+import logging
 import os
 import re
 from collections.abc import Iterator
@@ -42,6 +43,11 @@ from fitune.model.quantise import num_weights, quantise, share_tables
 
 if TYPE_CHECKING:
     from peft import PeftModel  # half a second, needed for adapters only
+
+if not (logger := logging.getLogger("bitsandbytes")).level:
+    logger.setLevel(
+        logging.ERROR
+    )  # transformers imports it, and it then warns of kernels that it would take from the hub
 
 Kind = Literal["preset", "directory", "gguf", "pth", "hub"]
 

@@ -8,7 +8,6 @@ For a product the whole weight is unpacked into the format of the product, in th
 recorded without the library.
 """
 
-import logging
 from importlib import import_module
 from typing import Any, cast
 
@@ -121,21 +120,9 @@ def num_weights(parameter: nn.Parameter) -> int:
     return parameter.numel() * (2 if parameter.dtype == torch.uint8 else 1)
 
 
-def import_bitsandbytes(part: str) -> Any:
-    """A module of bitsandbytes. Importing it warns of kernels that it would take from the hub, which nobody asked for.
-    Raises ImportError where it is not installed."""
-    logger = logging.getLogger("bitsandbytes")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        return import_module(f"bitsandbytes.{part}")
-    finally:
-        logger.setLevel(level)
-
-
 def _kernels() -> Any:
     try:
-        return import_bitsandbytes("functional")
+        return import_module("bitsandbytes.functional")
     except ImportError as error:
         raise ModelError(
             "model.method=qlora needs bitsandbytes, not installed here: pip install 'fitune[bnb]', or use lora"

@@ -10,7 +10,6 @@ from torch.optim.adamw import adamw
 
 from fitune.config import OptimConfig
 from fitune.errors import ConfigError
-from fitune.model.quantise import import_bitsandbytes
 
 _NEEDS_CARD = {
     "adamw_host": "keeps its state in the host's memory, where it is on a CPU anyway: use adamw",
@@ -62,7 +61,7 @@ def _adamw_host(groups: Groups, optim: OptimConfig, lr: float) -> torch.optim.Op
 
 def _adamw_8bit(groups: Groups, optim: OptimConfig, lr: float) -> torch.optim.Optimizer:
     try:
-        bitsandbytes = import_bitsandbytes("optim")
+        from bitsandbytes import optim as bitsandbytes
     except ImportError as error:
         raise ConfigError(
             [f"optim.name={optim.name} needs bitsandbytes, not installed here: pip install 'fitune[bnb]', or use adamw"]

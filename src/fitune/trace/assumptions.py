@@ -2,7 +2,8 @@
 
 A branch, a count or a shape that depends on data gets an answer from what is known about the tensor's origin: a sum of
 ones is a count, indices made by topk are a router's choice, `isfinite` is true. Each kind of answer that was used is
-named once in `MemoryTrace.source`.
+named once in `MemoryTrace.source`. Where a loop has told the data of its batch (`tell_data`), what is computed from
+that alone is computed, and nothing is assumed.
 """
 
 import math
@@ -11,6 +12,8 @@ from typing import Any, Literal
 
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensor
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_any, tree_map_only
 
 from fitune.trace.shapes import ShapeMemory
 
@@ -69,6 +72,11 @@ _SAME_ELEMENTS = {
 _TRUTH = {aten.isfinite: 1.0, aten.isnan: 0.0, aten.isinf: 0.0, aten.all: 1.0, aten.ne: 1.0}
 
 
+def tell_data(tensor: torch.Tensor, data: torch.Tensor) -> None:
+    """The values that a fake tensor of a batch stands for: a mask without padding, the places of packed rows."""
+    tensor._fitune_data = data  # type: ignore[attr-defined]
+
+
 class Assumptions:
     """Carries out operators, real or fake, and answers for the data where there is none."""
 
@@ -98,6 +106,7 @@ class Assumptions:
         except (DataDependentOutputException, DynamicOutputShapeException):
             result = self._of_full_size(func, args)
         self._note_origin(packet, args, kwargs, result)
+        _compute_data(func, args, kwargs, result)
         return result
 
     # ---- origins ----
@@ -155,6 +164,8 @@ class Assumptions:
 
     def _answer(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any, sentence: str) -> Any:
         """The true answer where there is data, else `value`."""
+        if _is_known(args, kwargs):
+            return _on_data(func, args, kwargs)
         try:
             return func(*args, **kwargs)
         except DataDependentOutputException:
@@ -187,6 +198,8 @@ class Assumptions:
 
     def _count(self, mask: torch.Tensor) -> int:
         """How many elements of a mask are taken to be true."""
+        if _is_known((mask,), {}):
+            return len(_on_data(aten.nonzero.default, (mask,), {}))
         origin = _origin(mask)
         if origin is not None and origin.router is not None:
             self.used[f"assumed: experts are {self._routing}"] = None
@@ -239,6 +252,33 @@ def _grouped_mm(a: torch.Tensor, b: torch.Tensor, offsets: torch.Tensor | None) 
     padded = -(-shape[-1] // step) * step
     strides = (shape[-2] * padded, padded, 1)[-len(shape) :]
     return torch.empty_strided(shape, strides, dtype=a.dtype, device=a.device)
+
+
+def _data(tensor: torch.Tensor) -> torch.Tensor | None:
+    return getattr(tensor, "_fitune_data", None)
+
+
+def _compute_data(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+    """The result's data, where that of all tensors it is computed from is known."""
+    if args and isinstance(result, FakeTensor) and _is_known(args, kwargs):
+        if func._schema.is_mutable:
+            del result._fitune_data  # type: ignore[attr-defined]
+        else:
+            tell_data(result, _on_data(func, args, kwargs))
+
+
+def _is_known(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether there are fake tensors, and the data of all of them is known. The first is looked at first: nearly all
+    are unknown."""
+    first = args[0][0] if isinstance(args[0], (list, tuple)) and args[0] else args[0]
+    if not isinstance(first, FakeTensor) or _data(first) is None:
+        return False
+    return not tree_any(lambda value: isinstance(value, FakeTensor) and _data(value) is None, (args, kwargs))
+
+
+def _on_data(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    with _disable_current_modes():
+        return func(*tree_map_only(FakeTensor, _data, args), **tree_map_only(FakeTensor, _data, kwargs))
 
 
 def _origin(tensor: torch.Tensor) -> _Origin | None:

@@ -106,10 +106,15 @@ class CheckpointWriter:
             "log_bytes": {log.name: _size(log) for log in _logs(self._run)},
             **self._facts,
         }
-        self._thread = threading.Thread(
+        thread = threading.Thread(
             target=self._write, args=(state, tensors, content), name="fitune-checkpoint", daemon=True
         )
-        self._thread.start()
+        try:
+            thread.start()
+        except RuntimeError:  # no memory for a thread's stack: the training waits for this save
+            self._write(state, tensors, content)
+        else:
+            self._thread = thread
 
     def failure(self) -> str | None:
         """Why the last save that ended was none, told once."""

@@ -55,7 +55,7 @@ EVALS_PER_RUN = 10
 PREFETCHED_BATCHES = 2
 MOST_BAD_STEPS = 3
 FEWEST_HALF_LIFE_STEPS = 8
-PRECONDITIONED_EVERY = 10
+PRECONDITIONED_EVERY = 50
 MOST_OVERFLOWS = 30
 """A float16 scale of 2^16 needs 16 halvings to reach 1; more overflows in a row are no matter of scale."""
 

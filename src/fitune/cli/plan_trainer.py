@@ -1,0 +1,69 @@
+"""`fitune plan --trainer module:function`: what a Trainer of transformers or TRL needs, which the function builds."""
+
+import importlib
+import sys
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from fitune.cli.output import console, print_json, table
+from fitune.errors import DoesNotFitError, UsageError
+from fitune.language import say
+from fitune.units import format_bytes, format_gib
+
+if TYPE_CHECKING:
+    from fitune.memory.prediction import Prediction
+
+
+def plan_trainer(name: str, *, gpu: str | None, output_format: str) -> None:
+    """name: 'module:function', importable from here; the function takes nothing and returns the Trainer.
+
+    Raises UsageError for a function that cannot be found, and DoesNotFitError.
+    """
+    from fitune.integrations.transformers import predict_trainer
+
+    prediction = predict_trainer(find_function(name)(), gpu=gpu)
+    if output_format == "json":
+        print_json({"prediction": asdict(prediction)})
+    elif output_format == "quiet":
+        print(prediction.peak_reserved_bytes)
+    else:
+        _show(prediction, output_format)
+    if prediction.fits is False:
+        raise DoesNotFitError(
+            f"the Trainer of {name} does not fit: it needs {format_bytes(_whole_bytes(prediction))}; lower "
+            "per_device_train_batch_size and raise gradient_accumulation_steps, or set activation_checkpointing=True"
+        )
+
+
+def find_function(name: str) -> Any:
+    """Raises UsageError where there is no such module, or nothing in it that can be called."""
+    module_name, _, function_name = name.partition(":")
+    sys.path.insert(0, "")
+    try:
+        function = getattr(importlib.import_module(module_name), function_name, None) if module_name else None
+    except ModuleNotFoundError as error:
+        raise UsageError(f"--trainer {name}: there is no module {error.name} here") from error
+    finally:
+        sys.path.remove("")
+    if not callable(function):
+        raise UsageError(f"--trainer {name} names no function: write module:function, which returns the Trainer")
+    return function
+
+
+def _whole_bytes(prediction: "Prediction") -> int:
+    return prediction.peak_reserved_bytes if prediction.device_bytes is None else prediction.device_bytes
+
+
+def _show(prediction: "Prediction", output_format: str) -> None:
+    screen = console(output_format)
+    parts = [(name, format_gib(size, 2)) for name, size in prediction.categories.items() if size]
+    rows = [
+        *parts,
+        (say("allocated"), format_gib(prediction.peak_allocated_bytes, 2)),
+        (say("reserved"), format_gib(prediction.peak_reserved_bytes, 2)),
+    ]
+    if prediction.device_bytes is not None:
+        rows.append((say("device used"), format_gib(prediction.device_bytes, 2)))
+    screen.print(table((say("at the peak ({phase})", phase=say(prediction.peak_phase)), ">GiB"), rows))
+    for assumption in prediction.assumptions:
+        screen.print(assumption, soft_wrap=True)

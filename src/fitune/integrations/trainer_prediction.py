@@ -1,0 +1,324 @@
+"""What a built `Trainer` or `SFTTrainer` will need, before `.train()` and without a GPU.
+
+A copy of the trainer, with a model of fake tensors, runs the Trainer's own set-up and one-step epochs of its own loop:
+`training_step`, clipping, optimizer and schedule are its, nothing of them is repeated here. The trainer itself, its
+model, its optimizer and the streams of random numbers are left as they are.
+"""
+
+import copy
+import sys
+import time
+import types
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal
+from unittest.mock import patch
+
+import pyarrow.compute
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
+from transformers import DefaultFlowCallback, Trainer, TrainerControl, TrainerState
+from transformers.trainer_callback import CallbackHandler
+
+import fitune
+from fitune.errors import UsageError
+from fitune.integrations.versions import check_alone, check_trainer
+from fitune.memory.devices import this_machine
+from fitune.memory.prediction import Prediction
+from fitune.step.random_state import streams_kept
+from fitune.trace.assumptions import tell_data
+from fitune.trace.fake import Build, Loop, Step
+
+RECORDED_MICRO_BATCHES = 2
+"""Of a step: the first without gradients, the second with them. Any further one is like the second."""
+
+
+def predict_trainer(
+    trainer: Trainer,
+    *,
+    gpu: str | None = None,
+    num_steps: int = 3,
+    attention: Literal["auto", "flash", "efficient", "math", "eager"] = "auto",
+) -> Prediction:
+    """The memory of the trainer's heaviest step: the longest rows of its dataset, by its own collator, in every
+    micro-batch. gpu, num_steps, attention: as for `fitune.predict_loop`.
+
+    What callbacks, logging, evaluation and saving allocate is not included. Raises UsageError for an unknown card, a
+    version that is not supported, several devices, a quantised model, and a trainer with a second model.
+    """
+    check_trainer(trainer)
+    check_alone(trainer)
+    _check_model(trainer)
+    with streams_kept(trainer.args.device):
+        recorded = record_trainer(trainer)
+        on_card = gpu != "cpu" if gpu is not None else bool(list(this_machine()))
+        with _triton_kernels() if on_card else nullcontext():
+            prediction = fitune.predict_loop(
+                recorded.build, recorded.loop, gpu=gpu, num_steps=num_steps, attention=attention
+            )
+    return replace(prediction, assumptions=(recorded.rows, *prediction.assumptions))
+
+
+@dataclass(frozen=True)
+class HeaviestBatch:
+    """What the collator made of the longest rows, on the host. rows: which ones, as a clause."""
+
+    values: dict[str, Any]
+    rows: str
+
+    def place(self, device: torch.device) -> dict[str, Any]:
+        """As a DataLoader makes it: on the host, then on the device. The data are told, since models look at them:
+        whether a mask masks anything, where packed rows begin."""
+        placed = dict(self.values)
+        for name, value in self.values.items():
+            if isinstance(value, torch.Tensor):
+                placed[name] = torch.empty(value.shape, dtype=value.dtype).copy_(value).to(device)
+                if isinstance(placed[name], FakeTensor):
+                    tell_data(placed[name], value)
+        return placed
+
+
+@dataclass(frozen=True)
+class RecordedTrainer:
+    """A trainer as `trace.fake.record_loop` takes it. rows: which ones it sees, as a clause."""
+
+    build: Build
+    loop: Loop
+    rows: str
+
+
+def record_trainer(trainer: Trainer, *, mode: Literal["fake", "real"] = "fake") -> RecordedTrainer:
+    """mode: "real" copies the model with its values, to be run."""
+    shadow = _shadow(trainer, to_meta=mode == "fake")
+    batch = _heaviest_batch(shadow, trainer.train_dataset)
+    return RecordedTrainer(lambda: shadow.model, partial(_set_up, shadow, trainer, batch), batch.rows)
+
+
+def _check_model(trainer: Trainer) -> None:
+    if getattr(trainer.model, "is_quantized", False):
+        raise UsageError("a quantised model cannot be recorded from its Trainer: use fitune plan model.method=qlora")
+    for name, value in vars(trainer).items():
+        if isinstance(value, nn.Module) and value not in (trainer.model, trainer.model_wrapped):
+            raise UsageError(
+                f"{type(trainer).__name__} holds a second model ({name}): Trainer and SFTTrainer are known"
+            )
+    if getattr(trainer.args, "activation_offloading", False):
+        raise UsageError("activation_offloading=True is not known to the prediction: leave it off")
+
+
+# ---- a copy of the trainer ----
+
+
+def _shadow(trainer: Trainer, *, to_meta: bool) -> Any:
+    """The trainer, with a model, counters and bookkeeping of its own and without callbacks, data and optimizer."""
+    memo: dict[int, Any] = {}
+    model = copy_model(trainer.model, memo, to_meta=to_meta)
+    shadow: Any = copy.copy(trainer)
+    shadow.train_dataset = shadow.eval_dataset = None
+    for name, value in vars(shadow).items():
+        if isinstance(value, (dict, list, set)):
+            setattr(shadow, name, copy.deepcopy(value, memo))
+        elif isinstance(value, types.MethodType) and value.__self__ is trainer:
+            setattr(shadow, name, types.MethodType(value.__func__, shadow))
+    shadow.model = shadow.model_wrapped = model
+    shadow.optimizer = shadow.lr_scheduler = shadow.model_init = None
+    shadow.args = copy.copy(trainer.args)
+    shadow.args.auto_find_batch_size = False
+    shadow.accelerator = copy.copy(trainer.accelerator)
+    for name in ("_models", "_optimizers", "_schedulers", "_dataloaders"):
+        setattr(shadow.accelerator, name, [])
+    shadow.state, shadow.control = TrainerState(), TrainerControl()
+    shadow.callback_handler = CallbackHandler([_NoFlow()], model, trainer.processing_class, None, None)
+    return shadow
+
+
+class _NoFlow(DefaultFlowCallback):  # type: ignore[misc]
+    """No logging, evaluation and saving, and no warning that this is missing."""
+
+    def on_step_end(self, args: Any, state: Any, control: TrainerControl, **unused: Any) -> TrainerControl:
+        return control
+
+    on_epoch_end = on_step_end
+
+
+def copy_model(model: nn.Module, memo: dict[int, Any], *, to_meta: bool) -> nn.Module:
+    """A deep copy; to_meta: of shapes and dtypes alone. What was shared stays shared, also through functions that were
+    put in the place of a forward. memo: as for `copy.deepcopy`."""
+    if to_meta:
+        for module in model.modules():
+            for tensors in (module._parameters, module._buffers, module.__dict__):
+                for tensor in tensors.values():
+                    if isinstance(tensor, torch.Tensor) and id(tensor) not in memo:
+                        memo[id(tensor)] = _on_meta(tensor)
+    copied: nn.Module = copy.deepcopy(model, memo)
+    for module in copied.modules():
+        for name, value in list(module.__dict__.items()):
+            if isinstance(value, types.MethodType) and (function := _rebound(value.__func__, memo)):
+                module.__dict__[name] = types.MethodType(function, value.__self__)
+            elif isinstance(value, types.FunctionType) and (function := _rebound(value, memo)):
+                module.__dict__[name] = function
+    return copied
+
+
+def _on_meta(tensor: torch.Tensor) -> torch.Tensor:
+    empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(empty, requires_grad=tensor.requires_grad)
+    return empty
+
+
+def _rebound(function: Any, memo: dict[int, Any]) -> types.FunctionType | None:
+    """The function with the copies of the modules that it closes over; None where it closes over none."""
+    cells = getattr(function, "__closure__", None) or ()
+    contents = [cell.cell_contents for cell in cells]
+    if not any(isinstance(each, nn.Module) or isinstance(_owner(each), nn.Module) for each in contents):
+        return None
+    bound = tuple(
+        types.CellType(copy.deepcopy(each, memo) if isinstance(each, (nn.Module, types.MethodType)) else each)
+        for each in contents
+    )
+    made = types.FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__, bound)
+    made.__kwdefaults__ = function.__kwdefaults__
+    return made
+
+
+def _owner(value: Any) -> Any:
+    return value.__self__ if isinstance(value, types.MethodType) else None
+
+
+# ---- its loop ----
+
+
+def _set_up(shadow: Any, trainer: Trainer, batch: HeaviestBatch, model: nn.Module, device: torch.device) -> Step:
+    """The Trainer's own preparation, and one of its epochs of one step."""
+    num_micro_batches = trainer.args.gradient_accumulation_steps
+    num_recorded = min(num_micro_batches, RECORDED_MICRO_BATCHES)
+    if trainer.optimizer is not None:
+        originals = map(id, trainer.model.parameters())
+        shadow.optimizer = _copy_optimizer(trainer.optimizer, dict(zip(originals, model.parameters(), strict=True)))
+    if shadow.accelerator.scaler is not None:
+        shadow.accelerator.scaler = torch.amp.GradScaler("cuda")
+    # all that .train() does before its loop: recompute, noise on embeddings, the optimizer, autocast
+    shadow._inner_training_loop = lambda **_: shadow._prepare_for_training(1000, None, None)[0]
+    prepared = shadow.train()
+    shadow._tr_loss = torch.tensor(0.0, device=trainer.args.device)
+    shadow._total_loss_scalar, shadow._globalstep_last_logged = 0.0, 0
+
+    def loader() -> Iterator[dict[str, Any]]:
+        # the Trainer fetches the batches of a whole step before its first forward
+        held = [batch.place(trainer.args.device) for _ in range(num_micro_batches - num_recorded)]
+        for _ in range(num_recorded):
+            yield batch.place(trainer.args.device)
+        del held
+
+    def step() -> None:
+        shadow._run_epoch(
+            model=prepared,
+            epoch=0,
+            train_dataloader=_Loader(loader),
+            steps_in_epoch=num_recorded,
+            num_update_steps_per_epoch=1,
+            trial=None,
+            ignore_keys_for_eval=None,
+            start_time=time.time(),
+            resume_from_checkpoint=None,
+            epochs_trained=0,
+            steps_trained_in_current_epoch=0,
+        )
+
+    return step
+
+
+@dataclass(frozen=True)
+class _Loader:
+    batches: Callable[[], Iterator[dict[str, Any]]]
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return self.batches()
+
+
+def _copy_optimizer(optimizer: Any, twins: dict[int, torch.Tensor]) -> torch.optim.Optimizer:
+    """The same optimizer, without state, of the copied parameters."""
+    while hasattr(optimizer, "optimizer"):  # accelerate's wrapper, once the trainer has trained
+        optimizer = optimizer.optimizer
+    copied: torch.optim.Optimizer = copy.copy(optimizer)
+    copied.state = defaultdict(dict)
+    copied.param_groups = [
+        {**group, "params": [twins[id(parameter)] for parameter in group["params"]]} for group in optimizer.param_groups
+    ]
+    return copied
+
+
+# ---- its heaviest batch ----
+
+
+def _heaviest_batch(shadow: Any, dataset: Any) -> HeaviestBatch:
+    size = shadow.args.per_device_train_batch_size
+    if dataset is None:
+        raise UsageError("the Trainer has no train_dataset, whose longest rows the prediction is made from")
+    collate = shadow.data_collator
+    if hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__"):
+        lengths = _row_lengths(dataset)
+        order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
+        rows = [order[place % len(order)] for place in range(size)]
+        what = f"recorded with the {size} longest rows of {len(lengths):,}, the longest of {lengths[order[0]]:,} tokens"
+        if hasattr(dataset, "select"):
+            dataset = shadow._remove_unused_columns(dataset.select(rows), description="training")
+            features = [dataset[place] for place in range(size)]
+        else:
+            collate = shadow._get_collator_with_removed_columns(collate, description="training")
+            features = [dataset[place] for place in rows]
+    else:
+        if hasattr(dataset, "take"):
+            dataset = shadow._remove_unused_columns(dataset, description="training")
+        first = [row for row, _ in zip(dataset, range(size), strict=False)]
+        features = [first[place % len(first)] for place in range(size)]
+        what = f"recorded with the first {size} rows of a dataset that cannot be looked at as a whole"
+    values = dict(collate(features))
+    return HeaviestBatch(values, what)
+
+
+def _row_lengths(dataset: Any) -> Sequence[int]:
+    """Tokens of each row. Raises UsageError where no column tells them."""
+    if len(dataset) == 0:
+        raise UsageError("the Trainer's train_dataset has no rows")
+    columns = getattr(dataset, "column_names", None)
+    if columns is not None and "input_ids" in columns and hasattr(dataset, "with_format"):
+        lengths: list[int] = []
+        for table in dataset.select_columns(["input_ids"]).with_format("arrow").iter(batch_size=10_000):
+            lengths += pyarrow.compute.list_value_length(table["input_ids"]).to_pylist()
+        return lengths
+    first = dataset[0]
+    if not hasattr(first, "__getitem__") or "input_ids" not in first:
+        raise UsageError("the rows of the Trainer's train_dataset have no input_ids: tokenise them first")
+    return [len(dataset[place]["input_ids"]) for place in range(len(dataset))]
+
+
+# ---- TRL on a card ----
+
+
+class _InPlace:
+    """Stands for a Triton kernel, which writes into the tensors that it is given and allocates nothing."""
+
+    def __getitem__(self, _: Any) -> Callable[..., None]:
+        return lambda *unused, **named: None
+
+
+@contextmanager
+def _triton_kernels() -> Iterator[None]:
+    """TRL's loss as it runs on a card: kernels that work in place, over the targets alone."""
+    kernels, user = sys.modules.get("trl.kernels.chunked_logprob"), sys.modules.get("trl.trainer.utils")
+    with ExitStack() as stack:
+        if kernels is not None and user is not None:
+            for module in (kernels, user):
+                stack.enter_context(patch.object(module, "_use_triton", lambda _: True))
+            for name in ("_forward_kernel", "_backward_kernel"):
+                stack.enter_context(patch.object(kernels, name, _InPlace()))
+            stack.enter_context(patch.object(kernels, "_addmm_fp32", lambda *_: None))
+            grid = types.SimpleNamespace(cdiv=lambda *_: 1)
+            stack.enter_context(patch.object(kernels, "triton", grid, create=True))
+        yield
