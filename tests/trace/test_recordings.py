@@ -118,6 +118,14 @@ def test_one_row_is_no_sample(tmp_path: Path, recorded: list[RunConfig]) -> None
     assert [config.batch.micro for config in recorded] == [1, 2, 3]
 
 
+def test_how_a_step_grows_with_its_layers_is_recorded_once(tmp_path: Path, recorded: list[RunConfig]) -> None:
+    """A step of one micro-batch takes over what was found for one of two."""
+    recordings = Recordings()
+    ask(recordings, make_config(tmp_path, "llama", "model.method=lora", rows=2))
+    ask(recordings, make_config(tmp_path, "llama", "model.method=lora", "batch.accumulation=1", rows=4))
+    assert [config.batch.micro for config in recorded] == [2, 2, 4]
+
+
 def test_an_odd_layer_leaves_nothing_to_repeat(tmp_path: Path) -> None:
     config = make_config(tmp_path, "gemma2", num_layers=12)
     layer_types = ["sliding_attention", "full_attention"] * 6

@@ -99,7 +99,10 @@ def transfer_growth(recording: Recording, turns: Turns, *, growth: Growth, of: R
     found = np.zeros(len(recording), dtype=np.int64)
     for kind in growing:
         at = np.flatnonzero(np.array([each == kind for each in mine])[recording.label])
-        if recording.num_bytes[at].tolist() != [num_bytes for num_bytes, _ in sizes[kind]]:
+        if len(at) != len(sizes[kind]) or any(
+            more and num_bytes != mine
+            for mine, (num_bytes, more) in zip(recording.num_bytes[at].tolist(), sizes[kind], strict=True)
+        ):
             return None
         found[at] = [more for _, more in sizes[kind]]
     works = {mine: growth.work[places[kind]] for kind, mine in by_place.items() if places[kind] in growth.work}
