@@ -23,7 +23,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 import fitune
-from fitune.cli.demo import _corpus_directory, _model_file, _write_dialogues
+from fitune.cli.demo import corpus_directory, smollm2_file, write_dialogues
 from fitune.model.load import build_model
 from fitune.model.presets import llama_config
 from fitune.run.metrics import read_metrics
@@ -67,7 +67,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         directory = Path(place)
         data = directory / "english.jsonl"
-        _write_dialogues(_corpus_directory("english"), data)
+        write_dialogues(corpus_directory("english"), data)
         task = make_task(arguments.task, directory, data, seeds=tuple(range(arguments.seeds)))
         outcomes = run_grid(task, directory, data)
         found = summarise(outcomes, task)
@@ -79,7 +79,7 @@ def main() -> None:
 
 def make_task(name: str, directory: Path, data: Path, *, seeds: tuple[int, ...]) -> Task:
     if name == "lora":
-        model = {"source": str(_model_file()), "method": "lora"}
+        model = {"source": str(smollm2_file()), "method": "lora"}
         return Task(model, 4, (1e-4, 2e-4, 4e-4), 1.0, 400, seeds)
     return Task({"source": str(save_tiny(directory / "tiny", data))}, 4, (5e-4, 1e-3, 2e-3, 4e-3), 2.0, 1600, seeds)
 

@@ -47,8 +47,8 @@ def main() -> None:
 
 def measure(place: Path, *, rounds: int) -> dict[str, float]:
     data_path = place / "english.jsonl"
-    demo._write_dialogues(demo._corpus_directory("english"), data_path)
-    config = read_config(demo._config(demo._model_file(), data_path, output=place, steps=1)).config
+    demo.write_dialogues(demo.corpus_directory("english"), data_path)
+    config = read_config(demo.demo_config(demo.smollm2_file(), data_path, output=place, steps=1)).config
     prepared = prepare(config, plan_check=False, settings=())
     rows_per_step = config.batch.rows_per_step
     epoch_steps = num_steps(prepared.data.train, rows_per_step=rows_per_step)

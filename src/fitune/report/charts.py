@@ -17,7 +17,6 @@ from fitune.report.recorded import Curve, RecordedRun
 from fitune.report.thin import thin, thin_all
 from fitune.units import GIB
 
-Axis = Literal["step", "tokens", "hours"]
 Kind = Literal["line", "faint", "area", "marks", "bars", "points"]
 Numbers = npt.NDArray[np.float64]
 

@@ -13,7 +13,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 
@@ -24,7 +24,6 @@ from fitune.run.directory import write_atomically, write_json
 
 SWEEP_FILE = "sweep.json"
 MOST_RUNS = 200
-EntryState = Literal["waiting", "does not fit", "finished", "failed"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ from fitune.data.batches import batches, num_samples, num_steps, prefetch
 from fitune.data.examples import Examples
 from fitune.data.rows import Batch, MicroBatch
 from fitune.errors import FituneError, InterruptedRunError, OutOfMemoryError, RunDirectoryError
-from fitune.model.device import read_peak, reset_peak
+from fitune.model.device import MemoryPeak, read_peak, reset_peak
 from fitune.model.save import model_files
 from fitune.run.directory import RunDirectory, write_json
 from fitune.run.eval_rows import EvalRows, append_eval_rows
@@ -29,6 +29,7 @@ from fitune.run.metrics import EvalMetrics, RunEvent, Status, StepMetrics, Summa
 from fitune.step.assemble import Layout, Setup
 from fitune.step.gradient_norms import NormRecorder
 from fitune.step.optimizer import set_lr
+from fitune.step.safe_step import SafeResult
 from fitune.step.scaling import OptimSettings
 from fitune.step.train_step import EvalResult, StepResult
 from fitune.train.batch_mode import (
@@ -293,10 +294,47 @@ class _Trainer:
         with self.saved_before_it_ends():
             safe = self.guard.train(batch, micro_batches, step=state.step + 1, keep_plan=keep_plan, norms=norms)
         result, seconds = safe.step, time.perf_counter() - start
-        state = self.state
         peak = read_peak(self.device)
         if self.self_check is not None:
             peak = self.self_check.measured(peak)
+        state = self.journal(batch, safe, lr=lr, peak=peak, seconds=seconds)
+        if result.loss is None or result.grad_norm is None:
+            self.event("no_target", f"rows {batch.row_ids} have no supervised token: no update, no step")
+            return
+        self.state = state = replace(
+            state,
+            supervised_tokens=state.supervised_tokens + batch.num_supervised_tokens,
+            train_loss=result.loss,
+            bad_steps=0 if result.updated else state.bad_steps + 1,
+            peak=larger_peak(state.peak, peak),
+            **self.observed_noise(result),
+        )
+        metrics = StepMetrics(
+            step=state.step,
+            tokens=batch.num_tokens,
+            supervised_tokens=batch.num_supervised_tokens,
+            total_tokens=state.tokens,
+            loss=result.loss,
+            lr=lr,
+            grad_norm=result.grad_norm,
+            seconds=seconds,
+            tokens_per_second=batch.num_tokens / seconds,
+            num_micro_batches=len(safe.plan),
+            micro_batch=max(map(len, safe.plan)),
+            peak_allocated_bytes=peak.allocated_bytes,
+            peak_reserved_bytes=peak.reserved_bytes,
+            device_used_bytes=peak.device_bytes,
+            **self.noise_fields(result.loss_weight),
+        )
+        append_line(self.run.metrics, metrics)
+        self.watcher.step(metrics, progress=progress)
+        if not result.updated:
+            self.check_update(result)
+        self.check_memory(peak)
+
+    def journal(self, batch: Batch, safe: SafeResult, *, lr: float, peak: MemoryPeak, seconds: float) -> RunState:
+        """Writes the batch's line; the state behind it, which is the present one from now on."""
+        state, result = self.state, safe.step
         has_target = result.loss is not None
         record = StepRecord(
             step=state.step + has_target,
@@ -321,64 +359,42 @@ class _Trainer:
             free_bytes=self.guard.free_bytes,
             seconds=seconds,
         )
-        state = replace(
+        self.state = replace(
             state,
             step=record.step,
             position=record.position,
-            tokens=tokens,
+            tokens=state.tokens + batch.num_tokens,
             journal_hash=link,
             num_retries=state.num_retries + bool(safe.failures),
             micro_batch_changes=self.guard.memory.num_changes,
         )
-        self.state = state
-        if result.loss is None or result.grad_norm is None:
-            self.event("no_target", f"rows {batch.row_ids} have no supervised token: no update, no step")
+        return self.state
+
+    def check_memory(self, peak: MemoryPeak) -> None:
+        """After the step that was predicted: its prediction beside what it took."""
+        if self.self_check is None or self.state.step != CHECKED_STEP or not self.guard.is_as_planned:
             return
-        self.state = state = replace(
-            state,
-            supervised_tokens=state.supervised_tokens + batch.num_supervised_tokens,
-            train_loss=result.loss,
-            bad_steps=0 if result.updated else state.bad_steps + 1,
-            peak=larger_peak(state.peak, peak),
-            **self.observed_noise(result),
+        self.state = replace(
+            self.state,
+            checked_allocated_bytes=peak.allocated_bytes,
+            checked_reserved_bytes=peak.reserved_bytes,
+            checked_device_bytes=peak.device_bytes,
         )
-        noise, preconditioned = estimate(state.noise), estimate(state.preconditioned_noise)
-        metrics = StepMetrics(
-            step=state.step,
-            tokens=batch.num_tokens,
-            supervised_tokens=batch.num_supervised_tokens,
-            total_tokens=state.tokens,
-            loss=result.loss,
-            lr=lr,
-            grad_norm=result.grad_norm,
-            seconds=seconds,
-            tokens_per_second=batch.num_tokens / seconds,
-            num_micro_batches=len(safe.plan),
-            micro_batch=max(map(len, safe.plan)),
-            peak_allocated_bytes=peak.allocated_bytes,
-            peak_reserved_bytes=peak.reserved_bytes,
-            device_used_bytes=peak.device_bytes,
-            noise_signal=None if noise is None else noise.signal,
-            noise_variance=None if noise is None else noise.variance,
-            noise_ratio=None if noise is None else noise.ratio(result.loss_weight),
-            noise_scale_tokens=None if noise is None else noise.scale_tokens,
-            noise_scale_preconditioned_tokens=None if preconditioned is None else preconditioned.scale_tokens,
-            noise_bounce=None if noise is None else noise.bounce,
-        )
-        append_line(self.run.metrics, metrics)
-        self.watcher.step(metrics, progress=progress)
-        if not result.updated:
-            self.check_update(result)
-        if self.self_check is not None and state.step == CHECKED_STEP and self.guard.is_as_planned:
-            self.state = replace(
-                state,
-                checked_allocated_bytes=peak.allocated_bytes,
-                checked_reserved_bytes=peak.reserved_bytes,
-                checked_device_bytes=peak.device_bytes,
-            )
-            self.self_check.keep(peak)
-            sentence, agrees = self.self_check.compare(peak)
-            self.event("memory_check" if agrees else "memory_differs", sentence)
+        self.self_check.keep(peak)
+        sentence, agrees = self.self_check.compare(peak)
+        self.event("memory_check" if agrees else "memory_differs", sentence)
+
+    def noise_fields(self, loss_weight: float) -> dict[str, float | None]:
+        """Of a step's metrics. loss_weight: of the step."""
+        noise, preconditioned = estimate(self.state.noise), estimate(self.state.preconditioned_noise)
+        return {
+            "noise_signal": None if noise is None else noise.signal,
+            "noise_variance": None if noise is None else noise.variance,
+            "noise_ratio": None if noise is None else noise.ratio(loss_weight),
+            "noise_scale_tokens": None if noise is None else noise.scale_tokens,
+            "noise_scale_preconditioned_tokens": None if preconditioned is None else preconditioned.scale_tokens,
+            "noise_bounce": None if noise is None else noise.bounce,
+        }
 
     def observed_noise(self, result: StepResult) -> dict[str, Any]:
         """What the state's averages are after this step."""

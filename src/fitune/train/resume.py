@@ -9,6 +9,7 @@ import torch
 from fitune.config import RunConfig
 from fitune.data.packing import lay_out
 from fitune.data.rows import Batch, MicroBatch
+from fitune.data.unpacking import lay_out_as
 from fitune.errors import FituneError
 from fitune.run.directory import RunDirectory
 from fitune.run.journal import JournalLine, StepRecord, read_journal
@@ -77,10 +78,10 @@ def read_replay(run: RunDirectory) -> Replay:
 
 def replayed_split(batch: Batch, line: JournalLine, *, packed: bool) -> list[MicroBatch]:
     """The micro-batches of that line. A row that is in the batch twice is the same row."""
-    rows = {row.row_id: row for row in batch.rows}
-    if not all(row_id in rows for row_ids in line.plan for row_id in row_ids):
+    try:
+        return lay_out_as(batch, line.plan, packed=packed)
+    except KeyError:
         return [lay_out(batch.rows, packed=packed)]  # another batch: the comparison of the step says so
-    return [lay_out([rows[row_id] for row_id in row_ids], packed=packed) for row_ids in line.plan]
 
 
 def check_replayed(replay: Replay, number: int, record: StepRecord) -> None:
