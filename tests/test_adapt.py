@@ -149,6 +149,17 @@ def test_a_size_that_held_out_long_is_banned_shortly_again() -> None:
     assert model.bans[0].num_steps == FIRST_BAN_STEPS
 
 
+@pytest.mark.parametrize(("free_bytes", "grows"), [(3 * GIB, False), (8 * GIB, True)], ids=["little", "twice"])
+def test_a_ban_ends_early_only_when_twice_the_memory_is_free(free_bytes: int, grows: bool) -> None:
+    model = MemoryModel(planned=1024)
+    settled(model, 8 * GIB)
+    learn(model, Observation(512, failed_size=1024, free_bytes=2 * GIB))
+    for _ in range(CLEAN_STEPS):
+        learn(model, Observation(choose_size(model, free_bytes)))
+    assert model.step < model.bans[0].until_step
+    assert (choose_size(model, free_bytes) == 1024) == grows
+
+
 def test_above_the_plan_it_stops_growing_when_it_gains_no_speed() -> None:
     model = MemoryModel(planned=1024, highest=8)
     for _ in range(200):
