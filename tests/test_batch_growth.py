@@ -3,12 +3,15 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from fitune.cli.app import main
 from fitune.cli.progress import TrainingProgress
 from fitune.run.directory import RunDirectory
 from fitune.run.journal import read_journal
 from fitune.run.metrics import StepMetrics, read_events, read_metrics
+from fitune.train.batch_mode import rescale_memory
+from fitune.train.guard import Guard
 from tiny_run import save_tiny_model, write_config, write_dialogues
 
 RUN, WHOLE = RunDirectory(Path("runs/run")), RunDirectory(Path("runs/whole"))
@@ -62,6 +65,25 @@ def test_anneal_doubles_the_batch_where_the_schedule_has_halved_and_sees_every_r
     assert event.message.startswith("effective batch 4 -> 8 rows, the schedule has halved the rate")
     at = rows.index(8)
     assert lines[at].lr > lines[at - 1].lr
+
+
+def test_a_change_reaches_adams_memory_its_settings_and_the_clipping(monkeypatch: pytest.MonkeyPatch) -> None:
+    rescaled: list[tuple[torch.optim.Optimizer, float]] = []
+    clips: list[float] = []
+
+    def rescale(optimizer: torch.optim.Optimizer, *, gain: float) -> None:
+        rescaled.append((optimizer, gain))
+        rescale_memory(optimizer, gain=gain)
+
+    monkeypatch.setattr("fitune.train.loop.rescale_memory", rescale)
+    monkeypatch.setattr(Guard, "set_clip", lambda guard, clip: clips.append(clip))
+    assert main(["train", "sft.yaml", *ANNEAL]) == 0
+    num_changes = sum(event.kind == "batch" for event in read_events(RUN.events))
+    assert num_changes >= 1
+    assert [gain for _, gain in rescaled] == [2.0] * num_changes
+    group = rescaled[-1][0].param_groups[0]
+    assert group["betas"][1] == pytest.approx(0.999**2**num_changes)
+    assert clips == pytest.approx([2 ** (-n / 2) for n in range(1, num_changes + 1)])
 
 
 def test_advise_is_bit_for_bit_a_run_without_any_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
