@@ -23,6 +23,7 @@ from fitune.trace.events import MemoryTrace
 from fitune.trace.fake import RecordSettings, _collected_at_step_ends, record_loop
 from fitune.trace.recorder import Recorder
 from fitune.trace.recording import to_trace
+from fitune.trace.shapes import ShapeMemory
 from tiny_models import TINY_GPT2
 from tiny_trainers import hf_trainer, needs_trl, rows, sft_trainer, tiny_model
 
@@ -52,7 +53,7 @@ class _Steps(TrainerCallback):
 
 def real_run(make: Make, directory: Path, **changes: Any) -> MemoryTrace:
     """All that the Trainer's own `.train()` allocates."""
-    recorder = Recorder(CpuKernels(Assumptions("balanced").call))
+    recorder = Recorder(CpuKernels(Assumptions("balanced", ShapeMemory()).call))
     trainer = make(directory, callbacks=[_Steps(recorder)], **changes)
     with _collected_at_step_ends():
         recorder.load(trainer.model)
