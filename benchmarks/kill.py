@@ -29,6 +29,8 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
 
+import torch  # noqa: E402
+
 from fitune.cli import app  # noqa: E402
 from fitune.data import examples  # noqa: E402
 from fitune.run.directory import RunDirectory, read_run  # noqa: E402
@@ -154,6 +156,7 @@ def _be_the_run(arguments: list[str], stage: mmap.mmap) -> int:
     """The exit code. Tables are written anew each time, so that tokenising is killed too."""
     for number, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    torch.set_num_threads(1)  # a tiny model's threads would only wait for each other
     with tempfile.TemporaryDirectory(dir=".") as cache:
         os.environ["FITUNE_CACHE"] = cache
         setattr(prepare, "choose_plan", None)  # noqa: B010 most of the time of so small a run, and no matter here
