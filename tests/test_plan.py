@@ -316,14 +316,13 @@ def test_another_card_cannot_be_measured_here(tree: dict[str, Any], capsys: pyte
 # --- the second process ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("cores", [{0}, {0, 1}])
 def test_one_process_and_two_make_the_same_plan(
-    cores: set[int], tree: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tree: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
     monkeypatch.setenv("FITUNE_CACHE", str(tmp_path / "one"))
     alone = choose_plan(config(tree), gpu="RTX 4090")
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: cores)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
     monkeypatch.setenv("FITUNE_CACHE", str(tmp_path / "two"))
     assert choose_plan(config(tree), gpu="RTX 4090") == alone
 

@@ -57,7 +57,9 @@ class _Search:
 
     def thorough(self) -> Choice | None:
         variants = list(dict.fromkeys(choice.variant for choice in self.choices))
-        self.look_at(self.choices, beside=[choice for choice in self.choices if choice.variant in variants[1::2]])
+        self.look_at(
+            self.choices, beside=[choice for choice in self.choices if choice.variant in variants[len(variants) // 2 :]]
+        )
         fitting = [choice for choice in self.choices if choice in self.looked_at and self.looked_at[choice].fits]
         chosen = min(fitting, key=self.order, default=None)
         smallest = min(self.looked_at, key=lambda choice: self.looked_at[choice].device_bytes)
