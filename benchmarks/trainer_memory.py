@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer with less memory than its batch needs: alone, with its own `auto_find_batch_size`, and with SafeSteps.
+"""TRL's SFTTrainer with half the memory that its batch needs: alone, with `auto_find_batch_size`, with SafeSteps.
 
 python benchmarks/trainer_memory.py            a model of 3.7 M parameters: about 3 minutes
 python benchmarks/trainer_memory.py --quick    fewer steps, shorter rows, written nowhere
@@ -162,7 +162,11 @@ def measure(kinds: Sequence[str] = tuple(KINDS), *, quick: bool) -> list[Outcome
         headroom_bytes = int(outcomes[0].need_bytes * HEADROOM_FRACTION) if limited else 0
         command = [sys.executable, __file__, "--kind", kind, "--headroom-bytes", str(headroom_bytes)]
         # freed blocks go back to the system at once, so that the limit is one on tensors
-        environment = os.environ | {"HF_HUB_DISABLE_TELEMETRY": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
+        environment = os.environ | {
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "MALLOC_MMAP_THRESHOLD_": "65536",
+            "PYTHONPATH": os.pathsep.join(sys.path),
+        }
         ran = subprocess.run(
             command + ["--quick"] * quick, env=environment, stdout=subprocess.PIPE, text=True, check=True
         )

@@ -71,9 +71,9 @@ class StepReader:
 
     def take(self) -> SeenStep:
         """After the last backward of a step; its gradients may be clipped, and not yet used."""
+        self._keep()
         forwards, self._forwards = self._forwards, []
         self._num_steps += 1
-        self._keep()
         targets = [forward.num_targets.float() for forward in forwards]
         values = [] if self._recorder is None or not self._sums else [self._recorder.values()]
         sums = [torch.stack(list(self._sums.values())).square().sum()[None]] if values else []
