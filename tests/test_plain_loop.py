@@ -75,7 +75,7 @@ def test_what_was_learned_stays_for_the_next_batch() -> None:
     model = make_model()
     step = fitune.SafeStep(model, Capture(model.parameters()))
     step(labelled(*ROWS))
-    with failing(model, "forward of layer 0", 0):
+    with failing(model, "forward of layer 0", 0, 1):
         step(labelled(*ROWS))
     result = step(labelled(*ROWS))
     assert result.failures == ()
