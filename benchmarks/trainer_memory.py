@@ -39,7 +39,7 @@ KINDS = {
 @dataclass(frozen=True)
 class Outcome:
     """losses: of each step, those before a restart too. batch_rows: of each start of the training. need_bytes: resident
-    peak above what was resident before training. num_failures: of memory, within steps that went on. error: what ended
+    peak above what was resident before training, which SafeSteps measures anew in each step. num_failures: of memory, within steps that went on. error: what ended
     it."""
 
     kind: str
@@ -86,7 +86,7 @@ def train(kind: str, *, headroom_bytes: int, quick: bool) -> Outcome:
         args = SFTConfig(
             output_dir=directory, report_to=[], use_cpu=True, bf16=False, per_device_train_batch_size=ROWS,
             num_train_epochs=1, logging_steps=1, save_strategy="no", disable_tqdm=True, dataloader_pin_memory=False,
-            learning_rate=3e-4, gradient_checkpointing=False, auto_find_batch_size=kind == "auto",
+            learning_rate=3e-4, activation_checkpointing=False, auto_find_batch_size=kind == "auto",
         )  # fmt: skip
         callbacks = [Watch(), *([FituneCallback(Path(directory) / "runs", "run")] if kind == "callback" else [])]
         trainer = (SafeSFTTrainer if kind == "safe" else SFTTrainer)(
