@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from functools import cache
 
+from fitune.memory.environment import c_allocator
 from fitune.plan.cache import read_cached, write_cached
 from fitune.plan.cost import Ceilings
 
@@ -17,7 +18,7 @@ MATMUL_SHARE, SMALL_SHARE, LARGE_SHARE, LAUNCH_SHARE = 0.9, 0.5, 0.7, 0.1
 """Of what the probes reach, what a training step does: matrix products of its shapes, operators on strided tensors of
 about 1 MB and of 100 MB, launches through the model's Python. Fitted to 30 settings of a 6.9 M model (8 x 256, 2,048
 tokens a step) within 8 % each; benchmarks/plan.py measures how other models come out."""
-_SMALL_ELEMENTS, _LARGE_ELEMENTS = 2**16, 2**22
+_SMALL_ELEMENTS, _LARGE_ELEMENTS, _MAPPED_ELEMENTS = 2**16, 2**22, 2**23 + 2**20
 _MOVED_BYTES = 5 * 4
 """Of each element in the probe: two read and one written, then one read and one written."""
 _REPEATS = 9
@@ -27,7 +28,7 @@ _NUM_LAUNCHES = 100
 @cache
 def cpu_ceilings() -> Ceilings:
     threads = os.environ.get("OMP_NUM_THREADS") or os.cpu_count()
-    key = [platform.processor(), platform.node(), threads]
+    key = [platform.processor(), platform.node(), threads, c_allocator()]
     found = read_cached("ceilings", key)
     if found is None:
         found = asdict(_measure())
@@ -40,11 +41,12 @@ def _measure() -> Ceilings:
 
     left, right = torch.randn(256, 512), torch.randn(512, 512)
     matmul = 2 * 256 * 512 * 512 / _best(lambda: left @ right)
-    small, large = (_bandwidth(number) for number in (_SMALL_ELEMENTS, _LARGE_ELEMENTS))
+    small, large, mapped = map(_bandwidth, (_SMALL_ELEMENTS, _LARGE_ELEMENTS, _MAPPED_ELEMENTS))
     return Ceilings(
         matmul_flops_per_second={"float32": MATMUL_SHARE * matmul},
         attention_flops_per_second={"float32": MATMUL_SHARE * _attention_rate()},
         bandwidths=((1e6, SMALL_SHARE * small), (1e8, LARGE_SHARE * large)),
+        mapped_bandwidth=mapped,
         launch_seconds=_best(_launches) / (3 * _NUM_LAUNCHES) / LAUNCH_SHARE,
         asynchronous=False,
         origin=f"measured on this CPU: {matmul / 1e9:.0f} GFLOP/s in matrix products",
