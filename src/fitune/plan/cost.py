@@ -21,10 +21,9 @@ and backward (Dao 2023, arXiv 2307.08691), less with short rows; PaLM and Megatr
 idle times and pointwise operators included (Chowdhery et al. 2022; Korthikanti et al. 2022)."""
 CARD_LAUNCH_SECONDS = 8e-6
 """Of an eager operator and its part of autograd, on the processor that feeds the card."""
-SELECTIVE_LAUNCHES = 3.0
+SELECTIVE_LAUNCHES = 12.0
 """Selective recomputing asks a Python function about every operator: each that is done again costs so many launches
-more (fitted to 30 settings of a 6.9 M model on a CPU, of which five recompute so)."""
-
+more (fitted to the settings of benchmarks/plan.py on a CPU, of which twelve recompute so)."""
 MAPPED_CALL_BYTES = 2.5 * 32 * 2**20
 """Moved by a call: glibc takes blocks from 32 MiB on from the system (DEFAULT_MMAP_THRESHOLD_MAX of its malloc), and
 gives them back. Such a call reads one or two tensors for the one that it makes."""
