@@ -17,7 +17,7 @@ from fitune.plan.cost import Ceilings
 MATMUL_SHARE, SMALL_SHARE, LARGE_SHARE, MAPPED_SHARE, LAUNCH_SHARE = 0.95, 0.4, 0.55, 0.75, 0.18
 """Of what the probes reach, what a training step does: matrix products of its shapes, operators on strided tensors of
 about 1 MB, of 100 MB, and on results beyond glibc's heap, launches through the model's Python. Fitted to the 72
-settings of benchmarks/plan.py, models of 3.4 to 7.3 M parameters with 1,536 tokens a step, within 3 to 5 % (one standard
+settings of benchmarks/plan.py, models of 3.4 to 7.3 M parameters with 1,536 tokens a step, within 3 to 5 % (standard
 deviation); two of the models give the third one's order nearly as well."""
 _SMALL_ELEMENTS, _LARGE_ELEMENTS, _MAPPED_ELEMENTS = 2**16, 2**22, 2**23 + 2**20
 _MOST_ON_HEAP = 2**23 - 2**12
