@@ -16,6 +16,7 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: install
 	$(BIN)/fitune demo
+	$(BIN)/fitune sweep examples/minimind/three_cpu.yaml
 
 check: install
 	$(BIN)/ruff check .
