@@ -16,6 +16,7 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: install
 	$(BIN)/fitune demo
+	$(BIN)/fitune sweep examples/minimind/three_cpu.yaml
 
 docs: install
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
