@@ -119,9 +119,8 @@ def test_a_chinese_page_has_the_commands_and_the_shape_of_the_english_one(chines
     english = chinese.with_name(chinese.name.replace(".zh.md", ".md"))
     assert commands(chinese) == commands(english)
     assert blocks(chinese, "yml") == blocks(english, "yml")
-    shapes = [
-        re.findall(r"^(#+ |\||- )", page.read_text(encoding="utf-8"), re.MULTILINE) for page in (chinese, english)
-    ]
+    pages = [page.read_text(encoding="utf-8") for page in (chinese, english)]
+    shapes = [re.findall(r"^(#+ |\||- )", page, re.MULTILINE) for page in pages]
     assert shapes[0] == shapes[1]
 
 
