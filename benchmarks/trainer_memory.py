@@ -39,8 +39,8 @@ KINDS = {
 @dataclass(frozen=True)
 class Outcome:
     """losses: of each step, those before a restart too. batch_rows: of each start of the training. need_bytes: resident
-    peak above what was resident before training, which SafeSteps measures anew in each step. num_failures: of memory, within steps that went on. error: what ended
-    it."""
+    peak above what was resident before training, which SafeSteps measures anew in each step. num_failures: of memory,
+    within steps that went on. error: what ended it."""
 
     kind: str
     losses: list[float] = field(default_factory=list)
