@@ -175,10 +175,10 @@ class Guard:
         return self.memory.fits(num_positions, self._free_bytes())
 
     def _free_bytes(self) -> int | None:
-        left = room_bytes(self._device)
-        if self._budget_bytes is None or left is None:
-            return left
-        return min(left, max(self._budget_bytes - held_bytes(self._device), 0))
+        bounds = [room_bytes(self._device)]
+        if self._budget_bytes is not None:
+            bounds.append(max(self._budget_bytes - held_bytes(self._device), 0))
+        return min((each for each in bounds if each is not None), default=None)
 
     def _check_model(self) -> Verdict:
         settings, layout = self._setup.settings, self._setup.layout
