@@ -12,8 +12,7 @@ BUCKET_BYTES = 32 * MIB
 
 
 def share_of(config: RunConfig, num_gpus: int) -> RunConfig:
-    """The configuration of the card that computes the most rows, were they equally long; dealt by tokens, short ones are
-    more on a card and no more work."""
+    """The configuration of one card. The rows are dealt by tokens, so that a card with short ones may have more."""
     if num_gpus == 1:
         return config
     batch = config.batch

@@ -91,7 +91,6 @@ class _Word:
     is_late: bool
     events: tuple[tuple[str, str], ...]
     peak: MemoryPeak
-    journal_hash: str
 
 
 @dataclass(frozen=True)
@@ -294,15 +293,10 @@ class _Trainer:
         """Whether all processes stop here, since one was sent a signal or its time is up. What each has to tell is
         told."""
         is_late = stop_at is not None and time.perf_counter() >= stop_at
-        own = _Word(next(iter(caught), None), is_late, tuple(self.untold), self.state.peak, self.state.journal_hash)
+        own = _Word(next(iter(caught), None), is_late, tuple(self.untold), self.state.peak)
         self.untold.clear()
         words = self.ranks.exchange(own)
         for word in words:
-            if word.journal_hash != own.journal_hash:
-                raise FituneError(
-                    f"the processes differ after step {self.state.step}, so their weights are no longer the same: give "
-                    "all of them the same device, versions and number of threads, and go on with --resume"
-                )
             for kind, message in word.events:
                 self.event(kind, message)
             self.state = replace(self.state, peak=larger_peak(self.state.peak, word.peak))
@@ -554,6 +548,7 @@ class _Trainer:
         if self.saved_step == self.state.step:
             return
         self.tell_failed_save(wait=True)
+        self.ranks.check_same(parameter for parameter in self.setup.model.parameters() if parameter.requires_grad)
         self.state = replace(self.state, seconds=self.seconds)
         self.writer.save(self.state, memory_model=self.guard.to_json())
         self.saved_step = self.state.step

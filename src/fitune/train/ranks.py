@@ -11,9 +11,10 @@ with itself; nothing of torch.distributed is then touched.
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from hashlib import blake2b
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -28,6 +29,7 @@ T = TypeVar("T")
 
 MOST_WAIT = timedelta(hours=2)
 """For what another process does meanwhile, such as tokenising; one that died is noticed at once."""
+SAMPLED_ELEMENTS = 4096
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -106,6 +108,21 @@ class Ranks:
                     torch._foreach_copy_(pieces, views)
         except RuntimeError as error:
             raise self._lost(error) from error
+
+    def check_same(self, tensors: "Iterable[Tensor]") -> None:
+        """Raises FituneError where the processes hold other values: a few thousand elements of each are compared."""
+        if self.size == 1:
+            return
+        digest = blake2b(digest_size=8)
+        for tensor in tensors:
+            flat = tensor.detach().reshape(-1)
+            sample = flat[:: -(-flat.numel() // SAMPLED_ELEMENTS)]
+            digest.update(sample.float().cpu().numpy().tobytes())
+        if len(set(self.exchange(digest.hexdigest()))) > 1:
+            raise FituneError(
+                "the processes no longer have the same weights: give all of them the same device, versions and number "
+                "of threads, and go on from the last checkpoint with --resume"
+            )
 
     def _gather(self, entry: Any) -> list[Any]:
         from torch import distributed
