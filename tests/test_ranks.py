@@ -25,6 +25,7 @@ from fitune.errors import ModelError
 from fitune.run.directory import RunDirectory, read_run
 from fitune.run.journal import plan_parts, read_journal
 from fitune.run.metrics import StepMetrics, read_events, read_metrics, read_summary
+from fitune.step import micro_batch_work
 from fitune.train import guard, prepare
 from tiny_ranks import run_ranks
 from tiny_run import save_tiny_model, write_config, write_dialogues
@@ -69,25 +70,22 @@ def told_to_end() -> None:
 
 
 def without_memory(num_failures: int = 10**6) -> None:
-    """From the faulty step on, so many times."""
-    real, left = guard.safe_step, [num_failures]
+    """In the faulty step, so many times."""
+    real_step, real_share = guard.safe_step, micro_batch_work.loss_share
+    now, left = [0], [num_failures]
 
-    def step(protection: Any, pieces: Any, *, step: int, **options: Any) -> Any:
-        share = protection.work.loss_share
+    def step(*arguments: Any, step: int, **options: Any) -> Any:
+        now[0] = step
+        return real_step(*arguments, step=step, **options)
 
-        def failing(piece: Any, loss_weight: float) -> torch.Tensor:
-            if step == FAULTY_STEP and left[0]:
-                left[0] -= 1
-                raise out_of_memory()
-            return share(piece, loss_weight)
+    def share(*arguments: Any, **options: Any) -> torch.Tensor:
+        if now[0] == FAULTY_STEP and left[0]:
+            left[0] -= 1
+            raise out_of_memory()
+        return real_share(*arguments, **options)
 
-        object.__setattr__(protection.work, "loss_share", failing)
-        try:
-            return real(protection, pieces, step=step, **options)
-        finally:
-            object.__setattr__(protection.work, "loss_share", share)
-
-    guard.safe_step = step
+    setattr(guard, "safe_step", step)  # noqa: B010
+    setattr(micro_batch_work, "loss_share", share)  # noqa: B010
 
 
 def without_memory_twice() -> None:

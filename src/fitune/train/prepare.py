@@ -62,6 +62,7 @@ def prepare(
     prepared = _prepare(config, on_progress, plan_check=plan_check, settings=settings, ranks=ranks)
     if ranks.leads:
         ranks.exchange(prepared.settings)
+    ranks.exchange(None)  # before anything is written all have loaded what they need
     return prepared
 
 
