@@ -18,7 +18,7 @@ from fitune.plan.forecast import Forecast, Forecaster
 from fitune.plan.other_estimates import other_estimates
 from fitune.plan.plan import Candidate, OtherEstimate, Plan, PlannedDevice, PlannedModel
 from fitune.plan.pricing import Pricer
-from fitune.plan.share import keep_bucket, not_modelled, share_of, with_bucket
+from fitune.plan.share import candidate_with_bucket, keep_bucket, not_modelled, share_of
 from fitune.units import format_bytes
 
 
@@ -41,27 +41,26 @@ def choose_plan(
     """
     limits = keep_bucket(limits or find_limits(config, gpu=gpu), num_gpus)
     lengths = lengths or find_lengths(config)
-    share = share_of(config, num_gpus)
-    forecaster = Forecaster(share, limits, lengths)
-    search = _Search(share, forecaster, on_candidate, config.batch.rows_per_step, num_gpus)
+    forecaster = Forecaster(share_of(config, num_gpus), limits, lengths)
+    search = _Search(config, forecaster, on_candidate, num_gpus=num_gpus)
     plan = search.plan(search.thorough() if thorough else search.lean())
     forecaster.save()
     return plan
 
 
 class _Search:
-    """config: of one card. rows_per_step: of all."""
+    """config: of all cards together; that of one is what is looked at."""
 
     def __init__(
         self,
         config: RunConfig,
         forecaster: Forecaster,
         on_candidate: Callable[[str], None] | None,
-        rows_per_step: int,
-        num_gpus: int,
+        *,
+        num_gpus: int = 1,
     ) -> None:
-        self.config, self.forecaster, self.on_candidate = config, forecaster, on_candidate
-        self.rows_per_step, self.num_gpus = rows_per_step, num_gpus
+        self.config, self.forecaster, self.on_candidate = share_of(config, num_gpus), forecaster, on_candidate
+        self.rows_per_step, self.num_gpus = config.batch.rows_per_step, num_gpus
         self.limits, self.lengths = forecaster.limits, forecaster.lengths
         self.choices = list(same_choices(config, self.lengths))
         self.pricer = Pricer(forecaster, self.choices)
@@ -185,7 +184,7 @@ class _Search:
             reason=_reason(forecast, self.limits),
             result=choice.result,
         )
-        return with_bucket(candidate, self.num_gpus)
+        return candidate_with_bucket(candidate, self.num_gpus)
 
     def others(self, choice: Choice) -> Iterator[OtherEstimate]:
         forecast = self.looked_at[choice]

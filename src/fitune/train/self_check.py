@@ -24,6 +24,7 @@ from fitune.memory.prediction import Prediction
 from fitune.memory.residuals import Circumstances, Residual, add_residual, circumstances
 from fitune.model.device import MemoryPeak, program_bytes
 from fitune.plan.predict import predict_run
+from fitune.plan.share import with_bucket
 from fitune.trace.step import Pass
 from fitune.units import MIB, format_bytes
 
@@ -105,8 +106,10 @@ def predict_second_step(
     """num_ranks: of which this is the first. Raises what a recording raises; a run without its prediction is still a
     run."""
     target = run_device(device)
-    prediction = predict_run(config, target, passes=list(_passes(config, train, held_out, num_ranks)))
-    return SelfCheck(prediction.training, program_bytes(device), circumstances(target, config.model.source))
+    training = predict_run(config, target, passes=list(_passes(config, train, held_out, num_ranks))).training
+    if device.type == "cuda":  # on a CPU only what is used of it is resident
+        training = with_bucket(training, num_ranks)
+    return SelfCheck(training, program_bytes(device), circumstances(target, config.model.source))
 
 
 def _passes(config: RunConfig, train: Examples, held_out: Examples, num_ranks: int) -> Iterator[Pass]:
