@@ -29,7 +29,7 @@ from fitune.step.gradient_norms import NormRecorder
 from fitune.step.micro_batch_work import allowed_reliefs, micro_batch_work
 from fitune.step.model_check import Probe, Verdict, check_model
 from fitune.step.optimizer_state import create_state
-from fitune.step.out_of_memory import try_twice
+from fitune.step.out_of_memory import release_memory, try_twice
 from fitune.step.safe_evaluate import safe_evaluate
 from fitune.step.safe_step import LATE, Failure, Protection, SafeResult, safe_step
 from fitune.step.shared_step import SharedStep
@@ -102,6 +102,8 @@ class Guard:
             kind = "model_check" if verdict.exact else "not_exact"
             self._tell(kind, verdict.reason if verdict.exact else f"warning: not exact in parts: {verdict.reason}")
         self._observed(lambda: safe_step(self.protection, self._heaviest, step=0, trial=True), self._free_bytes())
+        if self._device.type == "cpu":
+            release_memory(self._device)  # the C library would keep what the longest rows took; most batches need less
 
     def train(
         self,
