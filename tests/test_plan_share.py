@@ -79,7 +79,7 @@ def test_the_plan_of_several_cards_is_shown(place: Path, capsys: pytest.CaptureF
     shown = capsys.readouterr().out
     assert "2, which share the rows of a step; memory is of each" in shown
     assert "each card sends" in shown
-    assert main([*words, "--gpus", "2", "--output-format", "json"]) == 0
+    assert main([*words, "--gpus", "2", "--format", "json"]) == 0
     assert json.loads(capsys.readouterr().out)["data"]["gpus"] == 2
 
 

@@ -16,7 +16,7 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     ["fitune.cli.app", "fitune.train.prepare", "fitune.train.monitor", "fitune.train.checkpoint", "torch.distributed"]
 )
-MOST_SECONDS = 120
+MOST_SECONDS = 300
 
 
 def run_ranks(target: Callable[..., int], *arguments: Any, size: int = 2) -> list[int]:
