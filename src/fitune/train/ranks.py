@@ -10,7 +10,6 @@ with itself; nothing of torch.distributed is then touched.
 """
 
 import os
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -174,9 +173,8 @@ def joined() -> Iterator[Ranks]:
             silent.exit_code = error.exit_code
             raise silent from error
         raise
-    finally:
-        if sys.exc_info()[0] is None:
-            distributed.destroy_process_group()  # else the end of the process closes the connections, without waiting
+    else:
+        distributed.destroy_process_group()  # after an error the end of the process closes the connections, unasked
 
 
 def _join(size: int) -> Ranks:
