@@ -54,6 +54,7 @@ def failing(model: nn.Module, place: str, *calls: int, **options: Any) -> Iterat
                 "loss": ("fitune.step.train_step", "token_loss_sum", False),
                 "after backward": ("fitune.step.safe_step", "backward", False),
                 "commit": ("fitune.step.train_step.CommitBuffer", "add", True),
+                "sum": ("fitune.step.train_step.CommitBuffer", "filled", True),
                 "clip": ("torch.nn.utils", "clip_grad_norm_", True),
                 "update": ("torch.optim.AdamW", "step", False),
                 "evaluation": ("fitune.step.train_step", "losses_and_correct", False),

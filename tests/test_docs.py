@@ -19,6 +19,7 @@ PAGES = [*READMES, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"
 ELSEWHERE = {
     "fitune demo": "test_demo.py",
     "fitune sweep three.yaml": "test_sweep.py",
+    "torchrun --nproc_per_node 2 -m fitune train sft.yaml": "test_ranks.py",
 }  # commands that are too slow for here, and the test that runs them
 
 

@@ -39,12 +39,13 @@ def _train(
     from fitune.cli.progress import open_progress
     from fitune.cli.train import run_training
     from fitune.config import RunConfig, read_config
+    from fitune.train.ranks import joined
 
     if isinstance(config, RunConfig):
         config = config.model_dump(mode="json", exclude_defaults=True)
     resolved = read_config(config)
-    with open_progress(quiet=quiet) as progress:
-        return run_training(resolved, progress, overwrite=overwrite)[1]
+    with joined() as ranks, open_progress(quiet=quiet or not ranks.leads) as progress:
+        return run_training(resolved, progress, overwrite=overwrite, ranks=ranks)[1]
 
 
 def _plan(config: "RunConfig | Mapping[str, Any] | Path | str", *, gpu: str | None = None) -> "Plan":

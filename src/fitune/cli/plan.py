@@ -22,6 +22,7 @@ def plan(
     flags: ConfigFlags = ConfigFlags(),  # noqa: B008 (frozen)
     gpu: Annotated[str | None, Parameter(help="a card to plan for, like 'RTX 4090', or cpu (memory.gpu)")] = None,
     budget: Annotated[str | None, Parameter(help="memory to stay within: 20GiB, or 0.9 of it (memory.budget)")] = None,
+    gpus: Annotated[int, Parameter(help="so many cards, which share the rows of a step (torchrun)")] = 1,
     every: Annotated[bool, Parameter(name="--all", help="show every candidate")] = False,
     apply: Annotated[int | None, Parameter(help="print the configuration with candidate N written into it")] = None,
     measure: Annotated[bool, Parameter(help="run real steps of the chosen candidate here, and compare")] = False,
@@ -34,6 +35,10 @@ def plan(
     """Predicted memory and time of each setting, and the fastest that fits and leaves the result the same. Needs no
     card, no weights and no data: instead of a configuration, a preset, a model's directory or its config.json is
     enough. Exit 3: nothing fits."""
+    if gpus < 1:
+        raise UsageError(f"--gpus {gpus} is no number of cards: give 1 or more")
+    if gpus > 1 and (splits is not None or measure or trainer is not None):
+        raise UsageError("--splits, --measure and --trainer are of one card: drop them, or --gpus")
     if trainer is not None:
         from fitune.cli.plan_trainer import plan_trainer
 
@@ -55,7 +60,7 @@ def plan(
     from fitune.plan.planner import choose_plan
 
     with Console(stderr=True).status(say("planning")) as status:
-        found = choose_plan(config, on_candidate=status.update)
+        found = choose_plan(config, num_gpus=gpus, on_candidate=status.update)
     if apply is not None:
         from fitune.plan.candidates import settings_of
 

@@ -100,6 +100,8 @@ def _heading(plan: Plan) -> Iterator[tuple[str, str]]:
         )
         + f" · {first.optimizer} · {first.precision}",
     )
+    if data["gpus"] > 1:
+        yield say("cards"), say("{number}, which share the rows of a step; memory is of each", number=data["gpus"])
     yield (
         say("budget"),
         say(
@@ -178,4 +180,4 @@ def _footnotes(plan: Plan, num_shown: int) -> Iterator[str]:
             f"  {other.name}: {say(other.quantity)} {format_bytes(other.num_bytes)} "
             f"({format_bytes(other.predicted_bytes)}, {difference:+.0%})"
         )
-    yield from plan.assumptions[:1]
+    yield from plan.assumptions[: 1 if plan.data["gpus"] == 1 else 2]

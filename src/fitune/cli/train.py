@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -30,6 +31,7 @@ from fitune.run.directory import (
     write_json,
 )
 from fitune.run.metrics import Summary, summary_json
+from fitune.train.ranks import Ranks, joined
 from fitune.units import format_bytes, format_count, format_seconds
 
 if TYPE_CHECKING:
@@ -59,20 +61,24 @@ def train(
         _print_config(resolved, output_format)
         return
     quiet = output_format == "quiet"
-    with open_progress(quiet=quiet) as progress:
+    with joined() as ranks, open_progress(quiet=quiet or not ranks.leads) as progress:
         if dry_run:
-            _prepare(resolved.config, progress, plan_check=not no_plan_check)
+            _prepare(resolved.config, progress, plan_check=not no_plan_check, ranks=ranks)
             progress.note("dry run: model, data and settings fit together; nothing was written")
             return
         if earlier is not None and replay is None:
             is_changed = bool(words) or flags != ConfigFlags(output=flags.output)
-            summary = _resume(earlier, resolved, progress, allow_change=allow_change, is_changed=is_changed)
+            summary = _resume(
+                earlier, resolved, progress, allow_change=allow_change, is_changed=is_changed, ranks=ranks
+            )
             run = earlier
         else:
             run, summary = run_training(
-                resolved, progress, overwrite=overwrite, plan_check=not no_plan_check, replayed=earlier
+                resolved, progress, overwrite=overwrite, plan_check=not no_plan_check, replayed=earlier, ranks=ranks
             )
         _report(run, summary, progress)
+    if not ranks.leads:
+        return
     if output_format == "json":
         print_json({"run": str(run.path), "summary": summary_json(summary)})
     else:
@@ -86,26 +92,32 @@ def run_training(
     overwrite: bool = False,
     plan_check: bool = True,
     replayed: RunDirectory | None = None,
+    ranks: Ranks | None = None,
 ) -> tuple[RunDirectory, Summary]:
     """Everything of a run from its configuration to its summary. Nothing is written before model and data are loaded,
     so that what cannot work leaves no trace; only a run that would be refused is refused at once.
 
-    replayed: the run whose steps are done once more, in a directory of its own beside it."""
+    replayed: the run whose steps are done once more, in a directory of its own beside it. ranks: the processes that do
+    this together, of which the first alone writes."""
+    ranks = ranks or Ranks()
     config = resolved.config
     name = config.run.name
     run = None
     if replayed is not None:
         name = f"{replayed.name}-replay-"
-    elif name is not None and (config.run.output / name).exists() and not overwrite:
+    elif ranks.leads and name is not None and (config.run.output / name).exists() and not overwrite:
         run = create_run(config.run.output, name)  # refuses unless there is nothing to lose
     settings = None if replayed is None else _settings(replayed)
-    prepared = _prepare(config, progress, plan_check=plan_check, settings=settings)
+    prepared = _prepare(config, progress, plan_check=plan_check, settings=settings, ranks=ranks)
     from fitune.data.examples import data_json
     from fitune.memory.prediction import peak_json
     from fitune.train.checkpoint import check_disk
     from fitune.train.resume import read_replay
 
     replay = None if replayed is None else read_replay(replayed)
+    if not ranks.leads:
+        run = RunDirectory(ranks.exchange(Path())[0])
+        return run, _train(config, prepared, run, progress=progress, replay=replay, ranks=ranks)
     output = config.run.output if replayed is None else replayed.path.parent
     if (note := check_disk(output, prepared.setup, config.optim.name)) is not None:
         progress.note(f"warn   {note}")
@@ -121,8 +133,9 @@ def run_training(
             write_json(run.peak, peak_json(prepared.self_check.predicted))
         if prepared.plan is not None:
             write_json(run.plan, {"schema": SCHEMA, **plan_json(prepared.plan), "settings": prepared.settings})
-        summary = _train(config, prepared, run, progress=progress, replay=replay)
-    if prepared.plan is not None:
+        ranks.exchange(run.path)
+        summary = _train(config, prepared, run, progress=progress, replay=replay, ranks=ranks)
+    if prepared.plan is not None and ranks.size == 1:
         calibrate(prepared.plan, run.metrics)
     if replay is not None:
         progress.note(f"replay of {replay.path}: {len(replay.lines):,} steps, each bit for bit")
@@ -136,9 +149,10 @@ def _resume(
     *,
     allow_change: tuple[str, ...],
     is_changed: bool,
+    ranks: Ranks,
 ) -> Summary:
     """Nothing in the directory changes before everything is loaded and found to be the same run."""
-    with working_on(run):
+    with working_on(run) if ranks.leads else nullcontext():
         progress.begin(run)
         from fitune.model.device import choose_device
         from fitune.train.checkpoint import newest_checkpoint
@@ -149,15 +163,15 @@ def _resume(
         config = resolved.config
         if checkpoint is not None:
             config = pin_precision(config, checkpoint, choose_device())
-        prepared = _prepare(config, progress, plan_check=False, settings=_settings(run))
+        prepared = _prepare(config, progress, plan_check=False, settings=_settings(run), ranks=ranks)
         setup, data = prepared.setup, prepared.data
         identity = run_identity(config, setup, train=data.train, held_out=data.eval)
-        facts = (identity, run_conditions(config, setup))
-        start = go_on(run, checkpoint, setup, config=config, facts=facts, allowed=allow_change)
-        if is_changed:
+        facts = (identity, run_conditions(config, setup, num_ranks=ranks.size))
+        start = go_on(run, checkpoint, setup, config=config, facts=facts, allowed=allow_change, ranks=ranks)
+        if is_changed and ranks.leads:
             write_atomically(run.config, format_config(resolved))
         start = replace(start, notes=(*faults, *start.notes))
-        return _train(config, prepared, run, progress=progress, start=start)
+        return _train(config, prepared, run, progress=progress, start=start, ranks=ranks)
 
 
 def _train(
@@ -168,11 +182,14 @@ def _train(
     progress: RunProgress,
     start: "Start | None" = None,
     replay: "Replay | None" = None,
+    ranks: Ranks,
 ) -> Summary:
+    """Trackers and the monitor watch the first process only."""
     from fitune.train.loop import train as train_loop
     from fitune.train.monitor import watched
 
-    with watched(config, prepared.setup, run, watcher=progress) as watcher:
+    watchers = watched(config, prepared.setup, run, watcher=progress) if ranks.leads else nullcontext(progress)
+    with watchers as watcher:
         return train_loop(
             config,
             prepared.setup,
@@ -183,6 +200,7 @@ def _train(
             self_check=prepared.self_check,
             start=start,
             replay=replay,
+            ranks=ranks,
         )
 
 
@@ -224,7 +242,12 @@ def _settings(run: RunDirectory) -> list[str]:
 
 
 def _prepare(
-    config: RunConfig, progress: RunProgress, *, plan_check: bool, settings: Sequence[str] | None = None
+    config: RunConfig,
+    progress: RunProgress,
+    *,
+    plan_check: bool,
+    settings: Sequence[str] | None = None,
+    ranks: Ranks,
 ) -> "Prepared":
     parse_allocator_config(config.memory.allocator)
     if config.memory.allocator:
@@ -234,7 +257,7 @@ def _prepare(
     from fitune.train.trackers import check_trackers
 
     check_trackers(config)
-    prepared = prepare(config, on_progress=progress.rows, plan_check=plan_check, settings=settings)
+    prepared = prepare(config, on_progress=progress.rows, plan_check=plan_check, settings=settings, ranks=ranks)
     progress.rows(None)
     report = prepared.data.train.report
     trainable, parameters = prepared.num_trainable_parameters, prepared.num_parameters

@@ -37,6 +37,8 @@ _PLAN: dict[str, str] = {
     "model": "模型",
     "target": "目标",
     "budget": "预算",
+    "cards": "显卡",
+    "{number}, which share the rows of a step; memory is of each": "{number} 张，分担每步的行；内存按每张计",
     "effective batch {rows} · rows up to {tokens} tokens ({origin}), {mean} on average": "有效批 {rows} 行 · 每行最多 {tokens} 词元（{origin}），平均 {mean}",
     "the longest row of the data": "数据中最长的一行",
     "data.max_length": "data.max_length",

@@ -46,16 +46,17 @@ class Lengths:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """The device, what a run may use of it, and whether the configuration says how much. limit_bytes: of the whole
-    device; what other processes hold is not in it."""
+    """The device, what a run may use of it, and whether the configuration says how much. kept_bytes: of that, for what
+    is not predicted step by step. limit_bytes: of the whole device; what other processes hold is not in it."""
 
     device: Device
     budget_bytes: int
     given: bool
+    kept_bytes: int = 0
 
     @property
     def limit_bytes(self) -> int:
-        return min(self.budget_bytes, free_bytes(self.device))
+        return min(self.budget_bytes, free_bytes(self.device)) - self.kept_bytes
 
 
 def find_limits(config: RunConfig, *, gpu: str | None = None) -> Limits:

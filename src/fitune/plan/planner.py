@@ -19,6 +19,7 @@ from fitune.plan.other_estimates import other_estimates
 from fitune.plan.plan import Candidate, OtherEstimate, Plan, PlannedDevice, PlannedModel
 from fitune.plan.pricing import Pricer
 from fitune.plan.second_process import in_second_process
+from fitune.plan.share import candidate_with_bucket, keep_bucket, not_modelled, share_of
 from fitune.units import format_bytes
 
 
@@ -29,28 +30,40 @@ def choose_plan(
     limits: Limits | None = None,
     lengths: Lengths | None = None,
     thorough: bool = True,
+    num_gpus: int = 1,
     on_candidate: Callable[[str], None] | None = None,
 ) -> Plan:
     """The candidates and the chosen one; none where nothing fits.
 
     gpu: a card's name, or 'cpu'. limits, lengths: where they are known already, else found from the configuration.
     thorough: look at every candidate; else only until none of the others can be faster than one that fits.
+    num_gpus: so many alike, which share the rows of a step; memory is that of each.
     on_candidate: told what is looked at. Raises what the configuration's and the model's checks raise.
     """
-    limits = limits or find_limits(config, gpu=gpu)
+    limits = keep_bucket(limits or find_limits(config, gpu=gpu), num_gpus)
     lengths = lengths or find_lengths(config)
-    forecaster = Forecaster(config, limits, lengths)
-    search = _Search(config, forecaster, on_candidate)
+    forecaster = Forecaster(share_of(config, num_gpus), limits, lengths)
+    search = _Search(config, forecaster, on_candidate, num_gpus=num_gpus)
     plan = search.plan(search.thorough() if thorough else search.lean())
     forecaster.save()
     return plan
 
 
 class _Search:
-    def __init__(self, config: RunConfig, forecaster: Forecaster, on_candidate: Callable[[str], None] | None) -> None:
-        self.config, self.forecaster, self.on_candidate = config, forecaster, on_candidate
+    """config: of all cards together; that of one is what is looked at."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        forecaster: Forecaster,
+        on_candidate: Callable[[str], None] | None,
+        *,
+        num_gpus: int = 1,
+    ) -> None:
+        self.config, self.forecaster, self.on_candidate = share_of(config, num_gpus), forecaster, on_candidate
+        self.rows_per_step, self.num_gpus = config.batch.rows_per_step, num_gpus
         self.limits, self.lengths = forecaster.limits, forecaster.lengths
-        self.choices = list(same_choices(config, self.lengths))
+        self.choices = list(same_choices(self.config, self.lengths))
         self.pricer = Pricer(forecaster, self.choices)
         self.looked_at: dict[Choice, Forecast] = {}
         self.refused: dict[str, None] = {}
@@ -156,23 +169,26 @@ class _Search:
                 "row_tokens_origin": data.origin,
                 "mean_row_tokens": round(data.mean_tokens, 1),
                 "supervised_fraction": round(data.supervised_fraction, 4),
-                "effective_batch": self.config.batch.rows_per_step,
-                "tokens_per_step": round(data.mean_tokens * self.config.batch.rows_per_step),
+                "gpus": self.num_gpus,
+                "effective_batch": self.rows_per_step,
+                "tokens_per_step": round(data.mean_tokens * self.rows_per_step),
                 "epoch_tokens": data.epoch_tokens,
-                "epoch_steps": None
-                if data.epoch_rows is None
-                else -(-data.epoch_rows // self.config.batch.rows_per_step),
+                "epoch_steps": None if data.epoch_rows is None else -(-data.epoch_rows // self.rows_per_step),
             },
             candidates=tuple(self.candidate(choice) for choice in order),
             chosen=None if chosen is None else order.index(chosen),
             others=tuple(self.others(chosen or order[0])),
-            assumptions=(self.pricer.assumption, *shown.notes, *self.refused),
+            assumptions=(self.pricer.assumption, *self.for_several(shown), *shown.notes, *self.refused),
         )
+
+    def for_several(self, shown: Forecast) -> Iterator[str]:
+        if self.num_gpus > 1:
+            yield not_modelled(shown.num_trainable_parameters, self.num_gpus)
 
     def candidate(self, choice: Choice) -> Candidate:
         forecast = self.looked_at[choice]
         config = self.config
-        return Candidate(
+        candidate = Candidate(
             micro_batch=forecast.micro_batch,
             micro_tokens=choice.micro_tokens,
             accumulation=max(1, round(self.forecaster.shape(choice).num_micro_batches)),
@@ -193,6 +209,7 @@ class _Search:
             reason=_reason(forecast, self.limits),
             result=choice.result,
         )
+        return candidate_with_bucket(candidate, self.num_gpus)
 
     def others(self, choice: Choice) -> Iterator[OtherEstimate]:
         forecast = self.looked_at[choice]

@@ -30,7 +30,8 @@ class StepRecord:
 
     step: optimizer steps after it, one more than before unless the batch had no target. position: samples consumed
     after it. ids_hash: of its row ids in the sampler's order, as `ids_hash` makes it. loss_weight: N. plan: the row ids
-    of each micro-batch, in the order in which they were computed. loss_sum and grad_norm (before clipping): None where
+    of each micro-batch, in the order in which they were computed; of several processes one after another, with an empty
+    micro-batch between them (`plan_parts`). loss_sum and grad_norm (before clipping): None where
     N is 0. updated: whether the weights moved.
     """
 
@@ -57,6 +58,12 @@ class JournalLine(StepRecord):
     hash: str
 
 
+def plan_parts(plan: Plan) -> tuple[Plan, ...]:
+    """A plan -> that of each process, by rank; one part where there was one process."""
+    borders = [-1, *(place for place, row_ids in enumerate(plan) if not row_ids), len(plan)]
+    return tuple(plan[before + 1 : after] for before, after in pairwise(borders))
+
+
 def ids_hash(row_ids: Sequence[int]) -> str:
     """16 hexadecimal digits."""
     return blake2b(np.array(row_ids, "<i8").tobytes(), digest_size=8).hexdigest()
@@ -68,14 +75,16 @@ def chained_hash(previous: str, record: StepRecord) -> str:
     return blake2b(json.dumps(content).encode(), digest_size=8).hexdigest()
 
 
-def append_step(path: Path, previous: str, record: StepRecord, **taken: Any) -> str:
-    """Append the record with the fields that only a JournalLine has, but for `hash`, which is returned.
+def append_step(path: Path | None, previous: str, record: StepRecord, **taken: Any) -> str:
+    """Append the record with the fields that only a JournalLine has, but for `hash`, which is returned. path: None in a
+    process beside the one that writes.
 
     Raises RunDirectoryError where the line cannot be written whole.
     """
     link = chained_hash(previous, record)
     values = {field.name: getattr(record, field.name) for field in fields(StepRecord)}
-    append_line(path, JournalLine(**values, **taken, hash=link))
+    if path is not None:
+        append_line(path, JournalLine(**values, **taken, hash=link))
     return link
 
 

@@ -71,6 +71,16 @@ class NormRecorder:
         """The step begins anew."""
         self._micro, self._weights = [], []
 
+    def kept(self) -> tuple[torch.Tensor, tuple[float, ...]]:
+        """(float32 [2 a] on the device: norm and weighted norm of each of a micro-batches, their loss weights)."""
+        values = torch.cat(self._micro) if self._micro else torch.zeros(0, device=self._parameters[0].device)
+        return values, tuple(self._weights)
+
+    def take(self, values: Sequence[float], weights: Sequence[float]) -> None:
+        """The micro-batches of all processes in place of its own; as `kept` gives them."""
+        self._micro = list(torch.tensor(values, device=self._parameters[0].device).reshape(-1, 2))
+        self._weights = list(weights)
+
     @torch.no_grad()
     def values(self) -> torch.Tensor:
         """Float32 [2 a + 2] on the device, for a micro-batches: norm and weighted norm of each; the weighted norm of

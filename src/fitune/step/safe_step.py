@@ -1,6 +1,7 @@
 """The training step that running out of memory neither changes nor ends.
 
-    attempt    forward, backward and commit of each piece, then clip and update: the parts of `train_step`
+    attempt    forward, backward and commit of each piece, then clip and update: the parts of `train_step`. Between them
+               the gradients of all processes are summed, where the rows are dealt over several (step/shared_step.py)
     recover    the error and its frames are gone; gradients are dropped, buffers put back, memory is given back
     ladder     the same size again, where something passing explains the failure; smaller pieces; at a single row what
                the user allows to save memory; then the row is left out, or the run stops
@@ -16,11 +17,12 @@ from typing import Generic, Literal, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fitune.errors import OutOfMemoryError
+from fitune.errors import OutOfMemoryError, RestartError
 from fitune.model.device import usable_bytes
 from fitune.step.gradient_norms import NormRecorder
 from fitune.step.out_of_memory import memory_failure, needed_bytes, release_memory
 from fitune.step.random_state import micro_batch_seed, seed_streams, streams_kept
+from fitune.step.shared_step import SharedStep, Told, left_weight, sum_up
 from fitune.step.train_step import (
     NOTHING_TO_LEARN,
     CommitBuffer,
@@ -34,8 +36,10 @@ from fitune.units import format_bytes
 MOST_ATTEMPTS = 40
 """Of one step. Halving reaches a single row in 20 from a million positions; beyond that something else is wrong."""
 MOST_UPDATES = 2
-"""Clip and update need little, and smaller pieces would not help them."""
-Place = Literal["forward", "backward", "commit", "clip", "update", "evaluation"]
+"""What comes after the last piece needs little, and smaller pieces would not help it."""
+Place = Literal["forward", "backward", "commit", "sum", "clip", "update", "evaluation"]
+LATE: tuple[Place, ...] = ("sum", "clip", "update")
+"""After the last piece."""
 
 
 class Piece(Protocol):
@@ -120,7 +124,7 @@ class Failure:
 
     @property
     def where(self) -> str:
-        if self.place in ("clip", "update"):
+        if self.place in LATE:
             return self.place
         rows = f"row {self.row_ids[0]}" if len(self.row_ids) == 1 else f"{len(self.row_ids)} rows"
         return f"{self.place} of {rows} ({self.num_positions:,} positions)"
@@ -132,8 +136,8 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class SafeResult:
-    """plan: the row ids of each piece that the update is made of, in order. most_positions: of the largest of them.
-    quarantined: rows left out of this step."""
+    """plan: the row ids of each piece that the update is made of, in order, as `Told` has them. most_positions: of the
+    largest of this process's. quarantined: rows left out of this step."""
 
     step: StepResult
     plan: tuple[tuple[int, ...], ...]
@@ -150,17 +154,20 @@ def safe_step(
     fits: Callable[[int], bool] | None = None,
     trial: bool = False,
     norms: NormRecorder | None = None,
+    shared: SharedStep | None = None,
 ) -> SafeResult:
     """One optimizer step on these pieces, whatever memory does.
 
     step: its number, which with the run's seed and a piece's first row is what the piece draws from. fits(positions):
     whether a piece of this size should fit in what is free now, so that its failure is one that passes. trial: forward
-    and backward only, of which nothing stays, to see what fits. norms: reads this step's gradients.
+    and backward only, of which nothing stays, to see what fits. norms: reads this step's gradients. shared: with the
+    processes that compute the other rows of the batch; there may be no piece for this one.
 
     Raises OutOfMemoryError where a single row does not fit and is not to be left out: parameters, optimizer and
-    schedule are then those before the step. Raises RestartError where an unprotected update is torn.
+    schedule are then those before the step. Raises RestartError where an unprotected update is torn, or memory runs
+    out after the processes' gradients were summed; and what ends another process.
     """
-    progress = _Progress(protection, pieces, norms)
+    progress = _Progress(protection, pieces, norms, shared)
     failures: list[Failure] = []
     with streams_kept(protection.device):
         while True:
@@ -168,12 +175,12 @@ def safe_step(
             if isinstance(outcome, StepResult):
                 return SafeResult(
                     step=outcome,
-                    plan=tuple(piece.row_ids for piece in progress.done),
+                    plan=progress.plan,
                     most_positions=max((piece.num_positions for piece in progress.done), default=0),
                     failures=tuple(failures),
                     quarantined=tuple(sorted(progress.left_out)),
                 )
-            progress.recover(again=outcome.place in ("clip", "update"))
+            progress.recover(again=outcome.place in LATE)
             outcome = replace(outcome, free_bytes=protection.free_bytes())
             action = _next_rung(protection, progress, outcome, failures=failures, fits=fits)
             failures.append(replace(outcome, action=action))
@@ -182,18 +189,29 @@ def safe_step(
 class _Progress(Generic[P]):
     """How far a step has come, and what takes it back."""
 
-    def __init__(self, protection: Protection[P], pieces: Sequence[P], norms: NormRecorder | None) -> None:
-        self.protection, self.norms = protection, norms
+    def __init__(
+        self, protection: Protection[P], pieces: Sequence[P], norms: NormRecorder | None, shared: SharedStep | None
+    ) -> None:
+        self.protection, self.norms, self.shared = protection, norms, shared
+        self.is_shared = False
+        self.told_plan: tuple[tuple[int, ...], ...] | None = None
+        self.lost_weight = 0.0
         self.pending = list(pieces)
         self.done: list[P] = []
         self.losses: list[Tensor] = []
         self.left_out: set[int] = set()
         self.repeated = False
         self.committed = self._new_buffer()
-        if known := protection.quarantined & {row for piece in pieces for row in piece.row_ids}:
-            self.leave_out(known)
+        self._known = protection.quarantined & {row for piece in pieces for row in piece.row_ids}
+        if self._known:
+            self.leave_out(self._known)
+        self.lost_weight = 0.0  # by this step itself
         self.loss_weight = self._loss_weight()
         self._at_start = self._at_piece = _Buffers(protection)
+
+    @property
+    def plan(self) -> tuple[tuple[int, ...], ...]:
+        return tuple(piece.row_ids for piece in self.done) if self.told_plan is None else self.told_plan
 
     def finish(self, loss: Tensor) -> None:
         """The first pending piece is done."""
@@ -227,26 +245,71 @@ class _Progress(Generic[P]):
         self._at_start.put_back()
         self._at_piece = self._at_start
 
+    def share(self, shared: SharedStep) -> bool:
+        """Gradients, losses and norms become those of all processes. Whether there is anything to learn from. Memory is
+        needed before the others are told of anything, and not afterwards."""
+        gradients, missing = self._filled_gradients() if self.committed is None else self.committed.filled()
+        norms, weights = (gradients[0].new_zeros(0), ()) if self.norms is None else self.norms.kept()
+        host = torch.cat((torch.stack(self.losses).float(), norms) if self.losses else (norms,)).tolist()
+        losses, norm_values = host[: len(self.losses)], host[len(self.losses) :]
+        left_out = tuple(sorted(self.left_out - self._known))
+        own = Told(self.plan, tuple(losses), tuple(norm_values), weights, left_out, self.lost_weight, missing)
+        self.is_shared = True
+        every = sum_up(own, gradients, shared)
+        self.told_plan = every.plan
+        self.left_out |= set(every.left_out)
+        self.protection.quarantined |= set(every.left_out)
+        self.loss_weight = left_weight(shared.loss_weight, every.lost_weight)
+        if self.loss_weight == 0:
+            self._drop_gradients()
+            return False
+        if self.committed is None:
+            trained = _trained(self.protection.work.model)
+            for place in every.missing:
+                trained[place].grad = None
+        else:
+            self.committed.drop(every.missing)
+        self.losses = list(torch.tensor(every.losses, device=self.protection.device))
+        if self.norms is not None:
+            self.norms.take(every.norms, every.weights)
+        return True
+
     def forget(self) -> None:
-        """After a trial: no gradient and no changed buffer stays."""
+        """After a trial, or where another process ends the step: no gradient and no changed buffer stays."""
         self._drop_gradients()
         self._at_start.put_back()
 
     def leave_out(self, row_ids: Collection[int]) -> None:
         self.left_out |= set(row_ids)
+        before = sum(piece.loss_weight for piece in self.pending)
         kept = [self.protection.work.without(piece, row_ids) for piece in self.pending]
         self.pending = [piece for piece in kept if piece is not None]
+        self.lost_weight += before - sum(piece.loss_weight for piece in self.pending)
         self.loss_weight = self._loss_weight()
 
     def _drop_gradients(self) -> None:
         for parameter in self.protection.work.model.parameters():
             parameter.grad = None
 
+    def _filled_gradients(self) -> tuple[list[Tensor], tuple[int, ...]]:
+        """As `CommitBuffer.filled`, of `.grad`."""
+        trained = _trained(self.protection.work.model)
+        missing = tuple(place for place, parameter in enumerate(trained) if parameter.grad is None)
+        for place, zeros in zip(missing, [torch.zeros_like(trained[place]) for place in missing], strict=True):
+            trained[place].grad = zeros
+        return [parameter.grad for parameter in trained if parameter.grad is not None], missing
+
     def _loss_weight(self) -> float:
+        if self.shared is not None:
+            return left_weight(self.shared.loss_weight, self.lost_weight)
         return sum(piece.loss_weight for piece in self.pending)
 
     def _new_buffer(self) -> CommitBuffer | None:
         return CommitBuffer(self.protection.work.model) if self.protection.work.commit else None
+
+
+def _trained(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 class _Buffers:
@@ -288,12 +351,13 @@ class _Buffers:
 
 def _attempt(protection: Protection[P], progress: _Progress[P], *, step: int, trial: bool) -> Failure | StepResult:
     """Everything that is pending. A failure is told in numbers and words: whoever receives it holds no tensor."""
-    work = protection.work
+    work, shared = protection.work, progress.shared
     if progress.loss_weight == 0:
         progress.done, progress.pending = progress.pending, []
-        return NOTHING_TO_LEARN
+        if shared is None or trial:  # else the others wait to be told
+            return NOTHING_TO_LEARN
     place: Place = "forward"
-    piece = (progress.pending or progress.done)[0]
+    piece = next(iter(progress.pending or progress.done), None)
     try:
         while progress.pending:
             piece, place = progress.pending[0], "forward"
@@ -309,6 +373,9 @@ def _attempt(protection: Protection[P], progress: _Progress[P], *, step: int, tr
         if trial:
             progress.forget()
             return NOTHING_TO_LEARN
+        place = "sum"
+        if shared is not None and not progress.share(shared):
+            return NOTHING_TO_LEARN
         place = "clip"
         if progress.committed is not None:
             progress.committed.hand_over()
@@ -321,15 +388,22 @@ def _attempt(protection: Protection[P], progress: _Progress[P], *, step: int, tr
     except Exception as error:
         where = memory_failure(error)
         if where is None:
+            if progress.is_shared:
+                progress.forget()
             raise
+        if progress.is_shared:
+            raise RestartError(
+                f"out of memory in the {place}, after the gradients of all processes were summed: start again from the "
+                "last checkpoint"
+            ) from error
+        row_ids = () if piece is None else piece.row_ids
         if where == "host":
             raise OutOfMemoryError(
-                f"the machine's own memory ran out in the {place} of {len(piece.row_ids)} rows: close other programs, "
+                f"the machine's own memory ran out in the {place} of {len(row_ids)} rows: close other programs, "
                 "or use a smaller model or less data"
             ) from error
-        return Failure(
-            place=place, row_ids=piece.row_ids, num_positions=piece.num_positions, needed_bytes=needed_bytes(error)
-        )
+        num_positions = 0 if piece is None else piece.num_positions
+        return Failure(place=place, row_ids=row_ids, num_positions=num_positions, needed_bytes=needed_bytes(error))
 
 
 def _next_rung(
@@ -343,8 +417,8 @@ def _next_rung(
     """What is done about the failure, as a clause. Raises OutOfMemoryError at the end of the ladder."""
     if len(failures) + 1 >= MOST_ATTEMPTS:
         raise OutOfMemoryError(f"{no_room(failure)} after {MOST_ATTEMPTS} attempts: another process takes the memory")
-    if failure.place in ("clip", "update"):
-        if sum(earlier.place in ("clip", "update") for earlier in failures) + 1 >= MOST_UPDATES:
+    if failure.place in LATE:
+        if sum(earlier.place in LATE for earlier in failures) + 1 >= MOST_UPDATES:
             raise OutOfMemoryError(
                 f"{no_room(failure)}, which no smaller micro-batch needs less for: use optim.name=adamw"
             )

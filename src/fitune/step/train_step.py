@@ -60,6 +60,7 @@ class EvalResult:
     """num_correct: tokens predicted right, of num_supervised_tokens. row_losses, row_weights: the weighted sum of token
     losses and the sum of weights of each row, in the order of the row ids, however the rows were laid out."""
 
+    row_ids: tuple[int, ...]
     loss_weight: float
     num_correct: int
     num_supervised_tokens: int
@@ -152,6 +153,18 @@ class CommitBuffer:
         self._sums = [total if first is None else first for (total, _), first in zip(pairs, new, strict=True)]
         for parameter in self._parameters:
             parameter.grad = None
+
+    def filled(self) -> tuple[list[Tensor], tuple[int, ...]]:
+        """(the sum of each parameter, zeros where no micro-batch gave a gradient, the places of those)."""
+        missing = tuple(place for place, total in enumerate(self._sums) if total is None)
+        zeros = [torch.zeros_like(self._parameters[place], dtype=torch.float32) for place in missing]
+        for place, zero in zip(missing, zeros, strict=True):
+            self._sums[place] = zero
+        return [total for total in self._sums if total is not None], missing
+
+    def drop(self, places: Sequence[int]) -> None:
+        for place in places:
+            self._sums[place] = None
 
     def hand_over(self) -> None:
         """The sums become `.grad`, in the parameters' data type; this buffer is empty then."""
@@ -278,10 +291,30 @@ class EvalTotals:
         host = torch.cat(self._sums_2R, dim=1).cpu()
         order = sorted(range(len(self._row_ids)), key=self._row_ids.__getitem__)
         row_losses, row_weights = host[:, order].tolist()
-        num_correct = int(self._correct.item())
         return EvalResult(
-            self._loss_weight, num_correct, self._num_supervised_tokens, tuple(row_losses), tuple(row_weights)
+            row_ids=tuple(self._row_ids[place] for place in order),
+            loss_weight=self._loss_weight,
+            num_correct=int(self._correct.item()),
+            num_supervised_tokens=self._num_supervised_tokens,
+            row_losses=tuple(row_losses),
+            row_weights=tuple(row_weights),
         )
+
+
+def merge_evaluations(parts: Sequence[EvalResult]) -> EvalResult:
+    """Of different rows, as one evaluation."""
+    if len(parts) == 1:
+        return parts[0]
+    rows = sorted(row for part in parts for row in zip(part.row_ids, part.row_losses, part.row_weights, strict=True))
+    row_ids, row_losses, row_weights = zip(*rows, strict=True) if rows else ((), (), ())
+    return EvalResult(
+        row_ids=row_ids,
+        loss_weight=sum(part.loss_weight for part in parts),
+        num_correct=sum(part.num_correct for part in parts),
+        num_supervised_tokens=sum(part.num_supervised_tokens for part in parts),
+        row_losses=row_losses,
+        row_weights=row_weights,
+    )
 
 
 @contextmanager

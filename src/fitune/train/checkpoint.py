@@ -75,13 +75,20 @@ class CheckpointWriter:
     """Saves commits beside the training steps, one at a time.
 
     files: what `model_files` gives. facts: identity and conditions, for the checkpoint. A save that fails leaves the
-    earlier ones and is told by `failure`.
+    earlier ones and is told by `failure`. writes: not in a process beside the one that saves.
     """
 
     def __init__(
-        self, run: RunDirectory, setup: Setup, *, files: Mapping[str, bytes], facts: Mapping[str, Json]
+        self,
+        run: RunDirectory,
+        setup: Setup,
+        *,
+        files: Mapping[str, bytes],
+        facts: Mapping[str, Json],
+        writes: bool = True,
     ) -> None:
         self._run, self._setup, self._files, self._facts = run, setup, files, facts
+        self._writes = writes
         self._failure: str | None = None
         self._thread: threading.Thread | None = None
         self._is_read = threading.Event()
@@ -93,6 +100,8 @@ class CheckpointWriter:
 
         Where `state.best_step` is this step, its model becomes best/ too.
         """
+        if not self._writes:
+            return
         self.wait()
         self._is_read.clear()
         tensors = _Tensors.of(self._setup)

@@ -7,16 +7,19 @@ and the size of micro-batches as memory comes and goes.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
 
 from fitune.config import RunConfig
+from fitune.data.deal import deal
 from fitune.data.examples import Examples
 from fitune.data.packing import lay_out
 from fitune.data.rows import Batch, MicroBatch, Row
+from fitune.errors import FituneError
 from fitune.memory.prediction import Prediction
 from fitune.model.device import held_bytes
 from fitune.step.assemble import Setup
@@ -27,9 +30,11 @@ from fitune.step.optimizer_state import create_state
 from fitune.step.out_of_memory import release_memory, try_twice
 from fitune.step.safe_evaluate import safe_evaluate
 from fitune.step.safe_step import Failure, Protection, SafeResult, safe_step
-from fitune.step.train_step import EvalResult, loss_share
+from fitune.step.shared_step import SharedStep
+from fitune.step.train_step import EvalResult, loss_share, merge_evaluations
 from fitune.train.adapt import RUNG, MemoryModel, choose_size, memory_model
 from fitune.train.observed import observed, room_bytes
+from fitune.train.ranks import Ranks
 from fitune.units import format_bytes, parse_bytes
 
 LARGEST_POSITIONS = 65536
@@ -39,7 +44,8 @@ PROBE_ROWS = ((3, 1), (12, 10))
 
 
 class Guard:
-    """tell(kind, sentence): told of every event. free_bytes: before the last step; None before the first."""
+    """tell(kind, sentence): told of every event. ranks: the processes that the rows of a step are dealt over.
+    free_bytes: before the last step; None before the first."""
 
     def __init__(
         self,
@@ -49,8 +55,9 @@ class Guard:
         examples: Examples,
         tell: Callable[[str, str], None],
         predicted: Prediction | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
-        self._setup, self._tell = setup, tell
+        self._setup, self._tell, self._ranks = setup, tell, ranks or Ranks()
         work = micro_batch_work(setup.model, setup.optimizer, setup.settings, scaler=setup.scaler)
         self.protection = Protection(
             work=work,
@@ -62,7 +69,9 @@ class Guard:
         self._device = self.protection.device
         budget = config.memory.budget
         self._budget_bytes = parse_bytes(budget) if isinstance(budget, str) and budget != "auto" else None
-        self._heaviest = _heaviest(examples, setup, rows_per_step=config.batch.rows_per_step)
+        self._heaviest = _heaviest(
+            examples, setup, rows_per_step=config.batch.rows_per_step, num_ranks=self._ranks.size
+        )
         planned = setup.layout.micro_tokens or self._heaviest[0].num_positions
         is_open = config.batch.micro_rows is None and config.batch.micro_tokens == "auto"
         may_grow = config.memory.grow and is_open and self._device.type == "cuda"
@@ -82,6 +91,7 @@ class Guard:
 
     def start(self) -> None:
         """Raises OutOfMemoryError where not even the optimizer's state, or a single row, fits."""
+        self._ranks.connect(self._device)
         optimizer = self.protection.work.optimizer
         complete = try_twice(lambda: create_state(optimizer), device=self._device, what="the optimizer's state")
         if not complete and not self.protection.work.commit:
@@ -103,51 +113,77 @@ class Guard:
         keep_plan: bool = False,
         norms: NormRecorder | None = None,
     ) -> SafeResult:
-        """micro_batches: the batch as it was laid out ahead, taken where it is still of the right size. keep_plan: take
-        it in any case, as a replay does. norms: reads the step's gradients. Raises what `safe_step` raises."""
+        """micro_batches: this process's part of the batch as it was laid out ahead, taken where it is still of the
+        right size. keep_plan: take it in any case, as a replay does. norms: reads the step's gradients. Raises what
+        `safe_step` raises."""
         self.free_bytes = self._free_bytes()
+        part = deal(batch, self._ranks.size)[self._ranks.rank]
         if not keep_plan:
             size = choose_size(self.memory, self.free_bytes)
             self._tell_size(self.free_bytes)
             if size != self.memory.planned:
-                micro_batches = replace(self._setup.layout, micro_rows=None, micro_tokens=size).split(batch)
-        return self._observed(
-            lambda: safe_step(self.protection, micro_batches, step=step, fits=self._fits, norms=norms),
-            self.free_bytes,
-            batch.num_tokens,
-        )
+                micro_batches = replace(self._setup.layout, micro_rows=None, micro_tokens=size).split(part)
+        shared = None if self._ranks.size == 1 else SharedStep(self._ranks, self._loss_weight(batch))
+        with self._telling():
+            return self._observed(
+                lambda: safe_step(
+                    self.protection, micro_batches, step=step, fits=self._fits, norms=norms, shared=shared
+                ),
+                self.free_bytes,
+                part.num_tokens,
+            )
 
     def set_clip(self, clip: float) -> None:
         self.protection.work = replace(self.protection.work, clip=clip)
 
     def evaluate(self, micro_batches: Iterable[MicroBatch]) -> EvalResult:
-        found = safe_evaluate(
-            self.protection.work.model,
-            micro_batches,
-            settings=self._setup.settings,
-            room=self._free_bytes,
-            most_positions=self._eval_most_positions,
-            quarantine=self.protection.quarantine,
-        )
+        """micro_batches: this process's part. Of all parts."""
+        with self._telling():
+            found = safe_evaluate(
+                self.protection.work.model,
+                micro_batches,
+                settings=self._setup.settings,
+                room=self._free_bytes,
+                most_positions=self._eval_most_positions,
+                quarantine=self.protection.quarantine,
+            )
         self._eval_most_positions = found.most_positions
         self._tell_failures(found.failures)
-        return found.result
+        return merge_evaluations(self._ranks.exchange(found.result))
 
     def to_json(self) -> dict[str, Any]:
-        """What it has learned, for a checkpoint."""
-        return {
+        """What it has learned, for a checkpoint; what each has, where there are several processes."""
+        own = {
             "memory": asdict(self.memory),
             "quarantined": sorted(self.protection.quarantined),
             "eval_most_positions": self._eval_most_positions,
         }
+        every = self._ranks.exchange(own)
+        return own if len(every) == 1 else {"ranks": every}
 
     def restore(self, content: Mapping[str, Any]) -> None:
         """What `to_json` gave. Under another plan the sizes that were learned mean nothing and are not taken."""
+        every = content.get("ranks", [content])
+        content = every[self._ranks.rank if self._ranks.rank < len(every) else 0]
         if content["memory"]["planned"] == self.memory.planned:
             self.memory = memory_model(content["memory"])
             self._told_rung = self.memory.rung
         self.protection.quarantined = set(content["quarantined"])
         self._eval_most_positions = content["eval_most_positions"]
+
+    @contextmanager
+    def _telling(self) -> Iterator[None]:
+        """What ends this process's part ends the others', who wait for it."""
+        try:
+            yield
+        except FituneError as error:
+            self._ranks.tell(error)
+            raise
+
+    def _loss_weight(self, batch: Batch) -> float:
+        """N of the batch, without the rows that are left out; the same in all processes."""
+        left_out = self.protection.quarantined
+        return Batch(tuple(row for row in batch.rows if row.row_id not in left_out)).loss_weight
 
     def _observed(
         self, action: Callable[[], SafeResult], free_bytes: int | None, num_tokens: int | None = None
@@ -199,11 +235,12 @@ def _probe_row(row_id: int, num_tokens: int, num_targets: int) -> Row:
     return Row(row_id, np.arange(1, num_tokens + 1, dtype=np.int32), weights)
 
 
-def _heaviest(examples: Examples, setup: Setup, *, rows_per_step: int) -> list[MicroBatch]:
+def _heaviest(examples: Examples, setup: Setup, *, rows_per_step: int, num_ranks: int) -> list[MicroBatch]:
     """The largest micro-batch that the longest rows make, twice where a step has two: the second finds the gradients
     there already."""
     longest = np.argsort(-examples.lengths, kind="stable")[:rows_per_step]
-    micro_batches = setup.layout.split(Batch(tuple(examples[int(row)] for row in longest)))
+    part = deal(Batch(tuple(examples[int(row)] for row in longest)), num_ranks)[0]
+    micro_batches = setup.layout.split(part)
     largest = max(micro_batches, key=lambda micro_batch: micro_batch.num_positions)
     return [largest] * min(len(micro_batches), 2)
 

@@ -39,11 +39,12 @@ def run_identity(config: RunConfig, setup: Setup, *, train: Examples, held_out: 
     }
 
 
-def run_conditions(config: RunConfig, setup: Setup) -> Json:
+def run_conditions(config: RunConfig, setup: Setup, *, num_ranks: int = 1) -> Json:
     device = next(setup.model.parameters()).device
     return {
         "batch.micro": setup.layout.micro_rows,
         "batch.micro_tokens": setup.layout.micro_tokens,
+        "batch.ranks": num_ranks if num_ranks > 1 else None,
         "data.packing": setup.layout.packed,
         "loss": "full" if setup.settings.loss.head is None else "chunked",
         "model.attention": config.model.attention,

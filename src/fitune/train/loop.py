@@ -7,9 +7,10 @@ commit; a second one ends the process at once.
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 
@@ -17,6 +18,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from fitune.config import RunConfig, config_hash
 from fitune.data.batches import batches, num_samples, num_steps, prefetch
+from fitune.data.deal import deal
 from fitune.data.examples import Examples
 from fitune.data.rows import Batch, MicroBatch
 from fitune.errors import FituneError, InterruptedRunError, OutOfMemoryError, RunDirectoryError
@@ -54,6 +56,7 @@ from fitune.train.noise import (
     observe,
     observe_preconditioned,
 )
+from fitune.train.ranks import Ranks
 from fitune.train.resume import Replay, Start, check_replayed, replayed_split
 from fitune.train.schedule import lr_factor
 from fitune.train.self_check import CHECKED_STEP, SelfCheck
@@ -63,6 +66,8 @@ from fitune.units import parse_seconds
 EVALS_PER_RUN = 10
 PREFETCHED_BATCHES = 2
 MOST_BAD_STEPS = 3
+OWN_EVENTS = ("out_of_memory", "micro_batch")
+"""What happens to one of several processes; all else they do together."""
 MOST_OVERFLOWS = 30
 """A float16 scale of 2^16 needs 16 halvings to reach 1; more overflows in a row are no matter of scale."""
 
@@ -81,6 +86,17 @@ class Watcher(Protocol):
 class Data:
     train: Examples
     eval: Examples
+
+
+@dataclass(frozen=True)
+class _Word:
+    """What a process tells the others after each step. signal: that it was sent. is_late: its time is up. events: that
+    the others had not. peak: since the run began."""
+
+    signal: int | None
+    is_late: bool
+    events: tuple[tuple[str, str], ...]
+    peak: MemoryPeak
 
 
 @dataclass(frozen=True)
@@ -128,14 +144,15 @@ def train(
     self_check: SelfCheck | None = None,
     start: Start | None = None,
     replay: Replay | None = None,
+    ranks: Ranks | None = None,
 ) -> Summary:
     """Train to the end. self_check: the prediction of the second step, which is compared with what it took. start:
     where a run goes on, whose weights and random numbers are there already. replay: the steps to do, and what must
-    come out.
+    come out. ranks: the processes that train together, each of which calls this; the first alone writes.
 
     Raises InterruptedRunError after a signal, FituneError when the loss stays not finite or a replay differs,
     RunDirectoryError where the end cannot be saved; the weights of the last commit are in `run.last` in every case."""
-    trainer = _Trainer(config, setup, run, data, tokenizer, watcher, self_check, start, replay)
+    trainer = _Trainer(config, setup, run, data, tokenizer, watcher, self_check, start, replay, ranks or Ranks())
     status: Status = "failed"
     try:
         with _noted_signals() as caught:
@@ -169,7 +186,9 @@ class _Trainer:
         self_check: SelfCheck | None,
         start: Start | None,
         replay: Replay | None,
+        ranks: Ranks,
     ) -> None:
+        self.ranks, self.untold = ranks, list[tuple[str, str]]()
         self.config, self.setup, self.run, self.data = config, setup, run, data
         self.watcher, self.self_check, self.start, self.replay = watcher, self_check, start, replay
         self.device = next(setup.model.parameters()).device
@@ -180,8 +199,9 @@ class _Trainer:
             config,
             setup,
             examples=data.train,
-            tell=self.event,
+            tell=self.own_event,
             predicted=None if self_check is None else self_check.predicted,
+            ranks=ranks,
         )
         if self.state.batch.optim is not None:
             self.set_optim(self.state.batch.optim)
@@ -197,8 +217,9 @@ class _Trainer:
             files=model_files(setup.model, tokenizer=tokenizer),
             facts={
                 "identity": run_identity(config, setup, train=data.train, held_out=data.eval),
-                "conditions": run_conditions(config, setup),
+                "conditions": run_conditions(config, setup, num_ranks=ranks.size),
             },
+            writes=ranks.leads,
         )
 
     @property
@@ -256,9 +277,10 @@ class _Trainer:
                     prepared.close()  # type: ignore[attr-defined]
                     prepared = prefetch(self._prepared(), depth=PREFETCHED_BATCHES)
                 self.tell_failed_save()
+                stops = self.agree_to_stop(caught, stop_at)
                 if self.is_over():
                     break
-                if caught or (stop_at is not None and time.perf_counter() >= stop_at):
+                if stops:
                     self.save_for_good()
                     self.event("stopped", "interrupted" if caught else f"stopped after {self.config.train.stop_after}")
                     return "stopped"
@@ -269,8 +291,24 @@ class _Trainer:
         finally:
             prepared.close()  # type: ignore[attr-defined]
         self.evaluate()
+        self.agree_to_stop([], None)
         self.save_for_good()
         return "finished"
+
+    def agree_to_stop(self, caught: list[int], stop_at: float | None) -> bool:
+        """Whether all processes stop here, since one was sent a signal or its time is up. What each has to tell is
+        told."""
+        is_late = stop_at is not None and time.perf_counter() >= stop_at
+        own = _Word(next(iter(caught), None), is_late, tuple(self.untold), self.state.peak)
+        self.untold.clear()
+        words = self.ranks.exchange(own)
+        for word in words:
+            for kind, message in word.events:
+                self.event(kind, message)
+            self.state = replace(self.state, peak=larger_peak(self.state.peak, word.peak))
+        if not caught:
+            caught += [word.signal for word in words if word.signal is not None][:1]
+        return bool(caught) or any(word.is_late for word in words)
 
     def _prepared(self) -> Iterator[tuple[Batch, list[MicroBatch]]]:
         following = batches(
@@ -282,10 +320,10 @@ class _Trainer:
         )
         if self.replay is not None:
             for batch, line in zip(following, self.replay.lines[self.num_replayed :], strict=False):
-                yield batch, replayed_split(batch, line, packed=self.setup.layout.packed)
+                yield batch, replayed_split(batch, line, packed=self.setup.layout.packed, ranks=self.ranks)
             return
         for batch in following:
-            yield batch, self.setup.layout.split(batch)
+            yield batch, self.setup.layout.split(deal(batch, self.ranks.size)[self.ranks.rank])
 
     def train_batch(self, batch: Batch, micro_batches: list[MicroBatch]) -> None:
         state, setup = self.state, self.setup
@@ -325,14 +363,14 @@ class _Trainer:
             grad_norm=result.grad_norm,
             seconds=seconds,
             tokens_per_second=batch.num_tokens / seconds,
-            num_micro_batches=len(safe.plan),
+            num_micro_batches=sum(map(bool, safe.plan)),
             micro_batch=max(map(len, safe.plan)),
             peak_allocated_bytes=peak.allocated_bytes,
             peak_reserved_bytes=peak.reserved_bytes,
             device_used_bytes=peak.device_bytes,
             **noise_fields(state.noise, state.preconditioned_noise, step_tokens=result.loss_weight),
         )
-        append_line(self.run.metrics, metrics)
+        self.write(self.run.metrics, metrics)
         self.watcher.step(metrics, progress=progress)
         if not result.updated:
             self.check_update(result)
@@ -357,7 +395,7 @@ class _Trainer:
             check_replayed(self.replay, self.num_replayed, record)
             self.num_replayed += 1
         link = append_step(
-            self.run.journal,
+            self.run.journal if self.ranks.leads else None,
             state.journal_hash,
             record,
             attempts=1 + len(safe.failures),
@@ -463,7 +501,9 @@ class _Trainer:
             return
         reset_peak(self.device)
         start = time.perf_counter()
-        micro_batches = _in_order(self.data.eval, self.setup.eval_layout, self.config.batch.rows_per_step)
+        own_rows = range(self.ranks.rank, len(self.data.eval), self.ranks.size)
+        rows_at_once = self.config.batch.rows_per_step
+        micro_batches = _in_order(self.data.eval, own_rows, self.setup.eval_layout, rows_at_once=rows_at_once)
         with self.saved_before_it_ends():
             result = self.guard.evaluate(micro_batches)
         state = self.state
@@ -478,8 +518,9 @@ class _Trainer:
             seconds=time.perf_counter() - start,
             peak_allocated_bytes=peak.allocated_bytes,
         )
-        append_line(self.run.metrics, metrics)
-        append_eval_rows(self.run.eval_rows, _eval_rows(result, metrics))
+        self.write(self.run.metrics, metrics)
+        if self.ranks.leads:
+            append_eval_rows(self.run.eval_rows, _eval_rows(result, metrics))
         # the untrained model is measured but is no result of this run, nor is a loss that is not a number
         better = state.best_eval_loss is None or result.loss < state.best_eval_loss
         best = state.step > 0 and better and math.isfinite(result.loss)
@@ -501,6 +542,7 @@ class _Trainer:
         if self.saved_step == self.state.step:
             return
         self.tell_failed_save(wait=True)
+        self.ranks.check_same(parameter for parameter in self.setup.model.parameters() if parameter.requires_grad)
         self.state = replace(self.state, seconds=self.seconds)
         self.writer.save(self.state, memory_model=self.guard.to_json())
         self.saved_step = self.state.step
@@ -517,11 +559,24 @@ class _Trainer:
         """Save and wait. Raises RunDirectoryError where that fails."""
         self.save()
         self.writer.wait()
-        if (failure := self.writer.failure()) is not None:
+        failure = self.ranks.exchange(self.writer.failure())[0]
+        if failure is not None:
             raise RunDirectoryError(f"{failure}; the checkpoint before it is whole")
 
+    def write(self, path: Path, line: StepMetrics | EvalMetrics | RunEvent) -> None:
+        if self.ranks.leads:
+            append_line(path, line)
+
+    def own_event(self, kind: str, message: str) -> None:
+        """Of this process alone. The first one tells its own at once, and the others' after the step."""
+        if self.ranks.leads:
+            self.event(kind, message)
+        elif kind in OWN_EVENTS:
+            self.untold.append((kind, f"rank {self.ranks.rank}: {message}"))
+
     def event(self, kind: str, message: str) -> None:
-        append_line(self.run.events, RunEvent(time=time.time(), step=self.state.step, kind=kind, message=message))
+        """Of all processes."""
+        self.write(self.run.events, RunEvent(time=time.time(), step=self.state.step, kind=kind, message=message))
         if kind == "out_of_memory":
             self.state = replace(self.state, num_ooms=self.state.num_ooms + 1)
         self.watcher.note(message)
@@ -555,7 +610,8 @@ class _Trainer:
             config_hash=config_hash(self.config),
             data_hash=self.data.train.data_hash,
         )
-        write_json(self.run.summary, summary_json(summary))
+        if self.ranks.leads:
+            write_json(self.run.summary, summary_json(summary))
         return summary
 
 
@@ -565,10 +621,10 @@ def _eval_rows(result: EvalResult, metrics: EvalMetrics) -> EvalRows:
     return EvalRows(step=metrics.step, total_tokens=metrics.total_tokens, losses=losses, weights=result.row_weights)
 
 
-def _in_order(examples: Examples, layout: Layout, rows_at_once: int) -> Iterator[MicroBatch]:
-    """All rows in micro-batches, read as they are needed."""
-    for start in range(0, len(examples), rows_at_once):
-        rows = tuple(examples[index] for index in range(start, min(start + rows_at_once, len(examples))))
+def _in_order(examples: Examples, numbers: Sequence[int], layout: Layout, *, rows_at_once: int) -> Iterator[MicroBatch]:
+    """The rows of these numbers in micro-batches, read as they are needed."""
+    for start in range(0, len(numbers), rows_at_once):
+        rows = tuple(examples[number] for number in numbers[start : start + rows_at_once])
         yield from layout.split(Batch(rows))
 
 

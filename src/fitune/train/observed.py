@@ -7,7 +7,7 @@ import torch
 
 from fitune.memory.devices import cpu_device
 from fitune.model.device import held_bytes, num_alloc_retries, read_peak, reset_peak, usable_bytes
-from fitune.step.safe_step import SafeResult
+from fitune.step.safe_step import LATE, SafeResult
 from fitune.train.adapt import MemoryModel, Observation, learn
 
 
@@ -34,7 +34,7 @@ def observed(
     seconds = time.perf_counter() - start
     peak = read_peak(device)
     peak_bytes = peak.device_bytes if peak.allocated_bytes is None else peak.allocated_bytes
-    sizes = [each.num_positions for each in result.failures if each.place not in ("clip", "update")]
+    sizes = [each.num_positions for each in result.failures if each.place not in LATE]
     failed = [size for size in sizes if size > result.most_positions]  # others fitted when they were done again
     learn(
         memory,

@@ -18,6 +18,7 @@ from fitune.plan.plan import Plan, closest, does_not_fit
 from fitune.plan.planner import choose_plan
 from fitune.step.assemble import Setup, assemble, choose_precision
 from fitune.train.loop import Data
+from fitune.train.ranks import Ranks
 from fitune.train.self_check import SelfCheck, predict_second_step, run_device
 from fitune.units import format_bytes
 
@@ -46,13 +47,33 @@ def prepare(
     on_progress: Callable[[int], None] | None = None,
     plan_check: bool = True,
     settings: Sequence[str] | None = None,
+    ranks: Ranks | None = None,
 ) -> Prepared:
     """on_progress: called with the number of rows tokenised so far. plan_check: whether a setting that is predicted to
     need more than memory.budget is refused. settings: what an earlier plan decided, which is followed instead of a new
-    one, as far as the configuration still leaves it open.
+    one, as far as the configuration still leaves it open. ranks: the processes that do this together, of which the
+    first goes ahead: it tokenises and plans for all.
 
     Raises a UsageError of the room concerned, and DoesNotFitError.
     """
+    ranks = ranks or Ranks()
+    if not ranks.leads:
+        settings = ranks.exchange(settings)[0]
+    prepared = _prepare(config, on_progress, plan_check=plan_check, settings=settings, ranks=ranks)
+    if ranks.leads:
+        ranks.exchange(prepared.settings)
+    ranks.exchange(None)  # before anything is written all have loaded what they need
+    return prepared
+
+
+def _prepare(
+    config: RunConfig,
+    on_progress: Callable[[int], None] | None,
+    *,
+    plan_check: bool,
+    settings: Sequence[str] | None,
+    ranks: Ranks,
+) -> Prepared:
     device = choose_device()
     notes = []
     if config.memory.allocator and device.type == "cpu":
@@ -71,12 +92,14 @@ def prepare(
                 limits=limits_of(config, run_device(device)),
                 lengths=lengths_of(data.train, data.eval),
                 thorough=False,
+                num_gpus=ranks.size,
             )
             settings, note = follow(plan, config, plan_check=plan_check)
             notes.append(note)
         settings = still_open(settings, config)
         config = read_config(config.model_dump(mode="json", exclude_defaults=True), settings).config
-        self_check = predict_second_step(config, data.train, data.eval, device=device)
+        if ranks.leads:
+            self_check = predict_second_step(config, data.train, data.eval, device=device, num_ranks=ranks.size)
     except DoesNotFitError:
         raise
     except Exception as error:  # whatever a model does on tensors without data: the run itself needs none of this

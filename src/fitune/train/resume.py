@@ -10,12 +10,13 @@ from fitune.config import RunConfig
 from fitune.data.packing import lay_out
 from fitune.data.rows import Batch, MicroBatch
 from fitune.data.unpacking import lay_out_as
-from fitune.errors import FituneError
+from fitune.errors import FituneError, UsageError
 from fitune.run.directory import RunDirectory
-from fitune.run.journal import JournalLine, StepRecord, read_journal
+from fitune.run.journal import JournalLine, StepRecord, plan_parts, read_journal
 from fitune.step.assemble import Setup, choose_precision
 from fitune.train.checkpoint import Checkpoint, restore, roll_back
 from fitune.train.identity import Json, check_identity, condition_note
+from fitune.train.ranks import Ranks
 from fitune.train.state import RunState
 
 
@@ -44,20 +45,23 @@ def go_on(
     config: RunConfig,
     facts: tuple[Json, Json],
     allowed: Collection[str] = (),
+    ranks: Ranks | None = None,
 ) -> Start:
     """Bring directory, weights, optimizer and random numbers to `checkpoint` (None: to the beginning).
 
     facts: identity and conditions of what is asked for now. allowed: the keys of the identity that may have changed.
-    Raises RunDirectoryError, before anything is changed, where something else has.
+    ranks: the processes that do so together, of which the first alone changes the directory. Raises RunDirectoryError,
+    before anything is changed, where something else has.
     """
     identity, conditions = facts
+    leads = ranks is None or ranks.leads
     if checkpoint is None:
-        lost = roll_back(run, None)
+        lost = roll_back(run, None) if leads else []
         return Start(RunState(), ("nothing was saved yet: starts from the beginning", *lost))
     notes = check_identity(checkpoint.identity, identity, allowed=allowed)
     dropout = config.model.method != "full" and config.model.lora.dropout > 0
     note = condition_note(checkpoint.conditions, conditions, dropout=dropout)
-    lost = roll_back(run, checkpoint)
+    lost = roll_back(run, checkpoint) if leads else []
     restore(checkpoint, setup)
     where = f"goes on after step {checkpoint.state.step}"
     return Start(checkpoint.state, (where, *notes, *([note] if note else []), *lost), checkpoint.memory_model)
@@ -76,10 +80,17 @@ def read_replay(run: RunDirectory) -> Replay:
     return Replay(run.path, read_journal(run.journal))
 
 
-def replayed_split(batch: Batch, line: JournalLine, *, packed: bool) -> list[MicroBatch]:
-    """The micro-batches of that line. A row that is in the batch twice is the same row."""
+def replayed_split(batch: Batch, line: JournalLine, *, packed: bool, ranks: Ranks) -> list[MicroBatch]:
+    """This process's micro-batches of that line. A row that is in the batch twice is the same row. Raises UsageError
+    where the line is of another number of processes."""
+    parts = plan_parts(line.plan)
+    if len(parts) != ranks.size:
+        raise UsageError(
+            f"step {line.step} was done by {len(parts)} processes and cannot be replayed by {ranks.size}: start "
+            f"{len(parts)}, with torchrun --nproc_per_node {len(parts)}"
+        )
     try:
-        return lay_out_as(batch, line.plan, packed=packed)
+        return lay_out_as(batch, parts[ranks.rank], packed=packed)
     except KeyError:
         return [lay_out(batch.rows, packed=packed)]  # another batch: the comparison of the step says so
 

@@ -15,6 +15,7 @@ import torch
 
 from fitune.config import RunConfig
 from fitune.data.batches import batches
+from fitune.data.deal import deal
 from fitune.data.examples import Examples
 from fitune.data.rows import Batch
 from fitune.memory.devices import Device, cpu_device, this_machine
@@ -23,6 +24,7 @@ from fitune.memory.prediction import Prediction
 from fitune.memory.residuals import Circumstances, Residual, add_residual, circumstances
 from fitune.model.device import MemoryPeak, program_bytes
 from fitune.plan.predict import predict_run
+from fitune.plan.share import with_bucket
 from fitune.trace.step import Pass
 from fitune.units import MIB, format_bytes
 
@@ -98,21 +100,26 @@ def run_device(device: torch.device) -> Device:
     return next((card for card in cards if (card.uuid or "").endswith(uuid)), cards[0])
 
 
-def predict_second_step(config: RunConfig, train: Examples, held_out: Examples, *, device: torch.device) -> SelfCheck:
-    """Raises what a recording raises; a run without its prediction is still a run."""
+def predict_second_step(
+    config: RunConfig, train: Examples, held_out: Examples, *, device: torch.device, num_ranks: int = 1
+) -> SelfCheck:
+    """num_ranks: of which this is the first. Raises what a recording raises; a run without its prediction is still a
+    run."""
     target = run_device(device)
-    prediction = predict_run(config, target, passes=list(_passes(config, train, held_out)))
-    return SelfCheck(prediction.training, program_bytes(device), circumstances(target, config.model.source))
+    training = predict_run(config, target, passes=list(_passes(config, train, held_out, num_ranks))).training
+    if device.type == "cuda":  # on a CPU only what is used of it is resident
+        training = with_bucket(training, num_ranks)
+    return SelfCheck(training, program_bytes(device), circumstances(target, config.model.source))
 
 
-def _passes(config: RunConfig, train: Examples, held_out: Examples) -> Iterator[Pass]:
+def _passes(config: RunConfig, train: Examples, held_out: Examples, num_ranks: int) -> Iterator[Pass]:
     """As the run will do them: an evaluation of the untrained model, then its first two steps."""
     rows_per_step = config.batch.rows_per_step
     if len(held_out):
-        rows = tuple(held_out[index] for index in range(min(rows_per_step, len(held_out))))
+        rows = tuple(held_out[index] for index in range(0, len(held_out), num_ranks)[:rows_per_step])
         yield Pass("eval", _sizes(Batch(rows)), most_micro_batches=1)
     seen = list(islice(batches(train, rows_per_step=rows_per_step, seed=config.train.seed), CHECKED_STEP))
-    yield from (Pass("train", _sizes(batch)) for batch in seen)
+    yield from (Pass("train", _sizes(deal(batch, num_ranks)[0])) for batch in seen)
 
 
 def _sizes(batch: Batch) -> tuple[tuple[int, int], ...]:
