@@ -122,14 +122,15 @@ def train(
     self_check: SelfCheck | None = None,
     start: Start | None = None,
     replay: Replay | None = None,
+    until: int | None = None,
 ) -> Summary:
     """Train to the end. self_check: the prediction of the second step, which is compared with what it took. start:
     where a run goes on, whose weights and random numbers are there already. replay: the steps to do, and what must
-    come out.
+    come out. until: samples after which the run stops, saved as by a signal.
 
     Raises InterruptedRunError after a signal, FituneError when the loss stays not finite or a replay differs,
     RunDirectoryError where the end cannot be saved; the weights of the last commit are in `run.last` in every case."""
-    trainer = _Trainer(config, setup, run, data, tokenizer, watcher, self_check, start, replay)
+    trainer = _Trainer(config, setup, run, data, tokenizer, watcher, self_check, start, replay, until)
     status: Status = "failed"
     try:
         with _noted_signals() as caught:
@@ -163,9 +164,10 @@ class _Trainer:
         self_check: SelfCheck | None,
         start: Start | None,
         replay: Replay | None,
+        until: int | None,
     ) -> None:
         self.config, self.setup, self.run, self.data = config, setup, run, data
-        self.watcher, self.self_check, self.start, self.replay = watcher, self_check, start, replay
+        self.watcher, self.self_check, self.start, self.replay, self.until = watcher, self_check, start, replay, until
         self.device = next(setup.model.parameters()).device
         self.length = run_length(config, data.train)
         self.state = RunState() if start is None else start.state
@@ -260,6 +262,9 @@ class _Trainer:
                     self.evaluate()
                 if self.state.step % self.save_every == 0:
                     self.save()
+                if self.until is not None and self.state.position >= self.until:
+                    self.save_for_good()
+                    return "stopped"
         finally:
             prepared.close()  # type: ignore[attr-defined]
         self.evaluate()
@@ -469,7 +474,7 @@ class _Trainer:
             return
         reset_peak(self.device)
         start = time.perf_counter()
-        micro_batches = _in_order(self.data.eval, self.setup.eval_layout, self.config.batch.rows_per_step)
+        micro_batches = in_order(self.data.eval, self.setup.eval_layout, self.config.batch.rows_per_step)
         with self.saved_before_it_ends():
             result = self.guard.evaluate(micro_batches)
         state = self.state
@@ -571,7 +576,7 @@ def _eval_rows(result: EvalResult, metrics: EvalMetrics) -> EvalRows:
     return EvalRows(step=metrics.step, total_tokens=metrics.total_tokens, losses=losses, weights=result.row_weights)
 
 
-def _in_order(examples: Examples, layout: Layout, rows_at_once: int) -> Iterator[MicroBatch]:
+def in_order(examples: Examples, layout: Layout, rows_at_once: int) -> Iterator[MicroBatch]:
     """All rows in micro-batches, read as they are needed."""
     for start in range(0, len(examples), rows_at_once):
         rows = tuple(examples[index] for index in range(start, min(start + rows_at_once, len(examples))))
