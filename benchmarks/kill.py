@@ -2,10 +2,10 @@
 
     python benchmarks/kill.py [--kills 100] [--seed 0] [--output FILE.json]
 
-Each run is a forked process that gets SIGKILL after a random share of the time that a whole run takes: while it
-tokenises, evaluates, steps or saves. It is started again (`--resume`, or the first command where nothing was written
-yet) and killed again, up to three times; then it may end. Its weights, its metrics and the last hash of its journal
-must be those of the run that was left alone. Exit code 1 where one is not.
+Each run is a forked process that gets SIGKILL at a random moment: every third time of the whole run, else of what
+comes once it evaluates, steps or saves, which is the shorter part of so small a run. It is started again (`--resume`,
+or the first command where nothing was written yet) and killed again, up to three times; then it may end. Its weights,
+its metrics and the last hash of its journal must be those of the run that was left alone. Exit code 1 where one is not.
 """
 
 import argparse
@@ -24,10 +24,12 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
+
+import torch  # noqa: E402
 
 from fitune.cli import app  # noqa: E402
 from fitune.data import examples  # noqa: E402
@@ -39,6 +41,8 @@ from tiny_run import save_tiny_model, write_config, write_dialogues  # noqa: E40
 
 MOST_KILLS_PER_RUN = 3
 STAGES = ("starting", "tokenising", "evaluating", "stepping", "saving")
+TRAINED = STAGES[2:]
+POLL_SECONDS = 0.001
 KINDS: dict[str, tuple[str, ...]] = {
     "full": (),
     "lora": ("model.method=lora", "model.lora.dropout=0.2"),
@@ -52,7 +56,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--output", type=lambda name: Path(name).resolve())
     arguments = parser.parse_args()
     draw = random.Random(arguments.seed)
     with tempfile.TemporaryDirectory() as place:
@@ -74,23 +78,25 @@ def _kill_all(num_kills: int, draw: random.Random) -> tuple[Counter[str], list[s
     """(how often a run was killed in each stage, what was wrong)."""
     killed: Counter[str] = Counter()
     faults: list[str] = []
-    alone: dict[str, tuple[float, dict[str, Any]]] = {}
+    alone: dict[str, tuple[_Seconds, dict[str, Any]]] = {}
     number = 0
     while killed.total() < num_kills:
         kind = list(KINDS)[number % len(KINDS)]
         if kind not in alone:
-            start = time.perf_counter()
-            _run(f"{kind}-alone", kind, kill_after=None)
-            alone[kind] = time.perf_counter() - start, _outcome(Path("runs", f"{kind}-alone"))
+            seconds = _run(f"{kind}-alone", kind)
+            assert isinstance(seconds, _Seconds)
+            alone[kind] = seconds, _outcome(Path("runs", f"{kind}-alone"))
         seconds, expected = alone[kind]
         wanted = min(draw.randint(1, MOST_KILLS_PER_RUN), num_kills - killed.total())
         told = []
         for _ in range(wanted):
-            stage = _run("run", kind, kill_after=draw.uniform(0, seconds))
-            if stage is not None:
+            anywhere = draw.randrange(3) == 0
+            kill_after = draw.uniform(0, seconds.total if anywhere else seconds.trained)
+            stage = _run("run", kind, kill_after=kill_after, once_trained=not anywhere)
+            if isinstance(stage, str):
                 killed[stage] += 1
                 told.append(stage)
-        _run("run", kind, kill_after=None)
+        _run("run", kind)
         outcome = _outcome(Path("runs/run"))
         if differing := [name for name in expected if outcome[name] != expected[name]]:
             faults.append(f"{kind}, killed while {' and '.join(told)}: {', '.join(differing)}")
@@ -100,8 +106,16 @@ def _kill_all(num_kills: int, draw: random.Random) -> tuple[Counter[str], list[s
     return killed, faults
 
 
-def _run(name: str, kind: str, *, kill_after: float | None) -> str | None:
-    """Start the run or let it go on. The stage in which it was killed after so many seconds, None where it ended."""
+class _Seconds(NamedTuple):
+    """How long a run took, and how long of it from its first evaluation on."""
+
+    total: float
+    trained: float
+
+
+def _run(name: str, kind: str, *, kill_after: float | None = None, once_trained: bool = False) -> str | _Seconds:
+    """Start the run or let it go on. The stage in which it was killed; where it ended before, how long it took.
+    kill_after: seconds from the start, or from the first evaluation, step or save."""
     run = RunDirectory(Path("runs", name))
     if run.config.exists():
         arguments = ["train", "--resume", str(run.path)]
@@ -115,23 +129,34 @@ def _run(name: str, kind: str, *, kill_after: float | None) -> str | None:
         except BaseException:
             traceback.print_exc()
         os._exit(70)
-    try:
-        if kill_after is not None:
-            time.sleep(kill_after)
+    start, status = time.perf_counter(), None
+    trained_from = None if once_trained else start
+    first_trained = None
+    while status is None:
+        ended, waited = os.waitpid(child, os.WNOHANG)
+        now = time.perf_counter()
+        if ended:
+            status = waited
+        elif first_trained is None and STAGES[stage[0]] in TRAINED:
+            first_trained = now
+            trained_from = trained_from or now
+        elif kill_after is not None and trained_from is not None and now >= trained_from + kill_after:
             os.kill(child, signal.SIGKILL)
-    finally:
-        _, status = os.waitpid(child, 0)
+            kill_after = None
+        else:
+            time.sleep(POLL_SECONDS)
     if os.WIFSIGNALED(status):
         return STAGES[stage[0]]
     if os.waitstatus_to_exitcode(status) != 0:
         raise RuntimeError(f"fitune {' '.join(arguments)} ended with {status}:\n{Path('stderr').read_text()}")
-    return None
+    return _Seconds(now - start, now - (first_trained or start))
 
 
 def _be_the_run(arguments: list[str], stage: mmap.mmap) -> int:
     """The exit code. Tables are written anew each time, so that tokenising is killed too."""
     for number, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    torch.set_num_threads(1)  # a tiny model's threads would only wait for each other
     with tempfile.TemporaryDirectory(dir=".") as cache:
         os.environ["FITUNE_CACHE"] = cache
         setattr(prepare, "choose_plan", None)  # noqa: B010 most of the time of so small a run, and no matter here

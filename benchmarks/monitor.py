@@ -17,7 +17,7 @@ from fitune.model.load import load_model
 from fitune.run.directory import create_run
 from fitune.run.metrics import StepMetrics
 from fitune.step.assemble import assemble, choose_precision
-from fitune.train.monitor import SAMPLE_SECONDS, Monitor
+from fitune.train.monitor import SAMPLE_SECONDS, run_monitor
 
 RESULT = Path(__file__).parent / "results" / "monitor.json"
 CPU = torch.device("cpu")
@@ -36,7 +36,7 @@ def measure(*, num_samples: int, num_steps: int) -> dict[str, float]:
         parameter.grad = torch.zeros_like(parameter)
     setup.optimizer.step()
     with tempfile.TemporaryDirectory() as directory:
-        monitor = Monitor(config, setup, create_run(Path(directory), "run"), tell=lambda _: None)
+        monitor = run_monitor(config, setup, create_run(Path(directory), "run"), tell=lambda _: None)
         monitor.sample()
         start = time.thread_time()
         for _ in range(num_samples):

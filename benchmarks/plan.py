@@ -210,7 +210,7 @@ def main() -> int:
     options = parser.parse_args()
     torch.set_num_threads(1)
     wanted = QUICK if options.quick else {k: v for k, v in MODELS.items() if (options.model or "") in k}
-    shares, rounds = ((0.5,), 1) if options.quick else ((0.05, 0.4, 1.0), 2)
+    shares, rounds = ((0.5,), 1) if options.quick else ((0.3, 0.6, 1.0), 2)
     results = {}
     for title, config in wanted.items():
         results[title] = found = benchmark(config, budgets=shares, rounds=rounds)

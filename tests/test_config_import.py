@@ -144,6 +144,7 @@ def test_llama_factory_keeps_its_meaning(tmp_path: Path, monkeypatch: pytest.Mon
         ("org/more", 1000),
     ]
     assert (found.data.max_length, found.data.eval_fraction, found.data.mask) == (1536, 0.1, "assistant")
+    assert found.data.template is None  # the tokenizer's: "llama3" is a name of LLaMA-Factory's own, which is said
     assert (found.batch.effective, found.optim.lr, found.train.epochs) == (16, 1e-4, 2.5)
     assert (found.optim.schedule, found.optim.warmup, found.optim.weight_decay) == ("cosine", 0.1, 0)
     assert (found.train.eval_every, found.train.save_every, found.train.seed) == (250, 500, 42)
@@ -159,6 +160,7 @@ def test_axolotl_keeps_its_meaning(tmp_path: Path) -> None:
     assert (found.data.max_length, found.data.eval_fraction, found.data.packing) == (4096, 0.05, True)
     assert (found.batch.effective, found.optim.lr, found.optim.name) == (8, 2e-4, "adamw_8bit")
     assert (found.train.epochs, found.optim.schedule, found.model.precision) == (4, "cosine", "auto")
+    assert (found.data.mask, found.data.template, found.optim.weight_decay) == ("assistant", None, 0)
 
 
 def test_trl_keeps_its_meaning(tmp_path: Path) -> None:
@@ -167,7 +169,12 @@ def test_trl_keeps_its_meaning(tmp_path: Path) -> None:
     lora = found.model.lora
     assert (lora.rank, lora.alpha, lora.dropout, lora.targets) == (32, 16, 0.05, ("q_proj", "v_proj"))
     assert (found.data.max_length, found.data.mask, found.data.packing) == (2048, "assistant", False)
-    assert (found.batch.effective, found.train.steps, found.train.epochs) == (16, 400, None)
+    assert (found.model.source, found.data.train, found.data.template) == (
+        "org/model-0.5b",
+        "data/capybara.jsonl",
+        None,
+    )
+    assert (found.batch.effective, found.optim.lr, found.train.steps, found.train.epochs) == (16, 2e-4, 400, None)
     assert (found.optim.schedule, found.optim.warmup) == ("constant", 0.05)
     assert found.run.trackers == ("tensorboard",)
 
@@ -177,6 +184,7 @@ def test_minimind_keeps_its_meaning(tmp_path: Path) -> None:
     assert (found.model.source, found.model.shape.preset) == ("../out/pretrain_768.pth", "minimind-3")
     assert (found.model.method, found.model.precision) == ("full", "autocast_bfloat16")
     assert (found.data.train, found.data.max_length) == ("../dataset/sft_512.jsonl", 512)
+    assert (found.model.tokenizer, found.data.template, found.data.mask) == ("../model", None, "assistant")
     assert (found.batch.effective, found.optim.lr, found.optim.clip) == (256, 1e-5, 0.5)
     assert (found.optim.schedule, found.optim.final_lr_fraction, found.optim.warmup) == ("cosine", 0.1, 0)
     assert (found.train.epochs, found.train.save_every) == (2, 125)

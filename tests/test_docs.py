@@ -114,6 +114,16 @@ def test_both_readmes_say_the_same() -> None:
     assert configurations[0] == configurations[1]
 
 
+@pytest.mark.parametrize("chinese", sorted((ROOT / "docs").glob("*.zh.md")), ids=page_name)
+def test_a_chinese_page_has_the_commands_and_the_shape_of_the_english_one(chinese: Path) -> None:
+    english = chinese.with_name(chinese.name.replace(".zh.md", ".md"))
+    assert commands(chinese) == commands(english)
+    assert blocks(chinese, "yml") == blocks(english, "yml")
+    pages = [page.read_text(encoding="utf-8") for page in (chinese, english)]
+    shapes = [re.findall(r"^(#+ |\||- )", page, re.MULTILINE) for page in pages]
+    assert shapes[0] == shapes[1]
+
+
 def test_the_readme_names_every_verb() -> None:
     shown = {shlex.split(command)[1] for command in commands(READMES[0])}
     assert shown == {verb for verb in app if not verb.startswith("-")}

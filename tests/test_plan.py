@@ -1,10 +1,14 @@
 """What a plan promises: parts that add up, the fastest that fits, the contract of its JSON, exit 3."""
 
 import json
+import multiprocessing
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +28,7 @@ from fitune.plan.candidates import Choice, same_choices
 from fitune.plan.plan import Plan
 from fitune.plan.planner import _Search, choose_plan
 from fitune.plan.predict import predict
+from fitune.plan.second_process import in_second_process
 from tiny_models import TINY
 
 CANDIDATE_KEYS = {
@@ -306,3 +311,36 @@ def test_real_steps_stand_beside_the_prediction(tree: dict[str, Any], capsys: py
 def test_another_card_cannot_be_measured_here(tree: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(command(tree, "--measure", "--gpu", "RTX 4090", *FORCED)) == 2
     assert "--measure runs on this machine, and the plan is for RTX 4090: leave out --gpu" in capsys.readouterr().err
+
+
+# --- the second process ------------------------------------------------------------------------------------------
+
+
+def test_one_process_and_two_make_the_same_plan(
+    tree: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
+    monkeypatch.setenv("FITUNE_CACHE", str(tmp_path / "one"))
+    alone = choose_plan(config(tree), gpu="RTX 4090")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.setenv("FITUNE_CACHE", str(tmp_path / "two"))
+    assert choose_plan(config(tree), gpu="RTX 4090") == alone
+
+
+def test_a_second_process_brings_its_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    with in_second_process(os.getpid) as found:
+        assert found() not in (None, os.getpid())
+
+
+@pytest.mark.parametrize("work", [lambda: 1 / 0, lambda: os._exit(9), lambda: os.kill(os.getpid(), signal.SIGKILL)])
+def test_a_second_process_that_fails_brings_none(work: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    with in_second_process(work) as found:
+        assert found() is None
+
+
+def test_a_second_process_that_nobody_waits_for_is_ended() -> None:
+    with in_second_process(lambda: time.sleep(1000)):
+        pass
+    assert not multiprocessing.active_children()

@@ -191,7 +191,7 @@ def interrupt_at(step: int, times: int, monkeypatch: pytest.MonkeyPatch) -> None
         for _ in range(times if metrics.step == step else 0):
             handler = signal.getsignal(signal.SIGINT)
             signal.raise_signal(signal.SIGINT)
-            while signal.getsignal(signal.SIGINT) is handler:  # two signals that come before the first is handled are one
+            while signal.getsignal(signal.SIGINT) is handler:  # two that come before the first is handled are one
                 time.sleep(0.001)
 
     monkeypatch.setattr(TrainingProgress, "step", interrupt)

@@ -1,6 +1,11 @@
 """The benchmark of the safe step runs, and what it measures is far from the limits that matter."""
 
+import json
+from pathlib import Path
+
 from safe_step import measure
+
+ROOT = Path(__file__).parent.parent
 
 
 def test_the_quick_benchmark_finds_no_large_cost() -> None:
@@ -8,3 +13,13 @@ def test_the_quick_benchmark_finds_no_large_cost() -> None:
     assert cost.num_pairs == 4
     assert -0.3 < cost.overhead_fraction < 0.3
     assert cost.extra_peak_bytes < 0.5 * cost.plain_peak_bytes
+
+
+def test_the_committed_costs_are_below_two_percent() -> None:
+    page = (ROOT / "docs" / "step.md").read_text(encoding="utf-8")
+    costs = json.loads((ROOT / "benchmarks" / "results" / "safe_step.json").read_text())
+    assert len(costs) == 2
+    for cost in costs:
+        assert cost["overhead_fraction"] < 0.02
+        assert cost["extra_peak_bytes"] < 0.02 * cost["plain_peak_bytes"]
+        assert f"{cost['overhead_fraction']:.1%}".replace("%", " %") in page

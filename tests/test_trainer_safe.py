@@ -11,7 +11,7 @@ from transformers import Trainer
 from faults import failing
 from fitune.errors import OutOfMemoryError, UsageError
 from fitune.integrations.transformers import SafeSteps
-from tiny_trainers import hf_trainer, needs_trl, sft_trainer
+from tiny_trainers import hf_trainer, needs_trl, rows, sft_trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 
@@ -76,9 +76,37 @@ def test_running_out_of_memory_changes_no_loss(plain: Any, safe: Any, place: str
         trainer.train()
     assert next(fault.counter) > 13
     assert_the_same(trainer, expected)
-    assert len(trainer.safe_result.plan) > 2  # it stays with what fitted
+    assert len(trainer.safe_result.plan) > 1  # it stays with what fitted
     if logged(expected, "num_tokens"):
         assert logged(trainer, "num_tokens") == logged(expected, "num_tokens")
+
+
+def test_a_failure_that_passes_is_done_again_at_the_same_size(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    expected, trainer = hf_trainer(tmp_path), safe_hf(tmp_path)
+    expected.train()
+    with failing(trainer.model, "forward of layer 1", 8):  # 6 forwards look at two rows, then a step is one
+        trainer.train()
+    assert "step 3: out of memory" in caplog.text
+    assert "done again at the same size" in caplog.text
+    assert_the_same(trainer, expected, bits=True)
+    assert len(trainer.safe_result.plan) == 1  # and nothing shrinks because of it
+
+
+@pytest.mark.parametrize("call", [0, 2])
+def test_a_row_that_fails_alone_is_tried_again_before_the_run_ends(call: int, tmp_path: Path) -> None:
+    expected, trainer = (make(tmp_path, per_device_train_batch_size=1) for make in (hf_trainer, safe_hf))
+    expected.train()
+    with failing(trainer.model, "backward of layer 0", call) as fault:
+        trainer.train()
+    assert next(fault.counter) == 5
+    assert_the_same(trainer, expected, bits=True)
+
+
+def test_a_batch_that_is_longer_than_the_first_is_not_cut_without_need(tmp_path: Path) -> None:
+    data = rows((4,) * 4 + (30,) * 4)
+    trainer = safe_hf(tmp_path, data=data, train_sampling_strategy="sequential", max_steps=2)
+    trainer.train()
+    assert trainer.safe_result.plan == ((0, 1, 2, 3),)
 
 
 def over(rows: int) -> Any:

@@ -46,13 +46,14 @@ def settings(directory: Path) -> dict[str, Any]:
 
 def hf_trainer(
     directory: Path, *, kind: type[Trainer] = Trainer, model: Any = None, data: Any = None, callbacks: Any = None,
-    optimizers: Any = (None, None), **changes: Any,
+    optimizers: Any = (None, None), eval_data: Any = None, **changes: Any,
 ) -> Trainer:  # fmt: skip
     tokenizer = byte_tokenizer()
     return kind(
         model=model or tiny_model(),
         args=TrainingArguments(**settings(directory) | changes),
         train_dataset=rows() if data is None else data,
+        eval_dataset=eval_data,
         data_collator=DataCollatorForSeq2Seq(tokenizer),
         processing_class=tokenizer,
         callbacks=callbacks,
@@ -62,7 +63,7 @@ def hf_trainer(
 
 def sft_trainer(
     directory: Path, *, kind: Any = None, model: Any = None, data: Any = None, callbacks: Any = None,
-    peft_config: Any = None, **changes: Any,
+    peft_config: Any = None, eval_data: Any = None, **changes: Any,
 ) -> Trainer:  # fmt: skip
     from trl import SFTConfig, SFTTrainer
 
@@ -70,6 +71,7 @@ def sft_trainer(
         model=model or tiny_model(),
         args=SFTConfig(**settings(directory) | changes),
         train_dataset=rows() if data is None else data,
+        eval_dataset=eval_data,
         processing_class=byte_tokenizer(),
         callbacks=callbacks,
         peft_config=peft_config,

@@ -22,7 +22,8 @@ from fitune.step.model_check import Probe, Verdict, check_model
 from fitune.step.optimizer_state import create_state
 from fitune.step.out_of_memory import try_twice
 from fitune.step.safe_step import Protection, SafeResult, Work, safe_step
-from fitune.train.adapt import MemoryModel, Observation, choose_size, learn
+from fitune.train.adapt import MemoryModel, choose_size, raise_plan
+from fitune.train.observed import observed, room_bytes
 
 log = logging.getLogger(__name__)
 
@@ -105,7 +106,7 @@ class SafeSteps(Trainer):  # type: ignore[misc]
         )
         self._waiting, self._failed = [], False
         self._num_items, self._books = num_items, _Books(self)
-        self._protection = Protection(work=work, seed=self.args.seed)
+        self._protection = Protection(work=work, seed=self.args.seed, room=self._free_bytes)
         optimizer: Any = self.optimizer
         while hasattr(optimizer, "optimizer"):  # accelerate's wrapper
             optimizer = optimizer.optimizer
@@ -115,7 +116,7 @@ class SafeSteps(Trainer):  # type: ignore[misc]
         self._books.put_back()
         if not self.safe_verdict.exact:
             log.warning("fitune: micro-batches stay whole: %s", self.safe_verdict.reason)
-        self._memory = MemoryModel(planned=_Part((0,), inputs).num_positions)
+        self._memory = MemoryModel(planned=1)
 
     def _check(self, inputs: Mapping[str, Any]) -> Verdict:
         """Of the two rows that differ most in their number of targets."""
@@ -138,12 +139,25 @@ class SafeSteps(Trainer):  # type: ignore[misc]
 
     def _safe(self, parts: list[_Part], num_items: Tensor | int | None) -> Tensor:
         assert self._memory is not None
+        memory, free_bytes = self._memory, self._free_bytes()
         self._num_items, self._books = num_items, _Books(self)
-        most_positions = choose_size(self._memory, None)
+        raise_plan(memory, max(part.num_positions for part in parts))
+        most_positions = choose_size(memory, free_bytes)
         pieces = [piece for part in parts for piece in _split(part, most_positions)]
+        longest_row = max(part.num_positions // len(part.row_ids) for part in parts)
         step = self.state.global_step + 1
+
+        def fits(num_positions: int) -> bool:
+            """A row alone is tried again in any case: there is nothing else to try."""
+            return num_positions <= longest_row or memory.fits(num_positions, self._free_bytes())
+
         try:
-            result = safe_step(self._protection, pieces, step=step)
+            result = observed(
+                memory,
+                lambda: safe_step(self._protection, pieces, step=step, fits=fits),
+                device=self.args.device,
+                free_bytes=free_bytes,
+            )
         except OutOfMemoryError as error:
             raise OutOfMemoryError(
                 f"step {step} does not fit, however small its parts: set activation_checkpointing=True, a smaller "
@@ -151,10 +165,11 @@ class SafeSteps(Trainer):  # type: ignore[misc]
             ) from error
         for failure in result.failures:
             log.warning("fitune: step %d: %s", step, failure)
-        failed = [failure.num_positions for failure in result.failures]
-        learn(self._memory, Observation(result.most_positions, failed_size=min(failed, default=None)))
         self.safe_result = result
         return torch.tensor(result.step.loss, device=self.args.device)
+
+    def _free_bytes(self) -> int | None:
+        return room_bytes(self.args.device)
 
     def _forward_and_backward(self, part: _Part, num_items: Any) -> Tensor:
         """The Trainer's own step on these rows. Gradients are in `.grad`; no graph is behind what is returned."""

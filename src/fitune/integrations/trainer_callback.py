@@ -1,29 +1,50 @@
 """A callback that keeps a run directory of a Trainer's run, which `fitune watch`, `compare` and `report` read.
 
-    metrics.jsonl            a line each time that the Trainer logs
-    memory.jsonl             memory, when a step ends and half a second has passed
+    metrics.jsonl            a line at each log of the Trainer, with the gradient noise, and at each evaluation
+    memory.jsonl             memory, card and machine twice a second, by a thread beside the training
+    events.jsonl             alarms: little memory left, other processes, a leak, a loss that jumps
     peak.json, summary.json  the prediction, where one was given, beside what was measured
 
 It reads and never writes what the Trainer computes with: the run is the same, bit for bit, as without it.
 """
 
+import logging
+import math
 import time
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import psutil
-import torch
-from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from fitune.integrations.trainer_steps import SeenStep, StepReader
 from fitune.memory.prediction import Prediction, peak_json
+from fitune.model.device import MemoryPeak, program_bytes, read_peak, reset_peak
 from fitune.run.directory import RunDirectory, create_run, working_on, write_json
-from fitune.run.memory import MemorySample
-from fitune.run.metrics import StepMetrics, Summary, append_line, summary_json
+from fitune.run.metrics import EvalMetrics, StepMetrics, Summary, append_line, summary_json
+from fitune.train.alarms import AlarmSettings
+from fitune.train.monitor import Monitor, MonitorSettings
+from fitune.train.noise import (
+    FEWEST_HALF_LIFE_STEPS,
+    HALF_LIFE_FRACTION,
+    NoiseAverages,
+    noise_fields,
+    observe,
+    observe_preconditioned,
+)
+from fitune.train.state import larger_peak
 
-SAMPLE_SECONDS = 0.5
+log = logging.getLogger(__name__)
+
+TRAINERS_NAMES = {
+    "batch.micro_tokens or batch.micro": "per_device_train_batch_size",
+    "batch.micro_tokens": "per_device_train_batch_size",
+    "memory.allocator=": "PYTORCH_ALLOC_CONF=",
+    "optim.clip": "max_grad_norm",
+    "optim.lr": "learning_rate",
+}
+"""Of what the alarms name as fitune's configuration does."""
 
 
 class FituneCallback(TrainerCallback):  # type: ignore[misc]
@@ -31,7 +52,8 @@ class FituneCallback(TrainerCallback):  # type: ignore[misc]
 
     output, name: where the run is kept; a name that ends in '-' is numbered. overwrite: an earlier run of that name.
     prediction: of `predict_trainer`, to stand beside what is measured. Raises RunDirectoryError when training begins,
-    where the directory exists or cannot be written.
+    where the directory exists or cannot be written. The noise is read on one device; of several the first alone keeps
+    the run. Where training ends in an error, `close()` ends the thread that watches memory.
     """
 
     def __init__(
@@ -45,19 +67,38 @@ class FituneCallback(TrainerCallback):  # type: ignore[misc]
         self._output, self._name, self._overwrite = Path(output), name, overwrite
         self._prediction = prediction
         self.run: RunDirectory | None = None
-        self._open = ExitStack()
+        self._open, self._is_open = ExitStack(), False
+
+    def close(self) -> None:
+        self._is_open = False
+        self._open.close()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
+        self.close()
+        if not state.is_world_process_zero:
+            return
+        model, optimizer = objects["model"], objects["optimizer"]
         self.run = create_run(self._output, self._name, overwrite=self._overwrite)
         self._open.enter_context(working_on(self.run))
         if self._prediction is not None:
             write_json(self.run.peak, peak_json(self._prediction))
-        self._counts = _Counts()
-        handle = objects["model"].register_forward_pre_hook(self._counts.see, with_kwargs=True)
-        self._open.callback(handle.remove)
+        is_alone = args.world_size == 1 and args.n_gpu <= 1
+        self._reader = StepReader(model, optimizer, clip=args.max_grad_norm or 0.0, noise=is_alone)
+        self._open.callback(self._reader.close)
         self._device = args.device
+        parameters = list(model.parameters())
+        held = program_bytes(self._device)
+        self._program_bytes = None if held is None else max(held - sum(each.nbytes for each in parameters), 0)
+        settings = self._monitor_settings(args, sum(each.nbytes for each in parameters if each.requires_grad))
+        self._monitor = self._open.enter_context(
+            Monitor(self.run, model, optimizer, settings=settings, tell=log.warning)
+        )
+        reset_peak(self._device)
         self._began = self._logged = time.perf_counter()
-        self._sampled, self._logged_step, self._tokens = 0.0, state.global_step, 0
+        self._logged_step, self._seen = state.global_step, SeenStep()
+        self._noise, self._preconditioned = NoiseAverages(), NoiseAverages()
+        self._num_steps, self._total = 0, SeenStep()
+        self._peak = self._run_peak = MemoryPeak()
         predicted = self._prediction
         self._summary = Summary(
             effective_batch=args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
@@ -65,94 +106,124 @@ class FituneCallback(TrainerCallback):  # type: ignore[misc]
             predicted_reserved_bytes=None if predicted is None else predicted.peak_reserved_bytes,
         )
         self._write_summary()
+        self._is_open = True
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
+        if not self._is_open:
+            return
+        seen = self._reader.take()
+        self._seen, self._total = self._seen.with_step(seen), self._total.with_step(seen)
+        self._num_steps += 1
+        if seen.norms is None:
+            return
+        step_tokens = self._total.supervised_tokens / self._num_steps
+        half_life = step_tokens * max(HALF_LIFE_FRACTION * state.max_steps, FEWEST_HALF_LIFE_STEPS)
+        beta1 = objects["optimizer"].param_groups[0].get("betas", (0.0,))[0]
+        clip = args.max_grad_norm or 0.0
+        self._noise = observe(self._noise, seen.norms, half_life_tokens=half_life, beta1=beta1, clip=clip)
+        self._preconditioned = observe_preconditioned(self._preconditioned, seen.norms, half_life_tokens=half_life)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
-        now = time.perf_counter()
-        if self.run is None or now - self._sampled < SAMPLE_SECONDS:
+        if not self._is_open:
             return
-        self._sampled = now
-        cuda = self._device.type == "cuda"
-        host = psutil.virtual_memory()
-        free, total = torch.cuda.mem_get_info(self._device) if cuda else (host.available, host.total)
-        sample = MemorySample(
-            time=time.time(),
-            step=state.global_step,
-            progress_fraction=state.global_step / max(state.max_steps, 1),
-            allocated_bytes=torch.cuda.memory_allocated(self._device) if cuda else None,
-            reserved_bytes=torch.cuda.memory_reserved(self._device) if cuda else None,
-            process_bytes=psutil.Process().memory_info().rss,
-            device_used_bytes=total - free,
-            device_total_bytes=total,
-        )
-        append_line(self.run.memory, sample, leave_out_unknown=True)
+        self._peak = larger_peak(self._peak, self._measured())
+        self._monitor.reached(state.global_step, progress=_progress(state))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **objects: Any) -> None:
-        if self.run is None or logs is None or "loss" not in logs or state.global_step == self._logged_step:
+        if not self._is_open or logs is None:
             return
-        now, (rows, tokens, supervised, calls) = time.perf_counter(), self._counts.take()
+        if "eval_loss" in logs:
+            self._evaluated(state.global_step, logs)
+        if "loss" in logs and state.global_step > self._logged_step:
+            self._log_step(state, logs)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
+        if not self._is_open:
+            return
+        self._summary = replace(self._summary, status="finished")
+        self._write_summary()
+        self.close()
+
+    def _log_step(self, state: Any, logs: dict[str, Any]) -> None:
+        """loss: the Trainer's, the mean over the steps since its last log, as are tokens and seconds."""
+        assert self.run is not None
+        now, seen, peak = time.perf_counter(), self._seen, self._peak
         num_steps = state.global_step - self._logged_step
-        self._tokens += tokens
-        cuda = self._device.type == "cuda"
+        step_tokens = self._total.supervised_tokens / max(self._num_steps, 1)
         metrics = StepMetrics(
             step=state.global_step,
-            tokens=tokens // num_steps,
-            supervised_tokens=supervised // num_steps,
-            total_tokens=self._tokens,
+            tokens=seen.tokens // num_steps,
+            supervised_tokens=seen.supervised_tokens // num_steps,
+            total_tokens=self._total.tokens,
             loss=float(logs["loss"]),
             lr=float(logs.get("learning_rate", 0.0)),
             grad_norm=float(logs.get("grad_norm", float("nan"))),
             seconds=(now - self._logged) / num_steps,
-            tokens_per_second=tokens / (now - self._logged),
-            num_micro_batches=calls // num_steps,
-            micro_batch=rows,
-            peak_allocated_bytes=torch.cuda.max_memory_allocated(self._device) if cuda else None,
-            peak_reserved_bytes=torch.cuda.max_memory_reserved(self._device) if cuda else None,
-            device_used_bytes=None if cuda else psutil.Process().memory_info().rss,
+            tokens_per_second=seen.tokens / (now - self._logged),
+            num_micro_batches=seen.num_forwards // num_steps,
+            micro_batch=seen.rows,
+            peak_allocated_bytes=peak.allocated_bytes,
+            peak_reserved_bytes=peak.reserved_bytes,
+            device_used_bytes=peak.device_bytes,
+            **noise_fields(self._noise, self._preconditioned, step_tokens=step_tokens),
         )
         append_line(self.run.metrics, metrics)
-        self._logged, self._logged_step = now, state.global_step
+        self._monitor.step(metrics, progress=_progress(state))
+        self._logged, self._logged_step, self._seen = now, state.global_step, SeenStep()
+        self._run_peak, self._peak = larger_peak(self._run_peak, peak), MemoryPeak()
+        reset_peak(self._device)
         self._summary = replace(
             self._summary,
             steps=metrics.step,
-            tokens=self._tokens,
-            supervised_tokens=self._summary.supervised_tokens + supervised,
+            tokens=self._total.tokens,
+            supervised_tokens=self._total.supervised_tokens,
             seconds=now - self._began,
-            tokens_per_second=self._tokens / (now - self._began),
+            tokens_per_second=self._total.tokens / (now - self._began),
             train_loss=metrics.loss,
-            peak_allocated_bytes=metrics.peak_allocated_bytes,
-            peak_reserved_bytes=metrics.peak_reserved_bytes,
+            peak_allocated_bytes=self._run_peak.allocated_bytes,
+            peak_reserved_bytes=self._run_peak.reserved_bytes,
+            peak_device_bytes=self._run_peak.device_bytes,
         )
         self._write_summary()
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
-        self._summary = replace(self._summary, status="finished")
+    def _evaluated(self, step: int, logs: dict[str, Any]) -> None:
+        """eval_loss: the Trainer's, the mean of its batches' means. The accuracy is told by TRL alone."""
+        assert self.run is not None
+        loss = float(logs["eval_loss"])
+        metrics = EvalMetrics(
+            step=step,
+            total_tokens=self._total.tokens,
+            eval_loss=loss,
+            eval_perplexity=math.exp(min(loss, 700.0)),
+            eval_accuracy=float(logs.get("eval_mean_token_accuracy", float("nan"))),
+            eval_tokens=self._reader.take_evaluation(),
+            seconds=float(logs.get("eval_runtime", float("nan"))),
+        )
+        append_line(self.run.metrics, metrics)
+        best = self._summary.best_eval_loss
+        self._summary = replace(self._summary, eval_loss=loss, best_eval_loss=loss if best is None else min(best, loss))
         self._write_summary()
-        self._open.close()
+
+    def _monitor_settings(self, args: Any, trainable_bytes: int) -> MonitorSettings:
+        alarms = AlarmSettings(
+            clip=args.max_grad_norm or 0.0,
+            on_cpu=self._device.type == "cpu",
+            save_bytes=trainable_bytes,
+            predicted_bytes=None if self._prediction is None else self._prediction.peak_reserved_bytes,
+        )
+        return MonitorSettings(alarms, names=TRAINERS_NAMES)
+
+    def _measured(self) -> MemoryPeak:
+        """On a CPU, as in fitune's own runs, what is resident beside the program stands for what PyTorch reserves."""
+        peak = read_peak(self._device)
+        if self._program_bytes is None or peak.device_bytes is None:
+            return peak
+        return replace(peak, reserved_bytes=max(peak.device_bytes - self._program_bytes, 0))
 
     def _write_summary(self) -> None:
         assert self.run is not None
         write_json(self.run.summary, summary_json(self._summary))
 
 
-class _Counts:
-    """Of the forwards in training since the last log. Targets are added up on the device, without waiting for it."""
-
-    def __init__(self) -> None:
-        self._rows = self._tokens = self._calls = 0
-        self._supervised: Tensor | int = 0
-
-    def see(self, model: nn.Module, arguments: tuple[Any, ...], inputs: dict[str, Any]) -> None:
-        ids, labels = inputs.get("input_ids"), inputs.get("labels")
-        if not model.training or not isinstance(ids, Tensor):
-            return
-        self._calls += 1
-        self._rows = max(self._rows, ids.shape[0])
-        self._tokens += ids.numel()
-        if isinstance(labels, Tensor):
-            self._supervised = self._supervised + (labels[..., 1:] != -100).sum()
-
-    def take(self) -> tuple[int, int, int, int]:
-        """(rows of the largest forward, tokens with padding, targets, forwards); counted anew from here."""
-        taken = self._rows, self._tokens, int(self._supervised), self._calls
-        self.__init__()  # type: ignore[misc]
-        return taken
+def _progress(state: Any) -> float:
+    return min(float(state.global_step / max(state.max_steps, 1)), 1.0)

@@ -21,9 +21,12 @@ and backward (Dao 2023, arXiv 2307.08691), less with short rows; PaLM and Megatr
 idle times and pointwise operators included (Chowdhery et al. 2022; Korthikanti et al. 2022)."""
 CARD_LAUNCH_SECONDS = 8e-6
 """Of an eager operator and its part of autograd, on the processor that feeds the card."""
-SELECTIVE_LAUNCHES = 3.0
+SELECTIVE_LAUNCHES = 12.0
 """Selective recomputing asks a Python function about every operator: each that is done again costs so many launches
-more (fitted to 30 settings of a 6.9 M model on a CPU, of which five recompute so)."""
+more (fitted to the settings of benchmarks/plan.py on a CPU, of which twelve recompute so)."""
+MAPPED_CALL_BYTES = 2.5 * 32 * 2**20
+"""Moved by a call: glibc takes blocks from 32 MiB on from the system (DEFAULT_MMAP_THRESHOLD_MAX of its malloc), and
+gives them back. Such a call reads one or two tensors for the one that it makes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,12 +58,14 @@ class StepWork:
 @dataclass(frozen=True, slots=True)
 class Ceilings:
     """matmul_flops_per_second, attention_flops_per_second: by dtype. bandwidths: (bytes that a call moves, bytes per
-    second), ascending; between them the logarithm decides, as caches do. asynchronous: whether launches go on while
-    kernels run. origin: of the numbers, in words."""
+    second), ascending; between them the logarithm decides, as caches do. mapped_bandwidth: of calls whose results are
+    too large for the C library's heap, so that each page is asked of the system anew; None on a card. asynchronous:
+    whether launches go on while kernels run. origin: of the numbers, in words."""
 
     matmul_flops_per_second: Mapping[str, float]
     attention_flops_per_second: Mapping[str, float]
     bandwidths: Sequence[tuple[float, float]]
+    mapped_bandwidth: float | None
     launch_seconds: float
     asynchronous: bool
     origin: str
@@ -88,6 +93,7 @@ def card_ceilings(device: Device) -> Ceilings | None:
         matmul_flops_per_second={dtype: CARD_MATMUL_SHARE * rate for dtype, rate in rates.items()},
         attention_flops_per_second={dtype: CARD_ATTENTION_SHARE * rate for dtype, rate in rates.items()},
         bandwidths=((1.0, CARD_BANDWIDTH_SHARE * bandwidth),),
+        mapped_bandwidth=None,
         launch_seconds=CARD_LAUNCH_SECONDS,
         asynchronous=True,
         origin=f"rates of {device.name}'s data sheet, {CARD_MATMUL_SHARE:.0%} of them in matrix products",
@@ -147,7 +153,11 @@ def seconds_of(works: Sequence[Work], ceilings: Ceilings, *, more_launches: floa
 
 
 def _kernel_seconds(work: Work, ceilings: Ceilings) -> float:
-    moving = work.num_bytes / _bandwidth(work.num_bytes / max(work.launches, 1.0), ceilings.bandwidths)
+    call_bytes = work.num_bytes / max(work.launches, 1.0)
+    rate = _bandwidth(call_bytes, ceilings.bandwidths)
+    if ceilings.mapped_bandwidth is not None and call_bytes > MAPPED_CALL_BYTES and not work.op.endswith("_"):
+        rate = ceilings.mapped_bandwidth
+    moving = work.num_bytes / rate
     rates = ceilings.attention_flops_per_second if _is_attention(work) else ceilings.matmul_flops_per_second
     return max(moving, work.flops / rates.get(work.dtype, rates["float32"]))
 

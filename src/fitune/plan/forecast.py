@@ -64,7 +64,8 @@ class Forecast:
 
 
 class Forecaster:
-    """Forecasts of one configuration's choices on one device. `save` keeps them for the next process."""
+    """Forecasts of one configuration's choices on one device. known: all that was found out, as JSON has it; `save`
+    keeps it for the next process."""
 
     def __init__(self, config: RunConfig, limits: Limits, lengths: Lengths) -> None:
         self.config, self.limits, self.lengths = config, limits, lengths
@@ -78,8 +79,8 @@ class Forecaster:
             asdict(lengths),
             file_state(config.model.source),
         ]
-        self._known: dict[str, Any] = read_cached("plans", self._key) or {}
-        self._num_read = len(self._known)
+        self.known: dict[str, Any] = read_cached("plans", self._key) or {}
+        self._num_read = len(self.known)
         self._recordings: Any = None
         self._program_bytes = psutil.Process().memory_info().rss
 
@@ -87,7 +88,7 @@ class Forecaster:
         """Raises what recording it raises; ModelError and ConfigError are remembered too."""
         limit_bytes = self.limits.limit_bytes
         for key in (f"{choice}", f"{choice} {limit_bytes}"):
-            tree = self._known.get(key)
+            tree = self.known.get(key)
             if tree is not None and "refused" in tree:
                 raise ModelError(tree["refused"])
             if tree is not None and (found := self._within(_forecast(tree))) is not None:
@@ -95,29 +96,36 @@ class Forecaster:
         try:
             found = self._predict(choice)
         except (ModelError, ConfigError) as error:
-            self._known[f"{choice}"] = {"refused": str(error)}
+            self.known[f"{choice}"] = {"refused": str(error)}
             raise
-        self._known[f"{choice}" if found.limit_bytes is None else f"{choice} {limit_bytes}"] = asdict(found)
+        self.known[f"{choice}" if found.limit_bytes is None else f"{choice} {limit_bytes}"] = asdict(found)
         return self._within(found) or found
+
+    def knows(self, choice: Choice) -> bool:
+        return f"{choice}" in self.known or f"{choice} {self.limits.limit_bytes}" in self.known
+
+    def learn(self, known: Mapping[str, Any]) -> None:
+        """What another process has found out for the same questions."""
+        self.known = {**known, **self.known}
 
     def work(self, variant: Choice, *, tokens: int, supervised_fraction: float = 1.0) -> StepWork:
         """Of micro-batches with so many tokens in rows of the longest length."""
         key = _work_key(variant, tokens, supervised_fraction)
-        if key not in self._known:
-            self._known[key] = asdict(self._record(variant, tokens, supervised_fraction))
-        return _step_work(self._known[key])
+        if key not in self.known:
+            self.known[key] = asdict(self._record(variant, tokens, supervised_fraction))
+        return _step_work(self.known[key])
 
     def shape(self, choice: Choice) -> StepShape:
         """The mean over a few steps of rows drawn from the lengths, cut as the run will cut them."""
         packed = self.work(choice.variant, tokens=self.lengths.longest_tokens).packed
         key = f"shape {packed} {choice.micro_rows} {choice.micro_tokens}"
-        if key not in self._known:
-            self._known[key] = asdict(self._shape(choice, packed=packed))
-        return StepShape(**self._known[key])
+        if key not in self.known:
+            self.known[key] = asdict(self._shape(choice, packed=packed))
+        return StepShape(**self.known[key])
 
     def save(self) -> None:
-        if len(self._known) > self._num_read:
-            write_cached("plans", self._key, self._known)
+        if len(self.known) > self._num_read:
+            write_cached("plans", self._key, self.known)
 
     def _within(self, forecast: Forecast) -> Forecast | None:
         """Against the limit. On a CPU there is nothing to replay, and the program takes its part of the same memory:
@@ -125,7 +133,7 @@ class Forecaster:
         limit_bytes = self.limits.limit_bytes
         if self.limits.device.kind != "cpu":
             return forecast.within(limit_bytes)
-        program_bytes = max(self._known.get("program_bytes", 0), self._program_bytes)
+        program_bytes = max(self.known.get("program_bytes", 0), self._program_bytes)
         fits = forecast.reserved_bytes + program_bytes <= limit_bytes
         return replace(forecast, context_bytes=program_bytes, fits=fits)
 
@@ -136,7 +144,7 @@ class Forecaster:
         if self._recordings is None:
             self._recordings = Recordings()
             if self._num_read == 0:
-                self._known["program_bytes"] = psutil.Process().memory_info().rss
+                self.known["program_bytes"] = psutil.Process().memory_info().rss
         return self._recordings
 
     def _predict(self, choice: Choice) -> Forecast:
@@ -158,7 +166,7 @@ class Forecaster:
         recorded, largest = prediction.recorded, prediction.largest
         if choice.micro_tokens is not None and len(passes[-1].rows) == 2 * len(rows):
             key = _work_key(choice.variant, choice.micro_tokens, 1.0)
-            self._known[key] = asdict(work_of(recorded.work, rows=rows, packed=recorded.layout.packed))
+            self.known[key] = asdict(work_of(recorded.work, rows=rows, packed=recorded.layout.packed))
         limit_bytes = self.limits.limit_bytes
         unlimited = self.limits.device.kind == "cpu" or (
             largest.peak_reserved_bytes + prediction.context_bytes <= limit_bytes and not largest.num_alloc_retries

@@ -5,8 +5,8 @@ with the fewest changes is chosen, then the smallest micro-batch. What the confi
 """
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from heapq import heappop, heappush
 from typing import Any
 
@@ -18,6 +18,7 @@ from fitune.plan.forecast import Forecast, Forecaster
 from fitune.plan.other_estimates import other_estimates
 from fitune.plan.plan import Candidate, OtherEstimate, Plan, PlannedDevice, PlannedModel
 from fitune.plan.pricing import Pricer
+from fitune.plan.second_process import in_second_process
 from fitune.units import format_bytes
 
 
@@ -55,15 +56,39 @@ class _Search:
         self.refused: dict[str, None] = {}
 
     def thorough(self) -> Choice | None:
-        fitting = [choice for choice in self.choices if self.fits(choice)]
+        variants = list(dict.fromkeys(choice.variant for choice in self.choices))
+        self.look_at(
+            self.choices, beside=[choice for choice in self.choices if choice.variant in variants[len(variants) // 2 :]]
+        )
+        fitting = [choice for choice in self.choices if choice in self.looked_at and self.looked_at[choice].fits]
         chosen = min(fitting, key=self.order, default=None)
         smallest = min(self.looked_at, key=lambda choice: self.looked_at[choice].device_bytes)
-        beside = smallest if chosen is None else min(self.looked_at, key=self.order)
+        nearest = smallest if chosen is None else min(self.looked_at, key=self.order)
         half_is_fast = self.limits.device.bfloat16_flops_per_second is not None
-        float32 = self.looked_at[beside].precision == "float32" and half_is_fast
-        for proposal in proposals(self.config, beside, float32=float32):
-            self.fits(proposal)
+        float32 = self.looked_at[nearest].precision == "float32" and half_is_fast
+        proposed = list(proposals(self.config, nearest, float32=float32))
+        self.look_at(proposed, beside=proposed[1::2])
         return chosen
+
+    def look_at(self, choices: Sequence[Choice], *, beside: Sequence[Choice]) -> None:
+        """beside: those of them that a second process takes, where there is one."""
+        unknown = [choice for choice in beside if not self.forecaster.knows(choice)]
+
+        def look() -> dict[str, Any]:
+            self.on_candidate = None
+            for choice in unknown:
+                self.fits(choice)
+                if choice in self.looked_at:
+                    self.pricer.seconds(choice)
+            return self.forecaster.known
+
+        with in_second_process(look) if unknown else nullcontext(dict) as found:
+            for choice in choices:
+                if choice not in unknown:
+                    self.fits(choice)
+            self.forecaster.learn(found() or {})
+        for choice in unknown:
+            self.fits(choice)
 
     def lean(self) -> Choice | None:
         """Best first. A variant's time is not known before it is recorded; it is no faster than without recomputing."""
@@ -105,7 +130,7 @@ class _Search:
         seconds = self.pricer.seconds(choice, bound=bound)
         if seconds is None:
             return math.inf, RECOMPUTES.index(choice.recompute), choice.num_changes, -size
-        return seconds, 0, choice.num_changes, size
+        return seconds, 0, choice.num_changes, size, RECOMPUTES.index(choice.recompute)
 
     def plan(self, chosen: Choice | None) -> Plan:
         same = sorted((choice for choice in self.looked_at if choice.result == "same"), key=self.order)

@@ -28,6 +28,8 @@ from fitune.trace.work import count_flops, moved_bytes
 
 Operator = torch._ops.OpOverload
 _DEVICE_OF = torch.ops.prim.device.default
+_UNSAFE_VIEW = torch.ops.aten._unsafe_view.default
+"""A view that its schema does not call one, because autograd need not know: nothing is moved."""
 Place = Literal["host", "card"]
 
 
@@ -196,7 +198,7 @@ class Recorder(TorchDispatchMode):
         for tensor, module in zip(outputs, self._modules(args, len(outputs)), strict=True):
             self._see(tensor, str(func), module)
         self._add_temporaries(func, args, outputs)
-        if not func.is_view:
+        if not func.is_view and func is not _UNSAFE_VIEW:
             self._count(func, args, kwargs, outputs)
         return result
 

@@ -11,6 +11,7 @@ while; each time that it fails again the ban is twice as long. Below the plan th
 there; above it only while tokens per second gain.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -103,6 +104,18 @@ def memory_model(content: Mapping[str, Any]) -> MemoryModel:
     model.bans = {int(rung): _Ban(**ban) for rung, ban in content["bans"].items()}
     model.speeds = {int(rung): speed for rung, speed in content["speeds"].items()}
     return model
+
+
+def raise_plan(model: MemoryModel, size: int) -> None:
+    """A micro-batch larger than any before is the plan from now on; what was learned of smaller sizes stays, to a rung.
+    For batches that come from elsewhere, above whose size nothing grows."""
+    if size <= model.planned:
+        return
+    shift = math.ceil(math.log(size / model.planned, RUNG))
+    model.planned = size
+    model.bans = {rung - shift: ban for rung, ban in model.bans.items()}
+    if model.rung < 0:
+        model.rung = max(model.rung - shift, LOWEST_RUNG)
 
 
 def choose_size(model: MemoryModel, free_bytes: int | None) -> int:

@@ -7,7 +7,6 @@ and the size of micro-batches as memory comes and goes.
 """
 
 import math
-import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, replace
 from typing import Any
@@ -18,19 +17,19 @@ from fitune.config import RunConfig
 from fitune.data.examples import Examples
 from fitune.data.packing import lay_out
 from fitune.data.rows import Batch, MicroBatch, Row
-from fitune.memory.devices import cpu_device
 from fitune.memory.prediction import Prediction
-from fitune.model.device import held_bytes, num_alloc_retries, read_peak, reset_peak, usable_bytes
+from fitune.model.device import held_bytes
 from fitune.step.assemble import Setup
 from fitune.step.gradient_norms import GradientNorms, NormRecorder
 from fitune.step.micro_batch_work import allowed_reliefs, micro_batch_work
 from fitune.step.model_check import Probe, Verdict, check_model
 from fitune.step.optimizer_state import create_state
-from fitune.step.out_of_memory import try_twice
+from fitune.step.out_of_memory import release_memory, try_twice
 from fitune.step.safe_evaluate import safe_evaluate
 from fitune.step.safe_step import Failure, Protection, SafeResult, safe_step
 from fitune.step.train_step import EvalResult, loss_share
-from fitune.train.adapt import RUNG, MemoryModel, Observation, choose_size, learn, memory_model
+from fitune.train.adapt import RUNG, MemoryModel, choose_size, memory_model
+from fitune.train.observed import observed, room_bytes
 from fitune.units import format_bytes, parse_bytes
 
 LARGEST_POSITIONS = 65536
@@ -92,6 +91,8 @@ class Guard:
             kind = "model_check" if verdict.exact else "not_exact"
             self._tell(kind, verdict.reason if verdict.exact else f"warning: not exact in parts: {verdict.reason}")
         self._observed(lambda: safe_step(self.protection, self._heaviest, step=0, trial=True), self._free_bytes())
+        if self._device.type == "cpu":
+            release_memory(self._device)  # the C library would keep what the longest rows took; most batches need less
 
     def train(
         self,
@@ -104,15 +105,15 @@ class Guard:
     ) -> SafeResult:
         """micro_batches: the batch as it was laid out ahead, taken where it is still of the right size. keep_plan: take
         it in any case, as a replay does. norms: reads the step's gradients. Raises what `safe_step` raises."""
-        self.free_bytes = free_bytes = self._free_bytes()
+        self.free_bytes = self._free_bytes()
         if not keep_plan:
-            size = choose_size(self.memory, free_bytes)
-            self._tell_size(free_bytes)
+            size = choose_size(self.memory, self.free_bytes)
+            self._tell_size(self.free_bytes)
             if size != self.memory.planned:
                 micro_batches = replace(self._setup.layout, micro_rows=None, micro_tokens=size).split(batch)
         return self._observed(
             lambda: safe_step(self.protection, micro_batches, step=step, fits=self._fits, norms=norms),
-            free_bytes,
+            self.free_bytes,
             batch.num_tokens,
         )
 
@@ -158,25 +159,7 @@ class Guard:
     def _observed(
         self, action: Callable[[], SafeResult], free_bytes: int | None, num_tokens: int | None = None
     ) -> SafeResult:
-        """free_bytes: before it. num_tokens: None where the speed says nothing."""
-        reset_peak(self._device)
-        held, retries, start = held_bytes(self._device), num_alloc_retries(self._device), time.perf_counter()
-        result = action()
-        seconds = time.perf_counter() - start
-        peak = read_peak(self._device)
-        peak_bytes = peak.device_bytes if peak.allocated_bytes is None else peak.allocated_bytes
-        failed = [each.num_positions for each in result.failures if each.place not in ("clip", "update")]
-        learn(
-            self.memory,
-            Observation(
-                size=result.most_positions,
-                need_bytes=None if result.failures or peak_bytes is None else max(peak_bytes - held, 0),
-                tokens_per_second=None if num_tokens is None else num_tokens / seconds,
-                failed_size=min(failed, default=None),
-                free_bytes=free_bytes,
-                num_alloc_retries=num_alloc_retries(self._device) - retries,
-            ),
-        )
+        result = observed(self.memory, action, device=self._device, free_bytes=free_bytes, num_tokens=num_tokens)
         self._tell_failures(result.failures)
         return result
 
@@ -199,12 +182,10 @@ class Guard:
         return self.memory.fits(num_positions, self._free_bytes())
 
     def _free_bytes(self) -> int | None:
-        free_bytes = [usable_bytes(self._device)]
-        if self._device.type == "cpu":
-            free_bytes.append(cpu_device().free_bytes)
+        bounds = [room_bytes(self._device)]
         if self._budget_bytes is not None:
-            free_bytes.append(max(self._budget_bytes - held_bytes(self._device), 0))
-        return min((each for each in free_bytes if each is not None), default=None)
+            bounds.append(max(self._budget_bytes - held_bytes(self._device), 0))
+        return min((each for each in bounds if each is not None), default=None)
 
     def _check_model(self) -> Verdict:
         settings, layout = self._setup.settings, self._setup.layout

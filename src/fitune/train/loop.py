@@ -45,7 +45,15 @@ from fitune.train.batch_mode import (
 from fitune.train.checkpoint import CheckpointWriter, seed_everything
 from fitune.train.guard import Guard
 from fitune.train.identity import run_conditions, run_identity
-from fitune.train.noise import HALF_LIFE_FRACTION, estimate, observe, observe_preconditioned
+from fitune.train.noise import (
+    FEWEST_HALF_LIFE_STEPS,
+    HALF_LIFE_FRACTION,
+    PRECONDITIONED_EVERY,
+    estimate,
+    noise_fields,
+    observe,
+    observe_preconditioned,
+)
 from fitune.train.resume import Replay, Start, check_replayed, replayed_split
 from fitune.train.schedule import lr_factor
 from fitune.train.self_check import CHECKED_STEP, SelfCheck
@@ -55,8 +63,6 @@ from fitune.units import parse_seconds
 EVALS_PER_RUN = 10
 PREFETCHED_BATCHES = 2
 MOST_BAD_STEPS = 3
-FEWEST_HALF_LIFE_STEPS = 8
-PRECONDITIONED_EVERY = 50
 MOST_OVERFLOWS = 30
 """A float16 scale of 2^16 needs 16 halvings to reach 1; more overflows in a row are no matter of scale."""
 
@@ -329,7 +335,7 @@ class _Trainer:
             peak_allocated_bytes=peak.allocated_bytes,
             peak_reserved_bytes=peak.reserved_bytes,
             device_used_bytes=peak.device_bytes,
-            **self.noise_fields(result.loss_weight),
+            **noise_fields(state.noise, state.preconditioned_noise, step_tokens=result.loss_weight),
         )
         append_line(self.run.metrics, metrics)
         self.watcher.step(metrics, progress=progress)
@@ -388,18 +394,6 @@ class _Trainer:
         self.self_check.keep(peak)
         sentence, agrees = self.self_check.compare(peak)
         self.event("memory_check" if agrees else "memory_differs", sentence)
-
-    def noise_fields(self, loss_weight: float) -> dict[str, float | None]:
-        """Of a step's metrics. loss_weight: of the step."""
-        noise, preconditioned = estimate(self.state.noise), estimate(self.state.preconditioned_noise)
-        return {
-            "noise_signal": None if noise is None else noise.signal,
-            "noise_variance": None if noise is None else noise.variance,
-            "noise_ratio": None if noise is None else noise.ratio(loss_weight),
-            "noise_scale_tokens": None if noise is None else noise.scale_tokens,
-            "noise_scale_preconditioned_tokens": None if preconditioned is None else preconditioned.scale_tokens,
-            "noise_bounce": None if noise is None else noise.bounce,
-        }
 
     def observed_noise(self, result: StepResult) -> dict[str, Any]:
         """What the state's averages are after this step."""

@@ -8,12 +8,13 @@ import json
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from fitune.config import RunConfig
 from fitune.errors import RunDirectoryError
@@ -37,8 +38,23 @@ def watched(config: RunConfig, setup: Setup, run: RunDirectory, *, watcher: Watc
     """`watcher`, together with all that the run is to be watched by. Raises what a tracker raises that cannot start."""
     with ExitStack() as opened:
         others = Watchers((watcher, *opened.enter_context(open_trackers(config, run, tell=watcher.note))))
-        monitor = opened.enter_context(Monitor(config, setup, run, tell=others.note))
+        monitor = opened.enter_context(run_monitor(config, setup, run, tell=others.note))
         yield Watchers((*others.watchers, monitor))
+
+
+def run_monitor(config: RunConfig, setup: Setup, run: RunDirectory, *, tell: Callable[[str], None]) -> "Monitor":
+    """Of a run by fitune's own loop."""
+    parameters = list(setup.model.parameters())
+    saved = parameters if config.model.method == "full" else [p for p in parameters if p.requires_grad]
+    alarms = AlarmSettings(
+        clip=config.optim.clip,
+        on_cpu=parameters[0].device.type == "cpu",
+        save_bytes=sum(parameter.nbytes for parameter in saved),
+        predicted_bytes=_planned_bytes(run.plan),
+    )
+    prometheus = None if config.run.prometheus is None else Path(config.run.prometheus)
+    settings = MonitorSettings(alarms, prometheus)
+    return Monitor(run, setup.model, setup.optimizer, settings=settings, tell=tell)
 
 
 @dataclass(frozen=True)
@@ -60,32 +76,42 @@ class Watchers:
             watcher.note(text)
 
 
+@dataclass(frozen=True)
+class MonitorSettings:
+    """prometheus: a file for its collector. names: what the user calls what an alarm names as fitune's configuration
+    does."""
+
+    alarms: AlarmSettings
+    prometheus: Path | None = None
+    names: Mapping[str, str] = field(default_factory=dict)
+
+
 class Monitor:
     """A watcher with a thread of its own. tell: called with each alarm, in the thread that trains."""
 
-    def __init__(self, config: RunConfig, setup: Setup, run: RunDirectory, *, tell: Callable[[str], None]) -> None:
-        self._setup, self._run, self._tell = setup, run, tell
-        self._device = next(setup.model.parameters()).device
-        parameters = list(setup.model.parameters())
-        saved = parameters if config.model.method == "full" else [p for p in parameters if p.requires_grad]
-        self._state_bytes = sum(parameter.nbytes for parameter in parameters)
+    def __init__(
+        self,
+        run: RunDirectory,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        settings: MonitorSettings,
+        tell: Callable[[str], None],
+    ) -> None:
+        self._run, self._model, self._optimizer = run, model, optimizer
+        self._names, self._prometheus, self._tell = settings.names, settings.prometheus, tell
+        self._device = next(model.parameters()).device
+        self._state_bytes = sum(parameter.nbytes for parameter in model.parameters())
         self._sampler = Sampler(self._device, place=run.path, parameter_bytes=self._state_bytes)
-        self._alarms = Alarms(
-            AlarmSettings(
-                clip=config.optim.clip,
-                on_cpu=self._device.type == "cpu",
-                save_bytes=sum(parameter.nbytes for parameter in saved),
-                predicted_bytes=_planned_bytes(run.plan),
-            )
-        )
+        self._alarms = Alarms(settings.alarms)
         self._lock = threading.Lock()
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._sample_until_stopped, name="monitor", daemon=True)
         self._sentences: deque[str] = deque()
         self._last: StepMetrics | None = None
+        self._step = 0
         self._progress: float | None = None
         self._peaks: list[StepMetrics] = []
-        self._prometheus = None if config.run.prometheus is None else Path(config.run.prometheus)
         self._exported = 0.0
 
     def __enter__(self) -> "Monitor":
@@ -100,12 +126,17 @@ class Monitor:
 
     def step(self, metrics: StepMetrics, *, progress: float) -> None:
         if self._last is None or metrics.step % STATE_EVERY_STEPS == 0:
-            self._state_bytes = _state_bytes(self._setup, self._device)
+            self._state_bytes = _state_bytes(self._model, self._optimizer, self._device)
+        self.reached(metrics.step, progress=progress)
         with self._lock:
-            self._last, self._progress = metrics, progress
+            self._last = metrics
             self._peaks.append(metrics)
             self._ring(self._alarms.step(metrics, held_bytes=self._sampler.held_bytes(), now=time.time()))
         self._tell_alarms()
+
+    def reached(self, step: int, *, progress: float) -> None:
+        """A step is done, of which there are no metrics yet."""
+        self._step, self._progress = step, progress
 
     def evaluation(self, metrics: EvalMetrics, *, best: bool) -> None:
         pass
@@ -115,8 +146,7 @@ class Monitor:
 
     def sample(self) -> MemorySample:
         """Read, write and judge the present moment. Raises RunDirectoryError where it cannot be written."""
-        step = 0 if self._last is None else self._last.step
-        sample = self._sampler.read(step=step, progress=self._progress, state_bytes=self._state_bytes)
+        sample = self._sampler.read(step=self._step, progress=self._progress, state_bytes=self._state_bytes)
         with self._lock:
             for metrics in self._peaks:
                 sample = _with_peaks(sample, metrics)
@@ -152,6 +182,8 @@ class Monitor:
     def _ring(self, events: list[RunEvent]) -> None:
         """At once into the run's directory, lest a run that dies takes its warnings with it."""
         for event in events:
+            for name, other in self._names.items():
+                event = replace(event, message=event.message.replace(name, other))
             self._sentences.append(event.message)
             with suppress(RunDirectoryError):  # the loop's own lines meet the same fault, and end the run
                 append_line(self._run.events, event)
@@ -161,12 +193,12 @@ class Monitor:
             self._tell(self._sentences.popleft())
 
 
-def _state_bytes(setup: Setup, device: torch.device) -> int:
+def _state_bytes(model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> int:
     """Parameters, buffers, gradients and optimizer state on the device."""
-    parameters = list(setup.model.parameters())
-    state = (tensor for tensors in setup.optimizer.state.values() for tensor in tensors.values())
+    parameters = list(model.parameters())
+    state = (tensor for tensors in optimizer.state.values() for tensor in tensors.values())
     gradients = [parameter for parameter in parameters if parameter.requires_grad]
-    held = [*parameters, *gradients, *setup.model.buffers(), *state]
+    held = [*parameters, *gradients, *model.buffers(), *state]
     return sum(t.nbytes for t in held if isinstance(t, torch.Tensor) and t.device == device)
 
 

@@ -27,6 +27,9 @@ from fitune.step.gradient_norms import GradientNorms
 
 HALF_LIFE_FRACTION = 0.02
 """Of the run's tokens: how long an average remembers."""
+FEWEST_HALF_LIFE_STEPS = 8
+PRECONDITIONED_EVERY = 50
+"""Steps between two readings of the weighted norms, which cost a second look at each gradient."""
 LARGE_SHARE = 0.05
 """A step that holds more of the data than this is noticeably less noisy than one drawn with replacement."""
 Z = 1.645
@@ -179,6 +182,21 @@ def estimate(averages: NoiseAverages) -> NoiseEstimate | None:
         bounce=bounce,
         effective_steps=steps,
     )
+
+
+def noise_fields(
+    averages: NoiseAverages, preconditioned: NoiseAverages, *, step_tokens: float
+) -> dict[str, float | None]:
+    """Of a step's metrics."""
+    noise, weighted = estimate(averages), estimate(preconditioned)
+    return {
+        "noise_signal": None if noise is None else noise.signal,
+        "noise_variance": None if noise is None else noise.variance,
+        "noise_ratio": None if noise is None else noise.ratio(step_tokens),
+        "noise_scale_tokens": None if noise is None else noise.scale_tokens,
+        "noise_scale_preconditioned_tokens": None if weighted is None else weighted.scale_tokens,
+        "noise_bounce": None if noise is None else noise.bounce,
+    }
 
 
 def _finite(sample: NoiseSample) -> NoiseSample | None:

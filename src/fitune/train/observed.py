@@ -1,0 +1,50 @@
+"""A safe step while it is watched: what was free before it, what it needed, and what that teaches the memory model."""
+
+import time
+from collections.abc import Callable
+
+import torch
+
+from fitune.memory.devices import cpu_device
+from fitune.model.device import held_bytes, num_alloc_retries, read_peak, reset_peak, usable_bytes
+from fitune.step.safe_step import SafeResult
+from fitune.train.adapt import MemoryModel, Observation, learn
+
+
+def room_bytes(device: torch.device) -> int | None:
+    """What the process can still allocate; on a CPU within its control group too. None where nothing tells it."""
+    found = [usable_bytes(device)]
+    if device.type == "cpu":
+        found.append(cpu_device().free_bytes)
+    return min((each for each in found if each is not None), default=None)
+
+
+def observed(
+    memory: MemoryModel,
+    action: Callable[[], SafeResult],
+    *,
+    device: torch.device,
+    free_bytes: int | None,
+    num_tokens: int | None = None,
+) -> SafeResult:
+    """What `action` returns, learned by `memory`. free_bytes: before it. num_tokens: None: its speed is not."""
+    reset_peak(device)
+    held, retries, start = held_bytes(device), num_alloc_retries(device), time.perf_counter()
+    result = action()
+    seconds = time.perf_counter() - start
+    peak = read_peak(device)
+    peak_bytes = peak.device_bytes if peak.allocated_bytes is None else peak.allocated_bytes
+    sizes = [each.num_positions for each in result.failures if each.place not in ("clip", "update")]
+    failed = [size for size in sizes if size > result.most_positions]  # others fitted when they were done again
+    learn(
+        memory,
+        Observation(
+            size=result.most_positions,
+            need_bytes=None if result.failures or peak_bytes is None else max(peak_bytes - held, 0),
+            tokens_per_second=None if num_tokens is None else num_tokens / seconds,
+            failed_size=min(failed, default=None),
+            free_bytes=free_bytes,
+            num_alloc_retries=num_alloc_retries(device) - retries,
+        ),
+    )
+    return result
