@@ -148,9 +148,9 @@ def test_a_run_that_is_killed_in_the_probe_or_after_it_ends_as_if_it_had_not_bee
     assert found(RUN)["chosen"] == found(PLAIN)["chosen"]
 
 
-@pytest.mark.parametrize("place", ["fitune.run.probe.write_probe", "fitune.train.probe.go_on"])
+@pytest.mark.parametrize("killed_in", ["fitune.run.probe.write_probe", "fitune.train.probe.go_on"])
 def test_a_run_that_is_killed_while_the_branch_becomes_the_run_ends_the_same(
-    place: str, probed: RunDirectory, monkeypatch: pytest.MonkeyPatch
+    killed_in: str, probed: RunDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     probed.path.rename(PLAIN.path)
 
@@ -158,7 +158,7 @@ def test_a_run_that_is_killed_while_the_branch_becomes_the_run_ends_the_same(
         raise Killed
 
     with monkeypatch.context() as patched:
-        patched.setattr(place, die)
+        patched.setattr(killed_in, die)
         with pytest.raises(Killed):
             main(["train", "sft.yaml", LOW])
     assert main(["train", "--resume", "runs/run"]) == 0
