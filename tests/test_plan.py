@@ -344,3 +344,19 @@ def test_a_second_process_that_nobody_waits_for_is_ended() -> None:
     with in_second_process(lambda: time.sleep(1000)):
         pass
     assert not multiprocessing.active_children()
+
+
+# --- the committed benchmark -------------------------------------------------------------------------------------
+
+
+def test_the_plans_that_were_measured_are_near_the_fastest_and_stand_in_the_docs() -> None:
+    root = Path(__file__).parent.parent
+    page = (root / "docs" / "plan.md").read_text(encoding="utf-8")
+    models = json.loads((root / "benchmarks" / "results" / "plan.json").read_text())["models"]
+    assert len(models) == 3
+    for name, model in models.items():
+        runs = model["runs"]
+        assert len(runs) == 3
+        assert all(run["exit_code"] == 0 and run["num_ooms"] == 0 and run["slower"] < 0.1 for run in runs)
+        slower = ", ".join(f"{100 * run['slower']:+.1f} %" for run in runs)
+        assert f"| {name} | {model['rank_correlation']:.3f} | {slower} | 0 |" in page

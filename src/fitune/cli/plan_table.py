@@ -179,9 +179,3 @@ def _footnotes(plan: Plan, num_shown: int) -> Iterator[str]:
             f"({format_bytes(other.predicted_bytes)}, {difference:+.0%})"
         )
     yield from plan.assumptions[:1]
-
-
-def _fits(candidate: Candidate, left_bytes: int) -> str:
-    if not candidate.fits:
-        return say("no, +{more}", more=format_gib(-left_bytes, 1))
-    return say("yes, {left} left", left=format_gib(left_bytes, 1))
