@@ -1,12 +1,21 @@
-"""Which learning rate a larger batch wants, tried out: a grid of rates and batches at equal tokens, on real dialogues.
+"""Which learning rate a larger batch wants, tried out: rates x batches at equal tokens, on real dialogues.
 
-python benchmarks/batch_size.py                 a tiny model trained from nothing, two seeds
-python benchmarks/batch_size.py --task lora     SmolLM2-135M with LoRA (long)
+python benchmarks/batch_size.py --task tiny         a Llama of 0.2 M parameters from nothing, three seeds
+python benchmarks/batch_size.py --task minimind     minimind2-small from nothing, one seed
+python benchmarks/batch_size.py --task smollm2      SmolLM2-135M with LoRA, short rows, one seed
+python benchmarks/batch_size.py                     all three, under 40 minutes of one core; --quick: some minutes
 
-The best rate of the smallest batch and the noise that its run measured are what optim.scaling knows; each of its rules
-says a rate for batches 2, 4 and 8 times as large, which is trained too. The loss that a rule reaches is compared with
-the best of the grid at that batch. Rates are also compared by how far they are from the grid's best, in powers of two.
-The result is printed and written to benchmarks/results/batch_size.json, whatever it is.
+For each batch the rate is doubled or halved until the best one has a worse one on both sides, so the grid's best is
+inside. The best rate of the smallest batch and the noise that its run measured are all that a rule of optim.scaling
+knows; each rule then trains batches k times as large with its own rate, betas, decay and clip. Two numbers judge it:
+the loss above the grid's best at that batch, and the doublings between its rate and the best one.
+
+A larger batch needs more tokens for the same loss. How many is read off the smallest batch's own curve: its loss at
+half the tokens gives a slope, and with it a difference of losses becomes a factor of tokens. The noise predicts it,
+too: (k + rho) / (1 + rho). Last, the modes that grow the batch by themselves are set beside the run that does not, at
+twice the tokens, since they grow no batch that would leave fewer than 100 steps.
+
+Every outcome is written to benchmarks/results/batch_size.json at once: a stopped benchmark goes on where it was.
 """
 
 import argparse
@@ -14,201 +23,452 @@ import json
 import math
 import statistics
 import tempfile
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-import fitune
 from fitune.cli.demo import corpus_directory, smollm2_file, write_dialogues
-from fitune.model.load import build_model
-from fitune.model.presets import llama_config
-from fitune.run.metrics import read_metrics
+from fitune.cli.progress import TrainingProgress
+from fitune.config import RunConfig, read_config
+from fitune.model.load import build_model, load_model, load_tokenizer
+from fitune.model.presets import llama_config, preset_config
+from fitune.run.directory import create_run
+from fitune.run.metrics import StepMetrics, read_metrics
+from fitune.step.assemble import assemble, choose_precision
+from fitune.train.loop import train
+from fitune.train.prepare import load_data
 
 RESULT = Path(__file__).parent / "results" / "batch_size.json"
-FACTORS = (1, 2, 4, 8)
-RULES = ("none", "sqrt_gain", "sqrt", "linear")
+RULES = ("none", "sqrt_gain", "sqrt_gain_weighted", "sqrt", "linear")
+"""sqrt_gain_weighted: sqrt_gain with the noise scale of squares weighted as Adam weighs them."""
+MODES = ("anneal", "follow")
+EPOCHS = {"half": 0.5, "fixed": 2.0, "anneal": 2.0, "follow": 2.0}
+"""Times the task's. fixed: the run that the modes are compared with."""
+MOST_RATES = 7
+_T_QUANTILE = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}
+"""Student's, two-sided at 95 %, by the number of values."""
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Task:
-    """rows: of the smallest batch. rates: the grid at that batch; larger batches take it, twice and four times it."""
+    """rows: of the smallest batch. lr: where the search of its best rate begins. factors: of the batch, 1 first."""
 
+    name: str
     model: Mapping[str, Any]
     rows: int
-    rates: tuple[float, ...]
+    lr: float
+    factors: tuple[int, ...]
+    seeds: tuple[int, ...]
     epochs: float
     max_rows: int
-    seeds: tuple[int, ...]
+    max_length: int
+    eval_rows: int
+    with_modes: bool = False
 
 
-@dataclass(frozen=True)
-class Outcome:
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """kind: grid, one of RULES, or one of EPOCHS."""
+
+    kind: str
     factor: int
-    rule: str
     lr: float
     seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome(Trial):
+    """lr of a rule: the reference's; peak_lr: in use. rho, rho_weighted: noise over signal of a step, the median over
+    the last three quarters of the run, of steps whose signal was above zero. overhead: of a batch 2, 4, 8 times as
+    large, as the noise predicts it, on average over these steps."""
+
+    peak_lr: float
     eval_loss: float
-    noise_scale_rows: float | None
+    steps: int
+    tokens: int
+    cpu_seconds: float
+    rho: float | None
+    rho_weighted: float | None
+    overhead: Mapping[str, float]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--task", choices=("tiny", "lora"), default="tiny")
-    parser.add_argument("--seeds", type=int, default=2)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", choices=("tiny", "minimind", "smollm2"), action="append")
+    parser.add_argument("--quick", action="store_true", help="fewer rows, batches and seeds; nothing is written")
+    parser.add_argument("--output", type=Path, default=RESULT)
     arguments = parser.parse_args()
+    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as place:
         directory = Path(place)
-        data = directory / "english.jsonl"
-        write_dialogues(corpus_directory("english"), data)
-        task = make_task(arguments.task, directory, data, seeds=tuple(range(arguments.seeds)))
-        outcomes = run_grid(task, directory, data)
-        found = summarise(outcomes, task)
-    print_table(found)
-    results = json.loads(RESULT.read_text()) if RESULT.exists() else {}
-    results[arguments.task] = found | {"outcomes": [asdict(outcome) for outcome in outcomes]}
-    RESULT.write_text(json.dumps(results, indent=1) + "\n")
+        for name in arguments.task or ("tiny", "minimind", "smollm2"):
+            task = make_task(name, directory, quick=arguments.quick)
+            output = directory / "quick.json" if arguments.quick else arguments.output
+            found = measure(task, Runner(task, directory), output)
+            print_summary(found)
 
 
-def make_task(name: str, directory: Path, data: Path, *, seeds: tuple[int, ...]) -> Task:
-    if name == "lora":
-        model = {"source": str(smollm2_file()), "method": "lora"}
-        return Task(model, 4, (1e-4, 2e-4, 4e-4), 1.0, 400, seeds)
-    return Task({"source": str(save_tiny(directory / "tiny", data))}, 4, (5e-4, 1e-3, 2e-3, 4e-3), 2.0, 1600, seeds)
+def make_task(name: str, directory: Path, *, quick: bool = False) -> Task:
+    data = directory / "english.jsonl"
+    write_dialogues(corpus_directory("english"), data)
+    if name == "tiny":
+        shape = llama_config(
+            vocab_size=1024, hidden_size=64, intermediate_size=176, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, head_dim=16, max_position_embeddings=512,
+        )  # fmt: skip
+        model = {"source": str(save_model(directory / name, shape, data))}
+        task = Task(
+            name=name, model=model, rows=4, lr=4e-3, factors=(1, 2, 4, 8), seeds=(0, 1, 2), epochs=1.0, max_rows=1800,
+            max_length=96, eval_rows=180, with_modes=True,
+        )  # fmt: skip
+        return replace(task, max_rows=300, seeds=(0, 1), factors=(1, 4)) if quick else task
+    if name == "minimind":
+        shape = preset_config("minimind2-small")
+        model = {"source": str(save_model(directory / name, shape, data))}
+        task = Task(
+            name=name, model=model, rows=4, lr=5e-4, factors=(1, 2, 4), seeds=(0,), epochs=1.0, max_rows=500,
+            max_length=64, eval_rows=50,
+        )  # fmt: skip
+        return replace(task, max_rows=60, factors=(1, 2)) if quick else task
+    model = {"source": str(smollm2_file()), "method": "lora"}
+    task = Task(
+        name=name, model=model, rows=2, lr=4e-4, factors=(1, 4), seeds=(0,), epochs=1.0, max_rows=220, max_length=48,
+        eval_rows=40,
+    )  # fmt: skip
+    return replace(task, max_rows=40) if quick else task
 
 
-def save_tiny(path: Path, data: Path) -> Path:
-    """A Llama of 0.7 M parameters and a tokenizer of 1,024 words learned from the dialogues."""
+def save_model(path: Path, shape: Any, data: Path) -> Path:
+    """Random weights of that shape and a tokenizer of its size, learned from the dialogues."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    trainer = trainers.BpeTrainer(vocab_size=1024, special_tokens=special, show_progress=False)
+    trainer = trainers.BpeTrainer(vocab_size=shape.vocab_size, special_tokens=special, show_progress=False)
     tokenizer.train([str(data)], trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
     fast.chat_template = TEMPLATE
-    config = llama_config(
-        vocab_size=1024, hidden_size=128, intermediate_size=352, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=32, max_position_embeddings=512,
-    )  # fmt: skip
-    build_model(config, seed=0).save_pretrained(path)
+    build_model(shape, seed=0).save_pretrained(path)
     fast.save_pretrained(path)
     return path
 
 
-def run_grid(task: Task, directory: Path, data: Path) -> list[Outcome]:
-    outcomes: list[Outcome] = []
+class Runner:
+    """Trains one trial after another: the run's own loop, without the plan and prediction that come before it."""
 
-    def run(factor: int, rule: str, lr: float, seed: int, **optim: Any) -> Outcome:
-        outcome = train(task, directory, data, factor=factor, rule=rule, lr=lr, seed=seed, optim=optim)
-        print(f"x{factor} {rule:10} lr {outcome.lr:.2e} seed {seed}: eval loss {outcome.eval_loss:.4f}", flush=True)
-        outcomes.append(outcome)
+    def __init__(self, task: Task, directory: Path) -> None:
+        self.task, self.directory = task, directory
+        config = self.config(Trial(kind="grid", factor=1, lr=task.lr, seed=0))
+        self.tokenizer = load_tokenizer(config.model)
+        self.data = load_data(config, self.tokenizer)
+        self.device = torch.device("cpu")
+        self.precision = choose_precision(config, self.device)
+        self.model = load_model(config.model, self.device, precision=self.precision)
+        self.start = {name: value.detach().clone() for name, value in self.trained()}
+
+    def trained(self) -> Iterable[tuple[str, torch.Tensor]]:
+        return ((name, parameter) for name, parameter in self.model.named_parameters() if parameter.requires_grad)
+
+    def config(self, trial: Trial, rho: float | None = None) -> RunConfig:
+        """rho: measured at the smallest batch, for the rules that want it."""
+        task = self.task
+        optim: dict[str, Any] = {"lr": trial.lr, "warmup": 0.05}
+        if trial.kind in RULES and trial.kind != "none":
+            rule = trial.kind.removesuffix("_weighted")
+            known = {"noise_scale": rho * task.rows} if rho is not None and rule == "sqrt_gain" else {}
+            optim |= {"scaling": rule, "reference_batch": task.rows, **known}
+        content = {
+            "model": {**task.model, "recompute": "off"},
+            "loss": "full",
+            "data": {
+                "train": [{"path": str(self.directory / "english.jsonl"), "max_rows": task.max_rows}],
+                "eval_fraction": 0.1,
+                "max_length": task.max_length,
+            },
+            "batch": {"effective": task.rows * trial.factor, "micro": task.rows * trial.factor // 2},
+            "optim": optim,
+            "train": {
+                "epochs": task.epochs * EPOCHS.get(trial.kind, 1.0),
+                "seed": trial.seed,
+                "eval_every": 10**6,
+                "batch_mode": trial.kind if trial.kind in MODES else "advise",
+            },
+            "eval": {"max_rows": task.eval_rows},
+            "run": {"output": str(self.directory / "runs"), "name": "run"},
+        }
+        return read_config(content).config
+
+    def __call__(self, trial: Trial, rho: float | None = None) -> Outcome:
+        start = time.process_time()
+        config = self.config(trial, rho)
+        with torch.no_grad():
+            for name, parameter in self.trained():
+                parameter.copy_(self.start[name])
+        setup = assemble(self.model, config, device=self.device, precision=self.precision)
+        run = create_run(config.run.output, "run", overwrite=True)
+        with TrainingProgress(quiet=True) as watcher:
+            summary = train(config, setup, run, data=self.data, tokenizer=self.tokenizer, watcher=watcher)
+        steps = read_metrics(run.metrics).steps
+        later = steps[len(steps) // 4 :]
+        rhos = [step.noise_ratio for step in later if step.noise_ratio is not None]
+        weighted = [value for step in later if (value := weighted_ratio(step)) is not None]
+        assert summary.eval_loss is not None
+        return Outcome(
+            **asdict(trial),
+            peak_lr=setup.peak_lr,
+            eval_loss=summary.eval_loss,
+            steps=summary.steps,
+            tokens=summary.tokens,
+            cpu_seconds=time.process_time() - start,
+            rho=statistics.median(rhos) if rhos else None,
+            rho_weighted=statistics.median(weighted) if weighted else None,
+            overhead={
+                str(k): statistics.fmean(token_overhead(step.noise_ratio, k) for step in later) for k in (2, 4, 8)
+            },
+        )
+
+
+def weighted_ratio(step: StepMetrics) -> float | None:
+    scale = step.noise_scale_preconditioned_tokens
+    return None if scale is None else scale / step.supervised_tokens
+
+
+def token_overhead(rho: float | None, factor: int) -> float:
+    """k / r(k). rho: None where no signal was seen, which is all noise: a larger batch then costs nothing."""
+    return 1.0 if rho is None else (factor + rho) / (1 + rho)
+
+
+class Ledger:
+    """The outcomes so far, in a file: what is in it is not trained again."""
+
+    def __init__(self, task: Task, run: Callable[[Trial, float | None], Outcome], path: Path) -> None:
+        self.task, self.run, self.path = task, run, path
+        kept = self.content().get(task.name, {})
+        same = kept.get("task") == json.loads(json.dumps(shown(task)))
+        self.outcomes = [Outcome(**each) for each in kept["outcomes"]] if same else []
+
+    def content(self) -> dict[str, Any]:
+        content: dict[str, Any] = json.loads(self.path.read_text()) if self.path.exists() else {}
+        return content
+
+    def write(self, **more: Any) -> dict[str, Any]:
+        found = {"task": shown(self.task), **more, "outcomes": [asdict(outcome) for outcome in self.outcomes]}
+        self.path.write_text(json.dumps(self.content() | {self.task.name: found}, indent=1) + "\n")
+        return found
+
+    def outcome(self, kind: str, factor: int, lr: float, *, seed: int, rho: float | None = None) -> Outcome:
+        for known in self.outcomes:
+            if (known.kind, known.factor, known.seed) == (kind, factor, seed) and math.isclose(known.lr, lr):
+                return known
+        outcome = self.run(Trial(kind=kind, factor=factor, lr=lr, seed=seed), rho)
+        print(
+            f"{self.task.name} {kind:18} x{factor} lr {outcome.peak_lr:.2e} seed {seed}: eval loss "
+            f"{outcome.eval_loss:.4f}, {outcome.steps} steps, {outcome.cpu_seconds:.1f} s of CPU",
+            flush=True,
+        )
+        self.outcomes.append(outcome)
+        self.write()
         return outcome
 
-    for seed in task.seeds:
-        for factor in FACTORS:
-            rates = [rate * scale for rate in task.rates for scale in (1.0, 2.0, 4.0)]
-            highest = max(task.rates) * (1 if factor == 1 else 2 if factor == 2 else 4)
-            for rate in sorted({rate for rate in rates if rate <= highest}):
-                run(factor, "grid", rate, seed)
-        base = [outcome for outcome in outcomes if outcome.factor == 1 and outcome.seed == seed]
-        best = min(base, key=lambda outcome: outcome.eval_loss)
-        for factor in FACTORS[1:]:
-            for rule in RULES[1:]:
-                known = {"noise_scale": best.noise_scale_rows} if rule == "sqrt_gain" else {}
-                run(factor, rule, best.lr, seed, scaling=rule, reference_batch=task.rows, **known)
-    return outcomes
+    def over_seeds(self, kind: str, factor: int, lr: float) -> list[Outcome]:
+        return [self.outcome(kind, factor, lr, seed=seed) for seed in self.task.seeds]
 
 
-def train(
-    task: Task, directory: Path, data: Path, *, factor: int, rule: str, lr: float, seed: int, optim: Mapping[str, Any]
-) -> Outcome:
-    rows = task.rows * factor
-    summary = fitune.train(
-        {
-            "model": {**task.model, "recompute": "off"},
-            "loss": "chunked",
-            "data": {
-                "train": [{"path": str(data), "max_rows": task.max_rows}], "eval_fraction": 0.1, "max_length": 256,
-            },
-            "batch": {"effective": rows, "micro": max(1, task.rows // 2)},
-            "optim": {"lr": lr, "warmup": 0.05, **optim},
-            "train": {"epochs": task.epochs, "seed": seed, "eval_every": 10**6},
-            "eval": {"max_rows": 400},
-            "run": {"output": str(directory / "runs"), "name": "run"},
-        },
-        overwrite=True,
-        quiet=True,
-    )  # fmt: skip
-    steps = read_metrics(directory / "runs" / "run" / "metrics.jsonl").steps
-    scales = [step.noise_scale_tokens for step in steps[len(steps) // 4 :] if step.noise_scale_tokens is not None]
-    tokens_per_row = summary.supervised_tokens / (summary.steps * rows)
-    assert summary.eval_loss is not None
-    return Outcome(
-        factor=factor,
-        rule=rule,
-        lr=max(step.lr for step in steps) if optim else lr,
-        seed=seed,
-        eval_loss=summary.eval_loss,
-        noise_scale_rows=statistics.median(scales) / tokens_per_row if scales else None,
-    )
+def shown(task: Task) -> dict[str, Any]:
+    """Without paths of this machine."""
+    content = asdict(task)
+    content["model"] = {name: Path(value).name for name, value in task.model.items()}
+    return content
 
 
-def summarise(outcomes: list[Outcome], task: Task) -> dict[str, Any]:
-    """Means over the seeds, by factor and rule. above_best: by what share the loss exceeds the grid's best there."""
-
-    def mean_loss(chosen: list[Outcome]) -> float:
-        return statistics.fmean(outcome.eval_loss for outcome in chosen)
-
-    grid = {}
-    for factor in FACTORS:
-        rates = sorted({o.lr for o in outcomes if o.factor == factor and o.rule == "grid"})
-        grid[factor] = {lr: mean_loss([o for o in outcomes if (o.factor, o.rule, o.lr) == (factor, "grid", lr)])
-                        for lr in rates}  # fmt: skip
-    best = {factor: min(losses, key=lambda lr: losses[lr]) for factor, losses in grid.items()}
+def measure(task: Task, run: Callable[[Trial, float | None], Outcome], output: Path) -> dict[str, Any]:
+    ledger = Ledger(task, run, output)
+    grid: dict[int, dict[float, float]] = {}
+    lr = task.lr
+    for factor in task.factors:
+        grid[factor] = best_inside(lambda rate, factor=factor: mean_loss(ledger.over_seeds("grid", factor, rate)), lr)
+        lr = best_rate(grid[factor])
+    base_lr = best_rate(grid[1])
+    base = ledger.over_seeds("grid", 1, base_lr)
     rules = []
-    for factor in FACTORS[1:]:
+    for factor in task.factors[1:]:
         for rule in RULES:
-            chosen = [o for o in outcomes if o.factor == factor and o.rule == ("grid" if rule == "none" else rule)]
-            if rule == "none":
-                chosen = [o for o in chosen if o.lr == best[1]]
-            loss, lr = mean_loss(chosen), statistics.geometric_mean(o.lr for o in chosen)
-            rules.append(
-                {
-                    "factor": factor,
-                    "rule": rule,
-                    "lr": lr,
-                    "eval_loss": loss,
-                    "above_best": loss / grid[factor][best[factor]] - 1,
-                    "doublings_from_best": math.log2(lr / best[factor]),
-                }
-            )
-    scales = [o.noise_scale_rows for o in outcomes if (o.factor, o.lr) == (1, best[1]) and o.noise_scale_rows]
-    return {
-        "rows": task.rows,
-        "seeds": len(task.seeds),
-        "grid": {str(factor): {f"{lr:.2e}": loss for lr, loss in losses.items()} for factor, losses in grid.items()},
-        "noise_scale_rows": statistics.fmean(scales) if scales else None,
+            outcomes = [
+                ledger.outcome(rule, factor, base_lr, seed=each.seed, rho=known_rho(rule, each)) for each in base
+            ]
+            rules.append(judge(rule, outcomes, grid[factor]))
+    found = {
+        "reference_lr": base_lr,
+        "rho": median_of(each.rho for each in base),
+        "rho_weighted": median_of(each.rho_weighted for each in base),
+        "grid": {
+            str(factor): {f"{rate:.3e}": loss for rate, loss in sorted(losses.items())}
+            for factor, losses in grid.items()
+        },
+        "optimum": {str(factor): optimum(losses)[0] for factor, losses in grid.items()},
         "rules": rules,
+        "closeness": {rule: closeness(rule, rules) for rule in RULES},
+        "overhead": overheads(ledger, grid, base),
+        "modes": [mode_outcome(ledger, mode, base_lr) for mode in MODES] if task.with_modes else [],
+        "cpu_seconds": sum(outcome.cpu_seconds for outcome in ledger.outcomes),
+    }  # fmt: skip
+    return ledger.write(**found)
+
+
+def known_rho(rule: str, outcome: Outcome) -> float | None:
+    return {"sqrt_gain": outcome.rho, "sqrt_gain_weighted": outcome.rho_weighted}.get(rule)
+
+
+def best_inside(loss_of: Callable[[float], float], lr: float) -> dict[float, float]:
+    """Rates a factor of two apart from `lr` on, and their losses, until the lowest has neighbours on both sides."""
+    losses = {lr: loss_of(lr)}
+    while len(losses) < MOST_RATES:
+        best = best_rate(losses)
+        wanted = [rate for rate in (best * 2, best / 2) if not any(math.isclose(rate, known) for known in losses)]
+        if not wanted:
+            break
+        losses[wanted[0]] = loss_of(wanted[0])
+    return losses
+
+
+def best_rate(losses: Mapping[float, float]) -> float:
+    return min(losses, key=lambda rate: losses[rate] if math.isfinite(losses[rate]) else math.inf)
+
+
+def optimum(losses: Mapping[float, float]) -> tuple[float, float]:
+    """(rate, loss) at the bottom of the parabola through the best rate and its neighbours, in powers of two; the best
+    rate itself where it has none on one side."""
+    rates = sorted(losses)
+    place = rates.index(best_rate(losses))
+    if not 0 < place < len(rates) - 1:
+        return rates[place], losses[rates[place]]
+    left, middle, right = (losses[rates[i]] for i in (place - 1, place, place + 1))
+    curve = left + right - 2 * middle
+    if not math.isfinite(curve) or curve <= 0:
+        return rates[place], middle
+    shift = (left - right) / (2 * curve)
+    return rates[place] * 2**shift, middle - (left - right) ** 2 / (8 * curve)
+
+
+def judge(rule: str, outcomes: list[Outcome], losses: Mapping[float, float]) -> dict[str, Any]:
+    lr, best = optimum(losses)
+    rate, loss = statistics.geometric_mean(each.peak_lr for each in outcomes), mean_loss(outcomes)
+    return {
+        "factor": outcomes[0].factor,
+        "rule": rule,
+        "lr": rate,
+        "eval_loss": loss,
+        "above_best_fraction": loss / losses[best_rate(losses)] - 1,
+        "above_optimum_fraction": loss / best - 1,
+        "doublings_from_optimum": math.log2(rate / lr),
     }
 
 
-def print_table(found: Mapping[str, Any]) -> None:
-    print(f"\nnoise scale measured at the smallest batch of {found['rows']} rows: {found['noise_scale_rows']:.0f} rows")
+def closeness(rule: str, rules: list[dict[str, Any]]) -> dict[str, float]:
+    """On average over the factors."""
+    own = [each for each in rules if each["rule"] == rule]
+    return {
+        "doublings": statistics.fmean(abs(each["doublings_from_optimum"]) for each in own),
+        "above_best_fraction": statistics.fmean(each["above_best_fraction"] for each in own),
+        "worst_above_best_fraction": max(each["above_best_fraction"] for each in own),
+    }
+
+
+def overheads(ledger: Ledger, grid: Mapping[int, Mapping[float, float]], base: list[Outcome]) -> list[dict[str, Any]]:
+    """By factor: times the tokens for the smallest batch's loss, measured in each seed and predicted by the noise."""
+    half = ledger.over_seeds("half", 1, base[0].lr)
+    slopes = [(less.eval_loss - each.eval_loss) / math.log(2) for less, each in zip(half, base, strict=True)]
+    slope = statistics.fmean(slopes)
+    rows = []
+    for factor in ledger.task.factors[1:]:
+        larger = ledger.over_seeds("grid", factor, best_rate(grid[factor]))
+        logs = [(k.eval_loss - each.eval_loss) / slope for k, each in zip(larger, base, strict=True)]
+        mean, reach = statistics.fmean(logs), half_width(logs)
+        rows.append(
+            {
+                "factor": factor,
+                "measured": math.exp(mean),
+                "measured_low": None if reach is None else math.exp(mean - reach),
+                "measured_high": None if reach is None else math.exp(mean + reach),
+                "predicted": statistics.fmean(each.overhead[str(factor)] for each in base),
+                "predicted_weighted": statistics.fmean(token_overhead(each.rho_weighted, factor) for each in base),
+            }
+        )
+    return rows
+
+
+def mode_outcome(ledger: Ledger, mode: str, lr: float) -> dict[str, Any]:
+    """Beside the run whose batch stays, in pairs of the same seed. fixed_spread: of the latter, largest - smallest."""
+    fixed, own = ledger.over_seeds("fixed", 1, lr), ledger.over_seeds(mode, 1, lr)
+    differences = [grown.eval_loss - each.eval_loss for grown, each in zip(own, fixed, strict=True)]
+    reach = half_width(differences)
+    mean = statistics.fmean(differences)
+    losses = [each.eval_loss for each in fixed]
+    return {
+        "mode": mode,
+        "fixed_eval_loss": statistics.fmean(losses),
+        "eval_loss_difference": mean,
+        "low": None if reach is None else mean - reach,
+        "high": None if reach is None else mean + reach,
+        "fixed_spread": max(losses) - min(losses),
+        "steps": statistics.fmean(each.steps for each in own),
+        "fixed_steps": statistics.fmean(each.steps for each in fixed),
+    }
+
+
+def half_width(values: list[float]) -> float | None:
+    """Of the 95 % interval of their mean; None for a single value."""
+    if len(values) < 2:
+        return None
+    return _T_QUANTILE[len(values)] * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def mean_loss(outcomes: list[Outcome]) -> float:
+    return statistics.fmean(outcome.eval_loss for outcome in outcomes)
+
+
+def median_of(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.median(known) if known else None
+
+
+def print_summary(found: Mapping[str, Any]) -> None:
+    task = found["task"]
+    print(f"\n{task['name']}: {task['rows']} rows, {len(task['seeds'])} seeds, {found['cpu_seconds']:.0f} s of CPU")
+    print(f"noise over signal of a step: {found['rho']}, weighted as Adam weighs it {found['rho_weighted']}")
     for factor, losses in found["grid"].items():
         print(f"x{factor:2} " + "  ".join(f"{lr} {loss:.4f}" for lr, loss in losses.items()))
-    print("factor rule        rate      eval loss   above the grid's best   doublings from its rate")
+    print("factor rule                    rate   eval loss  above the grid's best  doublings from the best rate")
     for each in found["rules"]:
         print(
-            f"x{each['factor']:<5} {each['rule']:11} {each['lr']:.2e}  {each['eval_loss']:.4f}      "
-            f"{each['above_best']:+.2%}                 {each['doublings_from_best']:+.1f}"
+            f"x{each['factor']:<5} {each['rule']:19} {each['lr']:.2e}  {each['eval_loss']:.4f}     "
+            f"{each['above_best_fraction']:+.2%}                 {each['doublings_from_optimum']:+.2f}"
+        )
+    for rule, close in found["closeness"].items():
+        print(f"on average {rule:19} {close['doublings']:.2f} doublings, {close['above_best_fraction']:+.2%}")
+    for each in found["overhead"]:
+        interval = (
+            "" if each["measured_low"] is None else f" ({each['measured_low']:.2f} to {each['measured_high']:.2f})"
+        )
+        print(
+            f"x{each['factor']} costs {each['measured']:.2f}{interval} times the tokens; the noise predicts "
+            f"{each['predicted']:.2f}, weighted {each['predicted_weighted']:.2f}"
+        )  # fmt: skip
+    for each in found["modes"]:
+        print(
+            f"{each['mode']}: loss {each['eval_loss_difference']:+.4f} ({each['low']:+.4f} to {each['high']:+.4f}; "
+            f"spread of the fixed runs {each['fixed_spread']:.4f}), {each['steps']:.0f} steps instead of "
+            f"{each['fixed_steps']:.0f}"
         )
 
 

@@ -5,7 +5,7 @@ import sys
 
 import numpy as np
 
-from fitune.report.interval import paired_interval
+from fitune.run.interval import paired_interval
 
 
 def false_alarms(num_rows: int, num_draws: int) -> float:

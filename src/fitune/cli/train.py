@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -30,7 +31,7 @@ from fitune.run.directory import (
     write_atomically,
     write_json,
 )
-from fitune.run.metrics import Summary, summary_json
+from fitune.run.metrics import RunEvent, Summary, append_line, summary_json
 from fitune.train.ranks import Ranks, joined
 from fitune.units import format_bytes, format_count, format_seconds
 
@@ -45,6 +46,7 @@ def train(
     resume: Annotated[str | None, Parameter(help="go on with this run: its directory, or latest")] = None,
     allow_change: Annotated[tuple[str, ...], Parameter(help="what may differ from the run that goes on")] = (),
     replay: Annotated[Path | None, Parameter(help="do this run's steps once more and compare each one")] = None,
+    probe: Annotated[bool, Parameter(help="first try other rates and twice the batch (train.probe)")] = False,
     overwrite: Annotated[bool, Parameter(help="replace an existing run of this name")] = False,
     print_config: Annotated[bool, Parameter(help="print the resolved configuration, and stop")] = False,
     dry_run: Annotated[bool, Parameter(help="load and check everything, and stop before the first step")] = False,
@@ -52,9 +54,14 @@ def train(
     output_format: Format = "auto",
 ) -> None:
     """Train by a configuration, or go on with a run. An existing run is refused unless --overwrite."""
-    _check_flags(resume=resume, replay=replay, overwrite=overwrite, allow_change=allow_change)
+    _check_flags(resume=resume, replay=replay, overwrite=overwrite, allow_change=allow_change, probe=probe)
     earlier = _earlier_run(resume, replay, output=flags.output)
-    resolved = read_arguments(words, flags, source=None if earlier is None else earlier.config)
+    resolved = read_arguments(
+        words,
+        flags,
+        overrides=["train.probe=true"] if probe else [],
+        source=None if earlier is None else earlier.config,
+    )
     if earlier is not None and resolved.origins["run.name"] == COMMAND_LINE:
         raise UsageError("run.name has no effect on a run that exists already: drop it")
     if print_config:
@@ -114,6 +121,11 @@ def run_training(
     from fitune.train.checkpoint import check_disk
     from fitune.train.resume import read_replay
 
+    if config.train.probe:
+        from fitune.train.probe import probe_position
+
+        probe_position(config, prepared.data)  # refuses what is too short for one
+
     replay = None if replayed is None else read_replay(replayed)
     if not ranks.leads:
         run = RunDirectory(ranks.exchange(Path())[0])
@@ -134,7 +146,10 @@ def run_training(
         if prepared.plan is not None:
             write_json(run.plan, {"schema": SCHEMA, **plan_json(prepared.plan), "settings": prepared.settings})
         ranks.exchange(run.path)
-        summary = _train(config, prepared, run, progress=progress, replay=replay, ranks=ranks)
+        start = None
+        if config.train.probe:
+            config, prepared, start = _probe(resolved, prepared, run, progress)
+        summary = _train(config, prepared, run, progress=progress, start=start, replay=replay, ranks=ranks)
     if prepared.plan is not None and ranks.size == 1:
         calibrate(prepared.plan, run.metrics)
     if replay is not None:
@@ -162,6 +177,8 @@ def _resume(
         checkpoint, faults = newest_checkpoint(run)
         config = resolved.config
         if checkpoint is not None:
+            if config.train.probe:
+                raise UsageError("train.probe has no effect on a run that has begun: drop it")
             config = pin_precision(config, checkpoint, choose_device())
         prepared = _prepare(config, progress, plan_check=False, settings=_settings(run), ranks=ranks)
         setup, data = prepared.setup, prepared.data
@@ -171,6 +188,8 @@ def _resume(
         if is_changed and ranks.leads:
             write_atomically(run.config, format_config(resolved))
         start = replace(start, notes=(*faults, *start.notes))
+        if config.train.probe:
+            config, prepared, start = _probe(resolved, prepared, run, progress)
         return _train(config, prepared, run, progress=progress, start=start, ranks=ranks)
 
 
@@ -204,11 +223,45 @@ def _train(
         )
 
 
-def _check_flags(*, resume: str | None, replay: Path | None, overwrite: bool, allow_change: tuple[str, ...]) -> None:
+def _probe(
+    resolved: ResolvedConfig, prepared: "Prepared", run: RunDirectory, progress: RunProgress
+) -> tuple[RunConfig, "Prepared", "Start"]:
+    """What the run goes on with. Its configuration is written before the chosen branch becomes the run: killed between
+    the two, it begins anew with the chosen setting and ends in the same weights."""
+    from fitune.run.probe import write_probe
+    from fitune.train.probe import adopt, try_settings
+
+    tried = try_settings(
+        resolved.config,
+        prepared.setup,
+        run,
+        data=prepared.data,
+        tokenizer=prepared.tokenizer,
+        watcher=progress,
+        self_check=prepared.self_check,
+    )
+    write_probe(run.probe, tried.probe)
+    origins = {**resolved.origins, **dict.fromkeys(tried.changes, "probe")}
+    write_atomically(run.config, format_config(ResolvedConfig(tried.config, origins)))
+    start = adopt(run, tried, data=prepared.data)
+    tokens, scale = format_count(tried.probe.cost_tokens), tried.probe.noise_scale_rows
+    noise = "n/a" if scale is None else f"{scale:,.0f} rows"
+    verdict = f"{tried.probe.verdict}; noise scale before training {noise}; {tokens} tokens on the other branches"
+    for sentence in (*map(str, tried.probe.branches), verdict):
+        append_line(run.events, RunEvent(time=time.time(), step=0, kind="probe", message=sentence))
+    progress.note(f"probe  {verdict}")
+    return tried.config, replace(prepared, setup=tried.setup), start
+
+
+def _check_flags(
+    *, resume: str | None, replay: Path | None, overwrite: bool, allow_change: tuple[str, ...], probe: bool
+) -> None:
     if resume is not None and replay is not None:
         raise UsageError("--resume and --replay exclude each other: go on with a run, or do it once more")
     if overwrite and (resume is not None or replay is not None):
         raise UsageError("--overwrite begins a run anew: drop it, or --resume and --replay")
+    if probe and (resume is not None or replay is not None):
+        raise UsageError("--probe begins a run: drop it, or --resume and --replay")
     if allow_change and resume is None:
         raise UsageError("--allow-change is for --resume: drop it, or name the run that goes on")
 
@@ -249,6 +302,8 @@ def _prepare(
     settings: Sequence[str] | None = None,
     ranks: Ranks,
 ) -> "Prepared":
+    if config.train.probe and ranks.size > 1:
+        raise UsageError(f"train.probe works in one process and {ranks.size} were started: drop it, or torchrun")
     parse_allocator_config(config.memory.allocator)
     if config.memory.allocator:
         os.environ["PYTORCH_ALLOC_CONF"] = config.memory.allocator  # read when CUDA starts, so before torch is used

@@ -8,6 +8,7 @@ Paths are relative to the current directory, not to the file that they stand in;
 """
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -234,6 +235,12 @@ class TrainConfig(Section):
         None, description="save and stop after this time: 11h, 90m"
     )
     batch_mode: BatchMode = Field("advise", description="when the effective batch grows by itself; advise: never")
+    probe: Bool = Field(
+        False, description="first try the rate halved and doubled and twice the batch; go on with the best"
+    )
+    probe_fraction: Annotated[Float, Field(gt=0, le=0.5)] = Field(
+        0.05, description="share of the run that each setting of the probe is tried for"
+    )
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:
@@ -304,9 +311,29 @@ class RunConfig(Section):
             )
         if self.train.batch_mode == "anneal" and self.optim.schedule == "constant":
             faults.append("train.batch_mode anneal has no effect while optim.schedule is constant: drop one of them")
+        faults += self._probe_without_effect()
         if faults:
             raise ValueError("\n".join(faults))
         return self
+
+    def _probe_without_effect(self) -> Iterator[str]:
+        train, optim = self.train, self.optim
+        if not train.probe:
+            if train.probe_fraction != TrainConfig.model_fields["probe_fraction"].default:
+                yield "train.probe_fraction has no effect while train.probe is false: set the one or drop the other"
+            return
+        if train.steps is not None:
+            yield (
+                "train.probe tries twice the batch, so train.steps says nothing of the run's length: give train.epochs "
+                "or train.tokens"
+            )
+        if optim.warmup >= train.probe_fraction:
+            yield (
+                f"train.probe_fraction {train.probe_fraction:g} ends within optim.warmup {optim.warmup:g}, before any "
+                "rate is tried at its height: raise the first or lower the second"
+            )
+        if self.data.eval is None and self.data.eval_fraction == 0:
+            yield "train.probe compares on held-out rows: give data.eval, or a data.eval_fraction above 0"
 
     def _scaling_without_effect(self) -> list[str]:
         optim = self.optim

@@ -14,8 +14,8 @@ import numpy as np
 
 from fitune.language import say
 from fitune.report.compare import Comparison, Row, eval_interval, last_split, peak_lr, planned_candidate
-from fitune.report.interval import Interval
 from fitune.report.recorded import RecordedRun
+from fitune.run.interval import Interval
 from fitune.units import format_bytes
 
 Effect = Literal["same", "close", "different"]

@@ -17,9 +17,9 @@ import numpy.typing as npt
 
 from fitune.errors import RunDirectoryError
 from fitune.language import say
-from fitune.report.interval import Interval, differ, paired_interval
 from fitune.report.recorded import RecordedRun
 from fitune.report.sources import read_recorded
+from fitune.run.interval import Interval, differ, paired_interval
 
 SAME_LOSS = 0.02
 """Nats: rounding alone (bfloat16 sums in another order) stays below it; another batch or another rate does not."""

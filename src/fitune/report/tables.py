@@ -10,8 +10,8 @@ from typing import Any
 
 from fitune.language import say
 from fitune.report.compare import Comparison, Row
-from fitune.report.interval import Interval
 from fitune.report.verdicts import verdicts
+from fitune.run.interval import Interval
 from fitune.units import format_count, format_gib
 
 TRAIN_COLUMN = 5

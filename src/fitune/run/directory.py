@@ -7,6 +7,7 @@
     metrics.jsonl   one line a step      memory.jsonl   memory over time
     events.jsonl    what happened        journal.jsonl  what each step did, for resume and replay
     summary.json    the run in numbers   report.html    the run in pictures
+    probe.json      what was tried before it (train.probe)
     checkpoints/    to resume from       best/ last/    to use: transformers directories
     trackers/       what the trackers of run.trackers keep here
     lock            held while a process works on the run; its time is the heartbeat
@@ -88,6 +89,15 @@ class RunDirectory:
     @property
     def summary(self) -> Path:
         return self.path / "summary.json"
+
+    @property
+    def probe(self) -> Path:
+        return self.path / "probe.json"
+
+    @property
+    def branches(self) -> Path:
+        """While a probe goes on: a run directory for each setting that is tried."""
+        return self.path / "probe"
 
     @property
     def report(self) -> Path:
@@ -286,12 +296,12 @@ def _never_began(run: RunDirectory) -> bool:
 
 
 def _remove_files(run: RunDirectory) -> None:
-    for directory in (run.checkpoints, run.best, run.last, run.trackers):
+    for directory in (run.checkpoints, run.best, run.last, run.trackers, run.branches):
         if directory.is_dir():
             shutil.rmtree(directory)
     texts = (
         *(run.config, run.env, run.plan, run.data, run.peak, run.metrics, run.eval_rows),
-        *(run.memory, run.events, run.journal, run.summary, run.report),
+        *(run.memory, run.events, run.journal, run.summary, run.report, run.probe),
     )
     for file in texts:
         file.unlink(missing_ok=True)

@@ -160,8 +160,8 @@ def safe_step(
 
     step: its number, which with the run's seed and a piece's first row is what the piece draws from. fits(positions):
     whether a piece of this size should fit in what is free now, so that its failure is one that passes. trial: forward
-    and backward only, of which nothing stays, to see what fits. norms: reads this step's gradients. shared: with the
-    processes that compute the other rows of the batch; there may be no piece for this one.
+    and backward only, of which nothing stays, to see what fits. norms: reads this step's gradients, a trial's too.
+    shared: with the processes that compute the other rows of the batch; there may be no piece for this one.
 
     Raises OutOfMemoryError where a single row does not fit and is not to be left out: parameters, optimizer and
     schedule are then those before the step. Raises RestartError where an unprotected update is torn, or memory runs
@@ -227,9 +227,8 @@ class _Progress(Generic[P]):
         """Take back what the failed attempt did: the piece alone where pieces are committed, unless the step must be
         done again as a whole."""
         self._drop_gradients()
-        work = self.protection.work
-        if again and work.scaler is not None:
-            work.scaler.update(new_scale=work.scaler.get_scale())  # the same scale; it forgets that it has unscaled
+        if again:
+            self._forget_scaling()
         if again or self.committed is None:
             self.restart()
         else:
@@ -275,8 +274,9 @@ class _Progress(Generic[P]):
         return True
 
     def forget(self) -> None:
-        """After a trial, or where another process ends the step: no gradient and no changed buffer stays."""
+        """After a trial, or where another process ends the step: no gradient, changed buffer or unscaling stays."""
         self._drop_gradients()
+        self._forget_scaling()
         self._at_start.put_back()
 
     def leave_out(self, row_ids: Collection[int]) -> None:
@@ -286,6 +286,11 @@ class _Progress(Generic[P]):
         self.pending = [piece for piece in kept if piece is not None]
         self.lost_weight += before - sum(piece.loss_weight for piece in self.pending)
         self.loss_weight = self._loss_weight()
+
+    def _forget_scaling(self) -> None:
+        """The scaler keeps its scale and forgets that it has unscaled."""
+        if (scaler := self.protection.work.scaler) is not None:
+            scaler.update(new_scale=scaler.get_scale())
 
     def _drop_gradients(self) -> None:
         for parameter in self.protection.work.model.parameters():
@@ -370,7 +375,7 @@ def _attempt(protection: Protection[P], progress: _Progress[P], *, step: int, tr
             if progress.committed is not None:
                 progress.committed.add()
             progress.finish(loss)
-        if trial:
+        if trial and progress.norms is None:
             progress.forget()
             return NOTHING_TO_LEARN
         place = "sum"
@@ -382,6 +387,9 @@ def _attempt(protection: Protection[P], progress: _Progress[P], *, step: int, tr
         clipped = clip_gradients(
             work.optimizer, progress.losses, clip=work.clip, scaler=work.scaler, norms=progress.norms
         )
+        if trial:
+            progress.forget()
+            return replace(NOTHING_TO_LEARN, norms=clipped.norms)
         place = "update"
         updated = update(work.optimizer, clipped.grad_norm, scaler=work.scaler, protected=work.commit)
         return StepResult(clipped.loss, clipped.grad_norm, progress.loss_weight, updated, clipped.norms)

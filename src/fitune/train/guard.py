@@ -23,7 +23,7 @@ from fitune.errors import FituneError
 from fitune.memory.prediction import Prediction
 from fitune.model.device import held_bytes
 from fitune.step.assemble import Setup
-from fitune.step.gradient_norms import NormRecorder
+from fitune.step.gradient_norms import GradientNorms, NormRecorder
 from fitune.step.micro_batch_work import allowed_reliefs, micro_batch_work
 from fitune.step.model_check import Probe, Verdict, check_model
 from fitune.step.optimizer_state import create_state
@@ -132,6 +132,13 @@ class Guard:
                 self.free_bytes,
                 part.num_tokens,
             )
+
+    def read_norms(self, micro_batches: list[MicroBatch], norms: NormRecorder) -> GradientNorms | None:
+        """Of the gradient that these micro-batches have together, without a step. None where they have no target."""
+        return self._observed(
+            lambda: safe_step(self.protection, micro_batches, step=0, fits=self._fits, trial=True, norms=norms),
+            self._free_bytes(),
+        ).step.norms
 
     def set_clip(self, clip: float) -> None:
         self.protection.work = replace(self.protection.work, clip=clip)

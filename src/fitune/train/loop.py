@@ -145,14 +145,17 @@ def train(
     start: Start | None = None,
     replay: Replay | None = None,
     ranks: Ranks | None = None,
+    until: int | None = None,
 ) -> Summary:
     """Train to the end. self_check: the prediction of the second step, which is compared with what it took. start:
     where a run goes on, whose weights and random numbers are there already. replay: the steps to do, and what must
-    come out. ranks: the processes that train together, each of which calls this; the first alone writes.
+    come out. ranks: the processes that train together, each of which calls this; the first alone writes. until: samples
+    after which the run stops, saved as by a signal.
 
     Raises InterruptedRunError after a signal, FituneError when the loss stays not finite or a replay differs,
     RunDirectoryError where the end cannot be saved; the weights of the last commit are in `run.last` in every case."""
-    trainer = _Trainer(config, setup, run, data, tokenizer, watcher, self_check, start, replay, ranks or Ranks())
+    ranks = ranks or Ranks()
+    trainer = _Trainer(config, setup, run, data, tokenizer, watcher, self_check, start, replay, ranks, until)
     status: Status = "failed"
     try:
         with _noted_signals() as caught:
@@ -187,10 +190,11 @@ class _Trainer:
         start: Start | None,
         replay: Replay | None,
         ranks: Ranks,
+        until: int | None,
     ) -> None:
         self.ranks, self.untold = ranks, list[tuple[str, str]]()
         self.config, self.setup, self.run, self.data = config, setup, run, data
-        self.watcher, self.self_check, self.start, self.replay = watcher, self_check, start, replay
+        self.watcher, self.self_check, self.start, self.replay, self.until = watcher, self_check, start, replay, until
         self.device = next(setup.model.parameters()).device
         self.length = run_length(config, data.train)
         self.state = RunState() if start is None else start.state
@@ -288,6 +292,9 @@ class _Trainer:
                     self.evaluate()
                 if self.state.step % self.save_every == 0:
                     self.save()
+                if self.until is not None and self.state.position >= self.until:
+                    self.save_for_good()
+                    return "stopped"
         finally:
             prepared.close()  # type: ignore[attr-defined]
         self.evaluate()
@@ -503,7 +510,7 @@ class _Trainer:
         start = time.perf_counter()
         own_rows = range(self.ranks.rank, len(self.data.eval), self.ranks.size)
         rows_at_once = self.config.batch.rows_per_step
-        micro_batches = _in_order(self.data.eval, own_rows, self.setup.eval_layout, rows_at_once=rows_at_once)
+        micro_batches = in_order(self.data.eval, own_rows, self.setup.eval_layout, rows_at_once=rows_at_once)
         with self.saved_before_it_ends():
             result = self.guard.evaluate(micro_batches)
         state = self.state
@@ -621,7 +628,7 @@ def _eval_rows(result: EvalResult, metrics: EvalMetrics) -> EvalRows:
     return EvalRows(step=metrics.step, total_tokens=metrics.total_tokens, losses=losses, weights=result.row_weights)
 
 
-def _in_order(examples: Examples, numbers: Sequence[int], layout: Layout, *, rows_at_once: int) -> Iterator[MicroBatch]:
+def in_order(examples: Examples, numbers: Sequence[int], layout: Layout, *, rows_at_once: int) -> Iterator[MicroBatch]:
     """The rows of these numbers in micro-batches, read as they are needed."""
     for start in range(0, len(numbers), rows_at_once):
         rows = tuple(examples[number] for number in numbers[start : start + rows_at_once])

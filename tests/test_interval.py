@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fitune.report.interval import differ, paired_interval
 from fitune.report.thin import thin
+from fitune.run.interval import differ, paired_interval
 
 NUM_DRAWS = 250
 
