@@ -27,7 +27,7 @@ check: install
 	$(BIN)/mypy
 
 test: check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 # On a machine with an NVIDIA card; skipped without one.
 test-gpu: install

@@ -60,6 +60,18 @@ def test_on_a_cpu_the_program_is_taken_off(prediction: Prediction) -> None:
     assert check.measured(peak).reserved_bytes == 100 * MIB
 
 
+@pytest.mark.parametrize(("predicted_bytes", "agreed"), [(20 * MIB, True), (200 * MIB, False)])
+def test_a_model_that_takes_less_than_the_program_gives_back_was_not_measured(
+    prediction: Prediction, predicted_bytes: int, agreed: bool
+) -> None:
+    check = SelfCheck(replace(prediction, peak_reserved_bytes=predicted_bytes), 400 * MIB)
+    measured = check.measured(MemoryPeak(None, None, 390 * MIB))
+    assert measured.reserved_bytes is None
+    sentence, agrees = check.compare(measured)
+    assert "predicted, nothing measured beside the program" in sentence
+    assert agrees is agreed
+
+
 def test_a_difference_comes_with_the_reasons_of_the_interval(prediction: Prediction) -> None:
     assert prediction.device_interval is not None
     sentence, agrees = SelfCheck(prediction, 0).compare(MemoryPeak(None, 200 * MIB, GIB))

@@ -167,15 +167,13 @@ def test_without_colour_and_unicode_the_bars_are_still_seen(run: RunDirectory) -
     assert done.stdout.isascii()
 
 
-def test_it_starts_in_less_than_a_second_and_imports_nothing_heavy(run: RunDirectory) -> None:
+def test_it_imports_nothing_heavy(run: RunDirectory) -> None:
     code = (
-        "import sys, time; from fitune.cli.app import main; main(['watch', '--once']); "
-        "print(time.process_time(), {'torch', 'transformers'} & set(sys.modules), file=sys.stderr)"
+        "import sys; from fitune.cli.app import main; main(['watch', '--once']); "
+        "print({'torch', 'transformers'} & set(sys.modules), file=sys.stderr)"
     )
     done = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True, check=True)
-    seconds, heavy = done.stderr.split(maxsplit=1)
-    assert float(seconds) < 1
-    assert heavy == "set()\n"
+    assert done.stderr == "set()\n"
 
 
 class Terminal:

@@ -29,11 +29,13 @@ class MemoryPeak:
     device_bytes: int | None = None
 
     def beside(self, program_bytes: int | None) -> "MemoryPeak":
-        """On a CPU, what is resident beside the program, which stands for what PyTorch reserves on a card.
+        """On a CPU, what is resident beside the program, which stands for what PyTorch reserves on a card; None where
+        it is too little to be seen: a program gives back more than a very small model takes.
         program_bytes: None on a card."""
         if program_bytes is None or self.device_bytes is None:
             return self
-        return replace(self, reserved_bytes=max(self.device_bytes - program_bytes, 0))
+        beside_bytes = self.device_bytes - program_bytes
+        return replace(self, reserved_bytes=beside_bytes if beside_bytes > 0 else None)
 
 
 def choose_device() -> torch.device:

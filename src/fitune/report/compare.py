@@ -206,7 +206,7 @@ def measured_peak_bytes(run: RecordedRun) -> int | None:
         return int(given)
     for name in ("peak_reserved_bytes", "peak_allocated_bytes", "device_used_bytes"):
         values = run.train[name][np.isfinite(run.train[name])]
-        if len(values):
+        if len(values) and values.max() > 0:
             return int(values.max())
     return None
 
