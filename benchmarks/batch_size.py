@@ -45,6 +45,13 @@ from fitune.train.loop import train
 from fitune.train.prepare import load_data
 
 RESULT = Path(__file__).parent / "results" / "batch_size.json"
+PAGE = Path(__file__).parent.parent / "docs" / "batch_size.md"
+PLACE = ("<!-- measured: python benchmarks/batch_size.py --page -->", "<!-- end of measured -->")
+TASKS = {
+    "tiny": "a Llama of 0.2 M parameters, from nothing",
+    "minimind": "minimind2-small, from nothing",
+    "smollm2": "SmolLM2-135M, LoRA",
+}
 RULES = ("none", "sqrt_gain", "sqrt_gain_weighted", "sqrt", "linear")
 """sqrt_gain_weighted: sqrt_gain with the noise scale of squares weighted as Adam weighs them."""
 MODES = ("anneal", "follow")
@@ -104,14 +111,18 @@ class Outcome(Trial):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", choices=("tiny", "minimind", "smollm2"), action="append")
+    parser.add_argument("--task", choices=TASKS, action="append")
     parser.add_argument("--quick", action="store_true", help="fewer rows, batches and seeds; nothing is written")
     parser.add_argument("--output", type=Path, default=RESULT)
+    parser.add_argument("--page", action="store_true", help="only write what was measured into docs/batch_size.md")
     arguments = parser.parse_args()
+    if arguments.page:
+        write_page(json.loads(RESULT.read_text()))
+        return
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as place:
         directory = Path(place)
-        for name in arguments.task or ("tiny", "minimind", "smollm2"):
+        for name in arguments.task or TASKS:
             task = make_task(name, directory, quick=arguments.quick)
             output = directory / "quick.json" if arguments.quick else arguments.output
             found = measure(task, Runner(task, directory), output)
@@ -440,6 +451,65 @@ def mean_loss(outcomes: list[Outcome]) -> float:
 def median_of(values: Iterable[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return statistics.median(known) if known else None
+
+
+def write_page(results: Mapping[str, Any]) -> None:
+    text = PAGE.read_text()
+    (before, rest), after = text.split(PLACE[0]), text.split(PLACE[1])[1]
+    assert PLACE[1] in rest
+    PAGE.write_text(f"{before}{PLACE[0]}\n{page(results)}{PLACE[1]}{after}")
+
+
+def page(results: Mapping[str, Any]) -> str:
+    """What the page of the batch size says of the outcomes: a section for each task that is done."""
+    return "".join(_section(results[name]) for name in TASKS if "rules" in results.get(name, {}))
+
+
+def _section(found: Mapping[str, Any]) -> str:
+    task, rules = found["task"], found["rules"]
+    factors = sorted({each["factor"] for each in rules})
+    seeds = f"{len(task['seeds'])} seeds" if len(task["seeds"]) > 1 else "one seed"
+    lines = [
+        f"### {TASKS[task['name']]}: {task['rows']} rows and {', '.join(f'{k} x' for k in factors)} as many, {seeds}",
+        "",
+        f"The best rate of {task['rows']} rows in the grid is {found['reference_lr']:.3g}; a step's noise is "
+        f"{found['rho']:.3g} times its signal, or {found['rho_weighted']:.3g} times, weighted.",
+        "",
+        "| rule | "
+        + " | ".join(f"rate, loss at {k} x" for k in factors)
+        + " | doublings from the best rate | loss above the grid's best |",
+        "|---|" + "---|" * (len(factors) + 2),
+        "| best rate | "
+        + " | ".join(f"{found['optimum'][str(k)]:.2e}, {min(found['grid'][str(k)].values()):.3f}" for k in factors)
+        + " | | |",
+    ]
+    for rule, close in found["closeness"].items():
+        cells = [f"{each['lr']:.2e}, {each['eval_loss']:.3f}" for each in rules if each["rule"] == rule]
+        lines.append(
+            f"| `{rule}` | {' | '.join(cells)} | {close['doublings']:.2f} | {close['above_best_fraction']:+.1%} "
+            f"(at most {close['worst_above_best_fraction']:+.1%}) |"
+        )
+    lines += [
+        "",
+        "| batch | tokens for the same loss | predicted by the noise | by the weighted noise |",
+        "|---|---|---|---|",
+    ]
+    for each in found["overhead"]:
+        low, high = each["measured_low"], each["measured_high"]
+        interval = "" if low is None else f" (95 %: {low:.2f} to {high:.2f})"
+        lines.append(
+            f"| {each['factor']} x | x {each['measured']:.2f}{interval} | x {each['predicted']:.2f} | "
+            f"x {each['predicted_weighted']:.2f} |"
+        )
+    if found["modes"]:
+        lines += ["", "| mode | steps | loss beside the fixed run's | spread of the fixed runs |", "|---|---|---|---|"]
+    for each in found["modes"]:
+        lines.append(
+            f"| `{each['mode']}` | {each['steps']:.0f} instead of {each['fixed_steps']:.0f} | "
+            f"{each['eval_loss_difference']:+.3f} (95 %: {each['low']:+.3f} to {each['high']:+.3f}) | "
+            f"{each['fixed_spread']:.3f} |"
+        )
+    return "\n".join(lines) + "\n\n"
 
 
 def print_summary(found: Mapping[str, Any]) -> None:
