@@ -85,7 +85,7 @@ class Task:
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """kind: grid, one of RULES, or one of EPOCHS."""
+    """kind: grid (the rule `none` too), another one of RULES, or one of EPOCHS."""
 
     kind: str
     factor: int
@@ -147,7 +147,7 @@ def make_task(name: str, directory: Path, *, quick: bool = False) -> Task:
         shape = preset_config("minimind2-small")
         model = {"source": str(save_model(directory / name, shape, data))}
         task = Task(
-            name=name, model=model, rows=4, lr=5e-4, factors=(1, 2, 4), seeds=(0,), epochs=1.0, max_rows=500,
+            name=name, model=model, rows=4, lr=5e-4, factors=(1, 2, 4), seeds=(0,), epochs=1.0, max_rows=320,
             max_length=64, eval_rows=50,
         )  # fmt: skip
         return replace(task, max_rows=60, factors=(1, 2)) if quick else task
@@ -194,7 +194,7 @@ class Runner:
         """rho: measured at the smallest batch, for the rules that want it."""
         task = self.task
         optim: dict[str, Any] = {"lr": trial.lr, "warmup": 0.05}
-        if trial.kind in RULES and trial.kind != "none":
+        if trial.kind in RULES:
             rule = trial.kind.removesuffix("_weighted")
             known = {"noise_scale": rho * task.rows} if rho is not None and rule == "sqrt_gain" else {}
             optim |= {"scaling": rule, "reference_batch": task.rows, **known}
@@ -315,7 +315,10 @@ def measure(task: Task, run: Callable[[Trial, float | None], Outcome], output: P
     for factor in task.factors[1:]:
         for rule in RULES:
             outcomes = [
-                ledger.outcome(rule, factor, base_lr, seed=each.seed, rho=known_rho(rule, each)) for each in base
+                ledger.outcome(
+                    "grid" if rule == "none" else rule, factor, base_lr, seed=each.seed, rho=known_rho(rule, each)
+                )
+                for each in base
             ]
             rules.append(judge(rule, outcomes, grid[factor]))
     found = {
