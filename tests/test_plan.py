@@ -346,6 +346,14 @@ def test_a_second_process_that_nobody_waits_for_is_ended() -> None:
     assert not multiprocessing.active_children()
 
 
+def test_a_notebook_shows_the_table_and_runs_nothing_of_it(wide: Plan) -> None:
+    hostile = replace(wide, model=replace(wide.model, name="<script>alert(1)</script>"))
+    page = hostile._repr_html_()
+    assert page.startswith("<pre")
+    assert "micro x accum" in page
+    assert "<script" not in page
+
+
 # --- the committed benchmark -------------------------------------------------------------------------------------
 
 

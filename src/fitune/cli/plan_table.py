@@ -1,5 +1,6 @@
 """A plan as a person reads it: what there is, what is alive at the peak, the candidates, what others would say."""
 
+import io
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -38,6 +39,13 @@ def show_plan(plan: Plan, screen: Console, *, every: bool = False) -> None:
     screen.print(table(columns, [_row(plan, number) for number in numbers]))
     for line in (*_footnotes(plan, len(list(numbers))), *training_warnings(plan.training)):
         screen.print(line, soft_wrap=True)
+
+
+def html_plan(plan: Plan) -> str:
+    """For a notebook."""
+    page = Console(file=io.StringIO(), record=True, width=100)
+    show_plan(plan, page)
+    return page.export_html(inline_styles=True, code_format='<pre style="line-height: 1.3">{code}</pre>')
 
 
 def show_measured(plan: Plan, measured: "PlanMeasured", screen: Console) -> None:

@@ -54,6 +54,12 @@ def program_bytes(device: torch.device) -> int | None:
     return psutil.Process().memory_info().rss if device.type == "cpu" else None
 
 
+def trim_heap() -> None:
+    """glibc keeps what was freed below the top of its heaps until it is asked; other C libraries lack the call."""
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+        trim(0)
+
+
 def _resident_peak_bytes() -> int | None:
     if _STATUS.exists():
         for line in _STATUS.read_text().splitlines():

@@ -1,5 +1,6 @@
 """A plan: the settings that were looked at, what each would need, and the one that was chosen. Pure data."""
 
+import importlib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -80,6 +81,10 @@ class Plan:
     chosen: int | None
     others: tuple[OtherEstimate, ...] = ()
     assumptions: tuple[str, ...] = ()
+
+    def _repr_html_(self) -> str:
+        shown = importlib.import_module("fitune.cli.plan_table")  # which is about this noun, and imports it
+        return str(shown.html_plan(self))
 
 
 def plan_json(plan: Plan) -> dict[str, Any]:

@@ -1,15 +1,14 @@
 """Which errors mean that memory ran out, what they say of it, and giving back what is no longer needed."""
 
-import ctypes
 import gc
 import re
-import sys
 from collections.abc import Callable, Iterator
 from typing import Literal, TypeVar
 
 import torch
 
 from fitune.errors import FituneError, OutOfMemoryError
+from fitune.model.device import trim_heap
 from fitune.units import format_bytes, parse_bytes
 
 T = TypeVar("T")
@@ -62,7 +61,7 @@ def release_memory(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.empty_cache()
     else:
-        _trim_heap()
+        trim_heap()
 
 
 def try_twice(action: Callable[[], T], *, device: torch.device, what: str) -> T:
@@ -79,12 +78,6 @@ def try_twice(action: Callable[[], T], *, device: torch.device, what: str) -> T:
                 raise OutOfMemoryError(f"{what} found no memory ({needed} at once): close other programs") from error
         release_memory(device)
     raise AssertionError
-
-
-def _trim_heap() -> None:
-    """glibc keeps what was freed below the top of its heaps until it is asked; other C libraries lack the call."""
-    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
-        trim(0)
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

@@ -22,7 +22,7 @@ from fitune.memory.devices import Device, cpu_device, this_machine
 from fitune.memory.nvml import read_cards
 from fitune.memory.prediction import Prediction
 from fitune.memory.residuals import Circumstances, Residual, add_residual, circumstances
-from fitune.model.device import MemoryPeak, program_bytes
+from fitune.model.device import MemoryPeak, program_bytes, trim_heap
 from fitune.plan.predict import predict_run
 from fitune.plan.share import with_bucket
 from fitune.trace.step import Pass
@@ -109,6 +109,8 @@ def predict_second_step(
     training = predict_run(config, target, passes=list(_passes(config, train, held_out, num_ranks))).training
     if device.type == "cuda":  # on a CPU only what is used of it is resident
         training = with_bucket(training, num_ranks)
+    else:
+        trim_heap()  # what the preparation freed is not the program's, and is given back before the first step
     return SelfCheck(training, program_bytes(device), circumstances(target, config.model.source))
 
 
