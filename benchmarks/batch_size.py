@@ -153,7 +153,7 @@ def make_task(name: str, directory: Path, *, quick: bool = False) -> Task:
         return replace(task, max_rows=60, factors=(1, 2)) if quick else task
     model = {"source": str(smollm2_file()), "method": "lora"}
     task = Task(
-        name=name, model=model, rows=2, lr=4e-4, factors=(1, 4), seeds=(0,), epochs=1.0, max_rows=220, max_length=48,
+        name=name, model=model, rows=2, lr=8e-4, factors=(1, 4), seeds=(0,), epochs=1.0, max_rows=160, max_length=48,
         eval_rows=40,
     )  # fmt: skip
     return replace(task, max_rows=40) if quick else task
@@ -311,9 +311,11 @@ def measure(task: Task, run: Callable[[Trial, float | None], Outcome], output: P
         lr = best_rate(grid[factor])
     base_lr = best_rate(grid[1])
     base = ledger.over_seeds("grid", 1, base_lr)
+    untold = {"sqrt_gain_weighted"} if any(each.rho_weighted is None for each in base) else set()  # a run too short
+    known_rules = [rule for rule in RULES if rule not in untold]
     rules = []
     for factor in task.factors[1:]:
-        for rule in RULES:
+        for rule in known_rules:
             outcomes = [
                 ledger.outcome(
                     "grid" if rule == "none" else rule, factor, base_lr, seed=each.seed, rho=known_rho(rule, each)
@@ -331,7 +333,7 @@ def measure(task: Task, run: Callable[[Trial, float | None], Outcome], output: P
         },
         "optimum": {str(factor): optimum(losses)[0] for factor, losses in grid.items()},
         "rules": rules,
-        "closeness": {rule: closeness(rule, rules) for rule in RULES},
+        "closeness": {rule: closeness(rule, rules) for rule in known_rules},
         "overhead": overheads(ledger, grid, base),
         "modes": [mode_outcome(ledger, mode, base_lr) for mode in MODES] if task.with_modes else [],
         "cpu_seconds": sum(outcome.cpu_seconds for outcome in ledger.outcomes),
@@ -415,7 +417,9 @@ def overheads(ledger: Ledger, grid: Mapping[int, Mapping[float, float]], base: l
                 "measured_low": None if reach is None else math.exp(mean - reach),
                 "measured_high": None if reach is None else math.exp(mean + reach),
                 "predicted": statistics.fmean(each.overhead[str(factor)] for each in base),
-                "predicted_weighted": statistics.fmean(token_overhead(each.rho_weighted, factor) for each in base),
+                "predicted_weighted": None
+                if any(each.rho_weighted is None for each in base)
+                else statistics.fmean(token_overhead(each.rho_weighted, factor) for each in base),
             }
         )
     return rows
@@ -476,7 +480,7 @@ def _section(found: Mapping[str, Any]) -> str:
         f"### {TASKS[task['name']]}: {task['rows']} rows and {', '.join(f'{k} x' for k in factors)} as many, {seeds}",
         "",
         f"The best rate of {task['rows']} rows in the grid is {found['reference_lr']:.3g}; a step's noise is "
-        f"{found['rho']:.3g} times its signal, or {found['rho_weighted']:.3g} times, weighted.",
+        f"{_number(found['rho'])} times its signal, or {_number(found['rho_weighted'])} times, weighted.",
         "",
         "| rule | "
         + " | ".join(f"rate, loss at {k} x" for k in factors)
@@ -502,7 +506,7 @@ def _section(found: Mapping[str, Any]) -> str:
         interval = "" if low is None else f" (95 %: {low:.2f} to {high:.2f})"
         lines.append(
             f"| {each['factor']} x | x {each['measured']:.2f}{interval} | x {each['predicted']:.2f} | "
-            f"x {each['predicted_weighted']:.2f} |"
+            f"x {_number(each['predicted_weighted'])} |"
         )
     if found["modes"]:
         lines += ["", "| mode | steps | loss beside the fixed run's | spread of the fixed runs |", "|---|---|---|---|"]
@@ -513,6 +517,10 @@ def _section(found: Mapping[str, Any]) -> str:
             f"{each['fixed_spread']:.3f} |"
         )
     return "\n".join(lines) + "\n\n"
+
+
+def _number(value: float | None) -> str:
+    return "n/a" if value is None else f"{value:.3g}"
 
 
 def print_summary(found: Mapping[str, Any]) -> None:
@@ -535,7 +543,7 @@ def print_summary(found: Mapping[str, Any]) -> None:
         )
         print(
             f"x{each['factor']} costs {each['measured']:.2f}{interval} times the tokens; the noise predicts "
-            f"{each['predicted']:.2f}, weighted {each['predicted_weighted']:.2f}"
+            f"{each['predicted']:.2f}, weighted {_number(each['predicted_weighted'])}"
         )  # fmt: skip
     for each in found["modes"]:
         print(

@@ -91,6 +91,12 @@ def test_another_task_is_measured_anew(found: dict[str, Any], tmp_path: Path) ->
     assert len(trained) == len(found["outcomes"])
 
 
+def test_a_run_that_is_too_short_for_the_weighted_noise_is_not_judged_by_it(tmp_path: Path) -> None:
+    found = measure(TASK, lambda trial, rho: replace(pretended(trial, rho), rho_weighted=None), tmp_path / "found.json")
+    assert "sqrt_gain_weighted" not in found["closeness"]
+    assert "or n/a times, weighted" in page({"tiny": found})
+
+
 def test_an_interval_of_two_values_is_wide_and_of_one_there_is_none() -> None:
     assert half_width([1.0]) is None
     assert half_width([1.0, 2.0]) == pytest.approx(12.71 * 0.5, rel=0.01)
