@@ -115,6 +115,23 @@ def test_both_readmes_say_the_same() -> None:
     assert configurations[0] == configurations[1]
 
 
+@pytest.mark.slow
+def test_the_readmes_show_the_plan_as_it_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FITUNE_CACHE", str(tmp_path))
+    monkeypatch.setenv("COLUMNS", "100")
+    for page in READMES:  # the second reads what the first has found
+        text = page.read_text(encoding="utf-8")
+        shown = re.search(r"^    fitune (plan minimind2 .*)\n\n.*\n((?:    .*\n)+)", text, re.MULTILINE)
+        assert shown is not None
+        assert main([*shlex.split(shown[1]), "--all", "--format", "human"]) == 0
+        planned = [[word for word in line.split() if word != "n/a"] for line in capsys.readouterr().out.splitlines()]
+        rows = [line.split() for line in shown[2].splitlines()]
+        assert len(rows) == 4
+        assert all(row in planned for row in rows), page.name
+
+
 @pytest.mark.parametrize("chinese", sorted((ROOT / "docs").glob("*.zh.md")), ids=page_name)
 def test_a_chinese_page_has_the_commands_and_the_shape_of_the_english_one(chinese: Path) -> None:
     english = chinese.with_name(chinese.name.replace(".zh.md", ".md"))

@@ -146,7 +146,7 @@ def test_a_run_that_is_killed_in_the_probe_or_after_it_ends_as_if_it_had_not_bee
             raise Killed
 
     with monkeypatch.context() as patched:
-        patched.setattr(probe_module._Quiet if step == 3 else TrainingProgress, "step", die)
+        patched.setattr(probe_module.Watchers if step == 3 else TrainingProgress, "step", die)
         with pytest.raises(Killed):
             main(["train", "sft.yaml", LOW])
     assert main(["train", "--resume", "runs/run"]) == 0

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +20,7 @@ from fitune.memory.residuals import circumstances
 from fitune.model.device import MemoryPeak
 from fitune.plan.predict import predict, predict_run
 from fitune.run.metrics import read_metrics, read_summary
-from fitune.train import self_check
+from fitune.train import guard, self_check
 from fitune.train.self_check import SelfCheck, run_device
 from fitune.units import GIB, MIB
 from tiny_models import TINY
@@ -126,3 +127,27 @@ def test_the_summary_compares_the_second_step_with_itself(tmp_path: Path, monkey
     assert summary.peak_device_bytes >= max(step.device_used_bytes or 0 for step in steps)
     (kept,) = (tmp_path / "cache" / "residuals.jsonl").read_text().splitlines()
     assert json.loads(kept)["measured_bytes"] == summary.measured_reserved_bytes
+
+
+def test_freed_memory_is_given_back_before_the_program_is_counted_and_after_the_longest_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FITUNE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    save_tiny_model(tmp_path / "tiny")
+    write_dialogues(tmp_path / "sft.jsonl")
+    write_config(tmp_path / "sft.yaml")
+    done: list[str] = []
+
+    def noting(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def note(*arguments: Any, **options: Any) -> Any:
+            done.append(name)
+            return real(*arguments, **options)
+
+        return note
+
+    for module, names in ((self_check, ("trim_heap", "program_bytes")), (guard, ("safe_step", "release_memory"))):
+        for name in names:
+            monkeypatch.setattr(module, name, noting(name, getattr(module, name)))
+    assert main(["train", "sft.yaml", "train.steps=1"]) == 0
+    assert done == ["trim_heap", "program_bytes", "safe_step", "release_memory", "safe_step"]

@@ -10,6 +10,7 @@ import copy
 import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,9 +22,9 @@ from fitune.integrations.versions import check_alone, check_trainer
 from fitune.step.model_check import Probe, Verdict, check_model
 from fitune.step.optimizer_state import create_state
 from fitune.step.out_of_memory import try_twice
-from fitune.step.safe_step import Protection, SafeResult, Work, safe_step
-from fitune.train.adapt import MemoryModel, choose_size, raise_plan
-from fitune.train.observed import observed, room_bytes
+from fitune.step.safe_step import Protection, SafeResult, Work
+from fitune.train.adapt import MemoryModel
+from fitune.train.observed import fitted_step, room_bytes
 
 log = logging.getLogger(__name__)
 
@@ -106,7 +107,7 @@ class SafeSteps(Trainer):  # type: ignore[misc]
         )
         self._waiting, self._failed = [], False
         self._num_items, self._books = num_items, _Books(self)
-        self._protection = Protection(work=work, seed=self.args.seed, room=self._free_bytes)
+        self._protection = Protection(work=work, seed=self.args.seed, room=partial(room_bytes, self.args.device))
         optimizer: Any = self.optimizer
         while hasattr(optimizer, "optimizer"):  # accelerate's wrapper
             optimizer = optimizer.optimizer
@@ -139,24 +140,16 @@ class SafeSteps(Trainer):  # type: ignore[misc]
 
     def _safe(self, parts: list[_Part], num_items: Tensor | int | None) -> Tensor:
         assert self._memory is not None
-        memory, free_bytes = self._memory, self._free_bytes()
         self._num_items, self._books = num_items, _Books(self)
-        raise_plan(memory, max(part.num_positions for part in parts))
-        most_positions = choose_size(memory, free_bytes)
-        pieces = [piece for part in parts for piece in _split(part, most_positions)]
-        longest_row = max(part.num_positions // len(part.row_ids) for part in parts)
         step = self.state.global_step + 1
-
-        def fits(num_positions: int) -> bool:
-            """A row alone is tried again in any case: there is nothing else to try."""
-            return num_positions <= longest_row or memory.fits(num_positions, self._free_bytes())
-
         try:
-            result = observed(
-                memory,
-                lambda: safe_step(self._protection, pieces, step=step, fits=fits),
-                device=self.args.device,
-                free_bytes=free_bytes,
+            result = fitted_step(
+                self._memory,
+                self._protection,
+                lambda most_positions: [piece for part in parts for piece in _split(part, most_positions)],
+                step=step,
+                most_positions=max(part.num_positions for part in parts),
+                row_positions=max(part.num_positions // len(part.row_ids) for part in parts),
             )
         except OutOfMemoryError as error:
             raise OutOfMemoryError(
@@ -167,9 +160,6 @@ class SafeSteps(Trainer):  # type: ignore[misc]
             log.warning("fitune: step %d: %s", step, failure)
         self.safe_result = result
         return torch.tensor(result.step.loss, device=self.args.device)
-
-    def _free_bytes(self) -> int | None:
-        return room_bytes(self.args.device)
 
     def _forward_and_backward(self, part: _Part, num_items: Any) -> Tensor:
         """The Trainer's own step on these rows. Gradients are in `.grad`; no graph is behind what is returned."""

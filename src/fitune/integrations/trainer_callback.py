@@ -126,7 +126,7 @@ class FituneCallback(TrainerCallback):  # type: ignore[misc]
     def on_step_end(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
         if not self._is_open:
             return
-        self._peak = larger_peak(self._peak, self._measured())
+        self._peak = larger_peak(self._peak, read_peak(self._device).beside(self._program_bytes))
         self._monitor.reached(state.global_step, progress=_progress(state))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **objects: Any) -> None:
@@ -212,13 +212,6 @@ class FituneCallback(TrainerCallback):  # type: ignore[misc]
             predicted_bytes=None if self._prediction is None else self._prediction.peak_reserved_bytes,
         )
         return MonitorSettings(alarms, names=TRAINERS_NAMES)
-
-    def _measured(self) -> MemoryPeak:
-        """On a CPU, as in fitune's own runs, what is resident beside the program stands for what PyTorch reserves."""
-        peak = read_peak(self._device)
-        if self._program_bytes is None or peak.device_bytes is None:
-            return peak
-        return replace(peak, reserved_bytes=max(peak.device_bytes - self._program_bytes, 0))
 
     def _write_summary(self) -> None:
         assert self.run is not None

@@ -6,7 +6,7 @@ On a CPU the process is the device: its resident set is what `device` means ther
 import ctypes
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
@@ -27,6 +27,13 @@ class MemoryPeak:
     allocated_bytes: int | None = None
     reserved_bytes: int | None = None
     device_bytes: int | None = None
+
+    def beside(self, program_bytes: int | None) -> "MemoryPeak":
+        """On a CPU, what is resident beside the program, which stands for what PyTorch reserves on a card.
+        program_bytes: None on a card."""
+        if program_bytes is None or self.device_bytes is None:
+            return self
+        return replace(self, reserved_bytes=max(self.device_bytes - program_bytes, 0))
 
 
 def choose_device() -> torch.device:

@@ -1,6 +1,7 @@
 """Work in a second process beside this one, where the machine has a second core: a plan records twice as fast."""
 
 import contextlib
+import io
 import multiprocessing
 import os
 import sys
@@ -13,8 +14,9 @@ from typing import Any
 @contextmanager
 def in_second_process(work: Callable[[], Any]) -> Iterator[Callable[[], Any]]:
     """Begins `work` in a copy of this process. Yields what waits for its value, and returns None where there is none:
-    on one core, without fork, or when the other process fails; whoever asks does the work himself then."""
-    if not hasattr(os, "fork") or len(os.sched_getaffinity(0)) < 2 or multiprocessing.current_process().daemon:
+    on one core, where forking is not safe (Windows, macOS), or when the other process fails; whoever asks does the work
+    himself then."""
+    if sys.platform != "linux" or len(os.sched_getaffinity(0)) < 2 or multiprocessing.current_process().daemon:
         yield lambda: None
         return
     context = multiprocessing.get_context("fork")
@@ -44,6 +46,7 @@ def in_second_process(work: Callable[[], Any]) -> Iterator[Callable[[], Any]]:
 def _work(work: Callable[[], Any], sender: Connection) -> None:
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)  # the parent's pool of threads is not in this process
-    with contextlib.suppress(Exception), open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
+    # Ctrl-C reaches this process too, and is for the parent to answer
+    with contextlib.suppress(Exception, KeyboardInterrupt), contextlib.redirect_stderr(io.StringIO()):
         sender.send(work())
     os._exit(0)  # nothing of the parent's is to be wound up here

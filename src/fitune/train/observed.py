@@ -7,8 +7,8 @@ import torch
 
 from fitune.memory.devices import cpu_device
 from fitune.model.device import held_bytes, num_alloc_retries, read_peak, reset_peak, usable_bytes
-from fitune.step.safe_step import LATE, SafeResult
-from fitune.train.adapt import MemoryModel, Observation, learn
+from fitune.step.safe_step import LATE, P, Protection, SafeResult, safe_step
+from fitune.train.adapt import MemoryModel, Observation, choose_size, learn, raise_plan
 
 
 def room_bytes(device: torch.device) -> int | None:
@@ -48,3 +48,31 @@ def observed(
         ),
     )
     return result
+
+
+def fitted_step(
+    memory: MemoryModel,
+    protection: Protection[P],
+    split: Callable[[int], list[P]],
+    *,
+    step: int,
+    most_positions: int,
+    row_positions: int,
+) -> SafeResult:
+    """A safe step of a loop that is not fitune's, in pieces of a size that should fit, from which `memory` learns.
+
+    split(most_positions): its pieces. most_positions: of the largest that is wanted. row_positions: of the longest row,
+    which alone is tried again in any case: there is nothing else to try. Raises what `safe_step` raises."""
+    raise_plan(memory, most_positions)
+    free_bytes = protection.free_bytes()
+    pieces = split(choose_size(memory, free_bytes))
+
+    def fits(num_positions: int) -> bool:
+        return num_positions <= row_positions or memory.fits(num_positions, protection.free_bytes())
+
+    return observed(
+        memory,
+        lambda: safe_step(protection, pieces, step=step, fits=fits),
+        device=protection.device,
+        free_bytes=free_bytes,
+    )

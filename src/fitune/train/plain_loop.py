@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from fitune.step.model_check import Probe, Verdict, check_model
 from fitune.step.optimizer_state import create_state
 from fitune.step.out_of_memory import try_twice
-from fitune.step.safe_step import Protection, SafeResult, Work, safe_step
-from fitune.train.adapt import MemoryModel, choose_size, raise_plan
-from fitune.train.observed import observed, room_bytes
+from fitune.step.safe_step import Protection, SafeResult, Work
+from fitune.train.adapt import MemoryModel
+from fitune.train.observed import fitted_step, room_bytes
 
 Tensors = Mapping[str, Tensor]
 Loss = Callable[[nn.Module, Tensors, float], Tensor]
@@ -78,7 +78,9 @@ class SafeStep:
             clip=self.clip,
             commit=self.commit,
         )
-        self._protection: Protection[_Part] = Protection(work=work, seed=self.seed, room=self._free_bytes)
+        self._protection: Protection[_Part] = Protection(
+            work=work, seed=self.seed, room=lambda: room_bytes(self._protection.device)
+        )
         self._memory: MemoryModel | None = None
 
     def __call__(self, batch: Mapping[str, Any]) -> SafeResult:
@@ -92,24 +94,15 @@ class SafeStep:
             self.verdict = self._check(whole)
             self._memory = MemoryModel(planned=1)
         self.steps += 1
-        memory, row_positions = self._memory, whole.num_positions // len(whole.rows)
-        raise_plan(memory, row_positions * min(self.most_rows or len(whole.rows), len(whole.rows)))
-        free_bytes = self._free_bytes()
-        parts = self._split(whole, choose_size(memory, free_bytes))
-
-        def fits(num_positions: int) -> bool:
-            """A row alone is tried again in any case: there is nothing else to try."""
-            return num_positions <= row_positions or memory.fits(num_positions, self._free_bytes())
-
-        return observed(
-            memory,
-            lambda: safe_step(self._protection, parts, step=self.steps, fits=fits),
-            device=device,
-            free_bytes=free_bytes,
+        num_rows, row_positions = len(whole.rows), whole.num_positions // len(whole.rows)
+        return fitted_step(
+            self._memory,
+            self._protection,
+            lambda most_positions: self._split(whole, most_positions),
+            step=self.steps,
+            most_positions=row_positions * min(self.most_rows or num_rows, num_rows),
+            row_positions=row_positions,
         )
-
-    def _free_bytes(self) -> int | None:
-        return room_bytes(self._protection.device)
 
     def _part(self, rows: tuple[int, ...], tensors: Tensors) -> _Part:
         return _Part(rows, tensors, float((self.num_targets or _num_labels)(tensors)))

@@ -26,7 +26,7 @@ from fitune.data.examples import Examples
 from fitune.errors import ConfigError, FituneError, InterruptedRunError
 from fitune.run.directory import RunDirectory, create_run
 from fitune.run.interval import Interval, paired_interval
-from fitune.run.metrics import EvalMetrics, StepMetrics, Summary, read_summary
+from fitune.run.metrics import Summary, read_summary
 from fitune.run.probe import LEVEL, Branch, Probe, choose
 from fitune.step.assemble import Setup
 from fitune.step.gradient_norms import NormRecorder
@@ -38,6 +38,7 @@ from fitune.train.checkpoint import live_tensors, newest_checkpoint
 from fitune.train.guard import Guard
 from fitune.train.identity import run_conditions, run_identity
 from fitune.train.loop import Data, Watcher, in_order, run_length, train
+from fitune.train.monitor import Watchers
 from fitune.train.noise import NoiseAverages, NoiseEstimate, estimate, pairwise_sample, update
 from fitune.train.resume import Start, go_on
 from fitune.train.self_check import SelfCheck
@@ -75,19 +76,6 @@ class Tried:
     config: RunConfig
     changes: Mapping[str, Any]
     setup: Setup
-
-
-class _Quiet:
-    """A watcher that hears nothing of the branches: what they came to is told when each is done."""
-
-    def step(self, metrics: StepMetrics, *, progress: float) -> None:
-        pass
-
-    def evaluation(self, metrics: EvalMetrics, *, best: bool) -> None:
-        pass
-
-    def note(self, text: str) -> None:
-        pass
 
 
 def try_settings(
@@ -175,7 +163,7 @@ def _branch(
             run,
             data=data,
             tokenizer=tokenizer,
-            watcher=_Quiet(),
+            watcher=Watchers(()),  # what a branch comes to is told when it is done
             self_check=self_check,
             until=position,
         )

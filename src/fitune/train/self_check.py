@@ -46,9 +46,7 @@ class SelfCheck:
 
     def measured(self, peak: MemoryPeak) -> MemoryPeak:
         """The peak in the terms of the prediction: on a CPU the program itself is taken off."""
-        if self.program_bytes is None or peak.device_bytes is None:
-            return peak
-        return MemoryPeak(None, peak.device_bytes - self.program_bytes, peak.device_bytes)
+        return peak.beside(self.program_bytes)
 
     def compare(self, measured: MemoryPeak) -> tuple[str, bool]:
         """(predicted beside measured, whether they agree). measured: as the method of that name gives it."""
