@@ -45,6 +45,13 @@ from fitune.train.loop import train
 from fitune.train.prepare import load_data
 
 RESULT = Path(__file__).parent / "results" / "batch_size.json"
+PAGE = Path(__file__).parent.parent / "docs" / "batch_size.md"
+PLACE = ("<!-- measured: python benchmarks/batch_size.py --page -->", "<!-- end of measured -->")
+TASKS = {
+    "tiny": "a Llama of 0.2 M parameters, from nothing",
+    "minimind": "minimind2-small, from nothing",
+    "smollm2": "SmolLM2-135M, LoRA",
+}
 RULES = ("none", "sqrt_gain", "sqrt_gain_weighted", "sqrt", "linear")
 """sqrt_gain_weighted: sqrt_gain with the noise scale of squares weighted as Adam weighs them."""
 MODES = ("anneal", "follow")
@@ -78,7 +85,7 @@ class Task:
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """kind: grid, one of RULES, or one of EPOCHS."""
+    """kind: grid (the rule `none` too), another one of RULES, or one of EPOCHS."""
 
     kind: str
     factor: int
@@ -104,14 +111,18 @@ class Outcome(Trial):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", choices=("tiny", "minimind", "smollm2"), action="append")
+    parser.add_argument("--task", choices=TASKS, action="append")
     parser.add_argument("--quick", action="store_true", help="fewer rows, batches and seeds; nothing is written")
     parser.add_argument("--output", type=Path, default=RESULT)
+    parser.add_argument("--page", action="store_true", help="only write what was measured into docs/batch_size.md")
     arguments = parser.parse_args()
+    if arguments.page:
+        write_page(json.loads(RESULT.read_text()))
+        return
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as place:
         directory = Path(place)
-        for name in arguments.task or ("tiny", "minimind", "smollm2"):
+        for name in arguments.task or TASKS:
             task = make_task(name, directory, quick=arguments.quick)
             output = directory / "quick.json" if arguments.quick else arguments.output
             found = measure(task, Runner(task, directory), output)
@@ -136,13 +147,13 @@ def make_task(name: str, directory: Path, *, quick: bool = False) -> Task:
         shape = preset_config("minimind2-small")
         model = {"source": str(save_model(directory / name, shape, data))}
         task = Task(
-            name=name, model=model, rows=4, lr=5e-4, factors=(1, 2, 4), seeds=(0,), epochs=1.0, max_rows=500,
+            name=name, model=model, rows=4, lr=5e-4, factors=(1, 2, 4), seeds=(0,), epochs=1.0, max_rows=320,
             max_length=64, eval_rows=50,
         )  # fmt: skip
         return replace(task, max_rows=60, factors=(1, 2)) if quick else task
     model = {"source": str(smollm2_file()), "method": "lora"}
     task = Task(
-        name=name, model=model, rows=2, lr=4e-4, factors=(1, 4), seeds=(0,), epochs=1.0, max_rows=220, max_length=48,
+        name=name, model=model, rows=2, lr=8e-4, factors=(1, 4), seeds=(0,), epochs=1.0, max_rows=160, max_length=48,
         eval_rows=40,
     )  # fmt: skip
     return replace(task, max_rows=40) if quick else task
@@ -183,7 +194,7 @@ class Runner:
         """rho: measured at the smallest batch, for the rules that want it."""
         task = self.task
         optim: dict[str, Any] = {"lr": trial.lr, "warmup": 0.05}
-        if trial.kind in RULES and trial.kind != "none":
+        if trial.kind in RULES:
             rule = trial.kind.removesuffix("_weighted")
             known = {"noise_scale": rho * task.rows} if rho is not None and rule == "sqrt_gain" else {}
             optim |= {"scaling": rule, "reference_batch": task.rows, **known}
@@ -300,11 +311,16 @@ def measure(task: Task, run: Callable[[Trial, float | None], Outcome], output: P
         lr = best_rate(grid[factor])
     base_lr = best_rate(grid[1])
     base = ledger.over_seeds("grid", 1, base_lr)
+    untold = {"sqrt_gain_weighted"} if any(each.rho_weighted is None for each in base) else set()  # a run too short
+    known_rules = [rule for rule in RULES if rule not in untold]
     rules = []
     for factor in task.factors[1:]:
-        for rule in RULES:
+        for rule in known_rules:
             outcomes = [
-                ledger.outcome(rule, factor, base_lr, seed=each.seed, rho=known_rho(rule, each)) for each in base
+                ledger.outcome(
+                    "grid" if rule == "none" else rule, factor, base_lr, seed=each.seed, rho=known_rho(rule, each)
+                )
+                for each in base
             ]
             rules.append(judge(rule, outcomes, grid[factor]))
     found = {
@@ -317,7 +333,7 @@ def measure(task: Task, run: Callable[[Trial, float | None], Outcome], output: P
         },
         "optimum": {str(factor): optimum(losses)[0] for factor, losses in grid.items()},
         "rules": rules,
-        "closeness": {rule: closeness(rule, rules) for rule in RULES},
+        "closeness": {rule: closeness(rule, rules) for rule in known_rules},
         "overhead": overheads(ledger, grid, base),
         "modes": [mode_outcome(ledger, mode, base_lr) for mode in MODES] if task.with_modes else [],
         "cpu_seconds": sum(outcome.cpu_seconds for outcome in ledger.outcomes),
@@ -401,7 +417,9 @@ def overheads(ledger: Ledger, grid: Mapping[int, Mapping[float, float]], base: l
                 "measured_low": None if reach is None else math.exp(mean - reach),
                 "measured_high": None if reach is None else math.exp(mean + reach),
                 "predicted": statistics.fmean(each.overhead[str(factor)] for each in base),
-                "predicted_weighted": statistics.fmean(token_overhead(each.rho_weighted, factor) for each in base),
+                "predicted_weighted": None
+                if any(each.rho_weighted is None for each in base)
+                else statistics.fmean(token_overhead(each.rho_weighted, factor) for each in base),
             }
         )
     return rows
@@ -442,6 +460,69 @@ def median_of(values: Iterable[float | None]) -> float | None:
     return statistics.median(known) if known else None
 
 
+def write_page(results: Mapping[str, Any]) -> None:
+    text = PAGE.read_text()
+    (before, rest), after = text.split(PLACE[0]), text.split(PLACE[1])[1]
+    assert PLACE[1] in rest
+    PAGE.write_text(f"{before}{PLACE[0]}\n{page(results)}{PLACE[1]}{after}")
+
+
+def page(results: Mapping[str, Any]) -> str:
+    """What the page of the batch size says of the outcomes: a section for each task that is done."""
+    return "".join(_section(results[name]) for name in TASKS if "rules" in results.get(name, {}))
+
+
+def _section(found: Mapping[str, Any]) -> str:
+    task, rules = found["task"], found["rules"]
+    factors = sorted({each["factor"] for each in rules})
+    seeds = f"{len(task['seeds'])} seeds" if len(task["seeds"]) > 1 else "one seed"
+    lines = [
+        f"### {TASKS[task['name']]}: {task['rows']} rows and {', '.join(f'{k} x' for k in factors)} as many, {seeds}",
+        "",
+        f"The best rate of {task['rows']} rows in the grid is {found['reference_lr']:.3g}; a step's noise is "
+        f"{_number(found['rho'])} times its signal, or {_number(found['rho_weighted'])} times, weighted.",
+        "",
+        "| rule | "
+        + " | ".join(f"rate, loss at {k} x" for k in factors)
+        + " | doublings from the best rate | loss above the grid's best |",
+        "|---|" + "---|" * (len(factors) + 2),
+        "| best rate | "
+        + " | ".join(f"{found['optimum'][str(k)]:.2e}, {min(found['grid'][str(k)].values()):.3f}" for k in factors)
+        + " | | |",
+    ]
+    for rule, close in found["closeness"].items():
+        cells = [f"{each['lr']:.2e}, {each['eval_loss']:.3f}" for each in rules if each["rule"] == rule]
+        lines.append(
+            f"| `{rule}` | {' | '.join(cells)} | {close['doublings']:.2f} | {close['above_best_fraction']:+.1%} "
+            f"(at most {close['worst_above_best_fraction']:+.1%}) |"
+        )
+    lines += [
+        "",
+        "| batch | tokens for the same loss | predicted by the noise | by the weighted noise |",
+        "|---|---|---|---|",
+    ]
+    for each in found["overhead"]:
+        low, high = each["measured_low"], each["measured_high"]
+        interval = "" if low is None else f" (95 %: {low:.2f} to {high:.2f})"
+        lines.append(
+            f"| {each['factor']} x | x {each['measured']:.2f}{interval} | x {each['predicted']:.2f} | "
+            f"x {_number(each['predicted_weighted'])} |"
+        )
+    if found["modes"]:
+        lines += ["", "| mode | steps | loss beside the fixed run's | spread of the fixed runs |", "|---|---|---|---|"]
+    for each in found["modes"]:
+        lines.append(
+            f"| `{each['mode']}` | {each['steps']:.0f} instead of {each['fixed_steps']:.0f} | "
+            f"{each['eval_loss_difference']:+.3f} (95 %: {each['low']:+.3f} to {each['high']:+.3f}) | "
+            f"{each['fixed_spread']:.3f} |"
+        )
+    return "\n".join(lines) + "\n\n"
+
+
+def _number(value: float | None) -> str:
+    return "n/a" if value is None else f"{value:.3g}"
+
+
 def print_summary(found: Mapping[str, Any]) -> None:
     task = found["task"]
     print(f"\n{task['name']}: {task['rows']} rows, {len(task['seeds'])} seeds, {found['cpu_seconds']:.0f} s of CPU")
@@ -462,7 +543,7 @@ def print_summary(found: Mapping[str, Any]) -> None:
         )
         print(
             f"x{each['factor']} costs {each['measured']:.2f}{interval} times the tokens; the noise predicts "
-            f"{each['predicted']:.2f}, weighted {each['predicted_weighted']:.2f}"
+            f"{each['predicted']:.2f}, weighted {_number(each['predicted_weighted'])}"
         )  # fmt: skip
     for each in found["modes"]:
         print(

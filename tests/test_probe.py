@@ -1,20 +1,26 @@
 """`train.probe`: settings are tried from the same state on the same rows, and the run is that of the chosen one."""
 
 import json
+import math
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 from fitune.cli.app import main
 from fitune.cli.progress import TrainingProgress
+from fitune.config import read_config
 from fitune.run.directory import RunDirectory
 from fitune.run.interval import Interval
 from fitune.run.journal import read_journal
 from fitune.run.metrics import StepMetrics, read_events, read_metrics, read_summary
 from fitune.run.probe import Branch, Probe, choose
+from fitune.step.assemble import Setup
+from fitune.step.scaling import OptimSettings, scale
 from fitune.train import probe as probe_module
 from tiny_run import save_tiny_model, write_config, write_dialogues
 
@@ -187,6 +193,19 @@ def test_a_probe_that_cannot_tell_is_refused_and_leaves_no_trace(
 def test_the_flag_is_for_runs_that_begin(probed: RunDirectory, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "--probe", "--resume", str(probed.path)]) == 2
     assert "--probe begins a run" in capsys.readouterr().err
+
+
+def test_twice_the_batch_takes_the_whole_rule_and_keeps_its_micro_batches() -> None:
+    optim = OptimSettings(lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1, clip=1.0)
+    sections = {"batch": {"micro": 2, "accumulation": 3}, "train": {"probe": True}}
+    config = read_config({"model": {"source": "tiny"}, "data": {"train": "sft.jsonl"}, **sections}).config
+    changed, own, keys = probe_module.apply_setting(
+        config, cast(Setup, SimpleNamespace(optim=optim)), probe_module.SETTINGS[3]
+    )
+    assert own == replace(scale(optim, "sqrt", factor=2), lr=pytest.approx(1e-3 * math.sqrt(2)))
+    assert (own.betas[1], own.weight_decay) == (pytest.approx(0.999**2), pytest.approx(0.1 * math.sqrt(2)))
+    assert (changed.batch.rows_per_step, changed.batch.micro_rows) == (12, 2)
+    assert {"optim.betas", "optim.weight_decay", "batch.effective", "train.probe"} <= set(keys)
 
 
 def branch(loss: float, low: float | None = None, high: float | None = None) -> Branch:

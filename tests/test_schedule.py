@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fitune.config import OptimConfig
-from fitune.train.schedule import lr_factor
+from fitune.step.schedule import lr_factor
 
 SCHEDULES = ("cosine", "linear", "constant", "wsd")
 

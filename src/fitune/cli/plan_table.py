@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from fitune.cli.output import table
+from fitune.cli.plan_training import training_lines, training_warnings
 from fitune.language import pad, say
 from fitune.plan.plan import Candidate, Plan
 from fitune.units import format_bytes, format_count, format_gib, format_seconds
@@ -19,7 +20,7 @@ _NUM_FITTING, _NUM_REFUSED = 5, 4
 
 def show_plan(plan: Plan, screen: Console, *, every: bool = False) -> None:
     """every: all candidates, else those that tell the most."""
-    for title, line in _heading(plan):
+    for title, line in (*_heading(plan), *training_lines(plan.training)):
         screen.print(f"{pad(title, 9)}{line}", soft_wrap=True)
     shown = plan.candidates[plan.chosen if plan.chosen is not None else 0]
     screen.print()
@@ -36,7 +37,7 @@ def show_plan(plan: Plan, screen: Console, *, every: bool = False) -> None:
         say("result"),
     )
     screen.print(table(columns, [_row(plan, number) for number in numbers]))
-    for line in _footnotes(plan, len(list(numbers))):
+    for line in (*_footnotes(plan, len(list(numbers))), *training_warnings(plan.training)):
         screen.print(line, soft_wrap=True)
 
 

@@ -64,6 +64,16 @@ _PLAN: dict[str, str] = {
     "peak, any batch": "峰值（不论批大小）",
     "model states": "模型状态",
     "activations": "激活",
+    "training": "训练",
+    "{length}, {share} supervised · rate {lr} · {schedule}, warm-up {warmup}": "{length}，其中 {share} 计入损失 · 学习率 {lr} · {schedule}，预热 {warmup}",
+    "beta{number} {beta} halves in {span}": "beta{number} {beta} 半衰期 {span}",
+    "{steps} steps = {tokens} tokens": "{steps} 步 = {tokens} 词元",
+    "weight decay {decay} takes {shrink} in all": "权重衰减 {decay} 共减去 {shrink}",
+    "clip {clip}": "裁剪 {clip}",
+    "warning: only {steps} optimizer steps, under {few}: take fewer rows a step, or more epochs": "警告：只有 {steps} 个优化步，少于 {few}：每步少取几行，或多训几轮",
+    "note: {steps} optimizer steps: with {few} or more a schedule has time to work": "提示：{steps} 个优化步：有 {few} 步以上，学习率调度才有时间起作用",
+    "warning: weights in bfloat16 lose at least {share} of the updates at a rate of {lr}: model.precision=autocast_bfloat16 keeps them": "警告：权重为 bfloat16 时，学习率 {lr} 下至少 {share} 的更新会丢失：model.precision=autocast_bfloat16 可保住它们",
+    "note: weight decay {decay} is inert: it takes {shrink} off a weight in the whole run": "提示：权重衰减 {decay} 不起作用：整个训练只从权重上减去 {shrink}",
 }
 
 _REPORT: dict[str, str] = {

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from fitune.plan.training import PlannedTraining
 from fitune.trace.events import Category
 from fitune.units import format_bytes
 
@@ -67,14 +68,15 @@ class OtherEstimate:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """data: what is known of the rows (`planner`). candidates: by predicted time, the fastest first. chosen: an index,
-    None if nothing fits. others: what other estimators say for the chosen candidate. assumptions: what the predictions
-    rest on, one sentence each."""
+    """data: what is known of the rows (`planner`). training: what is asked of the optimizer. candidates: by predicted
+    time, the fastest first. chosen: an index, None if nothing fits. others: what other estimators say for the chosen
+    candidate. assumptions: what the predictions rest on, one sentence each."""
 
     model: PlannedModel
     device: PlannedDevice
     budget_bytes: int
     data: Mapping[str, Any]
+    training: PlannedTraining
     candidates: tuple[Candidate, ...]
     chosen: int | None
     others: tuple[OtherEstimate, ...] = ()

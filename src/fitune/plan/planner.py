@@ -20,6 +20,7 @@ from fitune.plan.plan import Candidate, OtherEstimate, Plan, PlannedDevice, Plan
 from fitune.plan.pricing import Pricer
 from fitune.plan.second_process import in_second_process
 from fitune.plan.share import candidate_with_bucket, keep_bucket, not_modelled, share_of
+from fitune.plan.training import plan_training
 from fitune.units import format_bytes
 
 
@@ -175,6 +176,7 @@ class _Search:
                 "epoch_tokens": data.epoch_tokens,
                 "epoch_steps": None if data.epoch_rows is None else -(-data.epoch_rows // self.rows_per_step),
             },
+            training=plan_training(self.config, data, precision=shown.precision),
             candidates=tuple(self.candidate(choice) for choice in order),
             chosen=None if chosen is None else order.index(chosen),
             others=tuple(self.others(chosen or order[0])),

@@ -23,14 +23,12 @@ from fitune.model.precision import Precision, device_precision, resolve_precisio
 from fitune.model.recompute import set_recompute
 from fitune.step.loss import LossSettings
 from fitune.step.optimizer import build_optimizer
-from fitune.step.scaling import OptimSettings, scaling_note, settings_of, with_settings
+from fitune.step.scaling import OptimSettings, configured_lr, scaling_note, settings_of, with_settings
 from fitune.step.train_step import StepSettings
 
 if TYPE_CHECKING:
     from peft import PeftModel  # half a second, needed for adapters only
 
-DEFAULT_LR = {"full": 2e-5, "lora": 2e-4, "qlora": 2e-4}
-"""LoRA wants about ten times the rate of full fine-tuning (Schulman et al. 2025, "LoRA Without Regret")."""
 CPU_MICRO_TOKENS = 512
 """On a CPU larger micro-batches are no faster, only larger: 505 tokens/s at 512 and 498 at 1,024, with 200 MB more."""
 CUDA_MICRO_TOKENS = 8192
@@ -87,7 +85,7 @@ def assemble(
     notes += [line for line in (note, head_note) if line]
     if config.model.compile and not is_fake(next(model.parameters())):  # a recording sees the layers as they are
         compile_layers(model, device)  # after the model was asked what it can do, which would compile it for that alone
-    lr = DEFAULT_LR[config.model.method] if config.optim.lr == "auto" else config.optim.lr
+    lr = configured_lr(config)
     optim = settings_of(config.optim, lr=lr, rows=config.batch.rows_per_step)
     if config.optim.scaling != "none":
         notes.append(scaling_note(config.optim, optim, lr=lr, rows=config.batch.rows_per_step))

@@ -14,7 +14,10 @@ arXiv 2205.10287), the clipping threshold by 1 / sqrt(r), since the norm of a le
 import math
 from dataclasses import asdict, dataclass, replace
 
-from fitune.config import OptimConfig, Scaling
+from fitune.config import OptimConfig, RunConfig, Scaling
+
+DEFAULT_LR = {"full": 2e-5, "lora": 2e-4, "qlora": 2e-4}
+"""LoRA wants about ten times the rate of full fine-tuning (Schulman et al. 2025, "LoRA Without Regret")."""
 
 MOST_UNMEASURED = 2.0
 """The rate is changed by no more than this factor while the noise is not known."""
@@ -31,6 +34,10 @@ class OptimSettings:
     eps: float
     weight_decay: float
     clip: float
+
+
+def configured_lr(config: RunConfig) -> float:
+    return DEFAULT_LR[config.model.method] if config.optim.lr == "auto" else config.optim.lr
 
 
 def settings_of(optim: OptimConfig, *, lr: float, rows: int) -> OptimSettings:

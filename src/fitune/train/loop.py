@@ -33,6 +33,7 @@ from fitune.step.gradient_norms import NormRecorder
 from fitune.step.optimizer import set_lr
 from fitune.step.safe_step import SafeResult
 from fitune.step.scaling import OptimSettings
+from fitune.step.schedule import lr_factor
 from fitune.step.train_step import EvalResult, StepResult
 from fitune.train.batch_mode import (
     FLAT_EVALS,
@@ -58,7 +59,6 @@ from fitune.train.noise import (
 )
 from fitune.train.ranks import Ranks
 from fitune.train.resume import Replay, Start, check_replayed, replayed_split
-from fitune.train.schedule import lr_factor
 from fitune.train.self_check import CHECKED_STEP, SelfCheck
 from fitune.train.state import RunState, larger_peak
 from fitune.units import parse_seconds

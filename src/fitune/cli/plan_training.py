@@ -1,0 +1,81 @@
+"""What a plan says of the optimizer: its settings in steps and in tokens, and which of them do nothing, or harm."""
+
+from collections.abc import Iterator
+
+from fitune.language import say
+from fitune.plan.training import PlannedTraining, Span
+from fitune.units import format_count
+
+FEWEST_STEPS, FEW_STEPS = 100, 1000
+INERT_FRACTION = 0.005
+"""Weight decay that shrinks the weights by less over the whole run does nothing that anyone would see."""
+
+
+def training_lines(training: PlannedTraining) -> Iterator[tuple[str, str]]:
+    """(title, line), for the heading of a plan."""
+    share, optim = training.supervised_fraction, training.optim
+    yield (
+        say("training"),
+        say(
+            "{length}, {share} supervised · rate {lr} · {schedule}, warm-up {warmup}",
+            length=_span(training.length),
+            share="n/a" if share is None else f"{share:.0%}",
+            lr=f"{optim.lr:.3g}",
+            schedule=training.schedule,
+            warmup=_span(training.warmup),
+        ),
+    )
+    parts = [
+        say("beta{number} {beta} halves in {span}", number=number, beta=f"{beta:.4g}", span=_span(span))
+        for number, (beta, span) in enumerate(zip(optim.betas, training.half_lives, strict=False), start=1)
+    ]
+    shrink = training.shrink_fraction
+    parts += [
+        say(
+            "weight decay {decay} takes {shrink} in all",
+            decay=f"{optim.weight_decay:.3g}",
+            shrink="n/a" if shrink is None else f"{shrink:.2%}",
+        ),
+        say("clip {clip}", clip=f"{optim.clip:.3g}"),
+    ]
+    yield "", " · ".join(parts)
+
+
+def training_warnings(training: PlannedTraining) -> Iterator[str]:
+    """One sentence each."""
+    optim, length, shrink = training.optim, training.length, training.shrink_fraction
+    if length is not None and length.steps < FEWEST_STEPS:
+        yield say(
+            "warning: only {steps} optimizer steps, under {few}: take fewer rows a step, or more epochs",
+            steps=_count(length.steps),
+            few=FEWEST_STEPS,
+        )
+    elif length is not None and length.steps < FEW_STEPS:
+        yield say(
+            "note: {steps} optimizer steps: with {few} or more a schedule has time to work",
+            steps=_count(length.steps),
+            few=f"{FEW_STEPS:,}",
+        )
+    if training.lost_updates_fraction is not None:
+        yield say(
+            "warning: weights in bfloat16 lose at least {share} of the updates at a rate of {lr}: "
+            "model.precision=autocast_bfloat16 keeps them",
+            share=f"{training.lost_updates_fraction:.0%}",
+            lr=f"{optim.lr:.3g}",
+        )
+    if optim.weight_decay and shrink is not None and shrink < INERT_FRACTION:
+        yield say(
+            "note: weight decay {decay} is inert: it takes {shrink} off a weight in the whole run",
+            decay=f"{optim.weight_decay:.3g}",
+            shrink=f"{shrink:.2%}",
+        )
+
+
+def _count(number: float) -> str:
+    return f"{number:,.0f}" if number >= 10 else f"{number:.2g}"
+
+
+def _span(span: Span | None) -> str:
+    if span is None:
+        return "n/a"
+    return say("{steps} steps = {tokens} tokens", steps=_count(span.steps), tokens=format_count(round(span.tokens)))
