@@ -109,6 +109,9 @@ def test_what_does_nothing_or_harm_is_said(training: PlannedTraining, words: str
 
 def test_a_setting_that_works_is_not_warned_of() -> None:
     assert list(training_warnings(planned(epochs=1, optim={"weight_decay": 10}))) == []
+    high = planned(epochs=1, precision="bfloat16", optim={"weight_decay": 10, "lr": 1e-3})
+    assert high.lost_updates_fraction is not None
+    assert list(training_warnings(high)) == []
 
 
 def test_it_is_said_in_chinese_too(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,9 @@ FEWEST_STEPS, FEW_STEPS = 100, 1000
 INERT_FRACTION = 0.005
 """Weight decay that shrinks the weights by less over the whole run does nothing that anyone would see."""
 
+LOST_FRACTION = 0.01
+"""Of the updates; fewer are no reason to change the precision."""
+
 
 def training_lines(training: PlannedTraining) -> Iterator[tuple[str, str]]:
     """(title, line), for the heading of a plan."""
@@ -56,7 +59,7 @@ def training_warnings(training: PlannedTraining) -> Iterator[str]:
             steps=_count(length.steps),
             few=f"{FEW_STEPS:,}",
         )
-    if training.lost_updates_fraction is not None:
+    if (training.lost_updates_fraction or 0.0) >= LOST_FRACTION:
         yield say(
             "warning: weights in bfloat16 lose at least {share} of the updates at a rate of {lr}: "
             "model.precision=autocast_bfloat16 keeps them",
