@@ -211,7 +211,9 @@ def test_a_forced_candidate_is_printed_by_the_contract(
     assert main(command(tree, "--gpu", "RTX 4090", "--budget", "24GiB", "--format", "json", *forced)) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["schema"] == 1
-    assert set(found["model"]) == {"name", "num_parameters", "num_trainable_parameters"}
+    assert set(found["model"]) == {
+        *("name", "num_parameters", "num_trainable_parameters"), *("num_layers", "hidden_size", "vocab_size"),
+    }  # fmt: skip
     assert set(found["device"]) == {"name", "total_bytes", "free_bytes", "context_bytes"}
     assert found["budget_bytes"] == 24 * 2**30
     assert found["data"]["max_length"] == 1024

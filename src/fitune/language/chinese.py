@@ -43,6 +43,7 @@ _PLAN: dict[str, str] = {
     "the longest row of the data": "数据中最长的一行",
     "data.max_length": "data.max_length",
     "{count} trained": "训练 {count}",
+    "vocabulary {number}": "词表 {number}",
     "{device} · {total} visible · {free} free · budget {budget}": "{device} · 可见 {total} · 空闲 {free} · 预算 {budget}",
     "parameter": "参数",
     "gradient": "梯度",

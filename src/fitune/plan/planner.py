@@ -154,6 +154,9 @@ class _Search:
                 name=self.config.model.source,
                 num_parameters=shown.num_parameters,
                 num_trainable_parameters=shown.num_trainable_parameters,
+                num_layers=shown.num_layers,
+                hidden_size=shown.hidden_size,
+                vocab_size=shown.vocab_size,
             ),
             device=PlannedDevice(
                 name=device.name,
