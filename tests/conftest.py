@@ -8,4 +8,4 @@ os.environ["FITUNE_LANG"] = "en"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, and for the processes that tests start
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-pytest_plugins = ["nvml_stand_in"]
+pytest_plugins = ["nvml_stand_in", "disturbed_run"]

@@ -63,6 +63,14 @@ def failing(model: nn.Module, place: str, *calls: int, **options: Any) -> Iterat
         yield fault
 
 
+@contextmanager
+def failing_call(target: str, *calls: int, before: bool = True, **options: Any) -> Iterator[Fault]:
+    """While this holds, the function of that dotted name fails on those of its calls."""
+    fault = Fault(frozenset(calls), **options)
+    with _patched(target, fault, before=before):
+        yield fault
+
+
 def _fail_in_backward(output: Any, fault: Fault) -> None:
     tensor = output[0] if isinstance(output, tuple) else output
     if tensor.requires_grad:

@@ -93,7 +93,7 @@ def simulate(memory: Memory, num_steps: int, *, highest: int = 0) -> Outcome:
 def test_in_a_million_steps_few_are_retried_and_little_is_left_unused(
     memory: Memory, most_retried: float, most_changed: float, least_used: float
 ) -> None:
-    outcome = simulate(memory, 200_000)
+    outcome = simulate(memory, 200_000)  # a million in the five together
     assert outcome.retried <= most_retried
     assert outcome.changed <= most_changed
     assert outcome.used >= least_used

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,10 @@ from fitune.run.directory import RunDirectory
 from fitune.run.journal import read_journal
 from fitune.run.metrics import read_events, read_metrics, read_summary
 from fitune.step import train_step
+from fitune.step.loss import LossSettings
+from fitune.step.micro_batch_work import SMALL_CHUNK_TOKENS
 from fitune.step.safe_step import SafeResult, safe_step
+from fitune.train import guard
 from tiny_run import save_tiny_model, write_config, write_dialogues
 
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA is Linux's")
@@ -150,6 +153,10 @@ def test_a_run_that_cannot_go_on_saves_its_weights_and_ends_with_4(
     error = capsys.readouterr().err
     assert "no memory for 20.0 MiB in the forward of row" in error
     assert "runs/run/last" in error
+    assert (
+        "alone and with model.recompute=full, a loss of 32 positions at a time: lower data.max_length (now 64), set "
+        "model.method=lora or leave such rows out with memory.on_oom=quarantine; the weights" in error
+    )
     assert (RUN.last / "model.safetensors").exists()
     assert read_summary(RUN.summary).status == "failed"
 
@@ -163,6 +170,48 @@ def test_rows_that_do_not_fit_are_left_out_where_that_is_asked_for(place: Path, 
     done = {row for line in read_journal(RUN.journal) for piece in line.plan for row in piece}
     assert done
     assert all(f"row {row} is left out" not in message for row in done for message in left_out)
+
+
+@pytest.fixture
+def large_loss_fails(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """Until it is undone: from the second step on, a loss in chunks of more than 32 positions finds no memory."""
+    real, guarded, steps = train_step.token_loss_sum, guard.safe_step, [0]
+
+    def limited(model: Any, micro_batch: MicroBatch, settings: LossSettings) -> Any:
+        if steps[0] >= 2 and settings.chunk_tokens > SMALL_CHUNK_TOKENS:
+            raise out_of_memory()
+        return real(model, micro_batch, settings)
+
+    def step(*arguments: Any, step: int, **options: Any) -> SafeResult:
+        steps[0] = step
+        return guarded(*arguments, step=step, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train_step, "token_loss_sum", limited)
+        patched.setattr(guard, "safe_step", step)
+        yield patched
+
+
+def test_what_saved_memory_is_in_the_journal_and_done_again_by_a_replay_and_a_resume(
+    place: Path, large_loss_fails: pytest.MonkeyPatch
+) -> None:
+    """Neither runs out of memory itself: both take it from what was written. A smaller loss changes the last bits."""
+    small = f"a loss of {SMALL_CHUNK_TOKENS} positions at a time"
+    rows = {"effective": 16, "micro": 16}
+    sections: dict[str, dict[str, Any]] = {
+        "model": {"recompute": "off"}, "batch": rows, "train": {"steps": 4, "save_every": 1},
+    }  # fmt: skip
+    assert command(place, sections) == 0
+    assert f"{small} from now on; no row is lost" in happened(RUN, "out_of_memory")[-1]
+    lines = read_journal(RUN.journal)
+    assert [line.reliefs for line in lines] == [(), *[((small,),)] * 3]
+    large_loss_fails.undo()
+    assert main(["train", "--replay", "runs/run"]) == 0
+    weights = (RUN.last / "model.safetensors").read_bytes()
+    shutil.rmtree(RUN.checkpoints / "step-00000004")
+    assert main(["train", "--resume", "runs/run"]) == 0
+    assert read_journal(RUN.journal)[-1].hash == lines[-1].hash
+    assert (RUN.last / "model.safetensors").read_bytes() == weights
 
 
 def test_a_run_goes_on_with_what_it_has_learned(place: Path, limit: Callable[..., None]) -> None:

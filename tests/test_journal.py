@@ -38,7 +38,8 @@ def test_a_journal_reads_back_as_it_was_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "change",
     [{"step": 2}, {"position": 4}, {"ids_hash": "0"}, {"loss_weight": 11.0}, {"plan": ((7, 0), (7,))},
-     {"lr": 2e-5}, {"loss_sum": 30.2}, {"grad_norm": 0.3}, {"updated": False}],
+     {"lr": 2e-5}, {"loss_sum": 30.2}, {"grad_norm": 0.3}, {"updated": False},
+     {"reliefs": (("model.recompute=full",), ())}],
     ids=lambda change: next(iter(change)),
 )  # fmt: skip
 def test_every_field_of_a_step_is_in_its_hash(change: dict[str, Any]) -> None:

@@ -135,6 +135,30 @@ def test_a_model_that_cannot_be_cut_is_named(mix: nn.Module, reason: str) -> Non
     assert reason in verdict.reason
 
 
+class Counting(nn.Module):
+    """Its buffer changes in every forward and nothing depends on it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        self.calls += 1
+        return hidden
+
+
+def test_buffers_that_only_change_pass_and_are_said() -> None:
+    torch.manual_seed(0)
+    verdict = check(Small(Counting()).train())
+    assert verdict == Verdict(True, "Counting change buffers in every forward, also when rows are only split")
+
+
+def test_a_loss_that_is_no_number_is_named() -> None:
+    model = make_model()
+    verdict = check_model(model, lambda part, weight: model(**part).loss * torch.nan, PROBE)
+    assert verdict == Verdict(False, "the loss of two ordinary rows is nan")
+
+
 def test_dropout_passes_and_is_said() -> None:
     torch.manual_seed(0)
     assert check(Small(nn.Dropout(0.5)).train()) == Verdict(True, "dropout draws other masks for another split")

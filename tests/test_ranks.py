@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from disturbed_run import weights, write_run
 from faults import out_of_memory
 from fitune.cli.app import main
 from fitune.cli.progress import TrainingProgress
@@ -28,7 +29,6 @@ from fitune.run.metrics import StepMetrics, read_events, read_metrics, read_summ
 from fitune.step import micro_batch_work
 from fitune.train import guard, prepare
 from tiny_ranks import run_ranks
-from tiny_run import save_tiny_model, write_config, write_dialogues
 
 TWO, ONE, RUN = (RunDirectory(Path("runs", name)) for name in ("two", "one", "run"))
 STEPS, FAULTY_STEP = 6, 5
@@ -96,6 +96,24 @@ def without_memory_twice() -> None:
     without_memory(2)
 
 
+def without_memory_for_the_update() -> None:
+    """In the faulty step, in the optimizer."""
+    real_step, real_update = guard.safe_step, torch.optim.AdamW.step
+    now = [0]
+
+    def step(*arguments: Any, step: int, **options: Any) -> Any:
+        now[0] = step
+        return real_step(*arguments, step=step, **options)
+
+    def update(*arguments: Any, **options: Any) -> Any:
+        if now[0] == FAULTY_STEP:
+            raise out_of_memory()
+        return real_update(*arguments, **options)
+
+    setattr(guard, "safe_step", step)  # noqa: B010
+    setattr(torch.optim.AdamW, "step", update)  # noqa: B010
+
+
 def without_its_model() -> None:
     def load(*_: Any, **__: Any) -> None:
         raise ModelError("tiny is not on this machine")
@@ -119,9 +137,7 @@ def with_other_weights() -> None:
 def place(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The current directory, with a run of two processes and one of one, both left alone."""
     directory = tmp_path_factory.mktemp("ranks")
-    save_tiny_model(directory / "tiny")
-    write_dialogues(directory / "sft.jsonl")
-    write_config(directory / "sft.yaml", {"train": {"steps": STEPS, "save_every": 2, "eval_every": 3}})
+    write_run(directory, steps=STEPS)
     with pytest.MonkeyPatch.context() as patched:
         patched.chdir(directory)
         patched.setenv("FITUNE_CACHE", str(directory / "cache"))
@@ -129,10 +145,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Any:
         (directory / "said").write_text(Path("1.out").read_text() + Path("1.err").read_text())
         assert train("sft.yaml", "run.name=one", size=1) == [0]
         yield directory
-
-
-def weights(run: RunDirectory) -> bytes:
-    return (run.last / "model.safetensors").read_bytes()
 
 
 def assert_same(run: RunDirectory) -> None:
@@ -216,6 +228,14 @@ def test_a_process_that_runs_out_of_memory_twice_changes_nothing_but_the_events(
     assert_close(run, TWO)
     told = [event.message for event in read_events(run.events) if event.kind == "out_of_memory"]
     assert [message.startswith("rank 1: out of memory in the forward") for message in told] == [True, True]
+
+
+def test_an_update_without_memory_ends_all_and_the_run_goes_on_bit_for_bit() -> None:
+    assert train("sft.yaml", "run.name=torn", fault=without_memory_for_the_update) == [75, 75]
+    assert "rank 1: out of memory in the middle of the optimizer's update" in Path("0.err").read_text()
+    run = RunDirectory(Path("runs/torn"))
+    assert train("--resume", str(run.path)) == [0, 0]
+    assert_same(run)
 
 
 def test_a_signal_to_one_process_stops_all_after_the_same_step() -> None:

@@ -7,7 +7,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fitune.cli.app import main
+from disturbed_run import (
+    RUN,
+    STEPS,
+    UNDISTURBED,
+    assert_same,
+    error_of,
+    log,
+    newest_step,
+    train,
+    train_until,
+    weights,
+)
 from fitune.cli.progress import TrainingProgress
 from fitune.model.device import MemoryPeak
 from fitune.model.tensor_file import write_tensors
@@ -28,102 +39,9 @@ from fitune.train import checkpoint as checkpoint_module
 from fitune.train.checkpoint import newest_checkpoint
 from fitune.train.state import RunState
 from tiny_models import TINY_QWEN3
-from tiny_run import save_tiny_model, write_config, write_dialogues
+from tiny_run import save_tiny_model
 
-RUN, UNDISTURBED = RunDirectory(Path("runs/run")), RunDirectory(Path("runs/undisturbed"))
-STEPS = 9
-TIMES = {"seconds", "tokens_per_second", "device_used_bytes", "peak_allocated_bytes", "peak_reserved_bytes"}
-
-
-class Killed(BaseException):
-    """Stands for the end of the process: nothing of ours catches it."""
-
-
-@pytest.fixture(autouse=True, scope="module")
-def without_prediction() -> Iterator[None]:
-    """It takes most of the time of so small a run and has nothing to do with going on."""
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("fitune.train.prepare.choose_plan", None)
-        yield
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with tiny/, sft.jsonl, sft.yaml, a run that was left alone and one that died in step 5."""
-    directory = tmp_path_factory.mktemp("shared")
-    save_tiny_model(directory / "tiny")
-    write_dialogues(directory / "sft.jsonl")
-    write_config(directory / "sft.yaml", {"train": {"steps": STEPS, "save_every": 2, "eval_every": 3}})
-    with pytest.MonkeyPatch.context() as patched:
-        patched.chdir(directory)
-        patched.setenv("FITUNE_CACHE", str(directory / "cache"))
-        train("sft.yaml", "run.name=undisturbed")
-        train_until(5, "sft.yaml", monkeypatch=patched)
-    return directory
-
-
-@pytest.fixture(autouse=True)
-def place(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current directory: as `shared`, without the run that died."""
-    monkeypatch.setenv("FITUNE_CACHE", str(shared / "cache"))
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "tiny").symlink_to(shared / "tiny")
-    for name in ("sft.jsonl", "sft.yaml"):
-        shutil.copy2(shared / name, name)  # with its time, by which the cache knows it
-    shutil.copytree(shared / UNDISTURBED.path, UNDISTURBED.path)
-    return tmp_path
-
-
-@pytest.fixture
-def crashed(shared: Path, place: Path) -> None:
-    """runs/run died in step 5, after the checkpoint of step 4."""
-    shutil.copytree(shared / RUN.path, RUN.path)
-
-
-def train(*arguments: str, exit_code: int = 0) -> None:
-    assert main(["train", *arguments]) == exit_code
-
-
-def train_until(step: int, *arguments: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The process dies when that step is told."""
-
-    def die(self: TrainingProgress, metrics: StepMetrics, *, progress: float) -> None:
-        if metrics.step == step:
-            raise Killed
-
-    with monkeypatch.context() as patched:
-        patched.setattr(TrainingProgress, "step", die)
-        with pytest.raises(Killed):
-            main(["train", *arguments])
-
-
-def error_of(capsys: pytest.CaptureFixture[str], *arguments: str, exit_code: int = 2) -> str:
-    capsys.readouterr()
-    train(*arguments, exit_code=exit_code)
-    notes = capsys.readouterr().err
-    return notes[notes.index("error: ") :]
-
-
-def weights(run: RunDirectory, *, which: str = "last") -> bytes:
-    directory = run.path / which
-    return next(directory.glob("*.safetensors")).read_bytes()
-
-
-def log(run: RunDirectory) -> list[dict[str, Any]]:
-    """The lines of the metrics, without what the clock and the memory say."""
-    lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
-
-
-def assert_same(run: RunDirectory = RUN, other: RunDirectory = UNDISTURBED) -> None:
-    assert weights(run) == weights(other)
-    assert weights(run, which="best") == weights(other, which="best")
-    assert log(run) == log(other)
-    assert read_journal(run.journal)[-1].hash == read_journal(other.journal)[-1].hash
-    summary, expected = read_summary(run.summary), read_summary(other.summary)
-    for name in ("status", "steps", "tokens", "supervised_tokens", "train_loss", "eval_loss", "best_eval_loss"):
-        assert getattr(summary, name) == getattr(expected, name)
-
+pytestmark = pytest.mark.usefixtures("disturbed")
 
 KINDS = {
     "full": (),
@@ -207,12 +125,6 @@ def test_a_second_control_c_ends_at_once_and_is_no_failure(monkeypatch: pytest.M
     assert newest_step() == 4
 
 
-def newest_step() -> int:
-    found, _ = newest_checkpoint(RUN)
-    assert found is not None
-    return found.state.step
-
-
 def test_a_signal_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     interrupt_at(5, 1, monkeypatch)
     assert "fitune train --resume runs/run goes on" in error_of(capsys, "sft.yaml", exit_code=130)
@@ -270,27 +182,27 @@ def test_a_change_that_the_saved_tensors_cannot_follow_needs_a_new_run(
 
 
 def test_a_run_goes_on_elsewhere_with_its_data_and_model_under_other_names(
-    place: Path, monkeypatch: pytest.MonkeyPatch
+    disturbed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train("sft.yaml", "run.name=undisturbed", "--overwrite", "model.method=lora")
     train_until(5, "sft.yaml", "model.method=lora", monkeypatch=monkeypatch)
     shutil.copytree("tiny", "moved/model")
     shutil.move("sft.jsonl", "moved/rows.jsonl")
-    (place / "tiny").unlink()
+    (disturbed / "tiny").unlink()
     shutil.move("runs/run", "moved/run")
     train("--resume", "moved/run", "model.source=moved/model", "data.train=moved/rows.jsonl")
     assert_same(RunDirectory(Path("moved/run")))
 
 
-def test_the_identity_names_no_path_device_or_version(place: Path, crashed: None) -> None:
+def test_the_identity_names_no_path_device_or_version(disturbed: Path, crashed: None) -> None:
     found, _ = newest_checkpoint(RUN)
     assert found is not None
     text = json.dumps(found.identity)
-    assert not [word for word in (str(place), "tiny", "sft.jsonl", "cpu", torch.__version__) if word in text]
+    assert not [word for word in (str(disturbed), "tiny", "sft.jsonl", "cpu", torch.__version__) if word in text]
 
 
 def test_another_model_of_the_same_shape_is_another_run_under_adapters(
-    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    disturbed: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train_until(5, "sft.yaml", "model.method=lora", monkeypatch=monkeypatch)
     shutil.copytree("tiny", "other")
@@ -432,7 +344,7 @@ def test_a_run_that_died_before_it_began_is_started_again_as_it_was() -> None:
     ],
 )
 def test_what_cannot_be_resumed_is_said(
-    arguments: tuple[str, ...], message: str, place: Path, capsys: pytest.CaptureFixture[str]
+    arguments: tuple[str, ...], message: str, disturbed: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.rmtree("runs")
     Path("runs").mkdir()
@@ -494,10 +406,10 @@ def test_a_last_save_that_fails_ends_the_run_with_what_is_whole(
 
 
 def test_a_disk_that_fills_up_leaves_the_last_good_checkpoint(
-    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    disturbed: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A checkpoint of this model has 0.2 MiB; the disk has room for some of them until another file takes it."""
-    disk = place / "disk"
+    disk = disturbed / "disk"
     disk.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", disk]
     if subprocess.run(command, capture_output=True, check=False).returncode != 0:
@@ -524,13 +436,13 @@ def test_a_disk_that_fills_up_leaves_the_last_good_checkpoint(
 
 
 def test_a_directory_that_becomes_read_only_ends_the_run_in_one_sentence(
-    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    disturbed: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (place / "empty").mkdir()
+    (disturbed / "empty").mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "ro", "tmpfs"]
-    if subprocess.run([*command, place / "empty"], capture_output=True, check=False).returncode != 0:
+    if subprocess.run([*command, disturbed / "empty"], capture_output=True, check=False).returncode != 0:
         pytest.skip("mounting a disk is not allowed here")
-    subprocess.run(["umount", place / "empty"], check=True)
+    subprocess.run(["umount", disturbed / "empty"], check=True)
 
     def protect(self: TrainingProgress, metrics: StepMetrics, *, progress: float) -> None:
         if metrics.step == 5:

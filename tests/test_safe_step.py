@@ -29,9 +29,14 @@ from tiny_steps import distance, make_batch
 VARIANTS: dict[str, dict[str, Any]] = {
     "dropout": {"attention_dropout": 0.3},
     "recompute": {},
+    "selective": {},
+    "padded": {},
     "tied": {"tie_word_embeddings": True},
 }
 LR = 0.01
+TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2e-2}
+"""bfloat16 rounds by 2^-8 at most: the gradients of 7 pieces and 6 sums of them, independently rounded, are off by
+sqrt(13) * 2^-8 = 1.4e-2; the rest is for activations, which another split rounds otherwise."""
 
 
 class CallCounter(nn.Module):
@@ -54,8 +59,8 @@ def template(variant: str, dtype: torch.dtype, lora: bool) -> tuple[nn.Module, C
     model: nn.Module = build_model(config, attention=attention_name(config, "auto"), seed=1).to(dtype)
     if lora:
         model = apply_lora(model, LoraConfig(rank=4, dropout=0.2 if variant == "dropout" else 0.0))
-    if variant == "recompute":
-        set_recompute(model, "full")
+    if variant in ("recompute", "selective"):
+        set_recompute(model, "full" if variant == "recompute" else "selective")
     counter = CallCounter()
     layers = next(part for part in model.modules() if isinstance(part, nn.ModuleList) and len(part) == 2)
     layers[0].add_module("counter", counter)
@@ -89,8 +94,8 @@ class Trained:
         return [tensor.detach().clone() for tensor in (*self.model.parameters(), *self.model.buffers(), *state)]
 
 
-def pieces_of(batch: Batch) -> list[MicroBatch]:
-    return split(batch, packed=True, micro_rows=3)
+def pieces_of(batch: Batch, *, packed: bool) -> list[MicroBatch]:
+    return split(batch, packed=packed, micro_rows=3)
 
 
 def streams() -> list[Any]:
@@ -117,8 +122,9 @@ def test_a_step_that_runs_out_of_memory_is_the_step_of_its_plan(
     counters, buffers; then with the step that was asked for: rows, learning rate, gradient, random streams."""
     if place == "update" and not commit:
         pytest.skip("an unprotected update is torn for good, which has its own test")
-    batch = make_batch()
-    calls = (0,) if place in ("clip", "update") else (1, 3)
+    batch, packed = make_batch(), variant != "padded"
+    once = place in ("clip", "update")
+    calls = (0,) if once else (1, 3) if packed else (1,)  # with padding the second failure would be of a single row
 
     def trained() -> tuple[Trained, Protection[MicroBatch]]:
         fresh = Trained(variant, dtype=dtype, lora=lora)
@@ -127,7 +133,7 @@ def test_a_step_that_runs_out_of_memory_is_the_step_of_its_plan(
     failed, protection = trained()
     before = streams()
     with failing(failed.model, place, *calls), proving_release(failed.model) as released:
-        result = safe_step(protection, pieces_of(batch), step=1)
+        result = safe_step(protection, pieces_of(batch, packed=packed), step=1)
     assert len(result.failures) == len(released) >= 1
     assert streams() == before
     assert rows_seen(result) == Counter(batch.row_ids)
@@ -136,13 +142,13 @@ def test_a_step_that_runs_out_of_memory_is_the_step_of_its_plan(
     bits, gradient = failed.bits(), failed.gradient
 
     calm, protection = trained()
-    again = safe_step(protection, lay_out_as(batch, result.plan, packed=True), step=1)
+    again = safe_step(protection, lay_out_as(batch, result.plan, packed=packed), step=1)
     assert again.step == result.step
     assert same_bits(bits, calm.bits())
 
     asked_for, protection = trained()
-    whole = safe_step(protection, pieces_of(batch), step=1)
+    whole = safe_step(protection, pieces_of(batch, packed=packed), step=1)
     assert whole.failures == ()
     assert result.step.loss_weight == whole.step.loss_weight == batch.loss_weight
     if variant != "dropout":  # whose masks belong to the split
-        assert distance(gradient, asked_for.gradient) < (1e-6 if dtype == torch.float32 else 2e-2)
+        assert distance(gradient, asked_for.gradient) < TOLERANCE[dtype]

@@ -103,47 +103,83 @@ def test_what_saves_memory_is_tried_only_at_a_single_row_and_in_order() -> None:
     assert [failure.action for failure in result.failures] == ["first from now on", "second from now on"]
 
 
-def test_recomputation_is_a_relief_only_where_the_configuration_leaves_it_open() -> None:
+SMALL_LOSS = f"a loss of {SMALL_CHUNK_TOKENS} positions at a time"
+RECOMPUTE, OFFLOAD = "model.recompute=full", "model.offload_activations=true"
+
+
+def test_reliefs_are_what_the_configuration_leaves_open() -> None:
     model = make_model()
-    chunked = settings_for(model, "chunked")
+    full, chunked = settings_for(model, "full"), settings_for(model, "chunked")
     chunked = replace(chunked, loss=replace(chunked.loss, chunk_tokens=256))
-    small = f"a loss of {SMALL_CHUNK_TOKENS} positions at a time"
-    assert [r.name for r in allowed_reliefs(model, chunked, recompute="auto")] == ["model.recompute=full", small]
-    assert [r.name for r in allowed_reliefs(model, chunked, recompute="off")] == [small]
-    assert allowed_reliefs(model, settings_for(model, "full"), recompute="off") == []
+
+    def names(settings: StepSettings, recompute: Any, loss: Any) -> list[str]:
+        return [relief.name for relief in allowed_reliefs(model, settings, recompute=recompute, loss=loss)]
+
+    assert names(chunked, "auto", "auto") == [RECOMPUTE, SMALL_LOSS]
+    assert names(chunked, "off", "chunked") == [SMALL_LOSS]
+    assert names(full, "off", "auto") == [SMALL_LOSS]
+    assert names(full, "off", "full") == []
+    model.to("meta")  # beside the host, as a card is
+    assert names(chunked, "auto", "auto") == [RECOMPUTE, SMALL_LOSS, OFFLOAD]
+    assert names(chunked, "full", "auto") == [SMALL_LOSS]
 
 
-def test_reliefs_change_no_gradient() -> None:
+@pytest.mark.parametrize("loss", ["chunked", "full"])
+def test_reliefs_change_no_gradient(loss: str) -> None:
+    """A device beside the host has the same ones and one more."""
     batch = make_batch()
     gradients = []
-    for num_failures in range(3):
+    for num_failures in range(4):
         model = make_model()
-        settings = settings_for(model, "chunked")
+        settings = settings_for(model, loss)
         settings = replace(settings, loss=replace(settings.loss, chunk_tokens=256))
         capture = Capture(model.parameters())
+        reliefs = allowed_reliefs(model, settings, recompute="auto", loss="auto")
+        elsewhere = allowed_reliefs(make_model().to("meta"), settings, recompute="auto", loss="auto")
         protection = Protection(
-            work=micro_batch_work(model.train(), capture, settings),
-            reliefs=allowed_reliefs(model, settings, recompute="auto"),
+            work=micro_batch_work(model.train(), capture, settings), reliefs=[*reliefs, elsewhere[-1]]
         )
         with failing(model, FORWARD, *range(num_failures)):
-            assert len(safe_step(protection, pieces(batch, 1), step=1).failures) == num_failures
+            result = safe_step(protection, pieces(batch, 1), step=1)
+        names = (RECOMPUTE, SMALL_LOSS, OFFLOAD)[:num_failures]
+        assert result.reliefs == (names,)
+        assert [failure.action for failure in result.failures] == [f"{name} from now on" for name in names]
         gradients.append(capture.vector())
-    assert distance(gradients[1], gradients[0]) < 1e-6
-    assert distance(gradients[2], gradients[0]) < 1e-6
+    for gradient in gradients[1:]:
+        assert distance(gradient, gradients[0]) < 1e-6
+
+
+@pytest.mark.parametrize("commit", [False, True], ids=["restart", "commit"])
+def test_a_step_that_was_relieved_in_its_middle_is_the_step_that_was_so_from_the_beginning(commit: bool) -> None:
+    batch = make_batch()
+    gradients = []
+    for failing_call in (3, 0):
+        model = make_model()
+        settings = replace(settings_for(model, "full"), commit=commit)
+        capture = Capture(model.parameters())
+        protection = Protection(
+            work=micro_batch_work(model, capture, settings),
+            reliefs=allowed_reliefs(model, settings, recompute="off", loss="auto"),
+        )
+        with failing(model, FORWARD, failing_call):
+            safe_step(protection, pieces(batch, 1), step=1)
+        gradients.append(capture.vector())
+    assert torch.equal(*gradients)
 
 
 def test_a_row_that_does_not_fit_alone_stops_the_run_with_its_number_and_changes_nothing() -> None:
     model = make_model()
     optimizer = torch.optim.AdamW(model.parameters())
-    protection = Protection(work=micro_batch_work(model, optimizer, StepSettings(LossSettings())), room=lambda: 2**20)
+    protection = Protection(
+        work=micro_batch_work(model, optimizer, StepSettings(LossSettings())), room=lambda: 2**20, way_out="give up"
+    )
     fails_above(protection, 39, out_of_memory)
     before = [parameter.clone() for parameter in model.parameters()]
     with pytest.raises(OutOfMemoryError) as caught:
         safe_step(protection, pieces(make_batch()), step=1)
-    assert str(caught.value).startswith(
-        "no memory for 20.0 MiB in the forward of row 1 (40 positions) with 1.0 MiB free"
+    assert str(caught.value) == (
+        "no memory for 20.0 MiB in the forward of row 1 (40 positions) with 1.0 MiB free, alone: give up"
     )
-    assert "memory.on_oom=quarantine" in str(caught.value)
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     assert all(parameter.grad is None for parameter in model.parameters())
     assert not optimizer.state

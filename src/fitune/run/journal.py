@@ -32,7 +32,8 @@ class StepRecord:
     after it. ids_hash: of its row ids in the sampler's order, as `ids_hash` makes it. loss_weight: N. plan: the row ids
     of each micro-batch, in the order in which they were computed; of several processes one after another, with an empty
     micro-batch between them (`plan_parts`). loss_sum and grad_norm (before clipping): None where
-    N is 0. updated: whether the weights moved.
+    N is 0. updated: whether the weights moved. reliefs: what saved memory beyond the configuration, by process; empty
+    where nothing did.
     """
 
     step: int
@@ -44,6 +45,7 @@ class StepRecord:
     loss_sum: float | None
     grad_norm: float | None
     updated: bool
+    reliefs: tuple[tuple[str, ...], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,6 +115,7 @@ def _read(path: Path) -> Iterator[JournalLine]:
 def _line(content: Mapping[str, Any]) -> JournalLine:
     values = {field.name: content[field.name] for field in fields(JournalLine)}
     values["plan"] = tuple(tuple(int(row_id) for row_id in row_ids) for row_ids in content["plan"])
+    values["reliefs"] = tuple(tuple(map(str, names)) for names in content["reliefs"])
     for name in ("loss_sum", "grad_norm"):  # a number that is not finite is written as text
         values[name] = None if content[name] is None else float(content[name])
     return JournalLine(**values)

@@ -2,14 +2,14 @@
 be given up for memory."""
 
 from dataclasses import replace
-from typing import Literal
 
 import torch
 from torch import nn
 
-from fitune.config import Recompute
+from fitune.config import Auto, Loss, Recompute
 from fitune.data.rows import MicroBatch
 from fitune.data.unpacking import split_again, without_rows
+from fitune.model.head import Head, decoder_and_head
 from fitune.model.recompute import recomputable_layers, set_recompute
 from fitune.step.safe_step import Relief, Work
 from fitune.step.train_step import StepSettings, loss_share
@@ -39,16 +39,21 @@ def micro_batch_work(
 
 
 def allowed_reliefs(
-    model: nn.Module, settings: StepSettings, *, recompute: Recompute | Literal["auto"]
+    model: nn.Module, settings: StepSettings, *, recompute: Recompute | Auto, loss: Loss | Auto
 ) -> list[Relief[MicroBatch]]:
-    """What saves memory, changes no gradient, and was left open: recomputation where model.recompute is auto, and a
-    loss in smaller chunks."""
+    """What saves memory, changes no gradient, and was left open by these keys of the configuration.
+
+    recompute=auto: every layer is recomputed, and at last what that starts from is kept in the host's memory. loss: in
+    small chunks, where it is in chunks already or auto."""
     reliefs: list[Relief[MicroBatch]] = []
     layers = recomputable_layers(model)
-    if recompute == "auto" and not all(layer.gradient_checkpointing for layer in layers):
+    may_recompute = recompute == "auto" and bool(layers)
+    if may_recompute and not all(layer.gradient_checkpointing for layer in layers):
         reliefs.append(Relief("model.recompute=full", _recompute))
-    if settings.loss.head is not None and settings.loss.chunk_tokens > SMALL_CHUNK_TOKENS:
-        smaller = replace(settings, loss=replace(settings.loss, chunk_tokens=SMALL_CHUNK_TOKENS))
+    head = settings.loss.head
+    found = decoder_and_head(model) if head is None and loss == "auto" else head
+    if isinstance(found, Head) and (head is None or settings.loss.chunk_tokens > SMALL_CHUNK_TOKENS):
+        smaller = replace(settings, loss=replace(settings.loss, head=found, chunk_tokens=SMALL_CHUNK_TOKENS))
         reliefs.append(
             Relief(
                 f"a loss of {SMALL_CHUNK_TOKENS} positions at a time",
@@ -57,9 +62,16 @@ def allowed_reliefs(
                 ),
             )
         )
+    if may_recompute and next(model.parameters()).device.type != "cpu":
+        reliefs.append(Relief("model.offload_activations=true", _offload))
     return reliefs
 
 
 def _recompute(work: Work[MicroBatch]) -> Work[MicroBatch]:
     set_recompute(work.model, "full")
+    return work
+
+
+def _offload(work: Work[MicroBatch]) -> Work[MicroBatch]:
+    set_recompute(work.model, "full", offload=True)
     return work

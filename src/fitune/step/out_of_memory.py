@@ -7,7 +7,7 @@ from typing import Literal, TypeVar
 
 import torch
 
-from fitune.errors import FituneError, OutOfMemoryError
+from fitune.errors import FituneError, OutOfMemoryError, UsageError
 from fitune.model.device import trim_heap
 from fitune.units import format_bytes, parse_bytes
 
@@ -33,8 +33,8 @@ def memory_failure(error: BaseException) -> Where | None:
     cannot. Torch reports the first by type or by these words in a RuntimeError, by device and library: "CUDA out of
     memory", "CUBLAS_STATUS_ALLOC_FAILED", "DefaultCPUAllocator: can't allocate memory".
     """
-    if isinstance(error, FituneError):
-        return None  # it has been judged already
+    if isinstance(error, FituneError) and not isinstance(error, UsageError):
+        return None  # it has been judged already; one that calls a file unreadable may be mistaken
     chain = list(_causes(error))
     if any(isinstance(each, RuntimeError) and _NEVER.search(str(each)) for each in chain):
         return None
@@ -64,9 +64,17 @@ def release_memory(device: torch.device) -> None:
         trim_heap()
 
 
-def try_twice(action: Callable[[], T], *, device: torch.device, what: str) -> T:
+def said_of(error: BaseException) -> str:
+    """The error in one line, that memory ran out in a few words."""
+    if memory_failure(error) is None:
+        return " ".join(str(error).split()) or type(error).__name__
+    needed = needed_bytes(error)
+    return "out of memory" if needed is None else f"out of memory, {format_bytes(needed)} at once were missing"
+
+
+def try_twice(action: Callable[[], T], *, device: torch.device, what: str, way_out: str = "close other programs") -> T:
     """For what is too small to be cut. Raises OutOfMemoryError where the second time fails as well. what: the action as
-    the subject of a sentence."""
+    the subject of a sentence. way_out: what a person can do, as a clause."""
     for last in (False, True):
         try:
             return action()
@@ -74,8 +82,9 @@ def try_twice(action: Callable[[], T], *, device: torch.device, what: str) -> T:
             if memory_failure(error) is None:
                 raise
             if last:
-                needed = format_bytes(needed_bytes(error))
-                raise OutOfMemoryError(f"{what} found no memory ({needed} at once): close other programs") from error
+                needed = needed_bytes(error)
+                at_once = "" if needed is None else f" ({format_bytes(needed)} at once)"
+                raise OutOfMemoryError(f"{what} found no memory{at_once}: {way_out}") from error
         release_memory(device)
     raise AssertionError
 

@@ -90,17 +90,20 @@ class Relief(Generic[P]):
 class Protection(Generic[P]):
     """What safe steps carry from one to the next.
 
-    reliefs: tried in this order, when a single row does not fit; what was tried stays. quarantine: whether a row that
-    does not fit even then is left out, from now on, instead of ending the run. room: the bytes that are free.
+    reliefs: tried in this order, when a single row does not fit; relieved: the names of those tried, which stay.
+    quarantine: whether a row that does not fit even then is left out, from now on, instead of ending the run. room: the
+    bytes that are free. way_out: what a person can do where nothing helps, as a clause.
     """
 
     work: Work[P]
     seed: int = 0
     reliefs: list[Relief[P]] = field(default_factory=list)
+    relieved: tuple[str, ...] = ()
     quarantine: bool = False
     quarantined: set[int] = field(default_factory=set)
     room: Callable[[], int | None] | None = None
     watched: list[tuple[nn.Module, str]] | None = None
+    way_out: str = "give shorter rows or a smaller model"
 
     @property
     def device(self) -> torch.device:
@@ -108,6 +111,13 @@ class Protection(Generic[P]):
 
     def free_bytes(self) -> int | None:
         return usable_bytes(self.device) if self.room is None else self.room()
+
+    def relieve(self, name: str) -> None:
+        """From now on; of no effect where it is in force, or is none of `reliefs`."""
+        for relief in [each for each in self.reliefs if each.name == name]:
+            self.reliefs.remove(relief)
+            self.work = relief.apply(self.work)
+            self.relieved += (name,)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,13 +147,14 @@ class Failure:
 @dataclass(frozen=True, slots=True)
 class SafeResult:
     """plan: the row ids of each piece that the update is made of, in order, as `Told` has them. most_positions: of the
-    largest of this process's. quarantined: rows left out of this step."""
+    largest of this process's. quarantined: rows left out of this step. reliefs: in force, by process."""
 
     step: StepResult
     plan: tuple[tuple[int, ...], ...]
     most_positions: int
     failures: tuple[Failure, ...] = ()
     quarantined: tuple[int, ...] = ()
+    reliefs: tuple[tuple[str, ...], ...] = ()
 
 
 def safe_step(
@@ -179,6 +190,7 @@ def safe_step(
                     most_positions=max((piece.num_positions for piece in progress.done), default=0),
                     failures=tuple(failures),
                     quarantined=tuple(sorted(progress.left_out)),
+                    reliefs=progress.told_reliefs or (protection.relieved,),
                 )
             progress.recover(again=outcome.place in LATE)
             outcome = replace(outcome, free_bytes=protection.free_bytes())
@@ -195,6 +207,7 @@ class _Progress(Generic[P]):
         self.protection, self.norms, self.shared = protection, norms, shared
         self.is_shared = False
         self.told_plan: tuple[tuple[int, ...], ...] | None = None
+        self.told_reliefs: tuple[tuple[str, ...], ...] = ()
         self.lost_weight = 0.0
         self.pending = list(pieces)
         self.done: list[P] = []
@@ -252,10 +265,19 @@ class _Progress(Generic[P]):
         host = torch.cat((torch.stack(self.losses).float(), norms) if self.losses else (norms,)).tolist()
         losses, norm_values = host[: len(self.losses)], host[len(self.losses) :]
         left_out = tuple(sorted(self.left_out - self._known))
-        own = Told(self.plan, tuple(losses), tuple(norm_values), weights, left_out, self.lost_weight, missing)
+        own = Told(
+            plan=self.plan,
+            losses=tuple(losses),
+            norms=tuple(norm_values),
+            weights=weights,
+            left_out=left_out,
+            lost_weight=self.lost_weight,
+            missing=missing,
+            reliefs=(self.protection.relieved,),
+        )
         self.is_shared = True
         every = sum_up(own, gradients, shared)
-        self.told_plan = every.plan
+        self.told_plan, self.told_reliefs = every.plan, every.reliefs
         self.left_out |= set(every.left_out)
         self.protection.quarantined |= set(every.left_out)
         self.loss_weight = left_weight(shared.loss_weight, every.lost_weight)
@@ -445,18 +467,17 @@ def _next_rung(
         ]
         return f"split into pieces of at most {most_positions:,} positions"
     if protection.reliefs:
-        relief = protection.reliefs.pop(0)
-        protection.work = relief.apply(protection.work)
-        return f"{relief.name} from now on"
+        name = protection.reliefs[0].name
+        protection.relieve(name)
+        progress.restart()  # the whole step, so that it can be done again from its plan and reliefs
+        return f"{name} from now on"
     if protection.quarantine:
         protection.quarantined.add(failure.row_ids[0])
         progress.restart()
         progress.leave_out(failure.row_ids)
         return f"row {failure.row_ids[0]} is left out from now on"
-    raise OutOfMemoryError(
-        f"{no_room(failure)}, alone and with all that may save memory: lower data.max_length, allow "
-        "model.recompute=auto, or leave such rows out with memory.on_oom=quarantine"
-    )
+    tried = f" and with {', '.join(protection.relieved)}" if protection.relieved else ""
+    raise OutOfMemoryError(f"{no_room(failure)}, alone{tried}: {protection.way_out}")
 
 
 def no_room(failure: Failure) -> str:

@@ -45,7 +45,8 @@ class Told:
 
     plan: the row ids of each micro-batch; of several processes one after another, with an empty one between them.
     losses, norms, weights: of its micro-batches, as the step and `NormRecorder` have them. left_out: rows newly left
-    out, of weight lost_weight. missing: which of the trained parameters have no gradient.
+    out, of weight lost_weight. missing: which of the trained parameters have no gradient. reliefs: what saves memory,
+    by process.
     """
 
     plan: tuple[tuple[int, ...], ...]
@@ -55,6 +56,7 @@ class Told:
     left_out: tuple[int, ...]
     lost_weight: float
     missing: tuple[int, ...]
+    reliefs: tuple[tuple[str, ...], ...]
 
 
 def left_weight(loss_weight: float, lost_weight: float) -> float:
@@ -94,4 +96,5 @@ def _together(every: Sequence[Told], factors: Sequence[float]) -> Told:
         left_out=tuple(sorted(row for each in every for row in each.left_out)),
         lost_weight=sum(each.lost_weight for each in every),
         missing=tuple(sorted(set.intersection(*(set(each.missing) for each in every)))),
+        reliefs=tuple(names for each in every for names in each.reliefs),
     )

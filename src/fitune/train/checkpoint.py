@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 import torch
 from peft import PeftModel
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -41,6 +41,7 @@ from fitune.model.tensor_file import file_hash, write_tensors
 from fitune.run.directory import RunDirectory, sync_directory, write_json
 from fitune.run.journal import read_journal
 from fitune.step.assemble import Setup
+from fitune.step.out_of_memory import said_of, try_twice
 from fitune.train.batch_mode import batch_state
 from fitune.train.noise import NoiseAverages
 from fitune.train.state import RunState
@@ -75,7 +76,8 @@ class CheckpointWriter:
     """Saves commits beside the training steps, one at a time.
 
     files: what `model_files` gives. facts: identity and conditions, for the checkpoint. A save that fails leaves the
-    earlier ones and is told by `failure`. writes: not in a process beside the one that saves.
+    earlier ones and is told by `failure`; failed_step: of the last one, None where that went well. writes: not in a
+    process beside the one that saves.
     """
 
     def __init__(
@@ -89,6 +91,7 @@ class CheckpointWriter:
     ) -> None:
         self._run, self._setup, self._files, self._facts = run, setup, files, facts
         self._writes = writes
+        self.failed_step: int | None = None
         self._failure: str | None = None
         self._thread: threading.Thread | None = None
         self._is_read = threading.Event()
@@ -103,18 +106,24 @@ class CheckpointWriter:
         if not self._writes:
             return
         self.wait()
+        self.failed_step = None
+        device = _device(self._setup.model)
+        try:
+            tensors = try_twice(lambda: _Tensors.of(self._setup), device=device, what="the copy of the model's buffers")
+            content = {
+                "schema": SCHEMA,
+                "state": state_json(state),
+                "random": random_state(device),
+                "scaler": None if self._setup.scaler is None else self._setup.scaler.state_dict(),
+                "optimizer": tensors.optimizer_scalars,
+                "memory_model": memory_model,
+                "log_bytes": {log.name: _size(log) for log in _logs(self._run)},
+                **self._facts,
+            }
+        except Exception as error:
+            self._fail(state, error)
+            return
         self._is_read.clear()
-        tensors = _Tensors.of(self._setup)
-        content = {
-            "schema": SCHEMA,
-            "state": state_json(state),
-            "random": random_state(_device(self._setup.model)),
-            "scaler": None if self._setup.scaler is None else self._setup.scaler.state_dict(),
-            "optimizer": tensors.optimizer_scalars,
-            "memory_model": memory_model,
-            "log_bytes": {log.name: _size(log) for log in _logs(self._run)},
-            **self._facts,
-        }
         thread = threading.Thread(
             target=self._write, args=(state, tensors, content), name="fitune-checkpoint", daemon=True
         )
@@ -164,10 +173,14 @@ class CheckpointWriter:
                 link_model(final / "model", self._run.best)
             _remove_old(self._run, state)
         except Exception as error:  # of whatever kind: in a thread nobody else would hear of it
-            self._failure = f"step {state.step} could not be saved: {error}"
+            self._fail(state, error)
             shutil.rmtree(new, ignore_errors=True)
         finally:
             self._is_read.set()
+
+    def _fail(self, state: RunState, error: Exception) -> None:
+        self.failed_step = state.step
+        self._failure = f"step {state.step} could not be saved: {said_of(error)}"
 
 
 @dataclass(frozen=True)
@@ -255,8 +268,25 @@ def newest_checkpoint(run: RunDirectory) -> tuple[Checkpoint | None, list[str]]:
 
 
 def restore(checkpoint: Checkpoint, setup: Setup) -> None:
-    """Put weights, optimizer and random numbers where they were. Raises RunDirectoryError where the tensors are not
-    those of this model and optimizer."""
+    """Put weights, optimizer and random numbers where they were. May be done again where it failed. Raises
+    RunDirectoryError where the tensors cannot be read or are not those of this model and optimizer, and
+    OutOfMemoryError."""
+    try:
+        try_twice(
+            lambda: _restore_tensors(checkpoint, setup),
+            device=_device(setup.model),
+            what=f"what {checkpoint.path} holds",
+        )
+    except (OSError, SafetensorError) as error:
+        raise RunDirectoryError(
+            f"{checkpoint.path} cannot be read: {said_of(error)}; the checkpoint itself is as it was"
+        ) from error
+    if setup.scaler is not None and checkpoint.rest["scaler"] is not None:
+        setup.scaler.load_state_dict(checkpoint.rest["scaler"])
+    set_random_state(checkpoint.rest["random"], _device(setup.model))
+
+
+def _restore_tensors(checkpoint: Checkpoint, setup: Setup) -> None:
     weights = checkpoint.path / "weights.safetensors"
     if not weights.exists():
         weights = checkpoint.path / "model" / "model.safetensors"
@@ -267,9 +297,6 @@ def restore(checkpoint: Checkpoint, setup: Setup) -> None:
         for name, tensor in live.items():
             tensor.copy_(file.get_tensor(name))
     _restore_optimizer(checkpoint, setup)
-    if setup.scaler is not None and checkpoint.rest["scaler"] is not None:
-        setup.scaler.load_state_dict(checkpoint.rest["scaler"])
-    set_random_state(checkpoint.rest["random"], _device(setup.model))
 
 
 def _restore_optimizer(checkpoint: Checkpoint, setup: Setup) -> None:

@@ -62,9 +62,10 @@ class Guard:
         self.protection = Protection(
             work=work,
             seed=config.train.seed,
-            reliefs=allowed_reliefs(setup.model, setup.settings, recompute=config.model.recompute),
+            reliefs=allowed_reliefs(setup.model, setup.settings, recompute=config.model.recompute, loss=config.loss),
             quarantine=config.memory.on_oom == "quarantine",
             room=self._free_bytes,
+            way_out=_way_out(config),
         )
         self._device = self.protection.device
         budget = config.memory.budget
@@ -143,6 +144,11 @@ class Guard:
     def set_clip(self, clip: float) -> None:
         self.protection.work = replace(self.protection.work, clip=clip)
 
+    def relieve(self, names: Iterable[str]) -> None:
+        """What saves memory is in force from now on, as it was where it was first needed."""
+        for name in names:
+            self.protection.relieve(name)
+
     def evaluate(self, micro_batches: Iterable[MicroBatch]) -> EvalResult:
         """micro_batches: this process's part. Of all parts."""
         with self._telling():
@@ -164,6 +170,7 @@ class Guard:
             "memory": asdict(self.memory),
             "quarantined": sorted(self.protection.quarantined),
             "eval_most_positions": self._eval_most_positions,
+            "reliefs": self.protection.relieved,
         }
         every = self._ranks.exchange(own)
         return own if len(every) == 1 else {"ranks": every}
@@ -176,6 +183,7 @@ class Guard:
             self.memory = memory_model(content["memory"])
             self._told_rung = self.memory.rung
         self.protection.quarantined = set(content["quarantined"])
+        self.relieve(content["reliefs"])
         self._eval_most_positions = content["eval_most_positions"]
 
     @contextmanager
@@ -234,6 +242,19 @@ class Guard:
             lambda part, weight: loss_share(self.protection.work.model, part, loss_weight=weight, settings=settings),
             Probe(both, first, second, empty, both.loss_weight),
         )
+
+
+def _way_out(config: RunConfig) -> str:
+    """What would make room for a row that does not fit alone."""
+    ways = [f"lower data.max_length (now {config.data.max_length:,})"]
+    if config.model.recompute not in ("auto", "full"):
+        ways.append("allow model.recompute=auto")
+    if config.loss == "full":
+        ways.append("allow loss=auto")
+    if config.model.method == "full":
+        ways.append("set model.method=lora")
+    ways.append("leave such rows out with memory.on_oom=quarantine")
+    return f"{', '.join(ways[:-1])} or {ways[-1]}"
 
 
 def _probe_row(row_id: int, num_tokens: int, num_targets: int) -> Row:

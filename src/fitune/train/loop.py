@@ -31,6 +31,7 @@ from fitune.run.metrics import EvalMetrics, RunEvent, Status, StepMetrics, Summa
 from fitune.step.assemble import Layout, Setup
 from fitune.step.gradient_norms import NormRecorder
 from fitune.step.optimizer import set_lr
+from fitune.step.out_of_memory import memory_failure, said_of
 from fitune.step.safe_step import SafeResult
 from fitune.step.scaling import OptimSettings
 from fitune.step.schedule import lr_factor
@@ -58,7 +59,7 @@ from fitune.train.noise import (
     observe_preconditioned,
 )
 from fitune.train.ranks import Ranks
-from fitune.train.resume import Replay, Start, check_replayed, replayed_split
+from fitune.train.resume import Replay, Start, check_replayed, replayed_reliefs, replayed_split
 from fitune.train.self_check import CHECKED_STEP, SelfCheck
 from fitune.train.state import RunState, larger_peak
 from fitune.units import parse_seconds
@@ -91,12 +92,13 @@ class Data:
 @dataclass(frozen=True)
 class _Word:
     """What a process tells the others after each step. signal: that it was sent. is_late: its time is up. events: that
-    the others had not. peak: since the run began."""
+    the others had not. peak: since the run began. failed_save: the step of the last save where that failed."""
 
     signal: int | None
     is_late: bool
     events: tuple[tuple[str, str], ...]
     peak: MemoryPeak
+    failed_save: int | None
 
 
 @dataclass(frozen=True)
@@ -164,6 +166,13 @@ def train(
         status = "stopped"
         trainer.event("stopped", "interrupted at once, without saving")
         raise
+    except Exception as error:
+        if memory_failure(error) is None:
+            raise
+        raise OutOfMemoryError(
+            f"{said_of(error)} beside the steps: close other programs; fitune train --resume {run.path} goes on from "
+            "the last checkpoint"
+        ) from error
     finally:
         trainer.writer.close()  # in any case: nothing is written once the run's lock is given back
         summary = trainer.write_summary(status)
@@ -212,6 +221,7 @@ class _Trainer:
         self.supervised_tokens = max(self.length.total_tokens * data.train.report.supervised_fraction, 1.0)
         self.started = time.perf_counter()
         self.num_replayed = 0
+        self.best_before: dict[str, Any] = {}
         every = max(1, self.length.total_steps // EVALS_PER_RUN)
         self.eval_every = every if config.train.eval_every == "auto" else config.train.eval_every
         self.save_every = self.eval_every if config.train.save_every == "auto" else config.train.save_every
@@ -306,13 +316,15 @@ class _Trainer:
         """Whether all processes stop here, since one was sent a signal or its time is up. What each has to tell is
         told."""
         is_late = stop_at is not None and time.perf_counter() >= stop_at
-        own = _Word(next(iter(caught), None), is_late, tuple(self.untold), self.state.peak)
+        own = _Word(next(iter(caught), None), is_late, tuple(self.untold), self.state.peak, self.writer.failed_step)
         self.untold.clear()
         words = self.ranks.exchange(own)
         for word in words:
             for kind, message in word.events:
                 self.event(kind, message)
             self.state = replace(self.state, peak=larger_peak(self.state.peak, word.peak))
+        if words[0].failed_save == self.state.best_step and self.state.best_step not in (None, self.state.step):
+            self.state = replace(self.state, **self.best_before)  # best/ is still that
         if not caught:
             caught += [word.signal for word in words if word.signal is not None][:1]
         return bool(caught) or any(word.is_late for word in words)
@@ -342,6 +354,8 @@ class _Trainer:
         norms = NormRecorder(setup.optimizer, preconditioned=state.step % PRECONDITIONED_EVERY == 0)
         start = time.perf_counter()
         keep_plan = self.replay is not None
+        if self.replay is not None:
+            self.guard.relieve(replayed_reliefs(self.replay, self.num_replayed, rank=self.ranks.rank))
         with self.saved_before_it_ends():
             safe = self.guard.train(batch, micro_batches, step=state.step + 1, keep_plan=keep_plan, norms=norms)
         result, seconds = safe.step, time.perf_counter() - start
@@ -397,6 +411,7 @@ class _Trainer:
             loss_sum=None if result.loss is None else result.loss * result.loss_weight,
             grad_norm=result.grad_norm,
             updated=result.updated,
+            reliefs=safe.reliefs if any(safe.reliefs) else (),
         )
         if self.replay is not None:
             check_replayed(self.replay, self.num_replayed, record)
@@ -481,8 +496,12 @@ class _Trainer:
         except OutOfMemoryError as error:
             if self.state.step == 0:
                 raise
-            self.save_for_good()
-            raise OutOfMemoryError(f"{error}; the weights of step {self.state.step} are in {self.run.last}") from error
+            where = f"the weights of step {self.state.step} are in {self.run.last}"
+            try:
+                self.save_for_good()
+            except RunDirectoryError as failure:
+                where = str(failure)
+            raise OutOfMemoryError(f"{error}; {where}") from error
 
     def check_update(self, result: StepResult) -> None:
         """Of a step without an update."""
@@ -541,6 +560,7 @@ class _Trainer:
             eval_losses=(*state.eval_losses, result.loss)[-FLAT_EVALS:] if state.step else (),
         )
         if best:
+            self.best_before = {"best_eval_loss": state.best_eval_loss, "best_step": state.best_step}
             self.save()
         self.watcher.evaluation(metrics, best=best)
 
@@ -563,7 +583,10 @@ class _Trainer:
             self.event("save_failed", f"warning: {failure}; the run goes on")
 
     def save_for_good(self) -> None:
-        """Save and wait. Raises RunDirectoryError where that fails."""
+        """Save and wait, again where the last save failed. Raises RunDirectoryError where that fails."""
+        self.tell_failed_save(wait=True)
+        if self.ranks.exchange(self.writer.failed_step)[0] == self.state.step:
+            self.saved_step = -1
         self.save()
         self.writer.wait()
         failure = self.ranks.exchange(self.writer.failure())[0]

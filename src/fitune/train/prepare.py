@@ -17,6 +17,7 @@ from fitune.plan.candidates import settings_of, still_open
 from fitune.plan.plan import Plan, closest, does_not_fit
 from fitune.plan.planner import choose_plan
 from fitune.step.assemble import Setup, assemble, choose_precision
+from fitune.step.out_of_memory import try_twice
 from fitune.train.loop import Data
 from fitune.train.ranks import Ranks
 from fitune.train.self_check import SelfCheck, predict_second_step, run_device
@@ -104,7 +105,13 @@ def _prepare(
         raise
     except Exception as error:  # whatever a model does on tensors without data: the run itself needs none of this
         notes.append(f"memory is not predicted: {type(error).__name__}: {' '.join(str(error).split())[:160]}")
-    model = load_model(config.model, device, precision=precision, seed=config.train.seed)
+    model = try_twice(
+        lambda: load_model(config.model, device, precision=precision, seed=config.train.seed),
+        device=device,
+        what=f"the model {config.model.source}",
+        way_out="close other programs, or take a smaller model"
+        + ("" if config.model.method == "qlora" else " or model.method=qlora"),
+    )
     if config.model.method != "full" and (clause := not_adapted(model)) is not None:
         notes.append(clause)
     setup = assemble(model, config, device=device, precision=precision)

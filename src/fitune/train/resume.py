@@ -95,6 +95,12 @@ def replayed_split(batch: Batch, line: JournalLine, *, packed: bool, ranks: Rank
         return [lay_out(batch.rows, packed=packed)]  # another batch: the comparison of the step says so
 
 
+def replayed_reliefs(replay: Replay, number: int, *, rank: int) -> tuple[str, ...]:
+    """What saved memory in this process in that line."""
+    reliefs = replay.lines[number].reliefs if number < len(replay.lines) else ()
+    return reliefs[rank] if reliefs else ()
+
+
 def check_replayed(replay: Replay, number: int, record: StepRecord) -> None:
     """Raises FituneError where line `number` (from 0) of the journal was another step."""
     line = replay.lines[number]
