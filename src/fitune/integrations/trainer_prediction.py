@@ -63,6 +63,14 @@ def predict_trainer(
     return replace(prediction, assumptions=(recorded.rows, *prediction.assumptions))
 
 
+@contextmanager
+def weightless() -> Iterator[None]:
+    """A Trainer for `predict_trainer` of a model that need not fit here: models built inside are shapes without weights
+    (PyTorch's meta device), and a Trainer built inside leaves them so. It cannot train."""
+    with torch.device("meta"), patch.object(Trainer, "_move_model_to_device", lambda *_: None):
+        yield
+
+
 @dataclass(frozen=True)
 class HeaviestBatch:
     """What the collator made of the longest rows, on the host. rows: which ones, as a clause."""
