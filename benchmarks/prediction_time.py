@@ -66,6 +66,9 @@ def work(model: dict[str, Any], rows: int) -> dict[str, Any]:
     import resource
 
     started = time.time()
+    import fitune
+
+    _ = fitune.predict  # imports as a caller's first use does
     from fitune.config import read_config
     from fitune.memory.devices import find_device
     from fitune.plan.predict import predict_run

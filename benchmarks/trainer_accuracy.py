@@ -2,6 +2,7 @@
 
 python benchmarks/trainer_accuracy.py                     every row: about 6 minutes of one core
 python benchmarks/trainer_accuracy.py --rows fms-main-8   these rows alone, separated by commas
+python benchmarks/trainer_accuracy.py --missing           those without a result
 
 Models are built without weights (`weightless`) and the Trainer with the row's arguments, on rows of the row's length.
 What of the row's own software moves the peak, its loss and its fused kernels, is put in the place of the model's
@@ -210,13 +211,15 @@ def write(rows: Sequence[Compared]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", default="", help="only these row ids, separated by commas")
-    wanted = {name for name in parser.parse_args().rows.split(",") if name}
+    parser.add_argument("--missing", action="store_true", help="only rows that have no result")
+    options = parser.parse_args()
+    wanted = {name for name in options.rows.split(",") if name}
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"  # TRL would send a ping
     logging.disable(logging.WARNING)
     published = published_rows()
     compared = {row.id: row for row in read_results()}
     for row in published:
-        if not wanted or row["id"] in wanted:
+        if (not wanted or row["id"] in wanted) and not (options.missing and row["id"] in compared):
             outcome = compared[row["id"]] = compare_row(row)
             today = outcome.today_fraction
             said = "" if today is None else f", as installed {today:+.3%}"
