@@ -1,6 +1,7 @@
-"""Is the plan's choice the fastest that fits? On this CPU: three models, three budgets each.
+"""Is the plan's choice the fastest that fits? On this CPU: four models, three budgets each. The ceilings of
+plan/cpu_ceilings.py were fitted to three of them.
 
-    python benchmarks/plan.py             about seven minutes on a calm core; writes benchmarks/results/plan.json
+    python benchmarks/plan.py             about nine minutes on a calm core; writes benchmarks/results/plan.json
     python benchmarks/plan.py --quick     one model of two layers, one budget, two sizes
 
 Every candidate of a model is measured: real steps, CPU seconds on one thread, the best of two rounds that take the
@@ -51,6 +52,10 @@ MODELS: dict[str, PretrainedConfig] = {
     "llama 12 x 128": llama_config(
         hidden_size=128, num_hidden_layers=12, head_dim=32, intermediate_size=384,
         num_attention_heads=4, num_key_value_heads=4,
+    ),
+    "qwen3 8 x 192, not fitted to": qwen3_config(
+        hidden_size=192, num_hidden_layers=8, head_dim=48, intermediate_size=512,
+        num_attention_heads=4, num_key_value_heads=2,
     ),
 }  # fmt: skip
 QUICK = {

@@ -28,7 +28,7 @@ from fitune.plan.candidates import Choice, same_choices
 from fitune.plan.plan import Plan
 from fitune.plan.planner import _Search, choose_plan
 from fitune.plan.predict import predict
-from fitune.plan.second_process import in_second_process
+from fitune.plan.second_process import divide
 from tiny_models import TINY
 
 CANDIDATE_KEYS = {
@@ -211,7 +211,9 @@ def test_a_forced_candidate_is_printed_by_the_contract(
     assert main(command(tree, "--gpu", "RTX 4090", "--budget", "24GiB", "--format", "json", *forced)) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["schema"] == 1
-    assert set(found["model"]) == {"name", "num_parameters", "num_trainable_parameters"}
+    assert set(found["model"]) == {
+        *("name", "num_parameters", "num_trainable_parameters"), *("num_layers", "hidden_size", "vocab_size"),
+    }  # fmt: skip
     assert set(found["device"]) == {"name", "total_bytes", "free_bytes", "context_bytes"}
     assert found["budget_bytes"] == 24 * 2**30
     assert found["data"]["max_length"] == 1024
@@ -327,23 +329,44 @@ def test_one_process_and_two_make_the_same_plan(
     assert choose_plan(config(tree), gpu="RTX 4090") == alone
 
 
-def test_a_second_process_brings_its_value(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def two_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
-    with in_second_process(os.getpid) as found:
-        assert found() not in (None, os.getpid())
 
 
-@pytest.mark.parametrize("work", [lambda: 1 / 0, lambda: os._exit(9), lambda: os.kill(os.getpid(), signal.SIGKILL)])
-def test_a_second_process_that_fails_brings_none(work: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
-    with in_second_process(work) as found:
-        assert found() is None
+@pytest.mark.usefixtures("two_cores")
+def test_two_processes_do_every_part_once(tmp_path: Path) -> None:
+    parts = [tmp_path / str(number) for number in range(40)]
+
+    def note(part: Path) -> int:
+        time.sleep(0.001)
+        with part.open("x") as file:  # refuses a second time
+            file.write(str(os.getpid()))
+        return os.getpid()
+
+    other = divide(parts, here=note, beside=note)
+    assert other not in (None, os.getpid())
+    assert {int(part.read_text()) for part in parts} == {other, os.getpid()}
 
 
-def test_a_second_process_that_nobody_waits_for_is_ended() -> None:
-    with in_second_process(lambda: time.sleep(1000)):
-        pass
+@pytest.mark.usefixtures("two_cores")
+@pytest.mark.parametrize("fail", [lambda: 1 / 0, lambda: os._exit(9), lambda: os.kill(os.getpid(), signal.SIGKILL)])
+def test_a_second_process_that_fails_brings_none(fail: Callable[[], Any]) -> None:
+    assert divide([1, 2, 3], here=lambda _: time.sleep(0.1), beside=lambda _: fail()) is None
+
+
+@pytest.mark.usefixtures("two_cores")
+def test_what_fails_here_ends_the_second_process_too() -> None:
+    with pytest.raises(ZeroDivisionError):
+        divide([0, 0], here=lambda part: 1 // part, beside=lambda _: time.sleep(1000))
     assert not multiprocessing.active_children()
+
+
+def test_one_core_does_every_part_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
+    done: list[int] = []
+    assert divide([1, 2, 3], here=done.append, beside=done.append) is None
+    assert done == [1, 2, 3]
 
 
 def test_a_notebook_shows_the_table_and_runs_nothing_of_it(wide: Plan) -> None:

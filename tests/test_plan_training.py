@@ -79,7 +79,8 @@ def test_a_rule_changes_the_whole_tuple() -> None:
 
 def test_everything_stands_in_the_heading() -> None:
     assert text(planned(optim={"weight_decay": 10})) == (
-        "training 1,000 steps = 1.2 M tokens, 40% supervised · rate 3e-05 · cosine, warm-up 30 steps = 36.0 k tokens\n"
+        "training 1,000 steps = 1.2 M tokens · 40% supervised · rate 3e-05 · cosine · "
+        "warm-up 30 steps = 36.0 k tokens\n"
         " beta1 0.9 halves in 6.6 steps = 7.9 k tokens · beta2 0.999 halves in 693 steps = 831.4 k tokens · "
         "weight decay 10 takes 13.93% in all · clip 1"
     )
@@ -87,8 +88,8 @@ def test_everything_stands_in_the_heading() -> None:
 
 def test_what_is_not_known_is_not_guessed() -> None:
     said = text(planned(UNKNOWN))
-    assert said.startswith("training n/a, n/a supervised")
-    assert "weight decay 0.01 takes n/a" in said
+    assert said.startswith("training rate 3e-05 · cosine\n beta1 0.9 halves in")
+    assert "· weight decay 0.01 · clip 1" in said
 
 
 @pytest.mark.parametrize(
@@ -109,6 +110,9 @@ def test_what_does_nothing_or_harm_is_said(training: PlannedTraining, words: str
 
 def test_a_setting_that_works_is_not_warned_of() -> None:
     assert list(training_warnings(planned(epochs=1, optim={"weight_decay": 10}))) == []
+    high = planned(epochs=1, precision="bfloat16", optim={"weight_decay": 10, "lr": 1e-3})
+    assert high.lost_updates_fraction is not None
+    assert list(training_warnings(high)) == []
 
 
 def test_it_is_said_in_chinese_too(monkeypatch: pytest.MonkeyPatch) -> None:

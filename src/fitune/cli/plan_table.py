@@ -97,7 +97,8 @@ def _heading(plan: Plan) -> Iterator[tuple[str, str]]:
     first, model, device, data = plan.candidates[0], plan.model, plan.device, plan.data
     whole = model.num_trainable_parameters == model.num_parameters
     trained = "" if whole else f" · {say('{count} trained', count=format_count(model.num_trainable_parameters))}"
-    yield say("model"), f"{model.name} · {format_count(model.num_parameters)}{trained} · {first.method}"
+    shape = f"{model.num_layers} x {model.hidden_size:,} · {say('vocabulary {number}', number=f'{model.vocab_size:,}')}"
+    yield say("model"), f"{model.name} · {format_count(model.num_parameters)}{trained} · {shape} · {first.method}"
     yield (
         say("target"),
         say(

@@ -10,35 +10,27 @@ FEWEST_STEPS, FEW_STEPS = 100, 1000
 INERT_FRACTION = 0.005
 """Weight decay that shrinks the weights by less over the whole run does nothing that anyone would see."""
 
+LOST_FRACTION = 0.01
+"""Of the updates; fewer are no reason to change the precision."""
+
 
 def training_lines(training: PlannedTraining) -> Iterator[tuple[str, str]]:
     """(title, line), for the heading of a plan."""
-    share, optim = training.supervised_fraction, training.optim
-    yield (
-        say("training"),
-        say(
-            "{length}, {share} supervised · rate {lr} · {schedule}, warm-up {warmup}",
-            length=_span(training.length),
-            share="n/a" if share is None else f"{share:.0%}",
-            lr=f"{optim.lr:.3g}",
-            schedule=training.schedule,
-            warmup=_span(training.warmup),
-        ),
-    )
+    optim, length, share, shrink = (
+        training.optim, training.length, training.supervised_fraction, training.shrink_fraction
+    )  # fmt: skip
+    parts = [] if length is None else [_span(length)]
+    parts += [] if share is None else [say("{share} supervised", share=f"{share:.0%}")]
+    parts += [say("rate {lr}", lr=f"{optim.lr:.3g}"), training.schedule]
+    parts += [] if training.warmup is None else [say("warm-up {span}", span=_span(training.warmup))]
+    yield say("training"), " · ".join(parts)
     parts = [
         say("beta{number} {beta} halves in {span}", number=number, beta=f"{beta:.4g}", span=_span(span))
         for number, (beta, span) in enumerate(zip(optim.betas, training.half_lives, strict=False), start=1)
     ]
-    shrink = training.shrink_fraction
-    parts += [
-        say(
-            "weight decay {decay} takes {shrink} in all",
-            decay=f"{optim.weight_decay:.3g}",
-            shrink="n/a" if shrink is None else f"{shrink:.2%}",
-        ),
-        say("clip {clip}", clip=f"{optim.clip:.3g}"),
-    ]
-    yield "", " · ".join(parts)
+    decay = say("weight decay {decay}", decay=f"{optim.weight_decay:.3g}")
+    parts.append(decay if shrink is None else say("{decay} takes {shrink} in all", decay=decay, shrink=f"{shrink:.2%}"))
+    yield "", " · ".join([*parts, say("clip {clip}", clip=f"{optim.clip:.3g}")])
 
 
 def training_warnings(training: PlannedTraining) -> Iterator[str]:
@@ -56,7 +48,7 @@ def training_warnings(training: PlannedTraining) -> Iterator[str]:
             steps=_count(length.steps),
             few=f"{FEW_STEPS:,}",
         )
-    if training.lost_updates_fraction is not None:
+    if (training.lost_updates_fraction or 0.0) >= LOST_FRACTION:
         yield say(
             "warning: weights in bfloat16 lose at least {share} of the updates at a rate of {lr}: "
             "model.precision=autocast_bfloat16 keeps them",
@@ -75,7 +67,5 @@ def _count(number: float) -> str:
     return f"{number:,.0f}" if number >= 10 else f"{number:.2g}"
 
 
-def _span(span: Span | None) -> str:
-    if span is None:
-        return "n/a"
+def _span(span: Span) -> str:
     return say("{steps} steps = {tokens} tokens", steps=_count(span.steps), tokens=format_count(round(span.tokens)))

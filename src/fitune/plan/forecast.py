@@ -5,7 +5,7 @@ a file.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -33,8 +33,9 @@ class Forecast:
 
     num_parameters: int
     num_trainable_parameters: int
-    hidden_size: int
     num_layers: int
+    hidden_size: int
+    vocab_size: int
     precision: str
     packed: bool
     chunked: bool
@@ -78,6 +79,7 @@ class Forecaster:
             allocator_name() if device.kind == "cpu" else None,
             asdict(lengths),
             file_state(config.model.source),
+            [field.name for field in fields(Forecast)],
         ]
         self.known: dict[str, Any] = read_cached("plans", self._key) or {}
         self._num_read = len(self.known)
@@ -176,8 +178,9 @@ class Forecaster:
         return Forecast(
             num_parameters=recorded.num_parameters,
             num_trainable_parameters=recorded.num_trainable_parameters,
-            hidden_size=text.hidden_size,
             num_layers=text.num_hidden_layers,
+            hidden_size=text.hidden_size,
+            vocab_size=text.vocab_size,
             precision=recorded.precision.name,
             packed=recorded.layout.packed,
             chunked=recorded.chunked,

@@ -41,9 +41,14 @@ class Candidate:
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedModel:
+    """name: its source, as configured."""
+
     name: str
     num_parameters: int
     num_trainable_parameters: int
+    num_layers: int
+    hidden_size: int
+    vocab_size: int
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ with the fewest changes is chosen, then the smallest micro-batch. What the confi
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from heapq import heappop, heappush
 from typing import Any
 
@@ -18,7 +18,7 @@ from fitune.plan.forecast import Forecast, Forecaster
 from fitune.plan.other_estimates import other_estimates
 from fitune.plan.plan import Candidate, OtherEstimate, Plan, PlannedDevice, PlannedModel
 from fitune.plan.pricing import Pricer
-from fitune.plan.second_process import in_second_process
+from fitune.plan.second_process import divide
 from fitune.plan.share import candidate_with_bucket, keep_bucket, not_modelled, share_of
 from fitune.plan.training import plan_training
 from fitune.units import format_bytes
@@ -70,38 +70,36 @@ class _Search:
         self.refused: dict[str, None] = {}
 
     def thorough(self) -> Choice | None:
-        variants = list(dict.fromkeys(choice.variant for choice in self.choices))
-        self.look_at(
-            self.choices, beside=[choice for choice in self.choices if choice.variant in variants[len(variants) // 2 :]]
-        )
+        self.look_at(self.choices)
         fitting = [choice for choice in self.choices if choice in self.looked_at and self.looked_at[choice].fits]
         chosen = min(fitting, key=self.order, default=None)
         smallest = min(self.looked_at, key=lambda choice: self.looked_at[choice].device_bytes)
         nearest = smallest if chosen is None else min(self.looked_at, key=self.order)
         half_is_fast = self.limits.device.bfloat16_flops_per_second is not None
         float32 = self.looked_at[nearest].precision == "float32" and half_is_fast
-        proposed = list(proposals(self.config, nearest, float32=float32))
-        self.look_at(proposed, beside=proposed[1::2])
+        self.look_at(list(proposals(self.config, nearest, float32=float32)))
         return chosen
 
-    def look_at(self, choices: Sequence[Choice], *, beside: Sequence[Choice]) -> None:
-        """beside: those of them that a second process takes, where there is one."""
-        unknown = [choice for choice in beside if not self.forecaster.knows(choice)]
+    def look_at(self, choices: Sequence[Choice]) -> None:
+        """In two processes, where there can be. What differs in its rows alone shares its recordings."""
+        alike: dict[Choice, list[Choice]] = {}
+        for choice in choices:
+            if not self.forecaster.knows(choice):
+                alike.setdefault(choice.variant, []).append(choice)
 
-        def look() -> dict[str, Any]:
-            self.on_candidate = None
-            for choice in unknown:
+        def look(choices: list[Choice]) -> None:
+            for choice in choices:
                 self.fits(choice)
-                if choice in self.looked_at:
+                if choice in self.looked_at:  # else it was refused
                     self.pricer.seconds(choice)
+
+        def look_beside(choices: list[Choice]) -> dict[str, Any]:
+            self.on_candidate = None
+            look(choices)
             return self.forecaster.known
 
-        with in_second_process(look) if unknown else nullcontext(dict) as found:
-            for choice in choices:
-                if choice not in unknown:
-                    self.fits(choice)
-            self.forecaster.learn(found() or {})
-        for choice in unknown:
+        self.forecaster.learn(divide(list(alike.values()), here=look, beside=look_beside) or {})
+        for choice in choices:
             self.fits(choice)
 
     def lean(self) -> Choice | None:
@@ -156,6 +154,9 @@ class _Search:
                 name=self.config.model.source,
                 num_parameters=shown.num_parameters,
                 num_trainable_parameters=shown.num_trainable_parameters,
+                num_layers=shown.num_layers,
+                hidden_size=shown.hidden_size,
+                vocab_size=shown.vocab_size,
             ),
             device=PlannedDevice(
                 name=device.name,

@@ -314,7 +314,7 @@ def _figure(picture: Picture) -> dict[str, Any]:
         "xaxis": {"title": {"text": _text(picture.axes[first])}, "automargin": True},
         "yaxis": {"title": {"text": _text(picture.y_title)}, "automargin": True, "rangemode": picture.y_from},
         "modebar": {"bgcolor": "rgba(0,0,0,0)", "color": "#888888", "activecolor": "#0072B2"},
-        "margin": {"l": 60, "r": 20, "t": 10, "b": 50},
+        "margin": {"l": 60, "r": 20, "t": 34, "b": 50},  # t: the mode bar, which would cover a line's label
         "hovermode": "closest",
         "legend": {"orientation": "h", "y": -0.25},
         "showlegend": any(series.name for series in picture.series),

@@ -46,12 +46,19 @@ def _grouped(args: Any, _: Any) -> int:
     return 2 * _size(args[0]) * int(args[1].shape[-1])
 
 
+def _added(args: Any, _: Any) -> int:
+    """A product that is added to what is there, which the registry has for new results alone."""
+    return 2 * _size(args[1]) * int(args[2].shape[-1])
+
+
 _OWN: dict[str, Callable[[Any, Any], int]] = {
     "torch_attn::_varlen_attn": _varlen(2, longest=6),
     "torch_attn::_varlen_attn_backward": _varlen(5, longest=9),
     "aten::_scaled_dot_product_flash_attention_for_cpu": _on_cpu(2, query=0),
     "aten::_scaled_dot_product_flash_attention_for_cpu_backward": _on_cpu(5, query=1),
     "aten::_grouped_mm": _grouped,
+    "aten::addmm_": _added,
+    "aten::baddbmm_": _added,
 }
 
 
