@@ -357,7 +357,7 @@ def causal_lm_445(model: Any, ids: Tensor, labels: Tensor, cross_entropy: CrossE
     """transformers 4.45: rebinding the logits to their float32 copy frees the 16-bit ones."""
     hidden = _decoder(model)(input_ids=ids)[0]
     logits = _head(model)(hidden)
-    logits = logits / getattr(_causal_lm(model).config, "logits_scaling", 1)
+    logits = logits / getattr(causal_lm(model).config, "logits_scaling", 1)
     logits = logits.float()
     return _shifted_loss(logits, labels, cross_entropy)
 
@@ -460,16 +460,16 @@ def _fused_norm(module: Any, x: Tensor) -> Any:
     return FusedRMSNorm.apply(x, module.weight)
 
 
-def _causal_lm(model: Any) -> Any:
+def causal_lm(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _decoder(model: Any) -> Any:
-    return _causal_lm(model).base_model
+    return causal_lm(model).base_model
 
 
 def _head(model: Any) -> Any:
-    return _causal_lm(model).get_output_embeddings()
+    return causal_lm(model).get_output_embeddings()
 
 
 def _fms(row: Row) -> Expressed | NotExpressed:
@@ -481,24 +481,17 @@ def _fms(row: Row) -> Expressed | NotExpressed:
         return NotExpressed("its experts were quantised layer by layer, as transformers of today no longer builds them")
     if "santacoder" in row["model"] and row["method"] == "qlora":
         return NotExpressed("what 4-bit GPTBigCode keeps is not known: written down as the others it is 8 to 21 % low")
-    fused = "foak" in row["notes"]
-    cross_entropy = InPlaceCrossEntropy.apply if fused else F.cross_entropy
-    forward = causal_lm_445 if "transformers 4.45" in row["software"] else causal_lm_448
     assumed: tuple[str, ...] = ()
-    if fused:
+    if has_fused_kernels(row):
         assumed = (
             "fused Triton loss and norms keep what the functions here that stand for them keep; other fused "
             "layers of the source are recorded unfused",
         )
     if "santacoder" in row["model"]:
-        forward = causal_lm_16_bit
         assumed += ("dropout, activation and extra vocabulary rows of the checkpoint are GPTBigCode's defaults",)
-    compute_loss: Forward = partial(forward, cross_entropy=cross_entropy)
-    if "Liger" in row["loss"]:
-        compute_loss = causal_lm_without_logits
     return Expressed(
-        build=lambda: _with_fused_norms(_fms_model(row)) if fused else _fms_model(row),
-        loop=partial(_trainer_loop, row=row, compute_loss=compute_loss),
+        build=partial(fms_model, row),
+        loop=partial(_trainer_loop, row=row, compute_loss=fms_loss(row)),
         gpu="A100 80GB",
         attention="flash",
         known=not assumed,
@@ -506,7 +499,21 @@ def _fms(row: Row) -> Expressed | NotExpressed:
     )
 
 
-def _fms_model(row: Row) -> Any:
+def has_fused_kernels(row: Row) -> bool:
+    return "foak" in row["notes"]
+
+
+def fms_loss(row: Row) -> Forward:
+    """(model, ids, labels) -> loss, as the row's version of transformers and its kernels compute it."""
+    if "Liger" in row["loss"]:
+        return causal_lm_without_logits
+    forward = causal_lm_445 if "transformers 4.45" in row["software"] else causal_lm_448
+    if "santacoder" in row["model"]:
+        forward = causal_lm_16_bit
+    return partial(forward, cross_entropy=InPlaceCrossEntropy.apply if has_fused_kernels(row) else F.cross_entropy)
+
+
+def fms_model(row: Row) -> Any:
     from transformers import (
         GPTBigCodeConfig,
         GPTBigCodeForCausalLM,
@@ -548,7 +555,7 @@ def _fms_model(row: Row) -> Any:
     if row["method"] != "full":
         model.enable_input_require_grads()
         model = _with_lora(model, row["lora"])
-    return model
+    return _with_fused_norms(model) if has_fused_kernels(row) else model
 
 
 def _bias_as_input(module: nn.Module, inputs: tuple[Tensor]) -> None:

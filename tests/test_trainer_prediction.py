@@ -16,6 +16,8 @@ from fitune.cli.app import main
 from fitune.errors import UsageError
 from fitune.integrations import versions
 from fitune.integrations.trainer_prediction import record_trainer
+from fitune.integrations.transformers import weightless
+from fitune.memory.prediction import Prediction
 from fitune.trace.assumptions import Assumptions
 from fitune.trace.cuda_behaviour import CpuKernels
 from fitune.trace.difference import first_difference
@@ -24,7 +26,7 @@ from fitune.trace.fake import RecordSettings, _collected_at_step_ends, record_lo
 from fitune.trace.recorder import Recorder
 from fitune.trace.recording import to_trace
 from fitune.trace.shapes import ShapeMemory
-from tiny_models import TINY_GPT2
+from tiny_models import TINY, TINY_GPT2
 from tiny_trainers import hf_trainer, needs_trl, rows, sft_trainer, tiny_model
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -234,3 +236,32 @@ def test_plan_shows_a_trainer_as_a_table(module: str, capsys: pytest.CaptureFixt
 def test_a_function_that_is_not_there_is_said(name: str, module: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--trainer", name]) == 2
     assert f"--trainer {name}" in capsys.readouterr().err
+
+
+# ---- without weights ----
+
+
+@BOTH
+def test_a_trainer_without_weights_is_predicted_the_same(make: Make, tmp_path: Path) -> None:
+    with_weights = make(tmp_path)
+    with weightless():
+        without = make(tmp_path)
+    assert without.model is not None
+    assert all(parameter.is_meta for parameter in without.model.parameters())
+    one, other = (fitune.predict_trainer(each, gpu="A100 80GB", num_steps=2) for each in (with_weights, without))
+    assert one == other
+
+
+def test_a_trainer_of_experts_is_predicted_between_even_and_worst_routing(tmp_path: Path) -> None:
+    def predict(**options: Any) -> Prediction:
+        model = tiny_model(TINY["mixtral"], intermediate_size=4096)
+        model.config._experts_implementation = "eager"
+        trainer = hf_trainer(tmp_path, model=model, data=rows((60,) * 8))
+        return fitune.predict_trainer(trainer, gpu="A100 80GB", num_steps=2, **options)
+
+    even, worst = predict(), predict(routing="worst")
+    assert even.peak_allocated_bytes < worst.peak_allocated_bytes
+    assert even.device_interval is not None
+    assert even.device_interval == worst.device_interval
+    assert even.device_interval.high_bytes > (worst.device_bytes or 0)
+    assert even.device_interval.reasons[-1].startswith("tokens go to the experts evenly or all to the same")

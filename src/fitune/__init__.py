@@ -17,6 +17,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
 
+from fitune.importing import collections_paused
+
 if TYPE_CHECKING:
     import torch
 
@@ -51,8 +53,9 @@ def _train(
 def _plan(config: "RunConfig | Mapping[str, Any] | Path | str", *, gpu: str | None = None) -> "Plan":
     """What each setting of `config` would need and which one was chosen, as `fitune plan` shows it. gpu: a card of the
     catalogue or 'cpu', this machine's card where left out. `chosen` is None where nothing fits. Raises a UsageError."""
-    from fitune.config import RunConfig, read_config
-    from fitune.plan.planner import choose_plan
+    with collections_paused():
+        from fitune.config import RunConfig, read_config
+        from fitune.plan.planner import choose_plan
 
     return choose_plan(config if isinstance(config, RunConfig) else read_config(config).config, gpu=gpu)
 
@@ -80,7 +83,8 @@ else:
         if name in _VERBS:
             return importlib.import_module(f"fitune.{name}")
         if name in _ELSEWHERE:
-            return getattr(importlib.import_module(_ELSEWHERE[name]), name)
+            with collections_paused():
+                return getattr(importlib.import_module(_ELSEWHERE[name]), name)
         raise AttributeError(f"module 'fitune' has no attribute '{name}'")
 
 
@@ -99,24 +103,39 @@ def predict_loop(
     gpu: str | None = None,
     num_steps: int = 3,
     attention: Literal["auto", "flash", "efficient", "math", "eager"] = "auto",
+    routing: Literal["balanced", "worst"] = "balanced",
 ) -> "Prediction":
     """Predicts the memory of any training loop, without the card and without weights.
 
     build() returns the model (with adapters, recompute, dtype as it is trained). loop(model, device) sets up what it
     needs and returns a function that does one step. Both run for real, on tensors without data; what depends on data is
     answered by stated assumptions (`Prediction.assumptions`). gpu: a card's name, "cpu", or None for this machine's
-    card. attention: "auto" follows PyTorch's choice of kernel for `scaled_dot_product_attention`.
+    card. attention: "auto" follows PyTorch's choice of kernel for `scaled_dot_product_attention`. routing: the tokens
+    of a mixture of experts are spread evenly, or all go to the same experts; where that matters the other case is
+    recorded too, and `device_interval` spans both.
 
-    All figures are of the last of num_steps steps. Raises UsageError for an unknown card.
+    All figures are of the last of num_steps steps; `step_peaks` has the peaks of each. Raises UsageError for an unknown
+    card.
     """
-    from fitune.memory.devices import cpu_device, find_device, this_machine
-    from fitune.memory.prediction import PredictSettings, predict
-    from fitune.trace.cuda_behaviour import CudaTarget
-    from fitune.trace.fake import RecordSettings, record_loop
+    with collections_paused():
+        from fitune.memory.devices import cpu_device, find_device, this_machine
+        from fitune.memory.prediction import PredictSettings, predict, spanned
+        from fitune.trace.assumptions import ROUTED, Routing
+        from fitune.trace.cuda_behaviour import CudaTarget
+        from fitune.trace.fake import RecordSettings, record_loop
 
     device = find_device(gpu) if gpu is not None else next(iter(this_machine()), cpu_device())
     target = None
     if device.kind == "cuda":
         target = CudaTarget(device.compute_capability or (8, 0), attention)
-    trace = record_loop(build, loop, RecordSettings(target=target, num_steps=num_steps))
-    return predict(trace, PredictSettings(device=device))
+
+    def predict_routed(routing: Routing) -> "Prediction":
+        settings = RecordSettings(target=target, num_steps=num_steps, routing=routing)
+        return predict(record_loop(build, loop, settings), PredictSettings(device=device))
+
+    prediction = predict_routed(routing)
+    if prediction.device_interval is None or not any(line.startswith(ROUTED) for line in prediction.assumptions):
+        return prediction
+    other: Routing = "worst" if routing == "balanced" else "balanced"
+    reason = "tokens go to the experts evenly or all to the same ones, as the router is trained"
+    return spanned(prediction, predict_routed(other), reason=reason)

@@ -278,3 +278,18 @@ def test_page_cache_of_a_control_group_is_free(
 def test_a_system_without_control_groups_has_no_such_limit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(devices, "PROCESS_CGROUPS", tmp_path / "nothing")
     assert cpu_device().total_bytes == psutil.virtual_memory().total
+
+
+_TENSOR_RATIOS = {(7, 5): {4, 8}, (8, 6): {2, 4}, (8, 9): {2, 4}, (12, 0): {2, 4}}
+"""16-bit over float32 rates of cards with display outputs, by compute capability: half rate on GeForce."""
+
+
+@pytest.mark.parametrize(
+    "row", [row for row in CATALOGUE if row.compute_capability in _TENSOR_RATIOS], ids=lambda row: row.name
+)
+def test_the_tensor_rate_is_that_of_the_cores_of_its_kind(row: devices.Device) -> None:
+    assert row.float16_flops_per_second is not None
+    assert row.float32_flops_per_second is not None
+    assert row.compute_capability is not None
+    ratio = row.float16_flops_per_second / row.float32_flops_per_second
+    assert any(ratio == pytest.approx(each, rel=0.015) for each in _TENSOR_RATIOS[row.compute_capability])

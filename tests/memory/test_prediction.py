@@ -116,3 +116,14 @@ def test_what_was_assumed_comes_along() -> None:
 @pytest.mark.parametrize("phase", ["forward", "backward", "optimizer"])
 def test_the_phase_of_the_peak_is_named(phase: Phase) -> None:
     assert predict(trace((1, 30), phase=phase), PredictSettings()).peak_phase == phase
+
+
+def test_the_peaks_of_all_steps_are_told() -> None:
+    events = [MemoryEvent(1, 30 * MIB, "parameter", "load", step=0)]
+    for step, mib in ((1, 10), (2, 50), (3, 20)):
+        events += [MemoryEvent(step + 1, sign * mib * MIB, "activation", "forward", step=step) for sign in (1, -1)]
+    prediction = predict(MemoryTrace(tuple(events)), PredictSettings())
+    assert [(each.step, each.allocated_bytes // MIB, each.reserved_bytes // MIB) for each in prediction.step_peaks] == [
+        (1, 40, 40), (2, 80, 90), (3, 50, 90),
+    ]  # fmt: skip
+    assert prediction.peak_allocated_bytes == prediction.step_peaks[-1].allocated_bytes

@@ -11,6 +11,7 @@ from fitune.cli.arguments import ConfigArguments, ConfigFlags, read_arguments
 from fitune.cli.output import Format, console, print_json
 from fitune.config import format_config
 from fitune.errors import DoesNotFitError, UsageError
+from fitune.importing import collections_paused
 from fitune.language import say
 
 if TYPE_CHECKING:
@@ -55,9 +56,10 @@ def plan(
 
         compare_splits(config, splits, output_format)
         return
-    from fitune.cli.plan_table import show_measured, show_plan
-    from fitune.plan.plan import does_not_fit, plan_json
-    from fitune.plan.planner import choose_plan
+    with collections_paused():
+        from fitune.cli.plan_table import show_measured, show_plan
+        from fitune.plan.plan import does_not_fit, plan_json
+        from fitune.plan.planner import choose_plan
 
     with Console(stderr=True).status(say("planning")) as status:
         found = choose_plan(config, num_gpus=gpus, on_candidate=status.update)

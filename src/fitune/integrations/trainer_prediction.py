@@ -13,7 +13,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, Literal
 from unittest.mock import patch
 
@@ -43,9 +42,11 @@ def predict_trainer(
     gpu: str | None = None,
     num_steps: int = 3,
     attention: Literal["auto", "flash", "efficient", "math", "eager"] = "auto",
+    routing: Literal["balanced", "worst"] = "balanced",
 ) -> Prediction:
     """The memory of the trainer's heaviest step: the longest rows of its dataset, by its own collator, in every
-    micro-batch. gpu, num_steps, attention: as for `fitune.predict_loop`.
+    micro-batch. gpu, num_steps, attention, routing: as for `fitune.predict_loop`. A trainer whose model has no weights
+    (`weightless`) is predicted the same.
 
     What callbacks, logging, evaluation and saving allocate is not included. Raises UsageError for an unknown card, a
     version that is not supported, several devices, a quantised model, and a trainer with a second model.
@@ -58,9 +59,17 @@ def predict_trainer(
         on_card = gpu != "cpu" if gpu is not None else bool(list(this_machine()))
         with _triton_kernels() if on_card else nullcontext():
             prediction = fitune.predict_loop(
-                recorded.build, recorded.loop, gpu=gpu, num_steps=num_steps, attention=attention
+                recorded.build, recorded.loop, gpu=gpu, num_steps=num_steps, attention=attention, routing=routing
             )
     return replace(prediction, assumptions=(recorded.rows, *prediction.assumptions))
+
+
+@contextmanager
+def weightless() -> Iterator[None]:
+    """A Trainer for `predict_trainer` of a model that need not fit here: models built inside are shapes without weights
+    (PyTorch's meta device), and a Trainer built inside leaves them so. It cannot train."""
+    with torch.device("meta"), patch.object(Trainer, "_move_model_to_device", lambda *_: None):
+        yield
 
 
 @dataclass(frozen=True)
@@ -95,7 +104,14 @@ def record_trainer(trainer: Trainer, *, mode: Literal["fake", "real"] = "fake") 
     """mode: "real" copies the model with its values, to be run."""
     shadow = _shadow(trainer, to_meta=mode == "fake")
     batch = _heaviest_batch(shadow, trainer.train_dataset)
-    return RecordedTrainer(lambda: shadow.model, partial(_set_up, shadow, trainer, batch), batch.rows)
+    unused = [shadow]
+
+    def build() -> Any:
+        nonlocal shadow
+        shadow = unused.pop() if unused else _shadow(trainer, to_meta=mode == "fake")
+        return shadow.model
+
+    return RecordedTrainer(build, lambda model, _: _set_up(shadow, trainer, batch, model=model), batch.rows)
 
 
 def _check_model(trainer: Trainer) -> None:
@@ -193,7 +209,7 @@ def _owner(value: Any) -> Any:
 # ---- its loop ----
 
 
-def _set_up(shadow: Any, trainer: Trainer, batch: HeaviestBatch, model: nn.Module, device: torch.device) -> Step:
+def _set_up(shadow: Any, trainer: Trainer, batch: HeaviestBatch, *, model: nn.Module) -> Step:
     """The Trainer's own preparation, and one of its epochs of one step."""
     num_micro_batches = trainer.args.gradient_accumulation_steps
     num_recorded = min(num_micro_batches, RECORDED_MICRO_BATCHES)

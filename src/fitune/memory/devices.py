@@ -3,6 +3,13 @@
 Figures of the catalogue:
 - memory on the box, bandwidth and compute capability: NVIDIA's data sheets and its CUDA GPU list. B200's bandwidth:
   7,680 bits at 3,996 MHz as its driver reports them (pytorch/ao #4002).
+- by card, as NVIDIA names the document: GeForce RTX 50 "RTX Blackwell GPU Architecture", 40 "Ada GPU Architecture", 30
+  "Ampere GA102 GPU Architecture", 20 and T4 "Turing GPU Architecture"; P100 "Tesla P100" (the PCIe board), V100 "Tesla
+  V100 GPU Architecture" (the SXM2 board); the data sheets of RTX PRO 6000 Blackwell, RTX 6000 Ada, RTX A6000, RTX
+  A5000, HGX B200 (an eighth of the board), H200, H100 (SXM, PCIe, NVL), A100 (the 80 GB SXM board; PCIe has 1,935
+  GB/s), L40S, L40, L4, A40 and A10. H20 (148 TFLOP/s dense, 4.0 TB/s) and A10G (70, 600 GB/s) have no public one:
+  resellers' and AWS's tables. Float32 rates agree with cores x 2 x boost clock (L4: 3 % below it, as printed), 16-bit
+  rates with the ratio of the tensor cores to that.
 - dense arithmetic, 16 bits in tensor cores with float32 accumulation (bfloat16 at the same rate from 8.0 on; outside
   tensor cores where there are none) and float32 outside them: NVIDIA's architecture white papers, at boost clock. Data
   sheets since Ampere print twice the tensor rate, with structured sparsity; what stands here is without it. GeForce

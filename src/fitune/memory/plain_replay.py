@@ -60,13 +60,14 @@ def is_plain(config: AllocatorConfig) -> bool:
 
 
 def replay_plain(storage: Integers, requested: Integers, *, limit_bytes: int | None) -> PlainReplay:
-    """storage, requested: of the events; a free has minus its bytes, 0 bytes empty the cache. A storage is allocated
-    once. limit_bytes: of reserved memory."""
+    """storage, requested: of the events; a free has minus its bytes, 0 bytes empty the cache. A storage is a number
+    from 0 on, allocated once. limit_bytes: of reserved memory."""
     limit = None if limit_bytes is None else limit_bytes // MIN_BLOCK_BYTES
     small: list[int] = []  # free blocks, size << 40 | address
     large: list[int] = []
     free: dict[int, _Block] = {}
-    blocks: dict[int, _Block] = {}
+    blocks: list[_Block | None] = [None] * (int(storage.max(initial=-1)) + 1)
+    spare: list[_Block] = []  # absorbed by a neighbour: the next ones to be cut off
     block_units = [0] * len(requested)
     reserved = next_address = 0
     reserved_at, reserved_bytes, retries_at = [0], [0], []
@@ -85,7 +86,7 @@ def replay_plain(storage: Integers, requested: Integers, *, limit_bytes: int | N
             pool = small if size <= _SMALL else large
             at = bisect_left(pool, size << _ADDRESS_BITS)
             if at < len(pool):
-                block = free.pop(pool.pop(at))
+                block = free.pop(pool[at])
                 block.is_free = False
             else:
                 if size <= _SMALL:
@@ -104,11 +105,18 @@ def replay_plain(storage: Integers, requested: Integers, *, limit_bytes: int | N
                 if failed_at is not None:
                     break
                 block = _Block(next_address, segment, pool, None, None)
+                at = len(pool)
+                pool.append(segment << _ADDRESS_BITS | next_address)
                 next_address += segment
             remaining = block.num_units - size
             if remaining > _SMALL or (remaining and pool is small):
                 after = block.after
-                rest = _Block(block.address + size, remaining, pool, block, after)
+                if spare:
+                    rest = spare.pop()
+                    rest.address, rest.num_units, rest.pool = block.address + size, remaining, pool
+                    rest.before, rest.after = block, after
+                else:
+                    rest = _Block(block.address + size, remaining, pool, block, after)
                 rest.is_free = True
                 if after is not None:
                     after.before = rest
@@ -116,36 +124,57 @@ def replay_plain(storage: Integers, requested: Integers, *, limit_bytes: int | N
                 block.num_units = size
                 key = remaining << _ADDRESS_BITS | rest.address
                 free[key] = rest
-                insort(pool, key)
+                if at and pool[at - 1] > key:
+                    del pool[at]
+                    insort(pool, key, 0, at)
+                else:
+                    pool[at] = key
             else:
+                del pool[at]
                 size = block.num_units
             blocks[name] = block
             block_units[i] = size
         elif size < 0:
-            found = blocks.pop(name, None)
+            found = blocks[name]
             if found is None:
                 continue
-            block, pool = found, found.pool
+            blocks[name] = None
+            block, pool, at = found, found.pool, -1
             before, after = block.before, block.after
             if before is not None and before.is_free:
                 key = before.num_units << _ADDRESS_BITS | before.address
-                del free[key], pool[bisect_left(pool, key)]
+                del free[key]
+                at = bisect_left(pool, key)
                 before.num_units += block.num_units
                 before.after = after
                 if after is not None:
                     after.before = before
+                spare.append(block)
                 block = before
             if after is not None and after.is_free:
                 key = after.num_units << _ADDRESS_BITS | after.address
-                del free[key], pool[bisect_left(pool, key)]
+                del free[key]
+                its = bisect_left(pool, key)
+                if at < 0:
+                    at = its
+                else:
+                    del pool[its]
+                    at -= its < at
                 block.num_units += after.num_units
                 block.after = after.after
                 if after.after is not None:
                     after.after.before = block
+                spare.append(after)
             block.is_free = True
             key = block.num_units << _ADDRESS_BITS | block.address
             free[key] = block
-            insort(pool, key)
+            if at < 0:
+                insort(pool, key)
+            elif at + 1 == len(pool) or pool[at + 1] > key:
+                pool[at] = key
+            else:
+                del pool[at]
+                insort(pool, key, at)
         else:
             reserved -= empty_cache()
             reserved_at.append(i)

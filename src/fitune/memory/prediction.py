@@ -34,6 +34,16 @@ class Interval:
     reasons: tuple[str, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class StepPeak:
+    """Of one step, for which the peaks are reset when it begins."""
+
+    step: int
+    phase: Phase
+    allocated_bytes: int
+    reserved_bytes: int
+
+
 @dataclass(frozen=True)
 class Prediction:
     """All of the last step of the trace, when optimizer state and gradients have settled.
@@ -41,6 +51,7 @@ class Prediction:
     device_bytes: what nvidia-smi will show for the process, reserved + CUDA context; None where the context is unknown.
     categories add up to peak_allocated_bytes. fits: None without a device. num_alloc_retries: how often the cache has
     to be emptied to fit. first_oom: the allocation that fails where it does not fit.
+    step_peaks: of each step that was asked for, the last one among them.
     """
 
     peak_allocated_bytes: int
@@ -55,6 +66,7 @@ class Prediction:
     num_alloc_retries: int
     first_oom: FailedAllocation | None
     assumptions: tuple[str, ...]
+    step_peaks: tuple[StepPeak, ...] = ()
 
 
 def peak_json(prediction: Prediction) -> dict[str, Any]:
@@ -69,12 +81,25 @@ def peak_json(prediction: Prediction) -> dict[str, Any]:
 
 
 def predict(trace: MemoryTrace, settings: PredictSettings) -> Prediction:
-    """Of the last step. Replays the trace without a limit, and against the card's where that does not plainly fit.
+    """Of the last step, with the peaks of all steps. Replays the trace without a limit, and against the card's where
+    that does not plainly fit.
 
     Raises UsageError for a trace without events or allocator settings that cannot be used.
     """
     last_step = int(trace.columns().step.max()) if trace.events else 0
-    return predict_steps(trace, settings, (last_step,))[0]
+    *before, last = predict_steps(trace, settings, range(1, last_step + 1) or (0,))
+    return replace(last, step_peaks=tuple(each for step in (*before, last) for each in step.step_peaks))
+
+
+def spanned(prediction: Prediction, other: Prediction, *, reason: str) -> Prediction:
+    """`prediction`, whose interval goes as far as that of `other`: the same under another assumption. reason: which."""
+    mine, its = prediction.device_interval, other.device_interval
+    if mine is None or its is None:
+        return prediction
+    interval = Interval(
+        min(mine.low_bytes, its.low_bytes), max(mine.high_bytes, its.high_bytes), (*mine.reasons, reason)
+    )
+    return replace(prediction, device_interval=interval)
 
 
 def predict_steps(trace: MemoryTrace, settings: PredictSettings, steps: Sequence[int]) -> list[Prediction]:
@@ -150,6 +175,7 @@ def _of_step(reserved: int, trace: MemoryTrace, device: Device | None, peak: Pea
         peak_phase=peak.phase,
         modules=peak.modules,
         tensors=peak.tensors,
+        step_peaks=(StepPeak(peak.step, peak.phase, peak.num_bytes, reserved),),
     )
 
 
@@ -168,6 +194,7 @@ def _on_cpu(peak: Peak, trace: MemoryTrace, device: Device) -> Prediction:
         peak_phase=peak.phase,
         modules=peak.modules,
         tensors=peak.tensors,
+        step_peaks=(StepPeak(peak.step, peak.phase, peak.num_bytes, peak.num_bytes),),
     )
 
 

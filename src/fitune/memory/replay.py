@@ -19,6 +19,7 @@ from fitune.memory.allocator import CachingAllocator, OutOfDeviceMemoryError
 from fitune.memory.golden import compare_with_recording, read_recording
 from fitune.memory.plain_replay import is_plain, replay_plain
 from fitune.trace.events import EventColumns, MemoryTrace
+from fitune.trace.recording import Integers
 
 
 @dataclass(frozen=True)
@@ -90,8 +91,17 @@ def replay(trace: MemoryTrace, settings: ReplaySettings) -> ReplayResult:
 
 def _is_simple(columns: EventColumns) -> bool:
     """One stream, and no storage is allocated twice."""
-    born = columns.storage[columns.num_bytes > 0]
-    return not columns.stream.any() and len(np.unique(born)) == len(born) > 0
+    born = number_storages(columns.storage)[columns.num_bytes > 0]
+    return not columns.stream.any() and len(born) > 0 and int(np.bincount(born).max()) == 1
+
+
+def number_storages(storage: Integers) -> Integers:
+    """Numbers from 0 on for them, not many more than there are events."""
+    lowest, highest = int(storage.min(initial=0)), int(storage.max(initial=0))
+    if lowest >= 0 and highest <= 2 * len(storage):
+        return storage
+    numbers: Integers = np.unique(storage, return_inverse=True)[1]
+    return numbers
 
 
 def _replay_by_all_rules(columns: EventColumns, settings: ReplaySettings, allocator: CachingAllocator) -> ReplayResult:
@@ -164,15 +174,14 @@ def _replay_plain(columns: EventColumns, settings: ReplaySettings, allocator: Ca
     if num_events == 0:
         return _replay_by_all_rules(columns, settings, allocator)
     warm_up = [settings.warm_up_bytes, -settings.warm_up_bytes] if settings.warm_up_bytes else []
-    storage = np.concatenate([[-1] * len(warm_up), columns.storage[:num_events]]).astype(np.int64)
+    storage = np.concatenate([[0] * len(warm_up), number_storages(columns.storage[:num_events]) + 1]).astype(np.int64)
     requested = np.concatenate([warm_up, columns.num_bytes[:num_events]]).astype(np.int64)
     done = replay_plain(storage, requested, limit_bytes=min(limits, default=None))
     first, end = len(warm_up), len(storage) if done.failed_at is None else done.failed_at + 1
     born = requested[:end] > 0
-    block_of, number = np.unique(storage[:end], return_inverse=True)
-    blocks = np.zeros(len(block_of), dtype=np.int64)
-    blocks[number[born]] = done.block_bytes[:end][born]
-    allocated = np.cumsum(np.sign(requested[:end]) * blocks[number])
+    blocks = np.zeros(int(storage.max()) + 1, dtype=np.int64)
+    blocks[storage[:end][born]] = done.block_bytes[:end][born]
+    allocated = np.cumsum(np.sign(requested[:end]) * blocks[storage[:end]])
     changes = np.searchsorted(done.reserved_at, np.arange(end), side="right") - 1
     reserved = np.array(done.reserved_bytes)[changes]
     step = np.concatenate([[0] * first, columns.step[: max(end - first, 0)]]).astype(np.int64)
@@ -202,7 +211,7 @@ def _replay_plain(columns: EventColumns, settings: ReplaySettings, allocator: Ca
         first_oom=failure,
         block_bytes=dict(
             zip(
-                storage[first:end][born[first:]].tolist(),
+                columns.storage[: end - first][born[first:]].tolist(),
                 done.block_bytes[first:end][born[first:]].tolist(),
                 strict=True,
             )

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import numpy.typing as npt
@@ -69,15 +70,19 @@ def timeline(
     total_bytes = np.cumsum(sizes)
     last_step = int(columns.step.max())
 
+    @cache
+    def peak_at(index: int) -> Peak:
+        return _peak(trace, columns, sizes, index)
+
     def peak_of(step: int) -> Peak:
         inside = np.flatnonzero(columns.step == step)
-        return _peak(trace, columns, sizes, int(inside[np.argmax(total_bytes[inside])]))
+        return peak_at(int(inside[np.argmax(total_bytes[inside])]))
 
     step_peaks = {step: peak_of(step) for step in {last_step, *steps}}
     return MemoryTimeline(
         categories=categories,
         total_bytes=total_bytes,
-        peak=_peak(trace, columns, sizes, int(np.argmax(total_bytes))),
+        peak=peak_at(int(np.argmax(total_bytes))),
         last_step_peak=step_peaks[last_step],
         step_peaks=step_peaks,
     )

@@ -19,6 +19,8 @@ from fitune.trace.shapes import ShapeMemory
 
 aten = torch.ops.aten
 Routing = Literal["balanced", "worst"]
+ROUTED = "assumed: experts are "
+"""Begins the line of `MemoryTrace.source` that a routing policy was asked for."""
 
 
 @dataclass(slots=True)
@@ -202,7 +204,7 @@ class Assumptions:
             return len(_on_data(aten.nonzero.default, (mask,), {}))
         origin = _origin(mask)
         if origin is not None and origin.router is not None:
-            self.used[f"assumed: experts are {self._routing}"] = None
+            self.used[f"{ROUTED}{self._routing}"] = None
         else:
             self.used["assumed: a mask selects every element"] = None
         return math.ceil(mask.numel() * (1.0 if origin is None or origin.mean is None else origin.mean) - 1e-9)

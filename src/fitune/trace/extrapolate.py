@@ -405,12 +405,13 @@ def _repeat_work(
     counts = Counter(turns.template(turn) for turn in range(turns.num_turns))
     result = []
     for work in recording.work:
-        sums = np.array(work.sums)
         if work.loop == turns.loop:
-            sums = sums * counts[work.turn]
-        elif work.place in growth:
-            sums = sums + growth[work.place] * (turns.num_turns - turns.num_recorded)
-        result.append(Work(*work.place, *sums.tolist()))
+            if (times := counts[work.turn]) != 1:
+                work = work._replace(**{name: times * getattr(work, name) for name in Work._fields[-3:]})
+        elif (more := growth.get(work.place)) is not None:
+            sums = np.array(work.sums) + more * (turns.num_turns - turns.num_recorded)
+            work = Work(*work.place, *sums.tolist())
+        result.append(work)
     return tuple(result)
 
 

@@ -10,6 +10,7 @@ so by its module: model.layers.2.mlp is turn 2 of the loop model.layers.
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from operator import eq
 from typing import Any, NamedTuple, overload
 
@@ -189,6 +190,10 @@ class RecordedEvents(Sequence[MemoryEvent]):
         self._storage = np.cumsum(born) * born
 
     def columns(self) -> EventColumns:
+        return self._columns
+
+    @cached_property
+    def _columns(self) -> EventColumns:
         recording, birth = self._recording, self._birth
         label = recording.label[birth]
         steps = np.array(

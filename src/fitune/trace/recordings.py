@@ -15,6 +15,7 @@ from fitune.config import ModelConfig, RunConfig
 from fitune.model.layers import find_equal_layers, first_layers
 from fitune.model.load import load_config
 from fitune.step.assemble import choose_layouts
+from fitune.trace.assumptions import ROUTED
 from fitune.trace.cuda_behaviour import CudaTarget
 from fitune.trace.extrapolate import (
     NUM_RECORDED_CHUNKS,
@@ -160,7 +161,7 @@ def _interpolate(family: _Family, counts: Counts, *, target: CudaTarget | None) 
         for mine, columns in family.samples
         if min(mine.rows.by_step.values()) > 1  # one row has another structure than several
     ]
-    routed = any("experts are" in line for sample in samples for line in sample.recording.source)
+    routed = any(line.startswith(ROUTED) for sample in samples for line in sample.recording.source)
     if len(samples) < 2 or routed or min(counts.rows.by_step.values()) < 2:
         return None  # tokens per expert are rounded up
     one, other = samples[:2]
