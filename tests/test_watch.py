@@ -31,6 +31,8 @@ from watched_run import SCREENS, START, screens, step_metrics, view_of, write_wa
 SOURCE = Path(__file__).parent.parent / "src"
 NOW = START + 600.5
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(SOURCE), "TERM": "xterm-256color", "FITUNE_LANG": "en"}
+for name in ("COLUMNS", "LINES"):  # which a test runner may have set, and which go before the terminal's own size
+    ENVIRONMENT.pop(name, None)
 
 
 @pytest.fixture(autouse=True)
