@@ -1,5 +1,6 @@
 """What a plan promises: parts that add up, the fastest that fits, the contract of its JSON, exit 3."""
 
+import io
 import json
 import multiprocessing
 import os
@@ -12,14 +13,16 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
 import fitune
 from fitune.cli.app import main
+from fitune.cli.plan_table import show_plan
 from fitune.config import RunConfig, read_config
 from fitune.errors import UsageError
 from fitune.memory.devices import find_device
@@ -214,7 +217,7 @@ def test_a_forced_candidate_is_printed_by_the_contract(
     assert set(found["model"]) == {
         *("name", "num_parameters", "num_trainable_parameters"), *("num_layers", "hidden_size", "vocab_size"),
     }  # fmt: skip
-    assert set(found["device"]) == {"name", "total_bytes", "free_bytes", "context_bytes"}
+    assert set(found["device"]) == {"name", "kind", "total_bytes", "free_bytes", "context_bytes"}
     assert found["budget_bytes"] == 24 * 2**30
     assert found["data"]["max_length"] == 1024
     assert found["chosen"] == 0
@@ -254,6 +257,18 @@ def test_the_table_stays_within_the_screen(
     assert len(table) >= len(wide.candidates)
     assert max(map(cell_len, table)) <= columns
     assert all(re.search("same|相同|close|相近|different|不同|─", line) for line in table)
+
+
+@pytest.mark.parametrize(("kind", "last"), [("cuda", "nvidia-smi will show"), ("cpu", "the process in all")])
+def test_the_sums_are_called_what_the_device_calls_them(
+    wide: Plan, kind: Literal["cuda", "cpu"], last: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FITUNE_LANG", "en")
+    screen = Console(file=io.StringIO(), width=100)
+    show_plan(replace(wide, device=replace(wide.device, kind=kind)), screen)
+    text = screen.file.getvalue()  # type: ignore[attr-defined]
+    assert last in text
+    assert ("cuda" in text) == (kind == "cuda")
 
 
 def test_the_configuration_of_a_candidate_can_be_printed(

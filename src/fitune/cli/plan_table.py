@@ -16,6 +16,21 @@ if TYPE_CHECKING:
     from fitune.plan.measure import PlanMeasured
 
 _NUM_FITTING, _NUM_REFUSED = 5, 4
+_MEANINGS = {
+    "cuda": (
+        "torch.cuda.max_memory_allocated",
+        "torch.cuda.max_memory_reserved",
+        "outside PyTorch",
+        "nvidia-smi will show",
+    ),
+    "cpu": (
+        "tensors alive at once",
+        "with freed memory that the C library keeps",
+        "the program itself",
+        "the process in all",
+    ),
+}
+"""Of the four sums below the parts, on each kind of device."""
 
 
 def show_plan(plan: Plan, screen: Console, *, every: bool = False) -> None:
@@ -141,10 +156,14 @@ def _parts(plan: Plan, shown: Candidate) -> Iterator[tuple[str, str, str, str]]:
             how = say("{tokens} tokens x {size}", tokens=f"{positions:,}", size=_small(size / positions))
         if size:
             yield say(name), how, format_gib(size), f"{size / total:.0%}"
-    yield say("= allocated"), "torch.cuda.max_memory_allocated", format_gib(total), "100%"
-    yield say("= reserved"), "torch.cuda.max_memory_reserved", format_gib(shown.predicted_reserved_bytes), ""
-    yield say("+ context"), say("outside PyTorch"), format_gib(plan.device.context_bytes), ""
-    yield say("= device"), say("nvidia-smi will show"), format_gib(shown.predicted_device_bytes), ""
+    sums = (
+        ("= allocated", format_gib(total), "100%"),
+        ("= reserved", format_gib(shown.predicted_reserved_bytes), ""),
+        ("+ context", format_gib(plan.device.context_bytes), ""),
+        ("= device", format_gib(shown.predicted_device_bytes), ""),
+    )
+    for (name, size, share), meaning in zip(sums, _MEANINGS[plan.device.kind], strict=True):
+        yield say(name), say(meaning), size, share
 
 
 def _small(num_bytes: float) -> str:

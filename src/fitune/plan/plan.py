@@ -3,7 +3,7 @@
 import importlib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 from fitune.plan.training import PlannedTraining
 from fitune.trace.events import Category
@@ -56,6 +56,7 @@ class PlannedDevice:
     """free_bytes: of a card that is not here, all of it. context_bytes: what the process holds outside PyTorch."""
 
     name: str
+    kind: Literal["cuda", "cpu"]
     total_bytes: int
     free_bytes: int
     context_bytes: int

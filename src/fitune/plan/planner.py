@@ -160,6 +160,7 @@ class _Search:
             ),
             device=PlannedDevice(
                 name=device.name,
+                kind=device.kind,
                 total_bytes=device.total_bytes,
                 free_bytes=free_bytes(device),
                 context_bytes=shown.context_bytes,
