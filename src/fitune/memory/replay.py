@@ -5,7 +5,6 @@ they hold, one line a file. Exit status 0: all match, 1: a mismatch, 2: a file t
 """
 
 import sys
-from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -177,13 +176,12 @@ def _replay_plain(columns: EventColumns, settings: ReplaySettings, allocator: Ca
     storage = np.concatenate([[0] * len(warm_up), number_storages(columns.storage[:num_events]) + 1]).astype(np.int64)
     requested = np.concatenate([warm_up, columns.num_bytes[:num_events]]).astype(np.int64)
     done = replay_plain(storage, requested, limit_bytes=min(limits, default=None))
-    first, end = len(warm_up), len(storage) if done.failed_at is None else done.failed_at + 1
+    first, end = len(warm_up), len(done.block_bytes)
     born = requested[:end] > 0
     blocks = np.zeros(int(storage.max()) + 1, dtype=np.int64)
-    blocks[storage[:end][born]] = done.block_bytes[:end][born]
+    blocks[storage[:end][born]] = done.block_bytes[born]
     allocated = np.cumsum(np.sign(requested[:end]) * blocks[storage[:end]])
-    changes = np.searchsorted(done.reserved_at, np.arange(end), side="right") - 1
-    reserved = np.array(done.reserved_bytes)[changes]
+    reserved = done.reserved_bytes
     step = np.concatenate([[0] * first, columns.step[: max(end - first, 0)]]).astype(np.int64)
     cuts = np.flatnonzero(np.diff(step)) + 1
     step_peaks, step_retries = {0: (0, 0)}, {0: 0}
@@ -191,7 +189,7 @@ def _replay_plain(columns: EventColumns, settings: ReplaySettings, allocator: Ca
         since = slice(max(begin - 1, 0), stop)  # a peak is reset to what there is
         peaks = int(allocated[since].max()), int(reserved[since].max())
         step_peaks[int(step[begin])] = peaks
-        step_retries[int(step[begin])] = bisect_left(done.retries_at, stop)
+        step_retries[int(step[begin])] = int(np.searchsorted(done.retries_at, stop))
     live = allocated[first:]
     failure = None
     if done.failed_at is not None:
@@ -212,7 +210,7 @@ def _replay_plain(columns: EventColumns, settings: ReplaySettings, allocator: Ca
         block_bytes=dict(
             zip(
                 columns.storage[: end - first][born[first:]].tolist(),
-                done.block_bytes[first:end][born[first:]].tolist(),
+                done.block_bytes[first:][born[first:]].tolist(),
                 strict=True,
             )
         ),
