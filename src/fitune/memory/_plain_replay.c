@@ -204,7 +204,7 @@ allocate(Allocator *self, int64_t size, unsigned char *is_retried)
 typedef struct {
     Py_ssize_t num_events, num_storages;
     const int64_t *storage, *requested;
-    int64_t *block_bytes, *reserved_bytes;
+    int64_t *allocated_changes, *reserved_bytes;
     unsigned char *is_retried;
 } Columns;
 
@@ -220,9 +220,12 @@ replay_events(Allocator *self, const Columns *columns, Block **block_of)
         } else if (storage < 0 || storage >= columns->num_storages) {
             return -1;
         } else if (num_bytes < 0) {
-            if (block_of[storage] != NULL)
-                release(self, block_of[storage]);
-            block_of[storage] = NULL;
+            Block *block = block_of[storage];
+            if (block != NULL) {
+                columns->allocated_changes[i] = -block->size * UNIT_BYTES;
+                release(self, block);
+                block_of[storage] = NULL;
+            }
         } else {
             int64_t size = (num_bytes - 1) / UNIT_BYTES + 1;
             if (size > MAX_UNITS || self->next_address > MAX_UNITS)
@@ -232,14 +235,14 @@ replay_events(Allocator *self, const Columns *columns, Block **block_of)
             if (block == NULL)
                 return i;
             block_of[storage] = block;
-            columns->block_bytes[i] = block->size * UNIT_BYTES;
+            columns->allocated_changes[i] = block->size * UNIT_BYTES;
         }
         columns->reserved_bytes[i] = self->reserved * UNIT_BYTES;
     }
     return columns->num_events;
 }
 
-enum { STORAGE, REQUESTED, BLOCK_BYTES, RESERVED_BYTES, IS_RETRIED, NUM_COLUMNS };
+enum { STORAGE, REQUESTED, ALLOCATED_CHANGES, RESERVED_BYTES, IS_RETRIED, NUM_COLUMNS };
 
 static bool
 is_column(const Py_buffer *view, Py_ssize_t num_events, size_t item_bytes)
@@ -262,7 +265,7 @@ replay_columns(const Py_buffer *views, Py_ssize_t num_storages, int64_t limit)
         .num_storages = num_storages,
         .storage = views[STORAGE].buf,
         .requested = views[REQUESTED].buf,
-        .block_bytes = views[BLOCK_BYTES].buf,
+        .allocated_changes = views[ALLOCATED_CHANGES].buf,
         .reserved_bytes = views[RESERVED_BYTES].buf,
         .is_retried = views[IS_RETRIED].buf,
     };
@@ -293,14 +296,14 @@ replay_columns(const Py_buffer *views, Py_ssize_t num_storages, int64_t limit)
 static PyObject *
 replay(PyObject *Py_UNUSED(module), PyObject *arguments, PyObject *keywords)
 {
-    static char *names[] = {"storage",    "requested",    "block_bytes", "reserved_bytes",
-                            "is_retried", "num_storages", "limit",       NULL};
+    static char *names[] = {"storage",    "requested",    "allocated_changes", "reserved_bytes",
+                            "is_retried", "num_storages", "limit",             NULL};
     Py_buffer views[NUM_COLUMNS];
     Py_ssize_t num_storages;
     long long limit;
     if (!PyArg_ParseTupleAndKeywords(arguments, keywords, "y*y*$w*w*w*nL", names, &views[STORAGE], &views[REQUESTED],
-                                     &views[BLOCK_BYTES], &views[RESERVED_BYTES], &views[IS_RETRIED], &num_storages,
-                                     &limit))
+                                     &views[ALLOCATED_CHANGES], &views[RESERVED_BYTES], &views[IS_RETRIED],
+                                     &num_storages, &limit))
         return NULL;
     PyObject *num_done = replay_columns(views, num_storages, limit);
     for (int i = 0; i < NUM_COLUMNS; i++)

@@ -1,8 +1,7 @@
 """The rules of `CachingAllocator` that are at work in an allocator as it comes, on one stream, in one tight loop.
 
 The loop is written twice: in C (_plain_replay.c), and in Python for where no compiler was at hand when fitune was
-installed. Only reserved memory is followed event by event; what is allocated is summed up afterwards from the sizes of
-the blocks. Sizes and addresses are counted in units of 512 bytes. tests/memory/test_plain_replay.py holds both loops
+installed. Sizes and addresses are counted in units of 512 bytes. tests/memory/test_plain_replay.py holds both loops
 against the allocator that knows all rules.
 """
 
@@ -34,11 +33,11 @@ _ROUND_LARGE = ROUND_LARGE_BYTES // MIN_BLOCK_BYTES
 
 @dataclass(frozen=True)
 class PlainReplay:
-    """Up to the first allocation that fails, that one included. block_bytes: of each event's block, 0 where it made
-    none. reserved_bytes: after each event. retries_at: the events for which the cache was emptied. failed_at: the event
-    that failed."""
+    """Up to the first allocation that fails, that one included. allocated_changes: by how many bytes each event changed
+    what is allocated. reserved_bytes: after each event. retries_at: the events for which the cache was emptied.
+    failed_at: the event that failed."""
 
-    block_bytes: Integers
+    allocated_changes: Integers
     reserved_bytes: Integers
     retries_at: Integers
     failed_at: int | None
@@ -65,19 +64,19 @@ def replay_plain(storage: Integers, requested: Integers, *, limit_bytes: int | N
     """storage, requested: of the events; a free has minus its bytes, 0 bytes empty the cache. A storage is a number
     from 0 on, allocated once. limit_bytes: of reserved memory."""
     num_events = len(requested)
-    block_bytes, reserved_bytes = np.zeros((2, num_events), dtype=np.int64)
+    allocated_changes, reserved_bytes = np.zeros((2, num_events), dtype=np.int64)
     is_retried = np.zeros(num_events, dtype=np.bool_)
     num_done = replay_loop(
         storage,
         requested,
-        block_bytes=block_bytes,
+        allocated_changes=allocated_changes,
         reserved_bytes=reserved_bytes,
         is_retried=is_retried,
         num_storages=int(storage.max(initial=-1)) + 1,
         limit=NO_LIMIT if limit_bytes is None else limit_bytes // MIN_BLOCK_BYTES,
     )
     return PlainReplay(
-        block_bytes=block_bytes[: num_done + 1],
+        allocated_changes=allocated_changes[: num_done + 1],
         reserved_bytes=reserved_bytes[: num_done + 1],
         retries_at=np.flatnonzero(is_retried),
         failed_at=num_done if num_done < num_events else None,
@@ -88,20 +87,20 @@ def replay_in_python(
     storage: Integers,
     requested: Integers,
     *,
-    block_bytes: Integers,
+    allocated_changes: Integers,
     reserved_bytes: Integers,
     is_retried: npt.NDArray[np.bool_],
     num_storages: int,
     limit: int,
 ) -> int:
-    """How many events were carried out: all, or those before the one that failed. Writes `block_bytes`,
-    `reserved_bytes` and `is_retried`, which are zeros before. limit: units."""
+    """How many events were carried out: all, or those before the one that failed. Writes
+    `allocated_changes`, `reserved_bytes` and `is_retried`, which are zeros before. limit: units."""
     small: list[int] = []  # free blocks, size << 40 | address
     large: list[int] = []
     free: dict[int, _Block] = {}
     blocks: list[_Block | None] = [None] * num_storages
     spare: list[_Block] = []  # absorbed by a neighbour: the next ones to be cut off
-    block_units = [0] * len(requested)
+    changes = [0] * len(requested)
     reserved = next_address = 0
     num_done = len(requested)
     reserved_from = [(0, 0)]  # which event on
@@ -164,12 +163,13 @@ def replay_in_python(
                 del pool[at]
                 size = block.num_units
             blocks[name] = block
-            block_units[i] = size
+            changes[i] = size
         elif size < 0:
             found = blocks[name]
             if found is None:
                 continue
             blocks[name] = None
+            changes[i] = -found.num_units
             block, pool, at = found, found.pool, -1
             before, after = block.before, block.after
             if before is not None and before.is_free:
@@ -209,7 +209,7 @@ def replay_in_python(
         else:
             reserved -= empty_cache()
             reserved_from.append((i, reserved))
-    block_bytes[:] = np.array(block_units, dtype=np.int64) * MIN_BLOCK_BYTES
+    allocated_changes[:] = np.array(changes, dtype=np.int64) * MIN_BLOCK_BYTES
     for (i, reserved), (end, _) in pairwise([*reserved_from, (num_done + 1, 0)]):
         reserved_bytes[i:end] = reserved * MIN_BLOCK_BYTES
     return num_done

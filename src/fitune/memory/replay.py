@@ -6,7 +6,7 @@ they hold, one line a file. Exit status 0: all match, 1: a mismatch, 2: a file t
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
@@ -57,8 +57,9 @@ class ReplayResult:
     which they are reset when it begins (None when the replay stopped before it).
 
     peak_event: index of the event with the first of the highest allocated memory; None when there was none.
-    block_bytes: by storage, what its allocation added to the allocated bytes. step_peaks: by step, (allocated,
-    reserved) of that step, for which the peaks are reset when it begins. step_retries: num_alloc_retries at its end.
+    allocated_changes: by how many bytes each event that was replayed changed what is allocated. step_peaks: by step,
+    (allocated, reserved) of that step, for which the peaks are reset when it begins. step_retries: num_alloc_retries at
+    its end.
     """
 
     peak_allocated_bytes: int
@@ -69,7 +70,7 @@ class ReplayResult:
     num_ooms: int
     peak_event: int | None
     first_oom: FailedAllocation | None
-    block_bytes: Mapping[int, int]
+    allocated_changes: Integers = field(compare=False)
     step_peaks: Mapping[int, tuple[int, int]]
     step_retries: Mapping[int, int]
 
@@ -106,9 +107,8 @@ def number_storages(storage: Integers) -> Integers:
 def _replay_by_all_rules(columns: EventColumns, settings: ReplaySettings, allocator: CachingAllocator) -> ReplayResult:
     last_step = int(columns.step.max()) if len(columns.step) else 0
     addresses: dict[int, int] = {}
-    block_bytes: dict[int, int] = {}
+    allocated: list[int] = []  # after each event
     failures: list[FailedAllocation] = []
-    highest, peak_event = 0, None
     step_peaks: dict[int, tuple[int, int]] = {}
     step_retries: dict[int, int] = {}
     current_step = 0
@@ -135,17 +135,13 @@ def _replay_by_all_rules(columns: EventColumns, settings: ReplaySettings, alloca
         if step != current_step:
             end_step()
             current_step = step
-        if num_bytes == 0:
-            allocator.empty_cache()
-            continue
-        if num_bytes < 0:
+        if num_bytes > 0:
+            addresses[storage] = allocate(i, num_bytes, stream)
+        elif num_bytes < 0:
             allocator.free(addresses.pop(storage, 0))
-            continue
-        before = allocator.allocated_bytes
-        addresses[storage] = allocate(i, num_bytes, stream)
-        block_bytes[storage] = allocator.allocated_bytes - before
-        if allocator.allocated_bytes > highest:
-            highest, peak_event = allocator.allocated_bytes, i
+        else:
+            allocator.empty_cache()
+        allocated.append(allocator.allocated_bytes)
     end_step()
     of_last = step_peaks.get(last_step, (None, None))
     return ReplayResult(
@@ -155,9 +151,9 @@ def _replay_by_all_rules(columns: EventColumns, settings: ReplaySettings, alloca
         last_step_peak_reserved_bytes=of_last[1],
         num_alloc_retries=allocator.num_alloc_retries,
         num_ooms=allocator.num_ooms,
-        peak_event=peak_event,
+        peak_event=int(np.argmax(allocated)) if any(allocated) else None,
         first_oom=failures[0] if failures else None,
-        block_bytes=block_bytes,
+        allocated_changes=np.diff(np.array(allocated, dtype=np.int64), prepend=0),
         step_peaks=step_peaks,
         step_retries=step_retries,
     )
@@ -173,16 +169,19 @@ def _replay_plain(columns: EventColumns, settings: ReplaySettings, allocator: Ca
     if num_events == 0:
         return _replay_by_all_rules(columns, settings, allocator)
     warm_up = [settings.warm_up_bytes, -settings.warm_up_bytes] if settings.warm_up_bytes else []
-    storage = np.concatenate([[0] * len(warm_up), number_storages(columns.storage[:num_events]) + 1]).astype(np.int64)
-    requested = np.concatenate([warm_up, columns.num_bytes[:num_events]]).astype(np.int64)
+    first = len(warm_up)
+    storage, requested, step = (
+        np.concatenate([np.array(before, dtype=np.int64), column[:num_events]])
+        for before, column in (
+            ([0] * first, number_storages(columns.storage) + 1),
+            (warm_up, columns.num_bytes),
+            ([0] * first, columns.step),
+        )
+    )
     done = replay_plain(storage, requested, limit_bytes=min(limits, default=None))
-    first, end = len(warm_up), len(done.block_bytes)
-    born = requested[:end] > 0
-    blocks = np.zeros(int(storage.max()) + 1, dtype=np.int64)
-    blocks[storage[:end][born]] = done.block_bytes[born]
-    allocated = np.cumsum(np.sign(requested[:end]) * blocks[storage[:end]])
-    reserved = done.reserved_bytes
-    step = np.concatenate([[0] * first, columns.step[: max(end - first, 0)]]).astype(np.int64)
+    allocated, reserved = np.cumsum(done.allocated_changes), done.reserved_bytes
+    end = len(reserved)
+    step = step[:end]
     cuts = np.flatnonzero(np.diff(step)) + 1
     step_peaks, step_retries = {0: (0, 0)}, {0: 0}
     for begin, stop in pairwise([0, *cuts.tolist(), end]):
@@ -207,13 +206,7 @@ def _replay_plain(columns: EventColumns, settings: ReplaySettings, allocator: Ca
         num_ooms=int(failure is not None),
         peak_event=int(np.argmax(live)) if len(live) and live.max() > 0 else None,
         first_oom=failure,
-        block_bytes=dict(
-            zip(
-                columns.storage[: end - first][born[first:]].tolist(),
-                done.block_bytes[first:][born[first:]].tolist(),
-                strict=True,
-            )
-        ),
+        allocated_changes=done.allocated_changes[first:],
         step_peaks=step_peaks,
         step_retries=step_retries,
     )
