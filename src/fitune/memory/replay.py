@@ -144,6 +144,7 @@ def _replay_by_all_rules(columns: EventColumns, settings: ReplaySettings, alloca
         allocated.append(allocator.allocated_bytes)
     end_step()
     of_last = step_peaks.get(last_step, (None, None))
+    totals: Integers = np.array([0, *allocated], dtype=np.int64)
     return ReplayResult(
         peak_allocated_bytes=max(allocated for allocated, _ in step_peaks.values()),
         peak_reserved_bytes=max(reserved for _, reserved in step_peaks.values()),
@@ -153,7 +154,7 @@ def _replay_by_all_rules(columns: EventColumns, settings: ReplaySettings, alloca
         num_ooms=allocator.num_ooms,
         peak_event=int(np.argmax(allocated)) if any(allocated) else None,
         first_oom=failures[0] if failures else None,
-        allocated_changes=np.diff(np.array(allocated, dtype=np.int64), prepend=0),
+        allocated_changes=totals[1:] - totals[:-1],
         step_peaks=step_peaks,
         step_retries=step_retries,
     )
