@@ -1,18 +1,38 @@
-"""The tight loop for an allocator as it comes gives what the allocator that knows all rules gives."""
+"""The tight loop for an allocator as it comes gives, in C and in Python, what the one that knows all rules gives."""
 
+import runpy
+import shutil
+import sys
+import sysconfig
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
 
+import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fitune.memory import plain_replay
 from fitune.memory import replay as replay_room
 from fitune.memory.allocator import CachingAllocator
 from fitune.memory.allocator_config import parse_allocator_config
-from fitune.memory.plain_replay import is_plain
+from fitune.memory.golden import read_recording
+from fitune.memory.plain_replay import is_plain, replay_in_python, replay_loop, replay_plain
 from fitune.memory.replay import ReplaySettings, replay
 from fitune.trace.events import MemoryEvent, MemoryTrace
 from fitune.units import MIB
 
+IS_COMPILED = replay_loop is not replay_in_python
+LOOPS = (replay_in_python, replay_loop)
+SEVERAL_STREAMS = ("micro_streams", "micro_expandable_oom", "gpt_ddp_buckets")
+GOLDEN = [
+    path
+    for path in sorted((Path(__file__).parents[1] / "golden/allocator").glob("*.json.gz"))
+    if path.name.split("__")[1].split(".")[0] in ("default", "frac08", "frac088")
+    and not path.name.startswith(SEVERAL_STREAMS)
+]
 SIZES = st.one_of(
     st.integers(1, 3 * MIB),
     st.sampled_from([1, 512, 513, MIB, MIB + 1, 2 * MIB, 10 * MIB - 512, 10 * MIB, 11 * MIB + 7, 20 * MIB, 45 * MIB]),
@@ -65,9 +85,77 @@ def test_the_tight_loop_gives_what_all_rules_give(trace: MemoryTrace, settings: 
     )
     columns = trace.columns()
     expected = replay_room._replay_by_all_rules(columns, settings, allocator)
-    found = replay(trace, settings)
-    # an event that is no allocation has no block; the failing one has one of 0 bytes in both
-    assert found == expected
+    for loop in LOOPS:
+        with mock.patch.object(plain_replay, "replay_loop", loop):
+            found = replay(trace, settings)
+        assert found == expected
+        assert found.allocated_changes.tolist() == expected.allocated_changes.tolist()
+
+
+@pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.name.removesuffix(".json.gz"))
+def test_a_recording_of_the_real_allocator_on_one_stream_is_reproduced(path: Path) -> None:
+    recording = read_recording(path)
+    card = CachingAllocator(
+        recording["config"],
+        total_bytes=recording["vram_bytes"],
+        used_by_others_bytes=recording["ctx_bytes"],
+        memory_fraction=recording["memory_fraction"],
+    )
+    assert is_plain(card.config)
+    sizes = {event[1]: event[2] for event in recording["events"] if event[0] == "a"}
+    signs = {"a": 1, "f": -1, "e": 0}
+    events = [
+        (i, number, signs[kind] * sizes.get(number, 0))
+        for i, (kind, number, *_) in enumerate((*event, 0) for event in recording["events"])
+        if kind == "e" or (kind != "r" and sizes[number] > 0)
+    ]
+    at, storage, requested = np.array(events, dtype=np.int64).T.copy()
+    limits = [limit for limit in (card.limit_bytes, card.free_bytes) if limit is not None]
+    for loop in LOOPS:
+        with mock.patch.object(plain_replay, "replay_loop", loop):
+            done = replay_plain(storage, requested, limit_bytes=min(limits))
+        reserved = done.reserved_bytes
+        changes = np.flatnonzero(np.diff(reserved, prepend=0))
+        last = int(at[len(reserved) - 1])  # a recording may go on after a failure
+        expected = [change for change in recording["reserved_changes"] if change[0] <= last]
+        assert [[int(at[i]), int(reserved[i])] for i in changes] == expected
+        assert (None if done.failed_at is None else last) == next((oom["i"] for oom in recording["ooms"]), None)
+
+
+def test_without_the_extension_the_loop_runs_in_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "fitune.memory._plain_replay", None)
+    names = runpy.run_path(plain_replay.__file__)
+    assert names["replay_loop"] is names["replay_in_python"]
+
+
+@pytest.mark.skipif(
+    shutil.which("cc") is None or not (Path(sysconfig.get_path("include")) / "Python.h").exists(),
+    reason="there is no compiler",
+)
+def test_where_there_is_a_compiler_the_loop_is_in_c() -> None:
+    assert IS_COMPILED, "the extension was not built: make install, or python setup.py build_ext --inplace"
+
+
+@pytest.mark.skipif(not IS_COMPILED, reason="installed without a compiler")
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"storage": [0, 2]},
+        {"storage": [-1, 0]},
+        {"requested": [1, 1 << 62]},
+        {"storage": [0]},
+        {"allocated_changes": [0, 0, 0]},
+        {"num_storages": -1},
+    ],
+    ids=str,
+)
+def test_numbers_that_would_leave_the_memory_are_refused(change: dict[str, Any]) -> None:
+    numbers = {"storage": [0, 1], "requested": [512, 512], "allocated_changes": [0, 0], "reserved_bytes": [0, 0]}
+    columns = {name: np.array(each) for name, each in (numbers | change).items() if name != "num_storages"}
+    counts = {"num_storages": change.get("num_storages", 2), "limit": plain_replay.NO_LIMIT}
+    storage, requested = columns.pop("storage"), columns.pop("requested")
+    with pytest.raises((ValueError, MemoryError)):
+        replay_loop(storage, requested, **columns, **counts, is_retried=np.zeros(2, dtype=np.bool_))
 
 
 def test_settings_that_add_a_rule_are_not_for_the_tight_loop() -> None:

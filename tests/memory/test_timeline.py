@@ -1,9 +1,10 @@
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fitune.errors import UsageError
-from fitune.memory.timeline import timeline
+from fitune.memory.timeline import step_peaks, timeline
 from fitune.trace.events import CATEGORIES, Category, MemoryEvent, MemoryTrace, Phase
 
 
@@ -60,8 +61,8 @@ def test_what_is_alive_at_the_peak_is_named_largest_first() -> None:
 
 def test_blocks_of_an_allocator_can_be_counted_instead() -> None:
     trace = MemoryTrace((event(1, 100), event(2, 700), event(1, -100)))
-    live = timeline(trace, block_bytes={1: 512, 2: 1024})
-    assert list(live.total_bytes) == [512, 1536, 1024]
+    peak = step_peaks(trace, [1], allocated_changes=np.array([512, 1024, -512]))[1]
+    assert (peak.event, peak.num_bytes, peak.tensors[0].num_bytes) == (1, 1536, 1024)
 
 
 def test_an_empty_trace_is_refused() -> None:

@@ -1,14 +1,16 @@
 """The rules of `CachingAllocator` that are at work in an allocator as it comes, on one stream, in one tight loop.
 
-Reserved memory alone is followed event by event; what is allocated is summed up afterwards from the sizes of the
-blocks. Sizes and addresses are counted in units of 512 bytes. tests/memory/test_plain_replay.py holds it against the
-allocator that knows all rules.
+The loop is written twice: in C (_plain_replay.c), and in Python for where no compiler was at hand when fitune was
+installed. Sizes and addresses are counted in units of 512 bytes. tests/memory/test_plain_replay.py holds both loops
+against the allocator that knows all rules.
 """
 
 from bisect import bisect_left, insort
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
+import numpy.typing as npt
 
 from fitune.memory.allocator import (
     MIN_BLOCK_BYTES,
@@ -20,8 +22,8 @@ from fitune.memory.allocator import (
 from fitune.memory.allocator_config import AllocatorConfig
 from fitune.trace.recording import Integers
 
+NO_LIMIT = 1 << 62
 _ADDRESS_BITS = 40
-_ADDRESS_MASK = (1 << _ADDRESS_BITS) - 1
 _SMALL = SMALL_BYTES // MIN_BLOCK_BYTES
 _SMALL_SEGMENT = SMALL_SEGMENT_BYTES // MIN_BLOCK_BYTES
 _MIN_LARGE = MIN_LARGE_ALLOCATION_BYTES // MIN_BLOCK_BYTES
@@ -31,14 +33,13 @@ _ROUND_LARGE = ROUND_LARGE_BYTES // MIN_BLOCK_BYTES
 
 @dataclass(frozen=True)
 class PlainReplay:
-    """Up to the first allocation that fails. block_bytes: of each event's block, 0 where it made none. reserved_at,
-    reserved_bytes: reserved memory from which event on. retries_at: the events for which the cache was emptied.
+    """Up to the first allocation that fails, that one included. allocated_changes: by how many bytes each event changed
+    what is allocated. reserved_bytes: after each event. retries_at: the events for which the cache was emptied.
     failed_at: the event that failed."""
 
-    block_bytes: Integers
-    reserved_at: list[int]
-    reserved_bytes: list[int]
-    retries_at: list[int]
+    allocated_changes: Integers
+    reserved_bytes: Integers
+    retries_at: Integers
     failed_at: int | None
 
 
@@ -62,16 +63,47 @@ def is_plain(config: AllocatorConfig) -> bool:
 def replay_plain(storage: Integers, requested: Integers, *, limit_bytes: int | None) -> PlainReplay:
     """storage, requested: of the events; a free has minus its bytes, 0 bytes empty the cache. A storage is a number
     from 0 on, allocated once. limit_bytes: of reserved memory."""
-    limit = None if limit_bytes is None else limit_bytes // MIN_BLOCK_BYTES
+    num_events = len(requested)
+    allocated_changes, reserved_bytes = np.zeros((2, num_events), dtype=np.int64)
+    is_retried = np.zeros(num_events, dtype=np.bool_)
+    num_done = replay_loop(
+        storage,
+        requested,
+        allocated_changes=allocated_changes,
+        reserved_bytes=reserved_bytes,
+        is_retried=is_retried,
+        num_storages=int(storage.max(initial=-1)) + 1,
+        limit=NO_LIMIT if limit_bytes is None else limit_bytes // MIN_BLOCK_BYTES,
+    )
+    return PlainReplay(
+        allocated_changes=allocated_changes[: num_done + 1],
+        reserved_bytes=reserved_bytes[: num_done + 1],
+        retries_at=np.flatnonzero(is_retried),
+        failed_at=num_done if num_done < num_events else None,
+    )
+
+
+def replay_in_python(
+    storage: Integers,
+    requested: Integers,
+    *,
+    allocated_changes: Integers,
+    reserved_bytes: Integers,
+    is_retried: npt.NDArray[np.bool_],
+    num_storages: int,
+    limit: int,
+) -> int:
+    """How many events were carried out: all, or those before the one that failed. Writes
+    `allocated_changes`, `reserved_bytes` and `is_retried`, which are zeros before. limit: units."""
     small: list[int] = []  # free blocks, size << 40 | address
     large: list[int] = []
     free: dict[int, _Block] = {}
-    blocks: list[_Block | None] = [None] * (int(storage.max(initial=-1)) + 1)
+    blocks: list[_Block | None] = [None] * num_storages
     spare: list[_Block] = []  # absorbed by a neighbour: the next ones to be cut off
-    block_units = [0] * len(requested)
+    changes = [0] * len(requested)
     reserved = next_address = 0
-    reserved_at, reserved_bytes, retries_at = [0], [0], []
-    failed_at = None
+    num_done = len(requested)
+    reserved_from = [(0, 0)]  # which event on
 
     def empty_cache() -> int:
         """Units given back."""
@@ -93,17 +125,15 @@ def replay_plain(storage: Integers, requested: Integers, *, limit_bytes: int | N
                     segment = _SMALL_SEGMENT
                 else:
                     segment = _LARGE_SEGMENT if size < _MIN_LARGE else -(-size // _ROUND_LARGE) * _ROUND_LARGE
-                if limit is not None and reserved + segment > limit:
+                if reserved + segment > limit:
                     reserved -= empty_cache()
-                    retries_at.append(i)
+                    is_retried[i] = True
                     if reserved + segment > limit:
-                        failed_at = i
-                if failed_at is None:
-                    reserved += segment
-                reserved_at.append(i)
-                reserved_bytes.append(reserved * MIN_BLOCK_BYTES)
-                if failed_at is not None:
-                    break
+                        num_done = i
+                        reserved_from.append((i, reserved))
+                        break
+                reserved += segment
+                reserved_from.append((i, reserved))
                 block = _Block(next_address, segment, pool, None, None)
                 at = len(pool)
                 pool.append(segment << _ADDRESS_BITS | next_address)
@@ -133,12 +163,13 @@ def replay_plain(storage: Integers, requested: Integers, *, limit_bytes: int | N
                 del pool[at]
                 size = block.num_units
             blocks[name] = block
-            block_units[i] = size
+            changes[i] = size
         elif size < 0:
             found = blocks[name]
             if found is None:
                 continue
             blocks[name] = None
+            changes[i] = -found.num_units
             block, pool, at = found, found.pool, -1
             before, after = block.before, block.after
             if before is not None and before.is_free:
@@ -177,12 +208,14 @@ def replay_plain(storage: Integers, requested: Integers, *, limit_bytes: int | N
                 insort(pool, key, at)
         else:
             reserved -= empty_cache()
-            reserved_at.append(i)
-            reserved_bytes.append(reserved * MIN_BLOCK_BYTES)
-    return PlainReplay(
-        block_bytes=np.array(block_units, dtype=np.int64) * MIN_BLOCK_BYTES,
-        reserved_at=reserved_at,
-        reserved_bytes=reserved_bytes,
-        retries_at=retries_at,
-        failed_at=failed_at,
-    )
+            reserved_from.append((i, reserved))
+    allocated_changes[:] = np.array(changes, dtype=np.int64) * MIN_BLOCK_BYTES
+    for (i, reserved), (end, _) in pairwise([*reserved_from, (num_done + 1, 0)]):
+        reserved_bytes[i:end] = reserved * MIN_BLOCK_BYTES
+    return num_done
+
+
+try:
+    from fitune.memory._plain_replay import replay as replay_loop
+except ImportError:
+    replay_loop = replay_in_python

@@ -10,7 +10,7 @@ from fitune.memory.allocator import MIN_BLOCK_BYTES
 from fitune.memory.devices import Device
 from fitune.memory.replay import FailedAllocation, ReplaySettings
 from fitune.memory.replay import replay as replay_trace
-from fitune.memory.timeline import Living, Peak, timeline
+from fitune.memory.timeline import Living, Peak, step_peaks
 from fitune.trace.events import Category, MemoryTrace, Phase
 
 
@@ -107,11 +107,11 @@ def predict_steps(trace: MemoryTrace, settings: PredictSettings, steps: Sequence
     against the limit, for all steps at once."""
     device = settings.device
     if device is not None and device.kind == "cpu":
-        peaks = timeline(trace, steps=steps).step_peaks
+        peaks = step_peaks(trace, steps)
         return [_on_cpu(peaks[step], trace, device) for step in steps]
     unlimited = ReplaySettings(allocator=settings.allocator, warm_up_bytes=settings.warm_up_bytes)
     result = replay_trace(trace, unlimited)
-    peaks = timeline(trace, block_bytes=result.block_bytes, steps=steps).step_peaks
+    peaks = step_peaks(trace, steps, allocated_changes=result.allocated_changes)
     if device is None:
         return [_of_step(result.step_peaks[step][1], trace, None, peaks[step]) for step in steps]
     context = device.context.expected_bytes if device.context else 0

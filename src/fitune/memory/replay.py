@@ -5,9 +5,8 @@ they hold, one line a file. Exit status 0: all match, 1: a mismatch, 2: a file t
 """
 
 import sys
-from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
@@ -58,8 +57,9 @@ class ReplayResult:
     which they are reset when it begins (None when the replay stopped before it).
 
     peak_event: index of the event with the first of the highest allocated memory; None when there was none.
-    block_bytes: by storage, what its allocation added to the allocated bytes. step_peaks: by step, (allocated,
-    reserved) of that step, for which the peaks are reset when it begins. step_retries: num_alloc_retries at its end.
+    allocated_changes: by how many bytes each event that was replayed changed what is allocated. step_peaks: by step,
+    (allocated, reserved) of that step, for which the peaks are reset when it begins. step_retries: num_alloc_retries at
+    its end.
     """
 
     peak_allocated_bytes: int
@@ -70,7 +70,7 @@ class ReplayResult:
     num_ooms: int
     peak_event: int | None
     first_oom: FailedAllocation | None
-    block_bytes: Mapping[int, int]
+    allocated_changes: Integers = field(compare=False)
     step_peaks: Mapping[int, tuple[int, int]]
     step_retries: Mapping[int, int]
 
@@ -107,9 +107,8 @@ def number_storages(storage: Integers) -> Integers:
 def _replay_by_all_rules(columns: EventColumns, settings: ReplaySettings, allocator: CachingAllocator) -> ReplayResult:
     last_step = int(columns.step.max()) if len(columns.step) else 0
     addresses: dict[int, int] = {}
-    block_bytes: dict[int, int] = {}
+    allocated: list[int] = []  # after each event
     failures: list[FailedAllocation] = []
-    highest, peak_event = 0, None
     step_peaks: dict[int, tuple[int, int]] = {}
     step_retries: dict[int, int] = {}
     current_step = 0
@@ -136,19 +135,16 @@ def _replay_by_all_rules(columns: EventColumns, settings: ReplaySettings, alloca
         if step != current_step:
             end_step()
             current_step = step
-        if num_bytes == 0:
-            allocator.empty_cache()
-            continue
-        if num_bytes < 0:
+        if num_bytes > 0:
+            addresses[storage] = allocate(i, num_bytes, stream)
+        elif num_bytes < 0:
             allocator.free(addresses.pop(storage, 0))
-            continue
-        before = allocator.allocated_bytes
-        addresses[storage] = allocate(i, num_bytes, stream)
-        block_bytes[storage] = allocator.allocated_bytes - before
-        if allocator.allocated_bytes > highest:
-            highest, peak_event = allocator.allocated_bytes, i
+        else:
+            allocator.empty_cache()
+        allocated.append(allocator.allocated_bytes)
     end_step()
     of_last = step_peaks.get(last_step, (None, None))
+    totals: Integers = np.array([0, *allocated], dtype=np.int64)
     return ReplayResult(
         peak_allocated_bytes=max(allocated for allocated, _ in step_peaks.values()),
         peak_reserved_bytes=max(reserved for _, reserved in step_peaks.values()),
@@ -156,9 +152,9 @@ def _replay_by_all_rules(columns: EventColumns, settings: ReplaySettings, alloca
         last_step_peak_reserved_bytes=of_last[1],
         num_alloc_retries=allocator.num_alloc_retries,
         num_ooms=allocator.num_ooms,
-        peak_event=peak_event,
+        peak_event=int(np.argmax(allocated)) if any(allocated) else None,
         first_oom=failures[0] if failures else None,
-        block_bytes=block_bytes,
+        allocated_changes=totals[1:] - totals[:-1],
         step_peaks=step_peaks,
         step_retries=step_retries,
     )
@@ -174,24 +170,26 @@ def _replay_plain(columns: EventColumns, settings: ReplaySettings, allocator: Ca
     if num_events == 0:
         return _replay_by_all_rules(columns, settings, allocator)
     warm_up = [settings.warm_up_bytes, -settings.warm_up_bytes] if settings.warm_up_bytes else []
-    storage = np.concatenate([[0] * len(warm_up), number_storages(columns.storage[:num_events]) + 1]).astype(np.int64)
-    requested = np.concatenate([warm_up, columns.num_bytes[:num_events]]).astype(np.int64)
+    first = len(warm_up)
+    storage, requested, step = (
+        np.concatenate([np.array(before, dtype=np.int64), column[:num_events]])
+        for before, column in (
+            ([0] * first, number_storages(columns.storage) + 1),
+            (warm_up, columns.num_bytes),
+            ([0] * first, columns.step),
+        )
+    )
     done = replay_plain(storage, requested, limit_bytes=min(limits, default=None))
-    first, end = len(warm_up), len(storage) if done.failed_at is None else done.failed_at + 1
-    born = requested[:end] > 0
-    blocks = np.zeros(int(storage.max()) + 1, dtype=np.int64)
-    blocks[storage[:end][born]] = done.block_bytes[:end][born]
-    allocated = np.cumsum(np.sign(requested[:end]) * blocks[storage[:end]])
-    changes = np.searchsorted(done.reserved_at, np.arange(end), side="right") - 1
-    reserved = np.array(done.reserved_bytes)[changes]
-    step = np.concatenate([[0] * first, columns.step[: max(end - first, 0)]]).astype(np.int64)
+    allocated, reserved = np.cumsum(done.allocated_changes), done.reserved_bytes
+    end = len(reserved)
+    step = step[:end]
     cuts = np.flatnonzero(np.diff(step)) + 1
     step_peaks, step_retries = {0: (0, 0)}, {0: 0}
     for begin, stop in pairwise([0, *cuts.tolist(), end]):
         since = slice(max(begin - 1, 0), stop)  # a peak is reset to what there is
         peaks = int(allocated[since].max()), int(reserved[since].max())
         step_peaks[int(step[begin])] = peaks
-        step_retries[int(step[begin])] = bisect_left(done.retries_at, stop)
+        step_retries[int(step[begin])] = int(np.searchsorted(done.retries_at, stop))
     live = allocated[first:]
     failure = None
     if done.failed_at is not None:
@@ -209,13 +207,7 @@ def _replay_plain(columns: EventColumns, settings: ReplaySettings, allocator: Ca
         num_ooms=int(failure is not None),
         peak_event=int(np.argmax(live)) if len(live) and live.max() > 0 else None,
         first_oom=failure,
-        block_bytes=dict(
-            zip(
-                columns.storage[: end - first][born[first:]].tolist(),
-                done.block_bytes[first:end][born[first:]].tolist(),
-                strict=True,
-            )
-        ),
+        allocated_changes=done.allocated_changes[first:],
         step_peaks=step_peaks,
         step_retries=step_retries,
     )

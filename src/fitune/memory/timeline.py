@@ -3,13 +3,12 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 
 import numpy as np
-import numpy.typing as npt
 
 from fitune.errors import UsageError
 from fitune.trace.events import CATEGORIES, Category, EventColumns, MemoryTrace, Phase
+from fitune.trace.recording import Integers
 
 NUM_TOP = 10
 
@@ -40,55 +39,54 @@ class Peak:
 
 @dataclass(frozen=True)
 class MemoryTimeline:
-    """categories: live bytes after each event, int64 [events]; total_bytes is their sum. peak: of the whole trace.
-    step_peaks: of each step that was asked for; last_step_peak: of the last one."""
+    """categories: live bytes after each event, int64 [events]; total_bytes is their sum. peak: of the whole trace;
+    last_step_peak: of the last step."""
 
-    categories: Mapping[Category, npt.NDArray[np.int64]]
-    total_bytes: npt.NDArray[np.int64]
+    categories: Mapping[Category, Integers]
+    total_bytes: Integers
     peak: Peak
     last_step_peak: Peak
-    step_peaks: Mapping[int, Peak]
 
 
-def timeline(
-    trace: MemoryTrace, *, block_bytes: Mapping[int, int] | None = None, steps: Sequence[int] = ()
-) -> MemoryTimeline:
-    """Live bytes over the trace's events. block_bytes: what each storage took in an allocator (`ReplayResult`); without
-    it the requested bytes are counted. Raises UsageError for a trace without events."""
-    if not trace.events:
-        raise UsageError("the trace holds no event: nothing was allocated while it was recorded")
-    columns = trace.columns()
+def timeline(trace: MemoryTrace) -> MemoryTimeline:
+    """Live bytes over the trace's events, as requested. Raises UsageError for a trace without events."""
+    columns = _columns(trace)
     sizes = columns.num_bytes
-    if block_bytes is not None:
-        block = np.zeros(int(columns.storage.max()) + 1, dtype=np.int64)
-        block[list(block_bytes)] = list(block_bytes.values())
-        sizes = np.where(sizes > 0, 1, -1) * block[columns.storage]
-    categories = {
-        category: np.cumsum(np.where(columns.category == number, sizes, 0))
-        for number, category in enumerate(CATEGORIES)
-    }
     total_bytes = np.cumsum(sizes)
     last_step = int(columns.step.max())
-
-    @cache
-    def peak_at(index: int) -> Peak:
-        return _peak(trace, columns, sizes, index)
-
-    def peak_of(step: int) -> Peak:
-        inside = np.flatnonzero(columns.step == step)
-        return peak_at(int(inside[np.argmax(total_bytes[inside])]))
-
-    step_peaks = {step: peak_of(step) for step in {last_step, *steps}}
     return MemoryTimeline(
-        categories=categories,
+        categories={
+            category: np.cumsum(np.where(columns.category == number, sizes, 0))
+            for number, category in enumerate(CATEGORIES)
+        },
         total_bytes=total_bytes,
-        peak=peak_at(int(np.argmax(total_bytes))),
-        last_step_peak=step_peaks[last_step],
-        step_peaks=step_peaks,
+        peak=_peak(trace, columns, sizes, int(np.argmax(total_bytes))),
+        last_step_peak=step_peaks(trace, (last_step,))[last_step],
     )
 
 
-def _peak(trace: MemoryTrace, columns: EventColumns, sizes: npt.NDArray[np.int64], index: int) -> Peak:
+def step_peaks(
+    trace: MemoryTrace, steps: Sequence[int], *, allocated_changes: Integers | None = None
+) -> dict[int, Peak]:
+    """Of each of these steps. allocated_changes: what the events did in an allocator (`ReplayResult`); without it the
+    requested bytes are counted. Raises UsageError for a trace without events."""
+    columns = _columns(trace)
+    sizes = columns.num_bytes if allocated_changes is None else allocated_changes
+    total_bytes = np.cumsum(sizes)
+    peaks = {}
+    for step in steps:
+        inside = np.flatnonzero(columns.step == step)
+        peaks[step] = _peak(trace, columns, sizes, int(inside[np.argmax(total_bytes[inside])]))
+    return peaks
+
+
+def _columns(trace: MemoryTrace) -> EventColumns:
+    if not trace.events:
+        raise UsageError("the trace holds no event: nothing was allocated while it was recorded")
+    return trace.columns()
+
+
+def _peak(trace: MemoryTrace, columns: EventColumns, sizes: Integers, index: int) -> Peak:
     is_birth = columns.num_bytes[: index + 1] > 0
     born = np.flatnonzero(is_birth)
     alive = born[~np.isin(columns.storage[born], columns.storage[: index + 1][~is_birth])]
