@@ -2,18 +2,19 @@
 
 A branch, a count or a shape that depends on data gets an answer from what is known about the tensor's origin: a sum of
 ones is a count, indices made by topk are a router's choice, `isfinite` is true. Each kind of answer that was used is
-named once in `MemoryTrace.source`. Where a loop has told the data of its batch (`tell_data`), what is computed from
-that alone is computed, and nothing is assumed.
+named once in `MemoryTrace.source`. Where the data is known, because a loop told it (`tell_data`) or made it on the host
+(`placement`), what is computed from that alone is computed, and nothing is assumed.
 """
 
 import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils._pytree import tree_any, tree_map_only
+from torch.utils._pytree import tree_any, tree_leaves, tree_map_only
 
 from fitune.trace.shapes import ShapeMemory
 
@@ -74,9 +75,24 @@ _SAME_ELEMENTS = {
 _TRUTH = {aten.isfinite: 1.0, aten.isnan: 0.0, aten.isinf: 0.0, aten.all: 1.0, aten.ne: 1.0}
 
 
+MOST_KNOWN_ELEMENTS = 2**20
+"""Larger tensors are computed as shapes alone: indices, lengths and masks are smaller, and a batch of pixels decides
+nothing."""
+
+
 def tell_data(tensor: torch.Tensor, data: torch.Tensor) -> None:
-    """The values that a fake tensor of a batch stands for: a mask without padding, the places of packed rows."""
+    """The values that a fake tensor of a batch stands for: a mask without padding, the places of packed rows. Operators
+    that write into the tensor write into `data`."""
     tensor._fitune_data = data  # type: ignore[attr-defined]
+
+
+def tell_made(tensor: torch.Tensor, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """As `tell_data`, of a tensor that came from the factory call `func(*args, **kwargs)`."""
+    if not isinstance(tensor, FakeTensor) or _data(tensor) is not None or tensor.numel() > MOST_KNOWN_ELEMENTS:
+        return
+    if not tree_any(lambda value: isinstance(value, torch.Tensor) and _data(value) is None, (args, kwargs)):
+        with torch.no_grad():
+            tell_data(tensor, _on_data(func, args, {**kwargs, "requires_grad": False}))
 
 
 class Assumptions:
@@ -106,7 +122,7 @@ class Assumptions:
         try:
             result = self._shapes.call(func, args, kwargs)
         except (DataDependentOutputException, DynamicOutputShapeException):
-            result = self._of_full_size(func, args)
+            result = _like(_on_data(func, args, kwargs)) if _is_known(args, kwargs) else self._of_full_size(func, args)
         self._note_origin(packet, args, kwargs, result)
         _compute_data(func, args, kwargs, result)
         return result
@@ -196,7 +212,9 @@ class Assumptions:
             found: torch.Tensor = func(tensor)
             return found
         except DynamicOutputShapeException:
-            return torch.empty((self._count(tensor), tensor.dim()), dtype=torch.int64, device=tensor.device)
+            found = torch.empty((self._count(tensor), tensor.dim()), dtype=torch.int64, device=tensor.device)
+            _compute_data(func, (tensor,), {}, found)
+            return found
 
     def _count(self, mask: torch.Tensor) -> int:
         """How many elements of a mask are taken to be true."""
@@ -256,31 +274,70 @@ def _grouped_mm(a: torch.Tensor, b: torch.Tensor, offsets: torch.Tensor | None) 
     return torch.empty_strided(shape, strides, dtype=a.dtype, device=a.device)
 
 
+def _like(data: Any) -> Any:
+    """Fake tensors of such shapes."""
+    return tree_map_only(torch.Tensor, lambda each: torch.empty(each.shape, dtype=each.dtype), data)
+
+
 def _data(tensor: torch.Tensor) -> torch.Tensor | None:
-    return getattr(tensor, "_fitune_data", None)
+    if isinstance(tensor, FakeTensor):
+        return getattr(tensor, "_fitune_data", None)
+    return tensor if tensor.device.type == "cpu" else None
 
 
 def _compute_data(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-    """The result's data, where that of all tensors it is computed from is known."""
-    if args and isinstance(result, FakeTensor) and _is_known(args, kwargs):
-        if func._schema.is_mutable:
-            del result._fitune_data  # type: ignore[attr-defined]
-        else:
-            tell_data(result, _on_data(func, args, kwargs))
+    """The results' data, where that of all tensors they are computed from is known. What an operator writes into is
+    written for real too, or not known any longer."""
+    if not args:
+        return
+    results = [each for each in tree_leaves(result) if isinstance(each, torch.Tensor)]
+    if not all(isinstance(each, FakeTensor) for each in results):
+        return
+    written = _written(func, args) if func._schema.is_mutable else []
+    if not _is_known(args, kwargs) or sum(each.numel() for each in results) > MOST_KNOWN_ELEMENTS:
+        for each in written:
+            each.__dict__.pop("_fitune_data", None)
+        return
+    data = tree_leaves(_on_data(func, args, kwargs))
+    for each, its in zip(results, data, strict=True) if not written else ():
+        tell_data(each, its)
+
+
+def _written(func: Any, args: tuple[Any, ...]) -> list[torch.Tensor]:
+    pairs = zip(func._schema.arguments, args, strict=False)
+    return [
+        each
+        for argument, value in pairs
+        if argument.alias_info is not None and argument.alias_info.is_write
+        for each in tree_leaves(value)
+        if isinstance(each, FakeTensor)
+    ]
 
 
 def _is_known(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether there are fake tensors, and the data of all of them is known. The first is looked at first: nearly all
-    are unknown."""
+    """Whether there are tensors, and the data of all of them is known. The first is looked at first: nearly all are
+    unknown."""
     first = args[0][0] if isinstance(args[0], (list, tuple)) and args[0] else args[0]
-    if not isinstance(first, FakeTensor) or _data(first) is None:
+    if not isinstance(first, torch.Tensor) or _data(first) is None:
         return False
-    return not tree_any(lambda value: isinstance(value, FakeTensor) and _data(value) is None, (args, kwargs))
+    return not tree_any(lambda value: isinstance(value, torch.Tensor) and _data(value) is None, (args, kwargs))
 
 
 def _on_data(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     with _disable_current_modes():
-        return func(*tree_map_only(FakeTensor, _data, args), **tree_map_only(FakeTensor, _data, kwargs))
+        result = func(*tree_map_only(FakeTensor, _data, args), **tree_map_only(FakeTensor, _data, kwargs))
+        if "empty" in func.__name__:
+            result.zero_()  # what lies there by chance would be another prediction each time
+    return result
+
+
+def known_array(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
+    """As `tensor.numpy()`; zeros where the data is not known."""
+    data = _data(tensor)
+    if data is None:
+        data = torch.zeros(tensor.shape, dtype=tensor.dtype)
+    with _disable_current_modes():
+        return data.numpy()
 
 
 def _origin(tensor: torch.Tensor) -> _Origin | None:

@@ -80,6 +80,7 @@ def record_columns(
             model = build()
         if fake:
             stack.enter_context(_as_real_tensors(checks_indices=settings.target is None))
+            stack.enter_context(torch.random.fork_rng(devices=[]))  # what is drawn on the host is drawn for real
             shapes.serve(stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True)))
             fill(model)
         recorder.load(model)

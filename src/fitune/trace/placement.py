@@ -2,7 +2,8 @@
 
 A factory call without a device makes a host tensor, as it does in the real run; the device handed to the loop, or
 "cuda" in any spelling, means the card. What is computed from host tensors alone stays on the host. `.to(device)` of a
-host tensor is an allocation on the card, `.cpu()` of a card's tensor none.
+host tensor is an allocation on the card, `.cpu()` of a card's tensor none. Host tensors have their true values as far
+as these come from the host alone: a loop that draws the rows of its batch draws them here too.
 """
 
 from collections.abc import Callable, Iterator
@@ -10,14 +11,14 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
 
-from fitune.trace.recorder import Recorder
+from fitune.trace.assumptions import known_array, tell_made
+from fitune.trace.recorder import Place, Recorder
 
 CARD = torch.device("cpu")  # what stands for the card; a loop's own "cpu" is a string, so the two can be told apart
 
@@ -35,8 +36,12 @@ class Placement(TorchFunctionMode):
         if func in self._constructors:
             device = kwargs.get("device")
             kwargs = {**kwargs, "device": _as_cpu(device)} if device is not None else kwargs
-            with self._recorder.placing("card" if _is_card(device) else "host"):
-                return func(*args, **kwargs)
+            place: Place = "card" if _is_card(device) else "host"
+            with self._recorder.placing(place):
+                made = func(*args, **kwargs)
+            if place == "host":
+                tell_made(made, func, args, kwargs)
+            return made
         if func is Tensor.to:
             return self._to(args[0], args[1:], kwargs)
         if func is Tensor.cuda:
@@ -46,7 +51,7 @@ class Placement(TorchFunctionMode):
         if func is Tensor.pin_memory:
             return args[0]
         if func is Tensor.numpy and isinstance(args[0], FakeTensor):
-            return np.zeros(args[0].shape, dtype=torch.empty(0, dtype=args[0].dtype, device="meta").numpy().dtype)
+            return known_array(args[0])
         return func(*args, **kwargs)
 
     def _to(self, tensor: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
