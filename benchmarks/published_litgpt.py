@@ -1,14 +1,14 @@
 """LitGPT's LoRA fine-tuning as its resource table of October 2023 measured it (tutorials/resource-tables.md).
 
-The model's arithmetic is that of lit_gpt's model.py, lora.py and rmsnorm.py of that time: queries, keys and values of one
-product, adapters of rank 8 on queries and values whose sum is scattered into a tensor as wide as all three, rotary
+The model's arithmetic is that of lit_gpt's model.py, lora.py and rmsnorm.py of that time: queries, keys and values of
+one product, adapters of rank 8 on queries and values whose sum is scattered into a tensor as wide as all three, rotary
 tables in float32. The script's first iteration takes the longest row of the data, and Lightning's 16-bit precision
 hands the logits, computed 128 positions at a time, back in float32.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -93,11 +93,9 @@ class Layer(nn.Module):
 
     def mlp(self, x: Tensor) -> Tensor:
         if self.fc_2 is None:
-            out: Tensor = self.down(F.gelu(self.fc_1(x)))
-            return out
+            return cast(Tensor, self.down(F.gelu(self.fc_1(x))))
         first, second = self.fc_1(x), self.fc_2(x)
-        out = self.down(F.silu(first) * second)
-        return out
+        return cast(Tensor, self.down(F.silu(first) * second))
 
     def attend(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         batch, length, hidden = x.shape
@@ -107,8 +105,7 @@ class Layer(nn.Module):
         turned = cos.shape[-1]
         q, k = (torch.cat((_turn(part[..., :turned], cos, sin), part[..., turned:]), dim=-1) for part in (q, k))
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=size**-0.5)
-        attended: Tensor = self.proj(out.transpose(1, 2).reshape(batch, length, hidden))
-        return attended
+        return cast(Tensor, self.proj(out.transpose(1, 2).reshape(batch, length, hidden)))
 
 
 def _norm(sizes: Sizes) -> nn.Module:

