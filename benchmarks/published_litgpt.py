@@ -17,7 +17,6 @@ from torch import Tensor, nn
 Step = Callable[[], Any]
 RANK, ALPHA, DROPOUT = 8, 16, 0.05
 LOGIT_POSITIONS = 128
-MICRO_BATCHES = 2  # of 128 rows a step; the longest row is in the first, the others are shorter
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,27 +140,24 @@ class LitGPT(nn.Module):
 
 
 def loop(batch: int, length: int) -> Callable[[nn.Module, torch.device], Step]:
-    """One optimizer step, whose first micro-batch has the longest row."""
+    """The first micro-batch of a step, which has the longest row, and the optimizer's part."""
 
     def set_up(model: nn.Module, device: torch.device) -> Step:
         model.train()
         optimizer = torch.optim.AdamW(parameter for parameter in model.parameters() if parameter.requires_grad)
 
         def step() -> None:
-            for _ in range(MICRO_BATCHES):
-                ids, targets = (torch.zeros((batch, length), dtype=torch.int64).to(device) for _ in range(2))
-                logits = [part.float() for part in model(ids)]
-                logits[-1] = logits[-1][..., :-1, :]
-                parts = zip(logits, targets[..., 1:].split(logits[0].shape[1], dim=1), strict=True)
-                losses = [
-                    F.cross_entropy(
-                        part.reshape(-1, part.shape[-1]), target.reshape(-1), ignore_index=-1, reduction="none"
-                    )
-                    for part, target in parts
-                ]
-                loss = torch.cat(losses).mean()
-                (loss / 128).backward()
-                loss.item()
+            ids, targets = (torch.zeros((batch, length), dtype=torch.int64).to(device) for _ in range(2))
+            logits = [part.float() for part in model(ids)]
+            logits[-1] = logits[-1][..., :-1, :]
+            parts = zip(logits, targets[..., 1:].split(logits[0].shape[1], dim=1), strict=True)
+            losses = [
+                F.cross_entropy(part.reshape(-1, part.shape[-1]), target.reshape(-1), ignore_index=-1, reduction="none")
+                for part, target in parts
+            ]
+            loss = torch.cat(losses).mean()
+            (loss / 128).backward()
+            loss.item()
             optimizer.step()
             optimizer.zero_grad()
 

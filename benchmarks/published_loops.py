@@ -637,7 +637,10 @@ def _litgpt(row: Row) -> Expressed:
         gpu="A100 40GB",
         known=False,
         num_steps=1,
-        assumed=("the model code of neighbouring commits", "the peak is in the first step, which has the longest row"),
+        assumed=(
+            "the model code of neighbouring commits",
+            "the peak is in the first micro-batch, which has the longest row",
+        ),
     )
 
 

@@ -175,6 +175,15 @@ def train(lengths: list[int] | None = None) -> Callable[[nn.Module, torch.device
     return loop
 
 
+def test_generation_ends_at_its_length() -> None:
+    def loop(model: nn.Module, device: torch.device) -> Step:
+        ids = torch.ones((2, 4), dtype=torch.int64, device=device)
+        return lambda: model.generate(ids, max_new_tokens=3, do_sample=False, eos_token_id=2, pad_token_id=0)
+
+    token = 2 * 256 * 2  # of two rows
+    assert births(record(loop, llama("sdpa")), "aten.embedding") == [4 * token, token, token]
+
+
 def test_flash_attention_2_is_recorded_where_its_package_is_not_installed() -> None:
     whole = births(record(train(), llama("flash_attention_2")), "_scaled_dot_product_flash_attention_backward")
     assert whole == births(record(train(), llama("sdpa")), "_scaled_dot_product_flash_attention_backward")

@@ -74,6 +74,8 @@ _SAME_ELEMENTS = {
 }
 _TRUTH = {aten.isfinite: 1.0, aten.isnan: 0.0, aten.isinf: 0.0, aten.all: 1.0, aten.ne: 1.0}
 
+_DECIDED_BY = {aten.bitwise_or: 1.0, aten.logical_or: 1.0, aten.bitwise_and: 0.0, aten.logical_and: 0.0}
+"""The element that decides alone: generation is over where it is long enough, whatever its tokens are."""
 
 MOST_KNOWN_ELEMENTS = 2**20
 """Larger tensors are computed as shapes alone: indices, lengths and masks are smaller, and a batch of pixels decides
@@ -148,12 +150,20 @@ class Assumptions:
         router = None if origin is None else origin.router
         if packet in _SAME_ELEMENTS:
             return origin
+        if packet is aten.full and result.dtype == torch.bool:
+            return _Origin(float(args[1]))
+        if packet in _DECIDED_BY and len(args) > 1 and isinstance(args[1], torch.Tensor):
+            decisive, other = _DECIDED_BY[packet], _origin(args[1])
+            means = [each.mean for each in (origin, other) if each is not None]
+            return _Origin(decisive) if decisive in means else None
         if packet in (aten.scatter_, aten.scatter) and (index := _origin(args[2])) is not None and index.router:
             return _Origin(self._share(index.router), index.router)  # one-hot
         if packet in _TRUTH:
             return _Origin(_TRUTH[packet], router)
         if packet is aten.eq:
-            return _Origin(self._share(router) if router else 0.0, router)
+            with_zero = not isinstance(args[1], torch.Tensor) and args[1] == 0
+            both_zero = with_zero and origin is not None and origin.mean == 0.0
+            return _Origin(self._share(router) if router else float(both_zero), router)
         if packet in (aten.sum, aten.count_nonzero, aten.any) and isinstance(result, torch.Tensor) and result.numel():
             mean = 1.0 if origin is None or origin.mean is None else origin.mean
             total = mean * first.numel() / result.numel()
@@ -295,6 +305,9 @@ def _compute_data(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], resu
     if not all(isinstance(each, FakeTensor) for each in results):
         return
     written = _written(func, args) if func._schema.is_mutable else []
+    for each in written:
+        if each.dtype == torch.bool and (origin := _origin(each)) is not None and origin.router is None:
+            del each._fitune_origin  # type: ignore[attr-defined]
     if not _is_known(args, kwargs) or sum(each.numel() for each in results) > MOST_KNOWN_ELEMENTS:
         for each in written:
             each.__dict__.pop("_fitune_data", None)
