@@ -1,6 +1,6 @@
 """The training loops behind the published measurements, each written after what its source says about it.
 
-`express(row)` turns a row of data/published.json into something that can be recorded, or says why it cannot be.
+`express(row)` turns a row of data/published*.json into something that can be recorded, or says why it cannot be.
 Models are our own or transformers' classes with the row's sizes; there are no weights. What the source leaves open is
 listed in `Expressed.assumed`. Nothing here is fitted: a loop fact comes from the row's notes or from what the
 libraries of the row's version do.
@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import published_bert
+import published_litgpt
 from fitune.model.quantise import NF4Linear, quantise, share_tables
 
 Row = dict[str, Any]
@@ -613,9 +615,40 @@ def _trainer_loop(model: nn.Module, device: torch.device, *, row: Row, compute_l
     return step
 
 
+# ---- others, with models of their own files -------------------------------------------------------------------------
+
+
+def _bert(row: Row) -> Expressed:
+    return Expressed(
+        build=partial(published_bert.build, row),
+        loop=partial(published_bert.loop, row),
+        gpu="V100 16GB",
+        known=False,
+        attention="eager",
+        assumed=("today's BERT is that of January 2022", "PyTorch's AdamW for that of transformers, which is gone"),
+    )
+
+
+def _litgpt(row: Row) -> Expressed:
+    sizes = published_litgpt.SIZES[row["model"]]
+    return Expressed(
+        build=lambda: published_litgpt.LitGPT(sizes, row["seq"]),
+        loop=published_litgpt.loop(row["batch"], row["seq"]),
+        gpu="A100 40GB",
+        known=False,
+        num_steps=1,
+        assumed=(
+            "the model code of neighbouring commits",
+            "the peak is in the first micro-batch, which has the longest row",
+        ),
+    )
+
+
 _SOURCES: dict[str, Callable[[Row], Expressed | NotExpressed]] = {
     "minimind795": _minimind,
     "nanogpt": _nanogpt,
     "a6000": _a6000,
     "fms": _fms,
+    "bert": _bert,
+    "litgpt": _litgpt,
 }

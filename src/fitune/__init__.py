@@ -127,11 +127,14 @@ def predict_loop(
     device = find_device(gpu) if gpu is not None else next(iter(this_machine()), cpu_device())
     target = None
     if device.kind == "cuda":
-        target = CudaTarget(device.compute_capability or (8, 0), attention)
+        target = CudaTarget(device.compute_capability or (8, 0), attention, device.name, device.total_bytes)
+
+    def on_card(model: "torch.nn.Module", stand_in: "torch.device") -> Callable[[], Any]:
+        return loop(model, stand_in if target is None else type(stand_in)("cuda"))
 
     def predict_routed(routing: Routing) -> "Prediction":
         settings = RecordSettings(target=target, num_steps=num_steps, routing=routing)
-        return predict(record_loop(build, loop, settings), PredictSettings(device=device))
+        return predict(record_loop(build, on_card, settings), PredictSettings(device=device))
 
     prediction = predict_routed(routing)
     if prediction.device_interval is None or not any(line.startswith(ROUTED) for line in prediction.assumptions):

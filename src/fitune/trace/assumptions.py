@@ -2,18 +2,19 @@
 
 A branch, a count or a shape that depends on data gets an answer from what is known about the tensor's origin: a sum of
 ones is a count, indices made by topk are a router's choice, `isfinite` is true. Each kind of answer that was used is
-named once in `MemoryTrace.source`. Where a loop has told the data of its batch (`tell_data`), what is computed from
-that alone is computed, and nothing is assumed.
+named once in `MemoryTrace.source`. Where the data is known, because a loop told it (`tell_data`) or made it on the host
+(`placement`), what is computed from that alone is computed, and nothing is assumed.
 """
 
 import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils._pytree import tree_any, tree_map_only
+from torch.utils._pytree import tree_any, tree_leaves, tree_map_only
 
 from fitune.trace.shapes import ShapeMemory
 
@@ -73,10 +74,27 @@ _SAME_ELEMENTS = {
 }
 _TRUTH = {aten.isfinite: 1.0, aten.isnan: 0.0, aten.isinf: 0.0, aten.all: 1.0, aten.ne: 1.0}
 
+_DECIDED_BY = {aten.bitwise_or: 1.0, aten.logical_or: 1.0, aten.bitwise_and: 0.0, aten.logical_and: 0.0}
+"""The element that decides alone: generation is over where it is long enough, whatever its tokens are."""
+
+MOST_KNOWN_ELEMENTS = 2**20
+"""Larger tensors are computed as shapes alone: indices, lengths and masks are smaller, and a batch of pixels decides
+nothing."""
+
 
 def tell_data(tensor: torch.Tensor, data: torch.Tensor) -> None:
-    """The values that a fake tensor of a batch stands for: a mask without padding, the places of packed rows."""
+    """The values that a fake tensor of a batch stands for: a mask without padding, the places of packed rows. Operators
+    that write into the tensor write into `data`."""
     tensor._fitune_data = data  # type: ignore[attr-defined]
+
+
+def tell_made(tensor: torch.Tensor, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """As `tell_data`, of a tensor that came from the factory call `func(*args, **kwargs)`."""
+    if not isinstance(tensor, FakeTensor) or _data(tensor) is not None or tensor.numel() > MOST_KNOWN_ELEMENTS:
+        return
+    if not tree_any(lambda value: isinstance(value, torch.Tensor) and _data(value) is None, (args, kwargs)):
+        with torch.no_grad():
+            tell_data(tensor, _on_data(func, args, {**kwargs, "requires_grad": False}))
 
 
 class Assumptions:
@@ -93,6 +111,7 @@ class Assumptions:
             return self._scalar(func, args[0])
         if packet is aten.nonzero:
             return self._nonzero(func, args[0])
+        called = args
         if packet in (aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_):
             args = (args[0], self._without_masks(args[1]), *args[2:])
         elif packet is aten.masked_select:
@@ -106,9 +125,9 @@ class Assumptions:
         try:
             result = self._shapes.call(func, args, kwargs)
         except (DataDependentOutputException, DynamicOutputShapeException):
-            result = self._of_full_size(func, args)
+            result = _like(_on_data(func, args, kwargs)) if _is_known(args, kwargs) else self._of_full_size(func, args)
         self._note_origin(packet, args, kwargs, result)
-        _compute_data(func, args, kwargs, result)
+        _compute_data(func, called, kwargs, result)
         return result
 
     # ---- origins ----
@@ -131,12 +150,20 @@ class Assumptions:
         router = None if origin is None else origin.router
         if packet in _SAME_ELEMENTS:
             return origin
+        if packet is aten.full and result.dtype == torch.bool:
+            return _Origin(float(args[1]))
+        if packet in _DECIDED_BY and len(args) > 1 and isinstance(args[1], torch.Tensor):
+            decisive, other = _DECIDED_BY[packet], _origin(args[1])
+            means = [each.mean for each in (origin, other) if each is not None]
+            return _Origin(decisive) if decisive in means else None
         if packet in (aten.scatter_, aten.scatter) and (index := _origin(args[2])) is not None and index.router:
             return _Origin(self._share(index.router), index.router)  # one-hot
         if packet in _TRUTH:
             return _Origin(_TRUTH[packet], router)
         if packet is aten.eq:
-            return _Origin(self._share(router) if router else 0.0, router)
+            with_zero = not isinstance(args[1], torch.Tensor) and args[1] == 0
+            both_zero = with_zero and origin is not None and origin.mean == 0.0
+            return _Origin(self._share(router) if router else float(both_zero), router)
         if packet in (aten.sum, aten.count_nonzero, aten.any) and isinstance(result, torch.Tensor) and result.numel():
             mean = 1.0 if origin is None or origin.mean is None else origin.mean
             total = mean * first.numel() / result.numel()
@@ -196,7 +223,9 @@ class Assumptions:
             found: torch.Tensor = func(tensor)
             return found
         except DynamicOutputShapeException:
-            return torch.empty((self._count(tensor), tensor.dim()), dtype=torch.int64, device=tensor.device)
+            found = torch.empty((self._count(tensor), tensor.dim()), dtype=torch.int64, device=tensor.device)
+            _compute_data(func, (tensor,), {}, found)
+            return found
 
     def _count(self, mask: torch.Tensor) -> int:
         """How many elements of a mask are taken to be true."""
@@ -256,31 +285,73 @@ def _grouped_mm(a: torch.Tensor, b: torch.Tensor, offsets: torch.Tensor | None) 
     return torch.empty_strided(shape, strides, dtype=a.dtype, device=a.device)
 
 
+def _like(data: Any) -> Any:
+    """Fake tensors of such shapes."""
+    return tree_map_only(torch.Tensor, lambda each: torch.empty(each.shape, dtype=each.dtype), data)
+
+
 def _data(tensor: torch.Tensor) -> torch.Tensor | None:
-    return getattr(tensor, "_fitune_data", None)
+    if isinstance(tensor, FakeTensor):
+        return getattr(tensor, "_fitune_data", None)
+    return tensor if tensor.device.type == "cpu" else None
 
 
 def _compute_data(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-    """The result's data, where that of all tensors it is computed from is known."""
-    if args and isinstance(result, FakeTensor) and _is_known(args, kwargs):
-        if func._schema.is_mutable:
-            del result._fitune_data  # type: ignore[attr-defined]
-        else:
-            tell_data(result, _on_data(func, args, kwargs))
+    """The results' data, where that of all tensors they are computed from is known. What an operator writes into is
+    written for real too, or not known any longer."""
+    if not args:
+        return
+    results = [each for each in tree_leaves(result) if isinstance(each, torch.Tensor)]
+    if not all(isinstance(each, FakeTensor) for each in results):
+        return
+    written = _written(func, args) if func._schema.is_mutable else []
+    for each in written:
+        if each.dtype == torch.bool and (origin := _origin(each)) is not None and origin.router is None:
+            del each._fitune_origin  # type: ignore[attr-defined]
+    if not _is_known(args, kwargs) or sum(each.numel() for each in results) > MOST_KNOWN_ELEMENTS:
+        for each in written:
+            each.__dict__.pop("_fitune_data", None)
+        return
+    data = tree_leaves(_on_data(func, args, kwargs))
+    for each, its in zip(results, data, strict=True) if not written else ():
+        tell_data(each, its)
+
+
+def _written(func: Any, args: tuple[Any, ...]) -> list[torch.Tensor]:
+    pairs = zip(func._schema.arguments, args, strict=False)
+    return [
+        each
+        for argument, value in pairs
+        if argument.alias_info is not None and argument.alias_info.is_write
+        for each in tree_leaves(value)
+        if isinstance(each, FakeTensor)
+    ]
 
 
 def _is_known(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether there are fake tensors, and the data of all of them is known. The first is looked at first: nearly all
-    are unknown."""
+    """Whether there are tensors, and the data of all of them is known. The first is looked at first: nearly all are
+    unknown."""
     first = args[0][0] if isinstance(args[0], (list, tuple)) and args[0] else args[0]
-    if not isinstance(first, FakeTensor) or _data(first) is None:
+    if not isinstance(first, torch.Tensor) or _data(first) is None:
         return False
-    return not tree_any(lambda value: isinstance(value, FakeTensor) and _data(value) is None, (args, kwargs))
+    return not tree_any(lambda value: isinstance(value, torch.Tensor) and _data(value) is None, (args, kwargs))
 
 
 def _on_data(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     with _disable_current_modes():
-        return func(*tree_map_only(FakeTensor, _data, args), **tree_map_only(FakeTensor, _data, kwargs))
+        result = func(*tree_map_only(FakeTensor, _data, args), **tree_map_only(FakeTensor, _data, kwargs))
+        if "empty" in func.__name__:
+            result.zero_()  # what lies there by chance would be another prediction each time
+    return result
+
+
+def known_array(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
+    """As `tensor.numpy()`; zeros where the data is not known."""
+    data = _data(tensor)
+    if data is None:
+        data = torch.zeros(tensor.shape, dtype=tensor.dtype)
+    with _disable_current_modes():
+        return data.numpy()
 
 
 def _origin(tensor: torch.Tensor) -> _Origin | None:

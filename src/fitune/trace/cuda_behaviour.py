@@ -8,7 +8,7 @@ showing it to a dispatch mode. Sources are files of PyTorch 2.13 unless another 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from math import ceil
 from typing import Any, Literal
@@ -34,10 +34,12 @@ _16_BIT = (torch.float16, torch.bfloat16)
 class CudaTarget:
     """The card that is recorded for. attention: "auto" follows PyTorch's own choice; "flash", "efficient" and "math"
     force one for `scaled_dot_product_attention`; "eager" says that the model itself materialises scores, so it
-    changes nothing here."""
+    changes nothing here. name, total_bytes: what a loop is told that asks."""
 
     compute_capability: tuple[int, int] = (8, 0)
     attention: Attention = "auto"
+    name: str = field(default="CUDA", compare=False)
+    total_bytes: int = field(default=0, compare=False)
 
 
 # ---- autocast -------------------------------------------------------------------------------------------------------
@@ -312,7 +314,7 @@ def _scaled_dot_product_attention(target: CudaTarget) -> Callable[..., Tensor]:
         if attn_mask is not None and attn_mask.dtype == torch.bool and chosen != "math":
             attn_mask = torch.where(attn_mask, 0.0, float("-inf")).to(query.dtype)  # convert_boolean_attn_mask
         if chosen == "flash":
-            return _flash(query, key, value, dropout_p, is_causal, scale)
+            return flash_attention(query, key, value, dropout=dropout_p, is_causal=is_causal, scale=scale)
         if chosen == "efficient":
             if repeats := query.shape[1] // key.shape[1] - 1:  # forced: the caller has to repeat the heads
                 key, value = (part.repeat_interleave(repeats + 1, dim=1) for part in (key, value))
@@ -342,8 +344,10 @@ def _math_attention(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Te
     )
 
 
-def _flash(query: Tensor, key: Tensor, value: Tensor, dropout: float, is_causal: bool, scale: float | None) -> Tensor:
-    """pad_last_dim<8>: a head size that is no multiple of 8 is padded before and cut after the kernel."""
+def flash_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, dropout: float, is_causal: bool, scale: float | None
+) -> Tensor:
+    """[B, H, S, d]. pad_last_dim<8>: a head size that is no multiple of 8 is padded before and cut after the kernel."""
     head_dim = query.shape[-1]
     scale = head_dim**-0.5 if scale is None else scale
     if padding := -head_dim % 8:

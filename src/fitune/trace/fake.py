@@ -23,7 +23,8 @@ from fitune.errors import UsageError
 from fitune.trace.assumptions import Assumptions, Routing
 from fitune.trace.cuda_behaviour import CpuKernels, CudaKernels, CudaTarget, cuda_behaviour
 from fitune.trace.events import MemoryTrace
-from fitune.trace.placement import CARD, card_stands_in
+from fitune.trace.flash_package import flash_package
+from fitune.trace.placement import CARD, OnMeta, card_stands_in, cuda_answers
 from fitune.trace.recorder import Recorder
 from fitune.trace.recording import Recording, to_trace
 from fitune.trace.shapes import ShapeMemory
@@ -74,12 +75,16 @@ def record_columns(
     recorder = Recorder(kernels)
     with ExitStack() as stack:
         stack.enter_context(_collected_at_step_ends())
+        stack.enter_context(patch.object(torch.inference_mode, "__enter__", _enter_without_gradients))
         if settings.target is not None:
             stack.enter_context(cuda_behaviour(settings.target))
-        with torch.device("meta") if fake else nullcontext():
+            stack.enter_context(flash_package(settings.target))
+            stack.enter_context(cuda_answers(settings.target))
+        with torch.device("meta") if fake else nullcontext(), OnMeta() if fake else nullcontext():
             model = build()
         if fake:
             stack.enter_context(_as_real_tensors(checks_indices=settings.target is None))
+            stack.enter_context(torch.random.fork_rng(devices=[]))  # what is drawn on the host is drawn for real
             shapes.serve(stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True)))
             fill(model)
         recorder.load(model)
@@ -145,6 +150,12 @@ def _collected_at_step_ends() -> Iterator[None]:
         gc.unfreeze()
         if was_enabled:
             gc.enable()
+
+
+def _enter_without_gradients(mode: Any) -> None:
+    """Memory is the same as under `no_grad`. In inference mode itself an operator made of others comes whole to a
+    recorder, which would not see what is allocated inside."""
+    mode._inference_mode_context = torch.set_grad_enabled(not mode.mode)
 
 
 @contextmanager

@@ -2,22 +2,27 @@
 
 A factory call without a device makes a host tensor, as it does in the real run; the device handed to the loop, or
 "cuda" in any spelling, means the card. What is computed from host tensors alone stays on the host. `.to(device)` of a
-host tensor is an allocation on the card, `.cpu()` of a card's tensor none.
+host tensor is an allocation on the card, `.cpu()` of a card's tensor none. Host tensors have their true values as far
+as these come from the host alone: a loop that draws the rows of its batch draws them here too.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
 
-from fitune.trace.recorder import Recorder
+from fitune.trace.assumptions import known_array, tell_made
+from fitune.trace.cuda_behaviour import CudaTarget
+from fitune.trace.recorder import Place, Recorder
 
 CARD = torch.device("cpu")  # what stands for the card; a loop's own "cpu" is a string, so the two can be told apart
 
@@ -32,13 +37,10 @@ class Placement(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in self._constructors:
-            device = kwargs.get("device")
-            kwargs = {**kwargs, "device": _as_cpu(device)} if device is not None else kwargs
-            with self._recorder.placing("card" if _is_card(device) else "host"):
-                return func(*args, **kwargs)
         if func is Tensor.to:
             return self._to(args[0], args[1:], kwargs)
+        if func in self._constructors or kwargs.get("device") is not None:
+            return self._make(func, args, {key: value for key, value in kwargs.items() if key != "pin_memory"})
         if func is Tensor.cuda:
             return self._to_card(args[0], lambda tensor: tensor)
         if func is Tensor.cpu:
@@ -46,8 +48,18 @@ class Placement(TorchFunctionMode):
         if func is Tensor.pin_memory:
             return args[0]
         if func is Tensor.numpy and isinstance(args[0], FakeTensor):
-            return np.zeros(args[0].shape, dtype=torch.empty(0, dtype=args[0].dtype, device="meta").numpy().dtype)
+            return known_array(args[0])
         return func(*args, **kwargs)
+
+    def _make(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        device = kwargs.get("device")
+        kwargs = {**kwargs, "device": _as_cpu(device)} if device is not None else kwargs
+        place: Place = "card" if _is_card(device) else "host"
+        with self._recorder.placing(place):
+            made = func(*args, **kwargs)
+        if place == "host":
+            tell_made(made, func, args, kwargs)
+        return made
 
     def _to(self, tensor: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         named = kwargs.get("device", args[0] if args else None)
@@ -85,7 +97,87 @@ def _as_cpu(value: Any) -> Any:
     """Any spelling of a CUDA device as the CPU; everything else as it is."""
     if isinstance(value, torch.device) or (isinstance(value, str) and value.startswith("cuda")):
         return CARD
+    return CARD if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+class OnMeta(TorchFunctionMode):
+    """A model that is built on the card is built on the meta device."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in (Tensor.cuda, Tensor.cpu):
+            return args[0]
+        if func is Tensor.to:
+            args = (args[0], *(_as_meta(value) for value in args[1:]))
+        if "device" in kwargs:
+            kwargs["device"] = _as_meta(kwargs["device"])
+        return func(*args, **kwargs)
+
+
+def _as_meta(value: Any) -> Any:
+    return torch.device("meta") if _as_cpu(value) is CARD or value == "cpu" else value
+
+
+@contextmanager
+def cuda_answers(target: CudaTarget) -> Iterator[None]:
+    """torch.cuda says that the target is there, idle and empty."""
+    capability = target.compute_capability
+    properties = SimpleNamespace(
+        name=target.name, major=capability[0], minor=capability[1], total_memory=target.total_bytes
+    )
+    answers: dict[str, Any] = {
+        "is_available": True,
+        "is_initialized": True,
+        "is_bf16_supported": capability >= (8, 0),
+        "device_count": 1,
+        "current_device": 0,
+        "get_device_name": target.name,
+        "get_device_capability": capability,
+        "get_device_properties": properties,
+        "mem_get_info": (target.total_bytes, target.total_bytes),
+        "memory_stats": defaultdict(int),
+        "memory_summary": "",
+        **dict.fromkeys(("memory_allocated", "memory_reserved", "max_memory_allocated", "max_memory_reserved"), 0),
+        **dict.fromkeys(("synchronize", "set_device", "init", "ipc_collect", "set_per_process_memory_fraction")),
+        **dict.fromkeys(("reset_peak_memory_stats", "reset_max_memory_allocated", "reset_accumulated_memory_stats")),
+    }
+    with ExitStack() as stack:
+        for name, answer in answers.items():
+            stack.enter_context(patch.object(torch.cuda, name, partial(_answer, answer)))
+        for name in ("range_push", "range_pop", "mark"):
+            stack.enter_context(patch.object(torch.cuda.nvtx, name, partial(_answer, 0)))
+        stack.enter_context(patch.object(torch.cuda, "Event", _Event))
+        for name in ("is_autocast_enabled", "get_autocast_dtype"):
+            stack.enter_context(patch.object(torch, name, partial(_of_cpu, getattr(torch, name))))
+        yield
+
+
+def _answer(value: Any, *_: Any, **__: Any) -> Any:
     return value
+
+
+def _of_cpu(ask: Callable[[str], Any], device_type: str = "cuda") -> Any:
+    return ask("cpu" if device_type == "cuda" else device_type)
+
+
+class _Event:
+    """A CUDA event that has happened."""
+
+    def __init__(self, **_: Any) -> None: ...
+
+    def record(self, stream: Any = None) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def wait(self, stream: Any = None) -> None: ...
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, end: "_Event") -> float:
+        return 1.0  # milliseconds
 
 
 @contextmanager
@@ -104,14 +196,13 @@ def card_stands_in(recorder: Recorder) -> Iterator[None]:
     def as_it_is(function: Any = None, **_: Any) -> Any:
         return function if function is not None else lambda decorated: decorated
 
+    generator = torch.Generator
+
     with ExitStack() as stack:
         stack.enter_context(patch.object(torch.amp.autocast_mode.autocast, "__init__", autocast_init))
         stack.enter_context(patch.object(torch.amp.GradScaler, "__init__", grad_scaler_init))
         stack.enter_context(patch.object(torch, "compile", as_it_is))
+        stack.enter_context(patch.object(torch, "Generator", lambda device="cpu": generator(_as_cpu(device))))
         stack.enter_context(patch.object(torch.cuda, "empty_cache", recorder.empty_cache))
-        for name in ("synchronize", "reset_peak_memory_stats", "set_device"):
-            stack.enter_context(patch.object(torch.cuda, name, lambda *_, **__: None))
-        for name in ("memory_allocated", "memory_reserved", "max_memory_allocated", "max_memory_reserved"):
-            stack.enter_context(patch.object(torch.cuda, name, lambda *_, **__: 0))
         stack.enter_context(Placement(recorder))
         yield

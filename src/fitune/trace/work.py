@@ -1,5 +1,6 @@
 """What one call of an operator computes and moves, from the shapes of its tensors."""
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -51,12 +52,20 @@ def _added(args: Any, _: Any) -> int:
     return 2 * _size(args[1]) * int(args[2].shape[-1])
 
 
+def _convolution_backward(args: Any, _: Any) -> int:
+    """For the input and for the weight [out, in / groups, *kernel], each where it is asked for; the registry's formula
+    fails where one is not."""
+    gradient, source, weight, transposed, asked = *args[:3], args[7], args[10]
+    return sum(asked[:2]) * 2 * _size(source if transposed else gradient) * math.prod(weight.shape[1:])
+
+
 _OWN: dict[str, Callable[[Any, Any], int]] = {
     "torch_attn::_varlen_attn": _varlen(2, longest=6),
     "torch_attn::_varlen_attn_backward": _varlen(5, longest=9),
     "aten::_scaled_dot_product_flash_attention_for_cpu": _on_cpu(2, query=0),
     "aten::_scaled_dot_product_flash_attention_for_cpu_backward": _on_cpu(5, query=1),
     "aten::_grouped_mm": _grouped,
+    "aten::convolution_backward": _convolution_backward,
     "aten::addmm_": _added,
     "aten::baddbmm_": _added,
 }
