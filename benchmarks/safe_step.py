@@ -5,7 +5,7 @@ python benchmarks/safe_step.py --quick    a small model
 
 Both steps are done in turns by one process (A, B, B, A, ...), on the same micro-batches and one thread; seconds are of
 the processor. The safe step includes all that a run adds around it: the free memory and the peak are read, the size of
-the micro-batches is chosen and learned, allocations beyond what is free are refused. Writes benchmarks/results/safe_step.json.
+the micro-batches is chosen and learned, what is not there is refused. Writes benchmarks/results/safe_step.json.
 """
 
 import argparse

@@ -8,10 +8,11 @@ knows nothing of it but what the group has left. Runs:
 
     alone      without a limit; it shows what the run needs
     below      with a limit below what the first micro-batch needs
-    rate N     with a limit that the run fits in; after step TAKE the second process takes 60 % of what a step needs, at
-               N MiB per second, and gives it back after step GIVE
+    rate N     with a limit that the run fits in; after step TAKE the second process takes 60 % of what a step needs,
+               at N MiB per second, and gives it back after step GIVE
 
-A run that the kernel ends all the same is resumed once the memory is back. Writes benchmarks/results/second_process.json.
+A run that the kernel ends all the same is resumed once the memory is back. Writes
+benchmarks/results/second_process.json.
 """
 
 import argparse
@@ -41,15 +42,14 @@ RESULTS = Path(__file__).parent / "results" / "second_process.json"
 TAKE, GIVE = 2, 6
 """Steps after which the second process begins to take, and gives back."""
 TAKEN_FRACTION = 0.6
-BLOCK_BYTES = 4 * MIB
 LOOK_SECONDS = 0.02
 
 
 @dataclass(frozen=True)
 class Outcome:
     """kills: how often the kernel ended the run, which was then resumed. limit_bytes: None without one. taken_bytes: by
-    the second process. held_bytes, peak_bytes: the least and the most that the group used once the first step was
-    done, without page cache. largest_loss_difference: relative, to the run that was alone."""
+    the second process. held_bytes, peak_bytes: the least that the group used between the first step and the
+    last, and the most of all, without page cache. largest_loss_difference: relative, to the run that was alone."""
 
     name: str
     kills: int
@@ -70,7 +70,10 @@ class SecondProcess:
 
     def __init__(self, group: MemoryGroup) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, __file__, "--hog"], stdin=subprocess.PIPE, preexec_fn=group.enter, text=True
+            [sys.executable, str(ROOT / "tests" / "memory_hog.py")],
+            stdin=subprocess.PIPE,
+            preexec_fn=group.enter,
+            text=True,
         )
 
     def tell(self, taken_bytes: int, rate: float = 0.0) -> None:
@@ -84,18 +87,6 @@ class SecondProcess:
         self._process.communicate()
 
 
-def hog() -> None:
-    """Reads lines of the bytes to hold and the bytes per second at which to take them."""
-    blocks: list[bytes] = []
-    for line in sys.stdin:
-        wanted, rate = (float(word) for word in line.split())
-        start, before = time.perf_counter(), len(blocks)
-        while len(blocks) * BLOCK_BYTES < wanted:
-            blocks.append(b"\1" * BLOCK_BYTES)
-            time.sleep(max(start + (len(blocks) - before) * BLOCK_BYTES / rate - time.perf_counter(), 0.0))
-        del blocks[int(wanted / BLOCK_BYTES) :]
-
-
 def train(
     group: MemoryGroup,
     arguments: list[str],
@@ -103,9 +94,9 @@ def train(
     run: RunDirectory,
     after: Callable[[int], None],
     limit_bytes: int | None = None,
-) -> tuple[int, list[int]]:
-    """(exit code, what the group used at each look once a step was done). after(step): told once of each step.
-    limit_bytes: of the group once the run has begun; what comes before, the prediction, needs more."""
+) -> tuple[int, list[tuple[int, int]]]:
+    """(exit code, the steps done and what the group used at each look of the run before its last step). after(step): told once of each
+    step. limit_bytes: of the group once the run has begun; what comes before, the prediction, needs more."""
     with Path("output").open("a") as output:
         process = subprocess.Popen(
             [sys.executable, "-m", "fitune", "train", *arguments],
@@ -114,7 +105,7 @@ def train(
             stderr=subprocess.STDOUT,
             env=os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", "FITUNE_CACHE": "cache"},
         )
-    used: list[int] = []
+    used: list[tuple[int, int]] = []
     told = len(_lines(run))
     while process.poll() is None:
         if limit_bytes is not None and run.config.exists():
@@ -124,10 +115,10 @@ def train(
         for step in range(told + 1, len(_lines(run)) + 1):
             after(step)
             told = step
-        if told:
-            used.append(group.used_bytes)
+        if run.config.exists():
+            used.append((told, group.used_bytes))
         time.sleep(LOOK_SECONDS)
-    return process.returncode, used
+    return process.returncode, [each for each in used if each[0] < told]
 
 
 def _be_first_killed(group: MemoryGroup) -> None:
@@ -151,7 +142,7 @@ def measure(
 ) -> Outcome:
     """In the current directory, which `prepare` has filled. rate: bytes per second at which the memory is taken."""
     run = RunDirectory(Path("runs", name))
-    used: list[int] = []
+    used: list[tuple[int, int]] = []
     with memory_group() as group, _second_process(group) as second:
 
         def after(step: int) -> None:
@@ -178,8 +169,8 @@ def measure(
         kills=kills,
         limit_bytes=limit_bytes,
         taken_bytes=taken_bytes,
-        held_bytes=min(used),
-        peak_bytes=max(used),
+        held_bytes=min(num_bytes for step, num_bytes in used if step),
+        peak_bytes=max(num_bytes for _, num_bytes in used),
         num_micro_batches=[len(line.plan) for line in lines],
         free_bytes=[line.free_bytes for line in lines],
         losses=losses,
@@ -235,10 +226,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--rates", type=float, nargs="*", default=[50, 200, 1000], help="MiB per second")
-    parser.add_argument("--hog", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.hog:
-        return hog()
     with tempfile.TemporaryDirectory() as place:
         os.chdir(place)
         prepare(steps=options.steps)

@@ -2,7 +2,6 @@
 
 import importlib.util
 import itertools
-import json
 import shutil
 import subprocess
 import sys

@@ -118,8 +118,8 @@ class SafeStep:
     def _refuse_what_cannot_be_done_again(self) -> None:
         if isinstance(self.model, DistributedDataParallel):
             raise UsageError(
-                "SafeStep got a DistributedDataParallel, whose processes wait for each other in every backward, so that "
-                "none can repeat one alone: train with `torchrun -m fitune train`, or give its .module in one process"
+                "SafeStep got a DistributedDataParallel, whose processes wait for each other in every backward, so "
+                "that none can repeat one alone: use `torchrun -m fitune train`, or its .module in one process"
             )
         if isinstance(self.optimizer, torch.optim.LBFGS):
             raise UsageError("SafeStep got LBFGS, which computes the loss several times in an update: use AdamW or SGD")
@@ -127,8 +127,8 @@ class SafeStep:
         others = sum(id(each) not in known for group in self.optimizer.param_groups for each in group["params"])
         if others:
             raise UsageError(
-                f"the optimizer trains {others} parameters that are not the model's, whose gradients SafeStep could not "
-                "take back: give it one nn.Module that holds them all"
+                f"the optimizer trains {others} parameters that are not the model's, whose gradients SafeStep could "
+                "not take back: give it one nn.Module that holds them all"
             )
         names = inspect.signature(self.model.forward).parameters
         takes_any = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in names.values())
