@@ -95,8 +95,9 @@ def train(
     after: Callable[[int], None],
     limit_bytes: int | None = None,
 ) -> tuple[int, list[tuple[int, int]]]:
-    """(exit code, the steps done and what the group used at each look of the run before its last step). after(step): told once of each
-    step. limit_bytes: of the group once the run has begun; what comes before, the prediction, needs more."""
+    """(exit code, the steps done and what the group used at each look of the run before its last step). after(step):
+    told once of each step. limit_bytes: of the group once the run has begun; what comes before, the prediction, needs
+    more."""
     with Path("output").open("a") as output:
         process = subprocess.Popen(
             [sys.executable, "-m", "fitune", "train", *arguments],

@@ -12,7 +12,7 @@ import torch
 import second_process
 from fitune.memory import devices
 from fitune.memory.devices import cpu_device
-from fitune.model.device import free_in_heap, refusing
+from fitune.model.device import refusing, resident_free_in_heap
 from fitune.step.out_of_memory import memory_failure
 from fitune.train.observed import room_bytes
 from fitune.units import MIB
@@ -64,7 +64,7 @@ def test_what_is_free_follows_the_files_of_the_control_group(tmp_path: Path, mon
         (tmp_path / "memory.current").write_text(f"{used * MIB}\n")
         room = room_bytes(CPU)
         assert room is not None
-        assert room == pytest.approx((900 - used) * MIB + free_in_heap(), abs=MIB)
+        assert room == pytest.approx((900 - used) * MIB + resident_free_in_heap(), abs=MIB)
 
 
 IN_A_GROUP = """

@@ -243,7 +243,11 @@ class OwnLoss(nn.Module):
         return self.output
 
 
-class NoCount(OwnLoss):
+class NoCount(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2))
+
     def forward(self, labels: Tensor) -> Any:
         return labels
 
@@ -273,7 +277,7 @@ def test_a_batch_that_has_no_rows_to_take_apart_is_refused_in_a_sentence(batch: 
 
 
 def test_a_model_that_cannot_be_told_the_number_of_targets_is_refused() -> None:
-    model = NoCount(None)
+    model = NoCount()
     with pytest.raises(UsageError, match="takes no num_items_in_batch"):
         fitune.SafeStep(model, torch.optim.SGD(model.parameters()))
 

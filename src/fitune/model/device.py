@@ -104,7 +104,7 @@ def held_bytes(device: torch.device) -> int:
     with."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
-    return max(int(psutil.Process().memory_info().rss) - free_in_heap(), 0)
+    return max(int(psutil.Process().memory_info().rss) - resident_free_in_heap(), 0)
 
 
 def num_alloc_retries(device: torch.device) -> int:
@@ -139,6 +139,13 @@ def free_in_heap() -> int:
         return 0
     mallinfo.restype = _MallocState
     return int(mallinfo().fordblks)
+
+
+def resident_free_in_heap() -> int:
+    """Of what glibc holds without using it, what the system has not had back."""
+    if sys.platform != "linux":
+        return 0
+    return max(free_in_heap() - max(_untouched_bytes() - _least_untouched_bytes, 0), 0)
 
 
 @contextmanager
@@ -185,9 +192,12 @@ def _most_data_bytes(free_bytes: int) -> int:
     """Of VmData, with which as much is resident as is free. Of what is mapped some is never touched, as the stacks of
     threads are: the least that was seen. The rest is what the heap has given back, and will take again."""
     global _least_untouched_bytes
-    resident = _status_bytes("RssAnon:")
-    _least_untouched_bytes = min(_least_untouched_bytes, max(_status_bytes("VmData:") - resident, 0))
-    return resident + _least_untouched_bytes + max(free_bytes - _KEPT_FREE_BYTES, 0)
+    _least_untouched_bytes = min(_least_untouched_bytes, _untouched_bytes())
+    return _status_bytes("RssAnon:") + _least_untouched_bytes + max(free_bytes - _KEPT_FREE_BYTES, 0)
+
+
+def _untouched_bytes() -> int:
+    return max(_status_bytes("VmData:") - _status_bytes("RssAnon:"), 0)
 
 
 def _left_by_limits() -> Iterator[int]:

@@ -8,12 +8,12 @@ import torch
 
 from fitune.memory.devices import cpu_device
 from fitune.model.device import (
-    free_in_heap,
     held_bytes,
     num_alloc_retries,
     read_peak,
     refusing,
     reset_peak,
+    resident_free_in_heap,
     usable_bytes,
 )
 from fitune.step.safe_step import LATE, P, Protection, SafeResult, safe_step
@@ -24,7 +24,7 @@ def room_bytes(device: torch.device) -> int | None:
     """What the process can still allocate; on a CPU within its control group too. None where nothing tells it."""
     found = [usable_bytes(device)]
     if device.type == "cpu" and (free_bytes := cpu_device().free_bytes) is not None:
-        found.append(free_bytes + free_in_heap())
+        found.append(free_bytes + resident_free_in_heap())
     return min((each for each in found if each is not None), default=None)
 
 
