@@ -5,7 +5,7 @@ python benchmarks/safe_step.py --quick    a small model
 
 Both steps are done in turns by one process (A, B, B, A, ...), on the same micro-batches and one thread; seconds are of
 the processor. The safe step includes all that a run adds around it: the free memory and the peak are read, the size of
-the micro-batches is chosen and learned. Writes benchmarks/results/safe_step.json.
+the micro-batches is chosen and learned, what is not there is refused. Writes benchmarks/results/safe_step.json.
 """
 
 import argparse
@@ -26,9 +26,8 @@ from fitune.config import LoraConfig, ModelConfig
 from fitune.data.packing import split
 from fitune.data.rows import Batch, MicroBatch, Row
 from fitune.errors import UsageError
-from fitune.memory.devices import cpu_device
 from fitune.model.attention import attention_name
-from fitune.model.device import held_bytes, read_peak, reset_peak, usable_bytes
+from fitune.model.device import held_bytes, read_peak, reset_peak
 from fitune.model.head import Head, decoder_and_head
 from fitune.model.load import build_model, load_model
 from fitune.model.lora import apply_lora
@@ -39,7 +38,8 @@ from fitune.step.micro_batch_work import micro_batch_work
 from fitune.step.optimizer_state import create_state
 from fitune.step.safe_step import Protection, safe_step
 from fitune.step.train_step import StepSettings, train_step
-from fitune.train.adapt import MemoryModel, Observation, choose_size, learn
+from fitune.train.adapt import MemoryModel, choose_size
+from fitune.train.observed import observed, room_bytes
 
 RESULTS = Path(__file__).parent / "results" / "safe_step.json"
 CPU = torch.device("cpu")
@@ -74,13 +74,15 @@ def compare(name: str, model: nn.Module, micro_batches: list[MicroBatch], *, com
         train_step(model, optimizer, micro_batches, settings=settings)
 
     def safe() -> None:
-        free_bytes = min(usable_bytes(CPU) or 0, cpu_device().free_bytes or 0)
+        free_bytes = room_bytes(CPU)
         choose_size(memory, free_bytes)
-        held, start = held_bytes(CPU), time.perf_counter()
-        result = safe_step(protection, micro_batches, step=1)
-        seconds = time.perf_counter() - start
-        need = (read_peak(CPU).device_bytes or 0) - held
-        learn(memory, Observation(result.most_positions, max(need, 0), num_tokens / seconds, free_bytes=free_bytes))
+        observed(
+            memory,
+            lambda: safe_step(protection, micro_batches, step=1),
+            device=CPU,
+            free_bytes=free_bytes,
+            num_tokens=num_tokens,
+        )
 
     for step in (plain, safe, plain):
         step()

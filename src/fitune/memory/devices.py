@@ -250,26 +250,28 @@ def cpu_device() -> Device:
 
 
 def _cgroup_limits(root: Path, process_cgroups: Path) -> Iterator[tuple[int, int]]:
-    """Limit and use (without page cache) in bytes of the process's control groups and those above them, versions 1 and
-    2. Those that lie outside the mounted tree, as in a container, are not seen."""
+    """Limits and use (without page cache) in bytes of the process's control groups and those above them, versions 1 and
+    2. Those that lie outside the mounted tree, as in a container, are not seen. Beyond memory.high nothing is killed,
+    but all that allocates is slowed down to a crawl."""
     try:
         lines = process_cgroups.read_text().splitlines()
     except OSError:
         return
     for _, controllers, path in (line.split(":", 2) for line in lines):
         if controllers == "":
-            top, limit_name, used_name, prefix = root, "memory.max", "memory.current", ""
+            top, limit_names, used_name, prefix = root, ("memory.max", "memory.high"), "memory.current", ""
         elif "memory" in controllers.split(","):
-            top, limit_name, used_name = root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+            top, limit_names, used_name = root / "memory", ("memory.limit_in_bytes",), "memory.usage_in_bytes"
             prefix = "total_"  # with the groups below, as the use is
         else:
             continue
         inner = top / path.lstrip("/")
         for group in (inner, *inner.parents):
-            with contextlib.suppress(OSError, ValueError):  # no such file, or the word "max"
-                used = int((group / used_name).read_text())
-                cache = _page_cache_bytes(group / "memory.stat", prefix)
-                yield int((group / limit_name).read_text()), max(used - cache, 0)
+            for limit_name in limit_names:
+                with contextlib.suppress(OSError, ValueError):  # no such file, or the word "max"
+                    limit = int((group / limit_name).read_text())
+                    cache = _page_cache_bytes(group / "memory.stat", prefix)
+                    yield limit, max(int((group / used_name).read_text()) - cache, 0)
             if group == top:
                 break
 

@@ -5,7 +5,9 @@ On a CPU the process is the device: its resident set is what `device` means ther
 
 import ctypes
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,6 +16,9 @@ import torch
 
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
+_KEPT_FREE_BYTES = 16 * 1024**2
+"""Of what the process may still take: page tables, and what a moment takes between two looks."""
+_LOOK_SECONDS = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +74,18 @@ def trim_heap() -> None:
         trim(0)
 
 
+_M_MMAP_THRESHOLD = -3
+"""Of mallopt(3)."""
+_LARGE_BYTES = 1024**2
+
+
+def map_large_blocks() -> None:
+    """From now on glibc maps large blocks apart and gives each back when it is freed. By itself it learns to keep those
+    of up to 32 MiB in its heap, which is faster, and leaves holes there into which the next ones do not fit."""
+    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
+        mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)
+
+
 def _resident_peak_bytes() -> int | None:
     if _STATUS.exists():
         for line in _STATUS.read_text().splitlines():
@@ -87,7 +104,7 @@ def held_bytes(device: torch.device) -> int:
     with."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
-    return max(int(psutil.Process().memory_info().rss) - _free_in_heap(), 0)
+    return max(int(psutil.Process().memory_info().rss) - resident_free_in_heap(), 0)
 
 
 def num_alloc_retries(device: torch.device) -> int:
@@ -101,7 +118,7 @@ def usable_bytes(device: torch.device) -> int | None:
     if device.type == "cuda":
         free_bytes, _ = torch.cuda.mem_get_info(device)
         return free_bytes + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return min([psutil.virtual_memory().available, *_left_by_limits()]) + _free_in_heap()
+    return min([psutil.virtual_memory().available, *_left_by_limits()]) + free_in_heap()
 
 
 class _MallocState(ctypes.Structure):
@@ -116,12 +133,71 @@ class _MallocState(ctypes.Structure):
     )
 
 
-def _free_in_heap() -> int:
+def free_in_heap() -> int:
     """What glibc holds without using it; 0 with other C libraries."""
     if sys.platform != "linux" or (mallinfo := getattr(ctypes.CDLL(None), "mallinfo2", None)) is None:
         return 0
     mallinfo.restype = _MallocState
     return int(mallinfo().fordblks)
+
+
+def resident_free_in_heap() -> int:
+    """Of what glibc holds without using it, what the system has not had back."""
+    if sys.platform != "linux":
+        return 0
+    return max(free_in_heap() - max(_untouched_bytes() - _least_untouched_bytes, 0), 0)
+
+
+@contextmanager
+def refusing(free_bytes: Callable[[], int | None]) -> Iterator[None]:
+    """Within it the process is refused what is not there. Linux grants it, and kills when it is used; a refusal can be
+    survived. free_bytes: what the machine or the control group has left, looked at again while this lasts, since
+    others take from it too. Elsewhere than on Linux of no effect."""
+    if sys.platform != "linux":
+        yield
+        return
+    import resource
+
+    before, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    ended = threading.Event()
+
+    def bound() -> None:
+        if (free := free_bytes()) is not None:
+            most = _most_data_bytes(free)
+            soft = most if before == resource.RLIM_INFINITY else min(most, before)
+            if not ended.is_set():
+                resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+
+    def look() -> None:
+        while not ended.wait(_LOOK_SECONDS):
+            bound()
+
+    looking = threading.Thread(target=look, name="fitune-memory", daemon=True)
+    with suppress(RuntimeError):  # no room for a thread: what was seen at the beginning holds
+        looking.start()
+    bound()
+    try:
+        yield
+    finally:
+        ended.set()
+        if looking.ident is not None:
+            looking.join()
+        resource.setrlimit(resource.RLIMIT_DATA, (before, hard))
+
+
+_least_untouched_bytes = sys.maxsize
+
+
+def _most_data_bytes(free_bytes: int) -> int:
+    """Of VmData, with which as much is resident as is free. Of what is mapped some is never touched, as the stacks of
+    threads are: the least that was seen. The rest is what the heap has given back, and will take again."""
+    global _least_untouched_bytes
+    _least_untouched_bytes = min(_least_untouched_bytes, _untouched_bytes())
+    return _status_bytes("RssAnon:") + _least_untouched_bytes + max(free_bytes - _KEPT_FREE_BYTES, 0)
+
+
+def _untouched_bytes() -> int:
+    return max(_status_bytes("VmData:") - _status_bytes("RssAnon:"), 0)
 
 
 def _left_by_limits() -> Iterator[int]:

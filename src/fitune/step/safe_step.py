@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fitune.errors import OutOfMemoryError, RestartError
-from fitune.model.device import usable_bytes
+from fitune.model.device import map_large_blocks, usable_bytes
 from fitune.step.gradient_norms import NormRecorder
 from fitune.step.out_of_memory import memory_failure, needed_bytes, release_memory
 from fitune.step.random_state import micro_batch_seed, seed_streams, streams_kept
@@ -246,6 +246,8 @@ class _Progress(Generic[P]):
             self.restart()
         else:
             self._at_piece.put_back()
+        if self.protection.device.type == "cpu":
+            map_large_blocks()
         release_memory(self.protection.device)
 
     def restart(self) -> None:

@@ -33,7 +33,7 @@ from fitune.step.safe_step import Failure, Protection, SafeResult, safe_step
 from fitune.step.shared_step import SharedStep
 from fitune.step.train_step import EvalResult, loss_share, merge_evaluations
 from fitune.train.adapt import RUNG, MemoryModel, choose_size, memory_model
-from fitune.train.observed import observed, room_bytes
+from fitune.train.observed import observed, room_bytes, survivable
 from fitune.train.ranks import Ranks
 from fitune.units import format_bytes, parse_bytes
 
@@ -94,10 +94,11 @@ class Guard:
         """Raises OutOfMemoryError where not even the optimizer's state, or a single row, fits."""
         self._ranks.connect(self._device)
         optimizer = self.protection.work.optimizer
-        complete = try_twice(lambda: create_state(optimizer), device=self._device, what="the optimizer's state")
+        with survivable(self._device):
+            complete = try_twice(lambda: create_state(optimizer), device=self._device, what="the optimizer's state")
+            verdict = try_twice(self._check_model, device=self._device, what="the check of the model on two rows")
         if not complete and not self.protection.work.commit:
             self._tell("unprotected", "the optimizer makes its state in its first update, which cannot be undone")
-        verdict = try_twice(self._check_model, device=self._device, what="the check of the model on two rows")
         if verdict.reason:
             kind = "model_check" if verdict.exact else "not_exact"
             self._tell(kind, verdict.reason if verdict.exact else f"warning: not exact in parts: {verdict.reason}")
@@ -151,7 +152,7 @@ class Guard:
 
     def evaluate(self, micro_batches: Iterable[MicroBatch]) -> EvalResult:
         """micro_batches: this process's part. Of all parts."""
-        with self._telling():
+        with self._telling(), survivable(self._device):
             found = safe_evaluate(
                 self.protection.work.model,
                 micro_batches,

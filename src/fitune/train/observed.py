@@ -2,11 +2,20 @@
 
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
 from fitune.memory.devices import cpu_device
-from fitune.model.device import held_bytes, num_alloc_retries, read_peak, reset_peak, usable_bytes
+from fitune.model.device import (
+    held_bytes,
+    num_alloc_retries,
+    read_peak,
+    refusing,
+    reset_peak,
+    resident_free_in_heap,
+    usable_bytes,
+)
 from fitune.step.safe_step import LATE, P, Protection, SafeResult, safe_step
 from fitune.train.adapt import MemoryModel, Observation, choose_size, learn, raise_plan
 
@@ -14,9 +23,14 @@ from fitune.train.adapt import MemoryModel, Observation, choose_size, learn, rai
 def room_bytes(device: torch.device) -> int | None:
     """What the process can still allocate; on a CPU within its control group too. None where nothing tells it."""
     found = [usable_bytes(device)]
-    if device.type == "cpu":
-        found.append(cpu_device().free_bytes)
+    if device.type == "cpu" and (free_bytes := cpu_device().free_bytes) is not None:
+        found.append(free_bytes + resident_free_in_heap())
     return min((each for each in found if each is not None), default=None)
+
+
+def survivable(device: torch.device) -> AbstractContextManager[None]:
+    """Within it running out of memory is an error, which can be survived, and not the end of the process."""
+    return refusing(lambda: cpu_device().free_bytes) if device.type == "cpu" else nullcontext()
 
 
 def observed(
@@ -30,7 +44,8 @@ def observed(
     """What `action` returns, learned by `memory`. free_bytes: before it. num_tokens: None: its speed is not."""
     reset_peak(device)
     held, retries, start = held_bytes(device), num_alloc_retries(device), time.perf_counter()
-    result = action()
+    with survivable(device):
+        result = action()
     seconds = time.perf_counter() - start
     peak = read_peak(device)
     peak_bytes = peak.device_bytes if peak.allocated_bytes is None else peak.allocated_bytes

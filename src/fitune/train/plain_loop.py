@@ -1,5 +1,6 @@
 """The safe step for a training loop that is not fitune's: in the place of forward, backward, clipping and update."""
 
+import inspect
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -7,10 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
+from fitune.errors import UsageError
 from fitune.step.model_check import Probe, Verdict, check_model
 from fitune.step.optimizer_state import create_state
-from fitune.step.out_of_memory import try_twice
+from fitune.step.out_of_memory import memory_failure, release_memory, try_twice
 from fitune.step.safe_step import Protection, SafeResult, Work
 from fitune.train.adapt import MemoryModel
 from fitune.train.observed import fitted_step, room_bytes
@@ -51,8 +54,9 @@ class SafeStep:
     the largest gradient norm, 0 for none. commit: see `StepSettings`. most_rows: of a part, where the whole batch shall
     not be tried.
 
-    The first call looks at two of its rows whether the loss may be computed in parts, and warns where it may not
-    (`verdict`). Raises OutOfMemoryError where one row alone does not fit; nothing is changed then.
+    The first call with two rows to learn from looks at them whether the loss may be computed in parts, and warns where
+    it may not (`verdict`). Raises OutOfMemoryError where one row alone does not fit; nothing is changed then. Raises
+    UsageError for a model, optimizer or batch that cannot be done again in parts.
     """
 
     model: nn.Module
@@ -68,6 +72,7 @@ class SafeStep:
     steps: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
+        self._refuse_what_cannot_be_done_again()
         work = Work(
             model=self.model,
             optimizer=self.optimizer,
@@ -85,17 +90,17 @@ class SafeStep:
 
     def __call__(self, batch: Mapping[str, Any]) -> SafeResult:
         """`.grad` is None before and after. A learning rate schedule is the caller's, after each call."""
-        device = self._protection.device
-        whole = self._part(
-            tuple(range(len(next(iter(batch.values()))))), {name: value.to(device) for name, value in batch.items()}
-        )
+        self._drop_gradients()
+        device, num_rows = self._protection.device, _num_rows(batch)
+        whole = self._part(tuple(range(num_rows)), {name: value.to(device) for name, value in batch.items()})
         if self._memory is None:
             try_twice(lambda: create_state(self.optimizer), device=device, what="the optimizer's state")
-            self.verdict = self._check(whole)
             self._memory = MemoryModel(planned=1)
+        if self.verdict is None:
+            self.verdict = self._checked(whole)
         self.steps += 1
-        num_rows, row_positions = len(whole.rows), whole.num_positions // len(whole.rows)
-        return fitted_step(
+        row_positions = whole.num_positions // num_rows
+        result = fitted_step(
             self._memory,
             self._protection,
             lambda most_positions: self._split(whole, most_positions),
@@ -103,6 +108,35 @@ class SafeStep:
             most_positions=row_positions * min(self.most_rows or num_rows, num_rows),
             row_positions=row_positions,
         )
+        self._drop_gradients()
+        return result
+
+    def _drop_gradients(self) -> None:
+        """Also those that the optimizer does not know, or that another backward has left."""
+        self.model.zero_grad(set_to_none=True)
+
+    def _refuse_what_cannot_be_done_again(self) -> None:
+        if isinstance(self.model, DistributedDataParallel):
+            raise UsageError(
+                "SafeStep got a DistributedDataParallel, whose processes wait for each other in every backward, so "
+                "that none can repeat one alone: use `torchrun -m fitune train`, or its .module in one process"
+            )
+        if isinstance(self.optimizer, torch.optim.LBFGS):
+            raise UsageError("SafeStep got LBFGS, which computes the loss several times in an update: use AdamW or SGD")
+        known = {id(parameter) for parameter in self.model.parameters()}
+        others = sum(id(each) not in known for group in self.optimizer.param_groups for each in group["params"])
+        if others:
+            raise UsageError(
+                f"the optimizer trains {others} parameters that are not the model's, whose gradients SafeStep could "
+                "not take back: give it one nn.Module that holds them all"
+            )
+        names = inspect.signature(self.model.forward).parameters
+        takes_any = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in names.values())
+        if self.loss is None and not takes_any and "num_items_in_batch" not in names:
+            raise UsageError(
+                "the model's forward takes no num_items_in_batch, so its loss is a mean of the rows that it is given: "
+                "give SafeStep loss=f, where f(model, rows, num_targets) is the sum of their losses over num_targets"
+            )
 
     def _part(self, rows: tuple[int, ...], tensors: Tensors) -> _Part:
         return _Part(rows, tensors, float((self.num_targets or _num_labels)(tensors)))
@@ -124,6 +158,17 @@ class SafeStep:
         kept = [place for place, row in enumerate(part.rows) if row not in row_ids]
         return self._take(part, kept) if kept else None
 
+    def _checked(self, whole: _Part) -> Verdict | None:
+        """None where it has still to be found out: two rows at once may not fit where one does."""
+        try:
+            return self._check(whole)
+        except Exception as error:
+            if memory_failure(error) != "device":
+                raise
+        self._drop_gradients()
+        release_memory(self._protection.device)
+        return None
+
     def _check(self, whole: _Part) -> Verdict | None:
         """Of the two rows that differ most in their number of targets; None where there are no two with targets."""
         rows = sorted((self._take(whole, [place]) for place in range(len(whole.rows))), key=lambda row: row.loss_weight)
@@ -143,14 +188,49 @@ class SafeStep:
             mean_by="forward" if self.loss is None else "loss function",
         )
         if not verdict.exact:
-            warnings.warn(f"fitune: not exact in parts: {verdict.reason}", stacklevel=3)
+            warnings.warn(f"fitune: not exact in parts: {verdict.reason}", stacklevel=4)
         return verdict
 
 
+def _num_rows(batch: Mapping[str, Any]) -> int:
+    """Raises UsageError for what has no rows that can be taken apart."""
+    if not isinstance(batch, Mapping):
+        raise UsageError(
+            f"a batch of SafeStep is a mapping of names to tensors, and this is a {type(batch).__name__}: give names, "
+            "like dict(inputs=..., targets=...)"
+        )
+    num_rows: int | None = None
+    for name, value in batch.items():
+        if not isinstance(value, Tensor) or value.dim() == 0:
+            kind = "a single number" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+            raise UsageError(
+                f"'{name}' of the batch is {kind}, not a tensor whose first dimension is its rows: leave it out"
+            )
+        num_rows = len(value) if num_rows is None else num_rows
+        if len(value) != num_rows:
+            raise UsageError(
+                f"'{name}' of the batch has a first dimension of {len(value)}, and '{next(iter(batch))}' one of "
+                f"{num_rows}: the first dimension of every tensor must be the rows"
+            )
+    if not num_rows:
+        raise UsageError("a batch of SafeStep has no row: leave empty batches out")
+    return num_rows
+
+
 def _own_loss(model: nn.Module, rows: Tensors, num_targets: float) -> Tensor:
-    loss: Tensor = model(**rows, num_items_in_batch=num_targets).loss
+    output = model(**rows, num_items_in_batch=num_targets)
+    loss = getattr(output, "loss", None)
+    if not isinstance(loss, Tensor):
+        raise UsageError(
+            f"the model put out a {type(output).__name__} without a loss: give SafeStep loss=f, where f(model, rows, "
+            "num_targets) is the sum of their losses over num_targets"
+        )
     return loss
 
 
 def _num_labels(rows: Tensors) -> float:
-    return float((rows["labels"][:, 1:] != -100).sum())
+    labels = rows.get("labels")
+    if labels is None or labels.dim() < 2:
+        shape = "has no labels" if labels is None else "has labels of one dimension"
+        raise UsageError(f"the batch {shape}, so its targets cannot be counted: give SafeStep num_targets=f(rows)")
+    return float((labels[:, 1:] != -100).sum())
