@@ -31,6 +31,8 @@ TASKS = (
     Task(model="minimind2-small", max_length=2048),
     Task(model="SmolLM2-135M", max_length=768, rows_per_step=4),
     Task(model="SmolLM2-135M", max_length=2048, rows_per_step=4, padded_rows=1),
+    Task(model="SmolLM2-135M", max_length=768, method="lora", rows_per_step=4),
+    Task(model="SmolLM2-135M", max_length=2048, method="lora", rows_per_step=4, padded_rows=1),
 )
 MOST_SECONDS = 1800
 
@@ -45,7 +47,7 @@ def compare(task: Task, trainers: Sequence[str], *, rounds: int) -> Iterator[dic
             if outcome is not None:
                 outcomes.setdefault(name, []).append(outcome)
                 said = f"{speed(outcome):.0f} tokens/CPU s, {outcome.peak_bytes / 1e6:,.0f} MB"
-                print(f"{task.model} {task.max_length} round {number + 1} {name}: {said}", file=sys.stderr, flush=True)
+                print(f"{title(task)} round {number + 1} {name}: {said}", file=sys.stderr, flush=True)
                 yield outcomes
 
 
@@ -70,6 +72,10 @@ def work(task: Task, trainer: str) -> Outcome:
     return TRAINERS[trainer](task, dialogue_rows(task))
 
 
+def title(task: Task) -> str:
+    return f"{task.model}{', LoRA' if task.method == 'lora' else ''}, max_length {task.max_length:,}"
+
+
 def speed(outcome: Outcome) -> float:
     """Real tokens in a CPU second."""
     return outcome.tokens / outcome.cpu_seconds
@@ -92,7 +98,7 @@ def render(entries: Sequence[dict[str, Any]]) -> str:
         task = Task(**each["task"])
         outcomes = {name: [Outcome(**one) for one in found] for name, found in each["outcomes"].items()}
         lines += [
-            f"**{task.model}, max_length {task.max_length:,}**: {task.num_steps} steps of {task.rows_per_step} rows, "
+            f"**{title(task)}**: {task.num_steps} steps of {task.rows_per_step} rows, "
             f"{next(iter(outcomes.values()))[0].tokens:,} real tokens, {task.threads} thread, best of "
             f"{max(map(len, outcomes.values()))} rounds"
             + (f"; padding with {task.padded_rows} row at a time" if task.padded_rows else ""),
@@ -133,9 +139,15 @@ def read_entries() -> list[dict[str, Any]]:
     return json.loads(RESULTS.read_text()) if RESULTS.exists() else []
 
 
+def _place(task: Task | argparse.Namespace) -> tuple[str | None, int | None, str | None]:
+    """What tells the tasks apart; None for what a command line leaves open."""
+    return task.model, task.max_length, task.method
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=sorted({task.model for task in TASKS}))
+    parser.add_argument("--method", choices=sorted({task.method for task in TASKS}))
     parser.add_argument("--max-length", type=int, choices=sorted({task.max_length for task in TASKS}))
     parser.add_argument("--trainer", action="append", choices=list(TRAINERS))
     parser.add_argument("--rounds", type=int, default=2)
@@ -146,11 +158,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         given = json.loads(options.worker)
         print("\n" + json.dumps(asdict(work(Task(**given["task"]), given["trainer"]))))
         return
-    entries = {(each["task"]["model"], each["task"]["max_length"]): each for each in read_entries()}
+    entries = {_place(Task(**each["task"])): each for each in read_entries()}
     for task in () if options.table else TASKS:
-        if options.model not in (None, task.model) or options.max_length not in (None, task.max_length):
+        place = _place(task)
+        if any(asked not in (None, own) for asked, own in zip(_place(options), place, strict=True)):
             continue
-        place = (task.model, task.max_length)
         before = entries[place]["outcomes"] if options.trainer and place in entries else {}
         for found in compare(task, options.trainer or list(TRAINERS), rounds=options.rounds):
             known = before | entry(task, found)["outcomes"]

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import NormalDist
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -35,10 +35,12 @@ LR = 1e-4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """padded_rows: rows in one forward of the trainer that pads, where the whole step does not fit into memory."""
+    """padded_rows: rows in one forward of the trainer that pads, where the whole step does not fit into memory. method:
+    lora has the adapters of `model.lora`'s defaults, the same ones in every trainer."""
 
     model: str
     max_length: int
+    method: Literal["full", "lora"] = "full"
     rows_per_step: int = 8
     num_steps: int = 2
     padded_rows: int | None = None
@@ -68,9 +70,10 @@ class Outcome:
 def task_config(task: Task, **model: Any) -> RunConfig:
     source = str(smollm2_file()) if task.model == "SmolLM2-135M" else task.model
     init = {"init": "random"} if source == task.model and not Path(source).exists() else {}
+    model = {"source": source, "method": task.method, **init, **model}
     data = {"train": "none", "max_length": task.max_length}
     optim = {"lr": LR, "weight_decay": 0.0}
-    return read_config({"model": {"source": source, **init, **model}, "data": data, "optim": optim}).config
+    return read_config({"model": model, "data": data, "optim": optim}).config
 
 
 def row_lengths(task: Task) -> list[int]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fitune.data.rows import MicroBatch
 from fitune.model.attention import row_boundaries
 from fitune.model.head import Head
+from fitune.model.tied_head import joined_to_embedding
 
 CHUNK_TOKENS = 256
 """Supervised positions whose logits exist at the same time. 256 x 151,936 words of float32 are 148 MiB."""
@@ -33,8 +34,9 @@ def token_loss_sum(model: nn.Module, micro_batch: MicroBatch, settings: LossSett
     """Weighted sum of the token losses of a micro-batch: a float32 scalar, 0 with zero gradients without targets."""
     if settings.head is None:
         return _weighted_cross_entropy(_supervised_logits(model, micro_batch), micro_batch)
-    hidden_ND = _supervised_hidden(settings.head, micro_batch)
-    return chunked_cross_entropy(hidden_ND, settings.head, micro_batch, chunk_tokens=settings.chunk_tokens)
+    with joined_to_embedding(settings.head) as heads:
+        hidden_ND = _supervised_hidden(settings.head, micro_batch)
+    return chunked_cross_entropy(hidden_ND, heads[-1], micro_batch, chunk_tokens=settings.chunk_tokens)
 
 
 def losses_and_correct(model: nn.Module, micro_batch: MicroBatch, settings: LossSettings) -> tuple[Tensor, Tensor]:
