@@ -54,6 +54,7 @@ Method = Literal["full", "lora", "qlora"]
 Precision = Literal["float32", "bfloat16", "autocast_bfloat16", "autocast_float16"]
 Attention = Literal["flash", "efficient", "math", "eager"]
 Recompute = Literal["off", "every_2", "every_4", "selective", "full"]
+Shard = Literal["none", "full"]
 Loss = Literal["full", "chunked"]
 Tracker = Literal["tensorboard", "trackio", "wandb", "mlflow", "swanlab"]
 OptimizerName = Literal["adamw", "adamw_foreach", "adamw_host", "adamw_8bit", "adamw_8bit_paged", "adafactor", "sgd"]
@@ -96,6 +97,9 @@ class ModelConfig(Section):
     recompute: Recompute | Auto = "auto"
     offload_activations: Bool = Field(False, description="keep what recomputed layers keep in the host's memory")
     compile: Bool = Field(False, description="compile each layer with torch.compile")
+    shard: Shard = Field(
+        "none", description="full: each of several processes holds a share of weights, gradients and optimizer state"
+    )
     shape: ShapeConfig = ShapeConfig()
     trust_remote_code: Bool = Field(False, description="run Python code that comes with the model")
 
