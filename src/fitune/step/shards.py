@@ -199,9 +199,7 @@ class _AnnouncedReduction(DefaultReduceScatter):
 def shard_model(model: nn.Module, peers: ShardPeers, *, device: torch.device, packed: bool) -> Shards:
     """Deal the parameters, layer by layer, and put the shards on `device`. The model may be in the host's memory until
     then. Gradients are summed in float32 and never divided. Raises ModelError for a model that this does not fit."""
-    layers = recomputable_layers(model)
-    if not layers:
-        raise ModelError("model.shard=full needs layers that transformers marks as such, which this model lacks")
+    layers = dealt_layers(model)
     dtypes = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
     if len(dtypes) > 1:
         listed = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
@@ -225,6 +223,16 @@ def shard_model(model: nn.Module, peers: ShardPeers, *, device: torch.device, pa
     model.run_whole = lambda function: function()  # type: ignore[assignment]
     register_fsdp_forward_method(model, "run_whole")
     return shards
+
+
+def dealt_layers(model: nn.Module) -> list[nn.Module]:
+    """Which are gathered one by one. Raises ModelError where there are none."""
+    layers: list[nn.Module] = list(recomputable_layers(model))
+    if not layers:
+        raise ModelError(
+            "model.shard=full needs layers that transformers marks as such, which this model lacks: drop it"
+        )
+    return layers
 
 
 def local(tensor: Tensor) -> Tensor:
