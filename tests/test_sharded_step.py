@@ -34,7 +34,7 @@ from tiny_ranks import run_ranks
 from tiny_steps import distance, make_batch, settings_for
 
 BATCH = make_batch()
-EVAL_FAULT = (0, 1)
+EVAL_FAULT = (0,)
 GATHER = "torch.distributed.fsdp._fully_shard._fsdp_collectives.DefaultAllGather.allocate"
 COPY_OUT = "torch.distributed.fsdp._fully_shard._fsdp_param_group.foreach_all_gather_copy_out"
 REDUCE = "torch.distributed.fsdp._fully_shard._fsdp_collectives.DefaultReduceScatter.allocate"

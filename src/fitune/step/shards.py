@@ -97,20 +97,25 @@ class Shards:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Of what is not done again: where it fails in one process it fails in all."""
+        """Of what is not done again: where it fails in one process it fails in all, with that one's error."""
+        try:
+            with self.announced():
+                yield
+        except AbortedError:
+            self.peers.exchange(None)  # raises what the other one tells
+            raise
+
+    @contextmanager
+    def announced(self) -> Iterator[None]:
+        """Its failure is known to all before they leave it: raises AbortedError in the others."""
         try:
             yield
         except AbortedError:
-            self.peers.exchange(None)  # raises what the other one tells
             raise
         except Exception:
             self.leave()
             raise
-        try:
-            self.ready()
-        except AbortedError:
-            self.peers.exchange(None)
-            raise
+        self.ready()
 
     def add_up(self, tensor: Tensor) -> None:
         """It becomes the sum of all processes' tensors."""

@@ -24,7 +24,7 @@ from fitune.errors import RunDirectoryError
 from fitune.model.save import saved_tensors
 from fitune.model.tensor_file import write_tensors
 from fitune.step.out_of_memory import said_of
-from fitune.step.shards import Shards
+from fitune.step.shards import AbortedError, Shards
 
 T = TypeVar("T")
 SHARDS = "shards"
@@ -51,7 +51,7 @@ class ShardedTensors:
         process. All processes call this. Raises RunDirectoryError in all."""
         leads = self.shards.peers.rank == 0
         self._agreed(begin if leads else lambda: None)
-        state = self._whole_state()
+        state = self._agreed(self._whole_state)
         hashes = self._agreed(lambda: self._write_model(directory / "model", state) if leads else {})
         try:
             save(dict(self.tensors), storage_writer=FileSystemWriter(directory / SHARDS))
@@ -66,15 +66,17 @@ class ShardedTensors:
 
     def _agreed(self, action: Callable[[], T]) -> T:
         """Where it fails in one process it fails in all."""
-        fault, result = None, None
+        fault, results = None, []
         try:
-            result = action()
+            results.append(action())
+        except AbortedError:
+            pass  # another one has more to say
         except Exception as error:  # of whatever kind: the others wait to be told
             fault = said_of(error)
         faults = [each for each in self.shards.peers.exchange(fault) if each is not None]
         if faults:
             raise RunDirectoryError(faults[0])
-        return result  # type: ignore[return-value]
+        return results[0]
 
     def _whole_state(self) -> dict[str, torch.Tensor]:
         """The model's state dictionary, of adapters their part; nothing but in the first process. One parameter at a
@@ -82,7 +84,7 @@ class ShardedTensors:
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
         wholes: dict[int, torch.Tensor] = {}
         state = {}
-        with self.shards.together():
+        with self.shards.announced():
             for name, tensor in self.model.state_dict().items():
                 parameter = parameters.get(name, tensor)
                 if isinstance(self.model, PeftModel) and not parameter.requires_grad:
