@@ -11,14 +11,10 @@ from transformers import AutoModelForCausalLM
 
 from disturbed_run import weights, write_run
 from fitune.cli.app import main
-from fitune.config import read_config
-from fitune.errors import ConfigError
-from fitune.model.precision import resolve_precision
 from fitune.run.directory import RunDirectory, read_run
 from fitune.run.journal import read_journal
 from fitune.run.metrics import read_events
 from fitune.train import shard_checkpoint
-from fitune.train.prepare import check_shard
 from test_ranks import assert_close, killed, told_to_end, train, without_memory, without_memory_twice
 
 SHARDED = ("sft.yaml", "model.shard=full")
@@ -142,23 +138,23 @@ def test_a_save_that_fails_in_one_process_is_told_and_the_run_goes_on() -> None:
 
 
 REFUSED = {
-    "model.method=qlora": "does not hold 4-bit weights: set model.method=lora",
-    "optim.name=adafactor": "does not deal the state of optim.name=adafactor: use adamw or adamw_foreach or sgd",
-    "optim.name=adamw_8bit": "does not deal the state of optim.name=adamw_8bit",
-    "model.precision=autocast_float16": "set model.precision=autocast_bfloat16 or float32",
-    "model.compile=true": "model.compile does not work with model.shard=full: drop one of them",
-    "memory.on_oom=quarantine": "set memory.on_oom=stop, or drop model.shard",
+    "model.method=qlora": "does not deal 4-bit weights: set model.method to lora",
+    "optim.name=adafactor": "does not deal the state of optim.name adafactor: use adamw, adamw_foreach or sgd",
+    "optim.name=adamw_host": "does not deal the state of optim.name adamw_host",
+    "model.compile=true": "model.compile does not work with model.shard full: drop one of them",
+    "model.offload_activations=true": "model.offload_activations does not work with model.shard full: drop one of them",
+    "memory.on_oom=quarantine": "set memory.on_oom to stop, or drop model.shard",
+    "train.probe=true": "train.probe works in one process and model.shard full needs several",
 }
 
 
 @pytest.mark.parametrize("words", REFUSED)
-def test_what_cannot_be_dealt_is_refused_in_a_sentence(words: str) -> None:
-    tree = {"model": {"source": "tiny", "shard": "full"}, "data": {"train": "sft.jsonl"}}
-    config = read_config(tree, [words]).config
-    with pytest.raises(ConfigError) as found:
-        check_shard(config, num_ranks=2, precision=resolve_precision(config.model, "cuda", True))
-    assert len(found.value.faults) == 1
-    assert REFUSED[words] in found.value.faults[0]
+def test_what_cannot_be_dealt_is_refused_in_a_sentence(words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    rest = ("model.recompute=full", "train.steps=null", "train.save_every=auto")
+    assert main(["train", *SHARDED, *rest, words]) == 2
+    said = capsys.readouterr().err
+    assert REFUSED[words] in said
+    assert said.count("model.shard") == 1 + (words == "memory.on_oom=quarantine")
 
 
 def test_one_process_alone_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -25,7 +25,7 @@ from fitune.step.micro_batch_work import micro_batch_work
 from fitune.step.optimizer_state import create_state
 from fitune.step.safe_evaluate import safe_evaluate
 from fitune.step.safe_step import Protection, SafeResult, safe_step
-from fitune.step.shards import Shards, shard_model
+from fitune.step.shards import Shards, local, shard_model
 from fitune.step.shared_step import SharedStep
 from fitune.step.train_step import StepSettings
 from fitune.train.ranks import Ranks, joined
@@ -57,6 +57,7 @@ class Case:
     recompute: Recompute = "off"
     packed: bool = True
     clip: float = 0.0
+    scaled: bool = False
 
 
 CASES = {
@@ -70,6 +71,7 @@ CASES = {
     "LoRA": Case(lora=True),
     "LoRA in bfloat16": Case(lora=True, dtype=torch.bfloat16),
     "bfloat16": Case(dtype=torch.bfloat16),
+    "float16, scaled": Case(scaled=True),
     "recomputed": Case(recompute="full"),
     "recomputed in parts": Case(recompute="selective"),
     "padded": Case(packed=False),
@@ -134,6 +136,8 @@ def make(case: Case) -> nn.Module:
 
 def settings(model: nn.Module, case: Case) -> StepSettings:
     autocast = case.dtype if case.lora and case.dtype != torch.float32 else None
+    if case.scaled:
+        autocast = torch.float16
     return replace(settings_for(model, case.loss, clip=case.clip), autocast=autocast)
 
 
@@ -144,7 +148,9 @@ def protect(case: Case, ranks: Ranks | None = None) -> tuple[Protection[MicroBat
         shards = shard_model(model, ranks, device=torch.device("cpu"), packed=case.packed)
         step_settings = replace(step_settings, shards=shards)
     optimizer = Whole([p for p in model.parameters() if p.requires_grad])
-    return Protection(work=micro_batch_work(model, optimizer, step_settings)), optimizer, step_settings.shards
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8) if case.scaled else None
+    work = micro_batch_work(model, optimizer, step_settings, scaler=scaler)
+    return Protection(work=work), optimizer, step_settings.shards
 
 
 def alone(case: Case, pieces: list[MicroBatch]) -> Outcome:
@@ -228,11 +234,35 @@ def be_rank(place: Path) -> int:
     with joined() as ranks:
         outcomes: dict[str, Any] = {name: one_step(case, ranks) for name, case in CASES.items()}
         outcomes["evaluation"] = evaluated(ranks)
+        outcomes["overflow"] = overflown(ranks)
         outcomes["weights"] = updated(ranks)
         outcomes["no memory"] = sentence(ranks, "forward of layer 1", None)
         outcomes["another error"] = sentence(ranks, "backward of layer 0", lambda: ValueError("a shape is wrong"))
         (place / f"{ranks.rank}.pickle").write_bytes(pickle.dumps(outcomes))
     return 0
+
+
+def overflown(ranks: Ranks) -> tuple[bool, float, bool]:
+    """(updated, scale, whether a weight has changed), where an element of rank 1's shard overflows."""
+    protection, _, shards = protect(CASES["float16, scaled"], ranks)
+    model, scaler = protection.work.model, protection.work.scaler
+    assert shards is not None
+    assert scaler is not None
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+    protection.work = replace(protection.work, optimizer=optimizer)
+    before = [local(parameter).clone() for parameter in model.parameters()]
+    real, gradient = shards.ready, next(model.parameters())
+
+    def ready() -> None:
+        if ranks.rank == 1 and gradient.grad is not None:
+            local(gradient.grad)[0, 0] = torch.inf
+        real()
+
+    shards.ready = ready  # type: ignore[method-assign]
+    shared = SharedStep(ranks, BATCH.loss_weight)
+    result = safe_step(protection, parts_of(Case())[ranks.rank], step=1, shared=shared)
+    same = all(torch.equal(local(p), old) for p, old in zip(model.parameters(), before, strict=True))
+    return result.step.updated, scaler.get_scale(), same
 
 
 def parts_of(case: Case) -> list[list[MicroBatch]]:
@@ -252,7 +282,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_gradient_is_that_of_one_process(name: str, outcomes: list[dict[str, Any]]) -> None:
-    case, tolerance = CASES[name], TOLERANCE[CASES[name].dtype]
+    case, tolerance = CASES[name], 2e-2 if CASES[name].scaled else TOLERANCE[CASES[name].dtype]
     rows = {row.row_id: row for row in case.batch.rows}
     plan = [row_ids for part in plan_parts(outcomes[0][name].result.plan) for row_ids in part]
     assert sorted(row for row_ids in plan for row in row_ids) == sorted(rows)
@@ -275,7 +305,9 @@ def test_what_fails_in_one_process_is_told_to_all_with_its_rank(name: str, outco
     assert all(sentence.startswith("rank 1: out of memory in the ") for sentence in told[0])
 
 
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.dtype == torch.float32])
+@pytest.mark.parametrize(
+    "name", [name for name, case in CASES.items() if case.dtype == torch.float32 and not case.scaled]
+)
 def test_the_noise_is_measured_over_the_micro_batches_of_all_ranks(name: str, outcomes: list[dict[str, Any]]) -> None:
     case, norms = CASES[name], outcomes[1][name].norms
     rows = {row.row_id: row for row in case.batch.rows}
@@ -303,6 +335,10 @@ def test_an_evaluation_that_fails_in_one_process_is_that_of_all_rows(outcomes: l
         assert found.result.row_ids == expected.row_ids
         assert found.result.row_losses == pytest.approx(expected.row_losses, rel=1e-5)
         assert len(found.failures) == len(EVAL_FAULT)
+
+
+def test_an_overflow_in_one_shard_is_one_in_all(outcomes: list[dict[str, Any]]) -> None:
+    assert [rank["overflow"] for rank in outcomes] == [(False, 2.0**7, True)] * 2
 
 
 def test_the_updated_weights_are_those_of_one_process(outcomes: list[dict[str, Any]]) -> None:

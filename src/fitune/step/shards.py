@@ -12,23 +12,21 @@ taken back  forward and backward change no parameter. What they left is dropped,
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
-from typing import Any, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 from zlib import crc32
 
 import numpy as np
 import torch
 from torch import Tensor, distributed, nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather, DefaultReduceScatter
-from torch.distributed.tensor import DTensor
 
 from fitune.data.packing import lay_out
 from fitune.data.rows import Row
 from fitune.errors import ConfigError, ModelError
 from fitune.model.recompute import recomputable_layers
 from fitune.step.out_of_memory import memory_failure
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
 
 T = TypeVar("T")
 HERE, MORE, FAILED = 0, 1, 2
@@ -74,7 +72,7 @@ class Shards:
     def __init__(self, model: nn.Module, peers: ShardPeers, group: Any, *, packed: bool) -> None:
         self.peers = peers
         self.idle = lay_out([Row(0, np.array([1, 2], np.int32), np.zeros(2, np.float32))], packed=packed)
-        self._model, self._group = cast(FSDPModule, model), group
+        self._model, self._group = cast("FSDPModule", model), group
         self._on_gradient: Callable[[Tensor], None] | None = None
 
     def run(self, function: Callable[[], T]) -> T:
@@ -132,11 +130,9 @@ class Shards:
 
     def whole(self, tensor: Tensor) -> Tensor:
         """The tensor itself, or what all shards of it make."""
-        if not isinstance(tensor, DTensor):
+        if not hasattr(tensor, "full_tensor"):
             return tensor
-        found: list[Tensor] = []
-        self.collective("whole", tensor, lambda: found.append(tensor.full_tensor()))
-        return found[0]
+        return cast(Tensor, self.collective("whole", tensor, tensor.full_tensor))
 
     def collective(self, kind: str, tensor: Tensor, action: Callable[[], object]) -> Any:
         """A meeting on the device, announced. Raises AbortedError, and RestartError where a process is gone."""
@@ -182,28 +178,14 @@ class Shards:
             parameter.grad = None
 
 
-class _AnnouncedGather(DefaultAllGather):
-    def __init__(self, shards: Shards) -> None:
-        self._shards = shards
-
-    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, async_op: bool = False) -> Any:
-        gather = partial(super().__call__, output_tensor, input_tensor, group, async_op)
-        return self._shards.collective("gather", output_tensor, gather)
-
-
-class _AnnouncedReduction(DefaultReduceScatter):
-    def __init__(self, shards: Shards) -> None:
-        self._shards = shards
-
-    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any, async_op: bool = False) -> Any:
-        self._shards.read(input_tensor)
-        reduce = partial(super().__call__, output_tensor, input_tensor, group, op, async_op)
-        return self._shards.collective("reduce", input_tensor, reduce)
-
-
 def shard_model(model: nn.Module, peers: ShardPeers, *, device: torch.device, packed: bool) -> Shards:
     """Deal the parameters, layer by layer, and put the shards on `device`. The model may be in the host's memory until
     then. Gradients are summed in float32 and never divided. Raises ModelError for a model that this does not fit."""
+    from torch.distributed.device_mesh import DeviceMesh  # not in every build of torch
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+    from fitune.step.announced import AnnouncedGather, AnnouncedReduction
+
     layers = dealt_layers(model)
     dtypes = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
     if len(dtypes) > 1:
@@ -211,13 +193,11 @@ def shard_model(model: nn.Module, peers: ShardPeers, *, device: torch.device, pa
         raise ModelError(f"model.shard=full needs trained parameters of one type and this model has {listed}")
     group = peers.group(device)
     mesh = DeviceMesh.from_group(group, device.type)
-    policy = MixedPrecisionPolicy(
-        reduce_dtype=torch.float32
-    )  # autocast casts products, so that losses are those of one
+    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)  # what is computed in which format, autocast decides
     for part in (*layers, model):
         fully_shard(part, mesh=mesh, mp_policy=policy)
     shards = Shards(model, peers, group, packed=packed)
-    gather, reduction = _AnnouncedGather(shards), _AnnouncedReduction(shards)
+    gather, reduction = AnnouncedGather(shards.collective), AnnouncedReduction(shards.collective, shards.read)
     for part in (*layers, model):
         assert isinstance(part, FSDPModule)
         part.set_custom_all_gather(gather)
@@ -242,11 +222,15 @@ def dealt_layers(model: nn.Module) -> list[nn.Module]:
 
 def local(tensor: Tensor) -> Tensor:
     """This process's part of a sharded tensor; any other tensor itself."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return cast(Tensor, tensor.to_local()) if hasattr(tensor, "to_local") else tensor
 
 
 def check_torch() -> None:
     """Raises ConfigError where this torch cannot take an aborted pass back."""
+    try:
+        from torch.distributed.fsdp import FSDPModule
+    except ImportError as error:
+        raise ConfigError(["model.shard=full needs a torch that is built with torch.distributed: drop it"]) from error
     if not hasattr(FSDPModule, "reset_iter_state") or not hasattr(FSDPModule, "set_reduce_scatter_unused_params"):
         raise ConfigError(
             [f"model.shard=full needs a newer torch than {torch.__version__}: pip install -U torch, or drop it"]

@@ -202,6 +202,8 @@ def clip_gradients(
 ) -> Clipped:
     """Host numbers, in the step's one transfer. Clips `.grad` in place. shards: over which `.grad` is dealt."""
     if scaler is not None:
+        if shards is not None:
+            shards.ready()  # an overflow in one shard is made known to all in here
         scaler.unscale_(optimizer)
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     on_device = [] if norms is None else [norms.values()]

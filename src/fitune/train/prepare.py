@@ -12,7 +12,6 @@ from fitune.errors import ConfigError, DataError, DoesNotFitError
 from fitune.model.device import choose_device
 from fitune.model.load import count_parameters, load_config, load_model, load_tokenizer
 from fitune.model.lora import not_adapted
-from fitune.model.precision import Precision
 from fitune.plan.budget import lengths_of, limits_of
 from fitune.plan.candidates import settings_of, still_open
 from fitune.plan.plan import Plan, closest, does_not_fit
@@ -24,9 +23,6 @@ from fitune.train.loop import Data
 from fitune.train.ranks import Ranks
 from fitune.train.self_check import SelfCheck, predict_second_step, run_device
 from fitune.units import format_bytes
-
-SHARDED_OPTIMIZERS = ("adamw", "adamw_foreach", "sgd")
-"""Which compute every element of a shard alone."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +77,7 @@ def _prepare(
     ranks: Ranks,
 ) -> Prepared:
     device = choose_device()
-    check_shard(config, num_ranks=ranks.size, precision=choose_precision(config, device))
+    check_shard(config, num_ranks=ranks.size)
     is_sharded = config.model.shard != "none"
     notes = []
     if config.memory.allocator and device.type == "cpu":
@@ -140,39 +136,17 @@ def _prepare(
     )
 
 
-def check_shard(config: RunConfig, *, num_ranks: int, precision: Precision) -> None:
-    """Raises ConfigError, with every reason, where model.shard cannot be carried out."""
-    model = config.model
-    if model.shard == "none":
+def check_shard(config: RunConfig, *, num_ranks: int) -> None:
+    """Raises ConfigError where these processes cannot carry model.shard out."""
+    if config.model.shard == "none":
         return
-    faults = []
     if num_ranks == 1:
-        faults.append(
-            "model.shard=full deals the weights over processes and this is one alone: start two or more with "
-            "torchrun --nproc_per_node 2, or drop it"
+        raise ConfigError(
+            [
+                "model.shard=full deals the weights over processes and this is one alone: start two or more with "
+                "torchrun --nproc_per_node 2, or drop it"
+            ]
         )
-    if model.method == "qlora":
-        faults.append("model.shard=full does not hold 4-bit weights: set model.method=lora, or drop it")
-    if config.optim.name not in SHARDED_OPTIMIZERS:
-        faults.append(
-            f"model.shard=full does not deal the state of optim.name={config.optim.name}: use "
-            f"{' or '.join(SHARDED_OPTIMIZERS)}, or drop it"
-        )
-    if precision.needs_scaler:
-        faults.append(
-            f"model.shard=full cannot scale {precision.name}'s gradients, whose overflow one process would not see in "
-            "another's share: set model.precision=autocast_bfloat16 or float32, or drop it"
-        )
-    for key, is_set in (("compile", model.compile), ("offload_activations", model.offload_activations)):
-        if is_set:
-            faults.append(f"model.{key} does not work with model.shard=full: drop one of them")
-    if config.memory.on_oom == "quarantine":
-        faults.append(
-            "memory.on_oom=quarantine leaves out a row of one process and model.shard=full begins every pass in all: "
-            "set memory.on_oom=stop, or drop model.shard"
-        )
-    if faults:
-        raise ConfigError(faults)
     check_torch()
 
 
