@@ -213,8 +213,8 @@ def sentence(ranks: Ranks, place: str, error: Any) -> str:
     return "nothing"
 
 
-def updated(ranks: Ranks) -> list[torch.Tensor]:
-    """The weights after three steps of AdamW, whole."""
+def updated(ranks: Ranks) -> tuple[list[torch.Tensor], float]:
+    """(the weights after three steps of AdamW, whole; the share of weights and state that this process holds)."""
     model = make(CASES["untied"])
     step_settings = settings(model, CASES["untied"])
     shards = shard_model(model, ranks, device=torch.device("cpu"), packed=True) if ranks.size > 1 else None
@@ -226,7 +226,9 @@ def updated(ranks: Ranks) -> list[torch.Tensor]:
         pieces = split(deal(BATCH, ranks.size)[ranks.rank], packed=True, micro_rows=2)
         shared = SharedStep(ranks, BATCH.loss_weight) if ranks.size > 1 else None
         safe_step(protection, pieces, step=step, shared=shared)
-    return [(p.full_tensor() if hasattr(p, "full_tensor") else p).detach() for p in model.parameters()]
+    held = [*model.parameters(), *(t for state in optimizer.state.values() for t in state.values())]
+    share = sum(local(tensor).numel() for tensor in held) / sum(tensor.numel() for tensor in held)
+    return [(p.full_tensor() if hasattr(p, "full_tensor") else p).detach() for p in model.parameters()], share
 
 
 def be_rank(place: Path) -> int:
@@ -342,8 +344,15 @@ def test_an_overflow_in_one_shard_is_one_in_all(outcomes: list[dict[str, Any]]) 
 
 
 def test_the_updated_weights_are_those_of_one_process(outcomes: list[dict[str, Any]]) -> None:
-    for mine, expected in zip(outcomes[0]["weights"], updated(Ranks()), strict=True):
+    for mine, expected in zip(outcomes[0]["weights"][0], updated(Ranks())[0], strict=True):
         assert torch.allclose(mine, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_each_process_holds_its_share_of_weights_and_state(outcomes: list[dict[str, Any]]) -> None:
+    """Rows that cannot be halved go to the first."""
+    shares = [rank["weights"][1] for rank in outcomes]
+    assert sum(shares) == pytest.approx(1, abs=2e-3)  # each has the counters of Adam's steps
+    assert shares == pytest.approx([0.5, 0.5], abs=0.02)
 
 
 def test_what_ends_one_process_ends_all_with_its_sentence(outcomes: list[dict[str, Any]]) -> None:

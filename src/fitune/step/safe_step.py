@@ -208,11 +208,11 @@ def safe_step(
                 )
             if protection.work.shards is None:
                 progress.recover(again=outcome.place in LATE)
-                outcome = replace(outcome, free_bytes=protection.free_bytes())
+                outcome, fits_now = replace(outcome, free_bytes=protection.free_bytes()), fits
             else:
                 progress.recover(again=True)
-                outcome, fits = _told(protection, outcome, fits)
-            action = _next_rung(protection, progress, outcome, failures=failures, fits=fits)
+                outcome, fits_now = _told(protection, outcome, fits)
+            action = _next_rung(protection, progress, outcome, failures=failures, fits=fits_now)
             failures.append(replace(outcome, action=action))
 
 
@@ -484,7 +484,7 @@ def _attempt(protection: Protection[P], progress: _Progress[P], *, step: int, tr
 
 def _told(
     protection: Protection[P], own: Failure, fits: Callable[[int], bool] | None
-) -> tuple[Failure, Callable[[int], bool]]:
+) -> tuple[Failure, Callable[[int], bool] | None]:
     """(the failure for which all processes go back, what its own process says of its size). Of several the first."""
     shards = protection.work.shards
     assert shards is not None
