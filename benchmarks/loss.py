@@ -60,8 +60,12 @@ class Measured:
 @dataclass(frozen=True, slots=True)
 class Case:
     hidden_ND: Tensor
-    weight_VD: Tensor
+    output: nn.Linear
     micro_batch: MicroBatch
+
+    @property
+    def weight_VD(self) -> Tensor:  # noqa: N802 a shape suffix
+        return self.output.weight
 
 
 def make_case(shape: Shape, dtype: torch.dtype = torch.float32) -> Case:
@@ -71,7 +75,9 @@ def make_case(shape: Shape, dtype: torch.dtype = torch.float32) -> Case:
     ids = torch.randint(0, shape.vocab_size, (shape.positions + 1,), generator=generator).int().numpy()
     weights = torch.ones(shape.positions + 1).numpy()
     micro_batch = lay_out([Row(0, ids, weights)], packed=True)
-    return Case(hidden_ND.to(dtype).requires_grad_(), weight_VD.to(dtype).requires_grad_(), micro_batch)
+    output = nn.Linear(shape.hidden_size, shape.vocab_size, bias=False)
+    output.weight = nn.Parameter(weight_VD.to(dtype))
+    return Case(hidden_ND.to(dtype).requires_grad_(), output, micro_batch)
 
 
 def full(case: Case) -> Tensor:
@@ -80,7 +86,7 @@ def full(case: Case) -> Tensor:
 
 
 def fitune(case: Case) -> Tensor:
-    head = Head(nn.Identity(), case.weight_VD, None, 1.0, None)
+    head = Head(nn.Identity(), case.output, 1.0, None)
     return chunked_cross_entropy(case.hidden_ND, head, case.micro_batch, chunk_tokens=CHUNK_TOKENS)
 
 

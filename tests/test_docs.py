@@ -20,6 +20,7 @@ ELSEWHERE = {
     "fitune demo": "test_demo.py",
     "fitune sweep three.yaml": "test_sweep.py",
     "torchrun --nproc_per_node 2 -m fitune train sft.yaml": "test_ranks.py",
+    "torchrun --nproc_per_node 2 -m fitune train sft.yaml model.shard=full": "test_sharded_runs.py",
 }  # commands that are too slow for here, and the test that runs them
 
 

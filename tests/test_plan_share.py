@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from fitune.cli.app import main
@@ -11,6 +12,8 @@ from fitune.config import read_config
 from fitune.plan.plan import Plan
 from fitune.plan.planner import choose_plan
 from fitune.plan.share import BUCKET_BYTES, share_of
+from fitune.trace.events import MemoryEvent, MemoryTrace
+from fitune.trace.sharded import sharded
 from fitune.units import GIB
 from tiny_models import TINY
 
@@ -86,3 +89,50 @@ def test_the_plan_of_several_cards_is_shown(place: Path, capsys: pytest.CaptureF
 @pytest.mark.parametrize("words", [["--gpus", "0"], ["--gpus", "2", "--splits", "1x2"], ["--gpus", "2", "--measure"]])
 def test_what_is_of_one_card_is_refused(words: list[str], place: Path) -> None:
     assert main(["plan", str(place / "model"), "--gpu", "RTX 4090", *words]) == 2
+
+
+def sharded_plan(place: Path, num_gpus: int, **model: str) -> Plan:
+    tree = {
+        "model": {"source": str(place / "model"), **model},
+        "data": {"train": "missing.jsonl", "max_length": 64},
+        "batch": {"effective": 4 * num_gpus, "micro": 2},
+    }
+    return choose_plan(read_config(tree).config, gpu="RTX 4090", num_gpus=num_gpus)
+
+
+def test_a_sharded_plan_has_a_share_of_the_weights_and_what_is_gathered(place: Path) -> None:
+    whole, two, four = (
+        sharded_plan(place, num_gpus, shard=shard).candidates[0].categories
+        for num_gpus, shard in ((2, "none"), (2, "full"), (4, "full"))
+    )
+    for name in ("parameter", "optimizer_state"):
+        assert two[name] == pytest.approx(whole[name] / 2, rel=0.01)
+        assert four[name] == pytest.approx(whole[name] / 4, rel=0.01)
+    assert two["activation"] == whole["activation"]
+    assert BUCKET_BYTES > two["workspace"] > four["workspace"] > 0
+
+
+def test_a_sharded_plan_says_what_it_assumes(place: Path) -> None:
+    plan = sharded_plan(place, 2, shard="full")
+    assert "over 2 cards, before each layer's forward and again before its backward" in plan.assumptions[1]
+    assert any("it has not been measured on cards" in sentence for sentence in plan.assumptions)
+
+
+def test_a_sharded_plan_needs_the_number_of_cards(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["plan", str(place / "model"), "data.max_length=64", "model.shard=full", "--gpu", "RTX 4090"]
+    assert main(words) == 2
+    assert "say over how many with --gpus" in capsys.readouterr().err
+
+
+def test_the_events_of_a_shard_are_those_of_its_columns() -> None:
+    events = [
+        MemoryEvent(3, 1001, "parameter", "load", module="a"),
+        MemoryEvent(7, 500, "activation", "forward", 1, module="b"),
+        MemoryEvent(7, -500, "activation", "backward", 1),
+        MemoryEvent(3, -1001, "parameter", "optimizer", 1),
+    ]
+    trace = sharded(MemoryTrace(events), num_shards=2, gathered_bytes=64)
+    columns = trace.columns()
+    assert columns.num_bytes.tolist() == [event.num_bytes for event in trace.events] == [64, 501, 500, -500, -501]
+    assert columns.storage.tolist() == [event.storage for event in trace.events] == [8, 3, 7, 7, 3]
+    assert trace.modules(np.array([0, 1, 2])) == ["gathered layers", "a", "b"]

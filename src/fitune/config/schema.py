@@ -54,10 +54,14 @@ Method = Literal["full", "lora", "qlora"]
 Precision = Literal["float32", "bfloat16", "autocast_bfloat16", "autocast_float16"]
 Attention = Literal["flash", "efficient", "math", "eager"]
 Recompute = Literal["off", "every_2", "every_4", "selective", "full"]
+Shard = Literal["none", "full"]
 Loss = Literal["full", "chunked"]
 Tracker = Literal["tensorboard", "trackio", "wandb", "mlflow", "swanlab"]
 OptimizerName = Literal["adamw", "adamw_foreach", "adamw_host", "adamw_8bit", "adamw_8bit_paged", "adafactor", "sgd"]
 
+
+SHARDED_OPTIMIZERS = ("adamw", "adamw_foreach", "sgd")
+"""Which compute every element of a shard alone."""
 
 Scaling = Literal["none", "sqrt_gain", "sqrt", "linear"]
 BatchMode = Literal["advise", "anneal", "follow", "hold"]
@@ -96,6 +100,9 @@ class ModelConfig(Section):
     recompute: Recompute | Auto = "auto"
     offload_activations: Bool = Field(False, description="keep what recomputed layers keep in the host's memory")
     compile: Bool = Field(False, description="compile each layer with torch.compile")
+    shard: Shard = Field(
+        "none", description="full: each of several processes holds a share of weights, gradients and optimizer state"
+    )
     shape: ShapeConfig = ShapeConfig()
     trust_remote_code: Bool = Field(False, description="run Python code that comes with the model")
 
@@ -312,9 +319,30 @@ class RunConfig(Section):
         if self.train.batch_mode == "anneal" and self.optim.schedule == "constant":
             faults.append("train.batch_mode anneal has no effect while optim.schedule is constant: drop one of them")
         faults += self._probe_without_effect()
+        faults += self._not_sharded()
         if faults:
             raise ValueError("\n".join(faults))
         return self
+
+    def _not_sharded(self) -> Iterator[str]:
+        model = self.model
+        if model.shard == "none":
+            return
+        if model.method == "qlora":
+            yield "model.shard full does not deal 4-bit weights: set model.method to lora, or drop it"
+        if self.optim.name not in SHARDED_OPTIMIZERS:
+            listed = f"{', '.join(SHARDED_OPTIMIZERS[:-1])} or {SHARDED_OPTIMIZERS[-1]}"
+            yield f"model.shard full does not deal the state of optim.name {self.optim.name}: use {listed}, or drop it"
+        for key, is_set in (("compile", model.compile), ("offload_activations", model.offload_activations)):
+            if is_set:
+                yield f"model.{key} does not work with model.shard full: drop one of them"
+        if self.memory.on_oom == "quarantine":
+            yield (
+                "memory.on_oom quarantine leaves out a row of one process and with model.shard full every pass is one "
+                "of all: set memory.on_oom to stop, or drop model.shard"
+            )
+        if self.train.probe:
+            yield "train.probe works in one process and model.shard full needs several: drop one of them"
 
     def _probe_without_effect(self) -> Iterator[str]:
         train, optim = self.train, self.optim

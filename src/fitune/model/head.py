@@ -15,14 +15,24 @@ class Head:
 
         logits = soft_cap * tanh(scale * (h @ weight.T + bias) / soft_cap)
 
-    without the cap where soft_cap is None. weight: [V, D]. bias: [V] or None.
+    without the cap where soft_cap is None. weight: [V, D]. bias: [V] or None. Both are read off `output` when they are
+    used, since a sharded model holds the whole weight only while it computes. joined_weight: the same weight with
+    another way back for its gradient (model/tied_head.py), in its place.
     """
 
     decoder: nn.Module
-    weight: torch.Tensor
-    bias: torch.Tensor | None
+    output: nn.Linear
     scale: float
     soft_cap: float | None
+    joined_weight: torch.Tensor | None = None
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return self.output.weight if self.joined_weight is None else self.joined_weight
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        return self.output.bias
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[..., D] -> [..., V], exactly the model's own logits. The oracle of every leaner loss."""
@@ -45,7 +55,7 @@ def decoder_and_head(model: nn.Module) -> Head | str:
         return f"{type(whole).__name__} has no plain linear head after a decoder"
     config = whole.config.get_text_config()
     soft_cap = getattr(config, "final_logit_softcapping", None)
-    head = Head(decoder, output.weight, output.bias, _scale(config), soft_cap)
+    head = Head(decoder, output, _scale(config), soft_cap)
     if output.weight.is_meta or is_fake(output.weight) or _gives_the_logits(whole, head):
         return head
     return f"{type(whole).__name__} computes its logits in a way that fitune does not know"

@@ -134,12 +134,14 @@ def load_model(
     precision: Precision | None = None,
     seed: int = 0,
     config: PretrainedConfig | None = None,
+    stay_on_host: bool = False,
 ) -> "PreTrainedModel | PeftModel":
     """The model that `model` describes on `device`, in training mode, with its adapters where it has any.
 
     On the meta device nothing is read but the configuration: that model is the planner's and the recorder's. precision:
     as decided by `resolve_precision`; where left out it is resolved for `device` (for meta: as on a CPU). config: an
-    architecture instead of the one that `model` names, on the meta device only.
+    architecture instead of the one that `model` names, on the meta device only. stay_on_host: made for `device` and
+    left in the host's memory, for a caller who puts it there in parts.
     """
     precision = precision or resolve_precision(model, *device_precision(device))
     config = config or load_config(model)
@@ -153,7 +155,8 @@ def load_model(
         built = load_weights(model, config, dtype=precision.parameter_dtype, attention=attention)
     if model.method == "qlora":
         built = quantise(built)
-    built.to(device)
+    if not stay_on_host:
+        built.to(device)
     share_tables(built)
     adapted = built if model.method == "full" else apply_lora(built, model.lora, seed=seed)
     return adapted.train()

@@ -66,14 +66,20 @@ def write_files(directory: Path, files: Mapping[str, bytes]) -> None:
         (directory / name).write_bytes(content)
 
 
-def saved_tensors(model: PreTrainedModel | PeftModel, *, merge: bool = False) -> tuple[str, dict[str, torch.Tensor]]:
+def saved_tensors(
+    model: PreTrainedModel | PeftModel, *, merge: bool = False, state: dict[str, torch.Tensor] | None = None
+) -> tuple[str, dict[str, torch.Tensor]]:
     """(name of the weights file, its tensors under the names that transformers or peft gives them there). Tied weights
-    stand in it once. The tensors are the model's own memory but where its layout on disk is another (experts)."""
+    stand in it once. The tensors are the model's own memory but where its layout on disk is another (experts).
+
+    state: the model's state dictionary, where the model itself holds a share of it only; of adapters their part."""
     if isinstance(model, PeftModel) and not merge:
-        return "adapter_model.safetensors", get_peft_model_state_dict(model, save_embedding_layers=False)
+        tensors = get_peft_model_state_dict(model, state_dict=state, save_embedding_layers=False)
+        return "adapter_model.safetensors", tensors
     plain = _plain(model)
     left_out = set(plain._keys_to_ignore_on_save or ())
-    tensors = {name: tensor for name, tensor in plain_tensors(model).items() if name not in left_out}
+    named = plain_tensors(model) if state is None else state
+    tensors = {name: tensor for name, tensor in named.items() if name not in left_out}
     return "model.safetensors", revert_weight_conversion(plain, remove_tied_weights_from_state_dict(tensors, plain))
 
 

@@ -29,7 +29,7 @@ def joined_to_embedding(head: Head) -> Iterator[list[Head]]:
         if len(heads) > 1 or not args:
             return None
         embedded, weight_VD = _Joined.apply(embedded.detach(), args[0], head.weight, embedding.padding_idx)  # type: ignore[no-untyped-call]
-        heads.append(replace(head, weight=weight_VD))
+        heads.append(replace(head, joined_weight=weight_VD))
         return embedded
 
     handle = embedding.register_forward_hook(join)

@@ -64,12 +64,15 @@ def same_choices(config: RunConfig, lengths: Lengths) -> Iterator[Choice]:
 def proposals(config: RunConfig, choice: Choice, *, float32: bool) -> Iterator[Choice]:
     """What would need less memory or time beside `choice` and is for the user to decide. float32: whether the model
     computes in float32 though the device has bfloat16."""
-    if config.optim.name in ("adamw", "adamw_foreach"):
+    is_sharded = config.model.shard != "none"  # which leaves some out
+    if config.optim.name in ("adamw", "adamw_foreach") and not is_sharded:
         yield replace(choice, optimizer="adamw_8bit", result="close")
         yield replace(choice, optimizer="adafactor", result="different")
     if float32:
         yield replace(choice, precision="autocast_bfloat16", result="close")
     for method in {"full": ("lora", "qlora"), "lora": ("qlora",)}.get(config.model.method, ()):
+        if method == "qlora" and is_sharded:
+            continue
         yield replace(choice, method=method, result="different")
 
 

@@ -68,8 +68,8 @@ class Forecaster:
     """Forecasts of one configuration's choices on one device. known: all that was found out, as JSON has it; `save`
     keeps it for the next process."""
 
-    def __init__(self, config: RunConfig, limits: Limits, lengths: Lengths) -> None:
-        self.config, self.limits, self.lengths = config, limits, lengths
+    def __init__(self, config: RunConfig, limits: Limits, lengths: Lengths, *, num_shards: int = 1) -> None:
+        self.config, self.limits, self.lengths, self.num_shards = config, limits, lengths, num_shards
         device = limits.device
         self._key = [
             config.model_dump(mode="json", include={"model", "loss", "eval"}),
@@ -78,6 +78,7 @@ class Forecaster:
             [config.memory.allocator, device.name, device.total_bytes, device.compute_capability],
             allocator_name() if device.kind == "cpu" else None,
             asdict(lengths),
+            num_shards,
             file_state(config.model.source),
             [field.name for field in fields(Forecast)],
         ]
@@ -164,6 +165,7 @@ class Forecaster:
             limit_bytes=self.limits.limit_bytes,
             recordings=recordings,
             find_oom=False,
+            num_shards=self.num_shards,
         )
         recorded, largest = prediction.recorded, prediction.largest
         if choice.micro_tokens is not None and len(passes[-1].rows) == 2 * len(rows):

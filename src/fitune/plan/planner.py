@@ -19,7 +19,14 @@ from fitune.plan.other_estimates import other_estimates
 from fitune.plan.plan import Candidate, OtherEstimate, Plan, PlannedDevice, PlannedModel
 from fitune.plan.pricing import Pricer
 from fitune.plan.second_process import divide
-from fitune.plan.share import candidate_with_bucket, keep_bucket, not_modelled, share_of
+from fitune.plan.share import (
+    candidate_with_bucket,
+    keep_bucket,
+    not_modelled,
+    not_modelled_sharded,
+    shards_of,
+    share_of,
+)
 from fitune.plan.training import plan_training
 from fitune.units import format_bytes
 
@@ -41,9 +48,12 @@ def choose_plan(
     num_gpus: so many alike, which share the rows of a step; memory is that of each.
     on_candidate: told what is looked at. Raises what the configuration's and the model's checks raise.
     """
-    limits = keep_bucket(limits or find_limits(config, gpu=gpu), num_gpus)
+    num_shards = shards_of(config, num_gpus)
+    limits = limits or find_limits(config, gpu=gpu)
+    if num_shards == 1:
+        limits = keep_bucket(limits, num_gpus)
     lengths = lengths or find_lengths(config)
-    forecaster = Forecaster(share_of(config, num_gpus), limits, lengths)
+    forecaster = Forecaster(share_of(config, num_gpus), limits, lengths, num_shards=num_shards)
     search = _Search(config, forecaster, on_candidate, num_gpus=num_gpus)
     plan = search.plan(search.thorough() if thorough else search.lean())
     forecaster.save()
@@ -186,7 +196,9 @@ class _Search:
         )
 
     def for_several(self, shown: Forecast) -> Iterator[str]:
-        if self.num_gpus > 1:
+        if self.forecaster.num_shards > 1:
+            yield not_modelled_sharded(shown.num_parameters, self.num_gpus)
+        elif self.num_gpus > 1:
             yield not_modelled(shown.num_trainable_parameters, self.num_gpus)
 
     def candidate(self, choice: Choice) -> Candidate:
@@ -213,7 +225,7 @@ class _Search:
             reason=_reason(forecast, self.limits),
             result=choice.result,
         )
-        return candidate_with_bucket(candidate, self.num_gpus)
+        return candidate if self.forecaster.num_shards > 1 else candidate_with_bucket(candidate, self.num_gpus)
 
     def others(self, choice: Choice) -> Iterator[OtherEstimate]:
         forecast = self.looked_at[choice]

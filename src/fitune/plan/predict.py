@@ -7,15 +7,21 @@ from pathlib import Path
 from typing import Any, Literal
 
 import psutil
+import torch
 
-from fitune.config import RunConfig, read_config
+from fitune.config import ModelConfig, RunConfig, read_config
+from fitune.errors import ConfigError
 from fitune.memory.c_allocator import allocator_habit
 from fitune.memory.devices import Device, context_prior, cpu_device, find_device, this_machine
 from fitune.memory.prediction import Interval, Prediction, PredictSettings, predict_steps
 from fitune.memory.residuals import circumstances, measured_context, read_residuals, widen
+from fitune.model.load import load_model
+from fitune.model.precision import Precision
 from fitune.step.assemble import CPU_MICRO_TOKENS, CUDA_MICRO_TOKENS
+from fitune.step.shards import dealt_layers
 from fitune.trace.cuda_behaviour import CudaTarget
 from fitune.trace.recordings import Recordings
+from fitune.trace.sharded import sharded
 from fitune.trace.step import Pass, RecordedStep, longest_rows
 from fitune.units import format_bytes
 
@@ -67,17 +73,25 @@ def predict_run(
     limit_bytes: int | None = None,
     recordings: Recordings | None = None,
     find_oom: bool = True,
+    num_shards: int = 1,
 ) -> RunPrediction:
     """passes: what is recorded; the heaviest steps of the configuration where left out. limit_bytes: of the whole
     device, less than it has. On a CPU the program is counted as it is now, so ask before a model is loaded.
 
     recordings: shared by calls that predict many settings of one configuration (micro-batch, recompute, ...) for one
     device: what was recorded for one is then used for the others, with the same answers as without it.
-    find_oom: as in `PredictSettings`.
+    find_oom: as in `PredictSettings`. num_shards: the processes that model.shard=full deals the weights over; raises
+    ConfigError where it is set and there is one.
     """
+    if config.model.shard != "none" and num_shards == 1:
+        raise ConfigError(["model.shard=full deals the weights over cards: say over how many with --gpus, or drop it"])
     program_bytes = psutil.Process().memory_info().rss if device.kind == "cpu" else None
     passes = passes or heaviest_passes(config, device)
     recorded = (recordings or Recordings()).step(config, passes, target=cuda_target(config, device))
+    trace = recorded.trace
+    if config.model.shard != "none":
+        held_bytes = gathered_bytes(config.model, recorded.precision, num_shards=num_shards)
+        trace = sharded(trace, num_shards=num_shards, gathered_bytes=held_bytes)
     is_here = device.kind == "cpu" or device.uuid is not None
     here = circumstances(device, config.model.source) if is_here else None
     residuals = read_residuals(here) if here else ()
@@ -92,11 +106,11 @@ def predict_run(
             interval = widen(interval, residuals, reserved_bytes=prediction.peak_reserved_bytes)
         return replace(prediction, device_interval=interval)
 
-    steps = [int(recorded.trace.columns().step.max())]
+    steps = [int(trace.columns().step.max())]
     if recorded.evaluation_step is not None:
         steps.append(recorded.evaluation_step)
     settings = PredictSettings(device=limited, allocator=config.memory.allocator, find_oom=find_oom)
-    predicted = predict_steps(recorded.trace, settings, steps)
+    predicted = predict_steps(trace, settings, steps)
     training, *rest = map(complete, predicted)
     evaluation = rest[0] if rest else None
     largest = training
@@ -111,6 +125,42 @@ def predict_run(
         device=device,
         context_bytes=context.expected_bytes if program_bytes is None else program_bytes,
     )
+
+
+def gathered_bytes(model: ModelConfig, precision: Precision, *, num_shards: int) -> int:
+    """What a process holds at most, beside its own shards, of a model that `shard_model` deals.
+
+    What belongs to no layer (embedding, last norm, head) is gathered from the first forward to the end of the backward,
+    and its gradient is there as long. Beside it there is the layer that computes: forward its weights, the flat buffer
+    that they arrived in and that of the next one; backward its weights, the next one's buffer, its gradient and the
+    float32 buffers that the gradient is summed through. At the end the sum of what belongs to no layer.
+    """
+    built = load_model(model, torch.device("meta"), precision=precision)
+    layers = dealt_layers(built)
+    inside = {id(parameter) for layer in layers for parameter in layer.parameters()}
+    rest = _GroupBytes.of([p for p in built.parameters() if id(p) not in inside], num_shards)
+    every = (_GroupBytes.of(list(layer.parameters()), num_shards) for layer in layers)
+    most = max(every, key=lambda each: each.weights)
+    backward = 2 * most.weights + most.gradients + most.sums
+    return rest.weights + rest.gradients + max(3 * most.weights, backward, rest.sums, rest.weights)
+
+
+@dataclass(frozen=True)
+class _GroupBytes:
+    """Of what is gathered together: its weights, its gradients, and what they are summed through."""
+
+    weights: int
+    gradients: int
+    sums: int
+
+    @classmethod
+    def of(cls, parameters: Sequence[torch.Tensor], num_shards: int) -> "_GroupBytes":
+        trained = [parameter for parameter in parameters if parameter.requires_grad]
+        return cls(
+            weights=sum(parameter.nbytes for parameter in parameters),
+            gradients=sum(parameter.nbytes for parameter in trained),
+            sums=sum(-(-4 * parameter.numel() * (num_shards + 1) // num_shards) for parameter in trained),
+        )
 
 
 def cuda_target(config: RunConfig, device: Device) -> CudaTarget | None:

@@ -8,7 +8,7 @@ from fitune.memory.prediction import Prediction
 from fitune.plan.budget import Limits
 from fitune.plan.plan import Candidate
 from fitune.trace.events import Category
-from fitune.units import MIB, format_bytes
+from fitune.units import MIB, format_bytes, format_count
 
 BUCKET_BYTES = 32 * MIB
 """Of float32, in which the gradients of all cards are summed piece by piece."""
@@ -23,6 +23,11 @@ def share_of(config: RunConfig, num_gpus: int) -> RunConfig:
     micro = "auto" if batch.micro_rows is None else min(batch.micro_rows, rows)
     share = BatchConfig(effective=rows, micro=micro, micro_tokens=batch.micro_tokens)
     return config.model_copy(update={"batch": share})
+
+
+def shards_of(config: RunConfig, num_gpus: int) -> int:
+    """The cards that the weights are dealt over."""
+    return 1 if config.model.shard == "none" else num_gpus
 
 
 def keep_bucket(limits: Limits, num_gpus: int) -> Limits:
@@ -58,6 +63,15 @@ def with_bucket(prediction: Prediction, num_gpus: int) -> Prediction:
 
 def _with_workspace(categories: Mapping[Category, int]) -> dict[Category, int]:
     return dict(categories) | {"workspace": categories.get("workspace", 0) + BUCKET_BYTES}
+
+
+def not_modelled_sharded(num_parameters: int, num_gpus: int) -> str:
+    """What the time of a sharded model lacks."""
+    return (
+        f"gathering {format_count(num_parameters)} parameters over {num_gpus} cards, before each layer's forward and "
+        "again before its backward, is not in the time, nor is the sum of their gradients behind each micro-batch: the "
+        "rate of the cards' links is not known"
+    )
 
 
 def not_modelled(num_trainable_parameters: int, num_gpus: int) -> str:

@@ -24,6 +24,7 @@ from fitune.model.recompute import set_recompute
 from fitune.step.loss import LossSettings
 from fitune.step.optimizer import build_optimizer
 from fitune.step.scaling import OptimSettings, configured_lr, scaling_note, settings_of, with_settings
+from fitune.step.shards import ShardPeers, shard_model
 from fitune.step.train_step import StepSettings
 
 if TYPE_CHECKING:
@@ -75,9 +76,15 @@ def choose_precision(config: RunConfig, device: torch.device) -> Precision:
 
 
 def assemble(
-    model: "PreTrainedModel | PeftModel", config: RunConfig, *, device: torch.device, precision: Precision
+    model: "PreTrainedModel | PeftModel",
+    config: RunConfig,
+    *,
+    device: torch.device,
+    precision: Precision,
+    peers: ShardPeers | None = None,
 ) -> Setup:
-    """Everything around a loaded model. Raises ModelError or ConfigError for what this model cannot do."""
+    """Everything around a loaded model. peers: the processes that it is dealt over, as model.shard asks for. Raises
+    ModelError or ConfigError for what this model cannot do."""
     notes = [f"precision {precision.name}: {precision.reason}"]
     recompute = _set_layers(model, config, device)
     packed, note = _choose_packing(model, config)
@@ -85,6 +92,9 @@ def assemble(
     notes += [line for line in (note, head_note) if line]
     if config.model.compile and not is_fake(next(model.parameters())):  # a recording sees the layers as they are
         compile_layers(model, device)  # after the model was asked what it can do, which would compile it for that alone
+    shards = None
+    if peers is not None:  # after the model was asked what it can do, which needs all of it, in the host's memory
+        shards = shard_model(model, peers, device=device, packed=packed)
     lr = configured_lr(config)
     optim = settings_of(config.optim, lr=lr, rows=config.batch.rows_per_step)
     if config.optim.scaling != "none":
@@ -94,7 +104,13 @@ def assemble(
         model=model,
         optimizer=build_optimizer(model, with_settings(config.optim, optim), lr=optim.lr, device=device),
         scaler=torch.amp.GradScaler(device.type) if precision.needs_scaler else None,
-        settings=StepSettings(LossSettings(head), optim.clip, precision.autocast_dtype, commit=_few_are_trained(model)),
+        settings=StepSettings(
+            LossSettings(head),
+            optim.clip,
+            precision.autocast_dtype,
+            commit=shards is None and _few_are_trained(model),  # what fails in one process is begun again in all
+            shards=shards,
+        ),
         layout=layout,
         eval_layout=eval_layout,
         optim=optim,

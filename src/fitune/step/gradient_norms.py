@@ -13,6 +13,8 @@ from functools import partial
 import torch
 from torch import nn
 
+from fitune.step.shards import Shards, local
+
 CHUNK_ELEMENTS = 1 << 20
 """Weighted norms need a temporary; it is kept this small instead of as large as the largest parameter."""
 
@@ -37,14 +39,19 @@ class GradientNorms:
 class NormRecorder:
     """Reads the gradients of one step: made for that step, its hooks gone with it.
 
-    preconditioned: weighted norms too, where the optimizer has an exp_avg_sq by now.
+    preconditioned: weighted norms too, where the optimizer has an exp_avg_sq by now. shards: over which it is dealt;
+    weighted norms are then not known, since a process never has exp_avg_sq beside the whole of its own gradient.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, *, preconditioned: bool = False) -> None:
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, *, preconditioned: bool = False, shards: Shards | None = None
+    ) -> None:
+        self._shards = shards
         self._parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
         self._exp_avg = {p: state["exp_avg"] for p, state in optimizer.state.items() if "exp_avg" in state}
         squares = {p: state["exp_avg_sq"] for p, state in optimizer.state.items() if "exp_avg_sq" in state}
-        self._exp_avg_sq = squares if preconditioned and len(squares) == len(self._parameters) else {}
+        is_whole = shards is None and len(squares) == len(self._parameters)
+        self._exp_avg_sq = squares if preconditioned and is_whole else {}
         self._norms: list[torch.Tensor] = []
         self._weighted: list[torch.Tensor] = []
         self._micro: list[torch.Tensor] = []
@@ -54,6 +61,10 @@ class NormRecorder:
     def reading(self) -> Iterator[None]:
         """One micro-batch's backward goes into this. What an earlier one left is forgotten unless it was kept."""
         self._norms, self._weighted = [], []
+        if self._shards is not None:
+            with self._shards.reading(self._add_norm):
+                yield
+            return
         handles = [parameter.register_hook(partial(self._add, parameter)) for parameter in self._parameters]
         try:
             yield
@@ -86,9 +97,12 @@ class NormRecorder:
         """Float32 [2 a + 2] on the device, for a micro-batches: norm and weighted norm of each; the weighted norm of
         their sum, and its product with Adam's average. To be taken after the last backward and before clipping."""
         grads = [(p, p.grad) for p in self._parameters if p.grad is not None]
-        dots = [torch.sum(_dot(grad, self._exp_avg[p])) for p, grad in grads if p in self._exp_avg]
+        dots = [torch.sum(_dot(local(grad), local(self._exp_avg[p]))) for p, grad in grads if p in self._exp_avg]
         weighted = [_weighted_square(grad, self._exp_avg_sq[p]) for p, grad in grads if self._exp_avg_sq]
-        return torch.cat((*self._micro, torch.stack((self._sum(weighted), self._sum(dots)))))
+        totals = torch.stack((self._sum(weighted), self._sum(dots)))
+        if self._shards is not None:
+            self._shards.add_up(totals)
+        return torch.cat((*self._micro, totals))
 
     def read(self, host: Sequence[float], *, total_norm: float, scale: float = 1.0) -> GradientNorms:
         """host: `values()` on the host. scale: a GradScaler's, which is in every backward's gradient and was taken out
@@ -106,9 +120,13 @@ class NormRecorder:
 
     @torch.no_grad()
     def _add(self, parameter: nn.Parameter, gradient: torch.Tensor) -> None:
-        self._norms.append(torch.linalg.vector_norm(gradient, dtype=torch.float32))
+        self._add_norm(gradient)
         if self._exp_avg_sq:
             self._weighted.append(_weighted_square(gradient, self._exp_avg_sq[parameter]))
+
+    @torch.no_grad()
+    def _add_norm(self, gradient: torch.Tensor) -> None:
+        self._norms.append(torch.linalg.vector_norm(gradient, dtype=torch.float32))
 
     def _sum(self, values: list[torch.Tensor]) -> torch.Tensor:
         return torch.stack(values).sum() if values else torch.zeros((), device=self._parameters[0].device)

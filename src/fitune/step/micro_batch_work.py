@@ -24,6 +24,7 @@ def micro_batch_work(
     *,
     scaler: torch.amp.GradScaler | None = None,
 ) -> Work[MicroBatch]:
+    shards = settings.shards
     return Work(
         model=model,
         optimizer=optimizer,
@@ -35,6 +36,10 @@ def micro_batch_work(
         without=without_rows,
         clip=settings.clip,
         commit=settings.commit,
+        shards=shards,
+        idle_share=None
+        if shards is None
+        else lambda: loss_share(model, shards.idle, loss_weight=1.0, settings=settings),
     )
 
 
@@ -51,7 +56,8 @@ def allowed_reliefs(
     if may_recompute and not all(layer.gradient_checkpointing for layer in layers):
         reliefs.append(Relief("model.recompute=full", _recompute))
     head = settings.loss.head
-    found = decoder_and_head(model) if head is None and loss == "auto" else head
+    is_open = head is None and loss == "auto" and settings.shards is None  # a sharded model is not tried on its own
+    found = decoder_and_head(model) if is_open else head
     if isinstance(found, Head) and (head is None or settings.loss.chunk_tokens > SMALL_CHUNK_TOKENS):
         smaller = replace(settings, loss=replace(settings.loss, head=found, chunk_tokens=SMALL_CHUNK_TOKENS))
         reliefs.append(
@@ -62,7 +68,7 @@ def allowed_reliefs(
                 ),
             )
         )
-    if may_recompute and next(model.parameters()).device.type != "cpu":
+    if may_recompute and next(model.parameters()).device.type != "cpu" and settings.shards is None:
         reliefs.append(Relief("model.offload_activations=true", _offload))
     return reliefs
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fitune.step.random_state import seed_streams, streams_kept
+from fitune.step.shards import Shards
 
 SAMPLED = 4096
 """Elements of each parameter's gradient that are compared, evenly spaced: two whole gradients would need memory."""
@@ -50,15 +51,16 @@ def check_model(
     probe: Probe[T],
     *,
     mean_by: Literal["loss function", "forward"] = "loss function",
+    shards: Shards | None = None,
 ) -> Verdict:
     """loss_share(part, N): the part's sum of target losses divided by N, with its graph. mean_by: who takes the mean
-    where the loss turns out to be one.
+    where the loss turns out to be one. shards: of a model that several processes check together, each with both rows.
 
     Parameters, `.grad` (None), buffers, mode and random streams are afterwards what they were before.
     """
     device = next(model.parameters()).device
     with streams_kept(device), _buffers_kept(model) as changed_modules:
-        look = _Looker(model, loss_share, device)
+        look = _Looker(model, loss_share, device, shards)
         loss, gradient = look(probe.both, probe.loss_weight)
         if not math.isfinite(loss):
             return Verdict(False, f"the loss of two ordinary rows is {loss}")
@@ -95,8 +97,14 @@ def check_model(
 class _Looker(Generic[T]):
     """One forward and backward: the loss, and a sample of the gradient."""
 
-    def __init__(self, model: nn.Module, loss_share: Callable[[T, float], Tensor], device: torch.device) -> None:
-        self._model, self._loss_share, self._device = model, loss_share, device
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_share: Callable[[T, float], Tensor],
+        device: torch.device,
+        shards: Shards | None,
+    ) -> None:
+        self._model, self._loss_share, self._device, self._shards = model, loss_share, device, shards
         dtype = next(p.dtype for p in model.parameters() if p.requires_grad)
         self.tolerance = TOLERANCE.get(dtype, COARSE_TOLERANCE)
 
@@ -111,10 +119,13 @@ class _Looker(Generic[T]):
         for parameter in self._model.parameters():
             if parameter.requires_grad:
                 values = parameter if parameter.grad is None else parameter.grad
+                if self._shards is not None:
+                    values = self._shards.whole(values)
                 sample = values.detach().flatten()[:: max(1, parameter.numel() // SAMPLED)].float()
                 samples.append(sample.clone() if parameter.grad is not None else torch.zeros_like(sample))
             parameter.grad = None
-        return loss.item(), torch.cat(samples)
+        value = loss.item() if self._shards is None else self._shards.peers.exchange(loss.item())[0]
+        return value, torch.cat(samples)
 
 
 def _not_a_sum(

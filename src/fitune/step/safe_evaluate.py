@@ -5,6 +5,7 @@ Its ladder is its own: what fits here says nothing of training, which keeps acti
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from itertools import islice
 
 from torch import nn
 
@@ -12,7 +13,8 @@ from fitune.data.rows import MicroBatch
 from fitune.data.unpacking import split_again
 from fitune.errors import OutOfMemoryError
 from fitune.step.out_of_memory import memory_failure, needed_bytes, release_memory
-from fitune.step.safe_step import Failure, no_room
+from fitune.step.safe_step import ELSEWHERE, Failure, no_room
+from fitune.step.shards import AbortedError, Shards
 from fitune.step.train_step import EvalResult, EvalTotals, StepSettings, evaluation_mode
 
 
@@ -35,22 +37,32 @@ def safe_evaluate(
     room: Callable[[], int | None],
     most_positions: int | None = None,
     quarantine: bool = False,
+    shards: Shards | None = None,
 ) -> SafeEvaluation:
-    """As `evaluate`. most_positions: what an earlier evaluation taught. Raises OutOfMemoryError where a single row does
-    not fit, unless such rows are to be left out (quarantine)."""
+    """As `evaluate`. most_positions: what an earlier evaluation taught. shards: of a model that several processes
+    evaluate together, in passes that each begins with the others; one that fails does its rows again. Raises
+    OutOfMemoryError where a single row does not fit, unless such rows are to be left out (quarantine)."""
     device = next(model.parameters()).device
     totals = EvalTotals(model, settings)
     failures: list[Failure] = []
     left_out: list[int] = []
+    remaining, pending = iter(micro_batches), list[MicroBatch]()
     with evaluation_mode(model):
-        for micro_batch in micro_batches:
-            pending = _at_most([micro_batch], most_positions)
-            while pending:
-                failure = _attempt(totals, pending[0])
-                if failure is None:
-                    pending.pop(0)
-                    continue
-                release_memory(device)
+        while True:
+            pending = pending or _at_most(list(islice(remaining, 1)), most_positions)
+            try:
+                if not (bool(pending) if shards is None else shards.more(bool(pending))):
+                    break
+                failure = _attempt(totals, next(iter(pending), None), shards)
+            except AbortedError:
+                failure = ELSEWHERE
+            if failure is None:
+                del pending[:1]
+                continue
+            if shards is not None:
+                shards.take_back()
+            release_memory(device)
+            if failure is not ELSEWHERE:
                 failure = replace(failure, free_bytes=room())
                 if len(failure.row_ids) > 1:
                     most_positions = failure.num_positions // 2
@@ -64,8 +76,17 @@ def safe_evaluate(
                         f"{no_room(failure)}: lower data.max_length, or leave such rows out with "
                         "memory.on_oom=quarantine"
                     )
-                failures.append(replace(failure, action=action))
+                failure = replace(failure, action=action)
+            failures += [failure] if shards is None else _told(failure, shards)
+    if shards is not None:
+        shards.rest()
     return SafeEvaluation(totals.result(), most_positions, tuple(failures), tuple(left_out))
+
+
+def _told(own: Failure, shards: Shards) -> list[Failure]:
+    """What has failed in all processes. Raises what ends one of them."""
+    every = shards.peers.exchange(replace(own, rank=shards.peers.rank))
+    return [failure for failure in every if failure.place != ELSEWHERE.place]
 
 
 def _at_most(micro_batches: list[MicroBatch], most_positions: int | None) -> list[MicroBatch]:
@@ -80,10 +101,18 @@ def _at_most(micro_batches: list[MicroBatch], most_positions: int | None) -> lis
     ]
 
 
-def _attempt(totals: EvalTotals, micro_batch: MicroBatch) -> Failure | None:
+def _attempt(totals: EvalTotals, micro_batch: MicroBatch | None, shards: Shards | None) -> Failure | None:
+    """micro_batch: None where only other processes have rows left."""
     try:
-        totals.add(micro_batch)
+        if micro_batch is not None:
+            totals.add(micro_batch)
+        elif shards is not None:
+            totals.pass_by(shards.idle)
+    except AbortedError:
+        raise
     except Exception as error:
+        if shards is not None:
+            shards.leave()
         where = memory_failure(error)
         if where == "host":
             raise OutOfMemoryError("the machine's own memory ran out in an evaluation: close other programs") from error
@@ -91,8 +120,8 @@ def _attempt(totals: EvalTotals, micro_batch: MicroBatch) -> Failure | None:
             raise
         return Failure(
             place="evaluation",
-            row_ids=micro_batch.row_ids,
-            num_positions=micro_batch.num_positions,
+            row_ids=() if micro_batch is None else micro_batch.row_ids,
+            num_positions=0 if micro_batch is None else micro_batch.num_positions,
             needed_bytes=needed_bytes(error),
         )
     return None

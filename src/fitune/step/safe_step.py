@@ -8,6 +8,9 @@
 
 The rows of the step, the weight N that they are divided by and the learning rate stay what they are, so the gradient
 does too. An attempt either commits whole pieces to a buffer of its own (`StepSettings.commit`) or begins again.
+
+Of a model that is dealt over several processes (step/shards.py) every pass is one of all: what fails in one is told to
+all, who go down the same rung and begin the step again.
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -22,6 +25,7 @@ from fitune.model.device import map_large_blocks, usable_bytes
 from fitune.step.gradient_norms import NormRecorder
 from fitune.step.out_of_memory import memory_failure, needed_bytes, release_memory
 from fitune.step.random_state import micro_batch_seed, seed_streams, streams_kept
+from fitune.step.shards import AbortedError, Shards
 from fitune.step.shared_step import SharedStep, Told, left_weight, sum_up
 from fitune.step.train_step import (
     NOTHING_TO_LEARN,
@@ -37,7 +41,7 @@ MOST_ATTEMPTS = 40
 """Of one step. Halving reaches a single row in 20 from a million positions; beyond that something else is wrong."""
 MOST_UPDATES = 2
 """What comes after the last piece needs little, and smaller pieces would not help it."""
-Place = Literal["forward", "backward", "commit", "sum", "clip", "update", "evaluation"]
+Place = Literal["forward", "backward", "commit", "sum", "clip", "update", "evaluation", "elsewhere"]
 LATE: tuple[Place, ...] = ("sum", "clip", "update")
 """After the last piece."""
 
@@ -66,6 +70,7 @@ class Work(Generic[P]):
     loss_share(piece, loss_weight): what the piece adds to the mean loss of a batch of that weight, with its graph.
     split(piece, most_positions): its rows in pieces of at most so many positions, or of one row.
     without(piece, row_ids): the piece without these rows, None where no row is left.
+    shards, idle_share: of a model that is dealt over several processes; the loss of a pass without rows.
     """
 
     model: nn.Module
@@ -76,6 +81,8 @@ class Work(Generic[P]):
     without: Callable[[P, Collection[int]], P | None]
     clip: float
     commit: bool
+    shards: Shards | None = None
+    idle_share: Callable[[], Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -123,7 +130,8 @@ class Protection(Generic[P]):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failure:
     """Memory ran out once. row_ids, num_positions: of the piece. needed_bytes: of the allocation that failed.
-    free_bytes: after everything was given back. action: what was done about it, as a clause."""
+    free_bytes: after everything was given back. action: what was done about it, as a clause. rank: of the process,
+    where all go back together."""
 
     place: Place
     row_ids: tuple[int, ...]
@@ -131,6 +139,7 @@ class Failure:
     needed_bytes: int | None
     free_bytes: int | None = None
     action: str = ""
+    rank: int = 0
 
     @property
     def where(self) -> str:
@@ -141,7 +150,12 @@ class Failure:
 
     def __str__(self) -> str:
         needed = "" if self.needed_bytes is None else f", {format_bytes(self.needed_bytes)} at once were missing"
-        return f"out of memory in the {self.where}{needed}: {self.action}; no row is lost"
+        process = f"rank {self.rank}: " if self.rank else ""
+        return f"{process}out of memory in the {self.where}{needed}: {self.action}; no row is lost"
+
+
+ELSEWHERE = Failure(place="elsewhere", row_ids=(), num_positions=0, needed_bytes=None)
+"""In another process of a sharded model, which tells it next."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,9 +206,13 @@ def safe_step(
                     quarantined=tuple(sorted(progress.left_out)),
                     reliefs=progress.told_reliefs or (protection.relieved,),
                 )
-            progress.recover(again=outcome.place in LATE)
-            outcome = replace(outcome, free_bytes=protection.free_bytes())
-            action = _next_rung(protection, progress, outcome, failures=failures, fits=fits)
+            if protection.work.shards is None:
+                progress.recover(again=outcome.place in LATE)
+                outcome, fits_now = replace(outcome, free_bytes=protection.free_bytes()), fits
+            else:
+                progress.recover(again=True)
+                outcome, fits_now = _told(protection, outcome, fits)
+            action = _next_rung(protection, progress, outcome, failures=failures, fits=fits_now)
             failures.append(replace(outcome, action=action))
 
 
@@ -226,6 +244,11 @@ class _Progress(Generic[P]):
     def plan(self) -> tuple[tuple[int, ...], ...]:
         return tuple(piece.row_ids for piece in self.done) if self.told_plan is None else self.told_plan
 
+    def goes_on(self) -> bool:
+        """Whether there is another pass: here, or in another process of a sharded model. Raises AbortedError."""
+        shards = self.protection.work.shards
+        return bool(self.pending) if shards is None else shards.more(bool(self.pending))
+
     def finish(self, loss: Tensor) -> None:
         """The first pending piece is done."""
         self.losses.append(loss)
@@ -240,6 +263,8 @@ class _Progress(Generic[P]):
         """Take back what the failed attempt did: the piece alone where pieces are committed, unless the step must be
         done again as a whole."""
         self._drop_gradients()
+        if (shards := self.protection.work.shards) is not None:
+            shards.take_back()
         if again:
             self._forget_scaling()
         if again or self.committed is None:
@@ -253,6 +278,7 @@ class _Progress(Generic[P]):
     def restart(self) -> None:
         self.pending = self.done + self.pending
         self.done, self.losses = [], []
+        self.is_shared, self.told_plan = False, None
         if self.norms is not None:
             self.norms.forget()
         self.committed = self._new_buffer()
@@ -262,8 +288,13 @@ class _Progress(Generic[P]):
     def share(self, shared: SharedStep) -> bool:
         """Gradients, losses and norms become those of all processes. Whether there is anything to learn from. Memory is
         needed before the others are told of anything, and not afterwards."""
-        gradients, missing = self._filled_gradients() if self.committed is None else self.committed.filled()
-        norms, weights = (gradients[0].new_zeros(0), ()) if self.norms is None else self.norms.kept()
+        shards = self.protection.work.shards
+        gradients: list[Tensor] = []
+        missing: tuple[int, ...] = ()
+        if shards is None:
+            gradients, missing = self._filled_gradients() if self.committed is None else self.committed.filled()
+        none = torch.zeros(0, device=self.protection.device)
+        norms, weights = (none, ()) if self.norms is None else self.norms.kept()
         host = torch.cat((torch.stack(self.losses).float(), norms) if self.losses else (norms,)).tolist()
         losses, norm_values = host[: len(self.losses)], host[len(self.losses) :]
         left_out = tuple(sorted(self.left_out - self._known))
@@ -277,6 +308,8 @@ class _Progress(Generic[P]):
             missing=missing,
             reliefs=(self.protection.relieved,),
         )
+        if shards is not None:
+            shards.ready()
         self.is_shared = True
         every = sum_up(own, gradients, shared)
         self.told_plan, self.told_reliefs = every.plan, every.reliefs
@@ -381,6 +414,7 @@ class _Buffers:
 def _attempt(protection: Protection[P], progress: _Progress[P], *, step: int, trial: bool) -> Failure | StepResult:
     """Everything that is pending. A failure is told in numbers and words: whoever receives it holds no tensor."""
     work, shared = protection.work, progress.shared
+    shards = work.shards
     if progress.loss_weight == 0:
         progress.done, progress.pending = progress.pending, []
         if shared is None or trial:  # else the others wait to be told
@@ -388,8 +422,14 @@ def _attempt(protection: Protection[P], progress: _Progress[P], *, step: int, tr
     place: Place = "forward"
     piece = next(iter(progress.pending or progress.done), None)
     try:
-        while progress.pending:
-            piece, place = progress.pending[0], "forward"
+        while progress.goes_on():
+            place = "forward"
+            if not progress.pending:
+                assert work.idle_share is not None
+                piece = None
+                backward(work.idle_share(), work.scaler)
+                continue
+            piece = progress.pending[0]
             seed = micro_batch_seed(protection.seed, step=step, first_row_id=piece.row_ids[0])
             seed_streams(seed, protection.device)
             loss = work.loss_share(piece, progress.loss_weight)
@@ -409,21 +449,27 @@ def _attempt(protection: Protection[P], progress: _Progress[P], *, step: int, tr
         if progress.committed is not None:
             progress.committed.hand_over()
         clipped = clip_gradients(
-            work.optimizer, progress.losses, clip=work.clip, scaler=work.scaler, norms=progress.norms
+            work.optimizer, progress.losses, clip=work.clip, scaler=work.scaler, norms=progress.norms, shards=shards
         )
         if trial:
             progress.forget()
             return replace(NOTHING_TO_LEARN, norms=clipped.norms)
+        if shards is not None:
+            shards.ready()
         place = "update"
         updated = update(work.optimizer, clipped.grad_norm, scaler=work.scaler, protected=work.commit)
         return StepResult(clipped.loss, clipped.grad_norm, progress.loss_weight, updated, clipped.norms)
+    except AbortedError:
+        return ELSEWHERE
     except Exception as error:
+        if shards is not None and place != "update":
+            shards.leave()
         where = memory_failure(error)
         if where is None:
             if progress.is_shared:
                 progress.forget()
             raise
-        if progress.is_shared:
+        if progress.is_shared and (shards is None or place == "update"):
             raise RestartError(
                 f"out of memory in the {place}, after the gradients of all processes were summed: start again from the "
                 "last checkpoint"
@@ -436,6 +482,19 @@ def _attempt(protection: Protection[P], progress: _Progress[P], *, step: int, tr
             ) from error
         num_positions = 0 if piece is None else piece.num_positions
         return Failure(place=place, row_ids=row_ids, num_positions=num_positions, needed_bytes=needed_bytes(error))
+
+
+def _told(
+    protection: Protection[P], own: Failure, fits: Callable[[int], bool] | None
+) -> tuple[Failure, Callable[[int], bool] | None]:
+    """(the failure for which all processes go back, what its own process says of its size). Of several the first."""
+    shards = protection.work.shards
+    assert shards is not None
+    fits_again = own is not ELSEWHERE and fits is not None and fits(own.num_positions)
+    own = replace(own, free_bytes=protection.free_bytes(), rank=shards.peers.rank)
+    told = shards.peers.exchange((own, fits_again))
+    failure, fits_again = next(each for each in told if each[0].place != ELSEWHERE.place)
+    return failure, lambda _: fits_again
 
 
 def _next_rung(

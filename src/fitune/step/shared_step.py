@@ -68,7 +68,8 @@ def left_weight(loss_weight: float, lost_weight: float) -> float:
 def sum_up(own: Told, gradients: Sequence[Tensor], shared: SharedStep) -> Told:
     """The gradients of all processes, in place, and what all have told. Where no target is left they stay as they are.
 
-    Each process has divided by N without its own lost rows; what the others have lost is made up for here.
+    Each process has divided by N without its own lost rows; what the others have lost is made up for here. gradients:
+    none where they are summed already, as those of a sharded model are.
     """
     every = shared.peers.exchange(own)
     left = left_weight(shared.loss_weight, sum(each.lost_weight for each in every))
@@ -78,7 +79,8 @@ def sum_up(own: Told, gradients: Sequence[Tensor], shared: SharedStep) -> Told:
     own_factor = left_weight(shared.loss_weight, own.lost_weight) / left
     if own_factor != 1:
         torch._foreach_mul_(list(gradients), own_factor)
-    shared.peers.sum(gradients)
+    if gradients:
+        shared.peers.sum(gradients)
     return _together(every, factors)
 
 

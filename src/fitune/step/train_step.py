@@ -7,10 +7,10 @@ is not finite never reaches the weights.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,9 @@ from fitune.errors import RestartError
 from fitune.step.gradient_norms import GradientNorms, NormRecorder
 from fitune.step.loss import LossSettings, losses_and_correct, token_loss_sum
 from fitune.step.out_of_memory import memory_failure
+from fitune.step.shards import Shards
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,12 +31,19 @@ class StepSettings:
 
     commit: gradients of complete micro-batches are kept apart, so that one that fails is done again alone, and the
     update can be undone; else a failure begins the step again, which needs no memory. For few trainable parameters.
+    shards: of a model that is dealt over several processes.
     """
 
     loss: LossSettings
     clip: float = 1.0
     autocast: torch.dtype | None = None
     commit: bool = False
+    shards: Shards | None = None
+
+    def run(self, device: torch.device, compute: Callable[[], T]) -> T:
+        """What it computes with the model, in these settings."""
+        with autocast(device, self.autocast):
+            return compute() if self.shards is None else self.shards.run(compute)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,8 +130,8 @@ def train_step(
 def loss_share(model: nn.Module, micro_batch: MicroBatch, *, loss_weight: float, settings: StepSettings) -> Tensor:
     """What this micro-batch adds to the mean loss of a batch of weight `loss_weight`, with its graph."""
     device = next(model.parameters()).device
-    with autocast(device, settings.autocast):
-        return token_loss_sum(model, micro_batch.to(device), settings.loss) / loss_weight
+    here = micro_batch.to(device)
+    return settings.run(device, lambda: token_loss_sum(model, here, settings.loss) / loss_weight)
 
 
 def backward(loss: Tensor, scaler: torch.amp.GradScaler | None, norms: NormRecorder | None = None) -> Tensor:
@@ -188,13 +198,19 @@ def clip_gradients(
     clip: float,
     scaler: torch.amp.GradScaler | None,
     norms: NormRecorder | None = None,
+    shards: Shards | None = None,
 ) -> Clipped:
-    """Host numbers, in the step's one transfer. Clips `.grad` in place."""
+    """Host numbers, in the step's one transfer. Clips `.grad` in place. shards: over which `.grad` is dealt."""
     if scaler is not None:
+        if shards is not None:
+            shards.ready()  # an overflow in one shard is made known to all in here
         scaler.unscale_(optimizer)
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     on_device = [] if norms is None else [norms.values()]
-    norm = nn.utils.clip_grad_norm_(parameters, clip or math.inf)
+    if shards is None:
+        norm = nn.utils.clip_grad_norm_(parameters, clip or math.inf)
+    else:
+        norm = shards.clip(parameters, clip or math.inf)
     host = torch.cat((torch.stack((torch.stack(list(losses)).sum(), norm.float())), *on_device)).tolist()
     scale = 1.0 if scaler is None else scaler.get_scale()
     read = None if norms is None else norms.read(host[2:], total_norm=host[1], scale=scale)
@@ -278,14 +294,21 @@ class EvalTotals:
     def add(self, micro_batch: MicroBatch) -> None:
         """All of the micro-batch or, where that fails, nothing of it."""
         here = micro_batch.to(self._device)
-        with autocast(self._device, self._settings.autocast):
-            losses_N, num_correct = losses_and_correct(self._model, here, self._settings.loss)
+        losses_N, num_correct = self._compute(here)
         sums_2R = sum_by_row(torch.stack((losses_N, here.target_weights_N)), here)
         self._correct += num_correct
         self._sums_2R.append(sums_2R)
         self._row_ids += micro_batch.row_ids
         self._loss_weight += micro_batch.loss_weight
         self._num_supervised_tokens += micro_batch.num_supervised_tokens
+
+    @torch.no_grad()
+    def pass_by(self, micro_batch: MicroBatch) -> None:
+        """Computed and not counted."""
+        self._compute(micro_batch.to(self._device))
+
+    def _compute(self, here: MicroBatch) -> tuple[Tensor, Tensor]:
+        return self._settings.run(self._device, lambda: losses_and_correct(self._model, here, self._settings.loss))
 
     def result(self) -> EvalResult:
         host = torch.cat(self._sums_2R, dim=1).cpu()

@@ -4,6 +4,7 @@
         model/                  a transformers directory (of adapters: peft's); last/ and best/ are links to its files
         weights.safetensors     trained parameters and buffers by the model's own names, where model/ has other ones
         optimizer.safetensors   the optimizer's tensors, as STATE/PARAMETER
+        shards/                 in place of these two, of a sharded model (train/shard_checkpoint.py)
         state.json              everything else: counters, cursor, random numbers, identity, lengths of the logs
         manifest.json           length and hash of each file; written last
 
@@ -22,7 +23,7 @@ import random
 import re
 import shutil
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -41,9 +42,12 @@ from fitune.model.tensor_file import file_hash, write_tensors
 from fitune.run.directory import RunDirectory, sync_directory, write_json
 from fitune.run.journal import read_journal
 from fitune.step.assemble import Setup
+from fitune.step.optimizer_state import create_state
 from fitune.step.out_of_memory import said_of, try_twice
+from fitune.step.shards import Shards
 from fitune.train.batch_mode import batch_state
 from fitune.train.noise import NoiseAverages
+from fitune.train.shard_checkpoint import SHARDS, ShardedTensors, read_shards
 from fitune.train.state import RunState
 from fitune.units import MIB, format_bytes
 
@@ -103,23 +107,19 @@ class CheckpointWriter:
 
         Where `state.best_step` is this step, its model becomes best/ too.
         """
-        if not self._writes:
+        shards = self._setup.settings.shards
+        if not self._writes and shards is None:
             return
         self.wait()
         self.failed_step = None
         device = _device(self._setup.model)
+        if shards is not None:
+            sharded = _sharded_tensors(self._setup, shards)
+            self._write(state, sharded, self._content(state, sharded, memory_model))
+            return
         try:
             tensors = try_twice(lambda: _Tensors.of(self._setup), device=device, what="the copy of the model's buffers")
-            content = {
-                "schema": SCHEMA,
-                "state": state_json(state),
-                "random": random_state(device),
-                "scaler": None if self._setup.scaler is None else self._setup.scaler.state_dict(),
-                "optimizer": tensors.optimizer_scalars,
-                "memory_model": memory_model,
-                "log_bytes": {log.name: _size(log) for log in _logs(self._run)},
-                **self._facts,
-            }
+            content = self._content(state, tensors, memory_model)
         except Exception as error:
             self._fail(state, error)
             return
@@ -133,6 +133,18 @@ class CheckpointWriter:
             self._write(state, tensors, content)
         else:
             self._thread = thread
+
+    def _content(self, state: RunState, tensors: "_Tensors | ShardedTensors", memory_model: Json | None) -> Json:
+        return {
+            "schema": SCHEMA,
+            "state": state_json(state),
+            "random": random_state(_device(self._setup.model)),
+            "scaler": None if self._setup.scaler is None else self._setup.scaler.state_dict(),
+            "optimizer": tensors.optimizer_scalars,
+            "memory_model": memory_model,
+            "log_bytes": {log.name: _size(log) for log in _logs(self._run)},
+            **self._facts,
+        }
 
     def failure(self) -> str | None:
         """Why the last save that ended was none, told once."""
@@ -152,14 +164,20 @@ class CheckpointWriter:
     def _wait_until_read(self) -> None:
         self._is_read.wait()
 
-    def _write(self, state: RunState, tensors: "_Tensors", content: Json) -> None:
+    def _write(self, state: RunState, tensors: "_Tensors | ShardedTensors", content: Json) -> None:
         final = checkpoint_path(self._run, state.step)
         new = final.with_name(f".{final.name}")
-        try:
+
+        def begin() -> None:
             _check_room(self._run.checkpoints, tensors.num_bytes)
             shutil.rmtree(new, ignore_errors=True)
-            hashes = tensors.write(new)
+            new.mkdir()
+
+        try:
+            hashes = tensors.write(new, begin=begin)
             self._is_read.set()
+            if not self._writes:
+                return
             write_files(new / "model", self._files)
             write_json(new / "state.json", content)
             for log in _logs(self._run):
@@ -174,7 +192,8 @@ class CheckpointWriter:
             _remove_old(self._run, state)
         except Exception as error:  # of whatever kind: in a thread nobody else would hear of it
             self._fail(state, error)
-            shutil.rmtree(new, ignore_errors=True)
+            if self._writes:
+                shutil.rmtree(new, ignore_errors=True)
         finally:
             self._is_read.set()
 
@@ -212,13 +231,21 @@ class _Tensors:
         parts = (self.model, self.weights or {}, self.optimizer)
         return sum(tensor.nbytes for tensors in parts for tensor in tensors.values())
 
-    def write(self, directory: Path) -> dict[str, str]:
-        """Path in the directory -> hash."""
+    def write(self, directory: Path, *, begin: Callable[[], None]) -> dict[str, str]:
+        """Path in the directory -> hash. begin: makes it."""
+        begin()
         parts = {f"model/{self.model_file}": self.model, "optimizer.safetensors": self.optimizer}
         if self.weights is not None:
             parts["weights.safetensors"] = self.weights
-        (directory / "model").mkdir(parents=True)
+        (directory / "model").mkdir()
         return {name: write_tensors(directory / name, tensors) for name, tensors in parts.items()}
+
+
+def _sharded_tensors(setup: Setup, shards: Shards) -> ShardedTensors:
+    weights = {f"weights/{name}": tensor for name, tensor in live_tensors(setup.model).items()}
+    optimizer, scalars = optimizer_state(setup)
+    optimizer = {f"optimizer/{name}": tensor for name, tensor in optimizer.items()}
+    return ShardedTensors(setup.model, shards, weights | optimizer, scalars)
 
 
 def checkpoint_path(run: RunDirectory, step: int) -> Path:
@@ -272,11 +299,14 @@ def restore(checkpoint: Checkpoint, setup: Setup) -> None:
     RunDirectoryError where the tensors cannot be read or are not those of this model and optimizer, and
     OutOfMemoryError."""
     try:
-        try_twice(
-            lambda: _restore_tensors(checkpoint, setup),
-            device=_device(setup.model),
-            what=f"what {checkpoint.path} holds",
-        )
+        if setup.settings.shards is None:
+            try_twice(
+                lambda: _restore_tensors(checkpoint, setup),
+                device=_device(setup.model),
+                what=f"what {checkpoint.path} holds",
+            )
+        else:
+            _restore_shards(checkpoint, setup, setup.settings.shards)
     except (OSError, SafetensorError) as error:
         raise RunDirectoryError(
             f"{checkpoint.path} cannot be read: {said_of(error)}; the checkpoint itself is as it was"
@@ -286,7 +316,24 @@ def restore(checkpoint: Checkpoint, setup: Setup) -> None:
     set_random_state(checkpoint.rest["random"], _device(setup.model))
 
 
+def _restore_shards(checkpoint: Checkpoint, setup: Setup, shards: Shards) -> None:
+    if not (checkpoint.path / SHARDS).is_dir():
+        raise RunDirectoryError(
+            f"{checkpoint.path} was saved by model.shard=none: go on with it, or start a new run with "
+            "model.source=RUN/last"
+        )
+    create_state(setup.optimizer)
+    shards.peers.exchange(None)  # the first process may have stopped in what it does alone
+    read_shards(checkpoint.path / SHARDS, _sharded_tensors(setup, shards).tensors)
+    _restore_scalars(checkpoint, setup)
+
+
 def _restore_tensors(checkpoint: Checkpoint, setup: Setup) -> None:
+    if (checkpoint.path / SHARDS).is_dir():
+        raise RunDirectoryError(
+            f"{checkpoint.path} was saved by model.shard=full: go on with it under torchrun, or start a new run with "
+            "model.source=RUN/last"
+        )
     weights = checkpoint.path / "weights.safetensors"
     if not weights.exists():
         weights = checkpoint.path / "model" / "model.safetensors"
@@ -312,6 +359,11 @@ def _restore_optimizer(checkpoint: Checkpoint, setup: Setup) -> None:
             on_host = key == "step" and not (group.get("fused") or group.get("capturable"))
             device = torch.device("cpu") if on_host else parameter.device
             setup.optimizer.state[parameter][key] = file.get_tensor(name).to(device, copy=True)  # not the file mapped
+    _restore_scalars(checkpoint, setup)
+
+
+def _restore_scalars(checkpoint: Checkpoint, setup: Setup) -> None:
+    parameters = dict(setup.model.named_parameters())
     for parameter_name, scalars in checkpoint.rest["optimizer"].items():
         setup.optimizer.state[parameters[parameter_name]].update(scalars)
 
@@ -367,8 +419,9 @@ def check_disk(output: Path, setup: Setup, optimizer_name: str) -> str | None:
 
 def _planned_bytes(setup: Setup, optimizer_name: str) -> int:
     """Of one checkpoint, the optimizer's state included where it does not exist yet."""
-    tensors = _Tensors.of(setup)
-    if tensors.optimizer:
+    shards = setup.settings.shards
+    tensors = _Tensors.of(setup) if shards is None else _sharded_tensors(setup, shards)
+    if isinstance(tensors, _Tensors) and tensors.optimizer:
         return tensors.num_bytes
     trained = sum(parameter.nbytes for parameter in setup.model.parameters() if parameter.requires_grad)
     return tensors.num_bytes + int(trained * _STATE_SHARE.get(optimizer_name, 2.0))

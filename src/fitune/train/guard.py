@@ -58,6 +58,7 @@ class Guard:
         ranks: Ranks | None = None,
     ) -> None:
         self._setup, self._tell, self._ranks = setup, tell, ranks or Ranks()
+        self._shards = setup.settings.shards
         work = micro_batch_work(setup.model, setup.optimizer, setup.settings, scaler=setup.scaler)
         self.protection = Protection(
             work=work,
@@ -92,17 +93,24 @@ class Guard:
 
     def start(self) -> None:
         """Raises OutOfMemoryError where not even the optimizer's state, or a single row, fits."""
-        self._ranks.connect(self._device)
+        if self._shards is None:
+            self._ranks.connect(self._device)
         optimizer = self.protection.work.optimizer
         with survivable(self._device):
             complete = try_twice(lambda: create_state(optimizer), device=self._device, what="the optimizer's state")
-            verdict = try_twice(self._check_model, device=self._device, what="the check of the model on two rows")
+            if self._shards is None:
+                verdict = try_twice(self._check_model, device=self._device, what="the check of the model on two rows")
+            else:
+                self._ranks.exchange(None)  # all have their state
+                with self._shards.together():
+                    verdict = self._check_model()
         if not complete and not self.protection.work.commit:
             self._tell("unprotected", "the optimizer makes its state in its first update, which cannot be undone")
         if verdict.reason:
             kind = "model_check" if verdict.exact else "not_exact"
             self._tell(kind, verdict.reason if verdict.exact else f"warning: not exact in parts: {verdict.reason}")
-        self._observed(lambda: safe_step(self.protection, self._heaviest, step=0, trial=True), self._free_bytes())
+        with self._telling():  # of a sharded model in every process at once
+            self._observed(lambda: safe_step(self.protection, self._heaviest, step=0, trial=True), self._free_bytes())
         if self._device.type == "cpu":
             release_memory(self._device)  # the C library would keep what the longest rows took; most batches need less
 
@@ -122,6 +130,8 @@ class Guard:
         part = deal(batch, self._ranks.size)[self._ranks.rank]
         if not keep_plan:
             size = choose_size(self.memory, self.free_bytes)
+            if self._shards is not None:
+                size = min(self._ranks.exchange(size))  # passes are common, so one larger than the others gains nothing
             self._tell_size(self.free_bytes)
             if size != self.memory.planned:
                 micro_batches = replace(self._setup.layout, micro_rows=None, micro_tokens=size).split(part)
@@ -160,6 +170,7 @@ class Guard:
                 room=self._free_bytes,
                 most_positions=self._eval_most_positions,
                 quarantine=self.protection.quarantine,
+                shards=self._shards,
             )
         self._eval_most_positions = found.most_positions
         self._tell_failures(found.failures)
@@ -209,7 +220,7 @@ class Guard:
         return result
 
     def _tell_failures(self, failures: Iterable[Failure]) -> None:
-        for failure in failures:
+        for failure in failures if self._shards is None or self._ranks.leads else ():
             self._tell("out_of_memory", str(failure))
 
     def _tell_size(self, free_bytes: int | None) -> None:
@@ -242,6 +253,7 @@ class Guard:
             self.protection.work.model,
             lambda part, weight: loss_share(self.protection.work.model, part, loss_weight=weight, settings=settings),
             Probe(both, first, second, empty, both.loss_weight),
+            shards=self._shards,
         )
 
 

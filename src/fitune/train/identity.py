@@ -7,6 +7,7 @@ conditions: what changes the last bits only.
 
 import platform
 from collections.abc import Collection, Mapping
+from contextlib import nullcontext
 from hashlib import blake2b
 from typing import Any
 
@@ -102,10 +103,13 @@ def _model_hash(setup: Setup) -> str:
     """Of the names, shapes and types of all parameters and, of the frozen ones, which a checkpoint does not hold, of a
     few thousand elements each: a different model differs everywhere."""
     digest = blake2b(digest_size=8)
-    for name, parameter in setup.model.named_parameters():
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype} {parameter.requires_grad}".encode())
-        if not parameter.requires_grad:
-            flat = parameter.detach().reshape(-1)
-            sample = flat[:: -(-flat.numel() // _SAMPLED_ELEMENTS)]
-            digest.update(sample.contiguous().view(torch.uint8).cpu().numpy().tobytes())
+    shards = setup.settings.shards
+    with nullcontext() if shards is None else shards.together():
+        for name, parameter in setup.model.named_parameters():
+            digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype} {parameter.requires_grad}".encode())
+            if not parameter.requires_grad:
+                whole = parameter.detach() if shards is None else shards.whole(parameter.detach())
+                flat = whole.reshape(-1)
+                sample = flat[:: -(-flat.numel() // _SAMPLED_ELEMENTS)]
+                digest.update(sample.contiguous().view(torch.uint8).cpu().numpy().tobytes())
     return digest.hexdigest()

@@ -351,7 +351,8 @@ class _Trainer:
         before = self.length.progress(step=state.step, tokens=state.tokens)
         lr = self.optim.lr * lr_factor(self.config.optim, (before + progress) / 2)
         set_lr(setup.optimizer, lr)
-        norms = NormRecorder(setup.optimizer, preconditioned=state.step % PRECONDITIONED_EVERY == 0)
+        shards = setup.settings.shards
+        norms = NormRecorder(setup.optimizer, preconditioned=state.step % PRECONDITIONED_EVERY == 0, shards=shards)
         start = time.perf_counter()
         keep_plan = self.replay is not None
         if self.replay is not None:
@@ -569,7 +570,8 @@ class _Trainer:
         if self.saved_step == self.state.step:
             return
         self.tell_failed_save(wait=True)
-        self.ranks.check_same(parameter for parameter in self.setup.model.parameters() if parameter.requires_grad)
+        if self.setup.settings.shards is None:  # else each holds a share of its own
+            self.ranks.check_same(parameter for parameter in self.setup.model.parameters() if parameter.requires_grad)
         self.state = replace(self.state, seconds=self.seconds)
         self.writer.save(self.state, memory_model=self.guard.to_json())
         self.saved_step = self.state.step

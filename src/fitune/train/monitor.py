@@ -22,6 +22,7 @@ from fitune.run.directory import RunDirectory
 from fitune.run.memory import MemorySample
 from fitune.run.metrics import EvalMetrics, RunEvent, StepMetrics, append_line
 from fitune.step.assemble import Setup
+from fitune.step.shards import local
 from fitune.train.alarms import Alarms, AlarmSettings
 from fitune.train.loop import Watcher
 from fitune.train.prometheus import write_prometheus
@@ -101,7 +102,7 @@ class Monitor:
         self._run, self._model, self._optimizer = run, model, optimizer
         self._names, self._prometheus, self._tell = settings.names, settings.prometheus, tell
         self._device = next(model.parameters()).device
-        self._state_bytes = sum(parameter.nbytes for parameter in model.parameters())
+        self._state_bytes = sum(local(parameter).nbytes for parameter in model.parameters())
         self._sampler = Sampler(self._device, place=run.path, parameter_bytes=self._state_bytes)
         self._alarms = Alarms(settings.alarms)
         self._lock = threading.Lock()
@@ -199,7 +200,7 @@ def _state_bytes(model: nn.Module, optimizer: torch.optim.Optimizer, device: tor
     state = (tensor for tensors in optimizer.state.values() for tensor in tensors.values())
     gradients = [parameter for parameter in parameters if parameter.requires_grad]
     held = [*parameters, *gradients, *model.buffers(), *state]
-    return sum(t.nbytes for t in held if isinstance(t, torch.Tensor) and t.device == device)
+    return sum(local(t).nbytes for t in held if isinstance(t, torch.Tensor) and t.device == device)
 
 
 def _with_peaks(sample: MemorySample, metrics: StepMetrics) -> MemorySample:

@@ -18,6 +18,7 @@ from fitune.plan.plan import Plan, closest, does_not_fit
 from fitune.plan.planner import choose_plan
 from fitune.step.assemble import Setup, assemble, choose_precision
 from fitune.step.out_of_memory import try_twice
+from fitune.step.shards import check_torch
 from fitune.train.loop import Data
 from fitune.train.ranks import Ranks
 from fitune.train.self_check import SelfCheck, predict_second_step, run_device
@@ -76,6 +77,8 @@ def _prepare(
     ranks: Ranks,
 ) -> Prepared:
     device = choose_device()
+    check_shard(config, num_ranks=ranks.size)
+    is_sharded = config.model.shard != "none"
     notes = []
     if config.memory.allocator and device.type == "cpu":
         notes.append("memory.allocator has no effect here: it sets CUDA's allocator, and this run is on the CPU")
@@ -106,7 +109,7 @@ def _prepare(
     except Exception as error:  # whatever a model does on tensors without data: the run itself needs none of this
         notes.append(f"memory is not predicted: {type(error).__name__}: {' '.join(str(error).split())[:160]}")
     model = try_twice(
-        lambda: load_model(config.model, device, precision=precision, seed=config.train.seed),
+        lambda: load_model(config.model, device, precision=precision, seed=config.train.seed, stay_on_host=is_sharded),
         device=device,
         what=f"the model {config.model.source}",
         way_out="close other programs, or take a smaller model"
@@ -114,7 +117,10 @@ def _prepare(
     )
     if config.model.method != "full" and (clause := not_adapted(model)) is not None:
         notes.append(clause)
-    setup = assemble(model, config, device=device, precision=precision)
+    peers = ranks if is_sharded else None
+    if peers is not None:
+        peers.exchange(None)  # all have loaded it, and can deal it
+    setup = assemble(model, config, device=device, precision=precision, peers=peers)
     num_parameters, num_trainable = count_parameters(model)
     return Prepared(
         plan,
@@ -128,6 +134,20 @@ def _prepare(
         self_check,
         tuple(notes),
     )
+
+
+def check_shard(config: RunConfig, *, num_ranks: int) -> None:
+    """Raises ConfigError where these processes cannot carry model.shard out."""
+    if config.model.shard == "none":
+        return
+    if num_ranks == 1:
+        raise ConfigError(
+            [
+                "model.shard=full deals the weights over processes and this is one alone: start two or more with "
+                "torchrun --nproc_per_node 2, or drop it"
+            ]
+        )
+    check_torch()
 
 
 def follow(plan: Plan, config: RunConfig, *, plan_check: bool = True) -> tuple[list[str], str]:

@@ -40,7 +40,7 @@ class Ranks:
         self._group: Any = None
         self._bucket: Tensor | None = None
         self._heard: BaseException | None = None
-        self._is_broken = False
+        self.is_broken = False
 
     @property
     def leads(self) -> bool:
@@ -66,7 +66,7 @@ class Ranks:
     def tell(self, error: BaseException) -> bool:
         """Give this error in place of what is exchanged next, so that the others raise it too. Whether they know of it;
         an error that one of them told is known already."""
-        if self.size == 1 or self._is_broken:
+        if self.size == 1 or self.is_broken:
             return False
         if not self._is_known(error):
             try:
@@ -76,16 +76,43 @@ class Ranks:
             self._heard = error
         return True
 
+    def group(self, device: "torch.device") -> Any:
+        """The group that tensors on this device go through; the same at every call."""
+        from torch import distributed
+
+        if self._group is None:
+            self._group = distributed.new_group(backend="nccl") if device.type == "cuda" else distributed.group.WORLD
+        return self._group
+
     def connect(self, device: "torch.device") -> None:
         """Make what `sum` needs, before anything else takes its memory."""
         if self.size == 1:
             return
         import torch
-        from torch import distributed
 
-        self._group = distributed.new_group(backend="nccl") if device.type == "cuda" else distributed.group.WORLD
+        self.group(device)
         self._bucket = torch.empty(BUCKET_BYTES // 4, dtype=torch.float32, device=device)
         self.sum([torch.zeros(1, device=device)])  # NCCL connects at its first call
+
+    def vote(self, word: int, *, about: int) -> int:
+        """The largest word that a process gave. about: what they vote on, which must be the same unless one has said
+        a word of 2 or more, and is where it is not expected."""
+        import torch
+        from torch import distributed
+
+        ballot = torch.tensor([word, about, -about])
+        try:
+            distributed.all_reduce(ballot, distributed.ReduceOp.MAX)
+        except RuntimeError as error:
+            raise self.lost(error) from error
+        largest, most, least = ballot.tolist()
+        if largest < 2 and most != -least:
+            self.is_broken = True
+            raise RestartError(
+                f"rank {self.rank}: the {self.size} processes no longer compute the same layers: start all of them "
+                "again with fitune train --resume"
+            )
+        return int(largest)
 
     def sum(self, tensors: "Sequence[Tensor]") -> None:
         """Each tensor becomes the sum over all processes, formed in float32. Takes no memory."""
@@ -106,7 +133,7 @@ class Ranks:
                     distributed.all_reduce(self._bucket[: ends[-1]], group=self._group)
                     torch._foreach_copy_(pieces, views)
         except RuntimeError as error:
-            raise self._lost(error) from error
+            raise self.lost(error) from error
 
     def check_same(self, tensors: "Iterable[Tensor]") -> None:
         """Raises FituneError where the processes hold other values: a few thousand elements of each are compared."""
@@ -130,12 +157,12 @@ class Ranks:
         try:
             distributed.all_gather_object(entries, entry)
         except RuntimeError as error:
-            raise self._lost(error) from error
+            raise self.lost(error) from error
         return entries
 
-    def _lost(self, error: BaseException) -> RestartError:
+    def lost(self, error: BaseException) -> RestartError:
         """From now on nothing can be said to the others."""
-        self._is_broken = True
+        self.is_broken = True
         lost = RestartError(
             f"rank {self.rank}: another of the {self.size} processes is gone ({' '.join(str(error).split())[:120]}): "
             "start all of them again with fitune train --resume"

@@ -24,7 +24,7 @@ from fitune.memory.prediction import Prediction
 from fitune.memory.residuals import Circumstances, Residual, add_residual, circumstances
 from fitune.model.device import MemoryPeak, program_bytes, trim_heap
 from fitune.plan.predict import predict_run
-from fitune.plan.share import with_bucket
+from fitune.plan.share import shards_of, with_bucket
 from fitune.trace.step import Pass
 from fitune.units import MIB, format_bytes
 
@@ -107,8 +107,9 @@ def predict_second_step(
     """num_ranks: of which this is the first. Raises what a recording raises; a run without its prediction is still a
     run."""
     target = run_device(device)
-    training = predict_run(config, target, passes=list(_passes(config, train, held_out, num_ranks))).training
-    if device.type == "cuda":  # on a CPU only what is used of it is resident
+    passes, num_shards = list(_passes(config, train, held_out, num_ranks)), shards_of(config, num_ranks)
+    training = predict_run(config, target, passes=passes, num_shards=num_shards).training
+    if device.type == "cuda" and num_shards == 1:  # on a CPU only what is used of it is resident
         training = with_bucket(training, num_ranks)
     else:
         trim_heap()  # what the preparation freed is not the program's, and is given back before the first step

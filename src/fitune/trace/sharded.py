@@ -1,0 +1,78 @@
+"""What one of N processes allocates, from what one alone would: model.shard=full (FSDP2) predicted, not recorded.
+
+Parameters, gradients and optimizer state become the N-th part of what was recorded. What a process gathers while it
+computes is added as one block that lives through the whole trace: more than there is at any time, since a layer's
+gathered weights and the sum of its gradients are not there in every moment.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import overload
+
+import numpy as np
+import numpy.typing as npt
+
+from fitune.trace.events import CATEGORIES, EventColumns, MemoryEvent, MemoryTrace
+
+DEALT = ("parameter", "gradient", "optimizer_state")
+
+
+@dataclass(frozen=True)
+class ShardedEvents(Sequence[MemoryEvent]):
+    """The events of `whole`, behind the birth of what is gathered."""
+
+    whole: MemoryTrace
+    num_shards: int
+    gathered_bytes: int
+
+    def __len__(self) -> int:
+        return len(self.whole.events) + 1
+
+    @overload
+    def __getitem__(self, index: int) -> MemoryEvent: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[MemoryEvent]: ...
+    def __getitem__(self, index: int | slice) -> MemoryEvent | list[MemoryEvent]:
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        number = range(len(self))[index]
+        if number == 0:
+            storage = int(self.whole.columns().storage.max(initial=-1)) + 1
+            return MemoryEvent(storage, self.gathered_bytes, "workspace", "load", module="gathered layers")
+        event = self.whole.events[number - 1]
+        if event.category not in DEALT:
+            return event
+        return replace(event, num_bytes=int(_part(np.array(event.num_bytes), self.num_shards)))
+
+    def __iter__(self) -> Iterator[MemoryEvent]:
+        return (self[number] for number in range(len(self)))
+
+    def columns(self) -> EventColumns:
+        whole = self.whole.columns()
+        is_dealt = np.isin(whole.category, [CATEGORIES.index(name) for name in DEALT])
+        num_bytes = np.where(is_dealt, _part(whole.num_bytes, self.num_shards), whole.num_bytes)
+        born = self[0]
+        first = (born.storage, born.num_bytes, born.step, born.stream, CATEGORIES.index(born.category))
+        rest = (whole.storage, num_bytes, whole.step, whole.stream, whole.category)
+        return EventColumns(*(np.concatenate(([one], many)) for one, many in zip(first, rest, strict=True)))
+
+    def modules(self, indices: npt.NDArray[np.int64]) -> list[str]:
+        others = iter(self.whole.modules(indices[indices > 0] - 1))
+        return [next(others) if index else self[0].module for index in indices.tolist()]
+
+
+def sharded(trace: MemoryTrace, *, num_shards: int, gathered_bytes: int) -> MemoryTrace:
+    """gathered_bytes: what a process holds at most of what is not its own."""
+    events = ShardedEvents(trace, num_shards, gathered_bytes)
+    source = (
+        f"weights, gradients and optimizer state are the {num_shards}th part of one card's",
+        "what is gathered is counted through the whole step, which is more than there ever is; it has not been "
+        "measured on cards",
+    )
+    return MemoryTrace(events, (*trace.source, *source))
+
+
+def _part(num_bytes: npt.NDArray[np.int64], num_shards: int) -> npt.NDArray[np.int64]:
+    """A death frees what its birth took. Rows that do not divide evenly are padded."""
+    part: npt.NDArray[np.int64] = np.sign(num_bytes) * -(-np.abs(num_bytes) // num_shards)
+    return part
