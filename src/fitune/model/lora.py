@@ -75,8 +75,8 @@ def load_adapters(model: PreTrainedModel, directory: Path) -> "PeftModel":
 @contextmanager
 def _bitsandbytes_unseen() -> Iterator[None]:
     """peft imports an installed bitsandbytes to look for its layers, which a model of ours never has: those in 4 bits
-    are `NF4Linear`. That import brings the whole of torch._inductor and takes five times as long as peft's own. Where it
-    is there already nothing is hidden; afterwards everyone, peft too, finds it as before."""
+    are `NF4Linear`. That import brings the whole of torch._inductor and takes five times as long as peft's own. Where
+    it is there already nothing is hidden; afterwards everyone, peft too, finds it as before."""
     if "bitsandbytes" in sys.modules:
         yield
         return
