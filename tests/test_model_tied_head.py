@@ -32,7 +32,9 @@ class Decoder(nn.Module):
 def tied_head(**options: object) -> Head:
     torch.manual_seed(0)
     embedding = nn.Embedding(5, 4, padding_idx=PADDING_ID, **options)  # type: ignore[arg-type]
-    return Head(Decoder(embedding), embedding.weight, None, 1.0, None)
+    output = nn.Linear(4, 5, bias=False)
+    output.weight = embedding.weight
+    return Head(Decoder(embedding), output, 1.0, None)
 
 
 @pytest.mark.parametrize("uses_head", [True, False], ids=["head and embedding", "embedding alone"])

@@ -40,11 +40,15 @@ def test_a_first_layer_that_is_built_differently_is_not_repeated(num_turns: int)
 TURNS = Turns("layers", 1, 4, 9)
 
 
-def step_of(micro_batches: int, *, norm_bytes: int = 100, ops: Sequence[str] = ("mul",)) -> Recording:
-    """The last step of so many micro-batches, and an optimizer that gathers one norm a layer."""
+def step_of(
+    micro_batches: int, *, norm_bytes: int = 100, ops: Sequence[str] = ("mul",), in_head: Sequence[str] = ("mm",)
+) -> Recording:
+    """The last step of so many micro-batches, and an optimizer that gathers one norm a layer. ops: of a layer."""
     births, work = [], []
     for number in range(micro_batches):
-        births += [Birth(64, "temporary", at(1)._replace(micro_batch=number), op, NEVER, None) for op in ops]
+        for module, names in (("layers.1.mlp", ops), ("head", in_head)):
+            where = Where("backward", 1, number, module)
+            births += [Birth(64, "temporary", where, op, NEVER, None) for op in names]
     last = Where("optimizer", 1, micro_batches - 1, "")
     births.append(Birth(norm_bytes, "temporary", last, "stack", NEVER, None))
     work.append(Work(last.phase, last.step, last.micro_batch, "", -1, "stack", "float32", 1, norm_bytes, 0))
@@ -59,17 +63,24 @@ def growth_of(recording: Recording) -> Growth:
 
 def test_what_grows_in_the_optimizer_grows_so_for_a_single_micro_batch_too() -> None:
     two, one = step_of(2), step_of(1)
-    growth = transfer_growth(one, TURNS, growth=growth_of(two), of=two)
+    growth = transfer_growth(one, TURNS, growth=growth_of(two), of=two, of_turns=TURNS)
     assert growth is not None
     assert growth.num_bytes.tolist() == growth_of(one).num_bytes.tolist()
     assert {place: sums.tolist() for place, sums in growth.work.items()} == {one.work[0].place: [0, 25, 0]}
 
 
+def test_what_grows_in_the_optimizer_grows_so_whatever_the_layers_do_and_however_many_were_recorded() -> None:
+    two, other = step_of(2), step_of(1, ops=("mul", "add"), norm_bytes=150)
+    growth = transfer_growth(other, Turns("layers", 2, 6, 9), growth=growth_of(two), of=two, of_turns=TURNS)
+    assert growth is not None
+    assert growth.num_bytes.tolist() == growth_of(other).num_bytes.tolist()
+
+
 @pytest.mark.parametrize(
     "other",
-    [step_of(1, norm_bytes=104), step_of(1, ops=("mul", "add"))],
+    [step_of(1, norm_bytes=104), step_of(1, in_head=("mm", "add"))],
     ids=["another size", "another operator"],
 )
 def test_growth_is_not_taken_over_where_something_else_happens(other: Recording) -> None:
     two = step_of(2)
-    assert transfer_growth(other, TURNS, growth=growth_of(two), of=two) is None
+    assert transfer_growth(other, TURNS, growth=growth_of(two), of=two, of_turns=TURNS) is None

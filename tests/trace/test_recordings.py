@@ -126,6 +126,28 @@ def test_how_a_step_grows_with_its_layers_is_recorded_once(tmp_path: Path, recor
     assert [config.batch.micro for config in recorded] == [2, 2, 4]
 
 
+def test_how_a_step_grows_is_recorded_once_for_all_ways_to_recompute(tmp_path: Path, recorded: list[RunConfig]) -> None:
+    recordings = Recordings()
+    for recompute in ("off", "every_2", "selective", "full"):
+        ask(recordings, make_config(tmp_path, "llama", f"model.recompute={recompute}", num_layers=10))
+    assert [config.model.recompute for config in recorded] == ["off", "off", "every_2", "selective", "full"]
+
+
+def test_a_second_size_needs_its_first_passes_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[int] = []
+    record = recordings_room.record_columns_of_step
+
+    def counted(config: RunConfig, passes: list[Pass], **options: Any) -> ColumnsOfStep:
+        steps.append(len(passes))
+        return record(config, passes, **options)
+
+    monkeypatch.setattr(recordings_room, "record_columns_of_step", counted)
+    recordings = Recordings()
+    for rows in (3, 5):
+        ask(recordings, make_config(tmp_path, "llama", "model.method=lora", "model.recompute=full", rows=rows))
+    assert steps == [3, 3, 2]
+
+
 def test_an_odd_layer_leaves_nothing_to_repeat(tmp_path: Path) -> None:
     config = make_config(tmp_path, "gemma2", num_layers=12)
     layer_types = ["sliding_attention", "full_attention"] * 6

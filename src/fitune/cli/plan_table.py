@@ -162,8 +162,8 @@ def _parts(plan: Plan, shown: Candidate) -> Iterator[tuple[str, str, str, str]]:
         ("+ context", format_gib(plan.device.context_bytes), ""),
         ("= device", format_gib(shown.predicted_device_bytes), ""),
     )
-    for (name, size, share), meaning in zip(sums, _MEANINGS[plan.device.kind], strict=True):
-        yield say(name), say(meaning), size, share
+    for (title, gib, share), meaning in zip(sums, _MEANINGS[plan.device.kind], strict=True):
+        yield say(title), say(meaning), gib, share
 
 
 def _small(num_bytes: float) -> str:

@@ -259,9 +259,9 @@ def _cgroup_limits(root: Path, process_cgroups: Path) -> Iterator[tuple[int, int
         return
     for _, controllers, path in (line.split(":", 2) for line in lines):
         if controllers == "":
-            top, limit_names, used_name, prefix = root, ("memory.max", "memory.high"), "memory.current", ""
+            top, limit_names, used_name, prefix = root, ["memory.max", "memory.high"], "memory.current", ""
         elif "memory" in controllers.split(","):
-            top, limit_names, used_name = root / "memory", ("memory.limit_in_bytes",), "memory.usage_in_bytes"
+            top, limit_names, used_name = root / "memory", ["memory.limit_in_bytes"], "memory.usage_in_bytes"
             prefix = "total_"  # with the groups below, as the use is
         else:
             continue

@@ -1,6 +1,9 @@
 """Low-rank adapters beside frozen weights, by peft."""
 
+import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -32,6 +35,11 @@ def apply_lora(model: PreTrainedModel, lora: LoraConfig, *, seed: int = 0) -> "P
             f"model.lora.targets names {', '.join(unknown)}, which this model does not have: "
             f"choose from {', '.join(names)}, or all-linear"
         )
+    with _bitsandbytes_unseen():
+        return _apply(model, lora, names=names if "all-linear" in targets else targets, seed=seed)
+
+
+def _apply(model: PreTrainedModel, lora: LoraConfig, *, names: list[str], seed: int) -> "PeftModel":
     from peft import LoraConfig as PeftLoraConfig
     from peft import get_peft_model
 
@@ -40,7 +48,7 @@ def apply_lora(model: PreTrainedModel, lora: LoraConfig, *, seed: int = 0) -> "P
         r=lora.rank,
         lora_alpha=cast(int, lora.alpha),  # peft divides it by the rank; a float is as good
         lora_dropout=lora.dropout,
-        target_modules=names if "all-linear" in targets else targets,
+        target_modules=names,
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
     )
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
@@ -53,15 +61,39 @@ def apply_lora(model: PreTrainedModel, lora: LoraConfig, *, seed: int = 0) -> "P
 def load_adapters(model: PreTrainedModel, directory: Path) -> "PeftModel":
     """`model` with the saved adapters of `directory`, trainable. Raises ModelError where they cannot be read or do not
     fit."""
-    from peft import PeftModel
-
     try:
-        with warnings.catch_warnings():
+        with _bitsandbytes_unseen(), warnings.catch_warnings():
+            from peft import PeftModel
+
             warnings.simplefilter("ignore", FutureWarning)
             return cast(PeftModel, PeftModel.from_pretrained(model, str(directory), is_trainable=True))
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         first = " ".join(str(error).split())[:200]
         raise ModelError(f"the adapters in {directory} cannot be loaded into this model: {first}") from error
+
+
+@contextmanager
+def _bitsandbytes_unseen() -> Iterator[None]:
+    """peft imports an installed bitsandbytes to look for its layers, which a model of ours never has: those in 4 bits
+    are `NF4Linear`. That import brings the whole of torch._inductor and takes five times as long as peft's own. Where
+    it is there already nothing is hidden; afterwards everyone, peft too, finds it as before."""
+    if "bitsandbytes" in sys.modules:
+        yield
+        return
+    _forget_answers()
+    sys.modules["bitsandbytes"] = None  # type: ignore[assignment]  # Python's own way to say: not importable
+    try:
+        yield
+    finally:
+        del sys.modules["bitsandbytes"]
+        _forget_answers()
+
+
+def _forget_answers() -> None:
+    """peft remembers whether bitsandbytes is there."""
+    if (asked := sys.modules.get("peft.import_utils")) is not None:
+        for name in ("is_bnb_available", "is_bnb_4bit_available"):
+            getattr(asked, name).cache_clear()
 
 
 def adaptable_names(model: PreTrainedModel) -> list[str]:

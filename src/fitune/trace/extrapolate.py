@@ -84,17 +84,23 @@ def find_growth(recording: Recording, turns: Turns, *, fewer: Recording) -> Grow
     return None if num_bytes is None or work is None else Growth(num_bytes, work)
 
 
-def transfer_growth(recording: Recording, turns: Turns, *, growth: Growth, of: Recording) -> Growth | None:
-    """The growth of a recording of other rows, from that of `of`: what grows with the layers sees no rows. None where
-    something happens that does not happen there, or what grows is of another size."""
-    theirs, mine = _kinds(of), _kinds(recording)
+def transfer_growth(
+    recording: Recording, turns: Turns, *, growth: Growth, of: Recording, of_turns: Turns
+) -> Growth | None:
+    """The growth of a recording with other rows or recomputing, from that of `of`: what grows with the layers lies
+    outside of them and sees neither. None where something happens there that does not happen in `of`, or what grows is
+    of another size."""
+    if turns.loop not in recording.loops or np.any(growth.num_bytes[of.loop == of.loops.index(of_turns.loop)]):
+        return None
+    theirs, mine = _kinds(of, of_turns.loop), _kinds(recording, turns.loop)
+    more_turns = turns.num_recorded - of_turns.num_recorded
     growing = {theirs[label] for label in of.label[growth.num_bytes != 0].tolist()}
-    sizes: dict[_Kind, list[tuple[int, int]]] = {kind: [] for kind in growing}
+    sizes: dict[_Kind | None, list[tuple[int, int]]] = {kind: [] for kind in growing}
     for label, num_bytes, more in zip(of.label.tolist(), of.num_bytes.tolist(), growth.num_bytes.tolist(), strict=True):
         if theirs[label] in growing:
-            sizes[theirs[label]].append((num_bytes, more))
-    places, by_place = _places_of_work(of, turns), _places_of_work(recording, turns)
-    if not set(mine) <= set(theirs) or not by_place.keys() <= places.keys():
+            sizes[theirs[label]].append((num_bytes + more * more_turns, more))
+    places, by_place = _places_of_work(of, of_turns), _places_of_work(recording, turns)
+    if not {*mine, None} <= {*theirs, None} or not by_place.keys() <= places.keys():
         return None
     found = np.zeros(len(recording), dtype=np.int64)
     for kind in growing:
@@ -112,12 +118,16 @@ def transfer_growth(recording: Recording, turns: Turns, *, growth: Growth, of: R
 _Kind = tuple[object, ...]
 
 
-def _kinds(recording: Recording) -> list[_Kind]:
-    """Of each label what it has in common with that of a step of more micro-batches."""
+def _kinds(recording: Recording, loop: str) -> list[_Kind | None]:
+    """Of each label outside of the loop what it has in common with that of a step of more micro-batches; None for those
+    inside."""
     last = _last_micro_batches(recording)
+    inside = set(recording.label[recording.loop == recording.loops.index(loop)].tolist())
     return [
-        (category, where._replace(micro_batch=where.micro_batch - last.get((where.phase, where.step), 0)), op)
-        for category, where, op, _ in recording.labels
+        None
+        if number in inside
+        else (category, where._replace(micro_batch=where.micro_batch - last.get((where.phase, where.step), 0)), op)
+        for number, (category, where, op, _) in enumerate(recording.labels)
     ]
 
 
@@ -440,24 +450,22 @@ def interpolate_rows(one: Sample, other: Sample, *, rows: Rows, target: CudaTarg
     a, b = one.recording, other.recording
     if not have_same_structure(a, b):
         return None
-    lines = [
-        _line(*points) for points in zip(*(_positions(a, each) for each in (one.rows, other.rows, rows)), strict=True)
-    ]
+    lines = _lines(*(_positions(a, each) for each in (one.rows, other.rows, rows)))
     num_bytes = _on_lines(a.num_bytes, b.num_bytes, lines)
     rules: dict[tuple[int, int, _Line | None], tuple[Rule, int] | None] = {}
     made: dict[Rule, int] = {}
     rule = np.full(len(a), -1, dtype=np.int64)
     for i in np.flatnonzero(a.rule >= 0).tolist():
-        key = int(a.rule[i]), int(b.rule[i]), lines[i]
+        key = int(a.rule[i]), int(b.rule[i]), lines.at(i)
         if key not in rules:
-            rules[key] = _follow_rule(a.rules[key[0]], b.rules[key[1]], lines[i], target)
+            rules[key] = _follow_rule(a.rules[key[0]], b.rules[key[1]], key[2], target)
         found = rules[key]
         if found is None:
             return None
         rule[i], num_bytes[i] = made.setdefault(found[0], len(made)), found[1]
     for (step, mine), (_, its) in zip(a.silent, b.silent, strict=True):
-        line = _line(*(each.by_step.get(step, 0) for each in (one.rows, other.rows, rows)))
-        if _follow_rule(mine, its, line, target) is None:
+        line = _lines(*(np.array([each.by_step.get(step, 0)]) for each in (one.rows, other.rows, rows)))
+        if _follow_rule(mine, its, line.at(0), target) is None:
             return None
     work = _interpolate_work(one, other, rows)
     if work is None or np.any(num_bytes < 0):
@@ -478,29 +486,34 @@ _STRUCTURE = tuple(name for name in COLUMNS if name not in ("num_bytes", "rule")
 _Line = tuple[int, int]  # the wanted point lies `first` of `second` parts of the way from one sample to the other
 
 
-def _line(one: int, other: int, wanted: int) -> _Line | None:
-    if one == other:
-        return (0, 1) if wanted == one else None
-    return wanted - one, other - one
+@dataclass(frozen=True, slots=True)
+class _Lines:
+    """Of many births. second: 0 where two equal samples tell nothing of another point."""
+
+    first: Integers
+    second: Integers
+
+    def at(self, number: int) -> _Line | None:
+        first, second = int(self.first[number]), int(self.second[number])
+        return (first, second) if second else None
 
 
-def _positions(recording: Recording, rows: Rows) -> list[int]:
+def _lines(one: Integers, other: Integers, wanted: Integers) -> _Lines:
+    same = one == other
+    return _Lines(wanted - one, np.where(same, wanted == one, other - one))
+
+
+def _positions(recording: Recording, rows: Rows) -> Integers:
     """What the size of each birth depends on."""
-    loops = [rows.last_chunk.get(loop) for loop in recording.loops]
-    steps = [rows.by_step.get(label.where.step, 0) for label in recording.labels]
-    last = NUM_RECORDED_CHUNKS - 1
-    return [
-        of_loop if loop >= 0 and turn == last and (of_loop := loops[loop]) is not None else steps[label]
-        for label, loop, turn in zip(
-            recording.label.tolist(), recording.loop.tolist(), recording.turn.tolist(), strict=True
-        )
-    ]
+    steps = np.array([rows.by_step.get(label.where.step, 0) for label in recording.labels], dtype=np.int64)
+    of_loop = np.array([*(rows.last_chunk.get(loop, -1) for loop in recording.loops), -1], dtype=np.int64)
+    of_last = np.where(recording.turn == NUM_RECORDED_CHUNKS - 1, of_loop[recording.loop], -1)
+    return np.where(of_last >= 0, of_last, steps[recording.label])
 
 
-def _on_lines(one: Integers, other: Integers, lines: Sequence[_Line | None]) -> Integers:
+def _on_lines(one: Integers, other: Integers, lines: _Lines) -> Integers:
     """Negative where there is no such size."""
-    none = (-1, 0)
-    first, second = np.array([line or none for line in lines], dtype=np.int64).reshape(-1, 2).T
+    first, second = lines.first, lines.second
     known = (second != 0) & ((second != 1) | (first != 0) | (one == other))
     change, rest = np.divmod((other - one) * first, np.where(second == 0, 1, second))
     return np.where(known & (rest == 0), one + change, -1)
@@ -537,14 +550,13 @@ def _interpolate_work(one: Sample, other: Sample, rows: Rows) -> tuple[Work, ...
     if [work.place for work in a] != [work.place for work in b]:
         return None
     last = NUM_RECORDED_CHUNKS - 1
-    lines = []
-    for work in a:
-        in_last = work.turn == last and work.loop in rows.last_chunk
-        points = (
-            each.last_chunk[work.loop] if in_last else each.by_step.get(work.step, 0)
-            for each in (one.rows, other.rows, rows)
-        )
-        lines.append(_line(*points))
+
+    def positions(rows: Rows) -> Integers:
+        of_chunks = (rows.last_chunk.get(work.loop) if work.turn == last else None for work in a)
+        points = [rows.by_step.get(work.step, 0) if of is None else of for work, of in zip(a, of_chunks, strict=True)]
+        return np.array(points, dtype=np.int64)
+
+    lines = _lines(*(positions(each) for each in (one.rows, other.rows, rows)))
     sums = np.array([work.sums for work in a], dtype=np.int64).reshape(-1, 3).T
     others = np.array([work.sums for work in b], dtype=np.int64).reshape(-1, 3).T
     columns = [_on_lines(mine, its, lines) for mine, its in zip(sums, others, strict=True)]

@@ -30,6 +30,7 @@ from fitune.trace.extrapolate import (
     transfer_growth,
 )
 from fitune.trace.recording import Recording
+from fitune.trace.resize import resize
 from fitune.trace.shapes import ShapeMemory
 from fitune.trace.step import ColumnsOfStep, Counts, Pass, RecordedStep, count_rows, record_columns_of_step
 
@@ -37,12 +38,13 @@ from fitune.trace.step import ColumnsOfStep, Counts, Pass, RecordedStep, count_r
 @dataclass
 class _Family:
     """Recordings that differ in their rows alone, with a few layers and chunks. turns and growth: None where all layers
-    were recorded."""
+    were recorded. resists: whether a short recording did not do for another number of rows."""
 
     samples: list[tuple[Counts, ColumnsOfStep]] = field(default_factory=list)
     turns: Turns | None = None
     growth: Growth | None = None
     num_parameters: tuple[int, int] = (0, 0)
+    resists: bool = False
 
 
 class Recordings:
@@ -52,6 +54,7 @@ class Recordings:
         self._answers: dict[str, RecordedStep] = {}
         self._layers: dict[str, Turns | None] = {}
         self._families: dict[str, list[_Family]] = {}
+        self._grown: dict[str, list[_Family]] = {}
         self._shapes: dict[CudaTarget | None, ShapeMemory] = {}
 
     def step(self, config: RunConfig, passes: Sequence[Pass], *, target: CudaTarget | None) -> RecordedStep:
@@ -74,7 +77,10 @@ class Recordings:
             counts = count_rows(config, passes, columns, device=device)
             if counts is not None and counts.structure == family.samples[0][0].structure:
                 alike.append(family)
-                if (found := _interpolate(family, counts, target=target)) is not None:
+                found = _interpolate(family, counts, target=target)
+                if found is None:
+                    found = self._resize(config, passes, family, counts, target=target)
+                if found is not None:
                     layout, _ = choose_layouts(config, device, packed=columns.layout.packed)
                     return _repeat(family, counts, replace(columns, recording=found, layout=layout))
         layers = self._layers_to_record(config.model)
@@ -90,13 +96,42 @@ class Recordings:
                 return _repeat(family, counts, columns)
         new = _Family([(counts, columns)])
         if layers is not None:
-            known = _with_known_growth(new, families)
+            grown = self._grown.setdefault(repr((_without_layers(config), target)), [])
+            known = _with_known_growth(new, layers, grown)
             if known is None:
                 fewer = self._record(config, passes, target=target, num_layers=layers.num_recorded - 2 * layers.period)
                 known = _with_growth(new, layers, fewer)
+                if known.growth is not None:
+                    grown.append(known)
             new = known
         families.append(new)
         return _repeat(new, counts, columns)
+
+    def _resize(
+        self, config: RunConfig, passes: Sequence[Pass], family: _Family, counts: Counts, *, target: CudaTarget | None
+    ) -> Recording | None:
+        """A second sample, of which the first passes are recorded alone. None where that does not do."""
+        kinds = [each.kind for each in passes]
+        num_short = max(map(kinds.index, set(kinds))) + 1
+        short_passes, samples = passes[:num_short], _samples(family, counts)
+        if (
+            len(samples) != 1
+            or family.resists
+            or num_short == len(passes)
+            or any(each.most_micro_batches > 1 for each in short_passes)
+        ):
+            return None
+        ((_, sample),) = samples
+        layers = self._layers_to_record(config.model)
+        short = self._record(
+            config, short_passes, target=target, num_layers=None if layers is None else layers.num_recorded
+        )
+        found = resize(sample.recording, short.recording, kinds=kinds, num_short=num_short)
+        if found is None or _growth_sees(family, sample.recording, found):
+            family.resists = True
+            return None
+        family.samples.append((counts, replace(sample, recording=found)))
+        return found
 
     def _record(
         self, config: RunConfig, passes: Sequence[Pass], *, target: CudaTarget | None, num_layers: int | None = None
@@ -125,16 +160,17 @@ class Recordings:
         return self._layers[key]
 
 
-def _with_known_growth(family: _Family, families: Sequence[_Family]) -> _Family | None:
-    """Of another family of the same settings, whose rows are others."""
+def _with_known_growth(family: _Family, layers: Turns, grown: Sequence[_Family]) -> _Family | None:
+    """Of another family, whose rows or recomputing are others."""
     ((_, columns),) = family.samples
-    for known in families:
-        if known.turns is None or known.growth is None:
-            continue
+    for known in grown:
+        assert known.turns is not None
+        assert known.growth is not None
+        turns = replace(layers, loop=known.turns.loop)
         of = known.samples[0][1].recording
-        growth = transfer_growth(columns.recording, known.turns, growth=known.growth, of=of)
+        growth = transfer_growth(columns.recording, turns, growth=known.growth, of=of, of_turns=known.turns)
         if growth is not None:
-            return _Family(family.samples, known.turns, growth, known.num_parameters)
+            return _Family(family.samples, turns, growth, known.num_parameters)
     return None
 
 
@@ -156,25 +192,39 @@ def _with_growth(family: _Family, layers: Turns, fewer: ColumnsOfStep) -> _Famil
 
 
 def _interpolate(family: _Family, counts: Counts, *, target: CudaTarget | None) -> Recording | None:
-    samples = [
-        Sample(columns.recording, mine.rows)
-        for mine, columns in family.samples
-        if min(mine.rows.by_step.values()) > 1  # one row has another structure than several
-    ]
-    routed = any(line.startswith(ROUTED) for sample in samples for line in sample.recording.source)
-    if len(samples) < 2 or routed or min(counts.rows.by_step.values()) < 2:
-        return None  # tokens per expert are rounded up
-    one, other = samples[:2]
-    if family.growth is not None and np.any(
-        (family.growth.num_bytes != 0) & (one.recording.num_bytes != other.recording.num_bytes)
-    ):
-        return None  # a product of rows and layers: its growth was measured for other rows
+    samples = _samples(family, counts)
+    if len(samples) < 2:
+        return None
+    one, other = (Sample(columns.recording, mine.rows) for mine, columns in samples[:2])
+    if _growth_sees(family, one.recording, other.recording):
+        return None
     return interpolate_rows(one, other, rows=counts.rows, target=target)
+
+
+def _samples(family: _Family, counts: Counts) -> list[tuple[Counts, ColumnsOfStep]]:
+    """Those that can be on a line with `counts`: one row has another structure than several, and tokens per expert are
+    rounded up."""
+    routed = any(line.startswith(ROUTED) for _, columns in family.samples for line in columns.recording.source)
+    if routed or min(counts.rows.by_step.values()) < 2:
+        return []
+    return [each for each in family.samples if min(each[0].rows.by_step.values()) > 1]
+
+
+def _growth_sees(family: _Family, one: Recording, other: Recording) -> bool:
+    """A product of rows and layers: its growth was measured for other rows."""
+    return family.growth is not None and bool(
+        np.any((family.growth.num_bytes != 0) & (one.num_bytes != other.num_bytes))
+    )
 
 
 def _without_rows(config: RunConfig) -> tuple[object, ...]:
     """What a recording depends on besides its rows."""
     return config.model, config.data.packing, config.optim, config.loss
+
+
+def _without_layers(config: RunConfig) -> tuple[object, ...]:
+    """What that depends on which grows with the number of layers."""
+    return config.model.model_copy(update={"recompute": "off"}), config.data.packing, config.optim
 
 
 def _repeat(family: _Family, counts: Counts, columns: ColumnsOfStep) -> ColumnsOfStep | None:

@@ -1,0 +1,116 @@
+"""A recording for another number of rows, from a short recording of those: of the first pass of each kind alone.
+
+What the later passes do, the first did before: the same operators of the same modules on tensors of the same sizes. So
+a birth of a later pass has the new size of the one that had its old size. What the operators of a later micro-batch do
+besides is about gradients and the optimizer's state, which know no rows.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from fitune.trace.recording import NEVER, Integers, Recording, Rule, Work
+
+_Place = tuple[object, ...]
+_Size = tuple[int, Rule | None]
+
+
+def resize(recording: Recording, short: Recording, *, kinds: Sequence[str], num_short: int) -> Recording | None:
+    """`recording` with the sizes of `short`, which holds its steps up to number `num_short`, of one micro-batch each,
+    for other rows. kinds: of all steps. None where the two do not do the same, or where a later step has a size that
+    no earlier one had, or that two had which are equal no longer."""
+    of_step = ("load", *kinds)
+    places, births = _births(recording, of_step)
+    their_places, their_births = _births(short, of_step)
+    steps = np.array([label.where.step for label in recording.labels], dtype=np.int64)[recording.label]
+    num_first = int(np.count_nonzero(steps <= num_short))
+    same_deaths = np.array_equal(_deaths(recording, num_first), _deaths(short, num_first))
+    if places[:num_first] != their_places or not same_deaths:
+        return None
+    grown = _Grown(zip(their_places, births, their_births, strict=False))
+    later = [grown.find(*each) for each in zip(places[num_first:], births[num_first:], strict=True)]
+    sizes = their_births + [size for size in later if size is not None]
+    if len(sizes) != len(births):
+        return None
+    silent, work = _silent(recording, short, num_short), _work(recording, short, of_step, num_short)
+    if silent is None or work is None:
+        return None
+    rules: dict[Rule, int] = {}
+    return replace(
+        recording,
+        num_bytes=np.array([num_bytes for num_bytes, _ in sizes], dtype=np.int64),
+        rule=np.array(
+            [-1 if rule is None else rules.setdefault(rule, len(rules)) for _, rule in sizes], dtype=np.int64
+        ),
+        rules=tuple(rules),
+        silent=silent,
+        work=work,
+    )
+
+
+class _Grown:
+    """What became of the old amounts in each place. The phase comes first in a place. The input of a later micro-batch
+    is counted to the phase before, so an amount that is not found in its phase is looked for in the others."""
+
+    def __init__(self, amounts: Iterable[tuple[_Place, Any, Any]]) -> None:
+        self._found: dict[tuple[_Place, Any], set[Any]] = {}
+        for place, old, new in amounts:
+            for key in ((place, old), (place[1:], old)):
+                self._found.setdefault(key, set()).add(new)
+
+    def find(self, place: _Place, old: Any) -> Any:
+        """None where there was no such amount, or several that are equal no longer."""
+        new = self._found.get((place, old)) or self._found.get((place[1:], old)) or ()
+        return next(iter(new)) if len(new) == 1 else None
+
+
+def _births(recording: Recording, of_step: Sequence[str]) -> tuple[list[_Place], list[_Size]]:
+    """What is born where, whichever pass of a kind it is; and how large."""
+    labels = [(where.phase, of_step[where.step], where.module, op) for _, where, op, _ in recording.labels]
+    places = zip(recording.label.tolist(), recording.turn.tolist(), strict=True)
+    sizes = zip(recording.num_bytes.tolist(), recording.rule.tolist(), strict=True)
+    return (
+        [(*labels[label], turn) for label, turn in places],
+        [(num_bytes, None if rule < 0 else recording.rules[rule]) for num_bytes, rule in sizes],
+    )
+
+
+def _deaths(recording: Recording, num_first: int) -> Integers:
+    """Of the first births; all later than these alike."""
+    after = recording.dies_after[:num_first]
+    return np.where((after == NEVER) | (after >= num_first - 1), num_first, after)
+
+
+def _silent(recording: Recording, short: Recording, num_short: int) -> tuple[tuple[int, Rule], ...] | None:
+    first = [(step, rule) for step, rule in recording.silent if step <= num_short]
+    if [step for step, _ in first] != [step for step, _ in short.silent]:
+        return None
+    grown = _Grown((("",), old, rule) for (_, old), (_, rule) in zip(first, short.silent, strict=True))
+    later = [(step, grown.find(("",), rule)) for step, rule in recording.silent if step > num_short]
+    return None if any(rule is None for _, rule in later) else (*short.silent, *later)
+
+
+def _work(recording: Recording, short: Recording, of_step: Sequence[str], num_short: int) -> tuple[Work, ...] | None:
+    def place(work: Work) -> _Place:
+        return (work.phase, of_step[work.step], work.loop, work.turn, work.op, work.dtype)
+
+    first = [work for work in recording.work if work.step <= num_short]
+    if [work.place for work in first] != [work.place for work in short.work]:
+        return None
+    grown = _Grown((place(old), old.sums, new.sums) for old, new in zip(first, short.work, strict=True))
+    change = {
+        place(old): tuple(more - less for more, less in zip(new.sums, old.sums, strict=True))
+        for old, new in zip(first, short.work, strict=True)
+    }
+    result = list(short.work)
+    for work in recording.work[len(first) :]:
+        sums = grown.find(place(work), work.sums)
+        if sums is None:
+            more = change.get(place(work), (0, 0, 0) if work.op.endswith("_") else None)
+            if more is None or work.phase == "forward" or (work.phase == "optimizer" and any(more)):
+                return None
+            sums = tuple(old + new for old, new in zip(work.sums, more, strict=True))
+        result.append(Work(*work.place, *sums))
+    return tuple(result)
