@@ -1,14 +1,16 @@
 """Which learning rate a larger batch wants, tried out: rates x batches at equal tokens, on real dialogues.
 
 python benchmarks/batch_size.py --task tiny         a Llama of 0.2 M parameters from nothing, three seeds
-python benchmarks/batch_size.py --task minimind     minimind2-small from nothing, one seed
+python benchmarks/batch_size.py --task minimind     minimind2-small from nothing, short rows, one seed
 python benchmarks/batch_size.py --task smollm2      SmolLM2-135M with LoRA, short rows, one seed
-python benchmarks/batch_size.py                     all three, under 40 minutes of one core; --quick: some minutes
+python benchmarks/batch_size.py                     all three, about 70 minutes of one free core; --quick: a few
 
 For each batch the rate is doubled or halved until the best one has a worse one on both sides, so the grid's best is
 inside. The best rate of the smallest batch and the noise that its run measured are all that a rule of optim.scaling
-knows; each rule then trains batches k times as large with its own rate, betas, decay and clip. Two numbers judge it:
-the loss above the grid's best at that batch, and the doublings between its rate and the best one.
+knows; each rule then trains batches k times as large with its own rate, betas, decay and clip. Three numbers judge it:
+the loss above the grid's best at that batch, the doublings between its rate and the best one, and those between its
+growth of the rate and that of the best one: a reference that lies beside the smallest batch's best rate shifts every
+rule alike, but not their growth.
 
 A larger batch needs more tokens for the same loss. How many is read off the smallest batch's own curve: its loss at
 half the tokens gives a slope, and with it a difference of losses becomes a factor of tokens. The noise predicts it,
@@ -70,7 +72,8 @@ TEMPLATE = (
 class Task:
     """rows: of the smallest batch. lr: where the search of its best rate begins. factors: of the batch, 1 first.
     noise_factor: of the batch whose run, at the smallest one's best rate, measures the noise; 2 where the smallest is a
-    single row, which has no two micro-batches to compare. drop_long: rows over max_length are left out, not cut."""
+    single row, which has no two micro-batches to compare. drop_long: rows over max_length are left out, not cut.
+    with_more: the rule with the weighted noise and the modes that grow the batch, too."""
 
     name: str
     model: Mapping[str, Any]
@@ -84,7 +87,7 @@ class Task:
     eval_rows: int
     noise_factor: int = 1
     drop_long: bool = False
-    with_modes: bool = False
+    with_more: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +148,7 @@ def make_task(name: str, directory: Path, *, quick: bool = False) -> Task:
         model = {"source": str(save_model(directory / name, shape, data))}
         task = Task(
             name=name, model=model, rows=4, lr=4e-3, factors=(1, 2, 4, 8), seeds=(0, 1, 2), epochs=1.0, max_rows=1800,
-            max_length=96, eval_rows=180, with_modes=True,
+            max_length=96, eval_rows=180, with_more=True,
         )  # fmt: skip
         return replace(task, max_rows=300, seeds=(0, 1), factors=(1, 4)) if quick else task
     if name == "minimind":
@@ -330,8 +333,8 @@ def measure(task: Task, run: Callable[[Trial, float | None], Outcome], output: P
     base_lr = best_rate(grid[1])
     base = ledger.over_seeds("grid", 1, base_lr)
     noise = [of_smallest(each, task.noise_factor) for each in ledger.over_seeds("grid", task.noise_factor, base_lr)]
-    untold = {"sqrt_gain_weighted"} if any(each.rho_weighted is None for each in noise) else set()  # a run too short
-    known_rules = [rule for rule in RULES if rule not in untold]
+    weighted = task.with_more and all(each.rho_weighted is not None for each in noise)  # None in a run too short
+    known_rules = [rule for rule in RULES if weighted or rule != "sqrt_gain_weighted"]
     rules = []
     for rule in known_rules:
         for factor in task.factors[1:]:
@@ -341,7 +344,8 @@ def measure(task: Task, run: Callable[[Trial, float | None], Outcome], output: P
                 )
                 for each in noise
             ]
-            rules.append(judge(rule, outcomes, grid[factor]))
+            best = ledger.over_seeds("grid", factor, best_rate(grid[factor]))
+            rules.append(judge(rule, outcomes, grid[factor], best=best, reference=optimum(grid[1])[0]))
     found = {
         "reference_lr": base_lr,
         "rho": median_of(each.rho for each in noise),
@@ -355,7 +359,7 @@ def measure(task: Task, run: Callable[[Trial, float | None], Outcome], output: P
         "rules": rules,
         "closeness": {rule: closeness(rule, rules) for rule in known_rules},
         "overhead": overheads(ledger, grid, base=base, noise=noise),
-        "modes": [mode_outcome(ledger, mode, base_lr) for mode in MODES] if task.with_modes else [],
+        "modes": [mode_outcome(ledger, mode, base_lr) for mode in MODES] if task.with_more else [],
         "cpu_seconds": sum(outcome.cpu_seconds for outcome in ledger.outcomes),
     }  # fmt: skip
     return ledger.write(**found)
@@ -401,17 +405,24 @@ def optimum(losses: Mapping[float, float]) -> tuple[float, float]:
     return rates[place] * 2**shift, middle - (left - right) ** 2 / (8 * curve)
 
 
-def judge(rule: str, outcomes: list[Outcome], losses: Mapping[float, float]) -> dict[str, Any]:
-    lr, best = optimum(losses)
+def judge(
+    rule: str, outcomes: list[Outcome], losses: Mapping[float, float], *, best: list[Outcome], reference: float
+) -> dict[str, Any]:
+    """best: at the grid's best rate, seed by seed. reference: the best rate of the smallest batch, between those of its
+    grid. *_reach: half the 95 % interval, None for one seed."""
+    lr, lowest = optimum(losses)
     rate, loss = statistics.geometric_mean(each.peak_lr for each in outcomes), mean_loss(outcomes)
+    reach = half_width([each.eval_loss - other.eval_loss for each, other in zip(outcomes, best, strict=True)])
     return {
         "factor": outcomes[0].factor,
         "rule": rule,
         "lr": rate,
         "eval_loss": loss,
-        "above_best_fraction": loss / losses[best_rate(losses)] - 1,
-        "above_optimum_fraction": loss / best - 1,
+        "above_best_fraction": loss / mean_loss(best) - 1,
+        "above_best_reach": None if reach is None else reach / mean_loss(best),
+        "above_optimum_fraction": loss / lowest - 1,
         "doublings_from_optimum": math.log2(rate / lr),
+        "doublings_from_growth": math.log2(rate / outcomes[0].lr) - math.log2(lr / reference),
     }
 
 
@@ -420,6 +431,7 @@ def closeness(rule: str, rules: list[dict[str, Any]]) -> dict[str, float]:
     own = [each for each in rules if each["rule"] == rule]
     return {
         "doublings": statistics.fmean(abs(each["doublings_from_optimum"]) for each in own),
+        "growth_doublings": statistics.fmean(abs(each["doublings_from_growth"]) for each in own),
         "above_best_fraction": statistics.fmean(each["above_best_fraction"] for each in own),
         "worst_above_best_fraction": max(each["above_best_fraction"] for each in own),
     }
@@ -510,18 +522,22 @@ def _section(found: Mapping[str, Any]) -> str:
         f"{_number(found['rho'])} times its signal, or {_number(found['rho_weighted'])} times, weighted.",
         "",
         "| rule | "
-        + " | ".join(f"rate, loss at {k} x" for k in factors)
-        + " | doublings from the best rate | loss above the grid's best |",
-        "|---|" + "---|" * (len(factors) + 2),
+        + " | ".join(f"rate, loss at {k} x (above the best)" for k in factors)
+        + " | doublings from the best rate | from its growth | loss above the grid's best |",
+        "|---|" + "---|" * (len(factors) + 3),
         "| best rate | "
-        + " | ".join(f"{found['optimum'][str(k)]:.2e}, {min(found['grid'][str(k)].values()):.3f}" for k in factors)
-        + " | | |",
+        + " | ".join(
+            f"{found['optimum'][str(k)]:.2e} (x {found['optimum'][str(k)] / found['optimum']['1']:.2f}), "
+            f"{min(found['grid'][str(k)].values()):.3f}"
+            for k in factors
+        )
+        + " | | | |",
     ]
     for rule, close in found["closeness"].items():
-        cells = [f"{each['lr']:.2e}, {each['eval_loss']:.3f}" for each in rules if each["rule"] == rule]
+        cells = [_judged(each) for each in rules if each["rule"] == rule]
         lines.append(
-            f"| `{rule}` | {' | '.join(cells)} | {close['doublings']:.2f} | {close['above_best_fraction']:+.1%} "
-            f"(at most {close['worst_above_best_fraction']:+.1%}) |"
+            f"| `{rule}` | {' | '.join(cells)} | {close['doublings']:.2f} | {close['growth_doublings']:.2f} | "
+            f"{close['above_best_fraction']:+.1%} |"
         )
     lines += [
         "",
@@ -544,6 +560,11 @@ def _section(found: Mapping[str, Any]) -> str:
             f"{each['fixed_spread']:.3f} |"
         )
     return "\n".join(lines) + "\n\n"
+
+
+def _judged(rule: Mapping[str, Any]) -> str:
+    reach = "" if rule["above_best_reach"] is None else f" ± {rule['above_best_reach']:.1%}"
+    return f"{rule['lr']:.2e}, {rule['eval_loss']:.3f} ({rule['above_best_fraction']:+.1%}{reach})"
 
 
 def _number(value: float | None) -> str:

@@ -126,7 +126,7 @@ def observe(
 
 
 def observe_preconditioned(averages: NoiseAverages, norms: GradientNorms, *, half_life_tokens: float) -> NoiseAverages:
-    """The same averages of squares weighted as Adam weighs them; unchanged by a step that has none, such as the first."""
+    """The same averages of squares weighted as Adam weighs them; unchanged by a step without any, as the first is."""
     if norms.preconditioned_micro is None or not norms.preconditioned_total:
         return averages
     sample = pairwise_sample(norms.preconditioned_micro, norms.preconditioned_total, weights=norms.weights)
