@@ -1,14 +1,16 @@
 """Which learning rate a larger batch wants, tried out: rates x batches at equal tokens, on real dialogues.
 
 python benchmarks/batch_size.py --task tiny         a Llama of 0.2 M parameters from nothing, three seeds
-python benchmarks/batch_size.py --task minimind     minimind2-small from nothing, one seed
+python benchmarks/batch_size.py --task minimind     minimind2-small from nothing, short rows, one seed
 python benchmarks/batch_size.py --task smollm2      SmolLM2-135M with LoRA, short rows, one seed
-python benchmarks/batch_size.py                     all three, under 40 minutes of one core; --quick: some minutes
+python benchmarks/batch_size.py                     all three, about 70 minutes of one free core; --quick: a few
 
 For each batch the rate is doubled or halved until the best one has a worse one on both sides, so the grid's best is
 inside. The best rate of the smallest batch and the noise that its run measured are all that a rule of optim.scaling
-knows; each rule then trains batches k times as large with its own rate, betas, decay and clip. Two numbers judge it:
-the loss above the grid's best at that batch, and the doublings between its rate and the best one.
+knows; each rule then trains batches k times as large with its own rate, betas, decay and clip. Three numbers judge it:
+the loss above the grid's best at that batch, the doublings between its rate and the best one, and those between its
+growth of the rate and that of the best one: a reference that lies beside the smallest batch's best rate shifts every
+rule alike, but not their growth.
 
 A larger batch needs more tokens for the same loss. How many is read off the smallest batch's own curve: its loss at
 half the tokens gives a slope, and with it a difference of losses becomes a factor of tokens. The noise predicts it,
@@ -52,7 +54,7 @@ TASKS = {
     "minimind": "minimind2-small, from nothing",
     "smollm2": "SmolLM2-135M, LoRA",
 }
-RULES = ("none", "sqrt_gain", "sqrt_gain_weighted", "sqrt", "linear")
+RULES = ("none", "sqrt_gain", "sqrt", "linear", "sqrt_gain_weighted")
 """sqrt_gain_weighted: sqrt_gain with the noise scale of squares weighted as Adam weighs them."""
 MODES = ("anneal", "follow")
 EPOCHS = {"half": 0.5, "fixed": 2.0, "anneal": 2.0, "follow": 2.0}
@@ -68,7 +70,10 @@ TEMPLATE = (
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """rows: of the smallest batch. lr: where the search of its best rate begins. factors: of the batch, 1 first."""
+    """rows: of the smallest batch. lr: where the search of its best rate begins. factors: of the batch, 1 first.
+    noise_factor: of the batch whose run, at the smallest one's best rate, measures the noise; 2 where the smallest is a
+    single row, which has no two micro-batches to compare. drop_long: rows over max_length are left out, not cut.
+    with_more: the rule with the weighted noise and the modes that grow the batch, too."""
 
     name: str
     model: Mapping[str, Any]
@@ -80,7 +85,9 @@ class Task:
     max_rows: int
     max_length: int
     eval_rows: int
-    with_modes: bool = False
+    noise_factor: int = 1
+    drop_long: bool = False
+    with_more: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,8 +103,8 @@ class Trial:
 @dataclass(frozen=True, kw_only=True)
 class Outcome(Trial):
     """lr of a rule: the reference's; peak_lr: in use. rho, rho_weighted: noise over signal of a step, the median over
-    the last three quarters of the run, of steps whose signal was above zero. overhead: of a batch 2, 4, 8 times as
-    large, as the noise predicts it, on average over these steps."""
+    the last three quarters of the run, of steps whose signal was above zero. overhead: of a batch 2, 4, 8 times the
+    smallest, as the noise predicts it, on average over these steps."""
 
     peak_lr: float
     eval_loss: float
@@ -132,6 +139,7 @@ def main() -> None:
 def make_task(name: str, directory: Path, *, quick: bool = False) -> Task:
     data = directory / "english.jsonl"
     write_dialogues(corpus_directory("english"), data)
+    (directory / "chat.jinja").write_text(TEMPLATE)
     if name == "tiny":
         shape = llama_config(
             vocab_size=1024, hidden_size=64, intermediate_size=176, num_hidden_layers=2, num_attention_heads=4,
@@ -140,23 +148,23 @@ def make_task(name: str, directory: Path, *, quick: bool = False) -> Task:
         model = {"source": str(save_model(directory / name, shape, data))}
         task = Task(
             name=name, model=model, rows=4, lr=4e-3, factors=(1, 2, 4, 8), seeds=(0, 1, 2), epochs=1.0, max_rows=1800,
-            max_length=96, eval_rows=180, with_modes=True,
+            max_length=96, eval_rows=180, with_more=True,
         )  # fmt: skip
         return replace(task, max_rows=300, seeds=(0, 1), factors=(1, 4)) if quick else task
     if name == "minimind":
         shape = preset_config("minimind2-small")
         model = {"source": str(save_model(directory / name, shape, data))}
         task = Task(
-            name=name, model=model, rows=4, lr=5e-4, factors=(1, 2, 4), seeds=(0,), epochs=1.0, max_rows=320,
-            max_length=64, eval_rows=50,
+            name=name, model=model, rows=1, lr=5e-4, factors=(1, 2, 4, 8), seeds=(0,), epochs=320 / 1295,
+            max_rows=2025, max_length=28, eval_rows=50, noise_factor=2, drop_long=True,
         )  # fmt: skip
-        return replace(task, max_rows=60, factors=(1, 2)) if quick else task
+        return replace(task, epochs=48 / 1295, factors=(1, 2)) if quick else task
     model = {"source": str(smollm2_file()), "method": "lora"}
     task = Task(
-        name=name, model=model, rows=2, lr=8e-4, factors=(1, 4), seeds=(0,), epochs=1.0, max_rows=160, max_length=48,
-        eval_rows=40,
+        name=name, model=model, rows=1, lr=8e-4, factors=(1, 2, 4, 8), seeds=(0,), epochs=256 / 831,
+        max_rows=2025, max_length=28, eval_rows=40, noise_factor=2, drop_long=True,
     )  # fmt: skip
-    return replace(task, max_rows=40) if quick else task
+    return replace(task, epochs=32 / 831, factors=(1, 2)) if quick else task
 
 
 def save_model(path: Path, shape: Any, data: Path) -> Path:
@@ -192,7 +200,7 @@ class Runner:
 
     def config(self, trial: Trial, rho: float | None = None) -> RunConfig:
         """rho: measured at the smallest batch, for the rules that want it."""
-        task = self.task
+        task, rows = self.task, self.task.rows * trial.factor
         optim: dict[str, Any] = {"lr": trial.lr, "warmup": 0.05}
         if trial.kind in RULES:
             rule = trial.kind.removesuffix("_weighted")
@@ -205,8 +213,10 @@ class Runner:
                 "train": [{"path": str(self.directory / "english.jsonl"), "max_rows": task.max_rows}],
                 "eval_fraction": 0.1,
                 "max_length": task.max_length,
+                "too_long": "drop" if task.drop_long else "truncate",
+                "template": str(self.directory / "chat.jinja"),
             },
-            "batch": {"effective": task.rows * trial.factor, "micro": task.rows * trial.factor // 2},
+            "batch": {"effective": rows, "micro": max(1, rows // 2)},
             "optim": optim,
             "train": {
                 "epochs": task.epochs * EPOCHS.get(trial.kind, 1.0),
@@ -244,7 +254,8 @@ class Runner:
             rho=statistics.median(rhos) if rhos else None,
             rho_weighted=statistics.median(weighted) if weighted else None,
             overhead={
-                str(k): statistics.fmean(token_overhead(step.noise_ratio, k) for step in later) for k in (2, 4, 8)
+                str(k): statistics.fmean(token_overhead(times(step.noise_ratio, trial.factor), k) for step in later)
+                for k in (2, 4, 8)
             },
         )
 
@@ -252,6 +263,11 @@ class Runner:
 def weighted_ratio(step: StepMetrics) -> float | None:
     scale = step.noise_scale_preconditioned_tokens
     return None if scale is None else scale / step.supervised_tokens
+
+
+def times(rho: float | None, factor: int) -> float | None:
+    """rho of a batch a `factor`-th as large."""
+    return None if rho is None else rho * factor
 
 
 def token_overhead(rho: float | None, factor: int) -> float:
@@ -265,7 +281,7 @@ class Ledger:
     def __init__(self, task: Task, run: Callable[[Trial, float | None], Outcome], path: Path) -> None:
         self.task, self.run, self.path = task, run, path
         kept = self.content().get(task.name, {})
-        same = kept.get("task") == json.loads(json.dumps(shown(task)))
+        same = known_by(kept.get("task", {})) == known_by(json.loads(json.dumps(shown(task))))
         self.outcomes = [Outcome(**each) for each in kept["outcomes"]] if same else []
 
     def content(self) -> dict[str, Any]:
@@ -302,6 +318,11 @@ def shown(task: Task) -> dict[str, Any]:
     return content
 
 
+def known_by(task: Mapping[str, Any]) -> dict[str, Any]:
+    """What every outcome of a task shares: more seeds or batches train only what is new."""
+    return {name: value for name, value in task.items() if name not in ("seeds", "factors")}
+
+
 def measure(task: Task, run: Callable[[Trial, float | None], Outcome], output: Path) -> dict[str, Any]:
     ledger = Ledger(task, run, output)
     grid: dict[int, dict[float, float]] = {}
@@ -311,22 +332,25 @@ def measure(task: Task, run: Callable[[Trial, float | None], Outcome], output: P
         lr = best_rate(grid[factor])
     base_lr = best_rate(grid[1])
     base = ledger.over_seeds("grid", 1, base_lr)
-    untold = {"sqrt_gain_weighted"} if any(each.rho_weighted is None for each in base) else set()  # a run too short
-    known_rules = [rule for rule in RULES if rule not in untold]
+    noise = [of_smallest(each, task.noise_factor) for each in ledger.over_seeds("grid", task.noise_factor, base_lr)]
+    weighted = task.with_more and all(each.rho_weighted is not None for each in noise)  # None in a run too short
+    known_rules = [rule for rule in RULES if weighted or rule != "sqrt_gain_weighted"]
     rules = []
-    for factor in task.factors[1:]:
-        for rule in known_rules:
+    for rule in known_rules:
+        for factor in task.factors[1:]:
             outcomes = [
                 ledger.outcome(
                     "grid" if rule == "none" else rule, factor, base_lr, seed=each.seed, rho=known_rho(rule, each)
                 )
-                for each in base
+                for each in noise
             ]
-            rules.append(judge(rule, outcomes, grid[factor]))
+            best = ledger.over_seeds("grid", factor, best_rate(grid[factor]))
+            rules.append(judge(rule, outcomes, grid[factor], best=best, reference=optimum(grid[1])[0]))
     found = {
         "reference_lr": base_lr,
-        "rho": median_of(each.rho for each in base),
-        "rho_weighted": median_of(each.rho_weighted for each in base),
+        "rho": median_of(each.rho for each in noise),
+        "rho_weighted": median_of(each.rho_weighted for each in noise),
+        "rho_unpaired": median_of(each.rho for each in base) if task.noise_factor > 1 else None,
         "grid": {
             str(factor): {f"{rate:.3e}": loss for rate, loss in sorted(losses.items())}
             for factor, losses in grid.items()
@@ -334,11 +358,16 @@ def measure(task: Task, run: Callable[[Trial, float | None], Outcome], output: P
         "optimum": {str(factor): optimum(losses)[0] for factor, losses in grid.items()},
         "rules": rules,
         "closeness": {rule: closeness(rule, rules) for rule in known_rules},
-        "overhead": overheads(ledger, grid, base),
-        "modes": [mode_outcome(ledger, mode, base_lr) for mode in MODES] if task.with_modes else [],
+        "overhead": overheads(ledger, grid, base=base, noise=noise),
+        "modes": [mode_outcome(ledger, mode, base_lr) for mode in MODES] if task.with_more else [],
         "cpu_seconds": sum(outcome.cpu_seconds for outcome in ledger.outcomes),
     }  # fmt: skip
     return ledger.write(**found)
+
+
+def of_smallest(outcome: Outcome, factor: int) -> Outcome:
+    """What a run of `factor` times the smallest batch says of the noise of a step of the smallest."""
+    return replace(outcome, rho=times(outcome.rho, factor), rho_weighted=times(outcome.rho_weighted, factor))
 
 
 def known_rho(rule: str, outcome: Outcome) -> float | None:
@@ -376,17 +405,24 @@ def optimum(losses: Mapping[float, float]) -> tuple[float, float]:
     return rates[place] * 2**shift, middle - (left - right) ** 2 / (8 * curve)
 
 
-def judge(rule: str, outcomes: list[Outcome], losses: Mapping[float, float]) -> dict[str, Any]:
-    lr, best = optimum(losses)
+def judge(
+    rule: str, outcomes: list[Outcome], losses: Mapping[float, float], *, best: list[Outcome], reference: float
+) -> dict[str, Any]:
+    """best: at the grid's best rate, seed by seed. reference: the best rate of the smallest batch, between those of its
+    grid. *_reach: half the 95 % interval, None for one seed."""
+    lr, lowest = optimum(losses)
     rate, loss = statistics.geometric_mean(each.peak_lr for each in outcomes), mean_loss(outcomes)
+    reach = half_width([each.eval_loss - other.eval_loss for each, other in zip(outcomes, best, strict=True)])
     return {
         "factor": outcomes[0].factor,
         "rule": rule,
         "lr": rate,
         "eval_loss": loss,
-        "above_best_fraction": loss / losses[best_rate(losses)] - 1,
-        "above_optimum_fraction": loss / best - 1,
+        "above_best_fraction": loss / mean_loss(best) - 1,
+        "above_best_reach": None if reach is None else reach / mean_loss(best),
+        "above_optimum_fraction": loss / lowest - 1,
         "doublings_from_optimum": math.log2(rate / lr),
+        "doublings_from_growth": math.log2(rate / outcomes[0].lr) - math.log2(lr / reference),
     }
 
 
@@ -395,12 +431,15 @@ def closeness(rule: str, rules: list[dict[str, Any]]) -> dict[str, float]:
     own = [each for each in rules if each["rule"] == rule]
     return {
         "doublings": statistics.fmean(abs(each["doublings_from_optimum"]) for each in own),
+        "growth_doublings": statistics.fmean(abs(each["doublings_from_growth"]) for each in own),
         "above_best_fraction": statistics.fmean(each["above_best_fraction"] for each in own),
         "worst_above_best_fraction": max(each["above_best_fraction"] for each in own),
     }
 
 
-def overheads(ledger: Ledger, grid: Mapping[int, Mapping[float, float]], base: list[Outcome]) -> list[dict[str, Any]]:
+def overheads(
+    ledger: Ledger, grid: Mapping[int, Mapping[float, float]], *, base: list[Outcome], noise: list[Outcome]
+) -> list[dict[str, Any]]:
     """By factor: times the tokens for the smallest batch's loss, measured in each seed and predicted by the noise."""
     half = ledger.over_seeds("half", 1, base[0].lr)
     slopes = [(less.eval_loss - each.eval_loss) / math.log(2) for less, each in zip(half, base, strict=True)]
@@ -416,10 +455,10 @@ def overheads(ledger: Ledger, grid: Mapping[int, Mapping[float, float]], base: l
                 "measured": math.exp(mean),
                 "measured_low": None if reach is None else math.exp(mean - reach),
                 "measured_high": None if reach is None else math.exp(mean + reach),
-                "predicted": statistics.fmean(each.overhead[str(factor)] for each in base),
+                "predicted": statistics.fmean(each.overhead[str(factor)] for each in noise),
                 "predicted_weighted": None
-                if any(each.rho_weighted is None for each in base)
-                else statistics.fmean(token_overhead(each.rho_weighted, factor) for each in base),
+                if any(each.rho_weighted is None for each in noise)
+                else statistics.fmean(token_overhead(each.rho_weighted, factor) for each in noise),
             }
         )
     return rows
@@ -483,18 +522,22 @@ def _section(found: Mapping[str, Any]) -> str:
         f"{_number(found['rho'])} times its signal, or {_number(found['rho_weighted'])} times, weighted.",
         "",
         "| rule | "
-        + " | ".join(f"rate, loss at {k} x" for k in factors)
-        + " | doublings from the best rate | loss above the grid's best |",
-        "|---|" + "---|" * (len(factors) + 2),
+        + " | ".join(f"rate, loss at {k} x (above the best)" for k in factors)
+        + " | doublings from the best rate | from its growth | loss above the grid's best |",
+        "|---|" + "---|" * (len(factors) + 3),
         "| best rate | "
-        + " | ".join(f"{found['optimum'][str(k)]:.2e}, {min(found['grid'][str(k)].values()):.3f}" for k in factors)
-        + " | | |",
+        + " | ".join(
+            f"{found['optimum'][str(k)]:.2e} (x {found['optimum'][str(k)] / found['optimum']['1']:.2f}), "
+            f"{min(found['grid'][str(k)].values()):.3f}"
+            for k in factors
+        )
+        + " | | | |",
     ]
     for rule, close in found["closeness"].items():
-        cells = [f"{each['lr']:.2e}, {each['eval_loss']:.3f}" for each in rules if each["rule"] == rule]
+        cells = [_judged(each) for each in rules if each["rule"] == rule]
         lines.append(
-            f"| `{rule}` | {' | '.join(cells)} | {close['doublings']:.2f} | {close['above_best_fraction']:+.1%} "
-            f"(at most {close['worst_above_best_fraction']:+.1%}) |"
+            f"| `{rule}` | {' | '.join(cells)} | {close['doublings']:.2f} | {close['growth_doublings']:.2f} | "
+            f"{close['above_best_fraction']:+.1%} |"
         )
     lines += [
         "",
@@ -517,6 +560,11 @@ def _section(found: Mapping[str, Any]) -> str:
             f"{each['fixed_spread']:.3f} |"
         )
     return "\n".join(lines) + "\n\n"
+
+
+def _judged(rule: Mapping[str, Any]) -> str:
+    reach = "" if rule["above_best_reach"] is None else f" ± {rule['above_best_reach']:.1%}"
+    return f"{rule['lr']:.2e}, {rule['eval_loss']:.3f} ({rule['above_best_fraction']:+.1%}{reach})"
 
 
 def _number(value: float | None) -> str:

@@ -14,7 +14,7 @@ from batch_size import Outcome, Task, Trial, best_inside, half_width, measure, o
 RHO = 6.0
 TASK = Task(
     name="tiny", model={"source": "somewhere/tiny"}, rows=4, lr=1e-3, factors=(1, 4), seeds=(0, 1), epochs=1.0,
-    max_rows=100, max_length=64, eval_rows=10, with_modes=True,
+    max_rows=100, max_length=64, eval_rows=10, with_more=True,
 )  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from fitune.model.load import build_model
 from fitune.model.recompute import set_recompute
 from fitune.step.gradient_norms import GradientNorms, NormRecorder
 from fitune.step.micro_batch_work import micro_batch_work
+from fitune.step.optimizer_state import create_state
 from fitune.step.safe_step import Protection, safe_step
 from fitune.step.train_step import StepResult, train_step
 from fitune.train.noise import pairwise_sample
@@ -89,6 +90,29 @@ def test_weighted_norms_and_the_product_use_adams_memory_from_before_the_step() 
     assert found.preconditioned_micro == pytest.approx(
         [float((c**2 / (v.sqrt() + 1e-12)).sum()) for c in expected], rel=1e-3
     )
+
+
+def test_what_adam_has_not_seen_weighs_nothing() -> None:
+    """The state made before the first update, and the row of a word that has not come yet: a weight of 1 / EPS there
+    would be all that an average remembers."""
+    weight = nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.AdamW([weight], lr=0.0, weight_decay=0.0)
+
+    def read(*micro_batches: list[float]) -> GradientNorms:
+        recorder = NormRecorder(optimizer, preconditioned=True)
+        for gradient in micro_batches:
+            with recorder.reading():
+                (weight * torch.tensor(gradient)).sum().backward()
+            recorder.keep(1)
+        found = recorder.read(recorder.values().tolist(), total_norm=1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return found
+
+    create_state(optimizer)
+    assert read([2.0, 0.0], [2.0, 0.0]).preconditioned_total == 0.0
+    v = 4.0**2 * 0.001
+    assert read([1.0, 3.0], [1.0, 0.0]).preconditioned_micro == pytest.approx([v**-0.5, v**-0.5])
 
 
 def test_what_a_failed_backward_left_is_not_counted() -> None:

@@ -233,6 +233,13 @@ def test_adams_average_is_compared_as_if_it_were_full_and_never_clipped(num_micr
     assert found.bounce == pytest.approx(1.0, rel=0.03)
 
 
+def test_a_step_before_adams_first_update_leaves_the_weighted_averages_as_they_are() -> None:
+    norms = GradientNorms(
+        micro=(1.0, 1.0), total=2.0, weights=(1.0, 1.0), preconditioned_micro=(0.0, 0.0), preconditioned_total=0.0
+    )
+    assert observe_preconditioned(NoiseAverages(), norms, half_life_tokens=10) == NoiseAverages()
+
+
 def test_weighing_squares_needs_adams_memory_from_before_the_step() -> None:
     """With the average of this step's own squares, large gradients would be divided by themselves."""
     random = np.random.default_rng(7)

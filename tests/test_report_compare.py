@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -121,6 +122,29 @@ def test_what_accumulation_gained_and_which_rate_was_right_is_said(tmp_path: Pat
     assert "from 6 to 24 rows a step (6x1 to 4x6)" in said
     assert "with 24 rows a step the best rate tried is 6e-05" in said
     assert "beside it: 0.00012 +" in said
+
+
+@pytest.mark.parametrize(("noise_rows", "rate"), [(12, "4.2e-05"), (24, "4.7e-05"), (100, "5.5e-05"), (400, "5.9e-05")])
+def test_the_measured_noise_says_which_rate_a_larger_batch_may_take(noise_rows: int, rate: str, tmp_path: Path) -> None:
+    small = write_run(tmp_path, "6x1", Recipe(accumulation=1, lr=3e-5, noise_ratio=1e6))  # no pairs: not believed
+    large = write_run(tmp_path, "6x4", Recipe(noise_ratio=noise_rows / 24))
+    said = "\n".join(verdicts(compare([small, large])))
+    assert f"the noise scale of 6x4 is {noise_rows} rows: from 6 to 24 rows a step it allows" in said
+    assert f"{rate} for 3e-05; however noisy, 2 times at most" in said
+
+
+def test_the_noise_of_a_run_with_one_micro_batch_a_step_is_used_where_there_is_no_other(tmp_path: Path) -> None:
+    small = write_run(tmp_path, "6x1", Recipe(accumulation=1, lr=3e-5, noise_ratio=4.0))
+    large = write_run(tmp_path, "24x1", Recipe(micro=24, accumulation=1))
+    assert "the noise scale of 6x1 is 24 rows" in "\n".join(verdicts(compare([small, large])))
+
+
+@pytest.mark.parametrize("settings", [{}, {"train": {"batch_mode": "follow"}}], ids=["unmeasured", "growing"])
+def test_without_a_noise_scale_no_rate_is_derived_from_it(settings: dict[str, Any], tmp_path: Path) -> None:
+    noise_ratio = 1.0 if settings else None
+    small = write_run(tmp_path, "6x1", Recipe(accumulation=1, lr=3e-5, noise_ratio=noise_ratio, settings=settings))
+    large = write_run(tmp_path, "6x4", Recipe(noise_ratio=noise_ratio, settings=settings))
+    assert "noise scale" not in "\n".join(verdicts(compare([small, large])))
 
 
 def test_runs_of_other_data_or_seed_are_noted(tmp_path: Path) -> None:

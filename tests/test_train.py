@@ -1,5 +1,6 @@
 """`fitune train` and `fitune export` as a person runs them: what a run leaves behind, and that it is right."""
 
+import itertools
 import json
 import math
 import os
@@ -207,6 +208,19 @@ def test_the_micro_batch_does_not_change_the_result() -> None:
     split = train("run.name=split", "batch.micro=3")
     assert {step.num_micro_batches for step in read_metrics(Path("runs/split/metrics.jsonl")).steps} == {3}
     assert split.train_loss == pytest.approx(summary.train_loss, rel=1e-5)
+
+
+def test_a_batch_twice_as_large_has_the_same_schedule_in_tokens() -> None:
+    """A rate that falls in a straight line: each large step has the mean rate of the small ones that it stands for."""
+    spent = {}
+    for rows in (4, 8):
+        straight = ("optim.schedule=linear", "optim.warmup=0", "train.epochs=1", f"batch.effective={rows}")
+        assert main(["train", "sft.yaml", f"run.name={rows}", *straight]) == 0
+        steps = read_metrics(Path(f"runs/{rows}/metrics.jsonl")).steps
+        rates = itertools.accumulate(step.lr * step.tokens for step in steps)
+        spent[rows] = dict(zip((step.total_tokens for step in steps), rates, strict=True))
+    assert len(spent[4]) == 2 * len(spent[8]) > 4
+    assert {tokens: spent[4][tokens] for tokens in spent[8]} == pytest.approx(spent[8])
 
 
 def test_lora_saves_adapters_only() -> None:

@@ -64,6 +64,16 @@ def test_the_gradient_is_that_of_plain_transformers_for_every_split(
         assert result.loss == pytest.approx(expected_loss, rel=1e-6), name
 
 
+def test_six_by_four_and_four_by_six_are_one_gradient() -> None:
+    """24 rows in the splits that people ask about."""
+    model = make_model()
+    batch = Batch(tuple(row for seed in range(4) for row in make_batch(seed).rows)[:24])
+    expected, _ = gradient(model, split(batch, packed=True, micro_rows=24), "chunked")
+    for micro_rows in (6, 4, 1):
+        found, _ = gradient(model, split(batch, packed=True, micro_rows=micro_rows), "chunked")
+        assert distance(found, expected) < 1e-5, micro_rows
+
+
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "qwen3_moe", "mixtral", "gpt2", "gemma2", "gemma3"])
 def test_the_chunked_loss_has_the_gradient_of_full_logits_in_every_family(family: str) -> None:
     model, batch = make_model(family, tied=TINY[family].tie_word_embeddings), make_batch()

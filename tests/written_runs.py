@@ -18,7 +18,8 @@ GIB = 2**30
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What the run was and what it reached. row_losses: of its last evaluation; noise: of the training loss."""
+    """What the run was and what it reached. row_losses: of its last evaluation; noise: of the training loss;
+    noise_ratio: of the gradient."""
 
     micro: int = 6
     accumulation: int = 4
@@ -31,6 +32,7 @@ class Recipe:
     row_losses: Sequence[float] = ()
     final_loss: float = 1.8
     noise: float = 0.0
+    noise_ratio: float | None = None
     seed: int = 0
     evals: int = 4
     settings: dict[str, Any] = field(default_factory=dict)
@@ -65,6 +67,7 @@ def write_run(output: Path, name: str, recipe: Recipe) -> Path:
             lr=recipe.lr, grad_norm=1.0, seconds=seconds, tokens_per_second=recipe.tokens_per_second,
             num_micro_batches=recipe.accumulation, micro_batch=recipe.micro,
             peak_allocated_bytes=recipe.peak_bytes - GIB // 4, peak_reserved_bytes=recipe.peak_bytes,
+            noise_ratio=recipe.noise_ratio,
         )  # fmt: skip
         lines.append(json.dumps(asdict(record)))
     run.metrics.write_text("\n".join(lines) + "\n")

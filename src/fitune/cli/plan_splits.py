@@ -10,10 +10,8 @@ from fitune.config import RunConfig
 from fitune.errors import UsageError
 from fitune.language import say
 from fitune.plan.plan import Candidate, Plan, closest, plan_json
+from fitune.step.scaling import configured_lr, is_adaptive, rate_factor, scaling_note, settings_of
 from fitune.units import format_count, format_gib
-
-_MOST_LR_FACTOR = 2.0
-"""Without a measured noise scale the rate for k times the batch is raised by sqrt(k), and by no more than this."""
 
 
 def compare_splits(config: RunConfig, splits: str, output_format: str) -> None:
@@ -27,7 +25,7 @@ def compare_splits(config: RunConfig, splits: str, output_format: str) -> None:
     screen = console(output_format)
     columns = (say("rows x micro-batches"), say("recompute"), ">GiB", say("fits"), f">{say('tok/s')}")
     screen.print(table(columns, [_row(plan) for plan in plans]))
-    for sentence in _advice(plans):
+    for sentence in (*_same_training(plans), *_rates(plans, config)):
         screen.print(sentence, soft_wrap=True)
 
 
@@ -68,9 +66,8 @@ def _row(plan: Plan) -> tuple[str, ...]:
     )
 
 
-def _advice(plans: list[Plan]) -> Iterator[str]:
-    """Splits of one batch differ in memory and time only; another batch is another training (docs: batch size)."""
-    first = plans[0]
+def _same_training(plans: list[Plan]) -> Iterator[str]:
+    """Splits of one batch differ in memory and time only."""
     for batch in sorted({plan.data["effective_batch"] for plan in plans}):
         same = [plan for plan in plans if plan.data["effective_batch"] == batch]
         if len(same) > 1:
@@ -83,22 +80,35 @@ def _advice(plans: list[Plan]) -> Iterator[str]:
                 rows=batch,
                 best=_words(best),
             )
-    reference = first.data["effective_batch"]
+
+
+def _rates(plans: list[Plan], config: RunConfig) -> Iterator[str]:
+    """Another batch is another training and wants another rate (docs/batch_size.md): as optim.scaling says where it
+    knows the batch that the rate was chosen for, else as much as the rate of the first split allows."""
+    optim, lr = config.optim, configured_lr(config)
+    reference = optim.reference_batch or plans[0].data["effective_batch"]
     for batch in sorted({plan.data["effective_batch"] for plan in plans} - {reference}):
-        factor = batch / reference
-        if factor > 1:
+        if optim.reference_batch is not None:
+            yield scaling_note(optim, settings_of(optim, lr=lr, rows=batch), lr=lr, rows=batch)
+            continue
+        change = batch / reference
+        factor = rate_factor("sqrt_gain", change, rho=None, adaptive=is_adaptive(optim))
+        values = {
+            "rows": batch,
+            "reference": reference,
+            "factor": f"{factor:.2g}",
+            "lr": f"{lr:.2g}",
+            "scaled": f"{lr * factor:.2g}",
+        }
+        if change > 1 and is_adaptive(optim):
             yield say(
-                "{rows} rows a step instead of {reference}: at most {factor} times the learning rate, less where the "
-                "gradient is not noisy; {whole} times is too much.",
-                rows=batch,
-                reference=reference,
-                factor=f"{min(math.sqrt(factor), _MOST_LR_FACTOR):.2g}",
-                whole=f"{factor:.2g}",
+                "{rows} rows a step instead of {reference}: at most {factor} times the learning rate ({scaled} for "
+                "{lr}), less where the gradient is not noisy; {whole} times is too much.",
+                **values,
+                whole=f"{change:.2g}",
             )
         else:
             yield say(
-                "{rows} rows a step instead of {reference}: {factor} times the learning rate.",
-                rows=batch,
-                reference=reference,
-                factor=f"{math.sqrt(factor):.2g}",
+                "{rows} rows a step instead of {reference}: {factor} times the learning rate ({scaled} for {lr}).",
+                **values,
             )

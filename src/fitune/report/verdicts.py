@@ -1,11 +1,13 @@
 """What a comparison says, in sentences."""
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
 
 from fitune.language import say
-from fitune.report.compare import Comparison, CurveCheck, Row, eval_interval
+from fitune.report.compare import Comparison, CurveCheck, Row, eval_interval, last_split
+from fitune.step.scaling import rate_factor
 from fitune.units import format_bytes, format_count
 
 
@@ -15,6 +17,7 @@ def verdicts(comparison: Comparison) -> list[str]:
         *_fits(comparison),
         *(_same(comparison, check) for check in comparison.checks),
         *_accumulation(comparison),
+        *_allowed_rates(comparison),
         *_rates(comparison),
         *_best(comparison),
     ]
@@ -107,6 +110,49 @@ def _accumulation(comparison: Comparison) -> Iterator[str]:
             difference=_difference(comparison, large, small),
             cost=", ".join(part for part in (speed, peak) if part) or "n/a",
         )
+
+
+def _allowed_rates(comparison: Comparison) -> Iterator[str]:
+    """What the measured noise says of the rate of each larger batch, from the best rate of the smallest."""
+    batches = sorted({row.effective_batch for row in comparison.rows if row.effective_batch})
+    measured = sorted(
+        (row for row in comparison.rows if row.effective_batch and noise_rows(row) is not None),
+        key=lambda row: ((last_split(row.run)[1] or 1) < 2, row.effective_batch, _loss(row)),
+    )  # first with micro-batches to tell signal from noise by, then what is nearest to the smallest batch
+    small = _lowest([row for row in comparison.rows if row.effective_batch == batches[0]]) if batches else None
+    if not measured or small is None or small.lr is None:
+        return
+    noise, adaptive = noise_rows(measured[0]), small.run.settings.get("optim.name") != "sgd"
+    assert noise is not None
+    for batch in batches[1:]:
+        factor, most = (
+            rate_factor("sqrt_gain", batch / batches[0], rho=rho, adaptive=adaptive)
+            for rho in (noise / batches[0], math.inf)
+        )
+        yield say(
+            "the noise scale of {name} is {noise} rows: from {few} to {many} rows a step it allows {factor} times the "
+            "rate, {scaled} for {lr}; however noisy, {most} times at most",
+            name=measured[0].name,
+            noise=f"{noise:,.3g}",
+            few=batches[0],
+            many=batch,
+            factor=f"{factor:.2f}",
+            scaled=f"{small.lr * factor:.2g}",
+            lr=f"{small.lr:.2g}",
+            most=f"{most:.2g}",
+        )
+
+
+def noise_rows(row: Row) -> float | None:
+    """The noise scale of a run in rows: the median over its last three quarters, as far as there was a signal. None
+    where it was not measured or the batch did not stay."""
+    ratios = row.run.train["noise_ratio"]
+    later = ratios[len(ratios) // 4 :]
+    known = later[np.isfinite(later)]
+    stays = row.run.settings.get("train.batch_mode", "advise") == "advise"
+    if not len(known) or row.effective_batch is None or not stays:
+        return None
+    return float(np.median(known)) * row.effective_batch
 
 
 def _rates(comparison: Comparison) -> Iterator[str]:

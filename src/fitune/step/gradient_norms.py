@@ -139,9 +139,11 @@ def _dot(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
 
 
 def _weighted_square(gradient: torch.Tensor, exp_avg_sq: torch.Tensor) -> torch.Tensor:
-    """sum of g^2 / sqrt(v). A constant factor, such as v's missing correction of its bias, cancels in every ratio."""
+    """sum of g^2 / sqrt(v). A constant factor, such as v's missing correction of its bias, cancels in every ratio.
+    Where v is 0, before the first update or in a word's row until the word comes, there is no weight yet and none is
+    made up: 1 / EPS would outweigh everything else for the rest of the run."""
     pieces = zip(_pieces(gradient), _pieces(exp_avg_sq), strict=True)
-    return torch.stack([(g.float().square() / (v.float().sqrt() + EPS)).sum() for g, v in pieces]).sum()
+    return torch.stack([(g.float().square() * (v > 0) / (v.float().sqrt() + EPS)).sum() for g, v in pieces]).sum()
 
 
 def _pieces(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:

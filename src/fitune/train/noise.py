@@ -126,8 +126,8 @@ def observe(
 
 
 def observe_preconditioned(averages: NoiseAverages, norms: GradientNorms, *, half_life_tokens: float) -> NoiseAverages:
-    """The same averages of squares weighted as Adam weighs them; unchanged by a step that has none."""
-    if norms.preconditioned_micro is None or norms.preconditioned_total is None:
+    """The same averages of squares weighted as Adam weighs them; unchanged by a step without any, as the first is."""
+    if norms.preconditioned_micro is None or not norms.preconditioned_total:
         return averages
     sample = pairwise_sample(norms.preconditioned_micro, norms.preconditioned_total, weights=norms.weights)
     return averages if sample is None else update(averages, sample, half_life_tokens=half_life_tokens)
