@@ -35,7 +35,7 @@ from fitune.run.directory import RunDirectory  # noqa: E402
 from fitune.run.journal import read_journal  # noqa: E402
 from fitune.run.metrics import read_events, read_metrics  # noqa: E402
 from fitune.units import MIB  # noqa: E402
-from memory_group import MemoryGroup, memory_group  # noqa: E402
+from memory_group import MemoryGroup, NoControlGroupError, memory_group  # noqa: E402
 from tiny_run import WIDE_VOCABULARY, save_tiny_model, write_config, write_long_dialogues  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results" / "second_process.json"
@@ -231,7 +231,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         os.chdir(place)
         prepare(steps=options.steps)
-        outcomes = measure_all(options.rates)
+        try:
+            outcomes = measure_all(options.rates)
+        except NoControlGroupError as reason:
+            print(f"nothing measured: {reason}")
+            return
     RESULTS.write_text(json.dumps([asdict(outcome) for outcome in outcomes], indent=1) + "\n")
 
 
