@@ -54,6 +54,12 @@ def test_on_a_card_a_difference_of_three_percent_does_not(prediction: Prediction
     assert not SelfCheck(prediction, None).compare(MemoryPeak(100 * MIB, 124 * MIB, GIB))[1]
 
 
+def test_less_than_a_bound_agrees_and_more_does_not(prediction: Prediction) -> None:
+    check = SelfCheck(prediction, None, is_bound=True)
+    assert check.compare(MemoryPeak(60 * MIB, 80 * MIB, GIB))[1]
+    assert not check.compare(MemoryPeak(100 * MIB, 124 * MIB, GIB))[1]
+
+
 def test_on_a_cpu_the_program_is_taken_off(prediction: Prediction) -> None:
     check = SelfCheck(prediction, 400 * MIB)
     peak = MemoryPeak(None, None, 500 * MIB)

@@ -262,9 +262,10 @@ class _Progress(Generic[P]):
     def recover(self, *, again: bool) -> None:
         """Take back what the failed attempt did: the piece alone where pieces are committed, unless the step must be
         done again as a whole."""
-        self._drop_gradients()
         if (shards := self.protection.work.shards) is not None:
             shards.take_back()
+        else:
+            self._drop_gradients()
         if again:
             self._forget_scaling()
         if again or self.committed is None:
