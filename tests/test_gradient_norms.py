@@ -67,6 +67,13 @@ def test_hooks_read_the_norm_of_every_contribution(config: PretrainedConfig, rec
     assert found.weights == (11,) * SEQUENCES
 
 
+def test_norms_of_what_has_gathered_in_grad_would_be_noticed() -> None:
+    """What a hook after the accumulation would read, so that the test above can fail."""
+    added = torch.stack(list(contributions(build_model(TINY_LLAMA).train(), tokens().split(1), SEQUENCES * LENGTH)))
+    gathered = added.cumsum(0).square().sum(1)[1:] / added.square().sum(1)[1:]
+    assert (gathered > 1.05).all()
+
+
 def test_weighted_norms_and_the_product_use_adams_memory_from_before_the_step() -> None:
     model = build_model(TINY_LLAMA).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
@@ -171,6 +178,7 @@ def test_on_a_real_model_signal_and_variance_are_those_of_its_own_sequences() ->
         for block, n in zip(blocks, weights, strict=True)
     ]
     assert np.mean([sample.signal for sample in samples]) == pytest.approx(truth, rel=0.05)
+    assert abs(np.mean(total - np.trace(blocks, axis1=1, axis2=2)) / truth - 1) > 0.05  # without its denominator
     variance = np.mean([sample.variance / sample.tokens for sample in samples])
     assert variance == pytest.approx(np.mean(total - 2 * to_truth + truth), rel=0.02)
 
