@@ -83,8 +83,13 @@ nothing."""
 
 
 def tell_data(tensor: torch.Tensor, data: torch.Tensor) -> None:
-    """The values that a fake tensor of a batch stands for: a mask without padding, the places of packed rows. Operators
-    that write into the tensor write into `data`."""
+    """The values that a fake tensor of a batch stands for: a mask without padding, the places of packed rows."""
+    with _disable_current_modes():
+        _tell(tensor, data.clone())
+
+
+def _tell(tensor: torch.Tensor, data: torch.Tensor) -> None:
+    """Operators that write into the tensor write into `data`."""
     tensor._fitune_data = data  # type: ignore[attr-defined]
 
 
@@ -94,7 +99,7 @@ def tell_made(tensor: torch.Tensor, func: Any, args: tuple[Any, ...], kwargs: di
         return
     if not tree_any(lambda value: isinstance(value, torch.Tensor) and _data(value) is None, (args, kwargs)):
         with torch.no_grad():
-            tell_data(tensor, _on_data(func, args, {**kwargs, "requires_grad": False}))
+            _tell(tensor, _on_data(func, args, {**kwargs, "requires_grad": False}))
 
 
 class Assumptions:
@@ -316,7 +321,7 @@ def _compute_data(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], resu
         return
     data = _tensors(_on_data(func, args, kwargs))
     for each, its in zip(results, data, strict=True) if not written else ():
-        tell_data(each, its)
+        _tell(each, its)
 
 
 def _tensors(tree: Any) -> list[torch.Tensor]:
