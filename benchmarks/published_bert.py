@@ -1,23 +1,50 @@
 """bert-large in the Trainer of January 2022, as transformers' guide to training on one GPU measured it.
 
 A classifier of two classes on random tokens, eager attention with dropout. The Trainer of that time set gradients to
-zero and kept them, and its AdamW went through the parameters one by one.
+zero and kept them, its AdamW went through the parameters one by one, and PyTorch kept a softmax's input beside its
+output for the backward, of which it needed the type (derivatives.yaml up to 1.10: `_softmax_backward_data`).
 """
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 Row = dict[str, Any]
 Step = Callable[[], Any]
 
 
-def build(row: Row) -> nn.Module:
-    from transformers import BertConfig, BertForSequenceClassification
+class _Softmax(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor) -> Tensor:
+        weights = torch.softmax(scores, dim=-1)
+        ctx.save_for_backward(scores, weights)
+        return weights
 
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        scores, weights = ctx.saved_tensors
+        return cast(Tensor, torch.ops.aten._softmax_backward_data(gradients[0], weights, -1, scores.dtype))
+
+
+def attend(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+) -> tuple[Tensor, None]:
+    scores = torch.matmul(query, key.transpose(-1, -2)) / query.shape[-1] ** 0.5
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = nn.functional.dropout(_Softmax.apply(scores), options.get("dropout", 0.0), module.training)  # type: ignore[no-untyped-call]
+    return torch.matmul(weights, value).transpose(1, 2).contiguous(), None
+
+
+def build(row: Row) -> nn.Module:
+    from transformers import AttentionInterface, AttentionMaskInterface, BertConfig, BertForSequenceClassification
+    from transformers.masking_utils import eager_mask
+
+    AttentionInterface.register("torch_1_10", attend)
+    AttentionMaskInterface.register("torch_1_10", eager_mask)
     arch = row["arch"]
     config = BertConfig(
         vocab_size=arch["vocab"],
@@ -25,7 +52,7 @@ def build(row: Row) -> nn.Module:
         num_hidden_layers=arch["n_layers"],
         num_attention_heads=arch["n_heads"],
         intermediate_size=arch["intermediate"],
-        attn_implementation="eager",
+        attn_implementation="torch_1_10",
     )
     model = BertForSequenceClassification(config)
     if row["checkpointing"]:

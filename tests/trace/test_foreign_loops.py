@@ -197,3 +197,27 @@ def test_rows_with_padding_go_through_the_kernel_for_several_lengths() -> None:
 def test_flash_attn_on_a_card_before_ampere_is_refused() -> None:
     with pytest.raises(UsageError, match=r"needs compute capability 8\.0, but this card has 7\.5"):
         fitune.predict_loop(llama("flash_attention_2"), train(), gpu="T4")
+
+
+def four_bits(double: bool) -> Callable[[], nn.Module]:
+    layers = pytest.importorskip("bitsandbytes").nn
+    return lambda: nn.Sequential(
+        embedding(), layers.Linear4bit(WIDTH, WIDTH, bias=False, quant_type="nf4", compress_statistics=double)
+    )
+
+
+def backward(model: nn.Module, device: torch.device) -> Step:
+    model.to(device)
+    return lambda: model(torch.zeros(2, dtype=torch.int64, device=device)).sum().backward()
+
+
+def test_layers_of_bitsandbytes_are_packed() -> None:
+    packed, scales = WIDTH**2 // 2, WIDTH**2 // 64
+    tables = 1024 + 3 * 512  # 256, 64 and 16 float32 and an offset, in blocks of 512 bytes
+    parameters = fitune.predict_loop(four_bits(double=True), backward, gpu=CARD).categories["parameter"]
+    assert parameters == 100 * WIDTH * 4 + packed + scales + tables
+
+
+def test_another_4_bit_format_is_refused() -> None:
+    with pytest.raises(UsageError, match="nf4 with double quantisation, but 1 has nf4, single"):
+        fitune.predict_loop(four_bits(double=False), backward, gpu=CARD)

@@ -19,6 +19,7 @@ from unittest.mock import patch
 import pyarrow.compute
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers import DefaultFlowCallback, Trainer, TrainerControl, TrainerState
 from transformers.trainer_callback import CallbackHandler
 
@@ -28,6 +29,7 @@ from fitune.integrations.versions import check_alone, check_trainer
 from fitune.memory.devices import this_machine
 from fitune.memory.prediction import Prediction
 from fitune.step.random_state import streams_kept
+from fitune.trace.assumptions import tell_data
 from fitune.trace.fake import Build, Loop, Step
 
 RECORDED_MICRO_BATCHES = 2
@@ -78,11 +80,14 @@ class HeaviestBatch:
     rows: str
 
     def place(self, device: torch.device) -> dict[str, Any]:
-        """As a DataLoader makes it: on the host, then on the device."""
+        """As a DataLoader makes it: on the host, then on the device. The data are told, since models look at them:
+        whether a mask masks anything, where packed rows begin."""
         placed = dict(self.values)
         for name, value in self.values.items():
             if isinstance(value, torch.Tensor):
                 placed[name] = torch.empty(value.shape, dtype=value.dtype).copy_(value).to(device)
+                if isinstance(placed[name], FakeTensor):
+                    tell_data(placed[name], value)
         return placed
 
 

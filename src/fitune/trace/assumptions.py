@@ -72,7 +72,7 @@ _SAME_ELEMENTS = {
     ]
     if (packet := getattr(aten, name, None)) is not None
 }
-_TRUTH = {aten.isfinite: 1.0, aten.isnan: 0.0, aten.isinf: 0.0, aten.all: 1.0, aten.ne: 1.0}
+_TRUTH = {aten.isfinite: 1.0, aten.isnan: 0.0, aten.isinf: 0.0, aten.isin: 0.0, aten.all: 1.0, aten.ne: 1.0}
 
 _DECIDED_BY = {aten.bitwise_or: 1.0, aten.logical_or: 1.0, aten.bitwise_and: 0.0, aten.logical_and: 0.0}
 """The element that decides alone: generation is over where it is long enough, whatever its tokens are."""
@@ -83,8 +83,13 @@ nothing."""
 
 
 def tell_data(tensor: torch.Tensor, data: torch.Tensor) -> None:
-    """The values that a fake tensor of a batch stands for: a mask without padding, the places of packed rows. Operators
-    that write into the tensor write into `data`."""
+    """The values that a fake tensor of a batch stands for: a mask without padding, the places of packed rows."""
+    with _disable_current_modes():
+        _tell(tensor, data.clone())
+
+
+def _tell(tensor: torch.Tensor, data: torch.Tensor) -> None:
+    """Operators that write into the tensor write into `data`."""
     tensor._fitune_data = data  # type: ignore[attr-defined]
 
 
@@ -94,7 +99,7 @@ def tell_made(tensor: torch.Tensor, func: Any, args: tuple[Any, ...], kwargs: di
         return
     if not tree_any(lambda value: isinstance(value, torch.Tensor) and _data(value) is None, (args, kwargs)):
         with torch.no_grad():
-            tell_data(tensor, _on_data(func, args, {**kwargs, "requires_grad": False}))
+            _tell(tensor, _on_data(func, args, {**kwargs, "requires_grad": False}))
 
 
 class Assumptions:
@@ -299,22 +304,28 @@ def _data(tensor: torch.Tensor) -> torch.Tensor | None:
 def _compute_data(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
     """The results' data, where that of all tensors they are computed from is known. What an operator writes into is
     written for real too, or not known any longer."""
-    if not args:
+    is_mutable = func._schema.is_mutable
+    known = bool(args) and _is_known(args, kwargs)
+    if not known and not is_mutable:
         return
-    results = [each for each in tree_leaves(result) if isinstance(each, torch.Tensor)]
-    if not all(isinstance(each, FakeTensor) for each in results):
+    results = _tensors(result)
+    written = _written(func, args) if is_mutable else []
+    if not (results or written) or not all(isinstance(each, FakeTensor) for each in results):
         return
-    written = _written(func, args) if func._schema.is_mutable else []
     for each in written:
         if each.dtype == torch.bool and (origin := _origin(each)) is not None and origin.router is None:
             del each._fitune_origin  # type: ignore[attr-defined]
-    if not _is_known(args, kwargs) or sum(each.numel() for each in results) > MOST_KNOWN_ELEMENTS:
+    if not known or sum(each.numel() for each in results) > MOST_KNOWN_ELEMENTS:
         for each in written:
             each.__dict__.pop("_fitune_data", None)
         return
-    data = tree_leaves(_on_data(func, args, kwargs))
+    data = _tensors(_on_data(func, args, kwargs))
     for each, its in zip(results, data, strict=True) if not written else ():
-        tell_data(each, its)
+        _tell(each, its)
+
+
+def _tensors(tree: Any) -> list[torch.Tensor]:
+    return [each for each in tree_leaves(tree) if isinstance(each, torch.Tensor)]
 
 
 def _written(func: Any, args: tuple[Any, ...]) -> list[torch.Tensor]:

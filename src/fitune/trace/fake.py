@@ -86,6 +86,7 @@ def record_columns(
             stack.enter_context(_as_real_tensors(checks_indices=settings.target is None))
             stack.enter_context(torch.random.fork_rng(devices=[]))  # what is drawn on the host is drawn for real
             shapes.serve(stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True)))
+            _pack(model)
             fill(model)
         recorder.load(model)
         stack.enter_context(recorder.hooks())
@@ -104,6 +105,28 @@ def record_columns(
             step()
             recorder.end_step(model)
         return recorder.recording((*_describe(settings), *assumptions.used))
+
+
+def _pack(model: nn.Module) -> None:
+    """Layers of bitsandbytes pack their weight when it comes to the card; here they are replaced by what is packed."""
+    layers = [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if type(child).__module__.startswith("bitsandbytes") and type(child).__name__ in ("Linear4bit", "LinearNF4")
+    ]
+    if not layers:
+        return
+    from fitune.model.quantise import NF4Linear, share_tables
+
+    for parent, name, child in layers:
+        kind, is_double = child.weight.quant_type, child.weight.compress_statistics
+        if kind != "nf4" or not is_double:
+            found = f"{kind}, {'double' if is_double else 'single'} quantisation"
+            raise UsageError(f"4-bit layers are predicted for nf4 with double quantisation, but {name} has {found}")
+        with torch.device("meta"):
+            setattr(parent, name, NF4Linear(cast(nn.Linear, child)))
+    share_tables(model)
 
 
 def fill(model: nn.Module) -> None:
