@@ -126,17 +126,18 @@ def test_what_accumulation_gained_and_which_rate_was_right_is_said(tmp_path: Pat
 
 @pytest.mark.parametrize(("noise_rows", "rate"), [(12, "4.2e-05"), (24, "4.7e-05"), (100, "5.5e-05"), (400, "5.9e-05")])
 def test_the_measured_noise_says_which_rate_a_larger_batch_may_take(noise_rows: int, rate: str, tmp_path: Path) -> None:
-    small = write_run(tmp_path, "6x1", Recipe(accumulation=1, lr=3e-5, noise_ratio=1e6))  # no pairs: not believed
-    large = write_run(tmp_path, "6x4", Recipe(noise_ratio=noise_rows / 24))
+    small = write_run(tmp_path, "6x1", Recipe(accumulation=1, lr=3e-5, noise_ratio=noise_rows / 6))
+    large = write_run(tmp_path, "6x4", Recipe(noise_ratio=0.1))  # at equal tokens it has come less far
     said = "\n".join(verdicts(compare([small, large])))
-    assert f"the noise scale of 6x4 is {noise_rows} rows: from 6 to 24 rows a step it allows" in said
-    assert f"{rate} for 3e-05; however noisy, 2 times at most" in said
+    assert f"the noise scale of 6x1 is {noise_rows} rows: from 6 to 24 rows a step it allows" in said
+    assert f"so {rate} for 3e-05; however noisy, 2 times at most" in said
 
 
-def test_the_noise_of_a_run_with_one_micro_batch_a_step_is_used_where_there_is_no_other(tmp_path: Path) -> None:
-    small = write_run(tmp_path, "6x1", Recipe(accumulation=1, lr=3e-5, noise_ratio=4.0))
+def test_of_two_runs_of_the_smallest_batch_the_one_with_pairs_tells_the_noise(tmp_path: Path) -> None:
+    alone = write_run(tmp_path, "6x1", Recipe(accumulation=1, lr=3e-5, noise_ratio=1e6))
+    paired = write_run(tmp_path, "3x2", Recipe(micro=3, accumulation=2, lr=3e-5, noise_ratio=4.0))
     large = write_run(tmp_path, "24x1", Recipe(micro=24, accumulation=1))
-    assert "the noise scale of 6x1 is 24 rows" in "\n".join(verdicts(compare([small, large])))
+    assert "the noise scale of 3x2 is 24 rows" in "\n".join(verdicts(compare([alone, paired, large])))
 
 
 @pytest.mark.parametrize("settings", [{}, {"train": {"batch_mode": "follow"}}], ids=["unmeasured", "growing"])

@@ -203,7 +203,7 @@ _REPORT: dict[str, str] = {
     "{name} is {gain} faster": "{name} 快 {gain}",
     "{change} tokens/s": "{change} token/秒",
     "from {few} to {many} rows a step ({small} to {large}), each at its best rate, at equal tokens: eval loss {difference}; {cost}": "每步从 {few} 行到 {many} 行（{small} 到 {large}），各取最佳学习率，同样 token 数下：验证损失 {difference}；{cost}",
-    "the noise scale of {name} is {noise} rows: from {few} to {many} rows a step it allows {factor} times the rate, {scaled} for {lr}; however noisy, {most} times at most": "{name} 的噪声尺度是 {noise} 行：每步从 {few} 行到 {many} 行，学习率可乘 {factor}（{lr} 变为 {scaled}）；噪声再大也最多乘 {most}",
+    "the noise scale of {name} is {noise} rows: from {few} to {many} rows a step it allows {factor} times the rate that is right for {few}, so {scaled} for {lr}; however noisy, {most} times at most": "{name} 的噪声尺度是 {noise} 行：每步从 {few} 行到 {many} 行，可用 {few} 行时合适的学习率的 {factor} 倍（{lr} 则为 {scaled}）；噪声再大也最多 {most} 倍",
     "with {batch} rows a step the best rate tried is {rate} (eval loss {loss}); beside it: {listed}": "每步 {batch} 行时，试过的最佳学习率是 {rate}（验证损失 {loss}）；其余：{listed}",
     "lowest eval loss: {name}, {loss}, {speed} tokens/s, {peak}": "验证损失最低：{name}，{loss}，{speed} token/秒，{peak}",
     "{rate} {difference}": "{rate} {difference}",

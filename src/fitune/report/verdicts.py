@@ -116,13 +116,13 @@ def _allowed_rates(comparison: Comparison) -> Iterator[str]:
     """What the measured noise says of the rate of each larger batch, from the best rate of the smallest."""
     batches = sorted({row.effective_batch for row in comparison.rows if row.effective_batch})
     measured = sorted(
-        (row for row in comparison.rows if row.effective_batch and noise_rows(row) is not None),
-        key=lambda row: ((last_split(row.run)[1] or 1) < 2, row.effective_batch, _loss(row)),
-    )  # first with micro-batches to tell signal from noise by, then what is nearest to the smallest batch
+        (row for row in comparison.rows if row.effective_batch and _noise_rows(row) is not None),
+        key=lambda row: (row.effective_batch, (last_split(row.run)[1] or 1) < 2, _loss(row)),
+    )  # the larger the batch, the less far a run comes in the same tokens, where there is less noise; pairs are surer
     small = _lowest([row for row in comparison.rows if row.effective_batch == batches[0]]) if batches else None
     if not measured or small is None or small.lr is None:
         return
-    noise, adaptive = noise_rows(measured[0]), small.run.settings.get("optim.name") != "sgd"
+    noise, adaptive = _noise_rows(measured[0]), small.run.settings.get("optim.name") != "sgd"
     assert noise is not None
     for batch in batches[1:]:
         factor, most = (
@@ -131,7 +131,7 @@ def _allowed_rates(comparison: Comparison) -> Iterator[str]:
         )
         yield say(
             "the noise scale of {name} is {noise} rows: from {few} to {many} rows a step it allows {factor} times the "
-            "rate, {scaled} for {lr}; however noisy, {most} times at most",
+            "rate that is right for {few}, so {scaled} for {lr}; however noisy, {most} times at most",
             name=measured[0].name,
             noise=f"{noise:,.3g}",
             few=batches[0],
@@ -143,7 +143,7 @@ def _allowed_rates(comparison: Comparison) -> Iterator[str]:
         )
 
 
-def noise_rows(row: Row) -> float | None:
+def _noise_rows(row: Row) -> float | None:
     """The noise scale of a run in rows: the median over its last three quarters, as far as there was a signal. None
     where it was not measured or the batch did not stay."""
     ratios = row.run.train["noise_ratio"]
