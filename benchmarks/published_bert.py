@@ -57,7 +57,7 @@ def build(row: Row) -> nn.Module:
     model = BertForSequenceClassification(config)
     if row["checkpointing"]:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
-    return model
+    return cast(nn.Module, model)
 
 
 def loop(row: Row, model: nn.Module, device: torch.device) -> Step:
@@ -86,7 +86,7 @@ def loop(row: Row, model: nn.Module, device: torch.device) -> Step:
 def _adafactor(parameters: Any) -> torch.optim.Optimizer:
     from transformers.optimization import Adafactor
 
-    return Adafactor(parameters, lr=5e-5, scale_parameter=False, relative_step=False)
+    return cast(torch.optim.Optimizer, Adafactor(parameters, lr=5e-5, scale_parameter=False, relative_step=False))
 
 
 _OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {

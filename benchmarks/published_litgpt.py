@@ -133,9 +133,9 @@ class LitGPT(nn.Module):
 
     def forward(self, ids: Tensor) -> list[Tensor]:
         x = self.wte(ids)
-        length = ids.shape[1]
+        cos, sin = (cast(Tensor, table)[: ids.shape[1]] for table in (self.cos, self.sin))
         for layer in self.layers:
-            x = layer(x, self.cos[:length], self.sin[:length])
+            x = layer(x, cos, sin)
         return [self.lm_head(part) for part in self.ln_f(x).split(LOGIT_POSITIONS, dim=1)]
 
 

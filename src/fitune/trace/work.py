@@ -55,8 +55,9 @@ def _added(args: Any, _: Any) -> int:
 def _convolution_backward(args: Any, _: Any) -> int:
     """For the input and for the weight [out, in / groups, *kernel], each where it is asked for; the registry's formula
     fails where one is not."""
-    gradient, source, weight, transposed, asked = *args[:3], args[7], args[10]
-    return sum(asked[:2]) * 2 * _size(source if transposed else gradient) * math.prod(weight.shape[1:])
+    gradient, source, weight = args[:3]
+    transposed, asked = args[7], args[10]
+    return int(sum(asked[:2])) * 2 * _size(source if transposed else gradient) * math.prod(weight.shape[1:])
 
 
 _OWN: dict[str, Callable[[Any, Any], int]] = {
