@@ -35,6 +35,8 @@ def attend(
     scores = torch.matmul(query, key.transpose(-1, -2)) / query.shape[-1] ** 0.5
     if attention_mask is not None:
         scores = scores + attention_mask
+    if torch.is_autocast_enabled(scores.device.type):
+        scores = scores.float()  # autocast does, and what it made is what was kept
     weights = nn.functional.dropout(_Softmax.apply(scores), options.get("dropout", 0.0), module.training)  # type: ignore[no-untyped-call]
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), None
 

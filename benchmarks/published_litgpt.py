@@ -38,8 +38,9 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
 
     def forward(self, x: Tensor) -> Tensor:
-        mean_square = torch.mean(x * x, dim=-1, keepdim=True)
-        return self.weight * (x * torch.rsqrt(mean_square + 1e-5))
+        wide = x.float()
+        mean_square = torch.mean(wide * wide, dim=-1, keepdim=True)
+        return (wide * torch.rsqrt(mean_square + 1e-5)).to(x.dtype) * self.weight
 
 
 class QueriesKeysValues(nn.Module):
