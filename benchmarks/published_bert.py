@@ -35,6 +35,8 @@ def attend(
     scores = torch.matmul(query, key.transpose(-1, -2)) / query.shape[-1] ** 0.5
     if attention_mask is not None:
         scores = scores + attention_mask
+    if torch.is_autocast_enabled(scores.device.type):
+        scores = scores.float()  # autocast does, and what it made is what was kept
     weights = nn.functional.dropout(_Softmax.apply(scores), options.get("dropout", 0.0), module.training)  # type: ignore[no-untyped-call]
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), None
 
@@ -57,7 +59,7 @@ def build(row: Row) -> nn.Module:
     model = BertForSequenceClassification(config)
     if row["checkpointing"]:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
-    return model
+    return cast(nn.Module, model)
 
 
 def loop(row: Row, model: nn.Module, device: torch.device) -> Step:
@@ -86,7 +88,7 @@ def loop(row: Row, model: nn.Module, device: torch.device) -> Step:
 def _adafactor(parameters: Any) -> torch.optim.Optimizer:
     from transformers.optimization import Adafactor
 
-    return Adafactor(parameters, lr=5e-5, scale_parameter=False, relative_step=False)
+    return cast(torch.optim.Optimizer, Adafactor(parameters, lr=5e-5, scale_parameter=False, relative_step=False))
 
 
 _OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {

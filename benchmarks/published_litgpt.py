@@ -38,8 +38,9 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
 
     def forward(self, x: Tensor) -> Tensor:
-        mean_square = torch.mean(x * x, dim=-1, keepdim=True)
-        return self.weight * (x * torch.rsqrt(mean_square + 1e-5))
+        wide = x.float()
+        mean_square = torch.mean(wide * wide, dim=-1, keepdim=True)
+        return (wide * torch.rsqrt(mean_square + 1e-5)).to(x.dtype) * self.weight
 
 
 class QueriesKeysValues(nn.Module):
@@ -133,9 +134,9 @@ class LitGPT(nn.Module):
 
     def forward(self, ids: Tensor) -> list[Tensor]:
         x = self.wte(ids)
-        length = ids.shape[1]
+        cos, sin = (cast(Tensor, table)[: ids.shape[1]] for table in (self.cos, self.sin))
         for layer in self.layers:
-            x = layer(x, self.cos[:length], self.sin[:length])
+            x = layer(x, cos, sin)
         return [self.lm_head(part) for part in self.ln_f(x).split(LOGIT_POSITIONS, dim=1)]
 
 

@@ -144,6 +144,16 @@ def test_a_loop_that_asks_for_cuda_is_told_that_it_is_there() -> None:
     assert prediction.categories["workspace"] == 2 * 8_519_680
 
 
+def test_a_library_that_is_imported_meanwhile_is_told_the_truth() -> None:
+    def loop(model: nn.Module, device: torch.device) -> Step:
+        found: dict[str, Any] = {}
+        exec("import torch\nfound = torch.cuda.is_available()", found)
+        assert not found["found"]
+        return lambda: None
+
+    fitune.predict_loop(embedding, loop, gpu=CARD)
+
+
 def test_a_model_may_be_built_on_the_card() -> None:
     def build() -> nn.Module:
         return nn.Sequential(nn.Linear(WIDTH, WIDTH, bias=False, device="cuda"), embedding()).to("cuda").cuda()
@@ -176,7 +186,7 @@ def train(lengths: list[int] | None = None) -> Callable[[nn.Module, torch.device
 
 
 def test_generation_ends_at_its_length() -> None:
-    def loop(model: nn.Module, device: torch.device) -> Step:
+    def loop(model: Any, device: torch.device) -> Step:
         ids = torch.ones((2, 4), dtype=torch.int64, device=device)
         return lambda: model.generate(ids, max_new_tokens=3, do_sample=False, eos_token_id=2, pad_token_id=0)
 

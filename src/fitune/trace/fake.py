@@ -120,7 +120,8 @@ def _pack(model: nn.Module) -> None:
     from fitune.model.quantise import NF4Linear, share_tables
 
     for parent, name, child in layers:
-        kind, is_double = child.weight.quant_type, child.weight.compress_statistics
+        weight: Any = child.weight
+        kind, is_double = weight.quant_type, weight.compress_statistics
         if kind != "nf4" or not is_double:
             found = f"{kind}, {'double' if is_double else 'single'} quantisation"
             raise UsageError(f"4-bit layers are predicted for nf4 with double quantisation, but {name} has {found}")

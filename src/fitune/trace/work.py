@@ -57,8 +57,7 @@ def _convolution_backward(args: Any, _: Any) -> int:
     fails where one is not."""
     gradient, source, weight = args[:3]
     transposed, asked = args[7], args[10]
-    wanted = sum(1 for each in asked[:2] if each)
-    return wanted * 2 * _size(source if transposed else gradient) * int(math.prod(weight.shape[1:]))
+    return 2 * _size(source if transposed else gradient) * int(sum(asked[:2]) * math.prod(weight.shape[1:]))
 
 
 _OWN: dict[str, Callable[[Any, Any], int]] = {
