@@ -51,24 +51,30 @@ def resize(recording: Recording, short: Recording, *, kinds: Sequence[str], num_
 
 
 class _Grown:
-    """What became of the old amounts in each place. The phase comes first in a place. The input of a later micro-batch
-    is counted to the phase before, so an amount that is not found in its phase is looked for in the others."""
+    """What became of the old amounts in each place, which begins with phase, kind of pass and operator. The input of a
+    later micro-batch is counted to the phase before, so what is not found in its phase is looked for in the others. An
+    operator that knew no rows in the optimizer's first step knows none in the next, where there is more state."""
 
     def __init__(self, amounts: Iterable[tuple[_Place, Any, Any]]) -> None:
         self._found: dict[tuple[_Place, Any], set[Any]] = {}
+        self._steady: dict[_Place, bool] = {}  # operators of the optimizer that know no rows
         for place, old, new in amounts:
             for key in ((place, old), (place[1:], old)):
                 self._found.setdefault(key, set()).add(new)
+            operator = place[:3]
+            self._steady[operator] = old == new and self._steady.get(operator, place[0] == "optimizer")
 
     def find(self, place: _Place, old: Any) -> Any:
         """None where there was no such amount, or several that are equal no longer."""
-        new = self._found.get((place, old)) or self._found.get((place[1:], old)) or ()
+        new = self._found.get((place, old)) or self._found.get((place[1:], old))
+        if new is None:
+            return old if self._steady.get(place[:3]) else None
         return next(iter(new)) if len(new) == 1 else None
 
 
 def _births(recording: Recording, of_step: Sequence[str]) -> tuple[list[_Place], list[_Size]]:
     """What is born where, whichever pass of a kind it is; and how large."""
-    labels = [(where.phase, of_step[where.step], where.module, op) for _, where, op, _ in recording.labels]
+    labels = [(where.phase, of_step[where.step], op, where.module) for _, where, op, _ in recording.labels]
     places = zip(recording.label.tolist(), recording.turn.tolist(), strict=True)
     sizes = zip(recording.num_bytes.tolist(), recording.rule.tolist(), strict=True)
     return (
@@ -94,7 +100,7 @@ def _silent(recording: Recording, short: Recording, num_short: int) -> tuple[tup
 
 def _work(recording: Recording, short: Recording, of_step: Sequence[str], num_short: int) -> tuple[Work, ...] | None:
     def place(work: Work) -> _Place:
-        return (work.phase, of_step[work.step], work.loop, work.turn, work.op, work.dtype)
+        return (work.phase, of_step[work.step], work.op, work.dtype, work.loop, work.turn)
 
     first = [work for work in recording.work if work.step <= num_short]
     if [work.place for work in first] != [work.place for work in short.work]:
