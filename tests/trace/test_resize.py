@@ -31,6 +31,12 @@ def test_a_later_step_gets_the_sizes_that_the_first_one_has_for_other_rows() -> 
     assert [found.rules[rule].arguments for rule in found.rule.tolist()] == [(15,), (30,), (15,), (30,), (15,)]
 
 
+def test_sizes_that_happen_to_be_equal_are_told_apart_by_their_order() -> None:
+    found = resize(steps(2, [10, 10]), steps(1, [15, 10]), kinds=KINDS, num_short=1)
+    assert found is not None
+    assert found.num_bytes.tolist() == [15, 10, 15, 10]
+
+
 def test_what_a_later_step_moves_besides_stays_as_it_is() -> None:
     found = resize(steps(2, [10], more=7), steps(1, [15]), kinds=KINDS, num_short=1)
     assert found is not None
@@ -41,7 +47,7 @@ def test_what_a_later_step_moves_besides_stays_as_it_is() -> None:
     ("recording", "short"),
     [
         (steps(2, [10], [12]), steps(1, [15])),
-        (steps(2, [10, 10]), steps(1, [15, 16])),
+        (steps(2, [10, 10], [10]), steps(1, [15, 16])),
         (steps(2, [10]), steps(1, [15, 15])),
     ],
     ids=["a size that was not there", "equal sizes that part", "another first step"],

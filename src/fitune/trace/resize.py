@@ -1,8 +1,8 @@
 """A recording for another number of rows, from a short recording of those: of the first pass of each kind alone.
 
 What the later passes do, the first did before: the same operators of the same modules on tensors of the same sizes. So
-a birth of a later pass has the new size of the one that had its old size. What the operators of a later micro-batch do
-besides is about gradients and the optimizer's state, which know no rows.
+a birth of a later pass has the new size of the one in its place that had its old size. What the operators of a later
+micro-batch do besides is about gradients and the optimizer's state, which know no rows.
 """
 
 from collections.abc import Iterable, Sequence
@@ -29,11 +29,10 @@ def resize(recording: Recording, short: Recording, *, kinds: Sequence[str], num_
     same_deaths = np.array_equal(_deaths(recording, num_first), _deaths(short, num_first))
     if places[:num_first] != their_places or not same_deaths:
         return None
-    grown = _Grown(zip(their_places, births, their_births, strict=False))
-    later = [grown.find(*each) for each in zip(places[num_first:], births[num_first:], strict=True)]
-    sizes = their_births + [size for size in later if size is not None]
-    if len(sizes) != len(births):
+    later = _later(recording, places, births, their_births)
+    if later is None:
         return None
+    sizes = their_births + later
     silent, work = _silent(recording, short, num_short), _work(recording, short, of_step, num_short)
     if silent is None or work is None:
         return None
@@ -50,25 +49,60 @@ def resize(recording: Recording, short: Recording, *, kinds: Sequence[str], num_
     )
 
 
+def _later(
+    recording: Recording, places: Sequence[_Place], births: Sequence[_Size], first: Sequence[_Size]
+) -> list[_Size] | None:
+    """The new sizes of the births behind the first ones, whose new sizes are `first`. What is born in one place of a
+    micro-batch, one after the other, is most often what was born there first."""
+    grown = _Grown(zip(places, births, first, strict=False))
+    before: dict[_Place, list[int]] = {}
+    for number, place in enumerate(places[: len(first)]):
+        before.setdefault(place, []).append(number)
+    groups: dict[tuple[_Place, int, int], list[int]] = {}
+    for number in range(len(first), len(births)):
+        where = recording.labels[recording.label[number]].where
+        groups.setdefault((places[number], where.step, where.micro_batch), []).append(number)
+    found: dict[int, _Size | None] = {}
+    for (place, _, _), numbers in groups.items():
+        same = before.get(place, [])
+        if [births[number] for number in numbers] == [births[number] for number in same]:
+            found |= zip(numbers, (first[number] for number in same), strict=True)
+        else:
+            found |= {number: grown.find(place, births[number]) for number in numbers}
+    sizes = [found[number] for number in range(len(first), len(births))]
+    known = [size for size in sizes if size is not None]
+    return known if len(known) == len(sizes) else None
+
+
 class _Grown:
-    """What became of the old amounts in each place. The phase comes first in a place. The input of a later micro-batch
-    is counted to the phase before, so an amount that is not found in its phase is looked for in the others."""
+    """What became of the old amounts in each place, which begins with phase, kind of pass and operator. The input of a
+    later micro-batch is counted to the phase before, so what is not found in its phase is looked for in the others. An
+    operator that knew no rows in the optimizer's first step knows none in the next, where there is more state."""
 
     def __init__(self, amounts: Iterable[tuple[_Place, Any, Any]]) -> None:
         self._found: dict[tuple[_Place, Any], set[Any]] = {}
+        self._steady: dict[_Place, bool] = {}  # operators of the optimizer that know no rows
         for place, old, new in amounts:
             for key in ((place, old), (place[1:], old)):
                 self._found.setdefault(key, set()).add(new)
+            operator = place[:3]
+            self._steady[operator] = old == new and self._steady.get(operator, place[0] == "optimizer")
 
     def find(self, place: _Place, old: Any) -> Any:
         """None where there was no such amount, or several that are equal no longer."""
-        new = self._found.get((place, old)) or self._found.get((place[1:], old)) or ()
+        new = self._found.get((place, old)) or self._found.get((place[1:], old))
+        if new is None:
+            return old if self._steady.get(place[:3]) else None
         return next(iter(new)) if len(new) == 1 else None
 
 
 def _births(recording: Recording, of_step: Sequence[str]) -> tuple[list[_Place], list[_Size]]:
-    """What is born where, whichever pass of a kind it is; and how large."""
-    labels = [(where.phase, of_step[where.step], where.module, op) for _, where, op, _ in recording.labels]
+    """What is born where, whichever pass of a kind it is; and how large. A kernel's workspace comes once for all, so it
+    is no part of what its operator does each time."""
+    labels = [
+        (where.phase, of_step[where.step], op, where.module, category == "workspace")
+        for category, where, op, _ in recording.labels
+    ]
     places = zip(recording.label.tolist(), recording.turn.tolist(), strict=True)
     sizes = zip(recording.num_bytes.tolist(), recording.rule.tolist(), strict=True)
     return (
@@ -94,7 +128,7 @@ def _silent(recording: Recording, short: Recording, num_short: int) -> tuple[tup
 
 def _work(recording: Recording, short: Recording, of_step: Sequence[str], num_short: int) -> tuple[Work, ...] | None:
     def place(work: Work) -> _Place:
-        return (work.phase, of_step[work.step], work.loop, work.turn, work.op, work.dtype)
+        return (work.phase, of_step[work.step], work.op, work.dtype, work.loop, work.turn)
 
     first = [work for work in recording.work if work.step <= num_short]
     if [work.place for work in first] != [work.place for work in short.work]:
