@@ -89,7 +89,9 @@ def test_the_command_names_the_first_mismatch(tmp_path: Path, capsys: pytest.Cap
     assert capsys.readouterr().out.endswith("spoiled.json: event 2: reserved expected 5, got 20971520\n")
 
 
-@pytest.mark.parametrize("content", [b"", b"not json", b"[]", b"{}", gzip.compress(b"{}", mtime=0)[:-4], b"\x1f\x8bnot gzip"])
+@pytest.mark.parametrize(
+    "content", [b"", b"not json", b"[]", b"{}", gzip.compress(b"{}", mtime=0)[:-4], b"\x1f\x8bnot gzip"]
+)
 def test_the_command_gives_2_for_a_file_that_is_no_recording(
     content: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
