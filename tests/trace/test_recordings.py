@@ -129,7 +129,8 @@ def test_how_a_step_grows_with_its_layers_is_recorded_once(tmp_path: Path, recor
 def test_how_a_step_grows_is_recorded_once_for_all_ways_to_recompute(tmp_path: Path, recorded: list[RunConfig]) -> None:
     recordings = Recordings()
     for recompute in ("off", "every_2", "selective", "full"):
-        ask(recordings, make_config(tmp_path, "llama", f"model.recompute={recompute}", num_layers=10))
+        overrides = ("model.method=lora", f"model.recompute={recompute}")
+        ask(recordings, make_config(tmp_path, "llama", *overrides, num_layers=10))
     assert [config.model.recompute for config in recorded] == ["off", "off", "every_2", "selective", "full"]
 
 

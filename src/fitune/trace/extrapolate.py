@@ -126,8 +126,8 @@ def _kinds(recording: Recording, loop: str) -> list[_Kind | None]:
     return [
         None
         if number in inside
-        else (category, where._replace(micro_batch=where.micro_batch - last.get((where.phase, where.step), 0)), op)
-        for number, (category, where, op, _) in enumerate(recording.labels)
+        else (where._replace(micro_batch=where.micro_batch - last.get((where.phase, where.step), 0)), op)
+        for number, (_, where, op, _) in enumerate(recording.labels)  # what is kept for whom is no matter here
     ]
 
 
