@@ -145,6 +145,8 @@ MODELS: dict[str, Callable[[nn.Module], nn.Module]] = {
 }
 
 
+# torch.compile looks at the gradient of everything that it meets, and PyTorch warns of those that have none
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.parametrize("commit", [False, True], ids=["restart", "commit"])
 @pytest.mark.parametrize(
     ("change", "batch"),

@@ -1,6 +1,9 @@
 """A run whose weights are dealt over two processes is the run of one, and what cannot be dealt is refused."""
 
+import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +60,17 @@ def assert_same(run: RunDirectory) -> None:
 
 def test_two_processes_have_the_losses_and_evaluations_of_one() -> None:
     assert_close(TWO, ONE)
+
+
+@pytest.mark.slow
+def test_torchrun_starts_it() -> None:
+    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "fitune"]
+    command = [sys.executable, *torchrun, "train", *SHARDED, "run.name=torchrun"]
+    source = str(Path(__file__).parent.parent / "src")
+    environment = os.environ | {"PYTHONPATH": source, "CUDA_VISIBLE_DEVICES": ""}
+    ended = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert_close(RunDirectory(Path("runs/torchrun")), ONE)
 
 
 def test_what_is_saved_is_read_by_plain_transformers_and_has_the_weights_of_one_process() -> None:

@@ -220,7 +220,7 @@ def _attend_in_pieces(
     length = query_BHSD.shape[2]
     whole = scoring.needs_steps or scoring.dropout > 0 or scoring.backend is not None
     whole |= scoring.window is not None and scoring.window < length
-    if whole or length < LEAST_CUT or query_BHSD.device.type != "cpu" or _compute_capability(query_BHSD) is not None:
+    if whole or length < LEAST_CUT or query_BHSD.device.type != "cpu" or compute_capability(query_BHSD) is not None:
         yield _attend(query_BHSD, key_BGSD, value_BGSD, scoring=scoring)
         return
     edge = _edge(boundaries, query_BHSD)
@@ -308,7 +308,7 @@ def _band(num_queries: int, num_keys: int, window: int | None, device: torch.dev
 def _choose_kernel(query: torch.Tensor, value: torch.Tensor, scoring: Scoring) -> Kernel:
     """The variable-length kernels need CUDA, 16 bits, heads of at most 256 and one size for query and value."""
     plain = not scoring.needs_steps and scoring.dropout == 0 and scoring.backend is None
-    capability = _compute_capability(query)
+    capability = compute_capability(query)
     if capability is None or not (plain and query.element_size() == 2 and query.shape[-1] == value.shape[-1] <= 256):
         return "rows"
     if query.is_cuda and _has_flash_attn():
@@ -316,7 +316,7 @@ def _choose_kernel(query: torch.Tensor, value: torch.Tensor, scoring: Scoring) -
     return "varlen" if capability >= (8, 0) else "rows"
 
 
-def _compute_capability(tensor: torch.Tensor) -> tuple[int, int] | None:
+def compute_capability(tensor: torch.Tensor) -> tuple[int, int] | None:
     """Of the card that the tensor is on, None off CUDA. A recording for a card puts that card here."""
     return torch.cuda.get_device_capability(tensor.device) if tensor.is_cuda else None
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fitune.model import attention
 from fitune.model.head import Head
 
 
@@ -69,7 +70,7 @@ class _Joined(torch.autograd.Function):
         (ids_BS,) = ctx.saved_tensors
         if grad_BSD is None:
             return None, None, grad_VD, None
-        if grad_VD is not None and grad_VD.device.type == "cpu":
+        if grad_VD is not None and attention.compute_capability(grad_VD) is None:
             if ctx.padding_id is not None:
                 grad_BSD = grad_BSD.masked_fill((ids_BS == ctx.padding_id).unsqueeze(-1), 0)
             return None, None, grad_VD.index_add_(0, ids_BS.flatten(), grad_BSD.flatten(0, -2)), None

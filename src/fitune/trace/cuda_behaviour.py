@@ -540,7 +540,7 @@ def cuda_behaviour(target: CudaTarget) -> Iterator[None]:
         # optim/optimizer.py: optimizers take their foreach path by default on CUDA only
         stack.enter_context(patch.object(_optimizer, "_get_foreach_kernels_supported_devices", lambda: ["cpu", "cuda"]))
         capability = target.compute_capability
-        stack.enter_context(patch.object(rows_attention, "_compute_capability", lambda _: capability))
+        stack.enter_context(patch.object(rows_attention, "compute_capability", lambda _: capability))
         with warnings.catch_warnings(action="ignore"):  # that a registered kernel is overridden is meant
             for name, kernel in _autocast_rules():
                 library.impl(name, kernel, "AutocastCPU", allow_override=True)
