@@ -14,14 +14,22 @@ from transformers import AutoModelForCausalLM
 
 from disturbed_run import weights, write_run
 from fitune.cli.app import main
-from fitune.run.directory import RunDirectory, read_run
-from fitune.run.journal import read_journal
+from fitune.run.directory import RunDirectory
 from fitune.run.metrics import read_events
 from fitune.train import shard_checkpoint
-from test_ranks import assert_close, killed, told_to_end, train, without_memory, without_memory_twice
+from test_ranks import (
+    ONE,
+    TWO,
+    assert_close,
+    assert_same,
+    killed,
+    told_to_end,
+    train,
+    without_memory,
+    without_memory_twice,
+)
 
 SHARDED = ("sft.yaml", "model.shard=full")
-TWO, ONE = RunDirectory(Path("runs/two")), RunDirectory(Path("runs/one"))
 STEPS = 6
 
 
@@ -49,13 +57,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Any:
         assert train(*SHARDED, "run.name=two") == [0, 0], Path("0.err").read_text() + Path("1.err").read_text()
         assert train("sft.yaml", "run.name=one", size=1) == [0]
         yield directory
-
-
-def assert_same(run: RunDirectory) -> None:
-    """As the run of two processes that was left alone, bit for bit."""
-    assert weights(run) == weights(TWO)
-    assert read_journal(run.journal)[-1].hash == read_journal(TWO.journal)[-1].hash
-    assert read_run(run.path).state == "finished"
 
 
 def test_two_processes_have_the_losses_and_evaluations_of_one() -> None:
