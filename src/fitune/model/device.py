@@ -18,7 +18,10 @@ _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _KEPT_FREE_BYTES = 16 * 1024**2
 """Of what the process may still take: page tables, and what a moment takes between two looks."""
-_LOOK_SECONDS = 0.1
+_LOOK_SECONDS = (0.1, 1.0)
+"""The shortest and the longest time between two looks at what is free."""
+_FASTEST_TAKING = 16 * 1024**3
+"""Bytes a second that another process could take: nothing is missed where so much more is free."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,16 +164,20 @@ def refusing(free_bytes: Callable[[], int | None]) -> Iterator[None]:
     before, hard = resource.getrlimit(resource.RLIMIT_DATA)
     ended = threading.Event()
 
-    def bound() -> None:
-        if (free := free_bytes()) is not None:
-            most = _most_data_bytes(free)
-            soft = most if before == resource.RLIM_INFINITY else min(most, before)
-            if not ended.is_set():
-                resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+    def bound() -> float:
+        """Returns how many seconds that holds for."""
+        if (free := free_bytes()) is None:
+            return _LOOK_SECONDS[1]
+        most = _most_data_bytes(free)
+        soft = most if before == resource.RLIM_INFINITY else min(most, before)
+        if not ended.is_set():
+            resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+        return min(max(free / _FASTEST_TAKING, _LOOK_SECONDS[0]), _LOOK_SECONDS[1])
 
     def look() -> None:
-        while not ended.wait(_LOOK_SECONDS):
-            bound()
+        seconds = _LOOK_SECONDS[0]
+        while not ended.wait(seconds):
+            seconds = bound()
 
     looking = threading.Thread(target=look, name="fitune-memory", daemon=True)
     with suppress(RuntimeError):  # no room for a thread: what was seen at the beginning holds
@@ -192,12 +199,14 @@ def _most_data_bytes(free_bytes: int) -> int:
     """Of VmData, with which as much is resident as is free. Of what is mapped some is never touched, as the stacks of
     threads are: the least that was seen. The rest is what the heap has given back, and will take again."""
     global _least_untouched_bytes
-    _least_untouched_bytes = min(_least_untouched_bytes, _untouched_bytes())
-    return _status_bytes("RssAnon:") + _least_untouched_bytes + max(free_bytes - _KEPT_FREE_BYTES, 0)
+    mapped, resident = _status_bytes("VmData:", "RssAnon:")
+    _least_untouched_bytes = min(_least_untouched_bytes, max(mapped - resident, 0))
+    return resident + _least_untouched_bytes + max(free_bytes - _KEPT_FREE_BYTES, 0)
 
 
 def _untouched_bytes() -> int:
-    return max(_status_bytes("VmData:") - _status_bytes("RssAnon:"), 0)
+    mapped, resident = _status_bytes("VmData:", "RssAnon:")
+    return max(mapped - resident, 0)
 
 
 def _left_by_limits() -> Iterator[int]:
@@ -207,10 +216,13 @@ def _left_by_limits() -> Iterator[int]:
         for limit, used in ((resource.RLIMIT_DATA, "VmData:"), (resource.RLIMIT_AS, "VmSize:")):
             soft, _ = resource.getrlimit(limit)
             if soft != resource.RLIM_INFINITY:
-                yield max(soft - _status_bytes(used), 0)
+                yield max(soft - _status_bytes(used)[0], 0)
 
 
-def _status_bytes(name: str) -> int:
-    """A line of proc(5)'s status file. 0 where it is missing."""
-    lines = _STATUS.read_text().splitlines()
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(name)), 0)
+def _status_bytes(*names: str) -> list[int]:
+    """Of proc(5)'s status file, as it is at one moment. 0 where a line is missing."""
+    found = dict.fromkeys(names, 0)
+    for line in _STATUS.read_text().splitlines():
+        if (name := line.partition("\t")[0]) in found:
+            found[name] = int(line.split()[1]) * 1024
+    return list(found.values())

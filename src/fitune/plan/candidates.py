@@ -20,8 +20,6 @@ RECOMPUTES: tuple[Recompute, ...] = ("off", "every_4", "selective", "every_2", "
 """From the fastest and largest to the slowest and smallest, roughly."""
 _LEAST_GROWTH = 1.2
 """Between two numbers of rows: nearer ones tell nothing new."""
-_GROWTH = 1.4
-"""Between two token budgets for rows of different lengths: their heaviest micro-batches differ by so much."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,7 +78,8 @@ def micro_sizes(config: RunConfig, lengths: Lengths) -> list[tuple[int | None, i
     """(rows, tokens) of a micro-batch, one of the two, ascending.
 
     Rows of one length: the fewest rows for each number of micro-batches that a step can have, so 24 rows are cut into
-    24, 12, 8, 6, 5, 4, 3, 2 and 1 at a time. Others: token budgets from the longest row to the whole step.
+    24, 12, 8, 6, 5, 4, 3, 2 and 1 at a time. Others: token budgets from the longest row to the whole step, 1, 1.5, 2, 3,
+    4, 6, 8, ... times the longest row: whole rows, so that two recordings tell of all the others.
     """
     batch = config.batch
     if batch.micro_rows is not None:
@@ -94,10 +93,10 @@ def micro_sizes(config: RunConfig, lengths: Lengths) -> list[tuple[int | None, i
             if size >= _LEAST_GROWTH * rows[-1] and size * longest <= MOST_MICRO_TOKENS:
                 rows.append(size)
         return [(None, size * longest) for size in rows]
-    sizes, whole = [longest], 1.5 * lengths.mean_tokens * batch.rows_per_step
-    while sizes[-1] < min(whole, MOST_MICRO_TOKENS):
-        sizes.append(-(-int(sizes[-1] * _GROWTH) // 64) * 64)
-    return [(None, size) for size in sizes]
+    halves, whole = [2, 3], 1.5 * lengths.mean_tokens * batch.rows_per_step
+    while halves[-2] * longest < 2 * min(whole, MOST_MICRO_TOKENS):
+        halves.append(2 * halves[-2])
+    return [(None, half * longest // 2) for half in halves[:-1]]
 
 
 def settle(config: RunConfig, choice: Choice) -> RunConfig:

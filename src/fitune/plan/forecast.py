@@ -211,7 +211,8 @@ class Forecaster:
             for length in [longest] * (tokens // longest) + [tokens % longest] * (tokens % longest > 1)
         )
         target = cuda_target(settled, self.limits.device)
-        recorded = recordings.step(settled, _passes(rows, 0, 2 * len(rows)), target=target)
+        passes = _passes(rows, self.lengths.longest_eval_tokens, 2 * len(rows))
+        recorded = recordings.step(settled, passes, target=target)
         return work_of(recorded.work, rows=rows, packed=recorded.layout.packed)
 
     def _shape(self, choice: Choice, *, packed: bool) -> StepShape:

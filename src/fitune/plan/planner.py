@@ -98,8 +98,9 @@ class _Search:
                 alike.setdefault(choice.variant, []).append(choice)
 
         def look(choices: list[Choice]) -> None:
-            for choice in choices:
+            for choice in (choices[0], choices[-1], *choices[1:-1]):  # those between follow from the largest
                 self.fits(choice)
+            for choice in choices:  # after all of them: what the memory was found from gives most of the times, too
                 if choice in self.looked_at:  # else it was refused
                     self.pricer.seconds(choice)
 

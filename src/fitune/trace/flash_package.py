@@ -28,8 +28,9 @@ def flash_package(target: CudaTarget) -> Iterator[None]:
         return
     helpers: Any = sys.modules.get("transformers.modeling_flash_attention_utils")
     with ExitStack() as stack:
-        modules = {module.__name__: module for module in _modules(target, helpers)}
-        stack.enter_context(patch.dict(sys.modules, modules))
+        for module in _modules(target, helpers):
+            sys.modules[module.__name__] = module
+            stack.callback(sys.modules.pop, module.__name__)  # alone: what else is imported inside stays imported
         if helpers is not None:
             stack.enter_context(patch.object(helpers, "is_flash_attn_2_available", _available))
             stack.enter_context(patch.object(helpers, "_loaded_implementation", None))

@@ -7,6 +7,7 @@ recorded afresh, in the end as a whole.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import combinations
 
 import numpy as np
 import torch
@@ -30,7 +31,7 @@ from fitune.trace.extrapolate import (
     transfer_growth,
 )
 from fitune.trace.recording import Recording
-from fitune.trace.resize import resize
+from fitune.trace.resize import first_steps, resize
 from fitune.trace.shapes import ShapeMemory
 from fitune.trace.step import ColumnsOfStep, Counts, Pass, RecordedStep, count_rows, record_columns_of_step
 
@@ -47,6 +48,15 @@ class _Family:
     resists: bool = False
 
 
+@dataclass(frozen=True)
+class _Recorded:
+    """A step as it was recorded, with a few layers and chunks."""
+
+    config: RunConfig
+    passes: Sequence[Pass]
+    columns: ColumnsOfStep
+
+
 class Recordings:
     """Grows with each question. Answers are equal to those of `record_step`, event by event."""
 
@@ -55,6 +65,7 @@ class Recordings:
         self._layers: dict[str, Turns | None] = {}
         self._families: dict[str, list[_Family]] = {}
         self._grown: dict[str, list[_Family]] = {}
+        self._recorded: dict[str, list[_Recorded]] = {}
         self._shapes: dict[CudaTarget | None, ShapeMemory] = {}
 
     def step(self, config: RunConfig, passes: Sequence[Pass], *, target: CudaTarget | None) -> RecordedStep:
@@ -70,7 +81,8 @@ class Recordings:
     def columns(self, config: RunConfig, passes: Sequence[Pass], *, target: CudaTarget | None) -> ColumnsOfStep | None:
         """The step from a short recording; None where the whole has to be recorded."""
         device = torch.device("cpu" if target is None else "cuda")
-        families = self._families.setdefault(repr((_without_rows(config), target)), [])
+        key = repr((_without_rows(config), target))
+        families, recorded = self._families.setdefault(key, []), self._recorded.setdefault(key, [])
         alike = []
         for family in families:
             columns = family.samples[0][1]
@@ -78,6 +90,8 @@ class Recordings:
             if counts is not None and counts.structure == family.samples[0][0].structure:
                 alike.append(family)
                 found = _interpolate(family, counts, target=target)
+                if found is None and any(_borrow(family, counts, passes, each, device=device) for each in recorded):
+                    found = _interpolate(family, counts, target=target)
                 if found is None:
                     found = self._resize(config, passes, family, counts, target=target)
                 if found is not None:
@@ -87,6 +101,7 @@ class Recordings:
         columns = self._record(
             config, passes, target=target, num_layers=None if layers is None else layers.num_recorded
         )
+        recorded.append(_Recorded(config, passes, columns))
         counts = count_rows(config, passes, columns, device=device)
         if counts is None:
             return None
@@ -111,17 +126,11 @@ class Recordings:
         self, config: RunConfig, passes: Sequence[Pass], family: _Family, counts: Counts, *, target: CudaTarget | None
     ) -> Recording | None:
         """A second sample, of which the first passes are recorded alone. None where that does not do."""
-        kinds = [each.kind for each in passes]
-        num_short = max(map(kinds.index, set(kinds))) + 1
-        short_passes, samples = passes[:num_short], _samples(family, counts)
-        if (
-            len(samples) != 1
-            or family.resists
-            or num_short == len(passes)
-            or any(each.most_micro_batches > 1 for each in short_passes)
-        ):
+        num_short = _num_short(family, counts, passes)
+        if num_short is None:
             return None
-        ((_, sample),) = samples
+        kinds, short_passes = [each.kind for each in passes], passes[:num_short]
+        ((_, sample),) = _samples(family, counts)
         layers = self._layers_to_record(config.model)
         short = self._record(
             config, short_passes, target=target, num_layers=None if layers is None else layers.num_recorded
@@ -192,13 +201,46 @@ def _with_growth(family: _Family, layers: Turns, fewer: ColumnsOfStep) -> _Famil
 
 
 def _interpolate(family: _Family, counts: Counts, *, target: CudaTarget | None) -> Recording | None:
-    samples = _samples(family, counts)
-    if len(samples) < 2:
-        return None
-    one, other = (Sample(columns.recording, mine.rows) for mine, columns in samples[:2])
-    if _growth_sees(family, one.recording, other.recording):
-        return None
-    return interpolate_rows(one, other, rows=counts.rows, target=target)
+    samples = [Sample(columns.recording, mine.rows) for mine, columns in _samples(family, counts)]
+    for one, other in combinations(samples, 2):  # two whose last chunks are equal tell nothing of another's
+        if _growth_sees(family, one.recording, other.recording):
+            return None
+        found = interpolate_rows(one, other, rows=counts.rows, target=target)
+        if found is not None:
+            return found
+    return None
+
+
+def _num_short(family: _Family, counts: Counts, passes: Sequence[Pass]) -> int | None:
+    """How many passes a recording needs at least to be a second sample of the family; None where there is no such."""
+    kinds = [each.kind for each in passes]
+    number = max(map(kinds.index, set(kinds))) + 1
+    is_short = number < len(passes) and all(each.most_micro_batches == 1 for each in passes[:number])
+    return number if is_short and not family.resists and len(_samples(family, counts)) == 1 else None
+
+
+def _borrow(
+    family: _Family, counts: Counts, passes: Sequence[Pass], other: _Recorded, *, device: torch.device
+) -> bool:
+    """Whether the first passes of `other`, which goes on in another way, made a second sample of the family."""
+    num_short = _num_short(family, counts, passes)
+    if num_short is None:
+        return False
+    kinds, rows = [each.kind for each in passes], other.passes[0].rows
+    times, rest = divmod(len(rows), len(passes[0].rows))
+    wanted = [replace(each, rows=each.rows * times) for each in passes]
+    if rest or times < 2 or wanted[:num_short] != list(other.passes[:num_short]) or len(other.passes) == num_short:
+        return False
+    ((mine, sample),) = _samples(family, counts)
+    theirs = count_rows(other.config, wanted, sample, device=device)
+    if theirs is None or theirs.structure != mine.structure or theirs.rows == mine.rows:
+        return False
+    short = first_steps(other.columns.recording, num_short)
+    found = resize(sample.recording, short, kinds=kinds, num_short=num_short)
+    if found is None or _growth_sees(family, sample.recording, found):
+        return False
+    family.samples.append((theirs, replace(sample, recording=found)))
+    return True
 
 
 def _samples(family: _Family, counts: Counts) -> list[tuple[Counts, ColumnsOfStep]]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from fitune.trace.recording import NEVER, Integers, Recording, Rule, Work
+from fitune.trace.recording import COLUMNS, NEVER, Integers, Recording, Rule, Work
 
 _Place = tuple[object, ...]
 _Size = tuple[int, Rule | None]
@@ -46,6 +46,20 @@ def resize(recording: Recording, short: Recording, *, kinds: Sequence[str], num_
         rules=tuple(rules),
         silent=silent,
         work=work,
+    )
+
+
+def first_steps(recording: Recording, number: int) -> Recording:
+    """What a recording of the first steps alone would have been."""
+    steps = np.array([label.where.step for label in recording.labels], dtype=np.int64)[recording.label]
+    first = int(np.count_nonzero(steps <= number))
+    columns = {name: getattr(recording, name)[:first] for name in COLUMNS}
+    columns["dies_after"] = np.where(columns["dies_after"] < first, columns["dies_after"], NEVER)
+    return replace(
+        recording,
+        **columns,
+        silent=tuple(each for each in recording.silent if each[0] <= number),
+        work=tuple(work for work in recording.work if work.step <= number),
     )
 
 
