@@ -11,6 +11,7 @@ CPU = Ceilings(
     matmul_flops_per_second={"float32": 1e9},
     attention_flops_per_second={"float32": 5e8},
     bandwidths=((1e6, 2e9), (1e8, 1e9)),
+    exponential_bandwidth=5e8,
     mapped_bandwidth=1e8,
     launch_seconds=1e-3,
     asynchronous=False,
@@ -54,6 +55,12 @@ def test_a_result_that_the_c_library_takes_from_the_system_is_slow_but_not_one_i
     assert seconds(replace(large, op="aten.add_")) < seconds(large) / 5
     assert seconds(replace(large, launches=2)) < seconds(large) / 2
     assert seconds(large, ceilings=replace(CPU, mapped_bandwidth=None)) < seconds(large) / 5
+
+
+def test_an_exponential_takes_longer_than_a_sum_of_as_many_bytes_but_on_a_card() -> None:
+    silu = replace(ADD, op="aten.silu")
+    assert seconds(silu) == pytest.approx(1e6 / 5e8 + 1e-3)
+    assert seconds(silu, ceilings=replace(CPU, exponential_bandwidth=None)) == seconds(ADD)
 
 
 def test_what_is_taken_away_leaves_no_less_than_nothing() -> None:

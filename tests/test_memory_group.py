@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 import second_process
 from fitune.memory import devices
 from fitune.memory.devices import cpu_device
-from fitune.model.device import resident_free_in_heap
+from fitune.model.device import refusing, resident_free_in_heap
 from fitune.train.observed import room_bytes
 from fitune.units import MIB
 from memory_group import MemoryGroup, NoControlGroupError, memory_group
@@ -71,6 +72,19 @@ with refusing(lambda: left[0]):
     time.sleep(5 * 0.1)
     assert is_refused(512 * MIB)
 """)
+
+
+def test_where_much_is_free_it_is_looked_at_once_a_second() -> None:
+    """No process takes as much in that time; a look costs a millisecond."""
+    looks: list[float] = []
+
+    def free_bytes() -> int:
+        looks.append(time.monotonic())
+        return 256 * 1024 * MIB if len(looks) > 1 else 1024 * MIB
+
+    with refusing(free_bytes):
+        time.sleep(0.6)
+    assert len(looks) == 2  # at the beginning, and soon after that; ten times a second were seven
 
 
 def test_what_is_free_follows_the_files_of_the_control_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,9 @@
 """What loops do that were written for a card and not for a recording."""
 
+import sys
 from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -15,6 +18,7 @@ from fitune.errors import UsageError
 from fitune.trace.cuda_behaviour import CudaTarget
 from fitune.trace.events import MemoryTrace
 from fitune.trace.fake import RecordSettings, record_loop
+from fitune.trace.flash_package import flash_package
 from fitune.units import MIB
 
 CARD = "A100 80GB"
@@ -202,6 +206,16 @@ def test_flash_attention_2_is_recorded_where_its_package_is_not_installed() -> N
 def test_rows_with_padding_go_through_the_kernel_for_several_lengths() -> None:
     trace = record(train([10, 20]), llama("flash_attention_2"))
     assert 30 * 256 * 2 in births(trace, "_varlen_attn")
+
+
+def test_what_a_recording_imports_stays_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second import costs its time again, and gives other classes."""
+    (tmp_path / "needed_by_a_loop.py").write_text("import flash_attn")
+    monkeypatch.syspath_prepend(tmp_path)
+    with flash_package(CudaTarget()):
+        needed = import_module("needed_by_a_loop")
+    assert import_module("needed_by_a_loop") is needed
+    assert "flash_attn" not in sys.modules
 
 
 def test_flash_attn_on_a_card_before_ampere_is_refused() -> None:

@@ -1,6 +1,7 @@
 """What a few layers, a few chunks and two micro-batches stand for equals the whole recording, event by event."""
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -58,10 +59,15 @@ def facts(step: RecordedStep) -> tuple[object, ...]:
     return work, step.layout, step.notes, step.precision, step.num_parameters, step.num_trainable_parameters
 
 
-def ask(recordings: Recordings, config: RunConfig, target: CudaTarget | None = AMPERE) -> None:
+def ask(
+    recordings: Recordings,
+    config: RunConfig,
+    target: CudaTarget | None = AMPERE,
+    asked: Callable[[RunConfig], list[Pass]] = passes,
+) -> None:
     """Asks for the step of `config`, and compares with the whole recording."""
-    whole = record_step(config, passes(config), target=target)
-    short = recordings.step(config, passes(config), target=target)
+    whole = record_step(config, asked(config), target=target)
+    short = recordings.step(config, asked(config), target=target)
     assert len(short.trace.events) == len(whole.trace.events) > 500
     assert short.trace.events == whole.trace.events
     assert facts(short) == facts(whole)
@@ -148,6 +154,29 @@ def test_a_second_size_needs_its_first_passes_only(tmp_path: Path, monkeypatch: 
         overrides = ("model.method=lora", "model.recompute=full", "model.lora.rank=1", "model.lora.targets=[q_proj]")
         ask(recordings, make_config(tmp_path, "llama", *overrides, rows=rows))
     assert steps == [3, 3, 2]
+
+
+def largest_micro_batch(config: RunConfig) -> list[Pass]:
+    """Of one and of two micro-batches alike, as a plan asks."""
+    micro = longest_rows(config, num_rows=config.batch.micro or 0)
+    first = [Pass("train", micro, most_micro_batches=1), Pass("eval", micro, most_micro_batches=1)]
+    return [*first, Pass("train", micro * (config.batch.accumulation or 1))]
+
+
+def test_a_step_in_one_piece_gives_the_second_size_of_one_in_two(tmp_path: Path, recorded: list[RunConfig]) -> None:
+    recordings = Recordings()
+    for rows, pieces in ((2, 2), (12, 1), (4, 2), (3, 2), (6, 2)):
+        overrides = ("model.method=lora", f"batch.accumulation={pieces}")
+        config = make_config(tmp_path, "llama", *overrides, length=CHUNKED, rows=rows)
+        ask(recordings, config, asked=largest_micro_batch)
+    assert [config.batch.micro for config in recorded] == [2, 2, 12]  # with a few layers, with fewer; with a few
+
+
+def test_two_sizes_with_last_chunks_of_one_length_need_a_third(tmp_path: Path, recorded: list[RunConfig]) -> None:
+    recordings = Recordings()
+    for rows in (8, 10, 9, 11):
+        ask(recordings, make_config(tmp_path, "llama", num_layers=3, length=129, rows=rows), target=CudaTarget((9, 0)))
+    assert [config.batch.micro for config in recorded] == [8, 10, 9]
 
 
 def test_an_odd_layer_leaves_nothing_to_repeat(tmp_path: Path) -> None:

@@ -78,8 +78,8 @@ def micro_sizes(config: RunConfig, lengths: Lengths) -> list[tuple[int | None, i
     """(rows, tokens) of a micro-batch, one of the two, ascending.
 
     Rows of one length: the fewest rows for each number of micro-batches that a step can have, so 24 rows are cut into
-    24, 12, 8, 6, 5, 4, 3, 2 and 1 at a time. Others: token budgets from the longest row to the whole step, 1, 1.5, 2, 3,
-    4, 6, 8, ... times the longest row: whole rows, so that two recordings tell of all the others.
+    24, 12, 8, 6, 5, 4, 3, 2 and 1 at a time. Others: 1, 1.5, 2, 3, 4, 6, 8, ... times the longest row, up to the whole
+    step: whole rows, so that two recordings tell of all the others.
     """
     batch = config.batch
     if batch.micro_rows is not None:

@@ -24,6 +24,13 @@ CARD_LAUNCH_SECONDS = 8e-6
 SELECTIVE_LAUNCHES = 12.0
 """Selective recomputing asks a Python function about every operator: each that is done again costs so many launches
 more (fitted to the settings of benchmarks/plan.py on a CPU, of which twelve recompute so)."""
+_EXPONENTIALS = {
+    f"aten.{name}"
+    for name in (
+        *("exp", "exp_", "_softmax", "_log_softmax", "_log_softmax_backward_data", "sigmoid", "sigmoid_", "tanh"),
+        *("silu", "silu_", "silu_backward", "gelu", "gelu_backward", "softplus", "softplus_backward"),
+    )
+}
 MAPPED_CALL_BYTES = 2.5 * 32 * 2**20
 """Moved by a call: glibc takes blocks from 32 MiB on from the system (DEFAULT_MMAP_THRESHOLD_MAX of its malloc), and
 gives them back. Such a call reads one or two tensors for the one that it makes."""
@@ -58,13 +65,15 @@ class StepWork:
 @dataclass(frozen=True, slots=True)
 class Ceilings:
     """matmul_flops_per_second, attention_flops_per_second: by dtype. bandwidths: (bytes that a call moves, bytes per
-    second), ascending; between them the logarithm decides, as caches do. mapped_bandwidth: of calls whose results are
-    too large for the C library's heap, so that each page is asked of the system anew; None on a card. asynchronous:
-    whether launches go on while kernels run. origin: of the numbers, in words."""
+    second), ascending; between them the logarithm decides, as caches do. exponential_bandwidth: of operators that
+    compute an exponential for each element. mapped_bandwidth: of calls whose results are too large for the C library's
+    heap, so that each page is asked of the system anew. Both None on a card. asynchronous: whether launches go on while
+    kernels run. origin: of the numbers, in words."""
 
     matmul_flops_per_second: Mapping[str, float]
     attention_flops_per_second: Mapping[str, float]
     bandwidths: Sequence[tuple[float, float]]
+    exponential_bandwidth: float | None
     mapped_bandwidth: float | None
     launch_seconds: float
     asynchronous: bool
@@ -93,6 +102,7 @@ def card_ceilings(device: Device) -> Ceilings | None:
         matmul_flops_per_second={dtype: CARD_MATMUL_SHARE * rate for dtype, rate in rates.items()},
         attention_flops_per_second={dtype: CARD_ATTENTION_SHARE * rate for dtype, rate in rates.items()},
         bandwidths=((1.0, CARD_BANDWIDTH_SHARE * bandwidth),),
+        exponential_bandwidth=None,
         mapped_bandwidth=None,
         launch_seconds=CARD_LAUNCH_SECONDS,
         asynchronous=True,
@@ -157,6 +167,8 @@ def _kernel_seconds(work: Work, ceilings: Ceilings) -> float:
     rate = _bandwidth(call_bytes, ceilings.bandwidths)
     if ceilings.mapped_bandwidth is not None and call_bytes > MAPPED_CALL_BYTES and not work.op.endswith("_"):
         rate = ceilings.mapped_bandwidth
+    if ceilings.exponential_bandwidth is not None and work.op in _EXPONENTIALS:
+        rate = min(rate, ceilings.exponential_bandwidth)
     moving = work.num_bytes / rate
     rates = ceilings.attention_flops_per_second if _is_attention(work) else ceilings.matmul_flops_per_second
     return max(moving, work.flops / rates.get(work.dtype, rates["float32"]))

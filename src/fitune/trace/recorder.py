@@ -224,7 +224,7 @@ class Recorder(TorchDispatchMode):
         key = phase, step, micro_batch, loop, turn, str(func.overloadpacket), dtype
         sums = self._work.setdefault(key, [0, 0, 0])
         sums[0] += 1
-        sums[1] += moved_bytes(args, outputs)
+        sums[1] += moved_bytes(func, args, outputs)
         sums[2] += count_flops(func, args, kwargs, outputs)
 
     def _modules(self, args: tuple[Any, ...], num_outputs: int) -> Sequence[str | None]:

@@ -219,9 +219,7 @@ def _num_short(family: _Family, counts: Counts, passes: Sequence[Pass]) -> int |
     return number if is_short and not family.resists and len(_samples(family, counts)) == 1 else None
 
 
-def _borrow(
-    family: _Family, counts: Counts, passes: Sequence[Pass], other: _Recorded, *, device: torch.device
-) -> bool:
+def _borrow(family: _Family, counts: Counts, passes: Sequence[Pass], other: _Recorded, *, device: torch.device) -> bool:
     """Whether the first passes of `other`, which goes on in another way, made a second sample of the family."""
     num_short = _num_short(family, counts, passes)
     if num_short is None:

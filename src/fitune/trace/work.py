@@ -8,8 +8,11 @@ import torch
 from torch.utils.flop_counter import flop_registry
 
 
-def moved_bytes(args: Any, outputs: tuple[torch.Tensor, ...]) -> int:
-    """Of the tensors that are read and written, each once; of a broadcast one what it really holds."""
+def moved_bytes(func: Any, args: Any, outputs: tuple[torch.Tensor, ...]) -> int:
+    """Of the tensors that are read and written, each once; of a broadcast one what it really holds, and of a tensor
+    that is looked up or added to in places those places."""
+    if (own := _MOVED.get(func._schema.name)) is not None:
+        return own(args, outputs)
     sizes = {}
     for tensor in (*_tensors(args), *outputs):
         sizes[id(tensor)] = min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
@@ -74,6 +77,42 @@ _OWN: dict[str, Callable[[Any, Any], int]] = {
 
 def _size(tensor: torch.Tensor) -> int:
     return tensor.numel()
+
+
+def _looked_up(args: Any, outputs: Any) -> int:
+    """Each element of the result is read in its place and written; where that is stands in the indices."""
+    return 2 * _num_bytes(outputs) + _num_bytes(args[1:])
+
+
+def _added_to(source: int, *, copies: bool) -> Callable[[Any, Any], int]:
+    """Places of the first argument are read, and written with what argument number `source` adds. copies: all of it
+    first, to a result of its own."""
+    copied = 2 if copies else 0
+    return lambda args, _: copied * _num_bytes(args[0]) + _num_bytes(args[1:]) + 2 * _num_bytes(args[source])
+
+
+_MOVED: dict[str, Callable[[Any, Any], int]] = {
+    **dict.fromkeys(
+        ("aten::zeros_like", "aten::ones_like", "aten::full_like", "aten::new_zeros", "aten::new_ones"),
+        lambda _, outputs: _num_bytes(outputs),
+    ),
+    **dict.fromkeys(("aten::empty_like", "aten::new_empty", "aten::new_empty_strided"), lambda _, __: 0),
+    **dict.fromkeys(("aten::embedding", "aten::gather", "aten::index_select", "aten::index"), _looked_up),
+    "aten::nll_loss_forward": lambda args, _: 2 * _num_bytes(args[1]),
+    "aten::nll_loss_backward": lambda args, outputs: _num_bytes(outputs) + 2 * _num_bytes(args[2]),  # zeros, mostly
+    "aten::embedding_dense_backward": lambda args, outputs: _num_bytes(outputs) + 3 * _num_bytes(args[:2]),
+    "aten::scatter_": _added_to(3, copies=False),
+    "aten::scatter_add_": _added_to(3, copies=False),
+    "aten::scatter_add": _added_to(3, copies=True),
+    "aten::index_add_": _added_to(3, copies=False),
+    "aten::index_add": _added_to(3, copies=True),
+    "aten::index_put_": _added_to(2, copies=False),
+    "aten::index_put": _added_to(2, copies=True),
+}
+
+
+def _num_bytes(tree: Any) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in _tensors(tree))
 
 
 def _tensors(tree: Any) -> Iterator[torch.Tensor]:
