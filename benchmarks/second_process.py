@@ -1,6 +1,7 @@
 """A run that shares its memory with a second process, beside one that is alone: same losses, other micro-batches.
 
     python benchmarks/second_process.py [--steps 24] [--rates 50 200 1000]
+    python benchmarks/second_process.py --model smollm2 --steps 14 --rates 200     adapters for SmolLM2-135M
 
 As root on Linux: `fitune train` and the second process are in one memory control group, as in a container, where the
 kernel ends a process that goes beyond the limit. The second process takes real memory and gives it back, while the run
@@ -12,7 +13,7 @@ knows nothing of it but what the group has left. Runs:
                at N MiB per second, and gives it back after step GIVE
 
 A run that the kernel ends all the same is resumed once the memory is back. Writes
-benchmarks/results/second_process.json.
+benchmarks/results/second_process.json, or second_process_smollm2.json.
 """
 
 import argparse
@@ -26,11 +27,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
 
+from fitune.cli.demo import smollm2_file  # noqa: E402
 from fitune.run.directory import RunDirectory  # noqa: E402
 from fitune.run.journal import read_journal  # noqa: E402
 from fitune.run.metrics import read_events, read_metrics  # noqa: E402
@@ -38,7 +40,7 @@ from fitune.units import MIB  # noqa: E402
 from memory_group import MemoryGroup, NoControlGroupError, memory_group  # noqa: E402
 from tiny_run import WIDE_VOCABULARY, save_tiny_model, write_config, write_long_dialogues  # noqa: E402
 
-RESULTS = Path(__file__).parent / "results" / "second_process.json"
+RESULTS = Path(__file__).parent / "results"
 TAKE, GIVE = 2, 6
 """Steps after which the second process begins to take, and gives back."""
 TAKEN_FRACTION = 0.6
@@ -192,12 +194,24 @@ def _second_process(group: MemoryGroup) -> Iterator[SecondProcess]:
         second.end()
 
 
-def prepare(*, steps: int) -> None:
+def prepare(*, steps: int, model: str = "tiny") -> None:
     """A model whose logits are most of its memory, rows and a configuration, in the current directory."""
-    save_tiny_model(Path("tiny"), WIDE_VOCABULARY)
     write_long_dialogues(Path("sft.jsonl"), 240)
-    sections = {"batch": {"effective": 16, "micro": 16}, "data": {"max_length": 128, "eval_fraction": 0}}
-    write_config(Path("sft.yaml"), sections | {"train": {"steps": steps, "save_every": 2}})
+    sections: dict[str, dict[str, Any]] = {
+        "batch": {"effective": 16, "micro": 16},
+        "data": {"max_length": 128, "eval_fraction": 0},
+        "train": {"steps": steps, "save_every": 2},
+    }
+    if model == "smollm2":
+        sections |= {
+            "model": {"source": str(smollm2_file()), "method": "lora"},
+            "batch": {"effective": 8, "micro": 8},
+            "data": {"max_length": 64, "eval_fraction": 0},
+            "optim": {"lr": 0.0005},
+        }
+    else:
+        save_tiny_model(Path("tiny"), WIDE_VOCABULARY)
+    write_config(Path("sft.yaml"), sections)
     with Path("sft.yaml").open("a") as file:
         file.write("loss: full\n")
 
@@ -225,18 +239,20 @@ def measure_all(rates: list[float]) -> list[Outcome]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=("tiny", "smollm2"), default="tiny")
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--rates", type=float, nargs="*", default=[50, 200, 1000], help="MiB per second")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
         os.chdir(place)
-        prepare(steps=options.steps)
+        prepare(steps=options.steps, model=options.model)
         try:
             outcomes = measure_all(options.rates)
         except NoControlGroupError as reason:
             print(f"nothing measured: {reason}")
             return
-    RESULTS.write_text(json.dumps([asdict(outcome) for outcome in outcomes], indent=1) + "\n")
+    name = "second_process" if options.model == "tiny" else f"second_process_{options.model}"
+    (RESULTS / f"{name}.json").write_text(json.dumps([asdict(outcome) for outcome in outcomes], indent=1) + "\n")
 
 
 def show(each: Outcome) -> None:
