@@ -48,8 +48,8 @@ CPU = torch.device("cpu")
 @dataclass(frozen=True)
 class Cost:
     """Of pairs of steps, one of each kind: seconds of the fastest, which other work on the machine disturbs least, and
-    medians of the rest. overhead_fraction: of the fastest plain step's seconds; overhead_of_pairs: of those of the plain
-    step beside it. extra_peak_bytes: of the resident peak above what was held."""
+    medians of the rest. overhead_fraction: of the fastest plain step; overhead_of_pairs: of the plain step beside it.
+    extra_peak_bytes: of the resident peak above what was held."""
 
     name: str
     num_parameters: int
