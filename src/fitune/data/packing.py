@@ -17,7 +17,15 @@ from fitune.data.rows import Batch, MicroBatch, Row
 def split(
     batch: Batch, *, packed: bool, micro_rows: int | None = None, micro_tokens: int | None = None, pad_id: int = 0
 ) -> list[MicroBatch]:
-    """The rows of `batch`, each in one micro-batch. Exactly one of the two sizes is given.
+    """The rows of `batch`, each in one micro-batch, as `group` divides them."""
+    groups = group(batch, packed=packed, micro_rows=micro_rows, micro_tokens=micro_tokens)
+    return [lay_out(rows, packed=packed, pad_id=pad_id) for rows in groups]
+
+
+def group(
+    batch: Batch, *, packed: bool, micro_rows: int | None = None, micro_tokens: int | None = None
+) -> list[list[Row]]:
+    """Exactly one of the two sizes is given.
 
     micro_rows: consecutive rows, so many at a time.
     micro_tokens: at most so many positions, never fewer than the longest row has. Packed: first-fit decreasing over the
@@ -25,12 +33,10 @@ def split(
     """
     assert (micro_rows is None) != (micro_tokens is None), "give micro_rows or micro_tokens"
     if micro_rows is not None:
-        groups = [list(batch.rows[first : first + micro_rows]) for first in range(0, len(batch.rows), micro_rows)]
-    else:
-        assert micro_tokens is not None
-        budget_tokens = max([micro_tokens, *map(len, batch.rows)])
-        groups = (_first_fit if packed else _consecutive)(batch.rows, budget_tokens)
-    return [lay_out(rows, packed=packed, pad_id=pad_id) for rows in groups]
+        return [list(batch.rows[first : first + micro_rows]) for first in range(0, len(batch.rows), micro_rows)]
+    assert micro_tokens is not None
+    budget_tokens = max([micro_tokens, *map(len, batch.rows)])
+    return (_first_fit if packed else _consecutive)(batch.rows, budget_tokens)
 
 
 def sort_by_length(batch: Batch) -> Batch:

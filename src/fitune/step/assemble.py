@@ -13,8 +13,8 @@ from torch._subclasses.fake_tensor import is_fake
 from transformers import PreTrainedModel
 
 from fitune.config import Recompute, RunConfig
-from fitune.data.packing import sort_by_length, split
-from fitune.data.rows import Batch, MicroBatch
+from fitune.data.packing import group, lay_out, sort_by_length
+from fitune.data.rows import Batch, MicroBatch, Row
 from fitune.errors import ConfigError, ModelError
 from fitune.model.attention import can_pack
 from fitune.model.compile import compile_layers
@@ -46,10 +46,14 @@ class Layout:
     micro_tokens: int | None
 
     def split(self, batch: Batch) -> list[MicroBatch]:
-        """Padded rows are sorted by length first, within the batch, where the configuration leaves the split open."""
+        return [lay_out(rows, packed=self.packed) for rows in self.group(batch)]
+
+    def group(self, batch: Batch) -> list[list[Row]]:
+        """The rows of each micro-batch. Padded rows are sorted by length first, within the batch, where the
+        configuration leaves the split open."""
         if not self.packed and self.micro_rows is None:
             batch = sort_by_length(batch)
-        return split(batch, packed=self.packed, micro_rows=self.micro_rows, micro_tokens=self.micro_tokens)
+        return group(batch, packed=self.packed, micro_rows=self.micro_rows, micro_tokens=self.micro_tokens)
 
 
 @dataclass(frozen=True)

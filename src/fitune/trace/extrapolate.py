@@ -153,6 +153,14 @@ def _last_micro_batches(recording: Recording) -> dict[tuple[object, int], int]:
 
 def repeat_turns(recording: Recording, turns: Turns, *, growth: Growth | None = None) -> Recording | None:
     """The recording with `num_turns` turns of the loop instead of `num_recorded`; None where they are not equal."""
+    found = repeat_inner_turns(recording, turns, growth=growth)
+    return None if found is None else found[0]
+
+
+def repeat_inner_turns(
+    recording: Recording, turns: Turns, *, growth: Growth | None = None, outer: Growth | None = None
+) -> tuple[Recording, Growth | None] | None:
+    """As `repeat_turns`; and `outer`, what grows with another loop, for what comes of it."""
     if turns.loop not in recording.loops:
         return None
     sections = _sections(recording, turns.loop, turns.num_recorded)
@@ -163,8 +171,9 @@ def repeat_turns(recording: Recording, turns: Turns, *, growth: Growth | None = 
     if seen is None:
         return None
     grows = growth or Growth(np.zeros(len(recording), dtype=np.int64), {})
-    repeated = _repeat(recording, places, turns, growth=grows.num_bytes, seen=seen)
-    return replace(repeated, work=_repeat_work(recording, turns, growth=grows.work))
+    repeated, source = _repeat(recording, places, turns, growth=grows.num_bytes, seen=seen)
+    repeated = replace(repeated, work=_repeat_work(recording, turns, growth=grows.work))
+    return repeated, None if outer is None else replace(outer, num_bytes=outer.num_bytes[source])
 
 
 # ---- finding the turns ----------------------------------------------------------------------------------------------
@@ -339,7 +348,8 @@ def _labels(recording: Recording, rows: slice) -> list[tuple[object, ...]]:
 
 def _repeat(
     recording: Recording, places: _Places, turns: Turns, *, growth: Integers, seen: tuple[Bools, Bools]
-) -> Recording:
+) -> tuple[Recording, Integers]:
+    """And which birth of `recording` each one was."""
     starts = np.zeros((len(places.sections), turns.num_turns), dtype=np.int64)  # where each turn begins in the result
     sources, new_turns = [], []
     position = 0
@@ -359,7 +369,7 @@ def _repeat(
     columns["num_bytes"] = columns["num_bytes"] + growth[source] * (turns.num_turns - turns.num_recorded)
     whose = _second_middle(places, turns, source, new_turn)
     columns |= _deaths(recording, places, turns, source=whose, turn=new_turn, starts=starts, seen=seen)
-    return replace(recording, **columns)
+    return replace(recording, **columns), source
 
 
 def _second_middle(places: _Places, turns: Turns, source: Integers, turn: Integers) -> Integers:

@@ -10,7 +10,7 @@ so by its module: model.layers.2.mlp is turn 2 of the loop model.layers.
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from operator import eq
 from typing import Any, NamedTuple, overload
 
@@ -211,13 +211,9 @@ class RecordedEvents(Sequence[MemoryEvent]):
     def modules(self, indices: Integers) -> list[str]:
         """Of these births."""
         recording, birth = self._recording, self._birth[indices]
+        modules = [each.where.module for each in recording.labels]
         places = zip(recording.label[birth].tolist(), recording.turn[birth].tolist(), strict=True)
-        names: dict[tuple[int, int], str] = {}
-        return [names.get(place) or names.setdefault(place, self._module(*place)) for place in places]
-
-    def _module(self, label: int, turn: int) -> str:
-        module = self._recording.labels[label].where.module
-        return module if turn < 0 else module.format(turn)
+        return [_in_turn(modules[label], turn) for label, turn in places]
 
     def __len__(self) -> int:
         return len(self._birth)
@@ -239,9 +235,13 @@ class RecordedEvents(Sequence[MemoryEvent]):
             assert death is not None
             where, num_bytes, turn = death, -num_bytes, recording.death_turn[birth]
         phase, step, micro_batch, module = where
-        if turn >= 0:
-            module = module.format(turn)
+        module = _in_turn(module, int(turn))
         return MemoryEvent(int(self._storage[birth]), num_bytes, category, phase, step, micro_batch, module, op)
+
+
+@lru_cache(maxsize=2**18)  # the recordings of one model name the same modules again and again
+def _in_turn(module: str, turn: int) -> str:
+    return module if turn < 0 else module.format(turn)
 
 
 def sum_work(recording: Recording) -> tuple[OperatorWork, ...]:

@@ -27,6 +27,7 @@ from fitune.trace.extrapolate import (
     have_same_structure,
     interpolate_rows,
     num_recorded_turns,
+    repeat_inner_turns,
     repeat_turns,
     transfer_growth,
 )
@@ -268,15 +269,19 @@ def _without_layers(config: RunConfig) -> tuple[object, ...]:
 
 
 def _repeat(family: _Family, counts: Counts, columns: ColumnsOfStep) -> ColumnsOfStep | None:
-    """With all layers and chunks; None where those that were recorded are not equal."""
+    """With all layers and chunks; None where those that were recorded are not equal. The chunks come first, while there
+    are few layers."""
+    if family.turns is not None and family.growth is None:
+        return None
     recording: Recording | None = columns.recording
-    if family.turns is not None:
-        if family.growth is None:
-            return None
-        recording = repeat_turns(columns.recording, family.turns, growth=family.growth)
+    growth = family.growth
+    for loop, number in counts.num_chunks.items():
+        if number > NUM_RECORDED_CHUNKS:
+            turns = Turns(loop, 1, NUM_RECORDED_CHUNKS, number)
+            found = None if recording is None else repeat_inner_turns(recording, turns, outer=growth)
+            recording, growth = found or (None, None)
+    if recording is not None and family.turns is not None:
+        recording = repeat_turns(recording, family.turns, growth=growth)
         total, trainable = family.num_parameters
         columns = replace(columns, num_parameters=total, num_trainable_parameters=trainable)
-    for loop, number in counts.num_chunks.items():
-        if recording is not None and number > NUM_RECORDED_CHUNKS:
-            recording = repeat_turns(recording, Turns(loop, 1, NUM_RECORDED_CHUNKS, number))
     return None if recording is None else replace(columns, recording=recording)

@@ -17,6 +17,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from fitune.config import RunConfig
+from fitune.data.packing import lay_out
 from fitune.data.rows import Batch, MicroBatch, Row
 from fitune.model.load import count_parameters, load_model
 from fitune.model.precision import Precision, device_precision, resolve_precision
@@ -212,37 +213,50 @@ def count_rows(
     by_step: dict[int, int] = {}
     chunks: dict[str, set[tuple[int, int]]] = {}
     structure: list[object] = [columns.chunked]
-    laid_out = _lay_out(config, passes, device=device, packed=columns.layout.packed)
-    for step, (each, (kind, micro_batches)) in enumerate(zip(passes, laid_out, strict=True), start=1):
-        counts = [len(micro_batch.row_ids) for micro_batch in micro_batches]
+    grouped = _group(config, passes, device=device, packed=columns.layout.packed)
+    for step, (each, groups) in enumerate(zip(passes, grouped, strict=True), start=1):
+        counts = list(map(len, groups))
         equal = len(set(each.rows)) == 1 and len(set(counts)) == 1
-        structure.append((kind, len(micro_batches), each.rows[0] if equal else (each.rows, *counts)))
+        structure.append((each.kind, len(groups), each.rows[0] if equal else (each.rows, *counts)))
         by_step[step] = max(counts)
-        for micro_batch in micro_batches if columns.chunked else ():
-            parts = loss._chunks(micro_batch.num_supervised_tokens, columns.chunk_tokens)
+        for rows in groups if columns.chunked else ():
+            parts = loss._chunks(Batch(tuple(rows)).num_supervised_tokens, columns.chunk_tokens)
             last = parts[-1].stop - parts[-1].start if parts else 0
-            chunks.setdefault(CHUNK_LOOPS[kind], set()).add((len(parts), last))
+            chunks.setdefault(CHUNK_LOOPS[each.kind], set()).add((len(parts), last))
     if any(len(found) > 1 for found in chunks.values()):
         return None
     of_loop = {loop: next(iter(found)) for loop, found in chunks.items()}
     structure += [(loop, min(number, NUM_RECORDED_CHUNKS)) for loop, (number, _) in of_loop.items()]
-    rows = Rows(by_step, {loop: last for loop, (_, last) in of_loop.items()})
-    return Counts(rows, {loop: number for loop, (number, _) in of_loop.items()}, tuple(structure))
+    counted = Rows(by_step, {loop: last for loop, (_, last) in of_loop.items()})
+    return Counts(counted, {loop: number for loop, (number, _) in of_loop.items()}, tuple(structure))
 
 
 def _lay_out(
     config: RunConfig, passes: Sequence[Pass], *, device: torch.device, packed: bool
 ) -> list[tuple[Kind, list[MicroBatch]]]:
     """The micro-batches of each pass that are recorded, in the run's order."""
+    grouped = _group(config, passes, device=device, packed=packed)
+    return [
+        (each.kind, [_on_host(lay_out(rows, packed=packed)) for rows in groups])
+        for each, groups in zip(passes, grouped, strict=True)
+    ]
+
+
+def _group(
+    config: RunConfig, passes: Sequence[Pass], *, device: torch.device, packed: bool
+) -> Iterator[list[list[Row]]]:
+    """The rows of these micro-batches."""
     layouts = dict(zip(("train", "eval"), choose_layouts(config, device, packed=packed), strict=True))
-    return [(each.kind, list(_recorded(each, layouts[each.kind]))) for each in passes]
+    for each in passes:
+        batch = Batch(tuple(_row(number, *size) for number, size in enumerate(each.rows)))
+        groups = layouts[each.kind].group(batch)
+        positions = [sum(map(len, rows)) if packed else len(rows) * max(map(len, rows)) for rows in groups]
+        largest = sorted(range(len(groups)), key=lambda i: -positions[i])[: each.most_micro_batches]
+        yield [groups[number] for number in sorted(largest)]
 
 
-def _recorded(each: Pass, layout: Layout) -> Iterator[MicroBatch]:
-    whole = layout.split(Batch(tuple(_row(number, *size) for number, size in enumerate(each.rows))))
-    largest = sorted(range(len(whole)), key=lambda i: -whole[i].input_ids_BS.numel())[: each.most_micro_batches]
-    for micro_batch in (whole[number] for number in sorted(largest)):
-        yield _OnHost(**{field.name: getattr(micro_batch, field.name) for field in fields(MicroBatch)})
+def _on_host(micro_batch: MicroBatch) -> "_OnHost":
+    return _OnHost(**{field.name: getattr(micro_batch, field.name) for field in fields(MicroBatch)})
 
 
 def _row(number: int, length: int, num_supervised: int) -> Row:
