@@ -12,7 +12,7 @@ from fitune.model.layers import find_equal_layers
 from fitune.trace.cuda_behaviour import CudaTarget
 from fitune.trace.recordings import Recordings
 from fitune.trace.step import ColumnsOfStep, Pass, RecordedStep, longest_rows, record_step
-from tiny_models import TINY
+from tiny_models import TINY, TINY_DBRX
 
 AMPERE = CudaTarget((8, 0))
 SHORT, CHUNKED = 40, 512  # tokens of a row: three rows are one chunk of the loss, or six
@@ -35,7 +35,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[RunConfig]:
 def make_config(
     directory: Path, kind: str, *overrides: str, num_layers: int = 6, length: int = SHORT, rows: int = 3
 ) -> RunConfig:
-    config = copy.deepcopy(TINY[kind])
+    config = copy.deepcopy(TINY_DBRX if kind == "dbrx" else TINY[kind])
     if hasattr(config, "layer_types"):
         config.layer_types = (config.layer_types * num_layers)[:num_layers]
     config.num_hidden_layers = num_layers
@@ -148,6 +148,12 @@ def test_a_second_size_needs_its_first_passes_only(tmp_path: Path, monkeypatch: 
         overrides = ("model.method=lora", "model.recompute=full", "model.lora.rank=1", "model.lora.targets=[q_proj]")
         ask(recordings, make_config(tmp_path, "llama", *overrides, rows=rows))
     assert steps == [3, 3, 2]
+
+
+def test_a_recording_of_one_routing_is_no_answer_for_the_other(tmp_path: Path) -> None:
+    recordings = Recordings()
+    for routing in ("balanced", "worst"):
+        ask(recordings, make_config(tmp_path, "dbrx", f"memory.routing={routing}", num_layers=2, rows=2))
 
 
 def test_an_odd_layer_leaves_nothing_to_repeat(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from fitune.config import BatchConfig, Loss, Precision, Recompute, RunConfig
+from fitune.config import BatchConfig, Loss, Precision, Recompute, Routing, RunConfig
 from fitune.plan.budget import Lengths
 from fitune.plan.plan import Candidate
 
@@ -78,8 +78,8 @@ def micro_sizes(config: RunConfig, lengths: Lengths) -> list[tuple[int | None, i
     """(rows, tokens) of a micro-batch, one of the two, ascending.
 
     Rows of one length: the fewest rows for each number of micro-batches that a step can have, so 24 rows are cut into
-    24, 12, 8, 6, 5, 4, 3, 2 and 1 at a time. Others: token budgets from the longest row to the whole step, 1, 1.5, 2, 3,
-    4, 6, 8, ... times the longest row: whole rows, so that two recordings tell of all the others.
+    24, 12, 8, 6, 5, 4, 3, 2 and 1 at a time. Others: token budgets from the longest row to the whole step, 1, 1.5, 2,
+    3, 4, 6, 8, ... times the longest row: whole rows, so that two recordings tell of all the others.
     """
     batch = config.batch
     if batch.micro_rows is not None:
@@ -121,6 +121,10 @@ def settle(config: RunConfig, choice: Choice) -> RunConfig:
             "loss": "auto" if config.loss == "auto" and choice.loss == "chunked" else choice.loss,
         }
     )
+
+
+def with_routing(config: RunConfig, routing: Routing) -> RunConfig:
+    return config.model_copy(update={"memory": config.memory.model_copy(update={"routing": routing})})
 
 
 def settings_of(candidate: Candidate, config: RunConfig) -> list[str]:
