@@ -72,6 +72,10 @@ CONFIGS: dict[str, tuple[str | bytes, tuple[str, ...]]] = {
         f"{GOOD}optim: {{schedule: cosin}}\n",
         ("it must be cosine, linear, constant or wsd; did you mean cosine?",),
     ),
+    "a routing that is none": (
+        f"{GOOD}memory: {{routing: wost}}\n",
+        ("sft.yaml:3: memory.routing is 'wost': it must be balanced or worst; did you mean worst?",),
+    ),
     "below the limit": (f"{GOOD}train: {{steps: 0}}\n", ("train.steps is 0: it must be a whole number above 0",)),
     "above the limit": (
         f"{GOOD}optim: {{warmup: 1.5}}\n",

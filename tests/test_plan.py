@@ -32,7 +32,9 @@ from fitune.plan.plan import Plan
 from fitune.plan.planner import _Search, choose_plan
 from fitune.plan.predict import predict
 from fitune.plan.second_process import divide
-from tiny_models import TINY
+from fitune.trace.events import ROUTED, UNROUTED
+from fitune.units import format_bytes
+from tiny_models import TINY, TINY_DBRX
 
 CANDIDATE_KEYS = {
     "micro_batch", "micro_tokens", "accumulation", "recompute", "loss", "optimizer", "precision", "method",
@@ -399,6 +401,61 @@ def test_a_notebook_shows_the_table_and_runs_nothing_of_it(wide: Plan) -> None:
     assert page.startswith("<pre")
     assert "micro x accum" in page
     assert "<script" not in page
+
+
+# --- mixtures of experts -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def one_by_one(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A model that calls its experts with the tokens that each of them gets. All is forced but what may be proposed."""
+    directory = tmp_path_factory.mktemp("one_by_one")
+    TINY_DBRX.save_pretrained(directory)
+    return {
+        "model": {"source": str(directory), "method": "qlora", "precision": "bfloat16", "recompute": "off"},
+        "data": {"train": "missing.jsonl", "max_length": 64},
+        "optim": {"name": "sgd"},
+        "batch": {"effective": 4, "micro": 4},
+        "loss": "full",
+    }
+
+
+@pytest.fixture(scope="module")
+def routed(one_by_one: dict[str, Any]) -> dict[str, Plan]:
+    plans = {}
+    for routing in ("balanced", "worst"):
+        plans[routing] = choose_plan(config(one_by_one, f"memory.routing={routing}"), gpu="RTX 4090")
+    return plans
+
+
+def test_all_tokens_at_the_same_experts_need_more_than_tokens_spread_evenly(routed: dict[str, Plan]) -> None:
+    balanced, worst = (plan.candidates[0].predicted_allocated_bytes for plan in routed.values())
+    assert balanced < worst
+
+
+@pytest.mark.parametrize(("routing", "other"), [("balanced", "worst"), ("worst", "balanced")])
+def test_a_plan_names_its_routing_and_what_the_other_would_need(
+    routed: dict[str, Plan], routing: str, other: str
+) -> None:
+    screen = Console(file=io.StringIO(), record=True, width=100)
+    show_plan(routed[routing], screen)
+    shown = screen.export_text()
+    needed = format_bytes(routed[other].candidates[0].predicted_allocated_bytes)
+    assert ROUTED[routing] in shown
+    assert f"memory.routing={other}: the marked one would have {needed} allocated" in shown
+
+
+def test_a_prediction_says_that_its_interval_spans_both_routings(one_by_one: dict[str, Any]) -> None:
+    interval = predict(one_by_one, gpu="RTX 4090").device_interval
+    assert interval is not None
+    assert interval.reasons[-1].startswith("tokens go to the experts evenly or all to the same")
+
+
+def test_the_worst_routing_of_grouped_experts_is_said_to_change_nothing(tmp_path: Path) -> None:
+    TINY["mixtral"].save_pretrained(tmp_path)
+    tree = {"model": {"source": str(tmp_path)}, "data": {"train": "missing.jsonl", "max_length": 64}}
+    balanced, worst = (predict({**tree, "memory": {"routing": name}}, gpu="RTX 4090") for name in ROUTED)
+    assert worst == replace(balanced, assumptions=(*balanced.assumptions, UNROUTED))
 
 
 # --- the committed benchmark -------------------------------------------------------------------------------------

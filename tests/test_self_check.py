@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from fitune.cli.app import main
-from fitune.config import read_config
+from fitune.config import RunConfig, read_config
 from fitune.memory.devices import cpu_device, find_device
 from fitune.memory.nvml import CardProcess, CardState
 from fitune.memory.prediction import Prediction
 from fitune.memory.residuals import circumstances
 from fitune.model.device import MemoryPeak
-from fitune.plan.predict import predict, predict_run
+from fitune.plan.predict import RunPrediction, predict, predict_run
 from fitune.run.metrics import read_metrics, read_summary
 from fitune.train import guard, self_check
 from fitune.train.self_check import SelfCheck, run_device
@@ -169,3 +169,22 @@ def test_freed_memory_is_given_back_before_the_program_is_counted_and_after_the_
             monkeypatch.setattr(module, name, noting(name, getattr(module, name)))
     assert main(["train", "sft.yaml", "train.steps=1"]) == 0
     assert done == ["trim_heap", "program_bytes", "safe_step", "release_memory", "safe_step"]
+
+
+def test_a_run_checks_itself_with_tokens_spread_evenly_whatever_it_was_planned_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FITUNE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    save_tiny_model(tmp_path / "tiny")
+    write_dialogues(tmp_path / "sft.jsonl")
+    write_config(tmp_path / "sft.yaml")
+    checked: list[str] = []
+
+    def noting(config: RunConfig, *arguments: Any, **options: Any) -> RunPrediction:
+        checked.append(config.memory.routing)
+        return predict_run(config, *arguments, **options)
+
+    monkeypatch.setattr(self_check, "predict_run", noting)
+    assert main(["train", "sft.yaml", "train.steps=1", "memory.routing=worst"]) == 0
+    assert checked == ["balanced"]

@@ -5,10 +5,12 @@ from typing import Any
 
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
+    DbrxConfig,
     Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
     GptOssConfig,
+    JetMoeConfig,
     MistralConfig,
     MixtralConfig,
     PretrainedConfig,
@@ -38,6 +40,17 @@ TINY_GPT2 = GPT2Config(
     vocab_size=64, n_positions=64, n_embd=32, n_layer=2, n_head=4, initializer_range=0.2,
     attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0, bos_token_id=1, eos_token_id=2,
 )  # fmt: skip
+TINY_DBRX = DbrxConfig(
+    vocab_size=64, d_model=32, n_layers=2, n_heads=4, max_seq_len=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    attn_config={"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
+    ffn_config={"hidden_size": 32, "ffn_hidden_size": 256, "moe_num_experts": 4, "moe_top_k": 2},
+)  # fmt: skip
+"""A mixture that computes its experts one by one, with the tokens that each of them gets."""
+TINY_JETMOE = JetMoeConfig(
+    vocab_size=64, hidden_size=32, num_hidden_layers=2, num_key_value_heads=2, kv_channels=8, intermediate_size=64,
+    max_position_embeddings=64, num_local_experts=4, num_experts_per_tok=2,
+)  # fmt: skip
+"""A mixture that reads how many tokens each of its experts gets."""
 TINY: dict[str, PretrainedConfig] = {
     "llama": TINY_LLAMA,
     "qwen2": Qwen2Config(**_WIDE),

@@ -119,8 +119,7 @@ def predict_loop(
     """
     with collections_paused():
         from fitune.memory.devices import cpu_device, find_device, this_machine
-        from fitune.memory.prediction import PredictSettings, predict, spanned
-        from fitune.trace.assumptions import ROUTED, Routing
+        from fitune.memory.prediction import PredictSettings, either_routing, predict
         from fitune.trace.cuda_behaviour import CudaTarget
         from fitune.trace.fake import RecordSettings, record_loop
 
@@ -132,13 +131,8 @@ def predict_loop(
     def on_card(model: "torch.nn.Module", stand_in: "torch.device") -> Callable[[], Any]:
         return loop(model, stand_in if target is None else type(stand_in)("cuda"))
 
-    def predict_routed(routing: Routing) -> "Prediction":
+    def predict_routed(routing: Literal["balanced", "worst"]) -> "Prediction":
         settings = RecordSettings(target=target, num_steps=num_steps, routing=routing)
         return predict(record_loop(build, on_card, settings), PredictSettings(device=device))
 
-    prediction = predict_routed(routing)
-    if prediction.device_interval is None or not any(line.startswith(ROUTED) for line in prediction.assumptions):
-        return prediction
-    other: Routing = "worst" if routing == "balanced" else "balanced"
-    reason = "tokens go to the experts evenly or all to the same ones, as the router is trained"
-    return spanned(prediction, predict_routed(other), reason=reason)
+    return either_routing(predict_routed, routing)

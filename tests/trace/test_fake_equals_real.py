@@ -1,7 +1,8 @@
 """The recorder's truth: what it sees on fake tensors is what it sees on real ones, event by event."""
 
+import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -14,12 +15,17 @@ from transformers import (
     LlamaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    PretrainedConfig,
     PreTrainedModel,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )
 
+from fitune.config import Routing
+from fitune.model.load import build_model
+from fitune.trace.events import MemoryTrace
 from fitune.trace.fake import Build, Loop, RecordSettings, record_loop
+from tiny_models import TINY_DBRX, TINY_JETMOE
 
 VOCABULARY = 96
 SMALL: dict[str, Any] = {
@@ -117,3 +123,19 @@ def test_a_recording_on_fake_tensors_equals_one_on_real_tensors(case: str) -> No
     for mine, true in zip(fake.events, real.events, strict=False):
         assert mine == true
     assert len(fake.events) == len(real.events)
+
+
+@pytest.mark.parametrize("routing", ["balanced", "worst"])
+@pytest.mark.parametrize("config", [TINY_DBRX, TINY_JETMOE], ids=lambda config: config.model_type)
+def test_experts_that_are_called_one_by_one_get_the_tokens_of_the_routing(
+    config: PretrainedConfig, routing: Routing
+) -> None:
+    def build() -> nn.Module:
+        tiny = copy.deepcopy(config)
+        tiny.vocab_size = VOCABULARY
+        return build_model(tiny).train()
+
+    def record(mode: Literal["fake", "real"]) -> MemoryTrace:
+        return record_loop(build, loop(), RecordSettings(mode=mode, num_steps=1, routing=routing))
+
+    assert record("fake").events == record("real").events

@@ -21,6 +21,7 @@ from fitune.step.loss import LossSettings
 from fitune.step.optimizer import build_optimizer
 from fitune.step.train_step import StepSettings, train_step
 from fitune.trace.cuda_behaviour import CudaTarget
+from fitune.trace.events import ROUTED
 from fitune.trace.fake import Build, RecordSettings, record_loop
 from fitune.units import MIB
 
@@ -162,7 +163,7 @@ def test_experts_get_equal_shares_or_everything() -> None:
     def largest(routing: Any) -> int:
         settings = RecordSettings(target=CudaTarget(), num_steps=1, routing=routing)
         trace = record_loop(mixtral("eager"), moe_loop, settings)
-        assert f"assumed: experts are {routing}" in trace.source
+        assert ROUTED[routing] in trace.source
         return max(
             event.num_bytes
             for event in trace.events

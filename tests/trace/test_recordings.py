@@ -13,7 +13,7 @@ from fitune.model.layers import find_equal_layers
 from fitune.trace.cuda_behaviour import CudaTarget
 from fitune.trace.recordings import Recordings
 from fitune.trace.step import ColumnsOfStep, Pass, RecordedStep, longest_rows, record_step
-from tiny_models import TINY
+from tiny_models import TINY, TINY_DBRX
 
 AMPERE = CudaTarget((8, 0))
 SHORT, CHUNKED = 40, 512  # tokens of a row: three rows are one chunk of the loss, or six
@@ -36,7 +36,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[RunConfig]:
 def make_config(
     directory: Path, kind: str, *overrides: str, num_layers: int = 6, length: int = SHORT, rows: int = 3
 ) -> RunConfig:
-    config = copy.deepcopy(TINY[kind])
+    config = copy.deepcopy(TINY_DBRX if kind == "dbrx" else TINY[kind])
     if hasattr(config, "layer_types"):
         config.layer_types = (config.layer_types * num_layers)[:num_layers]
     config.num_hidden_layers = num_layers
@@ -177,6 +177,12 @@ def test_two_sizes_with_last_chunks_of_one_length_need_a_third(tmp_path: Path, r
     for rows in (8, 10, 9, 11):
         ask(recordings, make_config(tmp_path, "llama", num_layers=3, length=129, rows=rows), target=CudaTarget((9, 0)))
     assert [config.batch.micro for config in recorded] == [8, 10, 9]
+
+
+def test_a_recording_of_one_routing_is_no_answer_for_the_other(tmp_path: Path) -> None:
+    recordings = Recordings()
+    for routing in ("balanced", "worst"):
+        ask(recordings, make_config(tmp_path, "dbrx", f"memory.routing={routing}", num_layers=2, rows=2))
 
 
 def test_an_odd_layer_leaves_nothing_to_repeat(tmp_path: Path) -> None:

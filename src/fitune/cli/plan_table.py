@@ -10,6 +10,7 @@ from fitune.cli.output import table
 from fitune.cli.plan_training import training_lines, training_warnings
 from fitune.language import pad, say
 from fitune.plan.plan import Candidate, Plan
+from fitune.trace.events import ROUTED, UNROUTED
 from fitune.units import format_bytes, format_count, format_gib, format_seconds
 
 if TYPE_CHECKING:
@@ -31,6 +32,8 @@ _MEANINGS = {
     ),
 }
 """Of the four sums below the parts, on each kind of device."""
+_ABOUT_ROUTING = (*ROUTED.values(), UNROUTED, "memory.routing=")
+"""Begins what a plan assumes of a mixture of experts."""
 
 
 def show_plan(plan: Plan, screen: Console, *, every: bool = False) -> None:
@@ -210,3 +213,4 @@ def _footnotes(plan: Plan, num_shown: int) -> Iterator[str]:
             f"({format_bytes(other.predicted_bytes)}, {difference:+.0%})"
         )
     yield from plan.assumptions[: 1 if plan.data["gpus"] == 1 else 2]
+    yield from (line for line in plan.assumptions if line.startswith(_ABOUT_ROUTING))

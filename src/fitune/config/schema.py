@@ -65,6 +65,7 @@ SHARDED_OPTIMIZERS = ("adamw", "adamw_foreach", "sgd")
 
 Scaling = Literal["none", "sqrt_gain", "sqrt", "linear"]
 BatchMode = Literal["advise", "anneal", "follow", "hold"]
+Routing = Literal["balanced", "worst"]
 
 
 class Section(BaseModel):
@@ -229,6 +230,10 @@ class MemoryConfig(Section):
     )
     grow: Bool = Field(True, description="larger micro-batches than planned where a GPU has room and gains speed")
     allocator: str = Field("", description="PYTORCH_ALLOC_CONF of the run and of its prediction")
+    routing: Routing = Field(
+        "balanced",
+        description="for predictions alone: tokens go to a mixture's experts evenly, or all to the same ones (worst)",
+    )
 
 
 class TrainConfig(Section):

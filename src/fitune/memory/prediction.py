@@ -1,17 +1,18 @@
 """What a trace will take on a card: allocated and reserved by PyTorch, used on the device, and whether it fits."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from fitune.config import Routing
 from fitune.memory.allocator import MIN_BLOCK_BYTES
 from fitune.memory.devices import Device
 from fitune.memory.replay import FailedAllocation, ReplaySettings
 from fitune.memory.replay import replay as replay_trace
 from fitune.memory.timeline import Living, Peak, step_peaks
-from fitune.trace.events import Category, MemoryTrace, Phase
+from fitune.trace.events import ROUTED, Category, MemoryTrace, Phase
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,15 +92,23 @@ def predict(trace: MemoryTrace, settings: PredictSettings) -> Prediction:
     return replace(last, step_peaks=tuple(each for step in (*before, last) for each in step.step_peaks))
 
 
-def spanned(prediction: Prediction, other: Prediction, *, reason: str) -> Prediction:
-    """`prediction`, whose interval goes as far as that of `other`: the same under another assumption. reason: which."""
-    mine, its = prediction.device_interval, other.device_interval
-    if mine is None or its is None:
+def either_routing(predict_routed: Callable[[Routing], Prediction], routing: Routing) -> Prediction:
+    """The prediction with that routing. Where it matters, the interval goes as far as that of the other one."""
+    prediction = predict_routed(routing)
+    mine = prediction.device_interval
+    if mine is None or ROUTED[routing] not in prediction.assumptions:
         return prediction
+    its = predict_routed(other_routing(routing)).device_interval
+    assert its is not None
+    reason = "tokens go to the experts evenly or all to the same ones, as the router is trained"
     interval = Interval(
         min(mine.low_bytes, its.low_bytes), max(mine.high_bytes, its.high_bytes), (*mine.reasons, reason)
     )
     return replace(prediction, device_interval=interval)
+
+
+def other_routing(routing: Routing) -> Routing:
+    return "worst" if routing == "balanced" else "balanced"
 
 
 def predict_steps(trace: MemoryTrace, settings: PredictSettings, steps: Sequence[int]) -> list[Prediction]:

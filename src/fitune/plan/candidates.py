@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from fitune.config import BatchConfig, Loss, Precision, Recompute, RunConfig
+from fitune.config import BatchConfig, Loss, Precision, Recompute, Routing, RunConfig
 from fitune.plan.budget import Lengths
 from fitune.plan.plan import Candidate
 
@@ -121,6 +121,10 @@ def settle(config: RunConfig, choice: Choice) -> RunConfig:
             "loss": "auto" if config.loss == "auto" and choice.loss == "chunked" else choice.loss,
         }
     )
+
+
+def with_routing(config: RunConfig, routing: Routing) -> RunConfig:
+    return config.model_copy(update={"memory": config.memory.model_copy(update={"routing": routing})})
 
 
 def settings_of(candidate: Candidate, config: RunConfig) -> list[str]:

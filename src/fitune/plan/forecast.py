@@ -13,9 +13,10 @@ import psutil
 from fitune.config import RunConfig
 from fitune.errors import ConfigError, ModelError
 from fitune.memory.c_allocator import allocator_name
+from fitune.memory.prediction import other_routing
 from fitune.plan.budget import Lengths, Limits
 from fitune.plan.cache import file_state, read_cached, write_cached
-from fitune.plan.candidates import Choice, settle
+from fitune.plan.candidates import Choice, settle, with_routing
 from fitune.plan.cost import StepShape, StepWork, Work, work_of
 from fitune.trace.events import Category
 
@@ -75,7 +76,8 @@ class Forecaster:
             config.model_dump(mode="json", include={"model", "loss", "eval"}),
             config.optim.model_dump(mode="json", exclude={"lr", "warmup", "schedule", "final_lr_fraction"}),
             [config.data.packing, config.batch.rows_per_step],
-            [config.memory.allocator, device.name, device.total_bytes, device.compute_capability],
+            [config.memory.allocator, config.memory.routing],
+            [device.name, device.total_bytes, device.compute_capability],
             allocator_name() if device.kind == "cpu" else None,
             asdict(lengths),
             num_shards,
@@ -125,6 +127,15 @@ class Forecaster:
         if key not in self.known:
             self.known[key] = asdict(self._shape(choice, packed=packed))
         return StepShape(**self.known[key])
+
+    def other_routing_bytes(self, choice: Choice) -> int:
+        """Allocated at the peak where the tokens go to the experts in the other way."""
+        key = f"other routing {choice}"
+        if key not in self.known:
+            config = with_routing(self.config, other_routing(self.config.memory.routing))
+            other = Forecaster(config, self.limits, self.lengths, num_shards=self.num_shards)
+            self.known[key] = other.forecast(choice).allocated_bytes
+        return int(self.known[key])
 
     def save(self) -> None:
         if len(self.known) > self._num_read:

@@ -12,6 +12,7 @@ from typing import Any
 
 from fitune.config import RunConfig
 from fitune.errors import ConfigError, ModelError
+from fitune.memory.prediction import other_routing
 from fitune.plan.budget import Lengths, Limits, find_lengths, find_limits, free_bytes
 from fitune.plan.candidates import RECOMPUTES, Choice, proposals, same_choices
 from fitune.plan.forecast import Forecast, Forecaster
@@ -28,6 +29,7 @@ from fitune.plan.share import (
     share_of,
 )
 from fitune.plan.training import plan_training
+from fitune.trace.events import ROUTED
 from fitune.units import format_bytes
 
 
@@ -55,7 +57,8 @@ def choose_plan(
     lengths = lengths or find_lengths(config)
     forecaster = Forecaster(share_of(config, num_gpus), limits, lengths, num_shards=num_shards)
     search = _Search(config, forecaster, on_candidate, num_gpus=num_gpus)
-    plan = search.plan(search.thorough() if thorough else search.lean())
+    chosen = search.thorough() if thorough else search.lean()
+    plan = search.plan(chosen, list(search.other_routing(chosen)) if thorough and chosen else ())
     forecaster.save()
     return plan
 
@@ -155,7 +158,18 @@ class _Search:
             return math.inf, RECOMPUTES.index(choice.recompute), choice.num_changes, -size
         return seconds, 0, choice.num_changes, size, RECOMPUTES.index(choice.recompute)
 
-    def plan(self, chosen: Choice | None) -> Plan:
+    def other_routing(self, chosen: Choice) -> Iterator[str]:
+        """What the chosen one needs where the tokens go to the experts in the other way, if that matters."""
+        found, routing = self.looked_at[chosen], self.config.memory.routing
+        if ROUTED[routing] in found.notes:
+            allocated_bytes = self.forecaster.other_routing_bytes(chosen)
+            yield (
+                f"memory.routing={other_routing(routing)}: the marked one would have {format_bytes(allocated_bytes)} "
+                f"allocated at its peak instead of {format_bytes(found.allocated_bytes)}"
+            )
+
+    def plan(self, chosen: Choice | None, notes: Sequence[str] = ()) -> Plan:
+        """notes: further assumptions."""
         same = sorted((choice for choice in self.looked_at if choice.result == "same"), key=self.order)
         order = same + sorted((choice for choice in self.looked_at if choice.result != "same"), key=self.order)
         shown = self.looked_at[chosen or order[0]]
@@ -193,7 +207,7 @@ class _Search:
             candidates=tuple(self.candidate(choice) for choice in order),
             chosen=None if chosen is None else order.index(chosen),
             others=tuple(self.others(chosen or order[0])),
-            assumptions=(self.pricer.assumption, *self.for_several(shown), *shown.notes, *self.refused),
+            assumptions=(self.pricer.assumption, *self.for_several(shown), *shown.notes, *notes, *self.refused),
         )
 
     def for_several(self, shown: Forecast) -> Iterator[str]:

@@ -13,10 +13,11 @@ from fitune.config import ModelConfig, RunConfig, read_config
 from fitune.errors import ConfigError
 from fitune.memory.c_allocator import allocator_habit
 from fitune.memory.devices import Device, context_prior, cpu_device, find_device, this_machine
-from fitune.memory.prediction import Interval, Prediction, PredictSettings, predict_steps
+from fitune.memory.prediction import Interval, Prediction, PredictSettings, either_routing, predict_steps
 from fitune.memory.residuals import circumstances, measured_context, read_residuals, widen
 from fitune.model.load import load_model
 from fitune.model.precision import Precision
+from fitune.plan.candidates import with_routing
 from fitune.step.assemble import CPU_MICRO_TOKENS, CUDA_MICRO_TOKENS
 from fitune.step.shards import dealt_layers
 from fitune.trace.cuda_behaviour import CudaTarget
@@ -52,10 +53,14 @@ def predict(config: ConfigSource, *, gpu: str | None = None, overrides: Sequence
 
     config: a RunConfig, a mapping, or the path of a YAML file. overrides: 'key.sub=value'. gpu: a card of the
     catalogue, or 'cpu'; else memory.gpu, else this machine's card, else its CPU. Needs no card, no weights and no data.
+    Where it matters which experts get the tokens, `device_interval` spans both of memory.routing.
     Raises UsageError for an unknown card, and what the configuration's and the model's checks raise.
     """
     run = config if isinstance(config, RunConfig) else read_config(config, overrides).config
-    return predict_run(run, choose_target(run, gpu=gpu)).largest
+    device = choose_target(run, gpu=gpu)
+    return either_routing(
+        lambda routing: predict_run(with_routing(run, routing), device).largest, routing=run.memory.routing
+    )
 
 
 def choose_target(config: RunConfig, *, gpu: str | None = None) -> Device:

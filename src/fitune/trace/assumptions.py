@@ -8,7 +8,7 @@ named once in `MemoryTrace.source`. Where the data is known, because a loop told
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,29 +16,33 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_any, tree_leaves, tree_map_only
 
+from fitune.config import Routing
+from fitune.trace.events import ROUTED, UNROUTED
 from fitune.trace.shapes import ShapeMemory
 
 aten = torch.ops.aten
-Routing = Literal["balanced", "worst"]
-ROUTED = "assumed: experts are "
-"""Begins the line of `MemoryTrace.source` that a routing policy was asked for."""
 
 
 @dataclass(slots=True)
 class _Router:
-    """One topk over experts: `num_experts` choices, `top_k` of them a token; `unseen`: experts yet to be asked for."""
+    """One topk over experts: `num_experts` choices, `top_k` of them a token, `num_slots` in all; `unseen`: experts yet
+    to be asked for; `num_counted`: those whose tokens were counted."""
 
     num_experts: int
     top_k: int
+    num_slots: int
     unseen: int
+    num_counted: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class _Origin:
-    """The mean of the elements as far as it is known, and the router that they come from."""
+    """The mean of the elements as far as it is known, and the router that they come from. is_count: whether each counts
+    the tokens of one expert."""
 
     mean: float | None = None
     router: _Router | None = None
+    is_count: bool = False
 
 
 _SAME_ELEMENTS = {
@@ -110,6 +114,11 @@ class Assumptions:
         self._shapes = shapes
         self.used: dict[str, None] = {}
 
+    def lines(self) -> list[str]:
+        """What was assumed. Of the worst routing, where it was wanted, also that it made no difference."""
+        idle = self._routing == "worst" and ROUTED["worst"] not in self.used
+        return [*self.used, *([UNROUTED] if idle else [])]
+
     def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         packet = func.overloadpacket
         if packet is aten._local_scalar_dense:
@@ -172,7 +181,8 @@ class Assumptions:
         if packet in (aten.sum, aten.count_nonzero, aten.any) and isinstance(result, torch.Tensor) and result.numel():
             mean = 1.0 if origin is None or origin.mean is None else origin.mean
             total = mean * first.numel() / result.numel()
-            return _Origin(min(total, 1.0) if packet is aten.any else total, router)
+            is_count = router is not None and tuple(result.shape) == (router.num_experts,)
+            return _Origin(min(total, 1.0) if packet is aten.any else total, router, is_count)
         if packet in (aten.gt, aten.ge) and origin is not None and origin.mean is not None:
             if router is not None:  # which experts are chosen at all
                 num_chosen = router.top_k if self._routing == "worst" else router.num_experts
@@ -189,7 +199,7 @@ class Assumptions:
     def _route(self, indices: torch.Tensor, num_experts: int) -> None:
         """Indices of a topk are a router's choice; where they are real they are made to follow the policy."""
         top_k = indices.shape[-1]
-        _set_origin(indices, _Origin(None, _Router(num_experts, top_k, top_k)))
+        _set_origin(indices, _Origin(None, _Router(num_experts, top_k, indices.numel(), top_k)))
         if top_k < num_experts and not isinstance(indices, FakeTensor):
             flat = torch.arange(indices.numel(), dtype=indices.dtype)
             indices.copy_((flat % (top_k if self._routing == "worst" else num_experts)).view(indices.shape))
@@ -218,10 +228,19 @@ class Assumptions:
         elif tensor.dtype.is_floating_point:
             value = 1.0 if mean is None else float(mean)
             sentence = "a number read from the device is 1.0"
+        elif origin is not None and origin.router is not None and origin.is_count:
+            value, sentence = self._next_count(origin.router), ROUTED[self._routing].removeprefix("assumed: ")
         else:
             value = 0 if mean is None else math.ceil(mean)
             sentence = "a count read from the device counts every element, an index is 0"
         return self._answer(func, (tensor,), {}, value, sentence)
+
+    def _next_count(self, router: _Router) -> int:
+        """The tokens of one expert after the other; those of all are what was chosen."""
+        number = router.num_counted % router.num_experts
+        router.num_counted += 1
+        num_busy = router.top_k if self._routing == "worst" else router.num_experts
+        return (router.num_slots + num_busy - 1 - number) // num_busy if number < num_busy else 0
 
     def _nonzero(self, func: Any, tensor: torch.Tensor) -> torch.Tensor:
         try:
@@ -238,7 +257,7 @@ class Assumptions:
             return len(_on_data(aten.nonzero.default, (mask,), {}))
         origin = _origin(mask)
         if origin is not None and origin.router is not None:
-            self.used[f"{ROUTED}{self._routing}"] = None
+            self.used[ROUTED[self._routing]] = None
         else:
             self.used["assumed: a mask selects every element"] = None
         return math.ceil(mask.numel() * (1.0 if origin is None or origin.mean is None else origin.mean) - 1e-9)

@@ -1,6 +1,6 @@
 """What a training step allocates and frees, in order: pure data, written by the recorders and read by `memory/`."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, get_args, runtime_checkable
 
@@ -10,6 +10,14 @@ import numpy.typing as npt
 Category = Literal["parameter", "gradient", "optimizer_state", "activation", "temporary", "input", "workspace"]
 CATEGORIES: tuple[Category, ...] = get_args(Category)
 Phase = Literal["load", "forward", "backward", "optimizer"]
+
+ROUTED: Mapping[str, str] = {
+    "balanced": "assumed: every expert gets as many tokens as any other (routing balanced)",
+    "worst": "assumed: all tokens go to the same experts (routing worst)",
+}
+"""What `MemoryTrace.source` says by routing policy where it was asked for."""
+UNROUTED = "routing worst changes nothing: where the tokens go has no part in the memory of this model"
+"""What it says where it was not, though the worst was wanted."""
 
 
 @dataclass(frozen=True, slots=True)

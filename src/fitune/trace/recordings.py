@@ -16,8 +16,8 @@ from fitune.config import ModelConfig, RunConfig
 from fitune.model.layers import find_equal_layers, first_layers
 from fitune.model.load import load_config
 from fitune.step.assemble import choose_layouts
-from fitune.trace.assumptions import ROUTED
 from fitune.trace.cuda_behaviour import CudaTarget
+from fitune.trace.events import ROUTED
 from fitune.trace.extrapolate import (
     NUM_RECORDED_CHUNKS,
     Growth,
@@ -245,7 +245,7 @@ def _borrow(family: _Family, counts: Counts, passes: Sequence[Pass], other: _Rec
 def _samples(family: _Family, counts: Counts) -> list[tuple[Counts, ColumnsOfStep]]:
     """Those that can be on a line with `counts`: one row has another structure than several, and tokens per expert are
     rounded up."""
-    routed = any(line.startswith(ROUTED) for _, columns in family.samples for line in columns.recording.source)
+    routed = any(line in columns.recording.source for line in ROUTED.values() for _, columns in family.samples)
     if routed or min(counts.rows.by_step.values()) < 2:
         return []
     return [each for each in family.samples if min(each[0].rows.by_step.values()) > 1]
@@ -260,12 +260,13 @@ def _growth_sees(family: _Family, one: Recording, other: Recording) -> bool:
 
 def _without_rows(config: RunConfig) -> tuple[object, ...]:
     """What a recording depends on besides its rows."""
-    return config.model, config.data.packing, config.optim, config.loss
+    return config.model, config.data.packing, config.optim, config.loss, config.memory.routing
 
 
 def _without_layers(config: RunConfig) -> tuple[object, ...]:
     """What that depends on which grows with the number of layers."""
-    return config.model.model_copy(update={"recompute": "off"}), config.data.packing, config.optim
+    model = config.model.model_copy(update={"recompute": "off"})
+    return model, config.data.packing, config.optim, config.memory.routing
 
 
 def _repeat(family: _Family, counts: Counts, columns: ColumnsOfStep) -> ColumnsOfStep | None:

@@ -177,7 +177,7 @@ def record_columns_of_step(
         with patch.object(loss, "_chunks", chunks_of), patch.dict(optimizer._BUILDERS, state_alone):
             yield
 
-    settings = RecordSettings(mode=mode, target=target, num_steps=len(passes))
+    settings = RecordSettings(mode=mode, target=target, num_steps=len(passes), routing=config.memory.routing)
     with _older_objects_set_aside():
         recording = record_columns(build, loop, settings, watch=name_chunks, shapes=shapes)
     ((model, setup),) = made

@@ -23,6 +23,7 @@ from fitune.memory.nvml import read_cards
 from fitune.memory.prediction import Prediction
 from fitune.memory.residuals import Circumstances, Residual, add_residual, circumstances
 from fitune.model.device import MemoryPeak, program_bytes, trim_heap
+from fitune.plan.candidates import with_routing
 from fitune.plan.predict import predict_run
 from fitune.plan.share import shards_of, with_bucket
 from fitune.trace.step import Pass
@@ -110,6 +111,7 @@ def predict_second_step(
     """num_ranks: of which this is the first. Raises what a recording raises; a run without its prediction is still a
     run."""
     target = run_device(device)
+    config = with_routing(config, "balanced")  # near to what is measured, of which the worst is only a bound
     passes, num_shards = list(_passes(config, train, held_out, num_ranks)), shards_of(config, num_ranks)
     training = predict_run(config, target, passes=passes, num_shards=num_shards).training
     if device.type == "cuda" and num_shards == 1:  # on a CPU only what is used of it is resident
