@@ -162,7 +162,7 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
 def test_a_hostile_run_gives_a_small_page_in_time(hostile: tuple[Path, float]) -> None:
     path, seconds = hostile
     assert path.stat().st_size < MOST_BYTES
-    assert seconds < 5
+    assert seconds < 20  # of the processor, also where others use it too; work that grows with the square takes minutes
 
 
 def test_nothing_in_the_data_becomes_markup(hostile: tuple[Path, float]) -> None:

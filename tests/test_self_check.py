@@ -143,8 +143,11 @@ def test_the_summary_compares_the_second_step_with_itself(tmp_path: Path, monkey
     )  # fmt: skip
     assert summary.peak_device_bytes is not None
     assert summary.peak_device_bytes >= max(step.device_used_bytes or 0 for step in steps)
-    (kept,) = (tmp_path / "cache" / "residuals.jsonl").read_text().splitlines()
-    assert json.loads(kept)["measured_bytes"] == summary.measured_reserved_bytes
+    measured = summary.measured_reserved_bytes
+    residuals = tmp_path / "cache" / "residuals.jsonl"
+    kept = residuals.read_text().splitlines() if residuals.exists() else []
+    # so small a model may take less than the program gives back, which is no measurement
+    assert [json.loads(line)["measured_bytes"] for line in kept] == [measured] * (measured is not None)
 
 
 def test_freed_memory_is_given_back_before_the_program_is_counted_and_after_the_longest_rows(
