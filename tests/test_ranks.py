@@ -8,7 +8,8 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -27,13 +28,15 @@ from fitune.run.directory import RunDirectory, read_run
 from fitune.run.journal import plan_parts, read_journal
 from fitune.run.metrics import StepMetrics, read_events, read_metrics, read_summary
 from fitune.step import micro_batch_work
-from fitune.train import guard, prepare
+from fitune.train import guard, loop, prepare
+from fitune.train.state import RunState
 from tiny_ranks import run_ranks
 
 TWO, ONE, RUN = (RunDirectory(Path("runs", name)) for name in ("two", "one", "run"))
 STEPS, FAULTY_STEP = 6, 5
 LOSSES = ("loss", "grad_norm")
 
+T = TypeVar("T")
 Fault = Callable[[], None]
 
 
@@ -288,6 +291,23 @@ def test_an_incomplete_environment_is_a_usage_error(
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
+def test_a_signal_that_comes_while_the_others_are_asked_counts_at_the_next_step() -> None:
+    """The others have not heard of it yet, and go on."""
+    caught: list[int] = []
+
+    def exchange(own: T) -> list[T]:
+        if not caught:
+            caught.append(signal.SIGTERM)
+        return [own, own]
+
+    trainer: Any = SimpleNamespace(
+        untold=[], state=RunState(), writer=SimpleNamespace(failed_step=None), ranks=SimpleNamespace(exchange=exchange)
+    )
+    assert not loop._Trainer.agree_to_stop(trainer, caught, None)
+    assert caught
+    assert loop._Trainer.agree_to_stop(trainer, caught, None)
+
+
 def test_torchrun_ends_all_after_the_same_step_when_it_is_told_to_end() -> None:
     """As a scheduler does it: SIGTERM to torchrun, which sends it on."""
     torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "fitune"]

@@ -325,9 +325,11 @@ class _Trainer:
             self.state = replace(self.state, peak=larger_peak(self.state.peak, word.peak))
         if words[0].failed_save == self.state.best_step and self.state.best_step not in (None, self.state.step):
             self.state = replace(self.state, **self.best_before)  # best/ is still that
+        signals = [word.signal for word in words if word.signal is not None]
         if not caught:
-            caught += [word.signal for word in words if word.signal is not None][:1]
-        return bool(caught) or any(word.is_late for word in words)
+            caught += signals[:1]
+        # by what all have heard: a signal that came meanwhile is told the next time
+        return bool(signals) or any(word.is_late for word in words)
 
     def _prepared(self) -> Iterator[tuple[Batch, list[MicroBatch]]]:
         following = batches(
