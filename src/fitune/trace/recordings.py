@@ -130,14 +130,14 @@ class Recordings:
         num_short = _num_short(family, counts, passes)
         if num_short is None:
             return None
-        kinds, short_passes = [each.kind for each in passes], passes[:num_short]
+        short_passes = passes[:num_short]
         ((_, sample),) = _samples(family, counts)
         layers = self._layers_to_record(config.model)
         short = self._record(
             config, short_passes, target=target, num_layers=None if layers is None else layers.num_recorded
         )
-        found = resize(sample.recording, short.recording, kinds=kinds, num_short=num_short)
-        if found is None or _growth_sees(family, sample.recording, found):
+        found = _resized(family, sample.recording, short.recording, passes, num_short)
+        if found is None:
             family.resists = True
             return None
         family.samples.append((counts, replace(sample, recording=found)))
@@ -225,8 +225,7 @@ def _borrow(family: _Family, counts: Counts, passes: Sequence[Pass], other: _Rec
     num_short = _num_short(family, counts, passes)
     if num_short is None:
         return False
-    kinds, rows = [each.kind for each in passes], other.passes[0].rows
-    times, rest = divmod(len(rows), len(passes[0].rows))
+    times, rest = divmod(len(other.passes[0].rows), len(passes[0].rows))
     wanted = [replace(each, rows=each.rows * times) for each in passes]
     if rest or times < 2 or wanted[:num_short] != list(other.passes[:num_short]) or len(other.passes) == num_short:
         return False
@@ -235,11 +234,18 @@ def _borrow(family: _Family, counts: Counts, passes: Sequence[Pass], other: _Rec
     if theirs is None or theirs.structure != mine.structure or theirs.rows == mine.rows:
         return False
     short = first_steps(other.columns.recording, num_short)
-    found = resize(sample.recording, short, kinds=kinds, num_short=num_short)
-    if found is None or _growth_sees(family, sample.recording, found):
+    found = _resized(family, sample.recording, short, passes, num_short)
+    if found is None:
         return False
     family.samples.append((theirs, replace(sample, recording=found)))
     return True
+
+
+def _resized(
+    family: _Family, recording: Recording, short: Recording, passes: Sequence[Pass], num_short: int
+) -> Recording | None:
+    found = resize(recording, short, kinds=[each.kind for each in passes], num_short=num_short)
+    return None if found is None or _growth_sees(family, recording, found) else found
 
 
 def _samples(family: _Family, counts: Counts) -> list[tuple[Counts, ColumnsOfStep]]:
@@ -274,15 +280,19 @@ def _repeat(family: _Family, counts: Counts, columns: ColumnsOfStep) -> ColumnsO
     are few layers."""
     if family.turns is not None and family.growth is None:
         return None
-    recording: Recording | None = columns.recording
-    growth = family.growth
+    recording, growth = columns.recording, family.growth
     for loop, number in counts.num_chunks.items():
         if number > NUM_RECORDED_CHUNKS:
-            turns = Turns(loop, 1, NUM_RECORDED_CHUNKS, number)
-            found = None if recording is None else repeat_inner_turns(recording, turns, outer=growth)
-            recording, growth = found or (None, None)
-    if recording is not None and family.turns is not None:
-        recording = repeat_turns(recording, family.turns, growth=growth)
-        total, trainable = family.num_parameters
-        columns = replace(columns, num_parameters=total, num_trainable_parameters=trainable)
-    return None if recording is None else replace(columns, recording=recording)
+            found = repeat_inner_turns(recording, Turns(loop, 1, NUM_RECORDED_CHUNKS, number), outer=growth)
+            if found is None:
+                return None
+            recording, growth = found
+    if family.turns is None:
+        return replace(columns, recording=recording)
+    repeated = repeat_turns(recording, family.turns, growth=growth)
+    total, trainable = family.num_parameters
+    return (
+        None
+        if repeated is None
+        else replace(columns, recording=repeated, num_parameters=total, num_trainable_parameters=trainable)
+    )

@@ -24,8 +24,7 @@ def resize(recording: Recording, short: Recording, *, kinds: Sequence[str], num_
     of_step = ("load", *kinds)
     places, births = _births(recording, of_step)
     their_places, their_births = _births(short, of_step)
-    steps = np.array([label.where.step for label in recording.labels], dtype=np.int64)[recording.label]
-    num_first = int(np.count_nonzero(steps <= num_short))
+    num_first = _num_births(recording, num_short)
     same_deaths = np.array_equal(_deaths(recording, num_first), _deaths(short, num_first))
     if places[:num_first] != their_places or not same_deaths:
         return None
@@ -51,8 +50,7 @@ def resize(recording: Recording, short: Recording, *, kinds: Sequence[str], num_
 
 def first_steps(recording: Recording, number: int) -> Recording:
     """What a recording of the first steps alone would have been."""
-    steps = np.array([label.where.step for label in recording.labels], dtype=np.int64)[recording.label]
-    first = int(np.count_nonzero(steps <= number))
+    first = _num_births(recording, number)
     columns = {name: getattr(recording, name)[:first] for name in COLUMNS}
     columns["dies_after"] = np.where(columns["dies_after"] < first, columns["dies_after"], NEVER)
     return replace(
@@ -61,6 +59,12 @@ def first_steps(recording: Recording, number: int) -> Recording:
         silent=tuple(each for each in recording.silent if each[0] <= number),
         work=tuple(work for work in recording.work if work.step <= number),
     )
+
+
+def _num_births(recording: Recording, step: int) -> int:
+    """Up to the end of that step."""
+    steps = np.array([label.where.step for label in recording.labels], dtype=np.int64)[recording.label]
+    return int(np.count_nonzero(steps <= step))
 
 
 def _later(
