@@ -149,7 +149,7 @@ def test_a_second_process_makes_a_run_shrink_and_grow_back_with_the_same_losses(
 ) -> None:
     """Real memory of a real process, in one control group with the run; also a run that never had enough."""
     monkeypatch.chdir(tmp_path)
-    second_process.prepare(steps=20)
+    second_process.prepare(steps=28)
     below, crowded = second_process.measure_all([100.0])[1:]
     for outcome in (below, crowded):
         assert outcome.kills == 0

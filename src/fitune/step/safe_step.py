@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from fitune.errors import OutOfMemoryError, RestartError
-from fitune.model.device import map_large_blocks, usable_bytes
+from fitune.model.device import held_bytes, map_large_blocks, usable_bytes
 from fitune.step.gradient_norms import NormRecorder
 from fitune.step.out_of_memory import memory_failure, needed_bytes, release_memory
 from fitune.step.random_state import micro_batch_seed, seed_streams, streams_kept
@@ -130,14 +130,16 @@ class Protection(Generic[P]):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failure:
     """Memory ran out once. row_ids, num_positions: of the piece. needed_bytes: of the allocation that failed.
-    free_bytes: after everything was given back. action: what was done about it, as a clause. rank: of the process,
-    where all go back together."""
+    free_bytes: after everything was given back; with what the step held all the same, its gradients, it is what others
+    left to the whole step, left_bytes. action: what was done about it, as a clause. rank: of the process, where all go
+    back together."""
 
     place: Place
     row_ids: tuple[int, ...]
     num_positions: int
     needed_bytes: int | None
     free_bytes: int | None = None
+    left_bytes: int | None = None
     action: str = ""
     rank: int = 0
 
@@ -208,10 +210,10 @@ def safe_step(
                 )
             if protection.work.shards is None:
                 progress.recover(again=outcome.place in LATE)
-                outcome, fits_now = replace(outcome, free_bytes=protection.free_bytes()), fits
+                outcome, fits_now = progress.with_free_bytes(outcome), fits
             else:
                 progress.recover(again=True)
-                outcome, fits_now = _told(protection, outcome, fits)
+                outcome, fits_now = _told(protection, progress.with_free_bytes(outcome), fits)
             action = _next_rung(protection, progress, outcome, failures=failures, fits=fits_now)
             failures.append(replace(outcome, action=action))
 
@@ -239,6 +241,7 @@ class _Progress(Generic[P]):
         self.lost_weight = 0.0  # by this step itself
         self.loss_weight = self._loss_weight()
         self._at_start = self._at_piece = _Buffers(protection)
+        self._held_bytes = held_bytes(protection.device)
 
     @property
     def plan(self) -> tuple[tuple[int, ...], ...]:
@@ -275,6 +278,14 @@ class _Progress(Generic[P]):
         if self.protection.device.type == "cpu":
             map_large_blocks()
         release_memory(self.protection.device)
+
+    def with_free_bytes(self, failure: Failure) -> Failure:
+        """Once what it can do without is given back."""
+        free_bytes = self.protection.free_bytes()
+        if free_bytes is None:
+            return failure
+        still_held = max(held_bytes(self.protection.device) - self._held_bytes, 0)
+        return replace(failure, free_bytes=free_bytes, left_bytes=free_bytes + still_held)
 
     def restart(self) -> None:
         self.pending = self.done + self.pending
@@ -491,8 +502,8 @@ def _told(
     """(the failure for which all processes go back, what its own process says of its size). Of several the first."""
     shards = protection.work.shards
     assert shards is not None
-    fits_again = own is not ELSEWHERE and fits is not None and fits(own.num_positions)
-    own = replace(own, free_bytes=protection.free_bytes(), rank=shards.peers.rank)
+    fits_again = own.place != ELSEWHERE.place and fits is not None and fits(own.num_positions)
+    own = replace(own, rank=shards.peers.rank)
     told = shards.peers.exchange((own, fits_again))
     failure, fits_again = next(each for each in told if each[0].place != ELSEWHERE.place)
     return failure, lambda _: fits_again

@@ -24,7 +24,7 @@ CLEAN_STEPS = 8
 """Steps without a failure before a larger size is tried."""
 FIRST_BAN_STEPS = 64
 LONGEST_BAN_STEPS = 4096
-LIFTED_FACTOR = 2
+LIFTED_FACTOR = 1.5
 """A ban ends early when so many times the memory is free as when the rung failed."""
 FORGET = 0.95
 """Weight of the earlier measurements at each new one: about 20 steps count."""
@@ -37,8 +37,9 @@ RUNG = 2**0.5
 @dataclass(frozen=True, slots=True)
 class Observation:
     """One step. size: its largest micro-batch. need_bytes: the step's peak above what was held before it, None where
-    it was not measured. failed_size: the smallest that did not fit, None where all did. free_bytes: before the step.
-    num_alloc_retries: how often the allocator had to give cached blocks back."""
+    it was not measured. failed_size: the smallest that did not fit, None where all did. free_bytes: before the step,
+    or for the step when that size failed, if that was less. num_alloc_retries: how often the allocator had to give
+    cached blocks back."""
 
     size: int
     need_bytes: int | None = None

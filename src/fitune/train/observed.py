@@ -49,15 +49,18 @@ def observed(
     seconds = time.perf_counter() - start
     peak = read_peak(device)
     peak_bytes = peak.device_bytes if peak.allocated_bytes is None else peak.allocated_bytes
-    sizes = [each.num_positions for each in result.failures if each.place not in LATE]
-    failed = [size for size in sizes if size > result.most_positions]  # others fitted when they were done again
+    failures = [each for each in result.failures if each.place not in LATE]
+    failed = [each for each in failures if each.num_positions > result.most_positions]  # others fitted when done again
+    smallest = min(failed, key=lambda each: each.num_positions, default=None)
+    if free_bytes is not None and smallest is not None and smallest.left_bytes is not None:
+        free_bytes = min(free_bytes, smallest.left_bytes)  # another process may have taken from it since the step began
     learn(
         memory,
         Observation(
             size=result.most_positions,
             need_bytes=None if result.failures or peak_bytes is None else max(peak_bytes - held, 0),
             tokens_per_second=None if num_tokens is None else num_tokens / seconds,
-            failed_size=min(failed, default=None),
+            failed_size=None if smallest is None else smallest.num_positions,
             free_bytes=free_bytes,
             num_alloc_retries=num_alloc_retries(device) - retries,
         ),
