@@ -2,15 +2,18 @@
 
 import copy
 from collections.abc import Iterator
+from typing import get_args
 
 import pytest
 import torch
 from torch import nn
 
 from fitune.config import OptimConfig
+from fitune.config.schema import OptimizerName
 from fitune.errors import ConfigError
-from fitune.step.optimizer import HostAdamW, build_optimizer, set_lr
+from fitune.step.optimizer import _BUILDERS, STATE_COMES_LATE, HostAdamW, build_optimizer, set_lr
 from fitune.step.optimizer_state import create_state
+from fitune.trace.optimizer_8bit import build_8bit_adamw
 
 CPU, CARD = torch.device("cpu"), torch.device("cuda")
 
@@ -29,6 +32,16 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 3) ->
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return (parameter.detach() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("name", get_args(OptimizerName))
+def test_which_optimizers_have_their_state_before_the_first_step(
+    model: nn.Module, name: OptimizerName, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for each in STATE_COMES_LATE:  # needs no library
+        monkeypatch.setitem(_BUILDERS, each, build_8bit_adamw)
+    optimizer = build_optimizer(model, OptimConfig(name=name), lr=0.01, device=CARD)
+    assert create_state(optimizer) == (name not in STATE_COMES_LATE)
 
 
 def test_the_state_on_the_host_changes_no_bit(model: nn.Module) -> None:

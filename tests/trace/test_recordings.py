@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from fitune.config import RunConfig, read_config
 from fitune.model.layers import find_equal_layers
 from fitune.trace.cuda_behaviour import CudaTarget
 from fitune.trace.recordings import Recordings
-from fitune.trace.step import ColumnsOfStep, Pass, RecordedStep, longest_rows, record_step
+from fitune.trace.step import ColumnsOfStep, Pass, RecordedStep, longest_rows, record_step, steady_passes
 from tiny_models import TINY, TINY_DBRX
 
 AMPERE = CudaTarget((8, 0))
@@ -51,7 +52,17 @@ def make_config(
 
 def passes(config: RunConfig) -> list[Pass]:
     rows = longest_rows(config, num_rows=config.batch.rows_per_step)
-    return [Pass("train", rows, most_micro_batches=1), Pass("eval", rows, most_micro_batches=1), Pass("train", rows)]
+    return around(config, Pass("train", rows))
+
+
+def around(config: RunConfig, steady: Pass) -> list[Pass]:
+    micro = steady.rows[: config.batch.micro]
+    return steady_passes(
+        config.optim,
+        steady,
+        first=replace(steady, rows=micro, most_micro_batches=1),
+        evaluation=Pass("eval", micro, most_micro_batches=1),
+    )
 
 
 def facts(step: RecordedStep) -> tuple[object, ...]:
@@ -140,12 +151,12 @@ def test_how_a_step_grows_is_recorded_once_for_all_ways_to_recompute(tmp_path: P
     assert [config.model.recompute for config in recorded] == ["off", "off", "every_2", "selective", "full"]
 
 
-def test_a_second_size_needs_its_first_passes_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    steps: list[int] = []
+def test_a_second_size_needs_one_micro_batch_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    micro_batches: list[int] = []
     record = recordings_room.record_columns_of_step
 
     def counted(config: RunConfig, passes: list[Pass], **options: Any) -> ColumnsOfStep:
-        steps.append(len(passes))
+        micro_batches.append(passes[-1].most_micro_batches)
         return record(config, passes, **options)
 
     monkeypatch.setattr(recordings_room, "record_columns_of_step", counted)
@@ -153,14 +164,27 @@ def test_a_second_size_needs_its_first_passes_only(tmp_path: Path, monkeypatch: 
     for rows in (3, 5):  # of so few adapters that their update is taken back where it fails, state and all
         overrides = ("model.method=lora", "model.recompute=full", "model.lora.rank=1", "model.lora.targets=[q_proj]")
         ask(recordings, make_config(tmp_path, "llama", *overrides, rows=rows))
-    assert steps == [3, 3, 2]
+    assert micro_batches == [2, 2, 1]
+
+
+def test_a_step_that_leaves_something_is_not_repeated(tmp_path: Path, recorded: list[RunConfig]) -> None:
+    """Its state comes in its first update, so the second step is another."""
+
+    def two_steps(config: RunConfig) -> list[Pass]:
+        rows = longest_rows(config, num_rows=config.batch.rows_per_step)
+        return [Pass("state"), Pass("train", rows), Pass("train", rows)]
+
+    for name, times in (("adamw_8bit", 2), ("adamw", 1)):
+        recorded.clear()
+        config = make_config(tmp_path, "llama", f"optim.name={name}", num_layers=2)
+        ask(Recordings(), config, asked=two_steps)
+        assert len(recorded) == times
 
 
 def largest_micro_batch(config: RunConfig) -> list[Pass]:
     """Of one and of two micro-batches alike, as a plan asks."""
     micro = longest_rows(config, num_rows=config.batch.micro or 0)
-    first = [Pass("train", micro, most_micro_batches=1), Pass("eval", micro, most_micro_batches=1)]
-    return [*first, Pass("train", micro * (config.batch.accumulation or 1))]
+    return around(config, Pass("train", micro * (config.batch.accumulation or 1)))
 
 
 def test_a_step_in_one_piece_gives_the_second_size_of_one_in_two(tmp_path: Path, recorded: list[RunConfig]) -> None:

@@ -7,7 +7,7 @@ device corrects the level (`plan/calibration.py`); the order of the candidates i
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from fitune.memory.devices import Device
@@ -111,12 +111,12 @@ def card_ceilings(device: Device) -> Ceilings | None:
 
 
 def work_of(operators: Sequence[OperatorWork], *, rows: Sequence[tuple[int, int]], packed: bool) -> StepWork:
-    """From a recording whose first step is a micro-batch of these rows (tokens, supervised), and its last step two."""
+    """From a recording whose last step is two micro-batches of these rows (tokens, supervised)."""
     last_step = max(each.step for each in operators)
     positions = sum(length for length, _ in rows)
 
-    def part(step: int, *, update: bool) -> tuple[Work, ...]:
-        wanted = (each for each in operators if each.step == step and (each.phase == "optimizer") == update)
+    def part(is_part: Callable[[OperatorWork], bool]) -> tuple[Work, ...]:
+        wanted = (each for each in operators if each.step == last_step and is_part(each))
         return mix(
             (
                 1.0,
@@ -124,14 +124,13 @@ def work_of(operators: Sequence[OperatorWork], *, rows: Sequence[tuple[int, int]
             )
         )
 
-    first, both = part(1, update=False), part(last_step, update=False)
     return StepWork(
         positions=positions,
         row_tokens=sum(length**2 for length, _ in rows) / positions,
         packed=packed,
-        first=first,
-        later=mix((1.0, both), (-1.0, first)),
-        update=part(last_step, update=True),
+        first=part(lambda each: each.phase != "optimizer" and each.micro_batch == 0),
+        later=part(lambda each: each.phase != "optimizer" and each.micro_batch == 1),
+        update=part(lambda each: each.phase == "optimizer"),
     )
 
 

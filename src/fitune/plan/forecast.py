@@ -168,7 +168,7 @@ class Forecaster:
 
         settled = settle(self.config, choice)
         rows = heaviest_rows(settled, choice, self.lengths)
-        passes = _passes(rows, self.lengths.longest_eval_tokens, settled.batch.rows_per_step)
+        passes = _passes(settled, rows, self.lengths.longest_eval_tokens, settled.batch.rows_per_step)
         prediction = predict_run(
             settled,
             self.limits.device,
@@ -222,7 +222,7 @@ class Forecaster:
             for length in [longest] * (tokens // longest) + [tokens % longest] * (tokens % longest > 1)
         )
         target = cuda_target(settled, self.limits.device)
-        passes = _passes(rows, self.lengths.longest_eval_tokens, 2 * len(rows))
+        passes = _passes(settled, rows, self.lengths.longest_eval_tokens, 2 * len(rows))
         recorded = recordings.step(settled, passes, target=target)
         return work_of(recorded.work, rows=rows, packed=recorded.layout.packed)
 
@@ -266,17 +266,17 @@ def heaviest_rows(config: RunConfig, choice: Choice, lengths: Lengths) -> Sizes:
     return tuple((size, size - 1) for size in sizes)
 
 
-def _passes(rows: Sizes, longest_eval_tokens: int, rows_per_step: int) -> Sequence["Pass"]:
-    """A first step, where the optimizer's state is born; an evaluation; the steady step, whose second micro-batch finds
-    the gradients of the first."""
-    from fitune.trace.step import Pass
+def _passes(settled: RunConfig, rows: Sizes, longest_eval_tokens: int, rows_per_step: int) -> Sequence["Pass"]:
+    """Of micro-batches of these rows, and an evaluation of as many."""
+    from fitune.trace.step import Pass, steady_passes
 
     evaluation = ((longest_eval_tokens, longest_eval_tokens - 1),) * len(rows)
-    return [
-        Pass("train", rows, most_micro_batches=1),
-        *([Pass("eval", evaluation, most_micro_batches=1)] if longest_eval_tokens else []),
+    return steady_passes(
+        settled.optim,
         Pass("train", (rows * 2)[: max(rows_per_step, len(rows))]),
-    ]
+        first=Pass("train", rows, most_micro_batches=1),
+        evaluation=Pass("eval", evaluation, most_micro_batches=1) if longest_eval_tokens else None,
+    )
 
 
 def _work_key(variant: Choice, tokens: int, supervised_fraction: float) -> str:

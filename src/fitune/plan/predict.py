@@ -23,7 +23,7 @@ from fitune.step.shards import dealt_layers
 from fitune.trace.cuda_behaviour import CudaTarget
 from fitune.trace.recordings import Recordings
 from fitune.trace.sharded import sharded
-from fitune.trace.step import Pass, RecordedStep, longest_rows
+from fitune.trace.step import Pass, RecordedStep, longest_rows, steady_passes
 from fitune.units import format_bytes
 
 ConfigSource = RunConfig | Mapping[str, Any] | Path | str
@@ -185,14 +185,17 @@ def rows_per_micro_batch(config: RunConfig, device: Device, row_tokens: int) -> 
 
 
 def heaviest_passes(config: RunConfig, device: Device, *, row_tokens: int | None = None) -> list[Pass]:
-    """A first step, where the optimizer's state is born; an evaluation; the steady step with two micro-batches, the
-    second of which finds the gradients of the first."""
+    """As `steady_passes`, of rows as long as the longest."""
     length = row_tokens or config.data.max_length
     num_rows = min(2 * rows_per_micro_batch(config, device, length), config.batch.rows_per_step)
     rows = longest_rows(config, num_rows=num_rows, row_tokens=length)
-    first, steady = Pass("train", rows, most_micro_batches=1), Pass("train", rows)
     evaluated = config.data.eval is not None or config.data.eval_fraction > 0
-    return [first, *([Pass("eval", rows, most_micro_batches=1)] if evaluated else []), steady]
+    return steady_passes(
+        config.optim,
+        Pass("train", rows),
+        first=Pass("train", rows, most_micro_batches=1),
+        evaluation=Pass("eval", rows, most_micro_batches=1) if evaluated else None,
+    )
 
 
 def _in_process(prediction: Prediction, config: RunConfig, device: Device, *, program_bytes: int) -> Prediction:

@@ -11,6 +11,8 @@ from torch.optim.adamw import adamw
 from fitune.config import OptimConfig
 from fitune.errors import ConfigError
 
+STATE_COMES_LATE = ("adamw_8bit", "adamw_8bit_paged")
+"""Optimizers whose state is not made before the first step (`create_state`), but in its update."""
 _NEEDS_CARD = {
     "adamw_host": "keeps its state in the host's memory, where it is on a CPU anyway: use adamw",
     "adamw_8bit_paged": "moves its state between a card and the host, and here is no card: use adamw_8bit",

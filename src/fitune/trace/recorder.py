@@ -14,6 +14,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal, Protocol
 
 import torch
@@ -74,7 +75,7 @@ class Recorder(TorchDispatchMode):
         self._step = self._micro_batch = 0
         self._task_depth = 0
         self._phase: Phase = "load"
-        self._in_optimizer = self._forward_began = False
+        self._in_optimizer = self._makes_state = self._forward_began = False
         self._names: dict[int, str] = {}
         self._stack: list[str] = []
         self._sequence: tuple[list[int], list[str]] = ([], [])
@@ -101,6 +102,20 @@ class Recorder(TorchDispatchMode):
         self._step, self._micro_batch, self._phase, self._forward_began = step, 0, "forward", False
         for items in self._sequence:
             items.clear()
+
+    @contextmanager
+    def making_state(self) -> Iterator[None]:
+        """What happens inside is the optimizer's, between its updates too."""
+        self._makes_state = True
+        try:
+            yield
+        finally:
+            self._makes_state = False
+
+    def begin_micro_batch(self) -> None:
+        """Known before its input arrives only to who makes it; else it is seen by what comes."""
+        if self._phase in ("backward", "optimizer"):
+            self._next_micro_batch()
 
     def end_step(self, model: torch.nn.Module) -> None:
         for parameter in model.parameters():
@@ -188,15 +203,16 @@ class Recorder(TorchDispatchMode):
             for num_bytes in self._kernels.workspaces(func, self._phase):
                 self.allocate(num_bytes, "workspace", str(func))
         result = self._kernels.call(func, args, kwargs)
-        outputs = tuple(_tensors(result))
+        outputs = (result,) if isinstance(result, torch.Tensor) else tuple(_tensors(result))
         if not outputs:
             return result
         if self._placing == "host" or (self._placing is None and self._only_host(args, kwargs)):
             for tensor in outputs:
                 self._put_on_host(tensor.untyped_storage())
             return result
+        name = _name(func)
         for tensor, module in zip(outputs, self._modules(args, len(outputs)), strict=True):
-            self._see(tensor, str(func), module)
+            self._see(tensor, name, module)
         self._add_temporaries(func, args, outputs)
         if not func.is_view and func is not _UNSAFE_VIEW:
             self._count(func, args, kwargs, outputs)
@@ -220,8 +236,7 @@ class Recorder(TorchDispatchMode):
     def _count(self, func: Operator, args: Any, kwargs: Any, outputs: tuple[torch.Tensor, ...]) -> None:
         phase, step, micro_batch, module = self._where()
         turn, loop = self._turn(module)
-        dtype = str(outputs[0].dtype).removeprefix("torch.")
-        key = phase, step, micro_batch, loop, turn, str(func.overloadpacket), dtype
+        key = phase, step, micro_batch, loop, turn, _name(func.overloadpacket), _dtype_name(outputs[0].dtype)
         sums = self._work.setdefault(key, [0, 0, 0])
         sums[0] += 1
         sums[1] += moved_bytes(func, args, outputs)
@@ -295,7 +310,7 @@ class Recorder(TorchDispatchMode):
                     if storage.category is None and storage.reference is not None and storage.reference() is not None:
                         storage.category = "activation"
                 self._saved_candidates.clear()
-        elif self._in_optimizer or self._phase == "backward":
+        elif self._in_optimizer or self._makes_state or self._phase == "backward":
             self._phase = "optimizer"
         elif self._phase == "optimizer" and not any(True for _ in _tensors(args)):
             self._next_micro_batch()  # a factory function: the next micro-batch's input
@@ -367,6 +382,16 @@ class Recorder(TorchDispatchMode):
             ):
                 stack.callback(handle.remove)
             yield
+
+
+@cache
+def _name(operator: Any) -> str:
+    return str(operator)
+
+
+@cache
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _tensors(tree: Any) -> Iterator[torch.Tensor]:

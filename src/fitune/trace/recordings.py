@@ -32,9 +32,17 @@ from fitune.trace.extrapolate import (
     transfer_growth,
 )
 from fitune.trace.recording import Recording
-from fitune.trace.resize import first_steps, resize
+from fitune.trace.resize import resize, with_last_step_again
 from fitune.trace.shapes import ShapeMemory
-from fitune.trace.step import ColumnsOfStep, Counts, Pass, RecordedStep, count_rows, record_columns_of_step
+from fitune.trace.step import (
+    ColumnsOfStep,
+    Counts,
+    Pass,
+    RecordedStep,
+    count_rows,
+    first_rows,
+    record_columns_of_step,
+)
 
 
 @dataclass
@@ -81,6 +89,10 @@ class Recordings:
 
     def columns(self, config: RunConfig, passes: Sequence[Pass], *, target: CudaTarget | None) -> ColumnsOfStep | None:
         """The step from a short recording; None where the whole has to be recorded."""
+        if passes[0].kind == "state" and passes[-1] == passes[-2] and passes[-1].kind == "train":
+            once = self.columns(config, passes[:-1], target=target)
+            again = None if once is None else with_last_step_again(once.recording, len(passes) - 1)
+            return None if once is None or again is None else replace(once, recording=again)
         device = torch.device("cpu" if target is None else "cuda")
         key = repr((_without_rows(config), target))
         families, recorded = self._families.setdefault(key, []), self._recorded.setdefault(key, [])
@@ -91,7 +103,9 @@ class Recordings:
             if counts is not None and counts.structure == family.samples[0][0].structure:
                 alike.append(family)
                 found = _interpolate(family, counts, target=target)
-                if found is None and any(_borrow(family, counts, passes, each, device=device) for each in recorded):
+                if found is None and any(
+                    _borrow(family, counts, config, passes, each, device=device) for each in recorded
+                ):
                     found = _interpolate(family, counts, target=target)
                 if found is None:
                     found = self._resize(config, passes, family, counts, target=target)
@@ -126,17 +140,18 @@ class Recordings:
     def _resize(
         self, config: RunConfig, passes: Sequence[Pass], family: _Family, counts: Counts, *, target: CudaTarget | None
     ) -> Recording | None:
-        """A second sample, of which the first passes are recorded alone. None where that does not do."""
-        num_short = _num_short(family, counts, passes)
-        if num_short is None:
+        """A second sample, of which one micro-batch is recorded alone. None where that does not do."""
+        if not _needs_second(family, counts, passes):
             return None
-        short_passes = passes[:num_short]
         ((_, sample),) = _samples(family, counts)
         layers = self._layers_to_record(config.model)
-        short = self._record(
-            config, short_passes, target=target, num_layers=None if layers is None else layers.num_recorded
+        single = self._record(
+            config,
+            [*passes[:-1], replace(passes[-1], most_micro_batches=1)],
+            target=target,
+            num_layers=None if layers is None else layers.num_recorded,
         )
-        found = _resized(family, sample.recording, short.recording, passes, num_short)
+        found = _resized(family, sample.recording, single.recording, passes)
         if found is None:
             family.resists = True
             return None
@@ -212,39 +227,39 @@ def _interpolate(family: _Family, counts: Counts, *, target: CudaTarget | None) 
     return None
 
 
-def _num_short(family: _Family, counts: Counts, passes: Sequence[Pass]) -> int | None:
-    """How many passes a recording needs at least to be a second sample of the family; None where there is no such."""
+def _needs_second(family: _Family, counts: Counts, passes: Sequence[Pass]) -> bool:
+    """Whether a recording of one micro-batch can be a second sample of the family, which does two at the end."""
     kinds = [each.kind for each in passes]
-    number = max(map(kinds.index, set(kinds))) + 1
-    is_short = number < len(passes) and all(each.most_micro_batches == 1 for each in passes[:number])
-    return number if is_short and not family.resists and len(_samples(family, counts)) == 1 else None
+    is_short = kinds[-1] == "train" and kinds.count("train") == 1
+    return is_short and not family.resists and len(_samples(family, counts)) == 1
 
 
-def _borrow(family: _Family, counts: Counts, passes: Sequence[Pass], other: _Recorded, *, device: torch.device) -> bool:
-    """Whether the first passes of `other`, which goes on in another way, made a second sample of the family."""
-    num_short = _num_short(family, counts, passes)
-    if num_short is None:
-        return False
-    times, rest = divmod(len(other.passes[0].rows), len(passes[0].rows))
-    wanted = [replace(each, rows=each.rows * times) for each in passes]
-    if rest or times < 2 or wanted[:num_short] != list(other.passes[:num_short]) or len(other.passes) == num_short:
+def _borrow(
+    family: _Family, counts: Counts, config: RunConfig, passes: Sequence[Pass], other: _Recorded, *,
+    device: torch.device,
+) -> bool:  # fmt: skip
+    """Whether `other`, with more rows in its first micro-batch, made a second sample of the family."""
+    if not _needs_second(family, counts, passes) or len(other.passes) != len(passes):
         return False
     ((mine, sample),) = _samples(family, counts)
+    packed = sample.layout.packed
+    rows = first_rows(config, passes[-1], device=device, packed=packed)
+    times, rest = divmod(len(first_rows(other.config, other.passes[-1], device=device, packed=packed)), len(rows))
+    wanted = [replace(each, rows=each.rows * times) for each in passes]
+    if rest or times < 2 or wanted[:-1] != list(other.passes[:-1]) or other.passes[-1].kind != "train":
+        return False
     theirs = count_rows(other.config, wanted, sample, device=device)
     if theirs is None or theirs.structure != mine.structure or theirs.rows == mine.rows:
         return False
-    short = first_steps(other.columns.recording, num_short)
-    found = _resized(family, sample.recording, short, passes, num_short)
+    found = _resized(family, sample.recording, other.columns.recording, passes)
     if found is None:
         return False
     family.samples.append((theirs, replace(sample, recording=found)))
     return True
 
 
-def _resized(
-    family: _Family, recording: Recording, short: Recording, passes: Sequence[Pass], num_short: int
-) -> Recording | None:
-    found = resize(recording, short, kinds=[each.kind for each in passes], num_short=num_short)
+def _resized(family: _Family, recording: Recording, single: Recording, passes: Sequence[Pass]) -> Recording | None:
+    found = resize(recording, single, kinds=[each.kind for each in passes])
     return None if found is None or _growth_sees(family, recording, found) else found
 
 

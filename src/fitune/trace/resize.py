@@ -1,8 +1,8 @@
-"""A recording for another number of rows, from a short recording of those: of the first pass of each kind alone.
+"""A recording for another number of rows, from one of those in one micro-batch; and a step done once more.
 
-What the later passes do, the first did before: the same operators of the same modules on tensors of the same sizes. So
-a birth of a later pass has the new size of the one in its place that had its old size. What the operators of a later
-micro-batch do besides is about gradients and the optimizer's state, which know no rows.
+What the later micro-batches of the last step do, the first did before: the same operators of the same modules on
+tensors of the same sizes. So a birth of a later one has the new size of the one in its place that had its old size.
+What the operators of a later micro-batch do besides is about gradients and the optimizer's state, which know no rows.
 """
 
 from collections.abc import Iterable, Sequence
@@ -11,28 +11,31 @@ from typing import Any
 
 import numpy as np
 
-from fitune.trace.recording import COLUMNS, NEVER, Integers, Recording, Rule, Work
+from fitune.trace.recording import COLUMNS, NEVER, Integers, Label, Recording, Rule, Work
 
 _Place = tuple[object, ...]
 _Size = tuple[int, Rule | None]
 
 
-def resize(recording: Recording, short: Recording, *, kinds: Sequence[str], num_short: int) -> Recording | None:
-    """`recording` with the sizes of `short`, which holds its steps up to number `num_short`, of one micro-batch each,
-    for other rows. kinds: of all steps. None where the two do not do the same, or where a later step has a size that
-    no earlier one had, or that two had which are equal no longer."""
+def resize(recording: Recording, single: Recording, *, kinds: Sequence[str]) -> Recording | None:
+    """`recording`, whose last step is a training step, with the sizes of `single`, which is the same for other rows,
+    with or without that step's later micro-batches. kinds: of the steps. None where the two do not do the same, or
+    where a later micro-batch has a size that nothing had before, or that two had which are equal no longer."""
     of_step = ("load", *kinds)
     places, births = _births(recording, of_step)
-    their_places, their_births = _births(short, of_step)
-    num_first = _num_births(recording, num_short)
-    same_deaths = np.array_equal(_deaths(recording, num_first), _deaths(short, num_first))
-    if places[:num_first] != their_places or not same_deaths:
+    their_places, their_births = _births(single, of_step)
+    num_first = _num_first(recording, len(kinds))
+    same_deaths = np.array_equal(_deaths(recording, num_first), _deaths(single, num_first))
+    rest = (single.labels[label].where for label in single.label[num_first:].tolist())
+    ends = all(where.phase == "optimizer" or where.micro_batch > 0 for where in rest)
+    if places[:num_first] != their_places[:num_first] or not (same_deaths and ends):
         return None
-    later = _later(recording, places, births, their_births)
+    first = their_births[:num_first]
+    later = _later(recording, places, births, first)
     if later is None:
         return None
-    sizes = their_births + later
-    silent, work = _silent(recording, short, num_short), _work(recording, short, of_step, num_short)
+    sizes = first + later
+    silent, work = _silent(recording, single), _work(recording, single, of_step)
     if silent is None or work is None:
         return None
     rules: dict[Rule, int] = {}
@@ -48,23 +51,52 @@ def resize(recording: Recording, short: Recording, *, kinds: Sequence[str], num_
     )
 
 
-def first_steps(recording: Recording, number: int) -> Recording:
-    """What a recording of the first steps alone would have been."""
-    first = _num_births(recording, number)
-    columns = {name: getattr(recording, name)[:first] for name in COLUMNS}
-    columns["dies_after"] = np.where(columns["dies_after"] < first, columns["dies_after"], NEVER)
+def with_last_step_again(recording: Recording, step: int) -> Recording | None:
+    """Step number `step`, the last, done once more. None where something of it stays that is no kernel's workspace,
+    which is made once for all: then the next one is another."""
+    steps = _steps(recording)
+    start = int(np.count_nonzero(steps < step))
+    of_last = np.arange(start, len(recording))
+    stays = recording.dies_after[of_last] == NEVER
+    is_workspace = np.array([label.category == "workspace" for label in recording.labels], dtype=bool)
+    if np.any(stays & ~is_workspace[recording.label[of_last]]) or np.any(recording.dies_after[:start] >= start):
+        return None
+    source = of_last[~stays]
+    number = np.cumsum(~stays) - 1 + len(recording)  # of each birth done again
+    columns: dict[str, Any] = {
+        name: np.concatenate((getattr(recording, name), getattr(recording, name)[source])) for name in COLUMNS
+    }
+    # what died behind the birth of a workspace dies behind the birth before that
+    columns["dies_after"][len(recording) :] = number[recording.dies_after[source] - start]
+    labels = {label: number for number, label in enumerate(recording.labels)}
+    again = {
+        number: labels.setdefault(_in_step(recording.labels[number], step + 1), len(labels))
+        for number in np.unique(recording.label[source]).tolist()
+    }
+    columns["label"][len(recording) :] = [again[number] for number in recording.label[source].tolist()]
     return replace(
         recording,
         **columns,
-        silent=tuple(each for each in recording.silent if each[0] <= number),
-        work=tuple(work for work in recording.work if work.step <= number),
+        labels=tuple(labels),
+        silent=(*recording.silent, *((step + 1, rule) for number, rule in recording.silent if number == step)),
+        work=(*recording.work, *(work._replace(step=step + 1) for work in recording.work if work.step == step)),
     )
 
 
-def _num_births(recording: Recording, step: int) -> int:
-    """Up to the end of that step."""
-    steps = np.array([label.where.step for label in recording.labels], dtype=np.int64)[recording.label]
-    return int(np.count_nonzero(steps <= step))
+def _in_step(label: Label, step: int) -> Label:
+    death = None if label.death is None else label.death._replace(step=step)
+    return label._replace(where=label.where._replace(step=step), death=death)
+
+
+def _steps(recording: Recording) -> Integers:
+    steps: Integers = np.array([label.where.step for label in recording.labels], dtype=np.int64)[recording.label]
+    return steps
+
+
+def _num_first(recording: Recording, last_step: int) -> int:
+    """Births up to the end of the last step's first micro-batch."""
+    is_later = [where.step == last_step and where.micro_batch > 0 for _, where, _, _ in recording.labels]
+    return int(np.count_nonzero(~np.array(is_later, dtype=bool)[recording.label]))
 
 
 def _later(
@@ -76,14 +108,16 @@ def _later(
     before: dict[_Place, list[int]] = {}
     for number, place in enumerate(places[: len(first)]):
         before.setdefault(place, []).append(number)
-    groups: dict[tuple[_Place, int, int], list[int]] = {}
+    groups: dict[tuple[_Place, int], list[int]] = {}
     for number in range(len(first), len(births)):
         where = recording.labels[recording.label[number]].where
-        groups.setdefault((places[number], where.step, where.micro_batch), []).append(number)
+        groups.setdefault((places[number], where.micro_batch), []).append(number)
     found: dict[int, _Size | None] = {}
-    for (place, _, _), numbers in groups.items():
+    for (place, _), numbers in groups.items():
         same = before.get(place, [])
-        if [births[number] for number in numbers] == [births[number] for number in same]:
+        if place[0] == "optimizer":  # an update knows no rows
+            found |= {number: births[number] for number in numbers}
+        elif [births[number] for number in numbers] == [births[number] for number in same]:
             found |= zip(numbers, (first[number] for number in same), strict=True)
         else:
             found |= {number: grown.find(place, births[number]) for number in numbers}
@@ -93,25 +127,19 @@ def _later(
 
 
 class _Grown:
-    """What became of the old amounts in each place, which begins with phase, kind of pass and operator. The input of a
-    later micro-batch is counted to the phase before, so what is not found in its phase is looked for in the others. An
-    operator that knew no rows in the optimizer's first step knows none in the next, where there is more state."""
+    """What became of the old amounts in each place, which begins with the phase. What is not found in its phase is
+    looked for in the others."""
 
     def __init__(self, amounts: Iterable[tuple[_Place, Any, Any]]) -> None:
         self._found: dict[tuple[_Place, Any], set[Any]] = {}
-        self._steady: dict[_Place, bool] = {}  # operators of the optimizer that know no rows
         for place, old, new in amounts:
             for key in ((place, old), (place[1:], old)):
                 self._found.setdefault(key, set()).add(new)
-            operator = place[:3]
-            self._steady[operator] = old == new and self._steady.get(operator, place[0] == "optimizer")
 
     def find(self, place: _Place, old: Any) -> Any:
         """None where there was no such amount, or several that are equal no longer."""
         new = self._found.get((place, old)) or self._found.get((place[1:], old))
-        if new is None:
-            return old if self._steady.get(place[:3]) else None
-        return next(iter(new)) if len(new) == 1 else None
+        return next(iter(new)) if new is not None and len(new) == 1 else None
 
 
 def _births(recording: Recording, of_step: Sequence[str]) -> tuple[list[_Place], list[_Size]]:
@@ -135,33 +163,45 @@ def _deaths(recording: Recording, num_first: int) -> Integers:
     return np.where((after == NEVER) | (after >= num_first - 1), num_first, after)
 
 
-def _silent(recording: Recording, short: Recording, num_short: int) -> tuple[tuple[int, Rule], ...] | None:
-    first = [(step, rule) for step, rule in recording.silent if step <= num_short]
-    if [step for step, _ in first] != [step for step, _ in short.silent]:
-        return None
-    grown = _Grown((("",), old, rule) for (_, old), (_, rule) in zip(first, short.silent, strict=True))
-    later = [(step, grown.find(("",), rule)) for step, rule in recording.silent if step > num_short]
-    return None if any(rule is None for _, rule in later) else (*short.silent, *later)
+def _silent(recording: Recording, single: Recording) -> tuple[tuple[int, Rule], ...] | None:
+    """Where both name as many rules of as many operators in each step."""
+    names, theirs = ([(step, rule.op) for step, rule in each.silent] for each in (recording, single))
+    return single.silent if names == theirs else None
 
 
-def _work(recording: Recording, short: Recording, of_step: Sequence[str], num_short: int) -> tuple[Work, ...] | None:
+def _work(recording: Recording, single: Recording, of_step: Sequence[str]) -> tuple[Work, ...] | None:
+    last_step = len(of_step) - 1
+
     def place(work: Work) -> _Place:
         return (work.phase, of_step[work.step], work.op, work.dtype, work.loop, work.turn)
 
-    first = [work for work in recording.work if work.step <= num_short]
-    if [work.place for work in first] != [work.place for work in short.work]:
+    def is_update(work: Work) -> bool:
+        return work.step == last_step and work.phase == "optimizer"
+
+    def is_first(work: Work) -> bool:
+        return not is_update(work) and (work.step < last_step or work.micro_batch == 0)
+
+    first, theirs = list(filter(is_first, recording.work)), list(filter(is_first, single.work))
+    if [work.place for work in first] != [work.place for work in theirs]:
         return None
-    grown = _Grown((place(old), old.sums, new.sums) for old, new in zip(first, short.work, strict=True))
+    grown = _Grown((place(old), old.sums, new.sums) for old, new in zip(first, theirs, strict=True))
     change = {
         place(old): tuple(more - less for more, less in zip(new.sums, old.sums, strict=True))
-        for old, new in zip(first, short.work, strict=True)
+        for old, new in zip(first, theirs, strict=True)
     }
-    result = list(short.work)
-    for work in recording.work[len(first) :]:
+    in_first = iter(theirs)
+    result = []
+    for work in recording.work:
+        if is_update(work):
+            result.append(work)
+            continue
+        if is_first(work):
+            result.append(next(in_first))
+            continue
         sums = grown.find(place(work), work.sums)
         if sums is None:
             more = change.get(place(work), (0, 0, 0) if work.op.endswith("_") else None)
-            if more is None or work.phase == "forward" or (work.phase == "optimizer" and any(more)):
+            if more is None or work.phase == "forward":
                 return None
             sums = tuple(old + new for old, new in zip(work.sums, more, strict=True))
         result.append(Work(*work.place, *sums))

@@ -5,10 +5,10 @@ Only the rows are made up, since what they hold moves no memory, and how long th
 """
 
 import gc
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 from unittest.mock import patch
 
 import numpy as np
@@ -16,13 +16,15 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
-from fitune.config import RunConfig
+from fitune.config import OptimConfig, RunConfig
 from fitune.data.packing import lay_out
 from fitune.data.rows import Batch, MicroBatch, Row
 from fitune.model.load import count_parameters, load_model
 from fitune.model.precision import Precision, device_precision, resolve_precision
 from fitune.step import loss, optimizer
 from fitune.step.assemble import Layout, Setup, assemble, choose_layouts
+from fitune.step.optimizer import STATE_COMES_LATE
+from fitune.step.optimizer_state import create_state
 from fitune.step.train_step import evaluate, train_step
 from fitune.trace.cuda_behaviour import CudaTarget
 from fitune.trace.events import MemoryTrace, OperatorWork
@@ -35,21 +37,32 @@ from fitune.trace.shapes import ShapeMemory
 
 _TENSORS = ("input_ids_BS", "position_ids_BS", "target_index_N", "target_ids_N", "target_weights_N")
 FIRST_BFLOAT16 = (8, 0)
-Kind = Literal["train", "eval"]
+Kind = Literal["state", "train", "eval"]
 CHUNK_LOOPS: Mapping[Kind, str] = {"train": "loss.chunks", "eval": "loss.eval_chunks"}
 
 
 @dataclass(frozen=True)
 class Pass:
-    """What one recorded step does: the optimizer step of an effective batch, or an evaluation, of rows this long.
+    """What one recorded step does: the optimizer step of an effective batch, or an evaluation, of rows this long. Or
+    it makes the optimizer's state, as a run does first.
 
     rows: (length, supervised tokens) of each. most_micro_batches: only the largest so many of those that the layout
     makes are recorded; from the third on they only repeat the second.
     """
 
     kind: Kind
-    rows: tuple[tuple[int, int], ...]
+    rows: tuple[tuple[int, int], ...] = ()
     most_micro_batches: int = 2
+
+
+def steady_passes(optim: OptimConfig, steady: Pass, *, first: Pass, evaluation: Pass | None) -> list[Pass]:
+    """What a run does until its steps are all alike. steady: a training step, with two micro-batches where it can have
+    them, since the second finds the gradients of the first. first: the same with one micro-batch, for an optimizer
+    whose state is born there."""
+    evaluations = [evaluation] if evaluation is not None else []
+    if optim.name in STATE_COMES_LATE:
+        return [first, *evaluations, steady]
+    return [Pass("state"), *evaluations, steady, steady]
 
 
 @dataclass(frozen=True)
@@ -91,8 +104,8 @@ def record_step(
 ) -> RecordedStep:
     """The memory events of these passes, in order, as the steps 1, 2, ... of the trace.
 
-    target: the card, None for this machine's CPU. The optimizer state is born in the first training pass, and gradients
-    are resident from a pass's second micro-batch on, so the last of two training passes is the steady state. Raises
+    target: the card, None for this machine's CPU. Without a pass for it the optimizer's state is born in the first
+    training pass. Gradients are resident from a pass's second micro-batch on. Raises
     what `load_model` and `assemble` raise. Everything is recorded; `Recordings` gives the same for less.
     """
     return record_columns_of_step(config, passes, target=target, mode=mode).to_step()
@@ -134,6 +147,7 @@ def record_columns_of_step(
     precision = target_precision(config, target)
     device = torch.device("cpu" if target is None else "cuda")
     made: list[tuple[nn.Module, Setup]] = []
+    recorders: list[Recorder] = []
     evaluates = False
     # laid out before the recording, whose tensors have no data, both ways: whether it packs the model tells later
     laid_out = {packed: _lay_out(config, passes, device=device, packed=packed) for packed in (True, False)}
@@ -144,7 +158,7 @@ def record_columns_of_step(
         model: nn.Module = load_model(config.model, where, precision=precision, seed=seed, config=architecture)
         return model
 
-    def loop(model: Any, _: torch.device) -> Step:
+    def loop(model: Any, here: torch.device) -> Step:
         setup = assemble(model, config, device=device, precision=precision)
         made.append((model, setup))
         remaining = iter(laid_out[setup.layout.packed])
@@ -153,7 +167,12 @@ def record_columns_of_step(
             nonlocal evaluates
             kind, micro_batches = next(remaining)
             evaluates = kind == "eval"
-            if evaluates:
+            if kind == "state":
+                with recorders[0].making_state():
+                    create_state(setup.optimizer)
+                    if setup.scaler is not None:
+                        setup.scaler.scale(torch.zeros((), device=here))  # in a run the trial before the first step
+            elif evaluates:
                 evaluate(model, micro_batches, settings=setup.settings)
             else:
                 train_step(model, setup.optimizer, micro_batches, settings=setup.settings, scaler=setup.scaler)
@@ -162,6 +181,7 @@ def record_columns_of_step(
 
     @contextmanager
     def name_chunks(recorder: Recorder) -> Iterator[None]:
+        recorders.append(recorder)
         slices_of = loss._chunks
 
         def chunks_of(num_positions: int, chunk_tokens: int) -> Iterator[slice]:
@@ -173,8 +193,12 @@ def record_columns_of_step(
                 with recorder.running(f"{name}.{number}"):
                     yield each
 
-        state_alone = {"adamw_8bit": build_8bit_adamw, "adamw_8bit_paged": build_8bit_adamw} if mode == "fake" else {}
-        with patch.object(loss, "_chunks", chunks_of), patch.dict(optimizer._BUILDERS, state_alone):
+        state_alone = dict.fromkeys(STATE_COMES_LATE, build_8bit_adamw) if mode == "fake" else {}
+        with (
+            patch.object(loss, "_chunks", chunks_of),
+            patch.object(_OnHost, "told", recorder.begin_micro_batch),
+            patch.dict(optimizer._BUILDERS, state_alone),
+        ):
             yield
 
     settings = RecordSettings(mode=mode, target=target, num_steps=len(passes), routing=config.memory.routing)
@@ -215,6 +239,9 @@ def count_rows(
     structure: list[object] = [columns.chunked]
     grouped = _group(config, passes, device=device, packed=columns.layout.packed)
     for step, (each, groups) in enumerate(zip(passes, grouped, strict=True), start=1):
+        if each.kind == "state":
+            structure.append("state")
+            continue
         counts = list(map(len, groups))
         equal = len(set(each.rows)) == 1 and len(set(counts)) == 1
         structure.append((each.kind, len(groups), each.rows[0] if equal else (each.rows, *counts)))
@@ -229,6 +256,12 @@ def count_rows(
     structure += [(loop, min(number, NUM_RECORDED_CHUNKS)) for loop, (number, _) in of_loop.items()]
     counted = Rows(by_step, {loop: last for loop, (_, last) in of_loop.items()})
     return Counts(counted, {loop: number for loop, (number, _) in of_loop.items()}, tuple(structure))
+
+
+def first_rows(config: RunConfig, each: Pass, *, device: torch.device, packed: bool) -> list[tuple[int, int]]:
+    """(length, supervised tokens) of those of the first micro-batch."""
+    ((first, *_),) = _group(config, [each], device=device, packed=packed)
+    return [each.rows[row.row_id] for row in first]
 
 
 def _lay_out(
@@ -248,6 +281,9 @@ def _group(
     """The rows of these micro-batches."""
     layouts = dict(zip(("train", "eval"), choose_layouts(config, device, packed=packed), strict=True))
     for each in passes:
+        if each.kind == "state":
+            yield []
+            continue
         batch = Batch(tuple(_row(number, *size) for number, size in enumerate(each.rows)))
         groups = layouts[each.kind].group(batch)
         positions = [sum(map(len, rows)) if packed else len(rows) * max(map(len, rows)) for rows in groups]
@@ -278,7 +314,11 @@ def _older_objects_set_aside() -> Iterator[None]:
 
 
 class _OnHost(MicroBatch):
-    """Its move to the device is always a copy, as to a card. On a CPU it stands for the rows that the process holds."""
+    """Its move to the device is always a copy, as to a card. On a CPU it stands for the rows that the process holds.
+    told: that it begins."""
+
+    told: ClassVar[Callable[[], None]] = staticmethod(lambda: None)
 
     def to(self, device: torch.device) -> Self:
+        type(self).told()
         return replace(self, **{name: getattr(self, name).to(device, copy=True) for name in _TENSORS})
