@@ -20,26 +20,33 @@ def create_state(optimizer: torch.optim.Optimizer) -> bool:
     groups = optimizer.param_groups
     if not isinstance(optimizer, _STARTS_AT_ZERO) or any(group.get("dampening") for group in groups):
         return False
-    changed = ("lr", "weight_decay")
+    changed = ("lr", "weight_decay", "params")
     before = [{key: group[key] for key in changed if key in group} for group in groups]
     for group, values in zip(groups, before, strict=True):
-        group.update(dict.fromkeys(values, 0.0))
+        group.update({key: [] if key == "params" else 0.0 for key in values})
     try:
-        for parameter in [p for group in groups for p in group["params"]]:
-            if not parameter.requires_grad or optimizer.state.get(parameter):
-                continue
-            parameter.grad = torch.zeros_like(parameter)
-            try:
-                optimizer.step()
-            except BaseException:
-                optimizer.state.pop(parameter, None)  # a part of it, which a later update would take for the whole
-                raise
-            finally:
-                parameter.grad = None
-            step = optimizer.state[parameter].get("step")
-            if isinstance(step, Tensor):
-                step.zero_()
+        for group, values in zip(groups, before, strict=True):
+            for parameter in values["params"]:
+                group["params"] = [parameter]  # an update looks at all that are there
+                if parameter.requires_grad and not optimizer.state.get(parameter):
+                    _create(optimizer, parameter)
+            group["params"] = []
     finally:
         for group, values in zip(groups, before, strict=True):
             group.update(values)
     return True
+
+
+def _create(optimizer: torch.optim.Optimizer, parameter: Tensor) -> None:
+    """By an update of this parameter, the only one that the optimizer has."""
+    parameter.grad = torch.zeros_like(parameter)
+    try:
+        optimizer.step()
+    except BaseException:
+        optimizer.state.pop(parameter, None)  # a part of it, which a later update would take for the whole
+        raise
+    finally:
+        parameter.grad = None
+    step = optimizer.state[parameter].get("step")
+    if isinstance(step, Tensor):
+        step.zero_()

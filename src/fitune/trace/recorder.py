@@ -364,7 +364,10 @@ class Recorder(TorchDispatchMode):
 
     def _end_optimizer(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         self._in_optimizer = False
-        for tensor in _tensors(list(optimizer.state.values())):
+        state = list(optimizer.state.values())
+        if self._makes_state:  # parameter by parameter
+            state = [optimizer.state.get(each, {}) for group in optimizer.param_groups for each in group["params"]]
+        for tensor in _tensors(state):
             if (storage := self._find(tensor)) is not None and storage.category in (None, "input"):
                 storage.category = "optimizer_state"
 
