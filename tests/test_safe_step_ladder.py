@@ -14,14 +14,12 @@ from faults import failing, out_of_memory
 from fitune.data.packing import split
 from fitune.data.rows import Batch, MicroBatch
 from fitune.errors import OutOfMemoryError, RestartError
-from fitune.step import safe_step as safe_step_module
 from fitune.step.loss import LossSettings
 from fitune.step.micro_batch_work import SMALL_CHUNK_TOKENS, allowed_reliefs, micro_batch_work
 from fitune.step.random_state import micro_batch_seed
 from fitune.step.safe_evaluate import safe_evaluate
 from fitune.step.safe_step import MOST_ATTEMPTS, Protection, Relief, Work, safe_step
-from fitune.step.train_step import StepResult, StepSettings, evaluate, train_step
-from fitune.train import observed as observed_module
+from fitune.step.train_step import CommitBuffer, StepResult, StepSettings, evaluate, train_step
 from fitune.train.adapt import MemoryModel
 from fitune.train.observed import observed
 from fitune.units import MIB
@@ -60,11 +58,9 @@ def pass_through(norm: nn.BatchNorm1d, _: nn.Module, inputs: tuple[torch.Tensor,
 def test_a_size_is_banned_with_what_was_left_for_the_step_when_it_failed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Another process takes 60 MiB within the step, which itself holds 30 more for gradients when it fails."""
     batch, model = make_batch(), make_model()
-    free, held = iter([10 * MIB, 10 * MIB, 10 * MIB]), iter([200 * MIB, 200 * MIB, 230 * MIB, 230 * MIB, 230 * MIB])
-    protection = protected(model, commit=True, room=lambda: next(free))
+    protection = protected(model, commit=True, room=lambda: 10 * MIB)
     fails_above(protection, 45, out_of_memory)
-    for module in (safe_step_module, observed_module):
-        monkeypatch.setattr(module, "held_bytes", lambda device: next(held))
+    monkeypatch.setattr(CommitBuffer, "num_bytes", 30 * MIB)
     memory = MemoryModel(planned=80)
     result = observed(
         memory,
@@ -74,6 +70,16 @@ def test_a_size_is_banned_with_what_was_left_for_the_step_when_it_failed(monkeyp
     )
     assert {failure.left_bytes for failure in result.failures} == {40 * MIB}
     assert {ban.free_bytes for ban in memory.bans.values()} == {40 * MIB}
+
+
+def test_what_a_step_keeps_is_a_float32_gradient_of_what_it_trains() -> None:
+    model = make_model()
+    buffer = CommitBuffer(model)
+    assert buffer.num_bytes == 0
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    buffer.add()
+    assert buffer.num_bytes == 4 * sum(parameter.numel() for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("commit", [False, True])

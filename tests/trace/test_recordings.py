@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +59,6 @@ def around(config: RunConfig, steady: Pass) -> list[Pass]:
     return steady_passes(
         config.optim,
         steady,
-        first=replace(steady, rows=micro, most_micro_batches=1),
         evaluation=Pass("eval", micro, most_micro_batches=1),
     )
 

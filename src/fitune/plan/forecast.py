@@ -274,7 +274,6 @@ def _passes(settled: RunConfig, rows: Sizes, longest_eval_tokens: int, rows_per_
     return steady_passes(
         settled.optim,
         Pass("train", (rows * 2)[: max(rows_per_step, len(rows))]),
-        first=Pass("train", rows, most_micro_batches=1),
         evaluation=Pass("eval", evaluation, most_micro_batches=1) if longest_eval_tokens else None,
     )
 

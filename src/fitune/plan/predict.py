@@ -193,7 +193,6 @@ def heaviest_passes(config: RunConfig, device: Device, *, row_tokens: int | None
     return steady_passes(
         config.optim,
         Pass("train", rows),
-        first=Pass("train", rows, most_micro_batches=1),
         evaluation=Pass("eval", rows, most_micro_batches=1) if evaluated else None,
     )
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from fitune.errors import OutOfMemoryError, RestartError
-from fitune.model.device import held_bytes, map_large_blocks, usable_bytes
+from fitune.model.device import map_large_blocks, usable_bytes
 from fitune.step.gradient_norms import NormRecorder
 from fitune.step.out_of_memory import memory_failure, needed_bytes, release_memory
 from fitune.step.random_state import micro_batch_seed, seed_streams, streams_kept
@@ -130,7 +130,7 @@ class Protection(Generic[P]):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failure:
     """Memory ran out once. row_ids, num_positions: of the piece. needed_bytes: of the allocation that failed.
-    free_bytes: after everything was given back; with what the step held all the same, its gradients, it is what others
+    free_bytes: after everything was given back; with the gradients that the step keeps all the same it is what others
     left to the whole step, left_bytes. action: what was done about it, as a clause. rank: of the process, where all go
     back together."""
 
@@ -208,12 +208,11 @@ def safe_step(
                     quarantined=tuple(sorted(progress.left_out)),
                     reliefs=progress.told_reliefs or (protection.relieved,),
                 )
-            if protection.work.shards is None:
-                progress.recover(again=outcome.place in LATE)
-                outcome, fits_now = progress.with_free_bytes(outcome), fits
-            else:
-                progress.recover(again=True)
-                outcome, fits_now = _told(protection, progress.with_free_bytes(outcome), fits)
+            is_sharded = protection.work.shards is not None
+            progress.recover(again=is_sharded or outcome.place in LATE)
+            outcome, fits_now = progress.with_free_bytes(outcome), fits
+            if is_sharded:
+                outcome, fits_now = _told(protection, outcome, fits)
             action = _next_rung(protection, progress, outcome, failures=failures, fits=fits_now)
             failures.append(replace(outcome, action=action))
 
@@ -241,7 +240,6 @@ class _Progress(Generic[P]):
         self.lost_weight = 0.0  # by this step itself
         self.loss_weight = self._loss_weight()
         self._at_start = self._at_piece = _Buffers(protection)
-        self._held_bytes = held_bytes(protection.device)
 
     @property
     def plan(self) -> tuple[tuple[int, ...], ...]:
@@ -284,8 +282,8 @@ class _Progress(Generic[P]):
         free_bytes = self.protection.free_bytes()
         if free_bytes is None:
             return failure
-        still_held = max(held_bytes(self.protection.device) - self._held_bytes, 0)
-        return replace(failure, free_bytes=free_bytes, left_bytes=free_bytes + still_held)
+        kept_bytes = 0 if self.committed is None else self.committed.num_bytes
+        return replace(failure, free_bytes=free_bytes, left_bytes=free_bytes + kept_bytes)
 
     def restart(self) -> None:
         self.pending = self.done + self.pending

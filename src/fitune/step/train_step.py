@@ -164,6 +164,10 @@ class CommitBuffer:
         for parameter in self._parameters:
             parameter.grad = None
 
+    @property
+    def num_bytes(self) -> int:
+        return sum(total.nbytes for total in self._sums if total is not None)
+
     def filled(self) -> tuple[list[Tensor], tuple[int, ...]]:
         """(the sum of each parameter, zeros where no micro-batch gave a gradient, the places of those)."""
         missing = tuple(place for place, total in enumerate(self._sums) if total is None)

@@ -8,7 +8,6 @@ named once in `MemoryTrace.source`. Where the data is known, because a loop told
 
 import math
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -82,12 +81,6 @@ _TRUTH = {aten.isfinite: 1.0, aten.isnan: 0.0, aten.isinf: 0.0, aten.isin: 0.0, 
 _DECIDED_BY = {aten.bitwise_or: 1.0, aten.logical_or: 1.0, aten.bitwise_and: 0.0, aten.logical_and: 0.0}
 """The element that decides alone: generation is over where it is long enough, whatever its tokens are."""
 
-_HAVE_ORIGINS = {
-    *_SAME_ELEMENTS, *_TRUTH, *_DECIDED_BY, aten.full, aten.scatter_, aten.scatter, aten.eq, aten.sum,
-    aten.count_nonzero, aten.any, aten.gt, aten.ge, aten.logical_not, aten.bitwise_not,
-}  # fmt: skip
-"""Operators of whose results something can be known: few, and asked for often."""
-
 MOST_KNOWN_ELEMENTS = 2**20
 """Larger tensors are computed as shapes alone: indices, lengths and masks are smaller, and a batch of pixels decides
 nothing."""
@@ -158,7 +151,7 @@ class Assumptions:
             self._route(result[1], args[0].shape[-1])
         elif packet is aten._amp_foreach_non_finite_check_and_unscale_:
             _set_origin(args[1], _Origin(0.0))
-        elif packet in _HAVE_ORIGINS and isinstance(result, (torch.Tensor, list, tuple)) and args:
+        elif isinstance(result, (torch.Tensor, list, tuple)) and args:
             origin = self._origin_of_result(packet, args, result)
             if origin is not None:
                 for tensor in (result,) if isinstance(result, torch.Tensor) else result:
@@ -327,15 +320,10 @@ def _data(tensor: torch.Tensor) -> torch.Tensor | None:
     return tensor if tensor.device.type == "cpu" else None
 
 
-@cache
-def _is_mutable(func: Any) -> bool:
-    return bool(func._schema.is_mutable)
-
-
 def _compute_data(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
     """The results' data, where that of all tensors they are computed from is known. What an operator writes into is
     written for real too, or not known any longer."""
-    is_mutable = _is_mutable(func)
+    is_mutable = func._schema.is_mutable
     known = bool(args) and _is_known(args, kwargs)
     if not known and not is_mutable:
         return

@@ -201,9 +201,9 @@ class Recorder(TorchDispatchMode):
         self._follow_phase(func, args)
         if self._placing != "host":
             for num_bytes in self._kernels.workspaces(func, self._phase):
-                self.allocate(num_bytes, "workspace", str(func))
+                self.allocate(num_bytes, "workspace", _name(func))
         result = self._kernels.call(func, args, kwargs)
-        outputs = (result,) if isinstance(result, torch.Tensor) else tuple(_tensors(result))
+        outputs = tuple(_tensors(result))
         if not outputs:
             return result
         if self._placing == "host" or (self._placing is None and self._only_host(args, kwargs)):
@@ -227,7 +227,7 @@ class Recorder(TorchDispatchMode):
             self._silent.append((self._step, rule))
         position = 0
         for group in groups:
-            hidden = [self.allocate(num_bytes, "temporary", str(func)) for num_bytes in group]
+            hidden = [self.allocate(num_bytes, "temporary", _name(func)) for num_bytes in group]
             for storage in hidden:
                 self.free(storage)
                 storage.rule = None if rule is None else rule._replace(position=position)

@@ -54,20 +54,20 @@ def resize(recording: Recording, single: Recording, *, kinds: Sequence[str]) -> 
 def with_last_step_again(recording: Recording, step: int) -> Recording | None:
     """Step number `step`, the last, done once more. None where something of it stays that is no kernel's workspace,
     which is made once for all: then the next one is another."""
-    steps = _steps(recording)
-    start = int(np.count_nonzero(steps < step))
+    is_earlier = np.array([label.where.step < step for label in recording.labels], dtype=bool)
+    start = int(np.count_nonzero(is_earlier[recording.label]))
     of_last = np.arange(start, len(recording))
     stays = recording.dies_after[of_last] == NEVER
     is_workspace = np.array([label.category == "workspace" for label in recording.labels], dtype=bool)
     if np.any(stays & ~is_workspace[recording.label[of_last]]) or np.any(recording.dies_after[:start] >= start):
         return None
     source = of_last[~stays]
-    number = np.cumsum(~stays) - 1 + len(recording)  # of each birth done again
+    place = np.cumsum(~stays) - 1 + len(recording)  # of each birth when it is done again
     columns: dict[str, Any] = {
         name: np.concatenate((getattr(recording, name), getattr(recording, name)[source])) for name in COLUMNS
     }
     # what died behind the birth of a workspace dies behind the birth before that
-    columns["dies_after"][len(recording) :] = number[recording.dies_after[source] - start]
+    columns["dies_after"][len(recording) :] = place[recording.dies_after[source] - start]
     labels = {label: number for number, label in enumerate(recording.labels)}
     again = {
         number: labels.setdefault(_in_step(recording.labels[number], step + 1), len(labels))
@@ -78,7 +78,7 @@ def with_last_step_again(recording: Recording, step: int) -> Recording | None:
         recording,
         **columns,
         labels=tuple(labels),
-        silent=(*recording.silent, *((step + 1, rule) for number, rule in recording.silent if number == step)),
+        silent=(*recording.silent, *((step + 1, rule) for its, rule in recording.silent if its == step)),
         work=(*recording.work, *(work._replace(step=step + 1) for work in recording.work if work.step == step)),
     )
 
@@ -86,11 +86,6 @@ def with_last_step_again(recording: Recording, step: int) -> Recording | None:
 def _in_step(label: Label, step: int) -> Label:
     death = None if label.death is None else label.death._replace(step=step)
     return label._replace(where=label.where._replace(step=step), death=death)
-
-
-def _steps(recording: Recording) -> Integers:
-    steps: Integers = np.array([label.where.step for label in recording.labels], dtype=np.int64)[recording.label]
-    return steps
 
 
 def _num_first(recording: Recording, last_step: int) -> int:

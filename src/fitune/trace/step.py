@@ -55,13 +55,12 @@ class Pass:
     most_micro_batches: int = 2
 
 
-def steady_passes(optim: OptimConfig, steady: Pass, *, first: Pass, evaluation: Pass | None) -> list[Pass]:
+def steady_passes(optim: OptimConfig, steady: Pass, *, evaluation: Pass | None) -> list[Pass]:
     """What a run does until its steps are all alike. steady: a training step, with two micro-batches where it can have
-    them, since the second finds the gradients of the first. first: the same with one micro-batch, for an optimizer
-    whose state is born there."""
+    them, since the second finds the gradients of the first. One is enough where only the optimizer's state is born."""
     evaluations = [evaluation] if evaluation is not None else []
     if optim.name in STATE_COMES_LATE:
-        return [first, *evaluations, steady]
+        return [replace(steady, most_micro_batches=1), *evaluations, steady]
     return [Pass("state"), *evaluations, steady, steady]
 
 
