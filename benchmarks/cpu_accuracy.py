@@ -30,7 +30,7 @@ from fitune.memory.devices import cpu_device
 from fitune.memory.environment import find_tcmalloc
 
 RESULTS = Path(__file__).parent / "results" / "cpu_accuracy.json"
-LIMIT_SECONDS = 600
+LIMIT_SECONDS = 1800
 NUM_AT_ONCE = 2
 
 Allocator = Literal["mapped", "glibc", "tcmalloc"]
@@ -191,10 +191,13 @@ def compare(setting: Setting, allocator: Allocator) -> Compared:
     environment = environment_of(allocator)
     if environment is None:
         return Compared(**row, failure="not installed")
-    done = subprocess.run(
-        [sys.executable, __file__, "--measure", setting.name],
-        env=environment, capture_output=True, text=True, timeout=LIMIT_SECONDS,
-    )  # fmt: skip
+    try:
+        done = subprocess.run(
+            [sys.executable, __file__, "--measure", setting.name],
+            env=environment, capture_output=True, text=True, timeout=LIMIT_SECONDS,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return Compared(**row, failure=f"not done after {LIMIT_SECONDS} s")
     if done.returncode != 0:
         lines = done.stderr.strip().splitlines()
         return Compared(**row, failure=lines[-1] if lines else f"exit code {done.returncode}")

@@ -50,7 +50,7 @@ class AllocatorHabit:
 _GLIBC: dict[tuple[Method, bool], tuple[Three, Three]] = {  # by method, and whether layers are recomputed
     ("full", False): ((0.10, 0.21, 0.26), (120, 250, 500)),
     ("full", True): ((0.20, 0.60, 0.70), (0, 230, 330)),
-    ("lora", False): ((0.35, 0.75, 0.90), (360, 480, 600)),
+    ("lora", False): ((0.35, 0.75, 0.90), (330, 455, 600)),
     ("lora", True): ((0.80, 1.50, 1.80), (600, 850, 1000)),
 }
 _SHARES: dict[str, Three] = {
