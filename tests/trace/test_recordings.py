@@ -133,6 +133,39 @@ def test_one_row_is_no_sample(tmp_path: Path, recorded: list[RunConfig]) -> None
     assert [config.batch.micro for config in recorded] == [1, 2, 3]
 
 
+@pytest.mark.parametrize(
+    ("kind", "recompute", "overrides"),
+    [
+        ("llama", "full", ()),
+        ("llama", "selective", ("optim.name=adamw_foreach",)),
+        ("llama", "every_2", ("model.method=lora",)),
+        ("qwen3", "full", ("model.precision=bfloat16",)),
+        ("gpt2", "full", ("data.packing=false", "model.precision=autocast_float16")),
+    ],
+)
+def test_one_row_follows_from_several_where_it_did_without_recomputing(
+    tmp_path: Path, recorded: list[RunConfig], kind: str, recompute: str, overrides: tuple[str, ...]
+) -> None:
+    recordings = Recordings()
+    for way in ("off", recompute):
+        for rows in (2, 5, 1):
+            config = make_config(tmp_path, kind, f"model.recompute={way}", *overrides, rows=rows)
+            before = [each.batch.micro for each in recorded]
+            ask(recordings, config)
+            new = [each.batch.micro for each in recorded[len(before) :]]
+            assert (1 in new) == (rows == 1 and way == "off")
+
+
+def test_one_row_is_recorded_where_it_was_something_else_without_recomputing(
+    tmp_path: Path, recorded: list[RunConfig]
+) -> None:
+    recordings = Recordings()
+    for way in ("off", "full"):  # on a CPU each packed row is an operator call
+        for rows in (2, 5, 1):
+            ask(recordings, make_config(tmp_path, "llama", f"model.recompute={way}", rows=rows), None)
+    assert [each.model.recompute for each in recorded if each.batch.micro == 1].count("full") > 0
+
+
 def test_how_a_step_grows_with_its_layers_is_recorded_once(tmp_path: Path, recorded: list[RunConfig]) -> None:
     """A step of one micro-batch takes over what was found for one of two."""
     recordings = Recordings()

@@ -101,7 +101,8 @@ class _Search:
                 alike.setdefault(choice.variant, []).append(choice)
 
         def look(choices: list[Choice]) -> None:
-            for choice in (choices[0], choices[-1], *choices[1:-1]):  # those between follow from the largest
+            second, *others = choices[1:-1] or choices[:1]
+            for choice in (second, choices[-1], *others, choices[0]):  # from two of several rows the others follow
                 self.fits(choice)
             for choice in choices:  # after all of them: what the memory was found from gives most of the times, too
                 if choice in self.looked_at:  # else it was refused

@@ -53,11 +53,13 @@ class Pricer:
         if self._ceilings is None:
             return None
         kin = variant if variant.optimizer is None else replace(variant, optimizer=None, result="same")
-        low, high = (self._forecaster.work(kin, tokens=tokens) for tokens in self._sizes)
+        low = self._forecaster.work(kin, tokens=self._sizes[0])
         own = low if kin == variant else self._forecaster.work(variant, tokens=choice.micro_tokens or self._sizes[0])
         shape = self._forecaster.shape(choice)
         positions = shape.positions / shape.num_micro_batches
-        at = (positions - low.positions) / (high.positions - low.positions)
+        # where all micro-batches are of one long row another size tells nothing more
+        high = low if positions == low.positions else self._forecaster.work(kin, tokens=self._sizes[1])
+        at = 0.0 if high is low else (positions - low.positions) / (high.positions - low.positions)
         unsupervised = positions - shape.supervised / shape.num_micro_batches
         head = self._head(variant) if unsupervised >= 1 else ()
         base = self._forecaster.work(self._base, tokens=low.positions) if variant.recompute == "selective" else low

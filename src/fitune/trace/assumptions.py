@@ -8,7 +8,7 @@ named once in `MemoryTrace.source`. Where the data is known, because a loop told
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +18,8 @@ from torch.utils._pytree import tree_any, tree_leaves, tree_map_only
 
 from fitune.config import Routing
 from fitune.trace.events import ROUTED, UNROUTED
-from fitune.trace.shapes import ShapeMemory
+from fitune.trace.operators import by_operator
+from fitune.trace.shapes import Call, ShapeMemory
 
 aten = torch.ops.aten
 
@@ -86,6 +87,33 @@ MOST_KNOWN_ELEMENTS = 2**20
 nothing."""
 
 
+_INDEXING = {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_}
+_SPECIAL = {
+    *_INDEXING,
+    *(aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten.bincount, aten._grouped_mm, aten.equal),
+}
+_TELL_ORIGIN = {
+    *(_SAME_ELEMENTS | _TRUTH.keys() | _DECIDED_BY.keys()),
+    *(aten.topk, aten._amp_foreach_non_finite_check_and_unscale_, aten.full, aten.scatter_, aten.scatter, aten.eq),
+    *(aten.sum, aten.count_nonzero, aten.any, aten.gt, aten.ge, aten.logical_not, aten.bitwise_not),
+}
+
+
+class _Traits(NamedTuple):
+    """Of an operator: whether it is not carried out as it is, whether something can be known of its result's elements
+    without their data, and whether it writes into its arguments."""
+
+    is_special: bool
+    tells_origin: bool
+    is_mutable: bool
+
+
+@by_operator
+def _traits(func: Any) -> _Traits:
+    packet = func.overloadpacket
+    return _Traits(packet in _SPECIAL, packet in _TELL_ORIGIN, func._schema.is_mutable)
+
+
 def tell_data(tensor: torch.Tensor, data: torch.Tensor) -> None:
     """The values that a fake tensor of a batch stands for: a mask without padding, the places of packed rows."""
     with _disable_current_modes():
@@ -119,34 +147,45 @@ class Assumptions:
         idle = self._routing == "worst" and ROUTED["worst"] not in self.used
         return [*self.used, *([UNROUTED] if idle else [])]
 
-    def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Call | None]:
+        """The result, and what is remembered of such calls, if anything is."""
+        traits = _traits(func)
+        called = args
+        if traits.is_special:
+            if (answer := self._special(func, args, kwargs)) is not NotImplemented:
+                return answer, None
+            if func.overloadpacket in _INDEXING:
+                args = (args[0], self._without_masks(args[1]), *args[2:])
+        known = None
+        try:
+            result, known = self._shapes.call(func, args, kwargs)
+        except (DataDependentOutputException, DynamicOutputShapeException):
+            result = _like(_on_data(func, args, kwargs)) if _is_known(args, kwargs) else self._of_full_size(func, args)
+        if traits.tells_origin:
+            self._note_origin(func.overloadpacket, args, result)
+        _compute_data(func, called, kwargs, result)
+        return result, known
+
+    def _special(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What has a result of its own here; else NotImplemented."""
         packet = func.overloadpacket
         if packet is aten._local_scalar_dense:
             return self._scalar(func, args[0])
         if packet is aten.nonzero:
             return self._nonzero(func, args[0])
-        called = args
-        if packet in (aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_):
-            args = (args[0], self._without_masks(args[1]), *args[2:])
-        elif packet is aten.masked_select:
+        if packet is aten.masked_select:
             return aten.index.Tensor(args[0], self._without_masks([args[1]]))
-        elif packet is aten.bincount:
+        if packet is aten.bincount:
             return self._bincount(func, args, kwargs)
-        elif packet is aten._grouped_mm and isinstance(args[0], FakeTensor):
+        if packet is aten._grouped_mm and isinstance(args[0], FakeTensor):
             return _grouped_mm(args[0], args[1], kwargs.get("offs", args[2] if len(args) > 2 else None))
-        elif packet is aten.equal:
+        if packet is aten.equal:
             return self._answer(func, args, kwargs, False, "tensors that are compared as a whole differ")
-        try:
-            result = self._shapes.call(func, args, kwargs)
-        except (DataDependentOutputException, DynamicOutputShapeException):
-            result = _like(_on_data(func, args, kwargs)) if _is_known(args, kwargs) else self._of_full_size(func, args)
-        self._note_origin(packet, args, kwargs, result)
-        _compute_data(func, called, kwargs, result)
-        return result
+        return NotImplemented
 
     # ---- origins ----
 
-    def _note_origin(self, packet: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+    def _note_origin(self, packet: Any, args: tuple[Any, ...], result: Any) -> None:
         if packet is aten.topk:
             self._route(result[1], args[0].shape[-1])
         elif packet is aten._amp_foreach_non_finite_check_and_unscale_:
@@ -323,7 +362,7 @@ def _data(tensor: torch.Tensor) -> torch.Tensor | None:
 def _compute_data(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
     """The results' data, where that of all tensors they are computed from is known. What an operator writes into is
     written for real too, or not known any longer."""
-    is_mutable = func._schema.is_mutable
+    is_mutable = _traits(func).is_mutable
     known = bool(args) and _is_known(args, kwargs)
     if not known and not is_mutable:
         return

@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from fitune.errors import UsageError
 from fitune.model import attention as rows_attention
 from fitune.trace.events import Phase
+from fitune.trace.operators import by_operator
 
 aten = torch.ops.aten
 _optimizer = import_module("torch.optim.optimizer")  # torch.optim does not show it
@@ -385,13 +386,13 @@ class CudaKernels:
         """cuda/CUDABlas.cpp, CublasHandlePool.cpp: one workspace per handle and stream through the caching allocator,
         at the first matrix product; the autograd thread has a handle of its own."""
         autograd_thread = phase == "backward"
-        if func.overloadpacket not in _GEMMS or autograd_thread in self._threads_with_workspace:
+        if autograd_thread in self._threads_with_workspace or func.overloadpacket not in _GEMMS:
             return ()
         self._threads_with_workspace.add(autograd_thread)
         return (cublas_workspace_bytes(self.target),)
 
     def temporaries(self, func: Any, args: tuple[Any, ...], outputs: Sequence[Tensor]) -> Groups | None:
-        rule = _TEMPORARIES.get(func._schema.name)
+        rule = _temporaries_of(func)
         return None if rule is None else rule(self.target, args, outputs)
 
 
@@ -506,6 +507,11 @@ _TEMPORARIES: dict[str, Callable[[CudaTarget, tuple[Any, ...], Sequence[Tensor]]
     "aten::embedding_dense_backward": _embedding_backward,
     "aten::_foreach_norm": _foreach_norm,
 }
+
+
+@by_operator
+def _temporaries_of(func: Any) -> Callable[[CudaTarget, tuple[Any, ...], Sequence[Tensor]], Groups] | None:
+    return _TEMPORARIES.get(func._schema.name)
 
 
 def temporaries_by_shape(target: CudaTarget, op: str, arguments: Sequence[Any]) -> list[int]:

@@ -456,7 +456,7 @@ class Sample:
 def interpolate_rows(one: Sample, other: Sample, *, rows: Rows, target: CudaTarget | None) -> Recording | None:
     """The recording with another number of rows: every size lies on the line through those of two samples, and what
     the target's kernels allocate inside follows its own rules. None where that is not so, or a line gives no whole
-    number. Both samples have two rows or more: one row has another structure."""
+    number. Both samples have two rows or more: one row may have another structure."""
     a, b = one.recording, other.recording
     if not have_same_structure(a, b):
         return None
@@ -489,6 +489,17 @@ def have_same_structure(one: Recording, other: Recording) -> bool:
         len(one) == len(other)
         and (one.labels, one.loops, len(one.silent)) == (other.labels, other.loops, len(other.silent))
         and all(np.array_equal(getattr(one, name), getattr(other, name)) for name in _STRUCTURE)
+    )
+
+
+def are_equal(one: Recording, other: Recording) -> bool:
+    """In every birth and in all work; silent rules, which are of no matter where nothing follows, may differ."""
+    rules = ([each.rules[rule] if rule >= 0 else None for rule in each.rule.tolist()] for each in (one, other))
+    return (
+        have_same_structure(replace(one, silent=()), replace(other, silent=()))
+        and np.array_equal(one.num_bytes, other.num_bytes)
+        and list(next(rules)) == list(next(rules))
+        and one.work == other.work
     )
 
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
@@ -24,7 +24,9 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fitune.trace.events import Category, Phase
+from fitune.trace.operators import by_operator
 from fitune.trace.recording import NEVER, Birth, Recording, Rule, Where, Work, make_recording, split_turn
+from fitune.trace.shapes import Call
 from fitune.trace.work import count_flops, moved_bytes
 
 Operator = torch._ops.OpOverload
@@ -37,7 +39,8 @@ Place = Literal["host", "card"]
 class Kernels(Protocol):
     """How an operator is carried out, and what the target's kernel allocates besides its outputs."""
 
-    def call(self, func: Operator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any: ...
+    def call(self, func: Operator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Call | None]:
+        """The result, and what is remembered of such calls, if anything is."""
 
     def workspaces(self, func: Operator, phase: Phase) -> Sequence[int]:
         """Bytes of what the operator allocates before its outputs and keeps for ever."""
@@ -125,10 +128,7 @@ class Recorder(TorchDispatchMode):
 
     def allocate(self, num_bytes: int, category: Category | None, op: str, *, module: str | None = None) -> _Storage:
         """A storage that no tensor here stands for. module: None for the one that runs."""
-        where = self._where()
-        if module is not None:
-            where = where._replace(module=module)
-        storage = _Storage(num_bytes, category, where, op)
+        storage = _Storage(num_bytes, category, self._where(module), op)
         self._births.append(storage)
         return storage
 
@@ -198,24 +198,28 @@ class Recorder(TorchDispatchMode):
         if func is _DEVICE_OF and isinstance(args[0], FakeTensor):
             return args[0].fake_device  # two thirds of all calls, and slow through FakeTensorMode
         kwargs = kwargs or {}
+        traits = _traits(func)
+        if traits.is_silent:
+            with torch._C._DisableTorchDispatch():
+                return func(*args, **kwargs)
         self._follow_phase(func, args)
         if self._placing != "host":
             for num_bytes in self._kernels.workspaces(func, self._phase):
-                self.allocate(num_bytes, "workspace", _name(func))
-        result = self._kernels.call(func, args, kwargs)
-        outputs = tuple(_tensors(result))
+                self.allocate(num_bytes, "workspace", traits.name)
+        result, known = self._kernels.call(func, args, kwargs)
+        outputs = (result,) if type(result) is FakeTensor else tuple(_tensors(result))
         if not outputs:
             return result
         if self._placing == "host" or (self._placing is None and self._only_host(args, kwargs)):
             for tensor in outputs:
                 self._put_on_host(tensor.untyped_storage())
             return result
-        name = _name(func)
-        for tensor, module in zip(outputs, self._modules(args, len(outputs)), strict=True):
-            self._see(tensor, name, module)
+        module = self._module()
+        for tensor, source in zip(outputs, self._sources(args, len(outputs)), strict=True):
+            self._see(tensor, traits.name, module if source is None else source)
         self._add_temporaries(func, args, outputs)
-        if not func.is_view and func is not _UNSAFE_VIEW:
-            self._count(func, args, kwargs, outputs)
+        if traits.does_work:
+            self._count(func, args, kwargs, outputs, module=module, known=known)
         return result
 
     def _add_temporaries(self, func: Operator, args: tuple[Any, ...], outputs: tuple[torch.Tensor, ...]) -> None:
@@ -227,22 +231,28 @@ class Recorder(TorchDispatchMode):
             self._silent.append((self._step, rule))
         position = 0
         for group in groups:
-            hidden = [self.allocate(num_bytes, "temporary", _name(func)) for num_bytes in group]
+            hidden = [self.allocate(num_bytes, "temporary", _traits(func).name) for num_bytes in group]
             for storage in hidden:
                 self.free(storage)
                 storage.rule = None if rule is None else rule._replace(position=position)
                 position += 1
 
-    def _count(self, func: Operator, args: Any, kwargs: Any, outputs: tuple[torch.Tensor, ...]) -> None:
-        phase, step, micro_batch, module = self._where()
+    def _count(
+        self, func: Operator, args: Any, kwargs: Any, outputs: tuple[torch.Tensor, ...], *,
+        module: str, known: Call | None,
+    ) -> None:  # fmt: skip
+        work = None if known is None else known.work
+        if work is None:
+            work = moved_bytes(func, args, outputs), count_flops(func, args, kwargs, outputs)
+            if known is not None:
+                known.work = work
         turn, loop = self._turn(module)
-        key = phase, step, micro_batch, loop, turn, _name(func.overloadpacket), _dtype_name(outputs[0].dtype)
-        sums = self._work.setdefault(key, [0, 0, 0])
-        sums[0] += 1
-        sums[1] += moved_bytes(func, args, outputs)
-        sums[2] += count_flops(func, args, kwargs, outputs)
+        name, dtype = _traits(func).packet_name, _dtype_name(outputs[0].dtype)
+        sums = self._work.setdefault((self._phase, self._step, self._micro_batch, loop, turn, name, dtype), [0, 0, 0])
+        for i, number in enumerate((1, *work)):
+            sums[i] += number
 
-    def _modules(self, args: tuple[Any, ...], num_outputs: int) -> Sequence[str | None]:
+    def _sources(self, args: tuple[Any, ...], num_outputs: int) -> Sequence[str | None]:
         """The modules that the outputs belong to, where none runs: in the optimizer, and for operators on whole lists,
         those of what they are computed from."""
         by_tensor = bool(args) and (self._phase == "optimizer" or isinstance(args[0], (list, tuple)))
@@ -255,10 +265,11 @@ class Recorder(TorchDispatchMode):
         return [None if storage is None else storage.where.module for storage in found]
 
     def _only_host(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        if not self._host:
-            return False
-        inputs = tuple(_tensors((args, tuple(kwargs.values()))))
-        return bool(inputs) and all(self.is_on_host(tensor) for tensor in inputs)
+        is_host = None
+        for tensor in _tensors((args, tuple(kwargs.values()))) if self._host else ():
+            if not (is_host := self.is_on_host(tensor)):
+                break
+        return bool(is_host)
 
     def _put_on_host(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata
@@ -352,8 +363,9 @@ class Recorder(TorchDispatchMode):
             return names[position] if position >= 0 else ""
         return ""
 
-    def _where(self) -> Where:
-        return Where(self._phase, self._step, self._micro_batch, self._module())
+    def _where(self, module: str | None = None) -> Where:
+        """module: None for the one that runs."""
+        return Where(self._phase, self._step, self._micro_batch, self._module() if module is None else module)
 
     def _gradient_arrived(self, parameter: torch.Tensor) -> None:
         if parameter.grad is not None and (storage := self._find(parameter.grad)) is not None:
@@ -387,9 +399,19 @@ class Recorder(TorchDispatchMode):
             yield
 
 
-@cache
-def _name(operator: Any) -> str:
-    return str(operator)
+class _Traits(NamedTuple):
+    """Of an operator. is_silent: whether it only tells a profiler something. does_work: whether it is no view."""
+
+    name: str
+    packet_name: str
+    is_silent: bool
+    does_work: bool
+
+
+@by_operator
+def _traits(func: Any) -> _Traits:
+    does_work = not func.is_view and func is not _UNSAFE_VIEW
+    return _Traits(str(func), str(func.overloadpacket), func.namespace == "profiler", does_work)
 
 
 @cache

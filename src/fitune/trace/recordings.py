@@ -23,6 +23,7 @@ from fitune.trace.extrapolate import (
     Growth,
     Sample,
     Turns,
+    are_equal,
     find_growth,
     have_same_structure,
     interpolate_rows,
@@ -55,6 +56,7 @@ class _Family:
     growth: Growth | None = None
     num_parameters: tuple[int, int] = (0, 0)
     resists: bool = False
+    one_row_follows: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,7 @@ class Recordings:
         self._families: dict[str, list[_Family]] = {}
         self._grown: dict[str, list[_Family]] = {}
         self._recorded: dict[str, list[_Recorded]] = {}
+        self._of_one_model: dict[str, list[_Family]] = {}
         self._shapes: dict[CudaTarget | None, ShapeMemory] = {}
 
     def step(self, config: RunConfig, passes: Sequence[Pass], *, target: CudaTarget | None) -> RecordedStep:
@@ -96,13 +99,15 @@ class Recordings:
         device = torch.device("cpu" if target is None else "cuda")
         key = repr((_without_rows(config), target))
         families, recorded = self._families.setdefault(key, []), self._recorded.setdefault(key, [])
+        of_one_model = self._of_one_model.setdefault(repr((_without_layers(config), target)), [])
         alike = []
         for family in families:
             columns = family.samples[0][1]
             counts = count_rows(config, passes, columns, device=device)
             if counts is not None and counts.structure == family.samples[0][0].structure:
                 alike.append(family)
-                found = _interpolate(family, counts, target=target)
+                one_row = _has_one_row(counts) and _one_row_follows(of_one_model, target=target)
+                found = _interpolate(family, counts, target=target, one_row=one_row)
                 if found is None and any(
                     _borrow(family, counts, config, passes, each, device=device) for each in recorded
                 ):
@@ -135,6 +140,7 @@ class Recordings:
                     grown.append(known)
             new = known
         families.append(new)
+        of_one_model.append(new)
         return _repeat(new, counts, columns)
 
     def _resize(
@@ -216,8 +222,11 @@ def _with_growth(family: _Family, layers: Turns, fewer: ColumnsOfStep) -> _Famil
     return _Family(family.samples, turns, growth, totals)
 
 
-def _interpolate(family: _Family, counts: Counts, *, target: CudaTarget | None) -> Recording | None:
-    samples = [Sample(columns.recording, mine.rows) for mine, columns in _samples(family, counts)]
+def _interpolate(
+    family: _Family, counts: Counts, *, target: CudaTarget | None, one_row: bool = False
+) -> Recording | None:
+    """one_row: whether `counts`, of one row, is known to be on the line of several."""
+    samples = [Sample(columns.recording, mine.rows) for mine, columns in _samples(family, counts, one_row=one_row)]
     for one, other in combinations(samples, 2):  # two whose last chunks are equal tell nothing of another's
         if _growth_sees(family, one.recording, other.recording):
             return None
@@ -263,13 +272,36 @@ def _resized(family: _Family, recording: Recording, single: Recording, passes: S
     return None if found is None or _growth_sees(family, recording, found) else found
 
 
-def _samples(family: _Family, counts: Counts) -> list[tuple[Counts, ColumnsOfStep]]:
-    """Those that can be on a line with `counts`: one row has another structure than several, and tokens per expert are
-    rounded up."""
+def _samples(family: _Family, counts: Counts, *, one_row: bool = False) -> list[tuple[Counts, ColumnsOfStep]]:
+    """Those that can be on a line with `counts`: one row may have another structure than several, and tokens per expert
+    are rounded up."""
     routed = any(line in columns.recording.source for line in ROUTED.values() for _, columns in family.samples)
-    if routed or min(counts.rows.by_step.values()) < 2:
+    if routed or (_has_one_row(counts) and not one_row):
         return []
-    return [each for each in family.samples if min(each[0].rows.by_step.values()) > 1]
+    return [each for each in family.samples if not _has_one_row(each[0])]
+
+
+def _has_one_row(counts: Counts) -> bool:
+    return min(counts.rows.by_step.values()) < 2
+
+
+def _one_row_follows(families: Sequence[_Family], *, target: CudaTarget | None) -> bool:
+    """Whether a recording of one row was what follows from those of several, wherever both are known. Recomputing and
+    the loss call what the model's forward calls, so what is seen of one holds for the others."""
+    for family in families:
+        if family.one_row_follows is None:
+            family.one_row_follows = _compare_one_row(family, target=target)
+    known = {family.one_row_follows for family in families}
+    return True in known and False not in known
+
+
+def _compare_one_row(family: _Family, *, target: CudaTarget | None) -> bool | None:
+    recorded = next((each for each in family.samples if _has_one_row(each[0])), None)
+    if recorded is None or len(_samples(family, recorded[0], one_row=True)) < 2:
+        return None
+    counts, columns = recorded
+    found = _interpolate(family, counts, target=target, one_row=True)
+    return found is not None and are_equal(found, columns.recording)
 
 
 def _growth_sees(family: _Family, one: Recording, other: Recording) -> bool:
@@ -285,7 +317,7 @@ def _without_rows(config: RunConfig) -> tuple[object, ...]:
 
 
 def _without_layers(config: RunConfig) -> tuple[object, ...]:
-    """What that depends on which grows with the number of layers."""
+    """What that depends on besides recomputing and the loss: which layers there are, and what is done with each."""
     model = config.model.model_copy(update={"recompute": "off"})
     return model, config.data.packing, config.optim, config.memory.routing
 

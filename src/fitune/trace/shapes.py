@@ -7,11 +7,14 @@ imitate is left to FakeTensorMode.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from fitune.trace.operators import by_operator
 
 _CPU = torch.device("cpu")
 _Make = Callable[[tuple[Any, ...]], Any]
@@ -23,16 +26,30 @@ _NOT_REMEMBERED = {
 }
 
 
+@by_operator
+def _is_by_shape(func: Any) -> bool:
+    return func not in _NOT_REMEMBERED and not any(tag in func.tags for tag in _NOT_BY_SHAPE)
+
+
 class _CannotRememberError(Exception):
     pass
+
+
+@dataclass(slots=True, eq=False)
+class Call:
+    """An operator with arguments of such shapes, which stands in a key by its id. make: its result; None where
+    FakeTensorMode has to. work: bytes that it moves and floating-point operations, once they were counted."""
+
+    func: Any
+    make: _Make | None
+    work: tuple[int, int] | None = None
 
 
 class ShapeMemory:
     """What operators make of which shapes: for one recording after the other, if all have the same target."""
 
     def __init__(self) -> None:
-        self._made: dict[tuple[Any, ...], _Make | None] = {}
-        self._by_shape: dict[Any, bool] = {}
+        self._calls: dict[tuple[Any, ...], Call] = {}
         self._attributes: dict[str, Any] = {}
 
     def serve(self, mode: FakeTensorMode) -> None:
@@ -41,25 +58,20 @@ class ShapeMemory:
             empty = torch.empty(0, device="meta")
         self._attributes |= FakeTensor(mode, empty, _CPU).__dict__
 
-    def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        by_shape = self._by_shape.get(func)
-        if by_shape is None:
-            by_shape = self._by_shape[func] = func not in _NOT_REMEMBERED and not any(
-                tag in func.tags for tag in _NOT_BY_SHAPE
-            )
-        if not by_shape:
-            return func(*args, **kwargs)
+    def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Call | None]:
+        """The result, and what is remembered of such calls; None where nothing can be."""
+        if not _is_by_shape(func):
+            return func(*args, **kwargs), None
         try:
-            key = (func, *_key(args), *((name, *_key((value,))) for name, value in kwargs.items()))
-            known = key in self._made
+            key = (id(func), *_key(args), _num_distinct(args), *((name, *_key((its,))) for name, its in kwargs.items()))
+            known = self._calls.get(key)
         except (_CannotRememberError, TypeError):  # TypeError: an argument that is not hashable
-            return func(*args, **kwargs)
-        if not known:
+            return func(*args, **kwargs), None
+        if known is None:
             result = func(*args, **kwargs)
-            self._made[key] = self._imitate(func, args, result)
-            return result
-        make = self._made[key]
-        return func(*args, **kwargs) if make is None else make(args)
+            known = self._calls[key] = Call(func, self._imitate(func, args, result))
+            return result, known
+        return func(*args, **kwargs) if known.make is None else known.make(args), known
 
     def _imitate(self, func: Any, args: tuple[Any, ...], result: Any) -> _Make | None:
         """How to make such a result from such arguments; None where this is not known."""
@@ -131,7 +143,9 @@ def _key(values: Any) -> list[Any]:
         if isinstance(value, FakeTensor):
             if value.constant is not None:
                 raise _CannotRememberError
-            key.append((value.shape, value.stride(), value.storage_offset(), value.dtype))
+            stride = value.stride()
+            held = value.untyped_storage().nbytes() if 0 in stride else None  # of a broadcast tensor
+            key.append((value.shape, stride, value.storage_offset(), value.dtype, held))
         elif isinstance(value, Tensor):
             raise _CannotRememberError
         elif isinstance(value, (list, tuple)):
@@ -139,3 +153,8 @@ def _key(values: Any) -> list[Any]:
         else:
             key.append((type(value), value))
     return key
+
+
+def _num_distinct(values: tuple[Any, ...]) -> int:
+    """Tensors among the arguments, of which one may stand in two places."""
+    return len({id(value) for value in values if isinstance(value, FakeTensor)})

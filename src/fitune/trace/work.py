@@ -7,11 +7,13 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import flop_registry
 
+from fitune.trace.operators import by_operator
+
 
 def moved_bytes(func: Any, args: Any, outputs: tuple[torch.Tensor, ...]) -> int:
     """Of the tensors that are read and written, each once; of a broadcast one what it really holds, and of a tensor
     that is looked up or added to in places those places."""
-    if (own := _MOVED.get(func._schema.name)) is not None:
+    if (own := _own_moved(func)) is not None:
         return own(args, outputs)
     sizes = {}
     for tensor in (*_tensors(args), *outputs):
@@ -22,10 +24,9 @@ def moved_bytes(func: Any, args: Any, outputs: tuple[torch.Tensor, ...]) -> int:
 def count_flops(func: Any, args: Any, kwargs: Any, outputs: tuple[torch.Tensor, ...]) -> int:
     """By torch.utils.flop_counter's formulas for products and attention, two for a multiplication and an addition; 0
     for other operators. Attention counts all pairs of positions, although a causal kernel skips half of them."""
-    packet = func.overloadpacket
-    if (own := _OWN.get(func._schema.name)) is not None:
+    own, formula = _flop_formulas(func)
+    if own is not None:
         return own(args, outputs)
-    formula = flop_registry.get(packet)
     if formula is None:
         return 0
     return int(formula(*args, **kwargs, out_val=outputs[0] if len(outputs) == 1 else outputs))
@@ -109,6 +110,17 @@ _MOVED: dict[str, Callable[[Any, Any], int]] = {
     "aten::index_put_": _added_to(2, copies=False),
     "aten::index_put": _added_to(2, copies=True),
 }
+
+
+@by_operator
+def _own_moved(func: Any) -> Callable[[Any, Any], int] | None:
+    return _MOVED.get(func._schema.name)
+
+
+@by_operator
+def _flop_formulas(func: Any) -> tuple[Callable[[Any, Any], int] | None, Any]:
+    """Ours, and the registry's."""
+    return _OWN.get(func._schema.name), flop_registry.get(func.overloadpacket)
 
 
 def _num_bytes(tree: Any) -> int:
