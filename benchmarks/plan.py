@@ -1,11 +1,13 @@
 """Is the plan's choice the fastest that fits? On this CPU: four models, three budgets each. The ceilings of
 plan/cpu_ceilings.py were fitted to three of them.
 
-    python benchmarks/plan.py             about nine minutes on a calm core; writes benchmarks/results/plan.json
+    python benchmarks/plan.py             about an hour; writes benchmarks/results/plan.json
     python benchmarks/plan.py --quick     one model of two layers, one budget, two sizes
 
-Every candidate of a model is measured: real steps, CPU seconds on one thread, the best of two rounds that take the
-candidates in turn. Then for each budget `fitune train` runs in a process of its own whose data segment is limited to
+Every candidate of a model is measured: real steps, CPU seconds on one thread, in three rounds that take the candidates
+in turn. A shared machine becomes slower and faster from one minute to the next, by more than the candidates differ, so
+each is held against the first one, measured before and after it; its time is the median of these ratios, times that of
+the first one. Then for each budget `fitune train` runs in a process of its own whose data segment is limited to
 that budget (RLIMIT_DATA), where it plans by itself. Shown: the rank correlation of predicted and measured time over the
 candidates, whether the run ended without an out-of-memory event, and how much slower its choice is than the fastest
 candidate that fits by measurement.
@@ -21,6 +23,7 @@ import sys
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import mean, median
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -123,17 +126,26 @@ def settings(directory: Path) -> dict[str, Any]:
 
 def measure(plan: Plan, config: RunConfig, *, rounds: int) -> list[Measurement]:
     candidates = [each for each in plan.candidates if each.result == "same"]
-    seconds, peaks = [np.inf] * len(candidates), [0] * len(candidates)
+    peaks = [0] * len(candidates)
+    ratios: list[list[float]] = [[] for _ in candidates]
     program = plan.device.context_bytes
     tree = config.model_dump(mode="json", exclude_defaults=True)
     steps = [((LENGTH, LENGTH - 1),) * ROWS] * 2
+
+    def best(number: int) -> float:
+        settled = read_config(tree, settings_of(candidates[number], config)).config
+        found = measure_steps(settled, steps, device=torch.device("cpu"))
+        peaks[number] = max(peaks[number], *(peak.device_bytes or 0 for peak in found.peaks))
+        return min(found.cpu_seconds)
+
+    references = [best(0)]
     for _ in range(rounds):
         for number, candidate in enumerate(candidates):
-            settled = read_config(tree, settings_of(candidate, config)).config
-            found = measure_steps(settled, steps, device=torch.device("cpu"))
-            seconds[number] = min(seconds[number], *found.cpu_seconds)
-            peaks[number] = max(peaks[number], *(peak.device_bytes or 0 for peak in found.peaks))
-            print(f"  {name(candidates[number])}: {seconds[number]:.3f} s", file=sys.stderr, flush=True)
+            own = best(number)
+            references.append(best(0))
+            ratios[number].append(own / mean(references[-2:]))
+            print(f"  {name(candidate)}: x {median(ratios[number]):.3f}", file=sys.stderr, flush=True)
+    seconds = [median(own) * median(references) for own in ratios]
     return [
         Measurement(
             name(candidate),
@@ -215,7 +227,7 @@ def main() -> int:
     options = parser.parse_args()
     torch.set_num_threads(1)
     wanted = QUICK if options.quick else {k: v for k, v in MODELS.items() if (options.model or "") in k}
-    shares, rounds = ((0.5,), 1) if options.quick else ((0.3, 0.6, 1.0), 2)
+    shares, rounds = ((0.5,), 1) if options.quick else ((0.3, 0.6, 1.0), 3)
     results = {}
     for title, config in wanted.items():
         results[title] = found = benchmark(config, budgets=shares, rounds=rounds)

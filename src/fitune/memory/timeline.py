@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fitune.errors import UsageError
+from fitune.memory.replay import number_storages
 from fitune.trace.events import CATEGORIES, Category, EventColumns, MemoryTrace, Phase
 from fitune.trace.recording import Integers
 
@@ -89,10 +90,16 @@ def _columns(trace: MemoryTrace) -> EventColumns:
 def _peak(trace: MemoryTrace, columns: EventColumns, sizes: Integers, index: int) -> Peak:
     is_birth = columns.num_bytes[: index + 1] > 0
     born = np.flatnonzero(is_birth)
-    alive = born[~np.isin(columns.storage[born], columns.storage[: index + 1][~is_birth])]
+    storage = number_storages(columns.storage[: index + 1])
+    is_dead = np.zeros(int(storage.max(initial=0)) + 1, dtype=np.bool_)
+    is_dead[storage[~is_birth]] = True
+    alive = born[~is_dead[storage[born]]]
     living = sizes[alive]
+    names, which = trace.modules(alive)
+    of_modules = np.zeros(len(names), dtype=np.int64)
+    np.add.at(of_modules, which, living)
     modules: Counter[str] = Counter()
-    for module, num_bytes in zip(trace.modules(alive), living.tolist(), strict=True):
+    for module, num_bytes in zip(names, of_modules.tolist(), strict=True):
         modules[module] += num_bytes
     largest = [(trace.events[int(alive[i])], int(living[i])) for i in np.argsort(-living, kind="stable")[:NUM_TOP]]
     at = trace.events[index]

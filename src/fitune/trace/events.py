@@ -58,8 +58,8 @@ class Columnar(Protocol):
 
     def columns(self) -> EventColumns: ...
 
-    def modules(self, indices: npt.NDArray[np.int64]) -> list[str]:
-        """Of these births."""
+    def modules(self, indices: npt.NDArray[np.int64]) -> tuple[list[str], npt.NDArray[np.int64]]:
+        """As `MemoryTrace.modules`."""
         ...
 
 
@@ -79,11 +79,11 @@ class MemoryTrace:
         ]
         return EventColumns(*np.array(numbers, dtype=np.int64).reshape(-1, 5).T)
 
-    def modules(self, indices: npt.NDArray[np.int64]) -> list[str]:
-        """Of these births."""
+    def modules(self, indices: npt.NDArray[np.int64]) -> tuple[list[str], npt.NDArray[np.int64]]:
+        """Modules of these births: names, and for each birth the index of its own."""
         if isinstance(self.events, Columnar):
             return self.events.modules(indices)
-        return [self.events[i].module for i in indices.tolist()]
+        return [self.events[i].module for i in indices.tolist()], np.arange(len(indices))
 
 
 @dataclass(frozen=True, slots=True)

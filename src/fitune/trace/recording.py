@@ -208,12 +208,14 @@ class RecordedEvents(Sequence[MemoryEvent]):
             category=categories[label],
         )
 
-    def modules(self, indices: Integers) -> list[str]:
-        """Of these births."""
+    def modules(self, indices: Integers) -> tuple[list[str], Integers]:
+        """As `MemoryTrace.modules`."""
         recording, birth = self._recording, self._birth[indices]
+        num_turns = int(recording.turn.max(initial=0)) + 2
+        places, which = np.unique(recording.label[birth] * num_turns + recording.turn[birth] + 1, return_inverse=True)
         modules = [each.where.module for each in recording.labels]
-        places = zip(recording.label[birth].tolist(), recording.turn[birth].tolist(), strict=True)
-        return [_in_turn(modules[label], turn) for label, turn in places]
+        labels_and_turns = (divmod(place, num_turns) for place in places.tolist())
+        return [_in_turn(modules[label], turn - 1) for label, turn in labels_and_turns], which
 
     def __len__(self) -> int:
         return len(self._birth)

@@ -69,11 +69,10 @@ def with_last_step_again(recording: Recording, step: int) -> Recording | None:
     # what died behind the birth of a workspace dies behind the birth before that
     columns["dies_after"][len(recording) :] = place[recording.dies_after[source] - start]
     labels = {label: number for number, label in enumerate(recording.labels)}
-    again = {
-        number: labels.setdefault(_in_step(recording.labels[number], step + 1), len(labels))
-        for number in np.unique(recording.label[source]).tolist()
-    }
-    columns["label"][len(recording) :] = [again[number] for number in recording.label[source].tolist()]
+    again = np.zeros(len(labels), dtype=np.int64)
+    for number in np.unique(recording.label[source]).tolist():
+        again[number] = labels.setdefault(_in_step(recording.labels[number], step + 1), len(labels))
+    columns["label"][len(recording) :] = again[recording.label[source]]
     return replace(
         recording,
         **columns,

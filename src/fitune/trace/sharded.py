@@ -56,9 +56,11 @@ class ShardedEvents(Sequence[MemoryEvent]):
         rest = (whole.storage, num_bytes, whole.step, whole.stream, whole.category)
         return EventColumns(*(np.concatenate(([one], many)) for one, many in zip(first, rest, strict=True)))
 
-    def modules(self, indices: npt.NDArray[np.int64]) -> list[str]:
-        others = iter(self.whole.modules(indices[indices > 0] - 1))
-        return [next(others) if index else self[0].module for index in indices.tolist()]
+    def modules(self, indices: npt.NDArray[np.int64]) -> tuple[list[str], npt.NDArray[np.int64]]:
+        names, which = self.whole.modules(indices[indices > 0] - 1)
+        found = np.full(len(indices), len(names))
+        found[indices > 0] = which
+        return [*names, self[0].module], found
 
 
 def sharded(trace: MemoryTrace, *, num_shards: int, gathered_bytes: int) -> MemoryTrace:
