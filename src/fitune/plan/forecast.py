@@ -12,6 +12,7 @@ import psutil
 
 from fitune.config import RunConfig
 from fitune.errors import ConfigError, ModelError
+from fitune.importing import collections_paused
 from fitune.memory.c_allocator import allocator_name
 from fitune.memory.prediction import other_routing
 from fitune.plan.budget import Lengths, Limits
@@ -153,7 +154,8 @@ class Forecaster:
 
     def _recorder(self) -> Any:
         """The recordings of this process. What the program itself holds is measured before the first."""
-        from fitune.trace.recordings import Recordings
+        with collections_paused():
+            from fitune.trace.recordings import Recordings
 
         if self._recordings is None:
             self._recordings = Recordings()
