@@ -62,9 +62,9 @@ MODELS: dict[str, PretrainedConfig] = {
     ),
 }  # fmt: skip
 QUICK = {
-    "llama 2 x 64": llama_config(
-        hidden_size=64, num_hidden_layers=2, head_dim=32, intermediate_size=128,
-        num_attention_heads=2, num_key_value_heads=2,
+    "llama 2 x 256": llama_config(
+        hidden_size=256, num_hidden_layers=2, head_dim=64, intermediate_size=704,
+        num_attention_heads=4, num_key_value_heads=2,
     )
 }  # fmt: skip
 
