@@ -199,10 +199,10 @@ class Recorder(TorchDispatchMode):
             return args[0].fake_device  # two thirds of all calls, and slow through FakeTensorMode
         kwargs = kwargs or {}
         traits = _traits(func)
+        self._follow_phase(func, args)  # by a profiler's mark too: that of zero_grad() begins what comes next
         if traits.is_silent:
             with torch._C._DisableTorchDispatch():
                 return func(*args, **kwargs)
-        self._follow_phase(func, args)
         if self._placing != "host":
             for num_bytes in self._kernels.workspaces(func, self._phase):
                 self.allocate(num_bytes, "workspace", traits.name)
