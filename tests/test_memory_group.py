@@ -63,6 +63,27 @@ touch(512 * MIB)
 """)
 
 
+def test_a_step_that_takes_all_leaves_something_to_what_comes_after_it() -> None:
+    """A checkpoint's thread, say: what tensors leave free in the heap is of no use to it."""
+    run_alone("""
+import mmap, resource
+from pathlib import Path
+
+line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmData:"))
+limit = int(line.split()[1]) * 1024 + 100 * MIB
+resource.setrlimit(resource.RLIMIT_DATA, (limit, resource.RLIM_INFINITY))
+taken = []
+with refusing(lambda: None):
+    try:
+        while True:
+            taken.append(torch.ones(64 * 1024, dtype=torch.uint8))  # of the heap
+    except RuntimeError as error:
+        assert memory_failure(error) == "device"
+assert len(taken) > 1000
+mmap.mmap(-1, 12 * MIB, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+""")
+
+
 def test_what_another_takes_in_the_middle_of_a_step_is_refused_too() -> None:
     run_alone("""
 left = [1024 * MIB]

@@ -17,6 +17,7 @@ from fitune.data.examples import Examples
 from fitune.data.order import shuffled
 from fitune.data.rows import Batch
 from fitune.errors import OutOfMemoryError
+from fitune.threads import start_thread
 
 T = TypeVar("T")
 
@@ -99,9 +100,7 @@ def prefetch(items: Iterator[T], *, depth: int) -> Iterator[T]:
                 items.close()
 
     thread = threading.Thread(target=produce, name="fitune-prefetch", daemon=True)
-    try:
-        thread.start()
-    except RuntimeError:  # no memory for a thread's stack: the items are then made when they are asked for
+    if not start_thread(thread):  # the items are then made when they are asked for
         yield from items
         return
     try:

@@ -7,17 +7,20 @@ import ctypes
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
 import torch
 
+from fitune.threads import start_thread
+
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _KEPT_FREE_BYTES = 16 * 1024**2
-"""Of what the process may still take: page tables, and what a moment takes between two looks."""
+"""Of what the process may still take: for page tables, for what a moment takes between two looks, and for what threads
+and the interpreter map between steps, since the holes that tensors leave in the heap are of no use to them."""
 _LOOK_SECONDS = (0.1, 1.0)
 """The shortest and the longest time between two looks at what is free."""
 _FASTEST_TAKING = 16 * 1024**3
@@ -155,7 +158,8 @@ def resident_free_in_heap() -> int:
 def refusing(free_bytes: Callable[[], int | None]) -> Iterator[None]:
     """Within it the process is refused what is not there. Linux grants it, and kills when it is used; a refusal can be
     survived. free_bytes: what the machine or the control group has left, looked at again while this lasts, since
-    others take from it too. Elsewhere than on Linux of no effect."""
+    others take from it too. Something of it, or of the limit that the process had, is left to what comes afterwards.
+    Elsewhere than on Linux of no effect."""
     if sys.platform != "linux":
         yield
         return
@@ -166,12 +170,14 @@ def refusing(free_bytes: Callable[[], int | None]) -> Iterator[None]:
 
     def bound() -> float:
         """Returns how many seconds that holds for."""
-        if (free := free_bytes()) is None:
+        free = free_bytes()
+        bounds = [] if free is None else [_most_data_bytes(free)]
+        if before != resource.RLIM_INFINITY:
+            bounds.append(max(before - _KEPT_FREE_BYTES, 0))
+        if bounds and not ended.is_set():
+            resource.setrlimit(resource.RLIMIT_DATA, (min(bounds), hard))
+        if free is None:
             return _LOOK_SECONDS[1]
-        most = _most_data_bytes(free)
-        soft = most if before == resource.RLIM_INFINITY else min(most, before)
-        if not ended.is_set():
-            resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
         return min(max(free / _FASTEST_TAKING, _LOOK_SECONDS[0]), _LOOK_SECONDS[1])
 
     def look() -> None:
@@ -180,14 +186,13 @@ def refusing(free_bytes: Callable[[], int | None]) -> Iterator[None]:
             seconds = bound()
 
     looking = threading.Thread(target=look, name="fitune-memory", daemon=True)
-    with suppress(RuntimeError):  # no room for a thread: what was seen at the beginning holds
-        looking.start()
+    looks = start_thread(looking)  # else what was seen at the beginning holds
     bound()
     try:
         yield
     finally:
         ended.set()
-        if looking.ident is not None:
+        if looks:
             looking.join()
         resource.setrlimit(resource.RLIMIT_DATA, (before, hard))
 

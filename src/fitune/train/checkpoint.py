@@ -45,6 +45,7 @@ from fitune.step.assemble import Setup
 from fitune.step.optimizer_state import create_state
 from fitune.step.out_of_memory import said_of, try_twice
 from fitune.step.shards import Shards
+from fitune.threads import start_thread
 from fitune.train.batch_mode import batch_state
 from fitune.train.noise import NoiseAverages
 from fitune.train.shard_checkpoint import SHARDS, ShardedTensors, read_shards
@@ -127,12 +128,10 @@ class CheckpointWriter:
         thread = threading.Thread(
             target=self._write, args=(state, tensors, content), name="fitune-checkpoint", daemon=True
         )
-        try:
-            thread.start()
-        except RuntimeError:  # no memory for a thread's stack: the training waits for this save
-            self._write(state, tensors, content)
-        else:
+        if start_thread(thread):
             self._thread = thread
+        else:  # the training waits for this save
+            self._write(state, tensors, content)
 
     def _content(self, state: RunState, tensors: "_Tensors | ShardedTensors", memory_model: Json | None) -> Json:
         return {
