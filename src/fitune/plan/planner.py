@@ -113,7 +113,13 @@ class _Search:
             look(choices)
             return self.forecaster.known
 
-        self.forecaster.learn(divide(list(alike.values()), here=look, beside=look_beside) or {})
+        parts = list(alike.values())
+        if len(parts) > 1 and not self.looked_at:
+            look(parts.pop(0))  # both processes need the imports, and what the recordings of one variant tell of others
+            from fitune.model.recompute import recompute_period
+
+            parts.sort(key=lambda part: -recompute_period(part[0].recompute))  # those of more layers take longest
+        self.forecaster.learn(divide(parts, here=look, beside=look_beside) or {})
         for choice in choices:
             self.fits(choice)
 

@@ -37,6 +37,10 @@ COMMIT_FRACTION = 0.1
 """Of the model's bytes: LoRA of rank 16 on SmolLM2-135M trains 3.6 % of the parameters, at half precision 7 %."""
 
 
+Packing = tuple[bool, str | None]
+"""Whether rows are packed, and what there is to say of it."""
+
+
 @dataclass(frozen=True)
 class Layout:
     """How the rows of an effective batch become micro-batches. One of micro_rows and micro_tokens is None."""
@@ -86,12 +90,14 @@ def assemble(
     device: torch.device,
     precision: Precision,
     peers: ShardPeers | None = None,
+    packing: Packing | None = None,
 ) -> Setup:
-    """Everything around a loaded model. peers: the processes that it is dealt over, as model.shard asks for. Raises
-    ModelError or ConfigError for what this model cannot do."""
+    """Everything around a loaded model. peers: the processes that it is dealt over, as model.shard asks for. packing:
+    what `choose_packing` has said of the model, where it was asked. Raises ModelError or ConfigError for what this
+    model cannot do."""
     notes = [f"precision {precision.name}: {precision.reason}"]
+    packed, note = packing or choose_packing(model, config)
     recompute = _set_layers(model, config, device)
-    packed, note = _choose_packing(model, config)
     head, head_note = _choose_head(model, config)
     notes += [line for line in (note, head_note) if line]
     if config.model.compile and not is_fake(next(model.parameters())):  # a recording sees the layers as they are
@@ -145,7 +151,8 @@ def _set_layers(model: nn.Module, config: RunConfig, device: torch.device) -> Re
     return recompute
 
 
-def _choose_packing(model: nn.Module, config: RunConfig) -> tuple[bool, str | None]:
+def choose_packing(model: nn.Module, config: RunConfig) -> Packing:
+    """Asks the model itself, in a forward."""
     reason = can_pack(model) if config.data.packing else None
     if reason is not None:
         return False, f"rows are padded, not packed: {reason}"

@@ -380,7 +380,7 @@ class CudaKernels:
     def __init__(self, target: CudaTarget, inner: Callable[..., Any]) -> None:
         self.target = target
         self.call = inner
-        self._threads_with_workspace: set[bool] = set()
+        self._threads_with_workspace: frozenset[bool] = frozenset()  # a copy goes on by itself
 
     def workspaces(self, func: Any, phase: Phase) -> Sequence[int]:
         """cuda/CUDABlas.cpp, CublasHandlePool.cpp: one workspace per handle and stream through the caching allocator,
@@ -388,7 +388,7 @@ class CudaKernels:
         autograd_thread = phase == "backward"
         if autograd_thread in self._threads_with_workspace or func.overloadpacket not in _GEMMS:
             return ()
-        self._threads_with_workspace.add(autograd_thread)
+        self._threads_with_workspace |= {autograd_thread}
         return (cublas_workspace_bytes(self.target),)
 
     def temporaries(self, func: Any, args: tuple[Any, ...], outputs: Sequence[Tensor]) -> Groups | None:

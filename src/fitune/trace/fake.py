@@ -7,8 +7,8 @@ recorder runs on real CPU tensors (mode="real"), which is how its truth is check
 
 import gc
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
 from typing import Any, Literal, cast
@@ -26,7 +26,7 @@ from fitune.trace.cuda_behaviour import CpuKernels, CudaKernels, CudaTarget, cud
 from fitune.trace.events import MemoryTrace
 from fitune.trace.flash_package import flash_package
 from fitune.trace.placement import CARD, OnMeta, card_stands_in, cuda_answers
-from fitune.trace.recorder import Recorder
+from fitune.trace.recorder import Mark, Recorder
 from fitune.trace.recording import Recording, to_trace
 from fitune.trace.shapes import ShapeMemory
 
@@ -53,60 +53,121 @@ def record_loop(build: Build, loop: Loop, settings: RecordSettings = RecordSetti
     return to_trace(record_columns(build, loop, settings))
 
 
-def record_columns(
-    build: Build,
-    loop: Loop,
-    settings: RecordSettings,
-    *,
-    watch: Callable[[Recorder], AbstractContextManager[Any]] | None = None,
-    shapes: ShapeMemory | None = None,
-) -> Recording:
+def record_columns(build: Build, loop: Loop, settings: RecordSettings) -> Recording:
     """Builds the model with `build()`, sets the loop up with `loop(model, device)` and records `num_steps` calls of
     the step that it returns. Raises UsageError for a real recording with a CUDA target, and for
-    a loop that returns no function. watch: entered with the recorder for the length of the recording.
-    shapes: of earlier recordings for the same target, which make this one faster."""
-    fake = settings.mode == "fake"
-    if not fake and settings.target is not None:
-        raise UsageError("a recording on real CPU tensors cannot behave as CUDA: use mode='fake' or target=None")
-    shapes = shapes or ShapeMemory()
-    assumptions = Assumptions(settings.routing, shapes)
-    kernels = (
-        CpuKernels(assumptions.call) if settings.target is None else CudaKernels(settings.target, assumptions.call)
-    )
-    recorder = Recorder(kernels)
-    with ExitStack() as stack:
-        stack.enter_context(_collected_at_step_ends())
-        stack.enter_context(patch.object(torch.inference_mode, "__enter__", _enter_without_gradients))
-        if settings.target is not None:
-            stack.enter_context(cuda_behaviour(settings.target))
-            stack.enter_context(flash_package(settings.target))
-            stack.enter_context(cuda_answers(settings.target))
-        with torch.device("meta") if fake else nullcontext(), OnMeta() if fake else nullcontext():
-            model = build()
-        if fake:
-            stack.enter_context(_as_real_tensors(checks_indices=settings.target is None))
-            stack.enter_context(torch.random.fork_rng(devices=[]))  # what is drawn on the host is drawn for real
-            shapes.serve(stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True)))
-            _pack(model)
-            fill(model)
-        recorder.load(model)
-        stack.enter_context(recorder.hooks())
-        stack.enter_context(recorder)
-        if settings.target is not None:
-            stack.enter_context(card_stands_in(recorder))
-        if watch is not None:
-            stack.enter_context(watch(recorder))
-        step = loop(model, CARD)
-        if not callable(step):
-            raise UsageError(f"loop(model, device) must return a function that does one step, not {step!r}")
-        recorder.load(model)
-        for number in range(1, settings.num_steps + 1):
-            gc.collect()
-            recorder.begin_step(number)
-            step()
-            recorder.end_step(model)
-        assumed = assumptions.lines() if fake else assumptions.used  # real tensors ask for no routing
-        return recorder.recording((*_describe(settings), *assumed))
+    a loop that returns no function."""
+    return RecordedModel(build, settings).record(loop, num_steps=settings.num_steps)
+
+
+class RecordedModel:
+    """A model on which one loop after the other is recorded, each as if the model were new.
+
+    prepare(model): done once with a new model, and recorded before each loop; `prepared` is what it returned. shapes:
+    of earlier recordings for the same target, which make these faster. Raises what `record_columns` raises.
+    """
+
+    def __init__(
+        self,
+        build: Build,
+        settings: RecordSettings,
+        *,
+        prepare: Callable[[nn.Module], Any] | None = None,
+        shapes: ShapeMemory | None = None,
+    ) -> None:
+        self._is_fake, self._target = settings.mode == "fake", settings.target
+        if not self._is_fake and settings.target is not None:
+            raise UsageError("a recording on real CPU tensors cannot behave as CUDA: use mode='fake' or target=None")
+        self._build, self._settings, self._prepare = build, settings, prepare
+        self._shapes = shapes or ShapeMemory()
+        self._parts: _Parts | None = None
+        self.prepared: Any = None
+
+    def record(
+        self,
+        loop: Loop,
+        *,
+        num_steps: int,
+        watch: Callable[[Recorder], AbstractContextManager[Any]] | None = None,
+    ) -> Recording:
+        """As `record_columns`. watch: entered with the recorder for the length of the loop."""
+        with ExitStack() as stack:
+            stack.enter_context(_collected_at_step_ends())
+            stack.enter_context(patch.object(torch.inference_mode, "__enter__", _enter_without_gradients))
+            if self._target is not None:
+                stack.enter_context(cuda_behaviour(self._target))
+                stack.enter_context(flash_package(self._target))
+                stack.enter_context(cuda_answers(self._target))
+            known = self._parts if self._parts is not None and self._parts.go_back() else None
+            self._parts = None  # until all went well; an old model is gone before there is a new one
+            parts = known or self._new_parts()
+            if parts.mode is not None:
+                stack.enter_context(_as_real_tensors(checks_indices=self._target is None))
+                stack.enter_context(torch.random.fork_rng(devices=[]))  # what is drawn on the host is drawn for real
+                self._shapes.serve(stack.enter_context(parts.mode))
+            if known is None:
+                if parts.mode is not None:
+                    _pack(parts.model)
+                    fill(parts.model)
+                parts.recorder.load(parts.model)
+            stack.enter_context(parts.recorder.hooks())
+            stack.enter_context(parts.recorder)
+            if self._target is not None:
+                stack.enter_context(card_stands_in(parts.recorder))
+            if known is None:
+                self.prepared = None if self._prepare is None else self._prepare(parts.model)
+                parts.remember()
+            if watch is not None:
+                stack.enter_context(watch(parts.recorder))
+            step = loop(parts.model, CARD)
+            if not callable(step):
+                raise UsageError(f"loop(model, device) must return a function that does one step, not {step!r}")
+            parts.recorder.load(parts.model)
+            for number in range(1, num_steps + 1):
+                gc.collect()
+                parts.recorder.begin_step(number)
+                step()
+                parts.recorder.end_step(parts.model)
+            # real tensors ask for no routing
+            assumed = parts.assumptions.lines() if self._is_fake else parts.assumptions.used
+            recording = parts.recorder.recording((*_describe(self._settings, num_steps), *assumed))
+            del step
+            gc.collect()  # what the loop made is of no next one
+            self._parts = parts
+            return recording
+
+    def _new_parts(self) -> "_Parts":
+        assumptions = Assumptions(self._settings.routing, self._shapes)
+        target, call = self._target, assumptions.call
+        recorder = Recorder(CpuKernels(call) if target is None else CudaKernels(target, call))
+        if not self._is_fake:
+            return _Parts(self._build(), assumptions, recorder, None)
+        with torch.device("meta"), OnMeta():
+            model = self._build()
+        return _Parts(model, assumptions, recorder, FakeTensorMode(allow_non_fake_inputs=True))
+
+
+@dataclass
+class _Parts:
+    """A model and what records it. mode: None on real tensors. mark, used: as they were before the first loop."""
+
+    model: nn.Module
+    assumptions: Assumptions
+    recorder: Recorder
+    mode: FakeTensorMode | None
+    mark: Mark | None = None
+    used: dict[str, None] = field(default_factory=dict)
+
+    def remember(self) -> None:
+        """What is so now is so before each loop."""
+        self.mark, self.used = self.recorder.mark(), dict(self.assumptions.used)
+
+    def go_back(self) -> bool:
+        """False where a loop has left something, or changed the model."""
+        for parameter in self.model.parameters():
+            parameter.grad = None
+        self.assumptions.used = dict(self.used)
+        return self.mark is not None and self.recorder.back_to(self.mark)
 
 
 def _pack(model: nn.Module) -> None:
@@ -154,8 +215,8 @@ def fill(model: nn.Module) -> None:
     del keep
 
 
-def _describe(settings: RecordSettings) -> Iterator[str]:
-    yield f"recorded {settings.num_steps} optimizer steps on {settings.mode} tensors"
+def _describe(settings: RecordSettings, num_steps: int) -> Iterator[str]:
+    yield f"recorded {num_steps} optimizer steps on {settings.mode} tensors"
     if settings.target is None:
         yield "kernels of this CPU"
     else:

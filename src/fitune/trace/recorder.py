@@ -9,6 +9,7 @@ task, the optimizer from its global step hooks. In the backward the module is th
 gradient is computed, found by autograd's sequence number.
 """
 
+import copy
 import weakref
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
@@ -34,6 +35,7 @@ _DEVICE_OF = torch.ops.prim.device.default
 _UNSAFE_VIEW = torch.ops.aten._unsafe_view.default
 """A view that its schema does not call one, because autograd need not know: nothing is moved."""
 Place = Literal["host", "card"]
+_WorkPlace = tuple[Phase, int, int, str, int, str, str]
 
 
 class Kernels(Protocol):
@@ -66,19 +68,30 @@ class _Storage:
     rule: Rule | None = None
 
 
+@dataclass(frozen=True)
+class Mark:
+    """A moment of a recording outside of its steps: what was written down until then. alive: with its category.
+    kernels: as they were."""
+
+    num_births: int
+    num_silent: int
+    work: dict[_WorkPlace, tuple[int, ...]]
+    alive: dict[int, tuple[_Storage, Category | None]]
+    host: frozenset[int]
+    kernels: Kernels
+
+
 class Recorder(TorchDispatchMode):
     def __init__(self, kernels: Kernels) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._kernels = kernels
         self._births: list[_Storage] = []
         self._silent: list[tuple[int, Rule]] = []
-        self._work: dict[tuple[Phase, int, int, str, int, str, str], list[int]] = {}
+        self._work: dict[_WorkPlace, list[int]] = {}
         self._alive: dict[int, _Storage] = {}
         self._host: dict[int, weakref.ref[torch.UntypedStorage]] = {}
-        self._step = self._micro_batch = 0
-        self._task_depth = 0
-        self._phase: Phase = "load"
-        self._in_optimizer = self._makes_state = self._forward_began = False
+        self._in_optimizer = self._makes_state = False
+        self._begin("load", 0)
         self._names: dict[int, str] = {}
         self._stack: list[str] = []
         self._sequence: tuple[list[int], list[str]] = ([], [])
@@ -102,9 +115,29 @@ class Recorder(TorchDispatchMode):
                 parameter.register_post_accumulate_grad_hook(self._gradient_arrived)
 
     def begin_step(self, step: int) -> None:
-        self._step, self._micro_batch, self._phase, self._forward_began = step, 0, "forward", False
+        self._begin("forward", step)
         for items in self._sequence:
             items.clear()
+
+    def mark(self) -> Mark:
+        alive = {key: (storage, storage.category) for key, storage in self._alive.items()}
+        work = {place: tuple(sums) for place, sums in self._work.items()}
+        kernels = copy.copy(self._kernels)
+        return Mark(len(self._births), len(self._silent), work, alive, frozenset(self._host), kernels)
+
+    def back_to(self, mark: Mark) -> bool:
+        """Forget what came after the mark. False where what lived then lives no longer, or something else does too."""
+        if self._host.keys() != mark.host or self._alive.keys() != mark.alive.keys():
+            return False
+        if any(self._alive[key] is not storage for key, (storage, _) in mark.alive.items()):
+            return False
+        for storage, category in mark.alive.values():
+            storage.category = category
+        del self._births[mark.num_births :], self._silent[mark.num_silent :]
+        self._work = {place: list(sums) for place, sums in mark.work.items()}
+        self._kernels = copy.copy(mark.kernels)
+        self._begin("load", 0)
+        return True
 
     @contextmanager
     def making_state(self) -> Iterator[None]:
@@ -312,6 +345,9 @@ class Recorder(TorchDispatchMode):
             self.free(storage)
 
     # ---- phases ----
+
+    def _begin(self, phase: Phase, step: int) -> None:
+        self._step, self._micro_batch, self._phase, self._forward_began = step, 0, phase, False
 
     def _follow_phase(self, func: Operator, args: tuple[Any, ...]) -> None:
         if torch._C._current_graph_task_id() != -1:

@@ -32,6 +32,7 @@ from fitune.trace.extrapolate import (
     repeat_turns,
     transfer_growth,
 )
+from fitune.trace.fake import RecordedModel
 from fitune.trace.recording import Recording
 from fitune.trace.resize import resize, with_last_step_again
 from fitune.trace.shapes import ShapeMemory
@@ -42,8 +43,12 @@ from fitune.trace.step import (
     RecordedStep,
     count_rows,
     first_rows,
+    model_for,
     record_columns_of_step,
 )
+
+_MOST_MODELS = 4
+"""Models that are kept for the next recording."""
 
 
 @dataclass
@@ -79,6 +84,7 @@ class Recordings:
         self._recorded: dict[str, list[_Recorded]] = {}
         self._of_one_model: dict[str, list[_Family]] = {}
         self._shapes: dict[CudaTarget | None, ShapeMemory] = {}
+        self._models: dict[str, RecordedModel] = {}
 
     def step(self, config: RunConfig, passes: Sequence[Pass], *, target: CudaTarget | None) -> RecordedStep:
         """As `record_step` on fake tensors."""
@@ -167,15 +173,20 @@ class Recordings:
     def _record(
         self, config: RunConfig, passes: Sequence[Pass], *, target: CudaTarget | None, num_layers: int | None = None
     ) -> ColumnsOfStep:
-        architecture = None if num_layers is None else first_layers(load_config(config.model), num_layers)
-        return record_columns_of_step(
-            config,
-            passes,
-            target=target,
-            architecture=architecture,
-            skip_chunks=True,
-            shapes=self._shapes.setdefault(target, ShapeMemory()),
-        )
+        model = self._model(config, target=target, num_layers=num_layers)
+        return record_columns_of_step(config, passes, target=target, on=model, skip_chunks=True)
+
+    def _model(self, config: RunConfig, *, target: CudaTarget | None, num_layers: int | None) -> RecordedModel:
+        key = repr((_without_recompute(config), config.data.packing, config.memory.routing, target, num_layers))
+        model = self._models.pop(key, None)
+        if model is None:
+            architecture = None if num_layers is None else first_layers(load_config(config.model), num_layers)
+            shapes = self._shapes.setdefault(target, ShapeMemory())
+            model = model_for(config, target=target, architecture=architecture, shapes=shapes)
+        self._models[key] = model  # the latest last
+        if len(self._models) > _MOST_MODELS:
+            del self._models[next(iter(self._models))]
+        return model
 
     def _layers_to_record(self, model: ModelConfig) -> Turns | None:
         """None where a few layers do not stand for all."""
@@ -318,8 +329,11 @@ def _without_rows(config: RunConfig) -> tuple[object, ...]:
 
 def _without_layers(config: RunConfig) -> tuple[object, ...]:
     """What that depends on besides recomputing and the loss: which layers there are, and what is done with each."""
-    model = config.model.model_copy(update={"recompute": "off"})
-    return model, config.data.packing, config.optim, config.memory.routing
+    return _without_recompute(config), config.data.packing, config.optim, config.memory.routing
+
+
+def _without_recompute(config: RunConfig) -> ModelConfig:
+    return config.model.model_copy(update={"recompute": "off"})
 
 
 def _repeat(family: _Family, counts: Counts, columns: ColumnsOfStep) -> ColumnsOfStep | None:

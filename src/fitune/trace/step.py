@@ -22,14 +22,14 @@ from fitune.data.rows import Batch, MicroBatch, Row
 from fitune.model.load import count_parameters, load_model
 from fitune.model.precision import Precision, device_precision, resolve_precision
 from fitune.step import loss, optimizer
-from fitune.step.assemble import Layout, Setup, assemble, choose_layouts
+from fitune.step.assemble import Layout, assemble, choose_layouts, choose_packing
 from fitune.step.optimizer import STATE_COMES_LATE
 from fitune.step.optimizer_state import create_state
 from fitune.step.train_step import evaluate, train_step
 from fitune.trace.cuda_behaviour import CudaTarget
 from fitune.trace.events import MemoryTrace, OperatorWork
 from fitune.trace.extrapolate import NUM_RECORDED_CHUNKS, Rows
-from fitune.trace.fake import RecordSettings, Step, record_columns
+from fitune.trace.fake import RecordedModel, RecordSettings, Step
 from fitune.trace.optimizer_8bit import build_8bit_adamw
 from fitune.trace.recorder import Recorder
 from fitune.trace.recording import Recording, sum_work, to_trace
@@ -131,25 +131,17 @@ class ColumnsOfStep:
         return RecordedStep(trace=to_trace(recording), work=sum_work(recording), **same)
 
 
-def record_columns_of_step(
+def model_for(
     config: RunConfig,
-    passes: Sequence[Pass],
     *,
     target: CudaTarget | None,
     mode: Literal["fake", "real"] = "fake",
     architecture: PretrainedConfig | None = None,
-    skip_chunks: bool = False,
     shapes: ShapeMemory | None = None,
-) -> ColumnsOfStep:
-    """As `record_step`. architecture: of a model with fewer layers, instead of the configured one. skip_chunks: of the
-    loss's chunks only the first three and the last are done. shapes: as in `record_columns`."""
+) -> RecordedModel:
+    """For recordings of this configuration, and of others with the same model, packing and routing. architecture: of a
+    model with fewer layers, instead of the configured one. shapes: as in `RecordedModel`."""
     precision = target_precision(config, target)
-    device = torch.device("cpu" if target is None else "cuda")
-    made: list[tuple[nn.Module, Setup]] = []
-    recorders: list[Recorder] = []
-    evaluates = False
-    # laid out before the recording, whose tensors have no data, both ways: whether it packs the model tells later
-    laid_out = {packed: _lay_out(config, passes, device=device, packed=packed) for packed in (True, False)}
 
     def build() -> nn.Module:
         where = torch.device("meta" if mode == "fake" else "cpu")
@@ -157,9 +149,43 @@ def record_columns_of_step(
         model: nn.Module = load_model(config.model, where, precision=precision, seed=seed, config=architecture)
         return model
 
+    settings = RecordSettings(mode=mode, target=target, routing=config.memory.routing)
+    return RecordedModel(build, settings, prepare=lambda model: choose_packing(model, config), shapes=shapes)
+
+
+def record_columns_of_step(
+    config: RunConfig,
+    passes: Sequence[Pass],
+    *,
+    target: CudaTarget | None,
+    mode: Literal["fake", "real"] = "fake",
+    on: RecordedModel | None = None,
+    skip_chunks: bool = False,
+) -> ColumnsOfStep:
+    """As `record_step`. on: the model, as `model_for` makes it. skip_chunks: of the loss's chunks only the first three
+    and the last are done."""
+    recorded = on or model_for(config, target=target, mode=mode)
+    precision = target_precision(config, target)
+    device = torch.device("cpu" if target is None else "cuda")
+    facts: list[dict[str, Any]] = []
+    recorders: list[Recorder] = []
+    evaluates = False
+    # laid out before the recording, whose tensors have no data, both ways: whether it packs the model tells later
+    laid_out = {packed: _lay_out(config, passes, device=device, packed=packed) for packed in (True, False)}
+
     def loop(model: Any, here: torch.device) -> Step:
-        setup = assemble(model, config, device=device, precision=precision)
-        made.append((model, setup))
+        setup = assemble(model, config, device=device, precision=precision, packing=recorded.prepared)
+        num_parameters, num_trainable_parameters = count_parameters(model)
+        facts.append(
+            {
+                "chunk_tokens": setup.settings.loss.chunk_tokens,
+                "layout": setup.layout,
+                "chunked": setup.settings.loss.head is not None,
+                "num_parameters": num_parameters,
+                "num_trainable_parameters": num_trainable_parameters,
+                "notes": setup.notes,
+            }
+        )
         remaining = iter(laid_out[setup.layout.packed])
 
         def step() -> None:
@@ -200,21 +226,13 @@ def record_columns_of_step(
         ):
             yield
 
-    settings = RecordSettings(mode=mode, target=target, num_steps=len(passes), routing=config.memory.routing)
     with _older_objects_set_aside():
-        recording = record_columns(build, loop, settings, watch=name_chunks, shapes=shapes)
-    ((model, setup),) = made
-    num_parameters, num_trainable = count_parameters(model)
+        recording = recorded.record(loop, num_steps=len(passes), watch=name_chunks)
     return ColumnsOfStep(
         recording=recording,
-        chunk_tokens=setup.settings.loss.chunk_tokens,
-        layout=setup.layout,
-        chunked=setup.settings.loss.head is not None,
         evaluation_step=next((i for i, each in enumerate(passes, start=1) if each.kind == "eval"), None),
-        num_parameters=num_parameters,
-        num_trainable_parameters=num_trainable,
         precision=precision,
-        notes=setup.notes,
+        **facts[0],
     )
 
 
