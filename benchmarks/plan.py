@@ -1,16 +1,16 @@
 """Is the plan's choice the fastest that fits? On this CPU: four models, three budgets each. The ceilings of
 plan/cpu_ceilings.py were fitted to three of them.
 
-    python benchmarks/plan.py             about an hour; writes benchmarks/results/plan.json
-    python benchmarks/plan.py --quick     one model of two layers, one budget, two sizes
+    python benchmarks/plan.py             about 50 minutes; writes benchmarks/results/plan.json, model by model
+    python benchmarks/plan.py --quick     one model of two layers, one budget
 
-Every candidate of a model is measured: real steps, CPU seconds on one thread, in three rounds that take the candidates
-in turn. A shared machine becomes slower and faster from one minute to the next, by more than the candidates differ, so
-each is held against the first one, measured before and after it; its time is the median of these ratios, times that of
-the first one. Then for each budget `fitune train` runs in a process of its own whose data segment is limited to
-that budget (RLIMIT_DATA), where it plans by itself. Shown: the rank correlation of predicted and measured time over the
-candidates, whether the run ended without an out-of-memory event, and how much slower its choice is than the fastest
-candidate that fits by measurement.
+Every candidate of a model is measured: real steps, CPU seconds on one thread. A shared machine becomes slower and
+faster from one second to the next, by more than the candidates differ, so each step is held against those of the first
+candidate just before and after it; a candidate's time is the median of these ratios, times that of the first one. Then
+for each budget `fitune train` runs in a process of its own whose data segment is limited to that budget (RLIMIT_DATA),
+where it plans by itself. Shown: the rank correlation of predicted and measured time over the candidates, whether the
+run ended without an out-of-memory event, and how much slower its choice is than the fastest candidate that fits by
+measurement.
 """
 
 import argparse
@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import asdict, dataclass
+from itertools import repeat
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -124,37 +125,32 @@ def settings(directory: Path) -> dict[str, Any]:
     }
 
 
-def measure(plan: Plan, config: RunConfig, *, rounds: int) -> list[Measurement]:
+def measure(plan: Plan, config: RunConfig, *, num_pairs: int) -> list[Measurement]:
     candidates = [each for each in plan.candidates if each.result == "same"]
-    peaks = [0] * len(candidates)
-    ratios: list[list[float]] = [[] for _ in candidates]
-    program = plan.device.context_bytes
     tree = config.model_dump(mode="json", exclude_defaults=True)
-    steps = [((LENGTH, LENGTH - 1),) * ROWS] * 2
-
-    def best(number: int) -> float:
-        settled = read_config(tree, settings_of(candidates[number], config)).config
-        found = measure_steps(settled, steps, device=torch.device("cpu"))
-        peaks[number] = max(peaks[number], *(peak.device_bytes or 0 for peak in found.peaks))
-        return min(found.cpu_seconds)
-
-    references = [best(0)]
-    for _ in range(rounds):
-        for number, candidate in enumerate(candidates):
-            own = best(number)
-            references.append(best(0))
-            ratios[number].append(own / mean(references[-2:]))
-            print(f"  {name(candidate)}: x {median(ratios[number]):.3f}", file=sys.stderr, flush=True)
-    seconds = [median(own) * median(references) for own in ratios]
+    settled = [read_config(tree, settings_of(candidate, config)).config for candidate in candidates]
+    rows, cpu = ((LENGTH, LENGTH - 1),) * ROWS, torch.device("cpu")
+    peaks = [next(measure_steps(each, [rows], device=cpu)).peak.device_bytes or 0 for each in settled]
+    reference = (step.cpu_seconds for step in measure_steps(settled[0], repeat(rows), device=cpu))
+    before = next(reference)
+    seen, ratios = [before], []
+    for candidate, its in zip(candidates, settled, strict=True):
+        pairs = []
+        for step in measure_steps(its, [rows] * num_pairs, device=cpu):
+            after = next(reference)
+            pairs.append(step.cpu_seconds / mean((before, after)))
+            seen.append(before := after)
+        ratios.append(median(pairs))
+        print(f"  {name(candidate)}: x {ratios[-1]:.3f}", file=sys.stderr, flush=True)
     return [
         Measurement(
             name(candidate),
             candidate.predicted_seconds_per_step or 0.0,
-            seconds[number],
+            ratio * median(seen),
             candidate.predicted_device_bytes,
-            program + peaks[number],
+            plan.device.context_bytes + peak,
         )
-        for number, candidate in enumerate(candidates)
+        for candidate, ratio, peak in zip(candidates, ratios, peaks, strict=True)
     ]
 
 
@@ -199,7 +195,7 @@ def run(directory: Path, budget: int, measured: list[Measurement], number: int) 
     )
 
 
-def benchmark(config: PretrainedConfig, *, budgets: tuple[float, ...], rounds: int) -> dict[str, Any]:
+def benchmark(config: PretrainedConfig, *, budgets: tuple[float, ...], num_pairs: int) -> dict[str, Any]:
     """budgets: where each lies between the smallest and the largest candidate, as a share."""
     with tempfile.TemporaryDirectory() as made:
         directory = Path(made)
@@ -207,7 +203,7 @@ def benchmark(config: PretrainedConfig, *, budgets: tuple[float, ...], rounds: i
         write_rows(directory / "rows.jsonl", config.vocab_size - 3)
         whole = read_config(settings(directory)).config
         plan = choose_plan(whole, gpu="cpu", lengths=uniform_lengths(whole))
-        measured = measure(plan, whole, rounds=rounds)
+        measured = measure(plan, whole, num_pairs=num_pairs)
         sizes = [each.predicted_bytes for each in measured]
         limits = [int(min(sizes) * 1.02 + share * (max(sizes) - min(sizes))) for share in budgets]
         runs = [run(directory, limit, measured, number) for number, limit in enumerate(limits)]
@@ -227,10 +223,11 @@ def main() -> int:
     options = parser.parse_args()
     torch.set_num_threads(1)
     wanted = QUICK if options.quick else {k: v for k, v in MODELS.items() if (options.model or "") in k}
-    shares, rounds = ((0.5,), 1) if options.quick else ((0.3, 0.6, 1.0), 3)
-    results = {}
+    shares, num_pairs = ((1.0,), 1) if options.quick else ((0.3, 0.6, 1.0), 4)
+    results: dict[str, Any] = {}
+    options.output.parent.mkdir(exist_ok=True)
     for title, config in wanted.items():
-        results[title] = found = benchmark(config, budgets=shares, rounds=rounds)
+        results[title] = found = benchmark(config, budgets=shares, num_pairs=num_pairs)
         print(f"{title}: rank correlation {found['rank_correlation']:.3f}")
         for each in found["runs"]:
             slower = "n/a" if each["slower"] is None else f"{each['slower']:+.1%}"
@@ -238,9 +235,8 @@ def main() -> int:
                 f"  budget {each['budget_bytes'] / 2**20:.0f} MiB: exit {each['exit_code']}, {each['chosen']}, "
                 f"{each['num_ooms']} times out of memory, {slower} against the fastest that fits"
             )
-    if not options.quick:
-        options.output.parent.mkdir(exist_ok=True)
-        options.output.write_text(json.dumps({"torch": torch.__version__, "models": results}, indent=1) + "\n")
+        if not options.quick:
+            options.output.write_text(json.dumps({"torch": torch.__version__, "models": results}, indent=1) + "\n")
     return 0
 
 

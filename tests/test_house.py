@@ -8,7 +8,7 @@ import pytest
 
 SOURCE = Path(__file__).parent.parent / "src" / "fitune"
 FLOORS = {
-    "errors": 1, "units": 1, "hub": 1, "importing": 1, "language": 1, "config": 2,
+    "errors": 1, "units": 1, "hub": 1, "importing": 1, "language": 1, "threads": 1, "config": 2,
     "model": 3, "data": 3, "run": 3,
     "step": 4, "trace": 5, "memory": 6, "plan": 7,
     "train": 8, "report": 8, "integrations": 9,
@@ -25,6 +25,7 @@ WITHOUT_TORCH = (
     "units.py",
     "hub.py",
     "importing.py",
+    "threads.py",
 )
 HEAVY = {"torch", "transformers", "datasets", "peft", "accelerate"}
 FORBIDDEN_NAMES = {"utils", "common", "helpers", "misc", "base", "core", "manager"}

@@ -5,7 +5,7 @@ measured too.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 from typing import cast
@@ -26,15 +26,17 @@ from fitune.plan.plan import Plan
 from fitune.step.assemble import assemble, choose_precision
 from fitune.step.train_step import train_step
 
+Sizes = Sequence[tuple[int, int]]
+"""(length, supervised tokens) of the rows of a batch."""
+
 
 @dataclass(frozen=True, slots=True)
-class Measured:
-    """seconds, cpu_seconds: of each step but the first, which warms up. peaks: of the same steps; on a CPU above what
-    the process held before the model was made."""
+class MeasuredStep:
+    """peak: on a CPU above what the process held before the model was made."""
 
-    seconds: tuple[float, ...]
-    cpu_seconds: tuple[float, ...]
-    peaks: tuple[MemoryPeak, ...]
+    seconds: float
+    cpu_seconds: float
+    peak: MemoryPeak
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,24 +75,22 @@ def measure_candidate(config: RunConfig, plan: Plan, *, num_steps: int = 3) -> P
     drawn = draw.choice(lengths.sample_tokens, size=(num_steps, config.batch.rows_per_step))
     supervised = lengths.supervised_fraction
     usual = [[(int(n), max(1, int(supervised * (n - 1)))) for n in rows] for rows in drawn]
-    measured = measure_steps(
-        settled, [heaviest[: max(config.batch.rows_per_step, len(heaviest) // 2)], *usual], device=device
-    )
-    peak = measured.peaks[0]
+    heaviest = heaviest[: max(config.batch.rows_per_step, len(heaviest) // 2)]
+    first, *others = measure_steps(settled, [heaviest, *usual], device=device)
     return PlanMeasured(
         num_steps=num_steps,
         predicted_seconds_per_step=candidate.predicted_seconds_per_step,
-        measured_seconds_per_step=median(measured.seconds[1:]),
+        measured_seconds_per_step=median(each.seconds for each in others),
         predicted_allocated_bytes=candidate.predicted_allocated_bytes,
-        measured_allocated_bytes=peak.allocated_bytes,
+        measured_allocated_bytes=first.peak.allocated_bytes,
         predicted_reserved_bytes=candidate.predicted_reserved_bytes,
-        measured_reserved_bytes=peak.reserved_bytes if device.type == "cuda" else peak.device_bytes,
+        measured_reserved_bytes=first.peak.reserved_bytes if device.type == "cuda" else first.peak.device_bytes,
     )
 
 
-def measure_steps(config: RunConfig, batches: Sequence[Sequence[tuple[int, int]]], *, device: torch.device) -> Measured:
-    """One step for each of `batches`, given as (length, supervised tokens) of its rows, and one before them that is not
-    measured. Raises what `load_model`, `assemble` and a step raise."""
+def measure_steps(config: RunConfig, batches: Iterable[Sizes], *, device: torch.device) -> Iterator[MeasuredStep]:
+    """One step for each of `batches`, done when it is asked for, and before the first one a step like it, which warms
+    up and is not given. Raises what `load_model`, `assemble` and a step raise."""
     before = program_bytes(device)
     model_config = config.model.model_copy(update={"init": "random"})
     precision = choose_precision(config, device)
@@ -98,8 +98,8 @@ def measure_steps(config: RunConfig, batches: Sequence[Sequence[tuple[int, int]]
     setup = assemble(model, config, device=device, precision=precision)
     draw = np.random.default_rng(config.train.seed)
     vocab_size = load_config(config.model).get_text_config().vocab_size
-    found: list[tuple[float, float, MemoryPeak]] = []
-    for rows in (batches[0], *batches):
+
+    def step(rows: Sizes) -> MeasuredStep:
         batch = Batch(tuple(_row(i, *size, draw.integers(vocab_size, size=size[0])) for i, size in enumerate(rows)))
         micro_batches = setup.layout.split(batch)
         reset_peak(device)
@@ -108,9 +108,12 @@ def measure_steps(config: RunConfig, batches: Sequence[Sequence[tuple[int, int]]
         train_step(model, setup.optimizer, micro_batches, settings=setup.settings, scaler=setup.scaler)
         _wait(device)
         seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
-        found.append((seconds, cpu_seconds, _above(read_peak(device), before)))
-    steps, cpu_steps, peaks = zip(*found[1:], strict=True)
-    return Measured(steps, cpu_steps, peaks)
+        return MeasuredStep(seconds, cpu_seconds, _above(read_peak(device), before))
+
+    for number, rows in enumerate(batches):
+        if number == 0:
+            step(rows)
+        yield step(rows)
 
 
 def _above(peak: MemoryPeak, program: int | None) -> MemoryPeak:
