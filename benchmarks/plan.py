@@ -1,28 +1,32 @@
 """Is the plan's choice the fastest that fits? On this CPU: four models, three budgets each. The ceilings of
 plan/cpu_ceilings.py were fitted to three of them.
 
-    python benchmarks/plan.py             about 50 minutes; writes benchmarks/results/plan.json, model by model
+    python benchmarks/plan.py             about 35 minutes; writes benchmarks/results/plan.json, model by model
     python benchmarks/plan.py --quick     one model of two layers, one budget
 
-Every candidate of a model is measured: real steps, CPU seconds on one thread. A shared machine becomes slower and
-faster from one second to the next, by more than the candidates differ, so each step is held against those of the first
-candidate just before and after it; a candidate's time is the median of these ratios, times that of the first one. Then
-for each budget `fitune train` runs in a process of its own whose data segment is limited to that budget (RLIMIT_DATA),
-where it plans by itself. Shown: the rank correlation of predicted and measured time over the candidates, whether the
-run ended without an out-of-memory event, and how much slower its choice is than the fastest candidate that fits by
-measurement.
+Every candidate of a model is measured in a process of its own: real steps, CPU seconds on one thread. A shared machine
+becomes slower and faster from one second to the next, by more than the candidates differ, so each step is held against
+those of the first candidate just before and after it; a candidate's time is the median of these ratios, times that of
+the first one. Then for each budget `fitune train` runs in a process whose data segment is limited to that budget
+(RLIMIT_DATA), where it plans by itself. Shown: the rank correlation of predicted and measured time over the candidates,
+whether the run ended without an out-of-memory event, and how much slower its choice is than the fastest candidate that
+fits by measurement.
 """
 
 import argparse
 import json
+import multiprocessing
 import os
 import random
 import resource
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import repeat
+from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -39,7 +43,7 @@ from fitune.model.load import build_model, quiet_transformers
 from fitune.model.presets import llama_config, qwen3_config
 from fitune.plan.budget import uniform_lengths
 from fitune.plan.candidates import settings_of
-from fitune.plan.measure import measure_steps
+from fitune.plan.measure import MeasuredStep, measure_steps
 from fitune.plan.plan import Candidate, Plan
 from fitune.plan.planner import choose_plan
 
@@ -129,19 +133,20 @@ def measure(plan: Plan, config: RunConfig, *, num_pairs: int) -> list[Measuremen
     candidates = [each for each in plan.candidates if each.result == "same"]
     tree = config.model_dump(mode="json", exclude_defaults=True)
     settled = [read_config(tree, settings_of(candidate, config)).config for candidate in candidates]
-    rows, cpu = ((LENGTH, LENGTH - 1),) * ROWS, torch.device("cpu")
-    peaks = [next(measure_steps(each, [rows], device=cpu)).peak.device_bytes or 0 for each in settled]
-    reference = (step.cpu_seconds for step in measure_steps(settled[0], repeat(rows), device=cpu))
-    before = next(reference)
-    seen, ratios = [before], []
-    for candidate, its in zip(candidates, settled, strict=True):
-        pairs = []
-        for step in measure_steps(its, [rows] * num_pairs, device=cpu):
-            after = next(reference)
-            pairs.append(step.cpu_seconds / mean((before, after)))
-            seen.append(before := after)
-        ratios.append(median(pairs))
-        print(f"  {name(candidate)}: x {ratios[-1]:.3f}", file=sys.stderr, flush=True)
+    with measured_apart(settled[0]) as reference:
+        seen = [reference().cpu_seconds]
+        ratios: list[float] = []
+        peaks: list[int] = []
+        for candidate, its in zip(candidates, settled, strict=True):
+            pairs, steps = [], []
+            with measured_apart(its) as own:
+                for _ in range(num_pairs):
+                    steps.append(own())
+                    seen.append(reference().cpu_seconds)
+                    pairs.append(steps[-1].cpu_seconds / mean(seen[-2:]))
+            ratios.append(median(pairs))
+            peaks.append(max(step.peak.device_bytes or 0 for step in steps))
+            print(f"  {name(candidate)}: x {ratios[-1]:.3f}", file=sys.stderr, flush=True)
     return [
         Measurement(
             name(candidate),
@@ -152,6 +157,33 @@ def measure(plan: Plan, config: RunConfig, *, num_pairs: int) -> list[Measuremen
         )
         for candidate, ratio, peak in zip(candidates, ratios, peaks, strict=True)
     ]
+
+
+@contextmanager
+def measured_apart(config: RunConfig) -> Iterator[Callable[[], MeasuredStep]]:
+    """Each call is a step, in a process of its own: what a heap has been through makes a step slower or faster by a
+    tenth, and a training run's heap has seen its own setting alone. All on one core, and one at a time."""
+    here, there = multiprocessing.Pipe()
+    process = multiprocessing.get_context("fork").Process(target=_answer, args=(config, there), daemon=True)
+    process.start()
+
+    def step() -> MeasuredStep:
+        here.send(None)
+        return here.recv()  # type: ignore[no-any-return]
+
+    try:
+        yield step
+    finally:
+        process.kill()
+        process.join()
+
+
+def _answer(config: RunConfig, pipe: Connection) -> None:
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    steps = measure_steps(config, repeat(((LENGTH, LENGTH - 1),) * ROWS), device=torch.device("cpu"))
+    while True:
+        pipe.recv()
+        pipe.send(next(steps))
 
 
 def rank_correlation(first: list[float], second: list[float]) -> float:
