@@ -1,16 +1,16 @@
 """Is the plan's choice the fastest that fits? On this CPU: four models, three budgets each. The ceilings of
 plan/cpu_ceilings.py were fitted to three of them.
 
-    python benchmarks/plan.py             about 35 minutes; writes benchmarks/results/plan.json, model by model
+    python benchmarks/plan.py             about 25 minutes a model; writes benchmarks/results/plan.json after each
     python benchmarks/plan.py --quick     one model of two layers, one budget
 
-Every candidate of a model is measured in a process of its own: real steps, CPU seconds on one thread. A shared machine
-becomes slower and faster from one second to the next, by more than the candidates differ, so each step is held against
-those of the first candidate just before and after it; a candidate's time is the median of these ratios, times that of
-the first one. Then for each budget `fitune train` runs in a process whose data segment is limited to that budget
-(RLIMIT_DATA), where it plans by itself. Shown: the rank correlation of predicted and measured time over the candidates,
-whether the run ended without an out-of-memory event, and how much slower its choice is than the fastest candidate that
-fits by measurement.
+Every candidate of a model is measured in processes of its own: real steps, CPU seconds on one thread, in three rounds
+that take the candidates in turn. A shared machine becomes slower and faster from one second to the next, by more than
+the candidates differ, so each step is held against those of the first candidate just before and after it; a candidate's
+time is the median of these ratios, times that of the first one. Then for each budget `fitune train` runs in a process
+whose data segment is limited to that budget (RLIMIT_DATA), where it plans by itself. Shown: the rank correlation of
+predicted and measured time over the candidates, whether the run ended without an out-of-memory event, and how much
+slower its choice is than the fastest candidate that fits by measurement.
 """
 
 import argparse
@@ -129,33 +129,32 @@ def settings(directory: Path) -> dict[str, Any]:
     }
 
 
-def measure(plan: Plan, config: RunConfig, *, num_pairs: int) -> list[Measurement]:
+def measure(plan: Plan, config: RunConfig, *, num_rounds: int, num_pairs: int) -> list[Measurement]:
     candidates = [each for each in plan.candidates if each.result == "same"]
     tree = config.model_dump(mode="json", exclude_defaults=True)
     settled = [read_config(tree, settings_of(candidate, config)).config for candidate in candidates]
+    ratios: list[list[float]] = [[] for _ in candidates]
+    peaks = [0] * len(candidates)
     with measured_apart(settled[0]) as reference:
         seen = [reference().cpu_seconds]
-        ratios: list[float] = []
-        peaks: list[int] = []
-        for candidate, its in zip(candidates, settled, strict=True):
-            pairs, steps = [], []
-            with measured_apart(its) as own:
-                for _ in range(num_pairs):
-                    steps.append(own())
-                    seen.append(reference().cpu_seconds)
-                    pairs.append(steps[-1].cpu_seconds / mean(seen[-2:]))
-            ratios.append(median(pairs))
-            peaks.append(max(step.peak.device_bytes or 0 for step in steps))
-            print(f"  {name(candidate)}: x {ratios[-1]:.3f}", file=sys.stderr, flush=True)
+        for _ in range(num_rounds):
+            for number, candidate in enumerate(candidates):
+                with measured_apart(settled[number]) as own:
+                    for _ in range(num_pairs):
+                        step = own()
+                        seen.append(reference().cpu_seconds)
+                        ratios[number].append(step.cpu_seconds / mean(seen[-2:]))
+                        peaks[number] = max(peaks[number], step.peak.device_bytes or 0)
+                print(f"  {name(candidate)}: x {median(ratios[number]):.3f}", file=sys.stderr, flush=True)
     return [
         Measurement(
             name(candidate),
             candidate.predicted_seconds_per_step or 0.0,
-            ratio * median(seen),
+            median(own_ratios) * median(seen),
             candidate.predicted_device_bytes,
             plan.device.context_bytes + peak,
         )
-        for candidate, ratio, peak in zip(candidates, ratios, peaks, strict=True)
+        for candidate, own_ratios, peak in zip(candidates, ratios, peaks, strict=True)
     ]
 
 
@@ -227,7 +226,7 @@ def run(directory: Path, budget: int, measured: list[Measurement], number: int) 
     )
 
 
-def benchmark(config: PretrainedConfig, *, budgets: tuple[float, ...], num_pairs: int) -> dict[str, Any]:
+def benchmark(config: PretrainedConfig, *, budgets: tuple[float, ...], num_rounds: int) -> dict[str, Any]:
     """budgets: where each lies between the smallest and the largest candidate, as a share."""
     with tempfile.TemporaryDirectory() as made:
         directory = Path(made)
@@ -235,7 +234,7 @@ def benchmark(config: PretrainedConfig, *, budgets: tuple[float, ...], num_pairs
         write_rows(directory / "rows.jsonl", config.vocab_size - 3)
         whole = read_config(settings(directory)).config
         plan = choose_plan(whole, gpu="cpu", lengths=uniform_lengths(whole))
-        measured = measure(plan, whole, num_pairs=num_pairs)
+        measured = measure(plan, whole, num_rounds=num_rounds, num_pairs=4 if num_rounds > 1 else 1)
         sizes = [each.predicted_bytes for each in measured]
         limits = [int(min(sizes) * 1.02 + share * (max(sizes) - min(sizes))) for share in budgets]
         runs = [run(directory, limit, measured, number) for number, limit in enumerate(limits)]
@@ -250,16 +249,18 @@ def benchmark(config: PretrainedConfig, *, budgets: tuple[float, ...], num_pairs
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--model", help="only those whose name contains this")
+    parser.add_argument("--model", help="only those whose name contains this; the others' results stay")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "plan.json")
     options = parser.parse_args()
     torch.set_num_threads(1)
     wanted = QUICK if options.quick else {k: v for k, v in MODELS.items() if (options.model or "") in k}
-    shares, num_pairs = ((1.0,), 1) if options.quick else ((0.3, 0.6, 1.0), 4)
+    shares, num_rounds = ((1.0,), 1) if options.quick else ((0.3, 0.6, 1.0), 3)
     results: dict[str, Any] = {}
+    if options.model and options.output.exists():
+        results = json.loads(options.output.read_text())["models"]
     options.output.parent.mkdir(exist_ok=True)
     for title, config in wanted.items():
-        results[title] = found = benchmark(config, budgets=shares, num_pairs=num_pairs)
+        results[title] = found = benchmark(config, budgets=shares, num_rounds=num_rounds)
         print(f"{title}: rank correlation {found['rank_correlation']:.3f}")
         for each in found["runs"]:
             slower = "n/a" if each["slower"] is None else f"{each['slower']:+.1%}"
