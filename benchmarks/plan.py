@@ -76,7 +76,7 @@ QUICK = {
 
 @dataclass(frozen=True)
 class Measurement:
-    """device_bytes: resident peak, the program of the measuring process included."""
+    """The bytes are of the resident peak, the program of a training run included."""
 
     setting: str
     predicted_seconds: float
@@ -129,7 +129,7 @@ def settings(directory: Path) -> dict[str, Any]:
     }
 
 
-def measure(plan: Plan, config: RunConfig, *, num_rounds: int, num_pairs: int) -> list[Measurement]:
+def measure(plan: Plan, config: RunConfig, program: int, *, num_rounds: int, num_pairs: int) -> list[Measurement]:
     candidates = [each for each in plan.candidates if each.result == "same"]
     tree = config.model_dump(mode="json", exclude_defaults=True)
     settled = [read_config(tree, settings_of(candidate, config)).config for candidate in candidates]
@@ -151,8 +151,8 @@ def measure(plan: Plan, config: RunConfig, *, num_rounds: int, num_pairs: int) -
             name(candidate),
             candidate.predicted_seconds_per_step or 0.0,
             median(own_ratios) * median(seen),
-            candidate.predicted_device_bytes,
-            plan.device.context_bytes + peak,
+            program + candidate.predicted_device_bytes - plan.device.context_bytes,
+            program + peak,
         )
         for candidate, own_ratios, peak in zip(candidates, ratios, peaks, strict=True)
     ]
@@ -194,22 +194,28 @@ def rank_correlation(first: list[float], second: list[float]) -> float:
     return float(np.corrcoef(*ranks)[0, 1])
 
 
-def run(directory: Path, budget: int, measured: list[Measurement], number: int) -> Run:
-    """`fitune train` in a process that cannot have more than the budget."""
+def train(directory: Path, name: str, *words: str, limit_bytes: int | None = None) -> tuple[int, Path]:
+    """`fitune train` in a process of its own, which can have no more than the limit: (exit code, run directory)."""
     path = directory / "run.json"
     path.write_text(json.dumps(settings(directory)))
-    command = [sys.executable, "-m", "fitune", "train", str(path), f"memory.budget={budget}B", f"run.name=run{number}"]
+    command = [sys.executable, "-m", "fitune", "train", str(path), f"run.name={name}", *words]
 
     def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_DATA, (budget, budget))
+        if limit_bytes is not None:
+            resource.setrlimit(resource.RLIMIT_DATA, (limit_bytes, limit_bytes))
 
     # Arrow's own allocator reserves a gigabyte of addresses that it never touches, and RLIMIT_DATA counts addresses
     environment = os.environ | {"ARROW_DEFAULT_MEMORY_POOL": "system"}
     done = subprocess.run(command, preexec_fn=limit, env=environment, capture_output=True, text=True, check=False)
-    place = directory / "runs" / f"run{number}"
     if done.returncode != 0:
         print(done.stderr, file=sys.stderr)
-        return Run(budget, done.returncode, None, None, 0, None)
+    return done.returncode, directory / "runs" / name
+
+
+def run(directory: Path, budget: int, measured: list[Measurement], number: int) -> Run:
+    exit_code, place = train(directory, f"run{number}", f"memory.budget={budget}B", limit_bytes=budget)
+    if exit_code != 0:
+        return Run(budget, exit_code, None, None, 0, None)
     plan = json.loads((place / "plan.json").read_text())
     chosen = plan["candidates"][plan["chosen"]]
     setting = f"{chosen['micro_batch']} x {chosen['accumulation']}, {chosen['recompute']}, {chosen['loss']} loss"
@@ -234,7 +240,9 @@ def benchmark(config: PretrainedConfig, *, budgets: tuple[float, ...], num_round
         write_rows(directory / "rows.jsonl", config.vocab_size - 3)
         whole = read_config(settings(directory)).config
         plan = choose_plan(whole, gpu="cpu", lengths=uniform_lengths(whole))
-        measured = measure(plan, whole, num_rounds=num_rounds, num_pairs=4 if num_rounds > 1 else 1)
+        _, free_run = train(directory, "free", "train.steps=1")
+        program = json.loads((free_run / "plan.json").read_text())["device"]["context_bytes"]
+        measured = measure(plan, whole, program, num_rounds=num_rounds, num_pairs=4 if num_rounds > 1 else 1)
         sizes = [each.predicted_bytes for each in measured]
         limits = [int(min(sizes) * 1.02 + share * (max(sizes) - min(sizes))) for share in budgets]
         runs = [run(directory, limit, measured, number) for number, limit in enumerate(limits)]

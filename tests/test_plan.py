@@ -465,7 +465,7 @@ def test_the_plans_that_were_measured_are_near_the_fastest_and_stand_in_the_docs
     root = Path(__file__).parent.parent
     page = (root / "docs" / "plan.md").read_text(encoding="utf-8")
     models = json.loads((root / "benchmarks" / "results" / "plan.json").read_text())["models"]
-    assert len(models) == 3
+    assert len(models) == 4
     for name, model in models.items():
         runs = model["runs"]
         assert len(runs) == 3
