@@ -1,7 +1,7 @@
 """Is the plan's choice the fastest that fits? On this CPU: four models, three budgets each. The ceilings of
 plan/cpu_ceilings.py were fitted to three of them.
 
-    python benchmarks/plan.py             about 25 minutes a model; writes benchmarks/results/plan.json after each
+    python benchmarks/plan.py             about 20 minutes a model; writes benchmarks/results/plan.json after each
     python benchmarks/plan.py --quick     one model of two layers, one budget
 
 Every candidate of a model is measured in processes of its own: real steps, CPU seconds on one thread, in three rounds
@@ -232,7 +232,9 @@ def run(directory: Path, budget: int, measured: list[Measurement], number: int) 
     )
 
 
-def benchmark(config: PretrainedConfig, *, budgets: tuple[float, ...], num_rounds: int) -> dict[str, Any]:
+def benchmark(
+    config: PretrainedConfig, *, budgets: tuple[float, ...], num_rounds: int, num_pairs: int
+) -> dict[str, Any]:
     """budgets: where each lies between the smallest and the largest candidate, as a share."""
     with tempfile.TemporaryDirectory() as made:
         directory = Path(made)
@@ -242,7 +244,7 @@ def benchmark(config: PretrainedConfig, *, budgets: tuple[float, ...], num_round
         plan = choose_plan(whole, gpu="cpu", lengths=uniform_lengths(whole))
         _, free_run = train(directory, "free", "train.steps=1")
         program = json.loads((free_run / "plan.json").read_text())["device"]["context_bytes"]
-        measured = measure(plan, whole, program, num_rounds=num_rounds, num_pairs=4 if num_rounds > 1 else 1)
+        measured = measure(plan, whole, program, num_rounds=num_rounds, num_pairs=num_pairs)
         sizes = [each.predicted_bytes for each in measured]
         limits = [int(min(sizes) * 1.02 + share * (max(sizes) - min(sizes))) for share in budgets]
         runs = [run(directory, limit, measured, number) for number, limit in enumerate(limits)]
@@ -262,13 +264,15 @@ def main() -> int:
     options = parser.parse_args()
     torch.set_num_threads(1)
     wanted = QUICK if options.quick else {k: v for k, v in MODELS.items() if (options.model or "") in k}
-    shares, num_rounds = ((1.0,), 1) if options.quick else ((0.3, 0.6, 1.0), 3)
+    if not wanted:
+        parser.error(f"no model's name contains {options.model!r}: there are {', '.join(MODELS)}")
+    shares, num_rounds, num_pairs = ((1.0,), 1, 1) if options.quick else ((0.3, 0.6, 1.0), 3, 4)
     results: dict[str, Any] = {}
     if options.model and options.output.exists():
         results = json.loads(options.output.read_text())["models"]
     options.output.parent.mkdir(exist_ok=True)
     for title, config in wanted.items():
-        results[title] = found = benchmark(config, budgets=shares, num_rounds=num_rounds)
+        results[title] = found = benchmark(config, budgets=shares, num_rounds=num_rounds, num_pairs=num_pairs)
         print(f"{title}: rank correlation {found['rank_correlation']:.3f}")
         for each in found["runs"]:
             slower = "n/a" if each["slower"] is None else f"{each['slower']:+.1%}"

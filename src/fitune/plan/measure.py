@@ -17,13 +17,14 @@ import torch
 from fitune.config import Loss, Recompute, RunConfig
 from fitune.data.rows import Batch, Row
 from fitune.errors import UsageError
-from fitune.model.device import MemoryPeak, choose_device, program_bytes, read_peak, reset_peak, trim_heap
+from fitune.model.device import MemoryPeak, choose_device, program_bytes, read_peak, reset_peak
 from fitune.model.load import load_config, load_model
 from fitune.plan.budget import find_lengths, find_limits
 from fitune.plan.candidates import Choice, settle
 from fitune.plan.forecast import heaviest_rows
 from fitune.plan.plan import Plan
 from fitune.step.assemble import assemble, choose_precision
+from fitune.step.out_of_memory import release_memory
 from fitune.step.train_step import train_step
 
 Sizes = Sequence[tuple[int, int]]
@@ -91,8 +92,7 @@ def measure_candidate(config: RunConfig, plan: Plan, *, num_steps: int = 3) -> P
 def measure_steps(config: RunConfig, batches: Iterable[Sizes], *, device: torch.device) -> Iterator[MeasuredStep]:
     """One step for each of `batches`, done when it is asked for, and before the first one a step like it, which warms
     up and is not given. Raises what `load_model`, `assemble` and a step raise."""
-    if device.type == "cpu":
-        trim_heap()  # what the C library holds free would hide as much of the peak
+    release_memory(device)  # what is held without being used would hide as much of the peak
     before = program_bytes(device)
     model_config = config.model.model_copy(update={"init": "random"})
     precision = choose_precision(config, device)

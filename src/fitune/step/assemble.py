@@ -35,8 +35,6 @@ CPU_MICRO_TOKENS = 512
 CUDA_MICRO_TOKENS = 8192
 COMMIT_FRACTION = 0.1
 """Of the model's bytes: LoRA of rank 16 on SmolLM2-135M trains 3.6 % of the parameters, at half precision 7 %."""
-
-
 Packing = tuple[bool, str | None]
 """Whether rows are packed, and what there is to say of it."""
 

@@ -75,8 +75,7 @@ class RecordedModel:
         prepare: Callable[[nn.Module], Any] | None = None,
         shapes: ShapeMemory | None = None,
     ) -> None:
-        self._is_fake, self._target = settings.mode == "fake", settings.target
-        if not self._is_fake and settings.target is not None:
+        if settings.mode == "real" and settings.target is not None:
             raise UsageError("a recording on real CPU tensors cannot behave as CUDA: use mode='fake' or target=None")
         self._build, self._settings, self._prepare = build, settings, prepare
         self._shapes = shapes or ShapeMemory()
@@ -91,18 +90,19 @@ class RecordedModel:
         watch: Callable[[Recorder], AbstractContextManager[Any]] | None = None,
     ) -> Recording:
         """As `record_columns`. watch: entered with the recorder for the length of the loop."""
+        target = self._settings.target
         with ExitStack() as stack:
             stack.enter_context(_collected_at_step_ends())
             stack.enter_context(patch.object(torch.inference_mode, "__enter__", _enter_without_gradients))
-            if self._target is not None:
-                stack.enter_context(cuda_behaviour(self._target))
-                stack.enter_context(flash_package(self._target))
-                stack.enter_context(cuda_answers(self._target))
+            if target is not None:
+                stack.enter_context(cuda_behaviour(target))
+                stack.enter_context(flash_package(target))
+                stack.enter_context(cuda_answers(target))
             known = self._parts if self._parts is not None and self._parts.go_back() else None
             self._parts = None  # until all went well; an old model is gone before there is a new one
             parts = known or self._new_parts()
             if parts.mode is not None:
-                stack.enter_context(_as_real_tensors(checks_indices=self._target is None))
+                stack.enter_context(_as_real_tensors(checks_indices=target is None))
                 stack.enter_context(torch.random.fork_rng(devices=[]))  # what is drawn on the host is drawn for real
                 self._shapes.serve(stack.enter_context(parts.mode))
             if known is None:
@@ -112,7 +112,7 @@ class RecordedModel:
                 parts.recorder.load(parts.model)
             stack.enter_context(parts.recorder.hooks())
             stack.enter_context(parts.recorder)
-            if self._target is not None:
+            if target is not None:
                 stack.enter_context(card_stands_in(parts.recorder))
             if known is None:
                 self.prepared = None if self._prepare is None else self._prepare(parts.model)
@@ -129,7 +129,7 @@ class RecordedModel:
                 step()
                 parts.recorder.end_step(parts.model)
             # real tensors ask for no routing
-            assumed = parts.assumptions.lines() if self._is_fake else parts.assumptions.used
+            assumed = parts.assumptions.used if parts.mode is None else parts.assumptions.lines()
             recording = parts.recorder.recording((*_describe(self._settings, num_steps), *assumed))
             del step
             gc.collect()  # what the loop made is of no next one
@@ -138,9 +138,9 @@ class RecordedModel:
 
     def _new_parts(self) -> "_Parts":
         assumptions = Assumptions(self._settings.routing, self._shapes)
-        target, call = self._target, assumptions.call
+        target, call = self._settings.target, assumptions.call
         recorder = Recorder(CpuKernels(call) if target is None else CudaKernels(target, call))
-        if not self._is_fake:
+        if self._settings.mode == "real":
             return _Parts(self._build(), assumptions, recorder, None)
         with torch.device("meta"), OnMeta():
             model = self._build()
