@@ -122,3 +122,26 @@ def test_what_a_loop_replaces_makes_a_new_model() -> None:
     place.model.record(replacing, num_steps=1)
     place.record()
     assert place.num_built == 2
+
+
+def test_what_a_loop_makes_of_a_tensor_that_was_there_is_of_no_next_one() -> None:
+    """A tensor of the set-up becomes a gradient in one loop, and is none in the next."""
+    kept: list[torch.Tensor] = []
+
+    def new() -> RecordedModel:
+        return RecordedModel(Place().build, RecordSettings(), prepare=lambda _: kept.append(torch.zeros(4, 4)))
+
+    def as_gradient(model: Any, _: torch.device) -> Any:
+        def step() -> None:
+            model.weight.grad = kept[-1]
+
+        return step
+
+    def plain(model: Any, _: torch.device) -> Any:
+        return lambda: model(torch.ones(2, 4)).sum()
+
+    recorded = new()
+    taken = recorded.record(as_gradient, num_steps=1)
+    assert "gradient" in {event.category for event in to_trace(taken).events}
+    assert are_same(recorded.record(plain, num_steps=1), new().record(plain, num_steps=1))
+    assert len(kept) == 2
