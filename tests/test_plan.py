@@ -19,6 +19,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
+from transformers import LlamaConfig
 
 import fitune
 from fitune.cli.app import main
@@ -26,8 +27,8 @@ from fitune.cli.plan_table import show_plan
 from fitune.config import RunConfig, read_config
 from fitune.errors import UsageError
 from fitune.memory.devices import find_device
-from fitune.plan.budget import find_limits, uniform_lengths
-from fitune.plan.candidates import Choice, same_choices
+from fitune.plan.budget import Limits, find_limits, uniform_lengths
+from fitune.plan.candidates import Choice, host_choices, same_choices, settings_of, still_open
 from fitune.plan.plan import Plan
 from fitune.plan.planner import _Search, choose_plan
 from fitune.plan.predict import predict
@@ -39,7 +40,8 @@ from tiny_models import TINY, TINY_DBRX
 CANDIDATE_KEYS = {
     "micro_batch", "micro_tokens", "accumulation", "recompute", "loss", "optimizer", "precision", "method",
     "attention", "packing", "predicted_allocated_bytes", "predicted_reserved_bytes", "predicted_device_bytes",
-    "categories", "peak_phase", "predicted_seconds_per_step", "fits", "reason", "result",
+    "categories", "peak_phase", "predicted_seconds_per_step", "fits", "reason", "result", "offload_activations",
+    "predicted_host_bytes",
 }  # fmt: skip
 
 
@@ -97,8 +99,8 @@ def test_the_categories_of_every_candidate_add_up(wide: Plan) -> None:
 
 
 def test_more_rows_never_need_less(wide: Plan) -> None:
-    for recompute in {each.recompute for each in wide.candidates}:
-        same = [each for each in wide.candidates if (each.result, each.recompute) == ("same", recompute)]
+    for techniques in {each.techniques for each in wide.candidates}:
+        same = [each for each in wide.candidates if (each.result, each.techniques) == ("same", techniques)]
         for loss in ("chunked", "full"):
             peaks = [each.predicted_allocated_bytes for each in sorted(same, key=rows) if each.loss == loss]
             assert peaks == sorted(peaks)
@@ -113,9 +115,12 @@ def test_all_splits_of_a_step_are_looked_at(wide: Plan) -> None:
 
 
 def test_recomputing_needs_less_and_takes_longer(wide: Plan) -> None:
-    chosen = {each.recompute: each for each in wide.candidates if (rows(each), each.loss) == (4, "chunked")}
-    assert chosen["full"].categories["activation"] < chosen["off"].categories["activation"]
-    assert (chosen["full"].predicted_seconds_per_step or 0) > (chosen["off"].predicted_seconds_per_step or 0)
+    same = (each for each in wide.candidates if each.result == "same")
+    chosen = {each.techniques: each for each in same if (rows(each), each.loss) == (4, "chunked")}
+    kept = [chosen[name,].categories["activation"] for name in ("off", "full")]
+    seconds = [chosen[techniques].predicted_seconds_per_step or 0 for techniques in (("off",), ("full",))]
+    assert kept[0] > kept[1]
+    assert seconds[0] < seconds[1]
 
 
 def test_what_changes_the_result_is_never_chosen(wide: Plan) -> None:
@@ -137,7 +142,8 @@ class Drawn:
         self.config = config({"model": {"source": "none"}, **REST})
         self.lengths = uniform_lengths(self.config)
         self.limits = replace(find_limits(self.config, gpu="RTX 4090"), budget_bytes=limit_bytes)
-        self.figures = dict(zip(same_choices(self.config, self.lengths), figures, strict=False))
+        same = list(same_choices(self.config, self.lengths, on_card=True))
+        self.figures = dict(zip([*same, *host_choices(self.config, same)], figures, strict=False))
 
     def forecast(self, choice: Choice) -> Any:
         return SimpleNamespace(fits=self.figures[choice][1] <= self.limits.limit_bytes)
@@ -147,11 +153,13 @@ class Drawn:
 
     def search(self) -> _Search:
         search = _Search(self.config, self, None)  # type: ignore[arg-type]
-        search.choices, search.pricer = list(self.figures), self  # type: ignore[assignment]
+        search.choices = [choice for choice in self.figures if choice.optimizer is None]
+        search.hosted = [choice for choice in self.figures if choice.optimizer is not None]
+        search.pricer = self  # type: ignore[assignment]
         return search
 
 
-FIGURES = st.lists(st.tuples(st.sampled_from([1.0, 1.5, 2.0, 3.0]), st.integers(1, 100)), min_size=1, max_size=18)
+FIGURES = st.lists(st.tuples(st.sampled_from([1.0, 1.5, 2.0, 3.0]), st.integers(1, 100)), min_size=1, max_size=33)
 
 
 @given(FIGURES, st.integers(0, 100), st.integers(0, 100))
@@ -182,6 +190,59 @@ def test_looking_at_all_or_at_the_fastest_first_chooses_the_same(
     assert second.chosen is not None
     assert first.candidates[first.chosen] == second.candidates[second.chosen]
     assert len(second.candidates) < len(first.candidates)
+
+
+@pytest.fixture(scope="module")
+def heavy(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    """Of a model whose optimizer state is most of what there is."""
+    directory = tmp_path_factory.mktemp("heavy")
+    LlamaConfig(**TINY["llama"].to_dict() | {"vocab_size": 2**17}).save_pretrained(directory)
+    tree = {"model": {"source": str(directory)}, "data": {"train": "missing.jsonl", "max_length": 64}}
+    return config({**tree, "batch": {"effective": 4}})
+
+
+@pytest.fixture(scope="module")
+def tight(heavy: RunConfig) -> Limits:
+    """Of a card on which it fits with its state in the host's memory alone."""
+    roomy = choose_plan(heavy, gpu="RTX 4090")
+    assert "adamw_host" not in {each.optimizer for each in roomy.candidates}  # none of them would be faster
+    least = min(each.predicted_device_bytes for each in roomy.candidates if each.result == "same")
+    return replace(find_limits(heavy, gpu="RTX 4090"), budget_bytes=least - 2**23)
+
+
+@pytest.mark.parametrize("thorough", [True, False])
+def test_where_nothing_else_fits_the_host_updates(heavy: RunConfig, tight: Limits, thorough: bool) -> None:
+    plan = choose_plan(heavy, limits=tight, thorough=thorough)
+    assert plan.chosen is not None
+    chosen = plan.candidates[plan.chosen]
+    assert (chosen.optimizer, chosen.result, chosen.categories["optimizer_state"]) == ("adamw_host", "same", 0)
+    assert chosen.predicted_host_bytes == 16 * plan.model.num_parameters
+    settings = settings_of(chosen, heavy)
+    assert "optim.name=adamw_host" in still_open(settings, heavy)
+    assert read_config(heavy.model_dump(mode="json", exclude_defaults=True), settings).config.optim.name == "adamw_host"
+
+
+def test_a_host_without_room_is_no_way_out(heavy: RunConfig, tight: Limits) -> None:
+    plan = choose_plan(heavy, limits=replace(tight, host_bytes=2**20))
+    assert plan.chosen is None
+    reasons = {each.reason for each in plan.candidates if each.optimizer == "adamw_host" and each.micro_batch == 1}
+    assert reasons
+    for reason in reasons:
+        assert re.fullmatch(r"needs 6\d\.\d MiB of the host's memory, where 1\.0 MiB are free", reason)
+
+
+def test_inputs_that_wait_on_the_host_are_a_candidate_of_a_card_that_costs_time(tree: dict[str, Any]) -> None:
+    plan = choose_plan(config(tree), gpu="RTX 4060")
+    kept, moved = (
+        next(each for each in plan.candidates if each.techniques == techniques and each.micro_batch == 4)
+        for techniques in (("full",), ("full", "offload"))
+    )
+    assert moved.predicted_allocated_bytes < kept.predicted_allocated_bytes
+    assert moved.predicted_host_bytes > kept.predicted_host_bytes == 0
+    assert "model.offload_activations=true" in settings_of(moved, config(tree))
+    forced = config(tree, "model.recompute=full")
+    assert not any(each.offload_activations for each in choose_plan(forced, gpu="RTX 4060").candidates)
+    assert not any(choice.offloads for choice in same_choices(config(tree), uniform_lengths(forced), on_card=False))
 
 
 def test_a_known_plan_needs_no_torch(wide: Plan, tree: dict[str, Any]) -> None:

@@ -304,11 +304,26 @@ def test_the_plan_tells_what_else_fits(tmp_path: Path) -> None:
         "categories": {"optimizer_state": 6 * GIB, "activation": 14 * GIB},
     }  # fmt: skip
     smaller = chosen | {"micro_batch": 4, "accumulation": 6, "predicted_device_bytes": 14 * GIB}
-    plan = {"budget_bytes": 20 * GIB, "candidates": [chosen, smaller], "chosen": 0}
+    adapter = smaller | {"micro_batch": 5, "result": "different", "predicted_device_bytes": 18 * GIB}
+    plan = {"budget_bytes": 20 * GIB, "candidates": [chosen, smaller, adapter], "chosen": 0}
     RunDirectory(run).plan.write_text(json.dumps(plan))
     said = advice_of(run)
     assert "4 x 6, recompute off" in said
+    assert "5 x 6" not in said
     assert "optim.name=adamw_8bit" in said
+
+
+def test_advice_names_what_the_host_would_hold(tmp_path: Path) -> None:
+    run = write_run(tmp_path, "run", Recipe(steps=200))
+    chosen = {
+        "micro_batch": 6, "accumulation": 4, "recompute": "off", "optimizer": "adamw", "method": "full", "fits": True,
+        "predicted_device_bytes": 20 * GIB, "predicted_seconds_per_step": 1.0, "offload_activations": False,
+    }  # fmt: skip
+    moved = {"predicted_device_bytes": 14 * GIB, "recompute": "full"}
+    smaller = chosen | moved | {"offload_activations": True, "optimizer": "adamw_host"}
+    plan = {"budget_bytes": 20 * GIB, "candidates": [chosen, smaller], "chosen": 0}
+    RunDirectory(run).plan.write_text(json.dumps(plan))
+    assert "model.recompute=full model.offload_activations=true optim.name=adamw_host" in advice_of(run)
 
 
 def test_the_advice_command_prints_commands_that_can_be_typed(three: Path, capsys: pytest.CaptureFixture[str]) -> None:

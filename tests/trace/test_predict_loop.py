@@ -3,12 +3,15 @@
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.autograd.graph import save_on_cpu
 from transformers import MixtralConfig, MixtralForCausalLM
 
 import fitune
@@ -49,6 +52,31 @@ def test_a_loop_is_predicted_for_a_card_that_is_not_here() -> None:
     assert prediction.categories["optimizer_state"] == 2 * (2 * MIB // 2 + 2048)
     assert prediction.categories["workspace"] == 2 * 8_519_680
     assert prediction.fits
+
+
+@pytest.mark.parametrize("pin_memory", [False, True])
+def test_what_a_loop_keeps_on_the_host_is_not_on_the_card(pin_memory: bool) -> None:
+    """Torch calls such hooks outside of any mode, as it does all of a backward."""
+
+    def build() -> nn.Module:
+        return nn.Sequential(*(nn.Sequential(nn.Linear(64, 64), nn.ReLU()) for _ in range(8)))
+
+    def train_with(keeping: Callable[[], AbstractContextManager[Any]]) -> Callable[..., Callable[[], Any]]:
+        def loop(model: nn.Module, device: torch.device) -> Callable[[], Any]:
+            def step() -> None:
+                with keeping():
+                    result = model(torch.ones(4096, 64, device=device)).sum()
+                result.backward()
+                model.zero_grad()
+
+            return step
+
+        return loop
+
+    kept = fitune.predict_loop(build, train_with(nullcontext), gpu="RTX 4090")
+    moved = fitune.predict_loop(build, train_with(partial(save_on_cpu, pin_memory=pin_memory)), gpu="RTX 4090")
+    assert kept.categories["activation"] >= 7 * MIB
+    assert moved.categories["activation"] == 0
 
 
 def test_a_hopper_card_has_larger_workspaces() -> None:

@@ -1,5 +1,6 @@
 """Techniques that move memory to the host are seen by the prediction, which runs the same step."""
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -7,12 +8,16 @@ import pytest
 from fitune.config import RunConfig, read_config
 from fitune.errors import ConfigError
 from fitune.memory.timeline import Peak, timeline
+from fitune.plan.cost import ADAMW_OP, hosted, work_of
 from fitune.trace.cuda_behaviour import CudaTarget
-from fitune.trace.step import Pass, longest_rows, record_step
+from fitune.trace.events import ON_HOST, TRANSFER
+from fitune.trace.step import Pass, RecordedStep, longest_rows, record_step
 from tiny_models import TINY
 
 LENGTH, ROWS = 64, 4
 CARD = CudaTarget((8, 9))
+NUM_LAYERS = TINY["llama"].num_hidden_layers
+HIDDEN_BYTES = ROWS * LENGTH * TINY["llama"].hidden_size * 4
 
 
 @pytest.fixture
@@ -30,10 +35,22 @@ def make_config(directory: Path, *overrides: str) -> RunConfig:
     return read_config(tree, overrides).config
 
 
-def steady_peak(directory: Path, *overrides: str, target: CudaTarget | None = CARD) -> Peak:
+def record(directory: Path, *overrides: str, target: CudaTarget | None = CARD) -> RecordedStep:
     config = make_config(directory, *overrides)
-    passes = [Pass("train", longest_rows(config, num_rows=ROWS))] * 2
-    return timeline(record_step(config, passes, target=target).trace).last_step_peak
+    return record_step(config, [Pass("train", longest_rows(config, num_rows=ROWS))] * 2, target=target)
+
+
+def steady_peak(directory: Path, *overrides: str, target: CudaTarget | None = CARD) -> Peak:
+    return timeline(record(directory, *overrides, target=target).trace).last_step_peak
+
+
+def transfers(recorded: RecordedStep) -> Counter[str]:
+    """Bytes between card and host in the last step, by phase."""
+    found: Counter[str] = Counter()
+    for work in recorded.work:
+        if work.op == TRANSFER and work.step == 2:
+            found[work.phase] += work.num_bytes
+    return found
 
 
 def test_state_on_the_host_takes_no_memory_of_the_card(directory: Path) -> None:
@@ -46,10 +63,27 @@ def test_state_on_the_host_takes_no_memory_of_the_card(directory: Path) -> None:
 def test_offloaded_inputs_of_layers_leave_the_card(directory: Path) -> None:
     kept = steady_peak(directory, "model.recompute=full")
     moved = steady_peak(directory, "model.recompute=full", "model.offload_activations=true")
-    hidden_bytes = ROWS * LENGTH * TINY["llama"].hidden_size * 4
-    saved_bytes = kept.num_bytes - moved.num_bytes
-    assert hidden_bytes * (TINY["llama"].num_hidden_layers - 1) <= saved_bytes
-    assert saved_bytes <= 1.1 * hidden_bytes * TINY["llama"].num_hidden_layers
+    saved_bytes = kept.categories["activation"] - moved.categories["activation"]
+    assert saved_bytes == HIDDEN_BYTES * (NUM_LAYERS - 1)  # that of the layer which recomputes has come back
+
+
+def test_what_crosses_to_the_host_and_back_is_told_apart(directory: Path) -> None:
+    crossing = transfers(record(directory, "model.recompute=full", "model.offload_activations=true"))
+    inputs = transfers(record(directory, "model.recompute=full"))
+    assert crossing["forward"] - inputs["forward"] == crossing["backward"] == NUM_LAYERS * HIDDEN_BYTES
+    assert inputs["backward"] == inputs["optimizer"] == 0
+
+
+def test_an_update_on_the_host_is_that_of_the_card_moved(directory: Path) -> None:
+    """A plan prices the one from a recording of the other."""
+    steps = [record(directory, name) for name in ("optim.name=adamw_host", "optim.name=adamw")]
+    there, here = (work_of(step.work, rows=[(LENGTH, LENGTH - 1)] * ROWS, packed=True).update for step in steps)
+    recorded, derived = (
+        {work.op: (work.num_bytes, work.dtype) for work in update if work.op in (TRANSFER, f"{ON_HOST}{ADAMW_OP}")}
+        for update in (there, hosted(here))
+    )
+    assert recorded == derived
+    assert recorded[TRANSFER][0] == 12 * steps[0].num_trainable_parameters
 
 
 def test_offloading_is_refused_on_a_cpu(directory: Path) -> None:

@@ -57,7 +57,7 @@ def _row(plan: Plan) -> tuple[str, ...]:
     left = min(plan.budget_bytes, plan.device.free_bytes) - candidate.predicted_device_bytes
     return (
         f"{_words(plan)} = {plan.data['effective_batch']}",
-        candidate.recompute,
+        ", ".join(candidate.techniques),
         format_gib(candidate.predicted_device_bytes, 1),
         say("yes, {left} left", left=format_gib(left, 1))
         if candidate.fits

@@ -92,7 +92,7 @@ def telling(plan: Plan) -> list[int]:
     same = [i for i in indices if plan.candidates[i].result == "same"]
     fitting = [i for i in same if plan.candidates[i].fits]
     refused = [i for i in same if not plan.candidates[i].fits]
-    best = {plan.candidates[i].recompute: i for i in reversed(fitting)}
+    best = {(plan.candidates[i].recompute, plan.candidates[i].offload_activations): i for i in reversed(fitting)}
     proposed = [i for i in indices if plan.candidates[i].result != "same"]
     return sorted({*fitting[:_NUM_FITTING], *refused[:_NUM_REFUSED], *best.values(), *proposed})
 
@@ -179,7 +179,7 @@ def _row(plan: Plan, index: int) -> Sequence[str]:
     left = limit - candidate.predicted_device_bytes
     rate = tokens_per_second(plan, candidate)
     epoch = plan.data["epoch_tokens"] / rate if rate and plan.data["epoch_tokens"] else None
-    changes = [candidate.recompute]
+    changes = [candidate.recompute, *(["offload"] if candidate.offload_activations else [])]
     reference = plan.candidates[0]
     both = len({each.loss for each in plan.candidates}) > 1
     changes += [say("full logits")] if candidate.loss == "full" and both else []

@@ -17,6 +17,9 @@ Figures of the catalogue:
   2,040 MHz for the RTX 4090's 9,728 cores, 2,160 MHz for the RTX 5090's 10,496.
 - visible memory: `torch.cuda.mem_get_info`'s total as PyTorch's out-of-memory messages show it for such cards on Linux,
   for example 23.64 GiB of a 24 GB RTX 4090. It differs by 0.1 GiB between drivers, and is some 6 % less with ECC on.
+- between card and host: PCI Express 3 (8 GT/s, 128b/130b: 0.985 GB/s a lane and direction) until Turing, 4 with Ampere
+  and Ada, 5 since Hopper; 16 lanes, and 8 with the RTX 4060, 4060 Ti, 5060 and 5060 Ti, as NVIDIA's pages give them. A
+  slot may have less.
 - what the CUDA context takes outside PyTorch's allocator, an interval by compute capability from published
   measurements: T4 105 to 135 MiB (torch 2.11, lazy loading), Titan V 320 to 1,008 MiB (pytorch #28394), V100 1,343 MiB
   (2022), RTX 2080 Ti 1,035 and RTX 3090 1,644 MiB (before lazy loading, pytorch #49877), A100 863 MiB (2023), RTX A6000
@@ -73,6 +76,7 @@ class Device:
     bandwidth_bytes_per_second: float | None = None
     float16_flops_per_second: float | None = None
     float32_flops_per_second: float | None = None
+    link_bytes_per_second: float | None = None
     context: ContextPrior | None = None
     kind: Literal["cuda", "cpu"] = "cuda"
     uuid: str | None = None
@@ -104,6 +108,14 @@ def context_prior(compute_capability: tuple[int, int]) -> ContextPrior:
     return ContextPrior(low * MIB, expected * MIB, high * MIB)
 
 
+_LANES = {(6, 0): 0.985, (8, 0): 1.969, (9, 0): 3.938}  # GB/s by lowest compute capability, as in the docstring
+_EIGHT_LANES = ("RTX 5060 Ti 16GB", "RTX 5060 Ti 8GB", "RTX 5060", "RTX 4060 Ti 16GB", "RTX 4060 Ti 8GB", "RTX 4060")
+
+
+def _lane_bandwidth(compute_capability: tuple[int, int]) -> float:
+    return GB * next(rate for lowest, rate in reversed(_LANES.items()) if lowest <= compute_capability)
+
+
 def _card(
     name: str, pattern: str, memory: tuple[int, float], capability: tuple[int, int], rates: tuple[float, float, float]
 ) -> Device:
@@ -119,6 +131,7 @@ def _card(
         bandwidth_bytes_per_second=bandwidth * GB,
         float16_flops_per_second=float16 * 1e12,
         float32_flops_per_second=float32 * 1e12,
+        link_bytes_per_second=(8 if name in _EIGHT_LANES else 16) * _lane_bandwidth(capability),
         context=context_prior(capability),
     )
 

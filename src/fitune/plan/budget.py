@@ -47,12 +47,14 @@ class Lengths:
 @dataclass(frozen=True, slots=True)
 class Limits:
     """The device, what a run may use of it, and whether the configuration says how much. kept_bytes: of that, for what
-    is not predicted step by step. limit_bytes: of the whole device; what other processes hold is not in it."""
+    is not predicted step by step. limit_bytes: of the whole device; what other processes hold is not in it.
+    host_bytes: free in the host's memory; None where the card is not here."""
 
     device: Device
     budget_bytes: int
     given: bool
     kept_bytes: int = 0
+    host_bytes: int | None = None
 
     @property
     def limit_bytes(self) -> int:
@@ -75,7 +77,13 @@ def find_limits(config: RunConfig, *, gpu: str | None = None) -> Limits:
 
 
 def limits_of(config: RunConfig, device: Device) -> Limits:
-    return Limits(device, budget_bytes(config, device), config.memory.budget != "auto")
+    is_here = device.kind == "cuda" and device.free_bytes is not None
+    return Limits(
+        device,
+        budget_bytes(config, device),
+        config.memory.budget != "auto",
+        host_bytes=free_bytes(cpu_device()) if is_here else None,
+    )
 
 
 def budget_bytes(config: RunConfig, device: Device) -> int:

@@ -5,13 +5,13 @@ how the loss is formed leave the result the same, so these are varied. What woul
 never chosen. What the configuration forces is not varied.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from fitune.config import BatchConfig, Loss, Precision, Recompute, Routing, RunConfig
 from fitune.plan.budget import Lengths
-from fitune.plan.plan import Candidate
+from fitune.plan.plan import ADAMW_HOST, Candidate
 
 Result = Literal["same", "close", "different"]
 MOST_MICRO_TOKENS = 65536
@@ -24,8 +24,9 @@ _LEAST_GROWTH = 1.2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
-    """One of micro_rows and micro_tokens. method, optimizer, precision: None as configured. result: what it does to
-    what is learnt. num_changes: how many settings differ from the simplest."""
+    """One of micro_rows and micro_tokens. method, optimizer, precision: None as configured. offloads: whether inputs of
+    recomputed layers go to the host though that is not configured. result: what it does to what is learnt. num_changes:
+    how many settings differ from the simplest."""
 
     micro_rows: int | None
     micro_tokens: int | None
@@ -34,12 +35,13 @@ class Choice:
     method: str | None = None
     optimizer: str | None = None
     precision: Precision | None = None
+    offloads: bool = False
     result: Result = "same"
 
     @property
     def num_changes(self) -> int:
-        changed = (self.recompute != "off", self.loss != "chunked", self.method, self.optimizer, self.precision)
-        return sum(map(bool, changed))
+        changed = (self.recompute != "off", self.loss != "chunked", self.offloads, self.method, self.optimizer)
+        return sum(map(bool, (*changed, self.precision)))
 
     @property
     def variant(self) -> "Choice":
@@ -47,16 +49,35 @@ class Choice:
         return replace(self, micro_rows=None, micro_tokens=None)
 
 
-def same_choices(config: RunConfig, lengths: Lengths) -> Iterator[Choice]:
+def same_choices(config: RunConfig, lengths: Lengths, *, on_card: bool) -> Iterator[Choice]:
     """The settings that leave the result the same, from few changes to many. Full logits, which never need less
-    memory, are looked at without recomputation only."""
+    memory, are looked at without recomputation only; what recomputing starts from goes to the host of a card where all
+    layers recompute, which needs the least."""
     recomputes = RECOMPUTES if config.model.recompute == "auto" else (config.model.recompute,)
     losses: tuple[Loss, ...] = ("chunked", "full") if config.loss == "auto" else (config.loss,)
+    sizes = micro_sizes(config, lengths)
     for recompute in recomputes:
         for loss in losses:
             if loss == losses[0] or recompute == recomputes[0]:
-                for rows, tokens in micro_sizes(config, lengths):
+                for rows, tokens in sizes:
                     yield Choice(micro_rows=rows, micro_tokens=tokens, recompute=recompute, loss=loss)
+    model = config.model
+    if (
+        on_card
+        and model.recompute == "auto"
+        and model.shard == "none"
+        and "offload_activations" not in model.model_fields_set
+    ):
+        for rows, tokens in sizes:
+            yield Choice(micro_rows=rows, micro_tokens=tokens, recompute="full", loss=losses[0], offloads=True)
+
+
+def host_choices(config: RunConfig, choices: Sequence[Choice]) -> list[Choice]:
+    """`choices` with AdamW's state and update on the host of the card. None where the optimizer is another or trains an
+    adapter, whose state is small."""
+    if config.optim.name != "adamw" or config.model.method != "full" or config.model.shard != "none":
+        return []
+    return [replace(choice, optimizer=ADAMW_HOST) for choice in choices if choice.loss == choices[0].loss]
 
 
 def proposals(config: RunConfig, choice: Choice, *, float32: bool) -> Iterator[Choice]:
@@ -107,6 +128,8 @@ def settle(config: RunConfig, choice: Choice) -> RunConfig:
         model["method"] = choice.method
     if choice.precision is not None:
         model["precision"] = choice.precision
+    if choice.offloads:
+        model["offload_activations"] = True
     batch = BatchConfig(
         effective=config.batch.rows_per_step,
         micro=choice.micro_rows or "auto",
@@ -133,6 +156,9 @@ def settings_of(candidate: Candidate, config: RunConfig) -> list[str]:
     settings = {
         "model.recompute": candidate.recompute if config.model.recompute == "auto" else None,
         "model.method": candidate.method if candidate.method != config.model.method else None,
+        "model.offload_activations": "true"
+        if candidate.offload_activations and not config.model.offload_activations
+        else None,
         "model.precision": candidate.precision if config.model.precision not in ("auto", candidate.precision) else None,
         "loss": candidate.loss if config.loss == "auto" else None,
         "optim.name": candidate.optimizer if candidate.optimizer != config.optim.name else None,
@@ -147,6 +173,8 @@ def still_open(settings: Iterable[str], config: RunConfig) -> list[str]:
     batch = config.batch
     is_open = {
         "model.recompute": config.model.recompute == "auto",
+        "model.offload_activations": config.model.recompute == "auto",
+        "optim.name": config.optim.name == "adamw",
         "model.precision": config.model.precision == "auto",
         "loss": config.loss == "auto",
         "batch.micro_tokens": batch.micro_rows is None and batch.micro_tokens == "auto",

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from fitune.memory.devices import Device
-from fitune.trace.events import OperatorWork
+from fitune.trace.events import ON_HOST, TRANSFER, OperatorWork
 
 CARD_MATMUL_SHARE = 0.7
 CARD_ATTENTION_SHARE = 0.4
@@ -19,11 +19,18 @@ CARD_BANDWIDTH_SHARE = 0.8
 """Of the data sheet's rates: what large kernels reach of them. FlashAttention-2 reaches 50 to 73 % of an A100's forward
 and backward (Dao 2023, arXiv 2307.08691), less with short rows; PaLM and Megatron report 40 to 60 % of the whole step,
 idle times and pointwise operators included (Chowdhery et al. 2022; Korthikanti et al. 2022)."""
+LINK_SHARE = 0.8
+"""Of what the lanes between card and host carry in one direction, what large copies of pinned memory reach."""
+HOST_BANDWIDTH = 40e9
+"""Bytes a second that an optimizer's update reads and writes in the host's memory: fused AdamW on one core of an EPYC
+server moved 42e9 (25.8 M parameters, 28 bytes each, in 0.017 s)."""
 CARD_LAUNCH_SECONDS = 8e-6
 """Of an eager operator and its part of autograd, on the processor that feeds the card."""
 SELECTIVE_LAUNCHES = 12.0
 """Selective recomputing asks a Python function about every operator: each that is done again costs so many launches
 more (fitted to the settings of benchmarks/plan.py on a CPU, of which twelve recompute so)."""
+ADAMW_OP = "aten._fused_adamw_"
+"""Reads four numbers of each parameter and writes three."""
 _EXPONENTIALS = {
     f"aten.{name}"
     for name in (
@@ -68,7 +75,7 @@ class Ceilings:
     second), ascending; between them the logarithm decides, as caches do. exponential_bandwidth: of operators that
     compute an exponential for each element. mapped_bandwidth: of calls whose results are too large for the C library's
     heap, so that each page is asked of the system anew. Both None on a card. asynchronous: whether launches go on while
-    kernels run. origin: of the numbers, in words."""
+    kernels run. origin: of the numbers, in words. link_bandwidth: between a card and the host."""
 
     matmul_flops_per_second: Mapping[str, float]
     attention_flops_per_second: Mapping[str, float]
@@ -78,6 +85,7 @@ class Ceilings:
     launch_seconds: float
     asynchronous: bool
     origin: str
+    link_bandwidth: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,6 +115,7 @@ def card_ceilings(device: Device) -> Ceilings | None:
         launch_seconds=CARD_LAUNCH_SECONDS,
         asynchronous=True,
         origin=f"rates of {device.name}'s data sheet, {CARD_MATMUL_SHARE:.0%} of them in matrix products",
+        link_bandwidth=None if device.link_bytes_per_second is None else LINK_SHARE * device.link_bytes_per_second,
     )
 
 
@@ -134,6 +143,21 @@ def work_of(operators: Sequence[OperatorWork], *, rows: Sequence[tuple[int, int]
     )
 
 
+def hosted(update: Sequence[Work]) -> tuple[Work, ...]:
+    """AdamW's update by HostAdamW: parameters and gradients come to the host in float32, parameters go back."""
+    found = []
+    for work in update:
+        if work.op != ADAMW_OP:
+            found.append(work)
+            continue
+        num_parameters = work.num_bytes / (7 * (4 if work.dtype == "float32" else 2))
+        found += [
+            replace(work, op=TRANSFER, num_bytes=3 * 4 * num_parameters),
+            replace(work, op=f"{ON_HOST}{ADAMW_OP}", dtype="float32", num_bytes=7 * 4 * num_parameters),
+        ]
+    return tuple(found)
+
+
 def attending(works: Sequence[Work], share: float) -> tuple[Work, ...]:
     """With attention over rows of that share of the length."""
     return tuple(replace(work, flops=work.flops * share) if _is_attention(work) else work for work in works)
@@ -157,11 +181,14 @@ def num_launches(works: Sequence[Work]) -> float:
 def seconds_of(works: Sequence[Work], ceilings: Ceilings, *, more_launches: float = 0.0) -> float:
     """more_launches: what the host does besides."""
     launches = (num_launches(works) + more_launches) * ceilings.launch_seconds
-    kernels = sum(_kernel_seconds(work, ceilings) for work in works)
-    return max(kernels, launches) if ceilings.asynchronous else kernels + launches
+    host = sum(work.num_bytes for work in works if work.op.startswith(ON_HOST)) / HOST_BANDWIDTH
+    kernels = sum(_kernel_seconds(work, ceilings) for work in works if not work.op.startswith(ON_HOST))
+    return host + (max(kernels, launches) if ceilings.asynchronous else kernels + launches)
 
 
 def _kernel_seconds(work: Work, ceilings: Ceilings) -> float:
+    if work.op == TRANSFER and ceilings.link_bandwidth is not None:
+        return work.num_bytes / ceilings.link_bandwidth
     call_bytes = work.num_bytes / max(work.launches, 1.0)
     rate = _bandwidth(call_bytes, ceilings.bandwidths)
     if ceilings.mapped_bandwidth is not None and call_bytes > MAPPED_CALL_BYTES and not work.op.endswith("_"):

@@ -19,10 +19,11 @@ from fitune.plan.budget import Lengths, Limits
 from fitune.plan.cache import file_state, read_cached, write_cached
 from fitune.plan.candidates import Choice, settle, with_routing
 from fitune.plan.cost import StepShape, StepWork, Work, work_of
-from fitune.trace.events import Category
+from fitune.plan.plan import ADAMW_HOST
+from fitune.trace.events import TRANSFER, Category
 
 if TYPE_CHECKING:
-    from fitune.trace.step import Pass
+    from fitune.trace.step import Pass, RecordedStep
 
 Sizes = tuple[tuple[int, int], ...]
 _NUM_SHAPED_STEPS = 8
@@ -31,7 +32,8 @@ _NUM_SHAPED_STEPS = 8
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Forecast:
     """Of one choice on one device. micro_batch: rows of the longest length in its largest micro-batch. positions: of
-    that micro-batch. limit_bytes: what it was replayed against; None where the limit made no difference."""
+    that micro-batch. limit_bytes: what it was replayed against; None where the limit made no difference. host_bytes: as
+    `Candidate.predicted_host_bytes`."""
 
     num_parameters: int
     num_trainable_parameters: int
@@ -52,6 +54,7 @@ class Forecast:
     fits: bool
     limit_bytes: int | None
     notes: tuple[str, ...]
+    host_bytes: int
 
     @property
     def device_bytes(self) -> int:
@@ -147,7 +150,11 @@ class Forecaster:
         what a process holds that has loaded all it needs."""
         limit_bytes = self.limits.limit_bytes
         if self.limits.device.kind != "cpu":
-            return forecast.within(limit_bytes)
+            found = forecast.within(limit_bytes)
+            host_bytes = self.limits.host_bytes
+            if found is None or host_bytes is None or found.host_bytes <= host_bytes:
+                return found
+            return replace(found, fits=False)
         program_bytes = max(self.known.get("program_bytes", 0), self._program_bytes)
         fits = forecast.reserved_bytes + program_bytes <= limit_bytes
         return replace(forecast, context_bytes=program_bytes, fits=fits)
@@ -210,6 +217,7 @@ class Forecaster:
             fits=bool(largest.fits),
             limit_bytes=None if unlimited or cannot else limit_bytes,
             notes=(*largest.assumptions, *recorded.notes),
+            host_bytes=_host_bytes(settled, recorded),
         )
 
     def _record(self, variant: Choice, tokens: int, supervised_fraction: float) -> StepWork:
@@ -278,6 +286,17 @@ def _passes(settled: RunConfig, rows: Sizes, longest_eval_tokens: int, rows_per_
         Pass("train", (rows * 2)[: max(rows_per_step, len(rows))]),
         evaluation=Pass("eval", evaluation, most_micro_batches=1) if longest_eval_tokens else None,
     )
+
+
+def _host_bytes(settled: RunConfig, recorded: "RecordedStep") -> int:
+    """HostAdamW's copy of parameters and gradients, and its state; what a micro-batch's forward sends to the host."""
+    sent: dict[tuple[int, int], int] = {}
+    for work in recorded.work if settled.model.offload_activations else ():
+        if work.op == TRANSFER and work.phase == "forward":
+            place = work.step, work.micro_batch
+            sent[place] = sent.get(place, 0) + work.num_bytes
+    state = 16 * recorded.num_trainable_parameters if settled.optim.name == ADAMW_HOST else 0
+    return state + max(sent.values(), default=0)
 
 
 def _work_key(variant: Choice, tokens: int, supervised_fraction: float) -> str:

@@ -69,6 +69,8 @@ def measure_candidate(config: RunConfig, plan: Plan, *, num_steps: int = 3) -> P
         micro_tokens=candidate.micro_tokens,
         recompute=cast(Recompute, candidate.recompute),
         loss=cast(Loss, candidate.loss),
+        optimizer=None if candidate.optimizer == config.optim.name else candidate.optimizer,
+        offloads=candidate.offload_activations and not config.model.offload_activations,
     )
     settled = settle(config, choice)
     heaviest = heaviest_rows(settled, choice, lengths) * 2

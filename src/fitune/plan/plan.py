@@ -9,6 +9,8 @@ from fitune.plan.training import PlannedTraining
 from fitune.trace.events import Category
 from fitune.units import format_bytes
 
+ADAMW_HOST = "adamw_host"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
@@ -16,7 +18,8 @@ class Candidate:
     micro_tokens: the token budget of a micro-batch, None where rows are counted. accumulation: micro-batches of the
     mean step. predicted_seconds_per_step: of the mean step, None where it is not predicted. reason: why it does not
     fit, or on what condition it does; empty otherwise. result: what it does to what is learnt beside the configuration:
-    same, close, or different."""
+    same, close, or different. predicted_host_bytes: what a card's run keeps in the host's memory by a technique; pinned
+    blocks are rounded up to powers of two there, so up to twice as much is taken."""
 
     micro_batch: int
     micro_tokens: int | None
@@ -37,6 +40,14 @@ class Candidate:
     fits: bool
     reason: str = ""
     result: str = "same"
+    offload_activations: bool = False
+    predicted_host_bytes: int = 0
+
+    @property
+    def techniques(self) -> tuple[str, ...]:
+        """What it does for memory that leaves the result the same: how it recomputes, and what the host holds."""
+        offloads = ("offload",) if self.offload_activations else ()
+        return self.recompute, *offloads, *((self.optimizer,) if self.optimizer == ADAMW_HOST else ())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +121,7 @@ def does_not_fit(plan: Plan) -> str:
     named = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts[:4] if size)
     return (
         f"no plan fits {format_bytes(plan.budget_bytes)} on {plan.device.name}: the closest candidate "
-        f"({nearest.micro_batch} x {nearest.accumulation} rows, recompute {nearest.recompute}) needs "
+        f"({nearest.micro_batch} x {nearest.accumulation} rows, recompute {', '.join(nearest.techniques)}) needs "
         f"{format_bytes(nearest.predicted_device_bytes)} ({named}). Try {' or '.join(_ways_out(plan, nearest))}"
     )
 

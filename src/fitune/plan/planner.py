@@ -7,6 +7,7 @@ with the fewest changes is chosen, then the smallest micro-batch. What the confi
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from heapq import heappop, heappush
 from typing import Any
 
@@ -14,7 +15,7 @@ from fitune.config import RunConfig
 from fitune.errors import ConfigError, ModelError
 from fitune.memory.prediction import other_routing
 from fitune.plan.budget import Lengths, Limits, find_lengths, find_limits, free_bytes
-from fitune.plan.candidates import RECOMPUTES, Choice, proposals, same_choices
+from fitune.plan.candidates import RECOMPUTES, Choice, host_choices, proposals, same_choices
 from fitune.plan.forecast import Forecast, Forecaster
 from fitune.plan.other_estimates import other_estimates
 from fitune.plan.plan import Candidate, OtherEstimate, Plan, PlannedDevice, PlannedModel
@@ -77,21 +78,32 @@ class _Search:
         self.config, self.forecaster, self.on_candidate = share_of(config, num_gpus), forecaster, on_candidate
         self.rows_per_step, self.num_gpus = config.batch.rows_per_step, num_gpus
         self.limits, self.lengths = forecaster.limits, forecaster.lengths
-        self.choices = list(same_choices(self.config, self.lengths))
+        on_card = self.limits.device.kind == "cuda"
+        self.choices = list(same_choices(self.config, self.lengths, on_card=on_card))
+        self.hosted = host_choices(self.config, self.choices) if on_card else []
         self.pricer = Pricer(forecaster, self.choices)
         self.looked_at: dict[Choice, Forecast] = {}
         self.refused: dict[str, None] = {}
 
     def thorough(self) -> Choice | None:
         self.look_at(self.choices)
-        fitting = [choice for choice in self.choices if choice in self.looked_at and self.looked_at[choice].fits]
-        chosen = min(fitting, key=self.order, default=None)
+        chosen = self.fastest()
+        if chosen is None or self.pricer.seconds(chosen) is not None:
+            hosted = self.hosted
+            if chosen is not None:  # those that would be faster
+                known = [choice for choice in hosted if replace(choice, optimizer=None) in self.looked_at]
+                hosted = [choice for choice in known if self.order(choice) < self.order(chosen)]
+            self.look_at(hosted)
+            chosen = self.fastest()
         smallest = min(self.looked_at, key=lambda choice: self.looked_at[choice].device_bytes)
         nearest = smallest if chosen is None else min(self.looked_at, key=self.order)
         half_is_fast = self.limits.device.bfloat16_flops_per_second is not None
         float32 = self.looked_at[nearest].precision == "float32" and half_is_fast
         self.look_at(list(proposals(self.config, nearest, float32=float32)))
         return chosen
+
+    def fastest(self) -> Choice | None:
+        return min((choice for choice, found in self.looked_at.items() if found.fits), key=self.order, default=None)
 
     def look_at(self, choices: Sequence[Choice]) -> None:
         """In two processes, where there can be. What differs in its rows alone shares its recordings."""
@@ -126,11 +138,12 @@ class _Search:
     def lean(self) -> Choice | None:
         """Best first. A variant's time is not known before it is recorded; it is no faster than without recomputing."""
         waiting: list[tuple[tuple[Any, ...], int, bool]] = []
-        for number, choice in enumerate(self.choices):
+        choices = [*self.choices, *self.hosted]
+        for number, choice in enumerate(choices):
             heappush(waiting, (self.order(choice, bound=True), number, False))
         while waiting:
             _, number, exact = heappop(waiting)
-            choice = self.choices[number]
+            choice = choices[number]
             if not exact:
                 with self.refusing(choice):
                     heappush(waiting, (self.order(choice), number, True))
@@ -162,7 +175,8 @@ class _Search:
         size = choice.micro_tokens or choice.micro_rows or 0
         seconds = self.pricer.seconds(choice, bound=bound)
         if seconds is None:
-            return math.inf, RECOMPUTES.index(choice.recompute), choice.num_changes, -size
+            on_host = (choice.optimizer is not None) + choice.offloads
+            return math.inf, on_host, RECOMPUTES.index(choice.recompute), choice.num_changes, -size
         return seconds, 0, choice.num_changes, size, RECOMPUTES.index(choice.recompute)
 
     def other_routing(self, chosen: Choice) -> Iterator[str]:
@@ -246,6 +260,8 @@ class _Search:
             fits=forecast.fits,
             reason=_reason(forecast, self.limits),
             result=choice.result,
+            offload_activations=choice.offloads or config.model.offload_activations,
+            predicted_host_bytes=forecast.host_bytes,
         )
         return candidate if self.forecaster.num_shards > 1 else candidate_with_bucket(candidate, self.num_gpus)
 
@@ -265,11 +281,15 @@ class _Search:
 def words_of(choice: Choice) -> str:
     size = "" if choice.micro_tokens is None else f"{choice.micro_tokens:,} tokens at once, "
     size = size if choice.micro_rows is None else f"{choice.micro_rows} rows at once, "
-    changes = [part for part in (choice.method, choice.optimizer, choice.precision) if part]
+    changes = ["offload"] if choice.offloads else []
+    changes += [part for part in (choice.method, choice.optimizer, choice.precision) if part]
     return ", ".join([f"{size}recompute {choice.recompute}", f"{choice.loss} loss", *changes])
 
 
 def _reason(forecast: Forecast, limits: Limits) -> str:
+    if limits.host_bytes is not None and forecast.host_bytes > limits.host_bytes:
+        needed, free = format_bytes(forecast.host_bytes), format_bytes(limits.host_bytes)
+        return f"needs {needed} of the host's memory, where {free} are free"
     if not forecast.fits:
         return f"needs {format_bytes(max(forecast.device_bytes - limits.limit_bytes, 1))} more"
     if forecast.num_alloc_retries:

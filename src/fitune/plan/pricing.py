@@ -16,12 +16,14 @@ from fitune.plan.cost import (
     Work,
     attending,
     card_ceilings,
+    hosted,
     mix,
     num_launches,
     seconds_of,
 )
 from fitune.plan.cpu_ceilings import cpu_ceilings
 from fitune.plan.forecast import Forecaster
+from fitune.plan.plan import ADAMW_HOST
 
 STEP = 1.01
 """Times are told apart by one percent: no more is known, and nearer ones are ties."""
@@ -54,7 +56,12 @@ class Pricer:
             return None
         kin = variant if variant.optimizer is None else replace(variant, optimizer=None, result="same")
         low = self._forecaster.work(kin, tokens=self._sizes[0])
-        own = low if kin == variant else self._forecaster.work(variant, tokens=choice.micro_tokens or self._sizes[0])
+        if choice.optimizer == ADAMW_HOST:
+            update = hosted(low.update)
+        elif kin == variant:
+            update = low.update
+        else:
+            update = self._forecaster.work(variant, tokens=choice.micro_tokens or self._sizes[0]).update
         shape = self._forecaster.shape(choice)
         positions = shape.positions / shape.num_micro_batches
         # where all micro-batches are of one long row another size tells nothing more
@@ -73,7 +80,7 @@ class Pricer:
             return seconds_of(mix((1 - at, few), (at, many), (-unsupervised, head)), self._ceilings, more_launches=more)
 
         first, later = micro_seconds(low.first, high.first), micro_seconds(low.later, high.later)
-        seconds = first + (shape.num_micro_batches - 1) * later + seconds_of(own.update, self._ceilings)
+        seconds = first + (shape.num_micro_batches - 1) * later + seconds_of(update, self._ceilings)
         return (self._factor or 1.0) * STEP ** round(math.log(seconds, STEP))  # a run must not move the ties
 
     @property

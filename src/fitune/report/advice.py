@@ -206,7 +206,11 @@ def _memory(row: Row) -> Iterator[Advice]:
 def _candidates(run: RecordedRun, chosen: Mapping[str, Any], *, tight: bool) -> Iterator[Advice]:
     """The plan's other settings that fit: those that are faster, and where it is tight the next smaller one."""
     size = chosen.get("predicted_device_bytes")
-    others = [each for each in (run.plan or {}).get("candidates") or [] if each != chosen and each.get("fits")]
+    others = [
+        each
+        for each in (run.plan or {}).get("candidates") or []
+        if each != chosen and each.get("fits") and each.get("result", "same") == "same"
+    ]
     if not isinstance(size, int):
         return
     smaller = [each for each in others if each["predicted_device_bytes"] < size]
@@ -219,13 +223,17 @@ def _candidates(run: RecordedRun, chosen: Mapping[str, Any], *, tight: bool) -> 
 
 
 def _as_planned(run: RecordedRun, chosen: Mapping[str, Any], other: Mapping[str, Any], *, urgency: int) -> Advice:
+    keys = {"offload_activations": "model.offload_activations", "optimizer": "optim.name"}
+    changed = {key: value for name, key in keys.items() if (value := other.get(name)) != chosen.get(name)}
+    settings = [f"{key}={str(value).lower()}" for key, value in changed.items()]
+    change = say(
+        "{micro} x {accumulation}, recompute {recompute}",
+        micro=other["micro_batch"],
+        accumulation=other["accumulation"],
+        recompute=other["recompute"],
+    )
     return Advice(
-        change=say(
-            "{micro} x {accumulation}, recompute {recompute}",
-            micro=other["micro_batch"],
-            accumulation=other["accumulation"],
-            recompute=other["recompute"],
-        ),
+        change=", ".join([change, *settings]),
         effect_on_result="same",
         evidence=say("the plan's prediction"),
         command=_command(
@@ -233,6 +241,7 @@ def _as_planned(run: RecordedRun, chosen: Mapping[str, Any], other: Mapping[str,
             f"batch.micro={other['micro_batch']}",
             f"batch.accumulation={other['accumulation']}",
             f"model.recompute={other['recompute']}",
+            *settings,
         ),
         bytes_saved=int(chosen["predicted_device_bytes"]) - int(other["predicted_device_bytes"]),
         speed_fraction=_time_gain(chosen, other),

@@ -86,12 +86,18 @@ class MemoryTrace:
         return [self.events[i].module for i in indices.tolist()], np.arange(len(indices))
 
 
+TRANSFER, ON_HOST = "transfer", "host."
+"""See OperatorWork."""
+
+
 @dataclass(frozen=True, slots=True)
 class OperatorWork:
     """What all calls of one operator in a phase of a micro-batch do; views, which launch nothing, are left out.
 
-    op: as PyTorch names it, aten.mm. dtype: of its first output, as PyTorch names it, bfloat16. num_bytes: tensors that
-    it reads and writes, each once a call. flops: 0 for what is no matrix product and no attention.
+    op: as PyTorch names it, aten.mm; TRANSFER for copies between the card and the host, and behind ON_HOST what an
+    optimizer does with tensors of the host. dtype: of its first output, as PyTorch names it, bfloat16. num_bytes:
+    tensors that it reads and writes, each once a call; of a transfer what arrives. flops: 0 for what is no matrix
+    product and no attention.
     """
 
     step: int

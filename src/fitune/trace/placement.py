@@ -52,6 +52,13 @@ class Placement(TorchFunctionMode):
             return known_array(args[0])
         return func(*args, **kwargs)
 
+    def over(self, hook: Callable[[Any], Any], value: Any) -> Any:
+        """Torch calls the hooks of saved tensors outside of any mode; they may be what moves a tensor to the host."""
+        if torch._C._len_torch_function_stack():
+            return hook(value)
+        with self:
+            return hook(value)
+
     def _make(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         device = kwargs.get("device")
         kwargs = {**kwargs, "device": _as_cpu(device)} if device is not None else kwargs
@@ -203,6 +210,10 @@ def card_stands_in(recorder: Recorder) -> Iterator[None]:
         return function if function is not None else lambda decorated: decorated
 
     generator = torch.Generator
+    placement, hooks_init = Placement(recorder), torch.autograd.graph.saved_tensors_hooks.__init__
+
+    def saved_tensors_hooks_init(self: Any, pack: Callable[[Any], Any], unpack: Callable[[Any], Any]) -> None:
+        hooks_init(self, partial(placement.over, pack), partial(placement.over, unpack))
 
     with ExitStack() as stack:
         stack.enter_context(patch.object(torch.amp.autocast_mode.autocast, "__init__", autocast_init))
@@ -210,5 +221,7 @@ def card_stands_in(recorder: Recorder) -> Iterator[None]:
         stack.enter_context(patch.object(torch, "compile", as_it_is))
         stack.enter_context(patch.object(torch, "Generator", lambda device="cpu": generator(_as_cpu(device))))
         stack.enter_context(patch.object(torch.cuda, "empty_cache", recorder.empty_cache))
-        stack.enter_context(Placement(recorder))
+        hooks = torch.autograd.graph.saved_tensors_hooks
+        stack.enter_context(patch.object(hooks, "__init__", saved_tensors_hooks_init))
+        stack.enter_context(placement)
         yield

@@ -24,16 +24,17 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fitune.trace.events import Category, Phase
+from fitune.trace.events import ON_HOST, TRANSFER, Category, Phase
 from fitune.trace.operators import by_operator
 from fitune.trace.recording import NEVER, Birth, Recording, Rule, Where, Work, make_recording, split_turn
 from fitune.trace.shapes import Call
-from fitune.trace.work import count_flops, moved_bytes
+from fitune.trace.work import bytes_of, count_flops, moved_bytes
 
 Operator = torch._ops.OpOverload
 _DEVICE_OF = torch.ops.prim.device.default
 _UNSAFE_VIEW = torch.ops.aten._unsafe_view.default
 """A view that its schema does not call one, because autograd need not know: nothing is moved."""
+_COPIES = ("aten.copy_", "aten.clone", "aten._to_copy")
 Place = Literal["host", "card"]
 _WorkPlace = tuple[Phase, int, int, str, int, str, str]
 
@@ -172,10 +173,10 @@ class Recorder(TorchDispatchMode):
         self.allocate(0, "workspace", "empty_cache")
 
     def input_arrived(self, tensor: torch.Tensor) -> None:
-        """`tensor` is a copy from the host."""
+        """`tensor` is a copy from the host: in the backward of what was kept there."""
         storage = self._see(tensor, "copy")
         if storage is not None and storage.category is None:
-            storage.category = "input"
+            storage.category = "activation" if self._phase == "backward" else "input"
 
     @contextmanager
     def placing(self, place: Place) -> Iterator[None]:
@@ -242,10 +243,16 @@ class Recorder(TorchDispatchMode):
         result, known = self._kernels.call(func, args, kwargs)
         outputs = (result,) if type(result) is FakeTensor else tuple(_tensors(result))
         if not outputs:
+            written = tuple(_tensors(args[0])) if args and isinstance(args[0], (list, tuple)) else ()
+            if written:  # in place, as an optimizer's update of all its parameters
+                on_host = self._only_host(args, kwargs)
+                self._count(func, args, kwargs, written, module=self._module(), known=known, on_host=on_host)
             return result
         if self._placing == "host" or (self._placing is None and self._only_host(args, kwargs)):
             for tensor in outputs:
                 self._put_on_host(tensor.untyped_storage())
+            if traits.does_work:
+                self._count(func, args, kwargs, outputs, module=self._module(), known=known, on_host=True)
             return result
         module = self._module()
         for tensor, source in zip(outputs, self._sources(args, len(outputs)), strict=True):
@@ -272,15 +279,22 @@ class Recorder(TorchDispatchMode):
 
     def _count(
         self, func: Operator, args: Any, kwargs: Any, outputs: tuple[torch.Tensor, ...], *,
-        module: str, known: Call | None,
+        module: str, known: Call | None, on_host: bool = False,
     ) -> None:  # fmt: skip
+        """on_host: whether the outputs are there."""
         work = None if known is None else known.work
         if work is None:
             work = moved_bytes(func, args, outputs), count_flops(func, args, kwargs, outputs)
             if known is not None:
                 known.work = work
-        turn, loop = self._turn(module)
         name, dtype = _traits(func).packet_name, _dtype_name(outputs[0].dtype)
+        if self._host and name in _COPIES and any(self.is_on_host(tensor) != on_host for tensor in _tensors(args)):
+            name, work = TRANSFER, (bytes_of(outputs), 0)
+        elif on_host:
+            if not self._in_optimizer:
+                return  # what a loop prepares while the card works
+            name = f"{ON_HOST}{name}"
+        turn, loop = self._turn(module)
         sums = self._work.setdefault((self._phase, self._step, self._micro_batch, loop, turn, name, dtype), [0, 0, 0])
         for i, number in enumerate((1, *work)):
             sums[i] += number

@@ -82,26 +82,33 @@ def _size(tensor: torch.Tensor) -> int:
 
 def _looked_up(args: Any, outputs: Any) -> int:
     """Each element of the result is read in its place and written; where that is stands in the indices."""
-    return 2 * _num_bytes(outputs) + _num_bytes(args[1:])
+    return 2 * bytes_of(outputs) + bytes_of(args[1:])
 
 
 def _added_to(source: int, *, copies: bool) -> Callable[[Any, Any], int]:
     """Places of the first argument are read, and written with what argument number `source` adds. copies: all of it
     first, to a result of its own."""
     copied = 2 if copies else 0
-    return lambda args, _: copied * _num_bytes(args[0]) + _num_bytes(args[1:]) + 2 * _num_bytes(args[source])
+    return lambda args, _: copied * bytes_of(args[0]) + bytes_of(args[1:]) + 2 * bytes_of(args[source])
+
+
+def _updated(num_states: int) -> Callable[[Any, Any], int]:
+    """Parameters and their states are read and written, their gradients are read."""
+    return lambda args, _: 2 * bytes_of((args[0], args[2 : 2 + num_states])) + bytes_of(args[1])
 
 
 _MOVED: dict[str, Callable[[Any, Any], int]] = {
     **dict.fromkeys(
         ("aten::zeros_like", "aten::ones_like", "aten::full_like", "aten::new_zeros", "aten::new_ones"),
-        lambda _, outputs: _num_bytes(outputs),
+        lambda _, outputs: bytes_of(outputs),
     ),
     **dict.fromkeys(("aten::empty_like", "aten::new_empty", "aten::new_empty_strided"), lambda _, __: 0),
     **dict.fromkeys(("aten::embedding", "aten::gather", "aten::index_select", "aten::index"), _looked_up),
-    "aten::nll_loss_forward": lambda args, _: 2 * _num_bytes(args[1]),
-    "aten::nll_loss_backward": lambda args, outputs: _num_bytes(outputs) + 2 * _num_bytes(args[2]),  # zeros, mostly
-    "aten::embedding_dense_backward": lambda args, outputs: _num_bytes(outputs) + 3 * _num_bytes(args[:2]),
+    "aten::_fused_adamw_": _updated(2),
+    "aten::_fused_sgd_": _updated(1),
+    "aten::nll_loss_forward": lambda args, _: 2 * bytes_of(args[1]),
+    "aten::nll_loss_backward": lambda args, outputs: bytes_of(outputs) + 2 * bytes_of(args[2]),  # zeros, mostly
+    "aten::embedding_dense_backward": lambda args, outputs: bytes_of(outputs) + 3 * bytes_of(args[:2]),
     "aten::scatter_": _added_to(3, copies=False),
     "aten::scatter_add_": _added_to(3, copies=False),
     "aten::scatter_add": _added_to(3, copies=True),
@@ -123,7 +130,7 @@ def _flop_formulas(func: Any) -> tuple[Callable[[Any, Any], int] | None, Any]:
     return _OWN.get(func._schema.name), flop_registry.get(func.overloadpacket)
 
 
-def _num_bytes(tree: Any) -> int:
+def bytes_of(tree: Any) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in _tensors(tree))
 
 

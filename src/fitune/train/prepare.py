@@ -166,7 +166,8 @@ def follow(plan: Plan, config: RunConfig, *, plan_check: bool = True) -> tuple[l
             raise DoesNotFitError(f"{does_not_fit(plan)}; --no-plan-check runs it anyway")
         room = f"of {format_bytes(plan.budget_bytes)}: it may run out of memory"
     return settings_of(chosen, config), (
-        f"plan: {chosen.micro_batch} x {chosen.accumulation} rows, recompute {chosen.recompute}, {chosen.loss} loss: "
+        f"plan: {chosen.micro_batch} x {chosen.accumulation} rows, recompute {', '.join(chosen.techniques)}, "
+        f"{chosen.loss} loss: "
         f"{format_bytes(chosen.predicted_device_bytes)} {room}"
     )
 
