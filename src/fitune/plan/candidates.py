@@ -92,7 +92,7 @@ def proposals(config: RunConfig, choice: Choice, *, float32: bool) -> Iterator[C
     for method in {"full": ("lora", "qlora"), "lora": ("qlora",)}.get(config.model.method, ()):
         if method == "qlora" and is_sharded:
             continue
-        yield replace(choice, method=method, result="different")
+        yield replace(choice, method=method, optimizer=None, result="different")
 
 
 def micro_sizes(config: RunConfig, lengths: Lengths) -> list[tuple[int | None, int | None]]:
