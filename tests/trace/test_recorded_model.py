@@ -23,6 +23,11 @@ VARIANTS = (
     ("optim.name=sgd", "batch.micro=1"),
     ("model.recompute=off",),
 )
+ON_HOST = (
+    ("model.recompute=full", "model.offload_activations=true"),
+    ("model.recompute=off", "optim.name=adamw_host"),
+    ("model.recompute=full",),
+)
 
 
 def configured(directory: Path, *overrides: str) -> RunConfig:
@@ -55,7 +60,7 @@ def test_one_configuration_after_the_other(kind: str, method: str, target: CudaT
     def record(config: RunConfig, model: RecordedModel | None) -> ColumnsOfStep:
         return record_columns_of_step(config, passes(config), target=target, on=model)
 
-    for overrides in VARIANTS:
+    for overrides in (*VARIANTS, *(() if target is None else ON_HOST)):
         config = configured(tmp_path, f"model.method={method}", *overrides)
         again, new = record(config, model), record(config, None)
         assert are_same(again.recording, new.recording)

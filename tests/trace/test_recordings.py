@@ -9,7 +9,7 @@ import pytest
 
 import fitune.trace.recordings as recordings_room
 from fitune.config import RunConfig, read_config
-from fitune.model.layers import find_equal_layers
+from fitune.model.layers import EqualLayers, find_layers
 from fitune.trace.cuda_behaviour import CudaTarget
 from fitune.trace.recordings import Recordings
 from fitune.trace.step import ColumnsOfStep, Pass, RecordedStep, longest_rows, record_step, steady_passes
@@ -90,6 +90,7 @@ def ask(
         ("llama", 7, AMPERE, ("model.method=lora", "model.recompute=full")),
         ("llama", 7, AMPERE, ("model.recompute=selective", "optim.name=adamw_foreach")),
         ("llama", 10, AMPERE, ("model.recompute=every_2",)),
+        ("llama", 7, AMPERE, ("model.recompute=full", "model.offload_activations=true", "optim.name=adamw_host")),
         ("gpt2", 7, AMPERE, ("model.precision=autocast_float16", "loss=full")),
         ("gemma2", 11, AMPERE, ("model.precision=bfloat16",)),
         ("qwen3_moe", 6, CudaTarget((9, 0)), ("optim.name=adafactor",)),
@@ -247,19 +248,24 @@ def test_an_odd_layer_leaves_nothing_to_repeat(tmp_path: Path) -> None:
     tiny = copy.deepcopy(TINY["gemma2"])
     tiny.num_hidden_layers, tiny.layer_types = 12, layer_types
     tiny.save_pretrained(tmp_path)
-    assert find_equal_layers(config.model) is None
+    assert equal_layers(config) is None
     recordings = Recordings()
     ask(recordings, config)
 
 
+def equal_layers(config: RunConfig) -> EqualLayers | None:
+    found = find_layers(config.model)
+    return None if found is None else found.find_equal(config.model.recompute)
+
+
 def test_alternating_layers_have_a_period_of_two(tmp_path: Path) -> None:
-    layers = find_equal_layers(make_config(tmp_path, "gemma2", num_layers=12).model)
+    layers = equal_layers(make_config(tmp_path, "gemma2", num_layers=12))
     assert layers is not None
     assert (layers.num_layers, layers.period) == (12, 2)
 
 
 def test_layers_recomputed_by_turns_have_their_period(tmp_path: Path) -> None:
-    layers = find_equal_layers(make_config(tmp_path, "llama", "model.recompute=every_4", num_layers=12).model)
+    layers = equal_layers(make_config(tmp_path, "llama", "model.recompute=every_4", num_layers=12))
     assert layers is not None
     assert layers.period == 4
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
-from fitune.config import ModelConfig
+from fitune.config import Auto, ModelConfig, Recompute
 from fitune.model.load import build_model, load_config
 from fitune.model.recompute import recompute_period
 
@@ -32,8 +32,25 @@ class EqualLayers:
     period: int
 
 
-def find_equal_layers(model: ModelConfig) -> EqualLayers | None:
-    """None where the layers do not repeat, or the model has none. Raises what `load_config` and `build_model` raise."""
+@dataclass(frozen=True, slots=True)
+class LayerList:
+    """The one list of a model's layers. signatures: of each layer, equal for equal ones."""
+
+    name: str
+    signatures: Sequence[object]
+
+    def find_equal(self, recompute: Recompute | Auto) -> EqualLayers | None:
+        """None where the layers do not repeat."""
+        num_layers, step = len(self.signatures), recompute_period(recompute)
+        for period in range(step, min(_LARGEST_PERIOD, num_layers // 2 - 1) + 1, step):
+            # the last one too: in a model of the first few layers an earlier one takes its place
+            if all(self.signatures[i] == self.signatures[i + period] for i in range(1, num_layers - period)):
+                return EqualLayers(self.name, num_layers, period)
+        return None
+
+
+def find_layers(model: ModelConfig) -> LayerList | None:
+    """None where the model has no such list, or several. Raises what `load_config` and `build_model` raise."""
     config = load_config(model)
     num_layers = getattr(config.get_text_config(), "num_hidden_layers", None)
     if not isinstance(num_layers, int):
@@ -45,13 +62,7 @@ def find_equal_layers(model: ModelConfig) -> EqualLayers | None:
         return None
     ((name, layers),) = lists
     listed = _listed(config.get_text_config(), num_layers)
-    signatures = [(_signature(layer), *(values[i] for values in listed)) for i, layer in enumerate(layers)]
-    step = recompute_period(model.recompute)
-    for period in range(step, min(_LARGEST_PERIOD, num_layers // 2 - 1) + 1, step):
-        # the last one too: in a model of the first few layers an earlier one takes its place
-        if all(signatures[i] == signatures[i + period] for i in range(1, num_layers - period)):
-            return EqualLayers(name, num_layers, period)
-    return None
+    return LayerList(name, [(_signature(layer), *(values[i] for values in listed)) for i, layer in enumerate(layers)])
 
 
 def first_layers(config: PretrainedConfig, num_layers: int) -> PretrainedConfig:

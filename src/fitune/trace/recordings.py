@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from fitune.config import ModelConfig, RunConfig
-from fitune.model.layers import find_equal_layers, first_layers
+from fitune.model.layers import LayerList, find_layers, first_layers
 from fitune.model.load import load_config
 from fitune.step.assemble import choose_layouts
 from fitune.trace.cuda_behaviour import CudaTarget
@@ -78,7 +78,7 @@ class Recordings:
 
     def __init__(self) -> None:
         self._answers: dict[str, RecordedStep] = {}
-        self._layers: dict[str, Turns | None] = {}
+        self._layers: dict[str, LayerList | None] = {}
         self._families: dict[str, list[_Family]] = {}
         self._grown: dict[str, list[_Family]] = {}
         self._recorded: dict[str, list[_Recorded]] = {}
@@ -190,16 +190,15 @@ class Recordings:
 
     def _layers_to_record(self, model: ModelConfig) -> Turns | None:
         """None where a few layers do not stand for all."""
-        key = repr((model.source, model.shape, model.recompute, model.trust_remote_code))
+        key = repr((model.source, model.shape, model.trust_remote_code))
         if key not in self._layers:
-            layers = find_equal_layers(model)
-            number = 0 if layers is None else num_recorded_turns(layers.num_layers, layers.period)
-            self._layers[key] = (
-                Turns(layers.name, layers.period, number, layers.num_layers)
-                if layers is not None and number < layers.num_layers
-                else None
-            )
-        return self._layers[key]
+            self._layers[key] = find_layers(model)
+        found = self._layers[key]
+        equal = None if found is None else found.find_equal(model.recompute)
+        if equal is None:
+            return None
+        number = num_recorded_turns(equal.num_layers, equal.period)
+        return Turns(equal.name, equal.period, number, equal.num_layers) if number < equal.num_layers else None
 
 
 def _with_known_growth(family: _Family, layers: Turns, grown: Sequence[_Family]) -> _Family | None:
@@ -333,7 +332,7 @@ def _without_layers(config: RunConfig) -> tuple[object, ...]:
 
 
 def _without_recompute(config: RunConfig) -> ModelConfig:
-    return config.model.model_copy(update={"recompute": "off"})
+    return config.model.model_copy(update={"recompute": "off", "offload_activations": False})
 
 
 def _repeat(family: _Family, counts: Counts, columns: ColumnsOfStep) -> ColumnsOfStep | None:
