@@ -86,7 +86,9 @@ class _Search:
         self.refused: dict[str, None] = {}
 
     def thorough(self) -> Choice | None:
-        self.look_at(self.choices)
+        self.look_at([choice for choice in self.choices if choice.variant == self.choices[0].variant])
+        # recomputing makes none faster, so the proposals beside the fastest are known, unless nothing will fit
+        self.look_at([*self.choices, *self.proposals(min(self.looked_at, key=self.order))])
         chosen = self.fastest()
         if chosen is None or self.pricer.seconds(chosen) is not None:
             hosted = self.hosted
@@ -95,18 +97,25 @@ class _Search:
                 hosted = [choice for choice in known if self.order(choice) < self.order(chosen)]
             self.look_at(hosted)
             chosen = self.fastest()
-        smallest = min(self.looked_at, key=lambda choice: self.looked_at[choice].device_bytes)
-        nearest = smallest if chosen is None else min(self.looked_at, key=self.order)
-        half_is_fast = self.limits.device.bfloat16_flops_per_second is not None
-        float32 = self.looked_at[nearest].precision == "float32" and half_is_fast
-        self.look_at(list(proposals(self.config, nearest, float32=float32)))
+        same = {choice: found for choice, found in self.looked_at.items() if choice.result == "same"}
+        smallest = min(same, key=lambda choice: same[choice].device_bytes)
+        proposed = self.proposals(smallest if chosen is None else min(same, key=self.order))
+        self.looked_at = same
+        self.look_at(proposed)
         return chosen
 
     def fastest(self) -> Choice | None:
-        return min((choice for choice, found in self.looked_at.items() if found.fits), key=self.order, default=None)
+        same = (choice for choice, found in self.looked_at.items() if found.fits and choice.result == "same")
+        return min(same, key=self.order, default=None)
+
+    def proposals(self, choice: Choice) -> list[Choice]:
+        half_is_fast = self.limits.device.bfloat16_flops_per_second is not None
+        float32 = self.looked_at[choice].precision == "float32" and half_is_fast
+        return list(proposals(self.config, choice, float32=float32))
 
     def look_at(self, choices: Sequence[Choice]) -> None:
-        """In two processes, where there can be. What differs in its rows alone shares its recordings."""
+        """In two processes, where there can be, but for the first variant: both need the imports, and what its
+        recordings tell of others. What differs in its rows alone shares its recordings."""
         alike: dict[Choice, list[Choice]] = {}
         for choice in choices:
             if not self.forecaster.knows(choice):
@@ -126,11 +135,11 @@ class _Search:
             return self.forecaster.known
 
         parts = list(alike.values())
-        if len(parts) > 1 and not self.looked_at:
-            look(parts.pop(0))  # both processes need the imports, and what the recordings of one variant tell of others
+        if len(parts) > 1:
             from fitune.model.recompute import recompute_period
 
-            parts.sort(key=lambda part: -recompute_period(part[0].recompute))  # those of more layers take longest
+            # what takes longest comes first: those of more layers, then those that tell nothing of each other
+            parts.sort(key=lambda part: (-recompute_period(part[0].recompute), part[0].result == "same"))
         self.forecaster.learn(divide(parts, here=look, beside=look_beside) or {})
         for choice in choices:
             self.fits(choice)
