@@ -89,14 +89,8 @@ class _Search:
         self.look_at([choice for choice in self.choices if choice.variant == self.choices[0].variant])
         # recomputing makes none faster, so the proposals beside the fastest are known, unless nothing will fit
         self.look_at([*self.choices, *self.proposals(min(self.looked_at, key=self.order))])
+        self.look_at(self.worth_hosting(self.fastest()))
         chosen = self.fastest()
-        if chosen is None or self.pricer.seconds(chosen) is not None:
-            hosted = self.hosted
-            if chosen is not None:  # those that would be faster
-                known = [choice for choice in hosted if replace(choice, optimizer=None) in self.looked_at]
-                hosted = [choice for choice in known if self.order(choice) < self.order(chosen)]
-            self.look_at(hosted)
-            chosen = self.fastest()
         same = {choice: found for choice, found in self.looked_at.items() if choice.result == "same"}
         smallest = min(same, key=lambda choice: same[choice].device_bytes)
         proposed = self.proposals(smallest if chosen is None else min(same, key=self.order))
@@ -107,6 +101,15 @@ class _Search:
     def fastest(self) -> Choice | None:
         same = (choice for choice, found in self.looked_at.items() if found.fits and choice.result == "same")
         return min(same, key=self.order, default=None)
+
+    def worth_hosting(self, chosen: Choice | None) -> list[Choice]:
+        """With the update on the host: all where nothing fits, else what would be faster than `chosen`."""
+        if chosen is None:
+            return self.hosted
+        if self.pricer.seconds(chosen) is None:
+            return []
+        known = [choice for choice in self.hosted if replace(choice, optimizer=None) in self.looked_at]
+        return [choice for choice in known if self.order(choice) < self.order(chosen)]
 
     def proposals(self, choice: Choice) -> list[Choice]:
         half_is_fast = self.limits.device.bfloat16_flops_per_second is not None
