@@ -232,7 +232,7 @@ def test_a_host_without_room_is_no_way_out(heavy: RunConfig, tight: Limits) -> N
         assert re.fullmatch(r"needs 6\d\.\d MiB of the host's memory, where 1\.0 MiB are free", reason)
 
 
-def test_inputs_that_wait_on_the_host_are_a_candidate_of_a_card_that_costs_time(tree: dict[str, Any]) -> None:
+def test_inputs_that_wait_on_the_host_are_a_candidate_of_a_card(tree: dict[str, Any]) -> None:
     plan = choose_plan(config(tree), gpu="RTX 4060")
     kept, moved = (
         next(each for each in plan.candidates if each.techniques == techniques and each.micro_batch == 4)
