@@ -1,11 +1,13 @@
 """Where the time of a run goes: the parts of a step, what stands between steps, and the machine's matrix products.
 
-python benchmarks/speed_where.py                          both models, about 3 minutes on one core
+python benchmarks/speed_where.py                          both models, 3 to 10 minutes on one core
 python benchmarks/speed_where.py --model SmolLM2-135M     one of them
 
-The run is fitune's own loop with its prefetched batches. The peak is what this machine's matrix products reach in the
-same process, at the shapes of the model's own layers; FLOPs are those of useful tokens alone: no padding, no head where
-nothing is supervised, attention up to the diagonal, backward twice the forward.
+The same steps are run three times: once to warm up, for a run takes its memory from the system in its first steps; then
+as fitune's own loop runs them, with prefetched batches; then with the fastest of the model's own matrix products timed
+just before each forward and each backward. That is the peak which they are held against, for a shared machine's speed
+moves by a half within seconds. FLOPs are those of useful tokens alone: no padding, no head where nothing is supervised,
+attention up to the diagonal, backward twice the forward.
 """
 
 import argparse
@@ -15,7 +17,9 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 from unittest.mock import patch
 
@@ -35,8 +39,10 @@ PARTS = ("forward", "backward", "clip", "optimizer")
 
 @dataclass(frozen=True, kw_only=True)
 class Where:
-    """CPU seconds of the parts of all steps but the first; wall_seconds from its end to that of the last.
-    waited_seconds: wall time in which no step was running. operators: share of the profiled step, the largest first."""
+    """parts: CPU seconds of all steps; wall_seconds: from the start of the first to the end of the last.
+    waited_seconds: wall time in which no step was running. probed_seconds: CPU seconds of the steps among probes;
+    peak_seconds: what their useful FLOPs would have taken at the rates of the probes beside them. operators: share of
+    the profiled step, the largest first."""
 
     model: str
     tokens: int
@@ -45,7 +51,8 @@ class Where:
     wall_seconds: float
     waited_seconds: float
     useful_flops: float
-    peak_flops_per_second: float
+    probed_seconds: float
+    peak_seconds: float
     operators: dict[str, float]
 
     @property
@@ -54,7 +61,7 @@ class Where:
 
     @property
     def peak_fraction(self) -> float:
-        return self.useful_flops / self.parts["whole"] / self.peak_flops_per_second
+        return self.peak_seconds / self.probed_seconds
 
 
 def measure(task: Task) -> Where:
@@ -62,32 +69,31 @@ def measure(task: Task) -> Where:
     precision = choose_precision(config, CPU)
     model = load_model(config.model, CPU, precision=precision).train()
     setup = assemble(model, config, device=CPU, precision=precision)
-    batches = _batches(dialogue_rows(task), task.rows_per_step)
-    prepared = prefetch(((batch, setup.layout.split(batch)) for batch in batches), depth=2)
-    batch, micro_batches = next(prepared)
-    run_step(setup, micro_batches)  # makes the optimizer's state
-    peaks, seconds, tokens, flops, waited = [matmul_peak(model)], defaultdict(float), 0, 0.0, 0.0
+    batches = list(_batches(dialogue_rows(task), task.rows_per_step))
+    for batch in batches:
+        run_step(setup, setup.layout.split(batch))
+    seconds, tokens, waited = defaultdict[str, float](float), 0, 0.0
     begin = end = time.perf_counter()
     with _timed_parts(setup, seconds):
-        for batch, micro_batches in prepared:
+        for batch, micro_batches in prefetch(((batch, setup.layout.split(batch)) for batch in batches), depth=2):
             waited += time.perf_counter() - end
             cpu = time.process_time()
             run_step(setup, micro_batches)
             seconds["whole"] += time.process_time() - cpu
-            tokens, flops = tokens + batch.num_tokens, flops + useful_flops(model, batch)
+            tokens += batch.num_tokens
             end = time.perf_counter()
-    wall = end - begin
-    peaks.append(matmul_peak(model))
+    probed_seconds, peak_seconds = _among_probes(setup, batches)
     return Where(
         model=task.model,
         tokens=tokens,
         parts={name: seconds[name] for name in (*PARTS, "whole")},
-        step_seconds=wall - waited,
-        wall_seconds=wall,
+        step_seconds=end - begin - waited,
+        wall_seconds=end - begin,
         waited_seconds=waited,
-        useful_flops=flops,
-        peak_flops_per_second=max(peaks),
-        operators=_profile(setup, micro_batches),
+        useful_flops=sum(useful_flops(model, batch) for batch in batches),
+        probed_seconds=probed_seconds,
+        peak_seconds=peak_seconds,
+        operators=_profile(setup, setup.layout.split(batches[-1])),
     )
 
 
@@ -111,20 +117,53 @@ def useful_flops(model: Any, batch: Batch) -> float:
     return 6.0 * (layer_weights * batch.num_tokens + head_weights * batch.num_supervised_tokens) + attention
 
 
-def matmul_peak(model: Any, tokens: int = 1024) -> float:
-    """The best FLOPs in a CPU second over the products of the first layer: forward and both of the backward."""
-    best = 0.0
-    for weight_OI in (weight.detach() for weight in model.model.layers[0].parameters() if weight.ndim == 2):
-        inputs_TI, gradient_TO = torch.randn(tokens, weight_OI.shape[1]), torch.randn(tokens, weight_OI.shape[0])
-        products: tuple[Callable[[], Any], ...] = (
-            lambda: inputs_TI @ weight_OI.T,  # noqa: B023 (called at once)
-            lambda: gradient_TO @ weight_OI,  # noqa: B023
-            lambda: gradient_TO.T @ inputs_TI,  # noqa: B023
-        )
-        for product in products:
-            seconds = min(_cpu_seconds(product) for _ in range(7))
-            best = max(best, 2 * tokens * weight_OI.numel() / seconds)
-    return best
+class Probe:
+    """The fastest matrix product of the first layer's weights, of its forward and both of its backward.
+    Called, it gives the FLOPs in a CPU second that this product reaches now; `seconds` adds up what that took."""
+
+    def __init__(self, model: Any, tokens: int = 1024) -> None:
+        rates: list[tuple[float, Callable[[], Any], float]] = []
+        for weight_OI in (weight.detach() for weight in model.model.layers[0].parameters() if weight.ndim == 2):
+            inputs_TI, gradient_TO = torch.randn(tokens, weight_OI.shape[1]), torch.randn(tokens, weight_OI.shape[0])
+            flops = 2.0 * tokens * weight_OI.numel()
+            for first, second in ((inputs_TI, weight_OI.T), (gradient_TO, weight_OI), (gradient_TO.T, inputs_TI)):
+                product = partial(torch.mm, first, second)
+                rates.append((flops / _fastest(product), product, flops))
+        _, self._product, self._flops = max(rates, key=lambda rate: rate[0])
+        self.seconds = 0.0
+
+    def __call__(self) -> float:
+        begin = time.process_time()
+        rate = self._flops / _fastest(self._product)
+        self.seconds += time.process_time() - begin
+        return rate
+
+
+def _fastest(work: Callable[[], Any]) -> float:
+    """CPU seconds: of several, since the first finds its operands outside of the caches."""
+    return min(_cpu_seconds(work) for _ in range(5))
+
+
+def _among_probes(setup: Setup, batches: Sequence[Batch]) -> tuple[float, float]:
+    """(CPU seconds of the steps without the probes, CPU seconds of their useful FLOPs at the probes' rates)"""
+    probe, rates = Probe(setup.model), []
+    probe.seconds, seconds, peak_seconds = 0.0, 0.0, 0.0
+
+    def after_a_probe(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            rates.append(probe())
+            return function(*args, **kwargs)
+
+        return call
+
+    with ExitStack() as stack:
+        for place, name in ((step_module, "token_loss_sum"), (torch.autograd, "backward")):
+            stack.enter_context(patch.object(place, name, after_a_probe(getattr(place, name))))
+        for batch in batches:
+            rates.clear()
+            seconds += _cpu_seconds(partial(run_step, setup, setup.layout.split(batch)))
+            peak_seconds += useful_flops(setup.model, batch) * fmean(1 / rate for rate in rates)
+    return seconds - probe.seconds, peak_seconds
 
 
 def _cpu_seconds(work: Callable[[], Any]) -> float:
@@ -178,8 +217,8 @@ def render(where: Where) -> str:
         f"  a step's own work {where.own_work_fraction:.1%} of its time; waited for data {where.waited_seconds:.3f} s "
         f"of {where.wall_seconds:.1f} s",
         *(f"  {part:10} {where.parts[part] / where.parts['whole']:6.1%}" for part in PARTS),
-        f"  {where.useful_flops / where.parts['whole'] / 1e9:.1f} GFLOP/s of useful work, {where.peak_fraction:.1%} of "
-        f"the matrix products' {where.peak_flops_per_second / 1e9:.1f}",
+        f"  {where.useful_flops / where.probed_seconds / 1e9:.1f} GFLOP/s of useful work, {where.peak_fraction:.1%} of "
+        f"the {where.useful_flops / where.peak_seconds / 1e9:.1f} of the matrix products beside it",
         *(f"  {share:6.1%} {name}" for name, share in where.operators.items()),
     ]
     return "\n".join(lines)

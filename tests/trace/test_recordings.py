@@ -1,6 +1,8 @@
 """What a few layers, a few chunks and two micro-batches stand for equals the whole recording, event by event."""
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -117,6 +119,14 @@ def test_two_micro_batches_give_all_others(tmp_path: Path, recorded: list[RunCon
     for rows in (3, 5, 4, 6):
         ask(recordings, make_config(tmp_path, "llama", length=CHUNKED, rows=rows))
     assert [config.batch.micro for config in recorded] == [3, 3, 5]
+
+
+def test_answers_are_not_kept(tmp_path: Path) -> None:
+    """Each is as large as the whole model's step is long, and a plan asks for no setting twice."""
+    config, recordings = make_config(tmp_path, "llama"), Recordings()
+    answer = weakref.ref(recordings.step(config, passes(config), target=AMPERE))
+    gc.collect()
+    assert answer() is None
 
 
 def test_a_size_is_recorded_afresh_where_cuda_takes_another_path(tmp_path: Path, recorded: list[RunConfig]) -> None:
