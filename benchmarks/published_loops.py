@@ -6,7 +6,7 @@ listed in `Expressed.assumed`. Nothing here is fitted: a loop fact comes from th
 libraries of the row's version do.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import ceil
@@ -462,6 +462,65 @@ def _fused_norm(module: Any, x: Tensor) -> Any:
     return FusedRMSNorm.apply(x, module.weight)
 
 
+class FusedAdapters(torch.autograd.Function):
+    """The memory of fused adapters on 4-bit layers that read one input: they keep that input, a copy of it for each
+    layer with dropout done, and the adapters in float32. What lies between an adapter's two matrices is computed again
+    in the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layers: Sequence[Any], *adapters: Tensor) -> tuple[Tensor, ...]:
+        """adapters: of each layer its first matrix, then its second."""
+        ctx.layers = layers
+        outputs, kept = [], [x]
+        for layer, first, second in zip(layers, adapters[0::2], adapters[1::2], strict=True):
+            out = F.linear(x, layer.base_layer.unpacked(x.dtype), layer.base_layer.bias)
+            dropped = layer.lora_dropout["default"](x)
+            out += (dropped @ first.t().to(x.dtype)) @ (layer.scaling["default"] * second.t().to(x.dtype))
+            outputs.append(out)
+            kept.append(dropped)
+        ctx.save_for_backward(*kept, *adapters)
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        x, *dropped = saved[: 1 + len(ctx.layers)]
+        adapters = saved[1 + len(ctx.layers) :]
+        x_grad, adapter_grads = torch.zeros_like(x), []
+        for layer, grad, kept, first, second in zip(
+            ctx.layers, grads, dropped, adapters[0::2], adapters[1::2], strict=True
+        ):
+            first, second, scale = first.to(x.dtype), second.to(x.dtype), layer.scaling["default"]
+            grad, kept = grad.flatten(0, -2), kept.flatten(0, -2)
+            adapter_grads += [scale * (grad @ second).t() @ kept, scale * grad.t() @ (kept @ first.t())]
+            x_grad.flatten(0, -2).add_(grad @ layer.base_layer.unpacked(x.dtype))
+            x_grad.flatten(0, -2).add_((grad @ second) @ (scale * first))
+        return (x_grad, None, *(each.float() for each in adapter_grads))
+
+
+def _with_fused_adapters(model: Any) -> Any:
+    for module in model.modules():
+        if hasattr(module, "q_proj"):
+            for layers in ((module.q_proj, module.k_proj, module.v_proj), (module.o_proj,)):
+                outputs: list[Tensor] = []
+                layers[0].forward = partial(_fused_adapters, layers, outputs)
+                for layer in layers[1:]:
+                    layer.forward = partial(_next_output, outputs)
+    return model
+
+
+def _fused_adapters(layers: Sequence[Any], outputs: list[Tensor], x: Tensor) -> Any:
+    """The first layer's output; `outputs` has those of the others until they are called."""
+    adapters = [part["default"].weight for layer in layers for part in (layer.lora_A, layer.lora_B)]
+    results = FusedAdapters.apply(x, layers, *adapters)
+    outputs[:] = results[1:]
+    return results[0]
+
+
+def _next_output(outputs: list[Tensor], _: Tensor) -> Tensor:
+    return outputs.pop(0)
+
+
 def causal_lm(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
@@ -475,8 +534,6 @@ def _head(model: Any) -> Any:
 
 
 def _fms(row: Row) -> Expressed | NotExpressed:
-    if row["method"] == "qlora" and "NF4" not in row.get("quantization", ""):
-        return NotExpressed("4-bit weights of GPTQ, whose layers are not known here")
     if not isinstance(row["seq"], int):
         return NotExpressed("the lengths of its batches are not published")
     if "Mixtral" in row["model"]:
@@ -486,9 +543,11 @@ def _fms(row: Row) -> Expressed | NotExpressed:
     assumed: tuple[str, ...] = ()
     if has_fused_kernels(row):
         assumed = (
-            "fused Triton loss and norms keep what the functions here that stand for them keep; other fused "
-            "layers of the source are recorded unfused",
+            "fused loss, norms and adapters of 4-bit layers keep what the functions here that stand for them keep; the "
+            "rotary embedding is recorded unfused",
         )
+    if is_gptq(row):
+        assumed += ("a GPTQ weight is unpacked for each product, as NF4's (inferred: their rows differ by a constant)",)
     if "santacoder" in row["model"]:
         assumed += ("dropout, activation and extra vocabulary rows of the checkpoint are GPTBigCode's defaults",)
     return Expressed(
@@ -503,6 +562,10 @@ def _fms(row: Row) -> Expressed | NotExpressed:
 
 def has_fused_kernels(row: Row) -> bool:
     return "foak" in row["notes"]
+
+
+def is_gptq(row: Row) -> bool:
+    return "GPTQ" in row.get("quantization", "")
 
 
 def fms_loss(row: Row) -> Forward:
@@ -541,11 +604,14 @@ def fms_model(row: Row) -> Any:
     config.use_cache = False
     repeats = "istral" in row["model"] and "transformers 4.45" in row["software"]
     config._attn_implementation = _attention_with_repeated_heads() if repeats else "sdpa"
-    model = model_class._from_config(config, dtype=torch.bfloat16)
+    model = model_class._from_config(config, dtype=_dtype(row))
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
     if row["method"] == "qlora":
         model = quantise(model)
-        share_tables(model)
+        if is_gptq(row):
+            _as_gptq(model, _dtype(row))
+        else:
+            share_tables(model)
         for module in model.modules():
             if isinstance(module, NF4Linear):
                 module.register_forward_pre_hook(_bias_as_input)
@@ -557,7 +623,40 @@ def fms_model(row: Row) -> Any:
     if row["method"] != "full":
         model.enable_input_require_grads()
         model = _with_lora(model, row["lora"])
-    return _with_fused_norms(model) if has_fused_kernels(row) else model
+    if not has_fused_kernels(row):
+        return model
+    return _with_fused_norms(_with_fused_adapters(model) if row["method"] == "qlora" else model)
+
+
+def _dtype(row: Row) -> torch.dtype:
+    """Of weights and autocast."""
+    return torch.float16 if "fp16 autocast on" in row["precision"] else torch.bfloat16
+
+
+class GPTQLinear(NF4Linear):
+    """A frozen weight in AutoGPTQ's layout (qlinear_tritonv2.py): eight numbers of 4 bits in an int32, a 16-bit scale
+    and a 4-bit zero for each 128 of them, the group of each input."""
+
+    def __init__(self, layer: NF4Linear, dtype: torch.dtype, group: int = 128) -> None:
+        nn.Linear.__init__(self, layer.in_features, layer.out_features, bias=False, device="meta")
+        num_groups = self.in_features // group
+        self.bias = layer.bias
+        self.weight = nn.Parameter(
+            torch.empty((self.in_features // 8, self.out_features), dtype=torch.int32), requires_grad=False
+        )
+        self.register_buffer("scales", torch.empty((num_groups, self.out_features), dtype=dtype))
+        self.register_buffer("zeros", torch.empty((num_groups, self.out_features // 8), dtype=torch.int32))
+        self.register_buffer("groups", torch.empty(self.in_features, dtype=torch.int32))
+
+    def unpacked(self, dtype: torch.dtype) -> Tensor:
+        return torch.empty((self.out_features, self.in_features), dtype=dtype, device=self.weight.device)
+
+
+def _as_gptq(model: nn.Module, dtype: torch.dtype) -> None:
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, NF4Linear):
+                setattr(parent, name, GPTQLinear(child, dtype))
 
 
 def _bias_as_input(module: nn.Module, inputs: tuple[Tensor]) -> None:
@@ -598,17 +697,20 @@ def _trainer_loop(model: nn.Module, device: torch.device, *, row: Row, compute_l
         {"params": [p for name, p in trainable.items() if any(part in name for part in exempt)], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW([group for group in groups if group["params"]])
+    scaler = torch.amp.GradScaler("cuda", enabled=_dtype(row) == torch.float16)
     total_loss = torch.zeros((), device=device)
 
     def step() -> None:
         nonlocal total_loss
         ids, labels, mask = (torch.ones(shape, dtype=torch.int64).to(device) for _ in range(3))
-        with torch.autocast("cuda", dtype=torch.bfloat16, enabled="bf16 autocast on" in row["precision"]):
+        with torch.autocast("cuda", dtype=_dtype(row), enabled="16 autocast on" in row["precision"]):
             loss = compute_loss(model, ids, labels)
-        loss.backward()
+        scaler.scale(loss).backward()
         total_loss = total_loss + loss.detach()
+        scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(trainable.values(), 1.0)
-        optimizer.step()
+        scaler.step(optimizer)
+        scaler.update()
         optimizer.zero_grad(set_to_none=True)
         del ids, labels, mask, norm
 
