@@ -1,7 +1,7 @@
 """Predicts every published measurement that can be expressed, and writes the table that compares the two.
 
 python benchmarks/accuracy.py                      all rows: docs/accuracy.md and benchmarks/results/accuracy.json
-python benchmarks/accuracy.py --group nanogpt      only rows whose source contains this (prints, writes nothing)
+python benchmarks/accuracy.py --group nanogpt      only rows whose source contains this; the others stay as they are
 python benchmarks/accuracy.py --rows minimind795-L2,fms-main-8
 """
 

@@ -548,6 +548,8 @@ def _fms(row: Row) -> Expressed | NotExpressed:
         )
     if is_gptq(row):
         assumed += ("a GPTQ weight is unpacked for each product, as NF4's (inferred: their rows differ by a constant)",)
+    if "70B" in row["model"]:
+        assumed += ("its weights have one group each, as the checkpoint's main branch (the row's source says 128)",)
     if "santacoder" in row["model"]:
         assumed += ("dropout, activation and extra vocabulary rows of the checkpoint are GPTBigCode's defaults",)
     return Expressed(
@@ -609,7 +611,7 @@ def fms_model(row: Row) -> Any:
     if row["method"] == "qlora":
         model = quantise(model)
         if is_gptq(row):
-            _as_gptq(model, _dtype(row))
+            _as_gptq(model, row)
         else:
             share_tables(model)
         for module in model.modules():
@@ -635,11 +637,11 @@ def _dtype(row: Row) -> torch.dtype:
 
 class GPTQLinear(NF4Linear):
     """A frozen weight in AutoGPTQ's layout (qlinear_tritonv2.py): eight numbers of 4 bits in an int32, a 16-bit scale
-    and a 4-bit zero for each 128 of them, the group of each input."""
+    and a 4-bit zero for each `group` of them (None: for all of an output), the group of each input."""
 
-    def __init__(self, layer: NF4Linear, dtype: torch.dtype, group: int = 128) -> None:
+    def __init__(self, layer: NF4Linear, dtype: torch.dtype, group: int | None) -> None:
         nn.Linear.__init__(self, layer.in_features, layer.out_features, bias=False, device="meta")
-        num_groups = self.in_features // group
+        num_groups = self.in_features // (group or self.in_features)
         self.bias = layer.bias
         self.weight = nn.Parameter(
             torch.empty((self.in_features // 8, self.out_features), dtype=torch.int32), requires_grad=False
@@ -652,11 +654,12 @@ class GPTQLinear(NF4Linear):
         return torch.empty((self.out_features, self.in_features), dtype=dtype, device=self.weight.device)
 
 
-def _as_gptq(model: nn.Module, dtype: torch.dtype) -> None:
+def _as_gptq(model: nn.Module, row: Row) -> None:
+    group = None if "70B" in row["model"] else 128
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, NF4Linear):
-                setattr(parent, name, GPTQLinear(child, dtype))
+                setattr(parent, name, GPTQLinear(child, _dtype(row), group))
 
 
 def _bias_as_input(module: nn.Module, inputs: tuple[Tensor]) -> None:

@@ -30,7 +30,7 @@ TASKS = (
     Task(model="minimind2-small", max_length=768),
     Task(model="minimind2-small", max_length=2048),
     Task(model="SmolLM2-135M", max_length=768, rows_per_step=4),
-    Task(model="SmolLM2-135M", max_length=2048, rows_per_step=4, padded_rows=1),
+    Task(model="SmolLM2-135M", max_length=2048, rows_per_step=4, padded_rows=2),
     Task(model="SmolLM2-135M", max_length=768, method="lora", rows_per_step=4),
     Task(model="SmolLM2-135M", max_length=2048, method="lora", rows_per_step=4, padded_rows=1),
 )
@@ -101,7 +101,7 @@ def render(entries: Sequence[dict[str, Any]]) -> str:
             f"**{title(task)}**: {task.num_steps} steps of {task.rows_per_step} rows, "
             f"{next(iter(outcomes.values()))[0].tokens:,} real tokens, {task.threads} thread, best of "
             f"{max(map(len, outcomes.values()))} rounds"
-            + (f"; padding with {task.padded_rows} row at a time" if task.padded_rows else ""),
+            + (f"; padding with {task.padded_rows} rows at a time, as many as fit" if task.padded_rows else ""),
             "",
             "| trainer | tokens / CPU s | tokens / s | peak above the model, MB | loss of the last step | "
             "fitune's speed | fitune's peak |",

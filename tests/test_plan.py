@@ -16,6 +16,7 @@ from types import SimpleNamespace
 from typing import Any, Literal
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
@@ -25,7 +26,7 @@ import fitune
 from fitune.cli.app import main
 from fitune.cli.plan_table import show_plan
 from fitune.config import RunConfig, read_config
-from fitune.errors import UsageError
+from fitune.errors import ConfigError, UsageError
 from fitune.memory.devices import find_device
 from fitune.plan.budget import Limits, find_limits, uniform_lengths
 from fitune.plan.candidates import Choice, host_choices, same_choices, settings_of, still_open
@@ -34,7 +35,7 @@ from fitune.plan.planner import _Search, choose_plan
 from fitune.plan.predict import predict
 from fitune.plan.second_process import divide
 from fitune.trace.events import ROUTED, UNROUTED
-from fitune.units import format_bytes
+from fitune.units import format_bytes, format_gib
 from tiny_models import TINY, TINY_DBRX
 
 CANDIDATE_KEYS = {
@@ -300,6 +301,31 @@ def test_what_fits_nowhere_exits_with_3_and_says_what_is_large(
     assert "Try" in err
 
 
+def test_where_nothing_fits_the_closest_is_what_is_shown(
+    wide: Plan, tree: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(command(tree, "--gpu", "RTX 4090", "--budget", "301MiB")) == 3
+    out, err = capsys.readouterr()
+    least = min(each.predicted_device_bytes for each in wide.candidates if each.result == "same")
+    assert re.search(rf"= device +nvidia-smi will show +{format_gib(least)}\b", out)
+    assert "what others say of the closest one" in out
+    assert err.rstrip().endswith(f"a memory.budget of {format_bytes(least)}")
+
+
+def test_a_budget_beyond_the_card_is_cut_to_it_and_no_way_out(
+    tree: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    tree["data"] |= {"max_length": 2**20}
+    forced = ("batch.micro=4", "model.recompute=off", "loss=full", "optim.name=sgd")
+    assert main(command(tree, "--gpu", "RTX 4060", "--budget", "200GiB", *forced)) == 3
+    out, err = capsys.readouterr()
+    free = format_bytes(find_device("RTX 4060").total_bytes)
+    assert "budget 200.0 GiB, more than there is: what is free counts" in out
+    assert f"no plan fits {free} on RTX 4060" in err
+    assert "or a card with" in err
+    assert "a memory.budget of" not in err
+
+
 @pytest.mark.parametrize("language", ["en", "zh"])
 @pytest.mark.parametrize("columns", [80, 100])
 def test_the_table_stays_within_the_screen(
@@ -351,6 +377,41 @@ def test_a_model_alone_can_be_planned_for(model: str, capsys: pytest.CaptureFixt
     words = ["data.max_length=1024", "batch.effective=4", "model.recompute=off", "loss=chunked", "--gpu", "RTX 4090"]
     assert main(["plan", f"{model}/config.json", *words, "--format", "quiet"]) == 0
     assert int(capsys.readouterr().out) in (1, 2, 4)
+
+
+def test_a_model_alone_needs_nothing_beside_it(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", f"{model}/config.json", "--gpu", "RTX 4090", "--apply", "1"]) == 0
+    out, err = capsys.readouterr()
+    assert read_config(yaml.safe_load(out)).config.model.source == model
+    assert "data.train is 'none' in it: put your data there before you train" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["minimindd2"], "did you mean minimind2"),
+        (["minimind2", "--gpu", "RTX 4900"], "did you mean RTX 4090"),
+        (["minimind2", "--model", "minimind-3"], "minimind2 and --model minimind-3 are two models: give one of them"),
+        (["--gpu", "RTX 4090"], "nothing to work on"),
+        (["minimind2", "--splits", "6x1", "--apply", "1", "--measure"], "drop --measure and --apply"),
+        (["minimind2", "--apply", "1", "--measure"], "--apply prints a configuration and nothing else: drop --measure"),
+        (["minimind2", "--apply", "1", "--format", "json"], "drop --format"),
+        (["--trainer", "a:b", "--budget", "1GiB"], "--trainer predicts a Trainer as it is: drop --budget"),
+    ],
+)
+def test_what_would_do_nothing_is_refused(words: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", *words]) == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_rows_longer_than_the_models_positions_are_no_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    TINY["gpt2"].save_pretrained(tmp_path)
+    positions = TINY["gpt2"].n_positions
+    words = [str(tmp_path), f"data.max_length={2 * positions}", "--gpu", "RTX 4090"]
+    assert main(["plan", *words]) == 2
+    assert f"set data.max_length={positions}" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="positions"):
+        predict({"model": {"source": str(tmp_path)}, "data": {"train": "none", "max_length": 2 * positions}})
 
 
 def test_splits_are_compared_and_the_rate_is_advised(tree: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:

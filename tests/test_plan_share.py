@@ -47,6 +47,7 @@ def test_each_card_has_its_share_of_the_rows_and_a_buffer(place: Path) -> None:
         assert sum(mine.categories.values()) == mine.predicted_allocated_bytes
         assert mine.predicted_seconds_per_step == theirs.predicted_seconds_per_step
     assert (shared.data["effective_batch"], shared.data["gpus"]) == (7, 2)
+    assert shared.training == plan(place, 7).training
     assert shared.data["tokens_per_step"] == 7 * 64
 
 

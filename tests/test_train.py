@@ -302,6 +302,26 @@ def test_a_dry_run_writes_nothing(place: Path, capsys: pytest.CaptureFixture[str
     assert sorted(place.rglob("*")) == before
 
 
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["run.name=taken"], "runs/taken exists: choose another run.name, or give --overwrite"),
+        (["run.name=../escaped"], "is not the name of a directory"),
+        (["run.output=sft.jsonl"], "sft.jsonl is a file, and runs are kept in a directory: give another run.output"),
+    ],
+)
+@pytest.mark.parametrize("dry", [["--dry-run"], []])
+def test_a_place_that_cannot_be_taken_is_refused_at_once(
+    words: list[str], dry: list[str], sentence: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("runs/taken/checkpoints").mkdir(parents=True)
+    Path("runs/taken/config.yaml").touch()
+    RunDirectory(Path("runs/taken")).lock.touch()
+    monkeypatch.delattr("fitune.cli.train._prepare")
+    assert main(["train", "sft.yaml", *words, *dry]) == 2
+    assert sentence in capsys.readouterr().err
+
+
 def test_json_is_one_object_on_stdout(capsys: pytest.CaptureFixture[str]) -> None:
     train("--format", "json")
     shown = json.loads(capsys.readouterr().out)

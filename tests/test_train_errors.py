@@ -250,7 +250,7 @@ PLACES: dict[str, Case] = {
     "below a file": (
         nothing,
         ("run.output=sft.jsonl/runs",),
-        ("sft.jsonl/runs/run cannot be created: Not a directory",),
+        ("sft.jsonl is a file, and runs are kept in a directory",),
     ),
     "a name that is a path": (nothing, ("run.name=a/b",), ("run.name 'a/b' is not the name of a directory",)),
     "a name that is above": (nothing, ("run.name=..",), ("run.name '..' is not the name of a directory",)),

@@ -1,6 +1,7 @@
 """How the verbs speak: data on stdout, progress and warnings on stderr."""
 
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
@@ -26,7 +27,8 @@ Format = Annotated[
 def console(output_format: str = "auto") -> Console:
     """Writes to stdout, at most 100 columns wide; NO_COLOR and COLUMNS are honoured."""
     console = Console(file=sys.stdout, highlight=False, force_terminal=True if output_format == "human" else None)
-    console.width = min(console.width, MAX_WIDTH) if console.is_terminal else MAX_WIDTH
+    is_told = console.is_terminal or "COLUMNS" in os.environ
+    console.width = min(console.width, MAX_WIDTH) if is_told else MAX_WIDTH
     return console
 
 

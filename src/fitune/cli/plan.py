@@ -1,6 +1,7 @@
 """`fitune plan`: what each setting needs and takes, the fastest that fits, and why not the others."""
 
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -8,11 +9,12 @@ from cyclopts import Parameter
 from rich.console import Console
 
 from fitune.cli.arguments import ConfigArguments, ConfigFlags, read_arguments
-from fitune.cli.output import Format, console, print_json
+from fitune.cli.output import Format, console, print_json, warn
 from fitune.config import format_config
 from fitune.errors import DoesNotFitError, UsageError
 from fitune.importing import collections_paused
 from fitune.language import say
+from fitune.plan.budget import NO_DATA
 
 if TYPE_CHECKING:
     from fitune.plan.plan import Candidate, Plan
@@ -38,8 +40,18 @@ def plan(
     enough. Exit 3: nothing fits."""
     if gpus < 1:
         raise UsageError(f"--gpus {gpus} is no number of cards: give 1 or more")
-    if gpus > 1 and (splits is not None or measure or trainer is not None):
-        raise UsageError("--splits, --measure and --trainer are of one card: drop them, or --gpus")
+    _check_flags(
+        {
+            "--gpus": gpus > 1,
+            "--splits": splits is not None,
+            "--measure": measure,
+            "--trainer": trainer is not None,
+            "--apply": apply is not None,
+            "--all": every,
+            "--budget": budget is not None,
+            "--format": apply is not None and output_format != "auto",
+        }
+    )
     if trainer is not None:
         from fitune.cli.plan_trainer import plan_trainer
 
@@ -48,9 +60,8 @@ def plan(
         plan_trainer(trainer, gpu=gpu, output_format=output_format)
         return
     given = [f"memory.{key}={value}" for key, value in (("gpu", gpu), ("budget", budget)) if value is not None]
-    words, given = _model_alone(words, flags, given)
-    resolved = read_arguments(words, flags, overrides=given)
-    config = resolved.config
+    words, flags, given = _model_alone(words, flags, given)
+    config = read_arguments(words, flags, overrides=given).config
     if splits is not None:
         from fitune.cli.plan_splits import compare_splits
 
@@ -68,6 +79,8 @@ def plan(
 
         wanted = _candidate(found, apply)
         print(format_config(read_arguments(words, flags, overrides=[*given, *settings_of(wanted, config)])), end="")
+        if config.data.train == NO_DATA:
+            warn(f"data.train is '{NO_DATA}' in it: put your data there before you train")
         return
     measured = None
     if measure and found.chosen is not None:
@@ -86,24 +99,43 @@ def plan(
         raise DoesNotFitError(does_not_fit(found))
 
 
+_NOT_TOGETHER = (
+    ("--trainer", ("--gpus", "--splits", "--measure", "--apply", "--all", "--budget"), "predicts a Trainer as it is"),
+    ("--splits", ("--gpus", "--measure", "--apply", "--all"), "compares settings of one card side by side"),
+    ("--apply", ("--measure", "--all", "--format"), "prints a configuration and nothing else"),
+    ("--measure", ("--gpus",), "runs on the one device that is here"),
+)
+"""(a flag, those that would do nothing beside it, why)"""
+
+
+def _check_flags(given: Mapping[str, bool]) -> None:
+    for flag, others, why in _NOT_TOGETHER:
+        useless = [other for other in others if given[other]]
+        if given[flag] and useless:
+            raise UsageError(f"{flag} {why}: drop {' and '.join(useless)}")
+
+
 def _candidate(plan: "Plan", number: int) -> "Candidate":
     if not 1 <= number <= len(plan.candidates):
         raise UsageError(f"--apply {number} is none of the candidates: give 1 to {len(plan.candidates)}")
     return plan.candidates[number - 1]
 
 
-def _model_alone(words: tuple[str, ...], flags: ConfigFlags, given: list[str]) -> tuple[tuple[str, ...], list[str]]:
-    """(words, overrides) where the first word is a model instead of a configuration file; no data is needed then."""
-    from fitune.plan.budget import NO_DATA
-
+def _model_alone(
+    words: tuple[str, ...], flags: ConfigFlags, given: list[str]
+) -> tuple[tuple[str, ...], ConfigFlags, list[str]]:
+    """(words, flags, overrides) where the first word is a model instead of a configuration file; no data is needed
+    then."""
     named = {word.partition("=")[0] for word in words}
     if words and "=" not in words[0]:
         path = Path(words[0])
         is_model = path.name == "config.json" or path.suffix in (".gguf", ".pth") or path.is_dir()
         if not is_model and (path.is_file() or path.suffix in (".yaml", ".yml")):
-            return words, given
-        source = str(path.parent) if path.name == "config.json" else words[0]
-        words, given = words[1:], [*given, f"model.source={source}"]
+            return words, flags, given
+        if flags.model is not None:
+            raise UsageError(f"{words[0]} and --model {flags.model} are two models: give one of them")
+        flags = replace(flags, model=str(path.parent) if path.name == "config.json" else words[0])
+        words = words[1:]
     if not flags.data and "data.train" not in named:
         given = [*given, f"data.train={NO_DATA}"]
-    return words, given
+    return words, flags, given

@@ -54,7 +54,7 @@ def _words(plan: Plan) -> str:
 
 def _row(plan: Plan) -> tuple[str, ...]:
     candidate = _shown(plan)
-    left = min(plan.budget_bytes, plan.device.free_bytes) - candidate.predicted_device_bytes
+    left = plan.limit_bytes - candidate.predicted_device_bytes
     return (
         f"{_words(plan)} = {plan.data['effective_batch']}",
         ", ".join(candidate.techniques),

@@ -9,7 +9,7 @@ from rich.console import Console
 from fitune.cli.output import table
 from fitune.cli.plan_training import training_lines, training_warnings
 from fitune.language import pad, say
-from fitune.plan.plan import Candidate, Plan
+from fitune.plan.plan import Candidate, Plan, closest, counts_rows
 from fitune.trace.events import ROUTED, UNROUTED
 from fitune.units import format_bytes, format_count, format_gib, format_seconds
 
@@ -40,7 +40,7 @@ def show_plan(plan: Plan, screen: Console, *, every: bool = False) -> None:
     """every: all candidates, else those that tell the most."""
     for title, line in (*_heading(plan), *training_lines(plan.training)):
         screen.print(f"{pad(title, 9)}{line}", soft_wrap=True)
-    shown = plan.candidates[plan.chosen if plan.chosen is not None else 0]
+    shown = closest(plan) if plan.chosen is None else plan.candidates[plan.chosen]
     screen.print()
     headings = (say("at the peak ({phase})", phase=say(shown.peak_phase)), say("how"), ">GiB", f">{say('share')}")
     screen.print(table(headings, list(_parts(plan, shown))))
@@ -87,14 +87,16 @@ def show_measured(plan: Plan, measured: "PlanMeasured", screen: Console) -> None
 
 
 def telling(plan: Plan) -> list[int]:
-    """The chosen one, the fastest others that fit, the fastest that do not, the best of each recompute, proposals."""
+    """The chosen one, the fastest others that fit, the fastest that do not, the best of each recompute, proposals;
+    where nothing fits, the closest."""
     indices = range(len(plan.candidates))
     same = [i for i in indices if plan.candidates[i].result == "same"]
     fitting = [i for i in same if plan.candidates[i].fits]
     refused = [i for i in same if not plan.candidates[i].fits]
     best = {(plan.candidates[i].recompute, plan.candidates[i].offload_activations): i for i in reversed(fitting)}
     proposed = [i for i in indices if plan.candidates[i].result != "same"]
-    return sorted({*fitting[:_NUM_FITTING], *refused[:_NUM_REFUSED], *best.values(), *proposed})
+    nearest = [plan.candidates.index(closest(plan))] if plan.chosen is None else []
+    return sorted({*fitting[:_NUM_FITTING], *refused[:_NUM_REFUSED], *best.values(), *proposed, *nearest})
 
 
 def tokens_per_second(plan: Plan, candidate: Candidate) -> float | None:
@@ -104,7 +106,7 @@ def tokens_per_second(plan: Plan, candidate: Candidate) -> float | None:
 
 def split_words(plan: Plan, candidate: Candidate) -> str:
     """'4 x 6' where all rows are equally long, else '8,192 tokens x 3'."""
-    if candidate.micro_tokens is None or plan.data["mean_row_tokens"] == plan.data["row_tokens"]:
+    if counts_rows(plan, candidate):
         return f"{candidate.micro_batch} x {candidate.accumulation}"
     return say(
         "{tokens} tokens x {accumulation}", tokens=f"{candidate.micro_tokens:,}", accumulation=candidate.accumulation
@@ -138,7 +140,8 @@ def _heading(plan: Plan) -> Iterator[tuple[str, str]]:
             total=format_bytes(device.total_bytes),
             free=format_bytes(device.free_bytes),
             budget=format_bytes(plan.budget_bytes),
-        ),
+        )
+        + ("" if plan.budget_bytes <= plan.device.free_bytes else say(", more than there is: what is free counts")),
     )
 
 
@@ -175,8 +178,7 @@ def _small(num_bytes: float) -> str:
 
 def _row(plan: Plan, index: int) -> Sequence[str]:
     candidate = plan.candidates[index]
-    limit = min(plan.budget_bytes, plan.device.free_bytes)
-    left = limit - candidate.predicted_device_bytes
+    left = plan.limit_bytes - candidate.predicted_device_bytes
     rate = tokens_per_second(plan, candidate)
     epoch = plan.data["epoch_tokens"] / rate if rate and plan.data["epoch_tokens"] else None
     changes = [candidate.recompute, *(["offload"] if candidate.offload_activations else [])]
@@ -205,7 +207,10 @@ def _footnotes(plan: Plan, num_shown: int) -> Iterator[str]:
         yield say("{shown} of {total} candidates; --all shows every one", shown=num_shown, total=len(plan.candidates))
     if plan.others:
         yield ""
-        yield say("what others say of the marked one (ours in brackets):")
+        if plan.chosen is None:
+            yield say("what others say of the closest one (ours in brackets):")
+        else:
+            yield say("what others say of the marked one (ours in brackets):")
     for other in plan.others:
         difference = other.num_bytes / other.predicted_bytes - 1 if other.predicted_bytes else 0.0
         yield (

@@ -23,6 +23,7 @@ from fitune.plan.calibration import calibrate
 from fitune.plan.plan import plan_json
 from fitune.run.directory import (
     RunDirectory,
+    check_place,
     create_run,
     list_runs,
     name_prefix,
@@ -70,6 +71,8 @@ def train(
     quiet = output_format == "quiet"
     with joined() as ranks, open_progress(quiet=quiet or not ranks.leads) as progress:
         if dry_run:
+            if earlier is None and ranks.leads:
+                _check_place(resolved.config, overwrite=overwrite)
             _prepare(resolved.config, progress, plan_check=not no_plan_check, ranks=ranks)
             progress.note("dry run: model, data and settings fit together; nothing was written")
             return
@@ -112,8 +115,10 @@ def run_training(
     run = None
     if replayed is not None:
         name = f"{replayed.name}-replay-"
-    elif ranks.leads and name is not None and (config.run.output / name).exists() and not overwrite:
-        run = create_run(config.run.output, name)  # refuses unless there is nothing to lose
+    elif ranks.leads:
+        _check_place(config, overwrite=overwrite)
+        if name is not None and (config.run.output / name).exists() and not overwrite:
+            run = create_run(config.run.output, name)
     settings = None if replayed is None else _settings(replayed)
     prepared = _prepare(config, progress, plan_check=plan_check, settings=settings, ranks=ranks)
     from fitune.data.examples import data_json
@@ -134,8 +139,7 @@ def run_training(
     if (note := check_disk(output, prepared.setup, config.optim.name)) is not None:
         progress.note(f"warn   {note}")
     if run is None:
-        prefix = name_prefix(config.model.source, config.data.train_sources[0].path)
-        run = create_run(output, name or prefix, overwrite=overwrite)
+        run = create_run(output, name or _prefix(config), overwrite=overwrite)
     progress.begin(run)
     with working_on(run):
         write_atomically(run.config, format_config(resolved))
@@ -251,6 +255,14 @@ def _probe(
         append_line(run.events, RunEvent(time=time.time(), step=0, kind="probe", message=sentence))
     progress.note(f"probe  {verdict}")
     return tried.config, replace(prepared, setup=tried.setup), start
+
+
+def _check_place(config: RunConfig, *, overwrite: bool) -> None:
+    check_place(config.run.output, config.run.name or _prefix(config), overwrite=overwrite)
+
+
+def _prefix(config: RunConfig) -> str:
+    return name_prefix(config.model.source, config.data.train_sources[0].path)
 
 
 def _check_flags(

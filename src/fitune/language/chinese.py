@@ -67,6 +67,8 @@ _PLAN: dict[str, str] = {
     "full logits": "完整 logits",
     "{shown} of {total} candidates; --all shows every one": "共 {total} 个候选，显示 {shown} 个；--all 全部显示",
     "what others say of the marked one (ours in brackets):": "其他估算对选中设置的说法（括号内为本工具的预测）：",
+    "what others say of the closest one (ours in brackets):": "其他估算对最接近设置的说法（括号内为本工具的预测）：",
+    ", more than there is: what is free counts": "，超过现有显存，以空闲为准",
     "peak, any batch": "峰值（不论批大小）",
     "model states": "模型状态",
     "activations": "激活",

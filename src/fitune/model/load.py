@@ -29,8 +29,8 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils import logging as transformers_logging
 
-from fitune.config import ModelConfig
-from fitune.errors import ModelError
+from fitune.config import ModelConfig, RunConfig
+from fitune.errors import ConfigError, ModelError
 from fitune.hub import hub_is_known
 from fitune.model.attention import attention_name, check_attention
 from fitune.model.experts import EXPERTS
@@ -76,6 +76,18 @@ def source_kind(source: str) -> Kind:
     if "/" not in source and (near := get_close_matches(source, PRESETS, n=1, cutoff=0.8)):
         raise ModelError(f"model.source '{source}' is neither a path nor a preset: did you mean {near[0]}?")
     return "hub"
+
+
+def check_length(config: RunConfig) -> None:
+    """Raises ConfigError where rows may be longer than the positions that a model with learned positions has."""
+    positions = getattr(load_config(config.model).get_text_config(), "n_positions", None)
+    if positions is not None and config.data.max_length > positions:
+        raise ConfigError(
+            [
+                f"data.max_length {config.data.max_length:,} exceeds the {positions:,} positions of "
+                f"{config.model.source}: set data.max_length={positions}"
+            ]
+        )
 
 
 def load_config(model: ModelConfig) -> PretrainedConfig:

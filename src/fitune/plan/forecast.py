@@ -172,9 +172,10 @@ class Forecaster:
 
     def _predict(self, choice: Choice) -> Forecast:
         recordings = self._recorder()
-        from fitune.model.load import load_config
+        from fitune.model.load import check_length, load_config
         from fitune.plan.predict import predict_run
 
+        check_length(self.config)
         settled = settle(self.config, choice)
         rows = heaviest_rows(settled, choice, self.lengths)
         passes = _passes(settled, rows, self.lengths.longest_eval_tokens, settled.batch.rows_per_step)

@@ -87,7 +87,7 @@ class OtherEstimate:
 class Plan:
     """data: what is known of the rows (`planner`). training: what is asked of the optimizer. candidates: by predicted
     time, the fastest first. chosen: an index, None if nothing fits. others: what other estimators say for the chosen
-    candidate. assumptions: what the predictions rest on, one sentence each."""
+    candidate, or the closest. assumptions: what the predictions rest on, one sentence each."""
 
     model: PlannedModel
     device: PlannedDevice
@@ -98,6 +98,11 @@ class Plan:
     chosen: int | None
     others: tuple[OtherEstimate, ...] = ()
     assumptions: tuple[str, ...] = ()
+
+    @property
+    def limit_bytes(self) -> int:
+        """The budget, or what the device has free where that is less."""
+        return min(self.budget_bytes, self.device.free_bytes)
 
     def _repr_html_(self) -> str:
         shown = importlib.import_module("fitune.cli.plan_table")  # which is about this noun, and imports it
@@ -114,14 +119,25 @@ def closest(plan: Plan) -> Candidate:
     return min(same, key=lambda candidate: candidate.predicted_device_bytes)
 
 
+def counts_rows(plan: Plan, candidate: Candidate) -> bool:
+    """Whether its micro-batches are a number of rows, or as many tokens as so many rows of one length."""
+    return candidate.micro_tokens is None or plan.data["mean_row_tokens"] == plan.data["row_tokens"]
+
+
+def split_of(plan: Plan, candidate: Candidate) -> str:
+    if counts_rows(plan, candidate):
+        return f"{candidate.micro_batch} x {candidate.accumulation} rows"
+    return f"{candidate.micro_tokens:,} tokens x {candidate.accumulation}"
+
+
 def does_not_fit(plan: Plan) -> str:
-    """One sentence: the closest candidate, its largest parts, and what would make room."""
+    """What does not fit, the closest candidate, its largest parts, and what would make room."""
     nearest = closest(plan)
     parts = sorted(nearest.categories.items(), key=lambda part: -part[1])
     named = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts[:4] if size)
     return (
-        f"no plan fits {format_bytes(plan.budget_bytes)} on {plan.device.name}: the closest candidate "
-        f"({nearest.micro_batch} x {nearest.accumulation} rows, recompute {', '.join(nearest.techniques)}) needs "
+        f"no plan fits {format_bytes(plan.limit_bytes)} on {plan.device.name}: the closest candidate "
+        f"({split_of(plan, nearest)}, recompute {', '.join(nearest.techniques)}) needs "
         f"{format_bytes(nearest.predicted_device_bytes)} ({named}). Try {' or '.join(_ways_out(plan, nearest))}"
     )
 
@@ -143,4 +159,5 @@ def _ways_out(plan: Plan, nearest: Candidate) -> Iterator[str]:
         yield f"data.max_length={plan.data['max_length'] // 2}"
     else:
         yield "a smaller model"
-    yield f"a memory.budget of {format_bytes(nearest.predicted_device_bytes)}"
+    is_free = nearest.predicted_device_bytes <= plan.device.free_bytes
+    yield f"{'a memory.budget of' if is_free else 'a card with'} {format_bytes(nearest.predicted_device_bytes)}"

@@ -76,7 +76,7 @@ class _Search:
         num_gpus: int = 1,
     ) -> None:
         self.config, self.forecaster, self.on_candidate = share_of(config, num_gpus), forecaster, on_candidate
-        self.rows_per_step, self.num_gpus = config.batch.rows_per_step, num_gpus
+        self.whole, self.num_gpus = config, num_gpus
         self.limits, self.lengths = forecaster.limits, forecaster.lengths
         on_card = self.limits.device.kind == "cuda"
         self.choices = list(same_choices(self.config, self.lengths, on_card=on_card))
@@ -205,8 +205,9 @@ class _Search:
         """notes: further assumptions."""
         same = sorted((choice for choice in self.looked_at if choice.result == "same"), key=self.order)
         order = same + sorted((choice for choice in self.looked_at if choice.result != "same"), key=self.order)
-        shown = self.looked_at[chosen or order[0]]
-        device, data = self.limits.device, self.lengths
+        marked = chosen or min(same, key=lambda choice: self.looked_at[choice].device_bytes)
+        shown = self.looked_at[marked]
+        device, data, rows_per_step = self.limits.device, self.lengths, self.whole.batch.rows_per_step
         return Plan(
             model=PlannedModel(
                 name=self.config.model.source,
@@ -231,15 +232,15 @@ class _Search:
                 "mean_row_tokens": round(data.mean_tokens, 1),
                 "supervised_fraction": round(data.supervised_fraction, 4),
                 "gpus": self.num_gpus,
-                "effective_batch": self.rows_per_step,
-                "tokens_per_step": round(data.mean_tokens * self.rows_per_step),
+                "effective_batch": rows_per_step,
+                "tokens_per_step": round(data.mean_tokens * rows_per_step),
                 "epoch_tokens": data.epoch_tokens,
-                "epoch_steps": None if data.epoch_rows is None else -(-data.epoch_rows // self.rows_per_step),
+                "epoch_steps": None if data.epoch_rows is None else -(-data.epoch_rows // rows_per_step),
             },
-            training=plan_training(self.config, data, precision=shown.precision),
+            training=plan_training(self.whole, data, precision=shown.precision),
             candidates=tuple(self.candidate(choice) for choice in order),
             chosen=None if chosen is None else order.index(chosen),
-            others=tuple(self.others(chosen or order[0])),
+            others=tuple(self.others(marked)),
             assumptions=(self.pricer.assumption, *self.for_several(shown), *shown.notes, *notes, *self.refused),
         )
 

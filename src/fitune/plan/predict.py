@@ -15,7 +15,7 @@ from fitune.memory.c_allocator import allocator_habit
 from fitune.memory.devices import Device, context_prior, cpu_device, find_device, this_machine
 from fitune.memory.prediction import Interval, Prediction, PredictSettings, either_routing, predict_steps
 from fitune.memory.residuals import circumstances, measured_context, read_residuals, widen
-from fitune.model.load import load_model
+from fitune.model.load import check_length, load_model
 from fitune.model.precision import Precision
 from fitune.plan.candidates import with_routing
 from fitune.step.assemble import CPU_MICRO_TOKENS, CUDA_MICRO_TOKENS
@@ -58,6 +58,7 @@ def predict(config: ConfigSource, *, gpu: str | None = None, overrides: Sequence
     """
     run = config if isinstance(config, RunConfig) else read_config(config, overrides).config
     device = choose_target(run, gpu=gpu)
+    check_length(run)
     return either_routing(
         lambda routing: predict_run(with_routing(run, routing), device).largest, routing=run.memory.routing
     )

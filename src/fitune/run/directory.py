@@ -136,6 +136,23 @@ class RunRecord:
     fault: str | None = None
 
 
+def check_place(output: Path, name: str, *, overwrite: bool = False) -> None:
+    """Raises RunDirectoryError for what `create_run` would refuse, as far as that is seen without writing."""
+    if not name or Path(name).name != name or name in (".", ".."):
+        raise RunDirectoryError(f"run.name '{name}' is not the name of a directory: use letters, digits, - and _")
+    path = output / name
+    with _said(f"{path} cannot be created"):
+        for place in (output, *output.parents):
+            if place.exists() and not place.is_dir():
+                raise RunDirectoryError(f"{place} is a file, and runs are kept in a directory: give another run.output")
+        if name.endswith("-") or not path.exists() or (path.is_dir() and _never_began(RunDirectory(path))):
+            return
+        if not path.is_dir() or not _is_run(path):
+            raise RunDirectoryError(f"{path} exists and is not a run: choose another run.name, or remove it yourself")
+        if not overwrite:
+            raise RunDirectoryError(f"{path} exists: choose another run.name, or give --overwrite")
+
+
 def create_run(output: Path, name: str, *, overwrite: bool = False) -> RunDirectory:
     """A fresh directory `output/name` with an empty checkpoints/. Where `name` ends in '-', the next free number is
     added, as in `name-0001`; two processes never get the same.
@@ -143,8 +160,7 @@ def create_run(output: Path, name: str, *, overwrite: bool = False) -> RunDirect
     Raises RunDirectoryError where it exists and not `overwrite`, where it is no run or a run that still works, and
     where it cannot be written. `overwrite` removes the files of a run, and only those.
     """
-    if not name or Path(name).name != name or name in (".", ".."):
-        raise RunDirectoryError(f"run.name '{name}' is not the name of a directory: use letters, digits, - and _")
+    check_place(output, name, overwrite=overwrite)
     with _said(f"{output / name} cannot be created"):
         output.mkdir(parents=True, exist_ok=True)
         run = _next_number(output, name) if name.endswith("-") else _given_name(output / name, overwrite=overwrite)
@@ -278,10 +294,6 @@ def _given_name(path: Path, *, overwrite: bool) -> RunDirectory:
                 pass
         return run
     if path.exists():
-        if not path.is_dir() or not _is_run(path):
-            raise RunDirectoryError(f"{path} exists and is not a run: choose another run.name, or remove it yourself")
-        if not overwrite:
-            raise RunDirectoryError(f"{path} exists: choose another run.name, or give --overwrite")
         with working_on(run):
             _remove_files(run)
     path.mkdir(exist_ok=True)

@@ -10,11 +10,11 @@ from fitune.config import RunConfig, read_config
 from fitune.data.examples import load_examples
 from fitune.errors import ConfigError, DataError, DoesNotFitError
 from fitune.model.device import choose_device
-from fitune.model.load import count_parameters, load_config, load_model, load_tokenizer
+from fitune.model.load import check_length, count_parameters, load_model, load_tokenizer
 from fitune.model.lora import not_adapted
 from fitune.plan.budget import lengths_of, limits_of
 from fitune.plan.candidates import settings_of, still_open
-from fitune.plan.plan import Plan, closest, does_not_fit
+from fitune.plan.plan import Plan, closest, does_not_fit, split_of
 from fitune.plan.planner import choose_plan
 from fitune.step.assemble import Setup, assemble, choose_precision
 from fitune.step.out_of_memory import try_twice
@@ -87,7 +87,7 @@ def _prepare(
     tokenizer = load_tokenizer(config.model)
     data = load_data(config, tokenizer, on_progress=on_progress)
     precision = choose_precision(config, device)
-    check_length(load_config(config.model).get_text_config(), config)
+    check_length(config)
     plan = self_check = None
     try:
         if settings is None:
@@ -158,15 +158,15 @@ def follow(plan: Plan, config: RunConfig, *, plan_check: bool = True) -> tuple[l
     """
     if plan.chosen is not None:
         chosen = plan.candidates[plan.chosen]
-        room = f"of {format_bytes(plan.budget_bytes)}"
+        room = f"of {format_bytes(plan.limit_bytes)}"
     else:
         chosen = closest(plan)
         tight = config.memory.budget == "auto" and chosen.predicted_device_bytes <= plan.device.free_bytes
         if plan_check and not tight:
             raise DoesNotFitError(f"{does_not_fit(plan)}; --no-plan-check runs it anyway")
-        room = f"of {format_bytes(plan.budget_bytes)}: it may run out of memory"
+        room = f"of {format_bytes(plan.limit_bytes)}: it may run out of memory"
     return settings_of(chosen, config), (
-        f"plan: {chosen.micro_batch} x {chosen.accumulation} rows, recompute {', '.join(chosen.techniques)}, "
+        f"plan: {split_of(plan, chosen)}, recompute {', '.join(chosen.techniques)}, "
         f"{chosen.loss} loss: "
         f"{format_bytes(chosen.predicted_device_bytes)} {room}"
     )
@@ -184,15 +184,3 @@ def load_data(config: RunConfig, tokenizer: Tokenizer, *, on_progress: Callable[
             "give more rows, or set data.eval_fraction=0"
         )
     return Data(train, held_out)
-
-
-def check_length(model_config: object, config: RunConfig) -> None:
-    """Raises ConfigError where rows may be longer than the positions that a model with learned positions has."""
-    positions = getattr(model_config, "n_positions", None)
-    if positions is not None and config.data.max_length > positions:
-        raise ConfigError(
-            [
-                f"data.max_length {config.data.max_length:,} exceeds the {positions:,} positions of "
-                f"{config.model.source}: set data.max_length={positions}"
-            ]
-        )
