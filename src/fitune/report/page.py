@@ -142,12 +142,9 @@ def _header(comparison: Comparison) -> str:
 def _facts(row: Row) -> Iterator[tuple[str, str]]:
     summary = row.run.summary
     yield say("state"), row.run.state
-    yield say("peak memory"), format_bytes(row.measured_bytes)
-    if row.predicted_bytes and row.measured_bytes:
-        yield (
-            say("predicted"),
-            f"{format_bytes(row.predicted_bytes)} ({row.predicted_bytes / row.measured_bytes - 1:+.1%})",
-        )
+    yield say("peak memory"), format_bytes(row.run_peak_bytes)
+    if row.prediction_error is not None:
+        yield say("predicted, for a step"), f"{format_bytes(row.predicted_bytes)} ({row.prediction_error:+.1%})"
     yield say("eval loss"), tables.number(row.eval_loss)
     yield say("tokens/s"), format_count(row.tokens_per_second)
     yield say("tokens"), format_count(summary.get("tokens"))
