@@ -154,6 +154,14 @@ def test_peaks_of_two_kinds_are_not_judged_against_each_other(tmp_path: Path) ->
     assert "the peaks are of what all tell, device" in " ".join(found.notes)
 
 
+@pytest.mark.parametrize("tokens", ["0", "-5", "nan"])
+def test_there_is_no_comparing_before_the_first_token(
+    tokens: str, three: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["compare", str(three / "6x1"), "--at", tokens]) == 2
+    assert "give more than 0 with --at" in capsys.readouterr().err
+
+
 def test_what_accumulation_gained_and_which_rate_was_right_is_said(tmp_path: Path, three: Path) -> None:
     hot = write_run(tmp_path, "hot", Recipe(lr=1.2e-4, row_losses=[2.3 + 0.01 * i for i in range(200)]))
     said = "\n".join(verdicts(compare([three / "6x1", three / "4x6", hot])))

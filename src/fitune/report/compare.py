@@ -117,6 +117,8 @@ def compare(runs: Sequence[RecordedRun | Path | str], *, tokens: float | None = 
     if not found:
         raise RunDirectoryError("nothing to compare: give the directories of runs")
     found = _with_names(found)
+    if tokens is not None and not tokens > 0:
+        raise RunDirectoryError(f"{tokens:,.0f} tokens are no place to compare at: give more than 0 with --at")
     reached = [float(run.evals["total_tokens"].max(initial=0)) or run.total_tokens for run in found if run.num_steps]
     common = min(reached, default=float("nan"))
     if tokens is not None and not tokens <= common:
