@@ -118,11 +118,8 @@ def check_is_configuration(path: Path) -> None:
         own = path / "config.yaml"
         if not (own.is_file() and (path / "checkpoints").is_dir()):
             raise ConfigError([f"{path} is a directory, not a configuration file"])
-        raise ConfigError(
-            [
-                f"{path} is the directory of a run: 'fitune train --resume {path}' goes on with it, and {own} is its configuration"
-            ]
-        )
+        goes_on = f"'fitune train --resume {path}' goes on with it"
+        raise ConfigError([f"{path} is the directory of a run: {goes_on}, and {own} is its configuration"])
     if path.suffix in DATA_SUFFIXES and path.is_file():
         raise ConfigError([f"{path} is data by its name, not a configuration: give it with --data (data.train)"])
 
