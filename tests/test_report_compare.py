@@ -343,6 +343,30 @@ def test_clipping_of_most_steps_is_told(tmp_path: Path) -> None:
     assert "100% of the steps were clipped" in advice_of(run)
 
 
+@pytest.mark.parametrize(
+    ("steps", "noise_ratio", "clip", "advised"),
+    [
+        (40, None, 0.5, ["a lower rate: 3e-05", "a longer run: train.epochs=3"]),
+        (40, 4.0, 0.5, ["a lower rate: 3e-05", "a longer run: train.epochs=3"]),
+        (40, 4.0, 2.0, ["a longer run: train.epochs=3"]),
+        (40, 0.2, 2.0, ["fewer rows a step (12), or a longer run: train.epochs=3"]),
+        (200, 4.0, 0.5, ["a lower rate: 3e-05, or twice the rows at the same rate"]),
+        (200, 0.2, 0.5, ["a lower rate: 3e-05"]),
+    ],
+)
+def test_rows_are_not_both_added_and_taken_away(
+    steps: int, noise_ratio: float | None, clip: float, advised: list[str], tmp_path: Path
+) -> None:
+    recipe = Recipe(steps=steps, noise_ratio=noise_ratio, settings={"optim": {"clip": clip}})
+    found = compare([write_run(tmp_path, "run", recipe)])
+    assert [each.change for each in advise(found.rows[0].run, found)] == advised
+
+
+def test_a_run_is_made_longer_in_the_measure_that_it_was_given(tmp_path: Path) -> None:
+    for length, key in (({"steps": 40}, "train.steps=100"), ({"tokens": 1000}, "train.tokens=2500")):
+        assert f" {key}" in advice_of(write_run(tmp_path, "run", Recipe(settings={"train": length})))
+
+
 def test_the_plan_tells_what_else_fits(tmp_path: Path) -> None:
     run = write_run(tmp_path, "run", Recipe(steps=200))
     chosen = {
