@@ -22,7 +22,7 @@ from fitune.units import GIB
 SOURCE = Path(__file__).parent.parent / "src"
 SUMMARY = Summary(
     status="finished", steps=50_201, train_loss=1.9625, eval_loss=2.0414, tokens_per_second=38_400.0,
-    peak_allocated_bytes=17_000_000_000,
+    peak_reserved_bytes=17_000_000_000,
 )  # fmt: skip
 
 
@@ -146,7 +146,7 @@ def test_runs_as_json_hold_the_summary(runs: list[RunDirectory], capsys: pytest.
     shown = json.loads(capsys.readouterr().out)
     records = {record["name"]: record for record in shown["runs"]}
     assert shown["schema"] == 1
-    assert records[runs[0].name]["summary"]["peak_allocated_bytes"] == 17_000_000_000
+    assert records[runs[0].name]["summary"]["peak_reserved_bytes"] == 17_000_000_000
     assert records[runs[1].name]["summary"] is None
 
 

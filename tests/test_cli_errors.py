@@ -160,6 +160,16 @@ COMMANDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("command line: 'data.train.0.weight' cannot be set: data.train is 'a', which has no '0'",),
     ),
     "a wrong value of a flag": ((*NEEDED, "--lr", "fast"), ("command line: optim.lr is 'fast'",)),
+    "fewer than no rows": (("check", "sft.yaml", "--show", "-1"), ('Invalid value "-1" for --show. Must be >= 0.',)),
+    "no devices": (("config", "import", "file", "--devices", "0"), ('Invalid value "0" for --devices.',)),
+    "a directory for a page": (
+        ("report", "nowhere", "-o", "pages/"),
+        ("pages/ names a directory: give a file, such as -o pages/report.html",),
+    ),
+    "a directory for a configuration": (
+        ("config", "import", "file", "-o", "."),
+        (". names a directory: give a file, such as -o sft.yaml",),
+    ),
     "runs in a file": (("runs", "file"), ("file is not a directory",)),
     "runs nowhere": (("runs", "nowhere"), ("nowhere is not a directory",)),
 }

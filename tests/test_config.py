@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from fitune.config import RunConfig, config_hash, format_config, json_schema, read_config
 from fitune.config.foreign_names import FOREIGN_KEYS
+from fitune.config.foreign_read import read_foreign
 from fitune.config.yaml_lines import parse_scalar
 from fitune.errors import ConfigError
 
@@ -29,9 +30,31 @@ def faults(source: Any, *overrides: str) -> tuple[str, ...]:
     return caught.value.faults
 
 
+def foreign_faults(path: Path) -> tuple[str, ...]:
+    with pytest.raises(ConfigError) as caught:
+        read_foreign(path)
+    return caught.value.faults
+
+
 def test_a_number_without_a_point_is_a_number(tmp_path: Path) -> None:
     path = write(tmp_path, "model: {source: minimind2}\ndata: {train: a.jsonl}\noptim: {lr: 5e-7}\n")
     assert read_config(path).config.optim.lr == 5e-7
+
+
+@pytest.mark.parametrize("name", ["sft.jsonl", "sft.parquet", "sft.csv", "sft.json"])
+def test_data_in_the_place_of_a_configuration_is_pointed_to_its_flag(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text('[{"messages": []},\n{"messages": []}]\n')
+    for sentences in (faults(tmp_path / name), foreign_faults(tmp_path / name)):
+        assert len(sentences) == 1
+        assert "--data (data.train)" in sentences[0]
+
+
+def test_a_run_in_the_place_of_a_configuration_is_offered_to_go_on(tmp_path: Path) -> None:
+    (tmp_path / "first" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "first" / "config.yaml").touch()
+    for sentences in (faults(tmp_path / "first"), foreign_faults(tmp_path / "first")):
+        assert f"fitune train --resume {tmp_path}/first" in sentences[0]
+        assert f"{tmp_path}/first/config.yaml is its configuration" in sentences[0]
 
 
 def test_the_file_replaces_the_defaults_and_the_command_line_both(tmp_path: Path) -> None:

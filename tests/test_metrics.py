@@ -29,10 +29,10 @@ EVAL = EvalMetrics(
     step=1, total_tokens=100, eval_loss=2.25, eval_perplexity=2.5, eval_accuracy=0.5, eval_tokens=10, seconds=0.1
 )
 SUMMARY_KEYS = (
-    "schema status steps tokens supervised_tokens seconds tokens_per_second train_loss eval_loss best_eval_loss "
-    "predicted_allocated_bytes predicted_reserved_bytes measured_allocated_bytes measured_reserved_bytes "
-    "measured_device_bytes peak_allocated_bytes peak_reserved_bytes peak_device_bytes num_ooms num_retries "
-    "micro_batch_changes effective_batch config_hash data_hash"
+    "schema status steps total_steps tokens supervised_tokens seconds tokens_per_second train_loss eval_loss "
+    "best_eval_loss predicted_allocated_bytes predicted_reserved_bytes measured_allocated_bytes "
+    "measured_reserved_bytes measured_device_bytes peak_allocated_bytes peak_reserved_bytes peak_device_bytes "
+    "num_ooms num_retries micro_batch_changes effective_batch config_hash data_hash"
 )
 
 

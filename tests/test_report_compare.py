@@ -17,8 +17,9 @@ from fitune.cli.app import main
 from fitune.report.advice import advise
 from fitune.report.compare import Comparison, compare
 from fitune.report.page import page
+from fitune.report.tables import cells
 from fitune.report.verdicts import verdicts
-from fitune.run.directory import RunDirectory
+from fitune.run.directory import RunDirectory, write_json
 from written_runs import GIB, Recipe, three_configurations, write_run
 
 
@@ -105,15 +106,60 @@ def test_the_pareto_set_is_never_empty_and_nothing_outside_it_is_best(shape: lis
         )  # fmt: skip
         rows.append(
             Row(
-                run=run, effective_batch=1, split="", lr=None, predicted_bytes=None, measured_bytes=peak,
-                tokens_per_second=float(speed), seconds=None, train_loss=None, eval_loss=float(loss),
-                train_difference=None, eval_difference=None,
+                run=run, effective_batch=1, split="", lr=None, predicted_bytes=None, measured_bytes=None,
+                run_peak_bytes=peak, tokens_per_second=float(speed), seconds=None, train_loss=None,
+                eval_loss=float(loss), train_difference=None, eval_difference=None,
             )
         )  # fmt: skip
     front = [row for row in _with_front(rows, None) if row.on_front]
     assert front
-    assert min(row.measured_bytes or 0 for row in rows) in [row.measured_bytes for row in front]
+    assert min(row.run_peak_bytes or 0 for row in rows) in [row.run_peak_bytes for row in front]
     assert min(row.eval_loss or 0 for row in rows) in [row.eval_loss for row in front]
+
+
+def with_summary(run: Path, **changes: object) -> Path:
+    summary = RunDirectory(run).summary
+    write_json(summary, json.loads(summary.read_text()) | changes)
+    return run
+
+
+def test_the_peak_is_that_of_the_whole_run_and_the_prediction_stands_beside_its_step(tmp_path: Path) -> None:
+    whole = with_summary(write_run(tmp_path, "whole", Recipe()), peak_reserved_bytes=21 * GIB)
+    resumed = with_summary(
+        write_run(tmp_path, "resumed", Recipe()), measured_reserved_bytes=8 * GIB, peak_reserved_bytes=20 * GIB
+    )
+    found = compare([whole, resumed])
+    assert [row.peak_bytes for row in found.rows] == [21 * GIB, 20 * GIB]
+    assert [cells(row)[3] for row in found.rows] == ["21.00", "20.00"]
+    said = "\n".join(verdicts(found))
+    assert "whole 21.0 GiB, resumed 20.0 GiB" in said
+    assert "resumed 10.0 GiB, 8.0 GiB (+25.0%)" in said
+
+
+def test_the_steps_after_the_last_save_of_a_run_that_died_count(tmp_path: Path) -> None:
+    died = with_summary(write_run(tmp_path, "died", Recipe(peak_bytes=12 * GIB)), peak_reserved_bytes=GIB)
+    assert compare([died]).rows[0].peak_bytes == 12 * GIB
+
+
+def test_peaks_of_two_kinds_are_not_judged_against_each_other(tmp_path: Path) -> None:
+    full = with_summary(write_run(tmp_path, "full", Recipe()), peak_device_bytes=15 * GIB)
+    bare = with_summary(write_run(tmp_path, "bare", Recipe()), peak_device_bytes=14 * GIB)
+    lines = [json.loads(line) for line in RunDirectory(bare).metrics.read_text().splitlines()]
+    peaks = {"peak_allocated_bytes": None, "peak_reserved_bytes": None}
+    RunDirectory(bare).metrics.write_text(
+        "".join(json.dumps(line | peaks if "loss" in line else line) + "\n" for line in lines)
+    )
+    found = compare([full, bare])
+    assert [row.peak_bytes for row in found.rows] == [15 * GIB, 14 * GIB]
+    assert "the peaks are of what all tell, device" in " ".join(found.notes)
+
+
+@pytest.mark.parametrize("tokens", ["0", "-5", "nan"])
+def test_there_is_no_comparing_before_the_first_token(
+    tokens: str, three: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["compare", str(three / "6x1"), "--at", tokens]) == 2
+    assert "give more than 0 with --at" in capsys.readouterr().err
 
 
 def test_what_accumulation_gained_and_which_rate_was_right_is_said(tmp_path: Path, three: Path) -> None:
@@ -165,6 +211,7 @@ def test_a_report_can_be_compared_again(comparison: Comparison, tmp_path: Path) 
     for before, after in zip(comparison.rows, again.rows, strict=True):
         assert after.name == before.name
         assert after.measured_bytes == before.measured_bytes
+        assert after.run_peak_bytes == pytest.approx(before.run_peak_bytes)
         assert after.eval_loss == pytest.approx(before.eval_loss, abs=1e-4)
         assert after.on_front == before.on_front
     assert again.checks[0].max_difference == pytest.approx(comparison.checks[0].max_difference, rel=1e-3)
@@ -294,6 +341,30 @@ def test_a_diverged_run_is_told_to_halve_the_rate(tmp_path: Path) -> None:
 def test_clipping_of_most_steps_is_told(tmp_path: Path) -> None:
     run = write_run(tmp_path, "run", Recipe(steps=200, settings={"optim": {"clip": 0.5}}))
     assert "100% of the steps were clipped" in advice_of(run)
+
+
+@pytest.mark.parametrize(
+    ("steps", "noise_ratio", "clip", "advised"),
+    [
+        (40, None, 0.5, ["a lower rate: 3e-05", "a longer run: train.epochs=3"]),
+        (40, 4.0, 0.5, ["a lower rate: 3e-05", "a longer run: train.epochs=3"]),
+        (40, 4.0, 2.0, ["a longer run: train.epochs=3"]),
+        (40, 0.2, 2.0, ["fewer rows a step (12), or a longer run: train.epochs=3"]),
+        (200, 4.0, 0.5, ["a lower rate: 3e-05, or twice the rows at the same rate"]),
+        (200, 0.2, 0.5, ["a lower rate: 3e-05"]),
+    ],
+)
+def test_rows_are_not_both_added_and_taken_away(
+    steps: int, noise_ratio: float | None, clip: float, advised: list[str], tmp_path: Path
+) -> None:
+    recipe = Recipe(steps=steps, noise_ratio=noise_ratio, settings={"optim": {"clip": clip}})
+    found = compare([write_run(tmp_path, "run", recipe)])
+    assert [each.change for each in advise(found.rows[0].run, found)] == advised
+
+
+def test_a_run_is_made_longer_in_the_measure_that_it_was_given(tmp_path: Path) -> None:
+    for length, key in (({"steps": 40}, "train.steps=100"), ({"tokens": 1000}, "train.tokens=2500")):
+        assert f" {key}" in advice_of(write_run(tmp_path, "run", Recipe(settings={"train": length})))
 
 
 def test_the_plan_tells_what_else_fits(tmp_path: Path) -> None:

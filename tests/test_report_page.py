@@ -202,6 +202,16 @@ def test_the_report_command_writes_the_page_and_its_pictures(
     assert capsys.readouterr().out.splitlines()[0] == str(target)
 
 
+@pytest.mark.parametrize("flag", ["-o", "--png"])
+def test_a_place_that_cannot_be_written_is_answered_with_the_flag_that_named_it(
+    flag: str, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    page = ["-o", str(tmp_path / "page.html")] if flag == "--png" else []
+    assert main(["report", str(whole), *page, flag, str(tmp_path / "file" / "x.html")]) == 2
+    assert capsys.readouterr().err.strip().endswith(f"; give another place with {flag}")
+
+
 # In a browser.
 
 

@@ -119,6 +119,21 @@ def test_the_summary_agrees_with_the_lines() -> None:
     assert summary.best_eval_loss == min(line.eval_loss for line in metrics.evals[1:])
 
 
+@pytest.mark.parametrize(
+    ("length", "known"),
+    [
+        (("train.steps=3",), True),
+        (("train.steps=null", "train.epochs=1"), True),
+        (("train.steps=null", "train.tokens=300"), False),
+    ],
+)
+def test_the_summary_tells_how_many_steps_there_will_be_where_that_is_known(
+    length: tuple[str, ...], known: bool
+) -> None:
+    summary = train(*length)
+    assert summary.total_steps == (summary.steps if known else None)
+
+
 def test_each_step_has_a_line_with_these_keys() -> None:
     train()
     lines = [json.loads(line) for line in RUN.metrics.read_text().splitlines()]

@@ -352,6 +352,12 @@ def test_a_full_disk_ends_the_run_in_one_sentence(small_disk: Path, capsys: pyte
     assert not list(small_disk.iterdir())
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
+def test_a_place_that_holds_no_files_is_not_called_full(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "sft.yaml", "run.output=/proc/runs"]) == 2
+    assert "error: /proc is no place for files: its file system has 0 bytes" in capsys.readouterr().err
+
+
 def test_a_full_cache_says_how_to_name_another_place(
     small_disk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

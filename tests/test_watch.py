@@ -23,10 +23,20 @@ from rich.cells import cell_len
 
 from fitune.cli.app import main
 from fitune.cli.watch_screen import watch_screen
-from fitune.run.directory import RunDirectory, create_run
+from fitune.run.directory import RunDirectory, create_run, write_json
 from fitune.run.follow import RunView
-from fitune.run.metrics import RunEvent, append_line
-from watched_run import SCREENS, START, screens, step_metrics, view_of, write_watched_run
+from fitune.run.metrics import RunEvent, Summary, append_line, summary_json
+from fitune.units import GIB
+from watched_run import (
+    SCREENS,
+    START,
+    sample,
+    screens,
+    step_metrics,
+    view_of,
+    write_lines,
+    write_watched_run,
+)
 
 SOURCE = Path(__file__).parent.parent / "src"
 NOW = START + 600.5
@@ -253,6 +263,25 @@ def test_a_new_size_of_the_terminal_is_followed(held: "subprocess.Popen[str]") -
     assert terminal.close() == 0
 
 
+def test_a_run_that_died_is_at_one_step_for_watch_and_runs(
+    run: RunDirectory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its summary is of the last save, its last sample of a step before the last line of the metrics."""
+    write_json(run.summary, summary_json(Summary(steps=48, total_steps=480, peak_reserved_bytes=GIB)))
+    write_lines(run.metrics, [step_metrics(step) for step in range(1, 75)])
+    write_lines(run.memory, [sample(0.0, step=73, progress_fraction=73 / 481)])
+    assert main(["watch", run.name, "--once"]) == 0
+    assert "crashed" in (watched := capsys.readouterr().out)
+    assert "step 74/480 (15.4%)" in watched
+    assert main(["runs"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].split()[1:3] == ["crashed", "74"]
+
+
+def test_where_only_tokens_end_a_run_its_steps_are_those_of_the_newest_sample(running: RunView) -> None:
+    ahead = replace(running.steps[-1], step=407)
+    assert "step 407/2,000" in shown(replace(running, steps=(*running.steps, ahead)))
+
+
 def test_a_killed_run_is_shown_as_crashed(held: "subprocess.Popen[str]", run: RunDirectory) -> None:
     run.summary.write_text(run.summary.read_text().replace('"finished"', '"running"'))
     terminal = Terminal(WATCH, columns=80, rows=24)
@@ -281,5 +310,5 @@ def test_elsewhere_than_in_a_terminal_it_is_told_in_plain_lines(
 def test_runs_shows_where_a_live_run_stands(held: "subprocess.Popen[str]", capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["runs"]) == 0
     row = capsys.readouterr().out.splitlines()[-1].split()
-    assert row[1:8] == ["running", "20%", "400", "1.886", "2.041", "15.05", "38.4"]
+    assert row[1:8] == ["running", "20%", "400", "1.886", "2.041", "15.90", "38.4"]
     assert row[-2:] in (["40m00s", "left"], ["39m54s", "left"])  # the last step of the end of the file may lie behind

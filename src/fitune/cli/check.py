@@ -9,6 +9,7 @@ from itertools import groupby
 from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
+from cyclopts.validators import Number
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -27,7 +28,9 @@ _MASKED = {"assistant": "assistant turns only", "all": "every token"}
 def check(
     *words: ConfigArguments,
     flags: ConfigFlags = ConfigFlags(),  # noqa: B008 (frozen)
-    show: Annotated[int, Parameter(help="also show so many rows as the model will see them")] = 0,
+    show: Annotated[
+        int, Parameter(validator=Number(gte=0), help="also show so many rows as the model will see them")
+    ] = 0,
     output_format: Format = "auto",
 ) -> None:
     """What the data is: format, template, supervised share, lengths, rows cut or lost.

@@ -6,11 +6,14 @@ from pathlib import Path
 from typing import Annotated
 
 from cyclopts import App, Parameter
+from cyclopts.validators import Number
 
+from fitune.cli.output import make_directory, output_file
 from fitune.config import json_schema
 from fitune.config.foreign_read import read_command, read_foreign
 from fitune.config.foreign_translate import ImportedConfig, translate
 from fitune.errors import UsageError
+from fitune.run.directory import write_atomically
 
 app = App(name="config")
 
@@ -30,10 +33,12 @@ def schema() -> None:
 )
 def import_(
     *words: Annotated[str, Parameter(name="FILE", help="a file, or after -- the command that starts the training")],
-    output: Annotated[Path | None, Parameter(name=("--output", "-o"), help="where to; must not exist yet")] = None,
+    output: Annotated[str | None, Parameter(name=("--output", "-o"), help="where to; must not exist yet")] = None,
     model: Annotated[str | None, Parameter(help="in place of the model that it names")] = None,
     data: Annotated[str | None, Parameter(help="in place of the data that it names")] = None,
-    devices: Annotated[int | None, Parameter(help="how many GPUs trained together, where it does not tell")] = None,
+    devices: Annotated[
+        int | None, Parameter(validator=Number(gte=1), help="how many GPUs trained together, where it does not tell")
+    ] = None,
 ) -> None:
     """Another trainer's configuration as fitune's: LLaMA-Factory, axolotl, TRL, transformers, minimind.
 
@@ -42,15 +47,16 @@ def import_(
     """
     if not words:
         raise UsageError("nothing to import: give a file, or after -- the command that starts the training")
-    if output is not None and output.exists():
+    path = None if output is None else output_file(output, example="sft.yaml")
+    if path is not None and path.exists():
         raise UsageError(f"{output} exists: give another place with -o, or remove it yourself")
     arguments = read_foreign(Path(words[0])) if len(words) == 1 else read_command(words)
     imported = translate(arguments, devices=devices, model=model, data=data)
-    if output is None:
+    if path is None:
         print(imported.text, end="")
     else:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(imported.text, encoding="utf-8")
+        make_directory(path.parent, flag="-o")
+        write_atomically(path, imported.text, place="-o")
     _tell(imported, arguments.source)
 
 

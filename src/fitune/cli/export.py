@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
+from fitune.cli.output import make_directory
 from fitune.config import ModelConfig, read_config
 from fitune.errors import RunDirectoryError
 from fitune.run.directory import RunDirectory, open_run
@@ -29,7 +30,7 @@ def export(
     from fitune.model.save import export_minimind, save_model
 
     model, tokenizer = _load(opened, source)
-    target.parent.mkdir(parents=True, exist_ok=True)
+    make_directory(target.parent, flag="-o")
     if to == "hf":
         save_model(model, target, tokenizer=tokenizer, merge=True)
     elif exact:

@@ -4,12 +4,15 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 from rich import box
 from rich.console import Console
 from rich.table import Table
+
+from fitune.errors import UsageError
 
 SCHEMA = 1
 MAX_WIDTH = 100
@@ -51,6 +54,22 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     for row in rows:
         grid.add_row(*row)
     return grid
+
+
+def output_file(text: str, *, example: str) -> Path:
+    """What -o names. Raises UsageError for a directory, be it one that is not there yet."""
+    path = Path(text)
+    if path.is_dir() or text.endswith(("/", os.sep)):
+        raise UsageError(f"{text} names a directory: give a file, such as -o {path / example}")
+    return path
+
+
+def make_directory(path: Path, *, flag: str) -> None:
+    """Raises UsageError where it cannot be made."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{path} cannot be created: {error.strerror}; give another place with {flag}") from error
 
 
 def warn(sentence: str) -> None:

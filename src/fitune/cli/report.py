@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 
 from fitune.cli.compare import Runs
-from fitune.cli.output import Format, print_json
+from fitune.cli.output import Format, make_directory, output_file, print_json
 from fitune.errors import UsageError
 from fitune.run.directory import RunDirectory
 
@@ -15,7 +15,7 @@ from fitune.run.directory import RunDirectory
 def report(
     *runs: Runs,
     output: Annotated[
-        Path | None,
+        str | None,
         Parameter(name=("--output", "-o"), help="the file; report.html in the run where left out"),
     ] = None,
     png: Annotated[Path | None, Parameter(help="a directory for each picture as PNG (needs matplotlib)")] = None,
@@ -26,6 +26,7 @@ def report(
     Its data is in it: `fitune compare` reads it again."""
     if not runs:
         raise UsageError("give the runs to report on: fitune report runs/NAME -o report.html")
+    asked = None if output is None else output_file(output, example="report.html")  # before the runs are read
     if lang is not None:
         os.environ["FITUNE_LANG"] = lang
     from fitune.report.charts import pictures
@@ -35,11 +36,11 @@ def report(
 
     comparison = compare(runs)
     inside = RunDirectory(runs[0]).report if runs[0].is_dir() else Path("report.html")
-    path = output or (inside if len(runs) == 1 else Path("report.html"))
-    write_page(comparison, path)
+    path = asked or (inside if len(runs) == 1 else Path("report.html"))
+    write_page(comparison, path, place="-o")
     drawn = []
     if png is not None:
-        png.mkdir(parents=True, exist_ok=True)
+        make_directory(png, flag="--png")
         for index, picture in enumerate(pictures(comparison), start=1):
             drawn.append(png / f"{index}-{picture.key.partition('-')[0]}.png")
             write_png(picture, drawn[-1], axis="tokens")

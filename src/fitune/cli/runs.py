@@ -9,7 +9,7 @@ from cyclopts import Parameter
 from fitune.cli.output import Format, console, print_json, table, warn
 from fitune.cli.watch_screen import progress_fraction, seconds_left
 from fitune.run.directory import RunRecord, list_runs
-from fitune.run.follow import RunFollower
+from fitune.run.follow import RunFollower, RunView
 from fitune.run.metrics import Summary, summary_json
 from fitune.units import format_count, format_gib, format_seconds
 
@@ -54,31 +54,47 @@ def _json(record: RunRecord) -> dict[str, object]:
 
 def _row(record: RunRecord) -> tuple[str, ...]:
     summary = record.summary or Summary()
-    peak_bytes = summary.peak_allocated_bytes or summary.peak_reserved_bytes or summary.peak_device_bytes
-    if record.state == "running":  # its summary is as old as its last save
+    if record.state in ("running", "crashed"):  # its summary is as old as its last save
         view = RunFollower(record.run, tail_bytes=TAIL_BYTES).read()
         if view.steps:
-            last, done = view.steps[-1], progress_fraction(view)
-            return (
-                record.run.name,
-                "running" if done is None else f"running {done:.0%}",
-                f"{last.step:,}",
-                _loss(last.loss),
-                _loss(view.evals[-1].eval_loss if view.evals else summary.eval_loss),
-                format_gib(peak_bytes or last.peak_allocated_bytes or last.device_used_bytes),
-                format_count(last.tokens_per_second),
-                f"{format_seconds(seconds_left(view))} left",
-            )
+            return _unsaved_row(view, summary)
     return (
         record.run.name,
         record.state,
         f"{summary.steps:,}" if record.summary else "n/a",
         _loss(summary.train_loss),
         _loss(summary.eval_loss),
-        format_gib(peak_bytes),
+        format_gib(summary.peak_bytes),
         format_count(summary.tokens_per_second),
-        f"{_age(time.time() - record.updated)} ago",
+        _ago(record),
     )
+
+
+def _unsaved_row(view: RunView, summary: Summary) -> tuple[str, ...]:
+    """Of a run that is ahead of its summary."""
+    record, last, done = view.record, view.steps[-1], progress_fraction(view)
+    is_on = record.state == "running"
+    return (
+        record.run.name,
+        f"running {done:.0%}" if is_on and done is not None else record.state,
+        f"{last.step:,}",
+        _loss(last.loss),
+        _loss(view.evals[-1].eval_loss if view.evals else summary.eval_loss),
+        format_gib(_peak_bytes(view, summary)),
+        format_count(last.tokens_per_second if is_on else summary.tokens_per_second or last.tokens_per_second),
+        f"{format_seconds(seconds_left(view))} left" if is_on else _ago(record),
+    )
+
+
+def _peak_bytes(view: RunView, summary: Summary) -> int | None:
+    """The run's peak up to its last step, as `Summary.peak_bytes` means it."""
+    reserved = (summary.peak_reserved_bytes, *(step.peak_reserved_bytes for step in view.steps))
+    device = (summary.peak_device_bytes, *(step.device_used_bytes for step in view.steps))
+    return max(filter(None, reserved), default=None) or max(filter(None, device), default=None)
+
+
+def _ago(record: RunRecord) -> str:
+    return f"{_age(time.time() - record.updated)} ago"
 
 
 def _loss(loss: float | None) -> str:

@@ -337,13 +337,24 @@ def progress_fraction(view: RunView) -> float | None:
     """The share of the run (0 to 1) that is done."""
     if view.record.state == "finished":
         return 1.0
+    if (known := _known_total_steps(view)) is not None:
+        return min(view.steps[-1].step / known, 1.0) if view.steps else 0.0
     return view.samples[-1].progress_fraction if view.samples else None
 
 
+def _known_total_steps(view: RunView) -> int | None:
+    return None if view.record.summary is None else view.record.summary.total_steps
+
+
 def _total_steps(view: RunView) -> int | None:
-    """Exact where the run counts steps, else an estimate from the tokens so far."""
-    progress = progress_fraction(view)
-    return round(view.steps[-1].step / progress) if view.steps and progress else None
+    """As the run noted it, else an estimate from its tokens."""
+    if view.record.state == "finished":
+        return view.steps[-1].step if view.steps else None
+    if (known := _known_total_steps(view)) is not None:
+        return known
+    newest = view.samples[-1] if view.samples else None  # with its own step: the metrics may be ahead of it
+    progress = None if newest is None else newest.progress_fraction
+    return round(newest.step / progress) if newest is not None and progress else None
 
 
 def _elapsed_seconds(view: RunView, now: float) -> float | None:

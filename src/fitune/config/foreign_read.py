@@ -12,7 +12,9 @@ from pathlib import Path
 from string import Template
 from typing import Any, Literal
 
+from fitune.config.read import DATA_WAY, check_is_configuration
 from fitune.config.schema import RunConfig
+from fitune.config.wording import show
 from fitune.config.yaml_lines import parse_scalar, parse_yaml
 from fitune.errors import ConfigError
 
@@ -54,6 +56,7 @@ class ForeignArguments:
 
 def read_foreign(path: Path) -> ForeignArguments:
     """Raises ConfigError for what cannot be read and for a file that is of none of the known tools."""
+    check_is_configuration(path)
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -65,6 +68,8 @@ def read_foreign(path: Path) -> ForeignArguments:
     marked = parse_yaml(text, str(path))
     if marked.faults:
         raise ConfigError(marked.faults)
+    if isinstance(marked.tree, list) and path.suffix == ".json":
+        raise ConfigError([f"{path} holds {show(marked.tree)}, not the keys of a configuration: {DATA_WAY}"])
     if not isinstance(marked.tree, dict):
         raise ConfigError([_unknown(str(path))])
     if "data" in marked.tree and set(marked.tree) <= {*RunConfig.model_fields, "sweep"}:

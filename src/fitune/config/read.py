@@ -26,6 +26,9 @@ from fitune.errors import ConfigError
 COMMAND_LINE = "command line"
 PYTHON = "Python"
 MAX_FILE_BYTES = 1_000_000
+DATA_SUFFIXES = (".jsonl", ".parquet", ".csv")
+"""Not .json: a configuration may be written in JSON."""
+DATA_WAY = "if it is the data, give it with --data (data.train)"
 _MAIN_KEYS = {
     "model": "source",
     "data": "train",
@@ -101,15 +104,29 @@ def _draft(source: Path | str | Mapping[str, Any] | None) -> _Draft:
     marked = parse_yaml(_read_text(path), str(path))
     if not isinstance(marked.tree, dict):
         what = "is empty" if marked.tree is None else f"holds {show(marked.tree)}"
-        sentence = f"{path} {what}, not the keys of a configuration: it needs at least model.source and data.train"
+        needed = "it needs at least model.source and data.train"
+        if isinstance(marked.tree, list) and path.suffix == ".json":
+            needed = DATA_WAY
+        sentence = f"{path} {what}, not the keys of a configuration: {needed}"
         raise ConfigError([*marked.faults, sentence])
     return _Draft(marked.tree, dict(marked.marks), str(path), list(marked.faults))
 
 
-def _read_text(path: Path) -> str:
-    try:
-        if path.is_dir():
+def check_is_configuration(path: Path) -> None:
+    """Raises ConfigError for what is taken for one: data, by its name, and directories."""
+    if path.is_dir():
+        own = path / "config.yaml"
+        if not (own.is_file() and (path / "checkpoints").is_dir()):
             raise ConfigError([f"{path} is a directory, not a configuration file"])
+        goes_on = f"'fitune train --resume {path}' goes on with it"
+        raise ConfigError([f"{path} is the directory of a run: {goes_on}, and {own} is its configuration"])
+    if path.suffix in DATA_SUFFIXES and path.is_file():
+        raise ConfigError([f"{path} is data by its name, not a configuration: give it with --data (data.train)"])
+
+
+def _read_text(path: Path) -> str:
+    check_is_configuration(path)
+    try:
         if (size := path.stat().st_size) > MAX_FILE_BYTES:
             sentence = f"{path} has {size:,} bytes, too many for a configuration: is it the data? That is data.train"
             raise ConfigError([sentence])

@@ -89,8 +89,7 @@ def normalise(row: Any) -> tuple[Format, Conversation]:
     found = detect_format(row)
     if found is None:
         keys = ", ".join(str(key) for key, value in row.items() if value is not None) or "none"
-        empty = [key for key in ("messages", "conversations") if _parsed(row.get(key)) == []]
-        raise RowError(f"'{empty[0]}' is empty" if empty else f"its keys ({keys}) fit no known format")
+        raise RowError(_fault_of_turns(row) or f"its keys ({keys}) fit no known format")
     if found == "text":
         if not isinstance(row["text"], str) or not row["text"]:
             raise RowError("'text' is empty" if row["text"] == "" else f"'text' is {_kind(row['text'])}, not a text")
@@ -101,6 +100,21 @@ def normalise(row: Any) -> tuple[Format, Conversation]:
         tools = tools or _tools(next((turns[0][key] for key in _TOOL_KEYS if turns[0].get(key)), None))
     messages = [_message(turn, number) for number, turn in enumerate(turns, 1)]
     return found, _conversation(messages, tools, None)
+
+
+def _fault_of_turns(row: Mapping[str, Any]) -> str | None:
+    """Why the messages of a row that has some cannot be read; None where it has none."""
+    key = next((key for key in ("messages", "conversations") if row.get(key) is not None), None)
+    if key is None:
+        return None
+    turns = _parsed(row[key])
+    if not isinstance(turns, list):
+        return f"'{key}' is {_kind(turns)}, not a list of messages"
+    if not turns:
+        return f"'{key}' is empty"
+    if not isinstance(turns[0], dict):
+        return f"the first of '{key}' is {_kind(turns[0])}, not an object"
+    return f"the first of '{key}' has neither 'role' nor 'from'"
 
 
 def _conversation(

@@ -101,6 +101,7 @@ class FituneCallback(TrainerCallback):  # type: ignore[misc]
         self._peak = self._run_peak = MemoryPeak()
         predicted = self._prediction
         self._summary = Summary(
+            total_steps=state.max_steps if state.max_steps > 0 else None,
             effective_batch=args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
             predicted_allocated_bytes=None if predicted is None else predicted.peak_allocated_bytes,
             predicted_reserved_bytes=None if predicted is None else predicted.peak_reserved_bytes,

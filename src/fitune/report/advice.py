@@ -66,8 +66,7 @@ def advise(run: RecordedRun, comparison: Comparison) -> list[Advice]:
         *_from_other_runs(row, comparison),
         *_memory(row),
         *_data(run),
-        *_validation(run),
-        *_length(run),
+        *_course(run),
     ]
     effects = ("same", "close", "different")
     return sorted(
@@ -80,13 +79,17 @@ def _command(run: RecordedRun, *changes: str) -> str:
     return f"fitune train {source} run.name={run.name}-2 {' '.join(changes)}"
 
 
-def _broken(run: RecordedRun) -> Iterator[Advice]:
-    loss, lr = run.train["loss"], peak_lr(run)
+def _diverges(run: RecordedRun) -> bool:
+    loss = run.train["loss"]
     finite = loss[np.isfinite(loss)]
-    diverged = len(loss) > 0 and (
+    return len(loss) > 0 and bool(
         not np.isfinite(loss[-1]) or (len(finite) > 10 and finite[-5:].mean() > 1.5 * finite[0])
     )
-    if diverged and lr is not None:
+
+
+def _broken(run: RecordedRun) -> Iterator[Advice]:
+    loss, lr = run.train["loss"], peak_lr(run)
+    if _diverges(run) and lr is not None:
         yield Advice(
             change=say("halve the rate: {old} to {new}", old=f"{lr:.2g}", new=f"{lr / 2:.2g}"),
             effect_on_result="different",
@@ -267,47 +270,88 @@ def _data(run: RecordedRun) -> Iterator[Advice]:
         )
 
 
-def _validation(run: RecordedRun) -> Iterator[Advice]:
+def _course(run: RecordedRun) -> Iterator[Advice]:
+    """What the losses, the gradient and the length say together, so that no two of them pull against each other: one
+    that overfits is not made longer, and rows are not both added and taken away."""
+    if _diverges(run):  # nothing else can be told of it
+        return
+    stop = _overfitting(run)
+    if stop is not None:
+        yield stop
+    else:
+        yield from _at_the_floor(run)
+    if _is_clipped(run):
+        yield from _clipping(run, may_grow=stop is None)
+    if stop is None:
+        yield from _length(run)
+
+
+def _overfitting(run: RecordedRun) -> Advice | None:
+    trends = _trends(run)
+    if trends is None:
+        return None
+    (val, fit), evals = trends, run.evals["eval_loss"]
+    best = int(np.nanargmin(evals))
+    if not (val > FLAT_FRACTION and fit < 0 and best < len(evals) - 1):
+        return None
+    return Advice(
+        change=say("stop at step {step}: best/ has these weights", step=f"{run.evals['step'][best]:,.0f}"),
+        effect_on_result="different",
+        evidence=say(
+            "eval loss rises from {low} to {last} while training loss falls: it overfits, and no batch helps that",
+            low=f"{evals[best]:.3f}",
+            last=f"{evals[-1]:.3f}",
+        ),
+        command=_command(run, f"train.steps={run.evals['step'][best]:.0f}"),
+    )
+
+
+def _trends(run: RecordedRun) -> tuple[float, float] | None:
+    """(of the eval loss, of the training loss), None where there are too few of either."""
     evals, train = run.evals["eval_loss"], run.train["loss"]
     if np.isfinite(evals).sum() < 4 or np.isfinite(train).sum() < 8:
+        return None
+    return _trend(evals), _trend(train)
+
+
+def _clipping(run: RecordedRun, *, may_grow: bool) -> Iterator[Advice]:
+    """A larger batch shortens the gradient where noise makes it long, if enough steps are left of the run."""
+    lr, ratio, clipped = peak_lr(run), _noise_ratio(run), _clipped_fraction(run)
+    if lr is None or clipped is None:
         return
-    val, fit = _trend(evals), _trend(train)
-    best = int(np.nanargmin(evals))
-    lr, ratio = peak_lr(run), _noise_ratio(run)
-    clipped = _clipped_fraction(run)
-    if val > FLAT_FRACTION and fit < 0 and best < len(evals) - 1:
-        yield Advice(
-            change=say("stop at step {step}: best/ has these weights", step=f"{run.evals['step'][best]:,.0f}"),
-            effect_on_result="different",
-            evidence=say(
-                "eval loss rises from {low} to {last} while training loss falls: it overfits, and no batch helps that",
-                low=f"{evals[best]:.3f}",
-                last=f"{evals[-1]:.3f}",
-            ),
-            command=_command(run, f"train.steps={run.evals['step'][best]:.0f}"),
-        )
-    elif abs(val) <= FLAT_FRACTION and abs(fit) <= FLAT_FRACTION and ratio is not None and lr is not None:
-        yield from _at_the_floor(run, lr, ratio)
-    if clipped is not None and clipped > 0.5 and lr is not None:
-        yield Advice(
-            change=say("a lower rate: {new}, or twice the rows at the same rate", new=f"{lr / 2:.2g}"),
-            effect_on_result="different",
-            evidence=say("{share} of the steps were clipped", share=f"{clipped:.0%}"),
-            command=_command(run, f"optim.lr={lr / 2:.2g}"),
-            urgency=0,
-        )
+    new = f"{lr / 2:.2g}"
+    is_noise = may_grow and _may_double(run) and ratio is not None and ratio > 1
+    yield Advice(
+        change=say("a lower rate: {new}, or twice the rows at the same rate", new=new)
+        if is_noise
+        else say("a lower rate: {new}", new=new),
+        effect_on_result="different",
+        evidence=say("{share} of the steps were clipped", share=f"{clipped:.0%}"),
+        command=_command(run, f"optim.lr={new}"),
+        urgency=0,
+    )
 
 
-def _at_the_floor(run: RecordedRun, lr: float, ratio: float) -> Iterator[Advice]:
+def _may_double(run: RecordedRun) -> bool:
+    """Whether half as many steps are still enough."""
+    return run.num_steps >= 2 * FEW_STEPS
+
+
+def _at_the_floor(run: RecordedRun) -> Iterator[Advice]:
+    trends, lr, ratio = _trends(run), peak_lr(run), _noise_ratio(run)
+    if trends is None or max(map(abs, trends)) > FLAT_FRACTION or ratio is None or lr is None:
+        return
     if ratio > 1:
-        effective = run.summary.get("effective_batch")
+        effective = run.summary.get("effective_batch") if _may_double(run) else None
         yield Advice(
-            change=say("let the rate fall, or take twice the rows a step at the same rate"),
+            change=say("let the rate fall, or take twice the rows a step at the same rate")
+            if effective
+            else say("let the rate fall"),
             effect_on_result="different",
             evidence=say("both losses are flat and the gradient is noisy (rho {ratio})", ratio=f"{ratio:.1f}"),
             command=_command(run, f"batch.effective={2 * effective}", "batch.accumulation=auto") if effective else "",
         )
-    elif ratio < 0.5:
+    elif ratio < 0.5 and not _is_clipped(run):  # clipping would take the higher rate back
         yield Advice(
             change=say("a higher rate: {new}, or stop; more accumulation will not help", new=f"{2 * lr:.2g}"),
             effect_on_result="different",
@@ -338,17 +382,39 @@ def _clipped_fraction(run: RecordedRun) -> float | None:
     return float((norms > clip).mean())
 
 
+def _is_clipped(run: RecordedRun) -> bool:
+    return (_clipped_fraction(run) or 0.0) > 0.5
+
+
 def _length(run: RecordedRun) -> Iterator[Advice]:
+    """Fewer rows make more steps, and each noisier: not where that is what the run suffers from."""
     effective = run.summary.get("effective_batch")
-    if 0 < run.num_steps < FEW_STEPS and run.state == "finished" and isinstance(effective, int) and effective > 4:
-        yield Advice(
-            change=say("fewer rows a step ({new}), or more epochs", new=effective // 2),
-            effect_on_result="different",
-            evidence=say(
-                "only {num} optimizer steps: under {few} the rate's schedule hardly works",
-                num=run.num_steps,
-                few=FEW_STEPS,
-            ),
-            command=_command(run, f"batch.effective={effective // 2}", "batch.micro=auto", "batch.accumulation=auto"),
-            urgency=0,
-        )
+    if not (0 < run.num_steps < FEW_STEPS and run.state == "finished" and isinstance(effective, int) and effective > 4):
+        return
+    evidence = say(
+        "only {num} optimizer steps: under {few} the rate's schedule hardly works", num=run.num_steps, few=FEW_STEPS
+    )
+    longer = _longer(run)
+    if _is_clipped(run) or (_noise_ratio(run) or 0.0) > 1:
+        change, changes = say("a longer run: {changes}", changes=longer), [longer]
+        evidence = say("{evidence}; with fewer rows a step its gradient would be noisier", evidence=evidence)
+    else:
+        change = say("fewer rows a step ({new}), or a longer run: {changes}", new=effective // 2, changes=longer)
+        changes = [f"batch.effective={effective // 2}", "batch.micro=auto", "batch.accumulation=auto"]
+    yield Advice(
+        change=change,
+        effect_on_result="different",
+        evidence=evidence,
+        command=_command(run, *changes),
+        urgency=0,
+    )
+
+
+def _longer(run: RecordedRun) -> str:
+    """The key that makes it FEW_STEPS steps long, in the measure that it was given."""
+    for key in ("train.steps", "train.tokens"):
+        if isinstance(given := run.settings.get(key), int):
+            return f"{key}={math.ceil(given * FEW_STEPS / run.num_steps)}"
+    epochs = run.settings.get("train.epochs")
+    before = epochs if isinstance(epochs, int | float) else 1
+    return f"train.epochs={math.ceil(before * FEW_STEPS / run.num_steps)}"

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fitune.language import say
-from fitune.report.compare import Comparison, Row, planned_candidate
+from fitune.report.compare import Comparison, planned_candidate
 from fitune.report.recorded import Curve, RecordedRun
 from fitune.report.thin import thin, thin_all
 from fitune.units import GIB
@@ -230,7 +230,7 @@ def _event_marks(run: RecordedRun, minutes: Numbers, top: Numbers) -> list[Serie
 
 
 def predicted_picture(comparison: Comparison) -> Picture | None:
-    rows = [row for row in comparison.rows if row.predicted_bytes and row.measured_bytes]
+    rows = [row for row in comparison.rows if row.prediction_error is not None]
     names = [row.name for row in rows]
     sides = (
         (say("predicted"), [row.predicted_bytes or 0 for row in rows]),
@@ -244,18 +244,12 @@ def predicted_picture(comparison: Comparison) -> Picture | None:
         return None
     return Picture(
         key="predicted",
-        title=say("Peak memory: predicted and measured"),
+        title=say("Peak memory of the predicted step, and as measured in it"),
         axes={"x": say("run")},
         y_title="GiB",
         series=tuple(series),
-        says="; ".join(f"{row.name}: {_error(row):+.1%}" for row in rows),
+        says="; ".join(f"{row.name}: {row.prediction_error:+.1%}" for row in rows),
     )
-
-
-def _error(row: Row) -> float:
-    assert row.predicted_bytes
-    assert row.measured_bytes
-    return row.predicted_bytes / row.measured_bytes - 1
 
 
 def microscope_picture(run: RecordedRun) -> Picture | None:

@@ -33,14 +33,21 @@ HOW_IT_IS_COMPUTED = (
 )  # fmt: skip
 """Keys that change how a step is computed or what is kept of it, not what the step is. (batch.effective is compared by
 its value.)"""
+PEAKS = {
+    "reserved": ("peak_reserved_bytes", "peak_reserved_bytes"),
+    "device": ("peak_device_bytes", "device_used_bytes"),
+    "allocated": ("peak_allocated_bytes", "peak_allocated_bytes"),
+}
+"""What a peak may be of -> its name in the summary, and that of a step's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
     """One run of a comparison; unknown is None. Losses are at the comparison's tokens: eval_loss of the held-out rows,
-    train_loss over the last third of these tokens. *_difference: to the first run. peak bytes: reserved by PyTorch; on
-    a CPU what the process took beyond the program. seconds: of training, to these tokens. on_front: no other run is at
-    least as good in peak, loss and speed and better in one of them, beyond noise."""
+    train_loss over the last third of these tokens. *_difference: to the first run. run_peak_bytes: of the whole run, in
+    all rows of one kind: reserved by PyTorch (on a CPU taken by the process beyond the program) where every run tells
+    it. predicted_bytes, measured_bytes: reserved, of the step that was predicted. seconds: of training, to these
+    tokens. on_front: no other run is as good in peak, loss and speed and better in one of them, beyond noise."""
 
     run: RecordedRun
     effective_batch: int | None
@@ -48,6 +55,7 @@ class Row:
     lr: float | None
     predicted_bytes: int | None
     measured_bytes: int | None
+    run_peak_bytes: int | None
     tokens_per_second: float | None
     seconds: float | None
     train_loss: float | None
@@ -62,7 +70,13 @@ class Row:
 
     @property
     def peak_bytes(self) -> int | None:
-        return self.measured_bytes if self.measured_bytes is not None else self.predicted_bytes
+        """The prediction of a run that did not take place."""
+        return self.run_peak_bytes if self.run_peak_bytes is not None else self.predicted_bytes
+
+    @property
+    def prediction_error(self) -> float | None:
+        """0.1: ten per cent more was predicted than the step took."""
+        return self.predicted_bytes / self.measured_bytes - 1 if self.predicted_bytes and self.measured_bytes else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +117,8 @@ def compare(runs: Sequence[RecordedRun | Path | str], *, tokens: float | None = 
     if not found:
         raise RunDirectoryError("nothing to compare: give the directories of runs")
     found = _with_names(found)
+    if tokens is not None and not tokens > 0:
+        raise RunDirectoryError(f"{tokens:,.0f} tokens are no place to compare at: give more than 0 with --at")
     reached = [float(run.evals["total_tokens"].max(initial=0)) or run.total_tokens for run in found if run.num_steps]
     common = min(reached, default=float("nan"))
     if tokens is not None and not tokens <= common:
@@ -110,13 +126,14 @@ def compare(runs: Sequence[RecordedRun | Path | str], *, tokens: float | None = 
             f"{tokens:,.0f} tokens were not reached by all: at most {common:,.0f} can be compared; lower --at"
         )
     place = tokens if tokens is not None else common if np.isfinite(common) else None
-    rows = [_row(run, found[0], place) for run in found]
+    kind = _common_peak(found)
+    rows = [_row(run, found[0], place, peak_kind=kind) for run in found]
     return Comparison(
         rows=_with_front(rows, place),
         tokens=place,
         differing=differing_settings(found),
         checks=tuple(_checks(found)),
-        notes=tuple(_notes(found, place)),
+        notes=tuple(_notes(found, place, peak_kind=kind)),
     )
 
 
@@ -134,7 +151,7 @@ def _with_names(runs: Sequence[RecordedRun]) -> list[RecordedRun]:
     return [replace(run, name=run.path) if names.count(run.name) > 1 else run for run in runs]
 
 
-def _row(run: RecordedRun, first: RecordedRun, place: float | None) -> Row:
+def _row(run: RecordedRun, first: RecordedRun, place: float | None, *, peak_kind: str | None) -> Row:
     summary = run.summary
     micro, accumulation = last_split(run)
     split = "n/a" if micro is None else f"{micro} x {accumulation}"
@@ -144,7 +161,8 @@ def _row(run: RecordedRun, first: RecordedRun, place: float | None) -> Row:
         split=split,
         lr=peak_lr(run),
         predicted_bytes=summary.get("predicted_reserved_bytes") or planned_bytes(run),
-        measured_bytes=measured_peak_bytes(run),
+        measured_bytes=measured_step_bytes(run),
+        run_peak_bytes=run_peaks(run).get(peak_kind or ""),
         tokens_per_second=tokens_per_second(run),
         seconds=_at(run.train["total_tokens"], run.train["seconds"], place),
         train_loss=train_loss(run, place),
@@ -200,15 +218,30 @@ def planned_candidate(run: RecordedRun) -> Mapping[str, Any] | None:
     return found
 
 
-def measured_peak_bytes(run: RecordedRun) -> int | None:
-    given = run.summary.get("measured_reserved_bytes") or run.summary.get("measured_allocated_bytes")
-    if given:
-        return int(given)
-    for name in ("peak_reserved_bytes", "peak_allocated_bytes", "device_used_bytes"):
-        values = run.train[name][np.isfinite(run.train[name])]
-        if len(values) and values.max() > 0:
-            return int(values.max())
-    return None
+def measured_step_bytes(run: RecordedRun) -> int | None:
+    """Of the step that was predicted: of a run of fitune the second, else the one that took most."""
+    return run.summary.get("measured_reserved_bytes") or _largest(run.train["peak_reserved_bytes"])
+
+
+def run_peaks(run: RecordedRun) -> dict[str, int]:
+    """kind -> the largest of the whole run, evaluations included where its summary tells. The steps count too: the
+    summary of a run that died is of its last save."""
+    found = {}
+    for kind, (total, column) in PEAKS.items():
+        if most := max(run.summary.get(total) or 0, _largest(run.train[column]) or 0):
+            found[kind] = most
+    return found
+
+
+def _common_peak(runs: Sequence[RecordedRun]) -> str | None:
+    """The first kind that all runs tell which tell any."""
+    known = [peaks for run in runs if (peaks := run_peaks(run))]
+    return next((kind for kind in PEAKS if known and all(kind in peaks for peaks in known)), None)
+
+
+def _largest(column: npt.NDArray[np.float64]) -> int | None:
+    most = column[np.isfinite(column)].max(initial=0.0)
+    return int(most) if most > 0 else None
 
 
 def tokens_per_second(run: RecordedRun) -> float | None:
@@ -379,9 +412,13 @@ def _loss_sign(one: Row, two: Row, place: float | None) -> int:
     return _sign(one.train_loss, two.train_loss, SPEED_NOISE_FRACTION)
 
 
-def _notes(runs: Sequence[RecordedRun], place: float | None) -> Iterator[str]:
+def _notes(runs: Sequence[RecordedRun], place: float | None, *, peak_kind: str | None) -> Iterator[str]:
     for run in runs:
         yield from run.notes
+    if peak_kind is None and any(map(run_peaks, runs)):
+        yield say("the runs tell peaks of different kinds, which cannot be compared")
+    elif peak_kind not in (None, "reserved") and any("reserved" in run_peaks(run) for run in runs):
+        yield say("not every run tells what was reserved: the peaks are of what all tell, {kind}", kind=peak_kind)
     uncounted = [run.name for run in runs if run.num_steps and not np.isfinite(run.total_tokens)]
     if uncounted and len(runs) > 1:
         yield say(

@@ -27,7 +27,7 @@ from fitune.report.charts import COLOURS, MAX_POINTS, Picture, Series, pictures
 from fitune.report.compare import Comparison, Row
 from fitune.report.recorded import EMBEDDED_ID, MAX_EVENTS, RecordedRun, clip, embed
 from fitune.report.verdicts import outcome, verdicts
-from fitune.run.directory import write_atomically
+from fitune.run.directory import OUTPUT_KEY, write_atomically
 from fitune.units import format_bytes, format_count, format_seconds
 
 PLOTLY = "plotly-basic-4.1.1.min.js.gz"
@@ -35,9 +35,9 @@ _DASHES = ("solid", "dash", "dashdot", "dot")
 _MOST_NAME_CHARS = 40
 
 
-def write_page(comparison: Comparison, path: Path) -> None:
-    """Raises RunDirectoryError where it cannot be written."""
-    write_atomically(path, page(comparison))
+def write_page(comparison: Comparison, path: Path, *, place: str = OUTPUT_KEY) -> None:
+    """place: where the user said it is to be. Raises RunDirectoryError where it cannot be written."""
+    write_atomically(path, page(comparison), place=place)
 
 
 def page(comparison: Comparison) -> str:
@@ -142,12 +142,9 @@ def _header(comparison: Comparison) -> str:
 def _facts(row: Row) -> Iterator[tuple[str, str]]:
     summary = row.run.summary
     yield say("state"), row.run.state
-    yield say("peak memory"), format_bytes(row.measured_bytes)
-    if row.predicted_bytes and row.measured_bytes:
-        yield (
-            say("predicted"),
-            f"{format_bytes(row.predicted_bytes)} ({row.predicted_bytes / row.measured_bytes - 1:+.1%})",
-        )
+    yield say("peak memory"), format_bytes(row.run_peak_bytes)
+    if row.prediction_error is not None:
+        yield say("predicted, for a step"), f"{format_bytes(row.predicted_bytes)} ({row.prediction_error:+.1%})"
     yield say("eval loss"), tables.number(row.eval_loss)
     yield say("tokens/s"), format_count(row.tokens_per_second)
     yield say("tokens"), format_count(summary.get("tokens"))

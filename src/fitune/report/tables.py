@@ -40,11 +40,10 @@ def cells(row: Row) -> list[str]:
 
 
 def peak(row: Row) -> str:
-    """'16.9 (-1%)': measured, and how far the prediction was off; '(16.7)' where there is the prediction alone."""
-    if row.measured_bytes is None:
-        return "n/a" if row.predicted_bytes is None else f"({format_gib(row.predicted_bytes)})"
-    error = "" if not row.predicted_bytes else f" ({row.predicted_bytes / row.measured_bytes - 1:+.0%})"
-    return f"{format_gib(row.measured_bytes)}{error}"
+    """'16.9', of the whole run; '(16.7)' where there is the prediction alone."""
+    if row.run_peak_bytes is None and row.predicted_bytes is not None:
+        return f"({format_gib(row.predicted_bytes)})"
+    return format_gib(row.run_peak_bytes)
 
 
 def number(value: float | None, decimals: int = 3) -> str:
@@ -113,8 +112,8 @@ def comparison_json(comparison: Comparison) -> dict[str, Any]:
 
 def row_json(row: Row) -> dict[str, Any]:
     names = (
-        "effective_batch", "split", "lr", "predicted_bytes", "measured_bytes", "tokens_per_second", "seconds",
-        "train_loss", "eval_loss", "on_front",
+        "effective_batch", "split", "lr", "predicted_bytes", "measured_bytes", "run_peak_bytes", "tokens_per_second",
+        "seconds", "train_loss", "eval_loss", "on_front",
     )  # fmt: skip
     intervals = {name: getattr(row, name) for name in ("train_difference", "eval_difference")}
     return {

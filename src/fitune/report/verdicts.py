@@ -34,9 +34,17 @@ def _fits(comparison: Comparison) -> Iterator[str]:
             budget=format_bytes(budget),
         )
     ran = [row for row in comparison.rows if row.run.num_steps]
-    if len(comparison.rows) > 1 and ran and any(row.measured_bytes for row in ran):
-        listed = ", ".join(f"{row.name} {format_bytes(row.measured_bytes)}" for row in ran)
+    if len(comparison.rows) > 1 and ran and any(row.run_peak_bytes for row in ran):
+        listed = ", ".join(f"{row.name} {format_bytes(row.run_peak_bytes)}" for row in ran)
         yield say("fits, by the peak as measured: {listed}", listed=listed)
+    if listed := "; ".join(f"{row.name} {prediction(row)}" for row in ran if row.prediction_error is not None):
+        yield say("the step that was predicted, predicted and measured: {listed}", listed=listed)
+
+
+def prediction(row: Row) -> str:
+    """Of the step that was predicted: '19.0 GiB, 20.0 GiB (-5.0%)'."""
+    error = "" if row.prediction_error is None else f" ({row.prediction_error:+.1%})"
+    return f"{format_bytes(row.predicted_bytes)}, {format_bytes(row.measured_bytes)}{error}"
 
 
 def _same(comparison: Comparison, check: CurveCheck) -> str:
@@ -225,11 +233,13 @@ def outcome(row: Row) -> str:
     finite = evals[np.isfinite(evals)]
     change = say("no evaluation") if not len(finite) else f"{finite[0]:.3f} → {finite[-1]:.3f}"
     return say(
-        "{state} after {steps} steps: eval loss {change}, peak memory {peak} (predicted {predicted}), {speed} tokens/s",
+        "{state} after {steps} steps: eval loss {change}, peak memory {peak} (the predicted step: "
+        "{predicted}, measured {measured}), {speed} tokens/s",
         state=row.run.state,
         steps=f"{row.run.num_steps:,}",
         change=change,
-        peak=format_bytes(row.measured_bytes),
+        peak=format_bytes(row.run_peak_bytes),
         predicted=format_bytes(row.predicted_bytes),
+        measured=format_bytes(row.measured_bytes),
         speed=format_count(row.tokens_per_second),
     )

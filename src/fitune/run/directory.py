@@ -36,6 +36,7 @@ from fitune.run.metrics import Summary, read_summary
 State = Literal["running", "finished", "stopped", "failed", "crashed", "damaged"]
 HEARTBEAT_SECONDS = 10.0
 SILENCE_SECONDS = 60.0
+OUTPUT_KEY = "run.output"
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,10 +231,11 @@ def working_on(run: RunDirectory) -> Iterator[None]:
         os.close(descriptor)
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """The whole file or, after any failure, the old one. Raises RunDirectoryError (no space, no permission)."""
+def write_atomically(path: Path, text: str, *, place: str = OUTPUT_KEY) -> None:
+    """The whole file or, after any failure, the old one. place: where the user said it is to be. Raises
+    RunDirectoryError (no space, no permission)."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with _said(f"{path} cannot be written"):
+    with _said(f"{path} cannot be written", place=place):
         try:
             with temporary.open("w", encoding="utf-8") as file:
                 file.write(text)
@@ -261,12 +263,12 @@ def sync_directory(path: Path) -> None:
 
 
 @contextmanager
-def _said(what: str) -> Iterator[None]:
+def _said(what: str, *, place: str = OUTPUT_KEY) -> Iterator[None]:
     """An OSError as one sentence of ours."""
     try:
         yield
     except OSError as error:
-        raise RunDirectoryError(f"{what}: {error.strerror or error}; give another place with run.output") from error
+        raise RunDirectoryError(f"{what}: {error.strerror or error}; give another place with {place}") from error
 
 
 def _is_run(path: Path) -> bool:

@@ -88,12 +88,14 @@ class Summary:
 
     predicted_*_bytes and measured_*_bytes: both of the second optimizer step; measured ones are None until it is done.
     peak_*_bytes: the largest that was measured in the whole run, evaluations included. On a CPU "reserved" is what is
-    resident above the state before the model was loaded, "device" all that is resident.
+    resident above the state before the model was loaded, "device" all that is resident. total_steps: how many the run
+    is to have; None where its length is in tokens or its batch grows.
     """
 
     schema: int = SCHEMA
     status: Status = "running"
     steps: int = 0
+    total_steps: int | None = None
     tokens: int = 0
     supervised_tokens: int = 0
     seconds: float = 0.0
@@ -115,6 +117,11 @@ class Summary:
     effective_batch: int | None = None
     config_hash: str | None = None
     data_hash: str | None = None
+
+    @property
+    def peak_bytes(self) -> int | None:
+        """The run's peak wherever one number stands for it: reserved, where that was not measured the device's."""
+        return self.peak_reserved_bytes or self.peak_device_bytes
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from fitune.config import RunConfig, read_config
+from fitune.config.read import check_is_configuration
 from fitune.config.yaml_lines import parse_yaml
 from fitune.errors import ConfigError, RunDirectoryError
 from fitune.run.directory import write_atomically, write_json
@@ -56,6 +57,7 @@ class Sweep:
 
 def read_sweep(path: Path, typed: Sequence[str] = ()) -> Sweep:
     """typed: `key.sub=value`, for all runs. Raises ConfigError with every fault of every run."""
+    check_is_configuration(path)
     try:
         marked = parse_yaml(path.read_text(encoding="utf-8-sig"), str(path))
     except (OSError, UnicodeDecodeError) as error:

@@ -406,6 +406,8 @@ def check_disk(output: Path, setup: Setup, optimizer_name: str) -> str | None:
     """
     place = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
     one_bytes = _planned_bytes(setup, optimizer_name)
+    if not shutil.disk_usage(place).total:  # /proc and its like
+        raise RunDirectoryError(f"{place} is no place for files: its file system has 0 bytes; change run.output")
     _check_room(place, one_bytes)
     free_bytes, most_bytes = shutil.disk_usage(place).free, one_bytes * (NUM_KEPT + 2)
     if most_bytes + SPARE_BYTES <= free_bytes:

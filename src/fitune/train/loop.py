@@ -615,6 +615,12 @@ class _Trainer:
             self.state = replace(self.state, num_ooms=self.state.num_ooms + 1)
         self.watcher.note(message)
 
+    @property
+    def known_total_steps(self) -> int | None:
+        """None where it is an estimate: tokens end the run, or steps may come to hold more of them."""
+        is_known = self.length.tokens is None and self.config.train.batch_mode == "advise"
+        return self.length.total_steps if is_known else None
+
     def write_summary(self, status: Status) -> Summary:
         state = self.state
         seconds = self.seconds
@@ -622,6 +628,7 @@ class _Trainer:
         summary = Summary(
             status=status,
             steps=state.step,
+            total_steps=self.known_total_steps,
             tokens=state.tokens,
             supervised_tokens=state.supervised_tokens,
             seconds=seconds,
