@@ -35,7 +35,7 @@ def apply_lora(model: PreTrainedModel, lora: LoraConfig, *, seed: int = 0) -> "P
             f"model.lora.targets names {', '.join(unknown)}, which this model does not have: "
             f"choose from {', '.join(names)}, or all-linear"
         )
-    with _bitsandbytes_unseen():
+    with bitsandbytes_unseen():
         return _apply(model, lora, names=names if "all-linear" in targets else targets, seed=seed)
 
 
@@ -62,7 +62,7 @@ def load_adapters(model: PreTrainedModel, directory: Path) -> "PeftModel":
     """`model` with the saved adapters of `directory`, trainable. Raises ModelError where they cannot be read or do not
     fit."""
     try:
-        with _bitsandbytes_unseen(), warnings.catch_warnings():
+        with bitsandbytes_unseen(), warnings.catch_warnings():
             from peft import PeftModel
 
             warnings.simplefilter("ignore", FutureWarning)
@@ -73,7 +73,7 @@ def load_adapters(model: PreTrainedModel, directory: Path) -> "PeftModel":
 
 
 @contextmanager
-def _bitsandbytes_unseen() -> Iterator[None]:
+def bitsandbytes_unseen() -> Iterator[None]:
     """peft imports an installed bitsandbytes to look for its layers, which a model of ours never has: those in 4 bits
     are `NF4Linear`. That import brings the whole of torch._inductor and takes five times as long as peft's own. Where
     it is there already nothing is hidden; afterwards everyone, peft too, finds it as before."""

@@ -13,8 +13,6 @@ from tempfile import TemporaryDirectory
 from typing import cast
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
-from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.core_model_loading import revert_weight_conversion
@@ -22,6 +20,7 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from fitune.errors import ModelError
 from fitune.model.load import quiet_transformers
+from fitune.model.peft_parts import BaseTunerLayer, PeftModel, get_peft_model_state_dict
 from fitune.model.quantise import NF4Linear
 from fitune.model.tensor_file import write_tensors
 

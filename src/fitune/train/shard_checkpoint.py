@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from peft import PeftModel
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.state_dict_loader import load
@@ -21,6 +20,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from transformers import PreTrainedModel
 
 from fitune.errors import RunDirectoryError
+from fitune.model.peft_parts import PeftModel
 from fitune.model.save import saved_tensors
 from fitune.model.tensor_file import write_tensors
 from fitune.step.out_of_memory import said_of
