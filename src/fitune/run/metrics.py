@@ -84,7 +84,8 @@ class RunEvent:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Summary:
-    """The run in numbers; unknown is None. train_loss: of the last step. seconds: at work, over all sessions.
+    """The run in numbers; unknown is None. train_loss: of the last step. seconds: at work, over all sessions, with
+    evaluations and saving; tokens_per_second: of all of them.
 
     predicted_*_bytes and measured_*_bytes: both of the second optimizer step; measured ones are None until it is done.
     peak_*_bytes: the largest that was measured in the whole run, evaluations included. On a CPU "reserved" is what is
