@@ -104,7 +104,7 @@ def test_samples_are_half_a_second_apart(clean: RunDirectory) -> None:
 def test_an_alarm_is_said_and_kept_as_an_event(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=5 * MIB))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=5 * MIB, total=GIB))
     train("train.steps=2")
     assert [event.kind for event in read_events(RUN.events)].count("disk") == 1
     assert "warning: 5.0 MiB are free where the run is kept" in capsys.readouterr().err

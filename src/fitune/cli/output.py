@@ -28,10 +28,10 @@ Format = Annotated[
 
 
 def console(output_format: str = "auto") -> Console:
-    """Writes to stdout, at most 100 columns wide; NO_COLOR and COLUMNS are honoured."""
+    """Writes to stdout, at most 100 columns wide, and in a terminal at most as wide as that (or COLUMNS); NO_COLOR is
+    honoured."""
     console = Console(file=sys.stdout, highlight=False, force_terminal=True if output_format == "human" else None)
-    is_told = console.is_terminal or "COLUMNS" in os.environ
-    console.width = min(console.width, MAX_WIDTH) if is_told else MAX_WIDTH
+    console.width = min(console.width, MAX_WIDTH) if console.is_terminal else MAX_WIDTH
     return console
 
 

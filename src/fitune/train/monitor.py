@@ -105,7 +105,7 @@ class Monitor:
         self._state_bytes = sum(local(parameter).nbytes for parameter in model.parameters())
         self._sampler = Sampler(self._device, place=run.path, parameter_bytes=self._state_bytes)
         self._alarms = Alarms(settings.alarms)
-        self._lock = threading.Lock()
+        self._lock, self._exporting = threading.Lock(), threading.Lock()
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._sample_until_stopped, name="monitor", daemon=True)
         self._sentences: deque[str] = deque()
@@ -160,13 +160,16 @@ class Monitor:
         return sample
 
     def _export(self, sample: MemorySample) -> None:
-        if self._prometheus is None:
-            return
-        try:
-            write_prometheus(self._prometheus, self._run.name, sample=sample, metrics=self._last)
-        except RunDirectoryError:
-            self._sentences.append(f"warning: run.prometheus {self._prometheus} cannot be written: no more is tried")
-            self._prometheus = None
+        with self._exporting:  # not the lock that a step waits for: the disk may be slow
+            if self._prometheus is None:
+                return
+            try:
+                write_prometheus(self._prometheus, self._run.name, sample=sample, metrics=self._last)
+            except RunDirectoryError:
+                self._sentences.append(
+                    f"warning: run.prometheus {self._prometheus} cannot be written: no more is tried"
+                )
+                self._prometheus = None
 
     def _sample_until_stopped(self) -> None:
         going_on = True
