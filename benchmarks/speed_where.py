@@ -147,7 +147,7 @@ def _fastest(work: Callable[[], Any]) -> float:
 def _among_probes(setup: Setup, batches: Sequence[Batch]) -> tuple[float, float]:
     """(CPU seconds of the steps without the probes, CPU seconds of their useful FLOPs at the probes' rates)"""
     probe, rates = Probe(setup.model), []
-    probe.seconds, seconds, peak_seconds = 0.0, 0.0, 0.0
+    seconds, peak_seconds = 0.0, 0.0
 
     def after_a_probe(function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:

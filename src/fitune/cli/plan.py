@@ -49,7 +49,7 @@ def plan(
             "--apply": apply is not None,
             "--all": every,
             "--budget": budget is not None,
-            "--format": apply is not None and output_format != "auto",
+            "--format": output_format != "auto",
         }
     )
     if trainer is not None:

@@ -162,9 +162,11 @@ class Forecaster:
     def _recorder(self) -> Any:
         """The recordings of this process. What the program itself holds is measured before the first."""
         with collections_paused():
+            from fitune.model.load import check_length
             from fitune.trace.recordings import Recordings
 
         if self._recordings is None:
+            check_length(self.config)
             self._recordings = Recordings()
             if self._num_read == 0:
                 self.known["program_bytes"] = psutil.Process().memory_info().rss
@@ -172,10 +174,9 @@ class Forecaster:
 
     def _predict(self, choice: Choice) -> Forecast:
         recordings = self._recorder()
-        from fitune.model.load import check_length, load_config
+        from fitune.model.load import load_config
         from fitune.plan.predict import predict_run
 
-        check_length(self.config)
         settled = settle(self.config, choice)
         rows = heaviest_rows(settled, choice, self.lengths)
         passes = _passes(settled, rows, self.lengths.longest_eval_tokens, settled.batch.rows_per_step)
