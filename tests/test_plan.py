@@ -30,7 +30,7 @@ from fitune.errors import ConfigError, UsageError
 from fitune.memory.devices import find_device
 from fitune.plan.budget import Limits, find_limits, uniform_lengths
 from fitune.plan.candidates import Choice, host_choices, same_choices, settings_of, still_open
-from fitune.plan.plan import Plan
+from fitune.plan.plan import Plan, closest
 from fitune.plan.planner import _Search, choose_plan
 from fitune.plan.predict import predict
 from fitune.plan.second_process import divide
@@ -309,6 +309,8 @@ def test_where_nothing_fits_the_closest_is_what_is_shown(
     least = min(each.predicted_device_bytes for each in wide.candidates if each.result == "same")
     assert re.search(rf"= device +nvidia-smi will show +{format_gib(least)}\b", out)
     assert "what others say of the closest one" in out
+    plan = choose_plan(config(tree, "memory.budget=301MiB"), gpu="RTX 4090")
+    assert plan.others[0].predicted_bytes == closest(plan).predicted_allocated_bytes
     assert err.rstrip().endswith(f"a memory.budget of {format_bytes(least)}")
 
 
