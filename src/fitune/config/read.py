@@ -37,7 +37,7 @@ _MAIN_KEYS = {
     "memory": "budget",
     "run": "name",
 }
-_MAIN_KEYS |= {"train": "epochs", "eval": "max_rows", "lora": "rank", "shape": "preset"}
+_MAIN_KEYS |= {"train": "epochs", "eval": "max_rows", "lora": "rank", "shape": "preset", "columns": "prompt"}
 _FLAGS = {"model.source": "--model", "data.train": "--data"}
 
 

@@ -5,6 +5,7 @@ the hash of each row's content alone: the same rows in every run, on every machi
 row on the same side.
 """
 
+import datetime
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -31,10 +32,11 @@ from fitune.data.report import (
 from fitune.data.rows import Row
 from fitune.data.table import Table, TableRow, TableWriter, cached_table
 from fitune.data.tokenise import Encoded, Encoder, encode, read_encoder
+from fitune.data.turns import NOT_SHOWN
 from fitune.errors import DataError
 from fitune.units import MIB
 
-_DATA_VERSION = 1  # counted up whenever the same files would be tokenised or masked in another way
+_DATA_VERSION = 2  # counted up whenever the same files would be tokenised or masked in another way
 _NUM_LISTED = 10
 _CHUNK_ROWS = 1024
 _CHUNK_CHARS = 4 * MIB
@@ -96,7 +98,13 @@ def load_examples(
     on_progress: called with the number of rows tokenised so far, while they are.
     Raises DataError for what cannot be read or trained on; the first bad rows are in its message.
     """
-    encoder = read_encoder(tokenizer, template=data.template, mask=data.mask)
+    encoder = read_encoder(
+        tokenizer,
+        template=data.template,
+        mask=data.mask,
+        merges_system=data.system == "merge",
+        date=None if data.date is None else datetime.date.fromisoformat(data.date),
+    )
     train_table = _table(data.train_sources, data.max_rows, data, encoder, on_progress)
     if data.eval_sources is None:
         eval_table = train_table
@@ -157,9 +165,14 @@ def _table(
         "version": _DATA_VERSION,
         "sources": prints,
         "tokenizer": _tokenizer_hash(encoder.tokenizer),
-        "template": encoder.template,
-        "template_name": encoder.template_name,
+        "templates": [
+            None if finder is None else (finder.template.name, finder.template.text)
+            for finder in (encoder.finder, encoder.tool_finder)
+        ],
         "mask": data.mask,
+        "system": data.system,
+        "columns": data.columns.named,
+        "ignore_keys": data.ignore_keys,
         "max_length": data.max_length,
         "too_long": data.too_long,
         "max_rows": max_rows,
@@ -186,6 +199,7 @@ class _Tally:
     bad_rows: list[BadRow]
     dropped_rows: list[BadRow]
     noticed: Counter[str]
+    ends: set[str]
 
     def bad(self, source: int, row: BadRow) -> None:
         self.num_bad_rows[source] += 1
@@ -213,7 +227,7 @@ def _tokenise(
     encoder: Encoder,
     on_progress: Callable[[int], None] | None,
 ) -> dict[str, Any]:
-    tally = _Tally(data.max_bad_fraction, Counter(), Counter(), {}, [], [], Counter())
+    tally = _Tally(data.max_bad_fraction, Counter(), Counter(), {}, [], [], Counter(), set())
     num_kept = 0
     for chunk in _chunks(_conversations(sources, max_rows, data, tally)):
         rows = []
@@ -228,7 +242,8 @@ def _tokenise(
                 tally.dropped_rows.append(BadRow(place.path, place.line, reason))
             num_kept += reason is None
             rows.append(row)
-            _notice(tally.noticed, conversation, encoder, marker_in_text=encoded.marker_in_text)
+            tally.noticed.update(_notices(conversation, encoder, data) | encoded.notices)
+            tally.ends |= encoded.ends
         if rows:
             writer.append(rows)
         if on_progress:
@@ -238,7 +253,7 @@ def _tokenise(
         first = f"; the first one, {_line(tally.dropped_rows[0])}" if tally.dropped_rows else ""
         raise DataError(
             f"{sources[0].path}: training on it would learn from nothing, since none of its {tally.num_rows.total():,} "
-            f"rows has a supervised token (mask by {encoder.mask}){first}. Try a larger data.max_length, another "
+            f"rows has a supervised token (mask by {encoder.kind}){first}. Try a larger data.max_length, another "
             "data.template, or data.mask=all"
         )
     return {
@@ -249,8 +264,10 @@ def _tokenise(
         "bad_rows": [asdict(row) for row in tally.bad_rows],
         "dropped_rows": [asdict(row) for row in tally.dropped_rows],
         "noticed": dict(tally.noticed),
-        "template": encoder.template_name,
-        "mask": encoder.mask,
+        "template": "none" if encoder.template is None else encoder.template.name,
+        "date": None if encoder.template is None or encoder.template.date is None else str(encoder.template.date),
+        "mask": encoder.kind,
+        "ends": sorted(tally.ends),
     }
 
 
@@ -279,6 +296,7 @@ def _conversations(
 
     Raises DataError when one file holds rows of two formats.
     """
+    columns = data.columns.named
     formats: dict[str, tuple[Format, int]] = {}  # of each file, with the line that showed it
     rows = ((i, raw) for i, source in enumerate(sources) for raw in read_rows(source))
     for source, raw in islice(rows, max_rows):
@@ -286,7 +304,7 @@ def _conversations(
         try:
             if raw.fault is not None:
                 raise RowError(raw.fault)
-            found, conversation = normalise(raw.value)
+            found, conversation = normalise(raw.value, columns=columns, ignored=data.ignore_keys)
             expected, line = formats.setdefault(raw.path, (found, raw.line))
             if found != expected:
                 raise DataError(
@@ -295,7 +313,7 @@ def _conversations(
                 )
             if found not in (known := tally.formats.setdefault(source, [])):
                 known.append(found)
-            if data.mask == "assistant" and not conversation.assistant_weights and conversation.text is None:
+            if data.mask != "all" and not conversation.assistant_weights and conversation.text is None:
                 raise RowError("it has no assistant message, so nothing to learn from")
         except RowError as error:
             tally.bad(source, BadRow(raw.path, raw.line, str(error)))
@@ -317,22 +335,35 @@ def _chunks(rows: Iterator[tuple[int, RawRow, Conversation]]) -> Iterator[list[t
         yield chunk
 
 
-def _notice(noticed: Counter[str], conversation: Conversation, encoder: Encoder, *, marker_in_text: bool) -> None:
-    """Counts what a row holds that has no effect, or an unexpected one; each kind becomes a warning."""
-    if encoder.template is not None:
+def _notices(conversation: Conversation, encoder: Encoder, data: DataConfig) -> frozenset[str]:
+    """What a row holds that has no effect, or an unexpected one; each kind becomes a warning with its number of rows."""
+    noticed = {f"hold the key '{key}', which is ignored" for key in conversation.ignored}
+    if conversation.text is None and (template := encoder.finder_of(conversation).template):
         for key in ("reasoning_content", "tool_calls"):
-            if key not in encoder.template and any(key in message for message in conversation.messages):
-                noticed[f"hold {key}, which the chat template does not show to the model"] += 1
-        if conversation.tools and "tools" not in encoder.template:
-            noticed["hold tools, which the chat template does not show to the model"] += 1
-    if marker_in_text:
-        noticed["hold the opening of an assistant turn inside a message's text: what follows it is supervised too"] += 1
+            aliases = ("thinking", key) if key == "reasoning_content" else (key,)
+            if any(key in message for message in conversation.messages):
+                if not any(alias in template.text for alias in aliases):
+                    noticed.add(NOT_SHOWN.format(what=key))
+        if conversation.tools and "tools" not in template.text:
+            noticed.add(NOT_SHOWN.format(what="tools"))
+        others = {key for message in conversation.messages for key in message} - _KNOWN_IN_A_MESSAGE
+        noticed |= {
+            f"hold the key '{key}' in a message, which is ignored" for key in others if key not in template.text
+        }
+        arguments = conversation.template_arguments or {}
+        noticed |= {
+            NOT_SHOWN.format(what=f"the template argument '{key}'") for key in arguments if key not in template.text
+        }
     pairs = zip(conversation.messages, conversation.weights, strict=True)
-    if encoder.mask == "all":
+    if data.mask == "all":
         if any(weight is not None for weight in conversation.weights):
-            noticed["hold loss weights, which data.mask=all leaves out"] += 1
+            noticed.add("hold loss weights, which data.mask=all leaves out")
     elif any(weight and message["role"] != "assistant" for message, weight in pairs):
-        noticed["weigh messages that are not the assistant's, which data.mask=assistant never supervises"] += 1
+        noticed.add(f"weigh messages that are not the assistant's, which data.mask={data.mask} never supervises")
+    return frozenset(noticed)
+
+
+_KNOWN_IN_A_MESSAGE = {"role", "content", "reasoning_content", "tool_calls", "tool_call_id", "name", "id"}
 
 
 def _line(row: BadRow) -> str:
@@ -363,6 +394,8 @@ def _data_report(
         sources=sources,
         template=facts[0]["template"],
         mask=facts[0]["mask"],
+        date=facts[0]["date"],
+        ends=tuple(sorted({end for f in facts for end in f["ends"]})),
         max_length=data.max_length,
         num_rows=sum(source.num_rows for source in sources),
         num_bad_rows=sum(source.num_bad_rows for source in sources),

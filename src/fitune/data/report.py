@@ -70,11 +70,14 @@ class SplitReport:
 @dataclass(frozen=True, slots=True)
 class DataReport:
     """sources: of train, then of eval where data.eval names some. num_rows counts the rows read, the bad ones included;
-    bad_rows and dropped_rows list the first of each. train and eval: the two sides of the split."""
+    bad_rows and dropped_rows list the first of each. train and eval: the two sides of the split. date: the one that the
+    chat template writes into the rows, None where it writes none. ends: the tokens that answers end with."""
 
     sources: tuple[SourceReport, ...]
     template: str
     mask: str
+    date: str | None
+    ends: tuple[str, ...]
     max_length: int
     num_rows: int
     num_bad_rows: int
