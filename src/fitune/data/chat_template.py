@@ -6,6 +6,7 @@ that a template may write is that of the run, so that the same rows have the sam
 """
 
 import datetime
+import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -21,8 +22,8 @@ CharSpan = tuple[int, int]
 
 _DATE_CALL = re.compile(r"strftime_now\(\s*(?:format\s*=\s*)?(\"[^\"]*\"|'[^']*')\s*\)")
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
-_CALL_SHAPES = ("object", "text")
 _NAME, _KEY, _VALUE = "fname", "akey", "avalue"
+PROBE: tuple[Message, ...] = ({"role": "user", "content": "Question"}, {"role": "assistant", "content": "Answer"})
 _PROBE_CALL = {"id": "abcdefghi", "type": "function", "function": {"name": _NAME, "arguments": {_KEY: _VALUE}}}
 
 
@@ -67,6 +68,21 @@ class ChatTemplate:
         marks: bool = True,
     ) -> tuple[str, list[CharSpan]]:
         """The text and the ranges of its {% generation %} blocks. Raises TemplateError."""
+        if self._wants_parts:
+            messages = [_with_parts(message) for message in messages]
+        return self._render(
+            messages, tools=tools, arguments=arguments, add_generation_prompt=add_generation_prompt, marks=marks
+        )
+
+    def _render(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: list[dict[str, Any]] | None = None,
+        arguments: Mapping[str, Any] | None = None,
+        add_generation_prompt: bool = False,
+        marks: bool = False,
+    ) -> tuple[str, list[CharSpan]]:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         try:
@@ -82,63 +98,83 @@ class ChatTemplate:
             raise TemplateError(str(error).split("\n")[0] or type(error).__name__) from error
         return texts[0], spans[0] if marks else []
 
+    @cached_property
+    def _wants_parts(self) -> bool:
+        """Whether it wants a text as a list of typed parts, as templates of models that see pictures may."""
+        for wrap in (dict, _with_parts):
+            try:
+                text, _ = self._render([wrap(message) for message in PROBE])
+            except TemplateError:
+                continue
+            if all(message["content"] in text for message in PROBE):
+                return wrap is _with_parts
+        return False
+
     def prepared(self, messages: Sequence[Message]) -> Sequence[Message]:
-        """The messages with their tool calls in the shape that this template writes well. Raises TemplateError."""
+        """The messages with their tool calls in the form that this template writes well. Raises TemplateError."""
         if not any("tool_calls" in message for message in messages):
             return messages
-        return [
-            {**message, "tool_calls": [self._prepared_call(call) for call in message["tool_calls"]]}
-            if "tool_calls" in message
-            else message
-            for message in messages
-        ]
-
-    def _prepared_call(self, call: Mapping[str, Any]) -> Mapping[str, Any]:
-        function = call.get("function")
-        nested, shape = self._call_shape
-        inner = {key: call[key] for key in ("name", "arguments") if key in call} if function is None else dict(function)
-        if shape is not None:
-            inner["arguments"] = _as_shape(inner.get("arguments", {}), shape)
-        if nested is None:
-            nested = function is not None
-        outer = {key: value for key, value in call.items() if key not in ("name", "arguments", "function")}
-        return {"type": "function", **outer, "function": inner} if nested else {**outer, **inner}
+        prepared = []
+        for message in messages:
+            if "tool_calls" in message:
+                calls = [_in_form(call, self._call_form) for call in message["tool_calls"]]
+                content = message["content"] or (None if self._call_form.without_content else "")
+                message = {**message, "tool_calls": calls, "content": content}
+            prepared.append(message)
+        return prepared
 
     @cached_property
-    def _call_shape(self) -> tuple[bool | None, str | None]:
-        """(whether a call stands under `function`, how its arguments are given); None for what makes no difference."""
-        scores: dict[tuple[bool, str], int] = {}
-        for nested in (True, False):
-            for shape in _CALL_SHAPES:
-                function = _PROBE_CALL["function"]
-                assert isinstance(function, dict)
-                inner = {**function, "arguments": _as_shape(function["arguments"], shape)}
-                call = {**_PROBE_CALL, "function": inner} if nested else {"id": "abcdefghi", **inner}
-                scores[nested, shape] = self._score(call)
+    def _call_form(self) -> "_CallForm":
+        """The first of those that the template writes best, and of its choices only those that make a difference."""
+        choices = (True, False)
+        forms = [_CallForm(*form) for form in itertools.product((False, True), choices, choices)]
+        scores = {form: self._score(form) for form in forms}
         best = max(scores.values())
+        good = [form for form in forms if scores[form] == best]
         if best == 0:
-            return None, None
-        good = [key for key, score in scores.items() if score == best]
-        nested_ones, shapes = ({key[place] for key in good} for place in (0, 1))
-        return (
-            None if len(nested_ones) == 2 else good[0][0],
-            None if len(shapes) == 2 else good[0][1],
+            return _CallForm(without_content=False, nested=None, as_text=None)
+        chosen = [form for form in good if form.without_content == good[0].without_content]
+        return _CallForm(
+            without_content=good[0].without_content,
+            nested=chosen[0].nested if len({form.nested for form in chosen}) == 1 else None,
+            as_text=chosen[0].as_text if len({form.as_text for form in chosen}) == 1 else None,
         )
 
-    def _score(self, call: Mapping[str, Any]) -> int:
-        """How well the template writes this call: 0 not at all, 1 quoted once more than it should be, 2 well."""
-        question = {"role": "user", "content": "Question"}
+    def _score(self, form: "_CallForm") -> int:
+        """How well the template writes a call in this form: 0 not at all, 1 quoted once more than is right, 2 well."""
+        answer = {"role": "assistant", "content": None if form.without_content else ""}
+        answer["tool_calls"] = [_in_form(_PROBE_CALL, form)]
         best = 0
-        for content in ("", None):
-            for before in ((question,), ()):
-                try:
-                    text = self.render((*before, {"role": "assistant", "content": content, "tool_calls": [call]}))
-                except TemplateError:
-                    continue
-                if _NAME in text and _KEY in text and _VALUE in text:
-                    misquoted = f'\\"{_KEY}' in text or f"'{_KEY}'" in text
-                    best = max(best, 1 if misquoted else 2)
+        for before in ((PROBE[0],), ()):
+            try:
+                text = self.render((*before, answer))
+            except TemplateError:
+                continue
+            if all(word in text for word in (_NAME, _KEY, _VALUE)):
+                misquoted = f'\\"{_KEY}' in text or f"'{_KEY}'" in text
+                best = max(best, 1 if misquoted else 2)
         return best
+
+
+@dataclass(frozen=True)
+class _CallForm:
+    """How a tool call is given: its message without content (None) or with an empty one, under `function` or not, its
+    arguments as JSON text or as an object. None: as it is."""
+
+    without_content: bool
+    nested: bool | None
+    as_text: bool | None
+
+
+def _in_form(call: Mapping[str, Any], form: _CallForm) -> dict[str, Any]:
+    """Raises TemplateError where the arguments are no JSON."""
+    function = call.get("function")
+    inner = dict(function) if function else {key: call[key] for key in ("name", "arguments") if key in call}
+    if form.as_text is not None:
+        inner["arguments"] = _arguments(inner.get("arguments", {}), as_text=form.as_text)
+    outer = {key: value for key, value in call.items() if key not in ("name", "arguments", "function")}
+    nested = bool(function) if form.nested is None else form.nested
+    return {"type": "function", **outer, "function": inner} if nested else {**outer, **inner}
 
 
 def read_template(
@@ -182,8 +218,13 @@ def read_template(
     return default, template(named["tool_use"], "the tokenizer's chat template 'tool_use'")
 
 
-def _as_shape(arguments: Any, shape: str) -> Any:
-    if shape == "text":
+def _with_parts(message: Message) -> Message:
+    content = message["content"]
+    return {**message, "content": [{"type": "text", "text": content}]} if isinstance(content, str) else message
+
+
+def _arguments(arguments: Any, *, as_text: bool) -> Any:
+    if as_text:
         return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
     if not isinstance(arguments, str):
         return arguments

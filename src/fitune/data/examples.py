@@ -336,24 +336,23 @@ def _chunks(rows: Iterator[tuple[int, RawRow, Conversation]]) -> Iterator[list[t
 
 
 def _notices(conversation: Conversation, encoder: Encoder, data: DataConfig) -> frozenset[str]:
-    """What a row holds that has no effect, or an unexpected one; each kind becomes a warning with its number of rows."""
+    """What a row holds that has no effect, or an unexpected one; each kind becomes a warning with its count."""
     noticed = {f"hold the key '{key}', which is ignored" for key in conversation.ignored}
-    if conversation.text is None and (template := encoder.finder_of(conversation).template):
-        for key in ("reasoning_content", "tool_calls"):
-            aliases = ("thinking", key) if key == "reasoning_content" else (key,)
-            if any(key in message for message in conversation.messages):
-                if not any(alias in template.text for alias in aliases):
-                    noticed.add(NOT_SHOWN.format(what=key))
-        if conversation.tools and "tools" not in template.text:
+    if conversation.text is None:
+        template = encoder.finder_of(conversation).template.text
+        keys = {key for message in conversation.messages for key in message}
+        if "reasoning_content" in keys and not any(key in template for key in ("reasoning_content", "thinking")):
+            noticed.add(NOT_SHOWN.format(what="reasoning_content"))
+        if "tool_calls" in keys and "tool_calls" not in template:
+            noticed.add(NOT_SHOWN.format(what="tool_calls"))
+        if conversation.tools and "tools" not in template:
             noticed.add(NOT_SHOWN.format(what="tools"))
-        others = {key for message in conversation.messages for key in message} - _KNOWN_IN_A_MESSAGE
-        noticed |= {
-            f"hold the key '{key}' in a message, which is ignored" for key in others if key not in template.text
-        }
-        arguments = conversation.template_arguments or {}
-        noticed |= {
-            NOT_SHOWN.format(what=f"the template argument '{key}'") for key in arguments if key not in template.text
-        }
+        for key in keys - _KNOWN_IN_A_MESSAGE:
+            if key not in template:
+                noticed.add(f"hold the key '{key}' in a message, which is ignored")
+        for key in conversation.template_arguments or ():
+            if key not in template:
+                noticed.add(NOT_SHOWN.format(what=f"the template argument '{key}'"))
     pairs = zip(conversation.messages, conversation.weights, strict=True)
     if data.mask == "all":
         if any(weight is not None for weight in conversation.weights):

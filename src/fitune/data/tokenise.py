@@ -11,16 +11,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from fitune.data.chat_template import CharSpan, ChatTemplate, TemplateError, merged_system, read_template
+from fitune.data.chat_template import PROBE, CharSpan, ChatTemplate, TemplateError, merged_system, read_template
 from fitune.data.formats import Conversation, Message
-from fitune.data.turns import TurnFinder, Turns
+from fitune.data.turns import LOST_THOUGHT, NOT_SHOWN, TurnFinder, Turns, loses_thought
 from fitune.errors import DataError, ModelError
 
 Mask = Literal["assistant", "last", "all"]
 MaskKind = Literal["generation markers", "marked messages", "all"]
 Span = tuple[int, int, float]  # first token, token after the last, loss weight
-
-_PROBE = ({"role": "user", "content": "Question"}, {"role": "assistant", "content": "Answer"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +76,7 @@ def read_encoder(
     if chosen is None:
         return Encoder(tokenizer, None, None, mask, "all" if mask == "all" else "marked messages", merges_system)
     try:
-        chosen.render(_PROBE)
+        chosen.render(PROBE)
     except TemplateError as error:
         raise DataError(
             f"the chat template ({chosen.name}) cannot render a question and its answer: {error}"
@@ -153,10 +151,22 @@ def _find(encoder: Encoder, chat: Conversation) -> Turns:
 def _generated(chat: Conversation, finder: TurnFinder, text: str, spans: Sequence[CharSpan]) -> Turns:
     """The turns are those that the template marks itself. Raises TemplateError where weights have no turns."""
     ends = [tokens[-1] for first, end in spans[-1:] if (tokens := finder.special.findall(text[first:end]))]
-    num_answers = len(chat.assistant_weights)
+    answers = [message for message in chat.messages if message["role"] == "assistant"]
+    num_answers = len(answers)
     if len(spans) != num_answers and any(weight is not None for weight in chat.assistant_weights):
         raise TemplateError(f"the template marks {len(spans)} turns, the row weighs {num_answers} assistant messages")
-    return Turns(text, tuple(spans), frozenset(ends))
+    if len(spans) != num_answers:
+        return Turns(text, tuple(spans), frozenset(ends))
+    kept: list[CharSpan | None] = []
+    notices = set()
+    for message, (first, end) in zip(answers, spans, strict=True):
+        thought, said = message.get("reasoning_content", "").strip(), text[first:end]
+        loses = thought not in said or loses_thought(message["content"], said)
+        is_last = message is answers[-1]
+        if loses:
+            notices.add(NOT_SHOWN.format(what="thinking") if is_last else LOST_THOUGHT)
+        kept.append(None if loses and not is_last else (first, end))
+    return Turns(text, tuple(kept), frozenset(ends), frozenset(notices))
 
 
 def _way_out(encoder: Encoder, chat: Conversation) -> str:

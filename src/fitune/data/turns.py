@@ -19,6 +19,7 @@ with the skeleton filled in, and only where they differ is the row itself render
 
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,7 +37,7 @@ _TRIMS = (str, str.strip, str.lstrip, str.rstrip)
 _MAX_SKELETONS = 4096
 
 NOT_SHOWN = "hold {what}, which the chat template does not show to the model"
-_LOST_THOUGHT = "hold thinking in earlier turns, which the chat template leaves out there: those turns are not learned"
+LOST_THOUGHT = "hold thinking in earlier turns, which the chat template leaves out there: those turns are not learned"
 _REWRITTEN = "hold earlier answers that the chat template rewrites or leaves out: those turns are not learned"
 _ADDED_END = "end in an answer that the chat template does not end: {token} is added after it, and learned"
 _NO_END = "end in an answer that nothing ends, and the tokenizer has no end-of-text token: the model learns no end"
@@ -129,6 +130,7 @@ class TurnFinder:
     openings: dict[Any, str] = field(default_factory=dict)
     headers: dict[Any, tuple[str, str | None]] = field(default_factory=dict)
     suffixes: dict[Any, tuple[str, str | None, str | None]] = field(default_factory=dict)
+    ends_answers: dict[Any, bool] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         tokens = sorted((token for token in self.special_tokens if token.strip()), key=len, reverse=True)
@@ -192,7 +194,7 @@ class TurnFinder:
                 turns, suffix = marked.turns(text, anchors)
             except (TemplateError, _UnclearError):
                 continue
-            spans = []
+            spans: list[CharSpan | None] = []
             for turn in turns:
                 if turn is None:
                     spans.append(None)
@@ -206,7 +208,7 @@ class TurnFinder:
     def _find_by_prefixes(self, chat: Conversation, messages: Sequence[Message], text: str) -> Turns:
         """For templates that write a message's text in another form, where no mark survives: what the text gains with
         each answer, as long as it only grows. Raises TemplateError where it does not."""
-        spans: list[CharSpan] = []
+        grown: list[CharSpan] = []
         for number, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
@@ -222,7 +224,7 @@ class TurnFinder:
                 )
             except TemplateError:
                 prompt, whole = text + "?", ""
-            said = message["content"].strip()
+            said = _content(message)
             grows = text.startswith(prompt) and text.startswith(whole) and len(prompt) < len(whole)
             if not grows or ("tool_calls" not in message and said not in whole[len(prompt) :]):
                 raise TemplateError(
@@ -230,16 +232,16 @@ class TurnFinder:
                     f"{number + 1} (assistant) as the row has it. Give another template with data.template, or train "
                     "on every token with data.mask=all"
                 )
-            spans.append((len(prompt), len(whole)))
-        if not spans or spans[-1][1] < len(text) or messages[-1]["role"] != "assistant":
-            return Turns(text, tuple(spans))
-        if tokens := self.special.findall(text[spans[-1][0] :]):
-            return Turns(text, tuple(spans), frozenset(tokens[-1:]))
+            grown.append((len(prompt), len(whole)))
+        if not grown or grown[-1][1] < len(text) or messages[-1]["role"] != "assistant":
+            return Turns(text, tuple(grown))
+        if tokens := self.special.findall(text[grown[-1][0] :]):
+            return Turns(text, tuple(grown), frozenset(tokens[-1:]))
         if self.eos_token is None:
-            return Turns(text, tuple(spans), notices=frozenset((_NO_END,)))
-        spans[-1] = (spans[-1][0], len(text) + len(self.eos_token))
+            return Turns(text, tuple(grown), notices=frozenset((_NO_END,)))
+        grown[-1] = (grown[-1][0], len(text) + len(self.eos_token))
         notice = _ADDED_END.format(token=self.eos_token)
-        return Turns(text + self.eos_token, tuple(spans), frozenset((self.eos_token,)), frozenset((notice,)))
+        return Turns(text + self.eos_token, tuple(grown), frozenset((self.eos_token,)), frozenset((notice,)))
 
 
 @dataclass
@@ -310,6 +312,7 @@ class _Marked:
             add_generation_prompt=add_generation_prompt,
         )
         pieces, anchors, opened, position, length = [], [], {}, 0, 0
+        named: Counter[int] = Counter()
         for found in _MARK.finditer(text):
             pieces.append(text[position : found.start()])
             length += found.start() - position
@@ -318,7 +321,8 @@ class _Marked:
             part = _PARTS[mark // 2]
             if mark % 2 == 0:
                 opened[number, part] = length
-            else:
+            elif part != "tool_calls" or named[number] < len(self.messages[number][part]):
+                named[number] += part == "tool_calls"  # what answers a call may name it once more
                 anchors.append(_Anchor(number, part, opened.pop((number, part), None), length))
         return "".join(pieces) + text[position:], anchors
 
@@ -337,7 +341,7 @@ class _Marked:
         if self.marks_all:
             shown = {anchor.message for anchor in anchors}
             for number, message in enumerate(self.messages):
-                if number not in shown and message["role"] != "assistant" and message["content"].strip():
+                if number not in shown and message["role"] != "assistant" and _content(message):
                     self.notices.add(NOT_SHOWN.format(what=f"a message of the role {message['role']}"))
         return tuple(turns), suffix
 
@@ -345,10 +349,13 @@ class _Marked:
         message = self.messages[number]
         own = [place for place, anchor in enumerate(anchors) if anchor.message == number]
         parts = [anchors[place].part for place in own]
+        if not own and not _content(message):
+            self.notices.add(NOT_SHOWN.format(what="tool_calls" if message.get("tool_calls") else "reasoning_content"))
+            return None, ""
         if not own or len(own) != own[-1] - own[0] + 1 or parts.count("content") > 1:
             self.notices.add(_REWRITTEN)
             return None, ""
-        if message["content"].strip() and "content" not in parts:
+        if _content(message) and "content" not in parts:
             self.notices.add(_REWRITTEN)
             return None, ""
         if message.get("tool_calls") and "tool_calls" not in parts:
@@ -357,7 +364,7 @@ class _Marked:
         first, end = anchors[own[0]].first, anchors[own[0]].end
         start = (end if first is None else first) - before
         if not self._keeps_thought(number, text[start : anchors[own[-1]].end], parts):
-            self.notices.add(_LOST_THOUGHT)
+            self.notices.add(LOST_THOUGHT)
             return None, ""
         after, suffix = self._after(number, own[-1], text, anchors)
         return _Turn(own[0], own[-1], before, after), suffix
@@ -369,8 +376,7 @@ class _Marked:
         if lost and not re.search("reasoning_content|thinking", self.finder.template.text):
             self.notices.add(NOT_SHOWN.format(what="reasoning_content"))
             return True
-        thought = _THOUGHT.match(message["content"]) if self.style != "empty" else None
-        lost = lost or (thought is not None and thought[1].strip() not in said)
+        lost = lost or (self.style != "empty" and loses_thought(_content(message), said))
         is_last = all(later["role"] != "assistant" for later in self.messages[number + 1 :])
         if lost and is_last:
             self.notices.add(NOT_SHOWN.format(what="thinking"))
@@ -473,25 +479,46 @@ class _Marked:
         except TemplateError:
             pass
         common = self._common(rest, closing or "")
-        special = self.finder.special.search(closing or "")
-        if common.strip():
-            return len(common), special and special[0]
-        opening = re.match(rf"\s*(?:{self.finder.special.pattern})", rest)
+        has_calls = "tool_calls" in self.messages[number]
+        ends_itself = bool((closing or "").strip()) and (not has_calls or self._ends_answers)
+        end = self._ending_token(closing or "", has_calls=has_calls) if ends_itself else None
+        if common.strip() and ends_itself:
+            return len(common), end
+        start = len(common) if has_calls else 0
+        opening = re.compile(rf"\s*({self.finder.special.pattern})").match(rest, start)
         if opening is None:
-            return len(common), special and special[0]
-        return opening.end(), special[0] if special else None if (closing or "").strip() else opening[0].strip()
+            return len(common), end
+        return opening.end(), end if ends_itself else opening[1]
+
+    def _ending_token(self, closing: str, *, has_calls: bool) -> str | None:
+        """The one that stops a generation: the first after an answer's text, the last after the tool calls, which hold
+        tokens of their own."""
+        tokens = self.finder.special.findall(closing)
+        return tokens[-1 if has_calls else 0] if tokens else None
+
+    @property
+    def _ends_answers(self) -> bool:
+        """Whether the template writes anything after a plain answer, other than white space."""
+        if self.key not in self.finder.ends_answers:
+            mark = chr(_FIRST_MARK)
+            probe = ({"role": "user", "content": "Question"}, {"role": "assistant", "content": f"Answer{mark}"})
+            try:
+                text = self.finder.template.render(probe, arguments=self.chat.template_arguments)
+            except TemplateError:
+                text = "?"
+            self.finder.ends_answers[self.key] = bool(text.rpartition(mark)[2].strip())
+        return self.finder.ends_answers[self.key]
 
     def _after_last(self, number: int, rest: str, *, has_calls: bool) -> tuple[int, str]:
         """rest: what the template writes after the last message."""
-        special = self.finder.special.search(rest)
-        if rest.strip():
-            if special is None:
-                self.notices.add(_TEXT_END.format(text=repr(rest.strip())))
+        if rest.strip() and (not has_calls or self._ends_answers):
+            if (end := self._ending_token(rest, has_calls=has_calls)) is None:
+                self.notices.add(_TEXT_END.format(text=repr(rest.strip()[-40:])))
                 return len(rest), ""
-            self.ends.add(special[0])
+            self.ends.add(end)
             return self._without_prompt(number, rest), ""
         key = (has_calls, rest, self.key)
-        if key not in self.finder.suffixes or not self.marks_all:
+        if has_calls or key not in self.finder.suffixes or not self.marks_all:
             self.finder.suffixes[key] = self._suffix(number, rest, has_calls=has_calls)
         suffix, end, notice = self.finder.suffixes[key]
         self.ends.update(() if end is None else (end,))
@@ -522,31 +549,33 @@ class _Marked:
                 return between[len(rest) : opening.end()], opening[1], _ADDED_END.format(token=opening[1])
         if (eos := self.finder.eos_token) is None:
             return "", None, _NO_END
-        if self.messages[number]["content"].rstrip().endswith(eos):
+        if _content(self.messages[number]).endswith(eos):
             return "", eos, None
         return eos, eos, _ADDED_END.format(token=eos)
 
     def _common(self, left: str, right: str) -> str:
-        """The longest common beginning that cuts no token that the tokenizer keeps whole."""
+        """`right` where `left` begins with it, else their common beginning up to white space or a token that the
+        tokenizer keeps whole."""
         if left.startswith(right):
             return right
         pairs = enumerate(zip(left, right, strict=False))
         length = next((place for place, (a, b) in pairs if a != b), min(len(left), len(right)))
-        for text in (left, right):
-            for found in self.finder.special.finditer(text):
-                if found.start() < length < found.end():
-                    length = found.start()
-        return left[:length]
+        borders = {place + 1 for place in range(length) if left[place].isspace()}
+        borders |= {found.end() for found in self.finder.special.finditer(left)}
+        inside = {
+            place for found in self.finder.special.finditer(left) for place in range(found.start() + 1, found.end())
+        }
+        return left[: max((place for place in borders - inside if place <= length), default=0)]
 
 
 def _shape(chat: Conversation, messages: Sequence[Message]) -> Any:
     """What two conversations share that are rendered alike but for their texts; None where the texts decide."""
     if chat.tools:
         return None
-    looks = []
+    looks: list[tuple[Any, ...]] = []
     for message in messages:
         content = message["content"]
-        if "tool_calls" in message or "</think>" in content or (content and content.isspace()):
+        if "tool_calls" in message or "</think>" in content or content.isspace():
             return None
         if len(message) == 2:
             looks.append((message["role"], content == ""))
@@ -556,3 +585,14 @@ def _shape(chat: Conversation, messages: Sequence[Message]) -> Any:
         looks.append((message["role"], content == "", thinks, json.dumps(others, sort_keys=True, default=str)))
     arguments = chat.template_arguments
     return (tuple(looks), json.dumps(arguments, sort_keys=True) if arguments else None)
+
+
+def _content(message: Message) -> str:
+    """Its text; the content of a message that only calls tools may be None."""
+    return (message["content"] or "").strip()
+
+
+def loses_thought(content: str, said: str) -> bool:
+    """Whether the thinking at the beginning of a message is not in what the template writes of it."""
+    thought = _THOUGHT.match(content)
+    return thought is not None and thought[1].strip() not in said
