@@ -142,8 +142,8 @@ class ChatTemplate:
 
     def _score(self, form: "_CallForm") -> int:
         """How well the template writes a call in this form: 0 not at all, 1 quoted once more than is right, 2 well."""
-        answer = {"role": "assistant", "content": None if form.without_content else ""}
-        answer["tool_calls"] = [_in_form(_PROBE_CALL, form)]
+        content = None if form.without_content else ""
+        answer = {"role": "assistant", "content": content, "tool_calls": [_in_form(_PROBE_CALL, form)]}
         best = 0
         for before in ((PROBE[0],), ()):
             try:

@@ -389,7 +389,12 @@ class _Marked:
         lead = text[lead_start : anchor.end if anchor.first is None else anchor.first]
         key = None
         is_next = previous is not None and previous.message == number - 1
-        if self.marks_all and is_next and self.messages[number - 1]["role"] != "assistant":
+        if (
+            self.marks_all
+            and is_next
+            and self._is_plain(number - 1)
+            and self.messages[number - 1]["role"] != "assistant"
+        ):
             key = (self.messages[number - 1]["role"], self.key)
             opening = self.finder.openings.get(key)
             if opening is not None and lead.startswith(opening):
@@ -403,9 +408,22 @@ class _Marked:
             raise _UnclearError
         if opening is None:
             return self._before_first(number, lead)
+        message = self.messages[number]
         common = self._common(lead, opening)
-        writes_more = "tool_calls" in self.messages[number] or "reasoning_content" in self.messages[number]
-        return len(lead) - len(common) if writes_more and common else 0
+        if common and ("tool_calls" in message or "reasoning_content" in message):
+            return len(lead) - len(common)
+        return self._spaces(number, lead[len(common) :])
+
+    def _is_plain(self, number: int) -> bool:
+        """Whether what stands beside its marks is the template's alone, and can be kept for other rows."""
+        content = self.messages[number]["content"] or ""
+        return self.style == "empty" or content == content.strip()
+
+    def _spaces(self, number: int, lead: str) -> int:
+        """How many characters of white space before the first anchor are the message's own."""
+        content = self.messages[number]["content"] or ""
+        spaces = content[: len(content) - len(content.lstrip())]
+        return len(spaces) if self.style != "empty" and lead.endswith(spaces) else 0
 
     def _opening(self, number: int, previous: _Anchor | None) -> str | None:
         """What the template writes between the message before and an answer; None where it renders no such thing."""
@@ -436,17 +454,26 @@ class _Marked:
     def _before_first(self, number: int, lead: str) -> int:
         """Of an answer that the template renders no prompt for: it stands at the beginning, or follows what may not be
         the last message. The opening is that after a question."""
-        mark = _FIRST_MARK + 2 * _PARTS.index("content")
-        question = {"role": "user", "content": chr(mark) + chr(mark + 1)}
-        try:
-            prompt = _MARK.split(self.finder.template.render([question], add_generation_prompt=True))[-1]
-        except TemplateError:
-            return 0
-        places = [0, *(place for found in self.finder.special.finditer(prompt) for place in found.span())]
-        for place in sorted(set(places)):
+        prompt = self._opening_after_question()
+        places = {0, *(place for found in self.finder.special.finditer(prompt) for place in found.span())}
+        for place in sorted(places):
             if (opening := prompt[place:]).strip() and (found_at := lead.rfind(opening)) >= 0:
                 return len(lead) - found_at - len(opening)
-        return 0
+        return self._spaces(number, lead)
+
+    def _opening_after_question(self) -> str:
+        """What the template writes after a question for the answer to begin; empty where it does not take one."""
+        key = ("a question", self.key)
+        if key not in self.finder.openings:
+            question = {"role": "user", "content": f"Question{chr(_FIRST_MARK)}"}
+            try:
+                prompt = self.finder.template.render(
+                    [question], arguments=self.chat.template_arguments, add_generation_prompt=True
+                )
+            except TemplateError:
+                prompt = ""
+            self.finder.openings[key] = prompt.rpartition(chr(_FIRST_MARK))[2]
+        return self.finder.openings[key]
 
     def _after(self, number: int, place: int, text: str, anchors: Sequence[_Anchor]) -> tuple[int, str]:
         """How many characters after its last anchor a turn ends, those included that are to be added to the text."""
@@ -457,7 +484,8 @@ class _Marked:
         rest_end = len(text) if following is None else following.end if following.first is None else following.first
         rest = text[anchor.end : rest_end]
         key = None
-        if self.marks_all and following is not None and following.message == number + 1:
+        is_next = following is not None and following.message == number + 1
+        if following is not None and self.marks_all and is_next and self._is_plain(number + 1):
             key = (has_calls, anchor.part, self.messages[number + 1]["role"], following.part, self.key)
             header, end = self.finder.headers.get(key, ("", None))
             if header and rest.endswith(header):
@@ -516,7 +544,7 @@ class _Marked:
                 self.notices.add(_TEXT_END.format(text=repr(rest.strip()[-40:])))
                 return len(rest), ""
             self.ends.add(end)
-            return self._without_prompt(number, rest), ""
+            return self._without_prompt(rest), ""
         key = (has_calls, rest, self.key)
         if has_calls or key not in self.finder.suffixes or not self.marks_all:
             self.finder.suffixes[key] = self._suffix(number, rest, has_calls=has_calls)
@@ -526,10 +554,9 @@ class _Marked:
             self.notices.add(notice)
         return len(rest) + len(suffix), suffix
 
-    def _without_prompt(self, number: int, rest: str) -> int:
+    def _without_prompt(self, rest: str) -> int:
         """The length of `rest` without a prompt for another answer, which some templates write always."""
-        opening = self.finder.openings.get(("user", self.key), "").strip()
-        specials = self.finder.special.findall(opening)
+        specials = self.finder.special.findall(self._opening_after_question())
         if not specials or specials[-1] not in rest or len(self.finder.special.findall(rest)) < 2:
             return len(rest)
         return rest.rindex(specials[-1])
