@@ -38,7 +38,7 @@ def test_the_report_names_format_mask_losses_and_bad_rows(data: DataConfig) -> N
         "sft.jsonl: alpaca, 43 rows",
         "through the tokenizer's chat template",
         "assistant turns only",
-        "(found by turn markers)",
+        "(found by marked messages)",
         "! 1 training rows are copies of others",
         "! padding every row to 96 computes",
         "bad rows, not used: 1; the first ones sft.jsonl, line 43: broken JSON at column 2",

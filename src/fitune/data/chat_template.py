@@ -22,9 +22,9 @@ CharSpan = tuple[int, int]
 
 _DATE_CALL = re.compile(r"strftime_now\(\s*(?:format\s*=\s*)?(\"[^\"]*\"|'[^']*')\s*\)")
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
-_NAME, _KEY, _VALUE = "fname", "akey", "avalue"
+_KEY, _VALUE = "akey", "avalue"
 PROBE: tuple[Message, ...] = ({"role": "user", "content": "Question"}, {"role": "assistant", "content": "Answer"})
-_PROBE_CALL = {"id": "abcdefghi", "type": "function", "function": {"name": _NAME, "arguments": {_KEY: _VALUE}}}
+_PROBE_CALL = {"id": "abcdefghi", "type": "function", "function": {"name": "fname", "arguments": {_KEY: _VALUE}}}
 
 
 class TemplateError(ValueError):
@@ -150,7 +150,7 @@ class ChatTemplate:
                 text = self.render((*before, answer))
             except TemplateError:
                 continue
-            if all(word in text for word in (_NAME, _KEY, _VALUE)):
+            if _KEY in text and _VALUE in text:
                 misquoted = f'\\"{_KEY}' in text or f"'{_KEY}'" in text
                 best = max(best, 1 if misquoted else 2)
         return best

@@ -289,7 +289,7 @@ class _Marked:
         thought = _THOUGHT.match(text) if is_answer else None
         core = text[thought.end() :].strip() if thought else text.strip()
         if not core:
-            return text
+            return f"{'' if self.style == 'ends' else chr(mark)}{text}{chr(mark + 1)}" if is_answer else text
         first = text.index(core, thought.end() if thought else 0)
         end = first + len(core)
         opening = "" if self.style == "ends" else chr(mark)
