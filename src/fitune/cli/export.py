@@ -1,5 +1,6 @@
 """`fitune export`: a run's weights for use elsewhere."""
 
+import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -32,12 +33,20 @@ def export(
     model, tokenizer = _load(opened, source)
     make_directory(target.parent, flag="-o")
     if to == "hf":
-        save_model(model, target, tokenizer=tokenizer, merge=True)
+        save_model(model, target, tokenizer=tokenizer, merge=True, ends=_ends(opened))
     elif exact:
         export_minimind(model, target, dtype=None)
     else:
         export_minimind(model, target)
     print(target)
+
+
+def _ends(run: RunDirectory) -> list[str]:
+    """The tokens that the run's answers end with; a run of an earlier version does not say them."""
+    try:
+        return [str(end) for end in json.loads(run.data.read_text(encoding="utf-8"))["ends"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
 
 
 def _load(run: RunDirectory, weights: Path) -> tuple[Any, Any]:

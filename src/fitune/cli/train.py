@@ -121,6 +121,7 @@ def run_training(
             run = create_run(config.run.output, name)
     settings = None if replayed is None else _settings(replayed)
     prepared = _prepare(config, progress, plan_check=plan_check, settings=settings, ranks=ranks)
+    resolved = _dated(resolved, prepared)
     from fitune.data.examples import data_json
     from fitune.memory.prediction import peak_json
     from fitune.train.checkpoint import check_disk
@@ -255,6 +256,17 @@ def _probe(
         append_line(run.events, RunEvent(time=time.time(), step=0, kind="probe", message=sentence))
     progress.note(f"probe  {verdict}")
     return tried.config, replace(prepared, setup=tried.setup), start
+
+
+def _dated(resolved: ResolvedConfig, prepared: "Prepared") -> ResolvedConfig:
+    """With the date that the chat template has written into the rows, so that the run goes on with the same tokens."""
+    date = prepared.data.train.report.date
+    if date is None or resolved.config.data.date == date:
+        return resolved
+    data = resolved.config.data.model_copy(update={"date": date})
+    return ResolvedConfig(
+        resolved.config.model_copy(update={"data": data}), {**resolved.origins, "data.date": "the run's start"}
+    )
 
 
 def _check_place(config: RunConfig, *, overwrite: bool) -> None:

@@ -177,6 +177,10 @@ def _in_form(call: Mapping[str, Any], form: _CallForm) -> dict[str, Any]:
     return {"type": "function", **outer, "function": inner} if nested else {**outer, **inner}
 
 
+def today() -> datetime.date:
+    return datetime.datetime.now().astimezone().date()
+
+
 def read_template(
     tokenizer: Any, path: str | None, *, date: datetime.date | None = None
 ) -> tuple[ChatTemplate | None, ChatTemplate | None]:
@@ -187,7 +191,7 @@ def read_template(
     """
 
     def template(text: str, name: str) -> ChatTemplate:
-        day = date or datetime.datetime.now().astimezone().date()
+        day = date or today()
         written = _DATE_CALL.sub(lambda call: repr(day.strftime(call[1][1:-1])), text)
         return ChatTemplate(written, name, tokenizer.special_tokens_map, day if written != text else None)
 

@@ -18,13 +18,14 @@ import numpy as np
 import numpy.typing as npt
 
 from fitune.config import DataConfig, DataSource
-from fitune.data.files import RawRow, fingerprint, read_rows
+from fitune.data.files import RawRow, Split, fingerprint, other_splits, read_rows
 from fitune.data.formats import Conversation, Format, RowError, normalise
 from fitune.data.report import (
     BadRow,
     DataReport,
     SourceReport,
     SplitReport,
+    grouped,
     length_histogram,
     length_quantiles,
     padding_report,
@@ -111,7 +112,7 @@ def load_examples(
         is_eval = _held_out(train_table, data.eval_fraction, eval_max_rows)
         train_rows, eval_rows = np.flatnonzero(~is_eval), np.flatnonzero(is_eval)
     else:
-        eval_table = _table(data.eval_sources, None, data, encoder, on_progress)
+        eval_table = _table(data.eval_sources, None, data, encoder, on_progress, split="eval")
         train_rows = np.arange(len(train_table.lengths))
         eval_rows = np.flatnonzero(_smallest(eval_table, eval_max_rows))
     report = _data_report(data, (train_table, train_rows), (eval_table, eval_rows))
@@ -159,8 +160,10 @@ def _table(
     data: DataConfig,
     encoder: Encoder,
     on_progress: Callable[[int], None] | None,
+    *,
+    split: Split = "train",
 ) -> Table:
-    prints = [fingerprint(source) for source in sources]
+    prints = [fingerprint(source, split=split) for source in sources]
     key = {
         "version": _DATA_VERSION,
         "sources": prints,
@@ -180,8 +183,9 @@ def _table(
     }
 
     def write(writer: TableWriter) -> dict[str, Any]:
-        facts = _tokenise(writer, sources, max_rows, data, encoder, on_progress)
-        if [fingerprint(source) for source in sources] != prints:
+        rows = ((i, raw) for i, source in enumerate(sources) for raw in read_rows(source, split=split))
+        facts = _tokenise(writer, sources, islice(rows, max_rows), data, encoder, on_progress)
+        if [fingerprint(source, split=split) for source in sources] != prints:
             raise DataError(f"{sources[0].path} changed while it was read: start again when it is complete")
         return facts
 
@@ -212,7 +216,7 @@ class _Tally:
         num_rows, num_bad = self.num_rows.total(), self.num_bad_rows.total()
         if num_bad <= self.max_bad_fraction * num_rows:
             return
-        listed = "\n".join(f"  {_line(row)}" for row in self.bad_rows)
+        listed = "\n".join(f"  {sentence}" for sentence in grouped(self.bad_rows))
         raise DataError(
             f"{num_bad:,} of {num_rows:,} rows cannot be used, more than "
             f"data.max_bad_fraction={self.max_bad_fraction:g} allows: mend them or raise it. The first ones:\n{listed}"
@@ -222,14 +226,14 @@ class _Tally:
 def _tokenise(
     writer: TableWriter,
     sources: tuple[DataSource, ...],
-    max_rows: int | None,
+    raw_rows: Iterator[tuple[int, RawRow]],
     data: DataConfig,
     encoder: Encoder,
     on_progress: Callable[[int], None] | None,
 ) -> dict[str, Any]:
     tally = _Tally(data.max_bad_fraction, Counter(), Counter(), {}, [], [], Counter(), set())
     num_kept = 0
-    for chunk in _chunks(_conversations(sources, max_rows, data, tally)):
+    for chunk in _chunks(_conversations(raw_rows, data, tally)):
         rows = []
         for (source, place, conversation), encoded in zip(
             chunk, encode(encoder, [row for *_, row in chunk]), strict=True
@@ -250,7 +254,7 @@ def _tokenise(
             on_progress(tally.num_rows.total())
     tally.check()
     if not num_kept:
-        first = f"; the first one, {_line(tally.dropped_rows[0])}" if tally.dropped_rows else ""
+        first = f"; the first one, {grouped(tally.dropped_rows[:1])[0]}" if tally.dropped_rows else ""
         raise DataError(
             f"{sources[0].path}: training on it would learn from nothing, since none of its {tally.num_rows.total():,} "
             f"rows has a supervised token (mask by {encoder.kind}){first}. Try a larger data.max_length, another "
@@ -290,7 +294,7 @@ def _cut(encoded: Encoded, digest: int, source: int, data: DataConfig) -> tuple[
 
 
 def _conversations(
-    sources: tuple[DataSource, ...], max_rows: int | None, data: DataConfig, tally: _Tally
+    rows: Iterator[tuple[int, RawRow]], data: DataConfig, tally: _Tally
 ) -> Iterator[tuple[int, RawRow, Conversation]]:
     """The usable rows of all sources with the number of their source; bad ones go to the tally.
 
@@ -298,8 +302,7 @@ def _conversations(
     """
     columns = data.columns.named
     formats: dict[str, tuple[Format, int]] = {}  # of each file, with the line that showed it
-    rows = ((i, raw) for i, source in enumerate(sources) for raw in read_rows(source))
-    for source, raw in islice(rows, max_rows):
+    for source, raw in rows:
         tally.num_rows[source] += 1
         try:
             if raw.fault is not None:
@@ -365,10 +368,6 @@ def _notices(conversation: Conversation, encoder: Encoder, data: DataConfig) -> 
 _KNOWN_IN_A_MESSAGE = {"role", "content", "reasoning_content", "tool_calls", "tool_call_id", "name", "id"}
 
 
-def _line(row: BadRow) -> str:
-    return f"{row.path}, line {row.line}: {row.reason}"
-
-
 def _tokenizer_hash(tokenizer: Any) -> str:
     """Of everything that decides which ids a text becomes; not of the padding that earlier calls have left in it."""
     if tokenizer.is_fast:
@@ -405,6 +404,7 @@ def _data_report(
         warnings=(
             *(f"{count:,} rows {notice}" for notice, count in sorted(noticed.items())),
             *_split_warnings(data, train, eval),
+            *_other_split_warnings(data),
             *(
                 f"{source.path} gives no row: data.max_rows is reached before it"
                 for source in sources
@@ -427,6 +427,19 @@ def _split_report(table: Table, rows: npt.NDArray[np.int64], max_length: int) ->
         num_duplicate_rows=int(kept.sum()) - len(np.unique(table.digests[rows][kept])),
         padding=padding_report(lengths[kept], max_length),
     )
+
+
+def _other_split_warnings(data: DataConfig) -> Iterator[str]:
+    """What lies in a source's directory and is not used for what the source is for."""
+    for source in data.train_sources:
+        for name, count in other_splits(source.path).items():
+            what = f"{count:,} files of the split {name}" if name else f"{count:,} files whose names tell no split"
+            hint = f": data.eval={source.path} evaluates with them" if name and data.eval is None else ""
+            yield f"{source.path} holds {what}, not used for training{hint}"
+    for source in data.eval_sources or ():
+        for name, count in other_splits(source.path, split="eval").items():
+            if name in ("validation", "test"):
+                yield f"{source.path} holds {count:,} files of the split {name}, not used for evaluation"
 
 
 def _split_warnings(

@@ -1,5 +1,6 @@
 """What the data is, in numbers: the report that comes with the examples and that `fitune check` shows."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +16,17 @@ class BadRow:
     path: str
     line: int
     reason: str
+
+
+def grouped(rows: Sequence[BadRow]) -> list[str]:
+    """One sentence for the rows of a file that have the same reason."""
+    lines: dict[tuple[str, str], list[int]] = {}
+    for row in rows:
+        lines.setdefault((row.path, row.reason), []).append(row.line)
+    return [
+        f"{path}, line{'s' if len(numbers) > 1 else ''} {', '.join(f'{number}' for number in numbers)}: {reason}"
+        for (path, reason), numbers in lines.items()
+    ]
 
 
 @dataclass(frozen=True, slots=True)

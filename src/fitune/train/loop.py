@@ -228,7 +228,7 @@ class _Trainer:
         self.writer = CheckpointWriter(
             run,
             setup,
-            files=model_files(setup.model, tokenizer=tokenizer),
+            files=model_files(setup.model, tokenizer=tokenizer, ends=data.train.report.ends),
             facts={
                 "identity": run_identity(config, setup, train=data.train, held_out=data.eval),
                 "conditions": run_conditions(config, setup, num_ranks=ranks.size),

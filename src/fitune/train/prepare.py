@@ -7,6 +7,7 @@ import torch
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from fitune.config import RunConfig, read_config
+from fitune.data.chat_template import today
 from fitune.data.examples import load_examples
 from fitune.errors import ConfigError, DataError, DoesNotFitError
 from fitune.model.device import choose_device
@@ -173,7 +174,10 @@ def follow(plan: Plan, config: RunConfig, *, plan_check: bool = True) -> tuple[l
 
 
 def load_data(config: RunConfig, tokenizer: Tokenizer, *, on_progress: Callable[[int], None] | None = None) -> Data:
-    """Raises DataError where nothing is left to train on."""
+    """Both sides of the held-out split, with one date where the template writes it. Raises DataError where nothing is
+    left to train on."""
+    if config.data.date is None:
+        config = config.model_copy(update={"data": config.data.model_copy(update={"date": today().isoformat()})})
     train = load_examples(
         config.data, tokenizer, split="train", eval_max_rows=config.eval.max_rows, on_progress=on_progress
     )
