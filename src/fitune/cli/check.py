@@ -167,7 +167,7 @@ def _learned(examples: Examples, tokenizer: Any, *, width: int) -> Iterator[str]
         for name in ("num_long_rows", "num_untrainable_rows")
     )
     if num_long or num_lost:
-        yield f"cut      {num_long:,} rows are longer than {report.max_length} tokens; {num_lost:,} teach nothing and go"
+        yield f"cut      {num_long:,} rows have over {report.max_length} tokens; {num_lost:,} rows teach nothing and go"
 
 
 def _shown(examples: Examples, index: int, tokenizer: Any, *, colour: bool) -> Text:

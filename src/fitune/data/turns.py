@@ -410,7 +410,8 @@ class _Marked:
             return self._before_first(number, lead)
         message = self.messages[number]
         common = self._common(lead, opening)
-        if common and ("tool_calls" in message or "reasoning_content" in message):
+        thinks = self.style != "empty" and _THOUGHT.match(message["content"] or "") is not None
+        if common and (thinks or "tool_calls" in message or "reasoning_content" in message):
             return len(lead) - len(common)
         return self._spaces(number, lead[len(common) :])
 

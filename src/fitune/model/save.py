@@ -39,8 +39,8 @@ def save_model(
     template.
 
     Of a model with adapters only the adapters are written (peft's layout), or with `merge` the whole model with the
-    adapters added in. ends: the tokens that it has learned to end with. An earlier model in `directory` is replaced once
-    the new one is complete. Raises ModelError where `directory` holds something else or cannot be written.
+    adapters added in. ends: the tokens that it has learned to end with. An earlier model in `directory` is replaced
+    once the new one is complete. Raises ModelError where `directory` holds something else or cannot be written.
     """
     with replaced_directory(directory) as unfinished:
         write_files(unfinished, model_files(model, tokenizer=tokenizer, merge=merge, ends=ends))
