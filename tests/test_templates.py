@@ -193,7 +193,7 @@ THOUGHT = "<think>\nYZ\n</think>\n\nX"
         ("qwen3", ["<think>\nYZ\n</think>\n\nX<|im_end|>\n"], True),
         ("qwen3_thinking", ["YZ\n</think>\n\nX<|im_end|>\n"], True),
         ("glm45", ["\n<think>YZ</think>\nX<|user|>"], True),
-        ("deepseek_r1", [f"X{EOS}"], True),
+        ("deepseek_r1", [f"\n\nX{EOS}"], True),
         ("chatml", [f"{THOUGHT}<|im_end|>\n"] * 2, False),
         ("minimind", ["YZ\n</think>\n\nX<|im_end|>\n"] * 2, False),
     ],

@@ -248,22 +248,23 @@ def _read_objects(path: Path, first: Mapping[str, Any]) -> Iterator[RawRow]:
 
 def _rows_in(value: Mapping[str, Any]) -> list[Any] | None:
     """The rows of an object that is not one itself: {"data": [...]}, or a list or a mapping of numbers a column."""
-    if not value or detect_format(value) is not None:
+    columns = list(value.values())
+    rows: list[Any] = []
+    if columns and all(isinstance(column, list) and len(column) == len(columns[0]) for column in columns):
+        rows = [dict(zip(value, row, strict=True)) for row in zip(*columns, strict=True)]
+        rows = [] if any(isinstance(cell, dict) for row in rows[:1] for cell in row.values()) else rows
+    elif columns and all(isinstance(column, dict) and column.keys() == columns[0].keys() for column in columns):
+        keys = list(columns[0]) if all(str(key).isdecimal() for key in columns[0]) else []
+        rows = [{name: value[name][key] for name in value} for key in keys]
+    if rows and detect_format(rows[0]) is not None:
+        return rows
+    if detect_format(value) is not None:
         return None
     lists = {key: item for key, item in value.items() if isinstance(item, list) and item and isinstance(item[0], dict)}
     for key, items in lists.items():
         if detect_format(items[0]) is not None or (key in _WRAPPERS and len(lists) == 1):
             return items
-    columns = list(value.values())
-    if all(isinstance(column, list) for column in columns) and len({len(column) for column in columns}) == 1:
-        rows = [dict(zip(value, row, strict=True)) for row in zip(*columns, strict=True)]
-    elif all(isinstance(column, dict) and column.keys() == columns[0].keys() for column in columns):
-        if not all(str(key).isdecimal() for key in columns[0]):
-            return None
-        rows = [{name: value[name][key] for name in value} for key in columns[0]]
-    else:
-        return None
-    return rows if rows and detect_format(rows[0]) is not None else None
+    return None
 
 
 def _read_lines(path: Path) -> Iterator[RawRow]:

@@ -252,7 +252,7 @@ def _unknown_keys(row: Mapping[str, Any], found: Format) -> tuple[str, ...]:
     return tuple(
         str(key)
         for key, value in row.items()
-        if value is not None and key not in known and str(key).lower() not in _HARMLESS_KEYS
+        if value not in (None, "", [], {}) and key not in known and str(key).lower() not in _HARMLESS_KEYS
     )
 
 
