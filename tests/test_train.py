@@ -252,6 +252,17 @@ def test_merged_adapters_keep_the_tokenizer_and_its_template() -> None:
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
+def test_an_exported_model_stops_at_the_end_that_its_template_has_taught_it(method: str, tmp_path: Path) -> None:
+    template = tmp_path / "ends.jinja"
+    template.write_text("{% for m in messages %}<|im_end|>{{ m.role }} {{ m.content }}<|im_start|>{% endfor %}")
+    train(f"model.method={method}", f"data.template={template}")
+    assert main(["export", str(RUN.path), "--to", "hf"]) == 0
+    tokenizer = AutoTokenizer.from_pretrained("tiny")
+    ends = AutoModelForCausalLM.from_pretrained(RUN.path / "export-hf").generation_config.eos_token_id
+    assert tokenizer.bos_token_id in ends
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
 def test_an_exact_export_to_minimind_loads_back_bit_for_bit(method: str) -> None:
     train(f"model.method={method}")
     assert main(["export", str(RUN.path), "--to", "minimind", "--exact", "-o", "out/sft.pth"]) == 0
