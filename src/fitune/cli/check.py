@@ -161,7 +161,7 @@ def _learned(examples: Examples, tokenizer: Any, *, width: int) -> Iterator[str]
         said = said if len(said) <= room else f"{said[: room // 2 - 2]} ... {said[-(room // 2 - 3) :]}"
         yield f"learned  ⟦{said}⟧ in the first row" if len(said) <= width - 28 else f"learned  ⟦{said}⟧"
     if report.ends:
-        yield f"ends     answers end with {', '.join(report.ends)}, where the saved model stops to speak"
+        yield f"ends     answers end with {', '.join(report.ends)}, where the saved model stops"
     num_long, num_lost = (
         sum(getattr(split, name) for split in (report.train, report.eval))
         for name in ("num_long_rows", "num_untrainable_rows")
