@@ -301,13 +301,7 @@ def test_a_token_across_the_border_is_learned_where_it_adds_white_space_alone() 
     assert found.tokenizer.convert_ids_to_tokens(result.input_ids[start]) == "▁XY"
 
 
-def test_rows_above_the_private_use_area_are_found_by_their_skeleton_or_refused() -> None:
-    odd = conversation(("user", "α\U00100000"), ("assistant", "X"))
-    plain = conversation(("user", "α"), ("assistant", "X"))
-    first, *_, last = encode(
-        read_encoder(tokenizer("bytes"), template=str(TEMPLATES / "zephyr.jinja"), mask="assistant"),
-        [odd, plain, plain, odd],
-    )
-    assert isinstance(first, str)
-    assert "U+100000" in first
-    assert isinstance(last, Encoded)
+def test_a_text_that_holds_the_marks_own_characters_is_learned_all_the_same() -> None:
+    found = encoder("zephyr")
+    result = encode(found, [conversation(("user", "α\U00100000"), ("assistant", "X\U00100003"))])[0]
+    assert supervised(found, result) == [f"X\U00100003{EOS}\n"]

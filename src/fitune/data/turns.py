@@ -181,6 +181,9 @@ class TurnFinder:
 
     def _find_with_marks(self, chat: Conversation, messages: Sequence[Message], text: str) -> Turns:
         if _MARK.search(text) or len(messages) > _MAX_MESSAGES:
+            skeleton = self._learn(chat, messages) if len(messages) <= _MAX_MESSAGES and not chat.tools else None
+            if skeleton is not None and (found := skeleton.fill(messages, text)) is not None:
+                return found
             raise TemplateError(
                 f"its answers cannot be marked: it holds characters above U+100000, or over {_MAX_MESSAGES:,} messages"
             )
