@@ -31,6 +31,7 @@ from disturbed_run import (
     weights,
 )
 from fitune.cli.progress import TrainingProgress
+from fitune.config import read_config
 from fitune.model.device import MemoryPeak
 from fitune.model.tensor_file import write_tensors
 from fitune.run.directory import RunDirectory, create_run, read_run, working_on
@@ -142,7 +143,7 @@ def test_a_run_goes_on_the_next_day_under_a_template_that_writes_the_date(monkey
     day = datetime.date(2026, 1, 1)
     monkeypatch.setattr("fitune.train.prepare.today", lambda: day)
     train_until(5, "sft.yaml", "data.template=dated.jinja", monkeypatch=monkeypatch)
-    assert "date: '2026-01-01'" in RUN.config.read_text()
+    assert read_config(RUN.config).config.data.date == "2026-01-01"
     monkeypatch.setattr("fitune.train.prepare.today", lambda: day + datetime.timedelta(days=1))
     train("--resume", "runs/run")
     assert read_summary(RUN.summary).status == "finished"
