@@ -220,3 +220,23 @@ def test_the_arguments_of_a_tool_call_are_never_quoted_twice(arguments: object) 
     found = encoder(template)
     result = encode(found, [normalise({"messages": [{"role": "user", "content": "Q"}, call]})[1]])[0]
     assert supervised(found, result) == ['{"a": 1}<|im_end|>\n']
+
+
+class SlowTokenizer:
+    """Says of no token which characters it is of."""
+
+    is_fast = False
+
+    def __init__(self) -> None:
+        self.fast = byte_tokenizer()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.fast, name)
+
+    def __call__(self, texts: list[str], **keys: Any) -> Any:
+        return self.fast(texts, **keys)
+
+
+def test_a_slow_tokenizer_has_the_same_mask() -> None:
+    found = read_encoder(SlowTokenizer(), template=None, mask="assistant")
+    assert encoded(found, *DIALOGUE) == encoded(encoder(), *DIALOGUE)

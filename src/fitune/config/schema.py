@@ -38,7 +38,10 @@ def _budget(value: object) -> object:
 
 def _date(value: object) -> object:
     """YAML reads 2026-01-31 as a date."""
-    return datetime.date.fromisoformat(value).isoformat() if isinstance(value, str) else str(value)
+    try:
+        return datetime.date.fromisoformat(str(value)).isoformat()
+    except ValueError:
+        raise ValueError(f"'{value}' is no date: write it like 2026-01-31") from None
 
 
 def _duration(value: str) -> str:
