@@ -157,9 +157,9 @@ def _learned(examples: Examples, tokenizer: Any, *, width: int) -> Iterator[str]
         places = row.loss_weights.nonzero()[0]
         breaks = [number for number in range(1, len(places)) if places[number] != places[number - 1] + 1]
         said = repr(tokenizer.decode(row.input_ids[places[: breaks[0] if breaks else None]]))[1:-1]
-        room = width - len("learned  ⟦⟧ and the end")
-        said = said if len(said) <= room else f"{said[: room // 2 - 2]} ... {said[-(room // 2 - 3) :]}"
-        yield f"learned  ⟦{said}⟧ in the first row" if len(said) <= width - 28 else f"learned  ⟦{said}⟧"
+        room = width - len("learned  ⟦⟧ in the first row")
+        said = said if len(said) <= room else f"{said[: room // 2 - 3]} ... {said[3 - room // 2 :]}"
+        yield f"learned  ⟦{said}⟧ in the first row"
     if report.ends:
         yield f"ends     answers end with {', '.join(report.ends)}, where the saved model stops"
     num_long, num_lost = (

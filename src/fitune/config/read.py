@@ -6,6 +6,7 @@ what cannot go together last.
 """
 
 import difflib
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -149,8 +150,18 @@ def _apply_override(draft: _Draft, override: str) -> None:
         sentence = f"'{key}' is given twice: keep one"
     elif (schema := _schema_at(path)) is None:
         sentence = f"unknown key '{key}'{_suggestion(str(path[-1]))}"
-    elif isinstance(schema, type):
+    elif isinstance(schema, type) and not text.strip().startswith("{"):
         sentence = _section_sentence(path)
+    elif isinstance(schema, type):
+        try:
+            section = parse_yaml(text.strip(), COMMAND_LINE).tree
+        except ConfigError as error:
+            sentence = f"'{key}' cannot be set: {error}"
+        else:
+            assert isinstance(section, dict)
+            for name, value in section.items():
+                _apply_override(draft, f"{key}.{name}={json.dumps(value)}")
+            return
     else:
         try:
             _set(draft, path, text.strip())
