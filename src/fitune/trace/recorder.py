@@ -25,6 +25,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fitune.trace.events import ON_HOST, TRANSFER, Category, Phase
+from fitune.trace.gradient_sums import as_autograd_adds, count_alone
 from fitune.trace.operators import by_operator
 from fitune.trace.recording import NEVER, Birth, Recording, Rule, Where, Work, make_recording, split_turn
 from fitune.trace.shapes import Call
@@ -85,7 +86,7 @@ class Mark:
 class Recorder(TorchDispatchMode):
     def __init__(self, kernels: Kernels) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._kernels = kernels
+        self._kernels, self._alone = kernels, count_alone()
         self._births: list[_Storage] = []
         self._silent: list[tuple[int, Rule]] = []
         self._work: dict[_WorkPlace, list[int]] = {}
@@ -232,6 +233,7 @@ class Recorder(TorchDispatchMode):
         if func is _DEVICE_OF and isinstance(args[0], FakeTensor):
             return args[0].fake_device  # two thirds of all calls, and slow through FakeTensorMode
         kwargs = kwargs or {}
+        func = as_autograd_adds(func, args, kwargs, alone=self._alone)
         traits = _traits(func)
         self._follow_phase(func, args)  # by a profiler's mark too: that of zero_grad() begins what comes next
         if traits.is_silent:
