@@ -24,8 +24,9 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fitune.trace.allocation import Allocation, Free, Output
+from fitune.trace.autograd_in_place import as_autograd_does, count_alone
 from fitune.trace.events import ON_HOST, TRANSFER, Category, Phase
-from fitune.trace.gradient_sums import as_autograd_adds, count_alone
 from fitune.trace.operators import by_operator
 from fitune.trace.recording import NEVER, Birth, Recording, Rule, Where, Work, make_recording, split_turn
 from fitune.trace.shapes import Call
@@ -35,6 +36,7 @@ Operator = torch._ops.OpOverload
 _DEVICE_OF = torch.ops.prim.device.default
 _UNSAFE_VIEW = torch.ops.aten._unsafe_view.default
 """A view that its schema does not call one, because autograd need not know: nothing is moved."""
+_ZEROS = ("aten.new_zeros.default", "aten.zeros.default", "aten.zeros_like.default")
 _COPIES = ("aten.copy_", "aten.clone", "aten._to_copy")
 Place = Literal["host", "card"]
 _WorkPlace = tuple[Phase, int, int, str, int, str, str]
@@ -49,11 +51,10 @@ class Kernels(Protocol):
     def workspaces(self, func: Operator, phase: Phase) -> Sequence[int]:
         """Bytes of what the operator allocates before its outputs and keeps for ever."""
 
-    def temporaries(
+    def allocations(
         self, func: Operator, args: tuple[Any, ...], outputs: Sequence[torch.Tensor]
-    ) -> Sequence[Sequence[int]] | None:
-        """Bytes of what the operator allocates after its outputs and frees before it returns: one group after the
-        other. None for an operator without a rule."""
+    ) -> Sequence[Allocation] | None:
+        """Returns what the operator's kernel allocates and frees, in order; None for an operator without a rule."""
 
 
 @dataclass(slots=True, eq=False)
@@ -233,7 +234,7 @@ class Recorder(TorchDispatchMode):
         if func is _DEVICE_OF and isinstance(args[0], FakeTensor):
             return args[0].fake_device  # two thirds of all calls, and slow through FakeTensorMode
         kwargs = kwargs or {}
-        func = as_autograd_adds(func, args, kwargs, alone=self._alone)
+        func = as_autograd_does(func, args, kwargs, alone=self._alone, is_new_zeros=self._is_new_zeros)
         traits = _traits(func)
         self._follow_phase(func, args)  # by a profiler's mark too: that of zero_grad() begins what comes next
         if traits.is_silent:
@@ -257,27 +258,36 @@ class Recorder(TorchDispatchMode):
                 self._count(func, args, kwargs, outputs, module=self._module(), known=known, on_host=True)
             return result
         module = self._module()
-        for tensor, source in zip(outputs, self._sources(args, len(outputs)), strict=True):
-            self._see(tensor, traits.name, module if source is None else source)
-        self._add_temporaries(func, args, outputs)
+        self._allocate(func, args, outputs, module)
         if traits.does_work:
             self._count(func, args, kwargs, outputs, module=module, known=known)
         return result
 
-    def _add_temporaries(self, func: Operator, args: tuple[Any, ...], outputs: tuple[torch.Tensor, ...]) -> None:
-        groups = self._kernels.temporaries(func, args, outputs)
-        if groups is None:
+    def _allocate(self, func: Operator, args: tuple[Any, ...], outputs: tuple[torch.Tensor, ...], module: str) -> None:
+        """Writes down the operator's outputs and what its kernel allocates beside them, in the kernel's order."""
+        name = _traits(func).name
+        modules = [module if source is None else source for source in self._sources(args, len(outputs))]
+        steps = self._kernels.allocations(func, args, outputs)
+        named = {step.number for step in steps or () if isinstance(step, Output)}
+        for number, tensor in enumerate(outputs):
+            if number not in named:
+                self._see(tensor, name, modules[number])
+        if steps is None:
             return
-        rule = _rule(func, args, total=sum(map(len, groups)))
-        if rule is not None and not groups:
+        sizes = [step for step in steps if isinstance(step, int)]
+        rule = _rule(func, args, total=len(sizes))
+        if rule is not None and not sizes:
             self._silent.append((self._step, rule))
-        position = 0
-        for group in groups:
-            hidden = [self.allocate(num_bytes, "temporary", _traits(func).name) for num_bytes in group]
-            for storage in hidden:
-                self.free(storage)
-                storage.rule = None if rule is None else rule._replace(position=position)
-                position += 1
+        temporaries: list[_Storage] = []
+        for step in (*steps, *(Free(number) for number in range(len(sizes)) if Free(number) not in steps)):
+            if isinstance(step, Output):
+                self._see(outputs[step.number], name, modules[step.number])
+            elif isinstance(step, Free):
+                self.free(temporaries[step.number])
+            else:
+                storage = self.allocate(step, "temporary", name)
+                storage.rule = None if rule is None else rule._replace(position=len(temporaries))
+                temporaries.append(storage)
 
     def _count(
         self, func: Operator, args: Any, kwargs: Any, outputs: tuple[torch.Tensor, ...], *,
@@ -434,6 +444,10 @@ class Recorder(TorchDispatchMode):
         for tensor in _tensors(state):
             if (storage := self._find(tensor)) is not None and storage.category in (None, "input"):
                 storage.category = "optimizer_state"
+
+    def _is_new_zeros(self, tensor: torch.Tensor) -> bool:
+        storage = self._find(tensor)
+        return storage is not None and storage.op in _ZEROS
 
     def _find(self, tensor: torch.Tensor) -> _Storage | None:
         return self._alive.get(tensor.untyped_storage()._cdata)
