@@ -18,7 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 aten = torch.ops.aten
 _ADD = aten.add.Tensor
-_INTO_ZEROS = {
+IN_PLACE = {
+    _ADD: aten.add_.Tensor,
     aten.index_add.default: aten.index_add_.default,
     aten.index_put.default: aten.index_put_.default,
     aten.scatter.src: aten.scatter_.src,
@@ -47,13 +48,12 @@ def as_autograd_does(
     alone: Holders,
     is_new_zeros: Callable[[torch.Tensor], bool],
 ) -> Any:
-    """Returns the operator in place that autograd would have called for these arguments, or `func`.
+    """Returns the operator of `IN_PLACE` that autograd would have called instead of `func` for these arguments, or
+    `func`, which is one of its keys.
 
     It is to be called by `__torch_dispatch__` itself, whose caller and arguments it counts. alone: from `count_alone`.
     is_new_zeros: whether a tensor's memory was allocated by an operator that makes zeros.
     """
-    if func is not _ADD and func not in _INTO_ZEROS:
-        return func
     if kwargs or torch.is_grad_enabled() or torch._C._current_graph_task_id() == -1:
         return func
     caller = sys._getframe(2).f_code
@@ -61,11 +61,11 @@ def as_autograd_does(
         return func
     first, second = args[0], args[1]
     if func is not _ADD:
-        return _INTO_ZEROS[func] if is_new_zeros(first) else func
+        return IN_PLACE[func] if is_new_zeros(first) else func
     if _count_holders(first, caller) != alone:
         return func
     is_plain = first.layout == torch.strided and second.layout == torch.strided and _is_dense(first)
-    return aten.add_.Tensor if is_plain else func
+    return IN_PLACE[_ADD] if is_plain else func
 
 
 def _is_dense(tensor: torch.Tensor) -> bool:

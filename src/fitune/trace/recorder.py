@@ -25,7 +25,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fitune.trace.allocation import Allocation, Free, Output
-from fitune.trace.autograd_in_place import as_autograd_does, count_alone
+from fitune.trace.autograd_in_place import IN_PLACE, as_autograd_does, count_alone
 from fitune.trace.events import ON_HOST, TRANSFER, Category, Phase
 from fitune.trace.operators import by_operator
 from fitune.trace.recording import NEVER, Birth, Recording, Rule, Where, Work, make_recording, split_turn
@@ -234,8 +234,10 @@ class Recorder(TorchDispatchMode):
         if func is _DEVICE_OF and isinstance(args[0], FakeTensor):
             return args[0].fake_device  # two thirds of all calls, and slow through FakeTensorMode
         kwargs = kwargs or {}
-        func = as_autograd_does(func, args, kwargs, alone=self._alone, is_new_zeros=self._is_new_zeros)
         traits = _traits(func)
+        if traits.may_be_in_place:
+            func = as_autograd_does(func, args, kwargs, alone=self._alone, is_new_zeros=self._is_new_zeros)
+            traits = _traits(func)
         self._follow_phase(func, args)  # by a profiler's mark too: that of zero_grad() begins what comes next
         if traits.is_silent:
             with torch._C._DisableTorchDispatch():
@@ -466,18 +468,20 @@ class Recorder(TorchDispatchMode):
 
 
 class _Traits(NamedTuple):
-    """Of an operator. is_silent: whether it only tells a profiler something. does_work: whether it is no view."""
+    """Of an operator. is_silent: whether it only tells a profiler something. does_work: whether it is no view.
+    may_be_in_place: whether autograd may have called its twin in place."""
 
     name: str
     packet_name: str
     is_silent: bool
     does_work: bool
+    may_be_in_place: bool
 
 
 @by_operator
 def _traits(func: Any) -> _Traits:
     does_work = not func.is_view and func is not _UNSAFE_VIEW
-    return _Traits(str(func), str(func.overloadpacket), func.namespace == "profiler", does_work)
+    return _Traits(str(func), str(func.overloadpacket), func.namespace == "profiler", does_work, func in IN_PLACE)
 
 
 @cache
