@@ -45,7 +45,7 @@ def set_recompute(model: nn.Module, recompute: Recompute, *, offload: bool = Fal
     layers = recomputable_layers(model)
     if recompute != "off" and not layers:
         raise ModelError(f"model.recompute={recompute} needs layers that transformers can recompute: use off")
-    again = cast(Callable[..., Any], partial(checkpoint, use_reentrant=False, **_HOOKS))
+    again = partial(cast(Callable[..., Any], checkpoint), use_reentrant=False, **_HOOKS)
     if recompute == "selective":
         # experts with a bias add it into their product in place, so that product cannot be kept
         experts = set() if any(getattr(part, "has_bias", False) for part in model.modules()) else _EXPERTS_NAMES

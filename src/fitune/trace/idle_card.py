@@ -143,7 +143,7 @@ def _available_to_what_runs_in(outermost: CodeType) -> Callable[[], bool]:
     def is_available() -> bool:
         frame = sys._getframe(1)
         while frame is not None and frame.f_code is not outermost:
-            if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+            if frame.f_code.co_name == "<module>":
                 return False
             frame = frame.f_back  # type: ignore[assignment]
         return True
