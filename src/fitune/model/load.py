@@ -124,7 +124,7 @@ def build_model(
     meta = torch.get_default_device().type == "meta"
     with torch.random.fork_rng(devices=[], enabled=not meta), quiet_transformers():
         if not meta:
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)
         remote = bool(getattr(config, "auto_map", None))
         model = AutoModelForCausalLM.from_config(
             config,

@@ -53,7 +53,7 @@ def _apply(model: PreTrainedModel, lora: LoraConfig, *, names: list[str], seed: 
     )
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by names that this one renames
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # the weights are drawn on the CPU; a card's random numbers stay
         adapted = get_peft_model(model, config)
     return cast("PeftModel", adapted)
 

@@ -283,6 +283,7 @@ class _Trainer:
             self.guard.restore(self.start.memory_model)  # after the start, which has learned something of its own
         if self.state.step == 0:
             self.evaluate()
+        self.guard.settle()
         prepared = prefetch(self._prepared(), depth=PREFETCHED_BATCHES)
         try:
             while not self.is_over() and (item := next(prepared, None)) is not None:
