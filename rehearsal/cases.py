@@ -1,5 +1,5 @@
-"""What is rehearsed, as data: fitune's own step, plain loops around models of transformers, Trainers of transformers and
-TRL. Nothing here imports torch; `compare` does what is written here.
+"""What is rehearsed, as data: fitune's own step, plain loops around models of transformers, Trainers of transformers
+and TRL. Nothing here imports torch; `compare` does what is written here.
 
 Models are small, so that a row takes seconds, and not so small that their tensors would all lie in the allocator's pool
 for small ones (1 MiB).
@@ -7,7 +7,7 @@ for small ones (1 MiB).
 
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 Rows = tuple[tuple[int, int], ...]
@@ -21,8 +21,8 @@ BY_ROUTING = "the router decides how many tokens an expert gets"
 
 @dataclass(frozen=True, kw_only=True)
 class StepCase:
-    """fitune's own step. model: a preset, or a name of ARCHITECTURES. kinds: the passes, in order; the last is compared.
-    depends_on_data: the clause that says why the peak does; such a row is bounded, not predicted."""
+    """fitune's own step. model: a preset, or a name of ARCHITECTURES. kinds: the passes, in order; the last is
+    compared. depends_on_data: the clause that says why the peak does; such a row is bounded, not predicted."""
 
     name: str
     model: str
@@ -87,6 +87,15 @@ _LLAMA: dict[str, Any] = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 4096,
 }
+_TINY: dict[str, Any] = {
+    "vocab_size": 2048,
+    "hidden_size": 256,
+    "intermediate_size": 640,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+}
 _EXPERTS = {"num_experts_per_tok": 2, "hidden_size": 384, "num_attention_heads": 6}
 ARCHITECTURES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "llama": ("LlamaConfig", _LLAMA),
@@ -102,6 +111,12 @@ ARCHITECTURES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
         _LLAMA | _EXPERTS | {"moe_intermediate_size": 512, "head_dim": 64, "num_experts": 8},
     ),
     "mixtral": ("MixtralConfig", _LLAMA | _EXPERTS | {"intermediate_size": 1024, "num_local_experts": 8}),
+    "tiny-llama": ("LlamaConfig", _TINY),
+    "tiny-llama-tied": ("LlamaConfig", _TINY | {"tie_word_embeddings": True}),
+    "tiny-qwen2": ("Qwen2Config", _TINY),
+    "tiny-mistral": ("MistralConfig", _TINY | {"sliding_window": 64}),
+    "tiny-gemma2": ("Gemma2Config", _TINY | {"head_dim": 64, "sliding_window": 64}),
+    "tiny-gpt2": ("GPT2Config", {"vocab_size": 2048, "n_embd": 256, "n_layer": 2, "n_head": 4, "n_positions": 512}),
 }
 """Configurations of transformers: the class and its arguments."""
 
@@ -159,9 +174,7 @@ STEPS = (
     ),
     StepCase(name="qlora", model="llama", rows=same(4, 1024), options=("model.method=qlora",), cards=("4090", "T4")),
     StepCase(name="packed", model="llama", rows=varied(8, 1024), cards=("4090", "H100")),
-    StepCase(
-        name="padded", model="llama", rows=varied(8, 1024), options=("data.packing=false",), cards=("4090", "T4")
-    ),
+    StepCase(name="padded", model="llama", rows=varied(8, 1024), options=("data.packing=false",), cards=("4090", "T4")),
     StepCase(name="accumulation", model="llama", rows=same(9, 512), accumulation=3, cards=("4090", "A100")),
     StepCase(name="evaluation", model="llama", rows=same(4, 1024), kinds=("train", "train", "eval"), cards=CARDS),
     StepCase(name="evaluation-first", model="llama", rows=same(4, 1024), kinds=("eval", "train", "train")),
@@ -213,9 +226,7 @@ LOOPS = (
     LoopCase(name="loop-cudnn", model="llama", dtype="bfloat16", kernel="CUDNN_ATTENTION", cards=("H100",)),
     LoopCase(name="loop-eager", model="llama", dtype="bfloat16", attention="eager"),
     LoopCase(name="loop-evaluates", model="llama", dtype="bfloat16", evaluates=True),
-    LoopCase(
-        name="loop-tied-autocast", model="llama-tied", autocast="bfloat16", cards=("4090", "A100")
-    ),
+    LoopCase(name="loop-tied-autocast", model="llama-tied", autocast="bfloat16", cards=("4090", "A100")),
     LoopCase(name="loop-wide", model="llama-wide", dtype="bfloat16"),
     LoopCase(name="loop-lora-dropout", model="llama", dtype="bfloat16", length=1024, lora=True),
     LoopCase(name="loop-gpt2-dropout", model="gpt2", batch=4, cards=("4090", "T4")),
@@ -254,10 +265,40 @@ TRAINERS = (
         name="sft-padding-free",
         model="llama",
         trl=True,
-        arguments=(("bf16", True), ("padding_free", True), ("gradient_checkpointing", False)),
+        arguments=(("bf16", True), ("padding_free", True), ("max_length", None), ("gradient_checkpointing", False)),
     ),
 )
 
 CASES: tuple[Case, ...] = (*STEPS, *LOOPS, *TRAINERS)
 BY_NAME: Mapping[str, Case] = {case.name: case for case in CASES}
 assert len(BY_NAME) == len(CASES), "two cases have one name"
+
+
+# ---- golden steps: what `tests/test_golden_steps.py` records again in seconds, with models of two layers -------------
+
+GOLDEN_LENGTH = 256
+_OTHER_CARDS = ("full", "float32", "recompute", "lora", "loop-float32", "loop-scaler", "loop-autocast")
+"""Cases whose steps are kept of other cards than the first too."""
+_SAME_STEPS = ("expandable-segments", "evaluation-first")
+"""Cases that ask for the same as `full`, of another allocator or after an evaluation."""
+
+
+def golden_cases() -> list[tuple[StepCase | LoopCase, str]]:
+    """Every step and loop whose memory does not depend on data, with a tiny model, and its cards."""
+    chosen: list[tuple[StepCase | LoopCase, str]] = []
+    for case in (*STEPS, *LOOPS):
+        model = f"tiny-{case.model}"
+        if model not in ARCHITECTURES or case.name in _SAME_STEPS:
+            continue
+        cards = case.cards if case.name in _OTHER_CARDS else case.cards[:1]
+        chosen += [(_shrunk(case, model), card) for card in cards]
+    return chosen
+
+
+def _shrunk(case: StepCase | LoopCase, model: str) -> StepCase | LoopCase:
+    """The same setting in small, with two steps more or less alike at the end."""
+    if isinstance(case, LoopCase):
+        return replace(case, model=model, batch=min(case.batch, 2), length=min(case.length, GOLDEN_LENGTH), cards=())
+    rows = tuple((length * GOLDEN_LENGTH // 1024, n * GOLDEN_LENGTH // 1024) for length, n in case.rows)
+    kinds = ("train", *case.kinds) if case.kinds[-1] == "train" else case.kinds
+    return replace(case, model=model, rows=rows, kinds=kinds, cards=())

@@ -10,8 +10,10 @@ that the same code has made before is not made again (--again does).
 """
 
 import argparse
+import ctypes
 import os
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -22,31 +24,31 @@ from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
-from unittest.mock import patch
+from typing import Any
 
 os.environ.setdefault("FAKE_COPY_MAX", str(1 << 16))  # of contents only what the host looks at: masks, counters
 
 import torch
 import transformers
 
-import fitune
-import fitune.plan.predict
-from fitune.memory import prediction as prediction_module
-from fitune.memory.devices import this_machine
-from fitune.memory.prediction import Prediction, PredictSettings
+from fitune.memory.prediction import Prediction
 from fitune.trace.events import MemoryTrace
 from rehearsal import loops, steps
 from rehearsal.cases import BY_NAME, CARDS, CASES, Case, LoopCase, StepCase, TrainerCase
 from rehearsal.explain import explain
 from rehearsal.history import History
+from rehearsal.predicted import (
+    NUM_STEPS,
+    Predicted,
+    Routing,
+    config_of,
+    predicted_loop,
+    predicted_step,
+    traces_kept,
+)
 from rehearsal.rows import KEPT, ComparedRow, append_row, fingerprint, read_rows
 
 LIMIT_SECONDS = 300
-NUM_STEPS = 3
-"""Of a loop: the optimizer's state is born in the first."""
-Routing = Literal["balanced", "worst"]
-_Predicted = tuple[Prediction, MemoryTrace]
 
 
 def compare(case: Case, card: str) -> ComparedRow:
@@ -61,38 +63,24 @@ def compare(case: Case, card: str) -> ComparedRow:
 
 
 def _compare_step(case: StepCase, card: str, directory: Path) -> ComparedRow:
-    device = this_machine()[0]
-
-    def predicted(routing: Routing) -> _Predicted:
-        config = steps.config_of(case, directory, routing=routing)
-        recorded = fitune.plan.predict.predict_run(config, device, passes=steps.passes_of(case)).recorded
-        settings = PredictSettings(device=device, allocator=config.memory.allocator)
-        return prediction_module.predict(recorded.trace, settings), recorded.trace
-
-    config = steps.config_of(case, directory)
+    config = config_of(case, directory)
     os.environ["PYTORCH_ALLOC_CONF"] = config.memory.allocator
-    row, expected = _predicted_row(case, card, predicted)
+    row, expected = _bounded_row(case, card, lambda routing: predicted_step(case, directory, routing=routing))
     return _with_measured(row, *expected, steps.measure(case, config))
 
 
 def _compare_loop(case: LoopCase, card: str) -> ComparedRow:
-    def predicted(routing: Routing) -> _Predicted:
-        with _traces_kept() as traces:
-            prediction = fitune.predict_loop(
-                lambda: loops.build(case),
-                lambda model, device: loops.loop(case, model, device),
-                num_steps=NUM_STEPS,
-                routing=routing,
-            )
-        return prediction, traces[0]
+    row, expected = _bounded_row(case, card, lambda routing: predicted_loop(case, routing=routing))
+    return _with_measured(row, *expected, measure_loop(case, num_steps=NUM_STEPS))
 
-    row, expected = _predicted_row(case, card, predicted)
+
+def measure_loop(case: LoopCase, *, num_steps: int, keep: int = 1) -> History:
     device = torch.device("cuda", 0)
     step = loops.loop(case, loops.build(case).to(device), device)
-    history = History(num_steps=NUM_STEPS)
-    with _truth(0 if case.padded else 1):  # a mask that is padded is not all ones
+    history = History(num_steps=num_steps, keep=keep)
+    with answers(truth=0 if case.padded else 1):  # a mask that is padded is not all ones
         history.watch(lambda _: step())
-    return _with_measured(row, *expected, history)
+    return history
 
 
 def _compare_trainer(case: TrainerCase, card: str, directory: str) -> ComparedRow:
@@ -100,11 +88,12 @@ def _compare_trainer(case: TrainerCase, card: str, directory: str) -> ComparedRo
     from rehearsal import trainers
 
     trainer = trainers.trainer_of(case, directory, num_steps=NUM_STEPS)
-    with _traces_kept() as traces:
+    with traces_kept() as traces:
         prediction = predict_trainer(trainer, num_steps=NUM_STEPS)
     history = History(num_steps=NUM_STEPS)
     trainer.add_callback(trainers.StepEnds(history))
-    trainer.train()
+    with answers(selected=case.batch * (case.length - 1) if case.trl else -1):  # the targets that TRL's loss takes
+        trainer.train()
     return _with_measured(_row(case, card), prediction, traces[0], history)
 
 
@@ -117,9 +106,7 @@ def _row(case: Case, card: str) -> ComparedRow:
     )
 
 
-def _predicted_row(
-    case: Case, card: str, predicted: Callable[[Routing], _Predicted]
-) -> tuple[ComparedRow, _Predicted]:
+def _bounded_row(case: Case, card: str, predicted: Callable[[Routing], Predicted]) -> tuple[ComparedRow, Predicted]:
     """With the bounds of what depends on data; and what is predicted with the tokens spread evenly."""
     row, balanced = _row(case, card), predicted("balanced")
     if not case.depends_on_data:
@@ -168,34 +155,20 @@ def versions() -> str:
     return f"torch {torch.__version__}, transformers {version('transformers')}, TRL {version('trl')}"
 
 
-# ---- the prediction's own trace, and what the card answers -----------------------------------------------------------
+# ---- what the card answers -------------------------------------------------------------------------------------------
 
 
 @contextmanager
-def _traces_kept() -> Iterator[list[MemoryTrace]]:
-    """The traces that predictions inside were made from."""
-    kept: list[MemoryTrace] = []
-    predict = prediction_module.predict
-
-    def keeping(trace: MemoryTrace, settings: PredictSettings) -> Prediction:
-        kept.append(trace)
-        return predict(trace, settings)
-
-    with patch.object(prediction_module, "predict", keeping):
-        yield kept
-
-
-@contextmanager
-def _truth(value: int) -> Iterator[None]:
-    """What the card answers where code asks whether all or any of its values are so."""
-    import ctypes
-
+def answers(*, truth: int = 1, selected: int = -1) -> Iterator[None]:
+    """What the card says to questions about values that no kernel has computed. truth: whether all or any are so.
+    selected: how many elements a mask selects; -1: what the memory holds."""
     stand_in = ctypes.CDLL(None)
-    before = stand_in.rehearsal_set_truth(value)
+    before = stand_in.rehearsal_set_truth(truth), stand_in.rehearsal_set_selected(selected)
     try:
         yield
     finally:
-        stand_in.rehearsal_set_truth(before)
+        stand_in.rehearsal_set_truth(before[0])
+        stand_in.rehearsal_set_selected(before[1])
 
 
 # ---- children --------------------------------------------------------------------------------------------------------
@@ -230,8 +203,9 @@ def compare_apart(case: Case, card: str, *, path: Path, source: str) -> Compared
     """In a forked child: what is imported here need not be imported again, and the card is used by nobody yet."""
     child = os.fork()
     if child == 0:
-        os.environ["FAKE_CARD"] = card
         os.environ["FAKE_SHARED"] = f"{os.environ['FAKE_SHARED']}.{os.getpid()}"
+        # an import of the parent has counted the cards; a real driver would not work in its children, this one does
+        torch.cuda._is_in_bad_fork = lambda: False
         try:
             _in_child(case, card, path, source)
         finally:
@@ -259,10 +233,32 @@ def show(row: ComparedRow) -> str:
     return f"{row.name} on {row.card}: {'; '.join(parts)}; {equal}; {row.seconds:.0f} s"
 
 
-def chosen(names: Sequence[str], cards: Sequence[str]) -> list[tuple[Case, str]]:
-    """cards: all that the case names where left out."""
+def chosen(names: Sequence[str], cards: Sequence[str]) -> list[tuple[str, list[Case]]]:
+    """The cases of each card. cards: all that the cases name where left out."""
     cases = [BY_NAME[name] for name in names] or list(CASES)
-    return [(case, card) for case in cases for card in (cards or case.cards) if card in (*case.cards, *cards)]
+    return [
+        (card, [case for case in cases if card in case.cards or (names and cards)])
+        for card in CARDS
+        if not cards or card in cards
+    ]
+
+
+def compare_all(cases: Sequence[Case], *, path: Path, again: bool, explained: bool) -> None:
+    """On the card of this process."""
+    transformers.logging.set_verbosity_error()
+    warnings.simplefilter("ignore")
+    if any(isinstance(case, TrainerCase) for case in cases):
+        import trl  # noqa: F401 (once for all children)
+
+        import rehearsal.trainers  # noqa: F401
+    card, source = os.environ["FAKE_CARD"], fingerprint()
+    done = {row.key: row for row in read_rows(path) if row.source == source and row.failure is None}
+    for case in cases:
+        row = None if again else done.get((case.name, card))
+        row = row or compare_apart(case, card, path=path, source=source)
+        print(show(row), flush=True)
+        if explained:
+            print("\n".join(f"    {line}" for line in row.explained), flush=True)
 
 
 def main() -> None:
@@ -274,22 +270,21 @@ def main() -> None:
     parser.add_argument("--to", type=Path, default=KEPT, help="where rows are appended")
     options = parser.parse_args()
     names, cards = ([word for word in text.split(",") if word] for text in (options.cases, options.cards))
-    if unknown := sorted({*names} - {*BY_NAME}):
-        parser.error(f"unknown: {', '.join(unknown)}; there are {', '.join(BY_NAME)}")
-    if unknown := sorted({*cards} - {*CARDS}):
-        parser.error(f"unknown: {', '.join(unknown)}; there are {', '.join(CARDS)}")
-    if "FAKE_SHARED" not in os.environ:
+    for words, known in ((names, [*BY_NAME]), (cards, [*CARDS])):
+        if unknown := sorted({*words} - {*known}):
+            parser.error(f"unknown: {', '.join(unknown)}; there are {', '.join(known)}")
+    if "FAKE_CARD" not in os.environ:
         sys.exit("the stand-in is not loaded: python -m rehearsal.run python -m rehearsal.compare")
-    transformers.logging.set_verbosity_error()
-    warnings.simplefilter("ignore")
-    source = fingerprint()
-    done = {row.key: row for row in read_rows(options.to) if row.source == source and row.failure is None}
-    for case, card in chosen(names, cards):
-        row = None if options.again else done.get((case.name, card))
-        row = row or compare_apart(case, card, path=options.to, source=source)
-        print(show(row), flush=True)
-        if options.explain:
-            print("\n".join(f"    {line}" for line in row.explained), flush=True)
+    wanted = chosen(names, cards)
+    if [card for card, _ in wanted] == [os.environ["FAKE_CARD"]]:
+        compare_all(wanted[0][1], path=options.to, again=options.again, explained=options.explain)
+        return
+    for card, cases in wanted:  # PyTorch remembers the properties of the first card that a process asks for
+        more = [flag for flag, given in (("--again", options.again), ("--explain", options.explain)) if given]
+        each = ["--cases", ",".join(case.name for case in cases), "--cards", card, "--to", str(options.to), *more]
+        if cases:
+            variables = os.environ | {"FAKE_CARD": card}
+            subprocess.run([sys.executable, "-m", "rehearsal.compare", *each], env=variables, check=True)
 
 
 if __name__ == "__main__":

@@ -20,16 +20,16 @@ def explain(predicted: Sequence[MemoryEvent], measured: Sequence[MemoryEvent]) -
     if difference is None:
         return []
     (expected, expected_at), (found, found_at) = map(_alive_at_peak, sides)
-    lines = [
+    return [
         f"peak predicted at {_place(expected_at)}, measured at {_place(found_at)}",
         *_one_sided("alive at the peak only as predicted", expected, found),
         *_one_sided("alive at the peak only as measured", found, expected),
         *_one_sided("allocated in the step only as predicted", _births(sides[0]), _births(sides[1])),
         *_one_sided("allocated in the step only as measured", _births(sides[1]), _births(sides[0])),
         f"{difference.index:,} of {num_births(MemoryTrace(tuple(sides[0]))):,} allocations are equal before the first "
-        f"that is not: predicted {difference.predicted[1] or 'nothing'}; measured {difference.measured[1] or 'nothing'}",
+        f"that is not: predicted {difference.predicted[1] or 'nothing'}; "
+        f"measured {difference.measured[1] or 'nothing'}",
     ]
-    return lines
 
 
 def _only_last(events: Sequence[MemoryEvent]) -> list[MemoryEvent]:

@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 
-from fitune.trace.events import MemoryEvent
+from fitune.trace.events import MemoryEvent, Phase
 from fitune.trace.snapshot import _CATEGORY, _FREES, _allocated_before, _phase
 
-NUM_FRAMES = 4
+NUM_FRAMES = 3
 """Python functions that an allocation is named by, the innermost first."""
+_BETWEEN = ("torch/nn/modules/module.py", "torch/_ops.py", "torch/utils/_contextlib.py", "torch/amp/autocast_mode.py")
+"""Files whose functions only call others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,10 +74,10 @@ def _events(snapshot: Mapping[str, Any], ends: Sequence[int]) -> Iterator[Memory
         yield alive[address]
     begin = 0
     for step, end in enumerate(ends, start=1):
-        phase = "forward"
+        phase: Phase = "forward"
         for action in actions[begin:end]:
             frames = action.get("frames", ())
-            phase = _phase(frames, phase)
+            phase = _phase(frames, phase) if frames else "backward"  # autograd's own thread runs no Python
             if action["action"] == "alloc" and action["size"]:
                 born = MemoryEvent(
                     next(numbers),
@@ -94,5 +96,5 @@ def _events(snapshot: Mapping[str, Any], ends: Sequence[int]) -> Iterator[Memory
 
 
 def _name(frames: Sequence[Mapping[str, Any]]) -> str:
-    places = (f"{frame['name']} ({Path(frame['filename']).name}:{frame['line']})" for frame in frames[:NUM_FRAMES])
-    return " < ".join(places)
+    telling = [frame for frame in frames if not frame["filename"].endswith(_BETWEEN)][:NUM_FRAMES]
+    return " < ".join(f"{frame['name']} ({Path(frame['filename']).name}:{frame['line']})" for frame in telling)

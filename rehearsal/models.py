@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 import transformers
-from torch import nn
 
 from rehearsal.cases import ARCHITECTURES
 
@@ -31,7 +30,7 @@ def source(name: str, directory: Path) -> str:
 def causal_model(name: str, *, dtype: str, lora: bool = False, attention: str = "sdpa") -> Any:
     """With weights that are drawn without moving the streams of random numbers."""
     with torch.random.fork_rng(devices=[]):
-        model: nn.Module = transformers.AutoModelForCausalLM.from_config(
+        model: Any = transformers.AutoModelForCausalLM.from_config(
             architecture(name, attn_implementation=attention), dtype=getattr(torch, dtype)
         )
         model.config.use_cache = False
@@ -39,4 +38,5 @@ def causal_model(name: str, *, dtype: str, lora: bool = False, attention: str = 
             from peft import LoraConfig, get_peft_model
 
             model = get_peft_model(model, LoraConfig(**LORA))
-    return model.train()
+    model.train()
+    return model

@@ -1,7 +1,7 @@
 """Whether a rehearsal can be made here: exit code 0, or 1 and the sentence that says why not.
 
-    python -m rehearsal.possible           the machine
-    python -m rehearsal.possible --wheel   the torch of this interpreter
+python -m rehearsal.possible           the machine
+python -m rehearsal.possible --wheel   the torch of this interpreter
 """
 
 import platform
@@ -14,7 +14,9 @@ from pathlib import Path
 def why_not_here() -> str | None:
     system, processor = platform.system(), platform.machine()
     if (system, processor) != ("Linux", "x86_64"):
-        return f"no rehearsal here: this is {system} on {processor}, and the stand-in for the driver needs Linux on x86_64"
+        return (
+            f"no rehearsal here: this is {system} on {processor}, and the stand-in for the driver needs Linux on x86_64"
+        )
     for tool in ("g++", "nm"):
         if shutil.which(tool) is None:
             return f"no rehearsal here: {tool} is missing, with which the stand-in for the driver is built"

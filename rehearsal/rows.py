@@ -2,13 +2,15 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 KEPT = ROOT / "build" / "rehearsal" / "rows.jsonl"
 """Rows of this checkout's rehearsals."""
+_FOLLOWED = ("cases", "compare", "explain", "history", "loops", "models", "predicted", "steps", "trainers")
+"""Modules of the rehearsal that a row follows from."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,9 +74,11 @@ def append_row(row: ComparedRow, path: Path) -> None:
         file.write(json.dumps(asdict(row)) + "\n")
 
 
-def fingerprint(directories: Iterable[Path] = (ROOT / "src" / "fitune", ROOT / "rehearsal")) -> str:
+def fingerprint() -> str:
     """Of what a row follows from in this checkout: the same code gives the same row."""
+    here = Path(__file__).parent
+    followed = [here / f"{name}.py" for name in _FOLLOWED] + [*here.glob("driver/*.cpp"), *here.glob("driver/*.h")]
     digest = hashlib.sha256()
-    for path in sorted(path for directory in directories for path in directory.rglob("*.py")):
+    for path in sorted([*(ROOT / "src" / "fitune").rglob("*.py"), *followed]):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]

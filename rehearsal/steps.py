@@ -1,36 +1,17 @@
-"""fitune's own training step: its prediction, and the same step on the card."""
+"""fitune's own training step on the card."""
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from fitune.config import RunConfig, read_config
+from fitune.config import RunConfig
 from fitune.data.rows import Batch, Row
 from fitune.model.load import load_model
 from fitune.step.assemble import assemble, choose_precision
 from fitune.step.train_step import evaluate, train_step
-from fitune.trace.step import Pass
 from rehearsal.cases import Rows, StepCase
 from rehearsal.history import History
-from rehearsal.models import source
-
-
-def config_of(case: StepCase, directory: Path, *, routing: str = "balanced") -> RunConfig:
-    tree = {
-        "model": {"source": source(case.model, directory), "init": "random"},
-        "data": {"train": "rows.jsonl", "max_length": max(length for length, _ in case.rows), "eval_fraction": 0.0},
-        "batch": {"micro": len(case.rows) // case.accumulation, "accumulation": case.accumulation},
-        "memory": {"routing": routing},
-    }
-    return read_config(tree, list(case.options)).config
-
-
-def passes_of(case: StepCase) -> list[Pass]:
-    return [
-        Pass(kind, case.rows, most_micro_batches=1 if kind == "eval" else case.accumulation) for kind in case.kinds
-    ]
 
 
 def measure(case: StepCase, config: RunConfig, *, keep: int = 1) -> History:

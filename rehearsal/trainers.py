@@ -23,6 +23,13 @@ QUIET: dict[str, Any] = {
 
 
 def trainer_of(case: TrainerCase, directory: str, *, num_steps: int) -> Any:
+    datasets.disable_progress_bars()
+    trainer = _built(case, directory, num_steps=num_steps)
+    trainer.remove_callback(transformers.PrinterCallback)
+    return trainer
+
+
+def _built(case: TrainerCase, directory: str, *, num_steps: int) -> Any:
     arguments = {
         "output_dir": directory,
         "per_device_train_batch_size": case.batch,
@@ -39,11 +46,11 @@ def trainer_of(case: TrainerCase, directory: str, *, num_steps: int) -> Any:
         warnings.simplefilter("ignore", FutureWarning)  # transformers 6 renames gradient checkpointing
         if case.trl:
             from peft import LoraConfig
-            from trl import SFTConfig, SFTTrainer
+            import trl
 
-            return SFTTrainer(
+            return trl.SFTTrainer(
                 model=causal_model(case.model, dtype=case.dtype),
-                args=SFTConfig(**arguments, max_length=case.length),
+                args=trl.SFTConfig(**{"max_length": case.length} | arguments),
                 train_dataset=data,
                 processing_class=_tokenizer(),
                 peft_config=LoraConfig(**LORA) if case.lora else None,

@@ -4,6 +4,7 @@
 #include <cuda_runtime_api.h>
 
 #include <sys/mman.h>
+#include <utility>
 #include <cstring>
 #include <ctime>
 
@@ -343,6 +344,10 @@ namespace {
 // Negative: whatever the memory holds.
 int truth = static_cast<int>(number_from_environment("FAKE_BOOL", 1));
 
+// What four bytes are when they are read back: how many elements a mask selects, which sizes what is made of them (they
+// may be a float just as well, a loss, which nobody's memory depends on). Negative: whatever the memory holds.
+int selected = -1;
+
 cudaError_t copy(void* to, const void* from, size_t num_bytes, cudaMemcpyKind kind) {
     switch (kind) {
         case cudaMemcpyHostToDevice:
@@ -356,6 +361,10 @@ cudaError_t copy(void* to, const void* from, size_t num_bytes, cudaMemcpyKind ki
                 *static_cast<char*>(to) = static_cast<char>(truth);
                 return cudaSuccess;
             }
+            if (num_bytes == sizeof selected && selected >= 0) {
+                memcpy(to, &selected, sizeof selected);
+                return cudaSuccess;
+            }
             break;
         default: count(COPY_ON_CARD);
     }
@@ -365,12 +374,9 @@ cudaError_t copy(void* to, const void* from, size_t num_bytes, cudaMemcpyKind ki
 
 }  // namespace
 
-// For a case whose code asks something of data that kernels would have computed; gives the answer until then.
-API int rehearsal_set_truth(int value) {
-    int before = truth;
-    truth = value;
-    return before;
-}
+// For a case whose code asks something of data that kernels would have computed. Both give the answer until then.
+API int rehearsal_set_truth(int value) { return std::exchange(truth, value); }
+API int rehearsal_set_selected(int value) { return std::exchange(selected, value); }
 
 API cudaError_t cudaMemcpy(void* to, const void* from, size_t num_bytes, cudaMemcpyKind kind) {
     TRACE();
