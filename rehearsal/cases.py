@@ -96,6 +96,7 @@ _TINY: dict[str, Any] = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 512,
 }
+_ENDS = {"bos_token_id": 0, "eos_token_id": 0}
 _EXPERTS = {"num_experts_per_tok": 2, "hidden_size": 384, "num_attention_heads": 6}
 ARCHITECTURES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "llama": ("LlamaConfig", _LLAMA),
@@ -105,7 +106,10 @@ ARCHITECTURES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "qwen2": ("Qwen2Config", _LLAMA | {"num_key_value_heads": 4}),
     "mistral": ("MistralConfig", _LLAMA | {"sliding_window": 256}),
     "gemma2": ("Gemma2Config", _LLAMA | {"head_dim": 64, "sliding_window": 256, "num_key_value_heads": 4}),
-    "gpt2": ("GPT2Config", {"vocab_size": 50257, "n_embd": 512, "n_layer": 4, "n_head": 8, "n_positions": 1024}),
+    "gpt2": (
+        "GPT2Config",
+        {"vocab_size": 50257, "n_embd": 512, "n_layer": 4, "n_head": 8, "n_positions": 1024, **_ENDS},
+    ),
     "qwen3-moe": (
         "Qwen3MoeConfig",
         _LLAMA | _EXPERTS | {"moe_intermediate_size": 512, "head_dim": 64, "num_experts": 8},
@@ -116,7 +120,10 @@ ARCHITECTURES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "tiny-qwen2": ("Qwen2Config", _TINY),
     "tiny-mistral": ("MistralConfig", _TINY | {"sliding_window": 64}),
     "tiny-gemma2": ("Gemma2Config", _TINY | {"head_dim": 64, "sliding_window": 64}),
-    "tiny-gpt2": ("GPT2Config", {"vocab_size": 2048, "n_embd": 256, "n_layer": 2, "n_head": 4, "n_positions": 512}),
+    "tiny-gpt2": (
+        "GPT2Config",
+        {"vocab_size": 2048, "n_embd": 256, "n_layer": 2, "n_head": 4, "n_positions": 512, **_ENDS},
+    ),
 }
 """Configurations of transformers: the class and its arguments."""
 
@@ -233,8 +240,7 @@ LOOPS = (
     LoopCase(name="loop-gpt2-dropout-autocast", model="gpt2", batch=4, autocast="bfloat16"),
     LoopCase(name="loop-qwen2", model="qwen2", autocast="bfloat16"),
     LoopCase(name="loop-mistral", model="mistral", dtype="bfloat16", length=1024),
-    LoopCase(name="loop-gemma2", model="gemma2", dtype="bfloat16", length=1024),
-    LoopCase(name="loop-gemma2-eager", model="gemma2", dtype="bfloat16", length=512, attention="eager"),
+    LoopCase(name="loop-gemma2", model="gemma2", dtype="bfloat16", length=512, attention="eager"),
     LoopCase(name="loop-mixtral", model="mixtral", dtype="bfloat16", depends_on_data=BY_ROUTING),
     LoopCase(name="loop-qwen3-moe", model="qwen3-moe", dtype="bfloat16", depends_on_data=BY_ROUTING),
 )

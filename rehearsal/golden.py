@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -36,7 +37,7 @@ CATALOGUE = {"4090": "RTX 4090", "A100": "A100 80GB", "H100": "H100 80GB", "T4":
 
 @dataclass(frozen=True)
 class Golden:
-    """peaks: allocated bytes of each step. trace: storages in the order of their births; those of step 0 were there
+    """peaks: requested bytes of each step, as the allocator counted them. trace: storages in the order of their births; those of step 0 were there
     before. An event has a size and a step, and nothing else: an allocator knows no more."""
 
     case: StepCase | LoopCase
@@ -143,7 +144,7 @@ def make_golden(case: StepCase | LoopCase, card: str) -> Golden:
             history = steps.measure(case, config_of(case, Path(directory)), keep=NUM_KEPT)
     else:
         history = compare.measure_loop(case, num_steps=NUM_LOOP_STEPS, keep=NUM_KEPT)
-    peaks = tuple(peaks.allocated_bytes for peaks in history.peaks[-NUM_KEPT:])
+    peaks = tuple(peaks.requested_bytes for peaks in history.peaks[-NUM_KEPT:])
     versions = {"torch": torch.__version__, "transformers": version("transformers"), "peft": version("peft")}
     return Golden(case, card, versions, peaks, renumbered(history.events))
 
@@ -165,6 +166,14 @@ def _make_apart(case: StepCase | LoopCase, card: str, path: Path) -> bool:
     return status == 0
 
 
+def _of_card(card: str, names: Sequence[str]) -> int:
+    """In a process of its own, since PyTorch remembers the properties of the first card that it asks for: exit code."""
+    if not names:
+        return 0
+    command = [sys.executable, "-m", "rehearsal.golden", "--cases", ",".join(names)]
+    return subprocess.run(command, env=os.environ | {"FAKE_CARD": card}, check=False).returncode
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", default="", help="only these files (case-card), separated by commas")
@@ -177,12 +186,14 @@ def main() -> None:
         sys.exit("the stand-in is not loaded: python -m rehearsal.run python -m rehearsal.golden")
     wanted = names or [*files]
     if {files[name][1] for name in wanted} != {os.environ["FAKE_CARD"]}:
-        for card in CARDS:  # PyTorch remembers the properties of the first card that a process asks for
-            if mine := [name for name in wanted if files[name][1] == card]:
-                command = [sys.executable, "-m", "rehearsal.golden", "--cases", ",".join(mine)]
-                subprocess.run(command, env=os.environ | {"FAKE_CARD": card}, check=True)
-        return
+        ended = [_of_card(card, [name for name in wanted if files[name][1] == card]) for card in CARDS]
+        sys.exit(max(ended))
+    import transformers
+
     import rehearsal.compare  # noqa: F401 (once for all children)
+
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
 
     failed = [name for name in wanted if not _make_apart(*files[name], DIRECTORY / f"{name}{SUFFIX}")]
     print(f"{os.environ['FAKE_CARD']}: {len(wanted) - len(failed)} of {len(wanted)} files written", flush=True)

@@ -20,6 +20,9 @@ _BETWEEN = ("torch/nn/modules/module.py", "torch/_ops.py", "torch/utils/_context
 
 @dataclass(frozen=True, slots=True)
 class Peaks:
+    """requested_bytes: without what blocks are larger than was asked for."""
+
+    requested_bytes: int
     allocated_bytes: int
     reserved_bytes: int
 
@@ -50,7 +53,9 @@ class History:
     def end_step(self) -> None:
         """At the end of each step, which is the beginning of the next one."""
         torch.cuda.synchronize()
-        self.peaks.append(Peaks(torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()))
+        counted = torch.cuda.memory_stats()
+        names = ("requested", "allocated", "reserved")
+        self.peaks.append(Peaks(*(counted[f"{name}_bytes.all.peak"] for name in names)))
         if len(self.peaks) > self.num_steps - self.keep:
             snapshot = torch.cuda.memory._snapshot()
             self._ends.append(len(snapshot["device_traces"][0]))

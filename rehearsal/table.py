@@ -1,5 +1,5 @@
-"""Writes docs/rehearsal.json, and the table of docs/rehearsal.md and docs/rehearsal.zh.md, from the rows that
-`rehearsal.compare` has kept. Rows that were not made in this checkout stay as they are in docs/rehearsal.json.
+"""Writes docs/rehearsal.json and the table of docs/rehearsal.md from the rows that `rehearsal.compare` has kept. Rows
+that were not made in this checkout stay as they are in docs/rehearsal.json.
 
     python -m rehearsal.table
 """
@@ -14,8 +14,8 @@ from rehearsal.cases import BY_NAME, CARDS, CASES, StepCase
 from rehearsal.rows import KEPT, ROOT, ComparedRow, read_rows, row_from
 
 RESULTS = ROOT / "docs" / "rehearsal.json"
-PAGES = (ROOT / "docs" / "rehearsal.md", ROOT / "docs" / "rehearsal.zh.md")
-BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
+PAGE = ROOT / "docs" / "rehearsal.md"
+BEGIN, END = "<!-- rehearsal.table: begin -->", "<!-- rehearsal.table: end -->"
 MOST_EXPLAINED = 4
 """Lines of an explanation that are published."""
 
@@ -88,15 +88,14 @@ def _bounds(row: ComparedRow) -> str:
     )
 
 
-def write(rows: Sequence[ComparedRow], *, results: Path = RESULTS, pages: Sequence[Path] = PAGES) -> None:
+def write(rows: Sequence[ComparedRow], *, results: Path = RESULTS, page: Path = PAGE) -> None:
     kept = [asdict(replace(row, explained=row.explained[:MOST_EXPLAINED], seconds=0.0)) for row in rows]
     results.write_text(json.dumps(kept, indent=1) + "\n")
-    for page in pages:
-        text = page.read_text()
-        before, _, rest = text.partition(BEGIN)
-        _, _, after = rest.partition(END)
-        assert rest, f"{page} has no place for the table"
-        page.write_text("\n".join([before + BEGIN, "", *table(rows), "", END + after]))
+    text = page.read_text()
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    assert rest, f"{page} has no place for the table"
+    page.write_text("\n".join([before + BEGIN, "", *table(rows), "", END + after]))
 
 
 def main() -> None:

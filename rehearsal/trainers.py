@@ -45,8 +45,8 @@ def _built(case: TrainerCase, directory: str, *, num_steps: int) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # transformers 6 renames gradient checkpointing
         if case.trl:
-            from peft import LoraConfig
             import trl
+            from peft import LoraConfig
 
             return trl.SFTTrainer(
                 model=causal_model(case.model, dtype=case.dtype),

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import pytest
 
-from fitune.memory.allocator import MIN_BLOCK_BYTES
 from fitune.trace.difference import first_difference
 from fitune.trace.events import MemoryTrace
 from rehearsal.golden import (
@@ -55,17 +54,13 @@ def recorded(name: str) -> MemoryTrace:
 
 
 def peaks(trace: MemoryTrace) -> tuple[int, ...]:
-    """Of each step, in blocks, as the allocator counts."""
+    """Requested bytes of each step."""
     alive = 0
-    most = [0] * (NUM_KEPT + 1)
+    most: dict[int, int] = {}
     for event in trace.events:
-        blocks = -(-abs(event.num_bytes) // MIN_BLOCK_BYTES) * MIN_BLOCK_BYTES
-        begins = most[event.step] == 0
-        if begins:
-            most[event.step] = alive
-        alive += blocks if event.num_bytes > 0 else -blocks
-        most[event.step] = max(most[event.step], alive)
-    return tuple(most[1:])
+        before, alive = alive, alive + event.num_bytes
+        most[event.step] = max(most.get(event.step, before), alive)
+    return tuple(most[step] for step in range(1, NUM_KEPT + 1))
 
 
 def test_there_are_enough_settings() -> None:
