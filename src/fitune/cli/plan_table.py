@@ -9,8 +9,7 @@ from rich.console import Console
 from fitune.cli.output import table
 from fitune.cli.plan_training import training_lines, training_warnings
 from fitune.language import pad, say
-from fitune.plan.plan import Candidate, Plan, closest, counts_rows
-from fitune.trace.events import ROUTED, UNROUTED
+from fitune.plan.plan import SHOWN, Candidate, Plan, closest, counts_rows
 from fitune.units import format_bytes, format_count, format_gib, format_seconds
 
 if TYPE_CHECKING:
@@ -32,8 +31,6 @@ _MEANINGS = {
     ),
 }
 """Of the four sums below the parts, on each kind of device."""
-_ABOUT_ROUTING = (*ROUTED.values(), UNROUTED, "memory.routing=")
-"""Begins what a plan assumes of a mixture of experts."""
 
 
 def show_plan(plan: Plan, screen: Console, *, every: bool = False) -> None:
@@ -218,4 +215,4 @@ def _footnotes(plan: Plan, num_shown: int) -> Iterator[str]:
             f"({format_bytes(other.predicted_bytes)}, {difference:+.0%})"
         )
     yield from plan.assumptions[: 1 if plan.data["gpus"] == 1 else 2]
-    yield from (line for line in plan.assumptions if line.startswith(_ABOUT_ROUTING))
+    yield from (line for line in plan.assumptions if line.startswith(SHOWN))
