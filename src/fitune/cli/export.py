@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from fitune.cli.output import make_directory
+from fitune.cli.output import make_directory, print_text
 from fitune.config import ModelConfig, read_config
 from fitune.errors import RunDirectoryError
 from fitune.run.directory import RunDirectory, open_run
@@ -37,7 +37,7 @@ def export(
         export_minimind(model, target, dtype=None)
     else:
         export_minimind(model, target)
-    print(target)
+    print_text(target)
 
 
 def _load(run: RunDirectory, weights: Path) -> tuple[Any, Any]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from fitune.cli.arguments import ConfigArguments, ConfigFlags, read_arguments
-from fitune.cli.output import SCHEMA, Format, print_json
+from fitune.cli.output import SCHEMA, Format, print_json, print_text
 from fitune.cli.progress import RunProgress, open_progress
 from fitune.config import ResolvedConfig, RunConfig, format_config
 from fitune.config.read import COMMAND_LINE
@@ -92,7 +92,7 @@ def train(
     if output_format == "json":
         print_json({"run": str(run.path), "summary": summary_json(summary)})
     else:
-        print(run.path)
+        print_text(run.path)
 
 
 def run_training(
@@ -357,4 +357,4 @@ def _print_config(resolved: ResolvedConfig, output_format: str) -> None:
     if output_format == "json":
         print_json({"config": resolved.config.model_dump(mode="json"), "origins": dict(resolved.origins)})
     else:
-        print(format_config(resolved), end="")
+        print_text(format_config(resolved), end="")
