@@ -1,18 +1,17 @@
 """`fitune config`: about configuration files."""
 
-import json
-import sys
 from pathlib import Path
 from typing import Annotated
 
 from cyclopts import App, Parameter
 from cyclopts.validators import Number
 
-from fitune.cli.output import make_directory, output_file
+from fitune.cli.output import make_directory, output_file, print_aside, print_text
 from fitune.config import json_schema
 from fitune.config.foreign_read import read_command, read_foreign
 from fitune.config.foreign_translate import ImportedConfig, translate
 from fitune.errors import UsageError
+from fitune.language.printable import json_text
 from fitune.run.directory import write_atomically
 
 app = App(name="config")
@@ -25,7 +24,7 @@ def schema() -> None:
     In VS Code and others with the YAML language server: save it as fitune.schema.json and start the file with
     `# yaml-language-server: $schema=fitune.schema.json`.
     """
-    print(json.dumps(json_schema(), indent=2, ensure_ascii=False))
+    print_text(json_text(json_schema(), indent=2))
 
 
 @app.command(
@@ -53,7 +52,7 @@ def import_(
     arguments = read_foreign(Path(words[0])) if len(words) == 1 else read_command(words)
     imported = translate(arguments, devices=devices, model=model, data=data)
     if path is None:
-        print(imported.text, end="")
+        print_text(imported.text, end="")
     else:
         make_directory(path.parent, flag="-o")
         write_atomically(path, imported.text, place="-o")
@@ -61,11 +60,12 @@ def import_(
 
 
 def _tell(imported: ImportedConfig, source: str) -> None:
-    print(f"{source} is of {imported.tool}", file=sys.stderr)
+    print_aside(f"{source} is of {imported.tool}")
     for heading, sentences in (
         ("means something else here:", imported.differs),
         ("has no counterpart here, and is left out:", imported.dropped),
         ("makes no difference, and is left out:", [", ".join(imported.not_needed)] if imported.not_needed else []),
     ):
         if sentences:
-            print(heading, *(f"  {sentence}" for sentence in sentences), sep="\n", file=sys.stderr)
+            for line in (heading, *(f"  {sentence}" for sentence in sentences)):
+                print_aside(line)

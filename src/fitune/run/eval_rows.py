@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fitune.errors import RunDirectoryError
+from fitune.run.files import MAX_LOG_BYTES, read_plain
 from fitune.run.metrics import append_line
 
 
@@ -31,7 +32,7 @@ def read_eval_rows(path: Path) -> tuple[EvalRows, ...]:
     where the file cannot be read."""
     found: dict[int, EvalRows] = {}
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = read_plain(path, most_bytes=MAX_LOG_BYTES).decode("utf-8", "replace").splitlines()
     except OSError as error:
         raise RunDirectoryError(f"{path} cannot be read: {error.strerror}") from error
     for line in lines:

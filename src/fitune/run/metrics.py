@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_type_hints
 
 from fitune.errors import RunDirectoryError
+from fitune.run.files import MAX_LOG_BYTES, open_plain, read_plain
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -143,7 +144,7 @@ def append_line(path: Path, record: "DataclassInstance", *, leave_out_unknown: b
     content = {name: value for name, value in as_json(record).items() if value is not None or not leave_out_unknown}
     line = f"{json.dumps(content, ensure_ascii=False, allow_nan=False)}\n".encode()
     try:
-        with path.open("ab+", buffering=0) as file:
+        with open(path, "ab+", buffering=0, opener=open_plain) as file:
             if file.seek(0, os.SEEK_END) > 0:
                 file.seek(-1, os.SEEK_END)
                 if file.read(1) != b"\n":  # what a killed writer left: end it, so that it spoils one line only
@@ -209,9 +210,9 @@ def as_json(record: "DataclassInstance") -> dict[str, Any]:
 def read_summary(path: Path) -> Summary:
     """Raises RunDirectoryError where it is missing, damaged or of another version."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_plain(path))
     except (OSError, ValueError) as error:
-        raise RunDirectoryError(f"{path} cannot be read: {error}") from error
+        raise RunDirectoryError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
     version = content.get("schema") if isinstance(content, dict) else None
     if version != SCHEMA:
         raise RunDirectoryError(f"{path} has schema {version}; this fitune reads schema {SCHEMA}")
@@ -224,7 +225,7 @@ def read_summary(path: Path) -> Summary:
 def read_lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any] | None]]:
     """Each complete line, numbered from 1, as an object; None where it is not one."""
     try:
-        data = path.read_bytes()
+        data = read_plain(path, most_bytes=MAX_LOG_BYTES)
     except OSError as error:
         raise RunDirectoryError(f"{path} cannot be read: {error.strerror}") from error
     for number, line in enumerate(data.split(b"\n")[:-1], start=1):

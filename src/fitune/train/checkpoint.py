@@ -40,6 +40,7 @@ from fitune.model.peft_parts import PeftModel
 from fitune.model.save import link_model, saved_tensors, write_files
 from fitune.model.tensor_file import file_hash, write_tensors
 from fitune.run.directory import RunDirectory, sync_directory, write_json
+from fitune.run.files import open_plain, read_plain
 from fitune.run.journal import read_journal
 from fitune.step.assemble import Setup
 from fitune.step.optimizer_state import create_state
@@ -376,7 +377,7 @@ def roll_back(run: RunDirectory, checkpoint: Checkpoint | None) -> list[str]:
         if _size(log) < size:
             lost.append(f"{log} has lost {size - _size(log):,} of the {size:,} bytes that were written")
         elif log.exists():
-            with log.open("rb+") as file:
+            with open(log, "rb+", opener=open_plain) as file:
                 file.truncate(size)
     step = 0 if checkpoint is None else checkpoint.state.step
     if checkpoint is not None and not lost:
@@ -520,7 +521,7 @@ def _write_manifest(directory: Path, hashes: Mapping[str, str]) -> None:
 
 def _verify(path: Path) -> None:
     """Raises ValueError, OSError, KeyError or TypeError where it is not whole."""
-    manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+    manifest = json.loads(read_plain(path / "manifest.json"))
     if manifest["schema"] != SCHEMA:
         raise ValueError(f"it has schema {manifest['schema']}, and this fitune reads schema {SCHEMA}")
     for name, expected in manifest["files"].items():
@@ -531,7 +532,7 @@ def _verify(path: Path) -> None:
 
 
 def _read(path: Path) -> Checkpoint:
-    content = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    content = json.loads(read_plain(path / "state.json"))
     return Checkpoint(
         path=path,
         state=read_state(content["state"]),

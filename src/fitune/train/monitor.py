@@ -19,6 +19,7 @@ from torch import nn
 from fitune.config import RunConfig
 from fitune.errors import RunDirectoryError
 from fitune.run.directory import RunDirectory
+from fitune.run.files import read_plain
 from fitune.run.memory import MemorySample
 from fitune.run.metrics import EvalMetrics, RunEvent, StepMetrics, append_line
 from fitune.step.assemble import Setup
@@ -224,7 +225,7 @@ def _larger(first: int | None, second: int | None) -> int | None:
 def _planned_bytes(path: Path) -> int | None:
     """What the run's plan reserves at its peak; None where there is no plan, or none that says it."""
     try:
-        plan = json.loads(path.read_text(encoding="utf-8"))
+        plan = json.loads(read_plain(path))
         return int(plan["candidates"][plan["chosen"]]["predicted_reserved_bytes"])
     except (OSError, ValueError, KeyError, IndexError, TypeError):
         return None
