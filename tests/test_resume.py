@@ -29,7 +29,9 @@ from disturbed_run import (
     train_until,
     weights,
 )
+from faults import failing_call
 from fitune.cli.progress import TrainingProgress
+from fitune.errors import OutOfMemoryError
 from fitune.model.device import MemoryPeak
 from fitune.model.tensor_file import write_tensors
 from fitune.run.directory import RunDirectory, create_run, read_run, working_on
@@ -123,6 +125,47 @@ def test_a_second_control_c_ends_at_once_and_is_no_failure(monkeypatch: pytest.M
         "interrupted at once, without saving"
     ]
     assert newest_step() == 4
+
+
+@pytest.mark.parametrize("step", [3, 4, 6])
+@pytest.mark.parametrize("every", [(), ("train.eval_every=1", "train.save_every=3")], ids=["some", "each"])
+def test_an_evaluation_that_is_due_when_a_run_is_stopped_is_made_when_it_goes_on(
+    step: int, every: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if every:
+        train("sft.yaml", "run.name=undisturbed", "--overwrite", *every)
+    with monkeypatch.context() as patched:
+        interrupt_at(step, 1, patched)
+        train("sft.yaml", *every, exit_code=130)
+    train("--resume", "runs/run")
+    assert_same()
+
+
+def test_a_run_that_stops_after_each_step_has_the_evaluations_of_one_that_does_not() -> None:
+    train("sft.yaml", "train.stop_after=0.001s")
+    for _ in range(STEPS - 1):
+        train("--resume", "runs/run")
+    assert_same()
+
+
+@pytest.mark.parametrize("call", [1, 3])
+def test_an_evaluation_that_found_no_memory_is_made_when_the_run_goes_on(call: int) -> None:
+    """The second evaluation of four, and the one after the last step."""
+    with failing_call("fitune.train.guard.Guard.evaluate", call, error=lambda: OutOfMemoryError("no memory")):
+        train("sft.yaml", exit_code=4)
+    train("--resume", "runs/run")
+    assert_same()
+
+
+def test_weights_that_are_the_best_of_a_resumed_run_survive_a_death_right_after(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with monkeypatch.context() as patched:
+        interrupt_at(3, 1, patched)
+        train("sft.yaml", exit_code=130)
+    train_until(4, "--resume", "runs/run", monkeypatch=monkeypatch)
+    train("--resume", "runs/run")
+    assert_same()
 
 
 def test_a_signal_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -182,8 +182,7 @@ class CheckpointWriter:
             for log in _logs(self._run):
                 _flush(log)
             _write_manifest(new, hashes)
-            shutil.rmtree(final, ignore_errors=True)
-            new.rename(final)
+            _put_in_place(new, final)
             sync_directory(final.parent)
             link_model(final / "model", self._run.last)
             if state.best_step == state.step:
@@ -544,13 +543,35 @@ def _read(path: Path) -> Checkpoint:
 
 
 def _remove_old(run: RunDirectory, state: RunState) -> None:
-    """A directory is renamed first: half of one must never look like a whole one."""
     steps = sorted(_checkpoints(run))
     for step in set(steps[:-NUM_KEPT]) - {state.best_step}:
-        path = checkpoint_path(run, step)
-        hidden = path.with_name(f".{path.name}")
-        path.rename(hidden)
-        shutil.rmtree(hidden)
+        _remove(checkpoint_path(run, step))
+
+
+def _put_in_place(new: Path, final: Path) -> None:
+    """Rename a whole checkpoint. An earlier one of the same step, saved before its evaluation, is removed afterwards."""
+    if not final.exists():
+        new.rename(final)
+        return
+    hidden = _hidden(final)
+    final.rename(hidden)
+    try:
+        new.rename(final)
+    except OSError:
+        hidden.rename(final)
+        raise
+    shutil.rmtree(hidden)
+
+
+def _remove(path: Path) -> None:
+    """A directory is renamed first: half of one must never look like a whole one."""
+    hidden = _hidden(path)
+    path.rename(hidden)
+    shutil.rmtree(hidden)
+
+
+def _hidden(path: Path) -> Path:
+    return path.with_name(f".{path.name}.old")
 
 
 def _check_room(directory: Path, needed_bytes: int) -> None:

@@ -207,7 +207,7 @@ class _Trainer:
         self.device = next(setup.model.parameters()).device
         self.length = run_length(config, data.train)
         self.state = RunState() if start is None else start.state
-        self.saved_step = -1 if start is None or start.state.step == 0 else start.state.step
+        self.saved = None if start is None or start.state.step == 0 else self.commit
         self.guard = Guard(
             config,
             setup,
@@ -235,6 +235,11 @@ class _Trainer:
             },
             writes=ranks.leads,
         )
+
+    @property
+    def commit(self) -> tuple[int, int]:
+        """What tells two states of a run apart that are worth a checkpoint: a step, before and after its evaluation."""
+        return self.state.step, self.state.evaluated_step
 
     @property
     def rows_per_step(self) -> int:
@@ -281,7 +286,7 @@ class _Trainer:
         self.guard.start()
         if self.start is not None and self.start.memory_model is not None:
             self.guard.restore(self.start.memory_model)  # after the start, which has learned something of its own
-        if self.state.step == 0:
+        if self.state.step % self.eval_every == 0:  # also one that was due when the run was stopped or ended
             self.evaluate()
         prepared = prefetch(self._prepared(), depth=PREFETCHED_BATCHES)
         try:
@@ -569,14 +574,14 @@ class _Trainer:
 
     def save(self) -> None:
         """Begin to save the present commit as last/ (and best/), if that is not done already."""
-        if self.saved_step == self.state.step:
+        if self.saved == self.commit:
             return
         self.tell_failed_save(wait=True)
         if self.setup.settings.shards is None:  # else each holds a share of its own
             self.ranks.check_same(parameter for parameter in self.setup.model.parameters() if parameter.requires_grad)
         self.state = replace(self.state, seconds=self.seconds)
         self.writer.save(self.state, memory_model=self.guard.to_json())
-        self.saved_step = self.state.step
+        self.saved = self.commit
         self.write_summary("running")
 
     def tell_failed_save(self, *, wait: bool = False) -> None:
@@ -590,7 +595,7 @@ class _Trainer:
         """Save and wait, again where the last save failed. Raises RunDirectoryError where that fails."""
         self.tell_failed_save(wait=True)
         if self.ranks.exchange(self.writer.failed_step)[0] == self.state.step:
-            self.saved_step = -1
+            self.saved = None
         self.save()
         self.writer.wait()
         failure = self.ranks.exchange(self.writer.failure())[0]
