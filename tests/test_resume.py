@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 from disturbed_run import (
     RUN,
@@ -30,6 +31,7 @@ from disturbed_run import (
     weights,
 )
 from faults import failing_call
+from fitune.cli.app import main as cli_main
 from fitune.cli.progress import TrainingProgress
 from fitune.errors import OutOfMemoryError
 from fitune.model.device import MemoryPeak
@@ -38,7 +40,7 @@ from fitune.run.directory import RunDirectory, create_run, read_run, working_on
 from fitune.run.journal import CHAIN_START, StepRecord, append_step, read_journal
 from fitune.run.metrics import StepMetrics, read_events, read_metrics, read_summary
 from fitune.train import checkpoint as checkpoint_module
-from fitune.train.checkpoint import newest_checkpoint
+from fitune.train.checkpoint import NUM_KEPT, newest_checkpoint
 from fitune.train.state import RunState
 from tiny_models import TINY_QWEN3
 from tiny_run import save_tiny_model
@@ -341,10 +343,43 @@ def test_the_last_two_checkpoints_and_the_best_one_are_kept() -> None:
     ]
 
 
-def test_last_and_best_are_no_second_copy() -> None:
+def test_large_weights_in_last_and_best_are_no_second_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fitune.model.save.LINKED_BYTES", 4096)
     train("sft.yaml")
     inodes = {(directory / "model.safetensors").stat().st_ino for directory in (RUN.last, RUN.best)}
     assert inodes == {(RUN.checkpoints / f"step-{STEPS:08d}/model/model.safetensors").stat().st_ino}
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
+def test_a_small_file_in_last_may_be_edited_without_harm_to_the_checkpoint(name: str) -> None:
+    train("sft.yaml")
+    for directory in (RUN.last, RUN.best):
+        with (directory / name).open("ab") as file:
+            file.write(b" ")
+    found, faults = newest_checkpoint(RUN)
+    assert found is not None
+    assert (found.state.step, faults) == (STEPS, [])
+
+
+def test_a_tokenizer_with_several_chat_templates_is_saved_and_the_run_goes_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    place = Path("several")
+    shutil.copytree("tiny", place)
+    templates = place / "additional_chat_templates"
+    templates.mkdir()
+    (templates / "tool_use.jinja").write_text("{{ messages }}")
+    several = ("sft.yaml", "model.source=several")
+    train(*several, "run.name=undisturbed", "--overwrite")
+    train_until(5, *several, monkeypatch=monkeypatch)
+    train("--resume", "runs/run")
+    assert_same()
+    assert [event.kind for event in read_events(RUN.events)] == ["resume"]
+    for saved in (RUN.last, RUN.best):
+        assert AutoTokenizer.from_pretrained(saved).chat_template.keys() == {"default", "tool_use"}
+    assert len(list(RUN.checkpoints.iterdir())) <= NUM_KEPT + 1
+    assert cli_main(["export", str(RUN.path), "--to", "hf", "-o", "exported"]) == 0
+    assert (Path("exported") / templates.name / "tool_use.jinja").exists()
 
 
 def test_weights_have_the_mode_of_other_files() -> None:
@@ -470,7 +505,7 @@ def test_a_disk_that_fills_up_leaves_the_last_good_checkpoint(
         assert "has no space for" in error
         found, faults = newest_checkpoint(run)
         assert found is not None
-        assert (found.state.step, faults) == (4, [])
+        assert (found.state.step, faults) == (STEPS, [])
         (disk / "filler").unlink()
         train("--resume", str(run.path))
         assert_same(run)

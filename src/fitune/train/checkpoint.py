@@ -168,7 +168,8 @@ class CheckpointWriter:
         new = final.with_name(f".{final.name}")
 
         def begin() -> None:
-            _check_room(self._run.checkpoints, tensors.num_bytes)
+            copied = sum(map(len, self._files.values()))
+            _check_room(self._run.checkpoints, tensors.num_bytes + 3 * copied)  # last/ and best/ have copies
             shutil.rmtree(new, ignore_errors=True)
             new.mkdir()
 
@@ -513,7 +514,9 @@ def _write_manifest(directory: Path, hashes: Mapping[str, str]) -> None:
         if name not in hashes:
             _flush(path)
         files[name] = {"bytes": path.stat().st_size, "xxh3_128": hashes.get(name) or file_hash(path)}
-    sync_directory(directory / "model")
+    for path in (directory / "model", *(directory / "model").rglob("*")):
+        if path.is_dir():
+            sync_directory(path)
     write_json(directory / "manifest.json", {"schema": SCHEMA, "files": files})
 
 
