@@ -41,6 +41,7 @@ from fitune.model.save import link_model, saved_tensors, write_files
 from fitune.model.tensor_file import file_hash, write_tensors
 from fitune.run.directory import RunDirectory, sync_directory, write_json
 from fitune.run.journal import read_journal
+from fitune.run.patient_files import PatientFiles
 from fitune.step.assemble import Setup
 from fitune.step.optimizer_state import create_state
 from fitune.step.out_of_memory import said_of, try_twice
@@ -80,7 +81,8 @@ class Checkpoint:
 class CheckpointWriter:
     """Saves commits beside the training steps, one at a time.
 
-    files: what `model_files` gives. facts: identity and conditions, for the checkpoint. A save that fails leaves the
+    files: what `model_files` gives. facts: identity and conditions, for the checkpoint. logs: what writes the run's
+    logs, which are written before a checkpoint counts. A save that fails leaves the
     earlier ones and is told by `failure`; failed_step: of the last one, None where that went well. writes: not in a
     process beside the one that saves.
     """
@@ -92,10 +94,11 @@ class CheckpointWriter:
         *,
         files: Mapping[str, bytes],
         facts: Mapping[str, Json],
+        logs: PatientFiles,
         writes: bool = True,
     ) -> None:
         self._run, self._setup, self._files, self._facts = run, setup, files, facts
-        self._writes = writes
+        self._logs, self._writes = logs, writes
         self.failed_step: int | None = None
         self._failure: str | None = None
         self._thread: threading.Thread | None = None
@@ -141,7 +144,7 @@ class CheckpointWriter:
             "scaler": None if self._setup.scaler is None else self._setup.scaler.state_dict(),
             "optimizer": tensors.optimizer_scalars,
             "memory_model": memory_model,
-            "log_bytes": {log.name: _size(log) for log in _logs(self._run)},
+            "log_bytes": {log.name: self._logs.size(log) for log in _logs(self._run)},
             **self._facts,
         }
 
@@ -180,6 +183,7 @@ class CheckpointWriter:
                 return
             write_files(new / "model", self._files)
             write_json(new / "state.json", content)
+            self._logs.flush()
             for log in _logs(self._run):
                 _flush(log)
             _write_manifest(new, hashes)
@@ -552,7 +556,7 @@ def _remove_old(run: RunDirectory, state: RunState) -> None:
 
 
 def _put_in_place(new: Path, final: Path) -> None:
-    """Rename a whole checkpoint. An earlier one of the same step, saved before its evaluation, is removed afterwards."""
+    """Rename a whole checkpoint. An earlier one of that step, saved before its evaluation, is removed afterwards."""
     if not final.exists():
         new.rename(final)
         return
