@@ -31,9 +31,10 @@ from fitune.memory.devices import find_device
 from fitune.plan.budget import Limits, find_limits, uniform_lengths
 from fitune.plan.candidates import Choice, host_choices, same_choices, settings_of, still_open
 from fitune.plan.plan import Plan, closest
-from fitune.plan.planner import _Search, choose_plan
+from fitune.plan.planner import Search, _Search, choose_plan
 from fitune.plan.predict import predict
 from fitune.plan.second_process import divide
+from fitune.trace import recordings
 from fitune.trace.events import ROUTED, UNROUTED
 from fitune.units import format_bytes, format_gib
 from tiny_models import TINY, TINY_DBRX
@@ -186,11 +187,37 @@ def test_looking_at_all_or_at_the_fastest_first_chooses_the_same(
 ) -> None:
     sizes = [each.predicted_device_bytes for each in wide.candidates if each.result == "same"]
     budget = f"memory.budget={int(min(sizes) + share * (max(sizes) - min(sizes)))}B"
-    first, second = (choose_plan(config(tree, budget), gpu="RTX 4090", thorough=each) for each in (True, False))
+    first, second = (choose_plan(config(tree, budget), gpu="RTX 4090", search=each) for each in ("all", "fastest"))
     assert first.chosen is not None
     assert second.chosen is not None
     assert first.candidates[first.chosen] == second.candidates[second.chosen]
     assert len(second.candidates) < len(first.candidates)
+
+
+def test_a_brief_plan_chooses_as_a_whole_one_and_knows_the_leanest(wide: Plan, tree: dict[str, Any]) -> None:
+    brief = choose_plan(config(tree), gpu="RTX 4090", search="brief")
+    assert wide.chosen is not None
+    assert brief.chosen is not None
+    assert brief.candidates[brief.chosen] == wide.candidates[wide.chosen]
+    same = [each for each in wide.candidates if each.result == "same"]
+    assert min(same, key=lambda each: each.predicted_device_bytes) in brief.candidates
+    assert len(brief.candidates) < len(wide.candidates) / 2
+
+
+def test_the_price_of_an_update_on_the_host_records_no_other_optimizer(
+    tree: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorded: list[str] = []
+    whole = recordings.record_columns_of_step
+
+    def record(config: RunConfig, *args: Any, **settings: Any) -> Any:
+        recorded.append(config.optim.name)
+        return whole(config, *args, **settings)
+
+    monkeypatch.setenv("FITUNE_CACHE", str(tmp_path))
+    monkeypatch.setattr(recordings, "record_columns_of_step", record)
+    choose_plan(config(tree), gpu="RTX 4090", search="fastest")
+    assert set(recorded) == {"adamw"}
 
 
 @pytest.fixture(scope="module")
@@ -211,9 +238,9 @@ def tight(heavy: RunConfig) -> Limits:
     return replace(find_limits(heavy, gpu="RTX 4090"), budget_bytes=least - 2**23)
 
 
-@pytest.mark.parametrize("thorough", [True, False])
-def test_where_nothing_else_fits_the_host_updates(heavy: RunConfig, tight: Limits, thorough: bool) -> None:
-    plan = choose_plan(heavy, limits=tight, thorough=thorough)
+@pytest.mark.parametrize("search", ["all", "brief", "fastest"])
+def test_where_nothing_else_fits_the_host_updates(heavy: RunConfig, tight: Limits, search: Search) -> None:
+    plan = choose_plan(heavy, limits=tight, search=search)
     assert plan.chosen is not None
     chosen = plan.candidates[plan.chosen]
     assert (chosen.optimizer, chosen.result, chosen.categories["optimizer_state"]) == ("adamw_host", "same", 0)
@@ -367,7 +394,7 @@ def test_the_configuration_of_a_candidate_can_be_printed(
     wide: Plan, tree: dict[str, Any], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     number = next(i for i, each in enumerate(wide.candidates, start=1) if each.recompute == "selective")
-    assert main(command(tree, "--gpu", "RTX 4090", "--apply", str(number))) == 0
+    assert main(command(tree, "--gpu", "RTX 4090", "--all", "--apply", str(number))) == 0
     (tmp_path / "applied.yaml").write_text(capsys.readouterr().out)
     applied = read_config(tmp_path / "applied.yaml").config
     wanted = wide.candidates[number - 1]

@@ -25,7 +25,7 @@ def plan(
     gpu: Annotated[str | None, Parameter(help="a card to plan for, like 'RTX 4090', or cpu (memory.gpu)")] = None,
     budget: Annotated[str | None, Parameter(help="memory to stay within: 20GiB, or 0.9 of it (memory.budget)")] = None,
     gpus: Annotated[int, Parameter(help="so many cards, which share the rows of a step (torchrun)")] = 1,
-    every: Annotated[bool, Parameter(name="--all", help="show every candidate")] = False,
+    every: Annotated[bool, Parameter(name="--all", help="predict and show every candidate")] = False,
     apply: Annotated[int | None, Parameter(help="print the configuration with candidate N written into it")] = None,
     measure: Annotated[bool, Parameter(help="run real steps of the chosen candidate here, and compare")] = False,
     splits: Annotated[str | None, Parameter(help="compare forced splits, rows x micro-batches: 6x1,6x4,4x6")] = None,
@@ -72,11 +72,11 @@ def plan(
         from fitune.plan.planner import choose_plan
 
     with Screen(stderr=True).status(say("planning")) as status:
-        found = choose_plan(config, num_gpus=gpus, on_candidate=status.update)
+        found = choose_plan(config, num_gpus=gpus, search="all" if every else "brief", on_candidate=status.update)
     if apply is not None:
         from fitune.plan.candidates import settings_of
 
-        wanted = _candidate(found, apply)
+        wanted = _candidate(found, apply, every=every)
         chosen = read_arguments(words, flags, overrides=[*given, *settings_of(wanted, config)])
         print_text(format_config(chosen), end="")
         if config.data.train == NO_DATA:
@@ -102,7 +102,7 @@ def plan(
 _NOT_TOGETHER = (
     ("--trainer", ("--gpus", "--splits", "--measure", "--apply", "--all", "--budget"), "predicts a Trainer as it is"),
     ("--splits", ("--gpus", "--measure", "--apply", "--all"), "compares settings of one card side by side"),
-    ("--apply", ("--measure", "--all", "--format"), "prints a configuration and nothing else"),
+    ("--apply", ("--measure", "--format"), "prints a configuration and nothing else"),
     ("--measure", ("--gpus",), "runs on the one device that is here"),
 )
 """(a flag, those that would do nothing beside it, why)"""
@@ -115,9 +115,10 @@ def _check_flags(given: Mapping[str, bool]) -> None:
             raise UsageError(f"{flag} {why}: drop {' and '.join(useless)}")
 
 
-def _candidate(plan: "Plan", number: int) -> "Candidate":
+def _candidate(plan: "Plan", number: int, *, every: bool) -> "Candidate":
     if not 1 <= number <= len(plan.candidates):
-        raise UsageError(f"--apply {number} is none of the candidates: give 1 to {len(plan.candidates)}")
+        more = "" if every else ", or --all with the number of a table that --all has shown"
+        raise UsageError(f"--apply {number} is none of the candidates: give 1 to {len(plan.candidates)}{more}")
     return plan.candidates[number - 1]
 
 

@@ -18,7 +18,7 @@ def compare_splits(config: RunConfig, splits: str, output_format: str) -> None:
     """Raises UsageError for a list that cannot be read."""
     from fitune.plan.planner import choose_plan
 
-    plans = [choose_plan(_forced(config, *split), thorough=False) for split in read_splits(splits)]
+    plans = [choose_plan(_forced(config, *split), search="fastest") for split in read_splits(splits)]
     if output_format == "json":
         print_json({"plans": [plan_json(plan) for plan in plans]})
         return

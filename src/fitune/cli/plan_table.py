@@ -33,6 +33,9 @@ _MEANINGS = {
 
 def show_plan(plan: Plan, screen: Screen, *, every: bool = False) -> None:
     """every: all candidates, else those that tell the most."""
+    if (verdict := _verdict(plan)) is not None:
+        screen.print(verdict, soft_wrap=True)
+        screen.print()
     for title, line in (*_heading(plan), *training_lines(plan.training)):
         screen.print(f"{pad(title, 9)}{line}", soft_wrap=True)
     shown = closest(plan) if plan.chosen is None else plan.candidates[plan.chosen]
@@ -50,8 +53,31 @@ def show_plan(plan: Plan, screen: Screen, *, every: bool = False) -> None:
         say("result"),
     )
     screen.print(table(columns, [_row(plan, number) for number in numbers]))
+    if not every:
+        screen.print(say("--all predicts every setting, also those that change the result (LoRA, QLoRA, 8-bit)"))
     for line in (*_footnotes(plan, len(list(numbers))), *training_warnings(plan.training)):
         screen.print(line, soft_wrap=True)
+
+
+def _verdict(plan: Plan) -> str | None:
+    """The answer in one sentence; None where nothing fits, which is said as an error."""
+    if plan.chosen is None:
+        return None
+    chosen = plan.candidates[plan.chosen]
+    rate = tokens_per_second(plan, chosen)
+    seconds = plan.data["epoch_tokens"] / rate if rate and plan.data["epoch_tokens"] else None
+    words = {
+        "split": split_words(plan, chosen),
+        "needed": format_gib(chosen.predicted_device_bytes, 1),
+        "limit": format_gib(plan.limit_bytes, 1),
+    }
+    if seconds is None:
+        return say("micro-batch x gradient accumulation {split}: {needed} of {limit} GiB", **words)
+    return say(
+        "micro-batch x gradient accumulation {split}: {needed} of {limit} GiB, {time} an epoch",
+        **words,
+        time=format_seconds(seconds),
+    )
 
 
 def html_plan(plan: Plan) -> str:

@@ -126,7 +126,9 @@ class Forecaster:
 
     def shape(self, choice: Choice) -> StepShape:
         """The mean over a few steps of rows drawn from the lengths, cut as the run will cut them."""
-        packed = self.work(choice.variant, tokens=self.lengths.longest_tokens).packed
+        # whether rows are packed is the model's, and recordings without another optimizer are wanted for prices anyway
+        variant = replace(choice.variant, optimizer=None, result="same")
+        packed = self.work(variant, tokens=self.lengths.longest_tokens).packed
         key = f"shape {packed} {choice.micro_rows} {choice.micro_tokens}"
         if key not in self.known:
             self.known[key] = asdict(self._shape(choice, packed=packed))

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from heapq import heappop, heappush
-from typing import Any
+from typing import Any, Literal
 
 from fitune.config import RunConfig
 from fitune.errors import ConfigError, ModelError
@@ -33,6 +33,8 @@ from fitune.plan.training import plan_training
 from fitune.trace.events import ROUTED
 from fitune.units import format_bytes
 
+Search = Literal["all", "brief", "fastest"]
+
 
 def choose_plan(
     config: RunConfig,
@@ -40,14 +42,16 @@ def choose_plan(
     gpu: str | None = None,
     limits: Limits | None = None,
     lengths: Lengths | None = None,
-    thorough: bool = True,
+    search: Search = "all",
     num_gpus: int = 1,
     on_candidate: Callable[[str], None] | None = None,
 ) -> Plan:
     """The candidates and the chosen one; none where nothing fits.
 
     gpu: a card's name, or 'cpu'. limits, lengths: where they are known already, else found from the configuration.
-    thorough: look at every candidate; else only until none of the others can be faster than one that fits.
+    search: "all" predicts every candidate. "brief" predicts those that answer what most people ask: the fastest that
+    fits, smaller micro-batches of the same, and what needs the least memory. "fastest" stops where none of the others
+    can be faster than one that fits.
     num_gpus: so many alike, which share the rows of a step; memory is that of each.
     on_candidate: told what is looked at. Raises what the configuration's and the model's checks raise.
     """
@@ -57,9 +61,9 @@ def choose_plan(
         limits = keep_bucket(limits, num_gpus)
     lengths = lengths or find_lengths(config)
     forecaster = Forecaster(share_of(config, num_gpus), limits, lengths, num_shards=num_shards)
-    search = _Search(config, forecaster, on_candidate, num_gpus=num_gpus)
-    chosen = search.thorough() if thorough else search.lean()
-    plan = search.plan(chosen, list(search.other_routing(chosen)) if thorough and chosen else ())
+    searching = _Search(config, forecaster, on_candidate, num_gpus=num_gpus)
+    chosen = {"all": searching.thorough, "brief": searching.brief, "fastest": searching.lean}[search]()
+    plan = searching.plan(chosen, list(searching.other_routing(chosen)) if search != "fastest" and chosen else ())
     forecaster.save()
     return plan
 
@@ -96,6 +100,17 @@ class _Search:
         proposed = self.proposals(smallest if chosen is None else min(same, key=self.order))
         self.looked_at = same
         self.look_at(proposed)
+        return chosen
+
+    def brief(self) -> Choice | None:
+        """Looks at the first variant in all sizes (at the others as `lean` where none of those fits) and the leanest,
+        so that both ends are known. What would change the result is only proposed where nothing fits."""
+        variants = list(dict.fromkeys(choice.variant for choice in self.choices))
+        self.look_at([choice for choice in self.choices if choice.variant == variants[0]])
+        chosen = self.fastest() or self.lean()
+        if chosen is None:
+            return self.thorough()
+        self.look_at([choice for choice in self.choices if choice.variant == variants[-1]][:1])
         return chosen
 
     def fastest(self) -> Choice | None:

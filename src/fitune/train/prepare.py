@@ -98,7 +98,7 @@ def _prepare(
                 config,
                 limits=limits_of(config, run_device(device)),
                 lengths=lengths_of(data.train, data.eval),
-                thorough=False,
+                search="fastest",
                 num_gpus=ranks.size,
             )
             settings, note = follow(plan, config, plan_check=plan_check)
