@@ -103,14 +103,13 @@ class _Search:
         return chosen
 
     def brief(self) -> Choice | None:
-        """Looks at the first variant in all sizes (at the others as `lean` where none of those fits) and the leanest,
-        so that both ends are known. What would change the result is only proposed where nothing fits."""
-        variants = list(dict.fromkeys(choice.variant for choice in self.choices))
-        self.look_at([choice for choice in self.choices if choice.variant == variants[0]])
-        chosen = self.fastest() or self.lean()
+        """Looks at all sizes without gradient checkpointing, at others as far as they may be faster, and the leanest:
+        both ends of what is possible. What would change the result is only proposed where nothing fits."""
+        self.look_at([choice for choice in self.choices if choice.variant == self.choices[0].variant])
+        chosen = self.lean()
         if chosen is None:
             return self.thorough()
-        self.look_at([choice for choice in self.choices if choice.variant == variants[-1]][:1])
+        self.look_at([choice for choice in self.choices if choice.variant == self.choices[-1].variant][:1])
         return chosen
 
     def fastest(self) -> Choice | None:
