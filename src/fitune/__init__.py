@@ -120,7 +120,7 @@ def predict_loop(
     with collections_paused():
         from fitune.memory.devices import cpu_device, find_device, this_machine
         from fitune.memory.prediction import PredictSettings, either_routing, predict
-        from fitune.trace.cuda_behaviour import CudaTarget
+        from fitune.trace.cuda_target import CudaTarget
         from fitune.trace.fake import RecordSettings, record_loop
 
     device = find_device(gpu) if gpu is not None else next(iter(this_machine()), cpu_device())

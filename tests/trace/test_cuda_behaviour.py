@@ -10,7 +10,8 @@ from torch.nn import functional
 
 from fitune.errors import UsageError
 from fitune.model.attention import row_boundaries, rows_attention
-from fitune.trace.cuda_behaviour import CudaTarget, choose_attention
+from fitune.trace.cuda_attention import choose_attention
+from fitune.trace.cuda_target import CudaTarget
 from fitune.trace.fake import RecordSettings, record_loop
 
 B, H, S, D = 2, 4, 160, 64

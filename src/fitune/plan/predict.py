@@ -20,7 +20,7 @@ from fitune.model.precision import Precision
 from fitune.plan.candidates import with_routing
 from fitune.step.assemble import CPU_MICRO_TOKENS, CUDA_MICRO_TOKENS
 from fitune.step.shards import dealt_layers
-from fitune.trace.cuda_behaviour import CudaTarget
+from fitune.trace.cuda_target import CudaTarget
 from fitune.trace.recordings import Recordings
 from fitune.trace.sharded import sharded
 from fitune.trace.step import Pass, RecordedStep, longest_rows, steady_passes

@@ -26,8 +26,7 @@ class Card(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class Reduction:
     """shape, stride, offset: of the input, in elements. dims: those that are reduced. partial_bytes: of what a thread
-    accumulates (arg_t). input_vector: elements of a row that a thread reads at once. output_bytes: of an element.
-    accumulates: whether parts of a large input can be summed up in the output itself."""
+    accumulates (arg_t). output_bytes: of an element."""
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
@@ -35,9 +34,7 @@ class Reduction:
     dims: frozenset[int]
     element_bytes: int
     partial_bytes: int
-    input_vector: int = 4
-    output_bytes: int = 4
-    accumulates: bool = True
+    output_bytes: int
 
 
 def scratch(reduction: Reduction, card: Card) -> list[tuple[int, ...]]:
@@ -47,7 +44,7 @@ def scratch(reduction: Reduction, card: Card) -> list[tuple[int, ...]]:
     whole = _Iteration.of(reduction)
     parts = list(_parts(whole))
     found = [sizes for part in parts if (sizes := _part_scratch(part, reduction, card))]
-    if len(parts) > 1 and not reduction.accumulates and reduction.output_bytes < reduction.partial_bytes:
+    if len(parts) > 1 and reduction.output_bytes < reduction.partial_bytes:  # 16 bits keep no sum of parts
         return [(whole.num_outputs * reduction.partial_bytes,), *found]
     return found
 
@@ -158,7 +155,7 @@ def _part_scratch(part: _Iteration, reduction: Reduction, card: Card) -> tuple[i
     output_vector = 1
     if fastest == 1:
         if is_row and dim0 >= 128 and num_reduced == 1:
-            dim0 //= reduction.input_vector
+            dim0 //= 4  # elements that a thread reads at once
         elif not is_row:
             output_vector = _output_vector(part, num_reduced)
             dim0 //= output_vector

@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
 
 from fitune.trace.assumptions import known_array, tell_made
-from fitune.trace.cuda_behaviour import CudaTarget
+from fitune.trace.cuda_target import CudaTarget
 from fitune.trace.recorder import Place, Recorder
 
 CARD = torch.device("cpu")  # what stands for the card; a loop's own "cpu" is a string, so the two can be told apart

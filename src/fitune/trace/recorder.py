@@ -25,7 +25,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fitune.trace.events import ON_HOST, TRANSFER, Category, Phase
-from fitune.trace.operators import by_operator
+from fitune.trace.operators import FREE, Freed, Output, Script, by_operator
 from fitune.trace.recording import NEVER, Birth, Recording, Rule, Where, Work, make_recording, split_turn
 from fitune.trace.shapes import Call
 from fitune.trace.work import bytes_of, count_flops, moved_bytes
@@ -48,11 +48,11 @@ class Kernels(Protocol):
     def workspaces(self, func: Operator, phase: Phase) -> Sequence[int]:
         """Bytes of what the operator allocates before its outputs and keeps for ever."""
 
-    def temporaries(
-        self, func: Operator, args: tuple[Any, ...], outputs: Sequence[torch.Tensor]
-    ) -> Sequence[Sequence[int]] | None:
-        """Bytes of what the operator allocates after its outputs and frees before it returns: one group after the
-        other. None for an operator without a rule."""
+    def script(
+        self, func: Operator, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], Script] | None:
+        """All arguments of the operator, and what it allocates besides its outputs and when; None for an operator
+        without a rule."""
 
 
 @dataclass(slots=True, eq=False)
@@ -255,27 +255,44 @@ class Recorder(TorchDispatchMode):
                 self._count(func, args, kwargs, outputs, module=self._module(), known=known, on_host=True)
             return result
         module = self._module()
-        for tensor, source in zip(outputs, self._sources(args, len(outputs)), strict=True):
-            self._see(tensor, traits.name, module if source is None else source)
-        self._add_temporaries(func, args, outputs)
+        sources = [module if source is None else source for source in self._sources(args, len(outputs))]
+        found = self._kernels.script(func, args, kwargs)
+        if found is None:
+            for tensor, source in zip(outputs, sources, strict=True):
+                self._see(tensor, traits.name, source)
+        else:
+            self._follow_script(func, *found, outputs, sources)
         if traits.does_work:
             self._count(func, args, kwargs, outputs, module=module, known=known)
         return result
 
-    def _add_temporaries(self, func: Operator, args: tuple[Any, ...], outputs: tuple[torch.Tensor, ...]) -> None:
-        groups = self._kernels.temporaries(func, args, outputs)
-        if groups is None:
-            return
-        rule = _rule(func, args, total=sum(map(len, groups)))
-        if rule is not None and not groups:
+    def _follow_script(
+        self, func: Operator, args: tuple[Any, ...], script: Script, outputs: tuple[torch.Tensor, ...],
+        sources: Sequence[str],
+    ) -> None:  # fmt: skip
+        """Outputs and what else the operator allocates, in its order."""
+        name = _traits(func).name
+        hidden: list[_Storage | None] = []
+        total = sum(isinstance(item, int) and item != FREE for item in script)
+        rule = _rule(func, args, total=total)
+        if rule is not None and not total:
             self._silent.append((self._step, rule))
-        position = 0
-        for group in groups:
-            hidden = [self.allocate(num_bytes, "temporary", _traits(func).name) for num_bytes in group]
-            for storage in hidden:
+        named = {item.number for item in script if isinstance(item, Output)}
+        for item in (*(Output(number) for number in range(len(outputs)) if number not in named), *script):
+            if isinstance(item, Output):
+                self._see(outputs[item.number], name, sources[item.number])
+            elif isinstance(item, Freed) or item == FREE:
+                number = item.number if isinstance(item, Freed) else max(i for i, its in enumerate(hidden) if its)
+                if (storage := hidden[number]) is not None:
+                    self.free(storage)
+                hidden[number] = None
+            else:
+                storage = self.allocate(item, "temporary", name)
+                storage.rule = None if rule is None else rule._replace(position=len(hidden))
+                hidden.append(storage)
+        for storage in hidden:
+            if storage is not None:
                 self.free(storage)
-                storage.rule = None if rule is None else rule._replace(position=position)
-                position += 1
 
     def _count(
         self, func: Operator, args: Any, kwargs: Any, outputs: tuple[torch.Tensor, ...], *,
@@ -480,14 +497,20 @@ def _tensors(tree: Any) -> Iterator[torch.Tensor]:
             yield from _tensors(item)
 
 
+_MOST_IN_A_LIST = 4
+
+
 def _rule(func: Operator, args: tuple[Any, ...], *, total: int) -> Rule | None:
-    """None where tensors come in lists, whose lengths are no shape."""
-    if any(any(True for _ in _tensors(value)) for value in args if isinstance(value, (list, tuple))):
+    """None where many tensors come in a list, as those of an optimizer."""
+    if any(isinstance(value, (list, tuple)) and len(value) > _MOST_IN_A_LIST for value in args):
         return None
-    return Rule(func._schema.name, tuple(_shape(value) for value in args), 0, total)
+    return Rule(func.name(), tuple(_shape(value) for value in args), 0, total)
 
 
 def _shape(value: Any) -> object:
+    """Tensors as `temporaries_by_shape` reads them."""
     if isinstance(value, torch.Tensor):
-        return tuple(value.shape), value.dtype
-    return tuple(value) if isinstance(value, list) else value
+        shape = tuple(value.shape), value.dtype
+        offset = value.storage_offset()
+        return shape if not offset and value.is_contiguous() else (*shape, value.stride(), offset)
+    return tuple(_shape(each) for each in value) if isinstance(value, (list, tuple)) else value
