@@ -12,10 +12,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from fitune.errors import UsageError
+from fitune.trace.allocation import FREE, Allocation, Free, Output
 from fitune.trace.cuda_target import CudaTarget
-from fitune.trace.operators import FREE, Freed, Output, Script
 
 aten = torch.ops.aten
+Steps = Sequence[Allocation]
 Kernel = Literal["flash", "efficient", "cudnn", "math"]
 _16_BIT = (torch.float16, torch.bfloat16)
 
@@ -239,13 +240,39 @@ def _aligned_bias(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
 # ---- what the kernels allocate ---------------------------------------------------------------------------------------
 
 
-def _flash_forward(target: CudaTarget, args: Sequence[Any]) -> Script:
-    """transformers/cuda/flash_attn/flash_api.cpp, mha_fwd: with dropout, where the generator stands is kept twice."""
-    dropout = args[3]
-    return (Output(0), Output(1), 16, Output(3), Output(2)) if dropout else ()
+def _flash_forward(target: CudaTarget, args: Sequence[Any]) -> Steps:
+    """transformers/cuda/flash_attn/flash_api.cpp, mha_fwd: where few blocks would work, the keys are split, each part
+    with float32 results of its own (set_params_splitkv); with dropout, where the generator stands is kept twice."""
+    query, key, dropout = args[0], args[1], args[3]
+    if dropout:
+        return Output(0), Output(1), 16, Output(3), Output(2)
+    batch, heads, length, head_dim = query.shape
+    num_splits = _num_splits(
+        batch * heads * ceil(length / 64),
+        most=2 * target.num_multiprocessors,
+        num_blocks=ceil(key.shape[2] / (256 if head_dim <= 64 else 128 if head_dim <= 128 else 64)),
+    )
+    if num_splits == 1:
+        return ()
+    rows = num_splits * batch * heads * length
+    return Output(0), Output(1), rows * 4, rows * _rounded_head(head_dim) * 4, Output(2), Output(3)
 
 
-def _flash_backward(target: CudaTarget, args: Sequence[Any]) -> Script:
+def _num_splits(num_rows: int, *, most: int, num_blocks: int) -> int:
+    """flash_api.cpp, num_splits_heuristic: the fewest with which the multiprocessors are busy for 85 % of the time that
+    they could be at best."""
+    if num_rows >= 0.8 * most:
+        return 1
+    busy: dict[int, float] = {}
+    for number in range(1, min(128, most, num_blocks) + 1):
+        if number == 1 or ceil(num_blocks / number) != ceil(num_blocks / (number - 1)):
+            waves = num_rows * number / most
+            busy[number] = waves / ceil(waves)
+    best = max(busy.values())
+    return next(number for number, share in busy.items() if share >= 0.85 * best)
+
+
+def _flash_backward(target: CudaTarget, args: Sequence[Any]) -> Steps:
     """flash_api.cpp, mha_bwd: softmax_d, dq_accum, and dk, dv for every query head."""
     query, key = args[1], args[2]
     batch, heads, length, head_dim = query.shape
@@ -255,7 +282,7 @@ def _flash_backward(target: CudaTarget, args: Sequence[Any]) -> Script:
     return batch * heads * rows * 4, batch * heads * rows * _rounded_head(head_dim) * 4, *grouped
 
 
-def _varlen_backward(target: CudaTarget, args: Sequence[Any]) -> Script:
+def _varlen_backward(target: CudaTarget, args: Sequence[Any]) -> Steps:
     """flash_api.cpp, mha_varlen_bwd: as above over the flat positions, each row padded to 128."""
     query, key, boundaries = args[1], args[2], args[6]
     tokens, heads, head_dim = query.shape
@@ -268,7 +295,7 @@ def _varlen_backward(target: CudaTarget, args: Sequence[Any]) -> Script:
     return heads * rows * 4, rows * heads * _rounded_head(head_dim) * 4, *grouped
 
 
-def _varlen_forward(target: CudaTarget, args: Sequence[Any]) -> Script:
+def _varlen_forward(target: CudaTarget, args: Sequence[Any]) -> Steps:
     """torch/nn/attention/varlen.py: the generator's place is of the operator's own making, that of the kernel is
     dropped. In cuDNN, lengths and offsets of the rows."""
     query, key, boundaries = args[0], args[1], args[3]
@@ -290,12 +317,12 @@ def _rounded_head(head_dim: int) -> int:
     return _ceil_to(head_dim, 32) if head_dim <= 192 else 256
 
 
-def _cudnn_forward(target: CudaTarget, args: Sequence[Any]) -> Script:
+def _cudnn_forward(target: CudaTarget, args: Sequence[Any]) -> Steps:
     """cudnn/MHA.cpp: seed and offset come first. The workspace of cuDNN's own plan is not known."""
     return Output(2), Output(3), Output(0), Output(1)
 
 
-def _cudnn_backward(target: CudaTarget, args: Sequence[Any]) -> Script:
+def _cudnn_backward(target: CudaTarget, args: Sequence[Any]) -> Steps:
     """cudnn_frontend, scaled_dot_product_flash_attention_bwd: the sum over each row and dq in float32."""
     batch, heads, length, head_dim = args[1].shape
     return (_cudnn_workspace(batch, heads, length, head_dim),)
@@ -305,12 +332,12 @@ def _cudnn_workspace(batch: int, heads: int, length: int, head_dim: int) -> int:
     return batch * heads * length * (1 + head_dim) * 4
 
 
-def _efficient_forward(target: CudaTarget, args: Sequence[Any]) -> Script:
+def _efficient_forward(target: CudaTarget, args: Sequence[Any]) -> Steps:
     """transformers/cuda/attention.cu: seed and offset come first."""
     return Output(2), Output(3), Output(0), Output(1)
 
 
-def _efficient_backward(target: CudaTarget, args: Sequence[Any]) -> Script:
+def _efficient_backward(target: CudaTarget, args: Sequence[Any]) -> Steps:
     """transformers/cuda/attention_backward.cu and mem_eff_attention/kernel_backward.h (Params::workspace_size): dk and
     dv of every query head; delta, computed by the kernel in 16 bits, by a float32 product and its sum else; then a
     float32 accumulator for dq, and for dk and dv in 16 bits where they do not stay in registers."""
@@ -333,8 +360,8 @@ def _efficient_backward(target: CudaTarget, args: Sequence[Any]) -> Script:
         return *grouped, delta, workspace
     first = len(grouped)
     if heads == 1 or length == 1:  # already in the order of the kernel
-        return *grouped, delta * head_dim, delta, Freed(first), workspace
-    return *grouped, delta * head_dim, delta, delta, Freed(first), Freed(first + 1), workspace
+        return *grouped, delta * head_dim, delta, Free(first), workspace
+    return *grouped, delta * head_dim, delta, delta, Free(first), Free(first + 1), workspace
 
 
 def _efficient_block(target: CudaTarget, half: bool, head_dim: int, *, dropout: bool) -> tuple[int, int, bool]:
@@ -357,7 +384,7 @@ def _ceil_to(number: int, step: int) -> int:
     return ceil(number / step) * step
 
 
-ATTENTION_SCRIPTS: dict[str, Callable[[CudaTarget, Sequence[Any]], Script]] = {
+ATTENTION_RULES: dict[str, Callable[[CudaTarget, Sequence[Any]], Steps]] = {
     "aten::_scaled_dot_product_flash_attention": _flash_forward,
     "aten::_scaled_dot_product_flash_attention_backward": _flash_backward,
     "aten::_flash_attention_backward": _varlen_backward,

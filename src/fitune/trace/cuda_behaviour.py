@@ -6,7 +6,6 @@ showing it to a dispatch mode (`cuda_kernels`). Sources are files of PyTorch 2.1
 """
 
 import warnings
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib import import_module
@@ -17,11 +16,11 @@ import torch
 from torch import Tensor
 
 from fitune.model import attention as rows_attention
+from fitune.trace.allocation import Allocation
 from fitune.trace.cuda_attention import scaled_dot_product_attention
-from fitune.trace.cuda_kernels import all_arguments, script_rule
+from fitune.trace.cuda_kernels import all_arguments, rule_of
 from fitune.trace.cuda_target import CudaTarget
 from fitune.trace.events import Phase
-from fitune.trace.operators import Script
 
 aten = torch.ops.aten
 _optimizer = import_module("torch.optim.optimizer")  # torch.optim does not show it
@@ -193,17 +192,6 @@ def _cast(tree: Any, dtype: torch.dtype) -> Any:
 # ---- hidden allocations ---------------------------------------------------------------------------------------------
 
 _GEMMS = {aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten._addmm_activation, aten.mv, aten.addmv, aten.dot}
-_WRITES_INTO_NEW = {
-    aten.index_put.default: aten.index_put_.default,
-    aten.index_add.default: aten.index_add_.default,
-    aten.scatter.src: aten.scatter_.src,
-    aten.scatter.value: aten.scatter_.value,
-    aten.scatter_add.default: aten.scatter_add_.default,
-    aten.masked_fill.Scalar: aten.masked_fill_.Scalar,
-}
-"""What the backward writes into a tensor that it has just made: under any dispatch mode areAnyTensorSubclassLike holds
-(FunctionsManual.cpp), and that tensor is copied."""
-_NEW = {aten.new_zeros.default, aten.zeros.default, aten.zeros_like.default}
 
 
 class CudaKernels:
@@ -211,18 +199,8 @@ class CudaKernels:
 
     def __init__(self, target: CudaTarget, inner: Callable[..., Any]) -> None:
         self.target = target
-        self._inner = inner
+        self.call = inner
         self._threads_with_workspace: frozenset[bool] = frozenset()  # a copy goes on by itself
-        self._new: weakref.ref[Tensor] | None = None
-
-    def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        is_backward = torch._C._current_graph_task_id() != -1
-        if is_backward and self._new is not None and args and args[0] is self._new():
-            func = _WRITES_INTO_NEW.get(func, func)
-        result = self._inner(func, args, kwargs)
-        if is_backward:
-            self._new = weakref.ref(result[0]) if func in _NEW else None
-        return result
 
     def workspaces(self, func: Any, phase: Phase) -> Sequence[int]:
         """cuda/CUDABlas.cpp, CublasHandlePool.cpp: one workspace per handle and stream through the caching allocator,
@@ -233,12 +211,14 @@ class CudaKernels:
         self._threads_with_workspace |= {autograd_thread}
         return (self.target.generation.cublas_workspace_kib * 1024,)
 
-    def script(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Script] | None:
-        rule = script_rule(func)
+    def allocations(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], Sequence[Allocation]] | None:
+        rule = rule_of(func)
         if rule is None:
             return None
         arguments = all_arguments(func, args, kwargs)
-        if func is aten.index_put.default and torch._C._current_graph_task_id() != -1:
+        if func is aten.index_put_.default and torch._C._current_graph_task_id() != -1:
             arguments = (*arguments, True)  # _index_put_impl_ of indices that the forward has looked at
         return arguments, rule(self.target, arguments)
 
@@ -252,7 +232,7 @@ class CpuKernels:
     def workspaces(self, func: Any, phase: Phase) -> Sequence[int]:
         return ()
 
-    def script(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def allocations(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         return None
 
 

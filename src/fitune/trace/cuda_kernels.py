@@ -1,6 +1,6 @@
 """What CUDA's kernels allocate besides and between their outputs: one table by operator, each rule with its source.
 
-A rule answers with a script: what an operator allocates and frees, in order. Sources are files of aten/src/ATen in
+A rule answers with the steps of `allocation`. Sources are files of aten/src/ATen in
 PyTorch 2.14 unless another version is named.
 """
 
@@ -11,13 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fitune.trace.cuda_attention import ATTENTION_SCRIPTS
+from fitune.trace.allocation import FREE, Allocation, Free, Output, resolve
+from fitune.trace.cuda_attention import ATTENTION_RULES
 from fitune.trace.cuda_reductions import Card, Reduction, scratch
 from fitune.trace.cuda_target import CudaTarget
-from fitune.trace.operators import FREE, Freed, Output, Script, by_operator
+from fitune.trace.operators import by_operator
 
 aten = torch.ops.aten
-Rule = Callable[[CudaTarget, Sequence[Any]], Script]
+Steps = Sequence[Allocation]
+Rule = Callable[[CudaTarget, Sequence[Any]], Steps]
 
 _PARTIALS = 256  # beside the states of its tiles, what cub's scans align their scratch to
 _ALIGNED = 255  # so that cub can begin at a multiple of 256
@@ -34,17 +36,18 @@ def _dims(tensor: Tensor, dims: Any) -> frozenset[int]:
 
 def _reduce(
     target: CudaTarget, tensor: Tensor, dims: Any, *, partial: int, output: int = 4, read_as: int | None = None
-) -> list[int]:
+) -> list[Allocation]:
     """read_as: bytes of an element, where the kernel reads a converted copy."""
-    reduction = Reduction(
-        tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()) if read_as is None else 0, _dims(tensor, dims),
-        read_as or tensor.element_size(), partial, output,
-    )  # fmt: skip
-    card = Card(target.num_multiprocessors, target.generation.threads)
-    return [each for part in scratch(reduction, card) for each in (*part, *(FREE,) * len(part))]
+    offset = int(tensor.storage_offset()) if read_as is None else 0
+    size = read_as or tensor.element_size()
+    reduction = Reduction(tuple(tensor.shape), tensor.stride(), offset, _dims(tensor, dims), size, partial, output)
+    steps: list[Allocation] = []
+    for part in scratch(reduction, Card(target.num_multiprocessors, target.generation.threads)):
+        steps += (*part, *(FREE,) * len(part))
+    return steps
 
 
-def _sum(target: CudaTarget, args: Sequence[Any]) -> Script:
+def _sum(target: CudaTarget, args: Sequence[Any]) -> Steps:
     """native/cuda/ReduceSumProdKernel.cu and ReduceMomentKernel.cu. What is no number of the output's type is converted
     before (native/ReduceOps.cpp, make_reduction_from_out_ty); 16 bits in, float32 out is one kernel."""
     tensor, dims = args[0], args[1] if len(args) == 4 else None
@@ -56,46 +59,46 @@ def _sum(target: CudaTarget, args: Sequence[Any]) -> Script:
     return [tensor.numel() * size, *converted]
 
 
-def _moments(target: CudaTarget, args: Sequence[Any]) -> Script:
+def _moments(target: CudaTarget, args: Sequence[Any]) -> Steps:
     """native/cuda/ReduceMomentKernel.cu: mean, square sum and counts of 16 bytes."""
     dims = args[1] if not isinstance(args[1], bool) else None
     return _reduce(target, args[0], dims, partial=16, output=args[0].element_size())
 
 
-def _norm(target: CudaTarget, args: Sequence[Any]) -> Script:
+def _norm(target: CudaTarget, args: Sequence[Any]) -> Steps:
     """native/cuda/ReduceNormKernel.cu"""
     output = (args[4] or args[0].dtype).itemsize
     return _reduce(target, args[0], args[2], partial=4, output=output)
 
 
-def _extremum(target: CudaTarget, args: Sequence[Any]) -> Script:
+def _extremum(target: CudaTarget, args: Sequence[Any]) -> Steps:
     """native/cuda/ReduceMaxValuesKernel.cu, ReduceMinValuesKernel.cu: of the input's type."""
     size = args[0].element_size()
     return _reduce(target, args[0], args[1] if len(args) > 1 else None, partial=size, output=size)
 
 
-def _extremum_with_index(target: CudaTarget, args: Sequence[Any]) -> Script:
+def _extremum_with_index(target: CudaTarget, args: Sequence[Any]) -> Steps:
     """native/cuda/ReduceArgMaxKernel.cu and ReduceMaxValuesKernel.cu: a value and an index of 64 bits."""
     return _reduce(target, args[0], args[1], partial=16, output=8)
 
 
-def _both_extrema(target: CudaTarget, args: Sequence[Any]) -> Script:
+def _both_extrema(target: CudaTarget, args: Sequence[Any]) -> Steps:
     """native/cuda/ReduceAMinMaxKernel.cu"""
     return _reduce(target, args[0], args[1], partial=2 * args[0].element_size(), output=args[0].element_size())
 
 
-def _truth(target: CudaTarget, args: Sequence[Any]) -> Script:
+def _truth(target: CudaTarget, args: Sequence[Any]) -> Steps:
     """native/cuda/ReduceLogicKernel.cu"""
     return _reduce(target, args[0], args[1] if len(args) > 1 else None, partial=1, output=1)
 
 
-def _count_nonzero(target: CudaTarget, args: Sequence[Any]) -> Script:
+def _count_nonzero(target: CudaTarget, args: Sequence[Any]) -> Steps:
     """native/TensorAdvancedIndexing.cpp: what is not zero, as 64-bit numbers that are summed up."""
     number = args[0].numel()
     return [number, Output(0), 8 * number, *_reduce(target, args[0], args[1], partial=8, output=8, read_as=8)]
 
 
-def _log_sum_exp(target: CudaTarget, args: Sequence[Any]) -> Script:
+def _log_sum_exp(target: CudaTarget, args: Sequence[Any]) -> Steps:
     """native/ReduceOps.cpp, logsumexp_out_impl: maxima, where they are infinite, and exponentials."""
     tensor, dims = args[0], args[1]
     size = tensor.element_size()
@@ -130,7 +133,7 @@ def _num_bits(largest: int) -> int:
     return max(1, largest.bit_length())
 
 
-def _embedding_backward(target: CudaTarget, args: Sequence[Any]) -> Script:
+def _embedding_backward(target: CudaTarget, args: Sequence[Any]) -> Steps:
     """native/cuda/Embedding.cu and EmbeddingBackwardKernel.cu: many tokens are sorted and summed per segment in
     float32."""
     grad, indices, num_weights = args[0], args[1], args[2]
@@ -150,7 +153,7 @@ def _embedding_backward(target: CudaTarget, args: Sequence[Any]) -> Script:
     )  # fmt: skip
 
 
-def _index_put(target: CudaTarget, args: Sequence[Any]) -> Script:
+def _index_put(target: CudaTarget, args: Sequence[Any]) -> Steps:
     """native/cuda/Indexing.cu, index_put_with_sort_kernel: where values are added up, the indices are sorted. unsafe:
     whether they are known to be inside; else the smallest and the largest are looked at."""
     tensor, indices, _, accumulates, *rest = args
@@ -162,12 +165,12 @@ def _index_put(target: CudaTarget, args: Sequence[Any]) -> Script:
     each = number * 8
     checks = () if unsafe else (8, 8, 1, FREE, 1, FREE, FREE, FREE)
     return (
-        *checks, each, each, Freed(0 if unsafe else 4),
+        *checks, each, each, Free(0 if unsafe else 4),
         each, each, each, _sort_bytes(target, number, num_bits=_num_bits(tensor.shape[0])),
     )  # fmt: skip
 
 
-def _cumulative_sum(target: CudaTarget, args: Sequence[Any]) -> Script:
+def _cumulative_sum(target: CudaTarget, args: Sequence[Any]) -> Steps:
     """native/cuda/ScanKernels.cpp and cuda/cub.cuh: a flat tensor is scanned by cub."""
     tensor, dim, dtype = args[0], args[1], args[2] or args[0].dtype
     if not tensor.dim() or tensor.numel() != tensor.shape[dim] or tensor.numel() < 2:
@@ -177,7 +180,7 @@ def _cumulative_sum(target: CudaTarget, args: Sequence[Any]) -> Script:
     return (_scan_bytes(tensor.numel(), tile=7680 if dtype.itemsize == 2 else _SCAN_TILE),)
 
 
-def _sort(target: CudaTarget, args: Sequence[Any]) -> Script:
+def _sort(target: CudaTarget, args: Sequence[Any]) -> Steps:
     """native/cuda/Sort.cpp, SortStable.cu: the places of a row; beyond 4,096 a radix sort."""
     tensor = args[0]
     dim = args[2] if isinstance(args[1], bool) or args[1] is None else args[1]
@@ -187,7 +190,7 @@ def _sort(target: CudaTarget, args: Sequence[Any]) -> Script:
     return (length * 8,) if length <= 4096 else ()
 
 
-def _bincount(target: CudaTarget, args: Sequence[Any]) -> Script:
+def _bincount(target: CudaTarget, args: Sequence[Any]) -> Steps:
     """native/cuda/SummaryOps.cu: the smallest and the largest."""
     return 8, 8, Output(0)
 
@@ -195,7 +198,7 @@ def _bincount(target: CudaTarget, args: Sequence[Any]) -> Script:
 # ---- products --------------------------------------------------------------------------------------------------------
 
 
-def _product(target: CudaTarget, args: Sequence[Any]) -> Script:
+def _product(target: CudaTarget, args: Sequence[Any]) -> Steps:
     """native/cuda/Blas.cpp and cublasCommonArgs.h, prepare_matrix_for_cublas: a matrix whose rows and columns both do
     not lie one behind the other is copied."""
     return tuple(
@@ -211,38 +214,38 @@ def _is_matrix(tensor: Tensor) -> bool:
 # ---- others ----------------------------------------------------------------------------------------------------------
 
 
-def _softmax_backward(target: CudaTarget, args: Sequence[Any]) -> Script:
+def _softmax_backward(target: CudaTarget, args: Sequence[Any]) -> Steps:
     """native/cuda/SoftMax.cu, softmax_backward_cuda_out: the gradient times the output."""
     return (args[1].numel() * args[1].element_size(),)
 
 
-def _dropout(target: CudaTarget, args: Sequence[Any]) -> Script:
+def _dropout(target: CudaTarget, args: Sequence[Any]) -> Steps:
     """native/cuda/Dropout.cu: the mask comes first."""
     return Output(1), Output(0)
 
 
-def _foreach_norm(target: CudaTarget, args: Sequence[Any]) -> Script:
+def _foreach_norm(target: CudaTarget, args: Sequence[Any]) -> Steps:
     """native/cuda/ForeachReduceOp.cu: one partial norm per chunk of 65,536 elements of the largest tensor, for each
     tensor, before the norms."""
-    return _chunks(args[0]), *(Output(number) for number in range(len(args[0])))
+    num_bytes = _num_chunks(args[0]) * max(4, args[0][0].element_size())
+    return num_bytes, *(Output(number) for number in range(len(args[0])))
 
 
-def _foreach_max(target: CudaTarget, args: Sequence[Any]) -> Script:
+def _foreach_max(target: CudaTarget, args: Sequence[Any]) -> Steps:
     """The same of the largest elements, after the outputs."""
-    return (_chunks(args[0]),)
+    return (_num_chunks(args[0]) * args[0][0].element_size(),)
 
 
-def _chunks(tensors: Sequence[Tensor]) -> int:
-    chunks = max(ceil(tensor.numel() / 65536) for tensor in tensors)
-    return len(tensors) * chunks * max(4, tensors[0].element_size())
+def _num_chunks(tensors: Sequence[Tensor]) -> int:
+    return len(tensors) * max(ceil(tensor.numel() / 65536) for tensor in tensors)
 
 
 def _ceil_to(number: int, step: int) -> int:
     return ceil(number / step) * step
 
 
-_SCRIPTS: dict[str, Rule] = {
-    **ATTENTION_SCRIPTS,
+_RULES: dict[str, Rule] = {
+    **ATTENTION_RULES,
     "aten::sum": _sum,
     "aten::sum.dim_IntList": _sum,
     "aten::mean": _sum,
@@ -262,8 +265,11 @@ _SCRIPTS: dict[str, Rule] = {
     "aten::aminmax": _both_extrema,
     "aten::all": _truth,
     "aten::all.dim": _truth,
+    "aten::all.dims": _truth,
     "aten::any": _truth,
+    "aten::any.dims": _truth,
     "aten::any.dim": _truth,
+    "aten::count_nonzero": _count_nonzero,
     "aten::count_nonzero.dim_IntList": _count_nonzero,
     "aten::logsumexp": _log_sum_exp,
     "aten::embedding_dense_backward": _embedding_backward,
@@ -284,12 +290,9 @@ _SCRIPTS: dict[str, Rule] = {
 
 
 @by_operator
-def script_rule(func: Any) -> Rule | None:
-    return _SCRIPTS.get(func.name())
-
-
-def script_of(target: CudaTarget, op: str, arguments: Sequence[Any]) -> Script:
-    return _SCRIPTS[op](target, arguments)
+def rule_of(func: Any) -> Rule | None:
+    rule = _RULES.get(func.name())
+    return None if rule is None else lambda target, args: resolve(rule(target, args))
 
 
 def all_arguments(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
@@ -306,8 +309,8 @@ def temporaries_by_shape(target: CudaTarget, op: str, arguments: Sequence[Any]) 
     """Bytes of what operator `op` allocates besides its outputs, one after the other. arguments: tensors as (shape,
     dtype), and (shape, dtype, stride, offset) where their elements do not lie one behind the other from the
     beginning of their storage."""
-    script = script_of(target, op, [_from_shape(value) for value in arguments])
-    return [item for item in script if isinstance(item, int) and item != FREE]
+    steps = _RULES[op](target, [_from_shape(value) for value in arguments])
+    return [step for step in steps if isinstance(step, int)]
 
 
 def _from_shape(value: Any) -> Any:

@@ -1,29 +1,9 @@
-"""What is the same for all calls of an operator, found out once; and how a kernel's own allocations are written."""
+"""What is the same for all calls of an operator, found out once."""
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 T = TypeVar("T")
-
-
-class Output(NamedTuple):
-    """In a script: the operator's output of this number, counted from 0, is allocated."""
-
-    number: int
-
-
-class Freed(NamedTuple):
-    """In a script: what the operator allocated besides its outputs is freed, by its number, counted from 0."""
-
-    number: int
-
-
-FREE = -1
-"""In a script: the newest of what was allocated besides the outputs, and lives, is freed."""
-
-Script = Sequence[int | Output | Freed]
-"""What an operator allocates and frees, in order: bytes of what it does not return, `Output`, `Freed` and FREE. Outputs
-that are not named come first, what is not freed is freed at the end."""
 
 
 def by_operator(find: Callable[[Any], T]) -> Callable[[Any], T]:

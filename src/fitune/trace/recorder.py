@@ -24,8 +24,10 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fitune.trace.allocation import Allocation, Free, Output
+from fitune.trace.autograd_in_place import IN_PLACE, as_autograd_does, count_alone
 from fitune.trace.events import ON_HOST, TRANSFER, Category, Phase
-from fitune.trace.operators import FREE, Freed, Output, Script, by_operator
+from fitune.trace.operators import by_operator
 from fitune.trace.recording import NEVER, Birth, Recording, Rule, Where, Work, make_recording, split_turn
 from fitune.trace.shapes import Call
 from fitune.trace.work import bytes_of, count_flops, moved_bytes
@@ -34,6 +36,7 @@ Operator = torch._ops.OpOverload
 _DEVICE_OF = torch.ops.prim.device.default
 _UNSAFE_VIEW = torch.ops.aten._unsafe_view.default
 """A view that its schema does not call one, because autograd need not know: nothing is moved."""
+_ZEROS = ("aten.new_zeros.default", "aten.zeros.default", "aten.zeros_like.default")
 _COPIES = ("aten.copy_", "aten.clone", "aten._to_copy")
 Place = Literal["host", "card"]
 _WorkPlace = tuple[Phase, int, int, str, int, str, str]
@@ -48,11 +51,11 @@ class Kernels(Protocol):
     def workspaces(self, func: Operator, phase: Phase) -> Sequence[int]:
         """Bytes of what the operator allocates before its outputs and keeps for ever."""
 
-    def script(
+    def allocations(
         self, func: Operator, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], Script] | None:
-        """All arguments of the operator, and what it allocates besides its outputs and when; None for an operator
-        without a rule."""
+    ) -> tuple[tuple[Any, ...], Sequence[Allocation]] | None:
+        """Returns all arguments of the operator, and what its kernel allocates and frees, in order; None for an
+        operator without a rule."""
 
 
 @dataclass(slots=True, eq=False)
@@ -85,7 +88,7 @@ class Mark:
 class Recorder(TorchDispatchMode):
     def __init__(self, kernels: Kernels) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._kernels = kernels
+        self._kernels, self._alone = kernels, count_alone()
         self._births: list[_Storage] = []
         self._silent: list[tuple[int, Rule]] = []
         self._work: dict[_WorkPlace, list[int]] = {}
@@ -233,6 +236,9 @@ class Recorder(TorchDispatchMode):
             return args[0].fake_device  # two thirds of all calls, and slow through FakeTensorMode
         kwargs = kwargs or {}
         traits = _traits(func)
+        if traits.may_be_in_place:
+            func = as_autograd_does(func, args, kwargs, alone=self._alone, is_new_zeros=self._is_new_zeros)
+            traits = _traits(func)
         self._follow_phase(func, args)  # by a profiler's mark too: that of zero_grad() begins what comes next
         if traits.is_silent:
             with torch._C._DisableTorchDispatch():
@@ -255,44 +261,39 @@ class Recorder(TorchDispatchMode):
                 self._count(func, args, kwargs, outputs, module=self._module(), known=known, on_host=True)
             return result
         module = self._module()
-        sources = [module if source is None else source for source in self._sources(args, len(outputs))]
-        found = self._kernels.script(func, args, kwargs)
-        if found is None:
-            for tensor, source in zip(outputs, sources, strict=True):
-                self._see(tensor, traits.name, source)
-        else:
-            self._follow_script(func, *found, outputs, sources)
+        self._allocate(func, args, kwargs, outputs, module)
         if traits.does_work:
             self._count(func, args, kwargs, outputs, module=module, known=known)
         return result
 
-    def _follow_script(
-        self, func: Operator, args: tuple[Any, ...], script: Script, outputs: tuple[torch.Tensor, ...],
-        sources: Sequence[str],
+    def _allocate(
+        self, func: Operator, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: tuple[torch.Tensor, ...],
+        module: str,
     ) -> None:  # fmt: skip
-        """Outputs and what else the operator allocates, in its order."""
+        """Writes down the operator's outputs and what its kernel allocates beside them, in the kernel's order."""
         name = _traits(func).name
-        hidden: list[_Storage | None] = []
-        total = sum(isinstance(item, int) and item != FREE for item in script)
-        rule = _rule(func, args, total=total)
-        if rule is not None and not total:
+        modules = [module if source is None else source for source in self._sources(args, len(outputs))]
+        arguments, steps = self._kernels.allocations(func, args, kwargs) or (None, ())
+        named = {step.number for step in steps if isinstance(step, Output)}
+        for number, tensor in enumerate(outputs):
+            if number not in named:
+                self._see(tensor, name, modules[number])
+        if arguments is None:
+            return
+        sizes = [step for step in steps if isinstance(step, int)]
+        rule = _rule(func, arguments, total=len(sizes))
+        if rule is not None and not sizes:
             self._silent.append((self._step, rule))
-        named = {item.number for item in script if isinstance(item, Output)}
-        for item in (*(Output(number) for number in range(len(outputs)) if number not in named), *script):
-            if isinstance(item, Output):
-                self._see(outputs[item.number], name, sources[item.number])
-            elif isinstance(item, Freed) or item == FREE:
-                number = item.number if isinstance(item, Freed) else max(i for i, its in enumerate(hidden) if its)
-                if (storage := hidden[number]) is not None:
-                    self.free(storage)
-                hidden[number] = None
+        temporaries: list[_Storage] = []
+        for step in (*steps, *(Free(number) for number in range(len(sizes)) if Free(number) not in steps)):
+            if isinstance(step, Output):
+                self._see(outputs[step.number], name, modules[step.number])
+            elif isinstance(step, Free):
+                self.free(temporaries[step.number])
             else:
-                storage = self.allocate(item, "temporary", name)
-                storage.rule = None if rule is None else rule._replace(position=len(hidden))
-                hidden.append(storage)
-        for storage in hidden:
-            if storage is not None:
-                self.free(storage)
+                storage = self.allocate(step, "temporary", name)
+                storage.rule = None if rule is None else rule._replace(position=len(temporaries))
+                temporaries.append(storage)
 
     def _count(
         self, func: Operator, args: Any, kwargs: Any, outputs: tuple[torch.Tensor, ...], *,
@@ -450,6 +451,10 @@ class Recorder(TorchDispatchMode):
             if (storage := self._find(tensor)) is not None and storage.category in (None, "input"):
                 storage.category = "optimizer_state"
 
+    def _is_new_zeros(self, tensor: torch.Tensor) -> bool:
+        storage = self._find(tensor)
+        return storage is not None and storage.op in _ZEROS
+
     def _find(self, tensor: torch.Tensor) -> _Storage | None:
         return self._alive.get(tensor.untyped_storage()._cdata)
 
@@ -467,18 +472,20 @@ class Recorder(TorchDispatchMode):
 
 
 class _Traits(NamedTuple):
-    """Of an operator. is_silent: whether it only tells a profiler something. does_work: whether it is no view."""
+    """Of an operator. is_silent: whether it only tells a profiler something. does_work: whether it is no view.
+    may_be_in_place: whether autograd may have called its twin in place."""
 
     name: str
     packet_name: str
     is_silent: bool
     does_work: bool
+    may_be_in_place: bool
 
 
 @by_operator
 def _traits(func: Any) -> _Traits:
     does_work = not func.is_view and func is not _UNSAFE_VIEW
-    return _Traits(str(func), str(func.overloadpacket), func.namespace == "profiler", does_work)
+    return _Traits(str(func), str(func.overloadpacket), func.namespace == "profiler", does_work, func in IN_PLACE)
 
 
 @cache
