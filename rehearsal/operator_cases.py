@@ -145,13 +145,16 @@ def _reductions() -> Iterator[Case]:
 
 def _attention(
     name: str, call: Any, *, dtype: torch.dtype, shape: tuple[int, ...], kv_heads: int, backend: Any = None,
-    mask: Any = None, trained: bool = True,
+    mask: Any = None, trained: bool = True, by_head: bool = False,
 ) -> Case:  # fmt: skip
-    """shape: batch, heads, positions of the queries and of the keys, size of a head. Heads are views of flat rows."""
+    """shape: batch, heads, positions of the queries and of the keys, size of a head. Heads are views of flat rows, or
+    each lies for itself."""
     batch, heads, num_queries, num_keys, head = shape
 
     def prepare(device: torch.device) -> Step:
         def rows(length: int, number: int) -> Tensor:
+            if by_head:
+                return torch.empty(batch, number, length, head, dtype=dtype, device=device, requires_grad=trained)
             made = torch.empty(batch, length, number, head, dtype=dtype, device=device)
             return made.transpose(1, 2).requires_grad_(trained)
 
@@ -220,6 +223,11 @@ def _attentions() -> Iterator[Case]:
         yield _attention(
             f"{queries} queries {keys} keys {SHORT[dtype]}", causal(False, is_causal=False), dtype=dtype,
             shape=(2, 8, queries, keys, 64), kv_heads=8,
+        )  # fmt: skip
+    for dtype, (name, backend), kv in product((BF16, F32), backends.items(), (8, 2)):
+        yield _attention(
+            f"{name} by head {SHORT[dtype]} H8/{kv} S256 D64", causal(kv != 8), dtype=dtype,
+            shape=(2, 8, 256, 256, 64), kv_heads=kv, backend=backend, by_head=True,
         )  # fmt: skip
     for dtype, kv, head in product((BF16, F32, F16), (8, 2), (64, 128, 256)):
         yield _attention(

@@ -41,7 +41,7 @@ def _genuine(case: Case) -> Events:
     step()
     torch.cuda.memory._record_memory_history(stacks="python", context=None)
     step()
-    time.sleep(0.001)  # autograd's thread drops its own references behind the call
+    time.sleep(0.005)  # autograd's thread drops its own references behind the call
     trace = torch.cuda.memory._snapshot()["device_traces"][0]
     torch.cuda.memory._record_memory_history(enabled=None)
     return _in_order(

@@ -204,13 +204,46 @@ def scaled_dot_product_attention(target: CudaTarget) -> Callable[..., Tensor]:
     return kernel
 
 
+class MathAttention:
+    """Whether the operators of `_scaled_dot_product_attention_math` run, which writes into its scores
+    (transformers/attention.cpp) where no dispatch mode looks on."""
+
+    runs = False
+
+
 def _math_attention(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor:
     mask, dropout, is_causal, scale, enable_gqa = rest
-    return _first(
-        aten._scaled_dot_product_attention_math(
-            query, key, value, mask, dropout, is_causal, scale=scale, enable_gqa=enable_gqa
+    MathAttention.runs = True
+    try:
+        return _first(
+            aten._scaled_dot_product_attention_math(
+                query, key, value, mask, dropout, is_causal, scale=scale, enable_gqa=enable_gqa
+            )
         )
-    )
+    finally:
+        MathAttention.runs = False
+
+
+def _safe_softmax(target: CudaTarget, args: Sequence[Any]) -> Steps:
+    """SoftMax.cpp, _safe_softmax: which scores are minus infinity, in which rows all are, and a zero for these."""
+    scores, dim = args[0], args[1]
+    return scores.numel(), scores.numel() // max(1, scores.shape[dim]), scores.element_size()
+
+
+def with_grouped_heads(args: Sequence[Any], result: Any) -> Any:
+    """The gradients of the efficient kernel, where the installed PyTorch makes those of the keys for all heads."""
+    grad_query, *others = result
+    shaped = [
+        source.new_empty(_rows_first(source.shape)).transpose(1, 2)
+        if grad.numel() and grad.shape != source.shape
+        else grad
+        for grad, source in zip(others[:2], args[2:4], strict=True)
+    ]
+    return grad_query, *shaped, *others[2:]
+
+
+def _rows_first(shape: Sequence[int]) -> tuple[int, ...]:
+    return shape[0], shape[2], shape[1], shape[3]
 
 
 def flash_attention(
@@ -273,13 +306,26 @@ def _num_splits(num_rows: int, *, most: int, num_blocks: int) -> int:
 
 
 def _flash_backward(target: CudaTarget, args: Sequence[Any]) -> Steps:
-    """flash_api.cpp, mha_bwd: softmax_d, dq_accum, and dk, dv for every query head."""
+    """transformers/cuda/attention_backward.cu: the output and its gradient in rows of heads, if they are not yet;
+    flash_api.cpp, mha_bwd: softmax_d, dq_accum, and dk, dv for every query head."""
     query, key = args[1], args[2]
     batch, heads, length, head_dim = query.shape
     rows = _ceil_to(length, 128)
+    copies = [each.numel() * each.element_size() for each in (args[0], args[4]) if not _is_rows_of_heads(each)]
     expanded = batch * heads * key.shape[2] * head_dim * query.element_size()
     grouped = (expanded, expanded) if key.shape[1] != heads else ()
-    return batch * heads * rows * 4, batch * heads * rows * _rounded_head(head_dim) * 4, *grouped
+    results = Output(0), Output(1), Output(2)
+    return *copies, *results, batch * heads * rows * 4, batch * heads * rows * _rounded_head(head_dim) * 4, *grouped
+
+
+def _is_rows_of_heads(tensor: Tensor) -> bool:
+    """Whether [B, H, S, d] lies in memory as [B, S, H, d]."""
+    expected = 1
+    for dim in (3, 1, 2, 0):
+        if tensor.shape[dim] != 1 and tensor.stride(dim) != expected:
+            return False
+        expected *= tensor.shape[dim]
+    return True
 
 
 def _varlen_backward(target: CudaTarget, args: Sequence[Any]) -> Steps:
@@ -314,7 +360,7 @@ def _ragged(num_rows: int) -> tuple[int, ...]:
 
 
 def _rounded_head(head_dim: int) -> int:
-    return _ceil_to(head_dim, 32) if head_dim <= 192 else 256
+    return _ceil_to(head_dim, 32 if head_dim <= 128 else 64)
 
 
 def _cudnn_forward(target: CudaTarget, args: Sequence[Any]) -> Steps:
@@ -333,8 +379,12 @@ def _cudnn_workspace(batch: int, heads: int, length: int, head_dim: int) -> int:
 
 
 def _efficient_forward(target: CudaTarget, args: Sequence[Any]) -> Steps:
-    """transformers/cuda/attention.cu: seed and offset come first."""
-    return Output(2), Output(3), Output(0), Output(1)
+    """transformers/cuda/attention.cu: seed and offset come first; long heads of 16 bits are accumulated in float32."""
+    query, value = args[0], args[2]
+    born = Output(2), Output(3), Output(0), Output(1)
+    if query.element_size() == 4 or value.shape[-1] <= 128:
+        return born
+    return *born, query.shape[0] * query.shape[1] * query.shape[2] * value.shape[-1] * 4
 
 
 def _efficient_backward(target: CudaTarget, args: Sequence[Any]) -> Steps:
@@ -387,6 +437,7 @@ def _ceil_to(number: int, step: int) -> int:
 ATTENTION_RULES: dict[str, Callable[[CudaTarget, Sequence[Any]], Steps]] = {
     "aten::_scaled_dot_product_flash_attention": _flash_forward,
     "aten::_scaled_dot_product_flash_attention_backward": _flash_backward,
+    "aten::_safe_softmax": _safe_softmax,
     "aten::_flash_attention_backward": _varlen_backward,
     "torch_attn::_varlen_attn": _varlen_forward,
     "torch_attn::_varlen_attn_backward": _varlen_backward,

@@ -17,10 +17,11 @@ from torch import Tensor
 
 from fitune.model import attention as rows_attention
 from fitune.trace.allocation import Allocation
-from fitune.trace.cuda_attention import scaled_dot_product_attention
+from fitune.trace.cuda_attention import MathAttention, scaled_dot_product_attention, with_grouped_heads
 from fitune.trace.cuda_kernels import all_arguments, rule_of
 from fitune.trace.cuda_target import CudaTarget
 from fitune.trace.events import Phase
+from fitune.trace.shapes import Call
 
 aten = torch.ops.aten
 _optimizer = import_module("torch.optim.optimizer")  # torch.optim does not show it
@@ -194,13 +195,28 @@ def _cast(tree: Any, dtype: torch.dtype) -> Any:
 _GEMMS = {aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten._addmm_activation, aten.mv, aten.addmv, aten.dot}
 
 
+_ADD, _LAYER_NORM = aten.add.Tensor, aten.native_layer_norm.default
+_EFFICIENT_BACKWARD = aten._scaled_dot_product_efficient_attention_backward.default
+
+
 class CudaKernels:
     """What CUDA's kernels allocate inside. `inner` carries the operators out."""
 
     def __init__(self, target: CudaTarget, inner: Callable[..., Any]) -> None:
         self.target = target
-        self.call = inner
+        self._inner = inner
         self._threads_with_workspace: frozenset[bool] = frozenset()  # a copy goes on by itself
+
+    def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Call | None]:
+        if func is _ADD and MathAttention.runs and args[0].shape == torch.broadcast_shapes(*(a.shape for a in args)):
+            self._inner(aten.add_.Tensor, args, kwargs)
+            return self._inner(aten.view.default, (args[0], args[0].shape), {})[0], None
+        result, known = self._inner(func, args, kwargs)
+        if func is _LAYER_NORM and result[1].dtype in _16_BIT:  # cuda/layer_norm_kernel.cu: acc_type
+            result = (result[0], *(each.float() for each in result[1:]))
+        elif func is _EFFICIENT_BACKWARD and result[1].shape != args[2].shape:
+            result = with_grouped_heads(args, result)
+        return result, known
 
     def workspaces(self, func: Any, phase: Phase) -> Sequence[int]:
         """cuda/CUDABlas.cpp, CublasHandlePool.cpp: one workspace per handle and stream through the caching allocator,

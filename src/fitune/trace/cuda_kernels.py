@@ -135,7 +135,7 @@ def _num_bits(largest: int) -> int:
 
 def _embedding_backward(target: CudaTarget, args: Sequence[Any]) -> Steps:
     """native/cuda/Embedding.cu and EmbeddingBackwardKernel.cu: many tokens are sorted and summed per segment in
-    float32."""
+    float32; in several parts of a segment at once where there are few of them."""
     grad, indices, num_weights = args[0], args[1], args[2]
     tokens = indices.numel()
     if tokens <= 3072:
@@ -143,13 +143,16 @@ def _embedding_backward(target: CudaTarget, args: Sequence[Any]) -> Steps:
     of_tokens = tokens * 8
     segments = min(tokens, num_weights)
     partial = tokens // 10 + segments  # NROWS_PER_THREAD
+    sums = (partial * grad.shape[-1] * max(4, grad.element_size()),)
+    if partial > 4 * segments and segments < 4 * target.num_multiprocessors:
+        sums = (partial * 8, *((segments * grad.shape[-1] * 4,) if grad.element_size() == 2 else ()))
     return (
         of_tokens, of_tokens,
         of_tokens, _sort_bytes(target, tokens, num_bits=_num_bits(num_weights)), FREE, FREE,
         Output(0),
         of_tokens, 8, of_tokens, _scan_bytes(tokens, tile=target.generation.unique_tile), FREE, FREE,
         segments * 8, segments * 8, _scan_bytes(segments, tile=_SCAN_TILE), FREE,
-        8, partial * 8, partial * grad.shape[-1] * max(4, grad.element_size()),
+        8, partial * 8, *sums,
     )  # fmt: skip
 
 
