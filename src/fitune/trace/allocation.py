@@ -6,9 +6,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """An output is allocated: the one of this number."""
+    """An output is allocated: the one of this number. on_host: nothing on the
+    card."""
 
     number: int = 0
+    on_host: bool = False
 
 
 @dataclass(frozen=True, slots=True)

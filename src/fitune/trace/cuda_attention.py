@@ -179,18 +179,21 @@ def scaled_dot_product_attention(target: CudaTarget) -> Callable[..., Tensor]:
             target, query, key, value, mask=attn_mask, dropout=dropout_p, is_causal=is_causal,
             needs_gradient=needs_gradient, enable_gqa=enable_gqa,
         )  # fmt: skip
-        if attn_mask is not None and attn_mask.dtype == torch.bool and chosen != "math":
-            attn_mask = torch.where(attn_mask, 0.0, float("-inf")).to(query.dtype)  # convert_boolean_attn_mask
+        if attn_mask is not None and attn_mask.dtype == torch.bool:
+            zero, infinite = (attn_mask.new_full((), each, dtype=query.dtype) for each in (0.0, float("-inf")))
+            attn_mask = torch.where(attn_mask, zero, infinite)  # convert_boolean_attn_mask
+            del zero, infinite
         if chosen == "flash":
             return flash_attention(query, key, value, dropout=dropout_p, is_causal=is_causal, scale=scale)
         if chosen == "efficient":
             repeats = query.shape[1] // key.shape[1]
             if repeats > 1 and target.torch_version < (2, 14):  # forced: the caller has to repeat the heads
                 key, value = (part.repeat_interleave(repeats, dim=1) for part in (key, value))
-            bias = None if attn_mask is None else _aligned_bias(attn_mask, query, key)
+            if attn_mask is not None:
+                attn_mask = _aligned_bias(attn_mask, query, key)
             return _first(
                 aten._scaled_dot_product_efficient_attention(
-                    query, key, value, bias, needs_gradient, dropout_p, is_causal, scale=scale
+                    query, key, value, attn_mask, needs_gradient, dropout_p, is_causal, scale=scale
                 )
             )
         if chosen == "cudnn":
@@ -365,7 +368,8 @@ def _rounded_head(head_dim: int) -> int:
 
 def _cudnn_forward(target: CudaTarget, args: Sequence[Any]) -> Steps:
     """cudnn/MHA.cpp: seed and offset come first. The workspace of cuDNN's own plan is not known."""
-    return Output(2), Output(3), Output(0), Output(1)
+    for_backward = bool(args[4])
+    return Output(2), Output(3), Output(0), Output(1, on_host=not for_backward)
 
 
 def _cudnn_backward(target: CudaTarget, args: Sequence[Any]) -> Steps:
@@ -379,9 +383,10 @@ def _cudnn_workspace(batch: int, heads: int, length: int, head_dim: int) -> int:
 
 
 def _efficient_forward(target: CudaTarget, args: Sequence[Any]) -> Steps:
-    """transformers/cuda/attention.cu: seed and offset come first; long heads of 16 bits are accumulated in float32."""
-    query, value = args[0], args[2]
-    born = Output(2), Output(3), Output(0), Output(1)
+    """transformers/cuda/attention.cu: seed and offset come first, with dropout on the host; long heads of 16 bits are
+    accumulated in float32."""
+    query, value, dropout = args[0], args[2], args[5]
+    born = Output(2, on_host=dropout > 0), Output(3, on_host=dropout > 0), Output(0), Output(1)
     if query.element_size() == 4 or value.shape[-1] <= 128:
         return born
     return *born, query.shape[0] * query.shape[1] * query.shape[2] * value.shape[-1] * 4

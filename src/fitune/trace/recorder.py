@@ -286,7 +286,9 @@ class Recorder(TorchDispatchMode):
             self._silent.append((self._step, rule))
         temporaries: list[_Storage] = []
         for step in (*steps, *(Free(number) for number in range(len(sizes)) if Free(number) not in steps)):
-            if isinstance(step, Output):
+            if isinstance(step, Output) and step.on_host:
+                self._put_on_host(outputs[step.number].untyped_storage())
+            elif isinstance(step, Output):
                 self._see(outputs[step.number], name, modules[step.number])
             elif isinstance(step, Free):
                 self.free(temporaries[step.number])
