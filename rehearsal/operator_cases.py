@@ -1,3 +1,6 @@
+# mypy: disable-error-code="misc, assignment, arg-type, return-value"
+# ruff: noqa: E501
+# A table: mypy infers no lambda with defaults, and a row on one line reads best.
 """The operators that training steps use, each with shapes, dtypes and layouts at which a kernel changes its ways."""
 
 from collections.abc import Callable, Iterator
@@ -126,7 +129,9 @@ def _reductions() -> Iterator[Case]:
     yield from reduce("max", one(torch.max), (F32, BF16, I64), every=2)
     yield from reduce("argmax", one(torch.argmax), (F32, BF16), every=2)
     yield from reduce("vector_norm", lambda x, dims: torch.linalg.vector_norm(x, 2, dims), (F32, BF16, F16), every=2)
-    yield from reduce("vector_norm inf", lambda x, dims: torch.linalg.vector_norm(x, float("inf"), dims), (F32,), every=3)
+    yield from reduce(
+        "vector_norm inf", lambda x, dims: torch.linalg.vector_norm(x, float("inf"), dims), (F32,), every=3
+    )
     yield from reduce("vector_norm 1", lambda x, dims: torch.linalg.vector_norm(x, 1, dims), (BF16,), every=3)
     yield from reduce(
         "norm to float32", lambda x, dims: torch.linalg.vector_norm(x, 2, dims, dtype=F32), (BF16,), every=3)  # fmt: skip
@@ -135,7 +140,9 @@ def _reductions() -> Iterator[Case]:
     yield from reduce("all", over(torch.all), (BOOL,), every=2)
     yield from reduce("any", over(torch.any), (BOOL,), every=3)
     yield from reduce("isfinite all", lambda x, _: torch.isfinite(x).all(), (F32, BF16), every=4)
-    yield from reduce("logsumexp", lambda x, dims: torch.logsumexp(x, (0,) if dims is None else dims), (F32, BF16), every=3)
+    yield from reduce(
+        "logsumexp", lambda x, dims: torch.logsumexp(x, (0,) if dims is None else dims), (F32, BF16), every=3
+    )
     yield from reduce("count_nonzero", over(torch.count_nonzero), (F32, BOOL), every=4)
     yield from reduce("aminmax", lambda x, _: torch.aminmax(x), (F32,), every=5)
 
@@ -240,7 +247,10 @@ def _varlen() -> Iterator[Case]:
     from torch.nn.attention.varlen import varlen_attn
 
     for dtype, kv, (tokens, rows), head in product((BF16, F16), (8, 2), ((1000, 3), (4096, 9)), (64, 128)):
-        def make(device: Any, dtype: Any = dtype, kv: int = kv, tokens: int = tokens, rows: int = rows, head: int = head) -> Any:
+
+        def make(
+            device: Any, dtype: Any = dtype, kv: int = kv, tokens: int = tokens, rows: int = rows, head: int = head
+        ) -> Any:
             bounds = torch.arange(0, rows + 1, dtype=torch.int32, device=device)
             return (
                 *(_tensor((tokens, number, head), dtype, device, grad=True) for number in (8, kv, kv)), bounds, tokens // 2)  # fmt: skip
@@ -267,8 +277,12 @@ def _layers() -> Iterator[Case]:
         )  # fmt: skip
     for dtype, shape in product(floats, rows):
         one = lambda device, shape=shape, dtype=dtype: (_tensor(shape, dtype, device, grad=True),)  # noqa: E731
-        weighted = lambda device, shape=shape, dtype=dtype: (  # noqa: E731
-            _tensor(shape, dtype, device, grad=True), *(_tensor(shape[-1:], dtype, device, grad=True) for _ in range(2)))
+        weighted = (
+            lambda device, shape=shape, dtype=dtype: (
+                _tensor(shape, dtype, device, grad=True),
+                *(_tensor(shape[-1:], dtype, device, grad=True) for _ in range(2)),
+            )
+        )
         name = f"{'x'.join(map(str, shape))} {SHORT[dtype]}"
         yield _trained("layer_norm", name, weighted, lambda x, w, b: F.layer_norm(x, w.shape, w, b))
         yield _trained("rms_norm", name, lambda device, make=weighted: make(device)[:2],
@@ -282,8 +296,15 @@ def _layers() -> Iterator[Case]:
         yield _trained("silu", name, one, F.silu)
         yield _trained("dropout", name, one, lambda x: F.dropout(x, 0.1))
         yield _trained("cumsum", name, one, lambda x: x.cumsum(-1))
-        yield _trained("rotary halves", name, one, lambda x: torch.cat((-x[..., x.shape[-1] // 2 :], x[..., : x.shape[-1] // 2]), -1))
-        yield _trained("variance norm", name, one, lambda x: x * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-6))
+        yield _trained(
+            "rotary halves",
+            name,
+            one,
+            lambda x: torch.cat((-x[..., x.shape[-1] // 2 :], x[..., : x.shape[-1] // 2]), -1),
+        )
+        yield _trained(
+            "variance norm", name, one, lambda x: x * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-6)
+        )
         yield _trained("logsumexp", name, one, lambda x: x.logsumexp(-1))
         yield _trained("bias sum", name, weighted, lambda x, w, b: (x + b) * w)
     for dtype, (tokens, vocab), smoothing in product(floats, ((512, 6400), (2048, 32000), (1000, 50257)), (0.0, 0.1)):
@@ -336,7 +357,9 @@ def _indexing() -> Iterator[Case]:
     for dtype, (rows, tokens, width) in product((F32, BF16), ((512, 1024, 64), (6400, 5000, 512), (100, 20000, 32))):
         name = f"{tokens} of {rows}x{width} {SHORT[dtype]}"
         make = lambda device, rows=rows, tokens=tokens, width=width, dtype=dtype: (  # noqa: E731
-            _tensor((rows, width), dtype, device, grad=True), indices(device, tokens))
+            _tensor((rows, width), dtype, device, grad=True),
+            indices(device, tokens),
+        )
         yield _trained("index", name, make, lambda x, i: x[i])
         yield _trained("index_select", name, make, lambda x, i: x.index_select(0, i))
         yield _trained("gather", name, lambda device, make=make, width=width, tokens=tokens: (
@@ -347,7 +370,10 @@ def _indexing() -> Iterator[Case]:
             make(device)[0], indices(device, tokens, width), _tensor((tokens, width), dtype, device, grad=True)),
             lambda x, i, y: x.scatter_add(0, i, y))  # fmt: skip
         plain = lambda device, make=make, tokens=tokens, width=width, dtype=dtype: (  # noqa: E731
-            make(device)[0].detach(), make(device)[1], _tensor((tokens, width), dtype, device))
+            make(device)[0].detach(),
+            make(device)[1],
+            _tensor((tokens, width), dtype, device),
+        )
         yield _plain("index_add_", name, plain, lambda x, i, y: x.index_add_(0, i, y))
         yield _plain("index_put accumulate", name, plain, lambda x, i, y: x.index_put_((i,), y, accumulate=True))
         yield _plain("index_put", name, plain, lambda x, i, y: x.index_put_((i,), y))
@@ -366,7 +392,9 @@ def _indexing() -> Iterator[Case]:
     for tokens, experts in product((512, 4096, 20000), (8, 64)):
         make = lambda device, tokens=tokens: (indices(device, tokens),)  # noqa: E731
         yield _plain("one_hot", f"{tokens} of {experts}", make, lambda i, experts=experts: F.one_hot(i, experts))
-        yield _plain("bincount", f"{tokens} of {experts}", make, lambda i, experts=experts: torch.bincount(i, minlength=experts))
+        yield _plain(
+            "bincount", f"{tokens} of {experts}", make, lambda i, experts=experts: torch.bincount(i, minlength=experts)
+        )
         yield _plain("histc", f"{tokens} of {experts}", make,
                      lambda i, experts=experts: torch.histc(i.float(), bins=experts, min=0, max=experts - 1))  # fmt: skip
     for dtype, (tokens, experts, width, out) in product((BF16, F32), ((512, 8, 256, 512), (4096, 8, 768, 768))):
@@ -379,7 +407,8 @@ def _indexing() -> Iterator[Case]:
         )  # fmt: skip
     for number, dtype in product((2, 3, 20, 300), (F32, BF16)):
         parts = lambda device, number=number, dtype=dtype: tuple(  # noqa: E731
-            _tensor((64, 32), dtype, device, grad=True) for _ in range(number))
+            _tensor((64, 32), dtype, device, grad=True) for _ in range(number)
+        )
         yield _trained("cat", f"{number} {SHORT[dtype]}", parts, lambda *parts: torch.cat(parts))
         yield _trained("stack", f"{number} {SHORT[dtype]}", parts, lambda *parts: torch.stack(parts))
 
@@ -400,7 +429,9 @@ def _optimizers() -> Iterator[Case]:
         yield _plain("foreach_mul", name, make, lambda tensors: torch._foreach_mul(tensors, 0.5))
         yield _plain("foreach_mul_", name, make, lambda tensors: torch._foreach_mul_(tensors, 0.5))
         yield _plain("foreach_sqrt", name, make, torch._foreach_sqrt)
-        yield _plain("foreach_addcdiv_", name, make, lambda tensors: torch._foreach_addcdiv_(tensors, tensors, tensors, 1.0))
+        yield _plain(
+            "foreach_addcdiv_", name, make, lambda tensors: torch._foreach_addcdiv_(tensors, tensors, tensors, 1.0)
+        )
         yield _plain("foreach_lerp_", name, make, lambda tensors: torch._foreach_lerp_(tensors, tensors, 0.1))
         yield _plain("foreach_abs_max", name, make, lambda tensors: torch._foreach_max(torch._foreach_abs(tensors)))
         yield _plain("foreach_copy_", name, make, lambda tensors: torch._foreach_copy_(tensors, tensors))
@@ -413,7 +444,11 @@ def _optimizers() -> Iterator[Case]:
 
         yield _plain("clip_grad_norm_", name, lambda device, parameters=parameters: (parameters(device),),
                      lambda made: nn.utils.clip_grad_norm_(made, 1.0))  # fmt: skip
-        for kind, more in (("foreach", {"foreach": True}), ("fused", {"fused": True}), ("for-loop", {"foreach": False})):
+        for kind, more in (
+            ("foreach", {"foreach": True}),
+            ("fused", {"fused": True}),
+            ("for-loop", {"foreach": False}),
+        ):
             yield _plain(f"adamw {kind}", name, lambda device, parameters=parameters, more=more: (
                 torch.optim.AdamW(parameters(device), **more),), lambda optimizer: optimizer.step())  # fmt: skip
         yield _plain("sgd", name, lambda device, parameters=parameters: (

@@ -1,9 +1,9 @@
 """What fitune records of one operator at a time, beside what PyTorch's own operator allocates on the card.
 
-    python rehearsal/operators.py                 the table of this card: how many cases agree, operator by operator
-    python rehearsal/operators.py --show 5        and the first differences of each operator
-    python rehearsal/operators.py --only sum,attention
-    python rehearsal/operators.py --golden FILE   adds what PyTorch did on this card, in a few cases of each operator,
+    python -m rehearsal.operators                 the table of this card: how many cases agree, operator by operator
+    python -m rehearsal.operators --show 5        and the first differences of each operator
+    python -m rehearsal.operators --only sum,attention
+    python -m rehearsal.operators --golden FILE   adds what PyTorch did on this card, in a few cases of each operator,
                                                   for the tests that run without a card
 
 A case agrees where allocations and frees are the same, of the same bytes and in the same order.
@@ -11,21 +11,19 @@ A case agrees where allocations and frees are the same, of the same bytes and in
 
 import argparse
 import json
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
-from operator_cases import CASES, Case
-
 from fitune.trace.cuda_target import CudaTarget
 from fitune.trace.fake import RecordSettings, record_loop
+from rehearsal.operator_cases import CASES, Case
 
 Events = list[int]
 """Bytes of an allocation; minus n where the n-th allocation, counted from 1, is freed."""
@@ -34,7 +32,7 @@ Events = list[int]
 def genuine(cases: Sequence[Case]) -> list[Events | str]:
     """What each case's second call allocates and frees on the card; the first one makes what stays. A sentence where
     the card has no such kernel."""
-    return [_or_sentence(lambda case=case: _genuine(case)) for case in cases]
+    return [_or_sentence(partial(_genuine, case)) for case in cases]
 
 
 def _genuine(case: Case) -> Events:

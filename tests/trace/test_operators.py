@@ -1,4 +1,4 @@
-"""What PyTorch's own operators allocated on rehearsed cards (`rehearsal/operators.py --golden`), held against recordings."""
+"""What PyTorch's own operators allocated on rehearsed cards (`rehearsal.operators --golden`), held against recordings."""
 
 import json
 import warnings
@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from operator_cases import CASES
-from operators import recorded
 
 from fitune.trace.cuda_target import CudaTarget
+from rehearsal.operator_cases import CASES
+from rehearsal.operators import recorded
 
 GOLDEN: dict[str, dict[str, Any]] = json.loads((Path(__file__).parents[1] / "golden/operators.json").read_text())
 

@@ -26,7 +26,8 @@ from fitune.trace.cuda_behaviour import CpuKernels, CudaKernels, cuda_behaviour
 from fitune.trace.cuda_target import CudaTarget
 from fitune.trace.events import MemoryTrace
 from fitune.trace.flash_package import flash_package
-from fitune.trace.placement import CARD, OnMeta, card_stands_in, cuda_answers
+from fitune.trace.idle_card import cuda_answers
+from fitune.trace.placement import CARD, OnMeta, card_stands_in
 from fitune.trace.recorder import Mark, Recorder
 from fitune.trace.recording import Recording, to_trace
 from fitune.trace.shapes import ShapeMemory
@@ -223,6 +224,7 @@ def _describe(settings: RecordSettings, num_steps: int) -> Iterator[str]:
     else:
         major, minor = settings.target.compute_capability
         yield f"kernels of CUDA, compute capability {major}.{minor}, attention {settings.target.attention}"
+        yield from settings.target.assumptions()
 
 
 @contextmanager
