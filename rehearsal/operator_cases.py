@@ -1,5 +1,5 @@
 # mypy: disable-error-code="misc, assignment, arg-type, return-value"
-# ruff: noqa: E501
+# ruff: noqa: E501, E731, RUF100
 # A table: mypy infers no lambda with defaults, and a row on one line reads best.
 """The operators that training steps use, each with shapes, dtypes and layouts at which a kernel changes its ways."""
 

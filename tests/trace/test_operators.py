@@ -1,4 +1,4 @@
-"""What PyTorch's own operators allocated on rehearsed cards (`rehearsal.operators --golden`), held against recordings."""
+"""What PyTorch's own operators allocated on rehearsed cards (`rehearsal.operators --golden`), beside recordings."""
 
 import json
 import warnings

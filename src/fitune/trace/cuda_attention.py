@@ -39,9 +39,11 @@ def choose_attention(target: CudaTarget, query: Tensor, key: Tensor, value: Tens
         "cudnn": torch.backends.cuda.cudnn_sdp_enabled(),
     }
     cases: dict[Kernel, Callable[..., bool]] = {"cudnn": _cudnn_can, "flash": _flash_can, "efficient": _efficient_can}
-    order: tuple[Kernel, ...] = ("flash", "efficient", "cudnn")
+    order: tuple[Kernel, ...] = ("flash", "efficient")
     if target.generation.prefers_cudnn:
-        order = ("cudnn", "flash", "efficient")
+        order = ("cudnn", *order)
+    elif not torch.backends.cuda.math_sdp_enabled():  # which stands before cuDNN (Context.h, sdp_priority_order)
+        order = (*order, "cudnn")
     for kernel in order:
         if enabled[kernel] and _lengths_can(query, key, value) and cases[kernel](target, query, key, value, **call):
             return kernel
