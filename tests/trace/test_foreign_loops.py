@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import fitune
 from fitune.errors import UsageError
-from fitune.trace.cuda_behaviour import CudaTarget
+from fitune.trace.cuda_target import CudaTarget
 from fitune.trace.events import MemoryTrace
 from fitune.trace.fake import RecordSettings, record_loop
 from fitune.trace.flash_package import flash_package

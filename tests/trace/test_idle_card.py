@@ -11,7 +11,7 @@ from torch.utils.checkpoint import DefaultDeviceType, checkpoint
 
 import fitune
 from cuda_stand_in import cuda_build
-from fitune.trace.cuda_behaviour import CudaTarget
+from fitune.trace.cuda_target import CudaTarget
 from fitune.trace.fake import RecordSettings, record_loop
 
 Step = Callable[[], Any]

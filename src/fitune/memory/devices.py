@@ -77,6 +77,7 @@ class Device:
     float16_flops_per_second: float | None = None
     float32_flops_per_second: float | None = None
     link_bytes_per_second: float | None = None
+    multiprocessors: int | None = None
     context: ContextPrior | None = None
     kind: Literal["cuda", "cpu"] = "cuda"
     uuid: str | None = None
@@ -132,8 +133,66 @@ def _card(
         float16_flops_per_second=float16 * 1e12,
         float32_flops_per_second=float32 * 1e12,
         link_bytes_per_second=(8 if name in _EIGHT_LANES else 16) * _lane_bandwidth(capability),
+        multiprocessors=_MULTIPROCESSORS[name],
         context=context_prior(capability),
     )
+
+
+_MULTIPROCESSORS = {
+    "RTX 5090": 170,
+    "RTX 5080": 84,
+    "RTX 5070 Ti": 70,
+    "RTX 5070": 48,
+    "RTX 5060 Ti 16GB": 36,
+    "RTX 5060 Ti 8GB": 36,
+    "RTX 5060": 30,
+    "RTX 5090 Laptop": 82,
+    "RTX PRO 6000 Blackwell": 188,
+    "RTX 4090": 128,
+    "RTX 4090 D": 114,
+    "RTX 4090 Laptop": 76,
+    "RTX 4080 SUPER": 80,
+    "RTX 4080": 76,
+    "RTX 4070 Ti SUPER": 66,
+    "RTX 4070 Ti": 60,
+    "RTX 4070 SUPER": 56,
+    "RTX 4070": 46,
+    "RTX 4060 Ti 16GB": 34,
+    "RTX 4060 Ti 8GB": 34,
+    "RTX 4060": 24,
+    "RTX 6000 Ada": 142,
+    "L40S": 142,
+    "L40": 142,
+    "L4": 58,
+    "RTX 3090 Ti": 84,
+    "RTX 3090": 82,
+    "RTX 3080 Ti": 80,
+    "RTX 3080 10GB": 68,
+    "RTX 3080 12GB": 70,
+    "RTX 3070": 46,
+    "RTX 3060 Ti": 38,
+    "RTX 3060 12GB": 28,
+    "RTX A6000": 84,
+    "RTX A5000": 64,
+    "A40": 84,
+    "A10": 72,
+    "A10G": 80,
+    "B200": 148,
+    "H200": 132,
+    "H100 NVL": 132,
+    "H100": 132,
+    "H100 PCIe": 114,
+    "H20": 78,
+    "A100 80GB": 108,
+    "A100 40GB": 108,
+    "RTX 2080 Ti": 68,
+    "T4": 40,
+    "V100 32GB": 80,
+    "V100 16GB": 80,
+    "P100 16GB": 56,
+    "GTX 1080 Ti": 28,
+}
+"""From the same documents."""
 
 
 CATALOGUE: tuple[Device, ...] = (

@@ -21,7 +21,7 @@ from fitune.plan.candidates import with_routing
 from fitune.plan.stated import stated
 from fitune.step.assemble import CPU_MICRO_TOKENS, CUDA_MICRO_TOKENS
 from fitune.step.shards import dealt_layers
-from fitune.trace.cuda_behaviour import CudaTarget
+from fitune.trace.cuda_target import CudaTarget
 from fitune.trace.recordings import Recordings
 from fitune.trace.sharded import sharded
 from fitune.trace.step import Pass, RecordedStep, longest_rows, steady_passes
@@ -173,7 +173,9 @@ class _GroupBytes:
 def cuda_target(config: RunConfig, device: Device) -> CudaTarget | None:
     if device.kind == "cpu":
         return None
-    return CudaTarget(device.compute_capability or OLDEST_FLASH, config.model.attention)
+    return CudaTarget(
+        device.compute_capability or OLDEST_FLASH, config.model.attention, multiprocessors=device.multiprocessors
+    )
 
 
 def rows_per_micro_batch(config: RunConfig, device: Device, row_tokens: int) -> int:

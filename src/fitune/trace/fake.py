@@ -22,7 +22,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from fitune.config import Routing
 from fitune.errors import UsageError
 from fitune.trace.assumptions import Assumptions
-from fitune.trace.cuda_behaviour import CpuKernels, CudaKernels, CudaTarget, cuda_behaviour
+from fitune.trace.cuda_behaviour import CpuKernels, CudaKernels, cuda_behaviour
+from fitune.trace.cuda_target import CudaTarget
 from fitune.trace.events import MemoryTrace
 from fitune.trace.flash_package import flash_package
 from fitune.trace.idle_card import cuda_answers
@@ -223,6 +224,7 @@ def _describe(settings: RecordSettings, num_steps: int) -> Iterator[str]:
     else:
         major, minor = settings.target.compute_capability
         yield f"kernels of CUDA, compute capability {major}.{minor}, attention {settings.target.attention}"
+        yield from settings.target.assumptions()
 
 
 @contextmanager

@@ -18,7 +18,7 @@ import torch
 import transformers.utils.import_utils as transformers_imports
 from torch.utils.checkpoint import DefaultDeviceType
 
-from fitune.trace.cuda_behaviour import CudaTarget
+from fitune.trace.cuda_target import CudaTarget
 
 _CARD_0 = (0, 0, 1)
 """(stream, device, kind of device) of the default stream, as PyTorch writes it."""

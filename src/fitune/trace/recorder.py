@@ -52,9 +52,10 @@ class Kernels(Protocol):
         """Bytes of what the operator allocates before its outputs and keeps for ever."""
 
     def allocations(
-        self, func: Operator, args: tuple[Any, ...], outputs: Sequence[torch.Tensor]
-    ) -> Sequence[Allocation] | None:
-        """Returns what the operator's kernel allocates and frees, in order; None for an operator without a rule."""
+        self, func: Operator, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], Sequence[Allocation]] | None:
+        """Returns all arguments of the operator, and what its kernel allocates and frees, in order; None for an
+        operator without a rule."""
 
 
 @dataclass(slots=True, eq=False)
@@ -260,29 +261,34 @@ class Recorder(TorchDispatchMode):
                 self._count(func, args, kwargs, outputs, module=self._module(), known=known, on_host=True)
             return result
         module = self._module()
-        self._allocate(func, args, outputs, module)
+        self._allocate(func, args, kwargs, outputs, module)
         if traits.does_work:
             self._count(func, args, kwargs, outputs, module=module, known=known)
         return result
 
-    def _allocate(self, func: Operator, args: tuple[Any, ...], outputs: tuple[torch.Tensor, ...], module: str) -> None:
+    def _allocate(
+        self, func: Operator, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: tuple[torch.Tensor, ...],
+        module: str,
+    ) -> None:  # fmt: skip
         """Writes down the operator's outputs and what its kernel allocates beside them, in the kernel's order."""
         name = _traits(func).name
         modules = [module if source is None else source for source in self._sources(args, len(outputs))]
-        steps = self._kernels.allocations(func, args, outputs)
-        named = {step.number for step in steps or () if isinstance(step, Output)}
+        arguments, steps = self._kernels.allocations(func, args, kwargs) or (None, ())
+        named = {step.number for step in steps if isinstance(step, Output)}
         for number, tensor in enumerate(outputs):
             if number not in named:
                 self._see(tensor, name, modules[number])
-        if steps is None:
+        if arguments is None:
             return
         sizes = [step for step in steps if isinstance(step, int)]
-        rule = _rule(func, args, total=len(sizes))
+        rule = _rule(func, arguments, total=len(sizes))
         if rule is not None and not sizes:
             self._silent.append((self._step, rule))
         temporaries: list[_Storage] = []
         for step in (*steps, *(Free(number) for number in range(len(sizes)) if Free(number) not in steps)):
-            if isinstance(step, Output):
+            if isinstance(step, Output) and step.on_host:
+                self._put_on_host(outputs[step.number].untyped_storage())
+            elif isinstance(step, Output):
                 self._see(outputs[step.number], name, modules[step.number])
             elif isinstance(step, Free):
                 self.free(temporaries[step.number])
@@ -500,14 +506,20 @@ def _tensors(tree: Any) -> Iterator[torch.Tensor]:
             yield from _tensors(item)
 
 
+_MOST_IN_A_LIST = 4
+
+
 def _rule(func: Operator, args: tuple[Any, ...], *, total: int) -> Rule | None:
-    """None where tensors come in lists, whose lengths are no shape."""
-    if any(any(True for _ in _tensors(value)) for value in args if isinstance(value, (list, tuple))):
+    """None where many tensors come in a list, as those of an optimizer."""
+    if any(isinstance(value, (list, tuple)) and len(value) > _MOST_IN_A_LIST for value in args):
         return None
-    return Rule(func._schema.name, tuple(_shape(value) for value in args), 0, total)
+    return Rule(func.name(), tuple(_shape(value) for value in args), 0, total)
 
 
 def _shape(value: Any) -> object:
+    """Tensors as `temporaries_by_shape` reads them."""
     if isinstance(value, torch.Tensor):
-        return tuple(value.shape), value.dtype
-    return tuple(value) if isinstance(value, list) else value
+        shape = tuple(value.shape), value.dtype
+        offset = value.storage_offset()
+        return shape if not offset and value.is_contiguous() else (*shape, value.stride(), offset)
+    return tuple(_shape(each) for each in value) if isinstance(value, (list, tuple)) else value
