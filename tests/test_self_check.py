@@ -13,14 +13,18 @@ import torch
 
 from fitune.cli.app import main
 from fitune.config import RunConfig, read_config
-from fitune.memory.devices import cpu_device, find_device
+from fitune.memory.devices import Device, cpu_device, find_device
 from fitune.memory.nvml import CardProcess, CardState
 from fitune.memory.prediction import Prediction
 from fitune.memory.residuals import circumstances
 from fitune.model.device import MemoryPeak
+from fitune.model.load import load_tokenizer
 from fitune.plan.predict import RunPrediction, predict, predict_run
 from fitune.run.metrics import read_metrics, read_summary
+from fitune.trace.step import Pass
 from fitune.train import guard, self_check
+from fitune.train.guard import Guard
+from fitune.train.prepare import load_data
 from fitune.train.self_check import SelfCheck, run_device
 from fitune.units import GIB, MIB
 from tiny_models import TINY
@@ -186,3 +190,37 @@ def test_a_run_checks_itself_with_tokens_spread_evenly_whatever_it_was_planned_f
     monkeypatch.setattr(self_check, "predict_run", noting)
     assert main(["train", "sft.yaml", "train.steps=1", "memory.routing=worst"]) == 0
     assert checked == ["balanced"]
+
+
+@pytest.mark.usefixtures("place")
+def test_a_card_is_settled_between_what_is_tried_out_and_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    for name in ("start", "evaluate", "settle", "train"):
+        real = getattr(Guard, name)
+
+        def noting(guard: Guard, *arguments: Any, name: str = name, real: Any = real, **options: Any) -> Any:
+            done.append(name)
+            return real(guard, *arguments, **options)
+
+        monkeypatch.setattr(Guard, name, noting)
+    assert main(["train", "sft.yaml", "train.steps=2", "data.eval_fraction=0.2"]) == 0
+    assert done[:5] == ["start", "evaluate", "settle", "train", "train"]
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "kinds"), [("adamw", ["state", "train", "train"]), ("adamw_8bit", ["train", "train"])]
+)
+def test_what_is_predicted_is_what_the_run_does_from_then_on(
+    place: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str, kinds: list[str]
+) -> None:
+    predicted: list[list[str]] = []
+
+    def noting(config: RunConfig, device: Device, *, passes: list[Pass], num_shards: int) -> RunPrediction:
+        predicted.append([each.kind for each in passes])
+        return predict_run(config, device, passes=passes, num_shards=num_shards)
+
+    monkeypatch.setattr(self_check, "predict_run", noting)
+    config = read_config(place / "sft.yaml", [f"optim.name={optimizer}"]).config
+    train = load_data(config, load_tokenizer(config.model)).train
+    self_check.predict_second_step(config, train, device=torch.device("cpu"))
+    assert predicted == [kinds]
