@@ -203,7 +203,7 @@ def test_a_card_is_settled_between_what_is_tried_out_and_the_first_step(monkeypa
             return real(guard, *arguments, **options)
 
         monkeypatch.setattr(Guard, name, noting)
-    assert main(["train", "sft.yaml", "train.steps=2", "data.eval_fraction=0.2"]) == 0
+    assert main(["train", "sft.yaml", "train.steps=2", "train.eval_every=2"]) == 0
     assert done[:5] == ["start", "evaluate", "settle", "train", "train"]
 
 
