@@ -39,9 +39,9 @@ class GradientNorms:
 class NormRecorder:
     """Reads the gradients of one step: made for that step, its hooks gone with it.
 
-    An optimizer's state that the host's memory holds (adamw_host) is not read: it would have to come to the card in
-    every step. preconditioned: weighted norms too, where the optimizer has an exp_avg_sq by now. shards: over which it is dealt;
-    weighted norms are then not known, since a process never has exp_avg_sq beside the whole of its own gradient.
+    preconditioned: weighted norms too, where the optimizer has an exp_avg_sq by now. shards: over which it is dealt;
+    weighted norms are then not known, since a process never has exp_avg_sq beside the whole of its own gradient. A
+    state in the host's memory (adamw_host) is not read: it would have to come to the card in every step.
     """
 
     def __init__(
