@@ -127,10 +127,18 @@ def test_a_card_that_is_only_planned_for_has_no_earlier_runs(
 
 
 def test_the_card_is_the_one_that_torch_means(monkeypatch: pytest.MonkeyPatch) -> None:
-    cards = tuple(replace(find_device("RTX 4090"), uuid=f"GPU-{name}") for name in ("aa-1", "bb-2"))
+    cards = tuple(replace(find_device("RTX 4090"), uuid=f"GPU-{name}", free_bytes=GIB) for name in ("aa-1", "bb-2"))
     monkeypatch.setattr(self_check, "this_machine", lambda: cards)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="bb-2"))
     assert run_device(torch.device("cuda", 0)) is cards[1]
+
+
+def test_without_nvml_what_is_free_is_asked_of_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(self_check, "this_machine", lambda: (replace(find_device("RTX 4090"), uuid="GPU-aa-1"),))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="aa-1"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (20 * GIB, 23 * GIB))
+    found = run_device(torch.device("cuda", 0))
+    assert (found.kind, found.free_bytes, found.used_bytes) == ("cuda", 20 * GIB, 3 * GIB)
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@
 A verb is a module of this package, imported when it is called, so that `fitune --help` imports none of them.
 """
 
+import logging
 import os
 import sys
 import traceback
@@ -87,6 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _silence_libraries() -> None:
     """What went wrong is said in a sentence of ours."""
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else a line for each failed allocation, which is survived
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
 

@@ -8,7 +8,7 @@ loaded, where the C library's habits are part of the number. What is found is ke
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import torch
@@ -103,7 +103,11 @@ def run_device(device: torch.device) -> Device:
     if device.type == "cpu" or not cards:
         return cpu_device()
     uuid = str(torch.cuda.get_device_properties(device).uuid)
-    return next((card for card in cards if (card.uuid or "").endswith(uuid)), cards[0])
+    card = next((card for card in cards if (card.uuid or "").endswith(uuid)), cards[0])
+    if card.free_bytes is None:  # without NVML; the run starts CUDA in any case
+        free_bytes, total_bytes = torch.cuda.mem_get_info(device)
+        return replace(card, free_bytes=free_bytes, used_bytes=total_bytes - free_bytes)
+    return card
 
 
 def predict_second_step(config: RunConfig, train: Examples, *, device: torch.device, num_ranks: int = 1) -> SelfCheck:
