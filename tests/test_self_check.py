@@ -141,6 +141,16 @@ def test_without_nvml_what_is_free_is_asked_of_cuda(monkeypatch: pytest.MonkeyPa
     assert (found.kind, found.free_bytes, found.used_bytes) == ("cuda", 20 * GIB, 3 * GIB)
 
 
+@pytest.mark.usefixtures("place")
+def test_a_process_that_holds_memory_of_the_card_already_is_not_checked(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("fitune.train.prepare.reserved_before", lambda _: 300 * MIB)
+    assert main(["train", "sft.yaml", "train.steps=2", "model.recompute=off"]) == 0
+    assert "memory is not checked: this process already holds 300.0 MiB of the card" in capsys.readouterr().err
+    assert not (Path("cache") / "residuals.jsonl").exists()
+
+
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The current directory, with all that a run needs and a cache of its own."""

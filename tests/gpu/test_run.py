@@ -38,7 +38,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize("override", ["loss=chunked", "model.method=lora", "model.precision=bfloat16"])
 def test_a_run_reserves_what_it_predicted(place: Path, override: str) -> None:
-    assert main(["train", "sft.yaml", override]) == 0
+    subprocess.run([sys.executable, "-m", "fitune", "train", "sft.yaml", override], check=True)
     summary = read_summary(place / "runs" / "run" / "summary.json")
     predicted, measured = summary.predicted_reserved_bytes, summary.measured_reserved_bytes
     assert predicted is not None
