@@ -87,6 +87,18 @@ def test_a_traceback_is_shown_on_request_only(
     assert "Traceback" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("debug", "shown"), [("0", False), ("1", True)])
+def test_what_libraries_warn_of_is_shown_on_request_only(debug: str, shown: bool) -> None:
+    code = (
+        f"import os, sys, warnings; os.environ['FITUNE_DEBUG'] = '{debug}'; sys.argv = ['fitune', '--version']\n"
+        "from fitune.cli.app import main; main(); warnings.warn('from a library', FutureWarning)\n"
+        "print(os.environ.get('TORCH_CPP_LOG_LEVEL'), file=sys.stderr)"
+    )
+    said = fresh_python(code).stderr
+    assert ("from a library" in said) is shown
+    assert said.endswith("None\n" if shown else "ERROR\n")
+
+
 def test_a_reader_that_leaves_early_is_no_error() -> None:
     code = (
         "import os, sys; read, write = os.pipe(); os.close(read); os.dup2(write, 1); "

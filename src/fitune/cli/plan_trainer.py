@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from fitune.cli.output import console, print_json, print_text, table
-from fitune.errors import DoesNotFitError, UsageError
+from fitune.errors import DoesNotFitError, FituneError, UsageError
 from fitune.language import say
 from fitune.units import format_bytes, format_gib
 
@@ -21,7 +21,7 @@ def plan_trainer(name: str, *, gpu: str | None, output_format: str) -> None:
     """
     from fitune.integrations.transformers import predict_trainer
 
-    prediction = predict_trainer(find_function(name)(), gpu=gpu)
+    prediction = predict_trainer(_build(name), gpu=gpu)
     if output_format == "json":
         print_json({"prediction": asdict(prediction)})
     elif output_format == "quiet":
@@ -33,6 +33,18 @@ def plan_trainer(name: str, *, gpu: str | None, output_format: str) -> None:
             f"the Trainer of {name} does not fit: it needs {format_bytes(_whole_bytes(prediction))}; lower "
             "per_device_train_batch_size and raise gradient_accumulation_steps, or set activation_checkpointing=True"
         )
+
+
+def _build(name: str) -> Any:
+    """Raises UsageError with what went wrong in there."""
+    function = find_function(name)
+    try:
+        return function()
+    except FituneError:
+        raise
+    except Exception as error:  # whatever a Trainer refuses, as bf16=True on a machine without a card
+        said = " ".join(str(error).split())
+        raise UsageError(f"--trainer {name} built no Trainer: {type(error).__name__}: {said}") from error
 
 
 def find_function(name: str) -> Any:

@@ -211,5 +211,8 @@ def _interval(reserved_bytes: int, device: Device | None) -> Interval | None:
     if device is None or device.context is None:
         return None
     low, high = device.context.low_bytes, device.context.high_bytes
-    reason = f"the CUDA context of such a card takes {low / 2**20:.0f} to {high / 2**20:.0f} MiB, by driver and version"
+    takes = f"takes {low / 2**20:.0f} to {high / 2**20:.0f} MiB, by driver and version"
+    if low == high:
+        takes = f"was measured to take {low / 2**20:.0f} MiB"
+    reason = f"the CUDA context of such a card {takes}"
     return Interval(reserved_bytes + low, reserved_bytes + high, (reason,))

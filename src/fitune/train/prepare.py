@@ -22,7 +22,7 @@ from fitune.step.out_of_memory import try_twice
 from fitune.step.shards import check_torch
 from fitune.train.loop import Data
 from fitune.train.ranks import Ranks
-from fitune.train.self_check import SelfCheck, predict_second_step, run_device
+from fitune.train.self_check import SelfCheck, predict_second_step, reserved_before, run_device
 from fitune.units import format_bytes
 
 
@@ -105,7 +105,10 @@ def _prepare(
             notes.append(note)
         settings = still_open(settings, config)
         config = read_config(config.model_dump(mode="json", exclude_defaults=True), settings).config
-        if ranks.leads:
+        held_bytes = reserved_before(device)
+        if held_bytes:
+            notes.append(f"memory is not checked: this process already holds {format_bytes(held_bytes)} of the card")
+        elif ranks.leads:
             self_check = predict_second_step(config, data.train, device=device, num_ranks=ranks.size)
     except DoesNotFitError:
         raise
