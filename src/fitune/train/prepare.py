@@ -112,7 +112,14 @@ def _prepare(
     except Exception as error:  # whatever a model does on tensors without data: the run itself needs none of this
         notes.append(f"memory is not predicted: {type(error).__name__}: {' '.join(str(error).split())[:160]}")
     model = try_twice(
-        lambda: load_model(config.model, device, precision=precision, seed=config.train.seed, stay_on_host=is_sharded),
+        lambda: load_model(
+            config.model,
+            device,
+            precision=precision,
+            seed=config.train.seed,
+            stay_on_host=is_sharded,
+            tell=notes.append,
+        ),
         device=device,
         what=f"the model {config.model.source}",
         way_out="close other programs, or take a smaller model"
@@ -135,7 +142,7 @@ def _prepare(
         num_parameters,
         num_trainable,
         self_check,
-        tuple(notes),
+        tuple(dict.fromkeys(notes)),
     )
 
 
