@@ -33,6 +33,7 @@ from transformers.utils import logging as transformers_logging
 from fitune.config import ModelConfig, RunConfig
 from fitune.errors import ConfigError, ModelError
 from fitune.hub import hub_is_known
+from fitune.model.adapted_model import describe, note_adapted
 from fitune.model.attention import attention_name, check_attention
 from fitune.model.experts import EXPERTS
 from fitune.model.gguf import check_gguf, gguf_parts, gguf_read_once, read_gguf
@@ -199,12 +200,15 @@ def load_model(
             )
     else:
         built = load_weights(model, config, dtype=precision.parameter_dtype, attention=attention, tell=tell)
+    noted = None if meta or model.method == "full" else describe(model, built, seed=seed)
     if model.method == "qlora":
         built = quantise(built)
     if not stay_on_host:
         built.to(device)
     share_tables(built)
     adapted = built if model.method == "full" else apply_lora(built, model.lora, seed=seed)
+    if noted is not None:
+        note_adapted(adapted, noted)
     return adapted.train()
 
 

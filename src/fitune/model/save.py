@@ -19,6 +19,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from fitune.errors import ModelError
+from fitune.model.adapted_model import FILE, adapted_json
 from fitune.model.load import quiet_transformers
 from fitune.model.peft_parts import BaseTunerLayer, PeftModel, get_peft_model_state_dict
 from fitune.model.quantise import NF4Linear
@@ -48,6 +49,8 @@ def model_files(model: PreTrainedModel | PeftModel, *, tokenizer: Tokenizer, mer
     with TemporaryDirectory() as directory, quiet_transformers():
         if isinstance(model, PeftModel) and not merge:
             model.save_pretrained(directory, state_dict={}, save_embedding_layers=False)  # "auto" would ask the hub
+            if (noted := adapted_json(model)) is not None:
+                (Path(directory) / FILE).write_bytes(noted)
         else:
             plain = _plain(model)
             generation = plain.generation_config
