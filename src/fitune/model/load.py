@@ -7,10 +7,11 @@ memory twice: a parameter whose type on disk is the wanted one stays a view of t
 A local path never touches the network. Hub ids go through huggingface_hub, which honours HF_ENDPOINT and its cache.
 """
 
+import copy
 import logging
 import os
 import re
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
@@ -20,7 +21,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Mxfp4Config, PretrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -56,6 +57,7 @@ Kind = Literal["preset", "directory", "gguf", "pth", "hub"]
 
 _COMPUTED = re.compile(r"\.(inv_freq|masked_bias|attn\.bias|attention\.bias)$")
 """Tensors that older files hold although a model computes them: rotary frequencies and causal masks."""
+MXFP4 = "mxfp4"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 _READ_ERRORS = (
     *(OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError, AttributeError),
@@ -241,16 +243,38 @@ def load_weights(
             else:
                 own = own_class(config) if model.trust_remote_code else None
                 load = AutoModelForCausalLM if own is None else own
+                if weights_format(config) == MXFP4:
+                    options["quantization_config"] = Mxfp4Config(dequantize=True)
                 built, report = load.from_pretrained(
                     name, trust_remote_code=model.trust_remote_code, adapter_kwargs=dict(files), **files, **options
                 )
         except _READ_ERRORS as error:
             raise _unreadable(model, kind, error) from error
     surplus = sorted(report["unexpected_keys"])
+    if weights_format(config) == MXFP4:
+        built = _without_format(built, config, options)
     _check_complete(model, report, surplus if kind == "pth" else _of_layers(built, surplus))
     if surplus and tell is not None:
         tell(f"{model.source} holds {_listed('tensors that its architecture has no place for', surplus)}: left out")
     return cast(PreTrainedModel, built)
+
+
+def weights_format(config: PretrainedConfig) -> str | None:
+    """How the weights are stored where that is not as numbers, such as 'mxfp4'."""
+    stored = getattr(config, "quantization_config", None)
+    return (stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", None)) or None
+
+
+def _without_format(built: PreTrainedModel, config: PretrainedConfig, options: Mapping[str, Any]) -> PreTrainedModel:
+    """A model that transformers unpacked remembers how it was stored, and would be saved under those names: its tensors
+    are ordinary, so only they are kept."""
+    plain = copy.deepcopy(config)
+    del plain.quantization_config
+    kept = {
+        name: value for name, value in options.items() if name not in ("quantization_config", "output_loading_info")
+    }
+    tensors = built.state_dict()
+    return cast(PreTrainedModel, type(built).from_pretrained(None, state_dict=tensors, **(kept | {"config": plain})))
 
 
 def load_tokenizer(model: ModelConfig) -> Tokenizer:

@@ -22,7 +22,7 @@ from fitune.errors import ModelError
 from fitune.model.adapted_model import FILE, adapted_json
 from fitune.model.load import quiet_transformers
 from fitune.model.peft_parts import BaseTunerLayer, PeftModel, get_peft_model_state_dict
-from fitune.model.quantise import NF4Linear
+from fitune.model.quantise import NF4Experts, NF4Linear
 from fitune.model.tensor_file import write_tensors
 
 _MARKS = ("config.json", "adapter_config.json")  # what tells a model's directory from somebody's documents
@@ -140,11 +140,13 @@ def plain_tensors(model: PreTrainedModel | PeftModel) -> dict[str, torch.Tensor]
     }
     compute_dtype = plain.get_input_embeddings().weight.dtype
     for name, layer in plain.named_modules():
-        if isinstance(layer, NF4Linear):
+        if isinstance(layer, NF4Linear | NF4Experts):
             name = name.removesuffix(".base_layer")
             for packed, _ in layer.named_buffers(recurse=False):
                 del tensors[f"{name}.{packed}"]
-            tensors[f"{name}.weight"] = layer.unpacked(compute_dtype)
+            del tensors[f"{name}.weight"]
+            whole = f"{name}.weight" if isinstance(layer, NF4Linear) else name
+            tensors[whole] = layer.unpacked(compute_dtype)
     for name, layer in plain.named_modules():
         if isinstance(layer, BaseTunerLayer):
             weight = tensors[f"{name}.weight"]

@@ -23,7 +23,7 @@ from fitune.config import Routing
 from fitune.errors import UsageError
 from fitune.trace.assumptions import Assumptions
 from fitune.trace.cuda_behaviour import CpuKernels, CudaKernels, CudaTarget, cuda_behaviour
-from fitune.trace.events import MemoryTrace
+from fitune.trace.events import COMPILED, MemoryTrace
 from fitune.trace.flash_package import flash_package
 from fitune.trace.placement import CARD, OnMeta, card_stands_in, cuda_answers
 from fitune.trace.recorder import Mark, Recorder
@@ -98,6 +98,7 @@ class RecordedModel:
                 stack.enter_context(cuda_behaviour(target))
                 stack.enter_context(flash_package(target))
                 stack.enter_context(cuda_answers(target))
+            compiled = stack.enter_context(_compilation_left_out())
             known = self._parts if self._parts is not None and self._parts.go_back() else None
             self._parts = None  # until all went well; an old model is gone before there is a new one
             parts = known or self._new_parts()
@@ -130,7 +131,8 @@ class RecordedModel:
                 parts.recorder.end_step(parts.model)
             # real tensors ask for no routing
             assumed = parts.assumptions.used if parts.mode is None else parts.assumptions.lines()
-            recording = parts.recorder.recording((*_describe(self._settings, num_steps), *assumed))
+            notes = [COMPILED] if compiled or _is_compiled(parts.model) else []
+            recording = parts.recorder.recording((*_describe(self._settings, num_steps), *assumed, *notes))
             del step
             gc.collect()  # what the loop made is of no next one
             self._parts = parts
@@ -213,6 +215,32 @@ def fill(model: nn.Module) -> None:
                 if isinstance(tensor, torch.Tensor):
                     tensors[name] = on_cpu(tensor)
     del keep
+
+
+@contextmanager
+def _compilation_left_out() -> Iterator[list[Any]]:
+    """torch.compile and Module.compile leave what they are given as it is; it is put into the list."""
+    left_out: list[Any] = []
+
+    def compile_function(function: Any = None, **_: Any) -> Any:
+        if function is None:
+            return compile_function
+        left_out.append(function)
+        return function
+
+    def compile_module(module: nn.Module, *_: Any, **__: Any) -> None:
+        left_out.append(module)
+
+    with (
+        patch.object(torch, "compile", compile_function),
+        patch.object(nn.Module, "compile", compile_module),
+    ):
+        yield left_out
+
+
+def _is_compiled(model: nn.Module) -> bool:
+    """Whether a part was compiled when it was built."""
+    return any(module._compiled_call_impl is not None or hasattr(module, "_orig_mod") for module in model.modules())
 
 
 def _describe(settings: RecordSettings, num_steps: int) -> Iterator[str]:

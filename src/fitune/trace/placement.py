@@ -195,7 +195,7 @@ class _Event:
 
 @contextmanager
 def card_stands_in(recorder: Recorder) -> Iterator[None]:
-    """A loop that names CUDA gets the CPU tensors that stand for it; torch.compile leaves its function as it is."""
+    """A loop that names CUDA gets the CPU tensors that stand for it."""
     init = torch.amp.autocast_mode.autocast.__init__
 
     def autocast_init(self: Any, device_type: str, dtype: torch.dtype | None = None, *args: Any, **kwargs: Any) -> None:
@@ -206,9 +206,6 @@ def card_stands_in(recorder: Recorder) -> Iterator[None]:
     def grad_scaler_init(self: Any, device: str = "cuda", *args: Any, **kwargs: Any) -> None:
         scaler_init(self, "cpu", *args, **kwargs)
 
-    def as_it_is(function: Any = None, **_: Any) -> Any:
-        return function if function is not None else lambda decorated: decorated
-
     generator = torch.Generator
     placement, hooks_init = Placement(recorder), torch.autograd.graph.saved_tensors_hooks.__init__
 
@@ -218,7 +215,6 @@ def card_stands_in(recorder: Recorder) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(patch.object(torch.amp.autocast_mode.autocast, "__init__", autocast_init))
         stack.enter_context(patch.object(torch.amp.GradScaler, "__init__", grad_scaler_init))
-        stack.enter_context(patch.object(torch, "compile", as_it_is))
         stack.enter_context(patch.object(torch, "Generator", lambda device="cpu": generator(_as_cpu(device))))
         stack.enter_context(patch.object(torch.cuda, "empty_cache", recorder.empty_cache))
         hooks = torch.autograd.graph.saved_tensors_hooks
