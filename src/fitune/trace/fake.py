@@ -197,12 +197,20 @@ def _pack(model: nn.Module) -> None:
 
 def fill(model: nn.Module) -> None:
     """Puts the model's meta tensors on the CPU, in place: parameters, buffers and plain attributes. Inside
-    FakeTensorMode they become fake. What was shared stays shared."""
+    FakeTensorMode they become fake. What was shared stays shared, and a slice of a larger tensor holds all of it."""
     made: dict[int, torch.Tensor] = {}
+    wholes: dict[int, torch.Tensor] = {}
 
     def on_cpu(tensor: torch.Tensor) -> torch.Tensor:
         if id(tensor) not in made:
-            empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+            storage = tensor.untyped_storage()
+            if storage.nbytes() <= tensor.numel() * tensor.element_size():
+                empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+            else:
+                if storage._cdata not in wholes:
+                    wholes[storage._cdata] = torch.empty(storage.nbytes(), dtype=torch.uint8, device="cpu")
+                whole = wholes[storage._cdata].view(tensor.dtype)
+                empty = whole.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
             if isinstance(tensor, nn.Parameter):
                 empty = nn.Parameter(empty, requires_grad=tensor.requires_grad)
             made[id(tensor)] = empty

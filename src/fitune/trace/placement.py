@@ -11,7 +11,8 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from types import SimpleNamespace
+from pathlib import Path
+from types import FrameType, SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -25,7 +26,10 @@ from fitune.trace.assumptions import known_array, tell_made
 from fitune.trace.cuda_behaviour import CudaTarget
 from fitune.trace.recorder import Place, Recorder
 
-CARD = torch.device("cpu")  # what stands for the card; a loop's own "cpu" is a string, so the two can be told apart
+CARD = torch.device("cpu")
+"""What stands for the card, and what every tensor says that it is on."""
+HOST = torch.device("cpu", 0)
+"""What a loop gets that makes a device "cpu" itself."""
 
 
 class Placement(TorchFunctionMode):
@@ -72,7 +76,7 @@ class Placement(TorchFunctionMode):
     def _to(self, tensor: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         named = kwargs.get("device", args[0] if args else None)
         device = named.device if isinstance(named, Tensor) else named
-        if not isinstance(device, (str, int, torch.device)):
+        if not isinstance(device, (str, int, _REAL_DEVICE)):
             return tensor.to(*args, **kwargs)
         rewritten = tuple(_as_cpu(item) for item in args)
         kwargs = {key: _as_cpu(value) for key, value in kwargs.items()}
@@ -97,13 +101,32 @@ class Placement(TorchFunctionMode):
             return tensor.clone()
 
 
+def _is_of_torch(caller: FrameType) -> bool:
+    """torch's own code compares the devices of tensors, which are all the same here."""
+    return str(caller.f_globals.get("__name__")).startswith("torch.")
+
+
+class _DeviceOfLoop(type):
+    """What a loop finds as `torch.device`: the same, but for "cpu", which is the host."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        device = _REAL_DEVICE(*args, **kwargs)
+        return HOST if device == CARD and not _is_of_torch(sys._getframe(1)) else device
+
+    def __instancecheck__(cls, value: Any) -> bool:
+        return isinstance(value, _REAL_DEVICE)
+
+
+_REAL_DEVICE = torch.device
+
+
 def _is_card(device: Any) -> bool:
-    return device is not None and not (isinstance(device, str) and device.startswith("cpu"))
+    return device is not None and device != HOST and not (isinstance(device, str) and device.startswith("cpu"))
 
 
 def _as_cpu(value: Any) -> Any:
     """Any spelling of a CUDA device as the CPU; everything else as it is."""
-    if isinstance(value, torch.device) or (isinstance(value, str) and value.startswith("cuda")):
+    if isinstance(value, _REAL_DEVICE) or (isinstance(value, str) and value.startswith("cuda")):
         return CARD
     return CARD if isinstance(value, int) and not isinstance(value, bool) else value
 
@@ -163,8 +186,10 @@ def cuda_answers(target: CudaTarget) -> Iterator[None]:
 
 
 def _is_available() -> bool:
-    """To whom runs a loop; a library that is imported meanwhile would look for CUDA's own libraries."""
-    return sys._getframe(1).f_code.co_name != "<module>"
+    """To whom runs a loop, also as a script; a library that is imported meanwhile would look for CUDA's own
+    libraries."""
+    code = sys._getframe(1).f_code
+    return code.co_name != "<module>" or not {"site-packages", "dist-packages"} & set(Path(code.co_filename).parts)
 
 
 def _answer(value: Any, *_: Any, **__: Any) -> Any:
@@ -215,6 +240,7 @@ def card_stands_in(recorder: Recorder) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(patch.object(torch.amp.autocast_mode.autocast, "__init__", autocast_init))
         stack.enter_context(patch.object(torch.amp.GradScaler, "__init__", grad_scaler_init))
+        stack.enter_context(patch.object(torch, "device", _DeviceOfLoop("device", (), {})))
         stack.enter_context(patch.object(torch, "Generator", lambda device="cpu": generator(_as_cpu(device))))
         stack.enter_context(patch.object(torch.cuda, "empty_cache", recorder.empty_cache))
         hooks = torch.autograd.graph.saved_tensors_hooks
