@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import fitune
@@ -25,6 +25,7 @@ from fitune.cli.app import main
 from fitune.cli.progress import TrainingProgress
 from fitune.config import ModelConfig, read_config
 from fitune.data.examples import load_examples
+from fitune.model.finite import saved_not_finite
 from fitune.model.load import build_model, load_model
 from fitune.run.directory import RunDirectory, read_run
 from fitune.run.metrics import StepMetrics, Summary, read_events, read_metrics, read_summary, summary_json
@@ -307,6 +308,38 @@ def test_adapters_of_an_unknown_model_are_not_merged(capsys: pytest.CaptureFixtu
     assert "which model these adapters belong to" in error_of(
         capsys, "export", str(RUN.path), "--to", "hf", "--weights", "last"
     )
+
+
+@pytest.mark.parametrize("loss", ["auto", "full"])
+def test_weights_that_are_not_finite_are_the_cause_that_is_named(
+    loss: str, shared: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("tiny").unlink()
+    shutil.copytree(shared / "tiny", "tiny")
+    tensors = load_file("tiny/model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"][3, 3] = math.nan
+    save_file(tensors, "tiny/model.safetensors", metadata={"format": "pt"})
+    error = error_of(capsys, "train", "sft.yaml", f"loss={loss}", "train.steps=9", exit_code=2 if loss == "auto" else 1)
+    assert "model.layers.0.mlp.up_proj.weight" in error
+    assert "computes its logits" not in error
+
+
+@pytest.mark.parametrize("save_every", [1, 9])
+def test_no_weights_are_promised_that_are_not_there(save_every: int, capsys: pytest.CaptureFixture[str]) -> None:
+    rate = ["optim.name=sgd", "optim.lr=1e300", "optim.schedule=constant", "optim.clip=0", "train.steps=20"]
+    error = error_of(capsys, "train", "sft.yaml", *rate, f"train.save_every={save_every}", exit_code=1)
+    assert "is not finite itself: an earlier update was too large, lower optim.lr (1e+300)" in error
+    assert error.rstrip().endswith("no weights were saved before that")
+
+
+def test_saved_weights_are_looked_at_before_they_are_promised(tmp_path: Path) -> None:
+    assert saved_not_finite(tmp_path) == "nothing"
+    save_file({"a": torch.ones(3)}, tmp_path / "model.safetensors")
+    assert saved_not_finite(tmp_path) is None
+    save_file({"a": torch.ones(3), "b": torch.tensor([1.0, math.inf])}, tmp_path / "model.safetensors")
+    assert saved_not_finite(tmp_path) == "b"
+    (tmp_path / "model.safetensors").write_bytes(b"cut")
+    assert saved_not_finite(tmp_path) is not None
 
 
 def test_minimind_gets_float16_unless_told_otherwise() -> None:
