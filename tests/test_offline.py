@@ -14,7 +14,7 @@ REFUSING = """
 import socket, sys
 
 def refused(*arguments, **_):
-    raise AssertionError(f"the network was asked: {arguments}")
+    raise AssertionError(f"the network was asked: {{arguments}}")
 
 class NoSocket(socket.socket):
     def __init__(self, family=socket.AF_INET, *arguments, **options):

@@ -154,7 +154,7 @@ def build_model(
     meta = torch.get_default_device().type == "meta"
     with torch.random.fork_rng(devices=[], enabled=not meta), quiet_transformers():
         if not meta:
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)
         own = own_class(config) if trust_remote_code else None
         options: dict[str, Any] = {"dtype": dtype if meta else torch.float32, "attn_implementation": attention}
         options |= {"experts_implementation": EXPERTS}

@@ -33,11 +33,21 @@ def apply_lora(model: PreTrainedModel, lora: LoraConfig, *, seed: int = 0) -> "P
     unknown = sorted(set(targets) - set(names) - {"all-linear"})
     if unknown:
         raise ModelError(
-            f"model.lora.targets names {', '.join(unknown)}, which this model does not have: "
+            f"model.lora.targets names {'; '.join(f'{name}, {_why_not(model, name)}' for name in unknown)}: "
             f"choose from {', '.join(names)}, or all-linear"
         )
     with bitsandbytes_unseen():
         return _apply(model, lora, names=names if "all-linear" in targets else targets, seed=seed)
+
+
+def _why_not(model: PreTrainedModel, target: str) -> str:
+    """Why no adapter goes on `target`: it is the head, it is no linear layer, or nothing is named so."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    found = [module for name, module in model.named_modules() if name.rpartition(".")[2] == target]
+    if head is not None and any(module is head for module in found):
+        is_tied = getattr(head, "weight", None) is getattr(embedding, "weight", None)
+        return "the head, whose weight is also the embedding's" if is_tied else "the head, which gets no adapter here"
+    return f"of the kind {type(found[0]).__name__} and no linear layer" if found else "which this model does not have"
 
 
 def _apply(model: PreTrainedModel, lora: LoraConfig, *, names: list[str], seed: int) -> "PeftModel":
@@ -54,7 +64,7 @@ def _apply(model: PreTrainedModel, lora: LoraConfig, *, names: list[str], seed: 
     )
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by names that this one renames
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # the weights are drawn on the CPU; a card's random numbers stay
         adapted = get_peft_model(model, config)
     return cast("PeftModel", adapted)
 

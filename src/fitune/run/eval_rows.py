@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,10 +22,11 @@ class EvalRows:
     weights: tuple[float, ...]
 
 
-def append_eval_rows(path: Path, rows: EvalRows) -> None:
-    """Nothing is written of an evaluation whose loss is not finite. Raises RunDirectoryError as `append_line`."""
+def append_eval_rows(path: Path, rows: EvalRows, *, append: Callable[[Path, EvalRows], None] = append_line) -> None:
+    """Nothing is written of an evaluation whose loss is not finite. append: what writes a line. Raises
+    RunDirectoryError as `append_line`."""
     if all(map(math.isfinite, rows.losses)):
-        append_line(path, rows)
+        append(path, rows)
 
 
 def read_eval_rows(path: Path) -> tuple[EvalRows, ...]:

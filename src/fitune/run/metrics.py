@@ -5,9 +5,11 @@ fsync: a checkpoint has its own). Readers skip a last line that is not complete 
 written as "nan", "inf" or "-inf", since JSON has none and a diverged loss must stay visible; unknown is null.
 """
 
+import errno
 import json
 import math
 import os
+import threading
 import types
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 SCHEMA = 1
+_WRITING = threading.Lock()
+"""Taking back half a line must not take another thread's."""
 Status = Literal["running", "finished", "stopped", "failed"]
 
 
@@ -141,18 +145,31 @@ Record = TypeVar("Record", bound="DataclassInstance")
 def append_line(path: Path, record: "DataclassInstance", *, leave_out_unknown: bool = False) -> None:
     """leave_out_unknown: a field that is None is not written. Raises RunDirectoryError where the line cannot be written
     whole."""
-    content = {name: value for name, value in as_json(record).items() if value is not None or not leave_out_unknown}
-    line = f"{json.dumps(content, ensure_ascii=False, allow_nan=False)}\n".encode()
     try:
-        with open(path, "ab+", buffering=0, opener=open_plain) as file:
-            if file.seek(0, os.SEEK_END) > 0:
-                file.seek(-1, os.SEEK_END)
-                if file.read(1) != b"\n":  # what a killed writer left: end it, so that it spoils one line only
-                    line = b"\n" + line
-            if file.write(line) != len(line):
-                raise OSError(None, "no space left")
+        write_line(path, as_line(record, leave_out_unknown=leave_out_unknown))
     except OSError as error:
         raise RunDirectoryError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def as_line(record: "DataclassInstance", *, leave_out_unknown: bool = False) -> bytes:
+    content = {name: value for name, value in as_json(record).items() if value is not None or not leave_out_unknown}
+    return f"{json.dumps(content, ensure_ascii=False, allow_nan=False)}\n".encode()
+
+
+def write_line(path: Path, line: bytes) -> None:
+    """Append it whole or not at all. Raises OSError."""
+    with _WRITING, open(path, "ab+", buffering=0, opener=open_plain) as file:
+        size = file.seek(0, os.SEEK_END)
+        if size > 0:
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":  # what a killed writer left: end it, so that it spoils one line only
+                line = b"\n" + line
+        try:
+            if file.write(line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            file.truncate(size)
+            raise
 
 
 def read_metrics(path: Path) -> Metrics:

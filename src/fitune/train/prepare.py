@@ -105,7 +105,7 @@ def _prepare(
         settings = still_open(settings, config)
         config = read_config(config.model_dump(mode="json", exclude_defaults=True), settings).config
         if ranks.leads:
-            self_check = predict_second_step(config, data.train, data.eval, device=device, num_ranks=ranks.size)
+            self_check = predict_second_step(config, data.train, device=device, num_ranks=ranks.size)
     except DoesNotFitError:
         raise
     except Exception as error:  # whatever a model does on tensors without data: the run itself needs none of this
