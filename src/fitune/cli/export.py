@@ -45,12 +45,20 @@ def _load(run: RunDirectory, weights: Path) -> tuple[Any, Any]:
     """(model, tokenizer) of saved weights; adapters stand on the base model that the run was configured with."""
     import torch
 
+    from fitune.model.adapted_model import check_adapted, read_adapted
     from fitune.model.load import load_model, load_tokenizer
     from fitune.model.lora import load_adapters
 
     base = read_config(run.config).config.model
     cpu = torch.device("cpu")
-    if (weights / "adapter_config.json").is_file():
-        return load_adapters(load_model(base.model_copy(update={"method": "full"}), cpu), weights), load_tokenizer(base)
-    saved = ModelConfig(source=str(weights), trust_remote_code=base.trust_remote_code)
-    return load_model(saved, cpu), load_tokenizer(saved)
+    if not (weights / "adapter_config.json").is_file():
+        saved = ModelConfig(source=str(weights), trust_remote_code=base.trust_remote_code)
+        return load_model(saved, cpu), load_tokenizer(saved)
+    adapted = read_adapted(weights)
+    if Path(adapted.source).is_absolute() and not Path(adapted.source).exists():
+        raise RunDirectoryError(f"{adapted.source}, which {weights} adapts, is no longer there: put it back")
+    plain = base.model_copy(update={"source": adapted.source, "method": "full"})
+    model = load_model(plain, cpu, seed=adapted.seed)
+    check_adapted(adapted, model, adapters=weights)
+    tokenizer = load_tokenizer(plain.model_copy(update={"tokenizer": str(weights)}))
+    return load_adapters(model, weights), tokenizer

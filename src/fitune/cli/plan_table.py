@@ -214,13 +214,19 @@ def _row(plan: Plan, index: int) -> Sequence[str]:
     return (
         f"{index + 1:>2}{'*' if index == plan.chosen else ' '} {split_words(plan, candidate)}, {', '.join(changes)}",
         format_gib(candidate.predicted_device_bytes, 1),
-        say("yes, {left} left", left=format_gib(left, 1))
-        if candidate.fits
-        else say("no, +{more}", more=format_gib(-left, 1)),
+        fits_words(candidate, left),
         format_count(rate),
         format_seconds(epoch),
         say(candidate.result),
     )
+
+
+def fits_words(candidate: Candidate, left_bytes: int) -> str:
+    if candidate.fits:
+        return say("yes, {left} left", left=format_gib(left_bytes, 1))
+    if candidate.fits is None:
+        return say("perhaps, at most +{more}", more=format_gib(-left_bytes, 1))
+    return say("no, +{more}", more=format_gib(-left_bytes, 1))
 
 
 def _footnotes(plan: Plan, num_shown: int) -> Iterator[str]:

@@ -8,6 +8,7 @@ _PLAN: dict[str, str] = {
     "fits": "放得下",
     "yes, {left} left": "是，余 {left}",
     "no, +{more}": "否，超 {more}",
+    "perhaps, at most +{more}": "或许，至多超 {more}",
     "tok/s": "词元/秒",
     "epoch": "一轮",
     "result": "结果",

@@ -12,7 +12,7 @@ from fitune.memory.devices import Device
 from fitune.memory.replay import FailedAllocation, ReplaySettings
 from fitune.memory.replay import replay as replay_trace
 from fitune.memory.timeline import Living, Peak, step_peaks
-from fitune.trace.events import ROUTED, Category, MemoryTrace, Phase
+from fitune.trace.events import COMPILED, ROUTED, Category, MemoryTrace, Phase
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +50,8 @@ class Prediction:
     """All of the last step of the trace, when optimizer state and gradients have settled.
 
     device_bytes: what nvidia-smi will show for the process, reserved + CUDA context; None where the context is unknown.
-    categories add up to peak_allocated_bytes. fits: None without a device. num_alloc_retries: how often the cache has
+    categories add up to peak_allocated_bytes. fits: None without a device, and where an upper bound alone is known and
+    exceeds it (torch.compile). num_alloc_retries: how often the cache has
     to be emptied to fit. first_oom: the allocation that fails where it does not fit.
     step_peaks: of each step that was asked for, the last one among them.
     """
@@ -114,6 +115,13 @@ def other_routing(routing: Routing) -> Routing:
 def predict_steps(trace: MemoryTrace, settings: PredictSettings, steps: Sequence[int]) -> list[Prediction]:
     """As `predict`, of each of these steps, as if the loop ended with it. A replay that is too large is followed by one
     against the limit, for all steps at once."""
+    predictions = _predict_steps(trace, settings, steps)
+    if COMPILED not in trace.source:
+        return predictions
+    return [each if each.fits is not False else replace(each, fits=None, first_oom=None) for each in predictions]
+
+
+def _predict_steps(trace: MemoryTrace, settings: PredictSettings, steps: Sequence[int]) -> list[Prediction]:
     device = settings.device
     if device is not None and device.kind == "cpu":
         peaks = step_peaks(trace, steps)

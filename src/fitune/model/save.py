@@ -19,9 +19,10 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from fitune.errors import ModelError
+from fitune.model.adapted_model import FILE, adapted_json
 from fitune.model.load import quiet_transformers
 from fitune.model.peft_parts import BaseTunerLayer, PeftModel, get_peft_model_state_dict
-from fitune.model.quantise import NF4Linear
+from fitune.model.quantise import NF4Experts, NF4Linear
 from fitune.model.tensor_file import write_tensors
 from fitune.units import MIB
 
@@ -51,6 +52,8 @@ def model_files(model: PreTrainedModel | PeftModel, *, tokenizer: Tokenizer, mer
     with TemporaryDirectory() as directory, quiet_transformers():
         if isinstance(model, PeftModel) and not merge:
             model.save_pretrained(directory, state_dict={}, save_embedding_layers=False)  # "auto" would ask the hub
+            if (noted := adapted_json(model)) is not None:
+                (Path(directory) / FILE).write_bytes(noted)
         else:
             plain = _plain(model)
             generation = plain.generation_config
@@ -146,11 +149,13 @@ def plain_tensors(model: PreTrainedModel | PeftModel) -> dict[str, torch.Tensor]
     }
     compute_dtype = plain.get_input_embeddings().weight.dtype
     for name, layer in plain.named_modules():
-        if isinstance(layer, NF4Linear):
+        if isinstance(layer, NF4Linear | NF4Experts):
             name = name.removesuffix(".base_layer")
             for packed, _ in layer.named_buffers(recurse=False):
                 del tensors[f"{name}.{packed}"]
-            tensors[f"{name}.weight"] = layer.unpacked(compute_dtype)
+            del tensors[f"{name}.weight"]
+            whole = f"{name}.weight" if isinstance(layer, NF4Linear) else name
+            tensors[whole] = layer.unpacked(compute_dtype)
     for name, layer in plain.named_modules():
         if isinstance(layer, BaseTunerLayer):
             weight = tensors[f"{name}.weight"]

@@ -6,12 +6,14 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from fitune.plan.training import PlannedTraining
-from fitune.trace.events import ROUTED, UNROUTED, Category
+from fitune.trace.events import COMPILED, ROUTED, UNROUTED, VERSIONS, Category
 from fitune.units import format_bytes
 
 ADAMW_HOST = "adamw_host"
 CODE_IGNORED = "code that comes with"
-SHOWN = (*ROUTED.values(), UNROUTED, "memory.routing=", CODE_IGNORED)
+NOT_PACKED = "qlora:"
+UNPACKED = "weights stored as"
+SHOWN = (*ROUTED.values(), UNROUTED, "memory.routing=", CODE_IGNORED, NOT_PACKED, UNPACKED, COMPILED, VERSIONS)
 """Begins those assumptions that the table of a plan shows; its JSON holds all."""
 
 
@@ -19,8 +21,9 @@ SHOWN = (*ROUTED.values(), UNROUTED, "memory.routing=", CODE_IGNORED)
 class Candidate:
     """One setting and its prediction. micro_batch: rows of the longest length in one forward and backward.
     micro_tokens: the token budget of a micro-batch, None where rows are counted. accumulation: micro-batches of the
-    mean step. predicted_seconds_per_step: of the mean step, None where it is not predicted. reason: why it does not
-    fit, or on what condition it does; empty otherwise. result: what it does to what is learnt beside the configuration:
+    mean step. predicted_seconds_per_step: of the mean step, None where it is not predicted. fits: None where
+    what is predicted is an upper bound (model.compile) that exceeds the budget. reason: why it does not fit, or on what
+    condition it does; empty otherwise. result: what it does to what is learnt beside the configuration:
     same, close, or different. predicted_host_bytes: what a card's run keeps in the host's memory by a technique; pinned
     blocks are rounded up to powers of two there, so up to twice as much is taken."""
 
@@ -40,7 +43,7 @@ class Candidate:
     categories: Mapping[Category, int]
     peak_phase: str
     predicted_seconds_per_step: float | None = None
-    fits: bool
+    fits: bool | None
     reason: str = ""
     result: str = "same"
     offload_activations: bool = False

@@ -63,6 +63,8 @@ def choose_plan(
     forecaster = Forecaster(share_of(config, num_gpus), limits, lengths, num_shards=num_shards)
     searching = _Search(config, forecaster, on_candidate, num_gpus=num_gpus)
     chosen = {"all": searching.thorough, "brief": searching.brief, "fastest": searching.lean}[search]()
+    if chosen is None and config.model.compile:
+        chosen = searching.nearest()
     plan = searching.plan(chosen, list(searching.other_routing(chosen)) if search != "fastest" and chosen else ())
     forecaster.save()
     return plan
@@ -115,6 +117,11 @@ class _Search:
     def fastest(self) -> Choice | None:
         same = (choice for choice, found in self.looked_at.items() if found.fits and choice.result == "same")
         return min(same, key=self.order, default=None)
+
+    def nearest(self) -> Choice | None:
+        """That of least memory where what is predicted is an upper bound, which refuses nothing."""
+        same = {choice: found for choice, found in self.looked_at.items() if choice.result == "same"}
+        return min(same, key=lambda choice: same[choice].device_bytes, default=None)
 
     def worth_hosting(self, chosen: Choice | None) -> list[Choice]:
         """With the update on the host: all where nothing fits, else what would be faster than `chosen`."""
@@ -284,13 +291,18 @@ class _Search:
             categories=forecast.categories,
             peak_phase=forecast.peak_phase,
             predicted_seconds_per_step=self.pricer.seconds(choice),
-            fits=forecast.fits,
-            reason=_reason(forecast, self.limits),
+            fits=None if forecast.fits is False and self.is_bound(forecast) else forecast.fits,
+            reason=_reason(forecast, self.limits, is_bound=self.is_bound(forecast)),
             result=choice.result,
             offload_activations=choice.offloads or config.model.offload_activations,
             predicted_host_bytes=forecast.host_bytes,
         )
         return candidate if self.forecaster.num_shards > 1 else candidate_with_bucket(candidate, self.num_gpus)
+
+    def is_bound(self, forecast: Forecast) -> bool:
+        """Whether compiled layers may take less than that; what the host keeps is what it is."""
+        host_bytes = self.limits.host_bytes
+        return self.config.model.compile and (host_bytes is None or forecast.host_bytes <= host_bytes)
 
     def others(self, choice: Choice) -> Iterator[OtherEstimate]:
         forecast = self.looked_at[choice]
@@ -313,12 +325,17 @@ def words_of(choice: Choice) -> str:
     return ", ".join([f"{size}recompute {choice.recompute}", f"{choice.loss} loss", *changes])
 
 
-def _reason(forecast: Forecast, limits: Limits) -> str:
+def _reason(forecast: Forecast, limits: Limits, *, is_bound: bool) -> str:
     if limits.host_bytes is not None and forecast.host_bytes > limits.host_bytes:
         needed, free = format_bytes(forecast.host_bytes), format_bytes(limits.host_bytes)
         return f"needs {needed} of the host's memory, where {free} are free"
     if not forecast.fits:
-        return f"needs {format_bytes(max(forecast.device_bytes - limits.limit_bytes, 1))} more"
+        more = format_bytes(max(forecast.device_bytes - limits.limit_bytes, 1))
+        return (
+            f"needs at most {more} more: an upper bound, which compiled layers may stay below"
+            if is_bound
+            else (f"needs {more} more")
+        )
     if forecast.num_alloc_retries:
         return f"fits by giving cached blocks back {forecast.num_alloc_retries} times"
     return ""

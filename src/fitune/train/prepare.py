@@ -16,7 +16,7 @@ from fitune.plan.budget import lengths_of, limits_of
 from fitune.plan.candidates import settings_of, still_open
 from fitune.plan.plan import Plan, closest, does_not_fit, split_of
 from fitune.plan.planner import choose_plan
-from fitune.plan.stated import code_note
+from fitune.plan.stated import model_notes
 from fitune.step.assemble import Setup, assemble, choose_precision
 from fitune.step.out_of_memory import try_twice
 from fitune.step.shards import check_torch
@@ -85,8 +85,7 @@ def _prepare(
         notes.append("memory.allocator has no effect here: it sets CUDA's allocator, and this run is on the CPU")
     if config.memory.gpu is not None:
         notes.append("memory.gpu is for plans: a run uses the card that is there")
-    if (note := code_note(config.model)) is not None:
-        notes.append(note)
+    notes.extend(model_notes(config.model))
     tokenizer = load_tokenizer(config.model)
     data = load_data(config, tokenizer, on_progress=on_progress)
     precision = choose_precision(config, device)
@@ -115,7 +114,14 @@ def _prepare(
     except Exception as error:  # whatever a model does on tensors without data: the run itself needs none of this
         notes.append(f"memory is not predicted: {type(error).__name__}: {' '.join(str(error).split())[:160]}")
     model = try_twice(
-        lambda: load_model(config.model, device, precision=precision, seed=config.train.seed, stay_on_host=is_sharded),
+        lambda: load_model(
+            config.model,
+            device,
+            precision=precision,
+            seed=config.train.seed,
+            stay_on_host=is_sharded,
+            tell=notes.append,
+        ),
         device=device,
         what=f"the model {config.model.source}",
         way_out="close other programs, or take a smaller model"
@@ -138,7 +144,7 @@ def _prepare(
         num_parameters,
         num_trainable,
         self_check,
-        tuple(notes),
+        tuple(dict.fromkeys(notes)),
     )
 
 
@@ -165,6 +171,7 @@ def follow(plan: Plan, config: RunConfig, *, plan_check: bool = True) -> tuple[l
     if plan.chosen is not None:
         chosen = plan.candidates[plan.chosen]
         room = f"of {format_bytes(plan.limit_bytes)}"
+        room += ", an upper bound: it may run out of memory" if chosen.fits is None else ""
     else:
         chosen = closest(plan)
         tight = config.memory.budget == "auto" and chosen.predicted_device_bytes <= plan.device.free_bytes
