@@ -1,18 +1,17 @@
 """`fitune config`: about configuration files."""
 
-import json
-import sys
 from pathlib import Path
 from typing import Annotated
 
 from cyclopts import App, Parameter
 from cyclopts.validators import Number
 
-from fitune.cli.output import make_directory, output_file
+from fitune.cli.output import make_directory, output_file, print_aside, print_text
 from fitune.config import json_schema
 from fitune.config.foreign_read import FROM_NAMES, read_command, read_foreign
 from fitune.config.foreign_translate import ImportedConfig, translate
 from fitune.errors import UsageError
+from fitune.language.printable import json_text
 from fitune.run.directory import write_atomically
 
 app = App(name="config")
@@ -25,7 +24,7 @@ def schema() -> None:
     In VS Code and others with the YAML language server: save it as fitune.schema.json and start the file with
     `# yaml-language-server: $schema=fitune.schema.json`.
     """
-    print(json.dumps(json_schema(), indent=2, ensure_ascii=False))
+    print_text(json_text(json_schema(), indent=2))
 
 
 @app.command(
@@ -59,7 +58,7 @@ def import_(
     arguments = read_foreign(Path(words[0]), tool=tool) if len(words) == 1 else read_command(words, tool=tool)
     imported = translate(arguments, devices=devices, model=model, data=data)
     if path is None:
-        print(imported.text, end="")
+        print_text(imported.text, end="")
     else:
         make_directory(path.parent, flag="-o")
         write_atomically(path, imported.text, place="-o")
@@ -67,7 +66,7 @@ def import_(
 
 
 def _tell(imported: ImportedConfig, source: str) -> None:
-    print(f"{source} is of {imported.tool}", file=sys.stderr)
+    print_aside(f"{source} is of {imported.tool}")
     by_reason: dict[str, list[str]] = {}
     for name, reason in imported.not_needed.items():
         by_reason.setdefault(reason, []).append(name)
@@ -77,4 +76,5 @@ def _tell(imported: ImportedConfig, source: str) -> None:
         ("makes no difference here:", [f"{', '.join(names)}: {reason}" for reason, names in by_reason.items()]),
     ):
         if sentences:
-            print(heading, *(f"  {sentence}" for sentence in sentences), sep="\n", file=sys.stderr)
+            for line in (heading, *(f"  {sentence}" for sentence in sentences)):
+                print_aside(line)

@@ -1,5 +1,6 @@
 """Low-rank adapters beside frozen weights, by peft."""
 
+import json
 import sys
 import warnings
 from collections.abc import Iterator
@@ -63,7 +64,7 @@ def _apply(model: PreTrainedModel, lora: LoraConfig, *, names: list[str], seed: 
     )
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by names that this one renames
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # the weights are drawn on the CPU; a card's random numbers stay
         adapted = get_peft_model(model, config)
     return cast("PeftModel", adapted)
 
@@ -71,6 +72,7 @@ def _apply(model: PreTrainedModel, lora: LoraConfig, *, names: list[str], seed: 
 def load_adapters(model: PreTrainedModel, directory: Path) -> "PeftModel":
     """`model` with the saved adapters of `directory`, trainable. Raises ModelError where they cannot be read or do not
     fit."""
+    _check_adapters(directory)
     try:
         with bitsandbytes_unseen(), warnings.catch_warnings():
             from peft import PeftModel
@@ -80,6 +82,19 @@ def load_adapters(model: PreTrainedModel, directory: Path) -> "PeftModel":
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         first = " ".join(str(error).split())[:200]
         raise ModelError(f"the adapters in {directory} cannot be loaded into this model: {first}") from error
+
+
+def _check_adapters(directory: Path) -> None:
+    """peft imports whatever module `megatron_core` names, and asks the hub for a directory that lacks its weights."""
+    path = directory / "adapter_config.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} cannot be read ({error}): copy the adapters again") from error
+    if not isinstance(content, dict) or content.get("megatron_config") is not None:
+        raise ModelError(f"{path} is for Megatron (megatron_config), whose layers fitune does not have")
+    if not (directory / "adapter_model.safetensors").is_file():
+        raise ModelError(f"{directory} has no adapter_model.safetensors: copy the adapters again")
 
 
 @contextmanager

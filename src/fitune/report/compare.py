@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from fitune.errors import RunDirectoryError
 from fitune.language import say
+from fitune.language.printable import printable_line
 from fitune.report.recorded import RecordedRun
 from fitune.report.sources import read_recorded
 from fitune.run.interval import Interval, differ, paired_interval
@@ -148,7 +149,8 @@ def _found(runs: Sequence[RecordedRun | Path | str]) -> Iterator[RecordedRun]:
 def _with_names(runs: Sequence[RecordedRun]) -> list[RecordedRun]:
     """Two runs of one name are told apart by their directories."""
     names = [run.name for run in runs]
-    return [replace(run, name=run.path) if names.count(run.name) > 1 else run for run in runs]
+    shown = [run.path if names.count(run.name) > 1 else run.name for run in runs]
+    return [replace(run, name=printable_line(name)) for run, name in zip(runs, shown, strict=True)]
 
 
 def _row(run: RecordedRun, first: RecordedRun, place: float | None, *, peak_kind: str | None) -> Row:

@@ -21,6 +21,7 @@ import numpy as np
 
 from fitune.errors import RunDirectoryError
 from fitune.report.recorded import EVAL_COLUMNS, MEMORY_COLUMNS, TRAIN_COLUMNS, RecordedRun, make_curve, seconds_at
+from fitune.run.files import MAX_LOG_BYTES, read_plain
 from fitune.units import GIB
 
 _NAMES = {
@@ -109,7 +110,7 @@ def read_tensorboard(path: Path) -> RecordedRun:
     except ImportError as error:
         raise RunDirectoryError(f"{path} is TensorBoard's: reading it needs pip install tensorboard") from error
     rows: dict[int, dict[str, Any]] = {}
-    files = [path] if path.is_file() else sorted(path.rglob("*tfevents*"))
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*tfevents*") if file.is_file())
     times: list[float] = []
     for file in files:
         events = EventAccumulator(str(file), size_guidance={"scalars": 0}).Reload()
@@ -257,7 +258,7 @@ def _clock(text: Any) -> float | None:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8", errors="replace")
+        return read_plain(path, most_bytes=MAX_LOG_BYTES, follow=True).decode("utf-8", "replace")
     except OSError as error:
         raise RunDirectoryError(f"{path} cannot be read: {error.strerror}") from error
 
