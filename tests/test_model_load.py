@@ -16,6 +16,7 @@ from fitune.config import ModelConfig, ShapeConfig
 from fitune.errors import ModelError
 from fitune.model.load import build_model, count_parameters, load_config, load_model, load_tokenizer
 from fitune.model.presets import PRESETS
+from fitune.trace.placement import OnMeta
 from tiny_models import TINY_LLAMA, TINY_MOE, TINY_QWEN3, save_tokenizer
 
 CPU, META = torch.device("cpu"), torch.device("meta")
@@ -316,3 +317,12 @@ def test_a_saved_model_is_loaded_by_plain_transformers(directory: Path) -> None:
     model.save_pretrained(directory.parent / "again")
     plain = AutoModelForCausalLM.from_pretrained(directory.parent / "again")
     assert plain.config._attn_implementation == "sdpa"
+
+
+def test_a_pth_is_read_while_a_step_is_recorded_on_the_meta_device(tmp_path: Path) -> None:
+    write_pth(tmp_path / "sft.pth", TINY_QWEN3)
+    source = ModelConfig(source=str(tmp_path / "sft.pth"))
+    with torch.device("meta"), OnMeta():
+        assert load_config(source).num_hidden_layers == TINY_QWEN3.num_hidden_layers
+        model = load_model(source, torch.device("meta"))
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
