@@ -1,10 +1,9 @@
 """A plan as a person reads it: what there is, what is alive at the peak, the candidates, what others would say."""
 
-import io
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from fitune.cli.output import Screen, table
+from fitune.cli.output import Screen, html_block, table
 from fitune.cli.plan_training import training_lines, training_warnings
 from fitune.language import pad, say
 from fitune.plan.plan import SHOWN, Candidate, Plan, closest, counts_rows
@@ -56,9 +55,7 @@ def show_plan(plan: Plan, screen: Screen, *, every: bool = False) -> None:
 
 def html_plan(plan: Plan) -> str:
     """For a notebook."""
-    page = Screen(file=io.StringIO(), record=True, width=100)
-    show_plan(plan, page)
-    return page.export_html(inline_styles=True, code_format='<pre style="line-height: 1.3">{code}</pre>')
+    return html_block(lambda screen: show_plan(plan, screen))
 
 
 def show_measured(plan: Plan, measured: "PlanMeasured", screen: Screen) -> None:

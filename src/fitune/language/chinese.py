@@ -6,6 +6,8 @@ _PLAN: dict[str, str] = {
     "rows x micro-batches": "行数 x 微批数",
     "recompute": "重算",
     "fits": "放得下",
+    "does not fit": "放不下",
+    "Plan: {split}, recompute {recompute}: {needed} of {budget}; {number} candidates": "规划：{split}，重算 {recompute}：需要 {needed}，上限 {budget}；共 {number} 个候选",
     "yes, {left} left": "是，余 {left}",
     "no, +{more}": "否，超 {more}",
     "tok/s": "词元/秒",
@@ -222,6 +224,7 @@ _REPORT: dict[str, str] = {
 }
 
 _WATCH: dict[str, str] = {
+    "Summary: {status} after {steps} steps, {tokens} tokens, {time} | eval loss {loss} | peak memory {peak}": "运行总结：{steps} 步后{status}，{tokens} token，{time} | 验证损失 {loss} | 显存峰值 {peak}",
     "running": "运行中",
     "finished": "已完成",
     "stopped": "已停止",

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from fitune.language import say
 from fitune.plan.training import PlannedTraining
 from fitune.trace.events import ROUTED, UNROUTED, Category
 from fitune.units import format_bytes
@@ -106,6 +107,20 @@ class Plan:
     def limit_bytes(self) -> int:
         """The budget, or what the device has free where that is less."""
         return min(self.budget_bytes, self.device.free_bytes)
+
+    def __repr__(self) -> str:
+        """In a sentence; the fields hold all of it."""
+        if self.chosen is None:
+            return f"Plan: {does_not_fit(self)}"
+        chosen = self.candidates[self.chosen]
+        return say(
+            "Plan: {split}, recompute {recompute}: {needed} of {budget}; {number} candidates",
+            split=split_of(self, chosen),
+            recompute=", ".join(chosen.techniques),
+            needed=format_bytes(chosen.predicted_device_bytes),
+            budget=format_bytes(self.limit_bytes),
+            number=len(self.candidates),
+        )
 
     def _repr_html_(self) -> str:
         shown = importlib.import_module("fitune.cli.plan_table")  # which is about this noun, and imports it
