@@ -24,13 +24,15 @@ from transformers import LlamaConfig
 
 import fitune
 from fitune.cli.app import main
+from fitune.cli.output import Screen
+from fitune.cli.plan import _candidate
 from fitune.cli.plan_table import show_plan
 from fitune.config import RunConfig, read_config
 from fitune.errors import ConfigError, UsageError
 from fitune.memory.devices import find_device
 from fitune.plan.budget import Limits, find_limits, uniform_lengths
 from fitune.plan.candidates import Choice, host_choices, same_choices, settings_of, still_open
-from fitune.plan.plan import Plan, closest
+from fitune.plan.plan import Plan, closest, plan_json
 from fitune.plan.planner import _Search, choose_plan
 from fitune.plan.predict import predict
 from fitune.plan.second_process import divide
@@ -366,11 +368,11 @@ def test_the_sums_are_called_what_the_device_calls_them(
 def test_the_configuration_of_a_candidate_can_be_printed(
     wide: Plan, tree: dict[str, Any], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    number = next(i for i, each in enumerate(wide.candidates, start=1) if each.recompute == "selective")
+    number = next(i for i, each in enumerate(wide.candidates) if each.recompute == "selective")
     assert main(command(tree, "--gpu", "RTX 4090", "--apply", str(number))) == 0
     (tmp_path / "applied.yaml").write_text(capsys.readouterr().out)
     applied = read_config(tmp_path / "applied.yaml").config
-    wanted = wide.candidates[number - 1]
+    wanted = wide.candidates[number]
     assert (applied.model.recompute, applied.batch.micro_tokens) == (wanted.recompute, wanted.micro_tokens)
     assert applied.batch.rows_per_step == 4
 
@@ -378,11 +380,27 @@ def test_the_configuration_of_a_candidate_can_be_printed(
 def test_a_model_alone_can_be_planned_for(model: str, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["data.max_length=1024", "batch.effective=4", "model.recompute=off", "loss=chunked", "--gpu", "RTX 4090"]
     assert main(["plan", f"{model}/config.json", *words, "--format", "quiet"]) == 0
-    assert int(capsys.readouterr().out) in (1, 2, 4)
+    assert capsys.readouterr().out.strip() in [f"batch.micro_tokens={1024 * rows}" for rows in (1, 2, 4)]
+
+
+def test_a_candidate_has_one_number_in_the_table_in_json_and_for_apply(wide: Plan) -> None:
+    assert wide.chosen is not None
+    page = io.StringIO()
+    show_plan(wide, Screen(file=page, width=100), every=True)
+    (marked,) = [line.split()[0] for line in page.getvalue().splitlines() if re.match(r" *\d+\* ", line)]
+    assert marked == f"{wide.chosen}*"
+    assert plan_json(wide)["chosen"] == wide.chosen
+    assert _candidate(wide, wide.chosen) is wide.candidates[wide.chosen]
+
+
+@pytest.mark.parametrize("number", [-1, 10_000])
+def test_a_number_of_no_candidate_is_refused_with_those_there_are(wide: Plan, number: int) -> None:
+    with pytest.raises(UsageError, match=f"give 0 to {len(wide.candidates) - 1}"):
+        _candidate(wide, number)
 
 
 def test_a_model_alone_needs_nothing_beside_it(model: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", f"{model}/config.json", "--gpu", "RTX 4090", "--apply", "1"]) == 0
+    assert main(["plan", f"{model}/config.json", "--gpu", "RTX 4090", "--apply", "0"]) == 0
     out, err = capsys.readouterr()
     assert read_config(yaml.safe_load(out)).config.model.source == model
     assert "data.train is 'none' in it: put your data there before you train" in err

@@ -183,7 +183,7 @@ def _row(plan: Plan, index: int) -> Sequence[str]:
         if getattr(candidate, name) != getattr(reference, name)
     ]
     return (
-        f"{index + 1:>2}{'*' if index == plan.chosen else ' '} {split_words(plan, candidate)}, {', '.join(changes)}",
+        f"{index:>2}{'*' if index == plan.chosen else ' '} {split_words(plan, candidate)}, {', '.join(changes)}",
         format_gib(candidate.predicted_device_bytes, 1),
         say("yes, {left} left", left=format_gib(left, 1))
         if candidate.fits
