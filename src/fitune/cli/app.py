@@ -7,11 +7,12 @@ A verb is a module of this package, imported when it is called, so that `fitune 
 """
 
 import os
+import re
 import sys
 import traceback
 from collections.abc import Sequence
 
-from cyclopts import App, CycloptsError, Parameter, UnknownOptionError
+from cyclopts import App, CoercionError, CycloptsError, Parameter, UnknownOptionError
 
 from fitune import __version__
 from fitune.cli.output import print_aside
@@ -68,7 +69,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The exit code of `fitune ARGUMENTS` (sys.argv's by default). What goes wrong is said on stderr, one line a fault;
     FITUNE_DEBUG=1 adds the traceback."""
     try:
-        app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
+        app(
+            _as_meant(sys.argv[1:] if arguments is None else arguments),
+            exit_on_error=False,
+            print_error=False,
+            result_action="return_value",
+        )
         sys.stdout.flush()
         return 0
     except CycloptsError as error:
@@ -82,6 +88,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return BROKEN_PIPE
 
 
+def _as_meant(arguments: Sequence[str]) -> list[str]:
+    """'help VERB' and 'version', as other commands have them, are flags here."""
+    match list(arguments):
+        case ["help", *verb]:
+            return [*verb, "--help"]
+        case ["version"]:
+            return ["--version"]
+        case words:
+            return words
+
+
 def _fail(sentences: Sequence[str], exit_code: int) -> int:
     if os.environ.get("FITUNE_DEBUG", "0") not in ("", "0"):
         print_aside(traceback.format_exc())
@@ -92,7 +109,11 @@ def _fail(sentences: Sequence[str], exit_code: int) -> int:
 
 def _usage_sentence(error: CycloptsError) -> str:
     sentence = " ".join(str(error).split())
+    if isinstance(error, CoercionError) and error.token is not None and error.token.keyword == "--gpus":
+        return f"--gpus is how many cards; one by its name is --gpu '{error.token.value}'"
     if isinstance(error, UnknownOptionError):
+        if match := re.match(r"Unknown option: -(\w[\w-]+)", sentence):
+            return f"Unknown option: -{match[1]}: a flag of several letters begins with two dashes, --{match[1]}"
         name = (error.token.keyword or error.token.value).partition("=")[0]
         if hint := foreign_hint(name):
             return f"{sentence} It is {hint}."

@@ -64,6 +64,10 @@ def plan(
     given = [f"memory.{key}={value}" for key, value in (("gpu", gpu), ("budget", budget)) if value is not None]
     words, flags, given = _model_alone(words, flags, given)
     config = read_arguments(words, flags, overrides=given).config
+    with collections_paused():
+        from fitune.plan.training import unusual_rate
+    if (sentence := unusual_rate(config)) is not None:
+        warn(sentence)
     if splits is not None:
         from fitune.cli.plan_splits import compare_splits
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from fitune.cli.arguments import ConfigArguments, ConfigFlags, read_arguments
+from fitune.cli.arguments import RUNS, ConfigArguments, ConfigFlags, read_arguments, run_path
 from fitune.cli.output import SCHEMA, Format, print_json, print_text
 from fitune.cli.progress import RunProgress, open_progress
 from fitune.config import ResolvedConfig, RunConfig, format_config
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 def train(
     *words: ConfigArguments,
     flags: ConfigFlags = ConfigFlags(),  # noqa: B008 (frozen)
-    resume: Annotated[str | None, Parameter(help="go on with this run: its directory, or latest")] = None,
+    resume: Annotated[str | None, Parameter(help="go on with this run: its directory or name, or latest")] = None,
     allow_change: Annotated[tuple[str, ...], Parameter(help="what may differ from the run that goes on")] = (),
     replay: Annotated[Path | None, Parameter(help="do this run's steps once more and compare each one")] = None,
     probe: Annotated[bool, Parameter(help="first try other rates and twice the batch (train.probe)")] = False,
@@ -289,7 +289,7 @@ def _earlier_run(resume: str | None, replay: Path | None, *, output: str | None)
             raise RunDirectoryError(f"there are no runs in {directory}: give the directory of one, or --output")
         run = records[-1].run
     elif resume is not None or replay is not None:
-        run = open_run(Path(resume) if resume is not None else replay or Path())
+        run = open_run(run_path(Path(resume) if resume is not None else replay or Path(), Path(output or RUNS)))
     else:
         return None
     check_files(run, deep=True)

@@ -2,6 +2,7 @@
 
 _PLAN: dict[str, str] = {
     "planning": "正在规划",
+    "optim.lr {rate} is far above the rates that {name} trains language models with (below {highest}): usual are 2e-5 for full fine-tuning and 2e-4 for adapters": "optim.lr {rate} 远高于用 {name} 训练语言模型的学习率（低于 {highest}）：全参数微调常用 2e-5，适配器常用 2e-4",
     "micro x accum, recompute": "微批 x 累积，重算",
     "rows x micro-batches": "行数 x 微批数",
     "recompute": "重算",

@@ -17,6 +17,7 @@ from fitune.plan.candidates import settings_of, still_open
 from fitune.plan.plan import Plan, closest, does_not_fit, split_of
 from fitune.plan.planner import choose_plan
 from fitune.plan.stated import code_note
+from fitune.plan.training import unusual_rate
 from fitune.step.assemble import Setup, assemble, choose_precision
 from fitune.step.out_of_memory import try_twice
 from fitune.step.shards import check_torch
@@ -86,6 +87,8 @@ def _prepare(
     if config.memory.gpu is not None:
         notes.append("memory.gpu is for plans: a run uses the card that is there")
     if (note := code_note(config.model)) is not None:
+        notes.append(note)
+    if (note := unusual_rate(config)) is not None:
         notes.append(note)
     tokenizer = load_tokenizer(config.model)
     data = load_data(config, tokenizer, on_progress=on_progress)
