@@ -215,10 +215,7 @@ def test_before_any_run_is_said_how_one_begins(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(verb) == 2
-    assert (
-        "there are no runs yet, as there is no directory runs: 'fitune train CONFIG' begins one"
-        in capsys.readouterr().err
-    )
+    assert "so there are no runs yet: 'fitune train CONFIG' begins one" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
