@@ -32,12 +32,13 @@ from fitune.errors import ConfigError, UsageError
 from fitune.memory.devices import find_device
 from fitune.plan.budget import Limits, find_limits, uniform_lengths
 from fitune.plan.candidates import Choice, host_choices, same_choices, settings_of, still_open
-from fitune.plan.plan import Plan, closest, plan_json
+from fitune.plan.other_estimates import other_estimates
+from fitune.plan.plan import Plan, closest, does_not_fit, plan_json
 from fitune.plan.planner import _Search, choose_plan
 from fitune.plan.predict import predict
 from fitune.plan.second_process import divide
 from fitune.trace.events import ROUTED, UNROUTED
-from fitune.units import format_bytes, format_gib
+from fitune.units import format_bytes, format_gib, parse_bytes
 from tiny_models import TINY, TINY_DBRX
 
 CANDIDATE_KEYS = {
@@ -394,6 +395,45 @@ def test_a_candidate_has_one_number_in_the_table_in_json_and_for_apply(wide: Pla
 
 
 @pytest.mark.parametrize("number", [-1, 10_000])
+def test_what_would_change_the_result_is_shown_where_it_fits(wide: Plan) -> None:
+    sizes = sorted(each.predicted_device_bytes for each in wide.candidates if each.result == "same")
+    between = (sizes[0] + sizes[-1]) // 2
+    tight = choose_plan(
+        config({"model": {"source": wide.model.name}, **REST}, f"memory.budget={between}B"), gpu="RTX 4090"
+    )
+    proposed = [each for each in tight.candidates if each.result != "same"]
+    assert {each.method for each in proposed} == {"full", "lora", "qlora"}
+    assert not tight.candidates[0].fits
+    assert all(each.fits for each in proposed)
+
+
+def test_a_way_out_names_what_changes_and_nothing_that_is_so_already(wide: Plan) -> None:
+    refused = [replace(each, fits=each.result != "same") for each in wide.candidates]
+    text = does_not_fit(replace(wide, candidates=tuple(refused), chosen=None))
+    assert re.search(r"Try optim\.name=adamw_8bit \(.*model\.method=lora \(", text)
+    assert "optim.name=adamw " not in text
+    hosted = [replace(each, optimizer="adamw_host") if each is closest(wide) else each for each in refused]
+    assert "optim.name=adamw " not in does_not_fit(replace(wide, candidates=tuple(hosted), chosen=None))
+
+
+def test_a_card_that_is_named_as_a_way_out_has_room_for_its_share_too(wide: Plan) -> None:
+    needed = min(each.predicted_device_bytes for each in wide.candidates)
+    small = replace(wide.device, free_bytes=needed // 2, total_bytes=needed // 2)
+    text = does_not_fit(replace(wide, device=small, budget_bytes=int(0.9 * needed // 2), chosen=None))
+    told = re.search(r"a card with ([\d.]+ \w+)$", text)
+    assert told is not None
+    assert 0.9 * parse_bytes(told[1].replace(" ", "")) >= 0.99 * closest(wide).predicted_device_bytes
+
+
+@pytest.mark.parametrize(("method", "number"), [("full", 3), ("lora", 1), ("qlora", 1)])
+def test_formulas_of_full_training_do_not_stand_beside_adapters(method: str, number: int) -> None:
+    found = other_estimates(
+        {"parameter": 1, "activation": 1}, num_parameters=1, method=method, precision="float32", recompute="off",
+        positions=1, hidden_size=1, num_layers=1,
+    )  # fmt: skip
+    assert len(list(found)) == number
+
+
 def test_a_number_of_no_candidate_is_refused_with_those_there_are(wide: Plan, number: int) -> None:
     with pytest.raises(UsageError, match=f"give 0 to {len(wide.candidates) - 1}"):
         _candidate(wide, number)
