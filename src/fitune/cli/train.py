@@ -41,6 +41,7 @@ from fitune.units import format_bytes, format_count, format_seconds
 if TYPE_CHECKING:
     from fitune.train.prepare import Prepared
     from fitune.train.resume import Replay, Start
+    from fitune.train.self_check import SelfCheck
 
 
 def train(
@@ -340,13 +341,20 @@ def _prepare(
         f"{report.supervised_fraction:.1%} supervised · {len(prepared.data.eval):,} rows held out"
     )
     if prepared.self_check is not None:
-        needed = format_bytes(prepared.self_check.predicted.device_bytes)
-        progress.note(f"       {needed} of memory predicted for step 2, where it will be measured")
+        progress.note(f"       {_memory_words(prepared.self_check)}, predicted for step 2, where it will be measured")
     for sentence in (*prepared.setup.notes, *prepared.notes):
         progress.note(f"note   {sentence}")
     for sentence in report.warnings:
         progress.note(f"warn   {sentence}")
     return prepared
+
+
+def _memory_words(check: "SelfCheck") -> str:
+    """Names the two figures that the lines of a run show: all of the memory, and the part of it that its steps tell."""
+    whole, part = format_bytes(check.predicted.device_bytes), format_bytes(check.predicted.peak_reserved_bytes)
+    if check.program_bytes is None:
+        return f"{whole} of memory in all, as nvidia-smi shows it, {part} of it reserved by PyTorch, as steps show it"
+    return f"{whole} of memory in all for the process, {part} of it beside the program, as steps show it"
 
 
 def _report(run: RunDirectory, summary: Summary, progress: RunProgress) -> None:
