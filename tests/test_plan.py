@@ -394,16 +394,28 @@ def test_a_candidate_has_one_number_in_the_table_in_json_and_for_apply(wide: Pla
     assert _candidate(wide, wide.chosen) is wide.candidates[wide.chosen]
 
 
-def test_what_would_change_the_result_is_shown_where_it_fits(wide: Plan) -> None:
-    sizes = sorted(each.predicted_device_bytes for each in wide.candidates if each.result == "same")
-    between = (sizes[0] + sizes[-1]) // 2
-    tight = choose_plan(
-        config({"model": {"source": wide.model.name}, **REST}, f"memory.budget={between}B"), gpu="RTX 4090"
-    )
-    proposed = [each for each in tight.candidates if each.result != "same"]
-    assert {each.method for each in proposed} == {"full", "lora", "qlora"}
-    assert not tight.candidates[0].fits
-    assert all(each.fits for each in proposed)
+class ByRows(Drawn):
+    """Memory as the tokens at once, a fifth of it with recomputation; larger micro-batches are faster."""
+
+    def forecast(self, choice: Choice) -> Any:
+        tokens = (choice.micro_tokens or 0) * (1 if choice.recompute == "off" else 0.2)
+        return SimpleNamespace(fits=tokens <= self.limits.limit_bytes, precision="bfloat16")
+
+    def seconds(self, choice: Choice, *, bound: bool = False) -> float:
+        return (1.0 if choice.recompute == "off" else 1.3) + 1 / (choice.micro_tokens or 1)
+
+
+@pytest.mark.parametrize(("limit", "expected"), [(2500, ("off", 2048)), (900, ("every_4", 4096))])
+def test_what_would_change_the_result_is_shown_at_its_fastest_setting_that_fits(
+    limit: int, expected: tuple[str, int]
+) -> None:
+    search = ByRows([(1.0, 1)] * 99, limit).search()
+    fastest = min(search.choices, key=search.order)
+    assert not search.fits(fastest)
+    chosen = min((each for each in search.choices if search.fits(each)), key=search.order)
+    found = search.best_proposals(fastest, chosen)
+    assert {each.method or each.optimizer for each in found} == {"adamw_8bit", "adafactor", "lora", "qlora"}
+    assert {(each.recompute, each.micro_tokens) for each in found} == {expected}
 
 
 def test_a_way_out_names_what_changes_and_nothing_that_is_so_already(wide: Plan) -> None:
