@@ -140,6 +140,7 @@ def test_so_few_held_out_rows_that_they_tell_nothing_are_said() -> None:
     (sentence,) = rows_said(298, 2)
     assert sentence.startswith("2 of 300 rows are held out")
     assert sentence.endswith("data.eval_fraction=0.13 holds out about 40")
+    assert rows_said(59, 1)[0].endswith("data.eval_fraction=0.2 holds out about 12")
 
 
 @pytest.mark.parametrize(

@@ -158,7 +158,7 @@ def rows_notes(config: RunConfig, *, num_rows: int, num_held_out: int) -> Iterat
         )
     rows = num_rows + num_held_out
     if config.data.eval is None and 0 < num_held_out < FEW_EVAL_ROWS and rows >= 2 * FEW_EVAL_ROWS:
-        share = 2 * FEW_EVAL_ROWS / rows
+        share = min(0.2, 2 * FEW_EVAL_ROWS / rows)
         yield say(
             "{held} of {rows} rows are held out, and an evaluation of so few says little: data.eval_fraction={share} "
             "holds out about {more}",
