@@ -17,6 +17,7 @@ from fitune.config import ModelConfig, ShapeConfig
 from fitune.errors import ModelError
 from fitune.model.load import build_model, count_parameters, load_config, load_model, load_tokenizer
 from fitune.model.presets import PRESETS
+from fitune.trace.placement import OnMeta
 from tiny_models import TINY_LLAMA, TINY_MOE, TINY_QWEN3, save_tokenizer
 
 CPU, META = torch.device("cpu"), torch.device("meta")
@@ -350,3 +351,12 @@ def test_tensors_that_a_model_computes_are_passed_over(name: str, directory: Pat
 def add_tensor(directory: Path, name: str) -> None:
     tensors = load_file(directory / "model.safetensors")
     save_file(tensors | {name: torch.zeros(2)}, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_a_pth_is_read_while_a_step_is_recorded_on_the_meta_device(tmp_path: Path) -> None:
+    write_pth(tmp_path / "sft.pth", TINY_QWEN3)
+    source = ModelConfig(source=str(tmp_path / "sft.pth"))
+    with torch.device("meta"), OnMeta():
+        assert load_config(source).num_hidden_layers == TINY_QWEN3.num_hidden_layers
+        model = load_model(source, torch.device("meta"))
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}

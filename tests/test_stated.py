@@ -151,7 +151,7 @@ def test_a_run_of_compiled_layers_begins_where_the_bound_exceeds_the_budget(tmp_
     from fitune.config import read_config
 
     config = read_config(tree).config
-    plan = choose_plan(config, thorough=False)
+    plan = choose_plan(config, search="fastest")
     assert plan.chosen is not None
     assert plan.candidates[plan.chosen].fits is None
     assert plan.candidates[plan.chosen].predicted_device_bytes == closest(plan).predicted_device_bytes

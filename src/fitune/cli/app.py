@@ -8,12 +8,13 @@ A verb is a module of this package, imported when it is called, so that `fitune 
 
 import logging
 import os
+import re
 import sys
 import traceback
 import warnings
 from collections.abc import Sequence
 
-from cyclopts import App, CycloptsError, Parameter, UnknownOptionError
+from cyclopts import App, CoercionError, CycloptsError, Parameter, UnknownOptionError
 
 from fitune import __version__
 from fitune.cli.output import print_aside
@@ -72,7 +73,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments is None and not _debugs():
         _silence_libraries()
     try:
-        app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
+        app(
+            _as_meant(sys.argv[1:] if arguments is None else arguments),
+            exit_on_error=False,
+            print_error=False,
+            result_action="return_value",
+        )
         sys.stdout.flush()
         return 0
     except CycloptsError as error:
@@ -94,6 +100,17 @@ def _silence_libraries() -> None:
         warnings.simplefilter("ignore")
 
 
+def _as_meant(arguments: Sequence[str]) -> list[str]:
+    """'help VERB' and 'version', as other commands have them, are flags here."""
+    match list(arguments):
+        case ["help", *verb]:
+            return [*verb, "--help"]
+        case ["version"]:
+            return ["--version"]
+        case words:
+            return words
+
+
 def _fail(sentences: Sequence[str], exit_code: int) -> int:
     if _debugs():
         print_aside(traceback.format_exc())
@@ -108,7 +125,11 @@ def _debugs() -> bool:
 
 def _usage_sentence(error: CycloptsError) -> str:
     sentence = " ".join(str(error).split())
+    if isinstance(error, CoercionError) and error.token is not None and error.token.keyword == "--gpus":
+        return f"--gpus is how many cards; one by its name is --gpu '{error.token.value}'"
     if isinstance(error, UnknownOptionError):
+        if match := re.match(r"Unknown option: -(\w[\w-]+)", sentence):
+            return f"Unknown option: -{match[1]}: a flag of several letters begins with two dashes, --{match[1]}"
         name = (error.token.keyword or error.token.value).partition("=")[0]
         if hint := foreign_hint(name):
             return f"{sentence} It is {hint}."

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
+from fitune.cli.arguments import run_path
 from fitune.cli.output import make_directory, print_text
 from fitune.config import ModelConfig, read_config
 from fitune.errors import RunDirectoryError
@@ -12,15 +13,17 @@ from fitune.run.directory import RunDirectory, check_files, open_run
 
 
 def export(
-    run: Annotated[Path, Parameter(help="the directory of a run")],
+    run: Annotated[Path, Parameter(help="a run's directory or name")],
     *,
-    to: Annotated[Literal["hf", "minimind"], Parameter(help="hf: a whole transformers directory; minimind: a .pth")],
+    to: Annotated[
+        Literal["hf", "minimind", "pth"], Parameter(help="hf: a whole transformers directory; minimind, or pth: a .pth")
+    ],
     output: Annotated[Path | None, Parameter(name=("--output", "-o"), help="where to; must not exist yet")] = None,
     weights: Annotated[Literal["best", "last"] | None, Parameter(help="best where there is one, else last")] = None,
     exact: Annotated[bool, Parameter(help="keep the number format (minimind: float16 is usual)")] = False,
 ) -> None:
     """Write a run's weights as a transformers directory with adapters merged, or as minimind's .pth."""
-    opened = open_run(run)
+    opened = open_run(run_path(run))
     check_files(opened, deep=True)
     source = opened.path / (weights or ("best" if opened.best.is_dir() else "last"))
     if not source.is_dir():

@@ -1,10 +1,9 @@
 """A plan as a person reads it: what there is, what is alive at the peak, the candidates, what others would say."""
 
-import io
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from fitune.cli.output import Screen, table
+from fitune.cli.output import Screen, html_block, table
 from fitune.cli.plan_training import training_lines, training_warnings
 from fitune.language import pad, say
 from fitune.plan.plan import SHOWN, Candidate, Plan, closest, counts_rows
@@ -82,9 +81,7 @@ def _verdict(plan: Plan) -> str | None:
 
 def html_plan(plan: Plan) -> str:
     """For a notebook."""
-    page = Screen(file=io.StringIO(), record=True, width=100)
-    show_plan(plan, page)
-    return page.export_html(inline_styles=True, code_format='<pre style="line-height: 1.3">{code}</pre>')
+    return html_block(lambda screen: show_plan(plan, screen))
 
 
 def show_measured(plan: Plan, measured: "PlanMeasured", screen: Screen) -> None:
@@ -212,7 +209,7 @@ def _row(plan: Plan, index: int) -> Sequence[str]:
         if getattr(candidate, name) != getattr(reference, name)
     ]
     return (
-        f"{index + 1:>2}{'*' if index == plan.chosen else ' '} {split_words(plan, candidate)}, {', '.join(changes)}",
+        f"{index:>2}{'*' if index == plan.chosen else ' '} {split_words(plan, candidate)}, {', '.join(changes)}",
         format_gib(candidate.predicted_device_bytes, 1),
         fits_words(candidate, left),
         format_count(rate),

@@ -5,7 +5,7 @@ import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from fitune.cli.output import console, print_json, print_text, table
+from fitune.cli.output import Screen, console, html_block, print_json, print_text, table
 from fitune.errors import DoesNotFitError, FituneError, UsageError
 from fitune.language import say
 from fitune.units import format_bytes, format_gib
@@ -27,7 +27,7 @@ def plan_trainer(name: str, *, gpu: str | None, output_format: str) -> None:
     elif output_format == "quiet":
         print_text(prediction.peak_reserved_bytes)
     else:
-        _show(prediction, output_format)
+        show_prediction(prediction, console(output_format))
     if prediction.fits is False:
         raise DoesNotFitError(
             f"the Trainer of {name} does not fit: it needs {format_bytes(_whole_bytes(prediction))}; lower "
@@ -66,8 +66,12 @@ def _whole_bytes(prediction: "Prediction") -> int:
     return prediction.peak_reserved_bytes if prediction.device_bytes is None else prediction.device_bytes
 
 
-def _show(prediction: "Prediction", output_format: str) -> None:
-    screen = console(output_format)
+def html_prediction(prediction: "Prediction") -> str:
+    """For a notebook."""
+    return html_block(lambda screen: show_prediction(prediction, screen))
+
+
+def show_prediction(prediction: "Prediction", screen: Screen) -> None:
     parts = [(name, format_gib(size, 2)) for name, size in prediction.categories.items() if size]
     rows = [
         *parts,

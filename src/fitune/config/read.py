@@ -139,9 +139,13 @@ def _read_text(path: Path) -> str:
             raise ConfigError([sentence])
         return decode(path.read_bytes())
     except UnicodeDecodeError as error:
-        raise ConfigError([f"{path} is not UTF-8 text at byte {error.start}: save it in the encoding UTF-8"]) from error
+        raise ConfigError(
+            [f"{path} is not a text file: byte {error.start} is not UTF-8; save it in that encoding"]
+        ) from error
     except FileNotFoundError as error:
-        raise ConfigError([f"{path} does not exist: give the path of a YAML file"]) from error
+        twin = path.with_suffix({".yml": ".yaml", ".yaml": ".yml"}.get(path.suffix, ".yaml"))
+        answer = f"did you mean {twin}?" if twin.is_file() else "give the path of a YAML file"
+        raise ConfigError([f"{path} does not exist: {answer}"]) from error
     except OSError as error:
         raise ConfigError([f"{path} cannot be read: {error.strerror}"]) from error
 

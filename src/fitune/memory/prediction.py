@@ -1,5 +1,6 @@
 """What a trace will take on a card: allocated and reserved by PyTorch, used on the device, and whether it fits."""
 
+import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -7,12 +8,14 @@ from typing import Any
 import numpy as np
 
 from fitune.config import Routing
+from fitune.language import say
 from fitune.memory.allocator import MIN_BLOCK_BYTES
 from fitune.memory.devices import Device
 from fitune.memory.replay import FailedAllocation, ReplaySettings
 from fitune.memory.replay import replay as replay_trace
 from fitune.memory.timeline import Living, Peak, step_peaks
 from fitune.trace.events import COMPILED, ROUTED, Category, MemoryTrace, Phase
+from fitune.units import format_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +72,21 @@ class Prediction:
     first_oom: FailedAllocation | None
     assumptions: tuple[str, ...]
     step_peaks: tuple[StepPeak, ...] = ()
+
+    def __repr__(self) -> str:
+        """In a sentence; the fields hold all of it."""
+        parts = ", ".join(f"{say(name)} {format_bytes(size)}" for name, size in self.categories.items() if size)
+        sums = [f"{say('allocated')} {format_bytes(self.peak_allocated_bytes)}"]
+        sums.append(f"{say('reserved')} {format_bytes(self.peak_reserved_bytes)}")
+        if self.device_bytes is not None:
+            sums.append(f"{say('device used')} {format_bytes(self.device_bytes)}")
+        verdict = {True: f" · {say('fits')}", False: f" · {say('does not fit')}", None: ""}[self.fits]
+        peak = say("at the peak ({phase})", phase=say(self.peak_phase))
+        return f"Prediction: {', '.join(sums)}{verdict} · {peak}: {parts}"
+
+    def _repr_html_(self) -> str:
+        shown = importlib.import_module("fitune.cli.plan_trainer")  # which is about this noun, and imports it
+        return str(shown.html_prediction(self))
 
 
 def peak_json(prediction: Prediction) -> dict[str, Any]:

@@ -99,7 +99,7 @@ class _Search:
         chosen = self.fastest()
         same = {choice: found for choice, found in self.looked_at.items() if choice.result == "same"}
         smallest = min(same, key=lambda choice: same[choice].device_bytes)
-        proposed = self.proposals(smallest if chosen is None else min(same, key=self.order))
+        proposed = self.best_proposals(smallest if chosen is None else min(same, key=self.order), chosen or smallest)
         self.looked_at = same
         self.look_at(proposed)
         return chosen
@@ -136,6 +136,17 @@ class _Search:
         half_is_fast = self.limits.device.bfloat16_flops_per_second is not None
         float32 = self.looked_at[choice].precision == "float32" and half_is_fast
         return list(proposals(self.config, choice, float32=float32))
+
+    def best_proposals(self, base: Choice, marked: Choice) -> list[Choice]:
+        """Each beside `base` at the fastest of its sizes that fits; where none does, beside the marked one, which needs
+        the recomputation that makes it fit."""
+        alike = [choice for choice in self.choices if choice.variant == base.variant]
+        found = []
+        for proposal, fallback in zip(self.proposals(base), self.proposals(marked), strict=True):
+            sizes = [replace(proposal, micro_rows=each.micro_rows, micro_tokens=each.micro_tokens) for each in alike]
+            fitting = [choice for choice in sizes if self.fits(choice)]
+            found.append(min(fitting, key=self.order, default=fallback))
+        return found
 
     def look_at(self, choices: Sequence[Choice]) -> None:
         """In two processes, where there can be, but for the first variant: both need the imports, and what its
@@ -309,6 +320,7 @@ class _Search:
         yield from other_estimates(
             forecast.categories,
             num_parameters=forecast.num_parameters,
+            method=choice.method or self.config.model.method,
             precision=forecast.precision,
             recompute=choice.recompute,
             positions=forecast.positions,

@@ -1,6 +1,6 @@
 """Loads what a run needs, in the order in which mistakes are cheapest to find: tokenizer, data, then weights."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from fitune.config import RunConfig, read_config
 from fitune.data.examples import load_examples
 from fitune.errors import ConfigError, DataError, DoesNotFitError
+from fitune.language import say
 from fitune.model.device import choose_device
 from fitune.model.load import check_length, count_parameters, load_model, load_tokenizer
 from fitune.model.lora import not_adapted
@@ -17,6 +18,7 @@ from fitune.plan.candidates import settings_of, still_open
 from fitune.plan.plan import Plan, closest, does_not_fit, split_of
 from fitune.plan.planner import choose_plan
 from fitune.plan.stated import model_notes
+from fitune.plan.training import unusual_rate
 from fitune.step.assemble import Setup, assemble, choose_precision
 from fitune.step.out_of_memory import try_twice
 from fitune.step.shards import check_torch
@@ -24,6 +26,9 @@ from fitune.train.loop import Data
 from fitune.train.ranks import Ranks
 from fitune.train.self_check import SelfCheck, predict_second_step, reserved_before, run_device
 from fitune.units import format_bytes
+
+FEW_EVAL_ROWS = 20
+"""The mean loss of fewer rows moves with which rows they are more than with the training."""
 
 
 @dataclass(frozen=True)
@@ -86,8 +91,11 @@ def _prepare(
     if config.memory.gpu is not None:
         notes.append("memory.gpu is for plans: a run uses the card that is there")
     notes.extend(model_notes(config.model))
+    if (note := unusual_rate(config)) is not None:
+        notes.append(note)
     tokenizer = load_tokenizer(config.model)
     data = load_data(config, tokenizer, on_progress=on_progress)
+    notes += rows_notes(config, num_rows=len(data.train), num_held_out=len(data.eval))
     precision = choose_precision(config, device)
     check_length(config)
     plan = self_check = None
@@ -148,6 +156,28 @@ def _prepare(
     )
 
 
+def rows_notes(config: RunConfig, *, num_rows: int, num_held_out: int) -> Iterator[str]:
+    """About a batch or an evaluation that the number of rows makes another than it looks."""
+    if config.batch.rows_per_step > num_rows:
+        yield say(
+            "batch.effective {batch} is more than the {rows} rows of the data: a step takes all of them, and an epoch "
+            "is one step",
+            batch=f"{config.batch.rows_per_step:,}",
+            rows=f"{num_rows:,}",
+        )
+    rows = num_rows + num_held_out
+    if config.data.eval is None and 0 < num_held_out < FEW_EVAL_ROWS and rows >= 2 * FEW_EVAL_ROWS:
+        share = min(0.2, 2 * FEW_EVAL_ROWS / rows)
+        yield say(
+            "{held} of {rows} rows are held out, and an evaluation of so few says little: data.eval_fraction={share} "
+            "holds out about {more}",
+            held=f"{num_held_out:,}",
+            rows=f"{rows:,}",
+            share=f"{share:.2g}",
+            more=f"{round(share * rows):,}",
+        )
+
+
 def check_shard(config: RunConfig, *, num_ranks: int) -> None:
     """Raises ConfigError where these processes cannot carry model.shard out."""
     if config.model.shard == "none":
@@ -181,7 +211,7 @@ def follow(plan: Plan, config: RunConfig, *, plan_check: bool = True) -> tuple[l
     return settings_of(chosen, config), (
         f"plan: {split_of(plan, chosen)}, recompute {', '.join(chosen.techniques)}, "
         f"{chosen.loss} loss: "
-        f"{format_bytes(chosen.predicted_device_bytes)} {room}"
+        f"{format_bytes(chosen.predicted_device_bytes)} in all {room}"
     )
 
 
