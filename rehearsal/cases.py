@@ -62,7 +62,8 @@ class LoopCase:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainerCase:
-    """A Trainer, as its user builds it. arguments: of TrainingArguments, or of SFTConfig for TRL's SFTTrainer."""
+    """A Trainer, as its user builds it. arguments: of TrainingArguments, or of SFTConfig for TRL's SFTTrainer. packed:
+    whether rows lie behind each other in one."""
 
     name: str
     model: str
@@ -71,6 +72,7 @@ class TrainerCase:
     length: int = 512
     dtype: str = "float32"
     lora: bool = False
+    packed: bool = False
     arguments: tuple[tuple[str, Any], ...] = ()
     cards: tuple[str, ...] = ("4090",)
     depends_on_data: str = ""
@@ -271,6 +273,7 @@ TRAINERS = (
         name="sft-padding-free",
         model="llama",
         trl=True,
+        packed=True,
         arguments=(("bf16", True), ("padding_free", True), ("max_length", None), ("gradient_checkpointing", False)),
     ),
 )

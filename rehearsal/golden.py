@@ -37,8 +37,8 @@ CATALOGUE = {"4090": "RTX 4090", "A100": "A100 80GB", "H100": "H100 80GB", "T4":
 
 @dataclass(frozen=True)
 class Golden:
-    """peaks: requested bytes of each step, as the allocator counted them. trace: storages in the order of their births; those of step 0 were there
-    before. An event has a size and a step, and nothing else: an allocator knows no more."""
+    """peaks: requested bytes of each step, as the allocator counted them. trace: storages in the order of their births;
+    those of step 0 were there before. An event has a size and a step, and nothing else: an allocator knows no more."""
 
     case: StepCase | LoopCase
     card: str
