@@ -63,7 +63,6 @@ def compare(case: Case, card: str) -> ComparedRow:
 
 def _compare_step(case: StepCase, card: str, directory: Path) -> ComparedRow:
     config = config_of(case, directory)
-    os.environ["PYTORCH_ALLOC_CONF"] = config.memory.allocator
     row, expected = _bounded_row(case, card, lambda routing: predicted_step(case, directory, routing=routing))
     return _with_measured(row, *expected, steps.measure(case, config))
 
@@ -177,8 +176,6 @@ def _in_child(case: Case, card: str, path: Path, source: str) -> None:
         last = traceback.extract_tb(error.__traceback__)[-1]
         place = f"{Path(last.filename).name}:{last.lineno}"
         row = replace(_row(case, card), failure=f"{type(error).__name__} at {place}: {error}"[:600])
-        if os.environ.get("REHEARSAL_TRACEBACK"):
-            traceback.print_exc()
     signal.alarm(0)
     append_row(replace(row, source=source, seconds=round(time.monotonic() - begin, 1)), path)
 

@@ -25,12 +25,13 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("FAKE_COPY_MAX", str(1 << 16))
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # PyTorch's line for each allocation that fails
 
 import torch
 import transformers
 
 from fitune.config import RunConfig
-from fitune.errors import FituneError
+from fitune.errors import FituneError, RestartError
 from fitune.memory.devices import context_prior, this_machine
 from fitune.plan.predict import predict_run
 from fitune.units import MIB
@@ -133,7 +134,7 @@ def try_case(seed: int) -> Tried:
 def _runs_out(case: StepCase, config: RunConfig) -> bool:
     try:
         steps.measure(case, config)
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, RestartError):  # the second one: in the middle of the optimizer's update
         return True
     return False
 
