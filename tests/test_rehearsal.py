@@ -151,6 +151,12 @@ def test_what_one_side_has_alone_is_named_with_its_operator() -> None:
     assert "allocated in the step only as measured: 1 x 1,024, among forward add (1)" in text
 
 
+def test_blocks_that_are_larger_than_their_tensors_are_named_where_the_tensors_are_equal() -> None:
+    predicted = [event(1, 4096, 1), event(1, -4096, 1), event(2, 512, 1)]
+    text = "\n".join(explain(predicted, [event(2, 512, 1), event(2, -512, 1), event(1, 4096, 1)]))
+    assert "alive at the peak are the same tensors" in text
+
+
 # ---- golden steps ----
 
 
