@@ -7,30 +7,20 @@ side and from Python's reference counts on the other, and it changes nothing, si
 are free and looks for the next block only when the next allocation comes. Storages are not compared by their number
 either: it follows from the order of births.
 
+`python -m rehearsal.golden --state` shows the first difference of each file.
+
 The files were made with the torch that they name, the recordings with the one that runs the tests. Where PyTorch
 behaves differently in the two, the recording follows a rule with versions, and the reason below says so.
 """
 
-import tempfile
 from collections.abc import Mapping
 from functools import cache
-from pathlib import Path
 
 import pytest
 
 from fitune.trace.difference import first_difference
 from fitune.trace.events import MemoryTrace
-from rehearsal.golden import (
-    CATALOGUE,
-    DIRECTORY,
-    NUM_KEPT,
-    SUFFIX,
-    Golden,
-    last_steps,
-    num_steps,
-    read_golden,
-)
-from rehearsal.predicted import recorded_case
+from rehearsal.golden import DIRECTORY, SUFFIX, Golden, peaks, read_golden, record
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
 FILES = {path.name.removesuffix(SUFFIX): path for path in sorted(DIRECTORY.glob(f"*{SUFFIX}"))}
@@ -156,20 +146,7 @@ def golden(name: str) -> Golden:
 
 @cache
 def recorded(name: str) -> MemoryTrace:
-    case = golden(name).case
-    with tempfile.TemporaryDirectory() as directory:
-        gpu = CATALOGUE[golden(name).card]
-        return last_steps(recorded_case(case, gpu, Path(directory), num_steps=num_steps(case)))
-
-
-def peaks(trace: MemoryTrace) -> tuple[int, ...]:
-    """Requested bytes of each step."""
-    alive = 0
-    most: dict[int, int] = {}
-    for event in trace.events:
-        before, alive = alive, alive + event.num_bytes
-        most[event.step] = max(most.get(event.step, before), alive)
-    return tuple(most[step] for step in range(1, NUM_KEPT + 1))
+    return record(golden(name))
 
 
 def test_there_are_enough_settings() -> None:
