@@ -104,6 +104,16 @@ def test_only_the_commands_print(path: Path) -> None:
     assert not [call.id for call in calls if isinstance(call, ast.Name) and call.id == "print"]
 
 
+@pytest.mark.parametrize(
+    "path", [p for p in MODULES if name(p).startswith("cli/") and name(p) != "cli/output.py"], ids=name
+)
+def test_the_commands_show_text_by_way_of_output_alone(path: Path) -> None:
+    """Which makes text from outside printable: control characters in it never reach a terminal."""
+    assert not [imported for imported in imports(path) if imported.endswith(".Console")]
+    calls = [node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    assert not [call.id for call in calls if isinstance(call, ast.Name) and call.id == "print"]
+
+
 @pytest.mark.parametrize("path", MODULES, ids=name)
 def test_a_module_says_what_it_is(path: Path) -> None:
     assert path.stem not in FORBIDDEN_NAMES

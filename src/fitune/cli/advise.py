@@ -7,7 +7,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from fitune.cli.compare import Runs
-from fitune.cli.output import Format, console, print_json, table
+from fitune.cli.output import Format, console, print_json, print_text, table
 from fitune.language import say
 
 
@@ -28,7 +28,7 @@ def advise(
         return
     if output_format == "quiet":
         for each in found:
-            print(each.command)
+            print_text(each.command)
         return
     screen = console(output_format)
     if not found:
@@ -40,6 +40,6 @@ def advise(
     ]
     screen.print(table(heads, rows))
     for index, each in enumerate(found, start=1):
-        screen.print(f"{index}  {each.evidence}", markup=False, soft_wrap=True)
+        screen.print(f"{index}  {each.evidence}", soft_wrap=True)
         if each.command:
-            screen.print(f"   {each.command}", markup=False, soft_wrap=True)
+            screen.print(f"   {each.command}", soft_wrap=True)

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from cyclopts import App, CycloptsError, Parameter, UnknownOptionError
 
 from fitune import __version__
+from fitune.cli.output import print_aside
 from fitune.config.foreign_names import foreign_hint
 from fitune.errors import FituneError
 
@@ -73,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except CycloptsError as error:
         return _fail([_usage_sentence(error)], exit_code=2)
     except FituneError as error:
-        return _fail(str(error).splitlines(), error.exit_code)
+        return _fail(str(error).split("\n"), error.exit_code)
     except KeyboardInterrupt:
         return _fail(["interrupted"], INTERRUPTED)
     except BrokenPipeError:
@@ -83,9 +84,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _fail(sentences: Sequence[str], exit_code: int) -> int:
     if os.environ.get("FITUNE_DEBUG", "0") not in ("", "0"):
-        traceback.print_exc()
+        print_aside(traceback.format_exc())
     for sentence in sentences:  # an indented line is a detail of the sentence before it
-        print(sentence if sentence.startswith(" ") else f"error: {sentence}", file=sys.stderr)
+        print_aside(sentence if sentence.startswith(" ") else f"error: {sentence}")
     return exit_code
 
 

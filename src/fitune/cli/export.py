@@ -5,10 +5,10 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from fitune.cli.output import make_directory
+from fitune.cli.output import make_directory, print_text
 from fitune.config import ModelConfig, read_config
 from fitune.errors import RunDirectoryError
-from fitune.run.directory import RunDirectory, open_run
+from fitune.run.directory import RunDirectory, check_files, open_run
 
 
 def export(
@@ -21,6 +21,7 @@ def export(
 ) -> None:
     """Write a run's weights as a transformers directory with adapters merged, or as minimind's .pth."""
     opened = open_run(run)
+    check_files(opened, deep=True)
     source = opened.path / (weights or ("best" if opened.best.is_dir() else "last"))
     if not source.is_dir():
         raise RunDirectoryError(f"{opened.path} has no {source.name}/ yet: let the run save once")
@@ -37,7 +38,7 @@ def export(
         export_minimind(model, target, dtype=None)
     else:
         export_minimind(model, target)
-    print(target)
+    print_text(target)
 
 
 def _load(run: RunDirectory, weights: Path) -> tuple[Any, Any]:

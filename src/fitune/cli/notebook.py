@@ -5,8 +5,7 @@ import sys
 import time
 from typing import Any
 
-from rich.console import Console
-
+from fitune.cli.output import Screen
 from fitune.cli.watch_screen import watch_screen
 from fitune.run.directory import RunDirectory
 from fitune.run.follow import RunFollower
@@ -74,9 +73,9 @@ class NotebookProgress:
             self._handle.update(block)
 
     def _html(self) -> str:
-        console = Console(file=io.StringIO(), record=True, width=WIDTH, highlight=False, force_jupyter=False)
+        console = Screen(file=io.StringIO(), record=True, width=WIDTH, force_jupyter=False)
         for line in self._said:
-            console.print(line, markup=False)
+            console.print(line)
         if self._rows is not None:
             console.print(f"       {self._rows:,} rows tokenised")
         if self._follower is not None:

@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
-from rich.console import Console
 
 from fitune.cli.arguments import ConfigArguments, ConfigFlags, read_arguments
-from fitune.cli.output import Format, console, print_json, warn
+from fitune.cli.output import Format, Screen, console, print_json, print_text, warn
 from fitune.config import format_config
 from fitune.errors import DoesNotFitError, UsageError
 from fitune.importing import collections_paused
@@ -72,13 +71,14 @@ def plan(
         from fitune.plan.plan import does_not_fit, plan_json
         from fitune.plan.planner import choose_plan
 
-    with Console(stderr=True).status(say("planning")) as status:
+    with Screen(stderr=True).status(say("planning")) as status:
         found = choose_plan(config, num_gpus=gpus, on_candidate=status.update)
     if apply is not None:
         from fitune.plan.candidates import settings_of
 
         wanted = _candidate(found, apply)
-        print(format_config(read_arguments(words, flags, overrides=[*given, *settings_of(wanted, config)])), end="")
+        chosen = read_arguments(words, flags, overrides=[*given, *settings_of(wanted, config)])
+        print_text(format_config(chosen), end="")
         if config.data.train == NO_DATA:
             warn(f"data.train is '{NO_DATA}' in it: put your data there before you train")
         return
@@ -90,7 +90,7 @@ def plan(
     if output_format == "json":
         print_json(plan_json(found) | ({} if measured is None else {"measured": asdict(measured)}))
     elif output_format == "quiet":
-        print("none" if found.chosen is None else found.candidates[found.chosen].micro_batch)
+        print_text("none" if found.chosen is None else found.candidates[found.chosen].micro_batch)
     else:
         show_plan(found, console(output_format), every=every)
         if measured is not None:

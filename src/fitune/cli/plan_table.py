@@ -4,13 +4,10 @@ import io
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-
-from fitune.cli.output import table
+from fitune.cli.output import Screen, table
 from fitune.cli.plan_training import training_lines, training_warnings
 from fitune.language import pad, say
-from fitune.plan.plan import Candidate, Plan, closest, counts_rows
-from fitune.trace.events import ROUTED, UNROUTED
+from fitune.plan.plan import SHOWN, Candidate, Plan, closest, counts_rows
 from fitune.units import format_bytes, format_count, format_gib, format_seconds
 
 if TYPE_CHECKING:
@@ -32,11 +29,9 @@ _MEANINGS = {
     ),
 }
 """Of the four sums below the parts, on each kind of device."""
-_ABOUT_ROUTING = (*ROUTED.values(), UNROUTED, "memory.routing=")
-"""Begins what a plan assumes of a mixture of experts."""
 
 
-def show_plan(plan: Plan, screen: Console, *, every: bool = False) -> None:
+def show_plan(plan: Plan, screen: Screen, *, every: bool = False) -> None:
     """every: all candidates, else those that tell the most."""
     for title, line in (*_heading(plan), *training_lines(plan.training)):
         screen.print(f"{pad(title, 9)}{line}", soft_wrap=True)
@@ -61,12 +56,12 @@ def show_plan(plan: Plan, screen: Console, *, every: bool = False) -> None:
 
 def html_plan(plan: Plan) -> str:
     """For a notebook."""
-    page = Console(file=io.StringIO(), record=True, width=100)
+    page = Screen(file=io.StringIO(), record=True, width=100)
     show_plan(plan, page)
     return page.export_html(inline_styles=True, code_format='<pre style="line-height: 1.3">{code}</pre>')
 
 
-def show_measured(plan: Plan, measured: "PlanMeasured", screen: Console) -> None:
+def show_measured(plan: Plan, measured: "PlanMeasured", screen: Screen) -> None:
     screen.print()
     screen.print(say("{steps} real steps of the chosen one, predicted beside measured:", steps=measured.num_steps))
     seconds = measured.predicted_seconds_per_step
@@ -218,4 +213,4 @@ def _footnotes(plan: Plan, num_shown: int) -> Iterator[str]:
             f"({format_bytes(other.predicted_bytes)}, {difference:+.0%})"
         )
     yield from plan.assumptions[: 1 if plan.data["gpus"] == 1 else 2]
-    yield from (line for line in plan.assumptions if line.startswith(_ABOUT_ROUTING))
+    yield from (line for line in plan.assumptions if line.startswith(SHOWN))

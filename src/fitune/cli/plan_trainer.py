@@ -5,7 +5,7 @@ import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from fitune.cli.output import console, print_json, table
+from fitune.cli.output import console, print_json, print_text, table
 from fitune.errors import DoesNotFitError, UsageError
 from fitune.language import say
 from fitune.units import format_bytes, format_gib
@@ -25,7 +25,7 @@ def plan_trainer(name: str, *, gpu: str | None, output_format: str) -> None:
     if output_format == "json":
         print_json({"prediction": asdict(prediction)})
     elif output_format == "quiet":
-        print(prediction.peak_reserved_bytes)
+        print_text(prediction.peak_reserved_bytes)
     else:
         _show(prediction, output_format)
     if prediction.fits is False:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 
 from fitune.cli.compare import Runs
-from fitune.cli.output import Format, make_directory, output_file, print_json
+from fitune.cli.output import Format, make_directory, output_file, print_json, print_text
 from fitune.errors import UsageError
 from fitune.run.directory import RunDirectory
 
@@ -47,6 +47,6 @@ def report(
     if output_format == "json":
         print_json({"report": str(path), "pictures": [str(file) for file in drawn]})
     else:
-        print(path)
+        print_text(path)
         for file in drawn:
-            print(file)
+            print_text(file)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from fitune.cli.arguments import ConfigArguments, ConfigFlags, read_arguments
-from fitune.cli.output import SCHEMA, Format, print_json
+from fitune.cli.output import SCHEMA, Format, print_json, print_text
 from fitune.cli.progress import RunProgress, open_progress
 from fitune.config import ResolvedConfig, RunConfig, format_config
 from fitune.config.read import COMMAND_LINE
@@ -23,6 +23,7 @@ from fitune.plan.calibration import calibrate
 from fitune.plan.plan import plan_json
 from fitune.run.directory import (
     RunDirectory,
+    check_files,
     check_place,
     create_run,
     list_runs,
@@ -32,6 +33,7 @@ from fitune.run.directory import (
     write_atomically,
     write_json,
 )
+from fitune.run.files import read_plain
 from fitune.run.metrics import RunEvent, Summary, append_line, summary_json
 from fitune.train.ranks import Ranks, joined
 from fitune.units import format_bytes, format_count, format_seconds
@@ -92,7 +94,7 @@ def train(
     if output_format == "json":
         print_json({"run": str(run.path), "summary": summary_json(summary)})
     else:
-        print(run.path)
+        print_text(run.path)
 
 
 def run_training(
@@ -290,6 +292,7 @@ def _earlier_run(resume: str | None, replay: Path | None, *, output: str | None)
         run = open_run(Path(resume) if resume is not None else replay or Path())
     else:
         return None
+    check_files(run, deep=True)
     if not run.config.exists():
         raise RunDirectoryError(f"{run.path} was stopped before it began: start it again as it was started")
     return run
@@ -298,7 +301,7 @@ def _earlier_run(resume: str | None, replay: Path | None, *, output: str | None)
 def _settings(run: RunDirectory) -> list[str]:
     """What the plan of that run decided; nothing where it had none."""
     try:
-        content = json.loads(run.plan.read_text(encoding="utf-8"))
+        content = json.loads(read_plain(run.plan))
         return [str(setting) for setting in content["settings"]]
     except FileNotFoundError:
         return []
@@ -321,9 +324,12 @@ def _prepare(
         os.environ["PYTORCH_ALLOC_CONF"] = config.memory.allocator  # read when CUDA starts, so before torch is used
     progress.note(f"model  {config.model.source} · data {', '.join(s.path for s in config.data.train_sources)}")
     from fitune.train.prepare import prepare
+    from fitune.train.prometheus import check_prometheus
     from fitune.train.trackers import check_trackers
 
     check_trackers(config)
+    if config.run.prometheus is not None:
+        check_prometheus(Path(config.run.prometheus))
     prepared = prepare(config, on_progress=progress.rows, plan_check=plan_check, settings=settings, ranks=ranks)
     progress.rows(None)
     report = prepared.data.train.report
@@ -357,4 +363,4 @@ def _print_config(resolved: ResolvedConfig, output_format: str) -> None:
     if output_format == "json":
         print_json({"config": resolved.config.model_dump(mode="json"), "origins": dict(resolved.origins)})
     else:
-        print(format_config(resolved), end="")
+        print_text(format_config(resolved), end="")

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fitune.data.formats import Conversation, Message
+from fitune.data.template_limits import MOST_CHARS, LimitError, Limits, check_size, limited
 from fitune.errors import DataError, ModelError
 
 MaskKind = Literal["generation markers", "turn markers", "prefix difference", "all"]
@@ -63,7 +64,9 @@ def read_encoder(tokenizer: Any, *, template: str | None, mask: Literal["assista
     if text is None:
         return encoder
     try:
-        ids = _ids(tokenizer, [_render(encoder, _PROBE, None)[0]])[0]
+        with limited() as limits:
+            rendered, _ = _render(encoder, limits, _PROBE, None)
+        ids = _ids(tokenizer, [rendered])[0]
     except TemplateError as error:
         raise DataError(f"the chat template ({name}) cannot render a question and its answer: {error}") from error
     if mask == "all":
@@ -81,8 +84,14 @@ def read_encoder(tokenizer: Any, *, template: str | None, mask: Literal["assista
 def encode(encoder: Encoder, conversations: Sequence[Conversation]) -> list[Encoded | str]:
     """Each conversation tokenised, or the sentence that says why it cannot be.
 
-    Raises DataError when there are messages but no template, ModelError when the mask needs a fast tokenizer.
+    Raises DataError when there are messages but no template or one that goes beyond its bounds, ModelError when the
+    mask needs a fast tokenizer.
     """
+    with limited() as limits:
+        return _encode(encoder, limits, conversations)
+
+
+def _encode(encoder: Encoder, limits: Limits, conversations: Sequence[Conversation]) -> list[Encoded | str]:
     results: list[Encoded | str | None] = [None] * len(conversations)
     plain = {index: chat.text for index, chat in enumerate(conversations) if chat.text is not None}
     for index, ids in zip(plain, _ids(encoder.tokenizer, list(plain.values()), add_special_tokens=True), strict=True):
@@ -92,16 +101,16 @@ def encode(encoder: Encoder, conversations: Sequence[Conversation]) -> list[Enco
         if index in plain:
             continue
         try:
-            text, char_spans = _render(encoder, chat.messages, chat.tools)
+            text, char_spans = _render(encoder, limits, chat.messages, chat.tools)
         except TemplateError as error:
             results[index] = f"the chat template refuses it: {error}"
             continue
         if encoder.mask in ("generation markers", "prefix difference"):
-            results[index] = _encode_spans(encoder, chat, text, char_spans)
+            results[index] = _encode_spans(encoder, limits, chat, text, char_spans)
         else:
             rendered[index] = text
     for index, ids in zip(rendered, _ids(encoder.tokenizer, list(rendered.values())), strict=True):
-        results[index] = _encode_marked(encoder, conversations[index], rendered[index], ids)
+        results[index] = _encode_marked(encoder, limits, conversations[index], rendered[index], ids)
     return [result for result in results if result is not None]
 
 
@@ -109,7 +118,9 @@ class TemplateError(ValueError):
     """The template refused a conversation; the text is the template's own."""
 
 
-def _encode_marked(encoder: Encoder, conversation: Conversation, text: str, ids: list[int]) -> Encoded | str:
+def _encode_marked(
+    encoder: Encoder, limits: Limits, conversation: Conversation, text: str, ids: list[int]
+) -> Encoded | str:
     if encoder.mask == "all":
         return Encoded(ids, _weighted([(0, len(ids))], [None]))
     turns = _marked_turns(ids, encoder.start_ids, encoder.end_ids)
@@ -119,16 +130,16 @@ def _encode_marked(encoder: Encoder, conversation: Conversation, text: str, ids:
     if len(turns) > len(weights) and all(weight is None for weight in weights):
         return Encoded(ids, _weighted(turns, [None] * len(turns)), marker_in_text=True)
     # A marker's last token has merged with the text after it, or it is unclear which turn a weight is for.
-    return _encode_spans(encoder, conversation, text, [])
+    return _encode_spans(encoder, limits, conversation, text, [])
 
 
 def _encode_spans(
-    encoder: Encoder, conversation: Conversation, text: str, char_spans: list[tuple[int, int]]
+    encoder: Encoder, limits: Limits, conversation: Conversation, text: str, char_spans: list[tuple[int, int]]
 ) -> Encoded | str:
     weights = conversation.assistant_weights
     if encoder.mask != "generation markers":
         try:
-            char_spans = _prefix_differences(encoder, conversation, text)
+            char_spans = _prefix_differences(encoder, limits, conversation, text)
         except TemplateError as error:
             return f"its assistant turns cannot be told apart: {error}"
     if len(char_spans) != len(weights):
@@ -152,7 +163,9 @@ def _encode_spans(
     return Encoded(encoding["input_ids"], _weighted(turns, weights))
 
 
-def _prefix_differences(encoder: Encoder, conversation: Conversation, text: str) -> list[tuple[int, int]]:
+def _prefix_differences(
+    encoder: Encoder, limits: Limits, conversation: Conversation, text: str
+) -> list[tuple[int, int]]:
     """Character ranges of the assistant's messages in `text`. Raises TemplateError where the template writes a turn
     differently once others follow it."""
     spans = []
@@ -162,10 +175,10 @@ def _prefix_differences(encoder: Encoder, conversation: Conversation, text: str)
         if index == 0:
             raise TemplateError("it starts with one, and this template does not mark where a turn begins")
         before = conversation.messages[:index]
-        prompt, _ = _render(encoder, before, conversation.tools, add_generation_prompt=True)
+        prompt, _ = _render(encoder, limits, before, conversation.tools, add_generation_prompt=True)
         start = _common_length(prompt, text)
-        plain, _ = _render(encoder, before, conversation.tools)
-        whole, _ = _render(encoder, (*before, message), conversation.tools)
+        plain, _ = _render(encoder, limits, before, conversation.tools)
+        whole, _ = _render(encoder, limits, (*before, message), conversation.tools)
         end = _common_length(whole, text)
         said = end == len(whole) or (message["content"].strip() in text[start:end] and "tool_calls" not in message)
         if start < len(plain) or not said:
@@ -175,9 +188,10 @@ def _prefix_differences(encoder: Encoder, conversation: Conversation, text: str)
 
 
 def _render(
-    encoder: Encoder, messages: Sequence[Message], tools: Any, *, add_generation_prompt: bool = False
+    encoder: Encoder, limits: Limits, messages: Sequence[Message], tools: Any, *, add_generation_prompt: bool = False
 ) -> tuple[str, list[tuple[int, int]]]:
-    """The text of the messages and the character ranges of {% generation %} blocks. Raises TemplateError."""
+    """The text of the messages and the character ranges of {% generation %} blocks. Raises TemplateError, and DataError
+    for a template that goes beyond its bounds: the next row would take as long."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
     if encoder.template is None:
@@ -189,14 +203,22 @@ def _render(
         messages = [_with_parsed_arguments(message) for message in messages]
     marks = encoder.mask == "generation markers"
     try:
-        texts, spans = render_jinja_template(
-            [list(messages)],
-            tools=tools,
-            chat_template=encoder.template,
-            return_assistant_tokens_mask=marks,
-            add_generation_prompt=add_generation_prompt,
-            **encoder.tokenizer.special_tokens_map,
-        )
+        with limits:
+            texts, spans = render_jinja_template(
+                [list(messages)],
+                tools=tools,
+                chat_template=encoder.template,
+                return_assistant_tokens_mask=marks,
+                add_generation_prompt=add_generation_prompt,
+                **encoder.tokenizer.special_tokens_map,
+            )
+        if len(texts[0]) > MOST_CHARS:
+            check_size(texts[0], len(json.dumps([list(messages), tools], default=str)))
+    except LimitError as error:
+        raise DataError(
+            f"the chat template ({encoder.template_name}) goes beyond its bounds with one conversation: {error}; give "
+            "another one with data.template"
+        ) from error
     except Exception as error:  # a template is a program: anything may go wrong in it
         raise TemplateError(str(error).split("\n")[0] or type(error).__name__) from error
     return texts[0], spans[0] if marks else []

@@ -155,6 +155,7 @@ _REPORT: dict[str, str] = {
     "category": "类别",
     "peak GiB": "峰值 GiB",
     "the rest of the process": "进程其余部分",
+    "{name} diverged: from step {step} on its loss is not a number, so its losses are not compared": "{name} 发散了：从第 {step} 步起损失不是数，因此不比较它的损失",
     "{names}: tokens were not counted, so this is no comparison at equal tokens": "{names}：没有统计 token 数，因此不是同样 token 数下的比较",
     "the runs were trained on different data": "这些运行用了不同的训练数据",
     "the runs were evaluated on different held-out rows: their eval losses cannot be compared": "这些运行的留出行不同：验证损失不可比",

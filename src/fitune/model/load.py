@@ -27,6 +27,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import logging as transformers_logging
 
 from fitune.config import ModelConfig, RunConfig
@@ -37,6 +38,7 @@ from fitune.model.experts import EXPERTS
 from fitune.model.gguf import gguf_read_once, read_gguf
 from fitune.model.lora import apply_lora
 from fitune.model.minimind import pth_config, read_pth
+from fitune.model.own_code import SWITCH, drop_references, named_code, own_class
 from fitune.model.precision import Precision, device_precision, resolve_precision
 from fitune.model.presets import PRESETS, preset_config
 from fitune.model.quantise import num_weights, quantise, share_tables
@@ -110,29 +112,49 @@ def load_config(model: ModelConfig) -> PretrainedConfig:
         except _READ_ERRORS as error:
             raise _unreadable(model, kind, error) from error
     _check_causal(config, model)
+    if not model.trust_remote_code:
+        drop_references(config)
     return config
 
 
+def ignored_code(model: ModelConfig) -> list[str]:
+    """The classes that come with the model as code and do not run."""
+    kind = source_kind(model.source)
+    if model.trust_remote_code or kind not in ("directory", "hub"):
+        return []
+    name, files = _location(model.source, kind)
+    try:
+        config, _ = PretrainedConfig.get_config_dict(name, **files)
+        return named_code(config, get_tokenizer_config(name, **files))
+    except _READ_ERRORS:  # told by who loads it
+        return []
+
+
 def build_model(
-    config: PretrainedConfig, *, dtype: torch.dtype = torch.float32, attention: str | None = None, seed: int = 0
+    config: PretrainedConfig,
+    *,
+    dtype: torch.dtype = torch.float32,
+    attention: str | None = None,
+    seed: int = 0,
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """The modules with random weights, on the current default device; under torch.device('meta') without any memory.
 
     attention: a name of transformers' attention registry. On a real device the weights are a function of `seed` alone:
-    they are drawn on the CPU in float32, and the global random state stays as it was.
+    they are drawn on the CPU in float32, and the global random state stays as it was. trust_remote_code: build the
+    class that the configuration names in code of its own, where it names one.
     """
     meta = torch.get_default_device().type == "meta"
     with torch.random.fork_rng(devices=[], enabled=not meta), quiet_transformers():
         if not meta:
-            torch.manual_seed(seed)
-        remote = bool(getattr(config, "auto_map", None))
-        model = AutoModelForCausalLM.from_config(
-            config,
-            dtype=dtype if meta else torch.float32,
-            attn_implementation=attention,
-            experts_implementation=EXPERTS,
-            **({"trust_remote_code": True} if remote else {}),
-        )
+            torch.default_generator.manual_seed(seed)
+        own = own_class(config) if trust_remote_code else None
+        options: dict[str, Any] = {"dtype": dtype if meta else torch.float32, "attn_implementation": attention}
+        options |= {"experts_implementation": EXPERTS}
+        if own is not None:
+            model = own._from_config(config, **options)
+        else:
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, **options)
     if not meta and dtype != torch.float32:
         for parameter in model.parameters():  # not the buffers: rotary frequencies need float32
             parameter.data = parameter.data.to(dtype)
@@ -162,7 +184,13 @@ def load_model(
     meta = device.type == "meta"
     if meta or model.init == "random" or source_kind(model.source) == "preset":
         with torch.device("meta" if meta else "cpu"):
-            built = build_model(config, dtype=precision.parameter_dtype, attention=attention, seed=seed)
+            built = build_model(
+                config,
+                dtype=precision.parameter_dtype,
+                attention=attention,
+                seed=seed,
+                trust_remote_code=model.trust_remote_code,
+            )
     else:
         built = load_weights(model, config, dtype=precision.parameter_dtype, attention=attention)
     if model.method == "qlora":
@@ -195,8 +223,10 @@ def load_weights(
                 model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
                 built, report = model_class.from_pretrained(None, state_dict=tensors, **options)
             else:
-                built, report = AutoModelForCausalLM.from_pretrained(
-                    name, trust_remote_code=model.trust_remote_code, **files, **options
+                own = own_class(config) if model.trust_remote_code else None
+                load = AutoModelForCausalLM if own is None else own
+                built, report = load.from_pretrained(
+                    name, trust_remote_code=model.trust_remote_code, adapter_kwargs=dict(files), **files, **options
                 )
         except _READ_ERRORS as error:
             raise _unreadable(model, kind, error) from error
@@ -231,6 +261,9 @@ def load_tokenizer(model: ModelConfig) -> Tokenizer:
             f"the tokenizer of {source} has ids up to {needed - 1:,}, but {model.source} has an embedding of "
             f"{vocab_size:,} rows: set model.tokenizer to the one that the model was trained with"
         )
+    if not model.trust_remote_code:
+        tokenizer.init_kwargs.pop("auto_map", None)
+        tokenizer._auto_map = None
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
     return cast(Tokenizer, tokenizer)
@@ -258,6 +291,13 @@ def _check_causal(config: PretrainedConfig, model: ModelConfig) -> None:
     encoder = getattr(config, "is_encoder_decoder", False) or (
         kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
     )
+    if (
+        not remote
+        and not encoder
+        and kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        and getattr(config, "auto_map", None)
+    ):
+        raise _brings_code(model)
     if encoder or (kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not remote):
         what = "an encoder" if encoder else "no causal language model that this transformers knows"
         raise ModelError(
@@ -287,6 +327,10 @@ def _has_tokenizer(directory: Path) -> bool:
     return any((directory / name).is_file() for name in _TOKENIZER_FILES)
 
 
+def _brings_code(model: ModelConfig) -> ModelError:
+    return ModelError(f"{model.source} works by its own code alone: read it, then set {SWITCH}=true to run it")
+
+
 def _unreadable(model: ModelConfig, kind: Kind, error: BaseException) -> ModelError:
     if isinstance(error, ModelError):
         return error
@@ -296,7 +340,7 @@ def _unreadable(model: ModelConfig, kind: Kind, error: BaseException) -> ModelEr
     first = " ".join(str(error).split())[:200] or type(error).__name__
     text = " ".join(str(link) for link in chain)
     if "trust_remote_code" in text:
-        return ModelError(f"{model.source} brings its own code: read it, then set model.trust_remote_code=true")
+        return _brings_code(model)
     if kind == "gguf" and "gguf" in text and isinstance(error, ImportError):
         return ModelError(f"{model.source} needs the gguf package: pip install 'fitune[gguf]'")
     if kind == "hub" and isinstance(error, OSError):

@@ -23,7 +23,10 @@ from fitune.model.load import quiet_transformers
 from fitune.model.peft_parts import BaseTunerLayer, PeftModel, get_peft_model_state_dict
 from fitune.model.quantise import NF4Linear
 from fitune.model.tensor_file import write_tensors
+from fitune.units import MIB
 
+LINKED_BYTES = 64 * MIB
+"""Files below it are copied by `link_model`."""
 _MARKS = ("config.json", "adapter_config.json")  # what tells a model's directory from somebody's documents
 
 
@@ -87,14 +90,20 @@ def _plain(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
 
 
 def link_model(source: Path, directory: Path) -> None:
-    """`directory` becomes another name for the files of the saved model `source`, without a second copy where the file
-    system can: a saved model is only ever replaced, never written into."""
+    """`directory` becomes a copy of the saved model `source`. Files of LINKED_BYTES and more are the same files under
+    another name, where the file system can: there, nobody may write into one. Smaller ones are copied, since people
+    edit a template or a configuration in place, and libraries write adapters over the file that is there."""
     with _said_plainly(directory), replaced_directory(directory) as new:
-        for file in source.iterdir():
+        for file in (path for path in source.rglob("*") if path.is_file()):
+            target = new / file.relative_to(source)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if file.stat().st_size < LINKED_BYTES:
+                shutil.copy2(file, target)
+                continue
             try:
-                os.link(file, new / file.name)
+                os.link(file, target)
             except OSError:
-                shutil.copy2(file, new / file.name)
+                shutil.copy2(file, target)
 
 
 def export_minimind(

@@ -6,10 +6,13 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from fitune.plan.training import PlannedTraining
-from fitune.trace.events import Category
+from fitune.trace.events import ROUTED, UNROUTED, Category
 from fitune.units import format_bytes
 
 ADAMW_HOST = "adamw_host"
+CODE_IGNORED = "code that comes with"
+SHOWN = (*ROUTED.values(), UNROUTED, "memory.routing=", CODE_IGNORED)
+"""Begins those assumptions that the table of a plan shows; its JSON holds all."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,6 +18,7 @@ from fitune.memory.residuals import circumstances, measured_context, read_residu
 from fitune.model.load import check_length, load_model
 from fitune.model.precision import Precision
 from fitune.plan.candidates import with_routing
+from fitune.plan.stated import stated
 from fitune.step.assemble import CPU_MICRO_TOKENS, CUDA_MICRO_TOKENS
 from fitune.step.shards import dealt_layers
 from fitune.trace.cuda_behaviour import CudaTarget
@@ -94,7 +95,7 @@ def predict_run(
     program_bytes = psutil.Process().memory_info().rss if device.kind == "cpu" else None
     passes = passes or heaviest_passes(config, device)
     recorded = (recordings or Recordings()).step(config, passes, target=cuda_target(config, device))
-    trace = recorded.trace
+    trace = replace(recorded.trace, source=(*recorded.trace.source, *stated(config)))
     if config.model.shard != "none":
         held_bytes = gathered_bytes(config.model, recorded.precision, num_shards=num_shards)
         trace = sharded(trace, num_shards=num_shards, gathered_bytes=held_bytes)

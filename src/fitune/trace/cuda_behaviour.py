@@ -20,13 +20,14 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from fitune.errors import UsageError
 from fitune.model import attention as rows_attention
+from fitune.trace.allocation import Allocation, Free
 from fitune.trace.events import Phase
 from fitune.trace.operators import by_operator
 
 aten = torch.ops.aten
 _optimizer = import_module("torch.optim.optimizer")  # torch.optim does not show it
 Attention = Literal["auto", "flash", "efficient", "math", "eager"]
-Groups = Sequence[Sequence[int]]
+Rule = Callable[["CudaTarget", tuple[Any, ...], Sequence[Tensor]], Sequence[Allocation]]
 Kernel = Literal["flash", "efficient", "cudnn", "math"]
 _16_BIT = (torch.float16, torch.bfloat16)
 
@@ -391,8 +392,8 @@ class CudaKernels:
         self._threads_with_workspace |= {autograd_thread}
         return (cublas_workspace_bytes(self.target),)
 
-    def temporaries(self, func: Any, args: tuple[Any, ...], outputs: Sequence[Tensor]) -> Groups | None:
-        rule = _temporaries_of(func)
+    def allocations(self, func: Any, args: tuple[Any, ...], outputs: Sequence[Tensor]) -> Sequence[Allocation] | None:
+        rule = _rule_of(func)
         return None if rule is None else rule(self.target, args, outputs)
 
 
@@ -405,7 +406,7 @@ class CpuKernels:
     def workspaces(self, func: Any, phase: Phase) -> Sequence[int]:
         return ()
 
-    def temporaries(self, func: Any, args: tuple[Any, ...], outputs: Sequence[Tensor]) -> Groups | None:
+    def allocations(self, func: Any, args: tuple[Any, ...], outputs: Sequence[Tensor]) -> Sequence[Allocation] | None:
         return None
 
 
@@ -414,31 +415,31 @@ def cublas_workspace_bytes(target: CudaTarget) -> int:
     return 4096 * 1024 * 8 if target.compute_capability >= (9, 0) else 4096 * 1024 * 2 + 16 * 1024 * 8
 
 
-def _flash_backward(target: CudaTarget, args: tuple[Any, ...], outputs: Sequence[Tensor]) -> Groups:
+def _flash_backward(target: CudaTarget, args: tuple[Any, ...], outputs: Sequence[Tensor]) -> Sequence[Allocation]:
     """transformers/cuda/flash_attn/flash_api.cpp, mha_bwd: softmax_d, dq_accum, and dk, dv for every query head."""
     query, key = args[1], args[2]
     batch, heads, length, head_dim = query.shape
     rows = _ceil_to(length, 128)
     expanded = batch * heads * key.shape[2] * head_dim * query.element_size()
     grouped = (expanded, expanded) if key.shape[1] != heads else ()
-    return ((batch * heads * rows * 4, batch * heads * rows * _rounded_head(head_dim) * 4, *grouped),)
+    return (batch * heads * rows * 4, batch * heads * rows * _rounded_head(head_dim) * 4, *grouped)
 
 
-def _varlen_backward(target: CudaTarget, args: tuple[Any, ...], outputs: Sequence[Tensor]) -> Groups:
+def _varlen_backward(target: CudaTarget, args: tuple[Any, ...], outputs: Sequence[Tensor]) -> Sequence[Allocation]:
     """flash_api.cpp, mha_varlen_bwd: as above over the flat positions, each row padded to 128."""
     query, key, boundaries = args[1], args[2], args[6]
     tokens, heads, head_dim = query.shape
     rows = tokens + 128 * (boundaries.shape[0] - 1)
     expanded = heads * key.shape[0] * head_dim * query.element_size()
     grouped = (expanded, expanded) if key.shape[1] != heads else ()
-    return ((heads * rows * 4, rows * heads * _rounded_head(head_dim) * 4, *grouped),)
+    return (heads * rows * 4, rows * heads * _rounded_head(head_dim) * 4, *grouped)
 
 
 def _rounded_head(head_dim: int) -> int:
     return _ceil_to(head_dim, 32) if head_dim <= 192 else 256
 
 
-def _efficient_backward(target: CudaTarget, args: tuple[Any, ...], outputs: Sequence[Tensor]) -> Groups:
+def _efficient_backward(target: CudaTarget, args: tuple[Any, ...], outputs: Sequence[Tensor]) -> Sequence[Allocation]:
     """transformers/cuda/attention_backward.cu and mem_eff_attention/kernel_backward.h (Params::workspace_size): delta,
     computed by the kernel in 16 bits, by a float32 product and its sum else; then a float32 accumulator for dq, and
     for dk and dv where they do not stay in registers."""
@@ -455,7 +456,7 @@ def _efficient_backward(target: CudaTarget, args: tuple[Any, ...], outputs: Sequ
     dk_dv = 0 if in_registers else 2 * splits * columns * _ceil_to(head_dim, rows)
     workspace = batch * heads * _ceil_to(dq + dk_dv, 4) * 4
     delta = batch * heads * length * 4
-    return ((delta, workspace),) if half else ((delta * head_dim, delta), (delta, workspace))
+    return (delta, workspace) if half else (delta * head_dim, delta, Free(0), Free(1), delta, workspace)
 
 
 _LARGE_SHARED_MEMORY = ((8, 0), (8, 7), (9, 0), (10, 0), (10, 3))  # 160 KiB a block and more; the others about 100
@@ -473,7 +474,7 @@ def _efficient_block(half: bool, head_dim: int, capability: tuple[int, int]) -> 
     return (128, 64, False) if half or capability >= (8, 0) else (64, 64, False)
 
 
-def _embedding_backward(target: CudaTarget, args: tuple[Any, ...], outputs: Sequence[Tensor]) -> Groups:
+def _embedding_backward(target: CudaTarget, args: tuple[Any, ...], outputs: Sequence[Tensor]) -> Sequence[Allocation]:
     """cuda/Embedding.cu and EmbeddingBackwardKernel.cu: many tokens are sorted and summed per segment in float32."""
     grad, indices, num_weights = args[0], args[1], args[2]
     tokens = indices.numel()
@@ -483,23 +484,21 @@ def _embedding_backward(target: CudaTarget, args: tuple[Any, ...], outputs: Sequ
     partial = tokens // 10 + segments  # NROWS_PER_THREAD
     size = indices.element_size()
     indices_and_segments = (tokens, tokens, tokens, 1, segments, segments, 1, partial)
-    return (
-        (*(number * size for number in indices_and_segments), partial * grad.shape[-1] * max(4, grad.element_size())),
-    )
+    return (*(number * size for number in indices_and_segments), partial * grad.shape[-1] * max(4, grad.element_size()))
 
 
-def _foreach_norm(target: CudaTarget, args: tuple[Any, ...], outputs: Sequence[Tensor]) -> Groups:
+def _foreach_norm(target: CudaTarget, args: tuple[Any, ...], outputs: Sequence[Tensor]) -> Sequence[Allocation]:
     """cuda/ForeachReduceOp.cu: one partial norm per chunk of 65,536 elements of the largest tensor, for each tensor."""
     tensors = args[0]
     chunks = max(ceil(tensor.numel() / 65536) for tensor in tensors)
-    return ((len(tensors) * chunks * max(4, tensors[0].element_size()),),)
+    return (len(tensors) * chunks * max(4, tensors[0].element_size()),)
 
 
 def _ceil_to(number: int, step: int) -> int:
     return ceil(number / step) * step
 
 
-_TEMPORARIES: dict[str, Callable[[CudaTarget, tuple[Any, ...], Sequence[Tensor]], Groups]] = {
+_RULES: dict[str, Rule] = {
     "aten::_scaled_dot_product_flash_attention_backward": _flash_backward,
     "aten::_flash_attention_backward": _varlen_backward,
     "torch_attn::_varlen_attn_backward": _varlen_backward,
@@ -510,8 +509,8 @@ _TEMPORARIES: dict[str, Callable[[CudaTarget, tuple[Any, ...], Sequence[Tensor]]
 
 
 @by_operator
-def _temporaries_of(func: Any) -> Callable[[CudaTarget, tuple[Any, ...], Sequence[Tensor]], Groups] | None:
-    return _TEMPORARIES.get(func._schema.name)
+def _rule_of(func: Any) -> Rule | None:
+    return _RULES.get(func._schema.name)
 
 
 def temporaries_by_shape(target: CudaTarget, op: str, arguments: Sequence[Any]) -> list[int]:
@@ -520,7 +519,7 @@ def temporaries_by_shape(target: CudaTarget, op: str, arguments: Sequence[Any]) 
         torch.empty(value[0], dtype=value[1], device="meta") if isinstance(value, tuple) and _is_shape(value) else value
         for value in arguments
     ]
-    return [num_bytes for group in _TEMPORARIES[op](target, tuple(tensors), ()) for num_bytes in group]
+    return [step for step in _RULES[op](target, tuple(tensors), ()) if isinstance(step, int)]
 
 
 def _is_shape(value: tuple[Any, ...]) -> bool:

@@ -25,7 +25,8 @@ from fitune.trace.assumptions import Assumptions
 from fitune.trace.cuda_behaviour import CpuKernels, CudaKernels, CudaTarget, cuda_behaviour
 from fitune.trace.events import MemoryTrace
 from fitune.trace.flash_package import flash_package
-from fitune.trace.placement import CARD, OnMeta, card_stands_in, cuda_answers
+from fitune.trace.idle_card import cuda_answers
+from fitune.trace.placement import CARD, OnMeta, card_stands_in
 from fitune.trace.recorder import Mark, Recorder
 from fitune.trace.recording import Recording, to_trace
 from fitune.trace.shapes import ShapeMemory

@@ -16,6 +16,7 @@ from fitune.plan.budget import lengths_of, limits_of
 from fitune.plan.candidates import settings_of, still_open
 from fitune.plan.plan import Plan, closest, does_not_fit, split_of
 from fitune.plan.planner import choose_plan
+from fitune.plan.stated import code_note
 from fitune.step.assemble import Setup, assemble, choose_precision
 from fitune.step.out_of_memory import try_twice
 from fitune.step.shards import check_torch
@@ -84,6 +85,8 @@ def _prepare(
         notes.append("memory.allocator has no effect here: it sets CUDA's allocator, and this run is on the CPU")
     if config.memory.gpu is not None:
         notes.append("memory.gpu is for plans: a run uses the card that is there")
+    if (note := code_note(config.model)) is not None:
+        notes.append(note)
     tokenizer = load_tokenizer(config.model)
     data = load_data(config, tokenizer, on_progress=on_progress)
     precision = choose_precision(config, device)
@@ -103,7 +106,7 @@ def _prepare(
         settings = still_open(settings, config)
         config = read_config(config.model_dump(mode="json", exclude_defaults=True), settings).config
         if ranks.leads:
-            self_check = predict_second_step(config, data.train, data.eval, device=device, num_ranks=ranks.size)
+            self_check = predict_second_step(config, data.train, device=device, num_ranks=ranks.size)
     except DoesNotFitError:
         raise
     except Exception as error:  # whatever a model does on tensors without data: the run itself needs none of this
