@@ -70,7 +70,9 @@ def random_case(seed: int) -> tuple[StepCase, str, float]:
     """A setting, its card, and the share of the predicted need that the card has. The same for a seed everywhere."""
     chosen = random.Random(seed)
     card = CARDS[seed % len(CARDS)]
-    method = chosen.choice(("full", "full", "lora", "qlora"))
+    model = chosen.choice(MODELS)
+    # GPT-2 has no linear layers that could be quantised
+    method = chosen.choice(("full", "full", "lora", "lora" if model == "gpt2" else "qlora"))
     precision = chosen.choice(PRECISIONS_WITHOUT_BFLOAT16 if card == "T4" else PRECISIONS)
     options = [
         f"model.method={method}",
@@ -88,7 +90,7 @@ def random_case(seed: int) -> tuple[StepCase, str, float]:
     lengths = [longest if equal else chosen.randrange(longest // 8, longest + 1) for _ in range(number - 1)]
     case = StepCase(
         name=f"seed-{seed}",
-        model=chosen.choice(MODELS),
+        model=model,
         rows=tuple((length, chosen.randrange(1, length)) for length in (*lengths, longest)),
         options=tuple(options),
         accumulation=accumulation,
