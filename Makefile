@@ -4,7 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo docs test test-gpu check bench clean
+REHEARSED := .venv-rehearsal
+ON_CARD := $(PYTHON) -m rehearsal.run
+
+.PHONY: install demo docs test test-gpu check bench rehearse rehearse-here rehearse-launches rehearsed-driver clean
 
 install: $(STAMP)
 
@@ -36,5 +39,29 @@ test-gpu: install
 bench: install
 	@for script in $$(grep -l __main__ benchmarks/*.py); do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
+# PyTorch's CUDA build over a stand-in for NVIDIA's driver, without a card (docs/rehearsal.md). The first time it installs
+# 6 GB. CASES=name,name and CARD=T4 rehearse a part. What was compared is kept when it is stopped.
+rehearse:
+	@if $(PYTHON) -m rehearsal.possible; then \
+	  $(MAKE) --no-print-directory $(REHEARSED)/.installed && \
+	  if $(REHEARSED)/bin/python -m rehearsal.possible --wheel; then $(MAKE) --no-print-directory rehearse-here; fi; fi
+
+rehearse-here: rehearsed-driver
+	$(ON_CARD) python -m rehearsal.compare $(if $(CASES),--cases $(CASES)) $(if $(CARD),--cards $(CARD))
+	$(REHEARSED)/bin/python -m rehearsal.table
+	$(if $(CASES)$(CARD),,FAKE_COPY_MAX=65536 $(ON_CARD) python -m pytest -m gpu tests/gpu -rs)
+
+rehearse-launches: $(REHEARSED)/.installed rehearsed-driver
+	$(MAKE) -C rehearsal/launches PYTHON=$(CURDIR)/$(REHEARSED)/bin/python
+	$(ON_CARD) python -m rehearsal.launches.count
+
+rehearsed-driver:
+	@$(MAKE) --no-print-directory -C rehearsal/driver PYTHON=$(CURDIR)/$(REHEARSED)/bin/python
+
+$(REHEARSED)/.installed: pyproject.toml setup.py constraints-rehearsal.txt
+	$(PYTHON) -m venv $(REHEARSED)
+	$(REHEARSED)/bin/python -m pip install --quiet --constraint constraints-rehearsal.txt --editable ".[dev]" liger-kernel
+	touch $(REHEARSED)/.installed
+
 clean:
-	rm -rf $(VENV) build dist demo site src/fitune/memory/*.so
+	rm -rf $(VENV) $(REHEARSED) rehearsal/driver/lib rehearsal/driver/generated build dist demo site src/fitune/memory/*.so

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import cpu_accuracy
+import fits
 import fitune
 import gpu_accuracy
 import trainer_accuracy
@@ -178,7 +179,7 @@ def render(rows: Sequence[Compared]) -> str:
         lines += [f"## {group}", "", *_predicted_lines(row for row in of_group if row.error_fraction is not None)]
         lines += _assumption_lines(row for row in of_group if row.error_fraction is not None)
         lines += _missing_lines(row for row in of_group if row.error_fraction is None)
-    lines += [*trainer_accuracy.section(), *cpu_accuracy.section(), *gpu_accuracy.section()]
+    lines += [*trainer_accuracy.section(), *cpu_accuracy.section(), *gpu_accuracy.section(), *fits.section()]
     return "\n".join(lines).rstrip() + "\n"
 
 

@@ -41,8 +41,9 @@ def left_alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def disturbed(left_alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The current directory: as `left_alone`, without the run that died. There is no prediction, which takes most of
-    the time of so small a run."""
+    the time of so small a run, and no waiting for room."""
     monkeypatch.setattr("fitune.train.prepare.choose_plan", None)
+    monkeypatch.setattr("fitune.train.loop.LAST_SAVE_SECONDS", 0.0)
     monkeypatch.setenv("FITUNE_CACHE", str(left_alone / "cache"))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tiny").symlink_to(left_alone / "tiny")

@@ -1,6 +1,7 @@
 """The configurations of other trainers become ours with the same meaning, and what could not be kept is said."""
 
 import json
+import re
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from fitune.cli.app import main
 from fitune.config import RunConfig, read_config
 from fitune.config.foreign_names import FOREIGN_KEYS
 from fitune.config.foreign_read import ForeignArguments, read_command, read_foreign
+from fitune.config.foreign_reasons import NOT_NEEDED, OTHER_TRAINING
+from fitune.config.foreign_tools import TOOLS
 from fitune.config.foreign_translate import ImportedConfig, translate
 from fitune.errors import ConfigError
 
@@ -254,8 +257,9 @@ def test_the_precision_follows_what_the_tool_does_with_the_weights(text: str, pr
 
 
 def test_a_value_that_means_what_is_done_here_is_not_listed(tmp_path: Path) -> None:
-    text = "model_name_or_path: m\ndataset_name: a.jsonl\ntruncation_mode: keep_start\nloss_type: dft\n"
-    assert [sentence.split()[1:] for sentence in imported(tmp_path, text).dropped] == [["loss_type:", "'dft'"]]
+    text = "model_name_or_path: m\ndataset_name: a.jsonl\ntruncation_mode: keep_start\nearly_stopping_patience: 3\n"
+    (sentence,) = imported(tmp_path, text).dropped
+    assert "early_stopping_patience: 3: a run goes to its end" in sentence
 
 
 def test_every_value_says_where_it_comes_from(tmp_path: Path) -> None:
@@ -263,7 +267,8 @@ def test_every_value_says_where_it_comes_from(tmp_path: Path) -> None:
     path = tmp_path / "other.yaml"
     comments = {line.split(":")[0].strip(): line.partition("  # ")[2] for line in lines if "  # " in line}
     assert comments["lr"] == f"{path}:21 learning_rate"
-    assert comments["alpha"] == "default of LLaMA-Factory"
+    assert comments["alpha"] == "default of LLaMA-Factory 0.9.5, hparams/finetuning_args.py: twice the rank"
+    assert comments["seed"] == "default of transformers 5.23, training_args.py"
     assert comments["effective"] == "per_device_train_batch_size 2 x gradient_accumulation_steps 8"
 
 
@@ -290,8 +295,11 @@ def test_what_means_something_else_is_said(text: str, words: list[str], tmp_path
 
 def test_what_has_no_counterpart_is_listed_apart_from_what_makes_no_difference(tmp_path: Path) -> None:
     found = imported(tmp_path, LLAMA_FACTORY)
-    assert [sentence.split()[-2:] for sentence in found.dropped] == [["neftune_noise_alpha:", "5"]]
-    assert set(found.not_needed) == {"do_train", "preprocessing_num_workers"}
+    (sentence,) = found.dropped
+    assert "neftune_noise_alpha: 5: no noise is added" in sentence
+    assert set(found.not_needed) == {
+        "stage", "do_train", "preprocessing_num_workers", "flash_attn", "eval_strategy", "dataset_dir",
+    }  # fmt: skip
     assert ["special_tokens" in sentence for sentence in imported(tmp_path, AXOLOTL).dropped] == [True]
 
 
@@ -299,6 +307,8 @@ def test_what_has_no_counterpart_is_listed_apart_from_what_makes_no_difference(t
     ("text", "sentence"),
     [
         ("a: 1\n", "is of no tool that is known here"),
+        ("cutoff_len: 8\nmax_samples: 3\nuse_peft: true\n", "could be of LLaMA-Factory .max_samples. or TRL .use_peft"),
+        ("model_name_or_path: m\nlearning_rate: 1\n", "say which with --from llama-factory or --from trl"),
         ("just text\n", "is of no tool that is known here"),
         ("model: {source: m}\ndata: {train: a}\n", "is fitune's own already"),
         ("stage: dpo\nmodel_name_or_path: m\n", "supervised fine-tuning alone"),
@@ -336,6 +346,7 @@ def test_a_command_that_cannot_be_carried_over_is_refused(words: str, sentence: 
 NAMES = st.sampled_from(
     [*FOREIGN_KEYS, "warmup_steps", "peft_config", "lr_scheduler_kwargs", "save_steps", "rl", "bf16"]
 )
+NAMED = sorted({*NOT_NEEDED, *OTHER_TRAINING, *(name for tool in TOOLS.values() for name in tool.keys)})
 SCALARS = st.sampled_from(
     [
         0,
@@ -357,13 +368,23 @@ SCALARS = st.sampled_from(
         [{}],
     ]
 )
-TOOLS = st.sampled_from(["LLaMA-Factory", "axolotl", "TRL", "transformers", "minimind"])
+TOOL_NAMES = st.sampled_from(list(TOOLS))
 
 
-@given(TOOLS, st.dictionaries(NAMES, SCALARS, max_size=6))
+@given(TOOL_NAMES, st.dictionaries(NAMES, SCALARS, max_size=6))
 def test_no_arguments_end_in_anything_but_faults(tool: Any, values: dict[str, Any]) -> None:
     with suppress(ConfigError):
         translate(ForeignArguments(tool, "f", values, dict.fromkeys(values, "f:1")), model="m", data="a")
+
+
+@given(TOOL_NAMES, st.dictionaries(st.sampled_from([*NAMED, "unheard_of"]), SCALARS, max_size=6))
+def test_no_argument_vanishes(tool: Any, values: dict[str, Any]) -> None:
+    """Each is the origin of a value, or named in one of the lists."""
+    values = {name: value for name, value in values.items() if not isinstance(value, dict)}
+    with suppress(ConfigError):
+        found = translate(ForeignArguments(tool, "f", values, dict.fromkeys(values, "f:1")), model="m", data="a")
+        told = " ".join([found.text, *found.differs, *found.dropped, *found.not_needed])
+        assert [name for name in values if not re.search(rf"\b{re.escape(name)}\b", told)] == []
 
 
 def test_the_command_writes_a_file_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

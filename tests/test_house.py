@@ -73,6 +73,11 @@ def test_the_commands_import_nothing_heavy_at_their_top(path: Path) -> None:
     assert not top & HEAVY
 
 
+@pytest.mark.parametrize("path", MODULES, ids=name)
+def test_what_measures_fitune_is_no_part_of_it(path: Path) -> None:
+    assert not {imported.split(".")[0] for imported in imports(path)} & {"rehearsal", "benchmarks"}
+
+
 def test_no_circles_between_modules() -> None:
     graph = {}
     for path in MODULES:
@@ -95,6 +100,16 @@ def test_no_circles_between_modules() -> None:
 
 @pytest.mark.parametrize("path", [p for p in MODULES if not name(p).startswith("cli/")], ids=name)
 def test_only_the_commands_print(path: Path) -> None:
+    calls = [node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    assert not [call.id for call in calls if isinstance(call, ast.Name) and call.id == "print"]
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in MODULES if name(p).startswith("cli/") and name(p) != "cli/output.py"], ids=name
+)
+def test_the_commands_show_text_by_way_of_output_alone(path: Path) -> None:
+    """Which makes text from outside printable: control characters in it never reach a terminal."""
+    assert not [imported for imported in imports(path) if imported.endswith(".Console")]
     calls = [node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
     assert not [call.id for call in calls if isinstance(call, ast.Name) and call.id == "print"]
 

@@ -1,10 +1,17 @@
 """What applying adapters imports, and what it leaves behind."""
 
+import copy
 import subprocess
 import sys
 from importlib.util import find_spec
 
 import pytest
+
+from fitune.config import LoraConfig
+from fitune.errors import ModelError
+from fitune.model.load import build_model
+from fitune.model.lora import apply_lora
+from tiny_models import TINY_LLAMA
 
 _ADAPT = """
 import sys, torch
@@ -38,3 +45,20 @@ def test_nor_for_a_checkpoint_or_an_export() -> None:
 )
 def test_bitsandbytes_is_not_imported_for_adapters_and_still_there(line: str, expected: str) -> None:
     assert _after(line) == expected
+
+
+@pytest.mark.parametrize(
+    ("target", "tied", "sentence"),
+    [
+        ("lm_head", True, "names lm_head, the head, whose weight is also the embedding's: choose from down_proj"),
+        ("lm_head", False, "names lm_head, the head, which gets no adapter here: choose from down_proj"),
+        ("embed_tokens", True, "names embed_tokens, of the kind Embedding and no linear layer: choose"),
+        ("c_attn", True, "names c_attn, which this model does not have: choose"),
+    ],
+)
+def test_a_target_without_adapters_is_refused_with_the_reason(target: str, tied: bool, sentence: str) -> None:
+    config = copy.deepcopy(TINY_LLAMA)
+    config.tie_word_embeddings = tied
+    model = build_model(config, seed=0)
+    with pytest.raises(ModelError, match=sentence):
+        apply_lora(model, LoraConfig(targets=(target, "q_proj")))

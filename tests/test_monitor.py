@@ -116,7 +116,7 @@ def test_a_sampler_that_breaks_does_not_end_the_run(
     def full(*_: object, **__: object) -> NoReturn:
         raise RunDirectoryError("no space left")
 
-    monkeypatch.setattr("fitune.train.monitor.append_line", full)
+    monkeypatch.setattr("fitune.train.monitor.PatientFiles.append", full)
     said: list[str] = []
     with run_monitor(*monitored, tell=said.append) as monitor:
         monitor.step(step_metrics(1), progress=0.1)
@@ -182,7 +182,7 @@ def test_a_file_for_prometheus_that_cannot_be_written_is_said_once(
     with run_monitor(config, setup, run, tell=said.append) as monitor:
         monitor.sample()
         monitor.sample()
-    assert said == ["warning: run.prometheus nowhere/fitune.prom cannot be written: no more is tried"]
+    assert said == ["warning: run.prometheus nowhere/fitune.prom cannot be written: it is tried again every 0 s"]
 
 
 def test_a_disk_that_does_not_answer_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,16 @@ Epoch:[1/2](100/1000), loss: 2.5121, logits_loss: 2.5121, aux_loss: 0.0000, lr: 
 Epoch:[2/2](100/1000), loss: nan, logits_loss: nan, aux_loss: 0.0000, lr: 1.2e-06, epoch_time: 3.0min
 """
 MINIMIND_BEFORE = "Epoch:[1/6](100/24681) loss:7.512 lr:0.000498751275 epoch_Time:40.0min:\n"
+RUNS = Path(__file__).parent / "foreign" / "runs"
+PRINTED = """\
+  Num examples = 1,000
+  Num Epochs = 1
+  Total train batch size (w. parallel, distributed & accumulation) = 8
+  Total optimization steps = 50
+{'loss': 2.9, 'grad_norm': 1.2, 'learning_rate': 5e-05, 'num_tokens': 512.0, 'epoch': 0.16}
+{'loss': nan, 'grad_norm': nan, 'learning_rate': 5e-05, 'num_tokens': 1024.0, 'epoch': 0.32}
+{'train_runtime': 3.1, 'train_loss': 2.9, 'epoch': 0.32}
+"""
 LLAMA_FACTORY = [
     {"current_steps": 5, "total_steps": 10, "loss": 2.5, "lr": 5e-5, "epoch": 0.5, "percentage": 50.0,
      "elapsed_time": "0:00:12", "remaining_time": "0:00:12", "throughput": 1234.5, "total_tokens": 14814,
@@ -77,6 +88,83 @@ def test_a_log_without_tokens_is_taken_at_its_end_and_that_is_said(tmp_path: Pat
     found = compare([write_run(tmp_path, "ours", Recipe()), tmp_path / "train.log"])
     assert found.rows[1].train_loss == pytest.approx(2.1)
     assert "no comparison at equal tokens" in " ".join(found.notes)
+
+
+def test_zero_tokens_are_not_counted() -> None:
+    run = read_one(RUNS / "zero")
+    assert list(run.train["loss"])[:2] == [2.4, 2.3]
+    assert all(math.isnan(value) for name in ("total_tokens", "tokens_per_second") for value in run.train[name])
+    found = compare([RUNS / "zero", RUNS / "mm" / "now.log"])
+    assert found.tokens is None
+    assert found.rows[0].train_loss == pytest.approx(1.6)
+    assert "zero, mm: tokens were not counted" in " ".join(found.notes)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_run_that_diverged_never_wins_and_is_told(order: int) -> None:
+    found = compare([RUNS / "nan", RUNS / "mm" / "now.log"][::order])
+    rows = {row.name: row for row in found.rows}
+    assert (rows["nan"].train_loss, rows["nan"].on_front, rows["mm"].on_front) == (None, False, True)
+    assert "nan diverged: from step 6 on its loss is not a number" in " ".join(found.notes)
+
+
+def test_a_run_that_does_not_count_tokens_leaves_the_place_of_the_others(tmp_path: Path) -> None:
+    ours = write_run(tmp_path, "ours", Recipe())
+    places = {compare(runs).tokens for runs in ([ours, RUNS / "zero"], [RUNS / "zero", ours])}
+    assert len(places) == 1
+    assert places != {None}
+
+
+def test_what_transformers_prints_is_read() -> None:
+    run = read_one(RUNS / "hfprint" / "nohup.out")
+    assert (run.name, run.origin) == ("hfprint", "transformers")
+    assert list(run.train["step"]) == list(range(10, 101, 10))
+    assert (run.train["loss"][0], run.train["loss"][-1], run.train["lr"][0]) == (2.9, 2.0, 5e-5)
+    assert (run.evals["step"][0], run.evals["eval_loss"][0]) == (100, 2.1)
+
+
+def test_steps_that_transformers_prints_as_epochs_are_of_the_rows_and_the_batch(tmp_path: Path) -> None:
+    (tmp_path / "out.txt").write_text(PRINTED)
+    run = read_one(tmp_path / "out.txt")
+    assert list(run.train["step"]) == [20, 40]
+    assert list(run.train["total_tokens"]) == [512, 1024]
+    assert math.isnan(run.train["loss"][1])
+
+
+def test_printed_lines_without_a_beginning_are_counted_and_that_is_said(tmp_path: Path) -> None:
+    (tmp_path / "out.txt").write_text("\n".join(PRINTED.splitlines()[4:]))
+    run = read_one(tmp_path / "out.txt")
+    assert list(run.train["step"]) == [1, 2]
+    assert "each line counts as one" in run.notes[0]
+
+
+def test_what_a_restart_logged_again_takes_the_place_of_what_stood_there() -> None:
+    run = read_one(RUNS / "restart")
+    assert list(run.train["step"])[:3] == [10, 20, 30]
+    assert run.train["loss"][0] == 1.95
+    assert "logged again from step 10 on" in run.notes[0]
+
+
+def test_a_restart_that_has_not_come_as_far_leaves_nothing_of_the_first_behind(tmp_path: Path) -> None:
+    steps = [(10, 3.0), (20, 2.5), (30, 2.0), (20, 2.4)]
+    lines = [json.dumps({"current_steps": step, "loss": loss}) for step, loss in steps]
+    (tmp_path / "trainer_log.jsonl").write_text("\n".join(lines))
+    assert list(read_one(tmp_path).train["loss"]) == [3.0, 2.4]
+
+
+def test_checkpoints_are_ordered_by_step_and_not_by_the_time_of_the_file(tmp_path: Path) -> None:
+    for step, age in ((10, 0), (9, 100), (100, 50)):
+        path = tmp_path / f"checkpoint-{step}" / "trainer_state.json"
+        path.parent.mkdir()
+        path.write_text(json.dumps({"global_step": step, "log_history": [{"step": step, "loss": 1.0}]}))
+        os.utime(path, (age, age))
+    assert list(read_one(tmp_path).train["step"]) == [100]
+
+
+@pytest.mark.parametrize(("log", "loss"), [("agent.log", 0.95), ("now.log", 2.9), ("old.log", 2.9)])
+def test_all_spellings_of_minimind_are_read(log: str, loss: float) -> None:
+    run = read_one(RUNS / "mm" / log)
+    assert (run.train["loss"][0], len(run.train["lr"])) == (loss, 10)
 
 
 @pytest.mark.parametrize(

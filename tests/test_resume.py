@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 from disturbed_run import (
     RUN,
@@ -30,15 +31,18 @@ from disturbed_run import (
     train_until,
     weights,
 )
+from faults import failing_call
+from fitune.cli.app import main as cli_main
 from fitune.cli.progress import TrainingProgress
 from fitune.config import read_config
+from fitune.errors import OutOfMemoryError
 from fitune.model.device import MemoryPeak
 from fitune.model.tensor_file import write_tensors
 from fitune.run.directory import RunDirectory, create_run, read_run, working_on
 from fitune.run.journal import CHAIN_START, StepRecord, append_step, read_journal
 from fitune.run.metrics import StepMetrics, read_events, read_metrics, read_summary
 from fitune.train import checkpoint as checkpoint_module
-from fitune.train.checkpoint import newest_checkpoint
+from fitune.train.checkpoint import NUM_KEPT, newest_checkpoint
 from fitune.train.state import RunState
 from tiny_models import TINY_QWEN3
 from tiny_run import save_tiny_model
@@ -125,6 +129,47 @@ def test_a_second_control_c_ends_at_once_and_is_no_failure(monkeypatch: pytest.M
         "interrupted at once, without saving"
     ]
     assert newest_step() == 4
+
+
+@pytest.mark.parametrize("step", [3, 4, 6])
+@pytest.mark.parametrize("every", [(), ("train.eval_every=1", "train.save_every=3")], ids=["some", "each"])
+def test_an_evaluation_that_is_due_when_a_run_is_stopped_is_made_when_it_goes_on(
+    step: int, every: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if every:
+        train("sft.yaml", "run.name=undisturbed", "--overwrite", *every)
+    with monkeypatch.context() as patched:
+        interrupt_at(step, 1, patched)
+        train("sft.yaml", *every, exit_code=130)
+    train("--resume", "runs/run")
+    assert_same()
+
+
+def test_a_run_that_stops_after_each_step_has_the_evaluations_of_one_that_does_not() -> None:
+    train("sft.yaml", "train.stop_after=0.001s")
+    for _ in range(STEPS - 1):
+        train("--resume", "runs/run")
+    assert_same()
+
+
+@pytest.mark.parametrize("call", [1, 3])
+def test_an_evaluation_that_found_no_memory_is_made_when_the_run_goes_on(call: int) -> None:
+    """The second evaluation of four, and the one after the last step."""
+    with failing_call("fitune.train.guard.Guard.evaluate", call, error=lambda: OutOfMemoryError("no memory")):
+        train("sft.yaml", exit_code=4)
+    train("--resume", "runs/run")
+    assert_same()
+
+
+def test_weights_that_are_the_best_of_a_resumed_run_survive_a_death_right_after(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with monkeypatch.context() as patched:
+        interrupt_at(3, 1, patched)
+        train("sft.yaml", exit_code=130)
+    train_until(4, "--resume", "runs/run", monkeypatch=monkeypatch)
+    train("--resume", "runs/run")
+    assert_same()
 
 
 def test_a_signal_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -314,10 +359,43 @@ def test_the_last_two_checkpoints_and_the_best_one_are_kept() -> None:
     ]
 
 
-def test_last_and_best_are_no_second_copy() -> None:
+def test_large_weights_in_last_and_best_are_no_second_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fitune.model.save.LINKED_BYTES", 4096)
     train("sft.yaml")
     inodes = {(directory / "model.safetensors").stat().st_ino for directory in (RUN.last, RUN.best)}
     assert inodes == {(RUN.checkpoints / f"step-{STEPS:08d}/model/model.safetensors").stat().st_ino}
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
+def test_a_small_file_in_last_may_be_edited_without_harm_to_the_checkpoint(name: str) -> None:
+    train("sft.yaml")
+    for directory in (RUN.last, RUN.best):
+        with (directory / name).open("ab") as file:
+            file.write(b" ")
+    found, faults = newest_checkpoint(RUN)
+    assert found is not None
+    assert (found.state.step, faults) == (STEPS, [])
+
+
+def test_a_tokenizer_with_several_chat_templates_is_saved_and_the_run_goes_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    place = Path("several")
+    shutil.copytree("tiny", place)
+    templates = place / "additional_chat_templates"
+    templates.mkdir()
+    (templates / "tool_use.jinja").write_text("{{ messages }}")
+    several = ("sft.yaml", "model.source=several")
+    train(*several, "run.name=undisturbed", "--overwrite")
+    train_until(5, *several, monkeypatch=monkeypatch)
+    train("--resume", "runs/run")
+    assert_same()
+    assert [event.kind for event in read_events(RUN.events)] == ["resume"]
+    for saved in (RUN.last, RUN.best):
+        assert AutoTokenizer.from_pretrained(saved).chat_template.keys() == {"default", "tool_use"}
+    assert len(list(RUN.checkpoints.iterdir())) <= NUM_KEPT + 1
+    assert cli_main(["export", str(RUN.path), "--to", "hf", "-o", "exported"]) == 0
+    assert (Path("exported") / templates.name / "tool_use.jinja").exists()
 
 
 def test_weights_have_the_mode_of_other_files() -> None:

@@ -28,6 +28,12 @@ if TYPE_CHECKING:
     from fitune.run.metrics import Summary
 
 __version__ = "0.1.0"
+__all__ = ["SafeStep", "__version__", "compare", "plan", "predict", "predict_loop", "predict_trainer", "train"]
+
+
+def __dir__() -> list[str]:
+    """What there is to call; the packages of the house are found by their own names."""
+    return __all__
 
 
 def _train(
@@ -120,13 +126,15 @@ def predict_loop(
     with collections_paused():
         from fitune.memory.devices import cpu_device, find_device, this_machine
         from fitune.memory.prediction import PredictSettings, either_routing, predict
-        from fitune.trace.cuda_behaviour import CudaTarget
+        from fitune.trace.cuda_target import CudaTarget
         from fitune.trace.fake import RecordSettings, record_loop
 
     device = find_device(gpu) if gpu is not None else next(iter(this_machine()), cpu_device())
     target = None
     if device.kind == "cuda":
-        target = CudaTarget(device.compute_capability or (8, 0), attention, device.name, device.total_bytes)
+        target = CudaTarget(
+            device.compute_capability or (8, 0), attention, device.name, device.total_bytes, device.multiprocessors
+        )
 
     def on_card(model: "torch.nn.Module", stand_in: "torch.device") -> Callable[[], Any]:
         return loop(model, stand_in if target is None else type(stand_in)("cuda"))

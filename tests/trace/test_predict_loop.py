@@ -23,7 +23,7 @@ from fitune.model.presets import llama_config
 from fitune.step.loss import LossSettings
 from fitune.step.optimizer import build_optimizer
 from fitune.step.train_step import StepSettings, train_step
-from fitune.trace.cuda_behaviour import CudaTarget
+from fitune.trace.cuda_target import CudaTarget
 from fitune.trace.events import ROUTED
 from fitune.trace.fake import Build, RecordSettings, record_loop
 from fitune.units import MIB

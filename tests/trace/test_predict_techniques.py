@@ -9,7 +9,7 @@ from fitune.config import RunConfig, read_config
 from fitune.errors import ConfigError
 from fitune.memory.timeline import Peak, timeline
 from fitune.plan.cost import ADAMW_OP, hosted, work_of
-from fitune.trace.cuda_behaviour import CudaTarget
+from fitune.trace.cuda_target import CudaTarget
 from fitune.trace.events import ON_HOST, TRANSFER
 from fitune.trace.step import Pass, RecordedStep, longest_rows, record_step
 from tiny_models import TINY

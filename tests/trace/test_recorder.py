@@ -9,7 +9,7 @@ from tiny_loops import AMPERE, births
 from torch import nn
 
 from fitune.errors import UsageError
-from fitune.trace.cuda_behaviour import CudaTarget
+from fitune.trace.cuda_target import CudaTarget
 from fitune.trace.events import MemoryEvent, MemoryTrace
 from fitune.trace.fake import Loop, RecordSettings, record_loop
 

@@ -12,7 +12,7 @@ import pytest
 import fitune.trace.recordings as recordings_room
 from fitune.config import RunConfig, read_config
 from fitune.model.layers import EqualLayers, find_layers
-from fitune.trace.cuda_behaviour import CudaTarget
+from fitune.trace.cuda_target import CudaTarget
 from fitune.trace.recordings import Recordings
 from fitune.trace.step import ColumnsOfStep, Pass, RecordedStep, longest_rows, record_step, steady_passes
 from tiny_models import TINY, TINY_DBRX

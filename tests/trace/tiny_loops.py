@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fitune.trace.cuda_behaviour import CudaTarget
+from fitune.trace.cuda_target import CudaTarget
 from fitune.trace.events import MemoryEvent
 from fitune.trace.fake import Loop, RecordSettings, record_loop
 
-AMPERE = CudaTarget((8, 0))
-HOPPER = CudaTarget((9, 0))
+AMPERE = CudaTarget((8, 0), torch_version=(2, 14))
+HOPPER = CudaTarget((9, 0), torch_version=(2, 14))
 
 
 class Scale(nn.Module):

@@ -6,13 +6,16 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
+from fitune.cli.arguments import run_path
 from fitune.cli.compare import Runs
-from fitune.cli.output import Format, console, print_json, table
+from fitune.cli.output import Format, console, print_json, print_text, table
 from fitune.language import say
 
 
 def advise(
-    run: Annotated[Path, Parameter(name="RUN", help="the run to advise on, or a report with it first")],
+    run: Annotated[
+        Path, Parameter(name="RUN", help="the run to advise on, its directory or name, or a report with it first")
+    ],
     *beside: Runs,
     output_format: Format = "auto",
 ) -> None:
@@ -21,14 +24,14 @@ def advise(
     from fitune.report.advice import advise as find_advice
     from fitune.report.compare import compare
 
-    comparison = compare((run, *beside))
+    comparison = compare([run_path(each) for each in (run, *beside)])
     found = find_advice(comparison.rows[0].run, comparison)
     if output_format == "json":
         print_json({"run": comparison.rows[0].name, "advice": [asdict(each) for each in found]})
         return
     if output_format == "quiet":
         for each in found:
-            print(each.command)
+            print_text(each.command)
         return
     screen = console(output_format)
     if not found:
@@ -40,6 +43,6 @@ def advise(
     ]
     screen.print(table(heads, rows))
     for index, each in enumerate(found, start=1):
-        screen.print(f"{index}  {each.evidence}", markup=False, soft_wrap=True)
+        screen.print(f"{index}  {each.evidence}", soft_wrap=True)
         if each.command:
-            screen.print(f"   {each.command}", markup=False, soft_wrap=True)
+            screen.print(f"   {each.command}", soft_wrap=True)

@@ -1,7 +1,6 @@
 """`fitune check`: what the data is, before anything is trained on it."""
 
 import io
-import json
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, replace
@@ -10,16 +9,16 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 from cyclopts.validators import Number
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from tqdm import tqdm
 
 from fitune.cli.arguments import ConfigArguments, ConfigFlags, read_arguments
-from fitune.cli.output import Format, console
+from fitune.cli.output import Format, Screen, console
 from fitune.config import DataConfig
 from fitune.data.examples import Examples, load_examples
 from fitune.data.report import DataReport, SplitReport, grouped
+from fitune.language.printable import json_text
 from fitune.units import format_count
 
 _MASKED = {"assistant": "assistant turns only", "last": "the last assistant turn only", "all": "every token"}
@@ -54,7 +53,7 @@ def check(
         colour=screen.is_terminal and not screen.no_color,
     )
     if output_format != "quiet":
-        print(text, end="" if text.endswith("\n") else "\n")
+        screen.file.write(text if text.endswith("\n") else f"{text}\n")
 
 
 def report_on(
@@ -79,35 +78,34 @@ def report_on(
     report = examples.report
     if output_format == "json":
         content = {"schema": 1, **asdict(report), "supervised_fraction": report.supervised_fraction}
-        return json.dumps({**content, "data_hash": examples.data_hash}, ensure_ascii=False, indent=2)
-    screen = Console(
+        return json_text({**content, "data_hash": examples.data_hash}, indent=2)
+    screen = Screen(
         file=io.StringIO(),
         width=width,
-        highlight=False,
         force_terminal=colour,
         color_system="standard" if colour else None,
     )
     for source in report.sources:
         formats = ", ".join(source.formats) or "n/a"
-        screen.print(f"data     {source.path}: {formats}, {source.num_rows:,} rows", markup=False)
+        screen.print(f"data     {source.path}: {formats}, {source.num_rows:,} rows")
     date = "" if report.date is None else f", which writes the date {report.date}"
-    screen.print(f"format   as messages through {report.template}{date}", markup=False)
+    screen.print(f"format   as messages through {report.template}{date}")
     found = "" if data.mask == "all" else f" (found by {report.mask})"
     share = f"{report.supervised_fraction:.1%} of tokens carry loss"
-    screen.print(f"loss     {_MASKED[data.mask]} · {share}{found}", markup=False)
+    screen.print(f"loss     {_MASKED[data.mask]} · {share}{found}")
     for sentence in _learned(examples, tokenizer, width=width):
-        screen.print(sentence, markup=False)
+        screen.print(sentence)
     screen.print(_split_table(report))
     for sentence in _warnings(report):
-        screen.print(f"! {sentence}", markup=False)
+        screen.print(f"! {sentence}")
     for title, rows, count in (
         ("bad rows, not used", report.bad_rows, report.num_bad_rows),
         ("rows dropped", report.dropped_rows, report.train.num_untrainable_rows + report.eval.num_untrainable_rows),
     ):
         if rows:
-            screen.print(f"{title}: {count:,}; the first ones", markup=False)
+            screen.print(f"{title}: {count:,}; the first ones")
             for sentence in grouped(rows):
-                screen.print(f"  {sentence}", markup=False)
+                screen.print(f"  {sentence}")
     for index in range(min(show, len(examples))):
         screen.print(_shown(examples, index, tokenizer, colour=colour))
     return screen.file.getvalue()  # type: ignore[attr-defined, no-any-return]

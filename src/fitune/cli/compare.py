@@ -4,10 +4,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
-from rich.console import Console
 
-from fitune.cli.output import console, print_json, table
+from fitune.cli.arguments import run_path
+from fitune.cli.output import Screen, console, print_json, print_text, table
 from fitune.errors import UsageError
+from fitune.language.printable import printable_line
 
 if TYPE_CHECKING:
     from fitune.report.compare import Comparison
@@ -16,7 +17,7 @@ Runs = Annotated[
     Path,
     Parameter(
         name="RUN",
-        help="a run directory, a directory of runs, a report of fitune, or what another trainer left: "
+        help="a run's directory or name, a directory of runs, a report of fitune, or what another trainer left: "
         "trainer_state.json, trainer_log.jsonl, TensorBoard events, a log of minimind",
     ),
 ]
@@ -40,23 +41,23 @@ def compare(
 
     if not runs:
         raise UsageError("give the runs to compare, the first being what the others are compared with")
-    comparison = compare_runs(runs, tokens=None if at is None else _tokens(at))
+    comparison = compare_runs([run_path(run) for run in runs], tokens=None if at is None else _tokens(at))
     chosen = "json" if json else "csv" if csv else "md" if md else output_format
     if chosen == "json":
         print_json(tables.comparison_json(comparison))
     elif chosen == "csv":
-        print(tables.csv_text(comparison), end="")
+        print_text(tables.csv_text(comparison), end="")
     elif chosen == "md":
-        print(tables.markdown(comparison), end="")
+        print_text(tables.markdown(comparison), end="")
     elif chosen == "quiet":
         for row in comparison.rows:
             if row.on_front:
-                print(row.name)
+                print_text(printable_line(row.name))
     else:
         show_comparison(comparison, console(chosen))
 
 
-def show_comparison(comparison: "Comparison", screen: Console) -> None:
+def show_comparison(comparison: "Comparison", screen: Screen) -> None:
     from fitune.report import tables
     from fitune.report.verdicts import verdicts
 
@@ -64,16 +65,16 @@ def show_comparison(comparison: "Comparison", screen: Console) -> None:
     rows = [tables.cells(row) for row in comparison.rows]
     without = {tables.TRAIN_COLUMN} if all(row.eval_loss is not None for row in comparison.rows) else set()
     used = [index for index in range(len(heads)) if index not in without and _says_something(rows, index)]
-    screen.print(tables.heading(comparison), markup=False)
+    screen.print(tables.heading(comparison))
     screen.print(table([heads[index] for index in used], [[row[index] for index in used] for row in rows]))
     if len(rows) > 1:
-        screen.print(tables.legend(), markup=False)
+        screen.print(tables.legend())
     differing = tables.differing_rows(comparison)
     if differing:
         screen.print()
         screen.print(table(["", *(row.name for row in comparison.rows)], differing))
     for sentence in (*verdicts(comparison), *comparison.notes):
-        screen.print(f"· {sentence}", markup=False)
+        screen.print(f"· {sentence}")
 
 
 def _says_something(rows: list[list[str]], index: int) -> bool:

@@ -1,18 +1,17 @@
 """`fitune config`: about configuration files."""
 
-import json
-import sys
 from pathlib import Path
 from typing import Annotated
 
 from cyclopts import App, Parameter
 from cyclopts.validators import Number
 
-from fitune.cli.output import make_directory, output_file
+from fitune.cli.output import make_directory, output_file, print_aside, print_text
 from fitune.config import json_schema
-from fitune.config.foreign_read import read_command, read_foreign
+from fitune.config.foreign_read import FROM_NAMES, read_command, read_foreign
 from fitune.config.foreign_translate import ImportedConfig, translate
 from fitune.errors import UsageError
+from fitune.language.printable import json_text
 from fitune.run.directory import write_atomically
 
 app = App(name="config")
@@ -25,7 +24,7 @@ def schema() -> None:
     In VS Code and others with the YAML language server: save it as fitune.schema.json and start the file with
     `# yaml-language-server: $schema=fitune.schema.json`.
     """
-    print(json.dumps(json_schema(), indent=2, ensure_ascii=False))
+    print_text(json_text(json_schema(), indent=2))
 
 
 @app.command(
@@ -36,24 +35,30 @@ def import_(
     output: Annotated[str | None, Parameter(name=("--output", "-o"), help="where to; must not exist yet")] = None,
     model: Annotated[str | None, Parameter(help="in place of the model that it names")] = None,
     data: Annotated[str | None, Parameter(help="in place of the data that it names")] = None,
+    from_: Annotated[
+        str | None, Parameter(name="--from", help=f"whose it is, where two could be meant: {', '.join(FROM_NAMES)}")
+    ] = None,
     devices: Annotated[
         int | None, Parameter(validator=Number(gte=1), help="how many GPUs trained together, where it does not tell")
     ] = None,
 ) -> None:
-    """Another trainer's configuration as fitune's: LLaMA-Factory, axolotl, TRL, transformers, minimind.
+    """Another trainer's configuration as fitune's: LLaMA-Factory, ms-swift, axolotl, TRL, transformers, minimind.
 
-    The YAML says where each value comes from. What means something else here, and what has no counterpart, is listed
-    on stderr.
+    The YAML says where each value comes from. What means something else here, what has no counterpart and what makes no
+    difference is listed on stderr, so that nothing vanishes.
     """
     if not words:
         raise UsageError("nothing to import: give a file, or after -- the command that starts the training")
     path = None if output is None else output_file(output, example="sft.yaml")
     if path is not None and path.exists():
         raise UsageError(f"{output} exists: give another place with -o, or remove it yourself")
-    arguments = read_foreign(Path(words[0])) if len(words) == 1 else read_command(words)
+    if from_ is not None and from_ not in FROM_NAMES:
+        raise UsageError(f"--from {from_}: give one of {', '.join(FROM_NAMES)}")
+    tool = None if from_ is None else FROM_NAMES[from_]
+    arguments = read_foreign(Path(words[0]), tool=tool) if len(words) == 1 else read_command(words, tool=tool)
     imported = translate(arguments, devices=devices, model=model, data=data)
     if path is None:
-        print(imported.text, end="")
+        print_text(imported.text, end="")
     else:
         make_directory(path.parent, flag="-o")
         write_atomically(path, imported.text, place="-o")
@@ -61,11 +66,15 @@ def import_(
 
 
 def _tell(imported: ImportedConfig, source: str) -> None:
-    print(f"{source} is of {imported.tool}", file=sys.stderr)
+    print_aside(f"{source} is of {imported.tool}")
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in imported.not_needed.items():
+        by_reason.setdefault(reason, []).append(name)
     for heading, sentences in (
         ("means something else here:", imported.differs),
         ("has no counterpart here, and is left out:", imported.dropped),
-        ("makes no difference, and is left out:", [", ".join(imported.not_needed)] if imported.not_needed else []),
+        ("makes no difference here:", [f"{', '.join(names)}: {reason}" for reason, names in by_reason.items()]),
     ):
         if sentences:
-            print(heading, *(f"  {sentence}" for sentence in sentences), sep="\n", file=sys.stderr)
+            for line in (heading, *(f"  {sentence}" for sentence in sentences)):
+                print_aside(line)

@@ -8,9 +8,8 @@ from typing import Annotated, Any
 
 import psutil
 from cyclopts import Parameter
-from rich.console import Console
 
-from fitune.cli.output import Format, console, print_json
+from fitune.cli.output import Format, Screen, console, print_json, print_text
 from fitune.memory.environment import environment, find_tcmalloc
 from fitune.memory.nvml import CardProcess, CardState, read_cards
 from fitune.units import GIB, format_bytes
@@ -31,12 +30,12 @@ def env(
     if output_format == "json":
         print_json(machine)
     elif output_format == "quiet":
-        print(max((card["free_bytes"] or 0 for card in machine["cards"]), default=machine["host"]["free_bytes"]))
+        print_text(max((card["free_bytes"] or 0 for card in machine["cards"]), default=machine["host"]["free_bytes"]))
     else:
         _print(machine, console(output_format))
 
 
-def _print(machine: Mapping[str, Any], screen: Console) -> None:
+def _print(machine: Mapping[str, Any], screen: Screen) -> None:
     for title, lines in _sections(machine):
         for number, line in enumerate(lines):
             screen.print(f"{title if number == 0 else '':<10}{line}", soft_wrap=True)
@@ -46,7 +45,10 @@ def _sections(machine: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
     for index, card in enumerate(machine["cards"]):
         yield f"GPU {index}", _card_lines(card, machine["driver"])
     if not machine["cards"]:
-        yield "GPU", ["none that NVML can see: runs use the processor; memory.gpu names a card to plan for"]
+        yield (
+            "GPU",
+            ["none that NVML or CUDA sees: runs use the processor; memory.gpu names a card to plan for"],
+        )
     cpu, host = machine["cpu"], machine["host"]
     yield "CPU", [f"{cpu['name'] or 'n/a'} · {cpu['num_cores'] or 'n/a'} cores, {cpu['num_usable'] or 'n/a'} usable"]
     limited = host["total_bytes"] < host["installed_bytes"]

@@ -6,22 +6,26 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from fitune.cli.output import make_directory
+from fitune.cli.arguments import run_path
+from fitune.cli.output import make_directory, print_text
 from fitune.config import ModelConfig, read_config
 from fitune.errors import RunDirectoryError
-from fitune.run.directory import RunDirectory, open_run
+from fitune.run.directory import RunDirectory, check_files, open_run
 
 
 def export(
-    run: Annotated[Path, Parameter(help="the directory of a run")],
+    run: Annotated[Path, Parameter(help="a run's directory or name")],
     *,
-    to: Annotated[Literal["hf", "minimind"], Parameter(help="hf: a whole transformers directory; minimind: a .pth")],
+    to: Annotated[
+        Literal["hf", "minimind", "pth"], Parameter(help="hf: a whole transformers directory; minimind, or pth: a .pth")
+    ],
     output: Annotated[Path | None, Parameter(name=("--output", "-o"), help="where to; must not exist yet")] = None,
     weights: Annotated[Literal["best", "last"] | None, Parameter(help="best where there is one, else last")] = None,
     exact: Annotated[bool, Parameter(help="keep the number format (minimind: float16 is usual)")] = False,
 ) -> None:
     """Write a run's weights as a transformers directory with adapters merged, or as minimind's .pth."""
-    opened = open_run(run)
+    opened = open_run(run_path(run))
+    check_files(opened, deep=True)
     source = opened.path / (weights or ("best" if opened.best.is_dir() else "last"))
     if not source.is_dir():
         raise RunDirectoryError(f"{opened.path} has no {source.name}/ yet: let the run save once")
@@ -38,7 +42,7 @@ def export(
         export_minimind(model, target, dtype=None)
     else:
         export_minimind(model, target)
-    print(target)
+    print_text(target)
 
 
 def _ends(run: RunDirectory) -> list[str]:
@@ -53,12 +57,20 @@ def _load(run: RunDirectory, weights: Path) -> tuple[Any, Any]:
     """(model, tokenizer) of saved weights; adapters stand on the base model that the run was configured with."""
     import torch
 
+    from fitune.model.adapted_model import check_adapted, read_adapted
     from fitune.model.load import load_model, load_tokenizer
     from fitune.model.lora import load_adapters
 
     base = read_config(run.config).config.model
     cpu = torch.device("cpu")
-    if (weights / "adapter_config.json").is_file():
-        return load_adapters(load_model(base.model_copy(update={"method": "full"}), cpu), weights), load_tokenizer(base)
-    saved = ModelConfig(source=str(weights), trust_remote_code=base.trust_remote_code)
-    return load_model(saved, cpu), load_tokenizer(saved)
+    if not (weights / "adapter_config.json").is_file():
+        saved = ModelConfig(source=str(weights), trust_remote_code=base.trust_remote_code)
+        return load_model(saved, cpu), load_tokenizer(saved)
+    adapted = read_adapted(weights)
+    if Path(adapted.source).is_absolute() and not Path(adapted.source).exists():
+        raise RunDirectoryError(f"{adapted.source}, which {weights} adapts, is no longer there: put it back")
+    plain = base.model_copy(update={"source": adapted.source, "method": "full"})
+    model = load_model(plain, cpu, seed=adapted.seed)
+    check_adapted(adapted, model, adapters=weights)
+    tokenizer = load_tokenizer(plain.model_copy(update={"tokenizer": str(weights)}))
+    return load_adapters(model, weights), tokenizer

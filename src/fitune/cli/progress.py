@@ -3,10 +3,10 @@
 import time
 from collections import deque
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
 from fitune.cli.notebook import NotebookProgress, in_notebook
+from fitune.cli.output import Screen
 from fitune.run.directory import RunDirectory
 from fitune.run.metrics import EvalMetrics, StepMetrics
 from fitune.units import format_bytes, format_seconds
@@ -20,7 +20,7 @@ class TrainingProgress:
     they are right after a resume."""
 
     def __init__(self, *, quiet: bool) -> None:
-        self._console = Console(stderr=True, quiet=quiet, highlight=False)
+        self._console = Screen(stderr=True, quiet=quiet)
         self._recent: deque[tuple[float, int, float]] = deque(maxlen=RATE_STEPS)
         self._last_line = 0.0
         self._bar = Progress(
@@ -42,7 +42,7 @@ class TrainingProgress:
 
     def note(self, text: str) -> None:
         """One line that stays: what is being done, a warning, an event."""
-        self._bar.console.print(text, soft_wrap=True, markup=False)
+        self._bar.console.print(text, soft_wrap=True)
 
     def begin(self, run: RunDirectory) -> None:
         """The run has its directory, and what follows is part of it."""
@@ -88,7 +88,7 @@ class TrainingProgress:
             parts.append(f"{rate:,.0f} tok/s")
         peak = metrics.peak_reserved_bytes or metrics.device_used_bytes
         if peak is not None:
-            parts.append(format_bytes(peak))
+            parts.append(f"peak {format_bytes(peak)}")
         parts.append(f"left {format_seconds(left)}")
         return " | ".join(parts)
 

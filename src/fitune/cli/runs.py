@@ -6,9 +6,10 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from fitune.cli.output import Format, console, print_json, table, warn
+from fitune.cli.output import Format, console, print_json, print_text, table, warn
 from fitune.cli.watch_screen import progress_fraction, seconds_left
-from fitune.run.directory import RunRecord, list_runs
+from fitune.language.printable import printable_line
+from fitune.run.directory import BEGIN_ONE, RunRecord, list_runs
 from fitune.run.follow import RunFollower, RunView
 from fitune.run.metrics import Summary, summary_json
 from fitune.units import format_count, format_gib, format_seconds
@@ -36,9 +37,9 @@ def runs(
         print_json({"runs": [_json(record) for record in records]})
     elif output_format == "quiet":
         for record in records:
-            print(record.run.name)
+            print_text(printable_line(record.run.name))
     elif not records:
-        warn(f"there are no runs in {directory}")
+        warn(f"there are no runs in {directory}: {BEGIN_ONE}")
     else:
         columns = ("run", "state", ">steps", ">train", ">eval", ">peak GiB", ">tok/s", ">time")
         grid = table(columns, [_row(record) for record in records])
@@ -59,7 +60,7 @@ def _row(record: RunRecord) -> tuple[str, ...]:
         if view.steps:
             return _unsaved_row(view, summary)
     return (
-        record.run.name,
+        printable_line(record.run.name),
         record.state,
         f"{summary.steps:,}" if record.summary else "n/a",
         _loss(summary.train_loss),
@@ -75,7 +76,7 @@ def _unsaved_row(view: RunView, summary: Summary) -> tuple[str, ...]:
     record, last, done = view.record, view.steps[-1], progress_fraction(view)
     is_on = record.state == "running"
     return (
-        record.run.name,
+        printable_line(record.run.name),
         f"running {done:.0%}" if is_on and done is not None else record.state,
         f"{last.step:,}",
         _loss(last.loss),

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from fitune.cli.arguments import ConfigArguments
-from fitune.cli.output import Format, console, print_json, warn
+from fitune.cli.output import Format, console, print_aside, print_json, print_text, warn
 from fitune.config import RunConfig, config_hash
 from fitune.errors import ConfigError, DoesNotFitError, FituneError, InterruptedRunError, UsageError
 from fitune.run.directory import RunDirectory, read_run, write_json
@@ -85,7 +85,7 @@ def plan_content(config: RunConfig) -> dict[str, Any]:
     from fitune.plan.planner import choose_plan
 
     try:
-        plan = choose_plan(config, thorough=False)
+        plan = choose_plan(config, search="fastest")
     except Exception as error:  # a model that cannot be recorded can still be trained
         return {"plan": None, "plan_fault": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
     return {"plan": plan_json(plan)} | ({"state": "does not fit"} if plan.chosen is None else {})
@@ -170,12 +170,12 @@ def _finish(found: Sweep, states: States, output_format: str) -> None:
 
         print_json({"sweep": str(found.directory), "report": str(page), **comparison_json(comparison)})
     elif output_format == "quiet":
-        print(page)
+        print_text(page)
     else:
         from fitune.cli.compare import show_comparison
 
         show_comparison(comparison, console(output_format))
-        print(f"\nreport  {page}")
+        print_text(f"\nreport  {page}")
     failed = [name for name, state in states.items() if state["state"] == "failed"]
     if failed:
         names = ", ".join(failed)
@@ -229,4 +229,4 @@ def _suggest(trial: Any, key: str, values: Any) -> Any:
 
 
 def _note(sentence: str) -> None:
-    print(sentence, file=sys.stderr, flush=True)
+    print_aside(sentence)

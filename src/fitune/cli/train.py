@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from fitune.cli.arguments import ConfigArguments, ConfigFlags, read_arguments
-from fitune.cli.output import SCHEMA, Format, print_json
+from fitune.cli.arguments import RUNS, ConfigArguments, ConfigFlags, read_arguments, run_path
+from fitune.cli.output import SCHEMA, Format, print_json, print_text
 from fitune.cli.progress import RunProgress, open_progress
 from fitune.config import ResolvedConfig, RunConfig, format_config
 from fitune.config.read import COMMAND_LINE
@@ -23,6 +23,7 @@ from fitune.plan.calibration import calibrate
 from fitune.plan.plan import plan_json
 from fitune.run.directory import (
     RunDirectory,
+    check_files,
     check_place,
     create_run,
     list_runs,
@@ -32,6 +33,7 @@ from fitune.run.directory import (
     write_atomically,
     write_json,
 )
+from fitune.run.files import read_plain
 from fitune.run.metrics import RunEvent, Summary, append_line, summary_json
 from fitune.train.ranks import Ranks, joined
 from fitune.units import format_bytes, format_count, format_seconds
@@ -39,12 +41,13 @@ from fitune.units import format_bytes, format_count, format_seconds
 if TYPE_CHECKING:
     from fitune.train.prepare import Prepared
     from fitune.train.resume import Replay, Start
+    from fitune.train.self_check import SelfCheck
 
 
 def train(
     *words: ConfigArguments,
     flags: ConfigFlags = ConfigFlags(),  # noqa: B008 (frozen)
-    resume: Annotated[str | None, Parameter(help="go on with this run: its directory, or latest")] = None,
+    resume: Annotated[str | None, Parameter(help="go on with this run: its directory or name, or latest")] = None,
     allow_change: Annotated[tuple[str, ...], Parameter(help="what may differ from the run that goes on")] = (),
     replay: Annotated[Path | None, Parameter(help="do this run's steps once more and compare each one")] = None,
     probe: Annotated[bool, Parameter(help="first try other rates and twice the batch (train.probe)")] = False,
@@ -92,7 +95,7 @@ def train(
     if output_format == "json":
         print_json({"run": str(run.path), "summary": summary_json(summary)})
     else:
-        print(run.path)
+        print_text(run.path)
 
 
 def run_training(
@@ -299,9 +302,10 @@ def _earlier_run(resume: str | None, replay: Path | None, *, output: str | None)
             raise RunDirectoryError(f"there are no runs in {directory}: give the directory of one, or --output")
         run = records[-1].run
     elif resume is not None or replay is not None:
-        run = open_run(Path(resume) if resume is not None else replay or Path())
+        run = open_run(run_path(Path(resume) if resume is not None else replay or Path(), Path(output or RUNS)))
     else:
         return None
+    check_files(run, deep=True)
     if not run.config.exists():
         raise RunDirectoryError(f"{run.path} was stopped before it began: start it again as it was started")
     return run
@@ -310,7 +314,7 @@ def _earlier_run(resume: str | None, replay: Path | None, *, output: str | None)
 def _settings(run: RunDirectory) -> list[str]:
     """What the plan of that run decided; nothing where it had none."""
     try:
-        content = json.loads(run.plan.read_text(encoding="utf-8"))
+        content = json.loads(read_plain(run.plan))
         return [str(setting) for setting in content["settings"]]
     except FileNotFoundError:
         return []
@@ -333,9 +337,12 @@ def _prepare(
         os.environ["PYTORCH_ALLOC_CONF"] = config.memory.allocator  # read when CUDA starts, so before torch is used
     progress.note(f"model  {config.model.source} · data {', '.join(s.path for s in config.data.train_sources)}")
     from fitune.train.prepare import prepare
+    from fitune.train.prometheus import check_prometheus
     from fitune.train.trackers import check_trackers
 
     check_trackers(config)
+    if config.run.prometheus is not None:
+        check_prometheus(Path(config.run.prometheus))
     prepared = prepare(config, on_progress=progress.rows, plan_check=plan_check, settings=settings, ranks=ranks)
     progress.rows(None)
     report = prepared.data.train.report
@@ -346,13 +353,20 @@ def _prepare(
         f"{report.supervised_fraction:.1%} supervised · {len(prepared.data.eval):,} rows held out"
     )
     if prepared.self_check is not None:
-        needed = format_bytes(prepared.self_check.predicted.device_bytes)
-        progress.note(f"       {needed} of memory predicted for step 2, where it will be measured")
+        progress.note(f"       {_memory_words(prepared.self_check)}, predicted for step 2, where it will be measured")
     for sentence in (*prepared.setup.notes, *prepared.notes):
         progress.note(f"note   {sentence}")
     for sentence in report.warnings:
         progress.note(f"warn   {sentence}")
     return prepared
+
+
+def _memory_words(check: "SelfCheck") -> str:
+    """Names the two figures that the lines of a run show: all of the memory, and the part of it that its steps tell."""
+    whole, part = format_bytes(check.predicted.device_bytes), format_bytes(check.predicted.peak_reserved_bytes)
+    if check.program_bytes is None:
+        return f"{whole} of memory in all, as nvidia-smi shows it, {part} of it reserved by PyTorch, as steps show it"
+    return f"{whole} of memory in all for the process, {part} of it beside the program, as steps show it"
 
 
 def _report(run: RunDirectory, summary: Summary, progress: RunProgress) -> None:
@@ -369,4 +383,4 @@ def _print_config(resolved: ResolvedConfig, output_format: str) -> None:
     if output_format == "json":
         print_json({"config": resolved.config.model_dump(mode="json"), "origins": dict(resolved.origins)})
     else:
-        print(format_config(resolved), end="")
+        print_text(format_config(resolved), end="")

@@ -1,6 +1,5 @@
 """`fitune watch`: a run live, from its files alone, in any terminal that can read them."""
 
-import json
 import os
 import sys
 import time
@@ -10,15 +9,16 @@ from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
-from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from fitune.cli.output import SCHEMA, Format
+from fitune.cli.arguments import RUNS, run_path
+from fitune.cli.output import SCHEMA, Format, Screen, print_text, stdout_screen
 from fitune.cli.watch_screen import ASCII, watch_json, watch_screen
 from fitune.errors import RunDirectoryError
 from fitune.language import say
-from fitune.run.directory import RunDirectory, list_runs, open_run
+from fitune.language.printable import json_text, printable_line
+from fitune.run.directory import BEGIN_ONE, RunDirectory, list_runs, open_run
 from fitune.run.follow import RunFollower, RunView
 
 REFRESH_SECONDS = 1.0
@@ -30,7 +30,7 @@ def watch(
     run: Annotated[Path | None, Parameter(help="a run's directory or name; the latest where left out")] = None,
     /,
     *,
-    output: Annotated[Path, Parameter(help="where runs are kept")] = Path("runs"),
+    output: Annotated[Path, Parameter(help="where runs are kept")] = RUNS,
     once: Annotated[bool, Parameter(help="show it once, and leave")] = False,
     as_json: Annotated[bool, Parameter(name="--json", help="the same as --format json: a line a second")] = False,
     output_format: Format = "auto",
@@ -40,11 +40,11 @@ def watch(
     Only the run's files are read: it works over ssh, on a copy, and for a run of another machine on a shared disk.
     """
     follower = RunFollower(find_run(run, output))
-    console = Console(file=sys.stdout, highlight=False, force_terminal=True if output_format == "human" else None)
+    console = stdout_screen(output_format)
     if as_json or output_format == "json":
         _print_json_lines(follower, once=once)
     elif output_format == "quiet":
-        print(follower.read().record.state)
+        print_text(follower.read().record.state)
     elif once or _is_over(view := follower.read()):
         console.print(_shown(follower.read() if once else view, console, height=None), soft_wrap=True)
     elif console.is_terminal:
@@ -57,17 +57,13 @@ def find_run(run: Path | None, output: Path) -> RunDirectory:
     """`run` as a directory, or as the name of one below `output`. Where it is left out or holds runs: the one that
     runs, else the latest. Raises RunDirectoryError where there is none."""
     if run is not None and not run.exists():
-        if not (output / run).exists():
-            raise RunDirectoryError(
-                f"there is no run {run}, neither as a directory nor as a name in {output}: 'fitune runs' lists them"
-            )
-        return open_run(output / run)
+        return open_run(run_path(run, output))
     place = output if run is None else run
     with suppress(RunDirectoryError):
         return open_run(place)
     records = list_runs(place)
     if not records:
-        raise RunDirectoryError(f"there are no runs in {place}: give the directory of one, or where runs are kept")
+        raise RunDirectoryError(f"there are no runs in {place}: {BEGIN_ONE}")
     running = [record for record in records if record.state == "running"]
     return (running or records)[-1].run
 
@@ -76,14 +72,14 @@ def _is_over(view: RunView) -> bool:
     return view.record.state != "running"
 
 
-def _shown(view: RunView, console: Console, *, height: int | None) -> Text:
+def _shown(view: RunView, console: Screen, *, height: int | None) -> Text:
     text = watch_screen(view, width=console.width, height=height, now=time.time())
     if console.options.ascii_only:
         text.plain = text.plain.translate(ASCII)
     return text
 
 
-def _live(follower: RunFollower, console: Console) -> None:
+def _live(follower: RunFollower, console: Screen) -> None:
     """The run as it stood last stays in the terminal when it ends."""
     view = follower.read()
     with Live(console=console, screen=True, auto_refresh=False) as live, _keys() as pressed:
@@ -105,22 +101,22 @@ def _print_json_lines(follower: RunFollower, *, once: bool) -> None:
     while True:
         view = follower.read()
         content = {"schema": SCHEMA, **watch_json(view, now=time.time())}
-        print(json.dumps(content, ensure_ascii=False, allow_nan=False), flush=True)
+        print_text(json_text(content))
         if once or _is_over(view):
             return
         time.sleep(REFRESH_SECONDS)
 
 
-def _print_plain_lines(follower: RunFollower, console: Console) -> None:
+def _print_plain_lines(follower: RunFollower, console: Screen) -> None:
     """For logs: where it stands now and then, each event once, and the whole picture at its end."""
     told, last = 0, -PLAIN_EVERY_SECONDS
     while not _is_over(view := follower.read()):
         for event in view.events[told:]:
-            print(f"step {event.step}: {event.message}", flush=True)
+            print_text(f"step {event.step}: {printable_line(event.message)}")
         told = len(view.events)
         if time.monotonic() - last >= PLAIN_EVERY_SECONDS:
             last = time.monotonic()
-            print(_shown(view, console, height=1).plain, flush=True)
+            print_text(_shown(view, console, height=1).plain)
         time.sleep(REFRESH_SECONDS)
     console.print(_shown(view, console, height=None), soft_wrap=True)
 

@@ -13,6 +13,7 @@ from rich.cells import cell_len, set_cell_size
 from rich.text import Text
 
 from fitune.language import pad, say
+from fitune.language.printable import printable, printable_line
 from fitune.run.follow import RunView
 from fitune.run.memory import MemorySample
 from fitune.run.metrics import as_json
@@ -150,7 +151,7 @@ def _peak_activations(sample: MemorySample) -> int:
 
 def _head(view: RunView, *, width: int, now: float) -> Iterator[Text]:
     record = view.record
-    line = Text(record.run.name, style="bold")
+    line = Text(printable_line(record.run.name), style="bold")
     line.append(f"  {say(record.state)}", style=STATE_STYLES.get(record.state, "bold red"))
     line.append(f"  {format_seconds(_elapsed_seconds(view, now))}")
     step = view.steps[-1].step if view.steps else 0
@@ -165,7 +166,7 @@ def _head(view: RunView, *, width: int, now: float) -> Iterator[Text]:
     else:
         yield line.append(place)
     if record.fault:
-        yield Text(record.fault, style="red")
+        yield Text(printable_line(record.fault), style="red")
     silence = now - record.updated
     if record.state == "running" and view.samples:
         silence = now - view.samples[-1].time
@@ -179,7 +180,7 @@ def _memory(view: RunView, *, width: int) -> Iterator[Text]:
         yield Text(say("memory: no sample yet"), style="dim")
         return
     total = view.samples[-1].device_total_bytes or 1
-    title = f"{view.device_name or say('card')}, GiB"
+    title = f"{printable_line(view.device_name or say('card'))}, GiB"
     label_width = max(cell_len(part.label) for part in parts) + 1
     bar_width = max(10, width - label_width - 2 * 8 - 2)
     heading = f"{_fit(title, label_width)}{_right(say('now'), 8)}{_right(say('peak'), 8)}  "
@@ -320,7 +321,7 @@ def _events(view: RunView, *, width: int) -> Iterator[list[Text]]:
     for event in view.events:
         at = f"{time.strftime('%H:%M:%S', time.localtime(event.time))} {event.step:>6,}  "
         style = "yellow" if event.message.startswith("warning") else ""
-        first, *others = _wrapped(event.message, max(20, width - len(at)))
+        first, *others = _wrapped(printable(event.message), max(20, width - len(at)))
         yield [Text(at + first, style=style), *(Text(" " * len(at) + line, style=style) for line in others)]
 
 

@@ -5,6 +5,7 @@ that an unknown one is answered with the right one; values next, by pydantic, wh
 what cannot go together last.
 """
 
+import codecs
 import difflib
 import json
 import re
@@ -125,17 +126,27 @@ def check_is_configuration(path: Path) -> None:
         raise ConfigError([f"{path} is data by its name, not a configuration: give it with --data (data.train)"])
 
 
+def decode(content: bytes) -> str:
+    """UTF-8, or UTF-16 where the mark at its start says so, as editors on Windows write it. Lines end in a newline."""
+    is_utf_16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return content.decode("utf-16" if is_utf_16 else "utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+
+
 def _read_text(path: Path) -> str:
     check_is_configuration(path)
     try:
         if (size := path.stat().st_size) > MAX_FILE_BYTES:
             sentence = f"{path} has {size:,} bytes, too many for a configuration: is it the data? That is data.train"
             raise ConfigError([sentence])
-        return path.read_text(encoding="utf-8-sig")
+        return decode(path.read_bytes())
     except UnicodeDecodeError as error:
-        raise ConfigError([f"{path} is not a text file: byte {error.start} is not UTF-8"]) from error
+        raise ConfigError(
+            [f"{path} is not a text file: byte {error.start} is not UTF-8; save it in that encoding"]
+        ) from error
     except FileNotFoundError as error:
-        raise ConfigError([f"{path} does not exist: give the path of a YAML file"]) from error
+        twin = path.with_suffix({".yml": ".yaml", ".yaml": ".yml"}.get(path.suffix, ".yaml"))
+        answer = f"did you mean {twin}?" if twin.is_file() else "give the path of a YAML file"
+        raise ConfigError([f"{path} does not exist: {answer}"]) from error
     except OSError as error:
         raise ConfigError([f"{path} cannot be read: {error.strerror}"]) from error
 

@@ -49,6 +49,8 @@ def parse_yaml(text: str, source: str) -> MarkedTree:
         mark = error.problem_mark or error.context_mark
         where = f"{source}:{mark.line + 1}" if mark else source
         problem = ", ".join(part for part in (error.context, error.problem) if part)
+        if "unknown escape character" in problem:
+            problem += "; a path with \\ stands without quotes, or in single ones"
         raise ConfigError([f"{where}: this is not valid YAML: {problem}"]) from error
     except yaml.reader.ReaderError as error:
         raise ConfigError([f"{source}: not a text file: character {error.position} is not printable"]) from error

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fitune.data.formats import Message
+from fitune.data.template_limits import MOST_CHARS, LimitError, check_size, limited
 from fitune.errors import DataError
 
 CharSpan = tuple[int, int]
@@ -86,14 +87,22 @@ class ChatTemplate:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         try:
-            texts, spans = render_jinja_template(
-                [list(messages)],
-                tools=tools,
-                chat_template=self.text,
-                return_assistant_tokens_mask=marks,
-                add_generation_prompt=add_generation_prompt,
-                **{**self.special_tokens, **(arguments or {})},
-            )
+            with limited() as limits, limits:
+                texts, spans = render_jinja_template(
+                    [list(messages)],
+                    tools=tools,
+                    chat_template=self.text,
+                    return_assistant_tokens_mask=marks,
+                    add_generation_prompt=add_generation_prompt,
+                    **{**self.special_tokens, **(arguments or {})},
+                )
+            if len(texts[0]) > MOST_CHARS:
+                check_size(texts[0], len(json.dumps([list(messages), tools], default=str)))
+        except LimitError as error:  # for the next row it would take as long
+            raise DataError(
+                f"the chat template ({self.name}) goes beyond its bounds with one conversation: {error}; give another "
+                "one with data.template"
+            ) from error
         except Exception as error:  # a template is a program: anything may go wrong in it
             raise TemplateError(str(error).split("\n")[0] or type(error).__name__) from error
         return texts[0], spans[0] if marks else []

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from fitune.data.chat_template import PROBE, CharSpan, ChatTemplate, TemplateError, merged_system, read_template
 from fitune.data.formats import Conversation, Message
+from fitune.data.template_limits import limited
 from fitune.data.turns import LOST_THOUGHT, NOT_SHOWN, TurnFinder, Turns, loses_thought
 from fitune.errors import DataError, ModelError
 
@@ -94,8 +95,14 @@ def read_encoder(
 def encode(encoder: Encoder, conversations: Sequence[Conversation]) -> list[Encoded | str]:
     """Each conversation tokenised, or the sentence that says why it cannot be.
 
-    Raises DataError when there are messages but no template, ModelError when the mask needs a fast tokenizer.
+    Raises DataError when there are messages but no template or one that goes beyond its bounds, ModelError when the
+    mask needs a fast tokenizer.
     """
+    with limited():
+        return _encode(encoder, conversations)
+
+
+def _encode(encoder: Encoder, conversations: Sequence[Conversation]) -> list[Encoded | str]:
     results: list[Encoded | str | None] = [None] * len(conversations)
     plain = {index: chat.text for index, chat in enumerate(conversations) if chat.text is not None}
     for index, ids in zip(plain, _ids(encoder.tokenizer, list(plain.values())), strict=True):

@@ -22,7 +22,8 @@ from fitune.integrations.trainer_steps import SeenStep, StepReader
 from fitune.memory.prediction import Prediction, peak_json
 from fitune.model.device import MemoryPeak, program_bytes, read_peak, reset_peak
 from fitune.run.directory import RunDirectory, create_run, working_on, write_json
-from fitune.run.metrics import EvalMetrics, StepMetrics, Summary, append_line, summary_json
+from fitune.run.metrics import EvalMetrics, StepMetrics, Summary, summary_json
+from fitune.run.patient_files import PatientFiles
 from fitune.train.alarms import AlarmSettings
 from fitune.train.monitor import Monitor, MonitorSettings
 from fitune.train.noise import (
@@ -37,6 +38,7 @@ from fitune.train.state import larger_peak
 
 log = logging.getLogger(__name__)
 
+LAST_WRITE_SECONDS = 20.0
 TRAINERS_NAMES = {
     "batch.micro_tokens or batch.micro": "per_device_train_batch_size",
     "batch.micro_tokens": "per_device_train_batch_size",
@@ -67,7 +69,7 @@ class FituneCallback(TrainerCallback):  # type: ignore[misc]
         self._output, self._name, self._overwrite = Path(output), name, overwrite
         self._prediction = prediction
         self.run: RunDirectory | None = None
-        self._open, self._is_open = ExitStack(), False
+        self._open, self._is_open, self._files = ExitStack(), False, PatientFiles()
 
     def close(self) -> None:
         self._is_open = False
@@ -115,7 +117,7 @@ class FituneCallback(TrainerCallback):  # type: ignore[misc]
         seen = self._reader.take()
         self._seen, self._total = self._seen.with_step(seen), self._total.with_step(seen)
         self._num_steps += 1
-        if seen.norms is None:
+        if seen.norms is None or not self._total.supervised_tokens:
             return
         step_tokens = self._total.supervised_tokens / self._num_steps
         half_life = step_tokens * max(HALF_LIFE_FRACTION * state.max_steps, FEWEST_HALF_LIFE_STEPS)
@@ -143,6 +145,8 @@ class FituneCallback(TrainerCallback):  # type: ignore[misc]
             return
         self._summary = replace(self._summary, status="finished")
         self._write_summary()
+        if (lost := self._files.close(patience=LAST_WRITE_SECONDS)) is not None:
+            log.warning(lost)
         self.close()
 
     def _log_step(self, state: Any, logs: dict[str, Any]) -> None:
@@ -168,7 +172,7 @@ class FituneCallback(TrainerCallback):  # type: ignore[misc]
             device_used_bytes=peak.device_bytes,
             **noise_fields(self._noise, self._preconditioned, step_tokens=step_tokens),
         )
-        append_line(self.run.metrics, metrics)
+        self._files.append(self.run.metrics, metrics)
         self._monitor.step(metrics, progress=_progress(state))
         self._logged, self._logged_step, self._seen = now, state.global_step, SeenStep()
         self._run_peak, self._peak = larger_peak(self._run_peak, peak), MemoryPeak()
@@ -200,7 +204,7 @@ class FituneCallback(TrainerCallback):  # type: ignore[misc]
             eval_tokens=self._reader.take_evaluation(),
             seconds=float(logs.get("eval_runtime", float("nan"))),
         )
-        append_line(self.run.metrics, metrics)
+        self._files.append(self.run.metrics, metrics)
         best = self._summary.best_eval_loss
         self._summary = replace(self._summary, eval_loss=loss, best_eval_loss=loss if best is None else min(best, loss))
         self._write_summary()
@@ -216,7 +220,9 @@ class FituneCallback(TrainerCallback):  # type: ignore[misc]
 
     def _write_summary(self) -> None:
         assert self.run is not None
-        write_json(self.run.summary, summary_json(self._summary))
+        self._files.replace(self.run.summary, summary_json(self._summary))
+        for news in self._files.take_news():
+            log.warning(news)
 
 
 def _progress(state: Any) -> float:

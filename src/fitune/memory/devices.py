@@ -42,6 +42,7 @@ from typing import Any, Literal
 import psutil
 
 from fitune.errors import UsageError
+from fitune.memory.cuda_driver import driver_cards
 from fitune.memory.nvml import ask, nvml_session, read_memory, read_name, read_uuid, visible_handles
 from fitune.units import GIB, MIB
 
@@ -77,6 +78,7 @@ class Device:
     float16_flops_per_second: float | None = None
     float32_flops_per_second: float | None = None
     link_bytes_per_second: float | None = None
+    multiprocessors: int | None = None
     context: ContextPrior | None = None
     kind: Literal["cuda", "cpu"] = "cuda"
     uuid: str | None = None
@@ -132,8 +134,66 @@ def _card(
         float16_flops_per_second=float16 * 1e12,
         float32_flops_per_second=float32 * 1e12,
         link_bytes_per_second=(8 if name in _EIGHT_LANES else 16) * _lane_bandwidth(capability),
+        multiprocessors=_MULTIPROCESSORS[name],
         context=context_prior(capability),
     )
+
+
+_MULTIPROCESSORS = {
+    "RTX 5090": 170,
+    "RTX 5080": 84,
+    "RTX 5070 Ti": 70,
+    "RTX 5070": 48,
+    "RTX 5060 Ti 16GB": 36,
+    "RTX 5060 Ti 8GB": 36,
+    "RTX 5060": 30,
+    "RTX 5090 Laptop": 82,
+    "RTX PRO 6000 Blackwell": 188,
+    "RTX 4090": 128,
+    "RTX 4090 D": 114,
+    "RTX 4090 Laptop": 76,
+    "RTX 4080 SUPER": 80,
+    "RTX 4080": 76,
+    "RTX 4070 Ti SUPER": 66,
+    "RTX 4070 Ti": 60,
+    "RTX 4070 SUPER": 56,
+    "RTX 4070": 46,
+    "RTX 4060 Ti 16GB": 34,
+    "RTX 4060 Ti 8GB": 34,
+    "RTX 4060": 24,
+    "RTX 6000 Ada": 142,
+    "L40S": 142,
+    "L40": 142,
+    "L4": 58,
+    "RTX 3090 Ti": 84,
+    "RTX 3090": 82,
+    "RTX 3080 Ti": 80,
+    "RTX 3080 10GB": 68,
+    "RTX 3080 12GB": 70,
+    "RTX 3070": 46,
+    "RTX 3060 Ti": 38,
+    "RTX 3060 12GB": 28,
+    "RTX A6000": 84,
+    "RTX A5000": 64,
+    "A40": 84,
+    "A10": 72,
+    "A10G": 80,
+    "B200": 148,
+    "H200": 132,
+    "H100 NVL": 132,
+    "H100": 132,
+    "H100 PCIe": 114,
+    "H20": 78,
+    "A100 80GB": 108,
+    "A100 40GB": 108,
+    "RTX 2080 Ti": 68,
+    "T4": 40,
+    "V100 32GB": 80,
+    "V100 16GB": 80,
+    "P100 16GB": 56,
+    "GTX 1080 Ti": 28,
+}
+"""From the same documents."""
 
 
 CATALOGUE: tuple[Device, ...] = (
@@ -236,12 +296,14 @@ def find_device(text: str) -> Device:
 
 
 def this_machine() -> tuple[Device, ...]:
-    """The NVIDIA cards that this process may use, in its order, with their free memory now; none without the library,
-    the driver or a card."""
+    """The NVIDIA cards that this process may use, in its order, with their free memory now; without NVML as the driver
+    names them, their free memory unknown. None without a driver or a card."""
     with nvml_session() as nvml:
-        if nvml is None:
-            return ()
-        return tuple(_real_device(nvml, handle) for handle in visible_handles(nvml, os.environ))
+        if nvml is not None:
+            return tuple(_real_device(nvml, handle) for handle in visible_handles(nvml, os.environ))
+    return tuple(
+        replace(_named(card.name, card.total_bytes, card.compute_capability), uuid=card.uuid) for card in driver_cards()
+    )
 
 
 def cpu_device() -> Device:
@@ -303,19 +365,25 @@ def _real_device(nvml: ModuleType, handle: Any) -> Device:
     memory = read_memory(nvml, handle)
     answer = ask(nvml, "nvmlDeviceGetCudaComputeCapability", handle)
     capability = (int(answer[0]), int(answer[1])) if answer else None
-    total = memory.total_bytes if memory else 0
-    unknown = Device(name=name, pattern="", box_bytes=total, total_bytes=total)
+    return replace(
+        _named(name, memory.total_bytes if memory else 0, capability),
+        uuid=read_uuid(nvml, handle),
+        free_bytes=memory.free_bytes if memory else None,
+        used_bytes=memory.used_bytes if memory else None,
+    )
+
+
+def _named(name: str, total_bytes: int, capability: tuple[int, int] | None) -> Device:
+    """A card that is here, with what the catalogue tells of its like. total_bytes: 0 where that is unknown."""
+    unknown = Device(name=name, pattern="", box_bytes=total_bytes, total_bytes=total_bytes)
     # Of namesakes with different memory, the nearest; a card may carry more than its namesake was ever sold with.
-    row = min(_rows(name), key=lambda row: abs(row.total_bytes - total), default=unknown)
+    row = min(_rows(name), key=lambda row: abs(row.total_bytes - total_bytes), default=unknown)
     capability = capability or row.compute_capability
     return replace(
         row,
         name=name,
-        box_bytes=max(row.box_bytes, total),
-        total_bytes=total or row.total_bytes,
+        box_bytes=max(row.box_bytes, total_bytes),
+        total_bytes=total_bytes or row.total_bytes,
         compute_capability=capability,
         context=context_prior(capability) if capability else None,
-        uuid=read_uuid(nvml, handle),
-        free_bytes=memory.free_bytes if memory else None,
-        used_bytes=memory.used_bytes if memory else None,
     )

@@ -56,7 +56,7 @@ def find_layers(model: ModelConfig) -> LayerList | None:
     if not isinstance(num_layers, int):
         return None
     with torch.device("meta"):
-        built = build_model(config)
+        built = build_model(config, trust_remote_code=model.trust_remote_code)
     lists = [(name, part) for name, part in built.named_modules() if _is_layers(part, num_layers)]
     if len(lists) != 1:
         return None

@@ -1,5 +1,6 @@
 """Low-rank adapters beside frozen weights, by peft."""
 
+import json
 import sys
 import warnings
 from collections.abc import Iterator
@@ -32,11 +33,21 @@ def apply_lora(model: PreTrainedModel, lora: LoraConfig, *, seed: int = 0) -> "P
     unknown = sorted(set(targets) - set(names) - {"all-linear"})
     if unknown:
         raise ModelError(
-            f"model.lora.targets names {', '.join(unknown)}, which this model does not have: "
+            f"model.lora.targets names {'; '.join(f'{name}, {_why_not(model, name)}' for name in unknown)}: "
             f"choose from {', '.join(names)}, or all-linear"
         )
     with bitsandbytes_unseen():
         return _apply(model, lora, names=names if "all-linear" in targets else targets, seed=seed)
+
+
+def _why_not(model: PreTrainedModel, target: str) -> str:
+    """Why no adapter goes on `target`: it is the head, it is no linear layer, or nothing is named so."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    found = [module for name, module in model.named_modules() if name.rpartition(".")[2] == target]
+    if head is not None and any(module is head for module in found):
+        is_tied = getattr(head, "weight", None) is getattr(embedding, "weight", None)
+        return "the head, whose weight is also the embedding's" if is_tied else "the head, which gets no adapter here"
+    return f"of the kind {type(found[0]).__name__} and no linear layer" if found else "which this model does not have"
 
 
 def _apply(model: PreTrainedModel, lora: LoraConfig, *, names: list[str], seed: int) -> "PeftModel":
@@ -53,7 +64,7 @@ def _apply(model: PreTrainedModel, lora: LoraConfig, *, names: list[str], seed: 
     )
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by names that this one renames
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # the weights are drawn on the CPU; a card's random numbers stay
         adapted = get_peft_model(model, config)
     return cast("PeftModel", adapted)
 
@@ -61,6 +72,7 @@ def _apply(model: PreTrainedModel, lora: LoraConfig, *, names: list[str], seed: 
 def load_adapters(model: PreTrainedModel, directory: Path) -> "PeftModel":
     """`model` with the saved adapters of `directory`, trainable. Raises ModelError where they cannot be read or do not
     fit."""
+    _check_adapters(directory)
     try:
         with bitsandbytes_unseen(), warnings.catch_warnings():
             from peft import PeftModel
@@ -70,6 +82,19 @@ def load_adapters(model: PreTrainedModel, directory: Path) -> "PeftModel":
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         first = " ".join(str(error).split())[:200]
         raise ModelError(f"the adapters in {directory} cannot be loaded into this model: {first}") from error
+
+
+def _check_adapters(directory: Path) -> None:
+    """peft imports whatever module `megatron_core` names, and asks the hub for a directory that lacks its weights."""
+    path = directory / "adapter_config.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} cannot be read ({error}): copy the adapters again") from error
+    if not isinstance(content, dict) or content.get("megatron_config") is not None:
+        raise ModelError(f"{path} is for Megatron (megatron_config), whose layers fitune does not have")
+    if not (directory / "adapter_model.safetensors").is_file():
+        raise ModelError(f"{directory} has no adapter_model.safetensors: copy the adapters again")
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from inspect import signature
 from typing import Any, cast
 
 import torch
@@ -26,6 +27,10 @@ _EXPENSIVE_NAMES = {  # of operators that exist only once their module is import
     "torch_attn::_varlen_attn",
     "flash_attn::_flash_attn_varlen_forward",
 }
+_HOOKS = (
+    {"respect_saved_tensors_hooks": False} if "respect_saved_tensors_hooks" in signature(checkpoint).parameters else {}
+)
+"""What is kept of a layer stays on the card; PyTorch 2.14 warns that this will not be so by itself."""
 _EXPERTS_NAMES = {"aten::_grouped_mm", "transformers::grouped_mm_fallback"}
 _EVERY: dict[Recompute, int] = {"full": 1, "selective": 1, "every_2": 2, "every_4": 4}
 
@@ -40,7 +45,7 @@ def set_recompute(model: nn.Module, recompute: Recompute, *, offload: bool = Fal
     layers = recomputable_layers(model)
     if recompute != "off" and not layers:
         raise ModelError(f"model.recompute={recompute} needs layers that transformers can recompute: use off")
-    again = cast(Callable[..., Any], partial(checkpoint, use_reentrant=False))
+    again = partial(cast(Callable[..., Any], checkpoint), use_reentrant=False, **_HOOKS)
     if recompute == "selective":
         # experts with a bias add it into their product in place, so that product cannot be kept
         experts = set() if any(getattr(part, "has_bias", False) for part in model.modules()) else _EXPERTS_NAMES

@@ -19,11 +19,15 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from fitune.errors import ModelError
+from fitune.model.adapted_model import FILE, adapted_json
 from fitune.model.load import quiet_transformers
 from fitune.model.peft_parts import BaseTunerLayer, PeftModel, get_peft_model_state_dict
-from fitune.model.quantise import NF4Linear
+from fitune.model.quantise import NF4Experts, NF4Linear
 from fitune.model.tensor_file import write_tensors
+from fitune.units import MIB
 
+LINKED_BYTES = 64 * MIB
+"""Files below it are copied by `link_model`."""
 _MARKS = ("config.json", "adapter_config.json")  # what tells a model's directory from somebody's documents
 
 
@@ -57,6 +61,8 @@ def model_files(
     with TemporaryDirectory() as directory, quiet_transformers():
         if isinstance(model, PeftModel) and not merge:
             model.save_pretrained(directory, state_dict={}, save_embedding_layers=False)  # "auto" would ask the hub
+            if (noted := adapted_json(model)) is not None:
+                (Path(directory) / FILE).write_bytes(noted)
         else:
             plain = _plain(model)
             generation = plain.generation_config
@@ -100,14 +106,20 @@ def _plain(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
 
 
 def link_model(source: Path, directory: Path) -> None:
-    """`directory` becomes another name for the files of the saved model `source`, without a second copy where the file
-    system can: a saved model is only ever replaced, never written into."""
+    """`directory` becomes a copy of the saved model `source`. Files of LINKED_BYTES and more are the same files under
+    another name, where the file system can: there, nobody may write into one. Smaller ones are copied, since people
+    edit a template or a configuration in place, and libraries write adapters over the file that is there."""
     with _said_plainly(directory), replaced_directory(directory) as new:
-        for file in source.iterdir():
+        for file in (path for path in source.rglob("*") if path.is_file()):
+            target = new / file.relative_to(source)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if file.stat().st_size < LINKED_BYTES:
+                shutil.copy2(file, target)
+                continue
             try:
-                os.link(file, new / file.name)
+                os.link(file, target)
             except OSError:
-                shutil.copy2(file, new / file.name)
+                shutil.copy2(file, target)
 
 
 def export_minimind(
@@ -150,11 +162,13 @@ def plain_tensors(model: PreTrainedModel | PeftModel) -> dict[str, torch.Tensor]
     }
     compute_dtype = plain.get_input_embeddings().weight.dtype
     for name, layer in plain.named_modules():
-        if isinstance(layer, NF4Linear):
+        if isinstance(layer, NF4Linear | NF4Experts):
             name = name.removesuffix(".base_layer")
             for packed, _ in layer.named_buffers(recurse=False):
                 del tensors[f"{name}.{packed}"]
-            tensors[f"{name}.weight"] = layer.unpacked(compute_dtype)
+            del tensors[f"{name}.weight"]
+            whole = f"{name}.weight" if isinstance(layer, NF4Linear) else name
+            tensors[whole] = layer.unpacked(compute_dtype)
     for name, layer in plain.named_modules():
         if isinstance(layer, BaseTunerLayer):
             weight = tensors[f"{name}.weight"]

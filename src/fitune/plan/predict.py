@@ -18,9 +18,10 @@ from fitune.memory.residuals import circumstances, measured_context, read_residu
 from fitune.model.load import check_length, load_model
 from fitune.model.precision import Precision
 from fitune.plan.candidates import with_routing
+from fitune.plan.stated import stated
 from fitune.step.assemble import CPU_MICRO_TOKENS, CUDA_MICRO_TOKENS
 from fitune.step.shards import dealt_layers
-from fitune.trace.cuda_behaviour import CudaTarget
+from fitune.trace.cuda_target import CudaTarget
 from fitune.trace.recordings import Recordings
 from fitune.trace.sharded import sharded
 from fitune.trace.step import Pass, RecordedStep, longest_rows, steady_passes
@@ -94,7 +95,7 @@ def predict_run(
     program_bytes = psutil.Process().memory_info().rss if device.kind == "cpu" else None
     passes = passes or heaviest_passes(config, device)
     recorded = (recordings or Recordings()).step(config, passes, target=cuda_target(config, device))
-    trace = recorded.trace
+    trace = replace(recorded.trace, source=(*recorded.trace.source, *stated(config)))
     if config.model.shard != "none":
         held_bytes = gathered_bytes(config.model, recorded.precision, num_shards=num_shards)
         trace = sharded(trace, num_shards=num_shards, gathered_bytes=held_bytes)
@@ -172,7 +173,9 @@ class _GroupBytes:
 def cuda_target(config: RunConfig, device: Device) -> CudaTarget | None:
     if device.kind == "cpu":
         return None
-    return CudaTarget(device.compute_capability or OLDEST_FLASH, config.model.attention)
+    return CudaTarget(
+        device.compute_capability or OLDEST_FLASH, config.model.attention, multiprocessors=device.multiprocessors
+    )
 
 
 def rows_per_micro_batch(config: RunConfig, device: Device, row_tokens: int) -> int:
@@ -213,5 +216,5 @@ def _in_process(prediction: Prediction, config: RunConfig, device: Device, *, pr
         peak_reserved_bytes=expected,
         device_bytes=device_bytes,
         device_interval=Interval(low + program_bytes, high + program_bytes, (reason,)),
-        fits=device_bytes <= device.total_bytes,
+        fits=True if device_bytes <= device.total_bytes else None if config.model.compile else False,
     )

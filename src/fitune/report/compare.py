@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from fitune.errors import RunDirectoryError
 from fitune.language import say
+from fitune.language.printable import printable_line
 from fitune.report.recorded import RecordedRun
 from fitune.report.sources import read_recorded
 from fitune.run.interval import Interval, differ, paired_interval
@@ -105,6 +106,11 @@ class Comparison:
     checks: tuple[CurveCheck, ...]
     notes: tuple[str, ...]
 
+    def __repr__(self) -> str:
+        """In a sentence; the fields hold all of it."""
+        names = ", ".join(row.name for row in self.rows)
+        return f"Comparison: {names}" + ("" if self.tokens is None else f" · {self.tokens:,.0f} tokens")
+
     def _repr_html_(self) -> str:
         tables = importlib.import_module("fitune.report.tables")  # which is about this noun, and imports it
         return str(tables.html_table(self))
@@ -120,7 +126,7 @@ def compare(runs: Sequence[RecordedRun | Path | str], *, tokens: float | None = 
     if tokens is not None and not tokens > 0:
         raise RunDirectoryError(f"{tokens:,.0f} tokens are no place to compare at: give more than 0 with --at")
     reached = [float(run.evals["total_tokens"].max(initial=0)) or run.total_tokens for run in found if run.num_steps]
-    common = min(reached, default=float("nan"))
+    common = min((tokens for tokens in reached if np.isfinite(tokens)), default=float("nan"))
     if tokens is not None and not tokens <= common:
         raise RunDirectoryError(
             f"{tokens:,.0f} tokens were not reached by all: at most {common:,.0f} can be compared; lower --at"
@@ -148,7 +154,8 @@ def _found(runs: Sequence[RecordedRun | Path | str]) -> Iterator[RecordedRun]:
 def _with_names(runs: Sequence[RecordedRun]) -> list[RecordedRun]:
     """Two runs of one name are told apart by their directories."""
     names = [run.name for run in runs]
-    return [replace(run, name=run.path) if names.count(run.name) > 1 else run for run in runs]
+    shown = [run.path if names.count(run.name) > 1 else run.name for run in runs]
+    return [replace(run, name=printable_line(name)) for run, name in zip(runs, shown, strict=True)]
 
 
 def _row(run: RecordedRun, first: RecordedRun, place: float | None, *, peak_kind: str | None) -> Row:
@@ -274,11 +281,24 @@ def _at(x: npt.NDArray[np.float64], y: npt.NDArray[np.float64], place: float | N
     return float(np.interp(place, x[known], y[known]))
 
 
+def diverged_at(run: RecordedRun) -> int | None:
+    """The first step from which on no loss is a number, None where the last one is."""
+    for curve, name in ((run.train, "loss"), (run.evals, "eval_loss")):
+        if len(curve[name]) and not np.isfinite(curve[name][-1]):
+            numbers = np.flatnonzero(np.isfinite(curve[name]))
+            return int(curve["step"][numbers[-1] + 1 if len(numbers) else 0])
+    return None
+
+
 def eval_loss(run: RecordedRun, place: float | None) -> float | None:
+    if diverged_at(run) is not None:
+        return None
     return _at(run.evals["total_tokens"], run.evals["eval_loss"], place)
 
 
 def train_loss(run: RecordedRun, place: float | None) -> float | None:
+    if diverged_at(run) is not None:
+        return None
     means = _stretch_means(run, place, num_stretches=1)
     if means is None:
         finite = run.train["loss"][np.isfinite(run.train["loss"])]
@@ -415,6 +435,12 @@ def _loss_sign(one: Row, two: Row, place: float | None) -> int:
 def _notes(runs: Sequence[RecordedRun], place: float | None, *, peak_kind: str | None) -> Iterator[str]:
     for run in runs:
         yield from run.notes
+        if (step := diverged_at(run)) is not None:
+            yield say(
+                "{name} diverged: from step {step} on its loss is not a number, so its losses are not compared",
+                name=run.name,
+                step=f"{step:,}",
+            )
     if peak_kind is None and any(map(run_peaks, runs)):
         yield say("the runs tell peaks of different kinds, which cannot be compared")
     elif peak_kind not in (None, "reserved") and any("reserved" in run_peaks(run) for run in runs):

@@ -4,11 +4,14 @@
     trainer_log.jsonl     LLaMA-Factory's callback: current_steps, loss, lr, throughput; vram_* with RECORD_VRAM=1
     events.out.tfevents*  TensorBoard, by its own library
     a text                minimind's lines: Epoch:[1/2](100/1000), loss: 2.5, lr: 0.00003, epoch_time: 4.0min
+                          or what transformers' Trainer prints: {'loss': '2.9', 'grad_norm': '1.2', 'epoch': '0.1'}
 
-Each name of a value is looked up in `_NAMES`; what a format does not have is nan. Nothing is estimated.
+Each name of a value is looked up in `_NAMES`; what a format does not have is nan, and so is a count of 0, which those
+write that do not count. Nothing is estimated.
 """
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +21,7 @@ import numpy as np
 
 from fitune.errors import RunDirectoryError
 from fitune.report.recorded import EVAL_COLUMNS, MEMORY_COLUMNS, TRAIN_COLUMNS, RecordedRun, make_curve, seconds_at
+from fitune.run.files import MAX_LOG_BYTES, read_plain
 from fitune.units import GIB
 
 _NAMES = {
@@ -29,9 +33,15 @@ _NAMES = {
     "tokens_per_second": ("throughput", "tokens_per_second"),
     "eval_accuracy": ("eval_mean_token_accuracy", "eval_accuracy"),
 }
+_COUNTS = ("total_tokens", "tokens_per_second")
 _LOG_BYTES = 64 * 1024 * 1024
 _MINIMIND = re.compile(r"Epoch:\s*\[(\d+)/\d+\]\s*\((\d+)/(\d+)\)(.*)")
 _PAIR = re.compile(r"([A-Za-z_]+)\s*:\s*([-+]?(?:\d[\d.]*(?:[eE][-+]?\d+)?|nan|inf))")
+_PRINTED = re.compile(r"\{('(?:eval_)?loss'.*?'epoch': .*?)\}")
+_PRINTED_PAIR = re.compile(r"'(\w+)': '?([-+]?(?:\d[\d.]*(?:[eE][-+]?\d+)?|nan|inf))\b")
+_PRINTED_TOTAL = re.compile(
+    r"(Num examples|Num Epochs|Total train batch size|Total optimization steps)[^=\n]* = ([\d,]+)"
+)
 
 
 def find_foreign(path: Path) -> RecordedRun | None:
@@ -42,14 +52,25 @@ def find_foreign(path: Path) -> RecordedRun | None:
             return read_trainer_state(path)
         if path.suffix == ".jsonl":
             return read_trainer_log(path)
-        return read_tensorboard(path) if "tfevents" in path.name else read_minimind(path)
+        if "tfevents" in path.name:
+            return read_tensorboard(path)
+        return read_minimind(path) or read_printed(path)
     if not path.is_dir():
         return None
     for name, read in (("trainer_log.jsonl", read_trainer_log), ("trainer_state.json", read_trainer_state)):
         found = [*path.glob(name), *path.glob(f"checkpoint-*/{name}")]
         if found:
-            return read(max(found, key=lambda file: file.stat().st_mtime))
+            return read(max(found, key=_step_of))
     return read_tensorboard(path) if any(path.rglob("*tfevents*")) else None
+
+
+def _step_of(file: Path) -> tuple[int, bool]:
+    """How far a record goes: by the name of its checkpoint, else as it says; files copied later are no newer. Of two
+    that go as far, the one of the whole run is taken."""
+    if match := re.fullmatch(r"checkpoint-(\d+)", file.parent.name):
+        return int(match[1]), False
+    found = re.findall(r'"(?:global_step|current_steps)": *(\d+)', _text(file))
+    return max(map(int, found), default=0), True
 
 
 def read_trainer_state(path: Path) -> RecordedRun:
@@ -89,7 +110,7 @@ def read_tensorboard(path: Path) -> RecordedRun:
     except ImportError as error:
         raise RunDirectoryError(f"{path} is TensorBoard's: reading it needs pip install tensorboard") from error
     rows: dict[int, dict[str, Any]] = {}
-    files = [path] if path.is_file() else sorted(path.rglob("*tfevents*"))
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*tfevents*") if file.is_file())
     times: list[float] = []
     for file in files:
         events = EventAccumulator(str(file), size_guidance={"scalars": 0}).Reload()
@@ -114,11 +135,43 @@ def read_minimind(path: Path) -> RecordedRun | None:
     entries = []
     for match in _MINIMIND.finditer(_text(path)):
         epoch, step, per_epoch = (int(match[index]) for index in (1, 2, 3))
-        values = {name: float(value) for name, value in _PAIR.findall(match[4])}
+        values = {name.lower(): float(value) for name, value in _PAIR.findall(match[4])}
         entries.append(values | {"step": (epoch - 1) * per_epoch + step})
     if not any("loss" in entry for entry in entries):
         return None
     return _run(path, "minimind", entries, notes=(f"{path}: a step of minimind's log is a micro-batch",))
+
+
+def read_printed(path: Path) -> RecordedRun | None:
+    """What transformers' Trainer prints, with numbers in quotes or without; None for a text without its lines. The
+    lines tell epochs, and the beginning how many steps these are; without it the lines are counted."""
+    if path.stat().st_size > _LOG_BYTES:
+        return None
+    text = _text(path)
+    lines = [dict(_PRINTED_PAIR.findall(match[1])) for match in _PRINTED.finditer(text)]
+    if not any("loss" in line or "eval_loss" in line for line in lines):
+        return None
+    notes: tuple[str, ...] = ()
+    if (per_epoch := _steps_per_epoch(text)) is not None:
+        places = [round(float(line.get("epoch", 0)) * per_epoch) for line in lines]
+    else:
+        places = list(range(1, len(lines) + 1))
+        notes = (f"{path}: its steps are not told, so each line counts as one",)
+    entries = [
+        {name: float(value) for name, value in line.items()} | {"step": step}
+        for line, step in zip(lines, places, strict=True)
+    ]
+    return _run(path, "transformers", entries, notes=notes)
+
+
+def _steps_per_epoch(text: str) -> float | None:
+    """As the lines before the first step tell: rows / batch, or all steps / epochs, less where max_steps ends it."""
+    told = {name: int(number.replace(",", "")) for name, number in _PRINTED_TOTAL.findall(text)}
+    if told.get("Total train batch size") and "Num examples" in told:
+        return -(-told["Num examples"] // told["Total train batch size"])
+    if told.get("Num Epochs") and "Total optimization steps" in told:
+        return told["Total optimization steps"] / told["Num Epochs"]
+    return None
 
 
 def _run(
@@ -131,6 +184,10 @@ def _run(
 ) -> RecordedRun:
     """entries: in the order logged, each with its step; an entry may be of training, of an evaluation, or both."""
     named = [dict(_named(entry)) for entry in entries if isinstance(entry.get("step"), int)]
+    named, restart = _last_pass(named)
+    if restart is not None:
+        again = f"{path}: logged again from step {restart:,} on: what stood there before is left out"
+        notes = (*notes, again)
     train = make_curve(TRAIN_COLUMNS, _forward([entry for entry in named if "loss" in entry]))
     evals = make_curve(EVAL_COLUMNS, _forward([entry for entry in named if "eval_loss" in entry]))
     if np.isnan(evals["total_tokens"]).any() and len(train["step"]):
@@ -154,18 +211,40 @@ def _run(
 
 
 def _named(entry: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Under our names; a value that is already so named is kept."""
-    yield from ((name, entry[name]) for name in {*TRAIN_COLUMNS, *EVAL_COLUMNS} & entry.keys())
+    """Under our names; a value that is already so named is kept. Counts of 0 are left out: nobody counted."""
+    entry = {name: _number(value) if isinstance(value, str) else value for name, value in entry.items()}
+    found = {name: entry[name] for name in {*TRAIN_COLUMNS, *EVAL_COLUMNS} & entry.keys()}
     for ours, theirs in _NAMES.items():
         for name in theirs:
             if name in entry:
-                yield ours, entry[name]
+                found[ours] = entry[name]
                 break
+    yield from ((name, value) for name, value in found.items() if name not in _COUNTS or _number(value) > 0)
+
+
+def _number(value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return math.nan
+
+
+def _last_pass(entries: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], int | None]:
+    """A log that goes on after a restart: what the restart logged again takes the place of what stood from there on.
+    With the step of the last restart, None where there was none."""
+    kept: list[dict[str, Any]] = []
+    restart = None
+    for entry in entries:
+        if kept and entry["step"] < kept[-1]["step"]:
+            restart = entry["step"]
+            kept = [each for each in kept if each["step"] < restart]
+        kept.append(entry)
+    return kept, restart
 
 
 def _forward(entries: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Of a step that was logged twice the last one, and steps in order."""
-    return [entry for _, entry in sorted({entry["step"]: entry for entry in entries}.items())]
+    """Of a step that was logged twice the last one."""
+    return list({entry["step"]: entry for entry in entries}.values())
 
 
 def _clock(text: Any) -> float | None:
@@ -179,7 +258,7 @@ def _clock(text: Any) -> float | None:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8", errors="replace")
+        return read_plain(path, most_bytes=MAX_LOG_BYTES, follow=True).decode("utf-8", "replace")
     except OSError as error:
         raise RunDirectoryError(f"{path} cannot be read: {error.strerror}") from error
 

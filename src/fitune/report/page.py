@@ -11,7 +11,6 @@ import gzip
 import hashlib
 import html
 import json
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from importlib import resources
@@ -21,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from fitune.language import choose_language, say
+from fitune.language.printable import printable
 from fitune.report import tables
 from fitune.report.advice import Advice, advise
 from fitune.report.charts import COLOURS, MAX_POINTS, Picture, Series, pictures
@@ -120,8 +120,7 @@ def _json(content: Any) -> str:
 
 def _text(value: Any) -> str:
     """Escaped, without control characters, and not longer than a paragraph."""
-    text = re.sub(r"[\x00-\x08\x0b-\x1f\x7f]", "\ufffd", str(clip(value)))
-    return html.escape(text.encode("utf-8", "replace").decode())
+    return html.escape(printable(str(clip(value))))
 
 
 def _bdi(value: Any) -> str:

@@ -16,12 +16,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import yaml
 
-from fitune.errors import RunDirectoryError
+from fitune.config.yaml_lines import parse_yaml
+from fitune.errors import ConfigError, RunDirectoryError
 from fitune.report.thin import thin_all
 from fitune.run.directory import read_run
 from fitune.run.eval_rows import EvalRows, read_eval_rows
+from fitune.run.files import MAX_LOG_BYTES, read_plain
 from fitune.run.metrics import EvalMetrics, RunEvent, StepMetrics, read_events, read_metrics, summary_json
 
 Column = npt.NDArray[np.float64]
@@ -38,6 +39,8 @@ MEMORY_COLUMNS = (
     "process_bytes", "peak_process_bytes", "device_used_bytes", "peak_device_used_bytes", "device_total_bytes",
     "other_processes_bytes",
 )  # fmt: skip
+_MAX_CONFIG_BYTES = 100_000
+"""Of a run's own, which has 10,000: YAML is read at 50,000 bytes a second."""
 EMBEDDED_ID = "fitune-runs"
 """The id of the element of a report that holds its runs as JSON."""
 
@@ -149,21 +152,24 @@ def _memory_curve(path: Path) -> tuple[Curve, float | None]:
 def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
     if not path.exists():
         return
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for line in file:
-            try:
-                content = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(content, dict):
-                yield content
+    try:
+        lines = read_plain(path, most_bytes=MAX_LOG_BYTES).split(b"\n")
+    except OSError as error:
+        raise RunDirectoryError(f"{path} cannot be read: {error.strerror}") from error
+    for line in lines:
+        try:
+            content = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(content, dict):
+            yield content
 
 
 def _read_json(path: Path, notes: list[str]) -> Mapping[str, Any] | None:
     if not path.exists():
         return None
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_plain(path))
         if isinstance(content, dict):
             return content
         notes.append(f"{path} holds no object and is left out")
@@ -177,9 +183,10 @@ def read_settings(path: Path, notes: list[str]) -> Mapping[str, Any]:
     if not path.exists():
         return {}
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        notes.append(f"{path} cannot be read and is left out: {' '.join(str(error).split())}")
+        content = parse_yaml(read_plain(path, most_bytes=_MAX_CONFIG_BYTES).decode(), str(path)).tree
+    except (OSError, ValueError, ConfigError) as error:
+        reason = getattr(error, "strerror", None) or error
+        notes.append(f"{path} cannot be read and is left out: {' '.join(str(reason).split())}")
         return {}
     return dict(flatten(content)) if isinstance(content, dict) else {}
 
@@ -249,7 +256,7 @@ def read_report(path: Path) -> tuple[RecordedRun, ...]:
     """The runs that a report of fitune carries. Raises RunDirectoryError where it carries none."""
     finder = _Embedded()
     try:
-        finder.feed(path.read_text(encoding="utf-8"))
+        finder.feed(read_plain(path, follow=True).decode())
         content = json.loads("".join(finder.parts))
         return tuple(_unembed(each) for each in content["runs"])
     except (OSError, ValueError, KeyError, TypeError) as error:

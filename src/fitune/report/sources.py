@@ -38,7 +38,7 @@ def read_recorded(path: Path) -> tuple[RecordedRun, ...]:
         raise RunDirectoryError(f"{path} does not exist: give the directory of a run, such as runs/NAME")
     raise RunDirectoryError(
         f"{path} holds no run: give a run directory, a report of fitune, trainer_state.json, trainer_log.jsonl, "
-        "a TensorBoard directory or a log of minimind"
+        "a TensorBoard directory, or a log that minimind or transformers' Trainer printed"
     )
 
 

@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fitune.errors import RunDirectoryError
+from fitune.run.files import find_strange, open_plain, read_plain
 from fitune.run.metrics import Summary, read_summary
 
 State = Literal["running", "finished", "stopped", "failed", "crashed", "damaged"]
@@ -139,8 +140,8 @@ class RunRecord:
 
 def check_place(output: Path, name: str, *, overwrite: bool = False) -> None:
     """Raises RunDirectoryError for what `create_run` would refuse, as far as that is seen without writing."""
-    if not name or Path(name).name != name or name in (".", ".."):
-        raise RunDirectoryError(f"run.name '{name}' is not the name of a directory: use letters, digits, - and _")
+    if not name or Path(name).name != name or name in (".", "..") or not name.isprintable():
+        raise RunDirectoryError(f"run.name {name!r} is not the name of a directory: use letters, digits, - and _")
     path = output / name
     with _said(f"{path} cannot be created"):
         for place in (output, *output.parents):
@@ -178,6 +179,9 @@ def name_prefix(model: str, data: str) -> str:
     )
 
 
+BEGIN_ONE = "'fitune train CONFIG' begins one; give the directory where others are kept (run.output)"
+
+
 def open_run(path: Path) -> RunDirectory:
     """An existing run. Raises RunDirectoryError where there is none."""
     if not path.is_dir():
@@ -188,10 +192,12 @@ def open_run(path: Path) -> RunDirectory:
 
 
 def read_run(path: Path) -> RunRecord:
-    """Raises RunDirectoryError where there is no run. A summary that cannot be read makes its state 'damaged'."""
+    """Raises RunDirectoryError where there is no run. A summary that cannot be read, or a file that is none of the
+    run's own, makes its state 'damaged'."""
     run = open_run(path)
     times = [file.stat().st_mtime for file in (run.path, run.lock, run.metrics, run.summary) if file.exists()]
     try:
+        check_files(run)
         summary = read_summary(run.summary) if run.summary.exists() else None
     except RunDirectoryError as error:
         return RunRecord(run, "damaged", None, max(times), str(error))
@@ -201,17 +207,42 @@ def read_run(path: Path) -> RunRecord:
 def list_runs(output: Path) -> list[RunRecord]:
     """The runs directly below `output`, the one with the latest sign of life last. Raises RunDirectoryError where
     `output` is not a directory."""
+    if not output.exists():
+        raise RunDirectoryError(f"{output} is not a directory, so there are no runs yet: {BEGIN_ONE}")
     if not output.is_dir():
         raise RunDirectoryError(f"{output} is not a directory: give the one that runs are kept in (run.output)")
-    records = [read_run(path) for path in output.iterdir() if _is_run(path)]
+    with _said(f"{output} cannot be read"):
+        records = [record for path in output.iterdir() if (record := _listed(path)) is not None]
     return sorted(records, key=lambda record: (record.updated, record.run.name))
+
+
+def _listed(path: Path) -> RunRecord | None:
+    """None where there is no run. What cannot even be looked into is listed as damaged, as the oldest."""
+    try:
+        return read_run(path) if _is_run(path) else None
+    except (OSError, RunDirectoryError) as error:
+        reason = getattr(error, "strerror", None) or error
+        return RunRecord(RunDirectory(path), "damaged", None, 0.0, f"{path} cannot be read: {reason}")
+
+
+def check_files(run: RunDirectory, *, deep: bool = False) -> None:
+    """Raises RunDirectoryError where something in the run directory that fitune reads and writes is neither a file nor
+    a directory of its own: a symbolic link leads out of the run, a FIFO or a device has no end. deep: also in the
+    directories of weights and checkpoints."""
+    names = [*_texts(run), run.lock, *_directories(run)]
+    found = find_strange(names)
+    if deep and found is None:
+        inside = (path for directory in (run.checkpoints, run.best, run.last) for path in directory.rglob("*"))
+        found = find_strange(inside)
+    if found is not None:
+        raise RunDirectoryError(f"{found}: put the file itself there, or leave the run alone")
 
 
 @contextmanager
 def working_on(run: RunDirectory) -> Iterator[None]:
     """Hold the run's lock and keep its heartbeat. Raises RunDirectoryError where another process holds it."""
     with _said(f"{run.lock} cannot be written"):
-        descriptor = os.open(run.lock, os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor = open_plain(run.lock, os.O_RDWR | os.O_CREAT)
     try:
         if (locked := _try_lock(descriptor)) is False or _beats(run, elsewhere=locked is not None):
             raise RunDirectoryError(f"{run.path} is being worked on by {_holder(run)}: wait for it, or stop it first")
@@ -237,7 +268,8 @@ def write_atomically(path: Path, text: str, *, place: str = OUTPUT_KEY) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with _said(f"{path} cannot be written", place=place):
         try:
-            with temporary.open("w", encoding="utf-8") as file:
+            temporary.unlink(missing_ok=True)
+            with temporary.open("x", encoding="utf-8") as file:
                 file.write(text)
                 file.flush()
                 os.fsync(file.fileno())
@@ -310,15 +342,24 @@ def _never_began(run: RunDirectory) -> bool:
 
 
 def _remove_files(run: RunDirectory) -> None:
-    for directory in (run.checkpoints, run.best, run.last, run.trackers, run.branches):
-        if directory.is_dir():
+    for directory in _directories(run):
+        if directory.is_symlink():
+            directory.unlink()
+        elif directory.is_dir():
             shutil.rmtree(directory)
-    texts = (
+    for file in _texts(run):
+        file.unlink(missing_ok=True)
+
+
+def _directories(run: RunDirectory) -> tuple[Path, ...]:
+    return run.checkpoints, run.best, run.last, run.trackers, run.branches
+
+
+def _texts(run: RunDirectory) -> tuple[Path, ...]:
+    return (
         *(run.config, run.env, run.plan, run.data, run.peak, run.metrics, run.eval_rows),
         *(run.memory, run.events, run.journal, run.summary, run.report, run.probe),
     )
-    for file in texts:
-        file.unlink(missing_ok=True)
 
 
 def _state(run: RunDirectory, summary: Summary | None) -> State:
@@ -331,7 +372,7 @@ def _state(run: RunDirectory, summary: Summary | None) -> State:
 def _is_locked(run: RunDirectory) -> bool | None:
     """None where the file system has no locks."""
     try:
-        descriptor = os.open(run.lock, os.O_RDONLY if sys.platform != "win32" else os.O_RDWR)
+        descriptor = open_plain(run.lock, os.O_RDONLY if sys.platform != "win32" else os.O_RDWR)
     except OSError:
         return False
     try:
@@ -368,7 +409,7 @@ def _beats(run: RunDirectory, *, elsewhere: bool) -> bool:
     may be invisible here."""
     try:
         silence = time.time() - run.lock.stat().st_mtime
-        host = json.loads(run.lock.read_text())["host"]
+        host = json.loads(read_plain(run.lock))["host"]
     except (OSError, ValueError, KeyError, TypeError):
         return False
     return bool(host != socket.gethostname() or not elsewhere) and silence < SILENCE_SECONDS
@@ -376,7 +417,7 @@ def _beats(run: RunDirectory, *, elsewhere: bool) -> bool:
 
 def _holder(run: RunDirectory) -> str:
     try:
-        holder = json.loads(run.lock.read_text())
+        holder = json.loads(read_plain(run.lock))
         return f"process {holder['pid']} on {holder['host']}"
     except (OSError, ValueError, KeyError, TypeError):
         return "another process"
@@ -384,7 +425,5 @@ def _holder(run: RunDirectory) -> str:
 
 def _beat(lock: Path, stopped: threading.Event) -> None:
     while not stopped.wait(HEARTBEAT_SECONDS):
-        try:
+        with suppress(OSError):  # a disk that is away for a while: the next beat may be heard
             os.utime(lock)
-        except OSError:
-            return

@@ -2,10 +2,12 @@
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from fitune.errors import RunDirectoryError
+from fitune.run.files import MAX_LOG_BYTES, read_plain
 from fitune.run.metrics import append_line
 
 
@@ -20,10 +22,11 @@ class EvalRows:
     weights: tuple[float, ...]
 
 
-def append_eval_rows(path: Path, rows: EvalRows) -> None:
-    """Nothing is written of an evaluation whose loss is not finite. Raises RunDirectoryError as `append_line`."""
+def append_eval_rows(path: Path, rows: EvalRows, *, append: Callable[[Path, EvalRows], None] = append_line) -> None:
+    """Nothing is written of an evaluation whose loss is not finite. append: what writes a line. Raises
+    RunDirectoryError as `append_line`."""
     if all(map(math.isfinite, rows.losses)):
-        append_line(path, rows)
+        append(path, rows)
 
 
 def read_eval_rows(path: Path) -> tuple[EvalRows, ...]:
@@ -31,7 +34,7 @@ def read_eval_rows(path: Path) -> tuple[EvalRows, ...]:
     where the file cannot be read."""
     found: dict[int, EvalRows] = {}
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = read_plain(path, most_bytes=MAX_LOG_BYTES).decode("utf-8", "replace").splitlines()
     except OSError as error:
         raise RunDirectoryError(f"{path} cannot be read: {error.strerror}") from error
     for line in lines:

@@ -1,12 +1,14 @@
 """A run as its files tell it while they grow: read once, then only what was added."""
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fitune.run.directory import RunDirectory, RunRecord, read_run
+from fitune.run.files import MAX_LOG_BYTES, open_plain, read_plain
 from fitune.run.memory import MemorySample
 from fitune.run.metrics import EvalMetrics, RunEvent, StepMetrics, add_line, as_record
 
@@ -100,16 +102,16 @@ class _GrowingFile:
     def new_lines(self) -> list[Mapping[str, Any]] | None:
         """The complete lines since the call before that hold an object; None where the file became shorter."""
         try:
-            size = self._path.stat().st_size
-            if size < self._offset:
-                return None
-            with self._path.open("rb") as file:
+            with open(self._path, "rb", opener=open_plain) as file:
+                size = os.fstat(file.fileno()).st_size
+                if size < self._offset:
+                    return None
                 if self._offset == 0 and self._tail_bytes is not None and size > self._tail_bytes:
                     file.seek(size - self._tail_bytes)
                     file.readline()
                     self._offset = file.tell()
                 file.seek(self._offset)
-                data = file.read()
+                data = file.read(MAX_LOG_BYTES)
         except OSError:  # not there yet
             return None if self._offset else []
         end = data.rfind(b"\n") + 1
@@ -128,6 +130,6 @@ def _parse(line: bytes) -> Mapping[str, Any] | None:
 
 def _read_json(path: Path) -> Mapping[str, Any]:
     try:
-        return _parse(path.read_bytes()) or {}
+        return _parse(read_plain(path)) or {}
     except OSError:
         return {}

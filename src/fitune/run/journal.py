@@ -8,7 +8,7 @@ not. The chain starts at `CHAIN_START`.
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from hashlib import blake2b
 from itertools import pairwise
@@ -77,16 +77,23 @@ def chained_hash(previous: str, record: StepRecord) -> str:
     return blake2b(json.dumps(content).encode(), digest_size=8).hexdigest()
 
 
-def append_step(path: Path | None, previous: str, record: StepRecord, **taken: Any) -> str:
+def append_step(
+    path: Path | None,
+    previous: str,
+    record: StepRecord,
+    *,
+    append: Callable[[Path, JournalLine], None] = append_line,
+    **taken: Any,
+) -> str:
     """Append the record with the fields that only a JournalLine has, but for `hash`, which is returned. path: None in a
-    process beside the one that writes.
+    process beside the one that writes. append: what writes a line.
 
     Raises RunDirectoryError where the line cannot be written whole.
     """
     link = chained_hash(previous, record)
     values = {field.name: getattr(record, field.name) for field in fields(StepRecord)}
     if path is not None:
-        append_line(path, JournalLine(**values, **taken, hash=link))
+        append(path, JournalLine(**values, **taken, hash=link))
     return link
 
 

@@ -5,9 +5,12 @@ fsync: a checkpoint has its own). Readers skip a last line that is not complete 
 written as "nan", "inf" or "-inf", since JSON has none and a diverged loss must stay visible; unknown is null.
 """
 
+import errno
+import html
 import json
 import math
 import os
+import threading
 import types
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
@@ -16,11 +19,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_type_hints
 
 from fitune.errors import RunDirectoryError
+from fitune.language import say
+from fitune.run.files import MAX_LOG_BYTES, open_plain, read_plain
+from fitune.units import format_bytes, format_count, format_seconds
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 SCHEMA = 1
+_WRITING = threading.Lock()
+"""Taking back half a line must not take another thread's."""
 Status = Literal["running", "finished", "stopped", "failed"]
 
 
@@ -124,6 +132,22 @@ class Summary:
         """The run's peak wherever one number stands for it: reserved, where that was not measured the device's."""
         return self.peak_reserved_bytes or self.peak_device_bytes
 
+    def __repr__(self) -> str:
+        """In a sentence; the fields hold all of it."""
+        loss = "n/a" if self.eval_loss is None else f"{self.eval_loss:.4f}"
+        return say(
+            "Summary: {status} after {steps} steps, {tokens} tokens, {time} | eval loss {loss} | peak memory {peak}",
+            status=say(self.status),
+            steps=f"{self.steps:,}",
+            tokens=format_count(self.tokens),
+            time=format_seconds(self.seconds),
+            loss=loss,
+            peak=format_bytes(self.peak_bytes),
+        )
+
+    def _repr_html_(self) -> str:
+        return f"<p>{html.escape(repr(self))}</p>"
+
 
 @dataclass(frozen=True, slots=True)
 class Metrics:
@@ -140,18 +164,31 @@ Record = TypeVar("Record", bound="DataclassInstance")
 def append_line(path: Path, record: "DataclassInstance", *, leave_out_unknown: bool = False) -> None:
     """leave_out_unknown: a field that is None is not written. Raises RunDirectoryError where the line cannot be written
     whole."""
-    content = {name: value for name, value in as_json(record).items() if value is not None or not leave_out_unknown}
-    line = f"{json.dumps(content, ensure_ascii=False, allow_nan=False)}\n".encode()
     try:
-        with path.open("ab+", buffering=0) as file:
-            if file.seek(0, os.SEEK_END) > 0:
-                file.seek(-1, os.SEEK_END)
-                if file.read(1) != b"\n":  # what a killed writer left: end it, so that it spoils one line only
-                    line = b"\n" + line
-            if file.write(line) != len(line):
-                raise OSError(None, "no space left")
+        write_line(path, as_line(record, leave_out_unknown=leave_out_unknown))
     except OSError as error:
         raise RunDirectoryError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def as_line(record: "DataclassInstance", *, leave_out_unknown: bool = False) -> bytes:
+    content = {name: value for name, value in as_json(record).items() if value is not None or not leave_out_unknown}
+    return f"{json.dumps(content, ensure_ascii=False, allow_nan=False)}\n".encode()
+
+
+def write_line(path: Path, line: bytes) -> None:
+    """Append it whole or not at all. Raises OSError."""
+    with _WRITING, open(path, "ab+", buffering=0, opener=open_plain) as file:
+        size = file.seek(0, os.SEEK_END)
+        if size > 0:
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":  # what a killed writer left: end it, so that it spoils one line only
+                line = b"\n" + line
+        try:
+            if file.write(line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            file.truncate(size)
+            raise
 
 
 def read_metrics(path: Path) -> Metrics:
@@ -209,9 +246,9 @@ def as_json(record: "DataclassInstance") -> dict[str, Any]:
 def read_summary(path: Path) -> Summary:
     """Raises RunDirectoryError where it is missing, damaged or of another version."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_plain(path))
     except (OSError, ValueError) as error:
-        raise RunDirectoryError(f"{path} cannot be read: {error}") from error
+        raise RunDirectoryError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
     version = content.get("schema") if isinstance(content, dict) else None
     if version != SCHEMA:
         raise RunDirectoryError(f"{path} has schema {version}; this fitune reads schema {SCHEMA}")
@@ -224,7 +261,7 @@ def read_summary(path: Path) -> Summary:
 def read_lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any] | None]]:
     """Each complete line, numbered from 1, as an object; None where it is not one."""
     try:
-        data = path.read_bytes()
+        data = read_plain(path, most_bytes=MAX_LOG_BYTES)
     except OSError as error:
         raise RunDirectoryError(f"{path} cannot be read: {error.strerror}") from error
     for number, line in enumerate(data.split(b"\n")[:-1], start=1):

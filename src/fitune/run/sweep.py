@@ -22,6 +22,7 @@ from fitune.config.read import check_is_configuration
 from fitune.config.yaml_lines import parse_yaml
 from fitune.errors import ConfigError, RunDirectoryError
 from fitune.run.directory import write_atomically, write_json
+from fitune.run.files import read_plain
 
 SWEEP_FILE = "sweep.json"
 MOST_RUNS = 200
@@ -126,7 +127,7 @@ def read_states(directory: Path) -> dict[str, dict[str, Any]]:
     if not path.exists():
         return {}
     try:
-        return {str(each["name"]): dict(each) for each in json.loads(path.read_text(encoding="utf-8"))["runs"]}
+        return {str(each["name"]): dict(each) for each in json.loads(read_plain(path))["runs"]}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunDirectoryError(f"{path} is damaged: {error}; remove it to begin the sweep again") from error
 

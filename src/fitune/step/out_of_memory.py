@@ -64,6 +64,13 @@ def release_memory(device: torch.device) -> None:
         trim_heap()
 
 
+def release_workspaces(device: torch.device) -> None:
+    """As `release_memory`, and what cuBLAS was given for ever: on a card there is then no more than tensors hold."""
+    if device.type == "cuda":
+        torch._C._cuda_clearCublasWorkspaces()
+    release_memory(device)
+
+
 def said_of(error: BaseException) -> str:
     """The error in one line, that memory ran out in a few words."""
     if memory_failure(error) is None:

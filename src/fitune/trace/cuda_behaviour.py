@@ -2,45 +2,30 @@
 
 `cuda_behaviour(target)` makes the process behave as CUDA for the length of a recording: autocast's lists, the fused
 attention kernels, dropout, the optimizers' foreach default. `CudaKernels` adds what the kernels allocate without
-showing it to a dispatch mode. Sources are files of PyTorch 2.13 unless another version is named.
+showing it to a dispatch mode (`cuda_kernels`). Sources are files of PyTorch 2.13 unless another version is named.
 """
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from importlib import import_module
-from math import ceil
-from typing import Any, Literal
+from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
-from fitune.errors import UsageError
 from fitune.model import attention as rows_attention
+from fitune.trace.allocation import Allocation
+from fitune.trace.cuda_attention import MathAttention, scaled_dot_product_attention, with_grouped_heads
+from fitune.trace.cuda_kernels import all_arguments, rule_of
+from fitune.trace.cuda_target import CudaTarget
 from fitune.trace.events import Phase
-from fitune.trace.operators import by_operator
+from fitune.trace.shapes import Call
 
 aten = torch.ops.aten
 _optimizer = import_module("torch.optim.optimizer")  # torch.optim does not show it
-Attention = Literal["auto", "flash", "efficient", "math", "eager"]
-Groups = Sequence[Sequence[int]]
-Kernel = Literal["flash", "efficient", "cudnn", "math"]
 _16_BIT = (torch.float16, torch.bfloat16)
-
-
-@dataclass(frozen=True, slots=True)
-class CudaTarget:
-    """The card that is recorded for. attention: "auto" follows PyTorch's own choice; "flash", "efficient" and "math"
-    force one for `scaled_dot_product_attention`; "eager" says that the model itself materialises scores, so it
-    changes nothing here. name, total_bytes: what a loop is told that asks."""
-
-    compute_capability: tuple[int, int] = (8, 0)
-    attention: Attention = "auto"
-    name: str = field(default="CUDA", compare=False)
-    total_bytes: int = field(default=0, compare=False)
 
 
 # ---- autocast -------------------------------------------------------------------------------------------------------
@@ -205,173 +190,13 @@ def _cast(tree: Any, dtype: torch.dtype) -> Any:
     return tree
 
 
-# ---- attention ------------------------------------------------------------------------------------------------------
-
-
-def choose_attention(target: CudaTarget, query: Tensor, key: Tensor, value: Tensor, **call: Any) -> Kernel:
-    """PyTorch's choice of kernel (transformers/cuda/sdp_utils.cpp: select_sdp_backend): flash, efficient, cudnn, math.
-
-    query: [B, H, S, d]. call: mask (Tensor or None), dropout, is_causal, needs_gradient.
-    """
-    if target.attention == "flash" and query.dtype not in _16_BIT:
-        raise UsageError(f"flash attention needs 16 bits, but the queries are {query.dtype}: choose another attention")
-    if target.attention == "flash" or target.attention == "efficient" or target.attention == "math":
-        return target.attention
-    enabled: dict[Kernel, bool] = {
-        "flash": torch.backends.cuda.flash_sdp_enabled(),
-        "efficient": torch.backends.cuda.mem_efficient_sdp_enabled(),
-        "cudnn": torch.backends.cuda.cudnn_sdp_enabled(),
-    }
-    # check_prefer_cudnn_attention: Hopper and data-centre Blackwell try cuDNN first (cuDNN 9.15.1 and newer)
-    first: tuple[Kernel, ...] = ("cudnn",) if target.compute_capability in ((9, 0), (10, 0), (10, 3)) else ()
-    possible: dict[Kernel, bool] = {
-        "flash": _flash_can(target, query, key, value, **call),
-        "efficient": _efficient_can(target, query, key, value),
-        "cudnn": _cudnn_can(target, query, key, value),
-    }
-    order: tuple[Kernel, ...] = (*first, "flash", "efficient")
-    for kernel in order:
-        if enabled[kernel] and possible[kernel]:
-            return kernel
-    return "math"
-
-
-def _flash_can(
-    target: CudaTarget,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    mask: Tensor | None,
-    dropout: float,
-    is_causal: bool,
-    needs_gradient: bool,
-) -> bool:
-    head_dim = query.shape[-1]
-    wide = target.compute_capability in ((8, 6), (8, 9), (12, 0), (12, 1)) and needs_gradient
-    return (
-        (8, 0) <= target.compute_capability <= (12, 1)
-        and query.dtype in _16_BIT
-        and mask is None
-        and head_dim <= 256
-        and head_dim == key.shape[-1] == value.shape[-1]
-        and not (wide and (192 < head_dim <= 224 or (head_dim > 224 and dropout > 0)))
-        and not (is_causal and query.shape[-2] != key.shape[-2])
-        and _last_dim_contiguous(query, key, value)
-    )
-
-
-def _efficient_can(target: CudaTarget, query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Its backward knows no grouped heads, so `check_batch_size_and_num_heads_dense<false>` sends those elsewhere."""
-    alignment = 8 if query.dtype in _16_BIT else 4  # minimum_gemm_alignment: 128 bits, for 16 bit on tensor cores
-    return (
-        target.compute_capability >= (5, 0)
-        and (
-            query.dtype in (torch.float16, torch.float32)
-            or (query.dtype == torch.bfloat16 and target.compute_capability >= (8, 0))
-        )
-        and query.shape[1] == key.shape[1] == value.shape[1]
-        and query.shape[-1] % alignment == 0
-        and value.shape[-1] % alignment == 0
-        and _last_dim_contiguous(query, key, value)
-    )
-
-
-def _cudnn_can(target: CudaTarget, query: Tensor, key: Tensor, value: Tensor) -> bool:
-    limit = 256 if target.compute_capability >= (9, 0) else 128
-    return (
-        query.dtype in _16_BIT
-        and query.shape[-1] % 8 == 0
-        and max(query.shape[-1], value.shape[-1]) <= limit
-        and query.shape[-2] > 1
-        and _last_dim_contiguous(query, key, value)
-    )
-
-
-def _last_dim_contiguous(*tensors: Tensor) -> bool:
-    return all(tensor.stride(-1) == 1 for tensor in tensors)
-
-
-def _scaled_dot_product_attention(target: CudaTarget) -> Callable[..., Tensor]:
-    """transformers/attention.cpp: scaled_dot_product_attention, its CUDA branch."""
-
-    def kernel(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> Tensor:
-        if not isinstance(query, FakeTensor) or query.dim() != 4:
-            return _math_attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-        needs_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
-        chosen = choose_attention(
-            target, query, key, value,
-            mask=attn_mask, dropout=dropout_p, is_causal=is_causal, needs_gradient=needs_gradient,
-        )  # fmt: skip
-        if attn_mask is not None and attn_mask.dtype == torch.bool and chosen != "math":
-            attn_mask = torch.where(attn_mask, 0.0, float("-inf")).to(query.dtype)  # convert_boolean_attn_mask
-        if chosen == "flash":
-            return flash_attention(query, key, value, dropout=dropout_p, is_causal=is_causal, scale=scale)
-        if chosen == "efficient":
-            if repeats := query.shape[1] // key.shape[1] - 1:  # forced: the caller has to repeat the heads
-                key, value = (part.repeat_interleave(repeats + 1, dim=1) for part in (key, value))
-            bias = None if attn_mask is None else _aligned_bias(attn_mask, query, key)
-            return _first(
-                aten._scaled_dot_product_efficient_attention(
-                    query, key, value, bias, needs_gradient, dropout_p, is_causal, scale=scale
-                )
-            )
-        if chosen == "cudnn":
-            return _first(
-                aten._scaled_dot_product_cudnn_attention(
-                    query, key, value, attn_mask, needs_gradient, dropout_p, is_causal, False, scale=scale
-                )
-            )
-        return _math_attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-
-    return kernel
-
-
-def _math_attention(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor:
-    mask, dropout, is_causal, scale, enable_gqa = rest
-    return _first(
-        aten._scaled_dot_product_attention_math(
-            query, key, value, mask, dropout, is_causal, scale=scale, enable_gqa=enable_gqa
-        )
-    )
-
-
-def flash_attention(
-    query: Tensor, key: Tensor, value: Tensor, *, dropout: float, is_causal: bool, scale: float | None
-) -> Tensor:
-    """[B, H, S, d]. pad_last_dim<8>: a head size that is no multiple of 8 is padded before and cut after the kernel."""
-    head_dim = query.shape[-1]
-    scale = head_dim**-0.5 if scale is None else scale
-    if padding := -head_dim % 8:
-        query, key, value = (torch.nn.functional.pad(t, (0, padding)) for t in (query, key, value))
-    out = _first(aten._scaled_dot_product_flash_attention(query, key, value, dropout, is_causal, False, scale=scale))
-    return out[..., :head_dim] if padding else out
-
-
-def _first(outputs: tuple[Tensor, ...]) -> Tensor:
-    return outputs[0]
-
-
-def _aligned_bias(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
-    """preprocess_mask: rows padded to a multiple of 16 elements, then a view of [B, H, Sq, Sk]."""
-    length = mask.shape[-1]
-    if padding := -length % 16:
-        mask = torch.nn.functional.pad(mask, (0, padding))[..., :length]
-    return mask.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
-
-
 # ---- hidden allocations ---------------------------------------------------------------------------------------------
 
 _GEMMS = {aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten._addmm_activation, aten.mv, aten.addmv, aten.dot}
+
+
+_ADD, _LAYER_NORM = aten.add.Tensor, aten.native_layer_norm.default
+_EFFICIENT_BACKWARD = aten._scaled_dot_product_efficient_attention_backward.default
 
 
 class CudaKernels:
@@ -379,8 +204,19 @@ class CudaKernels:
 
     def __init__(self, target: CudaTarget, inner: Callable[..., Any]) -> None:
         self.target = target
-        self.call = inner
+        self._inner = inner
         self._threads_with_workspace: frozenset[bool] = frozenset()  # a copy goes on by itself
+
+    def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Call | None]:
+        if func is _ADD and MathAttention.runs and args[0].shape == torch.broadcast_shapes(*(a.shape for a in args)):
+            self._inner(aten.add_.Tensor, args, kwargs)
+            return self._inner(aten.view.default, (args[0], args[0].shape), {})[0], None
+        result, known = self._inner(func, args, kwargs)
+        if func is _LAYER_NORM and result[1].dtype in _16_BIT:  # cuda/layer_norm_kernel.cu: acc_type
+            result = (result[0], *(each.float() for each in result[1:]))
+        elif func is _EFFICIENT_BACKWARD and result[1].shape != args[2].shape:
+            result = with_grouped_heads(args, result)
+        return result, known
 
     def workspaces(self, func: Any, phase: Phase) -> Sequence[int]:
         """cuda/CUDABlas.cpp, CublasHandlePool.cpp: one workspace per handle and stream through the caching allocator,
@@ -389,11 +225,18 @@ class CudaKernels:
         if autograd_thread in self._threads_with_workspace or func.overloadpacket not in _GEMMS:
             return ()
         self._threads_with_workspace |= {autograd_thread}
-        return (cublas_workspace_bytes(self.target),)
+        return (self.target.generation.cublas_workspace_kib * 1024,)
 
-    def temporaries(self, func: Any, args: tuple[Any, ...], outputs: Sequence[Tensor]) -> Groups | None:
-        rule = _temporaries_of(func)
-        return None if rule is None else rule(self.target, args, outputs)
+    def allocations(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], Sequence[Allocation]] | None:
+        rule = rule_of(func)
+        if rule is None:
+            return None
+        arguments = all_arguments(func, args, kwargs)
+        if func is aten.index_put_.default and torch._C._current_graph_task_id() != -1:
+            arguments = (*arguments, True)  # _index_put_impl_ of indices that the forward has looked at
+        return arguments, rule(self.target, arguments)
 
 
 class CpuKernels:
@@ -405,126 +248,8 @@ class CpuKernels:
     def workspaces(self, func: Any, phase: Phase) -> Sequence[int]:
         return ()
 
-    def temporaries(self, func: Any, args: tuple[Any, ...], outputs: Sequence[Tensor]) -> Groups | None:
+    def allocations(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         return None
-
-
-def cublas_workspace_bytes(target: CudaTarget) -> int:
-    """:4096:2:16:8, i.e. 2 of 4,096 KiB and 8 of 16 KiB; 32 MiB on Hopper and newer (getChosenWorkspaceSize)."""
-    return 4096 * 1024 * 8 if target.compute_capability >= (9, 0) else 4096 * 1024 * 2 + 16 * 1024 * 8
-
-
-def _flash_backward(target: CudaTarget, args: tuple[Any, ...], outputs: Sequence[Tensor]) -> Groups:
-    """transformers/cuda/flash_attn/flash_api.cpp, mha_bwd: softmax_d, dq_accum, and dk, dv for every query head."""
-    query, key = args[1], args[2]
-    batch, heads, length, head_dim = query.shape
-    rows = _ceil_to(length, 128)
-    expanded = batch * heads * key.shape[2] * head_dim * query.element_size()
-    grouped = (expanded, expanded) if key.shape[1] != heads else ()
-    return ((batch * heads * rows * 4, batch * heads * rows * _rounded_head(head_dim) * 4, *grouped),)
-
-
-def _varlen_backward(target: CudaTarget, args: tuple[Any, ...], outputs: Sequence[Tensor]) -> Groups:
-    """flash_api.cpp, mha_varlen_bwd: as above over the flat positions, each row padded to 128."""
-    query, key, boundaries = args[1], args[2], args[6]
-    tokens, heads, head_dim = query.shape
-    rows = tokens + 128 * (boundaries.shape[0] - 1)
-    expanded = heads * key.shape[0] * head_dim * query.element_size()
-    grouped = (expanded, expanded) if key.shape[1] != heads else ()
-    return ((heads * rows * 4, rows * heads * _rounded_head(head_dim) * 4, *grouped),)
-
-
-def _rounded_head(head_dim: int) -> int:
-    return _ceil_to(head_dim, 32) if head_dim <= 192 else 256
-
-
-def _efficient_backward(target: CudaTarget, args: tuple[Any, ...], outputs: Sequence[Tensor]) -> Groups:
-    """transformers/cuda/attention_backward.cu and mem_eff_attention/kernel_backward.h (Params::workspace_size): delta,
-    computed by the kernel in 16 bits, by a float32 product and its sum else; then a float32 accumulator for dq, and
-    for dk and dv where they do not stay in registers."""
-    query, key = args[1], args[2]
-    batch, heads, length, head_dim = query.shape
-    half = query.element_size() == 2
-    rows, columns, in_registers = _efficient_block(half, head_dim, target.compute_capability)
-    splits = ceil(key.shape[2] / columns)
-    if in_registers and batch * heads >= 256 and key.shape[2] <= 2 * columns:
-        splits = 1
-    elif not in_registers:
-        splits = max(1, min(splits, 200 // (batch * heads)))
-    dq = ceil(length / rows) * ceil(head_dim / columns) * (rows * columns + 4)
-    dk_dv = 0 if in_registers else 2 * splits * columns * _ceil_to(head_dim, rows)
-    workspace = batch * heads * _ceil_to(dq + dk_dv, 4) * 4
-    delta = batch * heads * length * 4
-    return ((delta, workspace),) if half else ((delta * head_dim, delta), (delta, workspace))
-
-
-_LARGE_SHARED_MEMORY = ((8, 0), (8, 7), (9, 0), (10, 0), (10, 3))  # 160 KiB a block and more; the others about 100
-
-
-def _efficient_block(half: bool, head_dim: int, capability: tuple[int, int]) -> tuple[int, int, bool]:
-    """(rows, columns, whether dk and dv stay in registers) of the first kernel in kernels/cutlassB.h that takes
-    head_dim and fits the card's shared memory."""
-    if head_dim <= 64:
-        return 64, 64, half
-    if half and head_dim <= 96 and capability in ((8, 6), (8, 9)):
-        return 128, 64, True
-    if half and head_dim <= 128:
-        return (128, 128, True) if capability in _LARGE_SHARED_MEMORY else (64, 64, False)
-    return (128, 64, False) if half or capability >= (8, 0) else (64, 64, False)
-
-
-def _embedding_backward(target: CudaTarget, args: tuple[Any, ...], outputs: Sequence[Tensor]) -> Groups:
-    """cuda/Embedding.cu and EmbeddingBackwardKernel.cu: many tokens are sorted and summed per segment in float32."""
-    grad, indices, num_weights = args[0], args[1], args[2]
-    tokens = indices.numel()
-    if tokens <= (4096 if target.compute_capability >= (9, 0) else 3072):
-        return ()
-    segments = min(tokens, num_weights)
-    partial = tokens // 10 + segments  # NROWS_PER_THREAD
-    size = indices.element_size()
-    indices_and_segments = (tokens, tokens, tokens, 1, segments, segments, 1, partial)
-    return (
-        (*(number * size for number in indices_and_segments), partial * grad.shape[-1] * max(4, grad.element_size())),
-    )
-
-
-def _foreach_norm(target: CudaTarget, args: tuple[Any, ...], outputs: Sequence[Tensor]) -> Groups:
-    """cuda/ForeachReduceOp.cu: one partial norm per chunk of 65,536 elements of the largest tensor, for each tensor."""
-    tensors = args[0]
-    chunks = max(ceil(tensor.numel() / 65536) for tensor in tensors)
-    return ((len(tensors) * chunks * max(4, tensors[0].element_size()),),)
-
-
-def _ceil_to(number: int, step: int) -> int:
-    return ceil(number / step) * step
-
-
-_TEMPORARIES: dict[str, Callable[[CudaTarget, tuple[Any, ...], Sequence[Tensor]], Groups]] = {
-    "aten::_scaled_dot_product_flash_attention_backward": _flash_backward,
-    "aten::_flash_attention_backward": _varlen_backward,
-    "torch_attn::_varlen_attn_backward": _varlen_backward,
-    "aten::_scaled_dot_product_efficient_attention_backward": _efficient_backward,
-    "aten::embedding_dense_backward": _embedding_backward,
-    "aten::_foreach_norm": _foreach_norm,
-}
-
-
-@by_operator
-def _temporaries_of(func: Any) -> Callable[[CudaTarget, tuple[Any, ...], Sequence[Tensor]], Groups] | None:
-    return _TEMPORARIES.get(func._schema.name)
-
-
-def temporaries_by_shape(target: CudaTarget, op: str, arguments: Sequence[Any]) -> list[int]:
-    """Bytes of what operator `op` allocates inside, one after the other. arguments: tensors as (shape, dtype)."""
-    tensors = [
-        torch.empty(value[0], dtype=value[1], device="meta") if isinstance(value, tuple) and _is_shape(value) else value
-        for value in arguments
-    ]
-    return [num_bytes for group in _TEMPORARIES[op](target, tuple(tensors), ()) for num_bytes in group]
-
-
-def _is_shape(value: tuple[Any, ...]) -> bool:
-    return len(value) == 2 and isinstance(value[1], torch.dtype)
 
 
 # ---- for the length of a recording ----------------------------------------------------------------------------------
@@ -534,7 +259,8 @@ def _dropout(tensor: Tensor, p: float, train: bool) -> Tensor:
     """Dropout.cpp: CUDA's fused kernel keeps a mask of one byte per element."""
     if p == 0 or not train or not tensor.numel():
         return tensor
-    return _first(aten.native_dropout(tensor, p, True))
+    dropped: Tensor = aten.native_dropout(tensor, p, True)[0]
+    return dropped
 
 
 @contextmanager
@@ -551,7 +277,7 @@ def cuda_behaviour(target: CudaTarget) -> Iterator[None]:
             for name, kernel in _autocast_rules():
                 library.impl(name, kernel, "AutocastCPU", allow_override=True)
             for name, kernel in (
-                ("scaled_dot_product_attention", _scaled_dot_product_attention(target)),
+                ("scaled_dot_product_attention", scaled_dot_product_attention(target)),
                 ("dropout", _dropout),
             ):
                 library.impl(name, kernel, "AutogradCPU", allow_override=True)

@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fitune.trace.cuda_behaviour import CudaTarget, temporaries_by_shape
+from fitune.trace.cuda_kernels import temporaries_by_shape
+from fitune.trace.cuda_target import CudaTarget
 from fitune.trace.recording import COLUMNS, NEVER, Integers, Recording, Rule, Work
 
 NUM_RECORDED_CHUNKS = 4

@@ -17,7 +17,8 @@ from unittest.mock import patch
 from torch import Tensor
 
 from fitune.errors import UsageError
-from fitune.trace.cuda_behaviour import CudaTarget, flash_attention
+from fitune.trace.cuda_attention import flash_attention
+from fitune.trace.cuda_target import CudaTarget
 
 
 @contextmanager

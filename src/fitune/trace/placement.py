@@ -7,11 +7,11 @@ as these come from the host alone: a loop that draws the rows of its batch draws
 """
 
 import sys
-from collections import defaultdict
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from types import SimpleNamespace
+from types import FrameType
 from typing import Any
 from unittest.mock import patch
 
@@ -22,10 +22,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
 
 from fitune.trace.assumptions import known_array, tell_made
-from fitune.trace.cuda_behaviour import CudaTarget
 from fitune.trace.recorder import Place, Recorder
 
-CARD = torch.device("cpu")  # what stands for the card; a loop's own "cpu" is a string, so the two can be told apart
+CARD = torch.device("cpu")
+"""What stands for the card, and what every tensor says that it is on."""
+HOST = torch.device("cpu", 0)
+"""What a loop gets that makes a device "cpu" itself."""
 
 
 class Placement(TorchFunctionMode):
@@ -46,8 +48,6 @@ class Placement(TorchFunctionMode):
             return self._to_card(args[0], lambda tensor: tensor)
         if func is Tensor.cpu:
             return self._to_host(args[0])
-        if func is Tensor.pin_memory:
-            return args[0]
         if func is Tensor.numpy and isinstance(args[0], FakeTensor):
             return known_array(args[0])
         return func(*args, **kwargs)
@@ -72,7 +72,7 @@ class Placement(TorchFunctionMode):
     def _to(self, tensor: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         named = kwargs.get("device", args[0] if args else None)
         device = named.device if isinstance(named, Tensor) else named
-        if not isinstance(device, (str, int, torch.device)):
+        if not isinstance(device, (str, int, _REAL_DEVICE)):
             return tensor.to(*args, **kwargs)
         rewritten = tuple(_as_cpu(item) for item in args)
         kwargs = {key: _as_cpu(value) for key, value in kwargs.items()}
@@ -97,13 +97,32 @@ class Placement(TorchFunctionMode):
             return tensor.clone()
 
 
+def _is_of_torch(caller: FrameType) -> bool:
+    """torch's own code compares the devices of tensors, which are all the same here."""
+    return str(caller.f_globals.get("__name__")).startswith("torch.")
+
+
+class _DeviceOfLoop(type):
+    """What a loop finds as `torch.device`: the same, but for "cpu", which is the host."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        device = _REAL_DEVICE(*args, **kwargs)
+        return HOST if device == CARD and not _is_of_torch(sys._getframe(1)) else device
+
+    def __instancecheck__(cls, value: Any) -> bool:
+        return isinstance(value, _REAL_DEVICE)
+
+
+_REAL_DEVICE = torch.device
+
+
 def _is_card(device: Any) -> bool:
-    return device is not None and not (isinstance(device, str) and device.startswith("cpu"))
+    return device is not None and device != HOST and not (isinstance(device, str) and device.startswith("cpu"))
 
 
 def _as_cpu(value: Any) -> Any:
     """Any spelling of a CUDA device as the CPU; everything else as it is."""
-    if isinstance(value, torch.device) or (isinstance(value, str) and value.startswith("cuda")):
+    if isinstance(value, _REAL_DEVICE) or (isinstance(value, str) and value.startswith("cuda")):
         return CARD
     return CARD if isinstance(value, int) and not isinstance(value, bool) else value
 
@@ -129,73 +148,8 @@ def _as_meta(value: Any) -> Any:
 
 
 @contextmanager
-def cuda_answers(target: CudaTarget) -> Iterator[None]:
-    """torch.cuda says that the target is there, idle and empty."""
-    capability = target.compute_capability
-    properties = SimpleNamespace(
-        name=target.name, major=capability[0], minor=capability[1], total_memory=target.total_bytes
-    )
-    answers: dict[str, Any] = {
-        "is_initialized": True,
-        "is_bf16_supported": capability >= (8, 0),
-        "device_count": 1,
-        "current_device": 0,
-        "get_device_name": target.name,
-        "get_device_capability": capability,
-        "get_device_properties": properties,
-        "mem_get_info": (target.total_bytes, target.total_bytes),
-        "memory_stats": defaultdict(int),
-        "memory_summary": "",
-        **dict.fromkeys(("memory_allocated", "memory_reserved", "max_memory_allocated", "max_memory_reserved"), 0),
-        **dict.fromkeys(("synchronize", "set_device", "init", "ipc_collect", "set_per_process_memory_fraction")),
-        **dict.fromkeys(("reset_peak_memory_stats", "reset_max_memory_allocated", "reset_accumulated_memory_stats")),
-    }
-    with ExitStack() as stack:
-        for name, answer in answers.items():
-            stack.enter_context(patch.object(torch.cuda, name, partial(_answer, answer)))
-        stack.enter_context(patch.object(torch.cuda, "is_available", _is_available))
-        for name in ("range_push", "range_pop", "mark"):
-            stack.enter_context(patch.object(torch.cuda.nvtx, name, partial(_answer, 0)))
-        stack.enter_context(patch.object(torch.cuda, "Event", _Event))
-        for name in ("is_autocast_enabled", "get_autocast_dtype"):
-            stack.enter_context(patch.object(torch, name, partial(_of_cpu, getattr(torch, name))))
-        yield
-
-
-def _is_available() -> bool:
-    """To whom runs a loop; a library that is imported meanwhile would look for CUDA's own libraries."""
-    return sys._getframe(1).f_code.co_name != "<module>"
-
-
-def _answer(value: Any, *_: Any, **__: Any) -> Any:
-    return value
-
-
-def _of_cpu(ask: Callable[[str], Any], device_type: str = "cuda") -> Any:
-    return ask("cpu" if device_type == "cuda" else device_type)
-
-
-class _Event:
-    """A CUDA event that has happened."""
-
-    def __init__(self, **_: Any) -> None: ...
-
-    def record(self, stream: Any = None) -> None: ...
-
-    def synchronize(self) -> None: ...
-
-    def wait(self, stream: Any = None) -> None: ...
-
-    def query(self) -> bool:
-        return True
-
-    def elapsed_time(self, end: "_Event") -> float:
-        return 1.0  # milliseconds
-
-
-@contextmanager
 def card_stands_in(recorder: Recorder) -> Iterator[None]:
-    """A loop that names CUDA gets the CPU tensors that stand for it; torch.compile leaves its function as it is."""
+    """A loop that names CUDA gets the CPU tensors that stand for it."""
     init = torch.amp.autocast_mode.autocast.__init__
 
     def autocast_init(self: Any, device_type: str, dtype: torch.dtype | None = None, *args: Any, **kwargs: Any) -> None:
@@ -206,9 +160,6 @@ def card_stands_in(recorder: Recorder) -> Iterator[None]:
     def grad_scaler_init(self: Any, device: str = "cuda", *args: Any, **kwargs: Any) -> None:
         scaler_init(self, "cpu", *args, **kwargs)
 
-    def as_it_is(function: Any = None, **_: Any) -> Any:
-        return function if function is not None else lambda decorated: decorated
-
     generator = torch.Generator
     placement, hooks_init = Placement(recorder), torch.autograd.graph.saved_tensors_hooks.__init__
 
@@ -216,11 +167,17 @@ def card_stands_in(recorder: Recorder) -> Iterator[None]:
         hooks_init(self, partial(placement.over, pack), partial(placement.over, unpack))
 
     with ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        # the hooks that checkpointing sets for itself, which are seen to here, are taken for the loop's
+        warnings.filterwarnings("ignore", "A saved_tensors_hooks context", FutureWarning)
         stack.enter_context(patch.object(torch.amp.autocast_mode.autocast, "__init__", autocast_init))
         stack.enter_context(patch.object(torch.amp.GradScaler, "__init__", grad_scaler_init))
-        stack.enter_context(patch.object(torch, "compile", as_it_is))
+        stack.enter_context(patch.object(torch, "device", _DeviceOfLoop("device", (), {})))
         stack.enter_context(patch.object(torch, "Generator", lambda device="cpu": generator(_as_cpu(device))))
         stack.enter_context(patch.object(torch.cuda, "empty_cache", recorder.empty_cache))
+        stack.enter_context(patch.object(torch._C, "_accelerator_emptyCache", recorder.empty_cache, create=True))
+        stack.enter_context(patch.object(Tensor, "record_stream", lambda *_, **__: None))
+        stack.enter_context(patch.object(Tensor, "pin_memory", lambda tensor, *_, **__: tensor))  # also in a thread
         hooks = torch.autograd.graph.saved_tensors_hooks
         stack.enter_context(patch.object(hooks, "__init__", saved_tensors_hooks_init))
         stack.enter_context(placement)

@@ -24,6 +24,8 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fitune.trace.allocation import Allocation, Free, Output
+from fitune.trace.autograd_in_place import IN_PLACE, as_autograd_does, count_alone
 from fitune.trace.events import ON_HOST, TRANSFER, Category, Phase
 from fitune.trace.operators import by_operator
 from fitune.trace.recording import NEVER, Birth, Recording, Rule, Where, Work, make_recording, split_turn
@@ -34,6 +36,7 @@ Operator = torch._ops.OpOverload
 _DEVICE_OF = torch.ops.prim.device.default
 _UNSAFE_VIEW = torch.ops.aten._unsafe_view.default
 """A view that its schema does not call one, because autograd need not know: nothing is moved."""
+_ZEROS = ("aten.new_zeros.default", "aten.zeros.default", "aten.zeros_like.default")
 _COPIES = ("aten.copy_", "aten.clone", "aten._to_copy")
 Place = Literal["host", "card"]
 _WorkPlace = tuple[Phase, int, int, str, int, str, str]
@@ -48,11 +51,11 @@ class Kernels(Protocol):
     def workspaces(self, func: Operator, phase: Phase) -> Sequence[int]:
         """Bytes of what the operator allocates before its outputs and keeps for ever."""
 
-    def temporaries(
-        self, func: Operator, args: tuple[Any, ...], outputs: Sequence[torch.Tensor]
-    ) -> Sequence[Sequence[int]] | None:
-        """Bytes of what the operator allocates after its outputs and frees before it returns: one group after the
-        other. None for an operator without a rule."""
+    def allocations(
+        self, func: Operator, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], Sequence[Allocation]] | None:
+        """Returns all arguments of the operator, and what its kernel allocates and frees, in order; None for an
+        operator without a rule."""
 
 
 @dataclass(slots=True, eq=False)
@@ -85,7 +88,7 @@ class Mark:
 class Recorder(TorchDispatchMode):
     def __init__(self, kernels: Kernels) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._kernels = kernels
+        self._kernels, self._alone = kernels, count_alone()
         self._births: list[_Storage] = []
         self._silent: list[tuple[int, Rule]] = []
         self._work: dict[_WorkPlace, list[int]] = {}
@@ -233,6 +236,9 @@ class Recorder(TorchDispatchMode):
             return args[0].fake_device  # two thirds of all calls, and slow through FakeTensorMode
         kwargs = kwargs or {}
         traits = _traits(func)
+        if traits.may_be_in_place:
+            func = as_autograd_does(func, args, kwargs, alone=self._alone, is_new_zeros=self._is_new_zeros)
+            traits = _traits(func)
         self._follow_phase(func, args)  # by a profiler's mark too: that of zero_grad() begins what comes next
         if traits.is_silent:
             with torch._C._DisableTorchDispatch():
@@ -255,27 +261,41 @@ class Recorder(TorchDispatchMode):
                 self._count(func, args, kwargs, outputs, module=self._module(), known=known, on_host=True)
             return result
         module = self._module()
-        for tensor, source in zip(outputs, self._sources(args, len(outputs)), strict=True):
-            self._see(tensor, traits.name, module if source is None else source)
-        self._add_temporaries(func, args, outputs)
+        self._allocate(func, args, kwargs, outputs, module)
         if traits.does_work:
             self._count(func, args, kwargs, outputs, module=module, known=known)
         return result
 
-    def _add_temporaries(self, func: Operator, args: tuple[Any, ...], outputs: tuple[torch.Tensor, ...]) -> None:
-        groups = self._kernels.temporaries(func, args, outputs)
-        if groups is None:
+    def _allocate(
+        self, func: Operator, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: tuple[torch.Tensor, ...],
+        module: str,
+    ) -> None:  # fmt: skip
+        """Writes down the operator's outputs and what its kernel allocates beside them, in the kernel's order."""
+        name = _traits(func).name
+        modules = [module if source is None else source for source in self._sources(args, len(outputs))]
+        arguments, steps = self._kernels.allocations(func, args, kwargs) or (None, ())
+        named = {step.number for step in steps if isinstance(step, Output)}
+        for number, tensor in enumerate(outputs):
+            if number not in named:
+                self._see(tensor, name, modules[number])
+        if arguments is None:
             return
-        rule = _rule(func, args, total=sum(map(len, groups)))
-        if rule is not None and not groups:
+        sizes = [step for step in steps if isinstance(step, int)]
+        rule = _rule(func, arguments, total=len(sizes))
+        if rule is not None and not sizes:
             self._silent.append((self._step, rule))
-        position = 0
-        for group in groups:
-            hidden = [self.allocate(num_bytes, "temporary", _traits(func).name) for num_bytes in group]
-            for storage in hidden:
-                self.free(storage)
-                storage.rule = None if rule is None else rule._replace(position=position)
-                position += 1
+        temporaries: list[_Storage] = []
+        for step in (*steps, *(Free(number) for number in range(len(sizes)) if Free(number) not in steps)):
+            if isinstance(step, Output) and step.on_host:
+                self._put_on_host(outputs[step.number].untyped_storage())
+            elif isinstance(step, Output):
+                self._see(outputs[step.number], name, modules[step.number])
+            elif isinstance(step, Free):
+                self.free(temporaries[step.number])
+            else:
+                storage = self.allocate(step, "temporary", name)
+                storage.rule = None if rule is None else rule._replace(position=len(temporaries))
+                temporaries.append(storage)
 
     def _count(
         self, func: Operator, args: Any, kwargs: Any, outputs: tuple[torch.Tensor, ...], *,
@@ -433,6 +453,10 @@ class Recorder(TorchDispatchMode):
             if (storage := self._find(tensor)) is not None and storage.category in (None, "input"):
                 storage.category = "optimizer_state"
 
+    def _is_new_zeros(self, tensor: torch.Tensor) -> bool:
+        storage = self._find(tensor)
+        return storage is not None and storage.op in _ZEROS
+
     def _find(self, tensor: torch.Tensor) -> _Storage | None:
         return self._alive.get(tensor.untyped_storage()._cdata)
 
@@ -450,18 +474,20 @@ class Recorder(TorchDispatchMode):
 
 
 class _Traits(NamedTuple):
-    """Of an operator. is_silent: whether it only tells a profiler something. does_work: whether it is no view."""
+    """Of an operator. is_silent: whether it only tells a profiler something. does_work: whether it is no view.
+    may_be_in_place: whether autograd may have called its twin in place."""
 
     name: str
     packet_name: str
     is_silent: bool
     does_work: bool
+    may_be_in_place: bool
 
 
 @by_operator
 def _traits(func: Any) -> _Traits:
     does_work = not func.is_view and func is not _UNSAFE_VIEW
-    return _Traits(str(func), str(func.overloadpacket), func.namespace == "profiler", does_work)
+    return _Traits(str(func), str(func.overloadpacket), func.namespace == "profiler", does_work, func in IN_PLACE)
 
 
 @cache
@@ -480,14 +506,20 @@ def _tensors(tree: Any) -> Iterator[torch.Tensor]:
             yield from _tensors(item)
 
 
+_MOST_IN_A_LIST = 4
+
+
 def _rule(func: Operator, args: tuple[Any, ...], *, total: int) -> Rule | None:
-    """None where tensors come in lists, whose lengths are no shape."""
-    if any(any(True for _ in _tensors(value)) for value in args if isinstance(value, (list, tuple))):
+    """None where many tensors come in a list, as those of an optimizer."""
+    if any(isinstance(value, (list, tuple)) and len(value) > _MOST_IN_A_LIST for value in args):
         return None
-    return Rule(func._schema.name, tuple(_shape(value) for value in args), 0, total)
+    return Rule(func.name(), tuple(_shape(value) for value in args), 0, total)
 
 
 def _shape(value: Any) -> object:
+    """Tensors as `temporaries_by_shape` reads them."""
     if isinstance(value, torch.Tensor):
-        return tuple(value.shape), value.dtype
-    return tuple(value) if isinstance(value, list) else value
+        shape = tuple(value.shape), value.dtype
+        offset = value.storage_offset()
+        return shape if not offset and value.is_contiguous() else (*shape, value.stride(), offset)
+    return tuple(_shape(each) for each in value) if isinstance(value, (list, tuple)) else value

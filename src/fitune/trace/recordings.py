@@ -16,7 +16,7 @@ from fitune.config import ModelConfig, RunConfig
 from fitune.model.layers import LayerList, find_layers, first_layers
 from fitune.model.load import load_config
 from fitune.step.assemble import choose_layouts
-from fitune.trace.cuda_behaviour import CudaTarget
+from fitune.trace.cuda_target import CudaTarget
 from fitune.trace.events import ROUTED
 from fitune.trace.extrapolate import (
     NUM_RECORDED_CHUNKS,

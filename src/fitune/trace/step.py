@@ -26,7 +26,7 @@ from fitune.step.assemble import Layout, assemble, choose_layouts, choose_packin
 from fitune.step.optimizer import STATE_COMES_LATE
 from fitune.step.optimizer_state import create_state
 from fitune.step.train_step import evaluate, train_step
-from fitune.trace.cuda_behaviour import CudaTarget
+from fitune.trace.cuda_target import CudaTarget
 from fitune.trace.events import MemoryTrace, OperatorWork
 from fitune.trace.extrapolate import NUM_RECORDED_CHUNKS, Rows
 from fitune.trace.fake import RecordedModel, RecordSettings, Step
@@ -197,6 +197,8 @@ def record_columns_of_step(
                     create_state(setup.optimizer)
                     if setup.scaler is not None:
                         setup.scaler.scale(torch.zeros((), device=here))  # in a run the trial before the first step
+                if target is not None:
+                    recorders[0].empty_cache()  # a run gives back what it tried out so far
             elif evaluates:
                 evaluate(model, micro_batches, settings=setup.settings)
             else:

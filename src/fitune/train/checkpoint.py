@@ -40,7 +40,9 @@ from fitune.model.peft_parts import PeftModel
 from fitune.model.save import link_model, saved_tensors, write_files
 from fitune.model.tensor_file import file_hash, write_tensors
 from fitune.run.directory import RunDirectory, sync_directory, write_json
+from fitune.run.files import open_plain, read_plain
 from fitune.run.journal import read_journal
+from fitune.run.patient_files import PatientFiles
 from fitune.step.assemble import Setup
 from fitune.step.optimizer_state import create_state
 from fitune.step.out_of_memory import said_of, try_twice
@@ -80,7 +82,8 @@ class Checkpoint:
 class CheckpointWriter:
     """Saves commits beside the training steps, one at a time.
 
-    files: what `model_files` gives. facts: identity and conditions, for the checkpoint. A save that fails leaves the
+    files: what `model_files` gives. facts: identity and conditions, for the checkpoint. logs: what writes the run's
+    logs, which are written before a checkpoint counts. A save that fails leaves the
     earlier ones and is told by `failure`; failed_step: of the last one, None where that went well. writes: not in a
     process beside the one that saves.
     """
@@ -92,10 +95,11 @@ class CheckpointWriter:
         *,
         files: Mapping[str, bytes],
         facts: Mapping[str, Json],
+        logs: PatientFiles,
         writes: bool = True,
     ) -> None:
         self._run, self._setup, self._files, self._facts = run, setup, files, facts
-        self._writes = writes
+        self._logs, self._writes = logs, writes
         self.failed_step: int | None = None
         self._failure: str | None = None
         self._thread: threading.Thread | None = None
@@ -141,7 +145,7 @@ class CheckpointWriter:
             "scaler": None if self._setup.scaler is None else self._setup.scaler.state_dict(),
             "optimizer": tensors.optimizer_scalars,
             "memory_model": memory_model,
-            "log_bytes": {log.name: _size(log) for log in _logs(self._run)},
+            "log_bytes": {log.name: self._logs.size(log) for log in _logs(self._run)},
             **self._facts,
         }
 
@@ -168,7 +172,8 @@ class CheckpointWriter:
         new = final.with_name(f".{final.name}")
 
         def begin() -> None:
-            _check_room(self._run.checkpoints, tensors.num_bytes)
+            copied = sum(map(len, self._files.values()))
+            _check_room(self._run.checkpoints, tensors.num_bytes + 3 * copied)  # last/ and best/ have copies
             shutil.rmtree(new, ignore_errors=True)
             new.mkdir()
 
@@ -179,11 +184,11 @@ class CheckpointWriter:
                 return
             write_files(new / "model", self._files)
             write_json(new / "state.json", content)
+            self._logs.flush()
             for log in _logs(self._run):
                 _flush(log)
             _write_manifest(new, hashes)
-            shutil.rmtree(final, ignore_errors=True)
-            new.rename(final)
+            _put_in_place(new, final)
             sync_directory(final.parent)
             link_model(final / "model", self._run.last)
             if state.best_step == state.step:
@@ -376,7 +381,7 @@ def roll_back(run: RunDirectory, checkpoint: Checkpoint | None) -> list[str]:
         if _size(log) < size:
             lost.append(f"{log} has lost {size - _size(log):,} of the {size:,} bytes that were written")
         elif log.exists():
-            with log.open("rb+") as file:
+            with open(log, "rb+", opener=open_plain) as file:
                 file.truncate(size)
     step = 0 if checkpoint is None else checkpoint.state.step
     if checkpoint is not None and not lost:
@@ -514,13 +519,15 @@ def _write_manifest(directory: Path, hashes: Mapping[str, str]) -> None:
         if name not in hashes:
             _flush(path)
         files[name] = {"bytes": path.stat().st_size, "xxh3_128": hashes.get(name) or file_hash(path)}
-    sync_directory(directory / "model")
+    for path in (directory / "model", *(directory / "model").rglob("*")):
+        if path.is_dir():
+            sync_directory(path)
     write_json(directory / "manifest.json", {"schema": SCHEMA, "files": files})
 
 
 def _verify(path: Path) -> None:
     """Raises ValueError, OSError, KeyError or TypeError where it is not whole."""
-    manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+    manifest = json.loads(read_plain(path / "manifest.json"))
     if manifest["schema"] != SCHEMA:
         raise ValueError(f"it has schema {manifest['schema']}, and this fitune reads schema {SCHEMA}")
     for name, expected in manifest["files"].items():
@@ -531,7 +538,7 @@ def _verify(path: Path) -> None:
 
 
 def _read(path: Path) -> Checkpoint:
-    content = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    content = json.loads(read_plain(path / "state.json"))
     return Checkpoint(
         path=path,
         state=read_state(content["state"]),
@@ -544,13 +551,35 @@ def _read(path: Path) -> Checkpoint:
 
 
 def _remove_old(run: RunDirectory, state: RunState) -> None:
-    """A directory is renamed first: half of one must never look like a whole one."""
     steps = sorted(_checkpoints(run))
     for step in set(steps[:-NUM_KEPT]) - {state.best_step}:
-        path = checkpoint_path(run, step)
-        hidden = path.with_name(f".{path.name}")
-        path.rename(hidden)
-        shutil.rmtree(hidden)
+        _remove(checkpoint_path(run, step))
+
+
+def _put_in_place(new: Path, final: Path) -> None:
+    """Rename a whole checkpoint. An earlier one of that step, saved before its evaluation, is removed afterwards."""
+    if not final.exists():
+        new.rename(final)
+        return
+    hidden = _hidden(final)
+    final.rename(hidden)
+    try:
+        new.rename(final)
+    except OSError:
+        hidden.rename(final)
+        raise
+    shutil.rmtree(hidden)
+
+
+def _remove(path: Path) -> None:
+    """A directory is renamed first: half of one must never look like a whole one."""
+    hidden = _hidden(path)
+    path.rename(hidden)
+    shutil.rmtree(hidden)
+
+
+def _hidden(path: Path) -> Path:
+    return path.with_name(f".{path.name}.old")
 
 
 def _check_room(directory: Path, needed_bytes: int) -> None:

@@ -3,6 +3,7 @@ and the size of micro-batches as memory comes and goes.
 
     start     optimizer state made, the model checked on two rows, the heaviest micro-batch tried: before step 1
     train     one safe step, in micro-batches of the size that fits now; what it showed is learned
+    settle    the card as it is predicted: with no more than the weights and the optimizer's state
     evaluate  with a ladder of its own
 """
 
@@ -27,7 +28,7 @@ from fitune.step.gradient_norms import GradientNorms, NormRecorder
 from fitune.step.micro_batch_work import allowed_reliefs, micro_batch_work
 from fitune.step.model_check import Probe, Verdict, check_model
 from fitune.step.optimizer_state import create_state
-from fitune.step.out_of_memory import release_memory, try_twice
+from fitune.step.out_of_memory import release_memory, release_workspaces, try_twice
 from fitune.step.safe_evaluate import safe_evaluate
 from fitune.step.safe_step import Failure, Protection, SafeResult, safe_step
 from fitune.step.shared_step import SharedStep
@@ -113,6 +114,12 @@ class Guard:
             self._observed(lambda: safe_step(self.protection, self._heaviest, step=0, trial=True), self._free_bytes())
         if self._device.type == "cpu":
             release_memory(self._device)  # the C library would keep what the longest rows took; most batches need less
+
+    def settle(self) -> None:
+        """A card's reserved memory depends on all that was done before. What was tried out is given back, so that the
+        first step begins as it was predicted; the next steps allocate it again, in milliseconds."""
+        if self._device.type == "cuda":
+            release_workspaces(self._device)
 
     def train(
         self,

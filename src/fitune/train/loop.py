@@ -23,11 +23,13 @@ from fitune.data.examples import Examples
 from fitune.data.rows import Batch, MicroBatch
 from fitune.errors import FituneError, InterruptedRunError, OutOfMemoryError, RunDirectoryError
 from fitune.model.device import MemoryPeak, read_peak, reset_peak
+from fitune.model.finite import saved_not_finite, weights_not_finite
 from fitune.model.save import model_files
-from fitune.run.directory import RunDirectory, write_json
+from fitune.run.directory import RunDirectory
 from fitune.run.eval_rows import EvalRows, append_eval_rows
 from fitune.run.journal import StepRecord, append_step, ids_hash
-from fitune.run.metrics import EvalMetrics, RunEvent, Status, StepMetrics, Summary, append_line, summary_json
+from fitune.run.metrics import EvalMetrics, RunEvent, Status, StepMetrics, Summary, summary_json
+from fitune.run.patient_files import PatientFiles
 from fitune.step.assemble import Layout, Setup
 from fitune.step.gradient_norms import NormRecorder
 from fitune.step.optimizer import set_lr
@@ -67,6 +69,9 @@ from fitune.units import parse_seconds
 EVALS_PER_RUN = 10
 PREFETCHED_BATCHES = 2
 MOST_BAD_STEPS = 3
+LAST_SAVE_SECONDS = 20.0
+"""So long the last save of a run is tried again, and what waits to be written: what cannot be saved then is lost."""
+SAVE_AGAIN_SECONDS = 1.0
 OWN_EVENTS = ("out_of_memory", "micro_batch")
 """What happens to one of several processes; all else they do together."""
 MOST_OVERFLOWS = 30
@@ -159,9 +164,11 @@ def train(
     ranks = ranks or Ranks()
     trainer = _Trainer(config, setup, run, data, tokenizer, watcher, self_check, start, replay, ranks, until)
     status: Status = "failed"
+    patience = 0.0
     try:
         with _noted_signals() as caught:
             status = trainer.run_to_the_end(caught)
+        patience = LAST_SAVE_SECONDS
     except KeyboardInterrupt:
         status = "stopped"
         trainer.event("stopped", "interrupted at once, without saving")
@@ -176,6 +183,11 @@ def train(
     finally:
         trainer.writer.close()  # in any case: nothing is written once the run's lock is given back
         summary = trainer.write_summary(status)
+        lost = trainer.files.close(patience=patience)
+        if lost is not None:
+            watcher.note(f"warning: {lost}")
+    if lost is not None:
+        raise RunDirectoryError(f"{lost}; the weights of step {summary.steps} are in {run.last}")
     if caught and status == "stopped":
         where = f"saved after step {summary.steps} in {run.last}"
         interrupted = InterruptedRunError(f"interrupted: {where}; fitune train --resume {run.path} goes on")
@@ -201,13 +213,13 @@ class _Trainer:
         ranks: Ranks,
         until: int | None,
     ) -> None:
-        self.ranks, self.untold = ranks, list[tuple[str, str]]()
+        self.ranks, self.untold, self.files = ranks, list[tuple[str, str]](), PatientFiles()
         self.config, self.setup, self.run, self.data = config, setup, run, data
         self.watcher, self.self_check, self.start, self.replay, self.until = watcher, self_check, start, replay, until
         self.device = next(setup.model.parameters()).device
         self.length = run_length(config, data.train)
         self.state = RunState() if start is None else start.state
-        self.saved_step = -1 if start is None or start.state.step == 0 else start.state.step
+        self.saved = None if start is None or start.state.step == 0 else self.commit
         self.guard = Guard(
             config,
             setup,
@@ -233,8 +245,14 @@ class _Trainer:
                 "identity": run_identity(config, setup, train=data.train, held_out=data.eval),
                 "conditions": run_conditions(config, setup, num_ranks=ranks.size),
             },
+            logs=self.files,
             writes=ranks.leads,
         )
+
+    @property
+    def commit(self) -> tuple[int, int]:
+        """What tells two states of a run apart that are worth a checkpoint: a step, before and after its evaluation."""
+        return self.state.step, self.state.evaluated_step
 
     @property
     def rows_per_step(self) -> int:
@@ -281,8 +299,9 @@ class _Trainer:
         self.guard.start()
         if self.start is not None and self.start.memory_model is not None:
             self.guard.restore(self.start.memory_model)  # after the start, which has learned something of its own
-        if self.state.step == 0:
+        if self.state.step % self.eval_every == 0:  # also one that was due when the run was stopped or ended
             self.evaluate()
+        self.guard.settle()
         prepared = prefetch(self._prepared(), depth=PREFETCHED_BATCHES)
         try:
             while not self.is_over() and (item := next(prepared, None)) is not None:
@@ -423,6 +442,7 @@ class _Trainer:
             self.run.journal if self.ranks.leads else None,
             state.journal_hash,
             record,
+            append=self.files.append,
             attempts=1 + len(safe.failures),
             peak_bytes=peak.device_bytes,
             free_bytes=self.guard.free_bytes,
@@ -517,12 +537,27 @@ class _Trainer:
                 f"step {state.step}: loss {result.loss:.4g}, gradient norm {result.grad_norm:.4g}: no update",
             )
         if state.bad_steps >= (MOST_BAD_STEPS if self.setup.scaler is None else MOST_OVERFLOWS):
+            what = f"the gradient was not finite in {state.bad_steps} steps in a row (loss {result.loss:.4g} at step "
+            what += f"{state.step})"
+            names = self.ranks.exchange(weights_not_finite(self.setup.model))
+            if (name := next(filter(None, names), None)) is not None:
+                raise FituneError(
+                    f"{what}, since {name} is not finite itself: an earlier update was too large, lower optim.lr "
+                    f"({self.setup.peak_lr:g}); {self.what_is_saved()}"
+                )
             self.save_for_good()
             raise FituneError(
-                f"the gradient was not finite in {state.bad_steps} steps in a row (loss {result.loss:.4g} at step "
-                f"{state.step}): lower optim.lr ({self.setup.peak_lr:g}) or look at the rows of these steps; "
-                f"the weights before them are in {self.run.last}"
+                f"{what}: lower optim.lr ({self.setup.peak_lr:g}) or look at the rows of these steps; the weights "
+                f"before them are in {self.run.last}"
             )
+
+    def what_is_saved(self) -> str:
+        """Where weights are that are finite, as one clause."""
+        self.tell_failed_save(wait=True)
+        for directory in (self.run.last, self.run.best):
+            if saved_not_finite(directory) is None:
+                return f"the weights of an earlier step are in {directory}"
+        return "no weights were saved before that"
 
     def evaluate(self) -> None:
         state = self.state
@@ -549,7 +584,7 @@ class _Trainer:
         )
         self.write(self.run.metrics, metrics)
         if self.ranks.leads:
-            append_eval_rows(self.run.eval_rows, _eval_rows(result, metrics))
+            append_eval_rows(self.run.eval_rows, _eval_rows(result, metrics), append=self.files.append)
         # the untrained model is measured but is no result of this run, nor is a loss that is not a number
         better = state.best_eval_loss is None or result.loss < state.best_eval_loss
         best = state.step > 0 and better and math.isfinite(result.loss)
@@ -569,14 +604,14 @@ class _Trainer:
 
     def save(self) -> None:
         """Begin to save the present commit as last/ (and best/), if that is not done already."""
-        if self.saved_step == self.state.step:
+        if self.saved == self.commit:
             return
         self.tell_failed_save(wait=True)
         if self.setup.settings.shards is None:  # else each holds a share of its own
             self.ranks.check_same(parameter for parameter in self.setup.model.parameters() if parameter.requires_grad)
         self.state = replace(self.state, seconds=self.seconds)
         self.writer.save(self.state, memory_model=self.guard.to_json())
-        self.saved_step = self.state.step
+        self.saved = self.commit
         self.write_summary("running")
 
     def tell_failed_save(self, *, wait: bool = False) -> None:
@@ -585,21 +620,31 @@ class _Trainer:
             self.writer.wait()
         if (failure := self.writer.failure()) is not None:
             self.event("save_failed", f"warning: {failure}; the run goes on")
+        for news in self.files.take_news():
+            self.event("files_wait", news)
 
     def save_for_good(self) -> None:
-        """Save and wait, again where the last save failed. Raises RunDirectoryError where that fails."""
+        """Save and wait, again and again where a save fails. Raises RunDirectoryError where none goes well for
+        LAST_SAVE_SECONDS."""
         self.tell_failed_save(wait=True)
+        until = time.perf_counter() + LAST_SAVE_SECONDS
         if self.ranks.exchange(self.writer.failed_step)[0] == self.state.step:
-            self.saved_step = -1
-        self.save()
-        self.writer.wait()
-        failure = self.ranks.exchange(self.writer.failure())[0]
-        if failure is not None:
-            raise RunDirectoryError(f"{failure}; the checkpoint before it is whole")
+            self.saved = None
+        while True:
+            self.save()
+            self.writer.wait()
+            failure, is_late = self.ranks.exchange((self.writer.failure(), time.perf_counter() >= until))[0]
+            if failure is None:
+                return
+            if is_late:
+                raise RunDirectoryError(f"{failure}; the checkpoint before it is whole")
+            self.watcher.note(f"warning: {failure}; it is tried again for up to {LAST_SAVE_SECONDS:.0f} s: make room")
+            self.saved = None
+            time.sleep(SAVE_AGAIN_SECONDS)
 
     def write(self, path: Path, line: StepMetrics | EvalMetrics | RunEvent) -> None:
         if self.ranks.leads:
-            append_line(path, line)
+            self.files.append(path, line)
 
     def own_event(self, kind: str, message: str) -> None:
         """Of this process alone. The first one tells its own at once, and the others' after the step."""
@@ -652,7 +697,7 @@ class _Trainer:
             data_hash=self.data.train.data_hash,
         )
         if self.ranks.leads:
-            write_json(self.run.summary, summary_json(summary))
+            self.files.replace(self.run.summary, summary_json(summary))
         return summary
 
 

@@ -19,8 +19,10 @@ from torch import nn
 from fitune.config import RunConfig
 from fitune.errors import RunDirectoryError
 from fitune.run.directory import RunDirectory
+from fitune.run.files import read_plain
 from fitune.run.memory import MemorySample
-from fitune.run.metrics import EvalMetrics, RunEvent, StepMetrics, append_line
+from fitune.run.metrics import EvalMetrics, RunEvent, StepMetrics
+from fitune.run.patient_files import PatientFiles
 from fitune.step.assemble import Setup
 from fitune.step.shards import local
 from fitune.train.alarms import Alarms, AlarmSettings
@@ -28,9 +30,12 @@ from fitune.train.loop import Watcher
 from fitune.train.prometheus import write_prometheus
 from fitune.train.sampler import Sampler
 from fitune.train.trackers import open_trackers
+from fitune.units import MIB
 
 SAMPLE_SECONDS = 0.5
 PROMETHEUS_SECONDS = 5.0
+MOST_WAITING_BYTES = 8 * MIB
+"""Samples of some hours."""
 STATE_EVERY_STEPS = 100
 
 
@@ -105,6 +110,7 @@ class Monitor:
         self._state_bytes = sum(local(parameter).nbytes for parameter in model.parameters())
         self._sampler = Sampler(self._device, place=run.path, parameter_bytes=self._state_bytes)
         self._alarms = Alarms(settings.alarms)
+        self._files = PatientFiles(most_bytes=MOST_WAITING_BYTES, drops_oldest=True)
         self._lock, self._exporting = threading.Lock(), threading.Lock()
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._sample_until_stopped, name="monitor", daemon=True)
@@ -113,7 +119,7 @@ class Monitor:
         self._step = 0
         self._progress: float | None = None
         self._peaks: list[StepMetrics] = []
-        self._exported = 0.0
+        self._exported, self._is_exported = 0.0, True
 
     def __enter__(self) -> "Monitor":
         self._thread.start()
@@ -153,7 +159,7 @@ class Monitor:
                 sample = _with_peaks(sample, metrics)
             self._peaks.clear()
             self._ring(self._alarms.sample(sample))
-        append_line(self._run.memory, sample, leave_out_unknown=True)
+        self._files.append(self._run.memory, sample, leave_out_unknown=True)
         if sample.time - self._exported >= PROMETHEUS_SECONDS:
             self._exported = sample.time
             self._export(sample)
@@ -165,11 +171,14 @@ class Monitor:
                 return
             try:
                 write_prometheus(self._prometheus, self._run.name, sample=sample, metrics=self._last)
+                self._is_exported = True
             except RunDirectoryError:
-                self._sentences.append(
-                    f"warning: run.prometheus {self._prometheus} cannot be written: no more is tried"
-                )
-                self._prometheus = None
+                if self._is_exported:
+                    self._sentences.append(
+                        f"warning: run.prometheus {self._prometheus} cannot be written: it is tried again every "
+                        f"{PROMETHEUS_SECONDS:.0f} s"
+                    )
+                self._is_exported = False
 
     def _sample_until_stopped(self) -> None:
         going_on = True
@@ -180,7 +189,7 @@ class Monitor:
                 going_on = not self._stopped.wait(max(0.0, SAMPLE_SECONDS - (time.perf_counter() - start)))
             self._exported = 0.0
             self.sample()
-        except Exception as error:  # a full disk, a driver that broke: training is not to end because of its monitor
+        except Exception as error:  # a driver that broke: training is not to end because of its monitor
             self._sentences.append(f"warning: memory is no longer recorded: {error}")
 
     def _ring(self, events: list[RunEvent]) -> None:
@@ -190,7 +199,7 @@ class Monitor:
                 event = replace(event, message=event.message.replace(name, other))
             self._sentences.append(event.message)
             with suppress(RunDirectoryError):  # the loop's own lines meet the same fault, and end the run
-                append_line(self._run.events, event)
+                self._files.append(self._run.events, event)
 
     def _tell_alarms(self) -> None:
         while self._sentences:
@@ -224,7 +233,7 @@ def _larger(first: int | None, second: int | None) -> int | None:
 def _planned_bytes(path: Path) -> int | None:
     """What the run's plan reserves at its peak; None where there is no plan, or none that says it."""
     try:
-        plan = json.loads(path.read_text(encoding="utf-8"))
+        plan = json.loads(read_plain(path))
         return int(plan["candidates"][plan["chosen"]]["predicted_reserved_bytes"])
     except (OSError, ValueError, KeyError, IndexError, TypeError):
         return None

@@ -8,7 +8,7 @@ loaded, where the C library's habits are part of the number. What is found is ke
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import torch
@@ -26,6 +26,8 @@ from fitune.model.device import MemoryPeak, program_bytes, trim_heap
 from fitune.plan.candidates import with_routing
 from fitune.plan.predict import predict_run
 from fitune.plan.share import shards_of, with_bucket
+from fitune.step.optimizer import STATE_COMES_LATE
+from fitune.step.out_of_memory import release_workspaces
 from fitune.trace.step import Pass
 from fitune.units import MIB, format_bytes
 
@@ -102,17 +104,28 @@ def run_device(device: torch.device) -> Device:
     if device.type == "cpu" or not cards:
         return cpu_device()
     uuid = str(torch.cuda.get_device_properties(device).uuid)
-    return next((card for card in cards if (card.uuid or "").endswith(uuid)), cards[0])
+    card = next((card for card in cards if (card.uuid or "").endswith(uuid)), cards[0])
+    if card.free_bytes is None:  # without NVML; the run starts CUDA in any case
+        free_bytes, total_bytes = torch.cuda.mem_get_info(device)
+        return replace(card, free_bytes=free_bytes, used_bytes=total_bytes - free_bytes)
+    return card
 
 
-def predict_second_step(
-    config: RunConfig, train: Examples, held_out: Examples, *, device: torch.device, num_ranks: int = 1
-) -> SelfCheck:
+def reserved_before(device: torch.device) -> int:
+    """What PyTorch has reserved on the card before the run's own: of tensors that a notebook, say, still has. Beside it
+    what the run reserves is not what is predicted. 0 on a CPU."""
+    if device.type == "cpu":
+        return 0
+    release_workspaces(device)
+    return torch.cuda.memory_reserved(device)
+
+
+def predict_second_step(config: RunConfig, train: Examples, *, device: torch.device, num_ranks: int = 1) -> SelfCheck:
     """num_ranks: of which this is the first. Raises what a recording raises; a run without its prediction is still a
     run."""
     target = run_device(device)
     config = with_routing(config, "balanced")  # near to what is measured, of which the worst is only a bound
-    passes, num_shards = list(_passes(config, train, held_out, num_ranks)), shards_of(config, num_ranks)
+    passes, num_shards = list(_passes(config, train, num_ranks)), shards_of(config, num_ranks)
     training = predict_run(config, target, passes=passes, num_shards=num_shards).training
     if device.type == "cuda" and num_shards == 1:  # on a CPU only what is used of it is resident
         training = with_bucket(training, num_ranks)
@@ -123,13 +136,12 @@ def predict_second_step(
     return SelfCheck(training, program_bytes(device), circumstances(target, config.model.source))
 
 
-def _passes(config: RunConfig, train: Examples, held_out: Examples, num_ranks: int) -> Iterator[Pass]:
-    """As the run will do them: an evaluation of the untrained model, then its first two steps."""
-    rows_per_step = config.batch.rows_per_step
-    if len(held_out):
-        rows = tuple(held_out[index] for index in range(0, len(held_out), num_ranks)[:rows_per_step])
-        yield Pass("eval", _sizes(Batch(rows)), most_micro_batches=1)
-    seen = list(islice(batches(train, rows_per_step=rows_per_step, seed=config.train.seed), CHECKED_STEP))
+def _passes(config: RunConfig, train: Examples, num_ranks: int) -> Iterator[Pass]:
+    """As the run will do them: the optimizer's state, then its first two steps. A card has forgotten what was between
+    (`Guard.settle`)."""
+    if config.optim.name not in STATE_COMES_LATE:
+        yield Pass("state")
+    seen = islice(batches(train, rows_per_step=config.batch.rows_per_step, seed=config.train.seed), CHECKED_STEP)
     yield from (Pass("train", _sizes(deal(batch, num_ranks)[0])) for batch in seen)
 
 

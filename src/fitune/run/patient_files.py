@@ -1,0 +1,127 @@
+"""A run's logs and summary on a disk that may be full, or away, for a while.
+
+What cannot be written waits in memory, in its order, and is written together with what comes next. Other faults (no
+permission, a directory that is gone) are told at once: waiting does not mend them.
+"""
+
+import errno
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fitune.errors import RunDirectoryError
+from fitune.run.directory import write_json
+from fitune.run.metrics import as_line, write_line
+from fitune.units import MIB, format_bytes
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+MOST_WAITING_BYTES = 64 * MIB
+"""Some hundred thousand steps."""
+TRY_SECONDS = 0.5
+_PASSING = frozenset(
+    getattr(errno, name)
+    for name in ("ENOSPC", "EDQUOT", "EIO", "ESTALE", "ETIMEDOUT", "EAGAIN", "EBUSY", "EMFILE", "ENFILE", "ENOMEM")
+    if hasattr(errno, name)
+)
+
+
+class PatientFiles:
+    """Writes lines and whole files, from several threads. most_bytes: how much may wait. drops_oldest: beyond it the
+    oldest lines are given up, else RunDirectoryError is raised."""
+
+    def __init__(self, *, most_bytes: int = MOST_WAITING_BYTES, drops_oldest: bool = False) -> None:
+        self._most_bytes, self._drops_oldest = most_bytes, drops_oldest
+        self._lines: dict[Path, deque[bytes]] = {}
+        self._whole: dict[Path, Mapping[str, Any]] = {}
+        self._lock = threading.Lock()
+        self._fault: str | None = None
+        self._news: deque[str] = deque()
+
+    def append(self, path: Path, record: "DataclassInstance", *, leave_out_unknown: bool = False) -> None:
+        """Append a line to a log, now or when there is room. Raises RunDirectoryError where it never will be."""
+        with self._lock:
+            self._lines.setdefault(path, deque()).append(as_line(record, leave_out_unknown=leave_out_unknown))
+            self._try()
+            self._bound()
+
+    def replace(self, path: Path, content: Mapping[str, Any]) -> None:
+        """Write a JSON file, now or when there is room; of several that wait for one place the last."""
+        with self._lock:
+            self._whole[path] = content
+            self._try()
+
+    def size(self, path: Path) -> int:
+        """Of a log, with the lines that wait."""
+        with self._lock:
+            written = path.stat().st_size if path.exists() else 0
+            return written + sum(map(len, self._lines.get(path, ())))
+
+    def flush(self) -> None:
+        """Raises RunDirectoryError where something still waits."""
+        with self._lock:
+            self._try()
+            if self._fault is not None:
+                raise RunDirectoryError(self._fault)
+
+    def close(self, *, patience: float) -> str | None:
+        """Try for so many seconds to write what waits; a sentence where that fails, None where nothing is lost."""
+        until = time.monotonic() + patience
+        while True:
+            try:
+                self.flush()
+                return None
+            except RunDirectoryError as error:
+                if time.monotonic() >= until:
+                    return f"{error}: what waited to be written is lost"
+            time.sleep(TRY_SECONDS)
+
+    def take_news(self) -> list[str]:
+        """What happened since the last call, a sentence each: that writing fails, and that it works again."""
+        with self._lock:
+            news = list(self._news)
+            self._news.clear()
+            return news
+
+    def _try(self) -> None:
+        fault = None
+        for path, lines in self._lines.items():
+            try:
+                while lines:
+                    write_line(path, lines[0])
+                    lines.popleft()
+            except OSError as error:
+                fault = self._passing(error, path)
+        for path in list(self._whole):
+            try:
+                write_json(path, self._whole[path])
+                del self._whole[path]
+            except RunDirectoryError as error:
+                if not isinstance(error.__cause__, OSError):
+                    raise
+                fault = self._passing(error.__cause__, path)
+        if fault is not None and self._fault is None:
+            self._news.append(
+                f"warning: {fault}: what the run writes waits in memory until it can be written; make room"
+            )
+        elif fault is None and self._fault is not None:
+            self._news.append("what waited in memory is written")
+        self._fault = fault
+
+    def _passing(self, error: OSError, path: Path) -> str:
+        sentence = f"{path} cannot be written: {error.strerror or error}"
+        if error.errno not in _PASSING:
+            self._lines.pop(path, None)
+            self._whole.pop(path, None)
+            raise RunDirectoryError(sentence) from error
+        return sentence
+
+    def _bound(self) -> None:
+        while sum(len(line) for lines in self._lines.values() for line in lines) > self._most_bytes:
+            if not self._drops_oldest:
+                raise RunDirectoryError(f"{self._fault}, and {format_bytes(self._most_bytes)} wait to be written")
+            max(self._lines.values(), key=len).popleft()

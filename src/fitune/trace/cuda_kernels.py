@@ -1,0 +1,326 @@
+"""What CUDA's kernels allocate besides and between their outputs: one table by operator, each rule with its source.
+
+A rule answers with the steps of `allocation`. Sources are files of aten/src/ATen in
+PyTorch 2.14 unless another version is named.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from math import ceil, prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fitune.trace.allocation import FREE, Allocation, Free, Output, resolve
+from fitune.trace.cuda_attention import ATTENTION_RULES
+from fitune.trace.cuda_reductions import Card, Reduction, scratch
+from fitune.trace.cuda_target import CudaTarget
+from fitune.trace.operators import by_operator
+
+aten = torch.ops.aten
+Steps = Sequence[Allocation]
+Rule = Callable[[CudaTarget, Sequence[Any]], Steps]
+
+_PARTIALS = 256  # beside the states of its tiles, what cub's scans align their scratch to
+_ALIGNED = 255  # so that cub can begin at a multiple of 256
+
+
+# ---- reductions ------------------------------------------------------------------------------------------------------
+
+
+def _dims(tensor: Tensor, dims: Any) -> frozenset[int]:
+    if isinstance(dims, int):
+        dims = (dims,)
+    return frozenset(each % tensor.dim() for each in dims or range(tensor.dim())) if tensor.dim() else frozenset()
+
+
+def _reduce(
+    target: CudaTarget, tensor: Tensor, dims: Any, *, partial: int, output: int = 4, read_as: int | None = None
+) -> list[Allocation]:
+    """read_as: bytes of an element, where the kernel reads a converted copy."""
+    offset = int(tensor.storage_offset()) if read_as is None else 0
+    size = read_as or tensor.element_size()
+    reduction = Reduction(tuple(tensor.shape), tensor.stride(), offset, _dims(tensor, dims), size, partial, output)
+    steps: list[Allocation] = []
+    for part in scratch(reduction, Card(target.num_multiprocessors, target.generation.threads)):
+        steps += (*part, *(FREE,) * len(part))
+    return steps
+
+
+def _sum(target: CudaTarget, args: Sequence[Any]) -> Steps:
+    """native/cuda/ReduceSumProdKernel.cu and ReduceMomentKernel.cu. What is no number of the output's type is converted
+    before (native/ReduceOps.cpp, make_reduction_from_out_ty); 16 bits in, float32 out is one kernel."""
+    tensor, dims = args[0], args[1] if len(args) == 4 else None
+    dtype = args[-1] or (tensor.dtype if tensor.is_floating_point() else torch.int64)
+    size, partial = dtype.itemsize, max(4, dtype.itemsize)
+    if dtype == tensor.dtype or (dtype == torch.float32 and tensor.dtype in (torch.float16, torch.bfloat16)):
+        return _reduce(target, tensor, dims, partial=partial, output=size)
+    converted = _reduce(target, tensor, dims, partial=partial, output=size, read_as=size)
+    return [tensor.numel() * size, *converted]
+
+
+def _moments(target: CudaTarget, args: Sequence[Any]) -> Steps:
+    """native/cuda/ReduceMomentKernel.cu: mean, square sum and counts of 16 bytes."""
+    dims = args[1] if not isinstance(args[1], bool) else None
+    return _reduce(target, args[0], dims, partial=16, output=args[0].element_size())
+
+
+def _norm(target: CudaTarget, args: Sequence[Any]) -> Steps:
+    """native/cuda/ReduceNormKernel.cu"""
+    output = (args[4] or args[0].dtype).itemsize
+    return _reduce(target, args[0], args[2], partial=4, output=output)
+
+
+def _extremum(target: CudaTarget, args: Sequence[Any]) -> Steps:
+    """native/cuda/ReduceMaxValuesKernel.cu, ReduceMinValuesKernel.cu: of the input's type."""
+    size = args[0].element_size()
+    return _reduce(target, args[0], args[1] if len(args) > 1 else None, partial=size, output=size)
+
+
+def _extremum_with_index(target: CudaTarget, args: Sequence[Any]) -> Steps:
+    """native/cuda/ReduceArgMaxKernel.cu and ReduceMaxValuesKernel.cu: a value and an index of 64 bits."""
+    return _reduce(target, args[0], args[1], partial=16, output=8)
+
+
+def _both_extrema(target: CudaTarget, args: Sequence[Any]) -> Steps:
+    """native/cuda/ReduceAMinMaxKernel.cu"""
+    return _reduce(target, args[0], args[1], partial=2 * args[0].element_size(), output=args[0].element_size())
+
+
+def _truth(target: CudaTarget, args: Sequence[Any]) -> Steps:
+    """native/cuda/ReduceLogicKernel.cu"""
+    return _reduce(target, args[0], args[1] if len(args) > 1 else None, partial=1, output=1)
+
+
+def _count_nonzero(target: CudaTarget, args: Sequence[Any]) -> Steps:
+    """native/TensorAdvancedIndexing.cpp: what is not zero, as 64-bit numbers that are summed up."""
+    number = args[0].numel()
+    return [number, Output(0), 8 * number, *_reduce(target, args[0], args[1], partial=8, output=8, read_as=8)]
+
+
+def _log_sum_exp(target: CudaTarget, args: Sequence[Any]) -> Steps:
+    """native/ReduceOps.cpp, logsumexp_out_impl: maxima, where they are infinite, and exponentials."""
+    tensor, dims = args[0], args[1]
+    size = tensor.element_size()
+    kept = tensor.numel() // max(1, prod(tensor.shape[dim] for dim in _dims(tensor, dims)))
+    maxima = _reduce(target, tensor, dims, partial=size, output=size)
+    sums = _reduce(target, tensor, dims, partial=4, output=size)
+    return [kept * size, *maxima, kept * size, kept, FREE, FREE, tensor.numel() * size, Output(0), *sums]
+
+
+# ---- cub -------------------------------------------------------------------------------------------------------------
+
+
+def _scan_bytes(number: int, *, tile: int, state: int = 16) -> int:
+    """cub::DeviceScan and DeviceSelect: the state of each tile, and of a warp before the first."""
+    return _ALIGNED + _PARTIALS + _ceil_to(state * (ceil(number / tile) + 32), 256)
+
+
+def _sort_bytes(target: CudaTarget, number: int, *, num_bits: int) -> int:
+    """cub::DeviceRadixSort (dispatch_radix_sort.cuh, onesweep) of pairs of 64-bit numbers: 256 counts in each of the
+    passes over 8 bits and in each tile, and a copy of the pairs where there are several passes."""
+    if number <= _SINGLE_TILE:
+        return 1
+    passes = ceil(num_bits / 8)
+    pairs = 2 * _ceil_to(8 * number, 256) if passes > 1 else 0
+    return _ALIGNED + 256 + passes * 2048 + ceil(number / target.generation.sort_tile) * 1024 + pairs
+
+
+_SINGLE_TILE, _SCAN_TILE = 2304, 896
+
+
+def _num_bits(largest: int) -> int:
+    return max(1, largest.bit_length())
+
+
+def _embedding_backward(target: CudaTarget, args: Sequence[Any]) -> Steps:
+    """native/cuda/Embedding.cu and EmbeddingBackwardKernel.cu: many tokens are sorted and summed per segment in
+    float32; in several parts of a segment at once where there are few of them."""
+    grad, indices, num_weights = args[0], args[1], args[2]
+    tokens = indices.numel()
+    if tokens <= 3072:
+        return ()
+    of_tokens = tokens * 8
+    segments = min(tokens, num_weights)
+    partial = tokens // 10 + segments  # NROWS_PER_THREAD
+    sums = (partial * grad.shape[-1] * max(4, grad.element_size()),)
+    if partial > 4 * segments and segments < 4 * target.num_multiprocessors:
+        sums = (partial * 8, *((segments * grad.shape[-1] * 4,) if grad.element_size() == 2 else ()))
+    return (
+        of_tokens, of_tokens,
+        of_tokens, _sort_bytes(target, tokens, num_bits=_num_bits(num_weights)), FREE, FREE,
+        Output(0),
+        of_tokens, 8, of_tokens, _scan_bytes(tokens, tile=target.generation.unique_tile), FREE, FREE,
+        segments * 8, segments * 8, _scan_bytes(segments, tile=_SCAN_TILE), FREE,
+        8, partial * 8, *sums,
+    )  # fmt: skip
+
+
+def _index_put(target: CudaTarget, args: Sequence[Any]) -> Steps:
+    """native/cuda/Indexing.cu, index_put_with_sort_kernel: where values are added up, the indices are sorted. unsafe:
+    whether they are known to be inside; else the smallest and the largest are looked at."""
+    tensor, indices, _, accumulates, *rest = args
+    unsafe = bool(rest and rest[0])
+    known = [each for each in indices if each is not None]
+    if not accumulates or len(known) != 1 or indices[0] is None or known[0].dtype != torch.int64:
+        return ()
+    number = known[0].numel()
+    each = number * 8
+    checks = () if unsafe else (8, 8, 1, FREE, 1, FREE, FREE, FREE)
+    return (
+        *checks, each, each, Free(0 if unsafe else 4),
+        each, each, each, _sort_bytes(target, number, num_bits=_num_bits(tensor.shape[0])),
+    )  # fmt: skip
+
+
+def _cumulative_sum(target: CudaTarget, args: Sequence[Any]) -> Steps:
+    """native/cuda/ScanKernels.cpp and cuda/cub.cuh: a flat tensor is scanned by cub."""
+    tensor, dim, dtype = args[0], args[1], args[2] or args[0].dtype
+    if not tensor.dim() or tensor.numel() != tensor.shape[dim] or tensor.numel() < 2:
+        return ()
+    if dtype == torch.float32:
+        return (_scan_bytes(tensor.numel(), tile=1920, state=8),)
+    return (_scan_bytes(tensor.numel(), tile=7680 if dtype.itemsize == 2 else _SCAN_TILE),)
+
+
+def _sort(target: CudaTarget, args: Sequence[Any]) -> Steps:
+    """native/cuda/Sort.cpp, SortStable.cu: the places of a row; beyond 4,096 a radix sort."""
+    tensor = args[0]
+    dim = args[2] if isinstance(args[1], bool) or args[1] is None else args[1]
+    length = tensor.shape[dim] if tensor.dim() else 1
+    if length > 4096 and tensor.numel() == length and tensor.dtype == torch.int64:
+        return length * 8, _sort_bytes(target, length, num_bits=64)
+    return (length * 8,) if length <= 4096 else ()
+
+
+def _bincount(target: CudaTarget, args: Sequence[Any]) -> Steps:
+    """native/cuda/SummaryOps.cu: the smallest and the largest."""
+    return 8, 8, Output(0)
+
+
+# ---- products --------------------------------------------------------------------------------------------------------
+
+
+def _product(target: CudaTarget, args: Sequence[Any]) -> Steps:
+    """native/cuda/Blas.cpp and cublasCommonArgs.h, prepare_matrix_for_cublas: a matrix whose rows and columns both do
+    not lie one behind the other is copied."""
+    return tuple(
+        each.numel() * each.element_size() for each in (args if len(args) == 2 else args[1:3]) if not _is_matrix(each)
+    )
+
+
+def _is_matrix(tensor: Tensor) -> bool:
+    (rows, columns), (down, across) = tensor.shape, tensor.stride()
+    return (down == 1 and across >= max(1, rows)) or (across == 1 and down >= max(1, columns))
+
+
+# ---- others ----------------------------------------------------------------------------------------------------------
+
+
+def _softmax_backward(target: CudaTarget, args: Sequence[Any]) -> Steps:
+    """native/cuda/SoftMax.cu, softmax_backward_cuda_out: the gradient times the output."""
+    return (args[1].numel() * args[1].element_size(),)
+
+
+def _dropout(target: CudaTarget, args: Sequence[Any]) -> Steps:
+    """native/cuda/Dropout.cu: the mask comes first."""
+    return Output(1), Output(0)
+
+
+def _foreach_norm(target: CudaTarget, args: Sequence[Any]) -> Steps:
+    """native/cuda/ForeachReduceOp.cu: one partial norm per chunk of 65,536 elements of the largest tensor, for each
+    tensor, before the norms."""
+    num_bytes = _num_chunks(args[0]) * max(4, args[0][0].element_size())
+    return num_bytes, *(Output(number) for number in range(len(args[0])))
+
+
+def _foreach_max(target: CudaTarget, args: Sequence[Any]) -> Steps:
+    """The same of the largest elements, after the outputs."""
+    return (_num_chunks(args[0]) * args[0][0].element_size(),)
+
+
+def _num_chunks(tensors: Sequence[Tensor]) -> int:
+    return len(tensors) * max(ceil(tensor.numel() / 65536) for tensor in tensors)
+
+
+def _ceil_to(number: int, step: int) -> int:
+    return ceil(number / step) * step
+
+
+_RULES: dict[str, Rule] = {
+    **ATTENTION_RULES,
+    "aten::sum": _sum,
+    "aten::sum.dim_IntList": _sum,
+    "aten::mean": _sum,
+    "aten::mean.dim": _sum,
+    "aten::var_mean.correction": _moments,
+    "aten::var.correction": _moments,
+    "aten::std.correction": _moments,
+    "aten::linalg_vector_norm": _norm,
+    "aten::amax": _extremum,
+    "aten::amin": _extremum,
+    "aten::max": _extremum,
+    "aten::min": _extremum,
+    "aten::max.dim": _extremum_with_index,
+    "aten::min.dim": _extremum_with_index,
+    "aten::argmax": _extremum_with_index,
+    "aten::argmin": _extremum_with_index,
+    "aten::aminmax": _both_extrema,
+    "aten::all": _truth,
+    "aten::all.dim": _truth,
+    "aten::all.dims": _truth,
+    "aten::any": _truth,
+    "aten::any.dims": _truth,
+    "aten::any.dim": _truth,
+    "aten::count_nonzero": _count_nonzero,
+    "aten::count_nonzero.dim_IntList": _count_nonzero,
+    "aten::logsumexp": _log_sum_exp,
+    "aten::embedding_dense_backward": _embedding_backward,
+    "aten::index_put": _index_put,
+    "aten::index_put_": _index_put,
+    "aten::_index_put_impl_": _index_put,
+    "aten::cumsum": _cumulative_sum,
+    "aten::sort": _sort,
+    "aten::sort.stable": _sort,
+    "aten::bincount": _bincount,
+    "aten::mm": _product,
+    "aten::addmm": _product,
+    "aten::_softmax_backward_data": _softmax_backward,
+    "aten::native_dropout": _dropout,
+    "aten::_foreach_norm.Scalar": _foreach_norm,
+    "aten::_foreach_max": _foreach_max,
+}
+
+
+@by_operator
+def rule_of(func: Any) -> Rule | None:
+    rule = _RULES.get(func.name())
+    return None if rule is None else lambda target, args: resolve(rule(target, args))
+
+
+def all_arguments(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """Also those that were named, or have their default."""
+    return tuple(_fill(func, args, kwargs))
+
+
+def _fill(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Any]:
+    for number, argument in enumerate(func._schema.arguments):
+        yield args[number] if number < len(args) else kwargs.get(argument.name, argument.default_value)
+
+
+def temporaries_by_shape(target: CudaTarget, op: str, arguments: Sequence[Any]) -> list[int]:
+    """Bytes of what operator `op` allocates besides its outputs, one after the other. arguments: tensors as (shape,
+    dtype), and (shape, dtype, stride, offset) where their elements do not lie one behind the other from the
+    beginning of their storage."""
+    steps = _RULES[op](target, [_from_shape(value) for value in arguments])
+    return [step for step in steps if isinstance(step, int)]
+
+
+def _from_shape(value: Any) -> Any:
+    if not isinstance(value, tuple) or len(value) not in (2, 4) or not isinstance(value[1], torch.dtype):
+        return [_from_shape(each) for each in value] if isinstance(value, tuple) else value
+    made = torch.empty(0, dtype=value[1], device="meta")
+    if len(value) == 2:
+        return made.new_empty(value[0])
+    size = value[3] + 1 + sum((length - 1) * step for length, step in zip(value[0], value[2], strict=True))
+    return made.new_empty(max(size, 0)).as_strided(value[0], value[2], value[3])
