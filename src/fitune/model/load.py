@@ -250,7 +250,7 @@ def load_weights(
                 )
         except _READ_ERRORS as error:
             raise _unreadable(model, kind, error) from error
-    surplus = sorted(report["unexpected_keys"])
+    surplus = sorted(name for name in report["unexpected_keys"] if kind == "pth" or not _COMPUTED.search(name))
     if weights_format(config) == MXFP4:
         built = _without_format(built, config, options)
     _check_complete(model, report, surplus if kind == "pth" else _of_layers(built, surplus))
@@ -372,7 +372,7 @@ def _of_layers(model: nn.Module, names: Sequence[str]) -> list[str]:
         if isinstance(part, nn.ModuleList) and len(part) == num_layers
     ]
     of_layer = re.compile(rf"(?:\w+\.)?(?:{'|'.join(map(re.escape, lists))})\.\d+\." if lists else r"(?!)")
-    return [name for name in names if of_layer.match(name) and not _COMPUTED.search(name)]
+    return [name for name in names if of_layer.match(name)]
 
 
 def _listed(what: str, names: Collection[str]) -> str:
