@@ -96,7 +96,10 @@ def plain_eval_loss(directory: Path) -> float:
     ("override", "said"),
     [
         ("train.epochs=0.001", "train.epochs 0.001 of 60 samples an epoch is not one sample: set it to 0.02 or more"),
-        ("data.train=[{path: sft.jsonl, weight: 0.001}]", "of 0.06 samples an epoch is not one sample: set it to 17"),
+        (
+            "data.train=[{path: sft.jsonl, weight: 0.001}]",
+            "of 0.06 samples an epoch is not one sample: set it to 16.67 or more",
+        ),
     ],
 )
 def test_a_run_without_a_sample_is_refused(override: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
