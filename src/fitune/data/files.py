@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 
+from fitune.boundary import bounded_int, parse_json
 from fitune.config import DataSource
 from fitune.data.order import shuffled
 from fitune.errors import DataError
@@ -146,13 +147,13 @@ def _read_lines(path: Path) -> Iterator[RawRow]:
             if not line.strip():
                 continue
             try:
-                yield RawRow(name, number, json.loads(line.decode()))
+                yield RawRow(name, number, parse_json(line.decode()))
             except UnicodeDecodeError as error:
                 yield RawRow(name, number, None, f"not UTF-8 at byte {error.start + 1}")
             except json.JSONDecodeError as error:
                 yield RawRow(name, number, None, f"broken JSON at column {error.colno}: {error.msg}")
-            except RecursionError:
-                yield RawRow(name, number, None, "broken JSON: nested too deeply")
+            except ValueError as error:
+                yield RawRow(name, number, None, f"broken JSON: {error}")
 
 
 class _Window:
@@ -185,7 +186,7 @@ class _Window:
 
 
 def _read_array(path: Path) -> Iterator[RawRow]:
-    name, decoder = str(path), json.JSONDecoder()
+    name, decoder = str(path), json.JSONDecoder(parse_int=bounded_int)
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         window = _Window(file)
 
@@ -219,6 +220,8 @@ def _read_array(path: Path) -> Iterator[RawRow]:
                         raise broken(reason, line) from None
                 except RecursionError:
                     raise broken("nested too deeply", window.line) from None
+                except ValueError as error:
+                    raise broken(str(error), window.line) from None
             yield RawRow(name, window.line, value)
             window.advance(end)
             after = "]"
@@ -247,7 +250,7 @@ def _read_parquet(path: Path) -> Iterator[RawRow]:
                 for value in batch.to_pylist():
                     line += 1
                     yield RawRow(str(path), line, value)
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+    except Exception as error:  # values that Python has no type for, and whatever a damaged file leads into
         raise DataError(f"{path} cannot be read as parquet: {error}") from error
 
 

@@ -13,11 +13,12 @@ JSON strings; a None stands for a missing key, since tables (parquet, csv) have 
 """
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any, Literal
+
+from fitune.boundary import parse_json
 
 Format = Literal["messages", "conversations", "sharegpt", "alpaca", "prompt_completion", "text"]
 Message = dict[str, Any]
@@ -39,6 +40,8 @@ _ROLES = {
     "function_response": "tool",
 }
 _WEIGHT_KEYS = ("loss_weight", "weight", "loss", "train")
+LEAST_WEIGHT, MOST_WEIGHT = 1e-6, 1e6
+"""Of a message that is trained on: far within float32, also squared and summed up."""
 _TOOL_KEYS = ("tools", "functions")
 
 
@@ -120,11 +123,13 @@ def _fault_of_turns(row: Mapping[str, Any]) -> str | None:
 def _conversation(
     messages: list[tuple[Message, float | None]], tools: list[dict[str, Any]] | None, text: str | None
 ) -> Conversation:
-    content = json.dumps([messages, tools, text], sort_keys=True, ensure_ascii=False)
     try:
+        content = json.dumps([messages, tools, text], sort_keys=True, ensure_ascii=False)
         digest = int.from_bytes(blake2b(content.encode(), digest_size=8).digest(), "big")
     except UnicodeEncodeError:
         raise RowError("its text is not valid Unicode (bytes that are not UTF-8, or a lone surrogate)") from None
+    except (TypeError, ValueError, RecursionError) as error:  # what a parquet file may hold and JSON cannot say
+        raise RowError(f"it holds values that are no text, number, list or object ({error})") from None
     return Conversation(
         tuple(message for message, _ in messages), tuple(weight for _, weight in messages), tools, text, digest
     )
@@ -223,8 +228,11 @@ def _weight(turn: Mapping[str, Any], place: str) -> float | None:
     if key is None:
         return None
     value = turn[key]
-    if not isinstance(value, (bool, int, float)) or not math.isfinite(value) or value < 0:
-        raise RowError(f"{place} has {key} {value!r}; a loss weight is a number of at least 0, or true or false")
+    if not isinstance(value, (bool, int, float)) or not (value == 0 or LEAST_WEIGHT <= value <= MOST_WEIGHT):
+        raise RowError(
+            f"{place} has {key} {str(value)[:40]}; a loss weight is 0, a number from {LEAST_WEIGHT:g} to "
+            f"{MOST_WEIGHT:g}, or true or false"
+        )
     return float(value)
 
 
@@ -257,8 +265,8 @@ def _parsed(value: Any, what: str | None = None) -> Any:
     if not value.strip():
         return None
     try:
-        return json.loads(value)
-    except (json.JSONDecodeError, RecursionError) as error:
+        return parse_json(value)
+    except ValueError as error:
         if what is None:
             return value
         raise RowError(f"{what}: broken JSON, {error}") from None

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import platformdirs
 
+from fitune.boundary import parse_json
 from fitune.memory.c_allocator import allocator_name
 from fitune.memory.devices import ContextPrior, Device
 from fitune.memory.environment import driver_version
@@ -112,7 +113,7 @@ def _residuals() -> Iterator[Residual]:
         return
     for line in lines:
         with suppress(ValueError, TypeError, KeyError):
-            content = json.loads(line)
+            content = parse_json(line)
             predicted, measured = int(content["predicted_bytes"]), int(content["measured_bytes"])
             context = content.get("context_bytes")
             if predicted > 0 and measured > 0:

@@ -6,6 +6,7 @@ header anew for the configuration, the weights and the tokenizer. Inside `gguf_r
 
 import functools
 import os
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -15,6 +16,11 @@ import torch
 from tqdm import tqdm
 from transformers import PretrainedConfig, modeling_gguf_pytorch_utils
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from fitune.errors import ModelError
+
+LEAST_TENSOR_BYTES, LEAST_KEY_BYTES = 24, 13
+"""Of an entry with a name of no letters: length, dimensions, type and offset; length, type and one byte."""
 
 
 def read_gguf(config: PretrainedConfig, dtype: torch.dtype, **location: Any) -> dict[str, torch.Tensor]:
@@ -48,7 +54,23 @@ def gguf_read_once() -> Iterator[None]:
 
 def _reader(path: str | os.PathLike[str]) -> Any:
     state = os.stat(path)
+    _check_header(os.fspath(path), state.st_size)
     return _parsed(os.fspath(path), state.st_mtime_ns, state.st_size)
+
+
+def _check_header(path: str, size_bytes: int) -> None:
+    """The reader believes the counts at the head of a file, and goes through as many entries: a damaged one would keep
+    it for ever. Raises ModelError."""
+    with open(path, "rb") as file:
+        head = file.read(24)
+    if len(head) < 24 or head[:4] != b"GGUF":
+        raise ModelError(f"{path} is no GGUF file: it does not begin with the letters GGUF; copy it again")
+    num_tensors, num_keys = struct.unpack("<QQ", head[8:])
+    if num_tensors * LEAST_TENSOR_BYTES + num_keys * LEAST_KEY_BYTES > size_bytes:
+        raise ModelError(
+            f"{path} is damaged or not whole: its {size_bytes:,} bytes cannot hold the {num_tensors:,} tensors and "
+            f"{num_keys:,} keys that its head promises; copy it again"
+        )
 
 
 @functools.lru_cache(maxsize=1)

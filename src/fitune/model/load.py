@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
@@ -29,6 +28,7 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils import logging as transformers_logging
 
+from fitune.boundary import told_as
 from fitune.config import ModelConfig, RunConfig
 from fitune.errors import ConfigError, ModelError
 from fitune.hub import hub_is_known
@@ -52,10 +52,8 @@ if not (logger := logging.getLogger("bitsandbytes")).level:
 Kind = Literal["preset", "directory", "gguf", "pth", "hub"]
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
-_READ_ERRORS = (
-    *(OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError, AttributeError),
-    *(SafetensorError, StrictDataclassError),
-)
+_READ_ERRORS = (Exception,)
+"""What transformers, tokenizers, gguf and safetensors raise for a damaged file has no common class."""
 
 
 def source_kind(source: str) -> Kind:
@@ -110,6 +108,7 @@ def load_config(model: ModelConfig) -> PretrainedConfig:
         except _READ_ERRORS as error:
             raise _unreadable(model, kind, error) from error
     _check_causal(config, model)
+    _check_padding(config, model)
     return config
 
 
@@ -161,7 +160,10 @@ def load_model(
     attention = attention_name(config, model.attention)
     meta = device.type == "meta"
     if meta or model.init == "random" or source_kind(model.source) == "preset":
-        with torch.device("meta" if meta else "cpu"):
+        with (
+            told_as(ModelError, f"{model.source} cannot be built from its configuration", "mend its config.json"),
+            torch.device("meta" if meta else "cpu"),
+        ):
             built = build_model(config, dtype=precision.parameter_dtype, attention=attention, seed=seed)
     else:
         built = load_weights(model, config, dtype=precision.parameter_dtype, attention=attention)
@@ -262,6 +264,16 @@ def _check_causal(config: PretrainedConfig, model: ModelConfig) -> None:
         what = "an encoder" if encoder else "no causal language model that this transformers knows"
         raise ModelError(
             f"{model.source} is '{kind}', {what}: fitune trains decoder-only models like llama, qwen3 or gemma"
+        )
+
+
+def _check_padding(config: PretrainedConfig, model: ModelConfig) -> None:
+    text = config.get_text_config()
+    padding, vocab_size = getattr(text, "pad_token_id", None), getattr(text, "vocab_size", None)
+    if isinstance(padding, int) and isinstance(vocab_size, int) and not -vocab_size <= padding < vocab_size:
+        raise ModelError(
+            f"{model.source} has the pad_token_id {padding:,}, beyond its vocabulary of {vocab_size:,}: set it to null "
+            "or to a token's id in its config.json"
         )
 
 

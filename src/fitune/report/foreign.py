@@ -8,7 +8,6 @@
 Each name of a value is looked up in `_NAMES`; what a format does not have is nan. Nothing is estimated.
 """
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from fitune.boundary import parse_json
 from fitune.errors import RunDirectoryError
 from fitune.report.recorded import EVAL_COLUMNS, MEMORY_COLUMNS, TRAIN_COLUMNS, RecordedRun, make_curve, seconds_at
 from fitune.units import GIB
@@ -68,7 +68,7 @@ def read_trainer_log(path: Path) -> RecordedRun:
     entries = []
     for line in _text(path).splitlines():
         try:
-            entry = json.loads(line)
+            entry = parse_json(line)
         except ValueError:
             continue
         if isinstance(entry, dict) and isinstance(entry.get("current_steps"), int):
@@ -114,7 +114,7 @@ def read_minimind(path: Path) -> RecordedRun | None:
     entries = []
     for match in _MINIMIND.finditer(_text(path)):
         epoch, step, per_epoch = (int(match[index]) for index in (1, 2, 3))
-        values = {name: float(value) for name, value in _PAIR.findall(match[4])}
+        values = {name: number for name, text in _PAIR.findall(match[4]) if (number := _number(text)) is not None}
         entries.append(values | {"step": (epoch - 1) * per_epoch + step})
     if not any("loss" in entry for entry in entries):
         return None
@@ -168,6 +168,14 @@ def _forward(entries: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     return [entry for _, entry in sorted({entry["step"]: entry for entry in entries}.items())]
 
 
+def _number(text: str) -> float | None:
+    """None for what a broken line holds, such as 0.33330.250."""
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
 def _clock(text: Any) -> float | None:
     """'1 day, 0:00:12' as Python writes a timedelta -> seconds."""
     match = re.fullmatch(r"(?:(\d+) days?, )?(\d+):(\d+):(\d+)(?:\.\d+)?", str(text))
@@ -186,6 +194,6 @@ def _text(path: Path) -> str:
 
 def _json(path: Path) -> Any:
     try:
-        return json.loads(_text(path))
+        return parse_json(_text(path))
     except ValueError as error:
         raise RunDirectoryError(f"{path} is damaged: {error}") from error

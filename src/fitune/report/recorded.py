@@ -9,6 +9,7 @@ those of `run/metrics.py`, and `seconds` is the time at work since the run began
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from html.parser import HTMLParser
 from pathlib import Path
@@ -18,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import yaml
 
+from fitune.boundary import parse_json
 from fitune.errors import RunDirectoryError
 from fitune.report.thin import thin_all
 from fitune.run.directory import read_run
@@ -83,7 +85,8 @@ def make_curve(names: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> Curve
         for name in names:
             value = row.get(name)
             if isinstance(value, int | float) and not isinstance(value, bool):
-                curve[name][index] = value
+                with suppress(OverflowError):
+                    curve[name][index] = value
     return curve
 
 
@@ -152,7 +155,7 @@ def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
     with path.open(encoding="utf-8", errors="replace") as file:
         for line in file:
             try:
-                content = json.loads(line)
+                content = parse_json(line)
             except ValueError:
                 continue
             if isinstance(content, dict):
@@ -163,7 +166,7 @@ def _read_json(path: Path, notes: list[str]) -> Mapping[str, Any] | None:
     if not path.exists():
         return None
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
         if isinstance(content, dict):
             return content
         notes.append(f"{path} holds no object and is left out")
@@ -178,10 +181,10 @@ def read_settings(path: Path, notes: list[str]) -> Mapping[str, Any]:
         return {}
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        return dict(flatten(content)) if isinstance(content, dict) else {}
+    except (OSError, ValueError, yaml.YAMLError, RecursionError, TypeError, OverflowError) as error:
         notes.append(f"{path} cannot be read and is left out: {' '.join(str(error).split())}")
         return {}
-    return dict(flatten(content)) if isinstance(content, dict) else {}
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -250,9 +253,9 @@ def read_report(path: Path) -> tuple[RecordedRun, ...]:
     finder = _Embedded()
     try:
         finder.feed(path.read_text(encoding="utf-8"))
-        content = json.loads("".join(finder.parts))
+        content = parse_json("".join(finder.parts))
         return tuple(_unembed(each) for each in content["runs"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # of a file that anybody may have written
         raise RunDirectoryError(f"{path} holds no runs: it is no report of fitune, or a damaged one") from error
 
 

@@ -30,6 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from fitune.boundary import parse_json
 from fitune.errors import RunDirectoryError
 from fitune.run.metrics import Summary, read_summary
 
@@ -139,8 +140,8 @@ class RunRecord:
 
 def check_place(output: Path, name: str, *, overwrite: bool = False) -> None:
     """Raises RunDirectoryError for what `create_run` would refuse, as far as that is seen without writing."""
-    if not name or Path(name).name != name or name in (".", ".."):
-        raise RunDirectoryError(f"run.name '{name}' is not the name of a directory: use letters, digits, - and _")
+    if not name or not name.isprintable() or Path(name).name != name or name in (".", ".."):
+        raise RunDirectoryError(f"run.name {name!r} is not the name of a directory: use letters, digits, - and _")
     path = output / name
     with _said(f"{path} cannot be created"):
         for place in (output, *output.parents):
@@ -368,7 +369,7 @@ def _beats(run: RunDirectory, *, elsewhere: bool) -> bool:
     may be invisible here."""
     try:
         silence = time.time() - run.lock.stat().st_mtime
-        host = json.loads(run.lock.read_text())["host"]
+        host = parse_json(run.lock.read_text())["host"]
     except (OSError, ValueError, KeyError, TypeError):
         return False
     return bool(host != socket.gethostname() or not elsewhere) and silence < SILENCE_SECONDS
@@ -376,7 +377,7 @@ def _beats(run: RunDirectory, *, elsewhere: bool) -> bool:
 
 def _holder(run: RunDirectory) -> str:
     try:
-        holder = json.loads(run.lock.read_text())
+        holder = parse_json(run.lock.read_text())
         return f"process {holder['pid']} on {holder['host']}"
     except (OSError, ValueError, KeyError, TypeError):
         return "another process"

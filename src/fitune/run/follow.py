@@ -1,11 +1,11 @@
 """A run as its files tell it while they grow: read once, then only what was added."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fitune.boundary import parse_json
 from fitune.run.directory import RunDirectory, RunRecord, read_run
 from fitune.run.memory import MemorySample
 from fitune.run.metrics import EvalMetrics, RunEvent, StepMetrics, add_line, as_record
@@ -120,7 +120,7 @@ class _GrowingFile:
 
 def _parse(line: bytes) -> Mapping[str, Any] | None:
     try:
-        content = json.loads(line)
+        content = parse_json(line)
     except ValueError:
         return None
     return content if isinstance(content, dict) else None

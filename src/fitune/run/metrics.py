@@ -17,6 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_type_hints
 
+from fitune.boundary import parse_json
 from fitune.errors import RunDirectoryError
 
 if TYPE_CHECKING:
@@ -226,7 +227,7 @@ def as_json(record: "DataclassInstance") -> dict[str, Any]:
 def read_summary(path: Path) -> Summary:
     """Raises RunDirectoryError where it is missing, damaged or of another version."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise RunDirectoryError(f"{path} cannot be read: {error}") from error
     version = content.get("schema") if isinstance(content, dict) else None
@@ -246,7 +247,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any] | None]]:
         raise RunDirectoryError(f"{path} cannot be read: {error.strerror}") from error
     for number, line in enumerate(data.split(b"\n")[:-1], start=1):
         try:
-            content = json.loads(line)
+            content = parse_json(line)
         except ValueError:
             content = None
         yield number, content if isinstance(content, dict) else None
@@ -261,7 +262,7 @@ def as_record(kind: type[Record], content: Mapping[str, Any]) -> Record | None:
                 value = content[name]
                 known[name] = value if type(value) in accepted else _value(accepted, value)
         return kind(**known)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
 
 

@@ -16,7 +16,6 @@ The directory is written under another name, flushed, and renamed: it is there w
 or rotten all the same is found by its length and hash, and the commit before it is used.
 """
 
-import json
 import math
 import os
 import random
@@ -34,6 +33,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
+from fitune.boundary import parse_json
 from fitune.errors import RunDirectoryError
 from fitune.model.device import MemoryPeak
 from fitune.model.peft_parts import PeftModel
@@ -526,7 +526,7 @@ def _write_manifest(directory: Path, hashes: Mapping[str, str]) -> None:
 
 def _verify(path: Path) -> None:
     """Raises ValueError, OSError, KeyError or TypeError where it is not whole."""
-    manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+    manifest = parse_json((path / "manifest.json").read_text(encoding="utf-8"))
     if manifest["schema"] != SCHEMA:
         raise ValueError(f"it has schema {manifest['schema']}, and this fitune reads schema {SCHEMA}")
     for name, expected in manifest["files"].items():
@@ -537,7 +537,7 @@ def _verify(path: Path) -> None:
 
 
 def _read(path: Path) -> Checkpoint:
-    content = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    content = parse_json((path / "state.json").read_text(encoding="utf-8"))
     return Checkpoint(
         path=path,
         state=read_state(content["state"]),
