@@ -48,8 +48,8 @@ def read_pth(path: Path) -> Tensors:
             content = content[key]
     if not isinstance(content, Mapping) or not all(isinstance(value, torch.Tensor) for value in content.values()):
         raise ModelError(f"{path} holds no dictionary of tensors; save it with torch.save(model.state_dict(), path)")
-    if odd := next((name for name in content if not isinstance(name, str)), None):
-        raise ModelError(f"{path} names a tensor {odd!r}, which is no text: it is no model's state dictionary")
+    if odd := [name for name in content if not isinstance(name, str)]:
+        raise ModelError(f"{path} names a tensor {odd[0]!r}, which is no text: it is no model's state dictionary")
     tensors = {_bare_name(name): tensor for name, tensor in content.items()}
     return {name: tensor for name, tensor in tensors.items() if name.split(".")[-1] not in _ROTARY_TABLES}
 

@@ -40,6 +40,8 @@ MEMORY_COLUMNS = (
     "process_bytes", "peak_process_bytes", "device_used_bytes", "peak_device_used_bytes", "device_total_bytes",
     "other_processes_bytes",
 )  # fmt: skip
+_MOST = 1e30
+"""No quantity of a run is larger."""
 EMBEDDED_ID = "fitune-runs"
 """The id of the element of a report that holds its runs as JSON."""
 
@@ -99,7 +101,8 @@ def read_fitune_run(path: Path) -> RecordedRun:
         notes.append(f"{len(metrics.damaged_lines):,} lines of {run.metrics} are damaged and left out")
     steps = metrics.steps if metrics else ()
     train = _step_curve(steps)
-    env, plan, data, peak = (_read_json(file, notes) for file in (run.env, run.plan, run.data, run.peak))
+    env, data, peak = (_read_json(file, notes) for file in (run.env, run.data, run.peak))
+    plan = _read_plan(run.plan, notes)
     memory, started = _memory_curve(run.memory)
     return RecordedRun(
         name=run.name,
@@ -168,11 +171,38 @@ def _read_json(path: Path, notes: list[str]) -> Mapping[str, Any] | None:
     try:
         content = parse_json(path.read_text(encoding="utf-8"))
         if isinstance(content, dict):
+            json.dumps(content, allow_nan=False)  # JSON has no such numbers, and a report carries this on
             return content
         notes.append(f"{path} holds no object and is left out")
     except (OSError, ValueError) as error:
         notes.append(f"{path} cannot be read and is left out: {error}")
     return None
+
+
+def _read_plan(path: Path, notes: list[str]) -> Mapping[str, Any] | None:
+    """Only one whose numbers are numbers: everything that is said of a plan counts on it."""
+    plan = _read_json(path, notes)
+    if plan is None:
+        return None
+    candidates, chosen = plan.get("candidates") or [], plan.get("chosen")
+    is_whole = (
+        isinstance(candidates, list)
+        and all(isinstance(each, dict) and _has_numbers(each) for each in candidates)
+        and (chosen is None or (type(chosen) is int and 0 <= chosen < len(candidates)))
+        and _has_numbers(plan)
+    )
+    if is_whole:
+        return plan
+    notes.append(f"{path} is damaged and left out: it does not hold a plan")
+    return None
+
+
+def _has_numbers(content: Mapping[str, Any]) -> bool:
+    return all(
+        value is None or (isinstance(value, int | float) and abs(value) < _MOST)
+        for name, value in content.items()
+        if name.endswith(("_bytes", "_seconds", "_per_step", "_per_second", "_tokens", "_rows"))
+    )
 
 
 def read_settings(path: Path, notes: list[str]) -> Mapping[str, Any]:

@@ -286,7 +286,7 @@ def newest_checkpoint(run: RunDirectory) -> tuple[Checkpoint | None, list[str]]:
         try:
             _verify(path)
             return _read(path), faults
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except Exception as error:  # a file may hold anything
             faults.append(f"{path} is damaged: {error}")
     if faults:
         listed = "\n".join(f"  {fault}" for fault in faults)
