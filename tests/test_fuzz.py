@@ -4,10 +4,13 @@
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from fuzzed import PARSERS, try_input
 
 BUDGET = 2500
+TOTAL = sum(parser.share for parser in PARSERS.values())
 
 
 @pytest.mark.parametrize("name", PARSERS)
@@ -17,7 +20,17 @@ def test_what_is_damaged_is_read_or_refused_in_a_sentence(
     monkeypatch.setenv("FITUNE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.chdir(tmp_path)
-    total = sum(parser.share for parser in PARSERS.values())
-    for seed in range(max(int(BUDGET * PARSERS[name].share / total), 3)):
+
+    @settings(
+        max_examples=max(int(BUDGET * PARSERS[name].share / TOTAL), 3),
+        derandomize=True,
+        database=None,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(seed=st.integers(0, 2**32))
+    def tried(seed: int) -> None:
         said = try_input(name, seed, tmp_path / "place")
         assert said is None or said.strip()
+
+    tried()
