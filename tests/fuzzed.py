@@ -177,6 +177,11 @@ def _rows() -> tuple[bytes, ...]:
 
 
 @cache
+def _messages() -> tuple[bytes, ...]:
+    return ("\n".join(json.dumps({"messages": each}) for each in dialogues(3)).encode(),)
+
+
+@cache
 def _csv() -> tuple[bytes, ...]:
     file = io.StringIO()
     writer = csv.writer(file)
@@ -270,7 +275,7 @@ def _gguf() -> tuple[bytes, ...]:
 
     with tempfile.TemporaryDirectory() as place:
         write_gguf(Path(place, "tiny.gguf"), TINY_LLAMA)
-        return (Path(place, "tiny.gguf").read_bytes()[:8192],)
+        return (Path(place, "tiny.gguf").read_bytes(),)
 
 
 @cache
@@ -460,7 +465,7 @@ PARSERS: dict[str, Parser] = {
     "json array": Parser(_read_rows, _rows, "rows.json", 2),
     "csv": Parser(_read_rows, _csv, "rows.csv"),
     "parquet": Parser(_read_rows, _parquet, "rows.parquet"),
-    "examples": Parser(_read_examples, _rows, "rows.jsonl", 0.2),
+    "examples": Parser(_read_examples, _messages, "rows.jsonl", 0.2),
     "configuration": Parser(read_config, _configs, "sft.yaml", 2),
     "override": Parser(lambda path: read_config({}, [_text(path)]), lambda: OVERRIDES, "override"),
     "other tool's configuration": Parser(lambda path: translate(read_foreign(path)), _foreign_configs, "a.yaml"),

@@ -108,6 +108,7 @@ class RecordedModel:
             known = self._parts if self._parts is not None and self._parts.go_back() else None
             self._parts = None  # until all went well; an old model is gone before there is a new one
             parts = known or self._new_parts()
+            parts.assumptions.patience.begin()
             if parts.mode is not None:
                 stack.enter_context(_as_real_tensors(checks_indices=target is None))
                 stack.enter_context(as_real())
