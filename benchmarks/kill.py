@@ -267,6 +267,9 @@ def _due(moment: Moment, start: float, first_trained: float | None, seen: mmap.m
 def _be_the_run(arguments: list[str], seen: mmap.mmap) -> int:
     """The exit code. Tables are written anew each time, so that tokenising is killed too."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever started this benchmark may have them ignored
+    for number in (signal.SIGHUP, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_DFL)
     for number, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     torch.set_num_threads(1)  # a tiny model's threads would only wait for each other
