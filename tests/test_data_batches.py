@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fitune.data.batches import batches, num_samples, num_steps, prefetch, row_order
+from fitune.data.batches import Epochs, batches, num_samples, num_steps, prefetch, row_order
 from fitune.data.examples import Examples
 from fitune.data.order import shuffled
 from fitune.data.rows import Row
@@ -100,6 +100,36 @@ def test_the_number_of_steps_is_that_of_the_batches(repeats: list[float], epochs
     seen = ids(rows, epochs=epochs, rows_per_step=rows_per_step)
     assert num_steps(rows, rows_per_step=rows_per_step, epochs=epochs) == len(seen)
     assert num_samples(rows, epochs=epochs) == len(flat(seen))
+
+
+def test_a_small_share_is_summed_up_over_the_epochs() -> None:
+    """100 rows at weight 0.004 are 0.4 samples an epoch."""
+    rows = examples(*[0.004] * 100, 1.0)
+    seen = Counter(flat(ids(rows, epochs=50)))
+    assert sum(seen[row] for row in range(100)) == 20
+    assert max(seen[row] for row in range(100)) == 1
+    assert seen[100] == 50
+
+
+@given(st.floats(2**-12, 3, width=32), st.integers(1, 40), st.integers(1, 60))
+def test_a_row_is_seen_as_often_as_it_repeats_whatever_the_weight(repeats: float, num: int, epochs: int) -> None:
+    rows = examples(*[repeats] * num)
+    seen = flat(ids(rows, epochs=epochs))
+    assert abs(len(seen) - float(np.float32(repeats)) * num * epochs) <= 0.5
+    counts = Counter(seen)
+    assert max(counts[row] for row in range(num)) - min(counts[row] for row in range(num)) <= 1
+
+
+@given(st.lists(st.floats(2**-10, 2.5, width=32), min_size=1, max_size=8), st.integers(0, 60))
+def test_a_run_of_any_weights_continues_at_any_sample(repeats: list[float], position: int) -> None:
+    rows = examples(*repeats)
+    whole = flat(ids(rows, epochs=40))
+    assert flat(ids(rows, epochs=40, position=position)) == whole[position:]
+
+
+def test_an_epoch_without_a_sample_is_passed_over() -> None:
+    lengths = Epochs.of(np.array([2**-20], np.float32))
+    assert lengths.find(0) == 2**19 - 1
 
 
 def prefetch_threads() -> list[threading.Thread]:

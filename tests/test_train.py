@@ -96,6 +96,29 @@ def plain_eval_loss(directory: Path) -> float:
     return loss / weight
 
 
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("train.epochs=0.001", "train.epochs 0.001 of 60 samples an epoch is not one sample: set it to 0.02 or more"),
+        (
+            "data.train=[{path: sft.jsonl, weight: 0.001}]",
+            "of 0.06 samples an epoch is not one sample: set it to 16.67 or more",
+        ),
+    ],
+)
+def test_a_run_without_a_sample_is_refused(override: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert said in error_of(capsys, "train", "sft.yaml", "data.eval_fraction=0", override)
+    assert not RUN.path.exists()
+
+
+def test_a_source_too_small_for_the_run_is_said(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_dialogues(place / "few.jsonl", 20, seed=5)
+    sources = "data.train=[{path: sft.jsonl}, {path: few.jsonl, weight: 0.004}]"
+    assert main(["train", "sft.yaml", "--dry-run", sources, "data.eval_fraction=0"]) == 0
+    said = "warning: none of the 20 rows with weight 0.004 is seen in 1 epochs: at weight 0.025 one would be"
+    assert said in capsys.readouterr().err
+
+
 def test_a_run_leaves_these_files() -> None:
     train()
     assert {path.name for path in RUN.path.iterdir()} == {

@@ -55,6 +55,11 @@ def without_template(place: Path) -> None:
 
 DATA: dict[str, Case] = {
     "no file": (nothing, ("data.train=gone.jsonl",), ("no data at gone.jsonl: there is no such file",)),
+    "a weight without sense": (
+        nothing,
+        ("data.train=[{path: sft.jsonl, weight: 1e300}]",),
+        ("data.train.0.weight is 1e+300: it must be a number of at least 1e-06 and of at most 10000",),
+    ),
     "no directory": (nothing, ("data.train=gone/",), ("no data at gone/: there is no such file",)),
     "an empty file": (text(""), (), ("sft.jsonl is empty",)),
     "white space": (text("\n \n"), (), ("sft.jsonl is empty",)),

@@ -40,6 +40,7 @@ TINY_GPT2 = GPT2Config(
     vocab_size=64, n_positions=64, n_embd=32, n_layer=2, n_head=4, initializer_range=0.2,
     attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0, bos_token_id=1, eos_token_id=2,
 )  # fmt: skip
+TINY_DROPOUT = GPT2Config(**(TINY_GPT2.to_dict() | {"attn_pdrop": 0.1, "embd_pdrop": 0.1, "resid_pdrop": 0.1}))
 TINY_DBRX = DbrxConfig(
     vocab_size=64, d_model=32, n_layers=2, n_heads=4, max_seq_len=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
     attn_config={"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
 
+from fitune.boundary import bounded
 from fitune.importing import collections_paused
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ def __dir__() -> list[str]:
     return __all__
 
 
+@bounded("fitune.train")
 def _train(
     config: "RunConfig | Mapping[str, Any] | Path | str", *, overwrite: bool = False, quiet: bool = False
 ) -> "Summary":
@@ -56,6 +58,7 @@ def _train(
         return run_training(resolved, progress, overwrite=overwrite, ranks=ranks)[1]
 
 
+@bounded("fitune.plan")
 def _plan(config: "RunConfig | Mapping[str, Any] | Path | str", *, gpu: str | None = None) -> "Plan":
     """What each setting of `config` would need and which one was chosen, as `fitune plan` shows it. gpu: a card of the
     catalogue or 'cpu', this machine's card where left out. `chosen` is None where nothing fits. Raises a UsageError."""
@@ -102,6 +105,7 @@ class CallableRoom(ModuleType):
         return _VERBS[self.__name__.rpartition(".")[2]](*arguments, **options)
 
 
+@bounded("fitune.predict_loop")
 def predict_loop(
     build: "Callable[[], torch.nn.Module]",
     loop: "Callable[[torch.nn.Module, torch.device], Callable[[], Any]]",

@@ -1,6 +1,7 @@
 """Every error that a user can cause, and the exit code that it ends with.
 
 FituneError                  1   the run failed
+├── UnexpectedError          1   an exception of another library, or of ours, that nobody foresaw
 ├── UsageError               2   what was typed, configured or given as data cannot work
 │   ├── ConfigError              faults of the configuration, all of them together
 │   ├── DataError                faults of the training data
@@ -19,6 +20,10 @@ from collections.abc import Sequence
 
 class FituneError(Exception):
     exit_code = 1
+
+
+class UnexpectedError(FituneError):
+    pass
 
 
 class UsageError(FituneError):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import FalconConfig, GPTJConfig
 
 import fitune.trace.recordings as recordings_room
 from fitune.config import RunConfig, read_config
@@ -17,6 +18,11 @@ from fitune.trace.recordings import Recordings
 from fitune.trace.step import ColumnsOfStep, Pass, RecordedStep, longest_rows, record_step, steady_passes
 from tiny_models import TINY, TINY_DBRX
 
+FURTHER = {
+    "dbrx": TINY_DBRX,
+    "gptj": GPTJConfig(vocab_size=64, n_positions=64, n_embd=32, n_layer=2, n_head=4, rotary_dim=4),
+    "falcon": FalconConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4),
+}
 AMPERE = CudaTarget((8, 0))
 SHORT, CHUNKED = 40, 512  # tokens of a row: three rows are one chunk of the loss, or six
 
@@ -38,9 +44,10 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[RunConfig]:
 def make_config(
     directory: Path, kind: str, *overrides: str, num_layers: int = 6, length: int = SHORT, rows: int = 3
 ) -> RunConfig:
-    config = copy.deepcopy(TINY_DBRX if kind == "dbrx" else TINY[kind])
+    config = copy.deepcopy(FURTHER[kind] if kind in FURTHER else TINY[kind])
     if hasattr(config, "layer_types"):
-        config.layer_types = (config.layer_types * num_layers)[:num_layers]
+        kinds = ["sliding_attention"] * 5 + ["full_attention"] if kind == "gemma3" else config.layer_types
+        config.layer_types = (kinds * num_layers)[:num_layers]
     config.num_hidden_layers = num_layers
     config.save_pretrained(directory)
     tree: dict[str, Any] = {
@@ -96,6 +103,10 @@ def ask(
         ("gpt2", 7, AMPERE, ("model.precision=autocast_float16", "loss=full")),
         ("gemma2", 11, AMPERE, ("model.precision=bfloat16",)),
         ("qwen3_moe", 6, CudaTarget((9, 0)), ("optim.name=adafactor",)),
+        ("gptj", 7, AMPERE, ("model.method=lora", "model.recompute=full")),
+        ("gptj", 7, None, ("model.method=lora",)),
+        ("falcon", 7, AMPERE, ("model.method=lora",)),
+        ("gemma3", 22, AMPERE, ("model.method=lora",)),
     ],
     ids=str,
 )

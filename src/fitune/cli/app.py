@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from cyclopts import App, CoercionError, CycloptsError, Parameter, UnknownOptionError
 
 from fitune import __version__
+from fitune.boundary import unexpected
 from fitune.cli.output import print_aside
 from fitune.config.foreign_names import foreign_hint
 from fitune.errors import FituneError
@@ -68,8 +69,8 @@ app.command("fitune.cli.config_command:app", name="config", help="About configur
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The exit code of `fitune ARGUMENTS` (sys.argv's by default). What goes wrong is said on stderr, one line a fault;
-    FITUNE_DEBUG=1 adds the traceback and what libraries warn of."""
+    """The exit code of `fitune ARGUMENTS` (sys.argv's by default). What goes wrong is said on stderr, one line a fault,
+    also what nobody foresaw; FITUNE_DEBUG=1 adds the traceback and what libraries warn of."""
     if arguments is None and not _debugs():
         _silence_libraries()
     try:
@@ -90,6 +91,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more at its end
         return BROKEN_PIPE
+    except Exception as error:
+        told = unexpected(error, f"fitune {_verb(arguments)}".strip())
+        return _fail(str(told).splitlines(), told.exit_code)
+
+
+def _verb(arguments: Sequence[str] | None) -> str:
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    return next((word for word in given if not word.startswith("-")), "")
 
 
 def _silence_libraries() -> None:

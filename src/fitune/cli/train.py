@@ -1,6 +1,5 @@
 """`fitune train`: train by a configuration."""
 
-import json
 import os
 import time
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
+from fitune.boundary import parse_json
 from fitune.cli.arguments import RUNS, ConfigArguments, ConfigFlags, read_arguments, run_path
 from fitune.cli.output import SCHEMA, Format, print_json, print_text
 from fitune.cli.progress import RunProgress, open_progress
@@ -314,7 +314,7 @@ def _earlier_run(resume: str | None, replay: Path | None, *, output: str | None)
 def _settings(run: RunDirectory) -> list[str]:
     """What the plan of that run decided; nothing where it had none."""
     try:
-        content = json.loads(read_plain(run.plan))
+        content = parse_json(read_plain(run.plan))
         return [str(setting) for setting in content["settings"]]
     except FileNotFoundError:
         return []

@@ -154,7 +154,7 @@ def _read_text(path: Path) -> str:
 def _apply_override(draft: _Draft, override: str) -> None:
     key, equals, text = override.partition("=")
     key = key.strip()
-    path: KeyPath = tuple(int(part) if part.isdecimal() else part for part in key.split("."))
+    path: KeyPath = tuple(int(part) if part.isdecimal() and len(part) < 10 else part for part in key.split("."))
     if not equals or not all(isinstance(part, int) or part.isidentifier() for part in path):
         sentence = f"'{override}' is not an override: write it like optim.lr=2e-5"
     elif path in draft.marks and draft.marks[path].origin == COMMAND_LINE:

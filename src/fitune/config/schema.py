@@ -121,7 +121,9 @@ class ModelConfig(Section):
 
 class DataSource(Section):
     path: PathText = Field(description="file, directory or hub id; '#n' at its end samples n rows")
-    weight: PositiveFloat = Field(1.0, description="how many times its rows are seen in an epoch")
+    weight: Annotated[Float, Field(ge=1e-6, le=1e4)] = Field(
+        1.0, description="how many times its rows are seen in an epoch"
+    )
     max_rows: Positive | None = None
 
 

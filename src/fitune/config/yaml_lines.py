@@ -17,6 +17,7 @@ Tree: TypeAlias = bool | int | float | str | list["Tree"] | dict[str, "Tree"] | 
 KeyPath: TypeAlias = tuple[str | int, ...]
 
 MAX_VALUES = 10_000
+_DEEP = re.compile(r"(?:[\[{]\s*){200}")
 _NULL = re.compile(r"~|null|Null|NULL|")
 _BOOL = re.compile(r"true|True|TRUE|false|False|FALSE")
 _INT = re.compile(r"[-+]?[0-9](_?[0-9]){0,99}")
@@ -43,6 +44,8 @@ class MarkedTree:
 def parse_yaml(text: str, source: str) -> MarkedTree:
     """The first document of `text`; `source` names it in the marks. Raises ConfigError where it is not YAML; duplicate
     keys are returned as faults so that they are reported with all others."""
+    if _DEEP.search(text):  # PyYAML would look at each bracket for long before it gives up
+        raise ConfigError([f"{source}: this is nested too deeply for a configuration"])
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:

@@ -4,10 +4,15 @@ The order is a function of (seed, epoch) and a place in it is a count of samples
 sample without any generator's state.
 """
 
+import bisect
 import contextlib
+import math
 import queue
 import threading
 from collections.abc import Generator, Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import pairwise
 from typing import TypeVar
 
 import numpy as np
@@ -20,37 +25,91 @@ from fitune.errors import OutOfMemoryError
 from fitune.threads import start_thread
 
 T = TypeVar("T")
+MOST_COUNTED = 10_000
+
+
+@dataclass(frozen=True)
+class Epochs:
+    """Where each epoch begins, in samples from the run's start.
+
+    A row that repeats r times is seen floor(r) times in an epoch and, of all R rows with the same r, the share
+    (r - floor(r)) R once more, summed up over the epochs: 100 rows that repeat 0.004 times are 0.4 samples an epoch,
+    one in each second or third. groups: (samples of each epoch, further samples an epoch).
+    """
+
+    groups: tuple[tuple[int, Fraction], ...]
+
+    @classmethod
+    def of(cls, repeats_R: npt.NDArray[np.float32]) -> "Epochs":
+        values, counts = np.unique(repeats_R, return_counts=True)
+        return cls(
+            tuple(
+                (int(repeats) * int(count), (Fraction(float(repeats)) % 1) * int(count))
+                for repeats, count in zip(values, counts, strict=True)
+            )
+        )
+
+    @property
+    def mean_samples(self) -> Fraction:
+        return sum((whole + further for whole, further in self.groups), Fraction(0))
+
+    def start(self, epoch: int) -> int:
+        """Samples before that epoch."""
+        return sum(whole * epoch + _turns(further, epoch) for whole, further in self.groups)
+
+    def num_samples(self, epochs: float) -> int:
+        whole = int(epochs)
+        before = self.start(whole)
+        return before + round((epochs - whole) * (self.start(whole + 1) - before))
+
+    def find(self, position: int) -> int:
+        """The epoch of the sample at that position. There must be samples at all."""
+        beyond = 1
+        while self.start(beyond) <= position:
+            beyond *= 2
+        return bisect.bisect_right(range(beyond + 1), position, key=self.start) - 1
+
+
+def _turns(further: Fraction, epoch: int) -> int:
+    """How many further samples are seen before that epoch: rounded, so that no share of a sample is lost."""
+    return math.floor(further * epoch + Fraction(1, 2))
 
 
 def row_order(repeats_R: npt.NDArray[np.float32], *, seed: int, epoch: int) -> npt.NDArray[np.int64]:
-    """The row ids of one epoch in the order in which they are seen. int64 [samples of an epoch], equal in every epoch.
+    """The row ids of one epoch in the order in which they are seen. int64 [samples of that epoch].
 
-    A row that repeats r times is seen floor(r) times and, of all rows with the same r, the share r - floor(r) once
-    more; that share moves on with each epoch, so that every row gets its turn before any gets a second one.
+    The rows that are seen once more move on with each epoch, so that every row gets its turn before any gets a second
+    one.
     """
     parts = []
     for repeats in np.unique(repeats_R):
         rows = np.flatnonzero(repeats_R == repeats)
-        whole = int(repeats)
-        parts += [rows] * whole
-        share = round((float(repeats) - whole) * len(rows))
-        if share:
+        parts += [rows] * int(repeats)
+        further = (Fraction(float(repeats)) % 1) * len(rows)
+        first = _turns(further, epoch)
+        if share := _turns(further, epoch + 1) - first:
             turn = shuffled(len(rows), seed, int(rows[0]))
-            parts.append(rows[turn[np.arange(epoch * share, (epoch + 1) * share) % len(rows)]])
+            parts.append(rows[turn[np.arange(first % len(rows), first % len(rows) + share) % len(rows)]])
     samples = np.concatenate([np.zeros(0, np.int64), *parts])
     return samples[shuffled(len(samples), seed, epoch)]
 
 
 def num_samples(examples: Examples, *, epochs: float = 1) -> int:
     """Rows seen in so many epochs, by the sources' weights."""
-    return round(epochs * len(row_order(examples.repeats, seed=0, epoch=0)))
+    return Epochs.of(examples.repeats).num_samples(epochs)
 
 
 def num_steps(examples: Examples, *, rows_per_step: int, epochs: float = 1) -> int:
-    """Batches in so many epochs: the last, shorter batch of each epoch counts as one."""
-    per_epoch = num_samples(examples)
-    whole, rest = divmod(num_samples(examples, epochs=epochs), per_epoch) if per_epoch else (0, 0)
-    return whole * -(-per_epoch // rows_per_step) + -(-rest // rows_per_step)
+    """Batches in so many epochs: the last, shorter batch of each epoch counts as one. Of more than MOST_COUNTED epochs
+    in proportion."""
+    lengths = Epochs.of(examples.repeats)
+    whole = int(epochs)
+    counted = min(whole, MOST_COUNTED)
+    starts = [lengths.start(epoch) for epoch in range(counted + 1)]
+    steps = sum(-(-(end - start) // rows_per_step) for start, end in pairwise(starts))
+    if counted < whole:
+        steps = steps * whole // counted
+    return steps + -(-(lengths.num_samples(epochs) - lengths.start(whole)) // rows_per_step)
 
 
 def batches(
@@ -60,15 +119,16 @@ def batches(
 
     The last, shorter batch of an epoch is one of its own, and an epoch's fraction ends after its share of samples.
     """
-    per_epoch = num_samples(examples)
-    end = None if epochs is None else num_samples(examples, epochs=epochs)
-    while per_epoch and (end is None or position < end):
-        epoch, start = divmod(position, per_epoch)
+    lengths = Epochs.of(examples.repeats)
+    end = None if epochs is None else lengths.num_samples(epochs)
+    while lengths.mean_samples and (end is None or position < end):
+        epoch = lengths.find(position)
+        begin = lengths.start(epoch)
         order = row_order(examples.repeats, seed=seed, epoch=epoch)
-        stop = per_epoch if end is None else min(per_epoch, end - epoch * per_epoch)
-        for first in range(start, stop, rows_per_step):
+        stop = len(order) if end is None else min(len(order), end - begin)
+        for first in range(position - begin, stop, rows_per_step):
             yield Batch(tuple(examples[int(row)] for row in order[first : min(first + rows_per_step, stop)]))
-        position = epoch * per_epoch + stop
+        position = begin + stop
 
 
 def prefetch(items: Iterator[T], *, depth: int) -> Iterator[T]:

@@ -15,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from fitune.boundary import parse_json
 from fitune.data.formats import Message
 from fitune.data.template_limits import MOST_CHARS, LimitError, check_size, limited
 from fitune.errors import DataError
@@ -242,8 +243,8 @@ def _arguments(arguments: Any, *, as_text: bool) -> Any:
     if not isinstance(arguments, str):
         return arguments
     try:
-        return json.loads(arguments) if arguments.strip() else {}
-    except json.JSONDecodeError as error:
+        return parse_json(arguments) if arguments.strip() else {}
+    except ValueError as error:
         raise TemplateError(f"the arguments of a tool call are broken JSON, {error}") from error
 
 

@@ -25,6 +25,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 
+from fitune.boundary import bounded_int, parse_json
 from fitune.config import DataSource
 from fitune.data.formats import detect_format
 from fitune.data.order import shuffled
@@ -224,7 +225,7 @@ def _first_object(path: Path) -> dict[str, Any] | None:
         line, is_only = next(lines, b""), next(lines, None) is None
     try:
         text = line.decode("utf-8-sig").strip()
-        value = json.loads(text)
+        value = parse_json(text)
         return value if is_only and isinstance(value, dict) and _rows_in(value) is not None else None
     except json.JSONDecodeError as error:
         if error.pos < len(text):  # broken in the line: it does not go on in the next
@@ -277,13 +278,13 @@ def _read_lines(path: Path) -> Iterator[RawRow]:
             if not line.strip():
                 continue
             try:
-                yield RawRow(name, number, json.loads(line.decode()))
+                yield RawRow(name, number, parse_json(line.decode()))
             except UnicodeDecodeError as error:
                 yield RawRow(name, number, None, f"not UTF-8 at byte {error.start + 1}{_encoding_of(line)}")
             except json.JSONDecodeError as error:
                 yield RawRow(name, number, None, f"broken JSON at column {error.colno}: {error.msg}")
-            except RecursionError:
-                yield RawRow(name, number, None, "broken JSON: nested too deeply")
+            except ValueError as error:
+                yield RawRow(name, number, None, f"broken JSON: {error}")
 
 
 def _undecoded(value: Mapping[str, Any]) -> str | None:
@@ -312,7 +313,7 @@ class _BrokenError(Exception):
         self.reason, self.line = reason, line
 
 
-_DECODER = json.JSONDecoder()
+_DECODER = json.JSONDecoder(parse_int=bounded_int)
 
 
 class _Window:
@@ -350,6 +351,8 @@ class _Window:
                     raise _BrokenError(reason, line) from None
             except RecursionError:
                 raise _BrokenError("nested too deeply", self.line) from None
+            except ValueError as error:
+                raise _BrokenError(str(error), self.line) from None
 
     def peek(self) -> str:
         """The next character that is no white space, '' at the end of the file."""
@@ -431,7 +434,7 @@ def _read_parquet(path: Path) -> Iterator[RawRow]:
                 for value in batch.to_pylist():
                     line += 1
                     yield RawRow(str(path), line, value)
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+    except Exception as error:  # values that Python has no type for, and whatever a damaged file leads into
         raise DataError(f"{path} cannot be read as parquet: {error}") from error
 
 

@@ -19,11 +19,12 @@ refuse it; those that mean nothing here are counted.
 """
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any, Literal
+
+from fitune.boundary import parse_json
 
 Format = Literal[
     "messages", "conversations", "sharegpt", "pairs", "alpaca", "prompt_completion", "question_answer", "text"
@@ -53,6 +54,8 @@ _ROLES = {
 }
 _CALL_ROLES = ("function_call", "tool_call")
 _WEIGHT_KEYS = ("loss_weight", "weight", "loss", "train")
+LEAST_WEIGHT, MOST_WEIGHT = 1e-6, 1e6
+"""Of a message that is trained on: far within float32, also squared and summed up."""
 _TOOL_KEYS = ("tools", "functions")
 _REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 _TURN_KEYS = ("messages", "conversations", "conversation")
@@ -305,9 +308,12 @@ def _conversation(
     except (TypeError, ValueError) as error:
         raise RowError(f"it holds what JSON cannot write: {error}") from None
     try:
+        content = json.dumps([messages, tools, text], sort_keys=True, ensure_ascii=False)
         digest = int.from_bytes(blake2b(content.encode(), digest_size=8).digest(), "big")
     except UnicodeEncodeError:
         raise RowError("its text is not valid Unicode (bytes that are not UTF-8, or a lone surrogate)") from None
+    except (TypeError, ValueError, RecursionError) as error:  # what a parquet file may hold and JSON cannot say
+        raise RowError(f"it holds values that are no text, number, list or object ({error})") from None
     return Conversation(
         tuple(message for message, _ in messages),
         tuple(weight for _, weight in messages),
@@ -484,8 +490,11 @@ def _weight(turn: Mapping[str, Any], place: str) -> float | None:
     if key is None:
         return None
     value = turn[key]
-    if not isinstance(value, (bool, int, float)) or not math.isfinite(value) or value < 0:
-        raise RowError(f"{place} has {key} {value!r}; a loss weight is a number of at least 0, or true or false")
+    if not isinstance(value, (bool, int, float)) or not (value == 0 or LEAST_WEIGHT <= value <= MOST_WEIGHT):
+        raise RowError(
+            f"{place} has {key} {str(value)[:40]}; a loss weight is 0, a number from {LEAST_WEIGHT:g} to "
+            f"{MOST_WEIGHT:g}, or true or false"
+        )
     return float(value)
 
 
@@ -518,8 +527,8 @@ def _parsed(value: Any, what: str | None = None) -> Any:
     if not value.strip():
         return None
     try:
-        return json.loads(value)
-    except (json.JSONDecodeError, RecursionError) as error:
+        return parse_json(value)
+    except ValueError as error:
         if what is None:
             return value
         raise RowError(f"{what}: broken JSON, {error}") from None

@@ -22,6 +22,7 @@ import platformdirs
 import pyarrow
 import xxhash
 
+from fitune.boundary import parse_json
 from fitune.errors import DataError
 from fitune.units import MIB
 
@@ -165,12 +166,13 @@ def _write(directory: Path, write: Callable[[TableWriter], dict[str, Any]]) -> N
 def _open(directory: Path) -> Table | None:
     """None when there is no table, or one that is not as it was written: the disk has damaged it, or somebody."""
     try:
-        record = json.loads((directory / _FACTS).read_text(encoding="utf-8"))
+        record = parse_json((directory / _FACTS).read_text(encoding="utf-8"))
         if record["facts_hash"] != _facts_hash(record) or record["rows_hash"] != _file_hash(directory / _ROWS):
             return None
         reader = pyarrow.ipc.open_file(pyarrow.memory_map(str(directory / _ROWS)))
         batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
-    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, pyarrow.ArrowInvalid):
+        digest, facts = record["digest"], record["facts"]
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, pyarrow.ArrowException):
         return None
     columns = [
         tuple(_Column(column.offsets.to_numpy(), column.values.to_numpy()) for column in batch.columns[:4])
@@ -182,8 +184,8 @@ def _open(directory: Path) -> Table | None:
         num_supervised=_joined((batch["num_supervised"].to_numpy() for batch in batches), np.int32),
         digests=_joined((batch["digest"].to_numpy() for batch in batches), np.uint64),
         sources=_joined((batch["source"].to_numpy() for batch in batches), np.int16),
-        digest=record["digest"],
-        facts=record["facts"],
+        digest=digest,
+        facts=facts,
         starts=[0, *np.cumsum([batch.num_rows for batch in batches]).tolist()][:-1],
         columns=columns,
     )

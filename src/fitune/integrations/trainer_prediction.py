@@ -24,6 +24,7 @@ from transformers import DefaultFlowCallback, Trainer, TrainerControl, TrainerSt
 from transformers.trainer_callback import CallbackHandler
 
 import fitune
+from fitune.boundary import bounded
 from fitune.errors import UsageError
 from fitune.integrations.versions import check_alone, check_trainer
 from fitune.memory.devices import this_machine
@@ -36,6 +37,7 @@ RECORDED_MICRO_BATCHES = 2
 """Of a step: the first without gradients, the second with them. Any further one is like the second."""
 
 
+@bounded("fitune.predict_trainer")
 def predict_trainer(
     trainer: Trainer,
     *,

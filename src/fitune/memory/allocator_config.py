@@ -5,6 +5,7 @@ strict side: a number with a tail ("64.5", "64x"), of which PyTorch keeps the le
 twice are refused, because neither can be what was meant.
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -109,6 +110,8 @@ def parse_allocator_config(text: str) -> AllocatorConfig:
 def _settings(text: str) -> Iterator[tuple[str, str]]:
     """The 'key:value' parts of the text, whose separating commas are those outside brackets."""
     compact = "".join(text.split())
+    if digits := re.search(r"\d{20}", compact):
+        raise UsageError(f"allocator setting with the number {digits[0]}...: no setting has so many digits")
     depth, cuts = 0, [-1]
     for i, char in enumerate(compact):
         depth += (char == "[") - (char == "]")

@@ -16,6 +16,7 @@ from pathlib import Path
 import platformdirs
 
 from fitune import __version__
+from fitune.boundary import parse_json
 from fitune.memory.c_allocator import allocator_name
 from fitune.memory.devices import ContextPrior, Device
 from fitune.memory.environment import driver_version
@@ -121,7 +122,7 @@ def _residuals() -> Iterator[Residual]:
     made_by = _made_by()
     for line in lines:
         with suppress(ValueError, TypeError, KeyError):
-            content = json.loads(line)
+            content = parse_json(line)
             if content["made_by"] != made_by:
                 continue  # the error of another version's predictions tells nothing of this one's
             predicted, measured = int(content["predicted_bytes"]), int(content["measured_bytes"])

@@ -8,6 +8,7 @@ and a model that was split into several files is read as one.
 import functools
 import os
 import re
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,10 @@ from transformers.integrations.gguf.gguf_conversion_mapping import GGUF_ARCHS
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from fitune.errors import ModelError
+
+LEAST_TENSOR_BYTES, LEAST_KEY_BYTES = 24, 13
+"""Of an entry with a name of no letters: length, dimensions, type and offset; length, type and one byte."""
+
 
 _PART = re.compile(r"(.+)-\d{5}-of-(\d{5})\.gguf")
 _EXPERT_PARTS = ("gate", "up", "down")
@@ -94,6 +99,8 @@ def _reader(path: str | os.PathLike[str]) -> Any:
     missing = next((part for part in parts if not part.is_file()), None)
     if missing is not None:
         raise ModelError(f"{path} is one of {len(parts)} files of a model, and {missing.name} is not beside it")
+    for part in parts:
+        _check_header(os.fspath(part), part.stat().st_size)
     return _parsed(tuple((str(part), part.stat().st_mtime_ns, part.stat().st_size) for part in parts))
 
 
@@ -103,6 +110,21 @@ def gguf_parts(path: Path) -> list[Path]:
     if found is None:
         return [path]
     return [path.with_name(f"{found[1]}-{n:05d}-of-{found[2]}.gguf") for n in range(1, int(found[2]) + 1)]
+
+
+def _check_header(path: str, size_bytes: int) -> None:
+    """The reader believes the counts at the head of a file, and goes through as many entries: a damaged one would keep
+    it for ever. Raises ModelError."""
+    with open(path, "rb") as file:
+        head = file.read(24)
+    if len(head) < 24 or head[:4] != b"GGUF":
+        raise ModelError(f"{path} is no GGUF file: it does not begin with the letters GGUF; copy it again")
+    num_tensors, num_keys = struct.unpack("<QQ", head[8:])
+    if num_tensors * LEAST_TENSOR_BYTES + num_keys * LEAST_KEY_BYTES > size_bytes:
+        raise ModelError(
+            f"{path} is damaged or not whole: its {size_bytes:,} bytes cannot hold the {num_tensors:,} tensors and "
+            f"{num_keys:,} keys that its head promises; copy it again"
+        )
 
 
 @functools.lru_cache(maxsize=1)

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Mxfp4Config, PretrainedConfig, PreTrainedModel
@@ -31,6 +30,7 @@ from transformers.models.auto.modeling_auto import (
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import logging as transformers_logging
 
+from fitune.boundary import told_as
 from fitune.config import ModelConfig, RunConfig
 from fitune.errors import ConfigError, ModelError
 from fitune.hub import hub_is_known
@@ -59,10 +59,8 @@ _COMPUTED = re.compile(r"\.(inv_freq|masked_bias|attn\.bias|attention\.bias)$")
 """Tensors that older files hold although a model computes them: rotary frequencies and causal masks."""
 MXFP4 = "mxfp4"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
-_READ_ERRORS = (
-    *(OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError, AttributeError),
-    *(SafetensorError, StrictDataclassError),
-)
+_READ_ERRORS = (Exception,)
+"""What transformers, tokenizers, gguf and safetensors raise for a damaged file has no common class."""
 
 
 def source_kind(source: str) -> Kind:
@@ -121,6 +119,7 @@ def load_config(model: ModelConfig) -> PretrainedConfig:
     _check_causal(config, model)
     if not model.trust_remote_code:
         drop_references(config)
+    _check_padding(config, model)
     return config
 
 
@@ -192,7 +191,10 @@ def load_model(
     attention = attention_name(config, model.attention)
     meta = device.type == "meta"
     if meta or model.init == "random" or source_kind(model.source) == "preset":
-        with torch.device("meta" if meta else "cpu"):
+        with (
+            told_as(ModelError, f"{model.source} cannot be built from its configuration", "mend its config.json"),
+            torch.device("meta" if meta else "cpu"),
+        ):
             built = build_model(
                 config,
                 dtype=precision.parameter_dtype,
@@ -346,6 +348,16 @@ def _check_causal(config: PretrainedConfig, model: ModelConfig) -> None:
         what = "an encoder" if encoder else "no causal language model that this transformers knows"
         raise ModelError(
             f"{model.source} is '{kind}', {what}: fitune trains decoder-only models like llama, qwen3 or gemma"
+        )
+
+
+def _check_padding(config: PretrainedConfig, model: ModelConfig) -> None:
+    text = config.get_text_config()
+    padding, vocab_size = getattr(text, "pad_token_id", None), getattr(text, "vocab_size", None)
+    if isinstance(padding, int) and isinstance(vocab_size, int) and not -vocab_size <= padding < vocab_size:
+        raise ModelError(
+            f"{model.source} has the pad_token_id {padding:,}, beyond its vocabulary of {vocab_size:,}: set it to null "
+            "or to a token's id in its config.json"
         )
 
 

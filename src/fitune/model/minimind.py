@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from transformers import PretrainedConfig
 
+from fitune.boundary import told_as
 from fitune.config import ShapeConfig
 from fitune.errors import ModelError
 from fitune.model.presets import PRESETS, llama_config, preset_config, qwen3_config, qwen3_moe_config
@@ -49,6 +50,8 @@ def read_pth(path: Path) -> Tensors:
             content = content[key]
     if not isinstance(content, Mapping) or not all(isinstance(value, torch.Tensor) for value in content.values()):
         raise ModelError(f"{path} holds no dictionary of tensors; save it with torch.save(model.state_dict(), path)")
+    if odd := [name for name in content if not isinstance(name, str)]:
+        raise ModelError(f"{path} names a tensor {odd[0]!r}, which is no text: it is no model's state dictionary")
     tensors = {_bare_name(name): tensor for name, tensor in content.items()}
     return {name: tensor for name, tensor in tensors.items() if name.split(".")[-1] not in _ROTARY_TABLES}
 
@@ -66,6 +69,20 @@ def pth_config(tensors: Tensors, shape: ShapeConfig, *, path: Path) -> Pretraine
     if shape.preset is not None and shape.preset not in PRESETS:
         raise ModelError(f"model.shape.preset is '{shape.preset}'; the presets are {', '.join(PRESETS)}")
 
+    for name, tensor in tensors.items():
+        if name.startswith((_EMBEDDING, _LAYER)) and name.endswith("weight"):
+            wanted = 1 if "norm" in name else 2
+            if tensor.ndim != wanted or not tensor.numel():
+                raise ModelError(f"{path} is no minimind weights file: {name} has the shape {list(tensor.shape)}")
+    numbers = {int(m[1]) for m in map(re.compile(r"model\.layers\.(\d{1,9})\.").match, tensors) if m}
+    if numbers != set(range(len(numbers))):
+        gap = min(set(range(len(numbers))) - numbers)
+        raise ModelError(f"{path} lacks layer {gap} of {max(numbers) + 1:,}: copy it again, or save the whole model")
+    with told_as(ModelError, f"{path} holds tensors that no minimind model has", "give the file that minimind saved"):
+        return _config_of(tensors, shape, path=path)
+
+
+def _config_of(tensors: Tensors, shape: ShapeConfig, *, path: Path) -> PretrainedConfig:
     vocab_size, hidden_size = tensors[_EMBEDDING].shape
     queries = tensors[f"{_LAYER}self_attn.q_proj.weight"].shape[0]
     keys = tensors[f"{_LAYER}self_attn.k_proj.weight"].shape[0]

@@ -17,6 +17,7 @@ from typing import Any
 import platformdirs
 
 import fitune
+from fitune.boundary import parse_json
 
 _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
 
@@ -32,7 +33,7 @@ def cached(kind: str, key: Any, make: Callable[[], Any]) -> Any:
 
 def read_cached(kind: str, key: Any) -> Any | None:
     try:
-        return json.loads(_path(kind, key).read_text(encoding="utf-8"))
+        return parse_json(_path(kind, key).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
 

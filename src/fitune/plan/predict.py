@@ -9,6 +9,7 @@ from typing import Any, Literal
 import psutil
 import torch
 
+from fitune.boundary import bounded
 from fitune.config import ModelConfig, RunConfig, read_config
 from fitune.errors import ConfigError
 from fitune.memory.c_allocator import allocator_habit
@@ -49,6 +50,7 @@ class RunPrediction:
         return self.largest.peak_phase if self.largest is self.training else "evaluation"
 
 
+@bounded("fitune.predict")
 def predict(config: ConfigSource, *, gpu: str | None = None, overrides: Sequence[str] = ()) -> Prediction:
     """What the run of `config` needs at most, with rows as long as data.max_length allows.
 

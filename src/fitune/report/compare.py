@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fitune.boundary import bounded
 from fitune.errors import RunDirectoryError
 from fitune.language import say
 from fitune.language.printable import printable_line
@@ -116,6 +117,7 @@ class Comparison:
         return str(tables.html_table(self))
 
 
+@bounded("fitune.compare")
 def compare(runs: Sequence[RecordedRun | Path | str], *, tokens: float | None = None) -> Comparison:
     """Runs, or what `read_recorded` reads; the first is what the others are compared with. tokens: where to compare,
     as far as every run has come where left out. Raises RunDirectoryError."""

@@ -10,7 +10,6 @@ Each name of a value is looked up in `_NAMES`; what a format does not have is na
 write that do not count. Nothing is estimated.
 """
 
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from fitune.boundary import parse_json
 from fitune.errors import RunDirectoryError
 from fitune.report.recorded import EVAL_COLUMNS, MEMORY_COLUMNS, TRAIN_COLUMNS, RecordedRun, make_curve, seconds_at
 from fitune.run.files import MAX_LOG_BYTES, read_plain
@@ -89,7 +89,7 @@ def read_trainer_log(path: Path) -> RecordedRun:
     entries = []
     for line in _text(path).splitlines():
         try:
-            entry = json.loads(line)
+            entry = parse_json(line)
         except ValueError:
             continue
         if isinstance(entry, dict) and isinstance(entry.get("current_steps"), int):
@@ -135,7 +135,12 @@ def read_minimind(path: Path) -> RecordedRun | None:
     entries = []
     for match in _MINIMIND.finditer(_text(path)):
         epoch, step, per_epoch = (int(match[index]) for index in (1, 2, 3))
-        values = {name.lower(): float(value) for name, value in _PAIR.findall(match[4])}
+        pairs = _PAIR.findall(match[4])
+        values = {
+            name.lower(): number
+            for name, text in pairs
+            if not math.isnan(number := _number(text)) or text.lower() == "nan"
+        }
         entries.append(values | {"step": (epoch - 1) * per_epoch + step})
     if not any("loss" in entry for entry in entries):
         return None
@@ -265,6 +270,6 @@ def _text(path: Path) -> str:
 
 def _json(path: Path) -> Any:
     try:
-        return json.loads(_text(path))
+        return parse_json(_text(path))
     except ValueError as error:
         raise RunDirectoryError(f"{path} is damaged: {error}") from error

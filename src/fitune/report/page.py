@@ -19,6 +19,8 @@ from typing import Any
 
 import numpy as np
 
+from fitune.boundary import told_as
+from fitune.errors import RunDirectoryError
 from fitune.language import choose_language, say
 from fitune.language.printable import printable
 from fitune.report import tables
@@ -41,7 +43,18 @@ def write_page(comparison: Comparison, path: Path, *, place: str = OUTPUT_KEY) -
 
 
 def page(comparison: Comparison) -> str:
-    """In the language of `choose_language`."""
+    """In the language of `choose_language`. Raises RunDirectoryError where the runs' files hold other things than a run
+    writes."""
+    names = ", ".join(row.run.path for row in comparison.rows)
+    with told_as(
+        RunDirectoryError,
+        f"what {names} holds cannot be shown",
+        "remove the damaged one of data.json, env.json, peak.json and plan.json",
+    ):
+        return _page(comparison)
+
+
+def _page(comparison: Comparison) -> str:
     drawn = pictures(comparison)
     advised = next(iter(sorted(comparison.rows, key=_eval_loss)), None)
     advice = [] if advised is None else advise(advised.run, comparison)

@@ -9,6 +9,7 @@ those of `run/metrics.py`, and `seconds` is the time at work since the run began
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from html.parser import HTMLParser
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fitune.boundary import parse_json
 from fitune.config.yaml_lines import parse_yaml
 from fitune.errors import ConfigError, RunDirectoryError
 from fitune.report.thin import thin_all
@@ -41,6 +43,8 @@ MEMORY_COLUMNS = (
 )  # fmt: skip
 _MAX_CONFIG_BYTES = 100_000
 """Of a run's own, which has 10,000: YAML is read at 50,000 bytes a second."""
+_MOST = 1e30
+"""No quantity of a run is larger."""
 EMBEDDED_ID = "fitune-runs"
 """The id of the element of a report that holds its runs as JSON."""
 
@@ -86,7 +90,8 @@ def make_curve(names: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> Curve
         for name in names:
             value = row.get(name)
             if isinstance(value, int | float) and not isinstance(value, bool):
-                curve[name][index] = value
+                with suppress(OverflowError):
+                    curve[name][index] = value
     return curve
 
 
@@ -99,7 +104,8 @@ def read_fitune_run(path: Path) -> RecordedRun:
         notes.append(f"{len(metrics.damaged_lines):,} lines of {run.metrics} are damaged and left out")
     steps = metrics.steps if metrics else ()
     train = _step_curve(steps)
-    env, plan, data, peak = (_read_json(file, notes) for file in (run.env, run.plan, run.data, run.peak))
+    env, data, peak = (_read_json(file, notes) for file in (run.env, run.data, run.peak))
+    plan = _read_plan(run.plan, notes)
     memory, started = _memory_curve(run.memory)
     return RecordedRun(
         name=run.name,
@@ -158,7 +164,7 @@ def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
         raise RunDirectoryError(f"{path} cannot be read: {error.strerror}") from error
     for line in lines:
         try:
-            content = json.loads(line)
+            content = parse_json(line)
         except ValueError:
             continue
         if isinstance(content, dict):
@@ -169,13 +175,40 @@ def _read_json(path: Path, notes: list[str]) -> Mapping[str, Any] | None:
     if not path.exists():
         return None
     try:
-        content = json.loads(read_plain(path))
+        content = parse_json(read_plain(path))
         if isinstance(content, dict):
+            json.dumps(content, allow_nan=False)  # JSON has no such numbers, and a report carries this on
             return content
         notes.append(f"{path} holds no object and is left out")
     except (OSError, ValueError) as error:
         notes.append(f"{path} cannot be read and is left out: {error}")
     return None
+
+
+def _read_plan(path: Path, notes: list[str]) -> Mapping[str, Any] | None:
+    """Only one whose numbers are numbers: everything that is said of a plan counts on it."""
+    plan = _read_json(path, notes)
+    if plan is None:
+        return None
+    candidates, chosen = plan.get("candidates") or [], plan.get("chosen")
+    is_whole = (
+        isinstance(candidates, list)
+        and all(isinstance(each, dict) and _has_numbers(each) for each in candidates)
+        and (chosen is None or (type(chosen) is int and 0 <= chosen < len(candidates)))
+        and _has_numbers(plan)
+    )
+    if is_whole:
+        return plan
+    notes.append(f"{path} is damaged and left out: it does not hold a plan")
+    return None
+
+
+def _has_numbers(content: Mapping[str, Any]) -> bool:
+    return all(
+        value is None or (isinstance(value, int | float) and abs(value) < _MOST)
+        for name, value in content.items()
+        if name.endswith(("_bytes", "_seconds", "_per_step", "_per_second", "_tokens", "_rows"))
+    )
 
 
 def read_settings(path: Path, notes: list[str]) -> Mapping[str, Any]:
@@ -184,11 +217,11 @@ def read_settings(path: Path, notes: list[str]) -> Mapping[str, Any]:
         return {}
     try:
         content = parse_yaml(read_plain(path, most_bytes=_MAX_CONFIG_BYTES).decode(), str(path)).tree
-    except (OSError, ValueError, ConfigError) as error:
+        return dict(flatten(content)) if isinstance(content, dict) else {}
+    except (OSError, ValueError, ConfigError, RecursionError, TypeError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
         notes.append(f"{path} cannot be read and is left out: {' '.join(str(reason).split())}")
         return {}
-    return dict(flatten(content)) if isinstance(content, dict) else {}
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -257,9 +290,9 @@ def read_report(path: Path) -> tuple[RecordedRun, ...]:
     finder = _Embedded()
     try:
         finder.feed(read_plain(path, follow=True).decode())
-        content = json.loads("".join(finder.parts))
+        content = parse_json("".join(finder.parts))
         return tuple(_unembed(each) for each in content["runs"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # of a file that anybody may have written
         raise RunDirectoryError(f"{path} holds no runs: it is no report of fitune, or a damaged one") from error
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+from fitune.boundary import told_as
 from fitune.errors import RunDirectoryError
 from fitune.report.foreign import find_foreign
 from fitune.report.recorded import (
@@ -21,6 +22,11 @@ from fitune.run.sweep import SWEEP_FILE, read_states
 
 def read_recorded(path: Path) -> tuple[RecordedRun, ...]:
     """The runs in `path`: one, or those of a report or of a directory of runs. Raises RunDirectoryError."""
+    with told_as(RunDirectoryError, f"{path} cannot be read as a run", "mend it, or leave it out"):
+        return _read(path)
+
+
+def _read(path: Path) -> tuple[RecordedRun, ...]:
     if path.is_file() and path.suffix in (".html", ".htm"):
         return read_report(path)
     if path.is_dir() and RunDirectory(path).checkpoints.is_dir():

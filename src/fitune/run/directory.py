@@ -30,6 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from fitune.boundary import parse_json
 from fitune.errors import RunDirectoryError
 from fitune.run.files import find_strange, open_plain, read_plain
 from fitune.run.metrics import Summary, read_summary
@@ -140,7 +141,7 @@ class RunRecord:
 
 def check_place(output: Path, name: str, *, overwrite: bool = False) -> None:
     """Raises RunDirectoryError for what `create_run` would refuse, as far as that is seen without writing."""
-    if not name or Path(name).name != name or name in (".", "..") or not name.isprintable():
+    if not name or not name.isprintable() or Path(name).name != name or name in (".", ".."):
         raise RunDirectoryError(f"run.name {name!r} is not the name of a directory: use letters, digits, - and _")
     path = output / name
     with _said(f"{path} cannot be created"):
@@ -409,7 +410,7 @@ def _beats(run: RunDirectory, *, elsewhere: bool) -> bool:
     may be invisible here."""
     try:
         silence = time.time() - run.lock.stat().st_mtime
-        host = json.loads(read_plain(run.lock))["host"]
+        host = parse_json(read_plain(run.lock))["host"]
     except (OSError, ValueError, KeyError, TypeError):
         return False
     return bool(host != socket.gethostname() or not elsewhere) and silence < SILENCE_SECONDS
@@ -417,7 +418,7 @@ def _beats(run: RunDirectory, *, elsewhere: bool) -> bool:
 
 def _holder(run: RunDirectory) -> str:
     try:
-        holder = json.loads(read_plain(run.lock))
+        holder = parse_json(read_plain(run.lock))
         return f"process {holder['pid']} on {holder['host']}"
     except (OSError, ValueError, KeyError, TypeError):
         return "another process"

@@ -1,11 +1,11 @@
 """eval_rows.jsonl: each evaluation row by row, so that two runs can be compared in pairs of the same held-out rows."""
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from fitune.boundary import parse_json
 from fitune.errors import RunDirectoryError
 from fitune.run.files import MAX_LOG_BYTES, read_plain
 from fitune.run.metrics import append_line
@@ -39,10 +39,10 @@ def read_eval_rows(path: Path) -> tuple[EvalRows, ...]:
         raise RunDirectoryError(f"{path} cannot be read: {error.strerror}") from error
     for line in lines:
         try:
-            content = json.loads(line)
+            content = parse_json(line)
             losses, weights = (tuple(map(float, content[name])) for name in ("losses", "weights"))
             step, total_tokens = int(content["step"]), int(content["total_tokens"])
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, OverflowError):
             continue
         if len(losses) == len(weights):
             found[step] = EvalRows(step=step, total_tokens=total_tokens, losses=losses, weights=weights)

@@ -1,12 +1,12 @@
 """A run as its files tell it while they grow: read once, then only what was added."""
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fitune.boundary import parse_json
 from fitune.run.directory import RunDirectory, RunRecord, read_run
 from fitune.run.files import MAX_LOG_BYTES, open_plain, read_plain
 from fitune.run.memory import MemorySample
@@ -122,7 +122,7 @@ class _GrowingFile:
 
 def _parse(line: bytes) -> Mapping[str, Any] | None:
     try:
-        content = json.loads(line)
+        content = parse_json(line)
     except ValueError:
         return None
     return content if isinstance(content, dict) else None

@@ -115,7 +115,7 @@ def _read(path: Path) -> Iterator[JournalLine]:
     for number, content in read_lines(path):
         try:
             yield _line({} if content is None else content)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise RunDirectoryError(f"{path}:{number} is not a line of a journal ({error!r})") from error
 
 

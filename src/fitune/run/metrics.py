@@ -18,6 +18,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_type_hints
 
+from fitune.boundary import parse_json
 from fitune.errors import RunDirectoryError
 from fitune.language import say
 from fitune.run.files import MAX_LOG_BYTES, open_plain, read_plain
@@ -246,7 +247,7 @@ def as_json(record: "DataclassInstance") -> dict[str, Any]:
 def read_summary(path: Path) -> Summary:
     """Raises RunDirectoryError where it is missing, damaged or of another version."""
     try:
-        content = json.loads(read_plain(path))
+        content = parse_json(read_plain(path))
     except (OSError, ValueError) as error:
         raise RunDirectoryError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
     version = content.get("schema") if isinstance(content, dict) else None
@@ -266,7 +267,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any] | None]]:
         raise RunDirectoryError(f"{path} cannot be read: {error.strerror}") from error
     for number, line in enumerate(data.split(b"\n")[:-1], start=1):
         try:
-            content = json.loads(line)
+            content = parse_json(line)
         except ValueError:
             content = None
         yield number, content if isinstance(content, dict) else None
@@ -281,7 +282,7 @@ def as_record(kind: type[Record], content: Mapping[str, Any]) -> Record | None:
                 value = content[name]
                 known[name] = value if type(value) in accepted else _value(accepted, value)
         return kind(**known)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import yaml
 
+from fitune.boundary import parse_json
 from fitune.config import RunConfig, read_config
 from fitune.config.read import check_is_configuration
 from fitune.config.yaml_lines import parse_yaml
@@ -127,7 +128,7 @@ def read_states(directory: Path) -> dict[str, dict[str, Any]]:
     if not path.exists():
         return {}
     try:
-        return {str(each["name"]): dict(each) for each in json.loads(read_plain(path))["runs"]}
+        return {str(each["name"]): dict(each) for each in parse_json(read_plain(path))["runs"]}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunDirectoryError(f"{path} is damaged: {error}; remove it to begin the sweep again") from error
 

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_any, tree_leaves, tree_map_only
 from fitune.config import Routing
 from fitune.trace.events import ROUTED, UNROUTED
 from fitune.trace.operators import by_operator
+from fitune.trace.patience import Patience
 from fitune.trace.shapes import Call, ShapeMemory
 
 aten = torch.ops.aten
@@ -141,6 +142,7 @@ class Assumptions:
         self._routing = routing
         self._shapes = shapes
         self.used: dict[str, None] = {}
+        self.patience = Patience()
 
     def lines(self) -> list[str]:
         """What was assumed. Of the worst routing, where it was wanted, also that it made no difference."""
@@ -149,6 +151,7 @@ class Assumptions:
 
     def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Call | None]:
         """The result, and what is remembered of such calls, if anything is."""
+        self.patience.operator()
         traits = _traits(func)
         called = args
         if traits.is_special:

@@ -32,12 +32,21 @@ Bools = npt.NDArray[np.bool_]
 @dataclass(frozen=True, slots=True)
 class Turns:
     """A loop as it was recorded: its name, the period of equal turns, how many turns were recorded and how many there
-    are in all. The recorded ones are the first, twice `period`, those left over and the last."""
+    are in all. The recorded ones are the first, twice `period`, those left over and the last. num_kinds_within: so many
+    of the first turns hold one of each kind."""
 
     loop: str
     period: int
     num_recorded: int
     num_turns: int
+    num_kinds_within: int = 0
+
+    @property
+    def num_left_out(self) -> int:
+        """By how many turns the recording is larger that tells what a turn more adds: by both middles, or by one where
+        the rest would lack a kind and all that is made for it."""
+        both = 2 * self.period
+        return both if self.num_recorded - both >= self.num_kinds_within else self.period
 
     def template(self, turn: int) -> int:
         """The recorded turn that turn number `turn` is equal to."""
@@ -75,7 +84,7 @@ class Growth:
 
 
 def find_growth(recording: Recording, turns: Turns, *, fewer: Recording) -> Growth | None:
-    """fewer: the same recorded without the middles, i.e. with 2 * period turns less. None where it is not the same."""
+    """fewer: the same recorded with `turns.num_left_out` turns less. None where it is not the same."""
     sections = _sections(recording, turns.loop, turns.num_recorded)
     if sections is None:
         return None
@@ -268,7 +277,7 @@ class _Places:
 # ---- comparing ------------------------------------------------------------------------------------------------------
 
 
-_EQUAL = ("num_bytes", "label", "loop", "rule", "death_loop")
+_EQUAL = ("num_bytes", "loop", "rule", "death_loop")
 
 
 def _seen_from_turns(recording: Recording, places: _Places, turns: Turns) -> tuple[Bools, Bools] | None:
@@ -285,6 +294,8 @@ def _seen_from_turns(recording: Recording, places: _Places, turns: Turns) -> tup
                 for column in (*(getattr(recording, name) for name in _EQUAL), places.death_section)
             ):
                 return None
+            if not _have_same_labels(recording, places, one, other, is_first=turn == 1):
+                return None
             ends = turn == 1, turn == turns.period
             same, near = _compare(
                 places.death_turn, places.death_offset, one, other, shift=turns.period, at=turn, ends=ends
@@ -299,6 +310,19 @@ def _seen_from_turns(recording: Recording, places: _Places, turns: Turns) -> tup
                 return None
             named_near[one] = named_near[other] = ~same
     return dies_near, named_near & this
+
+
+def _have_same_labels(recording: Recording, places: _Places, one: slice, other: slice, *, is_first: bool) -> bool:
+    """What dies in the first turn may die in another module than what dies in a middle: where the input needs no
+    gradient, the first turn's backward comes in another order."""
+    unequal = np.flatnonzero(recording.label[one] != recording.label[other])
+    if not len(unequal):
+        return True
+    return is_first and all(
+        recording.labels[recording.label[one][index]][:3] == recording.labels[recording.label[other][index]][:3]
+        and places.death_turn[one][index] == 0
+        for index in unequal.tolist()
+    )
 
 
 def _compare(
@@ -318,8 +342,8 @@ def _compare(
 def _growth_of_births(recording: Recording, places: _Places, turns: Turns, fewer: Recording) -> Integers | None:
     """Bytes that each birth grows by with a turn more: 0 in the middles, as compared with the recording without them
     elsewhere."""
-    num_fewer = turns.num_recorded - 2 * turns.period
-    sections = _sections(fewer, turns.loop, num_fewer)
+    less = turns.num_left_out
+    sections = _sections(fewer, turns.loop, turns.num_recorded - less)
     if sections is None or len(sections) != len(places.sections):
         return None
     growth = np.zeros(len(recording), dtype=np.int64)
@@ -327,16 +351,18 @@ def _growth_of_births(recording: Recording, places: _Places, turns: Turns, fewer
         if section.is_sweep != other.is_sweep or section.reverse != other.reverse:
             return None
         for turn in range(len(other.starts)):
-            mine = places.rows(number, turn if turn == 0 else turn + 2 * turns.period)
+            mine = places.rows(number, turn if turn == 0 else turn + less)
             its = slice(other.starts[turn], other.ends[turn])
             if mine.stop - mine.start != its.stop - its.start:
                 return None
             if _labels(recording, mine) != _labels(fewer, its):
                 return None
             difference = recording.num_bytes[mine] - fewer.num_bytes[its]
-            if np.any(difference % (2 * turns.period)):
+            if np.any(difference % less) or (
+                section.is_sweep and less == turns.period and 0 < turn <= less and np.any(difference)
+            ):
                 return None
-            growth[mine] = difference // (2 * turns.period)
+            growth[mine] = difference // less
     return growth
 
 
@@ -369,6 +395,7 @@ def _repeat(
     columns["turn"] = np.where(in_loop, new_turn, columns["turn"])
     columns["num_bytes"] = columns["num_bytes"] + growth[source] * (turns.num_turns - turns.num_recorded)
     whose = _second_middle(places, turns, source, new_turn)
+    columns["label"] = recording.label[whose]
     columns |= _deaths(recording, places, turns, source=whose, turn=new_turn, starts=starts, seen=seen)
     return replace(recording, **columns), source
 
@@ -413,7 +440,7 @@ def _growth_of_work(recording: Recording, turns: Turns, fewer: Recording) -> dic
     result = {}
     for work in recording.work:
         if work.loop != turns.loop and work.place in before:
-            result[work.place], rest = np.divmod(np.array(work.sums) - before[work.place], 2 * turns.period)
+            result[work.place], rest = np.divmod(np.array(work.sums) - before[work.place], turns.num_left_out)
             if rest.any():
                 return None
     return result

@@ -6,6 +6,7 @@ recorder runs on real CPU tensors (mode="real"), which is how its truth is check
 """
 
 import gc
+import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -19,15 +20,17 @@ import transformers.utils.import_utils
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from fitune.boundary import cause_of
 from fitune.config import Routing
-from fitune.errors import UsageError
+from fitune.errors import FituneError, UsageError
+from fitune.trace.as_real import as_real, interrupts_heard
 from fitune.trace.assumptions import Assumptions
 from fitune.trace.cuda_behaviour import CpuKernels, CudaKernels, cuda_behaviour
 from fitune.trace.cuda_target import CudaTarget
 from fitune.trace.events import COMPILED, MemoryTrace
 from fitune.trace.flash_package import flash_package
 from fitune.trace.idle_card import cuda_answers
-from fitune.trace.placement import CARD, OnMeta, card_stands_in
+from fitune.trace.placement import CARD, NAMES_CUDA, NoCard, OnMeta, card_stands_in
 from fitune.trace.recorder import Mark, Recorder
 from fitune.trace.recording import Recording, to_trace
 from fitune.trace.shapes import ShapeMemory
@@ -95,6 +98,10 @@ class RecordedModel:
         target = self._settings.target
         with ExitStack() as stack:
             stack.enter_context(_collected_at_step_ends())
+            stack.enter_context(interrupts_heard())
+            if target is None:
+                stack.enter_context(_names_no_card())
+                stack.enter_context(NoCard())
             stack.enter_context(patch.object(torch.inference_mode, "__enter__", _enter_without_gradients))
             if target is not None:
                 stack.enter_context(cuda_behaviour(target))
@@ -104,8 +111,10 @@ class RecordedModel:
             known = self._parts if self._parts is not None and self._parts.go_back() else None
             self._parts = None  # until all went well; an old model is gone before there is a new one
             parts = known or self._new_parts()
+            parts.assumptions.patience.begin()
             if parts.mode is not None:
                 stack.enter_context(_as_real_tensors(checks_indices=target is None))
+                stack.enter_context(as_real())
                 stack.enter_context(torch.random.fork_rng(devices=[]))  # what is drawn on the host is drawn for real
                 self._shapes.serve(stack.enter_context(parts.mode))
             if known is None:
@@ -276,6 +285,18 @@ def _collected_at_step_ends() -> Iterator[None]:
         gc.unfreeze()
         if was_enabled:
             gc.enable()
+
+
+@contextmanager
+def _names_no_card() -> Iterator[None]:
+    try:
+        yield
+    except FituneError:
+        raise
+    except Exception as error:
+        if re.search(r"\bcuda\b", str(error), re.IGNORECASE) is None:
+            raise
+        raise UsageError(f"{NAMES_CUDA} ({cause_of(error)})") from error
 
 
 def _enter_without_gradients(mode: Any) -> None:

@@ -21,9 +21,14 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
 
+from fitune.errors import UsageError
 from fitune.trace.assumptions import known_array, tell_made
 from fitune.trace.recorder import Place, Recorder
 
+NAMES_CUDA = (
+    "the loop names CUDA and is predicted for a CPU: let it use the device that it is given, or name a card, such as "
+    'gpu="RTX 4090"'
+)
 CARD = torch.device("cpu")
 """What stands for the card, and what every tensor says that it is on."""
 HOST = torch.device("cpu", 0)
@@ -35,11 +40,14 @@ class Placement(TorchFunctionMode):
         super().__init__()
         self._recorder = recorder
         self._constructors = _device_constructors()
+        self.default_device: Any = None
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if self.default_device is not None and func in self._constructors and kwargs.get("device") is None:
+            kwargs = {**kwargs, "device": self.default_device}
         if func is Tensor.to:
             return self._to(args[0], args[1:], kwargs)
         if func in self._constructors or kwargs.get("device") is not None:
@@ -127,6 +135,19 @@ def _as_cpu(value: Any) -> Any:
     return CARD if isinstance(value, int) and not isinstance(value, bool) else value
 
 
+class NoCard(TorchFunctionMode):
+    """A recording for a CPU refuses what would be on a card: torch has no tensors there, and may abort."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        named = (kwargs.get("device"), *(args[1:2] if func is Tensor.to else ()))
+        if func is Tensor.cuda or any(isinstance(each, str | torch.device) and "cuda" in str(each) for each in named):
+            raise UsageError(NAMES_CUDA)
+        return func(*args, **kwargs)
+
+
 class OnMeta(TorchFunctionMode):
     """A model that is built on the card is built on the meta device."""
 
@@ -161,6 +182,17 @@ def card_stands_in(recorder: Recorder) -> Iterator[None]:
         scaler_init(self, "cpu", *args, **kwargs)
 
     generator = torch.Generator
+
+    class GeneratorType(type):
+        def __call__(cls, device: Any = "cpu") -> torch.Generator:
+            return generator(_as_cpu(device))
+
+        def __instancecheck__(cls, instance: Any) -> bool:
+            return isinstance(instance, generator)
+
+    class Generator(metaclass=GeneratorType):
+        """Of the card's random numbers, drawn on the CPU; a type, since libraries ask what is one."""
+
     placement, hooks_init = Placement(recorder), torch.autograd.graph.saved_tensors_hooks.__init__
 
     def saved_tensors_hooks_init(self: Any, pack: Callable[[Any], Any], unpack: Callable[[Any], Any]) -> None:
@@ -173,7 +205,8 @@ def card_stands_in(recorder: Recorder) -> Iterator[None]:
         stack.enter_context(patch.object(torch.amp.autocast_mode.autocast, "__init__", autocast_init))
         stack.enter_context(patch.object(torch.amp.GradScaler, "__init__", grad_scaler_init))
         stack.enter_context(patch.object(torch, "device", _DeviceOfLoop("device", (), {})))
-        stack.enter_context(patch.object(torch, "Generator", lambda device="cpu": generator(_as_cpu(device))))
+        stack.enter_context(patch.object(torch, "Generator", Generator))
+        stack.enter_context(_default_device(placement))
         stack.enter_context(patch.object(torch.cuda, "empty_cache", recorder.empty_cache))
         stack.enter_context(patch.object(torch._C, "_accelerator_emptyCache", recorder.empty_cache, create=True))
         stack.enter_context(patch.object(Tensor, "record_stream", lambda *_, **__: None))
@@ -182,3 +215,28 @@ def card_stands_in(recorder: Recorder) -> Iterator[None]:
         stack.enter_context(patch.object(hooks, "__init__", saved_tensors_hooks_init))
         stack.enter_context(placement)
         yield
+
+
+@contextmanager
+def _default_device(placement: Placement) -> Iterator[None]:
+    """What `torch.set_default_device` sets, before the recording or in the loop, is the placement's matter: torch's own
+    mode would make tensors on a card that is not there."""
+
+    def set_default(device: Any) -> None:
+        placement.default_device = device
+
+    def get_default() -> torch.device:
+        return torch.device("cpu") if placement.default_device is None else torch.device(placement.default_device)
+
+    context = getattr(torch._GLOBAL_DEVICE_CONTEXT, "device_context", None)  # to ask makes a tensor, on no card here
+    before = None if context is None else context.device
+    torch.set_default_device(None)
+    placement.default_device = before if before is not None and before.type == "cuda" else None
+    try:
+        with (
+            patch.object(torch, "set_default_device", set_default),
+            patch.object(torch, "get_default_device", get_default),
+        ):
+            yield
+    finally:
+        torch.set_default_device(before)

@@ -136,7 +136,9 @@ class Recordings:
             grown = self._grown.setdefault(repr((_without_layers(config), target)), [])
             known = _with_known_growth(new, layers, grown)
             if known is None:
-                fewer = self._record(config, passes, target=target, num_layers=layers.num_recorded - 2 * layers.period)
+                fewer = self._record(
+                    config, passes, target=target, num_layers=layers.num_recorded - layers.num_left_out
+                )
                 known = _with_growth(new, layers, fewer)
                 if known.growth is not None:
                     grown.append(known)
@@ -190,11 +192,14 @@ class Recordings:
         if key not in self._layers:
             self._layers[key] = find_layers(model)
         found = self._layers[key]
-        equal = None if found is None else found.find_equal(model.recompute)
-        if equal is None:
+        if found is None or (equal := found.find_equal(model.recompute)) is None:
             return None
         number = num_recorded_turns(equal.num_layers, equal.period)
-        return Turns(equal.name, equal.period, number, equal.num_layers) if number < equal.num_layers else None
+        if number >= equal.num_layers:
+            return None
+        kinds = found.signatures
+        within = 1 + max(kinds.index(kind) for kind in kinds)
+        return Turns(equal.name, equal.period, number, equal.num_layers, within)
 
 
 def _with_known_growth(family: _Family, layers: Turns, grown: Sequence[_Family]) -> _Family | None:
@@ -219,7 +224,7 @@ def _with_growth(family: _Family, layers: Turns, fewer: ColumnsOfStep) -> _Famil
     growth = find_growth(columns.recording, turns, fewer=fewer.recording) if loops else None
 
     def grown(one: int, other: int) -> int:
-        return one + (one - other) * (layers.num_turns - layers.num_recorded) // (2 * layers.period)
+        return one + (one - other) * (layers.num_turns - layers.num_recorded) // layers.num_left_out
 
     totals = (
         grown(columns.num_parameters, fewer.num_parameters),

@@ -11,6 +11,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any, NoReturn
 
+from fitune.boundary import told_as
 from fitune.errors import UsageError
 from fitune.trace.events import Category, MemoryEvent, MemoryTrace, Phase
 
@@ -38,14 +39,18 @@ def read_snapshot(path: Path, *, device: int = 0) -> MemoryTrace:
             snapshot = _PlainUnpickler(file).load()
         actions = snapshot["device_traces"][device]
         segments = [segment for segment in snapshot["segments"] if segment.get("device", 0) == device]
-    except (OSError, pickle.UnpicklingError, EOFError, KeyError, IndexError, TypeError, AttributeError) as error:
+    except UsageError:
+        raise
+    except Exception as error:  # bytes that are no pickle end in whatever its machine stumbles over
         raise UsageError(f"{path} is no snapshot of torch.cuda.memory with device {device}: {error}") from error
     if not actions:
         raise UsageError(
             f"{path} holds no action of device {device}: call torch.cuda.memory._record_memory_history() before the run"
         )
+    with told_as(UsageError, f"{path} is a damaged snapshot of torch.cuda.memory", "record it again"):
+        events = tuple(_events(actions, segments))
     return MemoryTrace(
-        tuple(_events(actions, segments)),
+        events,
         (f"recorded by PyTorch's allocator on device {device}", "categories are guessed from the phase"),
     )
 

@@ -16,7 +16,6 @@ The directory is written under another name, flushed, and renamed: it is there w
 or rotten all the same is found by its length and hash, and the commit before it is used.
 """
 
-import json
 import math
 import os
 import random
@@ -34,6 +33,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
+from fitune.boundary import parse_json
 from fitune.errors import RunDirectoryError
 from fitune.model.device import MemoryPeak
 from fitune.model.peft_parts import PeftModel
@@ -287,7 +287,7 @@ def newest_checkpoint(run: RunDirectory) -> tuple[Checkpoint | None, list[str]]:
         try:
             _verify(path)
             return _read(path), faults
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except Exception as error:  # a file may hold anything
             faults.append(f"{path} is damaged: {error}")
     if faults:
         listed = "\n".join(f"  {fault}" for fault in faults)
@@ -527,7 +527,7 @@ def _write_manifest(directory: Path, hashes: Mapping[str, str]) -> None:
 
 def _verify(path: Path) -> None:
     """Raises ValueError, OSError, KeyError or TypeError where it is not whole."""
-    manifest = json.loads(read_plain(path / "manifest.json"))
+    manifest = parse_json(read_plain(path / "manifest.json"))
     if manifest["schema"] != SCHEMA:
         raise ValueError(f"it has schema {manifest['schema']}, and this fitune reads schema {SCHEMA}")
     for name, expected in manifest["files"].items():
@@ -538,7 +538,7 @@ def _verify(path: Path) -> None:
 
 
 def _read(path: Path) -> Checkpoint:
-    content = json.loads(read_plain(path / "state.json"))
+    content = parse_json(read_plain(path / "state.json"))
     return Checkpoint(
         path=path,
         state=read_state(content["state"]),

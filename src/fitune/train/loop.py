@@ -17,11 +17,11 @@ from typing import Any, Protocol
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from fitune.config import RunConfig, config_hash
-from fitune.data.batches import batches, num_samples, num_steps, prefetch
+from fitune.data.batches import Epochs, batches, num_steps, prefetch
 from fitune.data.deal import deal
 from fitune.data.examples import Examples
 from fitune.data.rows import Batch, MicroBatch
-from fitune.errors import FituneError, InterruptedRunError, OutOfMemoryError, RunDirectoryError
+from fitune.errors import ConfigError, FituneError, InterruptedRunError, OutOfMemoryError, RunDirectoryError
 from fitune.model.device import MemoryPeak, read_peak, reset_peak
 from fitune.model.finite import saved_not_finite, weights_not_finite
 from fitune.model.save import model_files
@@ -126,7 +126,8 @@ class Length:
 
 
 def run_length(config: RunConfig, examples: Examples) -> Length:
-    """In epochs, steps or tokens as configured, one epoch where nothing is said; the other measures are estimates."""
+    """In epochs, steps or tokens as configured, one epoch where nothing is said; the other measures are estimates.
+    Raises ConfigError for a run without a sample."""
     train, rows_per_step = config.train, config.batch.rows_per_step
     epoch_tokens = int((examples.lengths * examples.repeats.astype("float64")).sum())
     epoch_steps = num_steps(examples, rows_per_step=rows_per_step)
@@ -135,9 +136,18 @@ def run_length(config: RunConfig, examples: Examples) -> Length:
     if train.tokens is not None:
         return Length(None, None, train.tokens, train.tokens, -(-train.tokens * epoch_steps // max(epoch_tokens, 1)))
     epochs = train.epochs or 1.0
-    seen = num_samples(examples, epochs=epochs) / max(num_samples(examples), 1)
+    lengths = Epochs.of(examples.repeats)
+    samples = lengths.num_samples(epochs)
+    if not samples:
+        mean = float(lengths.mean_samples)
+        raise ConfigError(
+            [
+                f"train.epochs {epochs:g} of {mean:g} samples an epoch is not one sample: set it to "
+                f"{math.ceil(100 / mean) / 100:g} or more, or give train.steps"
+            ]
+        )
     steps = num_steps(examples, rows_per_step=rows_per_step, epochs=epochs)
-    return Length(epochs, None, None, max(round(epoch_tokens * seen), 1), steps)
+    return Length(epochs, None, None, max(round(epoch_tokens * samples / lengths.mean_samples), 1), steps)
 
 
 def train(

@@ -4,7 +4,6 @@ trackers that the configuration names.
 The thread does no work on the device and waits for none; a run neither ends nor slows down because of it.
 """
 
-import json
 import threading
 import time
 from collections import deque
@@ -16,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from fitune.boundary import parse_json
 from fitune.config import RunConfig
 from fitune.errors import RunDirectoryError
 from fitune.run.directory import RunDirectory
@@ -233,7 +233,7 @@ def _larger(first: int | None, second: int | None) -> int | None:
 def _planned_bytes(path: Path) -> int | None:
     """What the run's plan reserves at its peak; None where there is no plan, or none that says it."""
     try:
-        plan = json.loads(read_plain(path))
+        plan = parse_json(read_plain(path))
         return int(plan["candidates"][plan["chosen"]]["predicted_reserved_bytes"])
     except (OSError, ValueError, KeyError, IndexError, TypeError):
         return None

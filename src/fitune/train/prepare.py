@@ -3,12 +3,14 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from fitune.config import RunConfig, read_config
+from fitune.data.batches import Epochs
 from fitune.data.chat_template import today
-from fitune.data.examples import load_examples
+from fitune.data.examples import Examples, load_examples
 from fitune.errors import ConfigError, DataError, DoesNotFitError
 from fitune.language import say
 from fitune.model.device import choose_device
@@ -23,7 +25,7 @@ from fitune.plan.training import unusual_rate
 from fitune.step.assemble import Setup, assemble, choose_precision
 from fitune.step.out_of_memory import try_twice
 from fitune.step.shards import check_torch
-from fitune.train.loop import Data
+from fitune.train.loop import Data, run_length
 from fitune.train.ranks import Ranks
 from fitune.train.self_check import SelfCheck, predict_second_step, reserved_before, run_device
 from fitune.units import format_bytes
@@ -96,6 +98,7 @@ def _prepare(
         notes.append(note)
     tokenizer = load_tokenizer(config.model)
     data = load_data(config, tokenizer, on_progress=on_progress)
+    notes += unseen(config, data.train)  # refuses a run without a sample
     notes += rows_notes(config, num_rows=len(data.train), num_held_out=len(data.eval))
     precision = choose_precision(config, device)
     check_length(config)
@@ -214,6 +217,21 @@ def follow(plan: Plan, config: RunConfig, *, plan_check: bool = True) -> tuple[l
         f"{chosen.loss} loss: "
         f"{format_bytes(chosen.predicted_device_bytes)} in all {room}"
     )
+
+
+def unseen(config: RunConfig, examples: Examples) -> list[str]:
+    """A sentence for each weight of data.train that is too small for one of its rows to be seen in the run. Raises
+    ConfigError where that holds for all of them."""
+    length = run_length(config, examples)
+    lengths = Epochs.of(examples.repeats)
+    epochs = length.epochs or length.total_steps * config.batch.rows_per_step / float(lengths.mean_samples)
+    values, counts = np.unique(examples.repeats, return_counts=True)
+    return [
+        f"warning: none of the {count:,} rows with weight {weight:g} is seen in {epochs:.3g} epochs: at weight "
+        f"{0.5 / (epochs * count):.2g} one would be"
+        for (group, weight, count) in zip(lengths.groups, values, counts, strict=True)
+        if not Epochs((group,)).num_samples(epochs)
+    ]
 
 
 def load_data(config: RunConfig, tokenizer: Tokenizer, *, on_progress: Callable[[int], None] | None = None) -> Data:

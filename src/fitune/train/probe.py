@@ -21,7 +21,7 @@ import torch
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from fitune.config import RunConfig, TrainConfig
-from fitune.data.batches import batches, num_samples
+from fitune.data.batches import Epochs, batches
 from fitune.data.examples import Examples
 from fitune.errors import ConfigError, FituneError, InterruptedRunError
 from fitune.run.directory import RunDirectory, create_run
@@ -227,8 +227,9 @@ def probe_position(config: RunConfig, data: Data) -> int:
                 "data.eval_fraction"
             ]
         )
-    epoch, rest = divmod(steps * config.batch.rows_per_step, num_samples(data.train))
-    return epoch * num_samples(data.train) + rest // rows * rows
+    lengths, position = Epochs.of(data.train.repeats), steps * config.batch.rows_per_step
+    start = lengths.start(lengths.find(position))
+    return start + (position - start) // rows * rows
 
 
 def noise_before_training(

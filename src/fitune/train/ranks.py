@@ -185,8 +185,8 @@ def joined() -> Iterator[Ranks]:
     An error goes to all of them, and rank 0 says it for all. Raises UsageError where torchrun's variables are not whole
     or this machine has too few cards.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1:
+    size = _number("WORLD_SIZE", 1)
+    if size <= 1:
         yield Ranks()
         return
     from torch import distributed
@@ -204,15 +204,25 @@ def joined() -> Iterator[Ranks]:
         distributed.destroy_process_group()  # after an error the end of the process closes the connections, unasked
 
 
+def _number(name: str, default: int) -> int:
+    """A variable of torchrun; one that is set to nothing is as one that is not set."""
+    text = os.environ.get(name, "").strip()
+    if not text:
+        return default
+    if not text.isdecimal() or len(text) > 9:
+        raise UsageError(f"{name} is {text[:40]!r} and not a whole number: start with torchrun, or unset {name}")
+    return int(text)
+
+
 def _join(size: int) -> Ranks:
     import torch
     from torch import distributed
 
-    if missing := [name for name in VARIABLES if name not in os.environ]:
+    if missing := [name for name in VARIABLES if not os.environ.get(name, "").strip()]:
         raise UsageError(f"WORLD_SIZE is {size} and {missing[0]} is not set: start with torchrun, or unset WORLD_SIZE")
-    rank = int(os.environ["RANK"])
+    rank = _number("RANK", 0)
     if torch.cuda.is_available():
-        local, num_cards = int(os.environ.get("LOCAL_RANK", rank)), torch.cuda.device_count()
+        local, num_cards = _number("LOCAL_RANK", rank), torch.cuda.device_count()
         if local >= num_cards:
             raise UsageError(
                 f"{local + 1} processes are started here and {num_cards} cards are visible: give torchrun "

@@ -1,0 +1,108 @@
+"""Where what others wrote meets fitune: an exception of theirs becomes one sentence of ours.
+
+    with told_as(ModelError, "w.pth cannot be read as weights", "copy it again"):   around a parser
+    @bounded("fitune.plan")                                                          around a public function
+    unexpected(error, doing)                                                         for the command line
+
+The first says the true cause, since a parser knows what it was given. The other two are for what nobody foresaw: class,
+place, what was being done and the way out, with the traceback on request (FITUNE_DEBUG=1).
+"""
+
+import functools
+import json
+import re
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+from fitune.errors import FituneError, OutOfMemoryError, UnexpectedError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+MOST_CHARS = 300
+MOST_DIGITS = 300
+_MANY_DIGITS = re.compile(rf"\d{{{MOST_DIGITS + 1}}}")
+
+
+@contextmanager
+def told_as(kind: type[FituneError], what: str, way_out: str) -> Iterator[None]:
+    """Any exception in this block but ours and those that end a process is a `kind`: "what (cause); way_out"."""
+    try:
+        yield
+    except FituneError:
+        raise
+    except Exception as error:
+        raise kind(f"{what} ({cause_of(error)}); {way_out}") from error
+
+
+def bounded(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """The function raises nothing but FituneError. name: as the caller knows it."""
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        @functools.wraps(function)
+        def wrapper(*arguments: P.args, **options: P.kwargs) -> R:
+            try:
+                return function(*arguments, **options)
+            except FituneError:
+                raise
+            except Exception as error:
+                raise unexpected(error, name) from error
+
+        return wrapper
+
+    return decorate
+
+
+def unexpected(error: Exception, doing: str) -> FituneError:
+    """What to say of an exception that nobody foresaw. doing: the command or function that it ended."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return OutOfMemoryError(
+            f"{doing} ran out of memory ({cause_of(error)}): close other programs, or give it a smaller model or batch"
+        )
+    if isinstance(error, OSError) and error.filename is not None:
+        return UnexpectedError(f"{doing} cannot go on: {error.filename}: {error.strerror}")
+    return UnexpectedError(
+        f"{doing} met an error that it does not know: {type(error).__name__} at {_place(error)}: {_first_line(error)}; "
+        "FITUNE_DEBUG=1 shows the whole of it: look there for what was given, and report it where that is right"
+    )
+
+
+def cause_of(error: BaseException) -> str:
+    return f"{type(error).__name__}: {_first_line(error)}"
+
+
+def parse_json(text: str | bytes) -> Any:
+    """As json.loads. Whatever is wrong is a ValueError: also what is nested too deeply, and whole numbers that no
+    float can hold."""
+    if isinstance(text, bytes):
+        text = text.decode(json.detect_encoding(text))
+    try:
+        return json.loads(text, parse_int=bounded_int if _MANY_DIGITS.search(text) else None)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def bounded_int(digits: str) -> int:
+    if len(digits) > MOST_DIGITS:
+        raise ValueError(f"a number of {len(digits):,} digits")
+    return int(digits)
+
+
+def _first_line(error: BaseException) -> str:
+    text = " ".join((str(error).strip().splitlines() or ["no more is said"])[0].split())
+    return text if len(text) <= MOST_CHARS else f"{text[:MOST_CHARS]}…"
+
+
+def _place(error: BaseException) -> str:
+    """The innermost frame, as package and line."""
+    frames = traceback.extract_tb(error.__traceback__)
+    if not frames:
+        return "an unknown place"
+    path = Path(frames[-1].filename)
+    parts = path.parts
+    after = max(
+        (number for number, part in enumerate(parts) if part in ("site-packages", "src")), default=len(parts) - 2
+    )
+    return f"{'/'.join(parts[after + 1 :])}:{frames[-1].lineno}"

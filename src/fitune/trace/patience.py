@@ -1,0 +1,81 @@
+"""How long a recording may take, and what is said while it does.
+
+A model that goes through the positions of a row one by one, in Python (RWKV, Mamba and linear attention without their
+kernels), has a thousand times the operators of one that does not, and its recording would not end in any useful time.
+"""
+
+import logging
+import os
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from types import FrameType
+
+from fitune.errors import FituneError, UsageError
+
+VARIABLE = "FITUNE_RECORD_SECONDS"
+MOST_SECONDS = 300.0
+TOLD_EVERY_SECONDS = 30.0
+_EVERY_OPERATORS = 1024
+_OURS = ("torch", "fitune")
+
+log = logging.getLogger("fitune")
+
+
+class Patience:
+    """Asked for each operator of a recording; `begin` starts its clock, which is the processor time of this thread."""
+
+    def __init__(self) -> None:
+        self.begin()
+
+    def begin(self) -> None:
+        self._num_operators, self._until_asked = 0, _EVERY_OPERATORS
+        self._limit = _limit()
+        self._started = self._told = time.thread_time()
+        self._places: Counter[str] = Counter()
+
+    def operator(self) -> None:
+        """One more. Raises FituneError where the recording takes too long."""
+        self._until_asked -= 1
+        if self._until_asked:
+            return
+        self._num_operators += _EVERY_OPERATORS
+        self._until_asked = _EVERY_OPERATORS
+        now = time.thread_time()
+        if (place := _place(sys._getframe(1))) is not None:
+            self._places[place] += 1
+        if now - self._started > self._limit:
+            raise FituneError(
+                f"recording the step took more than {self._limit:.0f} s of processor time{self._where()}: a model that "
+                "goes through positions one by one is recorded with each of them. Install the kernels that it has for "
+                "that (mamba-ssm, causal-conv1d, flash-linear-attention), predict it with a smaller data.max_length, "
+                f"to which its memory is nearly proportional, or wait longer with {VARIABLE}"
+            )
+        if now - self._told > TOLD_EVERY_SECONDS:
+            self._told = now
+            log.warning("still recording the step, %.0f s so far%s", now - self._started, self._where())
+
+    def _where(self) -> str:
+        place = self._places.most_common(1)[0][0] if self._places else "the loop"
+        return f" ({self._num_operators:,} operators, most of them in {place})"
+
+
+def _limit() -> float:
+    text = os.environ.get(VARIABLE, "")
+    try:
+        seconds = float(text) if text else MOST_SECONDS
+    except ValueError:
+        seconds = 0.0
+    if not seconds > 0:
+        raise UsageError(f"{VARIABLE} is {text!r}: give a number of seconds above 0, or unset it")
+    return seconds
+
+
+def _place(frame: FrameType | None) -> str | None:
+    """The function that calls for the operator, of a module that is neither torch's nor ours."""
+    while frame is not None:
+        if frame.f_globals.get("__name__", "").partition(".")[0] not in _OURS:
+            return f"{frame.f_code.co_name} of {Path(frame.f_code.co_filename).name}"
+        frame = frame.f_back
+    return None
