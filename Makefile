@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 REHEARSED := .venv-rehearsal
 ON_CARD := $(PYTHON) -m rehearsal.run
 
-.PHONY: install demo docs test test-gpu check bench rehearse rehearse-here clean
+.PHONY: install demo docs test test-gpu check bench rehearse rehearse-here rehearse-launches rehearsed-driver clean
 
 install: $(STAMP)
 
@@ -46,11 +46,17 @@ rehearse:
 	  $(MAKE) --no-print-directory $(REHEARSED)/.installed && \
 	  if $(REHEARSED)/bin/python -m rehearsal.possible --wheel; then $(MAKE) --no-print-directory rehearse-here; fi; fi
 
-rehearse-here:
-	$(MAKE) -C rehearsal/driver PYTHON=$(CURDIR)/$(REHEARSED)/bin/python
+rehearse-here: rehearsed-driver
 	$(ON_CARD) python -m rehearsal.compare $(if $(CASES),--cases $(CASES)) $(if $(CARD),--cards $(CARD))
 	$(REHEARSED)/bin/python -m rehearsal.table
-	$(if $(CASES)$(CARD),,$(ON_CARD) python -m pytest -m gpu tests/gpu -rs)
+	$(if $(CASES)$(CARD),,FAKE_COPY_MAX=65536 $(ON_CARD) python -m pytest -m gpu tests/gpu -rs)
+
+rehearse-launches: $(REHEARSED)/.installed rehearsed-driver
+	$(MAKE) -C rehearsal/launches PYTHON=$(CURDIR)/$(REHEARSED)/bin/python
+	$(ON_CARD) python -m rehearsal.launches.count
+
+rehearsed-driver:
+	@$(MAKE) --no-print-directory -C rehearsal/driver PYTHON=$(CURDIR)/$(REHEARSED)/bin/python
 
 $(REHEARSED)/.installed: pyproject.toml setup.py constraints-rehearsal.txt
 	$(PYTHON) -m venv $(REHEARSED)

@@ -10,7 +10,6 @@ that the same code has made before is not made again (--again does).
 """
 
 import argparse
-import ctypes
 import os
 import signal
 import subprocess
@@ -19,8 +18,7 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -34,6 +32,7 @@ import transformers
 from fitune.memory.prediction import Prediction
 from fitune.trace.events import MemoryTrace
 from rehearsal import loops, steps
+from rehearsal.answers import answers
 from rehearsal.cases import BY_NAME, CARDS, CASES, Case, LoopCase, StepCase, TrainerCase
 from rehearsal.explain import explain
 from rehearsal.history import History
@@ -64,7 +63,6 @@ def compare(case: Case, card: str) -> ComparedRow:
 
 def _compare_step(case: StepCase, card: str, directory: Path) -> ComparedRow:
     config = config_of(case, directory)
-    os.environ["PYTORCH_ALLOC_CONF"] = config.memory.allocator
     row, expected = _bounded_row(case, card, lambda routing: predicted_step(case, directory, routing=routing))
     return _with_measured(row, *expected, steps.measure(case, config))
 
@@ -92,7 +90,8 @@ def _compare_trainer(case: TrainerCase, card: str, directory: str) -> ComparedRo
         prediction = predict_trainer(trainer, num_steps=NUM_STEPS)
     history = History(num_steps=NUM_STEPS)
     trainer.add_callback(trainers.StepEnds(history))
-    with answers(selected=case.batch * (case.length - 1) if case.trl else -1):  # the targets that TRL's loss takes
+    selected = case.batch * (case.length - 1) if case.trl else -1  # the targets that TRL's loss takes
+    with answers(truth=0 if case.packed else 1, selected=selected):
         trainer.train()
     return _with_measured(_row(case, card), prediction, traces[0], history)
 
@@ -155,22 +154,6 @@ def versions() -> str:
     return f"torch {torch.__version__}, transformers {version('transformers')}, TRL {version('trl')}"
 
 
-# ---- what the card answers -------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def answers(*, truth: int = 1, selected: int = -1) -> Iterator[None]:
-    """What the card says to questions about values that no kernel has computed. truth: whether all or any are so.
-    selected: how many elements a mask selects; -1: what the memory holds."""
-    stand_in = ctypes.CDLL(None)
-    before = stand_in.rehearsal_set_truth(truth), stand_in.rehearsal_set_selected(selected)
-    try:
-        yield
-    finally:
-        stand_in.rehearsal_set_truth(before[0])
-        stand_in.rehearsal_set_selected(before[1])
-
-
 # ---- children --------------------------------------------------------------------------------------------------------
 
 
@@ -193,8 +176,6 @@ def _in_child(case: Case, card: str, path: Path, source: str) -> None:
         last = traceback.extract_tb(error.__traceback__)[-1]
         place = f"{Path(last.filename).name}:{last.lineno}"
         row = replace(_row(case, card), failure=f"{type(error).__name__} at {place}: {error}"[:600])
-        if os.environ.get("REHEARSAL_TRACEBACK"):
-            traceback.print_exc()
     signal.alarm(0)
     append_row(replace(row, source=source, seconds=round(time.monotonic() - begin, 1)), path)
 

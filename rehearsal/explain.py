@@ -20,10 +20,13 @@ def explain(predicted: Sequence[MemoryEvent], measured: Sequence[MemoryEvent]) -
     if difference is None:
         return []
     (expected, expected_at), (found, found_at) = map(_alive_at_peak, sides)
-    return [
-        f"peak predicted at {_place(expected_at)}, measured at {_place(found_at)}",
+    alive = [
         *_one_sided("alive at the peak only as predicted", expected, found),
         *_one_sided("alive at the peak only as measured", found, expected),
+    ]
+    return [
+        f"peak predicted at {_place(expected_at)}, measured at {_place(found_at)}",
+        *(alive or ["alive at the peak are the same tensors: what differs is what was not split off their blocks"]),
         *_one_sided("allocated in the step only as predicted", _births(sides[0]), _births(sides[1])),
         *_one_sided("allocated in the step only as measured", _births(sides[1]), _births(sides[0])),
         f"{difference.index:,} of {num_births(MemoryTrace(tuple(sides[0]))):,} allocations are equal before the first "

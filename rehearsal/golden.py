@@ -2,6 +2,7 @@
 
     python -m rehearsal.run python -m rehearsal.golden                   all, to tests/golden/steps
     python -m rehearsal.run python -m rehearsal.golden --cases full-4090   these files alone
+    python -m rehearsal.golden --state                                   which of them a recording equals now
 
 `tests/test_golden_steps.py` records the same settings without a card and holds each event against them. A file says
 with which versions, on which card and in which setting it was made.
@@ -21,8 +22,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from fitune.trace.difference import first_difference
 from fitune.trace.events import MemoryEvent, MemoryTrace
 from rehearsal.cases import CARDS, LoopCase, StepCase, golden_cases
+from rehearsal.predicted import recorded_case
 from rehearsal.rows import ROOT
 
 DIRECTORY = ROOT / "tests" / "golden" / "steps"
@@ -37,8 +40,8 @@ CATALOGUE = {"4090": "RTX 4090", "A100": "A100 80GB", "H100": "H100 80GB", "T4":
 
 @dataclass(frozen=True)
 class Golden:
-    """peaks: requested bytes of each step, as the allocator counted them. trace: storages in the order of their births; those of step 0 were there
-    before. An event has a size and a step, and nothing else: an allocator knows no more."""
+    """peaks: requested bytes of each step, as the allocator counted them. trace: storages in the order of their births;
+    those of step 0 were there before. An event has a size and a step, and nothing else: an allocator knows no more."""
 
     case: StepCase | LoopCase
     card: str
@@ -128,6 +131,31 @@ def _moved(event: MemoryEvent, step: int) -> MemoryEvent:
     )
 
 
+def record(golden: Golden) -> MemoryTrace:
+    """The same steps as fitune records them, without a card."""
+    with tempfile.TemporaryDirectory() as directory:
+        gpu, steps = CATALOGUE[golden.card], num_steps(golden.case)
+        return last_steps(recorded_case(golden.case, gpu, Path(directory), num_steps=steps))
+
+
+def peaks(trace: MemoryTrace) -> tuple[int, ...]:
+    """Requested bytes of each step."""
+    alive = 0
+    most: dict[int, int] = {}
+    for event in trace.events:
+        before, alive = alive, alive + event.num_bytes
+        most[event.step] = max(most.get(event.step, before), alive)
+    return tuple(most[step] for step in range(1, NUM_KEPT + 1))
+
+
+def show_state(path: Path) -> None:
+    golden = read_golden(path)
+    recorded = record(golden)
+    difference = first_difference(recorded, golden.trace)
+    peak = "equal peaks" if peaks(recorded) == golden.peaks else "peaks differ"
+    print(f"{path.name.removesuffix(SUFFIX)}: {peak}; {difference or 'equal events'}", flush=True)
+
+
 # ---- in the process that measures -----------------------------------------------------------------------------------
 
 
@@ -177,14 +205,20 @@ def _of_card(card: str, names: Sequence[str]) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", default="", help="only these files (case-card), separated by commas")
+    parser.add_argument("--state", action="store_true", help="compare with recordings; needs no card, writes nothing")
     options = parser.parse_args()
     names = [word for word in options.cases.split(",") if word]
     files = {f"{case.name}-{card}": (case, card) for case, card in golden_cases()}
     if unknown := sorted({*names} - {*files}):
         parser.error(f"unknown: {', '.join(unknown)}; there are {', '.join(files)}")
+    wanted = names or [*files]
+    if options.state:
+        warnings.simplefilter("ignore")
+        for name in wanted:
+            show_state(DIRECTORY / f"{name}{SUFFIX}")
+        return
     if "FAKE_CARD" not in os.environ:
         sys.exit("the stand-in is not loaded: python -m rehearsal.run python -m rehearsal.golden")
-    wanted = names or [*files]
     if {files[name][1] for name in wanted} != {os.environ["FAKE_CARD"]}:
         ended = [_of_card(card, [name for name in wanted if files[name][1] == card]) for card in CARDS]
         sys.exit(max(ended))

@@ -277,11 +277,9 @@ def _layers() -> Iterator[Case]:
         )  # fmt: skip
     for dtype, shape in product(floats, rows):
         one = lambda device, shape=shape, dtype=dtype: (_tensor(shape, dtype, device, grad=True),)  # noqa: E731
-        weighted = (
-            lambda device, shape=shape, dtype=dtype: (
-                _tensor(shape, dtype, device, grad=True),
-                *(_tensor(shape[-1:], dtype, device, grad=True) for _ in range(2)),
-            )
+        weighted = lambda device, shape=shape, dtype=dtype: (
+            _tensor(shape, dtype, device, grad=True),
+            *(_tensor(shape[-1:], dtype, device, grad=True) for _ in range(2)),
         )
         name = f"{'x'.join(map(str, shape))} {SHORT[dtype]}"
         yield _trained("layer_norm", name, weighted, lambda x, w, b: F.layer_norm(x, w.shape, w, b))

@@ -9,7 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 KEPT = ROOT / "build" / "rehearsal" / "rows.jsonl"
 """Rows of this checkout's rehearsals."""
-_FOLLOWED = ("cases", "compare", "explain", "history", "loops", "models", "predicted", "steps", "trainers")
+_FOLLOWED = ("answers", "cases", "compare", "explain", "history", "loops", "models", "predicted", "steps", "trainers")
 """Modules of the rehearsal that a row follows from."""
 
 

@@ -16,6 +16,8 @@ from rehearsal.history import History
 
 def measure(case: StepCase, config: RunConfig, *, keep: int = 1) -> History:
     """The passes of the case on the card. keep: as in `History`."""
+    if config.memory.allocator:  # a run sets PYTORCH_ALLOC_CONF before CUDA starts, and here it has started
+        torch._C._accelerator_setAllocatorSettings(config.memory.allocator)
     card = torch.device("cuda", 0)
     precision = choose_precision(config, card)
     model: Any = load_model(config.model, card, precision=precision, seed=config.train.seed)

@@ -52,7 +52,7 @@ def _built(case: TrainerCase, directory: str, *, num_steps: int) -> Any:
                 model=causal_model(case.model, dtype=case.dtype),
                 args=trl.SFTConfig(**{"max_length": case.length} | arguments),
                 train_dataset=data,
-                processing_class=_tokenizer(),
+                processing_class=word_tokenizer(),
                 peft_config=LoraConfig(**LORA) if case.lora else None,
             )
         return transformers.Trainer(
@@ -76,7 +76,7 @@ class StepEnds(transformers.TrainerCallback):  # type: ignore[misc]
         self.history.end_step()
 
 
-def _tokenizer() -> Any:
+def word_tokenizer() -> Any:
     words = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1, "<unk>": 2}, unk_token="<unk>"))
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"

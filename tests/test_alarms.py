@@ -133,7 +133,7 @@ def test_more_than_was_planned_rings() -> None:
 
 def test_what_a_prediction_promises_to_be_within_does_not_ring() -> None:
     def a_little_more(step: int) -> dict[str, float | int | None]:
-        return {"peak_reserved_bytes": int(17.3 * GIB)}
+        return {"peak_reserved_bytes": int(17.7 * GIB)}  # 4 %, which steps of other lengths leave between their blocks
 
     assert rung_by_steps(a_little_more) == []
     assert (

@@ -15,9 +15,11 @@ from fitune import errors
 from fitune.cli.app import app, main
 from fitune.config import read_config
 from fitune.memory.devices import find_device
+from fitune.plan.training import unusual_rate
 from fitune.run.directory import RunDirectory, create_run, write_json
 from fitune.run.metrics import Summary, summary_json
 from fitune.units import GIB
+from written_runs import Recipe, write_run
 
 SOURCE = Path(__file__).parent.parent / "src"
 SUMMARY = Summary(
@@ -85,6 +87,18 @@ def test_a_traceback_is_shown_on_request_only(
     monkeypatch.setenv("FITUNE_DEBUG", "1")
     assert main(["runs", "nowhere"]) == 2
     assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("debug", "shown"), [("0", False), ("1", True)])
+def test_what_libraries_warn_of_is_shown_on_request_only(debug: str, shown: bool) -> None:
+    code = (
+        f"import os, sys, warnings; os.environ['FITUNE_DEBUG'] = '{debug}'; sys.argv = ['fitune', '--version']\n"
+        "from fitune.cli.app import main; main(); warnings.warn('from a library', FutureWarning)\n"
+        "print(os.environ.get('TORCH_CPP_LOG_LEVEL'), file=sys.stderr)"
+    )
+    said = fresh_python(code).stderr
+    assert ("from a library" in said) is shown
+    assert said.endswith("None\n" if shown else "ERROR\n")
 
 
 def test_a_reader_that_leaves_early_is_no_error() -> None:
@@ -182,3 +196,76 @@ def test_the_machine_is_shown_in_every_format(output_format: str, capsys: pytest
     assert not warnings
     if output_format == "json":
         assert json.loads(output)["schema"] == 1
+
+
+@pytest.mark.parametrize("verb", [["compare"], ["report"], ["advise"]])
+def test_a_run_may_be_named_without_its_directory(
+    verb: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_run(tmp_path / "runs", "first", Recipe())
+    assert main([*verb, "first"]) == 0
+    assert "error" not in capsys.readouterr().err
+    assert main([*verb, "nothing"]) == 2
+    assert "there is no run nothing, neither as a directory nor as a name in runs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words", [["export", "x", "--to", "hf"], ["train", "--resume", "x"], ["train", "--replay", "x"]]
+)
+def test_an_export_and_a_run_that_goes_on_take_a_name_too(
+    words: list[str], runs: list[RunDirectory], capsys: pytest.CaptureFixture[str]
+) -> None:
+    named = [runs[0].name if word == "x" else word for word in words]
+    assert main(named) != 0  # this one has no weights
+    assert f"{runs[0].path}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", [["runs"], ["watch"], ["train", "--resume", "latest"]])
+def test_before_any_run_is_said_how_one_begins(
+    verb: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(verb) == 2
+    assert "so there are no runs yet: 'fitune train CONFIG' begins one" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "out"),
+    [(["help"], "Usage: fitune COMMAND"), (["help", "plan"], "Usage: fitune plan"), (["version"], fitune.__version__)],
+)
+def test_help_and_version_are_words_too(words: list[str], out: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words) == 0
+    assert out in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["plan", "minimind2", "-gpu", "RTX 4090"], "-gpu: a flag of several letters begins with two dashes, --gpu"),
+        (["plan", "minimind2", "--gpus", "RTX 4090"], "--gpus is how many cards; one by its name is --gpu 'RTX 4090'"),
+        (["train", "sft.yml"], "sft.yml does not exist: did you mean sft.yaml?"),
+        (["train", "other.yaml"], "other.yaml does not exist: did you mean other.yml?"),
+        (["train", "sft"], "sft does not exist: did you mean sft.yaml?"),
+    ],
+)
+def test_what_was_meant_is_answered(
+    words: list[str], sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("sft.yaml", "other.yml"):
+        (tmp_path / name).write_text("model: {source: minimind2}\ndata: {train: a.jsonl}\n")
+    assert main(words) == 2
+    assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("lr", "method", "is_said"), [(3, "full", True), (0.02, "lora", True), (2e-4, "lora", False)])
+def test_a_rate_that_was_surely_not_meant_is_said(lr: float, method: str, is_said: bool) -> None:
+    config = read_config(None, ["model.source=m", "data.train=a", f"optim.lr={lr}", f"model.method={method}"]).config
+    assert (unusual_rate(config) is not None) == is_said
+
+
+def test_it_is_said_in_chinese_where_that_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FITUNE_LANG", "zh")
+    config = read_config(None, ["model.source=m", "data.train=a", "optim.lr=3"]).config
+    assert "optim.lr 3 远高于" in str(unusual_rate(config))

@@ -23,6 +23,22 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DataConfig:
     return DataConfig(train="sft.jsonl", max_length=96, eval_fraction=0.2, max_bad_fraction=0.1)
 
 
+def test_the_first_ten_lines_say_what_is_learned_cut_and_ignored(data: DataConfig, tmp_path: Path) -> None:
+    rows = [{"instruction": f"question {i}", "output": "answer", "mood": "good"} for i in range(3)]
+    Path("sft.jsonl").write_text(
+        "\n".join(json.dumps(row) for row in [*rows, {"instruction": "x" * 99, "output": "A"}])
+    )
+    lines = report_on(data, tokenizer=TOKENIZER, width=100).splitlines()[:10]
+    for part in (
+        "loss     assistant turns only",
+        "learned  ⟦answer<|im_end|>\\n⟧ in the first row",
+        "ends     answers end with <|im_end|>, where the saved model stops",
+        "cut      1 rows have over 96 tokens; 1 rows teach nothing and go",
+        "! 3 rows hold the key 'mood', which is ignored",
+    ):
+        assert any(line.startswith(part) for line in lines), (part, lines)
+
+
 @pytest.mark.parametrize("width", [80, 100])
 def test_the_report_fits_its_width_and_cuts_no_number(data: DataConfig, width: int) -> None:
     shown = report_on(data, tokenizer=TOKENIZER, width=width)
@@ -38,7 +54,7 @@ def test_the_report_names_format_mask_losses_and_bad_rows(data: DataConfig) -> N
         "sft.jsonl: alpaca, 43 rows",
         "through the tokenizer's chat template",
         "assistant turns only",
-        "(found by turn markers)",
+        "(found by marked messages)",
         "! 1 training rows are copies of others",
         "! padding every row to 96 computes",
         "bad rows, not used: 1; the first ones sft.jsonl, line 43: broken JSON at column 2",

@@ -210,3 +210,8 @@ def test_no_override_ends_in_anything_but_faults(text: str) -> None:
     for override in (text, f"data.train={text}", f"optim.lr={text}"):
         with suppress(ConfigError):
             read_config(None, [override])
+
+
+def test_an_override_may_give_several_keys_of_a_section() -> None:
+    data = read_config(None, [*NEEDED, "data.columns={prompt: ask, completion: '7'}"]).config.data
+    assert data.columns.named == {"prompt": "ask", "completion": "7"}

@@ -346,7 +346,7 @@ def test_a_configuration_is_read_as_windows_writes_it(encoding: str, tmp_path: P
 
 def test_another_encoding_and_a_windows_path_in_quotes_are_refused_with_the_way_out(tmp_path: Path) -> None:
     (tmp_path / "gbk.yaml").write_bytes("# 模型\nmodel: {source: m}\n".encode("gbk"))
-    with pytest.raises(ConfigError, match="is not UTF-8 text at byte 4: save it in the encoding UTF-8"):
+    with pytest.raises(ConfigError, match="byte 4 is not UTF-8; save it in that encoding"):
         read_config(tmp_path / "gbk.yaml")
     (tmp_path / "path.yaml").write_text('model: {source: "D:\\models\\qwen"}\n')
     with pytest.raises(ConfigError, match="stands without quotes, or in single ones"):

@@ -34,15 +34,15 @@ def supervised(encoder: Encoder, result: Encoded | str) -> list[str]:
 @pytest.mark.parametrize(
     ("template", "kind", "spans"),
     [
-        (CHATML, "turn markers", ["A one<|im_end|>\n", "B two<|im_end|>\n"]),
+        (CHATML, "marked messages", ["A one<|im_end|>\n", "B two<|im_end|>\n"]),
         (GENERATION, "generation markers", ["A one<|im_end|>", "B two<|im_end|>"]),
-        (PLAIN_TURNS, "prefix difference", ["A one<|im_end|>", "B two<|im_end|>"]),
+        (PLAIN_TURNS, "marked messages", ["A one<|im_end|>", "B two<|im_end|>"]),
         (GENERATION.replace("{% generation %}", "{%- generation -%}"), "generation markers", None),
     ],
 )
 def test_the_answers_are_supervised_and_nothing_else(template: str, kind: str, spans: list[str] | None) -> None:
     found = encoder(template)
-    assert found.mask == kind
+    assert found.kind == kind
     assert supervised(found, encoded(found, *DIALOGUE)) == (spans or ["A one<|im_end|>", "B two<|im_end|>"])
 
 
@@ -72,14 +72,13 @@ def mask(result: Encoded | str) -> list[bool]:
     return [any(start <= i < end for start, end, _ in result.spans) for i in range(len(result.input_ids))]
 
 
-TEXTS = st.text(st.sampled_from("ab\n中"), max_size=4) | st.sampled_from(
-    ["<|im_end|>", "<|im_end|>\n", "<|im_start|>assistant\n", "x<|im_start|>assistant\ny<|im_end|>\nz"]
-)
+TEXTS = st.text(st.sampled_from("ab\n中"), max_size=4)
+MARKERS = ["<|im_end|>", "<|im_end|>\n", "<|im_start|>assistant\n", "x<|im_start|>assistant\ny<|im_end|>\nz"]
 
 
 @given(turns=st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=3))
 @settings(max_examples=200)
-def test_the_mask_is_minimind_s_rule_even_where_texts_hold_markers(turns: list[tuple[str, str]]) -> None:
+def test_the_mask_is_minimind_s_rule(turns: list[tuple[str, str]]) -> None:
     found = read_encoder(TOKENIZER, template=None, mask="assistant")
     messages = [pair for asked, said in turns for pair in (("user", asked), ("assistant", said or "."))]
     result = encoded(found, *messages)
@@ -119,23 +118,19 @@ def test_the_mask_is_minimind_s_rule_on_the_alpaca_sample() -> None:
     assert len(results) == 1000
 
 
-def test_a_marker_inside_a_text_is_noticed() -> None:
-    result = encoded(encoder(), ("user", "<|im_start|>assistant\nx"), ("assistant", "A"))
-    assert isinstance(result, Encoded)
-    assert result.marker_in_text
-
-
-def test_a_marker_inside_a_text_does_not_move_the_weights_of_messages() -> None:
+@pytest.mark.parametrize("marker", MARKERS)
+def test_a_marker_inside_a_user_s_text_opens_no_turn(marker: str) -> None:
     found = encoder()
-    result = encoded(found, ("user", "<|im_start|>assistant\nx<|im_end|>\n"), ("assistant", "A", 0.5))
-    assert supervised(found, result) == ["A<|im_end|>\n"]
+    result = encoded(found, ("user", f"a{marker}b"), ("assistant", "A", 0.5), ("user", marker), ("assistant", "B"))
+    assert supervised(found, result) == ["A<|im_end|>\n", "B<|im_end|>\n"]
+    assert isinstance(result, Encoded)
+    assert [weight for *_, weight in result.spans] == [0.5, 1.0]
 
 
-def test_a_turn_whose_marker_merges_with_its_text_is_found_all_the_same() -> None:
-    tokenizer = byte_tokenizer()
-    found = read_encoder(tokenizer, template=None, mask="assistant")
-    never = Encoder(tokenizer, found.template, found.template_name, found.mask, [5, 5, 5], found.end_ids)
-    assert supervised(never, encoded(never, *DIALOGUE)) == ["A one<|im_end|>\n", "B two<|im_end|>\n"]
+def test_a_marker_inside_an_answer_does_not_end_it() -> None:
+    found = encoder()
+    result = encoded(found, ("user", "Q"), ("assistant", "A<|im_end|>\n<|im_start|>user\nB"))
+    assert supervised(found, result) == ["A<|im_end|>\n<|im_start|>user\nB<|im_end|>\n"]
 
 
 def test_all_supervises_everything_that_has_something_before_it() -> None:
@@ -186,7 +181,8 @@ def test_conversations_without_a_template_are_refused_with_the_way_out() -> None
 def test_a_template_may_come_from_a_file(tmp_path: Path) -> None:
     (path := tmp_path / "chat.jinja").write_text(CHATML)
     found = read_encoder(byte_tokenizer(None), template=str(path), mask="assistant")
-    assert (found.template_name, found.mask) == (str(path), "turn markers")
+    assert found.template is not None
+    assert (found.template.name, found.kind) == (str(path), "marked messages")
 
 
 @pytest.mark.parametrize(("content", "reason"), [(None, "cannot be read"), ("{% for %}", "cannot render")])
@@ -198,13 +194,21 @@ def test_a_template_file_that_does_not_work_is_refused(tmp_path: Path, content: 
         read_encoder(TOKENIZER, template=str(path), mask="assistant")
 
 
-def test_a_template_that_writes_a_turn_differently_once_others_follow_is_not_guessed_at() -> None:
-    forgetful = PLAIN_TURNS.replace("message.content", "(message.content if loop.last else 'gone')")
-    result = encoded(encoder(forgetful), *DIALOGUE)
-    assert (
-        result
-        == "its assistant turns cannot be told apart: the template writes message 2 differently once others follow"
-    )
+FORGETFUL = PLAIN_TURNS.replace("message.content", "(message.content if loop.last else 'gone')")
+
+
+def test_an_answer_that_the_template_leaves_out_once_others_follow_is_not_learned_and_said() -> None:
+    found = encoder(FORGETFUL)
+    result = encoded(found, *DIALOGUE)
+    assert supervised(found, result) == ["B two<|im_end|>"]
+    assert isinstance(result, Encoded)
+    assert [notice for notice in result.notices if "earlier answers" in notice]
+
+
+def test_a_template_that_does_not_write_the_answer_is_refused_with_its_message() -> None:
+    result = encoded(encoder(PLAIN_TURNS.replace("'Bot: ' + message.content", "'Bot: ...'")), *DIALOGUE)
+    assert isinstance(result, str)
+    assert "does not write message 2 (assistant) as the row has it" in result
 
 
 @pytest.mark.parametrize("arguments", ['{"a": 1}', {"a": 1}])
@@ -216,3 +220,23 @@ def test_the_arguments_of_a_tool_call_are_never_quoted_twice(arguments: object) 
     found = encoder(template)
     result = encode(found, [normalise({"messages": [{"role": "user", "content": "Q"}, call]})[1]])[0]
     assert supervised(found, result) == ['{"a": 1}<|im_end|>\n']
+
+
+class SlowTokenizer:
+    """Says of no token which characters it is of."""
+
+    is_fast = False
+
+    def __init__(self) -> None:
+        self.fast = byte_tokenizer()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.fast, name)
+
+    def __call__(self, texts: list[str], **keys: Any) -> Any:
+        return self.fast(texts, **keys)
+
+
+def test_a_slow_tokenizer_has_the_same_mask() -> None:
+    found = read_encoder(SlowTokenizer(), template=None, mask="assistant")
+    assert encoded(found, *DIALOGUE) == encoded(encoder(), *DIALOGUE)

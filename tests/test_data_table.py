@@ -52,6 +52,29 @@ def write(writer: TableWriter) -> dict[str, object]:
     return {"fact": 1}
 
 
+@pytest.mark.parametrize("name", ["rows.arrow", "facts.json"])
+def test_a_table_with_one_flipped_bit_is_made_again(name: str, cache: Path) -> None:
+    cached_table("key", write)
+    (file,) = cache.glob(f"*/{name}")
+    content = file.read_bytes()
+    for place in range(0, len(content), 41):
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << (place % 8)
+        file.write_bytes(damaged)
+        table = cached_table("key", write)
+        assert [table.row(i)[0].tolist() for i in range(3)] == [[1, 2, 3, 4, 5], [], [6, 7]]
+        assert table.facts == {"fact": 1}
+        assert file.read_bytes() == content
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "null", '{"digest": 1}', "{"])
+def test_a_table_whose_facts_are_none_is_made_again(text: str, cache: Path) -> None:
+    cached_table("key", write)
+    (file,) = cache.glob("*/facts.json")
+    file.write_text(text)
+    assert cached_table("key", write).facts == {"fact": 1}
+
+
 def test_a_table_gives_back_its_rows() -> None:
     table = cached_table("key", write)
     assert [table.row(i)[0].tolist() for i in range(3)] == [[1, 2, 3, 4, 5], [], [6, 7]]

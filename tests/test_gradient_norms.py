@@ -233,3 +233,18 @@ def test_a_step_that_ran_out_of_memory_has_the_norms_of_one_that_did_not(commit:
     assert failed.weights == undisturbed.weights
     assert failed.micro == pytest.approx(undisturbed.micro, rel=1e-5)
     assert failed.total == pytest.approx(undisturbed.total, rel=1e-5)
+
+
+def test_a_state_that_the_host_holds_is_not_read() -> None:
+    model = nn.Linear(4, 1)
+    optimizer = torch.optim.AdamW(model.parameters())
+    for parameter in model.parameters():
+        state = torch.zeros(parameter.shape, device="meta")  # another device than the parameter's
+        optimizer.state[parameter] = {"exp_avg": state, "exp_avg_sq": state}
+    recorder = NormRecorder(optimizer, preconditioned=True)
+    with recorder.reading():
+        model(torch.ones(1, 4)).sum().backward()
+    recorder.keep(1)
+    norms = recorder.read(recorder.values().tolist(), total_norm=1.0)
+    assert norms.micro == pytest.approx((5.0,))
+    assert (norms.momentum_dot, norms.preconditioned_micro) == (None, None)

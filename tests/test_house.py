@@ -73,6 +73,11 @@ def test_the_commands_import_nothing_heavy_at_their_top(path: Path) -> None:
     assert not top & HEAVY
 
 
+@pytest.mark.parametrize("path", MODULES, ids=name)
+def test_what_measures_fitune_is_no_part_of_it(path: Path) -> None:
+    assert not {imported.split(".")[0] for imported in imports(path)} & {"rehearsal", "benchmarks"}
+
+
 def test_no_circles_between_modules() -> None:
     graph = {}
     for path in MODULES:

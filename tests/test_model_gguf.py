@@ -27,11 +27,14 @@ _NAMES = {
 }  # fmt: skip
 
 
-def write_gguf(path: Path, config: LlamaConfig) -> dict[str, torch.Tensor]:
-    """A llama as llama.cpp stores it: other names, and each head's rotary halves interleaved."""
+def write_gguf(
+    path: Path, config: LlamaConfig, *, without: str | None = None, num_layers: int | None = None, **split: int
+) -> dict[str, torch.Tensor]:
+    """A llama as llama.cpp stores it: other names, and each head's rotary halves interleaved. without: the name of a
+    tensor there that is left out. num_layers: what the header says. split: as GGUFWriter takes it."""
     tensors = build_model(copy.deepcopy(config), seed=1).state_dict()
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_block_count(config.num_hidden_layers)
+    writer = gguf.GGUFWriter(path, "llama", **split)
+    writer.add_block_count(num_layers or config.num_hidden_layers)
     writer.add_context_length(64)
     writer.add_embedding_length(config.hidden_size)
     writer.add_feed_forward_length(config.intermediate_size)
@@ -57,7 +60,8 @@ def write_gguf(path: Path, config: LlamaConfig) -> dict[str, torch.Tensor]:
             tensor = tensor.view(heads, 2, -1, tensor.shape[1]).transpose(1, 2).reshape(tensor.shape)
         for ours, theirs in _NAMES.items():
             name = name.replace(ours, theirs)
-        writer.add_tensor(name, tensor.numpy())
+        if name != without:
+            writer.add_tensor(name, tensor.numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -70,6 +74,51 @@ def test_a_gguf_file_gives_back_the_weights_of_the_model_it_was_made_from(tmp_pa
     model = load_model(ModelConfig(source=str(tmp_path / "tiny.gguf")), CPU)
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, tensors[name]), name
+
+
+@pytest.mark.parametrize("name", ["blk.1.ffn_up.weight", "output_norm.weight", "token_embd.weight"])
+def test_a_gguf_file_that_lacks_a_tensor_is_refused(name: str, tmp_path: Path) -> None:
+    write_gguf(tmp_path / "tiny.gguf", TINY_LLAMA, without=name)
+    with pytest.raises(ModelError, match=r"do not fit its architecture: [12] missing"):
+        load_model(ModelConfig(source=str(tmp_path / "tiny.gguf")), CPU)
+
+
+def test_a_gguf_file_with_more_layers_than_its_header_says_is_refused(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "tiny.gguf", TINY_LLAMA, num_layers=1)
+    with pytest.raises(ModelError, match=r"holds layer 1, but its header says 1 layers"):
+        load_config(ModelConfig(source=str(tmp_path / "tiny.gguf")))
+
+
+@pytest.fixture
+def parts(tmp_path: Path) -> list[Path]:
+    """A model in several files, the first of which has the header."""
+    write_gguf(tmp_path / "tiny.gguf", TINY_LLAMA, split_max_tensors=6)
+    return sorted(tmp_path.glob("tiny-*.gguf"))
+
+
+@pytest.mark.parametrize("number", [0, 2])
+def test_a_model_in_several_gguf_files_is_read_whole_whichever_is_named(number: int, parts: list[Path]) -> None:
+    assert len(parts) > 2
+    tensors = write_gguf(parts[0].with_name("whole.gguf"), TINY_LLAMA)
+    source = ModelConfig(source=str(parts[number]))
+    assert load_config(source).num_hidden_layers == 2
+    assert load_tokenizer(source).convert_ids_to_tokens([4, 5]) == ["a", "b"]
+    for name, tensor in load_model(source, CPU).state_dict().items():
+        assert torch.equal(tensor, tensors[name]), name
+
+
+@pytest.mark.parametrize("number", [0, 1, -1])
+def test_a_model_that_lacks_one_of_its_gguf_files_is_refused_by_plan_and_train(number: int, parts: list[Path]) -> None:
+    parts.pop(number).unlink()
+    for device in ("meta", "cpu"):
+        with pytest.raises(ModelError, match=r"is one of \d files of a model, and tiny-0.* is not beside it"):
+            load_model(ModelConfig(source=str(parts[0])), torch.device(device))
+
+
+def test_one_file_of_several_under_another_name_is_refused(parts: list[Path]) -> None:
+    renamed = parts[0].rename(parts[0].with_name("model.gguf"))
+    with pytest.raises(ModelError, match=r"model\.gguf is one of \d files of a model: give them their names"):
+        load_config(ModelConfig(source=str(renamed)))
 
 
 def test_a_gguf_header_is_enough_for_the_planner(tmp_path: Path) -> None:

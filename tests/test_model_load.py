@@ -10,12 +10,14 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BertConfig, PretrainedConfig
 
 from fitune.config import ModelConfig, ShapeConfig
 from fitune.errors import ModelError
 from fitune.model.load import build_model, count_parameters, load_config, load_model, load_tokenizer
 from fitune.model.presets import PRESETS
+from fitune.trace.placement import OnMeta
 from tiny_models import TINY_LLAMA, TINY_MOE, TINY_QWEN3, save_tokenizer
 
 CPU, META = torch.device("cpu"), torch.device("meta")
@@ -316,3 +318,47 @@ def test_a_saved_model_is_loaded_by_plain_transformers(directory: Path) -> None:
     model.save_pretrained(directory.parent / "again")
     plain = AutoModelForCausalLM.from_pretrained(directory.parent / "again")
     assert plain.config._attn_implementation == "sdpa"
+
+
+def test_layers_that_the_configuration_leaves_out_are_refused(tmp_path: Path) -> None:
+    build_model(copy.deepcopy(TINY_LLAMA)).save_pretrained(tmp_path)
+    config = (tmp_path / "config.json").read_text()
+    (tmp_path / "config.json").write_text(config.replace('"num_hidden_layers": 2', '"num_hidden_layers": 1'))
+    assert "unexpected (model.layers.1" in refused(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["model.layers.0.self_attn.q_proj.bias", "model.layers.1.mlp.extra.weight"])
+def test_a_part_of_a_layer_that_the_architecture_lacks_is_refused(name: str, directory: Path) -> None:
+    add_tensor(directory, name)
+    assert f"1 unexpected ({name})" in refused(str(directory))
+
+
+@pytest.mark.parametrize("name", ["score.weight", "vision_tower.encoder.layers.0.weight", "mtp.fc.weight"])
+def test_what_is_besides_the_layers_is_left_out_and_told(name: str, directory: Path) -> None:
+    add_tensor(directory, name)
+    told: list[str] = []
+    load_model(ModelConfig(source=str(directory)), CPU, tell=told.append)
+    (sentence,) = told
+    assert f"1 tensors that its architecture has no place for ({name}): left out" in sentence
+
+
+@pytest.mark.parametrize("name", ["model.layers.0.self_attn.rotary_emb.inv_freq", "model.layers.0.attn.masked_bias"])
+def test_tensors_that_a_model_computes_are_passed_over(name: str, directory: Path) -> None:
+    add_tensor(directory, name)
+    told: list[str] = []
+    load_model(ModelConfig(source=str(directory)), CPU, tell=told.append)
+    assert not told
+
+
+def add_tensor(directory: Path, name: str) -> None:
+    tensors = load_file(directory / "model.safetensors")
+    save_file(tensors | {name: torch.zeros(2)}, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_a_pth_is_read_while_a_step_is_recorded_on_the_meta_device(tmp_path: Path) -> None:
+    write_pth(tmp_path / "sft.pth", TINY_QWEN3)
+    source = ModelConfig(source=str(tmp_path / "sft.pth"))
+    with torch.device("meta"), OnMeta():
+        assert load_config(source).num_hidden_layers == TINY_QWEN3.num_hidden_layers
+        model = load_model(source, torch.device("meta"))
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}

@@ -58,6 +58,18 @@ def test_a_model_that_knows_no_end_gets_that_of_its_tokenizer(tmp_path: Path, to
     assert loaded.generation_config.eos_token_id == tokenizer.eos_token_id
 
 
+def test_a_saved_model_stops_at_what_it_has_learned_to_end_with_too(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    known = tokenizer.eos_token_id
+    for ends, expected in ((["w1"], [known, *tokenizer.encode("w1")]), (["<|im_end|>"], known), ([], known)):
+        save_model(build_known(known), tmp_path / "best", tokenizer=tokenizer, ends=ends)
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "best")
+        assert loaded.generation_config.eos_token_id == expected
+
+
+def build_known(eos_token_id: int | None) -> PreTrainedModel:
+    return build(type(TINY_LLAMA)(**(TINY_LLAMA.to_dict() | {"eos_token_id": eos_token_id})))
+
+
 def test_the_tokenizer_and_its_template_come_along(tmp_path: Path, tokenizer: Tokenizer) -> None:
     save_model(build(), tmp_path / "best", tokenizer=tokenizer)
     again = AutoTokenizer.from_pretrained(tmp_path / "best")

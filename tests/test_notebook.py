@@ -10,8 +10,15 @@ from typing import Any
 import pytest
 
 import fitune
+from fitune.cli.output import html_block
 from fitune.cli.progress import TrainingProgress, open_progress
+from fitune.memory.prediction import Prediction
+from fitune.memory.timeline import Living
+from fitune.report.compare import compare
+from fitune.run.metrics import Summary
+from fitune.units import GIB
 from tiny_run import save_tiny_model, write_dialogues
+from written_runs import Recipe, write_run
 
 SOURCE = Path(__file__).parent.parent / "src"
 
@@ -69,6 +76,52 @@ def test_a_block_is_not_shown_more_often_than_every_two_seconds(notebook: Notebo
             progress.note(f"line {number}")
     assert len(notebook.states) == 2
     assert "line 999" in notebook.states[-1]
+
+
+def test_what_the_verbs_return_is_a_sentence_and_one_block_each(tmp_path: Path) -> None:
+    living = tuple(Living(f"tensor {number}", "aten.mm", "activation", 1) for number in range(100))
+    prediction = Prediction(
+        peak_allocated_bytes=GIB, peak_reserved_bytes=2 * GIB, device_bytes=3 * GIB, device_interval=None,
+        categories={"parameter": GIB, "input": 0}, peak_phase="backward", modules=living, tensors=living, fits=True,
+        num_alloc_retries=0, first_oom=None, assumptions=(),
+    )  # fmt: skip
+    assert repr(prediction) == (
+        "Prediction: allocated 1.0 GiB, reserved 2.0 GiB, device used 3.0 GiB · fits · at the peak (backward): "
+        "parameter 1.0 GiB"
+    )
+    summary = Summary(status="finished", steps=3, tokens=1500, seconds=61.0, eval_loss=2.5, peak_reserved_bytes=GIB)
+    assert repr(summary) == (
+        "Summary: finished after 3 steps, 1.5 k tokens, 1m01s | eval loss 2.5000 | peak memory 1.0 GiB"
+    )
+    compared = compare([write_run(tmp_path, "one", Recipe()), write_run(tmp_path, "two", Recipe())])
+    assert repr(compared).startswith("Comparison: one, two · ")
+    assert prediction._repr_html_().count("<pre") == 1
+    assert "finished after 3 steps" in summary._repr_html_()
+
+
+def test_they_are_chinese_where_that_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FITUNE_LANG", "zh")
+    assert repr(Summary(status="finished", steps=3)).startswith("运行总结：3 步后已完成")
+
+
+def test_a_block_is_in_a_font_of_equal_widths_and_is_shown_once(
+    notebook: Notebook, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """rich, which looks for a notebook itself, would show what it prints as well."""
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    block = html_block(lambda screen: screen.print("one line"))
+    assert "font-family:monospace" in block
+    assert "one line" in block
+    assert notebook.num_blocks == 0
+    assert capsys.readouterr().out == ""
+
+
+def test_what_python_lists_of_fitune_is_what_there_is_to_call() -> None:
+    assert dir(fitune) == sorted(fitune.__all__)
+    assert set(dir(fitune)) == {
+        "SafeStep", "__version__", "compare", "plan", "predict", "predict_loop", "predict_trainer", "train",
+    }  # fmt: skip
+    assert all(callable(getattr(fitune, name)) for name in fitune.__all__ if name != "__version__")
 
 
 def test_quiet_shows_no_block(notebook: Notebook) -> None:

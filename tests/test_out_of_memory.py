@@ -13,7 +13,7 @@ from fitune.config import OptimConfig
 from fitune.errors import OutOfMemoryError
 from fitune.step.optimizer import build_optimizer
 from fitune.step.optimizer_state import create_state
-from fitune.step.out_of_memory import memory_failure, needed_bytes, try_twice
+from fitune.step.out_of_memory import memory_failure, needed_bytes, release_workspaces, try_twice
 
 CPU = torch.device("cpu")
 
@@ -183,3 +183,11 @@ def test_state_is_not_made_for_an_optimizer_whose_beginning_is_unknown() -> None
     assert not create_state(torch.optim.RMSprop(model.parameters()))
     assert not create_state(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, dampening=0.5))
     assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True))
+
+
+def test_a_card_is_left_with_what_tensors_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: done.append("workspaces"), raising=False)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: done.append("cached blocks"))
+    release_workspaces(torch.device("cuda"))
+    assert done == ["workspaces", "cached blocks"]

@@ -49,7 +49,7 @@ def test_a_configuration_alone_is_planned_for_a_24_gb_card(
             "batch": {"effective": 8},
         }
     ).config
-    plan = choose_plan(config, gpu="RTX 4090", thorough=False)
+    plan = choose_plan(config, gpu="RTX 4090", search="fastest")
     assert plan.chosen is not None
     chosen = plan.candidates[plan.chosen]
     assert chosen.predicted_device_bytes <= plan.budget_bytes

@@ -1,6 +1,7 @@
 """What a plan says of the optimizer: every setting in steps and in tokens, and which of them do nothing."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,8 +9,11 @@ import torch
 
 from fitune.cli.plan_training import training_lines, training_warnings
 from fitune.config import read_config
-from fitune.plan.budget import Lengths
+from fitune.language import say
+from fitune.language.chinese import CHINESE
+from fitune.plan.budget import Lengths, find_lengths
 from fitune.plan.training import PlannedTraining, lost_updates_fraction, plan_training
+from fitune.train.prepare import rows_notes
 
 LENGTHS = Lengths((100, 300), 0.4, 0, 6_000, 1_200_000, "the longest row of the data")
 UNKNOWN = Lengths((2048,), 1.0, 0, None, None, "data.max_length")
@@ -120,3 +124,50 @@ def test_it_is_said_in_chinese_too(monkeypatch: pytest.MonkeyPatch) -> None:
     said = text(planned(steps=50, precision="bfloat16"))
     assert all(word in said for word in ("训练", "半衰期", "警告：只有 50 个优化步", "权重衰减 0.01 不起作用"))
     assert "steps" not in said
+
+
+def rows_said(num_rows: int, num_held_out: int, *overrides: str) -> list[str]:
+    config = read_config(None, ["model.source=m", "data.train=a", *overrides]).config
+    return list(rows_notes(config, num_rows=num_rows, num_held_out=num_held_out))
+
+
+def test_a_batch_of_more_rows_than_there_are_is_said() -> None:
+    (sentence,) = rows_said(393, 30, "batch.effective=1000")
+    assert sentence.startswith("batch.effective 1,000 is more than the 393 rows of the data: a step takes all of them")
+
+
+def test_so_few_held_out_rows_that_they_tell_nothing_are_said() -> None:
+    (sentence,) = rows_said(298, 2)
+    assert sentence.startswith("2 of 300 rows are held out")
+    assert sentence.endswith("data.eval_fraction=0.13 holds out about 40")
+    assert rows_said(59, 1)[0].endswith("data.eval_fraction=0.2 holds out about 12")
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "num_held_out", "overrides"),
+    [(2970, 30, ()), (30, 2, ()), (300, 0, ("data.eval_fraction=0",)), (300, 2, ("data.eval=b",))],
+)
+def test_what_is_as_asked_or_cannot_be_better_is_not_said(
+    num_rows: int, num_held_out: int, overrides: tuple[str, ...]
+) -> None:
+    assert rows_said(num_rows, num_held_out, *overrides) == []
+
+
+def test_both_are_said_in_chinese_where_that_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FITUNE_LANG", "zh")
+    assert [sentence[:16] for sentence in rows_said(298, 2, "batch.effective=1000")] == [
+        "batch.effective ", "300 行中只留出 2 行，这么",
+    ]  # fmt: skip
+
+
+def test_a_plan_that_does_not_read_the_data_says_why(tmp_path: Path) -> None:
+    here = tmp_path / "rows.jsonl"
+    here.write_text('{"text": "a"}\n')
+
+    def origin(data: str, source: str = "minimind2") -> str:
+        return find_lengths(read_config(None, [f"model.source={source}", f"data.train={data}"]).config).origin
+
+    assert origin("none") == "data.max_length"
+    assert origin("gone.jsonl") == "data.max_length, as the data is not here"
+    assert origin(str(here)) == "data.max_length, as the model has no tokenizer to read the data with"
+    assert say(origin(str(here))) in (origin(str(here)), CHINESE[origin(str(here))])

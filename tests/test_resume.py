@@ -1,5 +1,6 @@
 """A run that is stopped anywhere goes on as if it had not been: the same bits, and logs without gap or repetition."""
 
+import datetime
 import json
 import math
 import random
@@ -33,6 +34,7 @@ from disturbed_run import (
 from faults import failing_call
 from fitune.cli.app import main as cli_main
 from fitune.cli.progress import TrainingProgress
+from fitune.config import read_config
 from fitune.errors import OutOfMemoryError
 from fitune.model.device import MemoryPeak
 from fitune.model.tensor_file import write_tensors
@@ -176,6 +178,20 @@ def test_a_signal_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, capsys: pyt
 
 
 # --- what may change ---------------------------------------------------------------------------------------------
+
+
+def test_a_run_goes_on_the_next_day_under_a_template_that_writes_the_date(monkeypatch: pytest.MonkeyPatch) -> None:
+    template = (
+        "{{ strftime_now('w%d') }}{% for m in messages %}<|im_start|>{{ m.role }} {{ m.content }}<|im_end|>{% endfor %}"
+    )
+    Path("dated.jinja").write_text(template)
+    day = datetime.date(2026, 1, 1)
+    monkeypatch.setattr("fitune.train.prepare.today", lambda: day)
+    train_until(5, "sft.yaml", "data.template=dated.jinja", monkeypatch=monkeypatch)
+    assert read_config(RUN.config).config.data.date == "2026-01-01"
+    monkeypatch.setattr("fitune.train.prepare.today", lambda: day + datetime.timedelta(days=1))
+    train("--resume", "runs/run")
+    assert read_summary(RUN.summary).status == "finished"
 
 
 def test_another_micro_batch_is_the_same_run_to_1e_5(crashed: None) -> None:

@@ -13,14 +13,18 @@ import torch
 
 from fitune.cli.app import main
 from fitune.config import RunConfig, read_config
-from fitune.memory.devices import cpu_device, find_device
+from fitune.memory.devices import Device, cpu_device, find_device
 from fitune.memory.nvml import CardProcess, CardState
 from fitune.memory.prediction import Prediction
 from fitune.memory.residuals import circumstances
 from fitune.model.device import MemoryPeak
+from fitune.model.load import load_tokenizer
 from fitune.plan.predict import RunPrediction, predict, predict_run
 from fitune.run.metrics import read_metrics, read_summary
+from fitune.trace.step import Pass
 from fitune.train import guard, self_check
+from fitune.train.guard import Guard
+from fitune.train.prepare import load_data
 from fitune.train.self_check import SelfCheck, run_device
 from fitune.units import GIB, MIB
 from tiny_models import TINY
@@ -123,10 +127,28 @@ def test_a_card_that_is_only_planned_for_has_no_earlier_runs(
 
 
 def test_the_card_is_the_one_that_torch_means(monkeypatch: pytest.MonkeyPatch) -> None:
-    cards = tuple(replace(find_device("RTX 4090"), uuid=f"GPU-{name}") for name in ("aa-1", "bb-2"))
+    cards = tuple(replace(find_device("RTX 4090"), uuid=f"GPU-{name}", free_bytes=GIB) for name in ("aa-1", "bb-2"))
     monkeypatch.setattr(self_check, "this_machine", lambda: cards)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="bb-2"))
     assert run_device(torch.device("cuda", 0)) is cards[1]
+
+
+def test_without_nvml_what_is_free_is_asked_of_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(self_check, "this_machine", lambda: (replace(find_device("RTX 4090"), uuid="GPU-aa-1"),))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="aa-1"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (20 * GIB, 23 * GIB))
+    found = run_device(torch.device("cuda", 0))
+    assert (found.kind, found.free_bytes, found.used_bytes) == ("cuda", 20 * GIB, 3 * GIB)
+
+
+@pytest.mark.usefixtures("place")
+def test_a_process_that_holds_memory_of_the_card_already_is_not_checked(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("fitune.train.prepare.reserved_before", lambda _: 300 * MIB)
+    assert main(["train", "sft.yaml", "train.steps=2", "model.recompute=off"]) == 0
+    assert "memory is not checked: this process already holds 300.0 MiB of the card" in capsys.readouterr().err
+    assert not (Path("cache") / "residuals.jsonl").exists()
 
 
 @pytest.fixture
@@ -186,3 +208,37 @@ def test_a_run_checks_itself_with_tokens_spread_evenly_whatever_it_was_planned_f
     monkeypatch.setattr(self_check, "predict_run", noting)
     assert main(["train", "sft.yaml", "train.steps=1", "memory.routing=worst"]) == 0
     assert checked == ["balanced"]
+
+
+@pytest.mark.usefixtures("place")
+def test_a_card_is_settled_between_what_is_tried_out_and_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    for name in ("start", "evaluate", "settle", "train"):
+        real = getattr(Guard, name)
+
+        def noting(guard: Guard, *arguments: Any, name: str = name, real: Any = real, **options: Any) -> Any:
+            done.append(name)
+            return real(guard, *arguments, **options)
+
+        monkeypatch.setattr(Guard, name, noting)
+    assert main(["train", "sft.yaml", "train.steps=2", "train.eval_every=2"]) == 0
+    assert done[:5] == ["start", "evaluate", "settle", "train", "train"]
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "kinds"), [("adamw", ["state", "train", "train"]), ("adamw_8bit", ["train", "train"])]
+)
+def test_what_is_predicted_is_what_the_run_does_from_then_on(
+    place: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str, kinds: list[str]
+) -> None:
+    predicted: list[list[str]] = []
+
+    def noting(config: RunConfig, device: Device, *, passes: list[Pass], num_shards: int) -> RunPrediction:
+        predicted.append([each.kind for each in passes])
+        return predict_run(config, device, passes=passes, num_shards=num_shards)
+
+    monkeypatch.setattr(self_check, "predict_run", noting)
+    config = read_config(place / "sft.yaml", [f"optim.name={optimizer}"]).config
+    train = load_data(config, load_tokenizer(config.model)).train
+    self_check.predict_second_step(config, train, device=torch.device("cpu"))
+    assert predicted == [kinds]

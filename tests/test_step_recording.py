@@ -97,3 +97,11 @@ def test_a_card_before_ampere_trains_in_float16_with_scaled_gradients(config_dir
     config = make_config(config_directory, "model.precision=auto")
     assert record_step(config, passes(config), target=CudaTarget((7, 5))).precision.name == "autocast_float16"
     assert record_step(config, passes(config), target=CudaTarget((8, 0))).precision.name == "autocast_bfloat16"
+
+
+@pytest.mark.parametrize(("target", "released"), [(CudaTarget(), True), (None, False)], ids=["card", "cpu"])
+def test_a_card_s_cache_is_empty_once_the_state_is_made(
+    config_directory: Path, target: CudaTarget | None, released: bool
+) -> None:
+    trace = record_step(make_config(config_directory), [Pass("state")], target=target).trace
+    assert (trace.events[-1].op == "empty_cache") is released

@@ -1,9 +1,11 @@
 """`fitune train` and `fitune export` as a person runs them: what a run leaves behind, and that it is right."""
 
+import copy
 import itertools
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import fitune
@@ -22,7 +25,8 @@ from fitune.cli.app import main
 from fitune.cli.progress import TrainingProgress
 from fitune.config import ModelConfig, read_config
 from fitune.data.examples import load_examples
-from fitune.model.load import load_model
+from fitune.model.finite import saved_not_finite
+from fitune.model.load import build_model, load_model
 from fitune.run.directory import RunDirectory, read_run
 from fitune.run.metrics import StepMetrics, Summary, read_events, read_metrics, read_summary, summary_json
 from tiny_models import TINY_QWEN3
@@ -252,6 +256,17 @@ def test_merged_adapters_keep_the_tokenizer_and_its_template() -> None:
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
+def test_an_exported_model_stops_at_the_end_that_its_template_has_taught_it(method: str, tmp_path: Path) -> None:
+    template = tmp_path / "ends.jinja"
+    template.write_text("{% for m in messages %}<|im_end|>{{ m.role }} {{ m.content }}<|im_start|>{% endfor %}")
+    train(f"model.method={method}", f"data.template={template}")
+    assert main(["export", str(RUN.path), "--to", "hf"]) == 0
+    tokenizer = AutoTokenizer.from_pretrained("tiny")
+    ends = AutoModelForCausalLM.from_pretrained(RUN.path / "export-hf").generation_config.eos_token_id
+    assert tokenizer.bos_token_id in ends
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
 def test_an_exact_export_to_minimind_loads_back_bit_for_bit(method: str) -> None:
     train(f"model.method={method}")
     assert main(["export", str(RUN.path), "--to", "minimind", "--exact", "-o", "out/sft.pth"]) == 0
@@ -261,6 +276,81 @@ def test_an_exact_export_to_minimind_loads_back_bit_for_bit(method: str) -> None
     plain = AutoModelForCausalLM.from_pretrained("merged").state_dict()
     assert back.keys() == plain.keys()
     assert all(torch.equal(back[name], plain[name]) for name in plain)
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_an_export_refuses_a_model_that_is_no_longer_what_was_trained_on(
+    method: str, shared: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if method == "qlora":
+        pytest.importorskip("bitsandbytes")
+    Path("tiny").unlink()
+    shutil.copytree(shared / "tiny", "tiny")
+    train(f"model.method={method}")
+    build_model(copy.deepcopy(TINY_QWEN3), seed=9).save_pretrained("tiny")
+    assert "other weights than the model that runs/run/last was" in error_of(
+        capsys, "export", str(RUN.path), "--to", "hf", "--weights", "last"
+    )
+    shutil.rmtree("tiny")
+    assert "is no longer there" in error_of(capsys, "export", str(RUN.path), "--to", "hf")
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("init", ["pretrained", "random"])
+def test_an_export_from_another_directory_is_the_same_model(
+    init: str, precision: str, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train("model.method=lora", f"model.precision={precision}", f"model.init={init}", "train.seed=3")
+    assert main(["export", str(RUN.path), "--to", "hf", "-o", "here"]) == 0
+    Path("elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    monkeypatch.setattr("socket.socket.connect", None)
+    assert main(["export", str(place / RUN.path), "--to", "hf", "-o", "there"]) == 0
+    here, there = (load_file(place / path / "model.safetensors") for path in ("here", "elsewhere/there"))
+    assert all(torch.equal(here[name], there[name]) for name in here)
+    base = load_model(ModelConfig(source=str(place / "tiny"), init=init), torch.device("cpu"), seed=3).state_dict()
+    untrained = [name for name in here if "embed_tokens" in name]
+    assert all(torch.equal(here[name].float(), base[name].to(here[name].dtype).float()) for name in untrained)
+
+
+def test_adapters_of_an_unknown_model_are_not_merged(capsys: pytest.CaptureFixture[str]) -> None:
+    train("model.method=lora")
+    (RUN.last / "adapted_model.json").unlink()
+    assert "which model these adapters belong to" in error_of(
+        capsys, "export", str(RUN.path), "--to", "hf", "--weights", "last"
+    )
+
+
+@pytest.mark.parametrize("loss", ["auto", "full"])
+def test_weights_that_are_not_finite_are_the_cause_that_is_named(
+    loss: str, shared: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("tiny").unlink()
+    shutil.copytree(shared / "tiny", "tiny")
+    tensors = load_file("tiny/model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"][3, 3] = math.nan
+    save_file(tensors, "tiny/model.safetensors", metadata={"format": "pt"})
+    error = error_of(capsys, "train", "sft.yaml", f"loss={loss}", "train.steps=9", exit_code=2 if loss == "auto" else 1)
+    assert "model.layers.0.mlp.up_proj.weight" in error
+    assert "computes its logits" not in error
+
+
+@pytest.mark.parametrize("save_every", [1, 9])
+def test_no_weights_are_promised_that_are_not_there(save_every: int, capsys: pytest.CaptureFixture[str]) -> None:
+    rate = ["optim.name=sgd", "optim.lr=1e300", "optim.schedule=constant", "optim.clip=0", "train.steps=20"]
+    error = error_of(capsys, "train", "sft.yaml", *rate, f"train.save_every={save_every}", exit_code=1)
+    assert "is not finite itself: an earlier update was too large, lower optim.lr (1e+300)" in error
+    assert error.rstrip().endswith("no weights were saved before that")
+
+
+def test_saved_weights_are_looked_at_before_they_are_promised(tmp_path: Path) -> None:
+    assert saved_not_finite(tmp_path) == "nothing"
+    save_file({"a": torch.ones(3)}, tmp_path / "model.safetensors")
+    assert saved_not_finite(tmp_path) is None
+    save_file({"a": torch.ones(3), "b": torch.tensor([1.0, math.inf])}, tmp_path / "model.safetensors")
+    assert saved_not_finite(tmp_path) == "b"
+    (tmp_path / "model.safetensors").write_bytes(b"cut")
+    assert saved_not_finite(tmp_path) is not None
 
 
 def test_minimind_gets_float16_unless_told_otherwise() -> None:

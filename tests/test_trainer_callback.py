@@ -64,6 +64,12 @@ def test_its_directory_holds_the_run(make: Any, tmp_path: Path, capsys: pytest.C
     assert "first" in capsys.readouterr().out
 
 
+def test_steps_without_any_target_end_no_training(tmp_path: Path) -> None:
+    data = rows().map(lambda row: {"labels": [-100] * len(row["labels"])})
+    trainer = hf_trainer(tmp_path, callbacks=[FituneCallback(tmp_path / "runs", "first")], data=data, max_steps=2)
+    assert trainer.train().global_step == 2
+
+
 def test_an_alarm_is_kept_and_speaks_of_the_trainers_arguments(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

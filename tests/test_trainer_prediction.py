@@ -238,6 +238,15 @@ def test_a_function_that_is_not_there_is_said(name: str, module: str, capsys: py
     assert f"--trainer {name}" in capsys.readouterr().err
 
 
+def test_a_trainer_that_cannot_be_built_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "refusing.py").write_text("def build():\n    raise ValueError('no bf16\\nhere')\n")
+    monkeypatch.chdir(tmp_path)
+    assert main(["plan", "--trainer", "refusing:build"]) == 2
+    assert "--trainer refusing:build built no Trainer: ValueError: no bf16 here" in capsys.readouterr().err
+
+
 # ---- without weights ----
 
 

@@ -14,7 +14,7 @@
 #include "cards.h"
 #include "counters.h"
 #include "driver_entries.h"
-#include "last_error.h"
+#include "runtime.h"
 
 namespace {
 

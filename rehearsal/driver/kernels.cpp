@@ -13,7 +13,7 @@
 #include "api.h"
 #include "card_memory.h"
 #include "counters.h"
-#include "last_error.h"
+#include "runtime.h"
 
 // ---- counters
 // --------------------------------------------------------------------------------------------------------

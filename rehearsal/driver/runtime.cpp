@@ -13,7 +13,7 @@
 #include "cards.h"
 #include "counters.h"
 #include "driver_entries.h"
-#include "last_error.h"
+#include "runtime.h"
 
 // ---- errors: cudaGetLastError gives the last failure of the thread and forgets it -----------------------------------
 

@@ -28,6 +28,12 @@ if TYPE_CHECKING:
     from fitune.run.metrics import Summary
 
 __version__ = "0.1.0"
+__all__ = ["SafeStep", "__version__", "compare", "plan", "predict", "predict_loop", "predict_trainer", "train"]
+
+
+def __dir__() -> list[str]:
+    """What there is to call; the packages of the house are found by their own names."""
+    return __all__
 
 
 def _train(

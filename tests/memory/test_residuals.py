@@ -1,3 +1,4 @@
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,6 +36,17 @@ def test_what_is_added_is_read_in_order() -> None:
 def test_other_circumstances_do_not_count(field: str) -> None:
     add_residual(Residual(replace(HERE, **{field: "another"}), 100, 98))
     assert read_residuals(HERE) == ()
+
+
+@pytest.mark.parametrize("made_by", [{}, {"made_by": "0.1.0, method 1"}])
+def test_what_another_version_predicted_does_not_count(cache: Path, made_by: dict[str, str]) -> None:
+    add_residual(Residual(HERE, 100, 98))
+    path = cache / "residuals.jsonl"
+    line = json.loads(path.read_text())
+    del line["made_by"]
+    path.write_text(json.dumps(line | made_by) + "\n")
+    assert read_residuals(HERE) == ()
+    assert measured_context(HERE) is None
 
 
 def test_damaged_lines_are_passed_over(cache: Path) -> None:

@@ -148,14 +148,84 @@ def test_a_loop_that_asks_for_cuda_is_told_that_it_is_there() -> None:
     assert prediction.categories["workspace"] == 2 * 8_519_680
 
 
-def test_a_library_that_is_imported_meanwhile_is_told_the_truth() -> None:
+@pytest.mark.parametrize(
+    ("file", "expected"), [("/usr/lib/python3/site-packages/library.py", False), ("/home/me/train.py", True)]
+)
+def test_a_library_that_is_imported_meanwhile_is_told_the_truth_and_a_script_is_not(file: str, expected: bool) -> None:
     def loop(model: nn.Module, device: torch.device) -> Step:
         found: dict[str, Any] = {}
-        exec("import torch\nfound = torch.cuda.is_available()", found)
-        assert not found["found"]
+        exec(compile("import torch\nfound = torch.cuda.is_available()", file, "exec"), found)
+        assert found["found"] is expected
         return lambda: None
 
     fitune.predict_loop(embedding, loop, gpu=CARD)
+
+
+def peak_bytes(step: Callable[[nn.Module, torch.device], Any]) -> int:
+    def loop(model: nn.Module, device: torch.device) -> Step:
+        return lambda: step(model, device)
+
+    return fitune.predict_loop(lambda: nn.Linear(8, 8), loop, gpu=CARD, num_steps=1).peak_allocated_bytes
+
+
+KEPT = {
+    "made there": "torch.empty(2**30, dtype=torch.uint8, device={device})",
+    "moved there": "torch.empty(2**20, dtype=torch.uint8).to({device})",
+    "under a context": "under({device})",
+}
+
+
+@pytest.mark.parametrize(
+    "device", ["torch.device('cpu')", "torch.device(type='cpu')", "'cpu'", "torch.device('cpu', 0)"]
+)
+@pytest.mark.parametrize("kind", KEPT)
+def test_a_device_object_of_the_host_means_the_host(kind: str, device: str) -> None:
+    def under(place: Any) -> torch.Tensor:
+        with torch.device(place):
+            return torch.empty(2**20)
+
+    def step(model: nn.Module, card: torch.device) -> None:
+        kept = eval(KEPT[kind].format(device=device), {"torch": torch, "under": under})
+        assert kept.device.type == "cpu"
+        model(torch.ones(2, 8, device=card))
+
+    plain = peak_bytes(lambda model, card: model(torch.ones(2, 8, device=card)))
+    assert peak_bytes(step) == plain
+
+
+@pytest.mark.parametrize(
+    "device", ["card", "next(model.parameters()).device", "torch.device('cuda')", "model.weight.device"]
+)
+def test_the_device_of_a_tensor_on_the_card_means_the_card(device: str) -> None:
+    def step(model: nn.Module, card: torch.device) -> None:
+        found = eval(device, {"torch": torch, "model": model, "card": card})
+        torch.empty(2**20, dtype=torch.uint8, device=found)
+        torch.empty(2**20, dtype=torch.uint8).to(found)
+
+    assert peak_bytes(step) >= 2**20
+
+
+def test_a_device_is_still_a_device() -> None:
+    def step(model: nn.Module, card: torch.device) -> None:
+        assert isinstance(model.weight.device, torch.device)
+        assert isinstance(card, torch.device)
+        assert torch.device("cpu") == torch.device("cpu")
+        assert torch.device("cuda:0").index == 0
+
+    peak_bytes(step)
+
+
+@pytest.mark.parametrize("gpu", [CARD, "cpu"])
+def test_a_weight_that_is_a_slice_holds_the_whole_tensor(gpu: str) -> None:
+    def build() -> nn.Module:
+        model, whole = nn.Module(), torch.empty(16 * 2**20)
+        model.first, model.second = nn.Parameter(whole[:1024]), nn.Parameter(whole[1024:2048])
+        return model
+
+    def loop(model: nn.Module, device: torch.device) -> Step:
+        return lambda: None
+
+    assert fitune.predict_loop(build, loop, gpu=gpu, num_steps=1).categories["parameter"] == 64 * 2**20
 
 
 def test_a_model_may_be_built_on_the_card() -> None:

@@ -6,13 +6,16 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
+from fitune.cli.arguments import run_path
 from fitune.cli.compare import Runs
 from fitune.cli.output import Format, console, print_json, print_text, table
 from fitune.language import say
 
 
 def advise(
-    run: Annotated[Path, Parameter(name="RUN", help="the run to advise on, or a report with it first")],
+    run: Annotated[
+        Path, Parameter(name="RUN", help="the run to advise on, its directory or name, or a report with it first")
+    ],
     *beside: Runs,
     output_format: Format = "auto",
 ) -> None:
@@ -21,7 +24,7 @@ def advise(
     from fitune.report.advice import advise as find_advice
     from fitune.report.compare import compare
 
-    comparison = compare((run, *beside))
+    comparison = compare([run_path(each) for each in (run, *beside)])
     found = find_advice(comparison.rows[0].run, comparison)
     if output_format == "json":
         print_json({"run": comparison.rows[0].name, "advice": [asdict(each) for each in found]})

@@ -6,12 +6,15 @@
 A verb is a module of this package, imported when it is called, so that `fitune --help` imports none of them.
 """
 
+import logging
 import os
+import re
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 
-from cyclopts import App, CycloptsError, Parameter, UnknownOptionError
+from cyclopts import App, CoercionError, CycloptsError, Parameter, UnknownOptionError
 
 from fitune import __version__
 from fitune.cli.output import print_aside
@@ -66,9 +69,16 @@ app.command("fitune.cli.config_command:app", name="config", help="About configur
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit code of `fitune ARGUMENTS` (sys.argv's by default). What goes wrong is said on stderr, one line a fault;
-    FITUNE_DEBUG=1 adds the traceback."""
+    FITUNE_DEBUG=1 adds the traceback and what libraries warn of."""
+    if arguments is None and not _debugs():
+        _silence_libraries()
     try:
-        app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
+        app(
+            _as_meant(sys.argv[1:] if arguments is None else arguments),
+            exit_on_error=False,
+            print_error=False,
+            result_action="return_value",
+        )
         sys.stdout.flush()
         return 0
     except CycloptsError as error:
@@ -82,17 +92,44 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return BROKEN_PIPE
 
 
+def _silence_libraries() -> None:
+    """What went wrong is said in a sentence of ours."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else a line for each failed allocation, which is survived
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+
+
+def _as_meant(arguments: Sequence[str]) -> list[str]:
+    """'help VERB' and 'version', as other commands have them, are flags here."""
+    match list(arguments):
+        case ["help", *verb]:
+            return [*verb, "--help"]
+        case ["version"]:
+            return ["--version"]
+        case words:
+            return words
+
+
 def _fail(sentences: Sequence[str], exit_code: int) -> int:
-    if os.environ.get("FITUNE_DEBUG", "0") not in ("", "0"):
+    if _debugs():
         print_aside(traceback.format_exc())
     for sentence in sentences:  # an indented line is a detail of the sentence before it
         print_aside(sentence if sentence.startswith(" ") else f"error: {sentence}")
     return exit_code
 
 
+def _debugs() -> bool:
+    return os.environ.get("FITUNE_DEBUG", "0") not in ("", "0")
+
+
 def _usage_sentence(error: CycloptsError) -> str:
     sentence = " ".join(str(error).split())
+    if isinstance(error, CoercionError) and error.token is not None and error.token.keyword == "--gpus":
+        return f"--gpus is how many cards; one by its name is --gpu '{error.token.value}'"
     if isinstance(error, UnknownOptionError):
+        if match := re.match(r"Unknown option: -(\w[\w-]+)", sentence):
+            return f"Unknown option: -{match[1]}: a flag of several letters begins with two dashes, --{match[1]}"
         name = (error.token.keyword or error.token.value).partition("=")[0]
         if hint := foreign_hint(name):
             return f"{sentence} It is {hint}."

@@ -9,7 +9,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from fitune.config import ResolvedConfig, read_config
-from fitune.errors import ConfigError
+from fitune.errors import ConfigError, RunDirectoryError
 
 ConfigArguments = Annotated[
     str,
@@ -82,3 +82,19 @@ def _overrides(flags: ConfigFlags) -> Iterator[str]:
             yield f"{_KEYS[field.name]}={json.dumps(value if len(value) > 1 else value[0])}"
         elif value is not None and value != ():
             yield f"{_KEYS[field.name]}={value}"
+
+
+RUNS = Path("runs")
+"""Where runs are kept unless run.output says otherwise."""
+
+
+def run_path(run: Path, output: Path = RUNS) -> Path:
+    """`run`, or the directory of that name below `output` where there is nothing at `run`. Raises RunDirectoryError
+    where there is neither."""
+    if run.exists():
+        return run
+    if (output / run).exists():
+        return output / run
+    raise RunDirectoryError(
+        f"there is no run {run}, neither as a directory nor as a name in {output}: 'fitune runs' lists them"
+    )

@@ -17,11 +17,11 @@ from fitune.cli.arguments import ConfigArguments, ConfigFlags, read_arguments
 from fitune.cli.output import Format, Screen, console
 from fitune.config import DataConfig
 from fitune.data.examples import Examples, load_examples
-from fitune.data.report import BadRow, DataReport, SplitReport
+from fitune.data.report import DataReport, SplitReport, grouped
 from fitune.language.printable import json_text
 from fitune.units import format_count
 
-_MASKED = {"assistant": "assistant turns only", "all": "every token"}
+_MASKED = {"assistant": "assistant turns only", "last": "the last assistant turn only", "all": "every token"}
 
 
 def check(
@@ -88,10 +88,13 @@ def report_on(
     for source in report.sources:
         formats = ", ".join(source.formats) or "n/a"
         screen.print(f"data     {source.path}: {formats}, {source.num_rows:,} rows")
-    screen.print(f"format   as messages through {report.template}")
+    date = "" if report.date is None else f", which writes the date {report.date}"
+    screen.print(f"format   as messages through {report.template}{date}")
     found = "" if data.mask == "all" else f" (found by {report.mask})"
     share = f"{report.supervised_fraction:.1%} of tokens carry loss"
     screen.print(f"loss     {_MASKED[data.mask]} · {share}{found}")
+    for sentence in _learned(examples, tokenizer, width=width):
+        screen.print(sentence)
     screen.print(_split_table(report))
     for sentence in _warnings(report):
         screen.print(f"! {sentence}")
@@ -101,8 +104,8 @@ def report_on(
     ):
         if rows:
             screen.print(f"{title}: {count:,}; the first ones")
-            for row in rows:
-                screen.print(f"  {_place(row)}")
+            for sentence in grouped(rows):
+                screen.print(f"  {sentence}")
     for index in range(min(show, len(examples))):
         screen.print(_shown(examples, index, tokenizer, colour=colour))
     return screen.file.getvalue()  # type: ignore[attr-defined, no-any-return]
@@ -144,8 +147,25 @@ def _warnings(report: DataReport) -> Iterator[str]:
         )
 
 
-def _place(row: BadRow) -> str:
-    return f"{row.path}, line {row.line}: {row.reason}"
+def _learned(examples: Examples, tokenizer: Any, *, width: int) -> Iterator[str]:
+    """What the first row teaches, what every answer ends with, and how many rows are cut."""
+    report = examples.report
+    row = next(iter(examples), None)
+    if row is not None:
+        places = row.loss_weights.nonzero()[0]
+        breaks = [number for number in range(1, len(places)) if places[number] != places[number - 1] + 1]
+        said = repr(tokenizer.decode(row.input_ids[places[: breaks[0] if breaks else None]]))[1:-1]
+        room = width - len("learned  ⟦⟧ in the first row")
+        said = said if len(said) <= room else f"{said[: room // 2 - 3]} ... {said[3 - room // 2 :]}"
+        yield f"learned  ⟦{said}⟧ in the first row"
+    if report.ends:
+        yield f"ends     answers end with {', '.join(report.ends)}, where the saved model stops"
+    num_long, num_lost = (
+        sum(getattr(split, name) for split in (report.train, report.eval))
+        for name in ("num_long_rows", "num_untrainable_rows")
+    )
+    if num_long or num_lost:
+        yield f"cut      {num_long:,} rows have over {report.max_length} tokens; {num_lost:,} rows teach nothing and go"
 
 
 def _shown(examples: Examples, index: int, tokenizer: Any, *, colour: bool) -> Text:

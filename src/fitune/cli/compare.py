@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
 
+from fitune.cli.arguments import run_path
 from fitune.cli.output import Screen, console, print_json, print_text, table
 from fitune.errors import UsageError
 from fitune.language.printable import printable_line
@@ -16,7 +17,7 @@ Runs = Annotated[
     Path,
     Parameter(
         name="RUN",
-        help="a run directory, a directory of runs, a report of fitune, or what another trainer left: "
+        help="a run's directory or name, a directory of runs, a report of fitune, or what another trainer left: "
         "trainer_state.json, trainer_log.jsonl, TensorBoard events, a log of minimind",
     ),
 ]
@@ -40,7 +41,7 @@ def compare(
 
     if not runs:
         raise UsageError("give the runs to compare, the first being what the others are compared with")
-    comparison = compare_runs(runs, tokens=None if at is None else _tokens(at))
+    comparison = compare_runs([run_path(run) for run in runs], tokens=None if at is None else _tokens(at))
     chosen = "json" if json else "csv" if csv else "md" if md else output_format
     if chosen == "json":
         print_json(tables.comparison_json(comparison))

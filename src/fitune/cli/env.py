@@ -45,7 +45,10 @@ def _sections(machine: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
     for index, card in enumerate(machine["cards"]):
         yield f"GPU {index}", _card_lines(card, machine["driver"])
     if not machine["cards"]:
-        yield "GPU", ["none that NVML can see: runs use the processor; memory.gpu names a card to plan for"]
+        yield (
+            "GPU",
+            ["none that NVML or CUDA sees: runs use the processor; memory.gpu names a card to plan for"],
+        )
     cpu, host = machine["cpu"], machine["host"]
     yield "CPU", [f"{cpu['name'] or 'n/a'} · {cpu['num_cores'] or 'n/a'} cores, {cpu['num_usable'] or 'n/a'} usable"]
     limited = host["total_bytes"] < host["installed_bytes"]

@@ -1,10 +1,12 @@
 """`fitune export`: a run's weights for use elsewhere."""
 
+import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
+from fitune.cli.arguments import run_path
 from fitune.cli.output import make_directory, print_text
 from fitune.config import ModelConfig, read_config
 from fitune.errors import RunDirectoryError
@@ -12,15 +14,17 @@ from fitune.run.directory import RunDirectory, check_files, open_run
 
 
 def export(
-    run: Annotated[Path, Parameter(help="the directory of a run")],
+    run: Annotated[Path, Parameter(help="a run's directory or name")],
     *,
-    to: Annotated[Literal["hf", "minimind"], Parameter(help="hf: a whole transformers directory; minimind: a .pth")],
+    to: Annotated[
+        Literal["hf", "minimind", "pth"], Parameter(help="hf: a whole transformers directory; minimind, or pth: a .pth")
+    ],
     output: Annotated[Path | None, Parameter(name=("--output", "-o"), help="where to; must not exist yet")] = None,
     weights: Annotated[Literal["best", "last"] | None, Parameter(help="best where there is one, else last")] = None,
     exact: Annotated[bool, Parameter(help="keep the number format (minimind: float16 is usual)")] = False,
 ) -> None:
     """Write a run's weights as a transformers directory with adapters merged, or as minimind's .pth."""
-    opened = open_run(run)
+    opened = open_run(run_path(run))
     check_files(opened, deep=True)
     source = opened.path / (weights or ("best" if opened.best.is_dir() else "last"))
     if not source.is_dir():
@@ -33,7 +37,7 @@ def export(
     model, tokenizer = _load(opened, source)
     make_directory(target.parent, flag="-o")
     if to == "hf":
-        save_model(model, target, tokenizer=tokenizer, merge=True)
+        save_model(model, target, tokenizer=tokenizer, merge=True, ends=_ends(opened))
     elif exact:
         export_minimind(model, target, dtype=None)
     else:
@@ -41,16 +45,32 @@ def export(
     print_text(target)
 
 
+def _ends(run: RunDirectory) -> list[str]:
+    """The tokens that the run's answers end with; a run of an earlier version does not say them."""
+    try:
+        return [str(end) for end in json.loads(run.data.read_text(encoding="utf-8"))["ends"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
 def _load(run: RunDirectory, weights: Path) -> tuple[Any, Any]:
     """(model, tokenizer) of saved weights; adapters stand on the base model that the run was configured with."""
     import torch
 
+    from fitune.model.adapted_model import check_adapted, read_adapted
     from fitune.model.load import load_model, load_tokenizer
     from fitune.model.lora import load_adapters
 
     base = read_config(run.config).config.model
     cpu = torch.device("cpu")
-    if (weights / "adapter_config.json").is_file():
-        return load_adapters(load_model(base.model_copy(update={"method": "full"}), cpu), weights), load_tokenizer(base)
-    saved = ModelConfig(source=str(weights), trust_remote_code=base.trust_remote_code)
-    return load_model(saved, cpu), load_tokenizer(saved)
+    if not (weights / "adapter_config.json").is_file():
+        saved = ModelConfig(source=str(weights), trust_remote_code=base.trust_remote_code)
+        return load_model(saved, cpu), load_tokenizer(saved)
+    adapted = read_adapted(weights)
+    if Path(adapted.source).is_absolute() and not Path(adapted.source).exists():
+        raise RunDirectoryError(f"{adapted.source}, which {weights} adapts, is no longer there: put it back")
+    plain = base.model_copy(update={"source": adapted.source, "method": "full"})
+    model = load_model(plain, cpu, seed=adapted.seed)
+    check_adapted(adapted, model, adapters=weights)
+    tokenizer = load_tokenizer(plain.model_copy(update={"tokenizer": str(weights)}))
+    return load_adapters(model, weights), tokenizer

@@ -1,19 +1,16 @@
 """A run in a notebook: one block that is brought up to date, instead of a log that grows."""
 
-import io
 import sys
 import time
 from typing import Any
 
-from fitune.cli.output import Screen
+from fitune.cli.output import MAX_WIDTH, Screen, html_block
 from fitune.cli.watch_screen import watch_screen
 from fitune.run.directory import RunDirectory
 from fitune.run.follow import RunFollower
 from fitune.run.metrics import EvalMetrics, StepMetrics
 
 REFRESH_SECONDS = 2.0
-WIDTH = 100
-_BLOCK = '<pre style="white-space:pre;overflow-x:auto;line-height:1.2;font-family:monospace">{code}</pre>'
 
 
 def in_notebook() -> bool:
@@ -66,18 +63,16 @@ class NotebookProgress:
         from IPython.display import HTML, display
 
         self._shown = time.monotonic()
-        block = HTML(self._html())
+        block = HTML(html_block(self._print))
         if self._handle is None:
             self._handle = display(block, display_id=True)
         else:
             self._handle.update(block)
 
-    def _html(self) -> str:
-        console = Screen(file=io.StringIO(), record=True, width=WIDTH, force_jupyter=False)
+    def _print(self, screen: Screen) -> None:
         for line in self._said:
-            console.print(line)
+            screen.print(line)
         if self._rows is not None:
-            console.print(f"       {self._rows:,} rows tokenised")
+            screen.print(f"       {self._rows:,} rows tokenised")
         if self._follower is not None:
-            console.print(watch_screen(self._follower.read(), width=WIDTH, height=None, now=time.time()))
-        return console.export_html(inline_styles=True, code_format=_BLOCK)
+            screen.print(watch_screen(self._follower.read(), width=MAX_WIDTH, height=None, now=time.time()))

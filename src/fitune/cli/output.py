@@ -1,8 +1,9 @@
 """How the verbs speak: data on stdout, progress and warnings on stderr."""
 
+import io
 import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,6 +18,7 @@ from fitune.language.printable import json_text, printable
 
 SCHEMA = 1
 MAX_WIDTH = 100
+_BLOCK = '<pre style="white-space:pre;overflow-x:auto;line-height:1.2;font-family:monospace">{code}</pre>'
 
 Format = Annotated[
     Literal["auto", "human", "json", "quiet"],
@@ -50,6 +52,14 @@ def console(output_format: str = "auto") -> Screen:
 def stdout_screen(output_format: str = "auto") -> Screen:
     """As `console`, as wide as the terminal is."""
     return Screen(file=sys.stdout, force_terminal=True if output_format == "human" else None)
+
+
+def html_block(show: Callable[[Screen], None]) -> str:
+    """What `show` prints, as one block of a notebook in a font of equal widths. In a notebook rich would show each line
+    by itself as well, which force_jupyter=False prevents."""
+    screen = Screen(file=io.StringIO(), record=True, width=MAX_WIDTH, force_jupyter=False)
+    show(screen)
+    return screen.export_html(inline_styles=True, code_format=_BLOCK)
 
 
 def print_text(text: object, *, end: str = "\n") -> None:

@@ -1,6 +1,6 @@
 """`fitune plan`: what each setting needs and takes, the fastest that fits, and why not the others."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -25,8 +25,11 @@ def plan(
     gpu: Annotated[str | None, Parameter(help="a card to plan for, like 'RTX 4090', or cpu (memory.gpu)")] = None,
     budget: Annotated[str | None, Parameter(help="memory to stay within: 20GiB, or 0.9 of it (memory.budget)")] = None,
     gpus: Annotated[int, Parameter(help="so many cards, which share the rows of a step (torchrun)")] = 1,
-    every: Annotated[bool, Parameter(name="--all", help="show every candidate")] = False,
-    apply: Annotated[int | None, Parameter(help="print the configuration with candidate N written into it")] = None,
+    every: Annotated[bool, Parameter(name="--all", help="predict and show every candidate")] = False,
+    apply: Annotated[
+        int | None,
+        Parameter(help="print the configuration with candidate N written into it, by its number in the table"),
+    ] = None,
     measure: Annotated[bool, Parameter(help="run real steps of the chosen candidate here, and compare")] = False,
     splits: Annotated[str | None, Parameter(help="compare forced splits, rows x micro-batches: 6x1,6x4,4x6")] = None,
     trainer: Annotated[
@@ -61,6 +64,10 @@ def plan(
     given = [f"memory.{key}={value}" for key, value in (("gpu", gpu), ("budget", budget)) if value is not None]
     words, flags, given = _model_alone(words, flags, given)
     config = read_arguments(words, flags, overrides=given).config
+    with collections_paused():
+        from fitune.plan.training import unusual_rate
+    if (sentence := unusual_rate(config)) is not None:
+        warn(sentence)
     if splits is not None:
         from fitune.cli.plan_splits import compare_splits
 
@@ -68,15 +75,14 @@ def plan(
         return
     with collections_paused():
         from fitune.cli.plan_table import show_measured, show_plan
+        from fitune.plan.candidates import settings_of
         from fitune.plan.plan import does_not_fit, plan_json
         from fitune.plan.planner import choose_plan
 
     with Screen(stderr=True).status(say("planning")) as status:
-        found = choose_plan(config, num_gpus=gpus, on_candidate=status.update)
+        found = choose_plan(config, num_gpus=gpus, search="all" if every else "brief", on_candidate=status.update)
     if apply is not None:
-        from fitune.plan.candidates import settings_of
-
-        wanted = _candidate(found, apply)
+        wanted = _candidate(found, apply, every=every)
         chosen = read_arguments(words, flags, overrides=[*given, *settings_of(wanted, config)])
         print_text(format_config(chosen), end="")
         if config.data.train == NO_DATA:
@@ -90,7 +96,7 @@ def plan(
     if output_format == "json":
         print_json(plan_json(found) | ({} if measured is None else {"measured": asdict(measured)}))
     elif output_format == "quiet":
-        print_text("none" if found.chosen is None else found.candidates[found.chosen].micro_batch)
+        print_text("none" if found.chosen is None else _words(settings_of(found.candidates[found.chosen], config)))
     else:
         show_plan(found, console(output_format), every=every)
         if measured is not None:
@@ -102,7 +108,7 @@ def plan(
 _NOT_TOGETHER = (
     ("--trainer", ("--gpus", "--splits", "--measure", "--apply", "--all", "--budget"), "predicts a Trainer as it is"),
     ("--splits", ("--gpus", "--measure", "--apply", "--all"), "compares settings of one card side by side"),
-    ("--apply", ("--measure", "--all", "--format"), "prints a configuration and nothing else"),
+    ("--apply", ("--measure", "--format"), "prints a configuration and nothing else"),
     ("--measure", ("--gpus",), "runs on the one device that is here"),
 )
 """(a flag, those that would do nothing beside it, why)"""
@@ -115,10 +121,17 @@ def _check_flags(given: Mapping[str, bool]) -> None:
             raise UsageError(f"{flag} {why}: drop {' and '.join(useless)}")
 
 
-def _candidate(plan: "Plan", number: int) -> "Candidate":
-    if not 1 <= number <= len(plan.candidates):
-        raise UsageError(f"--apply {number} is none of the candidates: give 1 to {len(plan.candidates)}")
-    return plan.candidates[number - 1]
+def _words(settings: Sequence[str]) -> str:
+    """As `fitune train` takes them; where the configuration has decided all, that is said."""
+    return " ".join(settings) or "as configured"
+
+
+def _candidate(plan: "Plan", number: int, *, every: bool) -> "Candidate":
+    """Numbers count from 0, in the table, in the JSON's `chosen` and in Python alike."""
+    if not 0 <= number < len(plan.candidates):
+        more = "" if every else ", or --all with the number of a table that --all has shown"
+        raise UsageError(f"--apply {number} is none of the candidates: give 0 to {len(plan.candidates) - 1}{more}")
+    return plan.candidates[number]
 
 
 def _model_alone(

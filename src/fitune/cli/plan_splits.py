@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator
 
 from fitune.cli.output import console, print_json, table
-from fitune.cli.plan_table import tokens_per_second
+from fitune.cli.plan_table import fits_words, tokens_per_second
 from fitune.config import RunConfig
 from fitune.errors import UsageError
 from fitune.language import say
@@ -18,7 +18,7 @@ def compare_splits(config: RunConfig, splits: str, output_format: str) -> None:
     """Raises UsageError for a list that cannot be read."""
     from fitune.plan.planner import choose_plan
 
-    plans = [choose_plan(_forced(config, *split), thorough=False) for split in read_splits(splits)]
+    plans = [choose_plan(_forced(config, *split), search="fastest") for split in read_splits(splits)]
     if output_format == "json":
         print_json({"plans": [plan_json(plan) for plan in plans]})
         return
@@ -59,9 +59,7 @@ def _row(plan: Plan) -> tuple[str, ...]:
         f"{_words(plan)} = {plan.data['effective_batch']}",
         ", ".join(candidate.techniques),
         format_gib(candidate.predicted_device_bytes, 1),
-        say("yes, {left} left", left=format_gib(left, 1))
-        if candidate.fits
-        else say("no, +{more}", more=format_gib(-left, 1)),
+        fits_words(candidate, left),
         format_count(tokens_per_second(plan, candidate)),
     )
 

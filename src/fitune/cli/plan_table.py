@@ -1,10 +1,9 @@
 """A plan as a person reads it: what there is, what is alive at the peak, the candidates, what others would say."""
 
-import io
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from fitune.cli.output import Screen, table
+from fitune.cli.output import Screen, html_block, table
 from fitune.cli.plan_training import training_lines, training_warnings
 from fitune.language import pad, say
 from fitune.plan.plan import SHOWN, Candidate, Plan, closest, counts_rows
@@ -33,6 +32,9 @@ _MEANINGS = {
 
 def show_plan(plan: Plan, screen: Screen, *, every: bool = False) -> None:
     """every: all candidates, else those that tell the most."""
+    if (verdict := _verdict(plan)) is not None:
+        screen.print(verdict, soft_wrap=True)
+        screen.print()
     for title, line in (*_heading(plan), *training_lines(plan.training)):
         screen.print(f"{pad(title, 9)}{line}", soft_wrap=True)
     shown = closest(plan) if plan.chosen is None else plan.candidates[plan.chosen]
@@ -50,15 +52,36 @@ def show_plan(plan: Plan, screen: Screen, *, every: bool = False) -> None:
         say("result"),
     )
     screen.print(table(columns, [_row(plan, number) for number in numbers]))
+    if not every:
+        screen.print(say("--all predicts every setting, also those that change the result (LoRA, QLoRA, 8-bit)"))
     for line in (*_footnotes(plan, len(list(numbers))), *training_warnings(plan.training)):
         screen.print(line, soft_wrap=True)
 
 
+def _verdict(plan: Plan) -> str | None:
+    """The answer in one sentence; None where nothing fits, which is said as an error."""
+    if plan.chosen is None:
+        return None
+    chosen = plan.candidates[plan.chosen]
+    rate = tokens_per_second(plan, chosen)
+    seconds = plan.data["epoch_tokens"] / rate if rate and plan.data["epoch_tokens"] else None
+    words = {
+        "split": split_words(plan, chosen),
+        "needed": format_gib(chosen.predicted_device_bytes, 1),
+        "limit": format_gib(plan.limit_bytes, 1),
+    }
+    if seconds is None:
+        return say("micro-batch x gradient accumulation {split}: {needed} of {limit} GiB", **words)
+    return say(
+        "micro-batch x gradient accumulation {split}: {needed} of {limit} GiB, {time} an epoch",
+        **words,
+        time=format_seconds(seconds),
+    )
+
+
 def html_plan(plan: Plan) -> str:
     """For a notebook."""
-    page = Screen(file=io.StringIO(), record=True, width=100)
-    show_plan(plan, page)
-    return page.export_html(inline_styles=True, code_format='<pre style="line-height: 1.3">{code}</pre>')
+    return html_block(lambda screen: show_plan(plan, screen))
 
 
 def show_measured(plan: Plan, measured: "PlanMeasured", screen: Screen) -> None:
@@ -186,15 +209,21 @@ def _row(plan: Plan, index: int) -> Sequence[str]:
         if getattr(candidate, name) != getattr(reference, name)
     ]
     return (
-        f"{index + 1:>2}{'*' if index == plan.chosen else ' '} {split_words(plan, candidate)}, {', '.join(changes)}",
+        f"{index:>2}{'*' if index == plan.chosen else ' '} {split_words(plan, candidate)}, {', '.join(changes)}",
         format_gib(candidate.predicted_device_bytes, 1),
-        say("yes, {left} left", left=format_gib(left, 1))
-        if candidate.fits
-        else say("no, +{more}", more=format_gib(-left, 1)),
+        fits_words(candidate, left),
         format_count(rate),
         format_seconds(epoch),
         say(candidate.result),
     )
+
+
+def fits_words(candidate: Candidate, left_bytes: int) -> str:
+    if candidate.fits:
+        return say("yes, {left} left", left=format_gib(left_bytes, 1))
+    if candidate.fits is None:
+        return say("perhaps, at most +{more}", more=format_gib(-left_bytes, 1))
+    return say("no, +{more}", more=format_gib(-left_bytes, 1))
 
 
 def _footnotes(plan: Plan, num_shown: int) -> Iterator[str]:

@@ -5,8 +5,8 @@ import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from fitune.cli.output import console, print_json, print_text, table
-from fitune.errors import DoesNotFitError, UsageError
+from fitune.cli.output import Screen, console, html_block, print_json, print_text, table
+from fitune.errors import DoesNotFitError, FituneError, UsageError
 from fitune.language import say
 from fitune.units import format_bytes, format_gib
 
@@ -21,18 +21,30 @@ def plan_trainer(name: str, *, gpu: str | None, output_format: str) -> None:
     """
     from fitune.integrations.transformers import predict_trainer
 
-    prediction = predict_trainer(find_function(name)(), gpu=gpu)
+    prediction = predict_trainer(_build(name), gpu=gpu)
     if output_format == "json":
         print_json({"prediction": asdict(prediction)})
     elif output_format == "quiet":
         print_text(prediction.peak_reserved_bytes)
     else:
-        _show(prediction, output_format)
+        show_prediction(prediction, console(output_format))
     if prediction.fits is False:
         raise DoesNotFitError(
             f"the Trainer of {name} does not fit: it needs {format_bytes(_whole_bytes(prediction))}; lower "
             "per_device_train_batch_size and raise gradient_accumulation_steps, or set activation_checkpointing=True"
         )
+
+
+def _build(name: str) -> Any:
+    """Raises UsageError with what went wrong in there."""
+    function = find_function(name)
+    try:
+        return function()
+    except FituneError:
+        raise
+    except Exception as error:  # whatever a Trainer refuses, as bf16=True on a machine without a card
+        said = " ".join(str(error).split())
+        raise UsageError(f"--trainer {name} built no Trainer: {type(error).__name__}: {said}") from error
 
 
 def find_function(name: str) -> Any:
@@ -54,8 +66,12 @@ def _whole_bytes(prediction: "Prediction") -> int:
     return prediction.peak_reserved_bytes if prediction.device_bytes is None else prediction.device_bytes
 
 
-def _show(prediction: "Prediction", output_format: str) -> None:
-    screen = console(output_format)
+def html_prediction(prediction: "Prediction") -> str:
+    """For a notebook."""
+    return html_block(lambda screen: show_prediction(prediction, screen))
+
+
+def show_prediction(prediction: "Prediction", screen: Screen) -> None:
     parts = [(name, format_gib(size, 2)) for name, size in prediction.categories.items() if size]
     rows = [
         *parts,

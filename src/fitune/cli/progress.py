@@ -88,7 +88,7 @@ class TrainingProgress:
             parts.append(f"{rate:,.0f} tok/s")
         peak = metrics.peak_reserved_bytes or metrics.device_used_bytes
         if peak is not None:
-            parts.append(format_bytes(peak))
+            parts.append(f"peak {format_bytes(peak)}")
         parts.append(f"left {format_seconds(left)}")
         return " | ".join(parts)
 

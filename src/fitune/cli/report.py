@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
+from fitune.cli.arguments import run_path
 from fitune.cli.compare import Runs
 from fitune.cli.output import Format, make_directory, output_file, print_json, print_text
 from fitune.errors import UsageError
@@ -34,6 +35,7 @@ def report(
     from fitune.report.page import write_page
     from fitune.report.png import write_png
 
+    runs = tuple(map(run_path, runs))
     comparison = compare(runs)
     inside = RunDirectory(runs[0]).report if runs[0].is_dir() else Path("report.html")
     path = asked or (inside if len(runs) == 1 else Path("report.html"))

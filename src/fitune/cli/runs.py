@@ -9,7 +9,7 @@ from cyclopts import Parameter
 from fitune.cli.output import Format, console, print_json, print_text, table, warn
 from fitune.cli.watch_screen import progress_fraction, seconds_left
 from fitune.language.printable import printable_line
-from fitune.run.directory import RunRecord, list_runs
+from fitune.run.directory import BEGIN_ONE, RunRecord, list_runs
 from fitune.run.follow import RunFollower, RunView
 from fitune.run.metrics import Summary, summary_json
 from fitune.units import format_count, format_gib, format_seconds
@@ -39,7 +39,7 @@ def runs(
         for record in records:
             print_text(printable_line(record.run.name))
     elif not records:
-        warn(f"there are no runs in {directory}")
+        warn(f"there are no runs in {directory}: {BEGIN_ONE}")
     else:
         columns = ("run", "state", ">steps", ">train", ">eval", ">peak GiB", ">tok/s", ">time")
         grid = table(columns, [_row(record) for record in records])

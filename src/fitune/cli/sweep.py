@@ -85,7 +85,7 @@ def plan_content(config: RunConfig) -> dict[str, Any]:
     from fitune.plan.planner import choose_plan
 
     try:
-        plan = choose_plan(config, thorough=False)
+        plan = choose_plan(config, search="fastest")
     except Exception as error:  # a model that cannot be recorded can still be trained
         return {"plan": None, "plan_fault": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
     return {"plan": plan_json(plan)} | ({"state": "does not fit"} if plan.chosen is None else {})

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from fitune.cli.arguments import ConfigArguments, ConfigFlags, read_arguments
+from fitune.cli.arguments import RUNS, ConfigArguments, ConfigFlags, read_arguments, run_path
 from fitune.cli.output import SCHEMA, Format, print_json, print_text
 from fitune.cli.progress import RunProgress, open_progress
 from fitune.config import ResolvedConfig, RunConfig, format_config
@@ -41,12 +41,13 @@ from fitune.units import format_bytes, format_count, format_seconds
 if TYPE_CHECKING:
     from fitune.train.prepare import Prepared
     from fitune.train.resume import Replay, Start
+    from fitune.train.self_check import SelfCheck
 
 
 def train(
     *words: ConfigArguments,
     flags: ConfigFlags = ConfigFlags(),  # noqa: B008 (frozen)
-    resume: Annotated[str | None, Parameter(help="go on with this run: its directory, or latest")] = None,
+    resume: Annotated[str | None, Parameter(help="go on with this run: its directory or name, or latest")] = None,
     allow_change: Annotated[tuple[str, ...], Parameter(help="what may differ from the run that goes on")] = (),
     replay: Annotated[Path | None, Parameter(help="do this run's steps once more and compare each one")] = None,
     probe: Annotated[bool, Parameter(help="first try other rates and twice the batch (train.probe)")] = False,
@@ -123,6 +124,7 @@ def run_training(
             run = create_run(config.run.output, name)
     settings = None if replayed is None else _settings(replayed)
     prepared = _prepare(config, progress, plan_check=plan_check, settings=settings, ranks=ranks)
+    resolved = _dated(resolved, prepared)
     from fitune.data.examples import data_json
     from fitune.memory.prediction import peak_json
     from fitune.train.checkpoint import check_disk
@@ -259,6 +261,17 @@ def _probe(
     return tried.config, replace(prepared, setup=tried.setup), start
 
 
+def _dated(resolved: ResolvedConfig, prepared: "Prepared") -> ResolvedConfig:
+    """With the date that the chat template has written into the rows, so that the run goes on with the same tokens."""
+    date = prepared.data.train.report.date
+    if date is None or resolved.config.data.date == date:
+        return resolved
+    data = resolved.config.data.model_copy(update={"date": date})
+    return ResolvedConfig(
+        resolved.config.model_copy(update={"data": data}), {**resolved.origins, "data.date": "the run's start"}
+    )
+
+
 def _check_place(config: RunConfig, *, overwrite: bool) -> None:
     check_place(config.run.output, config.run.name or _prefix(config), overwrite=overwrite)
 
@@ -289,7 +302,7 @@ def _earlier_run(resume: str | None, replay: Path | None, *, output: str | None)
             raise RunDirectoryError(f"there are no runs in {directory}: give the directory of one, or --output")
         run = records[-1].run
     elif resume is not None or replay is not None:
-        run = open_run(Path(resume) if resume is not None else replay or Path())
+        run = open_run(run_path(Path(resume) if resume is not None else replay or Path(), Path(output or RUNS)))
     else:
         return None
     check_files(run, deep=True)
@@ -340,13 +353,20 @@ def _prepare(
         f"{report.supervised_fraction:.1%} supervised · {len(prepared.data.eval):,} rows held out"
     )
     if prepared.self_check is not None:
-        needed = format_bytes(prepared.self_check.predicted.device_bytes)
-        progress.note(f"       {needed} of memory predicted for step 2, where it will be measured")
+        progress.note(f"       {_memory_words(prepared.self_check)}, predicted for step 2, where it will be measured")
     for sentence in (*prepared.setup.notes, *prepared.notes):
         progress.note(f"note   {sentence}")
     for sentence in report.warnings:
         progress.note(f"warn   {sentence}")
     return prepared
+
+
+def _memory_words(check: "SelfCheck") -> str:
+    """Names the two figures that the lines of a run show: all of the memory, and the part of it that its steps tell."""
+    whole, part = format_bytes(check.predicted.device_bytes), format_bytes(check.predicted.peak_reserved_bytes)
+    if check.program_bytes is None:
+        return f"{whole} of memory in all, as nvidia-smi shows it, {part} of it reserved by PyTorch, as steps show it"
+    return f"{whole} of memory in all for the process, {part} of it beside the program, as steps show it"
 
 
 def _report(run: RunDirectory, summary: Summary, progress: RunProgress) -> None:

@@ -12,12 +12,13 @@ from cyclopts import Parameter
 from rich.live import Live
 from rich.text import Text
 
+from fitune.cli.arguments import RUNS, run_path
 from fitune.cli.output import SCHEMA, Format, Screen, print_text, stdout_screen
 from fitune.cli.watch_screen import ASCII, watch_json, watch_screen
 from fitune.errors import RunDirectoryError
 from fitune.language import say
 from fitune.language.printable import json_text, printable_line
-from fitune.run.directory import RunDirectory, list_runs, open_run
+from fitune.run.directory import BEGIN_ONE, RunDirectory, list_runs, open_run
 from fitune.run.follow import RunFollower, RunView
 
 REFRESH_SECONDS = 1.0
@@ -29,7 +30,7 @@ def watch(
     run: Annotated[Path | None, Parameter(help="a run's directory or name; the latest where left out")] = None,
     /,
     *,
-    output: Annotated[Path, Parameter(help="where runs are kept")] = Path("runs"),
+    output: Annotated[Path, Parameter(help="where runs are kept")] = RUNS,
     once: Annotated[bool, Parameter(help="show it once, and leave")] = False,
     as_json: Annotated[bool, Parameter(name="--json", help="the same as --format json: a line a second")] = False,
     output_format: Format = "auto",
@@ -56,17 +57,13 @@ def find_run(run: Path | None, output: Path) -> RunDirectory:
     """`run` as a directory, or as the name of one below `output`. Where it is left out or holds runs: the one that
     runs, else the latest. Raises RunDirectoryError where there is none."""
     if run is not None and not run.exists():
-        if not (output / run).exists():
-            raise RunDirectoryError(
-                f"there is no run {run}, neither as a directory nor as a name in {output}: 'fitune runs' lists them"
-            )
-        return open_run(output / run)
+        return open_run(run_path(run, output))
     place = output if run is None else run
     with suppress(RunDirectoryError):
         return open_run(place)
     records = list_runs(place)
     if not records:
-        raise RunDirectoryError(f"there are no runs in {place}: give the directory of one, or where runs are kept")
+        raise RunDirectoryError(f"there are no runs in {place}: {BEGIN_ONE}")
     running = [record for record in records if record.state == "running"]
     return (running or records)[-1].run
 

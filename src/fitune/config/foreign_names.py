@@ -4,6 +4,8 @@ The names of the tools whose files are read whole are those of their tables (`fo
 the argument lists of Unsloth and torchtune, and from earlier versions, as of 2026.
 """
 
+import re
+
 from fitune.config.foreign_reasons import ANSWERS
 from fitune.config.foreign_tools import TOOLS
 from fitune.config.schema import RunConfig
@@ -54,8 +56,8 @@ def _foreign_keys() -> dict[str, tuple[str, str]]:
     for tool, names in [*tables, *_MORE.items()]:
         for name, key in names.items():
             if name not in RunConfig.model_fields and "." not in name:
-                found.setdefault(name, ([], key))[0].append(tool)
-    return {name: (", ".join(tools), key) for name, (tools, key) in found.items()}
+                found.setdefault(name, ([], key))[0].append(re.sub(r" (v1|2)$", "", tool))
+    return {name: (", ".join(dict.fromkeys(tools)), key) for name, (tools, key) in found.items()}
 
 
 FOREIGN_KEYS = _foreign_keys()

@@ -76,7 +76,9 @@ def read_foreign(path: Path, *, tool: str | None = None) -> ForeignArguments:
     try:
         text = decode(path.read_bytes())
     except UnicodeDecodeError as error:
-        raise ConfigError([f"{path} is not UTF-8 text at byte {error.start}: save it in the encoding UTF-8"]) from error
+        raise ConfigError(
+            [f"{path} is not a text file: byte {error.start} is not UTF-8; save it in that encoding"]
+        ) from error
     except OSError as error:
         raise ConfigError([f"{path} cannot be read: {error.strerror}"]) from error
     if path.suffix not in _SUFFIXES and re.search(

@@ -7,6 +7,7 @@ what cannot go together last.
 
 import codecs
 import difflib
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -38,7 +39,7 @@ _MAIN_KEYS = {
     "memory": "budget",
     "run": "name",
 }
-_MAIN_KEYS |= {"train": "epochs", "eval": "max_rows", "lora": "rank", "shape": "preset"}
+_MAIN_KEYS |= {"train": "epochs", "eval": "max_rows", "lora": "rank", "shape": "preset", "columns": "prompt"}
 _FLAGS = {"model.source": "--model", "data.train": "--data"}
 
 
@@ -139,9 +140,13 @@ def _read_text(path: Path) -> str:
             raise ConfigError([sentence])
         return decode(path.read_bytes())
     except UnicodeDecodeError as error:
-        raise ConfigError([f"{path} is not UTF-8 text at byte {error.start}: save it in the encoding UTF-8"]) from error
+        raise ConfigError(
+            [f"{path} is not a text file: byte {error.start} is not UTF-8; save it in that encoding"]
+        ) from error
     except FileNotFoundError as error:
-        raise ConfigError([f"{path} does not exist: give the path of a YAML file"]) from error
+        twin = path.with_suffix({".yml": ".yaml", ".yaml": ".yml"}.get(path.suffix, ".yaml"))
+        answer = f"did you mean {twin}?" if twin.is_file() else "give the path of a YAML file"
+        raise ConfigError([f"{path} does not exist: {answer}"]) from error
     except OSError as error:
         raise ConfigError([f"{path} cannot be read: {error.strerror}"]) from error
 
@@ -156,8 +161,18 @@ def _apply_override(draft: _Draft, override: str) -> None:
         sentence = f"'{key}' is given twice: keep one"
     elif (schema := _schema_at(path)) is None:
         sentence = f"unknown key '{key}'{_suggestion(str(path[-1]))}"
-    elif isinstance(schema, type):
+    elif isinstance(schema, type) and not text.strip().startswith("{"):
         sentence = _section_sentence(path)
+    elif isinstance(schema, type):
+        try:
+            section = parse_yaml(text.strip(), COMMAND_LINE).tree
+        except ConfigError as error:
+            sentence = f"'{key}' cannot be set: {error}"
+        else:
+            assert isinstance(section, dict)
+            for name, value in section.items():
+                _apply_override(draft, f"{key}.{name}={json.dumps(value)}")
+            return
     else:
         try:
             _set(draft, path, text.strip())

@@ -7,6 +7,7 @@ in the schema, so no key is silently without effect; a key without effect beside
 Paths are relative to the current directory, not to the file that they stand in; a leading ~ is the home directory.
 """
 
+import datetime
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,6 +36,14 @@ def _budget(value: object) -> object:
     return value
 
 
+def _date(value: object) -> object:
+    """YAML reads 2026-01-31 as a date."""
+    try:
+        return datetime.date.fromisoformat(str(value)).isoformat()
+    except ValueError:
+        raise ValueError(f"'{value}' is no date: write it like 2026-01-31") from None
+
+
 def _duration(value: str) -> str:
     if parse_seconds(value) == 0:
         raise ValueError("a run of 0 seconds does nothing")
@@ -48,6 +57,8 @@ Positive = Annotated[int, Field(strict=True, gt=0), BeforeValidator(_whole_numbe
 PositiveFloat = Annotated[Float, Field(gt=0)]
 Fraction = Annotated[Float, Field(ge=0, le=1)]
 BelowOne = Annotated[Float, Field(ge=0, lt=1)]
+ColumnName = Annotated[str, Field(min_length=1)]
+Date = Annotated[str, BeforeValidator(_date)]
 PathText = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
 
 Method = Literal["full", "lora", "qlora"]
@@ -118,6 +129,26 @@ Source = Annotated[DataSource, BeforeValidator(_source_from_path, json_schema_in
 Sources = Annotated[tuple[Source, ...], Field(min_length=1)]
 
 
+class ColumnsConfig(Section):
+    """What the rows call the columns of a format, where they do not call them so."""
+
+    messages: ColumnName | None = Field(None, description="the list of a conversation's messages")
+    role: ColumnName | None = Field(None, description="in a message, who says it")
+    content: ColumnName | None = Field(None, description="in a message, its text")
+    prompt: ColumnName | None = Field(None, description="the question, or the messages before the answer")
+    completion: ColumnName | None = Field(None, description="the answer to learn")
+    input: ColumnName | None = Field(None, description="what the question is about, written below it")
+    system: ColumnName | None = None
+    history: ColumnName | None = Field(None, description="pairs of questions and answers before the prompt")
+    tools: ColumnName | None = None
+    text: ColumnName | None = Field(None, description="plain text, every token of which is learned")
+
+    @property
+    def named(self) -> dict[str, str]:
+        """Our names, where the rows have others, with theirs."""
+        return {ours: theirs for ours, theirs in self if theirs is not None}
+
+
 class DataConfig(Section):
     train: PathText | Sources = Field(description="training data: a path or hub id, or a list of them")
     eval: PathText | Sources | None = Field(None, description="held-out data; else eval_fraction of train")
@@ -126,7 +157,19 @@ class DataConfig(Section):
         2048, description="tokens of a row; longer ones are cut or dropped"
     )
     template: PathText | None = Field(None, description="a Jinja chat template file; the tokenizer's when left out")
-    mask: Literal["assistant", "all"] = "assistant"
+    mask: Literal["assistant", "last", "all"] = Field(
+        "assistant", description="what is learned: the assistant's turns, the last of them alone, or every token"
+    )
+    system: Literal["keep", "merge"] = Field(
+        "keep", description="merge: a system message becomes the front of the user's first one"
+    )
+    columns: ColumnsConfig = ColumnsConfig()
+    ignore_keys: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
+        (), description="keys of the rows to leave out of account, even those that would refuse a row"
+    )
+    date: Date | None = Field(
+        None, description="what a chat template writes as today's date, like 2026-01-31; that of the run's start"
+    )
     too_long: Literal["truncate", "drop"] = "truncate"
     max_rows: Positive | None = None
     packing: Bool = Field(True, description="join rows instead of padding them")

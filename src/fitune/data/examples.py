@@ -5,6 +5,7 @@ the hash of each row's content alone: the same rows in every run, on every machi
 row on the same side.
 """
 
+import datetime
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -17,13 +18,14 @@ import numpy as np
 import numpy.typing as npt
 
 from fitune.config import DataConfig, DataSource
-from fitune.data.files import RawRow, fingerprint, read_rows
+from fitune.data.files import RawRow, Split, fingerprint, other_splits, read_rows
 from fitune.data.formats import Conversation, Format, RowError, normalise
 from fitune.data.report import (
     BadRow,
     DataReport,
     SourceReport,
     SplitReport,
+    grouped,
     length_histogram,
     length_quantiles,
     padding_report,
@@ -31,10 +33,11 @@ from fitune.data.report import (
 from fitune.data.rows import Row
 from fitune.data.table import Table, TableRow, TableWriter, cached_table
 from fitune.data.tokenise import Encoded, Encoder, encode, read_encoder
+from fitune.data.turns import NOT_SHOWN
 from fitune.errors import DataError
 from fitune.units import MIB
 
-_DATA_VERSION = 1  # counted up whenever the same files would be tokenised or masked in another way
+_DATA_VERSION = 2  # counted up whenever the same files would be tokenised or masked in another way
 _NUM_LISTED = 10
 _CHUNK_ROWS = 1024
 _CHUNK_CHARS = 4 * MIB
@@ -96,14 +99,20 @@ def load_examples(
     on_progress: called with the number of rows tokenised so far, while they are.
     Raises DataError for what cannot be read or trained on; the first bad rows are in its message.
     """
-    encoder = read_encoder(tokenizer, template=data.template, mask=data.mask)
+    encoder = read_encoder(
+        tokenizer,
+        template=data.template,
+        mask=data.mask,
+        merges_system=data.system == "merge",
+        date=None if data.date is None else datetime.date.fromisoformat(data.date),
+    )
     train_table = _table(data.train_sources, data.max_rows, data, encoder, on_progress)
     if data.eval_sources is None:
         eval_table = train_table
         is_eval = _held_out(train_table, data.eval_fraction, eval_max_rows)
         train_rows, eval_rows = np.flatnonzero(~is_eval), np.flatnonzero(is_eval)
     else:
-        eval_table = _table(data.eval_sources, None, data, encoder, on_progress)
+        eval_table = _table(data.eval_sources, None, data, encoder, on_progress, split="eval")
         train_rows = np.arange(len(train_table.lengths))
         eval_rows = np.flatnonzero(_smallest(eval_table, eval_max_rows))
     report = _data_report(data, (train_table, train_rows), (eval_table, eval_rows))
@@ -151,15 +160,22 @@ def _table(
     data: DataConfig,
     encoder: Encoder,
     on_progress: Callable[[int], None] | None,
+    *,
+    split: Split = "train",
 ) -> Table:
-    prints = [fingerprint(source) for source in sources]
+    prints = [fingerprint(source, split=split) for source in sources]
     key = {
         "version": _DATA_VERSION,
         "sources": prints,
         "tokenizer": _tokenizer_hash(encoder.tokenizer),
-        "template": encoder.template,
-        "template_name": encoder.template_name,
+        "templates": [
+            None if finder is None else (finder.template.name, finder.template.text)
+            for finder in (encoder.finder, encoder.tool_finder)
+        ],
         "mask": data.mask,
+        "system": data.system,
+        "columns": data.columns.named,
+        "ignore_keys": data.ignore_keys,
         "max_length": data.max_length,
         "too_long": data.too_long,
         "max_rows": max_rows,
@@ -167,8 +183,9 @@ def _table(
     }
 
     def write(writer: TableWriter) -> dict[str, Any]:
-        facts = _tokenise(writer, sources, max_rows, data, encoder, on_progress)
-        if [fingerprint(source) for source in sources] != prints:
+        rows = ((i, raw) for i, source in enumerate(sources) for raw in read_rows(source, split=split))
+        facts = _tokenise(writer, sources, islice(rows, max_rows), data, encoder, on_progress)
+        if [fingerprint(source, split=split) for source in sources] != prints:
             raise DataError(f"{sources[0].path} changed while it was read: start again when it is complete")
         return facts
 
@@ -186,6 +203,7 @@ class _Tally:
     bad_rows: list[BadRow]
     dropped_rows: list[BadRow]
     noticed: Counter[str]
+    ends: set[str]
 
     def bad(self, source: int, row: BadRow) -> None:
         self.num_bad_rows[source] += 1
@@ -198,7 +216,7 @@ class _Tally:
         num_rows, num_bad = self.num_rows.total(), self.num_bad_rows.total()
         if num_bad <= self.max_bad_fraction * num_rows:
             return
-        listed = "\n".join(f"  {_line(row)}" for row in self.bad_rows)
+        listed = "\n".join(f"  {sentence}" for sentence in grouped(self.bad_rows))
         raise DataError(
             f"{num_bad:,} of {num_rows:,} rows cannot be used, more than "
             f"data.max_bad_fraction={self.max_bad_fraction:g} allows: mend them or raise it. The first ones:\n{listed}"
@@ -208,14 +226,14 @@ class _Tally:
 def _tokenise(
     writer: TableWriter,
     sources: tuple[DataSource, ...],
-    max_rows: int | None,
+    raw_rows: Iterator[tuple[int, RawRow]],
     data: DataConfig,
     encoder: Encoder,
     on_progress: Callable[[int], None] | None,
 ) -> dict[str, Any]:
-    tally = _Tally(data.max_bad_fraction, Counter(), Counter(), {}, [], [], Counter())
+    tally = _Tally(data.max_bad_fraction, Counter(), Counter(), {}, [], [], Counter(), set())
     num_kept = 0
-    for chunk in _chunks(_conversations(sources, max_rows, data, tally)):
+    for chunk in _chunks(_conversations(raw_rows, data, tally)):
         rows = []
         for (source, place, conversation), encoded in zip(
             chunk, encode(encoder, [row for *_, row in chunk]), strict=True
@@ -228,17 +246,18 @@ def _tokenise(
                 tally.dropped_rows.append(BadRow(place.path, place.line, reason))
             num_kept += reason is None
             rows.append(row)
-            _notice(tally.noticed, conversation, encoder, marker_in_text=encoded.marker_in_text)
+            tally.noticed.update(_notices(conversation, encoder, data) | encoded.notices)
+            tally.ends |= encoded.ends
         if rows:
             writer.append(rows)
         if on_progress:
             on_progress(tally.num_rows.total())
     tally.check()
     if not num_kept:
-        first = f"; the first one, {_line(tally.dropped_rows[0])}" if tally.dropped_rows else ""
+        first = f"; the first one, {grouped(tally.dropped_rows[:1])[0]}" if tally.dropped_rows else ""
         raise DataError(
             f"{sources[0].path}: training on it would learn from nothing, since none of its {tally.num_rows.total():,} "
-            f"rows has a supervised token (mask by {encoder.mask}){first}. Try a larger data.max_length, another "
+            f"rows has a supervised token (mask by {encoder.kind}){first}. Try a larger data.max_length, another "
             "data.template, or data.mask=all"
         )
     return {
@@ -249,8 +268,10 @@ def _tokenise(
         "bad_rows": [asdict(row) for row in tally.bad_rows],
         "dropped_rows": [asdict(row) for row in tally.dropped_rows],
         "noticed": dict(tally.noticed),
-        "template": encoder.template_name,
-        "mask": encoder.mask,
+        "template": "none" if encoder.template is None else encoder.template.name,
+        "date": None if encoder.template is None or encoder.template.date is None else str(encoder.template.date),
+        "mask": encoder.kind,
+        "ends": sorted(tally.ends),
     }
 
 
@@ -273,20 +294,20 @@ def _cut(encoded: Encoded, digest: int, source: int, data: DataConfig) -> tuple[
 
 
 def _conversations(
-    sources: tuple[DataSource, ...], max_rows: int | None, data: DataConfig, tally: _Tally
+    rows: Iterator[tuple[int, RawRow]], data: DataConfig, tally: _Tally
 ) -> Iterator[tuple[int, RawRow, Conversation]]:
     """The usable rows of all sources with the number of their source; bad ones go to the tally.
 
     Raises DataError when one file holds rows of two formats.
     """
+    columns = data.columns.named
     formats: dict[str, tuple[Format, int]] = {}  # of each file, with the line that showed it
-    rows = ((i, raw) for i, source in enumerate(sources) for raw in read_rows(source))
-    for source, raw in islice(rows, max_rows):
+    for source, raw in rows:
         tally.num_rows[source] += 1
         try:
             if raw.fault is not None:
                 raise RowError(raw.fault)
-            found, conversation = normalise(raw.value)
+            found, conversation = normalise(raw.value, columns=columns, ignored=data.ignore_keys)
             expected, line = formats.setdefault(raw.path, (found, raw.line))
             if found != expected:
                 raise DataError(
@@ -295,7 +316,7 @@ def _conversations(
                 )
             if found not in (known := tally.formats.setdefault(source, [])):
                 known.append(found)
-            if data.mask == "assistant" and not conversation.assistant_weights and conversation.text is None:
+            if data.mask != "all" and not conversation.assistant_weights and conversation.text is None:
                 raise RowError("it has no assistant message, so nothing to learn from")
         except RowError as error:
             tally.bad(source, BadRow(raw.path, raw.line, str(error)))
@@ -317,26 +338,34 @@ def _chunks(rows: Iterator[tuple[int, RawRow, Conversation]]) -> Iterator[list[t
         yield chunk
 
 
-def _notice(noticed: Counter[str], conversation: Conversation, encoder: Encoder, *, marker_in_text: bool) -> None:
-    """Counts what a row holds that has no effect, or an unexpected one; each kind becomes a warning."""
-    if encoder.template is not None:
-        for key in ("reasoning_content", "tool_calls"):
-            if key not in encoder.template and any(key in message for message in conversation.messages):
-                noticed[f"hold {key}, which the chat template does not show to the model"] += 1
-        if conversation.tools and "tools" not in encoder.template:
-            noticed["hold tools, which the chat template does not show to the model"] += 1
-    if marker_in_text:
-        noticed["hold the opening of an assistant turn inside a message's text: what follows it is supervised too"] += 1
+def _notices(conversation: Conversation, encoder: Encoder, data: DataConfig) -> frozenset[str]:
+    """What a row holds that has no effect, or an unexpected one; each kind becomes a warning with its count."""
+    noticed = {f"hold the key '{key}', which is ignored" for key in conversation.ignored}
+    if conversation.text is None:
+        template = encoder.finder_of(conversation).template.text
+        keys = {key for message in conversation.messages for key in message}
+        if "reasoning_content" in keys and not any(key in template for key in ("reasoning_content", "thinking")):
+            noticed.add(NOT_SHOWN.format(what="reasoning_content"))
+        if "tool_calls" in keys and "tool_calls" not in template:
+            noticed.add(NOT_SHOWN.format(what="tool_calls"))
+        if conversation.tools and "tools" not in template:
+            noticed.add(NOT_SHOWN.format(what="tools"))
+        for key in keys - _KNOWN_IN_A_MESSAGE:
+            if key not in template:
+                noticed.add(f"hold the key '{key}' in a message, which is ignored")
+        for key in conversation.template_arguments or ():
+            if key not in template:
+                noticed.add(NOT_SHOWN.format(what=f"the template argument '{key}'"))
     pairs = zip(conversation.messages, conversation.weights, strict=True)
-    if encoder.mask == "all":
+    if data.mask == "all":
         if any(weight is not None for weight in conversation.weights):
-            noticed["hold loss weights, which data.mask=all leaves out"] += 1
+            noticed.add("hold loss weights, which data.mask=all leaves out")
     elif any(weight and message["role"] != "assistant" for message, weight in pairs):
-        noticed["weigh messages that are not the assistant's, which data.mask=assistant never supervises"] += 1
+        noticed.add(f"weigh messages that are not the assistant's, which data.mask={data.mask} never supervises")
+    return frozenset(noticed)
 
 
-def _line(row: BadRow) -> str:
-    return f"{row.path}, line {row.line}: {row.reason}"
+_KNOWN_IN_A_MESSAGE = {"role", "content", "reasoning_content", "tool_calls", "tool_call_id", "name", "id"}
 
 
 def _tokenizer_hash(tokenizer: Any) -> str:
@@ -363,6 +392,8 @@ def _data_report(
         sources=sources,
         template=facts[0]["template"],
         mask=facts[0]["mask"],
+        date=facts[0]["date"],
+        ends=tuple(sorted({end for f in facts for end in f["ends"]})),
         max_length=data.max_length,
         num_rows=sum(source.num_rows for source in sources),
         num_bad_rows=sum(source.num_bad_rows for source in sources),
@@ -373,6 +404,7 @@ def _data_report(
         warnings=(
             *(f"{count:,} rows {notice}" for notice, count in sorted(noticed.items())),
             *_split_warnings(data, train, eval),
+            *_other_split_warnings(data),
             *(
                 f"{source.path} gives no row: data.max_rows is reached before it"
                 for source in sources
@@ -395,6 +427,19 @@ def _split_report(table: Table, rows: npt.NDArray[np.int64], max_length: int) ->
         num_duplicate_rows=int(kept.sum()) - len(np.unique(table.digests[rows][kept])),
         padding=padding_report(lengths[kept], max_length),
     )
+
+
+def _other_split_warnings(data: DataConfig) -> Iterator[str]:
+    """What lies in a source's directory and is not used for what the source is for."""
+    for source in data.train_sources:
+        for name, count in other_splits(source.path).items():
+            what = f"{count:,} files of the split {name}" if name else f"{count:,} files whose names tell no split"
+            hint = f": data.eval={source.path} evaluates with them" if name and data.eval is None else ""
+            yield f"{source.path} holds {what}, not used for training{hint}"
+    for source in data.eval_sources or ():
+        for name, count in other_splits(source.path, split="eval").items():
+            if name in ("validation", "test"):
+                yield f"{source.path} holds {count:,} files of the split {name}, not used for evaluation"
 
 
 def _split_warnings(

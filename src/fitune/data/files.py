@@ -1,32 +1,47 @@
 """A source of the configuration -> its rows, one at a time, each with the place that it came from.
 
-json (an array), jsonl, parquet and csv files, directories of those, and hub ids through `datasets`. Nothing is held but
-the row at hand, so a file may be larger than memory. A row that cannot be parsed is yielded with its fault; what makes
-the whole file unreadable (missing, empty, binary, a broken array) is a DataError.
+json (an array, or objects over several lines), jsonl, parquet, csv and arrow files, text also compressed (gz, zst),
+directories of those, and hub ids through `datasets`. Nothing is held but the row at hand, so a file may be larger than
+memory; only an object that holds the rows in it ({"data": [...]}, or a list for each column) is held whole. A row that
+cannot be parsed is yielded with its fault; what makes the whole file unreadable (missing, empty, binary, a broken
+array) is a DataError.
+
+The files of a directory are sorted into splits by their names as `datasets` does: those of training are read, and where
+a source is to be evaluated with those of validation, else of test.
 """
 
 import csv
+import io
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 
 from fitune.config import DataSource
+from fitune.data.formats import detect_format
 from fitune.data.order import shuffled
 from fitune.errors import DataError
 from fitune.hub import hub_is_known
 from fitune.units import MIB
 
-SUFFIXES = (".json", ".jsonl", ".parquet", ".csv")
-_NOT_DATA = {"dataset_info.json", "dataset_infos.json", "state.json"}
+SUFFIXES = (".json", ".jsonl", ".parquet", ".csv", ".arrow")
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
+Split = Literal["train", "eval"]
+_NOT_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
+_SPLIT_NAMES = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+_WRAPPERS = ("data", "rows", "train", "examples", "instances", "items", "records", "samples", "dataset", "entries")
 _MAX_ELEMENT_CHARS = 64 * MIB
 _CHUNK = MIB
 _SMALL_FILE_BYTES = 64 * MIB
@@ -45,15 +60,15 @@ class RawRow:
     fault: str | None = None
 
 
-def read_rows(source: DataSource) -> Iterator[RawRow]:
+def read_rows(source: DataSource, *, split: Split = "train") -> Iterator[RawRow]:
     """The rows of a source in their order: of '#n' a sample of n that is the same in every run, then at most max_rows.
 
-    Raises DataError for what cannot be read at all.
+    split: what a source is for that has several splits. Raises DataError for what cannot be read at all.
     """
     path, num_sampled = split_sample(source.path)
-    rows = _read_all(path)
+    rows = _read_all(path, split)
     if num_sampled is not None:
-        num_rows = sum(1 for _ in _read_all(path))
+        num_rows = sum(1 for _ in _read_all(path, split))
         chosen = np.zeros(num_rows, bool)
         chosen[shuffled(num_rows, num_rows)[:num_sampled]] = True
         rows = (row for row, keep in zip(rows, chosen, strict=False) if keep)
@@ -70,7 +85,7 @@ def split_sample(path: str) -> tuple[str, int | None]:
     return match[1], int(match[2])
 
 
-def fingerprint(source: DataSource) -> list[Any]:
+def fingerprint(source: DataSource, *, split: Split = "train") -> list[Any]:
     """What tells whether a source still holds the same rows; goes into the key of the cache.
 
     A file of up to 64 MiB is hashed whole. Hashing 9 GB would take longer than a start should, so a larger file counts
@@ -79,39 +94,78 @@ def fingerprint(source: DataSource) -> list[Any]:
     """
     path, _ = split_sample(source.path)
     if _is_hub_id(path):
-        return [source.path, source.max_rows, _load_hub(path)._fingerprint]
-    return [source.path, source.max_rows, *((str(file), _file_hash(file)) for file in find_files(path))]
+        return [source.path, source.max_rows, _load_hub(path, split)._fingerprint]
+    return [source.path, source.max_rows, *((str(file), _file_hash(file)) for file in find_files(path, split=split))]
 
 
-def find_files(path: str) -> tuple[Path, ...]:
-    """The data files of a path, sorted: the file itself, or those anywhere below a directory. Raises DataError."""
+def find_files(path: str, *, split: Split = "train") -> tuple[Path, ...]:
+    """The data files of a path, sorted: the file itself, or those of `split` anywhere below a directory. Raises
+    DataError."""
     root = Path(path).expanduser()
     if root.is_dir():
-        files = tuple(
-            sorted(
-                file
-                for file in root.rglob("*")
-                if file.suffix in SUFFIXES
-                and file.name not in _NOT_DATA
-                and file.is_file()
-                and not any(part.startswith(".") for part in file.relative_to(root).parts)
+        by_split = _split_files(root)
+        if not by_split:
+            raise DataError(f"the directory {path} holds no data: no file that ends in {_endings()}")
+        wanted = ("train", "") if split == "train" else ("validation", "test", "", "train")
+        name = next((name for name in wanted if name in by_split), None)
+        if name is None:
+            raise DataError(
+                f"the directory {path} holds no training data, only files of the split {' and '.join(by_split)}: name "
+                f"the file to train on, such as {next(iter(by_split.values()))[0]}"
             )
-        )
-        if not files:
-            raise DataError(f"the directory {path} holds no data: no file that ends in {', '.join(SUFFIXES)}")
-        return files
+        return by_split[name]
     if not root.exists():
         raise DataError(f"no data at {path}: there is no such file or directory")
-    if root.suffix not in SUFFIXES:
-        raise DataError(f"{path} has an unknown ending '{root.suffix}': data is read from {', '.join(SUFFIXES)} files")
+    if _suffix(root) not in SUFFIXES:
+        raise DataError(f"{path} has an unknown ending '{root.suffix}': data is read from {_endings()} files")
     return (root,)
 
 
-def _read_all(path: str) -> Iterator[RawRow]:
+def other_splits(path: str, *, split: Split = "train") -> dict[str, int]:
+    """The splits of a directory that are not read for `split`, with their numbers of files; '' are files of none."""
+    root = Path(split_sample(path)[0]).expanduser()
+    if not root.is_dir():
+        return {}
+    read = set(find_files(str(root), split=split))
+    return {name: len(files) for name, files in _split_files(root).items() if not read & set(files)}
+
+
+def _split_files(root: Path) -> dict[str, tuple[Path, ...]]:
+    """The data files anywhere below a directory, sorted, by the split that their names tell."""
+    by_split: dict[str, list[Path]] = {}
+    for file in sorted(root.rglob("*")):
+        relative = file.relative_to(root)
+        is_cache = file.name.startswith("cache-") and file.suffix == ".arrow"  # of datasets' map and filter
+        hidden = any(part.startswith(".") for part in relative.parts)
+        if _suffix(file) in SUFFIXES and file.name not in _NOT_DATA and file.is_file() and not hidden and not is_cache:
+            by_split.setdefault(_split_of(relative), []).append(file)
+    return {name: tuple(files) for name, files in by_split.items()}
+
+
+def _split_of(relative: Path) -> str:
+    """'data/train-00000-of-00001.parquet' -> 'train'. The file's own name counts before its directories'."""
+    for part in (relative.name.split(".")[0], *reversed(relative.parent.parts)):
+        words = re.split(r"[^a-z0-9]+", part.lower())
+        for name, keywords in _SPLIT_NAMES.items():
+            if any(word in keywords for word in words):
+                return name
+    return ""
+
+
+def _suffix(path: Path) -> str:
+    """The ending that tells the format, without that of a compression."""
+    return Path(path.stem).suffix if path.suffix in COMPRESSIONS else path.suffix
+
+
+def _endings() -> str:
+    return f"{', '.join(SUFFIXES)} (text also with {', '.join(COMPRESSIONS)})"
+
+
+def _read_all(path: str, split: Split) -> Iterator[RawRow]:
     if _is_hub_id(path):
-        yield from (RawRow(path, line, row) for line, row in enumerate(_load_hub(path), 1))
+        yield from (RawRow(path, line, row) for line, row in enumerate(_load_hub(path, split), 1))
         return
-    for file in find_files(path):
+    for file in find_files(path, split=split):
         num_rows = 0
         for num_rows, row in enumerate(_read_file(file), 1):  # noqa: B007
             yield row
@@ -119,26 +173,103 @@ def _read_all(path: str) -> Iterator[RawRow]:
             raise DataError(f"{file} is empty: it holds no row")
 
 
+def _open(path: Path) -> IO[bytes]:
+    """The bytes of a file, unpacked where it is compressed."""
+    if path.suffix not in COMPRESSIONS:
+        return path.open("rb")
+    return io.BufferedReader(pyarrow.input_stream(str(path), compression=COMPRESSIONS[path.suffix]))
+
+
+def _open_text(path: Path) -> IO[str]:
+    return io.TextIOWrapper(_open(path), encoding="utf-8-sig", errors="surrogateescape", newline="")
+
+
 def _read_file(path: Path) -> Iterator[RawRow]:
+    suffix = _suffix(path)
+    if suffix in (".parquet", ".arrow"):
+        return _read_parquet(path) if suffix == ".parquet" else _read_arrow(path)
     try:
-        with path.open("rb") as file:
+        with _open(path) as file:
             head = file.read(8192)
-            if path.suffix == ".parquet":
-                return _read_parquet(path)
+            if head[:2] in (b"\xff\xfe", b"\xfe\xff"):
+                raise DataError(f"{path} is in UTF-16: write it in UTF-8, as 'iconv -f UTF-16 -t UTF-8' does")
             if b"\0" in head:
                 raise DataError(f"{path} is no text file (it holds zero bytes): give UTF-8 text or a .parquet file")
             while not head.strip(b"\xef\xbb\xbf \t\r\n") and (more := file.read(8192)):
                 head = more
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from error
-    if path.suffix == ".csv":
-        return _read_csv(path)
-    return _read_array(path) if head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[") else _read_lines(path)
+        raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
+    return _read_text(path, suffix, head.lstrip(b"\xef\xbb\xbf \t\r\n"))
+
+
+def _read_text(path: Path, suffix: str, head: bytes) -> Iterator[RawRow]:
+    """Any failure to unpack a compressed file is said as what it is."""
+    try:
+        if suffix == ".csv":
+            yield from _read_csv(path)
+        elif head.startswith(b"["):
+            yield from _read_array(path)
+        elif head.startswith(b"{") and (value := _first_object(path)) is not None:
+            yield from _read_objects(path, value)
+        else:
+            yield from _read_lines(path)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def _first_object(path: Path) -> dict[str, Any] | None:
+    """The first object of a file, where it stands over several lines, or holds the rows in it; None for JSON lines."""
+    with _open(path) as file:
+        lines = (line for line in file if line.strip(b"\xef\xbb\xbf \t\r\n"))
+        line, is_only = next(lines, b""), next(lines, None) is None
+    try:
+        text = line.decode("utf-8-sig").strip()
+        value = json.loads(text)
+        return value if is_only and isinstance(value, dict) and _rows_in(value) is not None else None
+    except json.JSONDecodeError as error:
+        if error.pos < len(text):  # broken in the line: it does not go on in the next
+            return None
+    except (UnicodeDecodeError, RecursionError, ValueError):
+        return None
+    try:
+        return next((row.value for row in _read_values(path) if isinstance(row.value, dict)), None)
+    except DataError:
+        return None  # one line is broken, and the others may be whole
+
+
+def _read_objects(path: Path, first: Mapping[str, Any]) -> Iterator[RawRow]:
+    """Objects one after another, or the rows that the only one holds."""
+    rows = _rows_in(first)
+    if rows is None or sum(1 for _ in islice(_read_values(path), 2)) > 1:
+        yield from _read_values(path)
+    else:
+        yield from (RawRow(str(path), number, row) for number, row in enumerate(rows, 1))
+
+
+def _rows_in(value: Mapping[str, Any]) -> list[Any] | None:
+    """The rows of an object that is not one itself: {"data": [...]}, or a list or a mapping of numbers a column."""
+    columns = list(value.values())
+    rows: list[Any] = []
+    if columns and all(isinstance(column, list) and len(column) == len(columns[0]) for column in columns):
+        rows = [dict(zip(value, row, strict=True)) for row in zip(*columns, strict=True)]
+        rows = [] if any(isinstance(cell, dict) for row in rows[:1] for cell in row.values()) else rows
+    elif columns and all(isinstance(column, dict) and column.keys() == columns[0].keys() for column in columns):
+        keys = list(columns[0]) if all(str(key).isdecimal() for key in columns[0]) else []
+        rows = [{name: value[name][key] for name in value} for key in keys]
+    if rows and detect_format(rows[0]) is not None:
+        return rows
+    if detect_format(value) is not None:
+        return None
+    lists = {key: item for key, item in value.items() if isinstance(item, list) and item and isinstance(item[0], dict)}
+    for key, items in lists.items():
+        if detect_format(items[0]) is not None or (key in _WRAPPERS and len(lists) == 1):
+            return items
+    return None
 
 
 def _read_lines(path: Path) -> Iterator[RawRow]:
     name = str(path)
-    with path.open("rb") as file:
+    with _open(path) as file:
         for number, line in enumerate(file, 1):
             if number == 1:
                 line = line.removeprefix(b"\xef\xbb\xbf")
@@ -148,11 +279,40 @@ def _read_lines(path: Path) -> Iterator[RawRow]:
             try:
                 yield RawRow(name, number, json.loads(line.decode()))
             except UnicodeDecodeError as error:
-                yield RawRow(name, number, None, f"not UTF-8 at byte {error.start + 1}")
+                yield RawRow(name, number, None, f"not UTF-8 at byte {error.start + 1}{_encoding_of(line)}")
             except json.JSONDecodeError as error:
                 yield RawRow(name, number, None, f"broken JSON at column {error.colno}: {error.msg}")
             except RecursionError:
                 yield RawRow(name, number, None, "broken JSON: nested too deeply")
+
+
+def _undecoded(value: Mapping[str, Any]) -> str | None:
+    """Why the cells of a row are no text, None where they are."""
+    for cell in value.values():
+        if isinstance(cell, str) and not cell.isascii():
+            try:
+                cell.encode()
+            except UnicodeEncodeError:
+                return f"not UTF-8{_encoding_of(cell.encode(errors='surrogateescape'))}"
+    return None
+
+
+def _encoding_of(line: bytes) -> str:
+    """What a line that is not UTF-8 may be in, and how to write it in UTF-8."""
+    try:
+        line.decode("gb18030")
+    except UnicodeDecodeError:
+        return ""
+    return ": it may be in GBK, which 'iconv -f GB18030 -t UTF-8' writes in UTF-8"
+
+
+class _BrokenError(Exception):
+    def __init__(self, reason: str, line: int) -> None:
+        super().__init__(reason)
+        self.reason, self.line = reason, line
+
+
+_DECODER = json.JSONDecoder()
 
 
 class _Window:
@@ -175,6 +335,22 @@ class _Window:
         self.text, self.position = left + more, 0
         return bool(more)
 
+    def value(self) -> tuple[Any, int]:
+        """The JSON value at the position, which is not advanced, and where it ends. Raises _BrokenError."""
+        while True:
+            try:
+                value, end = _DECODER.raw_decode(self.text, self.position)
+                is_whole = isinstance(value, (dict, list, str)) or self.text[end : end + 1] in _AFTER_NUMBER
+                if is_whole or not self.grow():
+                    return value, end
+            except json.JSONDecodeError as error:
+                line = self.line + self.text.count("\n", self.position, error.pos)
+                reason = error.msg
+                if len(self.text) - self.position > _MAX_ELEMENT_CHARS or not self.grow():
+                    raise _BrokenError(reason, line) from None
+            except RecursionError:
+                raise _BrokenError("nested too deeply", self.line) from None
+
     def peek(self) -> str:
         """The next character that is no white space, '' at the end of the file."""
         while True:
@@ -185,8 +361,8 @@ class _Window:
 
 
 def _read_array(path: Path) -> Iterator[RawRow]:
-    name, decoder = str(path), json.JSONDecoder()
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+    name = str(path)
+    with _open_text(path) as file:
         window = _Window(file)
 
         def broken(reason: str, line: int) -> DataError:
@@ -206,19 +382,10 @@ def _read_array(path: Path) -> Iterator[RawRow]:
                     raise broken("a comma is missing between two rows", window.line)
                 window.advance(window.position + 1)
                 window.peek()
-            while True:
-                try:
-                    value, end = decoder.raw_decode(window.text, window.position)
-                    is_whole = isinstance(value, (dict, list, str)) or window.text[end : end + 1] in _AFTER_NUMBER
-                    if is_whole or not window.grow():
-                        break
-                except json.JSONDecodeError as error:
-                    line = window.line + window.text.count("\n", window.position, error.pos)
-                    reason = error.msg
-                    if len(window.text) - window.position > _MAX_ELEMENT_CHARS or not window.grow():
-                        raise broken(reason, line) from None
-                except RecursionError:
-                    raise broken("nested too deeply", window.line) from None
+            try:
+                value, end = window.value()
+            except _BrokenError as error:
+                raise broken(error.reason, error.line) from None
             yield RawRow(name, window.line, value)
             window.advance(end)
             after = "]"
@@ -227,13 +394,30 @@ def _read_array(path: Path) -> Iterator[RawRow]:
             raise broken("something follows the end of the array", window.line)
 
 
+def _read_values(path: Path) -> Iterator[RawRow]:
+    """JSON values one after another, over as many lines as they take."""
+    name = str(path)
+    with _open_text(path) as file:
+        window = _Window(file)
+        while window.peek():
+            try:
+                value, end = window.value()
+            except _BrokenError as error:
+                raise DataError(
+                    f"{name}, line {error.line}: broken JSON, {error.reason}; objects over several lines cannot be "
+                    "read past that: mend it, or give each row in a line of its own"
+                ) from None
+            yield RawRow(name, window.line, value)
+            window.advance(end)
+
+
 def _read_csv(path: Path) -> Iterator[RawRow]:
     csv.field_size_limit(_MAX_ELEMENT_CHARS)
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+    with _open_text(path) as file:
         reader = csv.DictReader(file, strict=True)
         try:
             for value in reader:
-                fault = "it has more cells than the header" if None in value else None
+                fault = "it has more cells than the header" if None in value else _undecoded(value)
                 yield RawRow(str(path), reader.line_num, value, fault)
         except csv.Error as error:
             raise DataError(f"{path}, line {reader.line_num}: broken CSV, {error}") from error
@@ -251,22 +435,46 @@ def _read_parquet(path: Path) -> Iterator[RawRow]:
         raise DataError(f"{path} cannot be read as parquet: {error}") from error
 
 
+def _read_arrow(path: Path) -> Iterator[RawRow]:
+    """As `save_to_disk` writes it (a stream), or as pyarrow writes a file."""
+    try:
+        with pyarrow.memory_map(str(path)) as source:
+            try:
+                reader = pyarrow.ipc.open_stream(source)
+                batches: Iterator[Any] = iter(reader)
+            except pyarrow.ArrowInvalid:
+                file = pyarrow.ipc.open_file(source)
+                batches = (file.get_batch(number) for number in range(file.num_record_batches))
+            rows = (value for batch in batches for value in batch.to_pylist())
+            yield from (RawRow(str(path), line, value) for line, value in enumerate(rows, 1))
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read as arrow: {error}") from error
+
+
 def _is_hub_id(path: str) -> bool:
     return (
         re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", path) is not None
-        and Path(path).suffix not in SUFFIXES
+        and _suffix(Path(path)) not in SUFFIXES
         and not Path(path).expanduser().exists()
     )
 
 
-def _load_hub(path: str) -> Any:
+def _load_hub(path: str, split: Split) -> Any:
     import datasets
 
     if not hub_is_known():
         datasets.config.HF_HUB_OFFLINE = True  # the cache is used, and nothing is retried for half a minute
     try:
-        return datasets.load_dataset(path, split="train")
+        if split == "train":
+            return datasets.load_dataset(path, split="train")
+        found = datasets.load_dataset(path)
+        name = next((name for name in ("validation", "valid", "dev", "test", "train") if name in found), None)
+        if name is None:
+            raise DataError(f"the dataset {path} has no split to evaluate with, only {', '.join(found)}")
+        return found[name]
     except (OSError, ValueError, RuntimeError) as error:  # what datasets and huggingface_hub raise derives from these
+        if isinstance(error, DataError):
+            raise
         reason = str(error).strip().split("\n")[0]
         raise DataError(
             f"no data at {path}: there is no such file or directory, and it cannot be loaded from the hub ({reason})"

@@ -1,5 +1,6 @@
 """What the data is, in numbers: the report that comes with the examples and that `fitune check` shows."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +16,17 @@ class BadRow:
     path: str
     line: int
     reason: str
+
+
+def grouped(rows: Sequence[BadRow]) -> list[str]:
+    """One sentence for the rows of a file that have the same reason."""
+    lines: dict[tuple[str, str], list[int]] = {}
+    for row in rows:
+        lines.setdefault((row.path, row.reason), []).append(row.line)
+    return [
+        f"{path}, line{'s' if len(numbers) > 1 else ''} {', '.join(f'{number}' for number in numbers)}: {reason}"
+        for (path, reason), numbers in lines.items()
+    ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,11 +82,14 @@ class SplitReport:
 @dataclass(frozen=True, slots=True)
 class DataReport:
     """sources: of train, then of eval where data.eval names some. num_rows counts the rows read, the bad ones included;
-    bad_rows and dropped_rows list the first of each. train and eval: the two sides of the split."""
+    bad_rows and dropped_rows list the first of each. train and eval: the two sides of the split. date: the one that the
+    chat template writes into the rows, None where it writes none. ends: the tokens that answers end with."""
 
     sources: tuple[SourceReport, ...]
     template: str
     mask: str
+    date: str | None
+    ends: tuple[str, ...]
     max_length: int
     num_rows: int
     num_bad_rows: int

@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -20,8 +20,10 @@ import numpy as np
 import numpy.typing as npt
 import platformdirs
 import pyarrow
+import xxhash
 
 from fitune.errors import DataError
+from fitune.units import MIB
 
 _SCHEMA = pyarrow.schema(
     [
@@ -152,19 +154,23 @@ def _write(directory: Path, write: Callable[[TableWriter], dict[str, Any]]) -> N
     with pyarrow.OSFile(str(directory / _ROWS), "wb") as file, pyarrow.ipc.new_file(file, _SCHEMA) as sink:
         writer = TableWriter(sink)
         facts = write(writer)
-    (directory / _FACTS).write_text(json.dumps({"digest": writer.digest, "facts": facts}), encoding="utf-8")
+    record = json.loads(json.dumps({"digest": writer.digest, "facts": facts}))  # as it will be read
+    hashes = {"rows_hash": _file_hash(directory / _ROWS), "facts_hash": _facts_hash(record)}
+    (directory / _FACTS).write_text(json.dumps(record | hashes), encoding="utf-8")
     for name in (_ROWS, _FACTS):
         with (directory / name).open("rb") as written:
             os.fsync(written.fileno())
 
 
 def _open(directory: Path) -> Table | None:
-    """None when there is no table, or one that the disk has damaged."""
+    """None when there is no table, or one that is not as it was written: the disk has damaged it, or somebody."""
     try:
         record = json.loads((directory / _FACTS).read_text(encoding="utf-8"))
+        if record["facts_hash"] != _facts_hash(record) or record["rows_hash"] != _file_hash(directory / _ROWS):
+            return None
         reader = pyarrow.ipc.open_file(pyarrow.memory_map(str(directory / _ROWS)))
         batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
-    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError, pyarrow.ArrowInvalid):
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, pyarrow.ArrowInvalid):
         return None
     columns = [
         tuple(_Column(column.offsets.to_numpy(), column.values.to_numpy()) for column in batch.columns[:4])
@@ -181,6 +187,20 @@ def _open(directory: Path) -> Table | None:
         starts=[0, *np.cumsum([batch.num_rows for batch in batches]).tolist()][:-1],
         columns=columns,
     )
+
+
+def _facts_hash(record: Mapping[str, Any]) -> str:
+    content = json.dumps([record["digest"], record["facts"]], sort_keys=True)
+    return xxhash.xxh3_128_hexdigest(content.encode())
+
+
+def _file_hash(path: Path) -> str:
+    """As fast as the disk is read, before the rows are used: a flipped bit would be trained on."""
+    digest = xxhash.xxh3_128()
+    with path.open("rb", buffering=0) as file:
+        while piece := file.read(16 * MIB):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def _joined(parts: Iterable[npt.NDArray[Any]], dtype: type) -> npt.NDArray[Any]:

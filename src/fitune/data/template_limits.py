@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
@@ -89,9 +90,17 @@ class Limits:
                 _raise_in(self._thread, _TookTooLong)
 
 
+_active: ContextVar[Limits | None] = ContextVar("limits of the block that is entered", default=None)
+
+
 @contextmanager
 def limited() -> Iterator[Limits]:
-    """Within this block transformers compiles templates with these bounds, in this thread."""
+    """Within this block transformers compiles templates with these bounds, in this thread. A block inside another one
+    has its limits, so that many renderings share one watcher."""
+    outer = _active.get()
+    if outer is not None:
+        yield outer
+        return
     limits = Limits(_Room.of_process())
     stopped = threading.Event()
 
@@ -103,7 +112,11 @@ def limited() -> Iterator[Limits]:
     watcher.start()
     try:
         with patch.object(chat_template_utils, "_compile_jinja_template", _compiled):
-            yield limits
+            token = _active.set(limits)
+            try:
+                yield limits
+            finally:
+                _active.reset(token)
     finally:
         stopped.set()
         watcher.join()

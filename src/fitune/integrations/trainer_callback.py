@@ -117,7 +117,7 @@ class FituneCallback(TrainerCallback):  # type: ignore[misc]
         seen = self._reader.take()
         self._seen, self._total = self._seen.with_step(seen), self._total.with_step(seen)
         self._num_steps += 1
-        if seen.norms is None:
+        if seen.norms is None or not self._total.supervised_tokens:
             return
         step_tokens = self._total.supervised_tokens / self._num_steps
         half_life = step_tokens * max(HALF_LIFE_FRACTION * state.max_steps, FEWEST_HALF_LIFE_STEPS)

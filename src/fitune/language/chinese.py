@@ -2,12 +2,16 @@
 
 _PLAN: dict[str, str] = {
     "planning": "正在规划",
+    "optim.lr {rate} is far above the rates that {name} trains language models with (below {highest}): usual are 2e-5 for full fine-tuning and 2e-4 for adapters": "optim.lr {rate} 远高于用 {name} 训练语言模型的学习率（低于 {highest}）：全参数微调常用 2e-5，适配器常用 2e-4",
     "micro x accum, recompute": "微批 x 累积，重算",
     "rows x micro-batches": "行数 x 微批数",
     "recompute": "重算",
     "fits": "放得下",
+    "does not fit": "放不下",
+    "Plan: {split}, recompute {recompute}: {needed} of {budget}; {number} candidates": "规划：{split}，重算 {recompute}：需要 {needed}，上限 {budget}；共 {number} 个候选",
     "yes, {left} left": "是，余 {left}",
     "no, +{more}": "否，超 {more}",
+    "perhaps, at most +{more}": "或许，至多超 {more}",
     "tok/s": "词元/秒",
     "epoch": "一轮",
     "result": "结果",
@@ -41,6 +45,13 @@ _PLAN: dict[str, str] = {
     "{number}, which share the rows of a step; memory is of each": "{number} 张，分担每步的行；内存按每张计",
     "effective batch {rows} · rows up to {tokens} tokens ({origin}), {mean} on average": "有效批 {rows} 行 · 每行最多 {tokens} 词元（{origin}），平均 {mean}",
     "the longest row of the data": "数据中最长的一行",
+    "data.max_length, as the data is not here": "data.max_length，因为数据不在这里",
+    "data.max_length, as the model has no tokenizer to read the data with": "data.max_length，因为模型没有可以读取数据的分词器",
+    "data.max_length, as the data cannot be read": "data.max_length，因为数据无法读取",
+    "data.max_length, as the tokenizer is not here": "data.max_length，因为分词器不在这里",
+    "data.max_length, as the data has no rows to train on": "data.max_length，因为数据里没有可训练的行",
+    "{held} of {rows} rows are held out, and an evaluation of so few says little: data.eval_fraction={share} holds out about {more}": "{rows} 行中只留出 {held} 行，这么少的行评估不出什么：data.eval_fraction={share} 会留出约 {more} 行",
+    "batch.effective {batch} is more than the {rows} rows of the data: a step takes all of them, and an epoch is one step": "batch.effective {batch} 多于数据的 {rows} 行：每步用到全部数据，一轮就是一步",
     "data.max_length": "data.max_length",
     "{count} trained": "训练 {count}",
     "vocabulary {number}": "词表 {number}",
@@ -65,6 +76,9 @@ _PLAN: dict[str, str] = {
     "the program itself": "程序本身",
     "the process in all": "整个进程",
     "full logits": "完整 logits",
+    "micro-batch x gradient accumulation {split}: {needed} of {limit} GiB": "微批 x 梯度累积 {split}：显存 {needed} / {limit} GiB",
+    "micro-batch x gradient accumulation {split}: {needed} of {limit} GiB, {time} an epoch": "微批 x 梯度累积 {split}：显存 {needed} / {limit} GiB，每轮 {time}",
+    "--all predicts every setting, also those that change the result (LoRA, QLoRA, 8-bit)": "--all 预测所有设置，包括会改变结果的（LoRA、QLoRA、8 位）",
     "{shown} of {total} candidates; --all shows every one": "共 {total} 个候选，显示 {shown} 个；--all 全部显示",
     "what others say of the marked one (ours in brackets):": "其他估算对选中设置的说法（括号内为本工具的预测）：",
     "what others say of the closest one (ours in brackets):": "其他估算对最接近设置的说法（括号内为本工具的预测）：",
@@ -222,6 +236,7 @@ _REPORT: dict[str, str] = {
 }
 
 _WATCH: dict[str, str] = {
+    "Summary: {status} after {steps} steps, {tokens} tokens, {time} | eval loss {loss} | peak memory {peak}": "运行总结：{steps} 步后{status}，{tokens} token，{time} | 验证损失 {loss} | 显存峰值 {peak}",
     "running": "运行中",
     "finished": "已完成",
     "stopped": "已停止",

@@ -42,6 +42,7 @@ from typing import Any, Literal
 import psutil
 
 from fitune.errors import UsageError
+from fitune.memory.cuda_driver import driver_cards
 from fitune.memory.nvml import ask, nvml_session, read_memory, read_name, read_uuid, visible_handles
 from fitune.units import GIB, MIB
 
@@ -295,12 +296,14 @@ def find_device(text: str) -> Device:
 
 
 def this_machine() -> tuple[Device, ...]:
-    """The NVIDIA cards that this process may use, in its order, with their free memory now; none without the library,
-    the driver or a card."""
+    """The NVIDIA cards that this process may use, in its order, with their free memory now; without NVML as the driver
+    names them, their free memory unknown. None without a driver or a card."""
     with nvml_session() as nvml:
-        if nvml is None:
-            return ()
-        return tuple(_real_device(nvml, handle) for handle in visible_handles(nvml, os.environ))
+        if nvml is not None:
+            return tuple(_real_device(nvml, handle) for handle in visible_handles(nvml, os.environ))
+    return tuple(
+        replace(_named(card.name, card.total_bytes, card.compute_capability), uuid=card.uuid) for card in driver_cards()
+    )
 
 
 def cpu_device() -> Device:
@@ -362,19 +365,25 @@ def _real_device(nvml: ModuleType, handle: Any) -> Device:
     memory = read_memory(nvml, handle)
     answer = ask(nvml, "nvmlDeviceGetCudaComputeCapability", handle)
     capability = (int(answer[0]), int(answer[1])) if answer else None
-    total = memory.total_bytes if memory else 0
-    unknown = Device(name=name, pattern="", box_bytes=total, total_bytes=total)
+    return replace(
+        _named(name, memory.total_bytes if memory else 0, capability),
+        uuid=read_uuid(nvml, handle),
+        free_bytes=memory.free_bytes if memory else None,
+        used_bytes=memory.used_bytes if memory else None,
+    )
+
+
+def _named(name: str, total_bytes: int, capability: tuple[int, int] | None) -> Device:
+    """A card that is here, with what the catalogue tells of its like. total_bytes: 0 where that is unknown."""
+    unknown = Device(name=name, pattern="", box_bytes=total_bytes, total_bytes=total_bytes)
     # Of namesakes with different memory, the nearest; a card may carry more than its namesake was ever sold with.
-    row = min(_rows(name), key=lambda row: abs(row.total_bytes - total), default=unknown)
+    row = min(_rows(name), key=lambda row: abs(row.total_bytes - total_bytes), default=unknown)
     capability = capability or row.compute_capability
     return replace(
         row,
         name=name,
-        box_bytes=max(row.box_bytes, total),
-        total_bytes=total or row.total_bytes,
+        box_bytes=max(row.box_bytes, total_bytes),
+        total_bytes=total_bytes or row.total_bytes,
         compute_capability=capability,
         context=context_prior(capability) if capability else None,
-        uuid=read_uuid(nvml, handle),
-        free_bytes=memory.free_bytes if memory else None,
-        used_bytes=memory.used_bytes if memory else None,
     )

@@ -1,5 +1,6 @@
 """What a trace will take on a card: allocated and reserved by PyTorch, used on the device, and whether it fits."""
 
+import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -7,12 +8,14 @@ from typing import Any
 import numpy as np
 
 from fitune.config import Routing
+from fitune.language import say
 from fitune.memory.allocator import MIN_BLOCK_BYTES
 from fitune.memory.devices import Device
 from fitune.memory.replay import FailedAllocation, ReplaySettings
 from fitune.memory.replay import replay as replay_trace
 from fitune.memory.timeline import Living, Peak, step_peaks
-from fitune.trace.events import ROUTED, Category, MemoryTrace, Phase
+from fitune.trace.events import COMPILED, ROUTED, Category, MemoryTrace, Phase
+from fitune.units import format_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +53,8 @@ class Prediction:
     """All of the last step of the trace, when optimizer state and gradients have settled.
 
     device_bytes: what nvidia-smi will show for the process, reserved + CUDA context; None where the context is unknown.
-    categories add up to peak_allocated_bytes. fits: None without a device. num_alloc_retries: how often the cache has
+    categories add up to peak_allocated_bytes. fits: None without a device, and where an upper bound alone is known and
+    exceeds it (torch.compile). num_alloc_retries: how often the cache has
     to be emptied to fit. first_oom: the allocation that fails where it does not fit.
     step_peaks: of each step that was asked for, the last one among them.
     """
@@ -68,6 +72,21 @@ class Prediction:
     first_oom: FailedAllocation | None
     assumptions: tuple[str, ...]
     step_peaks: tuple[StepPeak, ...] = ()
+
+    def __repr__(self) -> str:
+        """In a sentence; the fields hold all of it."""
+        parts = ", ".join(f"{say(name)} {format_bytes(size)}" for name, size in self.categories.items() if size)
+        sums = [f"{say('allocated')} {format_bytes(self.peak_allocated_bytes)}"]
+        sums.append(f"{say('reserved')} {format_bytes(self.peak_reserved_bytes)}")
+        if self.device_bytes is not None:
+            sums.append(f"{say('device used')} {format_bytes(self.device_bytes)}")
+        verdict = {True: f" · {say('fits')}", False: f" · {say('does not fit')}", None: ""}[self.fits]
+        peak = say("at the peak ({phase})", phase=say(self.peak_phase))
+        return f"Prediction: {', '.join(sums)}{verdict} · {peak}: {parts}"
+
+    def _repr_html_(self) -> str:
+        shown = importlib.import_module("fitune.cli.plan_trainer")  # which is about this noun, and imports it
+        return str(shown.html_prediction(self))
 
 
 def peak_json(prediction: Prediction) -> dict[str, Any]:
@@ -114,6 +133,13 @@ def other_routing(routing: Routing) -> Routing:
 def predict_steps(trace: MemoryTrace, settings: PredictSettings, steps: Sequence[int]) -> list[Prediction]:
     """As `predict`, of each of these steps, as if the loop ended with it. A replay that is too large is followed by one
     against the limit, for all steps at once."""
+    predictions = _predict_steps(trace, settings, steps)
+    if COMPILED not in trace.source:
+        return predictions
+    return [each if each.fits is not False else replace(each, fits=None, first_oom=None) for each in predictions]
+
+
+def _predict_steps(trace: MemoryTrace, settings: PredictSettings, steps: Sequence[int]) -> list[Prediction]:
     device = settings.device
     if device is not None and device.kind == "cpu":
         peaks = step_peaks(trace, steps)
@@ -211,5 +237,8 @@ def _interval(reserved_bytes: int, device: Device | None) -> Interval | None:
     if device is None or device.context is None:
         return None
     low, high = device.context.low_bytes, device.context.high_bytes
-    reason = f"the CUDA context of such a card takes {low / 2**20:.0f} to {high / 2**20:.0f} MiB, by driver and version"
+    takes = f"takes {low / 2**20:.0f} to {high / 2**20:.0f} MiB, by driver and version"
+    if low == high:
+        takes = f"was measured to take {low / 2**20:.0f} MiB"
+    reason = f"the CUDA context of such a card {takes}"
     return Interval(reserved_bytes + low, reserved_bytes + high, (reason,))

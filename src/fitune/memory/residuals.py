@@ -15,12 +15,15 @@ from pathlib import Path
 
 import platformdirs
 
+from fitune import __version__
 from fitune.memory.c_allocator import allocator_name
 from fitune.memory.devices import ContextPrior, Device
 from fitune.memory.environment import driver_version
 from fitune.memory.prediction import Interval
 
 KEPT = 200
+METHOD = 2
+"""Of predicting and measuring the checked step; raised where either changes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,12 +77,13 @@ def measured_context(here: Circumstances) -> ContextPrior | None:
 def add_residual(residual: Residual) -> None:
     """Keeps the latest 200 of all. A cache that cannot be written is left as it is: the run's own files hold both
     sides too."""
-    path = _path()
+    path, made_by = _path(), _made_by()
     kept = [*_residuals(), residual][-KEPT:]
     beside = path.with_suffix(f".{os.getpid()}")
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_text("".join(f"{json.dumps(asdict(each))}\n" for each in kept), encoding="utf-8")
+        lines = (json.dumps(asdict(each) | {"made_by": made_by}) for each in kept)
+        beside.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
         beside.replace(path)
 
 
@@ -101,6 +105,10 @@ def widen(interval: Interval, residuals: tuple[Residual, ...], *, reserved_bytes
     )
 
 
+def _made_by() -> str:
+    return f"{__version__}, method {METHOD}"
+
+
 def _path() -> Path:
     return Path(os.environ.get("FITUNE_CACHE") or platformdirs.user_cache_path("fitune")) / "residuals.jsonl"
 
@@ -110,9 +118,12 @@ def _residuals() -> Iterator[Residual]:
         lines = _path().read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError):
         return
+    made_by = _made_by()
     for line in lines:
         with suppress(ValueError, TypeError, KeyError):
             content = json.loads(line)
+            if content["made_by"] != made_by:
+                continue  # the error of another version's predictions tells nothing of this one's
             predicted, measured = int(content["predicted_bytes"]), int(content["measured_bytes"])
             context = content.get("context_bytes")
             if predicted > 0 and measured > 0:

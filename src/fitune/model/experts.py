@@ -1,12 +1,16 @@
-"""Fused experts under autocast and without data, where transformers' grouped matrix product falls short.
+"""Fused experts under autocast, in 4 bits and without data, where transformers' grouped matrix product falls short.
 
 torch's grouped product knows nothing of autocast, so experts held in float32 would multiply in float32 however the run
 is configured; and its shape rule refuses all but bfloat16, so a float32 model could not be recorded on fake tensors.
+Weights in 4 bits are unpacked for a product and dropped, in the forward and again in the backward, as those of linear
+layers are.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any, cast
+from unittest.mock import patch
 
 import torch
 from torch import nn
@@ -14,6 +18,8 @@ from torch._subclasses.fake_tensor import is_fake
 from transformers.integrations import moe
 
 EXPERTS = "fitune_experts"  # the name in transformers' registry of experts implementations
+STACKED = ("gate_up_proj", "up_proj", "down_proj")
+"""The weights of all experts of a layer, as the registry's implementations read them."""
 
 
 class _Autocast:
@@ -34,8 +40,67 @@ def grouped_experts(
     device = hidden_TD.device.type
     cast_to = torch.get_autocast_dtype(device) if device != "meta" and torch.is_autocast_enabled(device) else None
     experts = module if cast_to is None else _Autocast(module, cast_to)
+    if any(name in module._modules for name in STACKED):
+        dtype = cast_to or hidden_TD.dtype
+        with patch.object(moe, "_grouped_mm", _packed_product):
+            return cast(
+                torch.Tensor,
+                moe.grouped_mm_experts_forward(_Packed(experts, module, dtype), hidden_TD, expert_TK, weight_TK),
+            )
     with _shapes_of_any_format() if hidden_TD.is_meta or is_fake(hidden_TD) else nullcontext():
         return cast(torch.Tensor, moe.grouped_mm_experts_forward(experts, hidden_TD, expert_TK, weight_TK))
+
+
+class _Packed:
+    """An experts module whose packed weights read as `_PackedWeight`."""
+
+    def __init__(self, experts: Any, module: nn.Module, dtype: torch.dtype) -> None:
+        self._experts, self._packed, self._dtype = experts, module._modules, dtype
+
+    def __getattr__(self, name: str) -> Any:
+        packed = self._packed.get(name) if name in STACKED else None
+        return getattr(self._experts, name) if packed is None else _PackedWeight(packed, self._dtype)
+
+
+@dataclass(frozen=True)
+class _PackedWeight:
+    """What `_grouped_linear` of transformers does with a weight: turn it, and give it to the product."""
+
+    packed: Any
+    dtype: torch.dtype
+    is_turned: bool = False
+
+    def transpose(self, *_: int) -> "_PackedWeight":
+        return replace(self, is_turned=not self.is_turned)
+
+    def unpacked(self) -> torch.Tensor:
+        whole = cast(torch.Tensor, self.packed.unpacked(self.dtype))
+        return whole.transpose(-2, -1) if self.is_turned else whole
+
+
+class _PackedProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, input: torch.Tensor, weight: _PackedWeight, offs: torch.Tensor) -> torch.Tensor:
+        ctx.weight, ctx.offs = weight, offs
+        return _product(input, weight.unpacked(), offs)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, None, None]:
+        (grad,) = grad_outputs
+        if not ctx.needs_input_grad[0]:
+            return None, None, None
+        return _product(grad, ctx.weight.unpacked().transpose(-2, -1), ctx.offs), None, None
+
+
+def _product(input: torch.Tensor, weight: torch.Tensor, offs: torch.Tensor) -> torch.Tensor:
+    with _shapes_of_any_format() if input.is_meta or is_fake(input) else nullcontext():
+        return cast(torch.Tensor, _grouped_mm(input, weight, offs=offs))
+
+
+def _packed_product(input: torch.Tensor, weight: Any, offs: torch.Tensor) -> torch.Tensor:
+    if not isinstance(weight, _PackedWeight):
+        return _product(input, weight, offs)
+    return cast(torch.Tensor, _PackedProduct.apply(input.to(weight.dtype), weight, offs))  # type: ignore[no-untyped-call]
 
 
 @contextmanager
@@ -50,4 +115,5 @@ def _shapes_of_any_format() -> Iterator[None]:
         moe._can_use_grouped_mm = original
 
 
+_grouped_mm = moe._grouped_mm
 moe.ALL_EXPERTS_FUNCTIONS.register(EXPERTS, grouped_experts)

@@ -1,30 +1,73 @@
 """Reading GGUF through transformers, without paying for its header three times.
 
 transformers knows the architectures, their names in llama.cpp and how each rearranged its weights, and reads the whole
-header anew for the configuration, the weights and the tokenizer. Inside `gguf_read_once` the same file is parsed once.
+header anew for the configuration, the weights and the tokenizer. Inside `gguf_read_once` the same file is parsed once,
+and a model that was split into several files is read as one.
 """
 
 import functools
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
 from tqdm import tqdm
 from transformers import PretrainedConfig, modeling_gguf_pytorch_utils
+from transformers.integrations.gguf.gguf_conversion_mapping import GGUF_ARCHS
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from fitune.errors import ModelError
 
-def read_gguf(config: PretrainedConfig, dtype: torch.dtype, **location: Any) -> dict[str, torch.Tensor]:
-    """Dequantised tensors under transformers' names. transformers marks a model read from GGUF as quantised, which
-    forbids training and saving it; its tensors are ordinary, so only they are kept. The parsed file is let go: it keeps
-    the whole of it mapped, and what was read of it resident."""
+_PART = re.compile(r"(.+)-\d{5}-of-(\d{5})\.gguf")
+_EXPERT_PARTS = ("gate", "up", "down")
+
+
+def read_gguf(
+    config: PretrainedConfig, dtype: torch.dtype, **location: Any
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """(dequantised tensors under transformers' names, what its loading reports: missing_keys, ...). transformers marks
+    a model read from GGUF as quantised, which forbids training and saving it; its tensors are ordinary, so only they
+    are kept. A tensor that is missing in the file is there at a random value, and named in the report. The parsed file
+    is let go: it keeps the whole of it mapped, and what was read of it resident."""
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    model = model_class.from_pretrained(config=config, dtype=dtype, **location)
+    model, report = model_class.from_pretrained(config=config, dtype=dtype, output_loading_info=True, **location)
     _parsed.cache_clear()
-    return cast(dict[str, torch.Tensor], model.state_dict())
+    return cast(dict[str, torch.Tensor], model.state_dict()), report
+
+
+def check_gguf(path: Path) -> None:
+    """Raises ModelError where the file is one of several and not all of them are there, or holds parts of layers. No
+    effect without the gguf package."""
+    with gguf_read_once():
+        try:
+            import gguf
+        except ImportError:
+            return
+        reader = gguf.GGUFReader(path)
+    architecture = _field(reader, "general.architecture")
+    if len(gguf_parts(path)) > 1 and architecture in GGUF_ARCHS:
+        raise ModelError(
+            f"{path} is one of several files, which transformers does not read for '{architecture}': join them with "
+            "llama-gguf-split --merge"
+        )
+    names = {str(tensor.name) for tensor in reader.tensors}
+    num_layers = _field(reader, f"{architecture}.block_count")
+    layers = {int(found[1]) for name in names if (found := re.match(r"blk\.(\d+)\.", name))}
+    surplus = sorted(layer for layer in layers if num_layers is not None and layer >= num_layers)
+    surplus = surplus[int(_field(reader, f"{architecture}.nextn_predict_layers") or 0) :]
+    if surplus:
+        raise ModelError(f"{path} holds layer {surplus[0]}, but its header says {num_layers} layers: copy it again")
+    for layer in sorted(layers):
+        experts = [kind for kind in _EXPERT_PARTS if f"blk.{layer}.ffn_{kind}_exps.weight" in names]
+        if 0 < len(experts) < len(_EXPERT_PARTS) and f"blk.{layer}.ffn_gate_up_exps.weight" not in names:
+            lacking = next(kind for kind in _EXPERT_PARTS if kind not in experts)
+            raise ModelError(
+                f"{path} lacks blk.{layer}.ffn_{lacking}_exps.weight, a part of its experts: copy it again"
+            )
 
 
 @contextmanager
@@ -47,12 +90,47 @@ def gguf_read_once() -> Iterator[None]:
 
 
 def _reader(path: str | os.PathLike[str]) -> Any:
-    state = os.stat(path)
-    return _parsed(os.fspath(path), state.st_mtime_ns, state.st_size)
+    parts = gguf_parts(Path(path))
+    missing = next((part for part in parts if not part.is_file()), None)
+    if missing is not None:
+        raise ModelError(f"{path} is one of {len(parts)} files of a model, and {missing.name} is not beside it")
+    return _parsed(tuple((str(part), part.stat().st_mtime_ns, part.stat().st_size) for part in parts))
+
+
+def gguf_parts(path: Path) -> list[Path]:
+    """The files that llama.cpp split the model into; the file itself where it is whole."""
+    found = _PART.fullmatch(path.name)
+    if found is None:
+        return [path]
+    return [path.with_name(f"{found[1]}-{n:05d}-of-{found[2]}.gguf") for n in range(1, int(found[2]) + 1)]
 
 
 @functools.lru_cache(maxsize=1)
-def _parsed(path: str, changed_ns: int, size_bytes: int) -> Any:
+def _parsed(parts: tuple[tuple[str, int, int], ...]) -> Any:
+    """parts: paths, with what tells that a file was changed. The reader of the first, with the tensors of all."""
+    readers = [_array_reader(path) for path, *_ in parts]
+    first, path = readers[0], parts[0][0]
+    num_parts = _field(first, "split.count") or 1
+    if num_parts != len(parts):
+        raise ModelError(
+            f"{path} is one of {num_parts} files of a model: give them their names "
+            f"(-00001-of-{num_parts:05d}.gguf), or join them with llama-gguf-split --merge"
+        )
+    tensors = [tensor for reader in readers for tensor in reader.tensors]
+    wanted = _field(first, "split.tensors.count")
+    if num_parts > 1 and wanted not in (None, len(tensors)):
+        raise ModelError(f"the {num_parts} files of {path} hold {len(tensors)} of {wanted} tensors: copy them again")
+    first.tensors = tensors
+    return first
+
+
+def _field(reader: Any, name: str) -> Any:
+    """None where the header has none."""
+    field = reader.fields.get(name)
+    return None if field is None else field.contents()
+
+
+def _array_reader(path: str) -> Any:
     from gguf.gguf_reader import GGUFReader
 
     class ArrayReader(GGUFReader):  # type: ignore[misc]

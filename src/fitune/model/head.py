@@ -8,6 +8,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import is_fake
 from transformers import PreTrainedModel
 
+from fitune.errors import ModelError
+from fitune.model.finite import weights_not_finite
+
 
 @dataclass(frozen=True, slots=True)
 class Head:
@@ -46,7 +49,8 @@ def decoder_and_head(model: nn.Module) -> Head | str:
     """The parts of a causal language model, adapters left in place, or why they are unknown, as one clause.
 
     The parts are believed only if they give the model's own logits for two tokens. Where weights carry no data (meta
-    and fake tensors) that cannot be seen, and the structure alone decides.
+    and fake tensors) that cannot be seen, and the structure alone decides. Raises ModelError for weights that are not
+    finite, with which nothing can be computed.
     """
     whole = cast(PreTrainedModel, getattr(model, "get_base_model", lambda: model)())
     decoder = getattr(whole, whole.base_model_prefix, None)
@@ -58,6 +62,11 @@ def decoder_and_head(model: nn.Module) -> Head | str:
     head = Head(decoder, output, _scale(config), soft_cap)
     if output.weight.is_meta or is_fake(output.weight) or _gives_the_logits(whole, head):
         return head
+    if (name := weights_not_finite(whole)) is not None:
+        raise ModelError(
+            f"{name} of the model holds values that are not finite: the file is damaged or of a run that diverged; "
+            "take weights from before that"
+        )
     return f"{type(whole).__name__} computes its logits in a way that fitune does not know"
 
 

@@ -7,10 +7,11 @@ memory twice: a parameter whose type on disk is the wanted one stays a view of t
 A local path never touches the network. Hub ids go through huggingface_hub, which honours HF_ENDPOINT and its cache.
 """
 
+import copy
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
@@ -20,7 +21,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Mxfp4Config, PretrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -33,9 +34,10 @@ from transformers.utils import logging as transformers_logging
 from fitune.config import ModelConfig, RunConfig
 from fitune.errors import ConfigError, ModelError
 from fitune.hub import hub_is_known
+from fitune.model.adapted_model import describe, note_adapted
 from fitune.model.attention import attention_name, check_attention
 from fitune.model.experts import EXPERTS
-from fitune.model.gguf import gguf_read_once, read_gguf
+from fitune.model.gguf import check_gguf, gguf_parts, gguf_read_once, read_gguf
 from fitune.model.lora import apply_lora
 from fitune.model.minimind import pth_config, read_pth
 from fitune.model.own_code import SWITCH, drop_references, named_code, own_class
@@ -53,6 +55,9 @@ if not (logger := logging.getLogger("bitsandbytes")).level:
 
 Kind = Literal["preset", "directory", "gguf", "pth", "hub"]
 
+_COMPUTED = re.compile(r"\.(inv_freq|masked_bias|attn\.bias|attention\.bias)$")
+"""Tensors that older files hold although a model computes them: rotary frequencies and causal masks."""
+MXFP4 = "mxfp4"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 _READ_ERRORS = (
     *(OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError, AttributeError),
@@ -108,6 +113,8 @@ def load_config(model: ModelConfig) -> PretrainedConfig:
         raise ModelError(f"{name} has no config.json: it is no transformers directory")
     with quiet_transformers(), gguf_read_once():
         try:
+            if kind == "gguf":
+                check_gguf(Path(model.source).expanduser())
             config = AutoConfig.from_pretrained(name, trust_remote_code=model.trust_remote_code, **files)
         except _READ_ERRORS as error:
             raise _unreadable(model, kind, error) from error
@@ -169,13 +176,15 @@ def load_model(
     seed: int = 0,
     config: PretrainedConfig | None = None,
     stay_on_host: bool = False,
+    tell: Callable[[str], None] | None = None,
 ) -> "PreTrainedModel | PeftModel":
     """The model that `model` describes on `device`, in training mode, with its adapters where it has any.
 
     On the meta device nothing is read but the configuration: that model is the planner's and the recorder's. precision:
     as decided by `resolve_precision`; where left out it is resolved for `device` (for meta: as on a CPU). config: an
     architecture instead of the one that `model` names, on the meta device only. stay_on_host: made for `device` and
-    left in the host's memory, for a caller who puts it there in parts.
+    left in the host's memory, for a caller who puts it there in parts. tell: given a sentence on what the files hold
+    and the model has no place for.
     """
     precision = precision or resolve_precision(model, *device_precision(device))
     config = config or load_config(model)
@@ -192,21 +201,30 @@ def load_model(
                 trust_remote_code=model.trust_remote_code,
             )
     else:
-        built = load_weights(model, config, dtype=precision.parameter_dtype, attention=attention)
+        built = load_weights(model, config, dtype=precision.parameter_dtype, attention=attention, tell=tell)
+    noted = None if meta or model.method == "full" else describe(model, built, seed=seed)
     if model.method == "qlora":
         built = quantise(built)
     if not stay_on_host:
         built.to(device)
     share_tables(built)
     adapted = built if model.method == "full" else apply_lora(built, model.lora, seed=seed)
+    if noted is not None:
+        note_adapted(adapted, noted)
     return adapted.train()
 
 
 def load_weights(
-    model: ModelConfig, config: PretrainedConfig, *, dtype: torch.dtype, attention: str | None = None
+    model: ModelConfig,
+    config: PretrainedConfig,
+    *,
+    dtype: torch.dtype,
+    attention: str | None = None,
+    tell: Callable[[str], None] | None = None,
 ) -> PreTrainedModel:
     """The model with the weights of `model.source`, on the CPU. Raises ModelError where weights are missing, do not fit
-    `config`, or cannot be read: nothing is ever left at a random value."""
+    `config`, or cannot be read: nothing is ever left at a random value, and nothing of a layer is dropped. tell: as in
+    `load_model`."""
     kind = source_kind(model.source)
     assert kind != "preset", "a preset has no weights"
     name, files = _location(model.source, kind)
@@ -215,23 +233,48 @@ def load_weights(
     with quiet_transformers(), gguf_read_once():
         try:
             if kind in ("pth", "gguf"):
-                tensors = (
-                    read_pth(Path(name))
-                    if kind == "pth"
-                    else read_gguf(config, dtype, pretrained_model_name_or_path=name, **files)
-                )
+                if kind == "pth":
+                    tensors = read_pth(Path(name))
+                else:
+                    tensors, report = read_gguf(config, dtype, pretrained_model_name_or_path=name, **files)
+                    _check_complete(model, report)  # below all are there, be it at a random value
                 model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
                 built, report = model_class.from_pretrained(None, state_dict=tensors, **options)
             else:
                 own = own_class(config) if model.trust_remote_code else None
                 load = AutoModelForCausalLM if own is None else own
+                if weights_format(config) == MXFP4:
+                    options["quantization_config"] = Mxfp4Config(dequantize=True)
                 built, report = load.from_pretrained(
                     name, trust_remote_code=model.trust_remote_code, adapter_kwargs=dict(files), **files, **options
                 )
         except _READ_ERRORS as error:
             raise _unreadable(model, kind, error) from error
-    _check_complete(model, report, strict=kind == "pth")
+    surplus = sorted(name for name in report["unexpected_keys"] if kind == "pth" or not _COMPUTED.search(name))
+    if weights_format(config) == MXFP4:
+        built = _without_format(built, config, options)
+    _check_complete(model, report, surplus if kind == "pth" else _of_layers(built, surplus))
+    if surplus and tell is not None:
+        tell(f"{model.source} holds {_listed('tensors that its architecture has no place for', surplus)}: left out")
     return cast(PreTrainedModel, built)
+
+
+def weights_format(config: PretrainedConfig) -> str | None:
+    """How the weights are stored where that is not as numbers, such as 'mxfp4'."""
+    stored = getattr(config, "quantization_config", None)
+    return (stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", None)) or None
+
+
+def _without_format(built: PreTrainedModel, config: PretrainedConfig, options: Mapping[str, Any]) -> PreTrainedModel:
+    """A model that transformers unpacked remembers how it was stored, and would be saved under those names: its tensors
+    are ordinary, so only they are kept."""
+    plain = copy.deepcopy(config)
+    del plain.quantization_config
+    kept = {
+        name: value for name, value in options.items() if name not in ("quantization_config", "output_loading_info")
+    }
+    tensors = built.state_dict()
+    return cast(PreTrainedModel, type(built).from_pretrained(None, state_dict=tensors, **(kept | {"config": plain})))
 
 
 def load_tokenizer(model: ModelConfig) -> Tokenizer:
@@ -281,6 +324,7 @@ def _location(source: str, kind: Kind) -> tuple[str, dict[str, Any]]:
         return source, {} if hub_is_known() else {"local_files_only": True}
     path = Path(source).expanduser()
     if kind == "gguf":
+        path = gguf_parts(path)[0]
         return str(path.parent), {"gguf_file": path.name, "local_files_only": True}
     return str(path), {"local_files_only": True}
 
@@ -305,22 +349,35 @@ def _check_causal(config: PretrainedConfig, model: ModelConfig) -> None:
         )
 
 
-def _check_complete(model: ModelConfig, report: dict[str, Any], *, strict: bool) -> None:
+def _check_complete(model: ModelConfig, report: dict[str, Any], surplus: Sequence[str] = ()) -> None:
+    """surplus: tensors of the file which must have a place in the model."""
     faults = [
         f"{name} is {list(found)} in the file and {list(wanted)} in the model"
         for name, found, wanted in sorted(report["mismatched_keys"])
     ]
-    faults += _listed("missing", report["missing_keys"])
-    faults += _listed("unexpected", report["unexpected_keys"]) if strict else []
+    faults += [
+        _listed(what, names) for what, names in (("missing", report["missing_keys"]), ("unexpected", surplus)) if names
+    ]
     if faults:
         raise ModelError(f"the weights of {model.source} do not fit its architecture: {'; '.join(faults[:4])}")
 
 
-def _listed(what: str, names: set[str]) -> list[str]:
-    if not names:
-        return []
+def _of_layers(model: nn.Module, names: Sequence[str]) -> list[str]:
+    """Those of these tensors that belong to a decoder layer: one that the configuration leaves out, or one that it has
+    without such a part. Not what a whole model may carry besides: a vision tower, the head of another task."""
+    num_layers = getattr(cast(PretrainedConfig, model.config).get_text_config(), "num_hidden_layers", None)
+    lists = [
+        name.removeprefix(f"{getattr(model, 'base_model_prefix', '')}.")
+        for name, part in model.named_modules()
+        if isinstance(part, nn.ModuleList) and len(part) == num_layers
+    ]
+    of_layer = re.compile(rf"(?:\w+\.)?(?:{'|'.join(map(re.escape, lists))})\.\d+\." if lists else r"(?!)")
+    return [name for name in names if of_layer.match(name)]
+
+
+def _listed(what: str, names: Collection[str]) -> str:
     first = ", ".join(sorted(names)[:3])
-    return [f"{len(names)} {what} ({first}{', ...' if len(names) > 3 else ''})"]
+    return f"{len(names)} {what} ({first}{', ...' if len(names) > 3 else ''})"
 
 
 def _has_tokenizer(directory: Path) -> bool:

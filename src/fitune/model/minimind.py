@@ -30,9 +30,11 @@ _ROTARY_TABLES = {"freqs_cos", "freqs_sin", "pos_cis"}  # of older files; comput
 
 def read_pth(path: Path) -> Tensors:
     """The tensors of a `.pth`, memory-mapped where its format allows. Raises ModelError where the file cannot be read,
-    holds more than tensors and plain values, or is no dictionary of tensors."""
+    holds more than tensors and plain values, or is no dictionary of tensors.
+
+    The tensors are the file's on the CPU, also where a default device holds, such as meta while a step is recorded."""
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch._C.DisableTorchFunction():
             warnings.filterwarnings("ignore", "Detected pickle protocol", UserWarning)
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:

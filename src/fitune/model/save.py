@@ -6,7 +6,7 @@ renamed. Saving never changes the model, so a run can go on afterwards bit for b
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,9 +19,10 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from fitune.errors import ModelError
+from fitune.model.adapted_model import FILE, adapted_json
 from fitune.model.load import quiet_transformers
 from fitune.model.peft_parts import BaseTunerLayer, PeftModel, get_peft_model_state_dict
-from fitune.model.quantise import NF4Linear
+from fitune.model.quantise import NF4Experts, NF4Linear
 from fitune.model.tensor_file import write_tensors
 from fitune.units import MIB
 
@@ -31,31 +32,46 @@ _MARKS = ("config.json", "adapter_config.json")  # what tells a model's director
 
 
 def save_model(
-    model: PreTrainedModel | PeftModel, directory: Path, *, tokenizer: Tokenizer, merge: bool = False
+    model: PreTrainedModel | PeftModel,
+    directory: Path,
+    *,
+    tokenizer: Tokenizer,
+    merge: bool = False,
+    ends: Sequence[str] = (),
 ) -> None:
     """Write a directory that plain transformers loads: weights, configuration, generation settings, tokenizer and chat
     template.
 
     Of a model with adapters only the adapters are written (peft's layout), or with `merge` the whole model with the
-    adapters added in. An earlier model in `directory` is replaced once the new one is complete. Raises ModelError where
-    `directory` holds something else or cannot be written.
+    adapters added in. ends: the tokens that it has learned to end with. An earlier model in `directory` is replaced
+    once the new one is complete. Raises ModelError where `directory` holds something else or cannot be written.
     """
     with replaced_directory(directory) as unfinished:
-        write_files(unfinished, model_files(model, tokenizer=tokenizer, merge=merge))
+        write_files(unfinished, model_files(model, tokenizer=tokenizer, merge=merge, ends=ends))
         weights_name, tensors = saved_tensors(model, merge=merge)
         write_tensors(unfinished / weights_name, tensors)
 
 
-def model_files(model: PreTrainedModel | PeftModel, *, tokenizer: Tokenizer, merge: bool = False) -> dict[str, bytes]:
-    """Every file of a saved model's directory but the weights, by name. They are the same all through a run."""
+def model_files(
+    model: PreTrainedModel | PeftModel, *, tokenizer: Tokenizer, merge: bool = False, ends: Sequence[str] = ()
+) -> dict[str, bytes]:
+    """Every file of a saved model's directory but the weights, by name. They are the same all through a run.
+
+    ends: the tokens that the model has learned to end with, at which a generation stops beside where it did before."""
     with TemporaryDirectory() as directory, quiet_transformers():
         if isinstance(model, PeftModel) and not merge:
             model.save_pretrained(directory, state_dict={}, save_embedding_layers=False)  # "auto" would ask the hub
+            if (noted := adapted_json(model)) is not None:
+                (Path(directory) / FILE).write_bytes(noted)
         else:
             plain = _plain(model)
             generation = plain.generation_config
-            if generation is not None and generation.eos_token_id is None:
-                generation.eos_token_id = tokenizer.eos_token_id
+            if generation is not None:
+                known = generation.eos_token_id if generation.eos_token_id is not None else tokenizer.eos_token_id
+                known = known if isinstance(known, list) else [] if known is None else [known]
+                learned = [tokenizer.convert_tokens_to_ids(end) for end in ends]
+                all_ends = list(dict.fromkeys([*known, *(end for end in learned if isinstance(end, int))]))
+                generation.eos_token_id = all_ends if len(all_ends) > 1 else next(iter(all_ends), None)
             plain.save_pretrained(directory, state_dict={})
         tokenizer.save_pretrained(directory)
         files = (path for path in Path(directory).rglob("*") if path.is_file() and path.suffix != ".safetensors")
@@ -146,11 +162,13 @@ def plain_tensors(model: PreTrainedModel | PeftModel) -> dict[str, torch.Tensor]
     }
     compute_dtype = plain.get_input_embeddings().weight.dtype
     for name, layer in plain.named_modules():
-        if isinstance(layer, NF4Linear):
+        if isinstance(layer, NF4Linear | NF4Experts):
             name = name.removesuffix(".base_layer")
             for packed, _ in layer.named_buffers(recurse=False):
                 del tensors[f"{name}.{packed}"]
-            tensors[f"{name}.weight"] = layer.unpacked(compute_dtype)
+            del tensors[f"{name}.weight"]
+            whole = f"{name}.weight" if isinstance(layer, NF4Linear) else name
+            tensors[whole] = layer.unpacked(compute_dtype)
     for name, layer in plain.named_modules():
         if isinstance(layer, BaseTunerLayer):
             weight = tensors[f"{name}.weight"]

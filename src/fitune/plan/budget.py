@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fitune.config import RunConfig
-from fitune.errors import UsageError
+from fitune.errors import ModelError, UsageError
 from fitune.memory.devices import Device, context_prior, cpu_device, find_device, this_machine
 from fitune.plan.cache import cached, file_state
 from fitune.units import format_bytes, parse_bytes
@@ -106,7 +106,8 @@ def find_lengths(config: RunConfig) -> Lengths:
         Path(source.path.partition("#")[0]).expanduser() for source in (*sources, *(config.data.eval_sources or ()))
     ]
     if not all(path.exists() for path in paths):
-        return uniform_lengths(config)
+        is_named = config.data.train != NO_DATA
+        return uniform_lengths(config, origin="data.max_length, as the data is not here" if is_named else None)
     tokenizer = config.model.tokenizer or config.model.source
     key = [
         config.data.model_dump(mode="json"),
@@ -119,10 +120,10 @@ def find_lengths(config: RunConfig) -> Lengths:
     return Lengths(**found | {"sample_tokens": tuple(found["sample_tokens"])})
 
 
-def uniform_lengths(config: RunConfig) -> Lengths:
+def uniform_lengths(config: RunConfig, *, origin: str | None = None) -> Lengths:
     length = config.data.max_length
     evaluated = config.data.eval is not None or config.data.eval_fraction > 0
-    return Lengths((length,), 1.0, length if evaluated else 0, None, None, "data.max_length")
+    return Lengths((length,), 1.0, length if evaluated else 0, None, None, origin or "data.max_length")
 
 
 def lengths_of(train: "Examples", held_out: "Examples") -> Lengths:
@@ -149,11 +150,16 @@ def _read_lengths(config: RunConfig) -> Lengths:
             tokenizer = load_tokenizer(config.model)
             train = load_examples(config.data, tokenizer, split="train", eval_max_rows=config.eval.max_rows)
             held_out = load_examples(config.data, tokenizer, split="eval", eval_max_rows=config.eval.max_rows)
-            if len(train):
-                return lengths_of(train, held_out)
-    except UsageError:
-        pass  # the data is no condition of a plan; `fitune check` and `fitune train` say what is wrong with it
-    return uniform_lengths(config)
+            if not len(train):
+                return uniform_lengths(config, origin="data.max_length, as the data has no rows to train on")
+            return lengths_of(train, held_out)
+    except ModelError:
+        return uniform_lengths(config, origin="data.max_length, as the model has no tokenizer to read the data with")
+    except (
+        UsageError
+    ):  # the data is no condition of a plan; `fitune check` and `fitune train` say what is wrong with it
+        return uniform_lengths(config, origin="data.max_length, as the data cannot be read")
+    return uniform_lengths(config, origin="data.max_length, as the tokenizer is not here")
 
 
 def _any_card(num_bytes: int) -> Device:

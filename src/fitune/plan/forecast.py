@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from fitune.config import RunConfig
+from fitune.config import Loss, RunConfig
 from fitune.errors import ConfigError, ModelError
 from fitune.importing import collections_paused
 from fitune.memory.c_allocator import allocator_name
@@ -126,11 +126,18 @@ class Forecaster:
 
     def shape(self, choice: Choice) -> StepShape:
         """The mean over a few steps of rows drawn from the lengths, cut as the run will cut them."""
-        packed = self.work(choice.variant, tokens=self.lengths.longest_tokens).packed
+        packed = self.work(self._simplest(choice), tokens=self.lengths.longest_tokens).packed
         key = f"shape {packed} {choice.micro_rows} {choice.micro_tokens}"
         if key not in self.known:
             self.known[key] = asdict(self._shape(choice, packed=packed))
         return StepShape(**self.known[key])
+
+    def _simplest(self, choice: Choice) -> Choice:
+        """The variant of the same model that is recorded anyway: whether rows are packed is the model's."""
+        recompute = "off" if self.config.model.recompute == "auto" else self.config.model.recompute
+        loss: Loss = "chunked" if self.config.loss == "auto" else self.config.loss
+        simple = replace(choice.variant, recompute=recompute, loss=loss, offloads=False, optimizer=None)
+        return replace(simple, result="same" if (simple.method, simple.precision) == (None, None) else choice.result)
 
     def other_routing_bytes(self, choice: Choice) -> int:
         """Allocated at the peak where the tokens go to the experts in the other way."""

@@ -21,6 +21,7 @@ def other_estimates(
     categories: Mapping[Category, int],
     *,
     num_parameters: int,
+    method: str,
     precision: str,
     recompute: str,
     positions: int,
@@ -32,15 +33,16 @@ def other_estimates(
     total = sum(categories.values())
     states = sum(categories[name] for name in _STATES)
     full = 4 * num_parameters * (4 if precision == "float32" else 2)
-    yield OtherEstimate(
-        name="accelerate estimate-memory", quantity="peak, any batch", num_bytes=full, predicted_bytes=total
-    )
-    yield OtherEstimate(
-        name="DeepSpeed ZeRO-2, one card",
-        quantity="model states",
-        num_bytes=20 * num_parameters,
-        predicted_bytes=states,
-    )
+    if method == "full":  # both count all parameters as trained, which says nothing of adapters
+        yield OtherEstimate(
+            name="accelerate estimate-memory", quantity="peak, any batch", num_bytes=full, predicted_bytes=total
+        )
+        yield OtherEstimate(
+            name="DeepSpeed ZeRO-2, one card",
+            quantity="model states",
+            num_bytes=20 * num_parameters,
+            predicted_bytes=states,
+        )
     share = _RECOMPUTED_SHARE[recompute]
     per_layer = (34 * (1 - share) + 2 * share) * positions * hidden_size
     yield OtherEstimate(

@@ -1,17 +1,22 @@
 """A plan: the settings that were looked at, what each would need, and the one that was chosen. Pure data."""
 
 import importlib
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from fitune.language import say
+from fitune.plan.budget import AUTO_SHARE
 from fitune.plan.training import PlannedTraining
-from fitune.trace.events import ROUTED, UNROUTED, Category
+from fitune.trace.events import COMPILED, ROUTED, UNROUTED, VERSIONS, Category
 from fitune.units import format_bytes
 
 ADAMW_HOST = "adamw_host"
 CODE_IGNORED = "code that comes with"
-SHOWN = (*ROUTED.values(), UNROUTED, "memory.routing=", CODE_IGNORED)
+NOT_PACKED = "qlora:"
+UNPACKED = "weights stored as"
+SHOWN = (*ROUTED.values(), UNROUTED, "memory.routing=", CODE_IGNORED, NOT_PACKED, UNPACKED, COMPILED, VERSIONS)
 """Begins those assumptions that the table of a plan shows; its JSON holds all."""
 
 
@@ -19,8 +24,9 @@ SHOWN = (*ROUTED.values(), UNROUTED, "memory.routing=", CODE_IGNORED)
 class Candidate:
     """One setting and its prediction. micro_batch: rows of the longest length in one forward and backward.
     micro_tokens: the token budget of a micro-batch, None where rows are counted. accumulation: micro-batches of the
-    mean step. predicted_seconds_per_step: of the mean step, None where it is not predicted. reason: why it does not
-    fit, or on what condition it does; empty otherwise. result: what it does to what is learnt beside the configuration:
+    mean step. predicted_seconds_per_step: of the mean step, None where it is not predicted. fits: None where
+    what is predicted is an upper bound (model.compile) that exceeds the budget. reason: why it does not fit, or on what
+    condition it does; empty otherwise. result: what it does to what is learnt beside the configuration:
     same, close, or different. predicted_host_bytes: what a card's run keeps in the host's memory by a technique; pinned
     blocks are rounded up to powers of two there, so up to twice as much is taken."""
 
@@ -40,7 +46,7 @@ class Candidate:
     categories: Mapping[Category, int]
     peak_phase: str
     predicted_seconds_per_step: float | None = None
-    fits: bool
+    fits: bool | None
     reason: str = ""
     result: str = "same"
     offload_activations: bool = False
@@ -107,6 +113,20 @@ class Plan:
         """The budget, or what the device has free where that is less."""
         return min(self.budget_bytes, self.device.free_bytes)
 
+    def __repr__(self) -> str:
+        """In a sentence; the fields hold all of it."""
+        if self.chosen is None:
+            return f"Plan: {does_not_fit(self)}"
+        chosen = self.candidates[self.chosen]
+        return say(
+            "Plan: {split}, recompute {recompute}: {needed} of {budget}; {number} candidates",
+            split=split_of(self, chosen),
+            recompute=", ".join(chosen.techniques),
+            needed=format_bytes(chosen.predicted_device_bytes),
+            budget=format_bytes(self.limit_bytes),
+            number=len(self.candidates),
+        )
+
     def _repr_html_(self) -> str:
         shown = importlib.import_module("fitune.cli.plan_table")  # which is about this noun, and imports it
         return str(shown.html_plan(self))
@@ -146,12 +166,20 @@ def does_not_fit(plan: Plan) -> str:
 
 
 def _ways_out(plan: Plan, nearest: Candidate) -> Iterator[str]:
+    same = (candidate for candidate in plan.candidates if candidate.result == "same")
+    configured = next((each.optimizer for each in same if each.optimizer != ADAMW_HOST), ADAMW_HOST)
     for candidate in plan.candidates:
         if candidate.result != "same" and candidate.fits:
-            changed = {"optim.name": candidate.optimizer, "model.method": candidate.method}
-            names = [
-                f"{key}={value}" for key, value in changed.items() if value != getattr(nearest, key.split(".")[1], "")
-            ]
+            changed = (
+                ("optim.name", candidate.optimizer, configured),
+                ("model.method", candidate.method, nearest.method),
+                (
+                    "model.precision",
+                    candidate.precision,
+                    nearest.precision if candidate.method == nearest.method else None,
+                ),
+            )
+            names = [f"{key}={value}" for key, value, present in changed if present and value != present]
             yield f"{' '.join(names)} ({format_bytes(candidate.predicted_device_bytes)})"
     largest = max(nearest.categories, key=lambda name: nearest.categories[name])
     if largest in ("activation", "temporary", "input"):
@@ -162,5 +190,8 @@ def _ways_out(plan: Plan, nearest: Candidate) -> Iterator[str]:
         yield f"data.max_length={plan.data['max_length'] // 2}"
     else:
         yield "a smaller model"
-    is_free = nearest.predicted_device_bytes <= plan.device.free_bytes
-    yield f"{'a memory.budget of' if is_free else 'a card with'} {format_bytes(nearest.predicted_device_bytes)}"
+    if nearest.predicted_device_bytes <= plan.device.free_bytes:
+        yield f"a memory.budget of {format_bytes(nearest.predicted_device_bytes)}"
+    else:  # of a card, too, the budget is a share
+        share = min(1.0, max(AUTO_SHARE, plan.budget_bytes / plan.device.free_bytes))
+        yield f"a card with {format_bytes(math.ceil(nearest.predicted_device_bytes / share))}"

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from heapq import heappop, heappush
-from typing import Any
+from typing import Any, Literal
 
 from fitune.config import RunConfig
 from fitune.errors import ConfigError, ModelError
@@ -33,6 +33,8 @@ from fitune.plan.training import plan_training
 from fitune.trace.events import ROUTED
 from fitune.units import format_bytes
 
+Search = Literal["all", "brief", "fastest"]
+
 
 def choose_plan(
     config: RunConfig,
@@ -40,14 +42,16 @@ def choose_plan(
     gpu: str | None = None,
     limits: Limits | None = None,
     lengths: Lengths | None = None,
-    thorough: bool = True,
+    search: Search = "all",
     num_gpus: int = 1,
     on_candidate: Callable[[str], None] | None = None,
 ) -> Plan:
     """The candidates and the chosen one; none where nothing fits.
 
     gpu: a card's name, or 'cpu'. limits, lengths: where they are known already, else found from the configuration.
-    thorough: look at every candidate; else only until none of the others can be faster than one that fits.
+    search: "all" predicts every candidate. "brief" predicts those that answer what most people ask: the fastest that
+    fits, smaller micro-batches of the same, and what needs the least memory. "fastest" stops where none of the others
+    can be faster than one that fits.
     num_gpus: so many alike, which share the rows of a step; memory is that of each.
     on_candidate: told what is looked at. Raises what the configuration's and the model's checks raise.
     """
@@ -57,9 +61,11 @@ def choose_plan(
         limits = keep_bucket(limits, num_gpus)
     lengths = lengths or find_lengths(config)
     forecaster = Forecaster(share_of(config, num_gpus), limits, lengths, num_shards=num_shards)
-    search = _Search(config, forecaster, on_candidate, num_gpus=num_gpus)
-    chosen = search.thorough() if thorough else search.lean()
-    plan = search.plan(chosen, list(search.other_routing(chosen)) if thorough and chosen else ())
+    searching = _Search(config, forecaster, on_candidate, num_gpus=num_gpus)
+    chosen = {"all": searching.thorough, "brief": searching.brief, "fastest": searching.lean}[search]()
+    if chosen is None and config.model.compile:
+        chosen = searching.nearest()
+    plan = searching.plan(chosen, list(searching.other_routing(chosen)) if search != "fastest" and chosen else ())
     forecaster.save()
     return plan
 
@@ -93,14 +99,29 @@ class _Search:
         chosen = self.fastest()
         same = {choice: found for choice, found in self.looked_at.items() if choice.result == "same"}
         smallest = min(same, key=lambda choice: same[choice].device_bytes)
-        proposed = self.proposals(smallest if chosen is None else min(same, key=self.order))
+        proposed = self.best_proposals(smallest if chosen is None else min(same, key=self.order), chosen or smallest)
         self.looked_at = same
         self.look_at(proposed)
+        return chosen
+
+    def brief(self) -> Choice | None:
+        """Looks at all sizes without gradient checkpointing, at others as far as they may be faster, and the leanest:
+        both ends of what is possible. What would change the result is only proposed where nothing fits."""
+        self.look_at([choice for choice in self.choices if choice.variant == self.choices[0].variant])
+        chosen = self.lean()
+        if chosen is None:
+            return self.thorough()
+        self.look_at([choice for choice in self.choices if choice.variant == self.choices[-1].variant][:1])
         return chosen
 
     def fastest(self) -> Choice | None:
         same = (choice for choice, found in self.looked_at.items() if found.fits and choice.result == "same")
         return min(same, key=self.order, default=None)
+
+    def nearest(self) -> Choice | None:
+        """That of least memory where what is predicted is an upper bound, which refuses nothing."""
+        same = {choice: found for choice, found in self.looked_at.items() if choice.result == "same"}
+        return min(same, key=lambda choice: same[choice].device_bytes, default=None)
 
     def worth_hosting(self, chosen: Choice | None) -> list[Choice]:
         """With the update on the host: all where nothing fits, else what would be faster than `chosen`."""
@@ -115,6 +136,17 @@ class _Search:
         half_is_fast = self.limits.device.bfloat16_flops_per_second is not None
         float32 = self.looked_at[choice].precision == "float32" and half_is_fast
         return list(proposals(self.config, choice, float32=float32))
+
+    def best_proposals(self, base: Choice, marked: Choice) -> list[Choice]:
+        """Each beside `base` at the fastest of its sizes that fits; where none does, beside the marked one, which needs
+        the recomputation that makes it fit."""
+        alike = [choice for choice in self.choices if choice.variant == base.variant]
+        found = []
+        for proposal, fallback in zip(self.proposals(base), self.proposals(marked), strict=True):
+            sizes = [replace(proposal, micro_rows=each.micro_rows, micro_tokens=each.micro_tokens) for each in alike]
+            fitting = [choice for choice in sizes if self.fits(choice)]
+            found.append(min(fitting, key=self.order, default=fallback))
+        return found
 
     def look_at(self, choices: Sequence[Choice]) -> None:
         """In two processes, where there can be, but for the first variant: both need the imports, and what its
@@ -270,19 +302,25 @@ class _Search:
             categories=forecast.categories,
             peak_phase=forecast.peak_phase,
             predicted_seconds_per_step=self.pricer.seconds(choice),
-            fits=forecast.fits,
-            reason=_reason(forecast, self.limits),
+            fits=None if forecast.fits is False and self.is_bound(forecast) else forecast.fits,
+            reason=_reason(forecast, self.limits, is_bound=self.is_bound(forecast)),
             result=choice.result,
             offload_activations=choice.offloads or config.model.offload_activations,
             predicted_host_bytes=forecast.host_bytes,
         )
         return candidate if self.forecaster.num_shards > 1 else candidate_with_bucket(candidate, self.num_gpus)
 
+    def is_bound(self, forecast: Forecast) -> bool:
+        """Whether compiled layers may take less than that; what the host keeps is what it is."""
+        host_bytes = self.limits.host_bytes
+        return self.config.model.compile and (host_bytes is None or forecast.host_bytes <= host_bytes)
+
     def others(self, choice: Choice) -> Iterator[OtherEstimate]:
         forecast = self.looked_at[choice]
         yield from other_estimates(
             forecast.categories,
             num_parameters=forecast.num_parameters,
+            method=choice.method or self.config.model.method,
             precision=forecast.precision,
             recompute=choice.recompute,
             positions=forecast.positions,
@@ -299,12 +337,17 @@ def words_of(choice: Choice) -> str:
     return ", ".join([f"{size}recompute {choice.recompute}", f"{choice.loss} loss", *changes])
 
 
-def _reason(forecast: Forecast, limits: Limits) -> str:
+def _reason(forecast: Forecast, limits: Limits, *, is_bound: bool) -> str:
     if limits.host_bytes is not None and forecast.host_bytes > limits.host_bytes:
         needed, free = format_bytes(forecast.host_bytes), format_bytes(limits.host_bytes)
         return f"needs {needed} of the host's memory, where {free} are free"
     if not forecast.fits:
-        return f"needs {format_bytes(max(forecast.device_bytes - limits.limit_bytes, 1))} more"
+        more = format_bytes(max(forecast.device_bytes - limits.limit_bytes, 1))
+        return (
+            f"needs at most {more} more: an upper bound, which compiled layers may stay below"
+            if is_bound
+            else (f"needs {more} more")
+        )
     if forecast.num_alloc_retries:
         return f"fits by giving cached blocks back {forecast.num_alloc_retries} times"
     return ""

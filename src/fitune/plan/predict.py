@@ -216,5 +216,5 @@ def _in_process(prediction: Prediction, config: RunConfig, device: Device, *, pr
         peak_reserved_bytes=expected,
         device_bytes=device_bytes,
         device_interval=Interval(low + program_bytes, high + program_bytes, (reason,)),
-        fits=device_bytes <= device.total_bytes,
+        fits=True if device_bytes <= device.total_bytes else None if config.model.compile else False,
     )

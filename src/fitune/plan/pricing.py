@@ -44,11 +44,11 @@ class Pricer:
         self._factor = calibration_factor(device.name, forecaster.config.model.source)
 
     def seconds(self, choice: Choice, *, bound: bool = False) -> float | None:
-        """Of the mean step; None where the device's rates are not known. bound: a lower bound, by the base: what
-        other variants do adds work."""
+        """Of the mean step; None where the device's rates are not known. bound: a lower bound, by the base with that
+        loss: what other variants do adds work."""
         key = choice, bound
         if key not in self._seconds:
-            self._seconds[key] = self._price(choice, self._base if bound else choice.variant)
+            self._seconds[key] = self._price(choice, replace(self._base, loss=choice.loss) if bound else choice.variant)
         return self._seconds[key]
 
     def _price(self, choice: Choice, variant: Choice) -> float | None:

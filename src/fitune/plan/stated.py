@@ -1,15 +1,41 @@
 """What a prediction of a configured run says beside its numbers, one sentence each."""
 
 from collections.abc import Iterator
+from functools import lru_cache
+
+import torch
 
 from fitune.config import ModelConfig, RunConfig
-from fitune.model.load import ignored_code
-from fitune.plan.plan import CODE_IGNORED
+from fitune.model.load import MXFP4, ignored_code, load_config, load_model, weights_format
+from fitune.model.quantise import not_quantised
+from fitune.plan.plan import CODE_IGNORED, NOT_PACKED, UNPACKED
+from fitune.trace.events import COMPILED
 
 
 def stated(config: RunConfig) -> Iterator[str]:
-    if (note := code_note(config.model)) is not None:
-        yield note
+    yield from model_notes(config.model)
+    if config.model.compile:
+        yield COMPILED
+
+
+def model_notes(model: ModelConfig) -> Iterator[str]:
+    """What the run of a model is besides what its configuration says."""
+    yield from _notes(model.model_dump_json(include={"source", "tokenizer", "method", "precision", "shape", "lora"} | {
+        "trust_remote_code"}))  # fmt: skip
+
+
+@lru_cache(maxsize=8)
+def _notes(model_json: str) -> tuple[str, ...]:
+    """Found once for all settings of a model that are predicted."""
+    model = ModelConfig.model_validate_json(model_json)
+    notes = [code_note(model)]
+    if weights_format(load_config(model)) == MXFP4:
+        notes.append(
+            f"{UNPACKED} {MXFP4} are held as numbers, in the precision of the run: they cannot be trained on else"
+        )
+    if model.method == "qlora" and (clause := not_quantised(load_model(model, torch.device("meta")))) is not None:
+        notes.append(f"{NOT_PACKED} {clause}")
+    return tuple(note for note in notes if note is not None)
 
 
 def code_note(model: ModelConfig) -> str | None:

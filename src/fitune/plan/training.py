@@ -5,6 +5,7 @@ import math
 from dataclasses import dataclass
 
 from fitune.config import OptimConfig, RunConfig
+from fitune.language import say
 from fitune.plan.budget import Lengths
 from fitune.step.scaling import OptimSettings, configured_lr, settings_of
 from fitune.step.schedule import lr_factor
@@ -14,6 +15,10 @@ WEIGHT_STD = 0.02
 BFLOAT16_BITS = 7
 """Of the mantissa."""
 _WITHOUT_BETAS = ("sgd", "adafactor")
+
+
+HIGHEST_USUAL_RATE = 0.01
+"""Of AdamW and Adafactor; published runs of language models stay below it. Of plain SGD a hundred times as much."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +65,20 @@ def plan_training(config: RunConfig, lengths: Lengths, *, precision: str) -> Pla
         half_lives=() if config.optim.name in _WITHOUT_BETAS else tuple(span(_half_life(beta)) for beta in optim.betas),
         shrink_fraction=None if steps is None else shrink_fraction(config.optim, optim, steps=steps),
         lost_updates_fraction=lost_updates_fraction(optim.lr) if precision == "bfloat16" else None,
+    )
+
+
+def unusual_rate(config: RunConfig) -> str | None:
+    """A sentence about a learning rate that was surely not meant, such as 3 for 3e-5."""
+    rate, highest = configured_lr(config), HIGHEST_USUAL_RATE * (100 if config.optim.name == "sgd" else 1)
+    if rate <= highest:
+        return None
+    return say(
+        "optim.lr {rate} is far above the rates that {name} trains language models with (below {highest}): usual are "
+        "2e-5 for full fine-tuning and 2e-4 for adapters",
+        rate=f"{rate:g}",
+        name=config.optim.name,
+        highest=f"{highest:g}",
     )
 
 

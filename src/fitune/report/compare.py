@@ -106,6 +106,11 @@ class Comparison:
     checks: tuple[CurveCheck, ...]
     notes: tuple[str, ...]
 
+    def __repr__(self) -> str:
+        """In a sentence; the fields hold all of it."""
+        names = ", ".join(row.name for row in self.rows)
+        return f"Comparison: {names}" + ("" if self.tokens is None else f" · {self.tokens:,.0f} tokens")
+
     def _repr_html_(self) -> str:
         tables = importlib.import_module("fitune.report.tables")  # which is about this noun, and imports it
         return str(tables.html_table(self))

@@ -179,6 +179,9 @@ def name_prefix(model: str, data: str) -> str:
     )
 
 
+BEGIN_ONE = "'fitune train CONFIG' begins one; give the directory where others are kept (run.output)"
+
+
 def open_run(path: Path) -> RunDirectory:
     """An existing run. Raises RunDirectoryError where there is none."""
     if not path.is_dir():
@@ -204,6 +207,8 @@ def read_run(path: Path) -> RunRecord:
 def list_runs(output: Path) -> list[RunRecord]:
     """The runs directly below `output`, the one with the latest sign of life last. Raises RunDirectoryError where
     `output` is not a directory."""
+    if not output.exists():
+        raise RunDirectoryError(f"{output} is not a directory, so there are no runs yet: {BEGIN_ONE}")
     if not output.is_dir():
         raise RunDirectoryError(f"{output} is not a directory: give the one that runs are kept in (run.output)")
     with _said(f"{output} cannot be read"):

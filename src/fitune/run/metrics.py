@@ -6,6 +6,7 @@ written as "nan", "inf" or "-inf", since JSON has none and a diverged loss must 
 """
 
 import errno
+import html
 import json
 import math
 import os
@@ -18,7 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_type_hints
 
 from fitune.errors import RunDirectoryError
+from fitune.language import say
 from fitune.run.files import MAX_LOG_BYTES, open_plain, read_plain
+from fitune.units import format_bytes, format_count, format_seconds
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -128,6 +131,22 @@ class Summary:
     def peak_bytes(self) -> int | None:
         """The run's peak wherever one number stands for it: reserved, where that was not measured the device's."""
         return self.peak_reserved_bytes or self.peak_device_bytes
+
+    def __repr__(self) -> str:
+        """In a sentence; the fields hold all of it."""
+        loss = "n/a" if self.eval_loss is None else f"{self.eval_loss:.4f}"
+        return say(
+            "Summary: {status} after {steps} steps, {tokens} tokens, {time} | eval loss {loss} | peak memory {peak}",
+            status=say(self.status),
+            steps=f"{self.steps:,}",
+            tokens=format_count(self.tokens),
+            time=format_seconds(self.seconds),
+            loss=loss,
+            peak=format_bytes(self.peak_bytes),
+        )
+
+    def _repr_html_(self) -> str:
+        return f"<p>{html.escape(repr(self))}</p>"
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,7 +40,8 @@ class NormRecorder:
     """Reads the gradients of one step: made for that step, its hooks gone with it.
 
     preconditioned: weighted norms too, where the optimizer has an exp_avg_sq by now. shards: over which it is dealt;
-    weighted norms are then not known, since a process never has exp_avg_sq beside the whole of its own gradient.
+    weighted norms are then not known, since a process never has exp_avg_sq beside the whole of its own gradient. A
+    state in the host's memory (adamw_host) is not read: it would have to come to the card in every step.
     """
 
     def __init__(
@@ -48,8 +49,7 @@ class NormRecorder:
     ) -> None:
         self._shards = shards
         self._parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
-        self._exp_avg = {p: state["exp_avg"] for p, state in optimizer.state.items() if "exp_avg" in state}
-        squares = {p: state["exp_avg_sq"] for p, state in optimizer.state.items() if "exp_avg_sq" in state}
+        self._exp_avg, squares = _beside(optimizer, "exp_avg"), _beside(optimizer, "exp_avg_sq")
         is_whole = shards is None and len(squares) == len(self._parameters)
         self._exp_avg_sq = squares if preconditioned and is_whole else {}
         self._norms: list[torch.Tensor] = []
@@ -130,6 +130,11 @@ class NormRecorder:
 
     def _sum(self, values: list[torch.Tensor]) -> torch.Tensor:
         return torch.stack(values).sum() if values else torch.zeros((), device=self._parameters[0].device)
+
+
+def _beside(optimizer: torch.optim.Optimizer, name: str) -> dict[torch.Tensor, torch.Tensor]:
+    """That part of the state of each parameter, where it is on the parameter's device."""
+    return {p: state[name] for p, state in optimizer.state.items() if name in state and state[name].device == p.device}
 
 
 def _dot(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:

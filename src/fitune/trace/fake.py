@@ -24,7 +24,7 @@ from fitune.errors import UsageError
 from fitune.trace.assumptions import Assumptions
 from fitune.trace.cuda_behaviour import CpuKernels, CudaKernels, cuda_behaviour
 from fitune.trace.cuda_target import CudaTarget
-from fitune.trace.events import MemoryTrace
+from fitune.trace.events import COMPILED, MemoryTrace
 from fitune.trace.flash_package import flash_package
 from fitune.trace.idle_card import cuda_answers
 from fitune.trace.placement import CARD, OnMeta, card_stands_in
@@ -100,6 +100,7 @@ class RecordedModel:
                 stack.enter_context(cuda_behaviour(target))
                 stack.enter_context(flash_package(target))
                 stack.enter_context(cuda_answers(target))
+            compiled = stack.enter_context(_compilation_left_out())
             known = self._parts if self._parts is not None and self._parts.go_back() else None
             self._parts = None  # until all went well; an old model is gone before there is a new one
             parts = known or self._new_parts()
@@ -132,7 +133,8 @@ class RecordedModel:
                 parts.recorder.end_step(parts.model)
             # real tensors ask for no routing
             assumed = parts.assumptions.used if parts.mode is None else parts.assumptions.lines()
-            recording = parts.recorder.recording((*_describe(self._settings, num_steps), *assumed))
+            notes = [COMPILED] if compiled or _is_compiled(parts.model) else []
+            recording = parts.recorder.recording((*_describe(self._settings, num_steps), *assumed, *notes))
             del step
             gc.collect()  # what the loop made is of no next one
             self._parts = parts
@@ -197,12 +199,20 @@ def _pack(model: nn.Module) -> None:
 
 def fill(model: nn.Module) -> None:
     """Puts the model's meta tensors on the CPU, in place: parameters, buffers and plain attributes. Inside
-    FakeTensorMode they become fake. What was shared stays shared."""
+    FakeTensorMode they become fake. What was shared stays shared, and a slice of a larger tensor holds all of it."""
     made: dict[int, torch.Tensor] = {}
+    wholes: dict[int, torch.Tensor] = {}
 
     def on_cpu(tensor: torch.Tensor) -> torch.Tensor:
         if id(tensor) not in made:
-            empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+            storage = tensor.untyped_storage()
+            if storage.nbytes() <= tensor.numel() * tensor.element_size():
+                empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+            else:
+                if storage._cdata not in wholes:
+                    wholes[storage._cdata] = torch.empty(storage.nbytes(), dtype=torch.uint8, device="cpu")
+                whole = wholes[storage._cdata].view(tensor.dtype)
+                empty = whole.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
             if isinstance(tensor, nn.Parameter):
                 empty = nn.Parameter(empty, requires_grad=tensor.requires_grad)
             made[id(tensor)] = empty
@@ -215,6 +225,32 @@ def fill(model: nn.Module) -> None:
                 if isinstance(tensor, torch.Tensor):
                     tensors[name] = on_cpu(tensor)
     del keep
+
+
+@contextmanager
+def _compilation_left_out() -> Iterator[list[Any]]:
+    """torch.compile and Module.compile leave what they are given as it is; it is put into the list."""
+    left_out: list[Any] = []
+
+    def compile_function(function: Any = None, **_: Any) -> Any:
+        if function is None:
+            return compile_function
+        left_out.append(function)
+        return function
+
+    def compile_module(module: nn.Module, *_: Any, **__: Any) -> None:
+        left_out.append(module)
+
+    with (
+        patch.object(torch, "compile", compile_function),
+        patch.object(nn.Module, "compile", compile_module),
+    ):
+        yield left_out
+
+
+def _is_compiled(model: nn.Module) -> bool:
+    """Whether a part was compiled when it was built."""
+    return any(module._compiled_call_impl is not None or hasattr(module, "_orig_mod") for module in model.modules())
 
 
 def _describe(settings: RecordSettings, num_steps: int) -> Iterator[str]:

@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from pathlib import Path
 from types import CodeType, SimpleNamespace
 from typing import Any, Self
 from unittest.mock import patch
@@ -137,13 +138,17 @@ def _caller() -> CodeType:
     return frame.f_code
 
 
+_LIBRARIES = {"site-packages", "dist-packages"}
+"""Where they are installed; the user's own modules are told of the card."""
+
+
 def _available_to_what_runs_in(outermost: CodeType) -> Callable[[], bool]:
     """True, except for a library that is imported within: it would look for CUDA's own libraries."""
 
     def is_available() -> bool:
         frame = sys._getframe(1)
         while frame is not None and frame.f_code is not outermost:
-            if frame.f_code.co_name == "<module>":
+            if frame.f_code.co_name == "<module>" and _LIBRARIES & set(Path(frame.f_code.co_filename).parts):
                 return False
             frame = frame.f_back  # type: ignore[assignment]
         return True

@@ -6,10 +6,12 @@ host tensor is an allocation on the card, `.cpu()` of a card's tensor none. Host
 as these come from the host alone: a loop that draws the rows of its batch draws them here too.
 """
 
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from types import FrameType
 from typing import Any
 from unittest.mock import patch
 
@@ -22,7 +24,10 @@ from torch.utils._device import _device_constructors
 from fitune.trace.assumptions import known_array, tell_made
 from fitune.trace.recorder import Place, Recorder
 
-CARD = torch.device("cpu")  # what stands for the card; a loop's own "cpu" is a string, so the two can be told apart
+CARD = torch.device("cpu")
+"""What stands for the card, and what every tensor says that it is on."""
+HOST = torch.device("cpu", 0)
+"""What a loop gets that makes a device "cpu" itself."""
 
 
 class Placement(TorchFunctionMode):
@@ -67,7 +72,7 @@ class Placement(TorchFunctionMode):
     def _to(self, tensor: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         named = kwargs.get("device", args[0] if args else None)
         device = named.device if isinstance(named, Tensor) else named
-        if not isinstance(device, (str, int, torch.device)):
+        if not isinstance(device, (str, int, _REAL_DEVICE)):
             return tensor.to(*args, **kwargs)
         rewritten = tuple(_as_cpu(item) for item in args)
         kwargs = {key: _as_cpu(value) for key, value in kwargs.items()}
@@ -92,13 +97,32 @@ class Placement(TorchFunctionMode):
             return tensor.clone()
 
 
+def _is_of_torch(caller: FrameType) -> bool:
+    """torch's own code compares the devices of tensors, which are all the same here."""
+    return str(caller.f_globals.get("__name__")).startswith("torch.")
+
+
+class _DeviceOfLoop(type):
+    """What a loop finds as `torch.device`: the same, but for "cpu", which is the host."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        device = _REAL_DEVICE(*args, **kwargs)
+        return HOST if device == CARD and not _is_of_torch(sys._getframe(1)) else device
+
+    def __instancecheck__(cls, value: Any) -> bool:
+        return isinstance(value, _REAL_DEVICE)
+
+
+_REAL_DEVICE = torch.device
+
+
 def _is_card(device: Any) -> bool:
-    return device is not None and not (isinstance(device, str) and device.startswith("cpu"))
+    return device is not None and device != HOST and not (isinstance(device, str) and device.startswith("cpu"))
 
 
 def _as_cpu(value: Any) -> Any:
     """Any spelling of a CUDA device as the CPU; everything else as it is."""
-    if isinstance(value, torch.device) or (isinstance(value, str) and value.startswith("cuda")):
+    if isinstance(value, _REAL_DEVICE) or (isinstance(value, str) and value.startswith("cuda")):
         return CARD
     return CARD if isinstance(value, int) and not isinstance(value, bool) else value
 
@@ -125,7 +149,7 @@ def _as_meta(value: Any) -> Any:
 
 @contextmanager
 def card_stands_in(recorder: Recorder) -> Iterator[None]:
-    """A loop that names CUDA gets the CPU tensors that stand for it; torch.compile leaves its function as it is."""
+    """A loop that names CUDA gets the CPU tensors that stand for it."""
     init = torch.amp.autocast_mode.autocast.__init__
 
     def autocast_init(self: Any, device_type: str, dtype: torch.dtype | None = None, *args: Any, **kwargs: Any) -> None:
@@ -135,9 +159,6 @@ def card_stands_in(recorder: Recorder) -> Iterator[None]:
 
     def grad_scaler_init(self: Any, device: str = "cuda", *args: Any, **kwargs: Any) -> None:
         scaler_init(self, "cpu", *args, **kwargs)
-
-    def as_it_is(function: Any = None, **_: Any) -> Any:
-        return function if function is not None else lambda decorated: decorated
 
     generator = torch.Generator
     placement, hooks_init = Placement(recorder), torch.autograd.graph.saved_tensors_hooks.__init__
@@ -151,7 +172,7 @@ def card_stands_in(recorder: Recorder) -> Iterator[None]:
         warnings.filterwarnings("ignore", "A saved_tensors_hooks context", FutureWarning)
         stack.enter_context(patch.object(torch.amp.autocast_mode.autocast, "__init__", autocast_init))
         stack.enter_context(patch.object(torch.amp.GradScaler, "__init__", grad_scaler_init))
-        stack.enter_context(patch.object(torch, "compile", as_it_is))
+        stack.enter_context(patch.object(torch, "device", _DeviceOfLoop("device", (), {})))
         stack.enter_context(patch.object(torch, "Generator", lambda device="cpu": generator(_as_cpu(device))))
         stack.enter_context(patch.object(torch.cuda, "empty_cache", recorder.empty_cache))
         stack.enter_context(patch.object(torch._C, "_accelerator_emptyCache", recorder.empty_cache, create=True))

@@ -9,15 +9,26 @@ so by its module: model.layers.2.mlp is turn 2 of the loop model.layers.
 
 import re
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cache, cached_property, lru_cache
+from importlib.metadata import PackageNotFoundError, version
 from operator import eq
 from typing import Any, NamedTuple, overload
 
 import numpy as np
 import numpy.typing as npt
 
-from fitune.trace.events import CATEGORIES, Category, EventColumns, MemoryEvent, MemoryTrace, OperatorWork, Phase
+from fitune.trace.events import (
+    CATEGORIES,
+    VERSIONS,
+    Category,
+    EventColumns,
+    MemoryEvent,
+    MemoryTrace,
+    OperatorWork,
+    Phase,
+)
 
 Integers = npt.NDArray[np.int64]
 NEVER = -1
@@ -170,7 +181,18 @@ def make_recording(
 
 
 def to_trace(recording: Recording) -> MemoryTrace:
-    return MemoryTrace(RecordedEvents(recording), recording.source)
+    return MemoryTrace(RecordedEvents(recording), (*recording.source, _versions()))
+
+
+@cache
+def _versions() -> str:
+    """What was recorded is the code of these: it differs from version to version, and memory with it."""
+    found = {}
+    for package in ("torch", "transformers", "peft"):
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    rest = [f"{package} {number}" for package, number in found.items() if package != "torch"]
+    return f"{VERSIONS}{', '.join([found.get('torch', 'n/a'), *rest])}: others differ by 1 to 2 %"
 
 
 class RecordedEvents(Sequence[MemoryEvent]):

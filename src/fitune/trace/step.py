@@ -197,6 +197,8 @@ def record_columns_of_step(
                     create_state(setup.optimizer)
                     if setup.scaler is not None:
                         setup.scaler.scale(torch.zeros((), device=here))  # in a run the trial before the first step
+                if target is not None:
+                    recorders[0].empty_cache()  # a run gives back what it tried out so far
             elif evaluates:
                 evaluate(model, micro_batches, settings=setup.settings)
             else:

@@ -17,6 +17,8 @@ from fitune.train.self_check import CPU_NOISE_BYTES, CPU_TOLERANCE, CUDA_TOLERAN
 from fitune.units import GIB, MIB, format_bytes
 
 QUIET_SECONDS = 300.0
+FRAGMENTATION = 0.03
+"""Of what a card has reserved, in pieces that steps of other lengths leave; the planned steps are all alike."""
 WINDOW_STEPS = 50
 FEWEST_STEPS = 20
 WARM_UP_STEPS = 5
@@ -39,7 +41,7 @@ class AlarmSettings:
         """What a step may take: the prediction, and what it promises to be within."""
         if self.predicted_bytes is None:
             return math.inf
-        tolerance = CPU_TOLERANCE if self.on_cpu else CUDA_TOLERANCE
+        tolerance = CPU_TOLERANCE if self.on_cpu else CUDA_TOLERANCE + FRAGMENTATION
         return max(self.predicted_bytes * (1 + tolerance), self.predicted_bytes + CPU_NOISE_BYTES * self.on_cpu)
 
 

@@ -23,6 +23,7 @@ from fitune.data.examples import Examples
 from fitune.data.rows import Batch, MicroBatch
 from fitune.errors import FituneError, InterruptedRunError, OutOfMemoryError, RunDirectoryError
 from fitune.model.device import MemoryPeak, read_peak, reset_peak
+from fitune.model.finite import saved_not_finite, weights_not_finite
 from fitune.model.save import model_files
 from fitune.run.directory import RunDirectory
 from fitune.run.eval_rows import EvalRows, append_eval_rows
@@ -239,7 +240,7 @@ class _Trainer:
         self.writer = CheckpointWriter(
             run,
             setup,
-            files=model_files(setup.model, tokenizer=tokenizer),
+            files=model_files(setup.model, tokenizer=tokenizer, ends=data.train.report.ends),
             facts={
                 "identity": run_identity(config, setup, train=data.train, held_out=data.eval),
                 "conditions": run_conditions(config, setup, num_ranks=ranks.size),
@@ -536,12 +537,27 @@ class _Trainer:
                 f"step {state.step}: loss {result.loss:.4g}, gradient norm {result.grad_norm:.4g}: no update",
             )
         if state.bad_steps >= (MOST_BAD_STEPS if self.setup.scaler is None else MOST_OVERFLOWS):
+            what = f"the gradient was not finite in {state.bad_steps} steps in a row (loss {result.loss:.4g} at step "
+            what += f"{state.step})"
+            names = self.ranks.exchange(weights_not_finite(self.setup.model))
+            if (name := next(filter(None, names), None)) is not None:
+                raise FituneError(
+                    f"{what}, since {name} is not finite itself: an earlier update was too large, lower optim.lr "
+                    f"({self.setup.peak_lr:g}); {self.what_is_saved()}"
+                )
             self.save_for_good()
             raise FituneError(
-                f"the gradient was not finite in {state.bad_steps} steps in a row (loss {result.loss:.4g} at step "
-                f"{state.step}): lower optim.lr ({self.setup.peak_lr:g}) or look at the rows of these steps; "
-                f"the weights before them are in {self.run.last}"
+                f"{what}: lower optim.lr ({self.setup.peak_lr:g}) or look at the rows of these steps; the weights "
+                f"before them are in {self.run.last}"
             )
+
+    def what_is_saved(self) -> str:
+        """Where weights are that are finite, as one clause."""
+        self.tell_failed_save(wait=True)
+        for directory in (self.run.last, self.run.best):
+            if saved_not_finite(directory) is None:
+                return f"the weights of an earlier step are in {directory}"
+        return "no weights were saved before that"
 
     def evaluate(self) -> None:
         state = self.state

@@ -1,14 +1,16 @@
 """Loads what a run needs, in the order in which mistakes are cheapest to find: tokenizer, data, then weights."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from fitune.config import RunConfig, read_config
+from fitune.data.chat_template import today
 from fitune.data.examples import load_examples
 from fitune.errors import ConfigError, DataError, DoesNotFitError
+from fitune.language import say
 from fitune.model.device import choose_device
 from fitune.model.load import check_length, count_parameters, load_model, load_tokenizer
 from fitune.model.lora import not_adapted
@@ -16,14 +18,18 @@ from fitune.plan.budget import lengths_of, limits_of
 from fitune.plan.candidates import settings_of, still_open
 from fitune.plan.plan import Plan, closest, does_not_fit, split_of
 from fitune.plan.planner import choose_plan
-from fitune.plan.stated import code_note
+from fitune.plan.stated import model_notes
+from fitune.plan.training import unusual_rate
 from fitune.step.assemble import Setup, assemble, choose_precision
 from fitune.step.out_of_memory import try_twice
 from fitune.step.shards import check_torch
 from fitune.train.loop import Data
 from fitune.train.ranks import Ranks
-from fitune.train.self_check import SelfCheck, predict_second_step, run_device
+from fitune.train.self_check import SelfCheck, predict_second_step, reserved_before, run_device
 from fitune.units import format_bytes
+
+FEW_EVAL_ROWS = 20
+"""The mean loss of fewer rows moves with which rows they are more than with the training."""
 
 
 @dataclass(frozen=True)
@@ -85,10 +91,12 @@ def _prepare(
         notes.append("memory.allocator has no effect here: it sets CUDA's allocator, and this run is on the CPU")
     if config.memory.gpu is not None:
         notes.append("memory.gpu is for plans: a run uses the card that is there")
-    if (note := code_note(config.model)) is not None:
+    notes.extend(model_notes(config.model))
+    if (note := unusual_rate(config)) is not None:
         notes.append(note)
     tokenizer = load_tokenizer(config.model)
     data = load_data(config, tokenizer, on_progress=on_progress)
+    notes += rows_notes(config, num_rows=len(data.train), num_held_out=len(data.eval))
     precision = choose_precision(config, device)
     check_length(config)
     plan = self_check = None
@@ -98,21 +106,31 @@ def _prepare(
                 config,
                 limits=limits_of(config, run_device(device)),
                 lengths=lengths_of(data.train, data.eval),
-                thorough=False,
+                search="fastest",
                 num_gpus=ranks.size,
             )
             settings, note = follow(plan, config, plan_check=plan_check)
             notes.append(note)
         settings = still_open(settings, config)
         config = read_config(config.model_dump(mode="json", exclude_defaults=True), settings).config
-        if ranks.leads:
+        held_bytes = reserved_before(device)
+        if held_bytes:
+            notes.append(f"memory is not checked: this process already holds {format_bytes(held_bytes)} of the card")
+        elif ranks.leads:
             self_check = predict_second_step(config, data.train, device=device, num_ranks=ranks.size)
     except DoesNotFitError:
         raise
     except Exception as error:  # whatever a model does on tensors without data: the run itself needs none of this
         notes.append(f"memory is not predicted: {type(error).__name__}: {' '.join(str(error).split())[:160]}")
     model = try_twice(
-        lambda: load_model(config.model, device, precision=precision, seed=config.train.seed, stay_on_host=is_sharded),
+        lambda: load_model(
+            config.model,
+            device,
+            precision=precision,
+            seed=config.train.seed,
+            stay_on_host=is_sharded,
+            tell=notes.append,
+        ),
         device=device,
         what=f"the model {config.model.source}",
         way_out="close other programs, or take a smaller model"
@@ -135,8 +153,30 @@ def _prepare(
         num_parameters,
         num_trainable,
         self_check,
-        tuple(notes),
+        tuple(dict.fromkeys(notes)),
     )
+
+
+def rows_notes(config: RunConfig, *, num_rows: int, num_held_out: int) -> Iterator[str]:
+    """About a batch or an evaluation that the number of rows makes another than it looks."""
+    if config.batch.rows_per_step > num_rows:
+        yield say(
+            "batch.effective {batch} is more than the {rows} rows of the data: a step takes all of them, and an epoch "
+            "is one step",
+            batch=f"{config.batch.rows_per_step:,}",
+            rows=f"{num_rows:,}",
+        )
+    rows = num_rows + num_held_out
+    if config.data.eval is None and 0 < num_held_out < FEW_EVAL_ROWS and rows >= 2 * FEW_EVAL_ROWS:
+        share = min(0.2, 2 * FEW_EVAL_ROWS / rows)
+        yield say(
+            "{held} of {rows} rows are held out, and an evaluation of so few says little: data.eval_fraction={share} "
+            "holds out about {more}",
+            held=f"{num_held_out:,}",
+            rows=f"{rows:,}",
+            share=f"{share:.2g}",
+            more=f"{round(share * rows):,}",
+        )
 
 
 def check_shard(config: RunConfig, *, num_ranks: int) -> None:
@@ -162,6 +202,7 @@ def follow(plan: Plan, config: RunConfig, *, plan_check: bool = True) -> tuple[l
     if plan.chosen is not None:
         chosen = plan.candidates[plan.chosen]
         room = f"of {format_bytes(plan.limit_bytes)}"
+        room += ", an upper bound: it may run out of memory" if chosen.fits is None else ""
     else:
         chosen = closest(plan)
         tight = config.memory.budget == "auto" and chosen.predicted_device_bytes <= plan.device.free_bytes
@@ -171,12 +212,15 @@ def follow(plan: Plan, config: RunConfig, *, plan_check: bool = True) -> tuple[l
     return settings_of(chosen, config), (
         f"plan: {split_of(plan, chosen)}, recompute {', '.join(chosen.techniques)}, "
         f"{chosen.loss} loss: "
-        f"{format_bytes(chosen.predicted_device_bytes)} {room}"
+        f"{format_bytes(chosen.predicted_device_bytes)} in all {room}"
     )
 
 
 def load_data(config: RunConfig, tokenizer: Tokenizer, *, on_progress: Callable[[int], None] | None = None) -> Data:
-    """Raises DataError where nothing is left to train on."""
+    """Both sides of the held-out split, with one date where the template writes it. Raises DataError where nothing is
+    left to train on."""
+    if config.data.date is None:
+        config = config.model_copy(update={"data": config.data.model_copy(update={"date": today().isoformat()})})
     train = load_examples(
         config.data, tokenizer, split="train", eval_max_rows=config.eval.max_rows, on_progress=on_progress
     )

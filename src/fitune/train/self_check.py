@@ -8,7 +8,7 @@ loaded, where the C library's habits are part of the number. What is found is ke
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import torch
@@ -27,6 +27,7 @@ from fitune.plan.candidates import with_routing
 from fitune.plan.predict import predict_run
 from fitune.plan.share import shards_of, with_bucket
 from fitune.step.optimizer import STATE_COMES_LATE
+from fitune.step.out_of_memory import release_workspaces
 from fitune.trace.step import Pass
 from fitune.units import MIB, format_bytes
 
@@ -103,7 +104,20 @@ def run_device(device: torch.device) -> Device:
     if device.type == "cpu" or not cards:
         return cpu_device()
     uuid = str(torch.cuda.get_device_properties(device).uuid)
-    return next((card for card in cards if (card.uuid or "").endswith(uuid)), cards[0])
+    card = next((card for card in cards if (card.uuid or "").endswith(uuid)), cards[0])
+    if card.free_bytes is None:  # without NVML; the run starts CUDA in any case
+        free_bytes, total_bytes = torch.cuda.mem_get_info(device)
+        return replace(card, free_bytes=free_bytes, used_bytes=total_bytes - free_bytes)
+    return card
+
+
+def reserved_before(device: torch.device) -> int:
+    """What PyTorch has reserved on the card before the run's own: of tensors that a notebook, say, still has. Beside it
+    what the run reserves is not what is predicted. 0 on a CPU."""
+    if device.type == "cpu":
+        return 0
+    release_workspaces(device)
+    return torch.cuda.memory_reserved(device)
 
 
 def predict_second_step(config: RunConfig, train: Examples, *, device: torch.device, num_ranks: int = 1) -> SelfCheck:

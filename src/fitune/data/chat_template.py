@@ -1,0 +1,262 @@
+"""A tokenizer's chat template: chosen, made ready, and rendered. This is the one place where a template runs.
+
+A template is a program that comes with a model, and each has its own idea of its input. Tool calls are given in the
+shape that the template writes well, as transformers chooses the one named `tool_use` for rows with tools, and the date
+that a template may write is that of the run, so that the same rows have the same tokens on the next day.
+"""
+
+import datetime
+import itertools
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from fitune.data.formats import Message
+from fitune.data.template_limits import MOST_CHARS, LimitError, check_size, limited
+from fitune.errors import DataError
+
+CharSpan = tuple[int, int]
+
+_DATE_CALL = re.compile(r"strftime_now\(\s*(?:format\s*=\s*)?(\"[^\"]*\"|'[^']*')\s*\)")
+_GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+_KEY, _VALUE = "akey", "avalue"
+PROBE: tuple[Message, ...] = ({"role": "user", "content": "Question"}, {"role": "assistant", "content": "Answer"})
+_PROBE_CALL = {"id": "abcdefghi", "type": "function", "function": {"name": "fname", "arguments": {_KEY: _VALUE}}}
+
+
+class TemplateError(ValueError):
+    """The template refused a conversation; the text is the template's own."""
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """text: Jinja, with the date written into it. name: where it comes from, for a reader. special_tokens: bos_token
+    and the like, which templates name. date: the one that it writes, None where it writes none."""
+
+    text: str
+    name: str
+    special_tokens: Mapping[str, Any]
+    date: datetime.date | None
+
+    @property
+    def marks_generation(self) -> bool:
+        return _GENERATION.search(self.text) is not None
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: list[dict[str, Any]] | None = None,
+        arguments: Mapping[str, Any] | None = None,
+        add_generation_prompt: bool = False,
+    ) -> str:
+        """The messages as one text. arguments: what the row itself gives the template. Raises TemplateError."""
+        return self.render_generation(
+            messages, tools=tools, arguments=arguments, add_generation_prompt=add_generation_prompt, marks=False
+        )[0]
+
+    def render_generation(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: list[dict[str, Any]] | None = None,
+        arguments: Mapping[str, Any] | None = None,
+        add_generation_prompt: bool = False,
+        marks: bool = True,
+    ) -> tuple[str, list[CharSpan]]:
+        """The text and the ranges of its {% generation %} blocks. Raises TemplateError."""
+        if self._wants_parts:
+            messages = [_with_parts(message) for message in messages]
+        return self._render(
+            messages, tools=tools, arguments=arguments, add_generation_prompt=add_generation_prompt, marks=marks
+        )
+
+    def _render(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: list[dict[str, Any]] | None = None,
+        arguments: Mapping[str, Any] | None = None,
+        add_generation_prompt: bool = False,
+        marks: bool = False,
+    ) -> tuple[str, list[CharSpan]]:
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        try:
+            with limited() as limits, limits:
+                texts, spans = render_jinja_template(
+                    [list(messages)],
+                    tools=tools,
+                    chat_template=self.text,
+                    return_assistant_tokens_mask=marks,
+                    add_generation_prompt=add_generation_prompt,
+                    **{**self.special_tokens, **(arguments or {})},
+                )
+            if len(texts[0]) > MOST_CHARS:
+                check_size(texts[0], len(json.dumps([list(messages), tools], default=str)))
+        except LimitError as error:  # for the next row it would take as long
+            raise DataError(
+                f"the chat template ({self.name}) goes beyond its bounds with one conversation: {error}; give another "
+                "one with data.template"
+            ) from error
+        except Exception as error:  # a template is a program: anything may go wrong in it
+            raise TemplateError(str(error).split("\n")[0] or type(error).__name__) from error
+        return texts[0], spans[0] if marks else []
+
+    @cached_property
+    def _wants_parts(self) -> bool:
+        """Whether it wants a text as a list of typed parts, as templates of models that see pictures may."""
+        for wrap in (dict, _with_parts):
+            try:
+                text, _ = self._render([wrap(message) for message in PROBE])
+            except TemplateError:
+                continue
+            if all(message["content"] in text for message in PROBE):
+                return wrap is _with_parts
+        return False
+
+    def prepared(self, messages: Sequence[Message]) -> Sequence[Message]:
+        """The messages with their tool calls in the form that this template writes well. Raises TemplateError."""
+        if not any("tool_calls" in message for message in messages):
+            return messages
+        prepared = []
+        for message in messages:
+            if "tool_calls" in message:
+                calls = [_in_form(call, self._call_form) for call in message["tool_calls"]]
+                content = message["content"] or (None if self._call_form.without_content else "")
+                message = {**message, "tool_calls": calls, "content": content}
+            prepared.append(message)
+        return prepared
+
+    @cached_property
+    def _call_form(self) -> "_CallForm":
+        """The first of those that the template writes best, and of its choices only those that make a difference."""
+        choices = (True, False)
+        forms = [_CallForm(*form) for form in itertools.product((False, True), choices, choices)]
+        scores = {form: self._score(form) for form in forms}
+        best = max(scores.values())
+        good = [form for form in forms if scores[form] == best]
+        if best == 0:
+            return _CallForm(without_content=False, nested=None, as_text=None)
+        chosen = [form for form in good if form.without_content == good[0].without_content]
+        return _CallForm(
+            without_content=good[0].without_content,
+            nested=chosen[0].nested if len({form.nested for form in chosen}) == 1 else None,
+            as_text=chosen[0].as_text if len({form.as_text for form in chosen}) == 1 else None,
+        )
+
+    def _score(self, form: "_CallForm") -> int:
+        """How well the template writes a call in this form: 0 not at all, 1 quoted once more than is right, 2 well."""
+        content = None if form.without_content else ""
+        answer = {"role": "assistant", "content": content, "tool_calls": [_in_form(_PROBE_CALL, form)]}
+        best = 0
+        for before in ((PROBE[0],), ()):
+            try:
+                text = self.render((*before, answer))
+            except TemplateError:
+                continue
+            if _KEY in text and _VALUE in text:
+                misquoted = f'\\"{_KEY}' in text or f"'{_KEY}'" in text
+                best = max(best, 1 if misquoted else 2)
+        return best
+
+
+@dataclass(frozen=True)
+class _CallForm:
+    """How a tool call is given: its message without content (None) or with an empty one, under `function` or not, its
+    arguments as JSON text or as an object. None: as it is."""
+
+    without_content: bool
+    nested: bool | None
+    as_text: bool | None
+
+
+def _in_form(call: Mapping[str, Any], form: _CallForm) -> dict[str, Any]:
+    """Raises TemplateError where the arguments are no JSON."""
+    function = call.get("function")
+    inner = dict(function) if function else {key: call[key] for key in ("name", "arguments") if key in call}
+    if form.as_text is not None:
+        inner["arguments"] = _arguments(inner.get("arguments", {}), as_text=form.as_text)
+    outer = {key: value for key, value in call.items() if key not in ("name", "arguments", "function")}
+    nested = bool(function) if form.nested is None else form.nested
+    return {"type": "function", **outer, "function": inner} if nested else {**outer, **inner}
+
+
+def today() -> datetime.date:
+    return datetime.datetime.now().astimezone().date()
+
+
+def read_template(
+    tokenizer: Any, path: str | None, *, date: datetime.date | None = None
+) -> tuple[ChatTemplate | None, ChatTemplate | None]:
+    """(the template, the one for rows with tools), None where the tokenizer has none.
+
+    path: of a Jinja file, or the name of one of the tokenizer's templates; None for its own. date: that a template may
+    write, today when left out. Raises DataError where the file cannot be read or it is unclear which template is meant.
+    """
+
+    def template(text: str, name: str) -> ChatTemplate:
+        day = date or today()
+        written = _DATE_CALL.sub(lambda call: repr(day.strftime(call[1][1:-1])), text)
+        return ChatTemplate(written, name, tokenizer.special_tokens_map, day if written != text else None)
+
+    own = tokenizer.chat_template
+    named = own if isinstance(own, dict) else {}
+    if path is not None and path in named and not Path(path).exists():
+        chosen = template(named[path], f"the tokenizer's chat template '{path}'")
+        return chosen, chosen
+    if path is not None:
+        try:
+            chosen = template(Path(path).expanduser().read_text(encoding="utf-8"), path)
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"data.template {path} cannot be read: {error}") from error
+        return chosen, chosen
+    if not own:
+        return None, None
+    if not named:
+        chosen = template(own, "the tokenizer's chat template")
+        return chosen, chosen
+    if "default" not in named:
+        raise DataError(
+            f"the tokenizer has several chat templates ({', '.join(sorted(named))}) and none named default: name the "
+            "one to use with data.template"
+        )
+    default = template(named["default"], "the tokenizer's chat template")
+    if "tool_use" not in named:
+        return default, default
+    return default, template(named["tool_use"], "the tokenizer's chat template 'tool_use'")
+
+
+def _with_parts(message: Message) -> Message:
+    content = message["content"]
+    return {**message, "content": [{"type": "text", "text": content}]} if isinstance(content, str) else message
+
+
+def _arguments(arguments: Any, *, as_text: bool) -> Any:
+    if as_text:
+        return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+    if not isinstance(arguments, str):
+        return arguments
+    try:
+        return json.loads(arguments) if arguments.strip() else {}
+    except json.JSONDecodeError as error:
+        raise TemplateError(f"the arguments of a tool call are broken JSON, {error}") from error
+
+
+def merged_system(messages: Sequence[Message]) -> tuple[Message, ...]:
+    """The messages with each system message put at the front of the next one of the user."""
+    merged: list[Message] = []
+    held: list[str] = []
+    for message in messages:
+        if message["role"] == "system":
+            held.append(message["content"])
+        elif message["role"] == "user" and held:
+            merged.append({**message, "content": "\n\n".join((*held, message["content"]))})
+            held = []
+        else:
+            merged.append(message)
+    return tuple(merged) if not held else (*merged, {"role": "user", "content": "\n\n".join(held)})

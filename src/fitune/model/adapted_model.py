@@ -1,0 +1,85 @@
+"""Which model adapters belong to, kept beside them: on another one they are worth nothing, and merge in silence.
+
+`adapted_model.json` beside adapter_model.safetensors: where the model was (an absolute path, a hub id or a preset), and
+a hash of its weights.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from fitune.config import ModelConfig
+from fitune.errors import ModelError
+
+FILE = "adapted_model.json"
+_SAMPLED_ELEMENTS = 1024
+_ATTRIBUTE = "_fitune_adapted_model"
+
+
+@dataclass(frozen=True, slots=True)
+class AdaptedModel:
+    """dtype: that the weights were held in, in which the hash was taken. seed: of weights that were drawn."""
+
+    source: str
+    dtype: str
+    weights_hash: str
+    seed: int
+
+
+def note_adapted(adapted: nn.Module, noted: AdaptedModel) -> None:
+    """`adapted_json` finds it again."""
+    setattr(adapted, _ATTRIBUTE, noted)
+
+
+def describe(model: ModelConfig, built: nn.Module, *, seed: int) -> AdaptedModel:
+    """built: before adapters, and before its weights are quantised."""
+    path = Path(model.source).expanduser()
+    source = str(path.resolve()) if path.exists() else model.source
+    dtype = next(parameter.dtype for parameter in built.parameters())
+    return AdaptedModel(source, str(dtype).removeprefix("torch."), _weights_hash(built, dtype), seed)
+
+
+def adapted_json(adapted: nn.Module) -> bytes | None:
+    """The content of FILE; None where the adapters were not made by fitune."""
+    noted = getattr(adapted, _ATTRIBUTE, None)
+    return None if noted is None else json.dumps(asdict(cast(AdaptedModel, noted)), indent=2).encode()
+
+
+def read_adapted(adapters: Path) -> AdaptedModel:
+    """Raises ModelError where it cannot be read."""
+    path = adapters / FILE
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        found = AdaptedModel(**{key: content[key] for key in ("source", "dtype", "weights_hash", "seed")})
+        if not isinstance(getattr(torch, found.dtype), torch.dtype) or not isinstance(found.seed, int):
+            raise TypeError("it names no number format")
+        return found
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(
+            f"{path} cannot be read ({error}), so it is not known which model these adapters belong to"
+        ) from error
+
+
+def check_adapted(found: AdaptedModel, built: nn.Module, *, adapters: Path) -> None:
+    """Raises ModelError where `built` is another model than the adapters were trained on."""
+    if _weights_hash(built, getattr(torch, found.dtype)) != found.weights_hash:
+        raise ModelError(
+            f"{found.source} has other weights than the model that {adapters} was trained on: put that model back, or "
+            "use the adapters as they are, with peft"
+        )
+
+
+def _weights_hash(model: nn.Module, dtype: torch.dtype) -> str:
+    """Of the names and shapes of all parameters and a thousand elements of each, in `dtype`."""
+    digest = blake2b(digest_size=8)
+    for name, parameter in model.named_parameters():
+        digest.update(f"{name} {tuple(parameter.shape)}".encode())
+        flat = parameter.detach().reshape(-1)
+        sample = flat[:: max(1, -(-flat.numel() // _SAMPLED_ELEMENTS))].to(dtype).float()
+        digest.update(sample.contiguous().view(torch.uint8).cpu().numpy().tobytes())
+    return digest.hexdigest()
