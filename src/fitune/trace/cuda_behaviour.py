@@ -196,6 +196,8 @@ _GEMMS = {aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten._addmm_activation, a
 
 
 _ADD, _LAYER_NORM = aten.add.Tensor, aten.native_layer_norm.default
+_SMALL = 2**14
+"""Elements below which no kernel splits its work, so that a rule that gives nothing gives nothing for near sizes."""
 _EFFICIENT_BACKWARD = aten._scaled_dot_product_efficient_attention_backward.default
 
 
@@ -236,7 +238,11 @@ class CudaKernels:
         arguments = all_arguments(func, args, kwargs)
         if func is aten.index_put_.default and torch._C._current_graph_task_id() != -1:
             arguments = (*arguments, True)  # _index_put_impl_ of indices that the forward has looked at
-        return arguments, rule(self.target, arguments)
+        steps = rule(self.target, arguments)
+        first = arguments[0]
+        if not steps and isinstance(first, Tensor) and first.numel() < _SMALL:
+            return None
+        return arguments, steps
 
 
 class CpuKernels:
