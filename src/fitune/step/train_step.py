@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -358,7 +359,7 @@ def sum_by_row(values_KN: torch.Tensor, micro_batch: MicroBatch) -> torch.Tensor
     """K values of each target -> their float64 sums over the targets of each row [K, rows]."""
     num_rows = len(micro_batch.row_ids)
     widths = micro_batch.row_lengths if micro_batch.packed else (micro_batch.input_ids_BS.shape[1],) * num_rows
-    ends_R = torch.tensor(widths, device=values_KN.device).cumsum(0)
+    ends_R = torch.tensor(list(accumulate(widths)), device=values_KN.device)
     row_N = torch.bucketize(micro_batch.target_index_N, ends_R, right=True)
     sums_KR = values_KN.new_zeros((len(values_KN), num_rows), dtype=torch.float64)
     return sums_KR.index_add_(1, row_N, values_KN.double())
