@@ -486,7 +486,7 @@ def interpolate_rows(one: Sample, other: Sample, *, rows: Rows, target: CudaTarg
     the target's kernels allocate inside follows its own rules. None where that is not so, or a line gives no whole
     number. Both samples have two rows or more: one row may have another structure."""
     a, b = one.recording, other.recording
-    if not have_same_structure(a, b):
+    if not have_same_structure(a, b) or not _stay_silent(one, other, rows, target):
         return None
     lines = _lines(*(_positions(a, each) for each in (one.rows, other.rows, rows)))
     num_bytes = _on_lines(a.num_bytes, b.num_bytes, lines)
@@ -501,30 +501,41 @@ def interpolate_rows(one: Sample, other: Sample, *, rows: Rows, target: CudaTarg
         if found is None:
             return None
         rule[i], num_bytes[i] = made.setdefault(found[0], len(made)), found[1]
-    for (step, mine), (_, its) in zip(a.silent, b.silent, strict=True):
-        line = _lines(*(np.array([each.by_step.get(step, 0)]) for each in (one.rows, other.rows, rows)))
-        if _follow_rule(mine, its, line.at(0), target) is None:
-            return None
     work = _interpolate_work(one, other, rows)
     if work is None or np.any(num_bytes < 0):
         return None
     return replace(a, num_bytes=num_bytes, rule=rule, rules=tuple(made), silent=(), work=work)
 
 
+def _stay_silent(one: Sample, other: Sample, rows: Rows, target: CudaTarget | None) -> bool:
+    """Whether operators that allocated nothing inside allocate nothing with those rows either. What is small has no
+    rule, so that the samples may differ in them: then none is broken by fewer rows than the larger sample has."""
+    a, b = one.recording.silent, other.recording.silent
+    if len(a) != len(b):
+        most = (max(one.rows.by_step.get(step, 0), other.rows.by_step.get(step, 0)) for step in rows.by_step)
+        return all(number <= limit for number, limit in zip(rows.by_step.values(), most, strict=True))
+    for (step, mine), (_, its) in zip(a, b, strict=True):
+        line = _lines(*(np.array([each.by_step.get(step, 0)]) for each in (one.rows, other.rows, rows)))
+        if _follow_rule(mine, its, line.at(0), target) is None:
+            return False
+    return True
+
+
 def have_same_structure(one: Recording, other: Recording) -> bool:
-    """Equal but for the sizes, so that both can be samples of the same."""
+    """Equal but for the sizes, so that both can be samples of the same. Silent rules may differ: what is small enough
+    has none."""
     return (
         len(one) == len(other)
-        and (one.labels, one.loops, len(one.silent)) == (other.labels, other.loops, len(other.silent))
+        and (one.labels, one.loops) == (other.labels, other.loops)
         and all(np.array_equal(getattr(one, name), getattr(other, name)) for name in _STRUCTURE)
     )
 
 
 def are_equal(one: Recording, other: Recording) -> bool:
-    """In every birth and in all work; silent rules, which are of no matter where nothing follows, may differ."""
+    """In every birth and in all work."""
     rules = ([each.rules[rule] if rule >= 0 else None for rule in each.rule.tolist()] for each in (one, other))
     return (
-        have_same_structure(replace(one, silent=()), replace(other, silent=()))
+        have_same_structure(one, other)
         and np.array_equal(one.num_bytes, other.num_bytes)
         and list(next(rules)) == list(next(rules))
         and one.work == other.work
