@@ -21,7 +21,9 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
+from fitune.trace import cuda_target
 from fitune.trace.difference import first_difference
 from fitune.trace.events import MemoryEvent, MemoryTrace
 from rehearsal.cases import CARDS, LoopCase, StepCase, golden_cases
@@ -132,8 +134,12 @@ def _moved(event: MemoryEvent, step: int) -> MemoryEvent:
 
 
 def record(golden: Golden) -> MemoryTrace:
-    """The same steps as fitune records them, without a card."""
-    with tempfile.TemporaryDirectory() as directory:
+    """The same steps as fitune records them, without a card, for the kernels of the torch that the file names."""
+    major, minor, *_ = golden.versions["torch"].split(".")
+    with (
+        tempfile.TemporaryDirectory() as directory,
+        patch.object(cuda_target, "_installed_torch", lambda: (int(major), int(minor))),
+    ):
         gpu, steps = CATALOGUE[golden.card], num_steps(golden.case)
         return last_steps(recorded_case(golden.case, gpu, Path(directory), num_steps=steps))
 

@@ -173,6 +173,24 @@ def _index_put(target: CudaTarget, args: Sequence[Any]) -> Steps:
     )  # fmt: skip
 
 
+def _index(target: CudaTarget, args: Sequence[Any]) -> Steps:
+    """native/TensorAdvancedIndexing.cpp, make_info: several indices that are laid out differently when they are
+    expanded to their common shape are copied to contiguous ones first."""
+    indices = [each for each in args[1] if each is not None]
+    shape = torch.broadcast_shapes(*(each.shape for each in indices))
+    strides = [_expanded_stride(each, shape) for each in indices]
+    if len(set(strides)) < 2 or any(each.dtype == torch.bool for each in indices):
+        return ()
+    whole = tuple(prod(shape[place + 1 :]) for place in range(len(shape)))
+    copies = [prod(shape) * 8 for stride in strides if stride != whole]
+    return (*copies, Output(0))
+
+
+def _expanded_stride(tensor: Tensor, shape: Sequence[int]) -> tuple[int, ...]:
+    own = zip(tensor.shape, tensor.stride(), shape[len(shape) - tensor.dim() :], strict=True)
+    return (0,) * (len(shape) - tensor.dim()) + tuple(stride if size == wanted else 0 for size, stride, wanted in own)
+
+
 def _cumulative_sum(target: CudaTarget, args: Sequence[Any]) -> Steps:
     """native/cuda/ScanKernels.cpp and cuda/cub.cuh: a flat tensor is scanned by cub."""
     tensor, dim, dtype = args[0], args[1], args[2] or args[0].dtype
@@ -276,6 +294,7 @@ _RULES: dict[str, Rule] = {
     "aten::count_nonzero.dim_IntList": _count_nonzero,
     "aten::logsumexp": _log_sum_exp,
     "aten::embedding_dense_backward": _embedding_backward,
+    "aten::index.Tensor": _index,
     "aten::index_put": _index_put,
     "aten::index_put_": _index_put,
     "aten::_index_put_impl_": _index_put,

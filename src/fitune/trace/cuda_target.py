@@ -65,7 +65,7 @@ class CudaTarget:
     name: str = field(default="CUDA", compare=False)
     total_bytes: int = field(default=0, compare=False)
     multiprocessors: int | None = None
-    torch_version: tuple[int, int] = field(default_factory=_installed_torch)
+    torch_version: tuple[int, int] = field(default_factory=lambda: _installed_torch())
 
     @property
     def generation(self) -> Generation:

@@ -34,6 +34,7 @@ from fitune.trace.work import bytes_of, count_flops, moved_bytes
 
 Operator = torch._ops.OpOverload
 _DEVICE_OF = torch.ops.prim.device.default
+_LIFT_FRESH = torch.ops.aten.lift_fresh.default
 _UNSAFE_VIEW = torch.ops.aten._unsafe_view.default
 """A view that its schema does not call one, because autograd need not know: nothing is moved."""
 _ZEROS = ("aten.new_zeros.default", "aten.zeros.default", "aten.zeros_like.default")
@@ -254,7 +255,7 @@ class Recorder(TorchDispatchMode):
                 on_host = self._only_host(args, kwargs)
                 self._count(func, args, kwargs, written, module=self._module(), known=known, on_host=on_host)
             return result
-        if self._placing == "host" or (self._placing is None and self._only_host(args, kwargs)):
+        if self._placing == "host" or (self._placing is None and (traits.is_of_host or self._only_host(args, kwargs))):
             for tensor in outputs:
                 self._put_on_host(tensor.untyped_storage())
             if traits.does_work:
@@ -475,19 +476,28 @@ class Recorder(TorchDispatchMode):
 
 class _Traits(NamedTuple):
     """Of an operator. is_silent: whether it only tells a profiler something. does_work: whether it is no view.
-    may_be_in_place: whether autograd may have called its twin in place."""
+    may_be_in_place: whether autograd may have called its twin in place. is_of_host: whether it makes a tensor of a
+    number of Python, as when one is written into a slice."""
 
     name: str
     packet_name: str
     is_silent: bool
     does_work: bool
     may_be_in_place: bool
+    is_of_host: bool
 
 
 @by_operator
 def _traits(func: Any) -> _Traits:
     does_work = not func.is_view and func is not _UNSAFE_VIEW
-    return _Traits(str(func), str(func.overloadpacket), func.namespace == "profiler", does_work, func in IN_PLACE)
+    return _Traits(
+        str(func),
+        str(func.overloadpacket),
+        func.namespace == "profiler",
+        does_work,
+        func in IN_PLACE,
+        func is _LIFT_FRESH,
+    )
 
 
 @cache
