@@ -192,13 +192,16 @@ def _expanded_stride(tensor: Tensor, shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def _cumulative_sum(target: CudaTarget, args: Sequence[Any]) -> Steps:
-    """native/cuda/ScanKernels.cpp and cuda/cub.cuh: a flat tensor is scanned by cub."""
-    tensor, dim, dtype = args[0], args[1], args[2] or args[0].dtype
+    """native/ReduceOps.cpp: what is of another type than the sum is converted; ScanKernels.cpp and cuda/cub.cuh: a flat
+    tensor is scanned by cub."""
+    tensor, dim = args[0], args[1]
+    dtype = args[2] or (tensor.dtype if tensor.is_floating_point() else torch.int64)
+    converted = () if dtype == tensor.dtype else (tensor.numel() * dtype.itemsize,)
     if not tensor.dim() or tensor.numel() != tensor.shape[dim] or tensor.numel() < 2:
-        return ()
+        return converted
     if dtype == torch.float32:
-        return (_scan_bytes(tensor.numel(), tile=1920, state=8),)
-    return (_scan_bytes(tensor.numel(), tile=7680 if dtype.itemsize == 2 else _SCAN_TILE),)
+        return (*converted, _scan_bytes(tensor.numel(), tile=1920, state=8))
+    return (*converted, _scan_bytes(tensor.numel(), tile=7680 if dtype.itemsize == 2 else _SCAN_TILE))
 
 
 def _sort(target: CudaTarget, args: Sequence[Any]) -> Steps:
