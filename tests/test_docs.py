@@ -126,7 +126,7 @@ def test_the_readmes_show_the_plan_as_it_is_made(
         text = page.read_text(encoding="utf-8")
         shown = re.search(r"^    fitune (plan minimind2 .*)\n\n.*\n((?:    .*\n)+)", text, re.MULTILINE)
         assert shown is not None
-        assert main([*shlex.split(shown[1]), "--all", "--format", "human"]) == 0
+        assert main([*shlex.split(shown[1]), "--format", "human"]) == 0
         planned = [[word for word in line.split() if word != "n/a"] for line in capsys.readouterr().out.splitlines()]
         rows = [line.split() for line in shown[2].splitlines()]
         assert len(rows) == 4

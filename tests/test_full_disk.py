@@ -1,5 +1,6 @@
 """A disk that is full for a while costs a run nothing: what cannot be written waits until there is room."""
 
+import builtins
 import errno
 import os
 from collections.abc import Callable, Mapping
@@ -28,14 +29,18 @@ class Disk:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, place: Path = RUN.path, fault: int = errno.ENOSPC) -> None:
         self.is_full, self._place, self._fault = False, place.absolute(), fault
-        self._open = Path.open
-        monkeypatch.setattr(Path, "open", lambda path, *given, **options: self._opened(path, *given, **options))
+        plain, of_path = builtins.open, Path.open
+        monkeypatch.setattr(builtins, "open", lambda *given, **options: self._opened(plain, *given, **options))
+        monkeypatch.setattr(Path, "open", lambda *given, **options: self._opened(of_path, *given, **options))
         monkeypatch.setattr(checkpoint_module, "write_tensors", self._tensors)
 
-    def _opened(self, path: Path, mode: str = "r", *arguments: Any, **options: Any) -> Any:
-        if self.is_full and mode.startswith(("w", "a")) and self._place in path.absolute().parents:
+    def _opened(
+        self, really: Callable[..., Any], path: Any, mode: str = "r", *arguments: Any, **options: Any
+    ) -> Any:
+        is_path = isinstance(path, (str, Path))
+        if self.is_full and is_path and mode.startswith(("w", "a", "x")) and self._place in Path(path).absolute().parents:
             raise OSError(self._fault, os.strerror(self._fault))
-        return self._open(path, mode, *arguments, **options)
+        return really(path, mode, *arguments, **options)
 
     def _tensors(self, path: Path, tensors: Mapping[str, torch.Tensor]) -> str:
         if self.is_full:

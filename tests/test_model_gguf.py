@@ -147,7 +147,7 @@ def test_a_cut_gguf_file_is_refused(share: float, tmp_path: Path) -> None:
     write_gguf(tmp_path / "tiny.gguf", TINY_LLAMA)
     content = (tmp_path / "tiny.gguf").read_bytes()
     (tmp_path / "cut.gguf").write_bytes(content[: int(share * len(content))])
-    with pytest.raises(ModelError, match=r"cut\.gguf cannot be read"):
+    with pytest.raises(ModelError, match=r"cut\.gguf (cannot be read|is no GGUF file)"):
         load_model(ModelConfig(source=str(tmp_path / "cut.gguf")), CPU)
 
 

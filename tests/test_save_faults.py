@@ -82,7 +82,7 @@ def test_a_copy_that_finds_no_memory_once_is_made_the_second_time() -> None:
 
 def test_best_weights_that_could_not_be_saved_are_not_called_the_best() -> None:
     """Of a run whose first evaluation is its best one."""
-    worse = ("sft.yaml", "optim.lr=1.0", "optim.warmup=0.9", "train.save_every=9")
+    worse = ("sft.yaml", "optim.lr=3.0", "optim.warmup=0.9", "train.save_every=9")
     train(*worse)
     losses = {line.step: line.eval_loss for line in read_metrics(RUN.metrics).evals if line.step}
     assert read_summary(RUN.summary).best_eval_loss == losses[3] < losses[6]

@@ -228,7 +228,7 @@ MODELS: dict[str, Case] = {
     "weights of another shape": (other_shape, MODEL, ("the weights of model do not fit its architecture",)),
     "a tokenizer beyond the vocabulary": (large_tokenizer, ("model.tokenizer=large",), ("an embedding of 64 rows",)),
     "rows beyond the positions": (gpt2, (*MODEL, "data.max_length=65"), ("exceeds the 64 positions of model",)),
-    "no GGUF": (text("a", "a.gguf"), ("model.source=a.gguf", "model.tokenizer=tiny"), ("a.gguf cannot be read",)),
+    "no GGUF": (text("a", "a.gguf"), ("model.source=a.gguf", "model.tokenizer=tiny"), ("a.gguf is no GGUF file",)),
     "a .pth that is text": (text("a", "a.pth"), PTH, ("a.pth cannot be read as a weights file",)),
     "a .pth with code": (pickled_code, PTH, ("a.pth is refused",)),
     "a pickle that is code": (bare_pickle, PTH, ("a.pth is refused",)),

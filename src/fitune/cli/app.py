@@ -85,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except CycloptsError as error:
         return _fail([_usage_sentence(error)], exit_code=2)
     except FituneError as error:
-        return _fail(str(error).split("\n"), error.exit_code)
+        return _fail(str(error).split("\n") if str(error) else [], error.exit_code)
     except KeyboardInterrupt:
         return _fail(["interrupted"], INTERRUPTED)
     except BrokenPipeError:

@@ -414,7 +414,7 @@ def _final_rate(draft: Draft, schedule: str | None) -> None:
 
 
 def _saving(draft: Draft) -> None:
-    has_eval = "data.eval" in draft.written or draft.written.get("data.eval_fraction", (1, ""))[0] > 0
+    has_eval = "data.eval" in draft.written or (draft.written.get("data.eval_fraction", (1, ""))[0] or 0) > 0
     for kind, is_useful in (("eval", has_eval), ("save", True)):
         name = "save_interval" if draft.tool == "minimind" else f"{kind}_steps"
         every = draft.raw(name) if is_useful else None

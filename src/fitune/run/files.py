@@ -43,7 +43,7 @@ def read_plain(path: Path, *, most_bytes: int = MAX_RECORD_BYTES, follow: bool =
         size = os.fstat(file.fileno()).st_size
         if size > most_bytes:
             raise OSError(errno.EFBIG, f"it has {size:,} bytes, and at most {most_bytes:,} are read", os.fspath(path))
-        return file.read(most_bytes)
+        return file.read(size)  # no more, since so much memory is taken before it is read
 
 
 def find_strange(paths: Iterable[Path]) -> str | None:

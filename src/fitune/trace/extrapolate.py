@@ -601,7 +601,7 @@ def _between(one: Any, other: Any, line: _Line) -> Any:
         return None if missing else tuple(parts)
     if type(one) is int and type(other) is int:
         change, rest = divmod((other - one) * line[0], line[1])
-        return None if rest else one + change
+        return None if rest or one + change < 0 else one + change
     return None
 
 
