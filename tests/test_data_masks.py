@@ -72,6 +72,7 @@ def mask(result: Encoded | str) -> list[bool]:
     return [any(start <= i < end for start, end, _ in result.spans) for i in range(len(result.input_ids))]
 
 
+NO_THOUGHT = "<think>\n\n</think>\n\n"
 TEXTS = st.text(st.sampled_from("ab\n中"), max_size=4)
 MARKERS = ["<|im_end|>", "<|im_end|>\n", "<|im_start|>assistant\n", "x<|im_start|>assistant\ny<|im_end|>\nz"]
 
@@ -106,7 +107,8 @@ def test_the_mask_is_minimind_s_rule_on_the_alpaca_sample() -> None:
         }
         for row in rows
     ]
-    opening, closing = (tokenizer.encode(f"<|im_{text}\n") for text in ("start|>assistant", "end|>"))
+    # its generation prompt ends with an empty block of thoughts, which is given to the model and so not learned
+    opening, closing = (tokenizer.encode(f"<|im_{text}") for text in (f"start|>assistant\n{NO_THOUGHT}", "end|>\n"))
     found = read_encoder(tokenizer, template=None, mask="assistant")
     results = encode(found, [normalise(row)[1] for row in conversations])
     for row, result in zip(conversations, results, strict=True):
@@ -114,7 +116,7 @@ def test_the_mask_is_minimind_s_rule_on_the_alpaca_sample() -> None:
         assert isinstance(result, Encoded)
         assert result.input_ids == tokenizer(text).input_ids
         assert mask(result) == minimind_rule(result.input_ids, opening, closing)
-        assert supervised(found, result)[0].startswith("<think>\n")
+        assert supervised(found, result)[0] == f"{row['conversations'][1]['content']}<|im_end|>\n"
     assert len(results) == 1000
 
 
