@@ -204,6 +204,8 @@ _EFFICIENT_BACKWARD = aten._scaled_dot_product_efficient_attention_backward.defa
 class CudaKernels:
     """What CUDA's kernels allocate inside. `inner` carries the operators out."""
 
+    of_card = True
+
     def __init__(self, target: CudaTarget, inner: Callable[..., Any]) -> None:
         self.target = target
         self._inner = inner
@@ -247,6 +249,8 @@ class CudaKernels:
 
 class CpuKernels:
     """The recording machine's own kernels: nothing is added."""
+
+    of_card = False
 
     def __init__(self, inner: Callable[..., Any]) -> None:
         self.call = inner

@@ -44,7 +44,12 @@ _WorkPlace = tuple[Phase, int, int, str, int, str, str]
 
 
 class Kernels(Protocol):
-    """How an operator is carried out, and what the target's kernel allocates besides its outputs."""
+    """How an operator is carried out, and what the target's kernel allocates besides its outputs.
+
+    of_card: whether they run on a card, beside which the host has memory of its own.
+    """
+
+    of_card: bool
 
     def call(self, func: Operator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Call | None]:
         """The result, and what is remembered of such calls, if anything is."""
@@ -255,7 +260,8 @@ class Recorder(TorchDispatchMode):
                 on_host = self._only_host(args, kwargs)
                 self._count(func, args, kwargs, written, module=self._module(), known=known, on_host=on_host)
             return result
-        if self._placing == "host" or (self._placing is None and (traits.is_of_host or self._only_host(args, kwargs))):
+        is_of_host = traits.is_of_host and self._kernels.of_card
+        if self._placing == "host" or (self._placing is None and (is_of_host or self._only_host(args, kwargs))):
             for tensor in outputs:
                 self._put_on_host(tensor.untyped_storage())
             if traits.does_work:
