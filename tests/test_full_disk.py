@@ -34,11 +34,14 @@ class Disk:
         monkeypatch.setattr(Path, "open", lambda *given, **options: self._opened(of_path, *given, **options))
         monkeypatch.setattr(checkpoint_module, "write_tensors", self._tensors)
 
-    def _opened(
-        self, really: Callable[..., Any], path: Any, mode: str = "r", *arguments: Any, **options: Any
-    ) -> Any:
+    def _opened(self, really: Callable[..., Any], path: Any, mode: str = "r", *arguments: Any, **options: Any) -> Any:
         is_path = isinstance(path, (str, Path))
-        if self.is_full and is_path and mode.startswith(("w", "a", "x")) and self._place in Path(path).absolute().parents:
+        if (
+            self.is_full
+            and is_path
+            and mode.startswith(("w", "a", "x"))
+            and self._place in Path(path).absolute().parents
+        ):
             raise OSError(self._fault, os.strerror(self._fault))
         return really(path, mode, *arguments, **options)
 
