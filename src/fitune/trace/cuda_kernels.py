@@ -1,7 +1,7 @@
 """What CUDA's kernels allocate besides and between their outputs: one table by operator, each rule with its source.
 
-A rule answers with the steps of `allocation`. Sources are files of aten/src/ATen in
-PyTorch 2.14 unless another version is named.
+A rule answers with the steps of `allocation`. Sources are files of aten/src/ATen in PyTorch 2.14 unless another version
+is named.
 """
 
 from collections.abc import Callable, Iterator, Sequence
