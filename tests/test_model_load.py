@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, BertConfig, PretrainedConfig
 from fitune.config import ModelConfig, ShapeConfig
 from fitune.errors import ModelError
 from fitune.model.load import build_model, count_parameters, load_config, load_model, load_tokenizer
-from fitune.model.presets import PRESETS
+from fitune.model.source import PRESETS
 from fitune.trace.placement import OnMeta
 from tiny_models import TINY_LLAMA, TINY_MOE, TINY_QWEN3, save_tokenizer
 

@@ -33,9 +33,10 @@ from fitune.memory.devices import find_device
 from fitune.plan.budget import Limits, find_limits, uniform_lengths
 from fitune.plan.candidates import Choice, host_choices, same_choices, settings_of, still_open
 from fitune.plan.other_estimates import other_estimates
-from fitune.plan.plan import Plan, closest, does_not_fit, plan_json
+from fitune.plan.plan import FirstAnswer, Plan, closest, does_not_fit, plan_json
 from fitune.plan.planner import Search, _Search, choose_plan
 from fitune.plan.predict import predict
+from fitune.plan.pricing import Bound
 from fitune.plan.second_process import divide
 from fitune.trace import recordings
 from fitune.trace.events import CATEGORIES, ROUTED, UNROUTED
@@ -151,9 +152,10 @@ class Drawn:
         self.figures = dict(zip([*same, *host_choices(self.config, same)], figures, strict=False))
 
     def forecast(self, choice: Choice) -> Any:
-        return SimpleNamespace(fits=self.figures[choice][1] <= self.limits.limit_bytes)
+        fits = self.figures[choice][1] <= self.limits.limit_bytes
+        return SimpleNamespace(fits=fits, allocated_bytes=0, context_bytes=0)
 
-    def seconds(self, choice: Choice, *, bound: bool = False) -> float:
+    def seconds(self, choice: Choice, *, bound: Bound | None = None) -> float:
         return min(seconds for seconds, _ in self.figures.values()) if bound else self.figures[choice][0]
 
     def search(self) -> _Search:
@@ -352,7 +354,7 @@ def test_a_budget_beyond_the_card_is_cut_to_it_and_no_way_out(
     assert main(command(tree, "--gpu", "RTX 4060", "--budget", "200GiB", *forced)) == 3
     out, err = capsys.readouterr()
     free = format_bytes(find_device("RTX 4060").total_bytes)
-    assert "budget 200.0 GiB, more than there is: what is free counts" in out
+    assert "memory limit 200.0 GiB, more than there is: what is free counts" in out
     assert f"no plan fits {free} on RTX 4060" in err
     assert "or a card with" in err
     assert "a memory.budget of" not in err
@@ -426,9 +428,10 @@ class ByRows(Drawn):
 
     def forecast(self, choice: Choice) -> Any:
         tokens = (choice.micro_tokens or 0) * (1 if choice.recompute == "off" else 0.2)
-        return SimpleNamespace(fits=tokens <= self.limits.limit_bytes, precision="bfloat16")
+        fits = tokens <= self.limits.limit_bytes
+        return SimpleNamespace(fits=fits, precision="bfloat16", allocated_bytes=tokens, context_bytes=0)
 
-    def seconds(self, choice: Choice, *, bound: bool = False) -> float:
+    def seconds(self, choice: Choice, *, bound: Bound | None = None) -> float:
         return (1.0 if choice.recompute == "off" else 1.3) + 1 / (choice.micro_tokens or 1)
 
 
@@ -443,6 +446,41 @@ def test_what_would_change_the_result_is_shown_at_its_fastest_setting_that_fits(
     found = search.best_proposals(fastest, chosen)
     assert {each.method or each.optimizer for each in found} == {"adamw_8bit", "adafactor", "lora", "qlora"}
     assert {(each.recompute, each.micro_tokens) for each in found} == {expected}
+
+
+@given(st.integers(100, 20_000))
+def test_what_cannot_fit_is_left_out_of_a_brief_plan_and_changes_no_choice(limit: int) -> None:
+    whole, short = (ByRows([(1.0, 1)] * 99, limit).search() for _ in range(2))
+    fitting = [choice for choice in [*whole.choices, *whole.hosted] if whole.fits(choice)]
+    best = min((whole.order(choice)[0] for choice in fitting), default=None)
+    found = short.lean()
+    assert (None if found is None else short.order(found)[0]) == best
+    too_large = [choice for choice in short.looked_at if not short.looked_at[choice].fits]
+    assert len({choice.variant for choice in too_large if choice.loss == "full"}) == 0 or limit >= 1024
+
+
+def test_the_first_answer_comes_before_the_rest(
+    tree: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FITUNE_CACHE", str(tmp_path))
+    monkeypatch.setenv("FITUNE_LANG", "en")
+    told: list[Any] = []
+    own = config(tree, "batch.micro=2")
+    plan = choose_plan(own, gpu="RTX 4090", search="brief", on_stage=told.append, on_first=told.append)
+    (answer,) = [each for each in told if isinstance(each, FirstAnswer)]
+    assert told.index(answer) < len(told) - 1
+    assert plan.configured is not None
+    same = plan.candidates[plan.configured]
+    assert answer.is_configured
+    assert answer.device_bytes == same.predicted_device_bytes
+    assert (answer.sizes.product, answer.fits) == ("2 x 2", same.fits)
+    stages = [each for each in told if isinstance(each, str)]
+    assert stages[:2] == ["reading the data", "loading torch and transformers"]
+    assert re.fullmatch(r"recording the step: 1 of \d+", stages[2])
+
+
+def test_a_plan_that_leaves_the_micro_batch_open_has_no_setting_of_its_own(wide: Plan) -> None:
+    assert wide.configured is None
 
 
 def test_a_way_out_names_what_changes_and_nothing_that_is_so_already(wide: Plan) -> None:
@@ -621,7 +659,7 @@ def test_a_notebook_shows_the_table_and_runs_nothing_of_it(wide: Plan) -> None:
     hostile = replace(wide, model=replace(wide.model, name="<script>alert(1)</script>"))
     page = hostile._repr_html_()
     assert page.startswith("<pre")
-    assert "micro x accum" in page
+    assert "micro-batch x accumulation" in page
     assert "<script" not in page
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from fitune.config import ResolvedConfig, read_config
+from fitune.config import ResolvedConfig, RunConfig, read_config
 from fitune.errors import ConfigError, RunDirectoryError
 
 ConfigArguments = Annotated[
@@ -82,6 +82,17 @@ def _overrides(flags: ConfigFlags) -> Iterator[str]:
             yield f"{_KEYS[field.name]}={json.dumps(value if len(value) > 1 else value[0])}"
         elif value is not None and value != ():
             yield f"{_KEYS[field.name]}={value}"
+
+
+def check_inputs(config: RunConfig) -> None:
+    """What can be told of model and data without an import that takes seconds. Raises ModelError and DataError for what
+    is not there."""
+    from fitune.data.files import check_files
+    from fitune.model.source import check_source, check_tokenizer
+
+    check_source(config.model.source)
+    check_tokenizer(config.model)
+    check_files(config.data)
 
 
 RUNS = Path("runs")

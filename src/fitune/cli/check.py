@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from itertools import groupby
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 from cyclopts.validators import Number
@@ -13,13 +13,15 @@ from rich.table import Table
 from rich.text import Text
 from tqdm import tqdm
 
-from fitune.cli.arguments import ConfigArguments, ConfigFlags, read_arguments
+from fitune.cli.arguments import ConfigArguments, ConfigFlags, check_inputs, read_arguments
 from fitune.cli.output import Format, Screen, console
 from fitune.config import DataConfig
-from fitune.data.examples import Examples, load_examples
 from fitune.data.report import DataReport, SplitReport, grouped
 from fitune.language.printable import json_text
 from fitune.units import format_count
+
+if TYPE_CHECKING:
+    from fitune.data.examples import Examples
 
 _MASKED = {"assistant": "assistant turns only", "last": "the last assistant turn only", "all": "every token"}
 
@@ -40,6 +42,7 @@ def check(
     if words and "=" not in words[0] and not words[0].endswith((".yaml", ".yml")):
         flags, words = replace(flags, data=(words[0], *flags.data)), words[1:]
     config = read_arguments(words, flags).config
+    check_inputs(config)
     from fitune.model.load import load_tokenizer
 
     screen = console(output_format)
@@ -71,7 +74,9 @@ def report_on(
     show: so many rows as the model will see them; what is supervised is green, or between ⟦ and ⟧ without colour.
     Raises DataError for data that cannot be trained on.
     """
-    with tqdm(unit=" rows", desc="tokenise", file=sys.stderr, delay=1, disable=None) as bar:
+    from fitune.data.examples import load_examples
+
+    with tqdm(unit=" samples", desc="tokenise", file=sys.stderr, delay=1, disable=None) as bar:
         examples = load_examples(
             data, tokenizer, eval_max_rows=eval_max_rows, on_progress=lambda num_rows: bar.update(num_rows - bar.n)
         )
@@ -147,7 +152,7 @@ def _warnings(report: DataReport) -> Iterator[str]:
         )
 
 
-def _learned(examples: Examples, tokenizer: Any, *, width: int) -> Iterator[str]:
+def _learned(examples: "Examples", tokenizer: Any, *, width: int) -> Iterator[str]:
     """What the first row teaches, what every answer ends with, and how many rows are cut."""
     report = examples.report
     row = next(iter(examples), None)
@@ -168,7 +173,7 @@ def _learned(examples: Examples, tokenizer: Any, *, width: int) -> Iterator[str]
         yield f"cut      {num_long:,} rows have over {report.max_length} tokens; {num_lost:,} rows teach nothing and go"
 
 
-def _shown(examples: Examples, index: int, tokenizer: Any, *, colour: bool) -> Text:
+def _shown(examples: "Examples", index: int, tokenizer: Any, *, colour: bool) -> Text:
     row = examples[index]
     text = Text().append(f"row {row.row_id}: {len(row):,} tokens\n", style="bold")
     for supervised, run in groupby(range(len(row)), key=lambda place: bool(row.loss_weights[place])):

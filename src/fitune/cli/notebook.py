@@ -24,7 +24,7 @@ class NotebookProgress:
 
     def __init__(self) -> None:
         self._said: list[str] = []
-        self._rows: int | None = None
+        self._stage: str | None = None
         self._follower: RunFollower | None = None
         self._handle: Any = None
         self._shown = 0.0
@@ -41,8 +41,8 @@ class NotebookProgress:
             self._said.append(text)
         self._show_now_and_then()
 
-    def rows(self, num_rows: int | None) -> None:
-        self._rows = num_rows
+    def stage(self, name: str) -> None:
+        self._stage = name
         self._show_now_and_then()
 
     def begin(self, run: RunDirectory) -> None:
@@ -72,7 +72,7 @@ class NotebookProgress:
     def _print(self, screen: Screen) -> None:
         for line in self._said:
             screen.print(line)
-        if self._rows is not None:
-            screen.print(f"       {self._rows:,} rows tokenised")
-        if self._follower is not None:
+        if self._follower is None:
+            screen.print(f"       {self._stage or ''}".rstrip())
+        else:
             screen.print(watch_screen(self._follower.read(), width=MAX_WIDTH, height=None, now=time.time()))

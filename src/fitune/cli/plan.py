@@ -13,6 +13,7 @@ from fitune.config import format_config
 from fitune.errors import DoesNotFitError, UsageError
 from fitune.importing import collections_paused
 from fitune.language import say
+from fitune.model.source import check_source
 from fitune.plan.budget import NO_DATA
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ def plan(
     given = [f"memory.{key}={value}" for key, value in (("gpu", gpu), ("budget", budget)) if value is not None]
     words, flags, given = _model_alone(words, flags, given)
     config = read_arguments(words, flags, overrides=given).config
+    check_source(config.model.source)
     with collections_paused():
         from fitune.plan.training import unusual_rate
     if (sentence := unusual_rate(config)) is not None:
@@ -74,13 +76,21 @@ def plan(
         compare_splits(config, splits, output_format)
         return
     with collections_paused():
-        from fitune.cli.plan_table import show_measured, show_plan
+        from fitune.cli.plan_table import first_words, show_measured, show_plan
         from fitune.plan.candidates import settings_of
         from fitune.plan.plan import does_not_fit, plan_json
         from fitune.plan.planner import choose_plan
 
-    with Screen(stderr=True).status(say("planning")) as status:
-        found = choose_plan(config, num_gpus=gpus, search="all" if every else "brief", on_candidate=status.update)
+    screen = Screen(stderr=True)
+    is_watched = screen.is_terminal and apply is None and output_format in ("auto", "human")
+    with screen.status(say("planning")) as status:
+        found = choose_plan(
+            config,
+            num_gpus=gpus,
+            search="all" if every else "brief",
+            on_stage=status.update,
+            on_first=(lambda answer: screen.print(first_words(answer), soft_wrap=True)) if is_watched else None,
+        )
     if apply is not None:
         wanted = _candidate(found, apply, every=every)
         chosen = read_arguments(words, flags, overrides=[*given, *settings_of(wanted, config)])

@@ -1,18 +1,21 @@
 """A plan as a person reads it: what there is, what is alive at the peak, the candidates, what others would say."""
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
+
+from rich.cells import cell_len
+from rich.table import Table
 
 from fitune.cli.output import Screen, html_block, table
 from fitune.cli.plan_training import training_lines, training_warnings
 from fitune.language import pad, say
-from fitune.plan.plan import SHOWN, Candidate, Plan, closest, counts_rows
+from fitune.plan.plan import SHOWN, Candidate, FirstAnswer, Plan, closest, split_of
 from fitune.units import format_bytes, format_count, format_gib, format_seconds
 
 if TYPE_CHECKING:
     from fitune.plan.measure import PlanMeasured
 
-_NUM_FITTING, _NUM_REFUSED = 5, 4
 _MEANINGS = {
     "cuda": (
         "torch.cuda.max_memory_allocated",
@@ -30,8 +33,12 @@ _MEANINGS = {
 """Of the four sums below the parts, on each kind of device."""
 
 
-def show_plan(plan: Plan, screen: Screen, *, every: bool = False) -> None:
-    """every: all candidates, else those that tell the most."""
+MORE_IN_TERMINAL = "--all predicts every setting and shows it, also those that change the result (LoRA, QLoRA, 8-bit)"
+MORE_IN_PYTHON = "these are {shown} of {total} candidates: Plan.candidates holds all"
+
+
+def show_plan(plan: Plan, screen: Screen, *, every: bool = False, more: str = MORE_IN_TERMINAL) -> None:
+    """every: all candidates, else those that answer what most people ask. more: where the others are."""
     if (verdict := _verdict(plan)) is not None:
         screen.print(verdict, soft_wrap=True)
         screen.print()
@@ -42,20 +49,28 @@ def show_plan(plan: Plan, screen: Screen, *, every: bool = False) -> None:
     headings = (say("at the peak ({phase})", phase=say(shown.peak_phase)), say("how"), ">GiB", f">{say('share')}")
     screen.print(table(headings, list(_parts(plan, shown))))
     screen.print()
-    numbers = range(len(plan.candidates)) if every else telling(plan)
-    columns = (
-        f"   {say('micro x accum, recompute')}",
-        ">GiB",
-        say("fits"),
-        f">{say('tok/s')}",
-        f">{say('epoch')}",
-        say("result"),
-    )
-    screen.print(table(columns, [_row(plan, number) for number in numbers]))
+    labels = dict.fromkeys(range(len(plan.candidates)), "") if every else telling(plan)
+    screen.print(_candidates(plan, labels, every=every))
     if not every:
-        screen.print(say("--all predicts every setting, also those that change the result (LoRA, QLoRA, 8-bit)"))
-    for line in (*_footnotes(plan, len(list(numbers))), *training_warnings(plan.training)):
+        screen.print(say(more, shown=len(labels), total=len(plan.candidates)))
+    for line in (*_footnotes(plan), *training_warnings(plan.training)):
         screen.print(line, soft_wrap=True)
+
+
+def first_words(answer: FirstAnswer) -> str:
+    """What is known before the rest is planned, in a sentence."""
+    return say(
+        "your setting, {split}: {needed} of {limit} GiB, which fits"
+        if answer.is_configured and answer.fits
+        else "your setting, {split}: {needed} of {limit} GiB, which does not fit"
+        if answer.is_configured
+        else "so far: {split} needs {needed} of {limit} GiB and fits"
+        if answer.fits
+        else "so far: {split} needs {needed} of {limit} GiB and does not fit",
+        split=answer.sizes.sentence,
+        needed=format_gib(answer.device_bytes, 1),
+        limit=format_gib(answer.limit_bytes, 1),
+    )
 
 
 def _verdict(plan: Plan) -> str | None:
@@ -63,25 +78,20 @@ def _verdict(plan: Plan) -> str | None:
     if plan.chosen is None:
         return None
     chosen = plan.candidates[plan.chosen]
-    rate = tokens_per_second(plan, chosen)
-    seconds = plan.data["epoch_tokens"] / rate if rate and plan.data["epoch_tokens"] else None
     words = {
-        "split": split_words(plan, chosen),
+        "split": split_of(plan, chosen).sentence,
         "needed": format_gib(chosen.predicted_device_bytes, 1),
         "limit": format_gib(plan.limit_bytes, 1),
     }
-    if seconds is None:
-        return say("micro-batch x gradient accumulation {split}: {needed} of {limit} GiB", **words)
-    return say(
-        "micro-batch x gradient accumulation {split}: {needed} of {limit} GiB, {time} an epoch",
-        **words,
-        time=format_seconds(seconds),
-    )
+    per_step, length = chosen.predicted_seconds_per_step, plan.training.length
+    if per_step is None or length is None:
+        return say("{split}: {needed} of {limit} GiB", **words)
+    return say("{split}: {needed} of {limit} GiB, about {time}", **words, time=about_seconds(per_step * length.steps))
 
 
 def html_plan(plan: Plan) -> str:
     """For a notebook."""
-    return html_block(lambda screen: show_plan(plan, screen))
+    return html_block(lambda screen: show_plan(plan, screen, more=MORE_IN_PYTHON))
 
 
 def show_measured(plan: Plan, measured: "PlanMeasured", screen: Screen) -> None:
@@ -104,17 +114,45 @@ def show_measured(plan: Plan, measured: "PlanMeasured", screen: Screen) -> None:
     screen.print(table(("", f">{say('predicted')}", f">{say('measured')}"), rows))
 
 
-def telling(plan: Plan) -> list[int]:
-    """The chosen one, the fastest others that fit, the fastest that do not, the best of each recompute, proposals;
-    where nothing fits, the closest."""
-    indices = range(len(plan.candidates))
-    same = [i for i in indices if plan.candidates[i].result == "same"]
-    fitting = [i for i in same if plan.candidates[i].fits]
-    refused = [i for i in same if not plan.candidates[i].fits]
-    best = {(plan.candidates[i].recompute, plan.candidates[i].offload_activations): i for i in reversed(fitting)}
-    proposed = [i for i in indices if plan.candidates[i].result != "same"]
-    nearest = [plan.candidates.index(closest(plan))] if plan.chosen is None else []
-    return sorted({*fitting[:_NUM_FITTING], *refused[:_NUM_REFUSED], *best.values(), *proposed, *nearest})
+def telling(plan: Plan) -> dict[int, str]:
+    """The settings that answer what most people ask, by their number, each with what it is called: the configured one,
+    the fastest that fits, the leanest and one between them. Where nothing fits, the closest, and what would change the
+    result."""
+    found: dict[int, list[str]] = {}
+
+    def call(number: int, name: str) -> None:
+        found.setdefault(number, []).append(say(name))
+
+    if plan.configured is not None:
+        call(plan.configured, "yours")
+    if plan.chosen is None:
+        call(plan.candidates.index(closest(plan)), "closest")
+        for number, candidate in enumerate(plan.candidates):
+            if candidate.result != "same":
+                call(number, "instead")
+    else:
+        call(plan.chosen, "fastest")
+        between, leanest = _leaner(plan, plan.chosen)
+        if between is not None:
+            call(between, "between")
+        if leanest is not None:
+            call(leanest, "leanest")
+    return {number: ", ".join(names) for number, names in found.items()}
+
+
+def _leaner(plan: Plan, fastest: int) -> tuple[int | None, int | None]:
+    """(one about halfway in memory, that of the least memory), of those that fit and that no faster one undercuts."""
+    sizes = [candidate.predicted_device_bytes for candidate in plan.candidates]
+    least, front = sizes[fastest], []
+    for number, candidate in enumerate(plan.candidates):
+        if candidate.result == "same" and candidate.fits and sizes[number] < least:
+            least = sizes[number]
+            front.append(number)
+    if not front:
+        return None, None
+    *others, leanest = front
+    halfway = math.sqrt(sizes[fastest] * sizes[leanest])
+    return min(others, key=lambda number: abs(math.log(sizes[number] / halfway)), default=None), leanest
 
 
 def tokens_per_second(plan: Plan, candidate: Candidate) -> float | None:
@@ -122,13 +160,12 @@ def tokens_per_second(plan: Plan, candidate: Candidate) -> float | None:
     return None if seconds is None else float(plan.data["tokens_per_step"]) / seconds
 
 
-def split_words(plan: Plan, candidate: Candidate) -> str:
-    """'4 x 6' where all rows are equally long, else '8,192 tokens x 3'."""
-    if counts_rows(plan, candidate):
-        return f"{candidate.micro_batch} x {candidate.accumulation}"
-    return say(
-        "{tokens} tokens x {accumulation}", tokens=f"{candidate.micro_tokens:,}", accumulation=candidate.accumulation
-    )
+def about_seconds(seconds: float) -> str:
+    """In the largest unit, as no prediction is better: '3 hours', '40 minutes', '20 seconds'."""
+    for size, unit in ((86400, "{number} days"), (3600, "{number} hours"), (60, "{number} minutes")):
+        if seconds >= 1.5 * size:
+            return say(unit, number=f"{seconds / size:.0f}")
+    return say("{number} seconds", number=f"{max(seconds, 1):.0f}")
 
 
 def _heading(plan: Plan) -> Iterator[tuple[str, str]]:
@@ -140,7 +177,7 @@ def _heading(plan: Plan) -> Iterator[tuple[str, str]]:
     yield (
         say("target"),
         say(
-            "effective batch {rows} · rows up to {tokens} tokens ({origin}), {mean} on average",
+            "effective batch {rows} · samples of up to {tokens} tokens ({origin}), {mean} on average",
             rows=data["effective_batch"],
             tokens=f"{data['row_tokens']:,}",
             origin=say(data["row_tokens_origin"]),
@@ -149,11 +186,11 @@ def _heading(plan: Plan) -> Iterator[tuple[str, str]]:
         + f" · {first.optimizer} · {first.precision}",
     )
     if data["gpus"] > 1:
-        yield say("cards"), say("{number}, which share the rows of a step; memory is of each", number=data["gpus"])
+        yield say("cards"), say("{number}, which share the samples of a step; memory is of each", number=data["gpus"])
     yield (
-        say("budget"),
+        say("memory"),
         say(
-            "{device} · {total} visible · {free} free · budget {budget}",
+            "{device} · {total} visible · {free} free · memory limit {budget}",
             device=device.name,
             total=format_bytes(device.total_bytes),
             free=format_bytes(device.free_bytes),
@@ -194,7 +231,26 @@ def _small(num_bytes: float) -> str:
     return f"{num_bytes / 1024:,.0f} KiB"
 
 
-def _row(plan: Plan, index: int) -> Sequence[str]:
+def _candidates(plan: Plan, labels: Mapping[int, str], *, every: bool) -> Table:
+    """Columns that would say the same of all are left out where only some candidates are shown."""
+    rows = [_row(plan, number, label, labels) for number, label in labels.items()]
+    headings = (
+        f"   {say('micro-batch x accumulation, gradient checkpointing')}",
+        ">GiB",
+        say("fits"),
+        f">{say('tok/s')}",
+        f">{say('epoch')}",
+        say("result"),
+    )
+    empty = {"n/a", say("same")}
+    kept = [i for i in range(len(headings)) if every or i < 4 or not {row[i] for row in rows} <= empty]
+    return table([headings[i] for i in kept], [[row[i] for i in kept] for row in rows])
+
+
+def _row(plan: Plan, index: int, label: str, labels: Mapping[int, str]) -> Sequence[str]:
+    """label: padded to the longest of `labels`."""
+    width = max(map(cell_len, labels.values()))
+    name = f"{pad(label, width)}  " if width else ""
     candidate = plan.candidates[index]
     left = plan.limit_bytes - candidate.predicted_device_bytes
     rate = tokens_per_second(plan, candidate)
@@ -209,7 +265,8 @@ def _row(plan: Plan, index: int) -> Sequence[str]:
         if getattr(candidate, name) != getattr(reference, name)
     ]
     return (
-        f"{index:>2}{'*' if index == plan.chosen else ' '} {split_words(plan, candidate)}, {', '.join(changes)}",
+        f"{index:>2}{'*' if index == plan.chosen else ' '} {name}{split_of(plan, candidate).product}, "
+        f"{', '.join(changes)}",
         format_gib(candidate.predicted_device_bytes, 1),
         fits_words(candidate, left),
         format_count(rate),
@@ -226,9 +283,7 @@ def fits_words(candidate: Candidate, left_bytes: int) -> str:
     return say("no, +{more}", more=format_gib(-left_bytes, 1))
 
 
-def _footnotes(plan: Plan, num_shown: int) -> Iterator[str]:
-    if num_shown < len(plan.candidates):
-        yield say("{shown} of {total} candidates; --all shows every one", shown=num_shown, total=len(plan.candidates))
+def _footnotes(plan: Plan) -> Iterator[str]:
     if plan.others:
         yield ""
         if plan.chosen is None:

@@ -4,34 +4,38 @@ import time
 from collections import deque
 
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+from rich.table import Column
 
 from fitune.cli.notebook import NotebookProgress, in_notebook
 from fitune.cli.output import Screen
+from fitune.language import say
 from fitune.run.directory import RunDirectory
 from fitune.run.metrics import EvalMetrics, StepMetrics
 from fitune.units import format_bytes, format_seconds
 
 PLAIN_EVERY_SECONDS = 10.0
 RATE_STEPS = 50
+_TRAINING = "train"
+_BAR_COLUMNS, _SHARE_COLUMNS = 12, 4
 
 
 class TrainingProgress:
     """A watcher of a run. The rate and the time left are those of the last steps of *this* process, so that
     they are right after a resume."""
 
-    def __init__(self, *, quiet: bool) -> None:
-        self._console = Screen(stderr=True, quiet=quiet)
+    def __init__(self, *, quiet: bool, screen: Screen | None = None) -> None:
+        self._console = screen or Screen(stderr=True, quiet=quiet)
         self._recent: deque[tuple[float, int, float]] = deque(maxlen=RATE_STEPS)
         self._last_line = 0.0
         self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
-            TaskProgressColumn(),
-            TextColumn("{task.fields[text]}"),
+            TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+            BarColumn(bar_width=_BAR_COLUMNS),
+            TaskProgressColumn(table_column=Column(no_wrap=True, min_width=_SHARE_COLUMNS)),
+            TextColumn("{task.fields[text]}", table_column=Column(no_wrap=True, overflow="ellipsis")),
             console=self._console,
             disable=quiet or not self._console.is_terminal,
         )
-        self._task = self._bar.add_task("train", total=1.0, text="")
+        self._task = self._bar.add_task(say("starting"), total=None, text="")
 
     def __enter__(self) -> "TrainingProgress":
         self._bar.start()
@@ -48,23 +52,24 @@ class TrainingProgress:
         """The run has its directory, and what follows is part of it."""
         self.note(f"run    {run.path}")
 
-    def rows(self, num_rows: int | None) -> None:
-        """Rows tokenised so far; None when that is done. Shown in the bar, or as a line now and then."""
-        if num_rows is None:
-            self._bar.update(self._task, text="")
-            return
-        self._bar.update(self._task, text=f"{num_rows:,} rows tokenised")
+    def stage(self, name: str) -> None:
+        """What is done before the first step. Shown in the bar, or as a line now and then."""
+        self._bar.update(self._task, description=name, total=None, text="")
         now = time.monotonic()
         if not self._console.is_terminal and now - self._last_line >= PLAIN_EVERY_SECONDS:
             self._last_line = now
-            self.note(f"       {num_rows:,} rows tokenised")
+            self.note(f"       {name}")
 
     def step(self, metrics: StepMetrics, *, progress: float) -> None:
         """progress: the share (0 to 1) of the run that is done after this step."""
         now = time.monotonic()
         self._recent.append((now, metrics.total_tokens, progress))
-        text = self._text(metrics)
-        self._bar.update(self._task, completed=progress, text=text)
+        parts = self._parts(metrics)
+        text = " | ".join(parts)
+        room = self._console.width - len(_TRAINING) - _BAR_COLUMNS - _SHARE_COLUMNS - 3
+        while len(parts) > 1 and len(" | ".join(parts)) > room:
+            parts.pop()
+        self._bar.update(self._task, description=_TRAINING, total=1.0, completed=progress, text=" | ".join(parts))
         plain = not self._console.is_terminal
         if plain and (progress >= 1 or now - self._last_line >= PLAIN_EVERY_SECONDS):
             self._last_line = now
@@ -76,21 +81,21 @@ class TrainingProgress:
             f"accuracy {metrics.eval_accuracy:.1%}{' | best, saved' if best else ''}"
         )
 
-    def _text(self, metrics: StepMetrics) -> str:
+    def _parts(self, metrics: StepMetrics) -> list[str]:
+        """What is said of a step, the most wanted first: where there is little room the last parts are left out."""
         (start, first_tokens, first_progress), (end, last_tokens, last_progress) = self._recent[0], self._recent[-1]
         rate = left = None
         if end > start:
             rate = (last_tokens - first_tokens) / (end - start)
             speed = (last_progress - first_progress) / (end - start)
             left = (1 - last_progress) / speed if speed > 0 else None
-        parts = [f"step {metrics.step}", f"loss {metrics.loss:.3f}", f"lr {metrics.lr:.1e}"]
+        parts = [f"left {format_seconds(left)}", f"step {metrics.step}", f"loss {metrics.loss:.3f}"]
         if rate is not None:
             parts.append(f"{rate:,.0f} tok/s")
         peak = metrics.peak_reserved_bytes or metrics.device_used_bytes
         if peak is not None:
             parts.append(f"peak {format_bytes(peak)}")
-        parts.append(f"left {format_seconds(left)}")
-        return " | ".join(parts)
+        return [*parts, f"lr {metrics.lr:.1e}"]
 
 
 RunProgress = TrainingProgress | NotebookProgress

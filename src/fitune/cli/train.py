@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from fitune.boundary import parse_json
-from fitune.cli.arguments import RUNS, ConfigArguments, ConfigFlags, read_arguments, run_path
+from fitune.cli.arguments import RUNS, ConfigArguments, ConfigFlags, check_inputs, read_arguments, run_path
 from fitune.cli.output import SCHEMA, Format, print_json, print_text
 from fitune.cli.progress import RunProgress, open_progress
 from fitune.config import ResolvedConfig, RunConfig, format_config
 from fitune.config.read import COMMAND_LINE
 from fitune.errors import RunDirectoryError, UsageError
+from fitune.language import say
 from fitune.memory.allocator_config import parse_allocator_config
 from fitune.memory.environment import environment
 from fitune.plan.calibration import calibrate
@@ -336,6 +337,8 @@ def _prepare(
     if config.memory.allocator:
         os.environ["PYTORCH_ALLOC_CONF"] = config.memory.allocator  # read when CUDA starts, so before torch is used
     progress.note(f"model  {config.model.source} · data {', '.join(s.path for s in config.data.train_sources)}")
+    check_inputs(config)
+    progress.stage(say("loading torch and transformers"))
     from fitune.train.prepare import prepare
     from fitune.train.prometheus import check_prometheus
     from fitune.train.trackers import check_trackers
@@ -343,8 +346,8 @@ def _prepare(
     check_trackers(config)
     if config.run.prometheus is not None:
         check_prometheus(Path(config.run.prometheus))
-    prepared = prepare(config, on_progress=progress.rows, plan_check=plan_check, settings=settings, ranks=ranks)
-    progress.rows(None)
+    prepared = prepare(config, on_stage=progress.stage, plan_check=plan_check, settings=settings, ranks=ranks)
+    progress.stage(say("starting"))
     report = prepared.data.train.report
     trainable, parameters = prepared.num_trainable_parameters, prepared.num_parameters
     progress.note(

@@ -26,7 +26,7 @@ import pyarrow
 import pyarrow.parquet
 
 from fitune.boundary import bounded_int, parse_json
-from fitune.config import DataSource
+from fitune.config import DataConfig, DataSource
 from fitune.data.formats import detect_format
 from fitune.data.order import shuffled
 from fitune.errors import DataError
@@ -120,6 +120,20 @@ def find_files(path: str, *, split: Split = "train") -> tuple[Path, ...]:
     if _suffix(root) not in SUFFIXES:
         raise DataError(f"{path} has an unknown ending '{root.suffix}': data is read from {_endings()} files")
     return (root,)
+
+
+def check_files(data: DataConfig) -> None:
+    """Raises DataError where data that is named by a path is not there."""
+    for source in data.train_sources:
+        _check_path(source.path, "train")
+    for source in data.eval_sources or ():
+        _check_path(source.path, "eval")
+
+
+def _check_path(path: str, split: Split) -> None:
+    path, _ = split_sample(path)
+    if not _is_hub_id(path):
+        find_files(path, split=split)
 
 
 def other_splits(path: str, *, split: Split = "train") -> dict[str, int]:

@@ -9,13 +9,11 @@ A local path never touches the network. Hub ids go through huggingface_hub, whic
 
 import copy
 import logging
-import os
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -42,8 +40,9 @@ from fitune.model.lora import apply_lora
 from fitune.model.minimind import pth_config, read_pth
 from fitune.model.own_code import SWITCH, drop_references, named_code, own_class
 from fitune.model.precision import Precision, device_precision, resolve_precision
-from fitune.model.presets import PRESETS, preset_config
+from fitune.model.presets import preset_config
 from fitune.model.quantise import num_weights, quantise, share_tables
+from fitune.model.source import Kind, check_source, check_tokenizer, out_of_reach, source_kind
 
 if TYPE_CHECKING:
     from peft import PeftModel  # half a second, needed for adapters only
@@ -53,34 +52,11 @@ if not (logger := logging.getLogger("bitsandbytes")).level:
         logging.ERROR
     )  # transformers imports it, and it then warns of kernels that it would take from the hub
 
-Kind = Literal["preset", "directory", "gguf", "pth", "hub"]
-
 _COMPUTED = re.compile(r"\.(inv_freq|masked_bias|attn\.bias|attention\.bias)$")
 """Tensors that older files hold although a model computes them: rotary frequencies and causal masks."""
 MXFP4 = "mxfp4"
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 _READ_ERRORS = (Exception,)
 """What transformers, tokenizers, gguf and safetensors raise for a damaged file has no common class."""
-
-
-def source_kind(source: str) -> Kind:
-    """What `model.source` is. Raises ModelError for a path that does not exist and for what is neither path nor id."""
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return "directory"
-    if path.suffix in (".gguf", ".pth", ".pt"):
-        if not path.is_file():
-            raise ModelError(f"model.source '{source}' does not exist")
-        return "gguf" if path.suffix == ".gguf" else "pth"
-    if path.is_file():
-        raise ModelError(f"model.source '{source}' is a file of unknown kind; give a directory, a .gguf or a .pth")
-    if source in PRESETS:
-        return "preset"
-    if source.startswith((".", "~", os.sep)) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source):
-        raise ModelError(f"model.source '{source}' does not exist; presets are {', '.join(PRESETS)}")
-    if "/" not in source and (near := get_close_matches(source, PRESETS, n=1, cutoff=0.8)):
-        raise ModelError(f"model.source '{source}' is neither a path nor a preset: did you mean {near[0]}?")
-    return "hub"
 
 
 def check_length(config: RunConfig) -> None:
@@ -100,15 +76,13 @@ def load_config(model: ModelConfig) -> PretrainedConfig:
 
     Raises ModelError for what cannot be read and for architectures that are no causal language models.
     """
-    kind = source_kind(model.source)
+    kind = check_source(model.source)
     if kind == "preset":
         return preset_config(model.source)
     if kind == "pth":
         path = Path(model.source).expanduser()
         return pth_config(read_pth(path), model.shape, path=path)
     name, files = _location(model.source, kind)
-    if kind == "directory" and not (Path(name) / "config.json").is_file():
-        raise ModelError(f"{name} has no config.json: it is no transformers directory")
     with quiet_transformers(), gguf_read_once():
         try:
             if kind == "gguf":
@@ -287,13 +261,10 @@ def load_tokenizer(model: ModelConfig) -> Tokenizer:
     """
     source = model.tokenizer or model.source
     kind = source_kind(source)
-    if kind == "preset" or (kind == "pth" and not _has_tokenizer(Path(source).expanduser().parent)):
-        raise ModelError(f"{source} carries no tokenizer: set model.tokenizer to a directory or hub id that has one")
+    check_tokenizer(model)
     name, files = _location(source, kind)
     if kind == "pth":
         name = str(Path(name).parent)
-    if kind == "directory" and not _has_tokenizer(Path(name)):
-        raise ModelError(f"{name} has no tokenizer.json: set model.tokenizer to a directory or hub id that has one")
     with quiet_transformers(), gguf_read_once():
         try:
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=model.trust_remote_code, **files)
@@ -392,10 +363,6 @@ def _listed(what: str, names: Collection[str]) -> str:
     return f"{len(names)} {what} ({first}{', ...' if len(names) > 3 else ''})"
 
 
-def _has_tokenizer(directory: Path) -> bool:
-    return any((directory / name).is_file() for name in _TOKENIZER_FILES)
-
-
 def _brings_code(model: ModelConfig) -> ModelError:
     return ModelError(f"{model.source} works by its own code alone: read it, then set {SWITCH}=true to run it")
 
@@ -416,10 +383,7 @@ def _unreadable(model: ModelConfig, kind: Kind, error: BaseException) -> ModelEr
         names = {type(link).__name__ for link in chain}
         if names & {"RepositoryNotFoundError", "GatedRepoError"}:
             return ModelError(f"the hub has no {model.source} that this account may read: {first}")
-        return ModelError(
-            f"{model.source} is not cached and the hub cannot be reached: download it once with a connection "
-            f"(HF_ENDPOINT names a mirror), or give a local directory"
-        )
+        return out_of_reach(model.source)
     if isinstance(error, SafetensorError):
         return ModelError(f"the weights of {model.source} are damaged or incomplete ({first}): copy them again")
     if kind == "directory" and "no file named" in text:

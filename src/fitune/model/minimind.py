@@ -18,7 +18,8 @@ from transformers import PretrainedConfig
 from fitune.boundary import told_as
 from fitune.config import ShapeConfig
 from fitune.errors import ModelError
-from fitune.model.presets import PRESETS, llama_config, preset_config, qwen3_config, qwen3_moe_config
+from fitune.model.presets import llama_config, preset_config, qwen3_config, qwen3_moe_config
+from fitune.model.source import PRESETS
 
 Tensors = dict[str, torch.Tensor]
 

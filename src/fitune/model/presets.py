@@ -22,11 +22,9 @@ _QWEN3: dict[str, Any] = _MINIMIND | {"num_key_value_heads": 4, "rms_norm_eps": 
 _LLAMA: dict[str, Any] = _MINIMIND | {"num_key_value_heads": 2, "rms_norm_eps": 1e-5}
 _MOE: dict[str, Any] = _QWEN3 | {"num_experts_per_tok": 1, "norm_topk_prob": True, "router_aux_loss_coef": 5e-4}
 
-PRESETS = ("minimind-3", "minimind-3-moe", "minimind2", "minimind2-small")
-
 
 def preset_config(name: str) -> PretrainedConfig:
-    """The configuration of a preset. `name` is one of PRESETS."""
+    """The configuration of a preset. `name` is one of `source.PRESETS`."""
     if name == "minimind-3":
         return qwen3_config(hidden_size=768, num_hidden_layers=8, head_dim=96, intermediate_size=2432)
     if name == "minimind-3-moe":

@@ -143,7 +143,8 @@ def lengths_of(train: "Examples", held_out: "Examples") -> Lengths:
 
 def _read_lengths(config: RunConfig) -> Lengths:
     from fitune.data.examples import load_examples
-    from fitune.model.load import load_tokenizer, source_kind
+    from fitune.model.load import load_tokenizer
+    from fitune.model.source import source_kind
 
     try:
         if source_kind(config.model.tokenizer or config.model.source) != "hub":

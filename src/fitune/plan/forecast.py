@@ -124,9 +124,11 @@ class Forecaster:
             self.known[key] = asdict(self._record(variant, tokens, supervised_fraction))
         return _step_work(self.known[key])
 
-    def shape(self, choice: Choice) -> StepShape:
-        """The mean over a few steps of rows drawn from the lengths, cut as the run will cut them."""
-        packed = self.work(self._simplest(choice), tokens=self.lengths.longest_tokens).packed
+    def shape(self, choice: Choice, *, packed: bool | None = None) -> StepShape:
+        """The mean over a few steps of rows drawn from the lengths, cut as the run will cut them. packed: whether rows
+        are packed, where that is known."""
+        if packed is None:
+            packed = self.work(self._simplest(choice), tokens=self.lengths.longest_tokens).packed
         key = f"shape {packed} {choice.micro_rows} {choice.micro_tokens}"
         if key not in self.known:
             self.known[key] = asdict(self._shape(choice, packed=packed))
@@ -166,8 +168,9 @@ class Forecaster:
         fits = forecast.reserved_bytes + program_bytes <= limit_bytes
         return replace(forecast, context_bytes=program_bytes, fits=fits)
 
-    def _recorder(self) -> Any:
-        """The recordings of this process. What the program itself holds is measured before the first."""
+    def load(self) -> Any:
+        """Imports what records, and returns the recordings of this process. What the program itself holds is measured
+        before the first."""
         with collections_paused():
             from fitune.model.load import check_length
             from fitune.trace.recordings import Recordings
@@ -180,7 +183,7 @@ class Forecaster:
         return self._recordings
 
     def _predict(self, choice: Choice) -> Forecast:
-        recordings = self._recorder()
+        recordings = self.load()
         from fitune.model.load import load_config
         from fitune.plan.predict import predict_run
 
@@ -230,7 +233,7 @@ class Forecaster:
         )
 
     def _record(self, variant: Choice, tokens: int, supervised_fraction: float) -> StepWork:
-        recordings = self._recorder()
+        recordings = self.load()
         from fitune.plan.predict import cuda_target
 
         choice = replace(variant, micro_tokens=tokens)

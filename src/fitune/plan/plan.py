@@ -93,10 +93,24 @@ class OtherEstimate:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FirstAnswer:
+    """Whether a setting fits, told before the rest is planned. is_configured: whether it is the configuration's own.
+    sizes: its micro-batches, as `sizes_of` has them."""
+
+    is_configured: bool
+    sizes: "Sizes"
+    recompute: str
+    device_bytes: int
+    limit_bytes: int
+    fits: bool
+
+
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """data: what is known of the rows (`planner`). training: what is asked of the optimizer. candidates: by predicted
-    time, the fastest first. chosen: an index, None if nothing fits. others: what other estimators say for the chosen
-    candidate, or the closest. assumptions: what the predictions rest on, one sentence each."""
+    time, the fastest first. chosen: an index, None if nothing fits. configured: the index of the setting that the
+    configuration itself gives, None where it leaves the micro-batch open. others: what other estimators say for the
+    chosen candidate, or the closest. assumptions: what the predictions rest on, one sentence each."""
 
     model: PlannedModel
     device: PlannedDevice
@@ -105,6 +119,7 @@ class Plan:
     training: PlannedTraining
     candidates: tuple[Candidate, ...]
     chosen: int | None
+    configured: int | None = None
     others: tuple[OtherEstimate, ...] = ()
     assumptions: tuple[str, ...] = ()
 
@@ -119,8 +134,8 @@ class Plan:
             return f"Plan: {does_not_fit(self)}"
         chosen = self.candidates[self.chosen]
         return say(
-            "Plan: {split}, recompute {recompute}: {needed} of {budget}; {number} candidates",
-            split=split_of(self, chosen),
+            "Plan: {split}, gradient checkpointing {recompute}: {needed} of {budget}; {number} candidates",
+            split=split_of(self, chosen).sentence,
             recompute=", ".join(chosen.techniques),
             needed=format_bytes(chosen.predicted_device_bytes),
             budget=format_bytes(self.limit_bytes),
@@ -142,15 +157,68 @@ def closest(plan: Plan) -> Candidate:
     return min(same, key=lambda candidate: candidate.predicted_device_bytes)
 
 
-def counts_rows(plan: Plan, candidate: Candidate) -> bool:
-    """Whether its micro-batches are a number of rows, or as many tokens as so many rows of one length."""
-    return candidate.micro_tokens is None or plan.data["mean_row_tokens"] == plan.data["row_tokens"]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sizes:
+    """How the samples of an optimizer step are cut into micro-batches on one device. tokens: of a micro-batch at most,
+    where samples differ in length; None where samples are counted. rest: samples of the last micro-batch where it is
+    smaller than the others, else 0."""
+
+    micro_batch: int
+    accumulation: int
+    rest: int = 0
+    tokens: int | None = None
+
+    @property
+    def product(self) -> str:
+        """'6 x 4', for 16 samples '6 + 6 + 4', for many '6 x 20 + 4'; '8,192 tokens x 3'."""
+        if self.tokens is not None:
+            return say("{tokens} tokens x {accumulation}", tokens=f"{self.tokens:,}", accumulation=self.accumulation)
+        if not self.rest:
+            return f"{self.micro_batch} x {self.accumulation}"
+        whole = self.accumulation - 1
+        if whole < _MOST_SUMMANDS:
+            return " + ".join(map(str, (*[self.micro_batch] * whole, self.rest)))
+        return f"{self.micro_batch} x {whole} + {self.rest}"
+
+    @property
+    def sentence(self) -> str:
+        """'micro-batch 6, accumulation 4', 'micro-batches of 6 + 6 + 4 samples'."""
+        if self.tokens is not None:
+            return say(
+                "micro-batch of {tokens} tokens, accumulation {accumulation}",
+                tokens=f"{self.tokens:,}",
+                accumulation=self.accumulation,
+            )
+        if self.rest:
+            return say("micro-batches of {sizes} samples", sizes=self.product)
+        return say(
+            "micro-batch {size}, accumulation {accumulation}", size=self.micro_batch, accumulation=self.accumulation
+        )
 
 
-def split_of(plan: Plan, candidate: Candidate) -> str:
-    if counts_rows(plan, candidate):
-        return f"{candidate.micro_batch} x {candidate.accumulation} rows"
-    return f"{candidate.micro_tokens:,} tokens x {candidate.accumulation}"
+_MOST_SUMMANDS = 5
+"""That are written one by one."""
+
+
+def sizes_of(
+    micro_batch: int, micro_tokens: int | None, accumulation: int, *, num_samples: int, is_uniform: bool
+) -> Sizes:
+    """num_samples: of an optimizer step on one device. is_uniform: whether all samples are equally long, so that tokens
+    are samples."""
+    if micro_tokens is not None and not is_uniform:
+        return Sizes(micro_batch=micro_batch, accumulation=accumulation, tokens=micro_tokens)
+    rest = num_samples % micro_batch if micro_batch < num_samples else 0
+    return Sizes(micro_batch=micro_batch, accumulation=-(-num_samples // micro_batch), rest=rest)
+
+
+def split_of(plan: Plan, candidate: Candidate) -> Sizes:
+    return sizes_of(
+        candidate.micro_batch,
+        candidate.micro_tokens,
+        candidate.accumulation,
+        num_samples=-(-plan.data["effective_batch"] // plan.data["gpus"]),
+        is_uniform=plan.data["mean_row_tokens"] == plan.data["row_tokens"],
+    )
 
 
 def does_not_fit(plan: Plan) -> str:
@@ -160,7 +228,7 @@ def does_not_fit(plan: Plan) -> str:
     named = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts[:4] if size)
     return (
         f"no plan fits {format_bytes(plan.limit_bytes)} on {plan.device.name}: the closest candidate "
-        f"({split_of(plan, nearest)}, recompute {', '.join(nearest.techniques)}) needs "
+        f"({split_of(plan, nearest).sentence}, gradient checkpointing {', '.join(nearest.techniques)}) needs "
         f"{format_bytes(nearest.predicted_device_bytes)} ({named}). Try {' or '.join(_ways_out(plan, nearest))}"
     )
 

@@ -5,21 +5,22 @@ with the fewest changes is chosen, then the smallest micro-batch. What the confi
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from heapq import heappop, heappush
 from typing import Any, Literal
 
-from fitune.config import RunConfig
+from fitune.config import Recompute, RunConfig
 from fitune.errors import ConfigError, ModelError
+from fitune.language import say
 from fitune.memory.prediction import other_routing
 from fitune.plan.budget import Lengths, Limits, find_lengths, find_limits, free_bytes
 from fitune.plan.candidates import RECOMPUTES, Choice, host_choices, proposals, same_choices
 from fitune.plan.forecast import Forecast, Forecaster
 from fitune.plan.other_estimates import other_estimates
-from fitune.plan.plan import Candidate, OtherEstimate, Plan, PlannedDevice, PlannedModel
-from fitune.plan.pricing import Pricer
+from fitune.plan.plan import Candidate, FirstAnswer, OtherEstimate, Plan, PlannedDevice, PlannedModel, sizes_of
+from fitune.plan.pricing import PARTS, Bound, Pricer
 from fitune.plan.second_process import divide
 from fitune.plan.share import (
     candidate_with_bucket,
@@ -44,7 +45,8 @@ def choose_plan(
     lengths: Lengths | None = None,
     search: Search = "all",
     num_gpus: int = 1,
-    on_candidate: Callable[[str], None] | None = None,
+    on_stage: Callable[[str], None] | None = None,
+    on_first: Callable[[FirstAnswer], None] | None = None,
 ) -> Plan:
     """The candidates and the chosen one; none where nothing fits.
 
@@ -53,15 +55,25 @@ def choose_plan(
     fits, smaller micro-batches of the same, and what needs the least memory. "fastest" stops where none of the others
     can be faster than one that fits.
     num_gpus: so many alike, which share the rows of a step; memory is that of each.
-    on_candidate: told what is looked at. Raises what the configuration's and the model's checks raise.
+    on_stage: told in words what is being done. on_first: told whether the first setting fits that is looked at, which
+    is the configured one where the configuration does not leave the micro-batch open.
+    Raises what the configuration's and the model's checks raise.
     """
+    tell = on_stage or _say_nothing
     num_shards = shards_of(config, num_gpus)
     limits = limits or find_limits(config, gpu=gpu)
     if num_shards == 1:
         limits = keep_bucket(limits, num_gpus)
-    lengths = lengths or find_lengths(config)
+    if lengths is None:
+        tell(say("reading the data"))
+        lengths = find_lengths(config)
     forecaster = Forecaster(share_of(config, num_gpus), limits, lengths, num_shards=num_shards)
-    searching = _Search(config, forecaster, on_candidate, num_gpus=num_gpus)
+    if not forecaster.known:
+        tell(say("loading torch and transformers"))
+        forecaster.load()
+    if limits.device.kind == "cpu":
+        tell(say("measuring how fast this processor is"))
+    searching = _Search(config, forecaster, tell, num_gpus=num_gpus, on_first=on_first)
     chosen = {"all": searching.thorough, "brief": searching.brief, "fastest": searching.lean}[search]()
     if chosen is None and config.model.compile:
         chosen = searching.nearest()
@@ -77,11 +89,13 @@ class _Search:
         self,
         config: RunConfig,
         forecaster: Forecaster,
-        on_candidate: Callable[[str], None] | None,
+        on_stage: Callable[[str], None] | None,
         *,
         num_gpus: int = 1,
+        on_first: Callable[[FirstAnswer], None] | None = None,
     ) -> None:
-        self.config, self.forecaster, self.on_candidate = share_of(config, num_gpus), forecaster, on_candidate
+        self.config, self.forecaster = share_of(config, num_gpus), forecaster
+        self.tell, self.on_first = on_stage or _say_nothing, on_first
         self.whole, self.num_gpus = config, num_gpus
         self.limits, self.lengths = forecaster.limits, forecaster.lengths
         on_card = self.limits.device.kind == "cuda"
@@ -90,8 +104,13 @@ class _Search:
         self.pricer = Pricer(forecaster, self.choices)
         self.looked_at: dict[Choice, Forecast] = {}
         self.refused: dict[str, None] = {}
+        batch = self.config.batch
+        self.configured = None if batch.micro_rows is None and batch.micro_tokens == "auto" else self.choices[0]
+        self.num_expected = 0
+        self.skips_hopeless = False
 
     def thorough(self) -> Choice | None:
+        self.num_expected, self.skips_hopeless = len(self.choices), False
         self.look_at([choice for choice in self.choices if choice.variant == self.choices[0].variant])
         # recomputing makes none faster, so the proposals beside the fastest are known, unless nothing will fit
         self.look_at([*self.choices, *self.proposals(min(self.looked_at, key=self.order))])
@@ -107,11 +126,15 @@ class _Search:
     def brief(self) -> Choice | None:
         """Looks at all sizes without gradient checkpointing, at others as far as they may be faster, and the leanest:
         both ends of what is possible. What would change the result is only proposed where nothing fits."""
-        self.look_at([choice for choice in self.choices if choice.variant == self.choices[0].variant])
+        self.skips_hopeless = True
+        leanest = next(choice for choice in self.choices if choice.variant == self.choices[-1].variant)
+        first = [choice for choice in self.choices if choice.variant == self.choices[0].variant]
+        self.num_expected = len({*first, leanest})
+        self.look_at(first)
         chosen = self.lean()
         if chosen is None:
             return self.thorough()
-        self.look_at([choice for choice in self.choices if choice.variant == self.choices[-1].variant][:1])
+        self.look_at([leanest])
         return chosen
 
     def fastest(self) -> Choice | None:
@@ -159,16 +182,18 @@ class _Search:
         def look(choices: list[Choice]) -> None:
             second, *others = choices[1:-1] or choices[:1]
             for choice in (second, choices[-1], *others, choices[0]):  # from two of several rows the others follow
-                self.fits(choice)
+                if not (self.skips_hopeless and self.is_hopeless(choice)):
+                    self.fits(choice)
             for choice in choices:  # after all of them: what the memory was found from gives most of the times, too
                 if choice in self.looked_at:  # else it was refused
                     self.pricer.seconds(choice)
 
         def look_beside(choices: list[Choice]) -> dict[str, Any]:
-            self.on_candidate = None
+            self.tell, self.on_first = _say_nothing, None
             look(choices)
             return self.forecaster.known
 
+        self.num_expected = max(self.num_expected, len({*self.looked_at, *choices}))
         parts = list(alike.values())
         if len(parts) > 1:
             from fitune.model.recompute import recompute_period
@@ -177,32 +202,88 @@ class _Search:
             parts.sort(key=lambda part: (-recompute_period(part[0].recompute), part[0].result == "same"))
         self.forecaster.learn(divide(parts, here=look, beside=look_beside) or {})
         for choice in choices:
-            self.fits(choice)
+            if not (self.skips_hopeless and self.is_hopeless(choice)):
+                self.fits(choice)
 
     def lean(self) -> Choice | None:
-        """Best first. A variant's time is not known before it is recorded; it is no faster than without recomputing."""
-        waiting: list[tuple[tuple[Any, ...], int, bool]] = []
+        """Best first. A variant's time is not known before it is recorded: it is no faster than without recomputing,
+        and one that recomputes a part of the layers takes that part of what recomputing all of them takes longer.
+        Where not even the smallest micro-batch of the first variant fits, memory decides which others are timed."""
+        self.skips_hopeless = True
+        waiting: list[tuple[tuple[Any, ...], int, Bound | None]] = []
         choices = [*self.choices, *self.hosted]
+        self.fits(self.choices[0])
+        is_tight = self.is_hopeless(self.choices[0])
         for number, choice in enumerate(choices):
-            heappush(waiting, (self.order(choice, bound=True), number, False))
+            if is_tight and (self.is_hopeless(choice) or not self.has_room(choice.variant)):
+                continue
+            bound: Bound | None = "base" if not is_tight else "layers" if choice.offloads else None
+            with self.refusing(choice):
+                heappush(waiting, (self.order(choice, bound=bound), number, bound))
         while waiting:
-            _, number, exact = heappop(waiting)
+            _, number, bound = heappop(waiting)
             choice = choices[number]
-            if not exact:
+            if self.is_hopeless(choice):
+                continue
+            if bound is not None:
+                by_layers = bound == "base" and (choice.offloads or choice.recompute in PARTS)
+                further: Bound | None = "layers" if by_layers else None
                 with self.refusing(choice):
-                    heappush(waiting, (self.order(choice), number, True))
+                    heappush(waiting, (self.order(choice, bound=further), number, further))
             elif self.fits(choice):
                 return choice
         return None
 
+    def has_room(self, variant: Choice) -> bool:
+        """Whether its smallest micro-batch may fit. Recomputing every fourth layer keeps more than every second, and
+        that more than recomputing all, so these are asked first."""
+        fewer = _KEEPS_LESS.get(variant.recompute)
+        recomputes = {choice.recompute for choice in self.choices}
+        if fewer in recomputes and not self.has_room(replace(variant, recompute=fewer)):
+            return False
+        size = self.choices[0]
+        smallest = replace(variant, micro_rows=size.micro_rows, micro_tokens=size.micro_tokens)
+        return not self.is_hopeless(smallest) and (self.fits(smallest) or not self.is_hopeless(smallest))
+
+    def is_hopeless(self, choice: Choice) -> bool:
+        """Whether what is known of it, of fewer rows at once or of a loss in chunks tells that it cannot fit: tensors
+        alone need more than there is."""
+        size = choice.micro_tokens or choice.micro_rows or 0
+        for known, found in self.looked_at.items():
+            if replace(known.variant, loss=choice.loss) == choice.variant and known.loss in ("chunked", choice.loss):
+                smaller = (known.micro_tokens or known.micro_rows or 0) <= size
+                if smaller and found.allocated_bytes + found.context_bytes > self.limits.limit_bytes:
+                    return True
+        return False
+
     def fits(self, choice: Choice) -> bool:
         if choice in self.looked_at:
             return self.looked_at[choice].fits
-        if self.on_candidate is not None:
-            self.on_candidate(words_of(choice))
+        done = len(self.looked_at) + 1
+        self.tell(say("recording the step: {done} of {total}", done=done, total=max(done, self.num_expected)))
         with self.refusing(choice):
-            self.looked_at[choice] = self.forecaster.forecast(choice)
+            self.looked_at[choice] = found = self.forecaster.forecast(choice)
+            if self.on_first is not None:
+                self.on_first(self.first_answer(choice, found))
+                self.on_first = None
         return choice in self.looked_at and self.looked_at[choice].fits
+
+    def first_answer(self, choice: Choice, found: Forecast) -> FirstAnswer:
+        shape = self.forecaster.shape(choice, packed=found.packed)
+        return FirstAnswer(
+            is_configured=choice == self.configured,
+            sizes=sizes_of(
+                found.micro_batch,
+                choice.micro_tokens,
+                max(1, round(shape.num_micro_batches)),
+                num_samples=self.config.batch.rows_per_step,
+                is_uniform=len(set(self.lengths.sample_tokens)) == 1,
+            ),
+            recompute=choice.recompute,
+            device_bytes=found.device_bytes,
+            limit_bytes=self.limits.limit_bytes,
+            fits=found.fits,
+        )
 
     @contextmanager
     def refusing(self, choice: Choice) -> Iterator[None]:
@@ -214,7 +295,7 @@ class _Search:
                 raise
             self.refused[f"{words_of(choice.variant)}: {error}"] = None
 
-    def order(self, choice: Choice, *, bound: bool = False) -> tuple[Any, ...]:
+    def order(self, choice: Choice, *, bound: Bound | None = None) -> tuple[Any, ...]:
         """Fastest first, then fewest changes, then smallest. Without times: few changes first, then largest."""
         size = choice.micro_tokens or choice.micro_rows or 0
         seconds = self.pricer.seconds(choice, bound=bound)
@@ -272,6 +353,7 @@ class _Search:
             training=plan_training(self.whole, data, precision=shown.precision),
             candidates=tuple(self.candidate(choice) for choice in order),
             chosen=None if chosen is None else order.index(chosen),
+            configured=order.index(self.configured) if self.configured in self.looked_at else None,
             others=tuple(self.others(marked)),
             assumptions=(self.pricer.assumption, *self.for_several(shown), *shown.notes, *notes, *self.refused),
         )
@@ -327,6 +409,13 @@ class _Search:
             hidden_size=forecast.hidden_size,
             num_layers=forecast.num_layers,
         )
+
+
+_KEEPS_LESS: Mapping[Recompute, Recompute] = {"every_4": "every_2", "every_2": "full"}
+
+
+def _say_nothing(words: str) -> None:
+    """To nobody."""
 
 
 def words_of(choice: Choice) -> str:

@@ -5,9 +5,11 @@ micro-batch, which is smaller than the heaviest one wherever rows differ in leng
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Literal
 
+from fitune.config import Recompute
 from fitune.plan.calibration import calibration_factor
 from fitune.plan.candidates import Choice
 from fitune.plan.cost import (
@@ -27,6 +29,13 @@ from fitune.plan.plan import ADAMW_HOST
 
 STEP = 1.01
 """Times are told apart by one percent: no more is known, and nearer ones are ties."""
+Bound = Literal["base", "layers"]
+"""base: by the base with the same loss, as whatever another variant does adds work. layers: of a variant that
+recomputes a part of the layers by that part of what recomputing all of them adds; of one that offloads by what does
+not."""
+PARTS: Mapping[Recompute, float] = {"every_4": 0.25, "every_2": 0.5}
+_SURE = 0.9
+"""Layers differ a little, and times are rounded to a percent."""
 _MOST_ROWS = 4
 """Of the larger size: fake tensors cost the same at any size, but a packed row is an operator call on a CPU."""
 
@@ -40,16 +49,28 @@ class Pricer:
         self._sizes = _two_sizes(choices, forecaster)
         device = forecaster.limits.device
         self._ceilings: Ceilings | None = cpu_ceilings() if device.kind == "cpu" else card_ceilings(device)
-        self._seconds: dict[tuple[Choice, bool], float | None] = {}
+        self._seconds: dict[tuple[Choice, Bound | None], float | None] = {}
         self._factor = calibration_factor(device.name, forecaster.config.model.source)
 
-    def seconds(self, choice: Choice, *, bound: bool = False) -> float | None:
-        """Of the mean step; None where the device's rates are not known. bound: a lower bound, by the base with that
-        loss: what other variants do adds work."""
+    def seconds(self, choice: Choice, *, bound: Bound | None = None) -> float | None:
+        """Of the mean step; None where the device's rates are not known. bound: only a lower bound, which needs no
+        recording of its own."""
         key = choice, bound
         if key not in self._seconds:
-            self._seconds[key] = self._price(choice, replace(self._base, loss=choice.loss) if bound else choice.variant)
+            if bound == "layers":
+                self._seconds[key] = self._by_layers(choice)
+            else:
+                base = replace(self._base, loss=choice.loss)
+                self._seconds[key] = self._price(choice, base if bound else choice.variant)
         return self._seconds[key]
+
+    def _by_layers(self, choice: Choice) -> float | None:
+        most = self.seconds(replace(choice, recompute="full", offloads=False))
+        if choice.offloads or most is None:
+            return most
+        least = self.seconds(choice, bound="base")
+        assert least is not None
+        return least + _SURE * PARTS[choice.recompute] * (most - least)
 
     def _price(self, choice: Choice, variant: Choice) -> float | None:
         if self._ceilings is None:

@@ -55,12 +55,12 @@ class Prepared:
 def prepare(
     config: RunConfig,
     *,
-    on_progress: Callable[[int], None] | None = None,
+    on_stage: Callable[[str], None] | None = None,
     plan_check: bool = True,
     settings: Sequence[str] | None = None,
     ranks: Ranks | None = None,
 ) -> Prepared:
-    """on_progress: called with the number of rows tokenised so far. plan_check: whether a setting that is predicted to
+    """on_stage: told in words what is being done. plan_check: whether a setting that is predicted to
     need more than memory.budget is refused. settings: what an earlier plan decided, which is followed instead of a new
     one, as far as the configuration still leaves it open. ranks: the processes that do this together, of which the
     first goes ahead: it tokenises and plans for all.
@@ -70,7 +70,8 @@ def prepare(
     ranks = ranks or Ranks()
     if not ranks.leads:
         settings = ranks.exchange(settings)[0]
-    prepared = _prepare(config, on_progress, plan_check=plan_check, settings=settings, ranks=ranks)
+    tell = on_stage or (lambda name: None)
+    prepared = _prepare(config, tell, plan_check=plan_check, settings=settings, ranks=ranks)
     if ranks.leads:
         ranks.exchange(prepared.settings)
     ranks.exchange(None)  # before anything is written all have loaded what they need
@@ -79,7 +80,7 @@ def prepare(
 
 def _prepare(
     config: RunConfig,
-    on_progress: Callable[[int], None] | None,
+    tell: Callable[[str], None],
     *,
     plan_check: bool,
     settings: Sequence[str] | None,
@@ -96,8 +97,13 @@ def _prepare(
     notes.extend(model_notes(config.model))
     if (note := unusual_rate(config)) is not None:
         notes.append(note)
+    tell(say("reading the data"))
     tokenizer = load_tokenizer(config.model)
-    data = load_data(config, tokenizer, on_progress=on_progress)
+    data = load_data(
+        config,
+        tokenizer,
+        on_progress=lambda number: tell(say("reading the data: {number} samples tokenised", number=f"{number:,}")),
+    )
     notes += unseen(config, data.train)  # refuses a run without a sample
     notes += rows_notes(config, num_rows=len(data.train), num_held_out=len(data.eval))
     precision = choose_precision(config, device)
@@ -111,6 +117,7 @@ def _prepare(
                 lengths=lengths_of(data.train, data.eval),
                 search="fastest",
                 num_gpus=ranks.size,
+                on_stage=tell,
             )
             settings, note = follow(plan, config, plan_check=plan_check)
             notes.append(note)
@@ -120,11 +127,13 @@ def _prepare(
         if held_bytes:
             notes.append(f"memory is not checked: this process already holds {format_bytes(held_bytes)} of the card")
         elif ranks.leads:
+            tell(say("predicting the memory of the second step"))
             self_check = predict_second_step(config, data.train, device=device, num_ranks=ranks.size)
     except DoesNotFitError:
         raise
     except Exception as error:  # whatever a model does on tensors without data: the run itself needs none of this
         notes.append(f"memory is not predicted: {type(error).__name__}: {' '.join(str(error).split())[:160]}")
+    tell(say("loading the model"))
     model = try_twice(
         lambda: load_model(
             config.model,
@@ -213,7 +222,7 @@ def follow(plan: Plan, config: RunConfig, *, plan_check: bool = True) -> tuple[l
             raise DoesNotFitError(f"{does_not_fit(plan)}; --no-plan-check runs it anyway")
         room = f"of {format_bytes(plan.limit_bytes)}: it may run out of memory"
     return settings_of(chosen, config), (
-        f"plan: {split_of(plan, chosen)}, recompute {', '.join(chosen.techniques)}, "
+        f"plan: {split_of(plan, chosen).sentence}, gradient checkpointing {', '.join(chosen.techniques)}, "
         f"{chosen.loss} loss: "
         f"{format_bytes(chosen.predicted_device_bytes)} in all {room}"
     )
