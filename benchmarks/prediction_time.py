@@ -2,9 +2,11 @@
 
 python benchmarks/prediction_time.py            all models, about two minutes on a busy core
 python benchmarks/prediction_time.py --only minimind2
+python benchmarks/prediction_time.py --plans    the first `fitune plan` of four models instead, about two minutes
 
 Each model has a process of its own. The weights are nowhere: an architecture is enough. All models together are written
-to benchmarks/results/prediction_time.json and to the table of docs/memory.md.
+to benchmarks/results/prediction_time.json and to the table of docs/memory.md; with --plans to
+benchmarks/results/first_plan.json and to the table of docs/plan.md.
 """
 
 import argparse
@@ -20,8 +22,12 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results" / "prediction_time.json"
+PLAN_RESULTS = RESULTS.with_name("first_plan.json")
 PAGE = Path(__file__).parent.parent / "docs" / "memory.md"
+PLAN_PAGE = PAGE.with_name("plan.md")
 MARKS = "<!-- prediction_time.py: begin -->", "<!-- prediction_time.py: end -->"
+PLAN_GPU = "RTX 4090"
+IMPORTS = "import torch, transformers"
 NUM_FURTHER = 30
 GPU = "A100 80GB"
 _8B = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32}
@@ -33,6 +39,29 @@ RUNS: dict[str, tuple[dict[str, Any] | None, dict[str, Any], int]] = {
     "70B QLoRA, recompute": (_LLAMA | _70B | {"num_hidden_layers": 80}, {"method": "qlora", "recompute": "full"}, 2),
     "the same, 160 layers": (_LLAMA | _70B | {"num_hidden_layers": 160}, {"method": "qlora", "recompute": "full"}, 2),
 }
+_QWEN = {
+    "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "tie_word_embeddings": True, "vocab_size": 151936,
+    "hidden_size": 896, "intermediate_size": 4864, "num_attention_heads": 14, "num_key_value_heads": 2,
+    "num_hidden_layers": 24,
+}  # fmt: skip
+PLANS: dict[str, tuple[dict[str, Any] | None, dict[str, Any]]] = {
+    "minimind2-small": (None, {"source": "minimind2-small"}),
+    "minimind2": (None, {"source": "minimind2"}),
+    "Qwen2.5-0.5B": (_QWEN, {}),
+    "Llama-3.1-8B, LoRA": (_LLAMA | _8B | {"num_hidden_layers": 32}, {"method": "lora"}),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class PlanTaken:
+    """CPU seconds of processes, user and system: of `import torch, transformers` alone, measured just before; of the
+    plan until its first answer and until its table, imports included."""
+
+    name: str
+    import_seconds: float
+    first_seconds: float
+    table_seconds: float
+    num_candidates: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,15 +82,56 @@ class Taken:
 def measure(name: str) -> Taken:
     architecture, model, rows = RUNS[name]
     with TemporaryDirectory() as directory:
-        if architecture is not None:
-            config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": False}
-            (Path(directory) / "config.json").write_text(json.dumps(config | architecture))
-            model = model | {"source": directory}
-        task = json.dumps({"model": model, "rows": rows})
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        command = [sys.executable, __file__, "--worker", task]
-        out = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
-    return Taken(name=name, **json.loads(out.splitlines()[-1]))
+        model = _with_architecture(model, architecture, Path(directory))
+        return Taken(name=name, **_in_process({"model": model, "rows": rows}, {}))
+
+
+def measure_plan(name: str) -> PlanTaken:
+    before = _children_seconds()
+    subprocess.run([sys.executable, "-c", IMPORTS], check=True)
+    imports = _children_seconds() - before
+    architecture, model = PLANS[name]
+    with TemporaryDirectory() as directory, TemporaryDirectory() as cache:
+        model = _with_architecture(model, architecture, Path(directory))
+        found = _in_process({"model": model}, {"FITUNE_CACHE": cache})
+    return PlanTaken(name=name, import_seconds=imports, **found)
+
+
+def _with_architecture(model: dict[str, Any], architecture: dict[str, Any] | None, directory: Path) -> dict[str, Any]:
+    if architecture is None:
+        return model
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": False}
+    (directory / "config.json").write_text(json.dumps(config | architecture))
+    return model | {"source": str(directory)}
+
+
+def _in_process(task: dict[str, Any], variables: dict[str, str]) -> dict[str, Any]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | variables
+    command = [sys.executable, __file__, "--worker", json.dumps(task)]
+    out = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
+    found: dict[str, Any] = json.loads(out.splitlines()[-1])
+    return found
+
+
+def _children_seconds() -> float:
+    times = os.times()
+    return times.children_user + times.children_system
+
+
+def work_plan(model: dict[str, Any]) -> dict[str, Any]:
+    """The first plan as `fitune plan` makes it, in a fresh process with an empty cache."""
+    from fitune.config import read_config
+    from fitune.plan.planner import choose_plan
+
+    def seconds() -> float:
+        return time.process_time() + _children_seconds()
+
+    tree = {"model": model, "data": {"train": "none", "max_length": 2048}, "batch": {"effective": 24}}
+    first: list[float] = []
+    plan = choose_plan(
+        read_config(tree).config, gpu=PLAN_GPU, search="brief", on_first=lambda answer: first.append(seconds())
+    )
+    return {"first_seconds": first[0], "table_seconds": seconds(), "num_candidates": len(plan.candidates)}
 
 
 def work(model: dict[str, Any], rows: int) -> dict[str, Any]:
@@ -119,11 +189,39 @@ def table(taken: Sequence[Taken]) -> str:
     return "\n".join(lines)
 
 
+def plan_table(taken: Sequence[PlanTaken]) -> str:
+    lines = [
+        f"| model, 24 samples of 2,048 tokens on an {PLAN_GPU} | `{IMPORTS}` | first answer | whole table | "
+        "settings looked at |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    lines += [
+        f"| {each.name} | {each.import_seconds:.1f} | {each.first_seconds:.1f} "
+        f"({each.first_seconds / each.import_seconds:.1f} times) | {each.table_seconds:.1f} "
+        f"({each.table_seconds / each.import_seconds:.1f} times) | {each.num_candidates} |"
+        for each in taken
+    ]
+    return "\n".join(lines)
+
+
 def write(taken: Sequence[Taken]) -> None:
     RESULTS.write_text(json.dumps([asdict(each) for each in taken], indent=1) + "\n")
-    before, rest = PAGE.read_text(encoding="utf-8").split(MARKS[0])
+    _write_table(PAGE, table(taken))
+
+
+def write_plans(taken: Sequence[PlanTaken]) -> None:
+    PLAN_RESULTS.write_text(json.dumps([asdict(each) for each in taken], indent=1) + "\n")
+    _write_table(PLAN_PAGE, plan_table(taken))
+
+
+def _write_table(page: Path, text: str) -> None:
+    before, rest = page.read_text(encoding="utf-8").split(MARKS[0])
     after = rest.split(MARKS[1])[1]
-    PAGE.write_text(f"{before}{MARKS[0]}\n\n{table(taken)}\n\n{MARKS[1]}{after}", encoding="utf-8")
+    page.write_text(f"{before}{MARKS[0]}\n\n{text}\n\n{MARKS[1]}{after}", encoding="utf-8")
+
+
+def read_plan_results() -> list[PlanTaken]:
+    return [PlanTaken(**each) for each in json.loads(PLAN_RESULTS.read_text())]
 
 
 def read_results() -> list[Taken]:
@@ -133,10 +231,19 @@ def read_results() -> list[Taken]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=RUNS, action="append", help="these models only")
+    parser.add_argument("--plans", action="store_true", help="the first plan of each model of PLANS")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker is not None:
-        print(json.dumps(work(**json.loads(arguments.worker))))
+        task = json.loads(arguments.worker)
+        print(json.dumps(work(**task) if "rows" in task else work_plan(**task)))
+        return
+    if arguments.plans:
+        plans = []
+        for name in PLANS:
+            plans.append(measure_plan(name))
+            print(plan_table(plans).splitlines()[-1], flush=True)
+        write_plans(plans)
         return
     taken = []
     for name in arguments.only or RUNS:
