@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import html
 import json
 import os
 import re
@@ -20,6 +21,7 @@ from fitune.report.charts import pictures
 from fitune.report.compare import compare
 from fitune.report.page import page
 from fitune.report.recorded import read_report
+from fitune.report.verdicts import verdicts
 from fitune.run.directory import RunDirectory, write_json
 from fitune.run.memory import MemorySample
 from fitune.run.metrics import RunEvent
@@ -103,7 +105,7 @@ class Tags(HTMLParser):
 
 def test_every_picture_of_the_design_is_there(whole: Path) -> None:
     keys = {picture.key.partition("-")[0] for picture in pictures(compare([whole]))}
-    assert keys == {"loss", "memory", "predicted", "microscope", "pareto", "lengths", "noise"}
+    assert keys == {"loss", "memory", "predicted", "microscope", "pareto", "lengths", "lr", "grad_norm", "noise"}
     text = whole.read_text()
     for words in (
         "Settings that differ",
@@ -262,9 +264,9 @@ def test_a_browser_draws_every_picture_without_a_fault_or_a_request(whole: Path,
 @needs_browser
 def test_the_axis_switches_to_tokens(whole: Path, tmp_path: Path) -> None:
     shown = browse(whole, tmp_path, "--dump-dom", anchor="#x=tokens")
-    (loss,) = re.findall(r"<div class=\"plot[^>]*data-axis=\"tokens\"[^>]*>.*?</svg>.*?</svg>", shown, re.DOTALL)
-    assert ">tokens</text>" in loss
-    assert ">step</text>" not in loss
+    drawn = re.findall(r"<div class=\"plot[^>]*data-axis=\"tokens\"[^>]*>.*?</svg>.*?</svg>", shown, re.DOTALL)
+    assert len(drawn) == 3  # loss, learning rate, gradient norm
+    assert all(">tokens</text>" in each and ">step</text>" not in each for each in drawn)
 
 
 @needs_browser
@@ -293,3 +295,59 @@ def test_the_page_prints_on_a4(whole: Path, tmp_path: Path) -> None:
     width, height = map(float, re.search(rb"/MediaBox ?\[0 0 ([\d.]+) ([\d.]+)\]", content).groups())  # type: ignore[union-attr]
     assert (width, height) == pytest.approx((595, 842), abs=1)
     assert os.path.getsize(tmp_path / "page.pdf") > 50_000
+
+
+MEASURE = """
+const frame = document.querySelector("iframe");
+frame.addEventListener("load", () => setTimeout(() => {
+  const inside = frame.contentDocument, broken = [];
+  for (const cell of inside.querySelectorAll("td bdi, th")) {
+    const range = inside.createRange(), text = cell.textContent.trim();
+    range.selectNodeContents(cell);
+    const lines = new Set([...range.getClientRects()].map((each) => Math.round(each.top))).size;
+    if (text.length <= 20 && !/\\s/.test(text) && lines > 1) broken.push(text);
+  }
+  const root = inside.documentElement;
+  document.body.dataset.broken = JSON.stringify(broken);
+  document.body.dataset.wider = root.scrollWidth - root.clientWidth;
+}, 3000));
+"""
+
+
+@needs_browser
+@pytest.mark.parametrize("width", [390, 1280])
+def test_no_name_is_broken_on_a_telephone(whole: Path, tmp_path: Path, width: int) -> None:
+    framed = tmp_path / "framed.html"
+    framed.write_text(
+        f"<!DOCTYPE html><body><iframe style='width:{width}px;height:3000px' "
+        f'srcdoc="{html.escape(whole.read_text())}"></iframe><script>{MEASURE}</script>'
+    )
+    shown = browse(framed, tmp_path, "--dump-dom", "--window-size=1500,3200")
+    measured = re.search(r"<body data-broken=\"(.*?)\" data-wider=\"(-?\d+)\"", shown)
+    assert measured is not None
+    assert (html.unescape(measured[1]), measured[2]) == ("[]", "0")
+
+
+@pytest.mark.parametrize(("kind", "label"), [("cpu", "memory of the machine"), ("cuda", "card")])
+def test_the_memory_of_a_processor_is_not_called_a_card(tmp_path: Path, kind: str, label: str) -> None:
+    run = write_run(tmp_path, "run", Recipe())
+    add_memory(run, minutes=1)
+    add_plan(run)
+    plan = json.loads(RunDirectory(run).plan.read_text())
+    write_json(RunDirectory(run).plan, plan | {"device": {"total_bytes": 24 * GIB, "kind": kind}})
+    (memory,) = [each for each in pictures(compare([run])) if each.key == "memory-run"]
+    assert [name for name, _ in memory.lines] == [label, "memory limit"]
+
+
+def test_learning_rate_and_gradient_norm_are_drawn(whole: Path) -> None:
+    drawn = {each.key: each for each in pictures(compare([whole]))}
+    assert {"lr", "grad_norm"} <= set(drawn)
+    assert set(drawn["lr"].axes) == {"step", "tokens", "hours"}
+    assert {float(each.y[0]) for each in drawn["lr"].series} == {3e-5, 6e-5}
+
+
+def test_of_two_rates_the_first_sentence_says_which_won(tmp_path: Path) -> None:
+    low = write_run(tmp_path, "low", Recipe(lr=1e-5, row_losses=[2.0] * 20))
+    high = write_run(tmp_path, "high", Recipe(lr=3e-5, row_losses=[1.9] * 20))
+    first, *_ = verdicts(compare([low, high]))
+    assert first.startswith("best: high (learning rate 3e-05), with the lowest eval loss, 1.9000")

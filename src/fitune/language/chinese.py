@@ -128,6 +128,15 @@ _PLAN: dict[str, str] = {
 }
 
 _REPORT: dict[str, str] = {
+    "Learning rate": "学习率",
+    "learning rate": "学习率",
+    "Gradient norm before clipping": "裁剪前的梯度范数",
+    "norm": "范数",
+    "{title} of each step, of {num} runs": "每一步的{title}，共 {num} 次运行",
+    "memory of the machine": "本机内存",
+    "memory limit": "内存上限",
+    " (learning rate {rate})": "（学习率 {rate}）",
+    "best: {name}{rate}, with the lowest eval loss, {loss}, {speed} tokens/s, {peak}": "最好：{name}{rate}，验证损失最低，{loss}，{speed} token/秒，{peak}",
     "change": "改动",
     ">memory": ">显存",
     ">speed": ">速度",
@@ -256,7 +265,6 @@ _REPORT: dict[str, str] = {
     "from {few} to {many} rows a step ({small} to {large}), each at its best rate, at equal tokens: eval loss {difference}; {cost}": "每步从 {few} 行到 {many} 行（{small} 到 {large}），各取最佳学习率，同样 token 数下：验证损失 {difference}；{cost}",
     "the noise scale of {name} is {noise} rows: from {few} to {many} rows a step it allows {factor} times the rate that is right for {few}, so {scaled} for {lr}; however noisy, {most} times at most": "{name} 的噪声尺度是 {noise} 行：每步从 {few} 行到 {many} 行，可用 {few} 行时合适的学习率的 {factor} 倍（{lr} 则为 {scaled}）；噪声再大也最多 {most} 倍",
     "with {batch} rows a step the best rate tried is {rate} (eval loss {loss}); beside it: {listed}": "每步 {batch} 行时，试过的最佳学习率是 {rate}（验证损失 {loss}）；其余：{listed}",
-    "lowest eval loss: {name}, {loss}, {speed} tokens/s, {peak}": "验证损失最低：{name}，{loss}，{speed} token/秒，{peak}",
     "{rate} {difference}": "{rate} {difference}",
     "; not told apart from it: {equal}": "；与它分不出高下：{equal}",
 }

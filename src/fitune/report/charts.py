@@ -60,7 +60,7 @@ class Picture:
     @property
     def y_from(self) -> str:
         """Bytes and counts from zero; losses and noise from where they begin (plotly's names)."""
-        return "normal" if self.key in ("loss", "pareto", "noise") else "tozero"
+        return "normal" if self.key in ("loss", "pareto", "noise", "grad_norm") else "tozero"
 
 
 def pictures(comparison: Comparison) -> list[Picture]:
@@ -73,6 +73,8 @@ def pictures(comparison: Comparison) -> list[Picture]:
         *(microscope_picture(run) for run in runs[:MOST_TIMELINES]),
         pareto_picture(comparison),
         lengths_picture(runs),
+        curve_picture(runs, "lr", title=say("Learning rate"), y_title=say("learning rate")),
+        curve_picture(runs, "grad_norm", title=say("Gradient norm before clipping"), y_title=say("norm")),
         noise_picture(runs),
     ]
     return [picture for picture in found if picture is not None and picture.series]
@@ -84,16 +86,39 @@ def loss_picture(comparison: Comparison) -> Picture | None:
         return None
     share = max(MAX_POINTS // (2 * len(ran)), 40)
     series = [each for index, run in enumerate(ran) for each in _loss_series(run, index, share)]
-    axes = {"step": say("step"), "tokens": say("tokens"), "hours": say("hours of training")}
-    known = {axis: title for axis, title in axes.items() if all(np.isfinite(each.x[axis]).any() for each in series)}
     return Picture(
         key="loss",
         title=say("Loss"),
-        axes=known,
+        axes=_known_axes(series),
         y_title=say("nats per token"),
         series=tuple(series),
         says=say("Training loss, raw and smoothed, and loss on the held-out rows, of {num} runs", num=len(ran)),
     )
+
+
+def curve_picture(runs: Sequence[RecordedRun], name: str, *, title: str, y_title: str) -> Picture | None:
+    """A figure of each step, as metrics.jsonl has it. key: its name there."""
+    known = [(index, run) for index, run in enumerate(runs) if np.isfinite(run.train[name]).any()]
+    share = max(MAX_POINTS // (4 * max(len(known), 1)), 40)
+    series = []
+    for index, run in known:
+        rows = thin(run.train[name], share)
+        series.append(Series(run.name, _axes(run.train, rows), run.train[name][rows], "line", index, index))
+    if not series:
+        return None
+    return Picture(
+        key=name,
+        title=title,
+        axes=_known_axes(series),
+        y_title=y_title,
+        series=tuple(series),
+        says=say("{title} of each step, of {num} runs", title=title, num=len(series)),
+    )
+
+
+def _known_axes(series: Sequence[Series]) -> dict[str, str]:
+    axes = {"step": say("step"), "tokens": say("tokens"), "hours": say("hours of training")}
+    return {axis: title for axis, title in axes.items() if all(np.isfinite(each.x[axis]).any() for each in series)}
 
 
 def _loss_series(run: RecordedRun, index: int, share: int) -> Iterator[Series]:
@@ -215,9 +240,17 @@ def _limits(run: RecordedRun, card_bytes: float | None) -> Iterator[tuple[str, f
     device = plan.get("device") or {}
     total = card_bytes or device.get("total_bytes")
     if isinstance(total, int | float):
-        yield say("card"), total / GIB
+        yield say("card") if _on_card(run) else say("memory of the machine"), total / GIB
     if isinstance(budget := plan.get("budget_bytes"), int | float):
-        yield say("budget"), budget / GIB
+        yield say("memory limit"), budget / GIB
+
+
+def _on_card(run: RecordedRun) -> bool:
+    """As its plan says; else what only PyTorch's allocator on a card counts tells."""
+    kind = ((run.plan or {}).get("device") or {}).get("kind")
+    if kind is not None:
+        return bool(kind == "cuda")
+    return bool(np.isfinite(run.memory["allocated_bytes"]).any())
 
 
 def _event_marks(run: RecordedRun, minutes: Numbers, top: Numbers) -> list[Series]:

@@ -69,7 +69,7 @@ def _page(comparison: Comparison) -> str:
             _navigation(),
             "<main id='main'>",
             _section("comparison", say("Comparison"), _comparison(comparison) + _plots(drawn, "pareto")),
-            _section("loss", say("Loss"), _axis_switch(drawn) + _plots(drawn, "loss", "noise")),
+            _section("loss", say("Loss"), _axis_switch(drawn) + _plots(drawn, "loss", "lr", "grad_norm", "noise")),
             _section("memory", say("Memory"), _plots(drawn, "memory", "predicted")),
             _section("peak", say("One step under the microscope"), _plots(drawn, "microscope") + _largest(runs)),
             _section("data", say("Data"), _plots(drawn, "lengths")),
@@ -321,11 +321,12 @@ def _figure(picture: Picture) -> dict[str, Any]:
     first = next(iter(picture.axes))
     layout: dict[str, Any] = {
         "xaxis": {"title": {"text": _text(picture.axes[first])}, "automargin": True},
-        "yaxis": {"title": {"text": _text(picture.y_title)}, "automargin": True, "rangemode": picture.y_from},
+        "yaxis": {"title": {"text": _text(picture.y_title)}, "automargin": True, "rangemode": picture.y_from,
+                  "exponentformat": "e"},
         "modebar": {"bgcolor": "rgba(0,0,0,0)", "color": "#888888", "activecolor": "#0072B2"},
         "margin": {"l": 60, "r": 20, "t": 34, "b": 50},  # t: the mode bar, which would cover a line's label
         "hovermode": "closest",
-        "legend": {"orientation": "h", "y": -0.25},
+        "legend": {"orientation": "h", "yref": "container", "yanchor": "bottom", "y": 0},
         "showlegend": any(series.name for series in picture.series),
         "shapes": [
             {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": y, "y1": y, "line": {"dash": "dot", "width": 1.5,

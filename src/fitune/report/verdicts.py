@@ -12,14 +12,15 @@ from fitune.units import format_bytes, format_count
 
 
 def verdicts(comparison: Comparison) -> list[str]:
-    """What fits, what is the same run, what accumulation cost and gained, which rate was right: a sentence each."""
+    """Which run is best, what fits, what is the same run, what accumulation cost and gained, which rate was right: a
+    sentence each."""
     return [
+        *_best(comparison),
         *_fits(comparison),
         *(_same(comparison, check) for check in comparison.checks),
         *_accumulation(comparison),
         *_allowed_rates(comparison),
         *_rates(comparison),
-        *_best(comparison),
     ]
 
 
@@ -195,12 +196,14 @@ def _best(comparison: Comparison) -> Iterator[str]:
         and (found := eval_interval(comparison, row.name, best.name)) is not None
         and not found.excludes_zero
     ]
-    speed = format_count(best.tokens_per_second)
+    rates = {row.lr for row in rows if row.lr}
+    rate = say(" (learning rate {rate})", rate=f"{best.lr:.2g}") if len(rates) > 1 and best.lr else ""
     yield say(
-        "lowest eval loss: {name}, {loss}, {speed} tokens/s, {peak}",
+        "best: {name}{rate}, with the lowest eval loss, {loss}, {speed} tokens/s, {peak}",
         name=best.name,
+        rate=rate,
         loss=f"{best.eval_loss:.4f}",
-        speed=speed,
+        speed=format_count(best.tokens_per_second),
         peak=format_bytes(best.peak_bytes),
     ) + (say("; not told apart from it: {equal}", equal=", ".join(equal)) if equal else "")
 

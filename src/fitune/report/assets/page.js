@@ -53,6 +53,7 @@
       });
       await Plotly.relayout(plot, theme(dark.matches));
       plot.addEventListener("keydown", keys);
+      new ResizeObserver(() => Plotly.Plots.resize(plot)).observe(plot);
       plots.push(plot);
     }
     const asked = new URLSearchParams(location.hash.slice(1)).get("x");
