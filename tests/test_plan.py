@@ -533,7 +533,7 @@ def test_a_model_alone_needs_nothing_beside_it(model: str, capsys: pytest.Captur
         (["minimind2", "--splits", "6x1", "--apply", "1", "--measure"], "drop --measure and --apply"),
         (["minimind2", "--apply", "1", "--measure"], "--apply prints a configuration and nothing else: drop --measure"),
         (["minimind2", "--apply", "1", "--format", "json"], "drop --format"),
-        (["--trainer", "a:b", "--budget", "1GiB"], "--trainer predicts a Trainer as it is: drop --budget"),
+        (["--trainer", "a:b", "--budget", "1GiB"], "--trainer predicts a Trainer as it is: drop --memory-limit"),
     ],
 )
 def test_what_would_do_nothing_is_refused(words: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated
 
-from cyclopts import Parameter
+from cyclopts import Group, Parameter
 
 from fitune.config import ResolvedConfig, RunConfig, read_config
 from fitune.errors import ConfigError, RunDirectoryError
@@ -21,8 +21,12 @@ ConfigArguments = Annotated[
 ]
 
 
-def _flag(key: str, text: str) -> Parameter:
-    return Parameter(help=f"{text} ({key})")
+CONFIGURATION = Group("Configuration", sort_key=1)
+
+
+def _flag(key: str, kind: str, text: str) -> Parameter:
+    """kind: what the value is, as the help shows it."""
+    return Parameter(help=f"{text} ({key})", metavar=kind, group=CONFIGURATION)
 
 
 @Parameter(name="*")
@@ -30,17 +34,23 @@ def _flag(key: str, text: str) -> Parameter:
 class ConfigFlags:
     """Short forms of the most used keys. All are text here: the configuration's own checks judge them."""
 
-    model: Annotated[str | None, _flag("model.source", "preset, directory, hub id or file")] = None
-    data: Annotated[tuple[str, ...], _flag("data.train", "training data; may be given several times")] = ()
-    max_length: Annotated[str | None, _flag("data.max_length", "tokens of a row")] = None
-    batch: Annotated[str | None, _flag("batch.effective", "rows in an optimizer step")] = None
-    micro: Annotated[str | None, _flag("batch.micro", "rows in one forward and backward")] = None
-    lr: Annotated[str | None, _flag("optim.lr", "learning rate")] = None
-    epochs: Annotated[str | None, _flag("train.epochs", "passes over the data")] = None
-    steps: Annotated[str | None, _flag("train.steps", "optimizer steps")] = None
-    seed: Annotated[str | None, _flag("train.seed", "of all random numbers")] = None
-    output: Annotated[str | None, _flag("run.output", "where runs are kept")] = None
-    name: Annotated[str | None, _flag("run.name", "the run's directory below output")] = None
+    model: Annotated[str | None, _flag("model.source", "MODEL", "preset, directory, hub id or file")] = None
+    data: Annotated[tuple[str, ...], _flag("data.train", "PATH", "training data; may be given several times")] = ()
+    max_length: Annotated[str | None, _flag("data.max_length", "TOKENS", "the longest sample; longer ones are cut")] = (
+        None
+    )
+    batch: Annotated[
+        str | None, _flag("batch.effective", "SAMPLES", "effective batch: samples of an optimizer step")
+    ] = None
+    micro: Annotated[
+        str | None, _flag("batch.micro", "SAMPLES", "micro-batch size: samples in one forward and backward")
+    ] = None
+    lr: Annotated[str | None, _flag("optim.lr", "FLOAT", "learning rate")] = None
+    epochs: Annotated[str | None, _flag("train.epochs", "FLOAT", "passes over the data")] = None
+    steps: Annotated[str | None, _flag("train.steps", "INT", "optimizer steps")] = None
+    seed: Annotated[str | None, _flag("train.seed", "INT", "of all random numbers")] = None
+    output: Annotated[str | None, _flag("run.output", "PATH", "where runs are kept")] = None
+    name: Annotated[str | None, _flag("run.name", "NAME", "the run's directory below output")] = None
 
 
 _KEYS = {

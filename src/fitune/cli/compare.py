@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from cyclopts import Parameter
 
 from fitune.cli.arguments import run_path
-from fitune.cli.output import Screen, console, print_json, print_text, table
+from fitune.cli.output import OUTPUT, Screen, console, print_json, print_text, table
 from fitune.errors import UsageError
 from fitune.language.printable import printable_line
 
@@ -25,14 +25,20 @@ Runs = Annotated[
 
 def compare(
     *runs: Runs,
-    at: Annotated[str | None, Parameter(help="tokens to compare at: 24M; as far as all came where left out")] = None,
+    at: Annotated[
+        str | None, Parameter(help="tokens to compare at: 24M; as far as all came where left out", metavar="TOKENS")
+    ] = None,
     output_format: Annotated[
         Literal["auto", "human", "json", "csv", "md", "quiet"],
-        Parameter(name="--format", help="auto, human, json, csv, md (Markdown), or quiet: the names on the Pareto set"),
+        Parameter(
+            name="--format",
+            group=OUTPUT,
+            help="auto, human, json, csv, md (Markdown), or quiet: the names on the Pareto set",
+        ),
     ] = "auto",
-    json: Annotated[bool, Parameter(help="--format json")] = False,
-    csv: Annotated[bool, Parameter(help="--format csv")] = False,
-    md: Annotated[bool, Parameter(help="--format md")] = False,
+    json: Annotated[bool, Parameter(help="--format json", group=OUTPUT)] = False,
+    csv: Annotated[bool, Parameter(help="--format csv", group=OUTPUT)] = False,
+    md: Annotated[bool, Parameter(help="--format md", group=OUTPUT)] = False,
 ) -> None:
     """Peak memory, speed and losses of runs, at equal tokens: differences to the first run with their intervals, the
     settings that differ, and whether runs of one effective batch are the same run."""

@@ -6,6 +6,7 @@ from typing import Annotated
 from cyclopts import App, Parameter
 from cyclopts.validators import Number
 
+from fitune.cli.examples import examples
 from fitune.cli.output import make_directory, output_file, print_aside, print_text
 from fitune.config import json_schema
 from fitune.config.foreign_read import FROM_NAMES, read_command, read_foreign
@@ -14,7 +15,7 @@ from fitune.errors import UsageError
 from fitune.language.printable import json_text
 from fitune.run.directory import write_atomically
 
-app = App(name="config")
+app = App(name="config", help_prologue=examples("config"), help_format="plaintext")
 
 
 @app.command
@@ -28,25 +29,30 @@ def schema() -> None:
 
 
 @app.command(
-    name="import", usage="fitune config import FILE [OPTIONS]   or   fitune config import [OPTIONS] -- COMMAND"
+    name="import",
+    usage="fitune config import FILE [OPTIONS]   or   fitune config import [OPTIONS] -- COMMAND",
+    help="Another trainer's configuration as fitune's: LLaMA-Factory, ms-swift, axolotl, TRL, transformers, minimind. "
+    "The YAML says where each value comes from; what means something else here, what has no counterpart and what makes "
+    "no difference is listed on stderr, so that nothing vanishes.",
 )
 def import_(
     *words: Annotated[str, Parameter(name="FILE", help="a file, or after -- the command that starts the training")],
-    output: Annotated[str | None, Parameter(name=("--output", "-o"), help="where to; must not exist yet")] = None,
-    model: Annotated[str | None, Parameter(help="in place of the model that it names")] = None,
-    data: Annotated[str | None, Parameter(help="in place of the data that it names")] = None,
+    output: Annotated[
+        str | None, Parameter(name=("--output", "-o"), metavar="PATH", help="where to; must not exist yet")
+    ] = None,
+    model: Annotated[str | None, Parameter(help="in place of the model that it names", metavar="MODEL")] = None,
+    data: Annotated[str | None, Parameter(help="in place of the data that it names", metavar="PATH")] = None,
     from_: Annotated[
-        str | None, Parameter(name="--from", help=f"whose it is, where two could be meant: {', '.join(FROM_NAMES)}")
+        str | None,
+        Parameter(
+            name="--from", metavar="TOOL", help=f"whose it is, where two could be meant: {', '.join(FROM_NAMES)}"
+        ),
     ] = None,
     devices: Annotated[
         int | None, Parameter(validator=Number(gte=1), help="how many GPUs trained together, where it does not tell")
     ] = None,
 ) -> None:
-    """Another trainer's configuration as fitune's: LLaMA-Factory, ms-swift, axolotl, TRL, transformers, minimind.
-
-    The YAML says where each value comes from. What means something else here, what has no counterpart and what makes no
-    difference is listed on stderr, so that nothing vanishes.
-    """
+    """Prints or writes another trainer's configuration as fitune's."""
     if not words:
         raise UsageError("nothing to import: give a file, or after -- the command that starts the training")
     path = None if output is None else output_file(output, example="sft.yaml")

@@ -35,7 +35,7 @@ def demo(
         "demo"
     ),
     steps: Annotated[int, Parameter(help="optimizer steps")] = 24,
-    language: Annotated[str, Parameter(help="a language of chatterbot-corpus")] = "english",
+    language: Annotated[str, Parameter(help="a language of chatterbot-corpus", metavar="NAME")] = "english",
 ) -> None:
     """Fine-tune SmolLM2-135M on real dialogues: held-out loss and an answer before and after, and the measured peak."""
     start = time.perf_counter()

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from cyclopts import Parameter
+from cyclopts import Group, Parameter
 from rich import box
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
@@ -20,10 +20,12 @@ SCHEMA = 1
 MAX_WIDTH = 100
 _BLOCK = '<pre style="white-space:pre;overflow-x:auto;line-height:1.2;font-family:monospace">{code}</pre>'
 
+OUTPUT = Group("Output", sort_key=9)
 Format = Annotated[
     Literal["auto", "human", "json", "quiet"],
     Parameter(
         name="--format",
+        group=OUTPUT,
         help="auto: for people, with colours in a terminal only. human: with colours everywhere. json: one object. "
         "quiet: the least that a script needs.",
     ),

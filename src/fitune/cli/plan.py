@@ -5,7 +5,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from cyclopts import Parameter
+from cyclopts import Group, Parameter
 
 from fitune.cli.arguments import ConfigArguments, ConfigFlags, read_arguments
 from fitune.cli.output import Format, Screen, console, print_json, print_text, warn
@@ -20,21 +20,56 @@ if TYPE_CHECKING:
     from fitune.plan.plan import Candidate, Plan
 
 
+_MEMORY = Group("Memory", sort_key=2)
+_SETTINGS = Group("Which settings", sort_key=3)
+
+
 def plan(
     *words: ConfigArguments,
     flags: ConfigFlags = ConfigFlags(),  # noqa: B008 (frozen)
-    gpu: Annotated[str | None, Parameter(help="a card to plan for, like 'RTX 4090', or cpu (memory.gpu)")] = None,
-    budget: Annotated[str | None, Parameter(help="memory to stay within: 20GiB, or 0.9 of it (memory.budget)")] = None,
-    gpus: Annotated[int, Parameter(help="so many cards, which share the rows of a step (torchrun)")] = 1,
-    every: Annotated[bool, Parameter(name="--all", help="predict and show every candidate")] = False,
+    gpu: Annotated[
+        str | None,
+        Parameter(help="a card to plan for, like 'RTX 4090', or cpu (memory.gpu)", metavar="CARD", group=_MEMORY),
+    ] = None,
+    budget: Annotated[
+        str | None,
+        Parameter(
+            help="memory limit: 20GiB, or 0.9 of what is free (memory.budget)",
+            name=("--memory-limit", "--budget"),
+            metavar="SIZE",
+            group=_MEMORY,
+        ),
+    ] = None,
+    gpus: Annotated[
+        int, Parameter(help="so many cards, which share the samples of a step (torchrun)", group=_MEMORY)
+    ] = 1,
+    every: Annotated[bool, Parameter(name="--all", help="predict every setting and show it", group=_SETTINGS)] = False,
     apply: Annotated[
         int | None,
-        Parameter(help="print the configuration with candidate N written into it, by its number in the table"),
+        Parameter(
+            help="print the configuration with candidate N written into it, by its number in the table",
+            metavar="N",
+            group=_SETTINGS,
+        ),
     ] = None,
-    measure: Annotated[bool, Parameter(help="run real steps of the chosen candidate here, and compare")] = False,
-    splits: Annotated[str | None, Parameter(help="compare forced splits, rows x micro-batches: 6x1,6x4,4x6")] = None,
+    measure: Annotated[
+        bool, Parameter(help="run real steps of the chosen candidate here, and compare", group=_SETTINGS)
+    ] = False,
+    splits: Annotated[
+        str | None,
+        Parameter(
+            help="compare forced splits, micro-batch size x accumulation: 6x1,6x4,4x6",
+            metavar="SPLITS",
+            group=_SETTINGS,
+        ),
+    ] = None,
     trainer: Annotated[
-        str | None, Parameter(help="module:function that builds a transformers Trainer, in place of CONFIG")
+        str | None,
+        Parameter(
+            help="predict the transformers Trainer that this function builds, in place of CONFIG",
+            metavar="MODULE:FUNCTION",
+            group=_SETTINGS,
+        ),
     ] = None,
     output_format: Format = "auto",
 ) -> None:
@@ -51,7 +86,7 @@ def plan(
             "--trainer": trainer is not None,
             "--apply": apply is not None,
             "--all": every,
-            "--budget": budget is not None,
+            "--memory-limit": budget is not None,
             "--format": output_format != "auto",
         }
     )
@@ -116,7 +151,11 @@ def plan(
 
 
 _NOT_TOGETHER = (
-    ("--trainer", ("--gpus", "--splits", "--measure", "--apply", "--all", "--budget"), "predicts a Trainer as it is"),
+    (
+        "--trainer",
+        ("--gpus", "--splits", "--measure", "--apply", "--all", "--memory-limit"),
+        "predicts a Trainer as it is",
+    ),
     ("--splits", ("--gpus", "--measure", "--apply", "--all"), "compares settings of one card side by side"),
     ("--apply", ("--measure", "--format"), "prints a configuration and nothing else"),
     ("--measure", ("--gpus",), "runs on the one device that is here"),

@@ -8,7 +8,7 @@ from cyclopts import Parameter
 
 from fitune.cli.arguments import run_path
 from fitune.cli.compare import Runs
-from fitune.cli.output import Format, make_directory, output_file, print_json, print_text
+from fitune.cli.output import OUTPUT, Format, make_directory, output_file, print_json, print_text
 from fitune.errors import UsageError
 from fitune.run.directory import RunDirectory
 
@@ -17,10 +17,19 @@ def report(
     *runs: Runs,
     output: Annotated[
         str | None,
-        Parameter(name=("--output", "-o"), help="the file; report.html in the run where left out"),
+        Parameter(
+            name=("--output", "-o"),
+            metavar="PATH",
+            help="the file; report.html in the run where left out",
+            group=OUTPUT,
+        ),
     ] = None,
-    png: Annotated[Path | None, Parameter(help="a directory for each picture as PNG (needs matplotlib)")] = None,
-    lang: Annotated[Literal["en", "zh"] | None, Parameter(help="the page's language (FITUNE_LANG)")] = None,
+    png: Annotated[
+        Path | None, Parameter(help="a directory for each picture as PNG (needs matplotlib)", group=OUTPUT)
+    ] = None,
+    lang: Annotated[
+        Literal["en", "zh"] | None, Parameter(help="the page's language (FITUNE_LANG)", group=OUTPUT)
+    ] = None,
     output_format: Format = "auto",
 ) -> None:
     """One HTML file that needs no network: losses, memory, what was predicted, comparison, advice, events, settings.

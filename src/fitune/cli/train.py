@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from cyclopts import Parameter
+from cyclopts import Group, Parameter
 
 from fitune.boundary import parse_json
 from fitune.cli.arguments import RUNS, ConfigArguments, ConfigFlags, check_inputs, read_arguments, run_path
@@ -45,17 +45,35 @@ if TYPE_CHECKING:
     from fitune.train.self_check import SelfCheck
 
 
+_EARLIER = Group("An earlier run", sort_key=2)
+_START = Group("How to start", sort_key=3)
+
+
 def train(
     *words: ConfigArguments,
     flags: ConfigFlags = ConfigFlags(),  # noqa: B008 (frozen)
-    resume: Annotated[str | None, Parameter(help="go on with this run: its directory or name, or latest")] = None,
-    allow_change: Annotated[tuple[str, ...], Parameter(help="what may differ from the run that goes on")] = (),
-    replay: Annotated[Path | None, Parameter(help="do this run's steps once more and compare each one")] = None,
-    probe: Annotated[bool, Parameter(help="first try other rates and twice the batch (train.probe)")] = False,
-    overwrite: Annotated[bool, Parameter(help="replace an existing run of this name")] = False,
-    print_config: Annotated[bool, Parameter(help="print the resolved configuration, and stop")] = False,
-    dry_run: Annotated[bool, Parameter(help="load and check everything, and stop before the first step")] = False,
-    no_plan_check: Annotated[bool, Parameter(help="start even where the prediction exceeds memory.budget")] = False,
+    resume: Annotated[
+        str | None,
+        Parameter(help="go on with this run: its directory or name, or latest", metavar="RUN", group=_EARLIER),
+    ] = None,
+    allow_change: Annotated[
+        tuple[str, ...], Parameter(help="what may differ from the run that goes on", metavar="KEY", group=_EARLIER)
+    ] = (),
+    replay: Annotated[
+        Path | None,
+        Parameter(help="do this run's steps once more and compare each one", metavar="RUN", group=_EARLIER),
+    ] = None,
+    probe: Annotated[
+        bool, Parameter(help="first try other learning rates and twice the batch (train.probe)", group=_START)
+    ] = False,
+    overwrite: Annotated[bool, Parameter(help="replace an existing run of this name", group=_START)] = False,
+    print_config: Annotated[bool, Parameter(help="print the resolved configuration, and stop", group=_START)] = False,
+    dry_run: Annotated[
+        bool, Parameter(help="load and check everything, and stop before the first step", group=_START)
+    ] = False,
+    no_plan_check: Annotated[
+        bool, Parameter(help="start even where the prediction exceeds the memory limit", group=_START)
+    ] = False,
     output_format: Format = "auto",
 ) -> None:
     """Train by a configuration, or go on with a run. An existing run is refused unless --overwrite."""

@@ -13,7 +13,7 @@ from rich.live import Live
 from rich.text import Text
 
 from fitune.cli.arguments import RUNS, run_path
-from fitune.cli.output import SCHEMA, Format, Screen, print_text, stdout_screen
+from fitune.cli.output import OUTPUT, SCHEMA, Format, Screen, print_text, stdout_screen
 from fitune.cli.watch_screen import ASCII, watch_json, watch_screen
 from fitune.errors import RunDirectoryError
 from fitune.language import say
@@ -32,7 +32,9 @@ def watch(
     *,
     output: Annotated[Path, Parameter(help="where runs are kept")] = RUNS,
     once: Annotated[bool, Parameter(help="show it once, and leave")] = False,
-    as_json: Annotated[bool, Parameter(name="--json", help="the same as --format json: a line a second")] = False,
+    as_json: Annotated[
+        bool, Parameter(name="--json", help="the same as --format json: a line a second", group=OUTPUT)
+    ] = False,
     output_format: Format = "auto",
 ) -> None:
     """A run live, or as it ended. In a terminal q leaves, and the run goes on; elsewhere it is told in plain lines.

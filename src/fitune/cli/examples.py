@@ -1,0 +1,24 @@
+"""Two commands for each verb, which its help begins with."""
+
+EXAMPLES = {
+    "": ('fitune plan minimind2 --gpu "RTX 4090"', "fitune train sft.yaml"),
+    "env": ("fitune env", "fitune env --format json"),
+    "check": ("fitune check sft.jsonl --model ./my-model", "fitune check sft.yaml --show 2"),
+    "plan": ('fitune plan minimind2 --gpu "RTX 4090"', "fitune plan sft.yaml batch.micro=4 --all"),
+    "train": ("fitune train sft.yaml optim.lr=1e-5 --name second", "fitune train --resume latest"),
+    "sweep": ("fitune sweep three.yaml", "fitune sweep three.yaml --dry-run"),
+    "watch": ("fitune watch", "fitune watch first --once"),
+    "runs": ("fitune runs", "fitune runs elsewhere --format json"),
+    "compare": ("fitune compare first second", "fitune compare first second --at 24M --md"),
+    "advise": ("fitune advise first", "fitune advise first second"),
+    "report": ("fitune report first -o first.html", "fitune report first second -o both.html"),
+    "export": ("fitune export first --to hf -o exported", "fitune export first --to minimind -o exported.pth"),
+    "demo": ("fitune demo", "fitune demo --steps 8 --output elsewhere"),
+    "config": ("fitune config import llama_factory.yaml -o sft.yaml", "fitune config schema"),
+}
+"""Two commands that show what a verb is for, by its name; of fitune itself under ''."""
+
+
+def examples(verb: str) -> str:
+    """What the help of that verb begins with."""
+    return "\n".join(["Examples:", *(f"  {command}" for command in EXAMPLES[verb])])
