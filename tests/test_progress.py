@@ -3,12 +3,15 @@
 import io
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from fitune.cli import progress as progress_module
 from fitune.cli.output import Screen
 from fitune.cli.progress import TrainingProgress
+from fitune.cli.train import next_commands
+from fitune.run.directory import RunDirectory, create_run
 from watched_run import step_metrics
 
 
@@ -57,3 +60,22 @@ def test_a_log_names_the_stage_now_and_then(monkeypatch: pytest.MonkeyPatch) -> 
             now[0] = 100.0 + second
             shown.stage(stage)
     assert lines_of(page) == ["       reading the data", "       loading the model"]
+
+
+@pytest.mark.parametrize("adapter", [True, False])
+def test_what_can_be_done_next_is_said_after_training(tmp_path: Path, adapter: bool) -> None:
+    run = create_run(tmp_path, "first")
+    run.best.mkdir()
+    if adapter:
+        (run.best / "adapter_config.json").touch()
+    lines = list(next_commands(run, run.best, is_finished=True))
+    assert ("is an adapter" in lines[0], "merges both into one" in lines[0]) == (adapter, adapter)
+    assert f"fitune export {run.path} --to hf -o first-hf" in lines[0]
+    assert f"fitune report {run.path} " in lines[1]
+    (again,) = next_commands(run, run.last, is_finished=False)
+    assert again == f"next: fitune train --resume {run.path} goes on with it"
+
+
+def test_a_run_in_its_usual_place_is_called_by_its_name() -> None:
+    run = RunDirectory(Path("runs") / "first")
+    assert "fitune advise first " in list(next_commands(run, run.last, is_finished=True))[1]

@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -397,7 +397,28 @@ def _report(run: RunDirectory, summary: Summary, progress: RunProgress) -> None:
         f"{summary.status} after {summary.steps:,} steps, {format_count(summary.tokens)} tokens, "
         f"{format_seconds(summary.seconds)} | eval loss {loss} | peak memory {format_bytes(peak)}"
     )
-    progress.note(f"weights: {run.best if run.best.exists() else run.last}")
+    weights = run.best if run.best.exists() else run.last
+    progress.note(f"weights: {weights}")
+    for line in next_commands(run, weights, is_finished=summary.status == "finished"):
+        progress.note(line)
+
+
+def next_commands(run: RunDirectory, weights: Path, *, is_finished: bool) -> Iterator[str]:
+    """What can be done with the run now."""
+    name = run.name if run.path.parent == RUNS else str(run.path)
+    if not is_finished:
+        yield say("next: {command} goes on with it", command=f"fitune train --resume {name}")
+        return
+    export = f"fitune export {name} --to hf -o {run.name}-hf"
+    if (weights / "adapter_config.json").exists():
+        yield say(
+            "{weights} is an adapter, which needs the model that it was trained on: {command} merges both into one",
+            weights=weights,
+            command=export,
+        )
+    else:
+        yield say("{weights} is a transformers directory; {command} copies it", weights=weights, command=export)
+    yield say("next: {commands}", commands=f"fitune report {name}   fitune advise {name}   fitune watch {name} --once")
 
 
 def _print_config(resolved: ResolvedConfig, output_format: str) -> None:

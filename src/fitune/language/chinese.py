@@ -1,6 +1,10 @@
 """The Chinese of what `say` is given, by its English. One part for each command, so that they grow apart."""
 
 _PLAN: dict[str, str] = {
+    "next: {command} goes on with it": "下一步：{command} 从这里继续",
+    "{weights} is an adapter, which needs the model that it was trained on: {command} merges both into one": "{weights} 是适配器，要和训练时的模型一起用：{command} 把两者合并成一个模型",
+    "{weights} is a transformers directory; {command} copies it": "{weights} 是 transformers 目录；{command} 把它复制出来",
+    "next: {commands}": "下一步：{commands}",
     "loading torch and transformers": "正在导入 torch 和 transformers",
     "measuring how fast this processor is": "正在测量处理器速度",
     "reading the data: {number} samples tokenised": "正在读取数据：已分词 {number} 个样本",
