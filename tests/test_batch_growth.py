@@ -62,7 +62,7 @@ def test_anneal_doubles_the_batch_where_the_schedule_has_halved_and_sees_every_r
         {row for line in lines for part in line.plan for row in part}
     )
     (event, *_) = [event for event in read_events(RUN.events) if event.kind == "batch"]
-    assert event.message.startswith("effective batch 4 -> 8 rows, the schedule has halved the rate")
+    assert event.message.startswith("effective batch 4 -> 8 samples, the schedule has halved the rate")
     at = rows.index(8)
     assert lines[at].lr > lines[at - 1].lr
 
@@ -140,5 +140,5 @@ def test_settings_without_effect_are_refused(
 def test_a_reference_batch_carries_the_rate_over(capsys: pytest.CaptureFixture[str]) -> None:
     scaling = ("optim.scaling=sqrt_gain", "optim.reference_batch=1", "optim.noise_scale=2", "optim.schedule=constant")
     assert main(["train", "sft.yaml", *scaling, "optim.warmup=0", "optim.lr=0.001"]) == 0
-    assert "sqrt_gain from 1 rows to 4, noise scale 2 rows: rate 0.001 -> 0.00141" in capsys.readouterr().err
+    assert "sqrt_gain from 1 samples to 4, noise scale 2 samples: rate 0.001 -> 0.00141" in capsys.readouterr().err
     assert steps(RUN)[-1].lr == pytest.approx(0.001 * (3 / 1.5) ** 0.5)

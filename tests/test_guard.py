@@ -136,7 +136,7 @@ def test_a_run_that_cannot_go_on_saves_its_weights_and_ends_with_4(
     assert "runs/run/last" in error
     assert (
         "alone and with model.recompute=full, a loss of 32 positions at a time: lower data.max_length (now 64), set "
-        "model.method=lora or leave such rows out with memory.on_oom=quarantine; the weights" in error
+        "model.method=lora or leave such samples out with memory.on_oom=quarantine; the weights" in error
     )
     assert (RUN.last / "model.safetensors").exists()
     assert read_summary(RUN.summary).status == "failed"

@@ -555,8 +555,8 @@ def test_splits_are_compared_and_the_rate_is_advised(tree: dict[str, Any], capsy
     forced = ("model.recompute=off", "loss=chunked")
     assert main(command(tree, "--gpu", "RTX 4090", "--splits", "1x1,1x4,4x1", *forced)) == 0
     out = capsys.readouterr().out
-    assert "1 x 4, 4 x 1 are one training of 4 rows a step" in out
-    assert "4 rows a step instead of 1: at most 2 times the learning rate (4e-05 for 2e-05)" in out
+    assert "1 x 4, 4 x 1 are one training of 4 samples a step" in out
+    assert "4 samples a step instead of 1: at most 2 times the learning rate (4e-05 for 2e-05)" in out
 
 
 def test_splits_are_advised_the_rate_of_the_measured_noise(
@@ -565,7 +565,7 @@ def test_splits_are_advised_the_rate_of_the_measured_noise(
     forced = ("model.recompute=off", "loss=chunked", "optim.lr=3e-5")
     known = ("optim.scaling=sqrt_gain", "optim.reference_batch=1", "optim.noise_scale=4")
     assert main(command(tree, "--gpu", "RTX 4090", "--splits", "1x1,1x4", *forced, *known)) == 0
-    assert "sqrt_gain from 1 rows to 4, noise scale 4 rows: rate 3e-05 -> 4.74e-05" in capsys.readouterr().out
+    assert "sqrt_gain from 1 samples to 4, noise scale 4 samples: rate 3e-05 -> 4.74e-05" in capsys.readouterr().out
 
 
 def test_a_list_of_splits_that_cannot_be_read_is_refused(

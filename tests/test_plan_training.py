@@ -15,7 +15,7 @@ from fitune.plan.budget import Lengths, find_lengths
 from fitune.plan.training import PlannedTraining, lost_updates_fraction, plan_training
 from fitune.train.prepare import rows_notes
 
-LENGTHS = Lengths((100, 300), 0.4, 0, 6_000, 1_200_000, "the longest row of the data")
+LENGTHS = Lengths((100, 300), 0.4, 0, 6_000, 1_200_000, "the longest sample of the data")
 UNKNOWN = Lengths((2048,), 1.0, 0, None, None, "data.max_length")
 
 
@@ -133,12 +133,14 @@ def rows_said(num_rows: int, num_held_out: int, *overrides: str) -> list[str]:
 
 def test_a_batch_of_more_rows_than_there_are_is_said() -> None:
     (sentence,) = rows_said(393, 30, "batch.effective=1000")
-    assert sentence.startswith("batch.effective 1,000 is more than the 393 rows of the data: a step takes all of them")
+    assert sentence.startswith(
+        "batch.effective 1,000 is more than the 393 samples of the data: a step takes all of them"
+    )
 
 
 def test_so_few_held_out_rows_that_they_tell_nothing_are_said() -> None:
     (sentence,) = rows_said(298, 2)
-    assert sentence.startswith("2 of 300 rows are held out")
+    assert sentence.startswith("2 of 300 samples are held out")
     assert sentence.endswith("data.eval_fraction=0.13 holds out about 40")
     assert rows_said(59, 1)[0].endswith("data.eval_fraction=0.2 holds out about 12")
 

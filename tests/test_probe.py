@@ -176,7 +176,7 @@ def test_a_run_that_is_killed_while_the_branch_becomes_the_run_ends_the_same(
     [
         (["train.epochs=null", "train.steps=40"], "train.steps says nothing of the run's length"),
         (["optim.warmup=0.4"], "before any rate is tried at its height"),
-        (["data.eval_fraction=0", "train.eval_every=auto"], "compares on held-out rows"),
+        (["data.eval_fraction=0", "train.eval_every=auto"], "compares on held-out samples"),
         (["train.probe=false"], "train.probe_fraction has no effect"),
         (["train.probe_fraction=0.05"], "a probe needs 8: set it to 0."),
         (["data.eval_fraction=0.02"], "are too few"),

@@ -165,8 +165,8 @@ def test_there_is_no_comparing_before_the_first_token(
 def test_what_accumulation_gained_and_which_rate_was_right_is_said(tmp_path: Path, three: Path) -> None:
     hot = write_run(tmp_path, "hot", Recipe(lr=1.2e-4, row_losses=[2.3 + 0.01 * i for i in range(200)]))
     said = "\n".join(verdicts(compare([three / "6x1", three / "4x6", hot])))
-    assert "from 6 to 24 rows a step (6x1 to 4x6)" in said
-    assert "with 24 rows a step the best rate tried is 6e-05" in said
+    assert "from 6 to 24 samples a step (6x1 to 4x6)" in said
+    assert "with 24 samples a step the best rate tried is 6e-05" in said
     assert "beside it: 0.00012 +" in said
 
 
@@ -175,7 +175,7 @@ def test_the_measured_noise_says_which_rate_a_larger_batch_may_take(noise_rows: 
     small = write_run(tmp_path, "6x1", Recipe(accumulation=1, lr=3e-5, noise_ratio=noise_rows / 6))
     large = write_run(tmp_path, "6x4", Recipe(noise_ratio=0.1))  # at equal tokens it has come less far
     said = "\n".join(verdicts(compare([small, large])))
-    assert f"the noise scale of 6x1 is {noise_rows} rows: from 6 to 24 rows a step it allows" in said
+    assert f"the noise scale of 6x1 is {noise_rows} samples: from 6 to 24 samples a step it allows" in said
     assert f"so {rate} for 3e-05; however noisy, 2 times at most" in said
 
 
@@ -183,7 +183,7 @@ def test_of_two_runs_of_the_smallest_batch_the_one_with_pairs_tells_the_noise(tm
     alone = write_run(tmp_path, "6x1", Recipe(accumulation=1, lr=3e-5, noise_ratio=1e6))
     paired = write_run(tmp_path, "3x2", Recipe(micro=3, accumulation=2, lr=3e-5, noise_ratio=4.0))
     large = write_run(tmp_path, "24x1", Recipe(micro=24, accumulation=1))
-    assert "the noise scale of 3x2 is 24 rows" in "\n".join(verdicts(compare([alone, paired, large])))
+    assert "the noise scale of 3x2 is 24 samples" in "\n".join(verdicts(compare([alone, paired, large])))
 
 
 @pytest.mark.parametrize("settings", [{}, {"train": {"batch_mode": "follow"}}], ids=["unmeasured", "growing"])
@@ -349,8 +349,8 @@ def test_clipping_of_most_steps_is_told(tmp_path: Path) -> None:
         (40, None, 0.5, ["a lower rate: 3e-05", "a longer run: train.epochs=3"]),
         (40, 4.0, 0.5, ["a lower rate: 3e-05", "a longer run: train.epochs=3"]),
         (40, 4.0, 2.0, ["a longer run: train.epochs=3"]),
-        (40, 0.2, 2.0, ["fewer rows a step (12), or a longer run: train.epochs=3"]),
-        (200, 4.0, 0.5, ["a lower rate: 3e-05, or twice the rows at the same rate"]),
+        (40, 0.2, 2.0, ["fewer samples a step (12), or a longer run: train.epochs=3"]),
+        (200, 4.0, 0.5, ["a lower rate: 3e-05, or twice the samples at the same rate"]),
         (200, 0.2, 0.5, ["a lower rate: 3e-05"]),
     ],
 )
@@ -379,7 +379,7 @@ def test_the_plan_tells_what_else_fits(tmp_path: Path) -> None:
     plan = {"budget_bytes": 20 * GIB, "candidates": [chosen, smaller, adapter], "chosen": 0}
     RunDirectory(run).plan.write_text(json.dumps(plan))
     said = advice_of(run)
-    assert "4 x 6, recompute off" in said
+    assert "4 x 6, gradient checkpointing off" in said
     assert "5 x 6" not in said
     assert "optim.name=adamw_8bit" in said
 

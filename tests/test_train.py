@@ -115,7 +115,7 @@ def test_a_source_too_small_for_the_run_is_said(place: Path, capsys: pytest.Capt
     write_dialogues(place / "few.jsonl", 20, seed=5)
     sources = "data.train=[{path: sft.jsonl}, {path: few.jsonl, weight: 0.004}]"
     assert main(["train", "sft.yaml", "--dry-run", sources, "data.eval_fraction=0"]) == 0
-    said = "warning: none of the 20 rows with weight 0.004 is seen in 1 epochs: at weight 0.025 one would be"
+    said = "warning: none of the 20 samples with weight 0.004 is seen in 1 epochs: at weight 0.025 one would be"
     assert said in capsys.readouterr().err
 
 

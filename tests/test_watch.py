@@ -87,7 +87,7 @@ def test_a_screen_never_exceeds_its_terminal(running: RunView, width: int, heigh
 @pytest.mark.parametrize("height", [12, 16, 20, 23])
 def test_the_last_event_is_shown_whole_where_there_is_room(running: RunView, height: int) -> None:
     text = " ".join(shown(running, width=80, height=height).split())
-    assert text.endswith("look at its rows, or lower optim.lr") or "06:08:19" not in text
+    assert text.endswith("look at its samples, or lower optim.lr") or "06:08:19" not in text
 
 
 def test_a_diverged_loss_is_visible(running: RunView) -> None:

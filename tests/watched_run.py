@@ -32,7 +32,7 @@ EVENTS = (
     (113, "micro_batch", "micro-batch 4 -> 2 rows, accumulation 6 -> 12: the effective batch of 24 rows stays"),
     (250, "micro_batch", "micro-batch 2 -> 4 rows: there is room again"),
     (333, "loss_spike", "warning: the loss of step 333 is 4.21, after a median of 2.12 in the 50 steps before: look at "
-     "its rows, or lower optim.lr"),
+     "its samples, or lower optim.lr"),
 )  # fmt: skip
 
 

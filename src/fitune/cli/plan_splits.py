@@ -23,7 +23,13 @@ def compare_splits(config: RunConfig, splits: str, output_format: str) -> None:
         print_json({"plans": [plan_json(plan) for plan in plans]})
         return
     screen = console(output_format)
-    columns = (say("rows x micro-batches"), say("recompute"), ">GiB", say("fits"), f">{say('tok/s')}")
+    columns = (
+        say("micro-batch x accumulation"),
+        say("gradient checkpointing"),
+        ">GiB",
+        say("fits"),
+        f">{say('tok/s')}",
+    )
     screen.print(table(columns, [_row(plan) for plan in plans]))
     for sentence in (*_same_training(plans), *_rates(plans, config)):
         screen.print(sentence, soft_wrap=True)
@@ -34,7 +40,7 @@ def read_splits(text: str) -> list[tuple[int, int]]:
     found = [re.fullmatch(r"\s*(\d+)\s*[xX*]\s*(\d+)\s*", part) for part in text.split(",")]
     pairs = [(int(match[1]), int(match[2])) for match in found if match is not None]
     if len(pairs) < len(found) or any(0 in pair for pair in pairs):
-        raise UsageError(f"--splits {text} is no list of rows x micro-batches: write it like 6x1,6x4,4x6")
+        raise UsageError(f"--splits {text} is no list of micro-batch x accumulation: write it like 6x1,6x4,4x6")
     return pairs
 
 
@@ -73,7 +79,7 @@ def _same_training(plans: list[Plan]) -> Iterator[str]:
                 same, key=lambda plan: (not _shown(plan).fits, _shown(plan).predicted_seconds_per_step or math.inf)
             )
             yield say(
-                "{splits} are one training of {rows} rows a step and take one learning rate; of them, take {best}.",
+                "{splits} are one training of {rows} samples a step and take one learning rate; of them, take {best}.",
                 splits=", ".join(map(_words, same)),
                 rows=batch,
                 best=_words(best),
@@ -100,13 +106,13 @@ def _rates(plans: list[Plan], config: RunConfig) -> Iterator[str]:
         }
         if change > 1 and is_adaptive(optim):
             yield say(
-                "{rows} rows a step instead of {reference}: at most {factor} times the learning rate ({scaled} for "
+                "{rows} samples a step instead of {reference}: at most {factor} times the learning rate ({scaled} for "
                 "{lr}), less where the gradient is not noisy; {whole} times is too much.",
                 **values,
                 whole=f"{change:.2g}",
             )
         else:
             yield say(
-                "{rows} rows a step instead of {reference}: {factor} times the learning rate ({scaled} for {lr}).",
+                "{rows} samples a step instead of {reference}: {factor} times the learning rate ({scaled} for {lr}).",
                 **values,
             )

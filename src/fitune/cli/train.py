@@ -272,7 +272,7 @@ def _probe(
     write_atomically(run.config, format_config(ResolvedConfig(tried.config, origins)))
     start = adopt(run, tried, data=prepared.data)
     tokens, scale = format_count(tried.probe.cost_tokens), tried.probe.noise_scale_rows
-    noise = "n/a" if scale is None else f"{scale:,.0f} rows"
+    noise = "n/a" if scale is None else f"{scale:,.0f} samples"
     verdict = f"{tried.probe.verdict}; noise scale before training {noise}; {tokens} tokens on the other branches"
     for sentence in (*map(str, tried.probe.branches), verdict):
         append_line(run.events, RunEvent(time=time.time(), step=0, kind="probe", message=sentence))
@@ -370,8 +370,8 @@ def _prepare(
     trainable, parameters = prepared.num_trainable_parameters, prepared.num_parameters
     progress.note(
         f"       {format_count(parameters)} parameters, {format_count(trainable)} trained, on {prepared.device} · "
-        f"{len(prepared.data.train):,} rows, {format_count(report.train.num_tokens)} tokens, "
-        f"{report.supervised_fraction:.1%} supervised · {len(prepared.data.eval):,} rows held out"
+        f"{len(prepared.data.train):,} samples, {format_count(report.train.num_tokens)} tokens, "
+        f"{report.supervised_fraction:.1%} supervised · {len(prepared.data.eval):,} samples held out"
     )
     if prepared.self_check is not None:
         progress.note(f"       {_memory_words(prepared.self_check)}, predicted for step 2, where it will be measured")

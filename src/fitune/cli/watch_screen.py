@@ -194,7 +194,7 @@ def _memory(view: RunView, *, width: int) -> Iterator[Text]:
         start += part.now_bytes
         yield line
     if view.budget_bytes is not None:
-        yield Text(" " * (label_width + 18) + _marker(budget or 0, bar_width, say("budget"), view.budget_bytes))
+        yield Text(" " * (label_width + 18) + _marker(budget or 0, bar_width, say("memory limit"), view.budget_bytes))
 
 
 def _bar(first: float, last: float, *, width: int, part: MemoryClass, budget: int | None) -> Text:
@@ -288,7 +288,7 @@ def _numbers(view: RunView) -> Iterator[Text]:
         speed = sum(step.tokens for step in recent) / max(sum(step.seconds for step in recent), 1e-9)
         parts = [
             f"{format_count(speed)} {say('tokens/s')}",
-            f"{last.micro_batch} × {last.num_micro_batches} {say('rows')}",
+            f"{last.micro_batch} × {last.num_micro_batches} {say('samples')}",
             f"lr {last.lr:.1e}",
             f"{say('gradient')} {last.grad_norm:.2f}",
             f"{format_count(last.total_tokens)} {say('tokens')}",

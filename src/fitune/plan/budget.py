@@ -137,7 +137,7 @@ def lengths_of(train: "Examples", held_out: "Examples") -> Lengths:
         longest_eval_tokens=int(held_out.lengths.max()) if len(held_out) else 0,
         epoch_rows=round(float(repeats.sum())),
         epoch_tokens=round(float((train.lengths * repeats).sum())),
-        origin="the longest row of the data",
+        origin="the longest sample of the data",
     )
 
 
@@ -152,7 +152,7 @@ def _read_lengths(config: RunConfig) -> Lengths:
             train = load_examples(config.data, tokenizer, split="train", eval_max_rows=config.eval.max_rows)
             held_out = load_examples(config.data, tokenizer, split="eval", eval_max_rows=config.eval.max_rows)
             if not len(train):
-                return uniform_lengths(config, origin="data.max_length, as the data has no rows to train on")
+                return uniform_lengths(config, origin="data.max_length, as the data has no samples to train on")
             return lengths_of(train, held_out)
     except ModelError:
         return uniform_lengths(config, origin="data.max_length, as the model has no tokenizer to read the data with")

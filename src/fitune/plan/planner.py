@@ -420,10 +420,10 @@ def _say_nothing(words: str) -> None:
 
 def words_of(choice: Choice) -> str:
     size = "" if choice.micro_tokens is None else f"{choice.micro_tokens:,} tokens at once, "
-    size = size if choice.micro_rows is None else f"{choice.micro_rows} rows at once, "
+    size = size if choice.micro_rows is None else f"{choice.micro_rows} samples at once, "
     changes = ["offload"] if choice.offloads else []
     changes += [part for part in (choice.method, choice.optimizer, choice.precision) if part]
-    return ", ".join([f"{size}recompute {choice.recompute}", f"{choice.loss} loss", *changes])
+    return ", ".join([f"{size}gradient checkpointing {choice.recompute}", f"{choice.loss} loss", *changes])
 
 
 def _reason(forecast: Forecast, limits: Limits, *, is_bound: bool) -> str:

@@ -101,7 +101,7 @@ def _broken(run: RecordedRun) -> Iterator[Advice]:
     micro, _ = last_split(run)
     if num_ooms and micro is not None and micro > 1:
         yield Advice(
-            change=say("micro-batches of {new} rows instead of {old}", new=micro // 2, old=micro),
+            change=say("micro-batches of {new} samples instead of {old}", new=micro // 2, old=micro),
             effect_on_result="same",
             evidence=say("{num} times out of memory", num=num_ooms),
             command=_command(run, *_split_keys(run, micro // 2)),
@@ -230,7 +230,7 @@ def _as_planned(run: RecordedRun, chosen: Mapping[str, Any], other: Mapping[str,
     changed = {key: value for name, key in keys.items() if (value := other.get(name)) != chosen.get(name)}
     settings = [f"{key}={str(value).lower()}" for key, value in changed.items()]
     change = say(
-        "{micro} x {accumulation}, recompute {recompute}",
+        "{micro} x {accumulation}, gradient checkpointing {recompute}",
         micro=other["micro_batch"],
         accumulation=other["accumulation"],
         recompute=other["recompute"],
@@ -262,7 +262,7 @@ def _data(run: RecordedRun) -> Iterator[Advice]:
     waste = padding.get("shuffled")
     if run.settings.get("data.packing") is False and isinstance(waste, int | float) and waste > 1.1:
         yield Advice(
-            change=say("pack rows instead of padding them"),
+            change=say("pack samples instead of padding them"),
             effect_on_result="same",
             evidence=say("{waste} positions are computed for each real token", waste=f"{waste:.2f}"),
             command=_command(run, "data.packing=true"),
@@ -322,7 +322,7 @@ def _clipping(run: RecordedRun, *, may_grow: bool) -> Iterator[Advice]:
     new = f"{lr / 2:.2g}"
     is_noise = may_grow and _may_double(run) and ratio is not None and ratio > 1
     yield Advice(
-        change=say("a lower rate: {new}, or twice the rows at the same rate", new=new)
+        change=say("a lower rate: {new}, or twice the samples at the same rate", new=new)
         if is_noise
         else say("a lower rate: {new}", new=new),
         effect_on_result="different",
@@ -344,7 +344,7 @@ def _at_the_floor(run: RecordedRun) -> Iterator[Advice]:
     if ratio > 1:
         effective = run.summary.get("effective_batch") if _may_double(run) else None
         yield Advice(
-            change=say("let the rate fall, or take twice the rows a step at the same rate")
+            change=say("let the rate fall, or take twice the samples a step at the same rate")
             if effective
             else say("let the rate fall"),
             effect_on_result="different",
@@ -397,9 +397,9 @@ def _length(run: RecordedRun) -> Iterator[Advice]:
     longer = _longer(run)
     if _is_clipped(run) or (_noise_ratio(run) or 0.0) > 1:
         change, changes = say("a longer run: {changes}", changes=longer), [longer]
-        evidence = say("{evidence}; with fewer rows a step its gradient would be noisier", evidence=evidence)
+        evidence = say("{evidence}; with fewer samples a step its gradient would be noisier", evidence=evidence)
     else:
-        change = say("fewer rows a step ({new}), or a longer run: {changes}", new=effective // 2, changes=longer)
+        change = say("fewer samples a step ({new}), or a longer run: {changes}", new=effective // 2, changes=longer)
         changes = [f"batch.effective={effective // 2}", "batch.micro=auto", "batch.accumulation=auto"]
     yield Advice(
         change=change,

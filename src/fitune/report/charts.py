@@ -92,7 +92,7 @@ def loss_picture(comparison: Comparison) -> Picture | None:
         axes=_known_axes(series),
         y_title=say("nats per token"),
         series=tuple(series),
-        says=say("Training loss, raw and smoothed, and loss on the held-out rows, of {num} runs", num=len(ran)),
+        says=say("Training loss, raw and smoothed, and loss on the held-out samples, of {num} runs", num=len(ran)),
     )
 
 
@@ -346,11 +346,11 @@ def lengths_picture(runs: Sequence[RecordedRun]) -> Picture | None:
     waste = ", ".join(f"{name} {value:.2f} x" for name, value in padding.items())
     return Picture(
         key="lengths",
-        title=say("Tokens of a row; positions computed for a real token: {waste}", waste=waste or "n/a"),
+        title=say("Tokens of a sample; positions computed for a real token: {waste}", waste=waste or "n/a"),
         axes={"x": say("tokens")},
-        y_title=say("rows"),
+        y_title=say("samples"),
         series=(Series("", {"x": middles}, np.array(counts, float), "bars", 0),),
-        says=say("Lengths of the training rows, cut at {length}", length=data.get("max_length", "n/a")),
+        says=say("Lengths of the training samples, cut at {length}", length=data.get("max_length", "n/a")),
     )
 
 
@@ -366,7 +366,7 @@ def noise_picture(runs: Sequence[RecordedRun]) -> Picture | None:
         return None
     return Picture(
         key="noise",
-        title=say("Noise scale: the batch beyond which more rows a step stop paying"),
+        title=say("Noise scale: the batch beyond which more samples a step stop paying"),
         axes={"x": say("tokens")},
         y_title=say("tokens a step"),
         series=tuple(series),

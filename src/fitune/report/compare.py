@@ -455,8 +455,8 @@ def _notes(runs: Sequence[RecordedRun], place: float | None, *, peak_kind: str |
     if len({run.summary.get("data_hash") for run in runs} - {None}) > 1:
         yield say("the runs were trained on different data")
     if len({(run.data or {}).get("held_out_hash") for run in runs} - {None}) > 1:
-        yield say("the runs were evaluated on different held-out rows: their eval losses cannot be compared")
+        yield say("the runs were evaluated on different held-out samples: their eval losses cannot be compared")
     if len({run.settings.get("train.seed") for run in runs} - {None}) > 1:
         yield say("the runs have different seeds: the difference between seeds is in every difference shown")
     elif len(runs) > 1 and any(run.eval_rows for run in runs):
-        yield say("an interval covers which rows were held out; another seed of training may differ by more")
+        yield say("an interval covers which samples were held out; another seed of training may differ by more")

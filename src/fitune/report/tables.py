@@ -21,7 +21,7 @@ TRAIN_COLUMN = 5
 def columns(comparison: Comparison) -> list[str]:
     """Headings; one that starts with '>' is a column of numbers."""
     return [
-        say("run"), say("rows"), say(">lr"), say(">peak GiB"), say(">tok/s"), say(">train loss"),
+        say("run"), say("micro x accum"), say(">lr"), say(">peak GiB"), say(">tok/s"), say(">train loss"),
         say(">eval loss"), say(">to the first"),
     ]  # fmt: skip
 
@@ -65,7 +65,7 @@ def heading(comparison: Comparison) -> str:
 
 
 def legend() -> str:
-    return say("* nothing else is better all round · ! more than chance (95 %, paired over the held-out rows)")
+    return say("* nothing else is better all round · ! more than chance (95 %, paired over the held-out samples)")
 
 
 def markdown(comparison: Comparison) -> str:

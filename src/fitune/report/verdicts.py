@@ -110,8 +110,8 @@ def _accumulation(comparison: Comparison) -> Iterator[str]:
             sign = "+" if large.peak_bytes >= small.peak_bytes else "-"
             peak = f"{sign}{format_bytes(abs(large.peak_bytes - small.peak_bytes))}"
         yield say(
-            "from {few} to {many} rows a step ({small} to {large}), each at its best rate, at equal tokens: eval loss "
-            "{difference}; {cost}",
+            "from {few} to {many} samples a step ({small} to {large}), each at its best rate, at equal tokens: "
+            "eval loss {difference}; {cost}",
             few=batches[0],
             many=batch,
             small=small.name,
@@ -139,8 +139,8 @@ def _allowed_rates(comparison: Comparison) -> Iterator[str]:
             for rho in (noise / batches[0], math.inf)
         )
         yield say(
-            "the noise scale of {name} is {noise} rows: from {few} to {many} rows a step it allows {factor} times the "
-            "rate that is right for {few}, so {scaled} for {lr}; however noisy, {most} times at most",
+            "the noise scale of {name} is {noise} samples: from {few} to {many} samples a step it allows {factor} "
+            "times the rate that is right for {few}, so {scaled} for {lr}; however noisy, {most} times at most",
             name=measured[0].name,
             noise=f"{noise:,.3g}",
             few=batches[0],
@@ -176,7 +176,7 @@ def _rates(comparison: Comparison) -> Iterator[str]:
             for lr, row in sorted(others.items())
         )
         yield say(
-            "with {batch} rows a step the best rate tried is {rate} (eval loss {loss}); beside it: {listed}",
+            "with {batch} samples a step the best rate tried is {rate} (eval loss {loss}); beside it: {listed}",
             batch=batch,
             rate=f"{best.lr:.2g}",
             loss=f"{best.eval_loss:.4f}",

@@ -33,7 +33,7 @@ class Branch:
         loss = f"eval loss {self.eval_loss:.4f}" if math.isfinite(self.eval_loss) else "diverged"
         of = self.difference
         beside = "" if of is None else f", {of.mean:+.4f} ({of.low:+.4f} to {of.high:+.4f})"
-        return f"{self.name:33} rate {self.lr:<8.3g} {self.rows:4} rows  {self.steps:5,} steps  {loss}{beside}"
+        return f"{self.name:33} rate {self.lr:<8.3g} {self.rows:4} samples  {self.steps:5,} steps  {loss}{beside}"
 
     @property
     def is_better(self) -> bool:
@@ -65,7 +65,7 @@ class Probe:
         best, others = self.branches[self.chosen], self.branches[1:]
         if self.chosen:
             why = "is better by more than chance" if best.is_better else "did not diverge as the configuration did"
-            return f"{best.name} {why}: the run goes on with rate {best.lr:.3g} and {best.rows} rows a step"
+            return f"{best.name} {why}: the run goes on with rate {best.lr:.3g} and {best.rows} samples a step"
         equal = [each.name for each in others if each.difference is not None and not each.difference.excludes_zero]
         if equal:
             return f"no difference found between the configuration and {' and '.join(equal)}: the run keeps its setting"

@@ -56,11 +56,12 @@ def with_settings(optim: OptimConfig, settings: OptimSettings) -> OptimConfig:
 def scaling_note(optim: OptimConfig, settings: OptimSettings, *, lr: float, rows: int) -> str:
     """What optim.scaling made of the settings, in one sentence."""
     assert optim.reference_batch is not None
-    measured = "" if optim.noise_scale is None else f", noise scale {optim.noise_scale:g} rows"
+    measured = "" if optim.noise_scale is None else f", noise scale {optim.noise_scale:g} samples"
     return (
-        f"{optim.scaling} from {optim.reference_batch} rows to {rows}{measured}: rate {lr:.3g} -> {settings.lr:.3g}, "
-        f"beta2 {optim.betas[1]:g} -> {settings.betas[1]:.4g}, weight decay {optim.weight_decay:g} -> "
-        f"{settings.weight_decay:.3g}, clip {optim.clip:g} -> {settings.clip:.3g}"
+        f"{optim.scaling} from {optim.reference_batch} samples to {rows}{measured}: "
+        f"rate {lr:.3g} -> {settings.lr:.3g}, "
+        f"beta2 {optim.betas[1]:g} -> {settings.betas[1]:.4g}, "
+        f"weight decay {optim.weight_decay:g} -> {settings.weight_decay:.3g}, clip {optim.clip:g} -> {settings.clip:.3g}"
     )
 
 

@@ -210,7 +210,7 @@ class Alarms:
             return None
         return (
             f"the loss of step {metrics.step} is {metrics.loss:.3g}, after a median of {median:.3g} in the "
-            f"{len(before)} steps before: look at its rows, or lower optim.lr"
+            f"{len(before)} steps before: look at its samples, or lower optim.lr"
         )
 
     def _clipping(self, metrics: StepMetrics) -> str | None:

@@ -100,7 +100,9 @@ class Guard:
         with survivable(self._device):
             complete = try_twice(lambda: create_state(optimizer), device=self._device, what="the optimizer's state")
             if self._shards is None:
-                verdict = try_twice(self._check_model, device=self._device, what="the check of the model on two rows")
+                verdict = try_twice(
+                    self._check_model, device=self._device, what="the check of the model on two samples"
+                )
             else:
                 self._ranks.exchange(None)  # all have their state
                 with self._shards.together():
@@ -273,7 +275,7 @@ def _way_out(config: RunConfig) -> str:
         ways.append("allow loss=auto")
     if config.model.method == "full":
         ways.append("set model.method=lora")
-    ways.append("leave such rows out with memory.on_oom=quarantine")
+    ways.append("leave such samples out with memory.on_oom=quarantine")
     return f"{', '.join(ways[:-1])} or {ways[-1]}"
 
 

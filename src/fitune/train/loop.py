@@ -396,7 +396,7 @@ class _Trainer:
             peak = self.self_check.measured(peak)
         state = self.journal(batch, safe, lr=lr, peak=peak, seconds=seconds)
         if result.loss is None or result.grad_norm is None:
-            self.event("no_target", f"rows {batch.row_ids} have no supervised token: no update, no step")
+            self.event("no_target", f"samples {batch.row_ids} have no supervised token: no update, no step")
             return
         self.state = state = replace(
             state,
@@ -518,7 +518,7 @@ class _Trainer:
         rescale_memory(self.setup.optimizer, gain=change.gain)
         self.set_optim(optim)
         self.state = replace(state, batch=changed(state.batch, now, optim), eval_losses=())
-        self.event("batch", f"effective batch {before} -> {self.rows_per_step} rows, {change.reason}")
+        self.event("batch", f"effective batch {before} -> {self.rows_per_step} samples, {change.reason}")
         return True
 
     @contextmanager
@@ -557,7 +557,7 @@ class _Trainer:
                 )
             self.save_for_good()
             raise FituneError(
-                f"{what}: lower optim.lr ({self.setup.peak_lr:g}) or look at the rows of these steps; the weights "
+                f"{what}: lower optim.lr ({self.setup.peak_lr:g}) or look at the samples of these steps; the weights "
                 f"before them are in {self.run.last}"
             )
 

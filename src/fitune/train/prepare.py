@@ -173,8 +173,8 @@ def rows_notes(config: RunConfig, *, num_rows: int, num_held_out: int) -> Iterat
     """About a batch or an evaluation that the number of rows makes another than it looks."""
     if config.batch.rows_per_step > num_rows:
         yield say(
-            "batch.effective {batch} is more than the {rows} rows of the data: a step takes all of them, and an epoch "
-            "is one step",
+            "batch.effective {batch} is more than the {rows} samples of the data: a step takes all of them, and an "
+            "epoch is one step",
             batch=f"{config.batch.rows_per_step:,}",
             rows=f"{num_rows:,}",
         )
@@ -182,8 +182,8 @@ def rows_notes(config: RunConfig, *, num_rows: int, num_held_out: int) -> Iterat
     if config.data.eval is None and 0 < num_held_out < FEW_EVAL_ROWS and rows >= 2 * FEW_EVAL_ROWS:
         share = min(0.2, 2 * FEW_EVAL_ROWS / rows)
         yield say(
-            "{held} of {rows} rows are held out, and an evaluation of so few says little: data.eval_fraction={share} "
-            "holds out about {more}",
+            "{held} of {rows} samples are held out, and an evaluation of so few says little: "
+            "data.eval_fraction={share} holds out about {more}",
             held=f"{num_held_out:,}",
             rows=f"{rows:,}",
             share=f"{share:.2g}",
@@ -236,7 +236,7 @@ def unseen(config: RunConfig, examples: Examples) -> list[str]:
     epochs = length.epochs or length.total_steps * config.batch.rows_per_step / float(lengths.mean_samples)
     values, counts = np.unique(examples.repeats, return_counts=True)
     return [
-        f"warning: none of the {count:,} rows with weight {weight:g} is seen in {epochs:.3g} epochs: at weight "
+        f"warning: none of the {count:,} samples with weight {weight:g} is seen in {epochs:.3g} epochs: at weight "
         f"{0.5 / (epochs * count):.2g} one would be"
         for (group, weight, count) in zip(lengths.groups, values, counts, strict=True)
         if not Epochs((group,)).num_samples(epochs)
@@ -254,7 +254,7 @@ def load_data(config: RunConfig, tokenizer: Tokenizer, *, on_progress: Callable[
     held_out = load_examples(config.data, tokenizer, split="eval", eval_max_rows=config.eval.max_rows)
     if not len(train):
         raise DataError(
-            f"{config.data.train_sources[0].path} leaves no row to train on after holding out {len(held_out)}: "
-            "give more rows, or set data.eval_fraction=0"
+            f"{config.data.train_sources[0].path} leaves no sample to train on after holding out {len(held_out)}: "
+            "give more samples, or set data.eval_fraction=0"
         )
     return Data(train, held_out)

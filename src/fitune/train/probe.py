@@ -223,8 +223,8 @@ def probe_position(config: RunConfig, data: Data) -> int:
     if len(data.eval) < FEWEST_EVAL_ROWS:
         raise ConfigError(
             [
-                f"train.probe compares on held-out rows, and {len(data.eval)} are too few: give data.eval, or a larger "
-                "data.eval_fraction"
+                f"train.probe compares on held-out samples, and {len(data.eval)} are too few: give data.eval, or a "
+                "larger data.eval_fraction"
             ]
         )
     lengths, position = Epochs.of(data.train.repeats), steps * config.batch.rows_per_step
