@@ -151,3 +151,36 @@ def test_the_readme_names_every_verb() -> None:
 def test_the_documentation_speaks_of_nothing_but_fitune() -> None:
     for page in PAGES:
         assert not re.search(r"/(?:work|root|tmp)/", page.read_text(encoding="utf-8")), page.name
+
+
+@pytest.mark.parametrize(("page", "language"), [(READMES[0], "en"), (READMES[1], "zh")], ids=["en", "zh"])
+@pytest.mark.parametrize("words", [[], ["batch.effective=16", "batch.micro=6"]], ids=["open", "own"])
+def test_the_plans_that_readme_shows_are_those_that_are_made(
+    page: Path,
+    language: str,
+    words: list[str],
+    planned: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("FITUNE_CACHE", str(planned))
+    monkeypatch.setenv("FITUNE_LANG", language)
+    assert main(["plan", "minimind2", "--gpu", "RTX 4090", *words]) == 0
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    told = [lines[0], *(line for line in lines if re.match(r"\d[* ]", line))]
+    shown = {" ".join(line.split()) for line in page.read_text(encoding="utf-8").splitlines()}
+    assert len(told) == 4
+    assert [line for line in told if line not in shown] == []
+
+
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of plans, which both languages share."""
+    return tmp_path_factory.mktemp("planned")
+
+
+def test_the_pictures_of_readme_are_small_and_there() -> None:
+    for page in READMES:
+        pictures = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", page.read_text(encoding="utf-8"))
+        assert pictures == ["docs/plan.png", "docs/report.png"]
+        assert all(0 < (ROOT / picture).stat().st_size < 200_000 for picture in pictures)

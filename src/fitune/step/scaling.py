@@ -60,8 +60,8 @@ def scaling_note(optim: OptimConfig, settings: OptimSettings, *, lr: float, rows
     return (
         f"{optim.scaling} from {optim.reference_batch} samples to {rows}{measured}: "
         f"rate {lr:.3g} -> {settings.lr:.3g}, "
-        f"beta2 {optim.betas[1]:g} -> {settings.betas[1]:.4g}, "
-        f"weight decay {optim.weight_decay:g} -> {settings.weight_decay:.3g}, clip {optim.clip:g} -> {settings.clip:.3g}"
+        f"beta2 {optim.betas[1]:g} -> {settings.betas[1]:.4g}, weight decay {optim.weight_decay:g} -> "
+        f"{settings.weight_decay:.3g}, clip {optim.clip:g} -> {settings.clip:.3g}"
     )
 
 
