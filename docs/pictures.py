@@ -1,15 +1,17 @@
 """The two pictures of README, as files that a browser has drawn: a plan in the terminal, and the page of a report.
 
-python docs/pictures.py                       docs/plan.png
-python docs/pictures.py demo/three/report.html    docs/report.png too; `make demo` writes that page
+python docs/pictures.py                            docs/plan.png and docs/report.png, in about two minutes
+python docs/pictures.py demo/three/report.html     the second one of that page instead
 
-Needs Chromium (apt-get install chromium). Each picture is refused at 200 kB or more.
+The report is of a run of a tiny model on made-up dialogues, both from the tests.
+Needs Chromium (apt-get install chromium). A picture of 200 kB or more is refused.
 """
 
 import argparse
 import io
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -23,6 +25,13 @@ from fitune.plan.planner import choose_plan
 DOCS = Path(__file__).parent
 MOST_BYTES = 200_000
 COMMAND = 'fitune plan minimind2 --gpu "RTX 4090"'
+RUN = """
+model: {source: tiny, method: lora}
+data: {train: sft.jsonl, max_length: 64}
+batch: {effective: 8}
+train: {steps: 20}
+run: {name: first}
+"""
 PAGE = (
     '<meta charset="utf-8"><body style="margin:0;background:{background}">'
     "<pre style=\"margin:0;padding:16px;color:{foreground};font:14px/1.3 'DejaVu Sans Mono',monospace\">{code}</pre>"
@@ -38,6 +47,19 @@ def plan_page() -> tuple[str, int]:
     show_plan(plan, screen)
     num_lines = screen.export_text(clear=False).count("\n")
     return screen.export_html(theme=MONOKAI, code_format=PAGE, inline_styles=True), num_lines
+
+
+def run_page(directory: Path) -> Path:
+    """The report of a run that is trained for it."""
+    sys.path.insert(0, str(DOCS.parent / "tests"))
+    from tiny_run import save_tiny_model, write_dialogues
+
+    save_tiny_model(directory / "tiny")
+    write_dialogues(directory / "sft.jsonl", 400)
+    (directory / "sft.yaml").write_text(RUN)
+    for words in (["train", "sft.yaml"], ["report", "first", "-o", "first.html"]):
+        subprocess.run([sys.executable, "-m", "fitune", *words], cwd=directory, check=True)
+    return directory / "first.html"
 
 
 def draw(page: Path, picture: Path, *, width: int, height: int) -> None:
@@ -62,15 +84,14 @@ def draw(page: Path, picture: Path, *, width: int, height: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("report", nargs="?", type=Path, help="a page that `fitune report` or a sweep wrote")
+    parser.add_argument("report", nargs="?", type=Path, help="a page that `fitune report` or a sweep has written")
     arguments = parser.parse_args()
     text, num_lines = plan_page()
     with TemporaryDirectory() as directory:
         page = Path(directory) / "plan.html"
         page.write_text(text, encoding="utf-8")
         draw(page, DOCS / "plan.png", width=980, height=32 + round(18.2 * (num_lines + 4)))
-    if arguments.report is not None:
-        draw(arguments.report, DOCS / "report.png", width=1100, height=1250)
+        draw(arguments.report or run_page(Path(directory)), DOCS / "report.png", width=1100, height=1250)
 
 
 if __name__ == "__main__":
