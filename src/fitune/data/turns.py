@@ -376,7 +376,7 @@ class _Marked:
         """False where the thinking of an earlier turn is not in what the template writes of it."""
         message = self.messages[number]
         lost = bool(message.get("reasoning_content")) and "reasoning_content" not in parts
-        if lost and not re.search("reasoning_content|thinking", self.finder.template.text):
+        if lost and not writes_reasoning(self.finder.template.text):
             self.notices.add(NOT_SHOWN.format(what="reasoning_content"))
             return True
         lost = lost or (self.style != "empty" and loses_thought(_content(message), said))
@@ -621,6 +621,11 @@ def _shape(chat: Conversation, messages: Sequence[Message]) -> Any:
 def _content(message: Message) -> str:
     """Its text; the content of a message that only calls tools may be None."""
     return (message["content"] or "").strip()
+
+
+def writes_reasoning(template: str) -> bool:
+    """Whether a template may write the reasoning of a message."""
+    return re.search("reasoning_content|thinking", template) is not None
 
 
 def loses_thought(content: str, said: str) -> bool:
