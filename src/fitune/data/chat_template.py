@@ -223,8 +223,8 @@ def _in_form(call: Mapping[str, Any], form: _CallForm) -> dict[str, Any]:
 
 
 def with_short_ids(messages: Sequence[Message]) -> list[Message]:
-    """The messages with ids of nine letters and digits for tool calls and their answers, where they have others or none.
-    An answer without an id is that of the first call that has none yet."""
+    """The messages with ids of nine letters and digits for tool calls and their answers, where they have others. An
+    answer without an id is that of the first call that has none yet."""
     short: dict[Any, str] = {}
     open_ids: list[str] = []
     renamed: list[Message] = []

@@ -1,10 +1,10 @@
 """A source of the configuration -> its rows, one at a time, each with the place that it came from.
 
 json (an array, or objects over several lines), jsonl, parquet, csv, tsv and arrow files, text also compressed (gz, zst,
-bz2, xz), directories of those (data/splits.py), and hub ids through `datasets`. Nothing is held but the row at hand, so a file may be larger than
-memory; only an object that holds the rows in it ({"data": [...]}, or a list for each column) is held whole. A row that
-cannot be parsed is yielded with its fault; what makes the whole file unreadable (missing, empty, binary, a broken
-array) is a DataError.
+bz2, xz), directories of those (data/splits.py), and hub ids through `datasets`. Nothing is held but the row at hand, so
+a file may be larger than memory; only an object that holds the rows in it ({"data": [...]}, or a list for each column)
+is held whole. A row that cannot be parsed is yielded with its fault; what makes the whole file unreadable (missing,
+empty, binary, a broken array) is a DataError.
 """
 
 import csv
