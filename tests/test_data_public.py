@@ -309,3 +309,12 @@ def test_of_several_splits_for_training_one_must_be_named(tmp_path: Path) -> Non
 def test_a_pattern_without_files_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no file of that pattern"):
         load(f"{tmp_path}/*.jsonl")
+
+
+@pytest.mark.parametrize("name", ["falcon_instruct", "solar"])
+def test_answers_that_nothing_ends_are_told_where_others_follow(name: str) -> None:
+    chat = normalise({"messages": [USER, {**SAID, "content": "X"}, USER, {**SAID, "content": "Y"}]})[1]
+    for result in encode(encoder(name), [chat, chat, chat]):
+        assert isinstance(result, Encoded)
+        assert any("learns to stop from the last one alone" in notice for notice in result.notices)
+        assert result.ends == {"<eos>"}

@@ -110,9 +110,9 @@ def test_every_reason_of_an_import_has_its_chinese() -> None:
 
 @pytest.mark.parametrize("english", SENTENCES)
 def test_a_whole_sentence_has_the_same_values_and_is_translated(english: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert values_in(SENTENCES[english]) == [name.removesuffix(":n") for name in values_in(english)]
+    assert values_in(SENTENCES[english]) == values_in(english)
     monkeypatch.setenv("FITUNE_LANG", "zh")
-    assert any("\u4e00" <= letter <= "\u9fff" for letter in translated(re.sub(r"\{\w+(:n)?\}", "3", english)))
+    assert any("\u4e00" <= letter <= "\u9fff" for letter in translated(re.sub(r"\{\w+(:[nw])?\}", "3", english)))
 
 
 @pytest.mark.parametrize(
@@ -128,6 +128,10 @@ def test_a_whole_sentence_has_the_same_values_and_is_translated(english: str, mo
         (
             "sft.yaml:3 rl: 'dpo': fitune is for supervised fine-tuning alone",
             "sft.yaml:3 rl: 'dpo'：fitune 只做监督微调",
+        ),
+        (
+            "  infer_dtype: it is of generating, or of an evaluation other than the loss",
+            "  infer_dtype：它关于生成，或损失以外的评估",
         ),
         ("a sentence that nobody knows", "a sentence that nobody knows"),
     ],

@@ -37,7 +37,8 @@ def say(english: str, **values: object) -> str:
     return sentence.format(**values) if values else sentence
 
 
-_VALUE = re.compile(r"\{(\w+)(:n)?\}")
+_VALUE = re.compile(r"\{(\w+)(:[nw])?\}")
+_KINDS = {None: ".*?", ":n": "[0-9,]+", ":w": r"\S+"}
 _MOST_NESTED = 6
 
 
@@ -55,7 +56,7 @@ def _in_chinese(sentence: str, nested: int) -> str:
             for name, value in found.groupdict().items():
                 if nested and (" " in value or value in SENTENCES):
                     value = _in_chinese(value, nested - 1)
-                chinese = re.sub(rf"\{{{name}(:n)?\}}", lambda _, value=value: value, chinese)  # type: ignore[misc]
+                chinese = re.sub(rf"\{{{name}\}}", lambda _, value=value: value, chinese)  # type: ignore[misc]
             return chinese
     place = sentence.find(": ")  # what stands before a reason is a place or a name
     while nested and place >= 0:
@@ -76,7 +77,7 @@ def _patterns() -> tuple[tuple[re.Pattern[str], str], ...]:
 def _pattern(english: str) -> str:
     parts, position = [], 0
     for value in _VALUE.finditer(english):
-        parts += [re.escape(english[position : value.start()]), f"(?P<{value[1]}>{'[0-9,]+' if value[2] else '.*?'})"]
+        parts += [re.escape(english[position : value.start()]), f"(?P<{value[1]}>{_KINDS[value[2]]})"]
         position = value.end()
     return "".join((*parts, re.escape(english[position:])))
 

@@ -2,7 +2,7 @@
 configurations of other tools and logs.
 
 Such a sentence stays English in JSON and in what is written into a run directory, and is translated when it is shown:
-`{name}` stands for any text, `{name:n}` for a number, and what stands there is translated in turn.
+`{name}` stands for any text, `{name:n}` for a number and `{name:w}` for a word; what stands there is translated in turn.
 """
 
 _MESSAGES = {
@@ -131,6 +131,7 @@ _NOTES = {
     "hold thinking in earlier turns, which the chat template leaves out there: those turns are not learned": "在较早的轮次里有思考内容，聊天模板在那里会去掉它：这些轮次不学习",
     "hold earlier answers that the chat template rewrites or leaves out: those turns are not learned": "有较早的回答被聊天模板改写或去掉：这些轮次不学习",
     "end in an answer that the chat template does not end: {token} is added after it, and learned": "的最后一个回答在聊天模板里没有结束符：在它后面加上 {token} 并学习",
+    "hold earlier answers that the chat template ends with nothing: the model learns to stop from the last one alone": "较早的回答在聊天模板里没有结束符：模型只从最后一个回答学会停止",
     "end in an answer that nothing ends, and the tokenizer has no end-of-text token: the model learns no end": "的最后一个回答没有结束符，分词器也没有文本结束词元：模型学不到停止",
     "end their answers with {text}, which is no token of its own here: generation needs it as a stop string": "的回答以 {text} 结尾，它在这里不是单独的词元：生成时要把它设为停止字符串",
     "hold loss weights, which data.mask=all leaves out": "带有损失权重，data.mask=all 不使用它",
@@ -182,11 +183,10 @@ _LOGS = {
     "{path} is damaged: {error}": "{path} 已损坏：{error}",
     "{path} does not exist: give the directory of a run, such as runs/NAME": "{path} 不存在：请给出一次运行的目录，例如 runs/NAME",
     "{path} holds no run: give a run directory, a report of fitune, trainer_state.json, trainer_log.jsonl, ms-swift's logging.jsonl, a TensorBoard directory, a csv of wandb, or a log that minimind or transformers' Trainer printed": "{path} 里没有运行：请给出运行目录、fitune 的报告、trainer_state.json、trainer_log.jsonl、ms-swift 的 logging.jsonl、TensorBoard 目录、wandb 的 csv，或 minimind、transformers Trainer 打印的日志",
-    "{name} diverged: from step {step:n} on its loss is not a number, so its losses are not compared": "{name} 发散了：从第 {step} 步起损失不是数字，因此不比较它的损失",
 }
 
 _IMPORTS = {
-    "{source} is of {tool}": "{source} 属于 {tool}",
+    "{source:w} is of {tool}": "{source} 属于 {tool}",
     "means something else here:": "在这里含义不同：",
     "has no counterpart here, and is left out:": "这里没有对应项，已略去：",
     "makes no difference here:": "在这里没有影响：",
