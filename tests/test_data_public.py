@@ -318,3 +318,15 @@ def test_answers_that_nothing_ends_are_told_where_others_follow(name: str) -> No
         assert isinstance(result, Encoded)
         assert any("learns to stop from the last one alone" in notice for notice in result.notices)
         assert result.ends == {"<eos>"}
+
+
+@pytest.mark.parametrize("call", ["strftime_now('%d %b %Y')", "strftime_now(form)", "strftime_now(format=form)"])
+def test_a_template_writes_the_date_of_the_run_however_it_asks_for_it(call: str, tmp_path: Path) -> None:
+    (path := tmp_path / "a.jinja").write_text(
+        "{% set form = '%d %b %Y' %}{{ " + call + " }}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+        "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    rows = write(tmp_path / "a.jsonl", {"messages": [USER, SAID]})
+    found = [load(rows, str(path).removesuffix(".jinja"), date=date) for date in ("2026-01-31", "2026-02-01")]
+    assert [shown(examples)[:11] for examples in found] == ["31 Jan 2026", "01 Feb 2026"]
+    assert [examples.report.date for examples in found] == ["2026-01-31", "2026-02-01"]

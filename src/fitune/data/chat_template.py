@@ -25,6 +25,7 @@ from fitune.errors import DataError
 CharSpan = tuple[int, int]
 
 _DATE_CALL = re.compile(r"strftime_now\(\s*(?:format\s*=\s*)?(\"[^\"]*\"|'[^']*')\s*\)")
+_DIRECTIVES = "aAbBdeFHIjmMpSuUVwWxXyY"
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _KEY, _VALUE = "akey", "avalue"
 PROBE: tuple[Message, ...] = ({"role": "user", "content": "Question"}, {"role": "assistant", "content": "Answer"})
@@ -260,6 +261,13 @@ def _framed(tool: Mapping[str, Any]) -> dict[str, Any]:
     return {"type": "function", "function": {key: value for key, value in tool.items() if key != "type"}}
 
 
+def _date_macro(day: datetime.date) -> str:
+    """A macro in the place of the function that tells the time, for templates that compute what they ask it for."""
+    known = {**{f"%{letter}": day.strftime(f"%{letter}") for letter in _DIRECTIVES}, "%-d": f"{day.day}"}
+    replaced = "".join(f" | replace({told!r}, {value!r})" for told, value in known.items())
+    return f"{{%- macro strftime_now(format) -%}}{{{{ format{replaced} }}}}{{%- endmacro -%}}{{{{ '' }}}}"
+
+
 def today() -> datetime.date:
     return datetime.datetime.now().astimezone().date()
 
@@ -276,7 +284,10 @@ def read_template(
     def template(text: str, name: str) -> ChatTemplate:
         day = date or today()
         written = _DATE_CALL.sub(lambda call: repr(day.strftime(call[1][1:-1])), text)
-        return ChatTemplate(written, name, tokenizer.special_tokens_map, day if written != text else None)
+        if "strftime_now(" in written:
+            written = _date_macro(day) + written
+        asks = "strftime_now" in text
+        return ChatTemplate(written, name, tokenizer.special_tokens_map, day if asks else None)
 
     own = tokenizer.chat_template
     named = own if isinstance(own, dict) else {}

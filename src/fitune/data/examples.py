@@ -171,7 +171,7 @@ def _table(
         "sources": prints,
         "tokenizer": _tokenizer_hash(encoder.tokenizer),
         "templates": [
-            None if finder is None else (finder.template.name, finder.template.text)
+            None if finder is None else (finder.template.name, finder.template.text, str(finder.template.date))
             for finder in (encoder.finder, encoder.tool_finder)
         ],
         "mask": data.mask,
