@@ -249,9 +249,6 @@ class Recorder(TorchDispatchMode):
         if traits.is_silent:
             with torch._C._DisableTorchDispatch():
                 return func(*args, **kwargs)
-        if self._placing != "host":
-            for num_bytes in self._kernels.workspaces(func, self._phase):
-                self.allocate(num_bytes, "workspace", traits.name)
         result, known = self._kernels.call(func, args, kwargs)
         outputs = (result,) if type(result) is FakeTensor else tuple(_tensors(result))
         if not outputs:
@@ -285,6 +282,8 @@ class Recorder(TorchDispatchMode):
         for number, tensor in enumerate(outputs):
             if number not in named:
                 self._see(tensor, name, modules[number])
+        for num_bytes in self._kernels.workspaces(func, self._phase):  # the output of a product is there before
+            self.allocate(num_bytes, "workspace", name)
         if arguments is None:
             return
         sizes = [step for step in steps if isinstance(step, int)]
