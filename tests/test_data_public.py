@@ -47,6 +47,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             pair("Q", "A"),
         ),
         ([USER, SAID], pair("Q", "A")),
+        ({"question": "Q", "answer": ["A"]}, pair("Q", "A")),
         ({"instruction": "Q", "input": float("nan"), "output": "A"}, pair("Q", "A")),
     ],
 )
@@ -101,6 +102,11 @@ def test_a_column_of_reasoning_is_thought_before_the_answer(tmp_path: Path, key:
     row = {"Question": "Q", key: "R", "Response": "A"} if key[0] == "C" else {"question": "Q", key: "R", "answer": "A"}
     text = shown(load(write(tmp_path / "a.jsonl", row), "qwen3"))
     assert text.endswith("<|im_start|>assistant\n⟦<think>\nR\n</think>\n\nA<|im_end|>\n⟧")
+
+
+def test_reasoning_that_the_answer_holds_already_is_not_thought_twice(tmp_path: Path) -> None:
+    row = {"question": "Q", "reasoning": "R", "answer": "<think>\nR\n</think>\n\nA"}
+    assert shown(load(write(tmp_path / "a.jsonl", row), "qwen3")).count("R") == 1
 
 
 def test_what_a_row_gives_its_template_may_stand_beside_its_messages(tmp_path: Path) -> None:

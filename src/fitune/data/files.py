@@ -264,18 +264,24 @@ def _read_lines(path: Path) -> Iterator[RawRow]:
                 yield RawRow(name, number, None, f"broken JSON: {error}")
 
 
+_NOT_DECODED = re.compile("[\udc80-\udcff]")
+_OTHER_SURROGATE = re.compile("[\ud800-\udc7f\udd00-\udfff]")
+
+
 def _undecoded(value: Any) -> str | None:
     """Why the texts of a row are none, None where they are."""
-    if isinstance(value, str):
-        if not value.isascii():
-            try:
-                value.encode()
-            except UnicodeEncodeError:
-                hint = _encoding_of(value.encode(errors="surrogateescape"))
+    held = [value]
+    while held:
+        item = held.pop()
+        if isinstance(item, str):
+            if _NOT_DECODED.search(item):  # bytes that are not UTF-8
+                hint = _encoding_of(_OTHER_SURROGATE.sub("", item).encode(errors="surrogateescape"))
                 return f"not UTF-8{hint or ': save the file in UTF-8'}"
-        return None
-    held = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return next((fault for item in held if (fault := _undecoded(item)) is not None), None)
+        elif isinstance(item, dict):
+            held += item.values()
+        elif isinstance(item, list):
+            held += item
+    return None
 
 
 def _encoding_of(line: bytes) -> str:

@@ -310,9 +310,11 @@ def _said(row: Mapping[str, Any], said: str) -> list[Any]:
     answer = row[said]
     if (messages := _messages_in(answer)) is not None:
         return messages
-    if isinstance(answer, list) and any(isinstance(part, str) for part in answer):
+    if isinstance(answer, list) and len(answer) > 1 and any(isinstance(part, str) for part in answer):
         raise RowError(f"'{said}' is a list of {len(answer)} answers, not one")
     thought = next((row[key] for key in REASONING_KEYS if isinstance(row.get(key), str) and row[key]), None)
+    if thought is not None and isinstance(answer, str) and ("</think>" in answer or thought.strip() in answer):
+        thought = None  # the answer holds it already
     turn = {"role": "assistant", "content": answer}
     return [turn if thought is None else {**turn, "reasoning_content": thought}]
 
