@@ -64,7 +64,7 @@ def unexpected(error: Exception, doing: str) -> FituneError:
     if isinstance(error, OSError) and error.filename is not None:
         return UnexpectedError(f"{doing} cannot go on: {error.filename}: {error.strerror}")
     return UnexpectedError(
-        f"{doing} met an error that it does not know: {type(error).__name__} at {_place(error)}: {_first_line(error)}; "
+        f"{doing} met an error that it does not know: {type(error).__name__} at {place_of(error)}: {_first_line(error)}; "
         "FITUNE_DEBUG=1 shows the whole of it: look there for what was given, and report it where that is right"
     )
 
@@ -95,7 +95,7 @@ def _first_line(error: BaseException) -> str:
     return text if len(text) <= MOST_CHARS else f"{text[:MOST_CHARS]}…"
 
 
-def _place(error: BaseException) -> str:
+def place_of(error: BaseException) -> str:
     """The innermost frame, as package and line."""
     frames = traceback.extract_tb(error.__traceback__)
     if not frames:
