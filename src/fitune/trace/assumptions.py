@@ -94,10 +94,19 @@ _INDEXING = {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_}
 _SPECIAL = {
     *_INDEXING,
     *(aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten.bincount, aten._grouped_mm, aten.equal),
+    aten.histc,
 }
 _TELL_ORIGIN = {
     *(_SAME_ELEMENTS | _TRUTH.keys() | _DECIDED_BY.keys()),
-    *(aten.mul, aten.topk, aten._amp_foreach_non_finite_check_and_unscale_, aten.full, aten.scatter_, aten.scatter, aten.eq),
+    *(
+        aten.mul,
+        aten.topk,
+        aten._amp_foreach_non_finite_check_and_unscale_,
+        aten.full,
+        aten.scatter_,
+        aten.scatter,
+        aten.eq,
+    ),
     *(aten.sum, aten.count_nonzero, aten.any, aten.gt, aten.ge, aten.logical_not, aten.bitwise_not),
 }
 
@@ -201,6 +210,9 @@ class Assumptions:
             return self._bincount(func, args, kwargs)
         if packet is aten._grouped_mm and isinstance(args[0], FakeTensor):
             return _grouped_mm(args[0], args[1], kwargs.get("offs", args[2] if len(args) > 2 else None))
+        if packet is aten.histc and isinstance(args[0], FakeTensor) and not args[0].is_floating_point():
+            bins = kwargs.get("bins", args[1] if len(args) > 1 else 100)
+            return torch.empty(bins, dtype=args[0].dtype)  # a card counts whole numbers, a CPU does not
         if packet is aten.equal:
             return self._answer(func, args, kwargs, False, "tensors that are compared as a whole differ")
         return NotImplemented

@@ -42,7 +42,7 @@ def building(assumptions: Assumptions) -> Iterator[None]:
 
 
 def _shapes_of_pretrained() -> Any:
-    from_pretrained: Callable[..., Any] = PreTrainedModel.from_pretrained.__func__  # type: ignore[attr-defined]
+    from_pretrained: Callable[..., Any] = PreTrainedModel.from_pretrained.__func__
 
     def shapes(cls: type[PreTrainedModel], *args: Any, **options: Any) -> Any:
         return from_pretrained(cls, *args, **(options | {"device_map": "meta"}))

@@ -18,7 +18,7 @@ from fitune.errors import FituneError, UsageError
 
 _OURS = {"fitune", "torch", "contextlib.py"}
 _READS_DATA = re.compile(
-    r"can't pickle|meta tensor|meta storage|meta device|no data|fake ?tensor|data pointer|data_ptr|storage is not accessible|access storage",
+    r"can't pickle|meta (tensor|storage|device)|no data|fake ?tensor|data pointer|data_ptr|access storage",
     re.IGNORECASE,
 )
 

@@ -7,6 +7,7 @@ recorder runs on real CPU tensors (mode="real"), which is how its truth is check
 
 import gc
 import re
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -25,13 +26,13 @@ from fitune.config import Routing
 from fitune.errors import FituneError, UsageError
 from fitune.trace.as_real import as_real, interrupts_heard, states_kept
 from fitune.trace.assumptions import Assumptions
+from fitune.trace.building import building
 from fitune.trace.cuda_behaviour import CpuKernels, CudaKernels, cuda_behaviour
 from fitune.trace.cuda_target import CudaTarget
 from fitune.trace.events import COMPILED, MemoryTrace
 from fitune.trace.failures import explained
 from fitune.trace.flash_package import flash_package
 from fitune.trace.idle_card import cuda_answers
-from fitune.trace.building import building
 from fitune.trace.placement import CARD, NAMES_CUDA, NoCard, card_stands_in
 from fitune.trace.recorder import Mark, Recorder
 from fitune.trace.recording import Recording, to_trace
@@ -163,9 +164,8 @@ class RecordedModel:
         recorder = Recorder(CpuKernels(call) if target is None else CudaKernels(target, call))
         if self._settings.mode == "real":
             return _Parts(self._build(), assumptions, recorder, None)
-        with building(assumptions):
-            with explained("building the model", lambda: bool(assumptions.used)):
-                model = self._build()
+        with building(assumptions), explained("building the model", lambda: bool(assumptions.used)):
+            model = self._build()
         return _Parts(model, assumptions, recorder, FakeTensorMode(allow_non_fake_inputs=True))
 
 
@@ -260,7 +260,8 @@ def fill(model: nn.Module) -> None:
 
 @contextmanager
 def _compilation_left_out() -> Iterator[list[Any]]:
-    """torch.compile and Module.compile leave what they are given as it is; it is put into the list."""
+    """torch.compile and Module.compile leave what they are given as it is, and what was compiled before runs as it was
+    written; each is put into the list."""
     left_out: list[Any] = []
 
     def compile_function(function: Any = None, **_: Any) -> Any:
@@ -272,10 +273,18 @@ def _compilation_left_out() -> Iterator[list[Any]]:
     def compile_module(module: nn.Module, *_: Any, **__: Any) -> None:
         left_out.append(module)
 
-    with (
-        patch.object(torch, "compile", compile_function),
-        patch.object(nn.Module, "compile", compile_module),
-    ):
+    def as_written(callback: Any) -> Any:
+        if callback not in (None, False):
+            left_out.append(callback)
+        return None
+
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(torch, "compile", compile_function))
+        stack.enter_context(patch.object(nn.Module, "compile", compile_module))
+        if (frames := sys.modules.get("torch._dynamo.eval_frame")) is not None:
+            stack.enter_context(patch.object(frames, "_callback_from_stance", as_written))
+            # 0: nobody counts what fullgraph=True compiles
+            stack.enter_context(patch.object(frames, "set_fullgraph_compiled_frame_count", lambda _: 0, create=True))
         yield left_out
 
 

@@ -48,11 +48,14 @@ def weight_files(put: Put) -> Iterator[None]:
 
         def get_tensor(self, name: str) -> Any:
             with _on_host():
-                tensor = self._file.get_tensor(name)
+                tensor = self._file.get_tensor(name)  # type: ignore[no-untyped-call]
             return put(tensor, self._device) if isinstance(tensor, Tensor) else tensor
 
+        def _names(self) -> list[str]:
+            return list(self._file.keys())  # type: ignore[no-untyped-call]
+
         def get_tensors(self) -> dict[str, Any]:
-            return {name: self.get_tensor(name) for name in self._file.keys()}  # noqa: SIM118 (it has no iterator)
+            return {name: self.get_tensor(name) for name in self._names()}
 
     with ExitStack() as stack:
         stack.enter_context(patch.object(torch, "load", load_on_host))
