@@ -22,6 +22,7 @@ from tiny_models import TINY_LLAMA
 pytestmark = pytest.mark.filterwarnings(
     "ignore:`is_gradient_checkpointing`:FutureWarning",  # peft asks by that name
     "ignore:Failed to load the CUDA extension:UserWarning",  # BOFT's own, which it does without
+    "ignore:Setting boft_n_butterfly_factor:UserWarning",
 )
 WIDTH = 64
 Build = Callable[[], Any]

@@ -84,6 +84,9 @@ def load_adapters(model: PreTrainedModel, directory: Path) -> "PeftModel":
         raise ModelError(f"the adapters in {directory} cannot be loaded into this model: {first}") from error
 
 
+_KERNELS_READ_WEIGHTS = {"out_proj", "conv1d"}
+_NOT_BY_PEFT = dict.fromkeys(("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"), _KERNELS_READ_WEIGHTS)
+"""Layers whose weights these models give to a kernel, past the adapter, so that peft refuses them."""
 _OWN_KEYS = {
     *("auto_mapping", "base_model_name_or_path", "fan_in_fan_out", "inference_mode", "lora_alpha", "lora_dropout"),
     *("peft_type", "peft_version", "r", "revision", "target_modules", "task_type", "megatron_core"),
@@ -161,7 +164,7 @@ def adaptable_names(model: PreTrainedModel) -> list[str]:
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear | Conv1D) and module is not head
     }
-    return sorted(found)
+    return sorted(found - _NOT_BY_PEFT.get(model.config.model_type, set()))
 
 
 def not_adapted(model: PreTrainedModel) -> str | None:

@@ -64,8 +64,9 @@ class Placement(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def told_device(self, tensor: FakeTensor) -> torch.device:
-        """As FakeTensor.device; a loop or a model, but not torch, is told where the tensor really is."""
-        if _is_of_torch(sys._getframe(1)):
+        """As FakeTensor.device; a loop or a model, but not torch, is told where the tensor really is. Inside of an
+        operator, and in the backward's hooks, nobody would translate what is told."""
+        if not torch._C._len_torch_function_stack() or _is_of_torch(sys._getframe(1)):
             return torch.device("meta") if tensor.fake_mode.in_kernel_invocation else tensor.fake_device
         return TOLD_CARD if self._is_on_card(tensor) else HOST
 
