@@ -1,5 +1,6 @@
 """A language model cut before its last matrix product, so that a loss computes logits only where it needs them."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -77,13 +78,21 @@ def _scale(config: Any) -> float:
 
 
 def _gives_the_logits(whole: PreTrainedModel, head: Head) -> bool:
-    tokens = torch.tensor([[1, 2]], device=head.weight.device)
+    expected = two_logits(whole)
+    found = two_logits(
+        whole, lambda tokens: head.logits(head.decoder(input_ids=tokens, use_cache=False).last_hidden_state)
+    )
+    return found.shape == expected.shape and bool((found - expected).abs().max() <= 1e-2 * expected.abs().max())
+
+
+def two_logits(whole: nn.Module, forward: Callable[[torch.Tensor], torch.Tensor] | None = None) -> torch.Tensor:
+    """[1, 2, V], of two tokens, in evaluation mode and without gradients. forward: instead of the model's own."""
+    tokens = torch.tensor([[1, 2]], device=next(whole.parameters()).device)
     was_training = whole.training
     whole.eval()
     try:
         with torch.no_grad():
-            expected = whole(input_ids=tokens, use_cache=False).logits
-            found = head.logits(head.decoder(input_ids=tokens, use_cache=False).last_hidden_state)
+            logits: torch.Tensor = forward(tokens) if forward else whole(input_ids=tokens, use_cache=False).logits
+            return logits
     finally:
         whole.train(was_training)
-    return found.shape == expected.shape and bool((found - expected).abs().max() <= 1e-2 * expected.abs().max())

@@ -175,7 +175,8 @@ class Recordings:
         return record_columns_of_step(config, passes, target=target, on=model, skip_chunks=True)
 
     def _model(self, config: RunConfig, *, target: CudaTarget | None, num_layers: int | None) -> RecordedModel:
-        key = repr((_without_recompute(config), config.data.packing, config.memory.routing, target, num_layers))
+        of_model = (_without_recompute(config), config.data.packing, config.loss, config.memory.routing)
+        key = repr((of_model, target, num_layers))
         model = self._models.pop(key, None)
         if model is None:
             architecture = None if num_layers is None else first_layers(load_config(config.model), num_layers)

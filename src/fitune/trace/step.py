@@ -19,10 +19,11 @@ from transformers import PretrainedConfig
 from fitune.config import OptimConfig, RunConfig
 from fitune.data.packing import lay_out
 from fitune.data.rows import Batch, MicroBatch, Row
+from fitune.model.head import two_logits
 from fitune.model.load import count_parameters, load_model
 from fitune.model.precision import Precision, device_precision, resolve_precision
 from fitune.step import loss, optimizer
-from fitune.step.assemble import Layout, assemble, choose_layouts, choose_packing
+from fitune.step.assemble import Layout, Packing, assemble, choose_layouts, choose_packing
 from fitune.step.optimizer import STATE_COMES_LATE
 from fitune.step.optimizer_state import create_state
 from fitune.step.train_step import evaluate, train_step
@@ -139,8 +140,8 @@ def model_for(
     architecture: PretrainedConfig | None = None,
     shapes: ShapeMemory | None = None,
 ) -> RecordedModel:
-    """For recordings of this configuration, and of others with the same model, packing and routing. architecture: of a
-    model with fewer layers, instead of the configured one. shapes: as in `RecordedModel`."""
+    """For recordings of this configuration, and of others with the same model, packing, loss and routing. architecture:
+    of a model with fewer layers, instead of the configured one. shapes: as in `RecordedModel`."""
     precision = target_precision(config, target)
 
     def build() -> nn.Module:
@@ -149,8 +150,14 @@ def model_for(
         model: nn.Module = load_model(config.model, where, precision=precision, seed=seed, config=architecture)
         return model
 
+    def ask(model: Any) -> Packing:
+        packing = choose_packing(model, config)
+        if mode == "fake" and not packing[0] and config.loss != "full":
+            two_logits(model)  # `assemble` asks for them where there is data, and cuBLAS' workspace stays from then on
+        return packing
+
     settings = RecordSettings(mode=mode, target=target, routing=config.memory.routing)
-    return RecordedModel(build, settings, prepare=lambda model: choose_packing(model, config), shapes=shapes)
+    return RecordedModel(build, settings, prepare=ask, shapes=shapes)
 
 
 def record_columns_of_step(
