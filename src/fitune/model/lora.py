@@ -157,14 +157,16 @@ def _forget_answers() -> None:
 
 
 def adaptable_names(model: PreTrainedModel) -> list[str]:
-    """The last names of the linear layers, without the head: q_proj, gate_proj, ..."""
+    """The last names of the linear layers, without the head: q_proj, gate_proj, ... Not those that peft refuses: it
+    takes each module of a name, of whatever kind."""
     head = model.get_output_embeddings()
-    found = {
-        name.rpartition(".")[2]
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and module is not head
-    }
-    return sorted(found - _NOT_BY_PEFT.get(model.config.model_type, set()))
+    linear: set[str] = set()
+    others = set(_NOT_BY_PEFT.get(model.config.model_type, ()))
+    for name, module in model.named_modules():
+        if module is not head:
+            names = linear if isinstance(module, nn.Linear | Conv1D) else others
+            names.add(name.rpartition(".")[2])
+    return sorted(linear - others)
 
 
 def not_adapted(model: PreTrainedModel) -> str | None:
