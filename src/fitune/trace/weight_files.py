@@ -34,7 +34,8 @@ def weight_files(put: Put) -> Iterator[None]:
         """As safetensors.safe_open."""
 
         def __init__(self, filename: Any, framework: Any, device: Any = "cpu", **options: Any) -> None:
-            self._file, self._device = safe_open(filename, framework, "cpu", **options), device
+            self._file: Any = safe_open(filename, framework, "cpu", **options)
+            self._device = device
 
         def __enter__(self) -> "Opened":
             self._file.__enter__()
@@ -48,11 +49,11 @@ def weight_files(put: Put) -> Iterator[None]:
 
         def get_tensor(self, name: str) -> Any:
             with _on_host():
-                tensor = self._file.get_tensor(name)  # type: ignore[no-untyped-call]
+                tensor = self._file.get_tensor(name)
             return put(tensor, self._device) if isinstance(tensor, Tensor) else tensor
 
         def _names(self) -> list[str]:
-            return list(self._file.keys())  # type: ignore[no-untyped-call]
+            return list(self._file.keys())
 
         def get_tensors(self) -> dict[str, Any]:
             return {name: self.get_tensor(name) for name in self._names()}
