@@ -267,8 +267,7 @@ def _due(moment: Moment, start: float, first_trained: float | None, seen: mmap.m
 def _be_the_run(arguments: list[str], seen: mmap.mmap) -> int:
     """The exit code. Tables are written anew each time, so that tokenising is killed too."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever started this benchmark may have them ignored
-    for number in (signal.SIGHUP, signal.SIGQUIT):
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):  # whatever started this may have them ignored
         signal.signal(number, signal.SIG_DFL)
     for number, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
@@ -283,7 +282,12 @@ def _be_the_run(arguments: list[str], seen: mmap.mmap) -> int:
         _tell_stage(guard, "safe_evaluate", seen, "evaluating")
         _tell_stage(checkpoint.CheckpointWriter, "_write", seen, "saving")
         _tell_stage(save, "save_model", seen, "exporting")
-        return app.main(arguments)
+        signal.signal(
+            signal.SIGINT, signal.default_int_handler
+        )  # as Python has it; before and after, this one is not fitune
+        code = app.main(arguments)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        return code
 
 
 def _tell_stage(owner: Any, name: str, seen: mmap.mmap, told: str) -> None:

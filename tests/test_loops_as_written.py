@@ -3,6 +3,9 @@ prediction, but for what it really allocates."""
 
 import copy
 import io
+import json
+import math
+import pickle
 import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -10,8 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, TensorDataset
+from tqdm import tqdm
 
 import fitune
 from fitune.errors import UnexpectedError, UsageError
@@ -63,8 +69,62 @@ def draw_it(_: torch.Tensor, __: nn.Module, device: torch.device) -> None:
     torch.randperm(5, generator=torch.Generator().manual_seed(1))
 
 
+def log_it(loss: torch.Tensor, model: nn.Module, _: torch.device) -> None:
+    bar = tqdm(range(1), file=io.StringIO())
+    bar.set_postfix(loss=loss.item(), weights=model[0].bias.detach().tolist()[:2])  # type: ignore[index]
+    json.dumps({"loss": float(loss.detach()), "array": loss.detach().cpu().numpy().tolist()})
+    assert loss.detach().numpy(force=True).shape == ()
+
+
+def check_it(loss: torch.Tensor, model: nn.Module, _: torch.device) -> None:
+    """As people look for what is not finite; a prediction is of a step that goes well."""
+    gradient = model[0].weight.grad  # type: ignore[index]
+    assert not torch.isnan(loss)
+    assert torch.isfinite(loss)
+    assert torch.isfinite(gradient if gradient is not None else loss).all()
+    assert loss == loss
+    assert not loss != loss  # noqa: SIM202
+    assert not math.isnan(loss.item())
+
+
+def save_elsewhere(_: torch.Tensor, model: nn.Module, __: torch.device) -> None:
+    assert save(model.state_dict()) == b""
+
+
+def limit_it(_: torch.Tensor, model: nn.Module, device: torch.device) -> None:
+    model(torch.zeros(1, WIDTH, device=device)).sum().backward()
+    nn.utils.clip_grad_value_(model.parameters(), 0.5)
+    model.zero_grad()
+
+
+def watch_it(_: torch.Tensor, model: nn.Module, __: torch.device) -> None:
+    handles = [parameter.register_hook(lambda gradient: gradient) for parameter in model.parameters()]
+    for handle in handles:
+        handle.remove()
+    with torch.profiler.profile(profile_memory=True) as profile:
+        pass
+    assert profile.key_averages() is not None
+    assert not (torch.distributed.is_available() and torch.distributed.is_initialized())
+
+
+def time_it(_: torch.Tensor, __: nn.Module, device: torch.device) -> None:
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    end.record()
+    torch.cuda.synchronize()
+    assert begin.elapsed_time(end) >= 0
+    with torch.cuda.device(0), torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda.current_stream().synchronize()
+    torch.cuda.manual_seed(1)
+    torch.cuda.manual_seed_all(1)
+    torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark
+    assert torch.cuda.utilization() == torch.cuda.temperature() == torch.cuda.power_draw() == 0
+    assert torch.cuda.amp.GradScaler is not None
+    torch.zeros(2).pin_memory()
+
+
 @pytest.mark.parametrize("gpu", ["RTX 4090", "cpu"])
-@pytest.mark.parametrize("hook", [print_it, save_it, draw_it])
+@pytest.mark.parametrize("hook", [print_it, save_it, draw_it, log_it, check_it, save_elsewhere, limit_it, watch_it])
 def test_what_allocates_nothing_changes_nothing(hook: Hook, gpu: str) -> None:
     assert predict(hook, gpu).peak_allocated_bytes == predict(gpu=gpu).peak_allocated_bytes
 
@@ -74,6 +134,55 @@ def test_a_copy_of_the_model_that_is_kept_takes_its_parameters_bytes(gpu: str) -
     """The step after it has both; its gradients and workspaces are what they were."""
     more = predict(lambda _, model, __: copy.deepcopy(model), gpu).peak_allocated_bytes
     assert MODEL_BYTES <= more - predict(gpu=gpu).peak_allocated_bytes <= MODEL_BYTES + 4 * 512
+
+
+def test_the_cards_clocks_streams_and_sensors_answer_without_one() -> None:
+    assert predict(time_it).peak_allocated_bytes == predict().peak_allocated_bytes
+
+
+@pytest.mark.parametrize("gpu", ["RTX 4090", "cpu"])
+def test_an_average_of_the_weights_that_is_kept_takes_their_bytes(gpu: str) -> None:
+    def average(_: torch.Tensor, model: nn.Module, __: torch.device) -> Any:
+        kept = AveragedModel(model)
+        kept.update_parameters(model)
+        return kept
+
+    assert predict(average, gpu).peak_allocated_bytes - predict(gpu=gpu).peak_allocated_bytes >= MODEL_BYTES
+
+
+def test_a_tensor_says_where_it_is() -> None:
+    """To the loop; what it says means that place wherever it is given back."""
+    seen: list[Any] = []
+
+    def ask(loss: torch.Tensor, _: nn.Module, __: torch.device) -> Any:
+        host = torch.zeros(3)
+        seen[:] = [loss.device.type, loss.is_cuda, loss.get_device(), host.device.type, host.is_cuda, host.get_device()]
+        assert host.device == torch.device("cpu")
+        assert torch.zeros(1, device=host.device).device.type == "cpu"
+        return torch.zeros(1024, 1024, device=host.device)
+
+    kept_on_host = predict(ask).peak_allocated_bytes
+    assert seen == ["cuda", True, 0, "cpu", False, -1]
+    on_card = predict(lambda loss, *_: torch.zeros(1024, 1024, device=loss.device)).peak_allocated_bytes
+    assert kept_on_host == predict().peak_allocated_bytes
+    assert on_card - kept_on_host >= 4 * 1024 * 1024
+
+
+@pytest.mark.parametrize(
+    ("hook", "said"),
+    [
+        (lambda *_: torch.cuda.CUDAGraph(), "captures a CUDA graph, .* predict the loop without it"),
+        (lambda *_: next(iter(())), "the step ran out of batches at test_loops_as_written"),
+        (
+            lambda _, model, device: nn.parallel.DistributedDataParallel(model, device_ids=[0]),
+            "sets up several processes .* a prediction is of one: leave out",
+        ),
+        (lambda _, model, __: pickle.dumps(model.state_dict()), "reads the memory of a tensor .*: leave that out"),
+    ],
+)
+def test_what_is_not_predicted_is_said(hook: Hook, said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        predict(hook)
 
 
 def test_a_copy_is_a_copy_of_values_gradients_and_ties() -> None:

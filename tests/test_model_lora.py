@@ -6,6 +6,7 @@ import sys
 from importlib.util import find_spec
 
 import pytest
+from transformers import MambaConfig
 
 from fitune.config import LoraConfig
 from fitune.errors import ModelError
@@ -62,3 +63,10 @@ def test_a_target_without_adapters_is_refused_with_the_reason(target: str, tied:
     model = build_model(config, seed=0)
     with pytest.raises(ModelError, match=sentence):
         apply_lora(model, LoraConfig(targets=(target, "q_proj")))
+
+
+def test_layers_that_peft_refuses_are_not_among_all_linear() -> None:
+    """A Mamba's out_proj is read by a kernel, past its adapter."""
+    config = MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=64, state_size=4)
+    adapted = apply_lora(build_model(config), LoraConfig(targets="all-linear"))
+    assert sorted(adapted.peft_config["default"].target_modules) == ["dt_proj", "in_proj", "x_proj"]

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import fitune
 from faults import Fault, failing
-from fitune.errors import OutOfMemoryError, UsageError
+from fitune.errors import OutOfMemoryError, UnexpectedError, UsageError
 from tiny_steps import Capture, distance, labelled, make_model
 
 ROWS = ((3, 1), (12, 10), (7, 4), (9, 2), (12, 12))
@@ -302,3 +302,65 @@ def test_a_model_whose_processes_wait_for_each_other_is_refused(monkeypatch: pyt
     model = make_model()
     with pytest.raises(UsageError, match="DistributedDataParallel"):
         fitune.SafeStep(DistributedDataParallel(model), torch.optim.SGD(model.parameters()))
+
+
+def linear_step(loss: Any, **options: Any) -> fitune.SafeStep:
+    model = nn.Linear(4, 3)
+    return fitune.SafeStep(
+        model, torch.optim.SGD(model.parameters()), loss=loss, num_targets=lambda rows: len(rows["x"]), **options
+    )
+
+
+def mean(model: nn.Module, rows: Mapping[str, Tensor], num_targets: float) -> Tensor:
+    loss: Tensor = model(rows["x"]).sum() / num_targets
+    return loss
+
+
+def test_an_error_of_the_callers_own_loss_comes_through_as_it_is() -> None:
+    def wrong(model: nn.Module, rows: Mapping[str, Tensor], num_targets: float) -> Tensor:
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine") as caught:
+        linear_step(wrong)({"x": torch.randn(2, 4)})
+    assert caught.traceback[-1].name == "wrong"
+
+
+def test_an_error_of_torch_in_the_callers_model_comes_through_as_it_is() -> None:
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied") as caught:
+        linear_step(mean)({"x": torch.randn(2, 5)})
+    assert "mean" in [entry.name for entry in caught.traceback]
+
+
+@pytest.mark.parametrize(
+    ("loss", "said"),
+    [
+        (lambda *_: 1.0, "is a float: return a tensor of one element"),
+        (lambda model, rows, _: model(rows["x"]), r"is a tensor of shape \(2, 3\): return a tensor of one element"),
+        (lambda *arguments: mean(*arguments).detach(), "leads to no parameter that is trained: compute it without"),
+    ],
+)
+def test_a_loss_that_cannot_be_learned_from_is_said(loss: Any, said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        linear_step(loss)({"x": torch.randn(2, 4)})
+
+
+def test_what_nobody_foresaw_is_a_sentence_that_keeps_its_cause(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = linear_step(mean)
+    monkeypatch.setattr("fitune.train.plain_loop.create_state", lambda _: int("x"))
+    # as if torch had raised it: the place is one of ours
+    monkeypatch.setattr("fitune.boundary._passed_others_code", lambda _: False)
+    with pytest.raises(UnexpectedError, match=r"fitune\.SafeStep met an error .*: ValueError") as caught:
+        step({"x": torch.randn(2, 4)})
+    assert isinstance(caught.value.__cause__, ValueError)
+
+
+def test_an_error_of_torch_outside_of_the_callers_code_is_a_sentence() -> None:
+    """A graph that is used twice: only torch and fitune are in the traceback."""
+    kept: list[Tensor] = []
+
+    def again(model: nn.Module, rows: Mapping[str, Tensor], num_targets: float) -> Tensor:
+        kept[:] = kept or [model(rows["x"]).square().sum()]
+        return kept[0]
+
+    with pytest.raises(UnexpectedError, match=r"fitune\.SafeStep met an error .* RuntimeError .*second time"):
+        linear_step(again, most_rows=2)({"x": torch.randn(2, 4)})

@@ -620,3 +620,11 @@ def test_random_numbers_go_on_where_they_were() -> None:
     drawn = [(torch.rand(1).item(), random.random(), np.random.rand()) for _ in range(2)]
     checkpoint_module.set_random_state(saved, device)
     assert [(torch.rand(1).item(), random.random(), np.random.rand()) for _ in range(2)] == drawn
+
+
+def test_what_a_killed_process_had_half_written_is_removed() -> None:
+    train("sft.yaml", "train.steps=4")
+    left = RUN.path / ".summary.json.4711"
+    left.write_text("{")
+    train("--resume", "runs/run")
+    assert not left.exists()

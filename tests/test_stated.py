@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, GptOssConfig
 import fitune
 from fitune.cli.app import main
 from fitune.config import ModelConfig
+from fitune.errors import ModelError
 from fitune.memory.prediction import Prediction
 from fitune.model.load import build_model, load_model, load_tokenizer
 from fitune.model.save import save_model
@@ -210,3 +211,49 @@ def test_a_model_that_came_in_mxfp4_is_saved_as_an_ordinary_one(mxfp4: Path, tmp
     again = plain.state_dict()
     assert all(torch.equal(tensor, again[name]) for name, tensor in model.state_dict().items())
     assert type(plain) is type(model)
+
+
+def test_weights_in_fp8_are_unpacked_and_that_is_said(tmp_path: Path) -> None:
+    config = copy.deepcopy(TINY_LLAMA)
+    tensors = {}
+    for name, tensor in build_model(config, dtype=torch.bfloat16).state_dict().items():
+        tensors[name] = tensor.clone()
+        if name.endswith("proj.weight"):
+            tensors[name] = tensor.to(torch.float8_e4m3fn)
+            tensors[f"{name}_scale_inv"] = torch.full([-(-size // 128) for size in tensor.shape], 2.0)
+    config.save_pretrained(tmp_path)
+    stored = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+    content = json.loads((tmp_path / "config.json").read_text()) | {"quantization_config": stored}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    source = ModelConfig(source=str(tmp_path), precision="bfloat16")
+    (note,) = model_notes(source)
+    assert note.startswith("weights stored as fp8")
+    planned, loaded = (load_model(source, torch.device(device)) for device in ("meta", "cpu"))
+    kinds = [{name: (p.shape, p.dtype) for name, p in model.named_parameters()} for model in (planned, loaded)]
+    assert kinds[0] == kinds[1]
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert torch.equal(loaded.state_dict()[name].float(), tensors[name].float() * 2)
+
+
+@pytest.mark.parametrize(
+    "stored", [{"quant_method": "gptq", "bits": 4}, {"quant_method": "awq"}, {"load_in_8bit": True}]
+)
+def test_weights_in_a_format_that_is_not_trained_are_refused_by_plan_and_run(
+    stored: dict[str, Any], tmp_path: Path
+) -> None:
+    TINY_LLAMA.save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text()) | {"quantization_config": stored}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    for device in ("meta", "cpu"):
+        with pytest.raises(ModelError, match=r"are stored as \w+, which fitune neither trains nor unpacks: give the"):
+            load_model(ModelConfig(source=str(tmp_path)), torch.device(device))
+    assert load_model(ModelConfig(source=str(tmp_path), init="random"), torch.device("meta"))
+
+
+def test_a_number_of_layers_that_nobody_builds_is_refused(tmp_path: Path) -> None:
+    TINY_LLAMA.save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text()) | {"num_hidden_layers": 10**9, "layer_types": None}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    with pytest.raises(ModelError, match="says that it has 1,000,000,000 layers, and at most 10,000 are built"):
+        load_model(ModelConfig(source=str(tmp_path)), torch.device("meta"))

@@ -11,6 +11,8 @@ place, what was being done and the way out, with the traceback on request (FITUN
 import functools
 import json
 import re
+import sys
+import sysconfig
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -37,8 +39,9 @@ def told_as(kind: type[FituneError], what: str, way_out: str) -> Iterator[None]:
         raise kind(f"{what} ({cause_of(error)}); {way_out}") from error
 
 
-def bounded(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """The function raises nothing but FituneError. name: as the caller knows it."""
+def bounded(name: str, *, calls_back: bool = False) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """The function raises nothing but FituneError. name: as the caller knows it. calls_back: it calls functions that
+    the caller gave it, in the caller's own training: what these raise is the caller's and goes on as it is."""
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         @functools.wraps(function)
@@ -48,6 +51,8 @@ def bounded(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
             except FituneError:
                 raise
             except Exception as error:
+                if calls_back and _passed_others_code(error):
+                    raise
                 raise unexpected(error, name) from error
 
         return wrapper
@@ -64,8 +69,9 @@ def unexpected(error: Exception, doing: str) -> FituneError:
     if isinstance(error, OSError) and error.filename is not None:
         return UnexpectedError(f"{doing} cannot go on: {error.filename}: {error.strerror}")
     return UnexpectedError(
-        f"{doing} met an error that it does not know: {type(error).__name__} at {_place(error)}: {_first_line(error)}; "
-        "FITUNE_DEBUG=1 shows the whole of it: look there for what was given, and report it where that is right"
+        f"{doing} met an error that it does not know: {type(error).__name__} at {place_of(error)}: "
+        f"{_first_line(error)}; FITUNE_DEBUG=1 shows the whole of it: look there for what was given, and report it "
+        "where that is right"
     )
 
 
@@ -90,12 +96,24 @@ def bounded_int(digits: str) -> int:
     return int(digits)
 
 
+def _passed_others_code(error: Exception) -> bool:
+    """Whether it came through code that is neither ours, nor torch's, nor Python's."""
+    known = [Path(__file__).parent, *map(Path, sys.modules["torch"].__path__ if "torch" in sys.modules else ())]
+    python = Path(sysconfig.get_path("stdlib"))
+    for frame in traceback.extract_tb(error.__traceback__)[1:]:
+        place = Path(frame.filename)
+        of_python = place.is_relative_to(python) and "site-packages" not in place.parts
+        if not (of_python or frame.filename.startswith("<") or any(map(place.is_relative_to, known))):
+            return True
+    return False
+
+
 def _first_line(error: BaseException) -> str:
     text = " ".join((str(error).strip().splitlines() or ["no more is said"])[0].split())
     return text if len(text) <= MOST_CHARS else f"{text[:MOST_CHARS]}…"
 
 
-def _place(error: BaseException) -> str:
+def place_of(error: BaseException) -> str:
     """The innermost frame, as package and line."""
     frames = traceback.extract_tb(error.__traceback__)
     if not frames:

@@ -9,7 +9,7 @@ from cyclopts import Parameter
 from fitune.cli.arguments import run_path
 from fitune.cli.output import make_directory, print_text
 from fitune.config import ModelConfig, read_config
-from fitune.errors import RunDirectoryError
+from fitune.errors import RunDirectoryError, UsageError
 from fitune.run.directory import RunDirectory, check_files, open_run
 
 
@@ -21,6 +21,7 @@ def export(
     ],
     output: Annotated[Path | None, Parameter(name=("--output", "-o"), help="where to; must not exist yet")] = None,
     weights: Annotated[Literal["best", "last"] | None, Parameter(help="best where there is one, else last")] = None,
+    trust_remote_code: Annotated[bool, Parameter(help="run Python code that comes with the run's model")] = False,
     exact: Annotated[bool, Parameter(help="keep the number format (minimind: float16 is usual)")] = False,
 ) -> None:
     """Write a run's weights as a transformers directory with adapters merged, or as minimind's .pth."""
@@ -34,7 +35,7 @@ def export(
         raise RunDirectoryError(f"{target} exists: give another place with -o, or remove it yourself")
     from fitune.model.save import export_minimind, save_model
 
-    model, tokenizer = _load(opened, source)
+    model, tokenizer = _load(opened, source, trust_remote_code=trust_remote_code)
     make_directory(target.parent, flag="-o")
     if to == "hf":
         save_model(model, target, tokenizer=tokenizer, merge=True, ends=_ends(opened))
@@ -53,8 +54,9 @@ def _ends(run: RunDirectory) -> list[str]:
         return []
 
 
-def _load(run: RunDirectory, weights: Path) -> tuple[Any, Any]:
-    """(model, tokenizer) of saved weights; adapters stand on the base model that the run was configured with."""
+def _load(run: RunDirectory, weights: Path, *, trust_remote_code: bool) -> tuple[Any, Any]:
+    """(model, tokenizer) of saved weights; adapters stand on the base model that the run was configured with. Whoever
+    made the directory need not be who exports it, so its word alone runs no code."""
     import torch
 
     from fitune.model.adapted_model import check_adapted, read_adapted
@@ -62,6 +64,13 @@ def _load(run: RunDirectory, weights: Path) -> tuple[Any, Any]:
     from fitune.model.lora import load_adapters
 
     base = read_config(run.config).config.model
+    if base.trust_remote_code != trust_remote_code:
+        raise UsageError(
+            f"{run.path} asks to run the Python code that comes with {base.source}: read that code, then add "
+            "--trust-remote-code"
+            if base.trust_remote_code
+            else f"{run.path} was trained without its model's own code: drop --trust-remote-code"
+        )
     cpu = torch.device("cpu")
     if not (weights / "adapter_config.json").is_file():
         saved = ModelConfig(source=str(weights), trust_remote_code=base.trust_remote_code)

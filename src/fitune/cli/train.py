@@ -85,6 +85,8 @@ def train(
         overrides=["train.probe=true"] if probe else [],
         source=None if earlier is None else earlier.config,
     )
+    if earlier is not None and resolved.config.model.trust_remote_code:
+        _check_trust(earlier, resolved)
     if earlier is not None and resolved.origins["run.name"] == COMMAND_LINE:
         raise UsageError("run.name has no effect on a run that exists already: drop it")
     if print_config:
@@ -115,6 +117,15 @@ def train(
         print_json({"run": str(run.path), "summary": summary_json(summary)})
     else:
         print_text(run.path)
+
+
+def _check_trust(run: RunDirectory, resolved: ResolvedConfig) -> None:
+    """Whoever made the directory need not be who goes on with it, so its word alone runs no code."""
+    if resolved.origins["model.trust_remote_code"] != COMMAND_LINE:
+        raise UsageError(
+            f"{run.path} asks to run the Python code that comes with {resolved.config.model.source}: read that code, "
+            "then add model.trust_remote_code=true to this command"
+        )
 
 
 def run_training(

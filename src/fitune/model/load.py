@@ -9,6 +9,7 @@ A local path never touches the network. Hub ids go through huggingface_hub, whic
 
 import copy
 import logging
+import pickle
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Mxfp4Config, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -35,6 +36,7 @@ from fitune.hub import hub_is_known
 from fitune.model.adapted_model import describe, note_adapted
 from fitune.model.attention import attention_name, check_attention
 from fitune.model.experts import EXPERTS
+from fitune.model.formats import check_format, unpacking, weights_format
 from fitune.model.gguf import check_gguf, gguf_parts, gguf_read_once, read_gguf
 from fitune.model.lora import apply_lora
 from fitune.model.minimind import pth_config, read_pth
@@ -54,7 +56,7 @@ if not (logger := logging.getLogger("bitsandbytes")).level:
 
 _COMPUTED = re.compile(r"\.(inv_freq|masked_bias|attn\.bias|attention\.bias)$")
 """Tensors that older files hold although a model computes them: rotary frequencies and causal masks."""
-MXFP4 = "mxfp4"
+_MOST_LAYERS = 10_000
 _READ_ERRORS = (Exception,)
 """What transformers, tokenizers, gguf and safetensors raise for a damaged file has no common class."""
 
@@ -93,7 +95,8 @@ def load_config(model: ModelConfig) -> PretrainedConfig:
     _check_causal(config, model)
     if not model.trust_remote_code:
         drop_references(config)
-    _check_padding(config, model)
+    _check_sizes(config, model)
+    check_format(config, model)
     return config
 
 
@@ -219,26 +222,20 @@ def load_weights(
             else:
                 own = own_class(config) if model.trust_remote_code else None
                 load = AutoModelForCausalLM if own is None else own
-                if weights_format(config) == MXFP4:
-                    options["quantization_config"] = Mxfp4Config(dequantize=True)
+                if (unpacked := unpacking(config)) is not None:
+                    options["quantization_config"] = unpacked
                 built, report = load.from_pretrained(
                     name, trust_remote_code=model.trust_remote_code, adapter_kwargs=dict(files), **files, **options
                 )
         except _READ_ERRORS as error:
             raise _unreadable(model, kind, error) from error
     surplus = sorted(name for name in report["unexpected_keys"] if kind == "pth" or not _COMPUTED.search(name))
-    if weights_format(config) == MXFP4:
+    if weights_format(config) is not None:
         built = _without_format(built, config, options)
     _check_complete(model, report, surplus if kind == "pth" else _of_layers(built, surplus))
     if surplus and tell is not None:
         tell(f"{model.source} holds {_listed('tensors that its architecture has no place for', surplus)}: left out")
     return cast(PreTrainedModel, built)
-
-
-def weights_format(config: PretrainedConfig) -> str | None:
-    """How the weights are stored where that is not as numbers, such as 'mxfp4'."""
-    stored = getattr(config, "quantization_config", None)
-    return (stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", None)) or None
 
 
 def _without_format(built: PreTrainedModel, config: PretrainedConfig, options: Mapping[str, Any]) -> PreTrainedModel:
@@ -322,8 +319,14 @@ def _check_causal(config: PretrainedConfig, model: ModelConfig) -> None:
         )
 
 
-def _check_padding(config: PretrainedConfig, model: ModelConfig) -> None:
+def _check_sizes(config: PretrainedConfig, model: ModelConfig) -> None:
     text = config.get_text_config()
+    layers = getattr(text, "num_hidden_layers", None)
+    if isinstance(layers, int) and layers > _MOST_LAYERS:
+        raise ModelError(
+            f"{model.source} says that it has {layers:,} layers, and at most {_MOST_LAYERS:,} are built: mend its "
+            "config.json"
+        )
     padding, vocab_size = getattr(text, "pad_token_id", None), getattr(text, "vocab_size", None)
     if isinstance(padding, int) and isinstance(vocab_size, int) and not -vocab_size <= padding < vocab_size:
         raise ModelError(
@@ -384,6 +387,11 @@ def _unreadable(model: ModelConfig, kind: Kind, error: BaseException) -> ModelEr
         if names & {"RepositoryNotFoundError", "GatedRepoError"}:
             return ModelError(f"the hub has no {model.source} that this account may read: {first}")
         return out_of_reach(model.source)
+    if any(isinstance(link, pickle.UnpicklingError) or "weights_only" in str(link) for link in chain):
+        return ModelError(
+            f"the weights of {model.source} are pickled and hold code or are damaged, so they are not read: give "
+            "safetensors"
+        )
     if isinstance(error, SafetensorError):
         return ModelError(f"the weights of {model.source} are damaged or incomplete ({first}): copy them again")
     if kind == "directory" and "no file named" in text:

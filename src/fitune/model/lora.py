@@ -6,10 +6,10 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -84,17 +84,52 @@ def load_adapters(model: PreTrainedModel, directory: Path) -> "PeftModel":
         raise ModelError(f"the adapters in {directory} cannot be loaded into this model: {first}") from error
 
 
+_KERNELS_READ_WEIGHTS = {"out_proj", "conv1d"}
+_NOT_BY_PEFT = dict.fromkeys(("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"), _KERNELS_READ_WEIGHTS)
+"""Layers whose weights these models give to a kernel, past the adapter, so that peft refuses them."""
+_OWN_KEYS = {
+    *("auto_mapping", "base_model_name_or_path", "fan_in_fan_out", "inference_mode", "lora_alpha", "lora_dropout"),
+    *("peft_type", "peft_version", "r", "revision", "target_modules", "task_type", "megatron_core"),
+}
+"""What differs between the adapters of one run and another; peft's other settings are what they are by default."""
+
+
 def _check_adapters(directory: Path) -> None:
-    """peft imports whatever module `megatron_core` names, and asks the hub for a directory that lacks its weights."""
+    """Somebody else may have made the directory. peft imports whatever module `megatron_core` names, asks the hub for a
+    directory that lacks its weights, and for other methods than LoRA for more; it makes adapters of any rank before it
+    looks at the weights, and matches a text of target_modules as a regular expression, which can take for ever."""
     path = directory / "adapter_config.json"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ModelError(f"{path} cannot be read ({error}): copy the adapters again") from error
-    if not isinstance(content, dict) or content.get("megatron_config") is not None:
-        raise ModelError(f"{path} is for Megatron (megatron_config), whose layers fitune does not have")
-    if not (directory / "adapter_model.safetensors").is_file():
+    weights = directory / "adapter_model.safetensors"
+    if not weights.is_file():
         raise ModelError(f"{directory} has no adapter_model.safetensors: copy the adapters again")
+    if not isinstance(content, dict) or content.get("peft_type") != "LORA":
+        raise ModelError(f"{path} is not of LoRA adapters, which are the ones that fitune makes: give those")
+    others = sorted(key for key, value in content.items() if key not in _OWN_KEYS and not _is_default(key, value))
+    targets, rank = content.get("target_modules"), content.get("r")
+    if not isinstance(targets, list) or not all(isinstance(name, str) for name in targets):
+        others.append("target_modules")
+    if others:
+        raise ModelError(f"{path} sets {', '.join(others[:5])} as fitune's own adapters do not: merge them by peft")
+    if rank not in _ranks(weights):
+        raise ModelError(f"{path} says r: {rank}, and the adapters beside it have another rank: copy them again")
+
+
+def _is_default(key: str, value: Any) -> bool:
+    from peft import LoraConfig as PeftLoraConfig
+
+    return not value or getattr(PeftLoraConfig(), key, None) == value
+
+
+def _ranks(weights: Path) -> set[int]:
+    try:
+        with safe_open(weights, "pt") as file:
+            return {file.get_slice(name).get_shape()[0] for name in file.keys() if ".lora_A." in name}  # noqa: SIM118
+    except (OSError, SafetensorError, IndexError) as error:
+        raise ModelError(f"{weights} cannot be read ({error}): copy the adapters again") from error
 
 
 @contextmanager
@@ -122,14 +157,16 @@ def _forget_answers() -> None:
 
 
 def adaptable_names(model: PreTrainedModel) -> list[str]:
-    """The last names of the linear layers, without the head: q_proj, gate_proj, ..."""
+    """The last names of the linear layers, without the head: q_proj, gate_proj, ... Not those that peft refuses: it
+    takes each module of a name, of whatever kind."""
     head = model.get_output_embeddings()
-    found = {
-        name.rpartition(".")[2]
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and module is not head
-    }
-    return sorted(found)
+    linear: set[str] = set()
+    others = set(_NOT_BY_PEFT.get(model.config.model_type, ()))
+    for name, module in model.named_modules():
+        if module is not head:
+            names = linear if isinstance(module, nn.Linear | Conv1D) else others
+            names.add(name.rpartition(".")[2])
+    return sorted(linear - others)
 
 
 def not_adapted(model: PreTrainedModel) -> str | None:

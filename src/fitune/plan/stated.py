@@ -6,7 +6,8 @@ from functools import lru_cache
 import torch
 
 from fitune.config import ModelConfig, RunConfig
-from fitune.model.load import MXFP4, ignored_code, load_config, load_model, weights_format
+from fitune.model.formats import weights_format
+from fitune.model.load import ignored_code, load_config, load_model
 from fitune.model.quantise import not_quantised
 from fitune.plan.plan import CODE_IGNORED, NOT_PACKED, UNPACKED
 from fitune.trace.events import COMPILED
@@ -29,9 +30,9 @@ def _notes(model_json: str) -> tuple[str, ...]:
     """Found once for all settings of a model that are predicted."""
     model = ModelConfig.model_validate_json(model_json)
     notes = [code_note(model)]
-    if weights_format(load_config(model)) == MXFP4:
+    if (stored := weights_format(load_config(model))) is not None:
         notes.append(
-            f"{UNPACKED} {MXFP4} are held as numbers, in the precision of the run: they cannot be trained on else"
+            f"{UNPACKED} {stored} are held as numbers, in the precision of the run: they cannot be trained on else"
         )
     if model.method == "qlora" and (clause := not_quantised(load_model(model, torch.device("meta")))) is not None:
         notes.append(f"{NOT_PACKED} {clause}")

@@ -10,16 +10,23 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
+import safetensors.torch
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.data import DataLoader
 from torch.utils.data.dataloader import _SingleProcessDataLoaderIter
 
+from fitune.trace.assumptions import known_array
+from fitune.trace.weight_files import weight_files
+
 AGAIN_SECONDS = 0.05
+_SAFETENSORS: dict[str, Any] = {"_flatten": {}, "_flatten_as_ptr": {}, "serialize": b"", "serialize_file": None}
+"""What safetensors calls to save, in one version or another, and what it returns where nothing is saved."""
 
 
 @contextmanager
@@ -27,7 +34,12 @@ def as_real() -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(patch.object(FakeTensor, "__format__", _format))
         stack.enter_context(patch.object(FakeTensor, "__deepcopy__", _deepcopy))
-        stack.enter_context(patch.object(torch, "save", _save_nothing))
+        stack.enter_context(patch.object(FakeTensor, "numpy", _numpy, create=True))
+        stack.enter_context(patch.object(torch, "save", partial(_save_nothing, None)))
+        stack.enter_context(patch.object(torch.Tensor, "pin_memory", lambda tensor, *_, **__: tensor))  # in threads too
+        for name, saved in _SAFETENSORS.items():
+            stack.enter_context(patch.object(safetensors.torch, name, partial(_save_nothing, saved), create=True))
+        stack.enter_context(weight_files(_where_asked))
         stack.enter_context(patch.object(DataLoader, "_get_iterator", _in_this_process))
         yield
 
@@ -54,6 +66,24 @@ def interrupts_heard() -> Iterator[None]:
         raise KeyboardInterrupt
 
 
+@contextmanager
+def states_kept() -> Iterator[None]:
+    """accelerate keeps for the whole process which device it found: what it finds here ends here."""
+    name = "accelerate.state"
+    before = [dict(each) for each in _shared_states(sys.modules.get(name))]
+    try:
+        yield
+    finally:
+        for number, state in enumerate(_shared_states(sys.modules.get(name))):
+            state.clear()
+            state.update(before[number] if before else {})
+
+
+def _shared_states(module: Any) -> list[dict[str, Any]]:
+    names = ("PartialState", "AcceleratorState", "GradientState")
+    return [] if module is None else [getattr(module, name)._shared_state for name in names]
+
+
 def _format(tensor: FakeTensor, spec: str) -> str:
     return format(tensor.item(), spec) if tensor.dim() == 0 else object.__format__(tensor, spec)
 
@@ -78,7 +108,18 @@ def _deepcopy(tensor: FakeTensor, memo: dict[int, Any]) -> Any:
     return copied
 
 
-def _save_nothing(*_: Any, **__: Any) -> None: ...
+def _where_asked(tensor: torch.Tensor, device: Any) -> torch.Tensor:
+    return tensor.to(device) if isinstance(device, (str, int, torch.device)) else tensor
+
+
+def _numpy(tensor: FakeTensor, *_: Any, **__: Any) -> Any:
+    if tensor.requires_grad:
+        raise RuntimeError("Can't call numpy() on Tensor that requires grad. Use tensor.detach().numpy() instead.")
+    return known_array(tensor)
+
+
+def _save_nothing(saved: Any, *_: Any, **__: Any) -> Any:
+    return saved
 
 
 def _in_this_process(loader: Any) -> Any:

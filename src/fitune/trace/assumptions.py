@@ -7,6 +7,7 @@ named once in `MemoryTrace.source`. Where the data is known, because a loop told
 """
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_any, tree_leaves, tree_map_only
 
 from fitune.config import Routing
+from fitune.errors import UsageError
 from fitune.trace.events import ROUTED, UNROUTED
 from fitune.trace.operators import by_operator
 from fitune.trace.patience import Patience
@@ -92,27 +94,50 @@ _INDEXING = {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_}
 _SPECIAL = {
     *_INDEXING,
     *(aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten.bincount, aten._grouped_mm, aten.equal),
+    aten.histc,
 }
 _TELL_ORIGIN = {
     *(_SAME_ELEMENTS | _TRUTH.keys() | _DECIDED_BY.keys()),
-    *(aten.topk, aten._amp_foreach_non_finite_check_and_unscale_, aten.full, aten.scatter_, aten.scatter, aten.eq),
+    *(
+        aten.mul,
+        aten.topk,
+        aten._amp_foreach_non_finite_check_and_unscale_,
+        aten.full,
+        aten.scatter_,
+        aten.scatter,
+        aten.eq,
+    ),
     *(aten.sum, aten.count_nonzero, aten.any, aten.gt, aten.ge, aten.logical_not, aten.bitwise_not),
 }
 
 
 class _Traits(NamedTuple):
     """Of an operator: whether it is not carried out as it is, whether something can be known of its result's elements
-    without their data, and whether it writes into its arguments."""
+    without their data, whether it writes into its arguments, whether it cannot do without their data, and whether it
+    makes a tensor that stores what is not zero."""
 
     is_special: bool
     tells_origin: bool
     is_mutable: bool
+    needs_data: bool
+    is_sparse: bool
 
 
 @by_operator
 def _traits(func: Any) -> _Traits:
     packet = func.overloadpacket
-    return _Traits(packet in _SPECIAL, packet in _TELL_ORIGIN, func._schema.is_mutable)
+    needs_data = not {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}.isdisjoint(func.tags)
+    needs_data &= packet not in _INDEXING  # without masks, which are replaced
+    is_sparse = _MAKES_SPARSE.search(func._schema.name) is not None
+    return _Traits(packet in _SPECIAL, packet in _TELL_ORIGIN, func._schema.is_mutable, needs_data, is_sparse)
+
+
+_MAKES_SPARSE = re.compile(r"sparse_(coo|csr|csc|bsr|bsc|compressed)_tensor|::_?to_sparse")
+_SPARSE = (
+    "makes a sparse tensor, whose memory is not predicted (nn.Embedding with sparse=True makes them, and so do PEFT's "
+    "SHiRA and FRoD): predict the loop with dense tensors in their place, which need more, or another tuner"
+)
+_NO_DATA = (DataDependentOutputException, DynamicOutputShapeException)
 
 
 def tell_data(tensor: torch.Tensor, data: torch.Tensor) -> None:
@@ -128,11 +153,11 @@ def _tell(tensor: torch.Tensor, data: torch.Tensor) -> None:
 
 def tell_made(tensor: torch.Tensor, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """As `tell_data`, of a tensor that came from the factory call `func(*args, **kwargs)`."""
-    if not isinstance(tensor, FakeTensor) or _data(tensor) is not None or tensor.numel() > MOST_KNOWN_ELEMENTS:
+    if not _has_no_data(tensor) or _data(tensor) is not None or tensor.numel() > MOST_KNOWN_ELEMENTS:
         return
     if not tree_any(lambda value: isinstance(value, torch.Tensor) and _data(value) is None, (args, kwargs)):
         with torch.no_grad():
-            _tell(tensor, _on_data(func, args, {**kwargs, "requires_grad": False}))
+            _tell(tensor, _on_data(func, args, {**kwargs, "requires_grad": False, "device": "cpu"}))
 
 
 class Assumptions:
@@ -154,6 +179,8 @@ class Assumptions:
         self.patience.operator()
         traits = _traits(func)
         called = args
+        if traits.is_sparse:
+            raise UsageError(f"{func.overloadpacket.__name__} {_SPARSE}")
         if traits.is_special:
             if (answer := self._special(func, args, kwargs)) is not NotImplemented:
                 return answer, None
@@ -161,8 +188,9 @@ class Assumptions:
                 args = (args[0], self._without_masks(args[1]), *args[2:])
         known = None
         try:
+            _refuse_meta(func, args)
             result, known = self._shapes.call(func, args, kwargs)
-        except (DataDependentOutputException, DynamicOutputShapeException):
+        except _NO_DATA:
             result = _like(_on_data(func, args, kwargs)) if _is_known(args, kwargs) else self._of_full_size(func, args)
         if traits.tells_origin:
             self._note_origin(func.overloadpacket, args, result)
@@ -182,6 +210,9 @@ class Assumptions:
             return self._bincount(func, args, kwargs)
         if packet is aten._grouped_mm and isinstance(args[0], FakeTensor):
             return _grouped_mm(args[0], args[1], kwargs.get("offs", args[2] if len(args) > 2 else None))
+        if packet is aten.histc and isinstance(args[0], FakeTensor) and not args[0].is_floating_point():
+            bins = kwargs.get("bins", args[1] if len(args) > 1 else 100)
+            return torch.empty(bins, dtype=args[0].dtype)  # a card counts whole numbers, a CPU does not
         if packet is aten.equal:
             return self._answer(func, args, kwargs, False, "tensors that are compared as a whole differ")
         return NotImplemented
@@ -214,8 +245,12 @@ class Assumptions:
             return _Origin(decisive) if decisive in means else None
         if packet in (aten.scatter_, aten.scatter) and (index := _origin(args[2])) is not None and index.router:
             return _Origin(self._share(index.router), index.router)  # one-hot
+        if packet in (aten.eq, aten.ne) and len(args) > 1 and args[1] is first:  # as isfinite and checks for NaN ask
+            return _Origin(float(packet is aten.eq))
         if packet in _TRUTH:
             return _Origin(_TRUTH[packet], router)
+        if packet is aten.mul:
+            return self._both_true(args) if result.dtype == torch.bool else None
         if packet is aten.eq:
             with_zero = not isinstance(args[1], torch.Tensor) and args[1] == 0
             both_zero = with_zero and origin is not None and origin.mean == 0.0
@@ -233,6 +268,11 @@ class Assumptions:
         if packet is aten.logical_not or packet is aten.bitwise_not:
             return None if origin is None or origin.mean is None else _Origin(1.0 - origin.mean)
         return None
+
+    def _both_true(self, args: tuple[Any, ...]) -> _Origin | None:
+        origins = [_origin(each) for each in args[:2] if isinstance(each, torch.Tensor)]
+        means = [None if origin is None or origin.router else origin.mean for origin in origins]
+        return _Origin(1.0) if means == [1.0, 1.0] else None
 
     def _share(self, router: _Router) -> float:
         """The share of the slots (tokens x top_k) that one expert gets."""
@@ -253,8 +293,9 @@ class Assumptions:
         if _is_known(args, kwargs):
             return _on_data(func, args, kwargs)
         try:
+            _refuse_meta(func, args)
             return func(*args, **kwargs)
-        except DataDependentOutputException:
+        except _NO_DATA:
             self.used[f"assumed: {sentence}"] = None
             return value
 
@@ -286,9 +327,10 @@ class Assumptions:
 
     def _nonzero(self, func: Any, tensor: torch.Tensor) -> torch.Tensor:
         try:
+            _refuse_meta(func, (tensor,))
             found: torch.Tensor = func(tensor)
             return found
-        except DynamicOutputShapeException:
+        except _NO_DATA:
             found = torch.empty((self._count(tensor), tensor.dim()), dtype=torch.int64, device=tensor.device)
             _compute_data(func, (tensor,), {}, found)
             return found
@@ -308,7 +350,7 @@ class Assumptions:
         """Index lists with masks replaced by the positions that they select."""
         out: list[Any] = []
         for index in indices:
-            if isinstance(index, FakeTensor) and index.dtype in (torch.bool, torch.uint8):
+            if isinstance(index, torch.Tensor) and _has_no_data(index) and index.dtype in (torch.bool, torch.uint8):
                 out.extend(self._nonzero(aten.nonzero.default, index).unbind(1))
             else:
                 out.append(index)
@@ -316,8 +358,9 @@ class Assumptions:
 
     def _bincount(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
         try:
+            _refuse_meta(func, args)
             counts: torch.Tensor = func(*args, **kwargs)
-        except (DataDependentOutputException, DynamicOutputShapeException):
+        except _NO_DATA:
             origin = _origin(args[0])
             bins = kwargs.get("minlength", args[2] if len(args) > 2 else 0)
             bins = max(bins, origin.router.num_experts if origin and origin.router else 1)
@@ -356,8 +399,18 @@ def _like(data: Any) -> Any:
     return tree_map_only(torch.Tensor, lambda each: torch.empty(each.shape, dtype=each.dtype), data)
 
 
+def _has_no_data(tensor: torch.Tensor) -> bool:
+    return isinstance(tensor, FakeTensor) or tensor.is_meta
+
+
+def _refuse_meta(func: Any, args: tuple[Any, ...]) -> None:
+    """As FakeTensorMode refuses what needs data; the meta device has an error of its own for each."""
+    if _traits(func).needs_data and any(isinstance(each, torch.Tensor) and each.is_meta for each in args):
+        raise DynamicOutputShapeException(func)
+
+
 def _data(tensor: torch.Tensor) -> torch.Tensor | None:
-    if isinstance(tensor, FakeTensor):
+    if _has_no_data(tensor):
         return getattr(tensor, "_fitune_data", None)
     return tensor if tensor.device.type == "cpu" else None
 
@@ -371,7 +424,7 @@ def _compute_data(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], resu
         return
     results = _tensors(result)
     written = _written(func, args) if is_mutable else []
-    if not (results or written) or not all(isinstance(each, FakeTensor) for each in results):
+    if not (results or written) or not all(map(_has_no_data, results)):
         return
     for each in written:
         if each.dtype == torch.bool and (origin := _origin(each)) is not None and origin.router is None:
@@ -396,7 +449,7 @@ def _written(func: Any, args: tuple[Any, ...]) -> list[torch.Tensor]:
         for argument, value in pairs
         if argument.alias_info is not None and argument.alias_info.is_write
         for each in tree_leaves(value)
-        if isinstance(each, FakeTensor)
+        if isinstance(each, torch.Tensor) and _has_no_data(each)
     ]
 
 
@@ -411,7 +464,9 @@ def _is_known(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 
 def _on_data(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     with _disable_current_modes():
-        result = func(*tree_map_only(FakeTensor, _data, args), **tree_map_only(FakeTensor, _data, kwargs))
+        if str(kwargs.get("device")) == "meta":
+            kwargs = {**kwargs, "device": "cpu"}
+        result = func(*tree_map_only(torch.Tensor, _data, args), **tree_map_only(torch.Tensor, _data, kwargs))
         if "empty" in func.__name__:
             result.zero_()  # what lies there by chance would be another prediction each time
     return result
@@ -420,10 +475,8 @@ def _on_data(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 def known_array(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
     """As `tensor.numpy()`; zeros where the data is not known."""
     data = _data(tensor)
-    if data is None:
-        data = torch.zeros(tensor.shape, dtype=tensor.dtype)
     with _disable_current_modes():
-        return data.numpy()
+        return (torch.zeros(tensor.shape, dtype=tensor.dtype) if data is None else data.detach()).numpy()
 
 
 def _origin(tensor: torch.Tensor) -> _Origin | None:

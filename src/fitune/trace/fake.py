@@ -7,8 +7,9 @@ recorder runs on real CPU tensors (mode="real"), which is how its truth is check
 
 import gc
 import re
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
@@ -20,17 +21,19 @@ import transformers.utils.import_utils
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from fitune.boundary import cause_of
+from fitune.boundary import cause_of, place_of
 from fitune.config import Routing
 from fitune.errors import FituneError, UsageError
-from fitune.trace.as_real import as_real, interrupts_heard
+from fitune.trace.as_real import as_real, interrupts_heard, states_kept
 from fitune.trace.assumptions import Assumptions
+from fitune.trace.building import building
 from fitune.trace.cuda_behaviour import CpuKernels, CudaKernels, cuda_behaviour
 from fitune.trace.cuda_target import CudaTarget
 from fitune.trace.events import COMPILED, MemoryTrace
+from fitune.trace.failures import explained
 from fitune.trace.flash_package import flash_package
 from fitune.trace.idle_card import cuda_answers
-from fitune.trace.placement import CARD, NAMES_CUDA, NoCard, OnMeta, card_stands_in
+from fitune.trace.placement import CARD, NAMES_CUDA, NoCard, card_stands_in
 from fitune.trace.recorder import Mark, Recorder
 from fitune.trace.recording import Recording, to_trace
 from fitune.trace.shapes import ShapeMemory
@@ -99,6 +102,7 @@ class RecordedModel:
         with ExitStack() as stack:
             stack.enter_context(_collected_at_step_ends())
             stack.enter_context(interrupts_heard())
+            stack.enter_context(states_kept())
             if target is None:
                 stack.enter_context(_names_no_card())
                 stack.enter_context(NoCard())
@@ -131,14 +135,16 @@ class RecordedModel:
                 parts.remember()
             if watch is not None:
                 stack.enter_context(watch(parts.recorder))
-            step = loop(parts.model, CARD)
+            with self._explained("setting the loop up", parts):
+                step = loop(parts.model, CARD)
             if not callable(step):
                 raise UsageError(f"loop(model, device) must return a function that does one step, not {step!r}")
             parts.recorder.load(parts.model)
             for number in range(1, num_steps + 1):
                 gc.collect()
                 parts.recorder.begin_step(number)
-                step()
+                with self._explained("the step", parts):
+                    step()
                 parts.recorder.end_step(parts.model)
             # real tensors ask for no routing
             assumed = parts.assumptions.used if parts.mode is None else parts.assumptions.lines()
@@ -149,13 +155,16 @@ class RecordedModel:
             self._parts = parts
             return recording
 
+    def _explained(self, doing: str, parts: "_Parts") -> AbstractContextManager[None]:
+        return explained(doing, lambda: bool(parts.assumptions.used)) if parts.mode is not None else nullcontext()
+
     def _new_parts(self) -> "_Parts":
         assumptions = Assumptions(self._settings.routing, self._shapes)
         target, call = self._settings.target, assumptions.call
         recorder = Recorder(CpuKernels(call) if target is None else CudaKernels(target, call))
         if self._settings.mode == "real":
             return _Parts(self._build(), assumptions, recorder, None)
-        with torch.device("meta"), OnMeta():
+        with building(assumptions), explained("building the model", lambda: bool(assumptions.used)):
             model = self._build()
         return _Parts(model, assumptions, recorder, FakeTensorMode(allow_non_fake_inputs=True))
 
@@ -191,6 +200,7 @@ def _pack(model: nn.Module) -> None:
         for name, child in parent.named_children()
         if type(child).__module__.startswith("bitsandbytes") and type(child).__name__ in ("Linear4bit", "LinearNF4")
     ]
+    _refuse_other_quantisation(model)
     if not layers:
         return
     from fitune.model.quantise import NF4Linear, share_tables
@@ -204,6 +214,18 @@ def _pack(model: nn.Module) -> None:
         with torch.device("meta"):
             setattr(parent, name, NF4Linear(cast(nn.Linear, child)))
     share_tables(model)
+
+
+def _refuse_other_quantisation(model: nn.Module) -> None:
+    """bitsandbytes quantises when the model comes to the card, into sizes that no shape here tells."""
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        kind = type(module).__name__
+        if type(weight).__name__ in ("Int8Params", "Params4bit") and kind not in ("Linear4bit", "LinearNF4"):
+            raise UsageError(
+                f"{name} is a {kind} of bitsandbytes, which is not predicted: use 4-bit layers (nf4, double "
+                "quantisation), or leave the layer as it is, which needs more"
+            )
 
 
 def fill(model: nn.Module) -> None:
@@ -238,7 +260,8 @@ def fill(model: nn.Module) -> None:
 
 @contextmanager
 def _compilation_left_out() -> Iterator[list[Any]]:
-    """torch.compile and Module.compile leave what they are given as it is; it is put into the list."""
+    """torch.compile and Module.compile leave what they are given as it is, and what was compiled before runs as it was
+    written; each is put into the list."""
     left_out: list[Any] = []
 
     def compile_function(function: Any = None, **_: Any) -> Any:
@@ -250,10 +273,18 @@ def _compilation_left_out() -> Iterator[list[Any]]:
     def compile_module(module: nn.Module, *_: Any, **__: Any) -> None:
         left_out.append(module)
 
-    with (
-        patch.object(torch, "compile", compile_function),
-        patch.object(nn.Module, "compile", compile_module),
-    ):
+    def as_written(callback: Any) -> Any:
+        if callback not in (None, False):
+            left_out.append(callback)
+        return None
+
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(torch, "compile", compile_function))
+        stack.enter_context(patch.object(nn.Module, "compile", compile_module))
+        if (frames := sys.modules.get("torch._dynamo.eval_frame")) is not None:
+            stack.enter_context(patch.object(frames, "_callback_from_stance", as_written))
+            # 0: nobody counts what fullgraph=True compiles
+            stack.enter_context(patch.object(frames, "set_fullgraph_compiled_frame_count", lambda _: 0, create=True))
         yield left_out
 
 
@@ -294,7 +325,8 @@ def _names_no_card() -> Iterator[None]:
     except FituneError:
         raise
     except Exception as error:
-        if re.search(r"\bcuda\b", str(error), re.IGNORECASE) is None:
+        asks_card = place_of(error).startswith("torch/cuda/") or "dummy base class" in str(error)
+        if not asks_card and re.search(r"\bcuda\b", str(error), re.IGNORECASE) is None:
             raise
         raise UsageError(f"{NAMES_CUDA} ({cause_of(error)})") from error
 

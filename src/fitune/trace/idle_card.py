@@ -19,6 +19,7 @@ import torch
 import transformers.utils.import_utils as transformers_imports
 from torch.utils.checkpoint import DefaultDeviceType
 
+from fitune.errors import UsageError
 from fitune.trace.cuda_target import CudaTarget
 
 _CARD_0 = (0, 0, 1)
@@ -94,6 +95,7 @@ def cuda_answers(target: CudaTarget) -> Iterator[None]:
         "mem_get_info": free_and_total,
         "memory_stats": defaultdict(int),
         "memory_summary": "",
+        **dict.fromkeys(("utilization", "memory_usage", "temperature", "power_draw", "clock_rate"), 0),
         "cudart": _Runtime(),
         **dict.fromkeys(("memory_allocated", "memory_reserved", "max_memory_allocated", "max_memory_reserved"), 0),
         **dict.fromkeys(("synchronize", "set_device", "init", "ipc_collect", "set_per_process_memory_fraction")),
@@ -119,6 +121,8 @@ def cuda_answers(target: CudaTarget) -> Iterator[None]:
         for module in (torch, torch.cuda):
             stack.enter_context(patch.object(module, "Event", _Event))
             stack.enter_context(patch.object(module, "Stream", _Stream))
+        for name in ("CUDAGraph", "graph", "make_graphed_callables"):
+            stack.enter_context(patch.object(torch.cuda, name, _refuse_graphs))
         for name in ("is_autocast_enabled", "get_autocast_dtype"):
             stack.enter_context(patch.object(torch, name, partial(_of_cpu, getattr(torch, name))))
         stack.enter_context(_nothing_remembered())
@@ -176,6 +180,13 @@ def _answer(value: Any, *_: Any, **__: Any) -> Any:
 
 def _of_cpu(ask: Callable[[str], Any], device_type: str = "cuda") -> Any:
     return ask("cpu" if device_type == "cuda" else device_type)
+
+
+def _refuse_graphs(*_: Any, **__: Any) -> Any:
+    raise UsageError(
+        "the loop captures a CUDA graph, which keeps its memory in a pool of its own and is not predicted: predict the "
+        "loop without it, which needs no more than with it but for that pool"
+    )
 
 
 class _Runtime:

@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
 
 from fitune.errors import UsageError
-from fitune.trace.assumptions import known_array, tell_made
+from fitune.trace.assumptions import tell_made
 from fitune.trace.recorder import Place, Recorder
 
 NAMES_CUDA = (
@@ -30,7 +30,9 @@ NAMES_CUDA = (
     'gpu="RTX 4090"'
 )
 CARD = torch.device("cpu")
-"""What stands for the card, and what every tensor says that it is on."""
+"""What stands for the card, and what every tensor says to torch that it is on."""
+TOLD_CARD = torch.device("cuda", 0)
+"""What a tensor on the card says to the loop and to the model; it means the card wherever it is given back."""
 HOST = torch.device("cpu", 0)
 """What a loop gets that makes a device "cpu" itself."""
 
@@ -56,9 +58,20 @@ class Placement(TorchFunctionMode):
             return self._to_card(args[0], lambda tensor: tensor)
         if func is Tensor.cpu:
             return self._to_host(args[0])
-        if func is Tensor.numpy and isinstance(args[0], FakeTensor):
-            return known_array(args[0])
+        if func in _ASKS_WHERE and not _is_of_torch(sys._getframe(1)):
+            is_card = self._is_on_card(args[0])
+            return (0 if is_card else -1) if func is Tensor.get_device else is_card
         return func(*args, **kwargs)
+
+    def told_device(self, tensor: FakeTensor) -> torch.device:
+        """As FakeTensor.device; a loop or a model, but not torch, is told where the tensor really is. Inside of an
+        operator, and in the backward's hooks, nobody would translate what is told."""
+        if not torch._C._len_torch_function_stack() or _is_of_torch(sys._getframe(1)):
+            return torch.device("meta") if tensor.fake_mode.in_kernel_invocation else tensor.fake_device
+        return TOLD_CARD if self._is_on_card(tensor) else HOST
+
+    def _is_on_card(self, tensor: Tensor) -> bool:
+        return isinstance(tensor, FakeTensor) and not self._recorder.is_on_host(tensor)
 
     def over(self, hook: Callable[[Any], Any], value: Any) -> Any:
         """Torch calls the hooks of saved tensors outside of any mode; they may be what moves a tensor to the host."""
@@ -69,7 +82,7 @@ class Placement(TorchFunctionMode):
 
     def _make(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         device = kwargs.get("device")
-        kwargs = {**kwargs, "device": _as_cpu(device)} if device is not None else kwargs
+        kwargs = {**kwargs, "device": as_cpu(device)} if device is not None else kwargs
         place: Place = "card" if _is_card(device) else "host"
         with self._recorder.placing(place):
             made = func(*args, **kwargs)
@@ -82,8 +95,8 @@ class Placement(TorchFunctionMode):
         device = named.device if isinstance(named, Tensor) else named
         if not isinstance(device, (str, int, _REAL_DEVICE)):
             return tensor.to(*args, **kwargs)
-        rewritten = tuple(_as_cpu(item) for item in args)
-        kwargs = {key: _as_cpu(value) for key, value in kwargs.items()}
+        rewritten = tuple(as_cpu(item) for item in args)
+        kwargs = {key: as_cpu(value) for key, value in kwargs.items()}
         if not _is_card(device):
             return self._to_host(tensor.to(*rewritten, **kwargs))
         return self._to_card(tensor, lambda source: source.to(*rewritten, **kwargs))
@@ -105,9 +118,12 @@ class Placement(TorchFunctionMode):
             return tensor.clone()
 
 
+_ASKS_WHERE = (Tensor.is_cuda.__get__, Tensor.get_device)  # type: ignore[attr-defined]
+
+
 def _is_of_torch(caller: FrameType) -> bool:
-    """torch's own code compares the devices of tensors, which are all the same here."""
-    return str(caller.f_globals.get("__name__")).startswith("torch.")
+    """torch's own code, and ours, compares the devices of tensors, which are all the same here."""
+    return str(caller.f_globals.get("__name__")).startswith(("torch.", "fitune."))
 
 
 class _DeviceOfLoop(type):
@@ -128,7 +144,7 @@ def _is_card(device: Any) -> bool:
     return device is not None and device != HOST and not (isinstance(device, str) and device.startswith("cpu"))
 
 
-def _as_cpu(value: Any) -> Any:
+def as_cpu(value: Any) -> Any:
     """Any spelling of a CUDA device as the CPU; everything else as it is."""
     if isinstance(value, _REAL_DEVICE) or (isinstance(value, str) and value.startswith("cuda")):
         return CARD
@@ -136,7 +152,12 @@ def _as_cpu(value: Any) -> Any:
 
 
 class NoCard(TorchFunctionMode):
-    """A recording for a CPU refuses what would be on a card: torch has no tensors there, and may abort."""
+    """A recording for a CPU refuses what would be on a card: torch has no tensors there, and may abort. What the loop
+    makes has its true values, as on the host beside a card."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._constructors = _device_constructors()
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -145,27 +166,10 @@ class NoCard(TorchFunctionMode):
         named = (kwargs.get("device"), *(args[1:2] if func is Tensor.to else ()))
         if func is Tensor.cuda or any(isinstance(each, str | torch.device) and "cuda" in str(each) for each in named):
             raise UsageError(NAMES_CUDA)
-        return func(*args, **kwargs)
-
-
-class OnMeta(TorchFunctionMode):
-    """A model that is built on the card is built on the meta device."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = dict(kwargs or {})
-        if func in (Tensor.cuda, Tensor.cpu):
-            return args[0]
-        if func is Tensor.to:
-            args = (args[0], *(_as_meta(value) for value in args[1:]))
-        if "device" in kwargs:
-            kwargs["device"] = _as_meta(kwargs["device"])
-        return func(*args, **kwargs)
-
-
-def _as_meta(value: Any) -> Any:
-    return torch.device("meta") if _as_cpu(value) is CARD or value == "cpu" else value
+        made = func(*args, **kwargs)
+        if func in self._constructors and isinstance(made, FakeTensor):
+            tell_made(made, func, args, kwargs)
+        return made
 
 
 @contextmanager
@@ -185,7 +189,7 @@ def card_stands_in(recorder: Recorder) -> Iterator[None]:
 
     class GeneratorType(type):
         def __call__(cls, device: Any = "cpu") -> torch.Generator:
-            return generator(_as_cpu(device))
+            return generator(as_cpu(device))
 
         def __instancecheck__(cls, instance: Any) -> bool:
             return isinstance(instance, generator)
@@ -204,13 +208,13 @@ def card_stands_in(recorder: Recorder) -> Iterator[None]:
         warnings.filterwarnings("ignore", "A saved_tensors_hooks context", FutureWarning)
         stack.enter_context(patch.object(torch.amp.autocast_mode.autocast, "__init__", autocast_init))
         stack.enter_context(patch.object(torch.amp.GradScaler, "__init__", grad_scaler_init))
+        stack.enter_context(patch.object(FakeTensor, "device", property(placement.told_device)))
         stack.enter_context(patch.object(torch, "device", _DeviceOfLoop("device", (), {})))
         stack.enter_context(patch.object(torch, "Generator", Generator))
         stack.enter_context(_default_device(placement))
         stack.enter_context(patch.object(torch.cuda, "empty_cache", recorder.empty_cache))
         stack.enter_context(patch.object(torch._C, "_accelerator_emptyCache", recorder.empty_cache, create=True))
         stack.enter_context(patch.object(Tensor, "record_stream", lambda *_, **__: None))
-        stack.enter_context(patch.object(Tensor, "pin_memory", lambda tensor, *_, **__: tensor))  # also in a thread
         hooks = torch.autograd.graph.saved_tensors_hooks
         stack.enter_context(patch.object(hooks, "__init__", saved_tensors_hooks_init))
         stack.enter_context(placement)

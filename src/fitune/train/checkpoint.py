@@ -393,6 +393,9 @@ def roll_back(run: RunDirectory, checkpoint: Checkpoint | None) -> list[str]:
             lost.append(str(error))
     for path in (*run.checkpoints.glob(".step-*"), *(p for n, p in _checkpoints(run).items() if n > step)):
         shutil.rmtree(path)
+    for path in run.path.glob(".*.*"):  # of a process that was killed while it wrote
+        if path.suffix[1:].isdigit():
+            path.unlink()
     if checkpoint is None:
         return lost
     link_model(checkpoint.path / "model", run.last)

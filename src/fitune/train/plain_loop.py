@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from fitune.boundary import bounded
 from fitune.errors import UsageError
 from fitune.step.model_check import Probe, Verdict, check_model
 from fitune.step.optimizer_state import create_state
@@ -56,7 +57,8 @@ class SafeStep:
 
     The first call with two rows to learn from looks at them whether the loss may be computed in parts, and warns where
     it may not (`verdict`). Raises OutOfMemoryError where one row alone does not fit; nothing is changed then. Raises
-    UsageError for a model, optimizer or batch that cannot be done again in parts.
+    UsageError for a model, optimizer or batch that cannot be done again in parts. What the model, the loss or
+    num_targets raise comes through as it is.
     """
 
     model: nn.Module
@@ -71,13 +73,14 @@ class SafeStep:
     verdict: Verdict | None = field(default=None, init=False)
     steps: int = field(default=0, init=False)
 
+    @bounded("fitune.SafeStep", calls_back=True)
     def __post_init__(self) -> None:
         self._refuse_what_cannot_be_done_again()
         work = Work(
             model=self.model,
             optimizer=self.optimizer,
             scaler=self.scaler,
-            loss_share=lambda part, weight: (self.loss or _own_loss)(self.model, part.tensors, weight),
+            loss_share=self._loss_share,
             split=self._split,
             without=self._without,
             clip=self.clip,
@@ -88,6 +91,7 @@ class SafeStep:
         )
         self._memory: MemoryModel | None = None
 
+    @bounded("fitune.SafeStep", calls_back=True)
     def __call__(self, batch: Mapping[str, Any]) -> SafeResult:
         """`.grad` is None before and after. A learning rate schedule is the caller's, after each call."""
         self._drop_gradients()
@@ -110,6 +114,18 @@ class SafeStep:
         )
         self._drop_gradients()
         return result
+
+    def _loss_share(self, part: _Part, weight: float) -> Tensor:
+        loss = (self.loss or _own_loss)(self.model, part.tensors, weight)
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+            raise UsageError(f"the loss of SafeStep is {found}: return a tensor of one element, with its graph")
+        if torch.is_grad_enabled() and not loss.requires_grad:
+            raise UsageError(
+                "the loss of SafeStep leads to no parameter that is trained: compute it without detach(), .item() and "
+                "no_grad(), from parameters with requires_grad=True"
+            )
+        return loss
 
     def _drop_gradients(self) -> None:
         """Also those that the optimizer does not know, or that another backward has left."""
@@ -188,7 +204,7 @@ class SafeStep:
             mean_by="forward" if self.loss is None else "loss function",
         )
         if not verdict.exact:
-            warnings.warn(f"fitune: not exact in parts: {verdict.reason}", stacklevel=4)
+            warnings.warn(f"fitune: not exact in parts: {verdict.reason}", stacklevel=5)
         return verdict
 
 

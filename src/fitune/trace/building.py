@@ -1,0 +1,95 @@
+"""A model is built on the meta device: with its shapes and without its weights, which may be larger than this machine.
+
+What a constructor reads (the length of a schedule that it has computed, the places of a mask) is computed where it
+follows from constants, and assumed elsewhere, as in a loop. Files of weights are read for their shapes alone.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._device import _device_constructors
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import PreTrainedModel
+
+from fitune.trace.assumptions import Assumptions, known_array, tell_made
+from fitune.trace.placement import CARD, as_cpu
+from fitune.trace.weight_files import weight_files
+
+_META = torch.device("meta")
+_STORED = (torch.asarray, torch.frombuffer)
+"""They make tensors of memory that is there, which is never that of the meta device."""
+_WITHOUT_DATA = ("rand", "normal", "empty", "bernoulli", "multinomial")
+"""In the names of factories whose values nobody counts on."""
+
+
+@contextmanager
+def building(assumptions: Assumptions) -> Iterator[None]:
+    """The block makes a model on the meta device, whatever devices it names, and draws no number of the program's own
+    random state."""
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(PreTrainedModel, "from_pretrained", _shapes_of_pretrained()))
+        stack.enter_context(weight_files(lambda tensor, _: tensor.to("meta")))
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        stack.enter_context(_Reads(assumptions))
+        stack.enter_context(torch.device(_META))
+        stack.enter_context(OnMeta())
+        yield
+
+
+def _shapes_of_pretrained() -> Any:
+    from_pretrained: Callable[..., Any] = PreTrainedModel.from_pretrained.__func__
+
+    def shapes(cls: type[PreTrainedModel], *args: Any, **options: Any) -> Any:
+        return from_pretrained(cls, *args, **(options | {"device_map": "meta"}))
+
+    return classmethod(shapes)
+
+
+class OnMeta(TorchFunctionMode):
+    """A model that is built on the card is built on the meta device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._constructors = _device_constructors()
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in (Tensor.cuda, Tensor.cpu):
+            return args[0]
+        if func in (Tensor.numpy, Tensor.tolist) and args[0].is_meta:
+            array = known_array(args[0])
+            return array if func is Tensor.numpy else array.tolist()
+        if func in _STORED:
+            return func(*args, **(kwargs | {"device": CARD}))
+        if func is Tensor.to:
+            args = (args[0], *(_as_meta(value) for value in args[1:]))
+        if "device" in kwargs:
+            kwargs["device"] = _as_meta(kwargs["device"])
+        made = func(*args, **kwargs)
+        if func in self._constructors and not any(word in func.__name__ for word in _WITHOUT_DATA):
+            tell_made(made, func, args, kwargs)
+        return made
+
+
+class _Reads(TorchDispatchMode):
+    """Answers what is read of tensors that have no data."""
+
+    def __init__(self, assumptions: Assumptions) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._assumptions = assumptions
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return self._assumptions.call(func, args, kwargs or {})[0]
+
+
+def _as_meta(value: Any) -> Any:
+    return _META if as_cpu(value) is CARD or value == "cpu" else value

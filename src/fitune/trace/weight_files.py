@@ -1,0 +1,72 @@
+"""Files of weights that a loop or a model's constructor reads while there is no card.
+
+torch.load refuses to put a tensor where there is none, and safetensors, which reads straight into a card's memory,
+ends the process. Both read into the host's memory here; where the tensors go from there is the caller's matter.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_map_only
+
+Put = Callable[[Tensor, Any], Tensor]
+"""put(tensor, device): the tensor where the file's reader wants it; a map_location may be what torch.load takes."""
+
+
+@contextmanager
+def weight_files(put: Put) -> Iterator[None]:
+    """What files hold is read for real, outside of any mode, and comes as `put` gives it."""
+    load, safe_open = torch.load, safetensors.safe_open
+
+    def load_on_host(file: Any, map_location: Any = None, *args: Any, **options: Any) -> Any:
+        with _on_host():
+            content = load(file, "cpu", *args, **options)
+        return tree_map_only(Tensor, lambda tensor: put(tensor, map_location), content)
+
+    class Opened:
+        """As safetensors.safe_open."""
+
+        def __init__(self, filename: Any, framework: Any, device: Any = "cpu", **options: Any) -> None:
+            self._file: Any = safe_open(filename, framework, "cpu", **options)
+            self._device = device
+
+        def __enter__(self) -> "Opened":
+            self._file.__enter__()
+            return self
+
+        def __exit__(self, *error: Any) -> None:
+            self._file.__exit__(*error)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._file, name)
+
+        def get_tensor(self, name: str) -> Any:
+            with _on_host():
+                tensor = self._file.get_tensor(name)
+            return put(tensor, self._device) if isinstance(tensor, Tensor) else tensor
+
+        def _names(self) -> list[str]:
+            return list(self._file.keys())
+
+        def get_tensors(self) -> dict[str, Any]:
+            return {name: self.get_tensor(name) for name in self._names()}
+
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(torch, "load", load_on_host))
+        for module in (safetensors, safetensors.torch):
+            stack.enter_context(patch.object(module, "safe_open", Opened))
+        yield
+
+
+@contextmanager
+def _on_host() -> Iterator[None]:
+    """Modes of dispatch and of functions, which would put a tensor elsewhere, are left for a moment."""
+    with _disable_current_modes(), torch._C.DisableTorchFunction():
+        yield
