@@ -56,11 +56,17 @@ class NormRecorder:
         self._weighted: list[torch.Tensor] = []
         self._micro: list[torch.Tensor] = []
         self._weights: list[float] = []
+        self._is_alone = False
 
     @contextmanager
-    def reading(self) -> Iterator[None]:
-        """One micro-batch's backward goes into this. What an earlier one left is forgotten unless it was kept."""
+    def reading(self, *, alone: bool = False) -> Iterator[None]:
+        """One micro-batch's backward goes into this. What an earlier one left is forgotten unless it was kept. alone:
+        it is all of the step, whose norms are then its own."""
         self._norms, self._weighted = [], []
+        self._is_alone = alone and self._shards is None
+        if self._is_alone:
+            yield
+            return
         if self._shards is not None:
             with self._shards.reading(self._add_norm):
                 yield
@@ -74,9 +80,10 @@ class NormRecorder:
 
     def keep(self, weight: float) -> None:
         """The micro-batch that was read is done. weight: its loss weight."""
-        squares = [norm.square() for norm in self._norms]
-        self._micro.append(torch.stack((self._sum(squares), self._sum(self._weighted))))
         self._weights.append(weight)
+        if not self._is_alone:
+            squares = torch.stack(self._norms).square_().sum() if self._norms else self._sum([])
+            self._micro.append(torch.stack((squares, self._sum(self._weighted))))
 
     def forget(self) -> None:
         """The step begins anew."""
@@ -94,10 +101,11 @@ class NormRecorder:
 
     @torch.no_grad()
     def values(self) -> torch.Tensor:
-        """Float32 [2 a + 2] on the device, for a micro-batches: norm and weighted norm of each; the weighted norm of
-        their sum, and its product with Adam's average. To be taken after the last backward and before clipping."""
+        """Float32 [2 a + 2] on the device, for a micro-batches (0 for one that was read as alone): norm and weighted
+        norm of each; the weighted norm of their sum, and its product with Adam's average. To be taken after the last
+        backward and before clipping."""
         grads = [(p, p.grad) for p in self._parameters if p.grad is not None]
-        dots = [torch.sum(_dot(local(grad), local(self._exp_avg[p]))) for p, grad in grads if p in self._exp_avg]
+        dots = [dot for p, grad in grads if p in self._exp_avg for dot in _dots(local(grad), local(self._exp_avg[p]))]
         weighted = [_weighted_square(grad, self._exp_avg_sq[p]) for p, grad in grads if self._exp_avg_sq]
         totals = torch.stack((self._sum(weighted), self._sum(dots)))
         if self._shards is not None:
@@ -108,7 +116,7 @@ class NormRecorder:
         """host: `values()` on the host. scale: a GradScaler's, which is in every backward's gradient and was taken out
         of their sum."""
         *micro, weighted_total, dot = host
-        norms = [value / scale**2 for value in micro]
+        norms = [total_norm**2, weighted_total] if self._is_alone else [value / scale**2 for value in micro]
         return GradientNorms(
             micro=tuple(norms[0::2]),
             total=total_norm**2,
@@ -137,10 +145,10 @@ def _beside(optimizer: torch.optim.Optimizer, name: str) -> dict[torch.Tensor, t
     return {p: state[name] for p, state in optimizer.state.items() if name in state and state[name].device == p.device}
 
 
-def _dot(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """In float32, in pieces: the two may be of different types."""
+def _dots(first: torch.Tensor, second: torch.Tensor) -> list[torch.Tensor]:
+    """In float32, of each piece: the two may be of different types."""
     pieces = zip(_pieces(first), _pieces(second), strict=True)
-    return torch.stack([torch.dot(a.float(), b.float()) for a, b in pieces])
+    return [torch.dot(a.float(), b.float()) for a, b in pieces]
 
 
 def _weighted_square(gradient: torch.Tensor, exp_avg_sq: torch.Tensor) -> torch.Tensor:

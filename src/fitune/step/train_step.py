@@ -116,7 +116,7 @@ def train_step(
     losses = []
     for micro_batch in micro_batches:
         loss = loss_share(model, micro_batch, loss_weight=loss_weight, settings=settings)
-        losses.append(backward(loss, scaler, norms))
+        losses.append(backward(loss, scaler, norms, alone=len(micro_batches) == 1))
         if committed is not None:
             committed.add()
         if norms is not None:
@@ -135,9 +135,11 @@ def loss_share(model: nn.Module, micro_batch: MicroBatch, *, loss_weight: float,
     return settings.run(device, lambda: token_loss_sum(model, here, settings.loss) / loss_weight)
 
 
-def backward(loss: Tensor, scaler: torch.amp.GradScaler | None, norms: NormRecorder | None = None) -> Tensor:
-    """The loss without its graph, once that has given its gradients."""
-    with nullcontext() if norms is None else norms.reading():
+def backward(
+    loss: Tensor, scaler: torch.amp.GradScaler | None, norms: NormRecorder | None = None, *, alone: bool = False
+) -> Tensor:
+    """The loss without its graph, once that has given its gradients. alone: as `NormRecorder.reading` takes it."""
+    with nullcontext() if norms is None else norms.reading(alone=alone):
         torch.autograd.backward(loss if scaler is None else scaler.scale(loss))
     return loss.detach()
 
