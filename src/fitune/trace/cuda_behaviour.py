@@ -231,6 +231,9 @@ class CudaKernels:
         self._threads_with_workspace |= {autograd_thread}
         return (self.target.generation.cublas_workspace_kib * 1024,)
 
+    def forget_workspaces(self) -> None:
+        self._threads_with_workspace = frozenset()
+
     def allocations(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], Sequence[Allocation]] | None:
@@ -257,6 +260,9 @@ class CpuKernels:
 
     def workspaces(self, func: Any, phase: Phase) -> Sequence[int]:
         return ()
+
+    def forget_workspaces(self) -> None:
+        pass
 
     def allocations(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         return None

@@ -55,7 +55,10 @@ class Kernels(Protocol):
         """The result, and what is remembered of such calls, if anything is."""
 
     def workspaces(self, func: Operator, phase: Phase) -> Sequence[int]:
-        """Bytes of what the operator allocates before its outputs and keeps for ever."""
+        """Bytes of what the operator allocates behind its outputs and keeps until `forget_workspaces`."""
+
+    def forget_workspaces(self) -> None:
+        """The next operators allocate them again."""
 
     def allocations(
         self, func: Operator, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -81,13 +84,14 @@ class _Storage:
 @dataclass(frozen=True)
 class Mark:
     """A moment of a recording outside of its steps: what was written down until then. alive: with its category.
-    kernels: as they were."""
+    workspaces: those that live. kernels: as they were."""
 
     num_births: int
     num_silent: int
     work: dict[_WorkPlace, tuple[int, ...]]
     alive: dict[int, tuple[_Storage, Category | None]]
     host: frozenset[int]
+    workspaces: list[_Storage]
     kernels: Kernels
 
 
@@ -133,7 +137,8 @@ class Recorder(TorchDispatchMode):
         alive = {key: (storage, storage.category) for key, storage in self._alive.items()}
         work = {place: tuple(sums) for place, sums in self._work.items()}
         kernels = copy.copy(self._kernels)
-        return Mark(len(self._births), len(self._silent), work, alive, frozenset(self._host), kernels)
+        host, workspaces = frozenset(self._host), self._workspaces()
+        return Mark(len(self._births), len(self._silent), work, alive, host, workspaces, kernels)
 
     def back_to(self, mark: Mark) -> bool:
         """Forget what came after the mark. False where what lived then lives no longer, or something else does too."""
@@ -143,6 +148,8 @@ class Recorder(TorchDispatchMode):
             return False
         for storage, category in mark.alive.values():
             storage.category = category
+        for storage in mark.workspaces:
+            storage.dies_after, storage.death = NEVER, None
         del self._births[mark.num_births :], self._silent[mark.num_silent :]
         self._work = {place: list(sums) for place, sums in mark.work.items()}
         self._kernels = copy.copy(mark.kernels)
@@ -179,7 +186,15 @@ class Recorder(TorchDispatchMode):
         storage.dies_after, storage.death = len(self._births) - 1, self._where()
 
     def empty_cache(self) -> None:
+        """As `release_workspaces` does: cuBLAS' workspaces are given back too, and are asked for again."""
+        for storage in self._workspaces():
+            self.free(storage)
+        self._kernels.forget_workspaces()
         self.allocate(0, "workspace", "empty_cache")
+
+    def _workspaces(self) -> list[_Storage]:
+        """Those that live."""
+        return [each for each in self._births if each.category == "workspace" and each.num_bytes and not each.death]
 
     def input_arrived(self, tensor: torch.Tensor) -> None:
         """`tensor` is a copy from the host: in the backward of what was kept there."""
