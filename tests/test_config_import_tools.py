@@ -351,3 +351,119 @@ def test_another_encoding_and_a_windows_path_in_quotes_are_refused_with_the_way_
     (tmp_path / "path.yaml").write_text('model: {source: "D:\\models\\qwen"}\n')
     with pytest.raises(ConfigError, match="stands without quotes, or in single ones"):
         read_config(tmp_path / "path.yaml")
+
+
+AXOLOTL = "base_model: m\nmicro_batch_size: 1\nlearning_rate: 1e-5\ndatasets:\n  - path: a.jsonl\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "columns"),
+    [
+        (
+            f"{AXOLOTL}    type: {{field_instruction: ask, field_output: reply, field_input: about}}\n",
+            {"prompt": "ask", "completion": "reply", "input": "about"},
+        ),
+        (
+            f"{AXOLOTL}    type: chat_template\n    field_messages: talk\n"
+            "    message_property_mappings: {role: who, content: what}\n",
+            {"messages": "talk", "role": "who", "content": "what"},
+        ),
+        (f"{AXOLOTL}    type: completion\n    field: body\n", {"text": "body"}),
+        (f"{AXOLOTL}    type: chat_template\n    field_messages: messages\n", {}),
+    ],
+)
+def test_the_columns_that_axolotl_names_are_ours(text: str, columns: dict[str, str], tmp_path: Path) -> None:
+    assert imported(tmp_path, text, "a.yml").resolved.config.data.columns.named == columns
+
+
+def test_the_columns_of_several_sources_are_told_where_they_differ(tmp_path: Path) -> None:
+    text = f"{AXOLOTL}    type: completion\n    field: body\n  - path: b.jsonl\n    type: alpaca\n"
+    found = imported(tmp_path, text, "a.yml")
+    assert not found.resolved.config.data.columns.named
+    assert any("columns text=body: data.columns is one for all sources" in sentence for sentence in found.differs)
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        ("type: bradley_terry.chat_template", "fitune is for supervised fine-tuning alone"),
+        ("type: chatml.intel", "fitune is for supervised fine-tuning alone"),
+        ("type: input_output", "segments with labels of their own"),
+        ("roles_to_train: [user, assistant]", "here the assistant's messages are learned"),
+        ("message_field_training: keep", "call that key 'train' in the rows"),
+    ],
+)
+def test_rows_of_axolotl_that_are_learned_otherwise_are_refused(more: str, sentence: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        imported(tmp_path, f"{AXOLOTL}    {more}\n", "a.yml")
+
+
+@pytest.mark.parametrize(
+    ("entry", "columns"),
+    [
+        (
+            {"columns": {"prompt": "ask", "response": "reply", "query": "about", "history": "before"}},
+            {"prompt": "ask", "completion": "reply", "input": "about", "history": "before"},
+        ),
+        (
+            {"formatting": "sharegpt", "columns": {"messages": "talk"}, "tags": {"role_tag": "who"}},
+            {"messages": "talk", "role": "who"},
+        ),
+        ({"columns": {"prompt": "instruction", "query": "input", "response": "output"}}, {}),
+        ({"columns": {"prompt": "body"}}, {"text": "body"}),
+    ],
+)
+def test_the_columns_in_llama_factory_s_list_are_ours(
+    entry: dict[str, Any], columns: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "dataset_info.json").write_text(json.dumps({"mine": {"file_name": "a.json", **entry}}))
+    found = command(LF.replace("d.json", "mine"))
+    assert found.resolved.config.data.columns.named == columns
+
+
+@pytest.mark.parametrize("key", ["kto_tag", "images"])
+def test_data_of_other_training_in_llama_factory_s_list_is_refused(
+    key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    entry = {"file_name": "a.json", "columns": {"prompt": "a", "response": "b", key: "c"}}
+    (tmp_path / "data" / "dataset_info.json").write_text(json.dumps({"mine": entry}))
+    with pytest.raises(ConfigError, match=f"columns: {key}"):
+        command(LF.replace("d.json", "mine"))
+
+
+@pytest.mark.parametrize(
+    "more", ["num_generations: 8", "beta: 0.1", "max_prompt_length: 512", "center_rewards_coefficient: 0.01"]
+)
+def test_preference_and_reward_training_of_trl_is_refused(more: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="fitune is for supervised fine-tuning alone"):
+        imported(tmp_path, f"model_name_or_path: m\ndataset_name: d.jsonl\n{more}\n")
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "sentence"),
+    [
+        ("torchrun train.py --model_name_or_path m --data_path d.json\n", "a.sh", "could be of LLaMA-Factory or TRL"),
+        ("python train_dpo.py --epochs 2\n", "a.sh", "'train_dpo.py' is no supervised fine-tuning"),
+        ("python unsloth-cli.py --model_name m\n", "a.sh", "is of Unsloth, whose recipes are not read"),
+        ("from trl import SFTConfig\n", "a.py", "is a program, whose arguments only running it tells"),
+    ],
+)
+def test_a_program_that_is_not_read_is_named_as_what_it_is(text: str, name: str, sentence: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        imported(tmp_path, text, name)
+
+
+def test_a_module_of_llama_factory_takes_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x.yaml").write_text("model_name_or_path: m\ndataset: d.json\nstage: sft\n")
+    found = imported(tmp_path, "CUDA_VISIBLE_DEVICES=0,1 python -m llamafactory.cli train x.yaml\n", "run.sh")
+    assert (found.tool, found.resolved.config.batch.effective) == ("LLaMA-Factory", 16)
+
+
+def test_names_of_other_scripts_of_transformers_tell_no_tool(tmp_path: Path) -> None:
+    text = "model_name_or_path: m\ndataset_name: d.jsonl\npreprocessing_num_workers: 2\nmax_seq_length: 512\n"
+    assert imported(tmp_path, text).tool == "TRL"

@@ -252,3 +252,56 @@ def test_a_real_run_of_trl_is_read(tmp_path: Path) -> None:
     assert list(run.train["loss"]) == [entry["loss"] for entry in logged]
     assert list(run.train["total_tokens"]) == [entry["num_tokens"] for entry in logged]
     assert len(run.evals["eval_loss"]) == 1
+
+
+def test_lines_that_ms_swift_logs_are_read(tmp_path: Path) -> None:
+    lines = [
+        {"loss": 2.5, "learning_rate": 1e-4, "global_step/max_steps": f"{step}/20", "memory(GiB)": 20.5}
+        for step in (1, 6)
+    ]
+    lines.append({"eval_loss": 1.9, "global_step/max_steps": "6/20"})
+    lines.append({"train_runtime": 100, "train_loss": 1.2, "global_step": 20})
+    (tmp_path / "logging.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run = read_one(tmp_path)
+    assert run.origin == "ms-swift"
+    assert (list(run.train["step"]), list(run.evals["eval_loss"])) == ([1, 6], [1.9])
+
+
+@pytest.mark.parametrize("names", [("step", "loss"), ("global_step", "train/loss"), ("_step", "loss")])
+def test_lines_with_a_step_and_a_loss_are_read(names: tuple[str, str], tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({names[0]: i, names[1]: 3 - i}) + "\n" for i in (1, 2)))
+    assert list(read_one(tmp_path / "a.jsonl").train["loss"]) == [2, 1]
+
+
+@pytest.mark.parametrize("column", ["train/loss", "loss", "my run - train/loss"])
+def test_what_wandb_exports_is_read(column: str, tmp_path: Path) -> None:
+    more = f',"{column}__MIN"'
+    (tmp_path / "a.csv").write_text(f'"Step","{column}"{more}\n1,2.5,0\n2,2.0,0\n')
+    run = read_one(tmp_path / "a.csv")
+    assert (list(run.train["step"]), list(run.train["loss"])) == ([1, 2], [2.5, 2.0])
+
+
+def test_a_chart_of_several_runs_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text('"Step","a - train/loss","b - train/loss"\n1,2.5,2\n')
+    with pytest.raises(RunDirectoryError, match="holds several runs"):
+        read_one(tmp_path / "a.csv")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "{'grad_norm': 1.2, 'loss': 2.5, 'learning_rate': 2e-05, 'epoch': 0.1}",
+        '{"loss": 2.5, "epoch": 0.1}',
+        "10%|x| 1/10 [00:01<00:09]{'loss': '2.5', 'epoch': '0.1'}",
+    ],
+)
+def test_printed_lines_are_read_in_any_order_and_quotes(line: str, tmp_path: Path) -> None:
+    (tmp_path / "a.log").write_text(f"{line}\n")
+    assert list(read_one(tmp_path / "a.log").train["loss"]) == [2.5]
+
+
+def test_a_loss_of_0_without_a_gradient_is_a_diverged_run(tmp_path: Path) -> None:
+    """transformers writes 0 where the loss is no number, and nan for the norm."""
+    history = [{"loss": 2.0, "grad_norm": 1.0, "step": 1}, {"loss": 0.0, "grad_norm": math.nan, "step": 2}]
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": history}))
+    assert math.isnan(read_one(tmp_path).train["loss"][-1])

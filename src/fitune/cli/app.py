@@ -21,6 +21,7 @@ from fitune.boundary import unexpected
 from fitune.cli.output import print_aside
 from fitune.config.foreign_names import foreign_hint
 from fitune.errors import FituneError
+from fitune.language import translated
 
 INTERRUPTED = 130
 BROKEN_PIPE = 141
@@ -124,7 +125,8 @@ def _fail(sentences: Sequence[str], exit_code: int) -> int:
     if _debugs():
         print_aside(traceback.format_exc())
     for sentence in sentences:  # an indented line is a detail of the sentence before it
-        print_aside(sentence if sentence.startswith(" ") else f"error: {sentence}")
+        told = translated(sentence)
+        print_aside(told if told.startswith(" ") else f"error: {told}")
     return exit_code
 
 

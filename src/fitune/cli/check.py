@@ -18,6 +18,7 @@ from fitune.cli.output import Format, Screen, console
 from fitune.config import DataConfig
 from fitune.data.examples import Examples, load_examples
 from fitune.data.report import DataReport, SplitReport, grouped
+from fitune.language import translated
 from fitune.language.printable import json_text
 from fitune.units import format_count
 
@@ -87,25 +88,25 @@ def report_on(
     )
     for source in report.sources:
         formats = ", ".join(source.formats) or "n/a"
-        screen.print(f"data     {source.path}: {formats}, {source.num_rows:,} rows")
+        screen.print(translated(f"data     {source.path}: {formats}, {source.num_rows:,} rows"))
     date = "" if report.date is None else f", which writes the date {report.date}"
-    screen.print(f"format   as messages through {report.template}{date}")
+    screen.print(translated(f"format   as messages through {report.template}{date}"))
     found = "" if data.mask == "all" else f" (found by {report.mask})"
     share = f"{report.supervised_fraction:.1%} of tokens carry loss"
-    screen.print(f"loss     {_MASKED[data.mask]} · {share}{found}")
+    screen.print(translated(f"loss     {_MASKED[data.mask]} · {share}{found}"))
     for sentence in _learned(examples, tokenizer, width=width):
-        screen.print(sentence)
+        screen.print(translated(sentence))
     screen.print(_split_table(report))
     for sentence in _warnings(report):
-        screen.print(f"! {sentence}")
+        screen.print(f"! {translated(sentence)}")
     for title, rows, count in (
         ("bad rows, not used", report.bad_rows, report.num_bad_rows),
         ("rows dropped", report.dropped_rows, report.train.num_untrainable_rows + report.eval.num_untrainable_rows),
     ):
         if rows:
-            screen.print(f"{title}: {count:,}; the first ones")
+            screen.print(translated(f"{title}: {count:,}; the first ones"))
             for sentence in grouped(rows):
-                screen.print(f"  {sentence}")
+                screen.print(translated(f"  {sentence}"))
     for index in range(min(show, len(examples))):
         screen.print(_shown(examples, index, tokenizer, colour=colour))
     return screen.file.getvalue()  # type: ignore[attr-defined, no-any-return]

@@ -8,6 +8,7 @@ from cyclopts import Parameter
 from fitune.cli.arguments import run_path
 from fitune.cli.output import Screen, console, print_json, print_text, table
 from fitune.errors import UsageError
+from fitune.language import translated
 from fitune.language.printable import printable_line
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def show_comparison(comparison: "Comparison", screen: Screen) -> None:
         screen.print()
         screen.print(table(["", *(row.name for row in comparison.rows)], differing))
     for sentence in (*verdicts(comparison), *comparison.notes):
-        screen.print(f"· {sentence}")
+        screen.print(f"· {translated(sentence)}")
 
 
 def _says_something(rows: list[list[str]], index: int) -> bool:

@@ -11,6 +11,7 @@ from fitune.config import json_schema
 from fitune.config.foreign_read import FROM_NAMES, read_command, read_foreign
 from fitune.config.foreign_translate import ImportedConfig, translate
 from fitune.errors import UsageError
+from fitune.language import translated
 from fitune.language.printable import json_text
 from fitune.run.directory import write_atomically
 
@@ -66,7 +67,7 @@ def import_(
 
 
 def _tell(imported: ImportedConfig, source: str) -> None:
-    print_aside(f"{source} is of {imported.tool}")
+    print_aside(translated(f"{source} is of {imported.tool}"))
     by_reason: dict[str, list[str]] = {}
     for name, reason in imported.not_needed.items():
         by_reason.setdefault(reason, []).append(name)
@@ -77,4 +78,4 @@ def _tell(imported: ImportedConfig, source: str) -> None:
     ):
         if sentences:
             for line in (heading, *(f"  {sentence}" for sentence in sentences)):
-                print_aside(line)
+                print_aside(translated(line))

@@ -26,6 +26,15 @@ _SOURCE_AS_HERE: Mapping[str, tuple[Any, ...]] = {
     "field_messages": ("messages", "conversations"),
     "chat_template": ("tokenizer_default",),
 }
+_OTHER_TYPES = re.compile(
+    r"(bradley_terry|stepwise_supervised|reward|kto|orpo|ipo|dpo|grpo)\b|user_defined\.default|"
+    r"(chatml|llama3|zephyr|passthrough)\.(argilla\w*|icr|intel|prompt_pairs|ultra|nectar|chat|default)"
+)
+"""What axolotl calls the formats of preferences and rewards."""
+_SAME_NAMES = {
+    "messages": ("messages", "conversations"), "role": ("role", "from"), "content": ("content", "value"),
+    "tools": ("tools",), "system": ("system",), "text": ("text",),
+}  # fmt: skip
 _PART = "rows are read from a hub's split 'train' and default subset: save those rows to a file and give it with --data"
 
 
@@ -44,11 +53,28 @@ def put_data(draft: Draft) -> None:
         parts = ("dataset_config", "dataset_train_split", "dataset_dir")
         draft.reasons |= dict.fromkeys(parts, "other data was given with the import")
     draft.put("data.train", _sources(draft, train, max_rows) if given is None else given)
+    if given is None:
+        _put_columns(draft)
     if given is None and max_rows is not None:
         draft.origin(str(draft.name("data.max_rows")))
     _held_out(draft, max_rows)
     _put_too_long(draft)
     _put_template(draft)
+
+
+def _put_columns(draft: Draft) -> None:
+    """What the rows call their columns, where all sources call them alike."""
+    told = [columns for columns, _ in draft.columns]
+    if not any(told):
+        return
+    if all(columns == told[0] for columns in told):
+        for ours, theirs in told[0].items():
+            draft.put(f"data.columns.{ours}", theirs, draft.columns[0][1])
+        return
+    for columns, where in draft.columns:
+        words = ", ".join(f"{ours}={theirs}" for ours, theirs in columns.items())
+        if words:
+            draft.differs.append(f"{where}: columns {words}: data.columns is one for all sources: rename them there")
 
 
 def _refuse_parts(draft: Draft) -> None:
@@ -101,6 +127,7 @@ def _paths(draft: Draft, item: Any) -> list[str]:
     if draft.tool == "LLaMA-Factory v1" and item.endswith((".yaml", ".yml")):
         return _listed_in_yaml(draft, Path(item))
     if draft.tool != "LLaMA-Factory" or PurePath(item).suffix:
+        draft.columns.append(({}, item))
         return [item]
     return [_listed(draft, item)]
 
@@ -110,6 +137,8 @@ def _paths_of_mapping(draft: Draft, item: Mapping[str, Any]) -> list[str]:
     told = without(item, "path", "data_files", "ds_type")
     told = {key: value for key, value in told.items() if value is not None and not is_off(value)}
     told = {key: value for key, value in told.items() if value not in _SOURCE_AS_HERE.get(key, ())}
+    _refuse_of_axolotl(draft, path, item)
+    columns = _columns_of_axolotl(told)
     if isinstance(told.get("type"), str):
         del told["type"]
     for key in ("split", "name", "shards", "shards_idx", "dataset_shard_num"):
@@ -118,8 +147,56 @@ def _paths_of_mapping(draft: Draft, item: Mapping[str, Any]) -> list[str]:
     if told:
         words = ", ".join(f"{key} {show(value)}" for key, value in told.items())
         draft.differs.append(f"data {path}: {words}: all rows are read and their format is told by their keys")
+    found = _paths_of_entry(draft, path, files)
+    draft.columns[-len(found) :] = [(columns, f"data {path}")] * len(found)
+    return found
+
+
+def _refuse_of_axolotl(draft: Draft, path: Any, item: Mapping[str, Any]) -> None:
+    """Raises ConfigError for rows that are no answers to imitate, or of which other parts are learned."""
+    kind, roles, key = item.get("type"), item.get("roles_to_train"), item.get("message_field_training")
+    where = f"{draft.arguments.source}: the data {path}"
+    if isinstance(kind, str) and _OTHER_TYPES.match(kind):
+        raise ConfigError([f"{where}, type {show(kind)}: fitune is for supervised fine-tuning alone"])
+    if kind == "input_output":
+        raise ConfigError([f"{where}, type {show(kind)}: segments with labels of their own: give rows of messages"])
+    if roles is not None and roles not in _SOURCE_AS_HERE["roles_to_train"]:
+        raise ConfigError(
+            [f"{where}, roles_to_train {show(roles)}: here the assistant's messages are learned, or all with data.mask"]
+        )
+    if key not in (None, "train", "training", "weight"):
+        raise ConfigError([f"{where}, message_field_training {show(key)}: call that key 'train' in the rows"])
+
+
+def _columns_of_axolotl(told: dict[str, Any]) -> dict[str, str]:
+    """What is said of the columns of a source, which is taken out of `told`."""
+    kind = told.get("type")
+    named: dict[str, Any] = {}
+    if isinstance(kind, dict):
+        names = {"field_instruction": "prompt", "field_output": "completion", "field_input": "input"}
+        named = {ours: kind[theirs] for theirs, ours in {**names, "field_system": "system"}.items() if kind.get(theirs)}
+        rest = without(kind, *names, "field_system")
+        told["type"] = {key: value for key, value in rest.items() if value}
+        if not told["type"]:
+            del told["type"]
+    else:
+        mappings = told.pop("message_property_mappings", None) or {}
+        fields = {"field_messages": "messages", "field_tools": "tools", "field_system": "system", "field": "text"}
+        fields |= {"message_field_role": "role", "message_field_content": "content"}
+        named = {ours: told.pop(theirs) for theirs, ours in fields.items() if theirs in told}
+        named |= {key: value for key, value in mappings.items() if key in ("role", "content")}
+    return {
+        ours: theirs
+        for ours, theirs in named.items()
+        if isinstance(theirs, str) and theirs not in _SAME_NAMES.get(ours, ())
+    }
+
+
+def _paths_of_entry(draft: Draft, path: Any, files: Any) -> list[str]:
     if files and path in ("json", "csv", "parquet", None):
-        return [str(file) for file in files] if isinstance(files, list) else [str(files)]
+        found = [str(file) for file in files] if isinstance(files, list) else [str(files)]
+        draft.columns += [({}, file) for file in found]
+        return found
     if not isinstance(path, str):
         raise ConfigError([f"{draft.arguments.source}: an entry of the data has no path: give the data with --data"])
     return _paths(draft, path)
@@ -142,10 +219,42 @@ def _listed(draft: Draft, item: str) -> str:
         raise ConfigError([f"{where}: ranking: preferred and rejected answers are no data of supervised fine-tuning"])
     if entry.get("subset") or entry.get("split", "train") != "train":
         raise ConfigError([f"{where}: {_PART}"])
-    if entry.get("columns"):
-        draft.differs.append(f"{where}: columns: a row's format is told by its keys; look with 'fitune check'")
+    draft.columns.append((_columns_of_list(entry, where), where))
+    if others := {key: value for key, value in (entry.get("tags") or {}).items() if value not in _TAGS_AS_HERE}:
+        words = ", ".join(f"{key} {show(value)}" for key, value in others.items() if not key.endswith("_tag"))
+        names = ", ".join(f"{key} {show(value)}" for key, value in others.items() if key in _ROLE_TAGS)
+        if words or names:
+            draft.differs.append(f"{where}: {words or names}: roles have the names that 'fitune check' knows")
     sample = entry.get("num_samples")
     return f"{path}#{sample}" if isinstance(sample, int) and sample > 0 else path
+
+
+_ROLE_TAGS = ("user_tag", "assistant_tag", "observation_tag", "function_tag", "system_tag")
+_TAGS_AS_HERE = (
+    *("user", "human", "assistant", "gpt", "observation", "tool", "function_call", "system", "role", "from"),
+    *("content", "value"),
+)
+
+
+def _columns_of_list(entry: Mapping[str, Any], where: str) -> dict[str, str]:
+    """What LLaMA-Factory's list says of a data set's columns. Raises ConfigError for those of other training."""
+    columns, tags = entry.get("columns") or {}, entry.get("tags") or {}
+    for key in ("kto_tag", "chosen", "rejected", "images", "videos", "audios"):
+        if columns.get(key):
+            way_out = "give other data with --data"
+            raise ConfigError([f"{where}: columns: {key}: fitune trains on text and answers to imitate: {way_out}"])
+    if entry.get("formatting") in ("sharegpt", "openai"):
+        named = {"messages": columns.get("messages"), "system": columns.get("system"), "tools": columns.get("tools")}
+        named |= {"role": tags.get("role_tag"), "content": tags.get("content_tag")}
+        return {ours: theirs for ours, theirs in named.items() if theirs and theirs not in _SAME_NAMES[ours]}
+    names = {"prompt": ("prompt", "instruction"), "completion": ("response", "output"), "input": ("query", "input")}
+    named = {ours: columns.get(theirs) for ours, (theirs, _) in names.items()}
+    if all(theirs in (None, names[ours][1]) for ours, theirs in named.items()):
+        named = {}
+    elif not columns.get("response"):  # text alone
+        named = {"text": columns["prompt"]} if columns.get("prompt") not in (None, "text") else {}
+    named |= {ours: columns.get(ours) for ours in ("system", "history", "tools")}
+    return {ours: theirs for ours, theirs in named.items() if theirs and theirs != ours}
 
 
 def _listed_in_yaml(draft: Draft, path: Path) -> list[str]:

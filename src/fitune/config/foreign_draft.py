@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fitune.config.foreign_read import ForeignArguments
-from fitune.config.foreign_reasons import ANSWERS, NOT_NEEDED, OTHER_TRAINING
+from fitune.config.foreign_reasons import ANSWERS, NOT_NEEDED, OTHER_TRAINING, PREFERENCE_OF_TRL
 from fitune.config.wording import show
 from fitune.config.yaml_lines import parse_scalar
 from fitune.errors import ConfigError
@@ -51,6 +51,8 @@ def checked(arguments: ForeignArguments) -> ForeignArguments:
                 faults.append(f"{origins[name]} {name}: {show(value)}: a word is needed here")
             elif is_other_training(name, value):
                 faults.append(f"{origins[name]} {name}: {show(value)}: {OTHER_TRAINING[name][1]}")
+            elif name in PREFERENCE_OF_TRL and arguments.tool == "TRL" and not is_off(value):
+                faults.append(f"{origins[name]} {name}: {show(value)}: fitune is for supervised fine-tuning alone")
     if faults:
         raise ConfigError(faults)
     return replace(arguments, values=values, origins=origins)
@@ -89,6 +91,8 @@ class Draft:
     shown: set[str] = field(default_factory=set)
     reasons: dict[str, str] = field(default_factory=dict)
     given_elsewhere: dict[str, Any] = field(default_factory=dict)
+    columns: list[tuple[dict[str, str], str]] = field(default_factory=list)
+    """Of each source of training rows: our name of a column -> theirs, and where that is said."""
 
     @property
     def tool(self) -> str:

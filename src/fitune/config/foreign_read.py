@@ -30,7 +30,10 @@ PROGRAMS = {
     **dict.fromkeys(MINIMIND_SCRIPTS, "minimind"),
 }
 _TRAINS = {"ms-swift": ("sft", "pt"), "LLaMA-Factory": ("train",), "axolotl": ("train",), "TRL": ("sft",)}
-_NAMED_PROGRAMS = {"tune": "torchtune", "litgpt": "litgpt", "megatron": "Megatron-SWIFT"}
+_NAMED_PROGRAMS = {
+    "tune": "torchtune", "litgpt": "litgpt", "megatron": "Megatron-SWIFT", "unsloth-cli.py": "Unsloth",
+}  # fmt: skip
+_OTHER_SCRIPT = re.compile(r"(^|_)(dpo|ppo|grpo|kto|orpo|rlhf|rm|reward|distill\w*)(_|\.py$)")
 _DEVICE_FLAGS = ("nproc_per_node", "num_processes", "num_gpus")
 _SUFFIXES = (".yaml", ".yml", ".json")
 
@@ -81,9 +84,15 @@ def read_foreign(path: Path, *, tool: str | None = None) -> ForeignArguments:
         ) from error
     except OSError as error:
         raise ConfigError([f"{path} cannot be read: {error.strerror}"]) from error
-    if path.suffix not in _SUFFIXES and re.search(
-        r"(^|\s)--\w|^\s*(swift|llamafactory-cli|axolotl|trl) ", text, re.MULTILINE
-    ):
+    if path.suffix in (".py", ".ipynb"):
+        raise ConfigError(
+            [
+                f"{path} is a program, whose arguments only running it tells: let it save them with "
+                "json.dump(args.to_dict(), file) and import that file"
+            ]
+        )
+    is_command = re.search(r"(^|\s)--\w|^\s*(swift|llamafactory-cli|axolotl|trl) ", text, re.MULTILINE)
+    if path.suffix in (".sh", ".bash") or (path.suffix not in _SUFFIXES and is_command):
         return read_command(_words(text, path), source=str(path), tool=tool)
     values, origins = _read_values(text, path)
     if any(name.startswith("top.") for name in values):
@@ -128,11 +137,14 @@ def read_command(words: Sequence[str], *, source: str = "command", tool: str | N
     rest = list(words[start + 1 :])
     script = program if program.endswith(".py") else None
     sub = ""
-    if told in _TRAINS and script is None and "." not in program:
+    is_sub = bool(rest) and rest[0] in _TRAINS.get(told or "", ())
+    if told in _TRAINS and script is None and ("." not in program or is_sub):
         sub = rest.pop(0) if rest else ""
         if sub not in _TRAINS[told]:
             raise ConfigError([f"{source}: '{program} {sub}' is no supervised fine-tuning, which fitune is for alone"])
     flags = _flags(rest)
+    if script is not None and _OTHER_SCRIPT.search(script) and not MINIMIND.own & flags.keys():
+        raise ConfigError([f"{source}: '{script}' is no supervised fine-tuning, which fitune is for alone"])
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
     if told != "minimind" and (file := _configuration(rest, flags)) is not None:

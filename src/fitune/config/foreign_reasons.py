@@ -23,7 +23,11 @@ _OTHER_TRAINING: dict[str, dict[str, tuple[Any, ...]]] = {
         "model_class": ("llm",),
         **_none_of(
             "reward_model process_reward_model ref_model num_labels problem_type teacher_model ebft qat "
-            "pretraining_dataset diffusion kd_trainer sampler_type export_dir trainer_cls"
+            "pretraining_dataset diffusion kd_trainer sampler_type export_dir trainer_cls num_generations "
+            "max_completion_length max_prompt_length reward_funcs reward_weights reward_model_path sft_model_path "
+            "num_ppo_epochs kl_coef missing_eos_penalty center_rewards_coefficient desirable_weight "
+            "undesirable_weight reference_free precompute_ref_log_probs sync_ref_model ref_model_mixup_alpha "
+            "f_divergence_type rpo_alpha cpo_alpha simpo_gamma_beta_ratio teacher_model_name_or_path"
         ),
     },
     "fitune trains with the plain cross-entropy of all supervised tokens: take it out to train so": {
@@ -77,6 +81,9 @@ _OTHER_TRAINING: dict[str, dict[str, tuple[Any, ...]]] = {
 OTHER_TRAINING: Mapping[str, tuple[tuple[Any, ...], str]] = {
     name: (plain, reason) for reason, names in _OTHER_TRAINING.items() for name, plain in names.items()
 }
+
+PREFERENCE_OF_TRL = frozenset(("beta", "num_iterations", "epsilon_high", "scale_rewards", "use_vllm", "vllm_mode"))
+"""What TRL's supervised fine-tuning has not, under names that mean something else in other tools."""
 
 ANSWERS = {
     "auto_find_batch_size": "fitune always picks batch.micro by the memory: drop it",

@@ -102,7 +102,7 @@ TRL = Tool(
     name="TRL",
     release="TRL 1.16",
     base=TRANSFORMERS,
-    programs=("trl",),
+    programs=("trl", "trl.scripts.sft"),
     own=_names(
         "dataset_name dataset_config dataset_train_split dataset_test_split dataset_streaming use_peft max_seq_length "
         "completion_only_loss assistant_only_loss dataset_text_field chat_template_path "
@@ -138,10 +138,10 @@ LLAMA_FACTORY = Tool(
     name="LLaMA-Factory",
     release="LLaMA-Factory 0.9.5",
     base=TRANSFORMERS,
-    programs=("llamafactory-cli", "lmf", "train_bash.py"),
+    programs=("llamafactory-cli", "lmf", "llamafactory.cli", "train_bash.py"),
     own=_names(
         "finetuning_type dataset_dir lora_target val_size max_samples stage train_on_prompt mask_history "
-        "overwrite_cache preprocessing_num_workers neat_packing pure_bf16 plot_loss additional_target mix_strategy "
+        "neat_packing pure_bf16 plot_loss additional_target mix_strategy "
         "interleave_probs default_system use_llama_pro freeze_trainable_layers shift_attn upcast_layernorm "
         "disable_gradient_checkpointing double_quantization media_dir"
     ),
@@ -280,7 +280,7 @@ MS_SWIFT = Tool(
     name="ms-swift",
     release="ms-swift 4.4",
     base=TRANSFORMERS,
-    programs=("swift",),
+    programs=("swift", "swift.cli.sft", "swift.cli.pt"),
     own=_names(
         "tuner_type train_type split_dataset_ratio val_dataset attn_impl model_author agent_template loss_scale "
         "quant_bits quant_method cached_dataset tuner_backend lazy_tokenize use_hf custom_register_path "
@@ -357,7 +357,7 @@ MS_SWIFT_2 = Tool(
 MINIMIND = Tool(
     name="minimind",
     release="minimind of August 2026",
-    own=_names("accumulation_steps from_weight save_weight data_path use_moe grad_clip lora_name from_resume"),
+    own=_names("accumulation_steps from_weight save_weight use_moe grad_clip lora_name from_resume"),
     rows={
         "trainer/train_full_sft.py": {
             "epochs": ("train.epochs", 2),

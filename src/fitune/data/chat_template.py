@@ -1,8 +1,9 @@
 """A tokenizer's chat template: chosen, made ready, and rendered. This is the one place where a template runs.
 
 A template is a program that comes with a model, and each has its own idea of its input. Tool calls are given in the
-shape that the template writes well, as transformers chooses the one named `tool_use` for rows with tools, and the date
-that a template may write is that of the run, so that the same rows have the same tokens on the next day.
+shape that the template writes well (also their ids and the tools' frame), as transformers chooses the one named
+`tool_use` for rows with tools, and the date that a template may write is that of the run, so that the same rows have
+the same tokens on the next day.
 """
 
 import datetime
@@ -12,17 +13,19 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 from fitune.boundary import parse_json
-from fitune.data.formats import Message
+from fitune.data.messages import Message, without_none
 from fitune.data.template_limits import MOST_CHARS, LimitError, check_size, limited
 from fitune.errors import DataError
 
 CharSpan = tuple[int, int]
 
 _DATE_CALL = re.compile(r"strftime_now\(\s*(?:format\s*=\s*)?(\"[^\"]*\"|'[^']*')\s*\)")
+_DIRECTIVES = "aAbBdeFHIjmMpSuUVwWxXyY"
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _KEY, _VALUE = "akey", "avalue"
 PROBE: tuple[Message, ...] = ({"role": "user", "content": "Question"}, {"role": "assistant", "content": "Answer"})
@@ -72,6 +75,8 @@ class ChatTemplate:
         """The text and the ranges of its {% generation %} blocks. Raises TemplateError."""
         if self._wants_parts:
             messages = [_with_parts(message) for message in messages]
+        if tools and self._wants_framed_tools:
+            tools = [_framed(tool) for tool in tools]
         return self._render(
             messages, tools=tools, arguments=arguments, add_generation_prompt=add_generation_prompt, marks=marks
         )
@@ -120,18 +125,49 @@ class ChatTemplate:
                 return wrap is _with_parts
         return False
 
+    @cached_property
+    def _wants_framed_tools(self) -> bool:
+        """Whether it writes a tool that stands under `function`, and not one that is described without that frame, as
+        OpenAI's older `functions` are."""
+        bare = {"name": "fname", "description": "d", "parameters": {"type": "object", "properties": {}}}
+        for tool in (bare, {"type": "function", "function": bare}):
+            try:
+                text, _ = self._render(PROBE[:1], tools=[tool])
+            except TemplateError:
+                continue
+            if "fname" in text:
+                return tool is not bare
+        return False
+
     def prepared(self, messages: Sequence[Message]) -> Sequence[Message]:
         """The messages with their tool calls in the form that this template writes well. Raises TemplateError."""
         if not any("tool_calls" in message for message in messages):
             return messages
         prepared = []
-        for message in messages:
+        for message in with_short_ids(messages) if self._wants_short_ids else messages:
             if "tool_calls" in message:
                 calls = [_in_form(call, self._call_form) for call in message["tool_calls"]]
                 content = message["content"] or (None if self._call_form.without_content else "")
                 message = {**message, "tool_calls": calls, "content": content}
             prepared.append(message)
         return prepared
+
+    @cached_property
+    def _wants_short_ids(self) -> bool:
+        """Whether it takes a tool call only with an id of nine letters and digits, as Mistral's do."""
+        takes = []
+        for call_id in (_PROBE_CALL["id"], "call_abcdefghijkl", None):
+            call = {**_PROBE_CALL, "id": call_id}
+            answer = {"role": "assistant", "content": "", "tool_calls": [_in_form(call, self._call_form)]}
+            result = {"role": "tool", "content": "Result", "name": "fname", "tool_call_id": call_id}
+            rows = (PROBE[0], answer, result, PROBE[1])
+            try:
+                self.render([without_none(message) for message in rows])
+            except TemplateError:
+                takes.append(False)
+            else:
+                takes.append(True)
+        return takes[0] and not all(takes)
 
     @cached_property
     def _call_form(self) -> "_CallForm":
@@ -187,6 +223,51 @@ def _in_form(call: Mapping[str, Any], form: _CallForm) -> dict[str, Any]:
     return {"type": "function", **outer, "function": inner} if nested else {**outer, **inner}
 
 
+def with_short_ids(messages: Sequence[Message]) -> list[Message]:
+    """The messages with ids of nine letters and digits for tool calls and their answers, where they have others. An
+    answer without an id is that of the first call that has none yet."""
+    short: dict[Any, str] = {}
+    open_ids: list[str] = []
+    renamed: list[Message] = []
+    for number, message in enumerate(messages):
+        if "tool_calls" in message:
+            calls = []
+            for place, call in enumerate(message["tool_calls"]):
+                told = call.get("id")
+                short[told] = own = _short_id(told, f"{number} {place}")
+                open_ids.append(own)
+                calls.append({**call, "id": own})
+            message = {**message, "tool_calls": calls}
+        elif message["role"] == "tool":
+            told = message.get("tool_call_id")
+            own = short[told] if told is not None and told in short else (open_ids[:1] or [_short_id(told, "0")])[0]
+            if own in open_ids:
+                open_ids.remove(own)
+            message = {**message, "tool_call_id": own}
+        renamed.append(message)
+    return renamed
+
+
+def _short_id(told: Any, place: str) -> str:
+    if isinstance(told, str) and re.fullmatch(r"[A-Za-z0-9]{9}", told):
+        return told
+    return blake2b(str(place if told is None else told).encode(), digest_size=5).hexdigest()[:9]
+
+
+def _framed(tool: Mapping[str, Any]) -> dict[str, Any]:
+    """A tool under `function`, where it is described without that."""
+    if "function" in tool or not isinstance(tool.get("name"), str):
+        return dict(tool)
+    return {"type": "function", "function": {key: value for key, value in tool.items() if key != "type"}}
+
+
+def _date_macro(day: datetime.date) -> str:
+    """A macro in the place of the function that tells the time, for templates that compute what they ask it for."""
+    known = {**{f"%{letter}": day.strftime(f"%{letter}") for letter in _DIRECTIVES}, "%-d": f"{day.day}"}
+    replaced = "".join(f" | replace({told!r}, {value!r})" for told, value in known.items())
+    return f"{{%- macro strftime_now(format) -%}}{{{{ format{replaced} }}}}{{%- endmacro -%}}{{{{ '' }}}}"
+
+
 def today() -> datetime.date:
     return datetime.datetime.now().astimezone().date()
 
@@ -203,7 +284,10 @@ def read_template(
     def template(text: str, name: str) -> ChatTemplate:
         day = date or today()
         written = _DATE_CALL.sub(lambda call: repr(day.strftime(call[1][1:-1])), text)
-        return ChatTemplate(written, name, tokenizer.special_tokens_map, day if written != text else None)
+        if "strftime_now(" in written:
+            written = _date_macro(day) + written
+        asks = "strftime_now" in text
+        return ChatTemplate(written, name, tokenizer.special_tokens_map, day if asks else None)
 
     own = tokenizer.chat_template
     named = own if isinstance(own, dict) else {}
@@ -239,7 +323,8 @@ def _with_parts(message: Message) -> Message:
 
 def _arguments(arguments: Any, *, as_text: bool) -> Any:
     if as_text:
-        return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+        given = isinstance(arguments, str) and arguments.strip()
+        return arguments if given else json.dumps(arguments or {}, ensure_ascii=False)
     if not isinstance(arguments, str):
         return arguments
     try:

@@ -7,8 +7,9 @@ row on the same side.
 
 import datetime
 import json
+import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from itertools import islice
@@ -18,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fitune.config import DataConfig, DataSource
-from fitune.data.files import RawRow, Split, fingerprint, other_splits, read_rows
+from fitune.data.files import RawRow, fingerprint, read_rows, split_sample
 from fitune.data.formats import Conversation, Format, RowError, normalise
 from fitune.data.report import (
     BadRow,
@@ -31,13 +32,14 @@ from fitune.data.report import (
     padding_report,
 )
 from fitune.data.rows import Row
+from fitune.data.splits import Split, other_splits
 from fitune.data.table import Table, TableRow, TableWriter, cached_table
 from fitune.data.tokenise import Encoded, Encoder, encode, read_encoder
-from fitune.data.turns import NOT_SHOWN
+from fitune.data.turns import NOT_SHOWN, writes_reasoning
 from fitune.errors import DataError
 from fitune.units import MIB
 
-_DATA_VERSION = 2  # counted up whenever the same files would be tokenised or masked in another way
+_DATA_VERSION = 3  # counted up whenever the same files would be tokenised or masked in another way
 _NUM_LISTED = 10
 _CHUNK_ROWS = 1024
 _CHUNK_CHARS = 4 * MIB
@@ -169,7 +171,7 @@ def _table(
         "sources": prints,
         "tokenizer": _tokenizer_hash(encoder.tokenizer),
         "templates": [
-            None if finder is None else (finder.template.name, finder.template.text)
+            None if finder is None else (finder.template.name, finder.template.text, str(finder.template.date))
             for finder in (encoder.finder, encoder.tool_finder)
         ],
         "mask": data.mask,
@@ -340,11 +342,16 @@ def _chunks(rows: Iterator[tuple[int, RawRow, Conversation]]) -> Iterator[list[t
 
 def _notices(conversation: Conversation, encoder: Encoder, data: DataConfig) -> frozenset[str]:
     """What a row holds that has no effect, or an unexpected one; each kind becomes a warning with its count."""
-    noticed = {f"hold the key '{key}', which is ignored" for key in conversation.ignored}
+    noticed = {_IGNORED.format(key=key) for key in conversation.ignored}
+    if conversation.text is not None and _WRITTEN_CHAT.search(conversation.text, 0, 4096):
+        noticed.add(
+            "are texts in which a conversation is written out already: every token of them is learned, the questions "
+            "too; rows of messages teach the answers alone"
+        )
     if conversation.text is None:
         template = encoder.finder_of(conversation).template.text
         keys = {key for message in conversation.messages for key in message}
-        if "reasoning_content" in keys and not any(key in template for key in ("reasoning_content", "thinking")):
+        if "reasoning_content" in keys and not writes_reasoning(template):
             noticed.add(NOT_SHOWN.format(what="reasoning_content"))
         if "tool_calls" in keys and "tool_calls" not in template:
             noticed.add(NOT_SHOWN.format(what="tool_calls"))
@@ -363,6 +370,30 @@ def _notices(conversation: Conversation, encoder: Encoder, data: DataConfig) -> 
     elif any(weight and message["role"] != "assistant" for message, weight in pairs):
         noticed.add(f"weigh messages that are not the assistant's, which data.mask={data.mask} never supervises")
     return frozenset(noticed)
+
+
+_IGNORED = "hold the key '{key}', which is ignored"
+_IGNORED_PATTERN = re.compile(_IGNORED.format(key="(.*)"), re.DOTALL)
+_WRITTEN_CHAT = re.compile(
+    r"<\|im_start\|>|<\|start_header_id\|>|<start_of_turn>|<\|(?:user|assistant)\|>|\[INST\]|"
+    r"#{2,3} ?(?:Human|User|Assistant|Instruction|Response)\b|^(?:USER|ASSISTANT|Human|Assistant): ",
+    re.MULTILINE,
+)
+
+
+def _grouped_notices(noticed: Mapping[str, int]) -> Iterator[str]:
+    """A sentence for each kind; three keys or more that as many rows hold stand in one."""
+    ignored: dict[int, list[str]] = {}
+    for notice, count in sorted(noticed.items()):
+        if match := _IGNORED_PATTERN.fullmatch(notice):
+            ignored.setdefault(count, []).append(match[1])
+        else:
+            yield f"{count:,} rows {notice}"
+    for count, keys in ignored.items():
+        if len(keys) < 3:
+            yield from (f"{count:,} rows {_IGNORED.format(key=key)}" for key in keys)
+        else:
+            yield f"{count:,} rows hold the keys {', '.join(keys)}, which are ignored"
 
 
 _KNOWN_IN_A_MESSAGE = {"role", "content", "reasoning_content", "tool_calls", "tool_call_id", "name", "id"}
@@ -402,7 +433,7 @@ def _data_report(
         train=train_report,
         eval=eval_report,
         warnings=(
-            *(f"{count:,} rows {notice}" for notice, count in sorted(noticed.items())),
+            *_grouped_notices(noticed),
             *_split_warnings(data, train, eval),
             *_other_split_warnings(data),
             *(
@@ -432,12 +463,12 @@ def _split_report(table: Table, rows: npt.NDArray[np.int64], max_length: int) ->
 def _other_split_warnings(data: DataConfig) -> Iterator[str]:
     """What lies in a source's directory and is not used for what the source is for."""
     for source in data.train_sources:
-        for name, count in other_splits(source.path).items():
+        for name, count in other_splits(split_sample(source.path)[0]).items():
             what = f"{count:,} files of the split {name}" if name else f"{count:,} files whose names tell no split"
             hint = f": data.eval={source.path} evaluates with them" if name and data.eval is None else ""
             yield f"{source.path} holds {what}, not used for training{hint}"
     for source in data.eval_sources or ():
-        for name, count in other_splits(source.path, split="eval").items():
+        for name, count in other_splits(split_sample(source.path)[0], split="eval").items():
             if name in ("validation", "test"):
                 yield f"{source.path} holds {count:,} files of the split {name}, not used for evaluation"
 

@@ -1,25 +1,23 @@
 """A source of the configuration -> its rows, one at a time, each with the place that it came from.
 
-json (an array, or objects over several lines), jsonl, parquet, csv and arrow files, text also compressed (gz, zst),
-directories of those, and hub ids through `datasets`. Nothing is held but the row at hand, so a file may be larger than
-memory; only an object that holds the rows in it ({"data": [...]}, or a list for each column) is held whole. A row that
-cannot be parsed is yielded with its fault; what makes the whole file unreadable (missing, empty, binary, a broken
-array) is a DataError.
-
-The files of a directory are sorted into splits by their names as `datasets` does: those of training are read, and where
-a source is to be evaluated with those of validation, else of test.
+json (an array, or objects over several lines), jsonl, parquet, csv, tsv and arrow files, text also compressed (gz, zst,
+bz2, xz), directories of those (data/splits.py), and hub ids through `datasets`. Nothing is held but the row at hand, so
+a file may be larger than memory; only an object that holds the rows in it ({"data": [...]}, or a list for each column)
+is held whole. A row that cannot be parsed is yielded with its fault; what makes the whole file unreadable (missing,
+empty, binary, a broken array) is a DataError.
 """
 
 import csv
 import io
 import json
+import lzma
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any
 
 import numpy as np
 import pyarrow
@@ -28,20 +26,13 @@ import pyarrow.parquet
 from fitune.boundary import bounded_int, parse_json
 from fitune.config import DataSource
 from fitune.data.formats import detect_format
+from fitune.data.keys import TURN_KEYS
 from fitune.data.order import shuffled
+from fitune.data.splits import COMPRESSIONS, SUFFIXES, TABLES, Split, find_files, suffix_of
 from fitune.errors import DataError
 from fitune.hub import hub_is_known
 from fitune.units import MIB
 
-SUFFIXES = (".json", ".jsonl", ".parquet", ".csv", ".arrow")
-COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
-Split = Literal["train", "eval"]
-_NOT_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
-_SPLIT_NAMES = {
-    "train": ("train", "training"),
-    "validation": ("validation", "valid", "val", "dev"),
-    "test": ("test", "testing", "eval", "evaluation"),
-}
 _WRAPPERS = ("data", "rows", "train", "examples", "instances", "items", "records", "samples", "dataset", "entries")
 _MAX_ELEMENT_CHARS = 64 * MIB
 _CHUNK = MIB
@@ -99,69 +90,6 @@ def fingerprint(source: DataSource, *, split: Split = "train") -> list[Any]:
     return [source.path, source.max_rows, *((str(file), _file_hash(file)) for file in find_files(path, split=split))]
 
 
-def find_files(path: str, *, split: Split = "train") -> tuple[Path, ...]:
-    """The data files of a path, sorted: the file itself, or those of `split` anywhere below a directory. Raises
-    DataError."""
-    root = Path(path).expanduser()
-    if root.is_dir():
-        by_split = _split_files(root)
-        if not by_split:
-            raise DataError(f"the directory {path} holds no data: no file that ends in {_endings()}")
-        wanted = ("train", "") if split == "train" else ("validation", "test", "", "train")
-        name = next((name for name in wanted if name in by_split), None)
-        if name is None:
-            raise DataError(
-                f"the directory {path} holds no training data, only files of the split {' and '.join(by_split)}: name "
-                f"the file to train on, such as {next(iter(by_split.values()))[0]}"
-            )
-        return by_split[name]
-    if not root.exists():
-        raise DataError(f"no data at {path}: there is no such file or directory")
-    if _suffix(root) not in SUFFIXES:
-        raise DataError(f"{path} has an unknown ending '{root.suffix}': data is read from {_endings()} files")
-    return (root,)
-
-
-def other_splits(path: str, *, split: Split = "train") -> dict[str, int]:
-    """The splits of a directory that are not read for `split`, with their numbers of files; '' are files of none."""
-    root = Path(split_sample(path)[0]).expanduser()
-    if not root.is_dir():
-        return {}
-    read = set(find_files(str(root), split=split))
-    return {name: len(files) for name, files in _split_files(root).items() if not read & set(files)}
-
-
-def _split_files(root: Path) -> dict[str, tuple[Path, ...]]:
-    """The data files anywhere below a directory, sorted, by the split that their names tell."""
-    by_split: dict[str, list[Path]] = {}
-    for file in sorted(root.rglob("*")):
-        relative = file.relative_to(root)
-        is_cache = file.name.startswith("cache-") and file.suffix == ".arrow"  # of datasets' map and filter
-        hidden = any(part.startswith(".") for part in relative.parts)
-        if _suffix(file) in SUFFIXES and file.name not in _NOT_DATA and file.is_file() and not hidden and not is_cache:
-            by_split.setdefault(_split_of(relative), []).append(file)
-    return {name: tuple(files) for name, files in by_split.items()}
-
-
-def _split_of(relative: Path) -> str:
-    """'data/train-00000-of-00001.parquet' -> 'train'. The file's own name counts before its directories'."""
-    for part in (relative.name.split(".")[0], *reversed(relative.parent.parts)):
-        words = re.split(r"[^a-z0-9]+", part.lower())
-        for name, keywords in _SPLIT_NAMES.items():
-            if any(word in keywords for word in words):
-                return name
-    return ""
-
-
-def _suffix(path: Path) -> str:
-    """The ending that tells the format, without that of a compression."""
-    return Path(path.stem).suffix if path.suffix in COMPRESSIONS else path.suffix
-
-
-def _endings() -> str:
-    return f"{', '.join(SUFFIXES)} (text also with {', '.join(COMPRESSIONS)})"
-
-
 def _read_all(path: str, split: Split) -> Iterator[RawRow]:
     if _is_hub_id(path):
         yield from (RawRow(path, line, row) for line, row in enumerate(_load_hub(path, split), 1))
@@ -176,9 +104,12 @@ def _read_all(path: str, split: Split) -> Iterator[RawRow]:
 
 def _open(path: Path) -> IO[bytes]:
     """The bytes of a file, unpacked where it is compressed."""
-    if path.suffix not in COMPRESSIONS:
+    compression = COMPRESSIONS.get(path.suffix.lower())
+    if compression is None:
         return path.open("rb")
-    return io.BufferedReader(pyarrow.input_stream(str(path), compression=COMPRESSIONS[path.suffix]))
+    if compression == "xz":
+        return lzma.open(path, "rb")
+    return io.BufferedReader(pyarrow.input_stream(str(path), compression=compression))
 
 
 def _open_text(path: Path) -> IO[str]:
@@ -186,36 +117,61 @@ def _open_text(path: Path) -> IO[str]:
 
 
 def _read_file(path: Path) -> Iterator[RawRow]:
-    suffix = _suffix(path)
-    if suffix in (".parquet", ".arrow"):
+    suffix = suffix_of(path)
+    if suffix in (".parquet", ".arrow") and not _is_pointer(path):
         return _read_parquet(path) if suffix == ".parquet" else _read_arrow(path)
     try:
         with _open(path) as file:
             head = file.read(8192)
+            if head.startswith(b"version https://git-lfs"):
+                raise DataError(f"{path} is a pointer of Git LFS, not the data itself: fetch that with 'git lfs pull'")
+            if head[:4] == b"\xff\xfe\0\0" or head[:4] == b"\0\0\xfe\xff":
+                raise DataError(f"{path} is in UTF-32: write it in UTF-8, as 'iconv -f UTF-32 -t UTF-8' does")
             if head[:2] in (b"\xff\xfe", b"\xfe\xff"):
                 raise DataError(f"{path} is in UTF-16: write it in UTF-8, as 'iconv -f UTF-16 -t UTF-8' does")
             if b"\0" in head:
                 raise DataError(f"{path} is no text file (it holds zero bytes): give UTF-8 text or a .parquet file")
             while not head.strip(b"\xef\xbb\xbf \t\r\n") and (more := file.read(8192)):
                 head = more
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
+    except (OSError, EOFError, lzma.LZMAError) as error:
+        raise DataError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
     return _read_text(path, suffix, head.lstrip(b"\xef\xbb\xbf \t\r\n"))
+
+
+def _is_pointer(path: Path) -> bool:
+    """Whether Git LFS keeps the file elsewhere."""
+    try:
+        with path.open("rb") as file:
+            return file.read(23) == b"version https://git-lfs"
+    except OSError:
+        return False
 
 
 def _read_text(path: Path, suffix: str, head: bytes) -> Iterator[RawRow]:
     """Any failure to unpack a compressed file is said as what it is."""
     try:
-        if suffix == ".csv":
-            yield from _read_csv(path)
-        elif head.startswith(b"["):
+        if suffix in TABLES:
+            yield from _read_csv(path, "\t" if suffix == ".tsv" else None)
+        elif head.startswith(b"[") and not _is_array_a_line(path):
             yield from _read_array(path)
         elif head.startswith(b"{") and (value := _first_object(path)) is not None:
             yield from _read_objects(path, value)
         else:
             yield from _read_lines(path)
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
+    except (OSError, EOFError, lzma.LZMAError) as error:
+        raise DataError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+
+
+def _is_array_a_line(path: Path) -> bool:
+    """Whether each line is an array of its own, as of messages, and not a part of one."""
+    with _open(path) as file:
+        lines = [line for line in islice(file, 100) if line.strip(b"\xef\xbb\xbf \t\r\n")][:2]
+    if len(lines) < 2 or not lines[1].lstrip().startswith(b"["):
+        return False
+    try:
+        return isinstance(parse_json(lines[0].decode("utf-8-sig")), list)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _first_object(path: Path) -> dict[str, Any] | None:
@@ -226,7 +182,7 @@ def _first_object(path: Path) -> dict[str, Any] | None:
     try:
         text = line.decode("utf-8-sig").strip()
         value = parse_json(text)
-        return value if is_only and isinstance(value, dict) and _rows_in(value) is not None else None
+        return value if is_only and isinstance(value, dict) and _rows_in(value, path) is not None else None
     except json.JSONDecodeError as error:
         if error.pos < len(text):  # broken in the line: it does not go on in the next
             return None
@@ -234,24 +190,28 @@ def _first_object(path: Path) -> dict[str, Any] | None:
         return None
     try:
         return next((row.value for row in _read_values(path) if isinstance(row.value, dict)), None)
-    except DataError:
+    except (DataError, RecursionError):
         return None  # one line is broken, and the others may be whole
 
 
 def _read_objects(path: Path, first: Mapping[str, Any]) -> Iterator[RawRow]:
     """Objects one after another, or the rows that the only one holds."""
-    rows = _rows_in(first)
+    rows = _rows_in(first, path)
     if rows is None or sum(1 for _ in islice(_read_values(path), 2)) > 1:
         yield from _read_values(path)
     else:
         yield from (RawRow(str(path), number, row) for number, row in enumerate(rows, 1))
 
 
-def _rows_in(value: Mapping[str, Any]) -> list[Any] | None:
-    """The rows of an object that is not one itself: {"data": [...]}, or a list or a mapping of numbers a column."""
+def _rows_in(value: Mapping[str, Any], path: Path) -> list[Any] | None:
+    """The rows of an object that is not one itself: {"data": [...]}, a list or a mapping of numbers a column, an object
+    for each row, or what pandas writes with orient="split". Raises DataError where it holds those of several splits."""
     columns = list(value.values())
     rows: list[Any] = []
-    if columns and all(isinstance(column, list) and len(column) == len(columns[0]) for column in columns):
+    if isinstance(value.get("columns"), list) and isinstance(value.get("data"), list):
+        if all(isinstance(row, list) and len(row) == len(value["columns"]) for row in value["data"]):
+            return [dict(zip(value["columns"], row, strict=True)) for row in value["data"]]
+    elif columns and all(isinstance(column, list) and len(column) == len(columns[0]) for column in columns):
         rows = [dict(zip(value, row, strict=True)) for row in zip(*columns, strict=True)]
         rows = [] if any(isinstance(cell, dict) for row in rows[:1] for cell in row.values()) else rows
     elif columns and all(isinstance(column, dict) and column.keys() == columns[0].keys() for column in columns):
@@ -261,20 +221,37 @@ def _rows_in(value: Mapping[str, Any]) -> list[Any] | None:
         return rows
     if detect_format(value) is not None:
         return None
-    lists = {key: item for key, item in value.items() if isinstance(item, list) and item and isinstance(item[0], dict)}
-    for key, items in lists.items():
-        if detect_format(items[0]) is not None or (key in _WRAPPERS and len(lists) == 1):
-            return items
-    return None
+    if columns and all(isinstance(row, dict) and detect_format(row) is not None for row in columns):
+        return columns
+    return _wrapped_rows(value, path)
+
+
+def _wrapped_rows(value: Mapping[str, Any], path: Path) -> list[Any] | None:
+    lists = {
+        key: item
+        for key, item in value.items()
+        if isinstance(item, list) and item and isinstance(item[0], dict) and key not in TURN_KEYS
+    }
+    holding = [key for key, items in lists.items() if detect_format(items[0]) is not None]
+    if len(holding) > 1:
+        raise DataError(
+            f"{path} holds several lists of rows ({', '.join(holding)}), of which one is for training: "
+            "write each into a file of its own"
+        )
+    if holding:
+        return lists[holding[0]]
+    wrapper = next((key for key in lists if key in _WRAPPERS), None)
+    if wrapper is not None and len(lists) == 1:
+        return lists[wrapper]
+    inner = value.get("data")
+    return _rows_in(inner, path) if isinstance(inner, dict) and len(value) == 1 else None
 
 
 def _read_lines(path: Path) -> Iterator[RawRow]:
     name = str(path)
     with _open(path) as file:
         for number, line in enumerate(file, 1):
-            if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")
-            line = line.rstrip(b"\r\n")
+            line = line.removeprefix(b"\xef\xbb\xbf").rstrip(b"\r\n")
             if not line.strip():
                 continue
             try:
@@ -287,14 +264,23 @@ def _read_lines(path: Path) -> Iterator[RawRow]:
                 yield RawRow(name, number, None, f"broken JSON: {error}")
 
 
-def _undecoded(value: Mapping[str, Any]) -> str | None:
-    """Why the cells of a row are no text, None where they are."""
-    for cell in value.values():
-        if isinstance(cell, str) and not cell.isascii():
-            try:
-                cell.encode()
-            except UnicodeEncodeError:
-                return f"not UTF-8{_encoding_of(cell.encode(errors='surrogateescape'))}"
+_NOT_DECODED = re.compile("[\udc80-\udcff]")
+_OTHER_SURROGATE = re.compile("[\ud800-\udc7f\udd00-\udfff]")
+
+
+def _undecoded(value: Any) -> str | None:
+    """Why the texts of a row are none, None where they are."""
+    held = [value]
+    while held:
+        item = held.pop()
+        if isinstance(item, str):
+            if _NOT_DECODED.search(item):  # bytes that are not UTF-8
+                hint = _encoding_of(_OTHER_SURROGATE.sub("", item).encode(errors="surrogateescape"))
+                return f"not UTF-8{hint or ': save the file in UTF-8'}"
+        elif isinstance(item, dict):
+            held += item.values()
+        elif isinstance(item, list):
+            held += item
     return None
 
 
@@ -389,7 +375,7 @@ def _read_array(path: Path) -> Iterator[RawRow]:
                 value, end = window.value()
             except _BrokenError as error:
                 raise broken(error.reason, error.line) from None
-            yield RawRow(name, window.line, value)
+            yield RawRow(name, window.line, value, _undecoded(value))
             window.advance(end)
             after = "]"
         window.advance(window.position + 1)
@@ -410,16 +396,27 @@ def _read_values(path: Path) -> Iterator[RawRow]:
                     f"{name}, line {error.line}: broken JSON, {error.reason}; objects over several lines cannot be "
                     "read past that: mend it, or give each row in a line of its own"
                 ) from None
-            yield RawRow(name, window.line, value)
+            yield RawRow(name, window.line, value, _undecoded(value))
             window.advance(end)
 
 
-def _read_csv(path: Path) -> Iterator[RawRow]:
+def _read_csv(path: Path, delimiter: str | None) -> Iterator[RawRow]:
+    """delimiter: what stands between cells; None to tell it by the header. Cells of 'nan', which pandas writes where
+    there is no value, are none. Raises DataError for a header that names two columns alike."""
     csv.field_size_limit(_MAX_ELEMENT_CHARS)
     with _open_text(path) as file:
-        reader = csv.DictReader(file, strict=True)
+        with _open_text(path) as beginning:
+            header = beginning.readline(_CHUNK)
+        if delimiter is None:
+            delimiter = next((mark for mark in ",\t;|" if mark in header), ",")
+        has_spaces = f"{delimiter} " in header
+        reader = csv.DictReader(file, strict=True, delimiter=delimiter, skipinitialspace=has_spaces)
         try:
+            names = list(reader.fieldnames or ())
+            if twice := next((name for name in names if name.strip() and names.count(name) > 1), None):
+                raise DataError(f"{path}: two columns are called '{twice}': give one of them another name")
             for value in reader:
+                value = {key: None if cell in ("nan", "NaN") else cell for key, cell in value.items()}
                 fault = "it has more cells than the header" if None in value else _undecoded(value)
                 yield RawRow(str(path), reader.line_num, value, fault)
         except csv.Error as error:
@@ -457,7 +454,7 @@ def _read_arrow(path: Path) -> Iterator[RawRow]:
 def _is_hub_id(path: str) -> bool:
     return (
         re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", path) is not None
-        and _suffix(Path(path)) not in SUFFIXES
+        and suffix_of(Path(path)) not in SUFFIXES
         and not Path(path).expanduser().exists()
     )
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from fitune.data.chat_template import PROBE, CharSpan, ChatTemplate, TemplateError, merged_system, read_template
 from fitune.data.formats import Conversation, Message
 from fitune.data.template_limits import limited
-from fitune.data.turns import LOST_THOUGHT, NOT_SHOWN, TurnFinder, Turns, loses_thought
+from fitune.data.turns import LOST_THOUGHT, NOT_SHOWN, TurnFinder, Turns, loses_thought, writes_reasoning
 from fitune.errors import DataError, ModelError
 
 Mask = Literal["assistant", "last", "all"]
@@ -168,11 +168,20 @@ def _generated(chat: Conversation, finder: TurnFinder, text: str, spans: Sequenc
     notices = set()
     for message, (first, end) in zip(answers, spans, strict=True):
         thought, said = message.get("reasoning_content", "").strip(), text[first:end]
-        loses = thought not in said or loses_thought(message["content"], said)
+        loses = loses_thought(message["content"], said)
+        if thought not in said:
+            if writes_reasoning(finder.template.text):
+                loses = True
+            else:
+                notices.add(NOT_SHOWN.format(what="reasoning_content"))
+        calls = [call.get("function") or call for call in message.get("tool_calls", ())]
+        is_mute = any(call["name"] not in said for call in calls)
         is_last = message is answers[-1]
+        if is_mute:
+            notices.add(NOT_SHOWN.format(what="tool_calls"))
         if loses:
             notices.add(NOT_SHOWN.format(what="thinking") if is_last else LOST_THOUGHT)
-        kept.append(None if loses and not is_last else (first, end))
+        kept.append(None if is_mute or (loses and not is_last) else (first, end))
     return Turns(text, tuple(kept), frozenset(ends), frozenset(notices))
 
 

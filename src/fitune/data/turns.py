@@ -40,6 +40,9 @@ NOT_SHOWN = "hold {what}, which the chat template does not show to the model"
 LOST_THOUGHT = "hold thinking in earlier turns, which the chat template leaves out there: those turns are not learned"
 _REWRITTEN = "hold earlier answers that the chat template rewrites or leaves out: those turns are not learned"
 _ADDED_END = "end in an answer that the chat template does not end: {token} is added after it, and learned"
+_NO_END_BEFORE = (
+    "hold earlier answers that the chat template ends with nothing: the model learns to stop from the last one alone"
+)
 _NO_END = "end in an answer that nothing ends, and the tokenizer has no end-of-text token: the model learns no end"
 _TEXT_END = "end their answers with {text}, which is no token of its own here: generation needs it as a stop string"
 
@@ -376,7 +379,7 @@ class _Marked:
         """False where the thinking of an earlier turn is not in what the template writes of it."""
         message = self.messages[number]
         lost = bool(message.get("reasoning_content")) and "reasoning_content" not in parts
-        if lost and not re.search("reasoning_content|thinking", self.finder.template.text):
+        if lost and not writes_reasoning(self.finder.template.text):
             self.notices.add(NOT_SHOWN.format(what="reasoning_content"))
             return True
         lost = lost or (self.style != "empty" and loses_thought(_content(message), said))
@@ -493,13 +496,22 @@ class _Marked:
             key = (has_calls, anchor.part, self.messages[number + 1]["role"], following.part, self.key)
             header, end = self.finder.headers.get(key, ("", None))
             if header and rest.endswith(header):
-                self.ends.update(() if end is None else (end,))
+                self._note_end(end, rest[: len(rest) - len(header)], has_calls=has_calls)
                 return len(rest) - len(header), ""
         length, end = self._end_before_others(number, anchor, rest)
-        self.ends.update(() if end is None else (end,))
+        self._note_end(end, rest[:length], has_calls=has_calls)
         if key is not None:
             self.finder.headers.setdefault(key, (rest[length:], end))
         return length, ""
+
+    def _note_end(self, end: str | None, closing: str, *, has_calls: bool) -> None:
+        """Of an answer that others follow. Nothing is learned of what comes after it, so one without an end teaches
+        nothing wrong: it only does not teach to stop, and an end that is put there would stand in no generation's
+        prompt."""
+        if end is not None:
+            self.ends.add(end)
+        elif not closing.strip() and not has_calls:
+            self.notices.add(_NO_END_BEFORE)
 
     def _end_before_others(self, number: int, anchor: _Anchor, rest: str) -> tuple[int, str | None]:
         """rest: what stands between this answer and the next message."""
@@ -621,6 +633,11 @@ def _shape(chat: Conversation, messages: Sequence[Message]) -> Any:
 def _content(message: Message) -> str:
     """Its text; the content of a message that only calls tools may be None."""
     return (message["content"] or "").strip()
+
+
+def writes_reasoning(template: str) -> bool:
+    """Whether a template may write the reasoning of a message."""
+    return re.search("reasoning_content|thinking", template) is not None
 
 
 def loses_thought(content: str, said: str) -> bool:

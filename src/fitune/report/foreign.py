@@ -2,6 +2,8 @@
 
     trainer_state.json    transformers' Trainer, TRL: `log_history`, one object a logging; TRL adds num_tokens
     trainer_log.jsonl     LLaMA-Factory's callback: current_steps, loss, lr, throughput; vram_* with RECORD_VRAM=1
+    logging.jsonl         ms-swift: 'global_step/max_steps': '5/20'. Any other .jsonl with a step and a loss too
+    a .csv                what wandb exports: Step, train/loss, or a column 'NAME - train/loss'
     events.out.tfevents*  TensorBoard, by its own library
     a text                minimind's lines: Epoch:[1/2](100/1000), loss: 2.5, lr: 0.00003, epoch_time: 4.0min
                           or what transformers' Trainer prints: {'loss': '2.9', 'grad_norm': '1.2', 'epoch': '0.1'}
@@ -10,6 +12,7 @@ Each name of a value is looked up in `_NAMES`; what a format does not have is na
 write that do not count. Nothing is estimated.
 """
 
+import csv
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -37,8 +40,9 @@ _COUNTS = ("total_tokens", "tokens_per_second")
 _LOG_BYTES = 64 * 1024 * 1024
 _MINIMIND = re.compile(r"Epoch:\s*\[(\d+)/\d+\]\s*\((\d+)/(\d+)\)(.*)")
 _PAIR = re.compile(r"([A-Za-z_]+)\s*:\s*([-+]?(?:\d[\d.]*(?:[eE][-+]?\d+)?|nan|inf))")
-_PRINTED = re.compile(r"\{('(?:eval_)?loss'.*?'epoch': .*?)\}")
-_PRINTED_PAIR = re.compile(r"'(\w+)': '?([-+]?(?:\d[\d.]*(?:[eE][-+]?\d+)?|nan|inf))\b")
+_PRINTED = re.compile(r"\{([^{}]*['\"](?:eval_)?loss['\"]: [^{}]*)\}")
+_PRINTED_PAIR = re.compile(r"['\"](\w+)['\"]: ['\"]?([-+]?(?:\d[\d.]*(?:[eE][-+]?\d+)?|[nN]a[nN]|[iI]nf(?:inity)?))\b")
+_STEPS = ("step", "current_steps", "global_step/max_steps", "global_step", "train/global_step", "_step", "Step")
 _PRINTED_TOTAL = re.compile(
     r"(Num examples|Num Epochs|Total train batch size|Total optimization steps)[^=\n]* = ([\d,]+)"
 )
@@ -52,12 +56,18 @@ def find_foreign(path: Path) -> RecordedRun | None:
             return read_trainer_state(path)
         if path.suffix == ".jsonl":
             return read_trainer_log(path)
+        if path.suffix == ".csv":
+            return read_exported(path)
         if "tfevents" in path.name:
             return read_tensorboard(path)
         return read_minimind(path) or read_printed(path)
     if not path.is_dir():
         return None
-    for name, read in (("trainer_log.jsonl", read_trainer_log), ("trainer_state.json", read_trainer_state)):
+    for name, read in (
+        ("trainer_log.jsonl", read_trainer_log),
+        ("logging.jsonl", read_trainer_log),
+        ("trainer_state.json", read_trainer_state),
+    ):
         found = [*path.glob(name), *path.glob(f"checkpoint-*/{name}")]
         if found:
             return read(max(found, key=_step_of))
@@ -69,7 +79,7 @@ def _step_of(file: Path) -> tuple[int, bool]:
     that go as far, the one of the whole run is taken."""
     if match := re.fullmatch(r"checkpoint-(\d+)", file.parent.name):
         return int(match[1]), False
-    found = re.findall(r'"(?:global_step|current_steps)": *(\d+)', _text(file))
+    found = re.findall(r'"(?:global_step|current_steps|global_step/max_steps)": *"?(\d+)', _text(file))
     return max(map(int, found), default=0), True
 
 
@@ -85,22 +95,66 @@ def read_trainer_state(path: Path) -> RecordedRun:
 
 
 def read_trainer_log(path: Path) -> RecordedRun:
-    """LLaMA-Factory. Its vram_reserved and vram_allocated are in GB of 1024^3 bytes."""
+    """LLaMA-Factory, ms-swift, and others who write a line of JSON for each logging. LLaMA-Factory's vram_reserved and
+    vram_allocated are in GB of 1024^3 bytes."""
     entries = []
+    origin = "json"
     for line in _text(path).splitlines():
         try:
             entry = parse_json(line)
         except ValueError:
             continue
-        if isinstance(entry, dict) and isinstance(entry.get("current_steps"), int):
-            entry |= {"step": entry["current_steps"], "seconds": _clock(entry.get("elapsed_time"))}
-            for name in ("allocated", "reserved"):
-                if isinstance(value := entry.get(f"vram_{name}"), int | float):
-                    entry[f"peak_{name}_bytes"] = value * GIB
-            entries.append(entry)
-    if not entries:
-        raise RunDirectoryError(f"{path} has no line with current_steps: it is no trainer_log.jsonl of LLaMA-Factory")
-    return _run(path, "llama-factory", entries)
+        if not isinstance(entry, dict) or (step := _logged_step(entry)) is None:
+            continue
+        if "current_steps" in entry:
+            origin = "llama-factory"
+        elif "global_step/max_steps" in entry:
+            origin = "ms-swift"
+        entry |= {"step": step, "seconds": _clock(entry.get("elapsed_time"))}
+        for name in ("allocated", "reserved"):
+            if isinstance(value := entry.get(f"vram_{name}"), int | float):
+                entry[f"peak_{name}_bytes"] = value * GIB
+        if isinstance(value := entry.get("memory(GiB)"), int | float):
+            entry["peak_reserved_bytes"] = value * GIB
+        entries.append(_without_prefixes(entry))
+    if not any("loss" in entry or "eval_loss" in entry for entry in entries):
+        raise RunDirectoryError(
+            f"{path} has no line with a step and a loss: it is no trainer_log.jsonl of LLaMA-Factory, no logging.jsonl "
+            "of ms-swift, and no other log of steps"
+        )
+    return _run(path, origin, entries)
+
+
+def _logged_step(entry: Mapping[str, Any]) -> int | None:
+    value = next((entry[name] for name in _STEPS if entry.get(name) is not None), None)
+    number = _number(value.partition("/")[0] if isinstance(value, str) else value)
+    return None if isinstance(value, bool) or not math.isfinite(number) else round(number)
+
+
+def _without_prefixes(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """{'train/loss': 2, 'eval/loss': 3} -> {'loss': 2, 'eval_loss': 3}, as transformers names them for trackers."""
+    plain: dict[str, Any] = {}
+    for name, value in entry.items():
+        kind, _, rest = str(name).rpartition("/")
+        plain[rest if kind == "train" else f"eval_{rest}" if kind == "eval" else name] = value
+    return plain
+
+
+def read_exported(path: Path) -> RecordedRun | None:
+    """What wandb exports as csv: a history, or one chart, whose columns are of one run. None for another csv."""
+    rows = list(csv.DictReader(_text(path).lstrip("\ufeff").splitlines()))
+    names = [name for name in (rows[0] if rows else ()) if name and not name.endswith(("__MIN", "__MAX"))]
+    if not any(name in _STEPS for name in names):
+        return None
+    short = {name: name.rpartition(" - ")[2] for name in names}
+    if len(set(short.values())) < len(names):
+        raise RunDirectoryError(f"{path} holds several runs: export each into a file of its own")
+    entries = []
+    for row in rows:
+        entry = {short[name]: row[name] for name in names if row[name] not in (None, "")}
+        if (step := _logged_step(entry)) is not None:
+            entries.append(_without_prefixes(entry) | {"step": step})
+    return _run(path, "wandb", entries) if any("loss" in e or "eval_loss" in e for e in entries) else None
 
 
 def read_tensorboard(path: Path) -> RecordedRun:
@@ -158,12 +212,12 @@ def read_printed(path: Path) -> RecordedRun | None:
         return None
     notes: tuple[str, ...] = ()
     if (per_epoch := _steps_per_epoch(text)) is not None:
-        places = [round(float(line.get("epoch", 0)) * per_epoch) for line in lines]
+        places = [round(_number(line.get("epoch", 0)) * per_epoch) for line in lines]
     else:
         places = list(range(1, len(lines) + 1))
         notes = (f"{path}: its steps are not told, so each line counts as one",)
     entries = [
-        {name: float(value) for name, value in line.items()} | {"step": step}
+        {name: _number(value) for name, value in line.items()} | {"step": step}
         for line, step in zip(lines, places, strict=True)
     ]
     return _run(path, "transformers", entries, notes=notes)
@@ -219,6 +273,8 @@ def _named(entry: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Under our names; a value that is already so named is kept. Counts of 0 are left out: nobody counted."""
     entry = {name: _number(value) if isinstance(value, str) else value for name, value in entry.items()}
     found = {name: entry[name] for name in {*TRAIN_COLUMNS, *EVAL_COLUMNS} & entry.keys()}
+    if _number(entry.get("loss")) == 0 and "grad_norm" in entry and math.isnan(_number(entry["grad_norm"])):
+        entry["loss"] = found["loss"] = math.nan  # transformers logs 0 where the loss is no number
     for ours, theirs in _NAMES.items():
         for name in theirs:
             if name in entry:

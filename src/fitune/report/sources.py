@@ -44,7 +44,8 @@ def _read(path: Path) -> tuple[RecordedRun, ...]:
         raise RunDirectoryError(f"{path} does not exist: give the directory of a run, such as runs/NAME")
     raise RunDirectoryError(
         f"{path} holds no run: give a run directory, a report of fitune, trainer_state.json, trainer_log.jsonl, "
-        "a TensorBoard directory, or a log that minimind or transformers' Trainer printed"
+        "ms-swift's logging.jsonl, a TensorBoard directory, a csv of wandb, or a log that minimind or transformers' "
+        "Trainer printed"
     )
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from fitune.language import say
+from fitune.language import say, translated
 from fitune.report.compare import Comparison, Row
 from fitune.report.verdicts import verdicts
 from fitune.run.interval import Interval
@@ -73,7 +73,7 @@ def markdown(comparison: Comparison) -> str:
     rule = ["---:" if head.startswith(">") else "---" for head in heads]
     lines = [[head.removeprefix(">") for head in heads], rule, *(cells(row) for row in comparison.rows)]
     body = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-    sentences = "\n".join(f"- {sentence}" for sentence in [*verdicts(comparison), *comparison.notes])
+    sentences = "\n".join(f"- {translated(sentence)}" for sentence in [*verdicts(comparison), *comparison.notes])
     return f"{heading(comparison)}\n\n{body}\n\n{legend()}\n\n{sentences}\n"
 
 
@@ -134,7 +134,9 @@ def html_table(comparison: Comparison) -> str:
     """For a notebook: the table, what differs, and what it says. Everything is escaped."""
     heads = columns(comparison)
     table = _table(heads, [cells(row) for row in comparison.rows])
-    sentences = "".join(f"<li>{html.escape(text)}</li>" for text in [*verdicts(comparison), *comparison.notes])
+    sentences = "".join(
+        f"<li>{html.escape(translated(text))}</li>" for text in [*verdicts(comparison), *comparison.notes]
+    )
     return f"<p>{html.escape(heading(comparison))}</p>{table}<p>{html.escape(legend())}</p><ul>{sentences}</ul>"
 
 

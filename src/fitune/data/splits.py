@@ -1,0 +1,171 @@
+"""A path of data -> its files, sorted into splits as `datasets` does.
+
+The README.md of a data set says them under `configs`; without it the names of the files and of their directories tell.
+Those of training are read, and where a source is to be evaluated with those of validation, else of test.
+"""
+
+import itertools
+import re
+from collections.abc import Iterator, Mapping
+from glob import glob
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from fitune.errors import DataError
+
+LINES = (".jsonl", ".ndjson", ".jsonlines")
+TABLES = (".csv", ".tsv")
+SUFFIXES = (".json", *LINES, ".parquet", *TABLES, ".arrow")
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".xz": "xz"}
+Split = Literal["train", "eval"]
+_NOT_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
+_SPLIT_NAMES = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev", "holdout", "heldout"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+_AFTER_SPLIT = ("", "data", "dataset", "set", "file", "split", "s")  # traindata.jsonl, testset.json
+_SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}")
+
+
+def suffix_of(path: Path) -> str:
+    """The ending that tells the format, in small letters and without that of a compression."""
+    return (Path(path.stem).suffix if path.suffix.lower() in COMPRESSIONS else path.suffix).lower()
+
+
+def endings() -> str:
+    return f"{', '.join(SUFFIXES)} (text also with {', '.join(COMPRESSIONS)})"
+
+
+def find_files(path: str, *, split: Split = "train") -> tuple[Path, ...]:
+    """The data files of a path, sorted: the file itself, those that a pattern with * names, or those of `split`
+    anywhere below a directory. Raises DataError."""
+    root = Path(path).expanduser()
+    if root.is_dir():
+        by_split = _split_files(root)
+        if not by_split:
+            raise DataError(f"the directory {path} holds no data: no file that ends in {endings()}")
+        wanted = ("train", "") if split == "train" else ("validation", "test", "", "train")
+        name = next((name for name in wanted if name in by_split), None)
+        if name is None:
+            raise DataError(
+                f"the directory {path} holds no training data, only files of the split {' and '.join(by_split)}: name "
+                f"the file to train on, such as {next(iter(by_split.values()))[0]}"
+            )
+        return by_split[name]
+    if is_pattern(path):
+        found = tuple(sorted(file for name in glob(str(root), recursive=True) if _is_data(file := Path(name))))
+        if not found:
+            raise DataError(f"no data at {path}: no file of that pattern ends in {endings()}")
+        return found
+    if not root.exists():
+        raise DataError(f"no data at {path}: there is no such file or directory")
+    if suffix_of(root) not in SUFFIXES:
+        raise DataError(f"{path} has an unknown ending '{root.suffix}': data is read from {endings()} files")
+    return (root,)
+
+
+def is_pattern(path: str) -> bool:
+    return any(letter in path for letter in "*?[") and not Path(path).expanduser().exists()
+
+
+def other_splits(path: str, *, split: Split = "train") -> dict[str, int]:
+    """The splits of a directory that are not read for `split`, with their numbers of files; '' are files of none."""
+    root = Path(path).expanduser()
+    if not root.is_dir():
+        return {}
+    read = set(find_files(str(root), split=split))
+    return {name: len(files) for name, files in _split_files(root).items() if not read & set(files)}
+
+
+def _is_data(file: Path) -> bool:
+    is_cache = file.name.startswith("cache-") and file.suffix == ".arrow"  # of datasets' map and filter
+    return suffix_of(file) in SUFFIXES and file.name not in _NOT_DATA and not is_cache and file.is_file()
+
+
+def _split_files(root: Path) -> dict[str, tuple[Path, ...]]:
+    """The data files anywhere below a directory, sorted, by split."""
+    if (told := _splits_of_card(root)) is not None:
+        return told
+    by_split: dict[str, list[Path]] = {}
+    for file in sorted(root.rglob("*")):
+        relative = file.relative_to(root)
+        hidden = any(part.startswith(".") for part in relative.parts)
+        if not hidden and _is_data(file):
+            by_split.setdefault(_split_of(relative), []).append(file)
+    shards = {(file.parent, match[1]) for file in by_split.get("train", ()) if (match := _SHARD.match(file.name))}
+    _check_only_one(root, {name for _, name in shards if name != "train"})
+    return {name: tuple(files) for name, files in by_split.items()}
+
+
+def _check_only_one(root: Path, names: set[str]) -> None:
+    if len(names) > 1:
+        raise DataError(
+            f"the directory {root} has several splits for training ({', '.join(sorted(names))}): name the files of "
+            f"one, as in '{root}/**/{min(names)}*'"
+        )
+
+
+def _split_of(relative: Path) -> str:
+    """'data/train-00000-of-00001.parquet' -> 'train'. The file's own name counts before its directories'. Numbers and
+    capital letters divide words, as in dev1 and myTest."""
+    for part in (relative.name.split(".")[0], *reversed(relative.parent.parts)):
+        words = re.findall(r"[a-z]+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", part).lower())
+        pairs = [f"{one}{other}" for one, other in itertools.pairwise(words)]  # held_out
+        for name, keywords in _SPLIT_NAMES.items():
+            if any(word in pairs for word in keywords if word.endswith("out")):
+                return name
+            if any(word == keyword + after for word in words for keyword in keywords for after in _AFTER_SPLIT):
+                return name
+    return ""
+
+
+def _splits_of_card(root: Path) -> dict[str, tuple[Path, ...]] | None:
+    """The files of each split as a data set's README.md says, None where it does not. Raises DataError where it tells
+    of several data sets and of none that it is the usual one."""
+    configs = [config for config in _configs(root / "README.md") if _patterns(config)]
+    usual = [config for config in configs if config.get("default") is True or config.get("config_name") == "default"]
+    chosen = configs if len(configs) < 2 else usual[:1]
+    if configs and not chosen:
+        names = [str(config.get("config_name")) for config in configs]
+        raise DataError(
+            f"the directory {root} holds several data sets ({', '.join(names)}), as its README.md says: name the files "
+            f"of one, such as '{root}/{next(iter(_patterns(configs[0]).values()))[0]}'"
+        )
+    found: dict[str, list[Path]] = {}
+    names = []
+    for name, patterns in (_patterns(chosen[0]) if chosen else {}).items():
+        files = [file for pattern in patterns for file in sorted(root.glob(pattern)) if _is_data(file)]
+        if files:
+            split = _split_of(Path(name))
+            names += [name] if split == "train" else []
+            found.setdefault(split, []).extend(file for file in files if file not in found.get(split, ()))
+    _check_only_one(root, set(names))
+    return {name: tuple(files) for name, files in found.items()} or None
+
+
+def _configs(card: Path) -> Iterator[Mapping[str, Any]]:
+    """What stands under `configs` at the head of a data set's README.md."""
+    try:
+        head = re.match(r"---\s*\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
+        tree = yaml.safe_load(head[1]) if head else None
+    except (OSError, yaml.YAMLError):
+        return
+    configs = tree.get("configs") if isinstance(tree, dict) else None
+    yield from (config for config in configs or () if isinstance(config, dict))
+
+
+def _patterns(config: Mapping[str, Any]) -> dict[str, list[str]]:
+    """`data_files` in each of its forms -> the patterns of files by split."""
+    files, directory = config.get("data_files"), config.get("data_dir")
+    entries = files.items() if isinstance(files, dict) else [("train", files)]
+    if isinstance(files, list) and all(isinstance(entry, dict) for entry in files):
+        entries = [(entry.get("split", "train"), entry.get("path")) for entry in files]
+    found: dict[str, list[str]] = {}
+    for split, paths in entries:
+        for path in paths if isinstance(paths, list) else [paths]:
+            if isinstance(path, str) and path and not path.startswith(("/", "..")) and "://" not in path:
+                found.setdefault(str(split), []).append(f"{directory}/{path}" if directory else path)
+    return found
