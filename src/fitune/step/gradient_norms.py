@@ -15,8 +15,10 @@ from torch import nn
 
 from fitune.step.shards import Shards, local
 
-CHUNK_ELEMENTS = 1 << 20
-"""Weighted norms need a temporary; it is kept this small instead of as large as the largest parameter."""
+CHUNK_ELEMENTS = 1 << 18
+"""Weighted norms need two temporaries; they are kept this small instead of as large as the largest parameter."""
+MOST_PIECES = 64
+"""Of a parameter: so many launches cost less than the memory of larger temporaries is worth."""
 
 EPS = 1e-12
 """Below every root of a second moment that matters; Adam's own eps would weigh dead coordinates by the batch size."""
@@ -146,7 +148,9 @@ def _beside(optimizer: torch.optim.Optimizer, name: str) -> dict[torch.Tensor, t
 
 
 def _dots(first: torch.Tensor, second: torch.Tensor) -> list[torch.Tensor]:
-    """In float32, of each piece: the two may be of different types."""
+    """In float32, of each piece where the two must be converted."""
+    if first.dtype == second.dtype == torch.float32 and first.numel() < 2**31:  # what cuBLAS can count
+        return [torch.dot(first.reshape(-1), second.reshape(-1))]
     pieces = zip(_pieces(first), _pieces(second), strict=True)
     return [torch.dot(a.float(), b.float()) for a, b in pieces]
 
@@ -156,8 +160,13 @@ def _weighted_square(gradient: torch.Tensor, exp_avg_sq: torch.Tensor) -> torch.
     Where v is 0, before the first update or in a word's row until the word comes, there is no weight yet and none is
     made up: 1 / EPS would outweigh everything else for the rest of the run."""
     pieces = zip(_pieces(gradient), _pieces(exp_avg_sq), strict=True)
-    return torch.stack([(g.float().square() * (v > 0) / (v.float().sqrt() + EPS)).sum() for g, v in pieces]).sum()
+    return torch.stack([_weighted_piece(*piece) for piece in pieces]).sum()
+
+
+def _weighted_piece(gradient: torch.Tensor, exp_avg_sq: torch.Tensor) -> torch.Tensor:
+    weighted = gradient.float().square().mul_(exp_avg_sq > 0)
+    return weighted.div_(exp_avg_sq.float().sqrt().add_(EPS)).sum()
 
 
 def _pieces(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    return torch.split(tensor.reshape(-1), CHUNK_ELEMENTS)
+    return torch.split(tensor.reshape(-1), max(CHUNK_ELEMENTS, -(-tensor.numel() // MOST_PIECES)))
