@@ -260,21 +260,39 @@ class _Rollback:
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self._optimizer = optimizer
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        self._values = [(parameter, parameter.detach().clone()) for parameter in parameters if parameter.requires_grad]
+        trained = [parameter for parameter in parameters if parameter.requires_grad]
+        self._values = [(parameter, torch.empty_like(parameter)) for parameter in trained]
         self._state = {
-            parameter: {key: value.clone() if isinstance(value, Tensor) else value for key, value in state.items()}
+            parameter: {
+                key: torch.empty_like(value) if isinstance(value, Tensor) else value for key, value in state.items()
+            }
             for parameter, state in optimizer.state.items()
         }
+        _copy_all([(copy, parameter) for parameter, copy in self._values])
+        _copy_all(
+            [
+                (copy, optimizer.state[parameter][key])
+                for parameter, state in self._state.items()
+                for key, copy in state.items()
+                if isinstance(copy, Tensor)
+            ]
+        )
 
-    @torch.no_grad()
     def put_back(self) -> None:
-        for parameter, value in self._values:
-            parameter.copy_(value)
+        _copy_all(self._values)
         for parameter in list(self._optimizer.state):
             if parameter not in self._state:
                 del self._optimizer.state[parameter]
         for parameter, state in self._state.items():
             self._optimizer.state[parameter] = state
+
+
+@torch.no_grad()
+def _copy_all(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Each first one becomes what the second one is, in a few launches for each device."""
+    for device in {source.device for _, source in pairs}:
+        of_device = [(into, source) for into, source in pairs if source.device == device]
+        torch._foreach_copy_([into for into, _ in of_device], [source for _, source in of_device])
 
 
 def evaluate(model: nn.Module, micro_batches: Iterable[MicroBatch], *, settings: StepSettings) -> EvalResult:
