@@ -18,6 +18,7 @@ from fitune.data.rows import Batch, Row
 from fitune.model.load import load_model
 from fitune.model.presets import preset_config
 from fitune.step.assemble import assemble, choose_precision
+from fitune.step.gradient_norms import NormRecorder
 from fitune.step.micro_batch_work import micro_batch_work
 from fitune.step.safe_step import Protection, safe_step
 from fitune.step.train_step import train_step
@@ -55,7 +56,8 @@ def num_supervised(row: Sequence[int]) -> int:
 
 
 def fitune_step(ended: Ended, *, options: Sequence[str] = (), safe: bool = True) -> None:
-    """safe: as `fitune train` does it, able to begin the step again; else the bare step."""
+    """safe: as `fitune train` does it, able to begin the step again, with the norms that the gradient noise is read
+    from; else the bare step."""
     tree = {
         "model": {"source": MODEL, "init": "random"},
         "data": {"train": "rows.jsonl", "max_length": LONGEST, "eval_fraction": 0.0},
@@ -74,7 +76,7 @@ def fitune_step(ended: Ended, *, options: Sequence[str] = (), safe: bool = True)
     while True:
         micro_batches = setup.layout.split(batch)
         if safe:
-            safe_step(protection, micro_batches, step=step)
+            safe_step(protection, micro_batches, step=step, norms=NormRecorder(setup.optimizer))
         else:
             train_step(setup.model, setup.optimizer, micro_batches, settings=setup.settings, scaler=setup.scaler)
         step += 1

@@ -55,6 +55,10 @@ class Batch:
         return float(sum(row.loss_weights.sum(dtype=np.float64) for row in self.rows))
 
 
+TENSORS = ("input_ids_BS", "position_ids_BS", "target_index_N", "target_ids_N", "target_weights_N")
+"""Of a micro-batch; the widest numbers first, so that each begins where its type may when they are joined."""
+
+
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
     """What one forward and backward sees: tensors, and the same facts as host numbers, so that the step needs no shape
@@ -93,8 +97,18 @@ class MicroBatch:
         return self.target_ids_N.shape[0]
 
     def to(self, device: torch.device) -> Self:
-        """The same on `device`; from pinned memory the copy does not wait (CUDA)."""
+        """The same on `device`, in one copy; from pinned memory it does not wait (CUDA)."""
         if self.input_ids_BS.device == device:
             return self
-        names = ("input_ids_BS", "position_ids_BS", "target_index_N", "target_ids_N", "target_weights_N")
-        return replace(self, **{name: getattr(self, name).pin_memory().to(device, non_blocking=True) for name in names})
+        return self.views_of(self.joined().pin_memory().to(device, non_blocking=True))
+
+    def joined(self) -> torch.Tensor:
+        """The bytes of all tensors, uint8 [bytes]."""
+        return torch.cat([getattr(self, name).reshape(-1).view(torch.uint8) for name in TENSORS])
+
+    def views_of(self, joined: torch.Tensor) -> Self:
+        """The same micro-batch, its tensors views of what `joined` gave, wherever that is now."""
+        parts: list[torch.Tensor] = [getattr(self, name) for name in TENSORS]
+        pieces = joined.split([part.nbytes for part in parts])
+        views = [piece.view(part.dtype).view(part.shape) for piece, part in zip(pieces, parts, strict=True)]
+        return replace(self, **dict(zip(TENSORS, views, strict=True)))

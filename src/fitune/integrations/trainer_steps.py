@@ -122,7 +122,7 @@ class StepReader:
         self._forwards.append(forward)
         if self._noise and (again or self._recorder is not None):
             if self._recorder is None:
-                preconditioned = self._num_steps % PRECONDITIONED_EVERY == 0
+                preconditioned = self._num_steps > 0 and self._num_steps % PRECONDITIONED_EVERY == 0
                 self._recorder = NormRecorder(self._optimizer, preconditioned=preconditioned)
             self._reading.enter_context(self._recorder.reading())
 

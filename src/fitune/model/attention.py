@@ -190,7 +190,10 @@ def rows_attention(
         query_BHSD, key_BGSD, value_BGSD = (part.to(dtype) for part in (query_BHSD, key_BGSD, value_BGSD))
     kernel = row_boundaries.kernel or _choose_kernel(query_BHSD, value_BGSD, scoring)
     if kernel != "rows":
-        query_THD, key_TGD, value_TGD = (part[0].transpose(0, 1) for part in (query_BHSD, key_BGSD, value_BGSD))
+        query_THD, key_TGD, value_TGD = (
+            part.squeeze(0).transpose(0, 1)  # the backward of an index would fill zeros first
+            for part in (query_BHSD, key_BGSD, value_BGSD)
+        )
         attend_flat = _varlen if kernel == "varlen" else _flash_attn
         out_THD = attend_flat(query_THD, key_TGD, value_TGD, scoring=scoring, boundaries=row_boundaries)
         return out_THD[None], None

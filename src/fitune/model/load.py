@@ -37,6 +37,7 @@ from fitune.model.adapted_model import describe, note_adapted
 from fitune.model.attention import attention_name, check_attention
 from fitune.model.experts import EXPERTS
 from fitune.model.formats import check_format, unpacking, weights_format
+from fitune.model.fused import fuse_layers
 from fitune.model.gguf import check_gguf, gguf_parts, gguf_read_once, read_gguf
 from fitune.model.lora import apply_lora
 from fitune.model.minimind import pth_config, read_pth
@@ -190,6 +191,7 @@ def load_model(
     adapted = built if model.method == "full" else apply_lora(built, model.lora, seed=seed)
     if noted is not None:
         note_adapted(adapted, noted)
+    fuse_layers(adapted)
     return adapted.train()
 
 

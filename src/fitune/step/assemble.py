@@ -21,7 +21,7 @@ from fitune.model.compile import compile_layers
 from fitune.model.head import Head, decoder_and_head
 from fitune.model.precision import Precision, device_precision, resolve_precision
 from fitune.model.recompute import set_recompute
-from fitune.step.loss import LossSettings
+from fitune.step.loss import LossSettings, choose_chunk_tokens
 from fitune.step.optimizer import build_optimizer
 from fitune.step.scaling import OptimSettings, configured_lr, scaling_note, settings_of, with_settings
 from fitune.step.shards import ShardPeers, shard_model
@@ -113,7 +113,7 @@ def assemble(
         optimizer=build_optimizer(model, with_settings(config.optim, optim), lr=optim.lr, device=device),
         scaler=torch.amp.GradScaler(device.type) if precision.needs_scaler else None,
         settings=StepSettings(
-            LossSettings(head),
+            LossSettings() if head is None else LossSettings(head, choose_chunk_tokens(head, device)),
             optim.clip,
             precision.autocast_dtype,
             commit=shards is None and _few_are_trained(model),  # what fails in one process is begun again in all

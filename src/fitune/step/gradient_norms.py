@@ -15,8 +15,10 @@ from torch import nn
 
 from fitune.step.shards import Shards, local
 
-CHUNK_ELEMENTS = 1 << 20
-"""Weighted norms need a temporary; it is kept this small instead of as large as the largest parameter."""
+CHUNK_ELEMENTS = 1 << 18
+"""Weighted norms need two temporaries; they are kept this small instead of as large as the largest parameter."""
+MOST_PIECES = 64
+"""Of a parameter: so many launches cost less than the memory of larger temporaries is worth."""
 
 EPS = 1e-12
 """Below every root of a second moment that matters; Adam's own eps would weigh dead coordinates by the batch size."""
@@ -56,11 +58,17 @@ class NormRecorder:
         self._weighted: list[torch.Tensor] = []
         self._micro: list[torch.Tensor] = []
         self._weights: list[float] = []
+        self._is_alone = False
 
     @contextmanager
-    def reading(self) -> Iterator[None]:
-        """One micro-batch's backward goes into this. What an earlier one left is forgotten unless it was kept."""
+    def reading(self, *, alone: bool = False) -> Iterator[None]:
+        """One micro-batch's backward goes into this. What an earlier one left is forgotten unless it was kept. alone:
+        it is all of the step, whose norms are then its own."""
         self._norms, self._weighted = [], []
+        self._is_alone = alone and self._shards is None
+        if self._is_alone:
+            yield
+            return
         if self._shards is not None:
             with self._shards.reading(self._add_norm):
                 yield
@@ -74,9 +82,10 @@ class NormRecorder:
 
     def keep(self, weight: float) -> None:
         """The micro-batch that was read is done. weight: its loss weight."""
-        squares = [norm.square() for norm in self._norms]
-        self._micro.append(torch.stack((self._sum(squares), self._sum(self._weighted))))
         self._weights.append(weight)
+        if not self._is_alone:
+            squares = torch.stack(self._norms).square_().sum() if self._norms else self._sum([])
+            self._micro.append(torch.stack((squares, self._sum(self._weighted))))
 
     def forget(self) -> None:
         """The step begins anew."""
@@ -94,10 +103,11 @@ class NormRecorder:
 
     @torch.no_grad()
     def values(self) -> torch.Tensor:
-        """Float32 [2 a + 2] on the device, for a micro-batches: norm and weighted norm of each; the weighted norm of
-        their sum, and its product with Adam's average. To be taken after the last backward and before clipping."""
+        """Float32 [2 a + 2] on the device, for a micro-batches (0 for one that was read as alone): norm and weighted
+        norm of each; the weighted norm of their sum, and its product with Adam's average. To be taken after the last
+        backward and before clipping."""
         grads = [(p, p.grad) for p in self._parameters if p.grad is not None]
-        dots = [torch.sum(_dot(local(grad), local(self._exp_avg[p]))) for p, grad in grads if p in self._exp_avg]
+        dots = [dot for p, grad in grads if p in self._exp_avg for dot in _dots(local(grad), local(self._exp_avg[p]))]
         weighted = [_weighted_square(grad, self._exp_avg_sq[p]) for p, grad in grads if self._exp_avg_sq]
         totals = torch.stack((self._sum(weighted), self._sum(dots)))
         if self._shards is not None:
@@ -108,7 +118,7 @@ class NormRecorder:
         """host: `values()` on the host. scale: a GradScaler's, which is in every backward's gradient and was taken out
         of their sum."""
         *micro, weighted_total, dot = host
-        norms = [value / scale**2 for value in micro]
+        norms = [total_norm**2, weighted_total] if self._is_alone else [value / scale**2 for value in micro]
         return GradientNorms(
             micro=tuple(norms[0::2]),
             total=total_norm**2,
@@ -137,10 +147,12 @@ def _beside(optimizer: torch.optim.Optimizer, name: str) -> dict[torch.Tensor, t
     return {p: state[name] for p, state in optimizer.state.items() if name in state and state[name].device == p.device}
 
 
-def _dot(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """In float32, in pieces: the two may be of different types."""
+def _dots(first: torch.Tensor, second: torch.Tensor) -> list[torch.Tensor]:
+    """In float32, of each piece where the two must be converted."""
+    if first.dtype == second.dtype == torch.float32 and first.numel() < 2**31:  # what cuBLAS can count
+        return [torch.dot(first.reshape(-1), second.reshape(-1))]
     pieces = zip(_pieces(first), _pieces(second), strict=True)
-    return torch.stack([torch.dot(a.float(), b.float()) for a, b in pieces])
+    return [torch.dot(a.float(), b.float()) for a, b in pieces]
 
 
 def _weighted_square(gradient: torch.Tensor, exp_avg_sq: torch.Tensor) -> torch.Tensor:
@@ -148,8 +160,13 @@ def _weighted_square(gradient: torch.Tensor, exp_avg_sq: torch.Tensor) -> torch.
     Where v is 0, before the first update or in a word's row until the word comes, there is no weight yet and none is
     made up: 1 / EPS would outweigh everything else for the rest of the run."""
     pieces = zip(_pieces(gradient), _pieces(exp_avg_sq), strict=True)
-    return torch.stack([(g.float().square() * (v > 0) / (v.float().sqrt() + EPS)).sum() for g, v in pieces]).sum()
+    return torch.stack([_weighted_piece(*piece) for piece in pieces]).sum()
+
+
+def _weighted_piece(gradient: torch.Tensor, exp_avg_sq: torch.Tensor) -> torch.Tensor:
+    weighted = gradient.float().square().mul_(exp_avg_sq > 0)
+    return weighted.div_(exp_avg_sq.float().sqrt().add_(EPS)).sum()
 
 
 def _pieces(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    return torch.split(tensor.reshape(-1), CHUNK_ELEMENTS)
+    return torch.split(tensor.reshape(-1), max(CHUNK_ELEMENTS, -(-tensor.numel() // MOST_PIECES)))

@@ -19,7 +19,9 @@ from fitune.model.head import Head
 from fitune.model.tied_head import joined_to_embedding
 
 CHUNK_TOKENS = 256
-"""Supervised positions whose logits exist at the same time. 256 x 151,936 words of float32 are 148 MiB."""
+"""Supervised positions whose logits exist at the same time, at least. 256 x 151,936 words of float32 are 148 MiB."""
+CHUNK_BYTES = 32 * 2**20
+"""Of float32 logits that exist at the same time on a card, where a small vocabulary leaves room for more positions."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +30,12 @@ class LossSettings:
 
     head: Head | None = None
     chunk_tokens: int = CHUNK_TOKENS
+
+
+def choose_chunk_tokens(head: Head, device: torch.device) -> int:
+    """Supervised positions of a chunk. A card waits for the launches of small chunks; a CPU does not."""
+    of_card = CHUNK_BYTES // (4 * head.weight.shape[0])
+    return CHUNK_TOKENS if device.type == "cpu" else max(CHUNK_TOKENS, of_card)
 
 
 def token_loss_sum(model: nn.Module, micro_batch: MicroBatch, settings: LossSettings) -> Tensor:

@@ -245,6 +245,11 @@ class _Progress(Generic[P]):
     def plan(self) -> tuple[tuple[int, ...], ...]:
         return tuple(piece.row_ids for piece in self.done) if self.told_plan is None else self.told_plan
 
+    @property
+    def is_all_of_it(self) -> bool:
+        """Whether the pending piece is the whole step, of this process and of all others."""
+        return len(self.pending) == 1 and not self.done and self.shared is None
+
     def goes_on(self) -> bool:
         """Whether there is another pass: here, or in another process of a sharded model. Raises AbortedError."""
         shards = self.protection.work.shards
@@ -444,7 +449,7 @@ def _attempt(protection: Protection[P], progress: _Progress[P], *, step: int, tr
             seed_streams(seed, protection.device)
             loss = work.loss_share(piece, progress.loss_weight)
             place = "backward"
-            loss = backward(loss, work.scaler, progress.norms)
+            loss = backward(loss, work.scaler, progress.norms, alone=progress.is_all_of_it)
             place = "commit"
             if progress.committed is not None:
                 progress.committed.add()

@@ -116,7 +116,7 @@ def train_step(
     losses = []
     for micro_batch in micro_batches:
         loss = loss_share(model, micro_batch, loss_weight=loss_weight, settings=settings)
-        losses.append(backward(loss, scaler, norms))
+        losses.append(backward(loss, scaler, norms, alone=len(micro_batches) == 1))
         if committed is not None:
             committed.add()
         if norms is not None:
@@ -135,9 +135,11 @@ def loss_share(model: nn.Module, micro_batch: MicroBatch, *, loss_weight: float,
     return settings.run(device, lambda: token_loss_sum(model, here, settings.loss) / loss_weight)
 
 
-def backward(loss: Tensor, scaler: torch.amp.GradScaler | None, norms: NormRecorder | None = None) -> Tensor:
-    """The loss without its graph, once that has given its gradients."""
-    with nullcontext() if norms is None else norms.reading():
+def backward(
+    loss: Tensor, scaler: torch.amp.GradScaler | None, norms: NormRecorder | None = None, *, alone: bool = False
+) -> Tensor:
+    """The loss without its graph, once that has given its gradients. alone: as `NormRecorder.reading` takes it."""
+    with nullcontext() if norms is None else norms.reading(alone=alone):
         torch.autograd.backward(loss if scaler is None else scaler.scale(loss))
     return loss.detach()
 
@@ -258,21 +260,39 @@ class _Rollback:
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self._optimizer = optimizer
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        self._values = [(parameter, parameter.detach().clone()) for parameter in parameters if parameter.requires_grad]
+        trained = [parameter for parameter in parameters if parameter.requires_grad]
+        self._values = [(parameter, torch.empty_like(parameter)) for parameter in trained]
         self._state = {
-            parameter: {key: value.clone() if isinstance(value, Tensor) else value for key, value in state.items()}
+            parameter: {
+                key: torch.empty_like(value) if isinstance(value, Tensor) else value for key, value in state.items()
+            }
             for parameter, state in optimizer.state.items()
         }
+        _copy_all([(copy, parameter) for parameter, copy in self._values])
+        _copy_all(
+            [
+                (copy, optimizer.state[parameter][key])
+                for parameter, state in self._state.items()
+                for key, copy in state.items()
+                if isinstance(copy, Tensor)
+            ]
+        )
 
-    @torch.no_grad()
     def put_back(self) -> None:
-        for parameter, value in self._values:
-            parameter.copy_(value)
+        _copy_all(self._values)
         for parameter in list(self._optimizer.state):
             if parameter not in self._state:
                 del self._optimizer.state[parameter]
         for parameter, state in self._state.items():
             self._optimizer.state[parameter] = state
+
+
+@torch.no_grad()
+def _copy_all(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Each first one becomes what the second one is, in a few launches for each device."""
+    for device in {source.device for _, source in pairs}:
+        of_device = [(into, source) for into, source in pairs if source.device == device]
+        torch._foreach_copy_([into for into, _ in of_device], [source for _, source in of_device])
 
 
 def evaluate(model: nn.Module, micro_batches: Iterable[MicroBatch], *, settings: StepSettings) -> EvalResult:

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib import import_module
-from typing import Any
+from typing import Any, cast
 from unittest.mock import patch
 
 import torch
@@ -279,6 +279,41 @@ def _dropout(tensor: Tensor, p: float, train: bool) -> Tensor:
     return dropped
 
 
+def _rms_norm(
+    hidden: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
+) -> Tensor:
+    """layer_norm.cpp, rms_norm_symint: one kernel where the weight has the input's type, since 2.9."""
+    if weight is not None and weight.dtype != hidden.dtype:
+        return aten.rms_norm.default.decompose(hidden, normalized_shape, weight, eps)  # type: ignore[no-any-return]
+    out: Tensor = _FusedRmsNorm.apply(hidden, normalized_shape, weight, eps)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _FusedRmsNorm(torch.autograd.Function):
+    """cuda/layer_norm_kernel.cu: keeps its input and, in float32, one number of each row. The operator of a CPU is made
+    of others already where autograd is."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, normalized_shape: Sequence[int], weight: Tensor | None, eps: float | None
+    ) -> Tensor:
+        with torch._C._AutoDispatchBelowAutograd():
+            out, scale = aten._fused_rms_norm.default(hidden, normalized_shape, weight, eps)
+        ctx.save_for_backward(hidden, weight, scale)
+        ctx.normalized_shape = normalized_shape
+        return cast(Tensor, out)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, None, Tensor | None, None]:
+        hidden, weight, scale = ctx.saved_tensors
+        wanted = [ctx.needs_input_grad[0], ctx.needs_input_grad[2]]
+        with torch._C._AutoDispatchBelowAutograd():
+            of_hidden, of_weight = aten._fused_rms_norm_backward.default(
+                grad_outputs[0].contiguous(), hidden, ctx.normalized_shape, scale, weight, wanted
+            )
+        return of_hidden, None, of_weight, None
+
+
 @contextmanager
 def cuda_behaviour(target: CudaTarget) -> Iterator[None]:
     """Fake CPU tensors behave as CUDA tensors inside, in this process; everything is undone afterwards."""
@@ -295,6 +330,7 @@ def cuda_behaviour(target: CudaTarget) -> Iterator[None]:
             for name, kernel in (
                 ("scaled_dot_product_attention", scaled_dot_product_attention(target)),
                 ("dropout", _dropout),
+                ("rms_norm", _rms_norm),
             ):
                 library.impl(name, kernel, "AutogradCPU", allow_override=True)
         yield

@@ -18,7 +18,7 @@ from transformers import PretrainedConfig
 
 from fitune.config import OptimConfig, RunConfig
 from fitune.data.packing import lay_out
-from fitune.data.rows import Batch, MicroBatch, Row
+from fitune.data.rows import TENSORS, Batch, MicroBatch, Row
 from fitune.model.head import two_logits
 from fitune.model.load import count_parameters, load_model
 from fitune.model.precision import Precision, device_precision, resolve_precision
@@ -36,7 +36,6 @@ from fitune.trace.recorder import Recorder
 from fitune.trace.recording import Recording, sum_work, to_trace
 from fitune.trace.shapes import ShapeMemory
 
-_TENSORS = ("input_ids_BS", "position_ids_BS", "target_index_N", "target_ids_N", "target_weights_N")
 FIRST_BFLOAT16 = (8, 0)
 Kind = Literal["state", "train", "eval"]
 CHUNK_LOOPS: Mapping[Kind, str] = {"train": "loss.chunks", "eval": "loss.eval_chunks"}
@@ -231,6 +230,7 @@ def record_columns_of_step(
         with (
             patch.object(loss, "_chunks", chunks_of),
             patch.object(_OnHost, "told", recorder.begin_micro_batch),
+            patch.object(_OnHost, "is_joined", target is not None),
             patch.dict(optimizer._BUILDERS, state_alone),
         ):
             yield
@@ -318,7 +318,9 @@ def _group(
 
 
 def _on_host(micro_batch: MicroBatch) -> "_OnHost":
-    return _OnHost(**{field.name: getattr(micro_batch, field.name) for field in fields(MicroBatch)})
+    made = _OnHost(**{field.name: getattr(micro_batch, field.name) for field in fields(MicroBatch)})
+    object.__setattr__(made, "whole", micro_batch.joined())
+    return made
 
 
 def _row(number: int, length: int, num_supervised: int) -> Row:
@@ -341,10 +343,15 @@ def _older_objects_set_aside() -> Iterator[None]:
 
 class _OnHost(MicroBatch):
     """Its move to the device is always a copy, as to a card. On a CPU it stands for the rows that the process holds.
-    told: that it begins."""
+    told: that it begins. whole: as `joined` gives it, made before the recording. is_joined: whether that is copied, as
+    to a card."""
 
     told: ClassVar[Callable[[], None]] = staticmethod(lambda: None)
+    is_joined: ClassVar[bool] = False
+    whole: torch.Tensor
 
     def to(self, device: torch.device) -> Self:
         type(self).told()
-        return replace(self, **{name: getattr(self, name).to(device, copy=True) for name in _TENSORS})
+        if type(self).is_joined:
+            return self.views_of(self.whole.to(device, copy=True))
+        return replace(self, **{name: getattr(self, name).to(device, copy=True) for name in TENSORS})

@@ -383,7 +383,10 @@ class _Trainer:
         lr = self.optim.lr * lr_factor(self.config.optim, (before + progress) / 2)
         set_lr(setup.optimizer, lr)
         shards = setup.settings.shards
-        norms = NormRecorder(setup.optimizer, preconditioned=state.step % PRECONDITIONED_EVERY == 0, shards=shards)
+        weighs = (
+            state.step > 0 and state.step % PRECONDITIONED_EVERY == 0
+        )  # Adam has no weights before its first update
+        norms = NormRecorder(setup.optimizer, preconditioned=weighs, shards=shards)
         start = time.perf_counter()
         keep_plan = self.replay is not None
         if self.replay is not None:

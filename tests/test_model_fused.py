@@ -1,0 +1,124 @@
+"""Layers in fewer kernels compute what the model's own layers compute. A stand-in tells of a card: the same torch
+operators run on the CPU."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+
+from fitune.model import attention
+from fitune.model.fused import fuse_layers
+
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+MODELS = {
+    "llama": ("LlamaConfig", {}),
+    "qwen2": ("Qwen2Config", {}),
+    "qwen3": ("Qwen3Config", {"head_dim": 8}),
+    "mistral": ("MistralConfig", {"sliding_window": 4}),
+    "gemma2": ("Gemma2Config", {"head_dim": 8, "sliding_window": 4}),
+    "glm4": ("Glm4Config", {"head_dim": 8, "partial_rotary_factor": 0.5, "pad_token_id": 0}),
+    "phi3": ("Phi3Config", {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 0}),
+}
+
+
+def build(name: str) -> Any:
+    config_class, more = MODELS[name]
+    config = getattr(transformers, config_class)(**SIZES, **more)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").train()
+    for parameter in model.parameters():  # weights of norms are all ones when they are new
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+def losses_and_gradients(model: nn.Module, *, autocast: bool) -> tuple[Tensor, list[Tensor]]:
+    tokens = torch.arange(2 * 12).reshape(2, 12) % 61
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        logits = model(input_ids=tokens, use_cache=False).logits
+    loss = nn.functional.cross_entropy(logits.float().flatten(0, 1), tokens.flatten())
+    loss.backward()
+    return loss.detach(), [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "compute_capability", lambda _: (8, 9))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_losses_and_gradients_are_the_model_s_own(name: str, card: None) -> None:
+    own, fused = build(name), build(name)
+    fuse_layers(fused)
+    (own_loss, own_gradients), (loss, gradients) = (losses_and_gradients(m, autocast=False) for m in (own, fused))
+    assert torch.allclose(loss, own_loss, rtol=1e-6)
+    for gradient, expected in zip(gradients, own_gradients, strict=True):
+        assert (gradient - expected).norm() <= 1e-6 * expected.norm()
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("name", MODELS)
+def test_in_16_bits_the_difference_is_one_of_rounding(name: str, dtype: torch.dtype | None, card: None) -> None:
+    """Both are as far from float32 as each other. dtype: of the parameters, None for autocast."""
+    exact_loss, exact = losses_and_gradients(build(name), autocast=False)
+    own, fused = build(name).to(dtype), build(name).to(dtype)
+    fuse_layers(fused)
+    (own_loss, own_gradients), (loss, gradients) = (losses_and_gradients(m, autocast=not dtype) for m in (own, fused))
+    assert abs(loss - exact_loss) <= 2 * abs(own_loss - exact_loss) + 1e-3 * exact_loss
+    for gradient, expected, mine in zip(gradients, exact, own_gradients, strict=True):
+        assert (gradient - expected).norm() <= 2 * (mine - expected).norm() + 2e-3 * expected.norm()
+
+
+def replaced(name: str) -> set[str]:
+    model = build(name)
+    fuse_layers(model)
+    return {type(module).__name__ for module in model.modules() if "forward" in module.__dict__}
+
+
+def test_only_what_was_seen_to_compute_the_same_is_replaced() -> None:
+    assert replaced("llama") == {"LlamaRMSNorm", "LlamaAttention"}
+    assert replaced("qwen3") == {"Qwen3RMSNorm", "Qwen3Attention"}
+    assert replaced("gemma2") == {"Gemma2Attention"}, "Gemma's norms multiply by 1 + weight"
+    assert "Glm4Attention" not in replaced("glm4"), "GLM turns neighbouring numbers, and only half of them"
+
+
+def test_a_norm_with_its_epsilon_elsewhere_is_left_as_it_is() -> None:
+    class OutsideRMSNorm(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.eps = nn.Parameter(torch.ones(16)), 1e-3
+
+        def forward(self, hidden: Tensor) -> Tensor:
+            return self.weight * hidden / (hidden.square().mean(-1, keepdim=True).sqrt() + self.eps)
+
+    model = nn.Sequential(OutsideRMSNorm())
+    fuse_layers(model)
+    assert "forward" not in model[0].__dict__
+
+
+def test_without_a_card_the_model_s_own_code_runs() -> None:
+    own, fused = build("llama"), build("llama")
+    fuse_layers(fused)
+    (loss, gradients), (expected, own_gradients) = (losses_and_gradients(m, autocast=True) for m in (fused, own))
+    assert torch.equal(loss, expected)
+    assert all(torch.equal(a, b) for a, b in zip(gradients, own_gradients, strict=True))
+
+
+def test_a_copy_of_the_model_computes_with_its_own_weights(card: None) -> None:
+    model = build("llama")
+    fuse_layers(model)
+    other = copy.deepcopy(model)
+    for parameter in other.parameters():
+        parameter.data *= 2
+    assert not torch.equal(*(losses_and_gradients(m, autocast=False)[0].reshape(1) for m in (model, other)))
+    assert other.model.norm.forward.__self__ is other.model.norm
