@@ -22,8 +22,14 @@ SIZES = {
     "max_position_embeddings": 64,
 }
 HYBRID = {
-    **{"linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4},
-    **{"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16},
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 16,
 }
 MODELS = {
     "llama": ("LlamaConfig", {}),
@@ -35,7 +41,7 @@ MODELS = {
     "qwen3_next": ("Qwen3NextConfig", {**HYBRID, "head_dim": 8, "layer_types": ["linear_attention", "full_attention"]}),
     "bamba": (
         "BambaConfig",
-        {"attn_layer_indices": [1], "mamba_n_heads": 4, "mamba_d_state": 8, "mamba_chunk_size": 8},
+        {"attn_layer_indices": [1], "mamba_n_heads": 4, "mamba_chunk_size": 8},
     ),
     "phi3": ("Phi3Config", {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 0}),
 }
