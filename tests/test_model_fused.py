@@ -31,7 +31,7 @@ HYBRID = {
     "moe_intermediate_size": 16,
     "shared_expert_intermediate_size": 16,
 }
-MODELS = {
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", {}),
     "qwen2": ("Qwen2Config", {}),
     "qwen3": ("Qwen3Config", {"head_dim": 8}),
