@@ -1,5 +1,5 @@
-"""Models that are no plain transformers are predicted too: recurrent ones, hybrids, and those that ask a tensor where it
-is."""
+"""Models that are no plain transformers are predicted too: recurrent ones, hybrids, and those that ask a tensor for
+its device."""
 
 from pathlib import Path
 from typing import Any
