@@ -163,7 +163,7 @@ def minimind_step(
 
 
 LINES = (
-    Line("fitune: logits of 256 tokens at a time, fused AdamW, rows packed", own_step),
+    Line("fitune: logits in chunks, fused norms and AdamW, rows packed", own_step),
     Line("the same, all logits at once", lambda: own_step("loss=full"), 1),
     Line("the same, AdamW with foreach", lambda: own_step("loss=full", "optim.name=adamw_foreach"), 2),
     Line("minimind's layers, loss and loop, one card", minimind_step, 3),
