@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 import fitune
+from docs.site_pages import with_tables
 from fitune.cli.app import app, main
 from fitune.config import read_config
 from fitune.run.sweep import read_sweep
@@ -123,7 +124,7 @@ def test_a_chinese_page_has_the_commands_and_the_shape_of_the_english_one(chines
     english = chinese.with_name(chinese.name.replace(".zh.md", ".md"))
     assert commands(chinese) == commands(english)
     assert blocks(chinese, "yml") == blocks(english, "yml")
-    pages = [page.read_text(encoding="utf-8") for page in (chinese, english)]
+    pages = [with_tables(page.read_text(encoding="utf-8"), ROOT / "docs") for page in (chinese, english)]
     shapes = [re.findall(r"^(#+ |\||- )", page, re.MULTILINE) for page in pages]
     assert shapes[0] == shapes[1]
 

@@ -219,3 +219,45 @@ def test_errors_of_the_command_line_are_in_chinese(
         told = capsys.readouterr().err
         assert told.startswith("错误：")
         assert not re.search(r"[a-z]+ [a-z]+ [a-z]+", told)
+
+
+DOCUMENTS = [*sorted((SOURCE.parent.parent / "docs").glob("*.zh.md")), SOURCE.parent.parent / "README_zh.md"]
+OTHER_WORDS = {
+    "词元": "token",
+    "(?<!梯度)(?<!度)重算": "梯度检查点（激活重计算）",
+    "激活检查点|梯度检查站": "梯度检查点",
+    "微批量": "微批",
+    "批量大小|有效批量|小批量": "批大小",
+    "梯度积累|梯度累计": "梯度累积",
+    "显卡内存|GPU 内存|内存上限|内存溢出|内存峰值|峰值内存|设备内存": "显存",
+    "留出行|训练行|数据行|行长|几行|样本行|该行": "样本",
+    "学习速率": "学习率",
+    "令牌": "token",
+    "打包后的批量": "拼接",
+}
+"""What is not said in Chinese, and what is said instead (docs/glossary.zh.md)."""
+OTHER_ENGLISH = {"rematerialisation": "gradient checkpointing", "activation recomputation": "gradient checkpointing"}
+
+
+@pytest.mark.parametrize("wrong", OTHER_WORDS)
+def test_the_words_are_those_of_the_glossary(wrong: str) -> None:
+    shown = [*CHINESE.values(), *SENTENCES.values()]
+    shown += [line for page in DOCUMENTS for line in page.read_text(encoding="utf-8").splitlines()]
+    assert [line for line in shown if re.search(wrong, line)] == []
+
+
+@pytest.mark.parametrize("wrong", OTHER_ENGLISH)
+def test_the_english_words_are_those_of_the_glossary(wrong: str) -> None:
+    assert [english for english in (*CHINESE, *SENTENCES) if wrong in english.lower()] == []
+
+
+def test_the_glossary_is_the_same_in_both_languages() -> None:
+    rows = {}
+    for name in ("glossary.md", "glossary.zh.md"):
+        lines = (SOURCE.parent.parent / "docs" / name).read_text(encoding="utf-8").splitlines()
+        rows[name] = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")][
+            1:
+        ]
+    assert [row[:2] for row in rows["glossary.md"]] == [row[1::-1] for row in rows["glossary.zh.md"]]
+    said = "".join((*CHINESE.values(), *SENTENCES.values()))
+    assert [row[1] for row in rows["glossary.md"] if row[1].split("（")[0] not in said] == ["in Chinese"]

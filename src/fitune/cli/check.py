@@ -120,7 +120,7 @@ def report_on(
 def _split_table(report: DataReport) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column(say("split"))
-    for heading in ("samples", "tokens", "p50", "p95", "p99", "max", f"> {report.max_length}", "no target"):
+    for heading in ("rows", "tokens", "p50", "p95", "p99", "max", f"> {report.max_length}", "no target"):
         table.add_column(say(heading), justify="right", no_wrap=True)
     for name, split in (("train", report.train), ("eval", report.eval)):
         table.add_row(say(name), *_cells(split))

@@ -174,7 +174,7 @@ RUNS: dict[str, str] = {
     "{lost}; the weights of step {steps} are in {last}": "{lost}；第 {steps} 步的权重在 {last}",
     "saved after step {steps} in {last}": "第 {steps} 步后已保存到 {last}",
     "interrupted: {where}; fitune train --resume {path} goes on": "已中断：{where}；用 fitune train --resume {path} 继续",
-    "samples {row_ids} have no supervised token: no update, no step": "样本 {row_ids} 没有要学习的 token：不更新，不计步",
+    "samples {row_ids} have no supervised token: no update, no step": "样本 {row_ids} 没有计入损失的 token：不更新，不计步",
     "effective batch {before} -> {rows_per_step} samples, {reason}": "有效批大小 {before} -> {rows_per_step} 个样本，{reason}",
     "the weights of step {step} are in {last}": "第 {step} 步的权重在 {last}",
     "step {step}: the float16 gradient overflowed, the scale is lowered": "第 {step} 步：float16 梯度溢出，已调低缩放",
