@@ -31,7 +31,7 @@ def check(
     *words: ConfigArguments,
     flags: ConfigFlags = ConfigFlags(),  # noqa: B008 (frozen)
     show: Annotated[
-        int, Parameter(validator=Number(gte=0), help="also show so many rows as the model will see them")
+        int, Parameter(validator=Number(gte=0), help="also show so many samples as the model will see them")
     ] = 0,
     output_format: Format = "auto",
 ) -> None:
