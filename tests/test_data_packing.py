@@ -6,11 +6,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fitune.data.packing import lay_out, sort_by_length, split
-from fitune.data.rows import Batch, MicroBatch, Row
+from fitune.data.rows import TENSORS, Batch, MicroBatch, Row
 
 PAD = 999
 
@@ -90,6 +91,14 @@ def test_a_packed_micro_batch_is_one_line_without_padding(batch: Batch, layout: 
 def test_a_padded_micro_batch_is_as_wide_as_its_longest_row(batch: Batch, layout: dict[str, Any]) -> None:
     for micro in split(batch, **{**layout, "packed": False}, pad_id=PAD):
         assert micro.input_ids_BS.shape == (len(micro.row_ids), max(micro.row_lengths))
+
+
+@given(batch=BATCHES, layout=LAYOUTS)
+def test_in_one_piece_a_micro_batch_is_the_same(batch: Batch, layout: dict[str, Any]) -> None:
+    for micro in split(batch, **layout, pad_id=PAD):
+        again = micro.views_of(micro.joined())
+        for name in TENSORS:
+            assert torch.equal(getattr(again, name), getattr(micro, name))
 
 
 @given(batch=BATCHES, micro_tokens=st.integers(1, 60), packed=st.booleans())

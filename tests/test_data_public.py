@@ -207,7 +207,7 @@ LINES = json.dumps(ROW) + "\n"
         ("a.jsonl.xz", lzma.compress(LINES.encode())),
         ("a.JSONL", LINES),
         ("a.ndjson", LINES),
-        ("a.json.GZ", gzip.compress(LINES.encode())),
+        ("a.json.GZ", gzip.compress(LINES.encode(), mtime=0)),
         ("a.tsv", "instruction\toutput\nQ\tA\n"),
         ("a.csv", "instruction;output\nQ;A\n"),
         ("a.csv", "instruction, output\nQ, A\n"),

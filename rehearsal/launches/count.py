@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ import torch
 import transformers
 
 from rehearsal.launches.counters import OPERATIONS, SYNCHRONISATIONS, per_step, read_counters
-from rehearsal.launches.loops import LOOPS, MODEL, Done, rows
+from rehearsal.launches.loops import LOOPS, MODELS, Done, rows
 from rehearsal.rows import ROOT
 from rehearsal.run import LIBRARIES
 
@@ -123,12 +124,20 @@ def apart(task: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
     return told
 
 
-def section(results: dict[str, dict[str, Any]]) -> list[str]:
+def section(results: dict[str, dict[str, dict[str, Any]]]) -> list[str]:
+    """results: by model and loop."""
+    lines = [
+        f"One optimizer step on {len(rows())} samples, {sum(map(len, rows())):,} tokens, the longest of "
+        f"{max(map(len, rows()))}; averages of {NUM_COUNTED} steps. A call of cuBLAS counts as one.",
+    ]
+    for model in (name for name in MODELS if name in results):
+        lines += ["", f"### {model}", "", *_table(results[model])]
+    return lines
+
+
+def _table(results: dict[str, dict[str, Any]]) -> list[str]:
     tokens = sum(map(len, rows()))
     lines = [
-        f"One optimizer step of {MODEL} on {len(rows())} rows, {tokens:,} tokens, the longest of "
-        f"{max(map(len, rows()))}; averages of {NUM_COUNTED} steps. A call of cuBLAS counts as one.",
-        "",
         "| loop | kernels | matrix products | other calls | Triton | memsets, copies on the card | all "
         "| of 1,000 tokens | host waits | copies to the card | to the host | cudaMalloc |",
         "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
@@ -151,22 +160,29 @@ def section(results: dict[str, dict[str, Any]]) -> list[str]:
     return lines
 
 
-def write(results: dict[str, dict[str, Any]]) -> None:
-    RESULTS.write_text(json.dumps({name: results[name] for name in LOOPS if name in results}, indent=1) + "\n")
+def write(results: dict[str, dict[str, dict[str, Any]]]) -> None:
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     before, _, rest = PAGE.read_text().partition(BEGIN)
     _, _, after = rest.partition(END)
     assert rest, f"{PAGE} has no place for the table"
     PAGE.write_text("\n".join([before + BEGIN, "", *section(results), "", END + after]))
 
 
+def _chosen(parser: argparse.ArgumentParser, text: str, known: list[str]) -> list[str]:
+    """All, where none is named."""
+    wanted = [word.strip() for word in text.split(";") if word.strip()]
+    if unknown := sorted({*wanted} - {*known}):
+        parser.error(f"unknown: {'; '.join(unknown)}; there are {'; '.join(known)}")
+    return wanted or known
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--loops", default="", help="only these, separated by semicolons")
+    parser.add_argument("--models", default="", help="only these, separated by semicolons")
     parser.add_argument("--operators", action="store_true", help="name the operators that launch; nothing is written")
     options = parser.parse_args()
-    wanted = [word.strip() for word in options.loops.split(";") if word.strip()] or list(LOOPS)
-    if unknown := sorted({*wanted} - {*LOOPS}):
-        parser.error(f"unknown: {'; '.join(unknown)}; there are {'; '.join(LOOPS)}")
+    models, loops = _chosen(parser, options.models, [*MODELS]), _chosen(parser, options.loops, [*LOOPS])
     if "FAKE_CARD" not in os.environ:
         sys.exit("the stand-in is not loaded: python -m rehearsal.run python -m rehearsal.launches.count")
     warnings.simplefilter("ignore")
@@ -174,15 +190,17 @@ def main() -> None:
     import trl  # noqa: F401 (once for all children)
 
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    for name in wanted:
+    for model, name in product(models, loops):
+        loop = partial(LOOPS[name], MODELS[model])
         if options.operators:
             with tempfile.NamedTemporaryFile() as file:
                 path = Path(file.name)
-                print(name, apart(partial(name_operators, LOOPS[name], path)).get("failure", ""))
+                print(model, name, apart(partial(name_operators, loop, path)).get("failure", ""))
                 show_operators(path)
             continue
-        counted = results[name] = apart(partial(count, LOOPS[name]))
-        print(name, counted.get("failure") or f"{sum(counted[each] for each in OPERATIONS):,.0f}", flush=True)
+        counted = results.setdefault(model, {})[name] = apart(partial(count, loop))
+        told = counted.get("failure") or f"{sum(counted[each] for each in OPERATIONS):,.0f}"
+        print(f"{model}, {name}: {told}", flush=True)
         write(results)
 
 

@@ -6,10 +6,13 @@ A loop takes `ended`, which it calls at the end of every step, and goes on until
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
 import numpy as np
+import peft
 import torch
 import transformers
 
@@ -23,9 +26,43 @@ from fitune.step.micro_batch_work import micro_batch_work
 from fitune.step.safe_step import Protection, safe_step
 from fitune.step.train_step import train_step
 from rehearsal.answers import answers
+from rehearsal.models import LORA
 from rehearsal.trainers import word_tokenizer
 
-MODEL = "minimind2-small"
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """arguments: of a Qwen2Config; of none for a preset of fitune, which `name` is then. lora: only adapters are
+    trained, on weights of 16 bits."""
+
+    name: str
+    arguments: tuple[tuple[str, Any], ...] = ()
+    lora: bool = False
+
+    def config(self) -> Any:
+        return transformers.Qwen2Config(**dict(self.arguments)) if self.arguments else preset_config(self.name)
+
+
+_QWEN = {
+    "vocab_size": 151936,
+    "hidden_size": 896,
+    "intermediate_size": 4864,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 14,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 32768,
+    "tie_word_embeddings": True,
+}
+MODELS = {
+    model.name: model
+    for model in (
+        Model("minimind2-small"),
+        Model("minimind2"),
+        Model("Qwen2.5-0.5B with LoRA", tuple(_QWEN.items()), lora=True),
+    )
+}
+MOST_TOKEN_ID = 6400
+"""Of all models' vocabularies the smallest: each sees the same tokens."""
 NUM_ROWS, MICRO_ROWS, LONGEST = 16, 4, 2048
 MEAN_TOKENS, SPREAD = 400, 0.7
 """Of the rows' lengths, which are distributed as chat data are: log-normally."""
@@ -44,8 +81,7 @@ def rows() -> list[list[int]]:
     """Token ids."""
     generator = np.random.default_rng(SEED)
     lengths = np.exp(generator.normal(np.log(MEAN_TOKENS) - SPREAD**2 / 2, SPREAD, NUM_ROWS))
-    vocab_size = preset_config(MODEL).vocab_size
-    return [generator.integers(5, vocab_size, int(length)).tolist() for length in np.clip(lengths, 16, LONGEST)]
+    return [generator.integers(5, MOST_TOKEN_ID, int(length)).tolist() for length in np.clip(lengths, 16, LONGEST)]
 
 
 def num_supervised(row: Sequence[int]) -> int:
@@ -55,20 +91,23 @@ def num_supervised(row: Sequence[int]) -> int:
 # ---- fitune ----------------------------------------------------------------------------------------------------------
 
 
-def fitune_step(ended: Ended, *, options: Sequence[str] = (), safe: bool = True) -> None:
+def fitune_step(model: Model, ended: Ended, *, options: Sequence[str] = (), safe: bool = True) -> None:
     """safe: as `fitune train` does it, able to begin the step again, with the norms that the gradient noise is read
     from; else the bare step."""
-    tree = {
-        "model": {"source": MODEL, "init": "random"},
+    tree: dict[str, dict[str, Any]] = {
+        "model": {"source": model.name, "init": "random", "method": "lora" if model.lora else "full"},
         "data": {"train": "rows.jsonl", "max_length": LONGEST, "eval_fraction": 0.0},
         "batch": {"effective": NUM_ROWS},
     }
-    config = read_config(tree, list(options)).config
     card = torch.device("cuda", 0)
-    precision = choose_precision(config, card)
-    setup = assemble(
-        load_model(config.model, card, precision=precision, seed=0), config, device=card, precision=precision
-    )
+    with tempfile.TemporaryDirectory() as directory:
+        if model.arguments:
+            model.config().save_pretrained(directory)
+            tree["model"]["source"] = directory
+        config = read_config(tree, list(options)).config
+        precision = choose_precision(config, card)
+        loaded = load_model(config.model, card, precision=precision, seed=0)
+    setup = assemble(loaded, config, device=card, precision=precision)
     batch = Batch(tuple(_fitune_row(number, row) for number, row in enumerate(rows())))
     work = micro_batch_work(setup.model, setup.optimizer, setup.settings, scaler=setup.scaler)
     protection = Protection(work=work)
@@ -93,18 +132,19 @@ def _fitune_row(number: int, tokens: Sequence[int]) -> Row:
 # ---- others ----------------------------------------------------------------------------------------------------------
 
 
-def model() -> Any:
+def made(model: Model) -> Any:
     with torch.device("cuda"):
-        made: Any = transformers.AutoModelForCausalLM.from_config(preset_config(MODEL), dtype=torch.float32)
-    made.tie_weights()
-    return made
+        dtype = torch.bfloat16 if model.lora else torch.float32
+        built: Any = transformers.AutoModelForCausalLM.from_config(model.config(), dtype=dtype)
+        built.tie_weights()
+        return peft.get_peft_model(built, peft.LoraConfig(**LORA)) if model.lora else built
 
 
-def minimind(ended: Ended, *, width: int | None = None) -> None:
+def minimind(model: Model, ended: Ended, *, width: int | None = None) -> None:
     """As minimind's trainer does it: rows padded to `width`, else to the longest of their micro-batch; autocast,
     AdamW with foreach, a scaler that is off."""
-    trained = model().train()
-    parameters = list(trained.parameters())
+    trained = made(model).train()
+    parameters = [parameter for parameter in trained.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=5e-4)
     scaler = torch.amp.GradScaler("cuda", enabled=False)
     micro_batches = [rows()[begin : begin + MICRO_ROWS] for begin in range(0, NUM_ROWS, MICRO_ROWS)]
@@ -182,10 +222,10 @@ def _dataset() -> Any:
     return datasets.Dataset.from_list(examples * 100)
 
 
-def trainer(ended: Ended, **arguments: Any) -> None:
+def trainer(model: Model, ended: Ended, **arguments: Any) -> None:
     with tempfile.TemporaryDirectory() as directory, _in_order():
         transformers.Trainer(
-            model=model(),
+            model=made(model),
             args=transformers.TrainingArguments(**_trainer_arguments(directory), **arguments),
             train_dataset=_dataset(),
             data_collator=transformers.DataCollatorForSeq2Seq(word_tokenizer()),
@@ -193,12 +233,12 @@ def trainer(ended: Ended, **arguments: Any) -> None:
         ).train()
 
 
-def sft(ended: Ended, **arguments: Any) -> None:
+def sft(model: Model, ended: Ended, **arguments: Any) -> None:
     import trl
 
     with tempfile.TemporaryDirectory() as directory, _in_order():
         trl.SFTTrainer(
-            model=model(),
+            model=made(model),
             args=trl.SFTConfig(**{"max_length": None} | _trainer_arguments(directory) | arguments),
             train_dataset=_dataset(),
             processing_class=word_tokenizer(),
@@ -206,21 +246,20 @@ def sft(ended: Ended, **arguments: Any) -> None:
         ).train()
 
 
-LOOPS: dict[str, Callable[[Ended], None]] = {
+LOOPS: dict[str, Callable[[Model, Ended], None]] = {
     "fitune": fitune_step,
-    "fitune, 4 rows at a time": lambda ended: fitune_step(ended, options=(f"batch.micro={MICRO_ROWS}",)),
-    "fitune, recompute": lambda ended: fitune_step(ended, options=("model.recompute=full",)),
-    "fitune, the bare step": lambda ended: fitune_step(ended, safe=False),
-    "minimind, padded to 2,048": lambda ended: minimind(ended, width=LONGEST),
+    "fitune, 4 samples at a time": partial(fitune_step, options=(f"batch.micro={MICRO_ROWS}",)),
+    "fitune, gradient checkpointing": partial(fitune_step, options=("model.recompute=full",)),
+    "fitune, model.compile": partial(fitune_step, options=("model.compile=true",)),
+    "fitune, the bare step": partial(fitune_step, safe=False),
+    "minimind, padded to 2,048": partial(minimind, width=LONGEST),
     "minimind, padded to the longest": minimind,
     "Trainer": trainer,
-    "Trainer, bf16": lambda ended: trainer(ended, bf16=True),
+    "Trainer, bf16": partial(trainer, bf16=True),
     "SFTTrainer": sft,
-    "SFTTrainer, no checkpointing": lambda ended: sft(ended, gradient_checkpointing=False),
-    "SFTTrainer, padding-free, no checkpointing": lambda ended: sft(
-        ended, gradient_checkpointing=False, padding_free=True
-    ),
-    "SFTTrainer, padding-free, Liger, no checkpointing": lambda ended: sft(
-        ended, gradient_checkpointing=False, padding_free=True, use_liger_kernel=True
+    "SFTTrainer, no checkpointing": partial(sft, gradient_checkpointing=False),
+    "SFTTrainer, padding-free, no checkpointing": partial(sft, gradient_checkpointing=False, padding_free=True),
+    "SFTTrainer, padding-free, Liger, no checkpointing": partial(
+        sft, gradient_checkpointing=False, padding_free=True, use_liger_kernel=True
     ),
 }

@@ -104,7 +104,8 @@ class MicroBatch:
 
     def joined(self) -> torch.Tensor:
         """The bytes of all tensors, uint8 [bytes]."""
-        return torch.cat([getattr(self, name).reshape(-1).view(torch.uint8) for name in TENSORS])
+        whole = bytearray().join(getattr(self, name).numpy().tobytes() for name in TENSORS)
+        return torch.frombuffer(whole, dtype=torch.uint8)
 
     def views_of(self, joined: torch.Tensor) -> Self:
         """The same micro-batch, its tensors views of what `joined` gave, wherever that is now."""

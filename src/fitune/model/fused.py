@@ -16,8 +16,9 @@ from fitune.model import attention as kernels
 
 
 def fuse_layers(model: nn.Module) -> None:
-    """Replaces, in place: RMS norms by torch's fused kernel, rotary embeddings by one that does query and key together,
-    and the casts of one tensor that autocast makes for each of several linear layers by a single cast."""
+    """Replaces, in place: RMS norms by torch's fused kernel, rotary embeddings by one that does query and key together;
+    and, under autocast, the casts of one tensor for each of several linear layers by a single cast, and those of their
+    weights' gradients by products that are written in float32."""
     forwards: dict[object, Callable[..., Any] | None] = {}
     for module in model.modules():
         eps = _eps_of_rms_norm(module)
@@ -26,7 +27,7 @@ def fuse_layers(model: nn.Module) -> None:
             # the modes of a model that is built on the meta device would put the random numbers there too
             with torch._C.DisableTorchFunction():
                 forwards[key] = _with_fused_rotary(type(module)) if eps is None else _fused_norm_of(module, eps)
-        forward = forwards[key]
+        forward = _linear if type(module) is nn.Linear else forwards[key]
         if forward is not None:
             module.forward = MethodType(forward, module)
         if any(all(type(getattr(module, name, None)) is nn.Linear for name in names) for names in _SHARED_INPUT):
@@ -144,7 +145,46 @@ def _turn(
     return turned_BHSD[:, : q.shape[1]], turned_BHSD[:, q.shape[1] :]
 
 
-# ---- linear layers that share their input ----------------------------------------------------------------------------
+# ---- linear layers ---------------------------------------------------------------------------------------------------
+
+
+def _linear(self: nn.Linear, hidden: Tensor) -> Tensor:
+    """[..., D] -> [..., F]."""
+    kind, weight = hidden.device.type, self.weight
+    is_trained_in_float32 = weight.requires_grad and weight.dtype == torch.float32 and self.bias is None
+    if not is_trained_in_float32 or not torch.is_autocast_enabled(kind) or torch.compiler.is_compiling():
+        return functional.linear(hidden, weight, self.bias)
+    dtype = torch.get_autocast_dtype(kind)
+    if dtype not in _16_BIT or kernels.compute_capability(hidden) is None:
+        return functional.linear(hidden, weight)
+    return cast(Tensor, _Linear.apply(hidden.to(dtype), weight, dtype))  # type: ignore[no-untyped-call]
+
+
+class _Linear(torch.autograd.Function):
+    """A product in 16 bits whose weight, [F, D] in float32, has its gradient written in float32 at once: autocast would
+    round it to 16 bits and cast it back."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            weight = weight.to(dtype)
+            ctx.save_for_backward(hidden, weight)
+            return functional.linear(hidden, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        hidden, weight = ctx.saved_tensors
+        grad_TF, hidden_TD = (each.reshape(-1, each.shape[-1]) for each in (*grad_outputs, hidden))
+        of_hidden = (grad_TF @ weight).view(hidden.shape) if ctx.needs_input_grad[0] else None
+        return of_hidden, _float32_product(grad_TF.T, hidden_TD), None
+
+
+def _float32_product(first: Tensor, second: Tensor) -> Tensor:
+    """Of two matrices in 16 bits. CPUs have no such product."""
+    return torch.mm(first, second, out_dtype=torch.float32)
+
+
+_16_BIT = (torch.float16, torch.bfloat16)
 
 _SHARED_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Linear layers of one module that are all given the module's input."""

@@ -20,6 +20,8 @@ CHUNK_ELEMENTS = 1 << 18
 MOST_PIECES = 64
 """Of a parameter: so many launches cost less than the memory of larger temporaries is worth."""
 
+CUBLAS_ELEMENTS = 2**31
+"""That its dot product cannot count."""
 EPS = 1e-12
 """Below every root of a second moment that matters; Adam's own eps would weigh dead coordinates by the batch size."""
 
@@ -54,7 +56,7 @@ class NormRecorder:
         self._exp_avg, squares = _beside(optimizer, "exp_avg"), _beside(optimizer, "exp_avg_sq")
         is_whole = shards is None and len(squares) == len(self._parameters)
         self._exp_avg_sq = squares if preconditioned and is_whole else {}
-        self._norms: list[torch.Tensor] = []
+        self._squares: list[torch.Tensor] = []
         self._weighted: list[torch.Tensor] = []
         self._micro: list[torch.Tensor] = []
         self._weights: list[float] = []
@@ -64,7 +66,7 @@ class NormRecorder:
     def reading(self, *, alone: bool = False) -> Iterator[None]:
         """One micro-batch's backward goes into this. What an earlier one left is forgotten unless it was kept. alone:
         it is all of the step, whose norms are then its own."""
-        self._norms, self._weighted = [], []
+        self._squares, self._weighted = [], []
         self._is_alone = alone and self._shards is None
         if self._is_alone:
             yield
@@ -84,8 +86,7 @@ class NormRecorder:
         """The micro-batch that was read is done. weight: its loss weight."""
         self._weights.append(weight)
         if not self._is_alone:
-            squares = torch.stack(self._norms).square_().sum() if self._norms else self._sum([])
-            self._micro.append(torch.stack((squares, self._sum(self._weighted))))
+            self._micro.append(torch.stack((self._sum(self._squares), self._sum(self._weighted))))
 
     def forget(self) -> None:
         """The step begins anew."""
@@ -136,7 +137,7 @@ class NormRecorder:
 
     @torch.no_grad()
     def _add_norm(self, gradient: torch.Tensor) -> None:
-        self._norms.append(torch.linalg.vector_norm(gradient, dtype=torch.float32))
+        self._squares.append(_square(gradient))
 
     def _sum(self, values: list[torch.Tensor]) -> torch.Tensor:
         return torch.stack(values).sum() if values else torch.zeros((), device=self._parameters[0].device)
@@ -147,9 +148,18 @@ def _beside(optimizer: torch.optim.Optimizer, name: str) -> dict[torch.Tensor, t
     return {p: state[name] for p, state in optimizer.state.items() if name in state and state[name].device == p.device}
 
 
+def _square(gradient: torch.Tensor) -> torch.Tensor:
+    """The squared norm, in float32 and without a copy."""
+    if gradient.dtype == torch.float32 and gradient.is_contiguous() and gradient.numel() < CUBLAS_ELEMENTS:
+        flat = gradient.view(-1)
+        return torch.dot(flat, flat)  # one launch; a norm takes two
+    norm: torch.Tensor = torch.linalg.vector_norm(gradient, dtype=torch.float32)
+    return norm.square()
+
+
 def _dots(first: torch.Tensor, second: torch.Tensor) -> list[torch.Tensor]:
     """In float32, of each piece where the two must be converted."""
-    if first.dtype == second.dtype == torch.float32 and first.numel() < 2**31:  # what cuBLAS can count
+    if first.dtype == second.dtype == torch.float32 and first.numel() < CUBLAS_ELEMENTS:
         return [torch.dot(first.reshape(-1), second.reshape(-1))]
     pieces = zip(_pieces(first), _pieces(second), strict=True)
     return [torch.dot(a.float(), b.float()) for a, b in pieces]
