@@ -82,3 +82,11 @@ def fingerprint() -> str:
     for path in sorted([*(ROOT / "src" / "fitune").rglob("*.py"), *followed]):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
+
+
+def replace_section(page: Path, begin: str, end: str, lines: Sequence[str]) -> None:
+    """Writes the lines between two marks of the page."""
+    before, _, rest = page.read_text().partition(begin)
+    _, _, after = rest.partition(end)
+    assert rest, f"{page} has no place for the table"
+    page.write_text("\n".join([before + begin, "", *lines, "", end + after]))

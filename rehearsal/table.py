@@ -11,7 +11,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from rehearsal.cases import BY_NAME, CARDS, CASES, StepCase
-from rehearsal.rows import KEPT, ROOT, ComparedRow, read_rows, row_from
+from rehearsal.rows import KEPT, ROOT, ComparedRow, read_rows, replace_section, row_from
 
 RESULTS = ROOT / "docs" / "rehearsal.json"
 PAGE = ROOT / "docs" / "rehearsal.md"
@@ -91,11 +91,7 @@ def _bounds(row: ComparedRow) -> str:
 def write(rows: Sequence[ComparedRow], *, results: Path = RESULTS, page: Path = PAGE) -> None:
     kept = [asdict(replace(row, explained=row.explained[:MOST_EXPLAINED], seconds=0.0)) for row in rows]
     results.write_text(json.dumps(kept, indent=1) + "\n")
-    text = page.read_text()
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    assert rest, f"{page} has no place for the table"
-    page.write_text("\n".join([before + BEGIN, "", *table(rows), "", END + after]))
+    replace_section(page, BEGIN, END, table(rows))
 
 
 def main() -> None:

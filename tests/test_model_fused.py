@@ -22,13 +22,28 @@ SIZES = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 64,
 }
-MODELS = {
+HYBRID = {
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 16,
+}
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", {}),
     "qwen2": ("Qwen2Config", {}),
     "qwen3": ("Qwen3Config", {"head_dim": 8}),
     "mistral": ("MistralConfig", {"sliding_window": 4}),
     "gemma2": ("Gemma2Config", {"head_dim": 8, "sliding_window": 4}),
     "glm4": ("Glm4Config", {"head_dim": 8, "partial_rotary_factor": 0.5, "pad_token_id": 0}),
+    "qwen3_next": ("Qwen3NextConfig", {**HYBRID, "head_dim": 8, "layer_types": ["linear_attention", "full_attention"]}),
+    "bamba": (
+        "BambaConfig",
+        {"attn_layer_indices": [1], "mamba_n_heads": 4, "mamba_chunk_size": 8},
+    ),
     "phi3": ("Phi3Config", {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 0}),
 }
 
@@ -91,6 +106,7 @@ def test_only_what_was_seen_to_compute_the_same_is_replaced() -> None:
     assert replaced("llama") == {"LlamaRMSNorm", "LlamaAttention", "Linear"}
     assert replaced("qwen3") == {"Qwen3RMSNorm", "Qwen3Attention", "Linear"}
     assert replaced("gemma2") == {"Gemma2Attention", "Linear"}, "Gemma's norms multiply by 1 + weight"
+    assert "BambaRMSNormGated" not in replaced("bamba"), "it takes a gate too"
     assert "Glm4Attention" not in replaced("glm4"), "GLM turns neighbouring numbers, and only half of them"
 
 

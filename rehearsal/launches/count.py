@@ -32,7 +32,7 @@ import transformers
 
 from rehearsal.launches.counters import OPERATIONS, SYNCHRONISATIONS, per_step, read_counters
 from rehearsal.launches.loops import LOOPS, MODELS, Done, rows
-from rehearsal.rows import ROOT
+from rehearsal.rows import ROOT, replace_section
 from rehearsal.run import LIBRARIES
 
 RESULTS = ROOT / "docs" / "launches.json"
@@ -162,13 +162,10 @@ def _table(results: dict[str, dict[str, Any]]) -> list[str]:
 
 def write(results: dict[str, dict[str, dict[str, Any]]]) -> None:
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-    before, _, rest = PAGE.read_text().partition(BEGIN)
-    _, _, after = rest.partition(END)
-    assert rest, f"{PAGE} has no place for the table"
-    PAGE.write_text("\n".join([before + BEGIN, "", *section(results), "", END + after]))
+    replace_section(PAGE, BEGIN, END, section(results))
 
 
-def _chosen(parser: argparse.ArgumentParser, text: str, known: list[str]) -> list[str]:
+def chosen(parser: argparse.ArgumentParser, text: str, known: list[str]) -> list[str]:
     """All, where none is named."""
     wanted = [word.strip() for word in text.split(";") if word.strip()]
     if unknown := sorted({*wanted} - {*known}):
@@ -182,7 +179,7 @@ def main() -> None:
     parser.add_argument("--models", default="", help="only these, separated by semicolons")
     parser.add_argument("--operators", action="store_true", help="name the operators that launch; nothing is written")
     options = parser.parse_args()
-    models, loops = _chosen(parser, options.models, [*MODELS]), _chosen(parser, options.loops, [*LOOPS])
+    models, loops = chosen(parser, options.models, [*MODELS]), chosen(parser, options.loops, [*LOOPS])
     if "FAKE_CARD" not in os.environ:
         sys.exit("the stand-in is not loaded: python -m rehearsal.run python -m rehearsal.launches.count")
     warnings.simplefilter("ignore")

@@ -4,6 +4,7 @@ Each part is replaced only where the model's own code was seen to compute the sa
 little, the model's own code runs.
 """
 
+import inspect
 from collections.abc import Callable
 from types import FunctionType, MethodType
 from typing import Any, cast
@@ -42,6 +43,8 @@ def _eps_of_rms_norm(module: nn.Module) -> float | None:
     if "RMSNorm" not in type(module).__name__ or isinstance(module, nn.RMSNorm):
         return None
     if [*module._parameters] != ["weight"] or module._buffers or module._modules:
+        return None
+    if len(inspect.signature(module.forward).parameters) != 1:  # a gate, which may be left out
         return None
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     return eps if isinstance(eps, float) else None
@@ -90,7 +93,7 @@ def _with_fused_rotary(layer: type[nn.Module]) -> Callable[..., Any] | None:
         return None
 
     def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *rest: Any, **options: Any) -> Any:
-        if rest or options or kernels.compute_capability(q) is None:
+        if rest or options or not _is_whole(q, k, cos) or kernels.compute_capability(q) is None:
             return own(q, k, cos, sin, *rest, **options)
         kind = q.device.type  # under autocast, attention would cast the result
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.result_type(q, cos)
@@ -100,6 +103,11 @@ def _with_fused_rotary(layer: type[nn.Module]) -> Callable[..., Any] | None:
     fused = FunctionType(forward.__code__, known, forward.__name__, forward.__defaults__, forward.__closure__)
     fused.__kwdefaults__ = forward.__kwdefaults__
     return fused
+
+
+def _is_whole(q: Tensor, k: Tensor, cos: Tensor) -> bool:
+    """Whether all numbers of each head are turned; some models turn the first ones only."""
+    return q.dim() == k.dim() == 4 and cos.dim() == 3 and q.shape[2:] == k.shape[2:] and cos.shape[1:] == q.shape[2:]
 
 
 def _is_plain_rotary(own: Any) -> bool:

@@ -27,6 +27,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
+from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from fitune.boundary import told_as
@@ -46,6 +47,7 @@ from fitune.model.precision import Precision, device_precision, resolve_precisio
 from fitune.model.presets import preset_config
 from fitune.model.quantise import num_weights, quantise, share_tables
 from fitune.model.source import Kind, check_source, check_tokenizer, out_of_reach, source_kind
+from fitune.model.untrusted_files import check_tokenizer_files, check_weight_index
 
 if TYPE_CHECKING:
     from peft import PeftModel  # half a second, needed for adapters only
@@ -224,6 +226,8 @@ def load_weights(
             else:
                 own = own_class(config) if model.trust_remote_code else None
                 load = AutoModelForCausalLM if own is None else own
+                if kind == "directory":
+                    check_weight_index(Path(name))
                 if (unpacked := unpacking(config)) is not None:
                     options["quantization_config"] = unpacked
                 built, report = load.from_pretrained(
@@ -266,6 +270,11 @@ def load_tokenizer(model: ModelConfig) -> Tokenizer:
         name = str(Path(name).parent)
     with quiet_transformers(), gguf_read_once():
         try:
+            if kind == "hub":
+                fetched = cached_file(name, "tokenizer.json", _raise_exceptions_for_missing_entries=False, **files)
+                check_tokenizer_files(Path(name if fetched is None else fetched).parent)
+            elif kind != "gguf":
+                check_tokenizer_files(Path(name))
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=model.trust_remote_code, **files)
         except Exception as error:  # the tokenizers library raises no narrower class for a damaged file
             raise _unreadable(model.model_copy(update={"source": source}), kind, error) from error

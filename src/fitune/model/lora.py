@@ -64,6 +64,8 @@ def _apply(model: PreTrainedModel, lora: LoraConfig, *, names: list[str], seed: 
     )
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by names that this one renames
+        # what peft itself has put there for the experts of some models
+        warnings.filterwarnings("ignore", r"The following \w+_pattern keys did not match", RuntimeWarning)
         torch.default_generator.manual_seed(seed)  # the weights are drawn on the CPU; a card's random numbers stay
         adapted = get_peft_model(model, config)
     return cast("PeftModel", adapted)

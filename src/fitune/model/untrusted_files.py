@@ -1,0 +1,122 @@
+"""Files of a model that transformers would follow wherever they lead: a tokenizer whose parts make each text longer and
+longer, and an index of weights that names files outside of the model's directory. Both are looked at beforehand."""
+
+import base64
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from fitune.boundary import parse_json
+from fitune.errors import ModelError
+
+MOST_GROWTH = 1000
+"""Tokenizers in use stay below 50: a symbol that one of them writes out becomes 18 characters."""
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+"""In the order in which transformers takes them: each whole, else by its index."""
+_GROWING = {
+    "normalizer": ("Replace", "ByteLevel", "Precompiled"),
+    "pre_tokenizer": ("ByteLevel",),
+    "post_processor": ("TemplateProcessing",),
+    "decoder": ("Replace",),
+}
+"""The kinds of step that make more of a text, in each part of a tokenizer."""
+_BYTES_OF_A_CHARACTER = 4
+
+
+def check_tokenizer_files(directory: Path) -> None:
+    """Raises ModelError for a tokenizer that may make a text over MOST_GROWTH times as long. Whoever reads the files
+    tells of those that are no JSON."""
+    for path in filter(Path.is_file, sorted(directory.glob("tokenizer*.json"))):
+        try:
+            parts = parse_json(path.read_bytes())
+        except (OSError, ValueError):
+            continue
+        if not isinstance(parts, dict):
+            continue
+        growth = math.prod(
+            _growth(step)
+            for name, kinds in _GROWING.items()
+            for step in _steps(parts.get(name))
+            if step.get("type") in kinds
+        )
+        if growth > MOST_GROWTH:
+            times = f"{growth:,.0f}" if growth < 1e15 else "over 1e15"
+            raise ModelError(
+                f"{path} may make a text {times} times as long, and at most {MOST_GROWTH:,} times is allowed: take the "
+                "steps that replace characters by longer ones out of its normalizer"
+            )
+
+
+def check_weight_index(directory: Path) -> None:
+    """Raises ModelError for an index of weights that names anything but files inside of the directory."""
+    for whole in _WEIGHTS:
+        path = directory / f"{whole}.index.json"
+        if (directory / whole).is_file():
+            return
+        if not path.is_file():
+            continue
+        try:
+            index = parse_json(path.read_bytes())
+        except (OSError, ValueError) as error:
+            raise ModelError(f"{path} cannot be read: {error}; copy it again") from error
+        files = index.get("weight_map") if isinstance(index, dict) else None
+        if not isinstance(files, dict) or not files:
+            raise ModelError(f"{path} has no weight_map from tensors to their files: copy it again")
+        for name in files.values():
+            if not isinstance(name, str) or Path(name).is_absolute() or ".." in Path(name).parts:
+                raise ModelError(f"{path} names {name!r}, which is no file inside of {directory}: copy the model again")
+            if not (directory / name).is_file():
+                raise ModelError(f"{path} names {name}, which {directory} does not have: copy the model again")
+        return
+
+
+def _steps(value: Any) -> Iterator[dict[str, Any]]:
+    """Each step, however deep in lists of steps."""
+    if isinstance(value, dict):
+        yield value
+    if isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _steps(inner)
+
+
+def _growth(step: dict[str, Any]) -> float:
+    """The most characters, or tokens, that this step makes of one."""
+    kind = step["type"]
+    if kind == "Replace":
+        return _replacement_growth(step.get("pattern"), step.get("content"))
+    if kind == "ByteLevel":  # a second one writes out what the first one wrote
+        return _BYTES_OF_A_CHARACTER
+    if kind == "Precompiled":
+        return _charsmap_growth(step.get("precompiled_charsmap"))
+    pieces = step.get("single")
+    return (
+        max(1, sum("Sequence" in each for each in pieces if isinstance(each, dict))) if isinstance(pieces, list) else 1
+    )
+
+
+def _replacement_growth(pattern: Any, content: Any) -> float:
+    length = len(content) if isinstance(content, str) else 0
+    literal, regex = (pattern.get(key) for key in ("String", "Regex")) if isinstance(pattern, dict) else (None, None)
+    if isinstance(literal, str) and literal:
+        return max(1, length / len(literal))
+    return max(1, length + (not isinstance(regex, str) or _may_be_empty(regex)))
+
+
+def _may_be_empty(regex: str) -> bool:
+    """Whether it may match no character at all, so that the text keeps its own beside what is put in."""
+    try:
+        return "(?" in regex or "\\b" in regex.lower() or re.search(regex, "") is not None
+    except (re.error, RecursionError, OverflowError):
+        return True
+
+
+def _charsmap_growth(charsmap: Any) -> float:
+    """sentencepiece's table: the size of a trie, the trie, and the replacements, each ended by a zero."""
+    try:
+        table = base64.b64decode(charsmap)
+    except (TypeError, ValueError):
+        return 1
+    replacements = table[4 + int.from_bytes(table[:4], "little") :]
+    return max(1, *(len(each.decode(errors="replace")) for each in (b"", *replacements.split(b"\0"))))
