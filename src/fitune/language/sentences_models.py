@@ -214,4 +214,9 @@ MODELS: dict[str, str] = {
     "record it again": "请重新录制",
     "recorded by PyTorch's allocator on device {device}": "由 PyTorch 分配器在设备 {device} 上记录",
     "categories are guessed from the phase": "类别由阶段推断",
+    "{path} may make a text {times} times as long, and at most {most} times is allowed: take the steps that replace characters by longer ones out of its normalizer": "{path} 可能把文本变长 {times} 倍，最多允许 {most} 倍：请从它的 normalizer 里去掉把字符换成更长文本的步骤",
+    "{path} cannot be read: {error}; copy it again": "无法读取 {path}：{error}；请重新复制",
+    "{path} has no weight_map from tensors to their files: copy it again": "{path} 没有从张量到文件的 weight_map：请重新复制",
+    "{path} names {name}, which is no file inside of {directory}: copy the model again": "{path} 写了 {name}，它不是 {directory} 里的文件：请重新复制模型",
+    "{path} names {name}, which {directory} does not have: copy the model again": "{path} 写了 {name}，而 {directory} 没有它：请重新复制模型",
 }
