@@ -8,6 +8,9 @@ import pytest
 import yaml
 
 import fitune
+from docs.configuration_keys import PAGES as PAGES_OF_KEYS
+from docs.configuration_keys import page as keys_page
+from docs.site_pages import with_tables
 from fitune.cli.app import app, main
 from fitune.config import read_config
 from fitune.run.sweep import read_sweep
@@ -123,9 +126,17 @@ def test_a_chinese_page_has_the_commands_and_the_shape_of_the_english_one(chines
     english = chinese.with_name(chinese.name.replace(".zh.md", ".md"))
     assert commands(chinese) == commands(english)
     assert blocks(chinese, "yml") == blocks(english, "yml")
-    pages = [page.read_text(encoding="utf-8") for page in (chinese, english)]
+    pages = [with_tables(page.read_text(encoding="utf-8"), ROOT / "docs") for page in (chinese, english)]
     shapes = [re.findall(r"^(#+ |\||- )", page, re.MULTILINE) for page in pages]
     assert shapes[0] == shapes[1]
+
+
+@pytest.mark.parametrize("language", PAGES_OF_KEYS)
+def test_the_page_of_configuration_keys_is_that_of_the_schema(language: str) -> None:
+    written = (ROOT / "docs" / PAGES_OF_KEYS[language]).read_text(encoding="utf-8")
+    assert written == keys_page(language), "python docs/configuration_keys.py writes it"
+    missing = [line for line in written.splitlines() if line.startswith("| `") and line.endswith("|  |")]
+    assert missing == []
 
 
 def test_the_readme_names_every_verb() -> None:

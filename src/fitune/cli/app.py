@@ -19,10 +19,11 @@ from cyclopts import App, CoercionError, CycloptsError, Parameter, UnknownOption
 from fitune import __version__
 from fitune.boundary import unexpected
 from fitune.cli.examples import examples
+from fitune.cli.help_text import HelpText
 from fitune.cli.output import print_aside
 from fitune.config.foreign_names import foreign_hint
 from fitune.errors import FituneError
-from fitune.language import translated
+from fitune.language import say, translated
 
 INTERRUPTED = 130
 BROKEN_PIPE = 141
@@ -31,8 +32,9 @@ app = App(
     name="fitune",
     help="Fine-tune a language model inside the memory you have.",
     help_prologue=examples(""),
-    help_epilogue="A verb's own help: fitune VERB --help",
+    help_epilogue=translated("A verb's own help: fitune VERB --help"),
     help_format="plaintext",
+    help_formatter=HelpText(),
     version=__version__,
     default_parameter=Parameter(negative=(), show_default=False),
     suppress_keyboard_interrupt=False,
@@ -179,7 +181,7 @@ def _fail(sentences: Sequence[str], exit_code: int) -> int:
         print_aside(traceback.format_exc())
     for sentence in sentences:  # an indented line is a detail of the sentence before it
         told = translated(sentence)
-        print_aside(told if told.startswith(" ") else f"error: {told}")
+        print_aside(told if told.startswith(" ") else say("error: {sentence}", sentence=told))
     return exit_code
 
 

@@ -17,7 +17,7 @@ from fitune.cli.arguments import ConfigArguments, ConfigFlags, check_inputs, rea
 from fitune.cli.output import Format, Screen, console
 from fitune.config import DataConfig
 from fitune.data.report import DataReport, SplitReport, grouped
-from fitune.language import translated
+from fitune.language import say, translated
 from fitune.language.printable import json_text
 from fitune.units import format_count
 
@@ -31,7 +31,7 @@ def check(
     *words: ConfigArguments,
     flags: ConfigFlags = ConfigFlags(),  # noqa: B008 (frozen)
     show: Annotated[
-        int, Parameter(validator=Number(gte=0), help="also show so many rows as the model will see them")
+        int, Parameter(validator=Number(gte=0), help="also show so many samples as the model will see them")
     ] = 0,
     output_format: Format = "auto",
 ) -> None:
@@ -77,7 +77,7 @@ def report_on(
     """
     from fitune.data.examples import load_examples
 
-    with tqdm(unit=" samples", desc="tokenise", file=sys.stderr, delay=1, disable=None) as bar:
+    with tqdm(unit=f" {say('samples')}", desc=say("tokenise"), file=sys.stderr, delay=1, disable=None) as bar:
         examples = load_examples(
             data, tokenizer, eval_max_rows=eval_max_rows, on_progress=lambda num_rows: bar.update(num_rows - bar.n)
         )
@@ -119,11 +119,11 @@ def report_on(
 
 def _split_table(report: DataReport) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("split")
+    table.add_column(say("split"))
     for heading in ("rows", "tokens", "p50", "p95", "p99", "max", f"> {report.max_length}", "no target"):
-        table.add_column(heading, justify="right", no_wrap=True)
+        table.add_column(say(heading), justify="right", no_wrap=True)
     for name, split in (("train", report.train), ("eval", report.eval)):
-        table.add_row(name, *_cells(split))
+        table.add_row(say(name), *_cells(split))
     return table
 
 
@@ -176,7 +176,9 @@ def _learned(examples: "Examples", tokenizer: Any, *, width: int) -> Iterator[st
 
 def _shown(examples: "Examples", index: int, tokenizer: Any, *, colour: bool) -> Text:
     row = examples[index]
-    text = Text().append(f"row {row.row_id}: {len(row):,} tokens\n", style="bold")
+    text = Text().append(
+        say("sample {number}: {tokens} tokens", number=row.row_id, tokens=f"{len(row):,}") + "\n", style="bold"
+    )
     for supervised, run in groupby(range(len(row)), key=lambda place: bool(row.loss_weights[place])):
         part = tokenizer.decode(row.input_ids[list(run)])
         text.append(part if colour or not supervised else f"⟦{part}⟧", style="green" if supervised else "dim")

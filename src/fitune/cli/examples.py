@@ -1,5 +1,7 @@
 """Two commands for each verb, which its help begins with."""
 
+from fitune.language import say
+
 EXAMPLES = {
     "": ('fitune plan minimind2 --gpu "RTX 4090"', "fitune train sft.yaml"),
     "env": ("fitune env", "fitune env --format json"),
@@ -21,4 +23,4 @@ EXAMPLES = {
 
 def examples(verb: str) -> str:
     """What the help of that verb begins with."""
-    return "\n".join(["Examples:", *(f"  {command}" for command in EXAMPLES[verb])])
+    return "\n".join([say("Examples:"), *(f"  {command}" for command in EXAMPLES[verb])])

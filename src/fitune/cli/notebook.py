@@ -6,6 +6,7 @@ from typing import Any
 
 from fitune.cli.output import MAX_WIDTH, Screen, html_block
 from fitune.cli.watch_screen import watch_screen
+from fitune.language import translated
 from fitune.run.directory import RunDirectory
 from fitune.run.follow import RunFollower
 from fitune.run.metrics import EvalMetrics, StepMetrics
@@ -38,11 +39,11 @@ class NotebookProgress:
     def note(self, text: str) -> None:
         """Once the run has begun its files tell it, and the screen with them."""
         if self._follower is None:
-            self._said.append(text)
+            self._said.append(translated(text))
         self._show_now_and_then()
 
     def stage(self, name: str) -> None:
-        self._stage = name
+        self._stage = translated(name)
         self._show_now_and_then()
 
     def begin(self, run: RunDirectory) -> None:

@@ -14,6 +14,7 @@ from rich.segment import Segment
 from rich.table import Table
 
 from fitune.errors import UsageError
+from fitune.language import say, translated
 from fitune.language.printable import json_text, printable
 
 SCHEMA = 1
@@ -112,4 +113,4 @@ def make_directory(path: Path, *, flag: str) -> None:
 
 
 def warn(sentence: str) -> None:
-    print_aside(f"warning: {sentence}")
+    print_aside(say("warning: {sentence}", sentence=translated(sentence)))

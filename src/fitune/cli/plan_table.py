@@ -9,7 +9,7 @@ from rich.table import Table
 
 from fitune.cli.output import Screen, html_block, table
 from fitune.cli.plan_training import training_lines, training_warnings
-from fitune.language import pad, say
+from fitune.language import pad, say, translated
 from fitune.plan.plan import SHOWN, Candidate, FirstAnswer, Plan, closest, split_of
 from fitune.units import format_bytes, format_count, format_gib, format_seconds
 
@@ -296,5 +296,5 @@ def _footnotes(plan: Plan) -> Iterator[str]:
             f"  {other.name}: {say(other.quantity)} {format_bytes(other.num_bytes)} "
             f"({format_bytes(other.predicted_bytes)}, {difference:+.0%})"
         )
-    yield from plan.assumptions[: 1 if plan.data["gpus"] == 1 else 2]
-    yield from (line for line in plan.assumptions if line.startswith(SHOWN))
+    yield from map(translated, plan.assumptions[: 1 if plan.data["gpus"] == 1 else 2])
+    yield from (translated(line) for line in plan.assumptions if line.startswith(SHOWN))

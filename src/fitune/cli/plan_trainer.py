@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from fitune.cli.output import Screen, console, html_block, print_json, print_text, table
 from fitune.errors import DoesNotFitError, FituneError, UsageError
-from fitune.language import say
+from fitune.language import say, translated
 from fitune.units import format_bytes, format_gib
 
 if TYPE_CHECKING:
@@ -82,4 +82,4 @@ def show_prediction(prediction: "Prediction", screen: Screen) -> None:
         rows.append((say("device used"), format_gib(prediction.device_bytes, 2)))
     screen.print(table((say("at the peak ({phase})", phase=say(prediction.peak_phase)), ">GiB"), rows))
     for assumption in prediction.assumptions:
-        screen.print(assumption, soft_wrap=True)
+        screen.print(translated(assumption), soft_wrap=True)

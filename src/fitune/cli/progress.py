@@ -3,19 +3,19 @@
 import time
 from collections import deque
 
+from rich.cells import cell_len
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from rich.table import Column
 
 from fitune.cli.notebook import NotebookProgress, in_notebook
 from fitune.cli.output import Screen
-from fitune.language import say
+from fitune.language import say, translated
 from fitune.run.directory import RunDirectory
 from fitune.run.metrics import EvalMetrics, StepMetrics
 from fitune.units import format_bytes, format_seconds
 
 PLAIN_EVERY_SECONDS = 10.0
 RATE_STEPS = 50
-_TRAINING = "train"
 _BAR_COLUMNS, _SHARE_COLUMNS = 12, 4
 
 
@@ -46,7 +46,7 @@ class TrainingProgress:
 
     def note(self, text: str) -> None:
         """One line that stays: what is being done, a warning, an event."""
-        self._bar.console.print(text, soft_wrap=True)
+        self._bar.console.print(translated(text), soft_wrap=True)
 
     def begin(self, run: RunDirectory) -> None:
         """The run has its directory, and what follows is part of it."""
@@ -54,6 +54,7 @@ class TrainingProgress:
 
     def stage(self, name: str) -> None:
         """What is done before the first step. Shown in the bar, or as a line now and then."""
+        name = translated(name)
         self._bar.update(self._task, description=name, total=None, text="")
         now = time.monotonic()
         if not self._console.is_terminal and now - self._last_line >= PLAIN_EVERY_SECONDS:
@@ -66,10 +67,11 @@ class TrainingProgress:
         self._recent.append((now, metrics.total_tokens, progress))
         parts = self._parts(metrics)
         text = " | ".join(parts)
-        room = self._console.width - len(_TRAINING) - _BAR_COLUMNS - _SHARE_COLUMNS - 3
-        while len(parts) > 1 and len(" | ".join(parts)) > room:
+        training = say("train")
+        room = self._console.width - cell_len(training) - _BAR_COLUMNS - _SHARE_COLUMNS - 3
+        while len(parts) > 1 and cell_len(" | ".join(parts)) > room:
             parts.pop()
-        self._bar.update(self._task, description=_TRAINING, total=1.0, completed=progress, text=" | ".join(parts))
+        self._bar.update(self._task, description=training, total=1.0, completed=progress, text=" | ".join(parts))
         plain = not self._console.is_terminal
         if plain and (progress >= 1 or now - self._last_line >= PLAIN_EVERY_SECONDS):
             self._last_line = now
@@ -89,12 +91,16 @@ class TrainingProgress:
             rate = (last_tokens - first_tokens) / (end - start)
             speed = (last_progress - first_progress) / (end - start)
             left = (1 - last_progress) / speed if speed > 0 else None
-        parts = [f"left {format_seconds(left)}", f"step {metrics.step}", f"loss {metrics.loss:.3f}"]
+        parts = [
+            f"{say('left')} {format_seconds(left)}",
+            f"{say('step')} {metrics.step}",
+            f"{say('loss')} {metrics.loss:.3f}",
+        ]
         if rate is not None:
-            parts.append(f"{rate:,.0f} tok/s")
+            parts.append(f"{rate:,.0f} {say('tok/s')}")
         peak = metrics.peak_reserved_bytes or metrics.device_used_bytes
         if peak is not None:
-            parts.append(f"peak {format_bytes(peak)}")
+            parts.append(f"{say('peak')} {format_bytes(peak)}")
         return [*parts, f"lr {metrics.lr:.1e}"]
 
 

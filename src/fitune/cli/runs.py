@@ -8,6 +8,7 @@ from cyclopts import Parameter
 
 from fitune.cli.output import Format, console, print_json, print_text, table, warn
 from fitune.cli.watch_screen import progress_fraction, seconds_left
+from fitune.language import say
 from fitune.language.printable import printable_line
 from fitune.run.directory import BEGIN_ONE, RunRecord, list_runs
 from fitune.run.follow import RunFollower, RunView
@@ -41,7 +42,7 @@ def runs(
     elif not records:
         warn(f"there are no runs in {directory}: {BEGIN_ONE}")
     else:
-        columns = ("run", "state", ">steps", ">train", ">eval", ">peak GiB", ">tok/s", ">time")
+        columns = tuple(map(say, ("run", "state", ">steps", ">train", ">eval", ">peak GiB", ">tok/s", ">time")))
         grid = table(columns, [_row(record) for record in records])
         for row, record in enumerate(records):
             grid.rows[row].style = _COLOURS.get(record.state)
@@ -61,7 +62,7 @@ def _row(record: RunRecord) -> tuple[str, ...]:
             return _unsaved_row(view, summary)
     return (
         printable_line(record.run.name),
-        record.state,
+        say(record.state),
         f"{summary.steps:,}" if record.summary else "n/a",
         _loss(summary.train_loss),
         _loss(summary.eval_loss),
@@ -77,13 +78,13 @@ def _unsaved_row(view: RunView, summary: Summary) -> tuple[str, ...]:
     is_on = record.state == "running"
     return (
         printable_line(record.run.name),
-        f"running {done:.0%}" if is_on and done is not None else record.state,
+        f"{say('running')} {done:.0%}" if is_on and done is not None else say(record.state),
         f"{last.step:,}",
         _loss(last.loss),
         _loss(view.evals[-1].eval_loss if view.evals else summary.eval_loss),
         format_gib(_peak_bytes(view, summary)),
         format_count(last.tokens_per_second if is_on else summary.tokens_per_second or last.tokens_per_second),
-        f"{format_seconds(seconds_left(view))} left" if is_on else _ago(record),
+        say("{time} left", time=format_seconds(seconds_left(view))) if is_on else _ago(record),
     )
 
 
@@ -95,7 +96,7 @@ def _peak_bytes(view: RunView, summary: Summary) -> int | None:
 
 
 def _ago(record: RunRecord) -> str:
-    return f"{_age(time.time() - record.updated)} ago"
+    return say("{time} ago", time=_age(time.time() - record.updated))
 
 
 def _loss(loss: float | None) -> str:

@@ -17,6 +17,7 @@ from fitune.cli.arguments import ConfigArguments
 from fitune.cli.output import Format, console, print_aside, print_json, print_text, warn
 from fitune.config import RunConfig, config_hash
 from fitune.errors import ConfigError, DoesNotFitError, FituneError, InterruptedRunError, UsageError
+from fitune.language import translated
 from fitune.run.directory import RunDirectory, read_run, write_json
 from fitune.run.sweep import Entry, Search, Sweep, make_entry, read_states, read_sweep, write_entry, write_states
 from fitune.units import format_bytes
@@ -175,7 +176,7 @@ def _finish(found: Sweep, states: States, output_format: str) -> None:
         from fitune.cli.compare import show_comparison
 
         show_comparison(comparison, console(output_format))
-        print_text(f"\nreport  {page}")
+        print_text(translated(f"\nreport  {page}"))
     failed = [name for name, state in states.items() if state["state"] == "failed"]
     if failed:
         names = ", ".join(failed)
@@ -229,4 +230,4 @@ def _suggest(trial: Any, key: str, values: Any) -> Any:
 
 
 def _note(sentence: str) -> None:
-    print_aside(sentence)
+    print_aside(translated(sentence))

@@ -16,7 +16,7 @@ from fitune.cli.arguments import RUNS, run_path
 from fitune.cli.output import OUTPUT, SCHEMA, Format, Screen, print_text, stdout_screen
 from fitune.cli.watch_screen import ASCII, watch_json, watch_screen
 from fitune.errors import RunDirectoryError
-from fitune.language import say
+from fitune.language import say, translated
 from fitune.language.printable import json_text, printable_line
 from fitune.run.directory import BEGIN_ONE, RunDirectory, list_runs, open_run
 from fitune.run.follow import RunFollower, RunView
@@ -114,7 +114,7 @@ def _print_plain_lines(follower: RunFollower, console: Screen) -> None:
     told, last = 0, -PLAIN_EVERY_SECONDS
     while not _is_over(view := follower.read()):
         for event in view.events[told:]:
-            print_text(f"step {event.step}: {printable_line(event.message)}")
+            print_text(f"{say('step')} {event.step}: {translated(printable_line(event.message))}")
         told = len(view.events)
         if time.monotonic() - last >= PLAIN_EVERY_SECONDS:
             last = time.monotonic()

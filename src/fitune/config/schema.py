@@ -84,9 +84,9 @@ class Section(BaseModel):
 
 
 class LoraConfig(Section):
-    rank: Positive = 16
+    rank: Positive = Field(16, description="rank of the adapters")
     alpha: PositiveFloat = Field(32, description="the adapter's output is scaled by alpha / rank")
-    dropout: BelowOne = 0.0
+    dropout: BelowOne = Field(0.0, description="dropout before the adapters, in training")
     targets: str | tuple[str, ...] = Field("all-linear", description="module names, or all-linear")
 
 
@@ -95,21 +95,27 @@ class ShapeConfig(Section):
     the tensors' shapes where they tell it."""
 
     preset: str | None = Field(None, description="minimind-3, minimind-3-moe, minimind2 or minimind2-small")
-    hidden_size: Positive | None = None
-    num_layers: Positive | None = None
-    num_heads: Positive | None = None
-    num_kv_heads: Positive | None = None
+    hidden_size: Positive | None = Field(None, description="width of the model")
+    num_layers: Positive | None = Field(None, description="number of layers")
+    num_heads: Positive | None = Field(None, description="number of attention heads")
+    num_kv_heads: Positive | None = Field(None, description="number of key and value heads")
 
 
 class ModelConfig(Section):
     source: PathText = Field(description="preset name, directory, hub id, file.gguf or file.pth")
     tokenizer: PathText | None = Field(None, description="directory or hub id; the model's own when left out")
-    init: Literal["pretrained", "random"] = "pretrained"
-    method: Method = "full"
+    init: Literal["pretrained", "random"] = Field(
+        "pretrained", description="random: train from scratch, without the model's weights"
+    )
+    method: Method = Field(
+        "full", description="full: every weight; lora: adapters; qlora: adapters on weights in 4 bits"
+    )
     lora: LoraConfig = LoraConfig()
-    precision: Precision | Auto = "auto"
-    attention: Attention | Auto = "auto"
-    recompute: Recompute | Auto = "auto"
+    precision: Precision | Auto = Field("auto", description="number format of weights and computation")
+    attention: Attention | Auto = Field("auto", description="attention kernel")
+    recompute: Recompute | Auto = Field(
+        "auto", description="gradient checkpointing: which layers are computed again in the backward"
+    )
     offload_activations: Bool = Field(False, description="keep what recomputed layers keep in the host's memory")
     compile: Bool = Field(False, description="compile each layer with torch.compile")
     shard: Shard = Field(
@@ -120,9 +126,9 @@ class ModelConfig(Section):
 
 
 class DataSource(Section):
-    path: PathText = Field(description="file, directory or hub id; '#n' at its end samples n rows")
+    path: PathText = Field(description="file, directory or hub id; '#n' at its end draws n samples")
     weight: Annotated[Float, Field(ge=1e-6, le=1e4)] = Field(
-        1.0, description="how many times its rows are seen in an epoch"
+        1.0, description="how many times its samples are seen in an epoch"
     )
     max_rows: Positive | None = None
 
@@ -140,9 +146,9 @@ class ColumnsConfig(Section):
     prompt: ColumnName | None = Field(None, description="the question, or the messages before the answer")
     completion: ColumnName | None = Field(None, description="the answer to learn")
     input: ColumnName | None = Field(None, description="what the question is about, written below it")
-    system: ColumnName | None = None
+    system: ColumnName | None = Field(None, description="the system message")
     history: ColumnName | None = Field(None, description="pairs of questions and answers before the prompt")
-    tools: ColumnName | None = None
+    tools: ColumnName | None = Field(None, description="the tools that the model may call")
     text: ColumnName | None = Field(None, description="plain text, every token of which is learned")
 
     @property
@@ -154,9 +160,9 @@ class ColumnsConfig(Section):
 class DataConfig(Section):
     train: PathText | Sources = Field(description="training data: a path or hub id, or a list of them")
     eval: PathText | Sources | None = Field(None, description="held-out data; else eval_fraction of train")
-    eval_fraction: BelowOne = Field(0.01, description="share of the training rows held out; 0 means no evaluation")
+    eval_fraction: BelowOne = Field(0.01, description="share of the training samples held out; 0 means no evaluation")
     max_length: Annotated[int, Field(strict=True, ge=8), BeforeValidator(_whole_number)] = Field(
-        2048, description="tokens of a row; longer ones are cut or dropped"
+        2048, description="tokens of a sample; longer ones are cut or dropped"
     )
     template: PathText | None = Field(None, description="a Jinja chat template file; the tokenizer's when left out")
     mask: Literal["assistant", "last", "all"] = Field(
@@ -167,15 +173,17 @@ class DataConfig(Section):
     )
     columns: ColumnsConfig = ColumnsConfig()
     ignore_keys: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
-        (), description="keys of the rows to leave out of account, even those that would refuse a row"
+        (), description="keys of the samples to leave out of account, even those that would refuse a sample"
     )
     date: Date | None = Field(
         None, description="what a chat template writes as today's date, like 2026-01-31; that of the run's start"
     )
-    too_long: Literal["truncate", "drop"] = "truncate"
-    max_rows: Positive | None = None
-    packing: Bool = Field(True, description="join rows instead of padding them")
-    max_bad_fraction: Fraction = Field(0.01, description="stop when a larger share of the rows cannot be read")
+    too_long: Literal["truncate", "drop"] = Field(
+        "truncate", description="what happens to samples that are longer than max_length"
+    )
+    max_rows: Positive | None = Field(None, description="so many samples of the data at most, the first ones")
+    packing: Bool = Field(True, description="join samples instead of padding them")
+    max_bad_fraction: Fraction = Field(0.01, description="stop when a larger share of the samples cannot be read")
 
     @property
     def train_sources(self) -> tuple[DataSource, ...]:
@@ -187,8 +195,8 @@ class DataConfig(Section):
 
 
 class BatchConfig(Section):
-    effective: Positive | Auto = Field("auto", description="rows in an optimizer step, over all devices")
-    micro: Positive | Auto = Field("auto", description="rows in one forward and backward")
+    effective: Positive | Auto = Field("auto", description="samples in an optimizer step, over all devices")
+    micro: Positive | Auto = Field("auto", description="samples in one forward and backward")
     micro_tokens: Positive | Auto = Field("auto", description="tokens in one forward and backward")
     accumulation: Positive | Auto = Field("auto", description="micro-batches in an optimizer step")
 
@@ -251,18 +259,24 @@ class BatchConfig(Section):
 
 
 class OptimConfig(Section):
-    name: OptimizerName = "adamw"
+    name: OptimizerName = Field("adamw", description="the optimizer; adamw_host keeps its state in the host's memory")
     lr: PositiveFloat | Auto = Field("auto", description="2e-5 for full fine-tuning, 2e-4 for LoRA")
-    betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
-    eps: PositiveFloat = 1e-8
-    weight_decay: Annotated[Float, Field(ge=0)] = 0.01
+    betas: tuple[BelowOne, BelowOne] = Field(
+        (0.9, 0.999), description="how long AdamW averages gradients and their squares"
+    )
+    eps: PositiveFloat = Field(1e-8, description="added to AdamW's root of squares")
+    weight_decay: Annotated[Float, Field(ge=0)] = Field(
+        0.01, description="share of a weight that is taken off, times the learning rate"
+    )
     clip: Annotated[Float, Field(ge=0)] = Field(1.0, description="largest gradient norm; 0 switches clipping off")
     warmup: Fraction = Field(0.03, description="share of the run's tokens over which the rate rises")
-    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = Field(
+        "cosine", description="how the learning rate falls; wsd: over the last tenth"
+    )
     final_lr_fraction: Fraction = Field(0.0, description="the rate at the end of the schedule, as a share of lr")
     scaling: Scaling = Field("none", description="how the rate is carried from reference_batch to batch.effective")
-    reference_batch: Positive | None = Field(None, description="rows of the batch that lr was chosen for")
-    noise_scale: PositiveFloat | None = Field(None, description="measured noise scale in rows, for sqrt_gain")
+    reference_batch: Positive | None = Field(None, description="samples of the batch that lr was chosen for")
+    noise_scale: PositiveFloat | None = Field(None, description="measured noise scale in samples, for sqrt_gain")
 
 
 class MemoryConfig(Section):
@@ -271,7 +285,7 @@ class MemoryConfig(Section):
     )
     gpu: str | None = Field(None, description="a card of the catalogue to plan for; this machine's when left out")
     on_oom: Literal["stop", "quarantine"] = Field(
-        "stop", description="a row that does not fit even alone: stop the run, or leave the row out"
+        "stop", description="a sample that does not fit even alone: stop the run, or leave the sample out"
     )
     grow: Bool = Field(True, description="larger micro-batches than planned where a GPU has room and gains speed")
     allocator: str = Field("", description="PYTORCH_ALLOC_CONF of the run and of its prediction")
@@ -282,10 +296,12 @@ class MemoryConfig(Section):
 
 
 class TrainConfig(Section):
-    epochs: PositiveFloat | None = None
-    steps: Positive | None = None
-    tokens: Positive | None = None
-    seed: Annotated[int, Field(strict=True, ge=0, lt=2**63), BeforeValidator(_whole_number)] = 0
+    epochs: PositiveFloat | None = Field(None, description="length: passes over the data; one where no length is given")
+    steps: Positive | None = Field(None, description="length: optimizer steps")
+    tokens: Positive | None = Field(None, description="length: tokens, padding not counted")
+    seed: Annotated[int, Field(strict=True, ge=0, lt=2**63), BeforeValidator(_whole_number)] = Field(
+        0, description="seed of all random numbers"
+    )
     eval_every: Positive | Auto = Field("auto", description="optimizer steps between evaluations; auto: ten in a run")
     save_every: Positive | Auto = Field("auto", description="optimizer steps between saves; auto: with each evaluation")
     stop_after: Annotated[str, AfterValidator(_duration)] | None = Field(
@@ -310,8 +326,8 @@ class TrainConfig(Section):
 
 
 class EvalConfig(Section):
-    micro: Positive | Auto = Field("auto", description="rows in one forward of the evaluation")
-    max_rows: Positive = 2000
+    micro: Positive | Auto = Field("auto", description="samples in one forward of the evaluation")
+    max_rows: Positive = Field(2000, description="samples that are evaluated, at most")
 
 
 class OutputConfig(Section):
@@ -330,7 +346,9 @@ class RunConfig(Section):
     data: DataConfig
     optim: OptimConfig = OptimConfig()
     batch: BatchConfig = BatchConfig()
-    loss: Loss | Auto = "auto"
+    loss: Loss | Auto = Field(
+        "auto", description="chunked: logits of a part of the positions at a time; the result is the same"
+    )
     memory: MemoryConfig = MemoryConfig()
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()

@@ -19,6 +19,7 @@ from transformers import Trainer
 
 from fitune.errors import OutOfMemoryError, UsageError
 from fitune.integrations.versions import check_alone, check_trainer
+from fitune.language import translated
 from fitune.step.model_check import Probe, Verdict, check_model
 from fitune.step.optimizer_state import create_state
 from fitune.step.out_of_memory import try_twice
@@ -116,7 +117,7 @@ class SafeSteps(Trainer):  # type: ignore[misc]
         self.safe_verdict = try_twice(lambda: self._check(inputs), device=self.args.device, what=looking)
         self._books.put_back()
         if not self.safe_verdict.exact:
-            log.warning("fitune: micro-batches stay whole: %s", self.safe_verdict.reason)
+            log.warning("%s", translated(f"fitune: micro-batches stay whole: {self.safe_verdict.reason}"))
         self._memory = MemoryModel(planned=1)
 
     def _check(self, inputs: Mapping[str, Any]) -> Verdict:

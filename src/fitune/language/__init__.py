@@ -6,8 +6,8 @@ reads by itself and a sentence without a translation is still said:
     say("yes, {left} left", left=format_bytes(left))
 
 JSON and what is written into a run directory stay English: they are searched for, and read by programs. Sentences that
-come from there, and errors, are translated as a whole when they are shown (`translated`); `sentences.py` holds those of
-data, templates, configurations of other tools and logs, and an error that is not in it is shown in English.
+come from there, errors, notes and help texts are translated as a whole when they are shown (`translated`);
+`sentences.py` holds them, and what is not in it (the words of another library) is shown in English.
 """
 
 import os
@@ -43,16 +43,24 @@ _MOST_NESTED = 6
 
 
 def translated(sentence: str) -> str:
-    """A whole sentence in the chosen language; what `sentences.py` does not know stays as it is."""
+    """Each line of it in the chosen language; what `sentences.py` does not know stays as it is."""
     if choose_language() != "zh":
         return sentence
-    indent = sentence[: len(sentence) - len(sentence.lstrip(" "))]
-    return indent + _in_chinese(sentence[len(indent) :], _MOST_NESTED)
+    return "\n".join(map(_line_in_chinese, sentence.split("\n")))
+
+
+def _line_in_chinese(line: str) -> str:
+    if not line.startswith("  ") and (whole := _in_chinese(line, _MOST_NESTED)) != line:
+        return whole
+    sentence = line.lstrip(" ")
+    if sentence in CHINESE:
+        return line.replace(sentence, CHINESE[sentence])
+    return line[: len(line) - len(sentence)] + _in_chinese(sentence, _MOST_NESTED)
 
 
 def _in_chinese(sentence: str, nested: int) -> str:
-    for pattern, chinese in _patterns():
-        if (found := pattern.fullmatch(sentence)) is not None:
+    for words, english, chinese in _sentences():
+        if words in sentence and (found := _pattern(english).fullmatch(sentence)) is not None:
             for name, value in found.groupdict().items():
                 if nested and (" " in value or value in SENTENCES):
                     value = _in_chinese(value, nested - 1)
@@ -64,22 +72,33 @@ def _in_chinese(sentence: str, nested: int) -> str:
         if reason != sentence[place + 2 :]:
             return f"{sentence[:place]}：{reason}"
         place = sentence.find(": ", place + 2)
+    for between, in_chinese in (("; ", "；"), (" or ", " 或 ")):
+        if nested and len(clauses := sentence.split(between)) > 1:
+            told = [_in_chinese(clause, nested - 1) for clause in clauses]
+            return sentence if told == clauses else in_chinese.join(told)
+    if nested and len(items := sentence.split(", ")) > 1:
+        told = [_in_chinese(item, nested - 1) for item in items]
+        return sentence if any(map(str.__eq__, told, items)) else "，".join(told)
     return sentence
 
 
 @cache
-def _patterns() -> tuple[tuple[re.Pattern[str], str], ...]:
-    """The sentences with most words of their own first."""
+def _sentences() -> tuple[tuple[str, str, str], ...]:
+    """(the longest words of it that stand in every such sentence, English, Chinese), those with most words of their own
+    first."""
     ordered = sorted(SENTENCES.items(), key=lambda pair: -len(_VALUE.sub("", pair[0])))
-    return tuple((re.compile(_pattern(english), re.DOTALL), chinese) for english, chinese in ordered)
+    return tuple(
+        (max(_VALUE.sub("\n", english).split("\n"), key=len), english, chinese) for english, chinese in ordered
+    )
 
 
-def _pattern(english: str) -> str:
+@cache
+def _pattern(english: str) -> re.Pattern[str]:
     parts, position = [], 0
     for value in _VALUE.finditer(english):
         parts += [re.escape(english[position : value.start()]), f"(?P<{value[1]}>{_KINDS[value[2]]})"]
         position = value.end()
-    return "".join((*parts, re.escape(english[position:])))
+    return re.compile("".join((*parts, re.escape(english[position:]))), re.DOTALL)
 
 
 def pad(text: str, width: int) -> str:

@@ -1,9 +1,14 @@
-"""The Chinese of sentences that are put together where they are raised or kept: refusals and notes of data, templates,
-configurations of other tools and logs.
+"""The Chinese of sentences that are put together where they are raised or kept. Those of data, templates, configurations
+of other tools and logs stand here, the others in the modules beside this one.
 
 Such a sentence stays English in JSON and in what is written into a run directory, and is translated when it is shown:
 `{name}` stands for any text, `{name:n}` for a number and `{name:w}` for a word; what stands there is translated in turn.
 """
+
+from fitune.language.sentences_commands import COMMANDS
+from fitune.language.sentences_models import MODELS
+from fitune.language.sentences_runs import RUNS
+from fitune.language.sentences_screens import SCREENS
 
 _MESSAGES = {
     "message {number:n} is {kind}, not an object": "第 {number} 条消息是{kind}，不是对象",
@@ -105,9 +110,9 @@ _TEMPLATES = {
     "the chat template refuses it: {error}. data.system=merge puts the system message at the front of the user's first one, which it takes": "聊天模板拒绝它：{error}。data.system=merge 会把系统消息放到用户第一条消息的开头，模板可以接受",
     "the chat template refuses it: {error}": "聊天模板拒绝它：{error}",
     "the template marks {spans:n} turns, the row weighs {answers:n} assistant messages": "模板标出 {spans} 轮，而样本给 {answers} 条助手消息加了权重",
-    "the mask by {kind} needs a fast tokenizer, which {name} is not: give another tokenizer with model.tokenizer, or train on every token with data.mask=all": "按 {kind} 求掩码需要快速分词器，而 {name} 不是：用 model.tokenizer 换一个，或用 data.mask=all 训练全部词元",
+    "the mask by {kind} needs a fast tokenizer, which {name} is not: give another tokenizer with model.tokenizer, or train on every token with data.mask=all": "按 {kind} 求掩码需要快速分词器，而 {name} 不是：用 model.tokenizer 换一个，或用 data.mask=all 训练全部 token",
     "its answers cannot be marked: it holds characters above U+100000, or over {most} messages": "无法标记它的回答：它含有 U+100000 以上的字符，或超过 {most} 条消息",
-    "its assistant turns cannot be told apart: the chat template does not write message {number:n} (assistant) as the row has it. Give another template with data.template, or train on every token with data.mask=all": "无法分辨它的助手轮次：聊天模板没有照样写出第 {number} 条消息（助手）。请用 data.template 换一个模板，或用 data.mask=all 训练全部词元",
+    "its assistant turns cannot be told apart: the chat template does not write message {number:n} (assistant) as the row has it. Give another template with data.template, or train on every token with data.mask=all": "无法分辨它的助手轮次：聊天模板没有照样写出第 {number} 条消息（助手）。请用 data.template 换一个模板，或用 data.mask=all 训练全部 token",
     "the tokenizer has several chat templates ({names}) and none named default: name the one to use with data.template": "分词器有多个聊天模板（{names}），其中没有 default：请用 data.template 指明一个",
     "the arguments of a tool call are broken JSON, {error}": "工具调用的参数不是正确的 JSON，{error}",
     "the chat template ({name}) goes beyond its bounds with one conversation: {error}; give another one with data.template": "聊天模板（{name}）处理一段对话时超出限制：{error}；请用 data.template 换一个",
@@ -132,11 +137,11 @@ _NOTES = {
     "hold earlier answers that the chat template rewrites or leaves out: those turns are not learned": "有较早的回答被聊天模板改写或去掉：这些轮次不学习",
     "end in an answer that the chat template does not end: {token} is added after it, and learned": "的最后一个回答在聊天模板里没有结束符：在它后面加上 {token} 并学习",
     "hold earlier answers that the chat template ends with nothing: the model learns to stop from the last one alone": "较早的回答在聊天模板里没有结束符：模型只从最后一个回答学会停止",
-    "end in an answer that nothing ends, and the tokenizer has no end-of-text token: the model learns no end": "的最后一个回答没有结束符，分词器也没有文本结束词元：模型学不到停止",
-    "end their answers with {text}, which is no token of its own here: generation needs it as a stop string": "的回答以 {text} 结尾，它在这里不是单独的词元：生成时要把它设为停止字符串",
+    "end in an answer that nothing ends, and the tokenizer has no end-of-text token: the model learns no end": "的最后一个回答没有结束符，分词器也没有文本结束 token：模型学不到停止",
+    "end their answers with {text}, which is no token of its own here: generation needs it as a stop string": "的回答以 {text} 结尾，它在这里不是单独的 token：生成时要把它设为停止字符串",
     "hold loss weights, which data.mask=all leaves out": "带有损失权重，data.mask=all 不使用它",
     "weigh messages that are not the assistant's, which data.mask={mask} never supervises": "给不是助手的消息加了权重，data.mask={mask} 不学习这些消息",
-    "are texts in which a conversation is written out already: every token of them is learned, the questions too; rows of messages teach the answers alone": "是已经写成文本的对话：其中每个词元都会学习，包括提问；用消息格式的样本则只学习回答",
+    "are texts in which a conversation is written out already: every token of them is learned, the questions too; rows of messages teach the answers alone": "是已经写成文本的对话：其中每个 token 都会学习，包括提问；用消息格式的样本则只学习回答",
     "{path} holds {count:n} files of the split {name}, not used for training": "{path} 里有 {count} 个 {name} 划分的文件，不用于训练",
     "{path} holds {count:n} files of the split {name}, not used for training: data.eval={eval} evaluates with them": "{path} 里有 {count} 个 {name} 划分的文件，不用于训练：data.eval={eval} 会用它们评估",
     "{path} holds {count:n} files whose names tell no split, not used for training": "{path} 里有 {count} 个从名字看不出划分的文件，不用于训练",
@@ -145,30 +150,30 @@ _NOTES = {
     "{count:n} rows of data.train are in data.eval too, which makes the evaluation too good": "data.train 有 {count} 个样本也在 data.eval 里，评估结果会偏好",
     "{path} gives no row: data.max_rows is reached before it": "{path} 没有给出样本：在它之前已达到 data.max_rows",
     "{count:n} training rows are copies of others": "{count} 个训练样本与别的样本相同",
-    "padding every row to {length} computes {fixed} x the real tokens; groups of 8 rows {shuffled} x, sorted by length {sorted} x, packing {packed} x": "每个样本都填充到 {length} 会计算实际词元数的 {fixed} 倍；8 个一组 {shuffled} 倍，按长度排序 {sorted} 倍，拼接 {packed} 倍",
+    "padding every row to {length} computes {fixed} x the real tokens; groups of 8 rows {shuffled} x, sorted by length {sorted} x, packing {packed} x": "每个样本都填充到 {length} 会计算实际 token 数的 {fixed} 倍；8 个一组 {shuffled} 倍，按长度排序 {sorted} 倍，拼接 {packed} 倍",
     "{bad:n} of {all:n} rows cannot be used, more than data.max_bad_fraction={share} allows: mend them or raise it. The first ones:": "{all} 个样本中有 {bad} 个不能用，超过 data.max_bad_fraction={share} 的限度：请修正它们或调高这个值。前几个：",
-    "{path}: training on it would learn from nothing, since none of its {count:n} rows has a supervised token (mask by {kind}){first}. Try a larger data.max_length, another data.template, or data.mask=all": "{path}：{count} 个样本都没有要学习的词元（掩码来自 {kind}）{first}，训练学不到任何东西。请试更大的 data.max_length、另一个 data.template，或 data.mask=all",
+    "{path}: training on it would learn from nothing, since none of its {count:n} rows has a supervised token (mask by {kind}){first}. Try a larger data.max_length, another data.template, or data.mask=all": "{path}：{count} 个样本都没有计入损失的 token（掩码来自 {kind}）{first}，训练学不到任何东西。请试更大的 data.max_length、另一个 data.template，或 data.mask=all",
     "; the first one, {row}": "；第一个：{row}",
     "{path}, line {lines}: {reason}": "{path} 第 {lines} 行：{reason}",
     "{path}, lines {lines}: {reason}": "{path} 第 {lines} 行：{reason}",
-    "too long ({tokens} tokens, data.max_length {length})": "太长（{tokens} 个词元，data.max_length {length}）",
-    "no supervised token left after the cut ({tokens} tokens, data.max_length {length})": "截断后没有要学习的词元（{tokens} 个词元，data.max_length {length}）",
-    "no supervised token ({tokens} tokens, data.max_length {length})": "没有要学习的词元（{tokens} 个词元，data.max_length {length}）",
+    "too long ({tokens} tokens, data.max_length {length})": "太长（{tokens} 个 token，data.max_length {length}）",
+    "no supervised token left after the cut ({tokens} tokens, data.max_length {length})": "截断后没有计入损失的 token（{tokens} 个 token，data.max_length {length}）",
+    "no supervised token ({tokens} tokens, data.max_length {length})": "没有计入损失的 token（{tokens} 个 token，data.max_length {length}）",
     "bad rows, not used: {count:n}; the first ones": "不能用的样本：{count} 个；前几个",
     "rows dropped: {count:n}; the first ones": "去掉的样本：{count} 个；前几个",
     "data     {path}: {formats}, {count:n} rows": "数据     {path}：{formats}，{count} 个样本",
     "format   as messages through {template}": "格式     作为消息经过 {template}",
     "format   as messages through {template}, which writes the date {date}": "格式     作为消息经过 {template}，它写入日期 {date}",
-    "loss     {mask} · {share} of tokens carry loss": "损失     {mask} · {share} 的词元计入损失",
-    "loss     {mask} · {share} of tokens carry loss (found by {kind})": "损失     {mask} · {share} 的词元计入损失（依据 {kind}）",
+    "loss     {mask} · {share} of tokens carry loss": "损失     {mask} · {share} 的 token 计入损失",
+    "loss     {mask} · {share} of tokens carry loss (found by {kind})": "损失     {mask} · {share} 的 token 计入损失（依据 {kind}）",
     "assistant turns only": "只学助手的轮次",
     "the last assistant turn only": "只学助手的最后一轮",
-    "every token": "全部词元",
+    "every token": "全部 token",
     "generation markers": "模板里的 generation 标记",
     "marked messages": "加了标记的消息",
     "learned  ⟦{said}⟧ in the first row": "学习     第一个样本中的 ⟦{said}⟧",
     "ends     answers end with {tokens}, where the saved model stops": "结束     回答以 {tokens} 结尾，保存的模型在此停止",
-    "cut      {long:n} rows have over {length} tokens; {lost:n} rows teach nothing and go": "截断     {long} 个样本超过 {length} 个词元；{lost} 个样本没有可学的内容，去掉",
+    "cut      {long:n} rows have over {length} tokens; {lost:n} rows teach nothing and go": "截断     {long} 个样本超过 {length} 个 token；{lost} 个样本没有可学的内容，去掉",
 }
 
 _LOGS = {
@@ -223,8 +228,8 @@ _IMPORTS = {
     "here longer rows are cut at their end, or dropped (data.too_long)": "这里过长的样本从末尾截断，或者去掉（data.too_long）",
     "there the last answer alone is trained on; here every answer of a row is": "那里只训练最后一个回答；这里训练样本的每个回答",
     "transformers leaves the labels to the script: data.mask: all, or assistant?": "transformers 把标签交给脚本：data.mask 是 all 还是 assistant？",
-    "swift pt trains on every token of the rows' text": "swift pt 训练样本文本的全部词元",
-    "fitune trains with the plain cross-entropy of all supervised tokens": "fitune 用所有要学习的词元的普通交叉熵训练",
+    "swift pt trains on every token of the rows' text": "swift pt 训练样本文本的全部 token",
+    "fitune trains with the plain cross-entropy of all supervised tokens": "fitune 用所有计入损失的 token 的普通交叉熵训练",
     "here no part of an answer is left out": "这里回答的任何部分都不会略去",
     "{where}: columns {words}: data.columns is one for all sources: rename them there": "{where}：列 {words}：data.columns 对所有来源只有一份：请在数据里改名",
     "{said} rows held out: here a share is; eval.max_rows keeps at most as many": "{said} 是留出的样本数：这里按比例留出；eval.max_rows 限定最多这么多",
@@ -238,7 +243,7 @@ _IMPORTS = {
     "ranking: preferred and rejected answers are no data of supervised fine-tuning": "ranking：偏好与拒绝的回答不是监督微调的数据",
     "roles have the names that 'fitune check' knows": "角色要用 'fitune check' 认识的名字",
     "{path} lists no data: give it with --data": "{path} 没有列出数据：请用 --data 给出",
-    "TRL trains on every token of a conversation (data.mask: all), but of rows with prompt and completion on the completion alone: for those set data.mask to assistant": "TRL 训练对话的全部词元（data.mask: all），但对带 prompt 和 completion 的样本只训练 completion：那种样本请把 data.mask 设为 assistant",
+    "TRL trains on every token of a conversation (data.mask: all), but of rows with prompt and completion on the completion alone: for those set data.mask to assistant": "TRL 训练对话的全部 token（data.mask: all），但对带 prompt 和 completion 的样本只训练 completion：那种样本请把 data.mask 设为 assistant",
     "columns: {key}: fitune trains on text and answers to imitate: {hint}": "columns：{key}：fitune 只训练文本和要模仿的回答：{hint}",
     "{source} names the data in {path}, which cannot be read from here: give it with --data": "{source} 指明的数据 {path} 在这里读不到：请用 --data 给出",
     "a tokenizer's directory; set data.template to a Jinja file with its template": "是分词器目录；请把 data.template 设为含有其模板的 Jinja 文件",
@@ -249,8 +254,8 @@ _IMPORTS = {
     "LoRA's target modules are not named, so they were chosen by the architecture (often q_proj and v_proj); here all linear layers are the default: set model.lora.targets": "没有指明 LoRA 的目标模块，那里按结构选择（常为 q_proj 和 v_proj）；这里默认所有线性层：请设 model.lora.targets",
     "minimind adds the experts' balance loss (aux_loss), which is not added here": "minimind 加上专家均衡损失（aux_loss），这里不加",
     "paths are those of minimind's trainer/ directory: stand there, or change them": "路径以 minimind 的 trainer/ 目录为准：请在那里运行，或修改路径",
-    "batch: with packing, a row of {tool}'s batch is a block of max_length tokens that holds several rows of the data; here batch.effective counts rows of the data: {rows} x data.max_length / the mean length that 'fitune check' tells is the same batch": "批：{tool} 拼接时批的一行是含多个样本的 max_length 个词元；这里 batch.effective 按样本计：{rows} x data.max_length / 'fitune check' 给出的平均长度是同样的批",
-    "loss: minimind takes the mean of the micro-batches' means; here every supervised token of the batch counts the same": "损失：minimind 取各微批平均值的平均；这里批中每个要学习的词元权重相同",
+    "batch: with packing, a row of {tool}'s batch is a block of max_length tokens that holds several rows of the data; here batch.effective counts rows of the data: {rows} x data.max_length / the mean length that 'fitune check' tells is the same batch": "批：{tool} 拼接时批的一行是含多个样本的 max_length 个 token；这里 batch.effective 按样本计：{rows} x data.max_length / 'fitune check' 给出的平均长度是同样的批",
+    "loss: minimind takes the mean of the micro-batches' means; here every supervised token of the batch counts the same": "损失：minimind 取各微批平均值的平均；这里批中每个计入损失的 token 权重相同",
     "minimind's random system prompts and removed empty think blocks are not copied": "不照搬 minimind 随机加入的系统提示和随机去掉的空 think 块",
     "its state stays on the card; adamw_host keeps it in host memory": "它的状态留在显卡上；adamw_host 把它放在主机内存",
     "the number of steps is given": "已给出步数",
@@ -273,11 +278,11 @@ _IMPORTS = {
 
 _REASONS = {
     "fitune is for supervised fine-tuning alone": "fitune 只做监督微调",
-    "fitune trains with the plain cross-entropy of all supervised tokens: take it out to train so": "fitune 用所有要学习的词元的普通交叉熵训练：去掉它就这样训练",
+    "fitune trains with the plain cross-entropy of all supervised tokens: take it out to train so": "fitune 用所有计入损失的 token 的普通交叉熵训练：去掉它就这样训练",
     "fitune trains all weights (full) or adapters (lora, qlora): take it out to train so": "fitune 训练全部权重（full）或适配器（lora、qlora）：去掉它就这样训练",
     "fitune's adapters are plain LoRA on linear layers: take it out to train so": "fitune 的适配器是线性层上的普通 LoRA：去掉它就这样训练",
     "fitune starts from a model, not from an adapter: merge the adapter first and give the merged model": "fitune 从模型开始，不从适配器开始：请先合并适配器，再给出合并后的模型",
-    "fitune leaves the vocabulary as it is: save the model with its new tokens and give that model": "fitune 不改变词表：请把加了新词元的模型保存后给出",
+    "fitune leaves the vocabulary as it is: save the model with its new tokens and give that model": "fitune 不改变词表：请把加了新 token 的模型保存后给出",
     "fitune takes the model as its config.json describes it: change it there": "fitune 按 config.json 使用模型：请在那里修改",
     "fitune has the optimizers AdamW, Adafactor and SGD: take it out to train with AdamW": "fitune 的优化器有 AdamW、Adafactor 和 SGD：去掉它就用 AdamW 训练",
     "fitune takes all rows in random order, each counted the same: take it out to train so": "fitune 以随机顺序使用全部样本，权重相同：去掉它就这样训练",
@@ -302,7 +307,7 @@ _REASONS = {
     "all rows are read before the first step, and shuffled in each epoch": "第一步之前读完全部样本，每轮打乱",
     "each source's rows are seen data.train.weight times in an epoch": "每个来源的样本每轮出现 data.train.weight 次",
     "rows are shuffled in each epoch": "样本每轮打乱",
-    "the tokenizer's own special tokens are used": "使用分词器自己的特殊词元",
+    "the tokenizer's own special tokens are used": "使用分词器自己的特殊 token",
     "rows about the assistant's name are not rewritten": "不改写关于助手名字的样本",
     "the model of a hub id is its newest revision": "hub 上的模型用最新版本",
     "no loss that balances experts is added": "不加专家均衡损失",
@@ -324,4 +329,5 @@ _REASONS = {
 
 SENTENCES: dict[str, str] = {
     **_MESSAGES, **_ROWS, **_FILES, **_TEMPLATES, **_NOTES, **_LOGS, **_IMPORTS, **_REASONS,
+    **SCREENS, **COMMANDS, **MODELS, **RUNS,
 }  # fmt: skip

@@ -21,7 +21,7 @@ import numpy as np
 
 from fitune.boundary import told_as
 from fitune.errors import RunDirectoryError
-from fitune.language import choose_language, say
+from fitune.language import choose_language, say, translated
 from fitune.language.printable import printable
 from fitune.report import tables
 from fitune.report.advice import Advice, advise
@@ -153,7 +153,7 @@ def _header(comparison: Comparison) -> str:
 
 def _facts(row: Row) -> Iterator[tuple[str, str]]:
     summary = row.run.summary
-    yield say("state"), row.run.state
+    yield say("state"), say(row.run.state)
     yield say("peak memory"), format_bytes(row.run_peak_bytes)
     if row.prediction_error is not None:
         yield say("predicted, for a step"), f"{format_bytes(row.predicted_bytes)} ({row.prediction_error:+.1%})"
@@ -211,7 +211,7 @@ def _comparison(comparison: Comparison) -> str:
         parts.append(f"<h3>{_text(say('Settings that differ'))}</h3>")
         parts.append(_table([say("key"), *(row.name for row in comparison.rows)], differing))
     if comparison.notes:
-        parts.append(f"<ul>{''.join(f'<li>{_text(note)}</li>' for note in comparison.notes)}</ul>")
+        parts.append(f"<ul>{''.join(f'<li>{_text(translated(note))}</li>' for note in comparison.notes)}</ul>")
     return "".join(parts)
 
 
@@ -279,7 +279,7 @@ def _events(run: RecordedRun) -> str:
         return ""
     start = run.events[0].time
     rows = [
-        [format_seconds(max(event.time - start, 0.0)), f"{event.step:,}", event.kind, event.message]
+        [format_seconds(max(event.time - start, 0.0)), f"{event.step:,}", say(event.kind), translated(event.message)]
         for event in run.events[-MAX_EVENTS:]
     ]
     heads = [say(">after"), say(">step"), say("kind"), say("what")]

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import FrameType
 
 from fitune.errors import FituneError, UsageError
+from fitune.language import translated
 
 VARIABLE = "FITUNE_RECORD_SECONDS"
 MOST_SECONDS = 180.0
@@ -55,7 +56,9 @@ class Patience:
             )
         if now - self._told > TOLD_EVERY_SECONDS:
             self._told = now
-            log.warning("still recording the step, %.0f s so far%s", now - self._started, self._where())
+            log.warning(
+                "%s", translated(f"still recording the step, {now - self._started:.0f} s so far{self._where()}")
+            )
 
     def _where(self) -> str:
         place = self._places.most_common(1)[0][0] if self._places else "the loop"

@@ -550,8 +550,8 @@ class _Trainer:
                 f"step {state.step}: loss {result.loss:.4g}, gradient norm {result.grad_norm:.4g}: no update",
             )
         if state.bad_steps >= (MOST_BAD_STEPS if self.setup.scaler is None else MOST_OVERFLOWS):
-            what = f"the gradient was not finite in {state.bad_steps} steps in a row (loss {result.loss:.4g} at step "
-            what += f"{state.step})"
+            loss = f"{result.loss:.4g}"
+            what = f"the gradient was not finite in {state.bad_steps} steps in a row (loss {loss} at step {state.step})"
             names = self.ranks.exchange(weights_not_finite(self.setup.model))
             if (name := next(filter(None, names), None)) is not None:
                 raise FituneError(

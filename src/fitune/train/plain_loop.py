@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fitune.boundary import bounded
 from fitune.errors import UsageError
+from fitune.language import translated
 from fitune.step.model_check import Probe, Verdict, check_model
 from fitune.step.optimizer_state import create_state
 from fitune.step.out_of_memory import memory_failure, release_memory, try_twice
@@ -204,7 +205,7 @@ class SafeStep:
             mean_by="forward" if self.loss is None else "loss function",
         )
         if not verdict.exact:
-            warnings.warn(f"fitune: not exact in parts: {verdict.reason}", stacklevel=5)
+            warnings.warn(translated(f"fitune: not exact in parts: {verdict.reason}"), stacklevel=5)
         return verdict
 
 

@@ -1,0 +1,49 @@
+"""The help of the verbs in the chosen language: cyclopts renders it, with every text translated."""
+
+import re
+from typing import Any
+
+from cyclopts.help import DefaultFormatter, HelpEntry, HelpPanel
+from rich.text import Text
+
+from fitune.language import choose_language, say, translated
+
+_WITH_KEY = re.compile(r"(.*) \(([a-z_]+\.[a-z_.]+)\)", re.DOTALL)
+
+
+class HelpText(DefaultFormatter):
+    def __call__(self, console: Any, options: Any, panel: HelpPanel) -> None:
+        if choose_language() != "en":
+            entries = [_translated_entry(entry) for entry in panel.entries]
+            panel = panel.copy(title=say(_plain(panel.title)), entries=entries)
+        super().__call__(console, options, panel)
+
+    def render_usage(self, console: Any, options: Any, usage: Any) -> None:
+        if usage and choose_language() != "en":
+            words = str(usage).strip().removeprefix("Usage:").strip()
+            console.print(Text(say("Usage: {words}", words=words), style="bold"))
+        else:
+            super().render_usage(console, options, usage)
+
+    def render_description(self, console: Any, options: Any, description: Any) -> None:
+        if description and choose_language() != "en":
+            description = Text(f"{translated(_plain(description))}\n")
+        super().render_description(console, options, description)
+
+
+def _plain(content: Any) -> str:
+    return str(getattr(content, "primary_renderable", content)).rstrip()
+
+
+def _translated_entry(entry: HelpEntry) -> HelpEntry:
+    """What cyclopts would say in English of choices and of what is required is said in the description instead."""
+    text = _plain(entry.description or "")
+    with_key = _WITH_KEY.fullmatch(text)
+    told = translated(text)
+    if with_key and told == text:
+        told = f"{translated(with_key[1])}（{with_key[2]}）"
+    if entry.choices:
+        told += say(" (one of {choices})", choices=", ".join(entry.choices))
+    if entry.required:
+        told += say(" (required)")
+    return entry.copy(description=Text(told), choices=(), required=False)
