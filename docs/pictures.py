@@ -34,7 +34,8 @@ run: {name: first}
 """
 PAGE = (
     '<meta charset="utf-8"><body style="margin:0;background:{background}">'
-    "<pre style=\"margin:0;padding:16px;color:{foreground};font:14px/1.3 'DejaVu Sans Mono',monospace\">{code}</pre>"
+    '<pre style="margin:0;padding:16px;white-space:pre-wrap;color:{foreground};'
+    "font:14px/1.3 'DejaVu Sans Mono',monospace\">{code}</pre>"
 )
 
 
