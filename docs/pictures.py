@@ -3,7 +3,7 @@
 python docs/pictures.py                            docs/plan.png and docs/report.png, in about two minutes
 python docs/pictures.py demo/three/report.html     the second one of that page instead
 
-The report is of a run of a tiny model on made-up dialogues, both from the tests.
+The report is of a run of minimind2-small, from random weights, on made-up dialogues of the tests.
 Needs Chromium (apt-get install chromium). A picture of 200 kB or more is refused.
 """
 
@@ -26,10 +26,10 @@ DOCS = Path(__file__).parent
 MOST_BYTES = 200_000
 COMMAND = 'fitune plan minimind2 --gpu "RTX 4090"'
 RUN = """
-model: {source: tiny, method: lora}
-data: {train: sft.jsonl, max_length: 64}
-batch: {effective: 8}
-train: {steps: 20}
+model: {source: minimind2-small, init: random, tokenizer: tokenizer}
+data: {train: sft.jsonl, max_length: 128}
+batch: {effective: 16}
+train: {steps: 30}
 run: {name: first}
 """
 PAGE = (
@@ -53,9 +53,10 @@ def plan_page() -> tuple[str, int]:
 def run_page(directory: Path) -> Path:
     """The report of a run that is trained for it."""
     sys.path.insert(0, str(DOCS.parent / "tests"))
-    from tiny_run import save_tiny_model, write_dialogues
+    from byte_tokenizer import byte_tokenizer
+    from tiny_run import write_dialogues
 
-    save_tiny_model(directory / "tiny")
+    byte_tokenizer().save_pretrained(directory / "tokenizer")
     write_dialogues(directory / "sft.jsonl", 400)
     (directory / "sft.yaml").write_text(RUN)
     for words in (["train", "sft.yaml"], ["report", "first", "-o", "first.html"]):
