@@ -71,7 +71,7 @@ SETTINGS = (
     Setting("full", "minimind2", 2048, 2),
     Setting("full-logits", "minimind2", 2048, 2, ("loss=full",)),
     Setting("recompute", "minimind2", 2048, 8, (RECOMPUTE,)),
-    Setting("every-2", "minimind2", 2048, 4, ("model.recompute=every_2",)),
+    Setting("every-2", "minimind2", 2048, 6, ("model.recompute=every_2",)),
     Setting("selective", "minimind-3", 1024, 4, ("model.recompute=selective",)),
     Setting("lora", "minimind2", 2048, 2, (LORA,)),
     Setting("lora-recompute", "minimind2", 2048, 8, (LORA, RECOMPUTE)),

@@ -81,7 +81,7 @@ def test_the_plan_of_several_cards_is_shown(place: Path, capsys: pytest.CaptureF
     words = ["plan", str(place / "model"), "data.max_length=64", "batch.effective=8", "--gpu", "RTX 4090"]
     assert main([*words, "--gpus", "2"]) == 0
     shown = capsys.readouterr().out
-    assert "2, which share the rows of a step; memory is of each" in shown
+    assert "2, which share the samples of a step; memory is of each" in shown
     assert "each card sends" in shown
     assert main([*words, "--gpus", "2", "--format", "json"]) == 0
     assert json.loads(capsys.readouterr().out)["data"]["gpus"] == 2

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from byte_tokenizer import byte_tokenizer
 from fitune.cli.app import main
 from fitune.errors import ConfigError, RunDirectoryError
 from fitune.report.recorded import read_fitune_run
@@ -18,6 +19,7 @@ from fitune.run.follow import RunFollower
 from fitune.run.memory import MemorySample
 from fitune.run.metrics import RunEvent, append_line, read_metrics
 from fitune.train.prometheus import check_prometheus, write_prometheus
+from tiny_run import write_dialogues
 from written_runs import Recipe, write_run
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="has neither FIFOs nor symbolic links for all")
@@ -188,7 +190,10 @@ def test_its_own_file_is_written_again_and_a_name_in_it_stays_a_label(tmp_path: 
 
 def test_training_is_refused_before_it_replaces_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
-    code = main(["train", "--model", "minimind2", "--data", "x.jsonl", f"run.prometheus={tmp_path / 'thesis.tex'}",
+    byte_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    write_dialogues(tmp_path / "x.jsonl")
+    code = main(["train", "--model", "minimind2", f"model.tokenizer={tmp_path / 'tokenizer'}",
+                 "--data", str(tmp_path / "x.jsonl"), f"run.prometheus={tmp_path / 'thesis.tex'}",
                  f"run.output={tmp_path}", "--dry-run"])  # fmt: skip
     assert code == 2
     assert "thesis.tex exists and was not written by fitune" in capsys.readouterr().err

@@ -80,8 +80,8 @@ def test_the_rows_are_copied_to_the_card_as_inputs(config_directory: Path) -> No
     config = make_config(config_directory)
     recorded = record_step(config, passes(config), target=CudaTarget((8, 9)))
     ids_bytes = 2 * LENGTH * 8
-    copied = [e for e in recorded.trace.events if e.step == 3 and e.category == "input" and e.num_bytes == ids_bytes]
-    assert len(copied) >= 2 * 2  # token ids and positions of two micro-batches
+    copied = [e for e in recorded.trace.events if e.step == 3 and e.category == "input" and e.num_bytes > 2 * ids_bytes]
+    assert len(copied) >= 2  # token ids, positions and targets of each micro-batch, in one piece
 
 
 def test_the_optimizer_state_is_born_in_the_first_step_and_stays(config_directory: Path) -> None:

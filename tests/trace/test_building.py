@@ -253,8 +253,9 @@ def test_files_that_a_loop_reads_are_read(tmp_path: Path) -> None:
 
 def test_what_accelerate_found_out_ends_with_the_prediction() -> None:
     from accelerate import Accelerator
-    from accelerate.state import PartialState
+    from accelerate.state import AcceleratorState, PartialState
 
+    AcceleratorState._reset_state(reset_partial_state=True)  # of other tests
     before = dict(PartialState._shared_state)
 
     def accelerated(model: nn.Module, device: torch.device) -> Callable[[], Any]:

@@ -429,7 +429,7 @@ class RunConfig(Section):
                 "rate is tried at its height: raise the first or lower the second"
             )
         if self.data.eval is None and self.data.eval_fraction == 0:
-            yield "train.probe compares on held-out rows: give data.eval, or a data.eval_fraction above 0"
+            yield "train.probe compares on held-out samples: give data.eval, or a data.eval_fraction above 0"
 
     def _scaling_without_effect(self) -> list[str]:
         optim = self.optim

@@ -275,7 +275,7 @@ COMMANDS: dict[str, str] = {
     "train.probe_fraction has no effect while train.probe is false: set the one or drop the other": "train.probe 为 false 时 train.probe_fraction 不起作用：请设前者或去掉后者",
     "train.probe tries twice the batch, so train.steps says nothing of the run's length: give train.epochs or train.tokens": "train.probe 会试两倍的批，因此 train.steps 说明不了运行的长度：请给 train.epochs 或 train.tokens",
     "train.probe_fraction {probe_fraction} ends within optim.warmup {warmup}, before any rate is tried at its height: raise the first or lower the second": "train.probe_fraction {probe_fraction} 在 optim.warmup {warmup} 之内就结束，任何学习率都还没升到最高：请调高前者或调低后者",
-    "train.probe compares on held-out rows: give data.eval, or a data.eval_fraction above 0": "train.probe 用留出样本比较：请给 data.eval，或大于 0 的 data.eval_fraction",
+    "train.probe compares on held-out samples: give data.eval, or a data.eval_fraction above 0": "train.probe 用留出样本比较：请给 data.eval，或大于 0 的 data.eval_fraction",
     "optim.{key} has no effect while optim.scaling is none: set it to sqrt_gain": "optim.scaling 为 none 时 optim.{key} 不起作用：请设为 sqrt_gain",
     "optim.scaling {scaling} needs optim.reference_batch, the rows that lr was chosen for": "optim.scaling {scaling} 需要 optim.reference_batch，即选定 lr 时每步的样本数",
     "optim.noise_scale has no effect while optim.scaling is {scaling}: drop one of them": "optim.scaling 为 {scaling} 时 optim.noise_scale 不起作用：请去掉其中一个",

@@ -160,10 +160,10 @@ def _linear(self: nn.Linear, hidden: Tensor) -> Tensor:
     """[..., D] -> [..., F]."""
     kind, weight = hidden.device.type, self.weight
     is_trained_in_float32 = weight.requires_grad and weight.dtype == torch.float32 and self.bias is None
-    if not is_trained_in_float32 or not torch.is_autocast_enabled(kind) or torch.compiler.is_compiling():
+    if not is_trained_in_float32 or torch.compiler.is_compiling() or kernels.compute_capability(hidden) is None:
         return functional.linear(hidden, weight, self.bias)
     dtype = torch.get_autocast_dtype(kind)
-    if dtype not in _16_BIT or kernels.compute_capability(hidden) is None:
+    if dtype not in _16_BIT or not torch.is_autocast_enabled(kind):
         return functional.linear(hidden, weight)
     return cast(Tensor, _Linear.apply(hidden.to(dtype), weight, dtype))  # type: ignore[no-untyped-call]
 

@@ -399,6 +399,10 @@ def _like(data: Any) -> Any:
     return tree_map_only(torch.Tensor, lambda each: torch.empty(each.shape, dtype=each.dtype), data)
 
 
+_OVERWRITTEN = "_fitune_overwritten"
+"""An attribute of the storage of data into which something was written that is not known."""
+
+
 def _has_no_data(tensor: torch.Tensor) -> bool:
     return isinstance(tensor, FakeTensor) or tensor.is_meta
 
@@ -411,7 +415,8 @@ def _refuse_meta(func: Any, args: tuple[Any, ...]) -> None:
 
 def _data(tensor: torch.Tensor) -> torch.Tensor | None:
     if _has_no_data(tensor):
-        return getattr(tensor, "_fitune_data", None)
+        data: torch.Tensor | None = getattr(tensor, "_fitune_data", None)
+        return None if data is None or hasattr(data.untyped_storage(), _OVERWRITTEN) else data
     return tensor if tensor.device.type == "cpu" else None
 
 
@@ -431,7 +436,9 @@ def _compute_data(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], resu
             del each._fitune_origin  # type: ignore[attr-defined]
     if not known or sum(each.numel() for each in results) > MOST_KNOWN_ELEMENTS:
         for each in written:
-            each.__dict__.pop("_fitune_data", None)
+            its = each.__dict__.pop("_fitune_data", None)
+            if its is not None:  # a view may have been written into: what it is a view of is not known either
+                setattr(its.untyped_storage(), _OVERWRITTEN, True)
         return
     data = _tensors(_on_data(func, args, kwargs))
     for each, its in zip(results, data, strict=True) if not written else ():
