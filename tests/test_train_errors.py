@@ -69,7 +69,7 @@ DATA: dict[str, Case] = {
     "a broken array": (text("[{}, "), (), ("broken JSON, Expecting value; an array cannot be read past that",)),
     "no rows but numbers": (rows(1, 2), (), ("it is a number, not an object",)),
     "unknown keys": (rows({"a": 1}), (), ("its keys (a) fit no known format",)),
-    "an unknown role": (many({"messages": [USER, {"role": "robot", "content": "w"}]}), (), ("the role 'robot'",)),
+    "an unknown role": (many({"messages": [USER, {"role": "narrator", "content": "w"}]}), (), ("the role 'narrator'",)),
     "an empty answer": (many({"messages": [USER, {"role": "assistant", "content": ""}]}), (), ("is empty",)),
     "an answer that is a picture": (
         many({"messages": [USER, {"role": "assistant", "content": [{"type": "image", "image": "a"}]}]}),
