@@ -158,7 +158,7 @@ def test_what_is_as_asked_or_cannot_be_better_is_not_said(
 def test_both_are_said_in_chinese_where_that_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FITUNE_LANG", "zh")
     assert [sentence[:16] for sentence in rows_said(298, 2, "batch.effective=1000")] == [
-        "batch.effective ", "300 行中只留出 2 行，这么",
+        "batch.effective ", "300 个样本中只留出 2 个样",
     ]  # fmt: skip
 
 
