@@ -51,7 +51,7 @@ def _eps_of_rms_norm(module: nn.Module) -> float | None:
 
 
 def _fused_norm_of(module: nn.Module, eps: float) -> Callable[..., Any] | None:
-    """None where the module's own forward does not compute what torch's does, seen on random numbers."""
+    """A forward by torch's kernel; None where the module's own does not compute the same, seen on random numbers."""
     probe = object.__new__(type(module))
     probe.__dict__.update(module.__dict__)
     hidden, weight = _random((4, 16), (16,))
@@ -61,17 +61,17 @@ def _fused_norm_of(module: nn.Module, eps: float) -> Callable[..., Any] | None:
         own = type(module).forward(probe, hidden)
     except Exception:  # a norm of another kind
         return None
-    is_same = torch.allclose(own, functional.rms_norm(hidden, (16,), weight, eps), rtol=1e-5, atol=1e-6)
-    return _fused_rms_norm if is_same else None
+    if not torch.allclose(own, functional.rms_norm(hidden, (16,), weight, eps), rtol=1e-5, atol=1e-6):
+        return None
 
+    def forward(self: Any, hidden: Tensor) -> Tensor:
+        weight = self.weight
+        if hidden.dtype != weight.dtype or kernels.compute_capability(hidden) is None:
+            return cast(Tensor, type(self).forward(self, hidden))
+        with torch.autocast(hidden.device.type, enabled=False):  # which would return float32 for 16 bits
+            return functional.rms_norm(hidden, weight.shape, weight, eps)
 
-def _fused_rms_norm(self: Any, hidden: Tensor) -> Tensor:
-    """[..., D] -> [..., D]."""
-    weight = self.weight
-    if hidden.dtype != weight.dtype or kernels.compute_capability(hidden) is None:
-        return cast(Tensor, type(self).forward(self, hidden))
-    with torch.autocast(hidden.device.type, enabled=False):  # which would return float32 for 16 bits
-        return functional.rms_norm(hidden, weight.shape, weight, _eps_of_rms_norm(self))
+    return forward
 
 
 def _random(*shapes: tuple[int, ...]) -> list[Tensor]:
@@ -155,6 +155,10 @@ def _turn(
 
 # ---- linear layers ---------------------------------------------------------------------------------------------------
 
+_16_BIT = (torch.float16, torch.bfloat16)
+_SHARED_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Linear layers of one module that are all given the module's input."""
+
 
 def _linear(self: nn.Linear, hidden: Tensor) -> Tensor:
     """[..., D] -> [..., F]."""
@@ -190,12 +194,6 @@ class _Linear(torch.autograd.Function):
 def _float32_product(first: Tensor, second: Tensor) -> Tensor:
     """Of two matrices in 16 bits. CPUs have no such product."""
     return torch.mm(first, second, out_dtype=torch.float32)
-
-
-_16_BIT = (torch.float16, torch.bfloat16)
-
-_SHARED_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-"""Linear layers of one module that are all given the module's input."""
 
 
 def _cast_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

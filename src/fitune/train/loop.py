@@ -383,9 +383,8 @@ class _Trainer:
         lr = self.optim.lr * lr_factor(self.config.optim, (before + progress) / 2)
         set_lr(setup.optimizer, lr)
         shards = setup.settings.shards
-        weighs = (
-            state.step > 0 and state.step % PRECONDITIONED_EVERY == 0
-        )  # Adam has no weights before its first update
+        # before Adam's first update there is nothing to weigh by
+        weighs = state.step > 0 and state.step % PRECONDITIONED_EVERY == 0
         norms = NormRecorder(setup.optimizer, preconditioned=weighs, shards=shards)
         start = time.perf_counter()
         keep_plan = self.replay is not None
