@@ -195,6 +195,21 @@ def test_the_first_product_of_each_thread_allocates_a_cublas_workspace(target: C
     assert workspaces == [(num_bytes, "forward"), (num_bytes, "backward")]
 
 
+def test_the_output_of_a_product_is_allocated_before_the_workspace() -> None:
+    born = [event for event in record_function(lambda x: x @ x.T, (16, 8)) if event.num_bytes > 0]
+    (place,) = (
+        number for number, event in enumerate(born) if (event.category, event.phase) == ("workspace", "forward")
+    )
+    assert (born[place - 1].op, born[place - 1].num_bytes) == ("aten.mm.default", 16 * 16 * 2)
+
+
+def test_an_rms_norm_is_one_kernel_that_keeps_a_number_of_each_row() -> None:
+    events = record_function(lambda x: functional.rms_norm(x, (8,), torch.ones(8, dtype=BF16)), (16, 8))
+    assert births(events, "_fused_rms_norm.default") == [16 * 8 * 2, 16 * 4]
+    assert births(events, "_fused_rms_norm_backward.default") == [16 * 8 * 2]
+    assert not births(events, "rsqrt")
+
+
 @pytest.mark.parametrize(("target", "limit"), [(AMPERE, 3072), (HOPPER, 3072)])
 def test_the_gradient_of_an_embedding_is_sorted_beyond_a_number_of_tokens(target: CudaTarget, limit: int) -> None:
     def temporaries(tokens: int) -> list[int]:

@@ -28,6 +28,30 @@ from fitune.language import say, translated
 INTERRUPTED = 130
 BROKEN_PIPE = 141
 
+VERBS = {
+    "env": "The machine: cards, memory, driver, versions.",
+    "check": "What the data is: format, template, supervised share, lengths, rows cut or lost.",
+    "plan": "Predicted memory and time of each setting; the fastest that fits, and why not the others.",
+    "train": "Train by a configuration.",
+    "sweep": "Several configurations one after another, then compared.",
+    "watch": "A run live, or as it ended: progress, memory, loss, events.",
+    "runs": "The runs here, one line each.",
+    "compare": "Runs side by side, at equal tokens.",
+    "advise": "What to change in a run, best first.",
+    "report": "Runs as one offline HTML page.",
+    "export": "A run's weights for use elsewhere.",
+    "config": "About configuration files.",
+    "demo": "The whole story here in minutes: real model, real data.",
+}
+"""What each does, in the order of the help."""
+USAGES = {
+    "check": "fitune check DATA|CONFIG [KEY.SUB=VALUE...] [OPTIONS]",
+    "plan": "fitune plan [CONFIG] [KEY.SUB=VALUE...] [OPTIONS]",
+    "train": "fitune train [CONFIG] [KEY.SUB=VALUE...] [OPTIONS]",
+    "sweep": "fitune sweep CONFIG [KEY.SUB=VALUE...] [OPTIONS]",
+}
+"""Of the verbs whose arguments are more than a list of names."""
+
 app = App(
     name="fitune",
     help="Fine-tune a language model inside the memory you have.",
@@ -39,83 +63,17 @@ app = App(
     default_parameter=Parameter(negative=(), show_default=False),
     suppress_keyboard_interrupt=False,
 )
-app.command(
-    "fitune.cli.env:env",
-    help_prologue=examples("env"),
-    help="The machine: cards, memory, driver, versions.",
-    sort_key=1,
-)
-app.command(
-    "fitune.cli.check:check",
-    help_prologue=examples("check"),
-    usage="fitune check DATA|CONFIG [KEY.SUB=VALUE...] [OPTIONS]",
-    help="What the data is: format, template, supervised share, lengths, rows cut or lost.",
-    sort_key=2,
-)
-app.command(
-    "fitune.cli.plan:plan",
-    help_prologue=examples("plan"),
-    usage="fitune plan [CONFIG] [KEY.SUB=VALUE...] [OPTIONS]",
-    help="Predicted memory and time of each setting; the fastest that fits, and why not the others.",
-    sort_key=3,
-)
-app.command(
-    "fitune.cli.train:train",
-    help_prologue=examples("train"),
-    usage="fitune train [CONFIG] [KEY.SUB=VALUE...] [OPTIONS]",
-    help="Train by a configuration.",
-    sort_key=4,
-)
-app.command(
-    "fitune.cli.watch:watch",
-    help_prologue=examples("watch"),
-    help="A run live, or as it ended: progress, memory, loss, events.",
-    sort_key=6,
-)
-app.command(
-    "fitune.cli.runs:runs",
-    help_prologue=examples("runs"),
-    help="The runs here, one line each.",
-    sort_key=7,
-)
-app.command(
-    "fitune.cli.sweep:sweep",
-    help_prologue=examples("sweep"),
-    usage="fitune sweep CONFIG [KEY.SUB=VALUE...] [OPTIONS]",
-    help="Several configurations one after another, then compared.",
-    sort_key=5,
-)
-app.command(
-    "fitune.cli.compare:compare",
-    help_prologue=examples("compare"),
-    help="Runs side by side, at equal tokens.",
-    sort_key=8,
-)
-app.command(
-    "fitune.cli.advise:advise",
-    help_prologue=examples("advise"),
-    help="What to change in a run, best first.",
-    sort_key=9,
-)
-app.command(
-    "fitune.cli.report:report",
-    help_prologue=examples("report"),
-    help="Runs as one offline HTML page.",
-    sort_key=10,
-)
-app.command(
-    "fitune.cli.export:export",
-    help_prologue=examples("export"),
-    help="A run's weights for use elsewhere.",
-    sort_key=11,
-)
-app.command(
-    "fitune.cli.demo:demo",
-    help_prologue=examples("demo"),
-    help="The whole story here in minutes: real model, real data.",
-    sort_key=13,
-)
-app.command("fitune.cli.config_command:app", name="config", help="About configuration files.", sort_key=12)
+for position, (verb, what) in enumerate(VERBS.items(), start=1):
+    if verb == "config":  # an app of its own, with verbs of its own
+        app.command("fitune.cli.config_command:app", name=verb, help=what, sort_key=position)
+        continue
+    app.command(
+        f"fitune.cli.{verb}:{verb}",
+        help_prologue=examples(verb),
+        usage=USAGES.get(verb),
+        help=what,
+        sort_key=position,
+    )
 
 
 app.register_install_completion_command(
