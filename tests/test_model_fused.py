@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fitune.model import attention
 from fitune.model import fused as fused_layers
 from fitune.model.fused import fuse_layers
+from tiny_models import TINY_QWEN3_NEXT
 
 SIZES = {
     "vocab_size": 64,
@@ -22,16 +23,6 @@ SIZES = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 64,
 }
-HYBRID = {
-    "linear_key_head_dim": 8,
-    "linear_value_head_dim": 8,
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "num_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 16,
-    "shared_expert_intermediate_size": 16,
-}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", {}),
     "qwen2": ("Qwen2Config", {}),
@@ -39,7 +30,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("MistralConfig", {"sliding_window": 4}),
     "gemma2": ("Gemma2Config", {"head_dim": 8, "sliding_window": 4}),
     "glm4": ("Glm4Config", {"head_dim": 8, "partial_rotary_factor": 0.5, "pad_token_id": 0}),
-    "qwen3_next": ("Qwen3NextConfig", {**HYBRID, "head_dim": 8, "layer_types": ["linear_attention", "full_attention"]}),
+    "qwen3_next": ("Qwen3NextConfig", TINY_QWEN3_NEXT | {"head_dim": 8}),
     "bamba": (
         "BambaConfig",
         {"attn_layer_indices": [1], "mamba_n_heads": 4, "mamba_chunk_size": 8},

@@ -8,6 +8,7 @@ import pytest
 import transformers
 
 import fitune
+from tiny_models import TINY_QWEN3_NEXT
 
 SIZES = {
     "vocab_size": 64,
@@ -18,21 +19,10 @@ SIZES = {
     "num_key_value_heads": 2,
     "head_dim": 8,
 }
-QWEN3_NEXT = {
-    "linear_key_head_dim": 8,
-    "linear_value_head_dim": 8,
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "num_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 16,
-    "shared_expert_intermediate_size": 16,
-    "layer_types": ["linear_attention", "full_attention"],
-}
 STATE = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}
 HYBRID = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 4, "mamba_chunk_size": 16}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    "qwen3_next": ("Qwen3NextConfig", SIZES | QWEN3_NEXT),
+    "qwen3_next": ("Qwen3NextConfig", SIZES | TINY_QWEN3_NEXT),
     "jamba": ("JambaConfig", SIZES | {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2}),
     "mamba": ("MambaConfig", STATE),
     "mamba2": ("Mamba2Config", STATE | {"num_heads": 4, "head_dim": 16, "n_groups": 1, "chunk_size": 16}),

@@ -76,3 +76,17 @@ def save_tokenizer(directory: Path, *, num_extra: int = 10) -> None:
     )
     fast.chat_template = "{% for m in messages %}<|im_start|>{{ m.role }} {{ m.content }}<|im_end|>{% endfor %}"
     fast.save_pretrained(directory)
+
+
+TINY_QWEN3_NEXT: dict[str, Any] = {
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 16,
+    "layer_types": ["linear_attention", "full_attention"],
+}
+"""What Qwen3NextConfig takes beside the sizes of every model: two layers, one of each kind."""
