@@ -24,7 +24,7 @@ from fitune.data.batches import batches, num_steps
 from fitune.model.device import read_peak, reset_peak
 from fitune.model.save import model_files
 from fitune.run.directory import create_run
-from fitune.step.train_step import train_step
+from fitune.step.work import train_step
 from fitune.train.checkpoint import CheckpointWriter, checkpoint_path
 from fitune.train.loop import EVALS_PER_RUN
 from fitune.train.prepare import Prepared, prepare

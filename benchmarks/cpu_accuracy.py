@@ -132,7 +132,7 @@ def measure_here(setting: Setting) -> dict[str, Any]:
     from fitune.model.device import program_bytes, read_peak, reset_peak
     from fitune.model.load import load_model, load_tokenizer
     from fitune.step.assemble import assemble, choose_precision
-    from fitune.step.train_step import train_step
+    from fitune.step.work import train_step
 
     torch.set_num_threads(1)
     device, config = torch.device("cpu"), setting.config()

@@ -185,7 +185,7 @@ def measure_here(setting: Setting, device: Device, path: Path) -> Measured:
     from fitune.data.rows import Batch, Row
     from fitune.model.load import load_model
     from fitune.step.assemble import assemble, choose_precision
-    from fitune.step.train_step import train_step
+    from fitune.step.work import train_step
 
     card = torch.device("cuda", 0)
     free_before, _ = torch.cuda.mem_get_info(card)

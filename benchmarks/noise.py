@@ -25,7 +25,7 @@ from fitune.model.load import load_model
 from fitune.step.gradient_norms import NormRecorder
 from fitune.step.loss import LossSettings
 from fitune.step.optimizer import build_optimizer
-from fitune.step.train_step import StepSettings, train_step
+from fitune.step.work import StepSettings, train_step
 from fitune.train.loop import PRECONDITIONED_EVERY
 
 RESULT = Path(__file__).parent / "results" / "noise.json"

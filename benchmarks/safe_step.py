@@ -33,11 +33,11 @@ from fitune.model.load import build_model, load_model
 from fitune.model.lora import apply_lora
 from fitune.model.precision import resolve_precision
 from fitune.model.presets import llama_config
+from fitune.recovery.protection import Protection
+from fitune.recovery.step import safe_step
 from fitune.step.loss import LossSettings
-from fitune.step.micro_batch_work import micro_batch_work
 from fitune.step.optimizer_state import create_state
-from fitune.step.safe_step import Protection, safe_step
-from fitune.step.train_step import StepSettings, train_step
+from fitune.step.work import StepSettings, micro_batch_work, train_step
 from fitune.train.adapt import MemoryModel, choose_size
 from fitune.train.observed import observed, room_bytes
 

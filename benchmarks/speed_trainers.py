@@ -26,7 +26,7 @@ from fitune.data.rows import Batch, Row
 from fitune.model.device import program_bytes, read_peak, reset_peak
 from fitune.model.load import load_config, load_model, load_tokenizer
 from fitune.step.assemble import assemble, choose_precision
-from fitune.step.train_step import train_step
+from fitune.step.work import train_step
 
 CPU = torch.device("cpu")
 MEAN_TOKENS, SIGMA = 250, 0.9

@@ -29,7 +29,7 @@ from torch import nn
 from fitune.data.batches import prefetch
 from fitune.data.rows import Batch, MicroBatch, Row
 from fitune.model.load import load_model
-from fitune.step import train_step as step_module
+from fitune.step import work as step_module
 from fitune.step.assemble import Setup, assemble, choose_precision
 from speed_trainers import CPU, Task, dialogue_rows, task_config
 

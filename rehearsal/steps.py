@@ -9,7 +9,8 @@ from fitune.config import RunConfig
 from fitune.data.rows import Batch, Row
 from fitune.model.load import load_model
 from fitune.step.assemble import assemble, choose_precision
-from fitune.step.train_step import evaluate, train_step
+from fitune.step.evaluate import evaluate
+from fitune.step.work import train_step
 from rehearsal.cases import Rows, StepCase
 from rehearsal.history import History
 

@@ -12,7 +12,7 @@ from unittest import mock
 import torch
 from torch import nn
 
-from fitune.step import safe_step as module
+from fitune.recovery import attempt as module
 
 PLACES = (
     "forward of layer 0", "forward of layer 1", "loss", "backward of layer 1", "backward of layer 0",
@@ -51,13 +51,13 @@ def failing(model: nn.Module, place: str, *calls: int, **options: Any) -> Iterat
             stack.callback(handle.remove)
         else:
             target, name, before = {
-                "loss": ("fitune.step.train_step", "token_loss_sum", False),
-                "after backward": ("fitune.step.safe_step", "backward", False),
-                "commit": ("fitune.step.train_step.CommitBuffer", "add", True),
-                "sum": ("fitune.step.train_step.CommitBuffer", "filled", True),
+                "loss": ("fitune.step.work", "token_loss_sum", False),
+                "after backward": ("fitune.step.step", "backward", False),
+                "commit": ("fitune.step.gradients.CommitBuffer", "add", True),
+                "sum": ("fitune.step.gradients.CommitBuffer", "filled", True),
                 "clip": ("torch.nn.utils", "clip_grad_norm_", True),
                 "update": ("torch.optim.AdamW", "step", False),
-                "evaluation": ("fitune.step.train_step", "losses_and_correct", False),
+                "evaluation": ("fitune.step.evaluate", "losses_and_correct", False),
             }[place]
             stack.enter_context(_patched(f"{target}.{name}", fault, before=before))
         yield fault

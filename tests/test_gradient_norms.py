@@ -13,11 +13,12 @@ from fitune.data.packing import split
 from fitune.data.rows import MicroBatch
 from fitune.model.load import build_model
 from fitune.model.recompute import set_recompute
+from fitune.recovery.protection import Protection
+from fitune.recovery.step import safe_step
 from fitune.step.gradient_norms import GradientNorms, NormRecorder
-from fitune.step.micro_batch_work import micro_batch_work
 from fitune.step.optimizer_state import create_state
-from fitune.step.safe_step import Protection, safe_step
-from fitune.step.train_step import StepResult, train_step
+from fitune.step.step import StepResult
+from fitune.step.work import micro_batch_work, train_step
 from fitune.train.noise import pairwise_sample
 from tiny_models import TINY_GPT2, TINY_LLAMA
 from tiny_steps import make_batch, make_model, settings_for

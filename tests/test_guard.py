@@ -17,13 +17,13 @@ from torch._subclasses.fake_tensor import is_fake
 from faults import out_of_memory
 from fitune.cli.app import main
 from fitune.data.rows import MicroBatch
+from fitune.recovery.fallbacks import SMALL_CHUNK_TOKENS
+from fitune.recovery.step import SafeResult, safe_step, try_pieces
 from fitune.run.directory import RunDirectory
 from fitune.run.journal import read_journal
 from fitune.run.metrics import read_events, read_metrics, read_summary
-from fitune.step import train_step
+from fitune.step import work
 from fitune.step.loss import LossSettings
-from fitune.step.micro_batch_work import SMALL_CHUNK_TOKENS
-from fitune.step.safe_step import SafeResult, safe_step
 from fitune.train import guard
 from tiny_run import WIDE_VOCABULARY, save_tiny_model, write_config, write_dialogues, write_long_dialogues
 
@@ -86,7 +86,7 @@ def limit(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     calls = itertools.count()
 
     def set_limit(most: int, *, first: int = 0) -> None:
-        real = train_step.token_loss_sum
+        real = work.token_loss_sum
 
         def limited(model: Any, micro_batch: MicroBatch, settings: Any) -> Any:
             real_one = not is_fake(next(model.parameters()))  # the prediction does the same on tensors without data
@@ -94,7 +94,7 @@ def limit(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
                 raise out_of_memory()
             return real(model, micro_batch, settings)
 
-        monkeypatch.setattr(train_step, "token_loss_sum", limited)
+        monkeypatch.setattr(work, "token_loss_sum", limited)
 
     return set_limit
 
@@ -103,10 +103,15 @@ def test_the_heaviest_micro_batch_is_tried_before_the_first_step(place: Path, mo
     tried: list[tuple[bool, int, int]] = []
 
     def seen(protection: Any, pieces: list[MicroBatch], *, step: int, **options: Any) -> SafeResult:
-        tried.append((options.get("trial", False), step, max(piece.num_positions for piece in pieces)))
+        tried.append((False, step, max(piece.num_positions for piece in pieces)))
         return safe_step(protection, pieces, step=step, **options)
 
+    def seen_trial(protection: Any, pieces: list[MicroBatch], **options: Any) -> SafeResult:
+        tried.append((True, 0, max(piece.num_positions for piece in pieces)))
+        return try_pieces(protection, pieces, **options)
+
     monkeypatch.setattr("fitune.train.guard.safe_step", seen)
+    monkeypatch.setattr("fitune.train.guard.try_pieces", seen_trial)
     assert command(place) == 0
     assert [call[:2] for call in tried] == [(True, 0), (False, 1), (False, 2), (False, 3), (False, 4)]
     assert tried[0][2] >= max(size for _, _, size in tried[1:])
@@ -156,7 +161,7 @@ def test_rows_that_do_not_fit_are_left_out_where_that_is_asked_for(place: Path, 
 @pytest.fixture
 def large_loss_fails(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     """Until it is undone: from the second step on, a loss in chunks of more than 32 positions finds no memory."""
-    real, guarded, steps = train_step.token_loss_sum, guard.safe_step, [0]
+    real, guarded, steps = work.token_loss_sum, guard.safe_step, [0]
 
     def limited(model: Any, micro_batch: MicroBatch, settings: LossSettings) -> Any:
         if steps[0] >= 2 and settings.chunk_tokens > SMALL_CHUNK_TOKENS:
@@ -168,7 +173,7 @@ def large_loss_fails(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyP
         return guarded(*arguments, step=step, **options)
 
     with monkeypatch.context() as patched:
-        patched.setattr(train_step, "token_loss_sum", limited)
+        patched.setattr(work, "token_loss_sum", limited)
         patched.setattr(guard, "safe_step", step)
         yield patched
 

@@ -10,7 +10,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "fitune"
 FLOORS = {
     "errors": 0, "boundary": 1, "units": 1, "hub": 1, "importing": 1, "language": 1, "threads": 1, "config": 2,
     "model": 3, "data": 3, "run": 3,
-    "step": 4, "trace": 5, "memory": 6, "plan": 7,
+    "step": 4, "recovery": 5, "trace": 5, "memory": 6, "plan": 7,
     "train": 8, "report": 8, "integrations": 9,
     "cli": 10,
 }  # fmt: skip

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fitune.data.packing import lay_out
 from fitune.data.rows import MicroBatch, Row
 from fitune.step.model_check import Probe, Verdict, check_model
-from fitune.step.train_step import loss_share
+from fitune.step.work import loss_share
 from tiny_steps import labelled, make_model, settings_for
 
 Part = dict[str, Tensor]

@@ -27,7 +27,7 @@ from fitune.errors import ModelError
 from fitune.run.directory import RunDirectory, read_run
 from fitune.run.journal import plan_parts, read_journal
 from fitune.run.metrics import StepMetrics, read_events, read_metrics, read_summary
-from fitune.step import micro_batch_work
+from fitune.step import work
 from fitune.train import guard, loop, prepare
 from fitune.train.state import RunState
 from tiny_ranks import run_ranks
@@ -78,7 +78,7 @@ def told_to_end() -> None:
 
 def without_memory(num_failures: int = 10**6) -> None:
     """In the faulty step, so many times."""
-    real_step, real_share = guard.safe_step, micro_batch_work.loss_share
+    real_step, real_share = guard.safe_step, work.loss_share
     now, left = [0], [num_failures]
 
     def step(*arguments: Any, step: int, **options: Any) -> Any:
@@ -92,7 +92,7 @@ def without_memory(num_failures: int = 10**6) -> None:
         return real_share(*arguments, **options)
 
     setattr(guard, "safe_step", step)  # noqa: B010
-    setattr(micro_batch_work, "loss_share", share)  # noqa: B010
+    setattr(work, "loss_share", share)  # noqa: B010
 
 
 def without_memory_twice() -> None:

@@ -19,10 +19,10 @@ from fitune.model.attention import attention_name
 from fitune.model.load import build_model
 from fitune.model.lora import apply_lora
 from fitune.model.recompute import set_recompute
+from fitune.recovery.protection import Protection
+from fitune.recovery.step import SafeResult, safe_step
 from fitune.step.loss import LossSettings
-from fitune.step.micro_batch_work import micro_batch_work
-from fitune.step.safe_step import Protection, SafeResult, safe_step
-from fitune.step.train_step import StepSettings
+from fitune.step.work import StepSettings, micro_batch_work
 from tiny_models import TINY
 from tiny_steps import distance, make_batch
 

@@ -14,12 +14,18 @@ from faults import failing, out_of_memory
 from fitune.data.packing import split
 from fitune.data.rows import Batch, MicroBatch
 from fitune.errors import OutOfMemoryError, RestartError
+from fitune.recovery.evaluate import safe_evaluate
+from fitune.recovery.fallbacks import SMALL_CHUNK_TOKENS, allowed_fallbacks
+from fitune.recovery.ladder import MOST_ATTEMPTS
+from fitune.recovery.protection import Fallback, Protection
+from fitune.recovery.step import safe_step
+from fitune.step.evaluate import evaluate
+from fitune.step.gradients import CommitBuffer
 from fitune.step.loss import LossSettings
-from fitune.step.micro_batch_work import SMALL_CHUNK_TOKENS, allowed_reliefs, micro_batch_work
+from fitune.step.progress import Work
 from fitune.step.random_state import micro_batch_seed
-from fitune.step.safe_evaluate import safe_evaluate
-from fitune.step.safe_step import MOST_ATTEMPTS, Protection, Relief, Work, safe_step
-from fitune.step.train_step import CommitBuffer, StepResult, StepSettings, evaluate, train_step
+from fitune.step.step import StepResult
+from fitune.step.work import StepSettings, micro_batch_work, train_step
 from fitune.train.adapt import MemoryModel
 from fitune.train.observed import observed
 from fitune.units import MIB
@@ -118,18 +124,18 @@ def test_what_saves_memory_is_tried_only_at_a_single_row_and_in_order() -> None:
     model = make_model()
     tried: list[str] = []
 
-    def relief(name: str) -> Relief[MicroBatch]:
+    def fallback(name: str) -> Fallback[MicroBatch]:
         def apply(work: Work[MicroBatch]) -> Work[MicroBatch]:
             tried.append(name)
             return work
 
-        return Relief(name, apply)
+        return Fallback(name, apply)
 
-    protection = protected(model, reliefs=[relief("first"), relief("second"), relief("third")])
+    protection = protected(model, fallbacks=[fallback("first"), fallback("second"), fallback("third")])
     with failing(model, FORWARD, 0, 1):
         result = safe_step(protection, pieces(make_batch(), 1), step=1)
     assert tried == ["first", "second"]
-    assert [each.name for each in protection.reliefs] == ["third"]
+    assert [each.name for each in protection.fallbacks] == ["third"]
     assert [failure.action for failure in result.failures] == ["first from now on", "second from now on"]
 
 
@@ -137,13 +143,13 @@ SMALL_LOSS = f"a loss of {SMALL_CHUNK_TOKENS} positions at a time"
 RECOMPUTE, OFFLOAD = "model.recompute=full", "model.offload_activations=true"
 
 
-def test_reliefs_are_what_the_configuration_leaves_open() -> None:
+def test_fallbacks_are_what_the_configuration_leaves_open() -> None:
     model = make_model()
     full, chunked = settings_for(model, "full"), settings_for(model, "chunked")
     chunked = replace(chunked, loss=replace(chunked.loss, chunk_tokens=256))
 
     def names(settings: StepSettings, recompute: Any, loss: Any) -> list[str]:
-        return [relief.name for relief in allowed_reliefs(model, settings, recompute=recompute, loss=loss)]
+        return [relief.name for relief in allowed_fallbacks(model, settings, recompute=recompute, loss=loss)]
 
     assert names(chunked, "auto", "auto") == [RECOMPUTE, SMALL_LOSS]
     assert names(chunked, "off", "chunked") == [SMALL_LOSS]
@@ -155,7 +161,7 @@ def test_reliefs_are_what_the_configuration_leaves_open() -> None:
 
 
 @pytest.mark.parametrize("loss", ["chunked", "full"])
-def test_reliefs_change_no_gradient(loss: str) -> None:
+def test_fallbacks_change_no_gradient(loss: str) -> None:
     """A device beside the host has the same ones and one more."""
     batch = make_batch()
     gradients = []
@@ -164,15 +170,15 @@ def test_reliefs_change_no_gradient(loss: str) -> None:
         settings = settings_for(model, loss)
         settings = replace(settings, loss=replace(settings.loss, chunk_tokens=256))
         capture = Capture(model.parameters())
-        reliefs = allowed_reliefs(model, settings, recompute="auto", loss="auto")
-        elsewhere = allowed_reliefs(make_model().to("meta"), settings, recompute="auto", loss="auto")
+        fallbacks = allowed_fallbacks(model, settings, recompute="auto", loss="auto")
+        elsewhere = allowed_fallbacks(make_model().to("meta"), settings, recompute="auto", loss="auto")
         protection = Protection(
-            work=micro_batch_work(model.train(), capture, settings), reliefs=[*reliefs, elsewhere[-1]]
+            work=micro_batch_work(model.train(), capture, settings), fallbacks=[*fallbacks, elsewhere[-1]]
         )
         with failing(model, FORWARD, *range(num_failures)):
             result = safe_step(protection, pieces(batch, 1), step=1)
         names = (RECOMPUTE, SMALL_LOSS, OFFLOAD)[:num_failures]
-        assert result.reliefs == (names,)
+        assert result.fallbacks == (names,)
         assert [failure.action for failure in result.failures] == [f"{name} from now on" for name in names]
         gradients.append(capture.vector())
     for gradient in gradients[1:]:
@@ -180,7 +186,7 @@ def test_reliefs_change_no_gradient(loss: str) -> None:
 
 
 @pytest.mark.parametrize("commit", [False, True], ids=["restart", "commit"])
-def test_a_step_that_was_relieved_in_its_middle_is_the_step_that_was_so_from_the_beginning(commit: bool) -> None:
+def test_a_step_that_fell_back_in_its_middle_is_the_step_that_was_so_from_the_beginning(commit: bool) -> None:
     batch = make_batch()
     gradients = []
     for failing_call in (3, 0):
@@ -189,7 +195,7 @@ def test_a_step_that_was_relieved_in_its_middle_is_the_step_that_was_so_from_the
         capture = Capture(model.parameters())
         protection = Protection(
             work=micro_batch_work(model, capture, settings),
-            reliefs=allowed_reliefs(model, settings, recompute="off", loss="auto"),
+            fallbacks=allowed_fallbacks(model, settings, recompute="off", loss="auto"),
         )
         with failing(model, FORWARD, failing_call):
             safe_step(protection, pieces(batch, 1), step=1)
@@ -251,12 +257,12 @@ def test_a_batch_whose_only_row_is_left_out_is_no_step() -> None:
 
 def test_the_attempts_of_a_step_are_capped() -> None:
     model = make_model()
-    endless = [Relief(f"relief {number}", lambda work: work) for number in range(MOST_ATTEMPTS)]
+    endless = [Fallback(f"relief {number}", lambda work: work) for number in range(MOST_ATTEMPTS)]
     with (
         failing(model, FORWARD, *EVERY_CALL) as fault,
         pytest.raises(OutOfMemoryError, match=f"after {MOST_ATTEMPTS} attempts"),
     ):
-        safe_step(protected(model, reliefs=endless), pieces(make_batch(), 1), step=1)
+        safe_step(protected(model, fallbacks=endless), pieces(make_batch(), 1), step=1)
     assert next(fault.counter) == MOST_ATTEMPTS
 
 

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from fitune.data.packing import split
-from fitune.step.micro_batch_work import micro_batch_work
-from fitune.step.safe_step import Protection, safe_step
-from fitune.step.train_step import train_step
+from fitune.recovery.protection import Protection
+from fitune.recovery.step import safe_step
+from fitune.step.work import micro_batch_work, train_step
 from fitune.trace.fake import RecordSettings, Step, record_loop
 from tiny_steps import make_batch, make_model, settings_for
 

@@ -19,15 +19,15 @@ from fitune.model.attention import attention_name
 from fitune.model.load import build_model
 from fitune.model.lora import apply_lora
 from fitune.model.recompute import set_recompute
+from fitune.recovery.evaluate import safe_evaluate
+from fitune.recovery.protection import Protection
+from fitune.recovery.step import SafeResult, safe_step
 from fitune.run.journal import plan_parts
 from fitune.step.gradient_norms import GradientNorms, NormRecorder
-from fitune.step.micro_batch_work import micro_batch_work
 from fitune.step.optimizer_state import create_state
-from fitune.step.safe_evaluate import safe_evaluate
-from fitune.step.safe_step import Protection, SafeResult, safe_step
+from fitune.step.peers import ShardedModel
 from fitune.step.shards import Shards, local, shard_model
-from fitune.step.shared_step import SharedStep
-from fitune.step.train_step import StepSettings
+from fitune.step.work import StepSettings, micro_batch_work
 from fitune.train.ranks import Ranks, joined
 from tiny_models import TINY
 from tiny_ranks import run_ranks
@@ -163,6 +163,7 @@ def alone(case: Case, pieces: list[MicroBatch]) -> Outcome:
 
 def one_step(case: Case, ranks: Ranks) -> Outcome:
     protection, optimizer, shards = protect(case, ranks)
+    assert shards is not None
     place, calls = case.fault if case.fault is not None and ranks.rank == 1 else ("loss", ())
     patch = failing_call(place, *calls) if place.startswith("torch.") else failing(protection.work.model, place, *calls)
     stream = torch.get_rng_state()
@@ -174,7 +175,7 @@ def one_step(case: Case, ranks: Ranks) -> Outcome:
             step=1,
             fits=lambda _: True,
             norms=NormRecorder(optimizer, shards=shards),
-            shared=SharedStep(ranks, case.batch.loss_weight),
+            peers=ShardedModel(shards, ranks, case.batch.loss_weight),
         )
     return Outcome(
         torch.cat(optimizer.gradients),
@@ -202,11 +203,14 @@ def evaluated(ranks: Ranks) -> Any:
 
 def sentence(ranks: Ranks, place: str, error: Any) -> str:
     """Of what ends rank 1 for good, in this rank."""
-    protection, _, _ = protect(CASES["unequal rows"], ranks)
+    protection, _, shards = protect(CASES["unequal rows"], ranks)
+    assert shards is not None
     calls = range(10**3) if ranks.rank == 1 else ()
     try:
         with failing(protection.work.model, place, *calls, **({} if error is None else {"error": error})):
-            safe_step(protection, parts_of(Case())[ranks.rank], step=1, shared=SharedStep(ranks, BATCH.loss_weight))
+            safe_step(
+                protection, parts_of(Case())[ranks.rank], step=1, peers=ShardedModel(shards, ranks, BATCH.loss_weight)
+            )
     except Exception as found:
         ranks.tell(found)
         return f"{type(found).__name__}: {found}"
@@ -224,8 +228,8 @@ def updated(ranks: Ranks) -> tuple[list[torch.Tensor], float]:
     protection = Protection(work=work)
     for step in range(3):
         pieces = split(deal(BATCH, ranks.size)[ranks.rank], packed=True, micro_rows=2)
-        shared = SharedStep(ranks, BATCH.loss_weight) if ranks.size > 1 else None
-        safe_step(protection, pieces, step=step, shared=shared)
+        peers = ALONE if shards is None else ShardedModel(shards, ranks, BATCH.loss_weight)
+        safe_step(protection, pieces, step=step, peers=peers)
     held = [*model.parameters(), *(t for state in optimizer.state.values() for t in state.values())]
     share = sum(local(tensor).numel() for tensor in held) / sum(tensor.numel() for tensor in held)
     return [(p.full_tensor() if hasattr(p, "full_tensor") else p).detach() for p in model.parameters()], share
@@ -261,8 +265,8 @@ def overflown(ranks: Ranks) -> tuple[bool, float, bool]:
         real()
 
     shards.ready = ready  # type: ignore[method-assign]
-    shared = SharedStep(ranks, BATCH.loss_weight)
-    result = safe_step(protection, parts_of(Case())[ranks.rank], step=1, shared=shared)
+    peers = ShardedModel(shards, ranks, BATCH.loss_weight)
+    result = safe_step(protection, parts_of(Case())[ranks.rank], step=1, peers=peers)
     same = all(torch.equal(local(p), old) for p, old in zip(model.parameters(), before, strict=True))
     return result.step.updated, scaler.get_scale(), same
 

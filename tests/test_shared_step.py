@@ -15,11 +15,12 @@ from fitune.data.packing import lay_out, split
 from fitune.data.rows import Batch, MicroBatch
 from fitune.data.unpacking import without_rows
 from fitune.model.recompute import set_recompute
+from fitune.recovery.protection import Protection
+from fitune.recovery.step import SafeResult, safe_step
 from fitune.run.journal import plan_parts
 from fitune.step.gradient_norms import GradientNorms, NormRecorder
-from fitune.step.micro_batch_work import micro_batch_work
-from fitune.step.safe_step import Protection, SafeResult, safe_step
-from fitune.step.shared_step import SharedStep
+from fitune.step.peers import SharedSamples
+from fitune.step.work import micro_batch_work
 from fitune.train.ranks import joined
 from tiny_ranks import run_ranks
 from tiny_steps import Capture, distance, make_batch, make_model, settings_for
@@ -137,11 +138,11 @@ def be_rank(place: Path) -> int:
             protection, optimizer = protect(case)
             fault = case.fault if ranks.rank == 1 else None
             pieces = parts_of(case)[ranks.rank]
-            shared = SharedStep(ranks, case.batch.loss_weight)
+            peers = SharedSamples(ranks, case.batch.loss_weight)
             stream = torch.get_rng_state()
             with failing(protection.work.model, fault[0] if fault else "loss", *(fault[1] if fault else ())):
                 norms = NormRecorder(optimizer)
-                result = safe_step(protection, pieces, step=1, fits=lambda _: True, norms=norms, shared=shared)
+                result = safe_step(protection, pieces, step=1, fits=lambda _: True, norms=norms, peers=peers)
             streams_stay = torch.equal(torch.get_rng_state(), stream)
             gradient = optimizer.vector() if optimizer.gradients else torch.zeros(1)
             left_out = frozenset(protection.quarantined)

@@ -13,7 +13,7 @@ from fitune.model.head import decoder_and_head
 from fitune.model.load import build_model
 from fitune.model.lora import apply_lora
 from fitune.step.loss import LossSettings
-from fitune.step.train_step import StepSettings
+from fitune.step.work import StepSettings
 from tiny_models import TINY
 
 LENGTHS = (3, 40, 7, 19, 2, 33, 11)

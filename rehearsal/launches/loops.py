@@ -20,11 +20,11 @@ from fitune.config import read_config
 from fitune.data.rows import Batch, Row
 from fitune.model.load import load_model
 from fitune.model.presets import preset_config
+from fitune.recovery.protection import Protection
+from fitune.recovery.step import safe_step
 from fitune.step.assemble import assemble, choose_precision
 from fitune.step.gradient_norms import NormRecorder
-from fitune.step.micro_batch_work import micro_batch_work
-from fitune.step.safe_step import Protection, safe_step
-from fitune.step.train_step import train_step
+from fitune.step.work import micro_batch_work, train_step
 from rehearsal.answers import answers
 from rehearsal.models import LORA
 from rehearsal.trainers import word_tokenizer

@@ -22,7 +22,7 @@ from fitune.model.attention import attention_name
 from fitune.model.presets import llama_config
 from fitune.step.loss import LossSettings
 from fitune.step.optimizer import build_optimizer
-from fitune.step.train_step import StepSettings, train_step
+from fitune.step.work import StepSettings, train_step
 from fitune.trace.cuda_target import CudaTarget
 from fitune.trace.events import ROUTED
 from fitune.trace.fake import Build, RecordSettings, record_loop

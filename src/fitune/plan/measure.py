@@ -25,7 +25,7 @@ from fitune.plan.forecast import heaviest_rows
 from fitune.plan.plan import Plan
 from fitune.step.assemble import assemble, choose_precision
 from fitune.step.out_of_memory import release_memory
-from fitune.step.train_step import train_step
+from fitune.step.work import train_step
 
 Sizes = Sequence[tuple[int, int]]
 """(length, supervised tokens) of the rows of a batch."""

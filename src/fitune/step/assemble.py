@@ -25,7 +25,7 @@ from fitune.step.loss import LossSettings, choose_chunk_tokens
 from fitune.step.optimizer import build_optimizer
 from fitune.step.scaling import OptimSettings, configured_lr, scaling_note, settings_of, with_settings
 from fitune.step.shards import ShardPeers, shard_model
-from fitune.step.train_step import StepSettings
+from fitune.step.work import StepSettings
 
 if TYPE_CHECKING:
     from peft import PeftModel  # half a second, needed for adapters only

@@ -1,9 +1,8 @@
-"""A step whose rows are dealt over several processes, each with a model of its own that is the same in all.
+"""Sums the gradients of several processes that each compute their own samples of a batch.
 
-alone     each process computes its rows, divided by the weight N of the whole batch. It runs out of memory, splits and
-          tries again alone: nothing waits for another process here, so none can be left waiting
-told      when all are done: the losses of each, the rows that it had to leave out, the gradients that it lacks
-summed    the gradients, in float32; from here on every process does the same
+Each process divides its losses by the weight N of the whole batch, and may have had to leave samples out, which the
+others do not know until they meet. So they exchange a report first, correct N, and then sum gradients in float32. From
+there on every process does the same.
 """
 
 from collections.abc import Sequence
@@ -14,89 +13,84 @@ import torch
 from torch import Tensor
 
 T = TypeVar("T")
-_NOTHING_FRACTION = 1e-9
-"""Of N: what is left of a difference of weights that should be zero."""
+#: Relative to N. A remaining loss weight below it is rounding error and counts as zero.
+_ROUNDING = 1e-9
 
 
-class Peers(Protocol):
+class ExchangePeers(Protocol):
     """The processes of a step, this one among them."""
 
     def exchange(self, value: T) -> list[T]:
-        """What each process gave, in their order. Raises FituneError where one of them stops instead."""
+        """Return what each process gave, in their order. Raises FituneError where one of them stops instead."""
         ...
 
     def sum(self, tensors: Sequence[Tensor]) -> None:
-        """Each tensor becomes the sum of all processes' tensors in its place, formed in float32. Of no use where memory
-        runs out: raises RestartError where a process is lost."""
+        """Replace each tensor by the sum of all processes' tensors in its place, computed in float32.
+
+        Raises RestartError where a process is lost.
+        """
         ...
 
 
-@dataclass(frozen=True)
-class SharedStep:
-    """loss_weight: of the whole batch, without the rows that are left out already; the same in all processes."""
-
-    peers: Peers
-    loss_weight: float
-
-
 @dataclass(frozen=True, slots=True)
-class Told:
-    """What a process tells when its rows are done, and what all tell together.
+class StepReport:
+    """What a process has computed in a step, or what all have computed together."""
 
-    plan: the row ids of each micro-batch; of several processes one after another, with an empty one between them.
-    losses, norms, weights: of its micro-batches, as the step and `NormRecorder` have them. left_out: rows newly left
-    out, of weight lost_weight. missing: which of the trained parameters have no gradient. reliefs: what saves memory,
-    by process.
-    """
-
+    #: the row ids of each micro-batch; those of several processes one after another, with an empty one between them
     plan: tuple[tuple[int, ...], ...]
+    #: of each micro-batch
     losses: tuple[float, ...]
+    #: of each micro-batch, as `NormRecorder` has them
     norms: tuple[float, ...]
     weights: tuple[float, ...]
+    #: samples newly left out, and their loss weight
     left_out: tuple[int, ...]
     lost_weight: float
+    #: places of the trained parameters that have no gradient
     missing: tuple[int, ...]
-    reliefs: tuple[tuple[str, ...], ...]
+    #: by process: what saves memory there
+    fallbacks: tuple[tuple[str, ...], ...]
 
 
-def left_weight(loss_weight: float, lost_weight: float) -> float:
-    """N without the rows that were left out; 0 where nothing is left."""
+def remaining_weight(loss_weight: float, lost_weight: float) -> float:
+    """Return N without the samples that were left out; 0 where nothing is left."""
     left = loss_weight - lost_weight
-    return left if left > _NOTHING_FRACTION * loss_weight else 0.0
+    return left if left > _ROUNDING * loss_weight else 0.0
 
 
-def sum_up(own: Told, gradients: Sequence[Tensor], shared: SharedStep) -> Told:
-    """The gradients of all processes, in place, and what all have told. Where no target is left they stay as they are.
+def sum_gradients(own: StepReport, gradients: Sequence[Tensor], peers: ExchangePeers, loss_weight: float) -> StepReport:
+    """Sum the gradients of all processes in place, and return what all have reported.
 
-    Each process has divided by N without its own lost rows; what the others have lost is made up for here. gradients:
-    none where they are summed already, as those of a sharded model are.
+    loss_weight: of the whole batch. Where no target is left, gradients stay as they are. gradients: empty where they
+    are summed already, as those of a sharded model are.
     """
-    every = shared.peers.exchange(own)
-    left = left_weight(shared.loss_weight, sum(each.lost_weight for each in every))
+    reports = peers.exchange(own)
+    left = remaining_weight(loss_weight, sum(each.lost_weight for each in reports))
     if left == 0:
-        return _together(every, [1.0] * len(every))
-    factors = [left_weight(shared.loss_weight, each.lost_weight) / left for each in every]
-    own_factor = left_weight(shared.loss_weight, own.lost_weight) / left
+        return _together(reports, [1.0] * len(reports))
+    # each process has divided by N without its own lost samples only
+    factors = [remaining_weight(loss_weight, each.lost_weight) / left for each in reports]
+    own_factor = remaining_weight(loss_weight, own.lost_weight) / left
     if own_factor != 1:
         torch._foreach_mul_(list(gradients), own_factor)
     if gradients:
-        shared.peers.sum(gradients)
-    return _together(every, factors)
+        peers.sum(gradients)
+    return _together(reports, factors)
 
 
-def _together(every: Sequence[Told], factors: Sequence[float]) -> Told:
+def _together(reports: Sequence[StepReport], factors: Sequence[float]) -> StepReport:
     """factors: what each process's gradients were multiplied by; norms are squares."""
-    plan = every[0].plan
-    for each in every[1:]:
+    plan = reports[0].plan
+    for each in reports[1:]:
         plan = (*plan, (), *each.plan)
-    pairs = list(zip(every, factors, strict=True))
-    return Told(
+    pairs = list(zip(reports, factors, strict=True))
+    return StepReport(
         plan=plan,
         losses=tuple(loss * factor for each, factor in pairs for loss in each.losses),
         norms=tuple(norm * factor**2 for each, factor in pairs for norm in each.norms),
-        weights=tuple(weight for each in every for weight in each.weights),
-        left_out=tuple(sorted(row for each in every for row in each.left_out)),
-        lost_weight=sum(each.lost_weight for each in every),
-        missing=tuple(sorted(set.intersection(*(set(each.missing) for each in every)))),
-        reliefs=tuple(names for each in every for names in each.reliefs),
+        weights=tuple(weight for each in reports for weight in each.weights),
+        left_out=tuple(sorted(row for each in reports for row in each.left_out)),
+        lost_weight=sum(each.lost_weight for each in reports),
+        missing=tuple(sorted(set.intersection(*(set(each.missing) for each in reports)))),
+        fallbacks=tuple(names for each in reports for names in each.fallbacks),
     )

@@ -24,9 +24,10 @@ from fitune.model.load import count_parameters, load_model
 from fitune.model.precision import Precision, device_precision, resolve_precision
 from fitune.step import loss, optimizer
 from fitune.step.assemble import Layout, Packing, assemble, choose_layouts, choose_packing
+from fitune.step.evaluate import evaluate
 from fitune.step.optimizer import STATE_COMES_LATE
 from fitune.step.optimizer_state import create_state
-from fitune.step.train_step import evaluate, train_step
+from fitune.step.work import train_step
 from fitune.trace.cuda_target import CudaTarget
 from fitune.trace.events import MemoryTrace, OperatorWork
 from fitune.trace.extrapolate import NUM_RECORDED_CHUNKS, Rows

@@ -23,16 +23,19 @@ from fitune.data.rows import Batch, MicroBatch, Row
 from fitune.errors import FituneError
 from fitune.memory.prediction import Prediction
 from fitune.model.device import held_bytes
+from fitune.recovery.evaluate import safe_evaluate
+from fitune.recovery.failure import Failure
+from fitune.recovery.fallbacks import allowed_fallbacks
+from fitune.recovery.protection import Protection
+from fitune.recovery.step import SafeResult, read_norms, safe_step, try_pieces
 from fitune.step.assemble import Setup
+from fitune.step.evaluate import EvalResult, merge_evaluations
 from fitune.step.gradient_norms import GradientNorms, NormRecorder
-from fitune.step.micro_batch_work import allowed_reliefs, micro_batch_work
 from fitune.step.model_check import Probe, Verdict, check_model
 from fitune.step.optimizer_state import create_state
 from fitune.step.out_of_memory import release_memory, release_workspaces, try_twice
-from fitune.step.safe_evaluate import safe_evaluate
-from fitune.step.safe_step import Failure, Protection, SafeResult, safe_step
-from fitune.step.shared_step import SharedStep
-from fitune.step.train_step import EvalResult, loss_share, merge_evaluations
+from fitune.step.peers import ALONE, Alone, ShardedModel, SharedSamples
+from fitune.step.work import loss_share, micro_batch_work
 from fitune.train.adapt import RUNG, MemoryModel, choose_size, memory_model
 from fitune.train.observed import observed, room_bytes, survivable
 from fitune.train.ranks import Ranks
@@ -64,7 +67,9 @@ class Guard:
         self.protection = Protection(
             work=work,
             seed=config.train.seed,
-            reliefs=allowed_reliefs(setup.model, setup.settings, recompute=config.model.recompute, loss=config.loss),
+            fallbacks=allowed_fallbacks(
+                setup.model, setup.settings, recompute=config.model.recompute, loss=config.loss
+            ),
             quarantine=config.memory.on_oom == "quarantine",
             room=self._free_bytes,
             way_out=_way_out(config),
@@ -113,7 +118,8 @@ class Guard:
             kind = "model_check" if verdict.exact else "not_exact"
             self._tell(kind, verdict.reason if verdict.exact else f"warning: not exact in parts: {verdict.reason}")
         with self._telling():  # of a sharded model in every process at once
-            self._observed(lambda: safe_step(self.protection, self._heaviest, step=0, trial=True), self._free_bytes())
+            peers = ALONE if self._shards is None else ShardedModel(self._shards)
+            self._observed(lambda: try_pieces(self.protection, self._heaviest, peers=peers), self._free_bytes())
         if self._device.type == "cpu":
             release_memory(self._device)  # the C library would keep what the longest rows took; most batches need less
 
@@ -144,12 +150,10 @@ class Guard:
             self._tell_size(self.free_bytes)
             if size != self.memory.planned:
                 micro_batches = replace(self._setup.layout, micro_rows=None, micro_tokens=size).split(part)
-        shared = None if self._ranks.size == 1 else SharedStep(self._ranks, self._loss_weight(batch))
+        peers = self._peers(batch)
         with self._telling():
             return self._observed(
-                lambda: safe_step(
-                    self.protection, micro_batches, step=step, fits=self._fits, norms=norms, shared=shared
-                ),
+                lambda: safe_step(self.protection, micro_batches, step=step, fits=self._fits, norms=norms, peers=peers),
                 self.free_bytes,
                 part.num_tokens,
             )
@@ -157,17 +161,17 @@ class Guard:
     def read_norms(self, micro_batches: list[MicroBatch], norms: NormRecorder) -> GradientNorms | None:
         """Of the gradient that these micro-batches have together, without a step. None where they have no target."""
         return self._observed(
-            lambda: safe_step(self.protection, micro_batches, step=0, fits=self._fits, trial=True, norms=norms),
+            lambda: read_norms(self.protection, micro_batches, norms, fits=self._fits),
             self._free_bytes(),
         ).step.norms
 
     def set_clip(self, clip: float) -> None:
         self.protection.work = replace(self.protection.work, clip=clip)
 
-    def relieve(self, names: Iterable[str]) -> None:
-        """What saves memory is in force from now on, as it was where it was first needed."""
+    def apply_fallbacks(self, names: Iterable[str]) -> None:
+        """Save memory from now on in these ways, as a run did that is resumed or replayed."""
         for name in names:
-            self.protection.relieve(name)
+            self.protection.apply(name)
 
     def evaluate(self, micro_batches: Iterable[MicroBatch]) -> EvalResult:
         """micro_batches: this process's part. Of all parts."""
@@ -191,7 +195,7 @@ class Guard:
             "memory": asdict(self.memory),
             "quarantined": sorted(self.protection.quarantined),
             "eval_most_positions": self._eval_most_positions,
-            "reliefs": self.protection.relieved,
+            "reliefs": self.protection.applied,
         }
         every = self._ranks.exchange(own)
         return own if len(every) == 1 else {"ranks": every}
@@ -204,7 +208,7 @@ class Guard:
             self.memory = memory_model(content["memory"])
             self._told_rung = self.memory.rung
         self.protection.quarantined = set(content["quarantined"])
-        self.relieve(content["reliefs"])
+        self.apply_fallbacks(content["reliefs"])
         self._eval_most_positions = content["eval_most_positions"]
 
     @contextmanager
@@ -215,6 +219,13 @@ class Guard:
         except FituneError as error:
             self._ranks.tell(error)
             raise
+
+    def _peers(self, batch: Batch) -> Alone:
+        if self._ranks.size == 1:
+            return ALONE if self._shards is None else ShardedModel(self._shards)
+        if self._shards is None:
+            return SharedSamples(self._ranks, self._loss_weight(batch))
+        return ShardedModel(self._shards, self._ranks, self._loss_weight(batch))
 
     def _loss_weight(self, batch: Batch) -> float:
         """N of the batch, without the rows that are left out; the same in all processes."""

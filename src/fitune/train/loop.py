@@ -25,19 +25,20 @@ from fitune.errors import ConfigError, FituneError, InterruptedRunError, OutOfMe
 from fitune.model.device import MemoryPeak, read_peak, reset_peak
 from fitune.model.finite import saved_not_finite, weights_not_finite
 from fitune.model.save import model_files
+from fitune.recovery.step import SafeResult
 from fitune.run.directory import RunDirectory
 from fitune.run.eval_rows import EvalRows, append_eval_rows
 from fitune.run.journal import StepRecord, append_step, ids_hash
 from fitune.run.metrics import EvalMetrics, RunEvent, Status, StepMetrics, Summary, summary_json
 from fitune.run.patient_files import PatientFiles
 from fitune.step.assemble import Layout, Setup
+from fitune.step.evaluate import EvalResult
 from fitune.step.gradient_norms import NormRecorder
 from fitune.step.optimizer import set_lr
 from fitune.step.out_of_memory import memory_failure, said_of
-from fitune.step.safe_step import SafeResult
 from fitune.step.scaling import OptimSettings
 from fitune.step.schedule import lr_factor
-from fitune.step.train_step import EvalResult, StepResult
+from fitune.step.step import StepResult
 from fitune.train.batch_mode import (
     FLAT_EVALS,
     Situation,
@@ -389,7 +390,7 @@ class _Trainer:
         start = time.perf_counter()
         keep_plan = self.replay is not None
         if self.replay is not None:
-            self.guard.relieve(replayed_reliefs(self.replay, self.num_replayed, rank=self.ranks.rank))
+            self.guard.apply_fallbacks(replayed_reliefs(self.replay, self.num_replayed, rank=self.ranks.rank))
         with self.saved_before_it_ends():
             safe = self.guard.train(batch, micro_batches, step=state.step + 1, keep_plan=keep_plan, norms=norms)
         result, seconds = safe.step, time.perf_counter() - start
@@ -445,7 +446,7 @@ class _Trainer:
             loss_sum=None if result.loss is None else result.loss * result.loss_weight,
             grad_norm=result.grad_norm,
             updated=result.updated,
-            reliefs=safe.reliefs if any(safe.reliefs) else (),
+            reliefs=safe.fallbacks if any(safe.fallbacks) else (),
         )
         if self.replay is not None:
             check_replayed(self.replay, self.num_replayed, record)

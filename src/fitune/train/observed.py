@@ -16,7 +16,10 @@ from fitune.model.device import (
     resident_free_in_heap,
     usable_bytes,
 )
-from fitune.step.safe_step import LATE, P, Protection, SafeResult, safe_step
+from fitune.recovery.failure import LATE
+from fitune.recovery.protection import Protection
+from fitune.recovery.step import SafeResult, safe_step
+from fitune.step.progress import P
 from fitune.train.adapt import MemoryModel, Observation, choose_size, learn, raise_plan
 
 

@@ -13,10 +13,12 @@ from torch.nn.parallel import DistributedDataParallel
 from fitune.boundary import bounded
 from fitune.errors import UsageError
 from fitune.language import translated
+from fitune.recovery.protection import Protection
+from fitune.recovery.step import SafeResult
 from fitune.step.model_check import Probe, Verdict, check_model
 from fitune.step.optimizer_state import create_state
 from fitune.step.out_of_memory import memory_failure, release_memory, try_twice
-from fitune.step.safe_step import Protection, SafeResult, Work
+from fitune.step.progress import Work
 from fitune.train.adapt import MemoryModel
 from fitune.train.observed import fitted_step, room_bytes
 

@@ -24,16 +24,16 @@ from fitune.config import RunConfig, TrainConfig
 from fitune.data.batches import Epochs, batches
 from fitune.data.examples import Examples
 from fitune.errors import ConfigError, FituneError, InterruptedRunError
+from fitune.recovery.evaluate import safe_evaluate
 from fitune.run.directory import RunDirectory, create_run
 from fitune.run.interval import Interval, paired_interval
 from fitune.run.metrics import Summary, read_summary
 from fitune.run.probe import LEVEL, Branch, Probe, choose
 from fitune.step.assemble import Setup
+from fitune.step.evaluate import EvalResult
 from fitune.step.gradient_norms import NormRecorder
 from fitune.step.optimizer import build_optimizer
-from fitune.step.safe_evaluate import safe_evaluate
 from fitune.step.scaling import OptimSettings, scale, with_settings
-from fitune.step.train_step import EvalResult
 from fitune.train.checkpoint import live_tensors, newest_checkpoint
 from fitune.train.guard import Guard
 from fitune.train.identity import run_conditions, run_identity

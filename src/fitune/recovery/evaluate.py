@@ -1,6 +1,6 @@
 """An evaluation that running out of memory does not end.
 
-Its ladder is its own: what fits here says nothing of training, which keeps activations, and never changes its plan.
+It finds its own size of micro-batches: what fits here says nothing of training, which keeps activations.
 """
 
 from collections.abc import Callable, Iterable
@@ -12,20 +12,22 @@ from torch import nn
 from fitune.data.rows import MicroBatch
 from fitune.data.unpacking import split_again
 from fitune.errors import OutOfMemoryError
+from fitune.recovery.failure import ELSEWHERE, Failure, no_room
+from fitune.step.evaluate import EvalResult, EvalTotals, evaluation_mode
 from fitune.step.out_of_memory import memory_failure, needed_bytes, release_memory
-from fitune.step.safe_step import ELSEWHERE, Failure, no_room
 from fitune.step.shards import AbortedError, Shards
-from fitune.step.train_step import EvalResult, EvalTotals, StepSettings, evaluation_mode
+from fitune.step.work import StepSettings
 
 
 @dataclass(frozen=True, slots=True)
 class SafeEvaluation:
-    """most_positions: of a micro-batch, as the failures taught it; None without any. left_out: rows that did not fit
-    alone."""
+    """What an evaluation found, and what it met with."""
 
     result: EvalResult
+    #: of a micro-batch, once one did not fit
     most_positions: int | None
     failures: tuple[Failure, ...] = ()
+    #: samples that did not fit alone
     left_out: tuple[int, ...] = ()
 
 
@@ -39,9 +41,12 @@ def safe_evaluate(
     quarantine: bool = False,
     shards: Shards | None = None,
 ) -> SafeEvaluation:
-    """As `evaluate`. most_positions: what an earlier evaluation taught. shards: of a model that several processes
-    evaluate together, in passes that each begins with the others; one that fails does its rows again. Raises
-    OutOfMemoryError where a single row does not fit, unless such rows are to be left out (quarantine)."""
+    """Evaluate as `evaluate` does, in smaller micro-batches where memory runs out.
+
+    room: returns the bytes that are free. most_positions: what an earlier evaluation has found to fit. shards: of a
+    model that several processes evaluate together, pass by pass; a process that fails repeats its samples. Raises
+    OutOfMemoryError where a single sample does not fit, unless such are to be left out (quarantine).
+    """
     device = next(model.parameters()).device
     totals = EvalTotals(model, settings)
     failures: list[Failure] = []
@@ -53,7 +58,7 @@ def safe_evaluate(
             try:
                 if not (bool(pending) if shards is None else shards.more(bool(pending))):
                     break
-                failure = _attempt(totals, next(iter(pending), None), shards)
+                failure = _evaluate_one(totals, next(iter(pending), None), shards)
             except AbortedError:
                 failure = ELSEWHERE
             if failure is None:
@@ -77,13 +82,13 @@ def safe_evaluate(
                         "memory.on_oom=quarantine"
                     )
                 failure = replace(failure, action=action)
-            failures += [failure] if shards is None else _told(failure, shards)
+            failures += [failure] if shards is None else _all_failures(failure, shards)
     if shards is not None:
         shards.rest()
     return SafeEvaluation(totals.result(), most_positions, tuple(failures), tuple(left_out))
 
 
-def _told(own: Failure, shards: Shards) -> list[Failure]:
+def _all_failures(own: Failure, shards: Shards) -> list[Failure]:
     """What has failed in all processes. Raises what ends one of them."""
     every = shards.peers.exchange(replace(own, rank=shards.peers.rank))
     return [failure for failure in every if failure.place != ELSEWHERE.place]
@@ -101,7 +106,7 @@ def _at_most(micro_batches: list[MicroBatch], most_positions: int | None) -> lis
     ]
 
 
-def _attempt(totals: EvalTotals, micro_batch: MicroBatch | None, shards: Shards | None) -> Failure | None:
+def _evaluate_one(totals: EvalTotals, micro_batch: MicroBatch | None, shards: Shards | None) -> Failure | None:
     """micro_batch: None where only other processes have rows left."""
     try:
         if micro_batch is not None:

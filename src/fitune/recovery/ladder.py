@@ -1,0 +1,80 @@
+"""What is done about running out of memory, in this order: the first of these that applies."""
+
+from collections.abc import Callable, Sequence
+
+from fitune.errors import OutOfMemoryError
+from fitune.recovery.attempt import Attempt
+from fitune.recovery.failure import LATE, Failure, no_room
+from fitune.step.progress import P
+
+MOST_ATTEMPTS = 40
+"""Of one step. Halving reaches a single row in 20 from a million positions; beyond that something else is wrong."""
+MOST_LATE_FAILURES = 2
+"""What comes after the last piece needs little memory, and smaller pieces would not help it."""
+
+
+def choose_action(
+    attempt: Attempt[P],
+    failure: Failure,
+    *,
+    failures: Sequence[Failure],
+    fits: Callable[[int], bool] | None,
+) -> str:
+    """Change the attempt so that it may fit, and say how, as a clause.
+
+    failures: of this step so far. Raises OutOfMemoryError where nothing is left to try.
+    """
+    if len(failures) + 1 >= MOST_ATTEMPTS:
+        raise OutOfMemoryError(f"{no_room(failure)} after {MOST_ATTEMPTS} attempts: another process takes the memory")
+    if failure.place in LATE:
+        return _do_again(failure, failures)
+    if not attempt.repeated and fits is not None and fits(failure.num_positions):
+        attempt.repeated = True
+        return "done again at the same size, which fits in what is free now"
+    for rung in (_split, _fall_back, _leave_out):
+        if action := rung(attempt, failure):
+            return action
+    applied = attempt.protection.applied
+    tried = f" and with {', '.join(applied)}" if applied else ""
+    raise OutOfMemoryError(f"{no_room(failure)}, alone{tried}: {attempt.protection.way_out}")
+
+
+def _do_again(failure: Failure, failures: Sequence[Failure]) -> str:
+    if sum(earlier.place in LATE for earlier in failures) + 1 >= MOST_LATE_FAILURES:
+        raise OutOfMemoryError(f"{no_room(failure)}, which no smaller micro-batch needs less for: use optim.name=adamw")
+    return "the step is done again"
+
+
+def _split(attempt: Attempt[P], failure: Failure) -> str | None:
+    """Halve the pieces as large as the one that failed, where that has more than one row."""
+    if len(failure.row_ids) <= 1:
+        return None
+    most_positions = failure.num_positions // 2
+    split = attempt.protection.work.split
+    attempt.pending = [
+        part
+        for piece in attempt.pending
+        for part in (split(piece, most_positions) if piece.num_positions > most_positions else [piece])
+    ]
+    return f"split into pieces of at most {most_positions:,} positions"
+
+
+def _fall_back(attempt: Attempt[P], failure: Failure) -> str | None:
+    """Apply the next fallback from now on."""
+    protection = attempt.protection
+    if not protection.fallbacks:
+        return None
+    name = protection.fallbacks[0].name
+    protection.apply(name)
+    attempt.restart()  # the whole step, so that a replay does it again from its plan and fallbacks
+    return f"{name} from now on"
+
+
+def _leave_out(attempt: Attempt[P], failure: Failure) -> str | None:
+    """Leave the row out that does not fit even alone."""
+    if not attempt.protection.quarantine or not failure.row_ids:
+        return None
+    row_id = failure.row_ids[0]
+    attempt.restart()
+    attempt.leave_out(row_id)
+    return f"row {row_id} is left out from now on"

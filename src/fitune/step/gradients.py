@@ -1,0 +1,194 @@
+"""The parts of an optimizer step that deal with gradients: backward, their sum, clipping and the update."""
+
+import math
+from collections.abc import Collection, Sequence
+from contextlib import nullcontext
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fitune.errors import RestartError
+from fitune.step.gradient_norms import GradientNorms, NormRecorder
+from fitune.step.out_of_memory import memory_failure
+
+
+class ClippingPeers(Protocol):
+    """The processes that a gradient is spread over; see `progress.Peers`."""
+
+    def ready(self) -> None:
+        """Wait until every process has come here."""
+        ...
+
+    def clip(self, parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor:
+        """Clip `.grad` in place and return the norm of the whole gradient before that."""
+        ...
+
+
+def backward(
+    loss: Tensor, scaler: torch.amp.GradScaler | None, norms: NormRecorder | None = None, *, alone: bool = False
+) -> Tensor:
+    """Compute the gradients and return the loss without its graph. alone: as `NormRecorder.reading` takes it."""
+    with nullcontext() if norms is None else norms.reading(alone=alone):
+        torch.autograd.backward(loss if scaler is None else scaler.scale(loss))
+    return loss.detach()
+
+
+class CommitBuffer:
+    """Sums of the gradients of *complete* micro-batches, in float32.
+
+    `.grad` is None before each micro-batch and added after it, so that a backward that fails half-way spoils nothing
+    but what is in `.grad`. Costs a gradient's memory, which is little where few parameters are trained.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._sums: list[Tensor | None] = [None] * len(self._parameters)
+
+    @torch.no_grad()
+    def add(self) -> None:
+        """All of `.grad` or, after any failure, nothing of it: what must be allocated is allocated first."""
+        pairs = list(zip(self._sums, self._parameters, strict=True))
+        new = [p.grad.float() if total is None and p.grad is not None else None for total, p in pairs]
+        old = [(total, p.grad) for total, p in pairs if total is not None and p.grad is not None]
+        if old:
+            torch._foreach_add_([total for total, _ in old], [gradient for _, gradient in old])
+        self._sums = [total if first is None else first for (total, _), first in zip(pairs, new, strict=True)]
+        for parameter in self._parameters:
+            parameter.grad = None
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(total.nbytes for total in self._sums if total is not None)
+
+    def filled(self) -> tuple[list[Tensor], tuple[int, ...]]:
+        """(the sum of each parameter, zeros where no micro-batch gave a gradient, the places of those)."""
+        missing = tuple(place for place, total in enumerate(self._sums) if total is None)
+        zeros = [torch.zeros_like(self._parameters[place], dtype=torch.float32) for place in missing]
+        for place, zero in zip(missing, zeros, strict=True):
+            self._sums[place] = zero
+        return [total for total in self._sums if total is not None], missing
+
+    def drop(self, places: Collection[int]) -> None:
+        for place in places:
+            self._sums[place] = None
+
+    def hand_over(self) -> None:
+        """The sums become `.grad`, in the parameters' data type; this buffer is empty then."""
+        for place, parameter in enumerate(self._parameters):
+            total, self._sums[place] = self._sums[place], None
+            parameter.grad = None if total is None else total.to(parameter.dtype)
+
+
+def missing_gradients_as_zeros(model: nn.Module) -> tuple[list[Tensor], tuple[int, ...]]:
+    """Give trained parameters without a gradient one of zeros. Returns all gradients, and the places of the zeros."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    missing = tuple(place for place, parameter in enumerate(trained) if parameter.grad is None)
+    for place, zeros in zip(missing, [torch.zeros_like(trained[place]) for place in missing], strict=True):
+        trained[place].grad = zeros
+    return [parameter.grad for parameter in trained if parameter.grad is not None], missing
+
+
+class Clipped(NamedTuple):
+    """What is known of a step's gradient once it is clipped."""
+
+    loss: float
+    #: before clipping
+    grad_norm: float
+    norms: GradientNorms | None
+
+
+def clip_gradients(
+    optimizer: torch.optim.Optimizer,
+    losses: Sequence[Tensor],
+    *,
+    max_norm: float,
+    scaler: torch.amp.GradScaler | None,
+    norms: NormRecorder | None,
+    peers: ClippingPeers,
+) -> Clipped:
+    """Clip `.grad` in place and return loss and norms as host numbers, in the step's one transfer.
+
+    losses: each piece's share of the mean loss. norms: of the micro-batches, read here where they are given.
+    """
+    if scaler is not None:
+        peers.ready()  # unscale_ tells all processes of a sharded model of an overflow in one shard
+        scaler.unscale_(optimizer)
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    on_device = [] if norms is None else [norms.values()]
+    norm = peers.clip(parameters, max_norm)
+    host = torch.cat((torch.stack((torch.stack(list(losses)).sum(), norm.float())), *on_device)).tolist()
+    scale = 1.0 if scaler is None else scaler.get_scale()
+    read = None if norms is None else norms.read(host[2:], total_norm=host[1], scale=scale)
+    return Clipped(host[0], host[1], read)
+
+
+def update(
+    optimizer: torch.optim.Optimizer, grad_norm: float, *, scaler: torch.amp.GradScaler | None, protected: bool
+) -> bool:
+    """Whether the parameters were updated; not by a gradient that is not finite. `.grad` is None afterwards.
+
+    protected: parameters and optimizer state are copied first and put back if the update fails in its middle. Without
+    a copy, running out of memory there raises RestartError, since half an update cannot be undone.
+    """
+    updated = math.isfinite(grad_norm)
+    if scaler is not None or updated:
+        before = _Rollback(optimizer) if protected else None
+        try:
+            if scaler is not None:
+                scaler.step(optimizer)
+                scaler.update()
+            else:
+                optimizer.step()
+        except Exception as error:
+            if before is not None:
+                before.put_back()
+            elif memory_failure(error) is not None:
+                raise RestartError(
+                    "out of memory in the middle of the optimizer's update, which cannot be undone: start again from "
+                    "the last checkpoint; optim.name=adamw needs no memory there"
+                ) from error
+            raise
+    optimizer.zero_grad(set_to_none=True)
+    return updated
+
+
+class _Rollback:
+    """A copy of what an optimizer's update changes. Putting it back allocates nothing."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self._optimizer = optimizer
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        trained = [parameter for parameter in parameters if parameter.requires_grad]
+        self._values = [(parameter, torch.empty_like(parameter)) for parameter in trained]
+        self._state = {
+            parameter: {
+                key: torch.empty_like(value) if isinstance(value, Tensor) else value for key, value in state.items()
+            }
+            for parameter, state in optimizer.state.items()
+        }
+        _copy_all([(copy, parameter) for parameter, copy in self._values])
+        _copy_all(
+            [
+                (copy, optimizer.state[parameter][key])
+                for parameter, state in self._state.items()
+                for key, copy in state.items()
+                if isinstance(copy, Tensor)
+            ]
+        )
+
+    def put_back(self) -> None:
+        _copy_all(self._values)
+        for parameter in list(self._optimizer.state):
+            if parameter not in self._state:
+                del self._optimizer.state[parameter]
+        for parameter, state in self._state.items():
+            self._optimizer.state[parameter] = state
+
+
+@torch.no_grad()
+def _copy_all(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Each first one becomes what the second one is, in a few launches for each device."""
+    for device in {source.device for _, source in pairs}:
+        of_device = [(into, source) for into, source in pairs if source.device == device]
+        torch._foreach_copy_([into for into, _ in of_device], [source for _, source in of_device])

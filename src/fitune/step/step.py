@@ -1,0 +1,78 @@
+"""The optimizer step: the one function that goes from forward to update.
+
+It trains, it is recorded for the prediction of memory, and it is measured. `recovery.step.safe_step` calls it again
+where memory runs out inside it; several processes stand behind `Progress.peers`, whose lone form does nothing.
+
+The loss of every piece is its sum of token losses divided by the weight N of the *whole* effective batch, so the
+gradient does not depend on how the samples are split into micro-batches.
+"""
+
+import math
+from dataclasses import dataclass
+
+from fitune.step.gradient_norms import GradientNorms
+from fitune.step.gradients import Clipped, backward, clip_gradients, update
+from fitune.step.progress import P, Progress, Work
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What an optimizer step did."""
+
+    #: mean over the loss weight N of the effective batch; None where the batch had no target (N = 0)
+    loss: float | None
+    #: of the whole gradient, before clipping; None where the batch had no target
+    grad_norm: float | None
+    loss_weight: float
+    #: False where the batch had no target, the gradient was not finite, or a float16 gradient overflowed
+    updated: bool
+    #: of each micro-batch's gradient, where a recorder was given
+    norms: GradientNorms | None = None
+
+
+NOTHING_TO_LEARN = StepResult(loss=None, grad_norm=None, loss_weight=0.0, updated=False)
+
+
+def optimizer_step(work: Work[P], progress: Progress[P]) -> StepResult:
+    """Compute the gradient of the pending pieces, clip it and update the parameters.
+
+    `.grad` is None before and after. `progress.place` says how far it came where it raises. Losses and norms come to
+    the host in one transfer before the update, so that a gradient that is not finite never reaches the weights.
+    """
+    clipped = clipped_gradient(work, progress)
+    if clipped is None:
+        return NOTHING_TO_LEARN
+    progress.peers.ready()
+    progress.place = "update"
+    updated = update(work.optimizer, clipped.grad_norm, scaler=work.scaler, protected=work.commit)
+    return StepResult(clipped.loss, clipped.grad_norm, progress.loss_weight, updated, clipped.norms)
+
+
+def clipped_gradient(work: Work[P], progress: Progress[P]) -> Clipped | None:
+    """Compute the gradient of the pending pieces, of all processes, and clip it. None where they have no target."""
+    accumulate(work, progress)
+    progress.place = "sum"
+    progress.peers.sum_up(progress)
+    if progress.loss_weight == 0:
+        return None
+    progress.place = "clip"
+    progress.hand_over()
+    return clip_gradients(
+        work.optimizer,
+        progress.losses,
+        max_norm=work.clip or math.inf,
+        scaler=work.scaler,
+        norms=progress.norms,
+        peers=progress.peers,
+    )
+
+
+def accumulate(work: Work[P], progress: Progress[P]) -> None:
+    """Compute forward and backward of each pending piece."""
+    if progress.loss_weight == 0:
+        progress.skip()
+    for piece in progress.peers.passes(work, progress):
+        loss = work.loss_share(piece, progress.loss_weight)
+        progress.place = "backward"
+        loss = backward(loss, work.scaler, progress.norms, alone=progress.is_one_piece)
+        progress.finish(loss)

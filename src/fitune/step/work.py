@@ -1,0 +1,88 @@
+"""fitune's own training step: micro-batches, and the loss of the configuration."""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from fitune.data.rows import MicroBatch
+from fitune.data.unpacking import split_again, without_rows
+from fitune.step.gradient_norms import NormRecorder
+from fitune.step.loss import LossSettings, token_loss_sum
+from fitune.step.peers import ALONE
+from fitune.step.progress import Progress, Work
+from fitune.step.shards import Shards
+from fitune.step.step import StepResult, optimizer_step
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class StepSettings:
+    """How fitune's own step computes loss and update."""
+
+    loss: LossSettings
+    #: the largest gradient norm, 0 for no clipping
+    clip: float = 1.0
+    #: the data type of matrix products, None for that of the parameters
+    autocast: torch.dtype | None = None
+    #: Sum the gradients of complete micro-batches in a buffer of their own, so that one that fails is repeated alone
+    #: and the update can be undone; else a failure begins the step again. For few trainable parameters.
+    commit: bool = False
+    #: of a model that is sharded over several processes
+    shards: Shards | None = None
+
+    def run(self, device: torch.device, compute: Callable[[], T]) -> T:
+        """Return what `compute` does with the model, under these settings."""
+        with autocast(device, self.autocast):
+            return compute() if self.shards is None else self.shards.run(compute)
+
+
+def loss_share(model: nn.Module, micro_batch: MicroBatch, *, loss_weight: float, settings: StepSettings) -> Tensor:
+    """Return what this micro-batch adds to the mean loss of a batch of weight `loss_weight`, with its graph."""
+    device = next(model.parameters()).device
+    here = micro_batch.to(device)
+    return settings.run(device, lambda: token_loss_sum(model, here, settings.loss) / loss_weight)
+
+
+def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[object]:
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+
+
+def micro_batch_work(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    settings: StepSettings,
+    *,
+    scaler: torch.amp.GradScaler | None = None,
+) -> Work[MicroBatch]:
+    """Describe fitune's own step. scaler: for float16 autocast only."""
+    return Work(
+        model=model,
+        optimizer=optimizer,
+        scaler=scaler,
+        loss_share=lambda micro_batch, loss_weight: loss_share(
+            model, micro_batch, loss_weight=loss_weight, settings=settings
+        ),
+        split=split_again,
+        without=without_rows,
+        clip=settings.clip,
+        commit=settings.commit,
+    )
+
+
+def train_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    micro_batches: Sequence[MicroBatch],
+    *,
+    settings: StepSettings,
+    scaler: torch.amp.GradScaler | None = None,
+    norms: NormRecorder | None = None,
+) -> StepResult:
+    """Do one optimizer step on these micro-batches, without recovery from running out of memory."""
+    work = micro_batch_work(model, optimizer, settings, scaler=scaler)
+    return optimizer_step(work, Progress(work, micro_batches, peers=ALONE, norms=norms))
