@@ -8,7 +8,9 @@ import pytest
 
 SOURCE = Path(__file__).parent.parent / "src" / "fitune"
 FLOORS = {
-    "errors": 0, "boundary": 1, "units": 1, "hub": 1, "importing": 1, "language": 1, "threads": 1, "config": 2,
+    "errors": 0,
+    "optimizers": 1, "boundary": 1, "units": 1, "hub": 1, "importing": 1, "language": 1, "threads": 1,
+    "config": 2,
     "model": 3, "data": 3, "run": 3,
     "step": 4, "recovery": 5, "trace": 5, "memory": 6, "plan": 7,
     "train": 8, "report": 8, "integrations": 9,

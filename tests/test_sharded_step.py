@@ -25,7 +25,7 @@ from fitune.recovery.step import SafeResult, safe_step
 from fitune.run.journal import plan_parts
 from fitune.step.gradient_norms import GradientNorms, NormRecorder
 from fitune.step.optimizer_state import create_state
-from fitune.step.peers import ShardedModel
+from fitune.step.peers import ALONE, ShardedModel
 from fitune.step.shards import Shards, local, shard_model
 from fitune.step.work import StepSettings, micro_batch_work
 from fitune.train.ranks import Ranks, joined

@@ -2,18 +2,18 @@
 
 import copy
 from collections.abc import Iterator
-from typing import get_args
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
 from fitune.config import OptimConfig
-from fitune.config.schema import OptimizerName
 from fitune.errors import ConfigError
-from fitune.step.optimizer import _BUILDERS, STATE_COMES_LATE, HostAdamW, build_optimizer, set_lr
+from fitune.optimizers.host_adamw import HostAdamW
+from fitune.optimizers.table import OPTIMIZERS
+from fitune.step.optimizer import build_optimizer, set_lr
 from fitune.step.optimizer_state import create_state
-from fitune.trace.optimizer_8bit import build_8bit_adamw
 
 CPU, CARD = torch.device("cpu"), torch.device("cuda")
 
@@ -34,14 +34,27 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 3) ->
     return (parameter.detach() for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("name", get_args(OptimizerName))
-def test_which_optimizers_have_their_state_before_the_first_step(
-    model: nn.Module, name: OptimizerName, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_table_says_which_optimizers_have_their_state_before_the_first_step(
+    model: nn.Module, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for each in STATE_COMES_LATE:  # needs no library
-        monkeypatch.setitem(_BUILDERS, each, build_8bit_adamw)
+    kind = OPTIMIZERS[name]
+    monkeypatch.setitem(OPTIMIZERS, name, replace(kind, build=kind.stand_in or kind.build))  # needs no library
     optimizer = build_optimizer(model, OptimConfig(name=name), lr=0.01, device=CARD)
-    assert create_state(optimizer) == (name not in STATE_COMES_LATE)
+    assert create_state(optimizer) == (not kind.state_comes_late)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_table_says_how_large_the_state_of_an_optimizer_is(name: str) -> None:
+    """state_share, measured on a matrix that is large enough for 8-bit states."""
+    kind = OPTIMIZERS[name]
+    linear = nn.Linear(512, 512, bias=False)
+    optimizer = (kind.stand_in or kind.build)([{"params": [linear.weight]}], OptimConfig(), 0.01)
+    linear.weight.grad = torch.zeros_like(linear.weight)
+    optimizer.step()
+    tensors = {id(t): t for state in optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)}
+    share = sum(tensor.nbytes for tensor in tensors.values()) / linear.weight.nbytes
+    assert share <= kind.state_share + 0.01
 
 
 def test_the_state_on_the_host_changes_no_bit(model: nn.Module) -> None:

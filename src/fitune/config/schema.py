@@ -11,10 +11,11 @@ import datetime
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from fitune.optimizers.table import OPTIMIZERS
 from fitune.units import parse_bytes, parse_seconds
 
 
@@ -68,11 +69,10 @@ Recompute = Literal["off", "every_2", "every_4", "selective", "full"]
 Shard = Literal["none", "full"]
 Loss = Literal["full", "chunked"]
 Tracker = Literal["tensorboard", "trackio", "wandb", "mlflow", "swanlab"]
-OptimizerName = Literal["adamw", "adamw_foreach", "adamw_host", "adamw_8bit", "adamw_8bit_paged", "adafactor", "sgd"]
-
-
-SHARDED_OPTIMIZERS = ("adamw", "adamw_foreach", "sgd")
-"""Which compute every element of a shard alone."""
+if TYPE_CHECKING:
+    OptimizerName = str
+else:
+    OptimizerName = Literal[tuple(OPTIMIZERS)]
 
 Scaling = Literal["none", "sqrt_gain", "sqrt", "linear"]
 BatchMode = Literal["advise", "anneal", "follow", "hold"]
@@ -398,8 +398,9 @@ class RunConfig(Section):
             return
         if model.method == "qlora":
             yield "model.shard full does not deal 4-bit weights: set model.method to lora, or drop it"
-        if self.optim.name not in SHARDED_OPTIMIZERS:
-            listed = f"{', '.join(SHARDED_OPTIMIZERS[:-1])} or {SHARDED_OPTIMIZERS[-1]}"
+        if not OPTIMIZERS[self.optim.name].can_shard:
+            *others, last = (name for name, kind in OPTIMIZERS.items() if kind.can_shard)
+            listed = f"{', '.join(others)} or {last}"
             yield f"model.shard full does not deal the state of optim.name {self.optim.name}: use {listed}, or drop it"
         for key, is_set in (("compile", model.compile), ("offload_activations", model.offload_activations)):
             if is_set:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from fitune.config import BatchConfig, Loss, Precision, Recompute, Routing, RunConfig
+from fitune.optimizers.table import OPTIMIZERS
 from fitune.plan.budget import Lengths
 from fitune.plan.plan import ADAMW_HOST, Candidate
 
@@ -85,8 +86,9 @@ def proposals(config: RunConfig, choice: Choice, *, float32: bool) -> Iterator[C
     computes in float32 though the device has bfloat16."""
     is_sharded = config.model.shard != "none"  # which leaves some out
     if config.optim.name in ("adamw", "adamw_foreach") and not is_sharded:
-        yield replace(choice, optimizer="adamw_8bit", result="close")
-        yield replace(choice, optimizer="adafactor", result="different")
+        for name, kind in OPTIMIZERS.items():
+            if kind.is_proposed:
+                yield replace(choice, optimizer=name, result=kind.result)
     if float32:
         yield replace(choice, precision="autocast_bfloat16", result="close")
     for method in {"full": ("lora", "qlora"), "lora": ("qlora",)}.get(config.model.method, ()):

@@ -6,15 +6,15 @@ from dataclasses import dataclass
 
 from fitune.config import OptimConfig, RunConfig
 from fitune.language import say
+from fitune.optimizers.table import OPTIMIZERS
 from fitune.plan.budget import Lengths
-from fitune.step.scaling import OptimSettings, configured_lr, settings_of
+from fitune.step.scaling import OptimSettings, configured_lr, is_adaptive, settings_of
 from fitune.step.schedule import lr_factor
 
 WEIGHT_STD = 0.02
 """Of the weights of most language models, which are initialised so."""
 BFLOAT16_BITS = 7
 """Of the mantissa."""
-_WITHOUT_BETAS = ("sgd", "adafactor")
 
 
 HIGHEST_USUAL_RATE = 0.01
@@ -56,13 +56,14 @@ def plan_training(config: RunConfig, lengths: Lengths, *, precision: str) -> Pla
         return Span(steps=steps, tokens=steps * step_tokens)
 
     steps = _num_steps(config, lengths, step_tokens)
+    has_betas = OPTIMIZERS[config.optim.name].has_betas
     return PlannedTraining(
         length=None if steps is None else span(steps),
         supervised_fraction=None if lengths.epoch_rows is None else lengths.supervised_fraction,
         schedule=config.optim.schedule,
         warmup=None if steps is None else span(config.optim.warmup * steps),
         optim=optim,
-        half_lives=() if config.optim.name in _WITHOUT_BETAS else tuple(span(_half_life(beta)) for beta in optim.betas),
+        half_lives=tuple(span(_half_life(beta)) for beta in (optim.betas if has_betas else ())),
         shrink_fraction=None if steps is None else shrink_fraction(config.optim, optim, steps=steps),
         lost_updates_fraction=lost_updates_fraction(optim.lr) if precision == "bfloat16" else None,
     )
@@ -70,7 +71,7 @@ def plan_training(config: RunConfig, lengths: Lengths, *, precision: str) -> Pla
 
 def unusual_rate(config: RunConfig) -> str | None:
     """A sentence about a learning rate that was surely not meant, such as 3 for 3e-5."""
-    rate, highest = configured_lr(config), HIGHEST_USUAL_RATE * (100 if config.optim.name == "sgd" else 1)
+    rate, highest = configured_lr(config), HIGHEST_USUAL_RATE * (1 if is_adaptive(config.optim) else 100)
     if rate <= highest:
         return None
     return say(

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from fitune.language import say
+from fitune.optimizers.table import OPTIMIZERS
 from fitune.report.compare import Comparison, CurveCheck, Row, eval_interval, last_split
 from fitune.step.scaling import rate_factor
 from fitune.units import format_bytes, format_count
@@ -131,7 +132,9 @@ def _allowed_rates(comparison: Comparison) -> Iterator[str]:
     small = _lowest([row for row in comparison.rows if row.effective_batch == batches[0]]) if batches else None
     if not measured or small is None or small.lr is None:
         return
-    noise, adaptive = _noise_rows(measured[0]), small.run.settings.get("optim.name") != "sgd"
+    noise = _noise_rows(measured[0])
+    kind = OPTIMIZERS.get(small.run.settings.get("optim.name", "adamw"))  # a run of another tool may have any name
+    adaptive = kind is None or kind.is_adaptive
     assert noise is not None
     for batch in batches[1:]:
         factor, most = (

@@ -15,6 +15,7 @@ import math
 from dataclasses import asdict, dataclass, replace
 
 from fitune.config import OptimConfig, RunConfig, Scaling
+from fitune.optimizers.table import OPTIMIZERS
 
 DEFAULT_LR = {"full": 2e-5, "lora": 2e-4, "qlora": 2e-4}
 """LoRA wants about ten times the rate of full fine-tuning (Schulman et al. 2025, "LoRA Without Regret")."""
@@ -67,7 +68,7 @@ def scaling_note(optim: OptimConfig, settings: OptimSettings, *, lr: float, rows
 
 def is_adaptive(optim: OptimConfig) -> bool:
     """Whether the optimizer divides by the gradient's own size."""
-    return optim.name != "sgd"
+    return OPTIMIZERS[optim.name].is_adaptive
 
 
 def gain(rho: float, factor: float) -> float:

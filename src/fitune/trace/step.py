@@ -22,17 +22,16 @@ from fitune.data.rows import TENSORS, Batch, MicroBatch, Row
 from fitune.model.head import two_logits
 from fitune.model.load import count_parameters, load_model
 from fitune.model.precision import Precision, device_precision, resolve_precision
-from fitune.step import loss, optimizer
+from fitune.optimizers.table import OPTIMIZERS
+from fitune.step import loss
 from fitune.step.assemble import Layout, Packing, assemble, choose_layouts, choose_packing
 from fitune.step.evaluate import evaluate
-from fitune.step.optimizer import STATE_COMES_LATE
 from fitune.step.optimizer_state import create_state
 from fitune.step.work import train_step
 from fitune.trace.cuda_target import CudaTarget
 from fitune.trace.events import MemoryTrace, OperatorWork
 from fitune.trace.extrapolate import NUM_RECORDED_CHUNKS, Rows
 from fitune.trace.fake import RecordedModel, RecordSettings, Step
-from fitune.trace.optimizer_8bit import build_8bit_adamw
 from fitune.trace.recorder import Recorder
 from fitune.trace.recording import Recording, sum_work, to_trace
 from fitune.trace.shapes import ShapeMemory
@@ -60,7 +59,7 @@ def steady_passes(optim: OptimConfig, steady: Pass, *, evaluation: Pass | None) 
     """What a run does until its steps are all alike. steady: a training step, with two micro-batches where it can have
     them, since the second finds the gradients of the first. One is enough where only the optimizer's state is born."""
     evaluations = [evaluation] if evaluation is not None else []
-    if optim.name in STATE_COMES_LATE:
+    if OPTIMIZERS[optim.name].state_comes_late:
         return [replace(steady, most_micro_batches=1), *evaluations, steady]
     return [Pass("state"), *evaluations, steady, steady]
 
@@ -227,12 +226,10 @@ def record_columns_of_step(
                 with recorder.running(f"{name}.{number}"):
                     yield each
 
-        state_alone = dict.fromkeys(STATE_COMES_LATE, build_8bit_adamw) if mode == "fake" else {}
         with (
             patch.object(loss, "_chunks", chunks_of),
             patch.object(_OnHost, "told", recorder.begin_micro_batch),
             patch.object(_OnHost, "is_joined", target is not None),
-            patch.dict(optimizer._BUILDERS, state_alone),
         ):
             yield
 

@@ -39,6 +39,7 @@ from fitune.model.device import MemoryPeak
 from fitune.model.peft_parts import PeftModel
 from fitune.model.save import link_model, saved_tensors, write_files
 from fitune.model.tensor_file import file_hash, write_tensors
+from fitune.optimizers.table import OPTIMIZERS
 from fitune.run.directory import RunDirectory, sync_directory, write_json
 from fitune.run.files import open_plain, read_plain
 from fitune.run.journal import read_journal
@@ -59,8 +60,6 @@ NUM_KEPT = 2
 """The last ones; the best one is kept beside them."""
 SPARE_BYTES = 4 * MIB
 """What a save leaves free for the logs, so that it does not end the run that it is to protect."""
-_STATE_SHARE = {"sgd": 1.0, "adafactor": 0.1, "adamw_8bit": 0.6, "adamw_8bit_paged": 0.6}
-"""The optimizer's state in bytes of the trained parameters: twice their size where nothing is said here."""
 
 Json = dict[str, Any]
 
@@ -433,7 +432,7 @@ def _planned_bytes(setup: Setup, optimizer_name: str) -> int:
     if isinstance(tensors, _Tensors) and tensors.optimizer:
         return tensors.num_bytes
     trained = sum(parameter.nbytes for parameter in setup.model.parameters() if parameter.requires_grad)
-    return tensors.num_bytes + int(trained * _STATE_SHARE.get(optimizer_name, 2.0))
+    return tensors.num_bytes + int(trained * OPTIMIZERS[optimizer_name].state_share)
 
 
 def state_json(state: RunState) -> Json:

@@ -23,10 +23,10 @@ from fitune.memory.nvml import read_cards
 from fitune.memory.prediction import Prediction
 from fitune.memory.residuals import Circumstances, Residual, add_residual, circumstances
 from fitune.model.device import MemoryPeak, program_bytes, trim_heap
+from fitune.optimizers.table import OPTIMIZERS
 from fitune.plan.candidates import with_routing
 from fitune.plan.predict import predict_run
 from fitune.plan.share import shards_of, with_bucket
-from fitune.step.optimizer import STATE_COMES_LATE
 from fitune.step.out_of_memory import release_workspaces
 from fitune.trace.step import Pass
 from fitune.units import MIB, format_bytes
@@ -139,7 +139,7 @@ def predict_second_step(config: RunConfig, train: Examples, *, device: torch.dev
 def _passes(config: RunConfig, train: Examples, num_ranks: int) -> Iterator[Pass]:
     """As the run will do them: the optimizer's state, then its first two steps. A card has forgotten what was between
     (`Guard.settle`)."""
-    if config.optim.name not in STATE_COMES_LATE:
+    if not OPTIMIZERS[config.optim.name].state_comes_late:
         yield Pass("state")
     seen = islice(batches(train, rows_per_step=config.batch.rows_per_step, seed=config.train.seed), CHECKED_STEP)
     yield from (Pass("train", _sizes(deal(batch, num_ranks)[0])) for batch in seen)

@@ -11,8 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from fitune.config import OptimConfig
-
 _BLOCK = 256
 _SMALLEST_IN_8_BIT = 4096
 _SMALLEST_PAGED = 100_000
@@ -46,8 +44,3 @@ class StateOf8BitAdamW(torch.optim.Optimizer):
         for name in ("absmax1", "absmax2"):
             state[name] = torch.zeros(-(-size // _BLOCK), device=device)
         return state
-
-
-def build_8bit_adamw(groups: list[dict[str, object]], optim: OptimConfig, lr: float) -> torch.optim.Optimizer:
-    """As the builder in step/optimizer.py, which a recording replaces by this."""
-    return StateOf8BitAdamW([{**group, "lr": lr} for group in groups], paged=optim.name == "adamw_8bit_paged")

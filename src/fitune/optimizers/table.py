@@ -1,0 +1,152 @@
+"""Every optimizer that fitune trains with, as one entry each: how it is built, and what the rest of fitune must know.
+
+Nothing heavy is imported before an optimizer is built, since the configuration reads this table too. Optimizers are
+fused where torch has it: the same arithmetic without a parameter-sized temporary, which the `foreach` variant has and
+which can itself be the peak of a step.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol, cast
+
+from fitune.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+Groups = list[dict[str, object]]
+
+
+class OptimizerSettings(Protocol):
+    """The part of the configuration that an optimizer is built from."""
+
+    @property
+    def betas(self) -> tuple[float, float]: ...
+
+    @property
+    def eps(self) -> float: ...
+
+
+Builder = Callable[[Groups, OptimizerSettings, float], "torch.optim.Optimizer"]
+"""(parameter groups, settings, learning rate) -> the optimizer. Raises ConfigError where its library is missing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerKind:
+    """What is known of an optimizer. The defaults are those of AdamW."""
+
+    build: Builder
+    #: how its result differs from that of `adamw`
+    result: Literal["same", "close", "different"] = "same"
+    #: bytes of its state for each byte of the trained parameters, for the size of a checkpoint
+    state_share: float = 2.0
+    #: whether it averages gradients and their squares with `optim.betas`
+    has_betas: bool = True
+    #: whether it divides by the gradient's own size, as Adam does and SGD does not
+    is_adaptive: bool = True
+    #: whether it treats every element alone, so that a process can update its shard
+    can_shard: bool = False
+    #: why it cannot be used on a CPU, and what can, as the end of a sentence
+    needs_card: str | None = None
+    #: whether its state is allocated in the first update, and cannot be made before it
+    state_comes_late: bool = False
+    #: whether state and update are in the host's memory
+    is_on_host: bool = False
+    #: whether a plan for AdamW proposes it to save memory
+    is_proposed: bool = False
+    #: builds what allocates the same state in a recording, where the library need not be installed
+    stand_in: Builder | None = None
+
+
+def _adamw(groups: Groups, optim: OptimizerSettings, lr: float) -> "torch.optim.Optimizer":
+    from torch.optim import AdamW
+
+    return AdamW(groups, lr=lr, betas=optim.betas, eps=optim.eps, fused=True)
+
+
+def _adamw_foreach(groups: Groups, optim: OptimizerSettings, lr: float) -> "torch.optim.Optimizer":
+    from torch.optim import AdamW
+
+    return AdamW(groups, lr=lr, betas=optim.betas, eps=optim.eps, foreach=True)
+
+
+def _adamw_host(groups: Groups, optim: OptimizerSettings, lr: float) -> "torch.optim.Optimizer":
+    from fitune.optimizers.host_adamw import HostAdamW
+
+    return HostAdamW(groups, lr=lr, betas=optim.betas, eps=optim.eps)
+
+
+def _adamw_8bit(groups: Groups, optim: OptimizerSettings, lr: float) -> "torch.optim.Optimizer":
+    return _of_bitsandbytes("AdamW8bit", "adamw_8bit")(groups, lr=lr, betas=optim.betas, eps=optim.eps)
+
+
+def _adamw_8bit_paged(groups: Groups, optim: OptimizerSettings, lr: float) -> "torch.optim.Optimizer":
+    return _of_bitsandbytes("PagedAdamW8bit", "adamw_8bit_paged")(groups, lr=lr, betas=optim.betas, eps=optim.eps)
+
+
+def _of_bitsandbytes(kind: str, name: str) -> Callable[..., "torch.optim.Optimizer"]:
+    try:
+        from bitsandbytes import optim as bitsandbytes
+    except ImportError as error:
+        raise ConfigError(
+            [f"optim.name={name} needs bitsandbytes, not installed here: pip install 'fitune[bnb]', or use adamw"]
+        ) from error
+    return cast("Callable[..., torch.optim.Optimizer]", getattr(bitsandbytes, kind))
+
+
+def _state_of_8bit(groups: Groups, optim: OptimizerSettings, lr: float) -> "torch.optim.Optimizer":
+    from fitune.optimizers.state_of_8bit import StateOf8BitAdamW
+
+    return StateOf8BitAdamW([{**group, "lr": lr} for group in groups])
+
+
+def _state_of_8bit_paged(groups: Groups, optim: OptimizerSettings, lr: float) -> "torch.optim.Optimizer":
+    from fitune.optimizers.state_of_8bit import StateOf8BitAdamW
+
+    return StateOf8BitAdamW([{**group, "lr": lr} for group in groups], paged=True)
+
+
+def _adafactor(groups: Groups, optim: OptimizerSettings, lr: float) -> "torch.optim.Optimizer":
+    from torch.optim import Adafactor
+
+    # torch's Adafactor has no betas; its eps are (None, 1e-3) by design and not Adam's
+    return Adafactor(groups, lr=lr)
+
+
+def _sgd(groups: Groups, optim: OptimizerSettings, lr: float) -> "torch.optim.Optimizer":
+    from torch.optim import SGD
+
+    return SGD(groups, lr=lr, momentum=optim.betas[0], fused=True)
+
+
+OPTIMIZERS: dict[str, OptimizerKind] = {
+    "adamw": OptimizerKind(build=_adamw, can_shard=True),
+    "adamw_foreach": OptimizerKind(build=_adamw_foreach, can_shard=True),
+    "adamw_host": OptimizerKind(
+        build=_adamw_host,
+        is_on_host=True,
+        needs_card="keeps its state in the host's memory, where it is on a CPU anyway: use adamw",
+    ),
+    "adamw_8bit": OptimizerKind(
+        build=_adamw_8bit,
+        result="close",
+        state_share=0.6,
+        state_comes_late=True,
+        is_proposed=True,
+        stand_in=_state_of_8bit,
+    ),
+    "adamw_8bit_paged": OptimizerKind(
+        build=_adamw_8bit_paged,
+        result="close",
+        state_share=0.6,
+        state_comes_late=True,
+        needs_card="moves its state between a card and the host, and here is no card: use adamw_8bit",
+        stand_in=_state_of_8bit_paged,
+    ),
+    "adafactor": OptimizerKind(
+        build=_adafactor, result="different", state_share=0.1, has_betas=False, is_proposed=True
+    ),
+    "sgd": OptimizerKind(
+        build=_sgd, result="different", state_share=1.0, has_betas=False, is_adaptive=False, can_shard=True
+    ),
+}
