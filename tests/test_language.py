@@ -66,7 +66,6 @@ def test_a_chinese_character_takes_two_columns() -> None:
 ENGLISH_ALONE = {
     "config/foreign_tools.py": "names of other tools' files and keys",
     "memory/allocator.py": "PyTorch's own words for an allocation that fails",
-    "memory/replay.py": "a tool for developers",
     "report/page.py": "HTML",
     "trace/as_real.py": "PyTorch's own words",
     "language": "the catalogue",

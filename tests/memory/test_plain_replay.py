@@ -1,16 +1,15 @@
-"""The tight loop for an allocator as it comes gives, in C and in Python, what the one that knows all rules gives."""
+"""The replay in C of an allocator with PyTorch's default settings gives what the one that knows all rules gives."""
 
 import runpy
 import shutil
-import sys
 import sysconfig
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import pytest
+from golden_recordings import read_recording
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -18,14 +17,11 @@ from fitune.memory import plain_replay
 from fitune.memory import replay as replay_room
 from fitune.memory.allocator import CachingAllocator
 from fitune.memory.allocator_config import parse_allocator_config
-from fitune.memory.golden import read_recording
-from fitune.memory.plain_replay import is_plain, replay_in_python, replay_loop, replay_plain
+from fitune.memory.plain_replay import IS_COMPILED, is_plain, replay_plain
 from fitune.memory.replay import ReplaySettings, replay
 from fitune.trace.events import MemoryEvent, MemoryTrace
 from fitune.units import MIB
 
-IS_COMPILED = replay_loop is not replay_in_python
-LOOPS = (replay_in_python, replay_loop)
 SEVERAL_STREAMS = ("micro_streams", "micro_expandable_oom", "gpt_ddp_buckets")
 GOLDEN = [
     path
@@ -85,11 +81,9 @@ def test_the_tight_loop_gives_what_all_rules_give(trace: MemoryTrace, settings: 
     )
     columns = trace.columns()
     expected = replay_room._replay_by_all_rules(columns, settings, allocator)
-    for loop in LOOPS:
-        with mock.patch.object(plain_replay, "replay_loop", loop):
-            found = replay(trace, settings)
-        assert found == expected
-        assert found.allocated_changes.tolist() == expected.allocated_changes.tolist()
+    found = replay(trace, settings)
+    assert found == expected
+    assert found.allocated_changes.tolist() == expected.allocated_changes.tolist()
 
 
 @pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.name.removesuffix(".json.gz"))
@@ -111,21 +105,31 @@ def test_a_recording_of_the_real_allocator_on_one_stream_is_reproduced(path: Pat
     ]
     at, storage, requested = np.array(events, dtype=np.int64).T.copy()
     limits = [limit for limit in (card.limit_bytes, card.free_bytes) if limit is not None]
-    for loop in LOOPS:
-        with mock.patch.object(plain_replay, "replay_loop", loop):
-            done = replay_plain(storage, requested, limit_bytes=min(limits))
-        reserved = done.reserved_bytes
-        changes = np.flatnonzero(np.diff(reserved, prepend=0))
-        last = int(at[len(reserved) - 1])  # a recording may go on after a failure
-        expected = [change for change in recording["reserved_changes"] if change[0] <= last]
-        assert [[int(at[i]), int(reserved[i])] for i in changes] == expected
-        assert (None if done.failed_at is None else last) == next((oom["i"] for oom in recording["ooms"]), None)
+    done = replay_plain(storage, requested, limit_bytes=min(limits))
+    reserved = done.reserved_bytes
+    changes = np.flatnonzero(np.diff(reserved, prepend=0))
+    last = int(at[len(reserved) - 1])  # a recording may go on after a failure
+    expected = [change for change in recording["reserved_changes"] if change[0] <= last]
+    assert [[int(at[i]), int(reserved[i])] for i in changes] == expected
+    assert (None if done.failed_at is None else last) == next((oom["i"] for oom in recording["ooms"]), None)
 
 
-def test_without_the_extension_the_loop_runs_in_python(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "fitune.memory._plain_replay", None)
-    names = runpy.run_path(plain_replay.__file__)
-    assert names["replay_loop"] is names["replay_in_python"]
+@pytest.mark.skipif(not IS_COMPILED, reason="installed without a compiler")
+def test_without_the_extension_all_rules_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    events = [MemoryEvent(1, 3 * MIB, "temporary", "forward", 1), MemoryEvent(2, 512, "temporary", "forward", 1)]
+    trace = MemoryTrace(tuple(events))
+    compiled = replay(trace, ReplaySettings())
+    monkeypatch.setattr(replay_room, "IS_COMPILED", False)
+    monkeypatch.delattr(replay_room, "replay_plain")
+    assert replay(trace, ReplaySettings()) == compiled
+
+
+@pytest.mark.skipif(not IS_COMPILED, reason="installed without a compiler")
+def test_a_loop_that_was_compiled_with_other_constants_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fitune.memory import _plain_replay
+
+    monkeypatch.setattr(_plain_replay, "SMALL", 1)
+    assert not runpy.run_path(plain_replay.__file__)["IS_COMPILED"]
 
 
 @pytest.mark.skipif(
@@ -152,10 +156,12 @@ def test_where_there_is_a_compiler_the_loop_is_in_c() -> None:
 def test_numbers_that_would_leave_the_memory_are_refused(change: dict[str, Any]) -> None:
     numbers = {"storage": [0, 1], "requested": [512, 512], "allocated_changes": [0, 0], "reserved_bytes": [0, 0]}
     columns = {name: np.array(each) for name, each in (numbers | change).items() if name != "num_storages"}
+    from fitune.memory import _plain_replay
+
     counts = {"num_storages": change.get("num_storages", 2), "limit": plain_replay.NO_LIMIT}
     storage, requested = columns.pop("storage"), columns.pop("requested")
     with pytest.raises((ValueError, MemoryError)):
-        replay_loop(storage, requested, **columns, **counts, is_retried=np.zeros(2, dtype=np.bool_))
+        _plain_replay.replay(storage, requested, **columns, **counts, is_retried=np.zeros(2, dtype=np.bool_))
 
 
 def test_settings_that_add_a_rule_are_not_for_the_tight_loop() -> None:

@@ -5,16 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from golden_recordings import compare_with_recording, main, read_recording
 
 from fitune.errors import UsageError
-from fitune.memory.golden import compare_with_recording, read_recording
-from fitune.memory.replay import FailedAllocation, ReplaySettings, main, replay
+from fitune.memory.replay import FailedAllocation, ReplaySettings, replay
 from fitune.trace.events import MemoryEvent, MemoryTrace
 from fitune.units import MIB
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = sorted((ROOT / "tests/golden/allocator").glob("*.json.gz"))
-ALL_GOLDEN = sorted((ROOT / "../shared/data/allocator").glob("*.json.gz"))
 NAME = "near_cnn__maxsplit32_gc06f95__hard.json.gz"
 
 
@@ -39,13 +38,6 @@ def test_there_are_recordings_of_every_configuration() -> None:
 @pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.name.removesuffix(".json.gz"))
 def test_a_recording_of_the_real_allocator_is_reproduced(path: Path) -> None:
     assert compare_with_recording(read_recording(path)) is None
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not ALL_GOLDEN, reason="the whole set of recordings is not here")
-def test_all_recordings_of_the_real_allocator_are_reproduced() -> None:
-    mismatches = {path.name: compare_with_recording(read_recording(path)) for path in ALL_GOLDEN}
-    assert {name: found for name, found in mismatches.items() if found is not None} == {}
 
 
 @pytest.mark.parametrize(

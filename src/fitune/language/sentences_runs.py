@@ -110,7 +110,7 @@ RUNS: dict[str, str] = {
     "{process}out of memory in the {where}: {action}; no row is lost": "{process}{where}时爆显存（OOM）：{action}；没有丢失样本",
     "{process}out of memory in the {where}, {needed} at once were missing: {action}; no row is lost": "{process}{where}时爆显存（OOM），一次差 {needed}：{action}；没有丢失样本",
     "out of memory in the {place}, after the gradients of all processes were summed: start again from the last checkpoint": "所有进程的梯度相加之后在{place}时爆显存（OOM）：请从最后的检查点重新开始",
-    "the machine's own memory ran out in the {place} of {row_ids} rows: close other programs, or use a smaller model or less data": "{row_ids} 个样本的{place}时主机内存不足：请关闭其他程序，或用更小的模型或更少的数据",
+    "the machine's own memory ran out in the {where}: close other programs, or use a smaller model or less data": "{where}时主机内存不足：请关闭其他程序，或用更小的模型或更少的数据",
     "{failure} after {most_attempts} attempts: another process takes the memory": "{failure}，试了 {most_attempts} 次：另一个进程占用了显存",
     "{failure}, which no smaller micro-batch needs less for: use optim.name=adamw": "{failure}，再小的微批也不会少用：请用 optim.name=adamw",
     "the step is done again": "这一步会重做",

@@ -1,6 +1,6 @@
-/* The loop of plain_replay.py in C: the same rules, the same numbers, a twentieth of the time.
+/* The rules of allocator.py that are at work with PyTorch's default settings, on one stream.
 
-   tests/memory/test_plain_replay.py holds both against the allocator that knows all rules. Sizes and addresses are
+   tests/memory/test_plain_replay.py holds them against the allocator that knows all rules. Sizes and addresses are
    counted in units of 512 bytes. A list of free blocks is an array of pointers, sorted by size, then address: traces
    of 80 layers keep some hundred free blocks, for which moving a part of the array is cheaper than any tree. */
 
@@ -313,11 +313,26 @@ replay(PyObject *Py_UNUSED(module), PyObject *arguments, PyObject *keywords)
 
 static PyMethodDef methods[] = {
     {"replay", (PyCFunction)(void (*)(void))replay, METH_VARARGS | METH_KEYWORDS,
-     "As replay_in_python of plain_replay.py."},
+     "How many events were carried out: all, or those before the one that failed. Writes allocated_changes, "
+     "reserved_bytes and is_retried, which are zeros before."},
     {NULL, NULL, 0, NULL},
 };
 
-static PyModuleDef module = {PyModuleDef_HEAD_INIT, .m_name = "_plain_replay", .m_methods = methods};
+/* For plain_replay.py, which compares them with those of allocator.py. */
+static int
+add_constants(PyObject *module)
+{
+    return PyModule_AddIntMacro(module, UNIT_BYTES) || PyModule_AddIntMacro(module, SMALL) ||
+                   PyModule_AddIntMacro(module, SMALL_SEGMENT) || PyModule_AddIntMacro(module, MIN_LARGE) ||
+                   PyModule_AddIntMacro(module, LARGE_SEGMENT) || PyModule_AddIntMacro(module, ROUND_LARGE)
+               ? -1
+               : 0;
+}
+
+static PyModuleDef_Slot slots[] = {{Py_mod_exec, (void *)add_constants}, {0, NULL}};
+
+static PyModuleDef module = {
+    PyModuleDef_HEAD_INIT, .m_name = "_plain_replay", .m_methods = methods, .m_slots = slots};
 
 PyMODINIT_FUNC
 PyInit__plain_replay(void)

@@ -1,22 +1,14 @@
-"""From the allocations and frees of a trace to the peak of reserved memory, through the `CachingAllocator`.
+"""From the allocations and frees of a trace to the peak of reserved memory, through the `CachingAllocator`."""
 
-`python -m fitune.memory.replay FILE...` replays recordings of PyTorch's own allocator (golden.py) and compares all that
-they hold, one line a file. Exit status 0: all match, 1: a mismatch, 2: a file that cannot be read.
-"""
-
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
-from fitune.errors import UsageError
 from fitune.memory.allocator import CachingAllocator, OutOfDeviceMemoryError
-from fitune.memory.golden import compare_with_recording, read_recording
-from fitune.memory.plain_replay import is_plain, replay_plain
+from fitune.memory.plain_replay import IS_COMPILED, is_plain, replay_plain
 from fitune.trace.events import EventColumns, MemoryTrace
 from fitune.trace.recording import Integers
 
@@ -84,7 +76,7 @@ def replay(trace: MemoryTrace, settings: ReplaySettings) -> ReplayResult:
         memory_fraction=settings.memory_fraction,
     )
     columns = trace.columns()
-    if settings.on_oom == "stop" and is_plain(allocator.config) and _is_simple(columns):
+    if IS_COMPILED and settings.on_oom == "stop" and is_plain(allocator.config) and _is_simple(columns):
         return _replay_plain(columns, settings, allocator)
     return _replay_by_all_rules(columns, settings, allocator)
 
@@ -211,27 +203,3 @@ def _replay_plain(columns: EventColumns, settings: ReplaySettings, allocator: Ca
         step_peaks=step_peaks,
         step_retries=step_retries,
     )
-
-
-def main(arguments: Sequence[str]) -> int:
-    """Compares the recordings of these files and writes one line a file; the exit status."""
-    if not arguments:
-        sys.stderr.write("usage: python -m fitune.memory.replay FILE...\n")
-        return 2
-    status = 0
-    for name in arguments:
-        line = "ok"
-        try:
-            mismatch = compare_with_recording(read_recording(Path(name)))
-        except UsageError as error:
-            line, status = f"unreadable: {error}", 2
-        else:
-            if mismatch is not None:
-                line = f"event {mismatch.index}: {mismatch.field} expected {mismatch.expected}, got {mismatch.got}"
-                status = max(status, 1)
-        sys.stdout.write(f"{name}: {line}\n")
-    return status
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -3,14 +3,19 @@
 A recording holds the configuration, the events and what the allocator did: counters at checkpoints, every change of
 reserved memory, every failed allocation, the driver's calls, the final layout, and a running CRC-32 of the addresses
 handed out, which shows a wrong choice of block at once.
+
+    python tests/memory/golden_recordings.py FILE...    compares each file, one line a file
+
+Exit status 0: all match, 1: a mismatch, 2: a file that cannot be read.
 """
 
 import gzip
 import hashlib
 import json
 import struct
+import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -250,3 +255,27 @@ class _Replay:
 def _compare(index: int, field: str, expected: Any, got: Any) -> Iterator[Mismatch]:
     if expected != got:
         yield Mismatch(index, field, expected, got)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Compare the recordings of these files and write one line a file. Returns the exit status."""
+    if not arguments:
+        sys.stderr.write("usage: python tests/memory/golden_recordings.py FILE...\n")
+        return 2
+    status = 0
+    for name in arguments:
+        line = "ok"
+        try:
+            mismatch = compare_with_recording(read_recording(Path(name)))
+        except UsageError as error:
+            line, status = f"unreadable: {error}", 2
+        else:
+            if mismatch is not None:
+                line = f"event {mismatch.index}: {mismatch.field} expected {mismatch.expected}, got {mismatch.got}"
+                status = max(status, 1)
+        sys.stdout.write(f"{name}: {line}\n")
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
