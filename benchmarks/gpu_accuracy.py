@@ -25,7 +25,8 @@ from statistics import median
 from typing import Any
 
 from fitune.config import RunConfig, read_config
-from fitune.memory.devices import Device, find_device, this_machine
+from fitune.memory.cards import Device
+from fitune.memory.devices import find_device, this_machine
 from fitune.plan.predict import RunPrediction, predict_run
 from fitune.trace.difference import first_difference, num_births
 from fitune.trace.snapshot import read_snapshot

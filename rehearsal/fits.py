@@ -32,7 +32,8 @@ import transformers
 
 from fitune.config import RunConfig
 from fitune.errors import FituneError, RestartError
-from fitune.memory.devices import context_prior, this_machine
+from fitune.memory.cards import context_prior
+from fitune.memory.devices import this_machine
 from fitune.plan.predict import predict_run
 from fitune.units import MIB
 from rehearsal import steps

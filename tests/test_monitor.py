@@ -16,7 +16,7 @@ from fitune.cli.progress import TrainingProgress
 from fitune.cli.watch_screen import watch_screen
 from fitune.config import RunConfig, read_config
 from fitune.errors import RunDirectoryError
-from fitune.memory.devices import context_prior
+from fitune.memory.cards import context_prior
 from fitune.model.load import load_model
 from fitune.run.directory import RunDirectory, create_run, write_json
 from fitune.run.follow import RunFollower

@@ -13,7 +13,8 @@ import torch
 
 from fitune.cli.app import main
 from fitune.config import RunConfig, read_config
-from fitune.memory.devices import Device, cpu_device, find_device
+from fitune.memory.cards import Device
+from fitune.memory.devices import cpu_device, find_device
 from fitune.memory.nvml import CardProcess, CardState
 from fitune.memory.prediction import Prediction
 from fitune.memory.residuals import circumstances

@@ -9,7 +9,8 @@ import pytest
 
 from fitune.errors import UsageError
 from fitune.memory import devices
-from fitune.memory.devices import CATALOGUE, context_prior, cpu_device, find_device, this_machine
+from fitune.memory.cards import CATALOGUE, Device, context_prior
+from fitune.memory.devices import cpu_device, find_device, this_machine
 from fitune.units import GIB, MIB
 
 
@@ -45,7 +46,7 @@ def test_a_card_is_found_under_its_names(text: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("row", CATALOGUE, ids=lambda row: row.name)
-def test_every_row_is_found_under_its_own_name(row: devices.Device) -> None:
+def test_every_row_is_found_under_its_own_name(row: Device) -> None:
     assert find_device(row.name) == row
 
 
@@ -66,12 +67,12 @@ def test_a_name_that_is_unknown_or_could_be_several_is_refused_with_a_suggestion
 
 
 @pytest.mark.parametrize("row", CATALOGUE, ids=lambda row: row.name)
-def test_a_card_shows_a_little_less_memory_than_is_on_its_box(row: devices.Device) -> None:
+def test_a_card_shows_a_little_less_memory_than_is_on_its_box(row: Device) -> None:
     assert 0.90 * row.box_bytes < row.total_bytes < row.box_bytes
 
 
 @pytest.mark.parametrize("row", CATALOGUE, ids=lambda row: row.name)
-def test_a_context_prior_is_an_interval(row: devices.Device) -> None:
+def test_a_context_prior_is_an_interval(row: Device) -> None:
     assert row.context is not None
     assert 100 * MIB < row.context.low_bytes <= row.context.expected_bytes < row.context.high_bytes < 2 * GIB
 
@@ -79,7 +80,7 @@ def test_a_context_prior_is_an_interval(row: devices.Device) -> None:
 @pytest.mark.parametrize(
     "row", [row for row in CATALOGUE if row.name.startswith(("RTX 3", "RTX 4", "RTX 5"))], ids=lambda row: row.name
 )
-def test_tensor_cores_of_a_geforce_are_dense_and_accumulate_in_float32(row: devices.Device) -> None:
+def test_tensor_cores_of_a_geforce_are_dense_and_accumulate_in_float32(row: Device) -> None:
     assert row.float16_flops_per_second is not None
     assert row.float32_flops_per_second is not None
     assert row.float16_flops_per_second / row.float32_flops_per_second == pytest.approx(2, rel=0.01)  # sparse: 4
@@ -303,7 +304,7 @@ _TENSOR_RATIOS = {(7, 5): {4, 8}, (8, 6): {2, 4}, (8, 9): {2, 4}, (12, 0): {2, 4
 @pytest.mark.parametrize(
     "row", [row for row in CATALOGUE if row.compute_capability in _TENSOR_RATIOS], ids=lambda row: row.name
 )
-def test_the_tensor_rate_is_that_of_the_cores_of_its_kind(row: devices.Device) -> None:
+def test_the_tensor_rate_is_that_of_the_cores_of_its_kind(row: Device) -> None:
     assert row.float16_flops_per_second is not None
     assert row.float32_flops_per_second is not None
     assert row.compute_capability is not None

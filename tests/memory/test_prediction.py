@@ -2,7 +2,8 @@ from dataclasses import replace
 
 import pytest
 
-from fitune.memory.devices import Device, cpu_device, find_device
+from fitune.memory.cards import Device
+from fitune.memory.devices import cpu_device, find_device
 from fitune.memory.prediction import PredictSettings, predict, predict_steps
 from fitune.memory.replay import ReplaySettings, replay
 from fitune.trace.events import MemoryEvent, MemoryTrace, Phase

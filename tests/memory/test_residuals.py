@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from fitune.memory import residuals
-from fitune.memory.devices import ContextPrior, cpu_device, find_device
+from fitune.memory.cards import ContextPrior
+from fitune.memory.devices import cpu_device, find_device
 from fitune.memory.prediction import Interval
 from fitune.memory.residuals import (
     Circumstances,

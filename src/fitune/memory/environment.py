@@ -14,7 +14,8 @@ import psutil
 import pynvml
 
 from fitune import __version__
-from fitune.memory.devices import Device, cpu_device, this_machine
+from fitune.memory.cards import Device
+from fitune.memory.devices import cpu_device, this_machine
 
 PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "peft", "accelerate", "safetensors", "numpy")
 OPTIONAL_PACKAGES = ("bitsandbytes", "gguf", "liger-kernel", "torchao")

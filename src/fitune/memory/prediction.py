@@ -10,7 +10,7 @@ import numpy as np
 from fitune.config import Routing
 from fitune.language import say
 from fitune.memory.allocator import MIN_BLOCK_BYTES
-from fitune.memory.devices import Device
+from fitune.memory.cards import Device
 from fitune.memory.replay import FailedAllocation, ReplaySettings
 from fitune.memory.replay import replay as replay_trace
 from fitune.memory.timeline import Living, Peak, step_peaks

@@ -18,7 +18,7 @@ import platformdirs
 from fitune import __version__
 from fitune.boundary import parse_json
 from fitune.memory.c_allocator import allocator_name
-from fitune.memory.devices import ContextPrior, Device
+from fitune.memory.cards import ContextPrior, Device
 from fitune.memory.environment import driver_version
 from fitune.memory.prediction import Interval
 

@@ -5,15 +5,13 @@ from collections.abc import Callable
 import torch
 from torch.optim.adamw import adamw
 
-from fitune.optimizers.table import Groups
-
 
 class HostAdamW(torch.optim.AdamW):
     """AdamW computed by the processor, its state in the host's memory (ZeRO-Offload, arXiv 2101.06840): 8 bytes less a
     parameter on the card, for 12 bytes a parameter and step between the two. Parameters and gradients go to the host
     and the parameters come back, so the card's parameters stay the only ones that count."""
 
-    def __init__(self, groups: Groups, *, lr: float, betas: tuple[float, float], eps: float) -> None:
+    def __init__(self, groups: list[dict[str, object]], *, lr: float, betas: tuple[float, float], eps: float) -> None:
         super().__init__(groups, lr=lr, betas=betas, eps=eps, foreach=False)
         self._hosted: dict[torch.Tensor, tuple[torch.Tensor, torch.Tensor]] = {}
 

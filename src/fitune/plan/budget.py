@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from fitune.config import RunConfig
 from fitune.errors import ModelError, UsageError
-from fitune.memory.devices import Device, context_prior, cpu_device, find_device, this_machine
+from fitune.memory.cards import Device, context_prior
+from fitune.memory.devices import cpu_device, find_device, this_machine
 from fitune.plan.cache import cached, file_state
 from fitune.units import format_bytes, parse_bytes
 

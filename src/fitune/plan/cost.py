@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from fitune.memory.devices import Device
+from fitune.memory.cards import Device
 from fitune.trace.events import ON_HOST, TRANSFER, OperatorWork
 
 CARD_MATMUL_SHARE = 0.7

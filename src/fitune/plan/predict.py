@@ -13,7 +13,8 @@ from fitune.boundary import bounded
 from fitune.config import ModelConfig, RunConfig, read_config
 from fitune.errors import ConfigError
 from fitune.memory.c_allocator import allocator_habit
-from fitune.memory.devices import Device, context_prior, cpu_device, find_device, this_machine
+from fitune.memory.cards import Device, context_prior
+from fitune.memory.devices import cpu_device, find_device, this_machine
 from fitune.memory.prediction import Interval, Prediction, PredictSettings, either_routing, predict_steps
 from fitune.memory.residuals import circumstances, measured_context, read_residuals, widen
 from fitune.model.load import check_length, load_model

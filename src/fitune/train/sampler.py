@@ -15,7 +15,8 @@ from typing import Any
 import psutil
 import torch
 
-from fitune.memory.devices import context_prior, cpu_device
+from fitune.memory.cards import context_prior
+from fitune.memory.devices import cpu_device
 from fitune.memory.nvml import CardState, card_reader
 from fitune.model.device import read_peak
 from fitune.run.memory import MemorySample

@@ -18,7 +18,8 @@ from fitune.data.batches import batches
 from fitune.data.deal import deal
 from fitune.data.examples import Examples
 from fitune.data.rows import Batch
-from fitune.memory.devices import Device, cpu_device, this_machine
+from fitune.memory.cards import Device
+from fitune.memory.devices import cpu_device, this_machine
 from fitune.memory.nvml import read_cards
 from fitune.memory.prediction import Prediction
 from fitune.memory.residuals import Circumstances, Residual, add_residual, circumstances
