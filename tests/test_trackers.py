@@ -180,7 +180,7 @@ def test_a_tracker_that_fails_is_said_once_and_the_run_goes_on(tmp_path: Path) -
         raise ConnectionError("the network is gone")
 
     said: list[str] = []
-    tracked = Tracked(SimpleNamespace(name="wandb", log=fail, finish=fail), RunDirectory(tmp_path), said.append)
+    tracked = Tracked("wandb", SimpleNamespace(log=fail, finish=fail), RunDirectory(tmp_path), said.append)
     for step in (1, 2, 3):
         tracked.step(step_metrics(step), progress=0.5)
     tracked.finish()

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from fitune.config import RunConfig
@@ -22,7 +23,7 @@ PROJECT = "fitune"
 
 
 def check_trackers(config: RunConfig) -> None:
-    """Raises ConfigError where a tracker is not installed."""
+    """Raise ConfigError where a tracker is not installed."""
     missing = [name for name in config.run.trackers if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError([f"run.trackers: {name} is not installed: pip install {name}" for name in missing])
@@ -38,10 +39,91 @@ def open_trackers(
         yield tuple(opened.enter_context(_started(name, config, run, tell=tell)) for name in config.run.trackers)
 
 
+class Tracker:
+    """What is particular to one tracker. The others are as accelerate's adapter for it."""
+
+    def options(self, config: RunConfig, run: RunDirectory) -> dict[str, Any]:
+        """Return what accelerate's adapter is made with."""
+        raise NotImplementedError
+
+    def event(self, text: str) -> dict[str, Any] | None:
+        """Return what is logged of an event, None where the tracker takes numbers alone."""
+        return {"event": text}
+
+    def save(self, tracker: Any, path: Path, run: RunDirectory) -> None:
+        """Give the tracker a file of the run, where it keeps files."""
+
+    def finish(self, tracker: Any) -> None:
+        tracker.finish()
+
+
+class TensorBoard(Tracker):
+    def options(self, config: RunConfig, run: RunDirectory) -> dict[str, Any]:
+        return {"run_name": "tensorboard", "logging_dir": run.trackers}  # `tensorboard --logdir runs` shows every run
+
+
+class Trackio(Tracker):
+    def options(self, config: RunConfig, run: RunDirectory) -> dict[str, Any]:
+        return {"run_name": PROJECT, "name": run.name, "auto_log_gpu": False, "auto_log_cpu": False}
+
+    def finish(self, tracker: Any) -> None:
+        import trackio
+
+        trackio.finish()  # accelerate's finish leaves it to end, and to say so, once more
+
+
+class Wandb(Tracker):
+    def options(self, config: RunConfig, run: RunDirectory) -> dict[str, Any]:
+        run.trackers.mkdir(exist_ok=True)
+        return {"run_name": PROJECT, "name": run.name, "dir": str(run.trackers), "mode": _mode("WANDB")}
+
+    def save(self, tracker: Any, path: Path, run: RunDirectory) -> None:
+        tracker.tracker.save(str(path), base_path=str(run.path), policy="now")
+
+
+class SwanLab(Tracker):
+    def options(self, config: RunConfig, run: RunDirectory) -> dict[str, Any]:
+        place = run.trackers / "swanlab"
+        place.mkdir(parents=True, exist_ok=True)
+        return {"run_name": PROJECT, "name": run.name, "log_dir": str(place), "mode": _mode("SWANLAB")}
+
+    def event(self, text: str) -> dict[str, Any]:
+        import swanlab
+
+        return {"event": swanlab.Text(text)}
+
+
+class MLflow(Tracker):
+    def options(self, config: RunConfig, run: RunDirectory) -> dict[str, Any]:
+        import mlflow
+
+        output = config.run.output.absolute()
+        if "MLFLOW_TRACKING_URI" not in os.environ:
+            mlflow.set_tracking_uri(f"sqlite:///{output / 'mlflow.db'}")
+        return {"experiment_name": PROJECT, "run_name": run.name, "logging_dir": (output / "mlartifacts").as_uri()}
+
+    def event(self, text: str) -> None:
+        """It takes numbers alone, and gets events.jsonl at the end."""
+
+    def save(self, tracker: Any, path: Path, run: RunDirectory) -> None:
+        tracker.log_artifact(str(path))
+
+
+TRACKERS: dict[str, Tracker] = {
+    "tensorboard": TensorBoard(),
+    "trackio": Trackio(),
+    "wandb": Wandb(),
+    "swanlab": SwanLab(),
+    "mlflow": MLflow(),
+}
+
+
 class Tracked:
     """A watcher that tells one tracker."""
 
-    def __init__(self, tracker: Any, run: RunDirectory, tell: Callable[[str], None]) -> None:
+    def __init__(self, name: str, tracker: Any, run: RunDirectory, tell: Callable[[str], None]) -> None:
+        """tracker: accelerate's adapter. tell: called when it fails for the first time."""
+        self._name, self._kind = name, TRACKERS[name]
         self._tracker, self._run, self._tell = tracker, run, tell
         self._step = 0
         self._works = True
@@ -54,52 +136,39 @@ class Tracked:
         self._log({f"eval/{name.removeprefix('eval_')}": value for name, value in asdict(metrics).items()})
 
     def note(self, text: str) -> None:
-        if self._tracker.name == "swanlab":
-            import swanlab
-
-            self._log({"event": swanlab.Text(text)})
-        elif self._tracker.name != "mlflow":  # which takes numbers alone: it gets events.jsonl
-            self._log({"event": text})
+        self._log(self._kind.event(text))
 
     def finish(self) -> None:
-        with self._guarded():
-            self._save_files()
-        with self._guarded():
-            if self._tracker.name == "trackio":  # accelerate's finish leaves it to end, and to say so, once more
-                import trackio
-
-                trackio.finish()
-            else:
-                self._tracker.finish()
-
-    def _save_files(self) -> None:
         run = self._run
-        for path in (run.config, run.env, run.plan, run.summary, run.metrics, run.events):
-            if path.exists() and self._tracker.name == "mlflow":
-                self._tracker.log_artifact(str(path))
-            elif path.exists() and self._tracker.name == "wandb":
-                self._tracker.tracker.save(str(path), base_path=str(run.path), policy="now")
+        with self._guarded():
+            for path in (run.config, run.env, run.plan, run.summary, run.metrics, run.events):
+                if path.exists():
+                    self._kind.save(self._tracker, path, run)
+        with self._guarded():
+            self._kind.finish(self._tracker)
 
-    def _log(self, values: dict[str, Any]) -> None:
+    def _log(self, values: dict[str, Any] | None) -> None:
+        if values is None:
+            return
         with self._guarded():
             known = {name: value for name, value in values.items() if value is not None}
             self._tracker.log(known, step=self._step)
 
     @contextmanager
     def _guarded(self) -> Iterator[None]:
-        """stdout is for data. A tracker that failed once is left alone, but for its end."""
+        """Send what the tracker prints to stderr. One that failed once is left alone, but for its end."""
         try:
             with redirect_stdout(sys.stderr):
                 yield
         except Exception as error:  # a full disk, a network, a fault of the tracker: not worth the run
             if self._works:
-                self._tell(f"warning: {self._tracker.name} failed and may be incomplete: {error}")
+                self._tell(f"warning: {self._name} failed and may be incomplete: {error}")
             self._works = False
 
 
 @contextmanager
 def _started(name: str, config: RunConfig, run: RunDirectory, *, tell: Callable[[str], None]) -> Iterator["Tracked"]:
-    tracker = Tracked(_start(name, config, run), run, tell)
+    tracker = Tracked(name, _start(name, config, run), run, tell)
     try:
         yield tracker
     finally:
@@ -113,33 +182,12 @@ def _start(name: str, config: RunConfig, run: RunDirectory) -> Any:
     with redirect_stdout(sys.stderr):
         try:
             PartialState()  # accelerate's adapters do not work without it
-            tracker = LOGGER_TYPE_TO_CLASS[name](**_options(name, config, run))
+            tracker = LOGGER_TYPE_TO_CLASS[name](**TRACKERS[name].options(config, run))
             tracker.start()
             tracker.store_init_configuration(_flat(config.model_dump(mode="json")))
         except Exception as error:
             raise FituneError(f"{name} cannot start: {error}; drop it from run.trackers") from error
     return tracker
-
-
-def _options(name: str, config: RunConfig, run: RunDirectory) -> dict[str, Any]:
-    if name == "tensorboard":  # `tensorboard --logdir runs` shows every run under its own name
-        return {"run_name": name, "logging_dir": run.trackers}
-    if name == "trackio":
-        return {"run_name": PROJECT, "name": run.name, "auto_log_gpu": False, "auto_log_cpu": False}
-    if name == "wandb":
-        run.trackers.mkdir(exist_ok=True)
-        return {"run_name": PROJECT, "name": run.name, "dir": str(run.trackers), "mode": _mode("WANDB")}
-    if name == "swanlab":
-        place = run.trackers / name
-        place.mkdir(parents=True, exist_ok=True)
-        return {"run_name": PROJECT, "name": run.name, "log_dir": str(place), "mode": _mode("SWANLAB")}
-    assert name == "mlflow"
-    import mlflow
-
-    output = config.run.output.absolute()
-    if "MLFLOW_TRACKING_URI" not in os.environ:
-        mlflow.set_tracking_uri(f"sqlite:///{output / 'mlflow.db'}")
-    return {"experiment_name": PROJECT, "run_name": run.name, "logging_dir": (output / "mlartifacts").as_uri()}
 
 
 def _mode(prefix: str) -> str:
