@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
@@ -31,6 +31,7 @@ from fitune.run.eval_rows import EvalRows, append_eval_rows
 from fitune.run.journal import StepRecord, append_step, ids_hash
 from fitune.run.metrics import EvalMetrics, RunEvent, Status, StepMetrics, Summary, summary_json
 from fitune.run.patient_files import PatientFiles
+from fitune.run.watcher import Watcher
 from fitune.step.assemble import Layout, Setup
 from fitune.step.evaluate import EvalResult
 from fitune.step.gradient_norms import NormRecorder
@@ -77,16 +78,6 @@ OWN_EVENTS = ("out_of_memory", "micro_batch")
 """What happens to one of several processes; all else they do together."""
 MOST_OVERFLOWS = 30
 """A float16 scale of 2^16 needs 16 halvings to reach 1; more overflows in a row are no matter of scale."""
-
-
-class Watcher(Protocol):
-    """Who is told what happens, while it happens."""
-
-    def step(self, metrics: StepMetrics, *, progress: float) -> None: ...
-
-    def evaluation(self, metrics: EvalMetrics, *, best: bool) -> None: ...
-
-    def note(self, text: str) -> None: ...
 
 
 @dataclass(frozen=True)

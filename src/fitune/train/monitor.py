@@ -23,10 +23,10 @@ from fitune.run.files import read_plain
 from fitune.run.memory import MemorySample
 from fitune.run.metrics import EvalMetrics, RunEvent, StepMetrics
 from fitune.run.patient_files import PatientFiles
+from fitune.run.watcher import Watcher, Watchers
 from fitune.step.assemble import Setup
 from fitune.step.shards import local
 from fitune.train.alarms import Alarms, AlarmSettings
-from fitune.train.loop import Watcher
 from fitune.train.prometheus import write_prometheus
 from fitune.train.sampler import Sampler
 from fitune.train.trackers import open_trackers
@@ -61,25 +61,6 @@ def run_monitor(config: RunConfig, setup: Setup, run: RunDirectory, *, tell: Cal
     prometheus = None if config.run.prometheus is None else Path(config.run.prometheus)
     settings = MonitorSettings(alarms, prometheus)
     return Monitor(run, setup.model, setup.optimizer, settings=settings, tell=tell)
-
-
-@dataclass(frozen=True)
-class Watchers:
-    """Several as one."""
-
-    watchers: tuple[Watcher, ...]
-
-    def step(self, metrics: StepMetrics, *, progress: float) -> None:
-        for watcher in self.watchers:
-            watcher.step(metrics, progress=progress)
-
-    def evaluation(self, metrics: EvalMetrics, *, best: bool) -> None:
-        for watcher in self.watchers:
-            watcher.evaluation(metrics, best=best)
-
-    def note(self, text: str) -> None:
-        for watcher in self.watchers:
-            watcher.note(text)
 
 
 @dataclass(frozen=True)

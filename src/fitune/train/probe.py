@@ -29,6 +29,7 @@ from fitune.run.directory import RunDirectory, create_run
 from fitune.run.interval import Interval, paired_interval
 from fitune.run.metrics import Summary, read_summary
 from fitune.run.probe import LEVEL, Branch, Probe, choose
+from fitune.run.watcher import Watcher, Watchers
 from fitune.step.assemble import Setup
 from fitune.step.evaluate import EvalResult
 from fitune.step.gradient_norms import NormRecorder
@@ -37,8 +38,7 @@ from fitune.step.scaling import OptimSettings, scale, with_settings
 from fitune.train.checkpoint import live_tensors, newest_checkpoint
 from fitune.train.guard import Guard
 from fitune.train.identity import run_conditions, run_identity
-from fitune.train.loop import Data, Watcher, in_order, run_length, train
-from fitune.train.monitor import Watchers
+from fitune.train.loop import Data, in_order, run_length, train
 from fitune.train.noise import NoiseAverages, NoiseEstimate, estimate, pairwise_sample, update
 from fitune.train.resume import Start, go_on
 from fitune.train.self_check import SelfCheck
