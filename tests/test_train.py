@@ -445,7 +445,7 @@ def test_a_place_that_cannot_be_taken_is_refused_at_once(
     Path("runs/taken/checkpoints").mkdir(parents=True)
     Path("runs/taken/config.yaml").touch()
     RunDirectory(Path("runs/taken")).lock.touch()
-    monkeypatch.delattr("fitune.cli.train._prepare")
+    monkeypatch.delattr("fitune.train.session._prepare")
     assert main(["train", "sft.yaml", *words, *dry]) == 2
     assert sentence in capsys.readouterr().err
 

@@ -47,15 +47,15 @@ def _train(
     Raises a FituneError as listed in fitune/errors.py.
     """
     from fitune.cli.progress import open_progress
-    from fitune.cli.train import run_training
     from fitune.config import RunConfig, read_config
     from fitune.train.ranks import joined
+    from fitune.train.session import NewRun, run_session
 
     if isinstance(config, RunConfig):
         config = config.model_dump(mode="json", exclude_defaults=True)
     resolved = read_config(config)
     with joined() as ranks, open_progress(quiet=quiet or not ranks.leads) as progress:
-        return run_training(resolved, progress, overwrite=overwrite, ranks=ranks)[1]
+        return run_session(NewRun(resolved=resolved, overwrite=overwrite), progress, ranks=ranks)[1]
 
 
 @bounded("fitune.plan")

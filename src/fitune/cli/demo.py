@@ -70,10 +70,10 @@ def demo_config(model_path: Path, data_path: Path, *, output: Path, steps: int) 
 
 
 def _train(config: Mapping[str, Any]) -> tuple["RunDirectory", "Summary"]:
-    from fitune.cli.train import run_training
+    from fitune.train.session import NewRun, run_session
 
     with TrainingProgress(quiet=False) as progress:
-        return run_training(read_config(config), progress, overwrite=True)
+        return run_session(NewRun(resolved=read_config(config), overwrite=True), progress)
 
 
 def _show_result(run: "RunDirectory", summary: "Summary", model_path: Path) -> None:
