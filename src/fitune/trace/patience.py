@@ -23,6 +23,7 @@ MOST_SECONDS = 180.0
 TOLD_EVERY_SECONDS = 30.0
 _EVERY_OPERATORS = 1024
 _OURS = ("torch", "fitune")
+_RECORDS = ("fitune.trace.fake", "record")
 
 log = logging.getLogger("fitune")
 
@@ -96,8 +97,9 @@ def _limit() -> float:
 
 
 def _place(frame: FrameType | None) -> str | None:
-    """The function that calls for the operator, of a module that is neither torch's nor ours."""
-    while frame is not None:
+    """The function that calls for the operator, of a module that is neither torch's nor ours. None in a backward, which
+    calls none of them: what stands further out called for the recording."""
+    while frame is not None and (frame.f_globals.get("__name__"), frame.f_code.co_name) != _RECORDS:
         if frame.f_globals.get("__name__", "").partition(".")[0] not in _OURS:
             return f"{frame.f_code.co_name} of {Path(frame.f_code.co_filename).name}"
         frame = frame.f_back
