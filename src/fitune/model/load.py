@@ -47,7 +47,7 @@ from fitune.model.precision import Precision, device_precision, resolve_precisio
 from fitune.model.presets import preset_config
 from fitune.model.quantise import num_weights, quantise, share_tables
 from fitune.model.source import Kind, check_source, check_tokenizer, out_of_reach, source_kind
-from fitune.model.untrusted_files import check_tokenizer_files, check_weight_index
+from fitune.model.untrusted_files import check_cached_index, check_tokenizer_files, check_weight_index
 
 if TYPE_CHECKING:
     from peft import PeftModel  # half a second, needed for adapters only
@@ -228,6 +228,8 @@ def load_weights(
                 load = AutoModelForCausalLM if own is None else own
                 if kind == "directory":
                     check_weight_index(Path(name))
+                elif kind == "hub":
+                    check_cached_index(name)
                 if (unpacked := unpacking(config)) is not None:
                     options["quantization_config"] = unpacked
                 built, report = load.from_pretrained(
