@@ -1,7 +1,10 @@
 """A recording that takes too long ends in a sentence that says what took it, and says meanwhile that it goes on."""
 
+import itertools
 import logging
 from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,8 +12,10 @@ import torch
 from torch import nn
 
 import fitune
-from fitune.errors import FituneError, UsageError
+from fitune.errors import FituneError, TooLongError, UsageError
+from fitune.plan import second_process
 from fitune.trace import patience
+from tiny_run import save_tiny_model
 
 
 class Recurrent(nn.Module):
@@ -63,3 +68,45 @@ def test_a_limit_that_is_none_is_refused(text: str, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv(patience.VARIABLE, text)
     with pytest.raises(UsageError, match=patience.VARIABLE):
         predict(5)
+
+
+@pytest.fixture
+def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """A configuration whose recordings take two seconds each."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(second_process, "_can_fork", lambda: False)
+    seconds = itertools.count()
+    monkeypatch.setattr(patience, "time", SimpleNamespace(thread_time=lambda: float(next(seconds))))
+    save_tiny_model(tmp_path / "tiny")
+    return {
+        "model": {"source": str(tmp_path / "tiny"), "init": "random"},
+        "data": {"train": "rows.jsonl", "max_length": 32},
+        "batch": {"effective": 4},
+    }
+
+
+def test_recordings_of_a_plan_have_a_limit_together_and_what_was_found_is_told(
+    tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(patience.VARIABLE, "15")
+    plan = fitune.plan(tree, gpu="RTX 4090")
+    assert plan.chosen is not None
+    assert [line for line in plan.assumptions if line.startswith("not every setting was looked at: recording the step")]
+    monkeypatch.setenv(patience.VARIABLE, "1000")
+    assert len(fitune.plan(tree, gpu="RTX 4090").candidates) > len(plan.candidates)
+
+
+def test_a_plan_that_found_nothing_in_its_time_says_so_and_not_that_nothing_fits(
+    tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(patience.VARIABLE, "0.5")
+    with pytest.raises(TooLongError, match="more than 0 s of processor time"):
+        fitune.plan(tree, gpu="RTX 4090")
+
+
+def test_the_recordings_of_a_prediction_have_a_limit_together(
+    tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(patience.VARIABLE, "0.5")
+    with pytest.raises(TooLongError, match="wait longer with FITUNE_RECORD_SECONDS"):
+        fitune.predict(tree, gpu="RTX 4090")

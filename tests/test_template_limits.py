@@ -3,6 +3,7 @@
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -111,3 +112,30 @@ def test_other_users_of_transformers_keep_its_own_sandbox() -> None:
     with pytest.raises(DataError):
         read_encoder(tokenizer, template=None, mask="assistant")
     assert tokenizer.apply_chat_template([dict(MESSAGES[0])], tokenize=False) == "True"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit on memory is Linux's")
+@pytest.mark.parametrize("moment", ["when a rendering begins", "when it ends"])
+def test_ctrl_c_in_any_moment_leaves_the_process_its_memory(moment: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_AS)
+
+    def interrupted() -> float:
+        raise KeyboardInterrupt
+
+    class Interrupted:
+        def __enter__(self) -> None:
+            if threading.current_thread() is threading.main_thread():
+                raise KeyboardInterrupt
+
+        def __exit__(self, *_: object) -> None: ...
+
+    with pytest.raises(KeyboardInterrupt), limited() as limits:  # noqa: PT012 (both moments are entered by it)
+        if moment == "when a rendering begins":
+            monkeypatch.setattr(template_limits, "time", SimpleNamespace(process_time=interrupted))
+            limits.__enter__()
+        limits.__enter__()
+        monkeypatch.setattr(limits, "_lock", Interrupted())
+        limits.__exit__(None, None, None)
+    assert resource.getrlimit(resource.RLIMIT_AS) == before

@@ -2,12 +2,15 @@
 
 import base64
 import json
+import shutil
 import struct
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import constants
+from transformers.utils import hub as transformers_hub
 
 from fitune.cli.app import main
 from fitune.config import ModelConfig
@@ -116,6 +119,26 @@ def test_an_index_that_is_none_is_refused(text: str, model: Path) -> None:
 def test_an_index_beside_whole_weights_is_not_used(model: Path) -> None:
     (model / "model.safetensors.index.json").write_text("{")
     load(model)
+
+
+@pytest.mark.parametrize("text", ["{}", "{", "[" * 100_000, '{"weight_map": {"a": 3}}'])
+def test_an_index_in_the_hubs_cache_is_refused_as_in_a_directory(
+    text: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_index(model, "part.safetensors")
+    (model / "model.safetensors.index.json").write_text(text)
+    cache, commit = tmp_path / "cache", "0123456789abcdef0123456789abcdef01234567"
+    entry = cache / "models--someone--m"
+    shutil.copytree(model, entry / "snapshots" / commit)
+    (entry / "refs").mkdir()
+    (entry / "refs" / "main").write_text(commit)
+    for module in (constants, transformers_hub):
+        for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
+            monkeypatch.setattr(module, name, str(cache), raising=False)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    described = ModelConfig(source="someone/m")
+    with pytest.raises(ModelError, match=r"copy (it|the model) again"):
+        load_weights(described, load_config(described), dtype=torch.float32, attention=None)
 
 
 def load(model: Path) -> None:

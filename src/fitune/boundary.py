@@ -79,6 +79,11 @@ def cause_of(error: BaseException) -> str:
     return f"{type(error).__name__}: {_first_line(error)}"
 
 
+def is_panic(error: BaseException) -> bool:
+    """Whether code in Rust gave up, which is no Exception in Python."""
+    return type(error).__name__ == "PanicException"
+
+
 def parse_json(text: str | bytes) -> Any:
     """As json.loads. Whatever is wrong is a ValueError: also what is nested too deeply, and whole numbers that no
     float can hold."""

@@ -1,6 +1,7 @@
 """Every error that a user can cause, and the exit code that it ends with.
 
 FituneError                  1   the run failed
+├── TooLongError             1   recording what is to be predicted takes too long
 ├── UnexpectedError          1   an exception of another library, or of ours, that nobody foresaw
 ├── UsageError               2   what was typed, configured or given as data cannot work
 │   ├── ConfigError              faults of the configuration, all of them together
@@ -23,6 +24,10 @@ class FituneError(Exception):
 
 
 class UnexpectedError(FituneError):
+    pass
+
+
+class TooLongError(FituneError):
     pass
 
 

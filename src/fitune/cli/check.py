@@ -17,6 +17,7 @@ from fitune.cli.arguments import ConfigArguments, ConfigFlags, check_inputs, rea
 from fitune.cli.output import Format, Screen, console
 from fitune.config import DataConfig
 from fitune.data.report import DataReport, SplitReport, grouped
+from fitune.data.tokenizer_limits import in_time
 from fitune.language import say, translated
 from fitune.language.printable import json_text
 from fitune.units import format_count
@@ -160,7 +161,7 @@ def _learned(examples: "Examples", tokenizer: Any, *, width: int) -> Iterator[st
     if row is not None:
         places = row.loss_weights.nonzero()[0]
         breaks = [number for number in range(1, len(places)) if places[number] != places[number - 1] + 1]
-        said = repr(tokenizer.decode(row.input_ids[places[: breaks[0] if breaks else None]]))[1:-1]
+        said = repr(_text(tokenizer, row.input_ids[places[: breaks[0] if breaks else None]]))[1:-1]
         room = width - len("learned  ⟦⟧ in the first row")
         said = said if len(said) <= room else f"{said[: room // 2 - 3]} ... {said[3 - room // 2 :]}"
         yield f"learned  ⟦{said}⟧ in the first row"
@@ -174,12 +175,16 @@ def _learned(examples: "Examples", tokenizer: Any, *, width: int) -> Iterator[st
         yield f"cut      {num_long:,} rows have over {report.max_length} tokens; {num_lost:,} rows teach nothing and go"
 
 
+def _text(tokenizer: Any, ids: Any) -> str:
+    return in_time(lambda: str(tokenizer.decode(ids)), num_chars=len(ids))
+
+
 def _shown(examples: "Examples", index: int, tokenizer: Any, *, colour: bool) -> Text:
     row = examples[index]
     text = Text().append(
         say("sample {number}: {tokens} tokens", number=row.row_id, tokens=f"{len(row):,}") + "\n", style="bold"
     )
     for supervised, run in groupby(range(len(row)), key=lambda place: bool(row.loss_weights[place])):
-        part = tokenizer.decode(row.input_ids[list(run)])
+        part = _text(tokenizer, row.input_ids[list(run)])
         text.append(part if colour or not supervised else f"⟦{part}⟧", style="green" if supervised else "dim")
     return text

@@ -1,17 +1,18 @@
 """The data of another tool's configuration: where the rows are, how they are written out, what of them is learned."""
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path, PurePath
 from typing import Any, get_args
 
+from fitune.boundary import parse_json
 from fitune.config.foreign_draft import Draft, is_off, without
-from fitune.config.read import decode
+from fitune.config.read import decode, read_bounded
 from fitune.config.schema import DataConfig
 from fitune.config.wording import show
 from fitune.config.yaml_lines import parse_yaml
 from fitune.errors import ConfigError
+from fitune.run.files import read_plain
 
 _TOO_LONG = {
     "drop": "drop", "delete": "drop", "truncate": "truncate", "right": "truncate", "truncation_right": "truncate",
@@ -206,7 +207,7 @@ def _listed(draft: Draft, item: str) -> str:
     """The path of a name in LLaMA-Factory's list of data sets."""
     directory = Path(str(draft.raw("dataset_dir", "data")))
     try:
-        entry = json.loads((directory / "dataset_info.json").read_text(encoding="utf-8"))[item]
+        entry = parse_json(read_plain(directory / "dataset_info.json", follow=True))[item]
         path = str(directory / entry["file_name"]) if "file_name" in entry else str(entry["hf_hub_url"])
     except (OSError, ValueError, LookupError, TypeError):
         draft.differs.append(
@@ -260,7 +261,7 @@ def _columns_of_list(entry: Mapping[str, Any], where: str) -> dict[str, str]:
 def _listed_in_yaml(draft: Draft, path: Path) -> list[str]:
     """The paths in the YAML that LLaMA-Factory v1 describes its data with."""
     try:
-        tree = parse_yaml(decode(path.read_bytes()), str(path)).tree
+        tree = parse_yaml(decode(read_bounded(path)), str(path)).tree
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
             [f"{draft.arguments.source} names the data in {path}, which cannot be read from here: give it with --data"]

@@ -15,7 +15,7 @@ from string import Template
 from typing import Any
 
 from fitune.config.foreign_tools import MINIMIND, MINIMIND_SCRIPTS, TOOLS, Tool
-from fitune.config.read import DATA_WAY, check_is_configuration, decode
+from fitune.config.read import DATA_WAY, check_is_configuration, decode, read_bounded
 from fitune.config.schema import RunConfig
 from fitune.config.wording import show
 from fitune.config.yaml_lines import parse_scalar, parse_yaml
@@ -77,7 +77,7 @@ def read_foreign(path: Path, *, tool: str | None = None) -> ForeignArguments:
     of the known tools and for one that could be of several."""
     check_is_configuration(path)
     try:
-        text = decode(path.read_bytes())
+        text = decode(read_bounded(path))
     except UnicodeDecodeError as error:
         raise ConfigError(
             [f"{path} is not a text file: byte {error.start} is not UTF-8; save it in that encoding"]
@@ -182,7 +182,7 @@ def _configuration(rest: Sequence[str], flags: Mapping[str, Any]) -> str | None:
 
 def _configuration_values(path: Path, source: str) -> tuple[dict[str, Any], dict[str, str]]:
     try:
-        return _read_values(decode(path.read_bytes()), path)
+        return _read_values(decode(read_bounded(path)), path)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
             [f"{source} names the configuration {path}, which cannot be read from here: stand where it was started"]

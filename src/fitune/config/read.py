@@ -132,13 +132,25 @@ def decode(content: bytes) -> str:
     return content.decode("utf-16" if is_utf_16 else "utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
 
 
+def read_bounded(path: Path) -> bytes:
+    """A configuration of ours or another tool's; a device may give more than any memory holds. Raises ConfigError for
+    more than MAX_FILE_BYTES, and OSError."""
+    with path.open("rb") as file:
+        content = file.read(MAX_FILE_BYTES + 1)
+    if len(content) > MAX_FILE_BYTES:
+        raise ConfigError(
+            [
+                f"{path} has over {MAX_FILE_BYTES:,} bytes, too many for a configuration: is it the data? "
+                "That is data.train"
+            ]
+        )
+    return content
+
+
 def _read_text(path: Path) -> str:
     check_is_configuration(path)
     try:
-        if (size := path.stat().st_size) > MAX_FILE_BYTES:
-            sentence = f"{path} has {size:,} bytes, too many for a configuration: is it the data? That is data.train"
-            raise ConfigError([sentence])
-        return decode(path.read_bytes())
+        return decode(read_bounded(path))
     except UnicodeDecodeError as error:
         raise ConfigError(
             [f"{path} is not a text file: byte {error.start} is not UTF-8; save it in that encoding"]

@@ -21,6 +21,7 @@ from fitune.boundary import parse_json
 from fitune.data.messages import Message, without_none
 from fitune.data.template_limits import MOST_CHARS, LimitError, check_size, limited
 from fitune.errors import DataError
+from fitune.run.files import read_plain
 
 CharSpan = tuple[int, int]
 
@@ -296,7 +297,7 @@ def read_template(
         return chosen, chosen
     if path is not None:
         try:
-            chosen = template(Path(path).expanduser().read_text(encoding="utf-8"), path)
+            chosen = template(read_plain(Path(path).expanduser(), follow=True).decode(), path)
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"data.template {path} cannot be read: {error}") from error
         return chosen, chosen

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import yaml
 
 from fitune.errors import DataError
+from fitune.run.files import read_plain
 
 LINES = (".jsonl", ".ndjson", ".jsonlines")
 TABLES = (".csv", ".tsv")
@@ -149,7 +150,7 @@ def _splits_of_card(root: Path) -> dict[str, tuple[Path, ...]] | None:
 def _configs(card: Path) -> Iterator[Mapping[str, Any]]:
     """What stands under `configs` at the head of a data set's README.md."""
     try:
-        head = re.match(r"---\s*\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
+        head = re.match(r"---\s*\n(.*?)\n---", read_plain(card, follow=True).decode(errors="replace"), re.DOTALL)
         tree = yaml.safe_load(head[1]) if head else None
     except (OSError, yaml.YAMLError):
         return

@@ -76,12 +76,16 @@ class Limits:
             fired, self._fired = self._fired, False
             if fired and kind is not _TookTooLong:
                 _raise_in(self._thread, None)  # it ended by itself meanwhile
-        if self._room is not None:
-            self._room.open()
+        self.open_room()
         if kind is _TookTooLong:
             raise LimitError(f"it takes more than {MOST_SECONDS:g} seconds") from None
         if kind is not None and issubclass(kind, MemoryError):
             raise LimitError(f"it takes more than {format_bytes(MOST_BYTES)} of memory") from None
+
+    def open_room(self) -> None:
+        """Ctrl-C in the middle of `__enter__` or `__exit__` has left it closed, and all that follows without memory."""
+        if self._room is not None:
+            self._room.open()
 
     def look(self) -> None:
         with self._lock:
@@ -118,6 +122,7 @@ def limited() -> Iterator[Limits]:
             finally:
                 _active.reset(token)
     finally:
+        limits.open_room()
         stopped.set()
         watcher.join()
 

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from fitune.data.chat_template import PROBE, CharSpan, ChatTemplate, TemplateError, merged_system, read_template
 from fitune.data.formats import Conversation, Message
 from fitune.data.template_limits import limited
+from fitune.data.tokenizer_limits import in_time
 from fitune.data.turns import LOST_THOUGHT, NOT_SHOWN, TurnFinder, Turns, loses_thought, writes_reasoning
 from fitune.errors import DataError, ModelError
 
@@ -96,7 +97,7 @@ def encode(encoder: Encoder, conversations: Sequence[Conversation]) -> list[Enco
     """Each conversation tokenised, or the sentence that says why it cannot be.
 
     Raises DataError when there are messages but no template or one that goes beyond its bounds, ModelError when the
-    mask needs a fast tokenizer.
+    mask needs a fast tokenizer, or the tokenizer takes too long.
     """
     with limited():
         return _encode(encoder, conversations)
@@ -115,13 +116,7 @@ def _encode(encoder: Encoder, conversations: Sequence[Conversation]) -> list[Enc
             except TemplateError as error:
                 results[index] = str(error)
     if found:
-        encoding = encoder.tokenizer(
-            [turns.text for turns in found.values()],
-            add_special_tokens=False,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-        )
+        encoding = _tokenised(encoder.tokenizer, [turns.text for turns in found.values()], add_special_tokens=False)
         for place, (index, turns) in enumerate(found.items()):
             ids = encoding["input_ids"][place]
             parts = encoding.encodings[place] if encoder.tokenizer.is_fast else None
@@ -271,14 +266,21 @@ def _framed(tokenizer: Any, ids: list[int]) -> Encoded:
 def _ids(tokenizer: Any, texts: list[str], *, add_special_tokens: bool = True) -> list[list[int]]:
     if not texts:
         return []
-    ids: list[list[int]] = tokenizer(
-        texts,
-        add_special_tokens=add_special_tokens,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,
-    )["input_ids"]
+    ids: list[list[int]] = _tokenised(tokenizer, texts, add_special_tokens=add_special_tokens)["input_ids"]
     return ids
+
+
+def _tokenised(tokenizer: Any, texts: list[str], *, add_special_tokens: bool) -> Any:
+    def call() -> Any:
+        return tokenizer(
+            texts,
+            add_special_tokens=add_special_tokens,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )
+
+    return in_time(call, num_chars=sum(map(len, texts))) if tokenizer.is_fast else call()
 
 
 def _weighted(turns: Sequence[tuple[int, int]], weights: Sequence[float | None]) -> tuple[Span, ...]:

@@ -177,7 +177,7 @@ COMMANDS: dict[str, str] = {
     "'fitune train --resume {path}' goes on with it": "'fitune train --resume {path}' 会继续它",
     "{path} is the directory of a run: {goes_on}, and {own} is its configuration": "{path} 是运行的目录：{goes_on}，它的配置是 {own}",
     "{path} is data by its name, not a configuration: give it with --data (data.train)": "从名字看 {path} 是数据，不是配置：请用 --data 给出（data.train）",
-    "{path} has {size} bytes, too many for a configuration: is it the data? That is data.train": "{path} 有 {size} 字节，作为配置太大：它是数据吗？数据用 data.train 给出",
+    "{path} has over {max_file_bytes} bytes, too many for a configuration: is it the data? That is data.train": "{path} 超过 {max_file_bytes} 字节，作为配置太大：它是数据吗？数据用 data.train 给出",
     "did you mean {twin}?": "是不是 {twin}？",
     "give the path of a YAML file": "请给出 YAML 文件的路径",
     "{path} does not exist: {answer}": "{path} 不存在：{answer}",

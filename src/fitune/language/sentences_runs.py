@@ -55,7 +55,7 @@ RUNS: dict[str, str] = {
     "it is a FIFO": "它是 FIFO",
     "it is a socket": "它是 socket",
     "it is a device": "它是设备",
-    "{what}, no file of the run's own": "{what}，不是运行自己的文件",
+    "{what}, not an ordinary file": "{what}，不是普通文件",
     "{path}:{number}: step {step} does not follow from the line before it: the journal was changed or has lost lines, and this run cannot be replayed beyond that": "{path}:{number}：第 {step} 步接不上前一行：日志被改动或丢了行，这次运行到此之后无法重放",
     "{path}:{number} is not a line of a journal ({error})": "{path}:{number} 不是日志的一行（{error}）",
     "{path} cannot be written: {strerror}": "无法写入 {path}：{strerror}",

@@ -13,8 +13,10 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from fitune.boundary import parse_json
 from fitune.config import ModelConfig
 from fitune.errors import ModelError
+from fitune.run.files import read_plain
 
 FILE = "adapted_model.json"
 _SAMPLED_ELEMENTS = 1024
@@ -54,7 +56,7 @@ def read_adapted(adapters: Path) -> AdaptedModel:
     """Raises ModelError where it cannot be read."""
     path = adapters / FILE
     try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        content: dict[str, Any] = parse_json(read_plain(path, follow=True))
         found = AdaptedModel(**{key: content[key] for key in ("source", "dtype", "weights_hash", "seed")})
         if not isinstance(getattr(torch, found.dtype), torch.dtype) or not isinstance(found.seed, int):
             raise TypeError("it names no number format")

@@ -30,7 +30,7 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
-from fitune.boundary import told_as
+from fitune.boundary import is_panic, told_as
 from fitune.config import ModelConfig, RunConfig
 from fitune.errors import ConfigError, ModelError
 from fitune.hub import hub_is_known
@@ -47,7 +47,7 @@ from fitune.model.precision import Precision, device_precision, resolve_precisio
 from fitune.model.presets import preset_config
 from fitune.model.quantise import num_weights, quantise, share_tables
 from fitune.model.source import Kind, check_source, check_tokenizer, out_of_reach, source_kind
-from fitune.model.untrusted_files import check_tokenizer_files, check_weight_index
+from fitune.model.untrusted_files import check_cached_index, check_tokenizer_files, check_weight_index
 
 if TYPE_CHECKING:
     from peft import PeftModel  # half a second, needed for adapters only
@@ -228,6 +228,8 @@ def load_weights(
                 load = AutoModelForCausalLM if own is None else own
                 if kind == "directory":
                     check_weight_index(Path(name))
+                elif kind == "hub":
+                    check_cached_index(name)
                 if (unpacked := unpacking(config)) is not None:
                     options["quantization_config"] = unpacked
                 built, report = load.from_pretrained(
@@ -276,7 +278,9 @@ def load_tokenizer(model: ModelConfig) -> Tokenizer:
             elif kind != "gguf":
                 check_tokenizer_files(Path(name))
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=model.trust_remote_code, **files)
-        except Exception as error:  # the tokenizers library raises no narrower class for a damaged file
+        except BaseException as error:  # the tokenizers library raises no narrower class for a damaged file
+            if not isinstance(error, Exception) and not is_panic(error):
+                raise
             raise _unreadable(model.model_copy(update={"source": source}), kind, error) from error
     vocab_size = load_config(model).get_text_config().vocab_size
     needed = 1 + max(tokenizer.get_vocab().values(), default=-1)

@@ -1,6 +1,5 @@
 """Low-rank adapters beside frozen weights, by peft."""
 
-import json
 import sys
 import warnings
 from collections.abc import Iterator
@@ -14,9 +13,11 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from fitune.boundary import parse_json
 from fitune.config import LoraConfig
 from fitune.errors import ModelError
 from fitune.model.quantise import num_weights
+from fitune.run.files import read_plain
 
 if TYPE_CHECKING:
     from peft import PeftModel  # half a second, needed for adapters only
@@ -102,7 +103,7 @@ def _check_adapters(directory: Path) -> None:
     looks at the weights, and matches a text of target_modules as a regular expression, which can take for ever."""
     path = directory / "adapter_config.json"
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(read_plain(path, follow=True))
     except (OSError, ValueError) as error:
         raise ModelError(f"{path} cannot be read ({error}): copy the adapters again") from error
     weights = directory / "adapter_model.safetensors"

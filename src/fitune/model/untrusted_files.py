@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import try_to_load_from_cache
+
 from fitune.boundary import parse_json
 from fitune.errors import ModelError
 
@@ -49,8 +51,17 @@ def check_tokenizer_files(directory: Path) -> None:
             )
 
 
-def check_weight_index(directory: Path) -> None:
-    """Raises ModelError for an index of weights that names anything but files inside of the directory."""
+def check_cached_index(hub_id: str) -> None:
+    """As `check_weight_index`, of what the hub's cache holds; what it does not hold yet can be fetched."""
+    for whole in _WEIGHTS:
+        path = try_to_load_from_cache(hub_id, f"{whole}.index.json")
+        if isinstance(path, str):
+            check_weight_index(Path(path).parent, is_complete=False)
+
+
+def check_weight_index(directory: Path, *, is_complete: bool = True) -> None:
+    """Raises ModelError for an index of weights that names anything but files inside of the directory. is_complete:
+    whether these must be there."""
     for whole in _WEIGHTS:
         path = directory / f"{whole}.index.json"
         if (directory / whole).is_file():
@@ -67,7 +78,7 @@ def check_weight_index(directory: Path) -> None:
         for name in files.values():
             if not isinstance(name, str) or Path(name).is_absolute() or ".." in Path(name).parts:
                 raise ModelError(f"{path} names {name!r}, which is no file inside of {directory}: copy the model again")
-            if not (directory / name).is_file():
+            if is_complete and not (directory / name).is_file():
                 raise ModelError(f"{path} names {name}, which {directory} does not have: copy the model again")
         return
 

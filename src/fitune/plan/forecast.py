@@ -147,6 +147,7 @@ class Forecaster:
         if key not in self.known:
             config = with_routing(self.config, other_routing(self.config.memory.routing))
             other = Forecaster(config, self.limits, self.lengths, num_shards=self.num_shards)
+            other._recordings = self.load()  # what they take is limited together
             self.known[key] = other.forecast(choice).allocated_bytes
         return int(self.known[key])
 

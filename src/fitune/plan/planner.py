@@ -12,7 +12,7 @@ from heapq import heappop, heappush
 from typing import Any, Literal
 
 from fitune.config import Recompute, RunConfig
-from fitune.errors import ConfigError, ModelError
+from fitune.errors import ConfigError, ModelError, TooLongError
 from fitune.language import say
 from fitune.memory.prediction import other_routing
 from fitune.plan.budget import Lengths, Limits, find_lengths, find_limits, free_bytes
@@ -77,6 +77,8 @@ def choose_plan(
     chosen = {"all": searching.thorough, "brief": searching.brief, "fastest": searching.lean}[search]()
     if chosen is None and config.model.compile:
         chosen = searching.nearest()
+    if chosen is None and searching.too_long is not None:
+        raise searching.too_long  # what nobody looked at may fit
     plan = searching.plan(chosen, list(searching.other_routing(chosen)) if search != "fastest" and chosen else ())
     forecaster.save()
     return plan
@@ -104,6 +106,7 @@ class _Search:
         self.pricer = Pricer(forecaster, self.choices)
         self.looked_at: dict[Choice, Forecast] = {}
         self.refused: dict[str, None] = {}
+        self.too_long: TooLongError | None = None
         batch = self.config.batch
         self.configured = None if batch.micro_rows is None and batch.micro_tokens == "auto" else self.choices[0]
         self.num_expected = 0
@@ -287,9 +290,15 @@ class _Search:
 
     @contextmanager
     def refusing(self, choice: Choice) -> Iterator[None]:
-        """What this model or machine cannot do is no candidate, but for the first, which is the configuration's own."""
+        """What this model or machine cannot do is no candidate, but for the first, which is the configuration's own.
+        Nor is what takes too long to record, where something was found before."""
         try:
             yield
+        except TooLongError as error:
+            if not self.looked_at:
+                raise
+            self.too_long = self.too_long or error
+            self.refused[f"not every setting was looked at: {self.too_long}"] = None
         except (ModelError, ConfigError) as error:
             if choice.variant == self.choices[0].variant:
                 raise
@@ -308,11 +317,13 @@ class _Search:
         """What the chosen one needs where the tokens go to the experts in the other way, if that matters."""
         found, routing = self.looked_at[chosen], self.config.memory.routing
         if ROUTED[routing] in found.notes:
-            allocated_bytes = self.forecaster.other_routing_bytes(chosen)
-            yield (
-                f"memory.routing={other_routing(routing)}: the marked one would have {format_bytes(allocated_bytes)} "
-                f"allocated at its peak instead of {format_bytes(found.allocated_bytes)}"
-            )
+            with self.refusing(chosen):
+                allocated_bytes = self.forecaster.other_routing_bytes(chosen)
+                yield (
+                    f"memory.routing={other_routing(routing)}: the marked one would have "
+                    f"{format_bytes(allocated_bytes)} allocated at its peak instead of "
+                    f"{format_bytes(found.allocated_bytes)}"
+                )
 
     def plan(self, chosen: Choice | None, notes: Sequence[str] = ()) -> Plan:
         """notes: further assumptions."""
@@ -370,7 +381,7 @@ class _Search:
         candidate = Candidate(
             micro_batch=forecast.micro_batch,
             micro_tokens=choice.micro_tokens,
-            accumulation=max(1, round(self.forecaster.shape(choice).num_micro_batches)),
+            accumulation=max(1, round(self.forecaster.shape(choice, packed=forecast.packed).num_micro_batches)),
             recompute=choice.recompute,
             loss="chunked" if forecast.chunked else "full",
             optimizer=choice.optimizer or config.optim.name,

@@ -63,8 +63,10 @@ def predict(config: ConfigSource, *, gpu: str | None = None, overrides: Sequence
     run = config if isinstance(config, RunConfig) else read_config(config, overrides).config
     device = choose_target(run, gpu=gpu)
     check_length(run)
+    recordings = Recordings()
     return either_routing(
-        lambda routing: predict_run(with_routing(run, routing), device).largest, routing=run.memory.routing
+        lambda routing: predict_run(with_routing(run, routing), device, recordings=recordings).largest,
+        routing=run.memory.routing,
     )
 
 

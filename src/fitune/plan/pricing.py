@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Literal
 
 from fitune.config import Recompute
+from fitune.errors import TooLongError
 from fitune.plan.calibration import calibration_factor
 from fitune.plan.candidates import Choice
 from fitune.plan.cost import (
@@ -50,18 +51,22 @@ class Pricer:
         device = forecaster.limits.device
         self._ceilings: Ceilings | None = cpu_ceilings() if device.kind == "cpu" else card_ceilings(device)
         self._seconds: dict[tuple[Choice, Bound | None], float | None] = {}
+        self._untimed: TooLongError | None = None
         self._factor = calibration_factor(device.name, forecaster.config.model.source)
 
     def seconds(self, choice: Choice, *, bound: Bound | None = None) -> float | None:
-        """Of the mean step; None where the device's rates are not known. bound: only a lower bound, which needs no
-        recording of its own."""
+        """Of the mean step; None where the device's rates are not known, or recording takes too long. bound: only a
+        lower bound, which needs no recording of its own."""
         key = choice, bound
         if key not in self._seconds:
             if bound == "layers":
                 self._seconds[key] = self._by_layers(choice)
             else:
                 base = replace(self._base, loss=choice.loss)
-                self._seconds[key] = self._price(choice, base if bound else choice.variant)
+                try:
+                    self._seconds[key] = self._price(choice, base if bound else choice.variant)
+                except TooLongError as error:
+                    self._seconds[key], self._untimed = None, error
         return self._seconds[key]
 
     def _by_layers(self, choice: Choice) -> float | None:
@@ -69,7 +74,8 @@ class Pricer:
         if choice.offloads or most is None:
             return most
         least = self.seconds(choice, bound="base")
-        assert least is not None
+        if least is None:
+            return None
         return least + _SURE * PARTS[choice.recompute] * (most - least)
 
     def _price(self, choice: Choice, variant: Choice) -> float | None:
@@ -109,6 +115,8 @@ class Pricer:
         """What the times rest on."""
         if self._ceilings is None:
             return "time is not predicted: the rates of this card are not known"
+        if self._untimed is not None:
+            return f"time is not predicted of every setting: {self._untimed}"
         how = (
             "not yet measured by a run" if self._factor is None else f"times {self._factor:.2f}, as the last run had it"
         )

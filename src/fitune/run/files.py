@@ -65,4 +65,4 @@ def _strange(path: Path) -> str | None:
         (stat.S_ISSOCK, "it is a socket"),
         (lambda mode: stat.S_ISCHR(mode) or stat.S_ISBLK(mode), "it is a device"),
     )
-    return next((f"{what}, no file of the run's own" for is_kind, what in kinds if is_kind(mode)), None)
+    return next((f"{what}, not an ordinary file" for is_kind, what in kinds if is_kind(mode)), None)

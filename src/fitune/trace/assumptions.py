@@ -163,11 +163,11 @@ def tell_made(tensor: torch.Tensor, func: Any, args: tuple[Any, ...], kwargs: di
 class Assumptions:
     """Carries out operators, real or fake, and answers for the data where there is none."""
 
-    def __init__(self, routing: Routing, shapes: ShapeMemory) -> None:
+    def __init__(self, routing: Routing, shapes: ShapeMemory, patience: Patience | None = None) -> None:
         self._routing = routing
         self._shapes = shapes
         self.used: dict[str, None] = {}
-        self.patience = Patience()
+        self.patience = patience or Patience()
 
     def lines(self) -> list[str]:
         """What was assumed. Of the worst routing, where it was wanted, also that it made no difference."""

@@ -33,6 +33,7 @@ from fitune.trace.events import COMPILED, MemoryTrace
 from fitune.trace.failures import explained
 from fitune.trace.flash_package import flash_package
 from fitune.trace.idle_card import cuda_answers
+from fitune.trace.patience import Patience
 from fitune.trace.placement import CARD, NAMES_CUDA, NoCard, card_stands_in
 from fitune.trace.recorder import Mark, Recorder
 from fitune.trace.recording import Recording, to_trace
@@ -72,7 +73,8 @@ class RecordedModel:
     """A model on which one loop after the other is recorded, each as if the model were new.
 
     prepare(model): done once with a new model, and recorded before each loop; `prepared` is what it returned. shapes:
-    of earlier recordings for the same target, which make these faster. Raises what `record_columns` raises.
+    of earlier recordings for the same target, which make these faster. patience: shared with other models. Raises what
+    `record_columns` raises.
     """
 
     def __init__(
@@ -82,11 +84,13 @@ class RecordedModel:
         *,
         prepare: Callable[[nn.Module], Any] | None = None,
         shapes: ShapeMemory | None = None,
+        patience: Patience | None = None,
     ) -> None:
         if settings.mode == "real" and settings.target is not None:
             raise UsageError("a recording on real CPU tensors cannot behave as CUDA: use mode='fake' or target=None")
         self._build, self._settings, self._prepare = build, settings, prepare
         self._shapes = shapes or ShapeMemory()
+        self._patience = patience or Patience()
         self._parts: _Parts | None = None
         self.prepared: Any = None
 
@@ -100,6 +104,7 @@ class RecordedModel:
         """As `record_columns`. watch: entered with the recorder for the length of the loop."""
         target = self._settings.target
         with ExitStack() as stack:
+            stack.enter_context(self._patience.recording())
             stack.enter_context(_collected_at_step_ends())
             stack.enter_context(interrupts_heard())
             stack.enter_context(states_kept())
@@ -115,7 +120,6 @@ class RecordedModel:
             known = self._parts if self._parts is not None and self._parts.go_back() else None
             self._parts = None  # until all went well; an old model is gone before there is a new one
             parts = known or self._new_parts()
-            parts.assumptions.patience.begin()
             if parts.mode is not None:
                 stack.enter_context(_as_real_tensors(checks_indices=target is None))
                 stack.enter_context(as_real())
@@ -159,7 +163,7 @@ class RecordedModel:
         return explained(doing, lambda: bool(parts.assumptions.used)) if parts.mode is not None else nullcontext()
 
     def _new_parts(self) -> "_Parts":
-        assumptions = Assumptions(self._settings.routing, self._shapes)
+        assumptions = Assumptions(self._settings.routing, self._shapes, self._patience)
         target, call = self._settings.target, assumptions.call
         recorder = Recorder(CpuKernels(call) if target is None else CudaKernels(target, call))
         if self._settings.mode == "real":

@@ -1,4 +1,4 @@
-"""How long a recording may take, and what is said while it does.
+"""How long the recordings of one prediction or plan may take, and what is said while they do.
 
 A model that goes through the positions of a row one by one, in Python (RWKV, Mamba and linear attention without their
 kernels), has a thousand times the operators of one that does not, and its recording would not end in any useful time.
@@ -9,10 +9,12 @@ import os
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from fitune.errors import FituneError, UsageError
+from fitune.errors import TooLongError, UsageError
 from fitune.language import translated
 
 VARIABLE = "FITUNE_RECORD_SECONDS"
@@ -21,24 +23,37 @@ MOST_SECONDS = 180.0
 TOLD_EVERY_SECONDS = 30.0
 _EVERY_OPERATORS = 1024
 _OURS = ("torch", "fitune")
+_RECORDS = ("fitune.trace.fake", "record")
 
 log = logging.getLogger("fitune")
 
 
 class Patience:
-    """Asked for each operator of a recording; `begin` starts its clock, which is the processor time of this thread."""
+    """Asked for each operator of the recordings that share it. Its clock is the processor time of this thread within
+    `recording` blocks, all of them together."""
 
     def __init__(self) -> None:
-        self.begin()
+        self._spent = 0.0
+        self._reset()
 
-    def begin(self) -> None:
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Raises TooLongError where earlier blocks have used the time up."""
+        self._reset()
+        self._check(self._started)
+        try:
+            yield
+        finally:
+            self._spent += time.thread_time() - self._started
+
+    def _reset(self) -> None:
         self._num_operators, self._until_asked = 0, _EVERY_OPERATORS
         self._limit = _limit()
         self._started = self._told = time.thread_time()
         self._places: Counter[str] = Counter()
 
     def operator(self) -> None:
-        """One more. Raises FituneError where the recording takes too long."""
+        """One more. Raises TooLongError where the recordings take too long."""
         self._until_asked -= 1
         if self._until_asked:
             return
@@ -47,20 +62,25 @@ class Patience:
         now = time.thread_time()
         if (place := _place(sys._getframe(1))) is not None:
             self._places[place] += 1
-        if now - self._started > self._limit:
-            raise FituneError(
-                f"recording the step took more than {self._limit:.0f} s of processor time{self._where()}: a model that "
-                "goes through positions one by one is recorded with each of them. Install the kernels that it has for "
-                "that (mamba-ssm, causal-conv1d, flash-linear-attention), predict it with a smaller data.max_length, "
-                f"to which its memory is nearly proportional, or wait longer with {VARIABLE}"
-            )
+        self._check(now)
         if now - self._told > TOLD_EVERY_SECONDS:
             self._told = now
             log.warning(
                 "%s", translated(f"still recording the step, {now - self._started:.0f} s so far{self._where()}")
             )
 
+    def _check(self, now: float) -> None:
+        if self._spent + now - self._started > self._limit:
+            raise TooLongError(
+                f"recording the step took more than {self._limit:.0f} s of processor time{self._where()}: a model that "
+                "goes through positions one by one is recorded with each of them. Install the kernels that it has for "
+                "that (mamba-ssm, causal-conv1d, flash-linear-attention), predict it with a smaller data.max_length, "
+                f"to which its memory is nearly proportional, or wait longer with {VARIABLE}"
+            )
+
     def _where(self) -> str:
+        if not self._num_operators:
+            return ""
         place = self._places.most_common(1)[0][0] if self._places else "the loop"
         return f" ({self._num_operators:,} operators, most of them in {place})"
 
@@ -77,8 +97,9 @@ def _limit() -> float:
 
 
 def _place(frame: FrameType | None) -> str | None:
-    """The function that calls for the operator, of a module that is neither torch's nor ours."""
-    while frame is not None:
+    """The function that calls for the operator, of a module that is neither torch's nor ours. None in a backward, which
+    calls none of them: what stands further out called for the recording."""
+    while frame is not None and (frame.f_globals.get("__name__"), frame.f_code.co_name) != _RECORDS:
         if frame.f_globals.get("__name__", "").partition(".")[0] not in _OURS:
             return f"{frame.f_code.co_name} of {Path(frame.f_code.co_filename).name}"
         frame = frame.f_back

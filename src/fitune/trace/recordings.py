@@ -33,6 +33,7 @@ from fitune.trace.extrapolate import (
     transfer_growth,
 )
 from fitune.trace.fake import RecordedModel
+from fitune.trace.patience import Patience
 from fitune.trace.recording import Recording
 from fitune.trace.resize import resize, with_last_step_again
 from fitune.trace.shapes import ShapeMemory
@@ -74,7 +75,8 @@ class _Recorded:
 
 
 class Recordings:
-    """What was recorded is kept, answers are not. They are equal to those of `record_step`, event by event."""
+    """What was recorded is kept, answers are not. They are equal to those of `record_step`, event by event. What takes
+    long is limited over all recordings together (`Patience`)."""
 
     def __init__(self) -> None:
         self._layers: dict[str, LayerList | None] = {}
@@ -84,12 +86,14 @@ class Recordings:
         self._of_one_model: dict[str, list[_Family]] = {}
         self._shapes: dict[CudaTarget | None, ShapeMemory] = {}
         self._models: dict[str, RecordedModel] = {}
+        self._patience = Patience()
 
     def step(self, config: RunConfig, passes: Sequence[Pass], *, target: CudaTarget | None) -> RecordedStep:
         """As `record_step` on fake tensors."""
         columns = self.columns(config, passes, target=target)
         if columns is None:
-            columns = record_columns_of_step(config, passes, target=target)
+            model = model_for(config, target=target, patience=self._patience)
+            columns = record_columns_of_step(config, passes, target=target, on=model)
         return columns.to_step()
 
     def columns(self, config: RunConfig, passes: Sequence[Pass], *, target: CudaTarget | None) -> ColumnsOfStep | None:
@@ -181,7 +185,7 @@ class Recordings:
         if model is None:
             architecture = None if num_layers is None else first_layers(load_config(config.model), num_layers)
             shapes = self._shapes.setdefault(target, ShapeMemory())
-            model = model_for(config, target=target, architecture=architecture, shapes=shapes)
+            model = model_for(config, target=target, architecture=architecture, shapes=shapes, patience=self._patience)
         self._models[key] = model  # the latest last
         if len(self._models) > _MOST_MODELS:
             del self._models[next(iter(self._models))]

@@ -32,6 +32,7 @@ from fitune.trace.cuda_target import CudaTarget
 from fitune.trace.events import MemoryTrace, OperatorWork
 from fitune.trace.extrapolate import NUM_RECORDED_CHUNKS, Rows
 from fitune.trace.fake import RecordedModel, RecordSettings, Step
+from fitune.trace.patience import Patience
 from fitune.trace.recorder import Recorder
 from fitune.trace.recording import Recording, sum_work, to_trace
 from fitune.trace.shapes import ShapeMemory
@@ -138,9 +139,10 @@ def model_for(
     mode: Literal["fake", "real"] = "fake",
     architecture: PretrainedConfig | None = None,
     shapes: ShapeMemory | None = None,
+    patience: Patience | None = None,
 ) -> RecordedModel:
     """For recordings of this configuration, and of others with the same model, packing, loss and routing. architecture:
-    of a model with fewer layers, instead of the configured one. shapes: as in `RecordedModel`."""
+    of a model with fewer layers, instead of the configured one. shapes, patience: as in `RecordedModel`."""
     precision = target_precision(config, target)
 
     def build() -> nn.Module:
@@ -156,7 +158,7 @@ def model_for(
         return packing
 
     settings = RecordSettings(mode=mode, target=target, routing=config.memory.routing)
-    return RecordedModel(build, settings, prepare=ask, shapes=shapes)
+    return RecordedModel(build, settings, prepare=ask, shapes=shapes, patience=patience)
 
 
 def record_columns_of_step(
