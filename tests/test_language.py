@@ -78,6 +78,7 @@ NOT_SAID = (
     r"[^ ]\|[^ ]|^[\w.]+( [\w.]+)*_[\w.]+( [\w.]+)*$|\w+_\w+ \w+_\w+",  # regular expressions, lists of keys
     r"of at (least|most)$|unknown escape character|Detected pickle protocol|dummy base class",  # parts, others' words
     r"Korthikanti et al\. 2022|Total (train batch size|optimization steps)|limits of the block",  # names
+    r"^3 of 3 \(3 tokens with padding\)$",  # a sentence that begins with values
     r"keys did not match$",  # words of peft
 )
 
@@ -139,10 +140,10 @@ def test_a_whole_sentence_has_the_same_values_and_is_translated(english: str, mo
 @pytest.mark.parametrize(
     ("english", "chinese"),
     [
-        ("12 rows hold the key 'mood', which is ignored", "12 个样本含有键 'mood'，已忽略"),
+        ("12 samples hold the key 'mood', which is ignored", "12 个样本含有键 'mood'，已忽略"),
         (
             "  a.jsonl, lines 1, 3: its 'label' is False, which marks its answer as a bad one (KTO): leave the key "
-            "out, or name it in data.ignore_keys to train on the row all the same",
+            "out, or name it in data.ignore_keys to train on the sample all the same",
             "  a.jsonl 第 1, 3 行：它的 'label' 为 False，表示这是不好的回答（KTO）："
             "请去掉这个键，或写进 data.ignore_keys 以照样训练该样本",
         ),
@@ -181,9 +182,10 @@ def test_a_sentence_is_translated_with_what_stands_in_it(
             "激活 2.0 GiB，参数 0.5 GiB",
         ),
         (
-            "out of memory in the forward of 3 rows (96 positions), 1.0 GiB at once were missing: split into pieces of "
-            "at most 48 positions; no row is lost",
-            "3 个样本的前向（96 个位置）时爆显存（OOM），一次差 1.0 GiB：拆成至多 48 个位置的小块；没有丢失样本",
+            "out of memory in the forward of 3 samples (96 tokens with padding), 1.0 GiB at once were missing: split "
+            "into micro-batches of at most 48 tokens with padding; no sample is lost",
+            "3 个样本的前向（96 个 token，含填充）时爆显存（OOM），一次差 1.0 GiB："
+            "拆成至多 48 个 token（含填充）的微批；没有丢失样本",
         ),
         ("warning: more than 5% off: memory of step 2: reserved 2.0 GiB predicted, 1.0 GiB measured (+9.9%)", "已保留"),
         ("--apply 9 is none of the candidates: give 0 to 4", "--apply 9 不是候选的编号：请给 0 到 4"),

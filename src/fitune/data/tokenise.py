@@ -54,8 +54,8 @@ class Encoder:
         finder = self.tool_finder if chat.tools else self.finder
         if finder is None:
             raise DataError(
-                "the tokenizer has no chat template, and these rows are conversations: give a Jinja template file with "
-                "data.template, or plain text in 'text'"
+                "the tokenizer has no chat template, and these samples are conversations: give a Jinja template file "
+                "with data.template, or plain text in 'text'"
             )
         return finder
 
@@ -161,7 +161,9 @@ def _generated(chat: Conversation, finder: TurnFinder, text: str, spans: Sequenc
     answers = [message for message in chat.messages if message["role"] == "assistant"]
     num_answers = len(answers)
     if len(spans) != num_answers and any(weight is not None for weight in chat.assistant_weights):
-        raise TemplateError(f"the template marks {len(spans)} turns, the row weighs {num_answers} assistant messages")
+        raise TemplateError(
+            f"the template marks {len(spans)} turns, the sample weighs {num_answers} assistant messages"
+        )
     if len(spans) != num_answers:
         return Turns(text, tuple(spans), frozenset(ends))
     kept: list[CharSpan | None] = []

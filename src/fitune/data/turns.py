@@ -235,8 +235,8 @@ class TurnFinder:
             if not grows or ("tool_calls" not in message and said not in whole[len(prompt) :]):
                 raise TemplateError(
                     "its assistant turns cannot be told apart: the chat template does not write message "
-                    f"{number + 1} (assistant) as the row has it. Give another template with data.template, or train "
-                    "on every token with data.mask=all"
+                    f"{number + 1} (assistant) as the sample has it. Give another template with data.template, or "
+                    "train on every token with data.mask=all"
                 )
             grown.append((len(prompt), len(whole)))
         if not grown or grown[-1][1] < len(text) or messages[-1]["role"] != "assistant":

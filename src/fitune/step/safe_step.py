@@ -110,7 +110,7 @@ class Protection(Generic[P]):
     quarantined: set[int] = field(default_factory=set)
     room: Callable[[], int | None] | None = None
     watched: list[tuple[nn.Module, str]] | None = None
-    way_out: str = "give shorter rows or a smaller model"
+    way_out: str = "give shorter samples or a smaller model"
 
     @property
     def device(self) -> torch.device:
@@ -147,13 +147,13 @@ class Failure:
     def where(self) -> str:
         if self.place in LATE:
             return self.place
-        rows = f"row {self.row_ids[0]}" if len(self.row_ids) == 1 else f"{len(self.row_ids)} rows"
-        return f"{self.place} of {rows} ({self.num_positions:,} positions)"
+        rows = f"sample {self.row_ids[0]}" if len(self.row_ids) == 1 else f"{len(self.row_ids)} samples"
+        return f"{self.place} of {rows} ({self.num_positions:,} tokens with padding)"
 
     def __str__(self) -> str:
         needed = "" if self.needed_bytes is None else f", {format_bytes(self.needed_bytes)} at once were missing"
         process = f"rank {self.rank}: " if self.rank else ""
-        return f"{process}out of memory in the {self.where}{needed}: {self.action}; no row is lost"
+        return f"{process}out of memory in the {self.where}{needed}: {self.action}; no sample is lost"
 
 
 ELSEWHERE = Failure(place="elsewhere", row_ids=(), num_positions=0, needed_bytes=None)
@@ -492,7 +492,7 @@ def _attempt(protection: Protection[P], progress: _Progress[P], *, step: int, tr
         row_ids = () if piece is None else piece.row_ids
         if where == "host":
             raise OutOfMemoryError(
-                f"the machine's own memory ran out in the {place} of {len(row_ids)} rows: close other programs, "
+                f"the machine's own memory ran out in the {place} of {len(row_ids)} samples: close other programs, "
                 "or use a smaller model or less data"
             ) from error
         num_positions = 0 if piece is None else piece.num_positions
@@ -541,7 +541,7 @@ def _next_rung(
                 protection.work.split(piece, most_positions) if piece.num_positions > most_positions else [piece]
             )
         ]
-        return f"split into pieces of at most {most_positions:,} positions"
+        return f"split into micro-batches of at most {most_positions:,} tokens with padding"
     if protection.reliefs:
         name = protection.reliefs[0].name
         protection.relieve(name)
@@ -551,7 +551,7 @@ def _next_rung(
         protection.quarantined.add(failure.row_ids[0])
         progress.restart()
         progress.leave_out(failure.row_ids)
-        return f"row {failure.row_ids[0]} is left out from now on"
+        return f"sample {failure.row_ids[0]} is left out from now on"
     tried = f" and with {', '.join(protection.relieved)}" if protection.relieved else ""
     raise OutOfMemoryError(f"{no_room(failure)}, alone{tried}: {protection.way_out}")
 
