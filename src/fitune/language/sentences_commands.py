@@ -232,6 +232,8 @@ COMMANDS: dict[str, str] = {
     "tokens in one forward and backward": "一次前向和反向的 token 数",
     "micro-batches in an optimizer step": "一个优化步的微批数",
     "batch.micro (samples) and batch.micro_tokens (tokens) exclude each other: give one of them": "batch.micro（样本数）和 batch.micro_tokens（token 数）互斥：只给一个",
+    "{key} and {alias} are two names of one key: keep one": "{key} 和 {alias} 是同一个键的两个名称：只留一个",
+    "another name of {key}": "{key} 的另一个名称",
     "batch.accumulation follows from the samples' lengths when batch.micro_tokens is given: drop it": "给了 batch.micro_tokens 时，batch.accumulation 由样本长度决定：请去掉它",
     "batch.micro {micro} x batch.accumulation {accumulation} = {product}, but batch.effective is {effective}: drop one of the three": "batch.micro {micro} x batch.accumulation {accumulation} = {product}，而 batch.effective 是 {effective}：请去掉三者之一",
     "batch.micro {micro} is more than batch.effective {effective}: lower batch.micro": "batch.micro {micro} 大于 batch.effective {effective}：请调低 batch.micro",
