@@ -21,6 +21,7 @@ import numpy.typing as npt
 from fitune.config import DataConfig, DataSource
 from fitune.data.files import RawRow, fingerprint, read_rows, split_sample
 from fitune.data.formats import Conversation, Format, RowError, normalise
+from fitune.data.marked import NOT_SHOWN, writes_reasoning
 from fitune.data.report import (
     BadRow,
     DataReport,
@@ -35,7 +36,6 @@ from fitune.data.rows import Row
 from fitune.data.splits import Split, other_splits
 from fitune.data.table import Table, TableRow, TableWriter, cached_table
 from fitune.data.tokenise import Encoded, Encoder, encode, read_encoder
-from fitune.data.turns import NOT_SHOWN, writes_reasoning
 from fitune.errors import DataError
 from fitune.units import MIB
 

@@ -13,8 +13,9 @@ from typing import Any, Literal
 
 from fitune.data.chat_template import PROBE, CharSpan, ChatTemplate, TemplateError, merged_system, read_template
 from fitune.data.formats import Conversation, Message
+from fitune.data.marked import LOST_THOUGHT, NOT_SHOWN, loses_thought, writes_reasoning
 from fitune.data.template_limits import limited
-from fitune.data.turns import LOST_THOUGHT, NOT_SHOWN, TurnFinder, Turns, loses_thought, writes_reasoning
+from fitune.data.turns import TurnFinder, Turns
 from fitune.errors import DataError, ModelError
 
 Mask = Literal["assistant", "last", "all"]
