@@ -274,7 +274,10 @@ def test_the_english_words_are_those_of_the_glossary(wrong: str) -> None:
 @pytest.mark.parametrize("page", PAGES_FOR_USERS)
 def test_the_words_of_a_page_are_those_of_the_glossary(page: str) -> None:
     prose = re.sub(
-        r"```.*?```|`[^`\n]*`", "", (SOURCE.parent.parent / page).read_text(encoding="utf-8"), flags=re.DOTALL
+        r"```.*?```|`[^`\n]*`|(?m:^    .*$)",
+        "",
+        (SOURCE.parent.parent / page).read_text(encoding="utf-8"),
+        flags=re.DOTALL,
     )
     wrong = re.compile("|".join(OTHER_ENGLISH), re.IGNORECASE)
     assert [line for line in prose.splitlines() if wrong.search(line)] == []
