@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fitune.config import RunConfig
+from fitune.config.aliases import ALIASES
 from fitune.config.wording import describe
 from fitune.language import choose_language, translated
 
@@ -32,6 +33,27 @@ decided by the plan. `fitune train sft.yaml --print-config` prints all of them w
 本页由 `python docs/configuration_keys.py` 写成。
 
 """,
+}
+OTHER_NAMES = {
+    "en": (
+        "## Other names",
+        "",
+        "The words of transformers and peft are accepted in place of the keys, in files and on the command line. A key",
+        "and its other name beside each other are refused. `model.gradient_checkpointing` may be true (full) or false",
+        "(off) too.",
+        "",
+        "| other name | key |",
+        "|---|---|",
+    ),
+    "zh": (
+        "## 其他名称",
+        "",
+        "transformers 和 peft 的叫法也可以代替这些键，写在文件里或命令行上。同时写一个键和它的其他名称会被拒绝。",
+        "`model.gradient_checkpointing` 也可以是 true（即 full）或 false（即 off）。",
+        "",
+        "| 其他名称 | 键 |",
+        "|---|---|",
+    ),
 }
 COLUMNS = {"en": ("key", "default", "values", "what it is"), "zh": ("键", "默认值", "取值", "含义")}
 
@@ -59,7 +81,8 @@ def _tables(language: str) -> Iterator[str]:
         definition = _definition(content, schema["$defs"])
         yield "\n".join([f"## {name}", "", *head, *_rows(name, definition, schema["$defs"]), ""])
     if alone:
-        yield "\n".join([f"## {'Others' if language == 'en' else '其他'}", "", *head, *alone])
+        yield "\n".join([f"## {'Others' if language == 'en' else '其他'}", "", *head, *alone, ""])
+    yield "\n".join([*OTHER_NAMES[language], *(f"| `{alias}` | `{key}` |" for alias, key in ALIASES.items())])
 
 
 def _definition(content: Any, definitions: Any) -> Any:

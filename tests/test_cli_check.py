@@ -31,10 +31,10 @@ def test_the_first_ten_lines_say_what_is_learned_cut_and_ignored(data: DataConfi
     lines = report_on(data, tokenizer=TOKENIZER, width=100).splitlines()[:10]
     for part in (
         "loss     assistant turns only",
-        "learned  ⟦answer<|im_end|>\\n⟧ in the first row",
+        "learned  ⟦answer<|im_end|>\\n⟧ in the first sample",
         "ends     answers end with <|im_end|>, where the saved model stops",
-        "cut      1 rows have over 96 tokens; 1 rows teach nothing and go",
-        "! 3 rows hold the key 'mood', which is ignored",
+        "cut      1 samples have over 96 tokens; 1 samples teach nothing and go",
+        "! 3 samples hold the key 'mood', which is ignored",
     ):
         assert any(line.startswith(part) for line in lines), (part, lines)
 
@@ -45,20 +45,20 @@ def test_the_report_fits_its_width_and_cuts_no_number(data: DataConfig, width: i
     assert max(map(len, shown.splitlines())) <= width
     assert "…" not in shown
     head = next(line for line in shown.splitlines() if line.startswith("split"))
-    assert head.split() == ["split", "rows", "tokens", "p50", "p95", "p99", "max", ">", "96", "no", "target"]
+    assert head.split() == ["split", "samples", "tokens", "p50", "p95", "p99", "max", ">", "96", "no", "target"]
 
 
 def test_the_report_names_format_mask_losses_and_bad_rows(data: DataConfig) -> None:
     shown = " ".join(report_on(data, tokenizer=TOKENIZER).split())
     for part in (
-        "sft.jsonl: alpaca, 43 rows",
+        "sft.jsonl: alpaca, 43 samples",
         "through the tokenizer's chat template",
         "assistant turns only",
         "(found by marked messages)",
-        "! 1 training rows are copies of others",
-        "! padding every row to 96 computes",
-        "bad rows, not used: 1; the first ones sft.jsonl, line 43: broken JSON at column 2",
-        "rows dropped: 1; the first ones sft.jsonl, line 42: no supervised token left after the cut",
+        "! 1 training samples are copies of others",
+        "! padding every sample to 96 computes",
+        "bad samples, not used: 1; the first ones sft.jsonl, line 43: broken JSON at column 2",
+        "samples dropped: 1; the first ones sft.jsonl, line 42: no supervised token left after the cut",
     ):
         assert part in shown
 

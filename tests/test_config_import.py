@@ -283,7 +283,7 @@ def test_the_text_reads_back_as_the_same(text: str, tmp_path: Path) -> None:
     ("text", "words"),
     [
         (LLAMA_FACTORY, ["dataset identity is a name in", "template: 'llama3' is LLaMA-Factory's own"]),
-        (AXOLOTL, ["a row of axolotl's batch is a block", "set optim.warmup to 10 / the steps of the run"]),
+        (AXOLOTL, ["a sequence of axolotl's batch is a block", "set optim.warmup to 10 / the steps of the run"]),
         (MINIMIND, ["the mean of the micro-batches' means", "stand there, or change them"]),
     ],
     ids=["lf", "axolotl", "minimind"],

@@ -390,7 +390,7 @@ def test_the_columns_of_several_sources_are_told_where_they_differ(tmp_path: Pat
         ("type: chatml.intel", "fitune is for supervised fine-tuning alone"),
         ("type: input_output", "segments with labels of their own"),
         ("roles_to_train: [user, assistant]", "here the assistant's messages are learned"),
-        ("message_field_training: keep", "call that key 'train' in the rows"),
+        ("message_field_training: keep", "call that key 'train' in the samples"),
     ],
 )
 def test_rows_of_axolotl_that_are_learned_otherwise_are_refused(more: str, sentence: str, tmp_path: Path) -> None:

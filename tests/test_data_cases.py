@@ -143,11 +143,11 @@ def test_rows_are_learned_so_under_this_template(name: str, template: str, text:
 def test_what_the_template_adds_or_drops_is_said_with_the_number_of_rows() -> None:
     warnings = load("think_inline_multi.jsonl", "glm45").report.warnings
     assert (
-        "12 rows hold thinking in earlier turns, which the chat template leaves out there: those turns are not learned"
-        in warnings
+        "12 samples hold thinking in earlier turns, which the chat template leaves out there: those turns are not "
+        "learned" in warnings
     )
     assert any(
-        "12 rows end in an answer that the chat template does not end: <|im_end|> is added" in w for w in warnings
+        "12 samples end in an answer that the chat template does not end: <|im_end|> is added" in w for w in warnings
     )
     assert load("plain_multi.jsonl", "no_end_of_turn").report.ends == ("<|im_end|>",)
 
@@ -261,8 +261,8 @@ def test_keys_that_mean_nothing_are_counted_and_harmless_ones_are_not_named(tmp_
     rows = [{**CHAT, "id": 1, "source": "x", "label": True, "mood": "good"}, {**CHAT, "images": []}]
     warnings = load(write(tmp_path / "a.jsonl", *rows)).report.warnings
     assert sorted(warning for warning in warnings if "key" in warning) == [
-        "1 rows hold the key 'label', which is ignored",
-        "1 rows hold the key 'mood', which is ignored",
+        "1 samples hold the key 'label', which is ignored",
+        "1 samples hold the key 'mood', which is ignored",
     ]
 
 

@@ -108,13 +108,13 @@ def test_bad_rows_are_counted_and_listed_with_their_lines(tmp_path: Path) -> Non
 
 def test_too_many_bad_rows_stop_the_run_and_the_first_are_named(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [*numbered(9), "{"])
-    with pytest.raises(DataError, match=r"1 of 10 rows cannot be used(.|\n)*a.jsonl, line 10: broken JSON"):
+    with pytest.raises(DataError, match=r"1 of 10 samples cannot be used(.|\n)*a.jsonl, line 10: broken JSON"):
         load(path, max_bad_fraction=0.09)
     assert load(path, max_bad_fraction=0.1).report.num_bad_rows == 1
 
 
 def test_a_hopeless_file_is_not_read_to_its_end(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="1,000 of 1,000 rows cannot be used"):
+    with pytest.raises(DataError, match="1,000 of 1,000 samples cannot be used"):
         load(write(tmp_path / "a.jsonl", ["{"] * 5000))
 
 
@@ -141,7 +141,7 @@ def test_files_of_a_directory_may_have_different_formats(tmp_path: Path) -> None
 
 def test_data_that_trains_on_nothing_is_refused(tmp_path: Path) -> None:
     rows = [chat("Q", "A", loss_weight=0)] * 3
-    with pytest.raises(DataError, match="learn from nothing, since none of its 3 rows has a supervised token"):
+    with pytest.raises(DataError, match="learn from nothing, since none of its 3 samples has a supervised token"):
         load(write(tmp_path / "a.jsonl", rows))
 
 
@@ -177,7 +177,7 @@ def test_a_small_data_set_holds_out_one_row_and_a_single_row_none(tmp_path: Path
     alone = load(write(tmp_path / "b.jsonl", numbered(1)), "eval", eval_fraction=0.01)
     assert (len(alone), alone.report.train.num_rows) == (0, 1)
     assert alone.report.warnings == (
-        "no row is held out: the rows are too few or all alike, so there is no evaluation",
+        "no sample is held out: the samples are too few or all alike, so there is no evaluation",
     )
 
 
@@ -185,7 +185,7 @@ def test_data_eval_is_the_evaluation_and_rows_in_both_are_told(tmp_path: Path) -
     train, held_out = write(tmp_path / "a.jsonl", numbered(5)), write(tmp_path / "b.jsonl", numbered(6)[4:])
     examples = load(train, "eval", eval=str(held_out), eval_fraction=0.5)
     assert (len(examples), examples.report.train.num_rows) == (2, 5)
-    assert "1 rows of data.train are in data.eval too" in examples.report.warnings[0]
+    assert "1 samples of data.train are in data.eval too" in examples.report.warnings[0]
 
 
 def test_sources_are_mixed_by_weight_and_each_has_its_limit(tmp_path: Path) -> None:
@@ -209,9 +209,9 @@ def test_what_has_no_effect_is_told(tmp_path: Path) -> None:
     row["messages"][0]["loss_weight"] = 1
     warnings = load(write(tmp_path / "a.jsonl", [row])).report.warnings
     assert [warning.split(",")[0] for warning in warnings] == [
-        "1 rows hold reasoning_content",
-        "1 rows hold tools",
-        "1 rows weigh messages that are not the assistant's",
+        "1 samples hold reasoning_content",
+        "1 samples hold tools",
+        "1 samples weigh messages that are not the assistant's",
     ]
 
 

@@ -123,10 +123,10 @@ def test_a_directory_gives_its_files_in_order(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "reason"),
     [
-        ("a.jsonl", b"", "is empty: it holds no row"),
-        ("a.jsonl", b"\n \n", "is empty: it holds no row"),
-        ("a.json", b"[]", "is empty: it holds no row"),
-        ("a.csv", b"text\n", "is empty: it holds no row"),
+        ("a.jsonl", b"", "is empty: it holds no sample"),
+        ("a.jsonl", b"\n \n", "is empty: it holds no sample"),
+        ("a.json", b"[]", "is empty: it holds no sample"),
+        ("a.csv", b"text\n", "is empty: it holds no sample"),
         ("a.jsonl", b"\x1f\x8b\x08\x00\x00", "is no text file"),
         ("a.parquet", b"no parquet at all", "cannot be read as parquet"),
         ("a.csv", b'text\n"a', "line 1: broken CSV"),
@@ -184,7 +184,7 @@ def test_a_file_whose_name_ends_like_a_sample_is_itself(tmp_path: Path) -> None:
 
 
 def test_a_sample_of_no_rows_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="a sample of 0 rows"):
+    with pytest.raises(DataError, match="0 samples"):
         read(f"{write_lines(tmp_path / 'a.jsonl', ROWS)}#0")
 
 

@@ -210,7 +210,7 @@ def test_an_answer_that_the_template_leaves_out_once_others_follow_is_not_learne
 def test_a_template_that_does_not_write_the_answer_is_refused_with_its_message() -> None:
     result = encoded(encoder(PLAIN_TURNS.replace("'Bot: ' + message.content", "'Bot: ...'")), *DIALOGUE)
     assert isinstance(result, str)
-    assert "does not write message 2 (assistant) as the row has it" in result
+    assert "does not write message 2 (assistant) as the sample has it" in result
 
 
 @pytest.mark.parametrize("arguments", ['{"a": 1}', {"a": 1}])

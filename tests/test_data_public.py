@@ -67,8 +67,8 @@ def test_a_message_that_another_tool_leaves_out_is_not_learned(tmp_path: Path, f
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        ({"messages": [USER, SAID], "weight": 0.5}, "'weight' is 0.5, which weighs the whole row"),
-        ({"messages": [USER, SAID], "loss_scale": [0, 1]}, "which weighs the whole row"),
+        ({"messages": [USER, SAID], "weight": 0.5}, "'weight' is 0.5, which weighs the whole sample"),
+        ({"messages": [USER, SAID], "loss_scale": [0, 1]}, "which weighs the whole sample"),
         ({"prompt": "Q", "completion": "A", "desirable": False}, "its 'desirable' is False"),
         ({"prompt": "Q", "completion": "A", "is_correct": "no"}, "its 'is_correct' is no"),
         ({"prompt": "Q", "completion": "A", "label": "bad"}, "its 'label' is bad"),
@@ -123,7 +123,7 @@ def test_texts_in_which_a_conversation_is_written_out_are_told(tmp_path: Path) -
 def test_many_keys_that_are_ignored_are_one_sentence(tmp_path: Path) -> None:
     row = {"messages": [USER, SAID], "mood": 1, "view": 2, "extra_a": 3}
     warnings = load(write(tmp_path / "a.jsonl", row)).report.warnings
-    assert "1 rows hold the keys extra_a, mood, view, which are ignored" in warnings
+    assert "1 samples hold the keys extra_a, mood, view, which are ignored" in warnings
 
 
 def calls(*messages: dict[str, Any], name: str = "qwen25", tools: Any = TOOLS) -> list[str]:
@@ -235,7 +235,7 @@ def test_an_array_of_texts_is_plain_text(tmp_path: Path) -> None:
     ("name", "content", "reason"),
     [
         ("a.csv", b"prompt,completion,prompt\nQ,A,B\n", "two columns are called 'prompt'"),
-        ("a.json", json.dumps({"test": [ROW], "train": [ROW]}).encode(), "several lists of rows (test, train)"),
+        ("a.json", json.dumps({"test": [ROW], "train": [ROW]}).encode(), "several lists of samples (test, train)"),
         ("a.parquet", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "is a pointer of Git LFS"),
         ("a.json", '[{"instruction": "你好", "output": "好"}]'.encode("gbk"), "it may be in GBK"),
         ("a.jsonl", LINES.encode("utf-32"), "is in UTF-32"),

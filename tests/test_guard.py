@@ -137,10 +137,10 @@ def test_a_run_that_cannot_go_on_saves_its_weights_and_ends_with_4(
     limit(0, first=10)  # after six of the check, two of the trial and two of the first step
     assert command(place) == 4
     error = capsys.readouterr().err
-    assert "no memory for 20.0 MiB in the forward of row" in error
+    assert "no memory for 20.0 MiB in the forward of sample" in error
     assert "runs/run/last" in error
     assert (
-        "alone and with model.recompute=full, a loss of 32 positions at a time: lower data.max_length (now 64), set "
+        "alone and with model.recompute=full, a loss of 32 tokens at a time: lower data.max_length (now 64), set "
         "model.method=lora or leave such samples out with memory.on_oom=quarantine; the weights" in error
     )
     assert (RUN.last / "model.safetensors").exists()
@@ -155,7 +155,7 @@ def test_rows_that_do_not_fit_are_left_out_where_that_is_asked_for(place: Path, 
     assert left_out
     done = {row for line in read_journal(RUN.journal) for piece in line.plan for row in piece}
     assert done
-    assert all(f"row {row} is left out" not in message for row in done for message in left_out)
+    assert all(f"sample {row} is left out" not in message for row in done for message in left_out)
 
 
 @pytest.fixture
@@ -182,13 +182,13 @@ def test_what_saved_memory_is_in_the_journal_and_done_again_by_a_replay_and_a_re
     place: Path, large_loss_fails: pytest.MonkeyPatch
 ) -> None:
     """Neither runs out of memory itself: both take it from what was written. A smaller loss changes the last bits."""
-    small = f"a loss of {SMALL_CHUNK_TOKENS} positions at a time"
+    small = f"a loss of {SMALL_CHUNK_TOKENS} tokens at a time"
     rows = {"effective": 16, "micro": 16}
     sections: dict[str, dict[str, Any]] = {
         "model": {"recompute": "off"}, "batch": rows, "train": {"steps": 4, "save_every": 1},
     }  # fmt: skip
     assert command(place, sections) == 0
-    assert f"{small} from now on; no row is lost" in happened(RUN, "out_of_memory")[-1]
+    assert f"{small} from now on; no sample is lost" in happened(RUN, "out_of_memory")[-1]
     lines = read_journal(RUN.journal)
     assert [line.reliefs for line in lines] == [(), *[((small,),)] * 3]
     large_loss_fails.undo()
@@ -229,7 +229,7 @@ def test_memory_that_is_taken_and_given_back_shrinks_micro_batches_and_lets_them
     assert summary.num_ooms == len(happened(crowded, "out_of_memory"))
     assert summary.micro_batch_changes >= 2
     assert "grow to at most" in happened(crowded, "micro_batch")[-1]
-    assert all("no row is lost" in message for message in happened(crowded, "out_of_memory"))
+    assert all("no sample is lost" in message for message in happened(crowded, "out_of_memory"))
     assert read_summary(calm.summary).num_ooms == 0
 
 

@@ -174,7 +174,7 @@ _SMALL = {"vocab_size": 64, "hidden_size": 32, "num_attention_heads": 4, "num_hi
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
-        (BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=4), "does not take row boundaries"),
+        (BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=4), "does not take sample boundaries"),
         (Lfm2Config(**_SMALL, intermediate_size=48, layer_types=["conv", "full_attention"]), "layers of kind conv"),
         (LlamaConfig(**_SMALL, intermediate_size=48, use_bidirectional_attention=True), "not causal"),
     ],
@@ -189,7 +189,7 @@ def test_what_mixes_rows_is_not_packed_and_says_why(config: Any, reason: str) ->
 def test_a_convolution_over_positions_is_noticed() -> None:
     model = build("qwen3")
     model.model.layers[0].mixer = nn.Conv1d(32, 32, 3)
-    assert "Conv1d mixes neighbouring rows" in str(can_pack(model))
+    assert "Conv1d mixes neighbouring samples" in str(can_pack(model))
 
 
 def test_a_layer_that_does_not_receive_the_boundaries_is_noticed() -> None:
@@ -197,7 +197,7 @@ def test_a_layer_that_does_not_receive_the_boundaries_is_noticed() -> None:
     layer = model.model.layers[1]
     forward = layer.self_attn.forward
     layer.self_attn.forward = lambda *a, row_boundaries=None, **k: forward(*a, **k)
-    assert can_pack(model) == "row boundaries reach 1 of its 2 layers"
+    assert can_pack(model) == "sample boundaries reach 1 of its 2 layers"
 
 
 @pytest.mark.parametrize("kernel", ["flash", "math"])

@@ -150,13 +150,13 @@ class Counting(nn.Module):
 def test_buffers_that_only_change_pass_and_are_said() -> None:
     torch.manual_seed(0)
     verdict = check(Small(Counting()).train())
-    assert verdict == Verdict(True, "Counting change buffers in every forward, also when rows are only split")
+    assert verdict == Verdict(True, "Counting change buffers in every forward, also when samples are only split")
 
 
 def test_a_loss_that_is_no_number_is_named() -> None:
     model = make_model()
     verdict = check_model(model, lambda part, weight: model(**part).loss * torch.nan, PROBE)
-    assert verdict == Verdict(False, "the loss of two ordinary rows is nan")
+    assert verdict == Verdict(False, "the loss of two ordinary samples is nan")
 
 
 def test_dropout_passes_and_is_said() -> None:
@@ -173,7 +173,7 @@ def test_a_masked_row_that_is_no_finite_zero_is_named() -> None:
         return loss if (part["labels"] != -100).any() else loss * torch.nan
 
     verdict = check_model(model, share, PROBE)
-    assert verdict == Verdict(False, "a row without targets has the loss nan instead of 0")
+    assert verdict == Verdict(False, "a sample without targets has the loss nan instead of 0")
 
 
 def test_the_check_leaves_everything_as_it_was() -> None:

@@ -90,7 +90,7 @@ def test_one_row_that_does_not_fit_is_named_and_nothing_is_changed() -> None:
     step = fitune.SafeStep(model, optimizer)
     step(labelled((12, 10)))
     before = [parameter.clone() for parameter in model.parameters()]
-    with failing(model, "forward of layer 0", *range(10)), pytest.raises(OutOfMemoryError, match="row 0"):
+    with failing(model, "forward of layer 0", *range(10)), pytest.raises(OutOfMemoryError, match="sample 0"):
         step(labelled((12, 10)))
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 

@@ -115,8 +115,8 @@ def test_a_failure_says_what_was_missing_and_that_no_row_is_lost() -> None:
     with failing(model, FORWARD, 0):
         (failure,) = safe_step(protected(model), pieces(make_batch()), step=1).failures
     assert str(failure) == (
-        "out of memory in the forward of 3 rows (50 positions), 20.0 MiB at once were missing: "
-        "split into pieces of at most 25 positions; no row is lost"
+        "out of memory in the forward of 3 samples (50 tokens with padding), 20.0 MiB at once were missing: "
+        "split into micro-batches of at most 25 tokens with padding; no sample is lost"
     )
 
 
@@ -139,7 +139,7 @@ def test_what_saves_memory_is_tried_only_at_a_single_row_and_in_order() -> None:
     assert [failure.action for failure in result.failures] == ["first from now on", "second from now on"]
 
 
-SMALL_LOSS = f"a loss of {SMALL_CHUNK_TOKENS} positions at a time"
+SMALL_LOSS = f"a loss of {SMALL_CHUNK_TOKENS} tokens at a time"
 RECOMPUTE, OFFLOAD = "model.recompute=full", "model.offload_activations=true"
 
 
@@ -214,7 +214,7 @@ def test_a_row_that_does_not_fit_alone_stops_the_run_with_its_number_and_changes
     with pytest.raises(OutOfMemoryError) as caught:
         safe_step(protection, pieces(make_batch()), step=1)
     assert str(caught.value) == (
-        "no memory for 20.0 MiB in the forward of row 1 (40 positions) with 1.0 MiB free, alone: give up"
+        "no memory for 20.0 MiB in the forward of sample 1 (40 tokens with padding) with 1.0 MiB free, alone: give up"
     )
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -411,13 +411,14 @@ def test_an_evaluation_has_its_own_ladder() -> None:
     assert found.result.num_correct == expected.num_correct
     assert found.result.num_supervised_tokens == expected.num_supervised_tokens
     assert found.most_positions == 25
-    assert [failure.action for failure in found.failures] == ["evaluated in pieces of at most 25 positions from now on"]
+    action = "evaluated in micro-batches of at most 25 tokens with padding from now on"
+    assert [failure.action for failure in found.failures] == [action]
 
 
 def test_a_row_that_cannot_be_evaluated_is_named() -> None:
     model, batch = make_model(), Batch(make_batch().rows[1:2])
     settings = settings_for(model, "full")
-    with failing(model, "evaluation", *EVERY_CALL), pytest.raises(OutOfMemoryError, match="row 1"):
+    with failing(model, "evaluation", *EVERY_CALL), pytest.raises(OutOfMemoryError, match="sample 1"):
         safe_evaluate(model, pieces(batch), settings=settings, room=lambda: None)
     assert model.training
     with failing(model, "evaluation", 0):

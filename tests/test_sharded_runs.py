@@ -118,7 +118,7 @@ def test_a_process_without_memory_for_a_row_ends_all_and_nothing_is_lost() -> No
 def test_a_signal_to_one_process_stops_all_and_one_alone_cannot_go_on() -> None:
     assert train(*SHARDED, "run.name=stopped", fault=told_to_end) == [143, 143]
     assert train("--resume", "runs/stopped", size=1) == [2]
-    assert "model.shard=full deals the weights over processes and this is one alone" in Path("0.err").read_text()
+    assert "model.shard=full shards the weights over processes and this is one alone" in Path("0.err").read_text()
     assert train("--resume", "runs/stopped", "model.shard=none", size=1) == [2]
     assert "was saved by model.shard=full: go on with it under torchrun" in Path("0.err").read_text()
     assert train("--resume", "runs/stopped") == [0, 0]
@@ -167,9 +167,9 @@ def test_a_save_that_fails_in_one_process_is_told_and_the_run_goes_on() -> None:
 
 
 REFUSED = {
-    "model.method=qlora": "does not deal 4-bit weights: set model.method to lora",
-    "optim.name=adafactor": "does not deal the state of optim.name adafactor: use adamw, adamw_foreach or sgd",
-    "optim.name=adamw_host": "does not deal the state of optim.name adamw_host",
+    "model.method=qlora": "does not shard 4-bit weights: set model.method to lora",
+    "optim.name=adafactor": "does not shard the state of optim.name adafactor: use adamw, adamw_foreach or sgd",
+    "optim.name=adamw_host": "does not shard the state of optim.name adamw_host",
     "model.compile=true": "model.compile does not work with model.shard full: drop one of them",
     "model.offload_activations=true": "model.offload_activations does not work with model.shard full: drop one of them",
     "memory.on_oom=quarantine": "set memory.on_oom to stop, or drop model.shard",

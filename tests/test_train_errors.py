@@ -65,7 +65,7 @@ DATA: dict[str, Case] = {
     "white space": (text("\n \n"), (), ("sft.jsonl is empty",)),
     "a binary file": (text(b"\x00\x01\x02" * 99), (), ("sft.jsonl is no text file",)),
     "another encoding": (text("é".encode("latin-1") * 3), (), ("not UTF-8 at byte 1",)),
-    "broken lines": (text('{"messages": [\n' * 3), (), ("3 of 3 rows cannot be used",)),
+    "broken lines": (text('{"messages": [\n' * 3), (), ("3 of 3 samples cannot be used",)),
     "a broken array": (text("[{}, "), (), ("broken JSON, Expecting value; an array cannot be read past that",)),
     "no rows but numbers": (rows(1, 2), (), ("it is a number, not an object",)),
     "unknown keys": (rows({"a": 1}), (), ("its keys (a) fit no known format",)),
@@ -96,7 +96,7 @@ DATA: dict[str, Case] = {
     "an unknown ending": (text("a", "sft.txt"), ("data.train=sft.txt",), ("unknown ending '.txt'",)),
     "a directory without data": (directory_of_notes, ("data.train=notes",), ("the directory notes holds no data",)),
     "no parquet": (text("a", "a.parquet"), ("data.train=a.parquet",), ("cannot be read as parquet",)),
-    "a sample of nothing": (nothing, ("data.train=sft.jsonl#0",), ("a sample of 0 rows",)),
+    "a sample of nothing": (nothing, ("data.train=sft.jsonl#0",), ("0 samples",)),
     "one source of two": (
         nothing,
         ("data.train=[sft.jsonl, gone.jsonl]",),

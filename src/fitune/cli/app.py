@@ -30,7 +30,7 @@ BROKEN_PIPE = 141
 
 VERBS = {
     "env": "The machine: cards, memory, driver, versions.",
-    "check": "What the data is: format, template, supervised share, lengths, rows cut or lost.",
+    "check": "What the data is: format, template, supervised share, lengths, samples cut or lost.",
     "plan": "Predicted memory and time of each setting; the fastest that fits, and why not the others.",
     "train": "Train by a configuration.",
     "sweep": "Several configurations one after another, then compared.",

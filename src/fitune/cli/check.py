@@ -94,7 +94,7 @@ def report_on(
     )
     for source in report.sources:
         formats = ", ".join(source.formats) or "n/a"
-        screen.print(translated(f"data     {source.path}: {formats}, {source.num_rows:,} rows"))
+        screen.print(translated(f"data     {source.path}: {formats}, {source.num_rows:,} samples"))
     date = "" if report.date is None else f", which writes the date {report.date}"
     screen.print(translated(f"format   as messages through {report.template}{date}"))
     found = "" if data.mask == "all" else f" (found by {report.mask})"
@@ -106,8 +106,8 @@ def report_on(
     for sentence in _warnings(report):
         screen.print(f"! {translated(sentence)}")
     for title, rows, count in (
-        ("bad rows, not used", report.bad_rows, report.num_bad_rows),
-        ("rows dropped", report.dropped_rows, report.train.num_untrainable_rows + report.eval.num_untrainable_rows),
+        ("bad samples, not used", report.bad_rows, report.num_bad_rows),
+        ("samples dropped", report.dropped_rows, report.train.num_untrainable_rows + report.eval.num_untrainable_rows),
     ):
         if rows:
             screen.print(translated(f"{title}: {count:,}; the first ones"))
@@ -121,7 +121,7 @@ def report_on(
 def _split_table(report: DataReport) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column(say("split"))
-    for heading in ("rows", "tokens", "p50", "p95", "p99", "max", f"> {report.max_length}", "no target"):
+    for heading in ("samples", "tokens", "p50", "p95", "p99", "max", f"> {report.max_length}", "no target"):
         table.add_column(say(heading), justify="right", no_wrap=True)
     for name, split in (("train", report.train), ("eval", report.eval)):
         table.add_row(say(name), *_cells(split))
@@ -146,11 +146,11 @@ def _cells(split: SplitReport) -> tuple[str, ...]:
 def _warnings(report: DataReport) -> Iterator[str]:
     yield from report.warnings
     if report.train.num_duplicate_rows:
-        yield f"{report.train.num_duplicate_rows:,} training rows are copies of others"
+        yield f"{report.train.num_duplicate_rows:,} training samples are copies of others"
     if (padding := report.train.padding) is not None:
         yield (
-            f"padding every row to {report.max_length} computes {padding.fixed:.2f} x the real tokens; groups of 8 "
-            f"rows {padding.shuffled:.2f} x, sorted by length {padding.sorted:.2f} x, packing {padding.packed:.2f} x"
+            f"padding every sample to {report.max_length} computes {padding.fixed:.2f} x the real tokens; groups of 8 "
+            f"samples {padding.shuffled:.2f} x, sorted by length {padding.sorted:.2f} x, packing {padding.packed:.2f} x"
         )
 
 
@@ -162,9 +162,9 @@ def _learned(examples: "Examples", tokenizer: Any, *, width: int) -> Iterator[st
         places = row.loss_weights.nonzero()[0]
         breaks = [number for number in range(1, len(places)) if places[number] != places[number - 1] + 1]
         said = repr(_text(tokenizer, row.input_ids[places[: breaks[0] if breaks else None]]))[1:-1]
-        room = width - len("learned  ⟦⟧ in the first row")
+        room = width - len("learned  ⟦⟧ in the first sample")
         said = said if len(said) <= room else f"{said[: room // 2 - 3]} ... {said[3 - room // 2 :]}"
-        yield f"learned  ⟦{said}⟧ in the first row"
+        yield f"learned  ⟦{said}⟧ in the first sample"
     if report.ends:
         yield f"ends     answers end with {', '.join(report.ends)}, where the saved model stops"
     num_long, num_lost = (
@@ -172,7 +172,8 @@ def _learned(examples: "Examples", tokenizer: Any, *, width: int) -> Iterator[st
         for name in ("num_long_rows", "num_untrainable_rows")
     )
     if num_long or num_lost:
-        yield f"cut      {num_long:,} rows have over {report.max_length} tokens; {num_lost:,} rows teach nothing and go"
+        cut = f"{num_long:,} samples have over {report.max_length} tokens; {num_lost:,} samples teach nothing and go"
+        yield f"cut      {cut}"
 
 
 def _text(tokenizer: Any, ids: Any) -> str:

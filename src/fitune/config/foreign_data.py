@@ -36,7 +36,10 @@ _SAME_NAMES = {
     "messages": ("messages", "conversations"), "role": ("role", "from"), "content": ("content", "value"),
     "tools": ("tools",), "system": ("system",), "text": ("text",),
 }  # fmt: skip
-_PART = "rows are read from a hub's split 'train' and default subset: save those rows to a file and give it with --data"
+_PART = (
+    "samples are read from a hub's split 'train' and default subset: "
+    "save those samples to a file and give it with --data"
+)
 
 
 def put_data(draft: Draft) -> None:
@@ -92,7 +95,9 @@ def _held_out(draft: Draft, max_rows: int | None) -> None:
     elif isinstance(fraction, int) and fraction > 1:
         name = str(draft.name("data.eval_fraction"))
         draft.put("eval.max_rows", fraction, draft.said(name))
-        draft.differs.append(f"{draft.said(name)} rows held out: here a share is; eval.max_rows keeps at most as many")
+        draft.differs.append(
+            f"{draft.said(name)} samples held out: here a share is; eval.max_rows keeps at most as many"
+        )
     else:
         draft.put("data.eval_fraction", fraction)
     strategy = draft.raw("eval_strategy", "no")
@@ -100,8 +105,8 @@ def _held_out(draft: Draft, max_rows: int | None) -> None:
         draft.raw("dataset_test_split")
         draft.differs.append(
             f"{draft.said('eval_strategy')}: TRL evaluates on the split "
-            f"{draft.arguments.values.get('dataset_test_split', 'test')} of the data; here give data.eval, or rows are "
-            "held out with data.eval_fraction"
+            f"{draft.arguments.values.get('dataset_test_split', 'test')} of the data; here give data.eval, or samples "
+            "are held out with data.eval_fraction"
         )
 
 
@@ -147,7 +152,7 @@ def _paths_of_mapping(draft: Draft, item: Mapping[str, Any]) -> list[str]:
             raise ConfigError([f"{draft.arguments.source}: the data {path}, {key} {show(told[key])}: {_PART}"])
     if told:
         words = ", ".join(f"{key} {show(value)}" for key, value in told.items())
-        draft.differs.append(f"data {path}: {words}: all rows are read and their format is told by their keys")
+        draft.differs.append(f"data {path}: {words}: all samples are read and their format is told by their keys")
     found = _paths_of_entry(draft, path, files)
     draft.columns[-len(found) :] = [(columns, f"data {path}")] * len(found)
     return found
@@ -160,13 +165,15 @@ def _refuse_of_axolotl(draft: Draft, path: Any, item: Mapping[str, Any]) -> None
     if isinstance(kind, str) and _OTHER_TYPES.match(kind):
         raise ConfigError([f"{where}, type {show(kind)}: fitune is for supervised fine-tuning alone"])
     if kind == "input_output":
-        raise ConfigError([f"{where}, type {show(kind)}: segments with labels of their own: give rows of messages"])
+        raise ConfigError(
+            [f"{where}, type {show(kind)}: segments with labels of their own: give samples in the messages format"]
+        )
     if roles is not None and roles not in _SOURCE_AS_HERE["roles_to_train"]:
         raise ConfigError(
             [f"{where}, roles_to_train {show(roles)}: here the assistant's messages are learned, or all with data.mask"]
         )
     if key not in (None, "train", "training", "weight"):
-        raise ConfigError([f"{where}, message_field_training {show(key)}: call that key 'train' in the rows"])
+        raise ConfigError([f"{where}, message_field_training {show(key)}: call that key 'train' in the samples"])
 
 
 def _columns_of_axolotl(told: dict[str, Any]) -> dict[str, str]:
@@ -287,7 +294,9 @@ def _put_too_long(draft: Draft) -> None:
         draft.put("data.too_long", _TOO_LONG[asked])
     else:
         name = str(draft.name("data.too_long"))
-        draft.differs.append(f"{draft.said(name)}: here longer rows are cut at their end, or dropped (data.too_long)")
+        draft.differs.append(
+            f"{draft.said(name)}: here longer samples are cut at their end, or dropped (data.too_long)"
+        )
 
 
 def _put_template(draft: Draft) -> None:
@@ -304,7 +313,7 @@ def _put_template(draft: Draft) -> None:
         else:
             draft.differs.append(
                 f"{draft.said(name)} is {draft.tool}'s own; here the tokenizer's template is used, or the Jinja file "
-                "data.template: look at two rows with 'fitune check FILE --show 2'"
+                "data.template: look at two samples with 'fitune check FILE --show 2'"
             )
 
 
@@ -324,7 +333,7 @@ def put_mask(draft: Draft) -> None:
             return
     if mask == "last" and "last" not in get_args(DataConfig.model_fields["mask"].annotation):
         draft.differs.append(
-            f"{draft.said(str(name))}: there the last answer alone is trained on; here every answer of a row is"
+            f"{draft.said(str(name))}: there the last answer alone is trained on; here every answer of a sample is"
         )
         mask, name = "assistant", None
     draft.put("data.mask", mask, draft.said(name) if name else None)
@@ -336,7 +345,7 @@ def _mask_of_trl(draft: Draft) -> str:
         draft.differs.append("transformers leaves the labels to the script: data.mask: all, or assistant?")
     elif not answers and prompts is None:
         draft.differs.append(
-            "TRL trains on every token of a conversation (data.mask: all), but of rows with prompt and "
+            "TRL trains on every token of a conversation (data.mask: all), but of samples with prompt and "
             "completion on the completion alone: for those set data.mask to assistant"
         )
     return "assistant" if answers or prompts else "all"
@@ -347,7 +356,7 @@ def _mask_of_swift(draft: Draft) -> tuple[str, str | None]:
     name = draft.name("data.mask")
     asked = draft.take("data.mask") or "default"
     if draft.arguments.is_text and name is None:
-        draft.differs.append("swift pt trains on every token of the rows' text")
+        draft.differs.append("swift pt trains on every token of the samples' text")
         return "all", None
     parts = str(asked).split("+")
     others = [part for part in parts if part not in _LOSS_SCALES]

@@ -74,7 +74,7 @@ _OTHER_TRAINING: dict[str, dict[str, tuple[Any, ...]]] = {
     "fitune has the optimizers AdamW, Adafactor and SGD: take it out to train with AdamW": _none_of(
         "use_galore use_apollo use_adam_mini use_muon optim_target_modules optim_config"
     ),
-    "fitune takes all rows in random order, each counted the same: take it out to train so": _none_of(
+    "fitune takes all samples in random order, each counted the same: take it out to train so": _none_of(
         "curriculum_sampling loss_weights"
     ),
 }
@@ -88,7 +88,7 @@ PREFERENCE_OF_TRL = frozenset(("beta", "num_iterations", "epsilon_high", "scale_
 ANSWERS = {
     "auto_find_batch_size": "fitune always picks batch.micro by the memory: drop it",
     "warmup_steps": "here it is 'optim.warmup', a share of the run",
-    "group_by_length": "rows are packed instead (data.packing): drop it",
+    "group_by_length": "samples are packed instead (data.packing): drop it",
     "logging_steps": "every step is logged: drop it",
     "load_in_4bit": "set model.method to qlora",
     "load_in_8bit": "training in 8 bits is not offered",
@@ -108,35 +108,35 @@ ANSWERS = {
     "early_stopping_patience": "a run goes to its end; best/ holds the weights of the best evaluation",
     "early_stopping_steps": "a run goes to its end; best/ holds the weights of the best evaluation",
     "early_stop_interval": "a run goes to its end; best/ holds the weights of the best evaluation",
-    "system": "a system prompt stands in the rows themselves: add it to them",
-    "default_system": "a system prompt stands in the rows themselves: add it to them",
-    "default_system_message": "a system prompt stands in the rows themselves: add it to them",
+    "system": "a system prompt stands in the samples themselves: add it to them",
+    "default_system": "a system prompt stands in the samples themselves: add it to them",
+    "default_system_message": "a system prompt stands in the samples themselves: add it to them",
     "enable_thinking": "the template is called without arguments",
     "preserve_thinking": "the template is called without arguments",
     "chat_template_kwargs": "the template is called without arguments",
     "tool_format": "tools are written as the tokenizer's template writes them",
     "agent_template": "tools are written as the tokenizer's template writes them",
-    "streaming": "all rows are read before the first step, and shuffled in each epoch",
-    "buffer_size": "all rows are read before the first step, and shuffled in each epoch",
-    "mix_strategy": "each source's rows are seen data.train.weight times in an epoch",
-    "interleave_probs": "each source's rows are seen data.train.weight times in an epoch",
-    "interleave_prob": "each source's rows are seen data.train.weight times in an epoch",
-    "disable_shuffling": "rows are shuffled in each epoch",
-    "dataset_shuffle": "rows are shuffled in each epoch",
+    "streaming": "all samples are read before the first step, and shuffled in each epoch",
+    "buffer_size": "all samples are read before the first step, and shuffled in each epoch",
+    "mix_strategy": "each source's samples are seen data.train.weight times in an epoch",
+    "interleave_probs": "each source's samples are seen data.train.weight times in an epoch",
+    "interleave_prob": "each source's samples are seen data.train.weight times in an epoch",
+    "disable_shuffling": "samples are shuffled in each epoch",
+    "dataset_shuffle": "samples are shuffled in each epoch",
     "special_tokens": "the tokenizer's own special tokens are used",
     "eos_token": "the tokenizer's own special tokens are used",
     "pad_token": "the tokenizer's own special tokens are used",
-    "model_name": "rows about the assistant's name are not rewritten",
-    "model_author": "rows about the assistant's name are not rewritten",
+    "model_name": "samples about the assistant's name are not rewritten",
+    "model_author": "samples about the assistant's name are not rewritten",
     "model_revision": "the model of a hub id is its newest revision",
     "router_aux_loss_coef": "no loss that balances experts is added",
     "moe_aux_loss_coef": "no loss that balances experts is added",
     "lr_scheduler_config": "its schedule is a plugin's: set optim.schedule",
     "fp8": "training in 8 bits is not offered",
     "layer_offloading": "weights stay on the card",
-    "sequence_parallel_size": "a row is not divided over cards",
-    "sequence_parallel_degree": "a row is not divided over cards",
-    "context_parallel_size": "a row is not divided over cards",
+    "sequence_parallel_size": "a sample is not divided over cards",
+    "sequence_parallel_degree": "a sample is not divided over cards",
+    "context_parallel_size": "a sample is not divided over cards",
 }
 
 # What changes neither the model that comes out nor how it is trained, by why. Passwords are among them: their values
@@ -160,7 +160,7 @@ _NOT_NEEDED = {
     "nothing is uploaded, and hub accounts are those of the machine": """
         hf_hub_token hub_always_push hub_model_id hub_private_repo hub_revision hub_strategy hub_token
         ms_hub_token om_hub_token push_to_hub hf_use_auth_token use_hf""",
-    "how the rows are read changes none of them": """
+    "how the samples are read changes none of them": """
         cache_dir check_dataset_strategy data_shared_file_system dataloader_drop_last dataloader_in_order
         dataloader_num_workers dataloader_persistent_workers dataloader_pin_memory dataloader_prefetch_factor
         dataset_kwargs dataset_num_proc dataset_prepared_path dataset_processes dataset_text_field download_mode
@@ -169,7 +169,7 @@ _NOT_NEEDED = {
         remove_unused_columns shuffle_buffer_size shuffle_dataset shuffle_merged_datasets skip_prepare_dataset
         strict tokenized_path data_seed dataset_seed accelerator_config batching_workers load_args
         load_data_args custom_dataset_info""",
-    "rows are packed or padded without a change of the result (data.packing)": """
+    "samples are packed or padded without a change of the result (data.packing)": """
         batch_flattening eval_packing eval_sample_packing group_by_length length_column_name sample_packing_eff_est
         multipack_real_batches packing_length packing_num_proc packing_strategy pad_to_multiple_of
         pad_to_sequence_len padding_free padding_side sample_packing_bin_size sample_packing_group_size

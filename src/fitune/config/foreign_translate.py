@@ -325,8 +325,9 @@ def _batch(draft: Draft) -> None:
     if draft.take("data.packing") or draft.raw("neat_packing"):
         draft.shown.update(["neat_packing"] if draft.raw("neat_packing") else [])
         draft.differs.append(
-            f"batch: with packing, a row of {draft.tool}'s batch is a block of max_length tokens that holds several "
-            f"rows of the data; here batch.effective counts rows of the data: {rows} x data.max_length / the mean "
+            f"batch: with packing, a sequence of {draft.tool}'s batch is a block of max_length tokens that holds "
+            f"several samples of the data; here batch.effective counts samples of the data: {rows} x data.max_length / "
+            "the mean "
             "length that 'fitune check' tells is the same batch"
         )
 
@@ -341,7 +342,7 @@ def _of_the_tool(draft: Draft) -> Iterator[str]:
         yield "minimind's random system prompts and removed empty think blocks are not copied"
     if draft.tool.startswith("ms-swift"):
         if "data.max_length" not in draft.written:
-            yield "ms-swift takes rows as long as the model allows without max_length; here set data.max_length"
+            yield "ms-swift takes samples as long as the model allows without max_length; here set data.max_length"
         source = draft.written["model.source"][0]
         is_hub = "/" in source and source[0] not in "./~" and not Path(source).exists()
         if is_hub and not draft.raw("use_hf") and "model.source" not in draft.given_elsewhere:

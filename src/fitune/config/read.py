@@ -19,6 +19,7 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from fitune.config.aliases import OWN_PATHS, own_value
 from fitune.config.foreign_names import FOREIGN_NAMES, foreign_hint
 from fitune.config.schema import DataSource, RunConfig, Section
 from fitune.config.wording import describe, show
@@ -58,6 +59,7 @@ def read_config(source: Path | str | Mapping[str, Any] | None, overrides: Sequen
     Raises ConfigError with every fault found, one sentence each.
     """
     draft = _draft(source)
+    _rename_aliases(draft)
     for override in overrides:
         _apply_override(draft, override)
     _remove_unknown_keys(draft, draft.tree, RunConfig, ())
@@ -163,14 +165,35 @@ def _read_text(path: Path) -> str:
         raise ConfigError([f"{path} cannot be read: {error.strerror}"]) from error
 
 
+def _rename_aliases(draft: _Draft) -> None:
+    """What is written with another name of a key becomes the value of the key; both beside each other are a fault."""
+    for alias, path in OWN_PATHS.items():
+        section = _get(draft.tree, alias[:-1])
+        if not isinstance(section, dict) or alias[-1] not in section:
+            continue
+        if path[-1] in section:
+            draft.fault(alias, _two_names(alias, path))
+            del section[alias[-1]]
+            continue
+        section[path[-1]] = own_value(alias, section.pop(alias[-1]))
+        for below in [mark for mark in draft.marks if mark[: len(alias)] == alias]:
+            draft.marks[(*path, *below[len(alias) :])] = draft.marks.pop(below)
+
+
+def _two_names(alias: KeyPath, path: KeyPath) -> str:
+    return f"{_dotted(path)} and {_dotted(alias)} are two names of one key: keep one"
+
+
 def _apply_override(draft: _Draft, override: str) -> None:
     key, equals, text = override.partition("=")
     key = key.strip()
     path: KeyPath = tuple(int(part) if part.isdecimal() and len(part) < 10 else part for part in key.split("."))
+    alias, path = path, OWN_PATHS.get(path, path)
+    text = str(own_value(alias, text.strip()))
     if not equals or not all(isinstance(part, int) or part.isidentifier() for part in path):
         sentence = f"'{override}' is not an override: write it like optim.lr=2e-5"
     elif path in draft.marks and draft.marks[path].origin == COMMAND_LINE:
-        sentence = f"'{key}' is given twice: keep one"
+        sentence = f"'{key}' is given twice: keep one" if alias == path else _two_names(alias, path)
     elif (schema := _schema_at(path)) is None:
         sentence = f"unknown key '{key}'{_suggestion(str(path[-1]))}"
     elif isinstance(schema, type) and not text.strip().startswith("{"):

@@ -31,7 +31,7 @@ def _source_from_path(value: object) -> object:
 def _budget(value: object) -> object:
     if isinstance(value, str) and value != "auto":
         if parse_bytes(value) == 0:
-            raise ValueError("a budget of 0 bytes holds nothing")
+            raise ValueError("a memory limit of 0 bytes holds nothing")
     elif isinstance(value, bool) or not (value == "auto" or (isinstance(value, int | float) and 0 < value <= 1)):
         raise ValueError(f"{value} is neither a size like 20GiB nor a share above 0 and at most 1")
     return value
@@ -116,7 +116,7 @@ class ModelConfig(Section):
     recompute: Recompute | Auto = Field(
         "auto", description="gradient checkpointing: which layers are computed again in the backward"
     )
-    offload_activations: Bool = Field(False, description="keep what recomputed layers keep in the host's memory")
+    offload_activations: Bool = Field(False, description="keep what gradient checkpointing keeps in the host's memory")
     compile: Bool = Field(False, description="compile each layer with torch.compile")
     shard: Shard = Field(
         "none", description="full: each of several processes holds a share of weights, gradients and optimizer state"
@@ -203,10 +203,12 @@ class BatchConfig(Section):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.micro != "auto" and self.micro_tokens != "auto":
-            raise ValueError("batch.micro (rows) and batch.micro_tokens (tokens) exclude each other: give one of them")
+            raise ValueError(
+                "batch.micro (samples) and batch.micro_tokens (tokens) exclude each other: give one of them"
+            )
         if self.micro_tokens != "auto" and self.accumulation != "auto":
             raise ValueError(
-                "batch.accumulation follows from the rows' lengths when batch.micro_tokens is given: drop it"
+                "batch.accumulation follows from the samples' lengths when batch.micro_tokens is given: drop it"
             )
         if "auto" not in (self.effective, self.micro, self.accumulation):
             assert isinstance(self.micro, int)
@@ -233,7 +235,7 @@ class BatchConfig(Section):
         near = [n for n in range(1, effective + 1) if effective % n == 0]
         near.sort(key=lambda n: abs(n - accumulation))
         raise ValueError(
-            f"batch.effective {effective} rows cannot be cut into batch.accumulation {accumulation} equal "
+            f"batch.effective {effective} samples cannot be cut into batch.accumulation {accumulation} equal "
             f"micro-batches: try batch.accumulation {' or '.join(str(n) for n in sorted(near[:2]))}"
         )
 
@@ -347,7 +349,7 @@ class RunConfig(Section):
     optim: OptimConfig = OptimConfig()
     batch: BatchConfig = BatchConfig()
     loss: Loss | Auto = Field(
-        "auto", description="chunked: logits of a part of the positions at a time; the result is the same"
+        "auto", description="chunked: logits of a part of the tokens at a time; the result is the same"
     )
     memory: MemoryConfig = MemoryConfig()
     train: TrainConfig = TrainConfig()
@@ -397,18 +399,18 @@ class RunConfig(Section):
         if model.shard == "none":
             return
         if model.method == "qlora":
-            yield "model.shard full does not deal 4-bit weights: set model.method to lora, or drop it"
+            yield "model.shard full does not shard 4-bit weights: set model.method to lora, or drop it"
         if not OPTIMIZERS[self.optim.name].can_shard:
             *others, last = (name for name, kind in OPTIMIZERS.items() if kind.can_shard)
             listed = f"{', '.join(others)} or {last}"
-            yield f"model.shard full does not deal the state of optim.name {self.optim.name}: use {listed}, or drop it"
+            yield f"model.shard full does not shard the state of optim.name {self.optim.name}: use {listed}, or drop it"
         for key, is_set in (("compile", model.compile), ("offload_activations", model.offload_activations)):
             if is_set:
                 yield f"model.{key} does not work with model.shard full: drop one of them"
         if self.memory.on_oom == "quarantine":
             yield (
-                "memory.on_oom quarantine leaves out a row of one process and with model.shard full every pass is one "
-                "of all: set memory.on_oom to stop, or drop model.shard"
+                "memory.on_oom quarantine leaves out a sample of one process and with model.shard full every pass is "
+                "one of all: set memory.on_oom to stop, or drop model.shard"
             )
         if self.train.probe:
             yield "train.probe works in one process and model.shard full needs several: drop one of them"
@@ -439,7 +441,9 @@ class RunConfig(Section):
             return [f"optim.{key} has no effect while optim.scaling is none: set it to sqrt_gain" for key in given]
         faults = []
         if optim.reference_batch is None:
-            faults.append(f"optim.scaling {optim.scaling} needs optim.reference_batch, the rows that lr was chosen for")
+            faults.append(
+                f"optim.scaling {optim.scaling} needs optim.reference_batch, the samples that lr was chosen for"
+            )
         if optim.noise_scale is not None and optim.scaling != "sqrt_gain":
             faults.append(f"optim.noise_scale has no effect while optim.scaling is {optim.scaling}: drop one of them")
         return faults

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from fitune.config.aliases import with_aliases
 from fitune.config.read import ResolvedConfig
 from fitune.config.schema import RunConfig
 from fitune.config.yaml_lines import parse_scalar
@@ -33,7 +34,7 @@ def config_hash(config: RunConfig) -> str:
 def json_schema() -> dict[str, Any]:
     """JSON schema (draft 2020-12) of the YAML file, for editors."""
     head = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
-    return head | RunConfig.model_json_schema() | {"title": "fitune configuration"}
+    return head | with_aliases(RunConfig.model_json_schema()) | {"title": "fitune configuration"}
 
 
 def _lines(tree: Mapping[str, Any], origins: Mapping[str, str], prefix: str) -> Iterator[str]:

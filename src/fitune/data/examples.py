@@ -21,6 +21,7 @@ import numpy.typing as npt
 from fitune.config import DataConfig, DataSource
 from fitune.data.files import RawRow, fingerprint, read_rows, split_sample
 from fitune.data.formats import Conversation, Format, RowError, normalise
+from fitune.data.marked import NOT_SHOWN, writes_reasoning
 from fitune.data.report import (
     BadRow,
     DataReport,
@@ -35,7 +36,6 @@ from fitune.data.rows import Row
 from fitune.data.splits import Split, other_splits
 from fitune.data.table import Table, TableRow, TableWriter, cached_table
 from fitune.data.tokenise import Encoded, Encoder, encode, read_encoder
-from fitune.data.turns import NOT_SHOWN, writes_reasoning
 from fitune.errors import DataError
 from fitune.units import MIB
 
@@ -220,7 +220,7 @@ class _Tally:
             return
         listed = "\n".join(f"  {sentence}" for sentence in grouped(self.bad_rows))
         raise DataError(
-            f"{num_bad:,} of {num_rows:,} rows cannot be used, more than "
+            f"{num_bad:,} of {num_rows:,} samples cannot be used, more than "
             f"data.max_bad_fraction={self.max_bad_fraction:g} allows: mend them or raise it. The first ones:\n{listed}"
         )
 
@@ -259,7 +259,7 @@ def _tokenise(
         first = f"; the first one, {grouped(tally.dropped_rows[:1])[0]}" if tally.dropped_rows else ""
         raise DataError(
             f"{sources[0].path}: training on it would learn from nothing, since none of its {tally.num_rows.total():,} "
-            f"rows has a supervised token (mask by {encoder.kind}){first}. Try a larger data.max_length, another "
+            f"samples has a supervised token (mask by {encoder.kind}){first}. Try a larger data.max_length, another "
             "data.template, or data.mask=all"
         )
     return {
@@ -346,7 +346,7 @@ def _notices(conversation: Conversation, encoder: Encoder, data: DataConfig) -> 
     if conversation.text is not None and _WRITTEN_CHAT.search(conversation.text, 0, 4096):
         noticed.add(
             "are texts in which a conversation is written out already: every token of them is learned, the questions "
-            "too; rows of messages teach the answers alone"
+            "too; samples in the messages format teach the answers alone"
         )
     if conversation.text is None:
         template = encoder.finder_of(conversation).template.text
@@ -388,12 +388,12 @@ def _grouped_notices(noticed: Mapping[str, int]) -> Iterator[str]:
         if match := _IGNORED_PATTERN.fullmatch(notice):
             ignored.setdefault(count, []).append(match[1])
         else:
-            yield f"{count:,} rows {notice}"
+            yield f"{count:,} samples {notice}"
     for count, keys in ignored.items():
         if len(keys) < 3:
-            yield from (f"{count:,} rows {_IGNORED.format(key=key)}" for key in keys)
+            yield from (f"{count:,} samples {_IGNORED.format(key=key)}" for key in keys)
         else:
-            yield f"{count:,} rows hold the keys {', '.join(keys)}, which are ignored"
+            yield f"{count:,} samples hold the keys {', '.join(keys)}, which are ignored"
 
 
 _KNOWN_IN_A_MESSAGE = {"role", "content", "reasoning_content", "tool_calls", "tool_call_id", "name", "id"}
@@ -437,7 +437,7 @@ def _data_report(
             *_split_warnings(data, train, eval),
             *_other_split_warnings(data),
             *(
-                f"{source.path} gives no row: data.max_rows is reached before it"
+                f"{source.path} gives no sample: data.max_rows is reached before it"
                 for source in sources
                 if not source.num_rows
             ),
@@ -479,8 +479,8 @@ def _split_warnings(
     (train_table, train_rows), (eval_table, eval_rows) = train, eval
     num_eval = int((eval_table.lengths[eval_rows] > 0).sum())
     if data.eval_sources is None and data.eval_fraction and not num_eval:
-        yield "no row is held out: the rows are too few or all alike, so there is no evaluation"
+        yield "no sample is held out: the samples are too few or all alike, so there is no evaluation"
     if data.eval_sources is not None:
         both = np.isin(train_table.digests[train_rows], eval_table.digests[eval_rows])
         if both.any():
-            yield f"{int(both.sum()):,} rows of data.train are in data.eval too, which makes the evaluation too good"
+            yield f"{int(both.sum()):,} samples of data.train are in data.eval too, which makes the evaluation too good"

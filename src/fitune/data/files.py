@@ -73,7 +73,7 @@ def split_sample(path: str) -> tuple[str, int | None]:
     if match is None or Path(path).exists():
         return path, None
     if int(match[2]) == 0:
-        raise DataError(f"'{path}' asks for a sample of 0 rows: give '#n' with n of at least 1, or leave it out")
+        raise DataError(f"'{path}' asks for 0 samples: give '#n' with n of at least 1, or leave it out")
     return match[1], int(match[2])
 
 
@@ -113,7 +113,7 @@ def _read_all(path: str, split: Split) -> Iterator[RawRow]:
         for num_rows, row in enumerate(_read_file(file), 1):  # noqa: B007
             yield row
         if num_rows == 0:
-            raise DataError(f"{file} is empty: it holds no row")
+            raise DataError(f"{file} is empty: it holds no sample")
 
 
 def _open(path: Path) -> IO[bytes]:
@@ -249,7 +249,7 @@ def _wrapped_rows(value: Mapping[str, Any], path: Path) -> list[Any] | None:
     holding = [key for key, items in lists.items() if detect_format(items[0]) is not None]
     if len(holding) > 1:
         raise DataError(
-            f"{path} holds several lists of rows ({', '.join(holding)}), of which one is for training: "
+            f"{path} holds several lists of samples ({', '.join(holding)}), of which one is for training: "
             "write each into a file of its own"
         )
     if holding:
@@ -371,7 +371,7 @@ def _read_array(path: Path) -> Iterator[RawRow]:
         def broken(reason: str, line: int) -> DataError:
             return DataError(
                 f"{name}, line {line}: broken JSON, {reason}; an array cannot be read past that: mend it, or give the "
-                "rows as JSON lines, where single broken rows are counted and skipped"
+                "samples as JSON lines, where single broken samples are counted and skipped"
             )
 
         window.peek()
@@ -382,7 +382,7 @@ def _read_array(path: Path) -> Iterator[RawRow]:
                 raise broken("the file ends inside its array", window.line)
             if after == "]":
                 if char != ",":
-                    raise broken("a comma is missing between two rows", window.line)
+                    raise broken("a comma is missing between two samples", window.line)
                 window.advance(window.position + 1)
                 window.peek()
             try:
@@ -408,7 +408,7 @@ def _read_values(path: Path) -> Iterator[RawRow]:
             except _BrokenError as error:
                 raise DataError(
                     f"{name}, line {error.line}: broken JSON, {error.reason}; objects over several lines cannot be "
-                    "read past that: mend it, or give each row in a line of its own"
+                    "read past that: mend it, or give each sample in a line of its own"
                 ) from None
             yield RawRow(name, window.line, value, _undecoded(value))
             window.advance(end)

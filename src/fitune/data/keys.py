@@ -50,7 +50,7 @@ _HARMLESS_KEYS = frozenset(
         *("__index_level_0__", "unnamed: 0", ""),  # the index of a table
     )
 )
-LEAVE_OUT = "leave the key out, or name it in data.ignore_keys to train on the row all the same"
+LEAVE_OUT = "leave the key out, or name it in data.ignore_keys to train on the sample all the same"
 
 
 def is_none(value: Any) -> bool:
@@ -100,7 +100,8 @@ def refuse_other_meanings(row: Mapping[str, Any], found: str | None) -> None:
             raise RowError(f"'{key}' says what of it is learned, in a way that is not known here: {LEAVE_OUT}")
         if key in _ROW_WEIGHT_KEYS and found is not None and value not in (1, "1", "1.0"):
             raise RowError(
-                f"'{key}' is {str(value)[:40]}, which weighs the whole row: here its messages may carry a loss_weight; "
+                f"'{key}' is {str(value)[:40]}, which weighs the whole sample: here its messages may carry "
+                "a loss_weight; "
                 f"{LEAVE_OUT}"
             )
     for key in _LABEL_KEYS:
@@ -164,7 +165,7 @@ def fault_of_turns(row: Mapping[str, Any]) -> str | None:
     turns = parsed(row[key])
     if not isinstance(turns, list):
         keys = ", ".join(str(key) for key, value in row.items() if value is not None)
-        return f"'{key}' is {kind_of(turns)}, not a list of messages; the row's keys are {keys}"
+        return f"'{key}' is {kind_of(turns)}, not a list of messages; the sample's keys are {keys}"
     if not turns:
         return f"'{key}' is empty"
     if not isinstance(turns[0], dict):

@@ -112,7 +112,7 @@ def cached_table(key: object, write: Callable[["TableWriter"], dict[str, Any]]) 
             unfinished.rename(root / name)
     except OSError as error:
         raise DataError(
-            f"the cache of tokenised rows cannot be written to {root}: {error}; FITUNE_CACHE names another place"
+            f"the cache of tokenised samples cannot be written to {root}: {error}; FITUNE_CACHE names another place"
         ) from error
     table = _open(root / name)
     assert table is not None

@@ -13,9 +13,10 @@ from typing import Any, Literal
 
 from fitune.data.chat_template import PROBE, CharSpan, ChatTemplate, TemplateError, merged_system, read_template
 from fitune.data.formats import Conversation, Message
+from fitune.data.marked import LOST_THOUGHT, NOT_SHOWN, loses_thought, writes_reasoning
 from fitune.data.template_limits import limited
 from fitune.data.tokenizer_limits import in_time
-from fitune.data.turns import LOST_THOUGHT, NOT_SHOWN, TurnFinder, Turns, loses_thought, writes_reasoning
+from fitune.data.turns import TurnFinder, Turns
 from fitune.errors import DataError, ModelError
 
 Mask = Literal["assistant", "last", "all"]
@@ -55,8 +56,8 @@ class Encoder:
         finder = self.tool_finder if chat.tools else self.finder
         if finder is None:
             raise DataError(
-                "the tokenizer has no chat template, and these rows are conversations: give a Jinja template file with "
-                "data.template, or plain text in 'text'"
+                "the tokenizer has no chat template, and these samples are conversations: give a Jinja template file "
+                "with data.template, or plain text in 'text'"
             )
         return finder
 
@@ -156,7 +157,9 @@ def _generated(chat: Conversation, finder: TurnFinder, text: str, spans: Sequenc
     answers = [message for message in chat.messages if message["role"] == "assistant"]
     num_answers = len(answers)
     if len(spans) != num_answers and any(weight is not None for weight in chat.assistant_weights):
-        raise TemplateError(f"the template marks {len(spans)} turns, the row weighs {num_answers} assistant messages")
+        raise TemplateError(
+            f"the template marks {len(spans)} turns, the sample weighs {num_answers} assistant messages"
+        )
     if len(spans) != num_answers:
         return Turns(text, tuple(spans), frozenset(ends))
     kept: list[CharSpan | None] = []

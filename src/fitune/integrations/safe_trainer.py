@@ -115,7 +115,7 @@ class SafeSteps(Trainer):  # type: ignore[misc]
         while hasattr(optimizer, "optimizer"):  # accelerate's wrapper
             optimizer = optimizer.optimizer
         try_twice(lambda: create_state(optimizer), device=self.args.device, what="the optimizer's state")
-        looking = "a look at two rows"
+        looking = "a look at two samples"
         self.safe_verdict = try_twice(lambda: self._check(inputs), device=self.args.device, what=looking)
         self._books.put_back()
         if not self.safe_verdict.exact:
@@ -130,7 +130,7 @@ class SafeSteps(Trainer):  # type: ignore[misc]
         rows = sorted((_take(whole, [place]) for place in range(len(whole.row_ids))), key=_num_targets)
         rows = [row for row in rows if _num_targets(row)]
         if len(rows) < 2:
-            return Verdict(True, "not looked at: the first micro-batch has no two rows with targets")
+            return Verdict(True, "not looked at: the first micro-batch has no two samples with targets")
         first, second = rows[0], rows[-1]
         both = _take(whole, [first.row_ids[0], second.row_ids[0]])
         masked = _Part(first.row_ids, {**first.inputs, "labels": torch.full_like(first.inputs["labels"], -100)})

@@ -277,13 +277,15 @@ def _copy_optimizer(optimizer: Any, twins: dict[int, torch.Tensor]) -> torch.opt
 def _heaviest_batch(shadow: Any, dataset: Any) -> HeaviestBatch:
     size = shadow.args.per_device_train_batch_size
     if dataset is None:
-        raise UsageError("the Trainer has no train_dataset, whose longest rows the prediction is made from")
+        raise UsageError("the Trainer has no train_dataset, whose longest samples the prediction is made from")
     collate = shadow.data_collator
     if hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__"):
         lengths = _row_lengths(dataset)
         order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
         rows = [order[place % len(order)] for place in range(size)]
-        what = f"recorded with the {size} longest rows of {len(lengths):,}, the longest of {lengths[order[0]]:,} tokens"
+        what = (
+            f"recorded with the {size} longest samples of {len(lengths):,}, the longest of {lengths[order[0]]:,} tokens"
+        )
         if hasattr(dataset, "select"):
             dataset = shadow._remove_unused_columns(dataset.select(rows), description="training")
             features = [dataset[place] for place in range(size)]
@@ -295,7 +297,7 @@ def _heaviest_batch(shadow: Any, dataset: Any) -> HeaviestBatch:
             dataset = shadow._remove_unused_columns(dataset, description="training")
         first = [row for row, _ in zip(dataset, range(size), strict=False)]
         features = [first[place % len(first)] for place in range(size)]
-        what = f"recorded with the first {size} rows of a dataset that cannot be looked at as a whole"
+        what = f"recorded with the first {size} samples of a dataset that cannot be looked at as a whole"
     values = dict(collate(features))
     return HeaviestBatch(values, what)
 
@@ -303,7 +305,7 @@ def _heaviest_batch(shadow: Any, dataset: Any) -> HeaviestBatch:
 def _row_lengths(dataset: Any) -> Sequence[int]:
     """Tokens of each row. Raises UsageError where no column tells them."""
     if len(dataset) == 0:
-        raise UsageError("the Trainer's train_dataset has no rows")
+        raise UsageError("the Trainer's train_dataset has no samples")
     columns = getattr(dataset, "column_names", None)
     if columns is not None and "input_ids" in columns and hasattr(dataset, "with_format"):
         lengths: list[int] = []
@@ -312,7 +314,7 @@ def _row_lengths(dataset: Any) -> Sequence[int]:
         return lengths
     first = dataset[0]
     if not hasattr(first, "__getitem__") or "input_ids" not in first:
-        raise UsageError("the rows of the Trainer's train_dataset have no input_ids: tokenise them first")
+        raise UsageError("the samples of the Trainer's train_dataset have no input_ids: tokenise them first")
     return [len(dataset[place]["input_ids"]) for place in range(len(dataset))]
 
 

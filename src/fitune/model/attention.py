@@ -126,18 +126,18 @@ def can_pack(model: nn.Module) -> str | None:
     config = cast(PretrainedConfig, model.config).get_text_config()
     implementation = config._attn_implementation or ""
     if not implementation.startswith(_NAME):
-        return f"attention '{implementation}' does not take row boundaries"
+        return f"attention '{implementation}' does not take sample boundaries"
     layers: list[str] = getattr(config, "layer_types", None) or []
     strange = set(layers) - {"full_attention", "sliding_attention"}
     if strange:
-        return f"layers of kind {', '.join(sorted(strange))} carry state from row to row"
+        return f"layers of kind {', '.join(sorted(strange))} carry state from sample to sample"
     if getattr(config, "attention_chunk_size", None) is not None:
         return "its attention works in chunks"
     if getattr(config, "use_bidirectional_attention", False) or not getattr(config, "is_causal", True):
         return "its attention is not causal"
     mixing = next((type(part).__name__ for part in model.modules() if isinstance(part, nn.Conv1d | nn.RNNBase)), None)
     if mixing is not None:
-        return f"its {mixing} mixes neighbouring rows"
+        return f"its {mixing} mixes neighbouring samples"
     device = next(model.parameters()).device
     boundaries = row_boundaries((1, 1), device=device)
     tokens = torch.zeros((1, 2), dtype=torch.int64, device=device)
@@ -147,11 +147,11 @@ def can_pack(model: nn.Module) -> str | None:
         with torch.no_grad():
             model(input_ids=tokens, position_ids=tokens, use_cache=False, row_boundaries=boundaries)
     except (TypeError, ValueError) as error:
-        return f"its forward does not take row boundaries ({str(error).splitlines()[0]})"
+        return f"its forward does not take sample boundaries ({str(error).splitlines()[0]})"
     finally:
         model.train(was_training)
     if len(boundaries.visits) != config.num_hidden_layers:
-        return f"row boundaries reach {len(boundaries.visits)} of its {config.num_hidden_layers} layers"
+        return f"sample boundaries reach {len(boundaries.visits)} of its {config.num_hidden_layers} layers"
     return None
 
 
@@ -178,7 +178,7 @@ def rows_attention(
     order hides it and no mask is needed.
     """
     if position_bias is not None:
-        raise ModelError("this model adds a bias to its attention scores, which fitune cannot compute by rows")
+        raise ModelError("this model adds a bias to its attention scores, which fitune cannot compute by samples")
     scoring = Scoring(scaling, dropout, sliding_window, softcap, s_aux, backend)
     if row_boundaries is None:
         attended = _attend(query_BHSD, key_BGSD, value_BGSD, scoring=scoring, mask=attention_mask)
@@ -344,7 +344,9 @@ def _varlen(
         options["window_size"] = (-1 if scoring.window is None else scoring.window - 1, 0)
     else:
         if scoring.window is not None and scoring.window < longest:
-            raise ModelError("this torch has no sliding window for packed rows on CUDA: update torch or add flash-attn")
+            raise ModelError(
+                "this torch has no sliding window for packed samples on CUDA: update torch or add flash-attn"
+            )
         options["is_causal"] = True
     lengths = (cumulative, cumulative, longest, longest)
     return cast(torch.Tensor, _varlen_attn()(query_THD, key_TGD, value_TGD, *lengths, **options))

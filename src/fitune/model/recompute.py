@@ -44,7 +44,9 @@ def set_recompute(model: nn.Module, recompute: Recompute, *, offload: bool = Fal
     """
     layers = recomputable_layers(model)
     if recompute != "off" and not layers:
-        raise ModelError(f"model.recompute={recompute} needs layers that transformers can recompute: use off")
+        raise ModelError(
+            f"model.recompute={recompute} needs layers with gradient checkpointing in transformers: use off"
+        )
     again = partial(cast(Callable[..., Any], checkpoint), use_reentrant=False, **_HOOKS)
     if recompute == "selective":
         # experts with a bias add it into their product in place, so that product cannot be kept

@@ -96,7 +96,7 @@ def predict_run(
     ConfigError where it is set and there is one.
     """
     if config.model.shard != "none" and num_shards == 1:
-        raise ConfigError(["model.shard=full deals the weights over cards: say over how many with --gpus, or drop it"])
+        raise ConfigError(["model.shard=full shards the weights over cards: say over how many with --gpus, or drop it"])
     program_bytes = psutil.Process().memory_info().rss if device.kind == "cpu" else None
     passes = passes or heaviest_passes(config, device)
     recorded = (recordings or Recordings()).step(config, passes, target=cuda_target(config, device))

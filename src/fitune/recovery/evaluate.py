@@ -72,13 +72,13 @@ def safe_evaluate(
                 if len(failure.row_ids) > 1:
                     most_positions = failure.num_positions // 2
                     pending = _at_most(pending, most_positions)
-                    action = f"evaluated in pieces of at most {most_positions:,} positions from now on"
+                    action = f"evaluated in micro-batches of at most {most_positions:,} tokens with padding from now on"
                 elif quarantine:
                     left_out += pending.pop(0).row_ids
-                    action = f"row {failure.row_ids[0]} is not evaluated"
+                    action = f"sample {failure.row_ids[0]} is not evaluated"
                 else:
                     raise OutOfMemoryError(
-                        f"{no_room(failure)}: lower data.max_length, or leave such rows out with "
+                        f"{no_room(failure)}: lower data.max_length, or leave such samples out with "
                         "memory.on_oom=quarantine"
                     )
                 failure = replace(failure, action=action)

@@ -35,7 +35,7 @@ def allowed_fallbacks(
         smaller = replace(settings, loss=replace(settings.loss, head=found, chunk_tokens=SMALL_CHUNK_TOKENS))
         fallbacks.append(
             Fallback(
-                f"a loss of {SMALL_CHUNK_TOKENS} positions at a time",
+                f"a loss of {SMALL_CHUNK_TOKENS} tokens at a time",
                 lambda work: replace(
                     micro_batch_work(work.model, work.optimizer, smaller, scaler=work.scaler), clip=work.clip
                 ),

@@ -56,7 +56,7 @@ def _split(attempt: Attempt[P], failure: Failure) -> str | None:
         for piece in attempt.pending
         for part in (split(piece, most_positions) if piece.num_positions > most_positions else [piece])
     ]
-    return f"split into pieces of at most {most_positions:,} positions"
+    return f"split into micro-batches of at most {most_positions:,} tokens with padding"
 
 
 def _fall_back(attempt: Attempt[P], failure: Failure) -> str | None:
@@ -77,4 +77,4 @@ def _leave_out(attempt: Attempt[P], failure: Failure) -> str | None:
     row_id = failure.row_ids[0]
     attempt.restart()
     attempt.leave_out(row_id)
-    return f"row {row_id} is left out from now on"
+    return f"sample {row_id} is left out from now on"

@@ -38,7 +38,7 @@ class Protection(Generic[P]):
     #: the buffers that a forward changes, once they are known
     changing_buffers: list[tuple[nn.Module, str]] | None = None
     #: what a person can do where nothing helps, as a clause
-    way_out: str = "give shorter rows or a smaller model"
+    way_out: str = "give shorter samples or a smaller model"
 
     @property
     def device(self) -> torch.device:

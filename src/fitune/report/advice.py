@@ -264,7 +264,7 @@ def _data(run: RecordedRun) -> Iterator[Advice]:
         yield Advice(
             change=say("pack samples instead of padding them"),
             effect_on_result="same",
-            evidence=say("{waste} positions are computed for each real token", waste=f"{waste:.2f}"),
+            evidence=say("{waste} tokens, padding included, are computed for each real one", waste=f"{waste:.2f}"),
             command=_command(run, "data.packing=true"),
             speed_fraction=waste - 1,
         )

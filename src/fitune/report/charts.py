@@ -346,7 +346,9 @@ def lengths_picture(runs: Sequence[RecordedRun]) -> Picture | None:
     waste = ", ".join(f"{name} {value:.2f} x" for name, value in padding.items())
     return Picture(
         key="lengths",
-        title=say("Tokens of a sample; positions computed for a real token: {waste}", waste=waste or "n/a"),
+        title=say(
+            "Tokens of a sample; tokens computed, padding included, for a real one: {waste}", waste=waste or "n/a"
+        ),
         axes={"x": say("tokens")},
         y_title=say("samples"),
         series=(Series("", {"x": middles}, np.array(counts, float), "bars", 0),),

@@ -153,7 +153,7 @@ def choose_packing(model: nn.Module, config: RunConfig) -> Packing:
     """Asks the model itself, in a forward."""
     reason = can_pack(model) if config.data.packing else None
     if reason is not None:
-        return False, f"rows are padded, not packed: {reason}"
+        return False, f"samples are padded, not packed: {reason}"
     return config.data.packing, None
 
 

@@ -63,7 +63,7 @@ def check_model(
         look = _Looker(model, loss_share, device, shards)
         loss, gradient = look(probe.both, probe.loss_weight)
         if not math.isfinite(loss):
-            return Verdict(False, f"the loss of two ordinary rows is {loss}")
+            return Verdict(False, f"the loss of two ordinary samples is {loss}")
         again, _ = look(probe.both, probe.loss_weight)
         if again != loss:
             return Verdict(
@@ -74,14 +74,14 @@ def check_model(
         if probe.masked is not None:
             masked, _ = look(probe.masked, probe.loss_weight)
             if not math.isfinite(masked) or abs(masked) > look.tolerance:
-                return Verdict(False, f"a row without targets has the loss {masked:.4g} instead of 0")
+                return Verdict(False, f"a sample without targets has the loss {masked:.4g} instead of 0")
         changed = ", ".join(changed_modules())
         error = _additive_error(look, probe, gradient)
         if error <= look.tolerance:
-            kept = f"{changed} change buffers in every forward, also when rows are only split" if changed else ""
+            kept = f"{changed} change buffers in every forward, also when samples are only split" if changed else ""
             return Verdict(True, kept)
         if changed:
-            return Verdict(False, f"rows of a micro-batch are mixed by {changed}: the gradient is {error:.0%} off")
+            return Verdict(False, f"samples of a micro-batch are mixed by {changed}: the gradient is {error:.0%} off")
         was_training = model.training
         model.eval()
         try:
@@ -91,7 +91,7 @@ def check_model(
             model.train(was_training)
         if only_in_training:
             return Verdict(True, "dropout draws other masks for another split")
-        return Verdict(False, f"rows of a micro-batch depend on each other: the gradient is {error:.0%} off")
+        return Verdict(False, f"samples of a micro-batch depend on each other: the gradient is {error:.0%} off")
 
 
 class _Looker(Generic[T]):
@@ -140,9 +140,10 @@ def _not_a_sum(
     if abs(doubled - loss) <= small:
         if mean_by == "forward":
             return (
-                "the model's forward ignores the token count (num_items_in_batch): its loss is a mean of its own rows"
+                "the model's forward ignores the token count (num_items_in_batch): "
+                "its loss is a mean of its own samples"
             )
-        return "the loss function takes the mean of its own rows, so that parts add up to a mean of means"
+        return "the loss function takes the mean of its own samples, so that parts add up to a mean of means"
     router = any(getattr(getattr(model, "config", None), name, None) for name in ("output_router_logits", "aux_loss"))
     what = "the auxiliary loss of a mixture of experts" if router else "something"
     return f"{what} ({added:.4g}) is added to the loss of every part, whatever its number of targets"

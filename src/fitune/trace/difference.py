@@ -41,7 +41,7 @@ class Difference:
     measured: tuple[Moment | None, Moment | None, Moment | None]
 
     def __str__(self) -> str:
-        lines = [f"the records differ at birth {self.index:,}:"]
+        lines = [f"the records differ at allocation {self.index:,}:"]
         for name, side in (("predicted", self.predicted), ("measured", self.measured)):
             for mark, moment in zip((" ", ">", " "), side, strict=True):
                 lines.append(f"  {name:9} {mark} {moment if moment is not None else '(none)'}")

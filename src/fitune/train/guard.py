@@ -250,7 +250,7 @@ class Guard:
             size = self.memory.size(now)
             self._tell(
                 "micro_batch",
-                f"micro-batches {'shrink' if now < before else 'grow'} to at most {size:,} positions, "
+                f"micro-batches {'shrink' if now < before else 'grow'} to at most {size:,} tokens with padding, "
                 f"with {format_bytes(free_bytes)} free; the effective batch stays",
             )
 

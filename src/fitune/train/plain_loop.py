@@ -153,8 +153,9 @@ class SafeStep:
         takes_any = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in names.values())
         if self.loss is None and not takes_any and "num_items_in_batch" not in names:
             raise UsageError(
-                "the model's forward takes no num_items_in_batch, so its loss is a mean of the rows that it is given: "
-                "give SafeStep loss=f, where f(model, rows, num_targets) is the sum of their losses over num_targets"
+                "the model's forward takes no num_items_in_batch, so its loss is a mean of the samples that it is "
+                "given: "
+                "give SafeStep loss=f, where f(model, samples, num_targets) is the sum of their losses over num_targets"
             )
 
     def _part(self, rows: tuple[int, ...], tensors: Tensors) -> _Part:
@@ -223,16 +224,16 @@ def _num_rows(batch: Mapping[str, Any]) -> int:
         if not isinstance(value, Tensor) or value.dim() == 0:
             kind = "a single number" if isinstance(value, Tensor) else f"a {type(value).__name__}"
             raise UsageError(
-                f"'{name}' of the batch is {kind}, not a tensor whose first dimension is its rows: leave it out"
+                f"'{name}' of the batch is {kind}, not a tensor whose first dimension is its samples: leave it out"
             )
         num_rows = len(value) if num_rows is None else num_rows
         if len(value) != num_rows:
             raise UsageError(
                 f"'{name}' of the batch has a first dimension of {len(value)}, and '{next(iter(batch))}' one of "
-                f"{num_rows}: the first dimension of every tensor must be the rows"
+                f"{num_rows}: the first dimension of every tensor must be the samples"
             )
     if not num_rows:
-        raise UsageError("a batch of SafeStep has no row: leave empty batches out")
+        raise UsageError("a batch of SafeStep has no sample: leave empty batches out")
     return num_rows
 
 
@@ -241,8 +242,8 @@ def _own_loss(model: nn.Module, rows: Tensors, num_targets: float) -> Tensor:
     loss = getattr(output, "loss", None)
     if not isinstance(loss, Tensor):
         raise UsageError(
-            f"the model put out a {type(output).__name__} without a loss: give SafeStep loss=f, where f(model, rows, "
-            "num_targets) is the sum of their losses over num_targets"
+            f"the model put out a {type(output).__name__} without a loss: give SafeStep loss=f, where f(model, "
+            "samples, num_targets) is the sum of their losses over num_targets"
         )
     return loss
 
@@ -251,5 +252,5 @@ def _num_labels(rows: Tensors) -> float:
     labels = rows.get("labels")
     if labels is None or labels.dim() < 2:
         shape = "has no labels" if labels is None else "has labels of one dimension"
-        raise UsageError(f"the batch {shape}, so its targets cannot be counted: give SafeStep num_targets=f(rows)")
+        raise UsageError(f"the batch {shape}, so its targets cannot be counted: give SafeStep num_targets=f(samples)")
     return float((labels[:, 1:] != -100).sum())

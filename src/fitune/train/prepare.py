@@ -198,7 +198,7 @@ def check_shard(config: RunConfig, *, num_ranks: int) -> None:
     if num_ranks == 1:
         raise ConfigError(
             [
-                "model.shard=full deals the weights over processes and this is one alone: start two or more with "
+                "model.shard=full shards the weights over processes and this is one alone: start two or more with "
                 "torchrun --nproc_per_node 2, or drop it"
             ]
         )

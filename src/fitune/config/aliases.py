@@ -1,0 +1,45 @@
+"""The names that transformers, peft and trl give to our keys: they are read as the keys that they stand for.
+
+Own keys stay valid. `config schema` and the page of all keys list these names too.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from fitune.config.yaml_lines import KeyPath
+
+ALIASES: Mapping[str, str] = {
+    "model.gradient_checkpointing": "model.recompute",
+    "data.max_samples": "data.max_rows",
+    "optim.learning_rate": "optim.lr",
+    "optim.max_grad_norm": "optim.clip",
+    "batch.effective_batch_size": "batch.effective",
+    "batch.micro_batch_size": "batch.micro",
+    "batch.micro_batch_tokens": "batch.micro_tokens",
+    "batch.gradient_accumulation_steps": "batch.accumulation",
+    "memory.limit": "memory.budget",
+    "eval.micro_batch_size": "eval.micro",
+    "eval.max_samples": "eval.max_rows",
+}
+"""A name of the field -> our key, in the same section."""
+
+OWN_PATHS: Mapping[KeyPath, KeyPath] = {tuple(name.split(".")): tuple(key.split(".")) for name, key in ALIASES.items()}
+_CHECKPOINTING = {True: "full", False: "off", "true": "full", "false": "off"}
+
+
+def own_value(alias: KeyPath, value: Any) -> Any:
+    """`value` as our key takes it: transformers' gradient_checkpointing is true or false."""
+    is_switch = alias == ("model", "gradient_checkpointing") and isinstance(value, bool | str)
+    return _CHECKPOINTING.get(value, value) if is_switch else value
+
+
+def with_aliases(schema: dict[str, Any]) -> dict[str, Any]:
+    """The JSON schema of a configuration in which every alias stands beside its key."""
+    for alias, key in OWN_PATHS.items():
+        reference = schema["properties"][key[0]]["$ref"].rpartition("/")[2]
+        properties = schema["$defs"][reference]["properties"]
+        told = dict(properties[key[1]]) | {"description": f"another name of {'.'.join(map(str, key))}"}
+        if alias == ("model", "gradient_checkpointing"):
+            told["anyOf"] = [*told["anyOf"], {"type": "boolean"}]
+        properties[alias[1]] = told
+    return schema
