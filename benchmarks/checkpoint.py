@@ -21,14 +21,14 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "src"))
 from fitune.cli import demo
 from fitune.config import read_config
 from fitune.data.batches import batches, num_steps
-from fitune.model.device import read_peak, reset_peak
+from fitune.machine.process_memory import read_peak, reset_peak
 from fitune.model.save import model_files
 from fitune.run.directory import create_run
 from fitune.step.work import train_step
-from fitune.train.checkpoint import CheckpointWriter, checkpoint_path
-from fitune.train.loop import EVALS_PER_RUN
-from fitune.train.prepare import Prepared, prepare
-from fitune.train.state import RunState
+from fitune.training.checkpoint import CheckpointWriter, checkpoint_path
+from fitune.training.loop import EVALS_PER_RUN
+from fitune.training.prepare import Prepared, prepare
+from fitune.training.state import RunState
 from fitune.units import GIB, MIB
 
 

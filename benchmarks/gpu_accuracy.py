@@ -25,12 +25,12 @@ from statistics import median
 from typing import Any
 
 from fitune.config import RunConfig, read_config
-from fitune.memory.cards import Device
-from fitune.memory.devices import find_device, this_machine
-from fitune.plan.predict import RunPrediction, predict_run
+from fitune.machine.cards import Device
+from fitune.machine.devices import find_device, this_machine
+from fitune.planning.predict import RunPrediction, predict_run
 from fitune.trace.difference import first_difference, num_births
+from fitune.trace.own_step import Pass
 from fitune.trace.snapshot import read_snapshot
-from fitune.trace.step import Pass
 from fitune.units import GIB
 
 RESULTS = Path(__file__).parent / "results" / "gpu_accuracy.json"
@@ -220,7 +220,7 @@ def measure_here(setting: Setting, device: Device, path: Path) -> Measured:
 def _process_bytes() -> int | None:
     """What this process has on its card, as nvidia-smi shows it; None in a container or on WSL, where NVML cannot
     tell."""
-    from fitune.memory.nvml import read_cards
+    from fitune.machine.nvml import read_cards
 
     processes = [process for card in read_cards() for process in card.processes]
     return next((process.used_bytes for process in processes if process.pid == os.getpid()), None)
@@ -274,7 +274,7 @@ def _line(row: Compared) -> str:
 
 def write(rows: Sequence[Compared], device: Device) -> None:
     import accuracy
-    from fitune.memory.environment import driver_version
+    from fitune.machine.environment import driver_version
 
     content = {
         "card": device.name,

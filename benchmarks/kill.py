@@ -37,13 +37,16 @@ sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
 
 import torch  # noqa: E402
 
+from fitune.batch_size import growth as batch_mode  # noqa: E402
 from fitune.cli import app  # noqa: E402
 from fitune.data import examples  # noqa: E402
 from fitune.model import save  # noqa: E402
+from fitune.recovery import guard  # noqa: E402
 from fitune.run.directory import RunDirectory, read_run  # noqa: E402
 from fitune.run.journal import read_journal  # noqa: E402
 from fitune.run.metrics import read_events, read_summary  # noqa: E402
-from fitune.train import batch_mode, checkpoint, guard, loop, monitor, prepare, resume  # noqa: E402, F401
+from fitune.training import checkpoint, loop, prepare, resume  # noqa: E402, F401
+from fitune.watch import monitor  # noqa: E402, F401
 from tiny_models import TINY_DROPOUT  # noqa: E402
 from tiny_run import save_tiny_model, write_config, write_dialogues  # noqa: E402
 

@@ -3,7 +3,7 @@
 python benchmarks/loss.py      about a minute on one core; writes benchmarks/results/loss.json
 
 full      all logits at once, the oracle
-fitune    step/loss.py: chunks of positions, the gradient taken in the logits' own memory
+fitune    objectives/supervised.py: chunks of positions, the gradient taken in the logits' own memory
 torch     torch.nn.functional.linear_cross_entropy (torch 2.13), its chunks set to the same number of positions
 auto      the same with the chunks that it chooses itself, where that ends in reasonable time
 
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from fitune.data.packing import lay_out
 from fitune.data.rows import MicroBatch, Row
 from fitune.model.head import Head
-from fitune.step.loss import CHUNK_TOKENS, chunked_cross_entropy
+from fitune.objectives.supervised import CHUNK_TOKENS, chunked_cross_entropy
 
 RESULTS = Path(__file__).parent / "results" / "loss.json"
 

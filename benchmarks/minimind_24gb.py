@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fitune
-from fitune.memory.prediction import Prediction
+from fitune.allocator.prediction import Prediction
 
 PAGE = Path(__file__).parent.parent / "docs" / "memory.md"
 BEGIN, END = "<!-- minimind_24gb.py: begin -->", "<!-- minimind_24gb.py: end -->"

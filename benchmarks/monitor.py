@@ -17,7 +17,7 @@ from fitune.model.load import load_model
 from fitune.run.directory import create_run
 from fitune.run.metrics import StepMetrics
 from fitune.step.assemble import assemble, choose_precision
-from fitune.train.monitor import SAMPLE_SECONDS, run_monitor
+from fitune.watch.monitor import SAMPLE_SECONDS, run_monitor
 
 RESULT = Path(__file__).parent / "results" / "monitor.json"
 CPU = torch.device("cpu")

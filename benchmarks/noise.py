@@ -16,17 +16,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from fitune.batch_size.norms import NormRecorder
 from fitune.cli.demo import smollm2_file
 from fitune.config import ModelConfig, OptimConfig
 from fitune.data.packing import lay_out
 from fitune.data.rows import MicroBatch, Row
 from fitune.model.head import Head, decoder_and_head
 from fitune.model.load import load_model
-from fitune.step.gradient_norms import NormRecorder
-from fitune.step.loss import LossSettings
+from fitune.objectives.supervised import LossSettings
 from fitune.step.optimizer import build_optimizer
 from fitune.step.work import StepSettings, train_step
-from fitune.train.loop import PRECONDITIONED_EVERY
+from fitune.training.loop import PRECONDITIONED_EVERY
 
 RESULT = Path(__file__).parent / "results" / "noise.json"
 KINDS = ("plain", "noise", "preconditioned")

@@ -1,5 +1,5 @@
 """Is the plan's choice the fastest that fits? On this CPU: four models, three budgets each. The ceilings of
-plan/cpu_ceilings.py were fitted to three of them.
+planning/rates.py were fitted to three of them.
 
     python benchmarks/plan.py             about 20 minutes a model; writes benchmarks/results/plan.json after each
     python benchmarks/plan.py --quick     one model of two layers, one budget
@@ -41,11 +41,11 @@ from transformers import PretrainedConfig, PreTrainedTokenizerFast
 from fitune.config import RunConfig, read_config
 from fitune.model.load import build_model, quiet_transformers
 from fitune.model.presets import llama_config, qwen3_config
-from fitune.plan.budget import uniform_lengths
-from fitune.plan.candidates import settings_of
-from fitune.plan.measure import MeasuredStep, measure_steps
-from fitune.plan.plan import Candidate, Plan
-from fitune.plan.planner import choose_plan
+from fitune.planning.choices import settings_of_candidate
+from fitune.planning.limits import uniform_lengths
+from fitune.planning.measure import MeasuredStep, measure_steps
+from fitune.planning.plan import Candidate, Plan
+from fitune.planning.search import choose_plan
 
 LENGTH, ROWS = 256, 6
 MODELS: dict[str, PretrainedConfig] = {
@@ -132,7 +132,7 @@ def settings(directory: Path) -> dict[str, Any]:
 def measure(plan: Plan, config: RunConfig, program: int, *, num_rounds: int, num_pairs: int) -> list[Measurement]:
     candidates = [each for each in plan.candidates if each.result == "same"]
     tree = config.model_dump(mode="json", exclude_defaults=True)
-    settled = [read_config(tree, settings_of(candidate, config)).config for candidate in candidates]
+    settled = [read_config(tree, settings_of_candidate(candidate, config)).config for candidate in candidates]
     ratios: list[list[float]] = [[] for _ in candidates]
     peaks = [0] * len(candidates)
     with measured_apart(settled[0]) as reference:

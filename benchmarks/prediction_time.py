@@ -121,7 +121,7 @@ def _children_seconds() -> float:
 def work_plan(model: dict[str, Any]) -> dict[str, Any]:
     """The first plan as `fitune plan` makes it, in a fresh process with an empty cache."""
     from fitune.config import read_config
-    from fitune.plan.planner import choose_plan
+    from fitune.planning.search import choose_plan
 
     def seconds() -> float:
         return time.process_time() + _children_seconds()
@@ -143,9 +143,9 @@ def work(model: dict[str, Any], rows: int) -> dict[str, Any]:
 
     _ = fitune.predict  # imports as a caller's first use does
     from fitune.config import read_config
-    from fitune.memory.devices import find_device
-    from fitune.plan.predict import predict_run
-    from fitune.trace.recordings import Recordings
+    from fitune.machine.devices import find_device
+    from fitune.planning.predict import predict_run
+    from fitune.trace.library import Recordings
 
     imported = time.process_time()
 

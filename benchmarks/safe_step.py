@@ -26,20 +26,20 @@ from fitune.config import LoraConfig, ModelConfig
 from fitune.data.packing import split
 from fitune.data.rows import Batch, MicroBatch, Row
 from fitune.errors import UsageError
-from fitune.model.attention import attention_name
-from fitune.model.device import held_bytes, read_peak, reset_peak
+from fitune.machine.process_memory import held_bytes, read_peak, reset_peak
 from fitune.model.head import Head, decoder_and_head
 from fitune.model.load import build_model, load_model
 from fitune.model.lora import apply_lora
+from fitune.model.packed_attention import attention_name
 from fitune.model.precision import resolve_precision
 from fitune.model.presets import llama_config
+from fitune.objectives.supervised import LossSettings
+from fitune.recovery.observed import observed, room_bytes
 from fitune.recovery.protection import Protection
+from fitune.recovery.size_control import MemoryModel, choose_size
 from fitune.recovery.step import safe_step
-from fitune.step.loss import LossSettings
 from fitune.step.optimizer_state import create_state
 from fitune.step.work import StepSettings, micro_batch_work, train_step
-from fitune.train.adapt import MemoryModel, choose_size
-from fitune.train.observed import observed, room_bytes
 
 RESULTS = Path(__file__).parent / "results" / "safe_step.json"
 CPU = torch.device("cpu")

@@ -23,7 +23,7 @@ from fitune.cli.demo import corpus_directory, smollm2_file
 from fitune.config import DataConfig, ModelConfig, RunConfig, read_config
 from fitune.data.examples import load_examples
 from fitune.data.rows import Batch, Row
-from fitune.model.device import program_bytes, read_peak, reset_peak
+from fitune.machine.process_memory import program_bytes, read_peak, reset_peak
 from fitune.model.load import load_config, load_model, load_tokenizer
 from fitune.step.assemble import assemble, choose_precision
 from fitune.step.work import train_step

@@ -60,8 +60,8 @@ def train(kind: str, *, headroom_bytes: int, quick: bool) -> Outcome:
     from trl import SFTConfig, SFTTrainer
 
     from fitune.integrations.transformers import FituneCallback, SafeSteps
-    from fitune.model.device import read_peak, reset_peak
-    from fitune.step.out_of_memory import memory_failure
+    from fitune.machine.out_of_memory import memory_failure
+    from fitune.machine.process_memory import read_peak, reset_peak
 
     torch.set_num_threads(1)
     outcome = Outcome(kind)

@@ -10,7 +10,7 @@ from typing import Any
 
 from fitune.config import RunConfig
 from fitune.config.aliases import ALIASES
-from fitune.config.wording import describe
+from fitune.config.wording import describe_fault
 from fitune.language import choose_language, translated
 
 DOCS = Path(__file__).parent
@@ -109,7 +109,7 @@ def _values(content: Any, definitions: Any) -> str:
     items = [branch.get("items", {}) for branch in branches]
     if any("$ref" in branch for branch in (*branches, *items)):
         return "text or a list"  # the sources of data.train, as a path or with keys of their own
-    return describe(content)
+    return describe_fault(content)
 
 
 def _yaml(value: Any) -> str:

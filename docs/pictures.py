@@ -20,7 +20,7 @@ from rich.terminal_theme import MONOKAI
 from fitune.cli.output import Screen
 from fitune.cli.plan_table import show_plan
 from fitune.config import read_config
-from fitune.plan.planner import choose_plan
+from fitune.planning.search import choose_plan
 
 DOCS = Path(__file__).parent
 MOST_BYTES = 200_000

@@ -29,7 +29,7 @@ os.environ.setdefault("FAKE_COPY_MAX", str(1 << 16))  # of contents only what th
 import torch
 import transformers
 
-from fitune.memory.prediction import Prediction
+from fitune.allocator.prediction import Prediction
 from fitune.trace.events import MemoryTrace
 from rehearsal import loops, steps
 from rehearsal.answers import answers

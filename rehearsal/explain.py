@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from fitune.memory.allocator import MIN_BLOCK_BYTES
+from fitune.allocator.rules import MIN_BLOCK_BYTES
 from fitune.trace.difference import first_difference, num_births
 from fitune.trace.events import MemoryEvent, MemoryTrace
 

@@ -32,9 +32,9 @@ import transformers
 
 from fitune.config import RunConfig
 from fitune.errors import FituneError, RestartError
-from fitune.memory.cards import context_prior
-from fitune.memory.devices import this_machine
-from fitune.plan.predict import predict_run
+from fitune.machine.cards import context_prior
+from fitune.machine.devices import this_machine
+from fitune.planning.predict import predict_run
 from fitune.units import MIB
 from rehearsal import steps
 from rehearsal.cases import CARDS, StepCase

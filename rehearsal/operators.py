@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from fitune.trace.cuda_target import CudaTarget
-from fitune.trace.fake import RecordSettings, record_loop
+from fitune.trace.record import RecordSettings, record_loop
 from rehearsal.operator_cases import CASES, Case
 
 Events = list[int]

@@ -7,13 +7,13 @@ from typing import Literal
 from unittest.mock import patch
 
 import fitune
+from fitune.allocator import prediction as prediction_module
+from fitune.allocator.prediction import Prediction, PredictSettings
 from fitune.config import RunConfig, read_config
-from fitune.memory import prediction as prediction_module
-from fitune.memory.devices import find_device, this_machine
-from fitune.memory.prediction import Prediction, PredictSettings
-from fitune.plan.predict import cuda_target, predict_run
+from fitune.machine.devices import find_device, this_machine
+from fitune.planning.predict import cuda_target, predict_run
 from fitune.trace.events import MemoryTrace
-from fitune.trace.step import Pass, record_step
+from fitune.trace.own_step import Pass, record_step
 from rehearsal import loops
 from rehearsal.cases import LoopCase, StepCase
 from rehearsal.models import source
@@ -44,7 +44,7 @@ def predicted_step(case: StepCase, directory: Path, *, routing: Routing = "balan
     config = config_of(case, directory, routing=routing)
     trace = predict_run(config, device, passes=passes_of(case)).recorded.trace
     settings = PredictSettings(device=device, allocator=config.memory.allocator)
-    return prediction_module.predict(trace, settings), trace
+    return prediction_module.predict_trace(trace, settings), trace
 
 
 def predicted_loop(
@@ -74,11 +74,11 @@ def recorded_case(case: StepCase | LoopCase, gpu: str, directory: Path, *, num_s
 def traces_kept() -> Iterator[list[MemoryTrace]]:
     """The traces that predictions inside were made from."""
     kept: list[MemoryTrace] = []
-    predict = prediction_module.predict
+    predict = prediction_module.predict_trace
 
     def keeping(trace: MemoryTrace, settings: PredictSettings) -> Prediction:
         kept.append(trace)
         return predict(trace, settings)
 
-    with patch.object(prediction_module, "predict", keeping):
+    with patch.object(prediction_module, "predict_trace", keeping):
         yield kept

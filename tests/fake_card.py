@@ -4,7 +4,7 @@ import pickle
 from pathlib import Path
 from typing import Any
 
-from fitune.memory.allocator import CachingAllocator
+from fitune.allocator.rules import CachingAllocator
 from fitune.trace.events import MemoryTrace
 
 _STATES = {"allocated": "active_allocated", "inactive": "inactive", "pending": "active_pending_free"}

@@ -24,6 +24,7 @@ import torch
 import yaml
 
 from byte_tokenizer import byte_tokenizer
+from fitune.allocator.config import parse_allocator_config
 from fitune.config import ModelConfig, read_config
 from fitune.config.foreign_read import read_command, read_foreign
 from fitune.config.foreign_translate import translate
@@ -33,19 +34,18 @@ from fitune.data.files import read_rows
 from fitune.data.formats import RowError, normalise
 from fitune.data.table import cached_table
 from fitune.errors import FituneError
-from fitune.memory.allocator_config import parse_allocator_config
-from fitune.memory.devices import find_device
+from fitune.machine.devices import find_device
 from fitune.model.load import load_config, load_model, load_tokenizer
 from fitune.report.compare import compare
 from fitune.report.page import page
 from fitune.report.sources import read_recorded
 from fitune.run.directory import RunDirectory, list_runs, open_run
 from fitune.run.journal import CHAIN_START, StepRecord, append_step, read_journal
-from fitune.run.memory import MemorySample, read_memory
+from fitune.run.memory import MemorySample, read_run_memory
 from fitune.run.metrics import append_line
 from fitune.run.sweep import read_states, read_sweep
 from fitune.trace.snapshot import read_snapshot
-from fitune.train.checkpoint import newest_checkpoint
+from fitune.training.checkpoint import newest_checkpoint
 from tiny_models import TINY_LLAMA, TINY_QWEN3
 from tiny_run import dialogues, save_tiny_model
 from written_runs import Recipe, write_run
@@ -398,7 +398,7 @@ def _read_run(path: Path) -> None:
         lambda: page(compare(read_recorded(directory))),
         lambda: newest_checkpoint(run),
         lambda: read_journal(run.journal),
-        lambda: read_memory(run.memory),
+        lambda: read_run_memory(run.memory),
         lambda: read_config(run.config),
     ):
         with contextlib.suppress(FituneError):

@@ -12,8 +12,8 @@ from typing import Any
 
 import fitune
 from fitune.cli.progress import TrainingProgress
+from fitune.recovery.guard import Guard
 from fitune.run.metrics import StepMetrics
-from fitune.train.guard import Guard
 from fitune.units import MIB
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from fitune.memory.devices import CGROUP_ROOT, PROCESS_CGROUPS
+from fitune.machine.devices import CGROUP_ROOT, PROCESS_CGROUPS
 
 
 class NoControlGroupError(Exception):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from fitune.train.adapt import (
+from fitune.recovery.size_control import (
     CLEAN_STEPS,
     FIRST_BAN_STEPS,
     LONGEST_BAN_STEPS,
@@ -104,7 +104,7 @@ def test_without_its_bans_the_same_memory_would_be_tried_again_and_again(monkeyp
     """So the limits above can be exceeded."""
     restless = Memory(blip_chance=0.05)
     assert simulate(restless, 20_000).retried < 0.003
-    monkeypatch.setattr("fitune.train.adapt._ban", lambda model, rung, free_bytes: None)
+    monkeypatch.setattr("fitune.recovery.size_control._ban", lambda model, rung, free_bytes: None)
     assert simulate(restless, 20_000).retried > 0.01
 
 

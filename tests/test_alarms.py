@@ -9,8 +9,8 @@ import pytest
 
 from fitune.run.memory import MemorySample
 from fitune.run.metrics import RunEvent, StepMetrics
-from fitune.train.alarms import QUIET_SECONDS, Alarms, AlarmSettings
 from fitune.units import GIB, MIB
+from fitune.watch.alarms import QUIET_SECONDS, Alarms, AlarmSettings
 
 CARD = AlarmSettings(clip=1.0, on_cpu=False, save_bytes=2 * GIB, predicted_bytes=17 * GIB)
 HOST = replace(CARD, on_cpu=True)

@@ -5,13 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from fitune.batch_size.growth import rescale_memory
 from fitune.cli.app import main
 from fitune.cli.progress import TrainingProgress
+from fitune.recovery.guard import Guard
 from fitune.run.directory import RunDirectory
 from fitune.run.journal import read_journal
 from fitune.run.metrics import StepMetrics, read_events, read_metrics
-from fitune.train.batch_mode import rescale_memory
-from fitune.train.guard import Guard
 from tiny_run import save_tiny_model, write_config, write_dialogues
 
 RUN, WHOLE = RunDirectory(Path("runs/run")), RunDirectory(Path("runs/whole"))
@@ -32,7 +32,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def place(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FITUNE_CACHE", str(shared / "cache"))
-    monkeypatch.setattr("fitune.train.batch_mode.LEAST_STEPS_LEFT", 3)
+    monkeypatch.setattr("fitune.batch_size.growth.LEAST_STEPS_LEFT", 3)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tiny").symlink_to(shared / "tiny")
     write_dialogues(tmp_path / "sft.jsonl", 120)
@@ -75,7 +75,7 @@ def test_a_change_reaches_adams_memory_its_settings_and_the_clipping(monkeypatch
         rescaled.append((optimizer, gain))
         rescale_memory(optimizer, gain=gain)
 
-    monkeypatch.setattr("fitune.train.loop.rescale_memory", rescale)
+    monkeypatch.setattr("fitune.training.loop.rescale_memory", rescale)
     monkeypatch.setattr(Guard, "set_clip", lambda guard, clip: clips.append(clip))
     assert main(["train", "sft.yaml", *ANNEAL]) == 0
     num_changes = sum(event.kind == "batch" for event in read_events(RUN.events))
@@ -88,7 +88,7 @@ def test_a_change_reaches_adams_memory_its_settings_and_the_clipping(monkeypatch
 
 def test_advise_is_bit_for_bit_a_run_without_any_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
     assert main(["train", "sft.yaml"]) == 0
-    monkeypatch.setattr("fitune.train.loop.NormRecorder", lambda *args, **options: None)
+    monkeypatch.setattr("fitune.training.loop.NormRecorder", lambda *args, **options: None)
     assert main(["train", "sft.yaml", "run.name=whole"]) == 0
     assert (RUN.last / "model.safetensors").read_bytes() == (WHOLE.last / "model.safetensors").read_bytes()
     assert steps(WHOLE)[-1].noise_signal is None

@@ -8,9 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from fitune.config import BatchMode
-from fitune.step.scaling import OptimSettings
-from fitune.train.batch_mode import (
+from fitune.batch_size.growth import (
     FOLLOWED_FRACTION,
     MOST_GROWTH,
     BatchState,
@@ -23,7 +21,9 @@ from fitune.train.batch_mode import (
     set_settings,
     switch_settings,
 )
-from fitune.train.noise import NoiseAverages, NoiseEstimate, estimate, pairwise_sample, update
+from fitune.batch_size.noise import NoiseAverages, NoiseEstimate, estimate, pairwise_sample, update_averages
+from fitune.batch_size.scaling import OptimSettings
+from fitune.config import BatchMode
 
 NOISY = NoiseEstimate(
     signal=1.0,
@@ -165,7 +165,7 @@ def simulate(
         total = float((parts.sum(axis=0) ** 2).sum())
         sample = pairwise_sample((parts**2).sum(axis=1).tolist(), total, weights=[size / MICRO] * MICRO)
         assert sample is not None
-        averages = update(averages, sample, half_life_tokens=half_life, dot=bounce)
+        averages = update_averages(averages, sample, half_life_tokens=half_life, dot=bounce)
         tokens += size
         now = Situation(
             tokens=tokens,

@@ -84,7 +84,7 @@ def test_json_that_cannot_be_read_is_a_value_error(text: str | bytes) -> None:
     ],
 )
 def test_torchruns_variables_are_checked(make: dict[str, str], said: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fitune.train.ranks import joined
+    from fitune.distributed.processes import joined
 
     for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
@@ -95,7 +95,7 @@ def test_torchruns_variables_are_checked(make: dict[str, str], said: str, monkey
 
 
 def test_a_variable_of_torchrun_that_is_empty_is_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fitune.train.ranks import joined
+    from fitune.distributed.processes import joined
 
     monkeypatch.setenv("WORLD_SIZE", "")
     with joined() as ranks:

@@ -14,8 +14,8 @@ import fitune
 from fitune import errors
 from fitune.cli.app import app, main
 from fitune.config import read_config
-from fitune.memory.devices import find_device
-from fitune.plan.training import unusual_rate
+from fitune.machine.devices import find_device
+from fitune.planning.optimizer_facts import unusual_rate
 from fitune.run.directory import RunDirectory, create_run, write_json
 from fitune.run.metrics import Summary, summary_json
 from fitune.units import GIB
@@ -181,7 +181,7 @@ def test_each_card_is_shown_with_all_its_sizes(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     card = replace(find_device("RTX 4090"), name="NVIDIA GeForce RTX 4090", free_bytes=22 * GIB, used_bytes=GIB)
-    monkeypatch.setattr("fitune.memory.environment.this_machine", lambda: (card,))
+    monkeypatch.setattr("fitune.machine.environment.this_machine", lambda: (card,))
     assert main(["env"]) == 0
     line = capsys.readouterr().out.splitlines()[0]
     assert "24 GB card" in line

@@ -4,16 +4,16 @@ from dataclasses import replace
 
 import pytest
 
-from fitune.memory.devices import find_device
-from fitune.plan.cost import (
+from fitune.machine.devices import find_device
+from fitune.planning.cost import (
     ADAMW_OP,
     HOST_BANDWIDTH,
     MAPPED_CALL_BYTES,
     Ceilings,
-    Work,
+    OpCost,
     attending,
     card_ceilings,
-    mix,
+    mixed,
     seconds_of,
 )
 from fitune.trace.events import ON_HOST, TRANSFER
@@ -28,11 +28,11 @@ CPU = Ceilings(
     asynchronous=False,
     origin="the test",
 )
-MATMUL = Work("forward", "aten.mm", "float32", flops=1e9, num_bytes=1e6, launches=1)
-ADD = Work("forward", "aten.add", "float32", flops=0, num_bytes=1e6, launches=1)
+MATMUL = OpCost("forward", "aten.mm", "float32", flops=1e9, num_bytes=1e6, launches=1)
+ADD = OpCost("forward", "aten.add", "float32", flops=0, num_bytes=1e6, launches=1)
 
 
-def seconds(*works: Work, ceilings: Ceilings = CPU) -> float:
+def seconds(*works: OpCost, ceilings: Ceilings = CPU) -> float:
     return seconds_of(works, ceilings)
 
 
@@ -80,14 +80,14 @@ def test_an_exponential_takes_longer_than_a_sum_of_as_many_bytes_but_on_a_card()
 def test_what_crosses_takes_the_time_of_the_link_and_an_update_there_that_of_the_host(card: str, link: float) -> None:
     ceilings = card_ceilings(find_device(card))
     assert ceilings is not None
-    crossing = Work("optimizer", TRANSFER, "float32", flops=0, num_bytes=12e9, launches=1)
+    crossing = OpCost("optimizer", TRANSFER, "float32", flops=0, num_bytes=12e9, launches=1)
     updating = replace(crossing, op=f"{ON_HOST}{ADAMW_OP}", num_bytes=28e9)
     assert seconds(crossing, ceilings=ceilings) == pytest.approx(12e9 / (0.8 * link))
     assert seconds(crossing, updating, ceilings=ceilings) == pytest.approx(12e9 / (0.8 * link) + 28e9 / HOST_BANDWIDTH)
 
 
 def test_what_is_taken_away_leaves_no_less_than_nothing() -> None:
-    (left,) = mix((1.0, [ADD]), (-2.0, [ADD]))
+    (left,) = mixed((1.0, [ADD]), (-2.0, [ADD]))
     assert (left.num_bytes, left.launches) == (0, 0)
 
 

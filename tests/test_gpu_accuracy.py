@@ -10,9 +10,9 @@ import pytest
 import accuracy
 import gpu_accuracy
 from fake_card import write_snapshot
-from fitune.memory.cards import Device
-from fitune.memory.devices import find_device
-from fitune.plan.predict import predict_run
+from fitune.machine.cards import Device
+from fitune.machine.devices import find_device
+from fitune.planning.predict import predict_run
 from fitune.trace.events import MemoryTrace
 from gpu_accuracy import BY_NAME, SETTINGS, Measured, Setting
 

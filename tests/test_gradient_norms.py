@@ -9,17 +9,17 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
+from fitune.batch_size.noise import pairwise_sample
+from fitune.batch_size.norms import GradientNorms, NormRecorder
 from fitune.data.packing import split
 from fitune.data.rows import MicroBatch
 from fitune.model.load import build_model
 from fitune.model.recompute import set_recompute
 from fitune.recovery.protection import Protection
 from fitune.recovery.step import safe_step
-from fitune.step.gradient_norms import GradientNorms, NormRecorder
 from fitune.step.optimizer_state import create_state
 from fitune.step.step import StepResult
 from fitune.step.work import micro_batch_work, train_step
-from fitune.train.noise import pairwise_sample
 from tiny_models import TINY_GPT2, TINY_LLAMA
 from tiny_steps import make_batch, make_model, settings_for
 

@@ -17,14 +17,14 @@ from torch._subclasses.fake_tensor import is_fake
 from faults import out_of_memory
 from fitune.cli.app import main
 from fitune.data.rows import MicroBatch
+from fitune.objectives.supervised import LossSettings
+from fitune.recovery import guard
 from fitune.recovery.fallbacks import SMALL_CHUNK_TOKENS
 from fitune.recovery.step import SafeResult, safe_step, try_pieces
 from fitune.run.directory import RunDirectory
 from fitune.run.journal import read_journal
 from fitune.run.metrics import read_events, read_metrics, read_summary
 from fitune.step import work
-from fitune.step.loss import LossSettings
-from fitune.train import guard
 from tiny_run import WIDE_VOCABULARY, save_tiny_model, write_config, write_dialogues, write_long_dialogues
 
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA is Linux's")
@@ -110,8 +110,8 @@ def test_the_heaviest_micro_batch_is_tried_before_the_first_step(place: Path, mo
         tried.append((True, 0, max(piece.num_positions for piece in pieces)))
         return try_pieces(protection, pieces, **options)
 
-    monkeypatch.setattr("fitune.train.guard.safe_step", seen)
-    monkeypatch.setattr("fitune.train.guard.try_pieces", seen_trial)
+    monkeypatch.setattr("fitune.recovery.guard.safe_step", seen)
+    monkeypatch.setattr("fitune.recovery.guard.try_pieces", seen_trial)
     assert command(place) == 0
     assert [call[:2] for call in tried] == [(True, 0), (False, 1), (False, 2), (False, 3), (False, 4)]
     assert tried[0][2] >= max(size for _, _, size in tried[1:])

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 import pytest
 from huggingface_hub import constants
 
-from fitune import hub
 from fitune.config import ModelConfig
+from fitune.data import hub
 from fitune.errors import ModelError
 from fitune.model.load import load_config
 

@@ -65,7 +65,7 @@ def test_a_chinese_character_takes_two_columns() -> None:
 
 ENGLISH_ALONE = {
     "config/foreign_tools.py": "names of other tools' files and keys",
-    "memory/allocator.py": "PyTorch's own words for an allocation that fails",
+    "allocator/rules.py": "PyTorch's own words for an allocation that fails",
     "report/page.py": "HTML",
     "trace/as_real.py": "PyTorch's own words",
     "language": "the catalogue",

@@ -20,8 +20,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
 
 import fitune
+from fitune.allocator.prediction import Prediction
 from fitune.errors import UnexpectedError, UsageError
-from fitune.memory.prediction import Prediction
 
 WIDTH = 64
 MODEL_BYTES = 2 * (WIDTH * WIDTH + WIDTH) * 4

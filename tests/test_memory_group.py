@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import second_process
-from fitune.memory import devices
-from fitune.memory.devices import cpu_device
-from fitune.model.device import refusing, resident_free_in_heap
-from fitune.train.observed import room_bytes
+from fitune.machine import devices
+from fitune.machine.devices import cpu_device
+from fitune.machine.process_memory import refusing, resident_free_in_heap
+from fitune.recovery.observed import room_bytes
 from fitune.units import MIB
 from memory_group import MemoryGroup, NoControlGroupError, memory_group
 
@@ -38,8 +38,8 @@ def run_alone(code: str) -> None:
 TOUCH = """
 import time
 import torch
-from fitune.model.device import refusing
-from fitune.step.out_of_memory import memory_failure
+from fitune.machine.process_memory import refusing
+from fitune.machine.out_of_memory import memory_failure
 from fitune.units import MIB
 
 def touch(num_bytes):
@@ -123,8 +123,8 @@ def test_what_is_free_follows_the_files_of_the_control_group(tmp_path: Path, mon
 
 IN_A_GROUP = """
 import torch
-from fitune.memory.devices import cpu_device
-from fitune.model.device import refusing
+from fitune.machine.devices import cpu_device
+from fitune.machine.process_memory import refusing
 assert cpu_device().total_bytes == {limit}, cpu_device()
 with refusing(lambda: cpu_device().free_bytes):
     try:
@@ -150,7 +150,7 @@ def test_a_control_groups_kernel_kills_what_is_not_refused(group: MemoryGroup) -
 
 def test_the_page_cache_of_a_real_control_group_is_free(group: MemoryGroup, tmp_path: Path) -> None:
     """A file of 128 MiB that is written within it changes what is left by little."""
-    before = "from fitune.memory.devices import cpu_device; first = cpu_device()"
+    before = "from fitune.machine.devices import cpu_device; first = cpu_device()"
     write = f"open({str(tmp_path / 'file')!r}, 'wb').write(bytes(128 << 20)); import gc, os; os.sync()"
     group.limit(512 * MIB)
     done = subprocess.run(

@@ -3,7 +3,7 @@
 import pytest
 
 import minimind_24gb
-from fitune.memory.prediction import Prediction
+from fitune.allocator.prediction import Prediction
 from minimind_24gb import BEGIN, END, NUM_PARAMETERS, Line, formula_bytes, minimind_step, own_step, table, with_table
 
 SMALL = {"rows": 2, "length": 512}

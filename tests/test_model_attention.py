@@ -1,4 +1,4 @@
-"""model/attention.py: packed rows compute what they compute alone, whatever the architecture."""
+"""model/packed_attention.py: packed rows compute what they compute alone, whatever the architecture."""
 
 import copy
 from dataclasses import replace
@@ -12,10 +12,10 @@ from transformers import BloomConfig, Lfm2Config, LlamaConfig
 
 from fitune.config import LoraConfig, ModelConfig
 from fitune.errors import ModelError
-from fitune.model import attention
-from fitune.model.attention import Scoring, attention_name, can_pack, check_attention, row_boundaries
+from fitune.model import packed_attention as attention
 from fitune.model.load import build_model, load_model
 from fitune.model.lora import apply_lora
+from fitune.model.packed_attention import Scoring, attention_name, can_pack, check_attention, row_boundaries
 from tiny_models import TINY
 
 LENGTHS = (9, 1, 6, 12)

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from fitune.data.packing import lay_out
 from fitune.data.rows import MicroBatch, Row
-from fitune.step.model_check import Probe, Verdict, check_model
+from fitune.recovery.divisibility import ProbeSamples, Verdict, check_model
 from fitune.step.work import loss_share
 from tiny_steps import labelled, make_model, settings_for
 
 Part = dict[str, Tensor]
-PROBE = Probe(labelled((3, 1), (12, 10)), labelled((3, 1)), labelled((12, 10)), labelled((3, 0)), 11.0)
+PROBE = ProbeSamples(labelled((3, 1), (12, 10)), labelled((3, 1)), labelled((12, 10)), labelled((3, 0)), 11.0)
 
 
 def by_forward(model: nn.Module) -> Any:
@@ -45,7 +45,7 @@ def test_our_own_loss_passes(family: str, packed: bool) -> None:
     def share(part: MicroBatch, weight: float) -> Tensor:
         return loss_share(model, part, loss_weight=weight, settings=settings)
 
-    assert check_model(model, share, Probe(both, first, second, masked, both.loss_weight)) == Verdict(True)
+    assert check_model(model, share, ProbeSamples(both, first, second, masked, both.loss_weight)) == Verdict(True)
 
 
 def row(row_id: int, num_tokens: int, num_targets: int) -> Row:

@@ -19,7 +19,7 @@ from fitune.errors import ModelError
 from fitune.model.load import build_model, load_config, load_model, load_tokenizer
 from fitune.model.lora import load_adapters
 from fitune.model.save import save_model
-from fitune.plan.stated import code_note
+from fitune.planning.stated import code_note
 from tiny_models import TINY_LLAMA, save_tokenizer
 
 CPU, META = torch.device("cpu"), torch.device("meta")

@@ -9,8 +9,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from fitune.model import attention
 from fitune.model import fused as fused_layers
+from fitune.model import packed_attention as attention
 from fitune.model.fused import fuse_layers
 from tiny_models import TINY_QWEN3_NEXT
 

@@ -16,7 +16,7 @@ from fitune.model.load import count_parameters, load_model
 from fitune.model.quantise import NF4Linear, not_quantised, quantise
 from fitune.model.save import plain_tensors
 from fitune.trace.events import MemoryEvent
-from fitune.trace.step import Pass, longest_rows, record_step
+from fitune.trace.own_step import Pass, longest_rows, record_step
 from tiny_models import TINY, TINY_DBRX, TINY_JETMOE
 
 CPU = torch.device("cpu")

@@ -16,10 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fitune.config import LoraConfig, Recompute
 from fitune.errors import ModelError
 from fitune.model import recompute as recompute_module
-from fitune.model.attention import attention_name, row_boundaries
 from fitune.model.compile import compile_layers
 from fitune.model.load import build_model
 from fitune.model.lora import apply_lora
+from fitune.model.packed_attention import attention_name, row_boundaries
 from fitune.model.recompute import set_recompute
 from tiny_models import TINY
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fitune.config import read_config
 from fitune.model.head import Head
 from fitune.model.tied_head import joined_to_embedding
-from fitune.trace.step import Pass, longest_rows, record_step
+from fitune.trace.own_step import Pass, longest_rows, record_step
 from tiny_models import TINY
 
 PADDING_ID = 3

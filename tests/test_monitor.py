@@ -16,16 +16,16 @@ from fitune.cli.progress import TrainingProgress
 from fitune.cli.watch_screen import watch_screen
 from fitune.config import RunConfig, read_config
 from fitune.errors import RunDirectoryError
-from fitune.memory.cards import context_prior
+from fitune.machine.cards import context_prior
 from fitune.model.load import load_model
 from fitune.run.directory import RunDirectory, create_run, write_json
 from fitune.run.follow import RunFollower
-from fitune.run.memory import MemorySample, read_memory
+from fitune.run.memory import MemorySample, read_run_memory
 from fitune.run.metrics import append_line, read_events
 from fitune.step.assemble import assemble, choose_precision
-from fitune.train.monitor import Watchers, run_monitor
-from fitune.train.sampler import Sampler
 from fitune.units import GIB, MIB
+from fitune.watch.monitor import Watchers, run_monitor
+from fitune.watch.sampler import Sampler
 from tiny_run import save_tiny_model, write_config, write_dialogues
 from watched_run import step_metrics
 
@@ -81,7 +81,7 @@ def clean(shared: Path) -> RunDirectory:
 
 
 def test_a_run_leaves_its_memory_over_time(clean: RunDirectory) -> None:
-    samples = read_memory(clean.memory)
+    samples = read_run_memory(clean.memory)
     assert samples[0].step == 0
     assert (samples[-1].step, samples[-1].progress_fraction) == (60, 1.0)
     for sample in samples:
@@ -95,7 +95,7 @@ def test_a_clean_run_rings_no_alarm(clean: RunDirectory) -> None:
 
 
 def test_samples_are_half_a_second_apart(clean: RunDirectory) -> None:
-    times = [sample.time for sample in read_memory(clean.memory)][:-1]  # the last one is the end's
+    times = [sample.time for sample in read_run_memory(clean.memory)][:-1]  # the last one is the end's
     assert times  # a fast machine is done in a second
     assert all(later - earlier > 0.4 for earlier, later in pairwise(times))
 
@@ -116,7 +116,7 @@ def test_a_sampler_that_breaks_does_not_end_the_run(
     def full(*_: object, **__: object) -> NoReturn:
         raise RunDirectoryError("no space left")
 
-    monkeypatch.setattr("fitune.train.monitor.PatientFiles.append", full)
+    monkeypatch.setattr("fitune.watch.monitor.PatientFiles.append", full)
     said: list[str] = []
     with run_monitor(*monitored, tell=said.append) as monitor:
         monitor.step(step_metrics(1), progress=0.1)
@@ -175,7 +175,7 @@ def test_prometheus_finds_the_present_numbers(place: Path, tmp_path: Path) -> No
 def test_a_file_for_prometheus_that_cannot_be_written_is_said_once(
     monitored: tuple[RunConfig, Any, RunDirectory], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fitune.train.monitor.PROMETHEUS_SECONDS", 0.0)
+    monkeypatch.setattr("fitune.watch.monitor.PROMETHEUS_SECONDS", 0.0)
     config, setup, run = monitored
     config = config.model_copy(update={"run": config.run.model_copy(update={"prometheus": "nowhere/fitune.prom"})})
     said: list[str] = []

@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fitune.step.gradient_norms import GradientNorms
-from fitune.train.noise import (
+from fitune.batch_size.noise import (
     NoiseAverages,
     NoiseSample,
     estimate,
@@ -18,8 +17,9 @@ from fitune.train.noise import (
     observe,
     observe_preconditioned,
     pairwise_sample,
-    update,
+    update_averages,
 )
+from fitune.batch_size.norms import GradientNorms
 
 DRAWS, DIMENSIONS = 20_000, 32
 SIGNAL = 1.0
@@ -103,7 +103,7 @@ def test_the_ratio_of_averages_finds_the_noise_scale_where_the_mean_of_ratios_do
         sample = pairwise_sample(q, big_q, weights=n)
         assert sample is not None
         ratios.append(sample.variance / sample.signal)
-        averages = update(averages, sample, half_life_tokens=1e9)
+        averages = update_averages(averages, sample, half_life_tokens=1e9)
     found = estimate(averages)
     assert found is not None
     assert found.scale_tokens == pytest.approx(truth, rel=0.05)
@@ -121,7 +121,7 @@ def test_the_bounds_hold_the_truth_as_often_as_they_say() -> None:
         for index in range(100 * run, 100 * run + 100):
             sample = pairwise_sample(squared[index], total[index], weights=weights[index])
             assert sample is not None
-            averages = update(averages, sample, half_life_tokens=1e9)
+            averages = update_averages(averages, sample, half_life_tokens=1e9)
         found = estimate(averages)
         assert found is not None
         below += truth < found.scale_low_tokens
@@ -158,7 +158,7 @@ def test_the_bounce_ratio_is_one_while_descending_and_not_positive_around_a_mini
             assert sample is not None
             correction = 1 - 0.9**step
             dot = float(gradient @ memory) / correction if step else None
-            averages = update(averages, sample, half_life_tokens=200, dot=dot)
+            averages = update_averages(averages, sample, half_life_tokens=200, dot=dot)
             memory = 0.9 * memory + 0.1 * gradient
             weights = weights - 5.0 * memory
         found = estimate(averages)
@@ -187,7 +187,7 @@ def test_a_step_with_one_target_bearing_micro_batch_tells_nothing() -> None:
 def test_drawing_without_replacement_leaves_less_noise() -> None:
     averages = NoiseAverages()
     for _ in range(3):
-        averages = update(averages, NoiseSample(1.0, 100.0, 10.0), half_life_tokens=1e6)
+        averages = update_averages(averages, NoiseSample(1.0, 100.0, 10.0), half_life_tokens=1e6)
     found = estimate(averages)
     assert found is not None
     assert found.ratio(10) == pytest.approx(10.0)
@@ -199,7 +199,7 @@ def test_old_steps_are_forgotten_by_their_tokens() -> None:
     averages = NoiseAverages()
     for signal, steps in ((1.0, 1000), (5.0, 100)):
         for _ in range(steps):
-            averages = update(averages, NoiseSample(signal, 1.0, 10.0), half_life_tokens=100.0)
+            averages = update_averages(averages, NoiseSample(signal, 1.0, 10.0), half_life_tokens=100.0)
     assert averages.signal == pytest.approx(5 - 4 * 0.5**10, rel=1e-3)
 
 

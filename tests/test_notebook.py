@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 import fitune
+from fitune.allocator.peaks import Living
+from fitune.allocator.prediction import Prediction
 from fitune.cli.output import html_block
 from fitune.cli.progress import TrainingProgress, open_progress
-from fitune.memory.prediction import Prediction
-from fitune.memory.timeline import Living
 from fitune.report.compare import compare
 from fitune.run.metrics import Summary
 from fitune.units import GIB

@@ -11,9 +11,9 @@ from torch import nn
 from faults import out_of_memory
 from fitune.config import OptimConfig
 from fitune.errors import OutOfMemoryError
+from fitune.machine.out_of_memory import memory_failure, needed_bytes, release_workspaces, try_twice
 from fitune.step.optimizer import build_optimizer
 from fitune.step.optimizer_state import create_state
-from fitune.step.out_of_memory import memory_failure, needed_bytes, release_workspaces, try_twice
 
 CPU = torch.device("cpu")
 

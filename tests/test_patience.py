@@ -13,7 +13,7 @@ from torch import nn
 
 import fitune
 from fitune.errors import FituneError, TooLongError, UsageError
-from fitune.plan import second_process
+from fitune.planning import second_process
 from fitune.trace import patience
 from tiny_run import save_tiny_model
 

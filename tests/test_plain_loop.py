@@ -346,7 +346,7 @@ def test_a_loss_that_cannot_be_learned_from_is_said(loss: Any, said: str) -> Non
 
 def test_what_nobody_foresaw_is_a_sentence_that_keeps_its_cause(monkeypatch: pytest.MonkeyPatch) -> None:
     step = linear_step(mean)
-    monkeypatch.setattr("fitune.train.plain_loop.create_state", lambda _: int("x"))
+    monkeypatch.setattr("fitune.integrations.own_loop.create_state", lambda _: int("x"))
     # as if torch had raised it: the place is one of ours
     monkeypatch.setattr("fitune.boundary._passed_others_code", lambda _: False)
     with pytest.raises(UnexpectedError, match=r"fitune\.SafeStep met an error .*: ValueError") as caught:

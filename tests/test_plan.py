@@ -29,16 +29,16 @@ from fitune.cli.plan import _candidate
 from fitune.cli.plan_table import show_plan
 from fitune.config import RunConfig, read_config
 from fitune.errors import ConfigError, UsageError
-from fitune.memory.devices import find_device
-from fitune.plan.budget import Limits, find_limits, uniform_lengths
-from fitune.plan.candidates import Choice, host_choices, same_choices, settings_of, still_open
-from fitune.plan.other_estimates import other_estimates
-from fitune.plan.plan import FirstAnswer, Plan, closest, does_not_fit, plan_json
-from fitune.plan.planner import Search, _Search, choose_plan
-from fitune.plan.predict import predict
-from fitune.plan.pricing import Bound
-from fitune.plan.second_process import divide
-from fitune.trace import recordings
+from fitune.machine.devices import find_device
+from fitune.planning.choices import Choice, host_choices, same_choices, settings_of_candidate, still_open
+from fitune.planning.limits import MemoryLimits, find_limits, uniform_lengths
+from fitune.planning.other_estimates import other_estimates
+from fitune.planning.plan import FirstAnswer, Plan, closest, does_not_fit, plan_json
+from fitune.planning.predict import predict
+from fitune.planning.pricing import Bound
+from fitune.planning.search import Search, _Search, choose_plan
+from fitune.planning.second_process import divide
+from fitune.trace import library as recordings
 from fitune.trace.events import CATEGORIES, ROUTED, UNROUTED
 from fitune.units import format_bytes, format_gib, parse_bytes
 from tiny_models import TINY, TINY_DBRX
@@ -239,7 +239,7 @@ def heavy(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
 
 
 @pytest.fixture(scope="module")
-def tight(heavy: RunConfig) -> Limits:
+def tight(heavy: RunConfig) -> MemoryLimits:
     """Of a card on which it fits with its state in the host's memory alone."""
     roomy = choose_plan(heavy, gpu="RTX 4090")
     assert "adamw_host" not in {each.optimizer for each in roomy.candidates}  # none of them would be faster
@@ -248,18 +248,18 @@ def tight(heavy: RunConfig) -> Limits:
 
 
 @pytest.mark.parametrize("search", ["all", "brief", "fastest"])
-def test_where_nothing_else_fits_the_host_updates(heavy: RunConfig, tight: Limits, search: Search) -> None:
+def test_where_nothing_else_fits_the_host_updates(heavy: RunConfig, tight: MemoryLimits, search: Search) -> None:
     plan = choose_plan(heavy, limits=tight, search=search)
     assert plan.chosen is not None
     chosen = plan.candidates[plan.chosen]
     assert (chosen.optimizer, chosen.result, chosen.categories["optimizer_state"]) == ("adamw_host", "same", 0)
     assert chosen.predicted_host_bytes == 16 * plan.model.num_parameters
-    settings = settings_of(chosen, heavy)
+    settings = settings_of_candidate(chosen, heavy)
     assert "optim.name=adamw_host" in still_open(settings, heavy)
     assert read_config(heavy.model_dump(mode="json", exclude_defaults=True), settings).config.optim.name == "adamw_host"
 
 
-def test_a_host_without_room_is_no_way_out(heavy: RunConfig, tight: Limits) -> None:
+def test_a_host_without_room_is_no_way_out(heavy: RunConfig, tight: MemoryLimits) -> None:
     plan = choose_plan(heavy, limits=replace(tight, host_bytes=2**20))
     assert plan.chosen is None
     same = (each for each in plan.candidates if each.result == "same")
@@ -277,7 +277,7 @@ def test_inputs_that_wait_on_the_host_are_a_candidate_of_a_card(tree: dict[str, 
     )
     assert moved.predicted_allocated_bytes < kept.predicted_allocated_bytes
     assert moved.predicted_host_bytes > kept.predicted_host_bytes == 0
-    assert "model.offload_activations=true" in settings_of(moved, config(tree))
+    assert "model.offload_activations=true" in settings_of_candidate(moved, config(tree))
     forced = config(tree, "model.recompute=full")
     assert not any(each.offload_activations for each in choose_plan(forced, gpu="RTX 4060").candidates)
     assert not any(choice.offloads for choice in same_choices(config(tree), uniform_lengths(forced), on_card=False))

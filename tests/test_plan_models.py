@@ -7,7 +7,7 @@ import pytest
 from transformers import LlamaConfig, PretrainedConfig, Qwen3Config
 
 from fitune.config import read_config
-from fitune.plan.planner import choose_plan
+from fitune.planning.search import choose_plan
 
 _LLAMA: dict[str, Any] = {"vocab_size": 128256, "num_key_value_heads": 8, "num_attention_heads": 32}
 MODELS: dict[str, PretrainedConfig] = {

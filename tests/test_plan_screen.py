@@ -14,9 +14,9 @@ import pytest
 from fitune.cli.output import Screen
 from fitune.cli.plan_table import about_seconds, first_words, show_plan, telling
 from fitune.config import read_config
-from fitune.plan.plan import FirstAnswer, Plan, closest, sizes_of, split_of
-from fitune.plan.planner import choose_plan
-from fitune.plan.training import Span
+from fitune.planning.optimizer_facts import Span
+from fitune.planning.plan import FirstAnswer, Plan, closest, sizes_of, split_of
+from fitune.planning.search import choose_plan
 from tiny_models import TINY
 
 

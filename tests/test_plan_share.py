@@ -9,9 +9,9 @@ import pytest
 
 from fitune.cli.app import main
 from fitune.config import read_config
-from fitune.plan.plan import Plan
-from fitune.plan.planner import choose_plan
-from fitune.plan.share import BUCKET_BYTES, share_of
+from fitune.planning.plan import Plan
+from fitune.planning.search import choose_plan
+from fitune.planning.several_cards import BUCKET_BYTES, share_of
 from fitune.trace.events import MemoryEvent, MemoryTrace
 from fitune.trace.sharded import sharded
 from fitune.units import GIB

@@ -11,9 +11,9 @@ from fitune.cli.plan_training import training_lines, training_warnings
 from fitune.config import read_config
 from fitune.language import say
 from fitune.language.chinese import CHINESE
-from fitune.plan.budget import Lengths, find_lengths
-from fitune.plan.training import PlannedTraining, lost_updates_fraction, plan_training
-from fitune.train.prepare import rows_notes
+from fitune.planning.limits import Lengths, find_lengths
+from fitune.planning.optimizer_facts import PlannedTraining, lost_updates_fraction, plan_training
+from fitune.training.prepare import rows_notes
 
 LENGTHS = Lengths((100, 300), 0.4, 0, 6_000, 1_200_000, "the longest sample of the data")
 UNKNOWN = Lengths((2048,), 1.0, 0, None, None, "data.max_length")

@@ -11,17 +11,17 @@ from typing import Any, cast
 
 import pytest
 
+from fitune.batch_size.scaling import OptimSettings, scale
 from fitune.cli.app import main
 from fitune.cli.progress import TrainingProgress
 from fitune.config import read_config
 from fitune.run.directory import RunDirectory
-from fitune.run.interval import Interval
+from fitune.run.interval import ConfidenceInterval
 from fitune.run.journal import read_journal
 from fitune.run.metrics import StepMetrics, read_events, read_metrics, read_summary
 from fitune.run.probe import Branch, Probe, choose
 from fitune.step.assemble import Setup
-from fitune.step.scaling import OptimSettings, scale
-from fitune.train import probe as probe_module
+from fitune.training import probe as probe_module
 from tiny_run import save_tiny_model, write_config, write_dialogues
 
 RUN, PLAIN = RunDirectory(Path("runs/run")), RunDirectory(Path("runs/plain"))
@@ -45,7 +45,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         },
     )
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("fitune.train.prepare.choose_plan", None)
+        patched.setattr("fitune.training.prepare.choose_plan", None)
         patched.setenv("FITUNE_CACHE", str(directory / "cache"))
         patched.chdir(directory)
         assert main(["train", "sft.yaml", LOW, "run.name=probed"]) == 0
@@ -121,7 +121,7 @@ def test_whatever_is_chosen_the_configuration_that_is_kept_trains_the_same(
     setting: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Probe, "chosen", setting)
-    monkeypatch.setattr("fitune.train.probe.choose", lambda branches: min(setting, len(branches) - 1))
+    monkeypatch.setattr("fitune.training.probe.choose", lambda branches: min(setting, len(branches) - 1))
     assert main(["train", "sft.yaml", GOOD]) == 0
     assert main(["train", str(RUN.config), "run.name=plain"]) == 0
     assert read_journal(RUN.journal)[-1].hash == read_journal(PLAIN.journal)[-1].hash
@@ -129,7 +129,7 @@ def test_whatever_is_chosen_the_configuration_that_is_kept_trains_the_same(
 
 def test_a_scaled_rate_is_kept_as_it_is_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Probe, "chosen", 3)
-    monkeypatch.setattr("fitune.train.probe.choose", lambda branches: len(branches) - 1)
+    monkeypatch.setattr("fitune.training.probe.choose", lambda branches: len(branches) - 1)
     assert main(["train", "sft.yaml", GOOD, "optim.scaling=sqrt", "optim.reference_batch=1"]) == 0
     assert main(["train", str(RUN.config), "run.name=plain"]) == 0
     assert read_journal(RUN.journal)[-1].hash == read_journal(PLAIN.journal)[-1].hash
@@ -154,7 +154,7 @@ def test_a_run_that_is_killed_in_the_probe_or_after_it_ends_as_if_it_had_not_bee
     assert found(RUN)["chosen"] == found(PLAIN)["chosen"]
 
 
-@pytest.mark.parametrize("killed_in", ["fitune.run.probe.write_probe", "fitune.train.probe.go_on"])
+@pytest.mark.parametrize("killed_in", ["fitune.run.probe.write_probe", "fitune.training.probe.go_on"])
 def test_a_run_that_is_killed_while_the_branch_becomes_the_run_ends_the_same(
     killed_in: str, probed: RunDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -209,7 +209,7 @@ def test_twice_the_batch_takes_the_whole_rule_and_keeps_its_micro_batches() -> N
 
 
 def branch(loss: float, low: float | None = None, high: float | None = None) -> Branch:
-    difference = None if low is None or high is None else Interval((low + high) / 2, low, high, 50)
+    difference = None if low is None or high is None else ConfidenceInterval((low + high) / 2, low, high, 50)
     return Branch(
         name=f"at {loss}", lr=1e-3, rows=8, steps=10, tokens=1000, seconds=1.0, eval_loss=loss, difference=difference
     )

@@ -24,12 +24,13 @@ from fitune.cli.progress import TrainingProgress
 from fitune.data.deal import deal
 from fitune.data.rows import Batch, Row
 from fitune.errors import ModelError
+from fitune.recovery import guard
 from fitune.run.directory import RunDirectory, read_run
 from fitune.run.journal import plan_parts, read_journal
 from fitune.run.metrics import StepMetrics, read_events, read_metrics, read_summary
 from fitune.step import work
-from fitune.train import guard, loop, prepare
-from fitune.train.state import RunState
+from fitune.training import loop, prepare
+from fitune.training.state import RunState
 from tiny_ranks import run_ranks
 
 TWO, ONE, RUN = (RunDirectory(Path("runs", name)) for name in ("two", "one", "run"))

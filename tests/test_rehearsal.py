@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import fits as fits_section
-from fitune.memory.devices import find_device
+from fitune.machine.devices import find_device
 from fitune.trace.events import MemoryEvent
 from rehearsal import possible
 from rehearsal.cases import ARCHITECTURES, BY_NAME, CARDS, CASES, LoopCase, StepCase, TrainerCase

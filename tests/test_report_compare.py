@@ -94,8 +94,8 @@ def test_the_pareto_set_counts_ties_within_noise_as_equal(comparison: Comparison
 @settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 5), st.integers(1, 5), st.integers(1, 5)), min_size=1, max_size=8))
 def test_the_pareto_set_is_never_empty_and_nothing_outside_it_is_best(shape: list[tuple[int, int, int]]) -> None:
-    from fitune.report.compare import Row, _with_front
-    from fitune.report.recorded import EVAL_COLUMNS, MEMORY_COLUMNS, TRAIN_COLUMNS, RecordedRun, make_curve
+    from fitune.report.compare import ComparedRun, _with_front
+    from fitune.report.run_on_disk import EVAL_COLUMNS, MEMORY_COLUMNS, TRAIN_COLUMNS, RecordedRun, make_curve
 
     rows = []
     for index, (peak, speed, loss) in enumerate(shape):
@@ -105,7 +105,7 @@ def test_the_pareto_set_is_never_empty_and_nothing_outside_it_is_best(shape: lis
             memory=make_curve(MEMORY_COLUMNS, []),
         )  # fmt: skip
         rows.append(
-            Row(
+            ComparedRun(
                 run=run, effective_batch=1, split="", lr=None, predicted_bytes=None, measured_bytes=None,
                 run_peak_bytes=peak, tokens_per_second=float(speed), seconds=None, train_loss=None,
                 eval_loss=float(loss), train_difference=None, eval_difference=None,

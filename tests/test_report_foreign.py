@@ -10,7 +10,7 @@ import pytest
 
 from fitune.errors import RunDirectoryError
 from fitune.report.compare import compare
-from fitune.report.recorded import RecordedRun
+from fitune.report.run_on_disk import RecordedRun
 from fitune.report.sources import read_recorded
 from written_runs import Recipe, write_run
 

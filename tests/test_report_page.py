@@ -20,7 +20,7 @@ from fitune.cli.app import main
 from fitune.report.charts import pictures
 from fitune.report.compare import compare
 from fitune.report.page import page
-from fitune.report.recorded import read_report
+from fitune.report.run_on_disk import read_report
 from fitune.report.verdicts import verdicts
 from fitune.run.directory import RunDirectory, write_json
 from fitune.run.memory import MemorySample

@@ -36,14 +36,14 @@ from fitune.cli.app import main as cli_main
 from fitune.cli.progress import TrainingProgress
 from fitune.config import read_config
 from fitune.errors import OutOfMemoryError
-from fitune.model.device import MemoryPeak
+from fitune.machine.process_memory import MemoryPeak
 from fitune.model.tensor_file import write_tensors
 from fitune.run.directory import RunDirectory, create_run, read_run, working_on
 from fitune.run.journal import CHAIN_START, StepRecord, append_step, read_journal
 from fitune.run.metrics import StepMetrics, read_events, read_metrics, read_summary
-from fitune.train import checkpoint as checkpoint_module
-from fitune.train.checkpoint import NUM_KEPT, newest_checkpoint
-from fitune.train.state import RunState
+from fitune.training import checkpoint as checkpoint_module
+from fitune.training.checkpoint import NUM_KEPT, newest_checkpoint
+from fitune.training.state import RunState
 from tiny_models import TINY_QWEN3
 from tiny_run import save_tiny_model
 
@@ -155,7 +155,7 @@ def test_a_run_that_stops_after_each_step_has_the_evaluations_of_one_that_does_n
 @pytest.mark.parametrize("call", [1, 3])
 def test_an_evaluation_that_found_no_memory_is_made_when_the_run_goes_on(call: int) -> None:
     """The second evaluation of four, and the one after the last step."""
-    with failing_call("fitune.train.guard.Guard.evaluate", call, error=lambda: OutOfMemoryError("no memory")):
+    with failing_call("fitune.recovery.guard.Guard.evaluate", call, error=lambda: OutOfMemoryError("no memory")):
         train("sft.yaml", exit_code=4)
     train("--resume", "runs/run")
     assert_same()
@@ -186,10 +186,10 @@ def test_a_run_goes_on_the_next_day_under_a_template_that_writes_the_date(monkey
     )
     Path("dated.jinja").write_text(template)
     day = datetime.date(2026, 1, 1)
-    monkeypatch.setattr("fitune.train.prepare.today", lambda: day)
+    monkeypatch.setattr("fitune.training.prepare.today", lambda: day)
     train_until(5, "sft.yaml", "data.template=dated.jinja", monkeypatch=monkeypatch)
     assert read_config(RUN.config).config.data.date == "2026-01-01"
-    monkeypatch.setattr("fitune.train.prepare.today", lambda: day + datetime.timedelta(days=1))
+    monkeypatch.setattr("fitune.training.prepare.today", lambda: day + datetime.timedelta(days=1))
     train("--resume", "runs/run")
     assert read_summary(RUN.summary).status == "finished"
 

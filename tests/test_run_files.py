@@ -12,13 +12,13 @@ import yaml
 from byte_tokenizer import byte_tokenizer
 from fitune.cli.app import main
 from fitune.errors import ConfigError, RunDirectoryError
-from fitune.report.recorded import read_fitune_run
+from fitune.plain_files import read_plain
+from fitune.report.run_on_disk import read_fitune_run
 from fitune.run.directory import RunDirectory, check_place, list_runs, read_run, working_on, write_atomically
-from fitune.run.files import read_plain
 from fitune.run.follow import RunFollower
 from fitune.run.memory import MemorySample
 from fitune.run.metrics import RunEvent, append_line, read_metrics
-from fitune.train.prometheus import check_prometheus, write_prometheus
+from fitune.watch.prometheus import check_prometheus, write_prometheus
 from tiny_run import write_dialogues
 from written_runs import Recipe, write_run
 

@@ -15,13 +15,13 @@ from fitune.config import LoraConfig
 from fitune.data.packing import split
 from fitune.data.rows import Batch, MicroBatch
 from fitune.data.unpacking import lay_out_as
-from fitune.model.attention import attention_name
 from fitune.model.load import build_model
 from fitune.model.lora import apply_lora
+from fitune.model.packed_attention import attention_name
 from fitune.model.recompute import set_recompute
+from fitune.objectives.supervised import LossSettings
 from fitune.recovery.protection import Protection
 from fitune.recovery.step import SafeResult, safe_step
-from fitune.step.loss import LossSettings
 from fitune.step.work import StepSettings, micro_batch_work
 from tiny_models import TINY
 from tiny_steps import distance, make_batch

@@ -14,20 +14,20 @@ from faults import failing, out_of_memory
 from fitune.data.packing import split
 from fitune.data.rows import Batch, MicroBatch
 from fitune.errors import OutOfMemoryError, RestartError
+from fitune.objectives.supervised import LossSettings
 from fitune.recovery.evaluate import safe_evaluate
 from fitune.recovery.fallbacks import SMALL_CHUNK_TOKENS, allowed_fallbacks
 from fitune.recovery.ladder import MOST_ATTEMPTS
+from fitune.recovery.observed import observed
 from fitune.recovery.protection import Fallback, Protection
+from fitune.recovery.size_control import MemoryModel
 from fitune.recovery.step import safe_step
 from fitune.step.evaluate import evaluate
 from fitune.step.gradients import CommitBuffer
-from fitune.step.loss import LossSettings
 from fitune.step.progress import Work
 from fitune.step.random_state import micro_batch_seed
 from fitune.step.step import StepResult
 from fitune.step.work import StepSettings, micro_batch_work, train_step
-from fitune.train.adapt import MemoryModel
-from fitune.train.observed import observed
 from fitune.units import MIB
 from tiny_steps import Capture, distance, make_batch, make_model, settings_for
 

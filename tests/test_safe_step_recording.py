@@ -11,7 +11,7 @@ from fitune.data.packing import split
 from fitune.recovery.protection import Protection
 from fitune.recovery.step import safe_step
 from fitune.step.work import micro_batch_work, train_step
-from fitune.trace.fake import RecordSettings, Step, record_loop
+from fitune.trace.record import RecordSettings, Step, record_loop
 from tiny_steps import make_batch, make_model, settings_for
 
 STREAM_BYTES = torch.get_rng_state().nbytes

@@ -10,7 +10,7 @@ from disturbed_run import RUN, assert_same, error_of, newest_step, train
 from faults import failing_call, out_of_memory
 from fitune.errors import OutOfMemoryError
 from fitune.run.metrics import read_events, read_metrics, read_summary
-from fitune.train.checkpoint import newest_checkpoint
+from fitune.training.checkpoint import newest_checkpoint
 
 pytestmark = pytest.mark.usefixtures("disturbed")
 

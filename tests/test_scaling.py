@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fitune.step.scaling import OptimSettings, gain, rate_factor, scale
+from fitune.batch_size.scaling import OptimSettings, gain, rate_factor, scale
 
 REFERENCE = OptimSettings(lr=3e-5, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, clip=1.0)
 

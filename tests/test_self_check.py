@@ -11,22 +11,23 @@ from typing import Any
 import pytest
 import torch
 
+from fitune.allocator.prediction import Prediction
 from fitune.cli.app import main
 from fitune.config import RunConfig, read_config
-from fitune.memory.cards import Device
-from fitune.memory.devices import cpu_device, find_device
-from fitune.memory.nvml import CardProcess, CardState
-from fitune.memory.prediction import Prediction
-from fitune.memory.residuals import circumstances
-from fitune.model.device import MemoryPeak
+from fitune.machine.cards import Device
+from fitune.machine.devices import cpu_device, find_device
+from fitune.machine.nvml import CardProcess, CardState
+from fitune.machine.process_memory import MemoryPeak
 from fitune.model.load import load_tokenizer
-from fitune.plan.predict import RunPrediction, predict, predict_run
+from fitune.planning.past_errors import circumstances
+from fitune.planning.predict import RunPrediction, predict, predict_run
+from fitune.recovery import guard
+from fitune.recovery.guard import Guard
 from fitune.run.metrics import read_metrics, read_summary
-from fitune.trace.step import Pass
-from fitune.train import guard, self_check
-from fitune.train.guard import Guard
-from fitune.train.prepare import load_data
-from fitune.train.self_check import SelfCheck, run_device
+from fitune.trace.own_step import Pass
+from fitune.training import self_check
+from fitune.training.prepare import load_data
+from fitune.training.self_check import SelfCheck, run_device
 from fitune.units import GIB, MIB
 from tiny_models import TINY
 from tiny_run import WIDE_VOCABULARY, save_tiny_model, write_config, write_dialogues
@@ -146,7 +147,7 @@ def test_without_nvml_what_is_free_is_asked_of_cuda(monkeypatch: pytest.MonkeyPa
 def test_a_process_that_holds_memory_of_the_card_already_is_not_checked(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("fitune.train.prepare.reserved_before", lambda _: 300 * MIB)
+    monkeypatch.setattr("fitune.training.prepare.reserved_before", lambda _: 300 * MIB)
     assert main(["train", "sft.yaml", "train.steps=2", "model.recompute=off"]) == 0
     assert "memory is not checked: this process already holds 300.0 MiB of the card" in capsys.readouterr().err
     assert not (Path("cache") / "residuals.jsonl").exists()

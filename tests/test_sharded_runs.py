@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM
 
 from disturbed_run import weights, write_run
 from fitune.cli.app import main
+from fitune.distributed import checkpoint as shard_checkpoint
 from fitune.run.directory import RunDirectory
 from fitune.run.metrics import read_events
-from fitune.train import shard_checkpoint
 from test_ranks import (
     ONE,
     TWO,

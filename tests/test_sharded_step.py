@@ -10,25 +10,25 @@ import torch
 from torch import nn
 
 from faults import failing, failing_call
+from fitune.batch_size.norms import GradientNorms, NormRecorder
 from fitune.config import LoraConfig, Recompute
 from fitune.data.deal import deal
 from fitune.data.packing import lay_out, split
 from fitune.data.rows import Batch, MicroBatch
+from fitune.distributed.processes import Ranks, joined
+from fitune.distributed.sharding import Shards, local, shard_model
 from fitune.errors import FituneError, OutOfMemoryError
-from fitune.model.attention import attention_name
 from fitune.model.load import build_model
 from fitune.model.lora import apply_lora
+from fitune.model.packed_attention import attention_name
 from fitune.model.recompute import set_recompute
 from fitune.recovery.evaluate import safe_evaluate
 from fitune.recovery.protection import Protection
 from fitune.recovery.step import SafeResult, safe_step
 from fitune.run.journal import plan_parts
-from fitune.step.gradient_norms import GradientNorms, NormRecorder
 from fitune.step.optimizer_state import create_state
 from fitune.step.peers import ALONE, ShardedModel
-from fitune.step.shards import Shards, local, shard_model
 from fitune.step.work import StepSettings, micro_batch_work
-from fitune.train.ranks import Ranks, joined
 from tiny_models import TINY
 from tiny_ranks import run_ranks
 from tiny_steps import distance, make_batch, settings_for

@@ -9,19 +9,19 @@ import pytest
 import torch
 
 from faults import failing, out_of_memory
+from fitune.batch_size.norms import GradientNorms, NormRecorder
 from fitune.config import Recompute
 from fitune.data.deal import deal
 from fitune.data.packing import lay_out, split
 from fitune.data.rows import Batch, MicroBatch
 from fitune.data.unpacking import without_rows
+from fitune.distributed.processes import joined
 from fitune.model.recompute import set_recompute
 from fitune.recovery.protection import Protection
 from fitune.recovery.step import SafeResult, safe_step
 from fitune.run.journal import plan_parts
-from fitune.step.gradient_norms import GradientNorms, NormRecorder
 from fitune.step.peers import SharedSamples
 from fitune.step.work import micro_batch_work
-from fitune.train.ranks import joined
 from tiny_ranks import run_ranks
 from tiny_steps import Capture, distance, make_batch, make_model, settings_for
 

@@ -15,17 +15,17 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GptOssConfig
 
 import fitune
+from fitune.allocator.prediction import Prediction
 from fitune.cli.app import main
 from fitune.config import ModelConfig
 from fitune.errors import ModelError
-from fitune.memory.prediction import Prediction
 from fitune.model.load import build_model, load_model, load_tokenizer
 from fitune.model.save import save_model
-from fitune.plan.plan import closest
-from fitune.plan.planner import choose_plan
-from fitune.plan.stated import model_notes
+from fitune.planning.plan import closest
+from fitune.planning.search import choose_plan
+from fitune.planning.stated import model_notes
 from fitune.trace.events import COMPILED
-from fitune.train.prepare import follow
+from fitune.training.prepare import follow
 from tiny_models import TINY_DBRX, TINY_LLAMA, save_tokenizer
 
 VERSIONS = f"predicted for torch {torch.__version__}, transformers {version('transformers')}, peft {version('peft')}"

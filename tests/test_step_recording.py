@@ -9,7 +9,7 @@ import pytest
 from fitune.config import RunConfig, read_config
 from fitune.trace.cuda_target import CudaTarget
 from fitune.trace.events import MemoryTrace
-from fitune.trace.step import Pass, longest_rows, record_step
+from fitune.trace.own_step import Pass, longest_rows, record_step
 from tiny_models import TINY
 
 LENGTH = 24

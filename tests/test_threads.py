@@ -6,12 +6,12 @@ import threading
 
 import pytest
 
-from fitune.threads import start_thread
+from fitune.machine.threads import start_thread
 
 AT_THE_LIMIT = """
 import resource, sys, threading
 from pathlib import Path
-from fitune.threads import start_thread
+from fitune.machine.threads import start_thread
 
 earlier = threading.Thread(target=int)  # its stack is kept for the next one
 earlier.start()

@@ -173,7 +173,7 @@ def test_an_unknown_tracker_is_refused(capsys: pytest.CaptureFixture[str]) -> No
 def test_a_tracker_that_fails_is_said_once_and_the_run_goes_on(tmp_path: Path) -> None:
     from types import SimpleNamespace
 
-    from fitune.train.trackers import Tracked
+    from fitune.watch.trackers import Tracked
     from watched_run import step_metrics
 
     def fail(*_: object, **__: object) -> None:

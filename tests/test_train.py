@@ -399,7 +399,7 @@ def test_an_existing_run_is_refused_before_anything_is_loaded(
 ) -> None:
     train()
     before = {path: path.stat().st_mtime_ns for path in RUN.path.rglob("*")}
-    monkeypatch.setattr("fitune.train.prepare.prepare", None)
+    monkeypatch.setattr("fitune.training.prepare.prepare", None)
     assert "--overwrite" in error_of(capsys, "train", "sft.yaml")
     assert {path: path.stat().st_mtime_ns for path in RUN.path.rglob("*")} == before
 
@@ -445,7 +445,7 @@ def test_a_place_that_cannot_be_taken_is_refused_at_once(
     Path("runs/taken/checkpoints").mkdir(parents=True)
     Path("runs/taken/config.yaml").touch()
     RunDirectory(Path("runs/taken")).lock.touch()
-    monkeypatch.delattr("fitune.train.session._prepare")
+    monkeypatch.delattr("fitune.training.session._prepare")
     assert main(["train", "sft.yaml", *words, *dry]) == 2
     assert sentence in capsys.readouterr().err
 

@@ -8,8 +8,8 @@ from torch import nn
 from fitune.data.packing import split
 from fitune.data.rows import Batch, MicroBatch, Row
 from fitune.model.head import Head, decoder_and_head
+from fitune.objectives.supervised import LossSettings
 from fitune.step.evaluate import evaluate
-from fitune.step.loss import LossSettings
 from fitune.step.step import StepResult
 from fitune.step.work import StepSettings, train_step
 from tiny_models import TINY

@@ -15,7 +15,7 @@ from fitune.cli.app import main
 from fitune.integrations.trainer_steps import StepReader
 from fitune.integrations.transformers import FituneCallback, SafeSteps
 from fitune.run.directory import read_run
-from fitune.run.memory import read_memory
+from fitune.run.memory import read_run_memory
 from fitune.run.metrics import read_events, read_metrics
 from fitune.units import MIB
 from tiny_steps import labelled, make_model
@@ -57,7 +57,7 @@ def test_its_directory_holds_the_run(make: Any, tmp_path: Path, capsys: pytest.C
     assert 0 < steps[0].supervised_tokens < steps[0].tokens
     assert all(step.noise_signal is not None and step.noise_variance is not None for step in steps[1:])
     assert steps[-1].noise_bounce is not None or steps[-1].noise_scale_tokens is not None
-    assert read_memory(callback.run.memory)[-1].step == 4
+    assert read_run_memory(callback.run.memory)[-1].step == 4
     assert "monitor" not in [thread.name for thread in threading.enumerate()]
     assert main(["compare", str(callback.run.path)]) == 0
     assert main(["watch", str(callback.run.path), "--once"]) == 0
@@ -73,7 +73,7 @@ def test_steps_without_any_target_end_no_training(tmp_path: Path) -> None:
 def test_an_alarm_is_kept_and_speaks_of_the_trainers_arguments(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    swapped = "fitune.train.sampler._swapped_bytes"
+    swapped = "fitune.watch.sampler._swapped_bytes"
     monkeypatch.setattr(swapped, lambda: 100 * MIB)
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=5 * MIB))
     callback = FituneCallback(tmp_path / "runs", "first")

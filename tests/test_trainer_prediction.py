@@ -12,20 +12,20 @@ from peft import LoraConfig
 from transformers import Trainer, TrainerCallback
 
 import fitune
+from fitune.allocator.prediction import Prediction
 from fitune.cli.app import main
 from fitune.errors import UsageError
 from fitune.integrations import versions
 from fitune.integrations.trainer_prediction import record_trainer
 from fitune.integrations.transformers import weightless
-from fitune.memory.prediction import Prediction
 from fitune.trace.assumptions import Assumptions
 from fitune.trace.cuda_behaviour import CpuKernels
 from fitune.trace.difference import first_difference
 from fitune.trace.events import MemoryTrace
-from fitune.trace.fake import RecordSettings, _collected_at_step_ends, record_loop
+from fitune.trace.record import RecordSettings, _collected_at_step_ends, record_loop
 from fitune.trace.recorder import Recorder
 from fitune.trace.recording import to_trace
-from fitune.trace.shapes import ShapeMemory
+from fitune.trace.shape_cache import ShapeMemory
 from tiny_models import TINY, TINY_GPT2
 from tiny_trainers import hf_trainer, needs_trl, rows, sft_trainer, tiny_model
 

@@ -14,7 +14,13 @@ from unittest import mock
 HERE = Path(__file__).parent
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
-    ["fitune.cli.app", "fitune.train.prepare", "fitune.train.monitor", "fitune.train.checkpoint", "torch.distributed"]
+    [
+        "fitune.cli.app",
+        "fitune.training.prepare",
+        "fitune.watch.monitor",
+        "fitune.training.checkpoint",
+        "torch.distributed",
+    ]
 )
 MOST_SECONDS = 300
 

@@ -8,11 +8,11 @@ from torch import nn
 
 from fitune.config import LoraConfig
 from fitune.data.rows import Batch, Row
-from fitune.model.attention import attention_name
 from fitune.model.head import decoder_and_head
 from fitune.model.load import build_model
 from fitune.model.lora import apply_lora
-from fitune.step.loss import LossSettings
+from fitune.model.packed_attention import attention_name
+from fitune.objectives.supervised import LossSettings
 from fitune.step.work import StepSettings
 from tiny_models import TINY
 

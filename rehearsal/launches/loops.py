@@ -16,6 +16,7 @@ import peft
 import torch
 import transformers
 
+from fitune.batch_size.norms import NormRecorder
 from fitune.config import read_config
 from fitune.data.rows import Batch, Row
 from fitune.model.load import load_model
@@ -23,7 +24,6 @@ from fitune.model.presets import preset_config
 from fitune.recovery.protection import Protection
 from fitune.recovery.step import safe_step
 from fitune.step.assemble import assemble, choose_precision
-from fitune.step.gradient_norms import NormRecorder
 from fitune.step.work import micro_batch_work, train_step
 from rehearsal.answers import answers
 from rehearsal.models import LORA

@@ -1,7 +1,7 @@
 """fitune: fine-tune a language model inside the memory you have.
 
-    fitune.predict(config, gpu="RTX 4090")     what a run will need            (plan/predict.py)
-    fitune.plan(config, gpu="RTX 4090")        what fits, and what was chosen  (plan/planner.py)
+    fitune.predict(config, gpu="RTX 4090")     what a run will need            (planning/predict.py)
+    fitune.plan(config, gpu="RTX 4090")        what fits, and what was chosen  (planning/search.py)
     fitune.train(config)                       the whole run
     fitune.compare(runs)                       runs side by side               (report/compare.py)
     fitune.predict_loop(build, loop)           the same prediction for a loop that is not ours
@@ -14,18 +14,18 @@ A config is a mapping, the path of a YAML file or a RunConfig. Nothing heavy is 
 import importlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
 
 from fitune.boundary import bounded
+from fitune.display import RENDERERS
 from fitune.importing import collections_paused
 
 if TYPE_CHECKING:
     import torch
 
+    from fitune.allocator.prediction import Prediction
     from fitune.config import RunConfig
-    from fitune.memory.prediction import Prediction
-    from fitune.plan.plan import Plan
+    from fitune.planning.plan import Plan
     from fitune.run.metrics import Summary
 
 __version__ = "0.1.0"
@@ -38,7 +38,7 @@ def __dir__() -> list[str]:
 
 
 @bounded("fitune.train")
-def _train(
+def train(
     config: "RunConfig | Mapping[str, Any] | Path | str", *, overwrite: bool = False, quiet: bool = False
 ) -> "Summary":
     """The whole run of `config` (a mapping, a file or a RunConfig), as `fitune train` does it; its files are in the
@@ -48,8 +48,8 @@ def _train(
     """
     from fitune.cli.progress import open_progress
     from fitune.config import RunConfig, read_config
-    from fitune.train.ranks import joined
-    from fitune.train.session import NewRun, run_session
+    from fitune.distributed.processes import joined
+    from fitune.training.session import NewRun, run_session
 
     if isinstance(config, RunConfig):
         config = config.model_dump(mode="json", exclude_defaults=True)
@@ -59,50 +59,46 @@ def _train(
 
 
 @bounded("fitune.plan")
-def _plan(config: "RunConfig | Mapping[str, Any] | Path | str", *, gpu: str | None = None) -> "Plan":
+def plan(config: "RunConfig | Mapping[str, Any] | Path | str", *, gpu: str | None = None) -> "Plan":
     """What each setting of `config` would need and which one was chosen, as `fitune plan` shows it. gpu: a card of the
     catalogue or 'cpu', this machine's card where left out. `chosen` is None where nothing fits. Raises a UsageError."""
     with collections_paused():
         from fitune.config import RunConfig, read_config
-        from fitune.plan.planner import choose_plan
+        from fitune.planning.search import choose_plan
 
     return choose_plan(config if isinstance(config, RunConfig) else read_config(config).config, gpu=gpu)
 
 
-_VERBS: dict[str, Callable[..., Any]] = {"train": _train, "plan": _plan}
-
 _ELSEWHERE = {
-    "predict": "fitune.plan.predict",
+    "predict": "fitune.planning.predict",
     "compare": "fitune.report.compare",
     "predict_trainer": "fitune.integrations.transformers",
-    "SafeStep": "fitune.train.plain_loop",
+    "SafeStep": "fitune.integrations.own_loop",
 }
 
-if TYPE_CHECKING:
-    from fitune.integrations.transformers import predict_trainer as predict_trainer
-    from fitune.plan.predict import predict as predict
-    from fitune.report.compare import compare as compare
-    from fitune.train.plain_loop import SafeStep as SafeStep
 
-    plan = _plan
-    train = _train
+def _drawn_by(module: str, function: str) -> Callable[[Any], str]:
+    """Return a renderer that imports its module when it is first needed."""
+    return lambda shown: str(getattr(importlib.import_module(module), function)(shown))
+
+
+RENDERERS["Plan"] = _drawn_by("fitune.cli.plan_table", "html_plan")
+RENDERERS["Prediction"] = _drawn_by("fitune.cli.plan_trainer", "html_prediction")
+RENDERERS["Comparison"] = _drawn_by("fitune.report.tables", "html_table")
+
+if TYPE_CHECKING:
+    from fitune.integrations.own_loop import SafeStep as SafeStep
+    from fitune.integrations.transformers import predict_trainer as predict_trainer
+    from fitune.planning.predict import predict as predict
+    from fitune.report.compare import compare as compare
+
 else:
 
     def __getattr__(name: str) -> Any:
-        if name in _VERBS:
-            return importlib.import_module(f"fitune.{name}")
         if name in _ELSEWHERE:
             with collections_paused():
                 return getattr(importlib.import_module(_ELSEWHERE[name]), name)
         raise AttributeError(f"module 'fitune' has no attribute '{name}'")
-
-
-class CallableRoom(ModuleType):
-    """A package of this house that is a verb too: Python has one name for `fitune.train(config)` and for the home of
-    `fitune.train.loop`, so the package can be called. Nothing heavy is imported before that."""
-
-    def __call__(self, *arguments: Any, **options: Any) -> Any:
-        return _VERBS[self.__name__.rpartition(".")[2]](*arguments, **options)
 
 
 @bounded("fitune.predict_loop")
@@ -128,10 +124,10 @@ def predict_loop(
     card.
     """
     with collections_paused():
-        from fitune.memory.devices import cpu_device, find_device, this_machine
-        from fitune.memory.prediction import PredictSettings, either_routing, predict
+        from fitune.allocator.prediction import PredictSettings, either_routing, predict_trace
+        from fitune.machine.devices import cpu_device, find_device, this_machine
         from fitune.trace.cuda_target import CudaTarget
-        from fitune.trace.fake import RecordSettings, record_loop
+        from fitune.trace.record import RecordSettings, record_loop
 
     device = find_device(gpu) if gpu is not None else next(iter(this_machine()), cpu_device())
     target = None
@@ -145,6 +141,6 @@ def predict_loop(
 
     def predict_routed(routing: Literal["balanced", "worst"]) -> "Prediction":
         settings = RecordSettings(target=target, num_steps=num_steps, routing=routing)
-        return predict(record_loop(build, on_card, settings), PredictSettings(device=device))
+        return predict_trace(record_loop(build, on_card, settings), PredictSettings(device=device))
 
     return either_routing(predict_routed, routing)

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from fitune.memory.devices import this_machine
-from fitune.train.self_check import run_device
+from fitune.machine.devices import this_machine
+from fitune.training.self_check import run_device
 from gpu_accuracy import BY_NAME, Compared, compare, measure_apart
 
 pytestmark = [

@@ -22,8 +22,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, ValidationError
 
+from fitune.allocator.rules import FIRST_ADDRESS, CachingAllocator, OutOfDeviceMemoryError
 from fitune.errors import UsageError
-from fitune.memory.allocator import FIRST_ADDRESS, CachingAllocator, OutOfDeviceMemoryError
 
 # The recordings' short names of torch.cuda.memory_stats.
 _STATS = {

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fitune.allocator.rules import FIRST_ADDRESS, CachingAllocator, OutOfDeviceMemoryError
 from fitune.errors import UsageError
-from fitune.memory.allocator import FIRST_ADDRESS, CachingAllocator, OutOfDeviceMemoryError
 from fitune.units import GIB, KIB, MIB
 
 

@@ -1,7 +1,7 @@
 import pytest
 
+from fitune.allocator.config import AllocatorConfig, parse_allocator_config
 from fitune.errors import UsageError
-from fitune.memory.allocator_config import AllocatorConfig, parse_allocator_config
 from fitune.units import MIB
 
 

@@ -1,7 +1,7 @@
 import pytest
 
-from fitune.memory import c_allocator
-from fitune.memory.c_allocator import (
+from fitune.machine import libc as c_allocator
+from fitune.machine.libc import (
     FIRST_STEP_BYTES,
     MAPPED,
     AllocatorHabit,

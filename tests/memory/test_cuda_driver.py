@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from fitune.memory.cuda_driver import DriverCard, driver_cards
-from fitune.memory.devices import find_device, this_machine
+from fitune.machine.cuda_driver import DriverCard, driver_cards
+from fitune.machine.devices import find_device, this_machine
 from fitune.units import MIB
 
 UUIDS = [uuid.uuid4(), uuid.uuid4()]

@@ -8,9 +8,9 @@ import psutil
 import pytest
 
 from fitune.errors import UsageError
-from fitune.memory import devices
-from fitune.memory.cards import CATALOGUE, Device, context_prior
-from fitune.memory.devices import cpu_device, find_device, this_machine
+from fitune.machine import devices
+from fitune.machine.cards import CATALOGUE, Device, context_prior
+from fitune.machine.devices import cpu_device, find_device, this_machine
 from fitune.units import GIB, MIB
 
 

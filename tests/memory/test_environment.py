@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from fitune.memory.environment import c_allocator, environment
+from fitune.machine.environment import c_allocator, environment
 
 
 @pytest.mark.parametrize(

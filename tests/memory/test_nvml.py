@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from fitune.cli.app import main
-from fitune.memory.nvml import CardMemory, CardProcess, CardState, card_reader, read_cards
+from fitune.machine.nvml import CardMemory, CardProcess, CardState, card_reader, read_cards
 from fitune.units import MIB
 
 SOURCE = Path(__file__).parents[2] / "src"

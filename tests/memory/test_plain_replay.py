@@ -13,12 +13,12 @@ from golden_recordings import read_recording
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fitune.memory import plain_replay
-from fitune.memory import replay as replay_room
-from fitune.memory.allocator import CachingAllocator
-from fitune.memory.allocator_config import parse_allocator_config
-from fitune.memory.plain_replay import IS_COMPILED, is_plain, replay_plain
-from fitune.memory.replay import ReplaySettings, replay
+from fitune.allocator import fast as plain_replay
+from fitune.allocator import replay as replay_room
+from fitune.allocator.config import parse_allocator_config
+from fitune.allocator.fast import IS_COMPILED, is_plain, replay_plain
+from fitune.allocator.replay import ReplaySettings, replay
+from fitune.allocator.rules import CachingAllocator
 from fitune.trace.events import MemoryEvent, MemoryTrace
 from fitune.units import MIB
 
@@ -126,9 +126,9 @@ def test_without_the_extension_all_rules_give_the_same(monkeypatch: pytest.Monke
 
 @pytest.mark.skipif(not IS_COMPILED, reason="installed without a compiler")
 def test_a_loop_that_was_compiled_with_other_constants_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fitune.memory import _plain_replay
+    from fitune.allocator import _fast
 
-    monkeypatch.setattr(_plain_replay, "SMALL", 1)
+    monkeypatch.setattr(_fast, "SMALL", 1)
     assert not runpy.run_path(plain_replay.__file__)["IS_COMPILED"]
 
 
@@ -156,12 +156,12 @@ def test_where_there_is_a_compiler_the_loop_is_in_c() -> None:
 def test_numbers_that_would_leave_the_memory_are_refused(change: dict[str, Any]) -> None:
     numbers = {"storage": [0, 1], "requested": [512, 512], "allocated_changes": [0, 0], "reserved_bytes": [0, 0]}
     columns = {name: np.array(each) for name, each in (numbers | change).items() if name != "num_storages"}
-    from fitune.memory import _plain_replay
+    from fitune.allocator import _fast
 
     counts = {"num_storages": change.get("num_storages", 2), "limit": plain_replay.NO_LIMIT}
     storage, requested = columns.pop("storage"), columns.pop("requested")
     with pytest.raises((ValueError, MemoryError)):
-        _plain_replay.replay(storage, requested, **columns, **counts, is_retried=np.zeros(2, dtype=np.bool_))
+        _fast.replay(storage, requested, **columns, **counts, is_retried=np.zeros(2, dtype=np.bool_))
 
 
 def test_settings_that_add_a_rule_are_not_for_the_tight_loop() -> None:

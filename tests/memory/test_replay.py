@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from golden_recordings import compare_with_recording, main, read_recording
 
+from fitune.allocator.replay import FailedAllocation, ReplaySettings, replay
 from fitune.errors import UsageError
-from fitune.memory.replay import FailedAllocation, ReplaySettings, replay
 from fitune.trace.events import MemoryEvent, MemoryTrace
 from fitune.units import MIB
 

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from fitune.memory import residuals
-from fitune.memory.cards import ContextPrior
-from fitune.memory.devices import cpu_device, find_device
-from fitune.memory.prediction import Interval
-from fitune.memory.residuals import (
+from fitune.allocator.prediction import Interval
+from fitune.machine.cards import ContextPrior
+from fitune.machine.devices import cpu_device, find_device
+from fitune.planning import past_errors as residuals
+from fitune.planning.past_errors import (
     Circumstances,
     Residual,
     add_residual,

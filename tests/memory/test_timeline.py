@@ -3,8 +3,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fitune.allocator.peaks import step_peaks, timeline
 from fitune.errors import UsageError
-from fitune.memory.timeline import step_peaks, timeline
 from fitune.trace.events import CATEGORIES, Category, MemoryEvent, MemoryTrace, Phase
 
 

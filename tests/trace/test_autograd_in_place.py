@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from fitune.trace.fake import Loop, RecordSettings, record_loop
+from fitune.trace.record import Loop, RecordSettings, record_loop
 
 NUM_BYTES = 32 * 64 * 4
 """Of the tensor in which gradients meet; nothing else in these loops has as many."""

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fitune.errors import UsageError
-from fitune.model.attention import row_boundaries, rows_attention
+from fitune.model.packed_attention import row_boundaries, rows_attention
 from fitune.trace.cuda_attention import choose_attention
 from fitune.trace.cuda_target import CudaTarget
-from fitune.trace.fake import RecordSettings, record_loop
+from fitune.trace.record import RecordSettings, record_loop
 
 B, H, S, D = 2, 4, 160, 64
 BF16, F32 = torch.bfloat16, torch.float32

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from fitune.trace.extrapolate import Growth, Turns, repeat_turns, transfer_growth
-from fitune.trace.recording import COLUMNS, Birth, Recording, Where, Work, make_recording
+from fitune.trace.extrapolate import Growth, Iterations, repeat_turns, transfer_growth
+from fitune.trace.recording import COLUMNS, Birth, Recording, TraceWork, Where, make_recording
 
 NEVER = -1
 
@@ -30,14 +30,14 @@ def backward(num_turns: int) -> Recording:
 
 @pytest.mark.parametrize("num_turns", [4, 5, 9])
 def test_a_first_layer_that_is_built_differently_is_not_repeated(num_turns: int) -> None:
-    repeated = repeat_turns(backward(4), Turns("layers", 1, 4, num_turns))
+    repeated = repeat_turns(backward(4), Iterations("layers", 1, 4, num_turns))
     whole = backward(num_turns)
     assert repeated is not None
     assert repeated.labels == whole.labels
     assert all(np.array_equal(getattr(repeated, name), getattr(whole, name)) for name in COLUMNS)
 
 
-TURNS = Turns("layers", 1, 4, 9)
+TURNS = Iterations("layers", 1, 4, 9)
 
 
 def step_of(
@@ -51,7 +51,7 @@ def step_of(
             births += [Birth(64, "temporary", where, op, NEVER, None) for op in names]
     last = Where("optimizer", 1, micro_batches - 1, "")
     births.append(Birth(norm_bytes, "temporary", last, "stack", NEVER, None))
-    work.append(Work(last.phase, last.step, last.micro_batch, "", -1, "stack", "float32", 1, norm_bytes, 0))
+    work.append(TraceWork(last.phase, last.step, last.micro_batch, "", -1, "stack", "float32", 1, norm_bytes, 0))
     return make_recording(births, work)
 
 
@@ -71,7 +71,7 @@ def test_what_grows_in_the_optimizer_grows_so_for_a_single_micro_batch_too() -> 
 
 def test_what_grows_in_the_optimizer_grows_so_whatever_the_layers_do_and_however_many_were_recorded() -> None:
     two, other = step_of(2), step_of(1, ops=("mul", "add"), norm_bytes=150)
-    growth = transfer_growth(other, Turns("layers", 2, 6, 9), growth=growth_of(two), of=two, of_turns=TURNS)
+    growth = transfer_growth(other, Iterations("layers", 2, 6, 9), growth=growth_of(two), of=two, of_turns=TURNS)
     assert growth is not None
     assert growth.num_bytes.tolist() == growth_of(other).num_bytes.tolist()
 

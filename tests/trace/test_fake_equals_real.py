@@ -24,7 +24,7 @@ from transformers import (
 from fitune.config import Routing
 from fitune.model.load import build_model
 from fitune.trace.events import MemoryTrace
-from fitune.trace.fake import Build, Loop, RecordSettings, record_loop
+from fitune.trace.record import Build, Loop, RecordSettings, record_loop
 from tiny_models import TINY_DBRX, TINY_JETMOE
 
 VOCABULARY = 96

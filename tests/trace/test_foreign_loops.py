@@ -17,8 +17,8 @@ import fitune
 from fitune.errors import UsageError
 from fitune.trace.cuda_target import CudaTarget
 from fitune.trace.events import MemoryTrace
-from fitune.trace.fake import RecordSettings, record_loop
 from fitune.trace.flash_package import flash_package
+from fitune.trace.record import RecordSettings, record_loop
 from fitune.units import MIB
 
 CARD = "A100 80GB"

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import DefaultDeviceType, checkpoint
 import fitune
 from cuda_stand_in import cuda_build
 from fitune.trace.cuda_target import CudaTarget
-from fitune.trace.fake import RecordSettings, record_loop
+from fitune.trace.record import RecordSettings, record_loop
 
 Step = Callable[[], Any]
 

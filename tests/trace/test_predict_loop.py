@@ -18,14 +18,14 @@ import fitune
 from fitune.config import OptimConfig
 from fitune.data.rows import MicroBatch
 from fitune.errors import UsageError
-from fitune.model.attention import attention_name
+from fitune.model.packed_attention import attention_name
 from fitune.model.presets import llama_config
-from fitune.step.loss import LossSettings
+from fitune.objectives.supervised import LossSettings
 from fitune.step.optimizer import build_optimizer
 from fitune.step.work import StepSettings, train_step
 from fitune.trace.cuda_target import CudaTarget
 from fitune.trace.events import ROUTED
-from fitune.trace.fake import Build, RecordSettings, record_loop
+from fitune.trace.record import Build, RecordSettings, record_loop
 from fitune.units import MIB
 
 VOCABULARY, LENGTH = 64, 24

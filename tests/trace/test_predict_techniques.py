@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
+from fitune.allocator.peaks import Peak, timeline
 from fitune.config import RunConfig, read_config
 from fitune.errors import ConfigError
-from fitune.memory.timeline import Peak, timeline
-from fitune.plan.cost import ADAMW_OP, hosted, work_of
+from fitune.planning.cost import ADAMW_OP, hosted, work_of
 from fitune.trace.cuda_target import CudaTarget
 from fitune.trace.events import ON_HOST, TRANSFER
-from fitune.trace.step import Pass, RecordedStep, longest_rows, record_step
+from fitune.trace.own_step import Pass, RecordedStep, longest_rows, record_step
 from tiny_models import TINY
 
 LENGTH, ROWS = 64, 4

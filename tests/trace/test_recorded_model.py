@@ -10,9 +10,9 @@ from torch import nn
 
 from fitune.config import RunConfig, read_config
 from fitune.trace.cuda_target import CudaTarget
-from fitune.trace.fake import RecordedModel, RecordSettings, record_columns
+from fitune.trace.own_step import ColumnsOfStep, Pass, longest_rows, model_for, record_columns_of_step, steady_passes
+from fitune.trace.record import RecordedModel, RecordSettings, record_columns
 from fitune.trace.recording import Recording, to_trace
-from fitune.trace.step import ColumnsOfStep, Pass, longest_rows, model_for, record_columns_of_step, steady_passes
 from tiny_models import TINY
 
 VARIANTS = (

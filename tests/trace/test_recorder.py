@@ -11,7 +11,7 @@ from torch import nn
 from fitune.errors import UsageError
 from fitune.trace.cuda_target import CudaTarget
 from fitune.trace.events import MemoryEvent, MemoryTrace
-from fitune.trace.fake import Loop, RecordSettings, record_loop
+from fitune.trace.record import Loop, RecordSettings, record_loop
 
 WIDTH = 8
 

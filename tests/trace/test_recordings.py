@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from transformers import FalconConfig, GPTJConfig
 
-import fitune.trace.recordings as recordings_room
+import fitune.trace.library as recordings_room
 from fitune.config import RunConfig, read_config
-from fitune.model.layers import EqualLayers, find_layers
 from fitune.trace.cuda_target import CudaTarget
-from fitune.trace.recordings import Recordings
-from fitune.trace.step import ColumnsOfStep, Pass, RecordedStep, longest_rows, record_step, steady_passes
+from fitune.trace.equal_layers import EqualLayers, find_layers
+from fitune.trace.library import Recordings
+from fitune.trace.own_step import ColumnsOfStep, Pass, RecordedStep, longest_rows, record_step, steady_passes
 from tiny_models import TINY, TINY_DBRX
 
 FURTHER = {
@@ -252,7 +252,8 @@ def test_a_step_in_one_piece_gives_the_second_size_of_one_in_two(tmp_path: Path,
 def test_two_sizes_with_last_chunks_of_one_length_need_a_third(
     tmp_path: Path, recorded: list[RunConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fitune.step.loss.CHUNK_BYTES", 0)  # so small a model's loss would be one chunk on a card
+    # so small a model's loss would be one chunk on a card
+    monkeypatch.setattr("fitune.objectives.supervised.CHUNK_BYTES", 0)
     recordings = Recordings()
     for rows in (8, 10, 9, 11):
         ask(recordings, make_config(tmp_path, "llama", num_layers=3, length=129, rows=rows), target=CudaTarget((9, 0)))

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from fitune.trace.recording import NEVER, Birth, Recording, Rule, Where, Work, make_recording
+from fitune.trace.recording import NEVER, Birth, Recording, Rule, TraceWork, Where, make_recording
 from fitune.trace.resize import resize, with_last_step_again
 
 KINDS = ("train",)
@@ -22,10 +22,10 @@ def step(
         rules = [Rule("mm", (size,), 0, 1) for size in its]
         births += [Birth(size, "temporary", where, "mm", -1, None, rule) for size, rule in zip(its, rules, strict=True)]
         num_bytes = sum(its) + (more if micro_batch > 0 else 0)
-        work.append(Work("backward", 1, micro_batch, "", -1, "mm", "float32", len(its), num_bytes, 0))
+        work.append(TraceWork("backward", 1, micro_batch, "", -1, "mm", "float32", len(its), num_bytes, 0))
     where = Where("optimizer", 1, num_micro_batches - 1, "")
     births.append(Birth(update, "temporary", where, "stack", -1, None))
-    work.append(Work("optimizer", 1, num_micro_batches - 1, "", -1, "stack", "float32", 1, update, 0))
+    work.append(TraceWork("optimizer", 1, num_micro_batches - 1, "", -1, "stack", "float32", 1, update, 0))
     return make_recording(births, work)
 
 
@@ -77,7 +77,7 @@ def test_a_step_is_done_again_without_its_workspace() -> None:
         Birth(64, "workspace", where, "mm", NEVER, None),
         Birth(20, "gradient", where, "mm", 3, update),
     ]
-    found = with_last_step_again(make_recording(births, [Work(*update[:3], "", -1, "mm", "float32", 1, 2, 3)]), 1)
+    found = with_last_step_again(make_recording(births, [TraceWork(*update[:3], "", -1, "mm", "float32", 1, 2, 3)]), 1)
     assert found is not None
     assert found.num_bytes.tolist() == [100, 10, 64, 20, 10, 20]
     assert found.dies_after.tolist() == [NEVER, 2, NEVER, 3, 4, 5]

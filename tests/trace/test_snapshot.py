@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
+from fitune.allocator.replay import ReplaySettings, replay
 from fitune.errors import UsageError
-from fitune.memory.replay import ReplaySettings, replay
 from fitune.trace.snapshot import read_snapshot
 
 BACKWARD = [{"name": "mul", "filename": "x.py"}, {"name": "_engine_run_backward", "filename": "graph.py"}]

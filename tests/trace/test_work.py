@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from fitune.trace.work import count_flops, moved_bytes
+from fitune.trace.operator_cost import count_flops, moved_bytes
 
 ATEN = torch.ops.aten
 A_MK, B_KN, C_MN = torch.ones(3, 5), torch.ones(5, 7), torch.ones(3, 7)

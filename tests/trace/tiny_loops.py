@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fitune.trace.cuda_target import CudaTarget
 from fitune.trace.events import MemoryEvent
-from fitune.trace.fake import Loop, RecordSettings, record_loop
+from fitune.trace.record import Loop, RecordSettings, record_loop
 
 AMPERE = CudaTarget((8, 0), torch_version=(2, 14))
 HOPPER = CudaTarget((9, 0), torch_version=(2, 14))

@@ -70,7 +70,7 @@ def demo_config(model_path: Path, data_path: Path, *, output: Path, steps: int) 
 
 
 def _train(config: Mapping[str, Any]) -> tuple["RunDirectory", "Summary"]:
-    from fitune.train.session import NewRun, run_session
+    from fitune.training.session import NewRun, run_session
 
     with TrainingProgress(quiet=False) as progress:
         return run_session(NewRun(resolved=read_config(config), overwrite=True), progress)
@@ -96,7 +96,7 @@ def _answer(model_config: Any) -> str:
     """What the model says to QUESTION, by its most likely words."""
     import torch
 
-    from fitune.model.device import choose_device
+    from fitune.machine.process_memory import choose_device
     from fitune.model.load import load_model, load_tokenizer
 
     tokenizer = load_tokenizer(model_config)

@@ -11,8 +11,8 @@ from cyclopts import Parameter
 
 from fitune.cli.output import Format, Screen, console, print_json, print_text
 from fitune.language import pad, say, translated
-from fitune.memory.environment import environment, find_tcmalloc
-from fitune.memory.nvml import CardProcess, CardState, read_cards
+from fitune.machine.environment import environment, find_tcmalloc
+from fitune.machine.nvml import CardProcess, CardState, read_cards
 from fitune.units import GIB, format_bytes
 
 _SIZES = {"total": "visible", "free": "free now", "used": "used by others"}

@@ -10,7 +10,7 @@ from fitune.cli.arguments import run_path
 from fitune.cli.output import make_directory, print_text
 from fitune.config import ModelConfig, read_config
 from fitune.errors import RunDirectoryError, UsageError
-from fitune.run.directory import RunDirectory, check_files, open_run
+from fitune.run.directory import RunDirectory, check_run_files, open_run
 
 
 def export(
@@ -26,7 +26,7 @@ def export(
 ) -> None:
     """Write a run's weights as a transformers directory with adapters merged, or as minimind's .pth."""
     opened = open_run(run_path(run))
-    check_files(opened, deep=True)
+    check_run_files(opened, deep=True)
     source = opened.path / (weights or ("best" if opened.best.is_dir() else "last"))
     if not source.is_dir():
         raise RunDirectoryError(f"{opened.path} has no {source.name}/ yet: let the run save once")

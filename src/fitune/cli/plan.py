@@ -14,10 +14,10 @@ from fitune.errors import DoesNotFitError, UsageError
 from fitune.importing import collections_paused
 from fitune.language import say
 from fitune.model.source import check_source
-from fitune.plan.budget import NO_DATA
+from fitune.planning.limits import NO_DATA
 
 if TYPE_CHECKING:
-    from fitune.plan.plan import Candidate, Plan
+    from fitune.planning.plan import Candidate, Plan
 
 
 _MEMORY = Group("Memory", sort_key=2)
@@ -102,7 +102,7 @@ def plan(
     config = read_arguments(words, flags, overrides=given).config
     check_source(config.model.source)
     with collections_paused():
-        from fitune.plan.training import unusual_rate
+        from fitune.planning.optimizer_facts import unusual_rate
     if (sentence := unusual_rate(config)) is not None:
         warn(sentence)
     if splits is not None:
@@ -112,9 +112,9 @@ def plan(
         return
     with collections_paused():
         from fitune.cli.plan_table import first_words, show_measured, show_plan
-        from fitune.plan.candidates import settings_of
-        from fitune.plan.plan import does_not_fit, plan_json
-        from fitune.plan.planner import choose_plan
+        from fitune.planning.choices import settings_of_candidate
+        from fitune.planning.plan import does_not_fit, plan_json
+        from fitune.planning.search import choose_plan
 
     screen = Screen(stderr=True)
     is_watched = screen.is_terminal and apply is None and output_format in ("auto", "human")
@@ -128,20 +128,22 @@ def plan(
         )
     if apply is not None:
         wanted = _candidate(found, apply, every=every)
-        chosen = read_arguments(words, flags, overrides=[*given, *settings_of(wanted, config)])
+        chosen = read_arguments(words, flags, overrides=[*given, *settings_of_candidate(wanted, config)])
         print_text(format_config(chosen), end="")
         if config.data.train == NO_DATA:
             warn(f"data.train is '{NO_DATA}' in it: put your data there before you train")
         return
     measured = None
     if measure and found.chosen is not None:
-        from fitune.plan.measure import measure_candidate
+        from fitune.planning.measure import measure_candidate
 
         measured = measure_candidate(config, found)
     if output_format == "json":
         print_json(plan_json(found) | ({} if measured is None else {"measured": asdict(measured)}))
     elif output_format == "quiet":
-        print_text("none" if found.chosen is None else _words(settings_of(found.candidates[found.chosen], config)))
+        print_text(
+            "none" if found.chosen is None else _words(settings_of_candidate(found.candidates[found.chosen], config))
+        )
     else:
         show_plan(found, console(output_format), every=every)
         if measured is not None:

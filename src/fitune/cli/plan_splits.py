@@ -4,19 +4,19 @@ import math
 import re
 from collections.abc import Iterator
 
+from fitune.batch_size.scaling import configured_lr, is_adaptive, rate_factor, scaling_note, settings_of
 from fitune.cli.output import console, print_json, table
 from fitune.cli.plan_table import fits_words, tokens_per_second
 from fitune.config import RunConfig
 from fitune.errors import UsageError
 from fitune.language import say
-from fitune.plan.plan import Candidate, Plan, closest, plan_json
-from fitune.step.scaling import configured_lr, is_adaptive, rate_factor, scaling_note, settings_of
+from fitune.planning.plan import Candidate, Plan, closest, plan_json
 from fitune.units import format_count, format_gib
 
 
 def compare_splits(config: RunConfig, splits: str, output_format: str) -> None:
     """Raises UsageError for a list that cannot be read."""
-    from fitune.plan.planner import choose_plan
+    from fitune.planning.search import choose_plan
 
     plans = [choose_plan(_forced(config, *split), search="fastest") for split in read_splits(splits)]
     if output_format == "json":

@@ -10,11 +10,11 @@ from rich.table import Table
 from fitune.cli.output import Screen, html_block, table
 from fitune.cli.plan_training import training_lines, training_warnings
 from fitune.language import pad, say, translated
-from fitune.plan.plan import SHOWN, Candidate, FirstAnswer, Plan, closest, split_of
+from fitune.planning.plan import SHOWN, Candidate, FirstAnswer, Plan, closest, split_of
 from fitune.units import format_bytes, format_count, format_gib, format_seconds
 
 if TYPE_CHECKING:
-    from fitune.plan.measure import PlanMeasured
+    from fitune.planning.measure import PlanMeasured
 
 _MEANINGS = {
     "cuda": (

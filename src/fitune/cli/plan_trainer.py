@@ -11,7 +11,7 @@ from fitune.language import say, translated
 from fitune.units import format_bytes, format_gib
 
 if TYPE_CHECKING:
-    from fitune.memory.prediction import Prediction
+    from fitune.allocator.prediction import Prediction
 
 
 def plan_trainer(name: str, *, gpu: str | None, output_format: str) -> None:

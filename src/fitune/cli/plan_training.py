@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from fitune.language import say
-from fitune.plan.training import PlannedTraining, Span
+from fitune.planning.optimizer_facts import PlannedTraining, Span
 from fitune.units import format_count
 
 FEWEST_STEPS, FEW_STEPS = 100, 1000

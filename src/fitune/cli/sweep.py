@@ -82,8 +82,8 @@ def _plan(found: Sweep, entries: Sequence[Entry], states: States) -> None:
 
 def plan_content(config: RunConfig) -> dict[str, Any]:
     """{plan, state}, or {plan_fault} where it cannot be planned: that run is tried all the same."""
-    from fitune.plan.plan import plan_json
-    from fitune.plan.planner import choose_plan
+    from fitune.planning.plan import plan_json
+    from fitune.planning.search import choose_plan
 
     try:
         plan = choose_plan(config, search="fastest")

@@ -11,18 +11,18 @@ from fitune.cli.output import Format, print_json, print_text
 from fitune.cli.progress import RunProgress, open_progress
 from fitune.config import ResolvedConfig, format_config
 from fitune.config.read import COMMAND_LINE
+from fitune.distributed.processes import joined
 from fitune.errors import RunDirectoryError, UsageError
 from fitune.language import say
 from fitune.run.directory import (
     RunDirectory,
-    check_files,
+    check_run_files,
     list_runs,
     open_run,
 )
 from fitune.run.metrics import Summary, summary_json
-from fitune.train import session
-from fitune.train.ranks import joined
-from fitune.train.session import NewRun, ReplayedRun, ResumedRun
+from fitune.training import session
+from fitune.training.session import NewRun, ReplayedRun, ResumedRun
 from fitune.units import format_bytes, format_count, format_seconds
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ def _earlier_run(resume: str | None, replay: Path | None, *, output: str | None)
         run = open_run(run_path(Path(resume) if resume is not None else replay or Path(), Path(output or RUNS)))
     else:
         return None
-    check_files(run, deep=True)
+    check_run_files(run, deep=True)
     if not run.config.exists():
         raise RunDirectoryError(f"{run.path} was stopped before it began: start it again as it was started")
     return run

@@ -9,10 +9,10 @@ from fitune.boundary import parse_json
 from fitune.config.foreign_draft import Draft, is_off, without
 from fitune.config.read import decode, read_bounded
 from fitune.config.schema import DataConfig
-from fitune.config.wording import show
+from fitune.config.wording import shown
 from fitune.config.yaml_lines import parse_yaml
 from fitune.errors import ConfigError
-from fitune.run.files import read_plain
+from fitune.plain_files import read_plain
 
 _TOO_LONG = {
     "drop": "drop", "delete": "drop", "truncate": "truncate", "right": "truncate", "truncation_right": "truncate",
@@ -125,7 +125,7 @@ def _paths(draft: Draft, item: Any) -> list[str]:
     if isinstance(item, Mapping):
         return _paths_of_mapping(draft, item)
     if not isinstance(item, str):
-        raise ConfigError([f"{draft.arguments.source}: {show(item)} is no path of data: give it with --data"])
+        raise ConfigError([f"{draft.arguments.source}: {shown(item)} is no path of data: give it with --data"])
     if draft.tool.startswith("ms-swift") and (match := re.fullmatch(r"(\w[^:\\]*):([^/#]+(?:/[^/#]+)*)(#\d+)?", item)):
         if match[2] != "default":
             raise ConfigError([f"{draft.arguments.source}: the data {item}: {_PART}"])
@@ -149,9 +149,9 @@ def _paths_of_mapping(draft: Draft, item: Mapping[str, Any]) -> list[str]:
         del told["type"]
     for key in ("split", "name", "shards", "shards_idx", "dataset_shard_num"):
         if key in told:
-            raise ConfigError([f"{draft.arguments.source}: the data {path}, {key} {show(told[key])}: {_PART}"])
+            raise ConfigError([f"{draft.arguments.source}: the data {path}, {key} {shown(told[key])}: {_PART}"])
     if told:
-        words = ", ".join(f"{key} {show(value)}" for key, value in told.items())
+        words = ", ".join(f"{key} {shown(value)}" for key, value in told.items())
         draft.differs.append(f"data {path}: {words}: all samples are read and their format is told by their keys")
     found = _paths_of_entry(draft, path, files)
     draft.columns[-len(found) :] = [(columns, f"data {path}")] * len(found)
@@ -163,17 +163,20 @@ def _refuse_of_axolotl(draft: Draft, path: Any, item: Mapping[str, Any]) -> None
     kind, roles, key = item.get("type"), item.get("roles_to_train"), item.get("message_field_training")
     where = f"{draft.arguments.source}: the data {path}"
     if isinstance(kind, str) and _OTHER_TYPES.match(kind):
-        raise ConfigError([f"{where}, type {show(kind)}: fitune is for supervised fine-tuning alone"])
+        raise ConfigError([f"{where}, type {shown(kind)}: fitune is for supervised fine-tuning alone"])
     if kind == "input_output":
         raise ConfigError(
-            [f"{where}, type {show(kind)}: segments with labels of their own: give samples in the messages format"]
+            [f"{where}, type {shown(kind)}: segments with labels of their own: give samples in the messages format"]
         )
     if roles is not None and roles not in _SOURCE_AS_HERE["roles_to_train"]:
         raise ConfigError(
-            [f"{where}, roles_to_train {show(roles)}: here the assistant's messages are learned, or all with data.mask"]
+            [
+                f"{where}, roles_to_train {shown(roles)}: here the assistant's messages are learned, "
+                "or all with data.mask"
+            ]
         )
     if key not in (None, "train", "training", "weight"):
-        raise ConfigError([f"{where}, message_field_training {show(key)}: call that key 'train' in the samples"])
+        raise ConfigError([f"{where}, message_field_training {shown(key)}: call that key 'train' in the samples"])
 
 
 def _columns_of_axolotl(told: dict[str, Any]) -> dict[str, str]:
@@ -229,8 +232,8 @@ def _listed(draft: Draft, item: str) -> str:
         raise ConfigError([f"{where}: {_PART}"])
     draft.columns.append((_columns_of_list(entry, where), where))
     if others := {key: value for key, value in (entry.get("tags") or {}).items() if value not in _TAGS_AS_HERE}:
-        words = ", ".join(f"{key} {show(value)}" for key, value in others.items() if not key.endswith("_tag"))
-        names = ", ".join(f"{key} {show(value)}" for key, value in others.items() if key in _ROLE_TAGS)
+        words = ", ".join(f"{key} {shown(value)}" for key, value in others.items() if not key.endswith("_tag"))
+        names = ", ".join(f"{key} {shown(value)}" for key, value in others.items() if key in _ROLE_TAGS)
         if words or names:
             draft.differs.append(f"{where}: {words or names}: roles have the names that 'fitune check' knows")
     sample = entry.get("num_samples")

@@ -11,7 +11,7 @@ from typing import Any
 
 from fitune.config.foreign_read import ForeignArguments
 from fitune.config.foreign_reasons import ANSWERS, NOT_NEEDED, OTHER_TRAINING, PREFERENCE_OF_TRL
-from fitune.config.wording import show
+from fitune.config.wording import shown
 from fitune.config.yaml_lines import parse_scalar
 from fitune.errors import ConfigError
 
@@ -46,13 +46,13 @@ def checked(arguments: ForeignArguments) -> ForeignArguments:
             origins[name] = arguments.origins[holder]
             is_word = bool(names & _WORDS) or ("model.method" in names and not isinstance(value, bool))
             if is_number and not isinstance(values[name], int | float) and not is_off(value):
-                faults.append(f"{origins[name]} {name}: {show(value)}: a number is needed here")
+                faults.append(f"{origins[name]} {name}: {shown(value)}: a number is needed here")
             elif is_word and not isinstance(value, str):
-                faults.append(f"{origins[name]} {name}: {show(value)}: a word is needed here")
+                faults.append(f"{origins[name]} {name}: {shown(value)}: a word is needed here")
             elif is_other_training(name, value):
-                faults.append(f"{origins[name]} {name}: {show(value)}: {OTHER_TRAINING[name][1]}")
+                faults.append(f"{origins[name]} {name}: {shown(value)}: {OTHER_TRAINING[name][1]}")
             elif name in PREFERENCE_OF_TRL and arguments.tool == "TRL" and not is_off(value):
-                faults.append(f"{origins[name]} {name}: {show(value)}: fitune is for supervised fine-tuning alone")
+                faults.append(f"{origins[name]} {name}: {shown(value)}: fitune is for supervised fine-tuning alone")
     if faults:
         raise ConfigError(faults)
     return replace(arguments, values=values, origins=origins)
@@ -154,7 +154,7 @@ class Draft:
         return self.arguments.origins[name]
 
     def said(self, name: str) -> str:
-        return f"{self.origin(name)} {name}: {show(self.arguments.values[name])}"
+        return f"{self.origin(name)} {name}: {shown(self.arguments.values[name])}"
 
     def refuse(self, name: str, sentence: str) -> ConfigError:
         return ConfigError([f"{self.said(name)}: {sentence}"])

@@ -17,7 +17,7 @@ from typing import Any
 from fitune.config.foreign_tools import MINIMIND, MINIMIND_SCRIPTS, TOOLS, Tool
 from fitune.config.read import DATA_WAY, check_is_configuration, decode, read_bounded
 from fitune.config.schema import RunConfig
-from fitune.config.wording import show
+from fitune.config.wording import shown
 from fitune.config.yaml_lines import parse_scalar, parse_yaml
 from fitune.errors import ConfigError
 
@@ -105,7 +105,7 @@ def _read_values(text: str, path: Path) -> tuple[dict[str, Any], dict[str, str]]
     if marked.faults:
         raise ConfigError(marked.faults)
     if isinstance(marked.tree, list) and path.suffix == ".json":
-        raise ConfigError([f"{path} holds {show(marked.tree)}, not the keys of a configuration: {DATA_WAY}"])
+        raise ConfigError([f"{path} holds {shown(marked.tree)}, not the keys of a configuration: {DATA_WAY}"])
     if not isinstance(marked.tree, dict):
         raise ConfigError([_unknown(str(path))])
     if "data" in marked.tree and set(marked.tree) <= {*RunConfig.model_fields, "sweep"}:

@@ -22,8 +22,8 @@ from pydantic_core import ErrorDetails
 from fitune.config.aliases import OWN_PATHS, own_value
 from fitune.config.foreign_names import FOREIGN_NAMES, foreign_hint
 from fitune.config.schema import DataSource, RunConfig, Section
-from fitune.config.wording import describe, show
-from fitune.config.yaml_lines import KeyPath, Mark, parse_scalar, parse_yaml
+from fitune.config.wording import describe_fault, shown
+from fitune.config.yaml_lines import KeyPath, Position, parse_scalar, parse_yaml
 from fitune.errors import ConfigError
 
 COMMAND_LINE = "command line"
@@ -80,7 +80,7 @@ class _Draft:
     """What was written so far: the tree, where each value stands, and the faults found in it."""
 
     tree: dict[str, Any]
-    marks: dict[KeyPath, Mark]
+    marks: dict[KeyPath, Position]
     name: str | None = None
     faults: list[str] = field(default_factory=list)
     lost_sections: set[KeyPath] = field(default_factory=set)
@@ -103,11 +103,11 @@ def _draft(source: Path | str | Mapping[str, Any] | None) -> _Draft:
         return _Draft({}, {})
     if isinstance(source, Mapping):
         tree = _plain(source)
-        return _Draft(tree, {path: Mark(PYTHON) for path in _paths(tree)})
+        return _Draft(tree, {path: Position(PYTHON) for path in _paths(tree)})
     path = Path(source)
     marked = parse_yaml(_read_text(path), str(path))
     if not isinstance(marked.tree, dict):
-        what = "is empty" if marked.tree is None else f"holds {show(marked.tree)}"
+        what = "is empty" if marked.tree is None else f"holds {shown(marked.tree)}"
         needed = "it needs at least model.source and data.train"
         if isinstance(marked.tree, list) and path.suffix == ".json":
             needed = DATA_WAY
@@ -219,10 +219,10 @@ def _apply_override(draft: _Draft, override: str) -> None:
 
 def _set(draft: _Draft, path: KeyPath, text: str) -> None:
     """Raises ValueError, in words, where there is no place for the value."""
-    value, mark = parse_scalar(text), Mark(COMMAND_LINE, text)
+    value, mark = parse_scalar(text), Position(COMMAND_LINE, text)
     if text.startswith(("[", "{", '"', "'")):
         try:
-            value, mark = parse_yaml(text, COMMAND_LINE).tree, Mark(COMMAND_LINE)
+            value, mark = parse_yaml(text, COMMAND_LINE).tree, Position(COMMAND_LINE)
         except ConfigError as error:
             raise ValueError(f"'{text}' is not a value of YAML: {str(error).rpartition(': ')[2]}") from error
     holder: Any = draft.tree
@@ -231,7 +231,7 @@ def _set(draft: _Draft, path: KeyPath, text: str) -> None:
             holder[part] = {}
         holder = _get(holder, (part,))
         if not isinstance(holder, dict | list) or (depth == len(path) - 1 and isinstance(holder, list)):
-            raise ValueError(f"{_dotted(path[:depth])} is {show(holder)}, which has no '{path[depth]}'")
+            raise ValueError(f"{_dotted(path[:depth])} is {shown(holder)}, which has no '{path[depth]}'")
     holder[path[-1]] = value
     for below in [other for other in draft.marks if other[: len(path)] == path]:
         del draft.marks[below]
@@ -331,10 +331,13 @@ def _sentences(draft: _Draft, path: KeyPath, details: list[ErrorDetails]) -> Ite
         flag = f" or with {_FLAGS[key]}" if key in _FLAGS else ""
         yield path, f"{key} is missing: give it in the configuration{flag}"
     else:
-        wanted = describe(_schema_at(path))
+        wanted = describe_fault(_schema_at(path))
         choices = wanted.replace(",", "").split() if isinstance(value, str) else []
         close = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.7)
-        yield path, f"{key} is {show(value)}: it must be {wanted}" + (f"; did you mean {close[0]}?" if close else "")
+        yield (
+            path,
+            f"{key} is {shown(value)}: it must be {wanted}" + (f"; did you mean {close[0]}?" if close else ""),
+        )
 
 
 def _key_of(location: tuple[int | str, ...]) -> KeyPath:

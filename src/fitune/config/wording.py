@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 
-def describe(schema: Mapping[str, Any] | type | None) -> str:
+def describe_fault(schema: Mapping[str, Any] | type | None) -> str:
     """{'type': 'integer', 'exclusiveMinimum': 0} -> 'a whole number above 0'; unions joined by 'or'."""
     assert isinstance(schema, Mapping)
     branches = schema.get("anyOf", [schema])
@@ -17,7 +17,7 @@ def describe(schema: Mapping[str, Any] | type | None) -> str:
     return " or ".join([*rest, *([", ".join(listed[:-1])] if len(listed) > 1 else []), listed[-1]])
 
 
-def show(value: object) -> str:
+def shown(value: object) -> str:
     """The value as a person would write it, cut where it is long."""
     words = {None: "null", True: "true", False: "false"}
     if value is None or isinstance(value, bool):

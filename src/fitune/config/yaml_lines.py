@@ -26,7 +26,7 @@ _SPECIAL_FLOAT = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 
 
 @dataclass(frozen=True, slots=True)
-class Mark:
+class Position:
     """Where a value was written, such as 'sft.yaml:12' or 'command line', and, for a bare scalar, its letters: a key
     that wants text takes them, so that `name: 007` needs no quotes."""
 
@@ -37,7 +37,7 @@ class Mark:
 @dataclass(frozen=True)
 class MarkedTree:
     tree: Tree
-    marks: Mapping[KeyPath, Mark]
+    marks: Mapping[KeyPath, Position]
     faults: tuple[str, ...] = ()
 
 
@@ -81,12 +81,12 @@ def parse_scalar(text: str) -> Tree:
 @dataclass
 class _Reading:
     source: str
-    marks: dict[KeyPath, Mark] = field(default_factory=dict)
+    marks: dict[KeyPath, Position] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
     open_nodes: list[yaml.Node] = field(default_factory=list)
 
     def value(self, node: yaml.Node, path: KeyPath) -> Tree:
-        self.marks.setdefault(path, Mark(self._where(node)))
+        self.marks.setdefault(path, Position(self._where(node)))
         if len(self.marks) > MAX_VALUES:  # a few anchors that repeat one another grow beyond any memory
             raise ConfigError([f"{self.source}: more than {MAX_VALUES:,} values are too many for a configuration"])
         if isinstance(node, yaml.ScalarNode):
@@ -94,7 +94,7 @@ class _Reading:
                 self.faults.append(f"{self._where(node)}: tags such as {node.tag} are not read: write the value itself")
             if node.style is not None:
                 return str(node.value)
-            self.marks[path] = Mark(self.marks[path].origin, node.value)
+            self.marks[path] = Position(self.marks[path].origin, node.value)
             return parse_scalar(node.value)
         if any(node is above for above in self.open_nodes):
             self.faults.append(f"{self._where(node)}: this anchor contains itself")
@@ -119,7 +119,7 @@ class _Reading:
                 dotted = ".".join(str(part) for part in (*path, key))
                 self.faults.append(f"{self._where(key_node)}: '{dotted}' is given twice, first at {first}: keep one")
                 continue
-            self.marks[(*path, key)] = Mark(self._where(key_node))
+            self.marks[(*path, key)] = Position(self._where(key_node))
             tree[key] = self.value(value_node, (*path, key))
         return tree
 

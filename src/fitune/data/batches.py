@@ -22,7 +22,7 @@ from fitune.data.examples import Examples
 from fitune.data.order import shuffled
 from fitune.data.rows import Batch
 from fitune.errors import OutOfMemoryError
-from fitune.threads import start_thread
+from fitune.machine.threads import start_thread
 
 T = TypeVar("T")
 MOST_COUNTED = 10_000

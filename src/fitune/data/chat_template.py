@@ -21,7 +21,7 @@ from fitune.boundary import parse_json
 from fitune.data.messages import Message, without_none
 from fitune.data.template_limits import MOST_CHARS, LimitError, check_size, limited
 from fitune.errors import DataError
-from fitune.run.files import read_plain
+from fitune.plain_files import read_plain
 
 CharSpan = tuple[int, int]
 

@@ -26,11 +26,11 @@ import pyarrow.parquet
 from fitune.boundary import bounded_int, parse_json
 from fitune.config import DataConfig, DataSource
 from fitune.data.formats import detect_format
+from fitune.data.hub import hub_is_known
 from fitune.data.keys import TURN_KEYS
 from fitune.data.order import shuffled
 from fitune.data.splits import COMPRESSIONS, SUFFIXES, TABLES, Split, find_files, suffix_of
 from fitune.errors import DataError
-from fitune.hub import hub_is_known
 from fitune.units import MIB
 
 _WRAPPERS = ("data", "rows", "train", "examples", "instances", "items", "records", "samples", "dataset", "entries")

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import yaml
 
 from fitune.errors import DataError
-from fitune.run.files import read_plain
+from fitune.plain_files import read_plain
 
 LINES = (".jsonl", ".ndjson", ".jsonlines")
 TABLES = (".csv", ".tsv")

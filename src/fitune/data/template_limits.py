@@ -53,7 +53,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         return super().call_binop(context, operator, left, right)
 
 
-class Limits:
+class TemplateLimits:
     """Of the renderings in a `limited` block. `with limits: ...` bounds one of them."""
 
     def __init__(self, room: "_Room | None") -> None:
@@ -94,18 +94,18 @@ class Limits:
                 _raise_in(self._thread, _TookTooLong)
 
 
-_active: ContextVar[Limits | None] = ContextVar("limits of the block that is entered", default=None)
+_active: ContextVar[TemplateLimits | None] = ContextVar("limits of the block that is entered", default=None)
 
 
 @contextmanager
-def limited() -> Iterator[Limits]:
+def limited() -> Iterator[TemplateLimits]:
     """Within this block transformers compiles templates with these bounds, in this thread. A block inside another one
     has its limits, so that many renderings share one watcher."""
     outer = _active.get()
     if outer is not None:
         yield outer
         return
-    limits = Limits(_Room.of_process())
+    limits = TemplateLimits(_Room.of_process())
     stopped = threading.Event()
 
     def watch() -> None:

@@ -20,14 +20,14 @@ from transformers import Trainer
 from fitune.errors import OutOfMemoryError, UsageError
 from fitune.integrations.versions import check_alone, check_trainer
 from fitune.language import translated
+from fitune.machine.out_of_memory import try_twice
+from fitune.recovery.divisibility import ProbeSamples, Verdict, check_model
+from fitune.recovery.observed import fitted_step, room_bytes
 from fitune.recovery.protection import Protection
+from fitune.recovery.size_control import MemoryModel
 from fitune.recovery.step import SafeResult
-from fitune.step.model_check import Probe, Verdict, check_model
 from fitune.step.optimizer_state import create_state
-from fitune.step.out_of_memory import try_twice
 from fitune.step.progress import Work
-from fitune.train.adapt import MemoryModel
-from fitune.train.observed import fitted_step, room_bytes
 
 log = logging.getLogger(__name__)
 
@@ -137,7 +137,7 @@ class SafeSteps(Trainer):  # type: ignore[misc]
         return check_model(
             self._protection.work.model,
             lambda part, weight: self._forward_and_backward(part, torch.tensor(weight, device=self.args.device)),
-            Probe(both, first, second, masked, float(_num_targets(both))),
+            ProbeSamples(both, first, second, masked, float(_num_targets(both))),
             mean_by="forward",
         )
 

@@ -18,15 +18,8 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from fitune.integrations.trainer_steps import SeenStep, StepReader
-from fitune.memory.prediction import Prediction, peak_json
-from fitune.model.device import MemoryPeak, program_bytes, read_peak, reset_peak
-from fitune.run.directory import RunDirectory, create_run, working_on, write_json
-from fitune.run.metrics import EvalMetrics, StepMetrics, Summary, summary_json
-from fitune.run.patient_files import PatientFiles
-from fitune.train.alarms import AlarmSettings
-from fitune.train.monitor import Monitor, MonitorSettings
-from fitune.train.noise import (
+from fitune.allocator.prediction import Prediction, peak_json
+from fitune.batch_size.noise import (
     FEWEST_HALF_LIFE_STEPS,
     HALF_LIFE_FRACTION,
     NoiseAverages,
@@ -34,7 +27,14 @@ from fitune.train.noise import (
     observe,
     observe_preconditioned,
 )
-from fitune.train.state import larger_peak
+from fitune.integrations.trainer_steps import SeenStep, StepReader
+from fitune.machine.process_memory import MemoryPeak, program_bytes, read_peak, reset_peak
+from fitune.run.directory import RunDirectory, create_run, working_on, write_json
+from fitune.run.metrics import EvalMetrics, StepMetrics, Summary, summary_json
+from fitune.run.patient_files import PatientFiles
+from fitune.training.state import larger_peak
+from fitune.watch.alarms import AlarmSettings
+from fitune.watch.monitor import Monitor, MonitorSettings
 
 log = logging.getLogger(__name__)
 

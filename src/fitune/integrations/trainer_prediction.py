@@ -24,14 +24,14 @@ from transformers import DefaultFlowCallback, Trainer, TrainerControl, TrainerSt
 from transformers.trainer_callback import CallbackHandler
 
 import fitune
+from fitune.allocator.prediction import Prediction
 from fitune.boundary import bounded
 from fitune.errors import UsageError
 from fitune.integrations.versions import check_alone, check_trainer
-from fitune.memory.devices import this_machine
-from fitune.memory.prediction import Prediction
+from fitune.machine.devices import this_machine
 from fitune.step.random_state import streams_kept
 from fitune.trace.assumptions import tell_data
-from fitune.trace.fake import Build, Loop, Step
+from fitune.trace.record import Build, Loop, Step
 
 RECORDED_MICRO_BATCHES = 2
 """Of a step: the first without gradients, the second with them. Any further one is like the second."""

@@ -1,5 +1,5 @@
 """What a Trainer's steps are made of, read by hooks on its model: rows and tokens of the forwards, squared norms of the
-gradients, from which follows the gradient noise (train/noise.py).
+gradients, from which follows the gradient noise (batch_size/noise.py).
 
 A step begins where no parameter has a gradient, and again where its gradients were dropped. The sum of the gradients is
 read as the last backward leaves it, since a callback sees it clipped only.
@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fitune.step.gradient_norms import GradientNorms, NormRecorder
-from fitune.train.noise import PRECONDITIONED_EVERY
+from fitune.batch_size.noise import PRECONDITIONED_EVERY
+from fitune.batch_size.norms import GradientNorms, NormRecorder
 
 
 @dataclass(frozen=True, slots=True)

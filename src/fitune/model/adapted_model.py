@@ -16,7 +16,7 @@ from torch import nn
 from fitune.boundary import parse_json
 from fitune.config import ModelConfig
 from fitune.errors import ModelError
-from fitune.run.files import read_plain
+from fitune.plain_files import read_plain
 
 FILE = "adapted_model.json"
 _SAMPLED_ELEMENTS = 1024

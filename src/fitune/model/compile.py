@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils._triton import has_triton
 
 from fitune.errors import ModelError
-from fitune.model.attention import keep_out_of_compilation
+from fitune.model.packed_attention import keep_out_of_compilation
 from fitune.model.recompute import recomputable_layers
 
 

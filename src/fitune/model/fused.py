@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fitune.model import attention as kernels
+from fitune.model import packed_attention as kernels
 
 
 def fuse_layers(model: nn.Module) -> None:

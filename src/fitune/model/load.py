@@ -32,10 +32,9 @@ from transformers.utils import logging as transformers_logging
 
 from fitune.boundary import is_panic, told_as
 from fitune.config import ModelConfig, RunConfig
+from fitune.data.hub import hub_is_known
 from fitune.errors import ConfigError, ModelError
-from fitune.hub import hub_is_known
 from fitune.model.adapted_model import describe, note_adapted
-from fitune.model.attention import attention_name, check_attention
 from fitune.model.experts import EXPERTS
 from fitune.model.formats import check_format, unpacking, weights_format
 from fitune.model.fused import fuse_layers
@@ -43,6 +42,7 @@ from fitune.model.gguf import check_gguf, gguf_parts, gguf_read_once, read_gguf
 from fitune.model.lora import apply_lora
 from fitune.model.minimind import pth_config, read_pth
 from fitune.model.own_code import SWITCH, drop_references, named_code, own_class
+from fitune.model.packed_attention import attention_name, check_attention
 from fitune.model.precision import Precision, device_precision, resolve_precision
 from fitune.model.presets import preset_config
 from fitune.model.quantise import num_weights, quantise, share_tables

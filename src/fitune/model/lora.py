@@ -17,7 +17,7 @@ from fitune.boundary import parse_json
 from fitune.config import LoraConfig
 from fitune.errors import ModelError
 from fitune.model.quantise import num_weights
-from fitune.run.files import read_plain
+from fitune.plain_files import read_plain
 
 if TYPE_CHECKING:
     from peft import PeftModel  # half a second, needed for adapters only

@@ -13,8 +13,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.models.auto.auto_factory import add_generation_mixin_to_remote_model
 
+from fitune.data.hub import hub_is_known
 from fitune.errors import ModelError
-from fitune.hub import hub_is_known
 
 SWITCH = "model.trust_remote_code"
 _MODEL = "AutoModelForCausalLM"

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Literal
 
 from fitune.config import ModelConfig
+from fitune.data.hub import hub_is_known
 from fitune.errors import ModelError
-from fitune.hub import hub_is_known
 
 Kind = Literal["preset", "directory", "gguf", "pth", "hub"]
 PRESETS = ("minimind-3", "minimind-3-moe", "minimind2", "minimind2-small")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fitune.model import attention
+from fitune.model import packed_attention as attention
 from fitune.model.head import Head
 
 

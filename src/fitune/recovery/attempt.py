@@ -5,16 +5,16 @@ from dataclasses import replace
 
 import torch
 
-from fitune.model.device import map_large_blocks
+from fitune.batch_size.norms import NormRecorder
+from fitune.distributed.shared_step import StepReport
+from fitune.machine.out_of_memory import release_memory
+from fitune.machine.process_memory import map_large_blocks
 from fitune.recovery.failure import Failure
 from fitune.recovery.protection import Protection
-from fitune.step.gradient_norms import NormRecorder
 from fitune.step.gradients import CommitBuffer
-from fitune.step.out_of_memory import release_memory
 from fitune.step.peers import ALONE, Alone
 from fitune.step.progress import P, Progress
 from fitune.step.random_state import micro_batch_seed, seed_streams
-from fitune.step.shared_step import StepReport
 
 
 class Attempt(Progress[P]):

@@ -11,11 +11,11 @@ from torch import nn
 
 from fitune.data.rows import MicroBatch
 from fitune.data.unpacking import split_again
+from fitune.distributed.sharding import AbortedError, Shards
 from fitune.errors import OutOfMemoryError
+from fitune.machine.out_of_memory import memory_failure, needed_bytes, release_memory
 from fitune.recovery.failure import ELSEWHERE, Failure, no_room
 from fitune.step.evaluate import EvalResult, EvalTotals, evaluation_mode
-from fitune.step.out_of_memory import memory_failure, needed_bytes, release_memory
-from fitune.step.shards import AbortedError, Shards
 from fitune.step.work import StepSettings
 
 

@@ -7,7 +7,7 @@ from typing import Generic
 import torch
 from torch import nn
 
-from fitune.model.device import usable_bytes
+from fitune.machine.process_memory import usable_bytes
 from fitune.step.progress import P, Work
 
 

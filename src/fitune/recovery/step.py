@@ -13,17 +13,17 @@ failure in one of them is told to all, and all begin the step again.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from fitune.batch_size.norms import NormRecorder
+from fitune.distributed.sharding import AbortedError
 from fitune.errors import OutOfMemoryError, RestartError
+from fitune.machine.out_of_memory import memory_failure, needed_bytes
 from fitune.recovery.attempt import Attempt
 from fitune.recovery.failure import ELSEWHERE, LATE, Failure
 from fitune.recovery.ladder import choose_action
 from fitune.recovery.protection import Protection
-from fitune.step.gradient_norms import NormRecorder
-from fitune.step.out_of_memory import memory_failure, needed_bytes
 from fitune.step.peers import ALONE, Alone
 from fitune.step.progress import P, Progress, Work
 from fitune.step.random_state import streams_kept
-from fitune.step.shards import AbortedError
 from fitune.step.step import NOTHING_TO_LEARN, StepResult, accumulate, clipped_gradient, optimizer_step
 
 Fits = Callable[[int], bool]

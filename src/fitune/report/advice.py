@@ -13,9 +13,9 @@ from typing import Any, Literal
 import numpy as np
 
 from fitune.language import say
-from fitune.report.compare import Comparison, Row, eval_interval, last_split, peak_lr, planned_candidate
-from fitune.report.recorded import RecordedRun
-from fitune.run.interval import Interval
+from fitune.report.compare import ComparedRun, Comparison, eval_interval, last_split, peak_lr, planned_candidate
+from fitune.report.run_on_disk import RecordedRun
+from fitune.run.interval import ConfidenceInterval
 from fitune.units import format_bytes
 
 Effect = Literal["same", "close", "different"]
@@ -118,7 +118,7 @@ def _split_keys(run: RecordedRun, micro: int) -> list[str]:
     return keys
 
 
-def _from_other_runs(row: Row, comparison: Comparison) -> Iterator[Advice]:
+def _from_other_runs(row: ComparedRun, comparison: Comparison) -> Iterator[Advice]:
     others = {other.name: other for other in comparison.rows if other.name != row.name and other.run.num_steps}
     for check in comparison.checks:
         other = others.get(check.second if check.first == row.name else check.first)
@@ -145,7 +145,7 @@ def _from_other_runs(row: Row, comparison: Comparison) -> Iterator[Advice]:
         yield _as_run(row, best, comparison, interval=interval)
 
 
-def _as_run(row: Row, best: Row, comparison: Comparison, *, interval: Interval) -> Advice:
+def _as_run(row: ComparedRun, best: ComparedRun, comparison: Comparison, *, interval: ConfidenceInterval) -> Advice:
     index, other = (next(i for i, each in enumerate(comparison.rows) if each.name == name.name) for name in (row, best))
     changed = [
         f"{key}={values[other]}"
@@ -167,13 +167,13 @@ def _as_run(row: Row, best: Row, comparison: Comparison, *, interval: Interval) 
     )
 
 
-def _gain(row: Row, other: Row) -> float | None:
+def _gain(row: ComparedRun, other: ComparedRun) -> float | None:
     if not row.tokens_per_second or not other.tokens_per_second:
         return None
     return other.tokens_per_second / row.tokens_per_second - 1
 
 
-def _memory(row: Row) -> Iterator[Advice]:
+def _memory(row: ComparedRun) -> Iterator[Advice]:
     """From the plan: what the parts of the peak are, and what other settings would take."""
     run, candidate = row.run, planned_candidate(row.run)
     if candidate is None:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from fitune.language import say
 from fitune.report.compare import Comparison, planned_candidate
-from fitune.report.recorded import Curve, RecordedRun
+from fitune.report.run_on_disk import Curve, RecordedRun
 from fitune.report.thin import thin, thin_all
 from fitune.units import GIB
 

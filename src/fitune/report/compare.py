@@ -5,7 +5,6 @@ evaluations on both sides of that place, and between them a straight line. A dif
 (`interval.py`). What lies within the noise counts as equal, also for the Pareto set.
 """
 
-import importlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
@@ -16,12 +15,13 @@ import numpy as np
 import numpy.typing as npt
 
 from fitune.boundary import bounded
+from fitune.display import HtmlDisplay
 from fitune.errors import RunDirectoryError
 from fitune.language import say
 from fitune.language.printable import printable_line
-from fitune.report.recorded import RecordedRun
+from fitune.report.run_on_disk import RecordedRun
 from fitune.report.sources import read_recorded
-from fitune.run.interval import Interval, differ, paired_interval
+from fitune.run.interval import ConfidenceInterval, differ, paired_interval
 
 SAME_LOSS = 0.02
 """Nats: rounding alone (bfloat16 sums in another order) stays below it; another batch or another rate does not."""
@@ -44,7 +44,7 @@ PEAKS = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
+class ComparedRun:
     """One run of a comparison; unknown is None. Losses are at the comparison's tokens: eval_loss of the held-out rows,
     train_loss over the last third of these tokens. *_difference: to the first run. run_peak_bytes: of the whole run, in
     all rows of one kind: reserved by PyTorch (on a CPU taken by the process beyond the program) where every run tells
@@ -62,8 +62,8 @@ class Row:
     seconds: float | None
     train_loss: float | None
     eval_loss: float | None
-    train_difference: Interval | None
-    eval_difference: Interval | None
+    train_difference: ConfidenceInterval | None
+    eval_difference: ConfidenceInterval | None
     on_front: bool = False
 
     @property
@@ -97,11 +97,11 @@ class CurveCheck:
 
 
 @dataclass(frozen=True, slots=True)
-class Comparison:
+class Comparison(HtmlDisplay):
     """tokens: where losses are compared, None where a run did not count them (then each is taken at its end).
     differing: the settings that are not the same in all runs, one value a run. notes: what limits the comparison."""
 
-    rows: tuple[Row, ...]
+    rows: tuple[ComparedRun, ...]
     tokens: float | None
     differing: Mapping[str, tuple[Any, ...]]
     checks: tuple[CurveCheck, ...]
@@ -111,10 +111,6 @@ class Comparison:
         """In a sentence; the fields hold all of it."""
         names = ", ".join(row.name for row in self.rows)
         return f"Comparison: {names}" + ("" if self.tokens is None else f" · {self.tokens:,.0f} tokens")
-
-    def _repr_html_(self) -> str:
-        tables = importlib.import_module("fitune.report.tables")  # which is about this noun, and imports it
-        return str(tables.html_table(self))
 
 
 @bounded("fitune.compare")
@@ -160,11 +156,11 @@ def _with_names(runs: Sequence[RecordedRun]) -> list[RecordedRun]:
     return [replace(run, name=printable_line(name)) for run, name in zip(runs, shown, strict=True)]
 
 
-def _row(run: RecordedRun, first: RecordedRun, place: float | None, *, peak_kind: str | None) -> Row:
+def _row(run: RecordedRun, first: RecordedRun, place: float | None, *, peak_kind: str | None) -> ComparedRun:
     summary = run.summary
     micro, accumulation = last_split(run)
     split = "n/a" if micro is None else f"{micro} x {accumulation}"
-    return Row(
+    return ComparedRun(
         run=run,
         effective_batch=effective_batch(run),
         split=split,
@@ -320,7 +316,7 @@ def _stretch_means(run: RecordedRun, place: float | None, *, num_stretches: int)
     return means
 
 
-def _train_interval(run: RecordedRun, first: RecordedRun, place: float | None) -> Interval | None:
+def _train_interval(run: RecordedRun, first: RecordedRun, place: float | None) -> ConfidenceInterval | None:
     steps = [_steps_in_window(each, place) for each in (run, first)]
     num_stretches = min(MOST_STRETCHES, *steps)
     one, other = (_stretch_means(each, place, num_stretches=max(num_stretches, 1)) for each in (run, first))
@@ -357,12 +353,12 @@ def _paired_rows(
     return (one[0], two[0], one[1]) if one and two and one[1] == two[1] else None
 
 
-def _eval_interval(run: RecordedRun, other: RecordedRun, place: float | None) -> Interval | None:
+def _eval_interval(run: RecordedRun, other: RecordedRun, place: float | None) -> ConfidenceInterval | None:
     paired = _paired_rows(run, other, place)
     return None if paired is None else paired_interval(*paired)
 
 
-def eval_interval(comparison: Comparison, first: str, second: str) -> Interval | None:
+def eval_interval(comparison: Comparison, first: str, second: str) -> ConfidenceInterval | None:
     """The difference of two runs of a comparison, by name: first - second."""
     runs = {row.name: row.run for row in comparison.rows}
     return _eval_interval(runs[first], runs[second], comparison.tokens)
@@ -398,14 +394,14 @@ def _curve_check(first: RecordedRun, second: RecordedRun) -> CurveCheck | None:
     return CurveCheck(first.name, second.name, float(differences[worst]), int(steps[worst]), len(steps))
 
 
-def _with_front(rows: Sequence[Row], place: float | None) -> tuple[Row, ...]:
+def _with_front(rows: Sequence[ComparedRun], place: float | None) -> tuple[ComparedRun, ...]:
     beaten = {two.name for one in rows for two in rows if one is not two and _beats(one, two, place)}
     known = [row for row in rows if row.run.num_steps and (row.eval_loss is not None or row.train_loss is not None)]
     front = {row.name for row in known} - beaten or {row.name for row in known}
     return tuple(replace(row, on_front=row.name in front) for row in rows)
 
 
-def _beats(one: Row, two: Row, place: float | None) -> bool:
+def _beats(one: ComparedRun, two: ComparedRun, place: float | None) -> bool:
     """Whether `one` is nowhere worse than `two` and somewhere better, beyond noise, in what is known of both."""
     signs = [
         _sign(one.peak_bytes, two.peak_bytes, PEAK_NOISE_FRACTION),
@@ -422,7 +418,7 @@ def _sign(one: float | None, two: float | None, noise_fraction: float) -> int:
     return -1 if one < two else 1
 
 
-def _loss_sign(one: Row, two: Row, place: float | None) -> int:
+def _loss_sign(one: ComparedRun, two: ComparedRun, place: float | None) -> int:
     paired = _paired_rows(one.run, two.run, place)
     if paired is not None:
         losses, others, weights = paired

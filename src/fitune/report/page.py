@@ -26,8 +26,8 @@ from fitune.language.printable import printable
 from fitune.report import tables
 from fitune.report.advice import Advice, advise
 from fitune.report.charts import COLOURS, MAX_POINTS, Picture, Series, pictures
-from fitune.report.compare import Comparison, Row
-from fitune.report.recorded import EMBEDDED_ID, MAX_EVENTS, RecordedRun, clip, embed
+from fitune.report.compare import ComparedRun, Comparison
+from fitune.report.run_on_disk import EMBEDDED_ID, MAX_EVENTS, RecordedRun, clip, embed
 from fitune.report.verdicts import outcome, verdicts
 from fitune.run.directory import OUTPUT_KEY, write_atomically
 from fitune.units import format_bytes, format_count, format_seconds
@@ -151,7 +151,7 @@ def _header(comparison: Comparison) -> str:
     return f"<ul class='verdict'>{items}</ul><div class='cards'>{cards}</div>"
 
 
-def _facts(row: Row) -> Iterator[tuple[str, str]]:
+def _facts(row: ComparedRun) -> Iterator[tuple[str, str]]:
     summary = row.run.summary
     yield say("state"), say(row.run.state)
     yield say("peak memory"), format_bytes(row.run_peak_bytes)
@@ -263,7 +263,7 @@ def _largest(runs: Sequence[RecordedRun]) -> str:
     return "".join(parts)
 
 
-def _advice(row: Row | None, advice: Sequence[Advice]) -> str:
+def _advice(row: ComparedRun | None, advice: Sequence[Advice]) -> str:
     if row is None:
         return ""
     if not advice:
@@ -310,7 +310,7 @@ def _machine(run: RecordedRun) -> Iterator[str]:
             yield str(device["name"])
 
 
-def _eval_loss(row: Row) -> float:
+def _eval_loss(row: ComparedRun) -> float:
     return row.eval_loss if row.eval_loss is not None and np.isfinite(row.eval_loss) else float("inf")
 
 

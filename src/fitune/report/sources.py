@@ -5,8 +5,8 @@ from pathlib import Path
 
 from fitune.boundary import told_as
 from fitune.errors import RunDirectoryError
-from fitune.report.foreign import find_foreign
-from fitune.report.recorded import (
+from fitune.report.other_trainers import find_foreign
+from fitune.report.run_on_disk import (
     EVAL_COLUMNS,
     MEMORY_COLUMNS,
     TRAIN_COLUMNS,

@@ -9,9 +9,9 @@ from dataclasses import asdict
 from typing import Any
 
 from fitune.language import say, translated
-from fitune.report.compare import Comparison, Row
+from fitune.report.compare import ComparedRun, Comparison
 from fitune.report.verdicts import verdicts
-from fitune.run.interval import Interval
+from fitune.run.interval import ConfidenceInterval
 from fitune.units import format_count, format_gib
 
 TRAIN_COLUMN = 5
@@ -26,7 +26,7 @@ def columns(comparison: Comparison) -> list[str]:
     ]  # fmt: skip
 
 
-def cells(row: Row) -> list[str]:
+def cells(row: ComparedRun) -> list[str]:
     return [
         f"* {row.name}" if row.on_front else row.name,
         "n/a" if row.effective_batch is None else row.split,
@@ -39,7 +39,7 @@ def cells(row: Row) -> list[str]:
     ]
 
 
-def peak(row: Row) -> str:
+def peak(row: ComparedRun) -> str:
     """'16.9', of the whole run; '(16.7)' where there is the prediction alone."""
     if row.run_peak_bytes is None and row.predicted_bytes is not None:
         return f"({format_gib(row.predicted_bytes)})"
@@ -50,7 +50,7 @@ def number(value: float | None, decimals: int = 3) -> str:
     return "n/a" if value is None else f"{value:.{decimals}f}"
 
 
-def difference(interval: Interval | None) -> str:
+def difference(interval: ConfidenceInterval | None) -> str:
     """'-0.041 ±0.004 !' where it is more than chance; the half-width is the larger side of the interval."""
     if interval is None:
         return ""
@@ -110,7 +110,7 @@ def comparison_json(comparison: Comparison) -> dict[str, Any]:
     }
 
 
-def row_json(row: Row) -> dict[str, Any]:
+def row_json(row: ComparedRun) -> dict[str, Any]:
     names = (
         "effective_batch", "split", "lr", "predicted_bytes", "measured_bytes", "run_peak_bytes", "tokens_per_second",
         "seconds", "train_loss", "eval_loss", "on_front",

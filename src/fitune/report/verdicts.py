@@ -5,10 +5,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from fitune.batch_size.scaling import rate_factor
 from fitune.language import say
 from fitune.optimizers.table import OPTIMIZERS
-from fitune.report.compare import Comparison, CurveCheck, Row, eval_interval, last_split
-from fitune.step.scaling import rate_factor
+from fitune.report.compare import ComparedRun, Comparison, CurveCheck, eval_interval, last_split
 from fitune.units import format_bytes, format_count
 
 
@@ -43,7 +43,7 @@ def _fits(comparison: Comparison) -> Iterator[str]:
         yield say("the step that was predicted, predicted and measured: {listed}", listed=listed)
 
 
-def prediction(row: Row) -> str:
+def prediction(row: ComparedRun) -> str:
     """Of the step that was predicted: '19.0 GiB, 20.0 GiB (-5.0%)'."""
     error = "" if row.prediction_error is None else f" ({row.prediction_error:+.1%})"
     return f"{format_bytes(row.predicted_bytes)}, {format_bytes(row.measured_bytes)}{error}"
@@ -73,7 +73,7 @@ def _same(comparison: Comparison, check: CurveCheck) -> str:
     )
 
 
-def _beside(first: Row, second: Row) -> str:
+def _beside(first: ComparedRun, second: ComparedRun) -> str:
     parts = []
     if first.peak_bytes and second.peak_bytes:
         lower, higher = sorted((first, second), key=lambda row: row.peak_bytes or 0)
@@ -155,7 +155,7 @@ def _allowed_rates(comparison: Comparison) -> Iterator[str]:
         )
 
 
-def _noise_rows(row: Row) -> float | None:
+def _noise_rows(row: ComparedRun) -> float | None:
     """The noise scale of a run in rows: the median over its last three quarters, as far as there was a signal. None
     where it was not measured or the batch did not stay."""
     ratios = row.run.train["noise_ratio"]
@@ -211,7 +211,7 @@ def _best(comparison: Comparison) -> Iterator[str]:
     ) + (say("; not told apart from it: {equal}", equal=", ".join(equal)) if equal else "")
 
 
-def _difference(comparison: Comparison, row: Row, other: Row) -> str:
+def _difference(comparison: Comparison, row: ComparedRun, other: ComparedRun) -> str:
     """row - other, with its interval where there is one."""
     interval = eval_interval(comparison, row.name, other.name)
     if interval is None:
@@ -224,16 +224,16 @@ def _difference(comparison: Comparison, row: Row, other: Row) -> str:
     return say("{change} (95 %: {low} to {high}, within chance)", **values)
 
 
-def _loss(row: Row) -> float:
+def _loss(row: ComparedRun) -> float:
     return float("inf") if row.eval_loss is None or not np.isfinite(row.eval_loss) else row.eval_loss
 
 
-def _lowest(rows: list[Row]) -> Row | None:
+def _lowest(rows: list[ComparedRun]) -> ComparedRun | None:
     known = [row for row in rows if np.isfinite(_loss(row))]
     return min(known, key=_loss, default=None)
 
 
-def outcome(row: Row) -> str:
+def outcome(row: ComparedRun) -> str:
     """One run in a sentence."""
     evals = row.run.evals["eval_loss"]
     finite = evals[np.isfinite(evals)]

@@ -32,7 +32,7 @@ from typing import Any, Literal
 
 from fitune.boundary import parse_json
 from fitune.errors import RunDirectoryError
-from fitune.run.files import find_strange, open_plain, read_plain
+from fitune.plain_files import find_strange, open_plain, read_plain
 from fitune.run.metrics import Summary, read_summary
 
 State = Literal["running", "finished", "stopped", "failed", "crashed", "damaged"]
@@ -198,7 +198,7 @@ def read_run(path: Path) -> RunRecord:
     run = open_run(path)
     times = [file.stat().st_mtime for file in (run.path, run.lock, run.metrics, run.summary) if file.exists()]
     try:
-        check_files(run)
+        check_run_files(run)
         summary = read_summary(run.summary) if run.summary.exists() else None
     except RunDirectoryError as error:
         return RunRecord(run, "damaged", None, max(times), str(error))
@@ -226,7 +226,7 @@ def _listed(path: Path) -> RunRecord | None:
         return RunRecord(RunDirectory(path), "damaged", None, 0.0, f"{path} cannot be read: {reason}")
 
 
-def check_files(run: RunDirectory, *, deep: bool = False) -> None:
+def check_run_files(run: RunDirectory, *, deep: bool = False) -> None:
     """Raises RunDirectoryError where something in the run directory that fitune reads and writes is neither a file nor
     a directory of its own: a symbolic link leads out of the run, a FIFO or a device has no end. deep: also in the
     directories of weights and checkpoints."""

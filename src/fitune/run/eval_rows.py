@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fitune.boundary import parse_json
 from fitune.errors import RunDirectoryError
-from fitune.run.files import MAX_LOG_BYTES, read_plain
+from fitune.plain_files import MAX_LOG_BYTES, read_plain
 from fitune.run.metrics import append_line
 
 

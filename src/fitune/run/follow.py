@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from fitune.boundary import parse_json
+from fitune.plain_files import MAX_LOG_BYTES, open_plain, read_plain
 from fitune.run.directory import RunDirectory, RunRecord, read_run
-from fitune.run.files import MAX_LOG_BYTES, open_plain, read_plain
 from fitune.run.memory import MemorySample
 from fitune.run.metrics import EvalMetrics, RunEvent, StepMetrics, add_line, as_record
 

@@ -20,7 +20,7 @@ _CHUNK = 200
 
 
 @dataclass(frozen=True, slots=True)
-class Interval:
+class ConfidenceInterval:
     """mean lies in [low, high] at the stated level; num_pairs: rows (or stretches) that it rests on."""
 
     mean: float
@@ -37,7 +37,7 @@ class Interval:
 
 def paired_interval(
     first_N: npt.ArrayLike, second_N: npt.ArrayLike, weights_N: npt.ArrayLike, *, level: float = LEVEL
-) -> Interval | None:
+) -> ConfidenceInterval | None:
     """The weighted mean of `first - second`. None where there are fewer than five pairs of finite numbers and positive
     weight. The same numbers give the same interval (fixed seed)."""
     pairs = _pairs(first_N, second_N, weights_N)
@@ -46,12 +46,12 @@ def paired_interval(
     differences, weights, mean, error = pairs
     num_pairs = len(differences)
     if error <= 1e-12 * max(1.0, abs(mean)):  # every pair differs by the same: nothing is left to chance
-        return Interval(mean, mean, mean, num_pairs, level)
+        return ConfidenceInterval(mean, mean, mean, num_pairs, level)
     draw = np.random.default_rng(20260)
     ratios = np.concatenate([_resampled_t(differences, weights, draw) for _ in range(0, NUM_RESAMPLES, _CHUNK)])
     low, high = np.quantile(ratios[np.isfinite(ratios)], ((1 - level) / 2, (1 + level) / 2))
     least = _student(weights.sum() ** 2 / (weights**2).sum() - 1, level)
-    return Interval(
+    return ConfidenceInterval(
         mean, mean - max(float(high), least) * error, mean - min(float(low), -least) * error, num_pairs, level
     )
 

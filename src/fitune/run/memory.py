@@ -46,6 +46,6 @@ class MemorySample:
     disk_free_bytes: int | None = None
 
 
-def read_memory(path: Path) -> tuple[MemorySample, ...]:
+def read_run_memory(path: Path) -> tuple[MemorySample, ...]:
     """In the order written; damaged lines are left out. Raises RunDirectoryError where the file cannot be opened."""
     return tuple(read_records(path, MemorySample))

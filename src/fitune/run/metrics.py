@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_type_hint
 from fitune.boundary import parse_json
 from fitune.errors import RunDirectoryError
 from fitune.language import say
-from fitune.run.files import MAX_LOG_BYTES, open_plain, read_plain
+from fitune.plain_files import MAX_LOG_BYTES, open_plain, read_plain
 from fitune.units import format_bytes, format_count, format_seconds
 
 if TYPE_CHECKING:

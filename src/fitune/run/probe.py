@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from fitune.run.directory import write_json
-from fitune.run.interval import Interval
+from fitune.run.interval import ConfidenceInterval
 from fitune.run.metrics import as_json
 
 NUM_COMPARED = 3
@@ -27,7 +27,7 @@ class Branch:
     tokens: int
     seconds: float
     eval_loss: float
-    difference: Interval | None = None
+    difference: ConfidenceInterval | None = None
 
     def __str__(self) -> str:
         loss = f"eval loss {self.eval_loss:.4f}" if math.isfinite(self.eval_loss) else "diverged"

@@ -22,8 +22,8 @@ from fitune.config import RunConfig, read_config
 from fitune.config.read import check_is_configuration
 from fitune.config.yaml_lines import parse_yaml
 from fitune.errors import ConfigError, RunDirectoryError
+from fitune.plain_files import read_plain
 from fitune.run.directory import write_atomically, write_json
-from fitune.run.files import read_plain
 
 SWEEP_FILE = "sweep.json"
 MOST_RUNS = 200

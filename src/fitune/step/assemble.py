@@ -12,19 +12,19 @@ from torch import nn
 from torch._subclasses.fake_tensor import is_fake
 from transformers import PreTrainedModel
 
+from fitune.batch_size.scaling import OptimSettings, configured_lr, scaling_note, settings_of, with_settings
 from fitune.config import Recompute, RunConfig
 from fitune.data.packing import group, lay_out, sort_by_length
 from fitune.data.rows import Batch, MicroBatch, Row
+from fitune.distributed.sharding import ShardPeers, shard_model
 from fitune.errors import ConfigError, ModelError
-from fitune.model.attention import can_pack
 from fitune.model.compile import compile_layers
 from fitune.model.head import Head, decoder_and_head
+from fitune.model.packed_attention import can_pack
 from fitune.model.precision import Precision, device_precision, resolve_precision
 from fitune.model.recompute import set_recompute
-from fitune.step.loss import LossSettings, choose_chunk_tokens
+from fitune.objectives.supervised import LossSettings, choose_chunk_tokens
 from fitune.step.optimizer import build_optimizer
-from fitune.step.scaling import OptimSettings, configured_lr, scaling_note, settings_of, with_settings
-from fitune.step.shards import ShardPeers, shard_model
 from fitune.step.work import StepSettings
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fitune.data.rows import MicroBatch
-from fitune.step.loss import losses_and_correct
+from fitune.objectives.supervised import losses_and_correct
 from fitune.step.work import StepSettings
 
 

@@ -8,9 +8,9 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from fitune.batch_size.norms import GradientNorms, NormRecorder
 from fitune.errors import RestartError
-from fitune.step.gradient_norms import GradientNorms, NormRecorder
-from fitune.step.out_of_memory import memory_failure
+from fitune.machine.out_of_memory import memory_failure
 
 
 class ClippingPeers(Protocol):

@@ -6,10 +6,10 @@ from typing import TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from fitune.distributed.sharding import Shards
+from fitune.distributed.shared_step import ExchangePeers, StepReport, remaining_weight, sum_gradients
 from fitune.step.gradients import backward
 from fitune.step.progress import P, Progress, Work
-from fitune.step.shards import Shards
-from fitune.step.shared_step import ExchangePeers, StepReport, remaining_weight, sum_gradients
 
 T = TypeVar("T")
 

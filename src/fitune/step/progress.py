@@ -7,9 +7,9 @@ from typing import Generic, Literal, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fitune.step.gradient_norms import NormRecorder
+from fitune.batch_size.norms import NormRecorder
+from fitune.distributed.shared_step import StepReport
 from fitune.step.gradients import ClippingPeers, CommitBuffer, missing_gradients_as_zeros
-from fitune.step.shared_step import StepReport
 
 Place = Literal["forward", "backward", "commit", "sum", "clip", "update", "evaluation", "elsewhere"]
 """What a step was doing when it failed."""

@@ -10,7 +10,7 @@ gradient does not depend on how the samples are split into micro-batches.
 import math
 from dataclasses import dataclass
 
-from fitune.step.gradient_norms import GradientNorms
+from fitune.batch_size.norms import GradientNorms
 from fitune.step.gradients import Clipped, backward, clip_gradients, update
 from fitune.step.progress import P, Progress, Work
 

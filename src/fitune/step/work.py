@@ -8,13 +8,13 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from fitune.batch_size.norms import NormRecorder
 from fitune.data.rows import MicroBatch
 from fitune.data.unpacking import split_again, without_rows
-from fitune.step.gradient_norms import NormRecorder
-from fitune.step.loss import LossSettings, token_loss_sum
+from fitune.distributed.sharding import Shards
+from fitune.objectives.supervised import LossSettings, token_loss_sum
 from fitune.step.peers import ALONE
 from fitune.step.progress import Progress, Work
-from fitune.step.shards import Shards
 from fitune.step.step import StepResult, optimizer_step
 
 T = TypeVar("T")

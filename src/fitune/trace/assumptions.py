@@ -22,7 +22,7 @@ from fitune.errors import UsageError
 from fitune.trace.events import ROUTED, UNROUTED
 from fitune.trace.operators import by_operator
 from fitune.trace.patience import Patience
-from fitune.trace.shapes import Call, ShapeMemory
+from fitune.trace.shape_cache import Call, ShapeMemory
 
 aten = torch.ops.aten
 

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from fitune.trace.assumptions import Assumptions, known_array, tell_made
-from fitune.trace.placement import CARD, as_cpu
+from fitune.trace.card_stand_in import CARD, as_cpu
 from fitune.trace.weight_files import weight_files
 
 _META = torch.device("meta")

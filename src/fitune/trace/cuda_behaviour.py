@@ -15,13 +15,13 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from fitune.model import attention as rows_attention
+from fitune.model import packed_attention as rows_attention
 from fitune.trace.allocation import Allocation
 from fitune.trace.cuda_attention import MathAttention, scaled_dot_product_attention, with_grouped_heads
 from fitune.trace.cuda_kernels import all_arguments, rule_of
 from fitune.trace.cuda_target import CudaTarget
 from fitune.trace.events import Phase
-from fitune.trace.shapes import Call
+from fitune.trace.shape_cache import Call
 
 aten = torch.ops.aten
 _optimizer = import_module("torch.optim.optimizer")  # torch.optim does not show it

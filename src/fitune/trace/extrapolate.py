@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from fitune.trace.cuda_kernels import temporaries_by_shape
 from fitune.trace.cuda_target import CudaTarget
-from fitune.trace.recording import COLUMNS, NEVER, Integers, Recording, Rule, Work
+from fitune.trace.recording import COLUMNS, NEVER, Integers, Recording, Rule, TraceWork
 
 NUM_RECORDED_CHUNKS = 4
 """Of a loss, where its middle ones are skipped: the first, two middles and the last."""
@@ -30,7 +30,7 @@ Bools = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True)
-class Turns:
+class Iterations:
     """A loop as it was recorded: its name, the period of equal turns, how many turns were recorded and how many there
     are in all. The recorded ones are the first, twice `period`, those left over and the last. num_kinds_within: so many
     of the first turns hold one of each kind."""
@@ -83,7 +83,7 @@ class Growth:
     work: Mapping[tuple[object, ...], Integers]
 
 
-def find_growth(recording: Recording, turns: Turns, *, fewer: Recording) -> Growth | None:
+def find_growth(recording: Recording, turns: Iterations, *, fewer: Recording) -> Growth | None:
     """fewer: the same recorded with `turns.num_left_out` turns less. None where it is not the same."""
     sections = _sections(recording, turns.loop, turns.num_recorded)
     if sections is None:
@@ -95,7 +95,7 @@ def find_growth(recording: Recording, turns: Turns, *, fewer: Recording) -> Grow
 
 
 def transfer_growth(
-    recording: Recording, turns: Turns, *, growth: Growth, of: Recording, of_turns: Turns
+    recording: Recording, turns: Iterations, *, growth: Growth, of: Recording, of_turns: Iterations
 ) -> Growth | None:
     """The growth of a recording with other rows or recomputing, from that of `of`: what grows with the layers lies
     outside of them and sees neither. None where something happens there that does not happen in `of`, or what grows is
@@ -141,7 +141,7 @@ def _kinds(recording: Recording, loop: str) -> list[_Kind | None]:
     ]
 
 
-def _places_of_work(recording: Recording, turns: Turns) -> dict[_Kind, _Kind]:
+def _places_of_work(recording: Recording, turns: Iterations) -> dict[_Kind, _Kind]:
     """The places outside of the loop, by what they have in common in the same way."""
     last = _last_micro_batches(recording)
     return {
@@ -161,14 +161,14 @@ def _last_micro_batches(recording: Recording) -> dict[tuple[object, int], int]:
     return last
 
 
-def repeat_turns(recording: Recording, turns: Turns, *, growth: Growth | None = None) -> Recording | None:
+def repeat_turns(recording: Recording, turns: Iterations, *, growth: Growth | None = None) -> Recording | None:
     """The recording with `num_turns` turns of the loop instead of `num_recorded`; None where they are not equal."""
     found = repeat_inner_turns(recording, turns, growth=growth)
     return None if found is None else found[0]
 
 
 def repeat_inner_turns(
-    recording: Recording, turns: Turns, *, growth: Growth | None = None, outer: Growth | None = None
+    recording: Recording, turns: Iterations, *, growth: Growth | None = None, outer: Growth | None = None
 ) -> tuple[Recording, Growth | None] | None:
     """As `repeat_turns`; and `outer`, what grows with another loop, for what comes of it."""
     if turns.loop not in recording.loops:
@@ -280,7 +280,7 @@ class _Places:
 _EQUAL = ("num_bytes", "loop", "rule", "death_loop")
 
 
-def _seen_from_turns(recording: Recording, places: _Places, turns: Turns) -> tuple[Bools, Bools] | None:
+def _seen_from_turns(recording: Recording, places: _Places, turns: Iterations) -> tuple[Bools, Bools] | None:
     """For each birth whether its death, and the module that runs then, are a matter of how far they are from its turn;
     else of where they are in the whole. None where the middles differ."""
     dies_near = (places.turn >= 0) & (places.death_turn >= 0) & (np.abs(places.death_turn - places.turn) <= 1)
@@ -339,7 +339,7 @@ def _compare(
     return same, near
 
 
-def _growth_of_births(recording: Recording, places: _Places, turns: Turns, fewer: Recording) -> Integers | None:
+def _growth_of_births(recording: Recording, places: _Places, turns: Iterations, fewer: Recording) -> Integers | None:
     """Bytes that each birth grows by with a turn more: 0 in the middles, as compared with the recording without them
     elsewhere."""
     less = turns.num_left_out
@@ -374,7 +374,7 @@ def _labels(recording: Recording, rows: slice) -> list[tuple[object, ...]]:
 
 
 def _repeat(
-    recording: Recording, places: _Places, turns: Turns, *, growth: Integers, seen: tuple[Bools, Bools]
+    recording: Recording, places: _Places, turns: Iterations, *, growth: Integers, seen: tuple[Bools, Bools]
 ) -> tuple[Recording, Integers]:
     """And which birth of `recording` each one was."""
     starts = np.zeros((len(places.sections), turns.num_turns), dtype=np.int64)  # where each turn begins in the result
@@ -400,7 +400,7 @@ def _repeat(
     return replace(recording, **columns), source
 
 
-def _second_middle(places: _Places, turns: Turns, source: Integers, turn: Integers) -> Integers:
+def _second_middle(places: _Places, turns: Iterations, source: Integers, turn: Integers) -> Integers:
     """Whose death is looked at. What a repeated first middle ends in the turn before is read off the second middle:
     before that comes a middle too, before the first one does not."""
     own = places.turn[source]
@@ -413,7 +413,7 @@ def _second_middle(places: _Places, turns: Turns, source: Integers, turn: Intege
 
 
 def _deaths(
-    recording: Recording, places: _Places, turns: Turns, *, source: Integers, turn: Integers, starts: Integers,
+    recording: Recording, places: _Places, turns: Iterations, *, source: Integers, turn: Integers, starts: Integers,
     seen: tuple[Bools, Bools],
 ) -> dict[str, Integers]:  # fmt: skip
     """Near deaths keep their distance from the turn of the birth; far ones are counted from the nearer end."""
@@ -435,7 +435,9 @@ def _deaths(
     }
 
 
-def _growth_of_work(recording: Recording, turns: Turns, fewer: Recording) -> dict[tuple[object, ...], Integers] | None:
+def _growth_of_work(
+    recording: Recording, turns: Iterations, fewer: Recording
+) -> dict[tuple[object, ...], Integers] | None:
     before = {work.place: np.array(work.sums) for work in fewer.work}
     result = {}
     for work in recording.work:
@@ -447,18 +449,18 @@ def _growth_of_work(recording: Recording, turns: Turns, fewer: Recording) -> dic
 
 
 def _repeat_work(
-    recording: Recording, turns: Turns, *, growth: Mapping[tuple[object, ...], Integers]
-) -> tuple[Work, ...]:
+    recording: Recording, turns: Iterations, *, growth: Mapping[tuple[object, ...], Integers]
+) -> tuple[TraceWork, ...]:
     """A middle counts for every turn that repeats it."""
     counts = Counter(turns.template(turn) for turn in range(turns.num_turns))
     result = []
     for work in recording.work:
         if work.loop == turns.loop:
             if (times := counts[work.turn]) != 1:
-                work = work._replace(**{name: times * getattr(work, name) for name in Work._fields[-3:]})
+                work = work._replace(**{name: times * getattr(work, name) for name in TraceWork._fields[-3:]})
         elif (more := growth.get(work.place)) is not None:
             sums = np.array(work.sums) + more * (turns.num_turns - turns.num_recorded)
-            work = Work(*work.place, *sums.tolist())
+            work = TraceWork(*work.place, *sums.tolist())
         result.append(work)
     return tuple(result)
 
@@ -605,7 +607,7 @@ def _between(one: Any, other: Any, line: _Line) -> Any:
     return None
 
 
-def _interpolate_work(one: Sample, other: Sample, rows: Rows) -> tuple[Work, ...] | None:
+def _interpolate_work(one: Sample, other: Sample, rows: Rows) -> tuple[TraceWork, ...] | None:
     a, b = one.recording.work, other.recording.work
     if [work.place for work in a] != [work.place for work in b]:
         return None
@@ -622,4 +624,6 @@ def _interpolate_work(one: Sample, other: Sample, rows: Rows) -> tuple[Work, ...
     columns = [_on_lines(mine, its, lines) for mine, its in zip(sums, others, strict=True)]
     if any(np.any(column < 0) for column in columns):
         return None
-    return tuple(Work(*work.place, *values) for work, *values in zip(a, *(c.tolist() for c in columns), strict=True))
+    return tuple(
+        TraceWork(*work.place, *values) for work, *values in zip(a, *(c.tolist() for c in columns), strict=True)
+    )

@@ -23,7 +23,7 @@ MOST_SECONDS = 180.0
 TOLD_EVERY_SECONDS = 30.0
 _EVERY_OPERATORS = 1024
 _OURS = ("torch", "fitune")
-_RECORDS = ("fitune.trace.fake", "record")
+_RECORDS = ("fitune.trace.record", "record")
 
 log = logging.getLogger("fitune")
 

@@ -27,10 +27,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fitune.trace.allocation import Allocation, Free, Output
 from fitune.trace.autograd_in_place import IN_PLACE, as_autograd_does, count_alone
 from fitune.trace.events import ON_HOST, TRANSFER, Category, Phase
+from fitune.trace.operator_cost import bytes_of, count_flops, moved_bytes
 from fitune.trace.operators import by_operator
-from fitune.trace.recording import NEVER, Birth, Recording, Rule, Where, Work, make_recording, split_turn
-from fitune.trace.shapes import Call
-from fitune.trace.work import bytes_of, count_flops, moved_bytes
+from fitune.trace.recording import NEVER, Birth, Recording, Rule, TraceWork, Where, make_recording, split_turn
+from fitune.trace.shape_cache import Call
 
 Operator = torch._ops.OpOverload
 _DEVICE_OF = torch.ops.prim.device.default
@@ -82,7 +82,7 @@ class _Storage:
 
 
 @dataclass(frozen=True)
-class Mark:
+class Savepoint:
     """A moment of a recording outside of its steps: what was written down until then. alive: with its category.
     workspaces: those that live. kernels: as they were."""
 
@@ -133,14 +133,14 @@ class Recorder(TorchDispatchMode):
         for items in self._sequence:
             items.clear()
 
-    def mark(self) -> Mark:
+    def mark(self) -> Savepoint:
         alive = {key: (storage, storage.category) for key, storage in self._alive.items()}
         work = {place: tuple(sums) for place, sums in self._work.items()}
         kernels = copy.copy(self._kernels)
         host, workspaces = frozenset(self._host), self._workspaces()
-        return Mark(len(self._births), len(self._silent), work, alive, host, workspaces, kernels)
+        return Savepoint(len(self._births), len(self._silent), work, alive, host, workspaces, kernels)
 
-    def back_to(self, mark: Mark) -> bool:
+    def back_to(self, mark: Savepoint) -> bool:
         """Forget what came after the mark. False where what lived then lives no longer, or something else does too."""
         if self._host.keys() != mark.host or self._alive.keys() != mark.alive.keys():
             return False
@@ -239,7 +239,7 @@ class Recorder(TorchDispatchMode):
                 )
                 for each in self._births
             ),
-            (Work(*key, *sums) for key, sums in self._work.items()),
+            (TraceWork(*key, *sums) for key, sums in self._work.items()),
             silent=self._silent,
             source=source,
         )

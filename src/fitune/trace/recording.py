@@ -67,7 +67,7 @@ class Birth(NamedTuple):
     rule: Rule | None = None
 
 
-class Work(NamedTuple):
+class TraceWork(NamedTuple):
     """All calls of an operator in one place; the last three are sums."""
 
     phase: Phase
@@ -118,7 +118,7 @@ class Recording:
     death_turn: Integers
     rule: Integers
     silent: tuple[tuple[int, Rule], ...]
-    work: tuple[Work, ...]
+    work: tuple[TraceWork, ...]
     source: tuple[str, ...]
 
     def __len__(self) -> int:
@@ -137,7 +137,7 @@ def split_turn(module: str) -> tuple[str, int, str]:
 
 def make_recording(
     births: Iterable[Birth],
-    work: Iterable[Work],
+    work: Iterable[TraceWork],
     *,
     silent: Iterable[tuple[int, Rule]] = (),
     source: Sequence[str] = (),

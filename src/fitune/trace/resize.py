@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from fitune.trace.recording import COLUMNS, NEVER, Integers, Label, Recording, Rule, Work
+from fitune.trace.recording import COLUMNS, NEVER, Integers, Label, Recording, Rule, TraceWork
 
 _Place = tuple[object, ...]
 _Size = tuple[int, Rule | None]
@@ -163,16 +163,16 @@ def _silent(recording: Recording, single: Recording) -> tuple[tuple[int, Rule], 
     return single.silent if names == theirs else None
 
 
-def _work(recording: Recording, single: Recording, of_step: Sequence[str]) -> tuple[Work, ...] | None:
+def _work(recording: Recording, single: Recording, of_step: Sequence[str]) -> tuple[TraceWork, ...] | None:
     last_step = len(of_step) - 1
 
-    def place(work: Work) -> _Place:
+    def place(work: TraceWork) -> _Place:
         return (work.phase, of_step[work.step], work.op, work.dtype, work.loop, work.turn)
 
-    def is_update(work: Work) -> bool:
+    def is_update(work: TraceWork) -> bool:
         return work.step == last_step and work.phase == "optimizer"
 
-    def is_first(work: Work) -> bool:
+    def is_first(work: TraceWork) -> bool:
         return not is_update(work) and (work.step < last_step or work.micro_batch == 0)
 
     first, theirs = list(filter(is_first, recording.work)), list(filter(is_first, single.work))
@@ -198,5 +198,5 @@ def _work(recording: Recording, single: Recording, of_step: Sequence[str]) -> tu
             if more is None or work.phase == "forward":
                 return None
             sums = tuple(old + new for old, new in zip(work.sums, more, strict=True))
-        result.append(Work(*work.place, *sums))
+        result.append(TraceWork(*work.place, *sums))
     return tuple(result)

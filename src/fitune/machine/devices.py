@@ -1,0 +1,105 @@
+"""The devices of this machine: its NVIDIA cards, and its own memory.
+
+The real machine overrides the catalogue: name and memory come from NVML, the rest from the row that fits.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import psutil
+
+from fitune.machine.cards import Device, find_card, named_card
+from fitune.machine.cuda_driver import driver_cards
+from fitune.machine.nvml import ask, nvml_session, read_memory, read_name, read_uuid, visible_handles
+
+CGROUP_ROOT = Path("/sys/fs/cgroup")
+PROCESS_CGROUPS = Path("/proc/self/cgroup")
+
+
+def find_device(text: str) -> Device:
+    """Find a card of the catalogue by its name, see `find_card`; 'cpu' is this machine's own memory."""
+    return cpu_device() if text.strip().lower() == "cpu" else find_card(text)
+
+
+def this_machine() -> tuple[Device, ...]:
+    """The NVIDIA cards that this process may use, in its order, with their free memory now; without NVML as the driver
+    names them, their free memory unknown. None without a driver or a card."""
+    with nvml_session() as nvml:
+        if nvml is not None:
+            return tuple(_real_device(nvml, handle) for handle in visible_handles(nvml, os.environ))
+    return tuple(
+        replace(named_card(card.name, card.total_bytes, card.compute_capability), uuid=card.uuid)
+        for card in driver_cards()
+    )
+
+
+def cpu_device() -> Device:
+    """This machine's memory, or what its control group leaves of it. Page cache counts as free: the kernel gives it up
+    when memory is asked for."""
+    memory = psutil.virtual_memory()
+    total, free = memory.total, memory.available
+    for limit, used in _cgroup_limits(CGROUP_ROOT, PROCESS_CGROUPS):
+        total, free = min(total, limit), min(free, max(limit - used, 0))
+    return Device(
+        name="CPU",
+        pattern="cpu",
+        box_bytes=memory.total,
+        total_bytes=total,
+        kind="cpu",
+        free_bytes=free,
+        used_bytes=total - free,
+    )
+
+
+def _cgroup_limits(root: Path, process_cgroups: Path) -> Iterator[tuple[int, int]]:
+    """Limits and use (without page cache) in bytes of the process's control groups and those above them, versions 1 and
+    2. Those that lie outside the mounted tree, as in a container, are not seen. Beyond memory.high nothing is killed,
+    but all that allocates is slowed down to a crawl."""
+    try:
+        lines = process_cgroups.read_text().splitlines()
+    except OSError:
+        return
+    for _, controllers, path in (line.split(":", 2) for line in lines):
+        if controllers == "":
+            top, limit_names, used_name, prefix = root, ["memory.max", "memory.high"], "memory.current", ""
+        elif "memory" in controllers.split(","):
+            top, limit_names, used_name = root / "memory", ["memory.limit_in_bytes"], "memory.usage_in_bytes"
+            prefix = "total_"  # with the groups below, as the use is
+        else:
+            continue
+        inner = top / path.lstrip("/")
+        for group in (inner, *inner.parents):
+            for limit_name in limit_names:
+                with contextlib.suppress(OSError, ValueError):  # no such file, or the word "max"
+                    limit = int((group / limit_name).read_text())
+                    cache = _page_cache_bytes(group / "memory.stat", prefix)
+                    yield limit, max(int((group / used_name).read_text()) - cache, 0)
+            if group == top:
+                break
+
+
+def _page_cache_bytes(statistics: Path, prefix: str) -> int:
+    """Pages of files in a control group's memory.stat; those of shared memory are not among them."""
+    try:
+        numbers = dict(line.split() for line in statistics.read_text().splitlines())
+    except (OSError, ValueError):
+        return 0
+    return sum(int(numbers.get(f"{prefix}{name}", 0)) for name in ("active_file", "inactive_file"))
+
+
+def _real_device(nvml: ModuleType, handle: Any) -> Device:
+    name = read_name(nvml, handle) or "NVIDIA card"
+    memory = read_memory(nvml, handle)
+    answer = ask(nvml, "nvmlDeviceGetCudaComputeCapability", handle)
+    capability = (int(answer[0]), int(answer[1])) if answer else None
+    return replace(
+        named_card(name, memory.total_bytes if memory else 0, capability),
+        uuid=read_uuid(nvml, handle),
+        free_bytes=memory.free_bytes if memory else None,
+        used_bytes=memory.used_bytes if memory else None,
+    )

@@ -1,0 +1,325 @@
+"""What a candidate needs and does: its prediction reduced to numbers, remembered in this process and on disk.
+
+Nothing heavy is imported before something has to be recorded, so a second plan of the same model is a matter of reading
+a file.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from typing import TYPE_CHECKING, Any
+
+import psutil
+
+from fitune.allocator.prediction import other_routing
+from fitune.config import Loss, RunConfig
+from fitune.errors import ConfigError, ModelError
+from fitune.importing import collections_paused
+from fitune.machine.libc import allocator_name
+from fitune.planning.cache import file_state, read_cached, write_cached
+from fitune.planning.choices import Choice, settle, with_routing
+from fitune.planning.cost import OpCost, StepShape, StepWork, work_of
+from fitune.planning.limits import Lengths, MemoryLimits
+from fitune.planning.plan import ADAMW_HOST
+from fitune.trace.events import TRANSFER, Category
+
+if TYPE_CHECKING:
+    from fitune.trace.own_step import Pass, RecordedStep
+
+Sizes = tuple[tuple[int, int], ...]
+_NUM_SHAPED_STEPS = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Forecast:
+    """Of one choice on one device. micro_batch: rows of the longest length in its largest micro-batch. positions: of
+    that micro-batch. limit_bytes: what it was replayed against; None where the limit made no difference. host_bytes: as
+    `Candidate.predicted_host_bytes`."""
+
+    num_parameters: int
+    num_trainable_parameters: int
+    num_layers: int
+    hidden_size: int
+    vocab_size: int
+    precision: str
+    packed: bool
+    chunked: bool
+    micro_batch: int
+    positions: int
+    allocated_bytes: int
+    reserved_bytes: int
+    context_bytes: int
+    categories: Mapping[Category, int]
+    peak_phase: str
+    num_alloc_retries: int
+    fits: bool
+    limit_bytes: int | None
+    notes: tuple[str, ...]
+    host_bytes: int
+
+    @property
+    def device_bytes(self) -> int:
+        return self.reserved_bytes + self.context_bytes
+
+    def within(self, limit_bytes: int) -> "Forecast | None":
+        """The same against that limit; None where it has to be replayed for it."""
+        if self.limit_bytes is not None:
+            return self if self.limit_bytes == limit_bytes else None
+        if self.device_bytes > limit_bytes >= self.allocated_bytes + self.context_bytes:
+            return None
+        return replace(self, fits=self.device_bytes <= limit_bytes)
+
+
+class Forecaster:
+    """Forecasts of one configuration's choices on one device. known: all that was found out, as JSON has it; `save`
+    keeps it for the next process."""
+
+    def __init__(self, config: RunConfig, limits: MemoryLimits, lengths: Lengths, *, num_shards: int = 1) -> None:
+        self.config, self.limits, self.lengths, self.num_shards = config, limits, lengths, num_shards
+        device = limits.device
+        self._key = [
+            config.model_dump(mode="json", include={"model", "loss", "eval"}),
+            config.optim.model_dump(mode="json", exclude={"lr", "warmup", "schedule", "final_lr_fraction"}),
+            [config.data.packing, config.batch.rows_per_step],
+            [config.memory.allocator, config.memory.routing],
+            [device.name, device.total_bytes, device.compute_capability],
+            allocator_name() if device.kind == "cpu" else None,
+            asdict(lengths),
+            num_shards,
+            file_state(config.model.source),
+            [field.name for field in fields(Forecast)],
+        ]
+        self.known: dict[str, Any] = read_cached("plans", self._key) or {}
+        self._num_read = len(self.known)
+        self._recordings: Any = None
+        self._program_bytes = psutil.Process().memory_info().rss
+
+    def forecast(self, choice: Choice) -> Forecast:
+        """Raises what recording it raises; ModelError and ConfigError are remembered too."""
+        limit_bytes = self.limits.limit_bytes
+        for key in (f"{choice}", f"{choice} {limit_bytes}"):
+            tree = self.known.get(key)
+            if tree is not None and "refused" in tree:
+                raise ModelError(tree["refused"])
+            if tree is not None and (found := self._within(_forecast(tree))) is not None:
+                return found
+        try:
+            found = self._predict(choice)
+        except (ModelError, ConfigError) as error:
+            self.known[f"{choice}"] = {"refused": str(error)}
+            raise
+        self.known[f"{choice}" if found.limit_bytes is None else f"{choice} {limit_bytes}"] = asdict(found)
+        return self._within(found) or found
+
+    def knows(self, choice: Choice) -> bool:
+        return f"{choice}" in self.known or f"{choice} {self.limits.limit_bytes}" in self.known
+
+    def learn(self, known: Mapping[str, Any]) -> None:
+        """What another process has found out for the same questions."""
+        self.known = {**known, **self.known}
+
+    def work(self, variant: Choice, *, tokens: int, supervised_fraction: float = 1.0) -> StepWork:
+        """Of micro-batches with so many tokens in rows of the longest length."""
+        key = _work_key(variant, tokens, supervised_fraction)
+        if key not in self.known:
+            self.known[key] = asdict(self._record(variant, tokens, supervised_fraction))
+        return _step_work(self.known[key])
+
+    def shape(self, choice: Choice, *, packed: bool | None = None) -> StepShape:
+        """The mean over a few steps of rows drawn from the lengths, cut as the run will cut them. packed: whether rows
+        are packed, where that is known."""
+        if packed is None:
+            packed = self.work(self._simplest(choice), tokens=self.lengths.longest_tokens).packed
+        key = f"shape {packed} {choice.micro_rows} {choice.micro_tokens}"
+        if key not in self.known:
+            self.known[key] = asdict(self._shape(choice, packed=packed))
+        return StepShape(**self.known[key])
+
+    def _simplest(self, choice: Choice) -> Choice:
+        """The variant of the same model that is recorded anyway: whether rows are packed is the model's."""
+        recompute = "off" if self.config.model.recompute == "auto" else self.config.model.recompute
+        loss: Loss = "chunked" if self.config.loss == "auto" else self.config.loss
+        simple = replace(choice.variant, recompute=recompute, loss=loss, offloads=False, optimizer=None)
+        return replace(simple, result="same" if (simple.method, simple.precision) == (None, None) else choice.result)
+
+    def other_routing_bytes(self, choice: Choice) -> int:
+        """Allocated at the peak where the tokens go to the experts in the other way."""
+        key = f"other routing {choice}"
+        if key not in self.known:
+            config = with_routing(self.config, other_routing(self.config.memory.routing))
+            other = Forecaster(config, self.limits, self.lengths, num_shards=self.num_shards)
+            other._recordings = self.load()  # what they take is limited together
+            self.known[key] = other.forecast(choice).allocated_bytes
+        return int(self.known[key])
+
+    def save(self) -> None:
+        if len(self.known) > self._num_read:
+            write_cached("plans", self._key, self.known)
+
+    def _within(self, forecast: Forecast) -> Forecast | None:
+        """Against the limit. On a CPU there is nothing to replay, and the program takes its part of the same memory:
+        what a process holds that has loaded all it needs."""
+        limit_bytes = self.limits.limit_bytes
+        if self.limits.device.kind != "cpu":
+            found = forecast.within(limit_bytes)
+            host_bytes = self.limits.host_bytes
+            if found is None or host_bytes is None or found.host_bytes <= host_bytes:
+                return found
+            return replace(found, fits=False)
+        program_bytes = max(self.known.get("program_bytes", 0), self._program_bytes)
+        fits = forecast.reserved_bytes + program_bytes <= limit_bytes
+        return replace(forecast, context_bytes=program_bytes, fits=fits)
+
+    def load(self) -> Any:
+        """Imports what records, and returns the recordings of this process. What the program itself holds is measured
+        before the first."""
+        with collections_paused():
+            from fitune.model.load import check_length
+            from fitune.trace.library import Recordings
+
+        if self._recordings is None:
+            check_length(self.config)
+            self._recordings = Recordings()
+            if self._num_read == 0:
+                self.known["program_bytes"] = psutil.Process().memory_info().rss
+        return self._recordings
+
+    def _predict(self, choice: Choice) -> Forecast:
+        recordings = self.load()
+        from fitune.model.load import load_config
+        from fitune.planning.predict import predict_run
+
+        settled = settle(self.config, choice)
+        rows = heaviest_rows(settled, choice, self.lengths)
+        passes = _passes(settled, rows, self.lengths.longest_eval_tokens, settled.batch.rows_per_step)
+        prediction = predict_run(
+            settled,
+            self.limits.device,
+            passes=passes,
+            limit_bytes=self.limits.limit_bytes,
+            recordings=recordings,
+            find_oom=False,
+            num_shards=self.num_shards,
+        )
+        recorded, largest = prediction.recorded, prediction.largest
+        if choice.micro_tokens is not None and len(passes[-1].rows) == 2 * len(rows):
+            key = _work_key(choice.variant, choice.micro_tokens, 1.0)
+            self.known[key] = asdict(work_of(recorded.work, rows=rows, packed=recorded.layout.packed))
+        limit_bytes = self.limits.limit_bytes
+        unlimited = self.limits.device.kind == "cpu" or (
+            largest.peak_reserved_bytes + prediction.context_bytes <= limit_bytes and not largest.num_alloc_retries
+        )
+        cannot = largest.peak_allocated_bytes + prediction.context_bytes > limit_bytes
+        text = load_config(settled.model).get_text_config()
+        return Forecast(
+            num_parameters=recorded.num_parameters,
+            num_trainable_parameters=recorded.num_trainable_parameters,
+            num_layers=text.num_hidden_layers,
+            hidden_size=text.hidden_size,
+            vocab_size=text.vocab_size,
+            precision=recorded.precision.name,
+            packed=recorded.layout.packed,
+            chunked=recorded.chunked,
+            micro_batch=max(1, sum(length for length, _ in rows) // self.lengths.longest_tokens),
+            positions=sum(length for length, _ in rows),
+            allocated_bytes=largest.peak_allocated_bytes,
+            reserved_bytes=largest.peak_reserved_bytes,
+            context_bytes=prediction.context_bytes,
+            categories=dict(largest.categories),
+            peak_phase=prediction.peak_phase,
+            num_alloc_retries=largest.num_alloc_retries if largest.fits else 0,
+            fits=bool(largest.fits),
+            limit_bytes=None if unlimited or cannot else limit_bytes,
+            notes=(*largest.assumptions, *recorded.notes),
+            host_bytes=_host_bytes(settled, recorded),
+        )
+
+    def _record(self, variant: Choice, tokens: int, supervised_fraction: float) -> StepWork:
+        recordings = self.load()
+        from fitune.planning.predict import cuda_target
+
+        choice = replace(variant, micro_tokens=tokens)
+        settled = settle(self.config, choice)
+        longest = self.lengths.longest_tokens
+        rows = tuple(
+            (length, max(1, int(supervised_fraction * (length - 1))))
+            for length in [longest] * (tokens // longest) + [tokens % longest] * (tokens % longest > 1)
+        )
+        target = cuda_target(settled, self.limits.device)
+        passes = _passes(settled, rows, self.lengths.longest_eval_tokens, 2 * len(rows))
+        recorded = recordings.step(settled, passes, target=target)
+        return work_of(recorded.work, rows=rows, packed=recorded.layout.packed)
+
+    def _shape(self, choice: Choice, *, packed: bool) -> StepShape:
+        import numpy as np
+
+        from fitune.data.rows import Batch, Row
+        from fitune.step.assemble import Layout
+
+        layout = Layout(packed, choice.micro_rows, choice.micro_tokens)
+        sample, rows_per_step = self.lengths.sample_tokens, self.config.batch.rows_per_step
+        num_steps = 1 if len(set(sample)) == 1 else _NUM_SHAPED_STEPS
+        drawn = np.random.default_rng(0).choice(sample, size=(num_steps, rows_per_step))
+        micro_batches = []
+        for lengths in drawn:
+            rows = (Row(i, np.zeros(n, np.int32), np.zeros(n, np.float32)) for i, n in enumerate(lengths))
+            micro_batches += layout.split(Batch(tuple(rows)))
+        tokens = int(drawn.sum())
+        return StepShape(
+            num_micro_batches=len(micro_batches) / num_steps,
+            positions=sum(micro_batch.input_ids_BS.numel() for micro_batch in micro_batches) / num_steps,
+            supervised=tokens * self.lengths.supervised_fraction / num_steps,
+            row_tokens=float((drawn.astype(float) ** 2).sum() / tokens),
+        )
+
+
+def heaviest_rows(config: RunConfig, choice: Choice, lengths: Lengths) -> Sizes:
+    """(tokens, supervised) of the rows of the heaviest micro-batch there can be."""
+    longest, most = lengths.longest_tokens, config.batch.rows_per_step
+    if choice.micro_rows is not None:
+        sizes = [longest] * choice.micro_rows
+    else:
+        assert choice.micro_tokens is not None
+        tokens = min(max(choice.micro_tokens, longest), most * longest)
+        whole, rest = divmod(tokens, longest)
+        if config.data.packing:
+            sizes = [longest] * whole + ([rest] if rest > 1 and whole < most else [])
+        else:
+            count = min(whole + (rest > 0), most)
+            sizes = [tokens // count] * count
+    return tuple((size, size - 1) for size in sizes)
+
+
+def _passes(settled: RunConfig, rows: Sizes, longest_eval_tokens: int, rows_per_step: int) -> Sequence["Pass"]:
+    """Of micro-batches of these rows, and an evaluation of as many."""
+    from fitune.trace.own_step import Pass, steady_passes
+
+    evaluation = ((longest_eval_tokens, longest_eval_tokens - 1),) * len(rows)
+    return steady_passes(
+        settled.optim,
+        Pass("train", (rows * 2)[: max(rows_per_step, len(rows))]),
+        evaluation=Pass("eval", evaluation, most_micro_batches=1) if longest_eval_tokens else None,
+    )
+
+
+def _host_bytes(settled: RunConfig, recorded: "RecordedStep") -> int:
+    """HostAdamW's copy of parameters and gradients, and its state; what a micro-batch's forward sends to the host."""
+    sent: dict[tuple[int, int], int] = {}
+    for work in recorded.work if settled.model.offload_activations else ():
+        if work.op == TRANSFER and work.phase == "forward":
+            place = work.step, work.micro_batch
+            sent[place] = sent.get(place, 0) + work.num_bytes
+    state = 16 * recorded.num_trainable_parameters if settled.optim.name == ADAMW_HOST else 0
+    return state + max(sent.values(), default=0)
+
+
+def _work_key(variant: Choice, tokens: int, supervised_fraction: float) -> str:
+    return f"work {variant} {tokens} {supervised_fraction}"
+
+
+def _forecast(tree: Mapping[str, Any]) -> Forecast:
+    return Forecast(**{**tree, "notes": tuple(tree["notes"])})
+
+
+def _step_work(tree: Mapping[str, Any]) -> StepWork:
+    parts = {name: tuple(OpCost(**part) for part in tree[name]) for name in ("first", "later", "update")}
+    return StepWork(**{**tree, **parts})

@@ -1,0 +1,175 @@
+"""What a plan has to stay within, and what rows it has to serve: the memory that is free, and how long rows are."""
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fitune.config import RunConfig
+from fitune.errors import ModelError, UsageError
+from fitune.machine.cards import Device, context_prior
+from fitune.machine.devices import cpu_device, find_device, this_machine
+from fitune.planning.cache import cached, file_state
+from fitune.units import format_bytes, parse_bytes
+
+if TYPE_CHECKING:
+    from fitune.data.examples import Examples
+
+AUTO_SHARE = 0.9
+"""Of the free memory, where no budget is given: other processes and the context's uncertainty need room."""
+NO_DATA = "none"
+"""data.train of a plan that is asked for a model alone."""
+SAMPLED_ROWS = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Lengths:
+    """How long the rows are. sample_tokens: ascending, at most SAMPLED_ROWS of them evenly spaced in rank, the longest
+    always among them. supervised_fraction: of all tokens. longest_eval_tokens: 0 where nothing is evaluated.
+    epoch_rows, epoch_tokens: of an epoch; None where the data is not known. origin: of the longest row, in words."""
+
+    sample_tokens: tuple[int, ...]
+    supervised_fraction: float
+    longest_eval_tokens: int
+    epoch_rows: int | None
+    epoch_tokens: int | None
+    origin: str
+
+    @property
+    def longest_tokens(self) -> int:
+        return self.sample_tokens[-1]
+
+    @property
+    def mean_tokens(self) -> float:
+        if self.epoch_tokens is not None and self.epoch_rows:
+            return self.epoch_tokens / self.epoch_rows
+        return sum(self.sample_tokens) / len(self.sample_tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryLimits:
+    """The device, what a run may use of it, and whether the configuration says how much. kept_bytes: of that, for what
+    is not predicted step by step. limit_bytes: of the whole device; what other processes hold is not in it.
+    host_bytes: free in the host's memory; None where the card is not here."""
+
+    device: Device
+    budget_bytes: int
+    given: bool
+    kept_bytes: int = 0
+    host_bytes: int | None = None
+
+    @property
+    def limit_bytes(self) -> int:
+        return min(self.budget_bytes, free_bytes(self.device)) - self.kept_bytes
+
+
+def find_limits(config: RunConfig, *, gpu: str | None = None) -> MemoryLimits:
+    """gpu: a card of the catalogue or 'cpu'; else memory.gpu, else this machine's card, else its CPU. Without a card,
+    here or by name, memory.budget as a size stands for any card with so much memory. Raises UsageError."""
+    named = gpu or config.memory.gpu
+    budget = config.memory.budget
+    size = parse_bytes(budget) if isinstance(budget, str) and budget != "auto" else None
+    if named is not None:
+        device = find_device(named)
+    elif cards := this_machine():
+        device = cards[0]
+    else:
+        device = cpu_device() if size is None else _any_card(size)
+    return limits_of(config, device)
+
+
+def limits_of(config: RunConfig, device: Device) -> MemoryLimits:
+    is_here = device.kind == "cuda" and device.free_bytes is not None
+    return MemoryLimits(
+        device,
+        budget_bytes(config, device),
+        config.memory.budget != "auto",
+        host_bytes=free_bytes(cpu_device()) if is_here else None,
+    )
+
+
+def budget_bytes(config: RunConfig, device: Device) -> int:
+    """Of memory.budget on that device; auto is a share of what is free now."""
+    budget = config.memory.budget
+    if isinstance(budget, str) and budget != "auto":
+        return parse_bytes(budget)
+    return int((AUTO_SHARE if isinstance(budget, str) else budget) * free_bytes(device))
+
+
+def free_bytes(device: Device) -> int:
+    """Of a card that is not here, all of it."""
+    return device.total_bytes if device.free_bytes is None else device.free_bytes
+
+
+def find_lengths(config: RunConfig) -> Lengths:
+    """Of the data where it is here and can be read, else every row as long as data.max_length."""
+    sources = config.data.train_sources
+    paths = [
+        Path(source.path.partition("#")[0]).expanduser() for source in (*sources, *(config.data.eval_sources or ()))
+    ]
+    if not all(path.exists() for path in paths):
+        is_named = config.data.train != NO_DATA
+        return uniform_lengths(config, origin="data.max_length, as the data is not here" if is_named else None)
+    tokenizer = config.model.tokenizer or config.model.source
+    key = [
+        config.data.model_dump(mode="json"),
+        config.eval.max_rows,
+        tokenizer,
+        file_state(tokenizer),
+        *map(file_state, paths),
+    ]
+    found = cached("plans", ["lengths", key], lambda: asdict(_read_lengths(config)))
+    return Lengths(**found | {"sample_tokens": tuple(found["sample_tokens"])})
+
+
+def uniform_lengths(config: RunConfig, *, origin: str | None = None) -> Lengths:
+    length = config.data.max_length
+    evaluated = config.data.eval is not None or config.data.eval_fraction > 0
+    return Lengths((length,), 1.0, length if evaluated else 0, None, None, origin or "data.max_length")
+
+
+def lengths_of(train: "Examples", held_out: "Examples") -> Lengths:
+    """train: at least one row."""
+    ordered = sorted(train.lengths.tolist())
+    step = max(1, -(-len(ordered) // SAMPLED_ROWS))
+    repeats = train.repeats.astype("float64")
+    return Lengths(
+        sample_tokens=tuple(reversed(ordered[::-1][::step])),
+        supervised_fraction=train.num_supervised_tokens / max(train.num_tokens, 1),
+        longest_eval_tokens=int(held_out.lengths.max()) if len(held_out) else 0,
+        epoch_rows=round(float(repeats.sum())),
+        epoch_tokens=round(float((train.lengths * repeats).sum())),
+        origin="the longest sample of the data",
+    )
+
+
+def _read_lengths(config: RunConfig) -> Lengths:
+    from fitune.data.examples import load_examples
+    from fitune.model.load import load_tokenizer
+    from fitune.model.source import source_kind
+
+    try:
+        if source_kind(config.model.tokenizer or config.model.source) != "hub":
+            tokenizer = load_tokenizer(config.model)
+            train = load_examples(config.data, tokenizer, split="train", eval_max_rows=config.eval.max_rows)
+            held_out = load_examples(config.data, tokenizer, split="eval", eval_max_rows=config.eval.max_rows)
+            if not len(train):
+                return uniform_lengths(config, origin="data.max_length, as the data has no samples to train on")
+            return lengths_of(train, held_out)
+    except ModelError:
+        return uniform_lengths(config, origin="data.max_length, as the model has no tokenizer to read the data with")
+    except (
+        UsageError
+    ):  # the data is no condition of a plan; `fitune check` and `fitune train` say what is wrong with it
+        return uniform_lengths(config, origin="data.max_length, as the data cannot be read")
+    return uniform_lengths(config, origin="data.max_length, as the tokenizer is not here")
+
+
+def _any_card(num_bytes: int) -> Device:
+    card = find_device("A100 40GB")
+    return replace(
+        card,
+        name=f"any card of {format_bytes(num_bytes)}",
+        box_bytes=num_bytes,
+        total_bytes=num_bytes,
+        context=context_prior((8, 0)),
+    )

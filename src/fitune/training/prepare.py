@@ -1,0 +1,260 @@
+"""Loads what a run needs, in the order in which mistakes are cheapest to find: tokenizer, data, then weights."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from fitune.config import RunConfig, read_config
+from fitune.data.batches import Epochs
+from fitune.data.chat_template import today
+from fitune.data.examples import Examples, load_examples
+from fitune.distributed.processes import Ranks
+from fitune.distributed.sharding import check_torch
+from fitune.errors import ConfigError, DataError, DoesNotFitError
+from fitune.language import say
+from fitune.machine.out_of_memory import try_twice
+from fitune.machine.process_memory import choose_device
+from fitune.model.load import check_length, count_parameters, load_model, load_tokenizer
+from fitune.model.lora import not_adapted
+from fitune.planning.choices import settings_of_candidate, still_open
+from fitune.planning.limits import lengths_of, limits_of
+from fitune.planning.optimizer_facts import unusual_rate
+from fitune.planning.plan import Plan, closest, does_not_fit, split_of
+from fitune.planning.search import choose_plan
+from fitune.planning.stated import model_notes
+from fitune.step.assemble import Setup, assemble, choose_precision
+from fitune.training.loop import Data, run_length
+from fitune.training.self_check import SelfCheck, predict_second_step, reserved_before, run_device
+from fitune.units import format_bytes
+
+FEW_EVAL_ROWS = 20
+"""The mean loss of fewer rows moves with which rows they are more than with the training."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """plan: what the run follows; None where it could not be made or an earlier one is followed. settings: what it
+    decides, as overrides. self_check: the prediction of the second step, None
+    where it could not be made."""
+
+    plan: Plan | None
+    settings: tuple[str, ...]
+    setup: Setup
+    data: Data
+    tokenizer: Tokenizer
+    device: torch.device
+    num_parameters: int
+    num_trainable_parameters: int
+    self_check: SelfCheck | None
+    notes: tuple[str, ...]
+
+
+def prepare(
+    config: RunConfig,
+    *,
+    on_stage: Callable[[str], None] | None = None,
+    plan_check: bool = True,
+    settings: Sequence[str] | None = None,
+    ranks: Ranks | None = None,
+) -> Prepared:
+    """on_stage: told in words what is being done. plan_check: whether a setting that is predicted to
+    need more than memory.budget is refused. settings: what an earlier plan decided, which is followed instead of a new
+    one, as far as the configuration still leaves it open. ranks: the processes that do this together, of which the
+    first goes ahead: it tokenises and plans for all.
+
+    Raises a UsageError of the room concerned, and DoesNotFitError.
+    """
+    ranks = ranks or Ranks()
+    if not ranks.leads:
+        settings = ranks.exchange(settings)[0]
+    tell = on_stage or (lambda name: None)
+    prepared = _prepare(config, tell, plan_check=plan_check, settings=settings, ranks=ranks)
+    if ranks.leads:
+        ranks.exchange(prepared.settings)
+    ranks.exchange(None)  # before anything is written all have loaded what they need
+    return prepared
+
+
+def _prepare(
+    config: RunConfig,
+    tell: Callable[[str], None],
+    *,
+    plan_check: bool,
+    settings: Sequence[str] | None,
+    ranks: Ranks,
+) -> Prepared:
+    device = choose_device()
+    check_shard(config, num_ranks=ranks.size)
+    is_sharded = config.model.shard != "none"
+    notes = []
+    if config.memory.allocator and device.type == "cpu":
+        notes.append("memory.allocator has no effect here: it sets CUDA's allocator, and this run is on the CPU")
+    if config.memory.gpu is not None:
+        notes.append("memory.gpu is for plans: a run uses the card that is there")
+    notes.extend(model_notes(config.model))
+    if (note := unusual_rate(config)) is not None:
+        notes.append(note)
+    tell(say("reading the data"))
+    tokenizer = load_tokenizer(config.model)
+    data = load_data(
+        config,
+        tokenizer,
+        on_progress=lambda number: tell(say("reading the data: {number} samples tokenised", number=f"{number:,}")),
+    )
+    notes += unseen(config, data.train)  # refuses a run without a sample
+    notes += rows_notes(config, num_rows=len(data.train), num_held_out=len(data.eval))
+    precision = choose_precision(config, device)
+    check_length(config)
+    plan = self_check = None
+    try:
+        if settings is None:
+            plan = choose_plan(
+                config,
+                limits=limits_of(config, run_device(device)),
+                lengths=lengths_of(data.train, data.eval),
+                search="fastest",
+                num_gpus=ranks.size,
+                on_stage=tell,
+            )
+            settings, note = follow(plan, config, plan_check=plan_check)
+            notes.append(note)
+        settings = still_open(settings, config)
+        config = read_config(config.model_dump(mode="json", exclude_defaults=True), settings).config
+        held_bytes = reserved_before(device)
+        if held_bytes:
+            notes.append(f"memory is not checked: this process already holds {format_bytes(held_bytes)} of the card")
+        elif ranks.leads:
+            tell(say("predicting the memory of the second step"))
+            self_check = predict_second_step(config, data.train, device=device, num_ranks=ranks.size)
+    except DoesNotFitError:
+        raise
+    except Exception as error:  # whatever a model does on tensors without data: the run itself needs none of this
+        notes.append(f"memory is not predicted: {type(error).__name__}: {' '.join(str(error).split())[:160]}")
+    tell(say("loading the model"))
+    model = try_twice(
+        lambda: load_model(
+            config.model,
+            device,
+            precision=precision,
+            seed=config.train.seed,
+            stay_on_host=is_sharded,
+            tell=notes.append,
+        ),
+        device=device,
+        what=f"the model {config.model.source}",
+        way_out="close other programs, or take a smaller model"
+        + ("" if config.model.method == "qlora" else " or model.method=qlora"),
+    )
+    if config.model.method != "full" and (clause := not_adapted(model)) is not None:
+        notes.append(clause)
+    peers = ranks if is_sharded else None
+    if peers is not None:
+        peers.exchange(None)  # all have loaded it, and can deal it
+    setup = assemble(model, config, device=device, precision=precision, peers=peers)
+    num_parameters, num_trainable = count_parameters(model)
+    return Prepared(
+        plan,
+        tuple(settings or ()),
+        setup,
+        data,
+        tokenizer,
+        device,
+        num_parameters,
+        num_trainable,
+        self_check,
+        tuple(dict.fromkeys(notes)),
+    )
+
+
+def rows_notes(config: RunConfig, *, num_rows: int, num_held_out: int) -> Iterator[str]:
+    """About a batch or an evaluation that the number of rows makes another than it looks."""
+    if config.batch.rows_per_step > num_rows:
+        yield say(
+            "batch.effective {batch} is more than the {rows} samples of the data: a step takes all of them, and an "
+            "epoch is one step",
+            batch=f"{config.batch.rows_per_step:,}",
+            rows=f"{num_rows:,}",
+        )
+    rows = num_rows + num_held_out
+    if config.data.eval is None and 0 < num_held_out < FEW_EVAL_ROWS and rows >= 2 * FEW_EVAL_ROWS:
+        share = min(0.2, 2 * FEW_EVAL_ROWS / rows)
+        yield say(
+            "{held} of {rows} samples are held out, and an evaluation of so few says little: "
+            "data.eval_fraction={share} holds out about {more}",
+            held=f"{num_held_out:,}",
+            rows=f"{rows:,}",
+            share=f"{share:.2g}",
+            more=f"{round(share * rows):,}",
+        )
+
+
+def check_shard(config: RunConfig, *, num_ranks: int) -> None:
+    """Raises ConfigError where these processes cannot carry model.shard out."""
+    if config.model.shard == "none":
+        return
+    if num_ranks == 1:
+        raise ConfigError(
+            [
+                "model.shard=full shards the weights over processes and this is one alone: start two or more with "
+                "torchrun --nproc_per_node 2, or drop it"
+            ]
+        )
+    check_torch()
+
+
+def follow(plan: Plan, config: RunConfig, *, plan_check: bool = True) -> tuple[list[str], str]:
+    """(the plan's choice as overrides of the configuration, what was chosen in a sentence).
+
+    Where nothing fits, the closest candidate runs if a budget was not given and it only exceeds the share of the free
+    memory that is kept back, or if plan_check is off. Raises DoesNotFitError else.
+    """
+    if plan.chosen is not None:
+        chosen = plan.candidates[plan.chosen]
+        room = f"of {format_bytes(plan.limit_bytes)}"
+        room += ", an upper bound: it may run out of memory" if chosen.fits is None else ""
+    else:
+        chosen = closest(plan)
+        tight = config.memory.budget == "auto" and chosen.predicted_device_bytes <= plan.device.free_bytes
+        if plan_check and not tight:
+            raise DoesNotFitError(f"{does_not_fit(plan)}; --no-plan-check runs it anyway")
+        room = f"of {format_bytes(plan.limit_bytes)}: it may run out of memory"
+    return settings_of_candidate(chosen, config), (
+        f"plan: {split_of(plan, chosen).sentence}, gradient checkpointing {', '.join(chosen.techniques)}, "
+        f"{chosen.loss} loss: "
+        f"{format_bytes(chosen.predicted_device_bytes)} in all {room}"
+    )
+
+
+def unseen(config: RunConfig, examples: Examples) -> list[str]:
+    """A sentence for each weight of data.train that is too small for one of its rows to be seen in the run. Raises
+    ConfigError where that holds for all of them."""
+    length = run_length(config, examples)
+    lengths = Epochs.of(examples.repeats)
+    epochs = length.epochs or length.total_steps * config.batch.rows_per_step / float(lengths.mean_samples)
+    values, counts = np.unique(examples.repeats, return_counts=True)
+    return [
+        f"warning: none of the {count:,} samples with weight {weight:g} is seen in {epochs:.3g} epochs: at weight "
+        f"{0.5 / (epochs * count):.2g} one would be"
+        for (group, weight, count) in zip(lengths.groups, values, counts, strict=True)
+        if not Epochs((group,)).num_samples(epochs)
+    ]
+
+
+def load_data(config: RunConfig, tokenizer: Tokenizer, *, on_progress: Callable[[int], None] | None = None) -> Data:
+    """Both sides of the held-out split, with one date where the template writes it. Raises DataError where nothing is
+    left to train on."""
+    if config.data.date is None:
+        config = config.model_copy(update={"data": config.data.model_copy(update={"date": today().isoformat()})})
+    train = load_examples(
+        config.data, tokenizer, split="train", eval_max_rows=config.eval.max_rows, on_progress=on_progress
+    )
+    held_out = load_examples(config.data, tokenizer, split="eval", eval_max_rows=config.eval.max_rows)
+    if not len(train):
+        raise DataError(
+            f"{config.data.train_sources[0].path} leaves no sample to train on after holding out {len(held_out)}: "
+            "give more samples, or set data.eval_fraction=0"
+        )
+    return Data(train, held_out)

@@ -1,0 +1,110 @@
+"""From a run's directory to the place where it goes on: its last commit, checked against what is asked for now."""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from fitune.config import RunConfig
+from fitune.data.packing import lay_out
+from fitune.data.rows import Batch, MicroBatch
+from fitune.data.unpacking import lay_out_as
+from fitune.distributed.processes import Ranks
+from fitune.errors import FituneError, UsageError
+from fitune.run.directory import RunDirectory
+from fitune.run.journal import JournalLine, StepRecord, plan_parts, read_journal
+from fitune.step.assemble import Setup, choose_precision
+from fitune.training.checkpoint import Checkpoint, restore, roll_back
+from fitune.training.identity import Json, check_identity, condition_note
+from fitune.training.state import RunState
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run goes on. notes: what a person must know of it, one sentence each. memory_model: opaque."""
+
+    state: RunState
+    notes: tuple[str, ...]
+    memory_model: Json | None = None
+
+
+@dataclass(frozen=True)
+class Replay:
+    """The journal of a run that is done once more."""
+
+    path: Path
+    lines: tuple[JournalLine, ...]
+
+
+def go_on(
+    run: RunDirectory,
+    checkpoint: Checkpoint | None,
+    setup: Setup,
+    *,
+    config: RunConfig,
+    facts: tuple[Json, Json],
+    allowed: Collection[str] = (),
+    ranks: Ranks | None = None,
+) -> Start:
+    """Bring directory, weights, optimizer and random numbers to `checkpoint` (None: to the beginning).
+
+    facts: identity and conditions of what is asked for now. allowed: the keys of the identity that may have changed.
+    ranks: the processes that do so together, of which the first alone changes the directory. Raises RunDirectoryError,
+    before anything is changed, where something else has.
+    """
+    identity, conditions = facts
+    leads = ranks is None or ranks.leads
+    if checkpoint is None:
+        lost = roll_back(run, None) if leads else []
+        return Start(RunState(), ("nothing was saved yet: starts from the beginning", *lost))
+    notes = check_identity(checkpoint.identity, identity, allowed=allowed)
+    dropout = config.model.method != "full" and config.model.lora.dropout > 0
+    note = condition_note(checkpoint.conditions, conditions, dropout=dropout)
+    lost = roll_back(run, checkpoint) if leads else []
+    restore(checkpoint, setup)
+    where = f"goes on after step {checkpoint.state.step}"
+    return Start(checkpoint.state, (where, *notes, *([note] if note else []), *lost), checkpoint.memory_model)
+
+
+def pin_precision(config: RunConfig, checkpoint: Checkpoint, device: torch.device) -> RunConfig:
+    """What `auto` chose when the run began: another device would choose otherwise."""
+    saved = checkpoint.identity["model.precision"]
+    if config.model.precision != "auto" or choose_precision(config, device).name == saved:
+        return config
+    return config.model_copy(update={"model": config.model.model_copy(update={"precision": saved})})
+
+
+def read_replay(run: RunDirectory) -> Replay:
+    """Raises RunDirectoryError where the journal is missing, damaged or changed."""
+    return Replay(run.path, read_journal(run.journal))
+
+
+def replayed_split(batch: Batch, line: JournalLine, *, packed: bool, ranks: Ranks) -> list[MicroBatch]:
+    """This process's micro-batches of that line. A row that is in the batch twice is the same row. Raises UsageError
+    where the line is of another number of processes."""
+    parts = plan_parts(line.plan)
+    if len(parts) != ranks.size:
+        raise UsageError(
+            f"step {line.step} was done by {len(parts)} processes and cannot be replayed by {ranks.size}: start "
+            f"{len(parts)}, with torchrun --nproc_per_node {len(parts)}"
+        )
+    try:
+        return lay_out_as(batch, parts[ranks.rank], packed=packed)
+    except KeyError:
+        return [lay_out(batch.rows, packed=packed)]  # another batch: the comparison of the step says so
+
+
+def replayed_reliefs(replay: Replay, number: int, *, rank: int) -> tuple[str, ...]:
+    """What saved memory in this process in that line."""
+    reliefs = replay.lines[number].reliefs if number < len(replay.lines) else ()
+    return reliefs[rank] if reliefs else ()
+
+
+def check_replayed(replay: Replay, number: int, record: StepRecord) -> None:
+    """Raises FituneError where line `number` (from 0) of the journal was another step."""
+    line = replay.lines[number]
+    names = [name for name in StepRecord.__dataclass_fields__ if getattr(record, name) != getattr(line, name)]
+    if names:
+        listed = "\n".join(f"  {name} {getattr(line, name)} -> {getattr(record, name)}" for name in names)
+        raise FituneError(f"the replay differs from {replay.path} at step {line.step}:\n{listed}")

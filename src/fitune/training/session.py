@@ -1,0 +1,340 @@
+"""A run from its configuration to its summary: a new one, one that goes on, or one whose steps are done once more.
+
+Nothing is written before model and data are loaded, so that what cannot work leaves no trace; only a run that would be
+refused is refused at once. Nothing heavy is imported before that either.
+"""
+
+import os
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from fitune.allocator.config import parse_allocator_config
+from fitune.boundary import parse_json
+from fitune.config import ResolvedConfig, RunConfig, format_config
+from fitune.distributed.processes import Ranks
+from fitune.errors import RunDirectoryError, UsageError
+from fitune.language import say
+from fitune.machine.environment import environment
+from fitune.plain_files import read_plain
+from fitune.planning.calibration import calibrate
+from fitune.planning.plan import plan_json
+from fitune.run.directory import (
+    RunDirectory,
+    check_place,
+    create_run,
+    name_prefix,
+    working_on,
+    write_atomically,
+    write_json,
+)
+from fitune.run.metrics import SCHEMA, RunEvent, Summary, append_line
+from fitune.run.watcher import Watcher
+from fitune.units import format_bytes, format_count
+
+if TYPE_CHECKING:
+    from fitune.training.prepare import Prepared
+    from fitune.training.resume import Replay, Start
+    from fitune.training.self_check import SelfCheck
+
+
+class RunScreen(Watcher, Protocol):
+    """Shows a run to a person, from its loading on."""
+
+    def begin(self, run: RunDirectory) -> None:
+        """The run has its directory, and what follows is part of it."""
+        ...
+
+    def stage(self, name: str) -> None:
+        """This is done now, before the first step."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewRun:
+    """A run that begins. overwrite: replaces an existing run of this name."""
+
+    resolved: ResolvedConfig
+    overwrite: bool = False
+    #: refuse what the prediction says does not fit
+    plan_check: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResumedRun:
+    """A run that goes on behind its newest checkpoint."""
+
+    run: RunDirectory
+    resolved: ResolvedConfig
+    #: keys of the configuration that may differ from the run's own
+    allow_change: tuple[str, ...] = ()
+    #: whether the configuration is another than the run's own, and is written to it
+    is_changed: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplayedRun:
+    """A run whose steps are done once more and compared, in a directory of its own beside it."""
+
+    run: RunDirectory
+    resolved: ResolvedConfig
+    plan_check: bool = True
+
+
+def run_session(
+    request: NewRun | ResumedRun | ReplayedRun, screen: RunScreen, *, ranks: Ranks | None = None
+) -> tuple[RunDirectory, Summary]:
+    """Do the run. ranks: the processes that do it together, of which the first alone writes.
+
+    Raises a FituneError for everything that a user can cause.
+    """
+    ranks = ranks or Ranks()
+    if isinstance(request, ResumedRun):
+        return request.run, _resume(request, screen, ranks)
+    return _begin(request, screen, ranks)
+
+
+def dry_run(request: NewRun | ResumedRun | ReplayedRun, screen: RunScreen, *, ranks: Ranks) -> None:
+    """Load and check everything, and write nothing."""
+    if isinstance(request, NewRun) and ranks.leads:
+        _check_place(request.resolved.config, overwrite=request.overwrite)
+    plan_check = not isinstance(request, ResumedRun) and request.plan_check
+    _prepare(request.resolved.config, screen, plan_check=plan_check, ranks=ranks)
+
+
+def _begin(request: NewRun | ReplayedRun, screen: RunScreen, ranks: Ranks) -> tuple[RunDirectory, Summary]:
+    resolved = request.resolved
+    replayed = request.run if isinstance(request, ReplayedRun) else None
+    overwrite = isinstance(request, NewRun) and request.overwrite
+    config = resolved.config
+    name = config.run.name
+    run = None
+    if replayed is not None:
+        name = f"{replayed.name}-replay-"
+    elif ranks.leads:
+        _check_place(config, overwrite=overwrite)
+        if name is not None and (config.run.output / name).exists() and not overwrite:
+            run = create_run(config.run.output, name)
+    settings = None if replayed is None else _settings(replayed)
+    prepared = _prepare(config, screen, plan_check=request.plan_check, settings=settings, ranks=ranks)
+    resolved = _dated(resolved, prepared)
+    from fitune.allocator.prediction import peak_json
+    from fitune.data.examples import data_json
+    from fitune.training.checkpoint import check_disk
+    from fitune.training.resume import read_replay
+
+    if config.train.probe:
+        from fitune.training.probe import probe_position
+
+        probe_position(config, prepared.data)  # refuses what is too short for one
+
+    replay = None if replayed is None else read_replay(replayed)
+    if not ranks.leads:
+        run = RunDirectory(ranks.exchange(Path())[0])
+        return run, _train(config, prepared, run, screen=screen, replay=replay, ranks=ranks)
+    output = config.run.output if replayed is None else replayed.path.parent
+    if (note := check_disk(output, prepared.setup, config.optim.name)) is not None:
+        screen.note(f"warn   {note}")
+    if run is None:
+        run = create_run(output, name or _prefix(config), overwrite=overwrite)
+    screen.begin(run)
+    with working_on(run):
+        write_atomically(run.config, format_config(resolved))
+        write_json(run.env, environment(config.run.output))
+        write_json(run.data, data_json(prepared.data.train, prepared.data.eval))
+        if prepared.self_check is not None:
+            write_json(run.peak, peak_json(prepared.self_check.predicted))
+        if prepared.plan is not None:
+            write_json(run.plan, {"schema": SCHEMA, **plan_json(prepared.plan), "settings": prepared.settings})
+        ranks.exchange(run.path)
+        start = None
+        if config.train.probe:
+            config, prepared, start = _probe(resolved, prepared, run, screen)
+        summary = _train(config, prepared, run, screen=screen, start=start, replay=replay, ranks=ranks)
+    if prepared.plan is not None and ranks.size == 1:
+        calibrate(prepared.plan, run.metrics)
+    if replay is not None:
+        screen.note(f"replay of {replay.path}: {len(replay.lines):,} steps, each bit for bit")
+    return run, summary
+
+
+def _resume(request: ResumedRun, screen: RunScreen, ranks: Ranks) -> Summary:
+    """Change nothing in the directory before everything is loaded and found to be the same run."""
+    run, resolved = request.run, request.resolved
+    with working_on(run) if ranks.leads else nullcontext():
+        screen.begin(run)
+        from fitune.machine.process_memory import choose_device
+        from fitune.training.checkpoint import newest_checkpoint
+        from fitune.training.identity import run_conditions, run_identity
+        from fitune.training.resume import go_on, pin_precision
+
+        checkpoint, faults = newest_checkpoint(run)
+        config = resolved.config
+        if checkpoint is not None:
+            if config.train.probe:
+                raise UsageError("train.probe has no effect on a run that has begun: drop it")
+            config = pin_precision(config, checkpoint, choose_device())
+        prepared = _prepare(config, screen, plan_check=False, settings=_settings(run), ranks=ranks)
+        setup, data = prepared.setup, prepared.data
+        identity = run_identity(config, setup, train=data.train, held_out=data.eval)
+        facts = (identity, run_conditions(config, setup, num_ranks=ranks.size))
+        start = go_on(run, checkpoint, setup, config=config, facts=facts, allowed=request.allow_change, ranks=ranks)
+        if request.is_changed and ranks.leads:
+            write_atomically(run.config, format_config(resolved))
+        start = replace(start, notes=(*faults, *start.notes))
+        if config.train.probe:
+            config, prepared, start = _probe(resolved, prepared, run, screen)
+        return _train(config, prepared, run, screen=screen, start=start, ranks=ranks)
+
+
+def _train(
+    config: RunConfig,
+    prepared: "Prepared",
+    run: RunDirectory,
+    *,
+    screen: RunScreen,
+    start: "Start | None" = None,
+    replay: "Replay | None" = None,
+    ranks: Ranks,
+) -> Summary:
+    """Train. Trackers and the monitor watch the first process only."""
+    from fitune.training.loop import train as train_loop
+    from fitune.watch.monitor import watched
+
+    watchers = watched(config, prepared.setup, run, watcher=screen) if ranks.leads else nullcontext(screen)
+    with watchers as watcher:
+        return train_loop(
+            config,
+            prepared.setup,
+            run,
+            data=prepared.data,
+            tokenizer=prepared.tokenizer,
+            watcher=watcher,
+            self_check=prepared.self_check,
+            start=start,
+            replay=replay,
+            ranks=ranks,
+        )
+
+
+def _probe(
+    resolved: ResolvedConfig, prepared: "Prepared", run: RunDirectory, screen: RunScreen
+) -> tuple[RunConfig, "Prepared", "Start"]:
+    """Try other settings first, and return what the run goes on with.
+
+    Its configuration is written before the chosen branch becomes the run: killed between the two, it begins anew with
+    the chosen setting and ends in the same weights.
+    """
+    from fitune.run.probe import write_probe
+    from fitune.training.probe import adopt, try_settings
+
+    tried = try_settings(
+        resolved.config,
+        prepared.setup,
+        run,
+        data=prepared.data,
+        tokenizer=prepared.tokenizer,
+        watcher=screen,
+        self_check=prepared.self_check,
+    )
+    write_probe(run.probe, tried.probe)
+    origins = {**resolved.origins, **dict.fromkeys(tried.changes, "probe")}
+    write_atomically(run.config, format_config(ResolvedConfig(tried.config, origins)))
+    start = adopt(run, tried, data=prepared.data)
+    tokens, scale = format_count(tried.probe.cost_tokens), tried.probe.noise_scale_rows
+    noise = "n/a" if scale is None else f"{scale:,.0f} samples"
+    verdict = f"{tried.probe.verdict}; noise scale before training {noise}; {tokens} tokens on the other branches"
+    for sentence in (*map(str, tried.probe.branches), verdict):
+        append_line(run.events, RunEvent(time=time.time(), step=0, kind="probe", message=sentence))
+    screen.note(f"probe  {verdict}")
+    return tried.config, replace(prepared, setup=tried.setup), start
+
+
+def _dated(resolved: ResolvedConfig, prepared: "Prepared") -> ResolvedConfig:
+    """Return the configuration with the date that the chat template has written into the samples.
+
+    So the run goes on with the same tokens on another day.
+    """
+    date = prepared.data.train.report.date
+    if date is None or resolved.config.data.date == date:
+        return resolved
+    data = resolved.config.data.model_copy(update={"date": date})
+    return ResolvedConfig(
+        resolved.config.model_copy(update={"data": data}), {**resolved.origins, "data.date": "the run's start"}
+    )
+
+
+def _check_place(config: RunConfig, *, overwrite: bool) -> None:
+    check_place(config.run.output, config.run.name or _prefix(config), overwrite=overwrite)
+
+
+def _prefix(config: RunConfig) -> str:
+    return name_prefix(config.model.source, config.data.train_sources[0].path)
+
+
+def _settings(run: RunDirectory) -> list[str]:
+    """Read what the plan of that run decided; nothing where it had none."""
+    try:
+        content = parse_json(read_plain(run.plan))
+        return [str(setting) for setting in content["settings"]]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunDirectoryError(f"{run.plan} cannot be read, so the run cannot be gone on with as planned") from error
+
+
+def _prepare(
+    config: RunConfig,
+    screen: RunScreen,
+    *,
+    plan_check: bool,
+    settings: Sequence[str] | None = None,
+    ranks: Ranks,
+) -> "Prepared":
+    if config.train.probe and ranks.size > 1:
+        raise UsageError(f"train.probe works in one process and {ranks.size} were started: drop it, or torchrun")
+    parse_allocator_config(config.memory.allocator)
+    if config.memory.allocator:
+        os.environ["PYTORCH_ALLOC_CONF"] = config.memory.allocator  # read when CUDA starts, so before torch is used
+    screen.note(f"model  {config.model.source} · data {', '.join(s.path for s in config.data.train_sources)}")
+    from fitune.data.files import check_files
+    from fitune.model.source import check_source, check_tokenizer
+
+    check_source(config.model.source)
+    check_tokenizer(config.model)
+    check_files(config.data)
+    screen.stage(say("loading torch and transformers"))
+    from fitune.training.prepare import prepare
+    from fitune.watch.prometheus import check_prometheus
+    from fitune.watch.trackers import check_trackers
+
+    check_trackers(config)
+    if config.run.prometheus is not None:
+        check_prometheus(Path(config.run.prometheus))
+    prepared = prepare(config, on_stage=screen.stage, plan_check=plan_check, settings=settings, ranks=ranks)
+    screen.stage(say("starting"))
+    report = prepared.data.train.report
+    trainable, parameters = prepared.num_trainable_parameters, prepared.num_parameters
+    screen.note(
+        f"       {format_count(parameters)} parameters, {format_count(trainable)} trained, on {prepared.device} · "
+        f"{len(prepared.data.train):,} samples, {format_count(report.train.num_tokens)} tokens, "
+        f"{report.supervised_fraction:.1%} supervised · {len(prepared.data.eval):,} samples held out"
+    )
+    if prepared.self_check is not None:
+        screen.note(f"       {_memory_words(prepared.self_check)}, predicted for step 2, where it will be measured")
+    for sentence in (*prepared.setup.notes, *prepared.notes):
+        screen.note(f"note   {sentence}")
+    for sentence in report.warnings:
+        screen.note(f"warn   {sentence}")
+    return prepared
+
+
+def _memory_words(check: "SelfCheck") -> str:
+    """Name the two figures that the lines of a run show: all of the memory, and the part of it that its steps tell."""
+    whole, part = format_bytes(check.predicted.device_bytes), format_bytes(check.predicted.peak_reserved_bytes)
+    if check.program_bytes is None:
+        return f"{whole} of memory in all, as nvidia-smi shows it, {part} of it reserved by PyTorch, as steps show it"
+    return f"{whole} of memory in all for the process, {part} of it beside the program, as steps show it"

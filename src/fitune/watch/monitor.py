@@ -1,0 +1,220 @@
+"""What watches a run from beside it: a thread that writes memory.jsonl twice a second and rings the alarms, and the
+trackers that the configuration names.
+
+The thread does no work on the device and waits for none; a run neither ends nor slows down because of it.
+"""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from fitune.boundary import parse_json
+from fitune.config import RunConfig
+from fitune.distributed.sharding import local
+from fitune.errors import RunDirectoryError
+from fitune.plain_files import read_plain
+from fitune.run.directory import RunDirectory
+from fitune.run.memory import MemorySample
+from fitune.run.metrics import EvalMetrics, RunEvent, StepMetrics
+from fitune.run.patient_files import PatientFiles
+from fitune.run.watcher import Watcher, Watchers
+from fitune.step.assemble import Setup
+from fitune.units import MIB
+from fitune.watch.alarms import Alarms, AlarmSettings
+from fitune.watch.prometheus import write_prometheus
+from fitune.watch.sampler import Sampler
+from fitune.watch.trackers import open_trackers
+
+SAMPLE_SECONDS = 0.5
+PROMETHEUS_SECONDS = 5.0
+MOST_WAITING_BYTES = 8 * MIB
+"""Samples of some hours."""
+STATE_EVERY_STEPS = 100
+
+
+@contextmanager
+def watched(config: RunConfig, setup: Setup, run: RunDirectory, *, watcher: Watcher) -> Iterator[Watcher]:
+    """`watcher`, together with all that the run is to be watched by. Raises what a tracker raises that cannot start."""
+    with ExitStack() as opened:
+        others = Watchers((watcher, *opened.enter_context(open_trackers(config, run, tell=watcher.note))))
+        monitor = opened.enter_context(run_monitor(config, setup, run, tell=others.note))
+        yield Watchers((*others.watchers, monitor))
+
+
+def run_monitor(config: RunConfig, setup: Setup, run: RunDirectory, *, tell: Callable[[str], None]) -> "Monitor":
+    """Of a run by fitune's own loop."""
+    parameters = list(setup.model.parameters())
+    saved = parameters if config.model.method == "full" else [p for p in parameters if p.requires_grad]
+    alarms = AlarmSettings(
+        clip=config.optim.clip,
+        on_cpu=parameters[0].device.type == "cpu",
+        save_bytes=sum(parameter.nbytes for parameter in saved),
+        predicted_bytes=_planned_bytes(run.plan),
+    )
+    prometheus = None if config.run.prometheus is None else Path(config.run.prometheus)
+    settings = MonitorSettings(alarms, prometheus)
+    return Monitor(run, setup.model, setup.optimizer, settings=settings, tell=tell)
+
+
+@dataclass(frozen=True)
+class MonitorSettings:
+    """prometheus: a file for its collector. names: what the user calls what an alarm names as fitune's configuration
+    does."""
+
+    alarms: AlarmSettings
+    prometheus: Path | None = None
+    names: Mapping[str, str] = field(default_factory=dict)
+
+
+class Monitor:
+    """A watcher with a thread of its own. tell: called with each alarm, in the thread that trains."""
+
+    def __init__(
+        self,
+        run: RunDirectory,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        settings: MonitorSettings,
+        tell: Callable[[str], None],
+    ) -> None:
+        self._run, self._model, self._optimizer = run, model, optimizer
+        self._names, self._prometheus, self._tell = settings.names, settings.prometheus, tell
+        self._device = next(model.parameters()).device
+        self._state_bytes = sum(local(parameter).nbytes for parameter in model.parameters())
+        self._sampler = Sampler(self._device, place=run.path, parameter_bytes=self._state_bytes)
+        self._alarms = Alarms(settings.alarms)
+        self._files = PatientFiles(most_bytes=MOST_WAITING_BYTES, drops_oldest=True)
+        self._lock, self._exporting = threading.Lock(), threading.Lock()
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._sample_until_stopped, name="monitor", daemon=True)
+        self._sentences: deque[str] = deque()
+        self._last: StepMetrics | None = None
+        self._step = 0
+        self._progress: float | None = None
+        self._peaks: list[StepMetrics] = []
+        self._exported, self._is_exported = 0.0, True
+
+    def __enter__(self) -> "Monitor":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        self._stopped.set()
+        self._thread.join()
+        self._sampler.close()
+        self._tell_alarms()
+
+    def step(self, metrics: StepMetrics, *, progress: float) -> None:
+        if self._last is None or metrics.step % STATE_EVERY_STEPS == 0:
+            self._state_bytes = _state_bytes(self._model, self._optimizer, self._device)
+        self.reached(metrics.step, progress=progress)
+        with self._lock:
+            self._last = metrics
+            self._peaks.append(metrics)
+            self._ring(self._alarms.step(metrics, held_bytes=self._sampler.held_bytes(), now=time.time()))
+        self._tell_alarms()
+
+    def reached(self, step: int, *, progress: float) -> None:
+        """A step is done, of which there are no metrics yet."""
+        self._step, self._progress = step, progress
+
+    def evaluation(self, metrics: EvalMetrics, *, best: bool) -> None:
+        pass
+
+    def note(self, text: str) -> None:
+        pass
+
+    def sample(self) -> MemorySample:
+        """Read, write and judge the present moment. Raises RunDirectoryError where it cannot be written."""
+        sample = self._sampler.read(step=self._step, progress=self._progress, state_bytes=self._state_bytes)
+        with self._lock:
+            for metrics in self._peaks:
+                sample = _with_peaks(sample, metrics)
+            self._peaks.clear()
+            self._ring(self._alarms.sample(sample))
+        self._files.append(self._run.memory, sample, leave_out_unknown=True)
+        if sample.time - self._exported >= PROMETHEUS_SECONDS:
+            self._exported = sample.time
+            self._export(sample)
+        return sample
+
+    def _export(self, sample: MemorySample) -> None:
+        with self._exporting:  # not the lock that a step waits for: the disk may be slow
+            if self._prometheus is None:
+                return
+            try:
+                write_prometheus(self._prometheus, self._run.name, sample=sample, metrics=self._last)
+                self._is_exported = True
+            except RunDirectoryError:
+                if self._is_exported:
+                    self._sentences.append(
+                        f"warning: run.prometheus {self._prometheus} cannot be written: it is tried again every "
+                        f"{PROMETHEUS_SECONDS:.0f} s"
+                    )
+                self._is_exported = False
+
+    def _sample_until_stopped(self) -> None:
+        going_on = True
+        try:
+            while going_on:
+                start = time.perf_counter()
+                self.sample()
+                going_on = not self._stopped.wait(max(0.0, SAMPLE_SECONDS - (time.perf_counter() - start)))
+            self._exported = 0.0
+            self.sample()
+        except Exception as error:  # a driver that broke: training is not to end because of its monitor
+            self._sentences.append(f"warning: memory is no longer recorded: {error}")
+
+    def _ring(self, events: list[RunEvent]) -> None:
+        """At once into the run's directory, lest a run that dies takes its warnings with it."""
+        for event in events:
+            for name, other in self._names.items():
+                event = replace(event, message=event.message.replace(name, other))
+            self._sentences.append(event.message)
+            with suppress(RunDirectoryError):  # the loop's own lines meet the same fault, and end the run
+                self._files.append(self._run.events, event)
+
+    def _tell_alarms(self) -> None:
+        while self._sentences:
+            self._tell(self._sentences.popleft())
+
+
+def _state_bytes(model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> int:
+    """Parameters, buffers, gradients and optimizer state on the device."""
+    parameters = list(model.parameters())
+    state = (tensor for tensors in optimizer.state.values() for tensor in tensors.values())
+    gradients = [parameter for parameter in parameters if parameter.requires_grad]
+    held = [*parameters, *gradients, *model.buffers(), *state]
+    return sum(local(t).nbytes for t in held if isinstance(t, torch.Tensor) and t.device == device)
+
+
+def _with_peaks(sample: MemorySample, metrics: StepMetrics) -> MemorySample:
+    """The peaks of a step that ended since the sample before. On a CPU the step's device is the process."""
+    on_cpu = sample.allocated_bytes is None
+    return replace(
+        sample,
+        peak_allocated_bytes=_larger(sample.peak_allocated_bytes, None if on_cpu else metrics.peak_allocated_bytes),
+        peak_reserved_bytes=_larger(sample.peak_reserved_bytes, None if on_cpu else metrics.peak_reserved_bytes),
+        peak_process_bytes=_larger(sample.peak_process_bytes, metrics.device_used_bytes if on_cpu else None),
+    )
+
+
+def _larger(first: int | None, second: int | None) -> int | None:
+    return max((value for value in (first, second) if value is not None), default=None)
+
+
+def _planned_bytes(path: Path) -> int | None:
+    """What the run's plan reserves at its peak; None where there is no plan, or none that says it."""
+    try:
+        plan = parse_json(read_plain(path))
+        return int(plan["candidates"][plan["chosen"]]["predicted_reserved_bytes"])
+    except (OSError, ValueError, KeyError, IndexError, TypeError):
+        return None

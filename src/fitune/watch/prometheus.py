@@ -1,0 +1,49 @@
+"""The present numbers of a run as a text file in Prometheus' exposition format, for node_exporter's textfile collector:
+https://prometheus.io/docs/instrumenting/exposition_formats/."""
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+from fitune.errors import ConfigError, RunDirectoryError
+from fitune.plain_files import read_plain
+from fitune.run.directory import write_atomically
+from fitune.run.memory import MemorySample
+from fitune.run.metrics import StepMetrics
+
+_START = b"# TYPE fitune_"
+_STEP_NUMBERS = ("loss", "lr", "grad_norm", "tokens_per_second", "total_tokens")
+
+
+def check_prometheus(path: Path) -> None:
+    """Raises ConfigError where there is something else already: it would be replaced with the first sample."""
+    if (fault := _not_ours(path)) is not None:
+        raise ConfigError([f"run.prometheus {path} {fault}: give the file of another name, which is written anew"])
+
+
+def _not_ours(path: Path) -> str | None:
+    """None where nothing is lost if the file is written: it is not there, is empty, or was written here."""
+    try:
+        content = read_plain(path)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        return f"cannot be replaced ({error.strerror})"
+    return None if not content or content.startswith(_START) else "exists and was not written by fitune"
+
+
+def write_prometheus(path: Path, run_name: str, *, sample: MemorySample, metrics: StepMetrics | None) -> None:
+    """Every number that is known, as a gauge `fitune_NAME{run="..."}`. Raises RunDirectoryError where it cannot, or
+    where something else has come to lie there."""
+    if (fault := _not_ours(path)) is not None:
+        raise RunDirectoryError(f"run.prometheus {path} {fault}")
+    numbers = {name: value for name, value in asdict(sample).items() if isinstance(value, int | float)}
+    if metrics is not None:
+        numbers |= {name: getattr(metrics, name) for name in _STEP_NUMBERS}
+    write_atomically(path, "".join(_lines(run_name, numbers)))
+
+
+def _lines(run_name: str, numbers: dict[str, int | float]) -> Iterator[str]:
+    label = run_name.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+    for name, value in numbers.items():
+        yield f'# TYPE fitune_{name} gauge\nfitune_{name}{{run="{label}"}} {value}\n'
