@@ -10,7 +10,7 @@ import transformers
 from torch import Tensor, nn
 
 from fitune.model import attention
-from fitune.model import fused as fused_layers
+from fitune.model import fused_linear
 from fitune.model.fused import fuse_layers
 from tiny_models import TINY_QWEN3_NEXT
 
@@ -61,7 +61,7 @@ def losses_and_gradients(model: nn.Module, *, autocast: bool) -> tuple[Tensor, l
 @pytest.fixture
 def card(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "compute_capability", lambda _: (8, 9))
-    monkeypatch.setattr(fused_layers, "_float32_product", lambda first, second: first.float() @ second.float())
+    monkeypatch.setattr(fused_linear, "_float32_product", lambda first, second: first.float() @ second.float())
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -94,8 +94,8 @@ def replaced(name: str) -> set[str]:
 
 
 def test_only_what_was_seen_to_compute_the_same_is_replaced() -> None:
-    assert replaced("llama") == {"LlamaRMSNorm", "LlamaAttention", "Linear"}
-    assert replaced("qwen3") == {"Qwen3RMSNorm", "Qwen3Attention", "Linear"}
+    assert replaced("llama") == {"LlamaRMSNorm", "LlamaAttention", "LlamaMLP", "Linear"}
+    assert replaced("qwen3") == {"Qwen3RMSNorm", "Qwen3Attention", "Qwen3MLP", "Linear"}
     assert replaced("gemma2") == {"Gemma2Attention", "Linear"}, "Gemma's norms multiply by 1 + weight"
     assert "BambaRMSNormGated" not in replaced("bamba"), "it takes a gate too"
     assert "Glm4Attention" not in replaced("glm4"), "GLM turns neighbouring numbers, and only half of them"

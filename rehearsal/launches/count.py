@@ -67,10 +67,14 @@ def name_operators(loop: Callable[[Callable[[], None]], None], path: Path) -> di
     stack: list[str] = []
 
     def enter(module: torch.nn.Module, *_: Any) -> None:
+        if torch.compiler.is_compiling():  # a hook that is traced would part what is compiled as one
+            return
         stack.append(type(module).__name__)
         observer.operators_enter(stack[-1].encode())
 
     def leave(*_: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
         stack.pop()
         observer.operators_enter((stack[-1] if stack else "").encode())
 
