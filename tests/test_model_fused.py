@@ -9,8 +9,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from fitune.model import attention
-from fitune.model import fused_linear
+from fitune.model import attention, fused_linear
 from fitune.model.fused import fuse_layers
 from tiny_models import TINY_QWEN3_NEXT
 

@@ -426,7 +426,8 @@ def _attention_in_compiled_layer(
     if row_boundaries is None or row_boundaries.kernel is not None or not is_plain:
         return cast(tuple[torch.Tensor, None], outside(module, *parts, attention_mask, **given, **options))
     if torch.is_autocast_enabled("cuda"):
-        parts = tuple(part.to(torch.get_autocast_dtype("cuda")) for part in parts)
+        dtype = torch.get_autocast_dtype("cuda")
+        parts = query_BHSD.to(dtype), key_BGSD.to(dtype), value_BGSD.to(dtype)
     if _choose_kernel(parts[0], parts[2], scoring, has_flash_attn=False) != "varlen":
         return cast(tuple[torch.Tensor, None], outside(module, *parts, attention_mask, **given, **options))
     query_THD, key_TGD, value_TGD = (part.squeeze(0).transpose(0, 1) for part in parts)

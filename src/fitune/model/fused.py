@@ -30,7 +30,7 @@ def fuse_layers(model: nn.Module) -> None:
                 forwards[key] = _with_fused_rotary(type(module)) if eps is None else _fused_norm_of(module, eps)
         forward = forwards[key]
         if forward is not None:
-            module.forward = MethodType(forward, module)  # type: ignore[method-assign]
+            module.forward = MethodType(forward, module)
     with torch._C.DisableTorchFunction():
         fuse_linear_layers(model)
 

@@ -39,7 +39,7 @@ def fuse_linear_layers(model: nn.Module) -> None:
             forward = mlps[type(module)]
             if forward is not None:
                 module.__dict__["joined"] = _Joined([getattr(module, name) for name in _MLP])
-                module.forward = MethodType(forward, module)  # type: ignore[method-assign]
+                module.forward = MethodType(forward, module)
     for module in model.modules():
         if type(module) is nn.Linear and "joined" not in module.__dict__:
             module.__dict__["joined"] = _Joined([module])
