@@ -49,6 +49,7 @@ rehearse:
 rehearse-here: rehearsed-driver
 	$(ON_CARD) python -m rehearsal.compare $(if $(CASES),--cases $(CASES)) $(if $(CARD),--cards $(CARD))
 	$(REHEARSED)/bin/python -m rehearsal.table
+	$(if $(CASES)$(CARD),,$(MAKE) --no-print-directory rehearse-launches)
 	$(if $(CASES)$(CARD),,FAKE_COPY_MAX=65536 $(ON_CARD) python -m pytest -m gpu tests/gpu -rs)
 
 rehearse-launches: $(REHEARSED)/.installed rehearsed-driver

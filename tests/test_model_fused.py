@@ -2,14 +2,16 @@
 operators run on the CPU."""
 
 import copy
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from fitune.model import fused as fused_layers
+from fitune.model import fused_linear
 from fitune.model import packed_attention as attention
 from fitune.model.fused import fuse_layers
 from tiny_models import TINY_QWEN3_NEXT
@@ -61,7 +63,7 @@ def losses_and_gradients(model: nn.Module, *, autocast: bool) -> tuple[Tensor, l
 @pytest.fixture
 def card(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "compute_capability", lambda _: (8, 9))
-    monkeypatch.setattr(fused_layers, "_float32_product", lambda first, second: first.float() @ second.float())
+    monkeypatch.setattr(fused_linear, "_float32_product", lambda first, second: first.float() @ second.float())
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -94,8 +96,8 @@ def replaced(name: str) -> set[str]:
 
 
 def test_only_what_was_seen_to_compute_the_same_is_replaced() -> None:
-    assert replaced("llama") == {"LlamaRMSNorm", "LlamaAttention", "Linear"}
-    assert replaced("qwen3") == {"Qwen3RMSNorm", "Qwen3Attention", "Linear"}
+    assert replaced("llama") == {"LlamaRMSNorm", "LlamaAttention", "LlamaMLP", "Linear"}
+    assert replaced("qwen3") == {"Qwen3RMSNorm", "Qwen3Attention", "Qwen3MLP", "Linear"}
     assert replaced("gemma2") == {"Gemma2Attention", "Linear"}, "Gemma's norms multiply by 1 + weight"
     assert "BambaRMSNormGated" not in replaced("bamba"), "it takes a gate too"
     assert "Glm4Attention" not in replaced("glm4"), "GLM turns neighbouring numbers, and only half of them"
@@ -131,3 +133,40 @@ def test_a_copy_of_the_model_computes_with_its_own_weights(card: None) -> None:
         parameter.data *= 2
     assert not torch.equal(*(losses_and_gradients(m, autocast=False)[0].reshape(1) for m in (model, other)))
     assert other.model.norm.forward.__self__ is other.model.norm
+
+
+class CountedProducts(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.number = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.number += func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("name", "biased"), [("llama", False), ("qwen2", True)])
+def test_layers_that_share_an_input_are_one_product(name: str, biased: bool, card: None) -> None:
+    model = build(name)
+    fuse_layers(model)
+    assert (model.model.layers[0].self_attn.q_proj.bias is not None) == biased
+    tokens = torch.arange(12)[None]
+    with torch.autocast("cpu", dtype=torch.bfloat16), CountedProducts() as products:
+        model.model(input_ids=tokens, use_cache=False)
+    assert products.number == 2 * 4, "query, key and value; output; gate and up; down, in each of two layers"
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_no_cast_weight_outlives_its_forward(fails: bool, card: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("llama")
+    fuse_layers(model)
+    attention = model.model.layers[1].self_attn
+    if fails:
+        monkeypatch.setattr(attention.v_proj, "forward", lambda _: torch.zeros(0).view(1, 2))
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(RuntimeError) if fails else nullcontext():
+        model(input_ids=torch.arange(12)[None], use_cache=False)
+    layers = [module for module in model.modules() if "joined" in module.__dict__]
+    assert layers
+    assert all(layer.joined.cast is None for layer in layers)
+    assert attention.q_proj.shared_input._hidden is None
+    assert attention.q_proj.shared_input._ready == []

@@ -16,7 +16,8 @@ pytestmark = pytest.mark.usefixtures("disturbed")
 
 Error = Callable[[], BaseException]
 MANY = 1000
-TRAIN = "fitune.train."
+TRAIN = "fitune.training."
+RECOVERY = "fitune.recovery."
 
 
 def no_space() -> OSError:
@@ -101,7 +102,7 @@ def test_a_run_that_ends_for_want_of_memory_saves_again_what_could_not_be_saved(
     """The save of step 4 fails, then step 5 finds no memory: its sentence must be true."""
     with (
         failing_call(TRAIN + "checkpoint._write_manifest", 2, error=no_space),
-        failing_call(TRAIN + "guard.safe_step", *range(5, MANY), error=out_of_memory_for_good),
+        failing_call(RECOVERY + "guard.safe_step", *range(5, MANY), error=out_of_memory_for_good),
     ):
         said = error_of(capsys, "sft.yaml", exit_code=4)
     assert "the weights of step 4 are in runs/run/last" in said
@@ -117,7 +118,7 @@ def out_of_memory_for_good() -> BaseException:
 def test_a_last_save_that_fails_too_is_said_beside_what_ended_the_run(capsys: pytest.CaptureFixture[str]) -> None:
     with (
         failing_call(TRAIN + "checkpoint._write_manifest", *range(2, MANY), error=no_space),
-        failing_call(TRAIN + "guard.safe_step", *range(5, MANY), error=out_of_memory_for_good),
+        failing_call(RECOVERY + "guard.safe_step", *range(5, MANY), error=out_of_memory_for_good),
     ):
         said = error_of(capsys, "sft.yaml", exit_code=4)
     assert said.startswith("error: row 3 does not fit; step 4 could not be saved: [Errno 28] No space left on device")
@@ -130,7 +131,7 @@ LOADING: dict[str, tuple[str, Error]] = {
     "optimizer state read": (TRAIN + "checkpoint._restore_optimizer", out_of_memory),
     "model read": ("transformers.AutoModelForCausalLM.from_pretrained", no_memory_on_the_host),
     "model put on the device": ("transformers.PreTrainedModel.to", out_of_memory),
-    "optimizer state made": (TRAIN + "guard.create_state", out_of_memory),
+    "optimizer state made": (RECOVERY + "guard.create_state", out_of_memory),
 }
 
 

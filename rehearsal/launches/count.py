@@ -1,5 +1,5 @@
 """Counts what a step asks of the card, for each loop of `rehearsal.launches.loops`, and writes the section of
-docs/rehearsal.md.
+docs/rehearsal.md and the short table of docs/speed.md.
 
     python -m rehearsal.run python -m rehearsal.launches.count
     python -m rehearsal.run python -m rehearsal.launches.count --loops "fitune;Trainer"
@@ -13,6 +13,8 @@ import argparse
 import ctypes
 import json
 import os
+import select
+import signal
 import sys
 import tempfile
 import warnings
@@ -37,8 +39,11 @@ from rehearsal.run import LIBRARIES
 
 RESULTS = ROOT / "docs" / "launches.json"
 PAGE = ROOT / "docs" / "rehearsal.md"
+SPEED_PAGES = (ROOT / "docs" / "speed.md", ROOT / "docs" / "speed.zh.md")
 BEGIN, END = "<!-- rehearsal.launches: begin -->", "<!-- rehearsal.launches: end -->"
 NUM_WARM, NUM_COUNTED = 2, 5
+MOST_SECONDS = 900.0
+"""Of a loop."""
 MOST_NAMED = 25
 """Operators that are printed."""
 
@@ -67,10 +72,14 @@ def name_operators(loop: Callable[[Callable[[], None]], None], path: Path) -> di
     stack: list[str] = []
 
     def enter(module: torch.nn.Module, *_: Any) -> None:
+        if torch.compiler.is_compiling():  # a hook that is traced would part what is compiled as one
+            return
         stack.append(type(module).__name__)
         observer.operators_enter(stack[-1].encode())
 
     def leave(*_: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
         stack.pop()
         observer.operators_enter((stack[-1] if stack else "").encode())
 
@@ -102,8 +111,8 @@ def show_operators(path: Path) -> None:
         print(f"{times:7,} {times / by_operator.total():6.1%}  {what}")
 
 
-def apart(task: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
-    """In a forked child, which tells by a pipe."""
+def apart(task: Callable[[], Mapping[str, Any]], *, limit: float = MOST_SECONDS) -> dict[str, Any]:
+    """In a forked child, which tells by a pipe. limit: seconds after which the child is ended."""
     reads, writes = os.pipe()
     child = os.fork()
     if child == 0:
@@ -117,7 +126,11 @@ def apart(task: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
         os._exit(0)
     os.close(writes)
     with os.fdopen(reads) as pipe:
-        text = pipe.read()
+        if select.select([pipe], [], [], limit)[0]:
+            text = pipe.read()
+        else:
+            os.kill(child, signal.SIGKILL)
+            text = json.dumps({"failure": f"not done in {limit:,.0f} s"})
     os.waitpid(child, 0)
     told = json.loads(text) if text else {"failure": "the process ended"}
     assert isinstance(told, dict)
@@ -160,9 +173,28 @@ def _table(results: dict[str, dict[str, Any]]) -> list[str]:
     return lines
 
 
+def summary(results: dict[str, dict[str, dict[str, Any]]], *, chinese: bool) -> list[str]:
+    """Operations and waits of each loop for each model; a dash where a loop was not counted."""
+    models = [name for name in MODELS if name in results]
+    head = ("循环", "主机等待") if chinese else ("loop", "host waits")
+    lines = [f"| {head[0]} | {' | '.join(models)} | {head[1]} |", "|---|" + "---:|" * (len(models) + 1)]
+    for loop in (name for name in LOOPS if any(name in results[model] for model in models)):
+        counted = [results[model].get(loop, {"failure": ""}) for model in models]
+        operations = [
+            "-" if "failure" in each else f"{sum(each[name] for name in OPERATIONS):,.0f}" for each in counted
+        ]
+        waits = {sum(each[name] for name in SYNCHRONISATIONS) for each in counted if "failure" not in each}
+        told = "-" if not waits else f"{min(waits):,.0f}" if len(waits) == 1 else f"{min(waits):,.0f}-{max(waits):,.0f}"
+        lines.append(f"| {loop} | {' | '.join(operations)} | {told} |")
+    return lines
+
+
 def write(results: dict[str, dict[str, dict[str, Any]]]) -> None:
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     replace_section(PAGE, BEGIN, END, section(results))
+    for page in SPEED_PAGES:
+        if page.exists() and BEGIN in page.read_text():
+            replace_section(page, BEGIN, END, summary(results, chinese=page.name.endswith(".zh.md")))
 
 
 def chosen(parser: argparse.ArgumentParser, text: str, known: list[str]) -> list[str]:

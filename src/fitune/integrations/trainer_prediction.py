@@ -95,7 +95,7 @@ class HeaviestBatch:
 
 @dataclass(frozen=True)
 class RecordedTrainer:
-    """A trainer as `trace.fake.record_loop` takes it. rows: which ones it sees, as a clause."""
+    """A trainer as `trace.record.record_loop` takes it. rows: which ones it sees, as a clause."""
 
     build: Build
     loop: Loop

@@ -1,6 +1,6 @@
 """torch.compile, layer by layer: one compiled function serves all layers of a kind, and any number of tokens.
 
-Attention over rows stays outside: its shapes are the rows' lengths, which are others in every micro-batch.
+Row lengths, which are others in every micro-batch, compile nothing anew: see `prepare_for_compilation`.
 """
 
 import shutil
@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils._triton import has_triton
 
 from fitune.errors import ModelError
-from fitune.model.packed_attention import keep_out_of_compilation
+from fitune.model.packed_attention import prepare_for_compilation
 from fitune.model.recompute import recomputable_layers
 
 
@@ -23,6 +23,6 @@ def compile_layers(model: nn.Module, device: torch.device) -> None:
         raise ModelError("model.compile needs a C++ compiler on a CPU, and none is installed: install g++, or drop it")
     if device.type == "cuda" and not has_triton():
         raise ModelError("model.compile needs Triton on CUDA, which is not installed: pip install triton, or drop it")
-    keep_out_of_compilation()
+    prepare_for_compilation()
     for layer in layers:
         layer.compile(dynamic=True)

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fitune.model import packed_attention as kernels
+from fitune.model.fused_linear import fuse_linear_layers
 
 
 def fuse_layers(model: nn.Module) -> None:
-    """Replaces, in place: RMS norms by torch's fused kernel, rotary embeddings by one that does query and key together;
-    and, under autocast, the casts of one tensor for each of several linear layers by a single cast, and those of their
-    weights' gradients by products that are written in float32."""
+    """Replaces, in place: RMS norms by torch's fused kernel, rotary embeddings by one that does query and key together,
+    and linear layers as `fused_linear` says."""
     forwards: dict[object, Callable[..., Any] | None] = {}
     for module in model.modules():
         eps = _eps_of_rms_norm(module)
@@ -28,11 +28,11 @@ def fuse_layers(model: nn.Module) -> None:
             # the modes of a model that is built on the meta device would put the random numbers there too
             with torch._C.DisableTorchFunction():
                 forwards[key] = _with_fused_rotary(type(module)) if eps is None else _fused_norm_of(module, eps)
-        forward = _linear if type(module) is nn.Linear else forwards[key]
+        forward = forwards[key]
         if forward is not None:
             module.forward = MethodType(forward, module)
-        if any(all(type(getattr(module, name, None)) is nn.Linear for name in names) for names in _SHARED_INPUT):
-            module.register_forward_pre_hook(_cast_input, with_kwargs=True)
+    with torch._C.DisableTorchFunction():
+        fuse_linear_layers(model)
 
 
 # ---- RMS norms -------------------------------------------------------------------------------------------------------
@@ -97,6 +97,8 @@ def _with_fused_rotary(layer: type[nn.Module]) -> Callable[..., Any] | None:
             return own(q, k, cos, sin, *rest, **options)
         kind = q.device.type  # under autocast, attention would cast the result
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.result_type(q, cos)
+        if torch.compiler.is_compiling():  # which fuses it, where parts of one tensor would leave it with copies
+            return tuple(each.to(dtype) for each in own(q, k, cos, sin))
         return _FusedRotary.apply(q, k, cos, sin, dtype)  # type: ignore[no-untyped-call]
 
     known = forward.__globals__ | {_ROTARY: rotary}
@@ -151,58 +153,3 @@ def _turn(
         into.addcmul_(other, sine.unsqueeze(2), value=sign)
     turned_BHSD = turned_BSHD.to(dtype).transpose(1, 2)
     return turned_BHSD[:, : q.shape[1]], turned_BHSD[:, q.shape[1] :]
-
-
-# ---- linear layers ---------------------------------------------------------------------------------------------------
-
-_16_BIT = (torch.float16, torch.bfloat16)
-_SHARED_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-"""Linear layers of one module that are all given the module's input."""
-
-
-def _linear(self: nn.Linear, hidden: Tensor) -> Tensor:
-    """[..., D] -> [..., F]."""
-    kind, weight = hidden.device.type, self.weight
-    is_trained_in_float32 = weight.requires_grad and weight.dtype == torch.float32 and self.bias is None
-    if not is_trained_in_float32 or torch.compiler.is_compiling() or kernels.compute_capability(hidden) is None:
-        return functional.linear(hidden, weight, self.bias)
-    dtype = torch.get_autocast_dtype(kind)
-    if dtype not in _16_BIT or not torch.is_autocast_enabled(kind):
-        return functional.linear(hidden, weight)
-    return cast(Tensor, _Linear.apply(hidden.to(dtype), weight, dtype))  # type: ignore[no-untyped-call]
-
-
-class _Linear(torch.autograd.Function):
-    """A product in 16 bits whose weight, [F, D] in float32, has its gradient written in float32 at once: autocast would
-    round it to 16 bits and cast it back."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        with torch.autocast(hidden.device.type, enabled=False):
-            weight = weight.to(dtype)
-            ctx.save_for_backward(hidden, weight)
-            return functional.linear(hidden, weight)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        hidden, weight = ctx.saved_tensors
-        grad_TF, hidden_TD = (each.reshape(-1, each.shape[-1]) for each in (*grad_outputs, hidden))
-        of_hidden = (grad_TF @ weight).view(hidden.shape) if ctx.needs_input_grad[0] else None
-        return of_hidden, _float32_product(grad_TF.T, hidden_TD), None
-
-
-def _float32_product(first: Tensor, second: Tensor) -> Tensor:
-    """Of two matrices in 16 bits. CPUs have no such product."""
-    return torch.mm(first, second, out_dtype=torch.float32)
-
-
-def _cast_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Under autocast each linear layer would cast the module's input for itself, and each cast its gradient back."""
-    hidden = args[0] if args else kwargs.get("hidden_states")
-    if not isinstance(hidden, Tensor) or kernels.compute_capability(hidden) is None:
-        return args, kwargs
-    kind = hidden.device.type
-    if not torch.is_autocast_enabled(kind):
-        return args, kwargs
-    hidden = hidden.to(torch.get_autocast_dtype(kind))
-    return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})

@@ -56,6 +56,7 @@ class RowBoundaries:
 
     lengths: tuple[int, ...]
     cumulative: torch.Tensor
+    longest: int
     kernel: Kernel | None = None
     visits: list[int] = field(default_factory=list, compare=False, repr=False)  # layers that asked, for can_pack
     edges: dict[torch.dtype, torch.Tensor] = field(default_factory=dict, compare=False, repr=False)  # see _edge
@@ -88,7 +89,7 @@ def row_boundaries(lengths: tuple[int, ...], *, device: torch.device, kernel: Ke
     ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
     if device.type == "cuda":
         ends = ends.pin_memory()
-    return RowBoundaries(lengths, ends.to(device, non_blocking=True), kernel)
+    return RowBoundaries(lengths, ends.to(device, non_blocking=True), max(lengths, default=0), kernel)
 
 
 def attention_name(config: PretrainedConfig, attention: Attention | Auto) -> str | None:
@@ -239,7 +240,7 @@ def _edge(boundaries: RowBoundaries, query: torch.Tensor) -> torch.Tensor:
     """[CUT_QUERIES, longest row]: what the last queries of a row may see of it, 0 or -inf. A lower right corner is the
     mask of some queries and all keys up to the last of them. Made once for all layers."""
     if query.dtype not in boundaries.edges:
-        longest = max(CUT_QUERIES, *boundaries.lengths)
+        longest = max(CUT_QUERIES, boundaries.longest)
         hidden = torch.full((CUT_QUERIES, longest), -torch.inf, dtype=query.dtype, device=query.device)
         boundaries.edges[query.dtype] = hidden.triu(longest - CUT_QUERIES + 1)
     return boundaries.edges[query.dtype]
@@ -308,13 +309,15 @@ def _band(num_queries: int, num_keys: int, window: int | None, device: torch.dev
     return seen if window is None else seen & (distance < window)
 
 
-def _choose_kernel(query: torch.Tensor, value: torch.Tensor, scoring: Scoring) -> Kernel:
+def _choose_kernel(
+    query: torch.Tensor, value: torch.Tensor, scoring: Scoring, *, has_flash_attn: bool | None = None
+) -> Kernel:
     """The variable-length kernels need CUDA, 16 bits, heads of at most 256 and one size for query and value."""
     plain = not scoring.needs_steps and scoring.dropout == 0 and scoring.backend is None
     capability = compute_capability(query)
     if capability is None or not (plain and query.element_size() == 2 and query.shape[-1] == value.shape[-1] <= 256):
         return "rows"
-    if query.is_cuda and _has_flash_attn():
+    if query.is_cuda and (_has_flash_attn() if has_flash_attn is None else has_flash_attn):
         return "flash_attn"
     return "varlen" if capability >= (8, 0) else "rows"
 
@@ -332,7 +335,7 @@ def _varlen(
     scoring: Scoring,
     boundaries: RowBoundaries,
 ) -> torch.Tensor:
-    longest, cumulative = max(boundaries.lengths), boundaries.cumulative
+    longest, cumulative = boundaries.longest, boundaries.cumulative
     accepted = _varlen_parameters()
     options: dict[str, Any] = {"scale": scoring.scaling}
     if "enable_gqa" in accepted:
@@ -360,7 +363,7 @@ def _flash_attn(
     scoring: Scoring,
     boundaries: RowBoundaries,
 ) -> torch.Tensor:
-    longest, cumulative = max(boundaries.lengths), boundaries.cumulative
+    longest, cumulative = boundaries.longest, boundaries.cumulative
     lengths = (cumulative, cumulative, longest, longest)
     window = (-1 if scoring.window is None else scoring.window - 1, 0)
     attend = importlib.import_module("flash_attn").flash_attn_varlen_func
@@ -395,10 +398,52 @@ def _register(attend: Callable[..., Any]) -> None:
         AttentionInterface.register(name, functools.partial(attend, backend=backend))
 
 
-def keep_out_of_compilation() -> None:
-    """From now on a compiled layer leaves its compiled code for attention, which would be compiled anew for every
-    set of row lengths."""
-    _register(torch.compiler.disable(rows_attention))
+def prepare_for_compilation() -> None:
+    """From now on a compiled layer has torch's variable-length kernel in its compiled code, to which row lengths are
+    data, and leaves that code for any other attention, which would be compiled anew for every set of row lengths."""
+    outside = torch.compiler.disable(rows_attention)
+    has_kernel = torch.cuda.is_available() and not _has_flash_attn() and "window_size" in _varlen_parameters()
+    _register(functools.partial(_attention_in_compiled_layer, outside, _varlen_attn()) if has_kernel else outside)
+
+
+def _attention_in_compiled_layer(
+    outside: Callable[..., Any],
+    varlen: Callable[..., torch.Tensor],
+    module: nn.Module,
+    query_BHSD: torch.Tensor,
+    key_BGSD: torch.Tensor,
+    value_BGSD: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    row_boundaries: RowBoundaries | None = None,
+    **options: Any,
+) -> tuple[torch.Tensor, None]:
+    given = {"scaling": scaling, "dropout": dropout, "sliding_window": sliding_window, "row_boundaries": row_boundaries}
+    parts = query_BHSD, key_BGSD, value_BGSD
+    is_plain = all(options.get(name) is None for name in ("softcap", "s_aux", "position_bias", "backend"))
+    scoring = Scoring(scaling, dropout, sliding_window, None, None, None)
+    if row_boundaries is None or row_boundaries.kernel is not None or not is_plain:
+        return cast(tuple[torch.Tensor, None], outside(module, *parts, attention_mask, **given, **options))
+    if torch.is_autocast_enabled("cuda"):
+        dtype = torch.get_autocast_dtype("cuda")
+        parts = query_BHSD.to(dtype), key_BGSD.to(dtype), value_BGSD.to(dtype)
+    if _choose_kernel(parts[0], parts[2], scoring, has_flash_attn=False) != "varlen":
+        return cast(tuple[torch.Tensor, None], outside(module, *parts, attention_mask, **given, **options))
+    query_THD, key_TGD, value_TGD = (part.squeeze(0).transpose(0, 1) for part in parts)
+    lengths = (row_boundaries.cumulative, row_boundaries.cumulative, row_boundaries.longest, row_boundaries.longest)
+    out_THD = varlen(
+        query_THD,
+        key_TGD,
+        value_TGD,
+        *lengths,
+        scale=scaling,
+        window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
+        enable_gqa=query_THD.shape[1] != key_TGD.shape[1],
+    )
+    return out_THD[None], None
 
 
 _register(rows_attention)

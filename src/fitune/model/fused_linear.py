@@ -1,0 +1,295 @@
+"""Linear layers under autocast in fewer kernels: those that share an input as one product, its gradients in float32.
+
+Autocast casts the input and the weight of each layer for itself, and rounds the gradient of each weight to 16 bits to
+cast it back. Here one cast and one product serve all layers of an input, and a product writes the gradient of their
+weights in float32. Only weights that are trained in float32 are concerned; other layers run as they are.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from types import MethodType
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn import functional
+
+from fitune.model import packed_attention as kernels
+from fitune.model.recompute import recomputable_layers
+
+_16_BIT = (torch.float16, torch.bfloat16)
+_ATTENTION, _MLP = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
+"""Linear layers of one module that are all given the module's input."""
+
+
+def fuse_linear_layers(model: nn.Module) -> None:
+    """In place."""
+    mlps: dict[type[nn.Module], Callable[..., Any] | None] = {}
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.forward = MethodType(_linear, module)  # type: ignore[method-assign]
+        is_attention, is_mlp = _has_linear(module, _ATTENTION), _has_linear(module, _MLP)
+        if is_attention:
+            _share_input(module)
+        if is_attention or is_mlp:
+            module.register_forward_pre_hook(_cast_input, with_kwargs=True)
+        if is_mlp:
+            if type(module) not in mlps:
+                mlps[type(module)] = _fused_mlp_of(module)
+            forward = mlps[type(module)]
+            if forward is not None:
+                module.__dict__["joined"] = _Joined([getattr(module, name) for name in _MLP])
+                module.forward = MethodType(forward, module)
+    for module in model.modules():
+        if type(module) is nn.Linear and "joined" not in module.__dict__:
+            module.__dict__["joined"] = _Joined([module])
+    _cast_weights_at_once(model)
+
+
+def _share_input(attention: nn.Module) -> None:
+    shared = _SharedInput([getattr(attention, name) for name in _ATTENTION])
+    for layer in shared.joined.layers:
+        layer.__dict__["shared_input"], layer.__dict__["joined"] = shared, shared.joined
+
+
+def _has_linear(module: nn.Module, names: Sequence[str]) -> bool:
+    return all(type(getattr(module, name, None)) is nn.Linear for name in names)
+
+
+class _Joined:
+    """Linear layers whose weights make one product. cast: the weights in 16 bits, where the model's forward has made
+    them for all of its layers."""
+
+    def __init__(self, layers: Sequence[nn.Linear]) -> None:
+        self.layers = layers
+        self.cast: Tensor | None = None
+
+    @property
+    def widths(self) -> list[int]:
+        return [layer.out_features for layer in self.layers]
+
+    def dtype_on(self, device: Tensor) -> torch.dtype | None:
+        """What autocast casts to on the device of that tensor; None where these layers run as they are: off a card, in
+        float32, without autocast, or with weights that are not trained or not in float32."""
+        kind = device.device.type
+        if kernels.compute_capability(device) is None or not torch.is_autocast_enabled(kind):
+            return None
+        dtype = torch.get_autocast_dtype(kind)
+        parameters = (each for layer in self.layers for each in (layer.weight, layer.bias) if each is not None)
+        trained = all(each.requires_grad and each.dtype == torch.float32 for each in parameters)
+        return dtype if trained and dtype in _16_BIT else None
+
+    def product(self, hidden: Tensor, dtype: torch.dtype) -> Tensor:
+        """[..., D] -> [..., F], F of all layers one after another."""
+        biases = [layer.bias for layer in self.layers if layer.bias is not None]
+        if biases and len(biases) < len(self.layers):  # zeros in the place of those that are missing
+            biases = [
+                layer.weight.new_zeros(layer.out_features) if layer.bias is None else layer.bias
+                for layer in self.layers
+            ]
+        parameters = [layer.weight for layer in self.layers] + biases
+        args = hidden.to(dtype), self.cast, len(self.layers), *parameters
+        return cast(Tensor, _JoinedProduct.apply(*args))  # type: ignore[no-untyped-call]
+
+
+def _linear(self: nn.Linear, hidden: Tensor) -> Tensor:
+    """[..., D] -> [..., F]."""
+    joined: _Joined = self.__dict__["joined"]
+    dtype = joined.dtype_on(hidden)
+    if dtype is None:
+        return functional.linear(hidden, self.weight, self.bias)
+    shared: _SharedInput | None = self.__dict__.get("shared_input")
+    if shared is not None:
+        return shared.product_of(self, hidden, dtype)
+    return (joined if joined.layers[0] is self else _Joined([self])).product(hidden, dtype)
+
+
+class _SharedInput:
+    """Query, key and value of one attention layer: the first that is called computes all three."""
+
+    def __init__(self, layers: Sequence[nn.Linear]) -> None:
+        self.joined = _Joined(layers)
+        self._hidden: Tensor | None = None
+        self._ready: list[Tensor | None] = []
+
+    def product_of(self, layer: nn.Linear, hidden: Tensor, dtype: torch.dtype) -> Tensor:
+        number = next(number for number, each in enumerate(self.joined.layers) if each is layer)
+        if self._hidden is not hidden or self._ready[number] is None:
+            *turned, value = self.joined.product(hidden, dtype).split(self.joined.widths, dim=-1)
+            # query and key are turned into new tensors; attention keeps the value, and with it all of the product
+            self._hidden, self._ready = hidden, [*turned, value.contiguous()]
+        product, self._ready[number] = cast(Tensor, self._ready[number]), None
+        if not any(each is not None for each in self._ready):
+            self.forget()
+        return product
+
+    def forget(self) -> None:
+        self._hidden, self._ready = None, []
+
+
+def _cast_weights_at_once(model: nn.Module) -> None:
+    """All layers that keep their weights in 16 bits for the backward have them made in a few launches, before the first
+    layer runs. A layer that is recomputed keeps none, and casts its own."""
+    layers = recomputable_layers(model)
+    holding = (module for module in model.modules() if any(_holds(child, layers) for child in module.children()))
+    body = next(holding, model)
+    shared = [each for module in model.modules() if (each := module.__dict__.get("shared_input")) is not None]
+    parts = [(layer, list(_joined_of(layer))) for layer in layers]
+
+    def begin(*_: Any) -> None:
+        if not torch.is_grad_enabled():
+            return
+        kept = [each for layer, of_layer in parts if not _is_recomputed(layer) for each in of_layer]
+        into: list[Tensor] = []
+        weights: list[Tensor] = []
+        for joined in kept:
+            first = joined.layers[0].weight
+            dtype = None if isinstance(first, DTensor) else joined.dtype_on(first)
+            if dtype is not None:
+                joined.cast = first.new_empty((sum(joined.widths), first.shape[1]), dtype=dtype)
+                into += joined.cast.split(joined.widths)
+                weights += [layer.weight for layer in joined.layers]
+        if weights:
+            with torch.no_grad():
+                torch._foreach_copy_(into, weights)
+
+    def end(*_: Any) -> None:
+        for _, of_layer in parts:
+            for joined in of_layer:
+                joined.cast = None
+        for each in shared:
+            each.forget()
+
+    body.register_forward_pre_hook(begin)
+    body.register_forward_hook(end, always_call=True)
+
+
+def _holds(module: nn.Module, layers: Sequence[nn.Module]) -> bool:
+    return isinstance(module, nn.ModuleList) and any(child is layers[0] for child in module) if layers else False
+
+
+def _joined_of(layer: nn.Module) -> Iterator["_Joined"]:
+    seen = set()
+    for module in layer.modules():
+        joined = module.__dict__.get("joined")
+        if joined is not None and id(joined) not in seen:
+            seen.add(id(joined))
+            yield joined
+
+
+def _is_recomputed(layer: nn.Module) -> bool:
+    return bool(layer.training and getattr(layer, "gradient_checkpointing", False))
+
+
+class _JoinedProduct(torch.autograd.Function):
+    """The product in 16 bits of one input with the weights, [F, D] in float32, of `num_layers` layers, after which
+    their biases follow or none. cast_FD: those weights in 16 bits, where they exist. The gradients of the weights are
+    written in float32 at once."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, cast_FD: Tensor | None, num_layers: int, *parameters: Tensor) -> Tensor:
+        weights, biases = parameters[:num_layers], parameters[num_layers:]
+        weight_FD = _join(weights, hidden.dtype) if cast_FD is None else cast_FD
+        ctx.save_for_backward(hidden, weight_FD)
+        ctx.widths = [weight.shape[0] for weight in weights]
+        ctx.has_bias = len(biases) > 0
+        return functional.linear(hidden, weight_FD, _join(biases, hidden.dtype) if biases else None)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight_FD = ctx.saved_tensors
+        grad_TF, hidden_TD = (each.reshape(-1, each.shape[-1]) for each in (*grad_outputs, hidden))
+        of_hidden = (grad_TF @ weight_FD).view(hidden.shape) if ctx.needs_input_grad[0] else None
+        of_weights = _float32_product(grad_TF.T, hidden_TD).split(ctx.widths)
+        of_biases = grad_TF.sum(0, dtype=torch.float32).split(ctx.widths) if ctx.has_bias else ()
+        return of_hidden, None, None, *of_weights, *of_biases
+
+
+def _join(parameters: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """One after another along their first dimension, cast."""
+    if len(parameters) == 1:
+        return parameters[0].to(dtype)
+    if torch.compiler.is_compiling():
+        return torch.cat(list(parameters)).to(dtype)
+    widths = [parameter.shape[0] for parameter in parameters]
+    joined = parameters[0].new_empty((sum(widths), *parameters[0].shape[1:]), dtype=dtype)
+    torch._foreach_copy_(list(joined.split(widths)), list(parameters))
+    return joined
+
+
+def _float32_product(first: Tensor, second: Tensor) -> Tensor:
+    """Of two matrices in 16 bits. CPUs have no such product."""
+    return torch.mm(first, second, out_dtype=torch.float32)
+
+
+def _cast_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Under autocast each linear layer would cast the module's input for itself, and each cast its gradient back."""
+    hidden = args[0] if args else kwargs.get("hidden_states")
+    if not isinstance(hidden, Tensor) or kernels.compute_capability(hidden) is None:
+        return args, kwargs
+    kind = hidden.device.type
+    if not torch.is_autocast_enabled(kind):
+        return args, kwargs
+    hidden = hidden.to(torch.get_autocast_dtype(kind))
+    return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})
+
+
+# ---- gated MLPs ------------------------------------------------------------------------------------------------------
+
+
+def _fused_mlp_of(module: nn.Module) -> Callable[..., Any] | None:
+    """A forward with one product for gate and up; None where the module's own is not seen, on random numbers, to be
+    down(silu(gate) * up)."""
+    if {*module._modules} != {*_MLP, "down_proj", "act_fn"} or not _has_linear(module, (*_MLP, "down_proj")):
+        return None
+    probe = object.__new__(type(module))
+    probe.__dict__.update(module.__dict__)
+    generator = torch.Generator("cpu").manual_seed(0)
+    layers = {name: nn.Linear(8, 8, bias=False, device="cpu") for name in (*_MLP, "down_proj")}
+    for layer in layers.values():
+        layer.weight.data.normal_(generator=generator)
+    probe._modules = {**layers, "act_fn": module._modules["act_fn"]}
+    hidden = torch.randn((4, 8), generator=generator, device="cpu")
+    with torch.no_grad():
+        gate, up = (layers[name](hidden) for name in _MLP)
+        expected = layers["down_proj"](functional.silu(gate) * up)
+        try:
+            if not torch.allclose(type(module).forward(probe, hidden), expected, rtol=1e-5, atol=1e-6):
+                return None
+        except Exception:  # an MLP of another kind
+            return None
+
+    def forward(self: Any, hidden: Tensor) -> Tensor:
+        layers: _Joined = self.__dict__["joined"]
+        dtype = layers.dtype_on(hidden)
+        if dtype is None:
+            return cast(Tensor, type(self).forward(self, hidden))
+        joined = layers.product(hidden, dtype)
+        if torch.compiler.is_compiling():
+            gate, up = joined.chunk(2, dim=-1)
+            return cast(Tensor, self.down_proj(functional.silu(gate) * up))
+        return cast(Tensor, self.down_proj(_GatedSilu.apply(joined)))  # type: ignore[no-untyped-call]
+
+    return forward
+
+
+class _GatedSilu(torch.autograd.Function):
+    """[..., 2 F], of which the first half is the gate -> [..., F]. The activated gate is computed again in the backward
+    instead of being kept, and both gradients are written into one tensor."""
+
+    @staticmethod
+    def forward(ctx: Any, joined: Tensor) -> Tensor:
+        ctx.save_for_backward(joined)
+        gate, up = joined.chunk(2, dim=-1)
+        return functional.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
+        (grad,) = grad_outputs
+        (joined,) = ctx.saved_tensors
+        gate, up = joined.chunk(2, dim=-1)
+        gradients = torch.empty_like(joined)
+        of_gate, of_up = gradients.chunk(2, dim=-1)
+        torch.mul(grad, functional.silu(gate), out=of_up)
+        torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=of_gate)
+        return gradients
