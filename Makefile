@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 REHEARSED := .venv-rehearsal
 ON_CARD := $(PYTHON) -m rehearsal.run
 
-.PHONY: install demo docs test test-gpu check bench rehearse rehearse-here rehearse-launches rehearsed-driver clean
+.PHONY: install demo docs test test-all test-gpu check bench rehearse rehearse-here rehearse-launches rehearsed-driver clean
 
 install: $(STAMP)
 
@@ -29,8 +29,14 @@ check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
 test: check
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(PYTEST) -m "not thorough"
+
+# The rest: full products of cases, and every page in both languages.
+test-all: test
+	$(PYTEST) -m thorough
 
 # On a machine with an NVIDIA card; skipped without one.
 test-gpu: install

@@ -55,7 +55,25 @@ def place(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page != READMES[1]], ids=page_name)
+def in_chinese(page: Path) -> bool:
+    return page.name.endswith(("_zh.md", ".zh.md"))
+
+
+def test_a_page_in_chinese_has_the_commands_of_the_english_one() -> None:
+    """So that these alone need be run; the others run in `make test-all`."""
+    pairs = [(page, page.with_name(page.name.replace(".zh.md", ".md"))) for page in PAGES if ".zh." in page.name]
+    different = {page.name: commands(page) for page, english in pairs if commands(page) != commands(english)}
+    assert different == {}
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, marks=pytest.mark.thorough if in_chinese(page) else (), id=page_name(page))
+        for page in PAGES
+        if page != READMES[1]
+    ],
+)
 def test_every_command_works_in_the_order_in_which_it_is_read(page: Path, place: Path) -> None:
     for block in [*blocks(page, "yaml"), *blocks(page, "yml")]:  # ours, and other tools'
         if match := re.match(r"# (\S+\.yaml)\n", block):

@@ -65,7 +65,14 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+#: The others run in `make test-all`.
+QUICK = ("full", "lora with dropout", "autocast", "in epochs", "a mixture with weights")
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(kind, id=name, marks=() if name in QUICK else pytest.mark.thorough) for name, kind in KINDS.items()],
+)
 def test_a_resumed_run_is_the_undisturbed_one_bit_for_bit(
     kind: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
