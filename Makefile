@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 REHEARSED := .venv-rehearsal
 ON_CARD := $(PYTHON) -m rehearsal.run
 
-.PHONY: install demo docs test test-all test-gpu check bench rehearse rehearse-here rehearse-launches rehearsed-driver clean
+.PHONY: install demo docs test test-all test-thorough test-gpu check bench rehearse rehearse-here rehearse-launches rehearsed-driver clean
 
 install: $(STAMP)
 
@@ -34,8 +34,10 @@ PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 test: check
 	$(PYTEST) -m "not thorough"
 
-# The rest: full products of cases, and every page in both languages.
-test-all: test
+test-all: test test-thorough
+
+# What `make test` leaves out: full products of cases, and the pages in their second language.
+test-thorough: install
 	$(PYTEST) -m thorough
 
 # On a machine with an NVIDIA card; skipped without one.

@@ -32,7 +32,7 @@ def combinations(
 
 
 def _covering_pairs(rows: Sequence[tuple[int, ...]]) -> set[tuple[int, ...]]:
-    """Choose rows that hold every pair of values of two columns, each time the one with the most pairs still missing."""
+    """Choose rows until every pair of values stands in one, each time the row with most missing pairs."""
     pairs = {row: set(pairs_of(enumerate(row), 2)) for row in rows}
     missing = set().union(*pairs.values())
     chosen = set()
