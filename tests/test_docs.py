@@ -59,13 +59,6 @@ def in_chinese(page: Path) -> bool:
     return page.name.endswith(("_zh.md", ".zh.md"))
 
 
-def test_a_page_in_chinese_has_the_commands_of_the_english_one() -> None:
-    """So that these alone need be run; the others run in `make test-all`."""
-    pairs = [(page, page.with_name(page.name.replace(".zh.md", ".md"))) for page in PAGES if ".zh." in page.name]
-    different = {page.name: commands(page) for page, english in pairs if commands(page) != commands(english)}
-    assert different == {}
-
-
 @pytest.mark.parametrize(
     "page",
     [
