@@ -46,7 +46,7 @@ def passes(config: RunConfig) -> list[Pass]:
 
 
 def are_same(one: Recording, other: Recording) -> bool:
-    return to_trace(one) == to_trace(other) and (one.work, one.silent) == (other.work, other.silent)
+    return to_trace(one) == to_trace(other) and (one.work, one.empty_rules) == (other.work, other.empty_rules)
 
 
 @pytest.mark.parametrize("target", [CudaTarget((8, 0)), None], ids=["card", "cpu"])

@@ -14,20 +14,20 @@ class Moment:
     birth: None for the deaths before the first birth. deaths: their bytes, ascending.
     """
 
-    birth: MemoryEvent | None
-    deaths: tuple[int, ...]
+    allocation: MemoryEvent | None
+    frees: tuple[int, ...]
 
     @property
     def sizes(self) -> tuple[int, tuple[int, ...]]:
-        return (self.birth.num_bytes if self.birth else 0), self.deaths
+        return (self.allocation.num_bytes if self.allocation else 0), self.frees
 
     def __str__(self) -> str:
         words = []
-        if self.birth is not None:
-            birth = self.birth
-            named = [f"step {birth.step} {birth.phase}", birth.op, birth.module]
-            words.append(f"+{birth.num_bytes:,} ({', '.join(word for word in named if word)})")
-        words += [f"-{num_bytes:,}" for num_bytes in self.deaths]
+        if self.allocation is not None:
+            allocation = self.allocation
+            named = [f"step {allocation.step} {allocation.phase}", allocation.op, allocation.module]
+            words.append(f"+{allocation.num_bytes:,} ({', '.join(word for word in named if word)})")
+        words += [f"-{num_bytes:,}" for num_bytes in self.frees]
         return ", ".join(words) or "nothing"
 
 
@@ -65,20 +65,22 @@ def num_births(trace: MemoryTrace) -> int:
 
 
 def _moments(trace: MemoryTrace) -> Iterator[Moment]:
-    birth: MemoryEvent | None = None
-    deaths: list[int] = []
+    allocation: MemoryEvent | None = None
+    frees: list[int] = []
     for event in trace.events:
         if event.step < 1 or event.num_bytes == 0:
             continue
         if event.num_bytes < 0:
-            deaths.append(-event.num_bytes)
+            frees.append(-event.num_bytes)
             continue
-        yield Moment(birth, tuple(sorted(deaths)))
-        birth, deaths = event, []
-    yield Moment(birth, tuple(sorted(deaths)))
+        yield Moment(allocation, tuple(sorted(frees)))
+        allocation, frees = event, []
+    yield Moment(allocation, tuple(sorted(frees)))
 
 
-def _around(moments: tuple[Moment, ...], index: int) -> tuple[Moment | None, Moment | None, Moment | None]:
+def _around(
+    moments: tuple[Moment, ...], index: int
+) -> tuple[Moment | None, Moment | None, Moment | None]:
     def at(position: int) -> Moment | None:
         return moments[position] if 0 <= position < len(moments) else None
 

@@ -16,8 +16,10 @@ def moved_bytes(func: Any, args: Any, outputs: tuple[torch.Tensor, ...]) -> int:
     if (own := _own_moved(func)) is not None:
         return own(args, outputs)
     sizes = {}
-    for tensor in (*_tensors(args), *outputs):
-        sizes[id(tensor)] = min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
+    for tensor in (*tensors_in(args), *outputs):
+        sizes[id(tensor)] = min(
+            tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes()
+        )
     return sum(sizes.values())
 
 
@@ -61,7 +63,11 @@ def _convolution_backward(args: Any, _: Any) -> int:
     fails where one is not."""
     gradient, source, weight = args[:3]
     transposed, asked = args[7], args[10]
-    return 2 * _size(source if transposed else gradient) * int(sum(asked[:2]) * math.prod(weight.shape[1:]))
+    return (
+        2
+        * _size(source if transposed else gradient)
+        * int(sum(asked[:2]) * math.prod(weight.shape[1:]))
+    )
 
 
 _OWN: dict[str, Callable[[Any, Any], int]] = {
@@ -89,7 +95,9 @@ def _added_to(source: int, *, copies: bool) -> Callable[[Any, Any], int]:
     """Places of the first argument are read, and written with what argument number `source` adds. copies: all of it
     first, to a result of its own."""
     copied = 2 if copies else 0
-    return lambda args, _: copied * bytes_of(args[0]) + bytes_of(args[1:]) + 2 * bytes_of(args[source])
+    return lambda args, _: (
+        copied * bytes_of(args[0]) + bytes_of(args[1:]) + 2 * bytes_of(args[source])
+    )
 
 
 def _updated(num_states: int) -> Callable[[Any, Any], int]:
@@ -99,16 +107,30 @@ def _updated(num_states: int) -> Callable[[Any, Any], int]:
 
 _MOVED: dict[str, Callable[[Any, Any], int]] = {
     **dict.fromkeys(
-        ("aten::zeros_like", "aten::ones_like", "aten::full_like", "aten::new_zeros", "aten::new_ones"),
+        (
+            "aten::zeros_like",
+            "aten::ones_like",
+            "aten::full_like",
+            "aten::new_zeros",
+            "aten::new_ones",
+        ),
         lambda _, outputs: bytes_of(outputs),
     ),
-    **dict.fromkeys(("aten::empty_like", "aten::new_empty", "aten::new_empty_strided"), lambda _, __: 0),
-    **dict.fromkeys(("aten::embedding", "aten::gather", "aten::index_select", "aten::index"), _looked_up),
+    **dict.fromkeys(
+        ("aten::empty_like", "aten::new_empty", "aten::new_empty_strided"), lambda _, __: 0
+    ),
+    **dict.fromkeys(
+        ("aten::embedding", "aten::gather", "aten::index_select", "aten::index"), _looked_up
+    ),
     "aten::_fused_adamw_": _updated(2),
     "aten::_fused_sgd_": _updated(1),
     "aten::nll_loss_forward": lambda args, _: 2 * bytes_of(args[1]),
-    "aten::nll_loss_backward": lambda args, outputs: bytes_of(outputs) + 2 * bytes_of(args[2]),  # zeros, mostly
-    "aten::embedding_dense_backward": lambda args, outputs: bytes_of(outputs) + 3 * bytes_of(args[:2]),
+    "aten::nll_loss_backward": lambda args, outputs: (
+        bytes_of(outputs) + 2 * bytes_of(args[2])
+    ),  # zeros, mostly
+    "aten::embedding_dense_backward": lambda args, outputs: (
+        bytes_of(outputs) + 3 * bytes_of(args[:2])
+    ),
     "aten::scatter_": _added_to(3, copies=False),
     "aten::scatter_add_": _added_to(3, copies=False),
     "aten::scatter_add": _added_to(3, copies=True),
@@ -131,12 +153,15 @@ def _flop_formulas(func: Any) -> tuple[Callable[[Any, Any], int] | None, Any]:
 
 
 def bytes_of(tree: Any) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in _tensors(tree))
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors_in(tree))
 
 
-def _tensors(tree: Any) -> Iterator[torch.Tensor]:
+def tensors_in(tree: Any) -> Iterator[torch.Tensor]:
     if isinstance(tree, torch.Tensor):
         yield tree
     elif isinstance(tree, (list, tuple)):
         for item in tree:
-            yield from _tensors(item)
+            yield from tensors_in(item)
+    elif isinstance(tree, dict):
+        for item in tree.values():
+            yield from tensors_in(item)

@@ -30,7 +30,8 @@ from fitune.step.optimizer_state import create_state
 from fitune.step.work import train_step
 from fitune.trace.cuda_target import CudaTarget
 from fitune.trace.events import MemoryTrace, OperatorWork
-from fitune.trace.extrapolate import NUM_RECORDED_CHUNKS, Rows
+from fitune.trace.interpolate import SampleCounts
+from fitune.trace.loop_iterations import NUM_RECORDED_CHUNKS
 from fitune.trace.patience import Patience
 from fitune.trace.record import RecordedModel, RecordSettings, Step
 from fitune.trace.recorder import Recorder
@@ -89,7 +90,9 @@ def target_precision(config: RunConfig, target: CudaTarget | None) -> Precision:
     return resolve_precision(config.model, "cuda", target.compute_capability >= FIRST_BFLOAT16)
 
 
-def longest_rows(config: RunConfig, *, num_rows: int, row_tokens: int | None = None) -> tuple[tuple[int, int], ...]:
+def longest_rows(
+    config: RunConfig, *, num_rows: int, row_tokens: int | None = None
+) -> tuple[tuple[int, int], ...]:
     """Rows as long as they can be, every token supervised that can be: the heaviest batch there is."""
     length = row_tokens or config.data.max_length
     return ((length, length - 1),) * num_rows
@@ -148,17 +151,21 @@ def model_for(
     def build() -> nn.Module:
         where = torch.device("meta" if mode == "fake" else "cpu")
         seed = config.train.seed
-        model: nn.Module = load_model(config.model, where, precision=precision, seed=seed, config=architecture)
+        model: nn.Module = load_model(
+            config.model, where, precision=precision, seed=seed, config=architecture
+        )
         return model
 
-    def ask(model: Any) -> Packing:
+    def prepare(model: Any) -> Packing:
         packing = choose_packing(model, config)
         if mode == "fake" and not packing[0] and config.loss != "full":
-            two_logits(model)  # `assemble` asks for them where there is data, and cuBLAS' workspace stays from then on
+            two_logits(
+                model
+            )  # `assemble` asks for them where there is data, and cuBLAS' workspace stays from then on
         return packing
 
     settings = RecordSettings(mode=mode, target=target, routing=config.memory.routing)
-    return RecordedModel(build, settings, prepare=ask, shapes=shapes, patience=patience)
+    return RecordedModel(build, settings, prepare=prepare, shapes=shapes, patience=patience)
 
 
 def record_columns_of_step(
@@ -179,10 +186,14 @@ def record_columns_of_step(
     recorders: list[Recorder] = []
     evaluates = False
     # laid out before the recording, whose tensors have no data, both ways: whether it packs the model tells later
-    laid_out = {packed: _lay_out(config, passes, device=device, packed=packed) for packed in (True, False)}
+    laid_out = {
+        packed: _lay_out(config, passes, device=device, packed=packed) for packed in (True, False)
+    }
 
     def loop(model: Any, here: torch.device) -> Step:
-        setup = assemble(model, config, device=device, precision=precision, packing=recorded.prepared)
+        setup = assemble(
+            model, config, device=device, precision=precision, packing=recorded.prepared
+        )
         num_parameters, num_trainable_parameters = count_parameters(model)
         facts.append(
             {
@@ -194,23 +205,31 @@ def record_columns_of_step(
                 "notes": setup.notes,
             }
         )
-        remaining = iter(laid_out[setup.layout.packed])
+        remaining_steps = iter(laid_out[setup.layout.packed])
 
         def step() -> None:
             nonlocal evaluates
-            kind, micro_batches = next(remaining)
+            kind, micro_batches = next(remaining_steps)
             evaluates = kind == "eval"
             if kind == "state":
-                with recorders[0].making_state():
+                with recorders[0].creating_state():
                     create_state(setup.optimizer)
                     if setup.scaler is not None:
-                        setup.scaler.scale(torch.zeros((), device=here))  # in a run the trial before the first step
+                        setup.scaler.scale(
+                            torch.zeros((), device=here)
+                        )  # in a run the trial before the first step
                 if target is not None:
                     recorders[0].empty_cache()  # a run gives back what it tried out so far
             elif evaluates:
                 evaluate(model, micro_batches, settings=setup.settings)
             else:
-                train_step(model, setup.optimizer, micro_batches, settings=setup.settings, scaler=setup.scaler)
+                train_step(
+                    model,
+                    setup.optimizer,
+                    micro_batches,
+                    settings=setup.settings,
+                    scaler=setup.scaler,
+                )
 
         return step
 
@@ -230,34 +249,36 @@ def record_columns_of_step(
 
         with (
             patch.object(loss, "_chunks", chunks_of),
-            patch.object(_OnHost, "told", recorder.begin_micro_batch),
+            patch.object(_OnHost, "notify", recorder.begin_micro_batch),
             patch.object(_OnHost, "is_joined", target is not None),
         ):
             yield
 
-    with _older_objects_set_aside():
+    with _existing_objects_frozen():
         recording = recorded.record(loop, num_steps=len(passes), watch=name_chunks)
     return ColumnsOfStep(
         recording=recording,
-        evaluation_step=next((i for i, each in enumerate(passes, start=1) if each.kind == "eval"), None),
+        evaluation_step=next(
+            (i for i, each in enumerate(passes, start=1) if each.kind == "eval"), None
+        ),
         precision=precision,
         **facts[0],
     )
 
 
 @dataclass(frozen=True)
-class Counts:
+class StepShape:
     """Of the micro-batches that are recorded. rows: by step. num_chunks: by loop over the loss's chunks. structure:
     what else is equal where two recordings have the same structure."""
 
-    rows: Rows
+    sizes: SampleCounts
     num_chunks: Mapping[str, int]
     structure: tuple[object, ...]
 
 
-def count_rows(
+def shape_of_step(
     config: RunConfig, passes: Sequence[Pass], columns: ColumnsOfStep, *, device: torch.device
-) -> Counts | None:
+) -> StepShape | None:
     """Of such passes, laid out as those of `columns`. None where the loss has another number of chunks from one
     micro-batch to the next."""
     by_step: dict[int, int] = {}
@@ -280,11 +301,15 @@ def count_rows(
         return None
     of_loop = {loop: next(iter(found)) for loop, found in chunks.items()}
     structure += [(loop, min(number, NUM_RECORDED_CHUNKS)) for loop, (number, _) in of_loop.items()]
-    counted = Rows(by_step, {loop: last for loop, (_, last) in of_loop.items()})
-    return Counts(counted, {loop: number for loop, (number, _) in of_loop.items()}, tuple(structure))
+    counted = SampleCounts(by_step, {loop: last for loop, (_, last) in of_loop.items()})
+    return StepShape(
+        counted, {loop: number for loop, (number, _) in of_loop.items()}, tuple(structure)
+    )
 
 
-def first_rows(config: RunConfig, each: Pass, *, device: torch.device, packed: bool) -> list[tuple[int, int]]:
+def first_rows(
+    config: RunConfig, each: Pass, *, device: torch.device, packed: bool
+) -> list[tuple[int, int]]:
     """(length, supervised tokens) of those of the first micro-batch."""
     ((first, *_),) = _group(config, [each], device=device, packed=packed)
     return [each.rows[row.row_id] for row in first]
@@ -305,14 +330,18 @@ def _group(
     config: RunConfig, passes: Sequence[Pass], *, device: torch.device, packed: bool
 ) -> Iterator[list[list[Row]]]:
     """The rows of these micro-batches."""
-    layouts = dict(zip(("train", "eval"), choose_layouts(config, device, packed=packed), strict=True))
+    layouts = dict(
+        zip(("train", "eval"), choose_layouts(config, device, packed=packed), strict=True)
+    )
     for each in passes:
         if each.kind == "state":
             yield []
             continue
         batch = Batch(tuple(_row(number, *size) for number, size in enumerate(each.rows)))
         groups = layouts[each.kind].group(batch)
-        positions = [sum(map(len, rows)) if packed else len(rows) * max(map(len, rows)) for rows in groups]
+        positions = [
+            sum(map(len, rows)) if packed else len(rows) * max(map(len, rows)) for rows in groups
+        ]
         largest = sorted(range(len(groups)), key=lambda i: -positions[i])[: each.most_micro_batches]
         yield [groups[number] for number in sorted(largest)]
 
@@ -331,7 +360,7 @@ def _row(number: int, length: int, num_supervised: int) -> Row:
 
 
 @contextmanager
-def _older_objects_set_aside() -> Iterator[None]:
+def _existing_objects_frozen() -> Iterator[None]:
     """What exists already is of no matter to the collections between steps, which would spend most of their time on
     it."""
     gc.freeze()
@@ -346,12 +375,14 @@ class _OnHost(MicroBatch):
     told: that it begins. whole: as `joined` gives it, made before the recording. is_joined: whether that is copied, as
     to a card."""
 
-    told: ClassVar[Callable[[], None]] = staticmethod(lambda: None)
+    notify: ClassVar[Callable[[], None]] = staticmethod(lambda: None)
     is_joined: ClassVar[bool] = False
     whole: torch.Tensor
 
     def to(self, device: torch.device) -> Self:
-        type(self).told()
+        type(self).notify()
         if type(self).is_joined:
             return self.views_of(self.whole.to(device, copy=True))
-        return replace(self, **{name: getattr(self, name).to(device, copy=True) for name in TENSORS})
+        return replace(
+            self, **{name: getattr(self, name).to(device, copy=True) for name in TENSORS}
+        )

@@ -35,7 +35,8 @@ from fitune.trace.failures import explained
 from fitune.trace.flash_package import flash_package
 from fitune.trace.idle_card import cuda_answers
 from fitune.trace.patience import Patience
-from fitune.trace.recorder import Recorder, Savepoint
+from fitune.trace.recorded_storage import Savepoint
+from fitune.trace.recorder import Recorder
 from fitune.trace.recording import Recording, to_trace
 from fitune.trace.shape_cache import ShapeMemory
 
@@ -57,7 +58,9 @@ class RecordSettings:
     routing: Routing = "balanced"
 
 
-def record_loop(build: Build, loop: Loop, settings: RecordSettings = RecordSettings()) -> MemoryTrace:
+def record_loop(
+    build: Build, loop: Loop, settings: RecordSettings = RecordSettings()
+) -> MemoryTrace:
     """The events of a training loop, as `record_columns` says."""
     return to_trace(record_columns(build, loop, settings))
 
@@ -87,7 +90,9 @@ class RecordedModel:
         patience: Patience | None = None,
     ) -> None:
         if settings.mode == "real" and settings.target is not None:
-            raise UsageError("a recording on real CPU tensors cannot behave as CUDA: use mode='fake' or target=None")
+            raise UsageError(
+                "a recording on real CPU tensors cannot behave as CUDA: use mode='fake' or target=None"
+            )
         self._build, self._settings, self._prepare = build, settings, prepare
         self._shapes = shapes or ShapeMemory()
         self._patience = patience or Patience()
@@ -109,25 +114,31 @@ class RecordedModel:
             stack.enter_context(interrupts_heard())
             stack.enter_context(states_kept())
             if target is None:
-                stack.enter_context(_names_no_card())
+                stack.enter_context(_explain_cuda_errors())
                 stack.enter_context(NoCard())
-            stack.enter_context(patch.object(torch.inference_mode, "__enter__", _enter_without_gradients))
+            stack.enter_context(
+                patch.object(torch.inference_mode, "__enter__", _enter_without_gradients)
+            )
             if target is not None:
                 stack.enter_context(cuda_behaviour(target))
                 stack.enter_context(flash_package(target))
                 stack.enter_context(cuda_answers(target))
-            compiled = stack.enter_context(_compilation_left_out())
-            known = self._parts if self._parts is not None and self._parts.go_back() else None
-            self._parts = None  # until all went well; an old model is gone before there is a new one
+            compiled = stack.enter_context(_without_compilation())
+            known = self._parts if self._parts is not None and self._parts.restore() else None
+            self._parts = (
+                None  # until all went well; an old model is gone before there is a new one
+            )
             parts = known or self._new_parts()
             if parts.mode is not None:
-                stack.enter_context(_as_real_tensors(checks_indices=target is None))
+                stack.enter_context(_fake_tensors_pass_as_real(checks_indices=target is None))
                 stack.enter_context(as_real())
-                stack.enter_context(torch.random.fork_rng(devices=[]))  # what is drawn on the host is drawn for real
+                stack.enter_context(
+                    torch.random.fork_rng(devices=[])
+                )  # what is drawn on the host is drawn for real
                 self._shapes.serve(stack.enter_context(parts.mode))
             if known is None:
                 if parts.mode is not None:
-                    _pack(parts.model)
+                    _replace_bitsandbytes_layers(parts.model)
                     fill(parts.model)
                 parts.recorder.load(parts.model)
             stack.enter_context(parts.recorder.hooks())
@@ -136,13 +147,15 @@ class RecordedModel:
                 stack.enter_context(card_stands_in(parts.recorder))
             if known is None:
                 self.prepared = None if self._prepare is None else self._prepare(parts.model)
-                parts.remember()
+                parts.save()
             if watch is not None:
                 stack.enter_context(watch(parts.recorder))
             with self._explained("setting the loop up", parts):
                 step = loop(parts.model, CARD)
             if not callable(step):
-                raise UsageError(f"loop(model, device) must return a function that does one step, not {step!r}")
+                raise UsageError(
+                    f"loop(model, device) must return a function that does one step, not {step!r}"
+                )
             parts.recorder.load(parts.model)
             for number in range(1, num_steps + 1):
                 gc.collect()
@@ -153,14 +166,20 @@ class RecordedModel:
             # real tensors ask for no routing
             assumed = parts.assumptions.used if parts.mode is None else parts.assumptions.lines()
             notes = [COMPILED] if compiled or _is_compiled(parts.model) else []
-            recording = parts.recorder.recording((*_describe(self._settings, num_steps), *assumed, *notes))
+            recording = parts.recorder.recording(
+                (*_describe(self._settings, num_steps), *assumed, *notes)
+            )
             del step
             gc.collect()  # what the loop made is of no next one
             self._parts = parts
             return recording
 
     def _explained(self, doing: str, parts: "_Parts") -> AbstractContextManager[None]:
-        return explained(doing, lambda: bool(parts.assumptions.used)) if parts.mode is not None else nullcontext()
+        return (
+            explained(doing, lambda: bool(parts.assumptions.used))
+            if parts.mode is not None
+            else nullcontext()
+        )
 
     def _new_parts(self) -> "_Parts":
         assumptions = Assumptions(self._settings.routing, self._shapes, self._patience)
@@ -181,28 +200,29 @@ class _Parts:
     assumptions: Assumptions
     recorder: Recorder
     mode: FakeTensorMode | None
-    mark: Savepoint | None = None
+    savepoint: Savepoint | None = None
     used: dict[str, None] = field(default_factory=dict)
 
-    def remember(self) -> None:
+    def save(self) -> None:
         """What is so now is so before each loop."""
-        self.mark, self.used = self.recorder.mark(), dict(self.assumptions.used)
+        self.savepoint, self.used = self.recorder.savepoint(), dict(self.assumptions.used)
 
-    def go_back(self) -> bool:
+    def restore(self) -> bool:
         """False where a loop has left something, or changed the model."""
         for parameter in self.model.parameters():
             parameter.grad = None
         self.assumptions.used = dict(self.used)
-        return self.mark is not None and self.recorder.back_to(self.mark)
+        return self.savepoint is not None and self.recorder.restore(self.savepoint)
 
 
-def _pack(model: nn.Module) -> None:
+def _replace_bitsandbytes_layers(model: nn.Module) -> None:
     """Layers of bitsandbytes pack their weight when it comes to the card; here they are replaced by what is packed."""
     layers = [
         (parent, name, child)
         for parent in model.modules()
         for name, child in parent.named_children()
-        if type(child).__module__.startswith("bitsandbytes") and type(child).__name__ in ("Linear4bit", "LinearNF4")
+        if type(child).__module__.startswith("bitsandbytes")
+        and type(child).__name__ in ("Linear4bit", "LinearNF4")
     ]
     _refuse_other_quantisation(model)
     if not layers:
@@ -214,7 +234,9 @@ def _pack(model: nn.Module) -> None:
         kind, is_double = weight.quant_type, weight.compress_statistics
         if kind != "nf4" or not is_double:
             found = f"{kind}, {'double' if is_double else 'single'} quantisation"
-            raise UsageError(f"4-bit layers are predicted for nf4 with double quantisation, but {name} has {found}")
+            raise UsageError(
+                f"4-bit layers are predicted for nf4 with double quantisation, but {name} has {found}"
+            )
         with torch.device("meta"):
             setattr(parent, name, NF4Linear(cast(nn.Linear, child)))
     share_tables(model)
@@ -225,7 +247,10 @@ def _refuse_other_quantisation(model: nn.Module) -> None:
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
         kind = type(module).__name__
-        if type(weight).__name__ in ("Int8Params", "Params4bit") and kind not in ("Linear4bit", "LinearNF4"):
+        if type(weight).__name__ in ("Int8Params", "Params4bit") and kind not in (
+            "Linear4bit",
+            "LinearNF4",
+        ):
             raise UsageError(
                 f"{name} is a {kind} of bitsandbytes, which is not predicted: use 4-bit layers (nf4, double "
                 "quantisation), or leave the layer as it is, which needs more"
@@ -235,27 +260,35 @@ def _refuse_other_quantisation(model: nn.Module) -> None:
 def fill(model: nn.Module) -> None:
     """Puts the model's meta tensors on the CPU, in place: parameters, buffers and plain attributes. Inside
     FakeTensorMode they become fake. What was shared stays shared, and a slice of a larger tensor holds all of it."""
-    made: dict[int, torch.Tensor] = {}
-    wholes: dict[int, torch.Tensor] = {}
+    replaced: dict[int, torch.Tensor] = {}
+    full_storages: dict[int, torch.Tensor] = {}
 
     def on_cpu(tensor: torch.Tensor) -> torch.Tensor:
-        if id(tensor) not in made:
+        if id(tensor) not in replaced:
             storage = tensor.untyped_storage()
             if storage.nbytes() <= tensor.numel() * tensor.element_size():
-                empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+                replacement = torch.empty_strided(
+                    tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu"
+                )
             else:
-                if storage._cdata not in wholes:
-                    wholes[storage._cdata] = torch.empty(storage.nbytes(), dtype=torch.uint8, device="cpu")
-                whole = wholes[storage._cdata].view(tensor.dtype)
-                empty = whole.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+                if storage._cdata not in full_storages:
+                    full_storages[storage._cdata] = torch.empty(
+                        storage.nbytes(), dtype=torch.uint8, device="cpu"
+                    )
+                full_storage = full_storages[storage._cdata].view(tensor.dtype)
+                replacement = full_storage.as_strided(
+                    tensor.shape, tensor.stride(), tensor.storage_offset()
+                )
             if isinstance(tensor, nn.Parameter):
-                empty = nn.Parameter(empty, requires_grad=tensor.requires_grad)
-            made[id(tensor)] = empty
-        return made[id(tensor)]
+                replacement = nn.Parameter(replacement, requires_grad=tensor.requires_grad)
+            replaced[id(tensor)] = replacement
+        return replaced[id(tensor)]
 
     keep = list(model.parameters()) + list(model.buffers())  # ids stay unique while these live
     for module in model.modules():
-        for tensors in cast(tuple[dict[str, Any], ...], (module._parameters, module._buffers, module.__dict__)):
+        for tensors in cast(
+            tuple[dict[str, Any], ...], (module._parameters, module._buffers, module.__dict__)
+        ):
             for name, tensor in tensors.items():
                 if isinstance(tensor, torch.Tensor):
                     tensors[name] = on_cpu(tensor)
@@ -263,38 +296,43 @@ def fill(model: nn.Module) -> None:
 
 
 @contextmanager
-def _compilation_left_out() -> Iterator[list[Any]]:
+def _without_compilation() -> Iterator[list[Any]]:
     """torch.compile and Module.compile leave what they are given as it is, and what was compiled before runs as it was
     written; each is put into the list."""
-    left_out: list[Any] = []
+    ignored: list[Any] = []
 
     def compile_function(function: Any = None, **_: Any) -> Any:
         if function is None:
             return compile_function
-        left_out.append(function)
+        ignored.append(function)
         return function
 
     def compile_module(module: nn.Module, *_: Any, **__: Any) -> None:
-        left_out.append(module)
+        ignored.append(module)
 
-    def as_written(callback: Any) -> Any:
+    def uncompiled(callback: Any) -> Any:
         if callback not in (None, False):
-            left_out.append(callback)
+            ignored.append(callback)
         return None
 
     with ExitStack() as stack:
         stack.enter_context(patch.object(torch, "compile", compile_function))
         stack.enter_context(patch.object(nn.Module, "compile", compile_module))
         if (frames := sys.modules.get("torch._dynamo.eval_frame")) is not None:
-            stack.enter_context(patch.object(frames, "_callback_from_stance", as_written))
+            stack.enter_context(patch.object(frames, "_callback_from_stance", uncompiled))
             # 0: nobody counts what fullgraph=True compiles
-            stack.enter_context(patch.object(frames, "set_fullgraph_compiled_frame_count", lambda _: 0, create=True))
-        yield left_out
+            stack.enter_context(
+                patch.object(frames, "set_fullgraph_compiled_frame_count", lambda _: 0, create=True)
+            )
+        yield ignored
 
 
 def _is_compiled(model: nn.Module) -> bool:
     """Whether a part was compiled when it was built."""
-    return any(module._compiled_call_impl is not None or hasattr(module, "_orig_mod") for module in model.modules())
+    return any(
+        module._compiled_call_impl is not None or hasattr(module, "_orig_mod")
+        for module in model.modules()
+    )
 
 
 def _describe(settings: RecordSettings, num_steps: int) -> Iterator[str]:
@@ -323,14 +361,16 @@ def _collected_at_step_ends() -> Iterator[None]:
 
 
 @contextmanager
-def _names_no_card() -> Iterator[None]:
+def _explain_cuda_errors() -> Iterator[None]:
     try:
         yield
     except FituneError:
         raise
     except Exception as error:
-        asks_card = place_of(error).startswith("torch/cuda/") or "dummy base class" in str(error)
-        if not asks_card and re.search(r"\bcuda\b", str(error), re.IGNORECASE) is None:
+        is_about_cuda = place_of(error).startswith("torch/cuda/") or "dummy base class" in str(
+            error
+        )
+        if not is_about_cuda and re.search(r"\bcuda\b", str(error), re.IGNORECASE) is None:
             raise
         raise UsageError(f"{NAMES_CUDA} ({cause_of(error)})") from error
 
@@ -342,7 +382,7 @@ def _enter_without_gradients(mode: Any) -> None:
 
 
 @contextmanager
-def _as_real_tensors(*, checks_indices: bool) -> Iterator[None]:
+def _fake_tensors_pass_as_real(*, checks_indices: bool) -> Iterator[None]:
     """Fake tensors stand for real ones: the paths that PyTorch and transformers keep for compilers stay closed, and a
     module converts its parameters in place (`Module._apply` swaps fake ones, which fails while anything refers to
     them)."""
@@ -354,7 +394,9 @@ def _as_real_tensors(*, checks_indices: bool) -> Iterator[None]:
             module = import_module(name)
             types = [*module._foreach_supported_types, FakeTensor]
             stack.enter_context(patch.object(module, "_foreach_supported_types", types))
-        stack.enter_context(patch.object(transformers.utils.import_utils, "is_fake_tensor", lambda _: False))
+        stack.enter_context(
+            patch.object(transformers.utils.import_utils, "is_fake_tensor", lambda _: False)
+        )
         stack.enter_context(patch.object(nn.Module, "_apply", _convert_in_place))
         yield
 

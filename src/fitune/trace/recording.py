@@ -32,8 +32,17 @@ from fitune.trace.events import (
 
 Integers = npt.NDArray[np.int64]
 NEVER = -1
-COLUMNS = ("num_bytes", "label", "loop", "turn", "dies_after", "death_loop", "death_turn", "rule")
-_TURN = re.compile(r"(?:^|\.)(\d+)(?=\.|$)")
+COLUMNS = (
+    "num_bytes",
+    "label",
+    "loop",
+    "iteration",
+    "freed_after",
+    "free_loop",
+    "free_iteration",
+    "rule",
+)
+_ITERATION = re.compile(r"(?:^|\.)(\d+)(?=\.|$)")
 
 
 class Where(NamedTuple):
@@ -55,15 +64,15 @@ class Rule(NamedTuple):
     total: int
 
 
-class Birth(NamedTuple):
+class RecordedAllocation(NamedTuple):
     """dies_after: the place in the order of births of the last one before its death, or NEVER."""
 
     num_bytes: int
     category: Category
     where: Where
     op: str
-    dies_after: int
-    death: Where | None
+    freed_after: int
+    freed_at: Where | None
     rule: Rule | None = None
 
 
@@ -74,7 +83,7 @@ class TraceWork(NamedTuple):
     step: int
     micro_batch: int
     loop: str
-    turn: int
+    iteration: int
     op: str
     dtype: str
     num_calls: int
@@ -96,7 +105,7 @@ class Label(NamedTuple):
     category: Category
     where: Where
     op: str
-    death: Where | None
+    freed_at: Where | None
 
 
 @dataclass(frozen=True)
@@ -112,12 +121,12 @@ class Recording:
     num_bytes: Integers
     label: Integers
     loop: Integers
-    turn: Integers
-    dies_after: Integers
-    death_loop: Integers
-    death_turn: Integers
+    iteration: Integers
+    freed_after: Integers
+    free_loop: Integers
+    free_iteration: Integers
     rule: Integers
-    silent: tuple[tuple[int, Rule], ...]
+    empty_rules: tuple[tuple[int, Rule], ...]
     work: tuple[TraceWork, ...]
     source: tuple[str, ...]
 
@@ -125,10 +134,10 @@ class Recording:
         return len(self.num_bytes)
 
 
-def split_turn(module: str) -> tuple[str, int, str]:
+def split_iteration(module: str) -> tuple[str, int, str]:
     """(the module with {} for its turn, the turn, the loop): the first number in the path counts the turns; ('', -1)
     for a module outside of loops."""
-    found = _TURN.search(module)
+    found = _ITERATION.search(module)
     if found is None:
         return module, -1, ""
     start, end = found.span(1)
@@ -136,45 +145,47 @@ def split_turn(module: str) -> tuple[str, int, str]:
 
 
 def make_recording(
-    births: Iterable[Birth],
+    allocations: Iterable[RecordedAllocation],
     work: Iterable[TraceWork],
     *,
-    silent: Iterable[tuple[int, Rule]] = (),
+    empty_rules: Iterable[tuple[int, Rule]] = (),
     source: Sequence[str] = (),
 ) -> Recording:
     labels: dict[Label, int] = {}
     loops: dict[str, int] = {"": -1}
     rules: dict[Rule, int] = {}
-    rows: list[tuple[int, ...]] = []
-    split: dict[str, tuple[str, int, int]] = {}
+    table: list[tuple[int, ...]] = []
+    known: dict[str, tuple[str, int, int]] = {}
 
     def place(module: str) -> tuple[str, int, int]:
-        if module not in split:
-            template, turn, loop = split_turn(module)
-            split[module] = template, turn, loops.setdefault(loop, len(loops) - 1)
-        return split[module]
+        if module not in known:
+            template, iteration, loop = split_iteration(module)
+            known[module] = template, iteration, loops.setdefault(loop, len(loops) - 1)
+        return known[module]
 
-    for birth in births:
-        module, turn, loop = place(birth.where.module)
-        death, death_turn, death_loop = birth.death, -1, -1
-        if death is not None:
-            death_module, death_turn, death_loop = place(death.module)
-            death = death._replace(module=death_module)
-        label = Label(birth.category, birth.where._replace(module=module), birth.op, death)
-        rule = -1 if birth.rule is None else rules.setdefault(birth.rule, len(rules))
-        rows.append(
+    for allocation in allocations:
+        module, iteration, loop = place(allocation.where.module)
+        freed_at, free_iteration, free_loop = allocation.freed_at, -1, -1
+        if freed_at is not None:
+            free_module, free_iteration, free_loop = place(freed_at.module)
+            freed_at = freed_at._replace(module=free_module)
+        label = Label(
+            allocation.category, allocation.where._replace(module=module), allocation.op, freed_at
+        )
+        rule = -1 if allocation.rule is None else rules.setdefault(allocation.rule, len(rules))
+        table.append(
             (
-                *(birth.num_bytes, labels.setdefault(label, len(labels)), loop, turn),
-                *(birth.dies_after, death_loop, death_turn, rule),
+                *(allocation.num_bytes, labels.setdefault(label, len(labels)), loop, iteration),
+                *(allocation.freed_after, free_loop, free_iteration, rule),
             )
         )
-    columns = np.array(rows, dtype=np.int64).reshape(-1, len(COLUMNS)).T
+    columns = np.array(table, dtype=np.int64).reshape(-1, len(COLUMNS)).T
     return Recording(
         labels=tuple(labels),
         loops=tuple(loops)[1:],
         rules=tuple(rules),
         **dict(zip(COLUMNS, columns, strict=True)),
-        silent=tuple(dict.fromkeys(silent)),
+        empty_rules=tuple(dict.fromkeys(empty_rules)),
         work=tuple(work),
         source=tuple(source),
     )
@@ -201,46 +212,55 @@ class RecordedEvents(Sequence[MemoryEvent]):
 
     def __init__(self, recording: Recording) -> None:
         self._recording = recording
-        births = np.arange(len(recording))
-        dying = np.flatnonzero(recording.dies_after != NEVER)
+        allocations = np.arange(len(recording))
+        freed = np.flatnonzero(recording.freed_after != NEVER)
         # a birth stands at twice its number, what dies after it behind it
-        at = np.concatenate([2 * births, 2 * recording.dies_after[dying] + 1])
+        at = np.concatenate([2 * allocations, 2 * recording.freed_after[freed] + 1])
         order = np.argsort(at, kind="stable")
-        self._birth = np.concatenate([births, dying])[order]
-        self._dies = (np.arange(len(at)) >= len(births))[order]
-        born = recording.num_bytes > 0
-        self._storage = np.cumsum(born) * born
+        self._allocation = np.concatenate([allocations, freed])[order]
+        self._is_free = (np.arange(len(at)) >= len(allocations))[order]
+        allocates = recording.num_bytes > 0
+        self._storage = np.cumsum(allocates) * allocates
 
     def columns(self) -> EventColumns:
         return self._columns
 
     @cached_property
     def _columns(self) -> EventColumns:
-        recording, birth = self._recording, self._birth
-        label = recording.label[birth]
+        recording, allocation = self._recording, self._allocation
+        label = recording.label[allocation]
         steps = np.array(
-            [(each.where.step, (each.death or each.where).step) for each in recording.labels], dtype=np.int64
+            [(each.where.step, (each.freed_at or each.where).step) for each in recording.labels],
+            dtype=np.int64,
         )
-        categories = np.array([CATEGORIES.index(each.category) for each in recording.labels], dtype=np.int64)
+        categories = np.array(
+            [CATEGORIES.index(each.category) for each in recording.labels], dtype=np.int64
+        )
         return EventColumns(
-            storage=self._storage[birth],
-            num_bytes=np.where(self._dies, -1, 1) * recording.num_bytes[birth],
-            step=steps.reshape(-1, 2)[label, self._dies.astype(np.int64)],
-            stream=np.zeros(len(birth), dtype=np.int64),
+            storage=self._storage[allocation],
+            num_bytes=np.where(self._is_free, -1, 1) * recording.num_bytes[allocation],
+            step=steps.reshape(-1, 2)[label, self._is_free.astype(np.int64)],
+            stream=np.zeros(len(allocation), dtype=np.int64),
             category=categories[label],
         )
 
     def modules(self, indices: Integers) -> tuple[list[str], Integers]:
         """As `MemoryTrace.modules`."""
-        recording, birth = self._recording, self._birth[indices]
-        num_turns = int(recording.turn.max(initial=0)) + 2
-        places, which = np.unique(recording.label[birth] * num_turns + recording.turn[birth] + 1, return_inverse=True)
+        recording, allocation = self._recording, self._allocation[indices]
+        num_iterations = int(recording.iteration.max(initial=0)) + 2
+        places, which = np.unique(
+            recording.label[allocation] * num_iterations + recording.iteration[allocation] + 1,
+            return_inverse=True,
+        )
         modules = [each.where.module for each in recording.labels]
-        labels_and_turns = (divmod(place, num_turns) for place in places.tolist())
-        return [_in_turn(modules[label], turn - 1) for label, turn in labels_and_turns], which
+        labels_and_iterations = (divmod(place, num_iterations) for place in places.tolist())
+        return [
+            _module_of_iteration(modules[label], iteration - 1)
+            for label, iteration in labels_and_iterations
+        ], which
 
     def __len__(self) -> int:
-        return len(self._birth)
+        return len(self._allocation)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and len(self) == len(other) and all(map(eq, self, other))
@@ -252,27 +272,38 @@ class RecordedEvents(Sequence[MemoryEvent]):
     def __getitem__(self, index: int | slice) -> MemoryEvent | tuple[MemoryEvent, ...]:
         if isinstance(index, slice):
             return tuple(self[i] for i in range(*index.indices(len(self))))
-        recording, birth = self._recording, int(self._birth[index])
-        category, where, op, death = recording.labels[recording.label[birth]]
-        num_bytes, turn = int(recording.num_bytes[birth]), recording.turn[birth]
-        if self._dies[index]:
-            assert death is not None
-            where, num_bytes, turn = death, -num_bytes, recording.death_turn[birth]
+        recording, allocation = self._recording, int(self._allocation[index])
+        category, where, op, freed_at = recording.labels[recording.label[allocation]]
+        num_bytes, iteration = int(recording.num_bytes[allocation]), recording.iteration[allocation]
+        if self._is_free[index]:
+            assert freed_at is not None
+            where, num_bytes, iteration = freed_at, -num_bytes, recording.free_iteration[allocation]
         phase, step, micro_batch, module = where
-        module = _in_turn(module, int(turn))
-        return MemoryEvent(int(self._storage[birth]), num_bytes, category, phase, step, micro_batch, module, op)
+        module = _module_of_iteration(module, int(iteration))
+        return MemoryEvent(
+            int(self._storage[allocation]),
+            num_bytes,
+            category,
+            phase,
+            step,
+            micro_batch,
+            module,
+            op,
+        )
 
 
 @lru_cache(maxsize=2**18)  # the recordings of one model name the same modules again and again
-def _in_turn(module: str, turn: int) -> str:
-    return module if turn < 0 else module.format(turn)
+def _module_of_iteration(module: str, iteration: int) -> str:
+    return module if iteration < 0 else module.format(iteration)
 
 
 def sum_work(recording: Recording) -> tuple[OperatorWork, ...]:
     """By step, micro-batch, phase, operator and format, over all modules."""
     sums: dict[tuple[int, int, Phase, str, str], list[int]] = {}
     for work in recording.work:
-        total = sums.setdefault((work.step, work.micro_batch, work.phase, work.op, work.dtype), [0, 0, 0])
+        total = sums.setdefault(
+            (work.step, work.micro_batch, work.phase, work.op, work.dtype), [0, 0, 0]
+        )
         for i, number in enumerate(work.sums):
             total[i] += number
     return tuple(OperatorWork(*key, *total) for key, total in sums.items())

@@ -18,7 +18,11 @@ from fitune.trace.operators import by_operator
 
 _CPU = torch.device("cpu")
 _Make = Callable[[tuple[Any, ...]], Any]
-_NOT_BY_SHAPE = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.inplace_view)
+_NOT_BY_SHAPE = (
+    torch.Tag.data_dependent_output,
+    torch.Tag.dynamic_output_shape,
+    torch.Tag.inplace_view,
+)
 _NOT_REMEMBERED = {
     torch.ops.aten.lift_fresh.default,
     torch.ops.aten.lift.default,
@@ -58,12 +62,19 @@ class ShapeMemory:
             empty = torch.empty(0, device="meta")
         self._attributes |= FakeTensor(mode, empty, _CPU).__dict__
 
-    def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Call | None]:
+    def call(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, Call | None]:
         """The result, and what is remembered of such calls; None where nothing can be."""
         if not _is_by_shape(func):
             return func(*args, **kwargs), None
         try:
-            key = (id(func), *_key(args), _num_distinct(args), *((name, *_key((its,))) for name, its in kwargs.items()))
+            key = (
+                id(func),
+                *_key(args),
+                _num_distinct(args),
+                *((name, *_key((its,))) for name, its in kwargs.items()),
+            )
             known = self._calls.get(key)
         except (_CannotRememberError, TypeError):  # TypeError: an argument that is not hashable
             return func(*args, **kwargs), None
@@ -79,9 +90,14 @@ class ShapeMemory:
             return lambda _: None
         if isinstance(result, FakeTensor):
             return self._output(args, result)
-        if not isinstance(result, (tuple, list)) or not all(isinstance(each, FakeTensor) for each in result):
+        if not isinstance(result, (tuple, list)) or not all(
+            isinstance(each, FakeTensor) for each in result
+        ):
             return None
-        if len({each.untyped_storage()._cdata for each in result}) != len(result) and not func.is_view:
+        if (
+            len({each.untyped_storage()._cdata for each in result}) != len(result)
+            and not func.is_view
+        ):
             return None
         makes = [self._output(args, each) for each in result]
         if any(make is None for make in makes):
@@ -97,10 +113,14 @@ class ShapeMemory:
         if make is None or result.constant is not None or result.is_conj() or result.is_neg():
             return None
         made = make(args)
-        same = torch._C._dispatch_key_set(made) == torch._C._dispatch_key_set(result) and _key((made,)) == _key(
-            (result,)
+        same = torch._C._dispatch_key_set(made) == torch._C._dispatch_key_set(result) and _key(
+            (made,)
+        ) == _key((result,))
+        return (
+            make
+            if same and made.untyped_storage().nbytes() == result.untyped_storage().nbytes()
+            else None
         )
-        return make if same and made.untyped_storage().nbytes() == result.untyped_storage().nbytes() else None
 
     def _tensor(self, args: tuple[Any, ...], result: FakeTensor) -> _Make | None:
         """A view of an argument, or a tensor of its own."""
@@ -144,7 +164,9 @@ def _key(values: Any) -> list[Any]:
             if value.constant is not None:
                 raise _CannotRememberError
             stride = value.stride()
-            held = value.untyped_storage().nbytes() if 0 in stride else None  # of a broadcast tensor
+            held = (
+                value.untyped_storage().nbytes() if 0 in stride else None
+            )  # of a broadcast tensor
             key.append((value.shape, stride, value.storage_offset(), value.dtype, held))
         elif isinstance(value, Tensor):
             raise _CannotRememberError

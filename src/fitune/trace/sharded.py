@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from fitune.trace.events import CATEGORIES, EventColumns, MemoryEvent, MemoryTrace
 
-DEALT = ("parameter", "gradient", "optimizer_state")
+SHARDED_CATEGORIES = ("parameter", "gradient", "optimizer_state")
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,11 @@ class ShardedEvents(Sequence[MemoryEvent]):
         number = range(len(self))[index]
         if number == 0:
             storage = int(self.whole.columns().storage.max(initial=-1)) + 1
-            return MemoryEvent(storage, self.gathered_bytes, "workspace", "load", module="gathered layers")
+            return MemoryEvent(
+                storage, self.gathered_bytes, "workspace", "load", module="gathered layers"
+            )
         event = self.whole.events[number - 1]
-        if event.category not in DEALT:
+        if event.category not in SHARDED_CATEGORIES:
             return event
         return replace(event, num_bytes=int(_part(np.array(event.num_bytes), self.num_shards)))
 
@@ -49,12 +51,22 @@ class ShardedEvents(Sequence[MemoryEvent]):
 
     def columns(self) -> EventColumns:
         whole = self.whole.columns()
-        is_dealt = np.isin(whole.category, [CATEGORIES.index(name) for name in DEALT])
-        num_bytes = np.where(is_dealt, _part(whole.num_bytes, self.num_shards), whole.num_bytes)
-        born = self[0]
-        first = (born.storage, born.num_bytes, born.step, born.stream, CATEGORIES.index(born.category))
+        is_sharded = np.isin(
+            whole.category, [CATEGORIES.index(name) for name in SHARDED_CATEGORIES]
+        )
+        num_bytes = np.where(is_sharded, _part(whole.num_bytes, self.num_shards), whole.num_bytes)
+        gathered = self[0]
+        first = (
+            gathered.storage,
+            gathered.num_bytes,
+            gathered.step,
+            gathered.stream,
+            CATEGORIES.index(gathered.category),
+        )
         rest = (whole.storage, num_bytes, whole.step, whole.stream, whole.category)
-        return EventColumns(*(np.concatenate(([one], many)) for one, many in zip(first, rest, strict=True)))
+        return EventColumns(
+            *(np.concatenate(([one], many)) for one, many in zip(first, rest, strict=True))
+        )
 
     def modules(self, indices: npt.NDArray[np.int64]) -> tuple[list[str], npt.NDArray[np.int64]]:
         names, which = self.whole.modules(indices[indices > 0] - 1)

@@ -15,7 +15,10 @@ from fitune.boundary import told_as
 from fitune.errors import UsageError
 from fitune.trace.events import Category, MemoryEvent, MemoryTrace, Phase
 
-_FREES = ("free_requested", "free")  # freed for the allocator's statistics; "free_completed" when streams are done
+_FREES = (
+    "free_requested",
+    "free",
+)  # freed for the allocator's statistics; "free_completed" when streams are done
 _CATEGORY: Mapping[Phase, Category] = {
     "load": "parameter",
     "forward": "activation",
@@ -28,7 +31,9 @@ class _PlainUnpickler(pickle.Unpickler):
     """Containers and numbers only: a file cannot run code here."""
 
     def find_class(self, module_name: str, global_name: str, /) -> NoReturn:
-        raise UsageError(f"the snapshot holds {module_name}.{global_name}, not plain containers only; it is not read")
+        raise UsageError(
+            f"the snapshot holds {module_name}.{global_name}, not plain containers only; it is not read"
+        )
 
 
 def read_snapshot(path: Path, *, device: int = 0) -> MemoryTrace:
@@ -38,32 +43,47 @@ def read_snapshot(path: Path, *, device: int = 0) -> MemoryTrace:
         with path.open("rb") as file:
             snapshot = _PlainUnpickler(file).load()
         actions = snapshot["device_traces"][device]
-        segments = [segment for segment in snapshot["segments"] if segment.get("device", 0) == device]
+        segments = [
+            segment for segment in snapshot["segments"] if segment.get("device", 0) == device
+        ]
     except UsageError:
         raise
     except Exception as error:  # bytes that are no pickle end in whatever its machine stumbles over
-        raise UsageError(f"{path} is no snapshot of torch.cuda.memory with device {device}: {error}") from error
+        raise UsageError(
+            f"{path} is no snapshot of torch.cuda.memory with device {device}: {error}"
+        ) from error
     if not actions:
         raise UsageError(
             f"{path} holds no action of device {device}: call torch.cuda.memory._record_memory_history() before the run"
         )
-    with told_as(UsageError, f"{path} is a damaged snapshot of torch.cuda.memory", "record it again"):
+    with told_as(
+        UsageError, f"{path} is a damaged snapshot of torch.cuda.memory", "record it again"
+    ):
         events = tuple(_events(actions, segments))
     return MemoryTrace(
         events,
-        (f"recorded by PyTorch's allocator on device {device}", "categories are guessed from the phase"),
+        (
+            f"recorded by PyTorch's allocator on device {device}",
+            "categories are guessed from the phase",
+        ),
     )
 
 
-def _events(actions: Sequence[Mapping[str, Any]], segments: Sequence[Mapping[str, Any]]) -> Iterator[MemoryEvent]:
+def _events(
+    actions: Sequence[Mapping[str, Any]], segments: Sequence[Mapping[str, Any]]
+) -> Iterator[MemoryEvent]:
     numbers = count(1)
     streams: dict[int, int] = {}
-    alive: dict[int, MemoryEvent] = {}
+    live: dict[int, MemoryEvent] = {}
     for address, num_bytes, stream in _allocated_before(actions, segments):
         event = MemoryEvent(
-            next(numbers), num_bytes, "parameter", "load", stream=streams.setdefault(stream, len(streams))
+            next(numbers),
+            num_bytes,
+            "parameter",
+            "load",
+            stream=streams.setdefault(stream, len(streams)),
         )
-        alive[address] = event
+        live[address] = event
         yield event
     phase: Phase = "forward"
     step = 1
@@ -73,12 +93,28 @@ def _events(actions: Sequence[Mapping[str, Any]], segments: Sequence[Mapping[str
         if action["action"] == "alloc" and action["size"]:
             stream = streams.setdefault(action.get("stream", 0), len(streams))
             op = _innermost(action.get("frames", ()))
-            event = MemoryEvent(next(numbers), action["size"], _CATEGORY[phase], phase, step=step, op=op, stream=stream)
-            alive[action["addr"]] = event
+            event = MemoryEvent(
+                next(numbers),
+                action["size"],
+                _CATEGORY[phase],
+                phase,
+                step=step,
+                op=op,
+                stream=stream,
+            )
+            live[action["addr"]] = event
             yield event
-        elif action["action"] in _FREES and (born := alive.pop(action["addr"], None)) is not None:
+        elif (
+            action["action"] in _FREES and (allocated := live.pop(action["addr"], None)) is not None
+        ):
             yield MemoryEvent(
-                born.storage, -born.num_bytes, born.category, phase, step=step, op=born.op, stream=born.stream
+                allocated.storage,
+                -allocated.num_bytes,
+                allocated.category,
+                phase,
+                step=step,
+                op=allocated.op,
+                stream=allocated.stream,
             )
 
 
@@ -108,7 +144,9 @@ def _phase(frames: Sequence[Mapping[str, Any]], before: Phase) -> Phase:
         name, file = frame.get("name", ""), frame.get("filename", "")
         if "/optim/" in file and "step" in name:
             return "optimizer"
-        if name in ("_engine_run_backward", "run_backward") or file.endswith("torch/autograd/__init__.py"):
+        if name in ("_engine_run_backward", "run_backward") or file.endswith(
+            "torch/autograd/__init__.py"
+        ):
             return "backward"
     return "forward"
 
