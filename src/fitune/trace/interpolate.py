@@ -1,4 +1,9 @@
-"""MODULE"""
+"""Computes the recording of a micro-batch from the recordings of two others.
+
+Sizes are affine in the number of samples, so the recordings of two micro-batches determine that of
+any other. Both are compared first; where their structure differs, the result is None, and the
+caller has to record the whole step.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -11,20 +16,24 @@ from fitune.trace.cuda_target import CudaTarget
 from fitune.trace.loop_iterations import NUM_RECORDED_CHUNKS
 from fitune.trace.recording import COLUMNS, Integers, Recording, Rule, TraceWork
 
+#: (numerator, denominator): the part of the way from one recording to the other.
 _Fraction = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
 class SampleCounts:
-    """What the sizes of a recording depend on: by step the rows of its micro-batches, by loop over the loss's chunks
-    the positions of the last chunk."""
+    """The numbers that the sizes of a recording depend on."""
 
+    #: the number of samples of each step's micro-batches
     by_step: Mapping[int, int]
+    #: the number of tokens of the last chunk of the loss, by loop over its chunks
     last_chunk: Mapping[str, int]
 
 
 @dataclass(frozen=True)
 class SizedRecording:
+    """A recording together with the numbers that its sizes depend on."""
+
     recording: Recording
     sizes: SampleCounts
 
@@ -32,9 +41,15 @@ class SizedRecording:
 def interpolate_recordings(
     one: SizedRecording, other: SizedRecording, *, sizes: SampleCounts, target: CudaTarget | None
 ) -> Recording | None:
-    """The recording with another number of rows: every size lies on the line through those of two samples, and what
-    the target's kernels allocate inside follows its own rules. None where that is not so, or a line gives no whole
-    number. Both samples have two rows or more: one row may have another structure."""
+    """Return the recording with other sample counts.
+
+    Every size lies on the line through its values in both recordings; kernels' temporaries follow
+    the rules of the target instead. Both recordings must have micro-batches of two samples or more,
+    since those of one sample may have another structure.
+
+    Returns None if the structure differs, if a rule does not hold, or if a line gives no whole
+    number.
+    """
     a, b = one.recording, other.recording
     if not have_same_structure(a, b) or not _rules_stay_empty(one, other, sizes, target):
         return None
@@ -60,29 +75,29 @@ def interpolate_recordings(
 def _rules_stay_empty(
     one: SizedRecording, other: SizedRecording, sizes: SampleCounts, target: CudaTarget | None
 ) -> bool:
-    """Whether operators that allocated nothing inside allocate nothing with those rows either. What is small has no
-    rule, so that the samples may differ in them: then none is broken by fewer rows than the larger sample has."""
+    """Return whether kernels without temporaries have none with the wanted sizes either.
+
+    Small tensors have no rule, so the two recordings may differ in how many rules they have. Then
+    no rule is broken as long as there are no more samples than in the larger recording.
+    """
     a, b = one.recording.empty_rules, other.recording.empty_rules
     if len(a) != len(b):
-        most = (
-            max(one.sizes.by_step.get(step, 0), other.sizes.by_step.get(step, 0))
-            for step in sizes.by_step
-        )
         return all(
-            number <= limit for number, limit in zip(sizes.by_step.values(), most, strict=True)
+            number <= max(one.sizes.by_step.get(step, 0), other.sizes.by_step.get(step, 0))
+            for step, number in sizes.by_step.items()
         )
     for (step, mine), (_, its) in zip(a, b, strict=True):
-        fraction = _fractions(
-            *(np.array([each.by_step.get(step, 0)]) for each in (one.sizes, other.sizes, sizes))
-        )
-        if _interpolate_rule(mine, its, fraction.at(0), target) is None:
+        counts = (np.array([each.by_step.get(step, 0)]) for each in (one.sizes, other.sizes, sizes))
+        if _interpolate_rule(mine, its, _fractions(*counts).at(0), target) is None:
             return False
     return True
 
 
 def have_same_structure(one: Recording, other: Recording) -> bool:
-    """Equal but for the sizes, so that both can be samples of the same. Silent rules may differ: what is small enough
-    has none."""
+    """Return whether two recordings are equal except for their sizes.
+
+    Empty rules may differ, since a small tensor has no rule.
+    """
     return (
         len(one) == len(other)
         and (one.labels, one.loops) == (other.labels, other.loops)
@@ -93,7 +108,7 @@ def have_same_structure(one: Recording, other: Recording) -> bool:
 
 
 def are_equal(one: Recording, other: Recording) -> bool:
-    """In every birth and in all work."""
+    """Return whether two recordings are equal in every allocation and in all work."""
     rules = (
         [each.rules[rule] if rule >= 0 else None for rule in each.rule.tolist()]
         for each in (one, other)
@@ -111,9 +126,10 @@ _STRUCTURE_COLUMNS = tuple(name for name in COLUMNS if name not in ("num_bytes",
 
 @dataclass(frozen=True, slots=True)
 class _Fractions:
-    """Of many births. second: 0 where two equal samples tell nothing of another point."""
+    """Fractions of many sizes."""
 
     numerator: Integers
+    #: 0 where both recordings have the same count, which says nothing of another count
     denominator: Integers
 
     def at(self, number: int) -> _Fraction | None:
@@ -127,7 +143,7 @@ def _fractions(one: Integers, other: Integers, wanted: Integers) -> _Fractions:
 
 
 def _size_inputs(recording: Recording, sizes: SampleCounts) -> Integers:
-    """What the size of each birth depends on."""
+    """Return the number that the size of each allocation depends on."""
     steps = np.array(
         [sizes.by_step.get(label.where.step, 0) for label in recording.labels], dtype=np.int64
     )
@@ -139,7 +155,7 @@ def _size_inputs(recording: Recording, sizes: SampleCounts) -> Integers:
 
 
 def _interpolate_integers(one: Integers, other: Integers, fractions: _Fractions) -> Integers:
-    """Negative where there is no such size."""
+    """Return the values on the lines, negative where a line gives no whole number."""
     numerator, denominator = fractions.numerator, fractions.denominator
     known = (denominator != 0) & ((denominator != 1) | (numerator != 0) | (one == other))
     change, rest = np.divmod((other - one) * numerator, np.where(denominator == 0, 1, denominator))
@@ -149,8 +165,10 @@ def _interpolate_integers(one: Integers, other: Integers, fractions: _Fractions)
 def _interpolate_rule(
     one: Rule, other: Rule, fraction: _Fraction | None, target: CudaTarget | None
 ) -> tuple[Rule, int] | None:
-    """The rule with its arguments on the line, and the bytes that it gives; None where it gives another number of
-    temporaries."""
+    """Return the rule for interpolated arguments, and the bytes that it gives.
+
+    Returns None if it gives another number of temporaries.
+    """
     if (
         fraction is None
         or target is None
@@ -167,7 +185,10 @@ def _interpolate_rule(
 
 
 def _interpolate_arguments(one: Any, other: Any, fraction: _Fraction) -> Any:
-    """Numbers on the line, in tuples of any depth; None where something else differs."""
+    """Interpolate the numbers in tuples of any depth.
+
+    Returns None if anything but numbers differs.
+    """
     if isinstance(one, tuple) and isinstance(other, tuple) and len(one) == len(other):
         parts = [
             _interpolate_arguments(*pair, fraction) if pair[0] != pair[1] else pair[0]
@@ -191,17 +212,14 @@ def _interpolate_work(
         return None
     last = NUM_RECORDED_CHUNKS - 1
 
-    def positions(sizes: SampleCounts) -> Integers:
-        of_chunks = (
-            sizes.last_chunk.get(work.loop) if work.iteration == last else None for work in a
-        )
-        points = [
-            sizes.by_step.get(work.step, 0) if of is None else of
-            for work, of in zip(a, of_chunks, strict=True)
-        ]
-        return np.array(points, dtype=np.int64)
+    def size_inputs(sizes: SampleCounts) -> Integers:
+        inputs = []
+        for work in a:
+            of_chunk = sizes.last_chunk.get(work.loop) if work.iteration == last else None
+            inputs.append(sizes.by_step.get(work.step, 0) if of_chunk is None else of_chunk)
+        return np.array(inputs, dtype=np.int64)
 
-    fractions = _fractions(*(positions(each) for each in (one.sizes, other.sizes, sizes)))
+    fractions = _fractions(*(size_inputs(each) for each in (one.sizes, other.sizes, sizes)))
     sums = np.array([work.sums for work in a], dtype=np.int64).reshape(-1, 3).T
     others = np.array([work.sums for work in b], dtype=np.int64).reshape(-1, 3).T
     columns = [

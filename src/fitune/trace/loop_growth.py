@@ -1,4 +1,8 @@
-"""MODULE"""
+"""Finds what grows outside of a loop when the loop has more iterations.
+
+An example is a list of the gradient norms of all layers. Either a second recording with fewer
+iterations shows the growth, or the growth of a similar recording is known and transferred.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,15 +15,21 @@ from fitune.trace.recording import Integers, Recording
 
 @dataclass(frozen=True)
 class Growth:
-    """What a turn more adds outside of the middles, e.g. to a list of all gradient norms: bytes of each birth, and sums
-    of work by place."""
+    """What one iteration more adds outside of the template iterations."""
 
+    #: the additional bytes of each allocation of the recording
     num_bytes: Integers
+    #: the additional sums of work by place (`TraceWork.place`)
     work: Mapping[tuple[object, ...], Integers]
 
 
 def find_growth(recording: Recording, iterations: Iterations, *, fewer: Recording) -> Growth | None:
-    """fewer: the same recorded with `turns.num_left_out` turns less. None where it is not the same."""
+    """Return the growth, from a second recording with fewer iterations.
+
+    fewer: the same step recorded with `iterations.num_left_out` iterations less
+
+    Returns None if the two recordings do not have the same structure.
+    """
     sections = find_sections(recording, iterations.loop, iterations.num_recorded)
     if sections is None:
         return None
@@ -37,79 +47,85 @@ def transfer_growth(
     of: Recording,
     of_iterations: Iterations,
 ) -> Growth | None:
-    """The growth of a recording with other rows or recomputing, from that of `of`: what grows with the layers lies
-    outside of them and sees neither. None where something happens there that does not happen in `of`, or what grows is
-    of another size."""
-    if iterations.loop not in recording.loops or np.any(
-        growth.num_bytes[of.loop == of.loops.index(of_iterations.loop)]
-    ):
+    """Return the growth of a recording with other samples or other recomputation than `of`.
+
+    What grows with the number of layers lies outside of the layers and depends on neither. Returns
+    None if something happens there that does not happen in `of`, or if what grows has another size.
+
+    growth: the growth of `of`, whose iterations are `of_iterations`
+    """
+    if iterations.loop not in recording.loops:
         return None
-    their_kinds, mine = _kinds(of, of_iterations.loop), _kinds(recording, iterations.loop)
+    of_inner = of.loops.index(of_iterations.loop)
+    if np.any(growth.num_bytes[of.loop == of_inner]):
+        return None
+    kinds, of_kinds = _kinds(recording, iterations.loop), _kinds(of, of_iterations.loop)
+    places, of_places = _work_places(recording, iterations), _work_places(of, of_iterations)
+    if not {*kinds, None} <= {*of_kinds, None} or not places.keys() <= of_places.keys():
+        return None
+    # by kind that grows: the size that is expected here, and the growth, of each allocation
     num_more = iterations.num_recorded - of_iterations.num_recorded
-    growing = {their_kinds[label] for label in of.label[growth.num_bytes != 0].tolist()}
-    sizes: dict[_Kind | None, list[tuple[int, int]]] = {kind: [] for kind in growing}
-    for label, num_bytes, more in zip(
-        of.label.tolist(), of.num_bytes.tolist(), growth.num_bytes.tolist(), strict=True
-    ):
-        if their_kinds[label] in growing:
-            sizes[their_kinds[label]].append((num_bytes + more * num_more, more))
-    places, by_place = _work_places(of, of_iterations), _work_places(recording, iterations)
-    if not {*mine, None} <= {*their_kinds, None} or not by_place.keys() <= places.keys():
-        return None
+    growing = {of_kinds[label] for label in of.label[growth.num_bytes != 0].tolist()}
+    expected: dict[_Kind | None, list[tuple[int, int]]] = {kind: [] for kind in growing}
+    columns = of.label.tolist(), of.num_bytes.tolist(), growth.num_bytes.tolist()
+    for label, num_bytes, more in zip(*columns, strict=True):
+        if of_kinds[label] in growing:
+            expected[of_kinds[label]].append((num_bytes + more * num_more, more))
     found = np.zeros(len(recording), dtype=np.int64)
     for kind in growing:
-        at = np.flatnonzero(np.array([each == kind for each in mine])[recording.label])
-        if len(at) != len(sizes[kind]) or any(
-            more and num_bytes != mine
-            for mine, (num_bytes, more) in zip(
-                recording.num_bytes[at].tolist(), sizes[kind], strict=True
-            )
-        ):
+        at = np.flatnonzero(np.array([each == kind for each in kinds])[recording.label])
+        if len(at) != len(expected[kind]):
             return None
-        found[at] = [more for _, more in sizes[kind]]
-    works = {
-        mine: growth.work[places[kind]]
-        for kind, mine in by_place.items()
-        if places[kind] in growth.work
+        for num_bytes, (wanted, more) in zip(
+            recording.num_bytes[at].tolist(), expected[kind], strict=True
+        ):
+            if more and num_bytes != wanted:
+                return None
+        found[at] = [more for _, more in expected[kind]]
+    work = {
+        place: growth.work[of_places[kind]]
+        for kind, place in places.items()
+        if of_places[kind] in growth.work
     }
-    return Growth(found, works)
+    return Growth(found, work)
 
 
+#: What allocations outside of the loop have in common, whatever the number of micro-batches.
 _Kind = tuple[object, ...]
 
 
 def _kinds(recording: Recording, loop: str) -> list[_Kind | None]:
-    """Of each label outside of the loop what it has in common with that of a step of more micro-batches; None for those
-    inside."""
+    """Return the kind of each label outside of the loop, and None for labels inside.
+
+    Micro-batches are counted from the last one, so that the kinds of steps with more micro-batches
+    are comparable.
+    """
     last = _last_micro_batches(recording)
     inside = set(recording.label[recording.loop == recording.loops.index(loop)].tolist())
-    return [
-        None
-        if number in inside
-        else (
-            where._replace(micro_batch=where.micro_batch - last.get((where.phase, where.step), 0)),
-            op,
-        )
-        for number, (_, where, op, _) in enumerate(
-            recording.labels
-        )  # what is kept for whom is no matter here
-    ]
+    kinds: list[_Kind | None] = []
+    # the category and the place of the free may differ
+    for number, (_, where, op, _) in enumerate(recording.labels):
+        if number in inside:
+            kinds.append(None)
+            continue
+        from_last = where.micro_batch - last.get((where.phase, where.step), 0)
+        kinds.append((where._replace(micro_batch=from_last), op))
+    return kinds
 
 
 def _work_places(recording: Recording, iterations: Iterations) -> dict[_Kind, _Kind]:
-    """The places outside of the loop, by what they have in common in the same way."""
+    """Return the places of work outside of the loop by their kind, as `_kinds` defines it."""
     last = _last_micro_batches(recording)
-    return {
-        work._replace(
-            micro_batch=work.micro_batch - last.get((work.phase, work.step), 0)
-        ).place: work.place
-        for work in recording.work
-        if work.loop != iterations.loop
-    }
+    places = {}
+    for work in recording.work:
+        if work.loop != iterations.loop:
+            from_last = work.micro_batch - last.get((work.phase, work.step), 0)
+            places[work._replace(micro_batch=from_last).place] = work.place
+    return places
 
 
 def _last_micro_batches(recording: Recording) -> dict[tuple[object, int], int]:
-    """Of each step: the optimizer follows whichever is the last."""
+    """Return the last micro-batch of each step: the optimizer follows whichever is the last."""
     last: dict[tuple[object, int], int] = {}
     for work in recording.work:
         if work.phase == "optimizer":
@@ -121,8 +137,10 @@ def _last_micro_batches(recording: Recording) -> dict[tuple[object, int], int]:
 def _growth_of_allocations(
     recording: Recording, coordinates: Coordinates, iterations: Iterations, fewer: Recording
 ) -> Integers | None:
-    """Bytes that each birth grows by with a turn more: 0 in the middles, as compared with the recording without them
-    elsewhere."""
+    """Return the bytes that each allocation grows by with one iteration more.
+
+    This is 0 in the templates; elsewhere, the recording without them shows it.
+    """
     less = iterations.num_left_out
     sections = find_sections(fewer, iterations.loop, iterations.num_recorded - less)
     if sections is None or len(sections) != len(coordinates.sections):
@@ -139,12 +157,8 @@ def _growth_of_allocations(
             if _labels(recording, mine) != _labels(fewer, its):
                 return None
             difference = recording.num_bytes[mine] - fewer.num_bytes[its]
-            if np.any(difference % less) or (
-                section.is_sweep
-                and less == iterations.period
-                and 0 < iteration <= less
-                and np.any(difference)
-            ):
+            is_template = section.is_sweep and less == iterations.period and 0 < iteration <= less
+            if np.any(difference % less) or (is_template and np.any(difference)):
                 return None
             growth[mine] = difference // less
     return growth
@@ -157,6 +171,7 @@ def _labels(recording: Recording, span: slice) -> list[tuple[object, ...]]:
 def _growth_of_work(
     recording: Recording, iterations: Iterations, fewer: Recording
 ) -> dict[tuple[object, ...], Integers] | None:
+    """Return the sums of work that one iteration more adds in each place outside of the loop."""
     before = {work.place: np.array(work.sums) for work in fewer.work}
     result = {}
     for work in recording.work:

@@ -1,4 +1,16 @@
-"""MODULE"""
+"""Finds the iterations of a loop in a recording.
+
+A model of 80 equal layers does the same thing 80 times, so only a few layers are recorded, and two
+template iterations of the recording are repeated (`repeat_layers`). With period p, where iteration
+i equals iteration i + p, and r iterations left over:
+
+    recorded:                  0 | 1 .. p | p+1 .. 2p | 2p+1 .. 2p+r | last
+    repeated to n iterations:  0 | 1 .. p | p+1 .. 2p | again ...    | 2p+1 .. 2p+r | last
+
+The two templates are 1 .. p and p+1 .. 2p. They must be equal, down to which allocation of which
+iteration is freed when, counted from the own iteration. With one template alone, a storage that is
+freed in the next iteration could not be distinguished from one that is freed in the last iteration.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,30 +19,40 @@ import numpy as np
 
 from fitune.trace.recording import NEVER, Integers, Recording
 
+#: The chunks of a loss that are recorded if most are left out: the first three and the last.
 NUM_RECORDED_CHUNKS = 4
 
 
 @dataclass(frozen=True, slots=True)
 class Iterations:
-    """A loop as it was recorded: its name, the period of equal turns, how many turns were recorded and how many there
-    are in all. The recorded ones are the first, twice `period`, those left over and the last. num_kinds_within: so many
-    of the first turns hold one of each kind."""
+    """A loop of which only some iterations were recorded.
 
+    These are the first one, two templates of `period` iterations, those left over, and the last
+    one.
+    """
+
+    #: the dotted path of the loop
     loop: str
+    #: iteration i is equal to iteration i + period
     period: int
     num_recorded: int
+    #: the number of all iterations, recorded or not
     num_iterations: int
+    #: this many of the first iterations contain one of each kind
     num_with_all_kinds: int = 0
 
     @property
     def num_left_out(self) -> int:
-        """By how many turns the recording is larger that tells what a turn more adds: by both middles, or by one where
-        the rest would lack a kind and all that is made for it."""
+        """The number of iterations to leave out of a second recording, which shows the growth.
+
+        These are both templates, or one of them if the rest would lack a kind of iteration and with
+        it what is made for that kind.
+        """
         both = 2 * self.period
         return both if self.num_recorded - both >= self.num_with_all_kinds else self.period
 
     def template(self, iteration: int) -> int:
-        """The recorded turn that turn number `turn` is equal to."""
+        """Return the recorded iteration that equals number `iteration` of the whole loop."""
         if iteration <= self.period:
             return iteration
         from_end = self.num_iterations - iteration
@@ -40,16 +62,20 @@ class Iterations:
 
 
 def num_recorded_iterations(num_iterations: int, period: int) -> int:
-    """How many turns a recording needs, to be repeated to `num_turns`."""
+    """Return how many iterations to record so that they can be repeated to `num_iterations`."""
     return 2 * period + 2 + (num_iterations - 2) % period
 
 
 @dataclass(frozen=True)
 class Section:
-    """Consecutive births: outside of the loop (starts of length 2: begin, end), or one sweep over all turns in their
-    order (or reverse), turn i from starts[i] to ends[i]."""
+    """Consecutive allocations, either outside of the loop or of one sweep over all iterations.
 
+    A sweep runs through the iterations in order, or in reverse order as the backward does.
+    """
+
+    #: the first allocation of each iteration; a single one outside of the loop
     starts: tuple[int, ...]
+    #: the end of each iteration, in the same way
     ends: tuple[int, ...]
     is_sweep: bool
     reverse: bool = False
@@ -57,13 +83,16 @@ class Section:
 
 @dataclass(frozen=True)
 class Coordinates:
-    """For each birth its section, its turn in it (-1 outside of sweeps) and its place in that turn; and the same for
-    the birth that it dies after. section is -1 for what never dies."""
+    """The section and iteration of each allocation, and of the allocation that its free follows."""
 
     sections: tuple[Section, ...]
+    #: index into `sections`
     section: Integers
+    #: -1 outside of sweeps
     iteration: Integers
+    #: the number of earlier allocations in the iteration, or in a section outside of the loop
     offset: Integers
+    #: -1 for what is never freed; the same holds for the other two
     free_section: Integers
     free_iteration: Integers
     free_offset: Integers
@@ -83,13 +112,17 @@ class Coordinates:
         return cls(tuple(sections), section, iteration, offset, *frees)
 
     def slice_of(self, section: int, iteration: int) -> slice:
+        """Return the allocations of one iteration of a section."""
         each = self.sections[section]
         return slice(each.starts[iteration], each.ends[iteration])
 
 
 def find_sections(recording: Recording, loop: str, num_iterations: int) -> list[Section] | None:
-    """The births cut into sweeps over the loop and what lies between; None where turns come in another order. A birth
-    outside of all modules between two turns of one sweep is counted with the turn before it."""
+    """Cut the allocations into sweeps over the loop and what lies between them.
+
+    An allocation outside of all modules between two iterations of a sweep is counted as part of the
+    iteration before it. Returns None if iterations follow each other in another order.
+    """
     number = recording.loops.index(loop)
     iteration = np.where(recording.loop == number, recording.iteration, -1)
     phases: dict[object, int] = {}
@@ -120,7 +153,10 @@ def find_sections(recording: Recording, loop: str, num_iterations: int) -> list[
 def _sweep(
     runs: Sequence[tuple[int, int, int, int]], first: int, num_iterations: int
 ) -> tuple[Section, int] | None:
-    """The sweep that begins with run number `first`, and the number of the run behind it."""
+    """Return the sweep that begins with run number `first`, and the number of the run after it.
+
+    runs: (iteration, phase, start, end) of consecutive allocations that have these in common
+    """
     step = 1 if runs[first][0] == 0 else -1
     if runs[first][0] != (0 if step > 0 else num_iterations - 1):
         return None

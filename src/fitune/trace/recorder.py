@@ -124,8 +124,7 @@ class Recorder(TorchDispatchMode):
 
     @contextmanager
     def creating_state(self) -> Iterator[None]:
-        """Count what happens inside as the optimizer's work, although its step function does not
-        run."""
+        """Count what happens inside as the optimizer's work, also outside of its step function."""
         self._tracker.creates_state = True
         try:
             yield
@@ -199,7 +198,7 @@ class Recorder(TorchDispatchMode):
             self._placing = before
 
     def running(self, module: str) -> AbstractContextManager[None]:
-        """Attribute what happens inside to `module`, which need not be a module of the model."""
+        """Attribute what happens inside to `module`, which may be a name of its own."""
         return self._tracker.running(module)
 
     def is_on_host(self, tensor: torch.Tensor) -> bool:
@@ -473,8 +472,7 @@ class Recorder(TorchDispatchMode):
                 storage.category = "optimizer_state"
 
     def _is_new_zeros(self, tensor: torch.Tensor) -> bool:
-        """Return whether the tensor's storage was allocated by an operator that fills it with
-        zeros."""
+        """Return whether an operator that fills its result with zeros allocated the tensor."""
         storage = self._find(tensor)
         return storage is not None and storage.op in _ZEROS
 

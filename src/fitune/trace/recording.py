@@ -1,10 +1,12 @@
-"""A recorded loop as columns: births in order, each with the place of its death, and what the operators did.
+"""Holds a recorded training loop as columns: one row for each allocation, in order.
 
-In this form a recording can be made longer without being recorded again (`extrapolate`). `to_trace` writes it as the
-events that it stands for.
+Each row also says when the allocation is freed. In this form, a recording can be made longer
+without recording again (`repeat_layers`, `interpolate`). `to_trace` turns it into the events that
+it stands for.
 
-Turns: most of a step is a loop over layers, or over the chunks of a loss. What belongs to the third turn of a loop says
-so by its module: model.layers.2.mlp is turn 2 of the loop model.layers.
+Most of a step is a loop over the model's layers, or over the chunks of a loss. The dotted path of a
+module says to which iteration of the loop it belongs: model.layers.2.mlp belongs to iteration 2 of
+the loop model.layers.
 """
 
 import re
@@ -31,7 +33,9 @@ from fitune.trace.events import (
 )
 
 Integers = npt.NDArray[np.int64]
+#: In place of an allocation's number: the storage is never freed.
 NEVER = -1
+#: The fields of a `Recording` that have one number for each allocation.
 COLUMNS = (
     "num_bytes",
     "label",
@@ -42,11 +46,12 @@ COLUMNS = (
     "free_iteration",
     "rule",
 )
+#: The first number in the dotted path of a module.
 _ITERATION = re.compile(r"(?:^|\.)(\d+)(?=\.|$)")
 
 
 class Where(NamedTuple):
-    """When and where something happens; module as in `MemoryEvent`."""
+    """A place in a training step; `module` is as in `MemoryEvent`."""
 
     phase: Phase
     step: int
@@ -55,29 +60,33 @@ class Where(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """A temporary that is computed from the shapes of an operator's arguments: number `position` of the `total`
-    that the rule of `op` gives for `arguments`, tensors written as (shape, dtype)."""
+    """Gives the size of a kernel's temporary by the shapes of an operator's arguments."""
 
     op: str
+    #: tensors are written as (shape, dtype)
     arguments: tuple[object, ...]
+    #: which one it is of the temporaries that the rule gives
     position: int
+    #: the number of temporaries that the rule gives
     total: int
 
 
 class RecordedAllocation(NamedTuple):
-    """dies_after: the place in the order of births of the last one before its death, or NEVER."""
+    """An allocation of a recorded loop."""
 
     num_bytes: int
     category: Category
     where: Where
     op: str
+    #: the number of the last allocation before the free, or NEVER
     freed_after: int
+    #: the place in the step where it is freed, None if it never is
     freed_at: Where | None
     rule: Rule | None = None
 
 
 class TraceWork(NamedTuple):
-    """All calls of an operator in one place; the last three are sums."""
+    """The work of all calls of an operator in one place of a step."""
 
     phase: Phase
     step: int
@@ -86,6 +95,7 @@ class TraceWork(NamedTuple):
     iteration: int
     op: str
     dtype: str
+    #: this field and the two below are sums over these calls
     num_calls: int
     num_bytes: int
     flops: int
@@ -100,34 +110,42 @@ class TraceWork(NamedTuple):
 
 
 class Label(NamedTuple):
-    """What equal births have in common. The modules have {} for the number of the turn."""
+    """What allocations of the same place have in common; {} stands for a module's iteration."""
 
     category: Category
+    #: the place of the allocation
     where: Where
     op: str
+    #: the place of the free
     freed_at: Where | None
 
 
 @dataclass(frozen=True)
 class Recording:
-    """Columns of one length, a row for each birth. num_bytes: 0 where the allocator's cache is emptied. label: index
-    into labels. loop: index into loops, -1 outside; turn: in that loop. dies_after: as in `Birth`. death_loop and
-    death_turn: of the module that runs at the death. rule: index into rules, or -1. silent:
-    (step, rule) of operators whose rules gave nothing. source: as in `MemoryTrace`."""
+    """A recorded loop in columns of one length, with one row for each allocation."""
 
     labels: tuple[Label, ...]
     loops: tuple[str, ...]
     rules: tuple[Rule, ...]
+    #: 0 where the allocator's cache is emptied
     num_bytes: Integers
+    #: index into `labels`
     label: Integers
+    #: index into `loops` of the loop that the module belongs to, -1 outside of loops
     loop: Integers
+    #: the iteration of that loop, -1 outside of loops
     iteration: Integers
+    #: as in `RecordedAllocation`
     freed_after: Integers
+    #: loop and iteration of the module that runs when the storage is freed
     free_loop: Integers
     free_iteration: Integers
+    #: index into `rules`, or -1
     rule: Integers
+    #: (step, rule) of operators whose rules gave no temporaries
     empty_rules: tuple[tuple[int, Rule], ...]
     work: tuple[TraceWork, ...]
+    #: as in `MemoryTrace`
     source: tuple[str, ...]
 
     def __len__(self) -> int:
@@ -135,8 +153,10 @@ class Recording:
 
 
 def split_iteration(module: str) -> tuple[str, int, str]:
-    """(the module with {} for its turn, the turn, the loop): the first number in the path counts the turns; ('', -1)
-    for a module outside of loops."""
+    """Split a module's path into the path with {} for its iteration, the iteration and the loop.
+
+    The first number in the path is the iteration. It is -1, and the loop "", outside of loops.
+    """
     found = _ITERATION.search(module)
     if found is None:
         return module, -1, ""
@@ -151,6 +171,7 @@ def make_recording(
     empty_rules: Iterable[tuple[int, Rule]] = (),
     source: Sequence[str] = (),
 ) -> Recording:
+    """Arrange allocations as columns."""
     labels: dict[Label, int] = {}
     loops: dict[str, int] = {"": -1}
     rules: dict[Rule, int] = {}
@@ -173,12 +194,9 @@ def make_recording(
             allocation.category, allocation.where._replace(module=module), allocation.op, freed_at
         )
         rule = -1 if allocation.rule is None else rules.setdefault(allocation.rule, len(rules))
-        table.append(
-            (
-                *(allocation.num_bytes, labels.setdefault(label, len(labels)), loop, iteration),
-                *(allocation.freed_after, free_loop, free_iteration, rule),
-            )
-        )
+        at_allocation = allocation.num_bytes, labels.setdefault(label, len(labels)), loop, iteration
+        at_free = allocation.freed_after, free_loop, free_iteration, rule
+        table.append((*at_allocation, *at_free))
     columns = np.array(table, dtype=np.int64).reshape(-1, len(COLUMNS)).T
     return Recording(
         labels=tuple(labels),
@@ -192,12 +210,16 @@ def make_recording(
 
 
 def to_trace(recording: Recording) -> MemoryTrace:
+    """Return the events that the recording stands for."""
     return MemoryTrace(RecordedEvents(recording), (*recording.source, _versions()))
 
 
 @cache
 def _versions() -> str:
-    """What was recorded is the code of these: it differs from version to version, and memory with it."""
+    """Return the line of `MemoryTrace.source` that names the versions of the recorded packages.
+
+    The memory of a step depends on their code, which differs between versions.
+    """
     found = {}
     for package in ("torch", "transformers", "peft"):
         with suppress(PackageNotFoundError):
@@ -207,14 +229,17 @@ def _versions() -> str:
 
 
 class RecordedEvents(Sequence[MemoryEvent]):
-    """The events of a recording, made when they are looked at. Deaths with no birth in between are in the order of the
-    births: it makes no difference to an allocator."""
+    """The events of a recording, made into objects when they are looked at.
+
+    Frees between the same two allocations are in the order of their allocations, which makes no
+    difference to an allocator.
+    """
 
     def __init__(self, recording: Recording) -> None:
         self._recording = recording
         allocations = np.arange(len(recording))
         freed = np.flatnonzero(recording.freed_after != NEVER)
-        # a birth stands at twice its number, what dies after it behind it
+        # allocation n is sorted at 2n, and the frees after it at 2n + 1
         at = np.concatenate([2 * allocations, 2 * recording.freed_after[freed] + 1])
         order = np.argsort(at, kind="stable")
         self._allocation = np.concatenate([allocations, freed])[order]
@@ -245,7 +270,7 @@ class RecordedEvents(Sequence[MemoryEvent]):
         )
 
     def modules(self, indices: Integers) -> tuple[list[str], Integers]:
-        """As `MemoryTrace.modules`."""
+        """Return the modules of these allocations, as `MemoryTrace.modules` does."""
         recording, allocation = self._recording, self._allocation[indices]
         num_iterations = int(recording.iteration.max(initial=0)) + 2
         places, which = np.unique(
@@ -254,10 +279,11 @@ class RecordedEvents(Sequence[MemoryEvent]):
         )
         modules = [each.where.module for each in recording.labels]
         labels_and_iterations = (divmod(place, num_iterations) for place in places.tolist())
-        return [
+        names = [
             _module_of_iteration(modules[label], iteration - 1)
             for label, iteration in labels_and_iterations
-        ], which
+        ]
+        return names, which
 
     def __len__(self) -> int:
         return len(self._allocation)
@@ -280,25 +306,18 @@ class RecordedEvents(Sequence[MemoryEvent]):
             where, num_bytes, iteration = freed_at, -num_bytes, recording.free_iteration[allocation]
         phase, step, micro_batch, module = where
         module = _module_of_iteration(module, int(iteration))
-        return MemoryEvent(
-            int(self._storage[allocation]),
-            num_bytes,
-            category,
-            phase,
-            step,
-            micro_batch,
-            module,
-            op,
-        )
+        storage = int(self._storage[allocation])
+        return MemoryEvent(storage, num_bytes, category, phase, step, micro_batch, module, op)
 
 
-@lru_cache(maxsize=2**18)  # the recordings of one model name the same modules again and again
+# the recordings of one model name the same modules again and again
+@lru_cache(maxsize=2**18)
 def _module_of_iteration(module: str, iteration: int) -> str:
     return module if iteration < 0 else module.format(iteration)
 
 
 def sum_work(recording: Recording) -> tuple[OperatorWork, ...]:
-    """By step, micro-batch, phase, operator and format, over all modules."""
+    """Sum the work over all modules, by step, micro-batch, phase, operator and dtype."""
     sums: dict[tuple[int, int, Phase, str, str], list[int]] = {}
     for work in recording.work:
         total = sums.setdefault(
