@@ -1,4 +1,4 @@
-"""Two records of the same steps, held against each other event by event: a prediction and a card's own."""
+"""Compares two traces of the same steps event by event: a prediction and what a card recorded."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,12 +9,14 @@ from fitune.trace.events import MemoryEvent, MemoryTrace
 
 @dataclass(frozen=True, slots=True)
 class Moment:
-    """A birth, and the deaths between it and the next one, which an allocator cannot tell apart in their order.
+    """An allocation, and the frees between it and the next allocation.
 
-    birth: None for the deaths before the first birth. deaths: their bytes, ascending.
+    The order of these frees makes no difference to an allocator.
     """
 
+    #: None for the frees before the first allocation
     allocation: MemoryEvent | None
+    #: their bytes in ascending order
     frees: tuple[int, ...]
 
     @property
@@ -33,9 +35,13 @@ class Moment:
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """The first moment that differs. index: the number of births before it. Each side: the moment before, the one that
-    differs and the one after; None where that side has ended or not begun."""
+    """The first moment in which two traces differ.
 
+    On each side, these are the moment before, the one that differs and the one after. None stands
+    for a moment before the beginning or after the end.
+    """
+
+    #: the number of allocations before it
     index: int
     predicted: tuple[Moment | None, Moment | None, Moment | None]
     measured: tuple[Moment | None, Moment | None, Moment | None]
@@ -49,8 +55,11 @@ class Difference:
 
 
 def first_difference(predicted: MemoryTrace, measured: MemoryTrace) -> Difference | None:
-    """Of what happens in the steps: bytes asked for, in order, and the bytes given back between them. What was there
-    before step 1 may be in any order. None where there is no difference."""
+    """Return the first difference in the steps, None if there is none.
+
+    Compared are the requested bytes in order, and the bytes that are freed between them. What was
+    allocated before step 1 may be in any order.
+    """
     sides = tuple(tuple(_moments(trace)) for trace in (predicted, measured))
     for index, (expected, found) in enumerate(zip_longest(*sides)):
         if expected is None or found is None or expected.sizes != found.sizes:
@@ -60,7 +69,7 @@ def first_difference(predicted: MemoryTrace, measured: MemoryTrace) -> Differenc
 
 
 def num_births(trace: MemoryTrace) -> int:
-    """In the steps."""
+    """Return the number of allocations in the steps."""
     return sum(event.num_bytes > 0 for event in trace.events if event.step >= 1)
 
 

@@ -133,8 +133,8 @@ class Recordings:
     ) -> Recording | None:
         """Return the recording of a step of this shape from those of its family.
 
-        The family gets a further point for this, where it lacks one and a recording has it. Returns
-        None where the step itself has to be recorded.
+        Where the family lacks a point and another recording has it, it is added to the family.
+        Returns None where the step itself has to be recorded.
         """
         one_sample = has_one_sample(shape) and does_one_sample_match(
             self._families_of_model(config, target), target=target
@@ -161,8 +161,7 @@ class Recordings:
         *,
         target: CudaTarget | None,
     ) -> RecordingFamily:
-        """Return the family with the growth of each layer: transferred, or measured with fewer
-        layers."""
+        """Return the family with the growth of each layer, which is transferred or measured."""
         key = repr((_without_recompute_and_loss(config), target))
         known_families = self._with_growth.setdefault(key, [])
         transferred = family.with_growth_of(layers, known_families)

@@ -1,4 +1,4 @@
-"""What one call of an operator computes and moves, from the shapes of its tensors."""
+"""Computes what one call of an operator computes and moves, from the shapes of its tensors."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -11,8 +11,11 @@ from fitune.trace.operators import by_operator
 
 
 def moved_bytes(func: Any, args: Any, outputs: tuple[torch.Tensor, ...]) -> int:
-    """Of the tensors that are read and written, each once; of a broadcast one what it really holds, and of a tensor
-    that is looked up or added to in places those places."""
+    """Return the bytes of the tensors that are read and written, each counted once.
+
+    A broadcast tensor counts with the bytes that it really holds. Where an operator looks up
+    elements of a tensor, or adds to some of them, only these count.
+    """
     if (own := _own_moved(func)) is not None:
         return own(args, outputs)
     sizes = {}
@@ -24,8 +27,11 @@ def moved_bytes(func: Any, args: Any, outputs: tuple[torch.Tensor, ...]) -> int:
 
 
 def count_flops(func: Any, args: Any, kwargs: Any, outputs: tuple[torch.Tensor, ...]) -> int:
-    """By torch.utils.flop_counter's formulas for products and attention, two for a multiplication and an addition; 0
-    for other operators. Attention counts all pairs of positions, although a causal kernel skips half of them."""
+    """Return the floating-point operations, two for a multiplication with an addition.
+
+    The formulas for products and attention are those of torch.utils.flop_counter; other operators
+    have 0. Attention counts all pairs of tokens, although a causal kernel skips half of them.
+    """
     own, formula = _flop_formulas(func)
     if own is not None:
         return own(args, outputs)
@@ -35,7 +41,11 @@ def count_flops(func: Any, args: Any, kwargs: Any, outputs: tuple[torch.Tensor, 
 
 
 def _varlen(products: int, longest: int) -> Callable[[Any, Any], int]:
-    """Flat positions [T, H, d] against rows that are no longer than the longest, which argument number `longest` is."""
+    """Return the formula for attention on packed sequences.
+
+    The queries [T, H, d] of all sequences are multiplied with as many keys as the longest sequence
+    has, which is argument number `longest`.
+    """
 
     def flops(args: Any, _: Any) -> int:
         return products * 2 * _size(args[0]) * int(args[longest])
@@ -44,32 +54,42 @@ def _varlen(products: int, longest: int) -> Callable[[Any, Any], int]:
 
 
 def _on_cpu(products: int, query: int) -> Callable[[Any, Any], int]:
-    """[B, H, S, d]; argument number `query`, and the keys behind it."""
+    """Return the formula for attention on [B, H, S, d].
+
+    query: the number of the argument with the queries; the keys follow it
+    """
     return lambda args, _: products * 2 * _size(args[query]) * int(args[query + 1].shape[-2])
 
 
 def _grouped(args: Any, _: Any) -> int:
-    """Each row is multiplied by the matrix of its group; for the weights' gradient the groups share the columns."""
+    """Return the operations of a grouped product, where each group of tokens has its own matrix.
+
+    For the gradient of the weights, the groups share the columns.
+    """
     return 2 * _size(args[0]) * int(args[1].shape[-1])
 
 
 def _added(args: Any, _: Any) -> int:
-    """A product that is added to what is there, which the registry has for new results alone."""
+    """Return the operations of a product that is added in place, unknown to the registry."""
     return 2 * _size(args[1]) * int(args[2].shape[-1])
 
 
 def _convolution_backward(args: Any, _: Any) -> int:
-    """For the input and for the weight [out, in / groups, *kernel], each where it is asked for; the registry's formula
-    fails where one is not."""
+    """Return the operations for the gradients of the input and of the weight.
+
+    The weight is [out, in / groups, *kernel]. Only those gradients are counted that are requested;
+    the registry's formula fails where one is not.
+    """
     gradient, source, weight = args[:3]
-    transposed, asked = args[7], args[10]
+    transposed, is_requested = args[7], args[10]
     return (
         2
         * _size(source if transposed else gradient)
-        * int(sum(asked[:2]) * math.prod(weight.shape[1:]))
+        * int(sum(is_requested[:2]) * math.prod(weight.shape[1:]))
     )
 
 
+#: Formulas for what the registry does not have.
 _OWN: dict[str, Callable[[Any, Any], int]] = {
     "torch_attn::_varlen_attn": _varlen(2, longest=6),
     "torch_attn::_varlen_attn_backward": _varlen(5, longest=9),
@@ -87,13 +107,16 @@ def _size(tensor: torch.Tensor) -> int:
 
 
 def _looked_up(args: Any, outputs: Any) -> int:
-    """Each element of the result is read in its place and written; where that is stands in the indices."""
+    """Return the bytes where each element of the result is read from where the indices say."""
     return 2 * bytes_of(outputs) + bytes_of(args[1:])
 
 
 def _added_to(source: int, *, copies: bool) -> Callable[[Any, Any], int]:
-    """Places of the first argument are read, and written with what argument number `source` adds. copies: all of it
-    first, to a result of its own."""
+    """Return the formula for operators that read and write some places of the first argument.
+
+    source: the number of the argument that is written or added there
+    copies: whether the result is new, so that all of the first argument is copied first
+    """
     copied = 2 if copies else 0
     return lambda args, _: (
         copied * bytes_of(args[0]) + bytes_of(args[1:]) + 2 * bytes_of(args[source])
@@ -101,10 +124,11 @@ def _added_to(source: int, *, copies: bool) -> Callable[[Any, Any], int]:
 
 
 def _updated(num_states: int) -> Callable[[Any, Any], int]:
-    """Parameters and their states are read and written, their gradients are read."""
+    """Return the formula for an optimizer, which reads gradients and updates the rest."""
     return lambda args, _: 2 * bytes_of((args[0], args[2 : 2 + num_states])) + bytes_of(args[1])
 
 
+#: Formulas for operators that move other bytes than those of their tensors.
 _MOVED: dict[str, Callable[[Any, Any], int]] = {
     **dict.fromkeys(
         (
@@ -148,15 +172,17 @@ def _own_moved(func: Any) -> Callable[[Any, Any], int] | None:
 
 @by_operator
 def _flop_formulas(func: Any) -> tuple[Callable[[Any, Any], int] | None, Any]:
-    """Ours, and the registry's."""
+    """Return our formula and the registry's, each None if there is none."""
     return _OWN.get(func._schema.name), flop_registry.get(func.overloadpacket)
 
 
 def bytes_of(tree: Any) -> int:
+    """Return the bytes of all tensors in nested lists, tuples and dicts."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors_in(tree))
 
 
 def tensors_in(tree: Any) -> Iterator[torch.Tensor]:
+    """Yield all tensors in nested lists, tuples and dicts."""
     if isinstance(tree, torch.Tensor):
         yield tree
     elif isinstance(tree, (list, tuple)):

@@ -1,8 +1,9 @@
-"""Records what a training loop allocates and frees, step by step, without a GPU and without weights.
+"""Records what a training loop allocates and frees, without a GPU and without weights.
 
-The model is built on the meta device, moved to fake CPU tensors (shapes and dtypes, no data) and trained for a few
-steps by the loop's own code under a `Recorder`. With a CUDA target the process behaves as CUDA meanwhile. The same
-recorder runs on real CPU tensors (mode="real"), which is how its truth is checked: the events are equal.
+The model is built on the meta device, moved to fake CPU tensors (shapes and dtypes, no data) and
+trained for a few steps by the loop's own code under a `Recorder`. With a CUDA target, the process
+behaves meanwhile as if it used CUDA. The same recorder runs on real CPU tensors (mode="real").
+Tests check that its events are equal to those of fake tensors.
 """
 
 import gc
@@ -40,44 +41,53 @@ from fitune.trace.recorder import Recorder
 from fitune.trace.recording import Recording, to_trace
 from fitune.trace.shape_cache import ShapeMemory
 
+#: Returns the model that is trained.
 Build = Callable[[], nn.Module]
 Step = Callable[[], Any]
+#: (model, device) -> the function that does one step.
 Loop = Callable[[nn.Module, torch.device], Step]
 Watch = Callable[[Recorder], AbstractContextManager[Any]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecordSettings:
-    """mode: "fake" needs neither memory nor data; "real" runs the loop on CPU tensors. target: the card that is
-    recorded for, None for what the CPU itself does. routing: tokens per expert of a mixture of experts, spread evenly
-    or all to the same experts."""
+    """How a training loop is recorded."""
 
+    #: "fake" needs neither memory nor data; "real" runs the loop on CPU tensors
     mode: Literal["fake", "real"] = "fake"
+    #: the card whose memory is recorded, None for this machine's CPU
     target: CudaTarget | None = None
     num_steps: int = 3
+    #: how a mixture of experts distributes the tokens: evenly, or all to the same experts
     routing: Routing = "balanced"
 
 
 def record_loop(
     build: Build, loop: Loop, settings: RecordSettings = RecordSettings()
 ) -> MemoryTrace:
-    """The events of a training loop, as `record_columns` says."""
+    """Record a training loop as `record_columns` does, and return its events."""
     return to_trace(record_columns(build, loop, settings))
 
 
 def record_columns(build: Build, loop: Loop, settings: RecordSettings) -> Recording:
-    """Builds the model with `build()`, sets the loop up with `loop(model, device)` and records `num_steps` calls of
-    the step that it returns. Raises UsageError for a real recording with a CUDA target, and for
-    a loop that returns no function."""
+    """Record `num_steps` steps of a training loop.
+
+    The model is what `build()` returns, and a step is a call of what `loop(model, device)` returns.
+    Raises UsageError for a real recording with a CUDA target, and for a loop that returns no
+    function.
+    """
     return RecordedModel(build, settings).record(loop, num_steps=settings.num_steps)
 
 
 class RecordedModel:
-    """A model on which one loop after the other is recorded, each as if the model were new.
+    """A model on which several loops are recorded one after the other, each as if it were new.
 
-    prepare(model): done once with a new model, and recorded before each loop; `prepared` is what it returned. shapes:
-    of earlier recordings for the same target, which make these faster. patience: shared with other models. Raises what
-    `record_columns` raises.
+    prepare: is called once with a new model, and recorded before each loop; its result is
+        `prepared`
+    shapes: of earlier recordings for the same target, which make these recordings faster
+    patience: shared with other models
+
+    Raises what `record_columns` raises.
     """
 
     def __init__(
@@ -91,7 +101,8 @@ class RecordedModel:
     ) -> None:
         if settings.mode == "real" and settings.target is not None:
             raise UsageError(
-                "a recording on real CPU tensors cannot behave as CUDA: use mode='fake' or target=None"
+                "a recording on real CPU tensors cannot behave as CUDA: "
+                "use mode='fake' or target=None"
             )
         self._build, self._settings, self._prepare = build, settings, prepare
         self._shapes = shapes or ShapeMemory()
@@ -106,7 +117,10 @@ class RecordedModel:
         num_steps: int,
         watch: Callable[[Recorder], AbstractContextManager[Any]] | None = None,
     ) -> Recording:
-        """As `record_columns`. watch: entered with the recorder for the length of the loop."""
+        """Record a loop as `record_columns` does.
+
+        watch: is entered with the recorder while the loop runs
+        """
         target = self._settings.target
         with ExitStack() as stack:
             stack.enter_context(self._patience.recording())
@@ -194,21 +208,27 @@ class RecordedModel:
 
 @dataclass
 class _Parts:
-    """A model and what records it. mode: None on real tensors. mark, used: as they were before the first loop."""
+    """A model and the objects that record it."""
 
     model: nn.Module
     assumptions: Assumptions
     recorder: Recorder
+    #: None on real tensors
     mode: FakeTensorMode | None
+    #: the state before the first loop
     savepoint: Savepoint | None = None
+    #: the assumptions that were used before the first loop
     used: dict[str, None] = field(default_factory=dict)
 
     def save(self) -> None:
-        """What is so now is so before each loop."""
+        """Take the present state as that before each loop."""
         self.savepoint, self.used = self.recorder.savepoint(), dict(self.assumptions.used)
 
     def restore(self) -> bool:
-        """False where a loop has left something, or changed the model."""
+        """Return to the saved state.
+
+        Returns False if a loop has left something, or has changed the model.
+        """
         for parameter in self.model.parameters():
             parameter.grad = None
         self.assumptions.used = dict(self.used)
@@ -216,7 +236,10 @@ class _Parts:
 
 
 def _replace_bitsandbytes_layers(model: nn.Module) -> None:
-    """Layers of bitsandbytes pack their weight when it comes to the card; here they are replaced by what is packed."""
+    """Replace 4-bit layers of bitsandbytes by layers whose weights are packed.
+
+    bitsandbytes packs a weight when it moves to the card.
+    """
     layers = [
         (parent, name, child)
         for parent in model.modules()
@@ -235,7 +258,8 @@ def _replace_bitsandbytes_layers(model: nn.Module) -> None:
         if kind != "nf4" or not is_double:
             found = f"{kind}, {'double' if is_double else 'single'} quantisation"
             raise UsageError(
-                f"4-bit layers are predicted for nf4 with double quantisation, but {name} has {found}"
+                "4-bit layers are predicted for nf4 with double quantisation, "
+                f"but {name} has {found}"
             )
         with torch.device("meta"):
             setattr(parent, name, NF4Linear(cast(nn.Linear, child)))
@@ -243,7 +267,10 @@ def _replace_bitsandbytes_layers(model: nn.Module) -> None:
 
 
 def _refuse_other_quantisation(model: nn.Module) -> None:
-    """bitsandbytes quantises when the model comes to the card, into sizes that no shape here tells."""
+    """Raise UsageError for other quantised layers of bitsandbytes.
+
+    They are quantised when they move to the card, into sizes that no shape here shows.
+    """
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
         kind = type(module).__name__
@@ -252,14 +279,17 @@ def _refuse_other_quantisation(model: nn.Module) -> None:
             "LinearNF4",
         ):
             raise UsageError(
-                f"{name} is a {kind} of bitsandbytes, which is not predicted: use 4-bit layers (nf4, double "
-                "quantisation), or leave the layer as it is, which needs more"
+                f"{name} is a {kind} of bitsandbytes, which is not predicted: use 4-bit layers "
+                "(nf4, double quantisation), or leave the layer as it is, which needs more"
             )
 
 
 def fill(model: nn.Module) -> None:
-    """Puts the model's meta tensors on the CPU, in place: parameters, buffers and plain attributes. Inside
-    FakeTensorMode they become fake. What was shared stays shared, and a slice of a larger tensor holds all of it."""
+    """Replace the model's meta tensors by empty CPU tensors, which are fake inside FakeTensorMode.
+
+    These are parameters, buffers and plain attributes. What was shared remains shared, and a slice
+    of a larger tensor holds all of that tensor's storage.
+    """
     replaced: dict[int, torch.Tensor] = {}
     full_storages: dict[int, torch.Tensor] = {}
 
@@ -284,7 +314,8 @@ def fill(model: nn.Module) -> None:
             replaced[id(tensor)] = replacement
         return replaced[id(tensor)]
 
-    keep = list(model.parameters()) + list(model.buffers())  # ids stay unique while these live
+    # ids stay unique while these live
+    originals = list(model.parameters()) + list(model.buffers())
     for module in model.modules():
         for tensors in cast(
             tuple[dict[str, Any], ...], (module._parameters, module._buffers, module.__dict__)
@@ -292,13 +323,15 @@ def fill(model: nn.Module) -> None:
             for name, tensor in tensors.items():
                 if isinstance(tensor, torch.Tensor):
                     tensors[name] = on_cpu(tensor)
-    del keep
+    del originals
 
 
 @contextmanager
 def _without_compilation() -> Iterator[list[Any]]:
-    """torch.compile and Module.compile leave what they are given as it is, and what was compiled before runs as it was
-    written; each is put into the list."""
+    """Let torch.compile and Module.compile do nothing inside.
+
+    What was compiled before runs uncompiled. Everything that was not compiled is put into the list.
+    """
     ignored: list[Any] = []
 
     def compile_function(function: Any = None, **_: Any) -> Any:
@@ -328,7 +361,7 @@ def _without_compilation() -> Iterator[list[Any]]:
 
 
 def _is_compiled(model: nn.Module) -> bool:
-    """Whether a part was compiled when it was built."""
+    """Return whether a part of the model was compiled when it was built."""
     return any(
         module._compiled_call_impl is not None or hasattr(module, "_orig_mod")
         for module in model.modules()
@@ -336,18 +369,22 @@ def _is_compiled(model: nn.Module) -> bool:
 
 
 def _describe(settings: RecordSettings, num_steps: int) -> Iterator[str]:
+    """Yield the lines of `MemoryTrace.source` on how the loop was recorded."""
     yield f"recorded {num_steps} optimizer steps on {settings.mode} tensors"
     if settings.target is None:
         yield "kernels of this CPU"
     else:
         major, minor = settings.target.compute_capability
-        yield f"kernels of CUDA, compute capability {major}.{minor}, attention {settings.target.attention}"
+        yield (
+            f"kernels of CUDA, compute capability {major}.{minor}, "
+            f"attention {settings.target.attention}"
+        )
         yield from settings.target.assumptions()
 
 
 @contextmanager
 def _collected_at_step_ends() -> Iterator[None]:
-    """Reference cycles would die whenever Python's collector happens to run."""
+    """Disable Python's collector inside, which would free reference cycles at arbitrary times."""
     was_enabled = gc.isenabled()
     gc.disable()
     gc.collect()
@@ -362,6 +399,7 @@ def _collected_at_step_ends() -> Iterator[None]:
 
 @contextmanager
 def _explain_cuda_errors() -> Iterator[None]:
+    """Raise UsageError for an error that says that there is no CUDA here."""
     try:
         yield
     except FituneError:
@@ -376,16 +414,23 @@ def _explain_cuda_errors() -> Iterator[None]:
 
 
 def _enter_without_gradients(mode: Any) -> None:
-    """Memory is the same as under `no_grad`. In inference mode itself an operator made of others comes whole to a
-    recorder, which would not see what is allocated inside."""
+    """Disable gradients in place of entering inference mode; the memory is the same.
+
+    In inference mode, a composite operator reaches the recorder as a whole, which would not see
+    what is allocated inside.
+    """
     mode._inference_mode_context = torch.set_grad_enabled(not mode.mode)
 
 
 @contextmanager
 def _fake_tensors_pass_as_real(*, checks_indices: bool) -> Iterator[None]:
-    """Fake tensors stand for real ones: the paths that PyTorch and transformers keep for compilers stay closed, and a
-    module converts its parameters in place (`Module._apply` swaps fake ones, which fails while anything refers to
-    them)."""
+    """Let PyTorch and transformers treat fake tensors as real ones.
+
+    The code paths for compilers are not taken, and a module converts its parameters in place.
+    `Module._apply` would swap fake tensors, which fails while anything refers to them.
+
+    checks_indices: whether one_hot looks at its indices, as a CPU does
+    """
     library = torch.library.Library("aten", "IMPL")
     with ExitStack() as stack:
         stack.callback(library._destroy)
@@ -402,7 +447,10 @@ def _fake_tensors_pass_as_real(*, checks_indices: bool) -> Iterator[None]:
 
 
 def _one_hot(tensor: torch.Tensor, num_classes: int = -1, *, checks_indices: bool) -> torch.Tensor:
-    """Onehot.cpp, the branch for real tensors: a CPU looks at the smallest and largest index, CUDA at neither."""
+    """Compute torch.one_hot as the branch for real tensors in Onehot.cpp does.
+
+    A CPU looks at the smallest and the largest index, CUDA at neither.
+    """
     if checks_indices:
         smallest, largest = tensor.aminmax()
         smallest.item()

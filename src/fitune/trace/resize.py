@@ -1,8 +1,10 @@
-"""A recording for another number of rows, from one of those in one micro-batch; and a step done once more.
+"""Derives a recording for other samples from a recording of one micro-batch, and repeats a step.
 
-What the later micro-batches of the last step do, the first did before: the same operators of the same modules on
-tensors of the same sizes. So a birth of a later one has the new size of the one in its place that had its old size.
-What the operators of a later micro-batch do besides is about gradients and the optimizer's state, which know no rows.
+What the later micro-batches of the last step do, the first one did before: the same operators of
+the same modules on tensors of the same sizes. So an allocation of a later one gets the new size of
+that allocation of the first one, in the same place, which had the same old size. What else the
+operators of a later micro-batch do concerns gradients and the optimizer's state, whose sizes do not
+depend on the samples.
 """
 
 from collections.abc import Iterable, Sequence
@@ -13,14 +15,22 @@ import numpy as np
 
 from fitune.trace.recording import COLUMNS, NEVER, Integers, Label, Recording, Rule, TraceWork
 
+#: Phase, kind of step, operator, module and iteration of an allocation, or similar for work.
 _Place = tuple[object, ...]
+#: Bytes and rule of an allocation.
 _Size = tuple[int, Rule | None]
 
 
 def resize(recording: Recording, single: Recording, *, kinds: Sequence[str]) -> Recording | None:
-    """`recording`, whose last step is a training step, with the sizes of `single`, which is the same for other rows,
-    with or without that step's later micro-batches. kinds: of the steps. None where the two do not do the same, or
-    where a later micro-batch has a size that nothing had before, or that two had which are equal no longer."""
+    """Return `recording` with the sizes of `single`.
+
+    recording: its last step is a training step
+    single: the same for other samples, with or without the later micro-batches of that step
+    kinds: the kinds of all steps
+
+    Returns None if the two do different things, if a later micro-batch has a size that did not
+    occur before, or if two allocations had this size and differ now.
+    """
     of_step = ("load", *kinds)
     places, allocations = _allocations(recording, of_step)
     their_places, their_allocations = _allocations(single, of_step)
@@ -35,10 +45,8 @@ def resize(recording: Recording, single: Recording, *, kinds: Sequence[str]) -> 
     if later is None:
         return None
     sizes = first + later
-    empty_rules, work = (
-        _resize_empty_rules(recording, single),
-        _resize_work(recording, single, of_step),
-    )
+    empty_rules = _resize_empty_rules(recording, single)
+    work = _resize_work(recording, single, of_step)
     if empty_rules is None or work is None:
         return None
     rules: dict[Rule, int] = {}
@@ -56,8 +64,11 @@ def resize(recording: Recording, single: Recording, *, kinds: Sequence[str]) -> 
 
 
 def with_last_step_repeated(recording: Recording, step: int) -> Recording | None:
-    """Step number `step`, the last, done once more. None where something of it stays that is no kernel's workspace,
-    which is made once for all: then the next one is another."""
+    """Return the recording with its last step, number `step`, done once more.
+
+    Returns None if the step leaves anything allocated but kernels' workspaces, which are allocated
+    once: then a further step is not like it.
+    """
     is_earlier = np.array([label.where.step < step for label in recording.labels], dtype=bool)
     start = int(np.count_nonzero(is_earlier[recording.label]))
     of_last = np.arange(start, len(recording))
@@ -65,17 +76,17 @@ def with_last_step_repeated(recording: Recording, step: int) -> Recording | None
     is_workspace = np.array(
         [label.category == "workspace" for label in recording.labels], dtype=bool
     )
-    if np.any(is_never_freed & ~is_workspace[recording.label[of_last]]) or np.any(
-        recording.freed_after[:start] >= start
-    ):
+    leaves_tensors = np.any(is_never_freed & ~is_workspace[recording.label[of_last]])
+    if leaves_tensors or np.any(recording.freed_after[:start] >= start):
         return None
     source = of_last[~is_never_freed]
-    place = np.cumsum(~is_never_freed) - 1 + len(recording)  # of each birth when it is done again
+    # the number of each allocation when it is repeated
+    place = np.cumsum(~is_never_freed) - 1 + len(recording)
     columns: dict[str, Any] = {
         name: np.concatenate((getattr(recording, name), getattr(recording, name)[source]))
         for name in COLUMNS
     }
-    # what died behind the birth of a workspace dies behind the birth before that
+    # what is freed after a workspace was allocated is freed after the allocation before it
     columns["freed_after"][len(recording) :] = place[recording.freed_after[source] - start]
     labels = {label: number for number, label in enumerate(recording.labels)}
     again = np.zeros(len(labels), dtype=np.int64)
@@ -105,7 +116,7 @@ def _with_step(label: Label, step: int) -> Label:
 
 
 def _num_in_first_micro_batch(recording: Recording, last_step: int) -> int:
-    """Births up to the end of the last step's first micro-batch."""
+    """Return the number of allocations up to the end of the last step's first micro-batch."""
     is_later = [
         where.step == last_step and where.micro_batch > 0 for _, where, _, _ in recording.labels
     ]
@@ -118,8 +129,13 @@ def _resize_later(
     allocations: Sequence[_Size],
     first: Sequence[_Size],
 ) -> list[_Size] | None:
-    """The new sizes of the births behind the first ones, whose new sizes are `first`. What is born in one place of a
-    micro-batch, one after the other, is most often what was born there first."""
+    """Return the new sizes of the allocations after the first micro-batch of the last step.
+
+    first: the new sizes of the allocations before
+
+    Consecutive allocations in one place of a micro-batch are most often equal to those in the same
+    place of the first one. None if a size is unknown.
+    """
     replaced = _ReplacedSizes(zip(places, allocations, first, strict=False))
     before: dict[_Place, list[int]] = {}
     for number, place in enumerate(places[: len(first)]):
@@ -145,8 +161,10 @@ def _resize_later(
 
 
 class _ReplacedSizes:
-    """What became of the old amounts in each place, which begins with the phase. What is not found in its phase is
-    looked for in the others."""
+    """The new sizes of all old sizes in each place.
+
+    A size that does not occur in its phase, with which a place begins, is looked for in the others.
+    """
 
     def __init__(self, amounts: Iterable[tuple[_Place, Any, Any]]) -> None:
         self._found: dict[tuple[_Place, Any], set[Any]] = {}
@@ -155,14 +173,16 @@ class _ReplacedSizes:
                 self._found.setdefault(key, set()).add(new)
 
     def find(self, place: _Place, old: Any) -> Any:
-        """None where there was no such amount, or several that are equal no longer."""
+        """Return the new size, None if the old one did not occur or has several new ones."""
         new = self._found.get((place, old)) or self._found.get((place[1:], old))
         return next(iter(new)) if new is not None and len(new) == 1 else None
 
 
 def _allocations(recording: Recording, of_step: Sequence[str]) -> tuple[list[_Place], list[_Size]]:
-    """What is born where, whichever pass of a kind it is; and how large. A kernel's workspace comes once for all, so it
-    is no part of what its operator does each time."""
+    """Return the place of each allocation, whichever pass of a kind it belongs to, and its size.
+
+    Workspaces have places of their own: kernels allocate them once, and not each time they run.
+    """
     labels = [
         (where.phase, of_step[where.step], op, where.module, category == "workspace")
         for category, where, op, _ in recording.labels
@@ -176,7 +196,7 @@ def _allocations(recording: Recording, of_step: Sequence[str]) -> tuple[list[_Pl
 
 
 def _frees(recording: Recording, num_first: int) -> Integers:
-    """Of the first births; all later than these alike."""
+    """Return when the first allocations are freed, not distinguishing what is freed after them."""
     after = recording.freed_after[:num_first]
     return np.where((after == NEVER) | (after >= num_first - 1), num_first, after)
 
@@ -184,7 +204,7 @@ def _frees(recording: Recording, num_first: int) -> Integers:
 def _resize_empty_rules(
     recording: Recording, single: Recording
 ) -> tuple[tuple[int, Rule], ...] | None:
-    """Where both name as many rules of as many operators in each step."""
+    """Return the empty rules of `single` if both have those of the same operators in each step."""
     names, theirs = (
         [(step, rule.op) for step, rule in each.empty_rules] for each in (recording, single)
     )
@@ -194,6 +214,7 @@ def _resize_empty_rules(
 def _resize_work(
     recording: Recording, single: Recording, of_step: Sequence[str]
 ) -> tuple[TraceWork, ...] | None:
+    """Return the work with the sums of `single`, None if it has no sums for a later micro-batch."""
     last_step = len(of_step) - 1
 
     def place(work: TraceWork) -> _Place:

@@ -1,8 +1,9 @@
-"""Reads what a real card recorded: a pickle of `torch.cuda.memory._snapshot()`, as `MemoryTrace`.
+"""Reads what a real card recorded: a pickle of `torch.cuda.memory._snapshot()`.
 
-The file is a list of allocator actions by device, with addresses, requested sizes, streams and, where they were
-recorded, Python frames. Phases are read off the frames; categories are those of what was alive before the recording
-(parameter) and otherwise of the phase, since an allocator does not know what it allocates for.
+The file lists allocator actions by device, with addresses, requested sizes, streams and, where they
+were recorded, Python frames. The frames show the phases. An allocator does not know what it
+allocates for, so the category is guessed: storages from before the recording are parameters, and
+others have the category of their phase.
 """
 
 import pickle
@@ -15,6 +16,8 @@ from fitune.boundary import told_as
 from fitune.errors import UsageError
 from fitune.trace.events import Category, MemoryEvent, MemoryTrace, Phase
 
+#: "free_requested" is the free for the allocator's statistics; "free_completed" follows when the
+#: streams are done.
 _FREES = (
     "free_requested",
     "free",
@@ -28,17 +31,21 @@ _CATEGORY: Mapping[Phase, Category] = {
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Containers and numbers only: a file cannot run code here."""
+    """Unpickles containers and numbers only, so that a file cannot run code."""
 
     def find_class(self, module_name: str, global_name: str, /) -> NoReturn:
         raise UsageError(
-            f"the snapshot holds {module_name}.{global_name}, not plain containers only; it is not read"
+            f"the snapshot holds {module_name}.{global_name}, not plain containers only; "
+            "it is not read"
         )
 
 
 def read_snapshot(path: Path, *, device: int = 0) -> MemoryTrace:
-    """The allocations and frees of one device, in order; blocks that were allocated before the recording began come
-    first, in phase load. Raises UsageError for a file that is no snapshot or holds no action of that device."""
+    """Return the allocations and frees of one device, in order.
+
+    Blocks from before the recording are first, in phase load. Raises UsageError for a file that is
+    no snapshot, or that has no action of this device.
+    """
     try:
         with path.open("rb") as file:
             snapshot = _PlainUnpickler(file).load()
@@ -54,7 +61,8 @@ def read_snapshot(path: Path, *, device: int = 0) -> MemoryTrace:
         ) from error
     if not actions:
         raise UsageError(
-            f"{path} holds no action of device {device}: call torch.cuda.memory._record_memory_history() before the run"
+            f"{path} holds no action of device {device}: "
+            "call torch.cuda.memory._record_memory_history() before the run"
         )
     with told_as(
         UsageError, f"{path} is a damaged snapshot of torch.cuda.memory", "record it again"
@@ -121,7 +129,10 @@ def _events(
 def _allocated_before(
     actions: Sequence[Mapping[str, Any]], segments: Sequence[Mapping[str, Any]]
 ) -> Iterator[tuple[int, int, int]]:
-    """Address, bytes and stream of what was there at the start: freed without having been allocated, or still there."""
+    """Yield address, bytes and stream of what was allocated before the recording began.
+
+    These are the blocks that are freed without having been allocated, or that are still allocated.
+    """
     seen: set[int] = set()
     for action in actions:
         if action["action"] in _FREES and action["addr"] not in seen:
@@ -137,7 +148,7 @@ def _allocated_before(
 
 
 def _phase(frames: Sequence[Mapping[str, Any]], before: Phase) -> Phase:
-    """Of the outermost frame that tells it; the phase before where no frames were recorded."""
+    """Return the phase that the outermost frame shows; the phase before if there are no frames."""
     if not frames:
         return before
     for frame in reversed(frames):
