@@ -1,4 +1,4 @@
-"""Steps written by hand: a first micro-batch for other rows gives the later ones their sizes."""
+"""Resizes steps that are written by hand, by the first micro-batch of a step with other samples."""
 
 from collections.abc import Sequence
 
@@ -13,8 +13,11 @@ KINDS = ("train",)
 def step(
     num_micro_batches: int, sizes: Sequence[int], later: Sequence[int] | None = None, *, more: int = 0, update: int = 8
 ) -> Recording:
-    """Micro-batches of one operator each that makes tensors of these sizes; `later` from the second on, where the work
-    has `more` bytes. Then an update."""
+    """Return a step of micro-batches and an update.
+
+    Each micro-batch has one operator that allocates tensors of these sizes; from the second one on, the sizes are
+    `later`, and the work has `more` bytes.
+    """
     allocations, work = [], []
     for micro_batch in range(num_micro_batches):
         where = Where("backward", 1, micro_batch, "head")

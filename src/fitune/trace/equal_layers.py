@@ -47,7 +47,8 @@ class LayerList:
         """Return the shortest period of the layers, None if they do not repeat."""
         num_layers, step = len(self.signatures), recompute_period(recompute)
         for period in range(step, min(_LARGEST_PERIOD, num_layers // 2 - 1) + 1, step):
-            # the last one too: in a model of the first few layers an earlier one takes its place
+            # the last layer must be equal too: in a model of the first few layers, an earlier one
+            # takes its place
             if all(
                 self.signatures[i] == self.signatures[i + period]
                 for i in range(1, num_layers - period)

@@ -5,7 +5,7 @@ from typing import Any, Protocol
 
 from fitune.trace.allocation import Allocation
 from fitune.trace.events import Phase
-from fitune.trace.operator_traits import Operator
+from fitune.trace.operator_cost import Operator
 from fitune.trace.shape_cache import Call
 
 

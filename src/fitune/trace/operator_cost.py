@@ -9,8 +9,10 @@ from torch.utils.flop_counter import flop_registry
 
 from fitune.trace.operators import by_operator
 
+Operator = torch._ops.OpOverload
 
-def moved_bytes(func: Any, args: Any, outputs: tuple[torch.Tensor, ...]) -> int:
+
+def moved_bytes(func: Operator, args: Any, outputs: tuple[torch.Tensor, ...]) -> int:
     """Return the bytes of the tensors that are read and written, each counted once.
 
     A broadcast tensor counts with the bytes that it really holds. Where an operator looks up
@@ -26,7 +28,7 @@ def moved_bytes(func: Any, args: Any, outputs: tuple[torch.Tensor, ...]) -> int:
     return sum(sizes.values())
 
 
-def count_flops(func: Any, args: Any, kwargs: Any, outputs: tuple[torch.Tensor, ...]) -> int:
+def count_flops(func: Operator, args: Any, kwargs: Any, outputs: tuple[torch.Tensor, ...]) -> int:
     """Return the floating-point operations, two for a multiplication with an addition.
 
     The formulas for products and attention are those of torch.utils.flop_counter; other operators
@@ -149,9 +151,8 @@ _MOVED: dict[str, Callable[[Any, Any], int]] = {
     "aten::_fused_adamw_": _updated(2),
     "aten::_fused_sgd_": _updated(1),
     "aten::nll_loss_forward": lambda args, _: 2 * bytes_of(args[1]),
-    "aten::nll_loss_backward": lambda args, outputs: (
-        bytes_of(outputs) + 2 * bytes_of(args[2])
-    ),  # zeros, mostly
+    # the result is filled with zeros, and one element of each row is written
+    "aten::nll_loss_backward": lambda args, outputs: bytes_of(outputs) + 2 * bytes_of(args[2]),
     "aten::embedding_dense_backward": lambda args, outputs: (
         bytes_of(outputs) + 3 * bytes_of(args[:2])
     ),
@@ -166,12 +167,12 @@ _MOVED: dict[str, Callable[[Any, Any], int]] = {
 
 
 @by_operator
-def _own_moved(func: Any) -> Callable[[Any, Any], int] | None:
+def _own_moved(func: Operator) -> Callable[[Any, Any], int] | None:
     return _MOVED.get(func._schema.name)
 
 
 @by_operator
-def _flop_formulas(func: Any) -> tuple[Callable[[Any, Any], int] | None, Any]:
+def _flop_formulas(func: Operator) -> tuple[Callable[[Any, Any], int] | None, Any]:
     """Return our formula and the registry's, each None if there is none."""
     return _OWN.get(func._schema.name), flop_registry.get(func.overloadpacket)
 

@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 import torch
 
 from fitune.trace.autograd_in_place import IN_PLACE
+from fitune.trace.operator_cost import Operator
 from fitune.trace.operators import by_operator
 from fitune.trace.recording import Rule
 
-Operator = torch._ops.OpOverload
 _LIFT_FRESH = torch.ops.aten.lift_fresh.default
 #: A view although its schema does not say so, because autograd need not know: it moves nothing.
 _UNSAFE_VIEW = torch.ops.aten._unsafe_view.default
@@ -33,7 +33,7 @@ class Traits(NamedTuple):
 
 
 @by_operator
-def traits_of(func: Any) -> Traits:
+def traits_of(func: Operator) -> Traits:
     does_work = not func.is_view and func is not _UNSAFE_VIEW
     return Traits(
         str(func),

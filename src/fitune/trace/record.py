@@ -139,16 +139,14 @@ class RecordedModel:
                 stack.enter_context(cuda_answers(target))
             compiled = stack.enter_context(_without_compilation())
             known = self._parts if self._parts is not None and self._parts.restore() else None
-            self._parts = (
-                None  # until all went well; an old model is gone before there is a new one
-            )
+            # None until the recording has succeeded; an old model is freed before a new one is made
+            self._parts = None
             parts = known or self._new_parts()
             if parts.mode is not None:
                 stack.enter_context(_fake_tensors_pass_as_real(checks_indices=target is None))
                 stack.enter_context(as_real())
-                stack.enter_context(
-                    torch.random.fork_rng(devices=[])
-                )  # what is drawn on the host is drawn for real
+                # random numbers on the host are really drawn
+                stack.enter_context(torch.random.fork_rng(devices=[]))
                 self._shapes.serve(stack.enter_context(parts.mode))
             if known is None:
                 if parts.mode is not None:
@@ -177,23 +175,22 @@ class RecordedModel:
                 with self._explained("the step", parts):
                     step()
                 parts.recorder.end_step(parts.model)
-            # real tensors ask for no routing
+            # no routing is assumed for real tensors
             assumed = parts.assumptions.used if parts.mode is None else parts.assumptions.lines()
             notes = [COMPILED] if compiled or _is_compiled(parts.model) else []
             recording = parts.recorder.recording(
                 (*_describe(self._settings, num_steps), *assumed, *notes)
             )
+            # what the loop has made is freed before the next loop
             del step
-            gc.collect()  # what the loop made is of no next one
+            gc.collect()
             self._parts = parts
             return recording
 
     def _explained(self, doing: str, parts: "_Parts") -> AbstractContextManager[None]:
-        return (
-            explained(doing, lambda: bool(parts.assumptions.used))
-            if parts.mode is not None
-            else nullcontext()
-        )
+        if parts.mode is None:
+            return nullcontext()
+        return explained(doing, lambda: bool(parts.assumptions.used))
 
     def _new_parts(self) -> "_Parts":
         assumptions = Assumptions(self._settings.routing, self._shapes, self._patience)
@@ -353,7 +350,7 @@ def _without_compilation() -> Iterator[list[Any]]:
         stack.enter_context(patch.object(nn.Module, "compile", compile_module))
         if (frames := sys.modules.get("torch._dynamo.eval_frame")) is not None:
             stack.enter_context(patch.object(frames, "_callback_from_stance", uncompiled))
-            # 0: nobody counts what fullgraph=True compiles
+            # nobody counts what fullgraph=True compiles
             stack.enter_context(
                 patch.object(frames, "set_fullgraph_compiled_frame_count", lambda _: 0, create=True)
             )
@@ -388,7 +385,8 @@ def _collected_at_step_ends() -> Iterator[None]:
     was_enabled = gc.isenabled()
     gc.disable()
     gc.collect()
-    gc.freeze()  # what is there already need not be looked at again
+    # existing objects need not be looked at again
+    gc.freeze()
     try:
         yield
     finally:
@@ -405,9 +403,8 @@ def _explain_cuda_errors() -> Iterator[None]:
     except FituneError:
         raise
     except Exception as error:
-        is_about_cuda = place_of(error).startswith("torch/cuda/") or "dummy base class" in str(
-            error
-        )
+        is_from_cuda = place_of(error).startswith("torch/cuda/")
+        is_about_cuda = is_from_cuda or "dummy base class" in str(error)
         if not is_about_cuda and re.search(r"\bcuda\b", str(error), re.IGNORECASE) is None:
             raise
         raise UsageError(f"{NAMES_CUDA} ({cause_of(error)})") from error

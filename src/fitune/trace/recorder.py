@@ -24,8 +24,8 @@ from fitune.trace.allocation import Free, Output
 from fitune.trace.autograd_in_place import as_autograd_does, count_alone
 from fitune.trace.events import ON_HOST, TRANSFER, Category
 from fitune.trace.kernels import Kernels
-from fitune.trace.operator_cost import bytes_of, count_flops, moved_bytes, tensors_in
-from fitune.trace.operator_traits import Operator, Traits, dtype_name, rule_of, traits_of
+from fitune.trace.operator_cost import Operator, bytes_of, count_flops, moved_bytes, tensors_in
+from fitune.trace.operator_traits import Traits, dtype_name, rule_of, traits_of
 from fitune.trace.phase_tracker import PhaseTracker, is_in_backward
 from fitune.trace.recorded_storage import RecordedStorage, Savepoint, WorkPlace
 from fitune.trace.recording import (
@@ -233,8 +233,8 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(
         self,
-        func: Any,
-        types: Any,
+        func: Operator,
+        types: object,
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
@@ -438,7 +438,7 @@ class Recorder(TorchDispatchMode):
         if storage is not None:
             self.free(storage)
 
-    # ---- phases ----
+    # ---- phases and categories ----
 
     def _follow_phase(self, args: tuple[Any, ...]) -> None:
         """Update the phase, and let the storages that survive until the backward be activations."""

@@ -103,7 +103,8 @@ def _relative_frees(
 def _is_near(iteration: Integers, free_iteration: Integers) -> Bools:
     """Return whether both are known and at most one iteration apart."""
     is_known = (iteration >= 0) & (free_iteration >= 0)
-    return is_known & (np.abs(free_iteration - iteration) <= 1)
+    is_near: Bools = is_known & (np.abs(free_iteration - iteration) <= 1)
+    return is_near
 
 
 def _have_same_labels(

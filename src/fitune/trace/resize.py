@@ -147,11 +147,10 @@ def _resize_later(
     found: dict[int, _Size | None] = {}
     for (place, _), numbers in groups.items():
         same = before.get(place, [])
-        if place[0] == "optimizer":  # an update knows no rows
+        # the sizes of an update do not depend on the samples
+        if place[0] == "optimizer":
             found |= {number: allocations[number] for number in numbers}
-        elif [allocations[number] for number in numbers] == [
-            allocations[number] for number in same
-        ]:
+        elif [allocations[i] for i in numbers] == [allocations[i] for i in same]:
             found |= zip(numbers, (first[number] for number in same), strict=True)
         else:
             found |= {number: replaced.find(place, allocations[number]) for number in numbers}

@@ -1,4 +1,4 @@
-"""Carries operators out on fake tensors, and remembers the results by the shapes of the arguments.
+"""Runs operators on fake tensors, and remembers the results by the shapes of the arguments.
 
 A training step calls the same operators with the same shapes over and over. FakeTensorMode has a
 cache of its own, but its keys cover symbolic shapes and devices that do not occur here, and take
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from fitune.trace.operator_cost import Operator
 from fitune.trace.operators import by_operator
 
 _CPU = torch.device("cpu")
@@ -33,7 +34,7 @@ _NOT_REMEMBERED = {
 
 
 @by_operator
-def _is_by_shape(func: Any) -> bool:
+def _is_by_shape(func: Operator) -> bool:
     return func not in _NOT_REMEMBERED and not any(tag in func.tags for tag in _NOT_BY_SHAPE)
 
 
@@ -46,7 +47,7 @@ class Call:
     """What is remembered of the calls of an operator with arguments of the same shapes."""
 
     #: held here because its id is part of the key
-    func: Any
+    func: Operator
     #: makes the result, None where FakeTensorMode has to
     make: _Make | None
     #: the bytes that it moves and its floating-point operations, once they were counted
@@ -70,20 +71,17 @@ class ShapeMemory:
         self._attributes |= FakeTensor(mode, empty, _CPU).__dict__
 
     def call(
-        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, func: Operator, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Any, Call | None]:
         """Return the operator's result, and the memory of such calls, None without one."""
         if not _is_by_shape(func):
             return func(*args, **kwargs), None
         try:
-            key = (
-                id(func),
-                *_key(args),
-                _num_distinct(args),
-                *((name, *_key((its,))) for name, its in kwargs.items()),
-            )
+            named = ((name, *_key((value,))) for name, value in kwargs.items())
+            key = id(func), *_key(args), _num_distinct(args), *named
             known = self._calls.get(key)
-        except (_CannotRememberError, TypeError):  # TypeError: an argument that is not hashable
+        # TypeError: an argument is not hashable
+        except (_CannotRememberError, TypeError):
             return func(*args, **kwargs), None
         if known is None:
             result = func(*args, **kwargs)
@@ -91,7 +89,7 @@ class ShapeMemory:
             return result, known
         return func(*args, **kwargs) if known.make is None else known.make(args), known
 
-    def _imitate(self, func: Any, args: tuple[Any, ...], result: Any) -> _Make | None:
+    def _imitate(self, func: Operator, args: tuple[Any, ...], result: Any) -> _Make | None:
         """Return how to make such a result from such arguments, None if it cannot be imitated."""
         if result is None:
             return lambda _: None
@@ -101,10 +99,8 @@ class ShapeMemory:
             isinstance(each, FakeTensor) for each in result
         ):
             return None
-        if (
-            len({each.untyped_storage()._cdata for each in result}) != len(result)
-            and not func.is_view
-        ):
+        storages = {each.untyped_storage()._cdata for each in result}
+        if len(storages) != len(result) and not func.is_view:
             return None
         makes = [self._output(args, each) for each in result]
         if any(make is None for make in makes):
@@ -121,14 +117,10 @@ class ShapeMemory:
         if make is None or result.constant is not None or result.is_conj() or result.is_neg():
             return None
         made = make(args)
-        same = torch._C._dispatch_key_set(made) == torch._C._dispatch_key_set(result) and _key(
-            (made,)
-        ) == _key((result,))
-        return (
-            make
-            if same and made.untyped_storage().nbytes() == result.untyped_storage().nbytes()
-            else None
-        )
+        same_dispatch = torch._C._dispatch_key_set(made) == torch._C._dispatch_key_set(result)
+        same_bytes = made.untyped_storage().nbytes() == result.untyped_storage().nbytes()
+        same = same_dispatch and _key((made,)) == _key((result,)) and same_bytes
+        return make if same else None
 
     def _tensor(self, args: tuple[Any, ...], result: FakeTensor) -> _Make | None:
         """Return how to make a tensor as a view of an argument, or with a storage of its own."""
@@ -176,9 +168,8 @@ def _key(values: Any) -> list[Any]:
             if value.constant is not None:
                 raise _CannotRememberError
             stride = value.stride()
-            held = (
-                value.untyped_storage().nbytes() if 0 in stride else None
-            )  # of a broadcast tensor
+            # the bytes that a broadcast tensor really holds
+            held = value.untyped_storage().nbytes() if 0 in stride else None
             key.append((value.shape, stride, value.storage_offset(), value.dtype, held))
         elif isinstance(value, Tensor):
             raise _CannotRememberError

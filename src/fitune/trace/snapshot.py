@@ -18,10 +18,7 @@ from fitune.trace.events import Category, MemoryEvent, MemoryTrace, Phase
 
 #: "free_requested" is the free for the allocator's statistics; "free_completed" follows when the
 #: streams are done.
-_FREES = (
-    "free_requested",
-    "free",
-)  # freed for the allocator's statistics; "free_completed" when streams are done
+_FREES = ("free_requested", "free")
 _CATEGORY: Mapping[Phase, Category] = {
     "load": "parameter",
     "forward": "activation",
@@ -55,7 +52,8 @@ def read_snapshot(path: Path, *, device: int = 0) -> MemoryTrace:
         ]
     except UsageError:
         raise
-    except Exception as error:  # bytes that are no pickle end in whatever its machine stumbles over
+    # bytes that are no pickle can raise any exception
+    except Exception as error:
         raise UsageError(
             f"{path} is no snapshot of torch.cuda.memory with device {device}: {error}"
         ) from error
@@ -112,9 +110,10 @@ def _events(
             )
             live[action["addr"]] = event
             yield event
-        elif (
-            action["action"] in _FREES and (allocated := live.pop(action["addr"], None)) is not None
-        ):
+        elif action["action"] in _FREES:
+            allocated = live.pop(action["addr"], None)
+            if allocated is None:
+                continue
             yield MemoryEvent(
                 allocated.storage,
                 -allocated.num_bytes,

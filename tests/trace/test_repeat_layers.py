@@ -1,4 +1,4 @@
-"""Loops written by hand, whose long form is known."""
+"""Repeats the iterations of loops that are written by hand, whose long form is known."""
 
 from collections.abc import Sequence
 
@@ -18,8 +18,11 @@ def at(iteration: int) -> Where:
 
 
 def backward(num_iterations: int) -> Recording:
-    """From the last layer to the first, which is built differently: the gradient that a layer hands down dies behind
-    the third tensor of the layer below, but behind the first one of the first layer."""
+    """Return a backward from the last layer to the first one, which is built differently.
+
+    The gradient that a layer passes on is freed after the third allocation of the layer below, but after the first
+    allocation of the first layer.
+    """
     allocations = []
     for iteration in reversed(range(1, num_iterations)):
         begin = 3 * (num_iterations - 1 - iteration)
@@ -45,7 +48,10 @@ ITERATIONS = Iterations("layers", 1, 4, 9)
 def step_of(
     micro_batches: int, *, norm_bytes: int = 100, ops: Sequence[str] = ("mul",), in_head: Sequence[str] = ("mm",)
 ) -> Recording:
-    """The last step of so many micro-batches, and an optimizer that gathers one norm a layer. ops: of a layer."""
+    """Return the last step of so many micro-batches, whose optimizer gathers one norm for each layer.
+
+    ops: the operators of a layer
+    """
     allocations, work = [], []
     for number in range(micro_batches):
         for module, names in (("layers.1.mlp", ops), ("head", in_head)):
@@ -58,7 +64,7 @@ def step_of(
 
 
 def growth_of(recording: Recording) -> Growth:
-    """25 bytes a layer of what the optimizer gathers."""
+    """Return a growth of 25 bytes for each layer, of what the optimizer gathers."""
     grows = np.array([0] * (len(recording) - 1) + [25], dtype=np.int64)
     return Growth(grows, {recording.work[0].place: np.array([0, 25, 0])})
 
