@@ -1,4 +1,4 @@
-"""A model that has been recorded once gives the same recording as a new one, whatever was recorded before it."""
+"""Records several loops on one model, and compares each recording with that of a new model."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -46,7 +46,7 @@ def passes(config: RunConfig) -> list[Pass]:
 
 
 def are_same(one: Recording, other: Recording) -> bool:
-    return to_trace(one) == to_trace(other) and (one.work, one.silent) == (other.work, other.silent)
+    return to_trace(one) == to_trace(other) and (one.work, one.empty_rules) == (other.work, other.empty_rules)
 
 
 @pytest.mark.parametrize("target", [CudaTarget((8, 0)), None], ids=["card", "cpu"])
@@ -71,7 +71,7 @@ def test_one_configuration_after_the_other(kind: str, method: str, target: CudaT
 
 
 class Place:
-    """Loops over one small model; what `left` holds outlives its loop."""
+    """Records loops over one small model; the tensors in `left` outlive their loop."""
 
     def __init__(self) -> None:
         self.num_built = 0
@@ -130,7 +130,7 @@ def test_what_a_loop_replaces_makes_a_new_model() -> None:
 
 
 def test_what_a_loop_makes_of_a_tensor_that_was_there_is_of_no_next_one() -> None:
-    """A tensor of the set-up becomes a gradient in one loop, and is none in the next."""
+    """A tensor of the setup becomes a gradient in one loop, and is none in the next."""
     kept: list[torch.Tensor] = []
 
     def new() -> RecordedModel:

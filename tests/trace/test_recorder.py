@@ -1,4 +1,4 @@
-"""How storages are named, counted and placed while a loop runs."""
+"""Records loops, and checks how their storages are named, counted and placed."""
 
 from collections.abc import Callable
 from typing import Any
@@ -38,7 +38,7 @@ def train(model: nn.Module, device: torch.device, *, num_micro_batches: int = 1)
 
 
 def at_end(trace: MemoryTrace) -> dict[str, int]:
-    """Bytes by category of what is alive after the last event."""
+    """Return the bytes that are allocated after the last event, by category."""
     alive: dict[str, int] = {}
     for event in trace.events:
         alive[event.category] = alive.get(event.category, 0) + event.num_bytes
@@ -48,7 +48,7 @@ def at_end(trace: MemoryTrace) -> dict[str, int]:
 NUM_PARAMETERS = 2 * (WIDTH * WIDTH + WIDTH)
 
 
-def test_every_death_takes_what_its_birth_requested() -> None:
+def test_every_free_has_the_bytes_of_its_allocation() -> None:
     alive: dict[int, int] = {}
     for event in record(train).events:
         alive[event.storage] = alive.get(event.storage, 0) + event.num_bytes
@@ -62,7 +62,7 @@ def test_parameters_and_their_adam_state_stay() -> None:
     assert "gradient" not in alive
 
 
-def test_gradients_are_born_in_the_backward() -> None:
+def test_gradients_are_allocated_in_the_backward() -> None:
     gradients = [event for event in record(train).events if event.category == "gradient" and event.num_bytes > 0]
     assert {event.phase for event in gradients} == {"backward"}
     assert sum(event.num_bytes for event in gradients) == 2 * NUM_PARAMETERS * 4  # two steps

@@ -1,4 +1,4 @@
-"""What a few layers, a few chunks and two micro-batches stand for equals the whole recording, event by event."""
+"""Derives steps from a few layers, a few chunks and two micro-batches, and compares them with whole recordings."""
 
 import copy
 import gc
@@ -29,7 +29,7 @@ SHORT, CHUNKED = 40, 512  # tokens of a row: three rows are one chunk of the los
 
 @pytest.fixture
 def recorded(monkeypatch: pytest.MonkeyPatch) -> list[RunConfig]:
-    """The configurations that were recorded, one entry a recording."""
+    """Return the configurations that were recorded, with one entry for each recording."""
     calls: list[RunConfig] = []
     record = recordings_room.record_columns_of_step
 
@@ -83,7 +83,7 @@ def ask(
     target: CudaTarget | None = AMPERE,
     asked: Callable[[RunConfig], list[Pass]] = passes,
 ) -> None:
-    """Asks for the step of `config`, and compares with the whole recording."""
+    """Compare the step of `config` with the whole recording."""
     whole = record_step(config, asked(config), target=target)
     short = recordings.step(config, asked(config), target=target)
     assert len(short.trace.events) == len(whole.trace.events) > 500
@@ -221,7 +221,7 @@ def test_a_second_size_needs_one_micro_batch_only(tmp_path: Path, monkeypatch: p
 
 
 def test_a_step_that_leaves_something_is_not_repeated(tmp_path: Path, recorded: list[RunConfig]) -> None:
-    """Its state comes in its first update, so the second step is another."""
+    """The optimizer allocates its state in the first update, so the second step differs."""
 
     def two_steps(config: RunConfig) -> list[Pass]:
         rows = longest_rows(config, num_rows=config.batch.rows_per_step)
@@ -235,7 +235,7 @@ def test_a_step_that_leaves_something_is_not_repeated(tmp_path: Path, recorded: 
 
 
 def largest_micro_batch(config: RunConfig) -> list[Pass]:
-    """Of one and of two micro-batches alike, as a plan asks."""
+    """Return the same passes for one micro-batch and for two, as a plan does."""
     micro = longest_rows(config, num_rows=config.batch.micro or 0)
     return around(config, Pass("train", micro * (config.batch.accumulation or 1)))
 
@@ -296,8 +296,8 @@ def test_layers_recomputed_by_turns_have_their_period(tmp_path: Path) -> None:
 
 
 def test_the_work_of_a_step_is_that_of_its_matrix_products(tmp_path: Path) -> None:
-    """6 floating-point operations a parameter of the layers and position (2 forward, 4 backward), as in Kaplan et al.
-    2020 (arXiv 2001.08361)."""
+    """There are 6 floating-point operations for each token and parameter of the layers (2 forward, 4 backward), as in
+    Kaplan et al. 2020 (arXiv 2001.08361)."""
     config = make_config(tmp_path, "llama")
     step = Recordings().step(config, passes(config), target=AMPERE)
     flops = sum(

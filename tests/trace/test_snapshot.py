@@ -23,7 +23,7 @@ def write(directory: Path, actions: list[dict[str, Any]], segments: list[dict[st
     return path
 
 
-def test_allocations_and_frees_become_births_and_deaths(tmp_path: Path) -> None:
+def test_allocations_and_frees_become_events(tmp_path: Path) -> None:
     actions = [
         action("segment_alloc", 1, 2 << 20), action("alloc", 1, 100), action("free_requested", 1, 100),
         action("free_completed", 1, 100),
