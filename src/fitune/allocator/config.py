@@ -80,8 +80,7 @@ def parse_allocator_config(text: str) -> AllocatorConfig:
     if settings.get("backend", "native") != "native":
         raise UsageError(
             f"allocator setting backend:{settings['backend']} cannot be predicted: only PyTorch's "
-            "native allocator is "
-            "known exactly; remove it"
+            "native allocator is known exactly; remove it"
         )
     if _switch("throw_on_cudamalloc_oom", settings.get("throw_on_cudamalloc_oom", "False")):
         raise UsageError(

@@ -117,18 +117,15 @@ class OutOfDeviceMemoryError(Exception):
         allowed = "" if limit_bytes is None else f"{_format_size(limit_bytes)} allowed; "
         hint = (
             " If reserved but unallocated memory is large try setting "
-            "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True"
-            " to avoid fragmentation.  See documentation for Memory Management  "
-            "(https://docs.pytorch.org/docs/stable/"
-            "notes/cuda.html#optimizing-memory-usage-with-pytorch-cuda-alloc-conf)"
+            "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True to avoid fragmentation.  See "
+            "documentation for Memory Management  "
+            "(https://docs.pytorch.org/docs/stable/notes/cuda.html#optimizing-memory-usage-with-pytorch-cuda-alloc-conf)"
         )
         super().__init__(
             f"CUDA out of memory. Tried to allocate {_format_size(segment_bytes)}. GPU 0 has a "
-            "total capacity of "
-            f"{_format_size(total_bytes)} of which {_format_size(free_bytes)} is free. Including "
-            "non-PyTorch memory, "
-            f"this process has {_format_size(total_bytes - free_bytes)} memory in use. {allowed}Of "
-            "the allocated "
+            f"total capacity of {_format_size(total_bytes)} of which {_format_size(free_bytes)} is "
+            "free. Including non-PyTorch memory, this process has "
+            f"{_format_size(total_bytes - free_bytes)} memory in use. {allowed}Of the allocated "
             f"memory {_format_size(allocated_bytes)} is allocated by PyTorch, and "
             f"{_format_size(reserved_bytes - allocated_bytes)} is reserved by PyTorch but "
             "unallocated." + ("" if is_expandable else hint)

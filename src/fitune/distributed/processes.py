@@ -130,8 +130,7 @@ class Ranks:
             self.is_broken = True
             raise RestartError(
                 f"rank {self.rank}: the {self.size} processes no longer compute the same layers: "
-                "start all of them "
-                "again with fitune train --resume"
+                "start all of them again with fitune train --resume"
             )
         return int(largest)
 
@@ -174,8 +173,7 @@ class Ranks:
         if len(set(self.exchange(digest.hexdigest()))) > 1:
             raise FituneError(
                 "the processes no longer have the same weights: give all of them the same device, "
-                "versions and number "
-                "of threads, and go on from the last checkpoint with --resume"
+                "versions and number of threads, and go on from the last checkpoint with --resume"
             )
 
     def _gather(self, entry: Any) -> list[Any]:
@@ -196,8 +194,8 @@ class Ranks:
         self.is_broken = True
         lost = RestartError(
             f"rank {self.rank}: another of the {self.size} processes is gone "
-            f"({' '.join(str(error).split())[:120]}): "
-            "start all of them again with fitune train --resume"
+            f"({' '.join(str(error).split())[:120]}): start all of them again with fitune train "
+            "--resume"
         )
         self._known_error = lost
         return lost
@@ -264,8 +262,7 @@ def _join(size: int) -> Ranks:
         if local >= num_cards:
             raise UsageError(
                 f"{local + 1} processes are started here and {num_cards} cards are visible: give "
-                "torchrun "
-                f"--nproc_per_node {num_cards}"
+                f"torchrun --nproc_per_node {num_cards}"
             )
         torch.cuda.set_device(local)
     distributed.init_process_group("gloo", rank=rank, world_size=size, timeout=MOST_WAIT)
