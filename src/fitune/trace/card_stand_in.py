@@ -250,8 +250,8 @@ def card_stands_in(recorder: Recorder) -> Iterator[None]:
 
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
-        # Torch warns about hooks that the loop sets; those that checkpointing sets come through the
-        # replaced __init__ too and would be taken for the loop's.
+        # Checkpointing sets hooks of its own, which go through the replaced __init__. Torch takes
+        # them for the loop's hooks and would warn about them.
         warnings.filterwarnings("ignore", "A saved_tensors_hooks context", FutureWarning)
         stack.enter_context(
             patch.object(torch.amp.autocast_mode.autocast, "__init__", autocast_init)
