@@ -57,6 +57,7 @@ class ShardedTensors:
 
         Returns the hash of each file that this process wrote, by path in the directory; empty for
         all but the first process. Raises RunDirectoryError in all processes if one fails.
+
         begin: creates the directory; called in the first process only.
         """
         leads = self.shards.peers.rank == 0

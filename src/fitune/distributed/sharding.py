@@ -5,13 +5,14 @@ layer's parameters are gathered before the layer runs, in forward and in backwar
 is reduce-scattered after its backward. So the processes meet in collectives inside of every layer,
 and a process that has run out of memory would leave the others waiting there. Three rules prevent
 that:
+
 1. Before each collective all processes vote, on the CPU, that they have reached it. A process that
-failed votes that it failed, and then all of them leave the forward and backward pass
-(`AbortedError`).
+   failed votes that it failed, and then all of them leave the forward and backward pass
+   (`AbortedError`).
 2. Either all processes begin a pass (a forward and its backward) or none does. A process that has
-no samples left computes `idle`, a sample without targets, whose gradient is zero.
+   no samples left computes `idle`, a sample without targets, whose gradient is zero.
 3. Forward and backward change no parameter. After an aborted pass its gradients are dropped, and
-the step is computed again.
+   the step is computed again.
 """
 
 from collections.abc import Callable, Iterator, Sequence

@@ -136,6 +136,7 @@ class Assumptions:
     # ---- origins ----
 
     def _note_origin(self, packet: Any, args: tuple[Any, ...], result: Any) -> None:
+        """Attach to the operator's results what is known about their elements."""
         if packet is aten.topk:
             self._route(result[1], args[0].shape[-1])
         elif packet is aten._amp_foreach_non_finite_check_and_unscale_:
@@ -148,6 +149,7 @@ class Assumptions:
                         set_origin(tensor, origin)
 
     def _origin_of_result(self, packet: Any, args: tuple[Any, ...], result: Any) -> Origin | None:
+        """Return what is known about the elements of the result, or None."""
         first = args[0]
         origin = origin_of(first) if isinstance(first, torch.Tensor) else None
         router = None if origin is None else origin.router
@@ -166,7 +168,7 @@ class Assumptions:
         ):
             # A scatter of a router's choices makes a one-hot mask of its experts.
             return Origin(self._share(index.router), index.router)
-        # isfinite and checks for NaN compare a tensor with itself.
+        # isfinite and checks for NaN compare a tensor with itself; values are assumed finite.
         if packet in (aten.eq, aten.ne) and len(args) > 1 and args[1] is first:
             return Origin(float(packet is aten.eq))
         if packet in TRUTH:
@@ -196,6 +198,7 @@ class Assumptions:
         return None
 
     def _both_true(self, args: tuple[Any, ...]) -> Origin | None:
+        """Return the origin of a product of masks, if both masks are true everywhere."""
         origins = [origin_of(each) for each in args[:2] if isinstance(each, torch.Tensor)]
         means = [None if origin is None or origin.router else origin.mean for origin in origins]
         return Origin(1.0) if means == [1.0, 1.0] else None
@@ -233,6 +236,7 @@ class Assumptions:
             return value
 
     def _scalar(self, func: Any, tensor: torch.Tensor) -> Any:
+        """Return the value of a one-element tensor that the loop reads, as `.item()` does."""
         origin = origin_of(tensor)
         mean = None if origin is None else origin.mean
         if tensor.dtype == torch.bool:
@@ -268,6 +272,10 @@ class Assumptions:
         return (router.num_slots + num_busy - 1 - number) // num_busy if number < num_busy else 0
 
     def _nonzero(self, func: Any, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the indices of the mask's true elements.
+
+        Without data, they are a tensor of the assumed number of indices.
+        """
         try:
             _refuse_meta(func, (tensor,))
             found: torch.Tensor = func(tensor)
@@ -307,6 +315,7 @@ class Assumptions:
         return out
 
     def _bincount(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+        """Return the counts. Without data, they are a tensor of the assumed number of bins."""
         try:
             _refuse_meta(func, args)
             counts: torch.Tensor = func(*args, **kwargs)

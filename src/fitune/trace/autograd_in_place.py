@@ -57,6 +57,7 @@ def as_autograd_does(
 
     That is an in-place operator of `IN_PLACE`, or `func`, which must be one of its keys. Must be
     called by `__torch_dispatch__` itself, since its caller and its arguments are counted.
+
     alone: from `count_alone`.
     is_new_zeros: whether a tensor's memory was allocated by an operator that makes zeros.
     """

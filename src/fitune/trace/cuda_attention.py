@@ -29,6 +29,7 @@ def choose_attention(
 
     Source: transformers/cuda/sdp_utils.cpp, select_sdp_backend. Raises UsageError if the target
     forces flash attention and the queries do not have 16 bits.
+
     query: [B, H, S, d].
     call: mask (Tensor or None), dropout, is_causal, needs_gradient, enable_gqa.
     """
@@ -96,6 +97,7 @@ def _flash_allowed(
     target: CudaTarget, query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor | None,
     dropout: float, is_causal: bool, needs_gradient: bool, enable_gqa: bool,
 ) -> bool:  # fmt: skip
+    """Check the conditions of the flash kernel."""
     head_dim = query.shape[-1]
     narrow = (
         target.compute_capability in ((8, 6), (8, 7), (8, 9), (12, 0), (12, 1)) and needs_gradient
@@ -155,6 +157,7 @@ def _cudnn_allowed(
     target: CudaTarget, query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor | None,
     dropout: float, is_causal: bool, needs_gradient: bool, enable_gqa: bool,
 ) -> bool:  # fmt: skip
+    """Check the conditions of the cuDNN kernel."""
     wide = target.compute_capability[0] in (9, 10)
     head_dims = query.shape[-1], value.shape[-1]
     backward = max(head_dims) <= 128 or head_dims in ((192, 128), (256, 256))

@@ -185,7 +185,7 @@ def _sort_bytes(target: CudaTarget, number: int, *, num_bits: int) -> int:
     )
 
 
-#: Up to so many pairs are sorted by a single tile, without scratch memory
+#: Up to so many pairs are sorted by a single tile, with 1 byte of scratch memory
 _SINGLE_TILE = 2304
 #: Elements in a tile of a scan of 64-bit numbers
 _SCAN_TILE = 896

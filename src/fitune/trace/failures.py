@@ -30,6 +30,7 @@ def explained(doing: str, assumed: Callable[[], bool]) -> Iterator[None]:
     """Raise UsageError with an explanation for errors of the block whose cause is known here.
 
     Other errors are raised unchanged.
+
     assumed: whether the recording has answered for data that was not there.
     """
     try:

@@ -88,10 +88,15 @@ def set_factory_data(
 
 
 def has_no_data(tensor: torch.Tensor) -> bool:
+    """Return whether this is a fake or a meta tensor."""
     return isinstance(tensor, FakeTensor) or tensor.is_meta
 
 
 def data_of(tensor: torch.Tensor) -> torch.Tensor | None:
+    """Return the tensor's data, or None if it is unknown.
+
+    A fake or meta tensor may have data attached; a CPU tensor is its own data.
+    """
     if has_no_data(tensor):
         data: torch.Tensor | None = getattr(tensor, "_fitune_data", None)
         return None if data is None or hasattr(data.untyped_storage(), _OVERWRITTEN) else data
@@ -110,6 +115,7 @@ def is_known(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 
 
 def run_on_data(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run the operator on the data of its arguments, which must be known."""
     with _disable_current_modes():
         if str(kwargs.get("device")) == "meta":
             kwargs = {**kwargs, "device": "cpu"}
@@ -170,6 +176,7 @@ def _tensors(tree: Any) -> list[torch.Tensor]:
 
 
 def _written(func: Any, args: tuple[Any, ...]) -> list[torch.Tensor]:
+    """Return the fake and meta tensors among the arguments that the operator writes into."""
     pairs = zip(func._schema.arguments, args, strict=False)
     return [
         each

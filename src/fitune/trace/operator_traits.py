@@ -114,6 +114,7 @@ class OperatorTraits(NamedTuple):
 
 @by_operator
 def traits_of(func: Any) -> OperatorTraits:
+    """Return the operator's traits, computed once for each operator."""
     packet = func.overloadpacket
     needs_data = not {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}.isdisjoint(
         func.tags
