@@ -57,7 +57,7 @@ def test_a_recording_within_its_limit_ends(monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_long_recording_says_that_it_goes_on(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(patience, "TOLD_EVERY_SECONDS", 0.01)
+    monkeypatch.setattr(patience, "REPORT_EVERY_SECONDS", 0.01)
     with caplog.at_level(logging.WARNING, "fitune"):
         predict(500)
     assert "still recording the step" in caplog.text

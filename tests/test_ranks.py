@@ -218,7 +218,7 @@ def test_a_process_that_is_killed_ends_all_and_the_run_goes_on_bit_for_bit() -> 
 def test_a_process_without_memory_for_a_row_ends_all_with_its_sentence_and_nothing_is_lost() -> None:
     assert train("sft.yaml", "run.name=full", fault=without_memory) == [4, 4]
     said = Path("0.err").read_text()
-    assert "error: rank 1: no memory for 20.0 MiB in the forward of row" in said
+    assert "error: rank 1: no memory for 20.0 MiB in the forward of sample" in said
     assert f"the weights of step {FAULTY_STEP - 1} are in" in said
     run = RunDirectory(Path("runs/full"))
     assert read_summary(run.summary).steps == FAULTY_STEP - 1

@@ -362,6 +362,6 @@ def test_each_process_holds_its_share_of_weights_and_state(outcomes: list[dict[s
 def test_what_ends_one_process_ends_all_with_its_sentence(outcomes: list[dict[str, Any]]) -> None:
     first, second = (rank["no memory"] for rank in outcomes)
     assert first == second
-    assert first.startswith(f"{OutOfMemoryError.__name__}: no memory for 20.0 MiB in the forward of row")
+    assert first.startswith(f"{OutOfMemoryError.__name__}: no memory for 20.0 MiB in the forward of sample")
     assert outcomes[1]["another error"] == "ValueError: a shape is wrong"
     assert outcomes[0]["another error"] == f"{FituneError.__name__}: rank 1: ValueError: a shape is wrong"
