@@ -29,8 +29,15 @@ _DATE_CALL = re.compile(r"strftime_now\(\s*(?:format\s*=\s*)?(\"[^\"]*\"|'[^']*'
 _DIRECTIVES = "aAbBdeFHIjmMpSuUVwWxXyY"
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _KEY, _VALUE = "akey", "avalue"
-PROBE: tuple[Message, ...] = ({"role": "user", "content": "Question"}, {"role": "assistant", "content": "Answer"})
-_PROBE_CALL = {"id": "abcdefghi", "type": "function", "function": {"name": "fname", "arguments": {_KEY: _VALUE}}}
+PROBE: tuple[Message, ...] = (
+    {"role": "user", "content": "Question"},
+    {"role": "assistant", "content": "Answer"},
+)
+_PROBE_CALL = {
+    "id": "abcdefghi",
+    "type": "function",
+    "function": {"name": "fname", "arguments": {_KEY: _VALUE}},
+}
 
 
 class TemplateError(ValueError):
@@ -61,7 +68,11 @@ class ChatTemplate:
     ) -> str:
         """The messages as one text. arguments: what the row itself gives the template. Raises TemplateError."""
         return self.render_generation(
-            messages, tools=tools, arguments=arguments, add_generation_prompt=add_generation_prompt, marks=False
+            messages,
+            tools=tools,
+            arguments=arguments,
+            add_generation_prompt=add_generation_prompt,
+            marks=False,
         )[0]
 
     def render_generation(
@@ -79,7 +90,11 @@ class ChatTemplate:
         if tools and self._wants_framed_tools:
             tools = [_framed(tool) for tool in tools]
         return self._render(
-            messages, tools=tools, arguments=arguments, add_generation_prompt=add_generation_prompt, marks=marks
+            messages,
+            tools=tools,
+            arguments=arguments,
+            add_generation_prompt=add_generation_prompt,
+            marks=marks,
         )
 
     def _render(
@@ -130,7 +145,11 @@ class ChatTemplate:
     def _wants_framed_tools(self) -> bool:
         """Whether it writes a tool that stands under `function`, and not one that is described without that frame, as
         OpenAI's older `functions` are."""
-        bare = {"name": "fname", "description": "d", "parameters": {"type": "object", "properties": {}}}
+        bare = {
+            "name": "fname",
+            "description": "d",
+            "parameters": {"type": "object", "properties": {}},
+        }
         for tool in (bare, {"type": "function", "function": bare}):
             try:
                 text, _ = self._render(PROBE[:1], tools=[tool])
@@ -159,7 +178,11 @@ class ChatTemplate:
         takes = []
         for call_id in (_PROBE_CALL["id"], "call_abcdefghijkl", None):
             call = {**_PROBE_CALL, "id": call_id}
-            answer = {"role": "assistant", "content": "", "tool_calls": [_in_form(call, self._call_form)]}
+            answer = {
+                "role": "assistant",
+                "content": "",
+                "tool_calls": [_in_form(call, self._call_form)],
+            }
             result = {"role": "tool", "content": "Result", "name": "fname", "tool_call_id": call_id}
             rows = (PROBE[0], answer, result, PROBE[1])
             try:
@@ -190,7 +213,11 @@ class ChatTemplate:
     def _score(self, form: "_CallForm") -> int:
         """How well the template writes a call in this form: 0 not at all, 1 quoted once more than is right, 2 well."""
         content = None if form.without_content else ""
-        answer = {"role": "assistant", "content": content, "tool_calls": [_in_form(_PROBE_CALL, form)]}
+        answer = {
+            "role": "assistant",
+            "content": content,
+            "tool_calls": [_in_form(_PROBE_CALL, form)],
+        }
         best = 0
         for before in ((PROBE[0],), ()):
             try:
@@ -216,10 +243,16 @@ class _CallForm:
 def _in_form(call: Mapping[str, Any], form: _CallForm) -> dict[str, Any]:
     """Raises TemplateError where the arguments are no JSON."""
     function = call.get("function")
-    inner = dict(function) if function else {key: call[key] for key in ("name", "arguments") if key in call}
+    inner = (
+        dict(function)
+        if function
+        else {key: call[key] for key in ("name", "arguments") if key in call}
+    )
     if form.as_text is not None:
         inner["arguments"] = _arguments(inner.get("arguments", {}), as_text=form.as_text)
-    outer = {key: value for key, value in call.items() if key not in ("name", "arguments", "function")}
+    outer = {
+        key: value for key, value in call.items() if key not in ("name", "arguments", "function")
+    }
     nested = bool(function) if form.nested is None else form.nested
     return {"type": "function", **outer, "function": inner} if nested else {**outer, **inner}
 
@@ -241,7 +274,11 @@ def with_short_ids(messages: Sequence[Message]) -> list[Message]:
             message = {**message, "tool_calls": calls}
         elif message["role"] == "tool":
             told = message.get("tool_call_id")
-            own = short[told] if told is not None and told in short else (open_ids[:1] or [_short_id(told, "0")])[0]
+            own = (
+                short[told]
+                if told is not None and told in short
+                else (open_ids[:1] or [_short_id(told, "0")])[0]
+            )
             if own in open_ids:
                 open_ids.remove(own)
             message = {**message, "tool_call_id": own}
@@ -259,12 +296,18 @@ def _framed(tool: Mapping[str, Any]) -> dict[str, Any]:
     """A tool under `function`, where it is described without that."""
     if "function" in tool or not isinstance(tool.get("name"), str):
         return dict(tool)
-    return {"type": "function", "function": {key: value for key, value in tool.items() if key != "type"}}
+    return {
+        "type": "function",
+        "function": {key: value for key, value in tool.items() if key != "type"},
+    }
 
 
 def _date_macro(day: datetime.date) -> str:
     """A macro in the place of the function that tells the time, for templates that compute what they ask it for."""
-    known = {**{f"%{letter}": day.strftime(f"%{letter}") for letter in _DIRECTIVES}, "%-d": f"{day.day}"}
+    known = {
+        **{f"%{letter}": day.strftime(f"%{letter}") for letter in _DIRECTIVES},
+        "%-d": f"{day.day}",
+    }
     replaced = "".join(f" | replace({told!r}, {value!r})" for told, value in known.items())
     return f"{{%- macro strftime_now(format) -%}}{{{{ format{replaced} }}}}{{%- endmacro -%}}{{{{ '' }}}}"
 
@@ -319,7 +362,11 @@ def read_template(
 
 def _with_parts(message: Message) -> Message:
     content = message["content"]
-    return {**message, "content": [{"type": "text", "text": content}]} if isinstance(content, str) else message
+    return (
+        {**message, "content": [{"type": "text", "text": content}]}
+        if isinstance(content, str)
+        else message
+    )
 
 
 def _arguments(arguments: Any, *, as_text: bool) -> Any:

@@ -19,9 +19,10 @@ import numpy as np
 import numpy.typing as npt
 
 from fitune.config import DataConfig, DataSource
-from fitune.data.files import RawRow, fingerprint, read_rows, split_sample
+from fitune.data.files import fingerprint, read_rows, split_sample
 from fitune.data.formats import Conversation, Format, RowError, normalise
 from fitune.data.marked import NOT_SHOWN, writes_reasoning
+from fitune.data.raw_rows import RawRow
 from fitune.data.report import (
     BadRow,
     DataReport,
@@ -43,7 +44,9 @@ _DATA_VERSION = 3  # counted up whenever the same files would be tokenised or ma
 _NUM_LISTED = 10
 _CHUNK_ROWS = 1024
 _CHUNK_CHARS = 4 * MIB
-_HOPELESS_ROWS = 1000  # bad ones, when they are at least a third of what was read: no use in reading on
+_HOPELESS_ROWS = (
+    1000  # bad ones, when they are at least a third of what was read: no use in reading on
+)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -120,14 +123,18 @@ def load_examples(
     report = _data_report(data, (train_table, train_rows), (eval_table, eval_rows))
     table, rows = (train_table, train_rows) if split == "train" else (eval_table, eval_rows)
     rows = rows[table.lengths[rows] > 0]
-    sources = data.train_sources if split == "train" or data.eval_sources is None else data.eval_sources
+    sources = (
+        data.train_sources if split == "train" or data.eval_sources is None else data.eval_sources
+    )
     repeats = np.array([source.weight for source in sources], np.float32)[table.sources[rows]]
     return Examples(
         lengths=table.lengths[rows],
         repeats=repeats if split == "train" else np.ones(len(rows), np.float32),
         num_tokens=int(table.lengths[rows].sum(dtype=np.int64)),
         num_supervised_tokens=int(table.num_supervised[rows].sum(dtype=np.int64)),
-        data_hash=blake2b(table.digest.encode() + rows.astype("<i8").tobytes(), digest_size=16).hexdigest(),
+        data_hash=blake2b(
+            table.digest.encode() + rows.astype("<i8").tobytes(), digest_size=16
+        ).hexdigest(),
         report=report,
         table=table,
         rows=rows,
@@ -146,7 +153,9 @@ def _held_out(table: Table, fraction: float, max_rows: int) -> npt.NDArray[np.bo
     return held_out if keeps_some else np.zeros(len(table.digests), bool)
 
 
-def _smallest(table: Table, max_rows: int, among: npt.NDArray[np.bool_] | None = None) -> npt.NDArray[np.bool_]:
+def _smallest(
+    table: Table, max_rows: int, among: npt.NDArray[np.bool_] | None = None
+) -> npt.NDArray[np.bool_]:
     """Rows with the smallest hashes, at most max_rows of them that can be trained on; copies all or none."""
     usable = table.lengths > 0 if among is None else among & (table.lengths > 0)
     digests = np.sort(table.digests[usable])
@@ -171,7 +180,9 @@ def _table(
         "sources": prints,
         "tokenizer": _tokenizer_hash(encoder.tokenizer),
         "templates": [
-            None if finder is None else (finder.template.name, finder.template.text, str(finder.template.date))
+            None
+            if finder is None
+            else (finder.template.name, finder.template.text, str(finder.template.date))
             for finder in (encoder.finder, encoder.tool_finder)
         ],
         "mask": data.mask,
@@ -185,10 +196,14 @@ def _table(
     }
 
     def write(writer: TableWriter) -> dict[str, Any]:
-        rows = ((i, raw) for i, source in enumerate(sources) for raw in read_rows(source, split=split))
+        rows = (
+            (i, raw) for i, source in enumerate(sources) for raw in read_rows(source, split=split)
+        )
         facts = _tokenise(writer, sources, islice(rows, max_rows), data, encoder, on_progress)
         if [fingerprint(source, split=split) for source in sources] != prints:
-            raise DataError(f"{sources[0].path} changed while it was read: start again when it is complete")
+            raise DataError(
+                f"{sources[0].path} changed while it was read: start again when it is complete"
+            )
         return facts
 
     return cached_table(key, write)
@@ -211,7 +226,10 @@ class _Tally:
         self.num_bad_rows[source] += 1
         if len(self.bad_rows) < _NUM_LISTED:
             self.bad_rows.append(row)
-        if self.num_bad_rows.total() == _HOPELESS_ROWS and self.num_rows.total() <= 3 * _HOPELESS_ROWS:
+        if (
+            self.num_bad_rows.total() == _HOPELESS_ROWS
+            and self.num_rows.total() <= 3 * _HOPELESS_ROWS
+        ):
             self.check()
 
     def check(self) -> None:
@@ -256,7 +274,9 @@ def _tokenise(
             on_progress(tally.num_rows.total())
     tally.check()
     if not num_kept:
-        first = f"; the first one, {grouped(tally.dropped_rows[:1])[0]}" if tally.dropped_rows else ""
+        first = (
+            f"; the first one, {grouped(tally.dropped_rows[:1])[0]}" if tally.dropped_rows else ""
+        )
         raise DataError(
             f"{sources[0].path}: training on it would learn from nothing, since none of its {tally.num_rows.total():,} "
             f"samples has a supervised token (mask by {encoder.kind}){first}. Try a larger data.max_length, another "
@@ -264,31 +284,50 @@ def _tokenise(
         )
     return {
         "sources": [
-            asdict(SourceReport(source.path, tuple(tally.formats.get(i, ())), tally.num_rows[i], tally.num_bad_rows[i]))
+            asdict(
+                SourceReport(
+                    source.path,
+                    tuple(tally.formats.get(i, ())),
+                    tally.num_rows[i],
+                    tally.num_bad_rows[i],
+                )
+            )
             for i, source in enumerate(sources)
         ],
         "bad_rows": [asdict(row) for row in tally.bad_rows],
         "dropped_rows": [asdict(row) for row in tally.dropped_rows],
         "noticed": dict(tally.noticed),
         "template": "none" if encoder.template is None else encoder.template.name,
-        "date": None if encoder.template is None or encoder.template.date is None else str(encoder.template.date),
+        "date": None
+        if encoder.template is None or encoder.template.date is None
+        else str(encoder.template.date),
         "mask": encoder.kind,
         "ends": sorted(tally.ends),
     }
 
 
-def _cut(encoded: Encoded, digest: int, source: int, data: DataConfig) -> tuple[TableRow, str | None]:
+def _cut(
+    encoded: Encoded, digest: int, source: int, data: DataConfig
+) -> tuple[TableRow, str | None]:
     """The row as it is kept, and why nothing of it is."""
     full_length = len(encoded.input_ids)
     is_long = full_length > data.max_length
-    spans = tuple((a, min(b, data.max_length), weight) for a, b, weight in encoded.spans if a < data.max_length)
+    spans = tuple(
+        (a, min(b, data.max_length), weight)
+        for a, b, weight in encoded.spans
+        if a < data.max_length
+    )
     reason = None
     if is_long and data.too_long == "drop":
         reason = "too long"
     elif not spans:
-        reason = "no supervised token left after the cut" if encoded.spans else "no supervised token"
+        reason = (
+            "no supervised token left after the cut" if encoded.spans else "no supervised token"
+        )
     if reason is None:
-        return TableRow(encoded.input_ids[: data.max_length], spans, full_length, digest, source), None
+        return TableRow(
+            encoded.input_ids[: data.max_length], spans, full_length, digest, source
+        ), None
     return (
         TableRow([], (), full_length, digest, source),
         f"{reason} ({full_length:,} tokens, data.max_length {data.max_length:,})",
@@ -318,7 +357,11 @@ def _conversations(
                 )
             if found not in (known := tally.formats.setdefault(source, [])):
                 known.append(found)
-            if data.mask != "all" and not conversation.assistant_weights and conversation.text is None:
+            if (
+                data.mask != "all"
+                and not conversation.assistant_weights
+                and conversation.text is None
+            ):
                 raise RowError("it has no assistant message, so nothing to learn from")
         except RowError as error:
             tally.bad(source, BadRow(raw.path, raw.line, str(error)))
@@ -326,13 +369,17 @@ def _conversations(
             yield source, raw, conversation
 
 
-def _chunks(rows: Iterator[tuple[int, RawRow, Conversation]]) -> Iterator[list[tuple[int, RawRow, Conversation]]]:
+def _chunks(
+    rows: Iterator[tuple[int, RawRow, Conversation]],
+) -> Iterator[list[tuple[int, RawRow, Conversation]]]:
     """Rows together as many as are worth one call of the tokenizer, bounded in number and in characters."""
     chunk: list[tuple[int, RawRow, Conversation]] = []
     num_chars = 0
     for row in rows:
         chunk.append(row)
-        num_chars += len(row[2].text or "") + sum(len(message["content"]) for message in row[2].messages)
+        num_chars += len(row[2].text or "") + sum(
+            len(message["content"]) for message in row[2].messages
+        )
         if len(chunk) == _CHUNK_ROWS or num_chars > _CHUNK_CHARS:
             yield chunk
             chunk, num_chars = [], 0
@@ -368,7 +415,9 @@ def _notices(conversation: Conversation, encoder: Encoder, data: DataConfig) -> 
         if any(weight is not None for weight in conversation.weights):
             noticed.add("hold loss weights, which data.mask=all leaves out")
     elif any(weight and message["role"] != "assistant" for message, weight in pairs):
-        noticed.add(f"weigh messages that are not the assistant's, which data.mask={data.mask} never supervises")
+        noticed.add(
+            f"weigh messages that are not the assistant's, which data.mask={data.mask} never supervises"
+        )
     return frozenset(noticed)
 
 
@@ -396,13 +445,24 @@ def _grouped_notices(noticed: Mapping[str, int]) -> Iterator[str]:
             yield f"{count:,} samples hold the keys {', '.join(keys)}, which are ignored"
 
 
-_KNOWN_IN_A_MESSAGE = {"role", "content", "reasoning_content", "tool_calls", "tool_call_id", "name", "id"}
+_KNOWN_IN_A_MESSAGE = {
+    "role",
+    "content",
+    "reasoning_content",
+    "tool_calls",
+    "tool_call_id",
+    "name",
+    "id",
+}
 
 
 def _tokenizer_hash(tokenizer: Any) -> str:
     """Of everything that decides which ids a text becomes; not of the padding that earlier calls have left in it."""
     if tokenizer.is_fast:
-        content = json.loads(tokenizer.backend_tokenizer.to_str()) | {"padding": None, "truncation": None}
+        content = json.loads(tokenizer.backend_tokenizer.to_str()) | {
+            "padding": None,
+            "truncation": None,
+        }
     else:
         content = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}
     content = [content, {name: str(token) for name, token in tokenizer.special_tokens_map.items()}]
@@ -410,15 +470,22 @@ def _tokenizer_hash(tokenizer: Any) -> str:
 
 
 def _data_report(
-    data: DataConfig, train: tuple[Table, npt.NDArray[np.int64]], eval: tuple[Table, npt.NDArray[np.int64]]
+    data: DataConfig,
+    train: tuple[Table, npt.NDArray[np.int64]],
+    eval: tuple[Table, npt.NDArray[np.int64]],
 ) -> DataReport:
     tables = [train[0]] if eval[0] is train[0] else [train[0], eval[0]]
     facts = [table.facts for table in tables]
     sources = tuple(
-        SourceReport(**source | {"formats": tuple(source["formats"])}) for f in facts for source in f["sources"]
+        SourceReport(**source | {"formats": tuple(source["formats"])})
+        for f in facts
+        for source in f["sources"]
     )
     noticed = sum((Counter(f["noticed"]) for f in facts), Counter[str]())
-    train_report, eval_report = _split_report(*train, data.max_length), _split_report(*eval, data.max_length)
+    train_report, eval_report = (
+        _split_report(*train, data.max_length),
+        _split_report(*eval, data.max_length),
+    )
     return DataReport(
         sources=sources,
         template=facts[0]["template"],
@@ -464,8 +531,16 @@ def _other_split_warnings(data: DataConfig) -> Iterator[str]:
     """What lies in a source's directory and is not used for what the source is for."""
     for source in data.train_sources:
         for name, count in other_splits(split_sample(source.path)[0]).items():
-            what = f"{count:,} files of the split {name}" if name else f"{count:,} files whose names tell no split"
-            hint = f": data.eval={source.path} evaluates with them" if name and data.eval is None else ""
+            what = (
+                f"{count:,} files of the split {name}"
+                if name
+                else f"{count:,} files whose names tell no split"
+            )
+            hint = (
+                f": data.eval={source.path} evaluates with them"
+                if name and data.eval is None
+                else ""
+            )
             yield f"{source.path} holds {what}, not used for training{hint}"
     for source in data.eval_sources or ():
         for name, count in other_splits(split_sample(source.path)[0], split="eval").items():
@@ -474,7 +549,9 @@ def _other_split_warnings(data: DataConfig) -> Iterator[str]:
 
 
 def _split_warnings(
-    data: DataConfig, train: tuple[Table, npt.NDArray[np.int64]], eval: tuple[Table, npt.NDArray[np.int64]]
+    data: DataConfig,
+    train: tuple[Table, npt.NDArray[np.int64]],
+    eval: tuple[Table, npt.NDArray[np.int64]],
 ) -> Iterator[str]:
     (train_table, train_rows), (eval_table, eval_rows) = train, eval
     num_eval = int((eval_table.lengths[eval_rows] > 0).sum())

@@ -58,10 +58,26 @@ from fitune.data.messages import (
     text_of,
 )
 
-__all__ = ["LEAST_WEIGHT", "MOST_WEIGHT", "Conversation", "Format", "Message", "RowError", "detect_format", "normalise"]
+__all__ = [
+    "LEAST_WEIGHT",
+    "MOST_WEIGHT",
+    "Conversation",
+    "Format",
+    "Message",
+    "RowError",
+    "detect_format",
+    "normalise",
+]
 
 Format = Literal[
-    "messages", "conversations", "sharegpt", "pairs", "alpaca", "prompt_completion", "question_answer", "text"
+    "messages",
+    "conversations",
+    "sharegpt",
+    "pairs",
+    "alpaca",
+    "prompt_completion",
+    "question_answer",
+    "text",
 ]
 
 
@@ -117,7 +133,9 @@ def _are_pairs(turns: Any) -> bool:
     return all(
         question_and_answer(pair) is not None
         if isinstance(pair, dict)
-        else isinstance(pair, (list, tuple)) and len(pair) == 2 and all(isinstance(side, str) for side in pair)
+        else isinstance(pair, (list, tuple))
+        and len(pair) == 2
+        and all(isinstance(side, str) for side in pair)
         for pair in turns
     )
 
@@ -131,7 +149,9 @@ def normalise(
     they would change the row's meaning. Raises RowError with the reason when it cannot be used.
     """
     row = _object_of(row)
-    row = {key: None if is_none(value) else value for key, value in row.items() if key not in ignored}
+    row = {
+        key: None if is_none(value) else value for key, value in row.items() if key not in ignored
+    }
     if columns:
         row = _renamed(row, columns)
     found = detect_format(row)
@@ -150,7 +170,11 @@ def normalise(
     unknown = unknown_keys(row, found)
     if found == "text":
         if not isinstance(row["text"], str) or not row["text"]:
-            raise RowError("'text' is empty" if row["text"] == "" else f"'text' is {kind_of(row['text'])}, not a text")
+            raise RowError(
+                "'text' is empty"
+                if row["text"] == ""
+                else f"'text' is {kind_of(row['text'])}, not a text"
+            )
         return found, _conversation([], None, row["text"], unknown=unknown)
     turns = [part for turn in _TURNS[found](row) for part in split_results(turn)]
     first = turns[0] if turns and isinstance(turns[0], dict) else {}
@@ -158,12 +182,20 @@ def normalise(
         system = next((row[key] for key in SYSTEM_KEYS if row.get(key)), None)
         turns = turns if system is None else [{"role": "system", "content": system}, *turns]
     tools = read_tools(next((row[key] for key in TOOL_KEYS if row.get(key)), None))
-    if turns and isinstance(turns[0], dict) and turns[0].get("role") == "system":  # minimind's place for tools
-        tools = tools or read_tools(next((turns[0][key] for key in TOOL_KEYS if turns[0].get(key)), None))
-        if len(turns) > 1 and all(turns[0].get(key) is None for key in ("content", "value", "text")):
+    if (
+        turns and isinstance(turns[0], dict) and turns[0].get("role") == "system"
+    ):  # minimind's place for tools
+        tools = tools or read_tools(
+            next((turns[0][key] for key in TOOL_KEYS if turns[0].get(key)), None)
+        )
+        if len(turns) > 1 and all(
+            turns[0].get(key) is None for key in ("content", "value", "text")
+        ):
             turns = turns[1:]
     messages = [read_message(turn, number) for number, turn in enumerate(joined_calls(turns), 1)]
-    return found, _conversation(messages, tools, None, arguments=template_arguments(row), unknown=unknown)
+    return found, _conversation(
+        messages, tools, None, arguments=template_arguments(row), unknown=unknown
+    )
 
 
 def _object_of(row: Any) -> dict[str, Any]:
@@ -175,7 +207,11 @@ def _object_of(row: Any) -> dict[str, Any]:
             return {"text": row}
     if isinstance(row, str):
         return {"text": row}
-    if isinstance(row, list) and row and all(isinstance(turn, dict) and role_of(turn) is not None for turn in row):
+    if (
+        isinstance(row, list)
+        and row
+        and all(isinstance(turn, dict) and role_of(turn) is not None for turn in row)
+    ):
         return {"messages": row}
     if not isinstance(row, dict):
         raise RowError(f"it is {kind_of(row)}, not an object")
@@ -185,16 +221,27 @@ def _object_of(row: Any) -> dict[str, Any]:
 def _renamed(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
     """The row under our names; what it calls so itself and is not meant stands aside."""
     named = {ours: theirs for ours, theirs in columns.items() if ours not in ("role", "content")}
-    missing = [theirs for ours, theirs in named.items() if row.get(theirs) is None and ours not in _OPTIONAL_COLUMNS]
+    missing = [
+        theirs
+        for ours, theirs in named.items()
+        if row.get(theirs) is None and ours not in _OPTIONAL_COLUMNS
+    ]
     if missing:
-        raise RowError(f"it has no '{missing[0]}', which data.columns names; its keys are {', '.join(map(str, row))}")
+        raise RowError(
+            f"it has no '{missing[0]}', which data.columns names; its keys are {', '.join(map(str, row))}"
+        )
     telling = {*TURN_KEYS, *QUESTION_KEYS, *ANSWER_KEYS, "text"} if named else set()
     if {"prompt", "completion"} & named.keys():
         telling -= {"prompt", "completion"}
     if set(PREFERENCE_KEYS) & set(named.values()):  # one answer of a preference is chosen
         telling |= set(PREFERENCE_KEYS)
-    rest = {key: value for key, value in row.items() if key not in telling and key not in named.values()}
-    renamed = {**rest, **{ours: row[theirs] for ours, theirs in named.items() if row.get(theirs) is not None}}
+    rest = {
+        key: value for key, value in row.items() if key not in telling and key not in named.values()
+    }
+    renamed = {
+        **rest,
+        **{ours: row[theirs] for ours, theirs in named.items() if row.get(theirs) is not None},
+    }
     role, content = columns.get("role"), columns.get("content")
     key = next((key for key in TURN_KEYS if isinstance(parsed(renamed.get(key)), list)), None)
     if key is None or (role is None and content is None):
@@ -230,9 +277,17 @@ def _conversation(
         content = json.dumps([messages, tools, text], sort_keys=True, ensure_ascii=False)
         digest = int.from_bytes(blake2b(content.encode(), digest_size=8).digest(), "big")
     except UnicodeEncodeError:
-        raise RowError("its text is not valid Unicode (bytes that are not UTF-8, or a lone surrogate)") from None
-    except (TypeError, ValueError, RecursionError) as error:  # what a parquet file may hold and JSON cannot say
-        raise RowError(f"it holds values that are no text, number, list or object ({error})") from None
+        raise RowError(
+            "its text is not valid Unicode (bytes that are not UTF-8, or a lone surrogate)"
+        ) from None
+    except (
+        TypeError,
+        ValueError,
+        RecursionError,
+    ) as error:  # what a parquet file may hold and JSON cannot say
+        raise RowError(
+            f"it holds values that are no text, number, list or object ({error})"
+        ) from None
     return Conversation(
         tuple(message for message, _ in messages),
         tuple(weight for _, weight in messages),
@@ -266,7 +321,10 @@ def _pairs(pairs: Sequence[Any]) -> list[Any]:
             turns += [] if system is None else [{"role": "system", "content": system}]
             turns += _turns_of_question(pair)
         else:
-            turns += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
+            turns += [
+                {"role": "user", "content": pair[0]},
+                {"role": "assistant", "content": pair[1]},
+            ]
     return turns
 
 
@@ -310,10 +368,20 @@ def _said(row: Mapping[str, Any], said: str) -> list[Any]:
     answer = row[said]
     if (messages := _messages_in(answer)) is not None:
         return messages
-    if isinstance(answer, list) and len(answer) > 1 and any(isinstance(part, str) for part in answer):
+    if (
+        isinstance(answer, list)
+        and len(answer) > 1
+        and any(isinstance(part, str) for part in answer)
+    ):
         raise RowError(f"'{said}' is a list of {len(answer)} answers, not one")
-    thought = next((row[key] for key in REASONING_KEYS if isinstance(row.get(key), str) and row[key]), None)
-    if thought is not None and isinstance(answer, str) and ("</think>" in answer or thought.strip() in answer):
+    thought = next(
+        (row[key] for key in REASONING_KEYS if isinstance(row.get(key), str) and row[key]), None
+    )
+    if (
+        thought is not None
+        and isinstance(answer, str)
+        and ("</think>" in answer or thought.strip() in answer)
+    ):
         thought = None  # the answer holds it already
     turn = {"role": "assistant", "content": answer}
     return [turn if thought is None else {**turn, "reasoning_content": thought}]
@@ -321,7 +389,9 @@ def _said(row: Mapping[str, Any], said: str) -> list[Any]:
 
 def _messages_in(value: Any) -> list[Any] | None:
     turns = parsed(value)
-    is_messages = isinstance(turns, list) and turns and all(isinstance(turn, dict) for turn in turns)
+    is_messages = (
+        isinstance(turns, list) and turns and all(isinstance(turn, dict) for turn in turns)
+    )
     return turns if is_messages and role_of(turns[0]) is not None else None
 
 

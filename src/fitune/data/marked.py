@@ -24,10 +24,10 @@ _THOUGHT = re.compile(r"\A\s*(?:<think>)?(.*)</think>\s*(?=\S)", re.DOTALL)
 NOT_SHOWN = "hold {what}, which the chat template does not show to the model"
 LOST_THOUGHT = "hold thinking in earlier turns, which the chat template leaves out there: those turns are not learned"
 _REWRITTEN = "hold earlier answers that the chat template rewrites or leaves out: those turns are not learned"
-ADDED_END = "end in an answer that the chat template does not end: {token} is added after it, and learned"
-_NO_END_BEFORE = (
-    "hold earlier answers that the chat template ends with nothing: the model learns to stop from the last one alone"
+ADDED_END = (
+    "end in an answer that the chat template does not end: {token} is added after it, and learned"
 )
+_NO_END_BEFORE = "hold earlier answers that the chat template ends with nothing: the model learns to stop from the last one alone"
 NO_END = "end in an answer that nothing ends, and the tokenizer has no end-of-text token: the model learns no end"
 _TEXT_END = "end their answers with {text}, which is no token of its own here: generation needs it as a stop string"
 
@@ -71,7 +71,9 @@ class TemplateHabits:
     ends_answers: dict[Any, bool] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        tokens = sorted((token for token in self.special_tokens if token.strip()), key=len, reverse=True)
+        tokens = sorted(
+            (token for token in self.special_tokens if token.strip()), key=len, reverse=True
+        )
         self.special = re.compile("|".join(map(re.escape, tokens)) or r"(?!)")
 
 
@@ -96,7 +98,8 @@ class MarkedConversation:
         chosen = set(self.which)
         self.marks_all = len(chosen) == len(self.messages)
         self.marked = [
-            self._mark(number, message) if number in chosen else message for number, message in enumerate(self.messages)
+            self._mark(number, message) if number in chosen else message
+            for number, message in enumerate(self.messages)
         ]
         arguments = self.chat.template_arguments
         self.key = json.dumps(arguments, sort_keys=True) if arguments else None
@@ -110,7 +113,9 @@ class MarkedConversation:
             if part == "tool_calls":
                 marked[part] = [self._marked_call(call, mark) for call in value]
             else:
-                marked[part] = self._marked_text(value, mark, is_answer=message["role"] == "assistant")
+                marked[part] = self._marked_text(
+                    value, mark, is_answer=message["role"] == "assistant"
+                )
         return marked
 
     def _marked_text(self, text: str, mark: int, *, is_answer: bool) -> str:
@@ -120,7 +125,11 @@ class MarkedConversation:
         thought = _THOUGHT.match(text) if is_answer else None
         core = text[thought.end() :].strip() if thought else text.strip()
         if not core:
-            return f"{'' if self.style == 'ends' else chr(mark)}{text}{chr(mark + 1)}" if is_answer else text
+            return (
+                f"{'' if self.style == 'ends' else chr(mark)}{text}{chr(mark + 1)}"
+                if is_answer
+                else text
+            )
         first = text.index(core, thought.end() if thought else 0)
         end = first + len(core)
         opening = "" if self.style == "ends" else chr(mark)
@@ -157,10 +166,14 @@ class MarkedConversation:
                 anchors.append(Anchor(number, part, opened.pop((number, part), None), length))
         return "".join(pieces) + text[position:], anchors
 
-    def turns(self, text: str, anchors: Sequence[Anchor]) -> tuple[tuple[TurnAnchors | None, ...], str]:
+    def turns(
+        self, text: str, anchors: Sequence[Anchor]
+    ) -> tuple[tuple[TurnAnchors | None, ...], str]:
         """The turn of each message of the assistant, and what must be added to the text to end the last one. Raises
         UnclearError where the last answer is not in the text as the row has it."""
-        answers = [number for number, message in enumerate(self.messages) if message["role"] == "assistant"]
+        answers = [
+            number for number, message in enumerate(self.messages) if message["role"] == "assistant"
+        ]
         turns: list[TurnAnchors | None] = []
         suffix = ""
         for number in answers:
@@ -173,15 +186,23 @@ class MarkedConversation:
             shown = {anchor.message for anchor in anchors}
             for number, message in enumerate(self.messages):
                 if number not in shown and message["role"] != "assistant" and content_of(message):
-                    self.notices.add(NOT_SHOWN.format(what=f"a message of the role {message['role']}"))
+                    self.notices.add(
+                        NOT_SHOWN.format(what=f"a message of the role {message['role']}")
+                    )
         return tuple(turns), suffix
 
-    def _turn(self, number: int, text: str, anchors: Sequence[Anchor]) -> tuple[TurnAnchors | None, str]:
+    def _turn(
+        self, number: int, text: str, anchors: Sequence[Anchor]
+    ) -> tuple[TurnAnchors | None, str]:
         message = self.messages[number]
         own = [place for place, anchor in enumerate(anchors) if anchor.message == number]
         parts = [anchors[place].part for place in own]
         if not own and not content_of(message):
-            self.notices.add(NOT_SHOWN.format(what="tool_calls" if message.get("tool_calls") else "reasoning_content"))
+            self.notices.add(
+                NOT_SHOWN.format(
+                    what="tool_calls" if message.get("tool_calls") else "reasoning_content"
+                )
+            )
             return None, ""
         if not own or len(own) != own[-1] - own[0] + 1 or parts.count("content") > 1:
             self.notices.add(_REWRITTEN)
@@ -264,7 +285,8 @@ class MarkedConversation:
         except TemplateError:
             return None
         if previous is not None and (
-            not anchors or (anchors[-1].message, anchors[-1].part) != (previous.message, previous.part)
+            not anchors
+            or (anchors[-1].message, anchors[-1].part) != (previous.message, previous.part)
         ):
             return None
         opening = prompt[anchors[-1].end if anchors else 0 :]
@@ -287,7 +309,10 @@ class MarkedConversation:
         """Of an answer that the template renders no prompt for: it stands at the beginning, or follows what may not be
         the last message. The opening is that after a question."""
         prompt = self._opening_after_question()
-        places = {0, *(place for found in self.habits.special.finditer(prompt) for place in found.span())}
+        places = {
+            0,
+            *(place for found in self.habits.special.finditer(prompt) for place in found.span()),
+        }
         for place in sorted(places):
             if (opening := prompt[place:]).strip() and (found_at := lead.rfind(opening)) >= 0:
                 return len(lead) - found_at - len(opening)
@@ -307,18 +332,32 @@ class MarkedConversation:
             self.habits.openings[key] = prompt.rpartition(chr(_FIRST_MARK))[2]
         return self.habits.openings[key]
 
-    def _after(self, number: int, place: int, text: str, anchors: Sequence[Anchor]) -> tuple[int, str]:
+    def _after(
+        self, number: int, place: int, text: str, anchors: Sequence[Anchor]
+    ) -> tuple[int, str]:
         """How many characters after its last anchor a turn ends, those included that are to be added to the text."""
         anchor, following = anchors[place], anchors[place + 1] if place + 1 < len(anchors) else None
         has_calls = "tool_calls" in self.messages[number]
         if number == len(self.messages) - 1:
             return self._after_last(number, text[anchor.end :], has_calls=has_calls)
-        rest_end = len(text) if following is None else following.end if following.first is None else following.first
+        rest_end = (
+            len(text)
+            if following is None
+            else following.end
+            if following.first is None
+            else following.first
+        )
         rest = text[anchor.end : rest_end]
         key = None
         is_next = following is not None and following.message == number + 1
         if following is not None and self.marks_all and is_next and self._is_plain(number + 1):
-            key = (has_calls, anchor.part, self.messages[number + 1]["role"], following.part, self.key)
+            key = (
+                has_calls,
+                anchor.part,
+                self.messages[number + 1]["role"],
+                following.part,
+                self.key,
+            )
             header, end = self.habits.headers.get(key, ("", None))
             if header and rest.endswith(header):
                 self._note_end(end, rest[: len(rest) - len(header)], has_calls=has_calls)
@@ -370,7 +409,10 @@ class MarkedConversation:
         """Whether the template writes anything after a plain answer, other than white space."""
         if self.key not in self.habits.ends_answers:
             mark = chr(_FIRST_MARK)
-            probe = ({"role": "user", "content": "Question"}, {"role": "assistant", "content": f"Answer{mark}"})
+            probe = (
+                {"role": "user", "content": "Question"},
+                {"role": "assistant", "content": f"Answer{mark}"},
+            )
             try:
                 text = self.habits.template.render(probe, arguments=self.chat.template_arguments)
             except TemplateError:
@@ -402,7 +444,9 @@ class MarkedConversation:
             return len(rest)
         return rest.rindex(specials[-1])
 
-    def _suffix(self, number: int, rest: str, *, has_calls: bool) -> tuple[str, str | None, str | None]:
+    def _suffix(
+        self, number: int, rest: str, *, has_calls: bool
+    ) -> tuple[str, str | None, str | None]:
         """(what to add after the last answer, the token that ends it, what to say of it)."""
         mark = _FIRST_MARK + (number + 1) * _MARKS_PER_MESSAGE + 2 * _PARTS.index("content")
         following = {"role": "tool" if has_calls else "user", "content": chr(mark) + chr(mark + 1)}
@@ -414,7 +458,11 @@ class MarkedConversation:
             between = text[anchors[-2].end : anchors[-1].first]
             opening = re.match(rf"\s*({self.habits.special.pattern})", between)
             if opening is not None and between.startswith(rest):
-                return between[len(rest) : opening.end()], opening[1], ADDED_END.format(token=opening[1])
+                return (
+                    between[len(rest) : opening.end()],
+                    opening[1],
+                    ADDED_END.format(token=opening[1]),
+                )
         if (eos := self.habits.eos_token) is None:
             return "", None, NO_END
         if content_of(self.messages[number]).endswith(eos):
@@ -431,7 +479,9 @@ class MarkedConversation:
         borders = {place + 1 for place in range(length) if left[place].isspace()}
         borders |= {found.end() for found in self.habits.special.finditer(left)}
         inside = {
-            place for found in self.habits.special.finditer(left) for place in range(found.start() + 1, found.end())
+            place
+            for found in self.habits.special.finditer(left)
+            for place in range(found.start() + 1, found.end())
         }
         return left[: max((place for place in borders - inside if place <= length), default=0)]
 

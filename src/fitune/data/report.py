@@ -102,14 +102,20 @@ class DataReport:
     @property
     def supervised_fraction(self) -> float:
         """Of the training tokens, those that carry loss."""
-        return self.train.num_supervised_tokens / self.train.num_tokens if self.train.num_tokens else 0.0
+        return (
+            self.train.num_supervised_tokens / self.train.num_tokens
+            if self.train.num_tokens
+            else 0.0
+        )
 
 
 def length_quantiles(lengths_R: npt.NDArray[np.int32]) -> LengthQuantiles | None:
     """Quantiles that are lengths of real rows, None of no rows."""
     if not len(lengths_R):
         return None
-    p50, p95, p99 = (int(q) for q in np.quantile(lengths_R, (0.5, 0.95, 0.99), method="inverted_cdf"))
+    p50, p95, p99 = (
+        int(q) for q in np.quantile(lengths_R, (0.5, 0.95, 0.99), method="inverted_cdf")
+    )
     return LengthQuantiles(p50, p95, p99, int(lengths_R.max()))
 
 
@@ -126,7 +132,9 @@ def padding_report(lengths_R: npt.NDArray[np.int32], max_length: int) -> Padding
     )
 
 
-def length_histogram(lengths_R: npt.NDArray[np.int32], max_length: int, *, num_bins: int = 40) -> dict[str, list[int]]:
+def length_histogram(
+    lengths_R: npt.NDArray[np.int32], max_length: int, *, num_bins: int = 40
+) -> dict[str, list[int]]:
     """How many rows have how many tokens: `counts[i]` rows of at least `edges[i]` and less than `edges[i + 1]`, the
     last bin with both its edges."""
     edges = np.unique(np.linspace(1, max(max_length, 2), num_bins + 1).round().astype(np.int64))

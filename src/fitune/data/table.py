@@ -83,7 +83,9 @@ class Table:
     def row(self, index: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
         """input_ids [length] and loss_weights [length] of one row, copied out of the map."""
         number = bisect_right(self.starts, index) - 1
-        ids, starts, ends, weights = (column[index - self.starts[number]] for column in self.columns[number])
+        ids, starts, ends, weights = (
+            column[index - self.starts[number]] for column in self.columns[number]
+        )
         loss_weights = np.zeros(len(ids), np.float32)
         for start, end, weight in zip(starts, ends, weights, strict=True):
             loss_weights[start:end] = weight
@@ -152,7 +154,10 @@ class TableWriter:
 
 
 def _write(directory: Path, write: Callable[[TableWriter], dict[str, Any]]) -> None:
-    with pyarrow.OSFile(str(directory / _ROWS), "wb") as file, pyarrow.ipc.new_file(file, _SCHEMA) as sink:
+    with (
+        pyarrow.OSFile(str(directory / _ROWS), "wb") as file,
+        pyarrow.ipc.new_file(file, _SCHEMA) as sink,
+    ):
         writer = TableWriter(sink)
         facts = write(writer)
     record = json.loads(json.dumps({"digest": writer.digest, "facts": facts}))  # as it will be read
@@ -167,15 +172,27 @@ def _open(directory: Path) -> Table | None:
     """None when there is no table, or one that is not as it was written: the disk has damaged it, or somebody."""
     try:
         record = parse_json((directory / _FACTS).read_text(encoding="utf-8"))
-        if record["facts_hash"] != _facts_hash(record) or record["rows_hash"] != _file_hash(directory / _ROWS):
+        if record["facts_hash"] != _facts_hash(record) or record["rows_hash"] != _file_hash(
+            directory / _ROWS
+        ):
             return None
         reader = pyarrow.ipc.open_file(pyarrow.memory_map(str(directory / _ROWS)))
         batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
         digest, facts = record["digest"], record["facts"]
-    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, pyarrow.ArrowException):
+    except (
+        FileNotFoundError,
+        NotADirectoryError,
+        ValueError,
+        KeyError,
+        TypeError,
+        pyarrow.ArrowException,
+    ):
         return None
     columns = [
-        tuple(_Column(column.offsets.to_numpy(), column.values.to_numpy()) for column in batch.columns[:4])
+        tuple(
+            _Column(column.offsets.to_numpy(), column.values.to_numpy())
+            for column in batch.columns[:4]
+        )
         for batch in batches
     ]
     return Table(

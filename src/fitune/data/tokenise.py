@@ -11,7 +11,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from fitune.data.chat_template import PROBE, CharSpan, ChatTemplate, TemplateError, merged_system, read_template
+from fitune.data.chat_template import (
+    PROBE,
+    CharSpan,
+    ChatTemplate,
+    TemplateError,
+    merged_system,
+    read_template,
+)
 from fitune.data.formats import Conversation, Message
 from fitune.data.marked import LOST_THOUGHT, NOT_SHOWN, loses_thought, writes_reasoning
 from fitune.data.template_limits import limited
@@ -77,7 +84,14 @@ def read_encoder(
     """
     chosen, for_tools = read_template(tokenizer, template, date=date)
     if chosen is None:
-        return Encoder(tokenizer, None, None, mask, "all" if mask == "all" else "marked messages", merges_system)
+        return Encoder(
+            tokenizer,
+            None,
+            None,
+            mask,
+            "all" if mask == "all" else "marked messages",
+            merges_system,
+        )
     try:
         chosen.render(PROBE)
     except TemplateError as error:
@@ -91,7 +105,9 @@ def read_encoder(
     tool_finder = finder
     if for_tools is not None and for_tools is not chosen:
         tool_finder = TurnFinder(for_tools, special, tokenizer.eos_token)
-    return Encoder(tokenizer, finder, tool_finder, mask, "all" if mask == "all" else kind, merges_system)
+    return Encoder(
+        tokenizer, finder, tool_finder, mask, "all" if mask == "all" else kind, merges_system
+    )
 
 
 def encode(encoder: Encoder, conversations: Sequence[Conversation]) -> list[Encoded | str]:
@@ -117,7 +133,9 @@ def _encode(encoder: Encoder, conversations: Sequence[Conversation]) -> list[Enc
             except TemplateError as error:
                 results[index] = str(error)
     if found:
-        encoding = _tokenised(encoder.tokenizer, [turns.text for turns in found.values()], add_special_tokens=False)
+        encoding = _tokenised(
+            encoder.tokenizer, [turns.text for turns in found.values()], add_special_tokens=False
+        )
         for place, (index, turns) in enumerate(found.items()):
             ids = encoding["input_ids"][place]
             parts = encoding.encodings[place] if encoder.tokenizer.is_fast else None
@@ -128,7 +146,9 @@ def _encode(encoder: Encoder, conversations: Sequence[Conversation]) -> list[Enc
 def _find(encoder: Encoder, chat: Conversation) -> Turns:
     """The text of a conversation and what is said in it. Raises TemplateError with the reason where there is none."""
     finder = encoder.finder_of(chat)
-    messages: Sequence[Message] = merged_system(chat.messages) if encoder.merges_system else chat.messages
+    messages: Sequence[Message] = (
+        merged_system(chat.messages) if encoder.merges_system else chat.messages
+    )
     try:
         messages = finder.template.prepared(messages)
         text, spans = finder.template.render_generation(
@@ -138,7 +158,9 @@ def _find(encoder: Encoder, chat: Conversation) -> Turns:
             marks=finder.template.marks_generation and encoder.mask != "all",
         )
     except TemplateError as error:
-        raise TemplateError(f"the chat template refuses it: {error}{_way_out(encoder, chat)}") from error
+        raise TemplateError(
+            f"the chat template refuses it: {error}{_way_out(encoder, chat)}"
+        ) from error
     if finder.template.marks_generation and encoder.mask != "all":
         return _generated(chat, finder, text, spans)
     if encoder.mask == "all" and not (messages and messages[-1]["role"] == "assistant"):
@@ -151,9 +173,15 @@ def _find(encoder: Encoder, chat: Conversation) -> Turns:
         raise
 
 
-def _generated(chat: Conversation, finder: TurnFinder, text: str, spans: Sequence[CharSpan]) -> Turns:
+def _generated(
+    chat: Conversation, finder: TurnFinder, text: str, spans: Sequence[CharSpan]
+) -> Turns:
     """The turns are those that the template marks itself. Raises TemplateError where weights have no turns."""
-    ends = [tokens[-1] for first, end in spans[-1:] if (tokens := finder.special.findall(text[first:end]))]
+    ends = [
+        tokens[-1]
+        for first, end in spans[-1:]
+        if (tokens := finder.special.findall(text[first:end]))
+    ]
     answers = [message for message in chat.messages if message["role"] == "assistant"]
     num_answers = len(answers)
     if len(spans) != num_answers and any(weight is not None for weight in chat.assistant_weights):
@@ -190,20 +218,28 @@ def _way_out(encoder: Encoder, chat: Conversation) -> str:
     template = encoder.finder_of(chat).template
     try:
         template.render(
-            template.prepared(merged_system(chat.messages)), tools=chat.tools, arguments=chat.template_arguments
+            template.prepared(merged_system(chat.messages)),
+            tools=chat.tools,
+            arguments=chat.template_arguments,
         )
     except TemplateError:
         return ""
     return ". data.system=merge puts the system message at the front of the user's first one, which it takes"
 
 
-def _encoded(encoder: Encoder, chat: Conversation, turns: Turns, ids: list[int], parts: Any) -> Encoded:
+def _encoded(
+    encoder: Encoder, chat: Conversation, turns: Turns, ids: list[int], parts: Any
+) -> Encoded:
     if encoder.mask == "all":
         return Encoded(ids, _weighted([(0, len(ids))], [None]), turns.ends, turns.notices)
     weights = chat.assistant_weights
     if len(weights) != len(turns.spans):
         weights = (None,) * len(turns.spans)
-    said = [(span, weight) for span, weight in zip(turns.spans, weights, strict=True) if span is not None]
+    said = [
+        (span, weight)
+        for span, weight in zip(turns.spans, weights, strict=True)
+        if span is not None
+    ]
     if encoder.mask == "last":
         said = said[-1:]
     spans = [span for span, _ in said]
@@ -238,7 +274,9 @@ def _tokens_of(parts: Any, text: str, span: CharSpan) -> tuple[int, int]:
     return first, last + 1
 
 
-def _pieces(encoder: Encoder, text: str, spans: Sequence[CharSpan], ids: list[int]) -> list[tuple[int, int]]:
+def _pieces(
+    encoder: Encoder, text: str, spans: Sequence[CharSpan], ids: list[int]
+) -> list[tuple[int, int]]:
     """For tokenizers that do not say which characters a token is of: the text is cut at the borders of the turns, which
     must give the same tokens as the whole. Raises ModelError where it does not."""
     found, joined, position = [], [], 0
@@ -269,7 +307,9 @@ def _framed(tokenizer: Any, ids: list[int]) -> Encoded:
 def _ids(tokenizer: Any, texts: list[str], *, add_special_tokens: bool = True) -> list[list[int]]:
     if not texts:
         return []
-    ids: list[list[int]] = _tokenised(tokenizer, texts, add_special_tokens=add_special_tokens)["input_ids"]
+    ids: list[list[int]] = _tokenised(tokenizer, texts, add_special_tokens=add_special_tokens)[
+        "input_ids"
+    ]
     return ids
 
 
@@ -286,7 +326,9 @@ def _tokenised(tokenizer: Any, texts: list[str], *, add_special_tokens: bool) ->
     return in_time(call, num_chars=sum(map(len, texts))) if tokenizer.is_fast else call()
 
 
-def _weighted(turns: Sequence[tuple[int, int]], weights: Sequence[float | None]) -> tuple[Span, ...]:
+def _weighted(
+    turns: Sequence[tuple[int, int]], weights: Sequence[float | None]
+) -> tuple[Span, ...]:
     spans = []
     for (first, end), weight in zip(turns, weights, strict=True):
         weight = 1.0 if weight is None else weight

@@ -18,9 +18,7 @@ MOST_SECONDS = 20.0
 CHARS_PER_SECOND = 100_000
 """A tenth of what a slow tokenizer does."""
 _LOOK_SECONDS = 0.1
-_WAY_OUT = (
-    "a regular expression of its tokenizer.json may match in too many ways: name another tokenizer with model.tokenizer"
-)
+_WAY_OUT = "a regular expression of its tokenizer.json may match in too many ways: name another tokenizer with model.tokenizer"
 
 
 def in_time(call: Callable[[], T], *, num_chars: int) -> T:
@@ -50,5 +48,7 @@ def in_time(call: Callable[[], T], *, num_chars: int) -> T:
     if not raised:
         return returned[0]
     if is_panic(raised[0]):
-        raise ModelError(f"the tokenizer cannot split a text ({cause_of(raised[0])}): {_WAY_OUT}") from raised[0]
+        raise ModelError(
+            f"the tokenizer cannot split a text ({cause_of(raised[0])}): {_WAY_OUT}"
+        ) from raised[0]
     raise raised[0]

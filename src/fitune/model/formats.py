@@ -18,7 +18,9 @@ _UNPACKED: dict[str, Callable[..., Any]] = {"mxfp4": Mxfp4Config, "fp8": FineGra
 def weights_format(config: PretrainedConfig) -> str | None:
     """How the weights are stored where that is not as numbers, such as 'mxfp4'."""
     stored = _stored(config)
-    method = stored.get("quant_method") or ("bitsandbytes" if stored else None)  # it did not always name itself
+    method = stored.get("quant_method") or (
+        "bitsandbytes" if stored else None
+    )  # it did not always name itself
     return None if method is None else str(getattr(method, "value", method))
 
 

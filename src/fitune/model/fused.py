@@ -27,7 +27,9 @@ def fuse_layers(model: nn.Module) -> None:
         if key not in forwards:
             # the modes of a model that is built on the meta device would put the random numbers there too
             with torch._C.DisableTorchFunction():
-                forwards[key] = _with_fused_rotary(type(module)) if eps is None else _fused_norm_of(module, eps)
+                forwards[key] = (
+                    _with_fused_rotary(type(module)) if eps is None else _fused_norm_of(module, eps)
+                )
         forward = forwards[key]
         if forward is not None:
             module.forward = MethodType(forward, module)
@@ -61,14 +63,18 @@ def _fused_norm_of(module: nn.Module, eps: float) -> Callable[..., Any] | None:
         own = type(module).forward(probe, hidden)
     except Exception:  # a norm of another kind
         return None
-    if not torch.allclose(own, functional.rms_norm(hidden, (16,), weight, eps), rtol=1e-5, atol=1e-6):
+    if not torch.allclose(
+        own, functional.rms_norm(hidden, (16,), weight, eps), rtol=1e-5, atol=1e-6
+    ):
         return None
 
     def forward(self: Any, hidden: Tensor) -> Tensor:
         weight = self.weight
         if hidden.dtype != weight.dtype or kernels.compute_capability(hidden) is None:
             return cast(Tensor, type(self).forward(self, hidden))
-        with torch.autocast(hidden.device.type, enabled=False):  # which would return float32 for 16 bits
+        with torch.autocast(
+            hidden.device.type, enabled=False
+        ):  # which would return float32 for 16 bits
             return functional.rms_norm(hidden, weight.shape, weight, eps)
 
     return forward
@@ -76,7 +82,10 @@ def _fused_norm_of(module: nn.Module, eps: float) -> Callable[..., Any] | None:
 
 def _random(*shapes: tuple[int, ...]) -> list[Tensor]:
     generator = torch.Generator("cpu").manual_seed(0)
-    return [torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32) for shape in shapes]
+    return [
+        torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32)
+        for shape in shapes
+    ]
 
 
 # ---- rotary embeddings -----------------------------------------------------------------------------------------------
@@ -89,27 +98,44 @@ def _with_fused_rotary(layer: type[nn.Module]) -> Callable[..., Any] | None:
     """The layer's own forward with `_FusedRotary` in the place of that function; None where it has another one."""
     forward = layer.forward
     own: Any = getattr(forward, "__globals__", {}).get(_ROTARY)
-    if not isinstance(forward, FunctionType) or _ROTARY not in forward.__code__.co_names or not _is_plain_rotary(own):
+    if (
+        not isinstance(forward, FunctionType)
+        or _ROTARY not in forward.__code__.co_names
+        or not _is_plain_rotary(own)
+    ):
         return None
 
     def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *rest: Any, **options: Any) -> Any:
         if rest or options or not _is_whole(q, k, cos) or kernels.compute_capability(q) is None:
             return own(q, k, cos, sin, *rest, **options)
         kind = q.device.type  # under autocast, attention would cast the result
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.result_type(q, cos)
-        if torch.compiler.is_compiling():  # which fuses it, where parts of one tensor would leave it with copies
+        dtype = (
+            torch.get_autocast_dtype(kind)
+            if torch.is_autocast_enabled(kind)
+            else torch.result_type(q, cos)
+        )
+        if (
+            torch.compiler.is_compiling()
+        ):  # which fuses it, where parts of one tensor would leave it with copies
             return tuple(each.to(dtype) for each in own(q, k, cos, sin))
         return _FusedRotary.apply(q, k, cos, sin, dtype)  # type: ignore[no-untyped-call]
 
     known = forward.__globals__ | {_ROTARY: rotary}
-    fused = FunctionType(forward.__code__, known, forward.__name__, forward.__defaults__, forward.__closure__)
+    fused = FunctionType(
+        forward.__code__, known, forward.__name__, forward.__defaults__, forward.__closure__
+    )
     fused.__kwdefaults__ = forward.__kwdefaults__
     return fused
 
 
 def _is_whole(q: Tensor, k: Tensor, cos: Tensor) -> bool:
     """Whether all numbers of each head are turned; some models turn the first ones only."""
-    return q.dim() == k.dim() == 4 and cos.dim() == 3 and q.shape[2:] == k.shape[2:] and cos.shape[1:] == q.shape[2:]
+    return (
+        q.dim() == k.dim() == 4
+        and cos.dim() == 3
+        and q.shape[2:] == k.shape[2:]
+        and cos.shape[1:] == q.shape[2:]
+    )
 
 
 def _is_plain_rotary(own: Any) -> bool:
@@ -118,7 +144,10 @@ def _is_plain_rotary(own: Any) -> bool:
     first, second = sin.chunk(2, dim=-1)
     turned = _turn(q, k, cos, (-1, first), (1, second), torch.float32)
     try:
-        return all(torch.allclose(a, b, atol=1e-6) for a, b in zip(own(q, k, cos, sin), turned, strict=True))
+        return all(
+            torch.allclose(a, b, atol=1e-6)
+            for a, b in zip(own(q, k, cos, sin), turned, strict=True)
+        )
     except Exception:  # a function of another kind
         return False
 
@@ -127,7 +156,9 @@ class _FusedRotary(torch.autograd.Function):
     """q, k: [B, H, S, D], of which k may have fewer heads; cos, sin: [B, S, D]. dtype: of the result."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(cos, sin)
         ctx.dtype = q.dtype
         first, second = sin.chunk(2, dim=-1)
@@ -143,7 +174,12 @@ class _FusedRotary(torch.autograd.Function):
 
 
 def _turn(
-    q: Tensor, k: Tensor, cos: Tensor, upper: tuple[int, Tensor], lower: tuple[int, Tensor], dtype: torch.dtype
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    upper: tuple[int, Tensor],
+    lower: tuple[int, Tensor],
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """Both times cos, plus, in the upper and lower half of D, the other half times a sign and a sine."""
     both_BSHD = torch.cat((q.transpose(1, 2), k.transpose(1, 2)), dim=2)

@@ -75,14 +75,18 @@ class _Joined:
         if kernels.compute_capability(device) is None or not torch.is_autocast_enabled(kind):
             return None
         dtype = torch.get_autocast_dtype(kind)
-        parameters = (each for layer in self.layers for each in (layer.weight, layer.bias) if each is not None)
+        parameters = (
+            each for layer in self.layers for each in (layer.weight, layer.bias) if each is not None
+        )
         trained = all(each.requires_grad and each.dtype == torch.float32 for each in parameters)
         return dtype if trained and dtype in _16_BIT else None
 
     def product(self, hidden: Tensor, dtype: torch.dtype) -> Tensor:
         """[..., D] -> [..., F], F of all layers one after another."""
         biases = [layer.bias for layer in self.layers if layer.bias is not None]
-        if biases and len(biases) < len(self.layers):  # zeros in the place of those that are missing
+        if biases and len(biases) < len(
+            self.layers
+        ):  # zeros in the place of those that are missing
             biases = [
                 layer.weight.new_zeros(layer.out_features) if layer.bias is None else layer.bias
                 for layer in self.layers
@@ -131,9 +135,17 @@ def _cast_weights_at_once(model: nn.Module) -> None:
     """All layers that keep their weights in 16 bits for the backward have them made in a few launches, before the first
     layer runs. A layer that is recomputed keeps none, and casts its own."""
     layers = recomputable_layers(model)
-    holding = (module for module in model.modules() if any(_holds(child, layers) for child in module.children()))
+    holding = (
+        module
+        for module in model.modules()
+        if any(_holds(child, layers) for child in module.children())
+    )
     body = next(holding, model)
-    shared = [each for module in model.modules() if (each := module.__dict__.get("shared_input")) is not None]
+    shared = [
+        each
+        for module in model.modules()
+        if (each := module.__dict__.get("shared_input")) is not None
+    ]
     parts = [(layer, list(_joined_of(layer))) for layer in layers]
 
     def begin(*_: Any) -> None:
@@ -165,7 +177,11 @@ def _cast_weights_at_once(model: nn.Module) -> None:
 
 
 def _holds(module: nn.Module, layers: Sequence[nn.Module]) -> bool:
-    return isinstance(module, nn.ModuleList) and any(child is layers[0] for child in module) if layers else False
+    return (
+        isinstance(module, nn.ModuleList) and any(child is layers[0] for child in module)
+        if layers
+        else False
+    )
 
 
 def _joined_of(layer: nn.Module) -> Iterator["_Joined"]:
@@ -187,7 +203,9 @@ class _JoinedProduct(torch.autograd.Function):
     written in float32 at once."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, cast_FD: Tensor | None, num_layers: int, *parameters: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, cast_FD: Tensor | None, num_layers: int, *parameters: Tensor
+    ) -> Tensor:
         weights, biases = parameters[:num_layers], parameters[num_layers:]
         weight_FD = _join(weights, hidden.dtype) if cast_FD is None else cast_FD
         ctx.save_for_backward(hidden, weight_FD)
@@ -222,7 +240,9 @@ def _float32_product(first: Tensor, second: Tensor) -> Tensor:
     return torch.mm(first, second, out_dtype=torch.float32)
 
 
-def _cast_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _cast_input(
+    _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Under autocast each linear layer would cast the module's input for itself, and each cast its gradient back."""
     hidden = args[0] if args else kwargs.get("hidden_states")
     if not isinstance(hidden, Tensor) or kernels.compute_capability(hidden) is None:
@@ -240,7 +260,9 @@ def _cast_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 def _fused_mlp_of(module: nn.Module) -> Callable[..., Any] | None:
     """A forward with one product for gate and up; None where the module's own is not seen, on random numbers, to be
     down(silu(gate) * up)."""
-    if {*module._modules} != {*_MLP, "down_proj", "act_fn"} or not _has_linear(module, (*_MLP, "down_proj")):
+    if {*module._modules} != {*_MLP, "down_proj", "act_fn"} or not _has_linear(
+        module, (*_MLP, "down_proj")
+    ):
         return None
     probe = object.__new__(type(module))
     probe.__dict__.update(module.__dict__)
@@ -254,7 +276,9 @@ def _fused_mlp_of(module: nn.Module) -> Callable[..., Any] | None:
         gate, up = (layers[name](hidden) for name in _MLP)
         expected = layers["down_proj"](functional.silu(gate) * up)
         try:
-            if not torch.allclose(type(module).forward(probe, hidden), expected, rtol=1e-5, atol=1e-6):
+            if not torch.allclose(
+                type(module).forward(probe, hidden), expected, rtol=1e-5, atol=1e-6
+            ):
                 return None
         except Exception:  # an MLP of another kind
             return None

@@ -19,7 +19,13 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -47,7 +53,11 @@ from fitune.model.precision import Precision, device_precision, resolve_precisio
 from fitune.model.presets import preset_config
 from fitune.model.quantise import num_weights, quantise, share_tables
 from fitune.model.source import Kind, check_source, check_tokenizer, out_of_reach, source_kind
-from fitune.model.untrusted_files import check_cached_index, check_tokenizer_files, check_weight_index
+from fitune.model.untrusted_files import (
+    check_cached_index,
+    check_tokenizer_files,
+    check_weight_index,
+)
 
 if TYPE_CHECKING:
     from peft import PeftModel  # half a second, needed for adapters only
@@ -92,7 +102,9 @@ def load_config(model: ModelConfig) -> PretrainedConfig:
         try:
             if kind == "gguf":
                 check_gguf(Path(model.source).expanduser())
-            config = AutoConfig.from_pretrained(name, trust_remote_code=model.trust_remote_code, **files)
+            config = AutoConfig.from_pretrained(
+                name, trust_remote_code=model.trust_remote_code, **files
+            )
         except _READ_ERRORS as error:
             raise _unreadable(model, kind, error) from error
     _check_causal(config, model)
@@ -135,7 +147,10 @@ def build_model(
         if not meta:
             torch.default_generator.manual_seed(seed)
         own = own_class(config) if trust_remote_code else None
-        options: dict[str, Any] = {"dtype": dtype if meta else torch.float32, "attn_implementation": attention}
+        options: dict[str, Any] = {
+            "dtype": dtype if meta else torch.float32,
+            "attn_implementation": attention,
+        }
         options |= {"experts_implementation": EXPERTS}
         if own is not None:
             model = own._from_config(config, **options)
@@ -172,7 +187,11 @@ def load_model(
     meta = device.type == "meta"
     if meta or model.init == "random" or source_kind(model.source) == "preset":
         with (
-            told_as(ModelError, f"{model.source} cannot be built from its configuration", "mend its config.json"),
+            told_as(
+                ModelError,
+                f"{model.source} cannot be built from its configuration",
+                "mend its config.json",
+            ),
             torch.device("meta" if meta else "cpu"),
         ):
             built = build_model(
@@ -183,7 +202,9 @@ def load_model(
                 trust_remote_code=model.trust_remote_code,
             )
     else:
-        built = load_weights(model, config, dtype=precision.parameter_dtype, attention=attention, tell=tell)
+        built = load_weights(
+            model, config, dtype=precision.parameter_dtype, attention=attention, tell=tell
+        )
     noted = None if meta or model.method == "full" else describe(model, built, seed=seed)
     if model.method == "qlora":
         built = quantise(built)
@@ -212,14 +233,20 @@ def load_weights(
     assert kind != "preset", "a preset has no weights"
     name, files = _location(model.source, kind)
     options: dict[str, Any] = {"config": config, "dtype": dtype, "output_loading_info": True}
-    options |= {"attn_implementation": attention, "experts_implementation": EXPERTS, "ignore_mismatched_sizes": True}
+    options |= {
+        "attn_implementation": attention,
+        "experts_implementation": EXPERTS,
+        "ignore_mismatched_sizes": True,
+    }
     with quiet_transformers(), gguf_read_once():
         try:
             if kind in ("pth", "gguf"):
                 if kind == "pth":
                     tensors = read_pth(Path(name))
                 else:
-                    tensors, report = read_gguf(config, dtype, pretrained_model_name_or_path=name, **files)
+                    tensors, report = read_gguf(
+                        config, dtype, pretrained_model_name_or_path=name, **files
+                    )
                     _check_complete(model, report)  # below all are there, be it at a random value
                 model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
                 built, report = model_class.from_pretrained(None, state_dict=tensors, **options)
@@ -233,29 +260,44 @@ def load_weights(
                 if (unpacked := unpacking(config)) is not None:
                     options["quantization_config"] = unpacked
                 built, report = load.from_pretrained(
-                    name, trust_remote_code=model.trust_remote_code, adapter_kwargs=dict(files), **files, **options
+                    name,
+                    trust_remote_code=model.trust_remote_code,
+                    adapter_kwargs=dict(files),
+                    **files,
+                    **options,
                 )
         except _READ_ERRORS as error:
             raise _unreadable(model, kind, error) from error
-    surplus = sorted(name for name in report["unexpected_keys"] if kind == "pth" or not _COMPUTED.search(name))
+    surplus = sorted(
+        name for name in report["unexpected_keys"] if kind == "pth" or not _COMPUTED.search(name)
+    )
     if weights_format(config) is not None:
         built = _without_format(built, config, options)
     _check_complete(model, report, surplus if kind == "pth" else _of_layers(built, surplus))
     if surplus and tell is not None:
-        tell(f"{model.source} holds {_listed('tensors that its architecture has no place for', surplus)}: left out")
+        tell(
+            f"{model.source} holds {_listed('tensors that its architecture has no place for', surplus)}: left out"
+        )
     return cast(PreTrainedModel, built)
 
 
-def _without_format(built: PreTrainedModel, config: PretrainedConfig, options: Mapping[str, Any]) -> PreTrainedModel:
+def _without_format(
+    built: PreTrainedModel, config: PretrainedConfig, options: Mapping[str, Any]
+) -> PreTrainedModel:
     """A model that transformers unpacked remembers how it was stored, and would be saved under those names: its tensors
     are ordinary, so only they are kept."""
     plain = copy.deepcopy(config)
     del plain.quantization_config
     kept = {
-        name: value for name, value in options.items() if name not in ("quantization_config", "output_loading_info")
+        name: value
+        for name, value in options.items()
+        if name not in ("quantization_config", "output_loading_info")
     }
     tensors = built.state_dict()
-    return cast(PreTrainedModel, type(built).from_pretrained(None, state_dict=tensors, **(kept | {"config": plain})))
+    return cast(
+        PreTrainedModel,
+        type(built).from_pretrained(None, state_dict=tensors, **(kept | {"config": plain})),
+    )
 
 
 def load_tokenizer(model: ModelConfig) -> Tokenizer:
@@ -273,12 +315,18 @@ def load_tokenizer(model: ModelConfig) -> Tokenizer:
     with quiet_transformers(), gguf_read_once():
         try:
             if kind == "hub":
-                fetched = cached_file(name, "tokenizer.json", _raise_exceptions_for_missing_entries=False, **files)
+                fetched = cached_file(
+                    name, "tokenizer.json", _raise_exceptions_for_missing_entries=False, **files
+                )
                 check_tokenizer_files(Path(name if fetched is None else fetched).parent)
             elif kind != "gguf":
                 check_tokenizer_files(Path(name))
-            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=model.trust_remote_code, **files)
-        except BaseException as error:  # the tokenizers library raises no narrower class for a damaged file
+            tokenizer = AutoTokenizer.from_pretrained(
+                name, trust_remote_code=model.trust_remote_code, **files
+            )
+        except (
+            BaseException
+        ) as error:  # the tokenizers library raises no narrower class for a damaged file
             if not isinstance(error, Exception) and not is_panic(error):
                 raise
             raise _unreadable(model.model_copy(update={"source": source}), kind, error) from error
@@ -293,7 +341,9 @@ def load_tokenizer(model: ModelConfig) -> Tokenizer:
         tokenizer.init_kwargs.pop("auto_map", None)
         tokenizer._auto_map = None
     if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
+        tokenizer.pad_token = (
+            tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
+        )
     return cast(Tokenizer, tokenizer)
 
 
@@ -343,36 +393,50 @@ def _check_sizes(config: PretrainedConfig, model: ModelConfig) -> None:
             "config.json"
         )
     padding, vocab_size = getattr(text, "pad_token_id", None), getattr(text, "vocab_size", None)
-    if isinstance(padding, int) and isinstance(vocab_size, int) and not -vocab_size <= padding < vocab_size:
+    if (
+        isinstance(padding, int)
+        and isinstance(vocab_size, int)
+        and not -vocab_size <= padding < vocab_size
+    ):
         raise ModelError(
             f"{model.source} has the pad_token_id {padding:,}, beyond its vocabulary of {vocab_size:,}: set it to null "
             "or to a token's id in its config.json"
         )
 
 
-def _check_complete(model: ModelConfig, report: dict[str, Any], surplus: Sequence[str] = ()) -> None:
+def _check_complete(
+    model: ModelConfig, report: dict[str, Any], surplus: Sequence[str] = ()
+) -> None:
     """surplus: tensors of the file which must have a place in the model."""
     faults = [
         f"{name} is {list(found)} in the file and {list(wanted)} in the model"
         for name, found, wanted in sorted(report["mismatched_keys"])
     ]
     faults += [
-        _listed(what, names) for what, names in (("missing", report["missing_keys"]), ("unexpected", surplus)) if names
+        _listed(what, names)
+        for what, names in (("missing", report["missing_keys"]), ("unexpected", surplus))
+        if names
     ]
     if faults:
-        raise ModelError(f"the weights of {model.source} do not fit its architecture: {'; '.join(faults[:4])}")
+        raise ModelError(
+            f"the weights of {model.source} do not fit its architecture: {'; '.join(faults[:4])}"
+        )
 
 
 def _of_layers(model: nn.Module, names: Sequence[str]) -> list[str]:
     """Those of these tensors that belong to a decoder layer: one that the configuration leaves out, or one that it has
     without such a part. Not what a whole model may carry besides: a vision tower, the head of another task."""
-    num_layers = getattr(cast(PretrainedConfig, model.config).get_text_config(), "num_hidden_layers", None)
+    num_layers = getattr(
+        cast(PretrainedConfig, model.config).get_text_config(), "num_hidden_layers", None
+    )
     lists = [
         name.removeprefix(f"{getattr(model, 'base_model_prefix', '')}.")
         for name, part in model.named_modules()
         if isinstance(part, nn.ModuleList) and len(part) == num_layers
     ]
-    of_layer = re.compile(rf"(?:\w+\.)?(?:{'|'.join(map(re.escape, lists))})\.\d+\." if lists else r"(?!)")
+    of_layer = re.compile(
+        rf"(?:\w+\.)?(?:{'|'.join(map(re.escape, lists))})\.\d+\." if lists else r"(?!)"
+    )
     return [name for name in names if of_layer.match(name)]
 
 
@@ -382,7 +446,9 @@ def _listed(what: str, names: Collection[str]) -> str:
 
 
 def _brings_code(model: ModelConfig) -> ModelError:
-    return ModelError(f"{model.source} works by its own code alone: read it, then set {SWITCH}=true to run it")
+    return ModelError(
+        f"{model.source} works by its own code alone: read it, then set {SWITCH}=true to run it"
+    )
 
 
 def _unreadable(model: ModelConfig, kind: Kind, error: BaseException) -> ModelError:
@@ -402,26 +468,35 @@ def _unreadable(model: ModelConfig, kind: Kind, error: BaseException) -> ModelEr
         if names & {"RepositoryNotFoundError", "GatedRepoError"}:
             return ModelError(f"the hub has no {model.source} that this account may read: {first}")
         return out_of_reach(model.source)
-    if any(isinstance(link, pickle.UnpicklingError) or "weights_only" in str(link) for link in chain):
+    if any(
+        isinstance(link, pickle.UnpicklingError) or "weights_only" in str(link) for link in chain
+    ):
         return ModelError(
             f"the weights of {model.source} are pickled and hold code or are damaged, so they are not read: give "
             "safetensors"
         )
     if isinstance(error, SafetensorError):
-        return ModelError(f"the weights of {model.source} are damaged or incomplete ({first}): copy them again")
+        return ModelError(
+            f"the weights of {model.source} are damaged or incomplete ({first}): copy them again"
+        )
     if kind == "directory" and "no file named" in text:
         return ModelError(
             f"{model.source} holds no weights (model.safetensors): set model.init=random to train from scratch"
         )
     if "model type" in text and ("not recognize" in text or "should have" in text.lower()):
-        return ModelError(f"{model.source} has an architecture that this transformers does not know ({first})")
+        return ModelError(
+            f"{model.source} has an architecture that this transformers does not know ({first})"
+        )
     return ModelError(f"{model.source} cannot be read: {first}")
 
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
     """No progress bars and no advice from transformers on standard error; its errors become ours."""
-    bars, level = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
+    bars, level = (
+        transformers_logging.is_progress_bar_enabled(),
+        transformers_logging.get_verbosity(),
+    )
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     try:

@@ -47,8 +47,16 @@ def _why_not(model: PreTrainedModel, target: str) -> str:
     found = [module for name, module in model.named_modules() if name.rpartition(".")[2] == target]
     if head is not None and any(module is head for module in found):
         is_tied = getattr(head, "weight", None) is getattr(embedding, "weight", None)
-        return "the head, whose weight is also the embedding's" if is_tied else "the head, which gets no adapter here"
-    return f"of the kind {type(found[0]).__name__} and no linear layer" if found else "which this model does not have"
+        return (
+            "the head, whose weight is also the embedding's"
+            if is_tied
+            else "the head, which gets no adapter here"
+        )
+    return (
+        f"of the kind {type(found[0]).__name__} and no linear layer"
+        if found
+        else "which this model does not have"
+    )
 
 
 def _apply(model: PreTrainedModel, lora: LoraConfig, *, names: list[str], seed: int) -> "PeftModel":
@@ -64,10 +72,16 @@ def _apply(model: PreTrainedModel, lora: LoraConfig, *, names: list[str], seed: 
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
     )
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by names that this one renames
+        warnings.simplefilter(
+            "ignore", FutureWarning
+        )  # peft asks transformers by names that this one renames
         # what peft itself has put there for the experts of some models
-        warnings.filterwarnings("ignore", r"The following \w+_pattern keys did not match", RuntimeWarning)
-        torch.default_generator.manual_seed(seed)  # the weights are drawn on the CPU; a card's random numbers stay
+        warnings.filterwarnings(
+            "ignore", r"The following \w+_pattern keys did not match", RuntimeWarning
+        )
+        torch.default_generator.manual_seed(
+            seed
+        )  # the weights are drawn on the CPU; a card's random numbers stay
         adapted = get_peft_model(model, config)
     return cast("PeftModel", adapted)
 
@@ -81,17 +95,30 @@ def load_adapters(model: PreTrainedModel, directory: Path) -> "PeftModel":
             from peft import PeftModel
 
             warnings.simplefilter("ignore", FutureWarning)
-            return cast(PeftModel, PeftModel.from_pretrained(model, str(directory), is_trainable=True))
+            return cast(
+                PeftModel, PeftModel.from_pretrained(model, str(directory), is_trainable=True)
+            )
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         first = " ".join(str(error).split())[:200]
-        raise ModelError(f"the adapters in {directory} cannot be loaded into this model: {first}") from error
+        raise ModelError(
+            f"the adapters in {directory} cannot be loaded into this model: {first}"
+        ) from error
 
 
 _KERNELS_READ_WEIGHTS = {"out_proj", "conv1d"}
-_NOT_BY_PEFT = dict.fromkeys(("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"), _KERNELS_READ_WEIGHTS)
+_NOT_BY_PEFT = dict.fromkeys(
+    ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"), _KERNELS_READ_WEIGHTS
+)
 """Layers whose weights these models give to a kernel, past the adapter, so that peft refuses them."""
 _OWN_KEYS = {
-    *("auto_mapping", "base_model_name_or_path", "fan_in_fan_out", "inference_mode", "lora_alpha", "lora_dropout"),
+    *(
+        "auto_mapping",
+        "base_model_name_or_path",
+        "fan_in_fan_out",
+        "inference_mode",
+        "lora_alpha",
+        "lora_dropout",
+    ),
     *("peft_type", "peft_version", "r", "revision", "target_modules", "task_type", "megatron_core"),
 }
 """What differs between the adapters of one run and another; peft's other settings are what they are by default."""
@@ -110,15 +137,25 @@ def _check_adapters(directory: Path) -> None:
     if not weights.is_file():
         raise ModelError(f"{directory} has no adapter_model.safetensors: copy the adapters again")
     if not isinstance(content, dict) or content.get("peft_type") != "LORA":
-        raise ModelError(f"{path} is not of LoRA adapters, which are the ones that fitune makes: give those")
-    others = sorted(key for key, value in content.items() if key not in _OWN_KEYS and not _is_default(key, value))
+        raise ModelError(
+            f"{path} is not of LoRA adapters, which are the ones that fitune makes: give those"
+        )
+    others = sorted(
+        key
+        for key, value in content.items()
+        if key not in _OWN_KEYS and not _is_default(key, value)
+    )
     targets, rank = content.get("target_modules"), content.get("r")
     if not isinstance(targets, list) or not all(isinstance(name, str) for name in targets):
         others.append("target_modules")
     if others:
-        raise ModelError(f"{path} sets {', '.join(others[:5])} as fitune's own adapters do not: merge them by peft")
+        raise ModelError(
+            f"{path} sets {', '.join(others[:5])} as fitune's own adapters do not: merge them by peft"
+        )
     if rank not in _ranks(weights):
-        raise ModelError(f"{path} says r: {rank}, and the adapters beside it have another rank: copy them again")
+        raise ModelError(
+            f"{path} says r: {rank}, and the adapters beside it have another rank: copy them again"
+        )
 
 
 def _is_default(key: str, value: Any) -> bool:
@@ -130,7 +167,9 @@ def _is_default(key: str, value: Any) -> bool:
 def _ranks(weights: Path) -> set[int]:
     try:
         with safe_open(weights, "pt") as file:
-            return {file.get_slice(name).get_shape()[0] for name in file.keys() if ".lora_A." in name}  # noqa: SIM118
+            return {
+                file.get_slice(name).get_shape()[0] for name in file.keys() if ".lora_A." in name
+            }  # noqa: SIM118
     except (OSError, SafetensorError, IndexError) as error:
         raise ModelError(f"{weights} cannot be read ({error}): copy the adapters again") from error
 

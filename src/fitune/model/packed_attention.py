@@ -58,8 +58,12 @@ class RowBoundaries:
     cumulative: torch.Tensor
     longest: int
     kernel: Kernel | None = None
-    visits: list[int] = field(default_factory=list, compare=False, repr=False)  # layers that asked, for can_pack
-    edges: dict[torch.dtype, torch.Tensor] = field(default_factory=dict, compare=False, repr=False)  # see _edge
+    visits: list[int] = field(
+        default_factory=list, compare=False, repr=False
+    )  # layers that asked, for can_pack
+    edges: dict[torch.dtype, torch.Tensor] = field(
+        default_factory=dict, compare=False, repr=False
+    )  # see _edge
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,12 +88,16 @@ class Scoring:
         return self.softcap is not None or self.sinks_H is not None
 
 
-def row_boundaries(lengths: tuple[int, ...], *, device: torch.device, kernel: Kernel | None = None) -> RowBoundaries:
+def row_boundaries(
+    lengths: tuple[int, ...], *, device: torch.device, kernel: Kernel | None = None
+) -> RowBoundaries:
     """The boundaries of packed rows, for `model(input_ids, position_ids=..., row_boundaries=...)`."""
     ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
     if device.type == "cuda":
         ends = ends.pin_memory()
-    return RowBoundaries(lengths, ends.to(device, non_blocking=True), max(lengths, default=0), kernel)
+    return RowBoundaries(
+        lengths, ends.to(device, non_blocking=True), max(lengths, default=0), kernel
+    )
 
 
 def attention_name(config: PretrainedConfig, attention: Attention | Auto) -> str | None:
@@ -104,14 +112,24 @@ def attention_name(config: PretrainedConfig, attention: Attention | Auto) -> str
     if model_class is not None and getattr(model_class, "_supports_attention_backend", False):
         return _NAME if attention == "auto" else _FORCED[attention][0]
     if attention == "auto":
-        return None if model_class is None or getattr(model_class, "_supports_sdpa", False) else "eager"
-    raise ModelError(f"model.attention={attention} is not available for '{config.model_type}': use auto or eager")
+        return (
+            None
+            if model_class is None or getattr(model_class, "_supports_sdpa", False)
+            else "eager"
+        )
+    raise ModelError(
+        f"model.attention={attention} is not available for '{config.model_type}': use auto or eager"
+    )
 
 
-def check_attention(attention: Attention | Auto, *, device: torch.device, dtype: torch.dtype) -> None:
+def check_attention(
+    attention: Attention | Auto, *, device: torch.device, dtype: torch.dtype
+) -> None:
     """Raises ModelError where torch has no such kernel for `device` and for matrix products in `dtype`."""
     if attention == "efficient" and device.type == "cpu":
-        raise ModelError("model.attention=efficient exists on CUDA only: use auto, flash, math or eager on a CPU")
+        raise ModelError(
+            "model.attention=efficient exists on CUDA only: use auto, flash, math or eager on a CPU"
+        )
     if attention == "flash" and device.type == "cuda" and dtype == torch.float32:
         raise ModelError(
             "model.attention=flash needs 16 bits on CUDA, but model.precision is float32: "
@@ -134,9 +152,18 @@ def can_pack(model: nn.Module) -> str | None:
         return f"layers of kind {', '.join(sorted(strange))} carry state from sample to sample"
     if getattr(config, "attention_chunk_size", None) is not None:
         return "its attention works in chunks"
-    if getattr(config, "use_bidirectional_attention", False) or not getattr(config, "is_causal", True):
+    if getattr(config, "use_bidirectional_attention", False) or not getattr(
+        config, "is_causal", True
+    ):
         return "its attention is not causal"
-    mixing = next((type(part).__name__ for part in model.modules() if isinstance(part, nn.Conv1d | nn.RNNBase)), None)
+    mixing = next(
+        (
+            type(part).__name__
+            for part in model.modules()
+            if isinstance(part, nn.Conv1d | nn.RNNBase)
+        ),
+        None,
+    )
     if mixing is not None:
         return f"its {mixing} mixes neighbouring samples"
     device = next(model.parameters()).device
@@ -179,16 +206,22 @@ def rows_attention(
     order hides it and no mask is needed.
     """
     if position_bias is not None:
-        raise ModelError("this model adds a bias to its attention scores, which fitune cannot compute by samples")
+        raise ModelError(
+            "this model adds a bias to its attention scores, which fitune cannot compute by samples"
+        )
     scoring = Scoring(scaling, dropout, sliding_window, softcap, s_aux, backend)
     if row_boundaries is None:
         attended = _attend(query_BHSD, key_BGSD, value_BGSD, scoring=scoring, mask=attention_mask)
         return attended.transpose(1, 2).contiguous(), None
     row_boundaries.visits.append(1)
     kind = query_BHSD.device.type
-    if is_autocast_available(kind) and torch.is_autocast_enabled(kind):  # rotary embeddings leave float32
+    if is_autocast_available(kind) and torch.is_autocast_enabled(
+        kind
+    ):  # rotary embeddings leave float32
         dtype = torch.get_autocast_dtype(kind)  # torch's own attention casts by itself
-        query_BHSD, key_BGSD, value_BGSD = (part.to(dtype) for part in (query_BHSD, key_BGSD, value_BGSD))
+        query_BHSD, key_BGSD, value_BGSD = (
+            part.to(dtype) for part in (query_BHSD, key_BGSD, value_BGSD)
+        )
     kernel = row_boundaries.kernel or _choose_kernel(query_BHSD, value_BGSD, scoring)
     if kernel != "rows":
         query_THD, key_TGD, value_TGD = (
@@ -196,9 +229,14 @@ def rows_attention(
             for part in (query_BHSD, key_BGSD, value_BGSD)
         )
         attend_flat = _varlen if kernel == "varlen" else _flash_attn
-        out_THD = attend_flat(query_THD, key_TGD, value_TGD, scoring=scoring, boundaries=row_boundaries)
+        out_THD = attend_flat(
+            query_THD, key_TGD, value_TGD, scoring=scoring, boundaries=row_boundaries
+        )
         return out_THD[None], None
-    parts = (torch.split(part, list(row_boundaries.lengths), dim=2) for part in (query_BHSD, key_BGSD, value_BGSD))
+    parts = (
+        torch.split(part, list(row_boundaries.lengths), dim=2)
+        for part in (query_BHSD, key_BGSD, value_BGSD)
+    )
     pieces = [
         piece.transpose(1, 2)
         for row in zip(*parts, strict=True)
@@ -224,7 +262,12 @@ def _attend_in_pieces(
     length = query_BHSD.shape[2]
     whole = scoring.needs_steps or scoring.dropout > 0 or scoring.backend is not None
     whole |= scoring.window is not None and scoring.window < length
-    if whole or length < LEAST_CUT or query_BHSD.device.type != "cpu" or compute_capability(query_BHSD) is not None:
+    if (
+        whole
+        or length < LEAST_CUT
+        or query_BHSD.device.type != "cpu"
+        or compute_capability(query_BHSD) is not None
+    ):
         yield _attend(query_BHSD, key_BGSD, value_BGSD, scoring=scoring)
         return
     edge = _edge(boundaries, query_BHSD)
@@ -241,7 +284,9 @@ def _edge(boundaries: RowBoundaries, query: torch.Tensor) -> torch.Tensor:
     mask of some queries and all keys up to the last of them. Made once for all layers."""
     if query.dtype not in boundaries.edges:
         longest = max(CUT_QUERIES, boundaries.longest)
-        hidden = torch.full((CUT_QUERIES, longest), -torch.inf, dtype=query.dtype, device=query.device)
+        hidden = torch.full(
+            (CUT_QUERIES, longest), -torch.inf, dtype=query.dtype, device=query.device
+        )
         boundaries.edges[query.dtype] = hidden.triu(longest - CUT_QUERIES + 1)
     return boundaries.edges[query.dtype]
 
@@ -285,7 +330,9 @@ def _attend_in_steps(
 ) -> torch.Tensor:
     """The same with materialised scores. The softmax is in float32, as in transformers' eager attention."""
     repeats = query_BHSD.shape[1] // key_BGSD.shape[1]
-    key_BHSD, value_BHSD = (part.repeat_interleave(repeats, dim=1) for part in (key_BGSD, value_BGSD))
+    key_BHSD, value_BHSD = (
+        part.repeat_interleave(repeats, dim=1) for part in (key_BGSD, value_BGSD)
+    )
     scale = scoring.scaling if scoring.scaling is not None else query_BHSD.shape[-1] ** -0.5
     scores = query_BHSD @ key_BHSD.transpose(2, 3) * scale
     if scoring.softcap is not None:
@@ -293,13 +340,21 @@ def _attend_in_steps(
     if mask is not None:
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     if scoring.sinks_H is not None:
-        sinks = scoring.sinks_H.to(scores.dtype).view(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[2], 1)
+        sinks = (
+            scoring.sinks_H.to(scores.dtype)
+            .view(1, -1, 1, 1)
+            .expand(scores.shape[0], -1, scores.shape[2], 1)
+        )
         scores = torch.cat([scores, sinks], dim=-1)
-    weights = scores.softmax(dim=-1, dtype=torch.float32).to(value_BHSD.dtype)[..., : key_BHSD.shape[2]]
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(value_BHSD.dtype)[
+        ..., : key_BHSD.shape[2]
+    ]
     return functional.dropout(weights, scoring.dropout) @ value_BHSD
 
 
-def _band(num_queries: int, num_keys: int, window: int | None, device: torch.device) -> torch.Tensor:
+def _band(
+    num_queries: int, num_keys: int, window: int | None, device: torch.device
+) -> torch.Tensor:
     """bool [num_queries, num_keys]: what a query may see, the last query being at the last key's position."""
     distance = (
         torch.arange(num_keys - num_queries, num_keys, device=device)[:, None]
@@ -310,12 +365,18 @@ def _band(num_queries: int, num_keys: int, window: int | None, device: torch.dev
 
 
 def _choose_kernel(
-    query: torch.Tensor, value: torch.Tensor, scoring: Scoring, *, has_flash_attn: bool | None = None
+    query: torch.Tensor,
+    value: torch.Tensor,
+    scoring: Scoring,
+    *,
+    has_flash_attn: bool | None = None,
 ) -> Kernel:
     """The variable-length kernels need CUDA, 16 bits, heads of at most 256 and one size for query and value."""
     plain = not scoring.needs_steps and scoring.dropout == 0 and scoring.backend is None
     capability = compute_capability(query)
-    if capability is None or not (plain and query.element_size() == 2 and query.shape[-1] == value.shape[-1] <= 256):
+    if capability is None or not (
+        plain and query.element_size() == 2 and query.shape[-1] == value.shape[-1] <= 256
+    ):
         return "rows"
     if query.is_cuda and (_has_flash_attn() if has_flash_attn is None else has_flash_attn):
         return "flash_attn"
@@ -342,7 +403,9 @@ def _varlen(
         options["enable_gqa"] = query_THD.shape[1] != key_TGD.shape[1]
     else:
         repeats = query_THD.shape[1] // key_TGD.shape[1]
-        key_TGD, value_TGD = (part.repeat_interleave(repeats, dim=1) for part in (key_TGD, value_TGD))
+        key_TGD, value_TGD = (
+            part.repeat_interleave(repeats, dim=1) for part in (key_TGD, value_TGD)
+        )
     if "window_size" in accepted:
         options["window_size"] = (-1 if scoring.window is None else scoring.window - 1, 0)
     else:
@@ -369,7 +432,15 @@ def _flash_attn(
     attend = importlib.import_module("flash_attn").flash_attn_varlen_func
     return cast(
         torch.Tensor,
-        attend(query_THD, key_TGD, value_TGD, *lengths, softmax_scale=scoring.scaling, causal=True, window_size=window),
+        attend(
+            query_THD,
+            key_TGD,
+            value_TGD,
+            *lengths,
+            softmax_scale=scoring.scaling,
+            causal=True,
+            window_size=window,
+        ),
     )
 
 
@@ -402,8 +473,16 @@ def prepare_for_compilation() -> None:
     """From now on a compiled layer has torch's variable-length kernel in its compiled code, to which row lengths are
     data, and leaves that code for any other attention, which would be compiled anew for every set of row lengths."""
     outside = torch.compiler.disable(rows_attention)
-    has_kernel = torch.cuda.is_available() and not _has_flash_attn() and "window_size" in _varlen_parameters()
-    _register(functools.partial(_attention_in_compiled_layer, outside, _varlen_attn()) if has_kernel else outside)
+    has_kernel = (
+        torch.cuda.is_available()
+        and not _has_flash_attn()
+        and "window_size" in _varlen_parameters()
+    )
+    _register(
+        functools.partial(_attention_in_compiled_layer, outside, _varlen_attn())
+        if has_kernel
+        else outside
+    )
 
 
 def _attention_in_compiled_layer(
@@ -421,19 +500,35 @@ def _attention_in_compiled_layer(
     row_boundaries: RowBoundaries | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
-    given = {"scaling": scaling, "dropout": dropout, "sliding_window": sliding_window, "row_boundaries": row_boundaries}
+    given = {
+        "scaling": scaling,
+        "dropout": dropout,
+        "sliding_window": sliding_window,
+        "row_boundaries": row_boundaries,
+    }
     parts = query_BHSD, key_BGSD, value_BGSD
-    is_plain = all(options.get(name) is None for name in ("softcap", "s_aux", "position_bias", "backend"))
+    is_plain = all(
+        options.get(name) is None for name in ("softcap", "s_aux", "position_bias", "backend")
+    )
     scoring = Scoring(scaling, dropout, sliding_window, None, None, None)
     if row_boundaries is None or row_boundaries.kernel is not None or not is_plain:
-        return cast(tuple[torch.Tensor, None], outside(module, *parts, attention_mask, **given, **options))
+        return cast(
+            tuple[torch.Tensor, None], outside(module, *parts, attention_mask, **given, **options)
+        )
     if torch.is_autocast_enabled("cuda"):
         dtype = torch.get_autocast_dtype("cuda")
         parts = query_BHSD.to(dtype), key_BGSD.to(dtype), value_BGSD.to(dtype)
     if _choose_kernel(parts[0], parts[2], scoring, has_flash_attn=False) != "varlen":
-        return cast(tuple[torch.Tensor, None], outside(module, *parts, attention_mask, **given, **options))
+        return cast(
+            tuple[torch.Tensor, None], outside(module, *parts, attention_mask, **given, **options)
+        )
     query_THD, key_TGD, value_TGD = (part.squeeze(0).transpose(0, 1) for part in parts)
-    lengths = (row_boundaries.cumulative, row_boundaries.cumulative, row_boundaries.longest, row_boundaries.longest)
+    lengths = (
+        row_boundaries.cumulative,
+        row_boundaries.cumulative,
+        row_boundaries.longest,
+        row_boundaries.longest,
+    )
     out_THD = varlen(
         query_THD,
         key_TGD,

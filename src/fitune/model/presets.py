@@ -20,19 +20,31 @@ _MINIMIND: dict[str, Any] = {
 }
 _QWEN3: dict[str, Any] = _MINIMIND | {"num_key_value_heads": 4, "rms_norm_eps": 1e-6}
 _LLAMA: dict[str, Any] = _MINIMIND | {"num_key_value_heads": 2, "rms_norm_eps": 1e-5}
-_MOE: dict[str, Any] = _QWEN3 | {"num_experts_per_tok": 1, "norm_topk_prob": True, "router_aux_loss_coef": 5e-4}
+_MOE: dict[str, Any] = _QWEN3 | {
+    "num_experts_per_tok": 1,
+    "norm_topk_prob": True,
+    "router_aux_loss_coef": 5e-4,
+}
 
 
 def preset_config(name: str) -> PretrainedConfig:
     """The configuration of a preset. `name` is one of `source.PRESETS`."""
     if name == "minimind-3":
-        return qwen3_config(hidden_size=768, num_hidden_layers=8, head_dim=96, intermediate_size=2432)
+        return qwen3_config(
+            hidden_size=768, num_hidden_layers=8, head_dim=96, intermediate_size=2432
+        )
     if name == "minimind-3-moe":
         return qwen3_moe_config(
-            hidden_size=768, num_hidden_layers=8, head_dim=96, moe_intermediate_size=2432, num_experts=4
+            hidden_size=768,
+            num_hidden_layers=8,
+            head_dim=96,
+            moe_intermediate_size=2432,
+            num_experts=4,
         )
     if name == "minimind2":
-        return llama_config(hidden_size=768, num_hidden_layers=16, head_dim=96, intermediate_size=2048)
+        return llama_config(
+            hidden_size=768, num_hidden_layers=16, head_dim=96, intermediate_size=2048
+        )
     assert name == "minimind2-small", name
     return llama_config(hidden_size=512, num_hidden_layers=8, head_dim=64, intermediate_size=1408)
 

@@ -8,7 +8,11 @@ from typing import Any, cast
 import torch
 from torch import nn
 from torch.autograd.graph import save_on_cpu
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fitune.config import Auto, Recompute
@@ -28,7 +32,9 @@ _EXPENSIVE_NAMES = {  # of operators that exist only once their module is import
     "flash_attn::_flash_attn_varlen_forward",
 }
 _HOOKS = (
-    {"respect_saved_tensors_hooks": False} if "respect_saved_tensors_hooks" in signature(checkpoint).parameters else {}
+    {"respect_saved_tensors_hooks": False}
+    if "respect_saved_tensors_hooks" in signature(checkpoint).parameters
+    else {}
 )
 """What is kept of a layer stays on the card; PyTorch 2.14 warns that this will not be so by itself."""
 _EXPERTS_NAMES = {"aten::_grouped_mm", "transformers::grouped_mm_fallback"}
@@ -50,7 +56,11 @@ def set_recompute(model: nn.Module, recompute: Recompute, *, offload: bool = Fal
     again = partial(cast(Callable[..., Any], checkpoint), use_reentrant=False, **_HOOKS)
     if recompute == "selective":
         # experts with a bias add it into their product in place, so that product cannot be kept
-        experts = set() if any(getattr(part, "has_bias", False) for part in model.modules()) else _EXPERTS_NAMES
+        experts = (
+            set()
+            if any(getattr(part, "has_bias", False) for part in model.modules())
+            else _EXPERTS_NAMES
+        )
         policy = partial(_policy, names=_EXPENSIVE_NAMES | experts)
         again = partial(again, context_fn=partial(create_selective_checkpoint_contexts, policy))
     if offload:
@@ -70,13 +80,18 @@ def recomputable_layers(model: nn.Module) -> list[GradientCheckpointingLayer]:
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
-def _with_inputs_on_host(again: Callable[..., Any], function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+def _with_inputs_on_host(
+    again: Callable[..., Any], function: Callable[..., Any], *args: Any, **options: Any
+) -> Any:
     """Inside, `again` has hooks of its own, so that only what it keeps itself is moved: no weight."""
     with save_on_cpu(pin_memory=True):
         return again(function, *args, **options)
 
 
 def _policy(_: Any, operator: Any, *args: Any, names: set[str], **options: Any) -> CheckpointPolicy:
-    if operator in _EXPENSIVE or str(operator).removesuffix(".default").replace(".", "::", 1) in names:
+    if (
+        operator in _EXPENSIVE
+        or str(operator).removesuffix(".default").replace(".", "::", 1) in names
+    ):
         return CheckpointPolicy.MUST_SAVE
     return CheckpointPolicy.PREFER_RECOMPUTE

@@ -29,7 +29,9 @@ def joined_to_embedding(head: Head) -> Iterator[list[Head]]:
     def join(_: nn.Module, args: tuple[Any, ...], embedded: Tensor) -> Tensor | None:
         if len(heads) > 1 or not args:
             return None
-        embedded, weight_VD = _Joined.apply(embedded.detach(), args[0], head.weight, embedding.padding_idx)  # type: ignore[no-untyped-call]
+        embedded, weight_VD = _Joined.apply(
+            embedded.detach(), args[0], head.weight, embedding.padding_idx
+        )  # type: ignore[no-untyped-call]
         heads.append(replace(head, joined_weight=weight_VD))
         return embedded
 
@@ -47,7 +49,9 @@ def _tied_embedding(head: Head) -> nn.Embedding | None:
     embedding = head.decoder.get_input_embeddings()  # type: ignore[operator]
     if type(embedding) is not nn.Embedding or embedding.weight is not head.weight:
         return None
-    is_plain = embedding.max_norm is None and not embedding.scale_grad_by_freq and not embedding.sparse
+    is_plain = (
+        embedding.max_norm is None and not embedding.scale_grad_by_freq and not embedding.sparse
+    )
     return embedding if is_plain else None
 
 
@@ -73,8 +77,15 @@ class _Joined(torch.autograd.Function):
         if grad_VD is not None and attention.compute_capability(grad_VD) is None:
             if ctx.padding_id is not None:
                 grad_BSD = grad_BSD.masked_fill((ids_BS == ctx.padding_id).unsqueeze(-1), 0)
-            return None, None, grad_VD.index_add_(0, ids_BS.flatten(), grad_BSD.flatten(0, -2)), None
+            return (
+                None,
+                None,
+                grad_VD.index_add_(0, ids_BS.flatten(), grad_BSD.flatten(0, -2)),
+                None,
+            )
         padding_id = -1 if ctx.padding_id is None else ctx.padding_id
         # on a card index_add_ adds in no fixed order, and a run would not be repeated bit for bit
-        rows_VD = torch.ops.aten.embedding_dense_backward(grad_BSD, ids_BS, ctx.num_words, padding_id, False)
+        rows_VD = torch.ops.aten.embedding_dense_backward(
+            grad_BSD, ids_BS, ctx.num_words, padding_id, False
+        )
         return None, None, rows_VD if grad_VD is None else grad_VD.add_(rows_VD), None
