@@ -1,21 +1,28 @@
-"""A row in any of the formats people have -> a conversation: messages for a chat template and a loss weight for each.
+"""Convert a row in any known format into a conversation: messages, and a loss weight for each.
 
-    format              told by these keys                           becomes
-    messages            messages: [{role, content}]                  itself
-    conversations       conversations: [{role, content}]             itself (minimind; looks like ShareGPT, is not)
-    sharegpt            conversations or messages: [{from, value}]   human -> user, gpt -> assistant, ...
-    pairs               conversations or messages: [[asked, said]]   user and assistant messages (Vicuna)
-    alpaca              instruction, output [input history system]   user and assistant messages
-    prompt_completion   prompt, completion (text or messages)        the prompt's messages get the loss weight 0
-    question_answer     one of instruction, prompt, query, question, user and assistant messages (Dolly, ms-swift,
-                        input and one of response, answer, output,   GSM8K, Firefly)
-                        completion, target
-    text                text                                         plain text, no template, every token supervised
+    format              found by these keys                        becomes
+    messages            messages: [{role, content}]                itself
+    conversations       conversations: [{role, content}]           itself (minimind; looks like
+                                                                   ShareGPT, but is not)
+    sharegpt            conversations or messages:                 human -> user,
+                        [{from, value}]                            gpt -> assistant, ...
+    pairs               conversations or messages:                 user and assistant messages
+                        [[question, answer]]                       (Vicuna)
+    alpaca              instruction, output                        user and assistant messages
+                        [input history system]
+    prompt_completion   prompt, completion (text or messages)      messages; those of the prompt
+                                                                   get the loss weight 0
+    question_answer     one of instruction, prompt, query,         user and assistant messages
+                        question, input and one of response,       (Dolly, ms-swift, GSM8K,
+                        answer, output, completion, target         Firefly)
+    text                text                                       plain text without a template,
+                                                                   every token supervised
 
-The keys of the row decide, never the name of the file; `data.columns` names those that are called otherwise. Texts may
-be lists of typed parts; tools and tool_calls may be JSON strings; a None stands for a missing key, since tables
-(parquet, csv) have no other way to say so. Keys that would change what a row means (a preference, a label, pictures)
-refuse it; those that mean nothing here are counted.
+The keys of the row decide, never the name of the file; `data.columns` names keys that have other
+names. Texts may be lists of typed parts; tools and tool_calls may be JSON strings. None stands for
+a missing key, since tables (parquet, csv) have no other way to express that. Keys that would change
+the meaning of a row (a preference, a label, images) refuse it; keys without a meaning here are
+counted.
 """
 
 import json
@@ -83,17 +90,21 @@ Format = Literal[
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """messages: as a chat template takes them. weights: one per message, None where the row gives none.
-    text: set for the format `text`, which has no messages. digest: 64 bits of a hash of all this, the same for the same
-    content in any format, file, order or run. template_arguments: what the row gives the template beside them.
-    ignored: keys of the row that have no meaning here, for a report."""
+    """A conversation that is ready for a chat template, or a plain text."""
 
+    #: in the form that chat templates take
     messages: tuple[Message, ...]
+    #: the loss weight of each message, None where the row gives none
     weights: tuple[float | None, ...]
     tools: list[dict[str, Any]] | None
+    #: only in the format `text`, which has no messages
     text: str | None
+    #: 64 bits of a hash of all this; the same content has the same digest in any format, file,
+    #: order or run
     digest: int
+    #: the variables other than messages and tools that the row gives the template
     template_arguments: dict[str, Any] | None = None
+    #: the keys of the row that have no meaning here, for the report
     ignored: tuple[str, ...] = ()
 
     @property
@@ -103,7 +114,7 @@ class Conversation:
 
 
 def detect_format(row: Mapping[str, Any]) -> Format | None:
-    """The format of one row, None when its keys fit none."""
+    """Return the format of one row, or None if its keys fit no format."""
     for key in TURN_KEYS:
         turns = parsed(row.get(key))
         if isinstance(turns, list) and turns and isinstance(turns[0], dict):
@@ -125,7 +136,7 @@ def detect_format(row: Mapping[str, Any]) -> Format | None:
 
 
 def _are_pairs(turns: Any) -> bool:
-    """Whether they are lists of two texts, objects of a question and its answer, or texts that take turns."""
+    """Return whether these are pairs of texts, question-answer objects, or alternating texts."""
     if not isinstance(turns, list) or not turns:
         return False
     if all(isinstance(turn, str) for turn in turns):
@@ -143,10 +154,12 @@ def _are_pairs(turns: Any) -> bool:
 def normalise(
     row: Any, *, columns: Mapping[str, str] | None = None, ignored: Sequence[str] = ()
 ) -> tuple[Format, Conversation]:
-    """One row -> its format and its conversation.
+    """Convert one row into its format and its conversation.
 
-    columns: our name of a column -> what the rows call it. ignored: keys to leave out of account, even where
-    they would change the row's meaning. Raises RowError with the reason when it cannot be used.
+    columns: our name of a column -> its name in the rows.
+    ignored: keys to ignore, even where they would change the meaning of the row.
+
+    Raises RowError with the reason if the row cannot be used.
     """
     row = _object_of(row)
     row = {
@@ -182,9 +195,8 @@ def normalise(
         system = next((row[key] for key in SYSTEM_KEYS if row.get(key)), None)
         turns = turns if system is None else [{"role": "system", "content": system}, *turns]
     tools = read_tools(next((row[key] for key in TOOL_KEYS if row.get(key)), None))
-    if (
-        turns and isinstance(turns[0], dict) and turns[0].get("role") == "system"
-    ):  # minimind's place for tools
+    # minimind has the tools in its system message.
+    if turns and isinstance(turns[0], dict) and turns[0].get("role") == "system":
         tools = tools or read_tools(
             next((turns[0][key] for key in TOOL_KEYS if turns[0].get(key)), None)
         )
@@ -199,7 +211,10 @@ def normalise(
 
 
 def _object_of(row: Any) -> dict[str, Any]:
-    """A row that is no object: a list of messages, a text, or an object that was written as a text once more."""
+    """Return a row as an object, also if it is a list of messages, a text, or JSON text.
+
+    Raises RowError for anything else.
+    """
     if isinstance(row, str) and row.lstrip().startswith(("{", "[")):
         try:
             row = parse_json(row)
@@ -219,7 +234,10 @@ def _object_of(row: Any) -> dict[str, Any]:
 
 
 def _renamed(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
-    """The row under our names; what it calls so itself and is not meant stands aside."""
+    """Return the row with its columns under our names.
+
+    Keys that would decide the format are dropped if `columns` maps other keys to their meaning.
+    """
     named = {ours: theirs for ours, theirs in columns.items() if ours not in ("role", "content")}
     missing = [
         theirs
@@ -228,15 +246,18 @@ def _renamed(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, An
     ]
     if missing:
         raise RowError(
-            f"it has no '{missing[0]}', which data.columns names; its keys are {', '.join(map(str, row))}"
+            f"it has no '{missing[0]}', which data.columns names; its keys are "
+            f"{', '.join(map(str, row))}"
         )
-    telling = {*TURN_KEYS, *QUESTION_KEYS, *ANSWER_KEYS, "text"} if named else set()
+    format_keys = {*TURN_KEYS, *QUESTION_KEYS, *ANSWER_KEYS, "text"} if named else set()
     if {"prompt", "completion"} & named.keys():
-        telling -= {"prompt", "completion"}
+        format_keys -= {"prompt", "completion"}
     if set(PREFERENCE_KEYS) & set(named.values()):  # one answer of a preference is chosen
-        telling |= set(PREFERENCE_KEYS)
+        format_keys |= set(PREFERENCE_KEYS)
     rest = {
-        key: value for key, value in row.items() if key not in telling and key not in named.values()
+        key: value
+        for key, value in row.items()
+        if key not in format_keys and key not in named.values()
     }
     renamed = {
         **rest,
@@ -341,7 +362,10 @@ def _turns_of_prompt(row: Mapping[str, Any]) -> list[Any]:
 
 
 def _asked_turns(row: Mapping[str, Any], asked: str, *, is_weighed: bool = False) -> list[Any]:
-    """What stands before the answer: messages, of which none is learned, or the history and the question."""
+    """Return the messages before the answer: those of a list, or the history and the question.
+
+    The messages of a list get the loss weight 0, unless `is_weighed`.
+    """
     if (messages := _messages_in(row[asked])) is not None:
         return messages if is_weighed else [{**turn, "loss_weight": 0} for turn in messages]
     return [*_history(row), {"role": "user", "content": _question(row, asked)}]
@@ -359,7 +383,7 @@ def _history(row: Mapping[str, Any]) -> list[Any]:
 
 
 def _question(row: Mapping[str, Any], asked: str) -> str:
-    """The question, and under it what it is about."""
+    """Return the question, followed by its context."""
     keys = (asked, *(key for key in CONTEXT_KEYS if key != asked))
     return "\n".join(part for key in keys if (part := text_of(row.get(key) or "", f"'{key}'")))
 
