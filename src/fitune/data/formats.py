@@ -301,11 +301,8 @@ def _conversation(
         raise RowError(
             "its text is not valid Unicode (bytes that are not UTF-8, or a lone surrogate)"
         ) from None
-    except (
-        TypeError,
-        ValueError,
-        RecursionError,
-    ) as error:  # what a parquet file may hold and JSON cannot say
+    # A parquet file may contain values that JSON cannot express.
+    except (TypeError, ValueError, RecursionError) as error:
         raise RowError(
             f"it holds values that are no text, number, list or object ({error})"
         ) from None

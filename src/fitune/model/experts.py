@@ -1,9 +1,10 @@
-"""Fused experts under autocast, in 4 bits and without data, where transformers' grouped matrix product falls short.
+"""Compute fused experts where transformers' grouped matrix product is not enough.
 
-torch's grouped product knows nothing of autocast, so experts held in float32 would multiply in float32 however the run
-is configured; and its shape rule refuses all but bfloat16, so a float32 model could not be recorded on fake tensors.
-Weights in 4 bits are unpacked for a product and dropped, in the forward and again in the backward, as those of linear
-layers are.
+These cases are autocast, 4-bit weights, and tensors without data. torch's grouped product ignores
+autocast, so experts stored in float32 would be multiplied in float32 however the run is configured.
+Its shape rule accepts only bfloat16, so a float32 model could not be recorded on fake tensors.
+4-bit weights are unpacked for a product and then freed, in the forward and again in the backward,
+like those of linear layers.
 """
 
 from collections.abc import Iterator
@@ -17,13 +18,14 @@ from torch import nn
 from torch._subclasses.fake_tensor import is_fake
 from transformers.integrations import moe
 
-EXPERTS = "fitune_experts"  # the name in transformers' registry of experts implementations
+#: the name in transformers' registry of experts implementations
+EXPERTS = "fitune_experts"
+#: the weights of all experts of a layer, as the registry's implementations read them
 STACKED = ("gate_up_proj", "up_proj", "down_proj")
-"""The weights of all experts of a layer, as the registry's implementations read them."""
 
 
 class _Autocast:
-    """An experts module whose parameters read as the autocast format."""
+    """An experts module whose parameters appear in the autocast dtype."""
 
     def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
         self._module, self._dtype = module, dtype
@@ -36,7 +38,9 @@ class _Autocast:
 def grouped_experts(
     module: nn.Module, hidden_TD: torch.Tensor, expert_TK: torch.Tensor, weight_TK: torch.Tensor
 ) -> torch.Tensor:
-    """transformers' experts interface: each token's K experts, weighted and summed, [T, D]."""
+    """Return the weighted sum of each token's K experts, [T, D], through transformers'
+    interface.
+    """
     device = hidden_TD.device.type
     cast_to = (
         torch.get_autocast_dtype(device)
@@ -60,7 +64,7 @@ def grouped_experts(
 
 
 class _Packed:
-    """An experts module whose packed weights read as `_PackedWeight`."""
+    """An experts module whose packed weights appear as `_PackedWeight`."""
 
     def __init__(self, experts: Any, module: nn.Module, dtype: torch.dtype) -> None:
         self._experts, self._packed, self._dtype = experts, module._modules, dtype
@@ -74,14 +78,14 @@ class _Packed:
 
 @dataclass(frozen=True)
 class _PackedWeight:
-    """What `_grouped_linear` of transformers does with a weight: turn it, and give it to the product."""
+    """Supports what transformers' `_grouped_linear` does with a weight: transpose and multiply."""
 
     packed: Any
     dtype: torch.dtype
-    is_turned: bool = False
+    is_transposed: bool = False
 
     def transpose(self, *_: int) -> "_PackedWeight":
-        return replace(self, is_turned=not self.is_turned)
+        return replace(self, is_transposed=not self.is_turned)
 
     def unpacked(self) -> torch.Tensor:
         whole = cast(torch.Tensor, self.packed.unpacked(self.dtype))
@@ -117,8 +121,10 @@ def _packed_product(input: torch.Tensor, weight: Any, offs: torch.Tensor) -> tor
 
 @contextmanager
 def _shapes_of_any_format() -> Iterator[None]:
-    """Without data transformers' own operator stands in for torch's: it makes the same tensors and has a shape rule for
-    every format."""
+    """Replace torch's operator by transformers' own for tensors without data.
+
+    It allocates the same tensors and has a shape rule for every dtype.
+    """
     original = moe._can_use_grouped_mm
     moe._can_use_grouped_mm = lambda *_: False
     try:

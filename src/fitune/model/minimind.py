@@ -1,8 +1,9 @@
-"""minimind's weights files: a bare dictionary of tensors (`.pth`) without an architecture.
+"""Read minimind's weights files: a bare dictionary of tensors (`.pth`) without an architecture.
 
-Reading turns one into (configuration, tensors under the names of a transformers checkpoint); writing is in
-`model/save.py`. The names of both are the same. Where transformers fuses a layer's experts into one tensor, its
-checkpoints on disk still hold them one by one, as minimind does, and transformers converts both ways.
+Reading returns the tensors with the names of a transformers checkpoint and a configuration;
+`model/save.py` writes such files. Both use the same names. If transformers fuses the experts of a
+layer into one tensor, its checkpoints still contain them one by one, as minimind's do, and
+transformers converts both ways.
 """
 
 import pickle
@@ -26,22 +27,19 @@ Tensors = dict[str, torch.Tensor]
 _EMBEDDING = "model.embed_tokens.weight"
 _HEAD = "lm_head.weight"
 _LAYER = "model.layers.0."
-_WRAPPERS = (
-    "module.",
-    "_orig_mod.",
-)  # what DistributedDataParallel and torch.compile put before each name
-_ROTARY_TABLES = {
-    "freqs_cos",
-    "freqs_sin",
-    "pos_cis",
-}  # of older files; computed from the configuration
+#: what DistributedDataParallel and torch.compile put before each name
+_WRAPPERS = ("module.", "_orig_mod.")
+#: tensors in older files that the model computes from its configuration
+_ROTARY_TABLES = {"freqs_cos", "freqs_sin", "pos_cis"}
 
 
 def read_pth(path: Path) -> Tensors:
-    """The tensors of a `.pth`, memory-mapped where its format allows. Raises ModelError where the file cannot be read,
-    holds more than tensors and plain values, or is no dictionary of tensors.
+    """Return the tensors of a `.pth` file, memory-mapped if its format allows that.
 
-    The tensors are the file's on the CPU, also where a default device holds, such as meta while a step is recorded."""
+    The tensors are on the CPU and have data even under another default device, such as meta while a
+    step is recorded. Raises ModelError if the file cannot be read, contains more than tensors and
+    plain values, or is no dictionary of tensors.
+    """
     try:
         with warnings.catch_warnings(), torch._C.DisableTorchFunction():
             warnings.filterwarnings("ignore", "Detected pickle protocol", UserWarning)
@@ -50,24 +48,25 @@ def read_pth(path: Path) -> Tensors:
             )
     except pickle.UnpicklingError as error:
         raise ModelError(
-            f"{path} is refused: it is not a plain dictionary of tensors but holds pickled code or is damaged; "
+            f"{path} is refused: it is not a plain dictionary of tensors but holds pickled code or "
+            "is damaged; "
             f"save it again with torch.save(model.state_dict(), path)"
         ) from error
-    except Exception as error:  # bytes that are no pickle end in whatever its machine stumbles over
+    # Bytes that are no pickle may raise anything in its interpreter.
+    except Exception as error:
         raise ModelError(
             f"{path} cannot be read as a weights file ({_first_line(error)}); copy it again"
         ) from error
-    for key in (
-        "model",
-        "state_dict",
-    ):  # a training checkpoint holds the weights beside the optimizer
+    # A training checkpoint contains the weights and the optimizer.
+    for key in ("model", "state_dict"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
     if not isinstance(content, Mapping) or not all(
         isinstance(value, torch.Tensor) for value in content.values()
     ):
         raise ModelError(
-            f"{path} holds no dictionary of tensors; save it with torch.save(model.state_dict(), path)"
+            f"{path} holds no dictionary of tensors; save it with torch.save(model.state_dict(), "
+            "path)"
         )
     if odd := [name for name in content if not isinstance(name, str)]:
         raise ModelError(
@@ -82,10 +81,12 @@ def read_pth(path: Path) -> Tensors:
 
 
 def pth_config(tensors: Tensors, shape: ShapeConfig, *, path: Path) -> PretrainedConfig:
-    """The architecture that `tensors` belong to: Qwen3 where queries are normed, Qwen3-MoE with experts, else Llama.
+    """Return the configuration that the tensors belong to.
 
-    What the tensors' shapes tell is read off them; what they cannot tell (Llama's number of heads) comes from `shape`,
-    else from the preset with the same tensors. Raises ModelError where that leaves a gap or a contradiction.
+    It is Qwen3 if queries are normed, Qwen3-MoE with experts, else Llama. Sizes are taken from the
+    shapes of the tensors. What the shapes do not determine (Llama's number of heads) is taken from
+    `shape`, else from the preset with the same shapes. Raises ModelError if that is ambiguous or
+    contradictory.
     """
     missing = [
         name for name in (_EMBEDDING, f"{_LAYER}self_attn.q_proj.weight") if name not in tensors
@@ -113,7 +114,8 @@ def pth_config(tensors: Tensors, shape: ShapeConfig, *, path: Path) -> Pretraine
     if numbers != set(range(len(numbers))):
         gap = min(set(range(len(numbers))) - numbers)
         raise ModelError(
-            f"{path} lacks layer {gap} of {max(numbers) + 1:,}: copy it again, or save the whole model"
+            f"{path} lacks layer {gap} of {max(numbers) + 1:,}: copy it again, or save the whole "
+            "model"
         )
     with told_as(
         ModelError,
@@ -174,13 +176,15 @@ def _head_dim(tensors: Tensors, shape: ShapeConfig, *, path: Path) -> int:
         heads = {queries * shape.num_kv_heads // keys}
     if len(heads) != 1:
         raise ModelError(
-            f"{path} does not tell its number of attention heads ({queries} query columns, {keys} key columns); "
+            f"{path} does not tell its number of attention heads ({queries} query columns, {keys} "
+            "key columns); "
             f"set model.shape.num_heads or model.shape.preset ({', '.join(PRESETS)})"
         )
     (num_heads,) = heads
     if queries % num_heads or keys % (queries // num_heads):
         raise ModelError(
-            f"{path} has {queries} query and {keys} key columns, which {num_heads} heads do not divide"
+            f"{path} has {queries} query and {keys} key columns, which {num_heads} heads do not "
+            "divide"
         )
     return int(queries // num_heads)
 

@@ -1,5 +1,7 @@
-"""What `model.source` names, told without torch and transformers, whose import takes seconds: whoever has mistyped a
-path is told at once."""
+"""Find out what `model.source` names, without importing torch and transformers.
+
+Their import takes seconds, and a user who has mistyped a path gets the error at once.
+"""
 
 import os
 import re
@@ -23,7 +25,10 @@ _TOKENIZER_FILES = (
 
 
 def source_kind(source: str) -> Kind:
-    """What `model.source` is. Raises ModelError for a path that does not exist and for what is neither path nor id."""
+    """Return what kind of source it is.
+
+    Raises ModelError for a path that does not exist and for what is neither a path nor an id.
+    """
     path = Path(source).expanduser()
     if path.is_dir():
         return "directory"
@@ -33,7 +38,8 @@ def source_kind(source: str) -> Kind:
         return "gguf" if path.suffix == ".gguf" else "pth"
     if path.is_file():
         raise ModelError(
-            f"model.source '{source}' is a file of unknown kind; give a directory, a .gguf or a .pth"
+            f"model.source '{source}' is a file of unknown kind; give a directory, a .gguf or a "
+            ".pth"
         )
     if source in PRESETS:
         return "preset"
@@ -49,7 +55,7 @@ def source_kind(source: str) -> Kind:
 
 
 def check_source(source: str) -> Kind:
-    """The kind of `source`, where its architecture can be read. Raises ModelError where that is missing."""
+    """Return the kind of `source`; raise ModelError if its configuration cannot be read."""
     kind = source_kind(source)
     if kind == "directory" and not (Path(source).expanduser() / "config.json").is_file():
         raise ModelError(f"{source} has no config.json: it is no transformers directory")
@@ -59,17 +65,19 @@ def check_source(source: str) -> Kind:
 
 
 def check_tokenizer(model: ModelConfig) -> None:
-    """Raises ModelError where the model has no tokenizer, or the one that is named is missing."""
+    """Raise ModelError if the model has no tokenizer, or the one that is named does not exist."""
     source = model.tokenizer or model.source
     kind = source_kind(source)
     path = Path(source).expanduser()
     if kind == "preset" or (kind == "pth" and not has_tokenizer(path.parent)):
         raise ModelError(
-            f"{source} carries no tokenizer: set model.tokenizer to a directory or hub id that has one"
+            f"{source} carries no tokenizer: set model.tokenizer to a directory or hub id that has "
+            "one"
         )
     if kind == "directory" and not has_tokenizer(path):
         raise ModelError(
-            f"{source} has no tokenizer.json: set model.tokenizer to a directory or hub id that has one"
+            f"{source} has no tokenizer.json: set model.tokenizer to a directory or hub id that "
+            "has one"
         )
     if kind == "hub" and source != model.source:
         _check_hub(source, "tokenizer_config.json")
@@ -87,7 +95,7 @@ def out_of_reach(source: str) -> ModelError:
 
 
 def _check_hub(source: str, file: str = "config.json") -> None:
-    """Raises ModelError for a hub id that is neither in the cache nor can be fetched."""
+    """Raise ModelError for a hub id that is not cached and cannot be downloaded."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
