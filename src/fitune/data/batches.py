@@ -68,7 +68,7 @@ class Epochs:
     def find(self, position: int) -> int:
         """Return the epoch that contains the sample at that position.
 
-        An epoch must have at least one sample on average, or a fraction of one.
+        There must be at least one sample.
         """
         beyond = 1
         while self.start(beyond) <= position:
@@ -186,7 +186,8 @@ def prefetch(items: Iterator[T], *, depth: int) -> Iterator[T]:
                 items.close()
 
     thread = threading.Thread(target=produce, name="fitune-prefetch", daemon=True)
-    if not start_thread(thread):  # then each item is prepared when it is requested
+    # Without a thread each item is prepared when it is requested.
+    if not start_thread(thread):
         yield from items
         return
     try:

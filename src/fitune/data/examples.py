@@ -254,7 +254,7 @@ class _Tally:
         num_rows, num_bad = self.num_rows.total(), self.num_bad_rows.total()
         if num_bad <= self.max_bad_fraction * num_rows:
             return
-        listed = "\n".join(f"  {sentence}" for sentence in grouped(self.bad_rows))
+        listed = "\n".join(f"  {message}" for message in grouped(self.bad_rows))
         raise DataError(
             f"{num_bad:,} of {num_rows:,} samples cannot be used, more than "
             f"data.max_bad_fraction={self.max_bad_fraction:g} allows: mend them or raise it. The "

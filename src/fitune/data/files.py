@@ -54,7 +54,7 @@ def read_rows(source: DataSource, *, split: Split = "train") -> Iterator[RawRow]
         num_rows = sum(1 for _ in _read_all(path, split))
         chosen = np.zeros(num_rows, bool)
         chosen[shuffled(num_rows, num_rows)[:num_sampled]] = True
-        rows = (row for row, keep in zip(rows, chosen, strict=False) if keep)
+        rows = (row for row, is_chosen in zip(rows, chosen, strict=False) if is_chosen)
     return islice(rows, source.max_rows)
 
 

@@ -252,7 +252,8 @@ def _renamed(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, An
     format_keys = {*TURN_KEYS, *QUESTION_KEYS, *ANSWER_KEYS, "text"} if named else set()
     if {"prompt", "completion"} & named.keys():
         format_keys -= {"prompt", "completion"}
-    if set(PREFERENCE_KEYS) & set(named.values()):  # one answer of a preference is chosen
+    # One answer of a preference was selected by data.columns.
+    if set(PREFERENCE_KEYS) & set(named.values()):
         format_keys |= set(PREFERENCE_KEYS)
     rest = {
         key: value
@@ -347,25 +348,29 @@ def _pairs(pairs: Sequence[Any]) -> list[Any]:
 
 
 def _turns_of_question(row: Mapping[str, Any]) -> list[Any]:
-    asked, said = question_and_answer(row) or ("", "")
+    question_key, answer_key = question_and_answer(row) or ("", "")
     if detect_format(row) == "alpaca":
-        asked, said = "instruction", "output"
-    return [*_asked_turns(row, asked), *_said(row, said)]
+        question_key, answer_key = "instruction", "output"
+    return [*_turns_before_answer(row, question_key), *_answer_turns(row, answer_key)]
 
 
 def _turns_of_prompt(row: Mapping[str, Any]) -> list[Any]:
-    turns = [{**turn, "loss_weight": 0} for turn in _asked_turns(row, "prompt", is_weighed=True)]
-    return [*turns, *_said(row, "completion")]
+    turns = [
+        {**turn, "loss_weight": 0} for turn in _turns_before_answer(row, "prompt", is_weighed=True)
+    ]
+    return [*turns, *_answer_turns(row, "completion")]
 
 
-def _asked_turns(row: Mapping[str, Any], asked: str, *, is_weighed: bool = False) -> list[Any]:
+def _turns_before_answer(
+    row: Mapping[str, Any], question_key: str, *, is_weighed: bool = False
+) -> list[Any]:
     """Return the messages before the answer: those of a list, or the history and the question.
 
     The messages of a list get the loss weight 0, unless `is_weighed`.
     """
-    if (messages := _messages_in(row[asked])) is not None:
+    if (messages := _messages_in(row[question_key])) is not None:
         return messages if is_weighed else [{**turn, "loss_weight": 0} for turn in messages]
-    return [*_history(row), {"role": "user", "content": _question(row, asked)}]
+    return [*_history(row), {"role": "user", "content": _question(row, question_key)}]
 
 
 def _history(row: Mapping[str, Any]) -> list[Any]:
@@ -379,14 +384,14 @@ def _history(row: Mapping[str, Any]) -> list[Any]:
     return _pairs(history)
 
 
-def _question(row: Mapping[str, Any], asked: str) -> str:
+def _question(row: Mapping[str, Any], question_key: str) -> str:
     """Return the question, followed by its context."""
-    keys = (asked, *(key for key in CONTEXT_KEYS if key != asked))
+    keys = (question_key, *(key for key in CONTEXT_KEYS if key != question_key))
     return "\n".join(part for key in keys if (part := text_of(row.get(key) or "", f"'{key}'")))
 
 
-def _said(row: Mapping[str, Any], said: str) -> list[Any]:
-    answer = row[said]
+def _answer_turns(row: Mapping[str, Any], answer_key: str) -> list[Any]:
+    answer = row[answer_key]
     if (messages := _messages_in(answer)) is not None:
         return messages
     if (
@@ -394,7 +399,7 @@ def _said(row: Mapping[str, Any], said: str) -> list[Any]:
         and len(answer) > 1
         and any(isinstance(part, str) for part in answer)
     ):
-        raise RowError(f"'{said}' is a list of {len(answer)} answers, not one")
+        raise RowError(f"'{answer_key}' is a list of {len(answer)} answers, not one")
     thought = next(
         (row[key] for key in REASONING_KEYS if isinstance(row.get(key), str) and row[key]), None
     )
@@ -403,7 +408,8 @@ def _said(row: Mapping[str, Any], said: str) -> list[Any]:
         and isinstance(answer, str)
         and ("</think>" in answer or thought.strip() in answer)
     ):
-        thought = None  # the answer holds it already
+        # The answer already contains the reasoning.
+        thought = None
     turn = {"role": "assistant", "content": answer}
     return [turn if thought is None else {**turn, "reasoning_content": thought}]
 

@@ -39,11 +39,10 @@ def writes_reasoning(template: str) -> bool:
     return re.search("reasoning_content|thinking", template) is not None
 
 
-def loses_thought(content: str, said: str) -> bool:
-    """Return whether a rendered turn lacks the thinking at the beginning of the message.
+def loses_thought(content: str, rendered: str) -> bool:
+    """Return whether a rendered turn lacks the thinking at the beginning of its message.
 
     content: the message's content.
-    said: what the template writes of the message.
     """
     thought = THINKING.match(content)
-    return thought is not None and thought[1].strip() not in said
+    return thought is not None and thought[1].strip() not in rendered

@@ -101,7 +101,7 @@ class MarkedConversation(MarkedRendering):
         after, suffix = self._after(number, own_anchors[-1], text, anchors)
         return TurnAnchors(own_anchors[0], own_anchors[-1], before, after), suffix
 
-    def _keeps_thought(self, number: int, said: str, parts: Sequence[str]) -> bool:
+    def _keeps_thought(self, number: int, rendered: str, parts: Sequence[str]) -> bool:
         """Return whether a turn may be trained on as to its thinking.
 
         False if the thinking of an earlier turn is missing in what the template writes of it.
@@ -111,7 +111,7 @@ class MarkedConversation(MarkedRendering):
         if lost and not writes_reasoning(self.habits.template.text):
             self.notices.add(NOT_SHOWN.format(what="reasoning_content"))
             return True
-        lost = lost or (self.style != "empty" and loses_thought(content_of(message), said))
+        lost = lost or (self.style != "empty" and loses_thought(content_of(message), rendered))
         is_last = all(later["role"] != "assistant" for later in self.messages[number + 1 :])
         if lost and is_last:
             self.notices.add(NOT_SHOWN.format(what="thinking"))

@@ -16,7 +16,8 @@ _IGNORED_PATTERN = re.compile(_IGNORED.format(key="(.*)"), re.DOTALL)
 #: what the first 4096 characters of a plain text contain if it is an already rendered conversation
 _WRITTEN_CHAT = re.compile(
     r"<\|im_start\|>|<\|start_header_id\|>|<start_of_turn>|<\|(?:user|assistant)\|>|\[INST\]|"
-    r"#{2,3} ?(?:Human|User|Assistant|Instruction|Response)\b|^(?:USER|ASSISTANT|Human|Assistant): ",
+    r"#{2,3} ?(?:Human|User|Assistant|Instruction|Response)\b|"
+    r"^(?:USER|ASSISTANT|Human|Assistant): ",
     re.MULTILINE,
 )
 #: keys of a message that need no notice, whether or not the template reads them

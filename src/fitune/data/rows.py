@@ -59,12 +59,9 @@ class Batch:
         return float(sum(row.loss_weights.sum(dtype=np.float64) for row in self.rows))
 
 
+#: The tensor fields of `MicroBatch`. The types with the widest elements come first, so that each
+#: tensor is aligned when their bytes are joined.
 TENSORS = ("input_ids_BS", "position_ids_BS", "target_index_N", "target_ids_N", "target_weights_N")
-"""The tensor fields of `MicroBatch`.
-
-The types with the widest elements come first, so that each tensor is aligned when their bytes are
-joined.
-"""
 
 
 @dataclass(frozen=True, slots=True)

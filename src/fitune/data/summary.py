@@ -70,16 +70,16 @@ def data_report(
 
 def _split_report(table: Table, rows: npt.NDArray[np.int64], max_length: int) -> SplitReport:
     lengths, full_lengths = table.lengths[rows], table.full_lengths[rows]
-    kept = lengths > 0
+    is_trained = lengths > 0
     return SplitReport(
-        num_rows=int(kept.sum()),
+        num_rows=int(is_trained.sum()),
         num_tokens=int(lengths.sum(dtype=np.int64)),
         num_supervised_tokens=int(table.num_supervised[rows].sum(dtype=np.int64)),
         quantiles=length_quantiles(full_lengths),
         num_long_rows=int((full_lengths > max_length).sum()),
-        num_untrainable_rows=int((~kept).sum()),
-        num_duplicate_rows=int(kept.sum()) - len(np.unique(table.digests[rows][kept])),
-        padding=padding_report(lengths[kept], max_length),
+        num_untrainable_rows=int((~is_trained).sum()),
+        num_duplicate_rows=int(is_trained.sum()) - len(np.unique(table.digests[rows][is_trained])),
+        padding=padding_report(lengths[is_trained], max_length),
     )
 
 

@@ -32,7 +32,7 @@ from fitune.errors import DataError, ModelError
 Mask = Literal["assistant", "last", "all"]
 MaskKind = Literal["generation markers", "marked messages", "all"]
 #: first token, token after the last, loss weight
-Span = tuple[int, int, float]  # first token, token after the last, loss weight
+Span = tuple[int, int, float]
 
 
 @dataclass(frozen=True, slots=True)

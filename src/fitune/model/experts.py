@@ -38,9 +38,7 @@ class _Autocast:
 def grouped_experts(
     module: nn.Module, hidden_TD: torch.Tensor, expert_TK: torch.Tensor, weight_TK: torch.Tensor
 ) -> torch.Tensor:
-    """Return the weighted sum of each token's K experts, [T, D], through transformers'
-    interface.
-    """
+    """Return the weighted sum of each token's K experts, [T, D]: transformers' interface."""
     device = hidden_TD.device.type
     cast_to = (
         torch.get_autocast_dtype(device)
@@ -85,11 +83,11 @@ class _PackedWeight:
     is_transposed: bool = False
 
     def transpose(self, *_: int) -> "_PackedWeight":
-        return replace(self, is_transposed=not self.is_turned)
+        return replace(self, is_transposed=not self.is_transposed)
 
     def unpacked(self) -> torch.Tensor:
         whole = cast(torch.Tensor, self.packed.unpacked(self.dtype))
-        return whole.transpose(-2, -1) if self.is_turned else whole
+        return whole.transpose(-2, -1) if self.is_transposed else whole
 
 
 class _PackedProduct(torch.autograd.Function):
@@ -116,7 +114,8 @@ def _product(input: torch.Tensor, weight: torch.Tensor, offs: torch.Tensor) -> t
 def _packed_product(input: torch.Tensor, weight: Any, offs: torch.Tensor) -> torch.Tensor:
     if not isinstance(weight, _PackedWeight):
         return _product(input, weight, offs)
-    return cast(torch.Tensor, _PackedProduct.apply(input.to(weight.dtype), weight, offs))  # type: ignore[no-untyped-call]
+    args = input.to(weight.dtype), weight, offs
+    return cast(torch.Tensor, _PackedProduct.apply(*args))  # type: ignore[no-untyped-call]
 
 
 @contextmanager

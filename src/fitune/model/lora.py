@@ -170,9 +170,8 @@ def _is_default(key: str, value: Any) -> bool:
 def _ranks(weights: Path) -> set[int]:
     try:
         with safe_open(weights, "pt") as file:
-            return {
-                file.get_slice(name).get_shape()[0] for name in file.keys() if ".lora_A." in name
-            }
+            names = [name for name in file.keys() if ".lora_A." in name]  # noqa: SIM118
+            return {file.get_slice(name).get_shape()[0] for name in names}
     except (OSError, SafetensorError, IndexError) as error:
         raise ModelError(f"{weights} cannot be read ({error}): copy the adapters again") from error
 

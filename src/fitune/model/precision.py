@@ -89,7 +89,7 @@ def device_precision(device: torch.device) -> tuple[str, bool]:
 def _precision(name: PrecisionName, method: str, *, reason: str) -> Precision:
     dtypes: dict[PrecisionName, tuple[torch.dtype, torch.dtype | None]] = {
         "float32": (torch.float32, None),
-        # The adapters of a bfloat16 model are float32; autocast computes their products in bfloat16.
+        # A bfloat16 model has float32 adapters; autocast computes their products in bfloat16.
         "bfloat16": (torch.bfloat16, torch.bfloat16 if method != "full" else None),
         "autocast_bfloat16": (torch.float32, torch.bfloat16),
         # Trained weights are float32, since a GradScaler cannot unscale float16 gradients.
