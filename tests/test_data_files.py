@@ -10,8 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fitune.data.files
+import fitune.data.json_window
 from fitune.config import DataSource
-from fitune.data.files import RawRow, fingerprint, read_rows
+from fitune.data.files import fingerprint, read_rows
+from fitune.data.raw_rows import RawRow
 from fitune.errors import DataError
 
 ROWS = [{"text": "a"}, {"text": '中文 "quoted" ] }'}, {"text": "c\n", "more": [1, {"x": None}]}]
@@ -60,7 +62,7 @@ def test_an_array_is_the_same_whatever_part_of_it_is_held(
     path = tmp_path_factory.mktemp("array") / "a.json"
     path.write_text(json.dumps(rows, indent=indent), encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fitune.data.files, "_CHUNK", chunk)
+        patch.setattr(fitune.data.json_window, "_CHUNK_CHARS", chunk)
         assert values(path) == rows
 
 

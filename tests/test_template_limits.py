@@ -85,7 +85,7 @@ def test_the_limits_are_gone_afterwards_and_nothing_comes_late(monkeypatch: pyte
     resource = pytest.importorskip("resource")
     before, threads = resource.getrlimit(resource.RLIMIT_AS), threading.active_count()
     monkeypatch.setattr(template_limits, "MOST_SECONDS", 0.0)
-    monkeypatch.setattr(template_limits, "_LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(template_limits, "_CHECK_SECONDS", 0.0)
     with limited() as limits:
         for _ in range(300):  # most end before they are broken off, some just then
             try:
