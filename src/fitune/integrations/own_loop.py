@@ -27,8 +27,8 @@ from fitune.step.optimizer_state import create_state
 from fitune.step.progress import Work
 
 Tensors = Mapping[str, Tensor]
+#: loss(model, samples, num_targets) returns the sum of the samples' target losses / num_targets
 Loss = Callable[[nn.Module, Tensors, float], Tensor]
-"""loss(model, samples, num_targets) returns the sum of the samples' target losses / num_targets."""
 
 
 @dataclass(frozen=True)

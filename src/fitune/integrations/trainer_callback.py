@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from fitune.allocator.prediction import Prediction, peak_json
 from fitune.batch_size.noise import (
@@ -84,7 +84,9 @@ class FituneCallback(TrainerCallback):  # type: ignore[misc]
         self._is_open = False
         self._open.close()
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
+    ) -> None:
         self.close()
         if not state.is_world_process_zero:
             return
@@ -126,7 +128,9 @@ class FituneCallback(TrainerCallback):  # type: ignore[misc]
         self._write_summary()
         self._is_open = True
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
+    ) -> None:
         if not self._is_open:
             return
         seen = self._reader.take()
@@ -145,7 +149,9 @@ class FituneCallback(TrainerCallback):  # type: ignore[misc]
             self._preconditioned, seen.norms, half_life_tokens=half_life
         )
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
+    ) -> None:
         if not self._is_open:
             return
         self._peak = larger_peak(self._peak, read_peak(self._device).beside(self._program_bytes))
@@ -153,9 +159,9 @@ class FituneCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_log(
         self,
-        args: Any,
-        state: Any,
-        control: Any,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
         logs: dict[str, Any] | None = None,
         **objects: Any,
     ) -> None:
@@ -166,7 +172,9 @@ class FituneCallback(TrainerCallback):  # type: ignore[misc]
         if "loss" in logs and state.global_step > self._logged_step:
             self._log_step(state, logs)
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
+    ) -> None:
         if not self._is_open:
             return
         self._summary = replace(self._summary, status="finished")
@@ -175,7 +183,7 @@ class FituneCallback(TrainerCallback):  # type: ignore[misc]
             log.warning(lost)
         self.close()
 
-    def _log_step(self, state: Any, logs: dict[str, Any]) -> None:
+    def _log_step(self, state: TrainerState, logs: dict[str, Any]) -> None:
         """Write a line of metrics.
 
         Loss, tokens and seconds are means over the steps since the Trainer's last log.
@@ -244,7 +252,7 @@ class FituneCallback(TrainerCallback):  # type: ignore[misc]
         )
         self._write_summary()
 
-    def _monitor_settings(self, args: Any, trainable_bytes: int) -> MonitorSettings:
+    def _monitor_settings(self, args: TrainingArguments, trainable_bytes: int) -> MonitorSettings:
         predicted = self._prediction
         alarms = AlarmSettings(
             clip=args.max_grad_norm or 0.0,
@@ -261,5 +269,5 @@ class FituneCallback(TrainerCallback):  # type: ignore[misc]
             log.warning(news)
 
 
-def _progress(state: Any) -> float:
+def _progress(state: TrainerState) -> float:
     return min(float(state.global_step / max(state.max_steps, 1)), 1.0)

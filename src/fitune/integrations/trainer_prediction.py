@@ -21,7 +21,13 @@ import pyarrow.compute
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
-from transformers import DefaultFlowCallback, Trainer, TrainerControl, TrainerState
+from transformers import (
+    DefaultFlowCallback,
+    Trainer,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.trainer_callback import CallbackHandler
 
 import fitune
@@ -158,7 +164,7 @@ def _check_model(trainer: Trainer) -> None:
 # ---- a copy of the trainer ----
 
 
-def _shadow(trainer: Trainer, *, to_meta: bool) -> Any:
+def _shadow(trainer: Trainer, *, to_meta: bool) -> Trainer:
     """Copy the trainer without callbacks, data and optimizer.
 
     The copy has its own model, counters and bookkeeping, so that its steps leave the trainer as
@@ -166,7 +172,7 @@ def _shadow(trainer: Trainer, *, to_meta: bool) -> Any:
     """
     memo: dict[int, Any] = {}
     model = copy_model(trainer.model, memo, to_meta=to_meta)
-    shadow: Any = copy.copy(trainer)
+    shadow: Trainer = copy.copy(trainer)
     shadow.train_dataset = shadow.eval_dataset = None
     for name, value in vars(shadow).items():
         if isinstance(value, (dict, list, set)):
@@ -194,7 +200,7 @@ class _NoFlow(DefaultFlowCallback):  # type: ignore[misc]
     """
 
     def on_step_end(
-        self, args: Any, state: Any, control: TrainerControl, **unused: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **unused: Any
     ) -> TrainerControl:
         return control
 
@@ -264,7 +270,7 @@ def _owner(value: Any) -> Any:
 # ---- the trainer's loop ----
 
 
-def _set_up(shadow: Any, trainer: Trainer, batch: HeaviestBatch, *, model: nn.Module) -> Step:
+def _set_up(shadow: Trainer, trainer: Trainer, batch: HeaviestBatch, *, model: nn.Module) -> Step:
     """Run the Trainer's own preparation, and return a function that runs an epoch of one step."""
     num_micro_batches = trainer.args.gradient_accumulation_steps
     num_recorded = min(num_micro_batches, RECORDED_MICRO_BATCHES)
@@ -334,7 +340,7 @@ def _copy_optimizer(optimizer: Any, twins: dict[int, torch.Tensor]) -> torch.opt
 # ---- the trainer's heaviest batch ----
 
 
-def _heaviest_batch(shadow: Any, dataset: Any) -> HeaviestBatch:
+def _heaviest_batch(shadow: Trainer, dataset: Any) -> HeaviestBatch:
     """Collate the longest samples of the dataset, or the first ones if it is only an iterable.
 
     Raises UsageError if the lengths of the samples cannot be found.

@@ -49,7 +49,7 @@ def check_version(package: str) -> None:
         )
 
 
-def check_alone(trainer: Any) -> None:
+def check_alone(trainer: transformers.Trainer) -> None:
     """Raise UsageError if the Trainer uses several devices."""
     args = trainer.args
     if (
