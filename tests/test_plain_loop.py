@@ -261,8 +261,8 @@ LABELS = torch.tensor([[1, 2], [1, -100]])
     ("batch", "words"),
     [
         ((LABELS, LABELS), "mapping of names to tensors, and this is a tuple"),
-        ({}, "has no row"),
-        ({"labels": LABELS[:0]}, "has no row"),
+        ({}, "has no sample"),
+        ({"labels": LABELS[:0]}, "has no sample"),
         ({"labels": LABELS, "texts": ["a", "b"]}, "'texts' of the batch is a list"),
         ({"labels": LABELS, "count": torch.tensor(2)}, "'count' of the batch is a single number"),
         ({"labels": LABELS, "position_ids": torch.zeros(3, 2, 2)}, "first dimension of 3, and 'labels' one of 2"),

@@ -163,7 +163,7 @@ class Drawn:
     def search(self) -> _Search:
         search = _Search(self.config, self, None)  # type: ignore[arg-type]
         search.choices = [choice for choice in self.figures if choice.optimizer is None]
-        search.hosted = [choice for choice in self.figures if choice.optimizer is not None]
+        search.on_host = [choice for choice in self.figures if choice.optimizer is not None]
         search.pricer = self  # type: ignore[assignment]
         return search
 
@@ -459,7 +459,7 @@ def test_what_would_change_the_result_is_shown_at_its_fastest_setting_that_fits(
 @given(st.integers(100, 20_000))
 def test_what_cannot_fit_is_left_out_of_a_brief_plan_and_changes_no_choice(limit: int) -> None:
     whole, short = (ByRows([(1.0, 1)] * 99, limit).search() for _ in range(2))
-    fitting = [choice for choice in [*whole.choices, *whole.hosted] if whole.fits(choice)]
+    fitting = [choice for choice in [*whole.choices, *whole.on_host] if whole.fits(choice)]
     best = min((whole.order(choice)[0] for choice in fitting), default=None)
     found = short.lean()
     assert (None if found is None else short.order(found)[0]) == best
@@ -638,7 +638,7 @@ def test_two_processes_do_every_part_once(tmp_path: Path) -> None:
             file.write(str(os.getpid()))
         return os.getpid()
 
-    other = divide(parts, here=note, beside=note)
+    other = divide(parts, here=note, in_copy=note)
     assert other not in (None, os.getpid())
     assert {int(part.read_text()) for part in parts} == {other, os.getpid()}
 
@@ -646,20 +646,20 @@ def test_two_processes_do_every_part_once(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("two_cores")
 @pytest.mark.parametrize("fail", [lambda: 1 / 0, lambda: os._exit(9), lambda: os.kill(os.getpid(), signal.SIGKILL)])
 def test_a_second_process_that_fails_brings_none(fail: Callable[[], Any]) -> None:
-    assert divide([1, 2, 3], here=lambda _: time.sleep(0.1), beside=lambda _: fail()) is None
+    assert divide([1, 2, 3], here=lambda _: time.sleep(0.1), in_copy=lambda _: fail()) is None
 
 
 @pytest.mark.usefixtures("two_cores")
 def test_what_fails_here_ends_the_second_process_too() -> None:
     with pytest.raises(ZeroDivisionError):
-        divide([0, 0], here=lambda part: 1 // part, beside=lambda _: time.sleep(1000))
+        divide([0, 0], here=lambda part: 1 // part, in_copy=lambda _: time.sleep(1000))
     assert not multiprocessing.active_children()
 
 
 def test_one_core_does_every_part_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
     done: list[int] = []
-    assert divide([1, 2, 3], here=done.append, beside=done.append) is None
+    assert divide([1, 2, 3], here=done.append, in_copy=done.append) is None
     assert done == [1, 2, 3]
 
 

@@ -8,7 +8,7 @@ import pytest
 from fitune.allocator.peaks import Peak, timeline
 from fitune.config import RunConfig, read_config
 from fitune.errors import ConfigError
-from fitune.planning.cost import ADAMW_OP, hosted, work_of
+from fitune.planning.cost import ADAMW_OP, update_on_host, work_of
 from fitune.trace.cuda_target import CudaTarget
 from fitune.trace.events import ON_HOST, TRANSFER
 from fitune.trace.own_step import Pass, RecordedStep, longest_rows, record_step
@@ -80,7 +80,7 @@ def test_an_update_on_the_host_is_that_of_the_card_moved(directory: Path) -> Non
     there, here = (work_of(step.work, rows=[(LENGTH, LENGTH - 1)] * ROWS, packed=True).update for step in steps)
     recorded, derived = (
         {work.op: (work.num_bytes, work.dtype) for work in update if work.op in (TRANSFER, f"{ON_HOST}{ADAMW_OP}")}
-        for update in (there, hosted(here))
+        for update in (there, update_on_host(here))
     )
     assert recorded == derived
     assert recorded[TRANSFER][0] == 12 * steps[0].num_trainable_parameters
