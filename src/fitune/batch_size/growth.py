@@ -165,13 +165,19 @@ def _anneal(state: BatchState, now: Situation) -> Change | None:
     if now.schedule > 0.5 * state.changed_schedule:
         return None
     return Change(
-        math.sqrt(GROWTH), float(GROWTH), "the schedule has halved the rate: twice the batch at a rate sqrt(2) higher"
+        math.sqrt(GROWTH),
+        float(GROWTH),
+        "the schedule has halved the rate: twice the batch at a rate sqrt(2) higher",
     )
 
 
 def _follow(state: BatchState, now: Situation) -> Change | None:
     noise = now.noise
-    if noise is None or noise.effective_steps < LEAST_EFFECTIVE_STEPS or now.tokens < _rested(state, now):
+    if (
+        noise is None
+        or noise.effective_steps < LEAST_EFFECTIVE_STEPS
+        or now.tokens < _rested(state, now)
+    ):
         return None
     if noise.bounce is None or noise.bounce <= LEAST_BOUNCE:
         return None
@@ -190,7 +196,11 @@ def _follow(state: BatchState, now: Situation) -> Change | None:
 
 def _hold(state: BatchState, now: Situation) -> Change | None:
     noise = now.noise
-    if noise is None or noise.effective_steps < LEAST_EFFECTIVE_STEPS or now.tokens < _rested(state, now):
+    if (
+        noise is None
+        or noise.effective_steps < LEAST_EFFECTIVE_STEPS
+        or now.tokens < _rested(state, now)
+    ):
         return None
     if not now.flat or noise.bounce is None or noise.bounce > 0:
         return None

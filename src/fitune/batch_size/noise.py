@@ -87,13 +87,20 @@ class NoiseAverages:
 
 
 def update_averages(
-    averages: NoiseAverages, sample: NoiseSample, *, half_life_tokens: float, dot: float | None = None
+    averages: NoiseAverages,
+    sample: NoiseSample,
+    *,
+    half_life_tokens: float,
+    dot: float | None = None,
 ) -> NoiseAverages:
     """dot: g_t . m_(t-1) of the step, for tau; None before Adam has a memory."""
     decay = 0.5 ** (sample.tokens / half_life_tokens)
     weight = decay * averages.weight + sample.tokens
     share = sample.tokens / weight
-    signal_step, variance_step = sample.signal - averages.signal, sample.variance - averages.variance
+    signal_step, variance_step = (
+        sample.signal - averages.signal,
+        sample.variance - averages.variance,
+    )
     updated = replace(
         averages,
         weight=weight,
@@ -106,11 +113,20 @@ def update_averages(
     if dot is None or not math.isfinite(dot):
         return updated
     dot_weight = decay * averages.dot_weight + sample.tokens
-    return replace(updated, dot_weight=dot_weight, dot=averages.dot + sample.tokens / dot_weight * (dot - averages.dot))
+    return replace(
+        updated,
+        dot_weight=dot_weight,
+        dot=averages.dot + sample.tokens / dot_weight * (dot - averages.dot),
+    )
 
 
 def observe(
-    averages: NoiseAverages, norms: GradientNorms, *, half_life_tokens: float, beta1: float, clip: float
+    averages: NoiseAverages,
+    norms: GradientNorms,
+    *,
+    half_life_tokens: float,
+    beta1: float,
+    clip: float,
 ) -> NoiseAverages:
     """Take in a step. beta1, clip: that the step was done with; its own average comes after the product was taken."""
     dot = norms.momentum_dot
@@ -125,12 +141,20 @@ def observe(
     return replace(averages, momentum_gain=beta1 * averages.momentum_gain + (1 - beta1) * kept)
 
 
-def observe_preconditioned(averages: NoiseAverages, norms: GradientNorms, *, half_life_tokens: float) -> NoiseAverages:
+def observe_preconditioned(
+    averages: NoiseAverages, norms: GradientNorms, *, half_life_tokens: float
+) -> NoiseAverages:
     """The same averages of squares weighted as Adam weighs them; unchanged by a step without any, as the first is."""
     if norms.preconditioned_micro is None or not norms.preconditioned_total:
         return averages
-    sample = pairwise_sample(norms.preconditioned_micro, norms.preconditioned_total, weights=norms.weights)
-    return averages if sample is None else update_averages(averages, sample, half_life_tokens=half_life_tokens)
+    sample = pairwise_sample(
+        norms.preconditioned_micro, norms.preconditioned_total, weights=norms.weights
+    )
+    return (
+        averages
+        if sample is None
+        else update_averages(averages, sample, half_life_tokens=half_life_tokens)
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +202,9 @@ def estimate(averages: NoiseAverages) -> NoiseEstimate | None:
         scale_low_tokens=max(variance - variance_error, 0.0) / (signal + signal_error)
         if signal + signal_error > 0
         else 0.0,
-        scale_high_tokens=(variance + variance_error) / surest_signal if surest_signal > 0 else math.inf,
+        scale_high_tokens=(variance + variance_error) / surest_signal
+        if surest_signal > 0
+        else math.inf,
         bounce=bounce,
         effective_steps=steps,
     )

@@ -43,11 +43,19 @@ def configured_lr(config: RunConfig) -> float:
 
 def settings_of(optim: OptimConfig, *, lr: float, rows: int) -> OptimSettings:
     """For a batch of `rows`: as configured, and carried over where optim.scaling says so."""
-    given = OptimSettings(lr=lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay, clip=optim.clip)
+    given = OptimSettings(
+        lr=lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay, clip=optim.clip
+    )
     if optim.reference_batch is None:
         return given
     rho = None if optim.noise_scale is None else optim.noise_scale / optim.reference_batch
-    return scale(given, optim.scaling, factor=rows / optim.reference_batch, rho=rho, adaptive=is_adaptive(optim))
+    return scale(
+        given,
+        optim.scaling,
+        factor=rows / optim.reference_batch,
+        rho=rho,
+        adaptive=is_adaptive(optim),
+    )
 
 
 def with_settings(optim: OptimConfig, settings: OptimSettings) -> OptimConfig:

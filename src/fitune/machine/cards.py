@@ -83,11 +83,17 @@ def context_prior(compute_capability: tuple[int, int]) -> ContextPrior:
     return ContextPrior(low * MIB, expected * MIB, high * MIB)
 
 
-_LANES = {(6, 0): 0.985, (8, 0): 1.969, (9, 0): 3.938}  # GB/s by lowest compute capability, as in the docstring
+_LANES = {
+    (6, 0): 0.985,
+    (8, 0): 1.969,
+    (9, 0): 3.938,
+}  # GB/s by lowest compute capability, as in the docstring
 
 
 def _lane_bandwidth(compute_capability: tuple[int, int]) -> float:
-    return GB * next(rate for lowest, rate in reversed(_LANES.items()) if lowest <= compute_capability)
+    return GB * next(
+        rate for lowest, rate in reversed(_LANES.items()) if lowest <= compute_capability
+    )
 
 
 def _read_catalogue() -> Iterator[Device]:
@@ -140,14 +146,24 @@ def find_card(text: str) -> Device:
     if len(rows) == 1:
         return rows[0]
     if rows:
-        raise UsageError(f"'{text}' can be {' or '.join(row.name for row in rows)}: name one of them")
+        raise UsageError(
+            f"'{text}' can be {' or '.join(row.name for row in rows)}: name one of them"
+        )
     wanted, _ = _name_and_memory(text)
     keys = {_name_and_memory(row.name)[0]: row.name for row in CATALOGUE}
     keys |= {key.removeprefix("rtx"): name for key, name in keys.items()}
     same = [row.name for row in CATALOGUE if re.fullmatch(row.pattern, wanted)]
-    close = same or list(dict.fromkeys(keys[key] for key in get_close_matches(wanted, keys, n=3, cutoff=0.7)))
-    known = f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(row.name for row in CATALOGUE)}."
-    raise UsageError(f"unknown card '{text}': {known} For any other card set memory.budget, like 20GiB")
+    close = same or list(
+        dict.fromkeys(keys[key] for key in get_close_matches(wanted, keys, n=3, cutoff=0.7))
+    )
+    known = (
+        f"did you mean {' or '.join(close)}?"
+        if close
+        else f"known: {', '.join(row.name for row in CATALOGUE)}."
+    )
+    raise UsageError(
+        f"unknown card '{text}': {known} For any other card set memory.budget, like 20GiB"
+    )
 
 
 def named_card(name: str, total_bytes: int, capability: tuple[int, int] | None) -> Device:

@@ -34,7 +34,11 @@ def driver_cards() -> tuple[DriverCard, ...]:
 
 def _card(driver: ctypes.CDLL, number: int) -> DriverCard:
     device, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
-    name, total, own = ctypes.create_string_buffer(256), ctypes.c_size_t(), ctypes.create_string_buffer(16)
+    name, total, own = (
+        ctypes.create_string_buffer(256),
+        ctypes.c_size_t(),
+        ctypes.create_string_buffer(16),
+    )
     _check(
         driver.cuDeviceGet(byref(device), number),
         driver.cuDeviceGetName(name, len(name), device),
@@ -44,7 +48,9 @@ def _card(driver: ctypes.CDLL, number: int) -> DriverCard:
         driver.cuDeviceGetAttribute(byref(minor), _MINOR, device),
     )
     found = f"GPU-{uuid.UUID(bytes=own.raw)}"
-    return DriverCard(name.value.decode(errors="replace"), found, total.value, (major.value, minor.value))
+    return DriverCard(
+        name.value.decode(errors="replace"), found, total.value, (major.value, minor.value)
+    )
 
 
 def _check(*results: int) -> None:

@@ -15,7 +15,14 @@ import psutil
 
 from fitune.machine.cards import Device, find_card, named_card
 from fitune.machine.cuda_driver import driver_cards
-from fitune.machine.nvml import ask, nvml_session, read_memory, read_name, read_uuid, visible_handles
+from fitune.machine.nvml import (
+    ask,
+    nvml_session,
+    read_memory,
+    read_name,
+    read_uuid,
+    visible_handles,
+)
 
 CGROUP_ROOT = Path("/sys/fs/cgroup")
 PROCESS_CGROUPS = Path("/proc/self/cgroup")
@@ -66,9 +73,18 @@ def _cgroup_limits(root: Path, process_cgroups: Path) -> Iterator[tuple[int, int
         return
     for _, controllers, path in (line.split(":", 2) for line in lines):
         if controllers == "":
-            top, limit_names, used_name, prefix = root, ["memory.max", "memory.high"], "memory.current", ""
+            top, limit_names, used_name, prefix = (
+                root,
+                ["memory.max", "memory.high"],
+                "memory.current",
+                "",
+            )
         elif "memory" in controllers.split(","):
-            top, limit_names, used_name = root / "memory", ["memory.limit_in_bytes"], "memory.usage_in_bytes"
+            top, limit_names, used_name = (
+                root / "memory",
+                ["memory.limit_in_bytes"],
+                "memory.usage_in_bytes",
+            )
             prefix = "total_"  # with the groups below, as the use is
         else:
             continue

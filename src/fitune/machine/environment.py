@@ -17,7 +17,16 @@ from fitune import __version__
 from fitune.machine.cards import Device
 from fitune.machine.devices import cpu_device, this_machine
 
-PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "peft", "accelerate", "safetensors", "numpy")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "datasets",
+    "peft",
+    "accelerate",
+    "safetensors",
+    "numpy",
+)
 OPTIONAL_PACKAGES = ("bitsandbytes", "gguf", "liger-kernel", "torchao")
 
 
@@ -62,7 +71,12 @@ def c_allocator(maps: Path = Path("/proc/self/maps")) -> str | None:
 
 def find_tcmalloc() -> str | None:
     """The path of an installed tcmalloc, which LD_PRELOAD takes; None where the usual places have none."""
-    places = [Path("/usr/lib"), Path("/usr/lib64"), Path("/usr/local/lib"), *Path("/usr/lib").glob("*-linux-gnu")]
+    places = [
+        Path("/usr/lib"),
+        Path("/usr/lib64"),
+        Path("/usr/local/lib"),
+        *Path("/usr/lib").glob("*-linux-gnu"),
+    ]
     found = (path for place in places for path in sorted(place.glob("libtcmalloc*.so*")))
     return next((str(path) for path in found), None)
 
@@ -76,7 +90,9 @@ def _version(package: str) -> str | None:
 
 def _cpu_name() -> str | None:
     try:
-        match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        match = re.search(
+            r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE
+        )
     except OSError:
         match = None
     return match[1].strip() if match else platform.processor() or None
@@ -104,7 +120,8 @@ def _card(device: Device) -> dict[str, Any]:
         "total_bytes": device.total_bytes,
         "free_bytes": device.free_bytes,
         "used_bytes": device.used_bytes,
-        "compute_capability": device.compute_capability and ".".join(map(str, device.compute_capability)),
+        "compute_capability": device.compute_capability
+        and ".".join(map(str, device.compute_capability)),
     }
 
 

@@ -47,7 +47,9 @@ class AllocatorHabit:
         return low, expected, high
 
 
-_GLIBC: dict[tuple[Method, bool], tuple[Three, Three]] = {  # by method, and whether layers are recomputed
+_GLIBC: dict[
+    tuple[Method, bool], tuple[Three, Three]
+] = {  # by method, and whether layers are recomputed
     ("full", False): ((0.10, 0.21, 0.26), (120, 250, 500)),
     ("full", True): ((0.20, 0.60, 0.70), (0, 230, 330)),
     ("lora", False): ((0.35, 0.75, 0.90), (330, 455, 600)),
@@ -67,11 +69,15 @@ def allocator_name(environment: Mapping[str, str] = os.environ) -> str:
     """Of this process: "glibc", "glibc, large blocks mapped" with a fixed low mmap threshold, "tcmalloc", ..."""
     name = c_allocator() or "unknown"
     threshold = environment.get("MALLOC_MMAP_THRESHOLD_", "")
-    is_mapped = name == "glibc" and threshold.isdecimal() and int(threshold) <= MAPPED_THRESHOLD_BYTES
+    is_mapped = (
+        name == "glibc" and threshold.isdecimal() and int(threshold) <= MAPPED_THRESHOLD_BYTES
+    )
     return MAPPED if is_mapped else name
 
 
-def allocator_habit(method: Method, *, recomputes: bool, environment: Mapping[str, str] = os.environ) -> AllocatorHabit:
+def allocator_habit(
+    method: Method, *, recomputes: bool, environment: Mapping[str, str] = os.environ
+) -> AllocatorHabit:
     """Of this process. One that was not measured gets a wide guess."""
     name = allocator_name(environment)
     if name == "glibc":

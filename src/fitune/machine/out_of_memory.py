@@ -19,7 +19,8 @@ _DEVICE = re.compile(
     re.IGNORECASE,
 )
 _NEVER = re.compile(
-    r"illegal memory access|illegal address|device-side assert|unspecified launch failure", re.IGNORECASE
+    r"illegal memory access|illegal address|device-side assert|unspecified launch failure",
+    re.IGNORECASE,
 )
 """After these the device's state is unknown: nothing that is done again can be believed."""
 _NEEDED = re.compile(r"tr(?:ied|ying) to allocate ([\d.]+ ?(?:bytes|[KMGT]i?B))", re.IGNORECASE)
@@ -41,7 +42,9 @@ def memory_failure(error: BaseException) -> Where | None:
     for each in chain:
         if isinstance(each, MemoryError):
             return "host"
-        if isinstance(each, torch.OutOfMemoryError) or (isinstance(each, RuntimeError) and _DEVICE.search(str(each))):
+        if isinstance(each, torch.OutOfMemoryError) or (
+            isinstance(each, RuntimeError) and _DEVICE.search(str(each))
+        ):
             return "device"
     return None
 
@@ -76,10 +79,20 @@ def said_of(error: BaseException) -> str:
     if memory_failure(error) is None:
         return " ".join(str(error).split()) or type(error).__name__
     needed = needed_bytes(error)
-    return "out of memory" if needed is None else f"out of memory, {format_bytes(needed)} at once were missing"
+    return (
+        "out of memory"
+        if needed is None
+        else f"out of memory, {format_bytes(needed)} at once were missing"
+    )
 
 
-def try_twice(action: Callable[[], T], *, device: torch.device, what: str, way_out: str = "close other programs") -> T:
+def try_twice(
+    action: Callable[[], T],
+    *,
+    device: torch.device,
+    what: str,
+    way_out: str = "close other programs",
+) -> T:
     """For what is too small to be cut. Raises OutOfMemoryError where the second time fails as well. what: the action as
     the subject of a sentence. way_out: what a person can do, as a clause."""
     for last in (False, True):

@@ -50,7 +50,11 @@ class MemoryPeak:
 
 
 def choose_device() -> torch.device:
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    return (
+        torch.device("cuda", torch.cuda.current_device())
+        if torch.cuda.is_available()
+        else torch.device("cpu")
+    )
 
 
 def reset_peak(device: torch.device) -> None:
@@ -64,7 +68,9 @@ def read_peak(device: torch.device) -> MemoryPeak:
     if device.type == "cuda":
         free_bytes, total_bytes = torch.cuda.mem_get_info(device)
         return MemoryPeak(
-            torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device), total_bytes - free_bytes
+            torch.cuda.max_memory_allocated(device),
+            torch.cuda.max_memory_reserved(device),
+            total_bytes - free_bytes,
         )
     return MemoryPeak(device_bytes=_resident_peak_bytes())
 
@@ -76,7 +82,10 @@ def program_bytes(device: torch.device) -> int | None:
 
 def trim_heap() -> None:
     """glibc keeps what was freed below the top of its heaps until it is asked; other C libraries lack the call."""
-    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+    if (
+        sys.platform == "linux"
+        and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None
+    ):
         trim(0)
 
 
@@ -88,7 +97,10 @@ _LARGE_BYTES = 1024**2
 def map_large_blocks() -> None:
     """From now on glibc maps large blocks apart and gives each back when it is freed. By itself it learns to keep those
     of up to 32 MiB in its heap, which is faster, and leaves holes there into which the next ones do not fit."""
-    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
+    if (
+        sys.platform == "linux"
+        and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None
+    ):
         mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)
 
 
@@ -115,7 +127,11 @@ def held_bytes(device: torch.device) -> int:
 
 def num_alloc_retries(device: torch.device) -> int:
     """How often PyTorch had to give cached blocks back to find memory. 0 on a CPU, which has no cache."""
-    return int(torch.cuda.memory_stats(device).get("num_alloc_retries", 0)) if device.type == "cuda" else 0
+    return (
+        int(torch.cuda.memory_stats(device).get("num_alloc_retries", 0))
+        if device.type == "cuda"
+        else 0
+    )
 
 
 def usable_bytes(device: torch.device) -> int | None:
@@ -133,7 +149,17 @@ class _MallocState(ctypes.Structure):
     _fields_ = tuple(
         (name, ctypes.c_size_t)
         for name in (
-            *("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks"),
+            *(
+                "arena",
+                "ordblks",
+                "smblks",
+                "hblks",
+                "hblkhd",
+                "usmblks",
+                "fsmblks",
+                "uordblks",
+                "fordblks",
+            ),
             "keepcost",
         )
     )
@@ -141,7 +167,10 @@ class _MallocState(ctypes.Structure):
 
 def free_in_heap() -> int:
     """What glibc holds without using it; 0 with other C libraries."""
-    if sys.platform != "linux" or (mallinfo := getattr(ctypes.CDLL(None), "mallinfo2", None)) is None:
+    if (
+        sys.platform != "linux"
+        or (mallinfo := getattr(ctypes.CDLL(None), "mallinfo2", None)) is None
+    ):
         return 0
     mallinfo.restype = _MallocState
     return int(mallinfo().fordblks)

@@ -11,7 +11,9 @@ class HostAdamW(torch.optim.AdamW):
     parameter on the card, for 12 bytes a parameter and step between the two. Parameters and gradients go to the host
     and the parameters come back, so the card's parameters stay the only ones that count."""
 
-    def __init__(self, groups: list[dict[str, object]], *, lr: float, betas: tuple[float, float], eps: float) -> None:
+    def __init__(
+        self, groups: list[dict[str, object]], *, lr: float, betas: tuple[float, float], eps: float
+    ) -> None:
         super().__init__(groups, lr=lr, betas=betas, eps=eps, foreach=False)
         self._hosted: dict[torch.Tensor, tuple[torch.Tensor, torch.Tensor]] = {}
 
@@ -22,7 +24,9 @@ class HostAdamW(torch.optim.AdamW):
         for parameter in (p for params in live for p in params):
             if parameter not in self._hosted:
                 self._hosted[parameter] = (_like_on_host(parameter), _like_on_host(parameter))
-            for host, card in zip(self._hosted[parameter], (parameter, parameter.grad), strict=True):
+            for host, card in zip(
+                self._hosted[parameter], (parameter, parameter.grad), strict=True
+            ):
                 host.copy_(card, non_blocking=True)
             self._put_state_on_host(parameter)
         if torch.cuda.is_available():
@@ -52,8 +56,14 @@ class HostAdamW(torch.optim.AdamW):
     def _put_state_on_host(self, parameter: torch.Tensor) -> None:
         """A state that was loaded stands where its parameter does."""
         state = self.state[parameter]
-        for name, shape in (("step", ()), ("exp_avg", parameter.shape), ("exp_avg_sq", parameter.shape)):
-            state[name] = state[name].to("cpu", torch.float32) if name in state else torch.zeros(shape)
+        for name, shape in (
+            ("step", ()),
+            ("exp_avg", parameter.shape),
+            ("exp_avg_sq", parameter.shape),
+        ):
+            state[name] = (
+                state[name].to("cpu", torch.float32) if name in state else torch.zeros(shape)
+            )
 
 
 def _like_on_host(parameter: torch.Tensor) -> torch.Tensor:

@@ -36,7 +36,9 @@ class Attempt(Progress[P]):
         #: whether the failed size was tried once more
         self.repeated = False
         #: rows of this step that were left out by an earlier one
-        self.known_left_out = protection.quarantined & {row for piece in pieces for row in piece.row_ids}
+        self.known_left_out = protection.quarantined & {
+            row for piece in pieces for row in piece.row_ids
+        }
         self._leave_out(self.known_left_out)
         self.lost_weight = 0.0
         self.loss_weight = self.remaining_weight()
@@ -49,7 +51,8 @@ class Attempt(Progress[P]):
     def begin(self) -> P:
         piece = super().begin()
         seed_streams(
-            micro_batch_seed(self.protection.seed, step=self._step, first_row_id=piece.row_ids[0]), self.device
+            micro_batch_seed(self.protection.seed, step=self._step, first_row_id=piece.row_ids[0]),
+            self.device,
         )
         return piece
 
@@ -134,7 +137,11 @@ class _Buffers:
         self._protection = protection
         slots = protection.changing_buffers
         if slots is None:
-            slots = [(module, name) for module in protection.work.model.modules() for name in module._buffers]
+            slots = [
+                (module, name)
+                for module in protection.work.model.modules()
+                for name in module._buffers
+            ]
         self._copies = [
             (module, name, buffer, buffer._version, buffer.detach().clone())
             for module, name in slots
@@ -153,7 +160,9 @@ class _Buffers:
                 if module._buffers.get(name) is not buffer or buffer._version != version
             }
             self._copies = [copy for copy in self._copies if copy[0] in moved]
-            self._protection.changing_buffers = [(module, name) for module, name, *_ in self._copies]
+            self._protection.changing_buffers = [
+                (module, name) for module, name, *_ in self._copies
+            ]
 
     @torch.no_grad()
     def put_back(self) -> None:

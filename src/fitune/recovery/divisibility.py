@@ -67,21 +67,31 @@ def check_model(
         again, _ = look(probe.both, probe.loss_weight)
         if again != loss:
             return Verdict(
-                False, f"two identical calls gave losses {loss:.6g} and {again:.6g}: the model keeps a state"
+                False,
+                f"two identical calls gave losses {loss:.6g} and {again:.6g}: the model keeps a state",
             )
         if reason := _not_a_sum(look, probe, loss, model, mean_by):
             return Verdict(False, reason)
         if probe.masked is not None:
             masked, _ = look(probe.masked, probe.loss_weight)
             if not math.isfinite(masked) or abs(masked) > look.tolerance:
-                return Verdict(False, f"a sample without targets has the loss {masked:.4g} instead of 0")
+                return Verdict(
+                    False, f"a sample without targets has the loss {masked:.4g} instead of 0"
+                )
         changed = ", ".join(changed_modules())
         error = _additive_error(look, probe, gradient)
         if error <= look.tolerance:
-            kept = f"{changed} change buffers in every forward, also when samples are only split" if changed else ""
+            kept = (
+                f"{changed} change buffers in every forward, also when samples are only split"
+                if changed
+                else ""
+            )
             return Verdict(True, kept)
         if changed:
-            return Verdict(False, f"samples of a micro-batch are mixed by {changed}: the gradient is {error:.0%} off")
+            return Verdict(
+                False,
+                f"samples of a micro-batch are mixed by {changed}: the gradient is {error:.0%} off",
+            )
         was_training = model.training
         model.eval()
         try:
@@ -91,7 +101,9 @@ def check_model(
             model.train(was_training)
         if only_in_training:
             return Verdict(True, "dropout draws other masks for another split")
-        return Verdict(False, f"samples of a micro-batch depend on each other: the gradient is {error:.0%} off")
+        return Verdict(
+            False, f"samples of a micro-batch depend on each other: the gradient is {error:.0%} off"
+        )
 
 
 class _Looker(Generic[T]):
@@ -104,7 +116,12 @@ class _Looker(Generic[T]):
         device: torch.device,
         shards: Shards | None,
     ) -> None:
-        self._model, self._loss_share, self._device, self._shards = model, loss_share, device, shards
+        self._model, self._loss_share, self._device, self._shards = (
+            model,
+            loss_share,
+            device,
+            shards,
+        )
         dtype = next(p.dtype for p in model.parameters() if p.requires_grad)
         self.tolerance = TOLERANCE.get(dtype, COARSE_TOLERANCE)
 
@@ -122,7 +139,9 @@ class _Looker(Generic[T]):
                 if self._shards is not None:
                     values = self._shards.whole(values)
                 sample = values.detach().flatten()[:: max(1, parameter.numel() // SAMPLED)].float()
-                samples.append(sample.clone() if parameter.grad is not None else torch.zeros_like(sample))
+                samples.append(
+                    sample.clone() if parameter.grad is not None else torch.zeros_like(sample)
+                )
             parameter.grad = None
         value = loss.item() if self._shards is None else self._shards.peers.exchange(loss.item())[0]
         return value, torch.cat(samples)
@@ -148,9 +167,14 @@ def _not_a_sum(
                 "its loss is a mean of its own samples"
             )
         return "the loss function takes the mean of its own samples, so that parts add up to a mean of means"
-    router = any(getattr(getattr(model, "config", None), name, None) for name in ("output_router_logits", "aux_loss"))
+    router = any(
+        getattr(getattr(model, "config", None), name, None)
+        for name in ("output_router_logits", "aux_loss")
+    )
     what = "the auxiliary loss of a mixture of experts" if router else "something"
-    return f"{what} ({added:.4g}) is added to the loss of every part, whatever its number of targets"
+    return (
+        f"{what} ({added:.4g}) is added to the loss of every part, whatever its number of targets"
+    )
 
 
 def _additive_error(look: _Looker[T], probe: ProbeSamples[T], gradient: Tensor) -> float:
@@ -172,7 +196,11 @@ def _buffers_kept(model: nn.Module) -> Iterator[Callable[[], list[str]]]:
 
     def changed() -> list[str]:
         return sorted(
-            {type(module).__name__ for module, name, buffer, version, _ in copies if buffer._version != version}
+            {
+                type(module).__name__
+                for module, name, buffer, version, _ in copies
+                if buffer._version != version
+            }
         )
 
     try:

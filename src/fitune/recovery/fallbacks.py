@@ -29,15 +29,22 @@ def allowed_fallbacks(
     if may_recompute and not all(layer.gradient_checkpointing for layer in layers):
         fallbacks.append(Fallback("model.recompute=full", _recompute))
     head = settings.loss.head
-    is_open = head is None and loss == "auto" and settings.shards is None  # a sharded model is not tried on its own
+    is_open = (
+        head is None and loss == "auto" and settings.shards is None
+    )  # a sharded model is not tried on its own
     found = decoder_and_head(model) if is_open else head
-    if isinstance(found, Head) and (head is None or settings.loss.chunk_tokens > SMALL_CHUNK_TOKENS):
-        smaller = replace(settings, loss=replace(settings.loss, head=found, chunk_tokens=SMALL_CHUNK_TOKENS))
+    if isinstance(found, Head) and (
+        head is None or settings.loss.chunk_tokens > SMALL_CHUNK_TOKENS
+    ):
+        smaller = replace(
+            settings, loss=replace(settings.loss, head=found, chunk_tokens=SMALL_CHUNK_TOKENS)
+        )
         fallbacks.append(
             Fallback(
                 f"a loss of {SMALL_CHUNK_TOKENS} tokens at a time",
                 lambda work: replace(
-                    micro_batch_work(work.model, work.optimizer, smaller, scaler=work.scaler), clip=work.clip
+                    micro_batch_work(work.model, work.optimizer, smaller, scaler=work.scaler),
+                    clip=work.clip,
                 ),
             )
         )

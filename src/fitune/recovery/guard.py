@@ -76,7 +76,9 @@ class Guard:
         )
         self._device = self.protection.device
         budget = config.memory.budget
-        self._budget_bytes = parse_bytes(budget) if isinstance(budget, str) and budget != "auto" else None
+        self._budget_bytes = (
+            parse_bytes(budget) if isinstance(budget, str) and budget != "auto" else None
+        )
         self._heaviest = _heaviest(
             examples, setup, rows_per_step=config.batch.rows_per_step, num_ranks=self._ranks.size
         )
@@ -85,7 +87,9 @@ class Guard:
         may_grow = config.memory.grow and is_open and self._device.type == "cuda"
         self.memory = MemoryModel(
             planned=planned,
-            highest=max(0, math.floor(math.log(LARGEST_POSITIONS / planned, RUNG))) if may_grow else 0,
+            highest=max(0, math.floor(math.log(LARGEST_POSITIONS / planned, RUNG)))
+            if may_grow
+            else 0,
             prior_slope=_predicted_slope(predicted, planned),
         )
         self._eval_most_positions: int | None = None
@@ -103,25 +107,41 @@ class Guard:
             self._ranks.connect(self._device)
         optimizer = self.protection.work.optimizer
         with survivable(self._device):
-            complete = try_twice(lambda: create_state(optimizer), device=self._device, what="the optimizer's state")
+            complete = try_twice(
+                lambda: create_state(optimizer), device=self._device, what="the optimizer's state"
+            )
             if self._shards is None:
                 verdict = try_twice(
-                    self._check_model, device=self._device, what="the check of the model on two samples"
+                    self._check_model,
+                    device=self._device,
+                    what="the check of the model on two samples",
                 )
             else:
                 self._ranks.exchange(None)  # all have their state
                 with self._shards.together():
                     verdict = self._check_model()
         if not complete and not self.protection.work.commit:
-            self._tell("unprotected", "the optimizer makes its state in its first update, which cannot be undone")
+            self._tell(
+                "unprotected",
+                "the optimizer makes its state in its first update, which cannot be undone",
+            )
         if verdict.reason:
             kind = "model_check" if verdict.exact else "not_exact"
-            self._tell(kind, verdict.reason if verdict.exact else f"warning: not exact in parts: {verdict.reason}")
+            self._tell(
+                kind,
+                verdict.reason
+                if verdict.exact
+                else f"warning: not exact in parts: {verdict.reason}",
+            )
         with self._telling():  # of a sharded model in every process at once
             peers = ALONE if self._shards is None else ShardedModel(self._shards)
-            self._observed(lambda: try_pieces(self.protection, self._heaviest, peers=peers), self._free_bytes())
+            self._observed(
+                lambda: try_pieces(self.protection, self._heaviest, peers=peers), self._free_bytes()
+            )
         if self._device.type == "cpu":
-            release_memory(self._device)  # the C library would keep what the longest rows took; most batches need less
+            release_memory(
+                self._device
+            )  # the C library would keep what the longest rows took; most batches need less
 
     def settle(self) -> None:
         """A card's reserved memory depends on all that was done before. What was tried out is given back, so that the
@@ -146,19 +166,32 @@ class Guard:
         if not keep_plan:
             size = choose_size(self.memory, self.free_bytes)
             if self._shards is not None:
-                size = min(self._ranks.exchange(size))  # passes are common, so one larger than the others gains nothing
+                size = min(
+                    self._ranks.exchange(size)
+                )  # passes are common, so one larger than the others gains nothing
             self._tell_size(self.free_bytes)
             if size != self.memory.planned:
-                micro_batches = replace(self._setup.layout, micro_rows=None, micro_tokens=size).split(part)
+                micro_batches = replace(
+                    self._setup.layout, micro_rows=None, micro_tokens=size
+                ).split(part)
         peers = self._peers(batch)
         with self._telling():
             return self._observed(
-                lambda: safe_step(self.protection, micro_batches, step=step, fits=self._fits, norms=norms, peers=peers),
+                lambda: safe_step(
+                    self.protection,
+                    micro_batches,
+                    step=step,
+                    fits=self._fits,
+                    norms=norms,
+                    peers=peers,
+                ),
                 self.free_bytes,
                 part.num_tokens,
             )
 
-    def read_norms(self, micro_batches: list[MicroBatch], norms: NormRecorder) -> GradientNorms | None:
+    def read_norms(
+        self, micro_batches: list[MicroBatch], norms: NormRecorder
+    ) -> GradientNorms | None:
         """Of the gradient that these micro-batches have together, without a step. None where they have no target."""
         return self._observed(
             lambda: read_norms(self.protection, micro_batches, norms, fits=self._fits),
@@ -233,9 +266,14 @@ class Guard:
         return Batch(tuple(row for row in batch.rows if row.row_id not in left_out)).loss_weight
 
     def _observed(
-        self, action: Callable[[], SafeResult], free_bytes: int | None, num_tokens: int | None = None
+        self,
+        action: Callable[[], SafeResult],
+        free_bytes: int | None,
+        num_tokens: int | None = None,
     ) -> SafeResult:
-        result = observed(self.memory, action, device=self._device, free_bytes=free_bytes, num_tokens=num_tokens)
+        result = observed(
+            self.memory, action, device=self._device, free_bytes=free_bytes, num_tokens=num_tokens
+        )
         self._tell_failures(result.failures)
         return result
 
@@ -271,7 +309,9 @@ class Guard:
         first, second, empty = (lay_out([row], packed=layout.packed) for row in (*rows, masked))
         return check_model(
             self.protection.work.model,
-            lambda part, weight: loss_share(self.protection.work.model, part, loss_weight=weight, settings=settings),
+            lambda part, weight: loss_share(
+                self.protection.work.model, part, loss_weight=weight, settings=settings
+            ),
             ProbeSamples(both, first, second, empty, both.loss_weight),
             shards=self._shards,
         )
@@ -296,7 +336,9 @@ def _probe_row(row_id: int, num_tokens: int, num_targets: int) -> Row:
     return Row(row_id, np.arange(1, num_tokens + 1, dtype=np.int32), weights)
 
 
-def _heaviest(examples: Examples, setup: Setup, *, rows_per_step: int, num_ranks: int) -> list[MicroBatch]:
+def _heaviest(
+    examples: Examples, setup: Setup, *, rows_per_step: int, num_ranks: int
+) -> list[MicroBatch]:
     """The largest micro-batch that the longest rows make, twice where a step has two: the second finds the gradients
     there already."""
     longest = np.argsort(-examples.lengths, kind="stable")[:rows_per_step]
@@ -310,4 +352,6 @@ def _predicted_slope(predicted: Prediction | None, planned: int) -> float:
     """Bytes of activations and temporaries per position, at the predicted peak; 0 where there is none."""
     if predicted is None:
         return 0.0
-    return (predicted.categories.get("activation", 0) + predicted.categories.get("temporary", 0)) / planned
+    return (
+        predicted.categories.get("activation", 0) + predicted.categories.get("temporary", 0)
+    ) / planned

@@ -53,10 +53,14 @@ def observed(
     peak = read_peak(device)
     peak_bytes = peak.device_bytes if peak.allocated_bytes is None else peak.allocated_bytes
     failures = [each for each in result.failures if each.place not in LATE]
-    failed = [each for each in failures if each.num_positions > result.most_positions]  # others fitted when done again
+    failed = [
+        each for each in failures if each.num_positions > result.most_positions
+    ]  # others fitted when done again
     smallest = min(failed, key=lambda each: each.num_positions, default=None)
     if free_bytes is not None and smallest is not None and smallest.left_bytes is not None:
-        free_bytes = min(free_bytes, smallest.left_bytes)  # another process may have taken from it since the step began
+        free_bytes = min(
+            free_bytes, smallest.left_bytes
+        )  # another process may have taken from it since the step began
     learn(
         memory,
         Observation(

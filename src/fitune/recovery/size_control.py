@@ -88,7 +88,11 @@ class MemoryModel:
     def fits(self, size: int, free_bytes: int | None) -> bool:
         """Whether a micro-batch of this size is known to fit in what is free."""
         need = self.need_bytes(size)
-        return need is not None and free_bytes is not None and need <= (1 - MARGIN_FRACTION) * free_bytes
+        return (
+            need is not None
+            and free_bytes is not None
+            and need <= (1 - MARGIN_FRACTION) * free_bytes
+        )
 
     def _line(self) -> tuple[float, float]:
         """(slope, fixed) by least squares; through one size alone, with the slope that was predicted."""
@@ -138,11 +142,18 @@ def learn(model: MemoryModel, seen: Observation) -> None:
     model.step += 1
     if seen.need_bytes is not None:
         # a step that went well needed no more than was free, whatever the peak seems to say
-        most = seen.need_bytes if seen.free_bytes is None else int((1 - MARGIN_FRACTION) * seen.free_bytes)
+        most = (
+            seen.need_bytes
+            if seen.free_bytes is None
+            else int((1 - MARGIN_FRACTION) * seen.free_bytes)
+        )
         _measure(model, seen.size, min(seen.need_bytes, most))
     before = model.rung
     if seen.failed_size is not None:
-        if seen.free_bytes is not None and (model.need_bytes(seen.failed_size) or 0.0) < seen.free_bytes:
+        if (
+            seen.free_bytes is not None
+            and (model.need_bytes(seen.failed_size) or 0.0) < seen.free_bytes
+        ):
             _measure(model, seen.failed_size, seen.free_bytes)  # it needs at least that
         while model.rung > LOWEST_RUNG and model.size(model.rung) >= seen.failed_size:
             _ban(model, model.rung, seen.free_bytes)
@@ -193,7 +204,11 @@ def _has_room(model: MemoryModel, rung: int, free_bytes: int | None) -> bool:
 
 def _is_lifted(ban: _Ban, free_bytes: int | None) -> bool:
     """What another process had taken is given back: its failure says nothing of what is free now."""
-    return ban.free_bytes is not None and free_bytes is not None and free_bytes >= LIFTED_FACTOR * ban.free_bytes
+    return (
+        ban.free_bytes is not None
+        and free_bytes is not None
+        and free_bytes >= LIFTED_FACTOR * ban.free_bytes
+    )
 
 
 def _ban(model: MemoryModel, rung: int, free_bytes: int | None) -> None:

@@ -24,7 +24,13 @@ from fitune.recovery.protection import Protection
 from fitune.step.peers import ALONE, Alone
 from fitune.step.progress import P, Progress, Work
 from fitune.step.random_state import streams_kept
-from fitune.step.step import NOTHING_TO_LEARN, StepResult, accumulate, clipped_gradient, optimizer_step
+from fitune.step.step import (
+    NOTHING_TO_LEARN,
+    StepResult,
+    accumulate,
+    clipped_gradient,
+    optimizer_step,
+)
 
 Fits = Callable[[int], bool]
 """(positions) -> whether a piece of this size should fit in what is free now, so that its failure will pass."""
@@ -64,10 +70,14 @@ def safe_step(
     schedule are then those before the step. Raises RestartError where an unprotected update is torn, or memory runs
     out after the processes' gradients were summed; and what ends another process.
     """
-    return _survive(Attempt(protection, pieces, step=step, norms=norms, peers=peers), optimizer_step, fits)
+    return _survive(
+        Attempt(protection, pieces, step=step, norms=norms, peers=peers), optimizer_step, fits
+    )
 
 
-def try_pieces(protection: Protection[P], pieces: Sequence[P], *, peers: Alone = ALONE) -> SafeResult:
+def try_pieces(
+    protection: Protection[P], pieces: Sequence[P], *, peers: Alone = ALONE
+) -> SafeResult:
     """Compute forward and backward of these pieces to see whether they fit. Nothing of it stays."""
 
     def trial(work: Work[P], progress: Progress[P]) -> StepResult:
@@ -80,12 +90,16 @@ def try_pieces(protection: Protection[P], pieces: Sequence[P], *, peers: Alone =
     return result
 
 
-def read_norms(protection: Protection[P], pieces: Sequence[P], norms: NormRecorder, *, fits: Fits | None) -> SafeResult:
+def read_norms(
+    protection: Protection[P], pieces: Sequence[P], norms: NormRecorder, *, fits: Fits | None
+) -> SafeResult:
     """Compute the gradient of these pieces for its norms, `SafeResult.step.norms`, without an update."""
 
     def read(work: Work[P], progress: Progress[P]) -> StepResult:
         clipped = clipped_gradient(work, progress)
-        return NOTHING_TO_LEARN if clipped is None else replace(NOTHING_TO_LEARN, norms=clipped.norms)
+        return (
+            NOTHING_TO_LEARN if clipped is None else replace(NOTHING_TO_LEARN, norms=clipped.norms)
+        )
 
     attempt = Attempt(protection, pieces, step=0, norms=norms)
     result = _survive(attempt, read, fits)
@@ -113,7 +127,9 @@ def _survive(
                     most_positions=max((piece.num_positions for piece in attempt.done), default=0),
                     failures=tuple(failures),
                     quarantined=tuple(sorted(attempt.known_left_out | attempt.left_out)),
-                    fallbacks=(protection.applied,) if attempt.total is None else attempt.total.fallbacks,
+                    fallbacks=(protection.applied,)
+                    if attempt.total is None
+                    else attempt.total.fallbacks,
                 )
             # outside of `except`, so that the error's frames hold no tensor any more
             attempt.take_back(again=attempt.peers.go_back_together or failed.place in LATE)

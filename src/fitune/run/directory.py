@@ -142,16 +142,26 @@ class RunRecord:
 def check_place(output: Path, name: str, *, overwrite: bool = False) -> None:
     """Raises RunDirectoryError for what `create_run` would refuse, as far as that is seen without writing."""
     if not name or not name.isprintable() or Path(name).name != name or name in (".", ".."):
-        raise RunDirectoryError(f"run.name {name!r} is not the name of a directory: use letters, digits, - and _")
+        raise RunDirectoryError(
+            f"run.name {name!r} is not the name of a directory: use letters, digits, - and _"
+        )
     path = output / name
     with _said(f"{path} cannot be created"):
         for place in (output, *output.parents):
             if place.exists() and not place.is_dir():
-                raise RunDirectoryError(f"{place} is a file, and runs are kept in a directory: give another run.output")
-        if name.endswith("-") or not path.exists() or (path.is_dir() and _never_began(RunDirectory(path))):
+                raise RunDirectoryError(
+                    f"{place} is a file, and runs are kept in a directory: give another run.output"
+                )
+        if (
+            name.endswith("-")
+            or not path.exists()
+            or (path.is_dir() and _never_began(RunDirectory(path)))
+        ):
             return
         if not path.is_dir() or not _is_run(path):
-            raise RunDirectoryError(f"{path} exists and is not a run: choose another run.name, or remove it yourself")
+            raise RunDirectoryError(
+                f"{path} exists and is not a run: choose another run.name, or remove it yourself"
+            )
         if not overwrite:
             raise RunDirectoryError(f"{path} exists: choose another run.name, or give --overwrite")
 
@@ -166,7 +176,11 @@ def create_run(output: Path, name: str, *, overwrite: bool = False) -> RunDirect
     check_place(output, name, overwrite=overwrite)
     with _said(f"{output / name} cannot be created"):
         output.mkdir(parents=True, exist_ok=True)
-        run = _next_number(output, name) if name.endswith("-") else _given_name(output / name, overwrite=overwrite)
+        run = (
+            _next_number(output, name)
+            if name.endswith("-")
+            else _given_name(output / name, overwrite=overwrite)
+        )
         run.lock.touch()
         run.checkpoints.mkdir(exist_ok=True)
     return run
@@ -176,19 +190,26 @@ def name_prefix(model: str, data: str) -> str:
     """('org/MiniMind2', 'data/sft_2048.jsonl#500') -> 'MiniMind2-sft_2048-', which `create_run` numbers."""
     names = (Path(source.partition("#")[0]).name for source in (model, data))
     return "".join(
-        re.sub(r"[^\w.-]+", "_", re.sub(r"\.[a-z][a-z0-9]{1,6}$", "", name)).strip(".") + "-" for name in names
+        re.sub(r"[^\w.-]+", "_", re.sub(r"\.[a-z][a-z0-9]{1,6}$", "", name)).strip(".") + "-"
+        for name in names
     )
 
 
-BEGIN_ONE = "'fitune train CONFIG' begins one; give the directory where others are kept (run.output)"
+BEGIN_ONE = (
+    "'fitune train CONFIG' begins one; give the directory where others are kept (run.output)"
+)
 
 
 def open_run(path: Path) -> RunDirectory:
     """An existing run. Raises RunDirectoryError where there is none."""
     if not path.is_dir():
-        raise RunDirectoryError(f"{path} is not a directory: give the directory of a run, such as runs/NAME")
+        raise RunDirectoryError(
+            f"{path} is not a directory: give the directory of a run, such as runs/NAME"
+        )
     if not _is_run(path):
-        raise RunDirectoryError(f"{path} is not the directory of a run: 'fitune runs {path}' lists the runs in it")
+        raise RunDirectoryError(
+            f"{path} is not the directory of a run: 'fitune runs {path}' lists the runs in it"
+        )
     return RunDirectory(path)
 
 
@@ -196,7 +217,11 @@ def read_run(path: Path) -> RunRecord:
     """Raises RunDirectoryError where there is no run. A summary that cannot be read, or a file that is none of the
     run's own, makes its state 'damaged'."""
     run = open_run(path)
-    times = [file.stat().st_mtime for file in (run.path, run.lock, run.metrics, run.summary) if file.exists()]
+    times = [
+        file.stat().st_mtime
+        for file in (run.path, run.lock, run.metrics, run.summary)
+        if file.exists()
+    ]
     try:
         check_run_files(run)
         summary = read_summary(run.summary) if run.summary.exists() else None
@@ -209,9 +234,13 @@ def list_runs(output: Path) -> list[RunRecord]:
     """The runs directly below `output`, the one with the latest sign of life last. Raises RunDirectoryError where
     `output` is not a directory."""
     if not output.exists():
-        raise RunDirectoryError(f"{output} is not a directory, so there are no runs yet: {BEGIN_ONE}")
+        raise RunDirectoryError(
+            f"{output} is not a directory, so there are no runs yet: {BEGIN_ONE}"
+        )
     if not output.is_dir():
-        raise RunDirectoryError(f"{output} is not a directory: give the one that runs are kept in (run.output)")
+        raise RunDirectoryError(
+            f"{output} is not a directory: give the one that runs are kept in (run.output)"
+        )
     with _said(f"{output} cannot be read"):
         records = [record for path in output.iterdir() if (record := _listed(path)) is not None]
     return sorted(records, key=lambda record: (record.updated, record.run.name))
@@ -223,7 +252,9 @@ def _listed(path: Path) -> RunRecord | None:
         return read_run(path) if _is_run(path) else None
     except (OSError, RunDirectoryError) as error:
         reason = getattr(error, "strerror", None) or error
-        return RunRecord(RunDirectory(path), "damaged", None, 0.0, f"{path} cannot be read: {reason}")
+        return RunRecord(
+            RunDirectory(path), "damaged", None, 0.0, f"{path} cannot be read: {reason}"
+        )
 
 
 def check_run_files(run: RunDirectory, *, deep: bool = False) -> None:
@@ -233,7 +264,11 @@ def check_run_files(run: RunDirectory, *, deep: bool = False) -> None:
     names = [*_texts(run), run.lock, *_directories(run)]
     found = find_strange(names)
     if deep and found is None:
-        inside = (path for directory in (run.checkpoints, run.best, run.last) for path in directory.rglob("*"))
+        inside = (
+            path
+            for directory in (run.checkpoints, run.best, run.last)
+            for path in directory.rglob("*")
+        )
         found = find_strange(inside)
     if found is not None:
         raise RunDirectoryError(f"{found}: put the file itself there, or leave the run alone")
@@ -246,11 +281,17 @@ def working_on(run: RunDirectory) -> Iterator[None]:
         descriptor = open_plain(run.lock, os.O_RDWR | os.O_CREAT)
     try:
         if (locked := _try_lock(descriptor)) is False or _beats(run, elsewhere=locked is not None):
-            raise RunDirectoryError(f"{run.path} is being worked on by {_holder(run)}: wait for it, or stop it first")
+            raise RunDirectoryError(
+                f"{run.path} is being worked on by {_holder(run)}: wait for it, or stop it first"
+            )
         os.ftruncate(descriptor, 0)
-        os.write(descriptor, json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode())
+        os.write(
+            descriptor, json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode()
+        )
         stopped = threading.Event()
-        heart = threading.Thread(target=_beat, args=(run.lock, stopped), name="heartbeat", daemon=True)
+        heart = threading.Thread(
+            target=_beat, args=(run.lock, stopped), name="heartbeat", daemon=True
+        )
         heart.start()
         try:
             yield
@@ -258,7 +299,9 @@ def working_on(run: RunDirectory) -> Iterator[None]:
             stopped.set()
             heart.join()
             with suppress(OSError):
-                os.utime(run.lock, (0, 0))  # no heartbeat: other machines need not wait for its silence
+                os.utime(
+                    run.lock, (0, 0)
+                )  # no heartbeat: other machines need not wait for its silence
     finally:
         os.close(descriptor)
 
@@ -282,7 +325,9 @@ def write_atomically(path: Path, text: str, *, place: str = OUTPUT_KEY) -> None:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """As `write_atomically`. Raises ValueError for a number that is not finite: JSON has none."""
-    write_atomically(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_atomically(
+        path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    )
 
 
 def sync_directory(path: Path) -> None:
@@ -301,7 +346,9 @@ def _said(what: str, *, place: str = OUTPUT_KEY) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise RunDirectoryError(f"{what}: {error.strerror or error}; give another place with {place}") from error
+        raise RunDirectoryError(
+            f"{what}: {error.strerror or error}; give another place with {place}"
+        ) from error
 
 
 def _is_run(path: Path) -> bool:

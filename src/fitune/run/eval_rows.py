@@ -22,7 +22,9 @@ class EvalRows:
     weights: tuple[float, ...]
 
 
-def append_eval_rows(path: Path, rows: EvalRows, *, append: Callable[[Path, EvalRows], None] = append_line) -> None:
+def append_eval_rows(
+    path: Path, rows: EvalRows, *, append: Callable[[Path, EvalRows], None] = append_line
+) -> None:
     """Nothing is written of an evaluation whose loss is not finite. append: what writes a line. Raises
     RunDirectoryError as `append_line`."""
     if all(map(math.isfinite, rows.losses)):
@@ -45,5 +47,7 @@ def read_eval_rows(path: Path) -> tuple[EvalRows, ...]:
         except (KeyError, TypeError, ValueError, OverflowError):
             continue
         if len(losses) == len(weights):
-            found[step] = EvalRows(step=step, total_tokens=total_tokens, losses=losses, weights=weights)
+            found[step] = EvalRows(
+                step=step, total_tokens=total_tokens, losses=losses, weights=weights
+            )
     return tuple(found[step] for step in sorted(found))

@@ -48,14 +48,20 @@ class RunFollower:
         """The run now. Raises RunDirectoryError where it is gone."""
         record = read_run(self._run.path)
         new = [file.new_lines() for file in (self._metrics, self._memory, self._events)]
-        if any(lines is None for lines in new):  # one became shorter: the run was begun again, or from a checkpoint
+        if any(
+            lines is None for lines in new
+        ):  # one became shorter: the run was begun again, or from a checkpoint
             self._forget()
             new = [file.new_lines() for file in (self._metrics, self._memory, self._events)]
         metrics, memory, events = (lines or [] for lines in new)
         for line in metrics:
             add_line(line, self._steps, self._evals)
-        self._samples += [sample for line in memory if (sample := as_record(MemorySample, line)) is not None]
-        self._happened += [event for line in events if (event := as_record(RunEvent, line)) is not None]
+        self._samples += [
+            sample for line in memory if (sample := as_record(MemorySample, line)) is not None
+        ]
+        self._happened += [
+            event for line in events if (event := as_record(RunEvent, line)) is not None
+        ]
         return RunView(
             record=record,
             steps=tuple(self._steps),
@@ -80,7 +86,9 @@ class RunFollower:
         if record.summary is None:
             return None
         written = self._run.summary.stat().st_mtime
-        return record.summary.seconds + max(0.0, self._samples[-1].time - written if self._samples else 0.0)
+        return record.summary.seconds + max(
+            0.0, self._samples[-1].time - written if self._samples else 0.0
+        )
 
     def _device_name(self) -> str | None:
         """Of the card that samples with PyTorch's counters come from, else of the processor."""

@@ -36,7 +36,11 @@ class ConfidenceInterval:
 
 
 def paired_interval(
-    first_N: npt.ArrayLike, second_N: npt.ArrayLike, weights_N: npt.ArrayLike, *, level: float = LEVEL
+    first_N: npt.ArrayLike,
+    second_N: npt.ArrayLike,
+    weights_N: npt.ArrayLike,
+    *,
+    level: float = LEVEL,
 ) -> ConfidenceInterval | None:
     """The weighted mean of `first - second`. None where there are fewer than five pairs of finite numbers and positive
     weight. The same numbers give the same interval (fixed seed)."""
@@ -45,14 +49,22 @@ def paired_interval(
         return None
     differences, weights, mean, error = pairs
     num_pairs = len(differences)
-    if error <= 1e-12 * max(1.0, abs(mean)):  # every pair differs by the same: nothing is left to chance
+    if error <= 1e-12 * max(
+        1.0, abs(mean)
+    ):  # every pair differs by the same: nothing is left to chance
         return ConfidenceInterval(mean, mean, mean, num_pairs, level)
     draw = np.random.default_rng(20260)
-    ratios = np.concatenate([_resampled_t(differences, weights, draw) for _ in range(0, NUM_RESAMPLES, _CHUNK)])
+    ratios = np.concatenate(
+        [_resampled_t(differences, weights, draw) for _ in range(0, NUM_RESAMPLES, _CHUNK)]
+    )
     low, high = np.quantile(ratios[np.isfinite(ratios)], ((1 - level) / 2, (1 + level) / 2))
     least = _student(weights.sum() ** 2 / (weights**2).sum() - 1, level)
     return ConfidenceInterval(
-        mean, mean - max(float(high), least) * error, mean - min(float(low), -least) * error, num_pairs, level
+        mean,
+        mean - max(float(high), least) * error,
+        mean - min(float(low), -least) * error,
+        num_pairs,
+        level,
     )
 
 
@@ -74,7 +86,10 @@ def _pairs(
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], float, float] | None:
     """(differences, weights, their weighted mean, its standard error) of what can be used. The error is that of a
     ratio, by the jackknife: a heavy row draws the mean to itself, so its residual counts for more."""
-    differences, weights = np.asarray(first_N, float) - np.asarray(second_N, float), np.asarray(weights_N, float)
+    differences, weights = (
+        np.asarray(first_N, float) - np.asarray(second_N, float),
+        np.asarray(weights_N, float),
+    )
     used = np.isfinite(differences) & (weights > 0)
     differences, weights = differences[used], weights[used]
     num_pairs = len(differences)
@@ -83,11 +98,18 @@ def _pairs(
     mean = float(np.average(differences, weights=weights))
     shares = weights / weights.sum()
     errors = shares * (differences - mean) / np.maximum(1 - shares, 1e-9)
-    return differences, weights, mean, float(np.sqrt((errors**2).sum() * (num_pairs - 1) / num_pairs))
+    return (
+        differences,
+        weights,
+        mean,
+        float(np.sqrt((errors**2).sum() * (num_pairs - 1) / num_pairs)),
+    )
 
 
 def _resampled_t(
-    differences: npt.NDArray[np.float64], weights: npt.NDArray[np.float64], draw: np.random.Generator
+    differences: npt.NDArray[np.float64],
+    weights: npt.NDArray[np.float64],
+    draw: np.random.Generator,
 ) -> npt.NDArray[np.float64]:
     """How far the mean of each of _CHUNK resamples lies from the mean, in its own standard errors."""
     mean = float(np.average(differences, weights=weights))

@@ -25,7 +25,18 @@ MOST_WAITING_BYTES = 64 * MIB
 TRY_SECONDS = 0.5
 _PASSING = frozenset(
     getattr(errno, name)
-    for name in ("ENOSPC", "EDQUOT", "EIO", "ESTALE", "ETIMEDOUT", "EAGAIN", "EBUSY", "EMFILE", "ENFILE", "ENOMEM")
+    for name in (
+        "ENOSPC",
+        "EDQUOT",
+        "EIO",
+        "ESTALE",
+        "ETIMEDOUT",
+        "EAGAIN",
+        "EBUSY",
+        "EMFILE",
+        "ENFILE",
+        "ENOMEM",
+    )
     if hasattr(errno, name)
 )
 
@@ -42,10 +53,14 @@ class PatientFiles:
         self._fault: str | None = None
         self._news: deque[str] = deque()
 
-    def append(self, path: Path, record: "DataclassInstance", *, leave_out_unknown: bool = False) -> None:
+    def append(
+        self, path: Path, record: "DataclassInstance", *, leave_out_unknown: bool = False
+    ) -> None:
         """Append a line to a log, now or when there is room. Raises RunDirectoryError where it never will be."""
         with self._lock:
-            self._lines.setdefault(path, deque()).append(as_line(record, leave_out_unknown=leave_out_unknown))
+            self._lines.setdefault(path, deque()).append(
+                as_line(record, leave_out_unknown=leave_out_unknown)
+            )
             self._try()
             self._bound()
 
@@ -123,5 +138,7 @@ class PatientFiles:
     def _bound(self) -> None:
         while sum(len(line) for lines in self._lines.values() for line in lines) > self._most_bytes:
             if not self._drops_oldest:
-                raise RunDirectoryError(f"{self._fault}, and {format_bytes(self._most_bytes)} wait to be written")
+                raise RunDirectoryError(
+                    f"{self._fault}, and {format_bytes(self._most_bytes)} wait to be written"
+                )
             max(self._lines.values(), key=len).popleft()

@@ -12,7 +12,13 @@ from torch import nn
 from torch._subclasses.fake_tensor import is_fake
 from transformers import PreTrainedModel
 
-from fitune.batch_size.scaling import OptimSettings, configured_lr, scaling_note, settings_of, with_settings
+from fitune.batch_size.scaling import (
+    OptimSettings,
+    configured_lr,
+    scaling_note,
+    settings_of,
+    with_settings,
+)
 from fitune.config import Recompute, RunConfig
 from fitune.data.packing import group, lay_out, sort_by_length
 from fitune.data.rows import Batch, MicroBatch, Row
@@ -55,7 +61,9 @@ class Layout:
         configuration leaves the split open."""
         if not self.packed and self.micro_rows is None:
             batch = sort_by_length(batch)
-        return group(batch, packed=self.packed, micro_rows=self.micro_rows, micro_tokens=self.micro_tokens)
+        return group(
+            batch, packed=self.packed, micro_rows=self.micro_rows, micro_tokens=self.micro_tokens
+        )
 
 
 @dataclass(frozen=True)
@@ -98,10 +106,16 @@ def assemble(
     recompute = _set_layers(model, config, device)
     head, head_note = _choose_head(model, config)
     notes += [line for line in (note, head_note) if line]
-    if config.model.compile and not is_fake(next(model.parameters())):  # a recording sees the layers as they are
-        compile_layers(model, device)  # after the model was asked what it can do, which would compile it for that alone
+    if config.model.compile and not is_fake(
+        next(model.parameters())
+    ):  # a recording sees the layers as they are
+        compile_layers(
+            model, device
+        )  # after the model was asked what it can do, which would compile it for that alone
     shards = None
-    if peers is not None:  # after the model was asked what it can do, which needs all of it, in the host's memory
+    if (
+        peers is not None
+    ):  # after the model was asked what it can do, which needs all of it, in the host's memory
         shards = shard_model(model, peers, device=device, packed=packed)
     lr = configured_lr(config)
     optim = settings_of(config.optim, lr=lr, rows=config.batch.rows_per_step)
@@ -110,13 +124,18 @@ def assemble(
     layout, eval_layout = choose_layouts(config, device, packed=packed)
     return Setup(
         model=model,
-        optimizer=build_optimizer(model, with_settings(config.optim, optim), lr=optim.lr, device=device),
+        optimizer=build_optimizer(
+            model, with_settings(config.optim, optim), lr=optim.lr, device=device
+        ),
         scaler=torch.amp.GradScaler(device.type) if precision.needs_scaler else None,
         settings=StepSettings(
-            LossSettings() if head is None else LossSettings(head, choose_chunk_tokens(head, device)),
+            LossSettings()
+            if head is None
+            else LossSettings(head, choose_chunk_tokens(head, device)),
             optim.clip,
             precision.autocast_dtype,
-            commit=shards is None and _few_are_trained(model),  # what fails in one process is begun again in all
+            commit=shards is None
+            and _few_are_trained(model),  # what fails in one process is begun again in all
             shards=shards,
         ),
         layout=layout,
@@ -129,20 +148,30 @@ def assemble(
 
 def _few_are_trained(model: nn.Module) -> bool:
     """Whether a second copy of the gradient, in float32, and of the optimizer's state is little beside the model."""
-    trained = sum(4 * parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    return trained <= COMMIT_FRACTION * sum(p.numel() * p.element_size() for p in model.parameters())
+    trained = sum(
+        4 * parameter.numel() for parameter in model.parameters() if parameter.requires_grad
+    )
+    return trained <= COMMIT_FRACTION * sum(
+        p.numel() * p.element_size() for p in model.parameters()
+    )
 
 
-def choose_layouts(config: RunConfig, device: torch.device, *, packed: bool) -> tuple[Layout, Layout]:
+def choose_layouts(
+    config: RunConfig, device: torch.device, *, packed: bool
+) -> tuple[Layout, Layout]:
     """(of training, of evaluation), for a model whose rows are packed or not."""
     layout = _choose_layout(config, device, packed=packed)
-    return layout, layout if config.eval.micro == "auto" else Layout(packed, config.eval.micro, None)
+    return layout, layout if config.eval.micro == "auto" else Layout(
+        packed, config.eval.micro, None
+    )
 
 
 def _set_layers(model: nn.Module, config: RunConfig, device: torch.device) -> Recompute:
     if config.model.offload_activations and device.type == "cpu":
         raise ConfigError(
-            ["model.offload_activations moves them to the host's memory, where they are on a CPU: drop it"]
+            [
+                "model.offload_activations moves them to the host's memory, where they are on a CPU: drop it"
+            ]
         )
     recompute: Recompute = "off" if config.model.recompute == "auto" else config.model.recompute
     set_recompute(model, recompute, offload=config.model.offload_activations)

@@ -18,7 +18,9 @@ def create_state(optimizer: torch.optim.Optimizer) -> bool:
     Afterwards the counters are 0 and parameters and later updates the same, bit for bit. `.grad` must be None.
     """
     groups = optimizer.param_groups
-    if not isinstance(optimizer, _STARTS_AT_ZERO) or any(group.get("dampening") for group in groups):
+    if not isinstance(optimizer, _STARTS_AT_ZERO) or any(
+        group.get("dampening") for group in groups
+    ):
         return False
     changed = ("lr", "weight_decay", "params")
     before = [{key: group[key] for key in changed if key in group} for group in groups]
@@ -43,7 +45,9 @@ def _create(optimizer: torch.optim.Optimizer, parameter: Tensor) -> None:
     try:
         optimizer.step()
     except BaseException:
-        optimizer.state.pop(parameter, None)  # a part of it, which a later update would take for the whole
+        optimizer.state.pop(
+            parameter, None
+        )  # a part of it, which a later update would take for the whole
         raise
     finally:
         parameter.grad = None

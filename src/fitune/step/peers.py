@@ -7,7 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from fitune.distributed.sharding import Shards
-from fitune.distributed.shared_step import ExchangePeers, StepReport, remaining_weight, sum_gradients
+from fitune.distributed.shared_step import (
+    ExchangePeers,
+    StepReport,
+    remaining_weight,
+    sum_gradients,
+)
 from fitune.step.gradients import backward
 from fitune.step.progress import P, Progress, Work
 
@@ -81,7 +86,9 @@ class ShardedModel(Alone):
     is_alone = False
     go_back_together = True
 
-    def __init__(self, shards: Shards, ranks: ExchangePeers | None = None, loss_weight: float = 0.0) -> None:
+    def __init__(
+        self, shards: Shards, ranks: ExchangePeers | None = None, loss_weight: float = 0.0
+    ) -> None:
         """ranks, loss_weight: as of `SharedSamples`. Without ranks all compute the same samples, in a trial."""
         self._shards, self._ranks, self._loss_weight = shards, ranks, loss_weight
         self.rank = shards.peers.rank

@@ -27,7 +27,9 @@ def micro_batch_seed(run_seed: int, *, step: int, first_row_id: int) -> int:
 
 def seed_streams(seed: int, device: torch.device) -> None:
     """The streams that a model's forward may draw from: torch's of the CPU and of `device`, Python's and NumPy's."""
-    torch.default_generator.manual_seed(seed)  # torch.manual_seed asks every kind of device, which takes 0.3 ms
+    torch.default_generator.manual_seed(
+        seed
+    )  # torch.manual_seed asks every kind of device, which takes 0.3 ms
     if device.type == "cuda":
         torch.cuda.manual_seed(seed)
     random.seed(seed)

@@ -41,7 +41,9 @@ class StepSettings:
             return compute() if self.shards is None else self.shards.run(compute)
 
 
-def loss_share(model: nn.Module, micro_batch: MicroBatch, *, loss_weight: float, settings: StepSettings) -> Tensor:
+def loss_share(
+    model: nn.Module, micro_batch: MicroBatch, *, loss_weight: float, settings: StepSettings
+) -> Tensor:
     """Return what this micro-batch adds to the mean loss of a batch of weight `loss_weight`, with its graph."""
     device = next(model.parameters()).device
     here = micro_batch.to(device)

@@ -26,7 +26,8 @@ from fitune.planning.plan import Plan, closest, does_not_fit, split_of
 from fitune.planning.search import choose_plan
 from fitune.planning.stated import model_notes
 from fitune.step.assemble import Setup, assemble, choose_precision
-from fitune.training.loop import Data, run_length
+from fitune.training.length import run_length
+from fitune.training.loop import Data
 from fitune.training.self_check import SelfCheck, predict_second_step, reserved_before, run_device
 from fitune.units import format_bytes
 
@@ -91,7 +92,9 @@ def _prepare(
     is_sharded = config.model.shard != "none"
     notes = []
     if config.memory.allocator and device.type == "cpu":
-        notes.append("memory.allocator has no effect here: it sets CUDA's allocator, and this run is on the CPU")
+        notes.append(
+            "memory.allocator has no effect here: it sets CUDA's allocator, and this run is on the CPU"
+        )
     if config.memory.gpu is not None:
         notes.append("memory.gpu is for plans: a run uses the card that is there")
     notes.extend(model_notes(config.model))
@@ -102,7 +105,9 @@ def _prepare(
     data = load_data(
         config,
         tokenizer,
-        on_progress=lambda number: tell(say("reading the data: {number} samples tokenised", number=f"{number:,}")),
+        on_progress=lambda number: tell(
+            say("reading the data: {number} samples tokenised", number=f"{number:,}")
+        ),
     )
     notes += unseen(config, data.train)  # refuses a run without a sample
     notes += rows_notes(config, num_rows=len(data.train), num_held_out=len(data.eval))
@@ -125,14 +130,22 @@ def _prepare(
         config = read_config(config.model_dump(mode="json", exclude_defaults=True), settings).config
         held_bytes = reserved_before(device)
         if held_bytes:
-            notes.append(f"memory is not checked: this process already holds {format_bytes(held_bytes)} of the card")
+            notes.append(
+                f"memory is not checked: this process already holds {format_bytes(held_bytes)} of the card"
+            )
         elif ranks.leads:
             tell(say("predicting the memory of the second step"))
-            self_check = predict_second_step(config, data.train, device=device, num_ranks=ranks.size)
+            self_check = predict_second_step(
+                config, data.train, device=device, num_ranks=ranks.size
+            )
     except DoesNotFitError:
         raise
-    except Exception as error:  # whatever a model does on tensors without data: the run itself needs none of this
-        notes.append(f"memory is not predicted: {type(error).__name__}: {' '.join(str(error).split())[:160]}")
+    except (
+        Exception
+    ) as error:  # whatever a model does on tensors without data: the run itself needs none of this
+        notes.append(
+            f"memory is not predicted: {type(error).__name__}: {' '.join(str(error).split())[:160]}"
+        )
     tell(say("loading the model"))
     model = try_twice(
         lambda: load_model(
@@ -217,7 +230,10 @@ def follow(plan: Plan, config: RunConfig, *, plan_check: bool = True) -> tuple[l
         room += ", an upper bound: it may run out of memory" if chosen.fits is None else ""
     else:
         chosen = closest(plan)
-        tight = config.memory.budget == "auto" and chosen.predicted_device_bytes <= plan.device.free_bytes
+        tight = (
+            config.memory.budget == "auto"
+            and chosen.predicted_device_bytes <= plan.device.free_bytes
+        )
         if plan_check and not tight:
             raise DoesNotFitError(f"{does_not_fit(plan)}; --no-plan-check runs it anyway")
         room = f"of {format_bytes(plan.limit_bytes)}: it may run out of memory"
@@ -233,7 +249,9 @@ def unseen(config: RunConfig, examples: Examples) -> list[str]:
     ConfigError where that holds for all of them."""
     length = run_length(config, examples)
     lengths = Epochs.of(examples.repeats)
-    epochs = length.epochs or length.total_steps * config.batch.rows_per_step / float(lengths.mean_samples)
+    epochs = length.epochs or length.total_steps * config.batch.rows_per_step / float(
+        lengths.mean_samples
+    )
     values, counts = np.unique(examples.repeats, return_counts=True)
     return [
         f"warning: none of the {count:,} samples with weight {weight:g} is seen in {epochs:.3g} epochs: at weight "
@@ -243,15 +261,25 @@ def unseen(config: RunConfig, examples: Examples) -> list[str]:
     ]
 
 
-def load_data(config: RunConfig, tokenizer: Tokenizer, *, on_progress: Callable[[int], None] | None = None) -> Data:
+def load_data(
+    config: RunConfig, tokenizer: Tokenizer, *, on_progress: Callable[[int], None] | None = None
+) -> Data:
     """Both sides of the held-out split, with one date where the template writes it. Raises DataError where nothing is
     left to train on."""
     if config.data.date is None:
-        config = config.model_copy(update={"data": config.data.model_copy(update={"date": today().isoformat()})})
+        config = config.model_copy(
+            update={"data": config.data.model_copy(update={"date": today().isoformat()})}
+        )
     train = load_examples(
-        config.data, tokenizer, split="train", eval_max_rows=config.eval.max_rows, on_progress=on_progress
+        config.data,
+        tokenizer,
+        split="train",
+        eval_max_rows=config.eval.max_rows,
+        on_progress=on_progress,
     )
-    held_out = load_examples(config.data, tokenizer, split="eval", eval_max_rows=config.eval.max_rows)
+    held_out = load_examples(
+        config.data, tokenizer, split="eval", eval_max_rows=config.eval.max_rows
+    )
     if not len(train):
         raise DataError(
             f"{config.data.train_sources[0].path} leaves no sample to train on after holding out {len(held_out)}: "

@@ -20,7 +20,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from fitune.batch_size.noise import NoiseAverages, NoiseEstimate, estimate, pairwise_sample, update_averages
+from fitune.batch_size.noise import (
+    NoiseAverages,
+    NoiseEstimate,
+    estimate,
+    pairwise_sample,
+    update_averages,
+)
 from fitune.batch_size.norms import NormRecorder
 from fitune.batch_size.scaling import OptimSettings, scale, with_settings
 from fitune.config import RunConfig, TrainConfig
@@ -37,11 +43,14 @@ from fitune.run.watcher import Watcher, Watchers
 from fitune.step.assemble import Setup
 from fitune.step.evaluate import EvalResult
 from fitune.step.optimizer import build_optimizer
-from fitune.training.checkpoint import live_tensors, newest_checkpoint
+from fitune.training.checkpoint.content import live_tensors
+from fitune.training.checkpoint.read import newest_checkpoint
 from fitune.training.identity import run_conditions, run_identity
-from fitune.training.loop import Data, in_order, run_length, train
+from fitune.training.length import run_length
+from fitune.training.loop import Data, in_order
 from fitune.training.resume import Start, go_on
 from fitune.training.self_check import SelfCheck
+from fitune.training.train import train
 
 FEWEST_STEPS = 8
 """Of the configured batch, in a branch: fewer say nothing, and twice the batch would have three or less."""
@@ -94,8 +103,12 @@ def try_settings(
     Raises ConfigError as `probe_position`, FituneError where every setting diverges, and what `train` raises."""
     position = probe_position(config, data)
     shutil.rmtree(run.branches, ignore_errors=True)
-    first = {name: tensor.to("cpu", copy=True) for name, tensor in live_tensors(setup.model).items()}
-    noise = noise_before_training(config, _renewed(config, setup, setup.optim), data.train, watcher=watcher)
+    first = {
+        name: tensor.to("cpu", copy=True) for name, tensor in live_tensors(setup.model).items()
+    }
+    noise = noise_before_training(
+        config, _renewed(config, setup, setup.optim), data.train, watcher=watcher
+    )
     branches: list[Branch] = []
     configured: EvalResult | None = None
     for number, setting in enumerate(SETTINGS):
@@ -107,7 +120,9 @@ def try_settings(
             create_run(run.branches, str(number)),
             data=data,
             tokenizer=tokenizer,
-            self_check=self_check if number == 0 or self_check is None else replace(self_check, circumstances=None),
+            self_check=self_check
+            if number == 0 or self_check is None
+            else replace(self_check, circumstances=None),
             position=position,
         )
         configured = result if number == 0 else configured
@@ -128,7 +143,9 @@ def try_settings(
             shutil.rmtree(run.branches / str(other), ignore_errors=True)
         _put_back(setup, first)
     if not math.isfinite(branches[choose(branches)].eval_loss):
-        raise FituneError(f"every setting of the probe diverged: lower optim.lr ({setup.peak_lr:g})")
+        raise FituneError(
+            f"every setting of the probe diverged: lower optim.lr ({setup.peak_lr:g})"
+        )
     tokens_per_row = data.train.report.train.num_supervised_tokens / len(data.train)
 
     def in_rows(tokens: float | None) -> float | None:
@@ -169,7 +186,9 @@ def _branch(
         )
     except InterruptedRunError as error:
         whole = run.path.parent.parent
-        interrupted = InterruptedRunError(f"interrupted in the probe: fitune train --resume {whole} begins it anew")
+        interrupted = InterruptedRunError(
+            f"interrupted in the probe: fitune train --resume {whole} begins it anew"
+        )
         interrupted.exit_code = error.exit_code
         raise interrupted from error
     except FituneError as error:
@@ -179,7 +198,9 @@ def _branch(
     micro_batches = in_order(
         data.eval, range(len(data.eval)), setup.eval_layout, rows_at_once=config.batch.rows_per_step
     )
-    result = safe_evaluate(setup.model, micro_batches, settings=setup.settings, room=lambda: None).result
+    result = safe_evaluate(
+        setup.model, micro_batches, settings=setup.settings, room=lambda: None
+    ).result
     return summary, result if math.isfinite(result.loss) else None
 
 
@@ -236,14 +257,24 @@ def noise_before_training(
     config: RunConfig, setup: Setup, examples: Examples, *, watcher: Watcher
 ) -> NoiseEstimate | None:
     """Of the untrained weights, from the rows that the run sees first; no step is done. None with too few rows."""
-    guard = Guard(config, setup, examples=examples, tell=lambda kind, sentence: watcher.note(sentence))
+    guard = Guard(
+        config, setup, examples=examples, tell=lambda kind, sentence: watcher.note(sentence)
+    )
     guard.start()
-    rows = batches(examples, rows_per_step=config.batch.rows_per_step, seed=config.train.seed, epochs=1)
-    parts = islice((part for batch in rows for part in setup.layout.split(batch)), NOISE_MICRO_BATCHES)
+    rows = batches(
+        examples, rows_per_step=config.batch.rows_per_step, seed=config.train.seed, epochs=1
+    )
+    parts = islice(
+        (part for batch in rows for part in setup.layout.split(batch)), NOISE_MICRO_BATCHES
+    )
     averages = NoiseAverages()
     while group := list(islice(parts, MICRO_BATCHES_AT_ONCE)):
         norms = guard.read_norms(group, NormRecorder(setup.optimizer))
-        sample = None if norms is None else pairwise_sample(norms.micro, norms.total, weights=norms.weights)
+        sample = (
+            None
+            if norms is None
+            else pairwise_sample(norms.micro, norms.total, weights=norms.weights)
+        )
         if sample is not None:
             averages = update_averages(averages, sample, half_life_tokens=math.inf)
     return estimate(averages)
@@ -257,14 +288,25 @@ def apply_setting(
     The values are those in use, so optim.scaling has done its work and is left out. Twice the batch takes the rule
     `sqrt` for everything that depends on it; micro-batches keep their size."""
     optim, content = setup.optim, config.model_dump()
-    content["train"] |= {"probe": False, "probe_fraction": TrainConfig.model_fields["probe_fraction"].default}
+    content["train"] |= {
+        "probe": False,
+        "probe_fraction": TrainConfig.model_fields["probe_fraction"].default,
+    }
     if setting.batch_factor > 1:
         optim = scale(optim, "sqrt", factor=setting.batch_factor)
         rows = config.batch.rows_per_step * setting.batch_factor
-        content["batch"] |= {"effective": rows, "micro": config.batch.micro_rows or "auto", "accumulation": "auto"}
+        content["batch"] |= {
+            "effective": rows,
+            "micro": config.batch.micro_rows or "auto",
+            "accumulation": "auto",
+        }
     optim = replace(optim, lr=setup.optim.lr * setting.lr_factor)
     if setting.lr_factor != 1:
-        content["optim"] |= asdict(optim) | {"scaling": "none", "reference_batch": None, "noise_scale": None}
+        content["optim"] |= asdict(optim) | {
+            "scaling": "none",
+            "reference_batch": None,
+            "noise_scale": None,
+        }
     changed = RunConfig.model_validate(content)
     before = config.model_dump()
     changes = {
@@ -281,7 +323,9 @@ def _renewed(config: RunConfig, setup: Setup, optim: OptimSettings) -> Setup:
     device = next(setup.model.parameters()).device
     return replace(
         setup,
-        optimizer=build_optimizer(setup.model, with_settings(config.optim, optim), lr=optim.lr, device=device),
+        optimizer=build_optimizer(
+            setup.model, with_settings(config.optim, optim), lr=optim.lr, device=device
+        ),
         scaler=None if setup.scaler is None else torch.amp.GradScaler(device.type),
         settings=replace(setup.settings, clip=optim.clip),
         optim=optim,
@@ -294,11 +338,16 @@ def _put_back(setup: Setup, first: Mapping[str, torch.Tensor]) -> None:
         tensor.copy_(first[name])
 
 
-def _difference(result: EvalResult | None, configured: EvalResult | None) -> ConfidenceInterval | None:
+def _difference(
+    result: EvalResult | None, configured: EvalResult | None
+) -> ConfidenceInterval | None:
     if result is None or configured is None:
         return None
     own, theirs = (
-        [loss / weight if weight else 0.0 for loss, weight in zip(each.row_losses, each.row_weights, strict=True)]
+        [
+            loss / weight if weight else 0.0
+            for loss, weight in zip(each.row_losses, each.row_weights, strict=True)
+        ]
         for each in (result, configured)
     )
     return paired_interval(own, theirs, configured.row_weights, level=LEVEL)

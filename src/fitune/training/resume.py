@@ -15,7 +15,7 @@ from fitune.errors import FituneError, UsageError
 from fitune.run.directory import RunDirectory
 from fitune.run.journal import JournalLine, StepRecord, plan_parts, read_journal
 from fitune.step.assemble import Setup, choose_precision
-from fitune.training.checkpoint import Checkpoint, restore, roll_back
+from fitune.training.checkpoint.read import Checkpoint, restore, roll_back
 from fitune.training.identity import Json, check_identity, condition_note
 from fitune.training.state import RunState
 
@@ -64,7 +64,9 @@ def go_on(
     lost = roll_back(run, checkpoint) if leads else []
     restore(checkpoint, setup)
     where = f"goes on after step {checkpoint.state.step}"
-    return Start(checkpoint.state, (where, *notes, *([note] if note else []), *lost), checkpoint.memory_model)
+    return Start(
+        checkpoint.state, (where, *notes, *([note] if note else []), *lost), checkpoint.memory_model
+    )
 
 
 def pin_precision(config: RunConfig, checkpoint: Checkpoint, device: torch.device) -> RunConfig:
@@ -80,7 +82,9 @@ def read_replay(run: RunDirectory) -> Replay:
     return Replay(run.path, read_journal(run.journal))
 
 
-def replayed_split(batch: Batch, line: JournalLine, *, packed: bool, ranks: Ranks) -> list[MicroBatch]:
+def replayed_split(
+    batch: Batch, line: JournalLine, *, packed: bool, ranks: Ranks
+) -> list[MicroBatch]:
     """This process's micro-batches of that line. A row that is in the batch twice is the same row. Raises UsageError
     where the line is of another number of processes."""
     parts = plan_parts(line.plan)
@@ -92,7 +96,9 @@ def replayed_split(batch: Batch, line: JournalLine, *, packed: bool, ranks: Rank
     try:
         return lay_out_as(batch, parts[ranks.rank], packed=packed)
     except KeyError:
-        return [lay_out(batch.rows, packed=packed)]  # another batch: the comparison of the step says so
+        return [
+            lay_out(batch.rows, packed=packed)
+        ]  # another batch: the comparison of the step says so
 
 
 def replayed_reliefs(replay: Replay, number: int, *, rank: int) -> tuple[str, ...]:
@@ -104,7 +110,13 @@ def replayed_reliefs(replay: Replay, number: int, *, rank: int) -> tuple[str, ..
 def check_replayed(replay: Replay, number: int, record: StepRecord) -> None:
     """Raises FituneError where line `number` (from 0) of the journal was another step."""
     line = replay.lines[number]
-    names = [name for name in StepRecord.__dataclass_fields__ if getattr(record, name) != getattr(line, name)]
+    names = [
+        name
+        for name in StepRecord.__dataclass_fields__
+        if getattr(record, name) != getattr(line, name)
+    ]
     if names:
-        listed = "\n".join(f"  {name} {getattr(line, name)} -> {getattr(record, name)}" for name in names)
+        listed = "\n".join(
+            f"  {name} {getattr(line, name)} -> {getattr(record, name)}" for name in names
+        )
         raise FituneError(f"the replay differs from {replay.path} at step {line.step}:\n{listed}")

@@ -65,13 +65,17 @@ class SelfCheck:
             if found is None:
                 if name == "resident":
                     agrees &= predicted <= CPU_NOISE_BYTES
-                    words.append(f"resident {format_bytes(predicted)} predicted, nothing measured beside the program")
+                    words.append(
+                        f"resident {format_bytes(predicted)} predicted, nothing measured beside the program"
+                    )
                 continue
             error = predicted / found - 1
             noise_bytes = 0 if self.program_bytes is None else CPU_NOISE_BYTES
             is_below = self.is_bound and error > 0
             agrees &= is_below or abs(error) <= tolerance or abs(predicted - found) <= noise_bytes
-            words.append(f"{name} {format_bytes(predicted)} predicted, {format_bytes(found)} measured ({error:+.1%})")
+            words.append(
+                f"{name} {format_bytes(predicted)} predicted, {format_bytes(found)} measured ({error:+.1%})"
+            )
         if not agrees and self.predicted.device_interval is not None:
             words += self.predicted.device_interval.reasons
         warning = "" if agrees else f"warning: more than {tolerance:.0%} off: "
@@ -83,7 +87,9 @@ class SelfCheck:
             return
         context_bytes = _context_bytes() if self.program_bytes is None else None
         predicted_bytes = self.predicted.peak_reserved_bytes
-        add_residual(Residual(self.circumstances, predicted_bytes, measured.reserved_bytes, context_bytes))
+        add_residual(
+            Residual(self.circumstances, predicted_bytes, measured.reserved_bytes, context_bytes)
+        )
 
 
 def _context_bytes() -> int | None:
@@ -117,11 +123,15 @@ def reserved_before(device: torch.device) -> int:
     return torch.cuda.memory_reserved(device)
 
 
-def predict_second_step(config: RunConfig, train: Examples, *, device: torch.device, num_ranks: int = 1) -> SelfCheck:
+def predict_second_step(
+    config: RunConfig, train: Examples, *, device: torch.device, num_ranks: int = 1
+) -> SelfCheck:
     """num_ranks: of which this is the first. Raises what a recording raises; a run without its prediction is still a
     run."""
     target = run_device(device)
-    config = with_routing(config, "balanced")  # near to what is measured, of which the worst is only a bound
+    config = with_routing(
+        config, "balanced"
+    )  # near to what is measured, of which the worst is only a bound
     passes, num_shards = list(_passes(config, train, num_ranks)), shards_of(config, num_ranks)
     training = predict_run(config, target, passes=passes, num_shards=num_shards).training
     if device.type == "cuda" and num_shards == 1:  # on a CPU only what is used of it is resident
@@ -138,7 +148,10 @@ def _passes(config: RunConfig, train: Examples, num_ranks: int) -> Iterator[Pass
     (`Guard.settle`)."""
     if not OPTIMIZERS[config.optim.name].state_comes_late:
         yield Pass("state")
-    seen = islice(batches(train, rows_per_step=config.batch.rows_per_step, seed=config.train.seed), CHECKED_STEP)
+    seen = islice(
+        batches(train, rows_per_step=config.batch.rows_per_step, seed=config.train.seed),
+        CHECKED_STEP,
+    )
     yield from (Pass("train", _sizes(deal(batch, num_ranks)[0])) for batch in seen)
 
 

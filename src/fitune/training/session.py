@@ -105,7 +105,9 @@ def dry_run(request: NewRun | ResumedRun | ReplayedRun, screen: RunScreen, *, ra
     _prepare(request.resolved.config, screen, plan_check=plan_check, ranks=ranks)
 
 
-def _begin(request: NewRun | ReplayedRun, screen: RunScreen, ranks: Ranks) -> tuple[RunDirectory, Summary]:
+def _begin(
+    request: NewRun | ReplayedRun, screen: RunScreen, ranks: Ranks
+) -> tuple[RunDirectory, Summary]:
     resolved = request.resolved
     replayed = request.run if isinstance(request, ReplayedRun) else None
     overwrite = isinstance(request, NewRun) and request.overwrite
@@ -119,11 +121,13 @@ def _begin(request: NewRun | ReplayedRun, screen: RunScreen, ranks: Ranks) -> tu
         if name is not None and (config.run.output / name).exists() and not overwrite:
             run = create_run(config.run.output, name)
     settings = None if replayed is None else _settings(replayed)
-    prepared = _prepare(config, screen, plan_check=request.plan_check, settings=settings, ranks=ranks)
+    prepared = _prepare(
+        config, screen, plan_check=request.plan_check, settings=settings, ranks=ranks
+    )
     resolved = _dated(resolved, prepared)
     from fitune.allocator.prediction import peak_json
     from fitune.data.examples import data_json
-    from fitune.training.checkpoint import check_disk
+    from fitune.training.checkpoint.write import check_disk
     from fitune.training.resume import read_replay
 
     if config.train.probe:
@@ -148,12 +152,17 @@ def _begin(request: NewRun | ReplayedRun, screen: RunScreen, ranks: Ranks) -> tu
         if prepared.self_check is not None:
             write_json(run.peak, peak_json(prepared.self_check.predicted))
         if prepared.plan is not None:
-            write_json(run.plan, {"schema": SCHEMA, **plan_json(prepared.plan), "settings": prepared.settings})
+            write_json(
+                run.plan,
+                {"schema": SCHEMA, **plan_json(prepared.plan), "settings": prepared.settings},
+            )
         ranks.exchange(run.path)
         start = None
         if config.train.probe:
             config, prepared, start = _probe(resolved, prepared, run, screen)
-        summary = _train(config, prepared, run, screen=screen, start=start, replay=replay, ranks=ranks)
+        summary = _train(
+            config, prepared, run, screen=screen, start=start, replay=replay, ranks=ranks
+        )
     if prepared.plan is not None and ranks.size == 1:
         calibrate(prepared.plan, run.metrics)
     if replay is not None:
@@ -167,7 +176,7 @@ def _resume(request: ResumedRun, screen: RunScreen, ranks: Ranks) -> Summary:
     with working_on(run) if ranks.leads else nullcontext():
         screen.begin(run)
         from fitune.machine.process_memory import choose_device
-        from fitune.training.checkpoint import newest_checkpoint
+        from fitune.training.checkpoint.read import newest_checkpoint
         from fitune.training.identity import run_conditions, run_identity
         from fitune.training.resume import go_on, pin_precision
 
@@ -181,7 +190,15 @@ def _resume(request: ResumedRun, screen: RunScreen, ranks: Ranks) -> Summary:
         setup, data = prepared.setup, prepared.data
         identity = run_identity(config, setup, train=data.train, held_out=data.eval)
         facts = (identity, run_conditions(config, setup, num_ranks=ranks.size))
-        start = go_on(run, checkpoint, setup, config=config, facts=facts, allowed=request.allow_change, ranks=ranks)
+        start = go_on(
+            run,
+            checkpoint,
+            setup,
+            config=config,
+            facts=facts,
+            allowed=request.allow_change,
+            ranks=ranks,
+        )
         if request.is_changed and ranks.leads:
             write_atomically(run.config, format_config(resolved))
         start = replace(start, notes=(*faults, *start.notes))
@@ -201,12 +218,14 @@ def _train(
     ranks: Ranks,
 ) -> Summary:
     """Train. Trackers and the monitor watch the first process only."""
-    from fitune.training.loop import train as train_loop
+    from fitune.training.train import train as train_to_the_end
     from fitune.watch.monitor import watched
 
-    watchers = watched(config, prepared.setup, run, watcher=screen) if ranks.leads else nullcontext(screen)
+    watchers = (
+        watched(config, prepared.setup, run, watcher=screen) if ranks.leads else nullcontext(screen)
+    )
     with watchers as watcher:
-        return train_loop(
+        return train_to_the_end(
             config,
             prepared.setup,
             run,
@@ -263,7 +282,8 @@ def _dated(resolved: ResolvedConfig, prepared: "Prepared") -> ResolvedConfig:
         return resolved
     data = resolved.config.data.model_copy(update={"date": date})
     return ResolvedConfig(
-        resolved.config.model_copy(update={"data": data}), {**resolved.origins, "data.date": "the run's start"}
+        resolved.config.model_copy(update={"data": data}),
+        {**resolved.origins, "data.date": "the run's start"},
     )
 
 
@@ -283,7 +303,9 @@ def _settings(run: RunDirectory) -> list[str]:
     except FileNotFoundError:
         return []
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunDirectoryError(f"{run.plan} cannot be read, so the run cannot be gone on with as planned") from error
+        raise RunDirectoryError(
+            f"{run.plan} cannot be read, so the run cannot be gone on with as planned"
+        ) from error
 
 
 def _prepare(
@@ -295,11 +317,17 @@ def _prepare(
     ranks: Ranks,
 ) -> "Prepared":
     if config.train.probe and ranks.size > 1:
-        raise UsageError(f"train.probe works in one process and {ranks.size} were started: drop it, or torchrun")
+        raise UsageError(
+            f"train.probe works in one process and {ranks.size} were started: drop it, or torchrun"
+        )
     parse_allocator_config(config.memory.allocator)
     if config.memory.allocator:
-        os.environ["PYTORCH_ALLOC_CONF"] = config.memory.allocator  # read when CUDA starts, so before torch is used
-    screen.note(f"model  {config.model.source} · data {', '.join(s.path for s in config.data.train_sources)}")
+        os.environ["PYTORCH_ALLOC_CONF"] = (
+            config.memory.allocator
+        )  # read when CUDA starts, so before torch is used
+    screen.note(
+        f"model  {config.model.source} · data {', '.join(s.path for s in config.data.train_sources)}"
+    )
     from fitune.data.files import check_files
     from fitune.model.source import check_source, check_tokenizer
 
@@ -314,7 +342,9 @@ def _prepare(
     check_trackers(config)
     if config.run.prometheus is not None:
         check_prometheus(Path(config.run.prometheus))
-    prepared = prepare(config, on_stage=screen.stage, plan_check=plan_check, settings=settings, ranks=ranks)
+    prepared = prepare(
+        config, on_stage=screen.stage, plan_check=plan_check, settings=settings, ranks=ranks
+    )
     screen.stage(say("starting"))
     report = prepared.data.train.report
     trainable, parameters = prepared.num_trainable_parameters, prepared.num_parameters
@@ -324,7 +354,9 @@ def _prepare(
         f"{report.supervised_fraction:.1%} supervised · {len(prepared.data.eval):,} samples held out"
     )
     if prepared.self_check is not None:
-        screen.note(f"       {_memory_words(prepared.self_check)}, predicted for step 2, where it will be measured")
+        screen.note(
+            f"       {_memory_words(prepared.self_check)}, predicted for step 2, where it will be measured"
+        )
     for sentence in (*prepared.setup.notes, *prepared.notes):
         screen.note(f"note   {sentence}")
     for sentence in report.warnings:
@@ -334,7 +366,10 @@ def _prepare(
 
 def _memory_words(check: "SelfCheck") -> str:
     """Name the two figures that the lines of a run show: all of the memory, and the part of it that its steps tell."""
-    whole, part = format_bytes(check.predicted.device_bytes), format_bytes(check.predicted.peak_reserved_bytes)
+    whole, part = (
+        format_bytes(check.predicted.device_bytes),
+        format_bytes(check.predicted.peak_reserved_bytes),
+    )
     if check.program_bytes is None:
         return f"{whole} of memory in all, as nvidia-smi shows it, {part} of it reserved by PyTorch, as steps show it"
     return f"{whole} of memory in all for the process, {part} of it beside the program, as steps show it"

@@ -42,7 +42,10 @@ class AlarmSettings:
         if self.predicted_bytes is None:
             return math.inf
         tolerance = CPU_TOLERANCE if self.on_cpu else CUDA_TOLERANCE + FRAGMENTATION
-        return max(self.predicted_bytes * (1 + tolerance), self.predicted_bytes + CPU_NOISE_BYTES * self.on_cpu)
+        return max(
+            self.predicted_bytes * (1 + tolerance),
+            self.predicted_bytes + CPU_NOISE_BYTES * self.on_cpu,
+        )
 
 
 class Alarms:
@@ -129,9 +132,7 @@ class Alarms:
         if not (before and self._spilled):
             return None
         if self._settings.on_cpu:
-            return (
-                f"{format_bytes(sample.spill_bytes)} are swapped out, which makes steps slow: lower batch.micro_tokens"
-            )
+            return f"{format_bytes(sample.spill_bytes)} are swapped out, which makes steps slow: lower batch.micro_tokens"
         return (
             f"{format_bytes(sample.spill_bytes)} lie in system memory instead of the card, which makes steps slow: "
             "lower batch.micro_tokens, or forbid it in NVIDIA's control panel (CUDA - Sysmem Fallback Policy)"
@@ -161,7 +162,9 @@ class Alarms:
         if len(self._held) < 3 * LEAK_WINDOW_STEPS:
             return None
         held = list(self._held)
-        first, second, third = (min(held[start : start + LEAK_WINDOW_STEPS]) for start in range(0, 30, 10))
+        first, second, third = (
+            min(held[start : start + LEAK_WINDOW_STEPS]) for start in range(0, 30, 10)
+        )
         least = max(64 * MIB, first // 20) if self._settings.on_cpu else max(MIB, first // 100)
         if second - first < least or third - second < least:
             return None

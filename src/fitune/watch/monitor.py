@@ -40,18 +40,26 @@ STATE_EVERY_STEPS = 100
 
 
 @contextmanager
-def watched(config: RunConfig, setup: Setup, run: RunDirectory, *, watcher: Watcher) -> Iterator[Watcher]:
+def watched(
+    config: RunConfig, setup: Setup, run: RunDirectory, *, watcher: Watcher
+) -> Iterator[Watcher]:
     """`watcher`, together with all that the run is to be watched by. Raises what a tracker raises that cannot start."""
     with ExitStack() as opened:
-        others = Watchers((watcher, *opened.enter_context(open_trackers(config, run, tell=watcher.note))))
+        others = Watchers(
+            (watcher, *opened.enter_context(open_trackers(config, run, tell=watcher.note)))
+        )
         monitor = opened.enter_context(run_monitor(config, setup, run, tell=others.note))
         yield Watchers((*others.watchers, monitor))
 
 
-def run_monitor(config: RunConfig, setup: Setup, run: RunDirectory, *, tell: Callable[[str], None]) -> "Monitor":
+def run_monitor(
+    config: RunConfig, setup: Setup, run: RunDirectory, *, tell: Callable[[str], None]
+) -> "Monitor":
     """Of a run by fitune's own loop."""
     parameters = list(setup.model.parameters())
-    saved = parameters if config.model.method == "full" else [p for p in parameters if p.requires_grad]
+    saved = (
+        parameters if config.model.method == "full" else [p for p in parameters if p.requires_grad]
+    )
     alarms = AlarmSettings(
         clip=config.optim.clip,
         on_cpu=parameters[0].device.type == "cpu",
@@ -94,7 +102,9 @@ class Monitor:
         self._files = PatientFiles(most_bytes=MOST_WAITING_BYTES, drops_oldest=True)
         self._lock, self._exporting = threading.Lock(), threading.Lock()
         self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._sample_until_stopped, name="monitor", daemon=True)
+        self._thread = threading.Thread(
+            target=self._sample_until_stopped, name="monitor", daemon=True
+        )
         self._sentences: deque[str] = deque()
         self._last: StepMetrics | None = None
         self._step = 0
@@ -119,7 +129,9 @@ class Monitor:
         with self._lock:
             self._last = metrics
             self._peaks.append(metrics)
-            self._ring(self._alarms.step(metrics, held_bytes=self._sampler.held_bytes(), now=time.time()))
+            self._ring(
+                self._alarms.step(metrics, held_bytes=self._sampler.held_bytes(), now=time.time())
+            )
         self._tell_alarms()
 
     def reached(self, step: int, *, progress: float) -> None:
@@ -134,7 +146,9 @@ class Monitor:
 
     def sample(self) -> MemorySample:
         """Read, write and judge the present moment. Raises RunDirectoryError where it cannot be written."""
-        sample = self._sampler.read(step=self._step, progress=self._progress, state_bytes=self._state_bytes)
+        sample = self._sampler.read(
+            step=self._step, progress=self._progress, state_bytes=self._state_bytes
+        )
         with self._lock:
             for metrics in self._peaks:
                 sample = _with_peaks(sample, metrics)
@@ -151,7 +165,9 @@ class Monitor:
             if self._prometheus is None:
                 return
             try:
-                write_prometheus(self._prometheus, self._run.name, sample=sample, metrics=self._last)
+                write_prometheus(
+                    self._prometheus, self._run.name, sample=sample, metrics=self._last
+                )
                 self._is_exported = True
             except RunDirectoryError:
                 if self._is_exported:
@@ -167,10 +183,14 @@ class Monitor:
             while going_on:
                 start = time.perf_counter()
                 self.sample()
-                going_on = not self._stopped.wait(max(0.0, SAMPLE_SECONDS - (time.perf_counter() - start)))
+                going_on = not self._stopped.wait(
+                    max(0.0, SAMPLE_SECONDS - (time.perf_counter() - start))
+                )
             self._exported = 0.0
             self.sample()
-        except Exception as error:  # a driver that broke: training is not to end because of its monitor
+        except (
+            Exception
+        ) as error:  # a driver that broke: training is not to end because of its monitor
             self._sentences.append(f"warning: memory is no longer recorded: {error}")
 
     def _ring(self, events: list[RunEvent]) -> None:
@@ -179,7 +199,9 @@ class Monitor:
             for name, other in self._names.items():
                 event = replace(event, message=event.message.replace(name, other))
             self._sentences.append(event.message)
-            with suppress(RunDirectoryError):  # the loop's own lines meet the same fault, and end the run
+            with suppress(
+                RunDirectoryError
+            ):  # the loop's own lines meet the same fault, and end the run
                 self._files.append(self._run.events, event)
 
     def _tell_alarms(self) -> None:
@@ -201,9 +223,15 @@ def _with_peaks(sample: MemorySample, metrics: StepMetrics) -> MemorySample:
     on_cpu = sample.allocated_bytes is None
     return replace(
         sample,
-        peak_allocated_bytes=_larger(sample.peak_allocated_bytes, None if on_cpu else metrics.peak_allocated_bytes),
-        peak_reserved_bytes=_larger(sample.peak_reserved_bytes, None if on_cpu else metrics.peak_reserved_bytes),
-        peak_process_bytes=_larger(sample.peak_process_bytes, metrics.device_used_bytes if on_cpu else None),
+        peak_allocated_bytes=_larger(
+            sample.peak_allocated_bytes, None if on_cpu else metrics.peak_allocated_bytes
+        ),
+        peak_reserved_bytes=_larger(
+            sample.peak_reserved_bytes, None if on_cpu else metrics.peak_reserved_bytes
+        ),
+        peak_process_bytes=_larger(
+            sample.peak_process_bytes, metrics.device_used_bytes if on_cpu else None
+        ),
     )
 
 

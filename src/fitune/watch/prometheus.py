@@ -18,7 +18,9 @@ _STEP_NUMBERS = ("loss", "lr", "grad_norm", "tokens_per_second", "total_tokens")
 def check_prometheus(path: Path) -> None:
     """Raises ConfigError where there is something else already: it would be replaced with the first sample."""
     if (fault := _not_ours(path)) is not None:
-        raise ConfigError([f"run.prometheus {path} {fault}: give the file of another name, which is written anew"])
+        raise ConfigError(
+            [f"run.prometheus {path} {fault}: give the file of another name, which is written anew"]
+        )
 
 
 def _not_ours(path: Path) -> str | None:
@@ -29,15 +31,23 @@ def _not_ours(path: Path) -> str | None:
         return None
     except OSError as error:
         return f"cannot be replaced ({error.strerror})"
-    return None if not content or content.startswith(_START) else "exists and was not written by fitune"
+    return (
+        None
+        if not content or content.startswith(_START)
+        else "exists and was not written by fitune"
+    )
 
 
-def write_prometheus(path: Path, run_name: str, *, sample: MemorySample, metrics: StepMetrics | None) -> None:
+def write_prometheus(
+    path: Path, run_name: str, *, sample: MemorySample, metrics: StepMetrics | None
+) -> None:
     """Every number that is known, as a gauge `fitune_NAME{run="..."}`. Raises RunDirectoryError where it cannot, or
     where something else has come to lie there."""
     if (fault := _not_ours(path)) is not None:
         raise RunDirectoryError(f"run.prometheus {path} {fault}")
-    numbers = {name: value for name, value in asdict(sample).items() if isinstance(value, int | float)}
+    numbers = {
+        name: value for name, value in asdict(sample).items() if isinstance(value, int | float)
+    }
     if metrics is not None:
         numbers |= {name: getattr(metrics, name) for name in _STEP_NUMBERS}
     write_atomically(path, "".join(_lines(run_name, numbers)))

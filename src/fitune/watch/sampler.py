@@ -45,7 +45,11 @@ class Sampler:
 
     def held_bytes(self) -> int:
         """What the run holds at this moment."""
-        return torch.cuda.memory_allocated(self._device) if self._device.type == "cuda" else self.process_bytes()
+        return (
+            torch.cuda.memory_allocated(self._device)
+            if self._device.type == "cuda"
+            else self.process_bytes()
+        )
 
     def process_bytes(self) -> int:
         return int(self._process.memory_info().rss)
@@ -85,7 +89,10 @@ class Sampler:
             used = total - free
         own = {process.pid: process.used_bytes for process in card.processes}.get(os.getpid())
         if own is None:  # not told (WSL, Windows), or under the number of another container
-            own = reserved["current"] + context_prior(torch.cuda.get_device_capability(self._device)).expected_bytes
+            own = (
+                reserved["current"]
+                + context_prior(torch.cuda.get_device_capability(self._device)).expected_bytes
+            )
         return numbers | {
             "allocated_bytes": allocated["current"],
             "peak_allocated_bytes": allocated["peak"],

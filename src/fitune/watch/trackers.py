@@ -26,7 +26,9 @@ def check_trackers(config: RunConfig) -> None:
     """Raise ConfigError where a tracker is not installed."""
     missing = [name for name in config.run.trackers if importlib.util.find_spec(name) is None]
     if missing:
-        raise ConfigError([f"run.trackers: {name} is not installed: pip install {name}" for name in missing])
+        raise ConfigError(
+            [f"run.trackers: {name} is not installed: pip install {name}" for name in missing]
+        )
 
 
 @contextmanager
@@ -36,7 +38,10 @@ def open_trackers(
     """Those of `run.trackers`, as watchers. tell: called when one of them fails, which does not end the run. Raises
     FituneError where one cannot start."""
     with ExitStack() as opened:
-        yield tuple(opened.enter_context(_started(name, config, run, tell=tell)) for name in config.run.trackers)
+        yield tuple(
+            opened.enter_context(_started(name, config, run, tell=tell))
+            for name in config.run.trackers
+        )
 
 
 class Tracker:
@@ -59,7 +64,10 @@ class Tracker:
 
 class TensorBoard(Tracker):
     def options(self, config: RunConfig, run: RunDirectory) -> dict[str, Any]:
-        return {"run_name": "tensorboard", "logging_dir": run.trackers}  # `tensorboard --logdir runs` shows every run
+        return {
+            "run_name": "tensorboard",
+            "logging_dir": run.trackers,
+        }  # `tensorboard --logdir runs` shows every run
 
 
 class Trackio(Tracker):
@@ -75,7 +83,12 @@ class Trackio(Tracker):
 class Wandb(Tracker):
     def options(self, config: RunConfig, run: RunDirectory) -> dict[str, Any]:
         run.trackers.mkdir(exist_ok=True)
-        return {"run_name": PROJECT, "name": run.name, "dir": str(run.trackers), "mode": _mode("WANDB")}
+        return {
+            "run_name": PROJECT,
+            "name": run.name,
+            "dir": str(run.trackers),
+            "mode": _mode("WANDB"),
+        }
 
     def save(self, tracker: Any, path: Path, run: RunDirectory) -> None:
         tracker.tracker.save(str(path), base_path=str(run.path), policy="now")
@@ -85,7 +98,12 @@ class SwanLab(Tracker):
     def options(self, config: RunConfig, run: RunDirectory) -> dict[str, Any]:
         place = run.trackers / "swanlab"
         place.mkdir(parents=True, exist_ok=True)
-        return {"run_name": PROJECT, "name": run.name, "log_dir": str(place), "mode": _mode("SWANLAB")}
+        return {
+            "run_name": PROJECT,
+            "name": run.name,
+            "log_dir": str(place),
+            "mode": _mode("SWANLAB"),
+        }
 
     def event(self, text: str) -> dict[str, Any]:
         import swanlab
@@ -100,7 +118,11 @@ class MLflow(Tracker):
         output = config.run.output.absolute()
         if "MLFLOW_TRACKING_URI" not in os.environ:
             mlflow.set_tracking_uri(f"sqlite:///{output / 'mlflow.db'}")
-        return {"experiment_name": PROJECT, "run_name": run.name, "logging_dir": (output / "mlartifacts").as_uri()}
+        return {
+            "experiment_name": PROJECT,
+            "run_name": run.name,
+            "logging_dir": (output / "mlartifacts").as_uri(),
+        }
 
     def event(self, text: str) -> None:
         """It takes numbers alone, and gets events.jsonl at the end."""
@@ -121,7 +143,9 @@ TRACKERS: dict[str, Tracker] = {
 class Tracked:
     """A watcher that tells one tracker."""
 
-    def __init__(self, name: str, tracker: Any, run: RunDirectory, tell: Callable[[str], None]) -> None:
+    def __init__(
+        self, name: str, tracker: Any, run: RunDirectory, tell: Callable[[str], None]
+    ) -> None:
         """tracker: accelerate's adapter. tell: called when it fails for the first time."""
         self._name, self._kind = name, TRACKERS[name]
         self._tracker, self._run, self._tell = tracker, run, tell
@@ -133,7 +157,9 @@ class Tracked:
         self._log({f"train/{name}": value for name, value in asdict(metrics).items()})
 
     def evaluation(self, metrics: EvalMetrics, *, best: bool) -> None:
-        self._log({f"eval/{name.removeprefix('eval_')}": value for name, value in asdict(metrics).items()})
+        self._log(
+            {f"eval/{name.removeprefix('eval_')}": value for name, value in asdict(metrics).items()}
+        )
 
     def note(self, text: str) -> None:
         self._log(self._kind.event(text))
@@ -160,14 +186,18 @@ class Tracked:
         try:
             with redirect_stdout(sys.stderr):
                 yield
-        except Exception as error:  # a full disk, a network, a fault of the tracker: not worth the run
+        except (
+            Exception
+        ) as error:  # a full disk, a network, a fault of the tracker: not worth the run
             if self._works:
                 self._tell(f"warning: {self._name} failed and may be incomplete: {error}")
             self._works = False
 
 
 @contextmanager
-def _started(name: str, config: RunConfig, run: RunDirectory, *, tell: Callable[[str], None]) -> Iterator["Tracked"]:
+def _started(
+    name: str, config: RunConfig, run: RunDirectory, *, tell: Callable[[str], None]
+) -> Iterator["Tracked"]:
     tracker = Tracked(name, _start(name, config, run), run, tell)
     try:
         yield tracker
@@ -191,7 +221,11 @@ def _start(name: str, config: RunConfig, run: RunDirectory) -> Any:
 
 
 def _mode(prefix: str) -> str:
-    return os.environ.get(f"{prefix}_MODE", "offline") if f"{prefix}_API_KEY" in os.environ else "offline"
+    return (
+        os.environ.get(f"{prefix}_MODE", "offline")
+        if f"{prefix}_API_KEY" in os.environ
+        else "offline"
+    )
 
 
 def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, bool | int | float | str]:
@@ -201,5 +235,7 @@ def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, bool | int | f
         if isinstance(value, dict):
             flat |= _flat(value, f"{prefix}{key}.")
         elif value is not None:
-            flat[f"{prefix}{key}"] = value if isinstance(value, bool | int | float | str) else str(value)
+            flat[f"{prefix}{key}"] = (
+                value if isinstance(value, bool | int | float | str) else str(value)
+            )
     return flat
