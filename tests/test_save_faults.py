@@ -24,6 +24,10 @@ def no_space() -> OSError:
     return OSError(28, "No space left on device")
 
 
+def unreadable() -> OSError:
+    return OSError(5, "Input/output error")
+
+
 def no_memory_on_the_host() -> RuntimeError:
     return RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4194304 bytes.")
 
@@ -160,7 +164,7 @@ def test_memory_that_stays_short_while_a_run_loads_is_one_sentence(
 def test_a_disk_that_does_not_read_is_one_sentence_and_nothing_is_lost(
     capsys: pytest.CaptureFixture[str], crashed: None
 ) -> None:
-    with failing_call(TRAIN + "checkpoint.read.safe_open", *range(MANY), error=lambda: OSError(5, "Input/output error")):
+    with failing_call(TRAIN + "checkpoint.read.safe_open", *range(MANY), error=unreadable):
         said = error_of(capsys, "--resume", "runs/run")
     assert said.startswith("error: runs/run/checkpoints/step-00000004 cannot be read: [Errno 5] Input/output error")
     train("--resume", "runs/run")

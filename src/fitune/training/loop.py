@@ -40,7 +40,7 @@ from fitune.training.growth import BatchGrowth
 from fitune.training.identity import run_conditions, run_identity
 from fitune.training.length import run_length
 from fitune.training.log import RunLog, run_summary, step_metrics, step_record
-from fitune.training.resume import Replay, Start, check_replayed, replayed_reliefs, replayed_split
+from fitune.training.resume import Replay, Start, check_replayed, replayed_fallbacks, replayed_split
 from fitune.training.saving import Saver
 from fitune.training.self_check import CHECKED_STEP, SelfCheck
 from fitune.training.state import RunState, larger_peak
@@ -258,7 +258,7 @@ class TrainingLoop:
         keep_plan = self.replay is not None
         if self.replay is not None:
             self.guard.apply_fallbacks(
-                replayed_reliefs(self.replay, self.num_replayed, rank=self.ranks.rank)
+                replayed_fallbacks(self.replay, self.num_replayed, rank=self.ranks.rank)
             )
         with self.saved_if_out_of_memory():
             safe = self.guard.train(
