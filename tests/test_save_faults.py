@@ -106,7 +106,7 @@ def test_a_run_that_ends_for_want_of_memory_saves_again_what_could_not_be_saved(
     """The save of step 4 fails, then step 5 finds no memory: its sentence must be true."""
     with (
         failing_call(TRAIN + "checkpoint.write.write_manifest", 2, error=no_space),
-        failing_call(RECOVERY + "guard.safe_step", *range(5, MANY), error=out_of_memory_for_good),
+        failing_call(RECOVERY + "guard.safe_step", *range(4, MANY), error=out_of_memory_for_good),
     ):
         said = error_of(capsys, "sft.yaml", exit_code=4)
     assert "the weights of step 4 are in runs/run/last" in said
@@ -122,7 +122,7 @@ def out_of_memory_for_good() -> BaseException:
 def test_a_last_save_that_fails_too_is_said_beside_what_ended_the_run(capsys: pytest.CaptureFixture[str]) -> None:
     with (
         failing_call(TRAIN + "checkpoint.write.write_manifest", *range(2, MANY), error=no_space),
-        failing_call(RECOVERY + "guard.safe_step", *range(5, MANY), error=out_of_memory_for_good),
+        failing_call(RECOVERY + "guard.safe_step", *range(4, MANY), error=out_of_memory_for_good),
     ):
         said = error_of(capsys, "sft.yaml", exit_code=4)
     assert said.startswith("error: row 3 does not fit; step 4 could not be saved: [Errno 28] No space left on device")

@@ -1,7 +1,7 @@
-"""What watches a run from beside it: a thread that writes memory.jsonl twice a second and rings the alarms, and the
-trackers that the configuration names.
+"""Watches a run: a thread samples its memory and raises alarms, and trackers follow the run.
 
-The thread does no work on the device and waits for none; a run neither ends nor slows down because of it.
+The thread writes memory.jsonl twice a second. It does no work on the device and does not wait for
+the device, and it neither ends nor slows down a run.
 """
 
 import threading
@@ -34,8 +34,8 @@ from fitune.watch.trackers import open_trackers
 
 SAMPLE_SECONDS = 0.5
 PROMETHEUS_SECONDS = 5.0
+#: the samples of some hours
 MOST_WAITING_BYTES = 8 * MIB
-"""Samples of some hours."""
 STATE_EVERY_STEPS = 100
 
 
@@ -43,7 +43,10 @@ STATE_EVERY_STEPS = 100
 def watched(
     config: RunConfig, setup: Setup, run: RunDirectory, *, watcher: Watcher
 ) -> Iterator[Watcher]:
-    """`watcher`, together with all that the run is to be watched by. Raises what a tracker raises that cannot start."""
+    """Add the monitor and the configured trackers to a watcher.
+
+    Raises what a tracker raises that cannot start.
+    """
     with ExitStack() as opened:
         others = Watchers(
             (watcher, *opened.enter_context(open_trackers(config, run, tell=watcher.note)))
@@ -55,7 +58,7 @@ def watched(
 def run_monitor(
     config: RunConfig, setup: Setup, run: RunDirectory, *, tell: Callable[[str], None]
 ) -> "Monitor":
-    """Of a run by fitune's own loop."""
+    """Create the monitor of a run that fitune's own loop trains."""
     parameters = list(setup.model.parameters())
     saved = (
         parameters if config.model.method == "full" else [p for p in parameters if p.requires_grad]
@@ -73,16 +76,20 @@ def run_monitor(
 
 @dataclass(frozen=True)
 class MonitorSettings:
-    """prometheus: a file for its collector. names: what the user calls what an alarm names as fitune's configuration
-    does."""
+    """The settings of a monitor."""
 
     alarms: AlarmSettings
+    #: the file for Prometheus' textfile collector
     prometheus: Path | None = None
+    #: what the user calls the configuration keys that alarms mention, if that is not fitune's name
     names: Mapping[str, str] = field(default_factory=dict)
 
 
 class Monitor:
-    """A watcher with a thread of its own. tell: called with each alarm, in the thread that trains."""
+    """A watcher that samples memory in a thread.
+
+    tell: is called with each alarm, in the thread that trains.
+    """
 
     def __init__(
         self,
@@ -105,7 +112,7 @@ class Monitor:
         self._thread = threading.Thread(
             target=self._sample_until_stopped, name="monitor", daemon=True
         )
-        self._sentences: deque[str] = deque()
+        self._messages: deque[str] = deque()
         self._last: StepMetrics | None = None
         self._step = 0
         self._progress: float | None = None
@@ -129,13 +136,13 @@ class Monitor:
         with self._lock:
             self._last = metrics
             self._peaks.append(metrics)
-            self._ring(
+            self._report(
                 self._alarms.step(metrics, held_bytes=self._sampler.held_bytes(), now=time.time())
             )
         self._tell_alarms()
 
     def reached(self, step: int, *, progress: float) -> None:
-        """A step is done, of which there are no metrics yet."""
+        """Note that a step is done whose metrics are not known yet."""
         self._step, self._progress = step, progress
 
     def evaluation(self, metrics: EvalMetrics, *, best: bool) -> None:
@@ -145,7 +152,10 @@ class Monitor:
         pass
 
     def sample(self) -> MemorySample:
-        """Read, write and judge the present moment. Raises RunDirectoryError where it cannot be written."""
+        """Sample the memory now, write the sample and check it for alarms.
+
+        Raises RunDirectoryError if the sample cannot be written.
+        """
         sample = self._sampler.read(
             step=self._step, progress=self._progress, state_bytes=self._state_bytes
         )
@@ -153,7 +163,7 @@ class Monitor:
             for metrics in self._peaks:
                 sample = _with_peaks(sample, metrics)
             self._peaks.clear()
-            self._ring(self._alarms.sample(sample))
+            self._report(self._alarms.sample(sample))
         self._files.append(self._run.memory, sample, leave_out_unknown=True)
         if sample.time - self._exported >= PROMETHEUS_SECONDS:
             self._exported = sample.time
@@ -161,7 +171,7 @@ class Monitor:
         return sample
 
     def _export(self, sample: MemorySample) -> None:
-        with self._exporting:  # not the lock that a step waits for: the disk may be slow
+        with self._exporting:  # another lock than the one that steps wait for: the disk may be slow
             if self._prometheus is None:
                 return
             try:
@@ -171,46 +181,43 @@ class Monitor:
                 self._is_exported = True
             except RunDirectoryError:
                 if self._is_exported:
-                    self._sentences.append(
+                    self._messages.append(
                         f"warning: run.prometheus {self._prometheus} cannot be written: it is tried again every "
                         f"{PROMETHEUS_SECONDS:.0f} s"
                     )
                 self._is_exported = False
 
     def _sample_until_stopped(self) -> None:
-        going_on = True
+        is_running = True
         try:
-            while going_on:
+            while is_running:
                 start = time.perf_counter()
                 self.sample()
-                going_on = not self._stopped.wait(
+                is_running = not self._stopped.wait(
                     max(0.0, SAMPLE_SECONDS - (time.perf_counter() - start))
                 )
             self._exported = 0.0
             self.sample()
-        except (
-            Exception
-        ) as error:  # a driver that broke: training is not to end because of its monitor
-            self._sentences.append(f"warning: memory is no longer recorded: {error}")
+        except Exception as error:  # a driver may fail in any way, which must not end the training
+            self._messages.append(f"warning: memory is no longer recorded: {error}")
 
-    def _ring(self, events: list[RunEvent]) -> None:
-        """At once into the run's directory, lest a run that dies takes its warnings with it."""
+    def _report(self, events: list[RunEvent]) -> None:
+        """Write alarms to the run's directory at once, so that they are there if the run dies."""
         for event in events:
             for name, other in self._names.items():
                 event = replace(event, message=event.message.replace(name, other))
-            self._sentences.append(event.message)
-            with suppress(
-                RunDirectoryError
-            ):  # the loop's own lines meet the same fault, and end the run
+            self._messages.append(event.message)
+            # the training loop meets the same fault when it writes, and ends the run
+            with suppress(RunDirectoryError):
                 self._files.append(self._run.events, event)
 
     def _tell_alarms(self) -> None:
-        while self._sentences:
-            self._tell(self._sentences.popleft())
+        while self._messages:
+            self._tell(self._messages.popleft())
 
 
 def _state_bytes(model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> int:
-    """Parameters, buffers, gradients and optimizer state on the device."""
+    """Return the bytes of parameters, buffers, gradients and optimizer state on the device."""
     parameters = list(model.parameters())
     state = (tensor for tensors in optimizer.state.values() for tensor in tensors.values())
     gradients = [parameter for parameter in parameters if parameter.requires_grad]
@@ -219,7 +226,10 @@ def _state_bytes(model: nn.Module, optimizer: torch.optim.Optimizer, device: tor
 
 
 def _with_peaks(sample: MemorySample, metrics: StepMetrics) -> MemorySample:
-    """The peaks of a step that ended since the sample before. On a CPU the step's device is the process."""
+    """Add the peaks of a step that ended since the previous sample.
+
+    On a CPU the step's device memory is the process's memory.
+    """
     on_cpu = sample.allocated_bytes is None
     return replace(
         sample,
@@ -240,7 +250,7 @@ def _larger(first: int | None, second: int | None) -> int | None:
 
 
 def _planned_bytes(path: Path) -> int | None:
-    """What the run's plan reserves at its peak; None where there is no plan, or none that says it."""
+    """Return what the run's plan reserves at its peak; None if there is no such plan."""
     try:
         plan = parse_json(read_plain(path))
         return int(plan["candidates"][plan["chosen"]]["predicted_reserved_bytes"])

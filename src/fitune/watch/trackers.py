@@ -1,8 +1,9 @@
-"""Experiment trackers, through accelerate's adapters: they are told the configuration, every step and evaluation, the
-events, and at the end the run's small files.
+"""Sends a run to experiment trackers, through accelerate's adapters.
 
-All of them stay on this machine and none asks a question: wandb and swanlab write for a later `sync` unless their key
-is in the environment beside their mode (WANDB_API_KEY and WANDB_MODE, SWANLAB_API_KEY and SWANLAB_MODE).
+A tracker gets the configuration, every step, evaluation and event, and at the end the run's small
+files. All trackers stay on this machine and none asks a question: wandb and swanlab write for a
+later `sync`, unless both their key and their mode are in the environment (WANDB_API_KEY and
+WANDB_MODE, SWANLAB_API_KEY and SWANLAB_MODE).
 """
 
 import importlib.util
@@ -23,7 +24,7 @@ PROJECT = "fitune"
 
 
 def check_trackers(config: RunConfig) -> None:
-    """Raise ConfigError where a tracker is not installed."""
+    """Raise ConfigError if a tracker is not installed."""
     missing = [name for name in config.run.trackers if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(
@@ -35,8 +36,12 @@ def check_trackers(config: RunConfig) -> None:
 def open_trackers(
     config: RunConfig, run: RunDirectory, *, tell: Callable[[str], None]
 ) -> Iterator[tuple["Tracked", ...]]:
-    """Those of `run.trackers`, as watchers. tell: called when one of them fails, which does not end the run. Raises
-    FituneError where one cannot start."""
+    """Start the trackers of `run.trackers`, and yield them as watchers.
+
+    tell: is called when one of them fails, which does not end the run.
+
+    Raises FituneError if one cannot start.
+    """
     with ExitStack() as opened:
         yield tuple(
             opened.enter_context(_started(name, config, run, tell=tell))
@@ -45,18 +50,18 @@ def open_trackers(
 
 
 class Tracker:
-    """What is particular to one tracker. The others are as accelerate's adapter for it."""
+    """What differs between trackers; everything else is the same through accelerate's adapters."""
 
     def options(self, config: RunConfig, run: RunDirectory) -> dict[str, Any]:
-        """Return what accelerate's adapter is made with."""
+        """Return the arguments for accelerate's adapter."""
         raise NotImplementedError
 
     def event(self, text: str) -> dict[str, Any] | None:
-        """Return what is logged of an event, None where the tracker takes numbers alone."""
+        """Return what is logged for an event; None if the tracker takes only numbers."""
         return {"event": text}
 
     def save(self, tracker: Any, path: Path, run: RunDirectory) -> None:
-        """Give the tracker a file of the run, where it keeps files."""
+        """Give a file of the run to the tracker, if it stores files."""
 
     def finish(self, tracker: Any) -> None:
         tracker.finish()
@@ -64,10 +69,8 @@ class Tracker:
 
 class TensorBoard(Tracker):
     def options(self, config: RunConfig, run: RunDirectory) -> dict[str, Any]:
-        return {
-            "run_name": "tensorboard",
-            "logging_dir": run.trackers,
-        }  # `tensorboard --logdir runs` shows every run
+        # so that `tensorboard --logdir runs` shows every run
+        return {"run_name": "tensorboard", "logging_dir": run.trackers}
 
 
 class Trackio(Tracker):
@@ -77,7 +80,8 @@ class Trackio(Tracker):
     def finish(self, tracker: Any) -> None:
         import trackio
 
-        trackio.finish()  # accelerate's finish leaves it to end, and to say so, once more
+        # after accelerate's `finish`, trackio would finish and print a second time at exit
+        trackio.finish()
 
 
 class Wandb(Tracker):
@@ -125,7 +129,7 @@ class MLflow(Tracker):
         }
 
     def event(self, text: str) -> None:
-        """It takes numbers alone, and gets events.jsonl at the end."""
+        """Log nothing: MLflow takes only numbers, and gets events.jsonl at the end."""
 
     def save(self, tracker: Any, path: Path, run: RunDirectory) -> None:
         tracker.log_artifact(str(path))
@@ -141,12 +145,15 @@ TRACKERS: dict[str, Tracker] = {
 
 
 class Tracked:
-    """A watcher that tells one tracker."""
+    """A watcher that passes everything on to one tracker.
+
+    tracker: accelerate's adapter.
+    tell: is called when the tracker fails for the first time.
+    """
 
     def __init__(
         self, name: str, tracker: Any, run: RunDirectory, tell: Callable[[str], None]
     ) -> None:
-        """tracker: accelerate's adapter. tell: called when it fails for the first time."""
         self._name, self._kind = name, TRACKERS[name]
         self._tracker, self._run, self._tell = tracker, run, tell
         self._step = 0
@@ -182,13 +189,11 @@ class Tracked:
 
     @contextmanager
     def _guarded(self) -> Iterator[None]:
-        """Send what the tracker prints to stderr. One that failed once is left alone, but for its end."""
+        """Redirect what the tracker prints to stderr, and report only the first of its failures."""
         try:
             with redirect_stdout(sys.stderr):
                 yield
-        except (
-            Exception
-        ) as error:  # a full disk, a network, a fault of the tracker: not worth the run
+        except Exception as error:  # a full disk, the network, a bug: nothing that may end the run
             if self._works:
                 self._tell(f"warning: {self._name} failed and may be incomplete: {error}")
             self._works = False
@@ -229,7 +234,10 @@ def _mode(prefix: str) -> str:
 
 
 def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, bool | int | float | str]:
-    """{'optim': {'lr': 1e-4}} -> {'optim.lr': 1e-4}; what is no plain value as text, what is not set left out."""
+    """Flatten nested keys: {'optim': {'lr': 1e-4}} -> {'optim.lr': 1e-4}.
+
+    Unset values are left out, and lists and other nested values become text.
+    """
     flat: dict[str, bool | int | float | str] = {}
     for key, value in content.items():
         if isinstance(value, dict):
