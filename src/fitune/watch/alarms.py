@@ -167,7 +167,9 @@ class Alarms:
         )
 
     def _leak(self, held_bytes: int | None) -> str | None:
-        """Check whether the minimum held in a window of steps grows from window to window, twice.
+        """Check whether the minimum held in a window of steps grows from window to window.
+
+        It must grow twice.
         """
         if held_bytes is None:
             return None
