@@ -1,5 +1,8 @@
-"""The cards as CUDA's driver library names them, for machines without NVML: a container that was given `compute` alone
-has a card and no management library. Nothing is started on a card, so its free memory stays unknown."""
+"""Lists the cards through CUDA's driver library, for machines without NVML.
+
+A container with only the driver capability `compute` has a card but no NVML. Nothing is started on
+a card, so its free memory stays unknown.
+"""
 
 import ctypes
 import sys
@@ -13,16 +16,20 @@ _LIBRARY = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
 
 @dataclass(frozen=True, slots=True)
 class DriverCard:
-    """uuid: as NVML writes it."""
+    """A card as CUDA's driver describes it."""
 
     name: str
+    #: as NVML writes it
     uuid: str
     total_bytes: int
     compute_capability: tuple[int, int]
 
 
 def driver_cards() -> tuple[DriverCard, ...]:
-    """Those that CUDA_VISIBLE_DEVICES leaves, in CUDA's order; none without the driver or where it fails."""
+    """Return the cards that CUDA_VISIBLE_DEVICES selects, in CUDA's order.
+
+    Returns none if the driver is missing or fails.
+    """
     try:
         driver = ctypes.CDLL(_LIBRARY)
         count = ctypes.c_int()
@@ -54,6 +61,6 @@ def _card(driver: ctypes.CDLL, number: int) -> DriverCard:
 
 
 def _check(*results: int) -> None:
-    """Raises OSError where one of the calls was not a success (0)."""
+    """Raise OSError if one of the calls did not return 0 (success)."""
     if any(results):
         raise OSError(f"CUDA's driver answers {max(results)}")

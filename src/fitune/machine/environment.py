@@ -1,5 +1,8 @@
-"""The machine a run happens on: what `fitune env` shows and a run keeps as env.json. Nothing heavy is imported:
-versions are read from the packages' metadata. No name of the user or of a directory is in it."""
+"""Describes the machine that a run happens on, for `fitune env` and a run's env.json.
+
+Nothing heavy is imported: versions are read from the packages' metadata. The description contains
+no name of the user or of a directory.
+"""
 
 import os
 import platform
@@ -31,8 +34,12 @@ OPTIONAL_PACKAGES = ("bitsandbytes", "gguf", "liger-kernel", "torchao")
 
 
 def environment(output: Path) -> dict[str, Any]:
-    """The machine as JSON holds it: sizes in bytes, unknown is None. `output`: where runs are kept, for the free disk
-    space. Memory is what other processes and this one leave now: a run asks before it uses the card."""
+    """Describe the machine as JSON, with sizes in bytes and None for what is unknown.
+
+    output: the directory of the runs, for the free disk space.
+
+    Free memory is what all processes leave free now; a run measures it before it uses the card.
+    """
     memory = cpu_device()
     return {
         "fitune": __version__,
@@ -57,8 +64,10 @@ def environment(output: Path) -> dict[str, Any]:
 
 
 def c_allocator(maps: Path = Path("/proc/self/maps")) -> str | None:
-    """'tcmalloc', 'jemalloc' or 'mimalloc' where one is loaded into this process, else the C library's: 'glibc' or
-    'musl'. None where that cannot be seen (no Linux)."""
+    """Return 'tcmalloc', 'jemalloc' or 'mimalloc' if loaded, or else 'glibc' or 'musl'.
+
+    Returns None if the process's libraries are unknown (not on Linux).
+    """
     try:
         libraries = maps.read_text()
     except OSError:
@@ -70,7 +79,7 @@ def c_allocator(maps: Path = Path("/proc/self/maps")) -> str | None:
 
 
 def find_tcmalloc() -> str | None:
-    """The path of an installed tcmalloc, which LD_PRELOAD takes; None where the usual places have none."""
+    """Return the path of an installed tcmalloc for LD_PRELOAD, or None if there is none."""
     places = [
         Path("/usr/lib"),
         Path("/usr/lib64"),
@@ -103,7 +112,7 @@ def _num_usable_cpus() -> int | None:
 
 
 def _free_disk_bytes(output: Path) -> int | None:
-    """`output` need not exist yet: its nearest parent that does counts."""
+    """Return the free bytes of the nearest parent of `output` that exists."""
     place = output.absolute()
     while not place.exists() and place != place.parent:
         place = place.parent
@@ -126,7 +135,7 @@ def _card(device: Device) -> dict[str, Any]:
 
 
 def driver_version() -> str | None:
-    """Of the NVIDIA driver; None without one."""
+    """Return the version of the NVIDIA driver, or None if there is none."""
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError:
