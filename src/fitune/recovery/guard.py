@@ -2,11 +2,13 @@
 
 The training loop calls these methods of `Guard`:
 
-    start     before step 1: allocate the optimizer's state, check the model on two samples, and
-              try the heaviest micro-batch
-    settle    on a GPU: give back what was tried, so that the first step begins as predicted
-    train     do one safe step, in micro-batches of a size that fits now, and learn from it
-    evaluate  evaluate, in micro-batches of a size that is learned separately
+    start                 before step 1: allocate the optimizer's state, check the model on two
+                          samples, and try the heaviest micro-batch
+    release_trial_memory  on a GPU: give back what was tried, so that the first step begins as
+                          predicted
+    train                 do one safe step, in micro-batches of a size that fits now, and learn
+                          from it
+    evaluate              evaluate, in micro-batches of a size that is learned separately
 """
 
 import math
@@ -52,7 +54,7 @@ PROBE_ROWS = ((3, 1), (12, 10))
 class Guard:
     """Does a run's steps and evaluations so that running out of memory does not end them.
 
-    tell: is called with the kind and the message of every event.
+    report: is called with the kind and the message of every event.
     ranks: the processes that the samples of a step are sharded over.
     """
 
@@ -62,11 +64,11 @@ class Guard:
         setup: Setup,
         *,
         examples: Examples,
-        tell: Callable[[str, str], None],
+        report: Callable[[str, str], None],
         predicted: Prediction | None = None,
         ranks: Ranks | None = None,
     ) -> None:
-        self._setup, self._report, self._ranks = setup, tell, ranks or Ranks()
+        self._setup, self._report, self._ranks = setup, report, ranks or Ranks()
         self._shards = setup.settings.shards
         work = micro_batch_work(setup.model, setup.optimizer, setup.settings, scaler=setup.scaler)
         self.protection = Protection(
@@ -151,7 +153,7 @@ class Guard:
             # The C library would keep what the longest samples took; most batches need less.
             release_memory(self._device)
 
-    def settle(self) -> None:
+    def release_trial_memory(self) -> None:
         """Give back the memory of everything tried, so that the first step begins as predicted.
 
         On a GPU the reserved memory depends on everything that was allocated before. The next steps
@@ -271,7 +273,7 @@ class Guard:
         try:
             yield
         except FituneError as error:
-            self._ranks.tell(error)
+            self._ranks.report(error)
             raise
 
     def _peers(self, batch: Batch) -> Alone:

@@ -104,7 +104,7 @@ class TrainingLoop:
             config,
             setup,
             examples=data.train,
-            tell=self.own_event,
+            report=self.own_event,
             predicted=None if self_check is None else self_check.predicted,
             ranks=ranks,
         )
@@ -150,11 +150,8 @@ class TrainingLoop:
         earlier = 0.0 if self.start is None else self.start.state.seconds
         return earlier + time.perf_counter() - self.started
 
-    def run_to_the_end(self, caught: list[int]) -> Status:
-        """Train until the run is over or stops. Signals are appended to `caught` meanwhile."""
-        stop_at = None
-        if self.config.train.stop_after is not None:
-            stop_at = self.started + parse_seconds(self.config.train.stop_after)
+    def begin(self) -> None:
+        """Prepare the first step of this session."""
         if self.state == RunState():
             seed_everything(self.config.train.seed)
         for note in () if self.start is None else self.start.notes:
@@ -166,7 +163,13 @@ class TrainingLoop:
             self.guard.restore(self.start.memory_model)
         if self.is_evaluation_due():  # the run may have stopped before a due evaluation
             self.evaluate()
-        self.guard.settle()
+        self.guard.release_trial_memory()
+
+    def run_to_the_end(self, caught: list[int]) -> Status:
+        """Train until the run is over or stops. Signals are appended to `caught` meanwhile."""
+        stop_after = self.config.train.stop_after
+        stop_at = None if stop_after is None else self.started + parse_seconds(stop_after)
+        self.begin()
         prepared = prefetch(self._prepared(), depth=PREFETCHED_BATCHES)
         try:
             while not self.is_over() and (item := next(prepared, None)) is not None:
@@ -180,8 +183,9 @@ class TrainingLoop:
                     break
                 if stops:
                     self.save_last()
-                    timed_out = f"stopped after {self.config.train.stop_after}"
-                    self.event("stopped", "interrupted" if caught else timed_out)
+                    self.event(
+                        "stopped", "interrupted" if caught else f"stopped after {stop_after}"
+                    )
                     return "stopped"
                 if self.is_evaluation_due():
                     self.evaluate()

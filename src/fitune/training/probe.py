@@ -280,7 +280,7 @@ def noise_before_training(
     Returns None if there are too few samples.
     """
     guard = Guard(
-        config, setup, examples=examples, tell=lambda kind, sentence: watcher.note(sentence)
+        config, setup, examples=examples, report=lambda kind, message: watcher.note(message)
     )
     guard.start()
     rows = batches(

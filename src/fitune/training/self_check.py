@@ -165,7 +165,7 @@ def predict_second_step(
 def _passes(config: RunConfig, train: Examples, num_ranks: int) -> Iterator[Pass]:
     """Yield the passes that the run will do: the optimizer's state, and then its first two steps.
 
-    `Guard.settle` has given back what a card allocates before them.
+    `Guard.release_trial_memory` has given back what a card allocates before them.
     """
     if not OPTIMIZERS[config.optim.name].state_comes_late:
         yield Pass("state")

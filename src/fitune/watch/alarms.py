@@ -112,13 +112,13 @@ class Alarms:
             return None
         needed = max(self._step_peak_bytes, sample.peak_allocated_bytes or 0)
         reclaimable = max(0, (sample.reserved_bytes or 0) - needed)
-        remaining = sample.device_total_bytes - sample.device_used_bytes + reclaimable
+        left = sample.device_total_bytes - sample.device_used_bytes + reclaimable
         margin = min(max(sample.device_total_bytes // 50, 128 * MIB), 512 * MIB)
-        if remaining >= margin:
+        if left >= margin:
             return None
         return (
-            f"only {format_bytes(remaining)} of {format_bytes(sample.device_total_bytes)} are left: end what else uses this "
-            "memory, or lower batch.micro_tokens or batch.micro"
+            f"only {format_bytes(left)} of {format_bytes(sample.device_total_bytes)} are left: "
+            "end what else uses this memory, or lower batch.micro_tokens or batch.micro"
         )
 
     def _other_processes(self, sample: MemorySample) -> str | None:
@@ -144,7 +144,10 @@ class Alarms:
         if not (before and self._spilled):
             return None
         if self._settings.on_cpu:
-            return f"{format_bytes(sample.spill_bytes)} are swapped out, which makes steps slow: lower batch.micro_tokens"
+            return (
+                f"{format_bytes(sample.spill_bytes)} are swapped out, which makes steps slow: "
+                "lower batch.micro_tokens"
+            )
         return (
             f"{format_bytes(sample.spill_bytes)} lie in system memory instead of the card, which makes steps slow: "
             "lower batch.micro_tokens, or forbid it in NVIDIA's control panel (CUDA - Sysmem Fallback Policy)"

@@ -49,14 +49,14 @@ def watched(
     """
     with ExitStack() as opened:
         others = Watchers(
-            (watcher, *opened.enter_context(open_trackers(config, run, tell=watcher.note)))
+            (watcher, *opened.enter_context(open_trackers(config, run, notify=watcher.note)))
         )
-        monitor = opened.enter_context(run_monitor(config, setup, run, tell=others.note))
+        monitor = opened.enter_context(run_monitor(config, setup, run, notify=others.note))
         yield Watchers((*others.watchers, monitor))
 
 
 def run_monitor(
-    config: RunConfig, setup: Setup, run: RunDirectory, *, tell: Callable[[str], None]
+    config: RunConfig, setup: Setup, run: RunDirectory, *, notify: Callable[[str], None]
 ) -> "Monitor":
     """Create the monitor of a run that fitune's own loop trains."""
     parameters = list(setup.model.parameters())
@@ -71,7 +71,7 @@ def run_monitor(
     )
     prometheus = None if config.run.prometheus is None else Path(config.run.prometheus)
     settings = MonitorSettings(alarms, prometheus)
-    return Monitor(run, setup.model, setup.optimizer, settings=settings, tell=tell)
+    return Monitor(run, setup.model, setup.optimizer, settings=settings, notify=notify)
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class MonitorSettings:
 class Monitor:
     """A watcher that samples memory in a thread.
 
-    tell: is called with each alarm, in the thread that trains.
+    notify: is called with each alarm, in the thread that trains.
     """
 
     def __init__(
@@ -98,10 +98,10 @@ class Monitor:
         optimizer: torch.optim.Optimizer,
         *,
         settings: MonitorSettings,
-        tell: Callable[[str], None],
+        notify: Callable[[str], None],
     ) -> None:
         self._run, self._model, self._optimizer = run, model, optimizer
-        self._names, self._prometheus, self._tell = settings.names, settings.prometheus, tell
+        self._names, self._prometheus, self._notify = settings.names, settings.prometheus, notify
         self._device = next(model.parameters()).device
         self._state_bytes = sum(local(parameter).nbytes for parameter in model.parameters())
         self._sampler = Sampler(self._device, place=run.path, parameter_bytes=self._state_bytes)
@@ -127,7 +127,7 @@ class Monitor:
         self._stopped.set()
         self._thread.join()
         self._sampler.close()
-        self._tell_alarms()
+        self._notify_of_alarms()
 
     def step(self, metrics: StepMetrics, *, progress: float) -> None:
         if self._last is None or metrics.step % STATE_EVERY_STEPS == 0:
@@ -139,7 +139,7 @@ class Monitor:
             self._report(
                 self._alarms.step(metrics, held_bytes=self._sampler.held_bytes(), now=time.time())
             )
-        self._tell_alarms()
+        self._notify_of_alarms()
 
     def reached(self, step: int, *, progress: float) -> None:
         """Note that a step is done whose metrics are not known yet."""
@@ -211,9 +211,9 @@ class Monitor:
             with suppress(RunDirectoryError):
                 self._files.append(self._run.events, event)
 
-    def _tell_alarms(self) -> None:
+    def _notify_of_alarms(self) -> None:
         while self._messages:
-            self._tell(self._messages.popleft())
+            self._notify(self._messages.popleft())
 
 
 def _state_bytes(model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> int:

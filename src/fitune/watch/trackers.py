@@ -34,17 +34,17 @@ def check_trackers(config: RunConfig) -> None:
 
 @contextmanager
 def open_trackers(
-    config: RunConfig, run: RunDirectory, *, tell: Callable[[str], None]
+    config: RunConfig, run: RunDirectory, *, notify: Callable[[str], None]
 ) -> Iterator[tuple["Tracked", ...]]:
     """Start the trackers of `run.trackers`, and yield them as watchers.
 
-    tell: is called when one of them fails, which does not end the run.
+    notify: is called when one of them fails, which does not end the run.
 
     Raises FituneError if one cannot start.
     """
     with ExitStack() as opened:
         yield tuple(
-            opened.enter_context(_started(name, config, run, tell=tell))
+            opened.enter_context(_started(name, config, run, notify=notify))
             for name in config.run.trackers
         )
 
@@ -148,14 +148,14 @@ class Tracked:
     """A watcher that passes everything on to one tracker.
 
     tracker: accelerate's adapter.
-    tell: is called when the tracker fails for the first time.
+    notify: is called when the tracker fails for the first time.
     """
 
     def __init__(
-        self, name: str, tracker: Any, run: RunDirectory, tell: Callable[[str], None]
+        self, name: str, tracker: Any, run: RunDirectory, notify: Callable[[str], None]
     ) -> None:
         self._name, self._kind = name, TRACKERS[name]
-        self._tracker, self._run, self._tell = tracker, run, tell
+        self._tracker, self._run, self._notify = tracker, run, notify
         self._step = 0
         self._works = True
 
@@ -195,15 +195,15 @@ class Tracked:
                 yield
         except Exception as error:  # a full disk, the network, a bug: nothing that may end the run
             if self._works:
-                self._tell(f"warning: {self._name} failed and may be incomplete: {error}")
+                self._notify(f"warning: {self._name} failed and may be incomplete: {error}")
             self._works = False
 
 
 @contextmanager
 def _started(
-    name: str, config: RunConfig, run: RunDirectory, *, tell: Callable[[str], None]
+    name: str, config: RunConfig, run: RunDirectory, *, notify: Callable[[str], None]
 ) -> Iterator["Tracked"]:
-    tracker = Tracked(name, _start(name, config, run), run, tell)
+    tracker = Tracked(name, _start(name, config, run), run, notify)
     try:
         yield tracker
     finally:
