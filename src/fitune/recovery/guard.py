@@ -273,7 +273,7 @@ class Guard:
         try:
             yield
         except FituneError as error:
-            self._ranks.report(error)
+            self._ranks.tell(error)
             raise
 
     def _peers(self, batch: Batch) -> Alone:
