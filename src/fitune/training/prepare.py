@@ -97,16 +97,7 @@ def _prepare(
     device = choose_device()
     check_shard(config, num_ranks=ranks.size)
     is_sharded = config.model.shard != "none"
-    notes = []
-    if config.memory.allocator and device.type == "cpu":
-        notes.append(
-            "memory.allocator has no effect here: it sets CUDA's allocator, and this run is on the CPU"
-        )
-    if config.memory.gpu is not None:
-        notes.append("memory.gpu is for plans: a run uses the card that is there")
-    notes.extend(model_notes(config.model))
-    if (note := unusual_rate(config)) is not None:
-        notes.append(note)
+    notes = list(_configuration_notes(config, device))
     on_stage(say("reading the data"))
     tokenizer = load_tokenizer(config.model)
     data = load_data(
@@ -153,6 +144,7 @@ def _prepare(
             f"memory is not predicted: {type(error).__name__}: {' '.join(str(error).split())[:160]}"
         )
     on_stage(say("loading the model"))
+    smaller = "" if config.model.method == "qlora" else " or model.method=qlora"
     model = try_twice(
         lambda: load_model(
             config.model,
@@ -164,8 +156,7 @@ def _prepare(
         ),
         device=device,
         what=f"the model {config.model.source}",
-        way_out="close other programs, or take a smaller model"
-        + ("" if config.model.method == "qlora" else " or model.method=qlora"),
+        way_out=f"close other programs, or take a smaller model{smaller}",
     )
     if config.model.method != "full" and (clause := not_adapted(model)) is not None:
         notes.append(clause)
@@ -186,6 +177,17 @@ def _prepare(
         self_check,
         tuple(dict.fromkeys(notes)),
     )
+
+
+def _configuration_notes(config: RunConfig, device: torch.device) -> Iterator[str]:
+    """Yield notes on settings that have no effect or are unusual."""
+    if config.memory.allocator and device.type == "cpu":
+        yield "memory.allocator has no effect here: it sets CUDA's allocator, and this run is on the CPU"
+    if config.memory.gpu is not None:
+        yield "memory.gpu is for plans: a run uses the card that is there"
+    yield from model_notes(config.model)
+    if (note := unusual_rate(config)) is not None:
+        yield note
 
 
 def rows_notes(config: RunConfig, *, num_rows: int, num_held_out: int) -> Iterator[str]:

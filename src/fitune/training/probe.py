@@ -15,7 +15,7 @@ when the schedule has lowered it, and the other way round (short-horizon bias, W
 
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from typing import Any
@@ -156,19 +156,24 @@ def try_settings(
         raise FituneError(
             f"every setting of the probe diverged: lower optim.lr ({setup.peak_lr:g})"
         )
-    tokens_per_sample = data.train.report.train.num_supervised_tokens / len(data.train)
+    probe = _result(noise, branches, data.train)
+    changed, optim, changes = apply_setting(config, setup, SETTINGS[probe.chosen])
+    return Tried(probe, changed, changes, _with_new_optimizer(changed, setup, optim))
+
+
+def _result(noise: NoiseEstimate | None, branches: Sequence[Branch], train: Examples) -> Probe:
+    """Describe the branches and the noise scale, which is converted from tokens to samples."""
+    tokens_per_sample = train.report.train.num_supervised_tokens / len(train)
 
     def in_samples(tokens: float | None) -> float | None:
         return None if tokens is None or math.isinf(tokens) else tokens / tokens_per_sample
 
-    probe = Probe(
+    return Probe(
         noise_scale_rows=None if noise is None else in_samples(noise.scale_tokens),
         noise_low_rows=None if noise is None else in_samples(noise.scale_low_tokens),
         noise_high_rows=None if noise is None else in_samples(noise.scale_high_tokens),
         branches=tuple(branches),
     )
-    changed, optim, changes = apply_setting(config, setup, SETTINGS[probe.chosen])
-    return Tried(probe, changed, changes, _with_new_optimizer(changed, setup, optim))
 
 
 def _branch(
