@@ -26,24 +26,19 @@ import json
 import os
 import re
 import shutil
-import socket
 import sys
-import threading
-import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from fitune.boundary import parse_json
 from fitune.errors import RunDirectoryError
-from fitune.plain_files import find_strange, open_plain, read_plain
+from fitune.plain_files import find_strange, open_plain
+from fitune.run.lock import has_heartbeat, heartbeat, is_locked, lock_holder, try_lock
 from fitune.run.metrics import Summary, read_summary
 
 State = Literal["running", "finished", "stopped", "failed", "crashed", "damaged"]
-HEARTBEAT_SECONDS = 10.0
-SILENCE_SECONDS = 60.0
 OUTPUT_KEY = "run.output"
 
 
@@ -310,29 +305,13 @@ def working_on(run: RunDirectory) -> Iterator[None]:
     with _os_errors_reported(f"{run.lock} cannot be written"):
         descriptor = open_plain(run.lock, os.O_RDWR | os.O_CREAT)
     try:
-        if (locked := _try_lock(descriptor)) is False or _has_heartbeat(
-            run, elsewhere=locked is not None
-        ):
+        locked = try_lock(descriptor)
+        if locked is False or has_heartbeat(run.lock, elsewhere=locked is not None):
             raise RunDirectoryError(
-                f"{run.path} is being worked on by {_holder(run)}: wait for it, or stop it first"
+                f"{run.path} is being worked on by {lock_holder(run.lock)}: wait for it, or stop it first"
             )
-        os.ftruncate(descriptor, 0)
-        os.write(
-            descriptor, json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode()
-        )
-        stopped = threading.Event()
-        heart = threading.Thread(
-            target=_beat, args=(run.lock, stopped), name="heartbeat", daemon=True
-        )
-        heart.start()
-        try:
+        with heartbeat(run.lock, descriptor):
             yield
-        finally:
-            stopped.set()
-            heart.join()
-            with suppress(OSError):
-                # without a heartbeat, other machines need not wait until it has been silent
-                os.utime(run.lock, (0, 0))
     finally:
         os.close(descriptor)
 
@@ -452,73 +431,7 @@ def _texts(run: RunDirectory) -> tuple[Path, ...]:
 
 
 def _state(run: RunDirectory, summary: Summary | None) -> State:
-    locked = _is_locked(run)
-    if locked or _has_heartbeat(run, elsewhere=locked is not None):
+    locked = is_locked(run.lock)
+    if locked or has_heartbeat(run.lock, elsewhere=locked is not None):
         return "running"
     return summary.status if summary and summary.status != "running" else "crashed"
-
-
-def _is_locked(run: RunDirectory) -> bool | None:
-    """Return whether a process holds the lock, or None if the file system has no locks."""
-    try:
-        descriptor = open_plain(run.lock, os.O_RDONLY if sys.platform != "win32" else os.O_RDWR)
-    except OSError:
-        return False
-    try:
-        got = _try_lock(descriptor, attempts=1)
-        return None if got is None else not got
-    finally:
-        os.close(descriptor)
-
-
-def _try_lock(descriptor: int, attempts: int = 5) -> bool | None:
-    """Try to lock the file, and return whether that succeeded.
-
-    It takes several attempts, because a process that reads the run's state holds the lock for a
-    moment. The system releases a lock when its process ends. Returns None if the file system has no
-    locks; then there is only the heartbeat.
-    """
-    for attempt in range(attempts):
-        try:
-            if sys.platform == "win32":
-                import msvcrt
-
-                msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
-            else:
-                import fcntl
-
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        except (BlockingIOError, PermissionError):
-            if attempt + 1 < attempts:
-                time.sleep(0.05)
-        except OSError:
-            return None
-    return False
-
-
-def _has_heartbeat(run: RunDirectory, *, elsewhere: bool) -> bool:
-    """Return whether a process has recently updated the heartbeat.
-
-    elsewhere: count only a process of another machine, whose locks may be invisible here.
-    """
-    try:
-        silence = time.time() - run.lock.stat().st_mtime
-        host = parse_json(read_plain(run.lock))["host"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-    return bool(host != socket.gethostname() or not elsewhere) and silence < SILENCE_SECONDS
-
-
-def _holder(run: RunDirectory) -> str:
-    try:
-        holder = parse_json(read_plain(run.lock))
-        return f"process {holder['pid']} on {holder['host']}"
-    except (OSError, ValueError, KeyError, TypeError):
-        return "another process"
-
-
-def _beat(lock: Path, stopped: threading.Event) -> None:
-    while not stopped.wait(HEARTBEAT_SECONDS):
-        with suppress(OSError):  # if the disk is unavailable for a while, the next try may succeed
-            os.utime(lock)
