@@ -43,8 +43,8 @@ from fitune.model.presets import llama_config, preset_config
 from fitune.run.directory import create_run
 from fitune.run.metrics import StepMetrics, read_metrics
 from fitune.step.assemble import assemble, choose_precision
-from fitune.training.loop import train
 from fitune.training.prepare import load_data
+from fitune.training.train import train
 
 RESULT = Path(__file__).parent / "results" / "batch_size.json"
 PAGE = Path(__file__).parent.parent / "docs" / "batch_size.md"

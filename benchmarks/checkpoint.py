@@ -25,7 +25,8 @@ from fitune.machine.process_memory import read_peak, reset_peak
 from fitune.model.save import model_files
 from fitune.run.directory import create_run
 from fitune.step.work import train_step
-from fitune.training.checkpoint import CheckpointWriter, checkpoint_path
+from fitune.training.checkpoint.files import checkpoint_path
+from fitune.training.checkpoint.write import CheckpointWriter
 from fitune.training.loop import EVALS_PER_RUN
 from fitune.training.prepare import Prepared, prepare
 from fitune.training.state import RunState

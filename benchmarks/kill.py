@@ -45,7 +45,8 @@ from fitune.recovery import guard  # noqa: E402
 from fitune.run.directory import RunDirectory, read_run  # noqa: E402
 from fitune.run.journal import read_journal  # noqa: E402
 from fitune.run.metrics import read_events, read_summary  # noqa: E402
-from fitune.training import checkpoint, loop, prepare, resume  # noqa: E402, F401
+from fitune.training import loop, prepare, resume, train  # noqa: E402, F401
+from fitune.training.checkpoint import write  # noqa: E402
 from fitune.watch import monitor  # noqa: E402, F401
 from tiny_models import TINY_DROPOUT  # noqa: E402
 from tiny_run import save_tiny_model, write_config, write_dialogues  # noqa: E402
@@ -283,7 +284,7 @@ def _be_the_run(arguments: list[str], seen: mmap.mmap) -> int:
         _tell_stage(resume, "go_on", seen, "going on")
         _tell_stage(guard, "safe_step", seen, "stepping")
         _tell_stage(guard, "safe_evaluate", seen, "evaluating")
-        _tell_stage(checkpoint.CheckpointWriter, "_write", seen, "saving")
+        _tell_stage(write.CheckpointWriter, "_write", seen, "saving")
         _tell_stage(save, "save_model", seen, "exporting")
         signal.signal(
             signal.SIGINT, signal.default_int_handler

@@ -36,7 +36,7 @@ def measure(*, num_samples: int, num_steps: int) -> dict[str, float]:
         parameter.grad = torch.zeros_like(parameter)
     setup.optimizer.step()
     with tempfile.TemporaryDirectory() as directory:
-        monitor = run_monitor(config, setup, create_run(Path(directory), "run"), tell=lambda _: None)
+        monitor = run_monitor(config, setup, create_run(Path(directory), "run"), notify=lambda _: None)
         monitor.sample()
         start = time.thread_time()
         for _ in range(num_samples):

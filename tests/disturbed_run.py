@@ -12,7 +12,7 @@ from fitune.cli.progress import TrainingProgress
 from fitune.run.directory import RunDirectory
 from fitune.run.journal import read_journal
 from fitune.run.metrics import StepMetrics, read_summary
-from fitune.training.checkpoint import newest_checkpoint
+from fitune.training.checkpoint.read import newest_checkpoint
 from tiny_run import save_tiny_model, write_config, write_dialogues
 
 RUN, UNDISTURBED = RunDirectory(Path("runs/run")), RunDirectory(Path("runs/undisturbed"))
@@ -43,7 +43,8 @@ def disturbed(left_alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     """The current directory: as `left_alone`, without the run that died. There is no prediction, which takes most of
     the time of so small a run, and no waiting for room."""
     monkeypatch.setattr("fitune.training.prepare.choose_plan", None)
-    monkeypatch.setattr("fitune.training.loop.LAST_SAVE_SECONDS", 0.0)
+    for user in ("saving", "train"):
+        monkeypatch.setattr(f"fitune.training.{user}.LAST_SAVE_SECONDS", 0.0)
     monkeypatch.setenv("FITUNE_CACHE", str(left_alone / "cache"))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tiny").symlink_to(left_alone / "tiny")

@@ -45,7 +45,7 @@ from fitune.run.memory import MemorySample, read_run_memory
 from fitune.run.metrics import append_line
 from fitune.run.sweep import read_states, read_sweep
 from fitune.trace.snapshot import read_snapshot
-from fitune.training.checkpoint import newest_checkpoint
+from fitune.training.checkpoint.read import newest_checkpoint
 from tiny_models import TINY_LLAMA, TINY_QWEN3
 from tiny_run import dialogues, save_tiny_model
 from written_runs import Recipe, write_run

@@ -75,7 +75,7 @@ def test_a_change_reaches_adams_memory_its_settings_and_the_clipping(monkeypatch
         rescaled.append((optimizer, gain))
         rescale_memory(optimizer, gain=gain)
 
-    monkeypatch.setattr("fitune.training.loop.rescale_memory", rescale)
+    monkeypatch.setattr("fitune.training.growth.rescale_memory", rescale)
     monkeypatch.setattr(Guard, "set_clip", lambda guard, clip: clips.append(clip))
     assert main(["train", "sft.yaml", *ANNEAL]) == 0
     num_changes = sum(event.kind == "batch" for event in read_events(RUN.events))

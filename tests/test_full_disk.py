@@ -18,7 +18,7 @@ from fitune.model.tensor_file import write_tensors
 from fitune.run import patient_files
 from fitune.run.metrics import RunEvent, StepMetrics, as_line, read_events, read_summary
 from fitune.run.patient_files import PatientFiles
-from fitune.training import checkpoint as checkpoint_module
+from fitune.training.checkpoint import content as checkpoint_content
 from fitune.units import MIB
 
 EVENT = RunEvent(time=1.0, step=1, kind="resume", message="goes on")
@@ -32,7 +32,7 @@ class Disk:
         plain, of_path = builtins.open, Path.open
         monkeypatch.setattr(builtins, "open", lambda *given, **options: self._opened(plain, *given, **options))
         monkeypatch.setattr(Path, "open", lambda *given, **options: self._opened(of_path, *given, **options))
-        monkeypatch.setattr(checkpoint_module, "write_tensors", self._tensors)
+        monkeypatch.setattr(checkpoint_content, "write_tensors", self._tensors)
 
     def _opened(self, really: Callable[..., Any], path: Any, mode: str = "r", *arguments: Any, **options: Any) -> Any:
         is_path = isinstance(path, (str, Path))
@@ -95,10 +95,11 @@ def test_a_run_that_dies_while_lines_wait_goes_on_from_a_commit_that_has_them_al
 
 @pytest.mark.usefixtures("disturbed")
 def test_a_run_whose_end_finds_the_disk_full_waits_for_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fitune.training.loop.LAST_SAVE_SECONDS", 60.0)
+    for user in ("saving", "train"):
+        monkeypatch.setattr(f"fitune.training.{user}.LAST_SAVE_SECONDS", 60.0)
     disk = Disk(monkeypatch)
     at_steps(monkeypatch, {STEPS: lambda: setattr(disk, "is_full", True)})
-    monkeypatch.setattr("fitune.training.loop.time.sleep", lambda _: setattr(disk, "is_full", False))
+    monkeypatch.setattr("fitune.training.saving.time.sleep", lambda _: setattr(disk, "is_full", False))
     train("sft.yaml")
     assert_same()
 

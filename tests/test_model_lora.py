@@ -30,7 +30,7 @@ def _after(line: str) -> str:
 
 @pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
 def test_nor_for_a_checkpoint_or_an_export() -> None:
-    code = "import sys, fitune.model.save, fitune.training.checkpoint; print('bitsandbytes' in sys.modules)"
+    code = "import sys, fitune.model.save, fitune.training.checkpoint.write; print('bitsandbytes' in sys.modules)"
     command = [sys.executable, "-c", code]
     assert subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip() == "False"
 

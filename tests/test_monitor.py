@@ -118,14 +118,14 @@ def test_a_sampler_that_breaks_does_not_end_the_run(
 
     monkeypatch.setattr("fitune.watch.monitor.PatientFiles.append", full)
     said: list[str] = []
-    with run_monitor(*monitored, tell=said.append) as monitor:
+    with run_monitor(*monitored, notify=said.append) as monitor:
         monitor.step(step_metrics(1), progress=0.1)
     assert said == ["warning: memory is no longer recorded: no space left"]
 
 
 def test_sampling_costs_less_than_half_a_percent(monitored: tuple[RunConfig, Any, RunDirectory]) -> None:
     """Two samples a second may take 5 ms of processor time."""
-    monitor = run_monitor(*monitored, tell=lambda _: None)
+    monitor = run_monitor(*monitored, notify=lambda _: None)
     monitor.sample()
     start = time.thread_time()
     for _ in range(40):
@@ -135,7 +135,7 @@ def test_sampling_costs_less_than_half_a_percent(monitored: tuple[RunConfig, Any
 
 def test_the_state_of_a_run_grows_by_gradients_and_optimizer(monitored: tuple[RunConfig, Any, RunDirectory]) -> None:
     config, setup, run = monitored
-    monitor = run_monitor(config, setup, run, tell=lambda _: None)
+    monitor = run_monitor(config, setup, run, notify=lambda _: None)
     parameter_bytes = sum(parameter.nbytes for parameter in setup.model.parameters())
     assert monitor.sample().state_bytes == parameter_bytes
     for parameter in setup.model.parameters():
@@ -146,7 +146,7 @@ def test_the_state_of_a_run_grows_by_gradients_and_optimizer(monitored: tuple[Ru
 
 
 def test_the_peak_of_a_step_between_two_samples_is_kept(monitored: tuple[RunConfig, Any, RunDirectory]) -> None:
-    monitor = run_monitor(*monitored, tell=lambda _: None)
+    monitor = run_monitor(*monitored, notify=lambda _: None)
     monitor.step(replace(step_metrics(1), device_used_bytes=10**15), progress=0.1)
     assert monitor.sample().peak_process_bytes == 10**15
     assert (monitor.sample().peak_process_bytes or 0) < 10**15
@@ -158,7 +158,7 @@ def test_the_plan_of_the_run_is_what_its_peaks_are_held_against(
     run = monitored[2]
     write_json(run.plan, {"chosen": 1, "candidates": [{}, {"predicted_reserved_bytes": 10 * GIB}]})
     said: list[str] = []
-    with run_monitor(*monitored, tell=said.append) as monitor:
+    with run_monitor(*monitored, notify=said.append) as monitor:
         monitor.step(step_metrics(7), progress=0.1)
     assert said == ["warning: step 7 took 15.9 GiB, 59.0% more than the 10.0 GiB of the plan"]
 
@@ -179,7 +179,7 @@ def test_a_file_for_prometheus_that_cannot_be_written_is_said_once(
     config, setup, run = monitored
     config = config.model_copy(update={"run": config.run.model_copy(update={"prometheus": "nowhere/fitune.prom"})})
     said: list[str] = []
-    with run_monitor(config, setup, run, tell=said.append) as monitor:
+    with run_monitor(config, setup, run, notify=said.append) as monitor:
         monitor.sample()
         monitor.sample()
     assert said == ["warning: run.prometheus nowhere/fitune.prom cannot be written: it is tried again every 0 s"]

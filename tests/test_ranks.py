@@ -302,11 +302,14 @@ def test_a_signal_that_comes_while_the_others_are_asked_counts_at_the_next_step(
         return [own, own]
 
     trainer: Any = SimpleNamespace(
-        untold=[], state=RunState(), writer=SimpleNamespace(failed_step=None), ranks=SimpleNamespace(exchange=exchange)
+        log=SimpleNamespace(take_unreported=tuple),
+        state=RunState(),
+        saver=SimpleNamespace(failed_step=None),
+        ranks=SimpleNamespace(exchange=exchange),
     )
-    assert not loop._Trainer.agree_to_stop(trainer, caught, None)
+    assert not loop.TrainingLoop.agree_to_stop(trainer, caught, None)
     assert caught
-    assert loop._Trainer.agree_to_stop(trainer, caught, None)
+    assert loop.TrainingLoop.agree_to_stop(trainer, caught, None)
 
 
 def test_torchrun_ends_all_after_the_same_step_when_it_is_told_to_end() -> None:

@@ -41,8 +41,9 @@ from fitune.model.tensor_file import write_tensors
 from fitune.run.directory import RunDirectory, create_run, read_run, working_on
 from fitune.run.journal import CHAIN_START, StepRecord, append_step, read_journal
 from fitune.run.metrics import StepMetrics, read_events, read_metrics, read_summary
-from fitune.training import checkpoint as checkpoint_module
-from fitune.training.checkpoint import NUM_KEPT, newest_checkpoint
+from fitune.training.checkpoint import content as checkpoint_content
+from fitune.training.checkpoint.files import NUM_KEPT
+from fitune.training.checkpoint.read import newest_checkpoint
 from fitune.training.state import RunState
 from tiny_models import TINY_QWEN3
 from tiny_run import save_tiny_model
@@ -466,7 +467,7 @@ def test_the_update_waits_until_the_tensors_are_read(monkeypatch: pytest.MonkeyP
         time.sleep(0.05)
         return write_tensors(path, tensors)
 
-    monkeypatch.setattr(checkpoint_module, "write_tensors", slowly)
+    monkeypatch.setattr(checkpoint_content, "write_tensors", slowly)
     train("sft.yaml")
     assert_same()
     hashes = {run: (run.checkpoints / "step-00000008/manifest.json").read_text() for run in (RUN, UNDISTURBED)}
@@ -490,7 +491,7 @@ def fail_at(steps: set[int], monkeypatch: pytest.MonkeyPatch) -> None:
             raise OSError("No space left on device")
         return write_tensors(path, tensors)
 
-    monkeypatch.setattr(checkpoint_module, "write_tensors", fail)
+    monkeypatch.setattr(checkpoint_content, "write_tensors", fail)
 
 
 def test_a_last_save_that_fails_ends_the_run_with_what_is_whole(
@@ -616,16 +617,16 @@ def test_a_state_reads_back_as_it_was() -> None:
     state = RunState(
         step=3, train_loss=math.inf, eval_loss=0.1 + 0.2, peak=peak, seconds=1.5, eval_losses=(1.0, -math.inf)
     )
-    content = json.loads(json.dumps(checkpoint_module.state_json(state), allow_nan=False))
-    assert checkpoint_module.read_state(content) == state
+    content = json.loads(json.dumps(checkpoint_content.state_json(state), allow_nan=False))
+    assert checkpoint_content.read_state(content) == state
 
 
 def test_random_numbers_go_on_where_they_were() -> None:
     device = torch.device("cpu")
-    checkpoint_module.seed_everything(3)
-    saved = json.loads(json.dumps(checkpoint_module.random_state(device)))
+    checkpoint_content.seed_everything(3)
+    saved = json.loads(json.dumps(checkpoint_content.random_state(device)))
     drawn = [(torch.rand(1).item(), random.random(), np.random.rand()) for _ in range(2)]
-    checkpoint_module.set_random_state(saved, device)
+    checkpoint_content.set_random_state(saved, device)
     assert [(torch.rand(1).item(), random.random(), np.random.rand()) for _ in range(2)] == drawn
 
 

@@ -156,7 +156,7 @@ def test_a_run_on_another_machine_lives_while_its_heart_beats(
 
 
 def test_the_heart_beats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fitune.run.directory.HEARTBEAT_SECONDS", 0.01)
+    monkeypatch.setattr("fitune.run.lock.HEARTBEAT_SECONDS", 0.01)
     run = create_run(tmp_path, "a")
     with working_on(run):
         os.utime(run.lock, (1, 1))

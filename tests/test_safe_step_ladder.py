@@ -15,9 +15,9 @@ from fitune.data.packing import split
 from fitune.data.rows import Batch, MicroBatch
 from fitune.errors import OutOfMemoryError, RestartError
 from fitune.objectives.supervised import LossSettings
+from fitune.recovery.actions import MOST_ATTEMPTS
 from fitune.recovery.evaluate import safe_evaluate
 from fitune.recovery.fallbacks import SMALL_CHUNK_TOKENS, allowed_fallbacks
-from fitune.recovery.ladder import MOST_ATTEMPTS
 from fitune.recovery.observed import observed
 from fitune.recovery.protection import Fallback, Protection
 from fitune.recovery.size_control import MemoryModel

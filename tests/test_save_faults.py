@@ -10,7 +10,7 @@ from disturbed_run import RUN, assert_same, error_of, newest_step, train
 from faults import failing_call, out_of_memory
 from fitune.errors import OutOfMemoryError
 from fitune.run.metrics import read_events, read_metrics, read_summary
-from fitune.training.checkpoint import newest_checkpoint
+from fitune.training.checkpoint.read import newest_checkpoint
 
 pytestmark = pytest.mark.usefixtures("disturbed")
 
@@ -24,20 +24,24 @@ def no_space() -> OSError:
     return OSError(28, "No space left on device")
 
 
+def unreadable() -> OSError:
+    return OSError(5, "Input/output error")
+
+
 def no_memory_on_the_host() -> RuntimeError:
     return RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4194304 bytes.")
 
 
 SAVING: dict[str, tuple[str, int, Error, str]] = {  # function, its first call that fails, how, what is said of it
-    "state gathered": ("checkpoint.saved_tensors", 3, out_of_memory, "found no memory (20.0 MiB at once)"),
-    "tensors written": ("checkpoint.write_tensors", 2, no_memory_on_the_host, "out of memory, 4.0 MiB at once"),
-    "state written": ("checkpoint.write_json", 2, no_space, "No space left on device"),
-    "logs flushed": ("checkpoint._flush", 4, no_space, "No space left on device"),
-    "manifest written": ("checkpoint._write_manifest", 1, MemoryError, "out of memory"),
-    "renamed": ("checkpoint.Path.rename", 1, no_space, "No space left on device"),
-    "directory flushed": ("checkpoint.sync_directory", 3, no_space, "No space left on device"),
-    "last and best exported": ("checkpoint.link_model", 2, out_of_memory, "out of memory, 20.0 MiB at once"),
-    "older ones removed": ("checkpoint._remove_old", 1, no_space, "No space left on device"),
+    "state gathered": ("checkpoint.content.saved_tensors", 3, out_of_memory, "found no memory (20.0 MiB at once)"),
+    "tensors written": ("checkpoint.content.write_tensors", 2, no_memory_on_the_host, "out of memory, 4.0 MiB at once"),
+    "state written": ("checkpoint.write.write_json", 1, no_space, "No space left on device"),
+    "logs flushed": ("checkpoint.write.flush", 4, no_space, "No space left on device"),
+    "manifest written": ("checkpoint.write.write_manifest", 1, MemoryError, "out of memory"),
+    "renamed": ("checkpoint.files.Path.rename", 1, no_space, "No space left on device"),
+    "directory flushed": ("checkpoint.write.sync_directory", 1, no_space, "No space left on device"),
+    "last and best exported": ("checkpoint.write.link_model", 2, out_of_memory, "out of memory, 20.0 MiB at once"),
+    "older ones removed": ("checkpoint.write.remove_old", 1, no_space, "No space left on device"),
 }
 
 
@@ -75,7 +79,7 @@ def test_when_nothing_more_can_be_saved_the_run_ends_with_what_is_whole(
 
 
 def test_a_copy_that_finds_no_memory_once_is_made_the_second_time() -> None:
-    with failing_call(TRAIN + "checkpoint.saved_tensors", 3, error=out_of_memory):
+    with failing_call(TRAIN + "checkpoint.content.saved_tensors", 3, error=out_of_memory):
         train("sft.yaml")
     assert_same()
     assert failed_saves() == []
@@ -87,7 +91,7 @@ def test_best_weights_that_could_not_be_saved_are_not_called_the_best() -> None:
     train(*worse)
     losses = {line.step: line.eval_loss for line in read_metrics(RUN.metrics).evals if line.step}
     assert read_summary(RUN.summary).best_eval_loss == losses[3] < losses[6]
-    with failing_call(TRAIN + "checkpoint.write_tensors", 0, error=no_space):
+    with failing_call(TRAIN + "checkpoint.content.write_tensors", 0, error=no_space):
         train(*worse, "--overwrite")
     assert read_summary(RUN.summary).best_eval_loss == min(losses[6], losses[9])
     found, _ = newest_checkpoint(RUN)
@@ -101,8 +105,8 @@ def test_a_run_that_ends_for_want_of_memory_saves_again_what_could_not_be_saved(
 ) -> None:
     """The save of step 4 fails, then step 5 finds no memory: its sentence must be true."""
     with (
-        failing_call(TRAIN + "checkpoint._write_manifest", 2, error=no_space),
-        failing_call(RECOVERY + "guard.safe_step", *range(5, MANY), error=out_of_memory_for_good),
+        failing_call(TRAIN + "checkpoint.write.write_manifest", 2, error=no_space),
+        failing_call(RECOVERY + "guard.safe_step", *range(4, MANY), error=out_of_memory_for_good),
     ):
         said = error_of(capsys, "sft.yaml", exit_code=4)
     assert "the weights of step 4 are in runs/run/last" in said
@@ -117,8 +121,8 @@ def out_of_memory_for_good() -> BaseException:
 
 def test_a_last_save_that_fails_too_is_said_beside_what_ended_the_run(capsys: pytest.CaptureFixture[str]) -> None:
     with (
-        failing_call(TRAIN + "checkpoint._write_manifest", *range(2, MANY), error=no_space),
-        failing_call(RECOVERY + "guard.safe_step", *range(5, MANY), error=out_of_memory_for_good),
+        failing_call(TRAIN + "checkpoint.write.write_manifest", *range(2, MANY), error=no_space),
+        failing_call(RECOVERY + "guard.safe_step", *range(4, MANY), error=out_of_memory_for_good),
     ):
         said = error_of(capsys, "sft.yaml", exit_code=4)
     assert said.startswith("error: row 3 does not fit; step 4 could not be saved: [Errno 28] No space left on device")
@@ -127,8 +131,8 @@ def test_a_last_save_that_fails_too_is_said_beside_what_ended_the_run(capsys: py
 
 
 LOADING: dict[str, tuple[str, Error]] = {
-    "weights read": (TRAIN + "checkpoint.live_tensors", MemoryError),
-    "optimizer state read": (TRAIN + "checkpoint._restore_optimizer", out_of_memory),
+    "weights read": (TRAIN + "checkpoint.read.live_tensors", MemoryError),
+    "optimizer state read": (TRAIN + "checkpoint.read._restore_optimizer", out_of_memory),
     "model read": ("transformers.AutoModelForCausalLM.from_pretrained", no_memory_on_the_host),
     "model put on the device": ("transformers.PreTrainedModel.to", out_of_memory),
     "optimizer state made": (RECOVERY + "guard.create_state", out_of_memory),
@@ -149,7 +153,7 @@ def test_memory_that_stays_short_while_a_run_loads_is_one_sentence(
 ) -> None:
     for target, said in (
         ("transformers.PreTrainedModel.to", "the model tiny found no memory (20.0 MiB at once): close other programs"),
-        (TRAIN + "checkpoint._restore_optimizer", "step-00000004 holds found no memory (20.0 MiB at once)"),
+        (TRAIN + "checkpoint.read._restore_optimizer", "step-00000004 holds found no memory (20.0 MiB at once)"),
     ):
         with failing_call(target, *range(MANY)):
             assert said in error_of(capsys, "--resume", "runs/run", exit_code=4)
@@ -160,7 +164,7 @@ def test_memory_that_stays_short_while_a_run_loads_is_one_sentence(
 def test_a_disk_that_does_not_read_is_one_sentence_and_nothing_is_lost(
     capsys: pytest.CaptureFixture[str], crashed: None
 ) -> None:
-    with failing_call(TRAIN + "checkpoint.safe_open", *range(MANY), error=lambda: OSError(5, "Input/output error")):
+    with failing_call(TRAIN + "checkpoint.read.safe_open", *range(MANY), error=unreadable):
         said = error_of(capsys, "--resume", "runs/run")
     assert said.startswith("error: runs/run/checkpoints/step-00000004 cannot be read: [Errno 5] Input/output error")
     train("--resume", "runs/run")

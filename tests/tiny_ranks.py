@@ -18,7 +18,7 @@ CONTEXT.set_forkserver_preload(
         "fitune.cli.app",
         "fitune.training.prepare",
         "fitune.watch.monitor",
-        "fitune.training.checkpoint",
+        "fitune.training.checkpoint.write",
         "torch.distributed",
     ]
 )

@@ -108,7 +108,7 @@ class FituneCallback(TrainerCallback):  # type: ignore[misc]
             args, sum(each.nbytes for each in parameters if each.requires_grad)
         )
         self._monitor = self._open.enter_context(
-            Monitor(self.run, model, optimizer, settings=settings, tell=log.warning)
+            Monitor(self.run, model, optimizer, settings=settings, notify=log.warning)
         )
         reset_peak(self._device)
         self._began = self._logged = time.perf_counter()

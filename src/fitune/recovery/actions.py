@@ -1,4 +1,4 @@
-"""What is done about running out of memory, in this order: the first of these that applies."""
+"""Decides what a step changes when memory runs out: the first of several actions that applies."""
 
 from collections.abc import Callable, Sequence
 
@@ -7,10 +7,11 @@ from fitune.recovery.attempt import Attempt
 from fitune.recovery.failure import LATE, Failure, no_room
 from fitune.step.progress import P
 
+#: Attempts at one step. Halving reaches a single sample in 20 attempts from a million padded
+#: tokens; if more are needed, something else is wrong.
 MOST_ATTEMPTS = 40
-"""Of one step. Halving reaches a single row in 20 from a million positions; beyond that something else is wrong."""
+#: What follows the last piece needs little memory, and smaller pieces would not help it.
 MOST_LATE_FAILURES = 2
-"""What comes after the last piece needs little memory, and smaller pieces would not help it."""
 
 
 def choose_action(
@@ -20,19 +21,23 @@ def choose_action(
     failures: Sequence[Failure],
     fits: Callable[[int], bool] | None,
 ) -> str:
-    """Change the attempt so that it may fit, and say how, as a clause.
+    """Change the attempt so that it may fit, and return what was done, as a clause.
 
-    failures: of this step so far. Raises OutOfMemoryError where nothing is left to try.
+    failures: the earlier failures of this step.
+
+    Raises OutOfMemoryError if nothing is left to try.
     """
     if len(failures) + 1 >= MOST_ATTEMPTS:
-        raise OutOfMemoryError(f"{no_room(failure)} after {MOST_ATTEMPTS} attempts: another process takes the memory")
+        raise OutOfMemoryError(
+            f"{no_room(failure)} after {MOST_ATTEMPTS} attempts: another process takes the memory"
+        )
     if failure.place in LATE:
         return _do_again(failure, failures)
     if not attempt.repeated and fits is not None and fits(failure.num_positions):
         attempt.repeated = True
         return "done again at the same size, which fits in what is free now"
-    for rung in (_split, _fall_back, _leave_out):
-        if action := rung(attempt, failure):
+    for act in (_split, _fall_back, _leave_out):
+        if action := act(attempt, failure):
             return action
     applied = attempt.protection.applied
     tried = f" and with {', '.join(applied)}" if applied else ""
@@ -41,12 +46,14 @@ def choose_action(
 
 def _do_again(failure: Failure, failures: Sequence[Failure]) -> str:
     if sum(earlier.place in LATE for earlier in failures) + 1 >= MOST_LATE_FAILURES:
-        raise OutOfMemoryError(f"{no_room(failure)}, which no smaller micro-batch needs less for: use optim.name=adamw")
+        raise OutOfMemoryError(
+            f"{no_room(failure)}, which no smaller micro-batch needs less for: use optim.name=adamw"
+        )
     return "the step is done again"
 
 
 def _split(attempt: Attempt[P], failure: Failure) -> str | None:
-    """Halve the pieces as large as the one that failed, where that has more than one row."""
+    """Halve the pieces that are as large as the failed one, if that has more than one sample."""
     if len(failure.row_ids) <= 1:
         return None
     most_positions = failure.num_positions // 2
@@ -54,7 +61,9 @@ def _split(attempt: Attempt[P], failure: Failure) -> str | None:
     attempt.pending = [
         part
         for piece in attempt.pending
-        for part in (split(piece, most_positions) if piece.num_positions > most_positions else [piece])
+        for part in (
+            split(piece, most_positions) if piece.num_positions > most_positions else [piece]
+        )
     ]
     return f"split into micro-batches of at most {most_positions:,} tokens with padding"
 
@@ -66,12 +75,13 @@ def _fall_back(attempt: Attempt[P], failure: Failure) -> str | None:
         return None
     name = protection.fallbacks[0].name
     protection.apply(name)
-    attempt.restart()  # the whole step, so that a replay does it again from its plan and fallbacks
+    # A replay repeats the step from its plan and fallbacks, so one step must not mix fallbacks.
+    attempt.restart()
     return f"{name} from now on"
 
 
 def _leave_out(attempt: Attempt[P], failure: Failure) -> str | None:
-    """Leave the row out that does not fit even alone."""
+    """Leave out the sample that does not fit alone."""
     if not attempt.protection.quarantine or not failure.row_ids:
         return None
     row_id = failure.row_ids[0]
