@@ -10,9 +10,9 @@ import pytest
 
 from fitune.cli.app import main
 from fitune.config import RunConfig, read_config
-from fitune.config.foreign_read import read_command, read_foreign
-from fitune.config.foreign_tools import TOOLS
-from fitune.config.foreign_translate import ImportedConfig, translate
+from fitune.config.importers.read import read_command, read_tool_file
+from fitune.config.importers.tools import TOOLS
+from fitune.config.importers.translate import ImportedConfig, translate
 from fitune.errors import ConfigError
 
 CASES = Path(__file__).parent / "foreign" / "configs"
@@ -22,7 +22,7 @@ V1 = "model: m\ntrain_dataset: d.jsonl\n"
 
 
 def case(name: str, **options: Any) -> ImportedConfig:
-    return translate(read_foreign(CASES / name), **options)
+    return translate(read_tool_file(CASES / name), **options)
 
 
 def command(text: str) -> ImportedConfig:
@@ -31,7 +31,7 @@ def command(text: str) -> ImportedConfig:
 
 def imported(tmp_path: Path, text: str, name: str = "other.yaml", **options: Any) -> ImportedConfig:
     (tmp_path / name).write_text(text)
-    return translate(read_foreign(tmp_path / name), **options)
+    return translate(read_tool_file(tmp_path / name), **options)
 
 
 def value(config: RunConfig, key: str) -> Any:

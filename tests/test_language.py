@@ -10,7 +10,7 @@ import pytest
 
 import fitune.cli.config_command  # noqa: F401 (its help is made when it is imported, in English for other tests)
 from fitune.cli.app import main
-from fitune.config.foreign_reasons import ANSWERS, NOT_NEEDED, OTHER_TRAINING
+from fitune.config.importers.reasons import ANSWERS, NOT_NEEDED, OTHER_TRAINING
 from fitune.language import choose_language, pad, say, translated
 from fitune.language.chinese import CHINESE
 from fitune.language.sentences import SENTENCES
@@ -64,7 +64,7 @@ def test_a_chinese_character_takes_two_columns() -> None:
 
 
 ENGLISH_ALONE = {
-    "config/foreign_tools.py": "names of other tools' files and keys",
+    "config/importers/tools.py": "names of other tools' files and keys",
     "allocator/rules.py": "PyTorch's own words for an allocation that fails",
     "report/page.py": "HTML",
     "trace/as_real.py": "PyTorch's own words",

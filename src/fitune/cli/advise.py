@@ -14,7 +14,11 @@ from fitune.language import say
 
 def advise(
     run: Annotated[
-        Path, Parameter(name="RUN", help="the run to advise on, its directory or name, or a report with it first")
+        Path,
+        Parameter(
+            name="RUN",
+            help="the run to advise on, its directory or name, or a report with it first",
+        ),
     ],
     *beside: Runs,
     output_format: Format = "auto",
@@ -35,11 +39,17 @@ def advise(
         return
     screen = console(output_format)
     if not found:
-        screen.print(say("nothing to change in {name}, as far as its record tells", name=comparison.rows[0].name))
+        screen.print(
+            say(
+                "nothing to change in {name}, as far as its record tells",
+                name=comparison.rows[0].name,
+            )
+        )
         return
     heads = [say("change"), say(">memory"), say(">speed"), say("result")]
     rows = [
-        [f"{index} {each.change}", each.memory, each.speed, each.effect] for index, each in enumerate(found, start=1)
+        [f"{index} {each.change}", each.memory, each.speed, each.effect]
+        for index, each in enumerate(found, start=1)
     ]
     screen.print(table(heads, rows))
     for index, each in enumerate(found, start=1):

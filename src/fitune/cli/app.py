@@ -21,7 +21,7 @@ from fitune.boundary import unexpected
 from fitune.cli.examples import examples
 from fitune.cli.help_text import HelpText
 from fitune.cli.output import print_aside
-from fitune.config.foreign_names import foreign_hint
+from fitune.config.importers.names import hint_for_name
 from fitune.errors import FituneError
 from fitune.language import say, translated
 
@@ -103,7 +103,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _fail(["interrupted"], INTERRUPTED)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more at its end
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # the interpreter flushes once more at its end
         return BROKEN_PIPE
     except Exception as error:
         told = unexpected(error, f"fitune {_verb(arguments)}".strip())
@@ -117,7 +119,9 @@ def _verb(arguments: Sequence[str] | None) -> str:
 
 def _silence_libraries() -> None:
     """What went wrong is said in a sentence of ours."""
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else a line for each failed allocation, which is survived
+    os.environ.setdefault(
+        "TORCH_CPP_LOG_LEVEL", "ERROR"
+    )  # else a line for each failed allocation, which is survived
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
@@ -149,13 +153,17 @@ def _debugs() -> bool:
 
 def _usage_sentence(error: CycloptsError) -> str:
     sentence = " ".join(str(error).split())
-    if isinstance(error, CoercionError) and error.token is not None and error.token.keyword == "--gpus":
+    if (
+        isinstance(error, CoercionError)
+        and error.token is not None
+        and error.token.keyword == "--gpus"
+    ):
         return f"--gpus is how many cards; one by its name is --gpu '{error.token.value}'"
     if isinstance(error, UnknownOptionError):
         if match := re.match(r"Unknown option: -(\w[\w-]+)", sentence):
             return f"Unknown option: -{match[1]}: a flag of several letters begins with two dashes, --{match[1]}"
         name = (error.token.keyword or error.token.value).partition("=")[0]
-        if hint := foreign_hint(name):
+        if hint := hint_for_name(name):
             return f"{sentence} It is {hint}."
         if "." in name:
             return f"{sentence} A key of the configuration is given without dashes: {name.lstrip('-')}=VALUE"

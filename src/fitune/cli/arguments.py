@@ -34,23 +34,31 @@ def _flag(key: str, kind: str, text: str) -> Parameter:
 class ConfigFlags:
     """Short forms of the most used keys. All are text here: the configuration's own checks judge them."""
 
-    model: Annotated[str | None, _flag("model.source", "MODEL", "preset, directory, hub id or file")] = None
-    data: Annotated[tuple[str, ...], _flag("data.train", "PATH", "training data; may be given several times")] = ()
-    max_length: Annotated[str | None, _flag("data.max_length", "TOKENS", "the longest sample; longer ones are cut")] = (
-        None
-    )
+    model: Annotated[
+        str | None, _flag("model.source", "MODEL", "preset, directory, hub id or file")
+    ] = None
+    data: Annotated[
+        tuple[str, ...], _flag("data.train", "PATH", "training data; may be given several times")
+    ] = ()
+    max_length: Annotated[
+        str | None, _flag("data.max_length", "TOKENS", "the longest sample; longer ones are cut")
+    ] = None
     batch: Annotated[
-        str | None, _flag("batch.effective", "SAMPLES", "effective batch: samples of an optimizer step")
+        str | None,
+        _flag("batch.effective", "SAMPLES", "effective batch: samples of an optimizer step"),
     ] = None
     micro: Annotated[
-        str | None, _flag("batch.micro", "SAMPLES", "micro-batch size: samples in one forward and backward")
+        str | None,
+        _flag("batch.micro", "SAMPLES", "micro-batch size: samples in one forward and backward"),
     ] = None
     lr: Annotated[str | None, _flag("optim.lr", "FLOAT", "learning rate")] = None
     epochs: Annotated[str | None, _flag("train.epochs", "FLOAT", "passes over the data")] = None
     steps: Annotated[str | None, _flag("train.steps", "INT", "optimizer steps")] = None
     seed: Annotated[str | None, _flag("train.seed", "INT", "of all random numbers")] = None
     output: Annotated[str | None, _flag("run.output", "PATH", "where runs are kept")] = None
-    name: Annotated[str | None, _flag("run.name", "NAME", "the run's directory below output")] = None
+    name: Annotated[str | None, _flag("run.name", "NAME", "the run's directory below output")] = (
+        None
+    )
 
 
 _KEYS = {
@@ -69,7 +77,11 @@ _KEYS = {
 
 
 def read_arguments(
-    words: tuple[str, ...], flags: ConfigFlags, *, overrides: Sequence[str] = (), source: Path | None = None
+    words: tuple[str, ...],
+    flags: ConfigFlags,
+    *,
+    overrides: Sequence[str] = (),
+    source: Path | None = None,
 ) -> ResolvedConfig:
     """overrides: of a verb's own flags. source: a run's configuration, in place of a file among the words.
 
@@ -77,7 +89,9 @@ def read_arguments(
     own, overrides = overrides, list(words)
     is_file = bool(words) and ("=" not in words[0] or Path(words[0]).exists())
     if source is not None and is_file:
-        raise ConfigError([f"{words[0]}: the run has its configuration; give what changes as key.sub=value"])
+        raise ConfigError(
+            [f"{words[0]}: the run has its configuration; give what changes as key.sub=value"]
+        )
     if is_file:
         source = Path(overrides.pop(0))
     if source is None and not words and flags == ConfigFlags():

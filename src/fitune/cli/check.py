@@ -25,14 +25,21 @@ from fitune.units import format_count
 if TYPE_CHECKING:
     from fitune.data.examples import Examples
 
-_MASKED = {"assistant": "assistant turns only", "last": "the last assistant turn only", "all": "every token"}
+_MASKED = {
+    "assistant": "assistant turns only",
+    "last": "the last assistant turn only",
+    "all": "every token",
+}
 
 
 def check(
     *words: ConfigArguments,
     flags: ConfigFlags = ConfigFlags(),  # noqa: B008 (frozen)
     show: Annotated[
-        int, Parameter(validator=Number(gte=0), help="also show so many samples as the model will see them")
+        int,
+        Parameter(
+            validator=Number(gte=0), help="also show so many samples as the model will see them"
+        ),
     ] = 0,
     output_format: Format = "auto",
 ) -> None:
@@ -78,9 +85,14 @@ def report_on(
     """
     from fitune.data.examples import load_examples
 
-    with tqdm(unit=f" {say('samples')}", desc=say("tokenise"), file=sys.stderr, delay=1, disable=None) as bar:
+    with tqdm(
+        unit=f" {say('samples')}", desc=say("tokenise"), file=sys.stderr, delay=1, disable=None
+    ) as bar:
         examples = load_examples(
-            data, tokenizer, eval_max_rows=eval_max_rows, on_progress=lambda num_rows: bar.update(num_rows - bar.n)
+            data,
+            tokenizer,
+            eval_max_rows=eval_max_rows,
+            on_progress=lambda num_rows: bar.update(num_rows - bar.n),
         )
     report = examples.report
     if output_format == "json":
@@ -107,7 +119,11 @@ def report_on(
         screen.print(f"! {translated(sentence)}")
     for title, rows, count in (
         ("bad samples, not used", report.bad_rows, report.num_bad_rows),
-        ("samples dropped", report.dropped_rows, report.train.num_untrainable_rows + report.eval.num_untrainable_rows),
+        (
+            "samples dropped",
+            report.dropped_rows,
+            report.train.num_untrainable_rows + report.eval.num_untrainable_rows,
+        ),
     ):
         if rows:
             screen.print(translated(f"{title}: {count:,}; the first ones"))
@@ -121,7 +137,16 @@ def report_on(
 def _split_table(report: DataReport) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column(say("split"))
-    for heading in ("samples", "tokens", "p50", "p95", "p99", "max", f"> {report.max_length}", "no target"):
+    for heading in (
+        "samples",
+        "tokens",
+        "p50",
+        "p95",
+        "p99",
+        "max",
+        f"> {report.max_length}",
+        "no target",
+    ):
         table.add_column(say(heading), justify="right", no_wrap=True)
     for name, split in (("train", report.train), ("eval", report.eval)):
         table.add_row(say(name), *_cells(split))
@@ -160,7 +185,9 @@ def _learned(examples: "Examples", tokenizer: Any, *, width: int) -> Iterator[st
     row = next(iter(examples), None)
     if row is not None:
         places = row.loss_weights.nonzero()[0]
-        breaks = [number for number in range(1, len(places)) if places[number] != places[number - 1] + 1]
+        breaks = [
+            number for number in range(1, len(places)) if places[number] != places[number - 1] + 1
+        ]
         said = repr(_text(tokenizer, row.input_ids[places[: breaks[0] if breaks else None]]))[1:-1]
         room = width - len("learned  ⟦⟧ in the first sample")
         said = said if len(said) <= room else f"{said[: room // 2 - 3]} ... {said[3 - room // 2 :]}"
@@ -183,9 +210,15 @@ def _text(tokenizer: Any, ids: Any) -> str:
 def _shown(examples: "Examples", index: int, tokenizer: Any, *, colour: bool) -> Text:
     row = examples[index]
     text = Text().append(
-        say("sample {number}: {tokens} tokens", number=row.row_id, tokens=f"{len(row):,}") + "\n", style="bold"
+        say("sample {number}: {tokens} tokens", number=row.row_id, tokens=f"{len(row):,}") + "\n",
+        style="bold",
     )
-    for supervised, run in groupby(range(len(row)), key=lambda place: bool(row.loss_weights[place])):
+    for supervised, run in groupby(
+        range(len(row)), key=lambda place: bool(row.loss_weights[place])
+    ):
         part = _text(tokenizer, row.input_ids[list(run)])
-        text.append(part if colour or not supervised else f"⟦{part}⟧", style="green" if supervised else "dim")
+        text.append(
+            part if colour or not supervised else f"⟦{part}⟧",
+            style="green" if supervised else "dim",
+        )
     return text

@@ -14,7 +14,10 @@ EXAMPLES = {
     "compare": ("fitune compare first second", "fitune compare first second --at 24M --md"),
     "advise": ("fitune advise first", "fitune advise first second"),
     "report": ("fitune report first -o first.html", "fitune report first second -o both.html"),
-    "export": ("fitune export first --to hf -o exported", "fitune export first --to minimind -o exported.pth"),
+    "export": (
+        "fitune export first --to hf -o exported",
+        "fitune export first --to minimind -o exported.pth",
+    ),
     "demo": ("fitune demo", "fitune demo --steps 8 --output elsewhere"),
     "config": ("fitune config import llama_factory.yaml -o sft.yaml", "fitune config schema"),
 }

@@ -29,7 +29,11 @@ def plan(
     flags: ConfigFlags = ConfigFlags(),  # noqa: B008 (frozen)
     gpu: Annotated[
         str | None,
-        Parameter(help="a card to plan for, like 'RTX 4090', or cpu (memory.gpu)", metavar="CARD", group=_MEMORY),
+        Parameter(
+            help="a card to plan for, like 'RTX 4090', or cpu (memory.gpu)",
+            metavar="CARD",
+            group=_MEMORY,
+        ),
     ] = None,
     budget: Annotated[
         str | None,
@@ -41,9 +45,14 @@ def plan(
         ),
     ] = None,
     gpus: Annotated[
-        int, Parameter(help="so many cards, which share the samples of a step (torchrun)", group=_MEMORY)
+        int,
+        Parameter(
+            help="so many cards, which share the samples of a step (torchrun)", group=_MEMORY
+        ),
     ] = 1,
-    every: Annotated[bool, Parameter(name="--all", help="predict every setting and show it", group=_SETTINGS)] = False,
+    every: Annotated[
+        bool, Parameter(name="--all", help="predict every setting and show it", group=_SETTINGS)
+    ] = False,
     apply: Annotated[
         int | None,
         Parameter(
@@ -53,7 +62,8 @@ def plan(
         ),
     ] = None,
     measure: Annotated[
-        bool, Parameter(help="run real steps of the chosen candidate here, and compare", group=_SETTINGS)
+        bool,
+        Parameter(help="run real steps of the chosen candidate here, and compare", group=_SETTINGS),
     ] = False,
     splits: Annotated[
         str | None,
@@ -97,7 +107,11 @@ def plan(
             raise UsageError("--trainer takes the place of a configuration: give one of them")
         plan_trainer(trainer, gpu=gpu, output_format=output_format)
         return
-    given = [f"memory.{key}={value}" for key, value in (("gpu", gpu), ("budget", budget)) if value is not None]
+    given = [
+        f"memory.{key}={value}"
+        for key, value in (("gpu", gpu), ("budget", budget))
+        if value is not None
+    ]
     words, flags, given = _model_alone(words, flags, given)
     config = read_arguments(words, flags, overrides=given).config
     check_source(config.model.source)
@@ -124,11 +138,15 @@ def plan(
             num_gpus=gpus,
             search="all" if every else "brief",
             on_stage=status.update,
-            on_first=(lambda answer: screen.print(first_words(answer), soft_wrap=True)) if is_watched else None,
+            on_first=(lambda answer: screen.print(first_words(answer), soft_wrap=True))
+            if is_watched
+            else None,
         )
     if apply is not None:
         wanted = _candidate(found, apply, every=every)
-        chosen = read_arguments(words, flags, overrides=[*given, *settings_of_candidate(wanted, config)])
+        chosen = read_arguments(
+            words, flags, overrides=[*given, *settings_of_candidate(wanted, config)]
+        )
         print_text(format_config(chosen), end="")
         if config.data.train == NO_DATA:
             warn(f"data.train is '{NO_DATA}' in it: put your data there before you train")
@@ -142,7 +160,9 @@ def plan(
         print_json(plan_json(found) | ({} if measured is None else {"measured": asdict(measured)}))
     elif output_format == "quiet":
         print_text(
-            "none" if found.chosen is None else _words(settings_of_candidate(found.candidates[found.chosen], config))
+            "none"
+            if found.chosen is None
+            else _words(settings_of_candidate(found.candidates[found.chosen], config))
         )
     else:
         show_plan(found, console(output_format), every=every)
@@ -158,7 +178,11 @@ _NOT_TOGETHER = (
         ("--gpus", "--splits", "--measure", "--apply", "--all", "--memory-limit"),
         "predicts a Trainer as it is",
     ),
-    ("--splits", ("--gpus", "--measure", "--apply", "--all"), "compares settings of one card side by side"),
+    (
+        "--splits",
+        ("--gpus", "--measure", "--apply", "--all"),
+        "compares settings of one card side by side",
+    ),
     ("--apply", ("--measure", "--format"), "prints a configuration and nothing else"),
     ("--measure", ("--gpus",), "runs on the one device that is here"),
 )
@@ -181,7 +205,9 @@ def _candidate(plan: "Plan", number: int, *, every: bool) -> "Candidate":
     """Numbers count from 0, in the table, in the JSON's `chosen` and in Python alike."""
     if not 0 <= number < len(plan.candidates):
         more = "" if every else ", or --all with the number of a table that --all has shown"
-        raise UsageError(f"--apply {number} is none of the candidates: give 0 to {len(plan.candidates) - 1}{more}")
+        raise UsageError(
+            f"--apply {number} is none of the candidates: give 0 to {len(plan.candidates) - 1}{more}"
+        )
     return plan.candidates[number]
 
 
@@ -197,7 +223,9 @@ def _model_alone(
         if not is_model and (path.is_file() or path.suffix in (".yaml", ".yml")):
             return words, flags, given
         if flags.model is not None:
-            raise UsageError(f"{words[0]} and --model {flags.model} are two models: give one of them")
+            raise UsageError(
+                f"{words[0]} and --model {flags.model} are two models: give one of them"
+            )
         flags = replace(flags, model=str(path.parent) if path.name == "config.json" else words[0])
         words = words[1:]
     if not flags.data and "data.train" not in named:

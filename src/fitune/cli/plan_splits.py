@@ -4,7 +4,13 @@ import math
 import re
 from collections.abc import Iterator
 
-from fitune.batch_size.scaling import configured_lr, is_adaptive, rate_factor, scaling_note, settings_of
+from fitune.batch_size.scaling import (
+    configured_lr,
+    is_adaptive,
+    rate_factor,
+    scaling_note,
+    settings_of,
+)
 from fitune.cli.output import console, print_json, table
 from fitune.cli.plan_table import fits_words, tokens_per_second
 from fitune.config import RunConfig
@@ -18,7 +24,9 @@ def compare_splits(config: RunConfig, splits: str, output_format: str) -> None:
     """Raises UsageError for a list that cannot be read."""
     from fitune.planning.search import choose_plan
 
-    plans = [choose_plan(_forced(config, *split), search="fastest") for split in read_splits(splits)]
+    plans = [
+        choose_plan(_forced(config, *split), search="fastest") for split in read_splits(splits)
+    ]
     if output_format == "json":
         print_json({"plans": [plan_json(plan) for plan in plans]})
         return
@@ -40,12 +48,19 @@ def read_splits(text: str) -> list[tuple[int, int]]:
     found = [re.fullmatch(r"\s*(\d+)\s*[xX*]\s*(\d+)\s*", part) for part in text.split(",")]
     pairs = [(int(match[1]), int(match[2])) for match in found if match is not None]
     if len(pairs) < len(found) or any(0 in pair for pair in pairs):
-        raise UsageError(f"--splits {text} is no list of micro-batch x accumulation: write it like 6x1,6x4,4x6")
+        raise UsageError(
+            f"--splits {text} is no list of micro-batch x accumulation: write it like 6x1,6x4,4x6"
+        )
     return pairs
 
 
 def _forced(config: RunConfig, rows: int, accumulation: int) -> RunConfig:
-    batch = {"effective": rows * accumulation, "micro": rows, "accumulation": "auto", "micro_tokens": "auto"}
+    batch = {
+        "effective": rows * accumulation,
+        "micro": rows,
+        "accumulation": "auto",
+        "micro_tokens": "auto",
+    }
     return config.model_copy(update={"batch": config.batch.model_copy(update=batch)})
 
 
@@ -76,7 +91,11 @@ def _same_training(plans: list[Plan]) -> Iterator[str]:
         same = [plan for plan in plans if plan.data["effective_batch"] == batch]
         if len(same) > 1:
             best = min(
-                same, key=lambda plan: (not _shown(plan).fits, _shown(plan).predicted_seconds_per_step or math.inf)
+                same,
+                key=lambda plan: (
+                    not _shown(plan).fits,
+                    _shown(plan).predicted_seconds_per_step or math.inf,
+                ),
             )
             yield say(
                 "{splits} are one training of {rows} samples a step and take one learning rate; of them, take {best}.",

@@ -37,7 +37,9 @@ MORE_IN_TERMINAL = "--all predicts every setting and shows it, also those that c
 MORE_IN_PYTHON = "these are {shown} of {total} candidates: Plan.candidates holds all"
 
 
-def show_plan(plan: Plan, screen: Screen, *, every: bool = False, more: str = MORE_IN_TERMINAL) -> None:
+def show_plan(
+    plan: Plan, screen: Screen, *, every: bool = False, more: str = MORE_IN_TERMINAL
+) -> None:
     """every: all candidates, else those that answer what most people ask. more: where the others are."""
     if (verdict := _verdict(plan)) is not None:
         screen.print(verdict, soft_wrap=True)
@@ -46,7 +48,12 @@ def show_plan(plan: Plan, screen: Screen, *, every: bool = False, more: str = MO
         screen.print(f"{pad(title, 9)}{line}", soft_wrap=True)
     shown = closest(plan) if plan.chosen is None else plan.candidates[plan.chosen]
     screen.print()
-    headings = (say("at the peak ({phase})", phase=say(shown.peak_phase)), say("how"), ">GiB", f">{say('share')}")
+    headings = (
+        say("at the peak ({phase})", phase=say(shown.peak_phase)),
+        say("how"),
+        ">GiB",
+        f">{say('share')}",
+    )
     screen.print(table(headings, list(_parts(plan, shown))))
     screen.print()
     labels = dict.fromkeys(range(len(plan.candidates)), "") if every else telling(plan)
@@ -86,7 +93,11 @@ def _verdict(plan: Plan) -> str | None:
     per_step, length = chosen.predicted_seconds_per_step, plan.training.length
     if per_step is None or length is None:
         return say("{split}: {needed} of {limit} GiB", **words)
-    return say("{split}: {needed} of {limit} GiB, about {time}", **words, time=about_seconds(per_step * length.steps))
+    return say(
+        "{split}: {needed} of {limit} GiB, about {time}",
+        **words,
+        time=about_seconds(per_step * length.steps),
+    )
 
 
 def html_plan(plan: Plan) -> str:
@@ -96,7 +107,12 @@ def html_plan(plan: Plan) -> str:
 
 def show_measured(plan: Plan, measured: "PlanMeasured", screen: Screen) -> None:
     screen.print()
-    screen.print(say("{steps} real steps of the chosen one, predicted beside measured:", steps=measured.num_steps))
+    screen.print(
+        say(
+            "{steps} real steps of the chosen one, predicted beside measured:",
+            steps=measured.num_steps,
+        )
+    )
     seconds = measured.predicted_seconds_per_step
     rows = [
         (
@@ -152,7 +168,9 @@ def _leaner(plan: Plan, fastest: int) -> tuple[int | None, int | None]:
         return None, None
     *others, leanest = front
     halfway = math.sqrt(sizes[fastest] * sizes[leanest])
-    return min(others, key=lambda number: abs(math.log(sizes[number] / halfway)), default=None), leanest
+    return min(
+        others, key=lambda number: abs(math.log(sizes[number] / halfway)), default=None
+    ), leanest
 
 
 def tokens_per_second(plan: Plan, candidate: Candidate) -> float | None:
@@ -162,7 +180,11 @@ def tokens_per_second(plan: Plan, candidate: Candidate) -> float | None:
 
 def about_seconds(seconds: float) -> str:
     """In the largest unit, as no prediction is better: '3 hours', '40 minutes', '20 seconds'."""
-    for size, unit in ((86400, "{number} days"), (3600, "{number} hours"), (60, "{number} minutes")):
+    for size, unit in (
+        (86400, "{number} days"),
+        (3600, "{number} hours"),
+        (60, "{number} minutes"),
+    ):
         if seconds >= 1.5 * size:
             return say(unit, number=f"{seconds / size:.0f}")
     return say("{number} seconds", number=f"{max(seconds, 1):.0f}")
@@ -171,9 +193,16 @@ def about_seconds(seconds: float) -> str:
 def _heading(plan: Plan) -> Iterator[tuple[str, str]]:
     first, model, device, data = plan.candidates[0], plan.model, plan.device, plan.data
     whole = model.num_trainable_parameters == model.num_parameters
-    trained = "" if whole else f" · {say('{count} trained', count=format_count(model.num_trainable_parameters))}"
+    trained = (
+        ""
+        if whole
+        else f" · {say('{count} trained', count=format_count(model.num_trainable_parameters))}"
+    )
     shape = f"{model.num_layers} x {model.hidden_size:,} · {say('vocabulary {number}', number=f'{model.vocab_size:,}')}"
-    yield say("model"), f"{model.name} · {format_count(model.num_parameters)}{trained} · {shape} · {first.method}"
+    yield (
+        say("model"),
+        f"{model.name} · {format_count(model.num_parameters)}{trained} · {shape} · {first.method}",
+    )
     yield (
         say("target"),
         say(
@@ -186,7 +215,13 @@ def _heading(plan: Plan) -> Iterator[tuple[str, str]]:
         + f" · {first.optimizer} · {first.precision}",
     )
     if data["gpus"] > 1:
-        yield say("cards"), say("{number}, which share the samples of a step; memory is of each", number=data["gpus"])
+        yield (
+            say("cards"),
+            say(
+                "{number}, which share the samples of a step; memory is of each",
+                number=data["gpus"],
+            ),
+        )
     yield (
         say("memory"),
         say(
@@ -196,7 +231,11 @@ def _heading(plan: Plan) -> Iterator[tuple[str, str]]:
             free=format_bytes(device.free_bytes),
             budget=format_bytes(plan.budget_bytes),
         )
-        + ("" if plan.budget_bytes <= plan.device.free_bytes else say(", more than there is: what is free counts")),
+        + (
+            ""
+            if plan.budget_bytes <= plan.device.free_bytes
+            else say(", more than there is: what is free counts")
+        ),
     )
 
 
@@ -214,7 +253,9 @@ def _parts(plan: Plan, shown: Candidate) -> Iterator[tuple[str, str, str, str]]:
         if name in counts:
             how = f"{format_count(counts[name])} x {size / counts[name]:.1f} B"
         elif name == "activation":
-            how = say("{tokens} tokens x {size}", tokens=f"{positions:,}", size=_small(size / positions))
+            how = say(
+                "{tokens} tokens x {size}", tokens=f"{positions:,}", size=_small(size / positions)
+            )
         if size:
             yield say(name), how, format_gib(size), f"{size / total:.0%}"
     sums = (
@@ -243,7 +284,9 @@ def _candidates(plan: Plan, labels: Mapping[int, str], *, every: bool) -> Table:
         say("result"),
     )
     empty = {"n/a", say("same")}
-    kept = [i for i in range(len(headings)) if every or i < 4 or not {row[i] for row in rows} <= empty]
+    kept = [
+        i for i in range(len(headings)) if every or i < 4 or not {row[i] for row in rows} <= empty
+    ]
     return table([headings[i] for i in kept], [[row[i] for i in kept] for row in rows])
 
 

@@ -25,11 +25,22 @@ def training_lines(training: PlannedTraining) -> Iterator[tuple[str, str]]:
     parts += [] if training.warmup is None else [say("warm-up {span}", span=_span(training.warmup))]
     yield say("training"), " · ".join(parts)
     parts = [
-        say("beta{number} {beta} halves in {span}", number=number, beta=f"{beta:.4g}", span=_span(span))
-        for number, (beta, span) in enumerate(zip(optim.betas, training.half_lives, strict=False), start=1)
+        say(
+            "beta{number} {beta} halves in {span}",
+            number=number,
+            beta=f"{beta:.4g}",
+            span=_span(span),
+        )
+        for number, (beta, span) in enumerate(
+            zip(optim.betas, training.half_lives, strict=False), start=1
+        )
     ]
     decay = say("weight decay {decay}", decay=f"{optim.weight_decay:.3g}")
-    parts.append(decay if shrink is None else say("{decay} takes {shrink} in all", decay=decay, shrink=f"{shrink:.2%}"))
+    parts.append(
+        decay
+        if shrink is None
+        else say("{decay} takes {shrink} in all", decay=decay, shrink=f"{shrink:.2%}")
+    )
     yield "", " · ".join([*parts, say("clip {clip}", clip=f"{optim.clip:.3g}")])
 
 
@@ -68,4 +79,8 @@ def _count(number: float) -> str:
 
 
 def _span(span: Span) -> str:
-    return say("{steps} steps = {tokens} tokens", steps=_count(span.steps), tokens=format_count(round(span.tokens)))
+    return say(
+        "{steps} steps = {tokens} tokens",
+        steps=_count(span.steps),
+        tokens=format_count(round(span.tokens)),
+    )

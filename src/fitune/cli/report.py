@@ -25,10 +25,12 @@ def report(
         ),
     ] = None,
     png: Annotated[
-        Path | None, Parameter(help="a directory for each picture as PNG (needs matplotlib)", group=OUTPUT)
+        Path | None,
+        Parameter(help="a directory for each picture as PNG (needs matplotlib)", group=OUTPUT),
     ] = None,
     lang: Annotated[
-        Literal["en", "zh"] | None, Parameter(help="the page's language (FITUNE_LANG)", group=OUTPUT)
+        Literal["en", "zh"] | None,
+        Parameter(help="the page's language (FITUNE_LANG)", group=OUTPUT),
     ] = None,
     output_format: Format = "auto",
 ) -> None:
@@ -36,7 +38,9 @@ def report(
     Its data is in it: `fitune compare` reads it again."""
     if not runs:
         raise UsageError("give the runs to report on: fitune report runs/NAME -o report.html")
-    asked = None if output is None else output_file(output, example="report.html")  # before the runs are read
+    asked = (
+        None if output is None else output_file(output, example="report.html")
+    )  # before the runs are read
     if lang is not None:
         os.environ["FITUNE_LANG"] = lang
     from fitune.report.charts import pictures

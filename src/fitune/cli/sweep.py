@@ -19,7 +19,16 @@ from fitune.config import RunConfig, config_hash
 from fitune.errors import ConfigError, DoesNotFitError, FituneError, InterruptedRunError, UsageError
 from fitune.language import translated
 from fitune.run.directory import RunDirectory, read_run, write_json
-from fitune.run.sweep import Entry, Search, Sweep, make_entry, read_states, read_sweep, write_entry, write_states
+from fitune.run.sweep import (
+    Entry,
+    Search,
+    Sweep,
+    make_entry,
+    read_states,
+    read_sweep,
+    write_entry,
+    write_states,
+)
 from fitune.units import format_bytes
 
 if TYPE_CHECKING:
@@ -45,7 +54,9 @@ def sweep(
     states = read_states(found.directory)
     if found.search is not None:
         if dry_run:
-            raise UsageError("a search chooses each run by those before it: there is nothing to plan ahead")
+            raise UsageError(
+                "a search chooses each run by those before it: there is nothing to plan ahead"
+            )
         _search(found, found.search, states)
     else:
         entries = list(found.entries)
@@ -63,21 +74,31 @@ def _plan(found: Sweep, entries: Sequence[Entry], states: States) -> None:
     for entry in entries:
         known = states.get(entry.name, {})
         if known.get("config_hash") != config_hash(entry.config):
-            states[entry.name] = {"state": "waiting", "config_hash": config_hash(entry.config), "plan": None}
-    ordered = {entry.name: states[entry.name] for entry in entries}  # without what the sweep no longer holds
+            states[entry.name] = {
+                "state": "waiting",
+                "config_hash": config_hash(entry.config),
+                "plan": None,
+            }
+    ordered = {
+        entry.name: states[entry.name] for entry in entries
+    }  # without what the sweep no longer holds
     states.clear()
     states.update(ordered)
     names = [entry.name for entry in entries if states[entry.name]["plan"] is None]
     configs = {entry.name: entry.config for entry in entries}
     if names:
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            for name, plan in zip(names, pool.map(plan_content, [configs[name] for name in names]), strict=True):
+            for name, plan in zip(
+                names, pool.map(plan_content, [configs[name] for name in names]), strict=True
+            ):
                 states[name] |= plan
                 write_states(found.directory, states)
     for entry in entries:
         _note(f"plan  {entry.name}: {_planned(states[entry.name])}")
     if all(states[entry.name]["state"] == "does not fit" for entry in entries):
-        raise DoesNotFitError(f"no run of this sweep fits: {found.directory / 'sweep.json'} holds the plans")
+        raise DoesNotFitError(
+            f"no run of this sweep fits: {found.directory / 'sweep.json'} holds the plans"
+        )
 
 
 def plan_content(config: RunConfig) -> dict[str, Any]:
@@ -88,7 +109,10 @@ def plan_content(config: RunConfig) -> dict[str, Any]:
     try:
         plan = choose_plan(config, search="fastest")
     except Exception as error:  # a model that cannot be recorded can still be trained
-        return {"plan": None, "plan_fault": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
+        return {
+            "plan": None,
+            "plan_fault": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}",
+        }
     return {"plan": plan_json(plan)} | ({"state": "does not fit"} if plan.chosen is None else {})
 
 
@@ -97,7 +121,10 @@ def _planned(state: dict[str, Any]) -> str:
     if plan is None:
         return f"not planned ({state.get('plan_fault', 'n/a')})"
     candidate = plan["candidates"][plan["chosen"] or 0]
-    needed, budget = format_bytes(candidate["predicted_device_bytes"]), format_bytes(plan["budget_bytes"])
+    needed, budget = (
+        format_bytes(candidate["predicted_device_bytes"]),
+        format_bytes(plan["budget_bytes"]),
+    )
     if state["state"] == "does not fit":
         return f"does not fit: it needs {needed} of {budget}; it is left out"
     return f"fits: {needed} of {budget}"
@@ -115,10 +142,16 @@ def _run(found: Sweep, entry: Entry, states: States) -> None:
         write_states(found.directory, states)
         return
     command = [sys.executable, "-m", "fitune", "train", *_arguments(found, entry, run)]
-    here = str(Path(__file__).parents[2])  # the run is done by this fitune, also where it is not installed
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))}
+    here = str(
+        Path(__file__).parents[2]
+    )  # the run is done by this fitune, also where it is not installed
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))
+    }
     with _left_to_the_child():
-        code = subprocess.run(command, stdout=subprocess.DEVNULL, env=environment, check=False).returncode
+        code = subprocess.run(
+            command, stdout=subprocess.DEVNULL, env=environment, check=False
+        ).returncode
     if code == 0 and state["plan"] is not None and not run.plan.exists():
         write_json(run.plan, state["plan"])
     states[entry.name] |= {"state": "finished" if code == 0 else "failed", "exit_code": code}
@@ -169,7 +202,9 @@ def _finish(found: Sweep, states: States, output_format: str) -> None:
     if output_format == "json":
         from fitune.report.tables import comparison_json
 
-        print_json({"sweep": str(found.directory), "report": str(page), **comparison_json(comparison)})
+        print_json(
+            {"sweep": str(found.directory), "report": str(page), **comparison_json(comparison)}
+        )
     elif output_format == "quiet":
         print_text(page)
     else:
@@ -180,7 +215,9 @@ def _finish(found: Sweep, states: States, output_format: str) -> None:
     failed = [name for name, state in states.items() if state["state"] == "failed"]
     if failed:
         names = ", ".join(failed)
-        raise FituneError(f"{len(failed)} of {len(states)} runs failed ({names}): the same command tries them again")
+        raise FituneError(
+            f"{len(failed)} of {len(states)} runs failed ({names}): the same command tries them again"
+        )
 
 
 def _search(found: Sweep, search: Search, states: States) -> None:
@@ -200,17 +237,33 @@ def _search(found: Sweep, search: Search, states: States) -> None:
         direction="minimize",
         load_if_exists=True,
     )
-    ended = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED, optuna.trial.TrialState.FAIL)
+    ended = (
+        optuna.trial.TrialState.COMPLETE,
+        optuna.trial.TrialState.PRUNED,
+        optuna.trial.TrialState.FAIL,
+    )
 
     def objective(trial: Any) -> float:
         overrides = {key: _suggest(trial, key, values) for key, values in search.space.items()}
-        entry = make_entry(found.directory, found.tree, overrides, name=f"trial-{trial.number:04d}", typed=found.typed)
+        entry = make_entry(
+            found.directory,
+            found.tree,
+            overrides,
+            name=f"trial-{trial.number:04d}",
+            typed=found.typed,
+        )
         _note(f"trial {trial.number + 1} of {search.trials}: {overrides}")
-        states.setdefault(entry.name, {"state": "waiting", "config_hash": config_hash(entry.config), "plan": None})
+        states.setdefault(
+            entry.name, {"state": "waiting", "config_hash": config_hash(entry.config), "plan": None}
+        )
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
             states[entry.name] |= pool.submit(plan_content, entry.config).result()
         _run(found, entry, states)
-        summary = read_run(found.directory / entry.name).summary if states[entry.name]["state"] == "finished" else None
+        summary = (
+            read_run(found.directory / entry.name).summary
+            if states[entry.name]["state"] == "finished"
+            else None
+        )
         if summary is None or summary.eval_loss is None:
             raise optuna.TrialPruned
         return summary.eval_loss

@@ -27,13 +27,16 @@ PLAIN_EVERY_SECONDS = 10.0
 
 
 def watch(
-    run: Annotated[Path | None, Parameter(help="a run's directory or name; the latest where left out")] = None,
+    run: Annotated[
+        Path | None, Parameter(help="a run's directory or name; the latest where left out")
+    ] = None,
     /,
     *,
     output: Annotated[Path, Parameter(help="where runs are kept")] = RUNS,
     once: Annotated[bool, Parameter(help="show it once, and leave")] = False,
     as_json: Annotated[
-        bool, Parameter(name="--json", help="the same as --format json: a line a second", group=OUTPUT)
+        bool,
+        Parameter(name="--json", help="the same as --format json: a line a second", group=OUTPUT),
     ] = False,
     output_format: Format = "auto",
 ) -> None:
@@ -48,7 +51,9 @@ def watch(
     elif output_format == "quiet":
         print_text(follower.read().record.state)
     elif once or _is_over(view := follower.read()):
-        console.print(_shown(follower.read() if once else view, console, height=None), soft_wrap=True)
+        console.print(
+            _shown(follower.read() if once else view, console, height=None), soft_wrap=True
+        )
     elif console.is_terminal:
         _live(follower, console)
     else:
@@ -88,7 +93,10 @@ def _live(follower: RunFollower, console: Screen) -> None:
         try:
             while not _is_over(view):
                 text = _shown(view, console, height=console.height - 1)
-                live.update(Text("\n").join([text, Text(say("q leaves; the run goes on"), style="dim")]), refresh=True)
+                live.update(
+                    Text("\n").join([text, Text(say("q leaves; the run goes on"), style="dim")]),
+                    refresh=True,
+                )
                 due = time.monotonic() + REFRESH_SECONDS
                 while time.monotonic() < due:
                     if pressed() in ("q", "Q"):
@@ -150,7 +158,11 @@ def _keys() -> Iterator[Callable[[], str]]:
     stdin = sys.stdin.fileno()
 
     def key() -> str:
-        return os.read(stdin, 1).decode(errors="ignore") if select.select([stdin], [], [], KEY_SECONDS)[0] else ""
+        return (
+            os.read(stdin, 1).decode(errors="ignore")
+            if select.select([stdin], [], [], KEY_SECONDS)[0]
+            else ""
+        )
 
     before = termios.tcgetattr(stdin)
     tty.setcbreak(stdin)

@@ -26,9 +26,9 @@ SPEED_STEPS = 20
 FEWEST_EVENT_LINES = 6
 TALLEST_CHART = 12
 WIDEST_STEP = 4
-ASCII = str.maketrans({"█": "#", "▌": "#", "·": ".", "│": "|", "°": " ", "…": "~", "×": "x"}) | str.maketrans(
-    "▁▂▃▄▅▆▇", "..::++*"
-)
+ASCII = str.maketrans(
+    {"█": "#", "▌": "#", "·": ".", "│": "|", "°": " ", "…": "~", "×": "x"}
+) | str.maketrans("▁▂▃▄▅▆▇", "..::++*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,9 @@ def watch_screen(view: RunView, *, width: int, height: int | None, now: float) -
     while events and sum(map(len, events)) > room:
         events.pop(0)
     chart = _chart(view, width=width, height=chart_height)
-    lines = [*head, *memory, *chart, *numbers, *(line for event in events for line in event)][:height]
+    lines = [*head, *memory, *chart, *numbers, *(line for event in events for line in event)][
+        :height
+    ]
     text = Text("\n").join(_cut(line, width) for line in lines)
     text.no_wrap = True
     return text
@@ -75,7 +77,10 @@ def watch_json(view: RunView, *, now: float) -> dict[str, Any]:
         "seconds_left": seconds_left(view),
         "budget_bytes": view.budget_bytes,
         "device": view.device_name,
-        "memory": {part.name: {"now_bytes": part.now_bytes, "peak_bytes": part.peak_bytes} for part in classes(view)},
+        "memory": {
+            part.name: {"now_bytes": part.now_bytes, "peak_bytes": part.peak_bytes}
+            for part in classes(view)
+        },
         "step": as_json(view.steps[-1]) if view.steps else None,
         "eval": as_json(view.evals[-1]) if view.evals else None,
         "sample": as_json(view.samples[-1]) if view.samples else None,
@@ -90,7 +95,10 @@ def classes(view: RunView) -> list[MemoryClass]:
     if view.samples[-1].allocated_bytes is None:
         table, peak = _on_cpu, max((step.device_used_bytes or 0 for step in view.steps), default=0)
     else:
-        table, peak = _on_card, max((step.peak_allocated_bytes or 0 for step in view.steps), default=0)
+        table, peak = (
+            _on_card,
+            max((step.peak_allocated_bytes or 0 for step in view.steps), default=0),
+        )
     labels = _labels()
     history = [table(sample) for sample in view.samples]
     now, found = history[-1], []
@@ -145,7 +153,11 @@ def _on_cpu(sample: MemorySample) -> dict[str, int]:
 
 def _peak_activations(sample: MemorySample) -> int:
     if sample.allocated_bytes is None:
-        return (sample.peak_process_bytes or 0) - (sample.program_bytes or 0) - (sample.state_bytes or 0)
+        return (
+            (sample.peak_process_bytes or 0)
+            - (sample.program_bytes or 0)
+            - (sample.state_bytes or 0)
+        )
     return (sample.peak_allocated_bytes or 0) - (sample.state_bytes or 0)
 
 
@@ -171,7 +183,9 @@ def _head(view: RunView, *, width: int, now: float) -> Iterator[Text]:
     if record.state == "running" and view.samples:
         silence = now - view.samples[-1].time
         if silence >= SILENCE_SECONDS:
-            yield Text(say("no word for {seconds}", seconds=format_seconds(silence)), style="yellow")
+            yield Text(
+                say("no word for {seconds}", seconds=format_seconds(silence)), style="yellow"
+            )
 
 
 def _memory(view: RunView, *, width: int) -> Iterator[Text]:
@@ -186,15 +200,25 @@ def _memory(view: RunView, *, width: int) -> Iterator[Text]:
     heading = f"{_fit(title, label_width)}{_right(say('now'), 8)}{_right(say('peak'), 8)}  "
     yield Text(heading + _scale(total, bar_width), style="bold")
     start = 0
-    budget = None if view.budget_bytes is None else min(bar_width - 1, round(view.budget_bytes / total * bar_width))
+    budget = (
+        None
+        if view.budget_bytes is None
+        else min(bar_width - 1, round(view.budget_bytes / total * bar_width))
+    )
     for part in parts:
-        line = Text(pad(part.label, label_width) + f"{format_gib(part.now_bytes):>8}{format_gib(part.peak_bytes):>8}  ")
+        line = Text(
+            pad(part.label, label_width)
+            + f"{format_gib(part.now_bytes):>8}{format_gib(part.peak_bytes):>8}  "
+        )
         first, last = start / total * bar_width, (start + part.now_bytes) / total * bar_width
         line.append_text(_bar(first, last, width=bar_width, part=part, budget=budget))
         start += part.now_bytes
         yield line
     if view.budget_bytes is not None:
-        yield Text(" " * (label_width + 18) + _marker(budget or 0, bar_width, say("memory limit"), view.budget_bytes))
+        yield Text(
+            " " * (label_width + 18)
+            + _marker(budget or 0, bar_width, say("memory limit"), view.budget_bytes)
+        )
 
 
 def _bar(first: float, last: float, *, width: int, part: MemoryClass, budget: int | None) -> Text:
@@ -245,7 +269,8 @@ def _chart(view: RunView, *, width: int, height: int) -> Iterator[Text]:
         is_last = number == height - 1
         line = Text(label if is_last else " " * cell_len(label)).append(row, style="cyan")
         line.append(
-            behind if is_last else f" {highest:.3f}" if number == 0 else "", style="green" if is_last else "dim"
+            behind if is_last else f" {highest:.3f}" if number == 0 else "",
+            style="green" if is_last else "dim",
         )
         yield line
 
@@ -255,7 +280,9 @@ def _evaluation(view: RunView) -> str:
         return ""
     newest = view.evals[-1]
     text = f" {say('eval {loss:.3f} at step {step:,}', loss=newest.eval_loss, step=newest.step)}"
-    best = min((evaluation.eval_loss for evaluation in view.evals if evaluation.step > 0), default=None)
+    best = min(
+        (evaluation.eval_loss for evaluation in view.evals if evaluation.step > 0), default=None
+    )
     return text if best is None or newest.eval_loss > best else f"{text}, {say('best')}"
 
 
@@ -271,7 +298,9 @@ def _blocks(values: Sequence[float], height: int) -> list[str]:
     finite = [value for value in values if math.isfinite(value)]
     low, high = min(finite, default=0.0), max(finite, default=0.0)
     scale = (8 * height - 1) / (high - low) if high > low else 0.0
-    eighths = [1 + round((value - low) * scale) if math.isfinite(value) else None for value in values]
+    eighths = [
+        1 + round((value - low) * scale) if math.isfinite(value) else None for value in values
+    ]
     return [
         "".join(
             "!" if filled is None else " ▁▂▃▄▅▆▇█"[max(0, min(8, filled - 8 * (height - 1 - row)))]
@@ -285,7 +314,9 @@ def _numbers(view: RunView) -> Iterator[Text]:
     if view.steps:
         last = view.steps[-1]
         recent = view.steps[-SPEED_STEPS:]
-        speed = sum(step.tokens for step in recent) / max(sum(step.seconds for step in recent), 1e-9)
+        speed = sum(step.tokens for step in recent) / max(
+            sum(step.seconds for step in recent), 1e-9
+        )
         parts = [
             f"{format_count(speed)} {say('tokens/s')}",
             f"{last.micro_batch} × {last.num_micro_batches} {say('samples')}",
@@ -322,7 +353,10 @@ def _events(view: RunView, *, width: int) -> Iterator[list[Text]]:
         at = f"{time.strftime('%H:%M:%S', time.localtime(event.time))} {event.step:>6,}  "
         style = "yellow" if event.message.startswith("warning") else ""
         first, *others = _wrapped(printable(event.message), max(20, width - len(at)))
-        yield [Text(at + first, style=style), *(Text(" " * len(at) + line, style=style) for line in others)]
+        yield [
+            Text(at + first, style=style),
+            *(Text(" " * len(at) + line, style=style) for line in others),
+        ]
 
 
 def _wrapped(message: str, width: int) -> list[str]:
@@ -353,14 +387,20 @@ def _total_steps(view: RunView) -> int | None:
         return view.steps[-1].step if view.steps else None
     if (known := _known_total_steps(view)) is not None:
         return known
-    newest = view.samples[-1] if view.samples else None  # with its own step: the metrics may be ahead of it
+    newest = (
+        view.samples[-1] if view.samples else None
+    )  # with its own step: the metrics may be ahead of it
     progress = None if newest is None else newest.progress_fraction
     return round(newest.step / progress) if newest is not None and progress else None
 
 
 def _elapsed_seconds(view: RunView, now: float) -> float | None:
     is_on = view.record.state == "running" and view.samples
-    return None if view.seconds is None else view.seconds + (max(0.0, now - view.samples[-1].time) if is_on else 0.0)
+    return (
+        None
+        if view.seconds is None
+        else view.seconds + (max(0.0, now - view.samples[-1].time) if is_on else 0.0)
+    )
 
 
 def seconds_left(view: RunView) -> float | None:

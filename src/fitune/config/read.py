@@ -20,8 +20,9 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from fitune.config.aliases import OWN_PATHS, own_value
-from fitune.config.foreign_names import FOREIGN_NAMES, foreign_hint
-from fitune.config.schema import DataSource, RunConfig, Section
+from fitune.config.importers.names import NAMES_OF_OTHER_TOOLS, hint_for_name
+from fitune.config.schema import RunConfig
+from fitune.config.sections import DataSource, Section
 from fitune.config.wording import describe_fault, shown
 from fitune.config.yaml_lines import KeyPath, Position, parse_scalar, parse_yaml
 from fitune.errors import ConfigError
@@ -40,7 +41,13 @@ _MAIN_KEYS = {
     "memory": "budget",
     "run": "name",
 }
-_MAIN_KEYS |= {"train": "epochs", "eval": "max_rows", "lora": "rank", "shape": "preset", "columns": "prompt"}
+_MAIN_KEYS |= {
+    "train": "epochs",
+    "eval": "max_rows",
+    "lora": "rank",
+    "shape": "preset",
+    "columns": "prompt",
+}
 _FLAGS = {"model.source": "--model", "data.train": "--data"}
 
 
@@ -52,7 +59,9 @@ class ResolvedConfig:
     origins: Mapping[str, str]
 
 
-def read_config(source: Path | str | Mapping[str, Any] | None, overrides: Sequence[str] = ()) -> ResolvedConfig:
+def read_config(
+    source: Path | str | Mapping[str, Any] | None, overrides: Sequence[str] = ()
+) -> ResolvedConfig:
     """A YAML file (or a mapping, or nothing) and `key.sub=value` on top of it -> the checked configuration.
 
     Values of overrides are YAML scalars, or lists in brackets: `optim.lr=5e-7`, `data.train=[a.jsonl,b.jsonl]`.
@@ -90,7 +99,11 @@ class _Draft:
         for length in range(len(path), 0, -1):
             if path[:length] in self.marks:
                 part = _get(self.tree, path[:length])
-                return self.marks[path[:length]].origin if length == len(path) or not isinstance(part, dict) else None
+                return (
+                    self.marks[path[:length]].origin
+                    if length == len(path) or not isinstance(part, dict)
+                    else None
+                )
         return None
 
     def fault(self, path: KeyPath, sentence: str) -> None:
@@ -123,15 +136,23 @@ def check_is_configuration(path: Path) -> None:
         if not (own.is_file() and (path / "checkpoints").is_dir()):
             raise ConfigError([f"{path} is a directory, not a configuration file"])
         goes_on = f"'fitune train --resume {path}' goes on with it"
-        raise ConfigError([f"{path} is the directory of a run: {goes_on}, and {own} is its configuration"])
+        raise ConfigError(
+            [f"{path} is the directory of a run: {goes_on}, and {own} is its configuration"]
+        )
     if path.suffix in DATA_SUFFIXES and path.is_file():
-        raise ConfigError([f"{path} is data by its name, not a configuration: give it with --data (data.train)"])
+        raise ConfigError(
+            [f"{path} is data by its name, not a configuration: give it with --data (data.train)"]
+        )
 
 
 def decode(content: bytes) -> str:
     """UTF-8, or UTF-16 where the mark at its start says so, as editors on Windows write it. Lines end in a newline."""
     is_utf_16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    return content.decode("utf-16" if is_utf_16 else "utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+    return (
+        content.decode("utf-16" if is_utf_16 else "utf-8-sig")
+        .replace("\r\n", "\n")
+        .replace("\r", "\n")
+    )
 
 
 def read_bounded(path: Path) -> bytes:
@@ -155,7 +176,9 @@ def _read_text(path: Path) -> str:
         return decode(read_bounded(path))
     except UnicodeDecodeError as error:
         raise ConfigError(
-            [f"{path} is not a text file: byte {error.start} is not UTF-8; save it in that encoding"]
+            [
+                f"{path} is not a text file: byte {error.start} is not UTF-8; save it in that encoding"
+            ]
         ) from error
     except FileNotFoundError as error:
         twin = path.with_suffix({".yml": ".yaml", ".yaml": ".yml"}.get(path.suffix, ".yaml"))
@@ -187,7 +210,9 @@ def _two_names(alias: KeyPath, path: KeyPath) -> str:
 def _apply_override(draft: _Draft, override: str) -> None:
     key, equals, text = override.partition("=")
     key = key.strip()
-    path: KeyPath = tuple(int(part) if part.isdecimal() and len(part) < 10 else part for part in key.split("."))
+    path: KeyPath = tuple(
+        int(part) if part.isdecimal() and len(part) < 10 else part for part in key.split(".")
+    )
     alias, path = path, OWN_PATHS.get(path, path)
     text = str(own_value(alias, text.strip()))
     if not equals or not all(isinstance(part, int) or part.isidentifier() for part in path):
@@ -224,14 +249,20 @@ def _set(draft: _Draft, path: KeyPath, text: str) -> None:
         try:
             value, mark = parse_yaml(text, COMMAND_LINE).tree, Position(COMMAND_LINE)
         except ConfigError as error:
-            raise ValueError(f"'{text}' is not a value of YAML: {str(error).rpartition(': ')[2]}") from error
+            raise ValueError(
+                f"'{text}' is not a value of YAML: {str(error).rpartition(': ')[2]}"
+            ) from error
     holder: Any = draft.tree
     for depth, part in enumerate(path[:-1], start=1):
         if isinstance(holder, dict) and holder.get(part) is None:
             holder[part] = {}
         holder = _get(holder, (part,))
-        if not isinstance(holder, dict | list) or (depth == len(path) - 1 and isinstance(holder, list)):
-            raise ValueError(f"{_dotted(path[:depth])} is {shown(holder)}, which has no '{path[depth]}'")
+        if not isinstance(holder, dict | list) or (
+            depth == len(path) - 1 and isinstance(holder, list)
+        ):
+            raise ValueError(
+                f"{_dotted(path[:depth])} is {shown(holder)}, which has no '{path[depth]}'"
+            )
     holder[path[-1]] = value
     for below in [other for other in draft.marks if other[: len(path)] == path]:
         del draft.marks[below]
@@ -268,15 +299,15 @@ def _suggestion(name: str) -> str:
         return ": several runs in one file are for 'fitune sweep'"
     if name in known:
         return f": did you mean '{known[name]}'?"
-    if hint := foreign_hint(name):
+    if hint := hint_for_name(name):
         return f": {hint}"
-    close = difflib.get_close_matches(name, [*known, *FOREIGN_NAMES], n=1, cutoff=0.75)
+    close = difflib.get_close_matches(name, [*known, *NAMES_OF_OTHER_TOOLS], n=1, cutoff=0.75)
     if not close:
         return ": 'fitune config schema' lists the keys"
     return (
         f": did you mean '{known[close[0]]}'?"
         if close[0] in known
-        else f": like '{close[0]}', {foreign_hint(close[0])}"
+        else f": like '{close[0]}', {hint_for_name(close[0])}"
     )
 
 
@@ -313,18 +344,29 @@ def _take_letters(draft: _Draft, errors: list[ErrorDetails]) -> bool:
     for detail in errors:
         path = _key_of(detail["loc"])
         mark = draft.marks.get(path)
-        if detail["type"] == "string_type" and mark and mark.text and isinstance(detail["input"], int | float):
+        if (
+            detail["type"] == "string_type"
+            and mark
+            and mark.text
+            and isinstance(detail["input"], int | float)
+        ):
             _get(draft.tree, path[:-1])[path[-1]] = mark.text
             taken = True
     return taken
 
 
-def _sentences(draft: _Draft, path: KeyPath, details: list[ErrorDetails]) -> Iterator[tuple[KeyPath, str]]:
+def _sentences(
+    draft: _Draft, path: KeyPath, details: list[ErrorDetails]
+) -> Iterator[tuple[KeyPath, str]]:
     """Where each fault stands, and its sentence."""
     key, value = _dotted(path), _get(draft.tree, path)
-    if ours := [str(detail["ctx"]["error"]) for detail in details if detail["type"] == "value_error"]:
+    if ours := [
+        str(detail["ctx"]["error"]) for detail in details if detail["type"] == "value_error"
+    ]:
         if isinstance(_schema_at(path), type):  # values that cannot go together name their keys
-            yield from ((_first_named_key(draft, line), line) for text in ours for line in text.splitlines())
+            yield from (
+                (_first_named_key(draft, line), line) for text in ours for line in text.splitlines()
+            )
         else:
             yield path, f"{key}: {ours[0]}"
     elif value is None and any(detail["type"] == "missing" for detail in details):
@@ -336,7 +378,8 @@ def _sentences(draft: _Draft, path: KeyPath, details: list[ErrorDetails]) -> Ite
         close = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.7)
         yield (
             path,
-            f"{key} is {shown(value)}: it must be {wanted}" + (f"; did you mean {close[0]}?" if close else ""),
+            f"{key} is {shown(value)}: it must be {wanted}"
+            + (f"; did you mean {close[0]}?" if close else ""),
         )
 
 
@@ -367,7 +410,9 @@ def _schema_at(path: KeyPath) -> type[Section] | Mapping[str, Any] | None:
         elif depth == len(path) - 1:
             schema: Mapping[str, Any] = _properties(model)[part]
             return schema
-        elif path[:depth] == ("data",) and isinstance(path[depth + 1], int) and len(path) > depth + 2:
+        elif (
+            path[:depth] == ("data",) and isinstance(path[depth + 1], int) and len(path) > depth + 2
+        ):
             item: Mapping[str, Any] | None = _properties(DataSource).get(str(path[depth + 2]))
             return item if len(path) == depth + 3 else None
         else:
@@ -417,6 +462,12 @@ def _plain(value: Any) -> Any:
 
 def _paths(tree: Any, path: KeyPath = ()) -> Iterator[KeyPath]:
     yield path
-    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    items = (
+        tree.items()
+        if isinstance(tree, dict)
+        else enumerate(tree)
+        if isinstance(tree, list)
+        else ()
+    )
     for key, item in items:
         yield from _paths(item, (*path, key))

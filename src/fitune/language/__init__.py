@@ -88,7 +88,8 @@ def _sentences() -> tuple[tuple[str, str, str], ...]:
     first."""
     ordered = sorted(SENTENCES.items(), key=lambda pair: -len(_VALUE.sub("", pair[0])))
     return tuple(
-        (max(_VALUE.sub("\n", english).split("\n"), key=len), english, chinese) for english, chinese in ordered
+        (max(_VALUE.sub("\n", english).split("\n"), key=len), english, chinese)
+        for english, chinese in ordered
     )
 
 
@@ -96,7 +97,10 @@ def _sentences() -> tuple[tuple[str, str, str], ...]:
 def _pattern(english: str) -> re.Pattern[str]:
     parts, position = [], 0
     for value in _VALUE.finditer(english):
-        parts += [re.escape(english[position : value.start()]), f"(?P<{value[1]}>{_KINDS[value[2]]})"]
+        parts += [
+            re.escape(english[position : value.start()]),
+            f"(?P<{value[1]}>{_KINDS[value[2]]})",
+        ]
         position = value.end()
     return re.compile("".join((*parts, re.escape(english[position:]))), re.DOTALL)
 

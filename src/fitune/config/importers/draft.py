@@ -9,8 +9,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from fitune.config.foreign_read import ForeignArguments
-from fitune.config.foreign_reasons import ANSWERS, NOT_NEEDED, OTHER_TRAINING, PREFERENCE_OF_TRL
+from fitune.config.importers.read import ToolArguments
+from fitune.config.importers.reasons import ANSWERS, NOT_NEEDED, OTHER_TRAINING, PREFERENCE_OF_TRL
 from fitune.config.wording import shown
 from fitune.config.yaml_lines import parse_scalar
 from fitune.errors import ConfigError
@@ -18,9 +18,29 @@ from fitune.errors import ConfigError
 # What is computed with, and so is checked first; what is only passed on, our own schema checks.
 _NUMBERS = frozenset(
     (
-        *("batch.micro", "batch.accumulation", "batch.effective", "optim.lr", "optim.warmup", "train.steps"),
-        *("train.epochs", "data.eval_fraction", "data.max_rows", "model.lora.rank", "model.lora.alpha"),
-        *("optim.final_lr_fraction", "min_lr", "min_lr_rate", "warmup_steps", "hidden_size", "num_hidden_layers"),
+        *(
+            "batch.micro",
+            "batch.accumulation",
+            "batch.effective",
+            "optim.lr",
+            "optim.warmup",
+            "train.steps",
+        ),
+        *(
+            "train.epochs",
+            "data.eval_fraction",
+            "data.max_rows",
+            "model.lora.rank",
+            "model.lora.alpha",
+        ),
+        *(
+            "optim.final_lr_fraction",
+            "min_lr",
+            "min_lr_rate",
+            "warmup_steps",
+            "hidden_size",
+            "num_hidden_layers",
+        ),
         *("use_moe", "quantization_bit", "quant_bits"),
     )
 )
@@ -30,10 +50,12 @@ _MAPPINGS = frozenset(("peft_config", "lr_scheduler_kwargs", "quant_config"))
 # What other values would change and these do not; the last two are how transformers writes an empty one.
 _AS_HERE = {"truncation_mode": "keep_start", "eos_token": "<EOS_TOKEN>", "pad_token": "<PAD_TOKEN>"}
 _EVERY = "train.eval_every and train.save_every: ten in a run where they are not set"
-_WHEN = dict.fromkeys(("eval_steps", "save_steps", "eval_strategy", "save_strategy", "evaluation_strategy"), _EVERY)
+_WHEN = dict.fromkeys(
+    ("eval_steps", "save_steps", "eval_strategy", "save_strategy", "evaluation_strategy"), _EVERY
+)
 
 
-def checked(arguments: ForeignArguments) -> ForeignArguments:
+def checked(arguments: ToolArguments) -> ToolArguments:
     """With mappings of arguments taken apart and numbers in quotes as numbers. Raises ConfigError for values of the
     wrong kind and, of all at once, for those that ask for another training."""
     values: dict[str, Any] = {}
@@ -44,7 +66,9 @@ def checked(arguments: ForeignArguments) -> ForeignArguments:
             is_number = bool(names & _NUMBERS)
             values[name] = parse_scalar(value) if is_number and isinstance(value, str) else value
             origins[name] = arguments.origins[holder]
-            is_word = bool(names & _WORDS) or ("model.method" in names and not isinstance(value, bool))
+            is_word = bool(names & _WORDS) or (
+                "model.method" in names and not isinstance(value, bool)
+            )
             if is_number and not isinstance(values[name], int | float) and not is_off(value):
                 faults.append(f"{origins[name]} {name}: {shown(value)}: a number is needed here")
             elif is_word and not isinstance(value, str):
@@ -52,7 +76,9 @@ def checked(arguments: ForeignArguments) -> ForeignArguments:
             elif is_other_training(name, value):
                 faults.append(f"{origins[name]} {name}: {shown(value)}: {OTHER_TRAINING[name][1]}")
             elif name in PREFERENCE_OF_TRL and arguments.tool == "TRL" and not is_off(value):
-                faults.append(f"{origins[name]} {name}: {shown(value)}: fitune is for supervised fine-tuning alone")
+                faults.append(
+                    f"{origins[name]} {name}: {shown(value)}: fitune is for supervised fine-tuning alone"
+                )
     if faults:
         raise ConfigError(faults)
     return replace(arguments, values=values, origins=origins)
@@ -63,7 +89,11 @@ def is_other_training(name: str, value: Any) -> bool:
 
 
 def is_off(value: Any) -> bool:
-    return value in (False, 0, "", "none", "no", "null", "false", "False", "None") or value in ([], {}, [""])
+    return value in (False, 0, "", "none", "no", "null", "false", "False", "None") or value in (
+        [],
+        {},
+        [""],
+    )
 
 
 def _taken_apart(name: str, value: Any) -> dict[str, Any]:
@@ -75,7 +105,11 @@ def _taken_apart(name: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         return {name: value}
     # a plugin of LLaMA-Factory v1 is chosen by its name
-    return {f"{name}.name" if key == "name" else key: part for key, part in value.items() if part is not None}
+    return {
+        f"{name}.name" if key == "name" else key: part
+        for key, part in value.items()
+        if part is not None
+    }
 
 
 @dataclass
@@ -83,7 +117,7 @@ class Draft:
     """written: our key -> (value, comment). differs: what means something else here, one sentence each. used: arguments
     that were read; shown: those that a comment or a sentence names. reasons: why one has no effect here."""
 
-    arguments: ForeignArguments
+    arguments: ToolArguments
     devices: int
     written: dict[str, tuple[Any, str]] = field(default_factory=dict)
     differs: list[str] = field(default_factory=list)
@@ -109,7 +143,9 @@ class Draft:
 
     def names(self, key: str) -> list[str]:
         """What the arguments call our key, where they give it."""
-        return [name for name in self.arguments.values if self.arguments.table.keys.get(name) == key]
+        return [
+            name for name in self.arguments.values if self.arguments.table.keys.get(name) == key
+        ]
 
     def name(self, key: str) -> str | None:
         return next(iter(self.names(key)), None)
@@ -142,7 +178,11 @@ class Draft:
             comment = f"default of {found.source if found else self.tool}"
         elif comment is None:
             assert name is not None
-            comment = self.said(name) if self.arguments.values[name] != value else f"{self.origin(name)} {name}"
+            comment = (
+                self.said(name)
+                if self.arguments.values[name] != value
+                else f"{self.origin(name)} {name}"
+            )
         self.written[key] = (value, comment)
 
     def keep(self, key: str, kind: type | None = None) -> None:

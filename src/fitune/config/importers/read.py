@@ -14,7 +14,7 @@ from pathlib import Path, PurePath
 from string import Template
 from typing import Any
 
-from fitune.config.foreign_tools import MINIMIND, MINIMIND_SCRIPTS, TOOLS, Tool
+from fitune.config.importers.tools import MINIMIND, MINIMIND_SCRIPTS, TOOLS, Tool
 from fitune.config.read import DATA_WAY, check_is_configuration, decode, read_bounded
 from fitune.config.schema import RunConfig
 from fitune.config.wording import shown
@@ -29,7 +29,12 @@ PROGRAMS = {
     **{program: tool for tool, table in TOOLS.items() for program in table.programs},
     **dict.fromkeys(MINIMIND_SCRIPTS, "minimind"),
 }
-_TRAINS = {"ms-swift": ("sft", "pt"), "LLaMA-Factory": ("train",), "axolotl": ("train",), "TRL": ("sft",)}
+_TRAINS = {
+    "ms-swift": ("sft", "pt"),
+    "LLaMA-Factory": ("train",),
+    "axolotl": ("train",),
+    "TRL": ("sft",),
+}
 _NAMED_PROGRAMS = {
     "tune": "torchtune", "litgpt": "litgpt", "megatron": "Megatron-SWIFT", "unsloth-cli.py": "Unsloth",
 }  # fmt: skip
@@ -54,8 +59,8 @@ _OTHER_RECIPES = {"torchtune": "_component_", "litgpt": "class_path"}
 
 
 @dataclass(frozen=True)
-class ForeignArguments:
-    """tool: a name of `foreign_tools.TOOLS`. values: by name, nulls left out. origins: 'sft.yaml:12' or 'command', by
+class ToolArguments:
+    """tool: a name of `importers.tools.TOOLS`. values: by name, nulls left out. origins: 'sft.yaml:12' or 'command', by
     name. script: the program of a command, such as train_full_sft.py. devices: how many the launcher of a command
     starts; None where nothing tells. is_text: it trains on plain text, as `swift pt`."""
 
@@ -69,10 +74,14 @@ class ForeignArguments:
 
     @property
     def table(self) -> Tool:
-        return MINIMIND_SCRIPTS.get(self.script or "", MINIMIND) if self.tool == "minimind" else TOOLS[self.tool]
+        return (
+            MINIMIND_SCRIPTS.get(self.script or "", MINIMIND)
+            if self.tool == "minimind"
+            else TOOLS[self.tool]
+        )
 
 
-def read_foreign(path: Path, *, tool: str | None = None) -> ForeignArguments:
+def read_tool_file(path: Path, *, tool: str | None = None) -> ToolArguments:
     """tool: whose it is, as `--from` says it. Raises ConfigError for what cannot be read, for a file that is of none
     of the known tools and for one that could be of several."""
     check_is_configuration(path)
@@ -80,7 +89,9 @@ def read_foreign(path: Path, *, tool: str | None = None) -> ForeignArguments:
         text = decode(read_bounded(path))
     except UnicodeDecodeError as error:
         raise ConfigError(
-            [f"{path} is not a text file: byte {error.start} is not UTF-8; save it in that encoding"]
+            [
+                f"{path} is not a text file: byte {error.start} is not UTF-8; save it in that encoding"
+            ]
         ) from error
     except OSError as error:
         raise ConfigError([f"{path} cannot be read: {error.strerror}"]) from error
@@ -91,13 +102,15 @@ def read_foreign(path: Path, *, tool: str | None = None) -> ForeignArguments:
                 "json.dump(args.to_dict(), file) and import that file"
             ]
         )
-    is_command = re.search(r"(^|\s)--\w|^\s*(swift|llamafactory-cli|axolotl|trl) ", text, re.MULTILINE)
+    is_command = re.search(
+        r"(^|\s)--\w|^\s*(swift|llamafactory-cli|axolotl|trl) ", text, re.MULTILINE
+    )
     if path.suffix in (".sh", ".bash") or (path.suffix not in _SUFFIXES and is_command):
         return read_command(_words(text, path), source=str(path), tool=tool)
     values, origins = _read_values(text, path)
     if any(name.startswith("top.") for name in values):
         return _read_board(values, origins, str(path))
-    return ForeignArguments(_tool(set(values), str(path), tool), str(path), values, origins)
+    return ToolArguments(_tool(set(values), str(path), tool), str(path), values, origins)
 
 
 def _read_values(text: str, path: Path) -> tuple[dict[str, Any], dict[str, str]]:
@@ -105,7 +118,9 @@ def _read_values(text: str, path: Path) -> tuple[dict[str, Any], dict[str, str]]
     if marked.faults:
         raise ConfigError(marked.faults)
     if isinstance(marked.tree, list) and path.suffix == ".json":
-        raise ConfigError([f"{path} holds {shown(marked.tree)}, not the keys of a configuration: {DATA_WAY}"])
+        raise ConfigError(
+            [f"{path} holds {shown(marked.tree)}, not the keys of a configuration: {DATA_WAY}"]
+        )
     if not isinstance(marked.tree, dict):
         raise ConfigError([_unknown(str(path))])
     if "data" in marked.tree and set(marked.tree) <= {*RunConfig.model_fields, "sweep"}:
@@ -124,11 +139,15 @@ def _named_only(source: str, tool: str) -> str:
     )
 
 
-def read_command(words: Sequence[str], *, source: str = "command", tool: str | None = None) -> ForeignArguments:
+def read_command(
+    words: Sequence[str], *, source: str = "command", tool: str | None = None
+) -> ToolArguments:
     """['python', 'train_full_sft.py', '--batch_size', '16'] -> the arguments; what stands before the script belongs to
-    its launcher, and variables of the environment before all. Raises ConfigError like `read_foreign`."""
+    its launcher, and variables of the environment before all. Raises ConfigError like `read_tool_file`."""
     if unset := next((word for word in words if "$" in word), None):
-        raise ConfigError([f"{source}: '{unset}' is a variable of the shell: write its value in its place"])
+        raise ConfigError(
+            [f"{source}: '{unset}' is a variable of the shell: write its value in its place"]
+        )
     environment = {}
     while words and (match := re.fullmatch(r"([A-Z]\w*)=(.*)", words[0])):
         environment[match[1]] = match[2]
@@ -141,17 +160,23 @@ def read_command(words: Sequence[str], *, source: str = "command", tool: str | N
     if told in _TRAINS and script is None and ("." not in program or is_sub):
         sub = rest.pop(0) if rest else ""
         if sub not in _TRAINS[told]:
-            raise ConfigError([f"{source}: '{program} {sub}' is no supervised fine-tuning, which fitune is for alone"])
+            raise ConfigError(
+                [
+                    f"{source}: '{program} {sub}' is no supervised fine-tuning, which fitune is for alone"
+                ]
+            )
     flags = _flags(rest)
     if script is not None and _OTHER_SCRIPT.search(script) and not MINIMIND.own & flags.keys():
-        raise ConfigError([f"{source}: '{script}' is no supervised fine-tuning, which fitune is for alone"])
+        raise ConfigError(
+            [f"{source}: '{script}' is no supervised fine-tuning, which fitune is for alone"]
+        )
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
     if told != "minimind" and (file := _configuration(rest, flags)) is not None:
         flags.pop("config", None)
         values, origins = _configuration_values(Path(file), source)
     found = _tool({*values, *flags}, source, tool or told)
-    return ForeignArguments(
+    return ToolArguments(
         found,
         source,
         values | flags,
@@ -177,7 +202,11 @@ def _program(words: Sequence[str], source: str) -> tuple[int, str, str | None]:
 def _configuration(rest: Sequence[str], flags: Mapping[str, Any]) -> str | None:
     """The file that a command takes its arguments from: its first word, or what --config names."""
     named = flags.get("config", rest[0] if rest else None)
-    return named if isinstance(named, str) and named.endswith(_SUFFIXES) and not named.startswith("-") else None
+    return (
+        named
+        if isinstance(named, str) and named.endswith(_SUFFIXES) and not named.startswith("-")
+        else None
+    )
 
 
 def _configuration_values(path: Path, source: str) -> tuple[dict[str, Any], dict[str, str]]:
@@ -185,17 +214,27 @@ def _configuration_values(path: Path, source: str) -> tuple[dict[str, Any], dict
         return _read_values(decode(read_bounded(path)), path)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
-            [f"{source} names the configuration {path}, which cannot be read from here: stand where it was started"]
+            [
+                f"{source} names the configuration {path}, which cannot be read from here: stand where it was started"
+            ]
         ) from error
 
 
 def _devices(launcher: Mapping[str, Any], environment: Mapping[str, str], tool: str) -> int | None:
     """How many processes train together: by the launcher's flags, or the variables that a tool's own launcher reads."""
-    told = [value for name, value in launcher.items() if name in _DEVICE_FLAGS and isinstance(value, int)]
+    told = [
+        value
+        for name, value in launcher.items()
+        if name in _DEVICE_FLAGS and isinstance(value, int)
+    ]
     nodes = launcher.get("nnodes", environment.get("NNODES", 1))
     if not told and (processes := environment.get("NPROC_PER_NODE", "")).isdigit():
         told = [int(processes)]
-    if not told and tool == "LLaMA-Factory" and (visible := environment.get("CUDA_VISIBLE_DEVICES")):
+    if (
+        not told
+        and tool == "LLaMA-Factory"
+        and (visible := environment.get("CUDA_VISIBLE_DEVICES"))
+    ):
         told = [len(visible.split(","))]  # its launcher starts a process for each
     if not told:
         return None
@@ -214,8 +253,12 @@ def _words(text: str, path: Path) -> list[str]:
         pairs = [re.fullmatch(r"(\w+)=(.*)", word, re.DOTALL) for word in assigned]
         if pairs and all(pairs):
             variables |= {pair[1]: pair[2] for pair in pairs if pair}
-            exported += [word for word in assigned if words[0] == "export" and re.match(r"[A-Z]", word)]
-        elif any(word.startswith("--") for word in words) or any(PurePath(word).name in PROGRAMS for word in words):
+            exported += [
+                word for word in assigned if words[0] == "export" and re.match(r"[A-Z]", word)
+            ]
+        elif any(word.startswith("--") for word in words) or any(
+            PurePath(word).name in PROGRAMS for word in words
+        ):
             commands.append(words)
     if len(commands) > 1:
         commands = [words for words in commands if _trains(words)] or commands
@@ -251,7 +294,11 @@ def _computed(left: str, operator: str, right: str) -> str:
 def _trains(words: Sequence[str]) -> bool:
     with suppress(ConfigError):
         start, program, told = _program(words, "")
-        return program.endswith(".py") or "." in program or words[start + 1] in _TRAINS.get(told or "", ())
+        return (
+            program.endswith(".py")
+            or "." in program
+            or words[start + 1] in _TRAINS.get(told or "", ())
+        )
     return False
 
 
@@ -269,10 +316,15 @@ def _flags(words: Sequence[str]) -> dict[str, Any]:
         elif match := re.fullmatch(r"(\w+)=(.*)", word, re.DOTALL):
             found[match[1]] = [match[2]]
     plain = {name: [parse_scalar(text) for text in texts] for name, texts in found.items()}
-    return {name: texts if len(texts) > 1 else texts[0] if texts else True for name, texts in plain.items()}
+    return {
+        name: texts if len(texts) > 1 else texts[0] if texts else True
+        for name, texts in plain.items()
+    }
 
 
-def _read_board(values: Mapping[str, Any], origins: Mapping[str, str], source: str) -> ForeignArguments:
+def _read_board(
+    values: Mapping[str, Any], origins: Mapping[str, str], source: str
+) -> ToolArguments:
     """What LLaMA Board saves -> the arguments of LLaMA-Factory that its page would start the training with."""
     found: dict[str, Any] = {}
     places: dict[str, str] = {}
@@ -296,14 +348,18 @@ def _read_board(values: Mapping[str, Any], origins: Mapping[str, str], source: s
         elif field in ("top.lang", "top.model_name") or not field.startswith(("top.", "train.")):
             name = field
         found[name], places[name] = value, origins[field]
-    return ForeignArguments("LLaMA-Factory", source, found, places)
+    return ToolArguments("LLaMA-Factory", source, found, places)
 
 
 def _tool(names: set[str], source: str, told: str | None) -> str:
     """The one with names of its own among these, or the only one that has them all. Raises ConfigError where none has
     any and where several could be meant."""
     if told is not None:
-        is_older = told == "ms-swift" and names & TOOLS["ms-swift 2"].own and not names & TOOLS["ms-swift"].own
+        is_older = (
+            told == "ms-swift"
+            and names & TOOLS["ms-swift 2"].own
+            and not names & TOOLS["ms-swift"].own
+        )
         return "ms-swift 2" if is_older else told
     own = {tool: sorted(names & table.own) for tool, table in TOOLS.items()}
     found = [tool for tool in own if own[tool]]
@@ -320,7 +376,9 @@ def _tool(names: set[str], source: str, told: str | None) -> str:
         return found[0]
     if not found:
         raise ConfigError([_unknown(source)])
-    words = " or ".join(f"{tool} ({', '.join(own[tool][:2])})" if own[tool] else tool for tool in found)
+    words = " or ".join(
+        f"{tool} ({', '.join(own[tool][:2])})" if own[tool] else tool for tool in found
+    )
     flags = " or ".join(f"--from {name}" for name, tool in FROM_NAMES.items() if tool in found)
     raise ConfigError([f"{source} could be of {words}: say which with {flags}"])
 

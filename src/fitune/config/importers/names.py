@@ -1,13 +1,13 @@
 """The names that other trainers give to our keys: an unknown key is answered with the right one.
 
-The names of the tools whose files are read whole are those of their tables (`foreign_tools`). The others here are from
+The names of the tools whose files are read whole are those of their tables (`importers.tools`). The others here are from
 the argument lists of Unsloth and torchtune, and from earlier versions, as of 2026.
 """
 
 import re
 
-from fitune.config.foreign_reasons import ANSWERS
-from fitune.config.foreign_tools import TOOLS
+from fitune.config.importers.reasons import ANSWERS
+from fitune.config.importers.tools import TOOLS
 from fitune.config.schema import RunConfig
 
 _MORE = {
@@ -46,7 +46,7 @@ _MORE = {
 }
 
 
-def _foreign_keys() -> dict[str, tuple[str, str]]:
+def _keys_of_other_tools() -> dict[str, tuple[str, str]]:
     """Name -> the tools that have it, and our key. Our own sections are no foreign names."""
     found: dict[str, tuple[list[str], str]] = {}
     tables = [
@@ -60,14 +60,14 @@ def _foreign_keys() -> dict[str, tuple[str, str]]:
     return {name: (", ".join(dict.fromkeys(tools)), key) for name, (tools, key) in found.items()}
 
 
-FOREIGN_KEYS = _foreign_keys()
-FOREIGN_NAMES = (*FOREIGN_KEYS, *ANSWERS)
+KEYS_OF_OTHER_TOOLS = _keys_of_other_tools()
+NAMES_OF_OTHER_TOOLS = (*KEYS_OF_OTHER_TOOLS, *ANSWERS)
 
 
-def foreign_hint(name: str) -> str | None:
+def hint_for_name(name: str) -> str | None:
     """'cutoff_len' -> "the name in LLaMA-Factory; here it is 'data.max_length'"; None for a name of no other tool."""
     plain = name.lstrip("-").replace("-", "_").lower()
-    if plain not in FOREIGN_KEYS:
+    if plain not in KEYS_OF_OTHER_TOOLS:
         return ANSWERS.get(plain)
-    tools, key = FOREIGN_KEYS[plain]
+    tools, key = KEYS_OF_OTHER_TOOLS[plain]
     return f"the name in {tools}; here it is '{key}'"

@@ -45,7 +45,9 @@ class Tool:
     def keys(self) -> Mapping[str, str]:
         """Its names, and those of its base, -> our key."""
         inherited = dict(self.base.keys) if self.base else {}
-        return inherited | {name: row[0] for names in self.rows.values() for name, row in names.items()}
+        return inherited | {
+            name: row[0] for names in self.rows.values() for name, row in names.items()
+        }
 
     @cached_property
     def defaults(self) -> Mapping[str, Default]:
@@ -130,7 +132,10 @@ TRL = Tool(
             "lora_dropout": ("model.lora.dropout", 0.05),
             "lora_target_modules": ("model.lora.targets", None),
         },
-        "scripts/utils.py": {"dataset_name": ("data.train", None), "datasets": ("data.train", None)},
+        "scripts/utils.py": {
+            "dataset_name": ("data.train", None),
+            "datasets": ("data.train", None),
+        },
     },
 )
 
@@ -316,13 +321,18 @@ MS_SWIFT = Tool(
         },
         "trainers/arguments.py": {
             "per_device_train_batch_size": ("batch.micro", 1),
-            "gradient_accumulation_steps": ("batch.accumulation", None),  # as many as make 16 rows of all devices
+            "gradient_accumulation_steps": (
+                "batch.accumulation",
+                None,
+            ),  # as many as make 16 rows of all devices
             "weight_decay": ("optim.weight_decay", 0.1),
             "adam_beta2": ("optim.betas", [0.9, 0.95]),
             "lr_scheduler_type": ("optim.schedule", "cosine"),
             "optimizer": ("optim.name", "adamw_torch_fused"),
         },
-        "arguments/sft_args.py": {"learning_rate": ("optim.lr", {"full": 1e-5, "lora": 1e-4, "qlora": 1e-4})},
+        "arguments/sft_args.py": {
+            "learning_rate": ("optim.lr", {"full": 1e-5, "lora": 1e-4, "qlora": 1e-4})
+        },
     },
 )
 
@@ -357,7 +367,9 @@ MS_SWIFT_2 = Tool(
 MINIMIND = Tool(
     name="minimind",
     release="minimind of August 2026",
-    own=_names("accumulation_steps from_weight save_weight use_moe grad_clip lora_name from_resume"),
+    own=_names(
+        "accumulation_steps from_weight save_weight use_moe grad_clip lora_name from_resume"
+    ),
     rows={
         "trainer/train_full_sft.py": {
             "epochs": ("train.epochs", 2),
@@ -435,5 +447,14 @@ MINIMIND_SCRIPTS = {
 
 TOOLS = {
     tool.name: tool
-    for tool in (LLAMA_FACTORY, LLAMA_FACTORY_V1, MS_SWIFT, MS_SWIFT_2, AXOLOTL, TRL, TRANSFORMERS, MINIMIND)
+    for tool in (
+        LLAMA_FACTORY,
+        LLAMA_FACTORY_V1,
+        MS_SWIFT,
+        MS_SWIFT_2,
+        AXOLOTL,
+        TRL,
+        TRANSFORMERS,
+        MINIMIND,
+    )
 }

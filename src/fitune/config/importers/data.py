@@ -6,9 +6,9 @@ from pathlib import Path, PurePath
 from typing import Any, get_args
 
 from fitune.boundary import parse_json
-from fitune.config.foreign_draft import Draft, is_off, without
+from fitune.config.importers.draft import Draft, is_off, without
 from fitune.config.read import decode, read_bounded
-from fitune.config.schema import DataConfig
+from fitune.config.sections import DataConfig
 from fitune.config.wording import shown
 from fitune.config.yaml_lines import parse_yaml
 from fitune.errors import ConfigError
@@ -78,7 +78,9 @@ def _put_columns(draft: Draft) -> None:
     for columns, where in draft.columns:
         words = ", ".join(f"{ours}={theirs}" for ours, theirs in columns.items())
         if words:
-            draft.differs.append(f"{where}: columns {words}: data.columns is one for all sources: rename them there")
+            draft.differs.append(
+                f"{where}: columns {words}: data.columns is one for all sources: rename them there"
+            )
 
 
 def _refuse_parts(draft: Draft) -> None:
@@ -112,7 +114,11 @@ def _held_out(draft: Draft, max_rows: int | None) -> None:
 
 def _sources(draft: Draft, named: Any, max_rows: Any) -> Any:
     """A path, or a list of paths with their limits; LLaMA-Factory's names are looked up in its dataset_info.json."""
-    items: Any = [part.strip() for part in named.split(",")] if isinstance(named, str) and "," in named else named
+    items: Any = (
+        [part.strip() for part in named.split(",")]
+        if isinstance(named, str) and "," in named
+        else named
+    )
     items = items if isinstance(items, list) else [items]
     sources: list[Any] = [path for item in items for path in _paths(draft, item)]
     if max_rows is not None:
@@ -125,8 +131,12 @@ def _paths(draft: Draft, item: Any) -> list[str]:
     if isinstance(item, Mapping):
         return _paths_of_mapping(draft, item)
     if not isinstance(item, str):
-        raise ConfigError([f"{draft.arguments.source}: {shown(item)} is no path of data: give it with --data"])
-    if draft.tool.startswith("ms-swift") and (match := re.fullmatch(r"(\w[^:\\]*):([^/#]+(?:/[^/#]+)*)(#\d+)?", item)):
+        raise ConfigError(
+            [f"{draft.arguments.source}: {shown(item)} is no path of data: give it with --data"]
+        )
+    if draft.tool.startswith("ms-swift") and (
+        match := re.fullmatch(r"(\w[^:\\]*):([^/#]+(?:/[^/#]+)*)(#\d+)?", item)
+    ):
         if match[2] != "default":
             raise ConfigError([f"{draft.arguments.source}: the data {item}: {_PART}"])
         return [match[1] + (match[3] or "")]
@@ -149,10 +159,14 @@ def _paths_of_mapping(draft: Draft, item: Mapping[str, Any]) -> list[str]:
         del told["type"]
     for key in ("split", "name", "shards", "shards_idx", "dataset_shard_num"):
         if key in told:
-            raise ConfigError([f"{draft.arguments.source}: the data {path}, {key} {shown(told[key])}: {_PART}"])
+            raise ConfigError(
+                [f"{draft.arguments.source}: the data {path}, {key} {shown(told[key])}: {_PART}"]
+            )
     if told:
         words = ", ".join(f"{key} {shown(value)}" for key, value in told.items())
-        draft.differs.append(f"data {path}: {words}: all samples are read and their format is told by their keys")
+        draft.differs.append(
+            f"data {path}: {words}: all samples are read and their format is told by their keys"
+        )
     found = _paths_of_entry(draft, path, files)
     draft.columns[-len(found) :] = [(columns, f"data {path}")] * len(found)
     return found
@@ -160,13 +174,21 @@ def _paths_of_mapping(draft: Draft, item: Mapping[str, Any]) -> list[str]:
 
 def _refuse_of_axolotl(draft: Draft, path: Any, item: Mapping[str, Any]) -> None:
     """Raises ConfigError for rows that are no answers to imitate, or of which other parts are learned."""
-    kind, roles, key = item.get("type"), item.get("roles_to_train"), item.get("message_field_training")
+    kind, roles, key = (
+        item.get("type"),
+        item.get("roles_to_train"),
+        item.get("message_field_training"),
+    )
     where = f"{draft.arguments.source}: the data {path}"
     if isinstance(kind, str) and _OTHER_TYPES.match(kind):
-        raise ConfigError([f"{where}, type {shown(kind)}: fitune is for supervised fine-tuning alone"])
+        raise ConfigError(
+            [f"{where}, type {shown(kind)}: fitune is for supervised fine-tuning alone"]
+        )
     if kind == "input_output":
         raise ConfigError(
-            [f"{where}, type {shown(kind)}: segments with labels of their own: give samples in the messages format"]
+            [
+                f"{where}, type {shown(kind)}: segments with labels of their own: give samples in the messages format"
+            ]
         )
     if roles is not None and roles not in _SOURCE_AS_HERE["roles_to_train"]:
         raise ConfigError(
@@ -176,7 +198,9 @@ def _refuse_of_axolotl(draft: Draft, path: Any, item: Mapping[str, Any]) -> None
             ]
         )
     if key not in (None, "train", "training", "weight"):
-        raise ConfigError([f"{where}, message_field_training {shown(key)}: call that key 'train' in the samples"])
+        raise ConfigError(
+            [f"{where}, message_field_training {shown(key)}: call that key 'train' in the samples"]
+        )
 
 
 def _columns_of_axolotl(told: dict[str, Any]) -> dict[str, str]:
@@ -184,15 +208,28 @@ def _columns_of_axolotl(told: dict[str, Any]) -> dict[str, str]:
     kind = told.get("type")
     named: dict[str, Any] = {}
     if isinstance(kind, dict):
-        names = {"field_instruction": "prompt", "field_output": "completion", "field_input": "input"}
-        named = {ours: kind[theirs] for theirs, ours in {**names, "field_system": "system"}.items() if kind.get(theirs)}
+        names = {
+            "field_instruction": "prompt",
+            "field_output": "completion",
+            "field_input": "input",
+        }
+        named = {
+            ours: kind[theirs]
+            for theirs, ours in {**names, "field_system": "system"}.items()
+            if kind.get(theirs)
+        }
         rest = without(kind, *names, "field_system")
         told["type"] = {key: value for key, value in rest.items() if value}
         if not told["type"]:
             del told["type"]
     else:
         mappings = told.pop("message_property_mappings", None) or {}
-        fields = {"field_messages": "messages", "field_tools": "tools", "field_system": "system", "field": "text"}
+        fields = {
+            "field_messages": "messages",
+            "field_tools": "tools",
+            "field_system": "system",
+            "field": "text",
+        }
         fields |= {"message_field_role": "role", "message_field_content": "content"}
         named = {ours: told.pop(theirs) for theirs, ours in fields.items() if theirs in told}
         named |= {key: value for key, value in mappings.items() if key in ("role", "content")}
@@ -209,7 +246,11 @@ def _paths_of_entry(draft: Draft, path: Any, files: Any) -> list[str]:
         draft.columns += [({}, file) for file in found]
         return found
     if not isinstance(path, str):
-        raise ConfigError([f"{draft.arguments.source}: an entry of the data has no path: give the data with --data"])
+        raise ConfigError(
+            [
+                f"{draft.arguments.source}: an entry of the data has no path: give the data with --data"
+            ]
+        )
     return _paths(draft, path)
 
 
@@ -218,7 +259,11 @@ def _listed(draft: Draft, item: str) -> str:
     directory = Path(str(draft.raw("dataset_dir", "data")))
     try:
         entry = parse_json(read_plain(directory / "dataset_info.json", follow=True))[item]
-        path = str(directory / entry["file_name"]) if "file_name" in entry else str(entry["hf_hub_url"])
+        path = (
+            str(directory / entry["file_name"])
+            if "file_name" in entry
+            else str(entry["hf_hub_url"])
+        )
     except (OSError, ValueError, LookupError, TypeError):
         draft.differs.append(
             f"dataset {item} is a name in {directory}/dataset_info.json, which does not tell it here: replace it in "
@@ -227,22 +272,45 @@ def _listed(draft: Draft, item: str) -> str:
         return item
     where = f"{directory}/dataset_info.json, {item}"
     if entry.get("ranking"):
-        raise ConfigError([f"{where}: ranking: preferred and rejected answers are no data of supervised fine-tuning"])
+        raise ConfigError(
+            [
+                f"{where}: ranking: preferred and rejected answers are no data of supervised fine-tuning"
+            ]
+        )
     if entry.get("subset") or entry.get("split", "train") != "train":
         raise ConfigError([f"{where}: {_PART}"])
     draft.columns.append((_columns_of_list(entry, where), where))
-    if others := {key: value for key, value in (entry.get("tags") or {}).items() if value not in _TAGS_AS_HERE}:
-        words = ", ".join(f"{key} {shown(value)}" for key, value in others.items() if not key.endswith("_tag"))
-        names = ", ".join(f"{key} {shown(value)}" for key, value in others.items() if key in _ROLE_TAGS)
+    if others := {
+        key: value for key, value in (entry.get("tags") or {}).items() if value not in _TAGS_AS_HERE
+    }:
+        words = ", ".join(
+            f"{key} {shown(value)}" for key, value in others.items() if not key.endswith("_tag")
+        )
+        names = ", ".join(
+            f"{key} {shown(value)}" for key, value in others.items() if key in _ROLE_TAGS
+        )
         if words or names:
-            draft.differs.append(f"{where}: {words or names}: roles have the names that 'fitune check' knows")
+            draft.differs.append(
+                f"{where}: {words or names}: roles have the names that 'fitune check' knows"
+            )
     sample = entry.get("num_samples")
     return f"{path}#{sample}" if isinstance(sample, int) and sample > 0 else path
 
 
 _ROLE_TAGS = ("user_tag", "assistant_tag", "observation_tag", "function_tag", "system_tag")
 _TAGS_AS_HERE = (
-    *("user", "human", "assistant", "gpt", "observation", "tool", "function_call", "system", "role", "from"),
+    *(
+        "user",
+        "human",
+        "assistant",
+        "gpt",
+        "observation",
+        "tool",
+        "function_call",
+        "system",
+        "role",
+        "from",
+    ),
     *("content", "value"),
 )
 
@@ -253,12 +321,28 @@ def _columns_of_list(entry: Mapping[str, Any], where: str) -> dict[str, str]:
     for key in ("kto_tag", "chosen", "rejected", "images", "videos", "audios"):
         if columns.get(key):
             way_out = "give other data with --data"
-            raise ConfigError([f"{where}: columns: {key}: fitune trains on text and answers to imitate: {way_out}"])
+            raise ConfigError(
+                [
+                    f"{where}: columns: {key}: fitune trains on text and answers to imitate: {way_out}"
+                ]
+            )
     if entry.get("formatting") in ("sharegpt", "openai"):
-        named = {"messages": columns.get("messages"), "system": columns.get("system"), "tools": columns.get("tools")}
+        named = {
+            "messages": columns.get("messages"),
+            "system": columns.get("system"),
+            "tools": columns.get("tools"),
+        }
         named |= {"role": tags.get("role_tag"), "content": tags.get("content_tag")}
-        return {ours: theirs for ours, theirs in named.items() if theirs and theirs not in _SAME_NAMES[ours]}
-    names = {"prompt": ("prompt", "instruction"), "completion": ("response", "output"), "input": ("query", "input")}
+        return {
+            ours: theirs
+            for ours, theirs in named.items()
+            if theirs and theirs not in _SAME_NAMES[ours]
+        }
+    names = {
+        "prompt": ("prompt", "instruction"),
+        "completion": ("response", "output"),
+        "input": ("query", "input"),
+    }
     named = {ours: columns.get(theirs) for ours, (theirs, _) in names.items()}
     if all(theirs in (None, names[ours][1]) for ours, theirs in named.items()):
         named = {}
@@ -274,9 +358,15 @@ def _listed_in_yaml(draft: Draft, path: Path) -> list[str]:
         tree = parse_yaml(decode(read_bounded(path)), str(path)).tree
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
-            [f"{draft.arguments.source} names the data in {path}, which cannot be read from here: give it with --data"]
+            [
+                f"{draft.arguments.source} names the data in {path}, which cannot be read from here: give it with --data"
+            ]
         ) from error
-    entries = [entry for entry in tree.values() if isinstance(entry, dict)] if isinstance(tree, dict) else []
+    entries = (
+        [entry for entry in tree.values() if isinstance(entry, dict)]
+        if isinstance(tree, dict)
+        else []
+    )
     found = []
     for entry in entries:
         told = entry.get("path")
@@ -303,7 +393,13 @@ def _put_too_long(draft: Draft) -> None:
 
 
 def _put_template(draft: Draft) -> None:
-    for name in ("template", "template_type", "chat_template", "chat_template_path", "chat_template_jinja"):
+    for name in (
+        "template",
+        "template_type",
+        "chat_template",
+        "chat_template_path",
+        "chat_template_jinja",
+    ):
         value = draft.raw(name)
         if value is None or str(value).startswith("tokenizer_default"):
             continue
@@ -345,7 +441,9 @@ def put_mask(draft: Draft) -> None:
 def _mask_of_trl(draft: Draft) -> str:
     answers, prompts = draft.raw("assistant_only_loss"), draft.raw("completion_only_loss")
     if draft.tool == "transformers":
-        draft.differs.append("transformers leaves the labels to the script: data.mask: all, or assistant?")
+        draft.differs.append(
+            "transformers leaves the labels to the script: data.mask: all, or assistant?"
+        )
     elif not answers and prompts is None:
         draft.differs.append(
             "TRL trains on every token of a conversation (data.mask: all), but of samples with prompt and "
@@ -364,7 +462,9 @@ def _mask_of_swift(draft: Draft) -> tuple[str, str | None]:
     parts = str(asked).split("+")
     others = [part for part in parts if part not in _LOSS_SCALES]
     if any(not part.startswith("ignore_") for part in others):
-        raise draft.refuse(str(name), "fitune trains with the plain cross-entropy of all supervised tokens")
+        raise draft.refuse(
+            str(name), "fitune trains with the plain cross-entropy of all supervised tokens"
+        )
     if others:
         draft.differs.append(f"{draft.said(str(name))}: here no part of an answer is left out")
     return _LOSS_SCALES[next((part for part in parts if part in _LOSS_SCALES), "default")], name

@@ -1,6 +1,6 @@
 """The arguments of another trainer -> our configuration with the same meaning, and what could not be kept.
 
-Names and defaults are looked up in the tool's table (`foreign_tools`), so an argument is asked for by our key; this
+Names and defaults are looked up in the tool's table (`importers.tools`), so an argument is asked for by our key; this
 module knows what the values mean. A tool's defaults are written out where the training depends on them. No argument
 vanishes: each is in the text, or in one of the lists of what differs, what is dropped and what is not needed.
 """
@@ -9,15 +9,15 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePath
-from typing import Any, get_args
+from pathlib import Path
+from typing import Any
 
-from fitune.config.foreign_data import put_data, put_mask
-from fitune.config.foreign_draft import Draft, checked, is_off, whole
-from fitune.config.foreign_read import ForeignArguments
-from fitune.config.foreign_tools import MINIMIND_SCRIPTS
+from fitune.config.importers.data import put_data, put_mask
+from fitune.config.importers.draft import Draft, checked, is_off, whole
+from fitune.config.importers.read import ToolArguments
+from fitune.config.importers.tools import MINIMIND_SCRIPTS
+from fitune.config.importers.training import put_optimizer, put_run_length, put_saving, put_schedule
 from fitune.config.read import ResolvedConfig, read_config
-from fitune.config.schema import Tracker
 from fitune.config.write import commented_yaml
 from fitune.errors import ConfigError
 
@@ -26,21 +26,23 @@ _MINIMIND_PRESETS = {
     (512, 8, False): "minimind2-small",
 }  # fmt: skip
 
-_SCHEDULES = {
-    "cosine": "cosine", "linear": "linear", "constant": "constant", "constant_with_warmup": "constant",
-    "cosine_with_min_lr": "cosine", "warmup_stable_decay": "wsd",
-}  # fmt: skip
-_OPTIMIZERS = {
-    "adamw_torch": "adamw", "adamw_torch_fused": "adamw", "adamw_hf": "adamw", "paged_adamw_32bit": "adamw",
-    "adamw_torch_8bit": "adamw_8bit", "adamw_bnb_8bit": "adamw_8bit", "adamw_8bit": "adamw_8bit",
-    "paged_adamw_8bit": "adamw_8bit_paged", "adafactor": "adafactor", "sgd": "sgd",
-}  # fmt: skip
-
 # Renamed, with the same values on both sides.
-_SWITCHES = ("model.trust_remote_code", "model.compile", "model.offload_activations", "data.packing")
+_SWITCHES = (
+    "model.trust_remote_code",
+    "model.compile",
+    "model.offload_activations",
+    "data.packing",
+)
 _SAME_MEANING = (
     *_SWITCHES,
-    *("model.tokenizer", "data.max_length", "optim.lr", "optim.weight_decay", "optim.eps", "optim.clip"),
+    *(
+        "model.tokenizer",
+        "data.max_length",
+        "optim.lr",
+        "optim.weight_decay",
+        "optim.eps",
+        "optim.clip",
+    ),
     *("train.seed", "eval.micro"),
 )
 _ALL_LINEAR = ("all", "all-linear", "ALL")
@@ -62,7 +64,11 @@ class ImportedConfig:
 
 
 def translate(
-    arguments: ForeignArguments, *, devices: int | None = None, model: str | None = None, data: str | None = None
+    arguments: ToolArguments,
+    *,
+    devices: int | None = None,
+    model: str | None = None,
+    data: str | None = None,
 ) -> ImportedConfig:
     """devices: how many trained together, for tools whose files do not tell; one where left out. model, data: in place
     of what the arguments name.
@@ -83,12 +89,12 @@ def translate(
         put_data,
         put_mask,
         _batch,
-        _optimizer,
-        _run_length,
-        _schedule,
+        put_optimizer,
+        put_run_length,
+        put_schedule,
     ):
         part(draft)
-    _saving(draft)
+    put_saving(draft)
     for key in _SAME_MEANING:
         draft.keep(key, bool if key in _SWITCHES else None)
     draft.differs.extend(_of_the_tool(draft))
@@ -111,13 +117,23 @@ def translate(
 def _method(draft: Draft) -> None:
     script = draft.arguments.script
     if draft.tool == "minimind" and script is not None and script not in MINIMIND_SCRIPTS:
-        raise ConfigError([f"{script}: of minimind's scripts only {', '.join(MINIMIND_SCRIPTS)} can be carried over"])
+        raise ConfigError(
+            [
+                f"{script}: of minimind's scripts only {', '.join(MINIMIND_SCRIPTS)} can be carried over"
+            ]
+        )
     method = _method_name(draft)
     name = draft.name("model.method")
     draft.put("model.method", method, draft.said(name) if name else None)
     if method == "full":
-        lora = [name for name, key in draft.arguments.table.keys.items() if key.startswith("model.lora.")]
-        draft.reasons |= dict.fromkeys((*lora, "lora_target_linear", "use_rslora"), "all weights are trained")
+        lora = [
+            name
+            for name, key in draft.arguments.table.keys.items()
+            if key.startswith("model.lora.")
+        ]
+        draft.reasons |= dict.fromkeys(
+            (*lora, "lora_target_linear", "use_rslora"), "all weights are trained"
+        )
     else:
         _lora(draft)
 
@@ -149,14 +165,20 @@ def _bits(draft: Draft) -> int | None:
         bits = 4
     if bits == 8:
         draft.shown.update(named)
-        draft.differs.append("frozen weights in 8 bits are not offered: they stay in 16, or take model.method: qlora")
+        draft.differs.append(
+            "frozen weights in 8 bits are not offered: they stay in 16, or take model.method: qlora"
+        )
     elif bits not in (None, 4):
-        raise draft.refuse(named[0], "frozen weights are in 16 bits here, or in 4 with model.method: qlora")
+        raise draft.refuse(
+            named[0], "frozen weights are in 16 bits here, or in 4 with model.method: qlora"
+        )
     elif bits == 4:
         draft.reasons |= dict.fromkeys(("load_in_4bit", *named), "4 bits are model.method: qlora")
         method = draft.raw("quant_method", "bnb")
         if method != "bnb":
-            draft.differs.append(f"{draft.said('quant_method')}: 4-bit weights are NF4 with double quantization here")
+            draft.differs.append(
+                f"{draft.said('quant_method')}: 4-bit weights are NF4 with double quantization here"
+            )
     return bits
 
 
@@ -195,14 +217,17 @@ def _targets(draft: Draft) -> None:
     if isinstance(targets, str):
         if name is not None and re.search(r"[*+?()|\\^$]", targets):
             raise draft.refuse(
-                name, "a pattern of names: model.lora.targets takes the last names of layers, or all-linear"
+                name,
+                "a pattern of names: model.lora.targets takes the last names of layers, or all-linear",
             )
         targets = [part.strip() for part in targets.split(",")]
     targets = None if targets == ["DEFAULT"] else targets
     if isinstance(targets, list) and len(targets) == 1 and targets[0] in _ALL_LINEAR:
         targets = "all-linear"
     if targets:
-        draft.put("model.lora.targets", targets, draft.said("lora_target_linear") if all_linear else None)
+        draft.put(
+            "model.lora.targets", targets, draft.said("lora_target_linear") if all_linear else None
+        )
     else:
         draft.differs.append(
             "LoRA's target modules are not named, so they were chosen by the architecture (often q_proj and v_proj); "
@@ -227,26 +252,38 @@ def _minimind_model(draft: Draft, weight: str) -> None:
     is_moe = bool(draft.raw("use_moe", 0))
     preset = _MINIMIND_PRESETS.get((width, depth, is_moe))
     if is_moe:
-        draft.differs.append("minimind adds the experts' balance loss (aux_loss), which is not added here")
+        draft.differs.append(
+            "minimind adds the experts' balance loss (aux_loss), which is not added here"
+        )
     if "model.source" in draft.given_elsewhere:
         return
     size = f"hidden_size {width}, num_hidden_layers {depth}, use_moe {int(is_moe)}"
     if weight == "none":
         if preset is None:
-            raise ConfigError([f"{size}: to start from nothing give one of the presets with --model"])
+            raise ConfigError(
+                [f"{size}: to start from nothing give one of the presets with --model"]
+            )
         draft.put("model.source", preset, f"from_weight none, {size}")
     else:
         directory = draft.take("run.output")
         path = f"{directory}/{weight}_{width}{'_moe' if is_moe else ''}.pth"
         draft.put("model.source", path, f"save_dir, from_weight {weight}, {size}")
-        shape: tuple[str, Any] = ("model.shape.preset", preset) if preset else ("model.shape.num_heads", 8)
+        shape: tuple[str, Any] = (
+            ("model.shape.preset", preset) if preset else ("model.shape.num_heads", 8)
+        )
         draft.put(*shape, "a .pth does not tell the heads")
     draft.put("model.tokenizer", "../model", "where minimind's scripts find it")
-    draft.differs.append("paths are those of minimind's trainer/ directory: stand there, or change them")
+    draft.differs.append(
+        "paths are those of minimind's trainer/ directory: stand there, or change them"
+    )
 
 
 def _precision(draft: Draft) -> None:
-    names = [name for name in ("bf16", "fp16", "pure_bf16", "bfloat16", "float16") if name in draft.arguments.values]
+    names = [
+        name
+        for name in ("bf16", "fp16", "pure_bf16", "bfloat16", "float16")
+        if name in draft.arguments.values
+    ]
     kind = next((word for word in ("torch_dtype", "dtype") if word in draft.arguments.values), None)
     names += [kind] if kind else []
     dtype = str(draft.raw(kind) if kind else "").removeprefix("torch.").lower()
@@ -260,12 +297,22 @@ def _precision_name(draft: Draft, dtype: str) -> str:
     is_full = draft.method == "full"
     if draft.tool == "minimind":
         return "autocast_bfloat16" if dtype in ("", "bfloat16") else "autocast_float16"
-    if draft.tool.startswith("ms-swift"):  # all weights in torch_dtype, and products in bf16 or fp16 by it
+    if draft.tool.startswith(
+        "ms-swift"
+    ):  # all weights in torch_dtype, and products in bf16 or fp16 by it
         if dtype in (*_FLOAT16, "float32", "fp32"):
             in_bf16 = draft.raw("bf16") and dtype not in _FLOAT16
-            return "autocast_bfloat16" if in_bf16 else "float32" if fp16 is False else "autocast_float16"
+            return (
+                "autocast_bfloat16"
+                if in_bf16
+                else "float32"
+                if fp16 is False
+                else "autocast_float16"
+            )
         return "bfloat16"
-    if draft.tool == "axolotl":  # all weights in the 16 bits that it computes in; `auto`: those that the card has
+    if (
+        draft.tool == "axolotl"
+    ):  # all weights in the 16 bits that it computes in; `auto`: those that the card has
         if fp16 or (draft.raw("float16") and bf16 == "auto"):
             return "autocast_float16"
         if bf16 == "auto" and not is_full and not draft.raw("bfloat16"):
@@ -309,7 +356,9 @@ def _batch(draft: Draft) -> None:
     rows = draft.devices
     for key in ("batch.micro", "batch.accumulation"):
         name = draft.name(key)
-        is_counted = name is None and draft.default(key) is None  # ms-swift: as many as make 16 rows of all devices
+        is_counted = (
+            name is None and draft.default(key) is None
+        )  # ms-swift: as many as make 16 rows of all devices
         value = max(1, math.ceil(16 / rows)) if is_counted else whole(draft, key)
         rows *= value
         factors.append(f"{name or key.replace('batch.', 'default ')} {value}")
@@ -350,97 +399,3 @@ def _of_the_tool(draft: Draft) -> Iterator[str]:
                 f"ms-swift loads {source} from ModelScope unless --use_hf is given; here it is loaded from Hugging "
                 "Face: give a directory where the two are not the same"
             )
-
-
-def _optimizer(draft: Draft) -> None:
-    asked = draft.take("optim.name")
-    name = draft.name("optim.name")
-    if asked in _OPTIMIZERS:
-        draft.put("optim.name", _OPTIMIZERS[asked])
-    elif name is not None:
-        draft.differs.append(f"{draft.said(name)} is not offered: AdamW stands in for it, with another best rate")
-    if name is not None and asked == "paged_adamw_32bit":
-        draft.differs.append(f"{draft.said(name)}: its state stays on the card; adamw_host keeps it in host memory")
-    usual = draft.default("optim.betas")
-    given = [name for name in ("adam_beta1", "adam_beta2") if name in draft.arguments.values]
-    first, second = usual or (0.9, 0.999)
-    betas = [draft.raw("adam_beta1", first), draft.raw("adam_beta2", second)]
-    if given or usual:
-        draft.put("optim.betas", betas, ", ".join(f"{draft.origin(name)} {name}" for name in given) or None)
-
-
-def _run_length(draft: Draft) -> None:
-    steps, epochs = draft.take("train.steps"), draft.take("train.epochs")
-    if isinstance(steps, int) and steps > 0:
-        draft.put("train.steps", steps)
-        draft.reasons |= dict.fromkeys(draft.names("train.epochs"), "the number of steps is given")
-    else:
-        draft.put("train.epochs", epochs)
-
-
-def _schedule(draft: Draft) -> None:
-    asked = draft.take("optim.schedule")
-    if (ours := _SCHEDULES.get(asked)) is not None:
-        draft.put("optim.schedule", ours)
-    else:
-        draft.differs.append(f"{draft.said(str(draft.name('optim.schedule')))} is not offered: cosine stands in for it")
-    _final_rate(draft, ours)
-    warmup, steps = draft.take("optim.warmup"), draft.raw("warmup_steps") or 0
-    if asked == "constant" and draft.tool != "minimind":
-        draft.put("optim.warmup", 0.0, f"{asked} has none")
-        draft.reasons |= dict.fromkeys((*draft.names("optim.warmup"), "warmup_steps"), "a constant rate has no warm-up")
-    elif 0 < steps < 1:  # transformers 5 takes a share under this name
-        draft.put("optim.warmup", steps, f"{draft.origin('warmup_steps')} warmup_steps")
-    elif steps and "train.steps" in draft.written:
-        draft.put("optim.warmup", steps / draft.written["train.steps"][0], f"{draft.said('warmup_steps')} / max_steps")
-    elif steps:
-        draft.differs.append(
-            f"{draft.said('warmup_steps')}: here the warm-up is a share of the run, which its default of 0.03 stands "
-            f"in for: set optim.warmup to {steps} / the steps of the run"
-        )
-    else:
-        draft.put("optim.warmup", warmup)
-
-
-def _final_rate(draft: Draft, schedule: str | None) -> None:
-    share, least = draft.raw("min_lr_rate", draft.take("optim.final_lr_fraction")), draft.raw("min_lr")
-    if least is not None and (rate := draft.take("optim.lr")):
-        share = least / rate
-    if share and schedule != "constant":
-        name = next((name for name in ("min_lr", "min_lr_rate") if name in draft.arguments.values), None)
-        draft.put("optim.final_lr_fraction", share, draft.said(name) if name else None)
-        draft.shown.add("lr_scheduler_kwargs")
-    if schedule == "wsd":
-        draft.differs.append(f"{draft.tool}'s warmup_stable_decay falls over num_decay_steps; here over the last tenth")
-
-
-def _saving(draft: Draft) -> None:
-    has_eval = "data.eval" in draft.written or (draft.written.get("data.eval_fraction", (1, ""))[0] or 0) > 0
-    for kind, is_useful in (("eval", has_eval), ("save", True)):
-        name = "save_interval" if draft.tool == "minimind" else f"{kind}_steps"
-        every = draft.raw(name) if is_useful else None
-        strategy = draft.raw(f"{kind}_strategy", draft.raw("evaluation_strategy") if kind == "eval" else None)
-        if strategy in (None, "steps") and isinstance(every, int) and every > 0:
-            if draft.tool == "minimind":
-                every = max(1, every // whole(draft, "batch.accumulation"))
-            draft.put(f"train.{kind}_every", every, draft.said(name))
-    output, own_name = draft.take("run.output"), draft.take("run.name")
-    if draft.tool == "minimind":
-        draft.put("run.output", output)
-        draft.put("run.name", draft.raw("lora_name") or own_name)
-    elif output is not None:  # their directory is the run's own
-        comment = draft.said(str(draft.name("run.output")))
-        draft.put("run.name", PurePath(output).name, comment)
-        draft.put("run.output", str(PurePath(output).parent), comment)
-    _trackers(draft)
-
-
-def _trackers(draft: Draft) -> None:
-    asked = draft.take("run.trackers")
-    told = list(asked) if isinstance(asked, list) else [asked]
-    if draft.tool == "axolotl":
-        told += [name for name in get_args(Tracker) if draft.raw(f"use_{name}") or draft.raw(f"{name}_project")]
-    elif draft.raw("use_swanlab") or draft.raw("use_wandb"):
-        told.append("swanlab")  # which minimind imports under the other's name
-    if trackers := [name for name in told if name in get_args(Tracker)]:
-        draft.put("run.trackers", trackers, "as there")
