@@ -214,7 +214,8 @@ def test_the_defaults_of_trl_are_those_of_the_library() -> None:
 def test_every_default_names_its_source_and_no_own_name_is_another_s(tool: Any) -> None:
     assert all(tool.defaults[key].source.partition(", ")[2] for key in tool.defaults)
     others = [other for other in TOOLS.values() if other.name != tool.name and tool.name not in other.name]
-    assert not [name for name in tool.own for other in others if name in other.own or name in other.keys]
+    taken = {name for other in others for name in (*other.unique_names, *other.keys)}
+    assert not tool.unique_names & taken
 
 
 @pytest.mark.parametrize(

@@ -161,10 +161,16 @@ def _usage_sentence(error: CycloptsError) -> str:
         return f"--gpus is how many cards; one by its name is --gpu '{error.token.value}'"
     if isinstance(error, UnknownOptionError):
         if match := re.match(r"Unknown option: -(\w[\w-]+)", sentence):
-            return f"Unknown option: -{match[1]}: a flag of several letters begins with two dashes, --{match[1]}"
+            return (
+                f"Unknown option: -{match[1]}: a flag of several letters begins with two dashes, "
+                f"--{match[1]}"
+            )
         name = (error.token.keyword or error.token.value).partition("=")[0]
         if hint := hint_for_name(name):
             return f"{sentence} It is {hint}."
         if "." in name:
-            return f"{sentence} A key of the configuration is given without dashes: {name.lstrip('-')}=VALUE"
+            return (
+                f"{sentence} A key of the configuration is given without dashes: "
+                f"{name.lstrip('-')}=VALUE"
+            )
     return sentence

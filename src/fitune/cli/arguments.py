@@ -15,8 +15,8 @@ ConfigArguments = Annotated[
     str,
     Parameter(
         name="CONFIG",
-        help="A YAML file, then any number of key.sub=value that replace its values: sft.yaml optim.lr=2e-5. "
-        "Without a file, --model and --data are needed.",
+        help="A YAML file, then any number of key.sub=value that replace its values: "
+        "sft.yaml optim.lr=2e-5. Without a file, --model and --data are needed.",
     ),
 ]
 
@@ -131,5 +131,6 @@ def run_path(run: Path, output: Path = RUNS) -> Path:
     if (output / run).exists():
         return output / run
     raise RunDirectoryError(
-        f"there is no run {run}, neither as a directory nor as a name in {output}: 'fitune runs' lists them"
+        f"there is no run {run}, neither as a directory nor as a name in {output}: 'fitune runs' "
+        "lists them"
     )

@@ -174,8 +174,10 @@ def _warnings(report: DataReport) -> Iterator[str]:
         yield f"{report.train.num_duplicate_rows:,} training samples are copies of others"
     if (padding := report.train.padding) is not None:
         yield (
-            f"padding every sample to {report.max_length} computes {padding.fixed:.2f} x the real tokens; groups of 8 "
-            f"samples {padding.shuffled:.2f} x, sorted by length {padding.sorted:.2f} x, packing {padding.packed:.2f} x"
+            f"padding every sample to {report.max_length} computes {padding.fixed:.2f} x the "
+            "real tokens; groups of 8 "
+            f"samples {padding.shuffled:.2f} x, sorted by length {padding.sorted:.2f} x, packing "
+            f"{padding.packed:.2f} x"
         )
 
 
@@ -199,7 +201,10 @@ def _learned(examples: "Examples", tokenizer: Any, *, width: int) -> Iterator[st
         for name in ("num_long_rows", "num_untrainable_rows")
     )
     if num_long or num_lost:
-        cut = f"{num_long:,} samples have over {report.max_length} tokens; {num_lost:,} samples teach nothing and go"
+        cut = (
+            f"{num_long:,} samples have over {report.max_length} tokens; {num_lost:,} samples "
+            "teach nothing and go"
+        )
         yield f"cut      {cut}"
 
 

@@ -18,8 +18,8 @@ Runs = Annotated[
     Path,
     Parameter(
         name="RUN",
-        help="a run's directory or name, a directory of runs, a report of fitune, or what another trainer left: "
-        "trainer_state.json, trainer_log.jsonl, TensorBoard events, a log of minimind",
+        help="a run's directory or name, a directory of runs, a report of fitune, or what "
+        "another trainer left: trainer_state.json, trainer_log.jsonl, TensorBoard events, a log of minimind",
     ),
 ]
 

@@ -32,9 +32,9 @@ def schema() -> None:
 @app.command(
     name="import",
     usage="fitune config import FILE [OPTIONS]   or   fitune config import [OPTIONS] -- COMMAND",
-    help="Another trainer's configuration as fitune's: LLaMA-Factory, ms-swift, axolotl, TRL, transformers, minimind. "
-    "The YAML says where each value comes from; what means something else here, what has no counterpart and what makes "
-    "no difference is listed on stderr, so that nothing vanishes.",
+    help="Another trainer's configuration as fitune's: LLaMA-Factory, ms-swift, axolotl, TRL, "
+    "transformers, minimind. The YAML says where each value comes from; what means something else "
+    "here, what has no counterpart and what makes no difference is listed on stderr, so that nothing vanishes.",
 )
 def import_(
     *words: Annotated[

@@ -48,7 +48,8 @@ def demo(
     num_dialogues = write_dialogues(corpus, data_path)
     print_text(
         translated(
-            f"data    {num_dialogues:,} real dialogues (chatterbot-corpus, {language}) -> {data_path}"
+            f"data    {num_dialogues:,} real dialogues (chatterbot-corpus, {language}) -> "
+            f"{data_path}"
         )
     )
     _link(model_path, output / model_path.name.replace(".Q4_1", ""))
@@ -62,7 +63,8 @@ def demo(
     _show_result(run, summary, model_path)
     print_text(
         translated(
-            f"\nthe whole demo took {format_seconds(time.perf_counter() - start)}; its files are in {run.path}"
+            f"\nthe whole demo took {format_seconds(time.perf_counter() - start)}; its files are "
+            f"in {run.path}"
         )
     )
     print_text(translated(f"go on with   fitune train {run.config} run.name=mine train.steps=200"))
@@ -101,12 +103,14 @@ def _show_result(run: "RunDirectory", summary: "Summary", model_path: Path) -> N
     )
     print_text(
         translated(
-            f"speed           {summary.tokens_per_second:,.0f} tokens/s, evaluation and saving included"
+            f"speed           {summary.tokens_per_second:,.0f} tokens/s, evaluation and saving "
+            "included"
         )
     )
     print_text(
         translated(
-            f"peak memory     {format_bytes(summary.peak_device_bytes or summary.peak_reserved_bytes)} measured"
+            "peak memory     "
+            f"{format_bytes(summary.peak_device_bytes or summary.peak_reserved_bytes)} measured"
         )
     )
     print_text(translated(f"\nquestion        {QUESTION}?"))

@@ -61,7 +61,8 @@ def _sections(machine: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
         yield (
             "GPU",
             [
-                "none that NVML or CUDA sees: runs use the processor; memory.gpu names a card to plan for"
+                "none that NVML or CUDA sees: runs use the processor; memory.gpu names a card to "
+                "plan for"
             ],
         )
     cpu, host = machine["cpu"], machine["host"]
@@ -78,7 +79,8 @@ def _sections(machine: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
     yield (
         "RAM",
         [
-            f"{format_bytes(host['total_bytes'])}{of} · {format_bytes(host['free_bytes'])} {say('free now')}"
+            f"{format_bytes(host['total_bytes'])}{of} · {format_bytes(host['free_bytes'])} "
+            f"{say('free now')}"
         ],
     )
     yield "Disk", [f"{format_bytes(machine['disk']['free_bytes'])} free where runs are kept"]
@@ -161,6 +163,7 @@ def _allocator_lines(machine: Mapping[str, Any]) -> list[str]:
         else "install it (Debian: libtcmalloc-minimal4), then set LD_PRELOAD to it"
     )
     return [
-        f"{name} · on the processor tcmalloc is as fast and was measured to need 8 to 57 % less memory:",
+        f"{name} · on the processor tcmalloc is as fast and was measured to need 8 to 57 % less "
+        "memory:",
         way,
     ]

@@ -77,7 +77,8 @@ def _load(run: RunDirectory, weights: Path, *, trust_remote_code: bool) -> tuple
     base = read_config(run.config).config.model
     if base.trust_remote_code != trust_remote_code:
         raise UsageError(
-            f"{run.path} asks to run the Python code that comes with {base.source}: read that code, then add "
+            f"{run.path} asks to run the Python code that comes with {base.source}: read that "
+            "code, then add "
             "--trust-remote-code"
             if base.trust_remote_code
             else f"{run.path} was trained without its model's own code: drop --trust-remote-code"

@@ -27,8 +27,8 @@ Format = Annotated[
     Parameter(
         name="--format",
         group=OUTPUT,
-        help="auto: for people, with colours in a terminal only. human: with colours everywhere. json: one object. "
-        "quiet: the least that a script needs.",
+        help="auto: for people, with colours in a terminal only. human: with colours everywhere. "
+        "json: one object. quiet: the least that a script needs.",
     ),
 ]
 

@@ -56,7 +56,10 @@ def plan(
     apply: Annotated[
         int | None,
         Parameter(
-            help="print the configuration with candidate N written into it, by its number in the table",
+            help=(
+                "print the configuration with candidate N written into it, by its number in the "
+                "table"
+            ),
             metavar="N",
             group=_SETTINGS,
         ),
@@ -206,7 +209,8 @@ def _candidate(plan: "Plan", number: int, *, every: bool) -> "Candidate":
     if not 0 <= number < len(plan.candidates):
         more = "" if every else ", or --all with the number of a table that --all has shown"
         raise UsageError(
-            f"--apply {number} is none of the candidates: give 0 to {len(plan.candidates) - 1}{more}"
+            f"--apply {number} is none of the candidates: give 0 to "
+            f"{len(plan.candidates) - 1}{more}"
         )
     return plan.candidates[number]
 

@@ -98,7 +98,8 @@ def _same_training(plans: list[Plan]) -> Iterator[str]:
                 ),
             )
             yield say(
-                "{splits} are one training of {rows} samples a step and take one learning rate; of them, take {best}.",
+                "{splits} are one training of {rows} samples a step and take one learning rate; "
+                "of them, take {best}.",
                 splits=", ".join(map(_words, same)),
                 rows=batch,
                 best=_words(best),
@@ -125,13 +126,15 @@ def _rates(plans: list[Plan], config: RunConfig) -> Iterator[str]:
         }
         if change > 1 and is_adaptive(optim):
             yield say(
-                "{rows} samples a step instead of {reference}: at most {factor} times the learning rate ({scaled} for "
+                "{rows} samples a step instead of {reference}: at most {factor} times the "
+                "learning rate ({scaled} for "
                 "{lr}), less where the gradient is not noisy; {whole} times is too much.",
                 **values,
                 whole=f"{change:.2g}",
             )
         else:
             yield say(
-                "{rows} samples a step instead of {reference}: {factor} times the learning rate ({scaled} for {lr}).",
+                "{rows} samples a step instead of {reference}: {factor} times the learning rate "
+                "({scaled} for {lr}).",
                 **values,
             )

@@ -33,7 +33,10 @@ _MEANINGS = {
 """Of the four sums below the parts, on each kind of device."""
 
 
-MORE_IN_TERMINAL = "--all predicts every setting and shows it, also those that change the result (LoRA, QLoRA, 8-bit)"
+MORE_IN_TERMINAL = (
+    "--all predicts every setting and shows it, also those that change the result (LoRA, QLoRA, "
+    "8-bit)"
+)
 MORE_IN_PYTHON = "these are {shown} of {total} candidates: Plan.candidates holds all"
 
 
@@ -198,7 +201,10 @@ def _heading(plan: Plan) -> Iterator[tuple[str, str]]:
         if whole
         else f" · {say('{count} trained', count=format_count(model.num_trainable_parameters))}"
     )
-    shape = f"{model.num_layers} x {model.hidden_size:,} · {say('vocabulary {number}', number=f'{model.vocab_size:,}')}"
+    shape = (
+        f"{model.num_layers} x {model.hidden_size:,} · "
+        f"{say('vocabulary {number}', number=f'{model.vocab_size:,}')}"
+    )
     yield (
         say("model"),
         f"{model.name} · {format_count(model.num_parameters)}{trained} · {shape} · {first.method}",
@@ -206,7 +212,8 @@ def _heading(plan: Plan) -> Iterator[tuple[str, str]]:
     yield (
         say("target"),
         say(
-            "effective batch {rows} · samples of up to {tokens} tokens ({origin}), {mean} on average",
+            "effective batch {rows} · samples of up to {tokens} tokens ({origin}), {mean} on "
+            "average",
             rows=data["effective_batch"],
             tokens=f"{data['row_tokens']:,}",
             origin=say(data["row_tokens_origin"]),
@@ -308,7 +315,8 @@ def _row(plan: Plan, index: int, label: str, labels: Mapping[int, str]) -> Seque
         if getattr(candidate, name) != getattr(reference, name)
     ]
     return (
-        f"{index:>2}{'*' if index == plan.chosen else ' '} {name}{split_of(plan, candidate).product}, "
+        f"{index:>2}{'*' if index == plan.chosen else ' '} "
+        f"{name}{split_of(plan, candidate).product}, "
         f"{', '.join(changes)}",
         format_gib(candidate.predicted_device_bytes, 1),
         fits_words(candidate, left),

@@ -30,8 +30,10 @@ def plan_trainer(name: str, *, gpu: str | None, output_format: str) -> None:
         show_prediction(prediction, console(output_format))
     if prediction.fits is False:
         raise DoesNotFitError(
-            f"the Trainer of {name} does not fit: it needs {format_bytes(_whole_bytes(prediction))}; lower "
-            "per_device_train_batch_size and raise gradient_accumulation_steps, or set activation_checkpointing=True"
+            f"the Trainer of {name} does not fit: it needs "
+            f"{format_bytes(_whole_bytes(prediction))}; lower "
+            "per_device_train_batch_size and raise gradient_accumulation_steps, or set "
+            "activation_checkpointing=True"
         )
 
 

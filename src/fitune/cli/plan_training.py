@@ -49,7 +49,8 @@ def training_warnings(training: PlannedTraining) -> Iterator[str]:
     optim, length, shrink = training.optim, training.length, training.shrink_fraction
     if length is not None and length.steps < FEWEST_STEPS:
         yield say(
-            "warning: only {steps} optimizer steps, under {few}: take fewer samples a step, or more epochs",
+            "warning: only {steps} optimizer steps, under {few}: take fewer samples a step, or "
+            "more epochs",
             steps=_count(length.steps),
             few=FEWEST_STEPS,
         )

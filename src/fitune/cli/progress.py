@@ -83,7 +83,8 @@ class TrainingProgress:
 
     def evaluation(self, metrics: EvalMetrics, *, best: bool) -> None:
         self.note(
-            f"eval at step {metrics.step}: loss {metrics.eval_loss:.4f} | perplexity {metrics.eval_perplexity:.2f} | "
+            f"eval at step {metrics.step}: loss {metrics.eval_loss:.4f} | perplexity "
+            f"{metrics.eval_perplexity:.2f} | "
             f"accuracy {metrics.eval_accuracy:.1%}{' | best, saved' if best else ''}"
         )
 

@@ -216,7 +216,8 @@ def _finish(found: Sweep, states: States, output_format: str) -> None:
     if failed:
         names = ", ".join(failed)
         raise FituneError(
-            f"{len(failed)} of {len(states)} runs failed ({names}): the same command tries them again"
+            f"{len(failed)} of {len(states)} runs failed ({names}): the same command tries them "
+            "again"
         )
 
 

@@ -124,7 +124,8 @@ def _check_trust(run: RunDirectory, resolved: ResolvedConfig) -> None:
     """Whoever made the directory need not be who goes on with it, so its word alone runs no code."""
     if resolved.origins["model.trust_remote_code"] != COMMAND_LINE:
         raise UsageError(
-            f"{run.path} asks to run the Python code that comes with {resolved.config.model.source}: read that code, "
+            f"{run.path} asks to run the Python code that comes with "
+            f"{resolved.config.model.source}: read that code, "
             "then add model.trust_remote_code=true to this command"
         )
 
@@ -197,7 +198,8 @@ def next_commands(run: RunDirectory, weights: Path, *, is_finished: bool) -> Ite
     export = f"fitune export {name} --to hf -o {run.name}-hf"
     if (weights / "adapter_config.json").exists():
         yield say(
-            "{weights} is an adapter, which needs the model that it was trained on: {command} merges both into one",
+            "{weights} is an adapter, which needs the model that it was trained on: {command} "
+            "merges both into one",
             weights=weights,
             command=export,
         )

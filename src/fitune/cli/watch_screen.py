@@ -331,7 +331,10 @@ def _numbers(view: RunView) -> Iterator[Text]:
 
 def _device_parts(sample: MemorySample) -> Iterator[str]:
     kind = "CPU" if sample.allocated_bytes is None else "GPU"
-    yield f"{kind} {'n/a' if sample.utilisation_fraction is None else f'{sample.utilisation_fraction:.0%}'}"
+    yield (
+        f"{kind} "
+        f"{'n/a' if sample.utilisation_fraction is None else f'{sample.utilisation_fraction:.0%}'}"
+    )
     if sample.temperature_celsius is not None:
         yield f"{sample.temperature_celsius:.0f} °C"
     if sample.power_watts is not None:

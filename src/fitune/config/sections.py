@@ -89,7 +89,10 @@ class ModelConfig(Section):
     compile: Bool = Field(False, description="compile each layer with torch.compile")
     shard: Shard = Field(
         "none",
-        description="full: each of several processes holds a share of weights, gradients and optimizer state",
+        description=(
+            "full: each of several processes holds a share of weights, gradients and optimizer "
+            "state"
+        ),
     )
     shape: ShapeConfig = ShapeConfig()
     trust_remote_code: Bool = Field(False, description="run Python code that comes with the model")
@@ -153,7 +156,9 @@ class DataConfig(Section):
     )
     mask: Literal["assistant", "last", "all"] = Field(
         "assistant",
-        description="what is learned: the assistant's turns, the last of them alone, or every token",
+        description=(
+            "what is learned: the assistant's turns, the last of them alone, or every token"
+        ),
     )
     system: Literal["keep", "merge"] = Field(
         "keep", description="merge: a system message becomes the front of the user's first one"
@@ -161,11 +166,15 @@ class DataConfig(Section):
     columns: ColumnsConfig = ColumnsConfig()
     ignore_keys: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
         (),
-        description="keys of the samples to leave out of account, even those that would refuse a sample",
+        description=(
+            "keys of the samples to leave out of account, even those that would refuse a sample"
+        ),
     )
     date: Date | None = Field(
         None,
-        description="what a chat template writes as today's date, like 2026-01-31; that of the run's start",
+        description=(
+            "what a chat template writes as today's date, like 2026-01-31; that of the run's start"
+        ),
     )
     too_long: Literal["truncate", "drop"] = Field(
         "truncate", description="what happens to samples that are longer than max_length"
@@ -199,11 +208,13 @@ class BatchConfig(Section):
     def _consistent(self) -> Self:
         if self.micro != "auto" and self.micro_tokens != "auto":
             raise ValueError(
-                "batch.micro (samples) and batch.micro_tokens (tokens) exclude each other: give one of them"
+                "batch.micro (samples) and batch.micro_tokens (tokens) exclude each other: give "
+                "one of them"
             )
         if self.micro_tokens != "auto" and self.accumulation != "auto":
             raise ValueError(
-                "batch.accumulation follows from the samples' lengths when batch.micro_tokens is given: drop it"
+                "batch.accumulation follows from the samples' lengths when batch.micro_tokens is "
+                "given: drop it"
             )
         if "auto" not in (self.effective, self.micro, self.accumulation):
             assert isinstance(self.micro, int)
@@ -211,14 +222,16 @@ class BatchConfig(Section):
             product = self.micro * self.accumulation
             if product != self.effective:
                 raise ValueError(
-                    f"batch.micro {self.micro} x batch.accumulation {self.accumulation} = {product}, "
+                    f"batch.micro {self.micro} x batch.accumulation {self.accumulation} = "
+                    f"{product}, "
                     f"but batch.effective is {self.effective}: drop one of the three"
                 )
         if self.accumulation != "auto" and self.effective != "auto" and self.micro == "auto":
             self._check_accumulation(self.effective, self.accumulation)
         if self.effective != "auto" and self.micro != "auto" and self.micro > self.effective:
             raise ValueError(
-                f"batch.micro {self.micro} is more than batch.effective {self.effective}: lower batch.micro"
+                f"batch.micro {self.micro} is more than batch.effective {self.effective}: lower "
+                "batch.micro"
             )
         return self
 
@@ -234,7 +247,8 @@ class BatchConfig(Section):
         near = [n for n in range(1, effective + 1) if effective % n == 0]
         near.sort(key=lambda n: abs(n - accumulation))
         raise ValueError(
-            f"batch.effective {effective} samples cannot be cut into batch.accumulation {accumulation} equal "
+            f"batch.effective {effective} samples cannot be cut into batch.accumulation "
+            f"{accumulation} equal "
             f"micro-batches: try batch.accumulation {' or '.join(str(n) for n in sorted(near[:2]))}"
         )
 
@@ -311,7 +325,10 @@ class MemoryConfig(Section):
     allocator: str = Field("", description="PYTORCH_ALLOC_CONF of the run and of its prediction")
     routing: Routing = Field(
         "balanced",
-        description="for predictions alone: tokens go to a mixture's experts evenly, or all to the same ones (worst)",
+        description=(
+            "for predictions alone: tokens go to a mixture's experts evenly, or all to the same "
+            "ones (worst)"
+        ),
     )
 
 
@@ -336,7 +353,9 @@ class TrainConfig(Section):
     )
     probe: Bool = Field(
         False,
-        description="first try the rate halved and doubled and twice the batch; go on with the best",
+        description=(
+            "first try the rate halved and doubled and twice the batch; go on with the best"
+        ),
     )
     probe_fraction: Annotated[Float, Field(gt=0, le=0.5)] = Field(
         0.05, description="share of the run that each setting of the probe is tried for"
@@ -347,7 +366,8 @@ class TrainConfig(Section):
         given = [key for key in ("epochs", "steps", "tokens") if getattr(self, key) is not None]
         if len(given) > 1:
             raise ValueError(
-                f"train.{' and train.'.join(given)} exclude each other: keep one and set the other to null"
+                f"train.{' and train.'.join(given)} exclude each other: keep one and set the "
+                "other to null"
             )
         return self
 
@@ -369,7 +389,9 @@ class OutputConfig(Section):
     )
     prometheus: PathText | None = Field(
         None,
-        description="keep a text file of the present numbers here, for node_exporter's textfile collector",
+        description=(
+            "keep a text file of the present numbers here, for node_exporter's textfile collector"
+        ),
     )
 
 

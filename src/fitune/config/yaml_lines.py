@@ -1,7 +1,8 @@
-"""YAML that remembers where each value stands: text -> a tree of plain values and, beside it, the line of each of them.
+"""Parse YAML into a tree of plain values and the line of each value.
 
-Scalars follow YAML 1.2's core schema instead of PyYAML's 1.1, where `5e-7` is text, `off` is false, `1:30` is 90 and
-`010` is 8. Anchors work. Duplicate keys are a fault: YAML forbids them, PyYAML keeps the last one without a word.
+Scalars follow the core schema of YAML 1.2. PyYAML follows YAML 1.1, where `5e-7` is text, `off` is
+false, `1:30` is 90 and `010` is 8. Anchors work. Duplicate keys are an error, as YAML demands;
+PyYAML silently takes the last one.
 """
 
 import re
@@ -27,10 +28,12 @@ _SPECIAL_FLOAT = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """Where a value was written, such as 'sft.yaml:12' or 'command line', and, for a bare scalar, its letters: a key
-    that wants text takes them, so that `name: 007` needs no quotes."""
+    """Holds where a value was written, and its text."""
 
+    #: Such as 'sft.yaml:12' or 'command line'.
     origin: str
+    #: The text of a scalar without quotes; None for other values. A key that needs text uses it, so
+    #: that `name: 007` needs no quotes.
     text: str | None = None
 
 
@@ -42,9 +45,13 @@ class MarkedTree:
 
 
 def parse_yaml(text: str, source: str) -> MarkedTree:
-    """The first document of `text`; `source` names it in the marks. Raises ConfigError where it is not YAML; duplicate
-    keys are returned as faults so that they are reported with all others."""
-    if _DEEP.search(text):  # PyYAML would look at each bracket for long before it gives up
+    """Parse the first document of `text`. source: its name in the origins of the values.
+
+    Raises ConfigError if the text is not YAML. Duplicate keys are returned in `faults` instead, so
+    that they are reported together with all other errors.
+    """
+    # PyYAML takes time quadratic in the depth of nested brackets before it gives up.
+    if _DEEP.search(text):
         raise ConfigError([f"{source}: this is nested too deeply for a configuration"])
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
@@ -68,7 +75,7 @@ def parse_yaml(text: str, source: str) -> MarkedTree:
 
 
 def parse_scalar(text: str) -> Tree:
-    """A bare scalar by YAML 1.2's core schema: '5e-7' -> 5e-07, 'off' -> 'off', '' -> None."""
+    """Parse a scalar without quotes: '5e-7' is 5e-07, 'off' is 'off' and '' is None."""
     if _NULL.fullmatch(text):
         return None
     if _BOOL.fullmatch(text):
@@ -91,16 +98,16 @@ class _Reading:
 
     def value(self, node: yaml.Node, path: KeyPath) -> Tree:
         self.marks.setdefault(path, Position(self._where(node)))
-        if (
-            len(self.marks) > MAX_VALUES
-        ):  # a few anchors that repeat one another grow beyond any memory
+        # A few anchors that refer to each other can expand to more values than memory holds.
+        if len(self.marks) > MAX_VALUES:
             raise ConfigError(
                 [f"{self.source}: more than {MAX_VALUES:,} values are too many for a configuration"]
             )
         if isinstance(node, yaml.ScalarNode):
             if not node.tag.startswith("tag:yaml.org,2002:"):
                 self.faults.append(
-                    f"{self._where(node)}: tags such as {node.tag} are not read: write the value itself"
+                    f"{self._where(node)}: tags such as {node.tag} are not read: write the value "
+                    "itself"
                 )
             if node.style is not None:
                 return str(node.value)
@@ -134,7 +141,8 @@ class _Reading:
                 first = self.marks[(*path, key)].origin
                 dotted = ".".join(str(part) for part in (*path, key))
                 self.faults.append(
-                    f"{self._where(key_node)}: '{dotted}' is given twice, first at {first}: keep one"
+                    f"{self._where(key_node)}: '{dotted}' is given twice, first at {first}: keep "
+                    "one"
                 )
                 continue
             self.marks[(*path, key)] = Position(self._where(key_node))

@@ -1,4 +1,4 @@
-"""The data of another tool's configuration: where the rows are, how they are written out, what of them is learned."""
+"""Translate the data of another tool's configuration: sources, columns, template and loss mask."""
 
 import re
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from fitune.boundary import parse_json
 from fitune.config.importers.draft import Draft, is_off, without
 from fitune.config.read import decode, read_bounded
 from fitune.config.sections import DataConfig
-from fitune.config.wording import shown
+from fitune.config.wording import format_value
 from fitune.config.yaml_lines import parse_yaml
 from fitune.errors import ConfigError
 from fitune.plain_files import read_plain
@@ -19,44 +19,46 @@ _TOO_LONG = {
 }  # fmt: skip
 _LOSS_SCALES = {"default": "assistant", "last_round": "last", "all": "all"}
 
-# What axolotl says of a source and is so here; a format (`type` in one word) is told by the rows' keys.
-_SOURCE_AS_HERE: Mapping[str, tuple[Any, ...]] = {
+# Options of an axolotl source whose values describe what fitune does anyway. A format (`type` as a
+# single word) is not listed: fitune recognises it by the keys of the samples.
+_KNOWN_SOURCE_OPTIONS: Mapping[str, tuple[Any, ...]] = {
     "split": ("train",),
     "roles_to_train": (["assistant"], ["gpt"], ["assistant", "gpt"], ["gpt", "assistant"]),
     "train_on_eos": ("turn",),
     "field_messages": ("messages", "conversations"),
     "chat_template": ("tokenizer_default",),
 }
-_OTHER_TYPES = re.compile(
+#: axolotl's names for formats of preference and reward data.
+_PREFERENCE_TYPES = re.compile(
     r"(bradley_terry|stepwise_supervised|reward|kto|orpo|ipo|dpo|grpo)\b|user_defined\.default|"
     r"(chatml|llama3|zephyr|passthrough)\.(argilla\w*|icr|intel|prompt_pairs|ultra|nectar|chat|default)"
 )
-"""What axolotl calls the formats of preferences and rewards."""
+#: Column names that fitune recognises without being told, by our name of the column.
 _SAME_NAMES = {
     "messages": ("messages", "conversations"), "role": ("role", "from"), "content": ("content", "value"),
     "tools": ("tools",), "system": ("system",), "text": ("text",),
 }  # fmt: skip
-_PART = (
+_ONLY_WHOLE_SOURCES = (
     "samples are read from a hub's split 'train' and default subset: "
     "save those samples to a file and give it with --data"
 )
 
 
 def put_data(draft: Draft) -> None:
-    train = draft.take("data.train")
+    train = draft.value("data.train")
     if train is None or is_off(train):
         raise ConfigError([f"{draft.arguments.source} names no training data: give it with --data"])
-    draft.raw("dataset_dir")
-    max_rows = draft.take("data.max_rows")
+    draft.argument("dataset_dir")
+    max_rows = draft.value("data.max_rows")
     if max_rows is not None and (not isinstance(max_rows, int) or max_rows < 1):
-        max_rows = None  # as ms-swift 2 writes all of them
+        max_rows = None  # ms-swift 2 writes -1 for "all samples"
     given = draft.given_elsewhere.get("data.train")
     if given is None:
-        _refuse_parts(draft)
+        _refuse_subsets(draft)
     else:
         parts = ("dataset_config", "dataset_train_split", "dataset_dir")
         draft.reasons |= dict.fromkeys(parts, "other data was given with the import")
-    draft.put("data.train", _sources(draft, train, max_rows) if given is None else given)
+    draft.write("data.train", _sources(draft, train, max_rows) if given is None else given)
     if given is None:
         _put_columns(draft)
     if given is None and max_rows is not None:
@@ -67,13 +69,13 @@ def put_data(draft: Draft) -> None:
 
 
 def _put_columns(draft: Draft) -> None:
-    """What the rows call their columns, where all sources call them alike."""
-    told = [columns for columns, _ in draft.columns]
-    if not any(told):
+    """Write data.columns if all sources use the same column names, else report the difference."""
+    all_columns = [columns for columns, _ in draft.columns]
+    if not any(all_columns):
         return
-    if all(columns == told[0] for columns in told):
-        for ours, theirs in told[0].items():
-            draft.put(f"data.columns.{ours}", theirs, draft.columns[0][1])
+    if all(columns == all_columns[0] for columns in all_columns):
+        for ours, theirs in all_columns[0].items():
+            draft.write(f"data.columns.{ours}", theirs, draft.columns[0][1])
         return
     for columns, where in draft.columns:
         words = ", ".join(f"{ours}={theirs}" for ours, theirs in columns.items())
@@ -83,37 +85,43 @@ def _put_columns(draft: Draft) -> None:
             )
 
 
-def _refuse_parts(draft: Draft) -> None:
-    if draft.raw("dataset_train_split", "train") != "train":
-        raise draft.refuse("dataset_train_split", _PART)
-    if draft.raw("dataset_config", "default") != "default":
-        raise draft.refuse("dataset_config", _PART)
+def _refuse_subsets(draft: Draft) -> None:
+    if draft.argument("dataset_train_split", "train") != "train":
+        raise draft.refuse("dataset_train_split", _ONLY_WHOLE_SOURCES)
+    if draft.argument("dataset_config", "default") != "default":
+        raise draft.refuse("dataset_config", _ONLY_WHOLE_SOURCES)
 
 
 def _held_out(draft: Draft, max_rows: int | None) -> None:
-    held_out, fraction = draft.take("data.eval"), draft.take("data.eval_fraction")
+    held_out, fraction = draft.value("data.eval"), draft.value("data.eval_fraction")
     if held_out and not is_off(held_out):
-        draft.put("data.eval", _sources(draft, held_out, max_rows))
+        draft.write("data.eval", _sources(draft, held_out, max_rows))
     elif isinstance(fraction, int) and fraction > 1:
         name = str(draft.name("data.eval_fraction"))
-        draft.put("eval.max_rows", fraction, draft.said(name))
+        draft.write("eval.max_rows", fraction, draft.quoted(name))
         draft.differs.append(
-            f"{draft.said(name)} samples held out: here a share is; eval.max_rows keeps at most as many"
+            f"{draft.quoted(name)} samples held out: here a share is; eval.max_rows keeps at "
+            "most as many"
         )
     else:
-        draft.put("data.eval_fraction", fraction)
-    strategy = draft.raw("eval_strategy", "no")
+        draft.write("data.eval_fraction", fraction)
+    strategy = draft.argument("eval_strategy", "no")
     if draft.tool == "TRL" and not is_off(strategy) and "data.train" not in draft.given_elsewhere:
-        draft.raw("dataset_test_split")
+        draft.argument("dataset_test_split")
         draft.differs.append(
-            f"{draft.said('eval_strategy')}: TRL evaluates on the split "
-            f"{draft.arguments.values.get('dataset_test_split', 'test')} of the data; here give data.eval, or samples "
+            f"{draft.quoted('eval_strategy')}: TRL evaluates on the split "
+            f"{draft.arguments.values.get('dataset_test_split', 'test')} of the data; here give "
+            "data.eval, or samples "
             "are held out with data.eval_fraction"
         )
 
 
 def _sources(draft: Draft, named: Any, max_rows: Any) -> Any:
-    """A path, or a list of paths with their limits; LLaMA-Factory's names are looked up in its dataset_info.json."""
+    """Return the value of data.train or data.eval: a path, or a list of paths with sample limits.
+
+    named: the other tool's value. Names of LLaMA-Factory's data sets are looked up in its
+    dataset_info.json.
+    """
     items: Any = (
         [part.strip() for part in named.split(",")]
         if isinstance(named, str) and "," in named
@@ -127,43 +135,57 @@ def _sources(draft: Draft, named: Any, max_rows: Any) -> Any:
 
 
 def _paths(draft: Draft, item: Any) -> list[str]:
-    """One entry of a tool's list of data: a path, a name of LLaMA-Factory, or axolotl's and TRL's mapping."""
+    """Return the paths of one entry of a tool's list of data.
+
+    item: a path, the name of a LLaMA-Factory data set, or a mapping of axolotl or TRL.
+    """
     if isinstance(item, Mapping):
         return _paths_of_mapping(draft, item)
     if not isinstance(item, str):
         raise ConfigError(
-            [f"{draft.arguments.source}: {shown(item)} is no path of data: give it with --data"]
+            [
+                f"{draft.arguments.source}: {format_value(item)} is no path of data: give it with --data"
+            ]
         )
     if draft.tool.startswith("ms-swift") and (
         match := re.fullmatch(r"(\w[^:\\]*):([^/#]+(?:/[^/#]+)*)(#\d+)?", item)
     ):
         if match[2] != "default":
-            raise ConfigError([f"{draft.arguments.source}: the data {item}: {_PART}"])
+            raise ConfigError([f"{draft.arguments.source}: the data {item}: {_ONLY_WHOLE_SOURCES}"])
         return [match[1] + (match[3] or "")]
     if draft.tool == "LLaMA-Factory v1" and item.endswith((".yaml", ".yml")):
-        return _listed_in_yaml(draft, Path(item))
+        return _paths_from_v1_yaml(draft, Path(item))
     if draft.tool != "LLaMA-Factory" or PurePath(item).suffix:
         draft.columns.append(({}, item))
         return [item]
-    return [_listed(draft, item)]
+    return [_path_from_dataset_info(draft, item)]
 
 
 def _paths_of_mapping(draft: Draft, item: Mapping[str, Any]) -> list[str]:
     path, files = item.get("path"), item.get("data_files")
-    told = without(item, "path", "data_files", "ds_type")
-    told = {key: value for key, value in told.items() if value is not None and not is_off(value)}
-    told = {key: value for key, value in told.items() if value not in _SOURCE_AS_HERE.get(key, ())}
-    _refuse_of_axolotl(draft, path, item)
-    columns = _columns_of_axolotl(told)
-    if isinstance(told.get("type"), str):
-        del told["type"]
+    options = without(item, "path", "data_files", "ds_type")
+    options = {
+        key: value for key, value in options.items() if value is not None and not is_off(value)
+    }
+    options = {
+        key: value
+        for key, value in options.items()
+        if value not in _KNOWN_SOURCE_OPTIONS.get(key, ())
+    }
+    _refuse_axolotl_source(draft, path, item)
+    columns = _pop_axolotl_columns(options)
+    if isinstance(options.get("type"), str):
+        del options["type"]
     for key in ("split", "name", "shards", "shards_idx", "dataset_shard_num"):
-        if key in told:
+        if key in options:
             raise ConfigError(
-                [f"{draft.arguments.source}: the data {path}, {key} {shown(told[key])}: {_PART}"]
+                [
+                    f"{draft.arguments.source}: the data {path}, {key} {format_value(options[key])}: "
+                    f"{_ONLY_WHOLE_SOURCES}"
+                ]
             )
-    if told:
-        words = ", ".join(f"{key} {shown(value)}" for key, value in told.items())
+    if options:
+        words = ", ".join(f"{key} {format_value(value)}" for key, value in options.items())
         draft.differs.append(
             f"data {path}: {words}: all samples are read and their format is told by their keys"
         )
@@ -172,40 +194,42 @@ def _paths_of_mapping(draft: Draft, item: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def _refuse_of_axolotl(draft: Draft, path: Any, item: Mapping[str, Any]) -> None:
-    """Raises ConfigError for rows that are no answers to imitate, or of which other parts are learned."""
-    kind, roles, key = (
-        item.get("type"),
-        item.get("roles_to_train"),
-        item.get("message_field_training"),
-    )
+def _refuse_axolotl_source(draft: Draft, path: Any, item: Mapping[str, Any]) -> None:
+    """Raise ConfigError if a source is not supervised data, or has a loss mask of its own."""
+    kind = item.get("type")
+    roles = item.get("roles_to_train")
+    key = item.get("message_field_training")
     where = f"{draft.arguments.source}: the data {path}"
-    if isinstance(kind, str) and _OTHER_TYPES.match(kind):
+    if isinstance(kind, str) and _PREFERENCE_TYPES.match(kind):
         raise ConfigError(
-            [f"{where}, type {shown(kind)}: fitune is for supervised fine-tuning alone"]
+            [f"{where}, type {format_value(kind)}: fitune is for supervised fine-tuning alone"]
         )
     if kind == "input_output":
         raise ConfigError(
             [
-                f"{where}, type {shown(kind)}: segments with labels of their own: give samples in the messages format"
+                f"{where}, type {format_value(kind)}: segments with labels of their own: give samples "
+                "in the messages format"
             ]
         )
-    if roles is not None and roles not in _SOURCE_AS_HERE["roles_to_train"]:
+    if roles is not None and roles not in _KNOWN_SOURCE_OPTIONS["roles_to_train"]:
         raise ConfigError(
             [
-                f"{where}, roles_to_train {shown(roles)}: here the assistant's messages are learned, "
+                f"{where}, roles_to_train {format_value(roles)}: here the assistant's messages are "
+                "learned, "
                 "or all with data.mask"
             ]
         )
     if key not in (None, "train", "training", "weight"):
         raise ConfigError(
-            [f"{where}, message_field_training {shown(key)}: call that key 'train' in the samples"]
+            [
+                f"{where}, message_field_training {format_value(key)}: call that key 'train' in the samples"
+            ]
         )
 
 
-def _columns_of_axolotl(told: dict[str, Any]) -> dict[str, str]:
-    """What is said of the columns of a source, which is taken out of `told`."""
-    kind = told.get("type")
+def _pop_axolotl_columns(options: dict[str, Any]) -> dict[str, str]:
+    """Remove the column names of a source from `options`; return {our name: its name}."""
+    kind = options.get("type")
     named: dict[str, Any] = {}
     if isinstance(kind, dict):
         names = {
@@ -219,11 +243,11 @@ def _columns_of_axolotl(told: dict[str, Any]) -> dict[str, str]:
             if kind.get(theirs)
         }
         rest = without(kind, *names, "field_system")
-        told["type"] = {key: value for key, value in rest.items() if value}
-        if not told["type"]:
-            del told["type"]
+        options["type"] = {key: value for key, value in rest.items() if value}
+        if not options["type"]:
+            del options["type"]
     else:
-        mappings = told.pop("message_property_mappings", None) or {}
+        mappings = options.pop("message_property_mappings", None) or {}
         fields = {
             "field_messages": "messages",
             "field_tools": "tools",
@@ -231,7 +255,7 @@ def _columns_of_axolotl(told: dict[str, Any]) -> dict[str, str]:
             "field": "text",
         }
         fields |= {"message_field_role": "role", "message_field_content": "content"}
-        named = {ours: told.pop(theirs) for theirs, ours in fields.items() if theirs in told}
+        named = {ours: options.pop(theirs) for theirs, ours in fields.items() if theirs in options}
         named |= {key: value for key, value in mappings.items() if key in ("role", "content")}
     return {
         ours: theirs
@@ -248,15 +272,19 @@ def _paths_of_entry(draft: Draft, path: Any, files: Any) -> list[str]:
     if not isinstance(path, str):
         raise ConfigError(
             [
-                f"{draft.arguments.source}: an entry of the data has no path: give the data with --data"
+                f"{draft.arguments.source}: an entry of the data has no path: give the data with "
+                "--data"
             ]
         )
     return _paths(draft, path)
 
 
-def _listed(draft: Draft, item: str) -> str:
-    """The path of a name in LLaMA-Factory's list of data sets."""
-    directory = Path(str(draft.raw("dataset_dir", "data")))
+def _path_from_dataset_info(draft: Draft, item: str) -> str:
+    """Return the path of a data set that LLaMA-Factory's dataset_info.json lists by name.
+
+    Returns the name itself if the list cannot be read, and adds a message to `draft.differs`.
+    """
+    directory = Path(str(draft.argument("dataset_dir", "data")))
     try:
         entry = parse_json(read_plain(directory / "dataset_info.json", follow=True))[item]
         path = (
@@ -266,7 +294,8 @@ def _listed(draft: Draft, item: str) -> str:
         )
     except (OSError, ValueError, LookupError, TypeError):
         draft.differs.append(
-            f"dataset {item} is a name in {directory}/dataset_info.json, which does not tell it here: replace it in "
+            f"dataset {item} is a name in {directory}/dataset_info.json, which does not tell it "
+            "here: replace it in "
             "data.train by the path of the file"
         )
         return item
@@ -274,20 +303,23 @@ def _listed(draft: Draft, item: str) -> str:
     if entry.get("ranking"):
         raise ConfigError(
             [
-                f"{where}: ranking: preferred and rejected answers are no data of supervised fine-tuning"
+                f"{where}: ranking: preferred and rejected answers are no data of supervised "
+                "fine-tuning"
             ]
         )
     if entry.get("subset") or entry.get("split", "train") != "train":
-        raise ConfigError([f"{where}: {_PART}"])
-    draft.columns.append((_columns_of_list(entry, where), where))
+        raise ConfigError([f"{where}: {_ONLY_WHOLE_SOURCES}"])
+    draft.columns.append((_columns_of_dataset_info(entry, where), where))
     if others := {
-        key: value for key, value in (entry.get("tags") or {}).items() if value not in _TAGS_AS_HERE
+        key: value for key, value in (entry.get("tags") or {}).items() if value not in _KNOWN_TAGS
     }:
         words = ", ".join(
-            f"{key} {shown(value)}" for key, value in others.items() if not key.endswith("_tag")
+            f"{key} {format_value(value)}"
+            for key, value in others.items()
+            if not key.endswith("_tag")
         )
         names = ", ".join(
-            f"{key} {shown(value)}" for key, value in others.items() if key in _ROLE_TAGS
+            f"{key} {format_value(value)}" for key, value in others.items() if key in _ROLE_TAGS
         )
         if words or names:
             draft.differs.append(
@@ -298,32 +330,25 @@ def _listed(draft: Draft, item: str) -> str:
 
 
 _ROLE_TAGS = ("user_tag", "assistant_tag", "observation_tag", "function_tag", "system_tag")
-_TAGS_AS_HERE = (
-    *(
-        "user",
-        "human",
-        "assistant",
-        "gpt",
-        "observation",
-        "tool",
-        "function_call",
-        "system",
-        "role",
-        "from",
-    ),
-    *("content", "value"),
+_KNOWN_TAGS = (
+    *("user", "human", "assistant", "gpt", "observation", "tool", "function_call", "system"),
+    *("role", "from", "content", "value"),
 )
 
 
-def _columns_of_list(entry: Mapping[str, Any], where: str) -> dict[str, str]:
-    """What LLaMA-Factory's list says of a data set's columns. Raises ConfigError for those of other training."""
+def _columns_of_dataset_info(entry: Mapping[str, Any], where: str) -> dict[str, str]:
+    """Return {our name: its name} for the columns of an entry of LLaMA-Factory's list.
+
+    Raises ConfigError if the entry has columns of preference or multimodal data.
+    """
     columns, tags = entry.get("columns") or {}, entry.get("tags") or {}
     for key in ("kto_tag", "chosen", "rejected", "images", "videos", "audios"):
         if columns.get(key):
             way_out = "give other data with --data"
             raise ConfigError(
                 [
-                    f"{where}: columns: {key}: fitune trains on text and answers to imitate: {way_out}"
+                    f"{where}: columns: {key}: fitune trains on text and answers to imitate: "
+                    f"{way_out}"
                 ]
             )
     if entry.get("formatting") in ("sharegpt", "openai"):
@@ -346,20 +371,21 @@ def _columns_of_list(entry: Mapping[str, Any], where: str) -> dict[str, str]:
     named = {ours: columns.get(theirs) for ours, (theirs, _) in names.items()}
     if all(theirs in (None, names[ours][1]) for ours, theirs in named.items()):
         named = {}
-    elif not columns.get("response"):  # text alone
+    elif not columns.get("response"):  # plain text
         named = {"text": columns["prompt"]} if columns.get("prompt") not in (None, "text") else {}
     named |= {ours: columns.get(ours) for ours in ("system", "history", "tools")}
     return {ours: theirs for ours, theirs in named.items() if theirs and theirs != ours}
 
 
-def _listed_in_yaml(draft: Draft, path: Path) -> list[str]:
-    """The paths in the YAML that LLaMA-Factory v1 describes its data with."""
+def _paths_from_v1_yaml(draft: Draft, path: Path) -> list[str]:
+    """Return the paths in the YAML file with which LLaMA-Factory v1 describes its data."""
     try:
         tree = parse_yaml(decode(read_bounded(path)), str(path)).tree
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
             [
-                f"{draft.arguments.source} names the data in {path}, which cannot be read from here: give it with --data"
+                f"{draft.arguments.source} names the data in {path}, "
+                "which cannot be read from here: give it with --data"
             ]
         ) from error
     entries = (
@@ -369,26 +395,27 @@ def _listed_in_yaml(draft: Draft, path: Path) -> list[str]:
     )
     found = []
     for entry in entries:
-        told = entry.get("path")
-        if not isinstance(told, str):
+        source = entry.get("path")
+        if not isinstance(source, str):
             raise ConfigError([f"{path}: an entry has no path of data: give the data with --data"])
         size = entry.get("size")
-        found.append(f"{told}#{size}" if isinstance(size, int) and size > 0 else told)
+        found.append(f"{source}#{size}" if isinstance(size, int) and size > 0 else source)
     if not found:
         raise ConfigError([f"{path} lists no data: give it with --data"])
     return found
 
 
 def _put_too_long(draft: Draft) -> None:
-    asked = draft.take("data.too_long")
+    asked = draft.value("data.too_long")
     if asked is None:
         return
     if asked in _TOO_LONG:
-        draft.put("data.too_long", _TOO_LONG[asked])
+        draft.write("data.too_long", _TOO_LONG[asked])
     else:
         name = str(draft.name("data.too_long"))
         draft.differs.append(
-            f"{draft.said(name)}: here longer samples are cut at their end, or dropped (data.too_long)"
+            f"{draft.quoted(name)}: here longer samples are cut at their end, or dropped "
+            "(data.too_long)"
         )
 
 
@@ -400,18 +427,20 @@ def _put_template(draft: Draft) -> None:
         "chat_template_path",
         "chat_template_jinja",
     ):
-        value = draft.raw(name)
+        value = draft.argument(name)
         if value is None or str(value).startswith("tokenizer_default"):
             continue
         if str(value).endswith((".jinja", ".jinja2")):
-            draft.put("data.template", value, f"{draft.origin(name)} {name}")
+            draft.write("data.template", value, f"{draft.origin(name)} {name}")
         elif name == "chat_template_path":
             draft.differs.append(
-                f"{draft.said(name)}: a tokenizer's directory; set data.template to a Jinja file with its template"
+                f"{draft.quoted(name)}: a tokenizer's directory; set data.template to a Jinja "
+                "file with its template"
             )
         else:
             draft.differs.append(
-                f"{draft.said(name)} is {draft.tool}'s own; here the tokenizer's template is used, or the Jinja file "
+                f"{draft.quoted(name)} is {draft.tool}'s own; here the tokenizer's template is "
+                "used, or the Jinja file "
                 "data.template: look at two samples with 'fitune check FILE --show 2'"
             )
 
@@ -423,39 +452,45 @@ def put_mask(draft: Draft) -> None:
     elif draft.tool.startswith("ms-swift"):
         mask, name = _mask_of_swift(draft)
     else:
-        everything = draft.raw("train_on_prompt") or draft.raw("train_on_inputs")
-        is_text = draft.raw("stage") == "pt"
+        everything = draft.argument("train_on_prompt") or draft.argument("train_on_inputs")
+        is_text = draft.argument("stage") == "pt"
         mask, name = "all" if everything or is_text else "assistant", "stage" if is_text else name
-        if draft.raw("mask_history"):
+        if draft.argument("mask_history"):
             mask, name = "last", "mask_history"
         if mask == "assistant" and name is None:
             return
     if mask == "last" and "last" not in get_args(DataConfig.model_fields["mask"].annotation):
         draft.differs.append(
-            f"{draft.said(str(name))}: there the last answer alone is trained on; here every answer of a sample is"
+            f"{draft.quoted(str(name))}: there the last answer alone is trained on; here every "
+            "answer of a sample is"
         )
         mask, name = "assistant", None
-    draft.put("data.mask", mask, draft.said(name) if name else None)
+    draft.write("data.mask", mask, draft.quoted(name) if name else None)
 
 
 def _mask_of_trl(draft: Draft) -> str:
-    answers, prompts = draft.raw("assistant_only_loss"), draft.raw("completion_only_loss")
+    answers, prompts = draft.argument("assistant_only_loss"), draft.argument("completion_only_loss")
     if draft.tool == "transformers":
         draft.differs.append(
             "transformers leaves the labels to the script: data.mask: all, or assistant?"
         )
     elif not answers and prompts is None:
         draft.differs.append(
-            "TRL trains on every token of a conversation (data.mask: all), but of samples with prompt and "
+            "TRL trains on every token of a conversation (data.mask: all), but of samples with "
+            "prompt and "
             "completion on the completion alone: for those set data.mask to assistant"
         )
     return "assistant" if answers or prompts else "all"
 
 
 def _mask_of_swift(draft: Draft) -> tuple[str, str | None]:
-    """ms-swift weighs parts of a row by strategies joined with '+': one says whose tokens, the others how much."""
+    """Return (data.mask, the name of the argument that it comes from) for ms-swift's loss_scale.
+
+    ms-swift joins strategies with '+': one selects the tokens that are supervised, the others
+    weight them.
+    """
     name = draft.name("data.mask")
-    asked = draft.take("data.mask") or "default"
+    asked = draft.value("data.mask") or "default"
     if draft.arguments.is_text and name is None:
         draft.differs.append("swift pt trains on every token of the samples' text")
         return "all", None
@@ -466,5 +501,5 @@ def _mask_of_swift(draft: Draft) -> tuple[str, str | None]:
             str(name), "fitune trains with the plain cross-entropy of all supervised tokens"
         )
     if others:
-        draft.differs.append(f"{draft.said(str(name))}: here no part of an answer is left out")
+        draft.differs.append(f"{draft.quoted(str(name))}: here no part of an answer is left out")
     return _LOSS_SCALES[next((part for part in parts if part in _LOSS_SCALES), "default")], name
