@@ -1,4 +1,4 @@
-"""`fitune advise`: what to change in a run, best first."""
+"""Implement `fitune advise`, which suggests changes to a run, best first."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -23,8 +23,11 @@ def advise(
     *beside: Runs,
     output_format: Format = "auto",
 ) -> None:
-    """Ranked changes to RUN, each with its memory, its speed, whether the training result stays the same, what that
-    rests on, and the command. Runs beside it are evidence."""
+    """Rank changes to a run by their effect on memory and speed.
+
+    Each change says whether the training result stays the same, on which evidence it rests, and
+    which command makes it. The other runs serve as evidence.
+    """
     from fitune.report.advice import advise as find_advice
     from fitune.report.compare import compare
 

@@ -1,4 +1,4 @@
-"""`fitune check`: what the data is, before anything is trained on it."""
+"""Implement `fitune check`, which reports on the data before training."""
 
 import io
 import sys
@@ -43,10 +43,10 @@ def check(
     ] = 0,
     output_format: Format = "auto",
 ) -> None:
-    """What the data is: format, template, supervised share, lengths, rows cut or lost.
+    """Report on the data: format, template, supervised share, lengths, samples cut or dropped.
 
-    Takes a configuration, or a data file and --model (whose tokenizer and chat template are used):
-    fitune check sft.jsonl --model DIRECTORY
+    The first word is a configuration, or a data file that is tokenised with the tokenizer and the
+    chat template of --model.
     """
     if words and "=" not in words[0] and not words[0].endswith((".yaml", ".yml")):
         flags, words = replace(flags, data=(words[0], *flags.data)), words[1:]
@@ -78,10 +78,12 @@ def report_on(
     width: int = 100,
     colour: bool = False,
 ) -> str:
-    """The report on `data` as a table of at most `width` columns, or as one JSON object with `schema: 1`.
+    """Return the report on `data` as a table of at most `width` columns, or as a JSON object.
 
-    show: so many rows as the model will see them; what is supervised is green, or between ⟦ and ⟧ without colour.
-    Raises DataError for data that cannot be trained on.
+    show: number of samples to print as the model sees them. Supervised tokens are green, or
+        between ⟦ and ⟧ without colour.
+
+    Raises DataError if the data cannot be trained on.
     """
     from fitune.data.examples import load_examples
 
@@ -112,11 +114,11 @@ def report_on(
     found = "" if data.mask == "all" else f" (found by {report.mask})"
     share = f"{report.supervised_fraction:.1%} of tokens carry loss"
     screen.print(translated(f"loss     {_MASKED[data.mask]} · {share}{found}"))
-    for sentence in _learned(examples, tokenizer, width=width):
-        screen.print(translated(sentence))
+    for message in _loss_lines(examples, tokenizer, width=width):
+        screen.print(translated(message))
     screen.print(_split_table(report))
-    for sentence in _warnings(report):
-        screen.print(f"! {translated(sentence)}")
+    for message in _warnings(report):
+        screen.print(f"! {translated(message)}")
     for title, rows, count in (
         ("bad samples, not used", report.bad_rows, report.num_bad_rows),
         (
@@ -127,10 +129,10 @@ def report_on(
     ):
         if rows:
             screen.print(translated(f"{title}: {count:,}; the first ones"))
-            for sentence in grouped(rows):
-                screen.print(translated(f"  {sentence}"))
+            for message in grouped(rows):
+                screen.print(translated(f"  {message}"))
     for index in range(min(show, len(examples))):
-        screen.print(_shown(examples, index, tokenizer, colour=colour))
+        screen.print(_sample_text(examples, index, tokenizer, colour=colour))
     return screen.file.getvalue()  # type: ignore[attr-defined, no-any-return]
 
 
@@ -181,8 +183,8 @@ def _warnings(report: DataReport) -> Iterator[str]:
         )
 
 
-def _learned(examples: "Examples", tokenizer: Any, *, width: int) -> Iterator[str]:
-    """What the first row teaches, what every answer ends with, and how many rows are cut."""
+def _loss_lines(examples: "Examples", tokenizer: Any, *, width: int) -> Iterator[str]:
+    """Yield lines about supervised tokens of the first sample, ends of answers and cut samples."""
     report = examples.report
     row = next(iter(examples), None)
     if row is not None:
@@ -212,7 +214,7 @@ def _text(tokenizer: Any, ids: Any) -> str:
     return in_time(lambda: str(tokenizer.decode(ids)), num_chars=len(ids))
 
 
-def _shown(examples: "Examples", index: int, tokenizer: Any, *, colour: bool) -> Text:
+def _sample_text(examples: "Examples", index: int, tokenizer: Any, *, colour: bool) -> Text:
     row = examples[index]
     text = Text().append(
         say("sample {number}: {tokens} tokens", number=row.row_id, tokens=f"{len(row):,}") + "\n",

@@ -1,4 +1,4 @@
-"""`fitune compare`: runs side by side, at equal tokens."""
+"""Implement `fitune compare`, which shows runs side by side at equal tokens."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -19,7 +19,8 @@ Runs = Annotated[
     Parameter(
         name="RUN",
         help="a run's directory or name, a directory of runs, a report of fitune, or what "
-        "another trainer left: trainer_state.json, trainer_log.jsonl, TensorBoard events, a log of minimind",
+        "another trainer left: trainer_state.json, trainer_log.jsonl, TensorBoard events, a log "
+        "of minimind",
     ),
 ]
 
@@ -44,8 +45,11 @@ def compare(
     csv: Annotated[bool, Parameter(help="--format csv", group=OUTPUT)] = False,
     md: Annotated[bool, Parameter(help="--format md", group=OUTPUT)] = False,
 ) -> None:
-    """Peak memory, speed and losses of runs, at equal tokens: differences to the first run with their intervals, the
-    settings that differ, and whether runs of one effective batch are the same run."""
+    """Compare peak memory, speed and losses of runs at equal tokens.
+
+    Shows differences to the first run with confidence intervals, the settings that differ, and
+    whether runs with the same effective batch are numerically the same training.
+    """
     from fitune.report import tables
     from fitune.report.compare import compare as compare_runs
 
@@ -83,9 +87,7 @@ def show_comparison(comparison: "Comparison", screen: Screen) -> None:
         else set()
     )
     used = [
-        index
-        for index in range(len(heads))
-        if index not in without and _says_something(rows, index)
+        index for index in range(len(heads)) if index not in without and _has_values(rows, index)
     ]
     screen.print(tables.heading(comparison))
     screen.print(
@@ -97,16 +99,16 @@ def show_comparison(comparison: "Comparison", screen: Screen) -> None:
     if differing:
         screen.print()
         screen.print(table(["", *(row.name for row in comparison.rows)], differing))
-    for sentence in (*verdicts(comparison), *comparison.notes):
-        screen.print(f"· {translated(sentence)}")
+    for message in (*verdicts(comparison), *comparison.notes):
+        screen.print(f"· {translated(message)}")
 
 
-def _says_something(rows: list[list[str]], index: int) -> bool:
+def _has_values(rows: list[list[str]], index: int) -> bool:
     return index == 0 or any(row[index] not in ("", "n/a") for row in rows)
 
 
 def _tokens(text: str) -> float:
-    """'24M' -> 24_000_000."""
+    """Parse a number of tokens: '24M' is 24_000_000. Raises UsageError if it is no number."""
     factors = {"k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "": 1.0}
     digits = text.rstrip("kKMG")
     try:

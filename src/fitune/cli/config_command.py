@@ -1,4 +1,4 @@
-"""`fitune config`: about configuration files."""
+"""Implement `fitune config`, which prints the JSON schema and imports other configurations."""
 
 from pathlib import Path
 from typing import Annotated
@@ -34,7 +34,8 @@ def schema() -> None:
     usage="fitune config import FILE [OPTIONS]   or   fitune config import [OPTIONS] -- COMMAND",
     help="Another trainer's configuration as fitune's: LLaMA-Factory, ms-swift, axolotl, TRL, "
     "transformers, minimind. The YAML says where each value comes from; what means something else "
-    "here, what has no counterpart and what makes no difference is listed on stderr, so that nothing vanishes.",
+    "here, what has no counterpart and what makes no difference is listed on stderr, so that "
+    "nothing vanishes.",
 )
 def import_(
     *words: Annotated[
@@ -65,7 +66,7 @@ def import_(
         ),
     ] = None,
 ) -> None:
-    """Prints or writes another trainer's configuration as fitune's."""
+    """Print or write another trainer's configuration as a fitune configuration."""
     if not words:
         raise UsageError(
             "nothing to import: give a file, or after -- the command that starts the training"
@@ -87,15 +88,15 @@ def import_(
     else:
         make_directory(path.parent, flag="-o")
         write_atomically(path, imported.text, place="-o")
-    _tell(imported, arguments.source)
+    _print_report(imported, arguments.source)
 
 
-def _tell(imported: ImportedConfig, source: str) -> None:
+def _print_report(imported: ImportedConfig, source: str) -> None:
     print_aside(translated(f"{source} is of {imported.tool}"))
     by_reason: dict[str, list[str]] = {}
     for name, reason in imported.not_needed.items():
         by_reason.setdefault(reason, []).append(name)
-    for heading, sentences in (
+    for heading, messages in (
         ("means something else here:", imported.differs),
         ("has no counterpart here, and is left out:", imported.dropped),
         (
@@ -103,6 +104,6 @@ def _tell(imported: ImportedConfig, source: str) -> None:
             [f"{', '.join(names)}: {reason}" for reason, names in by_reason.items()],
         ),
     ):
-        if sentences:
-            for line in (heading, *(f"  {sentence}" for sentence in sentences)):
+        if messages:
+            for line in (heading, *(f"  {message}" for message in messages)):
                 print_aside(translated(line))

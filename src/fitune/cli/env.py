@@ -1,4 +1,4 @@
-"""`fitune env`: the machine, and who uses its cards now."""
+"""Implement `fitune env`, which describes the machine and the processes that use its cards."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
@@ -16,7 +16,7 @@ from fitune.machine.nvml import CardProcess, CardState, read_cards
 from fitune.units import GIB, format_bytes
 
 _SIZES = {"total": "visible", "free": "free now", "used": "used by others"}
-_MOST_PROCESSES = 5
+_MAX_PROCESSES = 5
 
 
 def env(
@@ -26,11 +26,12 @@ def env(
     ),
     output_format: Format = "auto",
 ) -> None:
-    """The machine: cards, memory (on the box, visible, free, used by others, and who they are), driver, versions."""
+    """Print cards, their memory (nominal, visible, free, used by others), driver and versions."""
     machine = environment(output)
     states = chain(read_cards(), repeat(CardState()))
     machine["cards"] = [
-        {**card, **_now(state)} for card, state in zip(machine["cards"], states, strict=False)
+        {**card, **_current_state(state)}
+        for card, state in zip(machine["cards"], states, strict=False)
     ]
     if output_format == "json":
         print_json(machine)
@@ -102,16 +103,14 @@ def _card_lines(card: Mapping[str, Any], driver: str | None) -> list[str]:
         f"{say('driver')} {driver or 'n/a'}",
         f"{say('compute capability')} {card['compute_capability'] or 'n/a'}",
     ]
-    facts += (
-        [f"{card['utilisation_fraction']:.0%} {say('busy')}"]
-        if card["utilisation_fraction"] is not None
-        else []
-    )
-    facts += [f"{card['power_watts']:.0f} W"] if card["power_watts"] is not None else []
-    facts += (
-        [f"{card['temperature_celsius']:.0f} °C"] if card["temperature_celsius"] is not None else []
-    )
-    facts += [say("slowed down by {reason}", reason=card["throttled"])] if card["throttled"] else []
+    if card["utilisation_fraction"] is not None:
+        facts.append(f"{card['utilisation_fraction']:.0%} {say('busy')}")
+    if card["power_watts"] is not None:
+        facts.append(f"{card['power_watts']:.0f} W")
+    if card["temperature_celsius"] is not None:
+        facts.append(f"{card['temperature_celsius']:.0f} °C")
+    if card["throttled"]:
+        facts.append(say("slowed down by {reason}", reason=card["throttled"]))
     return [
         f"{card['name']} · {' · '.join(sizes)}",
         " · ".join(facts),
@@ -120,12 +119,12 @@ def _card_lines(card: Mapping[str, Any], driver: str | None) -> list[str]:
 
 
 def _process_lines(processes: list[Mapping[str, Any]]) -> list[str]:
-    """Those with the most memory first."""
+    """Return a line about the processes that use the most memory of a card."""
     if not processes:
         return []
     shown = [
         f"{process['name'] or 'n/a'} ({process['pid']}) {format_bytes(process['used_bytes'])}"
-        for process in processes[:_MOST_PROCESSES]
+        for process in processes[:_MAX_PROCESSES]
     ]
     more = len(processes) - len(shown)
     return [
@@ -133,7 +132,7 @@ def _process_lines(processes: list[Mapping[str, Any]]) -> list[str]:
     ]
 
 
-def _now(state: CardState) -> dict[str, Any]:
+def _current_state(state: CardState) -> dict[str, Any]:
     processes = sorted(state.processes, key=lambda process: -(process.used_bytes or 0))
     return {
         "uuid": state.uuid,
@@ -148,7 +147,7 @@ def _now(state: CardState) -> dict[str, Any]:
 def _process_name(process: CardProcess) -> str | None:
     try:
         return psutil.Process(process.pid).name()
-    except psutil.Error:  # ended since, or of another container
+    except psutil.Error:  # the process has ended, or runs in another container
         return None
 
 

@@ -1,7 +1,8 @@
-"""Two commands for each verb, which its help begins with."""
+"""Hold two example commands for each verb, which its help begins with."""
 
 from fitune.language import say
 
+#: Verb -> two commands that show its use; '' is `fitune` itself.
 EXAMPLES = {
     "": ('fitune plan minimind2 --gpu "RTX 4090"', "fitune train sft.yaml"),
     "env": ("fitune env", "fitune env --format json"),
@@ -21,9 +22,8 @@ EXAMPLES = {
     "demo": ("fitune demo", "fitune demo --steps 8 --output elsewhere"),
     "config": ("fitune config import llama_factory.yaml -o sft.yaml", "fitune config schema"),
 }
-"""Two commands that show what a verb is for, by its name; of fitune itself under ''."""
 
 
 def examples(verb: str) -> str:
-    """What the help of that verb begins with."""
+    """Return the text that the help of a verb begins with."""
     return "\n".join([say("Examples:"), *(f"  {command}" for command in EXAMPLES[verb])])

@@ -1,4 +1,4 @@
-"""`fitune export`: a run's weights for use elsewhere."""
+"""Implement `fitune export`, which writes a run's weights for other programs."""
 
 import json
 from pathlib import Path
@@ -33,7 +33,7 @@ def export(
         bool, Parameter(help="keep the number format (minimind: float16 is usual)")
     ] = False,
 ) -> None:
-    """Write a run's weights as a transformers directory with adapters merged, or as minimind's .pth."""
+    """Write a run's weights as a transformers directory with merged adapters, or as a .pth file."""
     opened = open_run(run_path(run))
     check_run_files(opened, deep=True)
     source = opened.path / (weights or ("best" if opened.best.is_dir() else "last"))
@@ -58,7 +58,7 @@ def export(
 
 
 def _ends(run: RunDirectory) -> list[str]:
-    """The tokens that the run's answers end with; a run of an earlier version does not say them."""
+    """Return the tokens that end the run's answers; runs of earlier versions do not record them."""
     try:
         return [str(end) for end in json.loads(run.data.read_text(encoding="utf-8"))["ends"]]
     except (OSError, ValueError, KeyError, TypeError):
@@ -66,8 +66,11 @@ def _ends(run: RunDirectory) -> list[str]:
 
 
 def _load(run: RunDirectory, weights: Path, *, trust_remote_code: bool) -> tuple[Any, Any]:
-    """(model, tokenizer) of saved weights; adapters stand on the base model that the run was configured with. Whoever
-    made the directory need not be who exports it, so its word alone runs no code."""
+    """Load (model, tokenizer) from saved weights; adapters are loaded onto the run's base model.
+
+    Somebody else may have made the directory, so its configuration alone must not allow Python
+    code of the model to run: the user has to allow it too. Raises UsageError if the two differ.
+    """
     import torch
 
     from fitune.model.adapted_model import check_adapted, read_adapted
@@ -78,8 +81,7 @@ def _load(run: RunDirectory, weights: Path, *, trust_remote_code: bool) -> tuple
     if base.trust_remote_code != trust_remote_code:
         raise UsageError(
             f"{run.path} asks to run the Python code that comes with {base.source}: read that "
-            "code, then add "
-            "--trust-remote-code"
+            "code, then add --trust-remote-code"
             if base.trust_remote_code
             else f"{run.path} was trained without its model's own code: drop --trust-remote-code"
         )

@@ -1,4 +1,4 @@
-"""`fitune runs`: the runs here, one line each."""
+"""Implement `fitune runs`, which lists runs, one line each."""
 
 import time
 from pathlib import Path
@@ -31,10 +31,10 @@ def runs(
     *,
     output_format: Format = "auto",
 ) -> None:
-    """The runs in a directory, the latest last; of those that run, the present step and the time left.
+    """List the runs in a directory, the latest last, with the remaining time of running ones.
 
-    States: running, finished, stopped (by its user or by stop_after), failed (it said why), crashed (its process
-    ended without a word), damaged (its summary cannot be read).
+    The states are running, finished, stopped (by the user or by stop_after), failed (with an
+    error message), crashed (the process ended without one) and damaged (unreadable summary).
     """
     records = list_runs(directory)
     for record in records:
@@ -69,7 +69,8 @@ def _json(record: RunRecord) -> dict[str, object]:
 
 def _row(record: RunRecord) -> tuple[str, ...]:
     summary = record.summary or Summary()
-    if record.state in ("running", "crashed"):  # its summary is as old as its last save
+    # The summary of such a run is as old as its last save.
+    if record.state in ("running", "crashed"):
         view = RunFollower(record.run, tail_bytes=TAIL_BYTES).read()
         if view.steps:
             return _unsaved_row(view, summary)
@@ -86,7 +87,7 @@ def _row(record: RunRecord) -> tuple[str, ...]:
 
 
 def _unsaved_row(view: RunView, summary: Summary) -> tuple[str, ...]:
-    """Of a run that is ahead of its summary."""
+    """Return the row of a run whose metrics are newer than its summary."""
     record, last, done = view.record, view.steps[-1], progress_fraction(view)
     is_on = record.state == "running"
     return (
@@ -104,7 +105,7 @@ def _unsaved_row(view: RunView, summary: Summary) -> tuple[str, ...]:
 
 
 def _peak_bytes(view: RunView, summary: Summary) -> int | None:
-    """The run's peak up to its last step, as `Summary.peak_bytes` means it."""
+    """Return the peak memory up to the last step, defined like `Summary.peak_bytes`."""
     reserved = (summary.peak_reserved_bytes, *(step.peak_reserved_bytes for step in view.steps))
     device = (summary.peak_device_bytes, *(step.device_used_bytes for step in view.steps))
     return max(filter(None, reserved), default=None) or max(filter(None, device), default=None)

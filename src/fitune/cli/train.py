@@ -1,4 +1,4 @@
-"""`fitune train`: train by a configuration."""
+"""Implement `fitune train`."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -76,7 +76,10 @@ def train(
     ] = False,
     output_format: Format = "auto",
 ) -> None:
-    """Train by a configuration, or go on with a run. An existing run is refused unless --overwrite."""
+    """Train a configuration, or continue or replay a run.
+
+    Refuses to replace an existing run without --overwrite.
+    """
     _check_flags(
         resume=resume, replay=replay, overwrite=overwrite, allow_change=allow_change, probe=probe
     )
@@ -121,12 +124,15 @@ def train(
 
 
 def _check_trust(run: RunDirectory, resolved: ResolvedConfig) -> None:
-    """Whoever made the directory need not be who goes on with it, so its word alone runs no code."""
+    """Raise UsageError unless the command line itself allows Python code of the model to run.
+
+    Somebody else may have made the run directory, so its configuration alone must not allow it.
+    """
     if resolved.origins["model.trust_remote_code"] != COMMAND_LINE:
         raise UsageError(
             f"{run.path} asks to run the Python code that comes with "
-            f"{resolved.config.model.source}: read that code, "
-            "then add model.trust_remote_code=true to this command"
+            f"{resolved.config.model.source}: read that code, then add "
+            "model.trust_remote_code=true to this command"
         )
 
 
@@ -153,7 +159,7 @@ def _check_flags(
 def _earlier_run(
     resume: str | None, replay: Path | None, *, output: str | None
 ) -> RunDirectory | None:
-    """The run that goes on or is replayed. Raises RunDirectoryError where there is none."""
+    """Return the run to continue or replay, if any. Raises RunDirectoryError if it is missing."""
     if resume == "latest":
         directory = Path(output or "runs")
         records = list_runs(directory)
@@ -190,7 +196,7 @@ def _report(run: RunDirectory, summary: Summary, progress: RunProgress) -> None:
 
 
 def next_commands(run: RunDirectory, weights: Path, *, is_finished: bool) -> Iterator[str]:
-    """What can be done with the run now."""
+    """Yield messages with the commands that a user may want to run next."""
     name = run.name if run.path.parent == RUNS else str(run.path)
     if not is_finished:
         yield say("next: {command} goes on with it", command=f"fitune train --resume {name}")
