@@ -251,7 +251,8 @@ OTHER_ENGLISH = {
 """What is not said in English, and what is said instead (docs/glossary.md)."""
 SAID_ALL_THE_SAME = r"steps in a row|embedding of \{\w+\} rows"
 PAGES_FOR_USERS = ("README.md", *(f"docs/{name}.md" for name in (
-    "data", "first_minute", "from_other_tools", "glossary", "llama_factory", "minimind", "mirrors", "oom", "tutorial",
+    "batch_size", "data", "first_minute", "from_other_tools", "glossary", "llama_factory", "minimind", "mirrors", "oom",
+    "speed", "tutorial", "watch",
 )))  # fmt: skip
 
 
