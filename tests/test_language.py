@@ -63,12 +63,30 @@ def test_a_chinese_character_takes_two_columns() -> None:
     assert pad("预算", 6) == "预算  "
 
 
+@pytest.mark.parametrize(
+    ("written", "shown"),
+    [
+        ("1 samples hold the key 'mood', which is ignored", "1 sample holds the key 'mood', which is ignored"),
+        ("1 samples of data.train are in data.eval too", "1 sample of data.train is in data.eval too"),
+        ("1 training samples are copies of others", "1 training sample is a copy of others"),
+        ("finished after 1 steps, 1,021 tokens", "finished after 1 step, 1,021 tokens"),
+        ("batch 1 x 1 samples, 21 samples, 0.1 samples", "batch 1 x 1 sample, 21 samples, 0.1 samples"),
+        ("learned  ⟦in 1 steps⟧ in the first sample", "learned  ⟦in 1 steps⟧ in the first sample"),
+        ("a.jsonl/1 samples.jsonl: 1 steps.", "a.jsonl/1 samples.jsonl: 1 step."),
+    ],
+)
+def test_a_count_of_one_is_in_the_singular(written: str, shown: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FITUNE_LANG", "en")
+    assert translated(written) == shown
+    assert say("{count} samples", count=1) == "1 sample"
+
+
 ENGLISH_ALONE = {
     "config/importers/tools.py": "names of other tools' files and keys",
     "allocator/rules.py": "PyTorch's own words for an allocation that fails",
     "report/page.py": "HTML",
     "trace/as_real.py": "PyTorch's own words",
-    "language": "the catalogue",
+    "language": "the catalogue, and the grammar of counts",
 }
 """What holds English sentences that no user of the commands is shown by fitune, and why."""
 _SENTENCE = re.compile(r"[A-Za-z']+[,:;]? [A-Za-z']+[,:;]? [A-Za-z']+")

@@ -20,6 +20,7 @@ from typing import Literal
 from rich.cells import cell_len
 
 from fitune.language.chinese import CHINESE
+from fitune.language.counts import agree_with_counts
 from fitune.language.sentences import SENTENCES
 
 Language = Literal["en", "zh"]
@@ -37,7 +38,9 @@ def choose_language(environment: Mapping[str, str] = os.environ) -> Language:
 
 def say(english: str, **values: object) -> str:
     """Translate `english` to the chosen language and replace its {names} by `values`."""
-    message = CHINESE.get(english, english) if choose_language() == "zh" else english
+    if choose_language() != "zh":
+        return agree_with_counts(english.format(**values)) if values else english
+    message = CHINESE.get(english, english)
     return message.format(**values) if values else message
 
 
@@ -49,7 +52,7 @@ _MAX_NESTING = 6
 def translated(message: str) -> str:
     """Translate each line of a text. A line that `sentences.py` does not hold stays English."""
     if choose_language() != "zh":
-        return message
+        return agree_with_counts(message)
     return "\n".join(map(_line_in_chinese, message.split("\n")))
 
 
