@@ -7,7 +7,7 @@ python benchmarks/speed.py --table                                      only wri
 
 Each trainer runs in a process of its own, one after another and then all again (A, B, A, B), so that what else the
 machine does meets them alike. Results are kept in benchmarks/results/speed.json, one entry for each comparison, and the
-table in docs/speed.md is written from them. TRL's rows need `pip install trl`.
+tables in docs/speed.md and docs/speed.zh.md are written from them. TRL's rows need `pip install trl`.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from speed_trainers import TRAINERS, Outcome, Task, dialogue_rows
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "speed.json"
-PAGE = HERE.parent / "docs" / "speed.md"
+PAGES = tuple(HERE.parent / "docs" / name for name in ("speed.md", "speed.zh.md"))
 BEGIN, END = "<!-- written by benchmarks/speed.py -->", "<!-- end -->"
 
 TASKS = (
@@ -98,10 +98,10 @@ def render(entries: Sequence[dict[str, Any]]) -> str:
         task = Task(**each["task"])
         outcomes = {name: [Outcome(**one) for one in found] for name, found in each["outcomes"].items()}
         lines += [
-            f"**{title(task)}**: {task.num_steps} steps of {task.rows_per_step} rows, "
+            f"**{title(task)}**: {task.num_steps} steps of {task.rows_per_step} samples, "
             f"{next(iter(outcomes.values()))[0].tokens:,} real tokens, {task.threads} thread, best of "
             f"{max(map(len, outcomes.values()))} rounds"
-            + (f"; padding with {task.padded_rows} rows at a time, as many as fit" if task.padded_rows else ""),
+            + (f"; padding with {task.padded_rows} samples at a time, as many as fit" if task.padded_rows else ""),
             "",
             "| trainer | tokens / CPU s | tokens / s | peak above the model, MB | loss of the last step | "
             "fitune's speed | fitune's peak |",
@@ -128,11 +128,11 @@ def _line(name: str, outcomes: Sequence[Outcome], ours: Sequence[Outcome] | None
     )
 
 
-def write_page(entries: Sequence[dict[str, Any]], page: Path = PAGE) -> None:
-    """Replaces what stands between the two marks."""
-    text = page.read_text()
-    before, rest = text.split(BEGIN)
-    page.write_text(before + render(entries) + rest.split(END)[1])
+def write_pages(entries: Sequence[dict[str, Any]]) -> None:
+    """Replace the tables between the two marks in each page."""
+    for page in PAGES:
+        before, rest = page.read_text(encoding="utf-8").split(BEGIN)
+        page.write_text(before + render(entries) + rest.split(END)[1], encoding="utf-8")
 
 
 def read_entries() -> list[dict[str, Any]]:
@@ -169,7 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             entries[place] = entry(task, {}) | {"outcomes": {name: known[name] for name in TRAINERS if name in known}}
             RESULTS.parent.mkdir(exist_ok=True)
             RESULTS.write_text(json.dumps(list(entries.values()), indent=1) + "\n")
-    write_page(list(entries.values()))
+    write_pages(list(entries.values()))
 
 
 if __name__ == "__main__":

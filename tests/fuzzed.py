@@ -26,9 +26,9 @@ import yaml
 from byte_tokenizer import byte_tokenizer
 from fitune.allocator.config import parse_allocator_config
 from fitune.config import ModelConfig, read_config
-from fitune.config.foreign_read import read_command, read_foreign
-from fitune.config.foreign_translate import translate
-from fitune.config.schema import DataConfig, DataSource
+from fitune.config.importers.read import read_command, read_tool_file
+from fitune.config.importers.translate import translate
+from fitune.config.sections import DataConfig, DataSource
 from fitune.data.examples import load_examples
 from fitune.data.files import read_rows
 from fitune.data.formats import RowError, normalise
@@ -468,7 +468,7 @@ PARSERS: dict[str, Parser] = {
     "examples": Parser(_read_examples, _messages, "rows.jsonl", 0.2),
     "configuration": Parser(read_config, _configs, "sft.yaml", 2),
     "override": Parser(lambda path: read_config({}, [_text(path)]), lambda: OVERRIDES, "override"),
-    "other tool's configuration": Parser(lambda path: translate(read_foreign(path)), _foreign_configs, "a.yaml"),
+    "other tool's configuration": Parser(lambda path: translate(read_tool_file(path)), _foreign_configs, "a.yaml"),
     "other tool's command": Parser(
         lambda path: translate(read_command(_text(path).split() or ["x"])), lambda: COMMANDS, "a.sh"
     ),

@@ -140,5 +140,5 @@ def test_settings_without_effect_are_refused(
 def test_a_reference_batch_carries_the_rate_over(capsys: pytest.CaptureFixture[str]) -> None:
     scaling = ("optim.scaling=sqrt_gain", "optim.reference_batch=1", "optim.noise_scale=2", "optim.schedule=constant")
     assert main(["train", "sft.yaml", *scaling, "optim.warmup=0", "optim.lr=0.001"]) == 0
-    assert "sqrt_gain from 1 samples to 4, noise scale 2 samples: rate 0.001 -> 0.00141" in capsys.readouterr().err
+    assert "sqrt_gain from 1 sample to 4, noise scale 2 samples: rate 0.001 -> 0.00141" in capsys.readouterr().err
     assert steps(RUN)[-1].lr == pytest.approx(0.001 * (3 / 1.5) ** 0.5)

@@ -33,7 +33,7 @@ def test_the_first_ten_lines_say_what_is_learned_cut_and_ignored(data: DataConfi
         "loss     assistant turns only",
         "learned  ⟦answer<|im_end|>\\n⟧ in the first sample",
         "ends     answers end with <|im_end|>, where the saved model stops",
-        "cut      1 samples have over 96 tokens; 1 samples teach nothing and go",
+        "cut      1 sample has over 96 tokens; 1 sample teaches nothing and goes",
         "! 3 samples hold the key 'mood', which is ignored",
     ):
         assert any(line.startswith(part) for line in lines), (part, lines)
@@ -55,7 +55,7 @@ def test_the_report_names_format_mask_losses_and_bad_rows(data: DataConfig) -> N
         "through the tokenizer's chat template",
         "assistant turns only",
         "(found by marked messages)",
-        "! 1 training samples are copies of others",
+        "! 1 training sample is a copy of others",
         "! padding every sample to 96 computes",
         "bad samples, not used: 1; the first ones sft.jsonl, line 43: broken JSON at column 2",
         "samples dropped: 1; the first ones sft.jsonl, line 42: no supervised token left after the cut",

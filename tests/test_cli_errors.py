@@ -18,7 +18,7 @@ CONFIGS: dict[str, tuple[str | bytes, tuple[str, ...]]] = {
     "a word": ("hello", ("holds 'hello'",)),
     "binary": (b"\x80\x81\x00", ("is not a text file: byte 0",)),
     "control characters": (b"a: \x00", ("sft.yaml: not a text file: character 3",)),
-    "too large": ("#" * 1_000_001, ("has 1,000,001 bytes",)),
+    "too large": ("#" * 1_000_001, ("has over 1,000,000 bytes",)),
     "broken YAML": ("model: {source: m}\ndata: [a\n", ("sft.yaml:3: this is not valid YAML",)),
     "a tab": ("model:\n\tsource: m\n", ("sft.yaml:2: this is not valid YAML",)),
     "two documents": (f"{GOOD}---\n{GOOD}", ("sft.yaml:3: this is not valid YAML",)),
@@ -152,7 +152,7 @@ COMMANDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "an override without a value": ((*NEEDED, "optim.lr=1", "optim.clip"), ("'optim.clip' is not an override",)),
     "an override of a section": ((*NEEDED, "optim=1"), ("'optim' is a section of keys",)),
     "an override of nothing": ((*NEEDED, "=3"), ("'=3' is not an override",)),
-    "an unknown key": ((*NEEDED, "optim.learning_rate=1"), ("here it is 'optim.lr'",)),
+    "an unknown key": ((*NEEDED, "data.cutoff_len=64"), ("here it is 'data.max_length'",)),
     "a key given twice": ((*NEEDED, "optim.lr=1", "--lr", "2"), ("'optim.lr' is given twice",)),
     "a broken list": ((*NEEDED[:3], "data.train=[a"), ("'[a' is not a value of YAML", "data.train is missing")),
     "a place that is not there": (

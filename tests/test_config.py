@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fitune.config import RunConfig, config_hash, format_config, json_schema, read_config
-from fitune.config.foreign_names import FOREIGN_KEYS
-from fitune.config.foreign_read import read_foreign
+from fitune.config.importers.names import KEYS_OF_OTHER_TOOLS
+from fitune.config.importers.read import read_tool_file
 from fitune.config.yaml_lines import parse_scalar
 from fitune.errors import ConfigError
 
@@ -30,9 +30,9 @@ def faults(source: Any, *overrides: str) -> tuple[str, ...]:
     return caught.value.faults
 
 
-def foreign_faults(path: Path) -> tuple[str, ...]:
+def import_faults(path: Path) -> tuple[str, ...]:
     with pytest.raises(ConfigError) as caught:
-        read_foreign(path)
+        read_tool_file(path)
     return caught.value.faults
 
 
@@ -44,7 +44,7 @@ def test_a_number_without_a_point_is_a_number(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["sft.jsonl", "sft.parquet", "sft.csv", "sft.json"])
 def test_data_in_the_place_of_a_configuration_is_pointed_to_its_flag(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text('[{"messages": []},\n{"messages": []}]\n')
-    for sentences in (faults(tmp_path / name), foreign_faults(tmp_path / name)):
+    for sentences in (faults(tmp_path / name), import_faults(tmp_path / name)):
         assert len(sentences) == 1
         assert "--data (data.train)" in sentences[0]
 
@@ -52,7 +52,7 @@ def test_data_in_the_place_of_a_configuration_is_pointed_to_its_flag(name: str, 
 def test_a_run_in_the_place_of_a_configuration_is_offered_to_go_on(tmp_path: Path) -> None:
     (tmp_path / "first" / "checkpoints").mkdir(parents=True)
     (tmp_path / "first" / "config.yaml").touch()
-    for sentences in (faults(tmp_path / "first"), foreign_faults(tmp_path / "first")):
+    for sentences in (faults(tmp_path / "first"), import_faults(tmp_path / "first")):
         assert f"fitune train --resume {tmp_path}/first" in sentences[0]
         assert f"{tmp_path}/first/config.yaml is its configuration" in sentences[0]
 
@@ -133,7 +133,7 @@ def test_all_faults_are_reported_in_the_order_of_the_file(tmp_path: Path) -> Non
     assert "model.source is missing" in faults(path)[0]
 
 
-@pytest.mark.parametrize(("tools_and_key"), FOREIGN_KEYS.items(), ids=lambda item: item[0])
+@pytest.mark.parametrize(("tools_and_key"), KEYS_OF_OTHER_TOOLS.items(), ids=lambda item: item[0])
 def test_the_names_of_other_tools_lead_to_a_key_of_ours(tools_and_key: tuple[str, tuple[str, str]]) -> None:
     name, (_, key) = tools_and_key
     known = read_config(None, NEEDED).origins

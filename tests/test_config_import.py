@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 
 from fitune.cli.app import main
 from fitune.config import RunConfig, read_config
-from fitune.config.foreign_names import FOREIGN_KEYS
-from fitune.config.foreign_read import ForeignArguments, read_command, read_foreign
-from fitune.config.foreign_reasons import NOT_NEEDED, OTHER_TRAINING
-from fitune.config.foreign_tools import TOOLS
-from fitune.config.foreign_translate import ImportedConfig, translate
+from fitune.config.importers.names import KEYS_OF_OTHER_TOOLS
+from fitune.config.importers.read import ToolArguments, read_command, read_tool_file
+from fitune.config.importers.reasons import NOT_NEEDED, OTHER_TRAINING
+from fitune.config.importers.tools import TOOLS
+from fitune.config.importers.translate import ImportedConfig, translate
 from fitune.errors import ConfigError
 
 LLAMA_FACTORY = """\
@@ -121,7 +121,7 @@ HF = "trl sft --model_name_or_path m --dataset_name d "
 
 def imported(tmp_path: Path, text: str, name: str = "other.yaml", **options: Any) -> ImportedConfig:
     (tmp_path / name).write_text(text)
-    return translate(read_foreign(tmp_path / name), **options)
+    return translate(read_tool_file(tmp_path / name), **options)
 
 
 def config(tmp_path: Path, text: str, name: str = "other.yaml", **options: Any) -> RunConfig:
@@ -344,7 +344,7 @@ def test_a_command_that_cannot_be_carried_over_is_refused(words: str, sentence: 
 
 
 NAMES = st.sampled_from(
-    [*FOREIGN_KEYS, "warmup_steps", "peft_config", "lr_scheduler_kwargs", "save_steps", "rl", "bf16"]
+    [*KEYS_OF_OTHER_TOOLS, "warmup_steps", "peft_config", "lr_scheduler_kwargs", "save_steps", "rl", "bf16"]
 )
 NAMED = sorted({*NOT_NEEDED, *OTHER_TRAINING, *(name for tool in TOOLS.values() for name in tool.keys)})
 SCALARS = st.sampled_from(
@@ -374,7 +374,7 @@ TOOL_NAMES = st.sampled_from(list(TOOLS))
 @given(TOOL_NAMES, st.dictionaries(NAMES, SCALARS, max_size=6))
 def test_no_arguments_end_in_anything_but_faults(tool: Any, values: dict[str, Any]) -> None:
     with suppress(ConfigError):
-        translate(ForeignArguments(tool, "f", values, dict.fromkeys(values, "f:1")), model="m", data="a")
+        translate(ToolArguments(tool, "f", values, dict.fromkeys(values, "f:1")), model="m", data="a")
 
 
 @given(TOOL_NAMES, st.dictionaries(st.sampled_from([*NAMED, "unheard_of"]), SCALARS, max_size=6))
@@ -382,7 +382,7 @@ def test_no_argument_vanishes(tool: Any, values: dict[str, Any]) -> None:
     """Each is the origin of a value, or named in one of the lists."""
     values = {name: value for name, value in values.items() if not isinstance(value, dict)}
     with suppress(ConfigError):
-        found = translate(ForeignArguments(tool, "f", values, dict.fromkeys(values, "f:1")), model="m", data="a")
+        found = translate(ToolArguments(tool, "f", values, dict.fromkeys(values, "f:1")), model="m", data="a")
         told = " ".join([found.text, *found.differs, *found.dropped, *found.not_needed])
         assert [name for name in values if not re.search(rf"\b{re.escape(name)}\b", told)] == []
 

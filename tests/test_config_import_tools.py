@@ -10,9 +10,9 @@ import pytest
 
 from fitune.cli.app import main
 from fitune.config import RunConfig, read_config
-from fitune.config.foreign_read import read_command, read_foreign
-from fitune.config.foreign_tools import TOOLS
-from fitune.config.foreign_translate import ImportedConfig, translate
+from fitune.config.importers.read import read_command, read_tool_file
+from fitune.config.importers.tools import TOOLS
+from fitune.config.importers.translate import ImportedConfig, translate
 from fitune.errors import ConfigError
 
 CASES = Path(__file__).parent / "foreign" / "configs"
@@ -22,7 +22,7 @@ V1 = "model: m\ntrain_dataset: d.jsonl\n"
 
 
 def case(name: str, **options: Any) -> ImportedConfig:
-    return translate(read_foreign(CASES / name), **options)
+    return translate(read_tool_file(CASES / name), **options)
 
 
 def command(text: str) -> ImportedConfig:
@@ -31,7 +31,7 @@ def command(text: str) -> ImportedConfig:
 
 def imported(tmp_path: Path, text: str, name: str = "other.yaml", **options: Any) -> ImportedConfig:
     (tmp_path / name).write_text(text)
-    return translate(read_foreign(tmp_path / name), **options)
+    return translate(read_tool_file(tmp_path / name), **options)
 
 
 def value(config: RunConfig, key: str) -> Any:
@@ -214,7 +214,8 @@ def test_the_defaults_of_trl_are_those_of_the_library() -> None:
 def test_every_default_names_its_source_and_no_own_name_is_another_s(tool: Any) -> None:
     assert all(tool.defaults[key].source.partition(", ")[2] for key in tool.defaults)
     others = [other for other in TOOLS.values() if other.name != tool.name and tool.name not in other.name]
-    assert not [name for name in tool.own for other in others if name in other.own or name in other.keys]
+    taken = {name for other in others for name in (*other.unique_names, *other.keys)}
+    assert not tool.unique_names & taken
 
 
 @pytest.mark.parametrize(

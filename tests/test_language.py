@@ -10,7 +10,7 @@ import pytest
 
 import fitune.cli.config_command  # noqa: F401 (its help is made when it is imported, in English for other tests)
 from fitune.cli.app import main
-from fitune.config.foreign_reasons import ANSWERS, NOT_NEEDED, OTHER_TRAINING
+from fitune.config.importers.reasons import ANSWERS, NOT_NEEDED, OTHER_TRAINING
 from fitune.language import choose_language, pad, say, translated
 from fitune.language.chinese import CHINESE
 from fitune.language.sentences import SENTENCES
@@ -63,12 +63,30 @@ def test_a_chinese_character_takes_two_columns() -> None:
     assert pad("预算", 6) == "预算  "
 
 
+@pytest.mark.parametrize(
+    ("written", "shown"),
+    [
+        ("1 samples hold the key 'mood', which is ignored", "1 sample holds the key 'mood', which is ignored"),
+        ("1 samples of data.train are in data.eval too", "1 sample of data.train is in data.eval too"),
+        ("1 training samples are copies of others", "1 training sample is a copy of others"),
+        ("finished after 1 steps, 1,021 tokens", "finished after 1 step, 1,021 tokens"),
+        ("batch 1 x 1 samples, 21 samples, 0.1 samples", "batch 1 x 1 sample, 21 samples, 0.1 samples"),
+        ("learned  ⟦in 1 steps⟧ in the first sample", "learned  ⟦in 1 steps⟧ in the first sample"),
+        ("a.jsonl/1 samples.jsonl: 1 steps.", "a.jsonl/1 samples.jsonl: 1 step."),
+    ],
+)
+def test_a_count_of_one_is_in_the_singular(written: str, shown: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FITUNE_LANG", "en")
+    assert translated(written) == shown
+    assert say("{count} samples", count=1) == "1 sample"
+
+
 ENGLISH_ALONE = {
-    "config/foreign_tools.py": "names of other tools' files and keys",
+    "config/importers/tools.py": "names of other tools' files and keys",
     "allocator/rules.py": "PyTorch's own words for an allocation that fails",
     "report/page.py": "HTML",
     "trace/as_real.py": "PyTorch's own words",
-    "language": "the catalogue",
+    "language": "the catalogue, and the grammar of counts",
 }
 """What holds English sentences that no user of the commands is shown by fitune, and why."""
 _SENTENCE = re.compile(r"[A-Za-z']+[,:;]? [A-Za-z']+[,:;]? [A-Za-z']+")
@@ -251,7 +269,8 @@ OTHER_ENGLISH = {
 """What is not said in English, and what is said instead (docs/glossary.md)."""
 SAID_ALL_THE_SAME = r"steps in a row|embedding of \{\w+\} rows"
 PAGES_FOR_USERS = ("README.md", *(f"docs/{name}.md" for name in (
-    "data", "first_minute", "from_other_tools", "glossary", "llama_factory", "minimind", "mirrors", "oom", "tutorial",
+    "batch_size", "data", "first_minute", "from_other_tools", "glossary", "llama_factory", "minimind", "mirrors", "oom",
+    "speed", "tutorial", "watch",
 )))  # fmt: skip
 
 

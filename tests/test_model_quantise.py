@@ -8,8 +8,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, MixtralConfig
 
-from fitune.config import RunConfig, read_config
-from fitune.config.schema import ModelConfig
+from fitune.config import ModelConfig, RunConfig, read_config
 from fitune.errors import ModelError
 from fitune.model.experts import EXPERTS
 from fitune.model.load import count_parameters, load_model

@@ -573,7 +573,7 @@ def test_splits_are_advised_the_rate_of_the_measured_noise(
     forced = ("model.recompute=off", "loss=chunked", "optim.lr=3e-5")
     known = ("optim.scaling=sqrt_gain", "optim.reference_batch=1", "optim.noise_scale=4")
     assert main(command(tree, "--gpu", "RTX 4090", "--splits", "1x1,1x4", *forced, *known)) == 0
-    assert "sqrt_gain from 1 samples to 4, noise scale 4 samples: rate 3e-05 -> 4.74e-05" in capsys.readouterr().out
+    assert "sqrt_gain from 1 sample to 4, noise scale 4 samples: rate 3e-05 -> 4.74e-05" in capsys.readouterr().out
 
 
 def test_a_list_of_splits_that_cannot_be_read_is_refused(

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from fitune.cli.output import Screen
-from fitune.cli.plan_table import about_seconds, first_words, show_plan, telling
+from fitune.cli.plan_table import about_seconds, first_answer_text, highlighted_settings, show_plan
 from fitune.config import read_config
 from fitune.planning.optimizer_facts import Span
 from fitune.planning.plan import FirstAnswer, Plan, closest, sizes_of, split_of
@@ -90,14 +90,14 @@ def test_the_first_line_is_the_answer(open_plan: Plan) -> None:
 
 
 @pytest.mark.parametrize(
-    ("seconds", "words"), [(0.2, "1 seconds"), (80, "80 seconds"), (3000, "50 minutes"), (10_000, "3 hours")]
+    ("seconds", "words"), [(0.2, "1 second"), (80, "80 seconds"), (3000, "50 minutes"), (10_000, "3 hours")]
 )
 def test_a_time_is_told_in_one_unit(seconds: float, words: str) -> None:
     assert about_seconds(seconds) == words
 
 
 def test_the_fastest_the_leanest_and_one_between_are_shown(open_plan: Plan) -> None:
-    labels = telling(open_plan)
+    labels = highlighted_settings(open_plan)
     assert list(labels.values()) == ["fastest", "between", "leanest"]
     sizes = [open_plan.candidates[number].predicted_device_bytes for number in labels]
     assert sizes == sorted(sizes, reverse=True)
@@ -108,7 +108,7 @@ def test_the_fastest_the_leanest_and_one_between_are_shown(open_plan: Plan) -> N
 
 def test_the_setting_of_the_user_comes_first(model: str) -> None:
     plan = plan_of(model, "batch.micro=6")
-    labels = telling(plan)
+    labels = highlighted_settings(plan)
     assert plan.configured is not None
     assert next(iter(labels)) == plan.configured
     assert labels[plan.configured].startswith("yours")
@@ -123,7 +123,7 @@ def test_the_foot_names_all_once(open_plan: Plan) -> None:
 
 def test_where_nothing_fits_the_closest_is_shown_and_what_would_fit(open_plan: Plan) -> None:
     refused = tuple(replace(each, fits=False) for each in open_plan.candidates)
-    labels = telling(replace(open_plan, candidates=refused, chosen=None))
+    labels = highlighted_settings(replace(open_plan, candidates=refused, chosen=None))
     assert labels == {open_plan.candidates.index(closest(open_plan)): "closest"}
 
 
@@ -147,7 +147,7 @@ def test_the_first_answer_says_whether_it_fits(configured: bool, fits: bool) -> 
         limit_bytes=12 * 2**30,
         fits=fits,
     )
-    sentence = first_words(answer)
+    sentence = first_answer_text(answer)
     assert ("your setting" in sentence) == configured
     assert ("not fit" in sentence) == (not fits)
     assert "micro-batch 6, accumulation 4" in sentence

@@ -121,21 +121,21 @@ def test_after_a_resume_the_time_left_is_that_of_the_new_steps(running: RunView)
 
 
 def test_the_parts_of_the_card_sum_to_the_card(running: RunView) -> None:
-    from fitune.cli.watch_screen import classes
+    from fitune.cli.watch_screen import memory_classes
 
     sample = running.samples[-1]
-    assert sum(part.now_bytes for part in classes(running)) == sample.device_total_bytes
+    assert sum(part.now_bytes for part in memory_classes(running)) == sample.device_total_bytes
 
 
 def test_on_a_cpu_the_parts_are_those_of_the_host(running: RunView) -> None:
-    from fitune.cli.watch_screen import classes
+    from fitune.cli.watch_screen import memory_classes
 
     host = replace(
         running.samples[-1], allocated_bytes=None, reserved_bytes=None, process_bytes=5 << 30, program_bytes=1 << 30,
         device_used_bytes=8 << 30, other_processes_bytes=3 << 30, peak_process_bytes=6 << 30,
     )  # fmt: skip
     view = replace(running, samples=(host,), steps=())
-    parts = {part.name: part for part in classes(view)}
+    parts = {part.name: part for part in memory_classes(view)}
     assert sum(part.now_bytes for part in parts.values()) == host.device_total_bytes
     assert list(parts) == ["program", "state", "activations", "others", "free"]
     assert parts["activations"].peak_bytes - parts["activations"].now_bytes == 1 << 30

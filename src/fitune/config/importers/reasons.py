@@ -1,6 +1,6 @@
-"""What becomes of other trainers' arguments that have no key here: refused, left out with a reason, or of no effect.
+"""List other trainers' arguments that have no key in fitune: refused, dropped or not needed.
 
-The names mean the same in every tool that has them, so one list serves for all.
+An argument name means the same in every tool that has it, so the tools share one list.
 """
 
 from collections.abc import Mapping
@@ -11,8 +11,8 @@ def _none_of(names: str) -> dict[str, tuple[Any, ...]]:
     return dict.fromkeys(names.split(), ())
 
 
-# A value that is switched off, and those listed, are plain supervised fine-tuning; any other is another training, which
-# an import would silently turn into this one.
+# An argument that is off or has one of the listed values is plain supervised fine-tuning. Any other
+# value is a different training, which an import must not silently turn into this one.
 _OTHER_TRAINING: dict[str, dict[str, tuple[Any, ...]]] = {
     "fitune is for supervised fine-tuning alone": {
         "stage": ("sft", "pt"),
@@ -22,12 +22,18 @@ _OTHER_TRAINING: dict[str, dict[str, tuple[Any, ...]]] = {
         "lora_task_type": ("CAUSAL_LM",),
         "model_class": ("llm",),
         **_none_of(
-            "reward_model process_reward_model ref_model num_labels problem_type teacher_model ebft qat "
-            "pretraining_dataset diffusion kd_trainer sampler_type export_dir trainer_cls num_generations "
-            "max_completion_length max_prompt_length reward_funcs reward_weights reward_model_path sft_model_path "
-            "num_ppo_epochs kl_coef missing_eos_penalty center_rewards_coefficient desirable_weight "
-            "undesirable_weight reference_free precompute_ref_log_probs sync_ref_model ref_model_mixup_alpha "
-            "f_divergence_type rpo_alpha cpo_alpha simpo_gamma_beta_ratio teacher_model_name_or_path"
+            "reward_model process_reward_model ref_model num_labels problem_type teacher_model "
+            "ebft qat "
+            "pretraining_dataset diffusion kd_trainer sampler_type export_dir trainer_cls "
+            "num_generations "
+            "max_completion_length max_prompt_length reward_funcs reward_weights "
+            "reward_model_path sft_model_path "
+            "num_ppo_epochs kl_coef missing_eos_penalty center_rewards_coefficient "
+            "desirable_weight "
+            "undesirable_weight reference_free precompute_ref_log_probs sync_ref_model "
+            "ref_model_mixup_alpha "
+            "f_divergence_type rpo_alpha cpo_alpha simpo_gamma_beta_ratio "
+            "teacher_model_name_or_path"
         ),
     },
     "fitune trains with the plain cross-entropy of all supervised tokens: take it out to train so": {
@@ -35,15 +41,20 @@ _OTHER_TRAINING: dict[str, dict[str, tuple[Any, ...]]] = {
         "loss_name": ("cross-entropy",),
         **_none_of(
             "use_dft_loss use_asft_loss use_eaft_loss use_eaft enable_dft_loss enable_channel_loss "
-            "label_smoothing_factor label_smoothing loss_scale_config_path use_loss_scale scaling_softmax"
+            "label_smoothing_factor label_smoothing loss_scale_config_path use_loss_scale "
+            "scaling_softmax"
         ),
     },
     "fitune trains all weights (full) or adapters (lora, qlora): take it out to train so": {
         **_none_of(
-            "freeze_parameters freeze_parameters_ratio freeze_parameters_regex freeze_llm freeze_language_model "
-            "trainable_parameters trainable_parameters_regex additional_trainable_parameters unfrozen_parameters "
-            "use_llama_pro use_badam lisa_activated_layers lisa_n_layers relora reinit_weights layers_to_transform "
-            "peft_layers_to_transform peft_layer_replication peft_trainable_token_indices lr_groups embedding_lr "
+            "freeze_parameters freeze_parameters_ratio freeze_parameters_regex freeze_llm "
+            "freeze_language_model "
+            "trainable_parameters trainable_parameters_regex additional_trainable_parameters "
+            "unfrozen_parameters "
+            "use_llama_pro use_badam lisa_activated_layers lisa_n_layers relora reinit_weights "
+            "layers_to_transform "
+            "peft_layers_to_transform peft_layer_replication peft_trainable_token_indices "
+            "lr_groups embedding_lr "
             "embedding_lr_scale"
         ),
     },
@@ -55,20 +66,25 @@ _OTHER_TRAINING: dict[str, dict[str, tuple[Any, ...]]] = {
         "init_weights": (True, "true", "True"),
         "peft_init_lora_weights": (True,),
         **_none_of(
-            "use_dora peft_use_dora pissa_init pissa_convert loftq_config additional_target modules_to_save "
-            "lora_modules_to_save loraplus_lr_ratio lorap_lr_ratio lora_lr_ratio rank_pattern alpha_pattern "
-            "lora_rank_pattern lora_alpha_pattern lora_target_parameters target_parameters target_regex"
+            "use_dora peft_use_dora pissa_init pissa_convert loftq_config additional_target "
+            "modules_to_save "
+            "lora_modules_to_save loraplus_lr_ratio lorap_lr_ratio lora_lr_ratio rank_pattern "
+            "alpha_pattern "
+            "lora_rank_pattern lora_alpha_pattern lora_target_parameters target_parameters "
+            "target_regex"
         ),
     },
     "fitune starts from a model, not from an adapter: merge the adapter first and give the merged model": _none_of(
         "adapter_name_or_path adapters lora_model_dir"
     ),
     "fitune leaves the vocabulary as it is: save the model with its new tokens and give that model": _none_of(
-        "add_tokens add_special_tokens new_special_tokens new_special_tokens_config resize_vocab tokens "
+        "add_tokens add_special_tokens new_special_tokens new_special_tokens_config resize_vocab "
+        "tokens "
         "added_tokens_overrides resize_token_embeddings_to_32x"
     ),
     "fitune takes the model as its config.json describes it: change it there": _none_of(
-        "rope_scaling shift_attn s2_attention mixture_of_depths use_pose max_model_len overrides_of_model_config "
+        "rope_scaling shift_attn s2_attention mixture_of_depths use_pose max_model_len "
+        "overrides_of_model_config "
         "model_init_kwargs"
     ),
     "fitune has the optimizers AdamW, Adafactor and SGD: take it out to train with AdamW": _none_of(
@@ -79,11 +95,16 @@ _OTHER_TRAINING: dict[str, dict[str, tuple[Any, ...]]] = {
     ),
 }
 OTHER_TRAINING: Mapping[str, tuple[tuple[Any, ...], str]] = {
-    name: (plain, reason) for reason, names in _OTHER_TRAINING.items() for name, plain in names.items()
+    name: (plain, reason)
+    for reason, names in _OTHER_TRAINING.items()
+    for name, plain in names.items()
 }
 
-PREFERENCE_OF_TRL = frozenset(("beta", "num_iterations", "epsilon_high", "scale_rewards", "use_vllm", "vllm_mode"))
-"""What TRL's supervised fine-tuning has not, under names that mean something else in other tools."""
+#: Arguments of TRL's preference trainers whose names mean something else in other tools. TRL's
+#: supervised fine-tuning does not have them.
+PREFERENCE_OF_TRL = frozenset(
+    ("beta", "num_iterations", "epsilon_high", "scale_rewards", "use_vllm", "vllm_mode")
+)
 
 ANSWERS = {
     "auto_find_batch_size": "fitune always picks batch.micro by the memory: drop it",
@@ -139,8 +160,8 @@ ANSWERS = {
     "context_parallel_size": "a sample is not divided over cards",
 }
 
-# What changes neither the model that comes out nor how it is trained, by why. Passwords are among them: their values
-# are never shown.
+# Reason -> arguments that change neither the trained model nor how it is trained. Some are
+# passwords, so the values of these arguments are never shown.
 _NOT_NEEDED = {
     "every step is logged, and trackers are run.trackers": """
         comet_api_key comet_mode comet_project_name comet_workspace disable_tqdm
@@ -206,7 +227,7 @@ _NOT_NEEDED = {
         response_prefix sample_backend temperature top_k top_p""",
     "it is a flag of fitune train": "do_train from_resume",
 }
-# Arguments whose names mean something only beside another one that is not set here.
+# An argument -> the arguments that have an effect only together with it.
 _ONLY_WITH = {
     "finetuning_type: freeze": "freeze_trainable_layers freeze_trainable_modules freeze_extra_modules",
     "use_galore": "galore_rank galore_update_interval galore_scale galore_target galore_target_modules",
@@ -222,6 +243,13 @@ _ONLY_WITH = {
 }
 NOT_NEEDED: Mapping[str, str] = {
     **{name: reason for reason, names in _NOT_NEEDED.items() for name in names.split()},
-    **{name: f"it has an effect only with {other}" for other, names in _ONLY_WITH.items() for name in names.split()},
-    **{name: ANSWERS[name] for name in ("group_by_length", "logging_steps", "auto_find_batch_size", "do_train")},
+    **{
+        name: f"it has an effect only with {other}"
+        for other, names in _ONLY_WITH.items()
+        for name in names.split()
+    },
+    **{
+        name: ANSWERS[name]
+        for name in ("group_by_length", "logging_steps", "auto_find_batch_size", "do_train")
+    },
 }

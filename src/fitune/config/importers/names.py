@@ -1,13 +1,14 @@
-"""The names that other trainers give to our keys: an unknown key is answered with the right one.
+"""Map the argument names of other trainers to our keys, to answer an unknown key with ours.
 
-The names of the tools whose files are read whole are those of their tables (`foreign_tools`). The others here are from
-the argument lists of Unsloth and torchtune, and from earlier versions, as of 2026.
+The names of the tools whose files can be imported come from their tables (`importers.tools`). The
+names listed here come from the argument lists of Unsloth and torchtune, and of earlier versions of
+the tools, as of 2026.
 """
 
 import re
 
-from fitune.config.foreign_reasons import ANSWERS
-from fitune.config.foreign_tools import TOOLS
+from fitune.config.importers.reasons import ANSWERS
+from fitune.config.importers.tools import TOOLS
 from fitune.config.schema import RunConfig
 
 _MORE = {
@@ -46,8 +47,8 @@ _MORE = {
 }
 
 
-def _foreign_keys() -> dict[str, tuple[str, str]]:
-    """Name -> the tools that have it, and our key. Our own sections are no foreign names."""
+def _keys_of_other_tools() -> dict[str, tuple[str, str]]:
+    """Return {name: (the tools that have it, our key)}, without the names of our sections."""
     found: dict[str, tuple[list[str], str]] = {}
     tables = [
         (tool.name, {name: row[0] for rows in tool.rows.values() for name, row in rows.items()})
@@ -60,14 +61,17 @@ def _foreign_keys() -> dict[str, tuple[str, str]]:
     return {name: (", ".join(dict.fromkeys(tools)), key) for name, (tools, key) in found.items()}
 
 
-FOREIGN_KEYS = _foreign_keys()
-FOREIGN_NAMES = (*FOREIGN_KEYS, *ANSWERS)
+KEYS_OF_OTHER_TOOLS = _keys_of_other_tools()
+NAMES_OF_OTHER_TOOLS = (*KEYS_OF_OTHER_TOOLS, *ANSWERS)
 
 
-def foreign_hint(name: str) -> str | None:
-    """'cutoff_len' -> "the name in LLaMA-Factory; here it is 'data.max_length'"; None for a name of no other tool."""
+def hint_for_name(name: str) -> str | None:
+    """Return what fitune offers for another tool's argument, or None if no tool has that name.
+
+    For 'cutoff_len': "the name in LLaMA-Factory; here it is 'data.max_length'".
+    """
     plain = name.lstrip("-").replace("-", "_").lower()
-    if plain not in FOREIGN_KEYS:
+    if plain not in KEYS_OF_OTHER_TOOLS:
         return ANSWERS.get(plain)
-    tools, key = FOREIGN_KEYS[plain]
+    tools, key = KEYS_OF_OTHER_TOOLS[plain]
     return f"the name in {tools}; here it is '{key}'"

@@ -1,11 +1,8 @@
-"""One table for each other trainer: what it calls our keys, and what it does where its file is silent.
+"""Hold a table for each other trainer, with its names for our keys and its default values.
 
-A table's rows stand under the file of the tool that says so, and read `its name: (our key, its default)`; None is no
-default, and a default that depends on what is trained is a mapping of the method. A row without a name of the tool is a
-thing that it does by itself. `base` is the table of the tool that it stands on, whose rows hold where it has none.
-
-`own` are names of arguments that no other tool of these has, as far as their argument lists were compared; a file is
-told by them. Names that several share (`lora_rank`, `template`, `dataset`) tell nothing.
+A row reads `its name: (our key, its default)`, and rows are grouped by the file of the tool that
+defines them. None means no default. A default that depends on the method is a mapping from the
+method. A row with an empty name is something that the tool does without an argument.
 """
 
 from collections.abc import Mapping
@@ -22,36 +19,45 @@ def _names(text: str) -> frozenset[str]:
 
 @dataclass(frozen=True)
 class Default:
-    """source: the tool with its version, and the file that says so."""
+    """Holds a default value of another trainer."""
 
     value: Any
+    #: The tool with its version, and the file that defines the default.
     source: str
 
 
 @dataclass(frozen=True)
 class Tool:
-    """release: the one that the rows are of. programs: what its training is started with; they are words of a command,
-    such as 'swift' in `swift sft`."""
+    """Holds the argument names and the defaults of another trainer."""
 
     name: str
+    #: The version that the rows describe.
     release: str
+    #: File of the tool -> {its name: (our key, its default)}.
     rows: Rows
-    own: frozenset[str]
-    silent: Rows = field(default_factory=dict)
+    #: Names that no other tool has, as far as the argument lists were compared. They identify the
+    #: tool of a file. Names that several tools share (`lora_rank`, `template`, `dataset`) do not.
+    unique_names: frozenset[str]
+    #: What the tool does without an argument: file -> {any text: (our key, its value)}.
+    implied: Rows = field(default_factory=dict)
+    #: The tool whose arguments this tool extends.
     base: "Tool | None" = None
+    #: Words of a command that start its training, such as 'swift' in `swift sft`.
     programs: tuple[str, ...] = ()
 
     @cached_property
     def keys(self) -> Mapping[str, str]:
-        """Its names, and those of its base, -> our key."""
+        """Return {its name: our key}, including the names of its base."""
         inherited = dict(self.base.keys) if self.base else {}
-        return inherited | {name: row[0] for names in self.rows.values() for name, row in names.items()}
+        return inherited | {
+            name: row[0] for names in self.rows.values() for name, row in names.items()
+        }
 
     @cached_property
     def defaults(self) -> Mapping[str, Default]:
-        """Our key -> what it does where the file is silent."""
+        """Return {our key: what the tool does if the configuration does not set it}."""
         found = dict(self.base.defaults) if self.base else {}
-        for rows in (self.rows, self.silent):
+        for rows in (self.rows, self.implied):
             for file, names in rows.items():
                 for key, value in names.values():
                     found.pop(key, None)
@@ -63,7 +69,7 @@ class Tool:
 TRANSFORMERS = Tool(
     name="transformers",
     release="transformers 5.23",
-    own=frozenset(),  # what it has, the tools that stand on it have too
+    unique_names=frozenset(),  # the tools that extend transformers accept all of its arguments
     rows={
         "training_args.py": {
             "per_device_train_batch_size": ("batch.micro", 8),
@@ -95,7 +101,7 @@ TRANSFORMERS = Tool(
             "target_modules": ("model.lora.targets", None),
         },
     },
-    silent={"trainer.py": {"": ("data.eval_fraction", 0.0)}},
+    implied={"trainer.py": {"": ("data.eval_fraction", 0.0)}},
 )
 
 TRL = Tool(
@@ -103,8 +109,9 @@ TRL = Tool(
     release="TRL 1.16",
     base=TRANSFORMERS,
     programs=("trl", "trl.scripts.sft"),
-    own=_names(
-        "dataset_name dataset_config dataset_train_split dataset_test_split dataset_streaming use_peft max_seq_length "
+    unique_names=_names(
+        "dataset_name dataset_config dataset_train_split dataset_test_split dataset_streaming "
+        "use_peft max_seq_length "
         "completion_only_loss assistant_only_loss dataset_text_field chat_template_path "
         "truncation_mode lora_task_type use_bnb_nested_quant"
     ),
@@ -130,7 +137,10 @@ TRL = Tool(
             "lora_dropout": ("model.lora.dropout", 0.05),
             "lora_target_modules": ("model.lora.targets", None),
         },
-        "scripts/utils.py": {"dataset_name": ("data.train", None), "datasets": ("data.train", None)},
+        "scripts/utils.py": {
+            "dataset_name": ("data.train", None),
+            "datasets": ("data.train", None),
+        },
     },
 )
 
@@ -139,10 +149,12 @@ LLAMA_FACTORY = Tool(
     release="LLaMA-Factory 0.9.5",
     base=TRANSFORMERS,
     programs=("llamafactory-cli", "lmf", "llamafactory.cli", "train_bash.py"),
-    own=_names(
-        "finetuning_type dataset_dir lora_target val_size max_samples stage train_on_prompt mask_history "
+    unique_names=_names(
+        "finetuning_type dataset_dir lora_target val_size max_samples stage train_on_prompt "
+        "mask_history "
         "neat_packing pure_bf16 plot_loss additional_target mix_strategy "
-        "interleave_probs default_system use_llama_pro freeze_trainable_layers shift_attn upcast_layernorm "
+        "interleave_probs default_system use_llama_pro freeze_trainable_layers shift_attn "
+        "upcast_layernorm "
         "disable_gradient_checkpointing double_quantization media_dir"
     ),
     rows={
@@ -169,7 +181,7 @@ LLAMA_FACTORY = Tool(
             "lora_target": ("model.lora.targets", "all"),
         },
     },
-    silent={
+    implied={
         "model/patcher.py and model/adapter.py": {
             "frozen": ("model.precision", {"full": False, "lora": True, "qlora": True}),
         },
@@ -179,7 +191,7 @@ LLAMA_FACTORY = Tool(
 LLAMA_FACTORY_V1 = Tool(
     name="LLaMA-Factory v1",
     release="v1 of LLaMA-Factory 0.9.5",
-    own=_names("train_dataset model_class dist_config optim_config lr_scheduler_config kernel_config "
+    unique_names=_names("train_dataset model_class dist_config optim_config lr_scheduler_config kernel_config "
                   "init_config quant_config batching_strategy custom_chat_template sample_backend"),
     rows={
         "config/training_args.py": {
@@ -212,7 +224,7 @@ LLAMA_FACTORY_V1 = Tool(
             "target_modules": ("model.lora.targets", "all"),
         },
     },
-    silent={
+    implied={
         "core/base_trainer.py": {
             "schedule": ("optim.schedule", "constant"),
             "accumulation": ("batch.accumulation", 1),
@@ -227,9 +239,11 @@ AXOLOTL = Tool(
     release="axolotl 0.18",
     base=TRANSFORMERS,
     programs=("axolotl", "axolotl.cli.train"),
-    own=_names(
-        "base_model sequence_len num_epochs adapter sample_packing val_set_size test_datasets train_on_inputs "
-        "lora_target_linear flash_attention sdp_attention xformers_attention special_tokens pad_to_sequence_len "
+    unique_names=_names(
+        "base_model sequence_len num_epochs adapter sample_packing val_set_size test_datasets "
+        "train_on_inputs "
+        "lora_target_linear flash_attention sdp_attention xformers_attention special_tokens "
+        "pad_to_sequence_len "
         "dataset_prepared_path is_llama_derived_model saves_per_epoch evals_per_epoch "
         "lora_model_dir"
     ),
@@ -281,21 +295,24 @@ MS_SWIFT = Tool(
     release="ms-swift 4.4",
     base=TRANSFORMERS,
     programs=("swift", "swift.cli.sft", "swift.cli.pt"),
-    own=_names(
-        "tuner_type train_type split_dataset_ratio val_dataset attn_impl model_author agent_template loss_scale "
-        "quant_bits quant_method cached_dataset tuner_backend lazy_tokenize use_hf custom_register_path "
-        "external_plugins freeze_vit freeze_llm freeze_aligner load_from_cache_file truncation_strategy add_version "
+    unique_names=_names(
+        "tuner_type train_type split_dataset_ratio val_dataset attn_impl model_author "
+        "agent_template loss_scale "
+        "quant_bits quant_method cached_dataset tuner_backend lazy_tokenize use_hf "
+        "custom_register_path "
+        "external_plugins freeze_vit freeze_llm freeze_aligner load_from_cache_file "
+        "truncation_strategy add_version "
         "custom_dataset_info dataset_shuffle rlhf_type"
     ),
     rows={
         "arguments/base_args/model_args.py": {
             "model": ("model.source", None),
-            "torch_dtype": ("model.precision", "auto"),  # the model's own
+            "torch_dtype": ("model.precision", "auto"),  # the precision of the checkpoint
             "attn_impl": ("model.attention", None),
         },
         "arguments/base_args/base_args.py": {
             "tuner_type": ("model.method", "lora"),
-            "train_type": ("model.method", "lora"),  # its name in version 3
+            "train_type": ("model.method", "lora"),  # the name of tuner_type in version 3
             "packing": ("data.packing", None),
         },
         "arguments/base_args/data_args.py": {
@@ -304,7 +321,7 @@ MS_SWIFT = Tool(
             "split_dataset_ratio": ("data.eval_fraction", 0.0),
         },
         "arguments/base_args/template_args.py": {
-            "max_length": ("data.max_length", None),  # the model's longest
+            "max_length": ("data.max_length", None),  # the longest that the model supports
             "truncation_strategy": ("data.too_long", "delete"),
             "loss_scale": ("data.mask", "default"),
         },
@@ -316,13 +333,16 @@ MS_SWIFT = Tool(
         },
         "trainers/arguments.py": {
             "per_device_train_batch_size": ("batch.micro", 1),
-            "gradient_accumulation_steps": ("batch.accumulation", None),  # as many as make 16 rows of all devices
+            # By default, all devices together reach 16 samples.
+            "gradient_accumulation_steps": ("batch.accumulation", None),
             "weight_decay": ("optim.weight_decay", 0.1),
             "adam_beta2": ("optim.betas", [0.9, 0.95]),
             "lr_scheduler_type": ("optim.schedule", "cosine"),
             "optimizer": ("optim.name", "adamw_torch_fused"),
         },
-        "arguments/sft_args.py": {"learning_rate": ("optim.lr", {"full": 1e-5, "lora": 1e-4, "qlora": 1e-4})},
+        "arguments/sft_args.py": {
+            "learning_rate": ("optim.lr", {"full": 1e-5, "lora": 1e-4, "qlora": 1e-4})
+        },
     },
 )
 
@@ -330,8 +350,9 @@ MS_SWIFT_2 = Tool(
     name="ms-swift 2",
     release="ms-swift 2.6",
     base=MS_SWIFT,
-    own=_names(
-        "model_id_or_path sft_type template_type dataset_test_ratio check_dataset_strategy train_dataset_sample "
+    unique_names=_names(
+        "model_id_or_path sft_type template_type dataset_test_ratio check_dataset_strategy "
+        "train_dataset_sample "
         "custom_train_dataset_path self_cognition_sample "
         "add_output_dir_suffix model_cache_dir"
     ),
@@ -357,7 +378,9 @@ MS_SWIFT_2 = Tool(
 MINIMIND = Tool(
     name="minimind",
     release="minimind of August 2026",
-    own=_names("accumulation_steps from_weight save_weight use_moe grad_clip lora_name from_resume"),
+    unique_names=_names(
+        "accumulation_steps from_weight save_weight use_moe grad_clip lora_name from_resume"
+    ),
     rows={
         "trainer/train_full_sft.py": {
             "epochs": ("train.epochs", 2),
@@ -374,7 +397,7 @@ MINIMIND = Tool(
             "dtype": ("model.precision", "bfloat16"),
         },
     },
-    silent={
+    implied={
         "trainer/trainer_utils.py": {
             "schedule": ("optim.schedule", "cosine"),
             "warmup": ("optim.warmup", 0.0),
@@ -395,7 +418,7 @@ MINIMIND_LORA = Tool(
     name="minimind",
     release=MINIMIND.release,
     base=MINIMIND,
-    own=MINIMIND.own,
+    unique_names=MINIMIND.unique_names,
     programs=("train_lora.py",),
     rows={
         "trainer/train_lora.py": {
@@ -413,7 +436,7 @@ MINIMIND_PRETRAIN = Tool(
     name="minimind",
     release=MINIMIND.release,
     base=MINIMIND,
-    own=MINIMIND.own,
+    unique_names=MINIMIND.unique_names,
     programs=("train_pretrain.py",),
     rows={
         "trainer/train_pretrain.py": {
@@ -435,5 +458,14 @@ MINIMIND_SCRIPTS = {
 
 TOOLS = {
     tool.name: tool
-    for tool in (LLAMA_FACTORY, LLAMA_FACTORY_V1, MS_SWIFT, MS_SWIFT_2, AXOLOTL, TRL, TRANSFORMERS, MINIMIND)
+    for tool in (
+        LLAMA_FACTORY,
+        LLAMA_FACTORY_V1,
+        MS_SWIFT,
+        MS_SWIFT_2,
+        AXOLOTL,
+        TRL,
+        TRANSFORMERS,
+        MINIMIND,
+    )
 }
