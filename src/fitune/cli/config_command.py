@@ -1,5 +1,6 @@
 """`fitune config`: about configuration files."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +13,7 @@ from fitune.config import json_schema
 from fitune.config.foreign_read import FROM_NAMES, read_command, read_foreign
 from fitune.config.foreign_translate import ImportedConfig, translate
 from fitune.errors import UsageError
-from fitune.language import translated
+from fitune.language import say, translated
 from fitune.language.printable import json_text
 from fitune.run.directory import write_atomically
 
@@ -70,6 +71,12 @@ def import_(
         make_directory(path.parent, flag="-o")
         write_atomically(path, imported.text, place="-o")
     _tell(imported, arguments.source)
+    if path is not None:
+        print_aside(say("{path} is written; next: {commands}", path=path, commands=next_commands(path)))
+
+
+def next_commands(path: Path) -> str:
+    return "   ".join(f"fitune {verb} {shlex.quote(str(path))}" for verb in ("check", "plan", "train"))
 
 
 def _tell(imported: ImportedConfig, source: str) -> None:

@@ -165,7 +165,7 @@ def about_seconds(seconds: float) -> str:
     for size, unit in ((86400, "{number} days"), (3600, "{number} hours"), (60, "{number} minutes")):
         if seconds >= 1.5 * size:
             return say(unit, number=f"{seconds / size:.0f}")
-    return say("{number} seconds", number=f"{max(seconds, 1):.0f}")
+    return say("{number} seconds", number=f"{seconds:.0f}") if seconds >= 1.5 else say("a second")
 
 
 def _heading(plan: Plan) -> Iterator[tuple[str, str]]:

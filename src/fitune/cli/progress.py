@@ -92,7 +92,7 @@ class TrainingProgress:
             speed = (last_progress - first_progress) / (end - start)
             left = (1 - last_progress) / speed if speed > 0 else None
         parts = [
-            f"{say('left')} {format_seconds(left)}",
+            *([] if left is None else [f"{say('left')} {format_seconds(left)}"]),
             f"{say('step')} {metrics.step}",
             f"{say('loss')} {metrics.loss:.3f}",
         ]

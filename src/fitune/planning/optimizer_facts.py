@@ -34,7 +34,7 @@ class PlannedTraining:
     """length, warmup, shrink_fraction: None where the run's length is not known. supervised_fraction: of the tokens,
     None where the data is not known. half_lives: after which a gradient counts half in beta1's and beta2's average,
     empty for an optimizer without betas. shrink_fraction: of a weight, by weight decay alone, over the run.
-    lost_updates_fraction: see the function; None for weights that are not in bfloat16."""
+    lost_updates_fraction: see the function; None where what is trained is not in bfloat16."""
 
     length: Span | None
     supervised_fraction: float | None
@@ -57,6 +57,7 @@ def plan_training(config: RunConfig, lengths: Lengths, *, precision: str) -> Pla
 
     steps = _num_steps(config, lengths, step_tokens)
     has_betas = OPTIMIZERS[config.optim.name].has_betas
+    rounds_updates = precision == "bfloat16" and config.model.method == "full"  # adapters are float32
     return PlannedTraining(
         length=None if steps is None else span(steps),
         supervised_fraction=None if lengths.epoch_rows is None else lengths.supervised_fraction,
@@ -65,7 +66,7 @@ def plan_training(config: RunConfig, lengths: Lengths, *, precision: str) -> Pla
         optim=optim,
         half_lives=tuple(span(_half_life(beta)) for beta in (optim.betas if has_betas else ())),
         shrink_fraction=None if steps is None else shrink_fraction(config.optim, optim, steps=steps),
-        lost_updates_fraction=lost_updates_fraction(optim.lr) if precision == "bfloat16" else None,
+        lost_updates_fraction=lost_updates_fraction(optim.lr) if rounds_updates else None,
     )
 
 

@@ -71,7 +71,10 @@ class SelfCheck:
             noise_bytes = 0 if self.program_bytes is None else CPU_NOISE_BYTES
             is_below = self.is_bound and error > 0
             agrees &= is_below or abs(error) <= tolerance or abs(predicted - found) <= noise_bytes
-            words.append(f"{name} {format_bytes(predicted)} predicted, {format_bytes(found)} measured ({error:+.1%})")
+            difference = f"{error:+.1%}"
+            if abs(error) > tolerance and abs(predicted - found) <= noise_bytes:
+                difference = f"differences below {format_bytes(noise_bytes)} are the program's own"
+            words.append(f"{name} {format_bytes(predicted)} predicted, {format_bytes(found)} measured ({difference})")
         if not agrees and self.predicted.device_interval is not None:
             words += self.predicted.device_interval.reasons
         warning = "" if agrees else f"warning: more than {tolerance:.0%} off: "

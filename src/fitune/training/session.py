@@ -324,7 +324,7 @@ def _prepare(
         f"{report.supervised_fraction:.1%} supervised · {len(prepared.data.eval):,} samples held out"
     )
     if prepared.self_check is not None:
-        screen.note(f"       {_memory_words(prepared.self_check)}, predicted for step 2, where it will be measured")
+        screen.note(f"memory {_memory_words(prepared.self_check)}, predicted for step 2, where it will be measured")
     for sentence in (*prepared.setup.notes, *prepared.notes):
         screen.note(f"note   {sentence}")
     for sentence in report.warnings:
@@ -333,8 +333,8 @@ def _prepare(
 
 
 def _memory_words(check: "SelfCheck") -> str:
-    """Name the two figures that the lines of a run show: all of the memory, and the part of it that its steps tell."""
+    """Name two figures: what the lines of the steps show as their peak, and what a monitor of the system shows."""
     whole, part = format_bytes(check.predicted.device_bytes), format_bytes(check.predicted.peak_reserved_bytes)
     if check.program_bytes is None:
-        return f"{whole} of memory in all, as nvidia-smi shows it, {part} of it reserved by PyTorch, as steps show it"
-    return f"{whole} of memory in all for the process, {part} of it beside the program, as steps show it"
+        return f"{part} reserved by PyTorch, {whole} with what else nvidia-smi shows"
+    return f"{part} for the model and its steps, {whole} with Python and its libraries"
