@@ -391,7 +391,9 @@ def test_the_command_writes_a_file_once(tmp_path: Path, capsys: pytest.CaptureFi
     (tmp_path / "trl.yaml").write_text(TRL)
     output = tmp_path / "new" / "ours.yaml"
     assert main(["config", "import", str(tmp_path / "trl.yaml"), "-o", str(output)]) == 0
-    assert "trl.yaml is of TRL" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "trl.yaml is of TRL" in said
+    assert f"{output} is written; next: fitune check {output}   fitune plan {output}" in said
     assert read_config(output).config.batch.effective == 16
     assert main(["config", "import", str(tmp_path / "trl.yaml"), "-o", str(output)]) == 2
     assert "exists" in capsys.readouterr().err

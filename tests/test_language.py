@@ -204,6 +204,16 @@ def test_a_sentence_is_translated_with_what_stands_in_it(
             "3 个样本的前向（96 个 token，含填充）时爆显存（OOM），一次差 1.0 GiB："
             "拆成至多 48 个 token（含填充）的微批；没有丢失样本",
         ),
+        (
+            "memory of step 2: resident 27.5 MiB predicted, 6.8 MiB measured (differences below 32.0 MiB are the "
+            "program's own)",
+            "第 2 步的预测与实测：常驻内存预测 27.5 MiB，实测 6.8 MiB（32.0 MiB 以内的差别来自程序本身）",
+        ),
+        (
+            "memory 27.5 MiB for the model and its steps, 546.0 MiB with Python and its libraries, predicted for step "
+            "2, where it will be measured",
+            "预测   模型和训练步用内存 27.5 MiB，连同 Python 和各个库共 546.0 MiB；到第 2 步时实测",
+        ),
         ("warning: more than 5% off: memory of step 2: reserved 2.0 GiB predicted, 1.0 GiB measured (+9.9%)", "已保留"),
         ("--apply 9 is none of the candidates: give 0 to 4", "--apply 9 不是候选的编号：请给 0 到 4"),
     ],

@@ -90,7 +90,7 @@ def test_the_first_line_is_the_answer(open_plan: Plan) -> None:
 
 
 @pytest.mark.parametrize(
-    ("seconds", "words"), [(0.2, "1 second"), (80, "80 seconds"), (3000, "50 minutes"), (10_000, "3 hours")]
+    ("seconds", "words"), [(0.2, "a second"), (80, "80 seconds"), (3000, "50 minutes"), (10_000, "3 hours")]
 )
 def test_a_time_is_told_in_one_unit(seconds: float, words: str) -> None:
     assert about_seconds(seconds) == words

@@ -20,10 +20,16 @@ UNKNOWN = Lengths((2048,), 1.0, 0, None, None, "data.max_length")
 
 
 def planned(
-    lengths: Lengths = LENGTHS, *, precision: str = "float32", optim: dict[str, Any] | None = None, **train: Any
+    lengths: Lengths = LENGTHS,
+    *,
+    precision: str = "float32",
+    method: str = "full",
+    optim: dict[str, Any] | None = None,
+    **train: Any,
 ) -> PlannedTraining:
     sections = {"batch": {"effective": 6}, "optim": {"lr": 3e-5, **(optim or {})}, "train": train}
-    config = read_config({"model": {"source": "tiny"}, "data": {"train": "x.jsonl"}, **sections}).config
+    model = {"source": "tiny", "method": method}
+    config = read_config({"model": model, "data": {"train": "x.jsonl"}, **sections}).config
     return plan_training(config, lengths, precision=precision)
 
 
@@ -117,6 +123,13 @@ def test_a_setting_that_works_is_not_warned_of() -> None:
     high = planned(epochs=1, precision="bfloat16", optim={"weight_decay": 10, "lr": 1e-3})
     assert high.lost_updates_fraction is not None
     assert list(training_warnings(high)) == []
+
+
+def test_adapters_beside_bfloat16_weights_lose_no_updates() -> None:
+    """They are float32 (model/precision.py)."""
+    training = planned(precision="bfloat16", method="lora")
+    assert training.lost_updates_fraction is None
+    assert "bfloat16" not in "".join(training_warnings(training))
 
 
 def test_it_is_said_in_chinese_too(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -84,6 +84,17 @@ def test_a_model_that_takes_less_than_the_program_gives_back_was_not_measured(
     assert agrees is agreed
 
 
+@pytest.mark.parametrize(("predicted_bytes", "told"), [(27 * MIB, "below 32.0 MiB"), (7 * MIB, "+0.0%")])
+def test_a_difference_of_less_than_the_program_s_own_noise_raises_no_doubt(
+    prediction: Prediction, predicted_bytes: int, told: str
+) -> None:
+    check = SelfCheck(replace(prediction, peak_reserved_bytes=predicted_bytes), 400 * MIB)
+    sentence, agrees = check.compare(MemoryPeak(None, 7 * MIB, 407 * MIB))
+    assert agrees
+    assert told in sentence
+    assert "+285" not in sentence
+
+
 def test_a_difference_comes_with_the_reasons_of_the_interval(prediction: Prediction) -> None:
     assert prediction.device_interval is not None
     sentence, agrees = SelfCheck(prediction, 0).compare(MemoryPeak(None, 200 * MIB, GIB))

@@ -34,8 +34,7 @@ BROKEN_PIPE = 141
 VERBS = {
     "env": "The machine: cards, memory, driver, versions.",
     "check": "What the data is: format, template, supervised share, lengths, samples cut or lost.",
-    "plan": "Predicted memory and time of each setting; the fastest that fits, and why not the "
-    "others.",
+    "plan": "Predicted memory and time of each setting; the fastest that fits, and why not the others.",
     "train": "Train by a configuration.",
     "sweep": "Several configurations one after another, then compared.",
     "watch": "A run live, or as it ended: progress, memory, loss, events.",
@@ -158,24 +157,14 @@ def _debugs() -> bool:
 
 def _usage_message(error: CycloptsError) -> str:
     message = " ".join(str(error).split())
-    if (
-        isinstance(error, CoercionError)
-        and error.token is not None
-        and error.token.keyword == "--gpus"
-    ):
+    if isinstance(error, CoercionError) and error.token is not None and error.token.keyword == "--gpus":
         return f"--gpus is how many cards; one by its name is --gpu '{error.token.value}'"
     if isinstance(error, UnknownOptionError):
         if match := re.match(r"Unknown option: -(\w[\w-]+)", message):
-            return (
-                f"Unknown option: -{match[1]}: a flag of several letters begins with two dashes, "
-                f"--{match[1]}"
-            )
+            return f"Unknown option: -{match[1]}: a flag of several letters begins with two dashes, --{match[1]}"
         name = (error.token.keyword or error.token.value).partition("=")[0]
         if hint := hint_for_name(name):
             return f"{message} It is {hint}."
         if "." in name:
-            return (
-                f"{message} A key of the configuration is given without dashes: "
-                f"{name.lstrip('-')}=VALUE"
-            )
+            return f"{message} A key of the configuration is given without dashes: {name.lstrip('-')}=VALUE"
     return message

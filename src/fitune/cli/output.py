@@ -19,10 +19,7 @@ from fitune.language.printable import json_text, printable
 
 SCHEMA = 1
 MAX_WIDTH = 100
-_BLOCK = (
-    '<pre style="white-space:pre;overflow-x:auto;line-height:1.2;font-family:monospace">'
-    "{code}</pre>"
-)
+_BLOCK = '<pre style="white-space:pre;overflow-x:auto;line-height:1.2;font-family:monospace">{code}</pre>'
 
 OUTPUT = Group("Output", sort_key=9)
 Format = Annotated[
@@ -42,9 +39,7 @@ class Screen(Console):
     def __init__(self, **options: Any) -> None:
         super().__init__(markup=False, emoji=False, highlight=False, **options)
 
-    def render(
-        self, renderable: RenderableType, options: ConsoleOptions | None = None
-    ) -> Iterable[Segment]:
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         for segment in super().render(renderable, options):
             yield segment if segment.control else Segment(printable(segment.text), segment.style)
 
@@ -118,9 +113,7 @@ def make_directory(path: Path, *, flag: str) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(
-            f"{path} cannot be created: {error.strerror}; give another place with {flag}"
-        ) from error
+        raise UsageError(f"{path} cannot be created: {error.strerror}; give another place with {flag}") from error
 
 
 def warn(message: str) -> None:

@@ -32,16 +32,11 @@ _MEANINGS = {
     ),
 }
 
-MORE_IN_TERMINAL = (
-    "--all predicts every setting and shows it, also those that change the result (LoRA, QLoRA, "
-    "8-bit)"
-)
+MORE_IN_TERMINAL = "--all predicts every setting and shows it, also those that change the result (LoRA, QLoRA, 8-bit)"
 MORE_IN_PYTHON = "these are {shown} of {total} candidates: Plan.candidates holds all"
 
 
-def show_plan(
-    plan: Plan, screen: Screen, *, every: bool = False, more: str = MORE_IN_TERMINAL
-) -> None:
+def show_plan(plan: Plan, screen: Screen, *, every: bool = False, more: str = MORE_IN_TERMINAL) -> None:
     """Print a plan.
 
     every: print all candidates, instead of those that answer the most frequent questions.
@@ -179,9 +174,7 @@ def _leaner(plan: Plan, fastest: int) -> tuple[int | None, int | None]:
         return None, None
     *others, leanest = front
     halfway = math.sqrt(sizes[fastest] * sizes[leanest])
-    return min(
-        others, key=lambda number: abs(math.log(sizes[number] / halfway)), default=None
-    ), leanest
+    return min(others, key=lambda number: abs(math.log(sizes[number] / halfway)), default=None), leanest
 
 
 def tokens_per_second(plan: Plan, candidate: Candidate) -> float | None:
@@ -201,21 +194,14 @@ def about_seconds(seconds: float) -> str:
     ):
         if seconds >= 1.5 * size:
             return say(unit, number=f"{seconds / size:.0f}")
-    return say("{number} seconds", number=f"{max(seconds, 1):.0f}")
+    return say("{number} seconds", number=f"{seconds:.0f}") if seconds >= 1.5 else say("a second")
 
 
 def _heading(plan: Plan) -> Iterator[tuple[str, str]]:
     first, model, device, data = plan.candidates[0], plan.model, plan.device, plan.data
     whole = model.num_trainable_parameters == model.num_parameters
-    trained = (
-        ""
-        if whole
-        else f" · {say('{count} trained', count=format_count(model.num_trainable_parameters))}"
-    )
-    shape = (
-        f"{model.num_layers} x {model.hidden_size:,} · "
-        f"{say('vocabulary {number}', number=f'{model.vocab_size:,}')}"
-    )
+    trained = "" if whole else f" · {say('{count} trained', count=format_count(model.num_trainable_parameters))}"
+    shape = f"{model.num_layers} x {model.hidden_size:,} · {say('vocabulary {number}', number=f'{model.vocab_size:,}')}"
     yield (
         say("model"),
         f"{model.name} · {format_count(model.num_parameters)}{trained} · {shape} · {first.method}",
@@ -223,8 +209,7 @@ def _heading(plan: Plan) -> Iterator[tuple[str, str]]:
     yield (
         say("target"),
         say(
-            "effective batch {rows} · samples of up to {tokens} tokens ({origin}), {mean} on "
-            "average",
+            "effective batch {rows} · samples of up to {tokens} tokens ({origin}), {mean} on average",
             rows=data["effective_batch"],
             tokens=f"{data['row_tokens']:,}",
             origin=say(data["row_tokens_origin"]),
@@ -249,11 +234,7 @@ def _heading(plan: Plan) -> Iterator[tuple[str, str]]:
             free=format_bytes(device.free_bytes),
             budget=format_bytes(plan.budget_bytes),
         )
-        + (
-            ""
-            if plan.budget_bytes <= plan.device.free_bytes
-            else say(", more than there is: what is free counts")
-        ),
+        + ("" if plan.budget_bytes <= plan.device.free_bytes else say(", more than there is: what is free counts")),
     )
 
 
@@ -271,9 +252,7 @@ def _parts(plan: Plan, shown: Candidate) -> Iterator[tuple[str, str, str, str]]:
         if name in counts:
             how = f"{format_count(counts[name])} x {size / counts[name]:.1f} B"
         elif name == "activation":
-            how = say(
-                "{tokens} tokens x {size}", tokens=f"{positions:,}", size=_kib(size / positions)
-            )
+            how = say("{tokens} tokens x {size}", tokens=f"{positions:,}", size=_kib(size / positions))
         if size:
             yield say(name), how, format_gib(size), f"{size / total:.0%}"
     sums = (
@@ -305,9 +284,7 @@ def _candidates(plan: Plan, labels: Mapping[int, str], *, every: bool) -> Table:
         say("result"),
     )
     empty = {"n/a", say("same")}
-    kept = [
-        i for i in range(len(headings)) if every or i < 4 or not {row[i] for row in rows} <= empty
-    ]
+    kept = [i for i in range(len(headings)) if every or i < 4 or not {row[i] for row in rows} <= empty]
     return table([headings[i] for i in kept], [[row[i] for i in kept] for row in rows])
 
 

@@ -30,16 +30,10 @@ def training_lines(training: PlannedTraining) -> Iterator[tuple[str, str]]:
             beta=f"{beta:.4g}",
             span=_span(span),
         )
-        for number, (beta, span) in enumerate(
-            zip(optim.betas, training.half_lives, strict=False), start=1
-        )
+        for number, (beta, span) in enumerate(zip(optim.betas, training.half_lives, strict=False), start=1)
     ]
     decay = say("weight decay {decay}", decay=f"{optim.weight_decay:.3g}")
-    parts.append(
-        decay
-        if shrink is None
-        else say("{decay} takes {shrink} in all", decay=decay, shrink=f"{shrink:.2%}")
-    )
+    parts.append(decay if shrink is None else say("{decay} takes {shrink} in all", decay=decay, shrink=f"{shrink:.2%}"))
     yield "", " · ".join([*parts, say("clip {clip}", clip=f"{optim.clip:.3g}")])
 
 
@@ -48,8 +42,7 @@ def training_warnings(training: PlannedTraining) -> Iterator[str]:
     optim, length, shrink = training.optim, training.length, training.shrink_fraction
     if length is not None and length.steps < TOO_FEW_STEPS:
         yield say(
-            "warning: only {steps} optimizer steps, under {few}: take fewer samples a step, or "
-            "more epochs",
+            "warning: only {steps} optimizer steps, under {few}: take fewer samples a step, or more epochs",
             steps=_count(length.steps),
             few=TOO_FEW_STEPS,
         )

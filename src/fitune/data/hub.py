@@ -65,9 +65,7 @@ def load_from_hub(path: str, split: Split) -> Any:
             None,
         )
         if name is None:
-            raise DataError(
-                f"the dataset {path} has no split to evaluate with, only {', '.join(found)}"
-            )
+            raise DataError(f"the dataset {path} has no split to evaluate with, only {', '.join(found)}")
         return found[name]
     # All exceptions of datasets and huggingface_hub derive from these.
     except (OSError, ValueError, RuntimeError) as error:
@@ -75,6 +73,5 @@ def load_from_hub(path: str, split: Split) -> Any:
             raise
         reason = str(error).strip().split("\n")[0]
         raise DataError(
-            f"no data at {path}: there is no such file or directory, and it cannot be loaded from "
-            f"the hub ({reason})"
+            f"no data at {path}: there is no such file or directory, and it cannot be loaded from the hub ({reason})"
         ) from error

@@ -91,9 +91,7 @@ class Table:
     def row(self, index: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
         """Return input_ids [length] and loss_weights [length] of one sample, copied."""
         number = bisect_right(self.starts, index) - 1
-        ids, starts, ends, weights = (
-            column[index - self.starts[number]] for column in self.columns[number]
-        )
+        ids, starts, ends, weights = (column[index - self.starts[number]] for column in self.columns[number])
         loss_weights = np.zeros(len(ids), np.float32)
         for start, end, weight in zip(starts, ends, weights, strict=True):
             loss_weights[start:end] = weight
@@ -124,8 +122,7 @@ def cached_table(key: object, write: Callable[["TableWriter"], dict[str, Any]]) 
             unfinished.rename(root / name)
     except OSError as error:
         raise DataError(
-            f"the cache of tokenised samples cannot be written to {root}: {error}; FITUNE_CACHE "
-            "names another place"
+            f"the cache of tokenised samples cannot be written to {root}: {error}; FITUNE_CACHE names another place"
         ) from error
     table = _open(root / name)
     assert table is not None
@@ -201,10 +198,7 @@ def _open(directory: Path) -> Table | None:
     ):
         return None
     columns = [
-        tuple(
-            _Column(column.offsets.to_numpy(), column.values.to_numpy())
-            for column in batch.columns[:4]
-        )
+        tuple(_Column(column.offsets.to_numpy(), column.values.to_numpy()) for column in batch.columns[:4])
         for batch in batches
     ]
     return Table(

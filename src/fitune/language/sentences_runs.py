@@ -239,7 +239,7 @@ RUNS: dict[str, str] = {
     "the replay differs from {path} at step {step}:": "重放与 {path} 在第 {step} 步不同：",
     "resident {predicted} predicted, nothing measured beside the program": "预测常驻 {predicted}，程序本身之外没有测到",
     "warning: more than {tolerance} off: ": "警告：偏差超过 {tolerance}：",
-    "{warning}memory of step {checked_step}: {words}": "{warning}第 {checked_step} 步的显存：{words}",
+    "{warning}memory of step {checked_step}: {words}": "{warning}第 {checked_step} 步的预测与实测：{words}",
     "{directory} does not hold this model and optimizer: {error}": "{directory} 里不是这个模型和优化器：{error}",
     "run.trackers: {name} is not installed: pip install {name_2}": "run.trackers：没有安装 {name}：pip install {name_2}",
     "warning: {name} failed and may be incomplete: {error}": "警告：{name} 失败，记录可能不完整：{error}",

@@ -48,7 +48,7 @@ class PlannedTraining:
     half_lives: tuple[Span, ...]
     #: what weight decay alone takes off a weight over the run; None where its length is not known
     shrink_fraction: float | None
-    #: see `lost_updates_fraction`; None for weights that are not in bfloat16
+    #: see `lost_updates_fraction`; None where what is trained is not in bfloat16
     lost_updates_fraction: float | None
 
 
@@ -67,6 +67,7 @@ def plan_training(config: RunConfig, lengths: Lengths, *, precision: str) -> Pla
     steps = _num_steps(config, lengths, step_tokens)
     has_betas = OPTIMIZERS[config.optim.name].has_betas
     shrink = None if steps is None else shrink_fraction(config.optim, optim, steps=steps)
+    rounds_updates = precision == "bfloat16" and config.model.method == "full"  # adapters are float32
     return PlannedTraining(
         length=None if steps is None else span(steps),
         supervised_fraction=None if lengths.epoch_rows is None else lengths.supervised_fraction,
@@ -75,7 +76,7 @@ def plan_training(config: RunConfig, lengths: Lengths, *, precision: str) -> Pla
         optim=optim,
         half_lives=tuple(span(_half_life(beta)) for beta in (optim.betas if has_betas else ())),
         shrink_fraction=shrink,
-        lost_updates_fraction=lost_updates_fraction(optim.lr) if precision == "bfloat16" else None,
+        lost_updates_fraction=lost_updates_fraction(optim.lr) if rounds_updates else None,
     )
 
 
@@ -100,9 +101,7 @@ def shrink_fraction(optim: OptimConfig, settings: OptimSettings, *, steps: int) 
     It is 1 - exp(-sum over all steps of rate x decay).
     """
     samples = 1000
-    mean_factor = (
-        sum(lr_factor(optim, (number + 0.5) / samples) for number in range(samples)) / samples
-    )
+    mean_factor = sum(lr_factor(optim, (number + 0.5) / samples) for number in range(samples)) / samples
     return -math.expm1(-settings.lr * mean_factor * settings.weight_decay * steps)
 
 

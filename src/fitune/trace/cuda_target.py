@@ -103,11 +103,7 @@ class CudaTarget:
         if self._known_capability != self.compute_capability:
             (major, minor), (its_major, its_minor) = self.compute_capability, self._known_capability
             yield (
-                f"assumed: kernels of compute capability {major}.{minor} allocate as those of "
-                f"{its_major}.{its_minor}"
+                f"assumed: kernels of compute capability {major}.{minor} allocate as those of {its_major}.{its_minor}"
             )
         if self.multiprocessors is None:
-            yield (
-                f"assumed: {self.num_multiprocessors} multiprocessors, as the largest card of its "
-                "generation has"
-            )
+            yield (f"assumed: {self.num_multiprocessors} multiprocessors, as the largest card of its generation has")
