@@ -48,7 +48,11 @@ def main() -> None:
     seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
     for turn in range(rounds):
         for kind in KINDS if turn % 2 == 0 else KINDS[::-1]:
-            norms = None if kind == "plain" else NormRecorder(optimizer, preconditioned=kind == "preconditioned")
+            norms = (
+                None
+                if kind == "plain"
+                else NormRecorder(optimizer, preconditioned=kind == "preconditioned")
+            )
             start = time.process_time()
             train_step(model, optimizer, micro_batches, settings=settings, norms=norms)
             seconds[kind].append(time.process_time() - start)

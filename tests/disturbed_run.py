@@ -17,7 +17,13 @@ from tiny_run import save_tiny_model, write_config, write_dialogues
 
 RUN, UNDISTURBED = RunDirectory(Path("runs/run")), RunDirectory(Path("runs/undisturbed"))
 STEPS = 9
-TIMES = {"seconds", "tokens_per_second", "device_used_bytes", "peak_allocated_bytes", "peak_reserved_bytes"}
+TIMES = {
+    "seconds",
+    "tokens_per_second",
+    "device_used_bytes",
+    "peak_allocated_bytes",
+    "peak_reserved_bytes",
+}
 
 
 class Killed(BaseException):
@@ -64,7 +70,9 @@ def write_run(directory: Path, *, steps: int) -> None:
     """tiny/, sft.jsonl and sft.yaml: a run of so many steps, saved every second one, evaluated every third."""
     save_tiny_model(directory / "tiny")
     write_dialogues(directory / "sft.jsonl")
-    write_config(directory / "sft.yaml", {"train": {"steps": steps, "save_every": 2, "eval_every": 3}})
+    write_config(
+        directory / "sft.yaml", {"train": {"steps": steps, "save_every": 2, "eval_every": 3}}
+    )
 
 
 def train(*arguments: str, exit_code: int = 0) -> None:
@@ -108,7 +116,15 @@ def assert_same(run: RunDirectory = RUN, other: RunDirectory = UNDISTURBED) -> N
     assert log(run) == log(other)
     assert read_journal(run.journal)[-1].hash == read_journal(other.journal)[-1].hash
     summary, expected = read_summary(run.summary), read_summary(other.summary)
-    for name in ("status", "steps", "tokens", "supervised_tokens", "train_loss", "eval_loss", "best_eval_loss"):
+    for name in (
+        "status",
+        "steps",
+        "tokens",
+        "supervised_tokens",
+        "train_loss",
+        "eval_loss",
+        "best_eval_loss",
+    ):
         assert getattr(summary, name) == getattr(expected, name)
 
 

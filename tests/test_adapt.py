@@ -76,7 +76,9 @@ def simulate(memory: Memory, num_steps: int, *, highest: int = 0) -> Outcome:
         need_bytes = None if num_retries else int(need)
         speed = 1000 * size / (size + 3000)
         learn(model, Observation(size, need_bytes, speed, failed_size=failed, free_bytes=free))
-    return Outcome(num_retried / num_steps, model.num_changes / num_steps, most_retries, used / num_steps)
+    return Outcome(
+        num_retried / num_steps, model.num_changes / num_steps, most_retries, used / num_steps
+    )
 
 
 @pytest.mark.parametrize(
@@ -100,7 +102,9 @@ def test_in_a_million_steps_few_are_retried_and_little_is_left_unused(
     assert outcome.most_retries <= 3
 
 
-def test_without_its_bans_the_same_memory_would_be_tried_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_its_bans_the_same_memory_would_be_tried_again_and_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """So the limits above can be exceeded."""
     restless = Memory(blip_chance=0.05)
     assert simulate(restless, 20_000).retried < 0.003
@@ -149,7 +153,9 @@ def test_a_size_that_held_out_long_is_banned_shortly_again() -> None:
     assert model.bans[0].num_steps == FIRST_BAN_STEPS
 
 
-@pytest.mark.parametrize(("free_bytes", "grows"), [(5 * GIB // 2, False), (8 * GIB, True)], ids=["little", "much"])
+@pytest.mark.parametrize(
+    ("free_bytes", "grows"), [(5 * GIB // 2, False), (8 * GIB, True)], ids=["little", "much"]
+)
 def test_a_ban_ends_early_only_when_much_more_memory_is_free(free_bytes: int, grows: bool) -> None:
     model = MemoryModel(planned=1024)
     settled(model, 8 * GIB)

@@ -31,7 +31,9 @@ def rung_by_samples(samples: list[MemorySample], settings: AlarmSettings = CARD)
     """One sample a second."""
     alarms = Alarms(settings)
     return [
-        event for second, sample in enumerate(samples) for event in alarms.sample(replace(sample, time=float(second)))
+        event
+        for second, sample in enumerate(samples)
+        for event in alarms.sample(replace(sample, time=float(second)))
     ]
 
 
@@ -82,7 +84,9 @@ def test_other_processes_of_a_host_may_move_more() -> None:
     assert rung_by_samples(moved, HOST) == []
 
 
-@pytest.mark.parametrize(("settings", "words"), [(CARD, "instead of the card"), (HOST, "swapped out")])
+@pytest.mark.parametrize(
+    ("settings", "words"), [(CARD, "instead of the card"), (HOST, "swapped out")]
+)
 def test_spilling_rings_at_the_second_sample(settings: AlarmSettings, words: str) -> None:
     spilled = replace(SAMPLE, spill_bytes=GIB)
     assert rung_by_samples([SAMPLE, spilled, SAMPLE, spilled], settings) == []
@@ -92,7 +96,9 @@ def test_spilling_rings_at_the_second_sample(settings: AlarmSettings, words: str
 
 
 def test_an_emptied_cache_rings() -> None:
-    (event,) = rung_by_samples([SAMPLE, replace(SAMPLE, num_retries=3), replace(SAMPLE, num_retries=3)])
+    (event,) = rung_by_samples(
+        [SAMPLE, replace(SAMPLE, num_retries=3), replace(SAMPLE, num_retries=3)]
+    )
     assert (event.kind, "3 times" in event.message) == ("retry", True)
 
 
@@ -107,10 +113,15 @@ def test_memory_that_grows_from_step_to_step_rings_with_its_rate() -> None:
 
 
 def test_a_leak_on_a_host_must_be_larger_than_its_noise() -> None:
-    assert rung_by_steps(lambda step: {}, held=lambda step: HELD_BYTES + step * 4 * MIB, settings=HOST) == []
-    assert kinds(rung_by_steps(lambda step: {}, held=lambda step: HELD_BYTES + step * 20 * MIB, settings=HOST)) == [
-        "leak"
-    ]
+    assert (
+        rung_by_steps(lambda step: {}, held=lambda step: HELD_BYTES + step * 4 * MIB, settings=HOST)
+        == []
+    )
+    assert kinds(
+        rung_by_steps(
+            lambda step: {}, held=lambda step: HELD_BYTES + step * 20 * MIB, settings=HOST
+        )
+    ) == ["leak"]
 
 
 def test_memory_that_grows_once_is_no_leak() -> None:
@@ -119,10 +130,16 @@ def test_memory_that_grows_once_is_no_leak() -> None:
 
 def test_reserved_memory_that_falls_to_pieces_rings() -> None:
     (event,) = rung_by_steps(
-        lambda step: {"peak_allocated_bytes": 12 * GIB, "peak_reserved_bytes": (12 if step < 30 else 16) * GIB},
+        lambda step: {
+            "peak_allocated_bytes": 12 * GIB,
+            "peak_reserved_bytes": (12 if step < 30 else 16) * GIB,
+        },
         num_steps=120,
     )
-    assert (event.kind, "25% of PyTorch's reserved memory" in event.message) == ("fragmentation", True)
+    assert (event.kind, "25% of PyTorch's reserved memory" in event.message) == (
+        "fragmentation",
+        True,
+    )
 
 
 def test_more_than_was_planned_rings() -> None:
@@ -133,16 +150,24 @@ def test_more_than_was_planned_rings() -> None:
 
 def test_what_a_prediction_promises_to_be_within_does_not_ring() -> None:
     def a_little_more(step: int) -> dict[str, float | int | None]:
-        return {"peak_reserved_bytes": int(17.7 * GIB)}  # 4 %, which steps of other lengths leave between their blocks
+        return {
+            "peak_reserved_bytes": int(17.7 * GIB)
+        }  # 4 %, which steps of other lengths leave between their blocks
 
     assert rung_by_steps(a_little_more) == []
     assert (
-        rung_by_steps(lambda step: {"peak_reserved_bytes": 30 * MIB}, settings=replace(HOST, predicted_bytes=MIB)) == []
+        rung_by_steps(
+            lambda step: {"peak_reserved_bytes": 30 * MIB},
+            settings=replace(HOST, predicted_bytes=MIB),
+        )
+        == []
     )
 
 
 def test_a_loss_far_above_the_ones_before_rings() -> None:
-    (event,) = rung_by_steps(lambda step: {"loss": 9.0 if step == 60 else 2.0 + 0.1 * math.sin(step)})
+    (event,) = rung_by_steps(
+        lambda step: {"loss": 9.0 if step == 60 else 2.0 + 0.1 * math.sin(step)}
+    )
     assert (event.kind, event.step) == ("loss_spike", 60)
 
 

@@ -62,12 +62,16 @@ def test_anneal_doubles_the_batch_where_the_schedule_has_halved_and_sees_every_r
         {row for line in lines for part in line.plan for row in part}
     )
     (event, *_) = [event for event in read_events(RUN.events) if event.kind == "batch"]
-    assert event.message.startswith("effective batch 4 -> 8 samples, the schedule has halved the rate")
+    assert event.message.startswith(
+        "effective batch 4 -> 8 samples, the schedule has halved the rate"
+    )
     at = rows.index(8)
     assert lines[at].lr > lines[at - 1].lr
 
 
-def test_a_change_reaches_adams_memory_its_settings_and_the_clipping(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_change_reaches_adams_memory_its_settings_and_the_clipping(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     rescaled: list[tuple[torch.optim.Optimizer, float]] = []
     clips: list[float] = []
 
@@ -86,11 +90,15 @@ def test_a_change_reaches_adams_memory_its_settings_and_the_clipping(monkeypatch
     assert clips == pytest.approx([2 ** (-n / 2) for n in range(1, num_changes + 1)])
 
 
-def test_advise_is_bit_for_bit_a_run_without_any_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_advise_is_bit_for_bit_a_run_without_any_measurement(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     assert main(["train", "sft.yaml"]) == 0
     monkeypatch.setattr("fitune.training.loop.NormRecorder", lambda *args, **options: None)
     assert main(["train", "sft.yaml", "run.name=whole"]) == 0
-    assert (RUN.last / "model.safetensors").read_bytes() == (WHOLE.last / "model.safetensors").read_bytes()
+    assert (RUN.last / "model.safetensors").read_bytes() == (
+        WHOLE.last / "model.safetensors"
+    ).read_bytes()
     assert steps(WHOLE)[-1].noise_signal is None
 
 
@@ -112,7 +120,9 @@ def test_a_run_that_is_killed_around_a_change_ends_as_if_it_had_not_been(
             main(["train", "sft.yaml", *ANNEAL])
     assert main(["train", "--resume", "runs/run"]) == 0
     assert read_journal(RUN.journal)[-1].hash == read_journal(WHOLE.journal)[-1].hash
-    assert (RUN.last / "model.safetensors").read_bytes() == (WHOLE.last / "model.safetensors").read_bytes()
+    assert (RUN.last / "model.safetensors").read_bytes() == (
+        WHOLE.last / "model.safetensors"
+    ).read_bytes()
 
 
 def test_a_replay_grows_where_the_run_did() -> None:
@@ -124,9 +134,18 @@ def test_a_replay_grows_where_the_run_did() -> None:
     ("overrides", "words"),
     [
         (["optim.scaling=sqrt_gain"], "needs optim.reference_batch"),
-        (["optim.reference_batch=6"], "optim.reference_batch has no effect while optim.scaling is none"),
-        (["train.batch_mode=follow", "train.epochs=null", "train.steps=9"], "train.steps says nothing"),
-        (["train.batch_mode=anneal", "optim.schedule=constant"], "has no effect while optim.schedule is constant"),
+        (
+            ["optim.reference_batch=6"],
+            "optim.reference_batch has no effect while optim.scaling is none",
+        ),
+        (
+            ["train.batch_mode=follow", "train.epochs=null", "train.steps=9"],
+            "train.steps says nothing",
+        ),
+        (
+            ["train.batch_mode=anneal", "optim.schedule=constant"],
+            "has no effect while optim.schedule is constant",
+        ),
         (["train.batch_mode=folow"], "folow"),
     ],
 )
@@ -138,7 +157,15 @@ def test_settings_without_effect_are_refused(
 
 
 def test_a_reference_batch_carries_the_rate_over(capsys: pytest.CaptureFixture[str]) -> None:
-    scaling = ("optim.scaling=sqrt_gain", "optim.reference_batch=1", "optim.noise_scale=2", "optim.schedule=constant")
+    scaling = (
+        "optim.scaling=sqrt_gain",
+        "optim.reference_batch=1",
+        "optim.noise_scale=2",
+        "optim.schedule=constant",
+    )
     assert main(["train", "sft.yaml", *scaling, "optim.warmup=0", "optim.lr=0.001"]) == 0
-    assert "sqrt_gain from 1 sample to 4, noise scale 2 samples: rate 0.001 -> 0.00141" in capsys.readouterr().err
+    assert (
+        "sqrt_gain from 1 sample to 4, noise scale 2 samples: rate 0.001 -> 0.00141"
+        in capsys.readouterr().err
+    )
     assert steps(RUN)[-1].lr == pytest.approx(0.001 * (3 / 1.5) ** 0.5)

@@ -21,7 +21,13 @@ from fitune.batch_size.growth import (
     set_settings,
     switch_settings,
 )
-from fitune.batch_size.noise import NoiseAverages, NoiseEstimate, estimate, pairwise_sample, update_averages
+from fitune.batch_size.noise import (
+    NoiseAverages,
+    NoiseEstimate,
+    estimate,
+    pairwise_sample,
+    update_averages,
+)
 from fitune.batch_size.scaling import OptimSettings
 from fitune.config import BatchMode
 
@@ -72,7 +78,16 @@ def test_follow_grows_where_the_noise_is_known_to_be_far_above_the_batch() -> No
         replace(NOW, noise=replace(NOISY, bounce=None)),
         replace(NOW, step_tokens=1e5),
     ],
-    ids=["warm-up", "near the end", "unmeasured", "not sure", "few steps", "bouncing", "no bounce", "few steps left"],
+    ids=[
+        "warm-up",
+        "near the end",
+        "unmeasured",
+        "not sure",
+        "few steps",
+        "bouncing",
+        "no bounce",
+        "few steps left",
+    ],
 )
 def test_follow_waits(now: Situation) -> None:
     assert decide("follow", BatchState(), now) is None
@@ -112,7 +127,9 @@ def test_hold_grows_at_a_plateau_on_the_noise_floor_and_keeps_the_rate() -> None
 
 def test_a_switch_rescales_adams_memory_and_settings() -> None:
     weight = torch.nn.Parameter(torch.ones(3))
-    optimizer = torch.optim.AdamW([weight], lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, fused=True)
+    optimizer = torch.optim.AdamW(
+        [weight], lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, fused=True
+    )
     for _ in range(10):
         weight.grad = torch.full((3,), 0.1)
         optimizer.step()
@@ -160,10 +177,16 @@ def simulate(
         size = state.growth * step_tokens
         ratio = ratio_at[min(int(100 * tokens / TOTAL), 99)] * step_tokens / size
         shape = (MICRO, DIMENSIONS)
-        noise = random.standard_t(5, shape) / math.sqrt(5 / 3) if heavy else random.standard_normal(shape)
+        noise = (
+            random.standard_t(5, shape) / math.sqrt(5 / 3)
+            if heavy
+            else random.standard_normal(shape)
+        )
         parts = (truth + noise * math.sqrt(ratio * MICRO / DIMENSIONS)) / MICRO
         total = float((parts.sum(axis=0) ** 2).sum())
-        sample = pairwise_sample((parts**2).sum(axis=1).tolist(), total, weights=[size / MICRO] * MICRO)
+        sample = pairwise_sample(
+            (parts**2).sum(axis=1).tolist(), total, weights=[size / MICRO] * MICRO
+        )
         assert sample is not None
         averages = update_averages(averages, sample, half_life_tokens=half_life, dot=bounce)
         tokens += size
@@ -189,7 +212,10 @@ def constant(ratio: float) -> np.ndarray:
 @pytest.mark.parametrize("heavy", [False, True], ids=["normal", "heavy tails"])
 def test_the_batch_grows_falsely_in_at_most_a_twentieth_of_the_runs(heavy: bool) -> None:
     """The noise scale sits where growing would just be right at twice the value: any growth is false."""
-    false = sum(bool(simulate("follow", constant(1 / FOLLOWED_FRACTION), seed=s, heavy=heavy)) for s in range(30))
+    false = sum(
+        bool(simulate("follow", constant(1 / FOLLOWED_FRACTION), seed=s, heavy=heavy))
+        for s in range(30)
+    )
     assert false <= 0.05 * 30
 
 
@@ -202,7 +228,10 @@ def test_a_short_window_without_bounds_would_grow_falsely() -> None:
         return replace(found, scale_low_tokens=scale, effective_steps=STEPS, bounce=0.9)
 
     ratio = constant(1 / FOLLOWED_FRACTION)
-    runs = [simulate("follow", ratio, seed=seed, heavy=True, window=0.002, look=naive) for seed in range(10)]
+    runs = [
+        simulate("follow", ratio, seed=seed, heavy=True, window=0.002, look=naive)
+        for seed in range(10)
+    ]
     assert sum(map(bool, runs)) > 0.3 * 10
 
 

@@ -9,7 +9,17 @@ from typing import Any
 import pytest
 
 import batch_size
-from batch_size import Outcome, Task, Trial, best_inside, half_width, measure, optimum, page, token_overhead
+from batch_size import (
+    Outcome,
+    Task,
+    Trial,
+    best_inside,
+    half_width,
+    measure,
+    optimum,
+    page,
+    token_overhead,
+)
 
 RHO = 6.0
 TASK = Task(
@@ -31,7 +41,12 @@ def pretended(trial: Trial, rho: float | None = None) -> Outcome:
     lr = trial.lr * factors.get(trial.kind, 1.0)
     off = math.log2(lr / (4e-3 * math.sqrt(gain)))
     tokens = {"half": 0.5, "fixed": 2.0, "anneal": 2.0, "follow": 2.0}.get(trial.kind, 1.0)
-    loss = 5 + 0.1 * off**2 - 0.2 * math.log(tokens) + 0.2 * math.log(token_overhead(RHO, trial.factor))
+    loss = (
+        5
+        + 0.1 * off**2
+        - 0.2 * math.log(tokens)
+        + 0.2 * math.log(token_overhead(RHO, trial.factor))
+    )
     return Outcome(
         kind=trial.kind, factor=trial.factor, lr=trial.lr, seed=trial.seed, peak_lr=lr,
         eval_loss=loss + 0.01 * trial.seed, steps=100 // trial.factor, tokens=1000, cpu_seconds=1.0, rho=RHO,
@@ -116,7 +131,9 @@ def test_the_overhead_of_a_larger_batch_is_read_off_the_curve(found: dict[str, A
     assert overhead["measured"] == pytest.approx(10 / 7, rel=0.2)
 
 
-def test_a_benchmark_that_was_stopped_trains_nothing_twice(found: dict[str, Any], tmp_path: Path) -> None:
+def test_a_benchmark_that_was_stopped_trains_nothing_twice(
+    found: dict[str, Any], tmp_path: Path
+) -> None:
     def never(trial: Trial, rho: float | None = None) -> Outcome:
         raise AssertionError(trial)
 
@@ -136,7 +153,11 @@ def test_another_task_is_measured_anew(found: dict[str, Any], tmp_path: Path) ->
 
 
 def test_a_run_that_is_too_short_for_the_weighted_noise_is_not_judged_by_it(tmp_path: Path) -> None:
-    found = measure(TASK, lambda trial, rho: replace(pretended(trial, rho), rho_weighted=None), tmp_path / "found.json")
+    found = measure(
+        TASK,
+        lambda trial, rho: replace(pretended(trial, rho), rho_weighted=None),
+        tmp_path / "found.json",
+    )
     assert "sqrt_gain_weighted" not in found["closeness"]
     assert "or n/a times, weighted" in page({"tiny": found})
 
@@ -147,7 +168,9 @@ def test_an_interval_of_two_values_is_wide_and_of_one_there_is_none() -> None:
 
 
 def test_the_page_says_what_was_measured() -> None:
-    written = batch_size.PAGE.read_text().split(batch_size.PLACE[0])[1].split(batch_size.PLACE[1])[0]
+    written = (
+        batch_size.PAGE.read_text().split(batch_size.PLACE[0])[1].split(batch_size.PLACE[1])[0]
+    )
     assert written.strip() == page(json.loads(batch_size.RESULT.read_text())).strip()
 
 
@@ -155,10 +178,21 @@ def test_the_words_of_the_page_hold_for_the_tiny_model() -> None:
     found = json.loads(batch_size.RESULT.read_text())["tiny"]
     above = {rule: close["above_best_fraction"] for rule, close in found["closeness"].items()}
     assert (
-        max(above["sqrt_gain"], above["sqrt"], above["sqrt_gain_weighted"]) < 0.01 < min(above["none"], above["linear"])
+        max(above["sqrt_gain"], above["sqrt"], above["sqrt_gain_weighted"])
+        < 0.01
+        < min(above["none"], above["linear"])
     )
-    (at_twice,) = (each for each in found["rules"] if (each["rule"], each["factor"]) == ("sqrt_gain", 2))
-    assert at_twice["above_best_fraction"] > 0.01 > at_twice["above_best_fraction"] - at_twice["above_best_reach"]
-    assert all(each["low"] < 0 < each["high"] and each["steps"] < 0.8 * each["fixed_steps"] for each in found["modes"])
+    (at_twice,) = (
+        each for each in found["rules"] if (each["rule"], each["factor"]) == ("sqrt_gain", 2)
+    )
+    assert (
+        at_twice["above_best_fraction"]
+        > 0.01
+        > at_twice["above_best_fraction"] - at_twice["above_best_reach"]
+    )
+    assert all(
+        each["low"] < 0 < each["high"] and each["steps"] < 0.8 * each["fixed_steps"]
+        for each in found["modes"]
+    )
     *_, largest = found["overhead"]
     assert max(largest["predicted"], largest["predicted_weighted"]) < largest["measured_low"]

@@ -26,7 +26,9 @@ def test_logits_of_one_chunk_exist_at_a_time(measured: dict[str, loss.Measured])
     assert measured["full"].peak_bytes > 2 * 600 * 5_000 * 4
 
 
-@pytest.mark.skipif(not hasattr(torch.nn.functional, "linear_cross_entropy"), reason="needs torch 2.13")
+@pytest.mark.skipif(
+    not hasattr(torch.nn.functional, "linear_cross_entropy"), reason="needs torch 2.13"
+)
 def test_torch_gives_a_16_bit_loss_for_16_bit_input_and_ours_does_not() -> None:
     case = loss.make_case(SHAPE, torch.bfloat16)
     assert loss.fitune(case).dtype == torch.float32

@@ -19,7 +19,9 @@ STEPS, ROWS = 6, 4
 
 @pytest.fixture
 def task(tmp_path: Path) -> Task:
-    return Task(model=str(save_tiny_model(tmp_path)), max_length=48, rows_per_step=ROWS, num_steps=STEPS)
+    return Task(
+        model=str(save_tiny_model(tmp_path)), max_length=48, rows_per_step=ROWS, num_steps=STEPS
+    )
 
 
 def rows() -> list[Row]:
@@ -59,14 +61,22 @@ def test_the_lengths_are_log_normal_with_a_mean_of_250() -> None:
 def test_the_table_has_the_ratios() -> None:
     def outcome(cpu_seconds: float, peak_bytes: int) -> list[Outcome]:
         return [
-            Outcome(tokens=1000, cpu_seconds=cpu_seconds, wall_seconds=cpu_seconds, peak_bytes=peak_bytes, losses=[2.0])
+            Outcome(
+                tokens=1000,
+                cpu_seconds=cpu_seconds,
+                wall_seconds=cpu_seconds,
+                peak_bytes=peak_bytes,
+                losses=[2.0],
+            )
         ]
 
     entry = speed.entry(
         Task(model="any", max_length=768),
         {"fitune": outcome(2.0, 10**8), "padding to max_length": outcome(8.0, 5 * 10**8)},
     )
-    assert "| padding to max_length | 125 | 125 | 500 | 2.00000 | x 4.00 | 20% |" in speed.render([entry])
+    assert "| padding to max_length | 125 | 125 | 500 | 2.00000 | x 4.00 | 20% |" in speed.render(
+        [entry]
+    )
 
 
 def test_rounds_alternate_and_results_are_kept_after_each(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,7 +84,11 @@ def test_rounds_alternate_and_results_are_kept_after_each(monkeypatch: pytest.Mo
 
     def run_apart(task: Task, trainer: str) -> Outcome | None:
         asked.append(trainer)
-        return None if trainer == "b" else Outcome(tokens=1, cpu_seconds=1, wall_seconds=1, peak_bytes=1, losses=[0.0])
+        return (
+            None
+            if trainer == "b"
+            else Outcome(tokens=1, cpu_seconds=1, wall_seconds=1, peak_bytes=1, losses=[0.0])
+        )
 
     monkeypatch.setattr(speed, "run_apart", run_apart)
     found = [
@@ -101,7 +115,9 @@ def test_the_useful_work_is_what_torch_counts() -> None:
     batch = Batch((Row(0, np.arange(32, dtype=np.int32), np.ones(32, np.float32)),))
     # eager attention multiplies the whole square of 32 x 32, and the first layer's input needs a gradient too
     square = 3 * 2 * 2 * 32 * (32 * 32 - 32 * 33 / 2) * TINY_LLAMA.num_hidden_layers
-    assert speed_where.useful_flops(model, batch) + square == pytest.approx(counter.get_total_flops(), rel=1e-3)
+    assert speed_where.useful_flops(model, batch) + square == pytest.approx(
+        counter.get_total_flops(), rel=1e-3
+    )
 
 
 def test_the_parts_are_nearly_the_whole_step(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:

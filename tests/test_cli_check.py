@@ -17,13 +17,19 @@ TOKENIZER = byte_tokenizer()
 def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DataConfig:
     monkeypatch.setenv("FITUNE_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
-    rows: list[Any] = [{"instruction": f"question {i}", "output": "answer " * (i % 9 + 1)} for i in range(40)]
-    lines = [json.dumps(row) for row in (*rows, rows[0], {"instruction": "long " * 30, "output": "A"})]
+    rows: list[Any] = [
+        {"instruction": f"question {i}", "output": "answer " * (i % 9 + 1)} for i in range(40)
+    ]
+    lines = [
+        json.dumps(row) for row in (*rows, rows[0], {"instruction": "long " * 30, "output": "A"})
+    ]
     Path("sft.jsonl").write_text("\n".join([*lines, "{broken"]))
     return DataConfig(train="sft.jsonl", max_length=96, eval_fraction=0.2, max_bad_fraction=0.1)
 
 
-def test_the_first_ten_lines_say_what_is_learned_cut_and_ignored(data: DataConfig, tmp_path: Path) -> None:
+def test_the_first_ten_lines_say_what_is_learned_cut_and_ignored(
+    data: DataConfig, tmp_path: Path
+) -> None:
     rows = [{"instruction": f"question {i}", "output": "answer", "mood": "good"} for i in range(3)]
     Path("sft.jsonl").write_text(
         "\n".join(json.dumps(row) for row in [*rows, {"instruction": "x" * 99, "output": "A"}])
@@ -45,7 +51,19 @@ def test_the_report_fits_its_width_and_cuts_no_number(data: DataConfig, width: i
     assert max(map(len, shown.splitlines())) <= width
     assert "…" not in shown
     head = next(line for line in shown.splitlines() if line.startswith("split"))
-    assert head.split() == ["split", "samples", "tokens", "p50", "p95", "p99", "max", ">", "96", "no", "target"]
+    assert head.split() == [
+        "split",
+        "samples",
+        "tokens",
+        "p50",
+        "p95",
+        "p99",
+        "max",
+        ">",
+        "96",
+        "no",
+        "target",
+    ]
 
 
 def test_the_report_names_format_mask_losses_and_bad_rows(data: DataConfig) -> None:
@@ -67,7 +85,12 @@ def test_json_holds_the_same_numbers_as_integers(data: DataConfig) -> None:
     report = json.loads(report_on(data, tokenizer=TOKENIZER, output_format="json"))
     assert (report["schema"], report["num_rows"], report["num_bad_rows"]) == (1, 43, 1)
     assert report["train"]["num_rows"] + report["eval"]["num_rows"] == 41
-    assert report["train"]["quantiles"].keys() == {"p50_tokens", "p95_tokens", "p99_tokens", "max_tokens"}
+    assert report["train"]["quantiles"].keys() == {
+        "p50_tokens",
+        "p95_tokens",
+        "p99_tokens",
+        "max_tokens",
+    }
     assert report["bad_rows"][0] == {
         "path": "sft.jsonl",
         "line": 43,

@@ -37,12 +37,16 @@ def import_faults(path: Path) -> tuple[str, ...]:
 
 
 def test_a_number_without_a_point_is_a_number(tmp_path: Path) -> None:
-    path = write(tmp_path, "model: {source: minimind2}\ndata: {train: a.jsonl}\noptim: {lr: 5e-7}\n")
+    path = write(
+        tmp_path, "model: {source: minimind2}\ndata: {train: a.jsonl}\noptim: {lr: 5e-7}\n"
+    )
     assert read_config(path).config.optim.lr == 5e-7
 
 
 @pytest.mark.parametrize("name", ["sft.jsonl", "sft.parquet", "sft.csv", "sft.json"])
-def test_data_in_the_place_of_a_configuration_is_pointed_to_its_flag(name: str, tmp_path: Path) -> None:
+def test_data_in_the_place_of_a_configuration_is_pointed_to_its_flag(
+    name: str, tmp_path: Path
+) -> None:
     (tmp_path / name).write_text('[{"messages": []},\n{"messages": []}]\n')
     for sentences in (faults(tmp_path / name), import_faults(tmp_path / name)):
         assert len(sentences) == 1
@@ -59,10 +63,15 @@ def test_a_run_in_the_place_of_a_configuration_is_offered_to_go_on(tmp_path: Pat
 
 def test_the_file_replaces_the_defaults_and_the_command_line_both(tmp_path: Path) -> None:
     path = write(
-        tmp_path, "model: {source: minimind2}\ndata:\n  train: a.jsonl\n  max_length: 512\noptim: {lr: 1e-4}\n"
+        tmp_path,
+        "model: {source: minimind2}\ndata:\n  train: a.jsonl\n  max_length: 512\noptim: {lr: 1e-4}\n",
     )
     resolved = read_config(path, ["optim.lr=3e-5"])
-    assert (resolved.config.data.max_length, resolved.config.optim.lr, resolved.config.train.seed) == (512, 3e-5, 0)
+    assert (
+        resolved.config.data.max_length,
+        resolved.config.optim.lr,
+        resolved.config.train.seed,
+    ) == (512, 3e-5, 0)
     assert resolved.origins["data.max_length"] == f"{path}:4"
     assert resolved.origins["optim.lr"] == "command line"
     assert resolved.origins["train.seed"] == "default"
@@ -75,14 +84,18 @@ def test_every_key_has_an_origin() -> None:
         return {
             key
             for name, value in tree.items()
-            for key in (keys(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}"})
+            for key in (
+                keys(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}"}
+            )
         }
 
     assert set(resolved.origins) == keys(resolved.config.model_dump(), "")
 
 
 def test_a_mapping_is_read_like_a_file() -> None:
-    resolved = read_config({"model": {"source": "minimind2"}, "data": {"train": [Path("a").name, {"path": "b"}]}})
+    resolved = read_config(
+        {"model": {"source": "minimind2"}, "data": {"train": [Path("a").name, {"path": "b"}]}}
+    )
     assert [source.path for source in resolved.config.data.train_sources] == ["a", "b"]
     assert resolved.origins["model.source"] == "Python"
 
@@ -93,7 +106,9 @@ def test_a_mapping_is_left_as_it_was() -> None:
     assert given_mapping == {"model": {"source": "m"}, "data": {"train": ["a"]}}
 
 
-@pytest.mark.parametrize("text", ["off", "007", "1:30", "2026-01-01", "1e3", "0x10", "no", "=", "a b", "ü", "~"])
+@pytest.mark.parametrize(
+    "text", ["off", "007", "1:30", "2026-01-01", "1e3", "0x10", "no", "=", "a b", "ü", "~"]
+)
 def test_text_may_look_like_anything(text: str, tmp_path: Path) -> None:
     resolved = read_config(None, [*NEEDED, f"run.name='{text}'"])
     assert resolved.config.run.name == text
@@ -115,26 +130,35 @@ def test_a_round_float_is_a_count() -> None:
 
 def test_the_home_directory_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
-    config = read_config(None, ["model.source=~/m", "data.train=[~/a, {path: ~/b}]", "run.output=~/runs"]).config
+    config = read_config(
+        None, ["model.source=~/m", "data.train=[~/a, {path: ~/b}]", "run.output=~/runs"]
+    ).config
     assert config.model.source == "/home/me/m"
     assert [source.path for source in config.data.train_sources] == ["/home/me/a", "/home/me/b"]
     assert config.run.output == Path("/home/me/runs")
 
 
 def test_an_item_of_a_list_can_be_replaced() -> None:
-    config = read_config(None, ["model.source=m", "data.train=[{path: a}]", "data.train.0.max_rows=7"]).config
+    config = read_config(
+        None, ["model.source=m", "data.train=[{path: a}]", "data.train.0.max_rows=7"]
+    ).config
     assert config.data.train_sources[0].max_rows == 7
 
 
 def test_all_faults_are_reported_in_the_order_of_the_file(tmp_path: Path) -> None:
-    path = write(tmp_path, "data:\n  train: a\n  packing: 3\n  cutoff_len: 4\nmodel:\n  sorce: m\noptim: {lr: -1}\n")
+    path = write(
+        tmp_path,
+        "data:\n  train: a\n  packing: 3\n  cutoff_len: 4\nmodel:\n  sorce: m\noptim: {lr: -1}\n",
+    )
     lines = [fault.split(":")[1] for fault in faults(path)[1:]]
     assert lines == ["3", "4", "6", "7"]
     assert "model.source is missing" in faults(path)[0]
 
 
 @pytest.mark.parametrize(("tools_and_key"), KEYS_OF_OTHER_TOOLS.items(), ids=lambda item: item[0])
-def test_the_names_of_other_tools_lead_to_a_key_of_ours(tools_and_key: tuple[str, tuple[str, str]]) -> None:
+def test_the_names_of_other_tools_lead_to_a_key_of_ours(
+    tools_and_key: tuple[str, tuple[str, str]],
+) -> None:
     name, (_, key) = tools_and_key
     known = read_config(None, NEEDED).origins
     assert key in known
@@ -196,10 +220,16 @@ TREES = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3),
     max_leaves=9,
 )
-SECTIONS = st.sampled_from(["model", "data", "optim", "batch", "train", "memory", "eval", "run", "loss", "x"])
+SECTIONS = st.sampled_from(
+    ["model", "data", "optim", "batch", "train", "memory", "eval", "run", "loss", "x"]
+)
 
 
-@given(st.dictionaries(SECTIONS, TREES | st.dictionaries(st.sampled_from(["lr", "train", "source", "lora"]), TREES)))
+@given(
+    st.dictionaries(
+        SECTIONS, TREES | st.dictionaries(st.sampled_from(["lr", "train", "source", "lora"]), TREES)
+    )
+)
 def test_no_mapping_ends_in_anything_but_faults(tree: dict[str, Any]) -> None:
     with suppress(ConfigError):
         read_config(tree)

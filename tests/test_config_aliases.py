@@ -33,7 +33,9 @@ def with_value(key: str, value: object) -> dict[str, dict[str, object]]:
 
 
 @pytest.mark.parametrize(("alias", "key"), ALIASES.items())
-def test_an_alias_is_its_key_in_a_file_and_on_the_command_line(alias: str, key: str, tmp_path: Path) -> None:
+def test_an_alias_is_its_key_in_a_file_and_on_the_command_line(
+    alias: str, key: str, tmp_path: Path
+) -> None:
     value = VALUES[alias]
     expected = read_config(with_value(key, value))
     assert expected.config != read_config(GOOD).config
@@ -57,25 +59,46 @@ def test_a_key_and_its_alias_are_one_clear_error(alias: str, key: str) -> None:
     assert str(caught.value) == f"{key} and {alias} are two names of one key: keep one"
     with pytest.raises(ConfigError) as caught:
         read_config(GOOD, [f"{key}={VALUES[alias]}", f"{alias}={VALUES[alias]}"])
-    assert str(caught.value) == f"command line: {key} and {alias} are two names of one key: keep one"
+    assert (
+        str(caught.value) == f"command line: {key} and {alias} are two names of one key: keep one"
+    )
 
 
 def test_what_is_typed_replaces_what_the_file_says_by_another_name() -> None:
-    assert read_config(with_value("batch.micro", 2), ["batch.micro_batch_size=4"]).config.batch.micro == 4
-    assert read_config(with_value("batch.micro_batch_size", 2), ["batch.micro=4"]).config.batch.micro == 4
+    assert (
+        read_config(with_value("batch.micro", 2), ["batch.micro_batch_size=4"]).config.batch.micro
+        == 4
+    )
+    assert (
+        read_config(with_value("batch.micro_batch_size", 2), ["batch.micro=4"]).config.batch.micro
+        == 4
+    )
 
 
-@pytest.mark.parametrize(("value", "expected"), [(True, "full"), (False, "off"), ("selective", "selective")])
+@pytest.mark.parametrize(
+    ("value", "expected"), [(True, "full"), (False, "off"), ("selective", "selective")]
+)
 def test_gradient_checkpointing_is_also_a_switch(value: object, expected: str) -> None:
-    assert read_config(with_value("model.gradient_checkpointing", value)).config.model.recompute == expected
+    assert (
+        read_config(with_value("model.gradient_checkpointing", value)).config.model.recompute
+        == expected
+    )
     typed = str(value).lower() if isinstance(value, bool) else str(value)
-    assert read_config(GOOD, [f"model.gradient_checkpointing={typed}"]).config.model.recompute == expected
+    assert (
+        read_config(GOOD, [f"model.gradient_checkpointing={typed}"]).config.model.recompute
+        == expected
+    )
 
 
 def test_a_wrong_value_is_told_where_it_stands(tmp_path: Path) -> None:
     path = tmp_path / "sft.yaml"
-    path.write_text("model: {source: tiny}\ndata: {train: sft.jsonl}\nbatch:\n  micro_batch_size: -1\n")
-    with pytest.raises(ConfigError, match=re.escape(f"{path}:4: batch.micro is -1: it must be a whole number above 0")):
+    path.write_text(
+        "model: {source: tiny}\ndata: {train: sft.jsonl}\nbatch:\n  micro_batch_size: -1\n"
+    )
+    with pytest.raises(
+        ConfigError,
+        match=re.escape(f"{path}:4: batch.micro is -1: it must be a whole number above 0"),
+    ):
         read_config(path)
 
 

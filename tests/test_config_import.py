@@ -139,73 +139,154 @@ def test_llama_factory_keeps_its_meaning(tmp_path: Path, monkeypatch: pytest.Mon
     (tmp_path / "data" / "dataset_info.json").write_text(json.dumps(entries))
     found = config(tmp_path, LLAMA_FACTORY)
     assert found.model.source == "org/model-8b"
-    assert (found.model.method, found.model.precision, found.model.trust_remote_code) == ("lora", "bfloat16", True)
+    assert (found.model.method, found.model.precision, found.model.trust_remote_code) == (
+        "lora",
+        "bfloat16",
+        True,
+    )
     lora = found.model.lora
     assert (lora.rank, lora.alpha, lora.dropout, lora.targets) == (8, 16, 0.0, ("q_proj", "v_proj"))
     assert [(source.path, source.max_rows) for source in found.data.train_sources] == [
         ("data/identity.json", 1000),
         ("org/more", 1000),
     ]
-    assert (found.data.max_length, found.data.eval_fraction, found.data.mask) == (1536, 0.1, "assistant")
-    assert found.data.template is None  # the tokenizer's: "llama3" is a name of LLaMA-Factory's own, which is said
+    assert (found.data.max_length, found.data.eval_fraction, found.data.mask) == (
+        1536,
+        0.1,
+        "assistant",
+    )
+    assert (
+        found.data.template is None
+    )  # the tokenizer's: "llama3" is a name of LLaMA-Factory's own, which is said
     assert (found.batch.effective, found.optim.lr, found.train.epochs) == (16, 1e-4, 2.5)
-    assert (found.optim.schedule, found.optim.warmup, found.optim.weight_decay) == ("cosine", 0.1, 0)
+    assert (found.optim.schedule, found.optim.warmup, found.optim.weight_decay) == (
+        "cosine",
+        0.1,
+        0,
+    )
     assert (found.train.eval_every, found.train.save_every, found.train.seed) == (250, 500, 42)
     assert (str(found.run.output), found.run.name) == ("saves/llama3-8b/lora", "sft")
 
 
 def test_axolotl_keeps_its_meaning(tmp_path: Path) -> None:
     found = config(tmp_path, AXOLOTL)
-    assert (found.model.source, found.model.method, found.model.recompute) == ("org/model-1b", "qlora", "full")
+    assert (found.model.source, found.model.method, found.model.recompute) == (
+        "org/model-1b",
+        "qlora",
+        "full",
+    )
     lora = found.model.lora
     assert (lora.rank, lora.alpha, lora.dropout, lora.targets) == (32, 16, 0.05, "all-linear")
-    assert [source.path for source in found.data.train_sources] == ["data/one.jsonl", "data/two.jsonl"]
-    assert (found.data.max_length, found.data.eval_fraction, found.data.packing) == (4096, 0.05, True)
+    assert [source.path for source in found.data.train_sources] == [
+        "data/one.jsonl",
+        "data/two.jsonl",
+    ]
+    assert (found.data.max_length, found.data.eval_fraction, found.data.packing) == (
+        4096,
+        0.05,
+        True,
+    )
     assert (found.batch.effective, found.optim.lr, found.optim.name) == (8, 2e-4, "adamw_8bit")
-    assert (found.train.epochs, found.optim.schedule, found.model.precision) == (4, "cosine", "auto")
-    assert (found.data.mask, found.data.template, found.optim.weight_decay) == ("assistant", None, 0)
+    assert (found.train.epochs, found.optim.schedule, found.model.precision) == (
+        4,
+        "cosine",
+        "auto",
+    )
+    assert (found.data.mask, found.data.template, found.optim.weight_decay) == (
+        "assistant",
+        None,
+        0,
+    )
 
 
 def test_trl_keeps_its_meaning(tmp_path: Path) -> None:
     found = config(tmp_path, TRL)
-    assert (found.model.method, found.model.precision, found.model.recompute) == ("lora", "autocast_bfloat16", "full")
+    assert (found.model.method, found.model.precision, found.model.recompute) == (
+        "lora",
+        "autocast_bfloat16",
+        "full",
+    )
     lora = found.model.lora
-    assert (lora.rank, lora.alpha, lora.dropout, lora.targets) == (32, 16, 0.05, ("q_proj", "v_proj"))
-    assert (found.data.max_length, found.data.mask, found.data.packing) == (2048, "assistant", False)
+    assert (lora.rank, lora.alpha, lora.dropout, lora.targets) == (
+        32,
+        16,
+        0.05,
+        ("q_proj", "v_proj"),
+    )
+    assert (found.data.max_length, found.data.mask, found.data.packing) == (
+        2048,
+        "assistant",
+        False,
+    )
     assert (found.model.source, found.data.train, found.data.template) == (
         "org/model-0.5b",
         "data/capybara.jsonl",
         None,
     )
-    assert (found.batch.effective, found.optim.lr, found.train.steps, found.train.epochs) == (16, 2e-4, 400, None)
+    assert (found.batch.effective, found.optim.lr, found.train.steps, found.train.epochs) == (
+        16,
+        2e-4,
+        400,
+        None,
+    )
     assert (found.optim.schedule, found.optim.warmup) == ("constant", 0.05)
     assert found.run.trackers == ("tensorboard",)
 
 
 def test_minimind_keeps_its_meaning(tmp_path: Path) -> None:
     found = config(tmp_path, MINIMIND, "train.sh")
-    assert (found.model.source, found.model.shape.preset) == ("../out/pretrain_768.pth", "minimind-3")
+    assert (found.model.source, found.model.shape.preset) == (
+        "../out/pretrain_768.pth",
+        "minimind-3",
+    )
     assert (found.model.method, found.model.precision) == ("full", "autocast_bfloat16")
     assert (found.data.train, found.data.max_length) == ("../dataset/sft_512.jsonl", 512)
-    assert (found.model.tokenizer, found.data.template, found.data.mask) == ("../model", None, "assistant")
+    assert (found.model.tokenizer, found.data.template, found.data.mask) == (
+        "../model",
+        None,
+        "assistant",
+    )
     assert (found.batch.effective, found.optim.lr, found.optim.clip) == (256, 1e-5, 0.5)
-    assert (found.optim.schedule, found.optim.final_lr_fraction, found.optim.warmup) == ("cosine", 0.1, 0)
+    assert (found.optim.schedule, found.optim.final_lr_fraction, found.optim.warmup) == (
+        "cosine",
+        0.1,
+        0,
+    )
     assert (found.train.epochs, found.train.save_every) == (2, 125)
 
 
 def test_an_adapter_may_be_described_in_a_mapping_of_its_own(tmp_path: Path) -> None:
-    adapter = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
+    adapter = {
+        "r": 4,
+        "lora_alpha": 8,
+        "lora_dropout": 0.1,
+        "target_modules": ["q_proj"],
+        "task_type": "CAUSAL_LM",
+    }
     text = json.dumps({"per_device_train_batch_size": 4, "peft_config": adapter})
     lora = config(tmp_path, text, "args.json", model="m", data="a.jsonl").model.lora
     assert (lora.rank, lora.alpha, lora.dropout, lora.targets) == (4, 8, 0.1, ("q_proj",))
 
 
-def test_a_json_of_training_arguments_needs_the_model_and_the_data_beside_it(tmp_path: Path) -> None:
-    text = json.dumps({"per_device_train_batch_size": 4, "learning_rate": "3e-5", "output_dir": "out", "fp16": True})
+def test_a_json_of_training_arguments_needs_the_model_and_the_data_beside_it(
+    tmp_path: Path,
+) -> None:
+    text = json.dumps(
+        {
+            "per_device_train_batch_size": 4,
+            "learning_rate": "3e-5",
+            "output_dir": "out",
+            "fp16": True,
+        }
+    )
     with pytest.raises(ConfigError, match="names no model: give it with --model"):
         imported(tmp_path, text, "args.json")
     found = config(tmp_path, text, "args.json", model="m", data="a.jsonl", devices=4)
-    assert (found.batch.effective, found.optim.lr, found.model.precision) == (16, 3e-5, "autocast_float16")
+    assert (found.batch.effective, found.optim.lr, found.model.precision) == (
+        16,
+        3e-5,
+        "autocast_float16",
+    )
     assert (found.optim.schedule, found.train.epochs, found.model.method) == ("linear", 3, "full")
 
 
@@ -246,13 +327,18 @@ def test_a_command_is_read(words: str, key: str, value: object) -> None:
     [
         ("base_model: m\ndatasets: [a.jsonl]\nbf16: true\n", "bfloat16"),
         ("base_model: m\ndatasets: [a.jsonl]\nfp16: true\n", "autocast_float16"),
-        ("model_name_or_path: m\ndataset: a.jsonl\nfinetuning_type: full\nbf16: true\n", "autocast_bfloat16"),
+        (
+            "model_name_or_path: m\ndataset: a.jsonl\nfinetuning_type: full\nbf16: true\n",
+            "autocast_bfloat16",
+        ),
         ("model_name_or_path: m\ndataset: a.jsonl\nfinetuning_type: full\n", "float32"),
         ("model_name_or_path: m\ndataset_name: a.jsonl\n", "autocast_bfloat16"),
         ("model_name_or_path: m\ndataset_name: a.jsonl\nbf16: false\n", "float32"),
     ],
 )
-def test_the_precision_follows_what_the_tool_does_with_the_weights(text: str, precision: str, tmp_path: Path) -> None:
+def test_the_precision_follows_what_the_tool_does_with_the_weights(
+    text: str, precision: str, tmp_path: Path
+) -> None:
     assert config(tmp_path, text).model.precision == precision
 
 
@@ -265,14 +351,21 @@ def test_a_value_that_means_what_is_done_here_is_not_listed(tmp_path: Path) -> N
 def test_every_value_says_where_it_comes_from(tmp_path: Path) -> None:
     lines = imported(tmp_path, LLAMA_FACTORY).text.splitlines()
     path = tmp_path / "other.yaml"
-    comments = {line.split(":")[0].strip(): line.partition("  # ")[2] for line in lines if "  # " in line}
+    comments = {
+        line.split(":")[0].strip(): line.partition("  # ")[2] for line in lines if "  # " in line
+    }
     assert comments["lr"] == f"{path}:21 learning_rate"
-    assert comments["alpha"] == "default of LLaMA-Factory 0.9.5, hparams/finetuning_args.py: twice the rank"
+    assert (
+        comments["alpha"]
+        == "default of LLaMA-Factory 0.9.5, hparams/finetuning_args.py: twice the rank"
+    )
     assert comments["seed"] == "default of transformers 5.23, training_args.py"
     assert comments["effective"] == "per_device_train_batch_size 2 x gradient_accumulation_steps 8"
 
 
-@pytest.mark.parametrize("text", [LLAMA_FACTORY, AXOLOTL, TRL, MINIMIND], ids=["lf", "axolotl", "trl", "minimind"])
+@pytest.mark.parametrize(
+    "text", [LLAMA_FACTORY, AXOLOTL, TRL, MINIMIND], ids=["lf", "axolotl", "trl", "minimind"]
+)
 def test_the_text_reads_back_as_the_same(text: str, tmp_path: Path) -> None:
     found = imported(tmp_path, text, "other.sh" if text is MINIMIND else "other.yaml")
     (tmp_path / "ours.yaml").write_text(found.text)
@@ -282,8 +375,17 @@ def test_the_text_reads_back_as_the_same(text: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        (LLAMA_FACTORY, ["dataset identity is a name in", "template: 'llama3' is LLaMA-Factory's own"]),
-        (AXOLOTL, ["a sequence of axolotl's batch is a block", "set optim.warmup to 10 / the steps of the run"]),
+        (
+            LLAMA_FACTORY,
+            ["dataset identity is a name in", "template: 'llama3' is LLaMA-Factory's own"],
+        ),
+        (
+            AXOLOTL,
+            [
+                "a sequence of axolotl's batch is a block",
+                "set optim.warmup to 10 / the steps of the run",
+            ],
+        ),
         (MINIMIND, ["the mean of the micro-batches' means", "stand there, or change them"]),
     ],
     ids=["lf", "axolotl", "minimind"],
@@ -293,29 +395,45 @@ def test_what_means_something_else_is_said(text: str, words: list[str], tmp_path
     assert all(any(word in sentence for sentence in found.differs) for word in words)
 
 
-def test_what_has_no_counterpart_is_listed_apart_from_what_makes_no_difference(tmp_path: Path) -> None:
+def test_what_has_no_counterpart_is_listed_apart_from_what_makes_no_difference(
+    tmp_path: Path,
+) -> None:
     found = imported(tmp_path, LLAMA_FACTORY)
     (sentence,) = found.dropped
     assert "neftune_noise_alpha: 5: no noise is added" in sentence
     assert set(found.not_needed) == {
         "stage", "do_train", "preprocessing_num_workers", "flash_attn", "eval_strategy", "dataset_dir",
     }  # fmt: skip
-    assert ["special_tokens" in sentence for sentence in imported(tmp_path, AXOLOTL).dropped] == [True]
+    assert ["special_tokens" in sentence for sentence in imported(tmp_path, AXOLOTL).dropped] == [
+        True
+    ]
 
 
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
         ("a: 1\n", "is of no tool that is known here"),
-        ("cutoff_len: 8\nmax_samples: 3\nuse_peft: true\n", "could be of LLaMA-Factory .max_samples. or TRL .use_peft"),
-        ("model_name_or_path: m\nlearning_rate: 1\n", "say which with --from llama-factory or --from trl"),
+        (
+            "cutoff_len: 8\nmax_samples: 3\nuse_peft: true\n",
+            "could be of LLaMA-Factory .max_samples. or TRL .use_peft",
+        ),
+        (
+            "model_name_or_path: m\nlearning_rate: 1\n",
+            "say which with --from llama-factory or --from trl",
+        ),
         ("just text\n", "is of no tool that is known here"),
         ("model: {source: m}\ndata: {train: a}\n", "is fitune's own already"),
         ("stage: dpo\nmodel_name_or_path: m\n", "supervised fine-tuning alone"),
         ("base_model: m\nrl: dpo\n", "supervised fine-tuning alone"),
         ("finetuning_type: freeze\nmodel_name_or_path: m\n", "all weights .full. or adapters"),
-        ("finetuning_type: lora\nmodel_name_or_path: m\n", "names no training data: give it with --data"),
-        ("base_model: m\nmicro_batch_size: auto\n", "micro_batch_size: 'auto': a number is needed here"),
+        (
+            "finetuning_type: lora\nmodel_name_or_path: m\n",
+            "names no training data: give it with --data",
+        ),
+        (
+            "base_model: m\nmicro_batch_size: auto\n",
+            "micro_batch_size: 'auto': a number is needed here",
+        ),
         ("base_model: m\nmicro_batch_size: 0\ndatasets: [a]\n", "a number above 0 is needed"),
         (
             "base_model: m\nsequence_len: 4\ndatasets: [a]\n",
@@ -324,7 +442,9 @@ def test_what_has_no_counterpart_is_listed_apart_from_what_makes_no_difference(t
         ("base_model: [\n", "not valid YAML"),
     ],
 )
-def test_what_cannot_be_carried_over_is_refused_in_one_sentence(text: str, sentence: str, tmp_path: Path) -> None:
+def test_what_cannot_be_carried_over_is_refused_in_one_sentence(
+    text: str, sentence: str, tmp_path: Path
+) -> None:
     with pytest.raises(ConfigError, match=sentence) as caught:
         imported(tmp_path, text)
     assert len(caught.value.faults) == 1
@@ -334,7 +454,10 @@ def test_what_cannot_be_carried_over_is_refused_in_one_sentence(text: str, sente
     ("words", "sentence"),
     [
         ("python train_dpo.py --accumulation_steps 2", "of minimind's scripts only"),
-        ("train_full_sft.py --hidden_size 640 --from_weight none", "give one of the presets with --model"),
+        (
+            "train_full_sft.py --hidden_size 640 --from_weight none",
+            "give one of the presets with --model",
+        ),
         ("train_full_sft.py --data_path $DATA", "a variable of the shell"),
     ],
 )
@@ -344,9 +467,19 @@ def test_a_command_that_cannot_be_carried_over_is_refused(words: str, sentence: 
 
 
 NAMES = st.sampled_from(
-    [*KEYS_OF_OTHER_TOOLS, "warmup_steps", "peft_config", "lr_scheduler_kwargs", "save_steps", "rl", "bf16"]
+    [
+        *KEYS_OF_OTHER_TOOLS,
+        "warmup_steps",
+        "peft_config",
+        "lr_scheduler_kwargs",
+        "save_steps",
+        "rl",
+        "bf16",
+    ]
 )
-NAMED = sorted({*NOT_NEEDED, *OTHER_TRAINING, *(name for tool in TOOLS.values() for name in tool.keys)})
+NAMED = sorted(
+    {*NOT_NEEDED, *OTHER_TRAINING, *(name for tool in TOOLS.values() for name in tool.keys)}
+)
 SCALARS = st.sampled_from(
     [
         0,
@@ -374,7 +507,9 @@ TOOL_NAMES = st.sampled_from(list(TOOLS))
 @given(TOOL_NAMES, st.dictionaries(NAMES, SCALARS, max_size=6))
 def test_no_arguments_end_in_anything_but_faults(tool: Any, values: dict[str, Any]) -> None:
     with suppress(ConfigError):
-        translate(ToolArguments(tool, "f", values, dict.fromkeys(values, "f:1")), model="m", data="a")
+        translate(
+            ToolArguments(tool, "f", values, dict.fromkeys(values, "f:1")), model="m", data="a"
+        )
 
 
 @given(TOOL_NAMES, st.dictionaries(st.sampled_from([*NAMED, "unheard_of"]), SCALARS, max_size=6))
@@ -382,7 +517,9 @@ def test_no_argument_vanishes(tool: Any, values: dict[str, Any]) -> None:
     """Each is the origin of a value, or named in one of the lists."""
     values = {name: value for name, value in values.items() if not isinstance(value, dict)}
     with suppress(ConfigError):
-        found = translate(ToolArguments(tool, "f", values, dict.fromkeys(values, "f:1")), model="m", data="a")
+        found = translate(
+            ToolArguments(tool, "f", values, dict.fromkeys(values, "f:1")), model="m", data="a"
+        )
         told = " ".join([found.text, *found.differs, *found.dropped, *found.not_needed])
         assert [name for name in values if not re.search(rf"\b{re.escape(name)}\b", told)] == []
 
@@ -405,7 +542,9 @@ def test_a_command_may_follow_two_dashes(capsys: pytest.CaptureFixture[str]) -> 
     assert "effective: 256" in capsys.readouterr().out
 
 
-def test_all_training_arguments_as_transformers_writes_them_leave_nothing_over(tmp_path: Path) -> None:
+def test_all_training_arguments_as_transformers_writes_them_leave_nothing_over(
+    tmp_path: Path,
+) -> None:
     """The names and values of TrainingArguments(output_dir='out').to_dict(), those that are not null."""
     transformers = pytest.importorskip("transformers")
     text = json.dumps(transformers.TrainingArguments(output_dir="out", use_cpu=True).to_dict())

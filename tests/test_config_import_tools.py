@@ -45,13 +45,25 @@ def test_a_script_of_ms_swift_is_read_as_its_own() -> None:
     found = case("swift.sh")
     config = found.resolved.config
     assert found.tool == "ms-swift"
-    assert (config.model.source, config.model.method, config.model.precision) == ("my-model", "lora", "bfloat16")
+    assert (config.model.source, config.model.method, config.model.precision) == (
+        "my-model",
+        "lora",
+        "bfloat16",
+    )
     lora = config.model.lora
     assert (lora.rank, lora.alpha, lora.dropout, lora.targets) == (8, 32, 0.05, "all-linear")
-    assert (config.data.train, config.data.max_length, config.data.too_long) == ("sft.jsonl#500", 2048, "drop")
+    assert (config.data.train, config.data.max_length, config.data.too_long) == (
+        "sft.jsonl#500",
+        2048,
+        "drop",
+    )
     assert (config.data.mask, config.data.eval_fraction) == ("assistant", 0.0)
     assert (config.batch.effective, config.optim.lr, config.optim.schedule) == (16, 1e-4, "cosine")
-    assert (config.optim.betas, config.optim.weight_decay, config.optim.warmup) == ((0.9, 0.95), 0.1, 0.05)
+    assert (config.optim.betas, config.optim.weight_decay, config.optim.warmup) == (
+        (0.9, 0.95),
+        0.1,
+        0.05,
+    )
     assert any("system: 'You are a helpful assistant.'" in sentence for sentence in found.dropped)
 
 
@@ -65,7 +77,11 @@ def test_ms_swift_is_silent_and_its_defaults_hold() -> None:
 def test_the_names_of_ms_swift_2_have_its_defaults() -> None:
     found = case("swift_model_given.sh")
     config = found.resolved.config
-    assert (found.tool, config.model.source, config.batch.effective) == ("ms-swift 2", "my-model", 16)
+    assert (found.tool, config.model.source, config.batch.effective) == (
+        "ms-swift 2",
+        "my-model",
+        16,
+    )
     assert (config.data.eval_fraction, config.optim.warmup, config.train.epochs) == (0.01, 0.05, 1)
     assert any("target modules are not named" in sentence for sentence in found.differs)
 
@@ -73,19 +89,39 @@ def test_the_names_of_ms_swift_2_have_its_defaults() -> None:
 def test_version_1_of_llama_factory_is_read() -> None:
     found = case("lf_v1.yaml")
     config = found.resolved.config
-    assert (found.tool, config.model.source, config.model.method) == ("LLaMA-Factory v1", "my-model", "lora")
+    assert (found.tool, config.model.source, config.model.method) == (
+        "LLaMA-Factory v1",
+        "my-model",
+        "lora",
+    )
     lora = config.model.lora
     assert (lora.rank, lora.alpha, lora.dropout, lora.targets) == (16, 32, 0.05, "all-linear")
-    assert (config.data.train, config.data.max_length, config.batch.effective) == ("sft.jsonl", 2048, 1)
-    assert (config.optim.lr, config.optim.schedule, config.optim.weight_decay) == (1e-4, "constant", 0.01)
+    assert (config.data.train, config.data.max_length, config.batch.effective) == (
+        "sft.jsonl",
+        2048,
+        1,
+    )
+    assert (config.optim.lr, config.optim.schedule, config.optim.weight_decay) == (
+        1e-4,
+        "constant",
+        0.01,
+    )
     assert (config.train.steps, config.run.name) == (10, "test_lora")
 
 
 def test_what_llama_board_saves_is_read_as_llama_factory() -> None:
     found = case("llamaboard.yaml", data="sft.jsonl")
     config = found.resolved.config
-    assert (found.tool, config.model.source, config.model.method) == ("LLaMA-Factory", "my-model", "lora")
-    assert (config.model.lora.rank, config.model.lora.alpha, config.data.max_length) == (8, 16, 2048)
+    assert (found.tool, config.model.source, config.model.method) == (
+        "LLaMA-Factory",
+        "my-model",
+        "lora",
+    )
+    assert (config.model.lora.rank, config.model.lora.alpha, config.data.max_length) == (
+        8,
+        16,
+        2048,
+    )
     assert (config.batch.effective, config.optim.lr, config.optim.schedule) == (16, 5e-5, "cosine")
     assert config.train.epochs == 3
     assert "top.model_name" in found.not_needed
@@ -113,7 +149,9 @@ def test_what_is_another_training_or_not_read_is_named(name: str, sentences: lis
 
 def test_a_part_of_the_data_is_refused_unless_the_data_is_given_otherwise(tmp_path: Path) -> None:
     text = (CASES / "trl_config.yaml").read_text().replace("loss_type: dft\n", "")
-    with pytest.raises(ConfigError, match=r"dataset_train_split: 'train\[:10%\]': .* give it with --data"):
+    with pytest.raises(
+        ConfigError, match=r"dataset_train_split: 'train\[:10%\]': .* give it with --data"
+    ):
         imported(tmp_path, text)
     found = imported(tmp_path, text, data="mine.jsonl")
     assert found.resolved.config.data.train == "mine.jsonl"
@@ -176,36 +214,70 @@ def test_a_default_is_the_tool_s(words: str, key: str, expected: object) -> None
         ("base_model: m\ndatasets: [a.jsonl]\n", "data.too_long", "drop"),
         ("base_model: m\ndatasets: [a.jsonl]\n", "data.max_length", 512),
         ("base_model: m\ndatasets: [a.jsonl]\n", "optim.warmup", 0.03),
-        ("base_model: m\ndatasets: [a.jsonl]\nexcess_length_strategy: truncate\n", "data.too_long", "truncate"),
-        ("base_model: m\ndatasets: [a.jsonl]\nuse_tensorboard: true\n", "run.trackers", ("tensorboard",)),
+        (
+            "base_model: m\ndatasets: [a.jsonl]\nexcess_length_strategy: truncate\n",
+            "data.too_long",
+            "truncate",
+        ),
+        (
+            "base_model: m\ndatasets: [a.jsonl]\nuse_tensorboard: true\n",
+            "run.trackers",
+            ("tensorboard",),
+        ),
         (V1, "model.precision", "float32"),
         (V1 + "dist_config: {name: fsdp2}\n", "model.precision", "autocast_bfloat16"),
         (V1, "optim.lr", 1e-4),
         (V1, "train.epochs", 3),
         (V1 + "global_batch_size: 32\n", "batch.effective", 32),
-        (V1 + "peft_config: {name: lora}\nquant_config: {name: bnb, quantization_bit: 4}\n", "model.method", "qlora"),
-        ("model: m\ndataset: [d.jsonl, 'e.jsonl#5']\ntuner_type: lora\n", "optim.weight_decay", 0.1),
+        (
+            V1 + "peft_config: {name: lora}\nquant_config: {name: bnb, quantization_bit: 4}\n",
+            "model.method",
+            "qlora",
+        ),
+        (
+            "model: m\ndataset: [d.jsonl, 'e.jsonl#5']\ntuner_type: lora\n",
+            "optim.weight_decay",
+            0.1,
+        ),
         ("model: m\ndataset: d.jsonl\nlora_rank: 4\n", "model.lora.alpha", 32),
     ],
 )
-def test_a_default_of_a_file_is_the_tool_s(text: str, key: str, expected: object, tmp_path: Path) -> None:
+def test_a_default_of_a_file_is_the_tool_s(
+    text: str, key: str, expected: object, tmp_path: Path
+) -> None:
     assert value(imported(tmp_path, text).resolved.config, key) == expected
 
 
 def test_the_defaults_of_transformers_are_those_of_the_library() -> None:
     transformers = pytest.importorskip("transformers")
-    fields = {field.name: field.default for field in dataclasses.fields(transformers.TrainingArguments)}
+    fields = {
+        field.name: field.default for field in dataclasses.fields(transformers.TrainingArguments)
+    }
     rows = TOOLS["transformers"].rows["training_args.py"]
-    assert {name: fields[name] for name, (_, default) in rows.items() if default is not None and name in fields} == {
-        name: default for name, (_, default) in rows.items() if default is not None and name in fields
+    assert {
+        name: fields[name]
+        for name, (_, default) in rows.items()
+        if default is not None and name in fields
+    } == {
+        name: default
+        for name, (_, default) in rows.items()
+        if default is not None and name in fields
     }
 
 
 def test_the_defaults_of_trl_are_those_of_the_library() -> None:
     trl = pytest.importorskip("trl")
-    fields = {f.name: f.default for kind in (trl.SFTConfig, trl.ModelConfig) for f in dataclasses.fields(kind)}
+    fields = {
+        f.name: f.default
+        for kind in (trl.SFTConfig, trl.ModelConfig)
+        for f in dataclasses.fields(kind)
+    }
     rows = {name: row for file in TOOLS["TRL"].rows.values() for name, row in file.items()}
-    told = {name: default for name, (_, default) in rows.items() if default is not None and name in fields}
+    told = {
+        name: default
+        for name, (_, default) in rows.items()
+        if default is not None and name in fields
+    }
     assert fields["bf16"] is None  # which its __post_init__ makes true
     assert told == {name: fields[name] for name in told} | {"bf16": True}
 
@@ -213,7 +285,9 @@ def test_the_defaults_of_trl_are_those_of_the_library() -> None:
 @pytest.mark.parametrize("tool", TOOLS.values(), ids=lambda tool: tool.name)
 def test_every_default_names_its_source_and_no_own_name_is_another_s(tool: Any) -> None:
     assert all(tool.defaults[key].source.partition(", ")[2] for key in tool.defaults)
-    others = [other for other in TOOLS.values() if other.name != tool.name and tool.name not in other.name]
+    others = [
+        other for other in TOOLS.values() if other.name != tool.name and tool.name not in other.name
+    ]
     taken = {name for other in others for name in (*other.unique_names, *other.keys)}
     assert not tool.unique_names & taken
 
@@ -222,22 +296,30 @@ def test_every_default_names_its_source_and_no_own_name_is_another_s(tool: Any) 
     ("text", "tool"),
     [
         ("model: m\ndataset: d.jsonl\nlora_rank: 8\nmax_length: 100\n", "ms-swift"),
-        ("model_name_or_path: m\ndataset: d.json\ncutoff_len: 100\nlora_rank: 8\n", "LLaMA-Factory"),
+        (
+            "model_name_or_path: m\ndataset: d.json\ncutoff_len: 100\nlora_rank: 8\n",
+            "LLaMA-Factory",
+        ),
         ("model_name_or_path: m\nmax_length: 100\ndatasets: [d]\n", "TRL"),
         (V1 + "cutoff_len: 100\n", "LLaMA-Factory v1"),
         ("model_id_or_path: m\ndataset: d\nlora_rank: 8\n", "ms-swift 2"),
     ],
 )
-def test_names_that_several_tools_share_tell_by_which_has_them_all(text: str, tool: str, tmp_path: Path) -> None:
+def test_names_that_several_tools_share_tell_by_which_has_them_all(
+    text: str, tool: str, tmp_path: Path
+) -> None:
     assert imported(tmp_path, text).tool == tool
 
 
-def test_where_two_could_be_meant_from_decides(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_where_two_could_be_meant_from_decides(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "a.yaml").write_text("model_name_or_path: m\nlearning_rate: 1.0e-4\n")
     words = ["config", "import", str(tmp_path / "a.yaml"), "--data", "d.jsonl"]
     assert main(words) == 2
     assert (
-        "could be of LLaMA-Factory or TRL: say which with --from llama-factory or --from trl" in capsys.readouterr().err
+        "could be of LLaMA-Factory or TRL: say which with --from llama-factory or --from trl"
+        in capsys.readouterr().err
     )
     assert main([*words, "--from", "llama-factory"]) == 0
     assert "method: lora" in capsys.readouterr().out
@@ -278,7 +360,13 @@ def test_another_training_is_refused(words: str, sentence: str) -> None:
 
 @pytest.mark.parametrize(
     "switched_off",
-    ["--use_dora false", "--stage sft", "--label_smoothing_factor 0", "--use_galore false", "--resize_vocab false"],
+    [
+        "--use_dora false",
+        "--stage sft",
+        "--label_smoothing_factor 0",
+        "--use_galore false",
+        "--resize_vocab false",
+    ],
 )
 def test_another_training_that_is_switched_off_is_none(switched_off: str) -> None:
     name = switched_off.split()[0].removeprefix("--")
@@ -289,11 +377,18 @@ def test_the_attention_of_the_file_is_named_with_the_reason_why_it_is_not_used()
     assert "the fastest kernel" in command(LF + "--flash_attn fa2").not_needed["flash_attn"]
 
 
-def test_a_command_takes_the_rest_from_the_file_that_it_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_command_takes_the_rest_from_the_file_that_it_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     shutil.copy(CASES / "lf_v1.yaml", tmp_path)
-    (tmp_path / "lf.yaml").write_text("model_name_or_path: m\ndataset: d.json\nlearning_rate: 1.0e-4\n")
-    assert command("llamafactory-cli train lf.yaml learning_rate=3e-5").resolved.config.optim.lr == 3e-5
+    (tmp_path / "lf.yaml").write_text(
+        "model_name_or_path: m\ndataset: d.json\nlearning_rate: 1.0e-4\n"
+    )
+    assert (
+        command("llamafactory-cli train lf.yaml learning_rate=3e-5").resolved.config.optim.lr
+        == 3e-5
+    )
     assert command("accelerate launch src/train.py lf.yaml").tool == "LLaMA-Factory"
 
 
@@ -305,7 +400,11 @@ def test_variables_and_sums_of_a_shell_script_are_put_in(tmp_path: Path) -> None
         "swift infer --adapters out\n"
     )
     config = imported(tmp_path, text, "run.sh").resolved.config
-    assert (config.model.source, config.model.lora.rank, config.batch.effective) == ("my-model", 4, 16)
+    assert (config.model.source, config.model.lora.rank, config.batch.effective) == (
+        "my-model",
+        4,
+        16,
+    )
 
 
 @pytest.mark.parametrize(
@@ -326,14 +425,20 @@ def test_the_list_of_llama_factory_s_data_is_read_with_what_it_says_of_them(
 
 
 def test_a_sample_of_llama_factory_s_data_stays_one(tmp_path: Path) -> None:
-    (tmp_path / "dataset_info.json").write_text(json.dumps({"d": {"file_name": "d.json", "num_samples": 7}}))
+    (tmp_path / "dataset_info.json").write_text(
+        json.dumps({"d": {"file_name": "d.json", "num_samples": 7}})
+    )
     text = f"model_name_or_path: m\ndataset: d\ndataset_dir: {tmp_path}\n"
     assert imported(tmp_path, text).resolved.config.data.train == f"{tmp_path}/d.json#7"
 
 
-def test_the_list_of_version_1_s_data_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_list_of_version_1_s_data_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "data.yaml").write_text("one: {path: a.json, source: local, size: 5}\ntwo: {path: org/b}\n")
+    (tmp_path / "data.yaml").write_text(
+        "one: {path: a.json, source: local, size: 5}\ntwo: {path: org/b}\n"
+    )
     config = imported(tmp_path, "model: m\ntrain_dataset: data.yaml\n").resolved.config
     assert [source.path for source in config.data.train_sources] == ["a.json#5", "org/b"]
 
@@ -345,7 +450,9 @@ def test_a_configuration_is_read_as_windows_writes_it(encoding: str, tmp_path: P
     assert read_config(tmp_path / "a.yaml").config.model.source == "模型"
 
 
-def test_another_encoding_and_a_windows_path_in_quotes_are_refused_with_the_way_out(tmp_path: Path) -> None:
+def test_another_encoding_and_a_windows_path_in_quotes_are_refused_with_the_way_out(
+    tmp_path: Path,
+) -> None:
     (tmp_path / "gbk.yaml").write_bytes("# 模型\nmodel: {source: m}\n".encode("gbk"))
     with pytest.raises(ConfigError, match="byte 4 is not UTF-8; save it in that encoding"):
         read_config(tmp_path / "gbk.yaml")
@@ -373,7 +480,9 @@ AXOLOTL = "base_model: m\nmicro_batch_size: 1\nlearning_rate: 1e-5\ndatasets:\n 
         (f"{AXOLOTL}    type: chat_template\n    field_messages: messages\n", {}),
     ],
 )
-def test_the_columns_that_axolotl_names_are_ours(text: str, columns: dict[str, str], tmp_path: Path) -> None:
+def test_the_columns_that_axolotl_names_are_ours(
+    text: str, columns: dict[str, str], tmp_path: Path
+) -> None:
     assert imported(tmp_path, text, "a.yml").resolved.config.data.columns.named == columns
 
 
@@ -381,7 +490,10 @@ def test_the_columns_of_several_sources_are_told_where_they_differ(tmp_path: Pat
     text = f"{AXOLOTL}    type: completion\n    field: body\n  - path: b.jsonl\n    type: alpaca\n"
     found = imported(tmp_path, text, "a.yml")
     assert not found.resolved.config.data.columns.named
-    assert any("columns text=body: data.columns is one for all sources" in sentence for sentence in found.differs)
+    assert any(
+        "columns text=body: data.columns is one for all sources" in sentence
+        for sentence in found.differs
+    )
 
 
 @pytest.mark.parametrize(
@@ -394,7 +506,9 @@ def test_the_columns_of_several_sources_are_told_where_they_differ(tmp_path: Pat
         ("message_field_training: keep", "call that key 'train' in the samples"),
     ],
 )
-def test_rows_of_axolotl_that_are_learned_otherwise_are_refused(more: str, sentence: str, tmp_path: Path) -> None:
+def test_rows_of_axolotl_that_are_learned_otherwise_are_refused(
+    more: str, sentence: str, tmp_path: Path
+) -> None:
     with pytest.raises(ConfigError, match=sentence):
         imported(tmp_path, f"{AXOLOTL}    {more}\n", "a.yml")
 
@@ -403,11 +517,22 @@ def test_rows_of_axolotl_that_are_learned_otherwise_are_refused(more: str, sente
     ("entry", "columns"),
     [
         (
-            {"columns": {"prompt": "ask", "response": "reply", "query": "about", "history": "before"}},
+            {
+                "columns": {
+                    "prompt": "ask",
+                    "response": "reply",
+                    "query": "about",
+                    "history": "before",
+                }
+            },
             {"prompt": "ask", "completion": "reply", "input": "about", "history": "before"},
         ),
         (
-            {"formatting": "sharegpt", "columns": {"messages": "talk"}, "tags": {"role_tag": "who"}},
+            {
+                "formatting": "sharegpt",
+                "columns": {"messages": "talk"},
+                "tags": {"role_tag": "who"},
+            },
             {"messages": "talk", "role": "who"},
         ),
         ({"columns": {"prompt": "instruction", "query": "input", "response": "output"}}, {}),
@@ -419,7 +544,9 @@ def test_the_columns_in_llama_factory_s_list_are_ours(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "dataset_info.json").write_text(json.dumps({"mine": {"file_name": "a.json", **entry}}))
+    (tmp_path / "data" / "dataset_info.json").write_text(
+        json.dumps({"mine": {"file_name": "a.json", **entry}})
+    )
     found = command(LF.replace("d.json", "mine"))
     assert found.resolved.config.data.columns.named == columns
 
@@ -437,7 +564,13 @@ def test_data_of_other_training_in_llama_factory_s_list_is_refused(
 
 
 @pytest.mark.parametrize(
-    "more", ["num_generations: 8", "beta: 0.1", "max_prompt_length: 512", "center_rewards_coefficient: 0.01"]
+    "more",
+    [
+        "num_generations: 8",
+        "beta: 0.1",
+        "max_prompt_length: 512",
+        "center_rewards_coefficient: 0.01",
+    ],
 )
 def test_preference_and_reward_training_of_trl_is_refused(more: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="fitune is for supervised fine-tuning alone"):
@@ -447,21 +580,39 @@ def test_preference_and_reward_training_of_trl_is_refused(more: str, tmp_path: P
 @pytest.mark.parametrize(
     ("text", "name", "sentence"),
     [
-        ("torchrun train.py --model_name_or_path m --data_path d.json\n", "a.sh", "could be of LLaMA-Factory or TRL"),
+        (
+            "torchrun train.py --model_name_or_path m --data_path d.json\n",
+            "a.sh",
+            "could be of LLaMA-Factory or TRL",
+        ),
         ("python train_dpo.py --epochs 2\n", "a.sh", "'train_dpo.py' is no supervised fine-tuning"),
-        ("python unsloth-cli.py --model_name m\n", "a.sh", "is of Unsloth, whose recipes are not read"),
-        ("from trl import SFTConfig\n", "a.py", "is a program, whose arguments only running it tells"),
+        (
+            "python unsloth-cli.py --model_name m\n",
+            "a.sh",
+            "is of Unsloth, whose recipes are not read",
+        ),
+        (
+            "from trl import SFTConfig\n",
+            "a.py",
+            "is a program, whose arguments only running it tells",
+        ),
     ],
 )
-def test_a_program_that_is_not_read_is_named_as_what_it_is(text: str, name: str, sentence: str, tmp_path: Path) -> None:
+def test_a_program_that_is_not_read_is_named_as_what_it_is(
+    text: str, name: str, sentence: str, tmp_path: Path
+) -> None:
     with pytest.raises(ConfigError, match=sentence):
         imported(tmp_path, text, name)
 
 
-def test_a_module_of_llama_factory_takes_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_module_of_llama_factory_takes_its_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "x.yaml").write_text("model_name_or_path: m\ndataset: d.json\nstage: sft\n")
-    found = imported(tmp_path, "CUDA_VISIBLE_DEVICES=0,1 python -m llamafactory.cli train x.yaml\n", "run.sh")
+    found = imported(
+        tmp_path, "CUDA_VISIBLE_DEVICES=0,1 python -m llamafactory.cli train x.yaml\n", "run.sh"
+    )
     assert (found.tool, found.resolved.config.batch.effective) == ("LLaMA-Factory", 16)
 
 

@@ -77,13 +77,17 @@ def test_an_exponential_takes_longer_than_a_sum_of_as_many_bytes_but_on_a_card()
 @pytest.mark.parametrize(
     ("card", "link"), [("RTX 4090", 16 * 1.969e9), ("RTX 4060", 8 * 1.969e9), ("T4", 16 * 0.985e9)]
 )
-def test_what_crosses_takes_the_time_of_the_link_and_an_update_there_that_of_the_host(card: str, link: float) -> None:
+def test_what_crosses_takes_the_time_of_the_link_and_an_update_there_that_of_the_host(
+    card: str, link: float
+) -> None:
     ceilings = card_ceilings(find_device(card))
     assert ceilings is not None
     crossing = OpCost("optimizer", TRANSFER, "float32", flops=0, num_bytes=12e9, launches=1)
     updating = replace(crossing, op=f"{ON_HOST}{ADAMW_OP}", num_bytes=28e9)
     assert seconds(crossing, ceilings=ceilings) == pytest.approx(12e9 / (0.8 * link))
-    assert seconds(crossing, updating, ceilings=ceilings) == pytest.approx(12e9 / (0.8 * link) + 28e9 / HOST_BANDWIDTH)
+    assert seconds(crossing, updating, ceilings=ceilings) == pytest.approx(
+        12e9 / (0.8 * link) + 28e9 / HOST_BANDWIDTH
+    )
 
 
 def test_what_is_taken_away_leaves_no_less_than_nothing() -> None:

@@ -17,14 +17,22 @@ def test_a_step_takes_what_is_predicted_where_blocks_are_mapped() -> None:
 
 def test_the_settings_differ_in_everything_that_moves_memory() -> None:
     assert len(SETTINGS) >= 12
-    assert {setting.source for setting in SETTINGS} == {"minimind2-small", "minimind-3", "minimind2", "smollm2"}
+    assert {setting.source for setting in SETTINGS} == {
+        "minimind2-small",
+        "minimind-3",
+        "minimind2",
+        "smollm2",
+    }
     assert {1, 8} <= {setting.micro for setting in SETTINGS}
 
 
 @pytest.mark.parametrize(
-    ("allocator", "worst", "middle"), [("mapped", 0.08, 0.04), ("tcmalloc", 0.12, 0.06), ("glibc", 0.12, 0.12)]
+    ("allocator", "worst", "middle"),
+    [("mapped", 0.08, 0.04), ("tcmalloc", 0.12, 0.06), ("glibc", 0.12, 0.12)],
 )
-def test_the_committed_results_are_within_their_bounds(allocator: str, worst: float, middle: float) -> None:
+def test_the_committed_results_are_within_their_bounds(
+    allocator: str, worst: float, middle: float
+) -> None:
     errors = [
         abs(row.error_fraction)
         for row in read_results()
@@ -40,7 +48,9 @@ def test_every_measured_setting_stands_in_the_table() -> None:
     assert all(f"| {row.setting} | {row.allocator} |" in page for row in read_results())
 
 
-def test_a_measurement_does_not_inherit_the_caller_s_allocator(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_measurement_does_not_inherit_the_caller_s_allocator(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("LD_PRELOAD", "/nowhere/libtcmalloc.so")
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "4096")
     environment = environment_of("glibc")

@@ -54,7 +54,9 @@ def test_every_row_is_seen_once_in_an_epoch(num: int, seed: int, epoch: int) -> 
 
 def test_seeds_and_epochs_have_orders_of_their_own() -> None:
     repeats = np.ones(50, np.float32)
-    orders = {tuple(row_order(repeats, seed=seed, epoch=epoch)) for seed in range(4) for epoch in range(4)}
+    orders = {
+        tuple(row_order(repeats, seed=seed, epoch=epoch)) for seed in range(4) for epoch in range(4)
+    }
     assert len(orders) == 16
 
 
@@ -72,7 +74,10 @@ def test_the_last_batch_of_an_epoch_is_shorter() -> None:
 def test_a_run_continues_at_any_sample(position: int, rows_per_step: int) -> None:
     rows = examples(*[1] * 10)
     whole = flat(ids(rows, epochs=2.5))
-    assert flat(ids(rows, epochs=2.5, position=position, rows_per_step=rows_per_step)) == whole[position:]
+    assert (
+        flat(ids(rows, epochs=2.5, position=position, rows_per_step=rows_per_step))
+        == whole[position:]
+    )
 
 
 def test_an_epoch_s_fraction_is_a_prefix_of_the_epoch() -> None:
@@ -94,8 +99,12 @@ def test_a_row_is_seen_as_often_as_its_source_weighs() -> None:
     assert [seen[row] for row in range(8)] == [4, 4, 2, 2, 1, 1, 3, 3]
 
 
-@given(st.lists(st.sampled_from([0.3, 0.5, 1.0, 2.5]), max_size=12), st.floats(0, 3), st.integers(1, 5))
-def test_the_number_of_steps_is_that_of_the_batches(repeats: list[float], epochs: float, rows_per_step: int) -> None:
+@given(
+    st.lists(st.sampled_from([0.3, 0.5, 1.0, 2.5]), max_size=12), st.floats(0, 3), st.integers(1, 5)
+)
+def test_the_number_of_steps_is_that_of_the_batches(
+    repeats: list[float], epochs: float, rows_per_step: int
+) -> None:
     rows = examples(*repeats)
     seen = ids(rows, epochs=epochs, rows_per_step=rows_per_step)
     assert num_steps(rows, rows_per_step=rows_per_step, epochs=epochs) == len(seen)
@@ -112,7 +121,9 @@ def test_a_small_share_is_summed_up_over_the_epochs() -> None:
 
 
 @given(st.floats(2**-12, 3, width=32), st.integers(1, 40), st.integers(1, 60))
-def test_a_row_is_seen_as_often_as_it_repeats_whatever_the_weight(repeats: float, num: int, epochs: int) -> None:
+def test_a_row_is_seen_as_often_as_it_repeats_whatever_the_weight(
+    repeats: float, num: int, epochs: int
+) -> None:
     rows = examples(*[repeats] * num)
     seen = flat(ids(rows, epochs=epochs))
     assert abs(len(seen) - float(np.float32(repeats)) * num * epochs) <= 0.5
@@ -189,7 +200,9 @@ def test_closing_ends_the_thread_and_closes_what_it_read() -> None:
     assert next(source, None) is None
 
 
-def test_batches_are_made_in_place_where_no_thread_can_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batches_are_made_in_place_where_no_thread_can_be_started(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def no_memory(thread: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 

@@ -26,7 +26,9 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FITUNE_CACHE", str(tmp_path / "cache"))
 
 
-def load(path: Path | str, template: str | None = None, split: Any = "train", **keys: Any) -> Examples:
+def load(
+    path: Path | str, template: str | None = None, split: Any = "train", **keys: Any
+) -> Examples:
     file = None if template is None else str(TEMPLATES / f"{template}.jinja")
     data = DataConfig(train=str(ROWS / path), template=file, **{"eval_fraction": 0, **keys})
     return load_examples(data, TOKENIZER, split=split)
@@ -36,7 +38,9 @@ def shown(examples: Examples) -> str:
     """The first row; ⟦what is learned⟧."""
     row = examples[0]
     parts = []
-    for supervised, run in groupby(range(len(row)), key=lambda place: bool(row.loss_weights[place])):
+    for supervised, run in groupby(
+        range(len(row)), key=lambda place: bool(row.loss_weights[place])
+    ):
         part = TOKENIZER.decode(row.input_ids[list(run)])
         parts.append(f"⟦{part}⟧" if supervised else part)
     return "".join(parts)
@@ -44,7 +48,8 @@ def shown(examples: Examples) -> str:
 
 def chatml(*turns: tuple[str, str]) -> str:
     return "".join(
-        f"<|im_start|>{role}\n" + (f"⟦{text}<|im_end|>\n⟧" if role == "assistant" else f"{text}<|im_end|>\n")
+        f"<|im_start|>{role}\n"
+        + (f"⟦{text}<|im_end|>\n⟧" if role == "assistant" else f"{text}<|im_end|>\n")
         for role, text in turns
     )
 
@@ -53,7 +58,9 @@ def pair(asked: str, said: str) -> str:
     return chatml(("user", asked), ("assistant", said))
 
 
-MULTI = pair(ASKED, "The answer is 0.") + pair("Question number 1, what is 1 plus 1?", "The answer is 2.")
+MULTI = pair(ASKED, "The answer is 0.") + pair(
+    "Question number 1, what is 1 plus 1?", "The answer is 2."
+)
 
 
 @pytest.mark.parametrize(
@@ -76,7 +83,11 @@ MULTI = pair(ASKED, "The answer is 0.") + pair("Question number 1, what is 1 plu
         ("prompt_response.jsonl", 12, pair("q0", "a0")),
         ("rows.jsonl.gz", 12, MULTI),
         ("saved_to_disk", 12, MULTI),
-        ("single_object_pretty.json", 1, pair("Question number 1, what is 1 plus 1?", "The answer is 2.")),
+        (
+            "single_object_pretty.json",
+            1,
+            pair("Question number 1, what is 1 plus 1?", "The answer is 2."),
+        ),
         ("split_dir", 20, pair(ASKED, "The answer is 0.")),
         (
             "swift_query_response.jsonl",
@@ -147,7 +158,8 @@ def test_what_the_template_adds_or_drops_is_said_with_the_number_of_rows() -> No
         "learned" in warnings
     )
     assert any(
-        "12 samples end in an answer that the chat template does not end: <|im_end|> is added" in w for w in warnings
+        "12 samples end in an answer that the chat template does not end: <|im_end|> is added" in w
+        for w in warnings
     )
     assert load("plain_multi.jsonl", "no_end_of_turn").report.ends == ("<|im_end|>",)
 
@@ -163,9 +175,18 @@ def test_a_long_prompt_before_the_answer_leaves_nothing_to_learn_when_it_is_cut(
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("kto_label.jsonl", "lines 1, 3, 5, 7, 9, 11: its 'label' is False, which marks its answer as a bad one"),
-        ("alpaca_gbk.csv", "not UTF-8: it may be in GBK, which 'iconv -f GB18030 -t UTF-8' writes in UTF-8"),
-        ("alpaca_utf16.jsonl", "is in UTF-16: write it in UTF-8, as 'iconv -f UTF-16 -t UTF-8' does"),
+        (
+            "kto_label.jsonl",
+            "lines 1, 3, 5, 7, 9, 11: its 'label' is False, which marks its answer as a bad one",
+        ),
+        (
+            "alpaca_gbk.csv",
+            "not UTF-8: it may be in GBK, which 'iconv -f GB18030 -t UTF-8' writes in UTF-8",
+        ),
+        (
+            "alpaca_utf16.jsonl",
+            "is in UTF-16: write it in UTF-8, as 'iconv -f UTF-16 -t UTF-8' does",
+        ),
     ],
 )
 def test_rows_that_cannot_be_trained_on_say_the_cause_in_one_line(name: str, reason: str) -> None:
@@ -221,16 +242,24 @@ def write(path: Path, *rows: object) -> Path:
         ),
     ],
 )
-def test_columns_of_other_names_are_named(tmp_path: Path, row: object, columns: dict[str, str], text: str) -> None:
+def test_columns_of_other_names_are_named(
+    tmp_path: Path, row: object, columns: dict[str, str], text: str
+) -> None:
     assert shown(load(write(tmp_path / "a.jsonl", row), columns=columns)) == text
 
 
 def test_a_named_column_that_a_row_does_not_have_is_said(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"it has no 'ask', which data.columns names; its keys are question, answer"):
-        load(write(tmp_path / "a.jsonl", {"question": "Q", "answer": "A"}), columns={"prompt": "ask"})
+    with pytest.raises(
+        DataError, match=r"it has no 'ask', which data.columns names; its keys are question, answer"
+    ):
+        load(
+            write(tmp_path / "a.jsonl", {"question": "Q", "answer": "A"}), columns={"prompt": "ask"}
+        )
 
 
-CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]}
+CHAT: dict[str, Any] = {
+    "messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
+}
 
 
 @pytest.mark.parametrize(
@@ -241,10 +270,18 @@ CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "Q"}, {"role": 
         ({**CHAT, "images": ["a.png"]}, "'images' gives it pictures or sound"),
         ({**CHAT, "label": 0}, "its 'label' is 0"),
         ({**CHAT, "train_on_input": True}, "'train_on_input' says what of it is learned"),
-        ({"ask": "Q", "say": "A"}, "its keys (ask, say) fit no known format: data.columns names them"),
+        (
+            {"ask": "Q", "say": "A"},
+            "its keys (ask, say) fit no known format: data.columns names them",
+        ),
         ({"question": "Q", "answer": ["A", "B"]}, "'answer' is a list of 2 answers, not one"),
         (
-            {"messages": [CHAT["messages"][0], {"role": "assistant", "content": "A", "train_detail": [1]}]},
+            {
+                "messages": [
+                    CHAT["messages"][0],
+                    {"role": "assistant", "content": "A", "train_detail": [1]},
+                ]
+            },
             "has 'train_detail'",
         ),
     ],
@@ -267,13 +304,19 @@ def test_keys_that_mean_nothing_are_counted_and_harmless_ones_are_not_named(tmp_
 
 
 def test_splits_are_told_by_names_of_files_and_directories_as_datasets_does(tmp_path: Path) -> None:
-    for number, name in enumerate(("train/a.jsonl", "dev/a.jsonl", "my_test.jsonl", "readme.jsonl")):
+    for number, name in enumerate(
+        ("train/a.jsonl", "dev/a.jsonl", "my_test.jsonl", "readme.jsonl")
+    ):
         (tmp_path / "d" / name).parent.mkdir(parents=True, exist_ok=True)
         write(tmp_path / "d" / name, {"instruction": f"q{number}", "output": "a"})
     assert shown(load(tmp_path / "d")) == pair("q0", "a")
     held_out = load(tmp_path / "d", eval=str(tmp_path / "d"), split="eval")
     assert (len(held_out), shown(held_out)) == (1, pair("q1", "a"))
-    assert [warning.split(" holds ")[1] for warning in load(tmp_path / "d").report.warnings if "split" in warning] == [
+    assert [
+        warning.split(" holds ")[1]
+        for warning in load(tmp_path / "d").report.warnings
+        if "split" in warning
+    ] == [
         f"1 files of the split validation, not used for training: data.eval={tmp_path}/d evaluates with them",
         f"1 files of the split test, not used for training: data.eval={tmp_path}/d evaluates with them",
         "1 files whose names tell no split, not used for training",
@@ -288,16 +331,21 @@ def test_a_directory_of_test_files_alone_is_not_trained_on(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("suffix", [".jsonl.gz", ".jsonl.zst", ".json.zst", ".jsonl.bz2"])
 def test_compressed_text_is_read(tmp_path: Path, suffix: str) -> None:
-    lines = "\n".join(json.dumps({"instruction": f"q{number}", "output": "a"}) for number in range(3))
+    lines = "\n".join(
+        json.dumps({"instruction": f"q{number}", "output": "a"}) for number in range(3)
+    )
     with pyarrow.output_stream(
-        str(tmp_path / f"a{suffix}"), compression={".gz": "gzip", "zst": "zstd", "bz2": "bz2"}.get(suffix[-3:])
+        str(tmp_path / f"a{suffix}"),
+        compression={".gz": "gzip", "zst": "zstd", "bz2": "bz2"}.get(suffix[-3:]),
     ) as file:
         file.write(lines.encode())
     assert len(load(tmp_path / f"a{suffix}")) == 3
 
 
 def test_a_file_that_is_cut_off_in_its_compression_is_said(tmp_path: Path) -> None:
-    whole = gzip.compress(b"".join(json.dumps({"text": f"{number:x}" * 9}).encode() + b"\n" for number in range(9999)))
+    whole = gzip.compress(
+        b"".join(json.dumps({"text": f"{number:x}" * 9}).encode() + b"\n" for number in range(9999))
+    )
     (tmp_path / "a.jsonl.gz").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(DataError, match=r"a.jsonl.gz"):
         load(tmp_path / "a.jsonl.gz")

@@ -29,16 +29,25 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def chat(asked: str, said: str, **keys: Any) -> dict[str, Any]:
-    return {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": said, **keys}]}
+    return {
+        "messages": [
+            {"role": "user", "content": asked},
+            {"role": "assistant", "content": said, **keys},
+        ]
+    }
 
 
 def write(path: Path, rows: Iterable[object]) -> Path:
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    path.write_text(
+        "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
+    )
     return path
 
 
 def load(path: Path, split: Any = "train", tokenizer: Any = TOKENIZER, **keys: Any) -> Examples:
-    return load_examples(DataConfig(train=str(path), **{"eval_fraction": 0, **keys}), tokenizer, split=split)
+    return load_examples(
+        DataConfig(train=str(path), **{"eval_fraction": 0, **keys}), tokenizer, split=split
+    )
 
 
 def texts(examples: Examples) -> list[str]:
@@ -52,7 +61,10 @@ def numbered(num: int) -> list[dict[str, Any]]:
 def test_a_row_has_its_tokens_and_a_weight_for_each(tmp_path: Path) -> None:
     row = load(write(tmp_path / "a.jsonl", [chat("Q", "A", loss_weight=0.5)]))[0]
     prompt = len("<s>user\nQ<e>\n<s>assistant\n".replace("<s>", "s").replace("<e>", "e"))
-    assert TOKENIZER.decode(row.input_ids) == "<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\nA<|im_end|>\n"
+    assert (
+        TOKENIZER.decode(row.input_ids)
+        == "<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\nA<|im_end|>\n"
+    )
     assert row.loss_weights.tolist() == [0.0] * prompt + [0.5] * 3
     assert (row.input_ids.dtype, row.loss_weights.dtype, row.row_id) == (np.int32, np.float32, 0)
 
@@ -62,7 +74,9 @@ def test_the_counts_are_those_of_the_rows(tmp_path: Path) -> None:
     assert len(examples) == len(list(examples)) == 20
     assert examples.lengths.tolist() == [len(row) for row in examples]
     assert examples.num_tokens == sum(map(len, examples))
-    assert examples.num_supervised_tokens == sum(int((row.loss_weights > 0).sum()) for row in examples)
+    assert examples.num_supervised_tokens == sum(
+        int((row.loss_weights > 0).sum()) for row in examples
+    )
     assert examples.report.train.num_rows == 20
 
 
@@ -73,19 +87,28 @@ def test_an_index_past_the_end_is_refused(tmp_path: Path) -> None:
         examples[3]
 
 
-def test_rows_of_several_chunks_keep_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_of_several_chunks_keep_their_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = write(tmp_path / "a.jsonl", numbered(20))
     whole = texts(load(path))
     monkeypatch.setattr(fitune.data.examples, "_CHUNK_ROWS", 7)
     assert texts(load(path, max_length=2000)) == whole
 
 
-def test_a_long_row_is_cut_and_one_without_targets_left_is_dropped_and_listed(tmp_path: Path) -> None:
+def test_a_long_row_is_cut_and_one_without_targets_left_is_dropped_and_listed(
+    tmp_path: Path,
+) -> None:
     rows = [chat("Q", "A"), chat("Q", "long " * 20), chat("long " * 20, "A")]
     examples = load(write(tmp_path / "a.jsonl", rows), max_length=40)
     assert examples.lengths.tolist() == [len(load(tmp_path / "a.jsonl")[0]), 40]
-    assert examples.num_supervised_tokens == sum(int((row.loss_weights > 0).sum()) for row in examples)
-    assert (examples.report.train.num_long_rows, examples.report.train.num_untrainable_rows) == (2, 1)
+    assert examples.num_supervised_tokens == sum(
+        int((row.loss_weights > 0).sum()) for row in examples
+    )
+    assert (examples.report.train.num_long_rows, examples.report.train.num_untrainable_rows) == (
+        2,
+        1,
+    )
     assert [(row.line, row.reason) for row in examples.report.dropped_rows] == [
         (3, "no supervised token left after the cut (122 tokens, data.max_length 40)")
     ]
@@ -108,7 +131,9 @@ def test_bad_rows_are_counted_and_listed_with_their_lines(tmp_path: Path) -> Non
 
 def test_too_many_bad_rows_stop_the_run_and_the_first_are_named(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [*numbered(9), "{"])
-    with pytest.raises(DataError, match=r"1 of 10 samples cannot be used(.|\n)*a.jsonl, line 10: broken JSON"):
+    with pytest.raises(
+        DataError, match=r"1 of 10 samples cannot be used(.|\n)*a.jsonl, line 10: broken JSON"
+    ):
         load(path, max_bad_fraction=0.09)
     assert load(path, max_bad_fraction=0.1).report.num_bad_rows == 1
 
@@ -121,13 +146,17 @@ def test_a_hopeless_file_is_not_read_to_its_end(tmp_path: Path) -> None:
 def test_rows_that_the_template_refuses_are_bad_rows(tmp_path: Path) -> None:
     bad = {"messages": [{"role": "assistant", "content": "A"}]}
     examples = load(
-        write(tmp_path / "a.jsonl", [*numbered(3), bad]), tokenizer=byte_tokenizer(STRICT), max_bad_fraction=0.5
+        write(tmp_path / "a.jsonl", [*numbered(3), bad]),
+        tokenizer=byte_tokenizer(STRICT),
+        max_bad_fraction=0.5,
     )
     assert examples.report.bad_rows[0].reason.endswith("Roles must alternate user/assistant")
 
 
 def test_two_formats_in_one_file_are_refused_with_both_lines(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.jsonl", [chat("Q", "A"), chat("Q", "A"), {"instruction": "Q", "output": "A"}])
+    path = write(
+        tmp_path / "a.jsonl", [chat("Q", "A"), chat("Q", "A"), {"instruction": "Q", "output": "A"}]
+    )
     with pytest.raises(DataError, match="line 1 is 'messages', line 3 is 'alpaca'"):
         load(path)
 
@@ -141,7 +170,9 @@ def test_files_of_a_directory_may_have_different_formats(tmp_path: Path) -> None
 
 def test_data_that_trains_on_nothing_is_refused(tmp_path: Path) -> None:
     rows = [chat("Q", "A", loss_weight=0)] * 3
-    with pytest.raises(DataError, match="learn from nothing, since none of its 3 samples has a supervised token"):
+    with pytest.raises(
+        DataError, match="learn from nothing, since none of its 3 samples has a supervised token"
+    ):
         load(write(tmp_path / "a.jsonl", rows))
 
 
@@ -157,16 +188,21 @@ def test_the_held_out_rows_are_the_same_in_every_order(tmp_path: Path) -> None:
     random.Random(1).shuffle(rows)
     second = write(tmp_path / "b.jsonl", rows)
     sides = [
-        [set(texts(load(path, split, eval_fraction=0.1))) for split in ("train", "eval")] for path in (first, second)
+        [set(texts(load(path, split, eval_fraction=0.1))) for split in ("train", "eval")]
+        for path in (first, second)
     ]
     assert sides[0] == sides[1]
     assert len(sides[0][0]) + len(sides[0][1]) == 400
     assert 20 <= len(sides[0][1]) <= 60
 
 
-def test_copies_of_a_row_lie_on_one_side_even_where_the_number_held_out_is_capped(tmp_path: Path) -> None:
+def test_copies_of_a_row_lie_on_one_side_even_where_the_number_held_out_is_capped(
+    tmp_path: Path,
+) -> None:
     data = DataConfig(train=str(write(tmp_path / "a.jsonl", numbered(40) * 5)), eval_fraction=0.5)
-    train, held_out = (load_examples(data, TOKENIZER, split=split, eval_max_rows=12) for split in ("train", "eval"))
+    train, held_out = (
+        load_examples(data, TOKENIZER, split=split, eval_max_rows=12) for split in ("train", "eval")
+    )
     assert len(held_out) == 10
     assert not set(texts(train)) & set(texts(held_out))
     assert train.report.train.num_duplicate_rows == 190 - 38
@@ -182,7 +218,10 @@ def test_a_small_data_set_holds_out_one_row_and_a_single_row_none(tmp_path: Path
 
 
 def test_data_eval_is_the_evaluation_and_rows_in_both_are_told(tmp_path: Path) -> None:
-    train, held_out = write(tmp_path / "a.jsonl", numbered(5)), write(tmp_path / "b.jsonl", numbered(6)[4:])
+    train, held_out = (
+        write(tmp_path / "a.jsonl", numbered(5)),
+        write(tmp_path / "b.jsonl", numbered(6)[4:]),
+    )
     examples = load(train, "eval", eval=str(held_out), eval_fraction=0.5)
     assert (len(examples), examples.report.train.num_rows) == (2, 5)
     assert "1 samples of data.train are in data.eval too" in examples.report.warnings[0]
@@ -192,7 +231,11 @@ def test_sources_are_mixed_by_weight_and_each_has_its_limit(tmp_path: Path) -> N
     sources = (
         DataSource(path=str(write(tmp_path / "a.jsonl", numbered(5))), weight=2),
         DataSource(
-            path=str(write(tmp_path / "b.jsonl", [{"instruction": str(i), "output": "A"} for i in range(9)])),
+            path=str(
+                write(
+                    tmp_path / "b.jsonl", [{"instruction": str(i), "output": "A"} for i in range(9)]
+                )
+            ),
             max_rows=3,
         ),
     )
@@ -226,10 +269,18 @@ def test_a_second_start_reads_the_cache(tmp_path: Path, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize(
     "change",
-    [{"max_length": 64}, {"mask": "all"}, {"too_long": "drop"}, {"max_rows": 4}, {"max_bad_fraction": 0.5}],
+    [
+        {"max_length": 64},
+        {"mask": "all"},
+        {"too_long": "drop"},
+        {"max_rows": 4},
+        {"max_bad_fraction": 0.5},
+    ],
     ids=str,
 )
-def test_what_changes_the_rows_makes_a_new_table(tmp_path: Path, cache: Path, change: dict[str, Any]) -> None:
+def test_what_changes_the_rows_makes_a_new_table(
+    tmp_path: Path, cache: Path, change: dict[str, Any]
+) -> None:
     path = write(tmp_path / "a.jsonl", numbered(5))
     load(path)
     load(path, **change)
@@ -247,7 +298,9 @@ def test_another_tokenizer_or_a_changed_file_makes_a_new_table(tmp_path: Path, c
 def test_what_is_held_out_does_not_make_a_new_table(tmp_path: Path, cache: Path) -> None:
     path = write(tmp_path / "a.jsonl", numbered(5))
     hashes = {
-        load(path, split, eval_fraction=fraction).data_hash for split in ("train", "eval") for fraction in (0.3, 0.6)
+        load(path, split, eval_fraction=fraction).data_hash
+        for split in ("train", "eval")
+        for fraction in (0.3, 0.6)
     }
     assert len(list(cache.glob("*/rows.arrow"))) == 1
     assert len(hashes) > 2
@@ -268,7 +321,9 @@ def test_an_interrupted_writing_leaves_nothing_that_is_read(tmp_path: Path, cach
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        load_examples(DataConfig(train=str(path), eval_fraction=0), TOKENIZER, on_progress=interrupt)
+        load_examples(
+            DataConfig(train=str(path), eval_fraction=0), TOKENIZER, on_progress=interrupt
+        )
     assert not list(cache.glob("*/facts.json"))
     assert len(load(path)) == 5
     assert not list(cache.glob("*.unfinished"))
@@ -282,7 +337,9 @@ def test_a_damaged_table_is_made_again(tmp_path: Path, cache: Path) -> None:
     assert texts(load(path)) == whole
 
 
-def test_a_cache_that_cannot_be_written_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_that_cannot_be_written_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (blocked := tmp_path / "file").write_text("")
     monkeypatch.setenv("FITUNE_CACHE", str(blocked))
     with pytest.raises(DataError, match="FITUNE_CACHE names another place"):
@@ -320,7 +377,13 @@ def test_ten_times_the_rows_take_no_ten_times_the_memory(tmp_path: Path, cache: 
     pytest.importorskip("resource")
     few = write(tmp_path / "few.jsonl", ({"text": f"{i} " * 20} for i in range(10_000, 13_000)))
     many = write(tmp_path / "many.jsonl", ({"text": f"{i} " * 20} for i in range(100_000, 130_000)))
-    environment = {**os.environ, "PYTHONPATH": f"{SOURCE}:{Path(__file__).parent}", "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{SOURCE}:{Path(__file__).parent}",
+        "OMP_NUM_THREADS": "1",
+    }
     command = [sys.executable, "-c", MEMORY_PROGRAM, str(few), str(many)]
-    kib = [int(peak) for peak in subprocess.check_output(command, env=environment, text=True).split()]
+    kib = [
+        int(peak) for peak in subprocess.check_output(command, env=environment, text=True).split()
+    ]
     assert (kib[1] - kib[0]) * 1024 < 30_000 * 500 + 8 * 2**20

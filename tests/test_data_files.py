@@ -28,7 +28,9 @@ def values(path: Path | str) -> list[object]:
 
 
 def write_lines(path: Path, rows: list[dict[str, object]]) -> Path:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    path.write_text(
+        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
+    )
     return path
 
 
@@ -38,7 +40,9 @@ def test_lines_are_read_with_their_numbers_and_blank_ones_skipped(tmp_path: Path
 
 
 def test_an_array_is_read_with_the_lines_of_its_rows(tmp_path: Path) -> None:
-    (path := tmp_path / "a.json").write_text(json.dumps(ROWS, indent=1, ensure_ascii=False), encoding="utf-8")
+    (path := tmp_path / "a.json").write_text(
+        json.dumps(ROWS, indent=1, ensure_ascii=False), encoding="utf-8"
+    )
     assert values(path) == ROWS
     assert [row.line for row in read(path)] == [2, 5, 8]
 
@@ -48,7 +52,11 @@ def test_a_json_file_may_hold_lines(tmp_path: Path) -> None:
 
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
     lambda children: st.lists(children) | st.dictionaries(st.text(), children),
     max_leaves=8,
 )
@@ -91,14 +99,20 @@ def test_a_broken_array_is_refused_with_its_line(tmp_path: Path, text: str, reas
         (b"[" * 100_000, "broken JSON: nested too deeply"),
     ],
 )
-def test_a_broken_line_is_yielded_with_its_fault_and_the_next_one_read(tmp_path: Path, line: bytes, fault: str) -> None:
+def test_a_broken_line_is_yielded_with_its_fault_and_the_next_one_read(
+    tmp_path: Path, line: bytes, fault: str
+) -> None:
     (path := tmp_path / "a.jsonl").write_bytes(b'{"text": "a"}\n' + line + b'\n{"text": "b"}\n')
     assert [row.fault for row in read(path)] == [None, fault, None]
 
 
 def test_parquet_rows_are_numbered(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), path := tmp_path / "a.parquet")
-    assert [(row.line, row.value["text"]) for row in read(path)] == [(1, "a"), (2, ROWS[1]["text"]), (3, "c\n")]
+    assert [(row.line, row.value["text"]) for row in read(path)] == [
+        (1, "a"),
+        (2, ROWS[1]["text"]),
+        (3, "c\n"),
+    ]
 
 
 def test_csv_rows_are_objects_by_the_header(tmp_path: Path) -> None:
@@ -135,7 +149,9 @@ def test_a_directory_gives_its_files_in_order(tmp_path: Path) -> None:
         ("a.txt", b"text", "unknown ending '.txt'"),
     ],
 )
-def test_a_file_without_readable_rows_is_refused(tmp_path: Path, name: str, content: bytes, reason: str) -> None:
+def test_a_file_without_readable_rows_is_refused(
+    tmp_path: Path, name: str, content: bytes, reason: str
+) -> None:
     (path := tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=reason):
         read(path)
@@ -152,13 +168,17 @@ def test_a_directory_without_data_is_refused(tmp_path: Path) -> None:
         read(tmp_path)
 
 
-def test_a_name_that_is_neither_a_path_nor_reachable_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_name_that_is_neither_a_path_nor_reachable_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     import datasets.config
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    with pytest.raises(DataError, match=r"no data at someone/something: .* cannot be loaded from the hub"):
+    with pytest.raises(
+        DataError, match=r"no data at someone/something: .* cannot be loaded from the hub"
+    ):
         read("someone/something")
 
 
@@ -166,7 +186,9 @@ def test_a_hub_dataset_is_read_row_by_row(monkeypatch: pytest.MonkeyPatch) -> No
     import datasets
 
     loaded = datasets.Dataset.from_list([{"text": "a"}, {"text": "b"}])
-    monkeypatch.setattr(datasets, "load_dataset", lambda path, split: {("me/it", "train"): loaded}[path, split])
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda path, split: {("me/it", "train"): loaded}[path, split]
+    )
     assert read("me/it") == [RawRow("me/it", 1, {"text": "a"}), RawRow("me/it", 2, {"text": "b"})]
 
 

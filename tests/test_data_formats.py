@@ -17,16 +17,37 @@ def pairs(conversation: Conversation) -> list[tuple[str, str]]:
 @pytest.mark.parametrize(
     ("row", "name"),
     [
-        ({"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]}, "messages"),
-        ({"conversations": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]}, "conversations"),
-        ({"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]}, "sharegpt"),
-        ({"messages": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]}, "sharegpt"),
+        (
+            {"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]},
+            "messages",
+        ),
+        (
+            {
+                "conversations": [
+                    {"role": "user", "content": "Q"},
+                    {"role": "assistant", "content": "A"},
+                ]
+            },
+            "conversations",
+        ),
+        (
+            {"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]},
+            "sharegpt",
+        ),
+        (
+            {"messages": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]},
+            "sharegpt",
+        ),
         ({"instruction": "Q", "input": "", "output": "A"}, "alpaca"),
         ({"instruction": "Q", "output": "A"}, "alpaca"),
         ({"prompt": "Q", "completion": "A"}, "prompt_completion"),
         ({"prompt": [{"role": "user", "content": "Q"}], "completion": "A"}, "prompt_completion"),
         (
-            {"messages": json.dumps([{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}])},
+            {
+                "messages": json.dumps(
+                    [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
+                )
+            },
             "messages",
         ),
     ],
@@ -43,23 +64,40 @@ def test_plain_text_has_no_messages() -> None:
 
 def test_an_alpaca_row_puts_input_under_its_instruction_and_history_before_it() -> None:
     row = {"instruction": "Q", "input": "I", "output": "A", "history": [["q", "a"]], "system": "S"}
-    turns = [("system", "S"), ("user", "q"), ("assistant", "a"), ("user", "Q\nI"), ("assistant", "A")]
+    turns = [
+        ("system", "S"),
+        ("user", "q"),
+        ("assistant", "a"),
+        ("user", "Q\nI"),
+        ("assistant", "A"),
+    ]
     assert pairs(normalise(row)[1]) == turns
 
 
 def test_a_prompt_of_text_that_looks_like_a_list_stays_text() -> None:
-    assert pairs(normalise({"prompt": "[1, 2]", "completion": "A"})[1]) == [("user", "[1, 2]"), ("assistant", "A")]
+    assert pairs(normalise({"prompt": "[1, 2]", "completion": "A"})[1]) == [
+        ("user", "[1, 2]"),
+        ("assistant", "A"),
+    ]
 
 
 def test_the_assistant_turns_of_a_prompt_carry_no_loss() -> None:
-    prompt = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}, {"role": "user", "content": "Q"}]
+    prompt = [
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "a"},
+        {"role": "user", "content": "Q"},
+    ]
     assert normalise({"prompt": prompt, "completion": "A"})[1].assistant_weights == (0.0, None)
 
 
 def test_sharegpt_tool_turns_become_tool_calls_and_tool_answers() -> None:
     call = '{"name": "clock", "arguments": {"zone": "UTC"}}'
     turns = [("human", "Q"), ("function_call", call), ("observation", "12:00"), ("gpt", "noon")]
-    row = {"conversations": [{"from": a, "value": b} for a, b in turns], "system": "S", "tools": '[{"name": "clock"}]'}
+    row = {
+        "conversations": [{"from": a, "value": b} for a, b in turns],
+        "system": "S",
+        "tools": '[{"name": "clock"}]',
+    }
     conversation = normalise(row)[1]
     assert [message["role"] for message in conversation.messages] == [
         "system",
@@ -73,9 +111,19 @@ def test_sharegpt_tool_turns_become_tool_calls_and_tool_answers() -> None:
 
 
 def test_tools_and_tool_calls_may_be_json_text_as_in_minimind() -> None:
-    system = {"role": "system", "content": "S", "tools": '[{"type": "function", "function": {"name": "f"}}]'}
-    called = {"role": "assistant", "content": "", "tool_calls": '[{"name": "f", "arguments": "{}"}]'}
-    conversation = normalise({"conversations": [system, {"role": "user", "content": "Q"}, called]})[1]
+    system = {
+        "role": "system",
+        "content": "S",
+        "tools": '[{"type": "function", "function": {"name": "f"}}]',
+    }
+    called = {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": '[{"name": "f", "arguments": "{}"}]',
+    }
+    conversation = normalise({"conversations": [system, {"role": "user", "content": "Q"}, called]})[
+        1
+    ]
     assert conversation.tools == [{"type": "function", "function": {"name": "f"}}]
     assert conversation.messages[2]["tool_calls"] == [{"name": "f", "arguments": "{}"}]
     assert "tools" not in conversation.messages[0]
@@ -97,7 +145,9 @@ def test_reasoning_is_kept_for_the_template() -> None:
 @pytest.mark.parametrize("key", ["text", "value"])
 def test_typed_parts_are_joined(key: str) -> None:
     parts = [{"type": "text", key: "A"}, {"type": "text", key: "B"}]
-    assert pairs(normalise({"messages": [{"role": "assistant", "content": parts}]})[1]) == [("assistant", "AB")]
+    assert pairs(normalise({"messages": [{"role": "assistant", "content": parts}]})[1]) == [
+        ("assistant", "AB")
+    ]
 
 
 @pytest.mark.parametrize(
@@ -130,7 +180,9 @@ def test_none_stands_for_a_missing_key_as_in_tables() -> None:
 
 def test_the_same_content_has_the_same_digest_in_every_format() -> None:
     alpaca = normalise({"instruction": "Q", "output": "A"})[1]
-    sharegpt = normalise({"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]})[1]
+    sharegpt = normalise(
+        {"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]}
+    )[1]
     assert alpaca.digest == sharegpt.digest == 0x3F3B20BC1B2DAC5E
 
 
@@ -141,7 +193,10 @@ def test_the_same_content_has_the_same_digest_in_every_format() -> None:
         ({"question": "Q"}, "its keys (question) fit no known format"),
         ({"messages": []}, "'messages' is empty"),
         ({"messages": "x"}, "'messages' is a text, not a list of messages"),
-        ({"conversations": {"role": "user"}}, "'conversations' is an object, not a list of messages"),
+        (
+            {"conversations": {"role": "user"}},
+            "'conversations' is an object, not a list of messages",
+        ),
         ({"messages": ["x"]}, "the first of 'messages' is a text, not an object"),
         ({"messages": [{"content": "x"}]}, "the first of 'messages' has neither 'role' nor 'from'"),
         ({"text": ""}, "'text' is empty"),
@@ -150,13 +205,31 @@ def test_the_same_content_has_the_same_digest_in_every_format() -> None:
         ({"messages": [{"role": "user"}]}, "message 1 (user) has no content"),
         ({"messages": [{"role": "assistant", "content": ""}]}, "message 1 (assistant) is empty"),
         ({"instruction": "Q", "output": ""}, "message 2 (assistant) is empty"),
-        ({"messages": [{"role": "user", "content": 5}]}, "the content of message 1 (user) is a number"),
-        ({"messages": [{"role": "user", "content": [{"type": "image", "url": "x"}]}]}, "of type 'image'"),
-        ({"messages": [{"role": "user", "content": "Q"}, "A"]}, "message 2 is a text, not an object"),
-        ({"messages": [{"role": "assistant", "content": "A", "loss_weight": -1}]}, "loss_weight -1"),
-        ({"messages": [{"role": "assistant", "content": "A", "weight": float("nan")}]}, "weight nan"),
+        (
+            {"messages": [{"role": "user", "content": 5}]},
+            "the content of message 1 (user) is a number",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image", "url": "x"}]}]},
+            "of type 'image'",
+        ),
+        (
+            {"messages": [{"role": "user", "content": "Q"}, "A"]},
+            "message 2 is a text, not an object",
+        ),
+        (
+            {"messages": [{"role": "assistant", "content": "A", "loss_weight": -1}]},
+            "loss_weight -1",
+        ),
+        (
+            {"messages": [{"role": "assistant", "content": "A", "weight": float("nan")}]},
+            "weight nan",
+        ),
         ({"messages": [{"role": "assistant", "content": "A", "tool_calls": "[{"}]}, "broken JSON"),
-        ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{"function": "f"}]}]}, "has no name"),
+        (
+            {"messages": [{"role": "assistant", "content": "", "tool_calls": [{"function": "f"}]}]},
+            "has no name",
+        ),
         ({"tools": "x", "messages": [{"role": "assistant", "content": "A"}]}, "tools: broken JSON"),
         ({"text": "\ud800"}, "not valid Unicode"),
         ({"instruction": "Q", "output": "A", "history": ["q"]}, "'history' is not a list of pairs"),

@@ -40,16 +40,22 @@ def supervised(encoder: Encoder, result: Encoded | str) -> list[str]:
         (GENERATION.replace("{% generation %}", "{%- generation -%}"), "generation markers", None),
     ],
 )
-def test_the_answers_are_supervised_and_nothing_else(template: str, kind: str, spans: list[str] | None) -> None:
+def test_the_answers_are_supervised_and_nothing_else(
+    template: str, kind: str, spans: list[str] | None
+) -> None:
     found = encoder(template)
     assert found.kind == kind
-    assert supervised(found, encoded(found, *DIALOGUE)) == (spans or ["A one<|im_end|>", "B two<|im_end|>"])
+    assert supervised(found, encoded(found, *DIALOGUE)) == (
+        spans or ["A one<|im_end|>", "B two<|im_end|>"]
+    )
 
 
 @pytest.mark.parametrize("template", [CHATML, GENERATION, PLAIN_TURNS])
 def test_the_weights_of_messages_go_to_their_turns(template: str) -> None:
     found = encoder(template)
-    result = encoded(found, ("user", "Q"), ("assistant", "A", 0), ("user", "R"), ("assistant", "B", 0.5))
+    result = encoded(
+        found, ("user", "Q"), ("assistant", "A", 0), ("user", "R"), ("assistant", "B", 0.5)
+    )
     assert supervised(found, result)[0].startswith("B")
     assert isinstance(result, Encoded)
     assert [weight for *_, weight in result.spans] == [0.5]
@@ -62,29 +68,45 @@ def minimind_rule(ids: list[int], opening: list[int], closing: list[int]) -> lis
         if not inside and place >= len(opening) and ids[place - len(opening) : place] == opening:
             inside, since = True, place
         result.append(inside)
-        if inside and place + 1 - since >= len(closing) and ids[place + 1 - len(closing) : place + 1] == closing:
+        if (
+            inside
+            and place + 1 - since >= len(closing)
+            and ids[place + 1 - len(closing) : place + 1] == closing
+        ):
             inside = False
     return result
 
 
 def mask(result: Encoded | str) -> list[bool]:
     assert isinstance(result, Encoded), result
-    return [any(start <= i < end for start, end, _ in result.spans) for i in range(len(result.input_ids))]
+    return [
+        any(start <= i < end for start, end, _ in result.spans)
+        for i in range(len(result.input_ids))
+    ]
 
 
 NO_THOUGHT = "<think>\n\n</think>\n\n"
 TEXTS = st.text(st.sampled_from("ab\n中"), max_size=4)
-MARKERS = ["<|im_end|>", "<|im_end|>\n", "<|im_start|>assistant\n", "x<|im_start|>assistant\ny<|im_end|>\nz"]
+MARKERS = [
+    "<|im_end|>",
+    "<|im_end|>\n",
+    "<|im_start|>assistant\n",
+    "x<|im_start|>assistant\ny<|im_end|>\nz",
+]
 
 
 @given(turns=st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=3))
 @settings(max_examples=200, deadline=None)
 def test_the_mask_is_minimind_s_rule(turns: list[tuple[str, str]]) -> None:
     found = read_encoder(TOKENIZER, template=None, mask="assistant")
-    messages = [pair for asked, said in turns for pair in (("user", asked), ("assistant", said or "."))]
+    messages = [
+        pair for asked, said in turns for pair in (("user", asked), ("assistant", said or "."))
+    ]
     result = encoded(found, *messages)
     assert isinstance(result, Encoded)
-    opening, closing = (TOKENIZER.encode(text) for text in ("<|im_start|>assistant\n", "<|im_end|>\n"))
+    opening, closing = (
+        TOKENIZER.encode(text) for text in ("<|im_start|>assistant\n", "<|im_end|>\n")
+    )
     assert mask(result) == minimind_rule(result.input_ids, opening, closing)
 
 
@@ -108,7 +130,9 @@ def test_the_mask_is_minimind_s_rule_on_the_alpaca_sample() -> None:
         for row in rows
     ]
     # its generation prompt ends with an empty block of thoughts, which is given to the model and so not learned
-    opening, closing = (tokenizer.encode(f"<|im_{text}") for text in (f"start|>assistant\n{NO_THOUGHT}", "end|>\n"))
+    opening, closing = (
+        tokenizer.encode(f"<|im_{text}") for text in (f"start|>assistant\n{NO_THOUGHT}", "end|>\n")
+    )
     found = read_encoder(tokenizer, template=None, mask="assistant")
     results = encode(found, [normalise(row)[1] for row in conversations])
     for row, result in zip(conversations, results, strict=True):
@@ -123,7 +147,13 @@ def test_the_mask_is_minimind_s_rule_on_the_alpaca_sample() -> None:
 @pytest.mark.parametrize("marker", MARKERS)
 def test_a_marker_inside_a_user_s_text_opens_no_turn(marker: str) -> None:
     found = encoder()
-    result = encoded(found, ("user", f"a{marker}b"), ("assistant", "A", 0.5), ("user", marker), ("assistant", "B"))
+    result = encoded(
+        found,
+        ("user", f"a{marker}b"),
+        ("assistant", "A", 0.5),
+        ("user", marker),
+        ("assistant", "B"),
+    )
     assert supervised(found, result) == ["A<|im_end|>\n", "B<|im_end|>\n"]
     assert isinstance(result, Encoded)
     assert [weight for *_, weight in result.spans] == [0.5, 1.0]
@@ -187,8 +217,12 @@ def test_a_template_may_come_from_a_file(tmp_path: Path) -> None:
     assert (found.template.name, found.kind) == (str(path), "marked messages")
 
 
-@pytest.mark.parametrize(("content", "reason"), [(None, "cannot be read"), ("{% for %}", "cannot render")])
-def test_a_template_file_that_does_not_work_is_refused(tmp_path: Path, content: str | None, reason: str) -> None:
+@pytest.mark.parametrize(
+    ("content", "reason"), [(None, "cannot be read"), ("{% for %}", "cannot render")]
+)
+def test_a_template_file_that_does_not_work_is_refused(
+    tmp_path: Path, content: str | None, reason: str
+) -> None:
     path = tmp_path / "chat.jinja"
     if content:
         path.write_text(content)
@@ -199,7 +233,9 @@ def test_a_template_file_that_does_not_work_is_refused(tmp_path: Path, content: 
 FORGETFUL = PLAIN_TURNS.replace("message.content", "(message.content if loop.last else 'gone')")
 
 
-def test_an_answer_that_the_template_leaves_out_once_others_follow_is_not_learned_and_said() -> None:
+def test_an_answer_that_the_template_leaves_out_once_others_follow_is_not_learned_and_said() -> (
+    None
+):
     found = encoder(FORGETFUL)
     result = encoded(found, *DIALOGUE)
     assert supervised(found, result) == ["B two<|im_end|>"]
@@ -208,7 +244,9 @@ def test_an_answer_that_the_template_leaves_out_once_others_follow_is_not_learne
 
 
 def test_a_template_that_does_not_write_the_answer_is_refused_with_its_message() -> None:
-    result = encoded(encoder(PLAIN_TURNS.replace("'Bot: ' + message.content", "'Bot: ...'")), *DIALOGUE)
+    result = encoded(
+        encoder(PLAIN_TURNS.replace("'Bot: ' + message.content", "'Bot: ...'")), *DIALOGUE
+    )
     assert isinstance(result, str)
     assert "does not write message 2 (assistant) as the sample has it" in result
 
@@ -216,11 +254,17 @@ def test_a_template_that_does_not_write_the_answer_is_refused_with_its_message()
 @pytest.mark.parametrize("arguments", ['{"a": 1}', {"a": 1}])
 def test_the_arguments_of_a_tool_call_are_never_quoted_twice(arguments: object) -> None:
     template = CHATML.replace(
-        "message.content", "(message.tool_calls[0].function.arguments | tojson if message.tool_calls else 'Q')"
+        "message.content",
+        "(message.tool_calls[0].function.arguments | tojson if message.tool_calls else 'Q')",
     )
-    call = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}
+    call = {
+        "role": "assistant",
+        "tool_calls": [{"function": {"name": "f", "arguments": arguments}}],
+    }
     found = encoder(template)
-    result = encode(found, [normalise({"messages": [{"role": "user", "content": "Q"}, call]})[1]])[0]
+    result = encode(found, [normalise({"messages": [{"role": "user", "content": "Q"}, call]})[1]])[
+        0
+    ]
     assert supervised(found, result) == ['{"a": 1}<|im_end|>\n']
 
 

@@ -26,9 +26,13 @@ WEIGHTS = st.lists(st.sampled_from([0.0, 1.0, 0.25]), min_size=1, max_size=20)
 BATCHES = st.lists(WEIGHTS, max_size=10).map(
     lambda rows: Batch(tuple(row(i, weights) for i, weights in enumerate(rows)))
 )
-LAYOUTS = st.fixed_dictionaries({"packed": st.booleans()}, optional={"micro_rows": st.integers(1, 4)}).flatmap(
+LAYOUTS = st.fixed_dictionaries(
+    {"packed": st.booleans()}, optional={"micro_rows": st.integers(1, 4)}
+).flatmap(
     lambda keys: (
-        st.just(keys) if "micro_rows" in keys else st.integers(1, 60).map(lambda n: {**keys, "micro_tokens": n})
+        st.just(keys)
+        if "micro_rows" in keys
+        else st.integers(1, 60).map(lambda n: {**keys, "micro_tokens": n})
     )
 )
 
@@ -42,7 +46,9 @@ def targets(micro: MicroBatch) -> list[tuple[int, int, float]]:
     flat = micro.input_ids_BS.flatten()
     return [
         (int(flat[index]), int(target), float(weight))
-        for index, target, weight in zip(micro.target_index_N, micro.target_ids_N, micro.target_weights_N, strict=True)
+        for index, target, weight in zip(
+            micro.target_index_N, micro.target_ids_N, micro.target_weights_N, strict=True
+        )
     ]
 
 
@@ -50,14 +56,20 @@ def targets(micro: MicroBatch) -> list[tuple[int, int, float]]:
 def test_every_row_and_token_is_in_one_micro_batch(batch: Batch, layout: dict[str, Any]) -> None:
     micro_batches = split(batch, **layout, pad_id=PAD)
     assert Counter(i for micro in micro_batches for i in micro.row_ids) == Counter(batch.row_ids)
-    seen = Counter(int(i) for micro in micro_batches for i in micro.input_ids_BS.flatten() if i != PAD)
+    seen = Counter(
+        int(i) for micro in micro_batches for i in micro.input_ids_BS.flatten() if i != PAD
+    )
     assert seen == Counter(int(i) for row in batch.rows for i in row.input_ids)
     assert sum(micro.num_tokens for micro in micro_batches) == batch.num_tokens
 
 
 @given(batch=BATCHES, layout=LAYOUTS)
-def test_every_supervised_token_is_once_the_target_of_the_token_before_it(batch: Batch, layout: dict[str, Any]) -> None:
-    seen = Counter(target for micro in split(batch, **layout, pad_id=PAD) for target in targets(micro))
+def test_every_supervised_token_is_once_the_target_of_the_token_before_it(
+    batch: Batch, layout: dict[str, Any]
+) -> None:
+    seen = Counter(
+        target for micro in split(batch, **layout, pad_id=PAD) for target in targets(micro)
+    )
     wanted = [
         (int(row.input_ids[i - 1]), int(row.input_ids[i]), float(row.loss_weights[i]))
         for row in batch.rows
@@ -71,7 +83,9 @@ def test_every_supervised_token_is_once_the_target_of_the_token_before_it(batch:
 def test_the_loss_weight_is_kept(batch: Batch, layout: dict[str, Any]) -> None:
     micro_batches = split(batch, **layout)
     assert sum(micro.loss_weight for micro in micro_batches) == pytest.approx(batch.loss_weight)
-    assert sum(micro.num_supervised_tokens for micro in micro_batches) == batch.num_supervised_tokens
+    assert (
+        sum(micro.num_supervised_tokens for micro in micro_batches) == batch.num_supervised_tokens
+    )
 
 
 @given(batch=BATCHES, layout=LAYOUTS)
@@ -82,13 +96,19 @@ def test_positions_restart_in_each_row(batch: Batch, layout: dict[str, Any]) -> 
 
 
 @given(batch=BATCHES, layout=LAYOUTS)
-def test_a_packed_micro_batch_is_one_line_without_padding(batch: Batch, layout: dict[str, Any]) -> None:
+def test_a_packed_micro_batch_is_one_line_without_padding(
+    batch: Batch, layout: dict[str, Any]
+) -> None:
     for micro in split(batch, **{**layout, "packed": True}, pad_id=PAD):
-        assert micro.input_ids_BS.shape == micro.position_ids_BS.shape == (1, sum(micro.row_lengths))
+        assert (
+            micro.input_ids_BS.shape == micro.position_ids_BS.shape == (1, sum(micro.row_lengths))
+        )
 
 
 @given(batch=BATCHES, layout=LAYOUTS)
-def test_a_padded_micro_batch_is_as_wide_as_its_longest_row(batch: Batch, layout: dict[str, Any]) -> None:
+def test_a_padded_micro_batch_is_as_wide_as_its_longest_row(
+    batch: Batch, layout: dict[str, Any]
+) -> None:
     for micro in split(batch, **{**layout, "packed": False}, pad_id=PAD):
         assert micro.input_ids_BS.shape == (len(micro.row_ids), max(micro.row_lengths))
 
@@ -102,15 +122,22 @@ def test_in_one_piece_a_micro_batch_is_the_same(batch: Batch, layout: dict[str, 
 
 
 @given(batch=BATCHES, micro_tokens=st.integers(1, 60), packed=st.booleans())
-def test_no_micro_batch_is_over_its_tokens_or_the_longest_row(batch: Batch, micro_tokens: int, packed: bool) -> None:
+def test_no_micro_batch_is_over_its_tokens_or_the_longest_row(
+    batch: Batch, micro_tokens: int, packed: bool
+) -> None:
     limit = max([micro_tokens, *map(len, batch.rows)])
-    assert all(micro.input_ids_BS.numel() <= limit for micro in split(batch, micro_tokens=micro_tokens, packed=packed))
+    assert all(
+        micro.input_ids_BS.numel() <= limit
+        for micro in split(batch, micro_tokens=micro_tokens, packed=packed)
+    )
 
 
 @given(batch=BATCHES, micro_tokens=st.integers(1, 60))
 def test_no_two_packed_micro_batches_would_fit_into_one(batch: Batch, micro_tokens: int) -> None:
     limit = max([micro_tokens, *map(len, batch.rows)])
-    filled = sorted(micro.num_tokens for micro in split(batch, micro_tokens=micro_tokens, packed=True))
+    filled = sorted(
+        micro.num_tokens for micro in split(batch, micro_tokens=micro_tokens, packed=True)
+    )
     assert all(left + right > limit for left, right in pairwise(filled))
 
 

@@ -86,7 +86,9 @@ def test_a_table_gives_back_its_rows() -> None:
 
 def test_the_digest_follows_the_rows_and_their_weights() -> None:
     def write_other(writer: TableWriter) -> dict[str, object]:
-        writer.append([TableRow([1, 2, 3, 4, 5], ((1, 2, 1.0), (3, 5, 1.0)), 9, 2**64 - 1, 0), ROWS[1]])
+        writer.append(
+            [TableRow([1, 2, 3, 4, 5], ((1, 2, 1.0), (3, 5, 1.0)), 9, 2**64 - 1, 0), ROWS[1]]
+        )
         writer.append(ROWS[2:])
         return {}
 
@@ -106,7 +108,9 @@ def test_of_two_processes_one_writes_and_the_other_waits(tmp_path: Path) -> None
     assert (tmp_path / "log").read_text() == "began\n"
 
 
-def test_a_process_killed_in_the_middle_leaves_nothing_that_is_read(tmp_path: Path, cache: Path) -> None:
+def test_a_process_killed_in_the_middle_leaves_nothing_that_is_read(
+    tmp_path: Path, cache: Path
+) -> None:
     process = start(tmp_path / "log", 60)
     deadline = time.monotonic() + 20
     while not (tmp_path / "log").exists() and time.monotonic() < deadline:

@@ -21,7 +21,9 @@ def test_a_diverged_evaluation_and_damaged_lines_leave_no_rows(tmp_path: Path) -
     append_eval_rows(path, ROWS)
     append_eval_rows(path, EvalRows(step=4, total_tokens=400, losses=(math.nan,), weights=(1.0,)))
     with path.open("a") as file:
-        file.write('[]\n{"step": 5}\n{"step": 6, "total_tokens": 1, "losses": [1], "weights": []}\n{"st')
+        file.write(
+            '[]\n{"step": 5}\n{"step": 6, "total_tokens": 1, "losses": [1], "weights": []}\n{"st'
+        )
     assert read_eval_rows(path) == (ROWS,)
 
 

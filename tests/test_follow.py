@@ -24,7 +24,12 @@ def run(tmp_path: Path) -> RunDirectory:
 
 def test_everything_is_read_at_first(run: RunDirectory) -> None:
     view = RunFollower(run).read()
-    assert (len(view.steps), len(view.evals), len(view.events), len(view.samples)) == (NUM_STEPS, 3, 5, 301)
+    assert (len(view.steps), len(view.evals), len(view.events), len(view.samples)) == (
+        NUM_STEPS,
+        3,
+        5,
+        301,
+    )
     assert (view.seconds, view.device_name) == (600.0, "NVIDIA GeForce RTX 4090")
 
 
@@ -34,7 +39,11 @@ def test_new_lines_are_added(run: RunDirectory) -> None:
     append_line(run.metrics, step_metrics(NUM_STEPS + 1))
     append_line(run.memory, sample(602.0), leave_out_unknown=True)
     view = follower.read()
-    assert (view.steps[-1].step, len(view.steps), view.samples[-1].time) == (NUM_STEPS + 1, NUM_STEPS + 1, START + 602)
+    assert (view.steps[-1].step, len(view.steps), view.samples[-1].time) == (
+        NUM_STEPS + 1,
+        NUM_STEPS + 1,
+        START + 602,
+    )
 
 
 def test_a_half_written_line_waits_for_its_end(run: RunDirectory) -> None:
@@ -71,21 +80,31 @@ def test_steps_done_again_after_a_resume_count_once(run: RunDirectory) -> None:
     assert (view.steps[-1].loss, len(view.steps), view.evals[-1].step) == (9.0, 300, 200)
 
 
-def test_only_the_end_of_a_long_memory_file_is_read(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_end_of_a_long_memory_file_is_read(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("fitune.run.follow.TAIL_BYTES", 2000)
     view = RunFollower(run).read()
     assert 0 < len(view.samples) < 10
     assert view.samples[-1].time == START + 600
 
 
-def test_seconds_at_work_are_those_of_the_summary_and_those_sampled_since(run: RunDirectory) -> None:
+def test_seconds_at_work_are_those_of_the_summary_and_those_sampled_since(
+    run: RunDirectory,
+) -> None:
     os.utime(run.summary, (START + 590.0,) * 2)
     assert RunFollower(run).read().seconds == 610.0
 
 
 def test_files_that_are_not_there_yet_are_empty(tmp_path: Path) -> None:
     view = RunFollower(create_run(tmp_path, "new")).read()
-    assert (view.steps, view.samples, view.seconds, view.budget_bytes, view.device_name) == ((), (), None, None, None)
+    assert (view.steps, view.samples, view.seconds, view.budget_bytes, view.device_name) == (
+        (),
+        (),
+        None,
+        None,
+        None,
+    )
 
 
 @pytest.mark.parametrize(("silent_seconds", "state"), [(0, "running"), (120, "crashed")])

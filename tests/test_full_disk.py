@@ -27,14 +27,27 @@ EVENT = RunEvent(time=1.0, step=1, kind="resume", message="goes on")
 class Disk:
     """While it is full, nothing can be opened for writing below runs/run, nor tensors be written."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, place: Path = RUN.path, fault: int = errno.ENOSPC) -> None:
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, place: Path = RUN.path, fault: int = errno.ENOSPC
+    ) -> None:
         self.is_full, self._place, self._fault = False, place.absolute(), fault
         plain, of_path = builtins.open, Path.open
-        monkeypatch.setattr(builtins, "open", lambda *given, **options: self._opened(plain, *given, **options))
-        monkeypatch.setattr(Path, "open", lambda *given, **options: self._opened(of_path, *given, **options))
+        monkeypatch.setattr(
+            builtins, "open", lambda *given, **options: self._opened(plain, *given, **options)
+        )
+        monkeypatch.setattr(
+            Path, "open", lambda *given, **options: self._opened(of_path, *given, **options)
+        )
         monkeypatch.setattr(checkpoint_content, "write_tensors", self._tensors)
 
-    def _opened(self, really: Callable[..., Any], path: Any, mode: str = "r", *arguments: Any, **options: Any) -> Any:
+    def _opened(
+        self,
+        really: Callable[..., Any],
+        path: Any,
+        mode: str = "r",
+        *arguments: Any,
+        **options: Any,
+    ) -> Any:
         is_path = isinstance(path, (str, Path))
         if (
             self.is_full
@@ -66,12 +79,17 @@ def test_a_disk_that_is_full_for_some_steps_costs_nothing(
     disk = Disk(monkeypatch)
     at_steps(
         monkeypatch,
-        {first: lambda: setattr(disk, "is_full", True), last: lambda: setattr(disk, "is_full", False)},
+        {
+            first: lambda: setattr(disk, "is_full", True),
+            last: lambda: setattr(disk, "is_full", False),
+        },
     )
     train("sft.yaml")
     assert_same()
     told = [event.message for event in read_events(RUN.events) if event.kind == "files_wait"]
-    assert "cannot be written: No space left on device: what the run writes waits in memory" in told[0]
+    assert (
+        "cannot be written: No space left on device: what the run writes waits in memory" in told[0]
+    )
     assert told[-1] == "what waited in memory is written"
 
 
@@ -94,12 +112,16 @@ def test_a_run_that_dies_while_lines_wait_goes_on_from_a_commit_that_has_them_al
 
 
 @pytest.mark.usefixtures("disturbed")
-def test_a_run_whose_end_finds_the_disk_full_waits_for_room(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_whose_end_finds_the_disk_full_waits_for_room(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     for user in ("saving", "train"):
         monkeypatch.setattr(f"fitune.training.{user}.LAST_SAVE_SECONDS", 60.0)
     disk = Disk(monkeypatch)
     at_steps(monkeypatch, {STEPS: lambda: setattr(disk, "is_full", True)})
-    monkeypatch.setattr("fitune.training.saving.time.sleep", lambda _: setattr(disk, "is_full", False))
+    monkeypatch.setattr(
+        "fitune.training.saving.time.sleep", lambda _: setattr(disk, "is_full", False)
+    )
     train("sft.yaml")
     assert_same()
 
@@ -112,7 +134,9 @@ def test_a_disk_that_stays_full_ends_the_run_in_a_sentence_and_it_goes_on_later(
         disk = Disk(patched)
         at_steps(patched, {5: lambda: setattr(disk, "is_full", True)})
         said = error_of(capsys, "sft.yaml")
-    assert said.startswith(f"error: step {STEPS} could not be saved: [Errno 28] No space left on device")
+    assert said.startswith(
+        f"error: step {STEPS} could not be saved: [Errno 28] No space left on device"
+    )
     train("--resume", "runs/run")
     assert_same()
 
@@ -160,11 +184,15 @@ def test_what_waits_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     files = PatientFiles(most_bytes=500)
     for _ in range(500 // len(as_line(EVENT))):
         files.append(tmp_path / "metrics.jsonl", EVENT)
-    with pytest.raises(RunDirectoryError, match=r"No space left on device, and 0\.0 MiB wait to be written"):
+    with pytest.raises(
+        RunDirectoryError, match=r"No space left on device, and 0\.0 MiB wait to be written"
+    ):
         files.append(tmp_path / "metrics.jsonl", EVENT)
 
 
-def test_samples_of_memory_give_up_the_oldest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_samples_of_memory_give_up_the_oldest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     disk = Disk(monkeypatch, tmp_path)
     disk.is_full = True
     files = PatientFiles(most_bytes=500, drops_oldest=True)
@@ -177,11 +205,15 @@ def test_samples_of_memory_give_up_the_oldest(tmp_path: Path, monkeypatch: pytes
     assert 1 < len(steps) < 12
 
 
-def test_what_cannot_be_written_to_the_end_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_written_to_the_end_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     disk = Disk(monkeypatch, tmp_path)
     disk.is_full = True
     files = PatientFiles(most_bytes=MIB)
     files.replace(tmp_path / "summary.json", {"steps": 1})
     lost = files.close(patience=0)
     assert lost is not None
-    assert lost.endswith("summary.json cannot be written: No space left on device: what waited to be written is lost")
+    assert lost.endswith(
+        "summary.json cannot be written: No space left on device: what waited to be written is lost"
+    )

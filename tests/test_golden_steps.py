@@ -21,7 +21,9 @@ from fitune.trace.difference import first_difference
 from fitune.trace.events import MemoryTrace
 from rehearsal.golden import DIRECTORY, SUFFIX, Golden, peaks, read_golden, record
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*gradient_checkpointing.* is deprecated:FutureWarning"
+)
 FILES = {path.name.removesuffix(SUFFIX): path for path in sorted(DIRECTORY.glob(f"*{SUFFIX}"))}
 
 

@@ -59,7 +59,9 @@ def test_the_whole_benchmark_runs_on_a_card_that_does_what_is_predicted(
     assert "tiny: allocated +0.000%, reserved +0.000%, device +" in said
     page = (bench / "accuracy.md").read_text()
     assert "# On a card" in page
-    assert f"| tiny: minimind2-small, 1 x 64 | {row['measured_allocated_bytes']:,} | +0.000% |" in page
+    assert (
+        f"| tiny: minimind2-small, 1 x 64 | {row['measured_allocated_bytes']:,} | +0.000% |" in page
+    )
 
 
 def test_the_first_event_that_differs_is_shown_between_its_neighbours() -> None:
@@ -69,7 +71,9 @@ def test_the_first_event_that_differs_is_shown_between_its_neighbours() -> None:
         changed = events[births[7]]
         for i, event in enumerate(events):
             if event.storage == changed.storage:
-                events[i] = replace(event, num_bytes=event.num_bytes + 512 * (1 if event.num_bytes > 0 else -1))
+                events[i] = replace(
+                    event, num_bytes=event.num_bytes + 512 * (1 if event.num_bytes > 0 else -1)
+                )
         write_snapshot(MemoryTrace(tuple(events)), path)
         return Measured(allocated_bytes=10**9, reserved_bytes=10**9, device_bytes=None)
 
@@ -81,7 +85,9 @@ def test_the_first_event_that_differs_is_shown_between_its_neighbours() -> None:
 
 
 def test_a_setting_that_fails_on_the_card_is_named_with_its_last_words() -> None:
-    row = gpu_accuracy.compare(TINY, CARD, measure=gpu_accuracy.measure_apart)  # there is no card here
+    row = gpu_accuracy.compare(
+        TINY, CARD, measure=gpu_accuracy.measure_apart
+    )  # there is no card here
     assert row.failure is not None
     assert row.measured_allocated_bytes is None
     assert "n/a" in gpu_accuracy._line(row)

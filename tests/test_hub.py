@@ -31,12 +31,16 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
 def test_an_unknown_hub_is_asked_for_once_and_its_models_are_refused(asked: list[str]) -> None:
     for source in ("someone/model", "someone/other"):
-        with pytest.raises(ModelError, match=f"{source} is not cached and the hub cannot be reached"):
+        with pytest.raises(
+            ModelError, match=f"{source} is not cached and the hub cannot be reached"
+        ):
             load_config(ModelConfig(source=source))
     assert asked == ["mirror.example"]
 
 
-def test_behind_a_proxy_names_are_the_proxys_matter(asked: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_behind_a_proxy_names_are_the_proxys_matter(
+    asked: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(hub, "getproxies", lambda: {"https": "http://proxy.example:3128"})
     assert hub.hub_is_known()
     assert not asked

@@ -11,7 +11,9 @@ from fitune.run.interval import differ, paired_interval
 NUM_DRAWS = 250
 
 
-def draw_runs(draw: np.random.Generator, num_rows: int, difference: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def draw_runs(
+    draw: np.random.Generator, num_rows: int, difference: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Row losses of two runs: hard and easy rows in common, skewed noise of each run, weights that go with length."""
     weights = draw.integers(1, 200, num_rows).astype(float)
     rows = draw.gamma(4, 0.5, num_rows)
@@ -27,7 +29,9 @@ def test_intervals_cover_the_truth_at_their_stated_rate(num_rows: int) -> None:
         interval = paired_interval(*draw_runs(draw, num_rows, 0.03))
         assert interval is not None
         covered += interval.low <= 0.03 <= interval.high
-    assert covered / NUM_DRAWS == pytest.approx(0.96, abs=0.03)  # 0.95, a little more where rows are few
+    assert covered / NUM_DRAWS == pytest.approx(
+        0.96, abs=0.03
+    )  # 0.95, a little more where rows are few
 
 
 def test_runs_that_are_alike_are_called_different_in_at_most_a_twentieth() -> None:

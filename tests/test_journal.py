@@ -9,7 +9,14 @@ from typing import Any
 import pytest
 
 from fitune.errors import RunDirectoryError
-from fitune.run.journal import CHAIN_START, StepRecord, append_step, chained_hash, ids_hash, read_journal
+from fitune.run.journal import (
+    CHAIN_START,
+    StepRecord,
+    append_step,
+    chained_hash,
+    ids_hash,
+    read_journal,
+)
 
 RECORD = StepRecord(
     step=1, position=3, ids_hash=ids_hash((7, 0, 7)), loss_weight=12.0, plan=((7,), (0, 7)),
@@ -26,13 +33,24 @@ def write(path: Path, *records: StepRecord, **taken: Any) -> str:
 
 def test_a_journal_reads_back_as_it_was_written(tmp_path: Path) -> None:
     path = tmp_path / "journal.jsonl"
-    empty = replace(RECORD, step=1, position=6, loss_weight=0.0, loss_sum=None, grad_norm=None, updated=False)
+    empty = replace(
+        RECORD, step=1, position=6, loss_weight=0.0, loss_sum=None, grad_norm=None, updated=False
+    )
     diverged = replace(RECORD, step=2, loss_sum=math.inf, updated=False)
     link = write(path, RECORD, empty, diverged, attempts=2, peak_bytes=5)
     lines = read_journal(path)
     names = StepRecord.__dataclass_fields__
-    assert [StepRecord(**{name: getattr(line, name) for name in names}) for line in lines] == [RECORD, empty, diverged]
-    assert (lines[-1].hash, lines[-1].attempts, lines[-1].peak_bytes, lines[-1].free_bytes) == (link, 2, 5, None)
+    assert [StepRecord(**{name: getattr(line, name) for name in names}) for line in lines] == [
+        RECORD,
+        empty,
+        diverged,
+    ]
+    assert (lines[-1].hash, lines[-1].attempts, lines[-1].peak_bytes, lines[-1].free_bytes) == (
+        link,
+        2,
+        5,
+        None,
+    )
 
 
 @pytest.mark.parametrize(
@@ -57,7 +75,9 @@ def test_a_line_that_was_taken_out_is_noticed(lost: int, tmp_path: Path) -> None
     write(path, RECORD, replace(RECORD, step=2), replace(RECORD, step=3))
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[:lost] + lines[lost + 1 :]))
-    with pytest.raises(RunDirectoryError, match=rf"journal\.jsonl:{lost + 1}: step {lost + 2} does not follow"):
+    with pytest.raises(
+        RunDirectoryError, match=rf"journal\.jsonl:{lost + 1}: step {lost + 2} does not follow"
+    ):
         read_journal(path)
 
 

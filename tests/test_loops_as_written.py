@@ -32,7 +32,9 @@ def build() -> nn.Module:
     return nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH))
 
 
-def loop(model: nn.Module, device: torch.device, *, hook: Hook = lambda *_: None) -> Callable[[], Any]:
+def loop(
+    model: nn.Module, device: torch.device, *, hook: Hook = lambda *_: None
+) -> Callable[[], Any]:
     model.to(device)
     optimizer = torch.optim.AdamW(model.parameters())
     x = torch.randn(8, WIDTH, device=device)
@@ -49,7 +51,9 @@ def loop(model: nn.Module, device: torch.device, *, hook: Hook = lambda *_: None
 
 
 def predict(hook: Hook | None = None, gpu: str = "RTX 4090", **options: Any) -> Prediction:
-    return fitune.predict_loop(build, loop if hook is None else partial(loop, hook=hook), gpu=gpu, **options)
+    return fitune.predict_loop(
+        build, loop if hook is None else partial(loop, hook=hook), gpu=gpu, **options
+    )
 
 
 def print_it(loss: torch.Tensor, *_: Any) -> None:
@@ -98,7 +102,9 @@ def limit_it(_: torch.Tensor, model: nn.Module, device: torch.device) -> None:
 
 
 def watch_it(_: torch.Tensor, model: nn.Module, __: torch.device) -> None:
-    handles = [parameter.register_hook(lambda gradient: gradient) for parameter in model.parameters()]
+    handles = [
+        parameter.register_hook(lambda gradient: gradient) for parameter in model.parameters()
+    ]
     for handle in handles:
         handle.remove()
     with torch.profiler.profile(profile_memory=True) as profile:
@@ -124,7 +130,9 @@ def time_it(_: torch.Tensor, __: nn.Module, device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("gpu", ["RTX 4090", "cpu"])
-@pytest.mark.parametrize("hook", [print_it, save_it, draw_it, log_it, check_it, save_elsewhere, limit_it, watch_it])
+@pytest.mark.parametrize(
+    "hook", [print_it, save_it, draw_it, log_it, check_it, save_elsewhere, limit_it, watch_it]
+)
 def test_what_allocates_nothing_changes_nothing(hook: Hook, gpu: str) -> None:
     assert predict(hook, gpu).peak_allocated_bytes == predict(gpu=gpu).peak_allocated_bytes
 
@@ -147,7 +155,10 @@ def test_an_average_of_the_weights_that_is_kept_takes_their_bytes(gpu: str) -> N
         kept.update_parameters(model)
         return kept
 
-    assert predict(average, gpu).peak_allocated_bytes - predict(gpu=gpu).peak_allocated_bytes >= MODEL_BYTES
+    assert (
+        predict(average, gpu).peak_allocated_bytes - predict(gpu=gpu).peak_allocated_bytes
+        >= MODEL_BYTES
+    )
 
 
 def test_a_tensor_says_where_it_is() -> None:
@@ -156,14 +167,23 @@ def test_a_tensor_says_where_it_is() -> None:
 
     def ask(loss: torch.Tensor, _: nn.Module, __: torch.device) -> Any:
         host = torch.zeros(3)
-        seen[:] = [loss.device.type, loss.is_cuda, loss.get_device(), host.device.type, host.is_cuda, host.get_device()]
+        seen[:] = [
+            loss.device.type,
+            loss.is_cuda,
+            loss.get_device(),
+            host.device.type,
+            host.is_cuda,
+            host.get_device(),
+        ]
         assert host.device == torch.device("cpu")
         assert torch.zeros(1, device=host.device).device.type == "cpu"
         return torch.zeros(1024, 1024, device=host.device)
 
     kept_on_host = predict(ask).peak_allocated_bytes
     assert seen == ["cuda", True, 0, "cpu", False, -1]
-    on_card = predict(lambda loss, *_: torch.zeros(1024, 1024, device=loss.device)).peak_allocated_bytes
+    on_card = predict(
+        lambda loss, *_: torch.zeros(1024, 1024, device=loss.device)
+    ).peak_allocated_bytes
     assert kept_on_host == predict().peak_allocated_bytes
     assert on_card - kept_on_host >= 4 * 1024 * 1024
 
@@ -171,13 +191,19 @@ def test_a_tensor_says_where_it_is() -> None:
 @pytest.mark.parametrize(
     ("hook", "said"),
     [
-        (lambda *_: torch.cuda.CUDAGraph(), "captures a CUDA graph, .* predict the loop without it"),
+        (
+            lambda *_: torch.cuda.CUDAGraph(),
+            "captures a CUDA graph, .* predict the loop without it",
+        ),
         (lambda *_: next(iter(())), "the step ran out of batches at test_loops_as_written"),
         (
             lambda _, model, device: nn.parallel.DistributedDataParallel(model, device_ids=[0]),
             "sets up several processes .* a prediction is of one: leave out",
         ),
-        (lambda _, model, __: pickle.dumps(model.state_dict()), "reads the memory of a tensor .*: leave that out"),
+        (
+            lambda _, model, __: pickle.dumps(model.state_dict()),
+            "reads the memory of a tensor .*: leave that out",
+        ),
     ],
 )
 def test_what_is_not_predicted_is_said(hook: Hook, said: str) -> None:
@@ -204,7 +230,9 @@ def default_device() -> Iterator[None]:
     torch.set_default_device(None)
 
 
-def kept_on_default(model: nn.Module, device: torch.device, *, name: str | None) -> Callable[[], Any]:
+def kept_on_default(
+    model: nn.Module, device: torch.device, *, name: str | None
+) -> Callable[[], Any]:
     torch.set_default_device(name)
     ballast = torch.zeros(1024, 1024)
     assert torch.get_default_device().type == (name or "cpu")
@@ -215,7 +243,8 @@ def kept_on_default(model: nn.Module, device: torch.device, *, name: str | None)
 @pytest.mark.usefixtures("default_device")
 def test_what_is_made_without_a_device_is_on_the_default_one() -> None:
     on_host, on_card = (
-        fitune.predict_loop(build, partial(kept_on_default, name=name), gpu="RTX 4090") for name in (None, "cuda")
+        fitune.predict_loop(build, partial(kept_on_default, name=name), gpu="RTX 4090")
+        for name in (None, "cuda")
     )
     assert on_card.peak_allocated_bytes - on_host.peak_allocated_bytes == 4 * 1024 * 1024
     assert torch.get_default_device().type == "cpu"
@@ -235,11 +264,14 @@ def test_a_default_device_that_was_set_before_counts_and_stays() -> None:
 
 
 @pytest.mark.parametrize(
-    "workers", [{"num_workers": 2}, {"num_workers": 2, "persistent_workers": True, "pin_memory": True}]
+    "workers",
+    [{"num_workers": 2}, {"num_workers": 2, "persistent_workers": True, "pin_memory": True}],
 )
 def test_rows_that_worker_processes_read_are_read(workers: dict[str, Any]) -> None:
     def reading(model: nn.Module, device: torch.device, **options: Any) -> Callable[[], Any]:
-        loader = DataLoader(TensorDataset(torch.randn(64, WIDTH)), batch_size=8, shuffle=True, **options)
+        loader = DataLoader(
+            TensorDataset(torch.randn(64, WIDTH)), batch_size=8, shuffle=True, **options
+        )
         optimizer, rows = torch.optim.AdamW(model.to(device).parameters()), iter(loader)
 
         def step() -> None:
@@ -250,7 +282,8 @@ def test_rows_that_worker_processes_read_are_read(workers: dict[str, Any]) -> No
         return step
 
     alone, beside = (
-        fitune.predict_loop(build, partial(reading, **options), gpu="RTX 4090") for options in ({}, workers)
+        fitune.predict_loop(build, partial(reading, **options), gpu="RTX 4090")
+        for options in ({}, workers)
     )
     assert beside.peak_allocated_bytes == alone.peak_allocated_bytes
 
@@ -282,6 +315,7 @@ def test_an_error_in_the_loop_is_said_with_its_class_and_place() -> None:
         return 1 / 0
 
     with pytest.raises(
-        UnexpectedError, match=r"ZeroDivisionError at .*test_loops_as_written\.py:\d+: division by zero"
+        UnexpectedError,
+        match=r"ZeroDivisionError at .*test_loops_as_written\.py:\d+: division by zero",
     ):
         predict(divide)

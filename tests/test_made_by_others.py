@@ -33,7 +33,9 @@ def trust(run: Path, mark: Path) -> None:
     config["model"]["trust_remote_code"] = True
     (run / "config.yaml").write_text(yaml.safe_dump(config))
     tiny = run.parent.parent / "tiny"
-    content = json.loads((tiny / "config.json").read_text()) | {"auto_map": {"AutoModelForCausalLM": "evil.Evil"}}
+    content = json.loads((tiny / "config.json").read_text()) | {
+        "auto_map": {"AutoModelForCausalLM": "evil.Evil"}
+    }
     (tiny / "config.json").write_text(json.dumps(content))
     code = f"import pathlib\npathlib.Path({str(mark)!r}).touch()\nfrom transformers import LlamaForCausalLM as Evil\n"
     (tiny / "evil.py").write_text(code)
@@ -55,7 +57,9 @@ def test_the_switch_that_runs_code_comes_from_who_calls(
     assert not (place / "ran").exists()
 
 
-def test_a_switch_of_export_that_has_no_effect_is_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_switch_of_export_that_has_no_effect_is_refused(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["export", "runs/run", "--to", "hf", "--trust-remote-code"]) == 2
     assert "drop --trust-remote-code" in capsys.readouterr().err
 

@@ -17,7 +17,9 @@ from fitune.recovery.observed import room_bytes
 from fitune.units import MIB
 from memory_group import MemoryGroup, NoControlGroupError, memory_group
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux promises memory that is not there")
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux", reason="only Linux promises memory that is not there"
+)
 CPU = torch.device("cpu")
 
 
@@ -108,7 +110,9 @@ def test_where_much_is_free_it_is_looked_at_once_a_second() -> None:
     assert len(looks) <= 2 + (time.monotonic() - looks[0])  # at the beginning, and soon after that
 
 
-def test_what_is_free_follows_the_files_of_the_control_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_free_follows_the_files_of_the_control_group(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As they change while a second process takes memory and gives it back."""
     monkeypatch.setattr(devices, "CGROUP_ROOT", tmp_path)
     monkeypatch.setattr(devices, "PROCESS_CGROUPS", tmp_path / "cgroup")
@@ -151,10 +155,16 @@ def test_a_control_groups_kernel_kills_what_is_not_refused(group: MemoryGroup) -
 def test_the_page_cache_of_a_real_control_group_is_free(group: MemoryGroup, tmp_path: Path) -> None:
     """A file of 128 MiB that is written within it changes what is left by little."""
     before = "from fitune.machine.devices import cpu_device; first = cpu_device()"
-    write = f"open({str(tmp_path / 'file')!r}, 'wb').write(bytes(128 << 20)); import gc, os; os.sync()"
+    write = (
+        f"open({str(tmp_path / 'file')!r}, 'wb').write(bytes(128 << 20)); import gc, os; os.sync()"
+    )
     group.limit(512 * MIB)
     done = subprocess.run(
-        [sys.executable, "-c", f"{before}; {write}; print(first.free_bytes - cpu_device().free_bytes)"],
+        [
+            sys.executable,
+            "-c",
+            f"{before}; {write}; print(first.free_bytes - cpu_device().free_bytes)",
+        ],
         preexec_fn=group.enter,
         capture_output=True,
         text=True,

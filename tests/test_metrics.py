@@ -26,7 +26,13 @@ STEP = StepMetrics(
     tokens_per_second=200.0, num_micro_batches=4, micro_batch=6,
 )  # fmt: skip
 EVAL = EvalMetrics(
-    step=1, total_tokens=100, eval_loss=2.25, eval_perplexity=2.5, eval_accuracy=0.5, eval_tokens=10, seconds=0.1
+    step=1,
+    total_tokens=100,
+    eval_loss=2.25,
+    eval_perplexity=2.5,
+    eval_accuracy=0.5,
+    eval_tokens=10,
+    seconds=0.1,
 )
 SUMMARY_KEYS = (
     "schema status steps total_steps tokens supervised_tokens seconds tokens_per_second train_loss eval_loss "
@@ -81,7 +87,9 @@ def test_a_line_after_a_half_written_one_is_whole(path: Path) -> None:
     assert (metrics.steps, metrics.damaged_lines) == ((STEP,), (1,))
 
 
-@pytest.mark.parametrize("line", ["", "[]", "{}", "\x00\x00", '{"eval_loss": "low"}', '{"step": 1.5}'])
+@pytest.mark.parametrize(
+    "line", ["", "[]", "{}", "\x00\x00", '{"eval_loss": "low"}', '{"step": 1.5}']
+)
 def test_a_damaged_line_is_reported_by_its_number(line: str, path: Path) -> None:
     append_line(path, STEP)
     with path.open("a") as file:
@@ -135,7 +143,9 @@ def test_a_summary_is_read_back(tmp_path: Path) -> None:
     assert math.isnan(again.train_loss or 0)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"schema": 2}', '{"schema": 1, "status": "great"}'])
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"schema": 2}', '{"schema": 1, "status": "great"}']
+)
 def test_a_damaged_summary_is_said(text: str, tmp_path: Path) -> None:
     (tmp_path / "summary.json").write_text(text)
     with pytest.raises(RunDirectoryError, match=r"summary\.json"):

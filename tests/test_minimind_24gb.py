@@ -4,7 +4,17 @@ import pytest
 
 import minimind_24gb
 from fitune.allocator.prediction import Prediction
-from minimind_24gb import BEGIN, END, NUM_PARAMETERS, Line, formula_bytes, minimind_step, own_step, table, with_table
+from minimind_24gb import (
+    BEGIN,
+    END,
+    NUM_PARAMETERS,
+    Line,
+    formula_bytes,
+    minimind_step,
+    own_step,
+    table,
+    with_table,
+)
 
 SMALL = {"rows": 2, "length": 512}
 
@@ -19,9 +29,15 @@ def theirs() -> Prediction:
     return minimind_step(**SMALL)
 
 
-def test_minimind_keeps_more_than_fitune_and_scores_more_than_both(own: Prediction, theirs: Prediction) -> None:
+def test_minimind_keeps_more_than_fitune_and_scores_more_than_both(
+    own: Prediction, theirs: Prediction
+) -> None:
     scores = minimind_step(fused=False, **SMALL)
-    assert own.categories["activation"] < theirs.categories["activation"] < scores.categories["activation"]
+    assert (
+        own.categories["activation"]
+        < theirs.categories["activation"]
+        < scores.categories["activation"]
+    )
 
 
 def test_both_are_the_same_model(own: Prediction, theirs: Prediction) -> None:

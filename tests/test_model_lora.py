@@ -32,7 +32,10 @@ def _after(line: str) -> str:
 def test_nor_for_a_checkpoint_or_an_export() -> None:
     code = "import sys, fitune.model.save, fitune.training.checkpoint.write; print('bitsandbytes' in sys.modules)"
     command = [sys.executable, "-c", code]
-    assert subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip() == "False"
+    assert (
+        subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+        == "False"
+    )
 
 
 @pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
@@ -44,20 +47,36 @@ def test_nor_for_a_checkpoint_or_an_export() -> None:
     ],
     ids=["adapters_need_no_compiler", "afterwards_peft_finds_bitsandbytes"],
 )
-def test_bitsandbytes_is_not_imported_for_adapters_and_still_there(line: str, expected: str) -> None:
+def test_bitsandbytes_is_not_imported_for_adapters_and_still_there(
+    line: str, expected: str
+) -> None:
     assert _after(line) == expected
 
 
 @pytest.mark.parametrize(
     ("target", "tied", "sentence"),
     [
-        ("lm_head", True, "names lm_head, the head, whose weight is also the embedding's: choose from down_proj"),
-        ("lm_head", False, "names lm_head, the head, which gets no adapter here: choose from down_proj"),
-        ("embed_tokens", True, "names embed_tokens, of the kind Embedding and no linear layer: choose"),
+        (
+            "lm_head",
+            True,
+            "names lm_head, the head, whose weight is also the embedding's: choose from down_proj",
+        ),
+        (
+            "lm_head",
+            False,
+            "names lm_head, the head, which gets no adapter here: choose from down_proj",
+        ),
+        (
+            "embed_tokens",
+            True,
+            "names embed_tokens, of the kind Embedding and no linear layer: choose",
+        ),
         ("c_attn", True, "names c_attn, which this model does not have: choose"),
     ],
 )
-def test_a_target_without_adapters_is_refused_with_the_reason(target: str, tied: bool, sentence: str) -> None:
+def test_a_target_without_adapters_is_refused_with_the_reason(
+    target: str, tied: bool, sentence: str
+) -> None:
     config = copy.deepcopy(TINY_LLAMA)
     config.tie_word_embeddings = tied
     model = build_model(config, seed=0)

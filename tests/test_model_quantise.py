@@ -34,7 +34,9 @@ def model_config(directory: Path, method: str) -> ModelConfig:
 def test_a_weight_takes_half_a_byte_an_element_and_its_scales() -> None:
     with torch.device("meta"):
         layer = NF4Linear(nn.Linear(4096, 1024, bias=False))
-    sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in layer.state_dict().items()}
+    sizes = {
+        name: tensor.numel() * tensor.element_size() for name, tensor in layer.state_dict().items()
+    }
     n = 4096 * 1024
     assert sizes == {
         "weight": n // 2, "scales": n // 64, "outer_scales": n // 64 // 256 * 4,
@@ -45,7 +47,8 @@ def test_a_weight_takes_half_a_byte_an_element_and_its_scales() -> None:
 def test_a_model_counts_its_weights_not_its_bytes(directory: Path) -> None:
     meta = torch.device("meta")
     counts = {
-        method: count_parameters(load_model(model_config(directory, method), meta)) for method in ("lora", "qlora")
+        method: count_parameters(load_model(model_config(directory, method), meta))
+        for method in ("lora", "qlora")
     }
     assert counts["qlora"] == counts["lora"]
 
@@ -84,7 +87,9 @@ def test_only_the_adapters_of_a_packed_model_are_trained(directory: Path) -> Non
     pytest.importorskip("bitsandbytes")
     model = load_model(model_config(directory, "qlora"), CPU)
     model(input_ids=torch.arange(8)[None]).logits.square().sum().backward()
-    with_gradient = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    with_gradient = {
+        name for name, parameter in model.named_parameters() if parameter.grad is not None
+    }
     assert with_gradient
     assert all("lora_" in name for name in with_gradient)
 
@@ -93,7 +98,9 @@ def test_merging_unpacks_the_weights(directory: Path) -> None:
     pytest.importorskip("bitsandbytes")
     merged = plain_tensors(load_model(model_config(directory, "qlora"), CPU))
     plain = load_model(model_config(directory, "full"), CPU).state_dict()
-    assert {name: tensor.shape for name, tensor in merged.items()} == {name: t.shape for name, t in plain.items()}
+    assert {name: tensor.shape for name, tensor in merged.items()} == {
+        name: t.shape for name, t in plain.items()
+    }
     weight = "model.layers.0.mlp.up_proj.weight"
     assert (merged[weight] - plain[weight]).abs().mean() < 0.25 * plain[weight].abs().mean()
 
@@ -130,9 +137,13 @@ def steps(events: Any) -> list[tuple[object, ...]]:
     ],
     ids=" ".join,
 )
-def test_the_arithmetic_allocates_what_the_library_does(directory: Path, overrides: tuple[str, ...]) -> None:
+def test_the_arithmetic_allocates_what_the_library_does(
+    directory: Path, overrides: tuple[str, ...]
+) -> None:
     pytest.importorskip("bitsandbytes")
-    wide = TINY["llama"].__class__(**(TINY["llama"].to_dict() | {"vocab_size": 512}))  # an embedding in 8 bits
+    wide = TINY["llama"].__class__(
+        **(TINY["llama"].to_dict() | {"vocab_size": 512})
+    )  # an embedding in 8 bits
     wide.save_pretrained(directory)
     config = make_run(directory, *overrides)
     rows = longest_rows(config, num_rows=4)
@@ -154,11 +165,21 @@ def mixture(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 def test_the_experts_of_a_mixture_are_in_4_bits_too(mixture: Path) -> None:
     meta = torch.device("meta")
-    quantised, plain = (load_model(model_config(mixture, method), meta) for method in ("qlora", "lora"))
+    quantised, plain = (
+        load_model(model_config(mixture, method), meta) for method in ("qlora", "lora")
+    )
     assert count_parameters(quantised)[0] == count_parameters(plain)[0]
-    wide = {name for name, parameter in quantised.named_parameters() if "experts" in name and parameter.dim() == 3}
+    wide = {
+        name
+        for name, parameter in quantised.named_parameters()
+        if "experts" in name and parameter.dim() == 3
+    }
     assert not wide
-    packed = [p for name, p in quantised.named_parameters() if "experts" in name and p.dtype == torch.uint8]
+    packed = [
+        p
+        for name, p in quantised.named_parameters()
+        if "experts" in name and p.dtype == torch.uint8
+    ]
     assert len(packed) == 2 * 2
     assert not_quantised(quantised) is None
 
@@ -184,7 +205,9 @@ def test_the_unpacked_experts_are_not_kept_for_the_backward(mixture: Path) -> No
     model = load_model(model_config(mixture, "qlora"), CPU)
     (experts, *_) = (part for part in model.modules() if hasattr(part, "_is_expert_parallel"))
     kept: list[torch.Size] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda saved: kept.append(saved.shape) or saved, lambda saved: saved):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda saved: kept.append(saved.shape) or saved, lambda saved: saved
+    ):
         hidden = torch.randn(5, 32, requires_grad=True)
         experts(hidden, torch.zeros(5, 1, dtype=torch.int64), torch.ones(5, 1)).sum().backward()
     assert kept
@@ -202,21 +225,29 @@ def test_experts_in_4_bits_multiply_in_the_format_of_autocast(mixture: Path) -> 
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
-def test_the_arithmetic_of_experts_allocates_what_the_library_does(name: str, tmp_path: Path) -> None:
+def test_the_arithmetic_of_experts_allocates_what_the_library_does(
+    name: str, tmp_path: Path
+) -> None:
     pytest.importorskip("bitsandbytes")
     TINY[name].save_pretrained(tmp_path / "model")
     config = make_run(tmp_path / "model", "model.method=qlora")
     rows = longest_rows(config, num_rows=4)
-    fake, real = (record_step(config, [Pass("train", rows)], target=None, mode=mode) for mode in ("fake", "real"))
+    fake, real = (
+        record_step(config, [Pass("train", rows)], target=None, mode=mode)
+        for mode in ("fake", "real")
+    )
     sizes = [
-        sum(size for size, category, *_ in steps(each.trace.events) if category == "temporary") for each in (fake, real)
+        sum(size for size, category, *_ in steps(each.trace.events) if category == "temporary")
+        for each in (fake, real)
     ]
     assert abs(sizes[0] / sizes[1] - 1) < 0.1
 
 
 def test_mixtral_in_4_bits_takes_a_quarter_of_what_it_takes_in_16() -> None:
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(MixtralConfig(), experts_implementation=EXPERTS, dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_config(
+            MixtralConfig(), experts_implementation=EXPERTS, dtype=torch.bfloat16
+        )
     before = sum(parameter.nbytes for parameter in model.parameters())
     quantise(model)
     after = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))

@@ -30,13 +30,19 @@ def loss(model: nn.Module, lengths: tuple[int, ...] = (20, 8)) -> torch.Tensor:
     ids = torch.arange(3, 3 + sum(lengths))[None]
     positions = torch.cat([torch.arange(length) for length in lengths])[None]
     boundaries = row_boundaries(lengths, device=torch.device("cpu"))
-    return model(input_ids=ids, position_ids=positions, use_cache=False, row_boundaries=boundaries).logits.pow(2).sum()
+    return (
+        model(input_ids=ids, position_ids=positions, use_cache=False, row_boundaries=boundaries)
+        .logits.pow(2)
+        .sum()
+    )
 
 
 def build(name: str, num_layers: int = 4) -> nn.Module:
     config = copy.deepcopy(TINY[name])
     if name in ("llama", "qwen3"):
-        config = type(config)(**(config.to_dict() | {"num_hidden_layers": num_layers, "layer_types": None}))
+        config = type(config)(
+            **(config.to_dict() | {"num_hidden_layers": num_layers, "layer_types": None})
+        )
     return build_model(config, attention=attention_name(config, "auto"), seed=1).train()
 
 
@@ -79,7 +85,10 @@ class Held(TorchDispatchMode):
         for tensor in out if isinstance(out, tuple | list) else (out,):
             if isinstance(tensor, torch.Tensor):
                 storage = tensor.untyped_storage()
-                self.seen[storage._cdata] = torch.multiprocessing.reductions.StorageWeakRef(storage), storage.nbytes()
+                self.seen[storage._cdata] = (
+                    torch.multiprocessing.reductions.StorageWeakRef(storage),
+                    storage.nbytes(),
+                )
         return out
 
     def held_bytes(self) -> int:
@@ -159,8 +168,12 @@ def test_only_the_inputs_of_layers_go_to_the_host(monkeypatch: pytest.MonkeyPatc
     assert moved == [torch.Size((1, 28, 32))] * 2
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # dynamo looks at its inputs
-def test_compiled_layers_have_the_same_gradients_for_any_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor:UserWarning"
+)  # dynamo looks at its inputs
+def test_compiled_layers_have_the_same_gradients_for_any_rows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def compile_without_code(layer: nn.Module, **options: Any) -> None:
         layer._compiled_call_impl = torch.compile(layer._call_impl, backend="eager", **options)
 

@@ -15,7 +15,13 @@ from fitune.errors import ModelError
 from fitune.model import save
 from fitune.model.load import build_model, count_parameters, load_model
 from fitune.model.lora import adaptable_names, apply_lora, load_adapters, not_adapted
-from fitune.model.save import export_minimind, plain_tensors, recover_directory, replaced_directory, save_model
+from fitune.model.save import (
+    export_minimind,
+    plain_tensors,
+    recover_directory,
+    replaced_directory,
+    save_model,
+)
 from tiny_models import TINY, TINY_LLAMA, TINY_MOE, TINY_QWEN3, save_tokenizer
 
 IDS = torch.arange(3, 20)[None]
@@ -43,24 +49,36 @@ def adapted(config: PretrainedConfig = TINY_QWEN3, lora: LoraConfig | None = Non
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_a_saved_model_loads_with_plain_transformers(name: str, tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_a_saved_model_loads_with_plain_transformers(
+    name: str, tmp_path: Path, tokenizer: Tokenizer
+) -> None:
     model = build(TINY[name])
     save_model(model, tmp_path / "best", tokenizer=tokenizer)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "best")
-    for (key, ours), theirs in zip(model.state_dict().items(), loaded.state_dict().values(), strict=True):
+    for (key, ours), theirs in zip(
+        model.state_dict().items(), loaded.state_dict().values(), strict=True
+    ):
         assert torch.equal(ours, theirs), key
 
 
-def test_a_model_that_knows_no_end_gets_that_of_its_tokenizer(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_a_model_that_knows_no_end_gets_that_of_its_tokenizer(
+    tmp_path: Path, tokenizer: Tokenizer
+) -> None:
     model = build(type(TINY_LLAMA)(**(TINY_LLAMA.to_dict() | {"eos_token_id": None})))
     save_model(model, tmp_path / "best", tokenizer=tokenizer)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "best")
     assert loaded.generation_config.eos_token_id == tokenizer.eos_token_id
 
 
-def test_a_saved_model_stops_at_what_it_has_learned_to_end_with_too(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_a_saved_model_stops_at_what_it_has_learned_to_end_with_too(
+    tmp_path: Path, tokenizer: Tokenizer
+) -> None:
     known = tokenizer.eos_token_id
-    for ends, expected in ((["w1"], [known, *tokenizer.encode("w1")]), (["<|im_end|>"], known), ([], known)):
+    for ends, expected in (
+        (["w1"], [known, *tokenizer.encode("w1")]),
+        (["<|im_end|>"], known),
+        ([], known),
+    ):
         save_model(build_known(known), tmp_path / "best", tokenizer=tokenizer, ends=ends)
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "best")
         assert loaded.generation_config.eos_token_id == expected
@@ -78,12 +96,18 @@ def test_the_tokenizer_and_its_template_come_along(tmp_path: Path, tokenizer: To
 
 
 def test_weights_in_sixteen_bits_stay_in_sixteen_bits(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    save_model(build_model(copy.deepcopy(TINY_QWEN3), dtype=torch.bfloat16), tmp_path / "best", tokenizer=tokenizer)
+    save_model(
+        build_model(copy.deepcopy(TINY_QWEN3), dtype=torch.bfloat16),
+        tmp_path / "best",
+        tokenizer=tokenizer,
+    )
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "best").dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("name", ["qwen3", "qwen3_moe", "gpt2", "gemma2"])
-def test_merged_adapters_compute_what_they_computed_beside(name: str, tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_merged_adapters_compute_what_they_computed_beside(
+    name: str, tmp_path: Path, tokenizer: Tokenizer
+) -> None:
     model = adapted(TINY[name])
     save_model(model, tmp_path / "best", tokenizer=tokenizer, merge=True)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "best").eval()
@@ -122,39 +146,63 @@ def test_adapters_are_float32_beside_a_sixteen_bit_model() -> None:
 
 
 def test_fresh_adapters_change_nothing_and_follow_the_seed() -> None:
-    first, again, other = (apply_lora(build(), LoraConfig(), seed=seed).eval() for seed in (3, 3, 4))
+    first, again, other = (
+        apply_lora(build(), LoraConfig(), seed=seed).eval() for seed in (3, 3, 4)
+    )
     assert torch.equal(first(IDS).logits, build()(IDS).logits)
-    weights = [torch.cat([p.flatten() for p in model.parameters()]) for model in (first, again, other)]
+    weights = [
+        torch.cat([p.flatten() for p in model.parameters()]) for model in (first, again, other)
+    ]
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
 
 
 def test_all_linear_layers_but_the_head_are_adapted() -> None:
-    assert adaptable_names(build()) == ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
+    assert adaptable_names(build()) == [
+        "down_proj",
+        "gate_proj",
+        "k_proj",
+        "o_proj",
+        "q_proj",
+        "up_proj",
+        "v_proj",
+    ]
 
 
 def test_an_unknown_target_is_refused_with_what_there_is() -> None:
-    with pytest.raises(ModelError, match=r"names query, which .* choose from down_proj, .*, v_proj, or all-linear"):
+    with pytest.raises(
+        ModelError, match=r"names query, which .* choose from down_proj, .*, v_proj, or all-linear"
+    ):
         apply_lora(build(), LoraConfig(targets=("q_proj", "query")))
 
 
 def test_only_the_named_targets_are_adapted() -> None:
     model = apply_lora(build(), LoraConfig(targets=("q_proj",)))
-    assert all(".q_proj." in name for name, parameter in model.named_parameters() if parameter.requires_grad)
+    assert all(
+        ".q_proj." in name
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    )
 
 
 def test_fused_experts_are_said_to_stay_frozen() -> None:
     assert not_adapted(build()) is None
-    assert "experts.down_proj, experts.gate_up_proj, gate.weight hold" in str(not_adapted(build(TINY_MOE)))
+    assert "experts.down_proj, experts.gate_up_proj, gate.weight hold" in str(
+        not_adapted(build(TINY_MOE))
+    )
 
 
 @pytest.mark.parametrize("config", FAMILIES, ids=lambda config: config.model_type)
-def test_an_exported_pth_in_its_own_type_gives_the_same_bits(config: PretrainedConfig, tmp_path: Path) -> None:
+def test_an_exported_pth_in_its_own_type_gives_the_same_bits(
+    config: PretrainedConfig, tmp_path: Path
+) -> None:
     model = build(config)
     export_minimind(model, tmp_path / "out" / "sft.pth", dtype=None)
     source = ModelConfig(source=str(tmp_path / "out" / "sft.pth"), shape=ShapeConfig(num_heads=4))
     loaded = load_model(source, torch.device("cpu"))
-    for (name, ours), theirs in zip(model.state_dict().items(), loaded.state_dict().values(), strict=True):
+    for (name, ours), theirs in zip(
+        model.state_dict().items(), loaded.state_dict().values(), strict=True
+    ):
         assert torch.equal(ours, theirs), name
 
 

@@ -66,5 +66,9 @@ def test_one_matrix_of_the_vocabulary_is_made_in_a_micro_batch(tmp_path: Path) -
     rows = longest_rows(config, num_rows=config.batch.rows_per_step)
     trace = record_step(config, [Pass("train", rows, most_micro_batches=3)], target=None).trace
     matrix_bytes = TINY["llama"].vocab_size * TINY["llama"].hidden_size * 4
-    made = [e.op for e in trace.events if e.num_bytes == matrix_bytes and e.phase in ("forward", "backward")]
+    made = [
+        e.op
+        for e in trace.events
+        if e.num_bytes == matrix_bytes and e.phase in ("forward", "backward")
+    ]
     assert made == ["aten.zeros_like.default"] * 3

@@ -32,7 +32,17 @@ from watched_run import step_metrics
 CPU = torch.device("cpu")
 CARD = torch.device("cuda", 0)
 RUN = RunDirectory(Path("runs/run"))
-ALARMS = {"headroom", "spill", "retry", "disk", "leak", "fragmentation", "prediction", "loss_spike", "clipping"}
+ALARMS = {
+    "headroom",
+    "spill",
+    "retry",
+    "disk",
+    "leak",
+    "fragmentation",
+    "prediction",
+    "loss_spike",
+    "clipping",
+}
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +65,9 @@ def place(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
 def monitored(place: Path) -> tuple[RunConfig, Any, RunDirectory]:
     config = read_config(place).config
     precision = choose_precision(config, CPU)
-    setup = assemble(load_model(config.model, CPU, precision=precision), config, device=CPU, precision=precision)
+    setup = assemble(
+        load_model(config.model, CPU, precision=precision), config, device=CPU, precision=precision
+    )
     return config, setup, create_run(Path("runs"), "run")
 
 
@@ -95,7 +107,9 @@ def test_a_clean_run_rings_no_alarm(clean: RunDirectory) -> None:
 
 
 def test_samples_are_half_a_second_apart(clean: RunDirectory) -> None:
-    times = [sample.time for sample in read_run_memory(clean.memory)][:-1]  # the last one is the end's
+    times = [sample.time for sample in read_run_memory(clean.memory)][
+        :-1
+    ]  # the last one is the end's
     assert times  # a fast machine is done in a second
     assert all(later - earlier > 0.4 for earlier, later in pairwise(times))
 
@@ -123,7 +137,9 @@ def test_a_sampler_that_breaks_does_not_end_the_run(
     assert said == ["warning: memory is no longer recorded: no space left"]
 
 
-def test_sampling_costs_less_than_half_a_percent(monitored: tuple[RunConfig, Any, RunDirectory]) -> None:
+def test_sampling_costs_less_than_half_a_percent(
+    monitored: tuple[RunConfig, Any, RunDirectory],
+) -> None:
     """Two samples a second may take 5 ms of processor time."""
     monitor = run_monitor(*monitored, notify=lambda _: None)
     monitor.sample()
@@ -133,7 +149,9 @@ def test_sampling_costs_less_than_half_a_percent(monitored: tuple[RunConfig, Any
     assert (time.thread_time() - start) / 40 < 0.0025
 
 
-def test_the_state_of_a_run_grows_by_gradients_and_optimizer(monitored: tuple[RunConfig, Any, RunDirectory]) -> None:
+def test_the_state_of_a_run_grows_by_gradients_and_optimizer(
+    monitored: tuple[RunConfig, Any, RunDirectory],
+) -> None:
     config, setup, run = monitored
     monitor = run_monitor(config, setup, run, notify=lambda _: None)
     parameter_bytes = sum(parameter.nbytes for parameter in setup.model.parameters())
@@ -145,7 +163,9 @@ def test_the_state_of_a_run_grows_by_gradients_and_optimizer(monitored: tuple[Ru
     assert 4 * parameter_bytes <= (monitor.sample().state_bytes or 0) < 4.1 * parameter_bytes
 
 
-def test_the_peak_of_a_step_between_two_samples_is_kept(monitored: tuple[RunConfig, Any, RunDirectory]) -> None:
+def test_the_peak_of_a_step_between_two_samples_is_kept(
+    monitored: tuple[RunConfig, Any, RunDirectory],
+) -> None:
     monitor = run_monitor(*monitored, notify=lambda _: None)
     monitor.step(replace(step_metrics(1), device_used_bytes=10**15), progress=0.1)
     assert monitor.sample().peak_process_bytes == 10**15
@@ -177,12 +197,16 @@ def test_a_file_for_prometheus_that_cannot_be_written_is_said_once(
 ) -> None:
     monkeypatch.setattr("fitune.watch.monitor.PROMETHEUS_SECONDS", 0.0)
     config, setup, run = monitored
-    config = config.model_copy(update={"run": config.run.model_copy(update={"prometheus": "nowhere/fitune.prom"})})
+    config = config.model_copy(
+        update={"run": config.run.model_copy(update={"prometheus": "nowhere/fitune.prom"})}
+    )
     said: list[str] = []
     with run_monitor(config, setup, run, notify=said.append) as monitor:
         monitor.sample()
         monitor.sample()
-    assert said == ["warning: run.prometheus nowhere/fitune.prom cannot be written: it is tried again every 0 s"]
+    assert said == [
+        "warning: run.prometheus nowhere/fitune.prom cannot be written: it is tried again every 0 s"
+    ]
 
 
 def test_a_disk_that_does_not_answer_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,7 +228,9 @@ def card(stand_in: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
         "num_ooms": 1,
     }
     stand_in.setattr(torch.cuda, "memory_stats_as_nested_dict", lambda _: counters)
-    stand_in.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="11111111-aaaa"))
+    stand_in.setattr(
+        torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="11111111-aaaa")
+    )
     stand_in.setattr(torch.cuda, "get_device_capability", lambda _: (8, 9))
     stand_in.setenv("STAND_IN_PID", str(psutil.Process().pid))
     stand_in.setenv("STAND_IN_OWN_MIB", "16900")
@@ -224,7 +250,10 @@ def test_a_card_is_sampled_with_its_own_and_with_pytorchs_numbers(card: pytest.M
     assert {name: sample[name] for name in ("allocated_bytes", "peak_allocated_bytes", "reserved_bytes")} == {
         "allocated_bytes": 12_000 * MIB, "peak_allocated_bytes": 15_000 * MIB, "reserved_bytes": 16_500 * MIB,
     }  # fmt: skip
-    assert (sample["device_total_bytes"], sample["device_used_bytes"]) == ((24564 - 400) * MIB, 18_224 * MIB)
+    assert (sample["device_total_bytes"], sample["device_used_bytes"]) == (
+        (24564 - 400) * MIB,
+        18_224 * MIB,
+    )
     assert (sample["other_processes_bytes"], sample["spill_bytes"]) == (1_324 * MIB, 0)
     assert (sample["num_retries"], sample["num_ooms"]) == (2, 1)
     assert (sample["utilisation_fraction"], sample["power_watts"], sample["throttled"]) == (
@@ -249,18 +278,26 @@ def test_a_card_that_is_lost_leaves_pytorchs_numbers(card: pytest.MonkeyPatch) -
     card.setenv("STAND_IN_NVML", "lost")
     card.setattr(torch.cuda, "mem_get_info", lambda _: (6 * GIB, 24 * GIB))
     sample = read_card()
-    assert (sample.device_used_bytes, sample.allocated_bytes, sample.power_watts) == (18 * GIB, 12_000 * MIB, None)
+    assert (sample.device_used_bytes, sample.allocated_bytes, sample.power_watts) == (
+        18 * GIB,
+        12_000 * MIB,
+        None,
+    )
 
 
 def test_watch_shows_the_cards_numbers(card: pytest.MonkeyPatch, tmp_path: Path) -> None:
     run = create_run(tmp_path, "run")
     append_line(run.memory, read_card(), leave_out_unknown=True)
-    lines = watch_screen(RunFollower(run).read(), width=100, height=None, now=time.time()).plain.splitlines()
+    lines = watch_screen(
+        RunFollower(run).read(), width=100, height=None, now=time.time()
+    ).plain.splitlines()
     shown = {line[:29].strip(): line[29:46].split() for line in lines}
     assert shown["activations, temporaries"] == ["10.06", "12.99"]
     assert shown["CUDA context"] == ["0.39", "0.39"]
     assert shown["other processes"] == ["1.29", "1.29"]
-    assert lines[-1].startswith("GPU 97% · 71 °C · 382 W · slowed down by power limit, heat · 2 retries")
+    assert lines[-1].startswith(
+        "GPU 97% · 71 °C · 382 W · slowed down by power limit, heat · 2 retries"
+    )
 
 
 def test_amds_card_is_asked_through_pytorch(card: pytest.MonkeyPatch) -> None:
@@ -270,7 +307,11 @@ def test_amds_card_is_asked_through_pytorch(card: pytest.MonkeyPatch) -> None:
     for name, answer in (("utilization", 88), ("power_draw", 300_000), ("temperature", 66)):
         card.setattr(torch.cuda, name, lambda _, answer=answer: answer)
     sample = read_card()
-    assert (sample.utilisation_fraction, sample.power_watts, sample.temperature_celsius) == (0.88, 300.0, 66.0)
+    assert (sample.utilisation_fraction, sample.power_watts, sample.temperature_celsius) == (
+        0.88,
+        300.0,
+        66.0,
+    )
 
 
 def test_apples_memory_is_the_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -278,8 +319,14 @@ def test_apples_memory_is_the_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
         ("driver_allocated_memory", 5), ("current_allocated_memory", 4), ("recommended_max_memory", 12),
     ):  # fmt: skip
         monkeypatch.setattr(torch.mps, name, lambda answer=answer: answer * GIB)
-    sample = Sampler(torch.device("mps"), place=Path(), parameter_bytes=0).read(step=0, progress=None, state_bytes=0)
-    assert (sample.allocated_bytes, sample.reserved_bytes, sample.device_total_bytes) == (4 * GIB, 5 * GIB, 12 * GIB)
+    sample = Sampler(torch.device("mps"), place=Path(), parameter_bytes=0).read(
+        step=0, progress=None, state_bytes=0
+    )
+    assert (sample.allocated_bytes, sample.reserved_bytes, sample.device_total_bytes) == (
+        4 * GIB,
+        5 * GIB,
+        12 * GIB,
+    )
 
 
 def test_progress_is_one_watcher_of_many(capsys: pytest.CaptureFixture[str]) -> None:

@@ -26,7 +26,9 @@ SIGNAL = 1.0
 Micro = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
-def draw(*, num_micro: int, spread: float, noise_per: str, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def draw(
+    *, num_micro: int, spread: float, noise_per: str, seed: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(g [draws, micro, dimensions], weights [draws, micro], true variance of the step's gradient [draws]), where a
     micro-batch's noise is that of its tokens, or of one sequence however long it is."""
     random = np.random.default_rng(seed)
@@ -49,14 +51,25 @@ def z_score(values: np.ndarray, truth: float = 0.0) -> float:
     return float((values.mean() - truth) / (values.std() / math.sqrt(len(values))))
 
 
-SETTINGS = [(4, 0.0, "token"), (4, 1.0, "token"), (8, 1.0, "token"), (8, 0.6, "sequence"), (8, 1.0, "sequence")]
+SETTINGS = [
+    (4, 0.0, "token"),
+    (4, 1.0, "token"),
+    (8, 1.0, "token"),
+    (8, 0.6, "sequence"),
+    (8, 1.0, "sequence"),
+]
 
 
 @pytest.mark.parametrize(("num_micro", "spread", "noise_per"), SETTINGS)
 def test_signal_and_variance_are_unbiased(num_micro: int, spread: float, noise_per: str) -> None:
-    gradients, weights, variance = draw(num_micro=num_micro, spread=spread, noise_per=noise_per, seed=1)
+    gradients, weights, variance = draw(
+        num_micro=num_micro, spread=spread, noise_per=noise_per, seed=1
+    )
     squared, total = norms(gradients, weights)
-    samples = [pairwise_sample(q, big_q, weights=n) for q, big_q, n in zip(squared, total, weights, strict=True)]
+    samples = [
+        pairwise_sample(q, big_q, weights=n)
+        for q, big_q, n in zip(squared, total, weights, strict=True)
+    ]
     signal = np.array([sample.signal for sample in samples])
     step_variance = np.array([sample.variance / sample.tokens for sample in samples])
     assert abs(z_score(signal, SIGNAL)) < 4
@@ -85,7 +98,8 @@ def independent_tokens(squared: np.ndarray, total: np.ndarray, weights: np.ndarr
 
 
 @pytest.mark.parametrize(
-    ("formula", "noise_per"), [(equal_sizes, "token"), (mean_losses, "token"), (independent_tokens, "sequence")]
+    ("formula", "noise_per"),
+    [(equal_sizes, "token"), (mean_losses, "token"), (independent_tokens, "sequence")],
 )
 def test_the_formulas_of_other_libraries_fail_this_proof(
     formula: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray], noise_per: str
@@ -138,7 +152,9 @@ def test_adams_memory_stands_in_where_a_step_has_one_micro_batch() -> None:
     for step in range(DRAWS):
         gradient = truth + random.standard_normal(DIMENSIONS)
         if step > 100:
-            samples.append(momentum_sample(float(gradient @ memory), float(gradient @ gradient), tokens=1))
+            samples.append(
+                momentum_sample(float(gradient @ memory), float(gradient @ gradient), tokens=1)
+            )
         memory = beta * memory + (1 - beta) * gradient
     assert np.mean([sample.signal for sample in samples]) == pytest.approx(SIGNAL, rel=0.03)
     assert np.mean([sample.variance for sample in samples]) == pytest.approx(DIMENSIONS, rel=0.03)
@@ -148,7 +164,11 @@ def test_the_bounce_ratio_is_one_while_descending_and_not_positive_around_a_mini
     random = np.random.default_rng(5)
 
     def run(start: float, *, steps: int) -> float:
-        weights, memory, averages = np.full(DIMENSIONS, start), np.zeros(DIMENSIONS), NoiseAverages()
+        weights, memory, averages = (
+            np.full(DIMENSIONS, start),
+            np.zeros(DIMENSIONS),
+            NoiseAverages(),
+        )
         for step in range(steps):
             parts = 0.02 * weights + 0.1 * random.standard_normal((4, DIMENSIONS))
             gradient = parts.mean(axis=0)
@@ -170,12 +190,19 @@ def test_the_bounce_ratio_is_one_while_descending_and_not_positive_around_a_mini
     assert run(0.0, steps=1500) <= 0.1
 
 
-@given(st.lists(st.tuples(st.floats(0, 1e6), st.floats(1, 1e5)), min_size=2, max_size=12), st.floats(0, 1e6))
-def test_signal_and_variance_always_add_up_to_the_squared_norm(parts: list[tuple[float, float]], total: float) -> None:
+@given(
+    st.lists(st.tuples(st.floats(0, 1e6), st.floats(1, 1e5)), min_size=2, max_size=12),
+    st.floats(0, 1e6),
+)
+def test_signal_and_variance_always_add_up_to_the_squared_norm(
+    parts: list[tuple[float, float]], total: float
+) -> None:
     squared, weights = zip(*parts, strict=True)
     sample = pairwise_sample(squared, total, weights=weights)
     assert sample is not None
-    assert sample.signal + sample.variance / sample.tokens == pytest.approx(total, abs=1e-6 * (1 + sum(squared)) * 1e3)
+    assert sample.signal + sample.variance / sample.tokens == pytest.approx(
+        total, abs=1e-6 * (1 + sum(squared)) * 1e3
+    )
 
 
 def test_a_step_with_one_target_bearing_micro_batch_tells_nothing() -> None:
@@ -199,7 +226,9 @@ def test_old_steps_are_forgotten_by_their_tokens() -> None:
     averages = NoiseAverages()
     for signal, steps in ((1.0, 1000), (5.0, 100)):
         for _ in range(steps):
-            averages = update_averages(averages, NoiseSample(signal, 1.0, 10.0), half_life_tokens=100.0)
+            averages = update_averages(
+                averages, NoiseSample(signal, 1.0, 10.0), half_life_tokens=100.0
+            )
     assert averages.signal == pytest.approx(5 - 4 * 0.5**10, rel=1e-3)
 
 
@@ -215,7 +244,9 @@ def norms_of(parts: np.ndarray, memory: np.ndarray) -> GradientNorms:
 
 @pytest.mark.parametrize("clip", [0.0, 0.5], ids=["free", "clipped"])
 @pytest.mark.parametrize("num_micro", [1, 4])
-def test_adams_average_is_compared_as_if_it_were_full_and_never_clipped(num_micro: int, clip: float) -> None:
+def test_adams_average_is_compared_as_if_it_were_full_and_never_clipped(
+    num_micro: int, clip: float
+) -> None:
     """With a gradient that stands still tau is 1 from the first steps on, and clipping does not bend it."""
     random = np.random.default_rng(6)
     truth = np.full(DIMENSIONS, DIMENSIONS**-0.5)
@@ -235,7 +266,11 @@ def test_adams_average_is_compared_as_if_it_were_full_and_never_clipped(num_micr
 
 def test_a_step_before_adams_first_update_leaves_the_weighted_averages_as_they_are() -> None:
     norms = GradientNorms(
-        micro=(1.0, 1.0), total=2.0, weights=(1.0, 1.0), preconditioned_micro=(0.0, 0.0), preconditioned_total=0.0
+        micro=(1.0, 1.0),
+        total=2.0,
+        weights=(1.0, 1.0),
+        preconditioned_micro=(0.0, 0.0),
+        preconditioned_total=0.0,
     )
     assert observe_preconditioned(NoiseAverages(), norms, half_life_tokens=10) == NoiseAverages()
 

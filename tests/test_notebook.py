@@ -44,7 +44,9 @@ def notebook(monkeypatch: pytest.MonkeyPatch) -> Notebook:
     shown = Notebook()
     module: Any = ModuleType("IPython")
     module.get_ipython = lambda: SimpleNamespace(kernel=object())
-    module.display = SimpleNamespace(HTML=lambda html: SimpleNamespace(html=html), display=shown.display)
+    module.display = SimpleNamespace(
+        HTML=lambda html: SimpleNamespace(html=html), display=shown.display
+    )
     monkeypatch.setitem(sys.modules, "IPython", module)
     monkeypatch.setitem(sys.modules, "IPython.display", module.display)
     return shown
@@ -89,7 +91,14 @@ def test_what_the_verbs_return_is_a_sentence_and_one_block_each(tmp_path: Path) 
         "Prediction: allocated 1.0 GiB, reserved 2.0 GiB, device used 3.0 GiB · fits · at the peak (backward): "
         "parameter 1.0 GiB"
     )
-    summary = Summary(status="finished", steps=3, tokens=1500, seconds=61.0, eval_loss=2.5, peak_reserved_bytes=GIB)
+    summary = Summary(
+        status="finished",
+        steps=3,
+        tokens=1500,
+        seconds=61.0,
+        eval_loss=2.5,
+        peak_reserved_bytes=GIB,
+    )
     assert repr(summary) == (
         "Summary: finished after 3 steps, 1.5 k tokens, 1m01s | eval loss 2.5000 | peak memory 1.0 GiB"
     )
@@ -128,7 +137,9 @@ def test_quiet_shows_no_block(notebook: Notebook) -> None:
     assert isinstance(open_progress(quiet=True), TrainingProgress)
 
 
-def test_ipython_in_a_terminal_is_no_notebook(notebook: Notebook, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ipython_in_a_terminal_is_no_notebook(
+    notebook: Notebook, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sys.modules["IPython"], "get_ipython", lambda: SimpleNamespace())
     assert isinstance(open_progress(quiet=False), TrainingProgress)
 
@@ -145,5 +156,7 @@ def test_the_block_is_one_that_ipython_itself_displays() -> None:
         "print([output.data['text/html'] for output in captured.outputs])"
     )
     environment = {**os.environ, "PYTHONPATH": str(SOURCE), "IPYTHONDIR": os.devnull}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
     assert "model  tiny" in done.stdout, done.stderr

@@ -22,14 +22,20 @@ CPU = torch.device("cpu")
     "error",
     [
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."),
-        RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB (GPU 0; 8.00 GiB total capacity)"),
+        RuntimeError(
+            "CUDA out of memory. Tried to allocate 2.00 GiB (GPU 0; 8.00 GiB total capacity)"
+        ),
         RuntimeError("HIP out of memory. Tried to allocate 2.00 GiB"),
         RuntimeError("MPS backend out of memory (MPS allocated: 9.00 GB)"),
-        RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
+        RuntimeError(
+            "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"
+        ),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
         RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
         RuntimeError("CUDA driver error: cudaErrorMemoryAllocation"),
-        RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory"),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory"
+        ),
         RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 4096 bytes."),
     ],
     ids=str,
@@ -181,13 +187,19 @@ def test_state_is_not_made_for_an_optimizer_whose_beginning_is_unknown() -> None
     model = small_model()
     before = copy.deepcopy(model.state_dict())
     assert not create_state(torch.optim.RMSprop(model.parameters()))
-    assert not create_state(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, dampening=0.5))
-    assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True))
+    assert not create_state(
+        torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, dampening=0.5)
+    )
+    assert all(
+        torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True)
+    )
 
 
 def test_a_card_is_left_with_what_tensors_hold(monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[str] = []
-    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: done.append("workspaces"), raising=False)
+    monkeypatch.setattr(
+        torch._C, "_cuda_clearCublasWorkspaces", lambda: done.append("workspaces"), raising=False
+    )
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: done.append("cached blocks"))
     release_workspaces(torch.device("cuda"))
     assert done == ["workspaces", "cached blocks"]

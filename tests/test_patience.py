@@ -45,7 +45,9 @@ def predict(positions: int) -> None:
 
 def test_a_recording_has_a_limit_and_names_what_took_long(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(patience.VARIABLE, "0.2")
-    with pytest.raises(FituneError, match=r"more than 0 s .* in position_by_position of test_patience\.py"):
+    with pytest.raises(
+        FituneError, match=r"more than 0 s .* in position_by_position of test_patience\.py"
+    ):
         predict(100_000)
 
 
@@ -91,7 +93,11 @@ def test_recordings_of_a_plan_have_a_limit_together_and_what_was_found_is_told(
     monkeypatch.setenv(patience.VARIABLE, "15")
     plan = fitune.plan(tree, gpu="RTX 4090")
     assert plan.chosen is not None
-    assert [line for line in plan.assumptions if line.startswith("not every setting was looked at: recording the step")]
+    assert [
+        line
+        for line in plan.assumptions
+        if line.startswith("not every setting was looked at: recording the step")
+    ]
     monkeypatch.setenv(patience.VARIABLE, "1000")
     assert len(fitune.plan(tree, gpu="RTX 4090").candidates) > len(plan.candidates)
 

@@ -53,11 +53,19 @@ def test_a_loss_of_ones_own_is_cut_the_same_way() -> None:
     expected.zero_grad()
 
     def loss(model: nn.Module, rows: Mapping[str, Tensor], num_targets: float) -> Tensor:
-        return nn.functional.cross_entropy(model(rows["inputs"]), rows["targets"], reduction="sum") / num_targets
+        return (
+            nn.functional.cross_entropy(model(rows["inputs"]), rows["targets"], reduction="sum")
+            / num_targets
+        )
 
     capture = Capture(model.parameters())
     step = fitune.SafeStep(
-        model, capture, loss=loss, num_targets=lambda rows: len(rows["targets"]), clip=0.0, most_rows=4
+        model,
+        capture,
+        loss=loss,
+        num_targets=lambda rows: len(rows["targets"]),
+        clip=0.0,
+        most_rows=4,
     )
     result = step(batch)
     assert [len(rows) for rows in result.plan] == [4, 2]
@@ -68,7 +76,9 @@ def test_a_loss_of_ones_own_is_cut_the_same_way() -> None:
 
 def test_a_mean_is_warned_of() -> None:
     model = make_model()
-    step = fitune.SafeStep(model, Capture(model.parameters()), loss=lambda model, rows, _: model(**rows).loss)
+    step = fitune.SafeStep(
+        model, Capture(model.parameters()), loss=lambda model, rows, _: model(**rows).loss
+    )
     with pytest.warns(UserWarning, match="mean of means"):
         step(labelled(*ROWS))
 
@@ -90,7 +100,10 @@ def test_one_row_that_does_not_fit_is_named_and_nothing_is_changed() -> None:
     step = fitune.SafeStep(model, optimizer)
     step(labelled((12, 10)))
     before = [parameter.clone() for parameter in model.parameters()]
-    with failing(model, "forward of layer 0", *range(10)), pytest.raises(OutOfMemoryError, match="sample 0"):
+    with (
+        failing(model, "forward of layer 0", *range(10)),
+        pytest.raises(OutOfMemoryError, match="sample 0"),
+    ):
         step(labelled((12, 10)))
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
@@ -102,7 +115,15 @@ def test_the_example_of_the_documentation_runs() -> None:
     before = [parameter.clone() for parameter in model.parameters()]
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
-    exec(code, {"model": model, "optimizer": optimizer, "schedule": schedule, "loader": [labelled(*ROWS)] * 2})
+    exec(
+        code,
+        {
+            "model": model,
+            "optimizer": optimizer,
+            "schedule": schedule,
+            "loader": [labelled(*ROWS)] * 2,
+        },
+    )
     assert not any(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
@@ -132,9 +153,13 @@ Change = Callable[[nn.Module, dict[str, Tensor]], dict[str, Tensor]]
 BATCHES: dict[str, Change] = {
     "plain": lambda _, batch: batch,
     "one row": lambda _, batch: {name: value[1:2] for name, value in batch.items()},
-    "non-contiguous": lambda _, batch: {name: value.t().contiguous().t() for name, value in batch.items()},
+    "non-contiguous": lambda _, batch: {
+        name: value.t().contiguous().t() for name, value in batch.items()
+    },
     "three dimensions": embed,
-    "position ids": lambda _, batch: batch | {"position_ids": torch.arange(12).expand(len(ROWS), 12)},
+    "position ids": lambda _, batch: (
+        batch | {"position_ids": torch.arange(12).expand(len(ROWS), 12)}
+    ),
 }
 MODELS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "frozen": freeze,
@@ -150,7 +175,10 @@ MODELS: dict[str, Callable[[nn.Module], nn.Module]] = {
 @pytest.mark.parametrize("commit", [False, True], ids=["restart", "commit"])
 @pytest.mark.parametrize(
     ("change", "batch"),
-    [*((lambda model: model, batch) for batch in BATCHES), *((MODELS[name], "plain") for name in MODELS)],
+    [
+        *((lambda model: model, batch) for batch in BATCHES),
+        *((MODELS[name], "plain") for name in MODELS),
+    ],
     ids=[*BATCHES, *MODELS],
 )
 def test_odd_models_and_batches_have_the_usual_gradient_where_memory_runs_out(
@@ -216,8 +244,13 @@ def test_several_groups_of_parameters_and_a_scaler_survive_running_out() -> None
     for calls in ((), (0,)):
         model = make_model().train()
         parameters = list(model.parameters())
-        groups = [{"params": parameters[:3], "lr": 0.1}, {"params": parameters[3:], "lr": 0.01, "weight_decay": 0.0}]
-        step = fitune.SafeStep(model, torch.optim.AdamW(groups), scaler=torch.amp.GradScaler("cpu", init_scale=8.0))
+        groups = [
+            {"params": parameters[:3], "lr": 0.1},
+            {"params": parameters[3:], "lr": 0.01, "weight_decay": 0.0},
+        ]
+        step = fitune.SafeStep(
+            model, torch.optim.AdamW(groups), scaler=torch.amp.GradScaler("cpu", init_scale=8.0)
+        )
         step(labelled(*ROWS))
         with failing(model, "clip", *calls):
             assert step(labelled(*ROWS)).step.updated
@@ -265,13 +298,18 @@ LABELS = torch.tensor([[1, 2], [1, -100]])
         ({"labels": LABELS[:0]}, "has no sample"),
         ({"labels": LABELS, "texts": ["a", "b"]}, "'texts' of the batch is a list"),
         ({"labels": LABELS, "count": torch.tensor(2)}, "'count' of the batch is a single number"),
-        ({"labels": LABELS, "position_ids": torch.zeros(3, 2, 2)}, "first dimension of 3, and 'labels' one of 2"),
+        (
+            {"labels": LABELS, "position_ids": torch.zeros(3, 2, 2)},
+            "first dimension of 3, and 'labels' one of 2",
+        ),
         ({"inputs": LABELS}, "has no labels"),
         ({"labels": LABELS[:, 0]}, "labels of one dimension"),
         ({"labels": LABELS}, "put out a tuple without a loss"),
     ],
 )
-def test_a_batch_that_has_no_rows_to_take_apart_is_refused_in_a_sentence(batch: Any, words: str) -> None:
+def test_a_batch_that_has_no_rows_to_take_apart_is_refused_in_a_sentence(
+    batch: Any, words: str
+) -> None:
     model = OwnLoss((torch.zeros(()),))
     step = fitune.SafeStep(model, torch.optim.SGD(model.parameters()))
     with pytest.raises(UsageError, match=words):
@@ -297,8 +335,12 @@ def test_an_optimizer_that_computes_the_loss_itself_is_refused() -> None:
         fitune.SafeStep(model, torch.optim.LBFGS(model.parameters()))
 
 
-def test_a_model_whose_processes_wait_for_each_other_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(DistributedDataParallel, "__init__", lambda self, model: nn.Module.__init__(self))
+def test_a_model_whose_processes_wait_for_each_other_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(
+        DistributedDataParallel, "__init__", lambda self, model: nn.Module.__init__(self)
+    )
     model = make_model()
     with pytest.raises(UsageError, match="DistributedDataParallel"):
         fitune.SafeStep(DistributedDataParallel(model), torch.optim.SGD(model.parameters()))
@@ -307,7 +349,11 @@ def test_a_model_whose_processes_wait_for_each_other_is_refused(monkeypatch: pyt
 def linear_step(loss: Any, **options: Any) -> fitune.SafeStep:
     model = nn.Linear(4, 3)
     return fitune.SafeStep(
-        model, torch.optim.SGD(model.parameters()), loss=loss, num_targets=lambda rows: len(rows["x"]), **options
+        model,
+        torch.optim.SGD(model.parameters()),
+        loss=loss,
+        num_targets=lambda rows: len(rows["x"]),
+        **options,
     )
 
 
@@ -335,8 +381,14 @@ def test_an_error_of_torch_in_the_callers_model_comes_through_as_it_is() -> None
     ("loss", "said"),
     [
         (lambda *_: 1.0, "is a float: return a tensor of one element"),
-        (lambda model, rows, _: model(rows["x"]), r"is a tensor of shape \(2, 3\): return a tensor of one element"),
-        (lambda *arguments: mean(*arguments).detach(), "leads to no parameter that is trained: compute it without"),
+        (
+            lambda model, rows, _: model(rows["x"]),
+            r"is a tensor of shape \(2, 3\): return a tensor of one element",
+        ),
+        (
+            lambda *arguments: mean(*arguments).detach(),
+            "leads to no parameter that is trained: compute it without",
+        ),
     ],
 )
 def test_a_loss_that_cannot_be_learned_from_is_said(loss: Any, said: str) -> None:
@@ -344,12 +396,16 @@ def test_a_loss_that_cannot_be_learned_from_is_said(loss: Any, said: str) -> Non
         linear_step(loss)({"x": torch.randn(2, 4)})
 
 
-def test_what_nobody_foresaw_is_a_sentence_that_keeps_its_cause(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_nobody_foresaw_is_a_sentence_that_keeps_its_cause(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     step = linear_step(mean)
     monkeypatch.setattr("fitune.integrations.own_loop.create_state", lambda _: int("x"))
     # as if torch had raised it: the place is one of ours
     monkeypatch.setattr("fitune.boundary._passed_others_code", lambda _: False)
-    with pytest.raises(UnexpectedError, match=r"fitune\.SafeStep met an error .*: ValueError") as caught:
+    with pytest.raises(
+        UnexpectedError, match=r"fitune\.SafeStep met an error .*: ValueError"
+    ) as caught:
         step({"x": torch.randn(2, 4)})
     assert isinstance(caught.value.__cause__, ValueError)
 
@@ -362,5 +418,7 @@ def test_an_error_of_torch_outside_of_the_callers_code_is_a_sentence() -> None:
         kept[:] = kept or [model(rows["x"]).square().sum()]
         return kept[0]
 
-    with pytest.raises(UnexpectedError, match=r"fitune\.SafeStep met an error .* RuntimeError .*second time"):
+    with pytest.raises(
+        UnexpectedError, match=r"fitune\.SafeStep met an error .* RuntimeError .*second time"
+    ):
         linear_step(again, most_rows=2)({"x": torch.randn(2, 4)})

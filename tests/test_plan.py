@@ -30,7 +30,13 @@ from fitune.cli.plan_table import show_plan
 from fitune.config import RunConfig, read_config
 from fitune.errors import ConfigError, UsageError
 from fitune.machine.devices import find_device
-from fitune.planning.choices import Choice, host_choices, same_choices, settings_of_candidate, still_open
+from fitune.planning.choices import (
+    Choice,
+    host_choices,
+    same_choices,
+    settings_of_candidate,
+    still_open,
+)
 from fitune.planning.limits import MemoryLimits, find_limits, uniform_lengths
 from fitune.planning.other_estimates import other_estimates
 from fitune.planning.plan import FirstAnswer, Plan, closest, does_not_fit, plan_json
@@ -83,7 +89,10 @@ def wide(model: str) -> Plan:
     return choose_plan(config({"model": {"source": model}, **REST}), gpu="RTX 4090")
 
 
-REST: dict[str, Any] = {"data": {"train": "missing.jsonl", "max_length": 1024}, "batch": {"effective": 4}}
+REST: dict[str, Any] = {
+    "data": {"train": "missing.jsonl", "max_length": 1024},
+    "batch": {"effective": 4},
+}
 
 
 def config(tree: dict[str, Any], *overrides: str) -> RunConfig:
@@ -91,7 +100,9 @@ def config(tree: dict[str, Any], *overrides: str) -> RunConfig:
 
 
 def command(tree: dict[str, Any], *words: str) -> list[str]:
-    arguments = [f"{section}.{key}={value}" for section, keys in tree.items() for key, value in keys.items()]
+    arguments = [
+        f"{section}.{key}={value}" for section, keys in tree.items() for key, value in keys.items()
+    ]
     return ["plan", *arguments, *words]
 
 
@@ -99,18 +110,32 @@ def command(tree: dict[str, Any], *words: str) -> list[str]:
 def test_the_categories_add_up_to_the_peak(tree: dict[str, Any], gpu: str) -> None:
     prediction = predict(tree, gpu=gpu)
     assert sum(prediction.categories.values()) == prediction.peak_allocated_bytes
-    assert prediction.peak_allocated_bytes <= prediction.peak_reserved_bytes <= (prediction.device_bytes or 0)
+    assert (
+        prediction.peak_allocated_bytes
+        <= prediction.peak_reserved_bytes
+        <= (prediction.device_bytes or 0)
+    )
 
 
 def test_the_categories_of_every_candidate_add_up(wide: Plan) -> None:
-    assert all(sum(each.categories.values()) == each.predicted_allocated_bytes for each in wide.candidates)
+    assert all(
+        sum(each.categories.values()) == each.predicted_allocated_bytes for each in wide.candidates
+    )
 
 
 def test_more_rows_never_need_less(wide: Plan) -> None:
     for techniques in {each.techniques for each in wide.candidates}:
-        same = [each for each in wide.candidates if (each.result, each.techniques) == ("same", techniques)]
+        same = [
+            each
+            for each in wide.candidates
+            if (each.result, each.techniques) == ("same", techniques)
+        ]
         for loss in ("chunked", "full"):
-            peaks = [each.predicted_allocated_bytes for each in sorted(same, key=rows) if each.loss == loss]
+            peaks = [
+                each.predicted_allocated_bytes
+                for each in sorted(same, key=rows)
+                if each.loss == loss
+            ]
             assert peaks == sorted(peaks)
 
 
@@ -119,14 +144,20 @@ def rows(candidate: Any) -> int:
 
 
 def test_all_splits_of_a_step_are_looked_at(wide: Plan) -> None:
-    assert {(each.micro_batch, each.accumulation) for each in wide.candidates} == {(1, 4), (2, 2), (4, 1)}
+    assert {(each.micro_batch, each.accumulation) for each in wide.candidates} == {
+        (1, 4),
+        (2, 2),
+        (4, 1),
+    }
 
 
 def test_recomputing_needs_less_and_takes_longer(wide: Plan) -> None:
     same = (each for each in wide.candidates if each.result == "same")
     chosen = {each.techniques: each for each in same if (rows(each), each.loss) == (4, "chunked")}
     kept = [chosen[name,].categories["activation"] for name in ("off", "full")]
-    seconds = [chosen[techniques].predicted_seconds_per_step or 0 for techniques in (("off",), ("full",))]
+    seconds = [
+        chosen[techniques].predicted_seconds_per_step or 0 for techniques in (("off",), ("full",))
+    ]
     assert kept[0] > kept[1]
     assert seconds[0] < seconds[1]
 
@@ -139,7 +170,11 @@ def test_what_changes_the_result_is_never_chosen(wide: Plan) -> None:
 
 def test_the_fastest_that_fits_is_chosen(wide: Plan) -> None:
     assert wide.chosen is not None
-    fitting = [each.predicted_seconds_per_step for each in wide.candidates if each.fits and each.result == "same"]
+    fitting = [
+        each.predicted_seconds_per_step
+        for each in wide.candidates
+        if each.fits and each.result == "same"
+    ]
     assert wide.candidates[wide.chosen].predicted_seconds_per_step == min(filter(None, fitting))
 
 
@@ -158,7 +193,11 @@ class Drawn:
         return SimpleNamespace(fits=fits, allocated_bytes=0, context_bytes=0)
 
     def seconds(self, choice: Choice, *, bound: Bound | None = None) -> float:
-        return min(seconds for seconds, _ in self.figures.values()) if bound else self.figures[choice][0]
+        return (
+            min(seconds for seconds, _ in self.figures.values())
+            if bound
+            else self.figures[choice][0]
+        )
 
     def search(self) -> _Search:
         search = _Search(self.config, self, None)  # type: ignore[arg-type]
@@ -168,11 +207,15 @@ class Drawn:
         return search
 
 
-FIGURES = st.lists(st.tuples(st.sampled_from([1.0, 1.5, 2.0, 3.0]), st.integers(1, 100)), min_size=1, max_size=33)
+FIGURES = st.lists(
+    st.tuples(st.sampled_from([1.0, 1.5, 2.0, 3.0]), st.integers(1, 100)), min_size=1, max_size=33
+)
 
 
 @given(FIGURES, st.integers(0, 100), st.integers(0, 100))
-def test_a_larger_budget_never_gives_a_slower_plan(figures: list[tuple[float, int]], first: int, second: int) -> None:
+def test_a_larger_budget_never_gives_a_slower_plan(
+    figures: list[tuple[float, int]], first: int, second: int
+) -> None:
     drawn = [Drawn(figures, limit) for limit in sorted((first, second))]
     small, large = (each.search().lean() for each in drawn)
     if small is not None:
@@ -181,7 +224,9 @@ def test_a_larger_budget_never_gives_a_slower_plan(figures: list[tuple[float, in
 
 
 @given(FIGURES, st.integers(0, 100))
-def test_best_first_finds_the_fastest_that_fits(figures: list[tuple[float, int]], limit: int) -> None:
+def test_best_first_finds_the_fastest_that_fits(
+    figures: list[tuple[float, int]], limit: int
+) -> None:
     drawn = Drawn(figures, limit)
     found = drawn.search().lean()
     fitting = [seconds for seconds, num_bytes in drawn.figures.values() if num_bytes <= limit]
@@ -194,22 +239,30 @@ def test_looking_at_all_or_at_the_fastest_first_chooses_the_same(
 ) -> None:
     sizes = [each.predicted_device_bytes for each in wide.candidates if each.result == "same"]
     budget = f"memory.budget={int(min(sizes) + share * (max(sizes) - min(sizes)))}B"
-    first, second = (choose_plan(config(tree, budget), gpu="RTX 4090", search=each) for each in ("all", "fastest"))
+    first, second = (
+        choose_plan(config(tree, budget), gpu="RTX 4090", search=each)
+        for each in ("all", "fastest")
+    )
     assert first.chosen is not None
     assert second.chosen is not None
     assert first.candidates[first.chosen] == second.candidates[second.chosen]
     assert len(second.candidates) < len(first.candidates)
 
 
-def test_a_brief_plan_chooses_as_a_whole_one_and_knows_the_leanest(wide: Plan, tree: dict[str, Any]) -> None:
+def test_a_brief_plan_chooses_as_a_whole_one_and_knows_the_leanest(
+    wide: Plan, tree: dict[str, Any]
+) -> None:
     brief = choose_plan(config(tree), gpu="RTX 4090", search="brief")
     assert wide.chosen is not None
     assert brief.chosen is not None
     assert brief.candidates[brief.chosen] == wide.candidates[wide.chosen]
     least, known = (
-        min(each.predicted_device_bytes for each in plan.candidates if each.result == "same") for plan in (wide, brief)
+        min(each.predicted_device_bytes for each in plan.candidates if each.result == "same")
+        for plan in (wide, brief)
     )
-    assert known <= least + SEGMENT_BYTES  # of a model this small, the number of segments decides, not its size
+    assert (
+        known <= least + SEGMENT_BYTES
+    )  # of a model this small, the number of segments decides, not its size
     assert len(brief.candidates) < len(wide.candidates) / 2
 
 
@@ -234,7 +287,10 @@ def heavy(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     """Of a model whose optimizer state is most of what there is."""
     directory = tmp_path_factory.mktemp("heavy")
     LlamaConfig(**TINY["llama"].to_dict() | {"vocab_size": 2**17}).save_pretrained(directory)
-    tree = {"model": {"source": str(directory)}, "data": {"train": "missing.jsonl", "max_length": 64}}
+    tree = {
+        "model": {"source": str(directory)},
+        "data": {"train": "missing.jsonl", "max_length": 64},
+    }
     return config({**tree, "batch": {"effective": 4}})
 
 
@@ -242,52 +298,76 @@ def heavy(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
 def tight(heavy: RunConfig) -> MemoryLimits:
     """Of a card on which it fits with its state in the host's memory alone."""
     roomy = choose_plan(heavy, gpu="RTX 4090")
-    assert "adamw_host" not in {each.optimizer for each in roomy.candidates}  # none of them would be faster
+    assert "adamw_host" not in {
+        each.optimizer for each in roomy.candidates
+    }  # none of them would be faster
     least = min(each.predicted_device_bytes for each in roomy.candidates if each.result == "same")
     return replace(find_limits(heavy, gpu="RTX 4090"), budget_bytes=least - 2**23)
 
 
 @pytest.mark.parametrize("search", ["all", "brief", "fastest"])
-def test_where_nothing_else_fits_the_host_updates(heavy: RunConfig, tight: MemoryLimits, search: Search) -> None:
+def test_where_nothing_else_fits_the_host_updates(
+    heavy: RunConfig, tight: MemoryLimits, search: Search
+) -> None:
     plan = choose_plan(heavy, limits=tight, search=search)
     assert plan.chosen is not None
     chosen = plan.candidates[plan.chosen]
-    assert (chosen.optimizer, chosen.result, chosen.categories["optimizer_state"]) == ("adamw_host", "same", 0)
+    assert (chosen.optimizer, chosen.result, chosen.categories["optimizer_state"]) == (
+        "adamw_host",
+        "same",
+        0,
+    )
     assert chosen.predicted_host_bytes == 16 * plan.model.num_parameters
     settings = settings_of_candidate(chosen, heavy)
     assert "optim.name=adamw_host" in still_open(settings, heavy)
-    assert read_config(heavy.model_dump(mode="json", exclude_defaults=True), settings).config.optim.name == "adamw_host"
+    assert (
+        read_config(
+            heavy.model_dump(mode="json", exclude_defaults=True), settings
+        ).config.optim.name
+        == "adamw_host"
+    )
 
 
 def test_a_host_without_room_is_no_way_out(heavy: RunConfig, tight: MemoryLimits) -> None:
     plan = choose_plan(heavy, limits=replace(tight, host_bytes=2**20))
     assert plan.chosen is None
     same = (each for each in plan.candidates if each.result == "same")
-    reasons = {each.reason for each in same if each.optimizer == "adamw_host" and each.micro_batch == 1}
+    reasons = {
+        each.reason for each in same if each.optimizer == "adamw_host" and each.micro_batch == 1
+    }
     assert reasons
     for reason in reasons:
-        assert re.fullmatch(r"needs 6\d\.\d MiB of the host's memory, where 1\.0 MiB are free", reason)
+        assert re.fullmatch(
+            r"needs 6\d\.\d MiB of the host's memory, where 1\.0 MiB are free", reason
+        )
 
 
 def test_inputs_that_wait_on_the_host_are_a_candidate_of_a_card(tree: dict[str, Any]) -> None:
     plan = choose_plan(config(tree), gpu="RTX 4060")
     kept, moved = (
-        next(each for each in plan.candidates if each.techniques == techniques and each.micro_batch == 4)
+        next(
+            each
+            for each in plan.candidates
+            if each.techniques == techniques and each.micro_batch == 4
+        )
         for techniques in (("full",), ("full", "offload"))
     )
     assert moved.predicted_allocated_bytes < kept.predicted_allocated_bytes
     assert moved.predicted_host_bytes > kept.predicted_host_bytes == 0
     assert "model.offload_activations=true" in settings_of_candidate(moved, config(tree))
     forced = config(tree, "model.recompute=full")
-    assert not any(each.offload_activations for each in choose_plan(forced, gpu="RTX 4060").candidates)
-    assert not any(choice.offloads for choice in same_choices(config(tree), uniform_lengths(forced), on_card=False))
+    assert not any(
+        each.offload_activations for each in choose_plan(forced, gpu="RTX 4060").candidates
+    )
+    assert not any(
+        choice.offloads
+        for choice in same_choices(config(tree), uniform_lengths(forced), on_card=False)
+    )
 
 
 def test_a_known_plan_needs_no_torch(wide: Plan, tree: dict[str, Any]) -> None:
     words = command(tree, "--gpu", "RTX 4090", "--format", "json")
-    code = (
-        f"import sys; from fitune.cli.app import main; assert main({words!r}) == 0; assert 'torch' not in sys.modules"
-    )
+    code = f"import sys; from fitune.cli.app import main; assert main({words!r}) == 0; assert 'torch' not in sys.modules"
     found = subprocess.run(
         [sys.executable, "-c", code],
         env=os.environ | {"PYTHONPATH": str(Path(fitune.__file__).parent.parent)},
@@ -312,7 +392,10 @@ def test_a_forced_candidate_is_printed_by_the_contract(
     tree: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     forced = ("batch.micro=4", "batch.accumulation=1", "model.recompute=off", "loss=chunked")
-    assert main(command(tree, "--gpu", "RTX 4090", "--budget", "24GiB", "--format", "json", *forced)) == 0
+    assert (
+        main(command(tree, "--gpu", "RTX 4090", "--budget", "24GiB", "--format", "json", *forced))
+        == 0
+    )
     found = json.loads(capsys.readouterr().out)
     assert found["schema"] == 1
     assert set(found["model"]) == {
@@ -391,7 +474,9 @@ def test_the_table_stays_within_the_screen(
     assert all(re.search("same|相同|close|相近|different|不同|─", line) for line in table)
 
 
-@pytest.mark.parametrize(("kind", "last"), [("cuda", "nvidia-smi will show"), ("cpu", "the process in all")])
+@pytest.mark.parametrize(
+    ("kind", "last"), [("cuda", "nvidia-smi will show"), ("cpu", "the process in all")]
+)
 def test_the_sums_are_called_what_the_device_calls_them(
     wide: Plan, kind: Literal["cuda", "cpu"], last: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -411,21 +496,35 @@ def test_the_configuration_of_a_candidate_can_be_printed(
     (tmp_path / "applied.yaml").write_text(capsys.readouterr().out)
     applied = read_config(tmp_path / "applied.yaml").config
     wanted = wide.candidates[number]
-    assert (applied.model.recompute, applied.batch.micro_tokens) == (wanted.recompute, wanted.micro_tokens)
+    assert (applied.model.recompute, applied.batch.micro_tokens) == (
+        wanted.recompute,
+        wanted.micro_tokens,
+    )
     assert applied.batch.rows_per_step == 4
 
 
 def test_a_model_alone_can_be_planned_for(model: str, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["data.max_length=1024", "batch.effective=4", "model.recompute=off", "loss=chunked", "--gpu", "RTX 4090"]
+    words = [
+        "data.max_length=1024",
+        "batch.effective=4",
+        "model.recompute=off",
+        "loss=chunked",
+        "--gpu",
+        "RTX 4090",
+    ]
     assert main(["plan", f"{model}/config.json", *words, "--format", "quiet"]) == 0
-    assert capsys.readouterr().out.strip() in [f"batch.micro_tokens={1024 * rows}" for rows in (1, 2, 4)]
+    assert capsys.readouterr().out.strip() in [
+        f"batch.micro_tokens={1024 * rows}" for rows in (1, 2, 4)
+    ]
 
 
 def test_a_candidate_has_one_number_in_the_table_in_json_and_for_apply(wide: Plan) -> None:
     assert wide.chosen is not None
     page = io.StringIO()
     show_plan(wide, Screen(file=page, width=100), every=True)
-    (marked,) = [line.split()[0] for line in page.getvalue().splitlines() if re.match(r" *\d+\* ", line)]
+    (marked,) = [
+        line.split()[0] for line in page.getvalue().splitlines() if re.match(r" *\d+\* ", line)
+    ]
     assert marked == f"{wide.chosen}*"
     assert plan_json(wide)["chosen"] == wide.chosen
     assert _candidate(wide, wide.chosen, every=True) is wide.candidates[wide.chosen]
@@ -437,7 +536,9 @@ class ByRows(Drawn):
     def forecast(self, choice: Choice) -> Any:
         tokens = (choice.micro_tokens or 0) * (1 if choice.recompute == "off" else 0.2)
         fits = tokens <= self.limits.limit_bytes
-        return SimpleNamespace(fits=fits, precision="bfloat16", allocated_bytes=tokens, context_bytes=0)
+        return SimpleNamespace(
+            fits=fits, precision="bfloat16", allocated_bytes=tokens, context_bytes=0
+        )
 
     def seconds(self, choice: Choice, *, bound: Bound | None = None) -> float:
         return (1.0 if choice.recompute == "off" else 1.3) + 1 / (choice.micro_tokens or 1)
@@ -452,7 +553,12 @@ def test_what_would_change_the_result_is_shown_at_its_fastest_setting_that_fits(
     assert not search.fits(fastest)
     chosen = min((each for each in search.choices if search.fits(each)), key=search.order)
     found = search.best_proposals(fastest, chosen)
-    assert {each.method or each.optimizer for each in found} == {"adamw_8bit", "adafactor", "lora", "qlora"}
+    assert {each.method or each.optimizer for each in found} == {
+        "adamw_8bit",
+        "adafactor",
+        "lora",
+        "qlora",
+    }
     assert {(each.recompute, each.micro_tokens) for each in found} == {expected}
 
 
@@ -464,7 +570,9 @@ def test_what_cannot_fit_is_left_out_of_a_brief_plan_and_changes_no_choice(limit
     found = short.lean()
     assert (None if found is None else short.order(found)[0]) == best
     too_large = [choice for choice in short.looked_at if not short.looked_at[choice].fits]
-    assert len({choice.variant for choice in too_large if choice.loss == "full"}) == 0 or limit >= 1024
+    assert (
+        len({choice.variant for choice in too_large if choice.loss == "full"}) == 0 or limit >= 1024
+    )
 
 
 def test_the_first_answer_comes_before_the_rest(
@@ -474,7 +582,9 @@ def test_the_first_answer_comes_before_the_rest(
     monkeypatch.setenv("FITUNE_LANG", "en")
     told: list[Any] = []
     own = config(tree, "batch.micro=2")
-    plan = choose_plan(own, gpu="RTX 4090", search="brief", on_stage=told.append, on_first=told.append)
+    plan = choose_plan(
+        own, gpu="RTX 4090", search="brief", on_stage=told.append, on_first=told.append
+    )
     (answer,) = [each for each in told if isinstance(each, FirstAnswer)]
     assert told.index(answer) < len(told) - 1
     assert plan.configured is not None
@@ -496,17 +606,25 @@ def test_a_way_out_names_what_changes_and_nothing_that_is_so_already(wide: Plan)
     text = does_not_fit(replace(wide, candidates=tuple(refused), chosen=None))
     assert re.search(r"Try optim\.name=adamw_8bit \(.*model\.method=lora \(", text)
     assert "optim.name=adamw " not in text
-    hosted = [replace(each, optimizer="adamw_host") if each is closest(wide) else each for each in refused]
-    assert "optim.name=adamw " not in does_not_fit(replace(wide, candidates=tuple(hosted), chosen=None))
+    hosted = [
+        replace(each, optimizer="adamw_host") if each is closest(wide) else each for each in refused
+    ]
+    assert "optim.name=adamw " not in does_not_fit(
+        replace(wide, candidates=tuple(hosted), chosen=None)
+    )
 
 
 def test_a_card_that_is_named_as_a_way_out_has_room_for_its_share_too(wide: Plan) -> None:
     needed = min(each.predicted_device_bytes for each in wide.candidates)
     small = replace(wide.device, free_bytes=needed // 2, total_bytes=needed // 2)
-    text = does_not_fit(replace(wide, device=small, budget_bytes=int(0.9 * needed // 2), chosen=None))
+    text = does_not_fit(
+        replace(wide, device=small, budget_bytes=int(0.9 * needed // 2), chosen=None)
+    )
     told = re.search(r"a card with ([\d.]+ \w+)$", text)
     assert told is not None
-    assert 0.9 * parse_bytes(told[1].replace(" ", "")) >= 0.99 * closest(wide).predicted_device_bytes
+    assert (
+        0.9 * parse_bytes(told[1].replace(" ", "")) >= 0.99 * closest(wide).predicted_device_bytes
+    )
 
 
 @pytest.mark.parametrize(("method", "number"), [("full", 3), ("lora", 1), ("qlora", 1)])
@@ -524,7 +642,9 @@ def test_a_number_of_no_candidate_is_refused_with_those_there_are(wide: Plan, nu
         _candidate(wide, number, every=True)
 
 
-def test_a_model_alone_needs_nothing_beside_it(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_model_alone_needs_nothing_beside_it(
+    model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["plan", f"{model}/config.json", "--gpu", "RTX 4090", "--apply", "0"]) == 0
     out, err = capsys.readouterr()
     assert read_config(yaml.safe_load(out)).config.model.source == model
@@ -536,35 +656,60 @@ def test_a_model_alone_needs_nothing_beside_it(model: str, capsys: pytest.Captur
     [
         (["minimindd2"], "did you mean minimind2"),
         (["minimind2", "--gpu", "RTX 4900"], "did you mean RTX 4090"),
-        (["minimind2", "--model", "minimind-3"], "minimind2 and --model minimind-3 are two models: give one of them"),
+        (
+            ["minimind2", "--model", "minimind-3"],
+            "minimind2 and --model minimind-3 are two models: give one of them",
+        ),
         (["--gpu", "RTX 4090"], "nothing to work on"),
-        (["minimind2", "--splits", "6x1", "--apply", "1", "--measure"], "drop --measure and --apply"),
-        (["minimind2", "--apply", "1", "--measure"], "--apply prints a configuration and nothing else: drop --measure"),
+        (
+            ["minimind2", "--splits", "6x1", "--apply", "1", "--measure"],
+            "drop --measure and --apply",
+        ),
+        (
+            ["minimind2", "--apply", "1", "--measure"],
+            "--apply prints a configuration and nothing else: drop --measure",
+        ),
         (["minimind2", "--apply", "1", "--format", "json"], "drop --format"),
-        (["--trainer", "a:b", "--budget", "1GiB"], "--trainer predicts a Trainer as it is: drop --memory-limit"),
+        (
+            ["--trainer", "a:b", "--budget", "1GiB"],
+            "--trainer predicts a Trainer as it is: drop --memory-limit",
+        ),
     ],
 )
-def test_what_would_do_nothing_is_refused(words: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_would_do_nothing_is_refused(
+    words: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["plan", *words]) == 2
     assert sentence in capsys.readouterr().err
 
 
-def test_rows_longer_than_the_models_positions_are_no_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_rows_longer_than_the_models_positions_are_no_plan(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     TINY["gpt2"].save_pretrained(tmp_path)
     positions = TINY["gpt2"].n_positions
     words = [str(tmp_path), f"data.max_length={2 * positions}", "--gpu", "RTX 4090"]
     assert main(["plan", *words]) == 2
     assert f"set data.max_length={positions}" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="positions"):
-        predict({"model": {"source": str(tmp_path)}, "data": {"train": "none", "max_length": 2 * positions}})
+        predict(
+            {
+                "model": {"source": str(tmp_path)},
+                "data": {"train": "none", "max_length": 2 * positions},
+            }
+        )
 
 
-def test_splits_are_compared_and_the_rate_is_advised(tree: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+def test_splits_are_compared_and_the_rate_is_advised(
+    tree: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
     forced = ("model.recompute=off", "loss=chunked")
     assert main(command(tree, "--gpu", "RTX 4090", "--splits", "1x1,1x4,4x1", *forced)) == 0
     out = capsys.readouterr().out
     assert "1 x 4, 4 x 1 are one training of 4 samples a step" in out
-    assert "4 samples a step instead of 1: at most 2 times the learning rate (4e-05 for 2e-05)" in out
+    assert (
+        "4 samples a step instead of 1: at most 2 times the learning rate (4e-05 for 2e-05)" in out
+    )
 
 
 def test_splits_are_advised_the_rate_of_the_measured_noise(
@@ -573,7 +718,10 @@ def test_splits_are_advised_the_rate_of_the_measured_noise(
     forced = ("model.recompute=off", "loss=chunked", "optim.lr=3e-5")
     known = ("optim.scaling=sqrt_gain", "optim.reference_batch=1", "optim.noise_scale=4")
     assert main(command(tree, "--gpu", "RTX 4090", "--splits", "1x1,1x4", *forced, *known)) == 0
-    assert "sqrt_gain from 1 sample to 4, noise scale 4 samples: rate 3e-05 -> 4.74e-05" in capsys.readouterr().out
+    assert (
+        "sqrt_gain from 1 sample to 4, noise scale 4 samples: rate 3e-05 -> 4.74e-05"
+        in capsys.readouterr().out
+    )
 
 
 def test_a_list_of_splits_that_cannot_be_read_is_refused(
@@ -596,7 +744,9 @@ def test_without_data_every_row_is_as_long_as_the_longest(tree: dict[str, Any]) 
 FORCED = ("batch.micro=2", "model.recompute=off", "loss=chunked", "optim.name=sgd")
 
 
-def test_real_steps_stand_beside_the_prediction(tree: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+def test_real_steps_stand_beside_the_prediction(
+    tree: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(command(tree, "--measure", "--format", "json", *FORCED)) == 0
     measured = json.loads(capsys.readouterr().out)["measured"]
     assert measured["num_steps"] == 3
@@ -604,9 +754,14 @@ def test_real_steps_stand_beside_the_prediction(tree: dict[str, Any], capsys: py
     assert measured["measured_reserved_bytes"] > 0
 
 
-def test_another_card_cannot_be_measured_here(tree: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+def test_another_card_cannot_be_measured_here(
+    tree: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(command(tree, "--measure", "--gpu", "RTX 4090", *FORCED)) == 2
-    assert "--measure runs on this machine, and the plan is for RTX 4090: leave out --gpu" in capsys.readouterr().err
+    assert (
+        "--measure runs on this machine, and the plan is for RTX 4090: leave out --gpu"
+        in capsys.readouterr().err
+    )
 
 
 # --- the second process ------------------------------------------------------------------------------------------
@@ -644,7 +799,9 @@ def test_two_processes_do_every_part_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("two_cores")
-@pytest.mark.parametrize("fail", [lambda: 1 / 0, lambda: os._exit(9), lambda: os.kill(os.getpid(), signal.SIGKILL)])
+@pytest.mark.parametrize(
+    "fail", [lambda: 1 / 0, lambda: os._exit(9), lambda: os.kill(os.getpid(), signal.SIGKILL)]
+)
 def test_a_second_process_that_fails_brings_none(fail: Callable[[], Any]) -> None:
     assert divide([1, 2, 3], here=lambda _: time.sleep(0.1), in_copy=lambda _: fail()) is None
 
@@ -680,7 +837,12 @@ def one_by_one(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     directory = tmp_path_factory.mktemp("one_by_one")
     TINY_DBRX.save_pretrained(directory)
     return {
-        "model": {"source": str(directory), "method": "qlora", "precision": "bfloat16", "recompute": "off"},
+        "model": {
+            "source": str(directory),
+            "method": "qlora",
+            "precision": "bfloat16",
+            "recompute": "off",
+        },
         "data": {"train": "missing.jsonl", "max_length": 64},
         "optim": {"name": "sgd"},
         "batch": {"effective": 4, "micro": 4},
@@ -692,11 +854,15 @@ def one_by_one(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def routed(one_by_one: dict[str, Any]) -> dict[str, Plan]:
     plans = {}
     for routing in ("balanced", "worst"):
-        plans[routing] = choose_plan(config(one_by_one, f"memory.routing={routing}"), gpu="RTX 4090")
+        plans[routing] = choose_plan(
+            config(one_by_one, f"memory.routing={routing}"), gpu="RTX 4090"
+        )
     return plans
 
 
-def test_all_tokens_at_the_same_experts_need_more_than_tokens_spread_evenly(routed: dict[str, Plan]) -> None:
+def test_all_tokens_at_the_same_experts_need_more_than_tokens_spread_evenly(
+    routed: dict[str, Plan],
+) -> None:
     balanced, worst = (plan.candidates[0].predicted_allocated_bytes for plan in routed.values())
     assert balanced < worst
 
@@ -713,7 +879,9 @@ def test_a_plan_names_its_routing_and_what_the_other_would_need(
     assert f"memory.routing={other}: the marked one would have {needed} allocated" in shown
 
 
-def test_a_prediction_says_that_its_interval_spans_both_routings(one_by_one: dict[str, Any]) -> None:
+def test_a_prediction_says_that_its_interval_spans_both_routings(
+    one_by_one: dict[str, Any],
+) -> None:
     interval = predict(one_by_one, gpu="RTX 4090").device_interval
     assert interval is not None
     assert interval.reasons[-1].startswith("tokens go to the experts evenly or all to the same")
@@ -721,8 +889,13 @@ def test_a_prediction_says_that_its_interval_spans_both_routings(one_by_one: dic
 
 def test_the_worst_routing_of_grouped_experts_is_said_to_change_nothing(tmp_path: Path) -> None:
     TINY["mixtral"].save_pretrained(tmp_path)
-    tree = {"model": {"source": str(tmp_path)}, "data": {"train": "missing.jsonl", "max_length": 64}}
-    balanced, worst = (predict({**tree, "memory": {"routing": name}}, gpu="RTX 4090") for name in ROUTED)
+    tree = {
+        "model": {"source": str(tmp_path)},
+        "data": {"train": "missing.jsonl", "max_length": 64},
+    }
+    balanced, worst = (
+        predict({**tree, "memory": {"routing": name}}, gpu="RTX 4090") for name in ROUTED
+    )
     assert sorted(worst.assumptions) == sorted((*balanced.assumptions, UNROUTED))
     assert replace(worst, assumptions=()) == replace(balanced, assumptions=())
 
@@ -738,6 +911,8 @@ def test_the_plans_that_were_measured_are_near_the_fastest_and_stand_in_the_docs
     for name, model in models.items():
         runs = model["runs"]
         assert len(runs) == 3
-        assert all(run["exit_code"] == 0 and run["num_ooms"] == 0 and run["slower"] < 0.1 for run in runs)
+        assert all(
+            run["exit_code"] == 0 and run["num_ooms"] == 0 and run["slower"] < 0.1 for run in runs
+        )
         slower = ", ".join(f"{100 * run['slower']:+.1f} %" for run in runs)
         assert f"| {name} | {model['rank_correlation']:.3f} | {slower} | 0 |" in page

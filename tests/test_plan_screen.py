@@ -46,7 +46,10 @@ def open_plan(model: str) -> Plan:
 
 
 def plan_of(model: str, *overrides: str) -> Plan:
-    tree: dict[str, Any] = {"model": {"source": model}, "data": {"train": "none", "max_length": 1024}}
+    tree: dict[str, Any] = {
+        "model": {"source": model},
+        "data": {"train": "none", "max_length": 1024},
+    }
     config = read_config(tree, ["batch.effective=16", *overrides]).config
     return choose_plan(config, gpu="RTX 4090", search="brief")
 
@@ -68,20 +71,27 @@ def shown(plan: Plan, *, width: int = 100, **options: Any) -> list[str]:
         (8, 4, "8 x 1"),
     ],
 )
-def test_a_split_is_written_as_the_sizes_it_makes(micro_batch: int, num_samples: int, product: str) -> None:
+def test_a_split_is_written_as_the_sizes_it_makes(
+    micro_batch: int, num_samples: int, product: str
+) -> None:
     sizes = sizes_of(micro_batch, micro_batch * 512, 99, num_samples=num_samples, is_uniform=True)
     assert sizes.product == product
 
 
 def test_a_split_by_tokens_is_written_in_tokens() -> None:
     sizes = sizes_of(4, 8192, 3, num_samples=16, is_uniform=False)
-    assert (sizes.product, sizes.sentence) == ("8,192 tokens x 3", "micro-batch of 8,192 tokens, accumulation 3")
+    assert (sizes.product, sizes.sentence) == (
+        "8,192 tokens x 3",
+        "micro-batch of 8,192 tokens, accumulation 3",
+    )
 
 
 def test_the_first_line_is_the_answer(open_plan: Plan) -> None:
     assert open_plan.chosen is not None
     chosen = open_plan.candidates[open_plan.chosen]
-    timed = replace(open_plan, training=replace(open_plan.training, length=Span(steps=10_000, tokens=1e9)))
+    timed = replace(
+        open_plan, training=replace(open_plan.training, length=Span(steps=10_000, tokens=1e9))
+    )
     seconds = 10_000 * (chosen.predicted_seconds_per_step or 0.0)
     sentence = split_of(open_plan, chosen).sentence
     assert re.fullmatch(rf"{re.escape(sentence)}: [\d.]+ of 21\.3 GiB", shown(open_plan)[0])
@@ -90,7 +100,8 @@ def test_the_first_line_is_the_answer(open_plan: Plan) -> None:
 
 
 @pytest.mark.parametrize(
-    ("seconds", "words"), [(0.2, "a second"), (80, "80 seconds"), (3000, "50 minutes"), (10_000, "3 hours")]
+    ("seconds", "words"),
+    [(0.2, "a second"), (80, "80 seconds"), (3000, "50 minutes"), (10_000, "3 hours")],
 )
 def test_a_time_is_told_in_one_unit(seconds: float, words: str) -> None:
     assert about_seconds(seconds) == words
@@ -102,7 +113,9 @@ def test_the_fastest_the_leanest_and_one_between_are_shown(open_plan: Plan) -> N
     sizes = [open_plan.candidates[number].predicted_device_bytes for number in labels]
     assert sizes == sorted(sizes, reverse=True)
     assert sizes[-1] == closest(open_plan).predicted_device_bytes
-    rows = [line for line in shown(open_plan) if re.match(r" *\d+[* ] (fastest|between|leanest) ", line)]
+    rows = [
+        line for line in shown(open_plan) if re.match(r" *\d+[* ] (fastest|between|leanest) ", line)
+    ]
     assert len(rows) == 3
 
 
@@ -128,7 +141,9 @@ def test_where_nothing_fits_the_closest_is_shown_and_what_would_fit(open_plan: P
 
 
 @pytest.mark.parametrize("language", ["en", "zh"])
-def test_four_settings_stay_within_80_columns(open_plan: Plan, monkeypatch: pytest.MonkeyPatch, language: str) -> None:
+def test_four_settings_stay_within_80_columns(
+    open_plan: Plan, monkeypatch: pytest.MonkeyPatch, language: str
+) -> None:
     from rich.cells import cell_len
 
     monkeypatch.setenv("FITUNE_LANG", language)
@@ -137,7 +152,9 @@ def test_four_settings_stay_within_80_columns(open_plan: Plan, monkeypatch: pyte
     assert max(map(cell_len, rows)) <= 80
 
 
-@pytest.mark.parametrize(("configured", "fits"), [(True, True), (True, False), (False, True), (False, False)])
+@pytest.mark.parametrize(
+    ("configured", "fits"), [(True, True), (True, False), (False, True), (False, False)]
+)
 def test_the_first_answer_says_whether_it_fits(configured: bool, fits: bool) -> None:
     answer = FirstAnswer(
         is_configured=configured,
@@ -174,13 +191,20 @@ print(code, "torch" in sys.modules or "transformers" in sys.modules)
         (["plan", "minimind2", "optim.rate=3"], "unknown key 'optim.rate'"),
     ],
 )
-def test_what_is_not_there_is_told_before_torch_is_imported(words: list[str], told: str, tmp_path: Path) -> None:
+def test_what_is_not_there_is_told_before_torch_is_imported(
+    words: list[str], told: str, tmp_path: Path
+) -> None:
     model = tmp_path / "model"
     model.mkdir()
     (model / "config.json").write_text("{}")
     (model / "tokenizer.json").write_text("{}")
     arguments = [str(model) if word == "MODEL" else word for word in words]
-    environment = {"PATH": "", "HF_HOME": str(tmp_path), "HF_ENDPOINT": "http://hub.invalid", "FITUNE_LANG": "en"}
+    environment = {
+        "PATH": "",
+        "HF_HOME": str(tmp_path),
+        "HF_ENDPOINT": "http://hub.invalid",
+        "FITUNE_LANG": "en",
+    }
     done = subprocess.run(
         [sys.executable, "-c", LOOK, *arguments],
         capture_output=True,

@@ -69,16 +69,31 @@ def test_what_is_not_in_the_time_is_said(place: Path) -> None:
 
 @pytest.mark.parametrize(
     ("batch", "rows", "micro"),
-    [({"effective": 9}, 5, None), ({"effective": 6, "micro": 6}, 3, 3), ({"micro": 2, "accumulation": 4}, 4, 2)],
+    [
+        ({"effective": 9}, 5, None),
+        ({"effective": 6, "micro": 6}, 3, 3),
+        ({"micro": 2, "accumulation": 4}, 4, 2),
+    ],
 )
-def test_a_share_keeps_the_micro_batch_where_it_can(batch: dict[str, int], rows: int, micro: int | None) -> None:
+def test_a_share_keeps_the_micro_batch_where_it_can(
+    batch: dict[str, int], rows: int, micro: int | None
+) -> None:
     config = read_config({"model": {"source": "m"}, "data": {"train": "d"}, "batch": batch}).config
     share = share_of(config, 2).batch
     assert (share.rows_per_step, share.micro_rows) == (rows, micro)
 
 
-def test_the_plan_of_several_cards_is_shown(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["plan", str(place / "model"), "data.max_length=64", "batch.effective=8", "--gpu", "RTX 4090"]
+def test_the_plan_of_several_cards_is_shown(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [
+        "plan",
+        str(place / "model"),
+        "data.max_length=64",
+        "batch.effective=8",
+        "--gpu",
+        "RTX 4090",
+    ]
     assert main([*words, "--gpus", "2"]) == 0
     shown = capsys.readouterr().out
     assert "2, which share the samples of a step; memory is of each" in shown
@@ -87,7 +102,9 @@ def test_the_plan_of_several_cards_is_shown(place: Path, capsys: pytest.CaptureF
     assert json.loads(capsys.readouterr().out)["data"]["gpus"] == 2
 
 
-@pytest.mark.parametrize("words", [["--gpus", "0"], ["--gpus", "2", "--splits", "1x2"], ["--gpus", "2", "--measure"]])
+@pytest.mark.parametrize(
+    "words", [["--gpus", "0"], ["--gpus", "2", "--splits", "1x2"], ["--gpus", "2", "--measure"]]
+)
 def test_what_is_of_one_card_is_refused(words: list[str], place: Path) -> None:
     assert main(["plan", str(place / "model"), "--gpu", "RTX 4090", *words]) == 2
 
@@ -106,7 +123,10 @@ def test_a_sharded_plan_has_a_share_of_the_weights_and_what_is_gathered(place: P
         sharded_plan(place, num_gpus, shard=shard).candidates[0].categories
         for num_gpus, shard in ((2, "none"), (2, "full"), (4, "full"))
     )
-    for name in ("parameter", "optimizer_state"):  # blocks of 512 bytes count for more, the smaller the shards
+    for name in (
+        "parameter",
+        "optimizer_state",
+    ):  # blocks of 512 bytes count for more, the smaller the shards
         assert 1 <= two[name] / (whole[name] / 2) < 1.6
         assert 1 <= four[name] / (whole[name] / 4) < 1.6
     assert BUCKET_BYTES > two["workspace"] > four["workspace"] > 0
@@ -114,12 +134,24 @@ def test_a_sharded_plan_has_a_share_of_the_weights_and_what_is_gathered(place: P
 
 def test_a_sharded_plan_says_what_it_assumes(place: Path) -> None:
     plan = sharded_plan(place, 2, shard="full")
-    assert "over 2 cards, before each layer's forward and again before its backward" in plan.assumptions[1]
+    assert (
+        "over 2 cards, before each layer's forward and again before its backward"
+        in plan.assumptions[1]
+    )
     assert any("it has not been measured on cards" in sentence for sentence in plan.assumptions)
 
 
-def test_a_sharded_plan_needs_the_number_of_cards(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["plan", str(place / "model"), "data.max_length=64", "model.shard=full", "--gpu", "RTX 4090"]
+def test_a_sharded_plan_needs_the_number_of_cards(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [
+        "plan",
+        str(place / "model"),
+        "data.max_length=64",
+        "model.shard=full",
+        "--gpu",
+        "RTX 4090",
+    ]
     assert main(words) == 2
     assert "say over how many with --gpus" in capsys.readouterr().err
 
@@ -133,7 +165,11 @@ def test_the_events_of_a_shard_are_those_of_its_columns() -> None:
     ]
     trace = sharded(MemoryTrace(events), num_shards=2, gathered_bytes=64)
     columns = trace.columns()
-    assert columns.num_bytes.tolist() == [event.num_bytes for event in trace.events] == [64, 501, 500, -500, -501]
+    assert (
+        columns.num_bytes.tolist()
+        == [event.num_bytes for event in trace.events]
+        == [64, 501, 500, -500, -501]
+    )
     assert columns.storage.tolist() == [event.storage for event in trace.events] == [8, 3, 7, 7, 3]
     names, which = trace.modules(np.array([0, 1, 2]))
     assert [names[i] for i in which] == ["gathered layers", "a", "b"]

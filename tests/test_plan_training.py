@@ -34,11 +34,17 @@ def planned(
 
 
 def text(training: PlannedTraining) -> str:
-    return "\n".join((*(f"{title} {line}" for title, line in training_lines(training)), *training_warnings(training)))
+    return "\n".join(
+        (
+            *(f"{title} {line}" for title, line in training_lines(training)),
+            *training_warnings(training),
+        )
+    )
 
 
 @pytest.mark.parametrize(
-    ("train", "steps"), [({}, 1000), ({"epochs": 2}, 2000), ({"steps": 70}, 70), ({"tokens": 120_000}, 100)]
+    ("train", "steps"),
+    [({}, 1000), ({"epochs": 2}, 2000), ({"steps": 70}, 70), ({"tokens": 120_000}, 100)],
 )
 def test_the_length_is_told_in_steps_and_in_tokens(train: dict[str, Any], steps: int) -> None:
     length = planned(**train).length
@@ -69,7 +75,9 @@ def test_the_shrinking_is_what_adamw_does_to_a_weight_without_gradient() -> None
 
 
 def test_a_schedule_shrinks_less_than_its_highest_rate() -> None:
-    constant, cosine = (planned(optim={"schedule": name}).shrink_fraction for name in ("constant", "cosine"))
+    constant, cosine = (
+        planned(optim={"schedule": name}).shrink_fraction for name in ("constant", "cosine")
+    )
     assert constant is not None
     assert cosine == pytest.approx(constant / 2, rel=0.05)
 
@@ -135,7 +143,10 @@ def test_adapters_beside_bfloat16_weights_lose_no_updates() -> None:
 def test_it_is_said_in_chinese_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FITUNE_LANG", "zh")
     said = text(planned(steps=50, precision="bfloat16"))
-    assert all(word in said for word in ("训练", "半衰期", "警告：只有 50 个优化步", "权重衰减 0.01 不起作用"))
+    assert all(
+        word in said
+        for word in ("训练", "半衰期", "警告：只有 50 个优化步", "权重衰减 0.01 不起作用")
+    )
     assert "steps" not in said
 
 
@@ -180,9 +191,13 @@ def test_a_plan_that_does_not_read_the_data_says_why(tmp_path: Path) -> None:
     here.write_text('{"text": "a"}\n')
 
     def origin(data: str, source: str = "minimind2") -> str:
-        return find_lengths(read_config(None, [f"model.source={source}", f"data.train={data}"]).config).origin
+        return find_lengths(
+            read_config(None, [f"model.source={source}", f"data.train={data}"]).config
+        ).origin
 
     assert origin("none") == "data.max_length"
     assert origin("gone.jsonl") == "data.max_length, as the data is not here"
-    assert origin(str(here)) == "data.max_length, as the model has no tokenizer to read the data with"
+    assert (
+        origin(str(here)) == "data.max_length, as the model has no tokenizer to read the data with"
+    )
     assert say(origin(str(here))) in (origin(str(here)), CHINESE[origin(str(here))])

@@ -20,23 +20,49 @@ SIZES = {
     "head_dim": 8,
 }
 STATE = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}
-HYBRID = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 4, "mamba_chunk_size": 16}
+HYBRID = {
+    "mamba_n_heads": 4,
+    "mamba_d_head": 16,
+    "mamba_n_groups": 1,
+    "mamba_d_state": 4,
+    "mamba_chunk_size": 16,
+}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_next": ("Qwen3NextConfig", SIZES | TINY_QWEN3_NEXT),
-    "jamba": ("JambaConfig", SIZES | {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2}),
+    "jamba": (
+        "JambaConfig",
+        SIZES | {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2},
+    ),
     "mamba": ("MambaConfig", STATE),
-    "mamba2": ("Mamba2Config", STATE | {"num_heads": 4, "head_dim": 16, "n_groups": 1, "chunk_size": 16}),
+    "mamba2": (
+        "Mamba2Config",
+        STATE | {"num_heads": 4, "head_dim": 16, "n_groups": 1, "chunk_size": 16},
+    ),
     "falcon_mamba": ("FalconMambaConfig", STATE),
-    "rwkv": ("RwkvConfig", {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "attention_hidden_size": 32}),
+    "rwkv": (
+        "RwkvConfig",
+        {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "attention_hidden_size": 32},
+    ),
     "falcon_h1": ("FalconH1Config", SIZES | HYBRID | {"mamba_d_ssm": 64}),
     "bamba": ("BambaConfig", SIZES | HYBRID | {"attn_layer_indices": [1]}),
     "granitemoehybrid": (
         "GraniteMoeHybridConfig",
-        SIZES | HYBRID | {"layer_types": ["mamba", "attention"], "num_local_experts": 2, "num_experts_per_tok": 1},
+        SIZES
+        | HYBRID
+        | {"layer_types": ["mamba", "attention"], "num_local_experts": 2, "num_experts_per_tok": 1},
     ),
-    "gptj": ("GPTJConfig", {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4}),
-    "falcon": ("FalconConfig", {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}),
-    "gemma3_text": ("Gemma3TextConfig", SIZES | {"layer_types": ["sliding_attention", "full_attention"]}),
+    "gptj": (
+        "GPTJConfig",
+        {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4},
+    ),
+    "falcon": (
+        "FalconConfig",
+        {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4},
+    ),
+    "gemma3_text": (
+        "Gemma3TextConfig",
+        SIZES | {"layer_types": ["sliding_attention", "full_attention"]},
+    ),
     "recurrent_gemma": ("RecurrentGemmaConfig", SIZES | {"lru_width": 32, "num_hidden_layers": 3}),
     "zamba2": (
         "Zamba2Config",
@@ -62,7 +88,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "layers_block_type": ["mamba", "attention"],
         },
     ),
-    "xlstm": ("xLSTMConfig", {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_heads": 4}),
+    "xlstm": (
+        "xLSTMConfig",
+        {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_heads": 4},
+    ),
 }
 
 

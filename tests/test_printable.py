@@ -25,7 +25,9 @@ def check_screens(captured: "pytest.CaptureResult[str]") -> None:
     """Nothing raw on either stream, and what was hostile is still there to be read."""
     for text in captured:
         assert not _RAW.findall(_STYLES.sub("", text))
-    assert "\\x1b]0;title" in "".join("".join(captured).split()).replace("\\\\", "\\").replace("\\u001b", "\\x1b")
+    assert "\\x1b]0;title" in "".join("".join(captured).split()).replace("\\\\", "\\").replace(
+        "\\u001b", "\\x1b"
+    )
 
 
 @pytest.fixture
@@ -33,8 +35,14 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A run of a hostile name in a directory of runs, whose files are hostile too."""
     monkeypatch.chdir(tmp_path)
     name = HOSTILE.replace("/", "")
-    made = RunDirectory(write_run(Path("runs"), "plain", Recipe(steps=4, evals=1, settings={"run": {"name": HOSTILE}})))
-    append_line(made.events, RunEvent(time=0.0, step=1, kind="alarm", message=f"warning: {HOSTILE}"))
+    made = RunDirectory(
+        write_run(
+            Path("runs"), "plain", Recipe(steps=4, evals=1, settings={"run": {"name": HOSTILE}})
+        )
+    )
+    append_line(
+        made.events, RunEvent(time=0.0, step=1, kind="alarm", message=f"warning: {HOSTILE}")
+    )
     made.env.write_text(json.dumps({"cpu": {"name": HOSTILE}, "cards": []}))
     made.lock.write_text(json.dumps({"host": HOSTILE, "pid": HOSTILE}))
     return made.path.rename(made.path.with_name(name))
@@ -42,7 +50,9 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize("output_format", ["human", "auto", "json", "quiet"])
 @pytest.mark.parametrize(
-    "verb", [["runs", "runs"], ["watch", "--once"], ["compare", "runs", "runs"], ["advise", "runs"]], ids=lambda v: v[0]
+    "verb",
+    [["runs", "runs"], ["watch", "--once"], ["compare", "runs", "runs"], ["advise", "runs"]],
+    ids=lambda v: v[0],
 )
 def test_the_screens_of_runs_send_nothing_raw(
     verb: list[str], output_format: str, run: Path, capsys: pytest.CaptureFixture[str]
@@ -58,12 +68,16 @@ def test_the_screens_of_runs_send_nothing_raw(
 
 
 @pytest.mark.parametrize("output_format", ["csv", "md"])
-def test_nor_do_the_formats_of_a_comparison(output_format: str, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_nor_do_the_formats_of_a_comparison(
+    output_format: str, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     main(["compare", str(run), "--format", output_format])
     check_screens(capsys.readouterr())
 
 
-def test_the_lock_of_a_run_that_goes_on_sends_nothing_raw(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_lock_of_a_run_that_goes_on_sends_nothing_raw(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["train", "--resume", str(run)]) == 2
     check_screens(capsys.readouterr())
 
@@ -85,7 +99,9 @@ def test_the_lock_of_a_run_that_goes_on_sends_nothing_raw(run: Path, capsys: pyt
     ],
     ids=lambda arguments: " ".join(arguments[:1]),
 )
-def test_an_error_sends_nothing_raw(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_error_sends_nothing_raw(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     escaped = json.dumps(HOSTILE)
     (tmp_path / "sft.yaml").write_text(
         f"model: {{source: {escaped}}}\ndata: {{train: {escaped}, {escaped}: 1}}\noptim: {{lr: {escaped}}}\n"
@@ -121,7 +137,9 @@ def test_words_in_brackets_are_no_markup(capsys: pytest.CaptureFixture[str]) -> 
     assert "[link=http://x]y[/link]" in shown
 
 
-def test_a_live_screen_sends_its_own_sequences_and_no_others(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_live_screen_sends_its_own_sequences_and_no_others(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     screen = output.Screen(force_terminal=True, width=60)
     with Live(console=screen, screen=True, auto_refresh=False) as live:
         live.update(Text(HOSTILE), refresh=True)
@@ -141,7 +159,9 @@ def test_what_people_write_stays_as_it_is(text: str) -> None:
     assert printable(text) == text
 
 
-@pytest.mark.parametrize("code", [*range(32), *range(127, 160), 0x202E, 0x2066, 0x2028, 0xD800, 0xFEFF])
+@pytest.mark.parametrize(
+    "code", [*range(32), *range(127, 160), 0x202E, 0x2066, 0x2028, 0xD800, 0xFEFF]
+)
 def test_json_of_hostile_text_is_the_same_data(code: int) -> None:
     text = json_text({chr(code): [f"a{chr(code)}b"]})
     assert json.loads(text) == {chr(code): [f"a{chr(code)}b"]}

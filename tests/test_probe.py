@@ -40,7 +40,13 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     write_config(
         directory / "sft.yaml",
         {
-            "train": {"epochs": 1, "save_every": 2, "eval_every": 3, "probe_fraction": 0.3, "probe": True},
+            "train": {
+                "epochs": 1,
+                "save_every": 2,
+                "eval_every": 3,
+                "probe_fraction": 0.3,
+                "probe": True,
+            },
             "batch": {"effective": 4, "micro": 2},
         },
     )
@@ -84,7 +90,9 @@ def test_every_branch_sees_the_same_tokens(probed: RunDirectory) -> None:
     assert [branch["steps"] for branch in branches] == [8, 8, 8, 4]
 
 
-def test_the_chosen_branch_counts_as_the_run_and_the_others_as_the_probes_cost(probed: RunDirectory) -> None:
+def test_the_chosen_branch_counts_as_the_run_and_the_others_as_the_probes_cost(
+    probed: RunDirectory,
+) -> None:
     content = found(probed)
     assert content["cost_tokens"] == 3 * content["branches"][0]["tokens"]
     steps = read_metrics(probed.metrics).steps
@@ -100,13 +108,18 @@ def test_the_noise_is_measured_before_training(probed: RunDirectory) -> None:
 def test_the_outcome_is_among_the_events_that_a_report_shows(probed: RunDirectory) -> None:
     messages = [event.message for event in read_events(probed.events) if event.kind == "probe"]
     assert len(messages) == 5
-    assert "twice the rate is better by more than chance: the run goes on with rate 4e-05" in messages[-1]
+    assert (
+        "twice the rate is better by more than chance: the run goes on with rate 4e-05"
+        in messages[-1]
+    )
 
 
 def test_a_probed_run_is_the_run_of_its_chosen_setting_bit_for_bit(probed: RunDirectory) -> None:
     assert main(["train", str(probed.config), "run.name=plain"]) == 0
     assert read_journal(probed.journal)[-1].hash == read_journal(PLAIN.journal)[-1].hash
-    assert (probed.last / "model.safetensors").read_bytes() == (PLAIN.last / "model.safetensors").read_bytes()
+    assert (probed.last / "model.safetensors").read_bytes() == (
+        PLAIN.last / "model.safetensors"
+    ).read_bytes()
     assert [each.eval_loss for each in read_metrics(probed.metrics).evals] == [
         each.eval_loss for each in read_metrics(PLAIN.metrics).evals
     ]
@@ -121,7 +134,9 @@ def test_whatever_is_chosen_the_configuration_that_is_kept_trains_the_same(
     setting: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Probe, "chosen", setting)
-    monkeypatch.setattr("fitune.training.probe.choose", lambda branches: min(setting, len(branches) - 1))
+    monkeypatch.setattr(
+        "fitune.training.probe.choose", lambda branches: min(setting, len(branches) - 1)
+    )
     assert main(["train", "sft.yaml", GOOD]) == 0
     assert main(["train", str(RUN.config), "run.name=plain"]) == 0
     assert read_journal(RUN.journal)[-1].hash == read_journal(PLAIN.journal)[-1].hash
@@ -154,7 +169,9 @@ def test_a_run_that_is_killed_in_the_probe_or_after_it_ends_as_if_it_had_not_bee
     assert found(RUN)["chosen"] == found(PLAIN)["chosen"]
 
 
-@pytest.mark.parametrize("killed_in", ["fitune.run.probe.write_probe", "fitune.training.probe.go_on"])
+@pytest.mark.parametrize(
+    "killed_in", ["fitune.run.probe.write_probe", "fitune.training.probe.go_on"]
+)
 def test_a_run_that_is_killed_while_the_branch_becomes_the_run_ends_the_same(
     killed_in: str, probed: RunDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -190,7 +207,9 @@ def test_a_probe_that_cannot_tell_is_refused_and_leaves_no_trace(
     assert not RUN.path.exists()
 
 
-def test_the_flag_is_for_runs_that_begin(probed: RunDirectory, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_flag_is_for_runs_that_begin(
+    probed: RunDirectory, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["train", "--probe", "--resume", str(probed.path)]) == 2
     assert "--probe begins a run" in capsys.readouterr().err
 
@@ -198,20 +217,34 @@ def test_the_flag_is_for_runs_that_begin(probed: RunDirectory, capsys: pytest.Ca
 def test_twice_the_batch_takes_the_whole_rule_and_keeps_its_micro_batches() -> None:
     optim = OptimSettings(lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1, clip=1.0)
     sections = {"batch": {"micro": 2, "accumulation": 3}, "train": {"probe": True}}
-    config = read_config({"model": {"source": "tiny"}, "data": {"train": "sft.jsonl"}, **sections}).config
+    config = read_config(
+        {"model": {"source": "tiny"}, "data": {"train": "sft.jsonl"}, **sections}
+    ).config
     changed, own, keys = probe_module.apply_setting(
         config, cast(Setup, SimpleNamespace(optim=optim)), probe_module.SETTINGS[3]
     )
     assert own == replace(scale(optim, "sqrt", factor=2), lr=pytest.approx(1e-3 * math.sqrt(2)))
-    assert (own.betas[1], own.weight_decay) == (pytest.approx(0.999**2), pytest.approx(0.1 * math.sqrt(2)))
+    assert (own.betas[1], own.weight_decay) == (
+        pytest.approx(0.999**2),
+        pytest.approx(0.1 * math.sqrt(2)),
+    )
     assert (changed.batch.rows_per_step, changed.batch.micro_rows) == (12, 2)
     assert {"optim.betas", "optim.weight_decay", "batch.effective", "train.probe"} <= set(keys)
 
 
 def branch(loss: float, low: float | None = None, high: float | None = None) -> Branch:
-    difference = None if low is None or high is None else ConfidenceInterval((low + high) / 2, low, high, 50)
+    difference = (
+        None if low is None or high is None else ConfidenceInterval((low + high) / 2, low, high, 50)
+    )
     return Branch(
-        name=f"at {loss}", lr=1e-3, rows=8, steps=10, tokens=1000, seconds=1.0, eval_loss=loss, difference=difference
+        name=f"at {loss}",
+        lr=1e-3,
+        rows=8,
+        steps=10,
+        tokens=1000,
+        seconds=1.0,
+        eval_loss=loss,
+        difference=difference,
     )
 
 
@@ -219,13 +252,21 @@ def branch(loss: float, low: float | None = None, high: float | None = None) -> 
     ("branches", "chosen", "words"),
     [
         ([branch(2.0), branch(1.9, -0.2, 0.1), branch(2.1, 0.05, 0.2)], 0, "no difference found"),
-        ([branch(2.0), branch(1.9, -0.2, -0.1), branch(1.8, -0.3, -0.1)], 2, "at 1.8 is better by more than chance"),
+        (
+            [branch(2.0), branch(1.9, -0.2, -0.1), branch(1.8, -0.3, -0.1)],
+            2,
+            "at 1.8 is better by more than chance",
+        ),
         ([branch(2.0), branch(2.1, 0.05, 0.2)], 0, "the configuration is better"),
         ([branch(float("inf")), branch(2.0), branch(1.9)], 2, "did not diverge"),
         ([branch(2.0), branch(float("inf"))], 0, "the configuration is better"),
     ],
 )
-def test_only_what_is_better_by_more_than_chance_is_chosen(branches: list[Branch], chosen: int, words: str) -> None:
+def test_only_what_is_better_by_more_than_chance_is_chosen(
+    branches: list[Branch], chosen: int, words: str
+) -> None:
     assert choose(branches) == chosen
-    probe = Probe(noise_scale_rows=None, noise_low_rows=None, noise_high_rows=None, branches=tuple(branches))
+    probe = Probe(
+        noise_scale_rows=None, noise_low_rows=None, noise_high_rows=None, branches=tuple(branches)
+    )
     assert words in probe.verdict

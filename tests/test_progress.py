@@ -28,7 +28,9 @@ def lines_of(page: io.StringIO) -> list[str]:
 
 def test_a_stage_is_shown_by_name_and_without_a_share() -> None:
     page = io.StringIO()
-    with TrainingProgress(quiet=False, screen=Screen(file=page, force_terminal=True, width=80)) as shown:
+    with TrainingProgress(
+        quiet=False, screen=Screen(file=page, force_terminal=True, width=80)
+    ) as shown:
         shown.stage("reading the data")
         shown.stage("loading the model")
     lines = lines_of(page)
@@ -41,7 +43,9 @@ def test_the_time_left_is_never_cut(width: int, monkeypatch: pytest.MonkeyPatch)
     seconds = iter(range(100, 200))
     monkeypatch.setattr(progress_module.time, "monotonic", lambda: float(next(seconds)))
     page = io.StringIO()
-    with TrainingProgress(quiet=False, screen=Screen(file=page, force_terminal=True, width=width)) as shown:
+    with TrainingProgress(
+        quiet=False, screen=Screen(file=page, force_terminal=True, width=width)
+    ) as shown:
         for step in (123_456, 123_457):
             shown.step(replace(step_metrics(step), lr=2e-5), progress=step / 1e6)
     last = lines_of(page)[-1]
@@ -56,7 +60,11 @@ def test_a_log_names_the_stage_now_and_then(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(progress_module.time, "monotonic", lambda: now[0])
     page = io.StringIO()
     with TrainingProgress(quiet=False, screen=Screen(file=page)) as shown:
-        for second, stage in ((0, "reading the data"), (1, "recording the step: 1 of 9"), (11, "loading the model")):
+        for second, stage in (
+            (0, "reading the data"),
+            (1, "recording the step: 1 of 9"),
+            (11, "loading the model"),
+        ):
             now[0] = 100.0 + second
             shown.stage(stage)
     assert lines_of(page) == ["       reading the data", "       loading the model"]

@@ -163,7 +163,9 @@ def assert_close(run: RunDirectory, other: RunDirectory) -> None:
     for name in LOSSES:
         expected = [getattr(step, name) for step in theirs.steps]
         assert [getattr(step, name) for step in mine.steps] == pytest.approx(expected, rel=1e-5)
-    assert [e.eval_loss for e in mine.evals] == pytest.approx([e.eval_loss for e in theirs.evals], rel=1e-5)
+    assert [e.eval_loss for e in mine.evals] == pytest.approx(
+        [e.eval_loss for e in theirs.evals], rel=1e-5
+    )
     assert [e.eval_tokens for e in mine.evals] == [e.eval_tokens for e in theirs.evals]
     expected_weights = load_file(other.last / "model.safetensors")
     for name, tensor in load_file(run.last / "model.safetensors").items():
@@ -171,8 +173,12 @@ def assert_close(run: RunDirectory, other: RunDirectory) -> None:
 
 
 @given(st.lists(st.integers(1, 500), max_size=40), st.integers(1, 9))
-def test_every_row_is_dealt_once_and_no_part_is_heavier_than_the_mean_and_a_row(lengths: list[int], size: int) -> None:
-    rows = tuple(Row(number, *(2 * [torch.zeros(length).numpy()])) for number, length in enumerate(lengths))
+def test_every_row_is_dealt_once_and_no_part_is_heavier_than_the_mean_and_a_row(
+    lengths: list[int], size: int
+) -> None:
+    rows = tuple(
+        Row(number, *(2 * [torch.zeros(length).numpy()])) for number, length in enumerate(lengths)
+    )
     parts = deal(Batch(rows), size)
     assert len(parts) == size
     assert sorted(row for part in parts for row in part.row_ids) == list(range(len(rows)))
@@ -183,9 +189,15 @@ def test_every_row_is_dealt_once_and_no_part_is_heavier_than_the_mean_and_a_row(
 def test_two_processes_have_the_losses_of_one() -> None:
     assert_close(TWO, ONE)
     for mine, theirs in zip(read_journal(TWO.journal), read_journal(ONE.journal), strict=True):
-        assert (mine.ids_hash, mine.loss_weight, mine.lr) == (theirs.ids_hash, theirs.loss_weight, theirs.lr)
+        assert (mine.ids_hash, mine.loss_weight, mine.lr) == (
+            theirs.ids_hash,
+            theirs.loss_weight,
+            theirs.lr,
+        )
         first, second = plan_parts(mine.plan)
-        assert sorted(row for ids in (*first, *second) for row in ids) == sorted(r for ids in theirs.plan for r in ids)
+        assert sorted(row for ids in (*first, *second) for row in ids) == sorted(
+            r for ids in theirs.plan for r in ids
+        )
         assert first
         assert second
 
@@ -202,7 +214,9 @@ def test_the_journal_of_two_processes_is_replayed_by_two() -> None:
 
 def test_the_journal_of_two_processes_is_not_replayed_by_one() -> None:
     assert train("--replay", str(TWO.path), size=1) == [2]
-    assert "was done by 2 processes and cannot be replayed by 1: start 2" in Path("0.err").read_text()
+    assert (
+        "was done by 2 processes and cannot be replayed by 1: start 2" in Path("0.err").read_text()
+    )
 
 
 def test_a_process_that_is_killed_ends_all_and_the_run_goes_on_bit_for_bit() -> None:
@@ -215,7 +229,9 @@ def test_a_process_that_is_killed_ends_all_and_the_run_goes_on_bit_for_bit() -> 
     assert_same(run)
 
 
-def test_a_process_without_memory_for_a_row_ends_all_with_its_sentence_and_nothing_is_lost() -> None:
+def test_a_process_without_memory_for_a_row_ends_all_with_its_sentence_and_nothing_is_lost() -> (
+    None
+):
     assert train("sft.yaml", "run.name=full", fault=without_memory) == [4, 4]
     said = Path("0.err").read_text()
     assert "error: rank 1: no memory for 20.0 MiB in the forward of sample" in said
@@ -231,12 +247,17 @@ def test_a_process_that_runs_out_of_memory_twice_changes_nothing_but_the_events(
     run = RunDirectory(Path("runs/twice"))
     assert_close(run, TWO)
     told = [event.message for event in read_events(run.events) if event.kind == "out_of_memory"]
-    assert [message.startswith("rank 1: out of memory in the forward") for message in told] == [True, True]
+    assert [message.startswith("rank 1: out of memory in the forward") for message in told] == [
+        True,
+        True,
+    ]
 
 
 def test_an_update_without_memory_ends_all_and_the_run_goes_on_bit_for_bit() -> None:
     assert train("sft.yaml", "run.name=torn", fault=without_memory_for_the_update) == [75, 75]
-    assert "rank 1: out of memory in the middle of the optimizer's update" in Path("0.err").read_text()
+    assert (
+        "rank 1: out of memory in the middle of the optimizer's update" in Path("0.err").read_text()
+    )
     run = RunDirectory(Path("runs/torn"))
     assert train("--resume", str(run.path)) == [0, 0]
     assert_same(run)
@@ -277,7 +298,10 @@ def test_a_process_without_a_row_of_the_step_trains_along() -> None:
     assert train("sft.yaml", "run.name=alone", "batch.effective=1", "train.steps=3", size=1) == [0]
     assert_close(RunDirectory(Path("runs/sparse")), RunDirectory(Path("runs/alone")))
     assert all(
-        part[1] == () for part in (plan_parts(line.plan) for line in read_journal(Path("runs/sparse/journal.jsonl")))
+        part[1] == ()
+        for part in (
+            plan_parts(line.plan) for line in read_journal(Path("runs/sparse/journal.jsonl"))
+        )
     )
 
 
@@ -287,7 +311,9 @@ def test_an_incomplete_environment_is_a_usage_error(
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("RANK", raising=False)
     assert main(["train", "sft.yaml"]) == 2
-    assert "error: WORLD_SIZE is 2 and RANK is not set: start with torchrun" in capsys.readouterr().err
+    assert (
+        "error: WORLD_SIZE is 2 and RANK is not set: start with torchrun" in capsys.readouterr().err
+    )
 
 
 @pytest.mark.slow
@@ -315,10 +341,20 @@ def test_a_signal_that_comes_while_the_others_are_asked_counts_at_the_next_step(
 def test_torchrun_ends_all_after_the_same_step_when_it_is_told_to_end() -> None:
     """As a scheduler does it: SIGTERM to torchrun, which sends it on."""
     torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "fitune"]
-    command = [sys.executable, *torchrun, "train", "sft.yaml", "run.name=torchrun", "train.steps=100000"]
+    command = [
+        sys.executable,
+        *torchrun,
+        "train",
+        "sft.yaml",
+        "run.name=torchrun",
+        "train.steps=100000",
+    ]
     source = str(Path(__file__).parent.parent / "src")
     with subprocess.Popen(
-        command, env=os.environ | {"PYTHONPATH": source, "CUDA_VISIBLE_DEVICES": ""}, stderr=subprocess.PIPE, text=True
+        command,
+        env=os.environ | {"PYTHONPATH": source, "CUDA_VISIBLE_DEVICES": ""},
+        stderr=subprocess.PIPE,
+        text=True,
     ) as process:
         metrics = Path("runs/torchrun/metrics.jsonl")
         while process.poll() is None and not (metrics.exists() and '"loss"' in metrics.read_text()):
@@ -330,6 +366,8 @@ def test_torchrun_ends_all_after_the_same_step_when_it_is_told_to_end() -> None:
     summary = read_summary(run.summary)
     assert summary.status == "stopped"
     assert (
-        json.loads((next(iter(sorted(run.checkpoints.iterdir())[::-1])) / "state.json").read_text())["state"]["step"]
+        json.loads(
+            (next(iter(sorted(run.checkpoints.iterdir())[::-1])) / "state.json").read_text()
+        )["state"]["step"]
         == summary.steps
     )

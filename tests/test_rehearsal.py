@@ -44,7 +44,9 @@ def test_there_are_at_least_sixty_rows() -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: str(case.name))
-def test_a_case_names_cards_and_a_model_that_there_are(case: StepCase | LoopCase | TrainerCase) -> None:
+def test_a_case_names_cards_and_a_model_that_there_are(
+    case: StepCase | LoopCase | TrainerCase,
+) -> None:
     assert {*case.cards} <= {*CARDS}
     assert case.model in ARCHITECTURES or case.model.startswith("minimind")
 
@@ -52,14 +54,18 @@ def test_a_case_names_cards_and_a_model_that_there_are(case: StepCase | LoopCase
 @pytest.mark.parametrize("card", CARDS)
 def test_a_rehearsed_card_is_that_of_the_catalogue(card: str) -> None:
     rows = re.findall(r"\{([^{}]+)\},", (DRIVER / "cards.h").read_text())
-    (fields,) = ([field.strip().strip('"') for field in row.split(",")] for row in rows if f'"{card}"' in row)
+    (fields,) = (
+        [field.strip().strip('"') for field in row.split(",")] for row in rows if f'"{card}"' in row
+    )
     device = find_device(CATALOGUE[card])
     assert (int(fields[2]), int(fields[3])) == device.compute_capability
     assert int(fields[-2]) == pytest.approx(device.total_bytes, rel=0.02)  # by driver
 
 
 def test_the_counters_are_named_in_the_order_of_the_driver() -> None:
-    enum = re.search(r"enum Counted \{(.*?)NUM_COUNTED", (DRIVER / "counters.h").read_text(), re.DOTALL)
+    enum = re.search(
+        r"enum Counted \{(.*?)NUM_COUNTED", (DRIVER / "counters.h").read_text(), re.DOTALL
+    )
     assert enum is not None
     names = re.findall(r"^\s+([A-Z_]+),", enum[1], re.MULTILINE)
     plural = [re.sub("IES", "Y", name.upper()).replace("S_", "_").rstrip("S") for name in NAMES]
@@ -113,19 +119,31 @@ def test_a_part_of_the_cases_leaves_the_other_rows_as_they_are() -> None:
 
 def test_the_table_shows_errors_failures_and_bounds() -> None:
     name = next(name for name, case in BY_NAME.items() if case.depends_on_data)
-    bounded = replace(ROW, name=name, depends_on_data="the router", low_allocated_bytes=900, high_allocated_bytes=1100)
+    bounded = replace(
+        ROW,
+        name=name,
+        depends_on_data="the router",
+        low_allocated_bytes=900,
+        high_allocated_bytes=1100,
+    )
     text = "\n".join(table([ROW, FAILED, bounded]))
-    assert "| full | 4090 | llama, 4 x 1024 | 1,000 | 1,000 | 0 | 2,000 | 1,600 | +400 (+25.000%) |" in text
+    assert (
+        "| full | 4090 | llama, 4 x 1024 | 1,000 | 1,000 | 0 | 2,000 | 1,600 | +400 (+25.000%) |"
+        in text
+    )
     assert "lora on T4 was not measured: OutOfMemoryError: none left" in text
     assert (
-        "between 900 (tokens spread evenly) and 1,100 (all at the same experts); what is measured lies inside" in text
+        "between 900 (tokens spread evenly) and 1,100 (all at the same experts); what is measured lies inside"
+        in text
     )
     assert "fitune's own step, allocated: 1 of 1 to the byte" in text
 
 
 def test_the_page_keeps_what_stands_around_the_table(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
-    page.write_text("before\n<!-- rehearsal.table: begin -->\nold\n<!-- rehearsal.table: end -->\nafter\n")
+    page.write_text(
+        "before\n<!-- rehearsal.table: begin -->\nold\n<!-- rehearsal.table: end -->\nafter\n"
+    )
     for _ in range(2):
         write([ROW], results=tmp_path / "rows.json", page=page)
     text = page.read_text()
@@ -161,18 +179,39 @@ def test_blocks_that_are_larger_than_their_tensors_are_named_where_the_tensors_a
 
 
 def test_a_golden_file_holds_the_events_and_the_setting(tmp_path: Path) -> None:
-    events = [event(7, 512, 0), event(9, 64, 1), event(7, -512, 1), event(5, 32, 2), event(9, -64, 2)]
+    events = [
+        event(7, 512, 0),
+        event(9, 64, 1),
+        event(7, -512, 1),
+        event(5, 32, 2),
+        event(9, -64, 2),
+    ]
     golden = Golden(StepCase(name="full", model="tiny-llama", rows=((4, 3),)), "T4", {"torch": "1"}, (576, 96),
                     renumbered(events))  # fmt: skip
     write_golden(golden, tmp_path / "full.json.gz")
     read = read_golden(tmp_path / "full.json.gz")
-    assert (read.case, read.card, read.versions, read.peaks) == (golden.case, "T4", {"torch": "1"}, (576, 96))
-    sides = [[(each.storage, each.num_bytes, each.step) for each in of.trace.events] for of in (read, golden)]
+    assert (read.case, read.card, read.versions, read.peaks) == (
+        golden.case,
+        "T4",
+        {"torch": "1"},
+        (576, 96),
+    )
+    sides = [
+        [(each.storage, each.num_bytes, each.step) for each in of.trace.events]
+        for of in (read, golden)
+    ]
     assert sides[0] == sides[1]
 
 
 def test_the_last_steps_of_a_trace_begin_with_what_was_alive() -> None:
-    events = (event(1, 8, 0), event(2, 16, 1), event(3, 32, 1), event(2, -16, 1), event(4, 64, 2), event(5, 128, 3))
+    events = (
+        event(1, 8, 0),
+        event(2, 16, 1),
+        event(3, 32, 1),
+        event(2, -16, 1),
+        event(4, 64, 2),
+        event(5, 128, 3),
+    )
     trace = last_steps(type(renumbered(events))(events), 2)
     assert [(each.storage, each.step) for each in trace.events] == [(1, 0), (3, 0), (4, 1), (5, 2)]
 

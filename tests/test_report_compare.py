@@ -40,7 +40,9 @@ def test_losses_are_compared_where_all_have_seen_the_same_tokens(tmp_path: Path)
     long = write_run(tmp_path, "long", Recipe(steps=40))
     found = compare([short, long])
     assert found.tokens == 20 * 24 * 100
-    assert found.rows[1].eval_loss == pytest.approx(1.9 + 0.5)  # half way down its own straight line
+    assert found.rows[1].eval_loss == pytest.approx(
+        1.9 + 0.5
+    )  # half way down its own straight line
 
 
 def test_splits_of_one_batch_are_told_to_be_the_same_run(comparison: Comparison) -> None:
@@ -48,7 +50,8 @@ def test_splits_of_one_batch_are_told_to_be_the_same_run(comparison: Comparison)
     assert (check.first, check.second, check.num_steps) == ("6x4", "4x6", 40)
     assert check.same
     assert any(
-        "are the same run" in sentence and "4x6 takes 6.0 GiB less" in sentence for sentence in verdicts(comparison)
+        "are the same run" in sentence and "4x6 takes 6.0 GiB less" in sentence
+        for sentence in verdicts(comparison)
     )
 
 
@@ -60,8 +63,12 @@ def test_splits_whose_curves_part_are_not_called_the_same(tmp_path: Path) -> Non
     assert any("should be the same training, but" in sentence for sentence in verdicts(found))
 
 
-@pytest.mark.parametrize("changed", [{"lr": 1e-4}, {"accumulation": 2}, {"settings": {"model": {"method": "lora"}}}])
-def test_another_rate_batch_or_method_is_another_run(tmp_path: Path, changed: dict[str, object]) -> None:
+@pytest.mark.parametrize(
+    "changed", [{"lr": 1e-4}, {"accumulation": 2}, {"settings": {"model": {"method": "lora"}}}]
+)
+def test_another_rate_batch_or_method_is_another_run(
+    tmp_path: Path, changed: dict[str, object]
+) -> None:
     one = write_run(tmp_path, "one", Recipe())
     other = write_run(tmp_path, "other", replace(Recipe(micro=6), **changed))  # type: ignore[arg-type]
     assert compare([one, other]).checks == ()
@@ -88,14 +95,29 @@ def test_a_real_difference_has_an_interval_without_zero_and_splits_of_a_batch_ha
 
 
 def test_the_pareto_set_counts_ties_within_noise_as_equal(comparison: Comparison) -> None:
-    assert [row.name for row in comparison.rows if row.on_front] == ["6x4", "4x6"]  # faster, and smaller
+    assert [row.name for row in comparison.rows if row.on_front] == [
+        "6x4",
+        "4x6",
+    ]  # faster, and smaller
 
 
 @settings(deadline=None)
-@given(st.lists(st.tuples(st.integers(1, 5), st.integers(1, 5), st.integers(1, 5)), min_size=1, max_size=8))
-def test_the_pareto_set_is_never_empty_and_nothing_outside_it_is_best(shape: list[tuple[int, int, int]]) -> None:
+@given(
+    st.lists(
+        st.tuples(st.integers(1, 5), st.integers(1, 5), st.integers(1, 5)), min_size=1, max_size=8
+    )
+)
+def test_the_pareto_set_is_never_empty_and_nothing_outside_it_is_best(
+    shape: list[tuple[int, int, int]],
+) -> None:
     from fitune.report.compare import ComparedRun, _with_front
-    from fitune.report.run_on_disk import EVAL_COLUMNS, MEMORY_COLUMNS, TRAIN_COLUMNS, RecordedRun, make_curve
+    from fitune.report.run_on_disk import (
+        EVAL_COLUMNS,
+        MEMORY_COLUMNS,
+        TRAIN_COLUMNS,
+        RecordedRun,
+        make_curve,
+    )
 
     rows = []
     for index, (peak, speed, loss) in enumerate(shape):
@@ -123,10 +145,14 @@ def with_summary(run: Path, **changes: object) -> Path:
     return run
 
 
-def test_the_peak_is_that_of_the_whole_run_and_the_prediction_stands_beside_its_step(tmp_path: Path) -> None:
+def test_the_peak_is_that_of_the_whole_run_and_the_prediction_stands_beside_its_step(
+    tmp_path: Path,
+) -> None:
     whole = with_summary(write_run(tmp_path, "whole", Recipe()), peak_reserved_bytes=21 * GIB)
     resumed = with_summary(
-        write_run(tmp_path, "resumed", Recipe()), measured_reserved_bytes=8 * GIB, peak_reserved_bytes=20 * GIB
+        write_run(tmp_path, "resumed", Recipe()),
+        measured_reserved_bytes=8 * GIB,
+        peak_reserved_bytes=20 * GIB,
     )
     found = compare([whole, resumed])
     assert [row.peak_bytes for row in found.rows] == [21 * GIB, 20 * GIB]
@@ -137,7 +163,9 @@ def test_the_peak_is_that_of_the_whole_run_and_the_prediction_stands_beside_its_
 
 
 def test_the_steps_after_the_last_save_of_a_run_that_died_count(tmp_path: Path) -> None:
-    died = with_summary(write_run(tmp_path, "died", Recipe(peak_bytes=12 * GIB)), peak_reserved_bytes=GIB)
+    died = with_summary(
+        write_run(tmp_path, "died", Recipe(peak_bytes=12 * GIB)), peak_reserved_bytes=GIB
+    )
     assert compare([died]).rows[0].peak_bytes == 12 * GIB
 
 
@@ -162,34 +190,57 @@ def test_there_is_no_comparing_before_the_first_token(
     assert "give more than 0 with --at" in capsys.readouterr().err
 
 
-def test_what_accumulation_gained_and_which_rate_was_right_is_said(tmp_path: Path, three: Path) -> None:
-    hot = write_run(tmp_path, "hot", Recipe(lr=1.2e-4, row_losses=[2.3 + 0.01 * i for i in range(200)]))
+def test_what_accumulation_gained_and_which_rate_was_right_is_said(
+    tmp_path: Path, three: Path
+) -> None:
+    hot = write_run(
+        tmp_path, "hot", Recipe(lr=1.2e-4, row_losses=[2.3 + 0.01 * i for i in range(200)])
+    )
     said = "\n".join(verdicts(compare([three / "6x1", three / "4x6", hot])))
     assert "from 6 to 24 samples a step (6x1 to 4x6)" in said
     assert "with 24 samples a step the best rate tried is 6e-05" in said
     assert "beside it: 0.00012 +" in said
 
 
-@pytest.mark.parametrize(("noise_rows", "rate"), [(12, "4.2e-05"), (24, "4.7e-05"), (100, "5.5e-05"), (400, "5.9e-05")])
-def test_the_measured_noise_says_which_rate_a_larger_batch_may_take(noise_rows: int, rate: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("noise_rows", "rate"), [(12, "4.2e-05"), (24, "4.7e-05"), (100, "5.5e-05"), (400, "5.9e-05")]
+)
+def test_the_measured_noise_says_which_rate_a_larger_batch_may_take(
+    noise_rows: int, rate: str, tmp_path: Path
+) -> None:
     small = write_run(tmp_path, "6x1", Recipe(accumulation=1, lr=3e-5, noise_ratio=noise_rows / 6))
-    large = write_run(tmp_path, "6x4", Recipe(noise_ratio=0.1))  # at equal tokens it has come less far
+    large = write_run(
+        tmp_path, "6x4", Recipe(noise_ratio=0.1)
+    )  # at equal tokens it has come less far
     said = "\n".join(verdicts(compare([small, large])))
-    assert f"the noise scale of 6x1 is {noise_rows} samples: from 6 to 24 samples a step it allows" in said
+    assert (
+        f"the noise scale of 6x1 is {noise_rows} samples: from 6 to 24 samples a step it allows"
+        in said
+    )
     assert f"so {rate} for 3e-05; however noisy, 2 times at most" in said
 
 
-def test_of_two_runs_of_the_smallest_batch_the_one_with_pairs_tells_the_noise(tmp_path: Path) -> None:
+def test_of_two_runs_of_the_smallest_batch_the_one_with_pairs_tells_the_noise(
+    tmp_path: Path,
+) -> None:
     alone = write_run(tmp_path, "6x1", Recipe(accumulation=1, lr=3e-5, noise_ratio=1e6))
     paired = write_run(tmp_path, "3x2", Recipe(micro=3, accumulation=2, lr=3e-5, noise_ratio=4.0))
     large = write_run(tmp_path, "24x1", Recipe(micro=24, accumulation=1))
-    assert "the noise scale of 3x2 is 24 samples" in "\n".join(verdicts(compare([alone, paired, large])))
+    assert "the noise scale of 3x2 is 24 samples" in "\n".join(
+        verdicts(compare([alone, paired, large]))
+    )
 
 
-@pytest.mark.parametrize("settings", [{}, {"train": {"batch_mode": "follow"}}], ids=["unmeasured", "growing"])
-def test_without_a_noise_scale_no_rate_is_derived_from_it(settings: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "settings", [{}, {"train": {"batch_mode": "follow"}}], ids=["unmeasured", "growing"]
+)
+def test_without_a_noise_scale_no_rate_is_derived_from_it(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
     noise_ratio = 1.0 if settings else None
-    small = write_run(tmp_path, "6x1", Recipe(accumulation=1, lr=3e-5, noise_ratio=noise_ratio, settings=settings))
+    small = write_run(
+        tmp_path, "6x1", Recipe(accumulation=1, lr=3e-5, noise_ratio=noise_ratio, settings=settings)
+    )
     large = write_run(tmp_path, "6x4", Recipe(noise_ratio=noise_ratio, settings=settings))
     assert "noise scale" not in "\n".join(verdicts(compare([small, large])))
 
@@ -214,7 +265,9 @@ def test_a_report_can_be_compared_again(comparison: Comparison, tmp_path: Path) 
         assert after.run_peak_bytes == pytest.approx(before.run_peak_bytes)
         assert after.eval_loss == pytest.approx(before.eval_loss, abs=1e-4)
         assert after.on_front == before.on_front
-    assert again.checks[0].max_difference == pytest.approx(comparison.checks[0].max_difference, rel=1e-3)
+    assert again.checks[0].max_difference == pytest.approx(
+        comparison.checks[0].max_difference, rel=1e-3
+    )
 
 
 def test_a_run_that_goes_on_can_be_compared(tmp_path: Path) -> None:
@@ -225,7 +278,9 @@ def test_a_run_that_goes_on_can_be_compared(tmp_path: Path) -> None:
     assert row.run.num_steps == 40
 
 
-def test_the_command_speaks_json_csv_and_markdown(three: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_speaks_json_csv_and_markdown(
+    three: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     runs = [str(three / name) for name in ("6x1", "6x4")]
     assert main(["compare", *runs, "--json"]) == 0
     content = json.loads(capsys.readouterr().out)
@@ -240,7 +295,9 @@ def test_the_command_speaks_json_csv_and_markdown(three: Path, capsys: pytest.Ca
 
 
 @pytest.mark.parametrize("width", [80, 100])
-def test_the_table_cuts_no_number(three: Path, capsys: pytest.CaptureFixture[str], width: int) -> None:
+def test_the_table_cuts_no_number(
+    three: Path, capsys: pytest.CaptureFixture[str], width: int
+) -> None:
     from fitune.cli.compare import show_comparison
     from fitune.cli.output import console
 
@@ -253,7 +310,9 @@ def test_the_table_cuts_no_number(three: Path, capsys: pytest.CaptureFixture[str
         assert text in shown
 
 
-def test_what_is_no_run_is_refused_in_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_no_run_is_refused_in_a_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "page.html").write_text("<p>nothing</p>")
     for name in ("empty", "missing", "page.html"):
@@ -262,7 +321,9 @@ def test_what_is_no_run_is_refused_in_a_sentence(tmp_path: Path, capsys: pytest.
     assert main(["compare"]) == 2
 
 
-def test_tokens_that_no_run_reached_are_refused(three: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_tokens_that_no_run_reached_are_refused(
+    three: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["compare", str(three), "--at", "24M"]) == 2
     assert "at most 96,000" in capsys.readouterr().err
 
@@ -300,14 +361,21 @@ def test_the_split_that_takes_less_is_advised_with_its_evidence(comparison: Comp
 
 
 def test_a_better_run_is_advised_with_its_interval(comparison: Comparison) -> None:
-    found = [each for each in advise(comparison.rows[0].run, comparison) if each.effect_on_result == "different"]
+    found = [
+        each
+        for each in advise(comparison.rows[0].run, comparison)
+        if each.effect_on_result == "different"
+    ]
     assert "optim.lr=6e-05" in found[0].command
     assert "95 %" in found[0].evidence
 
 
 def advice_of(run: Path) -> str:
     found = compare([run])
-    return "\n".join(f"{each.change}: {each.evidence} [{each.command}]" for each in advise(found.rows[0].run, found))
+    return "\n".join(
+        f"{each.change}: {each.evidence} [{each.command}]"
+        for each in advise(found.rows[0].run, found)
+    )
 
 
 def test_a_run_in_order_gets_no_advice(tmp_path: Path) -> None:
@@ -363,8 +431,13 @@ def test_rows_are_not_both_added_and_taken_away(
 
 
 def test_a_run_is_made_longer_in_the_measure_that_it_was_given(tmp_path: Path) -> None:
-    for length, key in (({"steps": 40}, "train.steps=100"), ({"tokens": 1000}, "train.tokens=2500")):
-        assert f" {key}" in advice_of(write_run(tmp_path, "run", Recipe(settings={"train": length})))
+    for length, key in (
+        ({"steps": 40}, "train.steps=100"),
+        ({"tokens": 1000}, "train.tokens=2500"),
+    ):
+        assert f" {key}" in advice_of(
+            write_run(tmp_path, "run", Recipe(settings={"train": length}))
+        )
 
 
 def test_the_plan_tells_what_else_fits(tmp_path: Path) -> None:
@@ -375,7 +448,11 @@ def test_the_plan_tells_what_else_fits(tmp_path: Path) -> None:
         "categories": {"optimizer_state": 6 * GIB, "activation": 14 * GIB},
     }  # fmt: skip
     smaller = chosen | {"micro_batch": 4, "accumulation": 6, "predicted_device_bytes": 14 * GIB}
-    adapter = smaller | {"micro_batch": 5, "result": "different", "predicted_device_bytes": 18 * GIB}
+    adapter = smaller | {
+        "micro_batch": 5,
+        "result": "different",
+        "predicted_device_bytes": 18 * GIB,
+    }
     plan = {"budget_bytes": 20 * GIB, "candidates": [chosen, smaller, adapter], "chosen": 0}
     RunDirectory(run).plan.write_text(json.dumps(plan))
     said = advice_of(run)
@@ -394,12 +471,18 @@ def test_advice_names_what_the_host_would_hold(tmp_path: Path) -> None:
     smaller = chosen | moved | {"offload_activations": True, "optimizer": "adamw_host"}
     plan = {"budget_bytes": 20 * GIB, "candidates": [chosen, smaller], "chosen": 0}
     RunDirectory(run).plan.write_text(json.dumps(plan))
-    assert "model.recompute=full model.offload_activations=true optim.name=adamw_host" in advice_of(run)
+    assert "model.recompute=full model.offload_activations=true optim.name=adamw_host" in advice_of(
+        run
+    )
 
 
-def test_the_advice_command_prints_commands_that_can_be_typed(three: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_advice_command_prints_commands_that_can_be_typed(
+    three: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["advise", str(three / "6x4"), str(three / "4x6"), "--format", "json"]) == 0
     content = json.loads(capsys.readouterr().out)
-    assert content["advice"][0]["command"].startswith(f"fitune train {three / '6x4' / 'config.yaml'} ")
+    assert content["advice"][0]["command"].startswith(
+        f"fitune train {three / '6x4' / 'config.yaml'} "
+    )
     assert main(["advise", str(three / "6x4"), str(three / "4x6")]) == 0
     assert "4 x 6 instead of 6 x 4" in capsys.readouterr().out

@@ -64,7 +64,9 @@ def test_minimind_prints_its_losses_by_micro_batch(tmp_path: Path) -> None:
 
 def test_llama_factory_logs_steps_evaluations_and_memory(tmp_path: Path) -> None:
     (tmp_path / "lf").mkdir()
-    (tmp_path / "lf" / "trainer_log.jsonl").write_text("\n".join(map(json.dumps, LLAMA_FACTORY)) + '\n{"current')
+    (tmp_path / "lf" / "trainer_log.jsonl").write_text(
+        "\n".join(map(json.dumps, LLAMA_FACTORY)) + '\n{"current'
+    )
     run = read_one(tmp_path / "lf")
     assert (run.name, run.origin) == ("lf", "llama-factory")
     assert list(run.train["loss"]) == [2.5, 2.25]
@@ -93,7 +95,11 @@ def test_a_log_without_tokens_is_taken_at_its_end_and_that_is_said(tmp_path: Pat
 def test_zero_tokens_are_not_counted() -> None:
     run = read_one(RUNS / "zero")
     assert list(run.train["loss"])[:2] == [2.4, 2.3]
-    assert all(math.isnan(value) for name in ("total_tokens", "tokens_per_second") for value in run.train[name])
+    assert all(
+        math.isnan(value)
+        for name in ("total_tokens", "tokens_per_second")
+        for value in run.train[name]
+    )
     found = compare([RUNS / "zero", RUNS / "mm" / "now.log"])
     assert found.tokens is None
     assert found.rows[0].train_loss == pytest.approx(1.6)
@@ -104,7 +110,11 @@ def test_zero_tokens_are_not_counted() -> None:
 def test_a_run_that_diverged_never_wins_and_is_told(order: int) -> None:
     found = compare([RUNS / "nan", RUNS / "mm" / "now.log"][::order])
     rows = {row.name: row for row in found.rows}
-    assert (rows["nan"].train_loss, rows["nan"].on_front, rows["mm"].on_front) == (None, False, True)
+    assert (rows["nan"].train_loss, rows["nan"].on_front, rows["mm"].on_front) == (
+        None,
+        False,
+        True,
+    )
     assert "nan diverged: from step 6 on its loss is not a number" in " ".join(found.notes)
 
 
@@ -123,7 +133,9 @@ def test_what_transformers_prints_is_read() -> None:
     assert (run.evals["step"][0], run.evals["eval_loss"][0]) == (100, 2.1)
 
 
-def test_steps_that_transformers_prints_as_epochs_are_of_the_rows_and_the_batch(tmp_path: Path) -> None:
+def test_steps_that_transformers_prints_as_epochs_are_of_the_rows_and_the_batch(
+    tmp_path: Path,
+) -> None:
     (tmp_path / "out.txt").write_text(PRINTED)
     run = read_one(tmp_path / "out.txt")
     assert list(run.train["step"]) == [20, 40]
@@ -145,7 +157,9 @@ def test_what_a_restart_logged_again_takes_the_place_of_what_stood_there() -> No
     assert "logged again from step 10 on" in run.notes[0]
 
 
-def test_a_restart_that_has_not_come_as_far_leaves_nothing_of_the_first_behind(tmp_path: Path) -> None:
+def test_a_restart_that_has_not_come_as_far_leaves_nothing_of_the_first_behind(
+    tmp_path: Path,
+) -> None:
     steps = [(10, 3.0), (20, 2.5), (30, 2.0), (20, 2.4)]
     lines = [json.dumps({"current_steps": step, "loss": loss}) for step, loss in steps]
     (tmp_path / "trainer_log.jsonl").write_text("\n".join(lines))
@@ -156,7 +170,9 @@ def test_checkpoints_are_ordered_by_step_and_not_by_the_time_of_the_file(tmp_pat
     for step, age in ((10, 0), (9, 100), (100, 50)):
         path = tmp_path / f"checkpoint-{step}" / "trainer_state.json"
         path.parent.mkdir()
-        path.write_text(json.dumps({"global_step": step, "log_history": [{"step": step, "loss": 1.0}]}))
+        path.write_text(
+            json.dumps({"global_step": step, "log_history": [{"step": step, "loss": 1.0}]})
+        )
         os.utime(path, (age, age))
     assert list(read_one(tmp_path).train["step"]) == [100]
 
@@ -169,7 +185,12 @@ def test_all_spellings_of_minimind_are_read(log: str, loss: float) -> None:
 
 @pytest.mark.parametrize(
     ("name", "text"),
-    [("trainer_state.json", "{}"), ("trainer_state.json", "{"), ("trainer_log.jsonl", "{}\n"), ("a.log", "nothing")],
+    [
+        ("trainer_state.json", "{}"),
+        ("trainer_state.json", "{"),
+        ("trainer_log.jsonl", "{}\n"),
+        ("a.log", "nothing"),
+    ],
 )
 def test_a_damaged_file_is_refused(tmp_path: Path, name: str, text: str) -> None:
     (tmp_path / name).write_text(text)
@@ -190,14 +211,18 @@ def train_with_transformers(tmp_path: Path, **options: Any) -> Any:
         save_strategy="epoch", num_train_epochs=1, learning_rate=1e-3, use_cpu=True, disable_tqdm=True,
         **options,
     )  # fmt: skip
-    trainer = Trainer(build_model(TINY_LLAMA, seed=1), arguments, train_dataset=rows, eval_dataset=rows)
+    trainer = Trainer(
+        build_model(TINY_LLAMA, seed=1), arguments, train_dataset=rows, eval_dataset=rows
+    )
     trainer.train()
     return trainer
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_real_run_of_transformers_is_read(tmp_path: Path) -> None:
-    trainer = train_with_transformers(tmp_path, report_to="none", include_num_input_tokens_seen="all")
+    trainer = train_with_transformers(
+        tmp_path, report_to="none", include_num_input_tokens_seen="all"
+    )
     run = read_one(tmp_path / "hf")
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert (run.name, run.origin) == ("hf", "transformers")
@@ -210,7 +235,9 @@ def test_a_real_run_of_transformers_is_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_real_record_of_tensorboard_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_real_record_of_tensorboard_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("tensorboard")
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "tb"))
     trainer = train_with_transformers(tmp_path, report_to="tensorboard")
@@ -244,7 +271,11 @@ def test_a_real_run_of_trl_is_read(tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tiny")
     tokenizer.pad_token = tokenizer.eos_token
     trainer = trl.SFTTrainer(
-        str(tmp_path / "tiny"), arguments, train_dataset=rows, eval_dataset=rows, processing_class=tokenizer
+        str(tmp_path / "tiny"),
+        arguments,
+        train_dataset=rows,
+        eval_dataset=rows,
+        processing_class=tokenizer,
     )
     trainer.train()
     run = read_one(tmp_path / "trl")
@@ -256,7 +287,12 @@ def test_a_real_run_of_trl_is_read(tmp_path: Path) -> None:
 
 def test_lines_that_ms_swift_logs_are_read(tmp_path: Path) -> None:
     lines = [
-        {"loss": 2.5, "learning_rate": 1e-4, "global_step/max_steps": f"{step}/20", "memory(GiB)": 20.5}
+        {
+            "loss": 2.5,
+            "learning_rate": 1e-4,
+            "global_step/max_steps": f"{step}/20",
+            "memory(GiB)": 20.5,
+        }
         for step in (1, 6)
     ]
     lines.append({"eval_loss": 1.9, "global_step/max_steps": "6/20"})
@@ -267,9 +303,13 @@ def test_lines_that_ms_swift_logs_are_read(tmp_path: Path) -> None:
     assert (list(run.train["step"]), list(run.evals["eval_loss"])) == ([1, 6], [1.9])
 
 
-@pytest.mark.parametrize("names", [("step", "loss"), ("global_step", "train/loss"), ("_step", "loss")])
+@pytest.mark.parametrize(
+    "names", [("step", "loss"), ("global_step", "train/loss"), ("_step", "loss")]
+)
 def test_lines_with_a_step_and_a_loss_are_read(names: tuple[str, str], tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps({names[0]: i, names[1]: 3 - i}) + "\n" for i in (1, 2)))
+    (tmp_path / "a.jsonl").write_text(
+        "".join(json.dumps({names[0]: i, names[1]: 3 - i}) + "\n" for i in (1, 2))
+    )
     assert list(read_one(tmp_path / "a.jsonl").train["loss"]) == [2, 1]
 
 
@@ -302,6 +342,9 @@ def test_printed_lines_are_read_in_any_order_and_quotes(line: str, tmp_path: Pat
 
 def test_a_loss_of_0_without_a_gradient_is_a_diverged_run(tmp_path: Path) -> None:
     """transformers writes 0 where the loss is no number, and nan for the norm."""
-    history = [{"loss": 2.0, "grad_norm": 1.0, "step": 1}, {"loss": 0.0, "grad_norm": math.nan, "step": 2}]
+    history = [
+        {"loss": 2.0, "grad_norm": 1.0, "step": 1},
+        {"loss": 0.0, "grad_norm": math.nan, "step": 2},
+    ]
     (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": history}))
     assert math.isnan(read_one(tmp_path).train["loss"][-1])

@@ -27,12 +27,15 @@ from fitune.run.memory import MemorySample
 from fitune.run.metrics import RunEvent
 from written_runs import GIB, Recipe, three_configurations, write_run
 
-NASTY = (
-    "</script><script>document.title='run by data'</script><img src=x onerror=alert(1)> & \"q\" 'a' مرحبا 🦊 \x00\ud800"
-)
+NASTY = "</script><script>document.title='run by data'</script><img src=x onerror=alert(1)> & \"q\" 'a' مرحبا 🦊 \x00\ud800"
 MOST_BYTES = 3_000_000
 CHROMIUM = next(
-    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
+    (
+        path
+        for name in ("chromium", "chromium-browser", "google-chrome")
+        if (path := shutil.which(name))
+    ),
+    None,
 )
 
 
@@ -47,7 +50,9 @@ def add_memory(run: Path, *, minutes: int = 30, peak_gib: float = 21.0) -> None:
             peak_reserved_bytes=int((peak_gib if high else 12) * GIB), state_bytes=2 * GIB,
             device_total_bytes=24 * GIB, other_processes_bytes=GIB,
         )  # fmt: skip
-        lines.append(json.dumps({key: value for key, value in asdict(sample).items() if value is not None}))
+        lines.append(
+            json.dumps({key: value for key, value in asdict(sample).items() if value is not None})
+        )
     RunDirectory(run).memory.write_text("\n".join(lines) + "\n")
 
 
@@ -57,14 +62,27 @@ def add_plan(run: Path) -> None:
         "predicted_reserved_bytes": 20 * GIB, "predicted_device_bytes": 20 * GIB, "peak_phase": "backward",
         "categories": {"parameter": GIB, "optimizer_state": 2 * GIB, "activation": 16 * GIB, "workspace": GIB},
     }  # fmt: skip
-    plan = {"budget_bytes": 22 * GIB, "device": {"total_bytes": 24 * GIB}, "candidates": [candidate], "chosen": 0}
+    plan = {
+        "budget_bytes": 22 * GIB,
+        "device": {"total_bytes": 24 * GIB},
+        "candidates": [candidate],
+        "chosen": 0,
+    }
     write_json(RunDirectory(run).plan, plan)
     living = {"name": "model.layers.3.mlp", "op": "", "category": "activation", "num_bytes": GIB}
-    peak = {"peak_phase": "backward", "categories": candidate["categories"], "modules": [living], "tensors": []}
+    peak = {
+        "peak_phase": "backward",
+        "categories": candidate["categories"],
+        "modules": [living],
+        "tensors": [],
+    }
     write_json(RunDirectory(run).peak, peak)
     lengths = {"edges": list(range(0, 2049, 64)), "counts": [n % 7 for n in range(32)]}
     padding = {"fixed": 4.0, "shuffled": 1.5, "sorted": 1.03, "packed": 1.0}
-    write_json(RunDirectory(run).data, {"max_length": 2048, "lengths": lengths, "train": {"padding": padding}})
+    write_json(
+        RunDirectory(run).data,
+        {"max_length": 2048, "lengths": lengths, "train": {"padding": padding}},
+    )
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +123,17 @@ class Tags(HTMLParser):
 
 def test_every_picture_of_the_design_is_there(whole: Path) -> None:
     keys = {picture.key.partition("-")[0] for picture in pictures(compare([whole]))}
-    assert keys == {"loss", "memory", "predicted", "microscope", "pareto", "lengths", "lr", "grad_norm", "noise"}
+    assert keys == {
+        "loss",
+        "memory",
+        "predicted",
+        "microscope",
+        "pareto",
+        "lengths",
+        "lr",
+        "grad_norm",
+        "noise",
+    }
     text = whole.read_text()
     for words in (
         "Settings that differ",
@@ -121,7 +149,14 @@ def test_every_picture_of_the_design_is_there(whole: Path) -> None:
 def test_only_the_two_scripts_of_the_page_may_run_and_nothing_be_fetched(whole: Path) -> None:
     parser = Tags()
     parser.feed(whole.read_text())
-    policy = next(a["content"] for tag, a in parser.tags if a.get("http-equiv") == "Content-Security-Policy") or ""
+    policy = (
+        next(
+            a["content"]
+            for tag, a in parser.tags
+            if a.get("http-equiv") == "Content-Security-Policy"
+        )
+        or ""
+    )
     kinds = [a.get("type") for tag, a in parser.tags if tag == "script"]
     code = [text for kind, text in zip(kinds, parser.scripts, strict=True) if kind is None]
     hashes = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in code]
@@ -138,7 +173,9 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
     directory = tmp_path_factory.mktemp("hostile")
     run = RunDirectory(
         write_run(
-            directory, "run", Recipe(steps=1, settings={"model": {"source": NASTY[:-1], "template": "x" * 10**6}})
+            directory,
+            "run",
+            Recipe(steps=1, settings={"model": {"source": NASTY[:-1], "template": "x" * 10**6}}),
         )
     )
     line = run.metrics.read_text().splitlines()[0]
@@ -151,7 +188,9 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
     ]  # fmt: skip
     run.metrics.write_text("\n".join(lines) + "\n")
     event = asdict(RunEvent(time=1e9, step=1, kind=NASTY[:20], message=NASTY[:-1] * 20))
-    run.events.write_text("".join(json.dumps(event | {"step": step}) + "\n" for step in range(3000)))
+    run.events.write_text(
+        "".join(json.dumps(event | {"step": step}) + "\n" for step in range(3000))
+    )
     write_json(run.env, {"cards": [{"name": NASTY[:-1]}], "packages": {"torch": NASTY[:-1]}})
     start = time.process_time()
     text = page(compare([run.path]))
@@ -164,7 +203,9 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
 def test_a_hostile_run_gives_a_small_page_in_time(hostile: tuple[Path, float]) -> None:
     path, seconds = hostile
     assert path.stat().st_size < MOST_BYTES
-    assert seconds < 20  # of the processor, also where others use it too; work that grows with the square takes minutes
+    assert (
+        seconds < 20
+    )  # of the processor, also where others use it too; work that grows with the square takes minutes
 
 
 def test_nothing_in_the_data_becomes_markup(hostile: tuple[Path, float]) -> None:
@@ -179,8 +220,12 @@ def test_nothing_in_the_data_becomes_markup(hostile: tuple[Path, float]) -> None
 def test_the_highest_peak_stays_in_the_picture_and_in_the_data(hostile: tuple[Path, float]) -> None:
     (run,) = read_report(hostile[0])
     assert run.train["peak_reserved_bytes"].max() == pytest.approx(23 * GIB)
-    content = json.loads(re.search(r'id="fitune-figures">(.*?)</script>', hostile[0].read_text(), re.DOTALL)[1])  # type: ignore[index]
-    assert max(max(trace["y"]) for picture in content["pictures"] for trace in picture["data"]) == 23
+    content = json.loads(
+        re.search(r'id="fitune-figures">(.*?)</script>', hostile[0].read_text(), re.DOTALL)[1]
+    )  # type: ignore[index]
+    assert (
+        max(max(trace["y"]) for picture in content["pictures"] for trace in picture["data"]) == 23
+    )
 
 
 def test_a_page_in_chinese_says_so(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,7 +245,9 @@ def test_the_report_command_writes_the_page_and_its_pictures(
     assert target.exists()
     drawn = sorted((tmp_path / "png").iterdir())
     assert len(drawn) == len(pictures(compare([whole])))
-    assert all(file.read_bytes().startswith(b"\x89PNG") and file.stat().st_size > 5000 for file in drawn)
+    assert all(
+        file.read_bytes().startswith(b"\x89PNG") and file.stat().st_size > 5000 for file in drawn
+    )
     assert capsys.readouterr().out.splitlines()[0] == str(target)
 
 
@@ -217,7 +264,9 @@ def test_a_place_that_cannot_be_written_is_answered_with_the_flag_that_named_it(
 # In a browser.
 
 
-needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
+needs_browser = pytest.mark.skipif(
+    CHROMIUM is None, reason="needs Chromium: apt-get install chromium"
+)
 
 
 def browse(path: Path, work: Path, *options: str, anchor: str = "") -> str:
@@ -242,7 +291,9 @@ ITS_MAKER = r"https?://[\w.-]*(google|googleapis|gvt1|gstatic)\.com"
 
 
 @needs_browser
-@pytest.mark.parametrize("body", ["<img src='http://example.invalid/x.png'>", "<script>missing()</script>"])
+@pytest.mark.parametrize(
+    "body", ["<img src='http://example.invalid/x.png'>", "<script>missing()</script>"]
+)
 def test_the_check_sees_a_request_and_a_fault(tmp_path: Path, body: str) -> None:
     path = tmp_path / "bad.html"
     path.write_text(f"<!DOCTYPE html><title>bad</title>{body}")
@@ -251,7 +302,9 @@ def test_the_check_sees_a_request_and_a_fault(tmp_path: Path, body: str) -> None
 
 
 @needs_browser
-def test_a_browser_draws_every_picture_without_a_fault_or_a_request(whole: Path, tmp_path: Path) -> None:
+def test_a_browser_draws_every_picture_without_a_fault_or_a_request(
+    whole: Path, tmp_path: Path
+) -> None:
     shown = browse(whole, tmp_path, "--dump-dom")
     num_pictures = len(pictures(compare([whole])))
     assert f'data-drawn="{num_pictures}"' in shown
@@ -264,13 +317,17 @@ def test_a_browser_draws_every_picture_without_a_fault_or_a_request(whole: Path,
 @needs_browser
 def test_the_axis_switches_to_tokens(whole: Path, tmp_path: Path) -> None:
     shown = browse(whole, tmp_path, "--dump-dom", anchor="#x=tokens")
-    drawn = re.findall(r"<div class=\"plot[^>]*data-axis=\"tokens\"[^>]*>.*?</svg>.*?</svg>", shown, re.DOTALL)
+    drawn = re.findall(
+        r"<div class=\"plot[^>]*data-axis=\"tokens\"[^>]*>.*?</svg>.*?</svg>", shown, re.DOTALL
+    )
     assert len(drawn) == 3  # loss, learning rate, gradient norm
     assert all(">tokens</text>" in each and ">step</text>" not in each for each in drawn)
 
 
 @needs_browser
-def test_the_hostile_page_runs_nothing_of_its_data(hostile: tuple[Path, float], tmp_path: Path) -> None:
+def test_the_hostile_page_runs_nothing_of_its_data(
+    hostile: tuple[Path, float], tmp_path: Path
+) -> None:
     shown = browse(hostile[0], tmp_path, "--dump-dom")
     assert "<title>run - fitune</title>" in shown
     assert "data-drawn" in shown
@@ -278,10 +335,14 @@ def test_the_hostile_page_runs_nothing_of_its_data(hostile: tuple[Path, float], 
 
 @needs_browser
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_the_page_is_light_or_dark_as_the_reader_wants(whole: Path, tmp_path: Path, scheme: str) -> None:
+def test_the_page_is_light_or_dark_as_the_reader_wants(
+    whole: Path, tmp_path: Path, scheme: str
+) -> None:
     image_module = pytest.importorskip("PIL.Image")
     options = ["--blink-settings=preferredColorScheme=0"] if scheme == "dark" else []
-    browse(whole, tmp_path, "--window-size=900,1200", f"--screenshot={tmp_path / 'page.png'}", *options)
+    browse(
+        whole, tmp_path, "--window-size=900,1200", f"--screenshot={tmp_path / 'page.png'}", *options
+    )
     with image_module.open(tmp_path / "page.png") as image:
         corner = image.convert("RGB").getpixel((5, 5))
     assert (sum(corner) < 200) == (scheme == "dark")
@@ -292,7 +353,9 @@ def test_the_page_prints_on_a4(whole: Path, tmp_path: Path) -> None:
     browse(whole, tmp_path, "--no-pdf-header-footer", f"--print-to-pdf={tmp_path / 'page.pdf'}")
     content = (tmp_path / "page.pdf").read_bytes()
     assert content.startswith(b"%PDF")
-    width, height = map(float, re.search(rb"/MediaBox ?\[0 0 ([\d.]+) ([\d.]+)\]", content).groups())  # type: ignore[union-attr]
+    width, height = map(
+        float, re.search(rb"/MediaBox ?\[0 0 ([\d.]+) ([\d.]+)\]", content).groups()
+    )  # type: ignore[union-attr]
     assert (width, height) == pytest.approx((595, 842), abs=1)
     assert os.path.getsize(tmp_path / "page.pdf") > 50_000
 
@@ -329,7 +392,9 @@ def test_no_name_is_broken_on_a_telephone(whole: Path, tmp_path: Path, width: in
 
 
 @pytest.mark.parametrize(("kind", "label"), [("cpu", "memory of the machine"), ("cuda", "card")])
-def test_the_memory_of_a_processor_is_not_called_a_card(tmp_path: Path, kind: str, label: str) -> None:
+def test_the_memory_of_a_processor_is_not_called_a_card(
+    tmp_path: Path, kind: str, label: str
+) -> None:
     run = write_run(tmp_path, "run", Recipe())
     add_memory(run, minutes=1)
     add_plan(run)

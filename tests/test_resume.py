@@ -72,7 +72,10 @@ QUICK = ("full", "lora with dropout", "autocast", "in epochs", "a mixture with w
 
 @pytest.mark.parametrize(
     "kind",
-    [pytest.param(kind, id=name, marks=() if name in QUICK else pytest.mark.thorough) for name, kind in KINDS.items()],
+    [
+        pytest.param(kind, id=name, marks=() if name in QUICK else pytest.mark.thorough)
+        for name, kind in KINDS.items()
+    ],
 )
 def test_a_resumed_run_is_the_undisturbed_one_bit_for_bit(
     kind: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
@@ -88,7 +91,9 @@ def test_a_resumed_run_is_the_undisturbed_one_bit_for_bit(
 
 
 @pytest.mark.parametrize("step", [2, 3, 6, STEPS])
-def test_it_does_not_matter_in_which_step_a_run_died(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_does_not_matter_in_which_step_a_run_died(
+    step: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     train_until(step, "sft.yaml", monkeypatch=monkeypatch)
     train("--resume", "runs/run")
     assert_same()
@@ -123,7 +128,9 @@ def interrupt_at(step: int, times: int, monkeypatch: pytest.MonkeyPatch) -> None
         for _ in range(times if metrics.step == step else 0):
             handler = signal.getsignal(signal.SIGINT)
             signal.raise_signal(signal.SIGINT)
-            while signal.getsignal(signal.SIGINT) is handler:  # two that come before the first is handled are one
+            while (
+                signal.getsignal(signal.SIGINT) is handler
+            ):  # two that come before the first is handled are one
                 time.sleep(0.001)
 
     monkeypatch.setattr(TrainingProgress, "step", interrupt)
@@ -140,7 +147,9 @@ def test_a_second_control_c_ends_at_once_and_is_no_failure(monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("step", [3, 4, 6])
-@pytest.mark.parametrize("every", [(), ("train.eval_every=1", "train.save_every=3")], ids=["some", "each"])
+@pytest.mark.parametrize(
+    "every", [(), ("train.eval_every=1", "train.save_every=3")], ids=["some", "each"]
+)
 def test_an_evaluation_that_is_due_when_a_run_is_stopped_is_made_when_it_goes_on(
     step: int, every: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -163,7 +172,9 @@ def test_a_run_that_stops_after_each_step_has_the_evaluations_of_one_that_does_n
 @pytest.mark.parametrize("call", [1, 3])
 def test_an_evaluation_that_found_no_memory_is_made_when_the_run_goes_on(call: int) -> None:
     """The second evaluation of four, and the one after the last step."""
-    with failing_call("fitune.recovery.guard.Guard.evaluate", call, error=lambda: OutOfMemoryError("no memory")):
+    with failing_call(
+        "fitune.recovery.guard.Guard.evaluate", call, error=lambda: OutOfMemoryError("no memory")
+    ):
         train("sft.yaml", exit_code=4)
     train("--resume", "runs/run")
     assert_same()
@@ -180,7 +191,9 @@ def test_weights_that_are_the_best_of_a_resumed_run_survive_a_death_right_after(
     assert_same()
 
 
-def test_a_signal_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_signal_says_how_to_go_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     interrupt_at(5, 1, monkeypatch)
     assert "fitune train --resume runs/run goes on" in error_of(capsys, "sft.yaml", exit_code=130)
 
@@ -188,10 +201,10 @@ def test_a_signal_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, capsys: pyt
 # --- what may change ---------------------------------------------------------------------------------------------
 
 
-def test_a_run_goes_on_the_next_day_under_a_template_that_writes_the_date(monkeypatch: pytest.MonkeyPatch) -> None:
-    template = (
-        "{{ strftime_now('w%d') }}{% for m in messages %}<|im_start|>{{ m.role }} {{ m.content }}<|im_end|>{% endfor %}"
-    )
+def test_a_run_goes_on_the_next_day_under_a_template_that_writes_the_date(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    template = "{{ strftime_now('w%d') }}{% for m in messages %}<|im_start|>{{ m.role }} {{ m.content }}<|im_end|>{% endfor %}"
     Path("dated.jinja").write_text(template)
     day = datetime.date(2026, 1, 1)
     monkeypatch.setattr("fitune.training.prepare.today", lambda: day)
@@ -208,7 +221,9 @@ def test_another_micro_batch_is_the_same_run_to_1e_5(crashed: None) -> None:
     assert summary.eval_loss == pytest.approx(expected.eval_loss, rel=1e-5)
     assert [line["step"] for line in log(RUN)] == [line["step"] for line in log(UNDISTURBED)]
     notes = [event.message for event in read_events(RUN.events) if event.kind == "resume"]
-    assert notes[1].startswith("goes on to 1e-5, not bit for bit: batch.micro none -> 3; batch.micro_tokens ")
+    assert notes[1].startswith(
+        "goes on to 1e-5, not bit for bit: batch.micro none -> 3; batch.micro_tokens "
+    )
 
 
 CHANGES = {
@@ -224,7 +239,11 @@ CHANGES = {
 def test_what_makes_another_run_is_refused_with_the_difference_until_it_is_declared(
     key: str, change: tuple[str, str], capsys: pytest.CaptureFixture[str], crashed: None
 ) -> None:
-    before = {path: path.read_bytes() for path in RUN.path.rglob("*") if path.is_file() and path != RUN.lock}
+    before = {
+        path: path.read_bytes()
+        for path in RUN.path.rglob("*")
+        if path.is_file() and path != RUN.lock
+    }
     error = error_of(capsys, "--resume", "runs/run", change[0])
     assert f"--allow-change {key}" in error
     assert f"\n  {change[1]}" in error
@@ -267,7 +286,11 @@ def test_the_identity_names_no_path_device_or_version(disturbed: Path, crashed: 
     found, _ = newest_checkpoint(RUN)
     assert found is not None
     text = json.dumps(found.identity)
-    assert not [word for word in (str(disturbed), "tiny", "sft.jsonl", "cpu", torch.__version__) if word in text]
+    assert not [
+        word
+        for word in (str(disturbed), "tiny", "sft.jsonl", "cpu", torch.__version__)
+        if word in text
+    ]
 
 
 def test_another_model_of_the_same_shape_is_another_run_under_adapters(
@@ -276,7 +299,11 @@ def test_another_model_of_the_same_shape_is_another_run_under_adapters(
     train_until(5, "sft.yaml", "model.method=lora", monkeypatch=monkeypatch)
     shutil.copytree("tiny", "other")
     tensors = load_file("other/model.safetensors")
-    save_file({name: tensor + 0.01 for name, tensor in tensors.items()}, "other/model.safetensors", {"format": "pt"})
+    save_file(
+        {name: tensor + 0.01 for name, tensor in tensors.items()},
+        "other/model.safetensors",
+        {"format": "pt"},
+    )
     assert "do not fit (model " in error_of(capsys, "--resume", "runs/run", "model.source=other")
 
 
@@ -293,7 +320,13 @@ def flip(path: Path) -> None:
     path.write_bytes(bytes(content))
 
 
-FILES = ["model/model.safetensors", "optimizer.safetensors", "state.json", "manifest.json", "model/config.json"]
+FILES = [
+    "model/model.safetensors",
+    "optimizer.safetensors",
+    "state.json",
+    "manifest.json",
+    "model/config.json",
+]
 
 
 @pytest.mark.parametrize("damage", [cut, flip, Path.unlink], ids=["cut", "flipped", "missing"])
@@ -358,7 +391,9 @@ def test_a_journal_that_was_changed_is_said(crashed: None) -> None:
 
 
 def test_the_last_two_checkpoints_and_the_best_one_are_kept() -> None:
-    train("sft.yaml", "optim.lr=1.0", "optim.warmup=0.9", "train.save_every=1", "train.eval_every=1")
+    train(
+        "sft.yaml", "optim.lr=1.0", "optim.warmup=0.9", "train.save_every=1", "train.eval_every=1"
+    )
     summary, evals = read_summary(RUN.summary), read_metrics(RUN.metrics).evals
     best = next(line.step for line in evals if line.eval_loss == summary.best_eval_loss)
     assert best < STEPS - 2
@@ -417,12 +452,16 @@ def test_adapters_are_saved_without_the_model_below_them() -> None:
     assert all(".lora_" in name for name in saved)
 
 
-def test_a_run_at_work_is_not_resumed_by_a_second_process(capsys: pytest.CaptureFixture[str], crashed: None) -> None:
+def test_a_run_at_work_is_not_resumed_by_a_second_process(
+    capsys: pytest.CaptureFixture[str], crashed: None
+) -> None:
     with working_on(RUN):
         assert "is being worked on" in error_of(capsys, "--resume", "runs/run")
 
 
-def test_a_run_that_died_before_its_first_save_starts_from_the_beginning(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_died_before_its_first_save_starts_from_the_beginning(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     train_until(1, "sft.yaml", monkeypatch=monkeypatch)
     assert newest_checkpoint(RUN) == (None, [])
     train("--resume", "runs/run")
@@ -453,7 +492,9 @@ def test_what_cannot_be_resumed_is_said(
     assert message in error_of(capsys, *arguments)
 
 
-def test_a_run_has_its_configuration_already(capsys: pytest.CaptureFixture[str], crashed: None) -> None:
+def test_a_run_has_its_configuration_already(
+    capsys: pytest.CaptureFixture[str], crashed: None
+) -> None:
     assert "the run has its configuration" in error_of(capsys, "sft.yaml", "--resume", "runs/run")
     assert "run.name has no effect" in error_of(capsys, "--resume", "runs/run", "run.name=other")
 
@@ -470,9 +511,16 @@ def test_the_update_waits_until_the_tensors_are_read(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(checkpoint_content, "write_tensors", slowly)
     train("sft.yaml")
     assert_same()
-    hashes = {run: (run.checkpoints / "step-00000008/manifest.json").read_text() for run in (RUN, UNDISTURBED)}
+    hashes = {
+        run: (run.checkpoints / "step-00000008/manifest.json").read_text()
+        for run in (RUN, UNDISTURBED)
+    }
     files = {run: json.loads(text)["files"] for run, text in hashes.items()}
-    assert all(files[RUN][name] == files[UNDISTURBED][name] for name in files[RUN] if name.endswith(".safetensors"))
+    assert all(
+        files[RUN][name] == files[UNDISTURBED][name]
+        for name in files[RUN]
+        if name.endswith(".safetensors")
+    )
 
 
 def test_a_save_that_fails_is_said_and_the_run_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -480,7 +528,9 @@ def test_a_save_that_fails_is_said_and_the_run_goes_on(monkeypatch: pytest.Monke
     train("sft.yaml")
     assert weights(RUN) == weights(UNDISTURBED)
     failed = [event.message for event in read_events(RUN.events) if event.kind == "save_failed"]
-    assert failed == ["warning: step 4 could not be saved: No space left on device; the run goes on"]
+    assert failed == [
+        "warning: step 4 could not be saved: No space left on device; the run goes on"
+    ]
     assert not list(RUN.checkpoints.glob(".*"))
 
 
@@ -542,7 +592,10 @@ def test_a_directory_that_becomes_read_only_ends_the_run_in_one_sentence(
 ) -> None:
     (disturbed / "empty").mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "ro", "tmpfs"]
-    if subprocess.run([*command, disturbed / "empty"], capture_output=True, check=False).returncode != 0:
+    if (
+        subprocess.run([*command, disturbed / "empty"], capture_output=True, check=False).returncode
+        != 0
+    ):
         pytest.skip("mounting a disk is not allowed here")
     subprocess.run(["umount", disturbed / "empty"], check=True)
 
@@ -593,9 +646,12 @@ def test_a_replay_takes_the_splits_of_the_journal() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("loss_sum", 1.0), ("grad_norm", 1.0), ("lr", 1e-9), ("plan", ((1, 2), (3,)))]
+    ("name", "value"),
+    [("loss_sum", 1.0), ("grad_norm", 1.0), ("lr", 1e-9), ("plan", ((1, 2), (3,)))],
 )
-def test_a_replay_that_differs_says_where(name: str, value: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_replay_that_differs_says_where(
+    name: str, value: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     train("sft.yaml")
     rewrite_journal(lambda record: replace(record, **{name: value}) if record.step == 5 else record)
     error = error_of(capsys, "--replay", "runs/run", exit_code=1)
@@ -603,9 +659,13 @@ def test_a_replay_that_differs_says_where(name: str, value: Any, capsys: pytest.
     assert f"  {name} " in error
 
 
-def test_a_journal_that_was_tampered_with_is_not_replayed(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_journal_that_was_tampered_with_is_not_replayed(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     train("sft.yaml")
-    RUN.journal.write_text(RUN.journal.read_text().replace('"updated": true', '"updated": false', 1))
+    RUN.journal.write_text(
+        RUN.journal.read_text().replace('"updated": true', '"updated": false', 1)
+    )
     assert "does not follow from the line before it" in error_of(capsys, "--replay", "runs/run")
 
 
@@ -615,7 +675,12 @@ def test_a_journal_that_was_tampered_with_is_not_replayed(capsys: pytest.Capture
 def test_a_state_reads_back_as_it_was() -> None:
     peak = MemoryPeak(device_bytes=5)
     state = RunState(
-        step=3, train_loss=math.inf, eval_loss=0.1 + 0.2, peak=peak, seconds=1.5, eval_losses=(1.0, -math.inf)
+        step=3,
+        train_loss=math.inf,
+        eval_loss=0.1 + 0.2,
+        peak=peak,
+        seconds=1.5,
+        eval_losses=(1.0, -math.inf),
     )
     content = json.loads(json.dumps(checkpoint_content.state_json(state), allow_nan=False))
     assert checkpoint_content.read_state(content) == state

@@ -92,7 +92,9 @@ def test_a_place_that_cannot_be_written_is_said(tmp_path: Path) -> None:
 
 def test_automatic_names_count_up(tmp_path: Path) -> None:
     prefix = name_prefix("org/MiniMind2", "data/sft_2048.jsonl#500")
-    assert [create_run(tmp_path, prefix).name for _ in range(2)] == [f"MiniMind2-sft_2048-000{n}" for n in (1, 2)]
+    assert [create_run(tmp_path, prefix).name for _ in range(2)] == [
+        f"MiniMind2-sft_2048-000{n}" for n in (1, 2)
+    ]
 
 
 def test_names_never_repeat_when_runs_start_at_once(tmp_path: Path) -> None:
@@ -103,7 +105,12 @@ def test_names_never_repeat_when_runs_start_at_once(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("model", "prefix"),
-    [("a/b.gguf", "b-d-"), ("Qwen/Qwen3-0.6B", "Qwen3-0.6B-d-"), ("./out/", "out-d-"), ("a b", "a_b-d-")],
+    [
+        ("a/b.gguf", "b-d-"),
+        ("Qwen/Qwen3-0.6B", "Qwen3-0.6B-d-"),
+        ("./out/", "out-d-"),
+        ("a b", "a_b-d-"),
+    ],
 )
 def test_names_come_from_model_and_data(model: str, prefix: str) -> None:
     assert name_prefix(model, "d.jsonl") == prefix
@@ -111,7 +118,11 @@ def test_names_come_from_model_and_data(model: str, prefix: str) -> None:
 
 def test_only_one_process_works_on_a_run(tmp_path: Path) -> None:
     run = create_run(tmp_path, "a")
-    with working_on(run), pytest.raises(RunDirectoryError, match="being worked on"), working_on(run):
+    with (
+        working_on(run),
+        pytest.raises(RunDirectoryError, match="being worked on"),
+        working_on(run),
+    ):
         pass
 
 
@@ -133,7 +144,9 @@ def test_a_killed_process_leaves_a_crashed_run_that_another_may_take(tmp_path: P
     )
     source = str(Path(__file__).parent.parent / "src")
     process = subprocess.Popen(
-        [sys.executable, "-c", code, run.path], stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": source}
+        [sys.executable, "-c", code, run.path],
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": source},
     )
     with process:
         assert process.stdout

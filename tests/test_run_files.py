@@ -14,7 +14,14 @@ from fitune.cli.app import main
 from fitune.errors import ConfigError, RunDirectoryError
 from fitune.plain_files import read_plain
 from fitune.report.run_on_disk import read_fitune_run
-from fitune.run.directory import RunDirectory, check_place, list_runs, read_run, working_on, write_atomically
+from fitune.run.directory import (
+    RunDirectory,
+    check_place,
+    list_runs,
+    read_run,
+    working_on,
+    write_atomically,
+)
 from fitune.run.follow import RunFollower
 from fitune.run.memory import MemorySample
 from fitune.run.metrics import RunEvent, append_line, read_metrics
@@ -22,11 +29,14 @@ from fitune.watch.prometheus import check_prometheus, write_prometheus
 from tiny_run import write_dialogues
 from written_runs import Recipe, write_run
 
-pytestmark = pytest.mark.skipif(os.name == "nt", reason="has neither FIFOs nor symbolic links for all")
+pytestmark = pytest.mark.skipif(
+    os.name == "nt", reason="has neither FIFOs nor symbolic links for all"
+)
 FILES = ("config.yaml", "env.json", "plan.json", "data.json", "peak.json", "metrics.jsonl", "eval_rows.jsonl",
          "memory.jsonl", "events.jsonl", "summary.json", "lock")  # fmt: skip
 LAUGHS = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
-    f"{after}: &{after} [{','.join([f'*{before}'] * 9)}]\n" for before, after in pairwise("abcdefghi")
+    f"{after}: &{after} [{','.join([f'*{before}'] * 9)}]\n"
+    for before, after in pairwise("abcdefghi")
 )
 STRANGE: dict[str, Callable[[Path], None]] = {
     "fifo": os.mkfifo,
@@ -63,7 +73,9 @@ def test_no_reader_of_a_run_hangs_and_the_run_is_told_as_damaged(
     assert Path("outside").read_text() == "kept\n" * 100
 
 
-@pytest.mark.parametrize("name", ["metrics.jsonl", "journal.jsonl", "eval_rows.jsonl", "lock", "checkpoints"])
+@pytest.mark.parametrize(
+    "name", ["metrics.jsonl", "journal.jsonl", "eval_rows.jsonl", "lock", "checkpoints"]
+)
 def test_resume_changes_nothing_outside_of_the_run(
     name: str, run: RunDirectory, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -80,7 +92,9 @@ def test_resume_changes_nothing_outside_of_the_run(
     assert Path("outside").read_text() == "kept\n" * 100
 
 
-@pytest.mark.parametrize("place", ["checkpoints/step-00000001/manifest.json", "last/config.json", "best/a/b"])
+@pytest.mark.parametrize(
+    "place", ["checkpoints/step-00000001/manifest.json", "last/config.json", "best/a/b"]
+)
 def test_resume_and_export_look_into_checkpoints_and_weights_too(
     place: str, run: RunDirectory, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -129,7 +143,9 @@ def test_a_file_larger_than_what_is_read_is_a_sentence(run: RunDirectory) -> Non
     ],
     ids=["anchors that repeat", "anchors within themselves", "nesting", "a long list", "bytes"],
 )  # fmt: skip
-def test_a_configuration_of_a_run_is_read_in_time_or_left_out_with_a_note(text: str, run: RunDirectory) -> None:
+def test_a_configuration_of_a_run_is_read_in_time_or_left_out_with_a_note(
+    text: str, run: RunDirectory
+) -> None:
     run.config.write_text(text, encoding="latin-1")
     started = time.perf_counter()
     recorded = read_fitune_run(run.path)
@@ -138,12 +154,16 @@ def test_a_configuration_of_a_run_is_read_in_time_or_left_out_with_a_note(text: 
     assert main(["report", str(run.path)]) == 0
 
 
-def test_the_settings_of_a_run_have_the_types_that_the_configuration_gave_them(run: RunDirectory) -> None:
+def test_the_settings_of_a_run_have_the_types_that_the_configuration_gave_them(
+    run: RunDirectory,
+) -> None:
     run.config.write_text(yaml.safe_dump({"optim": {"lr": "x"}}).replace("x", "5e-7"))
     assert read_fitune_run(run.path).settings["optim.lr"] == 5e-7
 
 
-def test_a_run_that_is_followed_stops_being_read_where_a_file_becomes_a_fifo(run: RunDirectory) -> None:
+def test_a_run_that_is_followed_stops_being_read_where_a_file_becomes_a_fifo(
+    run: RunDirectory,
+) -> None:
     follower = RunFollower(run)
     assert len(follower.read().steps) == 4
     run.metrics.unlink()
@@ -171,7 +191,9 @@ def test_the_file_for_prometheus_replaces_nothing_else(kind: str, run: RunDirect
     elif kind == "text":
         path.write_text("mine\n")
     else:
-        (path.symlink_to if kind == "link" else os.mkfifo)(*([Path("outside").resolve()] if kind == "link" else [path]))
+        (path.symlink_to if kind == "link" else os.mkfifo)(
+            *([Path("outside").resolve()] if kind == "link" else [path])
+        )
     with pytest.raises(ConfigError, match=r"run\.prometheus"):
         check_prometheus(path)
     with pytest.raises(RunDirectoryError, match=r"run\.prometheus"):
@@ -183,12 +205,21 @@ def test_its_own_file_is_written_again_and_a_name_in_it_stays_a_label(tmp_path: 
     path = tmp_path / "fitune.prom"
     for _ in range(2):
         check_prometheus(path)
-        write_prometheus(path, 'a"\nfitune_loss{run="b"} 1\\', sample=MemorySample(time=1.0, step=1), metrics=None)
-    assert all(line.startswith(("# TYPE fitune_", "fitune_")) for line in path.read_text().splitlines())
+        write_prometheus(
+            path,
+            'a"\nfitune_loss{run="b"} 1\\',
+            sample=MemorySample(time=1.0, step=1),
+            metrics=None,
+        )
+    assert all(
+        line.startswith(("# TYPE fitune_", "fitune_")) for line in path.read_text().splitlines()
+    )
     assert 'run="b"' not in path.read_text()
 
 
-def test_training_is_refused_before_it_replaces_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_training_is_refused_before_it_replaces_a_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     byte_tokenizer().save_pretrained(tmp_path / "tokenizer")
     write_dialogues(tmp_path / "x.jsonl")
@@ -224,14 +255,18 @@ def locked_run(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> Path:
     return locked
 
 
-def test_a_directory_that_may_not_be_read_is_listed_as_such_beside_the_runs(locked_run: Path) -> None:
+def test_a_directory_that_may_not_be_read_is_listed_as_such_beside_the_runs(
+    locked_run: Path,
+) -> None:
     first, second = list_runs(locked_run.parent)
     assert (first.run.name, first.state) == ("locked", "damaged")
     assert first.fault == "runs/locked cannot be read: Permission denied"
     assert (second.run.name, second.state) == ("plain", "finished")
 
 
-@pytest.mark.parametrize("verb", [["runs"], ["runs", "--format", "json"], ["watch", "--once"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "verb", [["runs"], ["runs", "--format", "json"], ["watch", "--once"]], ids=" ".join
+)
 def test_the_verbs_over_all_runs_work_beside_it(
     verb: list[str], locked_run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -239,7 +274,9 @@ def test_the_verbs_over_all_runs_work_beside_it(
     assert "plain" in capsys.readouterr().out
 
 
-def test_resume_latest_takes_the_latest_that_can_be_read(locked_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_resume_latest_takes_the_latest_that_can_be_read(
+    locked_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     main(["train", "--resume", "latest"])
     assert "locked" not in capsys.readouterr().err
 

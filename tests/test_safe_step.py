@@ -52,46 +52,72 @@ class CallCounter(nn.Module):
 
 
 @functools.cache
-def template(variant: str, dtype: torch.dtype, lora: bool) -> tuple[nn.Module, CallCounter, list[torch.Tensor]]:
+def template(
+    variant: str, dtype: torch.dtype, lora: bool
+) -> tuple[nn.Module, CallCounter, list[torch.Tensor]]:
     """A model, its counter, and the values that it begins with. Building one takes longer than a step."""
     changed = TINY["llama"].to_dict() | {"tie_word_embeddings": False} | VARIANTS[variant]
     config = TINY["llama"].__class__.from_dict(changed)
-    model: nn.Module = build_model(config, attention=attention_name(config, "auto"), seed=1).to(dtype)
+    model: nn.Module = build_model(config, attention=attention_name(config, "auto"), seed=1).to(
+        dtype
+    )
     if lora:
         model = apply_lora(model, LoraConfig(rank=4, dropout=0.2 if variant == "dropout" else 0.0))
     if variant in ("recompute", "selective"):
         set_recompute(model, "full" if variant == "recompute" else "selective")
     counter = CallCounter()
-    layers = next(part for part in model.modules() if isinstance(part, nn.ModuleList) and len(part) == 2)
+    layers = next(
+        part for part in model.modules() if isinstance(part, nn.ModuleList) and len(part) == 2
+    )
     layers[0].add_module("counter", counter)
     layers[0].register_forward_pre_hook(lambda _, inputs: (counter(inputs[0]), *inputs[1:]))
     model.train()
-    return model, counter, [tensor.detach().clone() for tensor in (*model.parameters(), *model.buffers())]
+    return (
+        model,
+        counter,
+        [tensor.detach().clone() for tensor in (*model.parameters(), *model.buffers())],
+    )
 
 
 class Trained:
     """A model as it begins, its optimizer, and what the last update was given. One of a kind at a time."""
 
-    def __init__(self, variant: str = "tied", *, dtype: torch.dtype = torch.float32, lora: bool = False) -> None:
+    def __init__(
+        self, variant: str = "tied", *, dtype: torch.dtype = torch.float32, lora: bool = False
+    ) -> None:
         self.model, self.counter, values = template(variant, dtype, lora)
         with torch.no_grad():
-            for tensor, value in zip((*self.model.parameters(), *self.model.buffers()), values, strict=True):
+            for tensor, value in zip(
+                (*self.model.parameters(), *self.model.buffers()), values, strict=True
+            ):
                 tensor.copy_(value)
-        self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=LR)
+        self.optimizer = torch.optim.AdamW(
+            [p for p in self.model.parameters() if p.requires_grad], lr=LR
+        )
         self.gradient = torch.zeros(0)
         self.optimizer.register_step_pre_hook(self._keep_gradient)
 
     def _keep_gradient(self, *_: Any) -> None:
-        grads = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        grads = [
+            p.grad
+            for group in self.optimizer.param_groups
+            for p in group["params"]
+            if p.grad is not None
+        ]
         self.gradient = torch.cat([gradient.double().flatten() for gradient in grads])
 
     def protection(self, *, commit: bool, **options: Any) -> Protection[MicroBatch]:
         settings = StepSettings(LossSettings(), clip=1e9, commit=commit)
-        return Protection(work=micro_batch_work(self.model, self.optimizer, settings), seed=7, **options)
+        return Protection(
+            work=micro_batch_work(self.model, self.optimizer, settings), seed=7, **options
+        )
 
     def bits(self) -> list[torch.Tensor]:
         state = [value for each in self.optimizer.state.values() for value in each.values()]
-        return [tensor.detach().clone() for tensor in (*self.model.parameters(), *self.model.buffers(), *state)]
+        return [
+            tensor.detach().clone()
+            for tensor in (*self.model.parameters(), *self.model.buffers(), *state)
+        ]
 
 
 def pieces_of(batch: Batch, *, packed: bool) -> list[MicroBatch]:
@@ -99,7 +125,11 @@ def pieces_of(batch: Batch, *, packed: bool) -> list[MicroBatch]:
 
 
 def streams() -> list[Any]:
-    return [torch.get_rng_state().tolist(), random.getstate(), [str(part) for part in np.random.get_state()]]
+    return [
+        torch.get_rng_state().tolist(),
+        random.getstate(),
+        [str(part) for part in np.random.get_state()],
+    ]
 
 
 def same_bits(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
@@ -129,7 +159,9 @@ def test_a_step_that_runs_out_of_memory_is_the_step_of_its_plan(
     lora, commit = method == "lora", retry == "commit"
     batch, packed = make_batch(), variant != "padded"
     once = place in ("clip", "update")
-    calls = (0,) if once else (1, 3) if packed else (1,)  # with padding the second failure would be of a single row
+    calls = (
+        (0,) if once else (1, 3) if packed else (1,)
+    )  # with padding the second failure would be of a single row
 
     def trained() -> tuple[Trained, Protection[MicroBatch]]:
         fresh = Trained(variant, dtype=dtype, lora=lora)

@@ -38,14 +38,18 @@ EVERY_CALL = tuple(range(1000))
 def protected(model: nn.Module, *, commit: bool = False, **options: Any) -> Protection[MicroBatch]:
     """Protected training with a captured gradient instead of an update."""
     settings = replace(settings_for(model, "full"), commit=commit)
-    return Protection(work=micro_batch_work(model, Capture(model.parameters()), settings), **options)
+    return Protection(
+        work=micro_batch_work(model, Capture(model.parameters()), settings), **options
+    )
 
 
 def pieces(batch: Batch, rows: int = 3) -> list[MicroBatch]:
     return split(batch, packed=True, micro_rows=rows)
 
 
-def fails_above(protection: Protection[MicroBatch], most: int, error: Callable[[], BaseException]) -> None:
+def fails_above(
+    protection: Protection[MicroBatch], most: int, error: Callable[[], BaseException]
+) -> None:
     """Forwards of more positions than that find no memory, as with a real limit."""
     real = protection.work.loss_share
 
@@ -61,7 +65,9 @@ def pass_through(norm: nn.BatchNorm1d, _: nn.Module, inputs: tuple[torch.Tensor,
     norm(inputs[0][0].detach())
 
 
-def test_a_size_is_banned_with_what_was_left_for_the_step_when_it_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_size_is_banned_with_what_was_left_for_the_step_when_it_failed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Another process takes 60 MiB within the step, which itself holds 30 more for gradients when it fails."""
     batch, model = make_batch(), make_model()
     protection = protected(model, commit=True, room=lambda: 10 * MIB)
@@ -131,12 +137,17 @@ def test_what_saves_memory_is_tried_only_at_a_single_row_and_in_order() -> None:
 
         return Fallback(name, apply)
 
-    protection = protected(model, fallbacks=[fallback("first"), fallback("second"), fallback("third")])
+    protection = protected(
+        model, fallbacks=[fallback("first"), fallback("second"), fallback("third")]
+    )
     with failing(model, FORWARD, 0, 1):
         result = safe_step(protection, pieces(make_batch(), 1), step=1)
     assert tried == ["first", "second"]
     assert [each.name for each in protection.fallbacks] == ["third"]
-    assert [failure.action for failure in result.failures] == ["first from now on", "second from now on"]
+    assert [failure.action for failure in result.failures] == [
+        "first from now on",
+        "second from now on",
+    ]
 
 
 SMALL_LOSS = f"a loss of {SMALL_CHUNK_TOKENS} tokens at a time"
@@ -149,7 +160,10 @@ def test_fallbacks_are_what_the_configuration_leaves_open() -> None:
     chunked = replace(chunked, loss=replace(chunked.loss, chunk_tokens=256))
 
     def names(settings: StepSettings, recompute: Any, loss: Any) -> list[str]:
-        return [relief.name for relief in allowed_fallbacks(model, settings, recompute=recompute, loss=loss)]
+        return [
+            relief.name
+            for relief in allowed_fallbacks(model, settings, recompute=recompute, loss=loss)
+        ]
 
     assert names(chunked, "auto", "auto") == [RECOMPUTE, SMALL_LOSS]
     assert names(chunked, "off", "chunked") == [SMALL_LOSS]
@@ -171,22 +185,29 @@ def test_fallbacks_change_no_gradient(loss: str) -> None:
         settings = replace(settings, loss=replace(settings.loss, chunk_tokens=256))
         capture = Capture(model.parameters())
         fallbacks = allowed_fallbacks(model, settings, recompute="auto", loss="auto")
-        elsewhere = allowed_fallbacks(make_model().to("meta"), settings, recompute="auto", loss="auto")
+        elsewhere = allowed_fallbacks(
+            make_model().to("meta"), settings, recompute="auto", loss="auto"
+        )
         protection = Protection(
-            work=micro_batch_work(model.train(), capture, settings), fallbacks=[*fallbacks, elsewhere[-1]]
+            work=micro_batch_work(model.train(), capture, settings),
+            fallbacks=[*fallbacks, elsewhere[-1]],
         )
         with failing(model, FORWARD, *range(num_failures)):
             result = safe_step(protection, pieces(batch, 1), step=1)
         names = (RECOMPUTE, SMALL_LOSS, OFFLOAD)[:num_failures]
         assert result.fallbacks == (names,)
-        assert [failure.action for failure in result.failures] == [f"{name} from now on" for name in names]
+        assert [failure.action for failure in result.failures] == [
+            f"{name} from now on" for name in names
+        ]
         gradients.append(capture.vector())
     for gradient in gradients[1:]:
         assert distance(gradient, gradients[0]) < 1e-6
 
 
 @pytest.mark.parametrize("commit", [False, True], ids=["restart", "commit"])
-def test_a_step_that_fell_back_in_its_middle_is_the_step_that_was_so_from_the_beginning(commit: bool) -> None:
+def test_a_step_that_fell_back_in_its_middle_is_the_step_that_was_so_from_the_beginning(
+    commit: bool,
+) -> None:
     batch = make_batch()
     gradients = []
     for failing_call in (3, 0):
@@ -207,7 +228,9 @@ def test_a_row_that_does_not_fit_alone_stops_the_run_with_its_number_and_changes
     model = make_model()
     optimizer = torch.optim.AdamW(model.parameters())
     protection = Protection(
-        work=micro_batch_work(model, optimizer, StepSettings(LossSettings())), room=lambda: 2**20, way_out="give up"
+        work=micro_batch_work(model, optimizer, StepSettings(LossSettings())),
+        room=lambda: 2**20,
+        way_out="give up",
     )
     fails_above(protection, 39, out_of_memory)
     before = [parameter.clone() for parameter in model.parameters()]
@@ -278,7 +301,10 @@ def test_the_attempts_of_a_step_are_capped() -> None:
 )
 def test_any_other_error_is_raised_as_it_is_at_once(error: Exception) -> None:
     model = make_model()
-    with failing(model, FORWARD, *EVERY_CALL, error=lambda: error) as fault, pytest.raises(type(error)) as caught:
+    with (
+        failing(model, FORWARD, *EVERY_CALL, error=lambda: error) as fault,
+        pytest.raises(type(error)) as caught,
+    ):
         safe_step(protected(model), pieces(make_batch()), step=1)
     assert caught.value is error
     assert next(fault.counter) == 1
@@ -298,7 +324,10 @@ def test_an_update_that_is_torn_without_a_copy_asks_for_a_restart_from_the_check
     model = make_model()
     optimizer = torch.optim.AdamW(model.parameters())
     protection = Protection(work=micro_batch_work(model, optimizer, StepSettings(LossSettings())))
-    with failing(model, "update", 0), pytest.raises(RestartError, match="last checkpoint") as caught:
+    with (
+        failing(model, "update", 0),
+        pytest.raises(RestartError, match="last checkpoint") as caught,
+    ):
         safe_step(protection, pieces(make_batch()), step=1)
     assert caught.value.exit_code == 75
 
@@ -307,9 +336,14 @@ def test_an_update_that_is_torn_without_a_copy_asks_for_a_restart_from_the_check
 def test_what_no_smaller_piece_can_cure_is_tried_twice(place: str) -> None:
     model = make_model()
     settings = StepSettings(LossSettings(), commit=True)
-    protection = Protection(work=micro_batch_work(model, torch.optim.AdamW(model.parameters()), settings))
+    protection = Protection(
+        work=micro_batch_work(model, torch.optim.AdamW(model.parameters()), settings)
+    )
     before = [parameter.clone() for parameter in model.parameters()]
-    with failing(model, place, *EVERY_CALL) as fault, pytest.raises(OutOfMemoryError, match="no smaller micro-batch"):
+    with (
+        failing(model, place, *EVERY_CALL) as fault,
+        pytest.raises(OutOfMemoryError, match="no smaller micro-batch"),
+    ):
         safe_step(protection, pieces(make_batch()), step=1)
     assert next(fault.counter) == 2
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
@@ -352,7 +386,9 @@ def test_float16_scaling_survives_a_failure_after_the_gradient_was_unscaled(comm
         model = make_model()
         scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
         settings = StepSettings(LossSettings(), 1.0, torch.float16, commit=commit)
-        work = micro_batch_work(model, torch.optim.AdamW(model.parameters(), lr=0.1), settings, scaler=scaler)
+        work = micro_batch_work(
+            model, torch.optim.AdamW(model.parameters(), lr=0.1), settings, scaler=scaler
+        )
         with failing(model, "clip", *calls):
             result = safe_step(Protection(work=work), pieces(batch), step=1)
         assert result.step.updated
@@ -418,9 +454,14 @@ def test_an_evaluation_has_its_own_ladder() -> None:
 def test_a_row_that_cannot_be_evaluated_is_named() -> None:
     model, batch = make_model(), Batch(make_batch().rows[1:2])
     settings = settings_for(model, "full")
-    with failing(model, "evaluation", *EVERY_CALL), pytest.raises(OutOfMemoryError, match="sample 1"):
+    with (
+        failing(model, "evaluation", *EVERY_CALL),
+        pytest.raises(OutOfMemoryError, match="sample 1"),
+    ):
         safe_evaluate(model, pieces(batch), settings=settings, room=lambda: None)
     assert model.training
     with failing(model, "evaluation", 0):
-        found = safe_evaluate(model, pieces(make_batch(), 1), settings=settings, room=lambda: None, quarantine=True)
+        found = safe_evaluate(
+            model, pieces(make_batch(), 1), settings=settings, room=lambda: None, quarantine=True
+        )
     assert found.left_out == (0,)

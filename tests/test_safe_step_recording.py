@@ -23,7 +23,9 @@ def allocations(*, safe: bool, commit: bool, lora: bool) -> list[int]:
 
     def loop(model: Any, _: torch.device) -> Step:
         settings = replace(settings_for(model, "chunked"), commit=commit)
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
+        optimizer = torch.optim.AdamW(
+            [p for p in model.parameters() if p.requires_grad], fused=True
+        )
         micro_batches = split(make_batch(), packed=True, micro_rows=3)
         protection = Protection(work=micro_batch_work(model, optimizer, settings))
 
@@ -39,7 +41,11 @@ def allocations(*, safe: bool, commit: bool, lora: bool) -> list[int]:
         return make_model(lora=lora).train()
 
     trace = record_loop(build, loop, RecordSettings(mode="real", num_steps=3))
-    return [event.num_bytes for event in trace.events if event.step >= 2 and abs(event.num_bytes) != STREAM_BYTES]
+    return [
+        event.num_bytes
+        for event in trace.events
+        if event.step >= 2 and abs(event.num_bytes) != STREAM_BYTES
+    ]
 
 
 @pytest.mark.parametrize(("commit", "lora"), [(False, False), (True, True)], ids=["full", "lora"])

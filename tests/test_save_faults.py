@@ -29,18 +29,42 @@ def unreadable() -> OSError:
 
 
 def no_memory_on_the_host() -> RuntimeError:
-    return RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4194304 bytes.")
+    return RuntimeError(
+        "DefaultCPUAllocator: can't allocate memory: you tried to allocate 4194304 bytes."
+    )
 
 
-SAVING: dict[str, tuple[str, int, Error, str]] = {  # function, its first call that fails, how, what is said of it
-    "state gathered": ("checkpoint.content.saved_tensors", 3, out_of_memory, "found no memory (20.0 MiB at once)"),
-    "tensors written": ("checkpoint.content.write_tensors", 2, no_memory_on_the_host, "out of memory, 4.0 MiB at once"),
+SAVING: dict[
+    str, tuple[str, int, Error, str]
+] = {  # function, its first call that fails, how, what is said of it
+    "state gathered": (
+        "checkpoint.content.saved_tensors",
+        3,
+        out_of_memory,
+        "found no memory (20.0 MiB at once)",
+    ),
+    "tensors written": (
+        "checkpoint.content.write_tensors",
+        2,
+        no_memory_on_the_host,
+        "out of memory, 4.0 MiB at once",
+    ),
     "state written": ("checkpoint.write.write_json", 1, no_space, "No space left on device"),
     "logs flushed": ("checkpoint.write.flush", 4, no_space, "No space left on device"),
     "manifest written": ("checkpoint.write.write_manifest", 1, MemoryError, "out of memory"),
     "renamed": ("checkpoint.files.Path.rename", 1, no_space, "No space left on device"),
-    "directory flushed": ("checkpoint.write.sync_directory", 1, no_space, "No space left on device"),
-    "last and best exported": ("checkpoint.write.link_model", 2, out_of_memory, "out of memory, 20.0 MiB at once"),
+    "directory flushed": (
+        "checkpoint.write.sync_directory",
+        1,
+        no_space,
+        "No space left on device",
+    ),
+    "last and best exported": (
+        "checkpoint.write.link_model",
+        2,
+        out_of_memory,
+        "out of memory, 20.0 MiB at once",
+    ),
     "older ones removed": ("checkpoint.write.remove_old", 1, no_space, "No space left on device"),
 }
 
@@ -69,7 +93,9 @@ def test_when_nothing_more_can_be_saved_the_run_ends_with_what_is_whole(
     target, first, error, cause = SAVING[place]
     with failing_call(TRAIN + target, *range(first, MANY), error=error):
         said = error_of(capsys, "sft.yaml")
-    assert re.match(r"error: step 9 could not be saved: [^\n]+; the checkpoint before it is whole", said)
+    assert re.match(
+        r"error: step 9 could not be saved: [^\n]+; the checkpoint before it is whole", said
+    )
     assert cause in said
     found, faults = newest_checkpoint(RUN)
     assert found is not None
@@ -119,13 +145,17 @@ def out_of_memory_for_good() -> BaseException:
     return OutOfMemoryError("row 3 does not fit")
 
 
-def test_a_last_save_that_fails_too_is_said_beside_what_ended_the_run(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_last_save_that_fails_too_is_said_beside_what_ended_the_run(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     with (
         failing_call(TRAIN + "checkpoint.write.write_manifest", *range(2, MANY), error=no_space),
         failing_call(RECOVERY + "guard.safe_step", *range(4, MANY), error=out_of_memory_for_good),
     ):
         said = error_of(capsys, "sft.yaml", exit_code=4)
-    assert said.startswith("error: row 3 does not fit; step 4 could not be saved: [Errno 28] No space left on device")
+    assert said.startswith(
+        "error: row 3 does not fit; step 4 could not be saved: [Errno 28] No space left on device"
+    )
     train("--resume", "runs/run")
     assert_same()
 
@@ -140,7 +170,9 @@ LOADING: dict[str, tuple[str, Error]] = {
 
 
 @pytest.mark.parametrize("place", LOADING)
-def test_memory_that_is_short_once_while_a_run_loads_changes_nothing(place: str, crashed: None) -> None:
+def test_memory_that_is_short_once_while_a_run_loads_changes_nothing(
+    place: str, crashed: None
+) -> None:
     target, error = LOADING[place]
     with failing_call(target, 0, error=error) as fault:
         train("--resume", "runs/run")
@@ -152,8 +184,14 @@ def test_memory_that_stays_short_while_a_run_loads_is_one_sentence(
     capsys: pytest.CaptureFixture[str], crashed: None
 ) -> None:
     for target, said in (
-        ("transformers.PreTrainedModel.to", "the model tiny found no memory (20.0 MiB at once): close other programs"),
-        (TRAIN + "checkpoint.read._restore_optimizer", "step-00000004 holds found no memory (20.0 MiB at once)"),
+        (
+            "transformers.PreTrainedModel.to",
+            "the model tiny found no memory (20.0 MiB at once): close other programs",
+        ),
+        (
+            TRAIN + "checkpoint.read._restore_optimizer",
+            "step-00000004 holds found no memory (20.0 MiB at once)",
+        ),
     ):
         with failing_call(target, *range(MANY)):
             assert said in error_of(capsys, "--resume", "runs/run", exit_code=4)
@@ -166,15 +204,21 @@ def test_a_disk_that_does_not_read_is_one_sentence_and_nothing_is_lost(
 ) -> None:
     with failing_call(TRAIN + "checkpoint.read.safe_open", *range(MANY), error=unreadable):
         said = error_of(capsys, "--resume", "runs/run")
-    assert said.startswith("error: runs/run/checkpoints/step-00000004 cannot be read: [Errno 5] Input/output error")
+    assert said.startswith(
+        "error: runs/run/checkpoints/step-00000004 cannot be read: [Errno 5] Input/output error"
+    )
     train("--resume", "runs/run")
     assert_same()
 
 
-def test_memory_that_is_short_beside_the_steps_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+def test_memory_that_is_short_beside_the_steps_is_one_sentence(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     with failing_call(TRAIN + "loop.NormRecorder", 5):
         said = error_of(capsys, "sft.yaml", exit_code=4)
-    assert said.startswith("error: out of memory, 20.0 MiB at once were missing beside the steps: close other programs")
+    assert said.startswith(
+        "error: out of memory, 20.0 MiB at once were missing beside the steps: close other programs"
+    )
     assert newest_step() == 4
     train("--resume", "runs/run")
     assert_same()

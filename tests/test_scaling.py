@@ -33,9 +33,15 @@ def test_growing_and_shrinking_back_changes_nothing(rho: float, factor: float) -
     )
 
 
-@pytest.mark.parametrize(("scale_rows", "lr"), [(12, 4.2e-5), (24, 4.7e-5), (100, 5.5e-5), (400, 5.9e-5)])
-def test_four_times_six_rows_gets_the_rate_that_the_noise_allows(scale_rows: int, lr: float) -> None:
-    assert scale(REFERENCE, "sqrt_gain", factor=4, rho=scale_rows / 6).lr == pytest.approx(lr, rel=0.012)
+@pytest.mark.parametrize(
+    ("scale_rows", "lr"), [(12, 4.2e-5), (24, 4.7e-5), (100, 5.5e-5), (400, 5.9e-5)]
+)
+def test_four_times_six_rows_gets_the_rate_that_the_noise_allows(
+    scale_rows: int, lr: float
+) -> None:
+    assert scale(REFERENCE, "sqrt_gain", factor=4, rho=scale_rows / 6).lr == pytest.approx(
+        lr, rel=0.012
+    )
 
 
 def test_without_a_measurement_the_rate_at_most_doubles() -> None:
@@ -85,7 +91,9 @@ class Switch:
     gain: float
 
 
-def adam_on_a_quadratic(settings: OptimSettings, factor: int, *, seed: int, switch: Switch | None = None) -> np.ndarray:
+def adam_on_a_quadratic(
+    settings: OptimSettings, factor: int, *, seed: int, switch: Switch | None = None
+) -> np.ndarray:
     """The loss, mean over runs, after each step; STEPS steps of one sample, or the same samples in larger batches. The
     noise falls over the run, as it does in training, so that what is remembered too long or too briefly shows."""
     random = np.random.default_rng(seed)
@@ -129,7 +137,9 @@ def test_the_whole_rule_keeps_the_path_of_a_noisy_run_and_the_rate_alone_does_no
     assert deviation(BASE) > 0.15
 
 
-def test_a_switch_in_the_middle_keeps_the_path_only_with_adams_memory_rescaled(path: np.ndarray) -> None:
+def test_a_switch_in_the_middle_keeps_the_path_only_with_adams_memory_rescaled(
+    path: np.ndarray,
+) -> None:
     factor, at = 16, STEPS // 2
     whole = scale(BASE, "sqrt", factor=factor, steps_left=1)
 

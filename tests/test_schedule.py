@@ -34,12 +34,16 @@ def test_wsd_holds_its_rate_until_a_tenth_is_left() -> None:
 
 
 @given(st.sampled_from(SCHEDULES), st.floats(0, 1), st.floats(0, 1), st.floats(0, 1))
-def test_after_the_warm_up_the_rate_never_rises(schedule: str, warmup: float, first: float, second: float) -> None:
+def test_after_the_warm_up_the_rate_never_rises(
+    schedule: str, warmup: float, first: float, second: float
+) -> None:
     optim = OptimConfig(schedule=schedule, warmup=warmup)
     low, high = sorted((max(first, warmup), max(second, warmup)))
     assert lr_factor(optim, high) <= lr_factor(optim, low) + 1e-12
 
 
 @given(st.sampled_from(SCHEDULES), st.floats(0, 1), st.floats(0, 1))
-def test_the_rate_is_never_negative_and_never_above_its_peak(schedule: str, warmup: float, progress: float) -> None:
+def test_the_rate_is_never_negative_and_never_above_its_peak(
+    schedule: str, warmup: float, progress: float
+) -> None:
     assert 0 <= lr_factor(OptimConfig(schedule=schedule, warmup=warmup), progress) <= 1

@@ -84,7 +84,9 @@ def test_a_model_that_takes_less_than_the_program_gives_back_was_not_measured(
     assert agrees is agreed
 
 
-@pytest.mark.parametrize(("predicted_bytes", "told"), [(27 * MIB, "below 32.0 MiB"), (7 * MIB, "+0.0%")])
+@pytest.mark.parametrize(
+    ("predicted_bytes", "told"), [(27 * MIB, "below 32.0 MiB"), (7 * MIB, "+0.0%")]
+)
 def test_a_difference_of_less_than_the_program_s_own_noise_raises_no_doubt(
     prediction: Prediction, predicted_bytes: int, told: str
 ) -> None:
@@ -110,7 +112,10 @@ def test_the_outcome_is_kept_for_later_predictions(
     SelfCheck(prediction, 0, kept).keep(MemoryPeak(None, 132 * MIB, GIB))
     interval = predict(tree, gpu="cpu").device_interval
     assert interval is not None
-    assert "an earlier run of this model here differed from its prediction by +10.0%" in interval.reasons
+    assert (
+        "an earlier run of this model here differed from its prediction by +10.0%"
+        in interval.reasons
+    )
 
 
 def test_a_card_s_context_is_measured_once_and_then_expected(
@@ -140,14 +145,19 @@ def test_a_card_that_is_only_planned_for_has_no_earlier_runs(
 
 
 def test_the_card_is_the_one_that_torch_means(monkeypatch: pytest.MonkeyPatch) -> None:
-    cards = tuple(replace(find_device("RTX 4090"), uuid=f"GPU-{name}", free_bytes=GIB) for name in ("aa-1", "bb-2"))
+    cards = tuple(
+        replace(find_device("RTX 4090"), uuid=f"GPU-{name}", free_bytes=GIB)
+        for name in ("aa-1", "bb-2")
+    )
     monkeypatch.setattr(self_check, "this_machine", lambda: cards)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="bb-2"))
     assert run_device(torch.device("cuda", 0)) is cards[1]
 
 
 def test_without_nvml_what_is_free_is_asked_of_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(self_check, "this_machine", lambda: (replace(find_device("RTX 4090"), uuid="GPU-aa-1"),))
+    monkeypatch.setattr(
+        self_check, "this_machine", lambda: (replace(find_device("RTX 4090"), uuid="GPU-aa-1"),)
+    )
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="aa-1"))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (20 * GIB, 23 * GIB))
     found = run_device(torch.device("cuda", 0))
@@ -160,7 +170,10 @@ def test_a_process_that_holds_memory_of_the_card_already_is_not_checked(
 ) -> None:
     monkeypatch.setattr("fitune.training.prepare.reserved_before", lambda _: 300 * MIB)
     assert main(["train", "sft.yaml", "train.steps=2", "model.recompute=off"]) == 0
-    assert "memory is not checked: this process already holds 300.0 MiB of the card" in capsys.readouterr().err
+    assert (
+        "memory is not checked: this process already holds 300.0 MiB of the card"
+        in capsys.readouterr().err
+    )
     assert not (Path("cache") / "residuals.jsonl").exists()
 
 
@@ -169,7 +182,9 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The current directory, with all that a run needs and a cache of its own."""
     monkeypatch.setenv("FITUNE_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
-    save_tiny_model(tmp_path / "tiny", WIDE_VOCABULARY)  # whose step takes more than a program gives back meanwhile
+    save_tiny_model(
+        tmp_path / "tiny", WIDE_VOCABULARY
+    )  # whose step takes more than a program gives back meanwhile
     write_dialogues(tmp_path / "sft.jsonl")
     write_config(tmp_path / "sft.yaml")
     return tmp_path
@@ -227,12 +242,16 @@ def test_a_run_checks_itself_with_tokens_spread_evenly_whatever_it_was_planned_f
 
 
 @pytest.mark.usefixtures("place")
-def test_a_card_is_settled_between_what_is_tried_out_and_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_card_is_settled_between_what_is_tried_out_and_the_first_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     done: list[str] = []
     for name in ("start", "evaluate", "settle", "train"):
         real = getattr(Guard, name)
 
-        def noting(guard: Guard, *arguments: Any, name: str = name, real: Any = real, **options: Any) -> Any:
+        def noting(
+            guard: Guard, *arguments: Any, name: str = name, real: Any = real, **options: Any
+        ) -> Any:
             done.append(name)
             return real(guard, *arguments, **options)
 
@@ -242,14 +261,17 @@ def test_a_card_is_settled_between_what_is_tried_out_and_the_first_step(monkeypa
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "kinds"), [("adamw", ["state", "train", "train"]), ("adamw_8bit", ["train", "train"])]
+    ("optimizer", "kinds"),
+    [("adamw", ["state", "train", "train"]), ("adamw_8bit", ["train", "train"])],
 )
 def test_what_is_predicted_is_what_the_run_does_from_then_on(
     place: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str, kinds: list[str]
 ) -> None:
     predicted: list[list[str]] = []
 
-    def noting(config: RunConfig, device: Device, *, passes: list[Pass], num_shards: int) -> RunPrediction:
+    def noting(
+        config: RunConfig, device: Device, *, passes: list[Pass], num_shards: int
+    ) -> RunPrediction:
         predicted.append([each.kind for each in passes])
         return predict_run(config, device, passes=passes, num_shards=num_shards)
 

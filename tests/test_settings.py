@@ -36,7 +36,10 @@ def fixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with (directory / "data.jsonl").open("w") as file:
         for number in range(40):
             words = " ".join(f"w{(number + place) % 5}" for place in range(1 + number % 7))
-            messages = [{"role": "user", "content": f"w{number % 9}"}, {"role": "assistant", "content": words}]
+            messages = [
+                {"role": "user", "content": f"w{number % 9}"},
+                {"role": "assistant", "content": words},
+            ]
             file.write(json.dumps({"messages": messages}) + "\n")
     return directory
 

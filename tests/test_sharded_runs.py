@@ -54,7 +54,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Any:
     with pytest.MonkeyPatch.context() as patched:
         patched.chdir(directory)
         patched.setenv("FITUNE_CACHE", str(directory / "cache"))
-        assert train(*SHARDED, "run.name=two") == [0, 0], Path("0.err").read_text() + Path("1.err").read_text()
+        assert train(*SHARDED, "run.name=two") == [0, 0], (
+            Path("0.err").read_text() + Path("1.err").read_text()
+        )
         assert train("sft.yaml", "run.name=one", size=1) == [0]
         yield directory
 
@@ -76,7 +78,10 @@ def test_torchrun_starts_it() -> None:
 
 def test_what_is_saved_is_read_by_plain_transformers_and_has_the_weights_of_one_process() -> None:
     for which in ("last", "best"):
-        mine, theirs = (AutoModelForCausalLM.from_pretrained(run.path / which).state_dict() for run in (TWO, ONE))
+        mine, theirs = (
+            AutoModelForCausalLM.from_pretrained(run.path / which).state_dict()
+            for run in (TWO, ONE)
+        )
         assert mine.keys() == theirs.keys()
         assert all(torch.allclose(mine[name], theirs[name], rtol=1e-5, atol=1e-5) for name in mine)
     assert (TWO.last / "config.json").read_text() == (ONE.last / "config.json").read_text()
@@ -84,7 +89,10 @@ def test_what_is_saved_is_read_by_plain_transformers_and_has_the_weights_of_one_
 
 def test_what_is_saved_can_be_exported(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["export", str(TWO.path), "--to", "hf", "--output", "exported"]) == 0
-    assert load_file("exported/model.safetensors").keys() == load_file(TWO.last / "model.safetensors").keys()
+    assert (
+        load_file("exported/model.safetensors").keys()
+        == load_file(TWO.last / "model.safetensors").keys()
+    )
 
 
 def test_the_weights_are_saved_in_a_file_of_each_process() -> None:
@@ -105,7 +113,10 @@ def test_a_process_that_runs_out_of_memory_twice_changes_nothing_but_the_events(
     run = RunDirectory(Path("runs/twice"))
     assert_close(run, TWO)
     told = [event.message for event in read_events(run.events) if event.kind == "out_of_memory"]
-    assert [message.startswith("rank 1: out of memory in the forward") for message in told] == [True, True]
+    assert [message.startswith("rank 1: out of memory in the forward") for message in told] == [
+        True,
+        True,
+    ]
 
 
 def test_a_process_without_memory_for_a_row_ends_all_and_nothing_is_lost() -> None:
@@ -118,23 +129,32 @@ def test_a_process_without_memory_for_a_row_ends_all_and_nothing_is_lost() -> No
 def test_a_signal_to_one_process_stops_all_and_one_alone_cannot_go_on() -> None:
     assert train(*SHARDED, "run.name=stopped", fault=told_to_end) == [143, 143]
     assert train("--resume", "runs/stopped", size=1) == [2]
-    assert "model.shard=full shards the weights over processes and this is one alone" in Path("0.err").read_text()
+    assert (
+        "model.shard=full shards the weights over processes and this is one alone"
+        in Path("0.err").read_text()
+    )
     assert train("--resume", "runs/stopped", "model.shard=none", size=1) == [2]
-    assert "was saved by model.shard=full: go on with it under torchrun" in Path("0.err").read_text()
+    assert (
+        "was saved by model.shard=full: go on with it under torchrun" in Path("0.err").read_text()
+    )
     assert train("--resume", "runs/stopped") == [0, 0]
     assert_same(RunDirectory(Path("runs/stopped")))
 
 
 def test_three_go_on_with_what_two_have_saved() -> None:
     assert train(*SHARDED, "run.name=three", fault=told_to_end) == [143, 143]
-    assert train("--resume", "runs/three", size=3) == [0, 0, 0], Path("0.err").read_text() + Path("1.err").read_text()
+    assert train("--resume", "runs/three", size=3) == [0, 0, 0], (
+        Path("0.err").read_text() + Path("1.err").read_text()
+    )
     run = RunDirectory(Path("runs/three"))
     assert len(list((sorted(run.checkpoints.iterdir())[-1] / "shards").glob("*.distcp"))) == 3
     assert_close(run, TWO)
 
 
 def test_the_journal_of_two_processes_is_replayed_by_two() -> None:
-    assert train("--replay", str(TWO.path)) == [0, 0], Path("0.err").read_text() + Path("1.err").read_text()
+    assert train("--replay", str(TWO.path)) == [0, 0], (
+        Path("0.err").read_text() + Path("1.err").read_text()
+    )
     (replayed,) = Path("runs").glob("two-replay-*")
     assert_same(RunDirectory(replayed))
 
@@ -151,14 +171,17 @@ def test_adapters_are_those_of_one_process() -> None:
     assert train(*SHARDED, "run.name=adapters", *words) == [0, 0], Path("0.err").read_text()
     assert train("sft.yaml", "run.name=one_adapters", *words, size=1) == [0]
     mine, theirs = (
-        load_file(Path("runs", name, "last/adapter_model.safetensors")) for name in ("adapters", "one_adapters")
+        load_file(Path("runs", name, "last/adapter_model.safetensors"))
+        for name in ("adapters", "one_adapters")
     )
     assert mine.keys() == theirs.keys()
     assert all(torch.allclose(mine[name], theirs[name], rtol=1e-5, atol=1e-5) for name in mine)
 
 
 def test_a_save_that_fails_in_one_process_is_told_and_the_run_goes_on() -> None:
-    assert train(*SHARDED, "run.name=no_disk", fault=without_a_disk) == [0, 0], Path("0.err").read_text()
+    assert train(*SHARDED, "run.name=no_disk", fault=without_a_disk) == [0, 0], Path(
+        "0.err"
+    ).read_text()
     run = RunDirectory(Path("runs/no_disk"))
     told = [event.message for event in read_events(run.events) if event.kind == "save_failed"]
     assert len(told) == 1
@@ -178,7 +201,9 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("words", REFUSED)
-def test_what_cannot_be_dealt_is_refused_in_a_sentence(words: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_cannot_be_dealt_is_refused_in_a_sentence(
+    words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     rest = ("model.recompute=full", "train.steps=null", "train.save_every=auto")
     assert main(["train", *SHARDED, *rest, words]) == 2
     said = capsys.readouterr().err
@@ -188,4 +213,6 @@ def test_what_cannot_be_dealt_is_refused_in_a_sentence(words: str, capsys: pytes
 
 def test_one_process_alone_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", *SHARDED]) == 2
-    assert "start two or more with torchrun --nproc_per_node 2, or drop it" in capsys.readouterr().err
+    assert (
+        "start two or more with torchrun --nproc_per_node 2, or drop it" in capsys.readouterr().err
+    )

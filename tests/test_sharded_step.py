@@ -76,10 +76,16 @@ CASES = {
     "recomputed in parts": Case(recompute="selective"),
     "padded": Case(packed=False),
     "forward fails once": Case(fault=("forward of layer 1", (1,))),
-    "forward fails twice, LoRA, dropout": Case(fault=("forward of layer 1", (0, 1)), lora=True, dropout=0.3),
+    "forward fails twice, LoRA, dropout": Case(
+        fault=("forward of layer 1", (0, 1)), lora=True, dropout=0.3
+    ),
     "backward fails twice": Case(fault=("backward of layer 0", (0, 1))),
-    "backward fails in the second micro-batch": Case(fault=("backward of layer 1", (1,)), tied=False),
-    "backward fails twice, bfloat16": Case(fault=("backward of layer 0", (0, 1)), dtype=torch.bfloat16),
+    "backward fails in the second micro-batch": Case(
+        fault=("backward of layer 1", (1,)), tied=False
+    ),
+    "backward fails twice, bfloat16": Case(
+        fault=("backward of layer 0", (0, 1)), dtype=torch.bfloat16
+    ),
     "backward fails twice, recomputed, dropout": Case(
         fault=("backward of layer 0", (0, 1)), recompute="full", dropout=0.3
     ),
@@ -102,7 +108,9 @@ class Whole(torch.optim.AdamW):
     def step(self, closure: Any = None) -> None:
         found = (p.grad for group in self.param_groups for p in group["params"])
         whole = (grad.full_tensor() if hasattr(grad, "full_tensor") else grad for grad in found)
-        self.gradients = tuple(grad.double().flatten().clone() for grad in whole if grad is not None)
+        self.gradients = tuple(
+            grad.double().flatten().clone() for grad in whole if grad is not None
+        )
 
 
 @dataclass(frozen=True)
@@ -141,7 +149,9 @@ def settings(model: nn.Module, case: Case) -> StepSettings:
     return replace(settings_for(model, case.loss, clip=case.clip), autocast=autocast)
 
 
-def protect(case: Case, ranks: Ranks | None = None) -> tuple[Protection[MicroBatch], Whole, Shards | None]:
+def protect(
+    case: Case, ranks: Ranks | None = None
+) -> tuple[Protection[MicroBatch], Whole, Shards | None]:
     model = make(case)
     step_settings = settings(model, case)
     if ranks is not None:
@@ -165,7 +175,11 @@ def one_step(case: Case, ranks: Ranks) -> Outcome:
     protection, optimizer, shards = protect(case, ranks)
     assert shards is not None
     place, calls = case.fault if case.fault is not None and ranks.rank == 1 else ("loss", ())
-    patch = failing_call(place, *calls) if place.startswith("torch.") else failing(protection.work.model, place, *calls)
+    patch = (
+        failing_call(place, *calls)
+        if place.startswith("torch.")
+        else failing(protection.work.model, place, *calls)
+    )
     stream = torch.get_rng_state()
     sharded = set(map(id, protection.work.model.parameters()))
     with patch:
@@ -207,9 +221,14 @@ def sentence(ranks: Ranks, place: str, error: Any) -> str:
     assert shards is not None
     calls = range(10**3) if ranks.rank == 1 else ()
     try:
-        with failing(protection.work.model, place, *calls, **({} if error is None else {"error": error})):
+        with failing(
+            protection.work.model, place, *calls, **({} if error is None else {"error": error})
+        ):
             safe_step(
-                protection, parts_of(Case())[ranks.rank], step=1, peers=ShardedModel(shards, ranks, BATCH.loss_weight)
+                protection,
+                parts_of(Case())[ranks.rank],
+                step=1,
+                peers=ShardedModel(shards, ranks, BATCH.loss_weight),
             )
     except Exception as found:
         ranks.tell(found)
@@ -221,7 +240,11 @@ def updated(ranks: Ranks) -> tuple[list[torch.Tensor], float]:
     """(the weights after three steps of AdamW, whole; the share of weights and state that this process holds)."""
     model = make(CASES["untied"])
     step_settings = settings(model, CASES["untied"])
-    shards = shard_model(model, ranks, device=torch.device("cpu"), packed=True) if ranks.size > 1 else None
+    shards = (
+        shard_model(model, ranks, device=torch.device("cpu"), packed=True)
+        if ranks.size > 1
+        else None
+    )
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=True)
     assert create_state(optimizer)
     work = micro_batch_work(model, optimizer, replace(step_settings, clip=1.0, shards=shards))
@@ -232,7 +255,9 @@ def updated(ranks: Ranks) -> tuple[list[torch.Tensor], float]:
         safe_step(protection, pieces, step=step, peers=peers)
     held = [*model.parameters(), *(t for state in optimizer.state.values() for t in state.values())]
     share = sum(local(tensor).numel() for tensor in held) / sum(tensor.numel() for tensor in held)
-    return [(p.full_tensor() if hasattr(p, "full_tensor") else p).detach() for p in model.parameters()], share
+    return [
+        (p.full_tensor() if hasattr(p, "full_tensor") else p).detach() for p in model.parameters()
+    ], share
 
 
 def be_rank(place: Path) -> int:
@@ -243,7 +268,9 @@ def be_rank(place: Path) -> int:
         outcomes["overflow"] = overflown(ranks)
         outcomes["weights"] = updated(ranks)
         outcomes["no memory"] = sentence(ranks, "forward of layer 1", None)
-        outcomes["another error"] = sentence(ranks, "backward of layer 0", lambda: ValueError("a shape is wrong"))
+        outcomes["another error"] = sentence(
+            ranks, "backward of layer 0", lambda: ValueError("a shape is wrong")
+        )
         (place / f"{ranks.rank}.pickle").write_bytes(pickle.dumps(outcomes))
     return 0
 
@@ -267,7 +294,9 @@ def overflown(ranks: Ranks) -> tuple[bool, float, bool]:
     shards.ready = ready  # type: ignore[method-assign]
     peers = ShardedModel(shards, ranks, BATCH.loss_weight)
     result = safe_step(protection, parts_of(Case())[ranks.rank], step=1, peers=peers)
-    same = all(torch.equal(local(p), old) for p, old in zip(model.parameters(), before, strict=True))
+    same = all(
+        torch.equal(local(p), old) for p, old in zip(model.parameters(), before, strict=True)
+    )
     return result.step.updated, scaler.get_scale(), same
 
 
@@ -282,7 +311,9 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     place = tmp_path_factory.mktemp("ranks")
     with pytest.MonkeyPatch.context() as patched:
         patched.chdir(place)
-        assert run_ranks(be_rank, place) == [0, 0], (place / "0.err").read_text() + (place / "1.err").read_text()
+        assert run_ranks(be_rank, place) == [0, 0], (place / "0.err").read_text() + (
+            place / "1.err"
+        ).read_text()
     return [pickle.loads((place / f"{rank}.pickle").read_bytes()) for rank in range(2)]
 
 
@@ -292,17 +323,23 @@ def test_the_gradient_is_that_of_one_process(name: str, outcomes: list[dict[str,
     rows = {row.row_id: row for row in case.batch.rows}
     plan = [row_ids for part in plan_parts(outcomes[0][name].result.plan) for row_ids in part]
     assert sorted(row for row_ids in plan for row in row_ids) == sorted(rows)
-    expected = alone(case, [lay_out([rows[row] for row in row_ids], packed=case.packed) for row_ids in plan])
+    expected = alone(
+        case, [lay_out([rows[row] for row in row_ids], packed=case.packed) for row_ids in plan]
+    )
     for each in (rank[name] for rank in outcomes):
         assert each.streams_stay
         assert each.is_sharded_again
         assert distance(each.gradient, expected.gradient) < tolerance
         assert each.result.step.loss == pytest.approx(expected.result.step.loss, rel=tolerance)
-        assert each.result.step.grad_norm == pytest.approx(expected.result.step.grad_norm, rel=tolerance)
+        assert each.result.step.grad_norm == pytest.approx(
+            expected.result.step.grad_norm, rel=tolerance
+        )
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.fault])
-def test_what_fails_in_one_process_is_told_to_all_with_its_rank(name: str, outcomes: list[dict[str, Any]]) -> None:
+def test_what_fails_in_one_process_is_told_to_all_with_its_rank(
+    name: str, outcomes: list[dict[str, Any]]
+) -> None:
     told = [[str(failure) for failure in rank[name].result.failures] for rank in outcomes]
     assert told[0] == told[1]
     fault = CASES[name].fault
@@ -312,13 +349,18 @@ def test_what_fails_in_one_process_is_told_to_all_with_its_rank(name: str, outco
 
 
 @pytest.mark.parametrize(
-    "name", [name for name, case in CASES.items() if case.dtype == torch.float32 and not case.scaled]
+    "name",
+    [name for name, case in CASES.items() if case.dtype == torch.float32 and not case.scaled],
 )
-def test_the_noise_is_measured_over_the_micro_batches_of_all_ranks(name: str, outcomes: list[dict[str, Any]]) -> None:
+def test_the_noise_is_measured_over_the_micro_batches_of_all_ranks(
+    name: str, outcomes: list[dict[str, Any]]
+) -> None:
     case, norms = CASES[name], outcomes[1][name].norms
     rows = {row.row_id: row for row in case.batch.rows}
     plan = [row_ids for part in plan_parts(outcomes[0][name].result.plan) for row_ids in part]
-    expected = alone(case, [lay_out([rows[row] for row in row_ids], packed=case.packed) for row_ids in plan]).norms
+    expected = alone(
+        case, [lay_out([rows[row] for row in row_ids], packed=case.packed) for row_ids in plan]
+    ).norms
     assert norms is not None
     assert expected is not None
     assert norms.micro == pytest.approx(expected.micro, rel=1e-5)
@@ -326,7 +368,9 @@ def test_the_noise_is_measured_over_the_micro_batches_of_all_ranks(name: str, ou
     assert norms.weights == expected.weights
 
 
-def test_an_evaluation_that_fails_in_one_process_is_that_of_all_rows(outcomes: list[dict[str, Any]]) -> None:
+def test_an_evaluation_that_fails_in_one_process_is_that_of_all_rows(
+    outcomes: list[dict[str, Any]],
+) -> None:
     protection, _, _ = protect(CASES["unequal rows"])
     model = protection.work.model
     for rank in range(2):
@@ -362,6 +406,11 @@ def test_each_process_holds_its_share_of_weights_and_state(outcomes: list[dict[s
 def test_what_ends_one_process_ends_all_with_its_sentence(outcomes: list[dict[str, Any]]) -> None:
     first, second = (rank["no memory"] for rank in outcomes)
     assert first == second
-    assert first.startswith(f"{OutOfMemoryError.__name__}: no memory for 20.0 MiB in the forward of sample")
+    assert first.startswith(
+        f"{OutOfMemoryError.__name__}: no memory for 20.0 MiB in the forward of sample"
+    )
     assert outcomes[1]["another error"] == "ValueError: a shape is wrong"
-    assert outcomes[0]["another error"] == f"{FituneError.__name__}: rank 1: ValueError: a shape is wrong"
+    assert (
+        outcomes[0]["another error"]
+        == f"{FituneError.__name__}: rank 1: ValueError: a shape is wrong"
+    )

@@ -75,15 +75,21 @@ for _commit in (False, True):
         f"forward fails twice, LoRA, dropout{_kept}": Case(
             fault=("forward of layer 1", (0, 1)), commit=_commit, lora=True, dropout=0.3
         ),
-        f"backward fails twice, bfloat16{_kept}": Case(fault=TWICE, commit=_commit, dtype=torch.bfloat16),
+        f"backward fails twice, bfloat16{_kept}": Case(
+            fault=TWICE, commit=_commit, dtype=torch.bfloat16
+        ),
         f"backward fails twice, LoRA in bfloat16, dropout{_kept}": Case(
             fault=TWICE, commit=_commit, lora=True, dtype=torch.bfloat16, dropout=0.3
         ),
         f"backward fails twice, recomputed, dropout{_kept}": Case(
             fault=TWICE, commit=_commit, recompute="full", dropout=0.3
         ),
-        f"backward fails twice, recomputed in parts{_kept}": Case(fault=TWICE, commit=_commit, recompute="selective"),
-        f"the loss fails twice, padded{_kept}": Case(fault=("loss", (0, 1)), commit=_commit, packed=False),
+        f"backward fails twice, recomputed in parts{_kept}": Case(
+            fault=TWICE, commit=_commit, recompute="selective"
+        ),
+        f"the loss fails twice, padded{_kept}": Case(
+            fault=("loss", (0, 1)), commit=_commit, packed=False
+        ),
     }
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2e-2}  # see test_safe_step.py
 EMPTY = Case(Batch(BATCH.rows[:2]), never=(0, 1))
@@ -108,7 +114,9 @@ def protect(case: Case) -> tuple[Protection[MicroBatch], Watching]:
     for name in ("of_first_rows", "of_no_row"):
         model.register_parameter(name, torch.nn.Parameter(torch.ones(3, dtype=torch.float32)))
     optimizer = Watching(model.parameters())
-    work = micro_batch_work(model, optimizer, replace(settings_for(model, "full"), commit=case.commit))
+    work = micro_batch_work(
+        model, optimizer, replace(settings_for(model, "full"), commit=case.commit)
+    )
 
     def loss_share(piece: MicroBatch, loss_weight: float) -> torch.Tensor:
         if set(piece.row_ids) & set(case.never):
@@ -117,7 +125,9 @@ def protect(case: Case) -> tuple[Protection[MicroBatch], Watching]:
         weight = torch.tensor([5.0, 6.0, 7.0]) / loss_weight
         return loss + (model.of_first_rows * weight).sum() if 0 in piece.row_ids else loss
 
-    return Protection(work=replace(work, loss_share=loss_share), quarantine=bool(case.never)), optimizer
+    return Protection(
+        work=replace(work, loss_share=loss_share), quarantine=bool(case.never)
+    ), optimizer
 
 
 def alone(case: Case, pieces: list[MicroBatch]) -> Outcome:
@@ -140,13 +150,19 @@ def be_rank(place: Path) -> int:
             pieces = parts_of(case)[ranks.rank]
             peers = SharedSamples(ranks, case.batch.loss_weight)
             stream = torch.get_rng_state()
-            with failing(protection.work.model, fault[0] if fault else "loss", *(fault[1] if fault else ())):
+            with failing(
+                protection.work.model, fault[0] if fault else "loss", *(fault[1] if fault else ())
+            ):
                 norms = NormRecorder(optimizer)
-                result = safe_step(protection, pieces, step=1, fits=lambda _: True, norms=norms, peers=peers)
+                result = safe_step(
+                    protection, pieces, step=1, fits=lambda _: True, norms=norms, peers=peers
+                )
             streams_stay = torch.equal(torch.get_rng_state(), stream)
             gradient = optimizer.vector() if optimizer.gradients else torch.zeros(1)
             left_out = frozenset(protection.quarantined)
-            outcomes[name] = Outcome(gradient, optimizer.present, result, result.step.norms, left_out, streams_stay)
+            outcomes[name] = Outcome(
+                gradient, optimizer.present, result, result.step.norms, left_out, streams_stay
+            )
         (place / f"{ranks.rank}.pickle").write_bytes(pickle.dumps(outcomes))
     return 0
 
@@ -160,7 +176,9 @@ def as_planned(case: Case, outcome: Outcome) -> Outcome:
     """One process, without failures, in the micro-batches that it came to."""
     rows = {row.row_id: row for row in case.batch.rows}
     plan = [row_ids for part in plan_parts(outcome.result.plan) for row_ids in part]
-    return alone(case, [lay_out([rows[row] for row in row_ids], packed=case.packed) for row_ids in plan])
+    return alone(
+        case, [lay_out([rows[row] for row in row_ids], packed=case.packed) for row_ids in plan]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -183,12 +201,16 @@ def test_the_gradient_is_that_of_one_process(name: str, outcomes: list[dict[str,
         assert each.present == expected.present
         assert each.present[:2] == (True, False)  # of one rank's rows alone, and of no row
         assert each.result.step.loss == pytest.approx(expected.result.step.loss, rel=tolerance)
-        assert each.result.step.grad_norm == pytest.approx(expected.result.step.grad_norm, rel=tolerance)
+        assert each.result.step.grad_norm == pytest.approx(
+            expected.result.step.grad_norm, rel=tolerance
+        )
         assert each.result.step.loss_weight == expected.result.step.loss_weight
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if not case.dropout])
-def test_no_split_changes_the_gradient_or_loses_a_row(name: str, outcomes: list[dict[str, Outcome]]) -> None:
+def test_no_split_changes_the_gradient_or_loses_a_row(
+    name: str, outcomes: list[dict[str, Outcome]]
+) -> None:
     """As it was asked for, before anything failed. Dropout's masks belong to the split."""
     case = CASES[name]
     expected = alone(case, [piece for part in parts_of(case) for piece in part])
@@ -206,7 +228,9 @@ def test_every_rank_has_the_same_bits(name: str, outcomes: list[dict[str, Outcom
     assert first.result.plan == second.result.plan
 
 
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.dtype == torch.float32])
+@pytest.mark.parametrize(
+    "name", [name for name, case in CASES.items() if case.dtype == torch.float32]
+)
 def test_the_noise_is_measured_over_the_micro_batches_of_all_ranks(
     name: str, outcomes: list[dict[str, Outcome]]
 ) -> None:
@@ -234,13 +258,17 @@ def test_each_rank_retries_alone(outcomes: list[dict[str, Outcome]]) -> None:
     assert outcomes[1]["out of memory when all rows are done"].result.failures[0].place == "sum"
 
 
-def test_a_row_that_one_rank_leaves_out_is_left_out_by_all(outcomes: list[dict[str, Outcome]]) -> None:
+def test_a_row_that_one_rank_leaves_out_is_left_out_by_all(
+    outcomes: list[dict[str, Outcome]],
+) -> None:
     for rank in outcomes:
         assert rank["a row left out"].quarantined == {LONG_ROW}
         assert rank["a row left out"].result.quarantined == (LONG_ROW,)
 
 
-def test_a_step_of_which_nothing_is_left_updates_no_rank(outcomes: list[dict[str, Outcome]]) -> None:
+def test_a_step_of_which_nothing_is_left_updates_no_rank(
+    outcomes: list[dict[str, Outcome]],
+) -> None:
     for rank in outcomes:
         assert not rank["nothing"].result.step.updated
         assert rank["nothing"].result.step.loss is None

@@ -40,7 +40,12 @@ MXFP4_CONFIG = GptOssConfig(
 def write_config(directory: Path, *, compiled: bool = False, **model: object) -> dict[str, Any]:
     TINY_LLAMA.save_pretrained(directory / "model")
     return {
-        "model": {"source": str(directory / "model"), "init": "random", "compile": compiled, "recompute": "off"}
+        "model": {
+            "source": str(directory / "model"),
+            "init": "random",
+            "compile": compiled,
+            "recompute": "off",
+        }
         | model,
         "data": {"train": "x.jsonl", "max_length": 32},
         "batch": {"effective": 1},
@@ -88,11 +93,22 @@ def test_a_plan_shows_the_versions_in_its_table_and_in_its_json(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "sft.yaml").write_text(yaml.safe_dump(write_config(tmp_path)))
-    arguments = ["plan", str(tmp_path / "sft.yaml"), "--gpu", "RTX 4090", "batch.micro=1", "loss=full"]
+    arguments = [
+        "plan",
+        str(tmp_path / "sft.yaml"),
+        "--gpu",
+        "RTX 4090",
+        "batch.micro=1",
+        "loss=full",
+    ]
     assert main(arguments) == 0
     assert VERSIONS in capsys.readouterr().out
     assert main([*arguments, "--format", "json"]) == 0
-    assert [line for line in json.loads(capsys.readouterr().out)["assumptions"] if line.startswith(VERSIONS)]
+    assert [
+        line
+        for line in json.loads(capsys.readouterr().out)["assumptions"]
+        if line.startswith(VERSIONS)
+    ]
 
 
 @pytest.mark.parametrize("gpu", ["RTX 4090", "cpu"])
@@ -139,7 +155,15 @@ def test_a_plan_of_compiled_layers_refuses_none_for_its_memory(
     compiled: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "sft.yaml").write_text(yaml.safe_dump(write_config(tmp_path, compiled=compiled)))
-    arguments = ["plan", str(tmp_path / "sft.yaml"), "--gpu", "RTX 4090", "--budget", "1MiB", "batch.micro=1"]
+    arguments = [
+        "plan",
+        str(tmp_path / "sft.yaml"),
+        "--gpu",
+        "RTX 4090",
+        "--budget",
+        "1MiB",
+        "batch.micro=1",
+    ]
     assert main([*arguments, "loss=full"]) == (0 if compiled else 3)
     shown = capsys.readouterr()
     assert (COMPILED in shown.out) is compiled
@@ -155,7 +179,9 @@ def test_a_run_of_compiled_layers_begins_where_the_bound_exceeds_the_budget(tmp_
     plan = choose_plan(config, search="fastest")
     assert plan.chosen is not None
     assert plan.candidates[plan.chosen].fits is None
-    assert plan.candidates[plan.chosen].predicted_device_bytes == closest(plan).predicted_device_bytes
+    assert (
+        plan.candidates[plan.chosen].predicted_device_bytes == closest(plan).predicted_device_bytes
+    )
     assert "an upper bound" in plan.candidates[plan.chosen].reason
     _, note = follow(plan, config)
     assert note.endswith("an upper bound: it may run out of memory")
@@ -167,7 +193,10 @@ def test_a_plan_says_which_weights_qlora_leaves_as_they_are(tmp_path: Path) -> N
     assert note.startswith("qlora: ")
     assert "of the parameters and stay in" in note
     assert not list(model_notes(ModelConfig(source=str(tmp_path), method="lora")))
-    tree = {"model": {"source": str(tmp_path), "method": "qlora"}, "data": {"train": "x", "max_length": 32}}
+    tree = {
+        "model": {"source": str(tmp_path), "method": "qlora"},
+        "data": {"train": "x", "max_length": 32},
+    }
     assert note in fitune.predict(tree | {"batch": {"effective": 1}}, gpu="RTX 4090").assumptions
 
 
@@ -181,11 +210,16 @@ def mxfp4(tmp_path: Path) -> Path:
     for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
         experts, width_in, width_out = tensors.pop(name).shape
         shape = (experts, width_out, width_in // 32)
-        tensors[f"{name}_blocks"] = torch.randint(0, 256, (*shape, 16), dtype=torch.uint8, generator=generator)
+        tensors[f"{name}_blocks"] = torch.randint(
+            0, 256, (*shape, 16), dtype=torch.uint8, generator=generator
+        )
         tensors[f"{name}_scales"] = torch.full(shape, 120, dtype=torch.uint8)
     MXFP4_CONFIG.save_pretrained(directory)
     content = json.loads((directory / "config.json").read_text())
-    content["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+    content["quantization_config"] = {
+        "quant_method": "mxfp4",
+        "modules_to_not_convert": ["lm_head"],
+    }
     (directory / "config.json").write_text(json.dumps(content))
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     save_tokenizer(directory)
@@ -197,16 +231,23 @@ def test_weights_in_mxfp4_are_held_as_numbers_and_that_is_said(mxfp4: Path) -> N
     (note,) = model_notes(source)
     assert note.startswith("weights stored as mxfp4")
     planned, loaded = (load_model(source, torch.device(device)) for device in ("meta", "cpu"))
-    kinds = [{name: (p.shape, p.dtype) for name, p in model.named_parameters()} for model in (planned, loaded)]
+    kinds = [
+        {name: (p.shape, p.dtype) for name, p in model.named_parameters()}
+        for model in (planned, loaded)
+    ]
     assert kinds[0] == kinds[1]
 
 
-def test_a_model_that_came_in_mxfp4_is_saved_as_an_ordinary_one(mxfp4: Path, tmp_path: Path) -> None:
+def test_a_model_that_came_in_mxfp4_is_saved_as_an_ordinary_one(
+    mxfp4: Path, tmp_path: Path
+) -> None:
     source = ModelConfig(source=str(mxfp4), precision="bfloat16")
     model = load_model(source, torch.device("cpu"))
     save_model(model, tmp_path / "saved", tokenizer=load_tokenizer(source))
     assert "quantization_config" not in (tmp_path / "saved" / "config.json").read_text()
-    assert not [name for name in load_file(tmp_path / "saved" / "model.safetensors") if "blocks" in name]
+    assert not [
+        name for name in load_file(tmp_path / "saved" / "model.safetensors") if "blocks" in name
+    ]
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
     again = plain.state_dict()
     assert all(torch.equal(tensor, again[name]) for name, tensor in model.state_dict().items())
@@ -220,9 +261,15 @@ def test_weights_in_fp8_are_unpacked_and_that_is_said(tmp_path: Path) -> None:
         tensors[name] = tensor.clone()
         if name.endswith("proj.weight"):
             tensors[name] = tensor.to(torch.float8_e4m3fn)
-            tensors[f"{name}_scale_inv"] = torch.full([-(-size // 128) for size in tensor.shape], 2.0)
+            tensors[f"{name}_scale_inv"] = torch.full(
+                [-(-size // 128) for size in tensor.shape], 2.0
+            )
     config.save_pretrained(tmp_path)
-    stored = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+    stored = {
+        "quant_method": "fp8",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [128, 128],
+    }
     content = json.loads((tmp_path / "config.json").read_text()) | {"quantization_config": stored}
     (tmp_path / "config.json").write_text(json.dumps(content))
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
@@ -230,7 +277,10 @@ def test_weights_in_fp8_are_unpacked_and_that_is_said(tmp_path: Path) -> None:
     (note,) = model_notes(source)
     assert note.startswith("weights stored as fp8")
     planned, loaded = (load_model(source, torch.device(device)) for device in ("meta", "cpu"))
-    kinds = [{name: (p.shape, p.dtype) for name, p in model.named_parameters()} for model in (planned, loaded)]
+    kinds = [
+        {name: (p.shape, p.dtype) for name, p in model.named_parameters()}
+        for model in (planned, loaded)
+    ]
     assert kinds[0] == kinds[1]
     name = "model.layers.0.mlp.up_proj.weight"
     assert torch.equal(loaded.state_dict()[name].float(), tensors[name].float() * 2)
@@ -246,14 +296,22 @@ def test_weights_in_a_format_that_is_not_trained_are_refused_by_plan_and_run(
     content = json.loads((tmp_path / "config.json").read_text()) | {"quantization_config": stored}
     (tmp_path / "config.json").write_text(json.dumps(content))
     for device in ("meta", "cpu"):
-        with pytest.raises(ModelError, match=r"are stored as \w+, which fitune neither trains nor unpacks: give the"):
+        with pytest.raises(
+            ModelError,
+            match=r"are stored as \w+, which fitune neither trains nor unpacks: give the",
+        ):
             load_model(ModelConfig(source=str(tmp_path)), torch.device(device))
     assert load_model(ModelConfig(source=str(tmp_path), init="random"), torch.device("meta"))
 
 
 def test_a_number_of_layers_that_nobody_builds_is_refused(tmp_path: Path) -> None:
     TINY_LLAMA.save_pretrained(tmp_path)
-    content = json.loads((tmp_path / "config.json").read_text()) | {"num_hidden_layers": 10**9, "layer_types": None}
+    content = json.loads((tmp_path / "config.json").read_text()) | {
+        "num_hidden_layers": 10**9,
+        "layer_types": None,
+    }
     (tmp_path / "config.json").write_text(json.dumps(content))
-    with pytest.raises(ModelError, match="says that it has 1,000,000,000 layers, and at most 10,000 are built"):
+    with pytest.raises(
+        ModelError, match="says that it has 1,000,000,000 layers, and at most 10,000 are built"
+    ):
         load_model(ModelConfig(source=str(tmp_path)), torch.device("meta"))

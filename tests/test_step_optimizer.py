@@ -24,7 +24,9 @@ def model() -> nn.Module:
     return nn.Sequential(nn.Linear(8, 6), nn.LayerNorm(6), nn.Linear(6, 4))
 
 
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 3) -> Iterator[torch.Tensor]:
+def train(
+    model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 3
+) -> Iterator[torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
     for step in range(steps):
         set_lr(optimizer, 0.01 / (1 + step))
@@ -39,7 +41,9 @@ def test_the_table_says_which_optimizers_have_their_state_before_the_first_step(
     model: nn.Module, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kind = OPTIMIZERS[name]
-    monkeypatch.setitem(OPTIMIZERS, name, replace(kind, build=kind.stand_in or kind.build))  # needs no library
+    monkeypatch.setitem(
+        OPTIMIZERS, name, replace(kind, build=kind.stand_in or kind.build)
+    )  # needs no library
     optimizer = build_optimizer(model, OptimConfig(name=name), lr=0.01, device=CARD)
     assert create_state(optimizer) == (not kind.state_comes_late)
 
@@ -52,7 +56,12 @@ def test_the_table_says_how_large_the_state_of_an_optimizer_is(name: str) -> Non
     optimizer = (kind.stand_in or kind.build)([{"params": [linear.weight]}], OptimConfig(), 0.01)
     linear.weight.grad = torch.zeros_like(linear.weight)
     optimizer.step()
-    tensors = {id(t): t for state in optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)}
+    tensors = {
+        id(t): t
+        for state in optimizer.state.values()
+        for t in state.values()
+        if isinstance(t, torch.Tensor)
+    }
     share = sum(tensor.nbytes for tensor in tensors.values()) / linear.weight.nbytes
     assert share <= kind.state_share + 0.01
 
@@ -60,7 +69,12 @@ def test_the_table_says_how_large_the_state_of_an_optimizer_is(name: str) -> Non
 def test_the_state_on_the_host_changes_no_bit(model: nn.Module) -> None:
     other = copy.deepcopy(model)
     optim = OptimConfig(weight_decay=0.1)
-    ours = train(model, build_optimizer(model, OptimConfig(name="adamw_host", weight_decay=0.1), lr=0.01, device=CARD))
+    ours = train(
+        model,
+        build_optimizer(
+            model, OptimConfig(name="adamw_host", weight_decay=0.1), lr=0.01, device=CARD
+        ),
+    )
     theirs = train(other, build_optimizer(other, optim, lr=0.01, device=CPU))
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
@@ -104,7 +118,9 @@ def test_what_needs_a_card_is_refused_on_a_cpu(name: str, model: nn.Module) -> N
 
 
 def test_a_frozen_or_unused_parameter_stays(model: nn.Module) -> None:
-    optimizer = HostAdamW([{"params": [model[0].weight, model[2].weight]}], lr=0.1, betas=(0.9, 0.999), eps=1e-8)
+    optimizer = HostAdamW(
+        [{"params": [model[0].weight, model[2].weight]}], lr=0.1, betas=(0.9, 0.999), eps=1e-8
+    )
     before = model[2].weight.clone()
     model[0](torch.ones(2, 8)).sum().backward()
     optimizer.step()

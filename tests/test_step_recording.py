@@ -38,7 +38,9 @@ def passes(config: RunConfig) -> list[Pass]:
 def steps(trace: MemoryTrace) -> list[tuple[object, ...]]:
     """Of the steps alone: when it loads, a model with data is asked for its logits, and one without is not."""
     events = [
-        (e.num_bytes, e.category, e.phase, e.step, e.micro_batch, e.module, e.op) for e in trace.events if e.step > 0
+        (e.num_bytes, e.category, e.phase, e.step, e.micro_batch, e.module, e.op)
+        for e in trace.events
+        if e.step > 0
     ]
     # what dies at one moment (autocast's copies of the weights) dies in the order of a hash table
     runs = groupby(events, key=lambda event: event[0] < 0)
@@ -61,7 +63,9 @@ def steps(trace: MemoryTrace) -> list[tuple[object, ...]]:
     ],
     ids=" ".join,
 )
-def test_a_fake_step_has_the_events_of_a_real_one(config_directory: Path, overrides: tuple[str, ...]) -> None:
+def test_a_fake_step_has_the_events_of_a_real_one(
+    config_directory: Path, overrides: tuple[str, ...]
+) -> None:
     config = make_config(config_directory, *overrides)
     fake = record_step(config, passes(config), target=None)
     real = record_step(config, passes(config), target=None, mode="real")
@@ -80,26 +84,42 @@ def test_the_rows_are_copied_to_the_card_as_inputs(config_directory: Path) -> No
     config = make_config(config_directory)
     recorded = record_step(config, passes(config), target=CudaTarget((8, 9)))
     ids_bytes = 2 * LENGTH * 8
-    copied = [e for e in recorded.trace.events if e.step == 3 and e.category == "input" and e.num_bytes > 2 * ids_bytes]
+    copied = [
+        e
+        for e in recorded.trace.events
+        if e.step == 3 and e.category == "input" and e.num_bytes > 2 * ids_bytes
+    ]
     assert len(copied) >= 2  # token ids, positions and targets of each micro-batch, in one piece
 
 
 def test_the_optimizer_state_is_born_in_the_first_step_and_stays(config_directory: Path) -> None:
     config = make_config(config_directory)
     state = [
-        e for e in record_step(config, passes(config), target=None).trace.events if e.category == "optimizer_state"
+        e
+        for e in record_step(config, passes(config), target=None).trace.events
+        if e.category == "optimizer_state"
     ]
     assert {e.step for e in state if e.num_bytes > 0} == {1}
     assert not [e for e in state if e.num_bytes < 0]
 
 
-def test_a_card_before_ampere_trains_in_float16_with_scaled_gradients(config_directory: Path) -> None:
+def test_a_card_before_ampere_trains_in_float16_with_scaled_gradients(
+    config_directory: Path,
+) -> None:
     config = make_config(config_directory, "model.precision=auto")
-    assert record_step(config, passes(config), target=CudaTarget((7, 5))).precision.name == "autocast_float16"
-    assert record_step(config, passes(config), target=CudaTarget((8, 0))).precision.name == "autocast_bfloat16"
+    assert (
+        record_step(config, passes(config), target=CudaTarget((7, 5))).precision.name
+        == "autocast_float16"
+    )
+    assert (
+        record_step(config, passes(config), target=CudaTarget((8, 0))).precision.name
+        == "autocast_bfloat16"
+    )
 
 
-@pytest.mark.parametrize(("target", "released"), [(CudaTarget(), True), (None, False)], ids=["card", "cpu"])
+@pytest.mark.parametrize(
+    ("target", "released"), [(CudaTarget(), True), (None, False)], ids=["card", "cpu"]
+)
 def test_a_card_s_cache_is_empty_once_the_state_is_made(
     config_directory: Path, target: CudaTarget | None, released: bool
 ) -> None:

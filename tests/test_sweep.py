@@ -18,7 +18,11 @@ from fitune.run.directory import RunDirectory
 from fitune.run.sweep import read_states, read_sweep
 from written_runs import Recipe, write_run
 
-BASE: dict[str, Any] = {"model": {"source": "tiny"}, "data": {"train": "sft.jsonl"}, "run": {"name": "three"}}
+BASE: dict[str, Any] = {
+    "model": {"source": "tiny"},
+    "data": {"train": "sft.jsonl"},
+    "run": {"name": "three"},
+}
 THREE = [
     {"batch.micro": 6, "batch.accumulation": 1, "optim.lr": 3e-5},
     {"batch.micro": 6, "batch.accumulation": 4, "optim.lr": 6e-5},
@@ -53,19 +57,31 @@ def test_a_grid_is_every_combination() -> None:
 def test_all_runs_share_seed_data_and_what_was_typed() -> None:
     found = read_sweep(write(THREE), ["train.seed=5", "optim.lr=1"])
     assert {entry.config.train.seed for entry in found.entries} == {5}
-    assert [entry.config.optim.lr for entry in found.entries] == [3e-5, 6e-5, 6e-5]  # the sweep's own keys count
+    assert [entry.config.optim.lr for entry in found.entries] == [
+        3e-5,
+        6e-5,
+        6e-5,
+    ]  # the sweep's own keys count
 
 
 def test_a_rate_without_a_dot_is_a_number() -> None:
-    Path("sweep.yaml").write_text("model: {source: tiny}\ndata: {train: a}\nsweep: {optim.lr: [5e-7, 1e-6]}\n")
-    assert [entry.config.optim.lr for entry in read_sweep(Path("sweep.yaml")).entries] == [5e-7, 1e-6]
+    Path("sweep.yaml").write_text(
+        "model: {source: tiny}\ndata: {train: a}\nsweep: {optim.lr: [5e-7, 1e-6]}\n"
+    )
+    assert [entry.config.optim.lr for entry in read_sweep(Path("sweep.yaml")).entries] == [
+        5e-7,
+        1e-6,
+    ]
 
 
 @pytest.mark.parametrize(
     ("sweep", "sentence"),
     [
         (None, "has no key 'sweep'"),
-        ([{"optim.lrr": 1}], "run 1 of the sweep: command line: unknown key 'optim.lrr': did you mean 'optim.lr'"),
+        (
+            [{"optim.lrr": 1}],
+            "run 1 of the sweep: command line: unknown key 'optim.lrr': did you mean 'optim.lr'",
+        ),
         ([3], "run 1 of the sweep is no set of keys"),
         ({"optim.lr": 3e-5}, "sweep.optim.lr must be a list of values"),
         ([{"optim.lr": 1e-5}, {"optim.lr": 1e-5}], "two runs of the sweep are called lr1e-05"),
@@ -88,7 +104,9 @@ def test_training_a_sweep_is_refused_with_the_way_out(capsys: pytest.CaptureFixt
 class Trainer:
     """Stands for the processes of plans and runs: writes what `fitune train` would."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, too_large: str = "", failing: str = "") -> None:
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, *, too_large: str = "", failing: str = ""
+    ) -> None:
         self.trained: list[list[str]] = []
         self.too_large, self.failing = too_large, failing
         monkeypatch.setattr(fitune.cli.sweep, "ProcessPoolExecutor", lambda *_, **__: self)
@@ -106,7 +124,11 @@ class Trainer:
 
     def plan(self, config: Any) -> dict[str, Any]:
         fits = config.run.name != self.too_large
-        candidate = {"predicted_device_bytes": 2**30, "predicted_reserved_bytes": 2**30, "categories": {}}
+        candidate = {
+            "predicted_device_bytes": 2**30,
+            "predicted_reserved_bytes": 2**30,
+            "categories": {},
+        }
         plan = {"candidates": [candidate], "chosen": 0 if fits else None, "budget_bytes": 2**31}
         return {"plan": plan} | ({} if fits else {"state": "does not fit"})
 
@@ -168,10 +190,14 @@ def test_a_failed_run_does_not_end_the_sweep_and_the_same_command_tries_it_again
     trainer = Trainer(monkeypatch)
     assert main(["sweep", str(write(THREE))]) == 0
     assert [Path(arguments[0]).stem for arguments in trainer.trained] == ["6x1-lr3e-05"]
-    assert [state["state"] for state in read_states(Path("runs/three")).values()] == ["finished"] * 3
+    assert [state["state"] for state in read_states(Path("runs/three")).values()] == [
+        "finished"
+    ] * 3
 
 
-def test_an_entry_that_was_changed_is_planned_and_trained_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_entry_that_was_changed_is_planned_and_trained_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     Trainer(monkeypatch)
     main(["sweep", str(write(THREE))])
     trainer = Trainer(monkeypatch)
@@ -186,7 +212,9 @@ def test_a_dry_run_only_plans(monkeypatch: pytest.MonkeyPatch) -> None:
     assert trainer.trained == []
 
 
-def test_a_sweep_of_which_nothing_fits_ends_with_exit_code_3(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sweep_of_which_nothing_fits_ends_with_exit_code_3(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     Trainer(monkeypatch, too_large="6x1-lr3e-05")
     assert main(["sweep", str(write(THREE[:1]))]) == 3
 
@@ -194,12 +222,18 @@ def test_a_sweep_of_which_nothing_fits_ends_with_exit_code_3(monkeypatch: pytest
 def test_a_search_chooses_its_runs_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("optuna")
     trainer = Trainer(monkeypatch)
-    monkeypatch.setattr(trainer, "submit", lambda function, config: Result(function(config)), raising=False)
+    monkeypatch.setattr(
+        trainer, "submit", lambda function, config: Result(function(config)), raising=False
+    )
     batch = {"micro": 6, "accumulation": 4}
     space = {"optim.lr": {"low": 1e-5, "high": 1e-3, "log": True}}
     assert main(["sweep", str(write({"search": space, "trials": 2}, batch=batch))]) == 0
     assert main(["sweep", str(write({"search": space, "trials": 3}, batch=batch))]) == 0
-    assert [Path(arguments[0]).stem for arguments in trainer.trained] == ["trial-0000", "trial-0001", "trial-0002"]
+    assert [Path(arguments[0]).stem for arguments in trainer.trained] == [
+        "trial-0000",
+        "trial-0001",
+        "trial-0002",
+    ]
 
 
 class Result:
@@ -219,7 +253,11 @@ def test_a_whole_sweep_trains_in_processes_and_finds_two_splits_to_be_one_run(
     monkeypatch.setenv("FITUNE_CACHE", str(tmp_path / "cache"))
     save_tiny_model(tmp_path / "tiny")
     write_dialogues(tmp_path / "sft.jsonl", 60)
-    path = write(THREE[1:], data={"train": "sft.jsonl", "eval_fraction": 0.2, "max_length": 64}, train={"steps": 2})
+    path = write(
+        THREE[1:],
+        data={"train": "sft.jsonl", "eval_fraction": 0.2, "max_length": 64},
+        train={"steps": 2},
+    )
     source = Path(__file__).parent.parent / "src"
     code = f"import sys; sys.path.insert(0, {str(source)!r}); from fitune.cli.app import main; sys.exit(main())"
     result = subprocess.run(

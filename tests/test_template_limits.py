@@ -35,7 +35,9 @@ MESSAGES = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "
 
 
 def conversation(*messages: dict[str, str]) -> Conversation:
-    return Conversation(messages=messages, weights=(None,) * len(messages), tools=None, text=None, digest=0)
+    return Conversation(
+        messages=messages, weights=(None,) * len(messages), tools=None, text=None, digest=0
+    )
 
 
 @pytest.fixture
@@ -81,7 +83,9 @@ def test_text_as_long_as_its_conversation_is_no_excess() -> None:
     assert not isinstance(row, str)
 
 
-def test_the_limits_are_gone_afterwards_and_nothing_comes_late(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_limits_are_gone_afterwards_and_nothing_comes_late(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     resource = pytest.importorskip("resource")
     before, threads = resource.getrlimit(resource.RLIMIT_AS), threading.active_count()
     monkeypatch.setattr(template_limits, "MOST_SECONDS", 0.0)
@@ -116,7 +120,9 @@ def test_other_users_of_transformers_keep_its_own_sandbox() -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit on memory is Linux's")
 @pytest.mark.parametrize("moment", ["when a rendering begins", "when it ends"])
-def test_ctrl_c_in_any_moment_leaves_the_process_its_memory(moment: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_in_any_moment_leaves_the_process_its_memory(
+    moment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import resource
 
     before = resource.getrlimit(resource.RLIMIT_AS)

@@ -13,7 +13,11 @@ from fitune.data.tokenise import Encoded, Encoder, encode, read_encoder
 from template_families import EOS, FAMILIES, TEMPLATES, TOKENS
 
 KINDS = ("bytes", "sentencepiece", "wordpiece")
-SAID, ASKED, TOLD = "XYZ中文é", "αβγδ", "жшюя"  # in no template: what is supervised tells whose it is
+SAID, ASKED, TOLD = (
+    "XYZ中文é",
+    "αβγδ",
+    "жшюя",
+)  # in no template: what is supervised tells whose it is
 
 
 @cache
@@ -28,22 +32,36 @@ def tokenizer(kind: str) -> PreTrainedTokenizerFast:
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         backend.decoder = decoders.ByteLevel()
     elif kind == "sentencepiece":
-        pairs = [("▁", "X"), ("▁X", "Y"), ("▁", "A"), ("Y", "Z"), ("▁", "Y"), ("\n", "\n"), ("▁", "α")]
+        pairs = [
+            ("▁", "X"),
+            ("▁X", "Y"),
+            ("▁", "A"),
+            ("Y", "Z"),
+            ("▁", "Y"),
+            ("\n", "\n"),
+            ("▁", "α"),
+        ]
         words = ["<unk>", "▁", "\n", *plain, *("".join(pair) for pair in pairs)]
         vocabulary = {word: number for number, word in enumerate(dict.fromkeys(words))}
         backend = Tokenizer(models.BPE(vocabulary, pairs, unk_token="<unk>", fuse_unk=True))
-        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        backend.normalizer = normalizers.Sequence(
+            [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        )
         backend.decoder = decoders.Metaspace()
     else:
         words = ["[UNK]", *plain, *(f"##{letter}" for letter in plain), "XY", "##YZ", "αβ"]
         backend = Tokenizer(
-            models.WordPiece({word: i for i, word in enumerate(dict.fromkeys(words))}, unk_token="[UNK]")
+            models.WordPiece(
+                {word: i for i, word in enumerate(dict.fromkeys(words))}, unk_token="[UNK]"
+            )
         )
         backend.normalizer = normalizers.BertNormalizer(lowercase=False, strip_accents=False)
         backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
         backend.decoder = decoders.WordPiece()
     backend.add_special_tokens([AddedToken(token, normalized=False) for token in TOKENS])
-    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<bos>", eos_token=EOS, pad_token="<pad>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<bos>", eos_token=EOS, pad_token="<pad>"
+    )
 
 
 @cache
@@ -57,14 +75,18 @@ def supervised(found: Encoder, result: Encoded | str) -> list[str]:
 
 
 def conversation(*turns: tuple[str, str], **row: object) -> Conversation:
-    return normalise({"messages": [{"role": role, "content": content} for role, content in turns], **row})[1]
+    return normalise(
+        {"messages": [{"role": role, "content": content} for role, content in turns], **row}
+    )[1]
 
 
 def texts(letters: str) -> st.SearchStrategy[str]:
     spaces = st.sampled_from(["", "", "", " ", "\n"])
     word = st.text(st.sampled_from(letters), min_size=1, max_size=4)
     joined = st.lists(word, min_size=1, max_size=3).flatmap(
-        lambda words: st.sampled_from([" ", "\n", ", ", "\n\n"]).map(lambda joint: joint.join(words))
+        lambda words: st.sampled_from([" ", "\n", ", ", "\n\n"]).map(
+            lambda joint: joint.join(words)
+        )
     )
     return st.tuples(spaces, joined, spaces).map("".join)
 
@@ -82,9 +104,14 @@ def chats(draw: st.DrawFn) -> tuple[str, tuple[tuple[str, str], ...]]:
         roles += ["user", "assistant"] * draw(st.integers(1, 3))
     else:
         starts = [role for role in ("user", "assistant") if role in family.starts_with]
-        roles += [draw(st.sampled_from(starts)), *draw(st.lists(st.sampled_from(["user", "assistant"]), max_size=4))]
+        roles += [
+            draw(st.sampled_from(starts)),
+            *draw(st.lists(st.sampled_from(["user", "assistant"]), max_size=4)),
+        ]
         roles = [
-            role for place, role in enumerate(roles) if roles[place - 1 : place] != ["assistant"] or role != "assistant"
+            role
+            for place, role in enumerate(roles)
+            if roles[place - 1 : place] != ["assistant"] or role != "assistant"
         ]
         if roles[-1] != "assistant":
             roles.append("assistant")
@@ -108,7 +135,9 @@ def test_every_template_has_its_family() -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_answers_and_their_ends_are_supervised_and_nothing_else(name: str) -> None:
     turns = (("user", "αβ γ"), ("assistant", "XY Z"), ("user", "γ"), ("assistant", "Z"))
-    assert supervised(encoder(name), encode(encoder(name), [conversation(*turns)])[0]) == expected(name, turns)
+    assert supervised(encoder(name), encode(encoder(name), [conversation(*turns)])[0]) == expected(
+        name, turns
+    )
 
 
 @given(chat=chats(), again=st.booleans())
@@ -134,13 +163,24 @@ def test_every_kind_of_token_of_the_answers_is_supervised_and_no_other(
     said = "".join(supervised(found, result)).replace("##", "")
     assert not set(said) & set(ASKED + TOLD)
     wanted = "".join(expected(name, turns))
-    assert [letter for letter in said if letter in SAID] == [letter for letter in wanted if letter in SAID]
+    assert [letter for letter in said if letter in SAID] == [
+        letter for letter in wanted if letter in SAID
+    ]
     for token in TOKENS:
         assert said.count(token) == wanted.count(token), token
 
 
-CALL = {"id": "abcdefghi", "type": "function", "function": {"name": "wind", "arguments": {"city": "Oslo"}}}
-TOOLS = [{"type": "function", "function": {"name": "wind", "parameters": {"type": "object", "properties": {}}}}]
+CALL = {
+    "id": "abcdefghi",
+    "type": "function",
+    "function": {"name": "wind", "arguments": {"city": "Oslo"}},
+}
+TOOLS = [
+    {
+        "type": "function",
+        "function": {"name": "wind", "parameters": {"type": "object", "properties": {}}},
+    }
+]
 
 
 def with_tools(arguments: object) -> Conversation:
@@ -176,9 +216,13 @@ CALLS = {
 }
 
 
-@pytest.mark.parametrize("arguments", [{"city": "Oslo"}, '{"city": "Oslo"}'], ids=["object", "text"])
+@pytest.mark.parametrize(
+    "arguments", [{"city": "Oslo"}, '{"city": "Oslo"}'], ids=["object", "text"]
+)
 @pytest.mark.parametrize("name", CALLS)
-def test_tool_calls_are_learned_with_their_end_however_their_arguments_are_given(name: str, arguments: object) -> None:
+def test_tool_calls_are_learned_with_their_end_however_their_arguments_are_given(
+    name: str, arguments: object
+) -> None:
     chat = with_tools(arguments)
     for result in encode(encoder(name), [chat, chat]):
         assert supervised(encoder(name), result) == CALLS[name]
@@ -201,7 +245,9 @@ THOUGHT = "<think>\nYZ\n</think>\n\nX"
 def test_earlier_turns_whose_thinking_the_template_drops_are_not_learned(
     name: str, spans: list[str], is_said: bool
 ) -> None:
-    chat = conversation(("user", "α"), ("assistant", THOUGHT), ("user", "β"), ("assistant", THOUGHT))
+    chat = conversation(
+        ("user", "α"), ("assistant", THOUGHT), ("user", "β"), ("assistant", THOUGHT)
+    )
     for result in encode(encoder(name), [chat, chat, chat]):
         assert supervised(encoder(name), result) == spans
         assert isinstance(result, Encoded)
@@ -214,13 +260,18 @@ def test_earlier_turns_whose_thinking_the_template_drops_are_not_learned(
         ("qwen3", ["<think>\nYZ\n</think>\n\nX<|im_end|>\n"]),
         (
             "harmony",
-            ["<|channel|>analysis<|message|>YZ<|end|><|start|>assistant<|channel|>final<|message|>X<|return|>"],
+            [
+                "<|channel|>analysis<|message|>YZ<|end|><|start|>assistant<|channel|>final<|message|>X<|return|>"
+            ],
         ),
         ("chatml", ["X<|im_end|>\n", "X<|im_end|>\n"]),
     ],
 )
 def test_reasoning_is_learned_where_the_template_writes_it(name: str, spans: list[str]) -> None:
-    turns = [{"role": "user", "content": "α"}, {"role": "assistant", "content": "X", "reasoning_content": "YZ"}] * 2
+    turns = [
+        {"role": "user", "content": "α"},
+        {"role": "assistant", "content": "X", "reasoning_content": "YZ"},
+    ] * 2
     chat = normalise({"messages": turns})[1]
     for result in encode(encoder(name), [chat, chat, chat]):
         assert supervised(encoder(name), result) == spans
@@ -228,14 +279,24 @@ def test_reasoning_is_learned_where_the_template_writes_it(name: str, spans: lis
 
 @pytest.mark.parametrize(
     ("name", "end"),
-    [("glm4", "<|user|>"), ("falcon_instruct", EOS), ("solar", EOS), ("phi2", EOS), ("amber_end_at_last", EOS)],
+    [
+        ("glm4", "<|user|>"),
+        ("falcon_instruct", EOS),
+        ("solar", EOS),
+        ("phi2", EOS),
+        ("amber_end_at_last", EOS),
+    ],
 )
-def test_an_answer_that_the_template_does_not_end_gets_an_end_which_is_said(name: str, end: str) -> None:
+def test_an_answer_that_the_template_does_not_end_gets_an_end_which_is_said(
+    name: str, end: str
+) -> None:
     result = encode(encoder(name), [conversation(("user", "α"), ("assistant", "X"))])[0]
     assert isinstance(result, Encoded)
     assert supervised(encoder(name), result)[0].endswith(end)
     assert result.ends == {end}
-    assert any("does not end" in notice for notice in result.notices) is (name != "amber_end_at_last")
+    assert any("does not end" in notice for notice in result.notices) is (
+        name != "amber_end_at_last"
+    )
 
 
 def test_the_end_of_a_turn_among_others_is_not_taken_for_an_end_of_the_text() -> None:
@@ -251,7 +312,9 @@ def test_the_last_turn_alone_is_learned_with_mask_last() -> None:
     assert supervised(found, encode(found, [conversation(*turns)])[0]) == ["Y<|eot_id|>"]
 
 
-def test_a_system_message_that_a_template_refuses_is_merged_where_that_is_set_and_else_the_setting_is_named() -> None:
+def test_a_system_message_that_a_template_refuses_is_merged_where_that_is_set_and_else_the_setting_is_named() -> (
+    None
+):
     chat = conversation(("system", "ж"), ("user", "α"), ("assistant", "X"))
     refused = encode(encoder("gemma"), [chat])[0]
     assert isinstance(refused, str)
@@ -273,7 +336,9 @@ def test_a_row_with_tools_takes_the_template_for_tools() -> None:
     own.chat_template = templates
     try:
         found = read_encoder(own, template=None, mask="assistant")
-        plain, tools = encode(found, [conversation(("user", "α"), ("assistant", "X")), with_tools({"city": "Oslo"})])
+        plain, tools = encode(
+            found, [conversation(("user", "α"), ("assistant", "X")), with_tools({"city": "Oslo"})]
+        )
         named = read_encoder(own, template="tool_use", mask="assistant")
     finally:
         own.chat_template = None
@@ -286,7 +351,8 @@ def test_a_row_with_tools_takes_the_template_for_tools() -> None:
 def test_what_a_row_gives_its_template_is_given_to_it() -> None:
     messages = [{"role": "user", "content": "α"}, {"role": "assistant", "content": "X"}]
     chats = [
-        normalise({"messages": messages, "chat_template_kwargs": {"enable_thinking": on}})[1] for on in (True, False)
+        normalise({"messages": messages, "chat_template_kwargs": {"enable_thinking": on}})[1]
+        for on in (True, False)
     ]
     found = encoder("qwen3")
     results = [supervised(found, result) for result in encode(found, chats)]

@@ -38,7 +38,9 @@ def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
 
 
 @pytest.mark.parametrize("piece_bytes", [3, 2**24])
-def test_tensors_of_every_kind_read_back(piece_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tensors_of_every_kind_read_back(
+    piece_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(tensor_file, "PIECE_BYTES", piece_bytes)
     digest = write_tensors(tmp_path / "a.safetensors", TENSORS)
     assert_equal(load_file(tmp_path / "a.safetensors"), TENSORS)

@@ -27,7 +27,9 @@ sys.exit(int(start_thread(threading.Thread(target=int))))
 @pytest.mark.parametrize(("left_mib", "starts"), [(0, False), (64, True)])
 def test_no_thread_is_waited_for_that_finds_no_memory(left_mib: int, starts: bool) -> None:
     """`Thread.start` itself would wait for ever, with a limit of exactly what is mapped."""
-    done = subprocess.run([sys.executable, "-c", AT_THE_LIMIT, str(left_mib * 1024**2)], check=False, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", AT_THE_LIMIT, str(left_mib * 1024**2)], check=False, timeout=60
+    )
     assert done.returncode == int(starts)
 
 

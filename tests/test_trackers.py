@@ -34,7 +34,13 @@ def tracked_run(place: Path, name: str) -> RunDirectory:
     arguments = ["train.steps=3", f"run.trackers=[{name}]", f"run.name={name}", "--format", "quiet"]
     command = [sys.executable, "-m", "fitune", "train", "sft.yaml", *arguments]
     done = subprocess.run(
-        command, cwd=place, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+        command,
+        cwd=place,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"runs/{name}\n"
@@ -71,7 +77,9 @@ def test_tensorboard_holds_the_run(place: Path) -> None:
     run = tracked_run(place, "tensorboard")
     found = EventAccumulator(str(run.trackers / "tensorboard"))
     found.Reload()
-    assert {scalar.step: scalar.value for scalar in found.Scalars("train/loss")} == pytest.approx(losses(run))
+    assert {scalar.step: scalar.value for scalar in found.Scalars("train/loss")} == pytest.approx(
+        losses(run)
+    )
     assert [scalar.step for scalar in found.Scalars("eval/loss")] == [0, 1, 2, 3]
     (event,) = found.Tensors("event/text_summary")
     assert event.tensor_proto.string_val[0].decode() == last_event(run)
@@ -87,9 +95,13 @@ def test_trackio_holds_the_run(place: Path) -> None:
         "print(json.dumps([store.get_logs('fitune', 'trackio'), store.get_run_config('fitune', 'trackio')]))"
     )
     environment = {**os.environ, "TRACKIO_DIR": str(place / "trackio")}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
     logs, config = json.loads(done.stdout)
-    assert {log["step"]: log["train/loss"] for log in logs if "train/loss" in log} == pytest.approx(losses(run))
+    assert {log["step"]: log["train/loss"] for log in logs if "train/loss" in log} == pytest.approx(
+        losses(run)
+    )
     assert [log["event"] for log in logs if "event" in log] == [last_event(run)]
     assert config["optim.lr"] == 0.01
 
@@ -106,7 +118,9 @@ def test_wandb_holds_the_run_offline(place: Path) -> None:
         record = wandb_internal_pb2.Record()
         record.ParseFromString(content)
         text += content
-        items = {tuple(item.nested_key) or (item.key,): item.value_json for item in record.history.item}
+        items = {
+            tuple(item.nested_key) or (item.key,): item.value_json for item in record.history.item
+        }
         if ("train/loss",) in items:
             seen[int(items["train/step",])] = json.loads(items["train/loss",])
     assert seen == pytest.approx(losses(run))
@@ -166,7 +180,9 @@ def test_a_tracker_that_is_not_installed_is_refused_with_the_way_to_it(
 
 
 def test_an_unknown_tracker_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["train", "--model", "m", "--data", "d", "run.trackers=[aim]", "--print-config"]) == 2
+    assert (
+        main(["train", "--model", "m", "--data", "d", "run.trackers=[aim]", "--print-config"]) == 2
+    )
     assert "each tensorboard, trackio, wandb, mlflow or swanlab" in capsys.readouterr().err
 
 
@@ -180,7 +196,9 @@ def test_a_tracker_that_fails_is_said_once_and_the_run_goes_on(tmp_path: Path) -
         raise ConnectionError("the network is gone")
 
     said: list[str] = []
-    tracked = Tracked("wandb", SimpleNamespace(log=fail, finish=fail), RunDirectory(tmp_path), said.append)
+    tracked = Tracked(
+        "wandb", SimpleNamespace(log=fail, finish=fail), RunDirectory(tmp_path), said.append
+    )
     for step in (1, 2, 3):
         tracked.step(step_metrics(step), progress=0.5)
     tracked.finish()

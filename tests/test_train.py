@@ -28,7 +28,14 @@ from fitune.data.examples import load_examples
 from fitune.model.finite import saved_not_finite
 from fitune.model.load import build_model, load_model
 from fitune.run.directory import RunDirectory, read_run
-from fitune.run.metrics import StepMetrics, Summary, read_events, read_metrics, read_summary, summary_json
+from fitune.run.metrics import (
+    StepMetrics,
+    Summary,
+    read_events,
+    read_metrics,
+    read_summary,
+    summary_json,
+)
 from tiny_models import TINY_QWEN3
 from tiny_run import save_tiny_model, write_config, write_dialogues
 
@@ -60,9 +67,17 @@ def place(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
 
 def train(*arguments: str) -> Summary:
     """Three steps unless the arguments say how many; the summary of the run that they name."""
-    length = [] if any(argument.startswith("train.steps=") for argument in arguments) else ["train.steps=3"]
+    length = (
+        []
+        if any(argument.startswith("train.steps=") for argument in arguments)
+        else ["train.steps=3"]
+    )
     assert main(["train", "sft.yaml", *length, *arguments]) == 0
-    names = [argument.removeprefix("run.name=") for argument in arguments if argument.startswith("run.name=")]
+    names = [
+        argument.removeprefix("run.name=")
+        for argument in arguments
+        if argument.startswith("run.name=")
+    ]
     return read_summary(Path("runs", *(names or ["run"]), "summary.json"))
 
 
@@ -99,19 +114,26 @@ def plain_eval_loss(directory: Path) -> float:
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("train.epochs=0.001", "train.epochs 0.001 of 60 samples an epoch is not one sample: set it to 0.02 or more"),
+        (
+            "train.epochs=0.001",
+            "train.epochs 0.001 of 60 samples an epoch is not one sample: set it to 0.02 or more",
+        ),
         (
             "data.train=[{path: sft.jsonl, weight: 0.001}]",
             "of 0.06 samples an epoch is not one sample: set it to 16.67 or more",
         ),
     ],
 )
-def test_a_run_without_a_sample_is_refused(override: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_without_a_sample_is_refused(
+    override: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert said in error_of(capsys, "train", "sft.yaml", "data.eval_fraction=0", override)
     assert not RUN.path.exists()
 
 
-def test_a_source_too_small_for_the_run_is_said(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_source_too_small_for_the_run_is_said(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     write_dialogues(place / "few.jsonl", 20, seed=5)
     sources = "data.train=[{path: sft.jsonl}, {path: few.jsonl, weight: 0.004}]"
     assert main(["train", "sft.yaml", "--dry-run", sources, "data.eval_fraction=0"]) == 0
@@ -139,7 +161,11 @@ def test_the_summary_agrees_with_the_lines() -> None:
     metrics = read_metrics(RUN.metrics)
     assert metrics.damaged_lines == ()
     assert summary.steps == len(metrics.steps) == 3
-    assert summary.tokens == sum(step.tokens for step in metrics.steps) == metrics.steps[-1].total_tokens
+    assert (
+        summary.tokens
+        == sum(step.tokens for step in metrics.steps)
+        == metrics.steps[-1].total_tokens
+    )
     assert summary.supervised_tokens == sum(step.supervised_tokens for step in metrics.steps)
     assert summary.train_loss == metrics.steps[-1].loss
     assert summary.eval_loss == metrics.evals[-1].eval_loss
@@ -199,12 +225,18 @@ def test_the_machine_is_recorded() -> None:
 
 
 @pytest.mark.parametrize("arguments", [(), ("model.method=lora",)], ids=["full", "lora"])
-@pytest.mark.parametrize("extra", [(), ("data.packing=false", "loss=full")], ids=["packed", "padded"])
-def test_the_reported_loss_is_that_of_plain_transformers(arguments: tuple[str, ...], extra: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    "extra", [(), ("data.packing=false", "loss=full")], ids=["packed", "padded"]
+)
+def test_the_reported_loss_is_that_of_plain_transformers(
+    arguments: tuple[str, ...], extra: tuple[str, ...]
+) -> None:
     summary = train(*arguments, *extra)
     directory = RUN.last
     if arguments:
-        assert main(["export", str(RUN.path), "--to", "hf", "--weights", "last", "-o", "merged"]) == 0
+        assert (
+            main(["export", str(RUN.path), "--to", "hf", "--weights", "last", "-o", "merged"]) == 0
+        )
         directory = Path("merged")
     assert plain_eval_loss(directory) == pytest.approx(summary.eval_loss, abs=1e-5)
 
@@ -248,7 +280,9 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not() -> None:
 def test_the_micro_batch_does_not_change_the_result() -> None:
     summary = train()
     split = train("run.name=split", "batch.micro=3")
-    assert {step.num_micro_batches for step in read_metrics(Path("runs/split/metrics.jsonl")).steps} == {3}
+    assert {
+        step.num_micro_batches for step in read_metrics(Path("runs/split/metrics.jsonl")).steps
+    } == {3}
     assert split.train_loss == pytest.approx(summary.train_loss, rel=1e-5)
 
 
@@ -256,7 +290,12 @@ def test_a_batch_twice_as_large_has_the_same_schedule_in_tokens() -> None:
     """A rate that falls in a straight line: each large step has the mean rate of the small ones that it stands for."""
     spent = {}
     for rows in (4, 8):
-        straight = ("optim.schedule=linear", "optim.warmup=0", "train.epochs=1", f"batch.effective={rows}")
+        straight = (
+            "optim.schedule=linear",
+            "optim.warmup=0",
+            "train.epochs=1",
+            f"batch.effective={rows}",
+        )
         assert main(["train", "sft.yaml", f"run.name={rows}", *straight]) == 0
         steps = read_metrics(Path(f"runs/{rows}/metrics.jsonl")).steps
         rates = itertools.accumulate(step.lr * step.tokens for step in steps)
@@ -279,13 +318,19 @@ def test_merged_adapters_keep_the_tokenizer_and_its_template() -> None:
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
-def test_an_exported_model_stops_at_the_end_that_its_template_has_taught_it(method: str, tmp_path: Path) -> None:
+def test_an_exported_model_stops_at_the_end_that_its_template_has_taught_it(
+    method: str, tmp_path: Path
+) -> None:
     template = tmp_path / "ends.jinja"
-    template.write_text("{% for m in messages %}<|im_end|>{{ m.role }} {{ m.content }}<|im_start|>{% endfor %}")
+    template.write_text(
+        "{% for m in messages %}<|im_end|>{{ m.role }} {{ m.content }}<|im_start|>{% endfor %}"
+    )
     train(f"model.method={method}", f"data.template={template}")
     assert main(["export", str(RUN.path), "--to", "hf"]) == 0
     tokenizer = AutoTokenizer.from_pretrained("tiny")
-    ends = AutoModelForCausalLM.from_pretrained(RUN.path / "export-hf").generation_config.eos_token_id
+    ends = AutoModelForCausalLM.from_pretrained(
+        RUN.path / "export-hf"
+    ).generation_config.eos_token_id
     assert tokenizer.bos_token_id in ends
 
 
@@ -295,7 +340,9 @@ def test_an_exact_export_to_minimind_loads_back_bit_for_bit(method: str) -> None
     assert main(["export", str(RUN.path), "--to", "minimind", "--exact", "-o", "out/sft.pth"]) == 0
     assert main(["export", str(RUN.path), "--to", "hf", "-o", "merged"]) == 0
     shape: Any = {"num_heads": 4}
-    back = load_model(ModelConfig(source="out/sft.pth", shape=shape), torch.device("cpu")).state_dict()
+    back = load_model(
+        ModelConfig(source="out/sft.pth", shape=shape), torch.device("cpu")
+    ).state_dict()
     plain = AutoModelForCausalLM.from_pretrained("merged").state_dict()
     assert back.keys() == plain.keys()
     assert all(torch.equal(back[name], plain[name]) for name in plain)
@@ -329,11 +376,18 @@ def test_an_export_from_another_directory_is_the_same_model(
     monkeypatch.chdir("elsewhere")
     monkeypatch.setattr("socket.socket.connect", None)
     assert main(["export", str(place / RUN.path), "--to", "hf", "-o", "there"]) == 0
-    here, there = (load_file(place / path / "model.safetensors") for path in ("here", "elsewhere/there"))
+    here, there = (
+        load_file(place / path / "model.safetensors") for path in ("here", "elsewhere/there")
+    )
     assert all(torch.equal(here[name], there[name]) for name in here)
-    base = load_model(ModelConfig(source=str(place / "tiny"), init=init), torch.device("cpu"), seed=3).state_dict()
+    base = load_model(
+        ModelConfig(source=str(place / "tiny"), init=init), torch.device("cpu"), seed=3
+    ).state_dict()
     untrained = [name for name in here if "embed_tokens" in name]
-    assert all(torch.equal(here[name].float(), base[name].to(here[name].dtype).float()) for name in untrained)
+    assert all(
+        torch.equal(here[name].float(), base[name].to(here[name].dtype).float())
+        for name in untrained
+    )
 
 
 def test_adapters_of_an_unknown_model_are_not_merged(capsys: pytest.CaptureFixture[str]) -> None:
@@ -353,15 +407,32 @@ def test_weights_that_are_not_finite_are_the_cause_that_is_named(
     tensors = load_file("tiny/model.safetensors")
     tensors["model.layers.0.mlp.up_proj.weight"][3, 3] = math.nan
     save_file(tensors, "tiny/model.safetensors", metadata={"format": "pt"})
-    error = error_of(capsys, "train", "sft.yaml", f"loss={loss}", "train.steps=9", exit_code=2 if loss == "auto" else 1)
+    error = error_of(
+        capsys,
+        "train",
+        "sft.yaml",
+        f"loss={loss}",
+        "train.steps=9",
+        exit_code=2 if loss == "auto" else 1,
+    )
     assert "model.layers.0.mlp.up_proj.weight" in error
     assert "computes its logits" not in error
 
 
 @pytest.mark.parametrize("save_every", [1, 9])
-def test_no_weights_are_promised_that_are_not_there(save_every: int, capsys: pytest.CaptureFixture[str]) -> None:
-    rate = ["optim.name=sgd", "optim.lr=1e300", "optim.schedule=constant", "optim.clip=0", "train.steps=20"]
-    error = error_of(capsys, "train", "sft.yaml", *rate, f"train.save_every={save_every}", exit_code=1)
+def test_no_weights_are_promised_that_are_not_there(
+    save_every: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rate = [
+        "optim.name=sgd",
+        "optim.lr=1e300",
+        "optim.schedule=constant",
+        "optim.clip=0",
+        "train.steps=20",
+    ]
+    error = error_of(
+        capsys, "train", "sft.yaml", *rate, f"train.save_every={save_every}", exit_code=1
+    )
     assert "is not finite itself: an earlier update was too large, lower optim.lr (1e+300)" in error
     assert error.rstrip().endswith("no weights were saved before that")
 
@@ -370,7 +441,9 @@ def test_saved_weights_are_looked_at_before_they_are_promised(tmp_path: Path) ->
     assert saved_not_finite(tmp_path) == "nothing"
     save_file({"a": torch.ones(3)}, tmp_path / "model.safetensors")
     assert saved_not_finite(tmp_path) is None
-    save_file({"a": torch.ones(3), "b": torch.tensor([1.0, math.inf])}, tmp_path / "model.safetensors")
+    save_file(
+        {"a": torch.ones(3), "b": torch.tensor([1.0, math.inf])}, tmp_path / "model.safetensors"
+    )
     assert saved_not_finite(tmp_path) == "b"
     (tmp_path / "model.safetensors").write_bytes(b"cut")
     assert saved_not_finite(tmp_path) is not None
@@ -418,7 +491,10 @@ def test_a_run_without_a_name_is_called_after_model_and_data() -> None:
     write_config(Path("sft.yaml"), {"run": {"name": None}})
     for _ in range(2):
         assert main(["train", "sft.yaml", "train.steps=1"]) == 0
-    assert sorted(path.name for path in Path("runs").iterdir()) == ["tiny-sft-0001", "tiny-sft-0002"]
+    assert sorted(path.name for path in Path("runs").iterdir()) == [
+        "tiny-sft-0001",
+        "tiny-sft-0002",
+    ]
 
 
 def test_a_dry_run_writes_nothing(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -435,12 +511,19 @@ def test_a_dry_run_writes_nothing(place: Path, capsys: pytest.CaptureFixture[str
     [
         (["run.name=taken"], "runs/taken exists: choose another run.name, or give --overwrite"),
         (["run.name=../escaped"], "is not the name of a directory"),
-        (["run.output=sft.jsonl"], "sft.jsonl is a file, and runs are kept in a directory: give another run.output"),
+        (
+            ["run.output=sft.jsonl"],
+            "sft.jsonl is a file, and runs are kept in a directory: give another run.output",
+        ),
     ],
 )
 @pytest.mark.parametrize("dry", [["--dry-run"], []])
 def test_a_place_that_cannot_be_taken_is_refused_at_once(
-    words: list[str], dry: list[str], sentence: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    words: list[str],
+    dry: list[str],
+    sentence: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     Path("runs/taken/checkpoints").mkdir(parents=True)
     Path("runs/taken/config.yaml").touch()
@@ -486,10 +569,14 @@ def test_stop_after_saves_and_stops() -> None:
     assert summary.status == "stopped"
     assert 0 < summary.steps < 1000000
     assert plain_eval_loss(RUN.last) > 0
-    assert [event.kind for event in read_events(RUN.events) if event.kind != "memory_check"] == ["stopped"]
+    assert [event.kind for event in read_events(RUN.events) if event.kind != "memory_check"] == [
+        "stopped"
+    ]
 
 
-def interrupt_at(step: int, monkeypatch: pytest.MonkeyPatch, number: signal.Signals = signal.SIGINT) -> None:
+def interrupt_at(
+    step: int, monkeypatch: pytest.MonkeyPatch, number: signal.Signals = signal.SIGINT
+) -> None:
     def interrupt(self: TrainingProgress, metrics: StepMetrics, *, progress: float) -> None:
         if metrics.step == step:
             signal.raise_signal(number)
@@ -499,7 +586,10 @@ def interrupt_at(step: int, monkeypatch: pytest.MonkeyPatch, number: signal.Sign
 
 @pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_saves_the_step_that_it_came_in(
-    number: signal.Signals, exit_code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    number: signal.Signals,
+    exit_code: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     constant = ("optim.schedule=constant", "optim.warmup=0")
     train("run.name=two", "train.steps=2", *constant)
@@ -520,13 +610,24 @@ def test_signals_act_as_before_once_a_run_is_over(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.slow
 def test_control_c_ends_the_process_with_saved_weights() -> None:
     process = subprocess.Popen(
-        [sys.executable, "-m", "fitune", "train", "sft.yaml", "train.steps=1000000", "train.eval_every=1000000"],
+        [
+            sys.executable,
+            "-m",
+            "fitune",
+            "train",
+            "sft.yaml",
+            "train.steps=1000000",
+            "train.eval_every=1000000",
+        ],
         env={**os.environ, "PYTHONPATH": str(SOURCE)},
         stderr=subprocess.PIPE,
         text=True,
     )
     deadline = time.monotonic() + 120
-    while not (RUN.metrics.exists() and b'"loss"' in RUN.metrics.read_bytes()) and time.monotonic() < deadline:
+    while (
+        not (RUN.metrics.exists() and b'"loss"' in RUN.metrics.read_bytes())
+        and time.monotonic() < deadline
+    ):
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
@@ -536,12 +637,24 @@ def test_control_c_ends_the_process_with_saved_weights() -> None:
     assert plain_eval_loss(RUN.last) > 0
 
 
-def test_a_loss_that_stays_not_finite_ends_the_run_with_the_way_out(capsys: pytest.CaptureFixture[str]) -> None:
-    error = error_of(capsys, "train", "sft.yaml", "optim.lr=1e30", "train.steps=50", "train.eval_every=50", exit_code=1)
+def test_a_loss_that_stays_not_finite_ends_the_run_with_the_way_out(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    error = error_of(
+        capsys,
+        "train",
+        "sft.yaml",
+        "optim.lr=1e30",
+        "train.steps=50",
+        "train.eval_every=50",
+        exit_code=1,
+    )
     assert "not finite in 3 steps in a row" in error
     assert "lower optim.lr (1e+30)" in error
     assert read_run(RUN.path).state == "failed"
-    assert [event.kind for event in read_events(RUN.events) if event.kind != "memory_check"] == ["not_finite"] * 3
+    assert [event.kind for event in read_events(RUN.events) if event.kind != "memory_check"] == [
+        "not_finite"
+    ] * 3
 
 
 def test_an_evaluation_that_is_not_a_number_is_never_the_best() -> None:
@@ -557,12 +670,16 @@ def test_rows_are_tokenised_once(place: Path, monkeypatch: pytest.MonkeyPatch) -
     tables = {path: path.stat().st_mtime_ns for path in (place / "cache").rglob("rows.arrow")}
     train("run.name=second")
     assert len(tables) == 1
-    assert {path: path.stat().st_mtime_ns for path in (place / "cache").rglob("rows.arrow")} == tables
+    assert {
+        path: path.stat().st_mtime_ns for path in (place / "cache").rglob("rows.arrow")
+    } == tables
 
 
 def test_a_preset_is_trained_from_scratch_with_a_tokenizer_from_elsewhere() -> None:
     save_tiny_model(Path("qwen3"), TINY_QWEN3)
-    summary = train("model.source=qwen3", "model.tokenizer=tiny", "model.init=random", "train.seed=5")
+    summary = train(
+        "model.source=qwen3", "model.tokenizer=tiny", "model.init=random", "train.seed=5"
+    )
     assert summary.status == "finished"
 
 
@@ -598,19 +715,27 @@ def test_python_trains_by_a_mapping_a_file_or_a_configuration(place: Path) -> No
         fitune.train(config, overwrite=True, quiet=True)
         for config in (mapping, "sft.yaml", place / "sft.yaml", read_config("sft.yaml").config)
     ]
-    assert {summary.train_loss for summary in summaries} == {train("train.steps=null", "run.name=cli").train_loss}
+    assert {summary.train_loss for summary in summaries} == {
+        train("train.steps=null", "run.name=cli").train_loss
+    }
 
 
 def test_python_gets_an_error_as_an_exception() -> None:
     with pytest.raises(errors.ConfigError, match=r"optim\.lr is -1"):
-        fitune.train({"model": {"source": "tiny"}, "data": {"train": "sft.jsonl"}, "optim": {"lr": -1}})
+        fitune.train(
+            {"model": {"source": "tiny"}, "data": {"train": "sft.jsonl"}, "optim": {"lr": -1}}
+        )
 
 
 @pytest.mark.parametrize("first", ["import fitune", "import fitune.train as train"])
 def test_importing_fitune_imports_nothing_heavy(first: str) -> None:
-    code = f"{first}; import fitune, sys; assert callable(fitune.train); print('torch' in sys.modules)"
+    code = (
+        f"{first}; import fitune, sys; assert callable(fitune.train); print('torch' in sys.modules)"
+    )
     environment = {**os.environ, "PYTHONPATH": str(SOURCE)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
     assert done.stdout == "False\n"
 
 

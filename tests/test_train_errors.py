@@ -20,18 +20,24 @@ from tiny_models import TINY_GPT2, save_tokenizer
 from tiny_run import save_tiny_model, write_config, write_dialogues
 
 Make = Callable[[Path], object]
-Case = tuple[Make, tuple[str, ...], tuple[str, ...]]  # what is made, the overrides, what the errors hold
+Case = tuple[
+    Make, tuple[str, ...], tuple[str, ...]
+]  # what is made, the overrides, what the errors hold
 
 USER = {"role": "user", "content": "w1"}
 ANSWER = {"role": "assistant", "content": "w2"}
 
 
 def rows(*content: object) -> Make:
-    return lambda place: (place / "sft.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
+    return lambda place: (place / "sft.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in content)
+    )
 
 
 def text(content: str | bytes, name: str = "sft.jsonl") -> Make:
-    return lambda place: (place / name).write_bytes(content.encode() if isinstance(content, str) else content)
+    return lambda place: (place / name).write_bytes(
+        content.encode() if isinstance(content, str) else content
+    )
 
 
 def many(row: object, num_good: int = 3) -> Make:
@@ -54,11 +60,17 @@ def without_template(place: Path) -> None:
 
 
 DATA: dict[str, Case] = {
-    "no file": (nothing, ("data.train=gone.jsonl",), ("no data at gone.jsonl: there is no such file",)),
+    "no file": (
+        nothing,
+        ("data.train=gone.jsonl",),
+        ("no data at gone.jsonl: there is no such file",),
+    ),
     "a weight without sense": (
         nothing,
         ("data.train=[{path: sft.jsonl, weight: 1e300}]",),
-        ("data.train.0.weight is 1e+300: it must be a number of at least 1e-06 and of at most 10000",),
+        (
+            "data.train.0.weight is 1e+300: it must be a number of at least 1e-06 and of at most 10000",
+        ),
     ),
     "no directory": (nothing, ("data.train=gone/",), ("no data at gone/: there is no such file",)),
     "an empty file": (text(""), (), ("sft.jsonl is empty",)),
@@ -66,13 +78,32 @@ DATA: dict[str, Case] = {
     "a binary file": (text(b"\x00\x01\x02" * 99), (), ("sft.jsonl is no text file",)),
     "another encoding": (text("é".encode("latin-1") * 3), (), ("not UTF-8 at byte 1",)),
     "broken lines": (text('{"messages": [\n' * 3), (), ("3 of 3 samples cannot be used",)),
-    "a broken array": (text("[{}, "), (), ("broken JSON, Expecting value; an array cannot be read past that",)),
+    "a broken array": (
+        text("[{}, "),
+        (),
+        ("broken JSON, Expecting value; an array cannot be read past that",),
+    ),
     "no rows but numbers": (rows(1, 2), (), ("it is a number, not an object",)),
     "unknown keys": (rows({"a": 1}), (), ("its keys (a) fit no known format",)),
-    "an unknown role": (many({"messages": [USER, {"role": "narrator", "content": "w"}]}), (), ("the role 'narrator'",)),
-    "an empty answer": (many({"messages": [USER, {"role": "assistant", "content": ""}]}), (), ("is empty",)),
+    "an unknown role": (
+        many({"messages": [USER, {"role": "narrator", "content": "w"}]}),
+        (),
+        ("the role 'narrator'",),
+    ),
+    "an empty answer": (
+        many({"messages": [USER, {"role": "assistant", "content": ""}]}),
+        (),
+        ("is empty",),
+    ),
     "an answer that is a picture": (
-        many({"messages": [USER, {"role": "assistant", "content": [{"type": "image", "image": "a"}]}]}),
+        many(
+            {
+                "messages": [
+                    USER,
+                    {"role": "assistant", "content": [{"type": "image", "image": "a"}]},
+                ]
+            }
+        ),
         (),
         ("only text can be trained on",),
     ),
@@ -92,19 +123,47 @@ DATA: dict[str, Case] = {
         (),
         ("would learn from nothing",),
     ),
-    "mixed formats": (rows({"messages": [USER, ANSWER]}, {"text": "w1"}), (), ("mixes two formats: line 1",)),
-    "an unknown ending": (text("a", "sft.txt"), ("data.train=sft.txt",), ("unknown ending '.txt'",)),
-    "a directory without data": (directory_of_notes, ("data.train=notes",), ("the directory notes holds no data",)),
-    "no parquet": (text("a", "a.parquet"), ("data.train=a.parquet",), ("cannot be read as parquet",)),
+    "mixed formats": (
+        rows({"messages": [USER, ANSWER]}, {"text": "w1"}),
+        (),
+        ("mixes two formats: line 1",),
+    ),
+    "an unknown ending": (
+        text("a", "sft.txt"),
+        ("data.train=sft.txt",),
+        ("unknown ending '.txt'",),
+    ),
+    "a directory without data": (
+        directory_of_notes,
+        ("data.train=notes",),
+        ("the directory notes holds no data",),
+    ),
+    "no parquet": (
+        text("a", "a.parquet"),
+        ("data.train=a.parquet",),
+        ("cannot be read as parquet",),
+    ),
     "a sample of nothing": (nothing, ("data.train=sft.jsonl#0",), ("0 samples",)),
     "one source of two": (
         nothing,
         ("data.train=[sft.jsonl, gone.jsonl]",),
         ("no data at gone.jsonl",),
     ),
-    "missing evaluation data": (nothing, ("data.eval=gone.jsonl", "data.eval_fraction=0.01"), ("no data at gone",)),
-    "no template": (without_template, ("model.tokenizer=bare",), ("the tokenizer has no chat template",)),
-    "a missing template file": (nothing, ("data.template=gone.jinja",), ("data.template gone.jinja cannot be read",)),
+    "missing evaluation data": (
+        nothing,
+        ("data.eval=gone.jsonl", "data.eval_fraction=0.01"),
+        ("no data at gone",),
+    ),
+    "no template": (
+        without_template,
+        ("model.tokenizer=bare",),
+        ("the tokenizer has no chat template",),
+    ),
+    "a missing template file": (
+        nothing,
+        ("data.template=gone.jinja",),
+        ("data.template gone.jinja cannot be read",),
+    ),
     "a template that fails": (
         text("{{ nope() }}", "a.jinja"),
         ("data.template=a.jinja",),
@@ -115,7 +174,11 @@ DATA: dict[str, Case] = {
         ("data.template=a.jinja",),
         ("the chat template (a.jinja) cannot render",),
     ),
-    "a hub id without a connection": (nothing, ("data.train=someone/data",), ("it cannot be loaded from the hub",)),
+    "a hub id without a connection": (
+        nothing,
+        ("data.train=someone/data",),
+        ("it cannot be loaded from the hub",),
+    ),
 }
 
 
@@ -211,10 +274,26 @@ MODEL = ("model.source=model",)
 
 MODELS: dict[str, Case] = {
     "no such path": (nothing, ("model.source=./gone",), ("model.source './gone' does not exist",)),
-    "an unknown preset": (nothing, ("model.source=minimind9", "model.tokenizer=tiny"), ("did you mean minimind2",)),
-    "a hub id without a connection": (nothing, ("model.source=someone/model",), ("someone/model is not cached",)),
-    "a preset without a tokenizer": (nothing, ("model.source=minimind2",), ("minimind2 carries no tokenizer",)),
-    "a file of another kind": (text("a", "a.bin"), ("model.source=a.bin",), ("is a file of unknown kind",)),
+    "an unknown preset": (
+        nothing,
+        ("model.source=minimind9", "model.tokenizer=tiny"),
+        ("did you mean minimind2",),
+    ),
+    "a hub id without a connection": (
+        nothing,
+        ("model.source=someone/model",),
+        ("someone/model is not cached",),
+    ),
+    "a preset without a tokenizer": (
+        nothing,
+        ("model.source=minimind2",),
+        ("minimind2 carries no tokenizer",),
+    ),
+    "a file of another kind": (
+        text("a", "a.bin"),
+        ("model.source=a.bin",),
+        ("is a file of unknown kind",),
+    ),
     "corrupt weights": (corrupt, MODEL, ("the weights of model are damaged",)),
     "truncated weights": (truncated, MODEL, ("the weights of model are damaged",)),
     "no config.json": (without_config, MODEL, ("model has no config.json",)),
@@ -224,19 +303,55 @@ MODELS: dict[str, Case] = {
     "a broken tokenizer": (broken_tokenizer, MODEL, ("model cannot be read",)),
     "an encoder": (encoder, MODEL, ("model is 'bert', an encoder",)),
     "an encoder with a decoder": (encoder_and_decoder, MODEL, ("model is 't5', an encoder",)),
-    "an unknown architecture": (unknown_architecture, MODEL, ("model has an architecture that this transformers",)),
-    "weights of another shape": (other_shape, MODEL, ("the weights of model do not fit its architecture",)),
-    "a tokenizer beyond the vocabulary": (large_tokenizer, ("model.tokenizer=large",), ("an embedding of 64 rows",)),
-    "rows beyond the positions": (gpt2, (*MODEL, "data.max_length=65"), ("exceeds the 64 positions of model",)),
-    "no GGUF": (text("a", "a.gguf"), ("model.source=a.gguf", "model.tokenizer=tiny"), ("a.gguf is no GGUF file",)),
+    "an unknown architecture": (
+        unknown_architecture,
+        MODEL,
+        ("model has an architecture that this transformers",),
+    ),
+    "weights of another shape": (
+        other_shape,
+        MODEL,
+        ("the weights of model do not fit its architecture",),
+    ),
+    "a tokenizer beyond the vocabulary": (
+        large_tokenizer,
+        ("model.tokenizer=large",),
+        ("an embedding of 64 rows",),
+    ),
+    "rows beyond the positions": (
+        gpt2,
+        (*MODEL, "data.max_length=65"),
+        ("exceeds the 64 positions of model",),
+    ),
+    "no GGUF": (
+        text("a", "a.gguf"),
+        ("model.source=a.gguf", "model.tokenizer=tiny"),
+        ("a.gguf is no GGUF file",),
+    ),
     "a .pth that is text": (text("a", "a.pth"), PTH, ("a.pth cannot be read as a weights file",)),
     "a .pth with code": (pickled_code, PTH, ("a.pth is refused",)),
     "a pickle that is code": (bare_pickle, PTH, ("a.pth is refused",)),
-    "an unknown preset of shape": (minimind_weights, (*PTH, "model.shape.preset=minimind7"), ("minimind7",)),
+    "an unknown preset of shape": (
+        minimind_weights,
+        (*PTH, "model.shape.preset=minimind7"),
+        ("minimind7",),
+    ),
     "a .pth that tells no number of heads": (minimind_weights, PTH, ("set model.shape.num_heads",)),
-    "a wrong number of heads": (minimind_weights, (*PTH, "model.shape.num_heads=7"), ("7 heads do not divide",)),
-    "a wrong number of layers": (minimind_weights, (*PTH, *HEADS, "model.shape.num_layers=9"), ("says num_layers 9",)),
-    "a wrong width": (minimind_weights, (*PTH, *HEADS, "model.shape.hidden_size=99"), ("says hidden_size 99",)),
+    "a wrong number of heads": (
+        minimind_weights,
+        (*PTH, "model.shape.num_heads=7"),
+        ("7 heads do not divide",),
+    ),
+    "a wrong number of layers": (
+        minimind_weights,
+        (*PTH, *HEADS, "model.shape.num_layers=9"),
+        ("says num_layers 9",),
+    ),
+    "a wrong width": (
+        minimind_weights,
+        (*PTH, *HEADS, "model.shape.hidden_size=99"),
+        ("says hidden_size 99",),
+    ),
     "the preset of another model": (
         minimind_weights,
         (*PTH, *HEADS, "model.shape.preset=minimind2"),
@@ -247,7 +362,11 @@ MODELS: dict[str, Case] = {
         ("model.method=lora", "model.lora.targets=[q_proj, nope]"),
         ("model.lora.targets names nope",),
     ),
-    "an optimizer that is not installed": (nothing, ("optim.name=adamw_8bit",), ("needs bitsandbytes",)),
+    "an optimizer that is not installed": (
+        nothing,
+        ("optim.name=adamw_8bit",),
+        ("needs bitsandbytes",),
+    ),
     "an unknown allocator setting": (nothing, ("memory.allocator=nope:1",), ("nope",)),
 }
 
@@ -257,8 +376,16 @@ PLACES: dict[str, Case] = {
         ("run.output=sft.jsonl/runs",),
         ("sft.jsonl is a file, and runs are kept in a directory",),
     ),
-    "a name that is a path": (nothing, ("run.name=a/b",), ("run.name 'a/b' is not the name of a directory",)),
-    "a name that is above": (nothing, ("run.name=..",), ("run.name '..' is not the name of a directory",)),
+    "a name that is a path": (
+        nothing,
+        ("run.name=a/b",),
+        ("run.name 'a/b' is not the name of a directory",),
+    ),
+    "a name that is above": (
+        nothing,
+        ("run.name=..",),
+        ("run.name '..' is not the name of a directory",),
+    ),
     "somebody's directory": (
         directory_of_notes,
         ("run.output=.", "run.name=notes"),
@@ -310,17 +437,23 @@ def check(place: Path, capsys: pytest.CaptureFixture[str], case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", DATA.values(), ids=DATA)
-def test_data_that_cannot_be_trained_on(case: Case, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_data_that_cannot_be_trained_on(
+    case: Case, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     check(place, capsys, case)
 
 
 @pytest.mark.parametrize("case", MODELS.values(), ids=MODELS)
-def test_a_model_that_cannot_be_used(case: Case, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_model_that_cannot_be_used(
+    case: Case, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     check(place, capsys, case)
 
 
 @pytest.mark.parametrize("case", PLACES.values(), ids=PLACES)
-def test_a_place_that_cannot_hold_the_run(case: Case, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_place_that_cannot_hold_the_run(
+    case: Case, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     check(place, capsys, case)
 
 
@@ -349,7 +482,9 @@ def small_disk(place: Path) -> Iterator[Path]:
     subprocess.run(["umount", disk], check=True)
 
 
-def test_a_full_disk_ends_the_run_in_one_sentence(small_disk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_full_disk_ends_the_run_in_one_sentence(
+    small_disk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["train", "sft.yaml", "train.steps=2", f"run.output={small_disk}"]) == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
@@ -358,9 +493,13 @@ def test_a_full_disk_ends_the_run_in_one_sentence(small_disk: Path, capsys: pyte
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
-def test_a_place_that_holds_no_files_is_not_called_full(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_place_that_holds_no_files_is_not_called_full(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["train", "sft.yaml", "run.output=/proc/runs"]) == 2
-    assert "error: /proc is no place for files: its file system has 0 bytes" in capsys.readouterr().err
+    assert (
+        "error: /proc is no place for files: its file system has 0 bytes" in capsys.readouterr().err
+    )
 
 
 def test_a_full_cache_says_how_to_name_another_place(

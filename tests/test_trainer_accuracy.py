@@ -32,4 +32,6 @@ def test_what_was_predicted_is_within_the_bound_or_says_why() -> None:
 
 def test_the_page_names_every_row_that_was_predicted() -> None:
     page = "\n".join(trainer_accuracy.section())
-    assert set(re.findall(r"^\| (fms-\S+) ", page, re.MULTILINE)) == {row.id for row in trainer_accuracy.read_results()}
+    assert set(re.findall(r"^\| (fms-\S+) ", page, re.MULTILINE)) == {
+        row.id for row in trainer_accuracy.read_results()
+    }

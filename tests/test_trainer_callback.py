@@ -22,12 +22,17 @@ from tiny_steps import labelled, make_model
 from tiny_trainers import hf_trainer, needs_trl, rows, sft_trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
-MAKE = pytest.mark.parametrize("make", [hf_trainer, pytest.param(sft_trainer, marks=needs_trl)], ids=["hf", "trl"])
+MAKE = pytest.mark.parametrize(
+    "make", [hf_trainer, pytest.param(sft_trainer, marks=needs_trl)], ids=["hf", "trl"]
+)
 
 
 @MAKE
 def test_the_run_is_the_same_bit_for_bit(make: Any, tmp_path: Path) -> None:
-    plain, watched = make(tmp_path), make(tmp_path, callbacks=[FituneCallback(tmp_path / "runs", "first")])
+    plain, watched = (
+        make(tmp_path),
+        make(tmp_path, callbacks=[FituneCallback(tmp_path / "runs", "first")]),
+    )
     plain.train()
     watched.train()
     for name in ("loss", "grad_norm"):
@@ -39,9 +44,13 @@ def test_the_run_is_the_same_bit_for_bit(make: Any, tmp_path: Path) -> None:
 
 
 @MAKE
-def test_its_directory_holds_the_run(make: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_its_directory_holds_the_run(
+    make: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     trainer = make(tmp_path, gradient_accumulation_steps=2)
-    callback = FituneCallback(tmp_path / "runs", "first", prediction=fitune.predict_trainer(trainer, gpu="cpu"))
+    callback = FituneCallback(
+        tmp_path / "runs", "first", prediction=fitune.predict_trainer(trainer, gpu="cpu")
+    )
     trainer.add_callback(callback)
     trainer.train()
     assert callback.run is not None
@@ -51,11 +60,15 @@ def test_its_directory_holds_the_run(make: Any, tmp_path: Path, capsys: pytest.C
     assert record.summary.steps == 4
     assert record.summary.predicted_allocated_bytes is not None
     steps = read_metrics(callback.run.metrics).steps
-    assert [step.loss for step in steps] == [log["loss"] for log in trainer.state.log_history if "loss" in log]
+    assert [step.loss for step in steps] == [
+        log["loss"] for log in trainer.state.log_history if "loss" in log
+    ]
     assert steps[0].num_micro_batches == 2
     assert steps[0].micro_batch == 4
     assert 0 < steps[0].supervised_tokens < steps[0].tokens
-    assert all(step.noise_signal is not None and step.noise_variance is not None for step in steps[1:])
+    assert all(
+        step.noise_signal is not None and step.noise_variance is not None for step in steps[1:]
+    )
     assert steps[-1].noise_bounce is not None or steps[-1].noise_scale_tokens is not None
     assert read_run_memory(callback.run.memory)[-1].step == 4
     assert "monitor" not in [thread.name for thread in threading.enumerate()]
@@ -66,7 +79,9 @@ def test_its_directory_holds_the_run(make: Any, tmp_path: Path, capsys: pytest.C
 
 def test_steps_without_any_target_end_no_training(tmp_path: Path) -> None:
     data = rows().map(lambda row: {"labels": [-100] * len(row["labels"])})
-    trainer = hf_trainer(tmp_path, callbacks=[FituneCallback(tmp_path / "runs", "first")], data=data, max_steps=2)
+    trainer = hf_trainer(
+        tmp_path, callbacks=[FituneCallback(tmp_path / "runs", "first")], data=data, max_steps=2
+    )
     assert trainer.train().global_step == 2
 
 
@@ -87,7 +102,14 @@ def test_an_alarm_is_kept_and_speaks_of_the_trainers_arguments(
 @MAKE
 def test_an_evaluation_is_a_line_of_its_own(make: Any, tmp_path: Path) -> None:
     callback = FituneCallback(tmp_path / "runs", "first")
-    trainer = make(tmp_path, callbacks=[callback], eval_data=rows(), max_steps=2, eval_strategy="steps", eval_steps=1)
+    trainer = make(
+        tmp_path,
+        callbacks=[callback],
+        eval_data=rows(),
+        max_steps=2,
+        eval_strategy="steps",
+        eval_steps=1,
+    )
     trainer.train()
     assert callback.run is not None
     evals = read_metrics(callback.run.metrics).evals
@@ -105,7 +127,9 @@ def test_rows_of_a_step_that_was_done_again_count_once(tmp_path: Path) -> None:
     runs = []
     for calls in ((), (9, 10)):
         callback = FituneCallback(tmp_path / "runs", "safe-")
-        trainer = hf_trainer(tmp_path, kind=SafeTrainer, callbacks=[callback], gradient_accumulation_steps=2)
+        trainer = hf_trainer(
+            tmp_path, kind=SafeTrainer, callbacks=[callback], gradient_accumulation_steps=2
+        )
         with failing(trainer.model, "backward of layer 0", *calls):
             trainer.train()
         assert callback.run is not None
@@ -117,7 +141,9 @@ def test_rows_of_a_step_that_was_done_again_count_once(tmp_path: Path) -> None:
 
 
 def gradient(model: torch.nn.Module) -> torch.Tensor:
-    return torch.cat([parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None])
+    return torch.cat(
+        [parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None]
+    )
 
 
 def test_the_norms_are_those_of_the_micro_batches_and_of_their_sum_before_clipping() -> None:
@@ -132,7 +158,9 @@ def test_the_norms_are_those_of_the_micro_batches_and_of_their_sum_before_clippi
             own.append(((gradient(model) - before) ** 2).sum().item())
             before = gradient(model).clone()
         states = [optimizer.state[parameter] for parameter in model.parameters()]
-        memory = torch.cat([state["exp_avg"].flatten() for state in states if state] or [before * 0])
+        memory = torch.cat(
+            [state["exp_avg"].flatten() for state in states if state] or [before * 0]
+        )
         torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
         norms = reader.take().norms
         assert norms is not None

@@ -35,7 +35,9 @@ BOTH = pytest.mark.parametrize("make", [hf_trainer, pytest.param(sft_trainer, ma
 
 
 def lora(directory: Path, **changes: Any) -> Trainer:
-    return sft_trainer(directory, peft_config=LoraConfig(r=4, target_modules="all-linear"), **changes)
+    return sft_trainer(
+        directory, peft_config=LoraConfig(r=4, target_modules="all-linear"), **changes
+    )
 
 
 def gpt2(directory: Path, **changes: Any) -> Trainer:
@@ -75,7 +77,9 @@ def sizes(trace: MemoryTrace) -> list[tuple[int, int]]:
 
 @BOTH
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_the_real_run_allocates_what_was_recorded_before_it(make: Make, accumulation: int, tmp_path: Path) -> None:
+def test_the_real_run_allocates_what_was_recorded_before_it(
+    make: Make, accumulation: int, tmp_path: Path
+) -> None:
     data = rows((20,) * 32, masked=False)
     changes = {"gradient_accumulation_steps": accumulation, "data": data}
     recorded = record_trainer(make(tmp_path, **changes))
@@ -93,24 +97,32 @@ def test_the_real_run_allocates_what_was_recorded_before_it(make: Make, accumula
         (hf_trainer, {"neftune_noise_alpha": 5.0}),
         (hf_trainer, {"label_smoothing_factor": 0.1}),
         pytest.param(sft_trainer, {}, marks=needs_trl),
-        pytest.param(sft_trainer, {"bf16": True, "gradient_accumulation_steps": 2}, marks=needs_trl),
+        pytest.param(
+            sft_trainer, {"bf16": True, "gradient_accumulation_steps": 2}, marks=needs_trl
+        ),
         pytest.param(sft_trainer, {"padding_free": True, "max_length": None}, marks=needs_trl),
         pytest.param(sft_trainer, {"label_smoothing_factor": 0.1}, marks=needs_trl),
         pytest.param(lora, {}, marks=needs_trl),
     ],
     ids=lambda value: getattr(value, "__name__", None) or "-".join(value),
 )
-def test_fake_and_real_tensors_give_the_same_events(make: Make, changes: dict[str, Any], tmp_path: Path) -> None:
+def test_fake_and_real_tensors_give_the_same_events(
+    make: Make, changes: dict[str, Any], tmp_path: Path
+) -> None:
     trainer = make(tmp_path, **changes)
     traces = []
     for mode in ("fake", "real"):
         recorded = record_trainer(trainer, mode=mode)  # type: ignore[arg-type]
-        traces.append(record_loop(recorded.build, recorded.loop, RecordSettings(num_steps=2, mode=mode)))  # type: ignore[arg-type]
+        traces.append(
+            record_loop(recorded.build, recorded.loop, RecordSettings(num_steps=2, mode=mode))
+        )  # type: ignore[arg-type]
     assert first_difference(*traces) is None
 
 
 @BOTH
-def test_the_trainer_trains_afterwards_as_if_nothing_had_been_predicted(make: Make, tmp_path: Path) -> None:
+def test_the_trainer_trains_afterwards_as_if_nothing_had_been_predicted(
+    make: Make, tmp_path: Path
+) -> None:
     plain = make(tmp_path)
     plain.train()
     trainer = make(tmp_path)
@@ -121,7 +133,9 @@ def test_the_trainer_trains_afterwards_as_if_nothing_had_been_predicted(make: Ma
     assert torch.equal(torch.get_rng_state(), stream)
     trainer.train()
     assert weights(trainer) == weights(plain)
-    ours, theirs = ([log.get("loss") for log in each.state.log_history] for each in (trainer, plain))
+    ours, theirs = (
+        [log.get("loss") for log in each.state.log_history] for each in (trainer, plain)
+    )
     assert ours == theirs
 
 
@@ -133,7 +147,9 @@ def weights(trainer: Trainer) -> dict[str, list[float]]:
 def test_an_optimizer_that_was_given_is_the_one_predicted(tmp_path: Path) -> None:
     def peak(optimizer: Callable[[Any], torch.optim.Optimizer]) -> int:
         model = tiny_model()
-        trainer = hf_trainer(tmp_path, model=model, optimizers=(optimizer(model.parameters()), None))
+        trainer = hf_trainer(
+            tmp_path, model=model, optimizers=(optimizer(model.parameters()), None)
+        )
         return fitune.predict_trainer(trainer, gpu="cpu", num_steps=2).categories["optimizer_state"]
 
     assert peak(lambda parameters: torch.optim.SGD(parameters, lr=0.1)) == 0
@@ -149,7 +165,9 @@ def test_a_trainer_that_has_trained_is_predicted_the_same(tmp_path: Path) -> Non
 
 def test_the_longest_rows_decide(tmp_path: Path) -> None:
     short, long = (
-        fitune.predict_trainer(hf_trainer(tmp_path, data=rows((6,) * 8 + last)), gpu="cpu", num_steps=1)
+        fitune.predict_trainer(
+            hf_trainer(tmp_path, data=rows((6,) * 8 + last)), gpu="cpu", num_steps=1
+        )
         for last in ((6,), (48,))
     )
     assert long.peak_allocated_bytes > 2 * short.peak_allocated_bytes
@@ -162,7 +180,9 @@ def test_the_loss_of_trl_works_in_place_on_a_card(tmp_path: Path) -> None:
     from trl.kernels import chunked_logprob
 
     tile = 4 * min(4 * 29, chunked_logprob.TOKEN_CHUNK_SIZE) * _chunk_size()
-    assert prediction.categories["temporary"] < 1.5 * tile  # torch's own operators make about five of them
+    assert (
+        prediction.categories["temporary"] < 1.5 * tile
+    )  # torch's own operators make about five of them
     assert not chunked_logprob._use_triton(torch.device("cpu"))
 
 
@@ -183,7 +203,10 @@ def version_of(package: str, found: str) -> Iterator[None]:
 @pytest.mark.parametrize("found", ["5.22.0", "6.0.0"])
 def test_another_transformers_is_refused(found: str, tmp_path: Path) -> None:
     trainer = hf_trainer(tmp_path)
-    with version_of("transformers", found), pytest.raises(UsageError, match=f"transformers {found} is not supported"):
+    with (
+        version_of("transformers", found),
+        pytest.raises(UsageError, match=f"transformers {found} is not supported"),
+    ):
         fitune.predict_trainer(trainer, gpu="cpu")
 
 
@@ -221,7 +244,9 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def test_plan_shows_what_a_trainer_needs(module: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", "--trainer", f"{module}:build", "--gpu", "RTX 4090", "--format", "json"]) == 0
+    assert (
+        main(["plan", "--trainer", f"{module}:build", "--gpu", "RTX 4090", "--format", "json"]) == 0
+    )
     prediction = json.loads(capsys.readouterr().out)["prediction"]
     assert prediction["fits"]
     assert sum(prediction["categories"].values()) == prediction["peak_allocated_bytes"]
@@ -233,7 +258,9 @@ def test_plan_shows_a_trainer_as_a_table(module: str, capsys: pytest.CaptureFixt
 
 
 @pytest.mark.parametrize("name", ["my_training:nothing", "my_training", "no_such_module:build"])
-def test_a_function_that_is_not_there_is_said(name: str, module: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_function_that_is_not_there_is_said(
+    name: str, module: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["plan", "--trainer", name]) == 2
     assert f"--trainer {name}" in capsys.readouterr().err
 
@@ -244,7 +271,10 @@ def test_a_trainer_that_cannot_be_built_is_said(
     (tmp_path / "refusing.py").write_text("def build():\n    raise ValueError('no bf16\\nhere')\n")
     monkeypatch.chdir(tmp_path)
     assert main(["plan", "--trainer", "refusing:build"]) == 2
-    assert "--trainer refusing:build built no Trainer: ValueError: no bf16 here" in capsys.readouterr().err
+    assert (
+        "--trainer refusing:build built no Trainer: ValueError: no bf16 here"
+        in capsys.readouterr().err
+    )
 
 
 # ---- without weights ----
@@ -257,7 +287,10 @@ def test_a_trainer_without_weights_is_predicted_the_same(make: Make, tmp_path: P
         without = make(tmp_path)
     assert without.model is not None
     assert all(parameter.is_meta for parameter in without.model.parameters())
-    one, other = (fitune.predict_trainer(each, gpu="A100 80GB", num_steps=2) for each in (with_weights, without))
+    one, other = (
+        fitune.predict_trainer(each, gpu="A100 80GB", num_steps=2)
+        for each in (with_weights, without)
+    )
     assert one == other
 
 
@@ -273,4 +306,6 @@ def test_a_trainer_of_experts_is_predicted_between_even_and_worst_routing(tmp_pa
     assert even.device_interval is not None
     assert even.device_interval == worst.device_interval
     assert even.device_interval.high_bytes > (worst.device_bytes or 0)
-    assert even.device_interval.reasons[-1].startswith("tokens go to the experts evenly or all to the same")
+    assert even.device_interval.reasons[-1].startswith(
+        "tokens go to the experts evenly or all to the same"
+    )

@@ -34,7 +34,9 @@ def safe_hf(directory: Path, **changes: Any) -> Any:
 
 
 PAIRS = pytest.mark.parametrize(
-    ("plain", "safe"), [(hf_trainer, safe_hf), pytest.param(sft_trainer, safe_sft, marks=needs_trl)], ids=["hf", "trl"]
+    ("plain", "safe"),
+    [(hf_trainer, safe_hf), pytest.param(sft_trainer, safe_sft, marks=needs_trl)],
+    ids=["hf", "trl"],
 )
 
 
@@ -57,7 +59,9 @@ def assert_the_same(trainer: Any, expected: Any, *, bits: bool = False) -> None:
 
 @PAIRS
 @pytest.mark.parametrize("accumulation", [1, 3])
-def test_without_a_failure_nothing_differs(plain: Any, safe: Any, accumulation: int, tmp_path: Path) -> None:
+def test_without_a_failure_nothing_differs(
+    plain: Any, safe: Any, accumulation: int, tmp_path: Path
+) -> None:
     changes = {"gradient_accumulation_steps": accumulation}
     expected, trainer = plain(tmp_path, **changes), safe(tmp_path, **changes)
     expected.train()
@@ -68,7 +72,9 @@ def test_without_a_failure_nothing_differs(plain: Any, safe: Any, accumulation: 
 
 @PAIRS
 @pytest.mark.parametrize("place", ["forward of layer 1", "backward of layer 0"])
-def test_running_out_of_memory_changes_no_loss(plain: Any, safe: Any, place: str, tmp_path: Path) -> None:
+def test_running_out_of_memory_changes_no_loss(
+    plain: Any, safe: Any, place: str, tmp_path: Path
+) -> None:
     changes = {"gradient_accumulation_steps": 2}
     expected, trainer = plain(tmp_path, **changes), safe(tmp_path, **changes)
     expected.train()
@@ -81,10 +87,14 @@ def test_running_out_of_memory_changes_no_loss(plain: Any, safe: Any, place: str
         assert logged(trainer, "num_tokens") == logged(expected, "num_tokens")
 
 
-def test_a_failure_that_passes_is_done_again_at_the_same_size(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_failure_that_passes_is_done_again_at_the_same_size(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     expected, trainer = hf_trainer(tmp_path), safe_hf(tmp_path)
     expected.train()
-    with failing(trainer.model, "forward of layer 1", 8):  # 6 forwards look at two rows, then a step is one
+    with failing(
+        trainer.model, "forward of layer 1", 8
+    ):  # 6 forwards look at two rows, then a step is one
         trainer.train()
     assert "step 3: out of memory" in caplog.text
     assert "done again at the same size" in caplog.text
@@ -93,8 +103,12 @@ def test_a_failure_that_passes_is_done_again_at_the_same_size(tmp_path: Path, ca
 
 
 @pytest.mark.parametrize("call", [0, 2])
-def test_a_row_that_fails_alone_is_tried_again_before_the_run_ends(call: int, tmp_path: Path) -> None:
-    expected, trainer = (make(tmp_path, per_device_train_batch_size=1) for make in (hf_trainer, safe_hf))
+def test_a_row_that_fails_alone_is_tried_again_before_the_run_ends(
+    call: int, tmp_path: Path
+) -> None:
+    expected, trainer = (
+        make(tmp_path, per_device_train_batch_size=1) for make in (hf_trainer, safe_hf)
+    )
     expected.train()
     with failing(trainer.model, "backward of layer 0", call) as fault:
         trainer.train()
@@ -120,7 +134,9 @@ def over(rows: int) -> Any:
 
 
 @PAIRS
-def test_the_trainers_own_remedy_changes_the_batch_and_ours_does_not(plain: Any, safe: Any, tmp_path: Path) -> None:
+def test_the_trainers_own_remedy_changes_the_batch_and_ours_does_not(
+    plain: Any, safe: Any, tmp_path: Path
+) -> None:
     changes = {"max_steps": -1, "num_train_epochs": 1}
     expected, trainer, own = plain(tmp_path, **changes), safe(tmp_path, **changes), plain(
         tmp_path, auto_find_batch_size=True, **changes
@@ -131,19 +147,28 @@ def test_the_trainers_own_remedy_changes_the_batch_and_ours_does_not(plain: Any,
     trainer.train()
     own.train()
     assert_the_same(trainer, expected)
-    assert own.state.global_step > expected.state.global_step  # of less than the batch that was asked for
+    assert (
+        own.state.global_step > expected.state.global_step
+    )  # of less than the batch that was asked for
 
 
 @PAIRS
-def test_a_row_that_does_not_fit_alone_ends_the_run_in_one_sentence(plain: Any, safe: Any, tmp_path: Path) -> None:
+def test_a_row_that_does_not_fit_alone_ends_the_run_in_one_sentence(
+    plain: Any, safe: Any, tmp_path: Path
+) -> None:
     trainer = safe(tmp_path)
     before = weights(trainer)
-    with failing(trainer.model, "forward of layer 0", *range(6, 60)), pytest.raises(OutOfMemoryError, match="step 1"):
+    with (
+        failing(trainer.model, "forward of layer 0", *range(6, 60)),
+        pytest.raises(OutOfMemoryError, match="step 1"),
+    ):
         trainer.train()
     assert torch.equal(weights(trainer), before)
 
 
-def test_a_loss_that_is_a_mean_stays_whole(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_loss_that_is_a_mean_stays_whole(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     trainer = safe_hf(tmp_path, max_steps=1)
     with patch.object(type(trainer.model), "accepts_loss_kwargs", False, create=True):
         trainer.model_accepts_loss_kwargs = False

@@ -40,8 +40,16 @@ from watched_run import (
 
 SOURCE = Path(__file__).parent.parent / "src"
 NOW = START + 600.5
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(SOURCE), "TERM": "xterm-256color", "FITUNE_LANG": "en"}
-for name in ("COLUMNS", "LINES"):  # which a test runner may have set, and which go before the terminal's own size
+ENVIRONMENT = {
+    **os.environ,
+    "PYTHONPATH": str(SOURCE),
+    "TERM": "xterm-256color",
+    "FITUNE_LANG": "en",
+}
+for name in (
+    "COLUMNS",
+    "LINES",
+):  # which a test runner may have set, and which go before the terminal's own size
     ENVIRONMENT.pop(name, None)
 
 
@@ -114,7 +122,12 @@ def test_the_time_left_is_that_of_the_last_minutes(running: RunView) -> None:
 
 def test_after_a_resume_the_time_left_is_that_of_the_new_steps(running: RunView) -> None:
     again = [
-        replace(sample, time=sample.time + 1000, step=sample.step // 2, progress_fraction=sample.step // 2 / 2000)
+        replace(
+            sample,
+            time=sample.time + 1000,
+            step=sample.step // 2,
+            progress_fraction=sample.step // 2 / 2000,
+        )
         for sample in running.samples
     ]
     assert "left 1h30m" in shown(replace(running, samples=(*running.samples, *again)))
@@ -141,24 +154,35 @@ def test_on_a_cpu_the_parts_are_those_of_the_host(running: RunView) -> None:
     assert parts["activations"].peak_bytes - parts["activations"].now_bytes == 1 << 30
 
 
-def test_a_finished_run_is_shown_once(run: RunDirectory, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_finished_run_is_shown_once(
+    run: RunDirectory, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["watch", run.name]) == 0
     text = capsys.readouterr().out
     assert "finished" in text
     assert "eval 2.041 at step 400, best" in text
 
 
-def test_the_latest_run_is_watched_where_none_is_named(run: RunDirectory, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_latest_run_is_watched_where_none_is_named(
+    run: RunDirectory, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["watch"]) == 0
     assert run.name in capsys.readouterr().out
 
 
-def test_a_run_that_is_nowhere_is_said(run: RunDirectory, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_that_is_nowhere_is_said(
+    run: RunDirectory, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["watch", "nothing"]) == 2
-    assert "there is no run nothing, neither as a directory nor as a name in runs" in capsys.readouterr().err
+    assert (
+        "there is no run nothing, neither as a directory nor as a name in runs"
+        in capsys.readouterr().err
+    )
 
 
-def test_as_json_it_is_one_object_with_bytes(run: RunDirectory, capsys: pytest.CaptureFixture[str]) -> None:
+def test_as_json_it_is_one_object_with_bytes(
+    run: RunDirectory, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["watch", "--once", "--json"]) == 0
     content = json.loads(capsys.readouterr().out)
     assert (content["schema"], content["state"], content["step"]["step"]) == (1, "finished", 400)
@@ -184,7 +208,9 @@ def test_it_imports_nothing_heavy(run: RunDirectory) -> None:
         "import sys; from fitune.cli.app import main; main(['watch', '--once']); "
         "print({'torch', 'transformers'} & set(sys.modules), file=sys.stderr)"
     )
-    done = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True, check=True
+    )
     assert done.stderr == "set()\n"
 
 
@@ -195,7 +221,12 @@ class Terminal:
         self._own, other = pty.openpty()
         self.resize(columns, rows)
         self.process = subprocess.Popen(
-            command, env=ENVIRONMENT, stdin=other, stdout=other, stderr=other, start_new_session=True
+            command,
+            env=ENVIRONMENT,
+            stdin=other,
+            stdout=other,
+            stderr=other,
+            start_new_session=True,
         )
         os.close(other)
         self.text = ""
@@ -258,7 +289,9 @@ def test_a_new_size_of_the_terminal_is_followed(held: "subprocess.Popen[str]") -
     terminal = Terminal(WATCH, columns=80, rows=24)
     terminal.read_until("23.6")
     terminal.resize(100, 30)
-    assert "17.7" in terminal.read_until("17.7")  # the quarters of the scale, which 80 columns have no room for
+    assert "17.7" in terminal.read_until(
+        "17.7"
+    )  # the quarters of the scale, which 80 columns have no room for
     terminal.press("q")
     assert terminal.close() == 0
 
@@ -267,7 +300,9 @@ def test_a_run_that_died_is_at_one_step_for_watch_and_runs(
     run: RunDirectory, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Its summary is of the last save, its last sample of a step before the last line of the metrics."""
-    write_json(run.summary, summary_json(Summary(steps=48, total_steps=480, peak_reserved_bytes=GIB)))
+    write_json(
+        run.summary, summary_json(Summary(steps=48, total_steps=480, peak_reserved_bytes=GIB))
+    )
     write_lines(run.metrics, [step_metrics(step) for step in range(1, 75)])
     write_lines(run.memory, [sample(0.0, step=73, progress_fraction=73 / 481)])
     assert main(["watch", run.name, "--once"]) == 0
@@ -277,7 +312,9 @@ def test_a_run_that_died_is_at_one_step_for_watch_and_runs(
     assert capsys.readouterr().out.splitlines()[-1].split()[1:3] == ["crashed", "74"]
 
 
-def test_where_only_tokens_end_a_run_its_steps_are_those_of_the_newest_sample(running: RunView) -> None:
+def test_where_only_tokens_end_a_run_its_steps_are_those_of_the_newest_sample(
+    running: RunView,
+) -> None:
     ahead = replace(running.steps[-1], step=407)
     assert "step 407/2,000" in shown(replace(running, steps=(*running.steps, ahead)))
 
@@ -307,8 +344,13 @@ def test_elsewhere_than_in_a_terminal_it_is_told_in_plain_lines(
     assert "finished" in lines[2]
 
 
-def test_runs_shows_where_a_live_run_stands(held: "subprocess.Popen[str]", capsys: pytest.CaptureFixture[str]) -> None:
+def test_runs_shows_where_a_live_run_stands(
+    held: "subprocess.Popen[str]", capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["runs"]) == 0
     row = capsys.readouterr().out.splitlines()[-1].split()
     assert row[1:8] == ["running", "20%", "400", "1.886", "2.041", "15.90", "38.4"]
-    assert row[-2:] in (["40m00s", "left"], ["39m54s", "left"])  # the last step of the end of the file may lie behind
+    assert row[-2:] in (
+        ["40m00s", "left"],
+        ["39m54s", "left"],
+    )  # the last step of the end of the file may lie behind

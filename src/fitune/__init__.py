@@ -93,7 +93,9 @@ def plan(config: "RunConfig | Mapping[str, Any] | Path | str", *, gpu: str | Non
         from fitune.config import RunConfig, read_config
         from fitune.planning.search import choose_plan
 
-    return choose_plan(config if isinstance(config, RunConfig) else read_config(config).config, gpu=gpu)
+    return choose_plan(
+        config if isinstance(config, RunConfig) else read_config(config).config, gpu=gpu
+    )
 
 
 #: public names that are imported when they are first used, and their modules

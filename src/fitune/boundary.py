@@ -130,7 +130,9 @@ def _passed_others_code(error: Exception) -> bool:
     for frame in traceback.extract_tb(error.__traceback__)[1:]:
         place = Path(frame.filename)
         of_python = place.is_relative_to(python) and "site-packages" not in place.parts
-        if not (of_python or frame.filename.startswith("<") or any(map(place.is_relative_to, known))):
+        if not (
+            of_python or frame.filename.startswith("<") or any(map(place.is_relative_to, known))
+        ):
             return True
     return False
 

@@ -31,7 +31,9 @@ def open_plain(path: str | os.PathLike[str], flags: int, mode: int = 0o644) -> i
         descriptor = os.open(path, flags | _SAFELY, mode)
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.ENXIO):
-            raise OSError(error.errno, _strange(Path(path)) or error.strerror, os.fspath(path)) from error
+            raise OSError(
+                error.errno, _strange(Path(path)) or error.strerror, os.fspath(path)
+            ) from error
         raise
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)

@@ -102,12 +102,20 @@ def read_recording(path: Path) -> dict[str, Any]:
     """A recording from .json or .json.gz. Raises UsageError when it is none."""
     try:
         data = path.read_bytes()
-        recording: dict[str, Any] = json.loads(gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data)
+        recording: dict[str, Any] = json.loads(
+            gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
+        )
         _Shape.model_validate(recording)
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"] if isinstance(part, int) or part in _Shape.model_fields)
-        raise UsageError(f"{path} is no recording of an allocator: {place or 'the file'}: {first['msg']}") from None
+        place = ".".join(
+            str(part)
+            for part in first["loc"]
+            if isinstance(part, int) or part in _Shape.model_fields
+        )
+        raise UsageError(
+            f"{path} is no recording of an allocator: {place or 'the file'}: {first['msg']}"
+        ) from None
     except (OSError, EOFError, ValueError, RecursionError, zlib.error) as error:
         raise UsageError(f"{path} cannot be read as a recording: {error}") from None
     faulty = next((event for event in recording["events"] if not _is_event(event)), None)
@@ -163,7 +171,9 @@ class _Replay:
             if self.allocator.reserved_bytes != reserved:
                 reserved = self.allocator.reserved_bytes
                 if changes is not None:
-                    yield from _compare(i, "reserved_changes", next(changes_left, None), [i, reserved])
+                    yield from _compare(
+                        i, "reserved_changes", next(changes_left, None), [i, reserved]
+                    )
             if num_events in checkpoints:
                 yield from self.compare_checkpoint(i, checkpoints.pop(num_events))
             if self.stopped_at is not None:
@@ -171,7 +181,9 @@ class _Replay:
         for left in changes_left:
             yield Mismatch(num_events, "reserved_changes", left, None)
         for left in checkpoints:
-            yield Mismatch(num_events, "expected", f"checkpoint after {left} events", f"{num_events} events")
+            yield Mismatch(
+                num_events, "expected", f"checkpoint after {left} events", f"{num_events} events"
+            )
         yield from self.compare_end(num_events)
 
     def carry_out(self, event: list[Any]) -> OutOfDeviceMemoryError | None:
@@ -192,7 +204,9 @@ class _Replay:
             self.allocator.reset_peaks()
         return None
 
-    def compare_oom(self, index: int, event: list[Any], error: OutOfDeviceMemoryError) -> Iterator[Mismatch]:
+    def compare_oom(
+        self, index: int, event: list[Any], error: OutOfDeviceMemoryError
+    ) -> Iterator[Mismatch]:
         got = {
             "i": index,
             "id": event[1],
@@ -231,7 +245,9 @@ class _Replay:
             pairs = zip(recording["final_layout"], layout, strict=False)
             for number, (expected, segment) in enumerate(pairs):
                 yield from _compare(index, f"final_layout[{number}]", expected, segment)
-            yield from _compare(index, "len(final_layout)", len(recording["final_layout"]), len(layout))
+            yield from _compare(
+                index, "len(final_layout)", len(recording["final_layout"]), len(layout)
+            )
         if recording.get("final_layout_sha1") is not None:
             text = json.dumps(layout, separators=(",", ":"))
             digest = hashlib.sha1(text.encode()).hexdigest()
@@ -246,7 +262,10 @@ class _Replay:
                 segment.stream,
                 "s" if segment.is_small else "l",
                 int(segment.is_expandable),
-                [[block.num_bytes, letters[block.state], block.requested_bytes] for block in segment.blocks],
+                [
+                    [block.num_bytes, letters[block.state], block.requested_bytes]
+                    for block in segment.blocks
+                ],
             ]
             for segment in self.allocator.snapshot()
         ]

@@ -25,13 +25,16 @@ def reserved(num_bytes: int, config: str = "") -> int:
     return allocator.reserved_bytes
 
 
-@pytest.mark.parametrize(("requested", "rounded"), [(1, 512), (511, 512), (512, 512), (513, 1024), (MIB, MIB)])
+@pytest.mark.parametrize(
+    ("requested", "rounded"), [(1, 512), (511, 512), (512, 512), (513, 1024), (MIB, MIB)]
+)
 def test_sizes_are_rounded_up_to_512_bytes(requested: int, rounded: int) -> None:
     assert allocated(requested) == rounded
 
 
 @pytest.mark.parametrize(
-    ("requested", "rounded"), [(2048, 2048), (2049, 2560), (5 * KIB + 1, 6 * KIB), (65 * MIB, 80 * MIB)]
+    ("requested", "rounded"),
+    [(2048, 2048), (2049, 2560), (5 * KIB + 1, 6 * KIB), (65 * MIB, 80 * MIB)],
 )
 def test_sizes_are_rounded_up_to_a_division_of_a_power_of_two(requested: int, rounded: int) -> None:
     assert allocated(requested, "roundup_power2_divisions:4") == rounded
@@ -138,7 +141,11 @@ def test_a_failing_driver_makes_the_cache_go_before_the_retry() -> None:
     allocator = CachingAllocator(total_bytes=100 * MIB)
     allocator.free(allocator.allocate(60 * MIB))
     allocator.allocate(70 * MIB)
-    assert (allocator.num_alloc_retries, allocator.num_ooms, allocator.reserved_bytes) == (1, 0, 70 * MIB)
+    assert (allocator.num_alloc_retries, allocator.num_ooms, allocator.reserved_bytes) == (
+        1,
+        0,
+        70 * MIB,
+    )
 
 
 def test_an_oversize_block_goes_before_the_rest_of_the_cache() -> None:
@@ -156,7 +163,12 @@ def test_a_failure_says_what_is_left_and_leaves_the_allocator_usable() -> None:
     with pytest.raises(OutOfDeviceMemoryError) as caught:
         allocator.allocate(70 * MIB + 1)
     error = caught.value
-    assert (error.requested_bytes, error.allocated_bytes, error.reserved_bytes, error.free_bytes) == (
+    assert (
+        error.requested_bytes,
+        error.allocated_bytes,
+        error.reserved_bytes,
+        error.free_bytes,
+    ) == (
         70 * MIB + 1,
         20 * MIB,
         20 * MIB,
@@ -181,7 +193,9 @@ def test_a_fraction_of_more_than_all_is_refused() -> None:
 
 
 def test_garbage_collection_gives_back_the_segments_unused_for_longest() -> None:
-    allocator = CachingAllocator("garbage_collection_threshold:0.5", total_bytes=100 * MIB, memory_fraction=0.9)
+    allocator = CachingAllocator(
+        "garbage_collection_threshold:0.5", total_bytes=100 * MIB, memory_fraction=0.9
+    )
     old, new = allocator.allocate(20 * MIB), allocator.allocate(22 * MIB)
     allocator.free(old)
     allocator.allocate(10 * MIB)
@@ -240,8 +254,12 @@ configs = st.builds(
     ",".join,
     st.tuples(
         st.sampled_from(["", "expandable_segments:True"]),
-        st.sampled_from(["", "max_split_size_mb:64", "max_split_size_mb:70,max_non_split_rounding_mb:80"]),
-        st.sampled_from(["", "roundup_power2_divisions:8", "roundup_power2_divisions:[1:2,8:4,>:1]"]),
+        st.sampled_from(
+            ["", "max_split_size_mb:64", "max_split_size_mb:70,max_non_split_rounding_mb:80"]
+        ),
+        st.sampled_from(
+            ["", "roundup_power2_divisions:8", "roundup_power2_divisions:[1:2,8:4,>:1]"]
+        ),
         st.sampled_from(["", "garbage_collection_threshold:0.4"]),
         st.sampled_from(["", "large_segment_size_mb:11", "large_segment_size_mb:64"]),
         st.sampled_from(["", "per_process_memory_fraction:0.77"]),
@@ -263,11 +281,17 @@ def check_consistent(allocator: CachingAllocator, live: dict[int, int]) -> None:
     segments = allocator.snapshot()
     blocks = [block for segment in segments for block in segment.blocks]
     assert sum(segment.num_bytes for segment in segments) == allocator.reserved_bytes
-    total = {state: [b for b in blocks if b.state == state] for state in ("allocated", "pending", "inactive")}
+    total = {
+        state: [b for b in blocks if b.state == state]
+        for state in ("allocated", "pending", "inactive")
+    }
     assert {b.address: b.requested_bytes for b in total["allocated"]} == live
     assert sum(b.num_bytes for b in total["allocated"]) == allocator.allocated_bytes
     assert sum(b.num_bytes for b in total["allocated"] + total["pending"]) == allocator.active_bytes
-    assert sum(b.requested_bytes for b in total["allocated"] + total["pending"]) == allocator.requested_bytes
+    assert (
+        sum(b.requested_bytes for b in total["allocated"] + total["pending"])
+        == allocator.requested_bytes
+    )
     assert allocator.requested_bytes <= allocator.active_bytes <= allocator.reserved_bytes
     end = FIRST_ADDRESS
     for segment in segments:
@@ -280,7 +304,10 @@ def check_consistent(allocator: CachingAllocator, live: dict[int, int]) -> None:
         assert ("inactive", "inactive") not in pairwise(states)
     split = [b for s in segments for b in s.blocks if not s.is_expandable and len(s.blocks) > 1]
     inactive_split = [b.num_bytes for b in split if b.state == "inactive"]
-    assert (len(inactive_split), sum(inactive_split)) == (allocator.num_inactive_split, allocator.inactive_split_bytes)
+    assert (len(inactive_split), sum(inactive_split)) == (
+        allocator.num_inactive_split,
+        allocator.inactive_split_bytes,
+    )
     if allocator.total_bytes is not None:
         assert allocator.free_bytes is not None
         assert allocator.free_bytes >= 0
@@ -294,7 +321,9 @@ def check_consistent(allocator: CachingAllocator, live: dict[int, int]) -> None:
 
 @settings(max_examples=150, deadline=None)
 @given(config=configs, total=st.sampled_from([None, 150 * MIB, 333 * MIB + 512]), actions=actions)
-def test_every_sequence_keeps_the_books_right(config: str, total: int | None, actions: list[tuple[Any, ...]]) -> None:
+def test_every_sequence_keeps_the_books_right(
+    config: str, total: int | None, actions: list[tuple[Any, ...]]
+) -> None:
     allocator = CachingAllocator(config, total_bytes=total, used_by_others_bytes=3 * MIB)
     live: dict[int, int] = {}
     peaks = [0] * 5
@@ -327,7 +356,9 @@ def test_every_sequence_keeps_the_books_right(config: str, total: int | None, ac
 
 @settings(max_examples=50, deadline=None)
 @given(config=configs, actions=actions)
-def test_a_card_that_is_large_enough_is_as_good_as_no_limit(config: str, actions: list[tuple[Any, ...]]) -> None:
+def test_a_card_that_is_large_enough_is_as_good_as_no_limit(
+    config: str, actions: list[tuple[Any, ...]]
+) -> None:
     config = ",".join(part for part in config.split(",") if not part.startswith("per_process"))
     counters = []
     for total in (None, 1024 * GIB):

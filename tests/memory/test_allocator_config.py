@@ -19,7 +19,9 @@ def test_spaces_and_a_trailing_comma_are_ignored() -> None:
 
 
 def test_the_non_split_rounding_follows_the_large_segment() -> None:
-    assert parse_allocator_config("large_segment_size_mb:64").max_non_split_rounding_bytes == 64 * MIB
+    assert (
+        parse_allocator_config("large_segment_size_mb:64").max_non_split_rounding_bytes == 64 * MIB
+    )
 
 
 def test_one_number_of_divisions_holds_for_all_sizes() -> None:

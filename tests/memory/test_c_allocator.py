@@ -41,7 +41,9 @@ def test_the_threshold_is_glibcs_alone() -> None:
 @pytest.mark.parametrize("method", ["full", "lora"])
 @pytest.mark.usefixtures("loaded")
 def test_glibc_as_it_comes_keeps_more_where_layers_are_recomputed(method: Method) -> None:
-    without, with_it = (allocator_habit(method, recomputes=value, environment={}) for value in (False, True))
+    without, with_it = (
+        allocator_habit(method, recomputes=value, environment={}) for value in (False, True)
+    )
     assert without.resident_bytes(GIB)[1] < with_it.resident_bytes(GIB)[1]
 
 
@@ -56,6 +58,7 @@ def test_what_is_kept_is_a_share_with_a_bound() -> None:
     habit = AllocatorHabit("any", (0.0, 0.5, 1.0), (100, 200, 300))
     small, large = habit.resident_bytes(100 * MIB), habit.resident_bytes(GIB)
     kept = [
-        [(size - first) // MIB for size, first in zip(side, FIRST_STEP_BYTES, strict=True)] for side in (small, large)
+        [(size - first) // MIB for size, first in zip(side, FIRST_STEP_BYTES, strict=True)]
+        for side in (small, large)
     ]
     assert kept == [[100, 150, 200], [1024, 1224, 1324]]

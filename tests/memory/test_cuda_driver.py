@@ -45,16 +45,26 @@ def test_each_card_is_named_as_nvml_would(monkeypatch: pytest.MonkeyPatch) -> No
     )
 
 
-@pytest.mark.parametrize("library", [driver(result=FAILED), SimpleNamespace()], ids=["no device", "no CUDA"])
-def test_a_driver_that_fails_has_no_card(library: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "library", [driver(result=FAILED), SimpleNamespace()], ids=["no device", "no CUDA"]
+)
+def test_a_driver_that_fails_has_no_card(
+    library: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(ctypes, "CDLL", lambda _: library)
     assert driver_cards() == ()
 
 
-def test_a_card_without_nvml_is_still_a_card_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_card_without_nvml_is_still_a_card_of_this_machine(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", None)
     monkeypatch.setattr(ctypes, "CDLL", lambda _: driver())
     card = this_machine()[1]
-    assert (card.name, card.uuid, card.total_bytes) == ("NVIDIA GeForce RTX 4090", f"GPU-{UUIDS[1]}", 24210 * MIB)
+    assert (card.name, card.uuid, card.total_bytes) == (
+        "NVIDIA GeForce RTX 4090",
+        f"GPU-{UUIDS[1]}",
+        24210 * MIB,
+    )
     assert (card.free_bytes, card.compute_capability) == (None, (8, 9))
     assert card.bandwidth_bytes_per_second == find_device("4090").bandwidth_bytes_per_second

@@ -61,7 +61,9 @@ def test_every_row_is_found_under_its_own_name(row: Device) -> None:
         ("", "known: RTX 5090"),
     ],
 )
-def test_a_name_that_is_unknown_or_could_be_several_is_refused_with_a_suggestion(text: str, message: str) -> None:
+def test_a_name_that_is_unknown_or_could_be_several_is_refused_with_a_suggestion(
+    text: str, message: str
+) -> None:
     with pytest.raises(UsageError, match=re.escape(message)):
         find_device(text)
 
@@ -74,21 +76,38 @@ def test_a_card_shows_a_little_less_memory_than_is_on_its_box(row: Device) -> No
 @pytest.mark.parametrize("row", CATALOGUE, ids=lambda row: row.name)
 def test_a_context_prior_is_an_interval(row: Device) -> None:
     assert row.context is not None
-    assert 100 * MIB < row.context.low_bytes <= row.context.expected_bytes < row.context.high_bytes < 2 * GIB
+    assert (
+        100 * MIB
+        < row.context.low_bytes
+        <= row.context.expected_bytes
+        < row.context.high_bytes
+        < 2 * GIB
+    )
 
 
 @pytest.mark.parametrize(
-    "row", [row for row in CATALOGUE if row.name.startswith(("RTX 3", "RTX 4", "RTX 5"))], ids=lambda row: row.name
+    "row",
+    [row for row in CATALOGUE if row.name.startswith(("RTX 3", "RTX 4", "RTX 5"))],
+    ids=lambda row: row.name,
 )
 def test_tensor_cores_of_a_geforce_are_dense_and_accumulate_in_float32(row: Device) -> None:
     assert row.float16_flops_per_second is not None
     assert row.float32_flops_per_second is not None
-    assert row.float16_flops_per_second / row.float32_flops_per_second == pytest.approx(2, rel=0.01)  # sparse: 4
+    assert row.float16_flops_per_second / row.float32_flops_per_second == pytest.approx(
+        2, rel=0.01
+    )  # sparse: 4
 
 
 @pytest.mark.parametrize(
     ("name", "teraflops"),
-    [("A100 80GB", 312), ("H100", 989.4), ("H100 PCIe", 756), ("H200", 989.4), ("L40S", 362.1), ("B200", 2250)],
+    [
+        ("A100 80GB", 312),
+        ("H100", 989.4),
+        ("H100 PCIe", 756),
+        ("H200", 989.4),
+        ("L40S", 362.1),
+        ("B200", 2250),
+    ],
 )
 def test_data_centre_cards_are_not_counted_with_sparsity(name: str, teraflops: float) -> None:
     assert find_device(name).bfloat16_flops_per_second == pytest.approx(teraflops * 1e12)
@@ -148,7 +167,9 @@ class FakeNvml:
             raise RuntimeError("not supported")
         if version == 1:
             return SimpleNamespace(total=total, free=total - 1000 * MIB, used=1000 * MIB)
-        return SimpleNamespace(total=total, reserved=reserved, free=total - reserved - 700 * MIB, used=700 * MIB)
+        return SimpleNamespace(
+            total=total, reserved=reserved, free=total - reserved - 700 * MIB, used=700 * MIB
+        )
 
     def nvmlDeviceGetCudaComputeCapability(self, handle: int) -> list[int]:  # noqa: N802
         return list(self.cards[handle][4])
@@ -184,18 +205,29 @@ def test_a_card_with_more_memory_than_was_ever_sold_keeps_its_rates(nvml: FakeNv
 
 def test_a_card_that_the_catalogue_does_not_know_has_memory_but_no_rates(nvml: FakeNvml) -> None:
     card = this_machine()[1]
-    assert (card.name, card.total_bytes, card.compute_capability) == ("NVIDIA Abacus 9000", 65436 * MIB, (13, 0))
+    assert (card.name, card.total_bytes, card.compute_capability) == (
+        "NVIDIA Abacus 9000",
+        65436 * MIB,
+        (13, 0),
+    )
     assert card.bandwidth_bytes_per_second is None
     assert card.context == context_prior((13, 0))
 
 
 def test_an_old_driver_without_the_second_memory_call_still_gives_memory(nvml: FakeNvml) -> None:
     nvml.has_v2 = False
-    assert (this_machine()[0].total_bytes, this_machine()[0].used_bytes) == (24564 * MIB, 1000 * MIB)
+    assert (this_machine()[0].total_bytes, this_machine()[0].used_bytes) == (
+        24564 * MIB,
+        1000 * MIB,
+    )
 
 
-def test_a_card_that_answers_nothing_raises_nothing(nvml: FakeNvml, monkeypatch: pytest.MonkeyPatch) -> None:
-    for call in [name for name in dir(FakeNvml) if name.startswith("nvmlDeviceGet") and "Count" not in name]:
+def test_a_card_that_answers_nothing_raises_nothing(
+    nvml: FakeNvml, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for call in [
+        name for name in dir(FakeNvml) if name.startswith("nvmlDeviceGet") and "Count" not in name
+    ]:
         if call != "nvmlDeviceGetHandleByIndex":
             monkeypatch.delattr(FakeNvml, call)
     card = this_machine()[0]
@@ -223,7 +255,9 @@ def test_only_the_visible_cards_count_in_their_order(
 
 
 @pytest.mark.parametrize("module", [None, SimpleNamespace()])
-def test_a_machine_without_the_library_or_the_driver_has_no_card(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_machine_without_the_library_or_the_driver_has_no_card(
+    module: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", module)
     assert this_machine() == ()
 
@@ -270,7 +304,9 @@ def test_page_cache_of_a_control_group_is_free(
         (folder / limit).write_text(f"{512 * MIB}\n")
         (folder / used).write_text(f"{500 * MIB}\n")
         statistics = f"active_file {100 * MIB}\ninactive_file {200 * MIB}\nfile {400 * MIB}\n"
-        (folder / "memory.stat").write_text("".join(f"{prefix}{row}\n" for row in statistics.splitlines()))
+        (folder / "memory.stat").write_text(
+            "".join(f"{prefix}{row}\n" for row in statistics.splitlines())
+        )
     (tmp_path / "cgroup").write_text(f"{line}\n")
     monkeypatch.setattr(devices, "CGROUP_ROOT", tmp_path)
     monkeypatch.setattr(devices, "PROCESS_CGROUPS", tmp_path / "cgroup")
@@ -285,14 +321,18 @@ def test_of_nested_control_groups_the_one_that_has_least_left_counts(
     for folder in ("", "outer", "outer/inner"):
         (tmp_path / folder).mkdir(exist_ok=True)
         (tmp_path / folder / "memory.max").write_text(f"{512 * MIB}\n")
-        (tmp_path / folder / "memory.current").write_text(f"{(500 if folder == tightest else 100) * MIB}\n")
+        (tmp_path / folder / "memory.current").write_text(
+            f"{(500 if folder == tightest else 100) * MIB}\n"
+        )
     (tmp_path / "cgroup").write_text("0::/outer/inner\n")
     monkeypatch.setattr(devices, "CGROUP_ROOT", tmp_path)
     monkeypatch.setattr(devices, "PROCESS_CGROUPS", tmp_path / "cgroup")
     assert cpu_device().free_bytes == 12 * MIB
 
 
-def test_a_system_without_control_groups_has_no_such_limit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_system_without_control_groups_has_no_such_limit(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(devices, "PROCESS_CGROUPS", tmp_path / "nothing")
     assert cpu_device().total_bytes == psutil.virtual_memory().total
 
@@ -302,11 +342,15 @@ _TENSOR_RATIOS = {(7, 5): {4, 8}, (8, 6): {2, 4}, (8, 9): {2, 4}, (12, 0): {2, 4
 
 
 @pytest.mark.parametrize(
-    "row", [row for row in CATALOGUE if row.compute_capability in _TENSOR_RATIOS], ids=lambda row: row.name
+    "row",
+    [row for row in CATALOGUE if row.compute_capability in _TENSOR_RATIOS],
+    ids=lambda row: row.name,
 )
 def test_the_tensor_rate_is_that_of_the_cores_of_its_kind(row: Device) -> None:
     assert row.float16_flops_per_second is not None
     assert row.float32_flops_per_second is not None
     assert row.compute_capability is not None
     ratio = row.float16_flops_per_second / row.float32_flops_per_second
-    assert any(ratio == pytest.approx(each, rel=0.015) for each in _TENSOR_RATIOS[row.compute_capability])
+    assert any(
+        ratio == pytest.approx(each, rel=0.015) for each in _TENSOR_RATIOS[row.compute_capability]
+    )

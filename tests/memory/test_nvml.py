@@ -28,12 +28,18 @@ def env(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 
 def test_a_card_tells_its_memory_without_what_the_driver_keeps() -> None:
-    assert cards()[0].memory == CardMemory((24564 - 400) * MIB, (24564 - 400 - 1324) * MIB, 1324 * MIB)
+    assert cards()[0].memory == CardMemory(
+        (24564 - 400) * MIB, (24564 - 400 - 1324) * MIB, 1324 * MIB
+    )
 
 
 def test_a_card_tells_load_power_heat_and_what_slows_it_down() -> None:
     card = cards()[0]
-    assert (card.utilisation_fraction, card.power_watts, card.temperature_celsius) == (0.97, 382.0, 71.0)
+    assert (card.utilisation_fraction, card.power_watts, card.temperature_celsius) == (
+        0.97,
+        382.0,
+        71.0,
+    )
     assert card.throttled == "power limit, heat"
 
 
@@ -43,7 +49,10 @@ def test_an_idle_card_is_slowed_down_by_nothing(stand_in: pytest.MonkeyPatch) ->
 
 
 def test_processes_that_compute_and_that_draw_are_listed() -> None:
-    assert cards()[0].processes == (CardProcess(4200001, 1024 * MIB), CardProcess(4200002, 300 * MIB))
+    assert cards()[0].processes == (
+        CardProcess(4200001, 1024 * MIB),
+        CardProcess(4200002, 300 * MIB),
+    )
 
 
 def test_a_divided_card_stands_for_its_first_part() -> None:
@@ -55,7 +64,11 @@ def test_a_divided_card_stands_for_its_first_part() -> None:
 
 def test_a_part_has_no_load_but_the_power_and_heat_of_its_card() -> None:
     card = cards()[1]
-    assert (card.utilisation_fraction, card.power_watts, card.temperature_celsius) == (None, 210.0, 55.0)
+    assert (card.utilisation_fraction, card.power_watts, card.temperature_celsius) == (
+        None,
+        210.0,
+        55.0,
+    )
 
 
 @pytest.mark.parametrize(
@@ -68,7 +81,9 @@ def test_a_part_has_no_load_but_the_power_and_heat_of_its_card() -> None:
         ("-1", []),
     ],
 )
-def test_the_visible_cards_count_in_their_order(visible: str, uuids: list[str], stand_in: pytest.MonkeyPatch) -> None:
+def test_the_visible_cards_count_in_their_order(
+    visible: str, uuids: list[str], stand_in: pytest.MonkeyPatch
+) -> None:
     stand_in.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert [card.uuid for card in read_cards()] == uuids
 
@@ -83,7 +98,9 @@ def test_a_size_that_no_card_has_is_unknown(stand_in: pytest.MonkeyPatch) -> Non
     assert cards()[0].memory is None
 
 
-def test_a_card_that_is_lost_answers_nothing_and_raises_nothing(stand_in: pytest.MonkeyPatch) -> None:
+def test_a_card_that_is_lost_answers_nothing_and_raises_nothing(
+    stand_in: pytest.MonkeyPatch,
+) -> None:
     stand_in.setenv("STAND_IN_NVML", "lost")
     assert cards()[0] == CardState()
 
@@ -107,7 +124,9 @@ def test_a_card_that_is_lost_while_it_is_read_is_unknown(stand_in: pytest.Monkey
         assert read().memory is None
 
 
-def test_env_shows_three_sizes_the_state_and_who_uses_the_card(capsys: pytest.CaptureFixture[str]) -> None:
+def test_env_shows_three_sizes_the_state_and_who_uses_the_card(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     lines = env(capsys).splitlines()
     assert lines[0].split(maxsplit=2)[2] == (
         "NVIDIA GeForce RTX 4090 · 24 GB card · 23.6 GiB visible · 22.3 GiB free now · 1.3 GiB used by others"
@@ -118,7 +137,9 @@ def test_env_shows_three_sizes_the_state_and_who_uses_the_card(capsys: pytest.Ca
     assert lines[2].strip() == "used by n/a (4200001) 1.0 GiB · n/a (4200002) 300.0 MiB"
 
 
-def test_env_names_a_process_that_it_can_see(stand_in: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_env_names_a_process_that_it_can_see(
+    stand_in: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     stand_in.setenv("STAND_IN_PID", str(os.getpid()))
     stand_in.setenv("STAND_IN_OWN_MIB", "5000")
     first = json.loads(env(capsys, "--format", "json"))["cards"][0]["processes"][0]
@@ -142,4 +163,7 @@ def test_nvidia_ml_py_loads_the_library_by_its_name(stand_in_library: Path) -> N
     environment.pop("CUDA_VISIBLE_DEVICES", None)
     command = [sys.executable, "-m", "fitune", "env", "--format", "json"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    assert [card["uuid"] for card in json.loads(done.stdout)["cards"]] == ["GPU-11111111-aaaa", "MIG-33333333-cccc"]
+    assert [card["uuid"] for card in json.loads(done.stdout)["cards"]] == [
+        "GPU-11111111-aaaa",
+        "MIG-33333333-cccc",
+    ]

@@ -31,7 +31,21 @@ GOLDEN = [
 ]
 SIZES = st.one_of(
     st.integers(1, 3 * MIB),
-    st.sampled_from([1, 512, 513, MIB, MIB + 1, 2 * MIB, 10 * MIB - 512, 10 * MIB, 11 * MIB + 7, 20 * MIB, 45 * MIB]),
+    st.sampled_from(
+        [
+            1,
+            512,
+            513,
+            MIB,
+            MIB + 1,
+            2 * MIB,
+            10 * MIB - 512,
+            10 * MIB,
+            11 * MIB + 7,
+            20 * MIB,
+            45 * MIB,
+        ]
+    ),
 )
 
 
@@ -62,7 +76,11 @@ def traces(draw: st.DrawFn) -> MemoryTrace:
 def settings(draw: st.DrawFn) -> ReplaySettings:
     fraction = draw(st.sampled_from([None, 1.0, 0.8]))
     return ReplaySettings(
-        allocator=draw(st.sampled_from(["", "pinned_use_background_threads:True", "per_process_memory_fraction:0.6"])),
+        allocator=draw(
+            st.sampled_from(
+                ["", "pinned_use_background_threads:True", "per_process_memory_fraction:0.6"]
+            )
+        ),
         total_bytes=draw(st.none() | st.integers(16 * MIB, 300 * MIB)),
         used_by_others_bytes=draw(st.integers(0, 8 * MIB)),
         memory_fraction=fraction,
@@ -72,7 +90,9 @@ def settings(draw: st.DrawFn) -> ReplaySettings:
 
 
 @given(traces(), settings())
-def test_the_tight_loop_gives_what_all_rules_give(trace: MemoryTrace, settings: ReplaySettings) -> None:
+def test_the_tight_loop_gives_what_all_rules_give(
+    trace: MemoryTrace, settings: ReplaySettings
+) -> None:
     allocator = CachingAllocator(
         settings.allocator,
         total_bytes=settings.total_bytes,
@@ -111,12 +131,17 @@ def test_a_recording_of_the_real_allocator_on_one_stream_is_reproduced(path: Pat
     last = int(at[len(reserved) - 1])  # a recording may go on after a failure
     expected = [change for change in recording["reserved_changes"] if change[0] <= last]
     assert [[int(at[i]), int(reserved[i])] for i in changes] == expected
-    assert (None if done.failed_at is None else last) == next((oom["i"] for oom in recording["ooms"]), None)
+    assert (None if done.failed_at is None else last) == next(
+        (oom["i"] for oom in recording["ooms"]), None
+    )
 
 
 @pytest.mark.skipif(not IS_COMPILED, reason="installed without a compiler")
 def test_without_the_extension_all_rules_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    events = [MemoryEvent(1, 3 * MIB, "temporary", "forward", 1), MemoryEvent(2, 512, "temporary", "forward", 1)]
+    events = [
+        MemoryEvent(1, 3 * MIB, "temporary", "forward", 1),
+        MemoryEvent(2, 512, "temporary", "forward", 1),
+    ]
     trace = MemoryTrace(tuple(events))
     compiled = replay(trace, ReplaySettings())
     monkeypatch.setattr(replay_room, "IS_COMPILED", False)
@@ -125,7 +150,9 @@ def test_without_the_extension_all_rules_give_the_same(monkeypatch: pytest.Monke
 
 
 @pytest.mark.skipif(not IS_COMPILED, reason="installed without a compiler")
-def test_a_loop_that_was_compiled_with_other_constants_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_loop_that_was_compiled_with_other_constants_is_not_used(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     from fitune.allocator import _fast
 
     monkeypatch.setattr(_fast, "SMALL", 1)
@@ -137,7 +164,9 @@ def test_a_loop_that_was_compiled_with_other_constants_is_not_used(monkeypatch: 
     reason="there is no compiler",
 )
 def test_where_there_is_a_compiler_the_loop_is_in_c() -> None:
-    assert IS_COMPILED, "the extension was not built: make install, or python setup.py build_ext --inplace"
+    assert IS_COMPILED, (
+        "the extension was not built: make install, or python setup.py build_ext --inplace"
+    )
 
 
 @pytest.mark.skipif(not IS_COMPILED, reason="installed without a compiler")
@@ -154,14 +183,23 @@ def test_where_there_is_a_compiler_the_loop_is_in_c() -> None:
     ids=str,
 )
 def test_numbers_that_would_leave_the_memory_are_refused(change: dict[str, Any]) -> None:
-    numbers = {"storage": [0, 1], "requested": [512, 512], "allocated_changes": [0, 0], "reserved_bytes": [0, 0]}
-    columns = {name: np.array(each) for name, each in (numbers | change).items() if name != "num_storages"}
+    numbers = {
+        "storage": [0, 1],
+        "requested": [512, 512],
+        "allocated_changes": [0, 0],
+        "reserved_bytes": [0, 0],
+    }
+    columns = {
+        name: np.array(each) for name, each in (numbers | change).items() if name != "num_storages"
+    }
     from fitune.allocator import _fast
 
     counts = {"num_storages": change.get("num_storages", 2), "limit": plain_replay.NO_LIMIT}
     storage, requested = columns.pop("storage"), columns.pop("requested")
     with pytest.raises((ValueError, MemoryError)):
-        _fast.replay(storage, requested, **columns, **counts, is_retried=np.zeros(2, dtype=np.bool_))
+        _fast.replay(
+            storage, requested, **columns, **counts, is_retried=np.zeros(2, dtype=np.bool_)
+        )
 
 
 def test_settings_that_add_a_rule_are_not_for_the_tight_loop() -> None:
@@ -172,4 +210,6 @@ def test_settings_that_add_a_rule_are_not_for_the_tight_loop() -> None:
 
 def test_a_storage_that_is_allocated_twice_is_not_for_the_tight_loop() -> None:
     event = MemoryEvent(1, 512, "temporary", "forward", 1)
-    assert not replay_room._is_simple(MemoryTrace((event, replace(event, num_bytes=-512), event)).columns())
+    assert not replay_room._is_simple(
+        MemoryTrace((event, replace(event, num_bytes=-512), event)).columns()
+    )

@@ -13,7 +13,10 @@ from fitune.units import MIB
 def trace(*sizes: tuple[int, int], phase: Phase = "backward") -> MemoryTrace:
     """Storage and MiB."""
     return MemoryTrace(
-        tuple(MemoryEvent(storage, mib * MIB, "activation", phase, step=1) for storage, mib in sizes), ("assumed: x",)
+        tuple(
+            MemoryEvent(storage, mib * MIB, "activation", phase, step=1) for storage, mib in sizes
+        ),
+        ("assumed: x",),
     )
 
 
@@ -34,7 +37,9 @@ def test_allocated_and_reserved_are_the_replays() -> None:
 
 
 def test_the_categories_add_up_to_the_allocated_bytes() -> None:
-    odd = MemoryTrace(tuple(MemoryEvent(i, 11 * MIB + i, "temporary", "forward", step=1) for i in range(3)))
+    odd = MemoryTrace(
+        tuple(MemoryEvent(i, 11 * MIB + i, "temporary", "forward", step=1) for i in range(3))
+    )
     prediction = predict_trace(odd, PredictSettings())
     assert sum(prediction.categories.values()) == prediction.peak_allocated_bytes
     assert prediction.peak_allocated_bytes == replay(odd, ReplaySettings()).peak_allocated_bytes
@@ -77,12 +82,17 @@ def test_what_plainly_does_not_fit_need_not_name_the_allocation_that_fails() -> 
 
 def test_what_may_fit_is_replayed_even_where_no_failure_is_asked_for() -> None:
     settings = PredictSettings(device=card(80))
-    assert predict_trace(FRAGMENTED, replace(settings, find_oom=False)) == predict_trace(FRAGMENTED, settings)
+    assert predict_trace(FRAGMENTED, replace(settings, find_oom=False)) == predict_trace(
+        FRAGMENTED, settings
+    )
     assert predict_trace(FRAGMENTED, settings).num_alloc_retries == 1
 
 
 def test_a_step_before_the_one_that_fails_fits() -> None:
-    events = (MemoryEvent(1, 30 * MIB, "input", "forward", 1), MemoryEvent(2, 60 * MIB, "input", "forward", 2))
+    events = (
+        MemoryEvent(1, 30 * MIB, "input", "forward", 1),
+        MemoryEvent(2, 60 * MIB, "input", "forward", 2),
+    )
     settings = PredictSettings(device=card(70))
     first, second = predict_steps(MemoryTrace(events), settings, (1, 2))
     assert (first.fits, first.first_oom, second.fits) == (True, None, False)
@@ -96,7 +106,10 @@ def test_the_first_step_that_fails_fails_the_later_ones() -> None:
     )
     for find_oom in (True, False):
         settings = PredictSettings(device=card(70), find_oom=find_oom)
-        assert [each.fits for each in predict_steps(MemoryTrace(events), settings, (1, 2))] == [False, False]
+        assert [each.fits for each in predict_steps(MemoryTrace(events), settings, (1, 2))] == [
+            False,
+            False,
+        ]
 
 
 def test_a_loaders_block_is_reserved_from_the_start() -> None:
@@ -122,7 +135,10 @@ def test_the_phase_of_the_peak_is_named(phase: Phase) -> None:
 def test_the_peaks_of_all_steps_are_told() -> None:
     events = [MemoryEvent(1, 30 * MIB, "parameter", "load", step=0)]
     for step, mib in ((1, 10), (2, 50), (3, 20)):
-        events += [MemoryEvent(step + 1, sign * mib * MIB, "activation", "forward", step=step) for sign in (1, -1)]
+        events += [
+            MemoryEvent(step + 1, sign * mib * MIB, "activation", "forward", step=step)
+            for sign in (1, -1)
+        ]
     prediction = predict_trace(MemoryTrace(tuple(events)), PredictSettings())
     assert [(each.step, each.allocated_bytes // MIB, each.reserved_bytes // MIB) for each in prediction.step_peaks] == [
         (1, 40, 40), (2, 80, 90), (3, 50, 90),

@@ -72,17 +72,22 @@ def test_the_command_says_ok_for_a_file_that_matches(capsys: pytest.CaptureFixtu
     assert capsys.readouterr().out == f"{GOLDEN[0]}: ok\n"
 
 
-def test_the_command_names_the_first_mismatch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_names_the_first_mismatch(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     spoiled = recording()
     spoiled["expected"][2]["reserved"] = 5
     path = tmp_path / "spoiled.json"
     path.write_text(json.dumps(spoiled))
     assert main([str(GOLDEN[0]), str(path)]) == 1
-    assert capsys.readouterr().out.endswith("spoiled.json: event 2: reserved expected 5, got 20971520\n")
+    assert capsys.readouterr().out.endswith(
+        "spoiled.json: event 2: reserved expected 5, got 20971520\n"
+    )
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"not json", b"[]", b"{}", gzip.compress(b"{}", mtime=0)[:-4], b"\x1f\x8bnot gzip"]
+    "content",
+    [b"", b"not json", b"[]", b"{}", gzip.compress(b"{}", mtime=0)[:-4], b"\x1f\x8bnot gzip"],
 )
 def test_the_command_gives_2_for_a_file_that_is_no_recording(
     content: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -135,14 +140,21 @@ def test_settings_of_a_recording_that_cannot_be_used_are_unreadable() -> None:
 
 
 def test_the_peaks_of_a_trace_are_those_of_the_allocator() -> None:
-    result = replay(trace((1, 30, 0), (2, 5, 1), (2, -5, 1), (1, -30, 1), (3, 11, 1)), ReplaySettings())
+    result = replay(
+        trace((1, 30, 0), (2, 5, 1), (2, -5, 1), (1, -30, 1), (3, 11, 1)), ReplaySettings()
+    )
     assert (result.peak_allocated_bytes, result.peak_reserved_bytes) == (35 * MIB, 50 * MIB)
     assert result.peak_event == 1
 
 
 def test_the_last_step_has_its_own_peaks() -> None:
-    result = replay(trace((1, 30, 1), (2, 40, 1), (2, -40, 1), (3, 30, 2), (3, -30, 2)), ReplaySettings())
-    assert (result.last_step_peak_allocated_bytes, result.last_step_peak_reserved_bytes) == (60 * MIB, 70 * MIB)
+    result = replay(
+        trace((1, 30, 1), (2, 40, 1), (2, -40, 1), (3, 30, 2), (3, -30, 2)), ReplaySettings()
+    )
+    assert (result.last_step_peak_allocated_bytes, result.last_step_peak_reserved_bytes) == (
+        60 * MIB,
+        70 * MIB,
+    )
     assert (result.peak_allocated_bytes, result.peak_reserved_bytes) == (70 * MIB, 70 * MIB)
 
 
@@ -152,10 +164,19 @@ def test_a_warm_up_block_is_what_the_first_storages_are_cut_from() -> None:
 
 
 def test_the_first_failure_stops_the_replay() -> None:
-    result = replay(trace((1, 30, 1), (2, 80, 1), (3, 20, 2)), ReplaySettings(total_bytes=100 * MIB))
+    result = replay(
+        trace((1, 30, 1), (2, 80, 1), (3, 20, 2)), ReplaySettings(total_bytes=100 * MIB)
+    )
     assert result.first_oom == FailedAllocation(1, 80 * MIB, 30 * MIB, 30 * MIB, 70 * MIB)
-    assert (result.num_ooms, result.num_alloc_retries, result.peak_allocated_bytes) == (1, 1, 30 * MIB)
-    assert (result.last_step_peak_allocated_bytes, result.last_step_peak_reserved_bytes) == (None, None)
+    assert (result.num_ooms, result.num_alloc_retries, result.peak_allocated_bytes) == (
+        1,
+        1,
+        30 * MIB,
+    )
+    assert (result.last_step_peak_allocated_bytes, result.last_step_peak_reserved_bytes) == (
+        None,
+        None,
+    )
 
 
 def test_a_caught_failure_lets_the_replay_go_on() -> None:
@@ -165,7 +186,9 @@ def test_a_caught_failure_lets_the_replay_go_on() -> None:
 
 
 def test_a_warm_up_that_does_not_fit_is_a_failure_before_the_first_event() -> None:
-    result = replay(trace((1, 30, 1)), ReplaySettings(total_bytes=100 * MIB, warm_up_bytes=200 * MIB))
+    result = replay(
+        trace((1, 30, 1)), ReplaySettings(total_bytes=100 * MIB, warm_up_bytes=200 * MIB)
+    )
     assert result.first_oom is not None
     assert result.first_oom.event is None
     assert result.peak_allocated_bytes == 0
@@ -176,9 +199,16 @@ def test_the_settings_reach_the_allocator() -> None:
     limited = ReplaySettings(total_bytes=100 * MIB, used_by_others_bytes=80 * MIB)
     assert replay(one, limited).num_ooms == 1
     assert replay(one, ReplaySettings(total_bytes=100 * MIB, memory_fraction=0.2)).num_ooms == 1
-    assert replay(one, ReplaySettings(allocator="expandable_segments:True")).peak_reserved_bytes == 40 * MIB
+    assert (
+        replay(one, ReplaySettings(allocator="expandable_segments:True")).peak_reserved_bytes
+        == 40 * MIB
+    )
 
 
 def test_an_empty_trace_needs_nothing() -> None:
     result = replay(MemoryTrace(()), ReplaySettings())
-    assert (result.peak_allocated_bytes, result.peak_reserved_bytes, result.peak_event) == (0, 0, None)
+    assert (result.peak_allocated_bytes, result.peak_reserved_bytes, result.peak_event) == (
+        0,
+        0,
+        None,
+    )

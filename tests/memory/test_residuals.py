@@ -40,7 +40,9 @@ def test_other_circumstances_do_not_count(field: str) -> None:
 
 
 @pytest.mark.parametrize("made_by", [{}, {"made_by": "0.1.0, method 1"}])
-def test_what_another_version_predicted_does_not_count(cache: Path, made_by: dict[str, str]) -> None:
+def test_what_another_version_predicted_does_not_count(
+    cache: Path, made_by: dict[str, str]
+) -> None:
     add_residual(Residual(HERE, 100, 98))
     path = cache / "residuals.jsonl"
     line = json.loads(path.read_text())
@@ -53,7 +55,9 @@ def test_what_another_version_predicted_does_not_count(cache: Path, made_by: dic
 def test_damaged_lines_are_passed_over(cache: Path) -> None:
     add_residual(Residual(HERE, 100, 98))
     path = cache / "residuals.jsonl"
-    path.write_text(f'nonsense\n[1]\n{{"predicted_bytes": 1}}\n{path.read_text()}{path.read_text()[:30]}')
+    path.write_text(
+        f'nonsense\n[1]\n{{"predicted_bytes": 1}}\n{path.read_text()}{path.read_text()[:30]}'
+    )
     assert len(read_residuals(HERE)) == 1
 
 
@@ -64,7 +68,9 @@ def test_only_the_latest_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [residual.measured_bytes for residual in read_residuals(HERE)] == [3, 4, 5]
 
 
-def test_a_cache_that_cannot_be_written_stops_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_that_cannot_be_written_stops_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("FITUNE_CACHE", str(tmp_path / "file" / "below"))
     add_residual(Residual(HERE, 100, 98))
@@ -87,7 +93,12 @@ def test_runs_that_all_took_less_leave_the_upper_end() -> None:
 
 
 def test_the_context_is_the_one_that_runs_of_any_model_found() -> None:
-    for model, context in (("minimind2", 300), ("minimind-3", 320), ("minimind2", 310), ("minimind2", None)):
+    for model, context in (
+        ("minimind2", 300),
+        ("minimind-3", 320),
+        ("minimind2", 310),
+        ("minimind2", None),
+    ):
         add_residual(Residual(replace(HERE, model=model), 100, 98, context))
     add_residual(Residual(replace(HERE, driver="another"), 100, 98, 900))
     assert measured_context(HERE) == ContextPrior(300, 310, 320)
@@ -102,4 +113,6 @@ def test_a_source_is_kept_without_its_directory() -> None:
 
 
 def test_on_a_cpu_the_c_allocator_stands_for_the_driver() -> None:
-    assert circumstances(cpu_device(), "minimind2").driver.startswith(("glibc", "musl", "tcmalloc", "unknown"))
+    assert circumstances(cpu_device(), "minimind2").driver.startswith(
+        ("glibc", "musl", "tcmalloc", "unknown")
+    )

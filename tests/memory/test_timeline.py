@@ -17,7 +17,9 @@ def event(
 
 def traces() -> st.SearchStrategy[MemoryTrace]:
     """Storages that are born in some order and die in the same or not at all."""
-    births = st.lists(st.tuples(st.integers(1, 10**6), st.sampled_from(CATEGORIES), st.booleans()), min_size=1)
+    births = st.lists(
+        st.tuples(st.integers(1, 10**6), st.sampled_from(CATEGORIES), st.booleans()), min_size=1
+    )
 
     def build(items: list[tuple[int, Category, bool]]) -> MemoryTrace:
         events: list[MemoryEvent] = []
@@ -48,12 +50,23 @@ def test_the_peak_is_the_first_highest_point() -> None:
 
 
 def test_the_last_step_has_a_peak_of_its_own() -> None:
-    live = timeline(MemoryTrace((event(1, 9), event(1, -9), event(2, 4, step=2, phase="optimizer"))))
-    assert (live.peak.num_bytes, live.last_step_peak.num_bytes, live.last_step_peak.phase) == (9, 4, "optimizer")
+    live = timeline(
+        MemoryTrace((event(1, 9), event(1, -9), event(2, 4, step=2, phase="optimizer")))
+    )
+    assert (live.peak.num_bytes, live.last_step_peak.num_bytes, live.last_step_peak.phase) == (
+        9,
+        4,
+        "optimizer",
+    )
 
 
 def test_what_is_alive_at_the_peak_is_named_largest_first() -> None:
-    events = (event(1, 3, module="a"), event(2, 9, module="b"), event(3, 2, module="a"), event(4, 1, module="a"))
+    events = (
+        event(1, 3, module="a"),
+        event(2, 9, module="b"),
+        event(3, 2, module="a"),
+        event(4, 1, module="a"),
+    )
     peak = timeline(MemoryTrace((*events[:3], event(3, -2, module="a"), events[3]))).peak
     assert [(module.name, module.num_bytes) for module in peak.modules] == [("b", 9), ("a", 5)]
     assert [tensor.num_bytes for tensor in peak.tensors] == [9, 3, 2]

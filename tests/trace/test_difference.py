@@ -23,7 +23,12 @@ def test_the_same_events_do_not_differ() -> None:
 
 @given(st.permutations([3, 4, 5]))
 def test_the_order_of_frees_between_two_allocations_is_no_difference(order: Sequence[int]) -> None:
-    assert first_difference(trace(3, 4, 5, -3, -4, -5, 6), trace(3, 4, 5, *(-size for size in order), 6)) is None
+    assert (
+        first_difference(
+            trace(3, 4, 5, -3, -4, -5, 6), trace(3, 4, 5, *(-size for size in order), 6)
+        )
+        is None
+    )
 
 
 def test_a_free_on_the_other_side_of_an_allocation_is_a_difference() -> None:
@@ -49,4 +54,7 @@ def test_a_record_that_ends_early_differs_there() -> None:
 
 def test_what_came_before_the_steps_is_not_compared() -> None:
     loaded = MemoryTrace((*trace(8, 9, step=0).events, *trace(1, -9).events))
-    assert first_difference(loaded, MemoryTrace((*trace(9, 8, step=0).events, *trace(1, -9).events))) is None
+    assert (
+        first_difference(loaded, MemoryTrace((*trace(9, 8, step=0).events, *trace(1, -9).events)))
+        is None
+    )

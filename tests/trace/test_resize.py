@@ -4,14 +4,27 @@ from collections.abc import Sequence
 
 import pytest
 
-from fitune.trace.recording import NEVER, RecordedAllocation, Recording, Rule, TraceWork, Where, make_recording
+from fitune.trace.recording import (
+    NEVER,
+    RecordedAllocation,
+    Recording,
+    Rule,
+    TraceWork,
+    Where,
+    make_recording,
+)
 from fitune.trace.resize import resize, with_last_step_repeated
 
 KINDS = ("train",)
 
 
 def step(
-    num_micro_batches: int, sizes: Sequence[int], later: Sequence[int] | None = None, *, more: int = 0, update: int = 8
+    num_micro_batches: int,
+    sizes: Sequence[int],
+    later: Sequence[int] | None = None,
+    *,
+    more: int = 0,
+    update: int = 8,
 ) -> Recording:
     """Return a step of micro-batches and an update.
 
@@ -28,10 +41,14 @@ def step(
             for size, rule in zip(its, rules, strict=True)
         ]
         num_bytes = sum(its) + (more if micro_batch > 0 else 0)
-        work.append(TraceWork("backward", 1, micro_batch, "", -1, "mm", "float32", len(its), num_bytes, 0))
+        work.append(
+            TraceWork("backward", 1, micro_batch, "", -1, "mm", "float32", len(its), num_bytes, 0)
+        )
     where = Where("optimizer", 1, num_micro_batches - 1, "")
     allocations.append(RecordedAllocation(update, "temporary", where, "stack", -1, None))
-    work.append(TraceWork("optimizer", 1, num_micro_batches - 1, "", -1, "stack", "float32", 1, update, 0))
+    work.append(
+        TraceWork("optimizer", 1, num_micro_batches - 1, "", -1, "stack", "float32", 1, update, 0)
+    )
     return make_recording(allocations, work)
 
 
@@ -39,7 +56,13 @@ def test_a_later_micro_batch_gets_the_sizes_that_the_first_one_has_for_other_row
     found = resize(step(2, [10, 20, 10], [20, 10]), step(1, [15, 30, 15]), kinds=KINDS)
     assert found is not None
     assert found.num_bytes.tolist() == [15, 30, 15, 30, 15, 8]
-    assert [found.rules[rule].arguments for rule in found.rule.tolist()[:-1]] == [(15,), (30,), (15,), (30,), (15,)]
+    assert [found.rules[rule].arguments for rule in found.rule.tolist()[:-1]] == [
+        (15,),
+        (30,),
+        (15,),
+        (30,),
+        (15,),
+    ]
 
 
 def test_an_update_of_two_micro_batches_is_no_matter_of_rows() -> None:
@@ -94,5 +117,9 @@ def test_a_step_is_done_again_without_its_workspace() -> None:
 
 
 def test_a_step_that_leaves_a_tensor_is_not_done_again() -> None:
-    allocations = [RecordedAllocation(20, "optimizer_state", Where("optimizer", 1, 0, ""), "zeros", NEVER, None)]
+    allocations = [
+        RecordedAllocation(
+            20, "optimizer_state", Where("optimizer", 1, 0, ""), "zeros", NEVER, None
+        )
+    ]
     assert with_last_step_repeated(make_recording(allocations, []), 1) is None

@@ -88,7 +88,9 @@ def parse_allocator_config(text: str) -> AllocatorConfig:
         )
     segment_mb = _at_least("large_segment_size_mb", settings, smallest=11, default=20)
     split_mb = _at_least("max_split_size_mb", settings, smallest=segment_mb, default=0)
-    rounding_mb = _at_least("max_non_split_rounding_mb", settings, smallest=segment_mb, default=segment_mb)
+    rounding_mb = _at_least(
+        "max_non_split_rounding_mb", settings, smallest=segment_mb, default=segment_mb
+    )
     threshold = _number("garbage_collection_threshold", settings, default=0.0)
     if "garbage_collection_threshold" in settings and not 0 < threshold < 1:
         raise UsageError(
@@ -96,14 +98,18 @@ def parse_allocator_config(text: str) -> AllocatorConfig:
         )
     fraction = _number("per_process_memory_fraction", settings, default=1.0)
     if not 0 <= fraction <= 1:
-        raise UsageError(f"allocator setting per_process_memory_fraction is {fraction:g}, but must be from 0 to 1")
+        raise UsageError(
+            f"allocator setting per_process_memory_fraction is {fraction:g}, but must be from 0 to 1"
+        )
     return AllocatorConfig(
         max_split_bytes=split_mb * MIB or None,
         max_non_split_rounding_bytes=rounding_mb * MIB,
         large_segment_bytes=segment_mb * MIB,
         roundup_divisions=_divisions(settings.get("roundup_power2_divisions")),
         garbage_collection_threshold=threshold,
-        expandable_segments=_switch("expandable_segments", settings.get("expandable_segments", "False")),
+        expandable_segments=_switch(
+            "expandable_segments", settings.get("expandable_segments", "False")
+        ),
         memory_fraction=fraction,
     )
 
@@ -115,7 +121,9 @@ def _settings(text: str) -> Iterator[tuple[str, str]]:
     """
     compact = "".join(text.split())
     if digits := re.search(r"\d{20}", compact):
-        raise UsageError(f"allocator setting with the number {digits[0]}...: no setting has so many digits")
+        raise UsageError(
+            f"allocator setting with the number {digits[0]}...: no setting has so many digits"
+        )
     depth, cuts = 0, [-1]
     for i, char in enumerate(compact):
         depth += (char == "[") - (char == "]")
@@ -153,20 +161,26 @@ def _divisions(value: str | None) -> tuple[int, ...]:
             raise UsageError(f"allocator setting {key} is {number}, but must be a power of two")
         return (number,) * NUM_INTERVALS
     if not value.endswith("]"):
-        raise UsageError(f"allocator setting {key}:{value} has no closing bracket; write [256:1,512:2,>:4]")
+        raise UsageError(
+            f"allocator setting {key}:{value} has no closing bracket; write [256:1,512:2,>:4]"
+        )
     table = [0] * NUM_INTERVALS
     last, is_first = 0, True
     for entry in filter(None, value[1:-1].split(",")):
         start, _, text = entry.partition(":")
         number = _whole(key, text)
         if number and not _is_power_of_two(number):
-            raise UsageError(f"allocator setting {key} has {number} divisions, but must have a power of two, or 0")
+            raise UsageError(
+                f"allocator setting {key} has {number} divisions, but must have a power of two, or 0"
+            )
         if start == ">":
             table[last + 1 :] = [number] * (NUM_INTERVALS - last - 1)
             continue
         size_mb = _whole(key, start)
         if not _is_power_of_two(size_mb):
-            raise UsageError(f"allocator setting {key} has the size {size_mb} MiB, but must have a power of two")
+            raise UsageError(
+                f"allocator setting {key} has the size {size_mb} MiB, but must have a power of two"
+            )
         last = min(size_mb.bit_length() - 1, NUM_INTERVALS - 1)
         if is_first:
             table[:last] = [number] * last
@@ -198,7 +212,9 @@ def _number(key: str, settings: dict[str, str], *, default: float) -> float:
     try:
         return float(settings.get(key, default))
     except ValueError:
-        raise UsageError(f"allocator setting {key} is '{settings[key]}', which is not a number") from None
+        raise UsageError(
+            f"allocator setting {key} is '{settings[key]}', which is not a number"
+        ) from None
 
 
 def _switch(key: str, value: str) -> bool:

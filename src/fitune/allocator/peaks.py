@@ -128,7 +128,12 @@ def _peak(trace: MemoryTrace, columns: EventColumns, sizes: Integers, index: int
             for number, category in enumerate(CATEGORIES)
         },
         modules=tuple(
-            Living(name, "", None, num_bytes) for name, num_bytes in modules.most_common(NUM_TOP + 1) if name
+            Living(name, "", None, num_bytes)
+            for name, num_bytes in modules.most_common(NUM_TOP + 1)
+            if name
         )[:NUM_TOP],
-        tensors=tuple(Living(event.module, event.op, event.category, num_bytes) for event, num_bytes in largest),
+        tensors=tuple(
+            Living(event.module, event.op, event.category, num_bytes)
+            for event, num_bytes in largest
+        ),
     )

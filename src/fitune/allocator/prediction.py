@@ -94,12 +94,16 @@ class Prediction(HtmlDisplay):
 
     def __repr__(self) -> str:
         """Return the prediction in one sentence of text; the fields hold all of it."""
-        parts = ", ".join(f"{say(name)} {format_bytes(size)}" for name, size in self.categories.items() if size)
+        parts = ", ".join(
+            f"{say(name)} {format_bytes(size)}" for name, size in self.categories.items() if size
+        )
         sums = [f"{say('allocated')} {format_bytes(self.peak_allocated_bytes)}"]
         sums.append(f"{say('reserved')} {format_bytes(self.peak_reserved_bytes)}")
         if self.device_bytes is not None:
             sums.append(f"{say('device used')} {format_bytes(self.device_bytes)}")
-        verdict = {True: f" · {say('fits')}", False: f" · {say('does not fit')}", None: ""}[self.fits]
+        verdict = {True: f" · {say('fits')}", False: f" · {say('does not fit')}", None: ""}[
+            self.fits
+        ]
         peak = say("at the peak ({phase})", phase=say(self.peak_phase))
         return f"Prediction: {', '.join(sums)}{verdict} · {peak}: {parts}"
 
@@ -125,7 +129,9 @@ def predict_trace(trace: MemoryTrace, settings: PredictSettings) -> Prediction:
     """
     last_step = int(trace.columns().step.max()) if trace.events else 0
     *before, last = predict_steps(trace, settings, range(1, last_step + 1) or (0,))
-    return replace(last, step_peaks=tuple(each for step in (*before, last) for each in step.step_peaks))
+    return replace(
+        last, step_peaks=tuple(each for step in (*before, last) for each in step.step_peaks)
+    )
 
 
 def either_routing(predict_routed: Callable[[Routing], Prediction], routing: Routing) -> Prediction:
@@ -153,7 +159,9 @@ def other_routing(routing: Routing) -> Routing:
     return "worst" if routing == "balanced" else "balanced"
 
 
-def predict_steps(trace: MemoryTrace, settings: PredictSettings, steps: Sequence[int]) -> list[Prediction]:
+def predict_steps(
+    trace: MemoryTrace, settings: PredictSettings, steps: Sequence[int]
+) -> list[Prediction]:
     """Predict each of these steps as if the loop ended with it.
 
     If the replay without a limit is too large, one replay with the card's limit serves all steps.
@@ -161,10 +169,15 @@ def predict_steps(trace: MemoryTrace, settings: PredictSettings, steps: Sequence
     predictions = _predict_steps(trace, settings, steps)
     if COMPILED not in trace.source:
         return predictions
-    return [each if each.fits is not False else replace(each, fits=None, first_oom=None) for each in predictions]
+    return [
+        each if each.fits is not False else replace(each, fits=None, first_oom=None)
+        for each in predictions
+    ]
 
 
-def _predict_steps(trace: MemoryTrace, settings: PredictSettings, steps: Sequence[int]) -> list[Prediction]:
+def _predict_steps(
+    trace: MemoryTrace, settings: PredictSettings, steps: Sequence[int]
+) -> list[Prediction]:
     device = settings.device
     if device is not None and device.kind == "cpu":
         peaks = step_peaks(trace, steps)
@@ -173,7 +186,9 @@ def _predict_steps(trace: MemoryTrace, settings: PredictSettings, steps: Sequenc
     result = replay_trace(trace, unlimited)
     peaks = step_peaks(trace, steps, allocated_changes=result.allocated_changes)
     if device is None:
-        return [_step_prediction(result.step_peaks[step][1], trace, None, peaks[step]) for step in steps]
+        return [
+            _step_prediction(result.step_peaks[step][1], trace, None, peaks[step]) for step in steps
+        ]
     context = device.context.expected_bytes if device.context else 0
     limit_bytes = (settings.memory_fraction or 1.0) * device.total_bytes
 
@@ -205,12 +220,18 @@ def _predict_steps(trace: MemoryTrace, settings: PredictSettings, steps: Sequenc
             continue
         within = limited if step in too_large else result
         failure = within.first_oom
-        if failure is not None and failure.event is not None and trace.events[failure.event].step > step:
+        if (
+            failure is not None
+            and failure.event is not None
+            and trace.events[failure.event].step > step
+        ):
             failure = None
         reserved = (within if failure is None else result).step_peaks[step][1]
         retries = within.step_retries[step] if failure is None else within.num_alloc_retries
         prediction = _step_prediction(reserved, trace, device, peaks[step])
-        predictions.append(replace(prediction, fits=failure is None, num_alloc_retries=retries, first_oom=failure))
+        predictions.append(
+            replace(prediction, fits=failure is None, num_alloc_retries=retries, first_oom=failure)
+        )
     return predictions
 
 
@@ -221,11 +242,15 @@ def _least_bytes(trace: MemoryTrace, step: int) -> int:
     return int(np.cumsum(np.sign(columns.num_bytes) * blocks)[columns.step <= step].max())
 
 
-def _step_prediction(reserved: int, trace: MemoryTrace, device: Device | None, peak: Peak) -> Prediction:
+def _step_prediction(
+    reserved: int, trace: MemoryTrace, device: Device | None, peak: Peak
+) -> Prediction:
     return Prediction(
         peak_allocated_bytes=peak.num_bytes,
         peak_reserved_bytes=reserved,
-        device_bytes=reserved + device.context.expected_bytes if device and device.context else None,
+        device_bytes=reserved + device.context.expected_bytes
+        if device and device.context
+        else None,
         device_interval=_interval(reserved, device),
         fits=None,
         num_alloc_retries=0,

@@ -80,7 +80,12 @@ def replay(trace: MemoryTrace, settings: ReplaySettings) -> ReplayResult:
         memory_fraction=settings.memory_fraction,
     )
     columns = trace.columns()
-    if IS_COMPILED and settings.on_oom == "stop" and is_plain(allocator.config) and _is_simple(columns):
+    if (
+        IS_COMPILED
+        and settings.on_oom == "stop"
+        and is_plain(allocator.config)
+        and _is_simple(columns)
+    ):
         return _replay_plain(columns, settings, allocator)
     return _replay_by_all_rules(columns, settings, allocator)
 
@@ -105,7 +110,9 @@ def number_storages(storage: Integers) -> Integers:
     return numbers
 
 
-def _replay_by_all_rules(columns: EventColumns, settings: ReplaySettings, allocator: CachingAllocator) -> ReplayResult:
+def _replay_by_all_rules(
+    columns: EventColumns, settings: ReplaySettings, allocator: CachingAllocator
+) -> ReplayResult:
     last_step = int(columns.step.max()) if len(columns.step) else 0
     addresses: dict[int, int] = {}
     #: allocated bytes after each event
@@ -120,7 +127,9 @@ def _replay_by_all_rules(columns: EventColumns, settings: ReplaySettings, alloca
             return allocator.allocate(num_bytes, stream)
         except OutOfDeviceMemoryError as error:
             failures.append(
-                FailedAllocation(event, num_bytes, error.allocated_bytes, error.reserved_bytes, error.free_bytes)
+                FailedAllocation(
+                    event, num_bytes, error.allocated_bytes, error.reserved_bytes, error.free_bytes
+                )
             )
             return 0
 
@@ -130,7 +139,10 @@ def _replay_by_all_rules(columns: EventColumns, settings: ReplaySettings, alloca
         allocator.reset_peaks()
 
     allocator.free(allocate(None, settings.warm_up_bytes))
-    numbers = (column.tolist() for column in (columns.storage, columns.num_bytes, columns.step, columns.stream))
+    numbers = (
+        column.tolist()
+        for column in (columns.storage, columns.num_bytes, columns.step, columns.stream)
+    )
     for i, (storage, num_bytes, step, stream) in enumerate(zip(*numbers, strict=True)):
         if failures and settings.on_oom == "stop":
             break
@@ -164,7 +176,9 @@ def _replay_by_all_rules(columns: EventColumns, settings: ReplaySettings, alloca
     )
 
 
-def _replay_plain(columns: EventColumns, settings: ReplaySettings, allocator: CachingAllocator) -> ReplayResult:
+def _replay_plain(
+    columns: EventColumns, settings: ReplaySettings, allocator: CachingAllocator
+) -> ReplayResult:
     """Replay in C. `allocator` only provides the memory limits."""
     last_step = int(columns.step.max())
     limits = [limit for limit in (allocator.limit_bytes, allocator.free_bytes) if limit is not None]
@@ -203,7 +217,9 @@ def _replay_plain(columns: EventColumns, settings: ReplaySettings, allocator: Ca
         if allocator.free_bytes is not None:
             free_bytes = max(allocator.free_bytes - reserved_then, 0)
         event = at - first if at >= first else None
-        failure = FailedAllocation(event, int(requested[at]), int(allocated[at]), reserved_then, free_bytes)
+        failure = FailedAllocation(
+            event, int(requested[at]), int(allocated[at]), reserved_then, free_bytes
+        )
     last_peaks = step_peaks.get(last_step, (None, None))
     return ReplayResult(
         peak_allocated_bytes=max(peak for peak, _ in step_peaks.values()),

@@ -135,7 +135,11 @@ class OutOfDeviceMemoryError(Exception):
 def _format_size(num_bytes: int) -> str:
     if num_bytes <= KIB:
         return f"{num_bytes} bytes"
-    unit, name = next((u, n) for u, n in ((KIB, "KiB"), (MIB, "MiB"), (GIB, "GiB")) if num_bytes <= KIB * u or u == GIB)
+    unit, name = next(
+        (u, n)
+        for u, n in ((KIB, "KiB"), (MIB, "MiB"), (GIB, "GiB"))
+        if num_bytes <= KIB * u or u == GIB
+    )
     return f"{num_bytes / unit:.2f} {name}"
 
 
@@ -177,7 +181,9 @@ class _Node:
     def num_expandable_bytes(self) -> int:
         """Return the block's size together with the unmapped addresses after it."""
         following = self.next
-        return self.num_bytes + (following.num_bytes if following and following.state == "unmapped" else 0)
+        return self.num_bytes + (
+            following.num_bytes if following and following.state == "unmapped" else 0
+        )
 
 
 @dataclass(slots=True, eq=False)
@@ -256,7 +262,9 @@ class CachingAllocator:
         self.driver_calls = DriverCalls()
         self._used_by_others = used_by_others_bytes
         self._next_address = FIRST_ADDRESS
-        self._collects_garbage = self.limit_bytes is not None and self.config.garbage_collection_threshold > 0
+        self._collects_garbage = (
+            self.limit_bytes is not None and self.config.garbage_collection_threshold > 0
+        )
         self._rounds_by_division = any(self.config.roundup_divisions)
         self._small = _Pool(is_small=True, page_bytes=SMALL_SEGMENT_BYTES)
         self._large = _Pool(is_small=False, page_bytes=self.config.large_segment_bytes)
@@ -405,7 +413,8 @@ class CachingAllocator:
         heads = (
             node
             for _, node in sorted(self._nodes.items())
-            if node.state != "unmapped" and (node.previous is None or node.previous.state == "unmapped")
+            if node.state != "unmapped"
+            and (node.previous is None or node.previous.state == "unmapped")
         )
         return tuple(self._segment(head) for head in heads)
 
@@ -500,7 +509,9 @@ class CachingAllocator:
         self._insert_free(node)
         if node.range is None:
             self.num_inactive_split += node.is_split - (before > 0) - (after > 0)
-            self._add_inactive_split_bytes((node.num_bytes if node.is_split else 0) - before - after)
+            self._add_inactive_split_bytes(
+                (node.num_bytes if node.is_split else 0) - before - after
+            )
 
     def _merge(self, node: _Node, other: _Node | None) -> int:
         """Merge a free or unmapped block with a neighbour of the same state.
@@ -621,7 +632,11 @@ class CachingAllocator:
             self._release(self._nodes[stream_pool.free[i] & _ADDRESS_MASK])
             return True
         released = 0
-        while released < needed and stream_pool.free and self._is_oversize(stream_pool.free[-1] >> _ADDRESS_BITS):
+        while (
+            released < needed
+            and stream_pool.free
+            and self._is_oversize(stream_pool.free[-1] >> _ADDRESS_BITS)
+        ):
             released += stream_pool.free[-1] >> _ADDRESS_BITS
             self._release(self._nodes[stream_pool.free[-1] & _ADDRESS_MASK])
         return released >= needed
@@ -644,7 +659,9 @@ class CachingAllocator:
 
     def _free_nodes(self, pool: _Pool) -> list[_Node]:
         return [
-            self._nodes[key & _ADDRESS_MASK] for stream in sorted(pool.streams) for key in pool.streams[stream].free
+            self._nodes[key & _ADDRESS_MASK]
+            for stream in sorted(pool.streams)
+            for key in pool.streams[stream].free
         ]
 
     # Rule 9: expandable segments
@@ -676,7 +693,11 @@ class CachingAllocator:
             if node.previous is not None and node.previous.state == "inactive":
                 node = node.previous
             num_available, following = node.num_bytes, node.next
-            while num_available < size and following is not None and following.state in ("inactive", "unmapped"):
+            while (
+                num_available < size
+                and following is not None
+                and following.state in ("inactive", "unmapped")
+            ):
                 num_available += following.num_bytes
                 following = following.next
             if num_available >= size:
@@ -699,7 +720,9 @@ class CachingAllocator:
         page = node.range.page_bytes
         num_bytes = -(-num_bytes // page) * page
         num_pages = num_bytes // page
-        num_possible = num_pages if self.free_bytes is None else min(num_pages, self.free_bytes // page)
+        num_possible = (
+            num_pages if self.free_bytes is None else min(num_pages, self.free_bytes // page)
+        )
         self.driver_calls.mem_create += num_possible
         if num_possible < num_pages:
             self.driver_calls.mem_create += 1

@@ -200,7 +200,11 @@ def _anneal(state: BatchState, now: Situation) -> Change | None:
 
 def _follow(state: BatchState, now: Situation) -> Change | None:
     noise = now.noise
-    if noise is None or noise.effective_steps < LEAST_EFFECTIVE_STEPS or now.tokens < _end_of_pause(state, now):
+    if (
+        noise is None
+        or noise.effective_steps < LEAST_EFFECTIVE_STEPS
+        or now.tokens < _end_of_pause(state, now)
+    ):
         return None
     if noise.bounce is None or noise.bounce <= LEAST_BOUNCE:
         return None
@@ -219,7 +223,11 @@ def _follow(state: BatchState, now: Situation) -> Change | None:
 
 def _hold(state: BatchState, now: Situation) -> Change | None:
     noise = now.noise
-    if noise is None or noise.effective_steps < LEAST_EFFECTIVE_STEPS or now.tokens < _end_of_pause(state, now):
+    if (
+        noise is None
+        or noise.effective_steps < LEAST_EFFECTIVE_STEPS
+        or now.tokens < _end_of_pause(state, now)
+    ):
         return None
     if not now.flat or noise.bounce is None or noise.bounce > 0:
         return None

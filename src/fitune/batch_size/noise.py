@@ -167,18 +167,28 @@ def observe(
     if sample is not None:
         averages = update_averages(averages, sample, half_life_tokens=half_life_tokens, dot=dot)
     clip_factor = min(1.0, clip / (math.sqrt(norms.total) + 1e-6)) if clip else 1.0
-    return replace(averages, momentum_gain=beta1 * averages.momentum_gain + (1 - beta1) * clip_factor)
+    return replace(
+        averages, momentum_gain=beta1 * averages.momentum_gain + (1 - beta1) * clip_factor
+    )
 
 
-def observe_preconditioned(averages: NoiseAverages, norms: GradientNorms, *, half_life_tokens: float) -> NoiseAverages:
+def observe_preconditioned(
+    averages: NoiseAverages, norms: GradientNorms, *, half_life_tokens: float
+) -> NoiseAverages:
     """Add a step to the averages of norms whose squares are weighted as Adam weighs them.
 
     Returns the averages unchanged if the step has no such norms.
     """
     if norms.preconditioned_micro is None or not norms.preconditioned_total:
         return averages
-    sample = pairwise_sample(norms.preconditioned_micro, norms.preconditioned_total, weights=norms.weights)
-    return averages if sample is None else update_averages(averages, sample, half_life_tokens=half_life_tokens)
+    sample = pairwise_sample(
+        norms.preconditioned_micro, norms.preconditioned_total, weights=norms.weights
+    )
+    return (
+        averages
+        if sample is None
+        else update_averages(averages, sample, half_life_tokens=half_life_tokens)
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,7 +241,9 @@ def estimate(averages: NoiseAverages) -> NoiseEstimate | None:
         scale_low_tokens=max(variance - variance_error, 0.0) / (signal + signal_error)
         if signal + signal_error > 0
         else 0.0,
-        scale_high_tokens=(variance + variance_error) / surest_signal if surest_signal > 0 else math.inf,
+        scale_high_tokens=(variance + variance_error) / surest_signal
+        if surest_signal > 0
+        else math.inf,
         bounce=bounce,
         effective_steps=steps,
     )

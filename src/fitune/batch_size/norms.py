@@ -63,7 +63,9 @@ class NormRecorder:
         shards: Shards | None = None,
     ) -> None:
         self._shards = shards
-        self._parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+        self._parameters = [
+            p for group in optimizer.param_groups for p in group["params"] if p.requires_grad
+        ]
         self._exp_avg, squares = (
             _state_on_device(optimizer, "exp_avg"),
             _state_on_device(optimizer, "exp_avg_sq"),
@@ -93,7 +95,9 @@ class NormRecorder:
             with self._shards.reading(self._add_norm):
                 yield
             return
-        handles = [parameter.register_hook(partial(self._add, parameter)) for parameter in self._parameters]
+        handles = [
+            parameter.register_hook(partial(self._add, parameter)) for parameter in self._parameters
+        ]
         try:
             yield
         finally:
@@ -119,7 +123,11 @@ class NormRecorder:
         The norms are float32 [2 a] on the device for a micro-batches: norm and weighted norm of
         each.
         """
-        values = torch.cat(self._micro) if self._micro else torch.zeros(0, device=self._parameters[0].device)
+        values = (
+            torch.cat(self._micro)
+            if self._micro
+            else torch.zeros(0, device=self._parameters[0].device)
+        )
         return values, tuple(self._weights)
 
     def take(self, values: Sequence[float], weights: Sequence[float]) -> None:
@@ -136,21 +144,34 @@ class NormRecorder:
         last backward and before clipping.
         """
         grads = [(p, p.grad) for p in self._parameters if p.grad is not None]
-        dots = [dot for p, grad in grads if p in self._exp_avg for dot in _dots(local(grad), local(self._exp_avg[p]))]
-        weighted = [_weighted_square(grad, self._exp_avg_sq[p]) for p, grad in grads if self._exp_avg_sq]
+        dots = [
+            dot
+            for p, grad in grads
+            if p in self._exp_avg
+            for dot in _dots(local(grad), local(self._exp_avg[p]))
+        ]
+        weighted = [
+            _weighted_square(grad, self._exp_avg_sq[p]) for p, grad in grads if self._exp_avg_sq
+        ]
         totals = torch.stack((self._sum(weighted), self._sum(dots)))
         if self._shards is not None:
             self._shards.add_up(totals)
         return torch.cat((*self._micro, totals))
 
-    def read(self, host: Sequence[float], *, total_norm: float, scale: float = 1.0) -> GradientNorms:
+    def read(
+        self, host: Sequence[float], *, total_norm: float, scale: float = 1.0
+    ) -> GradientNorms:
         """Convert `values()`, copied to the host, to the norms.
 
         scale: the gradient scaler's factor, which every backward's gradient contains and which has
             been divided out of their sum.
         """
         *micro, weighted_total, dot = host
-        norms = [total_norm**2, weighted_total] if self._is_alone else [value / scale**2 for value in micro]
+        norms = (
+            [total_norm**2, weighted_total]
+            if self._is_alone
+            else [value / scale**2 for value in micro]
+        )
         return GradientNorms(
             micro=tuple(norms[0::2]),
             total=total_norm**2,
@@ -171,17 +192,31 @@ class NormRecorder:
         self._squares.append(_square(gradient))
 
     def _sum(self, values: list[torch.Tensor]) -> torch.Tensor:
-        return torch.stack(values).sum() if values else torch.zeros((), device=self._parameters[0].device)
+        return (
+            torch.stack(values).sum()
+            if values
+            else torch.zeros((), device=self._parameters[0].device)
+        )
 
 
-def _state_on_device(optimizer: torch.optim.Optimizer, name: str) -> dict[torch.Tensor, torch.Tensor]:
+def _state_on_device(
+    optimizer: torch.optim.Optimizer, name: str
+) -> dict[torch.Tensor, torch.Tensor]:
     """Return that part of each parameter's state, if it is on the parameter's device."""
-    return {p: state[name] for p, state in optimizer.state.items() if name in state and state[name].device == p.device}
+    return {
+        p: state[name]
+        for p, state in optimizer.state.items()
+        if name in state and state[name].device == p.device
+    }
 
 
 def _square(gradient: torch.Tensor) -> torch.Tensor:
     """Return the squared norm, in float32 and without a copy."""
-    if gradient.dtype == torch.float32 and gradient.is_contiguous() and gradient.numel() < CUBLAS_ELEMENTS:
+    if (
+        gradient.dtype == torch.float32
+        and gradient.is_contiguous()
+        and gradient.numel() < CUBLAS_ELEMENTS
+    ):
         flat = gradient.view(-1)
         return torch.dot(flat, flat)  # one launch; a norm takes two
     norm: torch.Tensor = torch.linalg.vector_norm(gradient, dtype=torch.float32)

@@ -49,7 +49,9 @@ def settings_of(optim: OptimConfig, *, lr: float, rows: int) -> OptimSettings:
 
     They are as configured, or scaled from optim.reference_batch if optim.scaling says so.
     """
-    given = OptimSettings(lr=lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay, clip=optim.clip)
+    given = OptimSettings(
+        lr=lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay, clip=optim.clip
+    )
     if optim.reference_batch is None:
         return given
     rho = None if optim.noise_scale is None else optim.noise_scale / optim.reference_batch

@@ -51,7 +51,8 @@ def advise(
         return
     heads = [say("change"), say(">memory"), say(">speed"), say("result")]
     rows = [
-        [f"{index} {each.change}", each.memory, each.speed, each.effect] for index, each in enumerate(found, start=1)
+        [f"{index} {each.change}", each.memory, each.speed, each.effect]
+        for index, each in enumerate(found, start=1)
     ]
     screen.print(table(heads, rows))
     for index, each in enumerate(found, start=1):

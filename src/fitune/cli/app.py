@@ -157,7 +157,11 @@ def _debugs() -> bool:
 
 def _usage_message(error: CycloptsError) -> str:
     message = " ".join(str(error).split())
-    if isinstance(error, CoercionError) and error.token is not None and error.token.keyword == "--gpus":
+    if (
+        isinstance(error, CoercionError)
+        and error.token is not None
+        and error.token.keyword == "--gpus"
+    ):
         return f"--gpus is how many cards; one by its name is --gpu '{error.token.value}'"
     if isinstance(error, UnknownOptionError):
         if match := re.match(r"Unknown option: -(\w[\w-]+)", message):

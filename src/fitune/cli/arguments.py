@@ -34,11 +34,15 @@ def _flag(key: str, kind: str, text: str) -> Parameter:
 class ConfigFlags:
     """Holds the flags for common keys as text, which `read_config` parses and checks."""
 
-    model: Annotated[str | None, _flag("model.source", "MODEL", "preset, directory, hub id or file")] = None
-    data: Annotated[tuple[str, ...], _flag("data.train", "PATH", "training data; may be given several times")] = ()
-    max_length: Annotated[str | None, _flag("data.max_length", "TOKENS", "the longest sample; longer ones are cut")] = (
-        None
-    )
+    model: Annotated[
+        str | None, _flag("model.source", "MODEL", "preset, directory, hub id or file")
+    ] = None
+    data: Annotated[
+        tuple[str, ...], _flag("data.train", "PATH", "training data; may be given several times")
+    ] = ()
+    max_length: Annotated[
+        str | None, _flag("data.max_length", "TOKENS", "the longest sample; longer ones are cut")
+    ] = None
     batch: Annotated[
         str | None,
         _flag("batch.effective", "SAMPLES", "effective batch: samples of an optimizer step"),
@@ -52,7 +56,9 @@ class ConfigFlags:
     steps: Annotated[str | None, _flag("train.steps", "INT", "optimizer steps")] = None
     seed: Annotated[str | None, _flag("train.seed", "INT", "of all random numbers")] = None
     output: Annotated[str | None, _flag("run.output", "PATH", "where runs are kept")] = None
-    name: Annotated[str | None, _flag("run.name", "NAME", "the run's directory below output")] = None
+    name: Annotated[str | None, _flag("run.name", "NAME", "the run's directory below output")] = (
+        None
+    )
 
 
 _KEYS = {
@@ -88,7 +94,9 @@ def read_arguments(
     own, overrides = overrides, list(words)
     is_file = bool(words) and ("=" not in words[0] or Path(words[0]).exists())
     if source is not None and is_file:
-        raise ConfigError([f"{words[0]}: the run has its configuration; give what changes as key.sub=value"])
+        raise ConfigError(
+            [f"{words[0]}: the run has its configuration; give what changes as key.sub=value"]
+        )
     if is_file:
         source = Path(overrides.pop(0))
     if source is None and not words and flags == ConfigFlags():

@@ -37,7 +37,9 @@ def check(
     flags: ConfigFlags = ConfigFlags(),  # noqa: B008 (frozen)
     show: Annotated[
         int,
-        Parameter(validator=Number(gte=0), help="also show so many samples as the model will see them"),
+        Parameter(
+            validator=Number(gte=0), help="also show so many samples as the model will see them"
+        ),
     ] = 0,
     output_format: Format = "auto",
 ) -> None:
@@ -85,7 +87,9 @@ def report_on(
     """
     from fitune.data.examples import load_examples
 
-    with tqdm(unit=f" {say('samples')}", desc=say("tokenise"), file=sys.stderr, delay=1, disable=None) as bar:
+    with tqdm(
+        unit=f" {say('samples')}", desc=say("tokenise"), file=sys.stderr, delay=1, disable=None
+    ) as bar:
         examples = load_examples(
             data,
             tokenizer,
@@ -185,7 +189,9 @@ def _loss_lines(examples: "Examples", tokenizer: Any, *, width: int) -> Iterator
     row = next(iter(examples), None)
     if row is not None:
         places = row.loss_weights.nonzero()[0]
-        breaks = [number for number in range(1, len(places)) if places[number] != places[number - 1] + 1]
+        breaks = [
+            number for number in range(1, len(places)) if places[number] != places[number - 1] + 1
+        ]
         said = repr(_text(tokenizer, row.input_ids[places[: breaks[0] if breaks else None]]))[1:-1]
         room = width - len("learned  ⟦⟧ in the first sample")
         said = said if len(said) <= room else f"{said[: room // 2 - 3]} ... {said[3 - room // 2 :]}"
@@ -211,7 +217,9 @@ def _sample_text(examples: "Examples", index: int, tokenizer: Any, *, colour: bo
         say("sample {number}: {tokens} tokens", number=row.row_id, tokens=f"{len(row):,}") + "\n",
         style="bold",
     )
-    for supervised, run in groupby(range(len(row)), key=lambda place: bool(row.loss_weights[place])):
+    for supervised, run in groupby(
+        range(len(row)), key=lambda place: bool(row.loss_weights[place])
+    ):
         part = _text(tokenizer, row.input_ids[list(run)])
         text.append(
             part if colour or not supervised else f"⟦{part}⟧",

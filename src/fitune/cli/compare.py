@@ -29,7 +29,9 @@ def compare(
     *runs: Runs,
     at: Annotated[
         str | None,
-        Parameter(help="tokens to compare at: 24M; as far as all came where left out", metavar="TOKENS"),
+        Parameter(
+            help="tokens to compare at: 24M; as far as all came where left out", metavar="TOKENS"
+        ),
     ] = None,
     output_format: Annotated[
         Literal["auto", "human", "json", "csv", "md", "quiet"],
@@ -52,8 +54,12 @@ def compare(
     from fitune.report.compare import compare as compare_runs
 
     if not runs:
-        raise UsageError("give the runs to compare, the first being what the others are compared with")
-    comparison = compare_runs([run_path(run) for run in runs], tokens=None if at is None else _tokens(at))
+        raise UsageError(
+            "give the runs to compare, the first being what the others are compared with"
+        )
+    comparison = compare_runs(
+        [run_path(run) for run in runs], tokens=None if at is None else _tokens(at)
+    )
     chosen = "json" if json else "csv" if csv else "md" if md else output_format
     if chosen == "json":
         print_json(tables.comparison_json(comparison))
@@ -75,10 +81,18 @@ def show_comparison(comparison: "Comparison", screen: Screen) -> None:
 
     heads = tables.columns(comparison)
     rows = [tables.cells(row) for row in comparison.rows]
-    without = {tables.TRAIN_COLUMN} if all(row.eval_loss is not None for row in comparison.rows) else set()
-    used = [index for index in range(len(heads)) if index not in without and _has_values(rows, index)]
+    without = (
+        {tables.TRAIN_COLUMN}
+        if all(row.eval_loss is not None for row in comparison.rows)
+        else set()
+    )
+    used = [
+        index for index in range(len(heads)) if index not in without and _has_values(rows, index)
+    ]
     screen.print(tables.heading(comparison))
-    screen.print(table([heads[index] for index in used], [[row[index] for index in used] for row in rows]))
+    screen.print(
+        table([heads[index] for index in used], [[row[index] for index in used] for row in rows])
+    )
     if len(rows) > 1:
         screen.print(tables.legend())
     differing = tables.differing_rows(comparison)
@@ -100,4 +114,6 @@ def _tokens(text: str) -> float:
     try:
         return float(digits.replace(",", "")) * factors[text[len(digits) :]]
     except (KeyError, ValueError):
-        raise UsageError(f"--at '{text}' is no number of tokens: write it like 24M or 500k") from None
+        raise UsageError(
+            f"--at '{text}' is no number of tokens: write it like 24M or 500k"
+        ) from None

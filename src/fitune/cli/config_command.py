@@ -39,13 +39,19 @@ def schema() -> None:
     "nothing vanishes.",
 )
 def import_(
-    *words: Annotated[str, Parameter(name="FILE", help="a file, or after -- the command that starts the training")],
+    *words: Annotated[
+        str, Parameter(name="FILE", help="a file, or after -- the command that starts the training")
+    ],
     output: Annotated[
         str | None,
         Parameter(name=("--output", "-o"), metavar="PATH", help="where to; must not exist yet"),
     ] = None,
-    model: Annotated[str | None, Parameter(help="in place of the model that it names", metavar="MODEL")] = None,
-    data: Annotated[str | None, Parameter(help="in place of the data that it names", metavar="PATH")] = None,
+    model: Annotated[
+        str | None, Parameter(help="in place of the model that it names", metavar="MODEL")
+    ] = None,
+    data: Annotated[
+        str | None, Parameter(help="in place of the data that it names", metavar="PATH")
+    ] = None,
     from_: Annotated[
         str | None,
         Parameter(
@@ -56,19 +62,27 @@ def import_(
     ] = None,
     devices: Annotated[
         int | None,
-        Parameter(validator=Number(gte=1), help="how many GPUs trained together, where it does not tell"),
+        Parameter(
+            validator=Number(gte=1), help="how many GPUs trained together, where it does not tell"
+        ),
     ] = None,
 ) -> None:
     """Print or write another trainer's configuration as a fitune configuration."""
     if not words:
-        raise UsageError("nothing to import: give a file, or after -- the command that starts the training")
+        raise UsageError(
+            "nothing to import: give a file, or after -- the command that starts the training"
+        )
     path = None if output is None else output_file(output, example="sft.yaml")
     if path is not None and path.exists():
         raise UsageError(f"{output} exists: give another place with -o, or remove it yourself")
     if from_ is not None and from_ not in FROM_NAMES:
         raise UsageError(f"--from {from_}: give one of {', '.join(FROM_NAMES)}")
     tool = None if from_ is None else FROM_NAMES[from_]
-    arguments = read_tool_file(Path(words[0]), tool=tool) if len(words) == 1 else read_command(words, tool=tool)
+    arguments = (
+        read_tool_file(Path(words[0]), tool=tool)
+        if len(words) == 1
+        else read_command(words, tool=tool)
+    )
     imported = translate(arguments, devices=devices, model=model, data=data)
     if path is None:
         print_text(imported.text, end="")
@@ -77,11 +91,15 @@ def import_(
         write_atomically(path, imported.text, place="-o")
     _print_report(imported, arguments.source)
     if path is not None:
-        print_aside(say("{path} is written; next: {commands}", path=path, commands=next_commands(path)))
+        print_aside(
+            say("{path} is written; next: {commands}", path=path, commands=next_commands(path))
+        )
 
 
 def next_commands(path: Path) -> str:
-    return "   ".join(f"fitune {verb} {shlex.quote(str(path))}" for verb in ("check", "plan", "train"))
+    return "   ".join(
+        f"fitune {verb} {shlex.quote(str(path))}" for verb in ("check", "plan", "train")
+    )
 
 
 def _print_report(imported: ImportedConfig, source: str) -> None:

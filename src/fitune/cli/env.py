@@ -21,14 +21,17 @@ _MAX_PROCESSES = 5
 
 def env(
     *,
-    output: Annotated[Path, Parameter(help="where runs are kept, for the free disk space")] = Path("runs"),
+    output: Annotated[Path, Parameter(help="where runs are kept, for the free disk space")] = Path(
+        "runs"
+    ),
     output_format: Format = "auto",
 ) -> None:
     """Print cards, their memory (nominal, visible, free, used by others), driver and versions."""
     machine = environment(output)
     states = chain(read_cards(), repeat(CardState()))
     machine["cards"] = [
-        {**card, **_current_state(state)} for card, state in zip(machine["cards"], states, strict=False)
+        {**card, **_current_state(state)}
+        for card, state in zip(machine["cards"], states, strict=False)
     ]
     if output_format == "json":
         print_json(machine)
@@ -58,18 +61,26 @@ def _sections(machine: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
     if not machine["cards"]:
         yield (
             "GPU",
-            ["none that NVML or CUDA sees: runs use the processor; memory.gpu names a card to plan for"],
+            [
+                "none that NVML or CUDA sees: runs use the processor; memory.gpu names a card to plan for"
+            ],
         )
     cpu, host = machine["cpu"], machine["host"]
     cores = {"number": cpu["num_cores"] or "n/a", "usable": cpu["num_usable"] or "n/a"}
     yield "CPU", [f"{cpu['name'] or 'n/a'} · {say('{number} cores, {usable} usable', **cores)}"]
     limited = host["total_bytes"] < host["installed_bytes"]
     of = (
-        translated(f" of {format_bytes(host['installed_bytes'])}, by the limit of its control group") if limited else ""
+        translated(
+            f" of {format_bytes(host['installed_bytes'])}, by the limit of its control group"
+        )
+        if limited
+        else ""
     )
     yield (
         "RAM",
-        [f"{format_bytes(host['total_bytes'])}{of} · {format_bytes(host['free_bytes'])} {say('free now')}"],
+        [
+            f"{format_bytes(host['total_bytes'])}{of} · {format_bytes(host['free_bytes'])} {say('free now')}"
+        ],
     )
     yield "Disk", [f"{format_bytes(machine['disk']['free_bytes'])} free where runs are kept"]
     yield "malloc", _allocator_lines(machine)
@@ -83,7 +94,9 @@ def _sections(machine: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
 
 def _card_lines(card: Mapping[str, Any], driver: str | None) -> list[str]:
     sizes = [say("{number} GB card", number=f"{card['box_bytes'] / GIB:.0f}")]
-    sizes += [f"{format_bytes(card[f'{kind}_bytes'])} {say(words)}" for kind, words in _SIZES.items()]
+    sizes += [
+        f"{format_bytes(card[f'{kind}_bytes'])} {say(words)}" for kind, words in _SIZES.items()
+    ]
     facts = [
         f"{say('driver')} {driver or 'n/a'}",
         f"{say('compute capability')} {card['compute_capability'] or 'n/a'}",
@@ -112,7 +125,9 @@ def _process_lines(processes: list[Mapping[str, Any]]) -> list[str]:
         for process in processes[:_MAX_PROCESSES]
     ]
     more = len(processes) - len(shown)
-    return [f"used by {' · '.join(shown)}{say(' · and {number} more', number=more) if more else ''}"]
+    return [
+        f"used by {' · '.join(shown)}{say(' · and {number} more', number=more) if more else ''}"
+    ]
 
 
 def _current_state(state: CardState) -> dict[str, Any]:
@@ -139,7 +154,11 @@ def _allocator_lines(machine: Mapping[str, Any]) -> list[str]:
     if machine["cards"] or name != "glibc":
         return [name or "n/a"]
     path = find_tcmalloc()
-    way = f"LD_PRELOAD={path}" if path else "install it (Debian: libtcmalloc-minimal4), then set LD_PRELOAD to it"
+    way = (
+        f"LD_PRELOAD={path}"
+        if path
+        else "install it (Debian: libtcmalloc-minimal4), then set LD_PRELOAD to it"
+    )
     return [
         f"{name} · on the processor tcmalloc is as fast and was measured to need 8 to 57 % less memory:",
         way,

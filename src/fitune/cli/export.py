@@ -20,10 +20,18 @@ def export(
         Literal["hf", "minimind", "pth"],
         Parameter(help="hf: a whole transformers directory; minimind, or pth: a .pth"),
     ],
-    output: Annotated[Path | None, Parameter(name=("--output", "-o"), help="where to; must not exist yet")] = None,
-    weights: Annotated[Literal["best", "last"] | None, Parameter(help="best where there is one, else last")] = None,
-    trust_remote_code: Annotated[bool, Parameter(help="run Python code that comes with the run's model")] = False,
-    exact: Annotated[bool, Parameter(help="keep the number format (minimind: float16 is usual)")] = False,
+    output: Annotated[
+        Path | None, Parameter(name=("--output", "-o"), help="where to; must not exist yet")
+    ] = None,
+    weights: Annotated[
+        Literal["best", "last"] | None, Parameter(help="best where there is one, else last")
+    ] = None,
+    trust_remote_code: Annotated[
+        bool, Parameter(help="run Python code that comes with the run's model")
+    ] = False,
+    exact: Annotated[
+        bool, Parameter(help="keep the number format (minimind: float16 is usual)")
+    ] = False,
 ) -> None:
     """Write a run's weights as a transformers directory with merged adapters, or as a .pth file."""
     opened = open_run(run_path(run))
@@ -33,7 +41,9 @@ def export(
         raise RunDirectoryError(f"{opened.path} has no {source.name}/ yet: let the run save once")
     target = output or opened.path / ("export-hf" if to == "hf" else "export-minimind.pth")
     if target.exists():
-        raise RunDirectoryError(f"{target} exists: give another place with -o, or remove it yourself")
+        raise RunDirectoryError(
+            f"{target} exists: give another place with -o, or remove it yourself"
+        )
     from fitune.model.save import export_minimind, save_model
 
     model, tokenizer = _load(opened, source, trust_remote_code=trust_remote_code)
@@ -81,7 +91,9 @@ def _load(run: RunDirectory, weights: Path, *, trust_remote_code: bool) -> tuple
         return load_model(saved, cpu), load_tokenizer(saved)
     adapted = read_adapted(weights)
     if Path(adapted.source).is_absolute() and not Path(adapted.source).exists():
-        raise RunDirectoryError(f"{adapted.source}, which {weights} adapts, is no longer there: put it back")
+        raise RunDirectoryError(
+            f"{adapted.source}, which {weights} adapts, is no longer there: put it back"
+        )
     plain = base.model_copy(update={"source": adapted.source, "method": "full"})
     model = load_model(plain, cpu, seed=adapted.seed)
     check_adapted(adapted, model, adapters=weights)

@@ -76,4 +76,6 @@ class NotebookProgress:
         if self._follower is None:
             screen.print(f"       {self._stage or ''}".rstrip())
         else:
-            screen.print(watch_screen(self._follower.read(), width=MAX_WIDTH, height=None, now=time.time()))
+            screen.print(
+                watch_screen(self._follower.read(), width=MAX_WIDTH, height=None, now=time.time())
+            )

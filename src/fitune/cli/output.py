@@ -39,7 +39,9 @@ class Screen(Console):
     def __init__(self, **options: Any) -> None:
         super().__init__(markup=False, emoji=False, highlight=False, **options)
 
-    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+    def render(
+        self, renderable: RenderableType, options: ConsoleOptions | None = None
+    ) -> Iterable[Segment]:
         for segment in super().render(renderable, options):
             yield segment if segment.control else Segment(printable(segment.text), segment.style)
 
@@ -113,7 +115,9 @@ def make_directory(path: Path, *, flag: str) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"{path} cannot be created: {error.strerror}; give another place with {flag}") from error
+        raise UsageError(
+            f"{path} cannot be created: {error.strerror}; give another place with {flag}"
+        ) from error
 
 
 def warn(message: str) -> None:

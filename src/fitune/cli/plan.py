@@ -46,13 +46,19 @@ def plan(
     ] = None,
     gpus: Annotated[
         int,
-        Parameter(help="so many cards, which share the samples of a step (torchrun)", group=_MEMORY),
+        Parameter(
+            help="so many cards, which share the samples of a step (torchrun)", group=_MEMORY
+        ),
     ] = 1,
-    every: Annotated[bool, Parameter(name="--all", help="predict every setting and show it", group=_SETTINGS)] = False,
+    every: Annotated[
+        bool, Parameter(name="--all", help="predict every setting and show it", group=_SETTINGS)
+    ] = False,
     apply: Annotated[
         int | None,
         Parameter(
-            help=("print the configuration with candidate N written into it, by its number in the table"),
+            help=(
+                "print the configuration with candidate N written into it, by its number in the table"
+            ),
             metavar="N",
             group=_SETTINGS,
         ),
@@ -105,7 +111,11 @@ def plan(
             raise UsageError("--trainer takes the place of a configuration: give one of them")
         plan_trainer(trainer, gpu=gpu, output_format=output_format)
         return
-    given = [f"memory.{key}={value}" for key, value in (("gpu", gpu), ("budget", budget)) if value is not None]
+    given = [
+        f"memory.{key}={value}"
+        for key, value in (("gpu", gpu), ("budget", budget))
+        if value is not None
+    ]
     words, flags, given = _accept_model(words, flags, given)
     config = read_arguments(words, flags, overrides=given).config
     check_source(config.model.source)
@@ -132,11 +142,15 @@ def plan(
             num_gpus=gpus,
             search="all" if every else "brief",
             on_stage=status.update,
-            on_first=(lambda answer: screen.print(first_answer_text(answer), soft_wrap=True)) if is_watched else None,
+            on_first=(lambda answer: screen.print(first_answer_text(answer), soft_wrap=True))
+            if is_watched
+            else None,
         )
     if apply is not None:
         wanted = _candidate(found, apply, every=every)
-        chosen = read_arguments(words, flags, overrides=[*given, *settings_of_candidate(wanted, config)])
+        chosen = read_arguments(
+            words, flags, overrides=[*given, *settings_of_candidate(wanted, config)]
+        )
         print_text(format_config(chosen), end="")
         if config.data.train == NO_DATA:
             warn(f"data.train is '{NO_DATA}' in it: put your data there before you train")
@@ -195,7 +209,9 @@ def _candidate(plan: "Plan", number: int, *, every: bool) -> "Candidate":
     """Return a candidate by its number in the table, which counts from 0. Raises UsageError."""
     if not 0 <= number < len(plan.candidates):
         more = "" if every else ", or --all with the number of a table that --all has shown"
-        raise UsageError(f"--apply {number} is none of the candidates: give 0 to {len(plan.candidates) - 1}{more}")
+        raise UsageError(
+            f"--apply {number} is none of the candidates: give 0 to {len(plan.candidates) - 1}{more}"
+        )
     return plan.candidates[number]
 
 
@@ -213,7 +229,9 @@ def _accept_model(
         if not is_model and (path.is_file() or path.suffix in (".yaml", ".yml")):
             return words, flags, given
         if flags.model is not None:
-            raise UsageError(f"{words[0]} and --model {flags.model} are two models: give one of them")
+            raise UsageError(
+                f"{words[0]} and --model {flags.model} are two models: give one of them"
+            )
         flags = replace(flags, model=str(path.parent) if path.name == "config.json" else words[0])
         words = words[1:]
     if not flags.data and "data.train" not in named:

@@ -27,7 +27,9 @@ def compare_splits(config: RunConfig, splits: str, output_format: str) -> None:
     """Print the comparison of splits. Raises UsageError if `splits` cannot be read."""
     from fitune.planning.search import choose_plan
 
-    plans = [choose_plan(_force_split(config, *split), search="fastest") for split in read_splits(splits)]
+    plans = [
+        choose_plan(_force_split(config, *split), search="fastest") for split in read_splits(splits)
+    ]
     if output_format == "json":
         print_json({"plans": [plan_json(plan) for plan in plans]})
         return
@@ -49,7 +51,9 @@ def read_splits(text: str) -> list[tuple[int, int]]:
     found = [re.fullmatch(r"\s*(\d+)\s*[xX*]\s*(\d+)\s*", part) for part in text.split(",")]
     pairs = [(int(match[1]), int(match[2])) for match in found if match is not None]
     if len(pairs) < len(found) or any(0 in pair for pair in pairs):
-        raise UsageError(f"--splits {text} is no list of micro-batch x accumulation: write it like 6x1,6x4,4x6")
+        raise UsageError(
+            f"--splits {text} is no list of micro-batch x accumulation: write it like 6x1,6x4,4x6"
+        )
     return pairs
 
 

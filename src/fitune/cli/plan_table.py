@@ -36,7 +36,9 @@ MORE_IN_TERMINAL = "--all predicts every setting and shows it, also those that c
 MORE_IN_PYTHON = "these are {shown} of {total} candidates: Plan.candidates holds all"
 
 
-def show_plan(plan: Plan, screen: Screen, *, every: bool = False, more: str = MORE_IN_TERMINAL) -> None:
+def show_plan(
+    plan: Plan, screen: Screen, *, every: bool = False, more: str = MORE_IN_TERMINAL
+) -> None:
     """Print a plan.
 
     every: print all candidates, instead of those that answer the most frequent questions.
@@ -174,7 +176,9 @@ def _leaner(plan: Plan, fastest: int) -> tuple[int | None, int | None]:
         return None, None
     *others, leanest = front
     halfway = math.sqrt(sizes[fastest] * sizes[leanest])
-    return min(others, key=lambda number: abs(math.log(sizes[number] / halfway)), default=None), leanest
+    return min(
+        others, key=lambda number: abs(math.log(sizes[number] / halfway)), default=None
+    ), leanest
 
 
 def tokens_per_second(plan: Plan, candidate: Candidate) -> float | None:
@@ -200,7 +204,11 @@ def about_seconds(seconds: float) -> str:
 def _heading(plan: Plan) -> Iterator[tuple[str, str]]:
     first, model, device, data = plan.candidates[0], plan.model, plan.device, plan.data
     whole = model.num_trainable_parameters == model.num_parameters
-    trained = "" if whole else f" · {say('{count} trained', count=format_count(model.num_trainable_parameters))}"
+    trained = (
+        ""
+        if whole
+        else f" · {say('{count} trained', count=format_count(model.num_trainable_parameters))}"
+    )
     shape = f"{model.num_layers} x {model.hidden_size:,} · {say('vocabulary {number}', number=f'{model.vocab_size:,}')}"
     yield (
         say("model"),
@@ -234,7 +242,11 @@ def _heading(plan: Plan) -> Iterator[tuple[str, str]]:
             free=format_bytes(device.free_bytes),
             budget=format_bytes(plan.budget_bytes),
         )
-        + ("" if plan.budget_bytes <= plan.device.free_bytes else say(", more than there is: what is free counts")),
+        + (
+            ""
+            if plan.budget_bytes <= plan.device.free_bytes
+            else say(", more than there is: what is free counts")
+        ),
     )
 
 
@@ -252,7 +264,9 @@ def _parts(plan: Plan, shown: Candidate) -> Iterator[tuple[str, str, str, str]]:
         if name in counts:
             how = f"{format_count(counts[name])} x {size / counts[name]:.1f} B"
         elif name == "activation":
-            how = say("{tokens} tokens x {size}", tokens=f"{positions:,}", size=_kib(size / positions))
+            how = say(
+                "{tokens} tokens x {size}", tokens=f"{positions:,}", size=_kib(size / positions)
+            )
         if size:
             yield say(name), how, format_gib(size), f"{size / total:.0%}"
     sums = (
@@ -284,7 +298,9 @@ def _candidates(plan: Plan, labels: Mapping[int, str], *, every: bool) -> Table:
         say("result"),
     )
     empty = {"n/a", say("same")}
-    kept = [i for i in range(len(headings)) if every or i < 4 or not {row[i] for row in rows} <= empty]
+    kept = [
+        i for i in range(len(headings)) if every or i < 4 or not {row[i] for row in rows} <= empty
+    ]
     return table([headings[i] for i in kept], [[row[i] for i in kept] for row in rows])
 
 

@@ -49,7 +49,9 @@ def _build(name: str) -> Any:
     # A Trainer may refuse its arguments by any exception, such as bf16=True without a card.
     except Exception as error:
         reason = " ".join(str(error).split())
-        raise UsageError(f"--trainer {name} built no Trainer: {type(error).__name__}: {reason}") from error
+        raise UsageError(
+            f"--trainer {name} built no Trainer: {type(error).__name__}: {reason}"
+        ) from error
 
 
 def find_function(name: str) -> Any:
@@ -57,18 +59,28 @@ def find_function(name: str) -> Any:
     module_name, _, function_name = name.partition(":")
     sys.path.insert(0, "")
     try:
-        function = getattr(importlib.import_module(module_name), function_name, None) if module_name else None
+        function = (
+            getattr(importlib.import_module(module_name), function_name, None)
+            if module_name
+            else None
+        )
     except ModuleNotFoundError as error:
         raise UsageError(f"--trainer {name}: there is no module {error.name} here") from error
     finally:
         sys.path.remove("")
     if not callable(function):
-        raise UsageError(f"--trainer {name} names no function: write module:function, which returns the Trainer")
+        raise UsageError(
+            f"--trainer {name} names no function: write module:function, which returns the Trainer"
+        )
     return function
 
 
 def _whole_bytes(prediction: "Prediction") -> int:
-    return prediction.peak_reserved_bytes if prediction.device_bytes is None else prediction.device_bytes
+    return (
+        prediction.peak_reserved_bytes
+        if prediction.device_bytes is None
+        else prediction.device_bytes
+    )
 
 
 def html_prediction(prediction: "Prediction") -> str:
@@ -85,6 +97,8 @@ def show_prediction(prediction: "Prediction", screen: Screen) -> None:
     ]
     if prediction.device_bytes is not None:
         rows.append((say("device used"), format_gib(prediction.device_bytes, 2)))
-    screen.print(table((say("at the peak ({phase})", phase=say(prediction.peak_phase)), ">GiB"), rows))
+    screen.print(
+        table((say("at the peak ({phase})", phase=say(prediction.peak_phase)), ">GiB"), rows)
+    )
     for assumption in prediction.assumptions:
         screen.print(translated(assumption), soft_wrap=True)

@@ -30,10 +30,16 @@ def training_lines(training: PlannedTraining) -> Iterator[tuple[str, str]]:
             beta=f"{beta:.4g}",
             span=_span(span),
         )
-        for number, (beta, span) in enumerate(zip(optim.betas, training.half_lives, strict=False), start=1)
+        for number, (beta, span) in enumerate(
+            zip(optim.betas, training.half_lives, strict=False), start=1
+        )
     ]
     decay = say("weight decay {decay}", decay=f"{optim.weight_decay:.3g}")
-    parts.append(decay if shrink is None else say("{decay} takes {shrink} in all", decay=decay, shrink=f"{shrink:.2%}"))
+    parts.append(
+        decay
+        if shrink is None
+        else say("{decay} takes {shrink} in all", decay=decay, shrink=f"{shrink:.2%}")
+    )
     yield "", " · ".join([*parts, say("clip {clip}", clip=f"{optim.clip:.3g}")])
 
 

@@ -34,7 +34,9 @@ class TrainingProgress:
             TextColumn("{task.description}", table_column=Column(no_wrap=True)),
             BarColumn(bar_width=_BAR_COLUMNS),
             TaskProgressColumn(table_column=Column(no_wrap=True, min_width=_SHARE_COLUMNS)),
-            TextColumn("{task.fields[text]}", table_column=Column(no_wrap=True, overflow="ellipsis")),
+            TextColumn(
+                "{task.fields[text]}", table_column=Column(no_wrap=True, overflow="ellipsis")
+            ),
             console=self._console,
             disable=quiet or not self._console.is_terminal,
         )
@@ -74,7 +76,9 @@ class TrainingProgress:
         room = self._console.width - cell_len(training) - _BAR_COLUMNS - _SHARE_COLUMNS - 3
         while len(parts) > 1 and cell_len(" | ".join(parts)) > room:
             parts.pop()
-        self._bar.update(self._task, description=training, total=1.0, completed=progress, text=" | ".join(parts))
+        self._bar.update(
+            self._task, description=training, total=1.0, completed=progress, text=" | ".join(parts)
+        )
         plain = not self._console.is_terminal
         if plain and (progress >= 1 or now - self._last_line >= PLAIN_EVERY_SECONDS):
             self._last_line = now

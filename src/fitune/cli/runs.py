@@ -48,7 +48,9 @@ def runs(
     elif not records:
         warn(f"there are no runs in {directory}: {BEGIN_ONE}")
     else:
-        columns = tuple(map(say, ("run", "state", ">steps", ">train", ">eval", ">peak GiB", ">tok/s", ">time")))
+        columns = tuple(
+            map(say, ("run", "state", ">steps", ">train", ">eval", ">peak GiB", ">tok/s", ">time"))
+        )
         grid = table(columns, [_row(record) for record in records])
         for row, record in enumerate(records):
             grid.rows[row].style = _COLOURS.get(record.state)
@@ -95,7 +97,9 @@ def _unsaved_row(view: RunView, summary: Summary) -> tuple[str, ...]:
         _loss(last.loss),
         _loss(view.evals[-1].eval_loss if view.evals else summary.eval_loss),
         format_gib(_peak_bytes(view, summary)),
-        format_count(last.tokens_per_second if is_on else summary.tokens_per_second or last.tokens_per_second),
+        format_count(
+            last.tokens_per_second if is_on else summary.tokens_per_second or last.tokens_per_second
+        ),
         say("{time} left", time=format_seconds(seconds_left(view))) if is_on else _ago(record),
     )
 

@@ -56,7 +56,9 @@ def sweep(
     states = read_states(found.directory)
     if found.search is not None:
         if dry_run:
-            raise UsageError("a search chooses each run by those before it: there is nothing to plan ahead")
+            raise UsageError(
+                "a search chooses each run by those before it: there is nothing to plan ahead"
+            )
         _search(found, found.search, states)
     else:
         entries = list(found.entries)
@@ -87,13 +89,17 @@ def _plan(found: Sweep, entries: Sequence[Entry], states: States) -> None:
     configs = {entry.name: entry.config for entry in entries}
     if names:
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            for name, plan in zip(names, pool.map(plan_content, [configs[name] for name in names]), strict=True):
+            for name, plan in zip(
+                names, pool.map(plan_content, [configs[name] for name in names]), strict=True
+            ):
                 states[name] |= plan
                 write_states(found.directory, states)
     for entry in entries:
         _note(f"plan  {entry.name}: {_plan_text(states[entry.name])}")
     if all(states[entry.name]["state"] == "does not fit" for entry in entries):
-        raise DoesNotFitError(f"no run of this sweep fits: {found.directory / 'sweep.json'} holds the plans")
+        raise DoesNotFitError(
+            f"no run of this sweep fits: {found.directory / 'sweep.json'} holds the plans"
+        )
 
 
 def plan_content(config: RunConfig) -> dict[str, Any]:
@@ -141,9 +147,13 @@ def _run(found: Sweep, entry: Entry, states: States) -> None:
     command = [sys.executable, "-m", "fitune", "train", *_arguments(found, entry, run)]
     # The child process must import this fitune, even if it is not installed.
     here = str(Path(__file__).parents[2])
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))}
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))
+    }
     with _ignore_interrupts():
-        code = subprocess.run(command, stdout=subprocess.DEVNULL, env=environment, check=False).returncode
+        code = subprocess.run(
+            command, stdout=subprocess.DEVNULL, env=environment, check=False
+        ).returncode
     if code == 0 and state["plan"] is not None and not run.plan.exists():
         write_json(run.plan, state["plan"])
     states[entry.name] |= {"state": "finished" if code == 0 else "failed", "exit_code": code}
@@ -194,7 +204,9 @@ def _finish(found: Sweep, states: States, output_format: str) -> None:
     if output_format == "json":
         from fitune.report.tables import comparison_json
 
-        print_json({"sweep": str(found.directory), "report": str(page), **comparison_json(comparison)})
+        print_json(
+            {"sweep": str(found.directory), "report": str(page), **comparison_json(comparison)}
+        )
     elif output_format == "quiet":
         print_text(page)
     else:
@@ -205,7 +217,9 @@ def _finish(found: Sweep, states: States, output_format: str) -> None:
     failed = [name for name, state in states.items() if state["state"] == "failed"]
     if failed:
         names = ", ".join(failed)
-        raise FituneError(f"{len(failed)} of {len(states)} runs failed ({names}): the same command tries them again")
+        raise FituneError(
+            f"{len(failed)} of {len(states)} runs failed ({names}): the same command tries them again"
+        )
 
 
 def _search(found: Sweep, search: Search, states: States) -> None:
@@ -244,11 +258,17 @@ def _search(found: Sweep, search: Search, states: States) -> None:
             typed=found.typed,
         )
         _note(f"trial {trial.number + 1} of {search.trials}: {overrides}")
-        states.setdefault(entry.name, {"state": "waiting", "config_hash": config_hash(entry.config), "plan": None})
+        states.setdefault(
+            entry.name, {"state": "waiting", "config_hash": config_hash(entry.config), "plan": None}
+        )
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
             states[entry.name] |= pool.submit(plan_content, entry.config).result()
         _run(found, entry, states)
-        summary = read_run(found.directory / entry.name).summary if states[entry.name]["state"] == "finished" else None
+        summary = (
+            read_run(found.directory / entry.name).summary
+            if states[entry.name]["state"] == "finished"
+            else None
+        )
         if summary is None or summary.eval_loss is None:
             raise optuna.TrialPruned
         return summary.eval_loss

@@ -50,14 +50,22 @@ def train(
     ] = (),
     replay: Annotated[
         Path | None,
-        Parameter(help="do this run's steps once more and compare each one", metavar="RUN", group=_EARLIER),
+        Parameter(
+            help="do this run's steps once more and compare each one", metavar="RUN", group=_EARLIER
+        ),
     ] = None,
     probe: Annotated[
         bool,
-        Parameter(help="first try other learning rates and twice the batch (train.probe)", group=_START),
+        Parameter(
+            help="first try other learning rates and twice the batch (train.probe)", group=_START
+        ),
     ] = False,
-    overwrite: Annotated[bool, Parameter(help="replace an existing run of this name", group=_START)] = False,
-    print_config: Annotated[bool, Parameter(help="print the resolved configuration, and stop", group=_START)] = False,
+    overwrite: Annotated[
+        bool, Parameter(help="replace an existing run of this name", group=_START)
+    ] = False,
+    print_config: Annotated[
+        bool, Parameter(help="print the resolved configuration, and stop", group=_START)
+    ] = False,
     dry_run: Annotated[
         bool,
         Parameter(help="load and check everything, and stop before the first step", group=_START),
@@ -72,7 +80,9 @@ def train(
 
     Refuses to replace an existing run without --overwrite.
     """
-    _check_flags(resume=resume, replay=replay, overwrite=overwrite, allow_change=allow_change, probe=probe)
+    _check_flags(
+        resume=resume, replay=replay, overwrite=overwrite, allow_change=allow_change, probe=probe
+    )
     earlier = _earlier_run(resume, replay, output=flags.output)
     resolved = read_arguments(
         words,
@@ -95,7 +105,9 @@ def train(
         request = ReplayedRun(run=earlier, resolved=resolved, plan_check=not no_plan_check)
     else:
         is_changed = bool(words) or flags != ConfigFlags(output=flags.output)
-        request = ResumedRun(run=earlier, resolved=resolved, allow_change=allow_change, is_changed=is_changed)
+        request = ResumedRun(
+            run=earlier, resolved=resolved, allow_change=allow_change, is_changed=is_changed
+        )
     with joined() as ranks, open_progress(quiet=quiet or not ranks.leads) as progress:
         if dry_run:
             session.dry_run(request, progress, ranks=ranks)
@@ -133,7 +145,9 @@ def _check_flags(
     probe: bool,
 ) -> None:
     if resume is not None and replay is not None:
-        raise UsageError("--resume and --replay exclude each other: go on with a run, or do it once more")
+        raise UsageError(
+            "--resume and --replay exclude each other: go on with a run, or do it once more"
+        )
     if overwrite and (resume is not None or replay is not None):
         raise UsageError("--overwrite begins a run anew: drop it, or --resume and --replay")
     if probe and (resume is not None or replay is not None):
@@ -142,21 +156,29 @@ def _check_flags(
         raise UsageError("--allow-change is for --resume: drop it, or name the run that goes on")
 
 
-def _earlier_run(resume: str | None, replay: Path | None, *, output: str | None) -> RunDirectory | None:
+def _earlier_run(
+    resume: str | None, replay: Path | None, *, output: str | None
+) -> RunDirectory | None:
     """Return the run to continue or replay, if any. Raises RunDirectoryError if it is missing."""
     if resume == "latest":
         directory = Path(output or "runs")
         records = list_runs(directory)
         if not records:
-            raise RunDirectoryError(f"there are no runs in {directory}: give the directory of one, or --output")
+            raise RunDirectoryError(
+                f"there are no runs in {directory}: give the directory of one, or --output"
+            )
         run = records[-1].run
     elif resume is not None or replay is not None:
-        run = open_run(run_path(Path(resume) if resume is not None else replay or Path(), Path(output or RUNS)))
+        run = open_run(
+            run_path(Path(resume) if resume is not None else replay or Path(), Path(output or RUNS))
+        )
     else:
         return None
     check_run_files(run, deep=True)
     if not run.config.exists():
-        raise RunDirectoryError(f"{run.path} was stopped before it began: start it again as it was started")
+        raise RunDirectoryError(
+            f"{run.path} was stopped before it began: start it again as it was started"
+        )
     return run
 
 
@@ -200,6 +222,8 @@ def next_commands(run: RunDirectory, weights: Path, *, is_finished: bool) -> Ite
 
 def _print_config(resolved: ResolvedConfig, output_format: str) -> None:
     if output_format == "json":
-        print_json({"config": resolved.config.model_dump(mode="json"), "origins": dict(resolved.origins)})
+        print_json(
+            {"config": resolved.config.model_dump(mode="json"), "origins": dict(resolved.origins)}
+        )
     else:
         print_text(format_config(resolved), end="")

@@ -27,7 +27,9 @@ PLAIN_EVERY_SECONDS = 10.0
 
 
 def watch(
-    run: Annotated[Path | None, Parameter(help="a run's directory or name; the latest where left out")] = None,
+    run: Annotated[
+        Path | None, Parameter(help="a run's directory or name; the latest where left out")
+    ] = None,
     /,
     *,
     output: Annotated[Path, Parameter(help="where runs are kept")] = RUNS,
@@ -50,7 +52,9 @@ def watch(
     elif output_format == "quiet":
         print_text(follower.read().record.state)
     elif once or _is_over(view := follower.read()):
-        console.print(_shown(follower.read() if once else view, console, height=None), soft_wrap=True)
+        console.print(
+            _shown(follower.read() if once else view, console, height=None), soft_wrap=True
+        )
     elif console.is_terminal:
         _live(follower, console)
     else:
@@ -160,7 +164,11 @@ def _keys() -> Iterator[Callable[[], str]]:
     stdin = sys.stdin.fileno()
 
     def key() -> str:
-        return os.read(stdin, 1).decode(errors="ignore") if select.select([stdin], [], [], KEY_SECONDS)[0] else ""
+        return (
+            os.read(stdin, 1).decode(errors="ignore")
+            if select.select([stdin], [], [], KEY_SECONDS)[0]
+            else ""
+        )
 
     before = termios.tcgetattr(stdin)
     tty.setcbreak(stdin)

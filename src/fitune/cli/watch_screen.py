@@ -29,9 +29,9 @@ SPEED_STEPS = 20
 MIN_EVENT_LINES = 6
 MAX_CHART_HEIGHT = 12
 MAX_COLUMNS_PER_STEP = 4
-ASCII = str.maketrans({"█": "#", "▌": "#", "·": ".", "│": "|", "°": " ", "…": "~", "×": "x"}) | str.maketrans(
-    "▁▂▃▄▅▆▇", "..::++*"
-)
+ASCII = str.maketrans(
+    {"█": "#", "▌": "#", "·": ".", "│": "|", "°": " ", "…": "~", "×": "x"}
+) | str.maketrans("▁▂▃▄▅▆▇", "..::++*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,9 @@ def watch_screen(view: RunView, *, width: int, height: int | None, now: float) -
     while events and sum(map(len, events)) > room:
         events.pop(0)
     chart = _chart(view, width=width, height=chart_height)
-    lines = [*head, *memory, *chart, *numbers, *(line for event in events for line in event)][:height]
+    lines = [*head, *memory, *chart, *numbers, *(line for event in events for line in event)][
+        :height
+    ]
     text = Text("\n").join(_cut(line, width) for line in lines)
     text.no_wrap = True
     return text
@@ -84,7 +86,8 @@ def watch_json(view: RunView, *, now: float) -> dict[str, Any]:
         "budget_bytes": view.budget_bytes,
         "device": view.device_name,
         "memory": {
-            part.name: {"now_bytes": part.now_bytes, "peak_bytes": part.peak_bytes} for part in memory_classes(view)
+            part.name: {"now_bytes": part.now_bytes, "peak_bytes": part.peak_bytes}
+            for part in memory_classes(view)
         },
         "step": as_json(view.steps[-1]) if view.steps else None,
         "eval": as_json(view.evals[-1]) if view.evals else None,
@@ -161,7 +164,11 @@ def _on_cpu(sample: MemorySample) -> dict[str, int]:
 
 def _peak_activations(sample: MemorySample) -> int:
     if sample.allocated_bytes is None:
-        return (sample.peak_process_bytes or 0) - (sample.program_bytes or 0) - (sample.state_bytes or 0)
+        return (
+            (sample.peak_process_bytes or 0)
+            - (sample.program_bytes or 0)
+            - (sample.state_bytes or 0)
+        )
     return (sample.peak_allocated_bytes or 0) - (sample.state_bytes or 0)
 
 
@@ -187,7 +194,9 @@ def _head(view: RunView, *, width: int, now: float) -> Iterator[Text]:
     if record.state == "running" and view.samples:
         silence = now - view.samples[-1].time
         if silence >= SILENCE_SECONDS:
-            yield Text(say("no word for {seconds}", seconds=format_seconds(silence)), style="yellow")
+            yield Text(
+                say("no word for {seconds}", seconds=format_seconds(silence)), style="yellow"
+            )
 
 
 def _memory(view: RunView, *, width: int) -> Iterator[Text]:
@@ -202,15 +211,25 @@ def _memory(view: RunView, *, width: int) -> Iterator[Text]:
     heading = f"{_fit(title, label_width)}{_right(say('now'), 8)}{_right(say('peak'), 8)}  "
     yield Text(heading + _scale(total, bar_width), style="bold")
     start = 0
-    budget = None if view.budget_bytes is None else min(bar_width - 1, round(view.budget_bytes / total * bar_width))
+    budget = (
+        None
+        if view.budget_bytes is None
+        else min(bar_width - 1, round(view.budget_bytes / total * bar_width))
+    )
     for part in parts:
-        line = Text(pad(part.label, label_width) + f"{format_gib(part.now_bytes):>8}{format_gib(part.peak_bytes):>8}  ")
+        line = Text(
+            pad(part.label, label_width)
+            + f"{format_gib(part.now_bytes):>8}{format_gib(part.peak_bytes):>8}  "
+        )
         first, last = start / total * bar_width, (start + part.now_bytes) / total * bar_width
         line.append_text(_bar(first, last, width=bar_width, part=part, budget=budget))
         start += part.now_bytes
         yield line
     if view.budget_bytes is not None:
-        yield Text(" " * (label_width + 18) + _marker(budget or 0, bar_width, say("memory limit"), view.budget_bytes))
+        yield Text(
+            " " * (label_width + 18)
+            + _marker(budget or 0, bar_width, say("memory limit"), view.budget_bytes)
+        )
 
 
 def _bar(first: float, last: float, *, width: int, part: MemoryClass, budget: int | None) -> Text:
@@ -275,7 +294,9 @@ def _evaluation(view: RunView) -> str:
         return ""
     newest = view.evals[-1]
     text = f" {say('eval {loss:.3f} at step {step:,}', loss=newest.eval_loss, step=newest.step)}"
-    best = min((evaluation.eval_loss for evaluation in view.evals if evaluation.step > 0), default=None)
+    best = min(
+        (evaluation.eval_loss for evaluation in view.evals if evaluation.step > 0), default=None
+    )
     return text if best is None or newest.eval_loss > best else f"{text}, {say('best')}"
 
 
@@ -294,7 +315,9 @@ def _blocks(values: Sequence[float], height: int) -> list[str]:
     finite = [value for value in values if math.isfinite(value)]
     low, high = min(finite, default=0.0), max(finite, default=0.0)
     scale = (8 * height - 1) / (high - low) if high > low else 0.0
-    eighths = [1 + round((value - low) * scale) if math.isfinite(value) else None for value in values]
+    eighths = [
+        1 + round((value - low) * scale) if math.isfinite(value) else None for value in values
+    ]
     lines = []
     for row in range(height):
         eighths_below = 8 * (height - 1 - row)
@@ -307,7 +330,9 @@ def _numbers(view: RunView) -> Iterator[Text]:
     if view.steps:
         last = view.steps[-1]
         recent = view.steps[-SPEED_STEPS:]
-        speed = sum(step.tokens for step in recent) / max(sum(step.seconds for step in recent), 1e-9)
+        speed = sum(step.tokens for step in recent) / max(
+            sum(step.seconds for step in recent), 1e-9
+        )
         parts = [
             f"{format_count(speed)} {say('tokens/s')}",
             f"{last.micro_batch} × {last.num_micro_batches} {say('samples')}",
@@ -322,7 +347,9 @@ def _numbers(view: RunView) -> Iterator[Text]:
 
 def _device_parts(sample: MemorySample) -> Iterator[str]:
     kind = "CPU" if sample.allocated_bytes is None else "GPU"
-    yield (f"{kind} {'n/a' if sample.utilisation_fraction is None else f'{sample.utilisation_fraction:.0%}'}")
+    yield (
+        f"{kind} {'n/a' if sample.utilisation_fraction is None else f'{sample.utilisation_fraction:.0%}'}"
+    )
     if sample.temperature_celsius is not None:
         yield f"{sample.temperature_celsius:.0f} °C"
     if sample.power_watts is not None:
@@ -386,7 +413,11 @@ def _total_steps(view: RunView) -> int | None:
 
 def _elapsed_seconds(view: RunView, now: float) -> float | None:
     is_on = view.record.state == "running" and view.samples
-    return None if view.seconds is None else view.seconds + (max(0.0, now - view.samples[-1].time) if is_on else 0.0)
+    return (
+        None
+        if view.seconds is None
+        else view.seconds + (max(0.0, now - view.samples[-1].time) if is_on else 0.0)
+    )
 
 
 def seconds_left(view: RunView) -> float | None:

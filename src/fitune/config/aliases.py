@@ -23,7 +23,9 @@ ALIASES: Mapping[str, str] = {
     "eval.max_samples": "eval.max_rows",
 }
 
-OWN_PATHS: Mapping[KeyPath, KeyPath] = {tuple(name.split(".")): tuple(key.split(".")) for name, key in ALIASES.items()}
+OWN_PATHS: Mapping[KeyPath, KeyPath] = {
+    tuple(name.split(".")): tuple(key.split(".")) for name, key in ALIASES.items()
+}
 _CHECKPOINTING = {True: "full", False: "off", "true": "full", "false": "off"}
 
 
@@ -38,7 +40,9 @@ def with_aliases(schema: dict[str, Any]) -> dict[str, Any]:
     for alias, key in OWN_PATHS.items():
         reference = schema["properties"][key[0]]["$ref"].rpartition("/")[2]
         properties = schema["$defs"][reference]["properties"]
-        told = dict(properties[key[1]]) | {"description": f"another name of {'.'.join(map(str, key))}"}
+        told = dict(properties[key[1]]) | {
+            "description": f"another name of {'.'.join(map(str, key))}"
+        }
         if alias == ("model", "gradient_checkpointing"):
             told["anyOf"] = [*told["anyOf"], {"type": "boolean"}]
         properties[alias[1]] = told

@@ -49,7 +49,11 @@ class RunConfig(Section):
         faults = []
         if self.model.method == "full":
             default = LoraConfig()
-            keys = [key for key in LoraConfig.model_fields if getattr(self.model.lora, key) != getattr(default, key)]
+            keys = [
+                key
+                for key in LoraConfig.model_fields
+                if getattr(self.model.lora, key) != getattr(default, key)
+            ]
             faults += [
                 f"model.lora.{key} has no effect while model.method is full: set model.method to lora, or drop it"
                 for key in keys
@@ -60,16 +64,25 @@ class RunConfig(Section):
                 f"{self.model.recompute}: "
                 "set model.recompute to full, selective, every_2 or every_4"
             )
-        if self.data.eval is not None and self.data.eval_fraction != DataConfig.model_fields["eval_fraction"].default:
+        if (
+            self.data.eval is not None
+            and self.data.eval_fraction != DataConfig.model_fields["eval_fraction"].default
+        ):
             faults.append("data.eval_fraction has no effect beside data.eval: drop one of them")
-        if self.data.eval is None and self.data.eval_fraction == 0 and self.train.eval_every != "auto":
+        if (
+            self.data.eval is None
+            and self.data.eval_fraction == 0
+            and self.train.eval_every != "auto"
+        ):
             faults.append(
                 f"train.eval_every {self.train.eval_every} has no effect while "
                 "data.eval_fraction is 0 and data.eval "
                 "is not given: give evaluation data, or drop it"
             )
         if self.optim.schedule == "constant" and self.optim.final_lr_fraction != 0:
-            faults.append("optim.final_lr_fraction has no effect while optim.schedule is constant: drop one of them")
+            faults.append(
+                "optim.final_lr_fraction has no effect while optim.schedule is constant: drop one of them"
+            )
         faults += self._scaling_without_effect()
         if self.train.batch_mode != "advise" and self.train.steps is not None:
             faults.append(
@@ -78,7 +91,9 @@ class RunConfig(Section):
                 "run's length: give train.epochs or train.tokens"
             )
         if self.train.batch_mode == "anneal" and self.optim.schedule == "constant":
-            faults.append("train.batch_mode anneal has no effect while optim.schedule is constant: drop one of them")
+            faults.append(
+                "train.batch_mode anneal has no effect while optim.schedule is constant: drop one of them"
+            )
         faults += self._probe_without_effect()
         faults += self._not_sharded()
         if faults:
@@ -90,7 +105,9 @@ class RunConfig(Section):
         if model.shard == "none":
             return
         if model.method == "qlora":
-            yield ("model.shard full does not shard 4-bit weights: set model.method to lora, or drop it")
+            yield (
+                "model.shard full does not shard 4-bit weights: set model.method to lora, or drop it"
+            )
         if not OPTIMIZERS[self.optim.name].can_shard:
             *others, last = (name for name, kind in OPTIMIZERS.items() if kind.can_shard)
             listed = f"{', '.join(others)} or {last}"
@@ -110,13 +127,17 @@ class RunConfig(Section):
                 "one of all: set memory.on_oom to stop, or drop model.shard"
             )
         if self.train.probe:
-            yield ("train.probe works in one process and model.shard full needs several: drop one of them")
+            yield (
+                "train.probe works in one process and model.shard full needs several: drop one of them"
+            )
 
     def _probe_without_effect(self) -> Iterator[str]:
         train, optim = self.train, self.optim
         if not train.probe:
             if train.probe_fraction != TrainConfig.model_fields["probe_fraction"].default:
-                yield ("train.probe_fraction has no effect while train.probe is false: set the one or drop the other")
+                yield (
+                    "train.probe_fraction has no effect while train.probe is false: set the one or drop the other"
+                )
             return
         if train.steps is not None:
             yield (
@@ -131,18 +152,27 @@ class RunConfig(Section):
                 "rate is tried at its height: raise the first or lower the second"
             )
         if self.data.eval is None and self.data.eval_fraction == 0:
-            yield ("train.probe compares on held-out samples: give data.eval, or a data.eval_fraction above 0")
+            yield (
+                "train.probe compares on held-out samples: give data.eval, or a data.eval_fraction above 0"
+            )
 
     def _scaling_without_effect(self) -> list[str]:
         optim = self.optim
         if optim.scaling == "none":
-            given = [key for key in ("reference_batch", "noise_scale") if getattr(optim, key) is not None]
-            return [f"optim.{key} has no effect while optim.scaling is none: set it to sqrt_gain" for key in given]
+            given = [
+                key for key in ("reference_batch", "noise_scale") if getattr(optim, key) is not None
+            ]
+            return [
+                f"optim.{key} has no effect while optim.scaling is none: set it to sqrt_gain"
+                for key in given
+            ]
         faults = []
         if optim.reference_batch is None:
             faults.append(
                 f"optim.scaling {optim.scaling} needs optim.reference_batch, the samples that lr was chosen for"
             )
         if optim.noise_scale is not None and optim.scaling != "sqrt_gain":
-            faults.append(f"optim.noise_scale has no effect while optim.scaling is {optim.scaling}: drop one of them")
+            faults.append(
+                f"optim.noise_scale has no effect while optim.scaling is {optim.scaling}: drop one of them"
+            )
         return faults

@@ -53,7 +53,9 @@ class ShapeConfig(Section):
     A key that is left out is inferred from the shapes of the tensors where they determine it.
     """
 
-    preset: str | None = Field(None, description="minimind-3, minimind-3-moe, minimind2 or minimind2-small")
+    preset: str | None = Field(
+        None, description="minimind-3, minimind-3-moe, minimind2 or minimind2-small"
+    )
     hidden_size: Positive | None = Field(None, description="width of the model")
     num_layers: Positive | None = Field(None, description="number of layers")
     num_heads: Positive | None = Field(None, description="number of attention heads")
@@ -62,7 +64,9 @@ class ShapeConfig(Section):
 
 class ModelConfig(Section):
     source: PathText = Field(description="preset name, directory, hub id, file.gguf or file.pth")
-    tokenizer: PathText | None = Field(None, description="directory or hub id; the model's own when left out")
+    tokenizer: PathText | None = Field(
+        None, description="directory or hub id; the model's own when left out"
+    )
     init: Literal["pretrained", "random"] = Field(
         "pretrained", description="random: train from scratch, without the model's weights"
     )
@@ -71,17 +75,23 @@ class ModelConfig(Section):
         description="full: every weight; lora: adapters; qlora: adapters on weights in 4 bits",
     )
     lora: LoraConfig = LoraConfig()
-    precision: Precision | Auto = Field("auto", description="number format of weights and computation")
+    precision: Precision | Auto = Field(
+        "auto", description="number format of weights and computation"
+    )
     attention: Attention | Auto = Field("auto", description="attention kernel")
     recompute: Recompute | Auto = Field(
         "auto",
         description="gradient checkpointing: which layers are computed again in the backward",
     )
-    offload_activations: Bool = Field(False, description="keep what gradient checkpointing keeps in the host's memory")
+    offload_activations: Bool = Field(
+        False, description="keep what gradient checkpointing keeps in the host's memory"
+    )
     compile: Bool = Field(False, description="compile each layer with torch.compile")
     shard: Shard = Field(
         "none",
-        description=("full: each of several processes holds a share of weights, gradients and optimizer state"),
+        description=(
+            "full: each of several processes holds a share of weights, gradients and optimizer state"
+        ),
     )
     shape: ShapeConfig = ShapeConfig()
     trust_remote_code: Bool = Field(False, description="run Python code that comes with the model")
@@ -95,7 +105,9 @@ class DataSource(Section):
     max_rows: Positive | None = None
 
 
-Source = Annotated[DataSource, BeforeValidator(_source_from_path, json_schema_input_type=str | DataSource)]
+Source = Annotated[
+    DataSource, BeforeValidator(_source_from_path, json_schema_input_type=str | DataSource)
+]
 Sources = Annotated[tuple[Source, ...], Field(min_length=1)]
 
 
@@ -105,11 +117,17 @@ class ColumnsConfig(Section):
     messages: ColumnName | None = Field(None, description="the list of a conversation's messages")
     role: ColumnName | None = Field(None, description="in a message, who says it")
     content: ColumnName | None = Field(None, description="in a message, its text")
-    prompt: ColumnName | None = Field(None, description="the question, or the messages before the answer")
+    prompt: ColumnName | None = Field(
+        None, description="the question, or the messages before the answer"
+    )
     completion: ColumnName | None = Field(None, description="the answer to learn")
-    input: ColumnName | None = Field(None, description="what the question is about, written below it")
+    input: ColumnName | None = Field(
+        None, description="what the question is about, written below it"
+    )
     system: ColumnName | None = Field(None, description="the system message")
-    history: ColumnName | None = Field(None, description="pairs of questions and answers before the prompt")
+    history: ColumnName | None = Field(
+        None, description="pairs of questions and answers before the prompt"
+    )
     tools: ColumnName | None = Field(None, description="the tools that the model may call")
     text: ColumnName | None = Field(None, description="plain text, every token of which is learned")
 
@@ -120,16 +138,26 @@ class ColumnsConfig(Section):
 
 
 class DataConfig(Section):
-    train: PathText | Sources = Field(description="training data: a path or hub id, or a list of them")
-    eval: PathText | Sources | None = Field(None, description="held-out data; else eval_fraction of train")
-    eval_fraction: BelowOne = Field(0.01, description="share of the training samples held out; 0 means no evaluation")
+    train: PathText | Sources = Field(
+        description="training data: a path or hub id, or a list of them"
+    )
+    eval: PathText | Sources | None = Field(
+        None, description="held-out data; else eval_fraction of train"
+    )
+    eval_fraction: BelowOne = Field(
+        0.01, description="share of the training samples held out; 0 means no evaluation"
+    )
     max_length: Annotated[int, Field(strict=True, ge=8), WholeNumber] = Field(
         2048, description="tokens of a sample; longer ones are cut or dropped"
     )
-    template: PathText | None = Field(None, description="a Jinja chat template file; the tokenizer's when left out")
+    template: PathText | None = Field(
+        None, description="a Jinja chat template file; the tokenizer's when left out"
+    )
     mask: Literal["assistant", "last", "all"] = Field(
         "assistant",
-        description=("what is learned: the assistant's turns, the last of them alone, or every token"),
+        description=(
+            "what is learned: the assistant's turns, the last of them alone, or every token"
+        ),
     )
     system: Literal["keep", "merge"] = Field(
         "keep", description="merge: a system message becomes the front of the user's first one"
@@ -137,18 +165,26 @@ class DataConfig(Section):
     columns: ColumnsConfig = ColumnsConfig()
     ignore_keys: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
         (),
-        description=("keys of the samples to leave out of account, even those that would refuse a sample"),
+        description=(
+            "keys of the samples to leave out of account, even those that would refuse a sample"
+        ),
     )
     date: Date | None = Field(
         None,
-        description=("what a chat template writes as today's date, like 2026-01-31; that of the run's start"),
+        description=(
+            "what a chat template writes as today's date, like 2026-01-31; that of the run's start"
+        ),
     )
     too_long: Literal["truncate", "drop"] = Field(
         "truncate", description="what happens to samples that are longer than max_length"
     )
-    max_rows: Positive | None = Field(None, description="so many samples of the data at most, the first ones")
+    max_rows: Positive | None = Field(
+        None, description="so many samples of the data at most, the first ones"
+    )
     packing: Bool = Field(True, description="join samples instead of padding them")
-    max_bad_fraction: Fraction = Field(0.01, description="stop when a larger share of the samples cannot be read")
+    max_bad_fraction: Fraction = Field(
+        0.01, description="stop when a larger share of the samples cannot be read"
+    )
 
     @property
     def train_sources(self) -> tuple[DataSource, ...]:
@@ -160,7 +196,9 @@ class DataConfig(Section):
 
 
 class BatchConfig(Section):
-    effective: Positive | Auto = Field("auto", description="samples in an optimizer step, over all devices")
+    effective: Positive | Auto = Field(
+        "auto", description="samples in an optimizer step, over all devices"
+    )
     micro: Positive | Auto = Field("auto", description="samples in one forward and backward")
     micro_tokens: Positive | Auto = Field("auto", description="tokens in one forward and backward")
     accumulation: Positive | Auto = Field("auto", description="micro-batches in an optimizer step")
@@ -232,7 +270,9 @@ class BatchConfig(Section):
 
 
 class OptimConfig(Section):
-    name: OptimizerName = Field("adamw", description="the optimizer; adamw_host keeps its state in the host's memory")
+    name: OptimizerName = Field(
+        "adamw", description="the optimizer; adamw_host keeps its state in the host's memory"
+    )
     lr: PositiveFloat | Auto = Field("auto", description="2e-5 for full fine-tuning, 2e-4 for LoRA")
     betas: tuple[BelowOne, BelowOne] = Field(
         (0.9, 0.999), description="how long AdamW averages gradients and their squares"
@@ -241,46 +281,76 @@ class OptimConfig(Section):
     weight_decay: Annotated[Float, Field(ge=0)] = Field(
         0.01, description="share of a weight that is taken off, times the learning rate"
     )
-    clip: Annotated[Float, Field(ge=0)] = Field(1.0, description="largest gradient norm; 0 switches clipping off")
-    warmup: Fraction = Field(0.03, description="share of the run's tokens over which the rate rises")
+    clip: Annotated[Float, Field(ge=0)] = Field(
+        1.0, description="largest gradient norm; 0 switches clipping off"
+    )
+    warmup: Fraction = Field(
+        0.03, description="share of the run's tokens over which the rate rises"
+    )
     schedule: Literal["cosine", "linear", "constant", "wsd"] = Field(
         "cosine", description="how the learning rate falls; wsd: over the last tenth"
     )
-    final_lr_fraction: Fraction = Field(0.0, description="the rate at the end of the schedule, as a share of lr")
-    scaling: Scaling = Field("none", description="how the rate is carried from reference_batch to batch.effective")
-    reference_batch: Positive | None = Field(None, description="samples of the batch that lr was chosen for")
-    noise_scale: PositiveFloat | None = Field(None, description="measured noise scale in samples, for sqrt_gain")
+    final_lr_fraction: Fraction = Field(
+        0.0, description="the rate at the end of the schedule, as a share of lr"
+    )
+    scaling: Scaling = Field(
+        "none", description="how the rate is carried from reference_batch to batch.effective"
+    )
+    reference_batch: Positive | None = Field(
+        None, description="samples of the batch that lr was chosen for"
+    )
+    noise_scale: PositiveFloat | None = Field(
+        None, description="measured noise scale in samples, for sqrt_gain"
+    )
 
 
 class MemoryConfig(Section):
-    budget: MemoryLimit = Field("auto", description="auto, 20GiB, or a share of the free memory like 0.9")
-    gpu: str | None = Field(None, description="a card of the catalogue to plan for; this machine's when left out")
+    budget: MemoryLimit = Field(
+        "auto", description="auto, 20GiB, or a share of the free memory like 0.9"
+    )
+    gpu: str | None = Field(
+        None, description="a card of the catalogue to plan for; this machine's when left out"
+    )
     on_oom: Literal["stop", "quarantine"] = Field(
         "stop",
         description="a sample that does not fit even alone: stop the run, or leave the sample out",
     )
-    grow: Bool = Field(True, description="larger micro-batches than planned where a GPU has room and gains speed")
+    grow: Bool = Field(
+        True, description="larger micro-batches than planned where a GPU has room and gains speed"
+    )
     allocator: str = Field("", description="PYTORCH_ALLOC_CONF of the run and of its prediction")
     routing: Routing = Field(
         "balanced",
-        description=("for predictions alone: tokens go to a mixture's experts evenly, or all to the same ones (worst)"),
+        description=(
+            "for predictions alone: tokens go to a mixture's experts evenly, or all to the same ones (worst)"
+        ),
     )
 
 
 class TrainConfig(Section):
-    epochs: PositiveFloat | None = Field(None, description="length: passes over the data; one where no length is given")
+    epochs: PositiveFloat | None = Field(
+        None, description="length: passes over the data; one where no length is given"
+    )
     steps: Positive | None = Field(None, description="length: optimizer steps")
     tokens: Positive | None = Field(None, description="length: tokens, padding not counted")
     seed: Annotated[int, Field(strict=True, ge=0, lt=2**63), WholeNumber] = Field(
         0, description="seed of all random numbers"
     )
-    eval_every: Positive | Auto = Field("auto", description="optimizer steps between evaluations; auto: ten in a run")
-    save_every: Positive | Auto = Field("auto", description="optimizer steps between saves; auto: with each evaluation")
+    eval_every: Positive | Auto = Field(
+        "auto", description="optimizer steps between evaluations; auto: ten in a run"
+    )
+    save_every: Positive | Auto = Field(
+        "auto", description="optimizer steps between saves; auto: with each evaluation"
+    )
     stop_after: Duration | None = Field(None, description="save and stop after this time: 11h, 90m")
-    batch_mode: BatchMode = Field("advise", description="when the effective batch grows by itself; advise: never")
+    batch_mode: BatchMode = Field(
+        "advise", description="when the effective batch grows by itself; advise: never"
+    )
     probe: Bool = Field(
         False,
-        description=("first try the rate halved and doubled and twice the batch; go on with the best"),
+        description=(
+            "first try the rate halved and doubled and twice the batch; go on with the best"
+        ),
     )
     probe_fraction: Annotated[Float, Field(gt=0, le=0.5)] = Field(
         0.05, description="share of the run that each setting of the probe is tried for"
@@ -302,14 +372,20 @@ class EvalConfig(Section):
 
 
 class OutputConfig(Section):
-    output: Annotated[Path, AfterValidator(Path.expanduser)] = Field(Path("runs"), description="where runs are kept")
+    output: Annotated[Path, AfterValidator(Path.expanduser)] = Field(
+        Path("runs"), description="where runs are kept"
+    )
     name: str | None = Field(
         None, description="the run's directory below output; made from model and data when left out"
     )
-    trackers: tuple[Tracker, ...] = Field((), description="also tell these, through the accelerate library")
+    trackers: tuple[Tracker, ...] = Field(
+        (), description="also tell these, through the accelerate library"
+    )
     prometheus: PathText | None = Field(
         None,
-        description=("keep a text file of the present numbers here, for node_exporter's textfile collector"),
+        description=(
+            "keep a text file of the present numbers here, for node_exporter's textfile collector"
+        ),
     )
 
 

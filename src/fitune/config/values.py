@@ -19,7 +19,9 @@ def _memory_limit(value: object) -> object:
     if isinstance(value, str) and value != "auto":
         if parse_bytes(value) == 0:
             raise ValueError("a memory limit of 0 bytes holds nothing")
-    elif isinstance(value, bool) or not (value == "auto" or (isinstance(value, int | float) and 0 < value <= 1)):
+    elif isinstance(value, bool) or not (
+        value == "auto" or (isinstance(value, int | float) and 0 < value <= 1)
+    ):
         raise ValueError(f"{value} is neither a size like 20GiB nor a share above 0 and at most 1")
     return value
 

@@ -12,7 +12,11 @@ def describe_fault(schema: Mapping[str, Any] | type | None) -> str:
     assert isinstance(schema, Mapping)
     branches = schema.get("anyOf", [schema])
     words = [_describe_type(branch) for branch in branches]
-    choices = [word for branch, word in zip(branches, words, strict=True) if "const" in branch or "enum" in branch]
+    choices = [
+        word
+        for branch, word in zip(branches, words, strict=True)
+        if "const" in branch or "enum" in branch
+    ]
     rest = [word for word in words if word not in choices]
     if not choices:
         return " or ".join(rest)

@@ -58,10 +58,17 @@ def _flow(value: Any) -> str:
 
     A YAML 1.1 parser reads the same value.
     """
-    if isinstance(value, str) and re.fullmatch(r"[\w./~-]+", value) and yaml.safe_load(value) == value:
+    if (
+        isinstance(value, str)
+        and re.fullmatch(r"[\w./~-]+", value)
+        and yaml.safe_load(value) == value
+    ):
         return value if parse_scalar(value) == value else json.dumps(value)
     if isinstance(value, float):
         return re.sub(r"^(\d+)e", r"\1.0e", repr(value))
     if isinstance(value, list):
-        value = [{k: v for k, v in item.items() if v is not None} if isinstance(item, dict) else item for item in value]
+        value = [
+            {k: v for k, v in item.items() if v is not None} if isinstance(item, dict) else item
+            for item in value
+        ]
     return json.dumps(value, ensure_ascii=False)

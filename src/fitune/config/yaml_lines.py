@@ -63,11 +63,15 @@ def parse_yaml(text: str, source: str) -> MarkedTree:
             problem += "; a path with \\ stands without quotes, or in single ones"
         raise ConfigError([f"{where}: this is not valid YAML: {problem}"]) from error
     except yaml.reader.ReaderError as error:
-        raise ConfigError([f"{source}: not a text file: character {error.position} is not printable"]) from error
+        raise ConfigError(
+            [f"{source}: not a text file: character {error.position} is not printable"]
+        ) from error
     except RecursionError as error:
         raise ConfigError([f"{source}: this is nested too deeply for a configuration"]) from error
     reading = _Reading(source)
-    return MarkedTree(None if node is None else reading.value(node, ()), reading.marks, tuple(reading.faults))
+    return MarkedTree(
+        None if node is None else reading.value(node, ()), reading.marks, tuple(reading.faults)
+    )
 
 
 def parse_scalar(text: str) -> Tree:
@@ -96,10 +100,14 @@ class _Reading:
         self.marks.setdefault(path, Position(self._where(node)))
         # A few anchors that refer to each other can expand to more values than memory holds.
         if len(self.marks) > MAX_VALUES:
-            raise ConfigError([f"{self.source}: more than {MAX_VALUES:,} values are too many for a configuration"])
+            raise ConfigError(
+                [f"{self.source}: more than {MAX_VALUES:,} values are too many for a configuration"]
+            )
         if isinstance(node, yaml.ScalarNode):
             if not node.tag.startswith("tag:yaml.org,2002:"):
-                self.faults.append(f"{self._where(node)}: tags such as {node.tag} are not read: write the value itself")
+                self.faults.append(
+                    f"{self._where(node)}: tags such as {node.tag} are not read: write the value itself"
+                )
             if node.style is not None:
                 return str(node.value)
             self.marks[path] = Position(self.marks[path].origin, node.value)
@@ -108,7 +116,11 @@ class _Reading:
             self.faults.append(f"{self._where(node)}: this anchor contains itself")
             return None
         self.open_nodes.append(node)
-        tree = self._mapping(node, path) if isinstance(node, yaml.MappingNode) else self._sequence(node, path)
+        tree = (
+            self._mapping(node, path)
+            if isinstance(node, yaml.MappingNode)
+            else self._sequence(node, path)
+        )
         self.open_nodes.pop()
         return tree
 
@@ -119,13 +131,17 @@ class _Reading:
         tree: dict[str, Tree] = {}
         for key_node, value_node in node.value:
             if not isinstance(key_node, yaml.ScalarNode):
-                self.faults.append(f"{self._where(key_node)}: a key must be a word, not a list or a mapping")
+                self.faults.append(
+                    f"{self._where(key_node)}: a key must be a word, not a list or a mapping"
+                )
                 continue
             key = str(key_node.value)
             if key in tree:
                 first = self.marks[(*path, key)].origin
                 dotted = ".".join(str(part) for part in (*path, key))
-                self.faults.append(f"{self._where(key_node)}: '{dotted}' is given twice, first at {first}: keep one")
+                self.faults.append(
+                    f"{self._where(key_node)}: '{dotted}' is given twice, first at {first}: keep one"
+                )
                 continue
             self.marks[(*path, key)] = Position(self._where(key_node))
             tree[key] = self.value(value_node, (*path, key))

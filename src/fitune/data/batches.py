@@ -84,7 +84,9 @@ def _num_further(further: Fraction, epoch: int) -> int:
     return math.floor(further * epoch + Fraction(1, 2))
 
 
-def row_order(repeats_R: npt.NDArray[np.float32], *, seed: int, epoch: int) -> npt.NDArray[np.int64]:
+def row_order(
+    repeats_R: npt.NDArray[np.float32], *, seed: int, epoch: int
+) -> npt.NDArray[np.int64]:
     """Return the row ids of one epoch in the order in which they are seen, int64 [samples].
 
     The samples that are seen once more change from epoch to epoch: every sample is among them once
@@ -98,7 +100,9 @@ def row_order(repeats_R: npt.NDArray[np.float32], *, seed: int, epoch: int) -> n
         first = _num_further(further, epoch)
         if share := _num_further(further, epoch + 1) - first:
             rotation = shuffled(len(rows), seed, int(rows[0]))
-            parts.append(rows[rotation[np.arange(first % len(rows), first % len(rows) + share) % len(rows)]])
+            parts.append(
+                rows[rotation[np.arange(first % len(rows), first % len(rows) + share) % len(rows)]]
+            )
     samples = np.concatenate([np.zeros(0, np.int64), *parts])
     return samples[shuffled(len(samples), seed, epoch)]
 
@@ -147,7 +151,9 @@ def batches(
         order = row_order(examples.repeats, seed=seed, epoch=epoch)
         stop = len(order) if end is None else min(len(order), end - begin)
         for first in range(position - begin, stop, rows_per_step):
-            yield Batch(tuple(examples[int(row)] for row in order[first : min(first + rows_per_step, stop)]))
+            yield Batch(
+                tuple(examples[int(row)] for row in order[first : min(first + rows_per_step, stop)])
+            )
         position = begin + stop
 
 
@@ -191,7 +197,9 @@ def prefetch(items: Iterator[T], *, depth: int) -> Iterator[T]:
             except queue.Empty:
                 # Memory was too short for the thread even to report its error.
                 if not thread.is_alive() and ready.empty():
-                    raise OutOfMemoryError("the machine's own memory ran out while a batch was prepared") from None
+                    raise OutOfMemoryError(
+                        "the machine's own memory ran out while a batch was prepared"
+                    ) from None
                 continue
             if isinstance(error, StopIteration):
                 return

@@ -277,10 +277,16 @@ def _in_form(call: Mapping[str, Any], form: _CallForm) -> dict[str, Any]:
     Raises TemplateError if the arguments are not valid JSON.
     """
     function = call.get("function")
-    inner = dict(function) if function else {key: call[key] for key in ("name", "arguments") if key in call}
+    inner = (
+        dict(function)
+        if function
+        else {key: call[key] for key in ("name", "arguments") if key in call}
+    )
     if form.as_text is not None:
         inner["arguments"] = _arguments(inner.get("arguments", {}), as_text=form.as_text)
-    outer = {key: value for key, value in call.items() if key not in ("name", "arguments", "function")}
+    outer = {
+        key: value for key, value in call.items() if key not in ("name", "arguments", "function")
+    }
     nested = bool(function) if form.nested is None else form.nested
     return {"type": "function", **outer, "function": inner} if nested else {**outer, **inner}
 
@@ -320,7 +326,9 @@ def with_short_ids(messages: Sequence[Message]) -> list[Message]:
 def _short_id(given_id: Any, place: str) -> str:
     if isinstance(given_id, str) and re.fullmatch(r"[A-Za-z0-9]{9}", given_id):
         return given_id
-    return blake2b(str(place if given_id is None else given_id).encode(), digest_size=5).hexdigest()[:9]
+    return blake2b(
+        str(place if given_id is None else given_id).encode(), digest_size=5
+    ).hexdigest()[:9]
 
 
 def _framed(tool: Mapping[str, Any]) -> dict[str, Any]:
@@ -339,7 +347,9 @@ def _date_macro(day: datetime.date) -> str:
         **{f"%{letter}": day.strftime(f"%{letter}") for letter in _DIRECTIVES},
         "%-d": f"{day.day}",
     }
-    replaced = "".join(f" | replace({directive!r}, {value!r})" for directive, value in known.items())
+    replaced = "".join(
+        f" | replace({directive!r}, {value!r})" for directive, value in known.items()
+    )
     body = f"{{{{ format{replaced} }}}}"
     return f"{{%- macro strftime_now(format) -%}}{body}{{%- endmacro -%}}{{{{ '' }}}}"
 
@@ -365,7 +375,9 @@ def read_template(
         if "strftime_now(" in written:
             written = _date_macro(day) + written
         writes_date = "strftime_now" in text
-        return ChatTemplate(written, name, tokenizer.special_tokens_map, day if writes_date else None)
+        return ChatTemplate(
+            written, name, tokenizer.special_tokens_map, day if writes_date else None
+        )
 
     own = tokenizer.chat_template
     named = own if isinstance(own, dict) else {}
@@ -397,7 +409,11 @@ def read_template(
 
 def _with_parts(message: Message) -> Message:
     content = message["content"]
-    return {**message, "content": [{"type": "text", "text": content}]} if isinstance(content, str) else message
+    return (
+        {**message, "content": [{"type": "text", "text": content}]}
+        if isinstance(content, str)
+        else message
+    )
 
 
 def _arguments(arguments: Any, *, as_text: bool) -> Any:

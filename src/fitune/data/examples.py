@@ -128,14 +128,18 @@ def load_examples(
     report = data_report(data, (train_table, train_rows), (eval_table, eval_rows))
     table, rows = (train_table, train_rows) if split == "train" else (eval_table, eval_rows)
     rows = rows[table.lengths[rows] > 0]
-    sources = data.train_sources if split == "train" or data.eval_sources is None else data.eval_sources
+    sources = (
+        data.train_sources if split == "train" or data.eval_sources is None else data.eval_sources
+    )
     repeats = np.array([source.weight for source in sources], np.float32)[table.sources[rows]]
     return Examples(
         lengths=table.lengths[rows],
         repeats=repeats if split == "train" else np.ones(len(rows), np.float32),
         num_tokens=int(table.lengths[rows].sum(dtype=np.int64)),
         num_supervised_tokens=int(table.num_supervised[rows].sum(dtype=np.int64)),
-        data_hash=blake2b(table.digest.encode() + rows.astype("<i8").tobytes(), digest_size=16).hexdigest(),
+        data_hash=blake2b(
+            table.digest.encode() + rows.astype("<i8").tobytes(), digest_size=16
+        ).hexdigest(),
         report=report,
         table=table,
         rows=rows,
@@ -158,7 +162,9 @@ def _held_out(table: Table, fraction: float, max_rows: int) -> npt.NDArray[np.bo
     return held_out if keeps_some else np.zeros(len(table.digests), bool)
 
 
-def _smallest(table: Table, max_rows: int, among: npt.NDArray[np.bool_] | None = None) -> npt.NDArray[np.bool_]:
+def _smallest(
+    table: Table, max_rows: int, among: npt.NDArray[np.bool_] | None = None
+) -> npt.NDArray[np.bool_]:
     """Return which samples have the smallest hashes, bool [samples]: at most max_rows.
 
     Dropped samples do not count. Copies of one row are all taken, or none of them.
@@ -186,7 +192,9 @@ def _table(
         "sources": prints,
         "tokenizer": _tokenizer_hash(encoder.tokenizer),
         "templates": [
-            None if finder is None else (finder.template.name, finder.template.text, str(finder.template.date))
+            None
+            if finder is None
+            else (finder.template.name, finder.template.text, str(finder.template.date))
             for finder in (encoder.finder, encoder.tool_finder)
         ],
         "mask": data.mask,
@@ -200,10 +208,14 @@ def _table(
     }
 
     def write(writer: TableWriter) -> dict[str, Any]:
-        rows = ((i, raw) for i, source in enumerate(sources) for raw in read_rows(source, split=split))
+        rows = (
+            (i, raw) for i, source in enumerate(sources) for raw in read_rows(source, split=split)
+        )
         facts = _tokenise(writer, sources, islice(rows, max_rows), data, encoder, on_progress)
         if [fingerprint(source, split=split) for source in sources] != prints:
-            raise DataError(f"{sources[0].path} changed while it was read: start again when it is complete")
+            raise DataError(
+                f"{sources[0].path} changed while it was read: start again when it is complete"
+            )
         return facts
 
     return cached_table(key, write)
@@ -231,7 +243,10 @@ class _Tally:
         self.num_bad_rows[source] += 1
         if len(self.bad_rows) < _NUM_LISTED:
             self.bad_rows.append(row)
-        if self.num_bad_rows.total() == _HOPELESS_ROWS and self.num_rows.total() <= 3 * _HOPELESS_ROWS:
+        if (
+            self.num_bad_rows.total() == _HOPELESS_ROWS
+            and self.num_rows.total() <= 3 * _HOPELESS_ROWS
+        ):
             self.check()
 
     def check(self) -> None:
@@ -282,7 +297,9 @@ def _tokenise(
             on_progress(tally.num_rows.total())
     tally.check()
     if not num_trainable:
-        first = f"; the first one, {grouped(tally.dropped_rows[:1])[0]}" if tally.dropped_rows else ""
+        first = (
+            f"; the first one, {grouped(tally.dropped_rows[:1])[0]}" if tally.dropped_rows else ""
+        )
         raise DataError(
             f"{sources[0].path}: training on it would learn from nothing, since none of its "
             f"{tally.num_rows.total():,} "
@@ -306,24 +323,36 @@ def _tokenise(
         "dropped_rows": [asdict(row) for row in tally.dropped_rows],
         "noticed": dict(tally.noticed),
         "template": "none" if encoder.template is None else encoder.template.name,
-        "date": None if encoder.template is None or encoder.template.date is None else str(encoder.template.date),
+        "date": None
+        if encoder.template is None or encoder.template.date is None
+        else str(encoder.template.date),
         "mask": encoder.kind,
         "ends": sorted(tally.ends),
     }
 
 
-def _cut(encoded: Encoded, digest: int, source: int, data: DataConfig) -> tuple[TableRow, str | None]:
+def _cut(
+    encoded: Encoded, digest: int, source: int, data: DataConfig
+) -> tuple[TableRow, str | None]:
     """Return the sample as it is stored, and the reason if it is dropped."""
     full_length = len(encoded.input_ids)
     is_long = full_length > data.max_length
-    spans = tuple((a, min(b, data.max_length), weight) for a, b, weight in encoded.spans if a < data.max_length)
+    spans = tuple(
+        (a, min(b, data.max_length), weight)
+        for a, b, weight in encoded.spans
+        if a < data.max_length
+    )
     reason = None
     if is_long and data.too_long == "drop":
         reason = "too long"
     elif not spans:
-        reason = "no supervised token left after the cut" if encoded.spans else "no supervised token"
+        reason = (
+            "no supervised token left after the cut" if encoded.spans else "no supervised token"
+        )
     if reason is None:
-        return TableRow(encoded.input_ids[: data.max_length], spans, full_length, digest, source), None
+        return TableRow(
+            encoded.input_ids[: data.max_length], spans, full_length, digest, source
+        ), None
     return (
         TableRow([], (), full_length, digest, source),
         f"{reason} ({full_length:,} tokens, data.max_length {data.max_length:,})",
@@ -355,7 +384,11 @@ def _conversations(
                 )
             if found not in (known := tally.formats.setdefault(source, [])):
                 known.append(found)
-            if data.mask != "all" and not conversation.assistant_weights and conversation.text is None:
+            if (
+                data.mask != "all"
+                and not conversation.assistant_weights
+                and conversation.text is None
+            ):
                 raise RowError("it has no assistant message, so nothing to learn from")
         except RowError as error:
             tally.bad(source, BadRow(raw.path, raw.line, str(error)))
@@ -371,7 +404,9 @@ def _chunks(
     num_chars = 0
     for row in rows:
         chunk.append(row)
-        num_chars += len(row[2].text or "") + sum(len(message["content"]) for message in row[2].messages)
+        num_chars += len(row[2].text or "") + sum(
+            len(message["content"]) for message in row[2].messages
+        )
         if len(chunk) == _CHUNK_ROWS or num_chars > _CHUNK_CHARS:
             yield chunk
             chunk, num_chars = [], 0

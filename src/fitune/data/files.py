@@ -67,7 +67,9 @@ def split_sample(path: str) -> tuple[str, int | None]:
     if match is None or Path(path).exists():
         return path, None
     if int(match[2]) == 0:
-        raise DataError(f"'{path}' asks for 0 samples: give '#n' with n of at least 1, or leave it out")
+        raise DataError(
+            f"'{path}' asks for 0 samples: give '#n' with n of at least 1, or leave it out"
+        )
     return match[1], int(match[2])
 
 
@@ -105,7 +107,9 @@ def _check_path(path: str, split: Split) -> None:
 
 def _read_all(path: str, split: Split) -> Iterator[RawRow]:
     if is_hub_id(path):
-        yield from (RawRow(path, line, row) for line, row in enumerate(load_from_hub(path, split), 1))
+        yield from (
+            RawRow(path, line, row) for line, row in enumerate(load_from_hub(path, split), 1)
+        )
         return
     for file in find_files(path, split=split):
         num_rows = 0
@@ -123,17 +127,27 @@ def _read_file(path: Path) -> Iterator[RawRow]:
         with open_bytes(path) as file:
             head = file.read(8192)
             if head.startswith(b"version https://git-lfs"):
-                raise DataError(f"{path} is a pointer of Git LFS, not the data itself: fetch that with 'git lfs pull'")
+                raise DataError(
+                    f"{path} is a pointer of Git LFS, not the data itself: fetch that with 'git lfs pull'"
+                )
             if head[:4] == b"\xff\xfe\0\0" or head[:4] == b"\0\0\xfe\xff":
-                raise DataError(f"{path} is in UTF-32: write it in UTF-8, as 'iconv -f UTF-32 -t UTF-8' does")
+                raise DataError(
+                    f"{path} is in UTF-32: write it in UTF-8, as 'iconv -f UTF-32 -t UTF-8' does"
+                )
             if head[:2] in (b"\xff\xfe", b"\xfe\xff"):
-                raise DataError(f"{path} is in UTF-16: write it in UTF-8, as 'iconv -f UTF-16 -t UTF-8' does")
+                raise DataError(
+                    f"{path} is in UTF-16: write it in UTF-8, as 'iconv -f UTF-16 -t UTF-8' does"
+                )
             if b"\0" in head:
-                raise DataError(f"{path} is no text file (it holds zero bytes): give UTF-8 text or a .parquet file")
+                raise DataError(
+                    f"{path} is no text file (it holds zero bytes): give UTF-8 text or a .parquet file"
+                )
             while not head.strip(b"\xef\xbb\xbf \t\r\n") and (more := file.read(8192)):
                 head = more
     except (OSError, EOFError, lzma.LZMAError) as error:
-        raise DataError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+        raise DataError(
+            f"{path} cannot be read: {getattr(error, 'strerror', None) or error}"
+        ) from error
     return _read_text(path, suffix, head.lstrip(b"\xef\xbb\xbf \t\r\n"))
 
 
@@ -159,7 +173,9 @@ def _read_text(path: Path, suffix: str, head: bytes) -> Iterator[RawRow]:
         else:
             yield from read_json(path, head)
     except (OSError, EOFError, lzma.LZMAError) as error:
-        raise DataError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+        raise DataError(
+            f"{path} cannot be read: {getattr(error, 'strerror', None) or error}"
+        ) from error
 
 
 def _read_csv(path: Path, delimiter: str | None) -> Iterator[RawRow]:
@@ -178,11 +194,21 @@ def _read_csv(path: Path, delimiter: str | None) -> Iterator[RawRow]:
         reader = csv.DictReader(file, strict=True, delimiter=delimiter, skipinitialspace=has_spaces)
         try:
             names = list(reader.fieldnames or ())
-            if twice := next((name for name in names if name.strip() and names.count(name) > 1), None):
-                raise DataError(f"{path}: two columns are called '{twice}': give one of them another name")
+            if twice := next(
+                (name for name in names if name.strip() and names.count(name) > 1), None
+            ):
+                raise DataError(
+                    f"{path}: two columns are called '{twice}': give one of them another name"
+                )
             for value in reader:
-                value = {key: None if cell in ("nan", "NaN") else cell for key, cell in value.items()}
-                fault = "it has more cells than the header" if None in value else fault_of_encoding(value)
+                value = {
+                    key: None if cell in ("nan", "NaN") else cell for key, cell in value.items()
+                }
+                fault = (
+                    "it has more cells than the header"
+                    if None in value
+                    else fault_of_encoding(value)
+                )
                 yield RawRow(str(path), reader.line_num, value, fault)
         except csv.Error as error:
             raise DataError(f"{path}, line {reader.line_num}: broken CSV, {error}") from error

@@ -144,7 +144,9 @@ def _are_pairs(turns: Any) -> bool:
     return all(
         question_and_answer(pair) is not None
         if isinstance(pair, dict)
-        else isinstance(pair, (list, tuple)) and len(pair) == 2 and all(isinstance(side, str) for side in pair)
+        else isinstance(pair, (list, tuple))
+        and len(pair) == 2
+        and all(isinstance(side, str) for side in pair)
         for pair in turns
     )
 
@@ -160,7 +162,9 @@ def normalise(
     Raises RowError with the reason if the row cannot be used.
     """
     row = _object_of(row)
-    row = {key: None if is_none(value) else value for key, value in row.items() if key not in ignored}
+    row = {
+        key: None if is_none(value) else value for key, value in row.items() if key not in ignored
+    }
     if columns:
         row = _renamed(row, columns)
     found = detect_format(row)
@@ -179,7 +183,11 @@ def normalise(
     unknown = unknown_keys(row, found)
     if found == "text":
         if not isinstance(row["text"], str) or not row["text"]:
-            raise RowError("'text' is empty" if row["text"] == "" else f"'text' is {kind_of(row['text'])}, not a text")
+            raise RowError(
+                "'text' is empty"
+                if row["text"] == ""
+                else f"'text' is {kind_of(row['text'])}, not a text"
+            )
         return found, _conversation([], None, row["text"], unknown=unknown)
     turns = [part for turn in _TURNS[found](row) for part in split_results(turn)]
     first = turns[0] if turns and isinstance(turns[0], dict) else {}
@@ -189,11 +197,17 @@ def normalise(
     tools = read_tools(next((row[key] for key in TOOL_KEYS if row.get(key)), None))
     # minimind has the tools in its system message.
     if turns and isinstance(turns[0], dict) and turns[0].get("role") == "system":
-        tools = tools or read_tools(next((turns[0][key] for key in TOOL_KEYS if turns[0].get(key)), None))
-        if len(turns) > 1 and all(turns[0].get(key) is None for key in ("content", "value", "text")):
+        tools = tools or read_tools(
+            next((turns[0][key] for key in TOOL_KEYS if turns[0].get(key)), None)
+        )
+        if len(turns) > 1 and all(
+            turns[0].get(key) is None for key in ("content", "value", "text")
+        ):
             turns = turns[1:]
     messages = [read_message(turn, number) for number, turn in enumerate(joined_calls(turns), 1)]
-    return found, _conversation(messages, tools, None, arguments=template_arguments(row), unknown=unknown)
+    return found, _conversation(
+        messages, tools, None, arguments=template_arguments(row), unknown=unknown
+    )
 
 
 def _object_of(row: Any) -> dict[str, Any]:
@@ -208,7 +222,11 @@ def _object_of(row: Any) -> dict[str, Any]:
             return {"text": row}
     if isinstance(row, str):
         return {"text": row}
-    if isinstance(row, list) and row and all(isinstance(turn, dict) and role_of(turn) is not None for turn in row):
+    if (
+        isinstance(row, list)
+        and row
+        and all(isinstance(turn, dict) and role_of(turn) is not None for turn in row)
+    ):
         return {"messages": row}
     if not isinstance(row, dict):
         raise RowError(f"it is {kind_of(row)}, not an object")
@@ -221,16 +239,26 @@ def _renamed(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, An
     Keys that would decide the format are dropped if `columns` maps other keys to their meaning.
     """
     named = {ours: theirs for ours, theirs in columns.items() if ours not in ("role", "content")}
-    missing = [theirs for ours, theirs in named.items() if row.get(theirs) is None and ours not in _OPTIONAL_COLUMNS]
+    missing = [
+        theirs
+        for ours, theirs in named.items()
+        if row.get(theirs) is None and ours not in _OPTIONAL_COLUMNS
+    ]
     if missing:
-        raise RowError(f"it has no '{missing[0]}', which data.columns names; its keys are {', '.join(map(str, row))}")
+        raise RowError(
+            f"it has no '{missing[0]}', which data.columns names; its keys are {', '.join(map(str, row))}"
+        )
     format_keys = {*TURN_KEYS, *QUESTION_KEYS, *ANSWER_KEYS, "text"} if named else set()
     if {"prompt", "completion"} & named.keys():
         format_keys -= {"prompt", "completion"}
     # One answer of a preference was selected by data.columns.
     if set(PREFERENCE_KEYS) & set(named.values()):
         format_keys |= set(PREFERENCE_KEYS)
-    rest = {key: value for key, value in row.items() if key not in format_keys and key not in named.values()}
+    rest = {
+        key: value
+        for key, value in row.items()
+        if key not in format_keys and key not in named.values()
+    }
     renamed = {
         **rest,
         **{ours: row[theirs] for ours, theirs in named.items() if row.get(theirs) is not None},
@@ -270,10 +298,14 @@ def _conversation(
         content = json.dumps([messages, tools, text], sort_keys=True, ensure_ascii=False)
         digest = int.from_bytes(blake2b(content.encode(), digest_size=8).digest(), "big")
     except UnicodeEncodeError:
-        raise RowError("its text is not valid Unicode (bytes that are not UTF-8, or a lone surrogate)") from None
+        raise RowError(
+            "its text is not valid Unicode (bytes that are not UTF-8, or a lone surrogate)"
+        ) from None
     # A parquet file may contain values that JSON cannot express.
     except (TypeError, ValueError, RecursionError) as error:
-        raise RowError(f"it holds values that are no text, number, list or object ({error})") from None
+        raise RowError(
+            f"it holds values that are no text, number, list or object ({error})"
+        ) from None
     return Conversation(
         tuple(message for message, _ in messages),
         tuple(weight for _, weight in messages),
@@ -322,11 +354,15 @@ def _turns_of_question(row: Mapping[str, Any]) -> list[Any]:
 
 
 def _turns_of_prompt(row: Mapping[str, Any]) -> list[Any]:
-    turns = [{**turn, "loss_weight": 0} for turn in _turns_before_answer(row, "prompt", is_weighed=True)]
+    turns = [
+        {**turn, "loss_weight": 0} for turn in _turns_before_answer(row, "prompt", is_weighed=True)
+    ]
     return [*turns, *_answer_turns(row, "completion")]
 
 
-def _turns_before_answer(row: Mapping[str, Any], question_key: str, *, is_weighed: bool = False) -> list[Any]:
+def _turns_before_answer(
+    row: Mapping[str, Any], question_key: str, *, is_weighed: bool = False
+) -> list[Any]:
     """Return the messages before the answer: those of a list, or the history and the question.
 
     The messages of a list get the loss weight 0, unless `is_weighed`.
@@ -357,10 +393,20 @@ def _answer_turns(row: Mapping[str, Any], answer_key: str) -> list[Any]:
     answer = row[answer_key]
     if (messages := _messages_in(answer)) is not None:
         return messages
-    if isinstance(answer, list) and len(answer) > 1 and any(isinstance(part, str) for part in answer):
+    if (
+        isinstance(answer, list)
+        and len(answer) > 1
+        and any(isinstance(part, str) for part in answer)
+    ):
         raise RowError(f"'{answer_key}' is a list of {len(answer)} answers, not one")
-    thought = next((row[key] for key in REASONING_KEYS if isinstance(row.get(key), str) and row[key]), None)
-    if thought is not None and isinstance(answer, str) and ("</think>" in answer or thought.strip() in answer):
+    thought = next(
+        (row[key] for key in REASONING_KEYS if isinstance(row.get(key), str) and row[key]), None
+    )
+    if (
+        thought is not None
+        and isinstance(answer, str)
+        and ("</think>" in answer or thought.strip() in answer)
+    ):
         # The answer already contains the reasoning.
         thought = None
     turn = {"role": "assistant", "content": answer}
@@ -369,7 +415,9 @@ def _answer_turns(row: Mapping[str, Any], answer_key: str) -> list[Any]:
 
 def _messages_in(value: Any) -> list[Any] | None:
     turns = parsed(value)
-    is_messages = isinstance(turns, list) and turns and all(isinstance(turn, dict) for turn in turns)
+    is_messages = (
+        isinstance(turns, list) and turns and all(isinstance(turn, dict) for turn in turns)
+    )
     return turns if is_messages and role_of(turns[0]) is not None else None
 
 

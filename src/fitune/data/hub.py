@@ -65,7 +65,9 @@ def load_from_hub(path: str, split: Split) -> Any:
             None,
         )
         if name is None:
-            raise DataError(f"the dataset {path} has no split to evaluate with, only {', '.join(found)}")
+            raise DataError(
+                f"the dataset {path} has no split to evaluate with, only {', '.join(found)}"
+            )
         return found[name]
     # All exceptions of datasets and huggingface_hub derive from these.
     except (OSError, ValueError, RuntimeError) as error:

@@ -56,7 +56,11 @@ def _first_object(path: Path) -> dict[str, Any] | None:
     try:
         text = line.decode("utf-8-sig").strip()
         value = parse_json(text)
-        return value if is_only and isinstance(value, dict) and _rows_in(value, path) is not None else None
+        return (
+            value
+            if is_only and isinstance(value, dict) and _rows_in(value, path) is not None
+            else None
+        )
     except json.JSONDecodeError as error:
         # Broken before the end of the line, so the object does not continue in the next line.
         if error.pos < len(text):
@@ -89,12 +93,20 @@ def _rows_in(value: Mapping[str, Any], path: Path) -> list[Any] | None:
     columns = list(value.values())
     rows: list[Any] = []
     if isinstance(value.get("columns"), list) and isinstance(value.get("data"), list):
-        if all(isinstance(row, list) and len(row) == len(value["columns"]) for row in value["data"]):
+        if all(
+            isinstance(row, list) and len(row) == len(value["columns"]) for row in value["data"]
+        ):
             return [dict(zip(value["columns"], row, strict=True)) for row in value["data"]]
-    elif columns and all(isinstance(column, list) and len(column) == len(columns[0]) for column in columns):
+    elif columns and all(
+        isinstance(column, list) and len(column) == len(columns[0]) for column in columns
+    ):
         rows = [dict(zip(value, row, strict=True)) for row in zip(*columns, strict=True)]
-        rows = [] if any(isinstance(cell, dict) for row in rows[:1] for cell in row.values()) else rows
-    elif columns and all(isinstance(column, dict) and column.keys() == columns[0].keys() for column in columns):
+        rows = (
+            [] if any(isinstance(cell, dict) for row in rows[:1] for cell in row.values()) else rows
+        )
+    elif columns and all(
+        isinstance(column, dict) and column.keys() == columns[0].keys() for column in columns
+    ):
         keys = list(columns[0]) if all(str(key).isdecimal() for key in columns[0]) else []
         rows = [{name: value[name][key] for name in value} for key in keys]
     if rows and detect_format(rows[0]) is not None:
@@ -149,7 +161,9 @@ def _read_lines(path: Path) -> Iterator[RawRow]:
                     f"not UTF-8 at byte {error.start + 1}{possible_encoding(line)}",
                 )
             except json.JSONDecodeError as error:
-                yield RawRow(name, number, None, f"broken JSON at column {error.colno}: {error.msg}")
+                yield RawRow(
+                    name, number, None, f"broken JSON at column {error.colno}: {error.msg}"
+                )
             except ValueError as error:
                 yield RawRow(name, number, None, f"broken JSON: {error}")
 

@@ -68,7 +68,10 @@ class JsonWindow:
         while True:
             try:
                 value, end = _DECODER.raw_decode(self.text, self.position)
-                is_whole = isinstance(value, (dict, list, str)) or self.text[end : end + 1] in _AFTER_NUMBER
+                is_whole = (
+                    isinstance(value, (dict, list, str))
+                    or self.text[end : end + 1] in _AFTER_NUMBER
+                )
                 if is_whole or not self.grow():
                     return value, end
             except json.JSONDecodeError as error:

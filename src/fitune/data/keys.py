@@ -70,7 +70,9 @@ def plain_keys(row: Mapping[Any, Any]) -> dict[Any, Any]:
 
     If two keys would become the same, the row is returned as it is.
     """
-    plain = {key.strip().lower() if isinstance(key, str) else key: value for key, value in row.items()}
+    plain = {
+        key.strip().lower() if isinstance(key, str) else key: value for key, value in row.items()
+    }
     return plain if len(plain) == len(row) else dict(row)
 
 
@@ -90,7 +92,9 @@ def refuse_several(row: Mapping[str, Any]) -> None:
         given = {key: row[key] for key in keys if row.get(key) not in (None, "")}
         if len({str(value).strip() for value in given.values()}) > 1:
             listed = " and ".join(f"'{key}'" for key in given)
-            raise RowError(f"it has several {what}, {listed}: data.columns.{ours}={next(iter(given))} names the one")
+            raise RowError(
+                f"it has several {what}, {listed}: data.columns.{ours}={next(iter(given))} names the one"
+            )
 
 
 def refuse_other_meanings(row: Mapping[str, Any], found: str | None) -> None:
@@ -108,11 +112,17 @@ def refuse_other_meanings(row: Mapping[str, Any], found: str | None) -> None:
                 "data.columns.messages=chosen trains on it alone"
             )
             hint = takes_it if key == "chosen" else LEAVE_OUT
-            raise RowError(f"'{key}' makes it a preference, and only answers to imitate can be trained on: {hint}")
+            raise RowError(
+                f"'{key}' makes it a preference, and only answers to imitate can be trained on: {hint}"
+            )
         if key in MEDIA_KEYS:
-            raise RowError(f"'{key}' gives it pictures or sound, and only text can be trained on: {LEAVE_OUT}")
+            raise RowError(
+                f"'{key}' gives it pictures or sound, and only text can be trained on: {LEAVE_OUT}"
+            )
         if key in TRAINED_PARTS_KEYS and found != "text":
-            raise RowError(f"'{key}' says what of it is learned, in a way that is not known here: {LEAVE_OUT}")
+            raise RowError(
+                f"'{key}' says what of it is learned, in a way that is not known here: {LEAVE_OUT}"
+            )
         if key in _ROW_WEIGHT_KEYS and found is not None and value not in (1, "1", "1.0"):
             raise RowError(
                 f"'{key}' is {str(value)[:40]}, which weighs the whole sample: here its messages "
@@ -122,8 +132,14 @@ def refuse_other_meanings(row: Mapping[str, Any], found: str | None) -> None:
             )
     for key in _LABEL_KEYS:
         value = row.get(key)
-        if found not in (None, "text") and value is not None and str(value).strip().lower() in _BAD_LABELS:
-            raise RowError(f"its '{key}' is {value}, which marks its answer as a bad one (KTO): {LEAVE_OUT}")
+        if (
+            found not in (None, "text")
+            and value is not None
+            and str(value).strip().lower() in _BAD_LABELS
+        ):
+            raise RowError(
+                f"its '{key}' is {value}, which marks its answer as a bad one (KTO): {LEAVE_OUT}"
+            )
 
 
 def unknown_keys(row: Mapping[str, Any], found: str) -> tuple[str, ...]:
@@ -137,7 +153,11 @@ def unknown_keys(row: Mapping[str, Any], found: str) -> tuple[str, ...]:
         used = {"text"}
     else:
         question_key, answer_key = question_and_answer(row) or ("prompt", "completion")
-        used = {question_key, answer_key, "instruction", "output"} if found == "alpaca" else {question_key, answer_key}
+        used = (
+            {question_key, answer_key, "instruction", "output"}
+            if found == "alpaca"
+            else {question_key, answer_key}
+        )
         if found == "prompt_completion":
             used = {"prompt", "completion"}
         used |= {*CONTEXT_KEYS, "history", *REASONING_KEYS}
@@ -147,7 +167,9 @@ def unknown_keys(row: Mapping[str, Any], found: str) -> tuple[str, ...]:
     return tuple(
         str(key)
         for key, value in row.items()
-        if value not in (None, "", [], {}) and key not in known and str(key).lower() not in _HARMLESS_KEYS
+        if value not in (None, "", [], {})
+        and key not in known
+        and str(key).lower() not in _HARMLESS_KEYS
     )
 
 
@@ -192,6 +214,4 @@ def fault_of_turns(row: Mapping[str, Any]) -> str | None:
     if not isinstance(turns[0], dict):
         return f"the first of '{key}' is {kind_of(turns[0])}, not an object"
     keys = ", ".join(map(str, turns[0]))
-    return (
-        f"the first of '{key}' has neither 'role' nor 'from'; its keys are {keys}: data.columns.role=KEY names the one"
-    )
+    return f"the first of '{key}' has neither 'role' nor 'from'; its keys are {keys}: data.columns.role=KEY names the one"

@@ -11,10 +11,10 @@ THINKING = re.compile(r"\A\s*(?:<think>)?(.*)</think>\s*(?=\S)", re.DOTALL)
 NOT_SHOWN = "hold {what}, which the chat template does not show to the model"
 LOST_THOUGHT = "hold thinking in earlier turns, which the chat template leaves out there: those turns are not learned"
 REWRITTEN = "hold earlier answers that the chat template rewrites or leaves out: those turns are not learned"
-ADDED_END = "end in an answer that the chat template does not end: {token} is added after it, and learned"
-NO_END_BEFORE = (
-    "hold earlier answers that the chat template ends with nothing: the model learns to stop from the last one alone"
+ADDED_END = (
+    "end in an answer that the chat template does not end: {token} is added after it, and learned"
 )
+NO_END_BEFORE = "hold earlier answers that the chat template ends with nothing: the model learns to stop from the last one alone"
 NO_END = "end in an answer that nothing ends, and the tokenizer has no end-of-text token: the model learns no end"
 TEXT_END = "end their answers with {text}, which is no token of its own here: generation needs it as a stop string"
 

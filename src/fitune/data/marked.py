@@ -75,7 +75,9 @@ class TemplateHabits:
     ends_answers: dict[Any, bool] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        tokens = sorted((token for token in self.special_tokens if token.strip()), key=len, reverse=True)
+        tokens = sorted(
+            (token for token in self.special_tokens if token.strip()), key=len, reverse=True
+        )
         self.special = re.compile("|".join(map(re.escape, tokens)) or r"(?!)")
 
 
@@ -102,7 +104,8 @@ class MarkedRendering:
         chosen = set(self.which)
         self.marks_all = len(chosen) == len(self.messages)
         self.marked = [
-            self._mark(number, message) if number in chosen else message for number, message in enumerate(self.messages)
+            self._mark(number, message) if number in chosen else message
+            for number, message in enumerate(self.messages)
         ]
         arguments = self.chat.template_arguments
         self.key = json.dumps(arguments, sort_keys=True) if arguments else None
@@ -116,7 +119,9 @@ class MarkedRendering:
             if part == "tool_calls":
                 marked[part] = [self._marked_call(call, mark) for call in value]
             else:
-                marked[part] = self._marked_text(value, mark, is_answer=message["role"] == "assistant")
+                marked[part] = self._marked_text(
+                    value, mark, is_answer=message["role"] == "assistant"
+                )
         return marked
 
     def _marked_text(self, text: str, mark: int, *, is_answer: bool) -> str:
@@ -130,7 +135,11 @@ class MarkedRendering:
         thought = THINKING.match(text) if is_answer else None
         stripped = text[thought.end() :].strip() if thought else text.strip()
         if not stripped:
-            return f"{'' if self.style == 'ends' else chr(mark)}{text}{chr(mark + 1)}" if is_answer else text
+            return (
+                f"{'' if self.style == 'ends' else chr(mark)}{text}{chr(mark + 1)}"
+                if is_answer
+                else text
+            )
         first = text.index(stripped, thought.end() if thought else 0)
         end = first + len(stripped)
         opening = "" if self.style == "ends" else chr(mark)

@@ -36,12 +36,16 @@ from fitune.data.marked import (
 class MarkedConversation(MarkedRendering):
     """Finds the turns of the assistant in a marked rendering of a conversation."""
 
-    def turns(self, text: str, anchors: Sequence[Anchor]) -> tuple[tuple[TurnAnchors | None, ...], str]:
+    def turns(
+        self, text: str, anchors: Sequence[Anchor]
+    ) -> tuple[tuple[TurnAnchors | None, ...], str]:
         """Return the turn of each assistant message, and what must be added to end the last one.
 
         Raises UnclearError if the last answer is not in the text as the row has it.
         """
-        answers = [number for number, message in enumerate(self.messages) if message["role"] == "assistant"]
+        answers = [
+            number for number, message in enumerate(self.messages) if message["role"] == "assistant"
+        ]
         turns: list[TurnAnchors | None] = []
         suffix = ""
         for number in answers:
@@ -54,10 +58,14 @@ class MarkedConversation(MarkedRendering):
             shown = {anchor.message for anchor in anchors}
             for number, message in enumerate(self.messages):
                 if number not in shown and message["role"] != "assistant" and content_of(message):
-                    self.notices.add(NOT_SHOWN.format(what=f"a message of the role {message['role']}"))
+                    self.notices.add(
+                        NOT_SHOWN.format(what=f"a message of the role {message['role']}")
+                    )
         return tuple(turns), suffix
 
-    def _turn(self, number: int, text: str, anchors: Sequence[Anchor]) -> tuple[TurnAnchors | None, str]:
+    def _turn(
+        self, number: int, text: str, anchors: Sequence[Anchor]
+    ) -> tuple[TurnAnchors | None, str]:
         """Return the turn of one message and what must be added to the text to end it.
 
         The turn is None if the template does not write the message as the row has it.
@@ -66,9 +74,17 @@ class MarkedConversation(MarkedRendering):
         own_anchors = [place for place, anchor in enumerate(anchors) if anchor.message == number]
         parts = [anchors[place].part for place in own_anchors]
         if not own_anchors and not content_of(message):
-            self.notices.add(NOT_SHOWN.format(what="tool_calls" if message.get("tool_calls") else "reasoning_content"))
+            self.notices.add(
+                NOT_SHOWN.format(
+                    what="tool_calls" if message.get("tool_calls") else "reasoning_content"
+                )
+            )
             return None, ""
-        if not own_anchors or len(own_anchors) != own_anchors[-1] - own_anchors[0] + 1 or parts.count("content") > 1:
+        if (
+            not own_anchors
+            or len(own_anchors) != own_anchors[-1] - own_anchors[0] + 1
+            or parts.count("content") > 1
+        ):
             self.notices.add(REWRITTEN)
             return None, ""
         if content_of(message) and "content" not in parts:
@@ -158,7 +174,8 @@ class MarkedConversation(MarkedRendering):
         except TemplateError:
             return None
         if previous is not None and (
-            not anchors or (anchors[-1].message, anchors[-1].part) != (previous.message, previous.part)
+            not anchors
+            or (anchors[-1].message, anchors[-1].part) != (previous.message, previous.part)
         ):
             return None
         opening = prompt[anchors[-1].end if anchors else 0 :]
@@ -210,7 +227,9 @@ class MarkedConversation(MarkedRendering):
             self.habits.openings[key] = prompt.rpartition(chr(FIRST_MARK))[2]
         return self.habits.openings[key]
 
-    def _after(self, number: int, place: int, text: str, anchors: Sequence[Anchor]) -> tuple[int, str]:
+    def _after(
+        self, number: int, place: int, text: str, anchors: Sequence[Anchor]
+    ) -> tuple[int, str]:
         """Return how many characters after its last anchor a turn ends, and what to add there.
 
         The first number includes the added characters.
@@ -219,7 +238,13 @@ class MarkedConversation(MarkedRendering):
         has_calls = "tool_calls" in self.messages[number]
         if number == len(self.messages) - 1:
             return self._after_last(number, text[anchor.end :], has_calls=has_calls)
-        rest_end = len(text) if following is None else following.end if following.first is None else following.first
+        rest_end = (
+            len(text)
+            if following is None
+            else following.end
+            if following.first is None
+            else following.first
+        )
         rest = text[anchor.end : rest_end]
         key = None
         is_next = following is not None and following.message == number + 1
@@ -332,7 +357,9 @@ class MarkedConversation(MarkedRendering):
             return len(rest)
         return rest.rindex(specials[-1])
 
-    def _suffix(self, number: int, rest: str, *, has_calls: bool) -> tuple[str, str | None, str | None]:
+    def _suffix(
+        self, number: int, rest: str, *, has_calls: bool
+    ) -> tuple[str, str | None, str | None]:
         """Return (what to add after the last answer, the token that ends it, the notice)."""
         mark = FIRST_MARK + (number + 1) * MARKS_PER_MESSAGE + 2 * PARTS.index("content")
         following = {"role": "tool" if has_calls else "user", "content": chr(mark) + chr(mark + 1)}
@@ -368,6 +395,8 @@ class MarkedConversation(MarkedRendering):
         borders = {place + 1 for place in range(length) if left[place].isspace()}
         borders |= {found.end() for found in self.habits.special.finditer(left)}
         inside = {
-            place for found in self.habits.special.finditer(left) for place in range(found.start() + 1, found.end())
+            place
+            for found in self.habits.special.finditer(left)
+            for place in range(found.start() + 1, found.end())
         }
         return left[: max((place for place in borders - inside if place <= length), default=0)]

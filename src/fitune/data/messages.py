@@ -16,14 +16,22 @@ Message = dict[str, Any]
 
 _ROLES = {
     **dict.fromkeys(("system", "developer", "系统"), "system"),
-    **dict.fromkeys(("user", "human", "prompter", "customer", "question", "instruction", "用户"), "user"),
+    **dict.fromkeys(
+        ("user", "human", "prompter", "customer", "question", "instruction", "用户"), "user"
+    ),
     **dict.fromkeys(
         ("assistant", "gpt", "chatgpt", "model", "bot", "ai", "chatbot", "agent", "robot"),
         "assistant",
     ),
-    **dict.fromkeys(("answer", "claude", "bard", "bing", "助手", "function_call", "tool_call"), "assistant"),
-    **dict.fromkeys(("tool", "function", "observation", "function_response", "tool_response", "ipython"), "tool"),
-    **dict.fromkeys(("tool_result", "function_result", "tool_output", "environment", "execution"), "tool"),
+    **dict.fromkeys(
+        ("answer", "claude", "bard", "bing", "助手", "function_call", "tool_call"), "assistant"
+    ),
+    **dict.fromkeys(
+        ("tool", "function", "observation", "function_response", "tool_response", "ipython"), "tool"
+    ),
+    **dict.fromkeys(
+        ("tool_result", "function_result", "tool_output", "environment", "execution"), "tool"
+    ),
 }
 CALL_ROLES = ("function_call", "tool_call")
 _WEIGHT_KEYS = (
@@ -76,7 +84,11 @@ def joined_calls(turns: Sequence[Any]) -> list[Any]:
     joined: list[Any] = []
     for turn in turns:
         before = joined[-1] if joined else None
-        if not is_call(turn) or not isinstance(before, dict) or _ROLES.get(str(role_of(before)).lower()) != "assistant":
+        if (
+            not is_call(turn)
+            or not isinstance(before, dict)
+            or _ROLES.get(str(role_of(before)).lower()) != "assistant"
+        ):
             joined.append(turn)
             continue
         calls = _calls_of(turn)
@@ -113,12 +125,15 @@ def split_results(turn: Any) -> list[Any]:
     content = turn.get("content") if isinstance(turn, dict) else None
     if not isinstance(content, list):
         return [turn]
-    results = [part for part in content if isinstance(part, dict) and part.get("type") == "tool_result"]
+    results = [
+        part for part in content if isinstance(part, dict) and part.get("type") == "tool_result"
+    ]
     if not results:
         return [turn]
     rest = [part for part in content if part not in results]
     split: list[Any] = [
-        {"role": "tool", "content": part.get("content"), "tool_call_id": part.get("tool_use_id")} for part in results
+        {"role": "tool", "content": part.get("content"), "tool_call_id": part.get("tool_use_id")}
+        for part in results
     ]
     return [*split, *([{**turn, "content": rest}] if rest else [])]
 
@@ -137,7 +152,11 @@ def read_message(turn: Any, number: int) -> tuple[Message, float | None]:
     if role is None:
         raise RowError(
             f"message {number} has the role {named!r}; known are {', '.join(_ROLES)}"
-            + ("" if "role" in turn or "from" in turn else ": data.columns.role=KEY names the key that holds it")
+            + (
+                ""
+                if "role" in turn or "from" in turn
+                else ": data.columns.role=KEY names the key that holds it"
+            )
         )
     place = f"message {number} ({role})"
     _refuse_other_parts(turn, place)
@@ -167,7 +186,11 @@ def read_message(turn: Any, number: int) -> tuple[Message, float | None]:
     says = bool(message.get("tool_calls") or message.get("reasoning_content"))
     if content is None and not says:
         others = ", ".join(str(key) for key in turn if key not in _READ_OF_A_MESSAGE)
-        hint = f"; its other keys are {others}: data.columns.content=KEY names the one" if others else ""
+        hint = (
+            f"; its other keys are {others}: data.columns.content=KEY names the one"
+            if others
+            else ""
+        )
         raise RowError(f"{place} has no content{hint}")
     message["content"] = "" if content is None else text_of(content, f"the content of {place}")
     if role == "assistant" and not message["content"] and not says:
@@ -201,10 +224,15 @@ def _result_text(content: Any) -> Any:
     if content is None:
         return ""
     is_parts = isinstance(content, list) and all(
-        isinstance(part, str) or (isinstance(part, dict) and part.get("type", "text") in _TEXT_PARTS and _is_text(part))
+        isinstance(part, str)
+        or (isinstance(part, dict) and part.get("type", "text") in _TEXT_PARTS and _is_text(part))
         for part in content
     )
-    return content if isinstance(content, str) or is_parts else json.dumps(without_none(content), ensure_ascii=False)
+    return (
+        content
+        if isinstance(content, str) or is_parts
+        else json.dumps(without_none(content), ensure_ascii=False)
+    )
 
 
 def _is_text(part: Mapping[str, Any]) -> bool:
@@ -217,9 +245,15 @@ def _sorted_parts(parts: Sequence[Any], place: str) -> tuple[list[Any], list[Any
     for part in parts:
         kind = part.get("type", "text") if isinstance(part, dict) else "text"
         if kind in ("reasoning", "thinking"):
-            thoughts.append(next((part[key] for key in ("value", "text", kind) if part.get(key) is not None), ""))
+            thoughts.append(
+                next(
+                    (part[key] for key in ("value", "text", kind) if part.get(key) is not None), ""
+                )
+            )
         elif kind in _CALL_PARTS:
-            value = next((part[key] for key in ("value", "text", kind) if part.get(key) is not None), part)
+            value = next(
+                (part[key] for key in ("value", "text", kind) if part.get(key) is not None), part
+            )
             if value is part:
                 value = {key: item for key, item in part.items() if key != "type"}
             calls += _tool_calls(value, place)
@@ -243,7 +277,9 @@ def text_of(content: Any, place: str) -> str:
             part = part.get("text") if part.get("text") is not None else part.get("value")
         if not isinstance(part, str):
             kind = (
-                f"of type {part['type']!r}" if isinstance(part, dict) and "type" in part else f"that is {kind_of(part)}"
+                f"of type {part['type']!r}"
+                if isinstance(part, dict) and "type" in part
+                else f"that is {kind_of(part)}"
             )
             raise RowError(f"{place} has a part {kind}; only text can be trained on")
         parts.append(part)
@@ -261,9 +297,13 @@ def _weight(turn: Mapping[str, Any], place: str) -> float | None:
     value = turn[key]
     if key in _MASKED_KEYS:
         if value not in (True, False):
-            raise RowError(f"{place} has {key} {str(value)[:40]!r}, which is neither true nor false")
+            raise RowError(
+                f"{place} has {key} {str(value)[:40]!r}, which is neither true nor false"
+            )
         return float(not value)
-    if not isinstance(value, (bool, int, float)) or not (value == 0 or LEAST_WEIGHT <= value <= MOST_WEIGHT):
+    if not isinstance(value, (bool, int, float)) or not (
+        value == 0 or LEAST_WEIGHT <= value <= MOST_WEIGHT
+    ):
         raise RowError(
             f"{place} has {key} {value if isinstance(value, (int, float)) else str(value)[:40]!r}; "
             "a loss weight is 0, "

@@ -55,7 +55,9 @@ def notices_of(conversation: Conversation, encoder: Encoder, data: DataConfig) -
         if any(weight is not None for weight in conversation.weights):
             noticed.add("hold loss weights, which data.mask=all leaves out")
     elif any(weight and message["role"] != "assistant" for message, weight in pairs):
-        noticed.add(f"weigh messages that are not the assistant's, which data.mask={data.mask} never supervises")
+        noticed.add(
+            f"weigh messages that are not the assistant's, which data.mask={data.mask} never supervises"
+        )
     return frozenset(noticed)
 
 

@@ -41,7 +41,10 @@ def group(
     """
     assert (micro_rows is None) != (micro_tokens is None), "give micro_rows or micro_tokens"
     if micro_rows is not None:
-        return [list(batch.rows[first : first + micro_rows]) for first in range(0, len(batch.rows), micro_rows)]
+        return [
+            list(batch.rows[first : first + micro_rows])
+            for first in range(0, len(batch.rows), micro_rows)
+        ]
     assert micro_tokens is not None
     budget_tokens = max([micro_tokens, *map(len, batch.rows)])
     return (_first_fit if packed else _consecutive)(batch.rows, budget_tokens)

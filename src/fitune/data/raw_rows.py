@@ -39,7 +39,9 @@ def open_bytes(path: Path) -> IO[bytes]:
 
 
 def open_text(path: Path) -> IO[str]:
-    return io.TextIOWrapper(open_bytes(path), encoding="utf-8-sig", errors="surrogateescape", newline="")
+    return io.TextIOWrapper(
+        open_bytes(path), encoding="utf-8-sig", errors="surrogateescape", newline=""
+    )
 
 
 #: what errors="surrogateescape" makes of the bytes that are not UTF-8
@@ -54,7 +56,9 @@ def fault_of_encoding(value: Any) -> str | None:
         item = pending.pop()
         if isinstance(item, str):
             if _NOT_DECODED.search(item):
-                hint = possible_encoding(_OTHER_SURROGATE.sub("", item).encode(errors="surrogateescape"))
+                hint = possible_encoding(
+                    _OTHER_SURROGATE.sub("", item).encode(errors="surrogateescape")
+                )
                 return f"not UTF-8{hint or ': save the file in UTF-8'}"
         elif isinstance(item, dict):
             pending += item.values()

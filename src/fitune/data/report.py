@@ -112,14 +112,20 @@ class DataReport:
     @property
     def supervised_fraction(self) -> float:
         """Return the fraction of the training tokens that contribute to the loss."""
-        return self.train.num_supervised_tokens / self.train.num_tokens if self.train.num_tokens else 0.0
+        return (
+            self.train.num_supervised_tokens / self.train.num_tokens
+            if self.train.num_tokens
+            else 0.0
+        )
 
 
 def length_quantiles(lengths_R: npt.NDArray[np.int32]) -> LengthQuantiles | None:
     """Return quantiles that are lengths of real samples; None if there are no samples."""
     if not len(lengths_R):
         return None
-    p50, p95, p99 = (int(q) for q in np.quantile(lengths_R, (0.5, 0.95, 0.99), method="inverted_cdf"))
+    p50, p95, p99 = (
+        int(q) for q in np.quantile(lengths_R, (0.5, 0.95, 0.99), method="inverted_cdf")
+    )
     return LengthQuantiles(p50, p95, p99, int(lengths_R.max()))
 
 
@@ -139,7 +145,9 @@ def padding_report(lengths_R: npt.NDArray[np.int32], max_length: int) -> Padding
     )
 
 
-def length_histogram(lengths_R: npt.NDArray[np.int32], max_length: int, *, num_bins: int = 40) -> dict[str, list[int]]:
+def length_histogram(
+    lengths_R: npt.NDArray[np.int32], max_length: int, *, num_bins: int = 40
+) -> dict[str, list[int]]:
     """Return how many samples have how many tokens.
 
     `counts[i]` samples have at least `edges[i]` and fewer than `edges[i + 1]` tokens; the last bin

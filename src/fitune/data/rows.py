@@ -128,5 +128,8 @@ class MicroBatch:
         """
         parts: list[torch.Tensor] = [getattr(self, name) for name in TENSORS]
         pieces = joined.split([part.nbytes for part in parts])
-        views = [piece.view(part.dtype).view(part.shape) for piece, part in zip(pieces, parts, strict=True)]
+        views = [
+            piece.view(part.dtype).view(part.shape)
+            for piece, part in zip(pieces, parts, strict=True)
+        ]
         return replace(self, **dict(zip(TENSORS, views, strict=True)))

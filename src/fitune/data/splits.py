@@ -63,14 +63,18 @@ def find_files(path: str, *, split: Split = "train") -> tuple[Path, ...]:
             )
         return by_split[name]
     if is_pattern(path):
-        found = tuple(sorted(file for name in glob(str(root), recursive=True) if _is_data(file := Path(name))))
+        found = tuple(
+            sorted(file for name in glob(str(root), recursive=True) if _is_data(file := Path(name)))
+        )
         if not found:
             raise DataError(f"no data at {path}: no file of that pattern ends in {endings()}")
         return found
     if not root.exists():
         raise DataError(f"no data at {path}: there is no such file or directory")
     if suffix_of(root) not in SUFFIXES:
-        raise DataError(f"{path} has an unknown ending '{root.suffix}': data is read from {endings()} files")
+        raise DataError(
+            f"{path} has an unknown ending '{root.suffix}': data is read from {endings()} files"
+        )
     return (root,)
 
 
@@ -93,7 +97,12 @@ def other_splits(path: str, *, split: Split = "train") -> dict[str, int]:
 def _is_data(file: Path) -> bool:
     # `datasets` caches the results of map and filter in such files.
     is_cache = file.name.startswith("cache-") and file.suffix == ".arrow"
-    return suffix_of(file) in SUFFIXES and file.name not in _NOT_DATA and not is_cache and file.is_file()
+    return (
+        suffix_of(file) in SUFFIXES
+        and file.name not in _NOT_DATA
+        and not is_cache
+        and file.is_file()
+    )
 
 
 def _split_files(root: Path) -> dict[str, tuple[Path, ...]]:
@@ -106,7 +115,11 @@ def _split_files(root: Path) -> dict[str, tuple[Path, ...]]:
         hidden = any(part.startswith(".") for part in relative.parts)
         if not hidden and _is_data(file):
             by_split.setdefault(_split_of(relative), []).append(file)
-    shards = {(file.parent, match[1]) for file in by_split.get("train", ()) if (match := _SHARD.match(file.name))}
+    shards = {
+        (file.parent, match[1])
+        for file in by_split.get("train", ())
+        if (match := _SHARD.match(file.name))
+    }
     _check_only_one(root, {name for _, name in shards if name != "train"})
     return {name: tuple(files) for name, files in by_split.items()}
 
@@ -133,7 +146,12 @@ def _split_of(relative: Path) -> str:
         for name, keywords in _SPLIT_NAMES.items():
             if any(word in pairs for word in keywords if word.endswith("out")):
                 return name
-            if any(word == keyword + after for word in words for keyword in keywords for after in _AFTER_SPLIT):
+            if any(
+                word == keyword + after
+                for word in words
+                for keyword in keywords
+                for after in _AFTER_SPLIT
+            ):
                 return name
     return ""
 
@@ -144,7 +162,11 @@ def _splits_of_card(root: Path) -> dict[str, tuple[Path, ...]] | None:
     Raises DataError if it describes several data sets, none of which is the default one.
     """
     configs = [config for config in _configs(root / "README.md") if _patterns(config)]
-    default = [config for config in configs if config.get("default") is True or config.get("config_name") == "default"]
+    default = [
+        config
+        for config in configs
+        if config.get("default") is True or config.get("config_name") == "default"
+    ]
     chosen = configs if len(configs) < 2 else default[:1]
     if configs and not chosen:
         names = [str(config.get("config_name")) for config in configs]
@@ -156,11 +178,15 @@ def _splits_of_card(root: Path) -> dict[str, tuple[Path, ...]] | None:
     found: dict[str, list[Path]] = {}
     names = []
     for name, patterns in (_patterns(chosen[0]) if chosen else {}).items():
-        files = [file for pattern in patterns for file in sorted(root.glob(pattern)) if _is_data(file)]
+        files = [
+            file for pattern in patterns for file in sorted(root.glob(pattern)) if _is_data(file)
+        ]
         if files:
             split = _split_of(Path(name))
             names += [name] if split == "train" else []
-            found.setdefault(split, []).extend(file for file in files if file not in found.get(split, ()))
+            found.setdefault(split, []).extend(
+                file for file in files if file not in found.get(split, ())
+            )
     _check_only_one(root, set(names))
     return {name: tuple(files) for name, files in found.items()} or None
 
@@ -168,7 +194,9 @@ def _splits_of_card(root: Path) -> dict[str, tuple[Path, ...]] | None:
 def _configs(card: Path) -> Iterator[Mapping[str, Any]]:
     """Yield the entries of `configs` in the front matter of a data set's README.md."""
     try:
-        head = re.match(r"---\s*\n(.*?)\n---", read_plain(card, follow=True).decode(errors="replace"), re.DOTALL)
+        head = re.match(
+            r"---\s*\n(.*?)\n---", read_plain(card, follow=True).decode(errors="replace"), re.DOTALL
+        )
         tree = yaml.safe_load(head[1]) if head else None
     except (OSError, yaml.YAMLError):
         return
@@ -185,6 +213,13 @@ def _patterns(config: Mapping[str, Any]) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for split, paths in entries:
         for path in paths if isinstance(paths, list) else [paths]:
-            if isinstance(path, str) and path and not path.startswith(("/", "..")) and "://" not in path:
-                found.setdefault(str(split), []).append(f"{directory}/{path}" if directory else path)
+            if (
+                isinstance(path, str)
+                and path
+                and not path.startswith(("/", ".."))
+                and "://" not in path
+            ):
+                found.setdefault(str(split), []).append(
+                    f"{directory}/{path}" if directory else path
+                )
     return found

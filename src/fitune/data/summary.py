@@ -33,7 +33,9 @@ def data_report(
     tables = [train[0]] if eval[0] is train[0] else [train[0], eval[0]]
     facts = [table.facts for table in tables]
     sources = tuple(
-        SourceReport(**source | {"formats": tuple(source["formats"])}) for f in facts for source in f["sources"]
+        SourceReport(**source | {"formats": tuple(source["formats"])})
+        for f in facts
+        for source in f["sources"]
     )
     noticed = sum((Counter(f["noticed"]) for f in facts), Counter[str]())
     train_report, eval_report = (
@@ -85,13 +87,23 @@ def _other_split_warnings(data: DataConfig) -> Iterator[str]:
     """Yield a warning for each split in a source's directory that the source is not used for."""
     for source in data.train_sources:
         for name, count in other_splits(split_sample(source.path)[0]).items():
-            what = f"{count:,} files of the split {name}" if name else f"{count:,} files whose names tell no split"
-            hint = f": data.eval={source.path} evaluates with them" if name and data.eval is None else ""
+            what = (
+                f"{count:,} files of the split {name}"
+                if name
+                else f"{count:,} files whose names tell no split"
+            )
+            hint = (
+                f": data.eval={source.path} evaluates with them"
+                if name and data.eval is None
+                else ""
+            )
             yield f"{source.path} holds {what}, not used for training{hint}"
     for source in data.eval_sources or ():
         for name, count in other_splits(split_sample(source.path)[0], split="eval").items():
             if name in ("validation", "test"):
-                yield (f"{source.path} holds {count:,} files of the split {name}, not used for evaluation")
+                yield (
+                    f"{source.path} holds {count:,} files of the split {name}, not used for evaluation"
+                )
 
 
 def _split_warnings(
@@ -102,7 +114,9 @@ def _split_warnings(
     (train_table, train_rows), (eval_table, eval_rows) = train, eval
     num_eval = int((eval_table.lengths[eval_rows] > 0).sum())
     if data.eval_sources is None and data.eval_fraction and not num_eval:
-        yield ("no sample is held out: the samples are too few or all alike, so there is no evaluation")
+        yield (
+            "no sample is held out: the samples are too few or all alike, so there is no evaluation"
+        )
     if data.eval_sources is not None:
         both = np.isin(train_table.digests[train_rows], eval_table.digests[eval_rows])
         if both.any():

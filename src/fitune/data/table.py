@@ -91,7 +91,9 @@ class Table:
     def row(self, index: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
         """Return input_ids [length] and loss_weights [length] of one sample, copied."""
         number = bisect_right(self.starts, index) - 1
-        ids, starts, ends, weights = (column[index - self.starts[number]] for column in self.columns[number])
+        ids, starts, ends, weights = (
+            column[index - self.starts[number]] for column in self.columns[number]
+        )
         loss_weights = np.zeros(len(ids), np.float32)
         for start, end, weight in zip(starts, ends, weights, strict=True):
             loss_weights[start:end] = weight
@@ -198,7 +200,10 @@ def _open(directory: Path) -> Table | None:
     ):
         return None
     columns = [
-        tuple(_Column(column.offsets.to_numpy(), column.values.to_numpy()) for column in batch.columns[:4])
+        tuple(
+            _Column(column.offsets.to_numpy(), column.values.to_numpy())
+            for column in batch.columns[:4]
+        )
         for batch in batches
     ]
     return Table(

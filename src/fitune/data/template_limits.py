@@ -56,7 +56,9 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         if isinstance(left, int) and isinstance(right, int):
-            bits = left.bit_length() * (max(right, 0) if operator == "**" else 1) + right.bit_length()
+            bits = (
+                left.bit_length() * (max(right, 0) if operator == "**" else 1) + right.bit_length()
+            )
             if bits > _MOST_BITS:
                 raise LimitError(f"it computes a number of {bits:,} bits")
         return super().call_binop(context, operator, left, right)
@@ -115,7 +117,9 @@ class TemplateLimits:
                 _raise_in(self._thread, _TookTooLong)
 
 
-_active: ContextVar[TemplateLimits | None] = ContextVar("limits of the block that is entered", default=None)
+_active: ContextVar[TemplateLimits | None] = ContextVar(
+    "limits of the block that is entered", default=None
+)
 
 
 @contextmanager
@@ -159,13 +163,17 @@ def check_size(text: str, num_chars: int) -> None:
 @lru_cache(maxsize=8)
 def _compiled(template: str) -> Any:
     with patch.object(chat_template_utils, "ImmutableSandboxedEnvironment", _Sandbox):
-        compile_template = cast(Callable[[str], Any], chat_template_utils._cached_compile_jinja_template)
+        compile_template = cast(
+            Callable[[str], Any], chat_template_utils._cached_compile_jinja_template
+        )
         return compile_template(template)
 
 
 def _raise_in(thread: int, kind: type[BaseException] | None) -> None:
     """Raise an exception in another thread, or withdraw one that is pending (None)."""
-    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), None if kind is None else ctypes.py_object(kind))
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(
+        ctypes.c_ulong(thread), None if kind is None else ctypes.py_object(kind)
+    )
 
 
 class _AddressSpace:

@@ -120,7 +120,9 @@ def read_encoder(
     tool_finder = finder
     if for_tools is not None and for_tools is not chosen:
         tool_finder = TurnFinder(for_tools, special, tokenizer.eos_token)
-    return Encoder(tokenizer, finder, tool_finder, mask, "all" if mask == "all" else kind, merges_system)
+    return Encoder(
+        tokenizer, finder, tool_finder, mask, "all" if mask == "all" else kind, merges_system
+    )
 
 
 def encode(encoder: Encoder, conversations: Sequence[Conversation]) -> list[Encoded | str]:
@@ -146,7 +148,9 @@ def _encode(encoder: Encoder, conversations: Sequence[Conversation]) -> list[Enc
             except TemplateError as error:
                 results[index] = str(error)
     if found:
-        encoding = _tokenised(encoder.tokenizer, [turns.text for turns in found.values()], add_special_tokens=False)
+        encoding = _tokenised(
+            encoder.tokenizer, [turns.text for turns in found.values()], add_special_tokens=False
+        )
         for place, (index, turns) in enumerate(found.items()):
             ids = encoding["input_ids"][place]
             parts = encoding.encodings[place] if encoder.tokenizer.is_fast else None
@@ -160,7 +164,9 @@ def _find(encoder: Encoder, chat: Conversation) -> Turns:
     Raises TemplateError if the template refuses it or the turns cannot be found.
     """
     finder = encoder.finder_of(chat)
-    messages: Sequence[Message] = merged_system(chat.messages) if encoder.merges_system else chat.messages
+    messages: Sequence[Message] = (
+        merged_system(chat.messages) if encoder.merges_system else chat.messages
+    )
     try:
         messages = finder.template.prepared(messages)
         text, spans = finder.template.render_generation(
@@ -170,7 +176,9 @@ def _find(encoder: Encoder, chat: Conversation) -> Turns:
             marks=finder.template.marks_generation and encoder.mask != "all",
         )
     except TemplateError as error:
-        raise TemplateError(f"the chat template refuses it: {error}{_suggestion(encoder, chat)}") from error
+        raise TemplateError(
+            f"the chat template refuses it: {error}{_suggestion(encoder, chat)}"
+        ) from error
     if finder.template.marks_generation and encoder.mask != "all":
         return _generated(chat, finder, text, spans)
     if encoder.mask == "all" and not (messages and messages[-1]["role"] == "assistant"):
@@ -183,12 +191,18 @@ def _find(encoder: Encoder, chat: Conversation) -> Turns:
         raise
 
 
-def _generated(chat: Conversation, finder: TurnFinder, text: str, spans: Sequence[CharSpan]) -> Turns:
+def _generated(
+    chat: Conversation, finder: TurnFinder, text: str, spans: Sequence[CharSpan]
+) -> Turns:
     """Return the turns that the template marks by {% generation %} blocks.
 
     Raises TemplateError if the sample has loss weights for other turns than those.
     """
-    ends = [tokens[-1] for first, end in spans[-1:] if (tokens := finder.special.findall(text[first:end]))]
+    ends = [
+        tokens[-1]
+        for first, end in spans[-1:]
+        if (tokens := finder.special.findall(text[first:end]))
+    ]
     answers = [message for message in chat.messages if message["role"] == "assistant"]
     num_answers = len(answers)
     if len(spans) != num_answers and any(weight is not None for weight in chat.assistant_weights):
@@ -237,7 +251,9 @@ def _suggestion(encoder: Encoder, chat: Conversation) -> str:
     return ". data.system=merge puts the system message at the front of the user's first one, which it takes"
 
 
-def _encoded(encoder: Encoder, chat: Conversation, turns: Turns, ids: list[int], parts: Any) -> Encoded:
+def _encoded(
+    encoder: Encoder, chat: Conversation, turns: Turns, ids: list[int], parts: Any
+) -> Encoded:
     """Return the ids with the supervised ranges that the mask selects.
 
     parts: the tokenizers.Encoding of the text; None with a slow tokenizer.
@@ -247,7 +263,11 @@ def _encoded(encoder: Encoder, chat: Conversation, turns: Turns, ids: list[int],
     weights = chat.assistant_weights
     if len(weights) != len(turns.spans):
         weights = (None,) * len(turns.spans)
-    answers = [(span, weight) for span, weight in zip(turns.spans, weights, strict=True) if span is not None]
+    answers = [
+        (span, weight)
+        for span, weight in zip(turns.spans, weights, strict=True)
+        if span is not None
+    ]
     if encoder.mask == "last":
         answers = answers[-1:]
     spans = [span for span, _ in answers]
@@ -256,7 +276,9 @@ def _encoded(encoder: Encoder, chat: Conversation, turns: Turns, ids: list[int],
         if parts is not None
         else _tokens_of_parts(encoder, turns.text, spans, ids)
     )
-    return Encoded(ids, _weighted(found, [weight for _, weight in answers]), turns.ends, turns.notices)
+    return Encoded(
+        ids, _weighted(found, [weight for _, weight in answers]), turns.ends, turns.notices
+    )
 
 
 def _tokens_of(parts: Any, text: str, span: CharSpan) -> tuple[int, int]:
@@ -283,7 +305,9 @@ def _tokens_of(parts: Any, text: str, span: CharSpan) -> tuple[int, int]:
     return first, last + 1
 
 
-def _tokens_of_parts(encoder: Encoder, text: str, spans: Sequence[CharSpan], ids: list[int]) -> list[tuple[int, int]]:
+def _tokens_of_parts(
+    encoder: Encoder, text: str, spans: Sequence[CharSpan], ids: list[int]
+) -> list[tuple[int, int]]:
     """Return the ranges of tokens for a tokenizer that does not map characters to tokens.
 
     The text is cut at the borders of the turns, and the parts are tokenised separately. Raises
@@ -319,7 +343,9 @@ def _framed(tokenizer: Any, ids: list[int]) -> Encoded:
 def _ids(tokenizer: Any, texts: list[str], *, add_special_tokens: bool = True) -> list[list[int]]:
     if not texts:
         return []
-    ids: list[list[int]] = _tokenised(tokenizer, texts, add_special_tokens=add_special_tokens)["input_ids"]
+    ids: list[list[int]] = _tokenised(tokenizer, texts, add_special_tokens=add_special_tokens)[
+        "input_ids"
+    ]
     return ids
 
 
@@ -336,7 +362,9 @@ def _tokenised(tokenizer: Any, texts: list[str], *, add_special_tokens: bool) ->
     return in_time(call, num_chars=sum(map(len, texts))) if tokenizer.is_fast else call()
 
 
-def _weighted(turns: Sequence[tuple[int, int]], weights: Sequence[float | None]) -> tuple[Span, ...]:
+def _weighted(
+    turns: Sequence[tuple[int, int]], weights: Sequence[float | None]
+) -> tuple[Span, ...]:
     spans = []
     for (first, end), weight in zip(turns, weights, strict=True):
         weight = 1.0 if weight is None else weight

@@ -21,9 +21,7 @@ MOST_SECONDS = 20.0
 CHARS_PER_SECOND = 100_000
 #: seconds between two checks of the processor time
 _CHECK_SECONDS = 0.1
-_WAY_OUT = (
-    "a regular expression of its tokenizer.json may match in too many ways: name another tokenizer with model.tokenizer"
-)
+_WAY_OUT = "a regular expression of its tokenizer.json may match in too many ways: name another tokenizer with model.tokenizer"
 
 
 def in_time(call: Callable[[], T], *, num_chars: int) -> T:
@@ -57,5 +55,7 @@ def in_time(call: Callable[[], T], *, num_chars: int) -> T:
     if not raised:
         return returned[0]
     if is_panic(raised[0]):
-        raise ModelError(f"the tokenizer cannot split a text ({cause_of(raised[0])}): {_WAY_OUT}") from raised[0]
+        raise ModelError(
+            f"the tokenizer cannot split a text ({cause_of(raised[0])}): {_WAY_OUT}"
+        ) from raised[0]
     raise raised[0]

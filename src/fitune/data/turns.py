@@ -80,7 +80,9 @@ class _Skeleton:
             following = self.pieces[number + 1]
             for trim in _TRIMS:
                 value = trim(messages[index][part])
-                if text.startswith(value, position) and text.startswith(following, position + len(value)):
+                if text.startswith(value, position) and text.startswith(
+                    following, position + len(value)
+                ):
                     break
             else:
                 return None
@@ -89,7 +91,9 @@ class _Skeleton:
         if position + len(self.pieces[-1]) != len(text):
             return None
         spans = tuple(
-            None if turn is None else (places[turn.first][0] - turn.before, places[turn.last][1] + turn.after)
+            None
+            if turn is None
+            else (places[turn.first][0] - turn.before, places[turn.last][1] + turn.after)
             for turn in self.turns
         )
         return Turns(text + self.suffix, spans, self.ends, self.notices)
@@ -115,7 +119,9 @@ class TurnFinder(TemplateHabits):
                 return found
         return self._find_with_marks(chat, messages, text)
 
-    def _skeleton(self, shape: Any, chat: Conversation, messages: Sequence[Message]) -> _Skeleton | None:
+    def _skeleton(
+        self, shape: Any, chat: Conversation, messages: Sequence[Message]
+    ) -> _Skeleton | None:
         """Return the skeleton of a shape; None if it has none or is seen for the first time.
 
         A skeleton is learned when the second conversation of a shape arrives.
@@ -158,13 +164,19 @@ class TurnFinder(TemplateHabits):
     def _find_with_marks(self, chat: Conversation, messages: Sequence[Message], text: str) -> Turns:
         """Find the turns from a rendering of this conversation with marks."""
         if MARK.search(text) or len(messages) > MAX_MESSAGES:
-            skeleton = self._learn(chat, messages) if len(messages) <= MAX_MESSAGES and not chat.tools else None
+            skeleton = (
+                self._learn(chat, messages)
+                if len(messages) <= MAX_MESSAGES and not chat.tools
+                else None
+            )
             if skeleton is not None and (found := skeleton.fill(messages, text)) is not None:
                 return found
             raise TemplateError(
                 f"its answers cannot be marked: it holds characters above U+100000, or over {MAX_MESSAGES:,} messages"
             )
-        assistant = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+        assistant = [
+            number for number, message in enumerate(messages) if message["role"] == "assistant"
+        ]
         for which, style in (
             (range(len(messages)), "both"),
             (assistant, "both"),
@@ -186,10 +198,14 @@ class TurnFinder(TemplateHabits):
                 first = anchors[turn.first].first
                 start = anchors[turn.first].end if first is None else first
                 spans.append((start - turn.before, anchors[turn.last].end + turn.after))
-            return Turns(text + suffix, tuple(spans), frozenset(marked.ends), frozenset(marked.notices))
+            return Turns(
+                text + suffix, tuple(spans), frozenset(marked.ends), frozenset(marked.notices)
+            )
         return self._find_by_prefixes(chat, messages, text)
 
-    def _find_by_prefixes(self, chat: Conversation, messages: Sequence[Message], text: str) -> Turns:
+    def _find_by_prefixes(
+        self, chat: Conversation, messages: Sequence[Message], text: str
+    ) -> Turns:
         """Find each answer as what the text gains with it, while the text only grows.
 
         This is for templates that write a message in another form, where no mark survives. Raises
@@ -230,7 +246,9 @@ class TurnFinder(TemplateHabits):
             return Turns(text, tuple(grown), notices=frozenset((NO_END,)))
         grown[-1] = (grown[-1][0], len(text) + len(self.eos_token))
         notice = ADDED_END.format(token=self.eos_token)
-        return Turns(text + self.eos_token, tuple(grown), frozenset((self.eos_token,)), frozenset((notice,)))
+        return Turns(
+            text + self.eos_token, tuple(grown), frozenset((self.eos_token,)), frozenset((notice,))
+        )
 
 
 def _shape(chat: Conversation, messages: Sequence[Message]) -> Any:
@@ -248,7 +266,11 @@ def _shape(chat: Conversation, messages: Sequence[Message]) -> Any:
         if len(message) == 2:
             shapes.append((message["role"], content == ""))
             continue
-        others = {key: value for key, value in message.items() if key not in ("content", "reasoning_content")}
+        others = {
+            key: value
+            for key, value in message.items()
+            if key not in ("content", "reasoning_content")
+        }
         thinks = bool(message.get("reasoning_content"))
         shapes.append(
             (

@@ -13,7 +13,9 @@ def rows_of(micro_batch: MicroBatch) -> tuple[Row, ...]:
     ids_T = micro_batch.input_ids_BS.flatten().cpu().numpy()
     # One more element than tokens: the last token has no next token that could be its target.
     weights_T = np.zeros(len(ids_T) + 1, np.float32)
-    weights_T[micro_batch.target_index_N.cpu().numpy() + 1] = micro_batch.target_weights_N.cpu().numpy()
+    weights_T[micro_batch.target_index_N.cpu().numpy() + 1] = (
+        micro_batch.target_weights_N.cpu().numpy()
+    )
     width = micro_batch.input_ids_BS.shape[1]
     starts = np.cumsum([0, *micro_batch.row_lengths[:-1]])
     if not micro_batch.packed:
@@ -24,7 +26,9 @@ def rows_of(micro_batch: MicroBatch) -> tuple[Row, ...]:
             ids_T[start : start + length].astype(np.int32),
             weights_T[start : start + length],
         )
-        for row_id, start, length in zip(micro_batch.row_ids, starts, micro_batch.row_lengths, strict=True)
+        for row_id, start, length in zip(
+            micro_batch.row_ids, starts, micro_batch.row_lengths, strict=True
+        )
     )
 
 
@@ -34,7 +38,9 @@ def split_again(micro_batch: MicroBatch, most_positions: int) -> list[MicroBatch
     If the micro-batch has at least two samples and more tokens than that, the result has at least
     two micro-batches.
     """
-    return split(Batch(rows_of(micro_batch)), packed=micro_batch.packed, micro_tokens=most_positions)
+    return split(
+        Batch(rows_of(micro_batch)), packed=micro_batch.packed, micro_tokens=most_positions
+    )
 
 
 def without_rows(micro_batch: MicroBatch, row_ids: Collection[int]) -> MicroBatch | None:
@@ -50,4 +56,6 @@ def lay_out_as(batch: Batch, plan: Sequence[Sequence[int]], *, packed: bool) -> 
     they did not fit into memory, are left out. Raises KeyError for a row id that the batch lacks.
     """
     rows = {row.row_id: row for row in batch.rows}
-    return [lay_out([rows[row_id] for row_id in row_ids], packed=packed) for row_ids in plan if row_ids]
+    return [
+        lay_out([rows[row_id] for row_id in row_ids], packed=packed) for row_ids in plan if row_ids
+    ]

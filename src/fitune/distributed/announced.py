@@ -24,7 +24,9 @@ class AnnouncedGather(DefaultAllGather):
     def __init__(self, announce: Announce) -> None:
         self._announce = announce
 
-    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, async_op: bool = False) -> Any:
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: Any, async_op: bool = False
+    ) -> Any:
         gather = partial(super().__call__, output_tensor, input_tensor, group, async_op)
         return self._announce("gather", output_tensor, gather)
 

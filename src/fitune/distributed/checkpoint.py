@@ -45,7 +45,11 @@ class ShardedTensors:
     def num_bytes(self) -> int:
         """Return the size of all processes' files together."""
         parameters = list(self.model.parameters())
-        saved = [p for p in parameters if p.requires_grad] if isinstance(self.model, PeftModel) else parameters
+        saved = (
+            [p for p in parameters if p.requires_grad]
+            if isinstance(self.model, PeftModel)
+            else parameters
+        )
         return sum(t.numel() * t.element_size() for t in (*saved, *self.tensors.values()))
 
     def write(self, directory: Path, *, begin: Callable[[], None]) -> dict[str, str]:
@@ -59,7 +63,9 @@ class ShardedTensors:
         leads = self.shards.peers.rank == 0
         self._agreed(begin if leads else lambda: None)
         state = self._agreed(self._whole_state)
-        hashes = self._agreed(lambda: self._write_model(directory / "model", state) if leads else {})
+        hashes = self._agreed(
+            lambda: self._write_model(directory / "model", state) if leads else {}
+        )
         try:
             save(dict(self.tensors), storage_writer=FileSystemWriter(directory / SHARDS))
         except CheckpointException as error:  # in all processes
@@ -101,7 +107,9 @@ class ShardedTensors:
                     continue
                 if id(parameter) not in wholes:
                     whole = self.shards.whole(parameter.detach())
-                    wholes[id(parameter)] = whole.cpu() if self.shards.peers.rank == 0 else whole.new_empty(0)
+                    wholes[id(parameter)] = (
+                        whole.cpu() if self.shards.peers.rank == 0 else whole.new_empty(0)
+                    )
                 state[name] = wholes[id(parameter)]
         return state if self.shards.peers.rank == 0 else {}
 
@@ -114,7 +122,9 @@ def read_shards(directory: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     try:
         load(dict(tensors), storage_reader=FileSystemReader(directory))
     except CheckpointException as error:
-        raise RunDirectoryError(f"{directory} does not hold this model and optimizer: {_first(error)}") from error
+        raise RunDirectoryError(
+            f"{directory} does not hold this model and optimizer: {_first(error)}"
+        ) from error
 
 
 def _first(error: CheckpointException) -> str:

@@ -91,7 +91,11 @@ class Ranks:
         from torch import distributed
 
         if self._group is None:
-            self._group = distributed.new_group(backend="nccl") if device.type == "cuda" else distributed.group.WORLD
+            self._group = (
+                distributed.new_group(backend="nccl")
+                if device.type == "cuda"
+                else distributed.group.WORLD
+            )
         return self._group
 
     def connect(self, device: "torch.device") -> None:
@@ -237,7 +241,9 @@ def _number(name: str, default: int) -> int:
     if not text:
         return default
     if not text.isdecimal() or len(text) > 9:
-        raise UsageError(f"{name} is {text[:40]!r} and not a whole number: start with torchrun, or unset {name}")
+        raise UsageError(
+            f"{name} is {text[:40]!r} and not a whole number: start with torchrun, or unset {name}"
+        )
     return int(text)
 
 
@@ -246,7 +252,9 @@ def _join(size: int) -> Ranks:
     from torch import distributed
 
     if missing := [name for name in VARIABLES if not os.environ.get(name, "").strip()]:
-        raise UsageError(f"WORLD_SIZE is {size} and {missing[0]} is not set: start with torchrun, or unset WORLD_SIZE")
+        raise UsageError(
+            f"WORLD_SIZE is {size} and {missing[0]} is not set: start with torchrun, or unset WORLD_SIZE"
+        )
     rank = _number("RANK", 0)
     if torch.cuda.is_available():
         local, num_cards = _number("LOCAL_RANK", rank), torch.cuda.device_count()

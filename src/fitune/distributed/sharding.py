@@ -80,7 +80,9 @@ class Shards:
 
     def __init__(self, model: nn.Module, peers: ShardPeers, group: Any, *, packed: bool) -> None:
         self.peers = peers
-        self.idle = lay_out([Row(0, np.array([1, 2], np.int32), np.zeros(2, np.float32))], packed=packed)
+        self.idle = lay_out(
+            [Row(0, np.array([1, 2], np.int32), np.zeros(2, np.float32))], packed=packed
+        )
         self._model, self._group = cast("FSDPModule", model), group
         self._on_gradient: Callable[[Tensor], None] | None = None
 
@@ -210,7 +212,9 @@ class Shards:
             parameter.grad = None
 
 
-def shard_model(model: nn.Module, peers: ShardPeers, *, device: torch.device, packed: bool) -> Shards:
+def shard_model(
+    model: nn.Module, peers: ShardPeers, *, device: torch.device, packed: bool
+) -> Shards:
     """Shard the parameters layer by layer, and put the shards on `device`.
 
     The model may be in host memory until then. Gradients are summed in float32 and never divided by
@@ -230,7 +234,9 @@ def shard_model(model: nn.Module, peers: ShardPeers, *, device: torch.device, pa
     dtypes = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
     if len(dtypes) > 1:
         listed = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
-        raise ModelError(f"model.shard=full needs trained parameters of one type and this model has {listed}")
+        raise ModelError(
+            f"model.shard=full needs trained parameters of one type and this model has {listed}"
+        )
     group = peers.group(device)
     mesh = DeviceMesh.from_group(group, device.type)
     # Autocast, not FSDP, decides which operation computes in which dtype.
@@ -275,8 +281,14 @@ def check_torch() -> None:
     try:
         from torch.distributed.fsdp import FSDPModule
     except ImportError as error:
-        raise ConfigError(["model.shard=full needs a torch that is built with torch.distributed: drop it"]) from error
-    if not hasattr(FSDPModule, "reset_iter_state") or not hasattr(FSDPModule, "set_reduce_scatter_unused_params"):
         raise ConfigError(
-            [f"model.shard=full needs a newer torch than {torch.__version__}: pip install -U torch, or drop it"]
+            ["model.shard=full needs a torch that is built with torch.distributed: drop it"]
+        ) from error
+    if not hasattr(FSDPModule, "reset_iter_state") or not hasattr(
+        FSDPModule, "set_reduce_scatter_unused_params"
+    ):
+        raise ConfigError(
+            [
+                f"model.shard=full needs a newer torch than {torch.__version__}: pip install -U torch, or drop it"
+            ]
         )

@@ -62,7 +62,9 @@ def remaining_weight(loss_weight: float, lost_weight: float) -> float:
     return left if left > _ROUNDING * loss_weight else 0.0
 
 
-def sum_gradients(own: StepReport, gradients: Sequence[Tensor], peers: ExchangePeers, loss_weight: float) -> StepReport:
+def sum_gradients(
+    own: StepReport, gradients: Sequence[Tensor], peers: ExchangePeers, loss_weight: float
+) -> StepReport:
     """Sum the gradients of all processes in place, and return all processes' reports as one.
 
     loss_weight: of the whole batch, left-out samples included. If no target remains, the gradients

@@ -116,7 +116,9 @@ class SafeStep:
         tensors = {name: value.to(device) for name, value in batch.items()}
         whole = _Part(tuple(range(num_rows)), tensors, self.num_targets or _num_labels)
         if self._memory is None:
-            try_twice(lambda: create_state(self.optimizer), device=device, what="the optimizer's state")
+            try_twice(
+                lambda: create_state(self.optimizer), device=device, what="the optimizer's state"
+            )
             self._memory = MemoryModel(planned=1)
         if self.verdict is None:
             self.verdict = self._check_if_it_fits(whole)
@@ -136,8 +138,14 @@ class SafeStep:
     def _loss_share(self, part: _Part, weight: float) -> Tensor:
         loss = (self.loss or _own_loss)(self.model, part.tensors, weight)
         if not isinstance(loss, Tensor) or loss.numel() != 1:
-            found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
-            raise UsageError(f"the loss of SafeStep is {found}: return a tensor of one element, with its graph")
+            found = (
+                f"a tensor of shape {tuple(loss.shape)}"
+                if isinstance(loss, Tensor)
+                else f"a {type(loss).__name__}"
+            )
+            raise UsageError(
+                f"the loss of SafeStep is {found}: return a tensor of one element, with its graph"
+            )
         if torch.is_grad_enabled() and not loss.requires_grad:
             raise UsageError(
                 "the loss of SafeStep leads to no parameter that is trained: compute it without detach(), .item() and "
@@ -158,9 +166,15 @@ class SafeStep:
                 "that none can repeat one alone: use `torchrun -m fitune train`, or its .module in one process"
             )
         if isinstance(self.optimizer, torch.optim.LBFGS):
-            raise UsageError("SafeStep got LBFGS, which computes the loss several times in an update: use AdamW or SGD")
+            raise UsageError(
+                "SafeStep got LBFGS, which computes the loss several times in an update: use AdamW or SGD"
+            )
         known = {id(parameter) for parameter in self.model.parameters()}
-        others = sum(id(each) not in known for group in self.optimizer.param_groups for each in group["params"])
+        others = sum(
+            id(each) not in known
+            for group in self.optimizer.param_groups
+            for each in group["params"]
+        )
         if others:
             raise UsageError(
                 f"the optimizer trains {others} parameters that are not the model's, whose gradients SafeStep could "
@@ -198,7 +212,9 @@ class SafeStep:
         both, first, second = chosen
         masked = None
         if self.loss is None:
-            masked = replace(first, tensors=without_targets(first.tensors), count_targets=lambda _: 0.0)
+            masked = replace(
+                first, tensors=without_targets(first.tensors), count_targets=lambda _: 0.0
+            )
         verdict = check_model(
             self.model,
             self._protection.work.loss_share,
@@ -251,5 +267,7 @@ def _num_labels(samples: Tensors) -> float:
     labels = samples.get("labels")
     if labels is None or labels.dim() < 2:
         shape = "has no labels" if labels is None else "has labels of one dimension"
-        raise UsageError(f"the batch {shape}, so its targets cannot be counted: give SafeStep num_targets=f(samples)")
+        raise UsageError(
+            f"the batch {shape}, so its targets cannot be counted: give SafeStep num_targets=f(samples)"
+        )
     return float((labels[:, 1:] != -100).sum())

@@ -31,7 +31,8 @@ class Samples(ABC):
     def take(self, places: Sequence[int]) -> Self:
         """Return the samples at these places of this part, in the order of `places`."""
         tensors = {
-            name: value[list(places)] if isinstance(value, Tensor) else value for name, value in self.tensors.items()
+            name: value[list(places)] if isinstance(value, Tensor) else value
+            for name, value in self.tensors.items()
         }
         row_ids = tuple(self.row_ids[place] for place in places)
         return replace(self, row_ids=row_ids, tensors=tensors)
@@ -42,7 +43,9 @@ class Samples(ABC):
         places = range(len(self.row_ids))
         if at_once >= len(places):
             return [self]
-        return [self.take(places[first : first + at_once]) for first in range(0, len(places), at_once)]
+        return [
+            self.take(places[first : first + at_once]) for first in range(0, len(places), at_once)
+        ]
 
     def without(self, row_ids: Collection[int]) -> Self | None:
         """Return the part without these samples, or None where no sample remains."""

@@ -106,7 +106,9 @@ class SafeSteps(Trainer):  # type: ignore[misc]
         parts, self._waiting = self._waiting, []
         return self._compute_step(parts, num_items_in_batch)
 
-    def _begin(self, model: nn.Module, inputs: Mapping[str, Any], num_items: Tensor | int | None) -> None:
+    def _begin(
+        self, model: nn.Module, inputs: Mapping[str, Any], num_items: Tensor | int | None
+    ) -> None:
         """Prepare the first step: check the Trainer, create the optimizer's state, set the verdict.
 
         Raises UsageError for a Trainer that is not supported.
@@ -115,7 +117,9 @@ class SafeSteps(Trainer):  # type: ignore[misc]
         check_alone(self)
         for name in ("auto_find_batch_size", "activation_offloading"):
             if getattr(self.args, name, False):
-                raise UsageError(f"{name}=True cannot be used with SafeSteps, which keeps the batch: set it to False")
+                raise UsageError(
+                    f"{name}=True cannot be used with SafeSteps, which keeps the batch: set it to False"
+                )
         work: Work[_Part] = Work(
             model=model,
             optimizer=_NoUpdate(model),
@@ -128,16 +132,24 @@ class SafeSteps(Trainer):  # type: ignore[misc]
         )
         self._waiting, self._failed = [], False
         self._num_items, self._logged_metrics = num_items, _LoggedMetrics(self)
-        self._protection = Protection(work=work, seed=self.args.seed, room=partial(room_bytes, self.args.device))
+        self._protection = Protection(
+            work=work, seed=self.args.seed, room=partial(room_bytes, self.args.device)
+        )
         optimizer: Any = self.optimizer
         while hasattr(optimizer, "optimizer"):  # accelerate's wrapper
             optimizer = optimizer.optimizer
-        try_twice(lambda: create_state(optimizer), device=self.args.device, what="the optimizer's state")
+        try_twice(
+            lambda: create_state(optimizer), device=self.args.device, what="the optimizer's state"
+        )
         looking = "a look at two samples"
-        self.safe_verdict = try_twice(lambda: self._check(inputs), device=self.args.device, what=looking)
+        self.safe_verdict = try_twice(
+            lambda: self._check(inputs), device=self.args.device, what=looking
+        )
         self._logged_metrics.put_back()
         if not self.safe_verdict.exact:
-            log.warning("%s", translated(f"fitune: micro-batches stay whole: {self.safe_verdict.reason}"))
+            log.warning(
+                "%s", translated(f"fitune: micro-batches stay whole: {self.safe_verdict.reason}")
+            )
         self._memory = MemoryModel(planned=1)
 
     def _check(self, inputs: Mapping[str, Any]) -> Verdict:
@@ -146,16 +158,22 @@ class SafeSteps(Trainer):  # type: ignore[misc]
         Takes the two samples that differ most in their number of targets.
         """
         if self._num_items is None:
-            return Verdict(False, "the Trainer divides by no number of targets (num_items_in_batch)")
+            return Verdict(
+                False, "the Trainer divides by no number of targets (num_items_in_batch)"
+            )
         whole = _Part(tuple(range(_num_rows(inputs))), inputs)
         chosen = most_different_samples(whole, _num_targets)
         if chosen is None:
-            return Verdict(True, "not looked at: the first micro-batch has no two samples with targets")
+            return Verdict(
+                True, "not looked at: the first micro-batch has no two samples with targets"
+            )
         both, first, second = chosen
         masked = _Part(first.row_ids, without_targets(first.tensors))
         return check_model(
             self._protection.work.model,
-            lambda part, weight: self._forward_and_backward(part, torch.tensor(weight, device=self.args.device)),
+            lambda part, weight: self._forward_and_backward(
+                part, torch.tensor(weight, device=self.args.device)
+            ),
             ProbeSamples(both, first, second, masked, float(_num_targets(both))),
             mean_by="forward",
         )
@@ -169,7 +187,9 @@ class SafeSteps(Trainer):  # type: ignore[misc]
             result = fitted_step(
                 self._memory,
                 self._protection,
-                lambda most_positions: [piece for part in parts for piece in part.split(most_positions)],
+                lambda most_positions: [
+                    piece for part in parts for piece in part.split(most_positions)
+                ],
                 step=step,
                 most_positions=max(part.num_positions for part in parts),
                 row_positions=max(part.num_positions // len(part.row_ids) for part in parts),
@@ -193,7 +213,9 @@ class SafeSteps(Trainer):  # type: ignore[misc]
         if self._failed:
             self._logged_metrics.put_back()
         self._failed = True
-        loss: Tensor = super().training_step(self._protection.work.model, dict(part.tensors), num_items)
+        loss: Tensor = super().training_step(
+            self._protection.work.model, dict(part.tensors), num_items
+        )
         self._failed = False
         return loss.detach().float().requires_grad_()
 
@@ -204,7 +226,9 @@ class _LoggedMetrics:
     def __init__(self, trainer: Any) -> None:
         self._trainer = trainer
         names = ("_metrics", "_total_train_tokens")
-        self._saved = {name: copy.deepcopy(vars(trainer)[name]) for name in names if name in vars(trainer)}
+        self._saved = {
+            name: copy.deepcopy(vars(trainer)[name]) for name in names if name in vars(trainer)
+        }
 
     def put_back(self) -> None:
         vars(self._trainer).update(copy.deepcopy(self._saved))
@@ -215,7 +239,11 @@ def _num_rows(inputs: Mapping[str, Any]) -> int:
 
     They have none where samples are packed into one row.
     """
-    sizes = {value.shape[0] if value.dim() else 0 for value in inputs.values() if isinstance(value, Tensor)}
+    sizes = {
+        value.shape[0] if value.dim() else 0
+        for value in inputs.values()
+        if isinstance(value, Tensor)
+    }
     return sizes.pop() if len(sizes) == 1 else 1
 
 

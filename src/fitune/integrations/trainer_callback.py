@@ -101,8 +101,12 @@ class FituneCallback(TrainerCallback):  # type: ignore[misc]
         self._device = args.device
         parameters = list(model.parameters())
         held = program_bytes(self._device)
-        self._program_bytes = None if held is None else max(held - sum(each.nbytes for each in parameters), 0)
-        settings = self._monitor_settings(args, sum(each.nbytes for each in parameters if each.requires_grad))
+        self._program_bytes = (
+            None if held is None else max(held - sum(each.nbytes for each in parameters), 0)
+        )
+        settings = self._monitor_settings(
+            args, sum(each.nbytes for each in parameters if each.requires_grad)
+        )
         self._monitor = self._open.enter_context(
             Monitor(self.run, model, optimizer, settings=settings, notify=log.warning)
         )
@@ -115,7 +119,9 @@ class FituneCallback(TrainerCallback):  # type: ignore[misc]
         predicted = self._prediction
         self._summary = Summary(
             total_steps=state.max_steps if state.max_steps > 0 else None,
-            effective_batch=args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+            effective_batch=args.train_batch_size
+            * args.gradient_accumulation_steps
+            * args.world_size,
             predicted_allocated_bytes=None if predicted is None else predicted.peak_allocated_bytes,
             predicted_reserved_bytes=None if predicted is None else predicted.peak_reserved_bytes,
         )
@@ -136,8 +142,12 @@ class FituneCallback(TrainerCallback):  # type: ignore[misc]
         half_life = step_tokens * max(HALF_LIFE_FRACTION * state.max_steps, FEWEST_HALF_LIFE_STEPS)
         beta1 = objects["optimizer"].param_groups[0].get("betas", (0.0,))[0]
         clip = args.max_grad_norm or 0.0
-        self._noise = observe(self._noise, seen.norms, half_life_tokens=half_life, beta1=beta1, clip=clip)
-        self._preconditioned = observe_preconditioned(self._preconditioned, seen.norms, half_life_tokens=half_life)
+        self._noise = observe(
+            self._noise, seen.norms, half_life_tokens=half_life, beta1=beta1, clip=clip
+        )
+        self._preconditioned = observe_preconditioned(
+            self._preconditioned, seen.norms, half_life_tokens=half_life
+        )
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
@@ -237,7 +247,9 @@ class FituneCallback(TrainerCallback):  # type: ignore[misc]
         )
         self._files.append(self.run.metrics, metrics)
         best = self._summary.best_eval_loss
-        self._summary = replace(self._summary, eval_loss=loss, best_eval_loss=loss if best is None else min(best, loss))
+        self._summary = replace(
+            self._summary, eval_loss=loss, best_eval_loss=loss if best is None else min(best, loss)
+        )
         self._write_summary()
 
     def _monitor_settings(self, args: TrainingArguments, trainable_bytes: int) -> MonitorSettings:

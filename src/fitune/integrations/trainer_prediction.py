@@ -142,12 +142,16 @@ def record_trainer(trainer: Trainer, *, mode: Literal["fake", "real"] = "fake") 
         shadow = unused.pop() if unused else _shadow(trainer, to_meta=mode == "fake")
         return shadow.model
 
-    return RecordedTrainer(build, lambda model, _: _set_up(shadow, trainer, batch, model=model), batch.rows)
+    return RecordedTrainer(
+        build, lambda model, _: _set_up(shadow, trainer, batch, model=model), batch.rows
+    )
 
 
 def _check_model(trainer: Trainer) -> None:
     if getattr(trainer.model, "is_quantized", False):
-        raise UsageError("a quantised model cannot be recorded from its Trainer: use fitune plan model.method=qlora")
+        raise UsageError(
+            "a quantised model cannot be recorded from its Trainer: use fitune plan model.method=qlora"
+        )
     for name, value in vars(trainer).items():
         if isinstance(value, nn.Module) and value not in (trainer.model, trainer.model_wrapped):
             raise UsageError(
@@ -183,7 +187,9 @@ def _shadow(trainer: Trainer, *, to_meta: bool) -> Trainer:
     for name in ("_models", "_optimizers", "_schedulers", "_dataloaders"):
         setattr(shadow.accelerator, name, [])
     shadow.state, shadow.control = TrainerState(), TrainerControl()
-    shadow.callback_handler = CallbackHandler([_NoFlow()], model, trainer.processing_class, None, None)
+    shadow.callback_handler = CallbackHandler(
+        [_NoFlow()], model, trainer.processing_class, None, None
+    )
     return shadow
 
 
@@ -240,13 +246,19 @@ def _rebound(function: Any, memo: dict[int, Any]) -> types.FunctionType | None:
     """
     cells = getattr(function, "__closure__", None) or ()
     contents = [cell.cell_contents for cell in cells]
-    if not any(isinstance(each, nn.Module) or isinstance(_owner(each), nn.Module) for each in contents):
+    if not any(
+        isinstance(each, nn.Module) or isinstance(_owner(each), nn.Module) for each in contents
+    ):
         return None
     bound = tuple(
-        types.CellType(copy.deepcopy(each, memo) if isinstance(each, (nn.Module, types.MethodType)) else each)
+        types.CellType(
+            copy.deepcopy(each, memo) if isinstance(each, (nn.Module, types.MethodType)) else each
+        )
         for each in contents
     )
-    made = types.FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__, bound)
+    made = types.FunctionType(
+        function.__code__, function.__globals__, function.__name__, function.__defaults__, bound
+    )
     made.__kwdefaults__ = function.__kwdefaults__
     return made
 
@@ -264,7 +276,9 @@ def _set_up(shadow: Trainer, trainer: Trainer, batch: HeaviestBatch, *, model: n
     num_recorded = min(num_micro_batches, RECORDED_MICRO_BATCHES)
     if trainer.optimizer is not None:
         originals = map(id, trainer.model.parameters())
-        shadow.optimizer = _copy_optimizer(trainer.optimizer, dict(zip(originals, model.parameters(), strict=True)))
+        shadow.optimizer = _copy_optimizer(
+            trainer.optimizer, dict(zip(originals, model.parameters(), strict=True))
+        )
     if shadow.accelerator.scaler is not None:
         shadow.accelerator.scaler = torch.amp.GradScaler("cuda")
     # so that .train() does all that precedes its loop, and no more: it sets up gradient
@@ -317,7 +331,8 @@ def _copy_optimizer(optimizer: Any, twins: dict[int, torch.Tensor]) -> torch.opt
     copied: torch.optim.Optimizer = copy.copy(optimizer)
     copied.state = defaultdict(dict)
     copied.param_groups = [
-        {**group, "params": [twins[id(parameter)] for parameter in group["params"]]} for group in optimizer.param_groups
+        {**group, "params": [twins[id(parameter)] for parameter in group["params"]]}
+        for group in optimizer.param_groups
     ]
     return copied
 
@@ -332,15 +347,15 @@ def _heaviest_batch(shadow: Trainer, dataset: Any) -> HeaviestBatch:
     """
     size = shadow.args.per_device_train_batch_size
     if dataset is None:
-        raise UsageError("the Trainer has no train_dataset, whose longest samples the prediction is made from")
+        raise UsageError(
+            "the Trainer has no train_dataset, whose longest samples the prediction is made from"
+        )
     collate = shadow.data_collator
     if hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__"):
         lengths = _row_lengths(dataset)
         order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
         rows = [order[place % len(order)] for place in range(size)]
-        what = (
-            f"recorded with the {size} longest samples of {len(lengths):,}, the longest of {lengths[order[0]]:,} tokens"
-        )
+        what = f"recorded with the {size} longest samples of {len(lengths):,}, the longest of {lengths[order[0]]:,} tokens"
         if hasattr(dataset, "select"):
             dataset = shadow._remove_unused_columns(dataset.select(rows), description="training")
             features = [dataset[place] for place in range(size)]
@@ -364,12 +379,16 @@ def _row_lengths(dataset: Any) -> Sequence[int]:
     columns = getattr(dataset, "column_names", None)
     if columns is not None and "input_ids" in columns and hasattr(dataset, "with_format"):
         lengths: list[int] = []
-        for table in dataset.select_columns(["input_ids"]).with_format("arrow").iter(batch_size=10_000):
+        for table in (
+            dataset.select_columns(["input_ids"]).with_format("arrow").iter(batch_size=10_000)
+        ):
             lengths += pyarrow.compute.list_value_length(table["input_ids"]).to_pylist()
         return lengths
     first = dataset[0]
     if not hasattr(first, "__getitem__") or "input_ids" not in first:
-        raise UsageError("the samples of the Trainer's train_dataset have no input_ids: tokenise them first")
+        raise UsageError(
+            "the samples of the Trainer's train_dataset have no input_ids: tokenise them first"
+        )
     return [len(dataset[place]["input_ids"]) for place in range(len(dataset))]
 
 

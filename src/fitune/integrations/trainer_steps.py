@@ -63,8 +63,12 @@ class StepReader:
     noise: whether gradients are read.
     """
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, *, clip: float, noise: bool) -> None:
-        self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, *, clip: float, noise: bool
+    ) -> None:
+        self._parameters = [
+            parameter for parameter in model.parameters() if parameter.requires_grad
+        ]
         self._optimizer, self._clip, self._noise = optimizer, clip, noise
         self._forwards: list[_Forward] = []
         self._eval_targets: Tensor | int = 0
@@ -75,7 +79,9 @@ class StepReader:
         self._hooks.callback(self._reading.close)
         self._hooks.callback(model.register_forward_pre_hook(self._see, with_kwargs=True).remove)
         for parameter in self._parameters if noise else ():
-            self._hooks.callback(parameter.register_post_accumulate_grad_hook(self._read_sum).remove)
+            self._hooks.callback(
+                parameter.register_post_accumulate_grad_hook(self._read_sum).remove
+            )
 
     def close(self) -> None:
         self._hooks.close()
@@ -93,13 +99,19 @@ class StepReader:
         values = [] if self._recorder is None or not self._sums else [self._recorder.values()]
         sums = [torch.stack(list(self._sums.values())).square().sum()[None]] if values else []
         self._sums = {}
-        host = torch.cat([*sums, *[each[None] for each in targets], *values]).tolist() if targets else []
+        host = (
+            torch.cat([*sums, *[each[None] for each in targets], *values]).tolist()
+            if targets
+            else []
+        )
         num_targets = host[len(sums) : len(sums) + len(targets)]
         norms = None
         if sums and self._recorder is not None and math.isfinite(host[0]):
             shares = all(forward.shares_targets for forward in forwards)
             weights = num_targets if shares else [sum(num_targets) / len(targets)] * len(targets)
-            norms = self._norms(self._recorder, host[len(sums) + len(targets) :], scaled_square=host[0])
+            norms = self._norms(
+                self._recorder, host[len(sums) + len(targets) :], scaled_square=host[0]
+            )
             norms = replace(norms, weights=tuple(weights))
         return SeenStep(
             rows=max((forward.rows for forward in forwards), default=0),
@@ -124,7 +136,9 @@ class StepReader:
         if not model.training:
             self._eval_targets = self._eval_targets + num_targets
         elif torch.is_grad_enabled():
-            shares_targets = inputs.get("num_items_in_batch") is not None or "fused_lm_head" in inputs
+            shares_targets = (
+                inputs.get("num_items_in_batch") is not None or "fused_lm_head" in inputs
+            )
             self._begin(_Forward(ids.shape[0], ids.numel(), num_targets, shares_targets))
 
     def _begin(self, forward: _Forward) -> None:
@@ -150,9 +164,13 @@ class StepReader:
 
     def _read_sum(self, parameter: nn.Parameter) -> None:
         if parameter.grad is not None:
-            self._sums[parameter] = torch.linalg.vector_norm(parameter.grad.detach(), dtype=torch.float32)
+            self._sums[parameter] = torch.linalg.vector_norm(
+                parameter.grad.detach(), dtype=torch.float32
+            )
 
-    def _norms(self, recorder: NormRecorder, host: list[float], *, scaled_square: float) -> GradientNorms:
+    def _norms(
+        self, recorder: NormRecorder, host: list[float], *, scaled_square: float
+    ) -> GradientNorms:
         """Return the norms, with those of the summed gradient corrected for clipping and scaling.
 
         host: the recorder's values, whose sums are of gradients that may be clipped.

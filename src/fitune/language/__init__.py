@@ -98,7 +98,8 @@ def _patterns() -> tuple[tuple[str, str, str], ...]:
     """
     ordered = sorted(SENTENCES.items(), key=lambda pair: -len(_VALUE.sub("", pair[0])))
     return tuple(
-        (max(_VALUE.sub("\n", english).split("\n"), key=len), english, chinese) for english, chinese in ordered
+        (max(_VALUE.sub("\n", english).split("\n"), key=len), english, chinese)
+        for english, chinese in ordered
     )
 
 

@@ -91,7 +91,9 @@ _LANES = {(6, 0): 0.985, (8, 0): 1.969, (9, 0): 3.938}
 
 
 def _lane_bandwidth(compute_capability: tuple[int, int]) -> float:
-    return GB * next(rate for lowest, rate in reversed(_LANES.items()) if lowest <= compute_capability)
+    return GB * next(
+        rate for lowest, rate in reversed(_LANES.items()) if lowest <= compute_capability
+    )
 
 
 def _read_catalogue() -> Iterator[Device]:
@@ -129,7 +131,9 @@ def _name_and_memory(text: str) -> tuple[str, int | None]:
     """
     normalised = _NOISE.sub(" ", text.lower().replace("-", " ").replace("_", " "))
     memory = _MEMORY.search(normalised)
-    return re.sub(r"[^a-z0-9]", "", _MEMORY.sub(" ", normalised)), int(memory[1]) if memory else None
+    return re.sub(r"[^a-z0-9]", "", _MEMORY.sub(" ", normalised)), int(
+        memory[1]
+    ) if memory else None
 
 
 def _rows(text: str) -> list[Device]:
@@ -147,14 +151,24 @@ def find_card(text: str) -> Device:
     if len(rows) == 1:
         return rows[0]
     if rows:
-        raise UsageError(f"'{text}' can be {' or '.join(row.name for row in rows)}: name one of them")
+        raise UsageError(
+            f"'{text}' can be {' or '.join(row.name for row in rows)}: name one of them"
+        )
     wanted, _ = _name_and_memory(text)
     keys = {_name_and_memory(row.name)[0]: row.name for row in CATALOGUE}
     keys |= {key.removeprefix("rtx"): name for key, name in keys.items()}
     same = [row.name for row in CATALOGUE if re.fullmatch(row.pattern, wanted)]
-    close = same or list(dict.fromkeys(keys[key] for key in get_close_matches(wanted, keys, n=3, cutoff=0.7)))
-    known = f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(row.name for row in CATALOGUE)}."
-    raise UsageError(f"unknown card '{text}': {known} For any other card set memory.budget, like 20GiB")
+    close = same or list(
+        dict.fromkeys(keys[key] for key in get_close_matches(wanted, keys, n=3, cutoff=0.7))
+    )
+    known = (
+        f"did you mean {' or '.join(close)}?"
+        if close
+        else f"known: {', '.join(row.name for row in CATALOGUE)}."
+    )
+    raise UsageError(
+        f"unknown card '{text}': {known} For any other card set memory.budget, like 20GiB"
+    )
 
 
 def named_card(name: str, total_bytes: int, capability: tuple[int, int] | None) -> Device:

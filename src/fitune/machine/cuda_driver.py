@@ -55,7 +55,9 @@ def _card(driver: ctypes.CDLL, number: int) -> DriverCard:
         driver.cuDeviceGetAttribute(byref(minor), _MINOR, device),
     )
     found = f"GPU-{uuid.UUID(bytes=own.raw)}"
-    return DriverCard(name.value.decode(errors="replace"), found, total.value, (major.value, minor.value))
+    return DriverCard(
+        name.value.decode(errors="replace"), found, total.value, (major.value, minor.value)
+    )
 
 
 def _check(*results: int) -> None:

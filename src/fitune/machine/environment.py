@@ -99,7 +99,9 @@ def _version(package: str) -> str | None:
 
 def _cpu_name() -> str | None:
     try:
-        match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        match = re.search(
+            r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE
+        )
     except OSError:
         match = None
     return match[1].strip() if match else platform.processor() or None
@@ -127,7 +129,8 @@ def _card(device: Device) -> dict[str, Any]:
         "total_bytes": device.total_bytes,
         "free_bytes": device.free_bytes,
         "used_bytes": device.used_bytes,
-        "compute_capability": device.compute_capability and ".".join(map(str, device.compute_capability)),
+        "compute_capability": device.compute_capability
+        and ".".join(map(str, device.compute_capability)),
     }
 
 

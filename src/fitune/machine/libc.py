@@ -79,11 +79,15 @@ def allocator_name(environment: Mapping[str, str] = os.environ) -> str:
     """
     name = c_allocator() or "unknown"
     threshold = environment.get("MALLOC_MMAP_THRESHOLD_", "")
-    is_mapped = name == "glibc" and threshold.isdecimal() and int(threshold) <= MAPPED_THRESHOLD_BYTES
+    is_mapped = (
+        name == "glibc" and threshold.isdecimal() and int(threshold) <= MAPPED_THRESHOLD_BYTES
+    )
     return MAPPED if is_mapped else name
 
 
-def allocator_habit(method: Method, *, recomputes: bool, environment: Mapping[str, str] = os.environ) -> AllocatorHabit:
+def allocator_habit(
+    method: Method, *, recomputes: bool, environment: Mapping[str, str] = os.environ
+) -> AllocatorHabit:
     """Return the habit of this process's C allocator; an unmeasured one has a wide range."""
     name = allocator_name(environment)
     if name == "glibc":

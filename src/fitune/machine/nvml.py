@@ -78,7 +78,11 @@ def nvml_session() -> Iterator[ModuleType | None]:
 def read_cards() -> tuple[CardState, ...]:
     """Read the cards that this process may use, in its order."""
     with nvml_session() as nvml:
-        return tuple(read_card(nvml, handle) for handle in visible_handles(nvml, os.environ)) if nvml else ()
+        return (
+            tuple(read_card(nvml, handle) for handle in visible_handles(nvml, os.environ))
+            if nvml
+            else ()
+        )
 
 
 @contextmanager
@@ -92,7 +96,11 @@ def card_reader(uuid: str, index: int) -> Iterator[Callable[[], CardState] | Non
         handle = None
         if nvml is not None:
             handles = visible_handles(nvml, os.environ)
-            same = [handle for handle in handles if (read_uuid(nvml, handle) or "").endswith(uuid.lower())]
+            same = [
+                handle
+                for handle in handles
+                if (read_uuid(nvml, handle) or "").endswith(uuid.lower())
+            ]
             handle = next(iter(same or handles[index : index + 1]), None)
         yield None if nvml is None or handle is None else lambda: read_card(nvml, handle)
 
@@ -126,7 +134,9 @@ def visible_handles(nvml: ModuleType, environment: Mapping[str, str]) -> list[An
         if entry.startswith("MIG-"):
             found = [ask(nvml, "nvmlDeviceGetHandleByUUID", entry)]
         elif entry.startswith("GPU-"):
-            found = [h for h in handles if h is not None and (read_uuid(nvml, h) or "").startswith(entry)]
+            found = [
+                h for h in handles if h is not None and (read_uuid(nvml, h) or "").startswith(entry)
+            ]
         else:
             found = handles[int(entry) :][:1] if entry.isdecimal() else []
         if len(found) != 1 or found[0] is None:
@@ -145,7 +155,9 @@ def read_uuid(nvml: ModuleType, handle: Any) -> str | None:
 
 def read_memory(nvml: ModuleType, handle: Any) -> CardMemory | None:
     version = getattr(nvml, "nvmlMemory_v2", None)
-    memory = ask(nvml, "nvmlDeviceGetMemoryInfo", handle, version) or ask(nvml, "nvmlDeviceGetMemoryInfo", handle)
+    memory = ask(nvml, "nvmlDeviceGetMemoryInfo", handle, version) or ask(
+        nvml, "nvmlDeviceGetMemoryInfo", handle
+    )
     if memory is None or max(memory.total, memory.free, memory.used) >= NOT_AVAILABLE_BYTES:
         return None
     # What the driver reserves for itself is in NVML's total (and not in `used`), but not in CUDA's.
@@ -195,7 +207,9 @@ def _throttled(nvml: ModuleType, handle: Any) -> str | None:
         bits = ask(nvml, "nvmlDeviceGetCurrentClocksThrottleReasons", handle)
     if bits is None:
         return None
-    return ", ".join(dict.fromkeys(reason for name, reason in _SLOWED_BY if bits & getattr(nvml, name)))
+    return ", ".join(
+        dict.fromkeys(reason for name, reason in _SLOWED_BY if bits & getattr(nvml, name))
+    )
 
 
 def _text(value: Any) -> str | None:

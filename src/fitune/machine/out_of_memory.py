@@ -46,7 +46,9 @@ def memory_failure(error: BaseException) -> Where | None:
     for each in chain:
         if isinstance(each, MemoryError):
             return "host"
-        if isinstance(each, torch.OutOfMemoryError) or (isinstance(each, RuntimeError) and _DEVICE.search(str(each))):
+        if isinstance(each, torch.OutOfMemoryError) or (
+            isinstance(each, RuntimeError) and _DEVICE.search(str(each))
+        ):
             return "device"
     return None
 
@@ -85,7 +87,11 @@ def said_of(error: BaseException) -> str:
     if memory_failure(error) is None:
         return " ".join(str(error).split()) or type(error).__name__
     needed = needed_bytes(error)
-    return "out of memory" if needed is None else f"out of memory, {format_bytes(needed)} at once were missing"
+    return (
+        "out of memory"
+        if needed is None
+        else f"out of memory, {format_bytes(needed)} at once were missing"
+    )
 
 
 def try_twice(

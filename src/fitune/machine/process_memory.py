@@ -56,7 +56,11 @@ class MemoryPeak:
 
 
 def choose_device() -> torch.device:
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    return (
+        torch.device("cuda", torch.cuda.current_device())
+        if torch.cuda.is_available()
+        else torch.device("cpu")
+    )
 
 
 def reset_peak(device: torch.device) -> None:
@@ -87,7 +91,10 @@ def trim_heap() -> None:
 
     Other C libraries do not have this call.
     """
-    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+    if (
+        sys.platform == "linux"
+        and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None
+    ):
         trim(0)
 
 
@@ -102,7 +109,10 @@ def map_large_blocks() -> None:
     By default it adapts to put blocks of up to 32 MiB on its heap, which is faster, but leaves
     holes into which the next blocks do not fit.
     """
-    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
+    if (
+        sys.platform == "linux"
+        and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None
+    ):
         mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)
 
 
@@ -134,7 +144,11 @@ def num_alloc_retries(device: torch.device) -> int:
 
     It is 0 on a CPU, which has no cache.
     """
-    return int(torch.cuda.memory_stats(device).get("num_alloc_retries", 0)) if device.type == "cuda" else 0
+    return (
+        int(torch.cuda.memory_stats(device).get("num_alloc_retries", 0))
+        if device.type == "cuda"
+        else 0
+    )
 
 
 def usable_bytes(device: torch.device) -> int | None:
@@ -174,7 +188,10 @@ class _MallocState(ctypes.Structure):
 
 def free_in_heap() -> int:
     """Return the bytes that glibc holds without using them; 0 with other C libraries."""
-    if sys.platform != "linux" or (mallinfo := getattr(ctypes.CDLL(None), "mallinfo2", None)) is None:
+    if (
+        sys.platform != "linux"
+        or (mallinfo := getattr(ctypes.CDLL(None), "mallinfo2", None)) is None
+    ):
         return 0
     mallinfo.restype = _MallocState
     return int(mallinfo().fordblks)

@@ -50,13 +50,17 @@ def describe(model: ModelConfig, built: nn.Module, *, seed: int) -> AdaptedModel
     path = Path(model.source).expanduser()
     source = str(path.resolve()) if path.exists() else model.source
     dtype = next(parameter.dtype for parameter in built.parameters())
-    return AdaptedModel(source, str(dtype).removeprefix("torch."), _weights_hash(built, dtype), seed)
+    return AdaptedModel(
+        source, str(dtype).removeprefix("torch."), _weights_hash(built, dtype), seed
+    )
 
 
 def adapted_json(adapted: nn.Module) -> bytes | None:
     """Return the content of `adapted_model.json`; None if fitune did not make the adapters."""
     noted = getattr(adapted, _ATTRIBUTE, None)
-    return None if noted is None else json.dumps(asdict(cast(AdaptedModel, noted)), indent=2).encode()
+    return (
+        None if noted is None else json.dumps(asdict(cast(AdaptedModel, noted)), indent=2).encode()
+    )
 
 
 def read_adapted(adapters: Path) -> AdaptedModel:
@@ -64,8 +68,12 @@ def read_adapted(adapters: Path) -> AdaptedModel:
     path = adapters / FILE
     try:
         content: dict[str, Any] = parse_json(read_plain(path, follow=True))
-        found = AdaptedModel(**{key: content[key] for key in ("source", "dtype", "weights_hash", "seed")})
-        if not isinstance(getattr(torch, found.dtype), torch.dtype) or not isinstance(found.seed, int):
+        found = AdaptedModel(
+            **{key: content[key] for key in ("source", "dtype", "weights_hash", "seed")}
+        )
+        if not isinstance(getattr(torch, found.dtype), torch.dtype) or not isinstance(
+            found.seed, int
+        ):
             raise TypeError("it names no number format")
         return found
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

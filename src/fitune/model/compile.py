@@ -22,11 +22,17 @@ def compile_layers(model: nn.Module, device: torch.device) -> None:
     """
     layers = recomputable_layers(model)
     if not layers:
-        raise ModelError("model.compile needs layers that transformers marks as such, which this model lacks: drop it")
+        raise ModelError(
+            "model.compile needs layers that transformers marks as such, which this model lacks: drop it"
+        )
     if device.type == "cpu" and not (shutil.which("g++") or shutil.which("clang++")):
-        raise ModelError("model.compile needs a C++ compiler on a CPU, and none is installed: install g++, or drop it")
+        raise ModelError(
+            "model.compile needs a C++ compiler on a CPU, and none is installed: install g++, or drop it"
+        )
     if device.type == "cuda" and not has_triton():
-        raise ModelError("model.compile needs Triton on CUDA, which is not installed: pip install triton, or drop it")
+        raise ModelError(
+            "model.compile needs Triton on CUDA, which is not installed: pip install triton, or drop it"
+        )
     prepare_for_compilation()
     for layer in layers:
         layer.compile(dynamic=True)

@@ -40,17 +40,25 @@ def grouped_experts(
 ) -> torch.Tensor:
     """Return the weighted sum of each token's K experts, [T, D]: transformers' interface."""
     device = hidden_TD.device.type
-    cast_to = torch.get_autocast_dtype(device) if device != "meta" and torch.is_autocast_enabled(device) else None
+    cast_to = (
+        torch.get_autocast_dtype(device)
+        if device != "meta" and torch.is_autocast_enabled(device)
+        else None
+    )
     experts = module if cast_to is None else _Autocast(module, cast_to)
     if any(name in module._modules for name in STACKED):
         dtype = cast_to or hidden_TD.dtype
         with patch.object(moe, "_grouped_mm", _packed_product):
             return cast(
                 torch.Tensor,
-                moe.grouped_mm_experts_forward(_Packed(experts, module, dtype), hidden_TD, expert_TK, weight_TK),
+                moe.grouped_mm_experts_forward(
+                    _Packed(experts, module, dtype), hidden_TD, expert_TK, weight_TK
+                ),
             )
     with _shapes_of_any_format() if hidden_TD.is_meta or is_fake(hidden_TD) else nullcontext():
-        return cast(torch.Tensor, moe.grouped_mm_experts_forward(experts, hidden_TD, expert_TK, weight_TK))
+        return cast(
+            torch.Tensor, moe.grouped_mm_experts_forward(experts, hidden_TD, expert_TK, weight_TK)
+        )
 
 
 class _Packed:
@@ -61,7 +69,9 @@ class _Packed:
 
     def __getattr__(self, name: str) -> Any:
         packed = self._packed.get(name) if name in STACKED else None
-        return getattr(self._experts, name) if packed is None else _PackedWeight(packed, self._dtype)
+        return (
+            getattr(self._experts, name) if packed is None else _PackedWeight(packed, self._dtype)
+        )
 
 
 @dataclass(frozen=True)
@@ -82,7 +92,9 @@ class _PackedWeight:
 
 class _PackedProduct(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, input: torch.Tensor, weight: _PackedWeight, offs: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: Any, input: torch.Tensor, weight: _PackedWeight, offs: torch.Tensor
+    ) -> torch.Tensor:
         ctx.weight, ctx.offs = weight, offs
         return _product(input, weight.unpacked(), offs)
 

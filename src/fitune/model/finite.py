@@ -20,7 +20,9 @@ def first_not_finite(tensors: Iterable[tuple[str, torch.Tensor]]) -> str | None:
 
 
 def weights_not_finite(model: nn.Module) -> str | None:
-    return first_not_finite((name, parameter.detach()) for name, parameter in model.named_parameters())
+    return first_not_finite(
+        (name, parameter.detach()) for name, parameter in model.named_parameters()
+    )
 
 
 def saved_not_finite(directory: Path) -> str | None:
@@ -32,7 +34,9 @@ def saved_not_finite(directory: Path) -> str | None:
         for path in sorted(directory.glob("*.safetensors")):
             with safe_open(path, framework="pt") as file:
                 names = list(file.keys())
-                if (found := first_not_finite((name, file.get_tensor(name)) for name in names)) is not None:
+                if (
+                    found := first_not_finite((name, file.get_tensor(name)) for name in names)
+                ) is not None:
                     return found
     except (OSError, SafetensorError) as error:
         return str(error)

@@ -31,7 +31,9 @@ def fuse_layers(model: nn.Module) -> None:
         if key not in forwards:
             # A `torch.device("meta")` mode would also put the random numbers on that device.
             with torch._C.DisableTorchFunction():
-                forwards[key] = _with_fused_rotary(type(module)) if eps is None else _fused_norm_of(module, eps)
+                forwards[key] = (
+                    _with_fused_rotary(type(module)) if eps is None else _fused_norm_of(module, eps)
+                )
         forward = forwards[key]
         if forward is not None:
             module.forward = MethodType(forward, module)
@@ -71,7 +73,9 @@ def _fused_norm_of(module: nn.Module, eps: float) -> Callable[..., Any] | None:
     # A norm of another kind may raise anything.
     except Exception:
         return None
-    if not torch.allclose(own, functional.rms_norm(hidden, (16,), weight, eps), rtol=1e-5, atol=1e-6):
+    if not torch.allclose(
+        own, functional.rms_norm(hidden, (16,), weight, eps), rtol=1e-5, atol=1e-6
+    ):
         return None
 
     def forward(self: Any, hidden: Tensor) -> Tensor:
@@ -87,7 +91,10 @@ def _fused_norm_of(module: nn.Module, eps: float) -> Callable[..., Any] | None:
 
 def _random(*shapes: tuple[int, ...]) -> list[Tensor]:
     generator = torch.Generator("cpu").manual_seed(0)
-    return [torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32) for shape in shapes]
+    return [
+        torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32)
+        for shape in shapes
+    ]
 
 
 # ---- rotary embeddings ---------------------------------------------------------------------------
@@ -103,7 +110,11 @@ def _with_fused_rotary(layer: type[nn.Module]) -> Callable[..., Any] | None:
     """
     forward = layer.forward
     own: Any = getattr(forward, "__globals__", {}).get(_ROTARY)
-    if not isinstance(forward, FunctionType) or _ROTARY not in forward.__code__.co_names or not _is_plain_rotary(own):
+    if (
+        not isinstance(forward, FunctionType)
+        or _ROTARY not in forward.__code__.co_names
+        or not _is_plain_rotary(own)
+    ):
         return None
 
     def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *rest: Any, **options: Any) -> Any:
@@ -111,21 +122,32 @@ def _with_fused_rotary(layer: type[nn.Module]) -> Callable[..., Any] | None:
             return own(q, k, cos, sin, *rest, **options)
         # Under autocast attention would cast the result, so it is computed in that dtype.
         kind = q.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.result_type(q, cos)
+        dtype = (
+            torch.get_autocast_dtype(kind)
+            if torch.is_autocast_enabled(kind)
+            else torch.result_type(q, cos)
+        )
         # The compiler fuses it by itself; slices of one tensor would leave it with copies.
         if torch.compiler.is_compiling():
             return tuple(each.to(dtype) for each in own(q, k, cos, sin))
         return _FusedRotary.apply(q, k, cos, sin, dtype)  # type: ignore[no-untyped-call]
 
     known = forward.__globals__ | {_ROTARY: rotary}
-    fused = FunctionType(forward.__code__, known, forward.__name__, forward.__defaults__, forward.__closure__)
+    fused = FunctionType(
+        forward.__code__, known, forward.__name__, forward.__defaults__, forward.__closure__
+    )
     fused.__kwdefaults__ = forward.__kwdefaults__
     return fused
 
 
 def _is_whole(q: Tensor, k: Tensor, cos: Tensor) -> bool:
     """Return whether all numbers of each head are rotated; some models rotate only the first."""
-    return q.dim() == k.dim() == 4 and cos.dim() == 3 and q.shape[2:] == k.shape[2:] and cos.shape[1:] == q.shape[2:]
+    return (
+        q.dim() == k.dim() == 4
+        and cos.dim() == 3
+        and q.shape[2:] == k.shape[2:]
+        and cos.shape[1:] == q.shape[2:]
+    )
 
 
 def _is_plain_rotary(own: Any) -> bool:
@@ -134,7 +156,10 @@ def _is_plain_rotary(own: Any) -> bool:
     first, second = sin.chunk(2, dim=-1)
     rotated = _rotate(q, k, cos, (-1, first), (1, second), torch.float32)
     try:
-        return all(torch.allclose(a, b, atol=1e-6) for a, b in zip(own(q, k, cos, sin), rotated, strict=True))
+        return all(
+            torch.allclose(a, b, atol=1e-6)
+            for a, b in zip(own(q, k, cos, sin), rotated, strict=True)
+        )
     # A function of another kind may raise anything.
     except Exception:
         return False
@@ -149,7 +174,9 @@ class _FusedRotary(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(cos, sin)
         ctx.dtype = q.dtype
         first, second = sin.chunk(2, dim=-1)

@@ -79,7 +79,9 @@ class _Joined:
         if kernels.compute_capability(device) is None or not torch.is_autocast_enabled(kind):
             return None
         dtype = torch.get_autocast_dtype(kind)
-        parameters = (each for layer in self.layers for each in (layer.weight, layer.bias) if each is not None)
+        parameters = (
+            each for layer in self.layers for each in (layer.weight, layer.bias) if each is not None
+        )
         trained = all(each.requires_grad and each.dtype == torch.float32 for each in parameters)
         return dtype if trained and dtype in _16_BIT else None
 
@@ -123,7 +125,9 @@ class _SharedInput:
     def product_of(self, layer: nn.Linear, hidden: Tensor, dtype: torch.dtype) -> Tensor:
         number = next(number for number, each in enumerate(self.joined.layers) if each is layer)
         if self._hidden is not hidden or self._ready[number] is None:
-            *query_and_key, value = self.joined.product(hidden, dtype).split(self.joined.widths, dim=-1)
+            *query_and_key, value = self.joined.product(hidden, dtype).split(
+                self.joined.widths, dim=-1
+            )
             # Rotary embeddings copy query and key. Attention saves the value for the backward;
             # as a view it would keep the whole product allocated.
             self._hidden, self._ready = hidden, [*query_and_key, value.contiguous()]
@@ -143,15 +147,25 @@ def _cast_weights_at_once(model: nn.Module) -> None:
     recomputed does not keep them and casts its own.
     """
     layers = recomputable_layers(model)
-    holding = (module for module in model.modules() if any(_holds(child, layers) for child in module.children()))
+    holding = (
+        module
+        for module in model.modules()
+        if any(_holds(child, layers) for child in module.children())
+    )
     body = next(holding, model)
-    shared = [each for module in model.modules() if (each := module.__dict__.get("shared_input")) is not None]
+    shared = [
+        each
+        for module in model.modules()
+        if (each := module.__dict__.get("shared_input")) is not None
+    ]
     parts = [(layer, list(_joined_of(layer))) for layer in layers]
 
     def begin(*_: Any) -> None:
         if not torch.is_grad_enabled():
             return
-        without_recompute = [each for layer, of_layer in parts if not _is_recomputed(layer) for each in of_layer]
+        without_recompute = [
+            each for layer, of_layer in parts if not _is_recomputed(layer) for each in of_layer
+        ]
         into: list[Tensor] = []
         weights: list[Tensor] = []
         for joined in without_recompute:
@@ -177,7 +191,11 @@ def _cast_weights_at_once(model: nn.Module) -> None:
 
 
 def _holds(module: nn.Module, layers: Sequence[nn.Module]) -> bool:
-    return isinstance(module, nn.ModuleList) and any(child is layers[0] for child in module) if layers else False
+    return (
+        isinstance(module, nn.ModuleList) and any(child is layers[0] for child in module)
+        if layers
+        else False
+    )
 
 
 def _joined_of(layer: nn.Module) -> Iterator["_Joined"]:
@@ -205,7 +223,9 @@ class _JoinedProduct(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, cast_FD: Tensor | None, num_layers: int, *parameters: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, cast_FD: Tensor | None, num_layers: int, *parameters: Tensor
+    ) -> Tensor:
         weights, biases = parameters[:num_layers], parameters[num_layers:]
         weight_FD = _join(weights, hidden.dtype) if cast_FD is None else cast_FD
         ctx.save_for_backward(hidden, weight_FD)
@@ -240,7 +260,9 @@ def _float32_product(first: Tensor, second: Tensor) -> Tensor:
     return torch.mm(first, second, out_dtype=torch.float32)
 
 
-def _cast_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _cast_input(
+    _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Cast the input of a module under autocast, as a forward pre-hook.
 
     Otherwise each linear layer would cast it separately, and each cast would cast its gradient
@@ -264,7 +286,9 @@ def _fused_mlp_of(module: nn.Module) -> Callable[..., Any] | None:
 
     On random numbers the module's own forward must compute down(silu(gate) * up).
     """
-    if {*module._modules} != {*_MLP, "down_proj", "act_fn"} or not _has_linear(module, (*_MLP, "down_proj")):
+    if {*module._modules} != {*_MLP, "down_proj", "act_fn"} or not _has_linear(
+        module, (*_MLP, "down_proj")
+    ):
         return None
     probe = object.__new__(type(module))
     probe.__dict__.update(module.__dict__)
@@ -278,7 +302,9 @@ def _fused_mlp_of(module: nn.Module) -> Callable[..., Any] | None:
         gate, up = (layers[name](hidden) for name in _MLP)
         expected = layers["down_proj"](functional.silu(gate) * up)
         try:
-            if not torch.allclose(type(module).forward(probe, hidden), expected, rtol=1e-5, atol=1e-6):
+            if not torch.allclose(
+                type(module).forward(probe, hidden), expected, rtol=1e-5, atol=1e-6
+            ):
                 return None
         # An MLP of another kind may raise anything.
         except Exception:

@@ -47,7 +47,9 @@ def read_gguf(
     keeps the whole file mapped, and all that was read of it in memory.
     """
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    model, report = model_class.from_pretrained(config=config, dtype=dtype, output_loading_info=True, **location)
+    model, report = model_class.from_pretrained(
+        config=config, dtype=dtype, output_loading_info=True, **location
+    )
     _parsed.cache_clear()
     return cast(dict[str, torch.Tensor], model.state_dict()), report
 
@@ -76,10 +78,15 @@ def check_gguf(path: Path) -> None:
     surplus = sorted(layer for layer in layers if num_layers is not None and layer >= num_layers)
     surplus = surplus[int(_field(reader, f"{architecture}.nextn_predict_layers") or 0) :]
     if surplus:
-        raise ModelError(f"{path} holds layer {surplus[0]}, but its header says {num_layers} layers: copy it again")
+        raise ModelError(
+            f"{path} holds layer {surplus[0]}, but its header says {num_layers} layers: copy it again"
+        )
     for layer in sorted(layers):
         experts = [kind for kind in _EXPERT_PARTS if f"blk.{layer}.ffn_{kind}_exps.weight" in names]
-        if 0 < len(experts) < len(_EXPERT_PARTS) and f"blk.{layer}.ffn_gate_up_exps.weight" not in names:
+        if (
+            0 < len(experts) < len(_EXPERT_PARTS)
+            and f"blk.{layer}.ffn_gate_up_exps.weight" not in names
+        ):
             lacking = next(kind for kind in _EXPERT_PARTS if kind not in experts)
             raise ModelError(
                 f"{path} lacks blk.{layer}.ffn_{lacking}_exps.weight, a part of its experts: copy it again"
@@ -111,10 +118,14 @@ def _reader(path: str | os.PathLike[str]) -> Any:
     parts = gguf_parts(Path(path))
     missing = next((part for part in parts if not part.is_file()), None)
     if missing is not None:
-        raise ModelError(f"{path} is one of {len(parts)} files of a model, and {missing.name} is not beside it")
+        raise ModelError(
+            f"{path} is one of {len(parts)} files of a model, and {missing.name} is not beside it"
+        )
     for part in parts:
         _check_header(os.fspath(part), part.stat().st_size)
-    return _parsed(tuple((str(part), part.stat().st_mtime_ns, part.stat().st_size) for part in parts))
+    return _parsed(
+        tuple((str(part), part.stat().st_mtime_ns, part.stat().st_size) for part in parts)
+    )
 
 
 def gguf_parts(path: Path) -> list[Path]:
@@ -122,7 +133,10 @@ def gguf_parts(path: Path) -> list[Path]:
     found = _PART.fullmatch(path.name)
     if found is None:
         return [path]
-    return [path.with_name(f"{found[1]}-{n:05d}-of-{found[2]}.gguf") for n in range(1, int(found[2]) + 1)]
+    return [
+        path.with_name(f"{found[1]}-{n:05d}-of-{found[2]}.gguf")
+        for n in range(1, int(found[2]) + 1)
+    ]
 
 
 def _check_header(path: str, size_bytes: int) -> None:
@@ -134,7 +148,9 @@ def _check_header(path: str, size_bytes: int) -> None:
     with open(path, "rb") as file:
         head = file.read(24)
     if len(head) < 24 or head[:4] != b"GGUF":
-        raise ModelError(f"{path} is no GGUF file: it does not begin with the letters GGUF; copy it again")
+        raise ModelError(
+            f"{path} is no GGUF file: it does not begin with the letters GGUF; copy it again"
+        )
     num_tensors, num_keys = struct.unpack("<QQ", head[8:])
     if num_tensors * LEAST_TENSOR_BYTES + num_keys * LEAST_KEY_BYTES > size_bytes:
         raise ModelError(
@@ -161,7 +177,9 @@ def _parsed(parts: tuple[tuple[str, int, int], ...]) -> Any:
     tensors = [tensor for reader in readers for tensor in reader.tensors]
     wanted = _field(first, "split.tensors.count")
     if num_parts > 1 and wanted not in (None, len(tensors)):
-        raise ModelError(f"the {num_parts} files of {path} hold {len(tensors)} of {wanted} tensors: copy them again")
+        raise ModelError(
+            f"the {num_parts} files of {path} hold {len(tensors)} of {wanted} tensors: copy them again"
+        )
     first.tensors = tensors
     return first
 

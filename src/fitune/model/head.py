@@ -54,7 +54,9 @@ class Head:
         logits = nn.functional.linear(hidden, self.weight, self.bias)
         if self.scale != 1:
             logits = logits * self.scale
-        return logits if self.soft_cap is None else self.soft_cap * torch.tanh(logits / self.soft_cap)
+        return (
+            logits if self.soft_cap is None else self.soft_cap * torch.tanh(logits / self.soft_cap)
+        )
 
 
 def decoder_and_head(model: nn.Module) -> Head | str:
@@ -85,7 +87,9 @@ def decoder_and_head(model: nn.Module) -> Head | str:
 
 def _scale(config: Any) -> float:
     """Return the factor of the logits: Cohere and Falcon-H1 multiply them, Granite divides them."""
-    factor = getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None) or 1.0
+    factor = (
+        getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None) or 1.0
+    )
     return float(factor) / float(getattr(config, "logits_scaling", None) or 1.0)
 
 
@@ -93,12 +97,18 @@ def _gives_the_logits(whole: PreTrainedModel, head: Head) -> bool:
     expected = two_logits(whole)
     found = two_logits(
         whole,
-        lambda tokens: head.logits(head.decoder(input_ids=tokens, use_cache=False).last_hidden_state),
+        lambda tokens: head.logits(
+            head.decoder(input_ids=tokens, use_cache=False).last_hidden_state
+        ),
     )
-    return found.shape == expected.shape and bool((found - expected).abs().max() <= 1e-2 * expected.abs().max())
+    return found.shape == expected.shape and bool(
+        (found - expected).abs().max() <= 1e-2 * expected.abs().max()
+    )
 
 
-def two_logits(whole: nn.Module, forward: Callable[[torch.Tensor], torch.Tensor] | None = None) -> torch.Tensor:
+def two_logits(
+    whole: nn.Module, forward: Callable[[torch.Tensor], torch.Tensor] | None = None
+) -> torch.Tensor:
     """Return the logits of two tokens, [1, 2, V], in evaluation mode and without gradients.
 
     forward: called instead of the model's own forward.
@@ -108,7 +118,9 @@ def two_logits(whole: nn.Module, forward: Callable[[torch.Tensor], torch.Tensor]
     whole.eval()
     try:
         with torch.no_grad():
-            logits: torch.Tensor = forward(tokens) if forward else whole(input_ids=tokens, use_cache=False).logits
+            logits: torch.Tensor = (
+                forward(tokens) if forward else whole(input_ids=tokens, use_cache=False).logits
+            )
             return logits
     finally:
         whole.train(was_training)

@@ -107,7 +107,9 @@ def load_config(model: ModelConfig) -> PretrainedConfig:
         try:
             if kind == "gguf":
                 check_gguf(Path(model.source).expanduser())
-            config = AutoConfig.from_pretrained(name, trust_remote_code=model.trust_remote_code, **files)
+            config = AutoConfig.from_pretrained(
+                name, trust_remote_code=model.trust_remote_code, **files
+            )
         except _READ_ERRORS as error:
             raise unreadable(model, kind, error) from error
     _check_causal(config, model)
@@ -211,7 +213,9 @@ def load_model(
                 trust_remote_code=model.trust_remote_code,
             )
     else:
-        built = load_weights(model, config, dtype=precision.parameter_dtype, attention=attention, tell=tell)
+        built = load_weights(
+            model, config, dtype=precision.parameter_dtype, attention=attention, tell=tell
+        )
     noted = None if meta or model.method == "full" else describe(model, built, seed=seed)
     if model.method == "qlora":
         built = quantise(built)
@@ -255,7 +259,9 @@ def load_weights(
                 if kind == "pth":
                     tensors = read_pth(Path(name))
                 else:
-                    tensors, report = read_gguf(config, dtype, pretrained_model_name_or_path=name, **files)
+                    tensors, report = read_gguf(
+                        config, dtype, pretrained_model_name_or_path=name, **files
+                    )
                     # Only this report names missing tensors; `tensors` has random ones for them.
                     _check_complete(model, report)
                 model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
@@ -278,16 +284,22 @@ def load_weights(
                 )
         except _READ_ERRORS as error:
             raise unreadable(model, kind, error) from error
-    surplus = sorted(name for name in report["unexpected_keys"] if kind == "pth" or not _COMPUTED.search(name))
+    surplus = sorted(
+        name for name in report["unexpected_keys"] if kind == "pth" or not _COMPUTED.search(name)
+    )
     if weights_format(config) is not None:
         built = _without_format(built, config, options)
     _check_complete(model, report, surplus if kind == "pth" else _of_layers(built, surplus))
     if surplus and tell is not None:
-        tell(f"{model.source} holds {_listed('tensors that its architecture has no place for', surplus)}: left out")
+        tell(
+            f"{model.source} holds {_listed('tensors that its architecture has no place for', surplus)}: left out"
+        )
     return cast(PreTrainedModel, built)
 
 
-def _without_format(built: PreTrainedModel, config: PretrainedConfig, options: Mapping[str, Any]) -> PreTrainedModel:
+def _without_format(
+    built: PreTrainedModel, config: PretrainedConfig, options: Mapping[str, Any]
+) -> PreTrainedModel:
     """Return a plain model with the tensors of one that transformers unpacked.
 
     The unpacked model records its packed format and would be saved under the names of that format,
@@ -296,7 +308,9 @@ def _without_format(built: PreTrainedModel, config: PretrainedConfig, options: M
     plain = copy.deepcopy(config)
     del plain.quantization_config
     others = {
-        name: value for name, value in options.items() if name not in ("quantization_config", "output_loading_info")
+        name: value
+        for name, value in options.items()
+        if name not in ("quantization_config", "output_loading_info")
     }
     tensors = built.state_dict()
     return cast(
@@ -321,11 +335,15 @@ def load_tokenizer(model: ModelConfig) -> Tokenizer:
     with quiet_transformers(), gguf_read_once():
         try:
             if kind == "hub":
-                fetched = cached_file(name, "tokenizer.json", _raise_exceptions_for_missing_entries=False, **files)
+                fetched = cached_file(
+                    name, "tokenizer.json", _raise_exceptions_for_missing_entries=False, **files
+                )
                 check_tokenizer_files(Path(name if fetched is None else fetched).parent)
             elif kind != "gguf":
                 check_tokenizer_files(Path(name))
-            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=model.trust_remote_code, **files)
+            tokenizer = AutoTokenizer.from_pretrained(
+                name, trust_remote_code=model.trust_remote_code, **files
+            )
         # The tokenizers library raises no narrower class for a damaged file.
         except BaseException as error:
             if not isinstance(error, Exception) and not is_panic(error):
@@ -343,7 +361,9 @@ def load_tokenizer(model: ModelConfig) -> Tokenizer:
         tokenizer.init_kwargs.pop("auto_map", None)
         tokenizer._auto_map = None
     if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
+        tokenizer.pad_token = (
+            tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
+        )
     return cast(Tokenizer, tokenizer)
 
 
@@ -394,7 +414,11 @@ def _check_sizes(config: PretrainedConfig, model: ModelConfig) -> None:
             "config.json"
         )
     padding, vocab_size = getattr(text, "pad_token_id", None), getattr(text, "vocab_size", None)
-    if isinstance(padding, int) and isinstance(vocab_size, int) and not -vocab_size <= padding < vocab_size:
+    if (
+        isinstance(padding, int)
+        and isinstance(vocab_size, int)
+        and not -vocab_size <= padding < vocab_size
+    ):
         raise ModelError(
             f"{model.source} has the pad_token_id {padding:,}, beyond its vocabulary of "
             f"{vocab_size:,}: set it to null "
@@ -402,7 +426,9 @@ def _check_sizes(config: PretrainedConfig, model: ModelConfig) -> None:
         )
 
 
-def _check_complete(model: ModelConfig, report: dict[str, Any], surplus: Sequence[str] = ()) -> None:
+def _check_complete(
+    model: ModelConfig, report: dict[str, Any], surplus: Sequence[str] = ()
+) -> None:
     """Raise ModelError if weights are missing, have another shape, or are left over.
 
     surplus: tensors of the file that must have a place in the model.
@@ -412,10 +438,14 @@ def _check_complete(model: ModelConfig, report: dict[str, Any], surplus: Sequenc
         for name, found, wanted in sorted(report["mismatched_keys"])
     ]
     faults += [
-        _listed(what, names) for what, names in (("missing", report["missing_keys"]), ("unexpected", surplus)) if names
+        _listed(what, names)
+        for what, names in (("missing", report["missing_keys"]), ("unexpected", surplus))
+        if names
     ]
     if faults:
-        raise ModelError(f"the weights of {model.source} do not fit its architecture: {'; '.join(faults[:4])}")
+        raise ModelError(
+            f"the weights of {model.source} do not fit its architecture: {'; '.join(faults[:4])}"
+        )
 
 
 def _of_layers(model: nn.Module, names: Sequence[str]) -> list[str]:
@@ -424,13 +454,17 @@ def _of_layers(model: nn.Module, names: Sequence[str]) -> list[str]:
     It may be a layer that the configuration omits, or one that lacks such a part in the model.
     Other parts that a file may contain do not count: a vision tower, or the head of another task.
     """
-    num_layers = getattr(cast(PretrainedConfig, model.config).get_text_config(), "num_hidden_layers", None)
+    num_layers = getattr(
+        cast(PretrainedConfig, model.config).get_text_config(), "num_hidden_layers", None
+    )
     lists = [
         name.removeprefix(f"{getattr(model, 'base_model_prefix', '')}.")
         for name, part in model.named_modules()
         if isinstance(part, nn.ModuleList) and len(part) == num_layers
     ]
-    of_layer = re.compile(rf"(?:\w+\.)?(?:{'|'.join(map(re.escape, lists))})\.\d+\." if lists else r"(?!)")
+    of_layer = re.compile(
+        rf"(?:\w+\.)?(?:{'|'.join(map(re.escape, lists))})\.\d+\." if lists else r"(?!)"
+    )
     return [name for name in names if of_layer.match(name)]
 
 

@@ -12,7 +12,9 @@ from fitune.model.source import Kind, out_of_reach
 
 def brings_code(model: ModelConfig) -> ModelError:
     """Return the error for a model that works only with Python code of its own."""
-    return ModelError(f"{model.source} works by its own code alone: read it, then set {SWITCH}=true to run it")
+    return ModelError(
+        f"{model.source} works by its own code alone: read it, then set {SWITCH}=true to run it"
+    )
 
 
 def unreadable(model: ModelConfig, kind: Kind, error: BaseException) -> ModelError:
@@ -33,18 +35,24 @@ def unreadable(model: ModelConfig, kind: Kind, error: BaseException) -> ModelErr
         if names & {"RepositoryNotFoundError", "GatedRepoError"}:
             return ModelError(f"the hub has no {model.source} that this account may read: {first}")
         return out_of_reach(model.source)
-    if any(isinstance(link, pickle.UnpicklingError) or "weights_only" in str(link) for link in chain):
+    if any(
+        isinstance(link, pickle.UnpicklingError) or "weights_only" in str(link) for link in chain
+    ):
         return ModelError(
             f"the weights of {model.source} are pickled and hold code or are damaged, so they are "
             "not read: give "
             "safetensors"
         )
     if isinstance(error, SafetensorError):
-        return ModelError(f"the weights of {model.source} are damaged or incomplete ({first}): copy them again")
+        return ModelError(
+            f"the weights of {model.source} are damaged or incomplete ({first}): copy them again"
+        )
     if kind == "directory" and "no file named" in text:
         return ModelError(
             f"{model.source} holds no weights (model.safetensors): set model.init=random to train from scratch"
         )
     if "model type" in text and ("not recognize" in text or "should have" in text.lower()):
-        return ModelError(f"{model.source} has an architecture that this transformers does not know ({first})")
+        return ModelError(
+            f"{model.source} has an architecture that this transformers does not know ({first})"
+        )
     return ModelError(f"{model.source} cannot be read: {first}")

@@ -50,8 +50,16 @@ def _why_not(model: PreTrainedModel, target: str) -> str:
     found = [module for name, module in model.named_modules() if name.rpartition(".")[2] == target]
     if head is not None and any(module is head for module in found):
         is_tied = getattr(head, "weight", None) is getattr(embedding, "weight", None)
-        return "the head, whose weight is also the embedding's" if is_tied else "the head, which gets no adapter here"
-    return f"of the kind {type(found[0]).__name__} and no linear layer" if found else "which this model does not have"
+        return (
+            "the head, whose weight is also the embedding's"
+            if is_tied
+            else "the head, which gets no adapter here"
+        )
+    return (
+        f"of the kind {type(found[0]).__name__} and no linear layer"
+        if found
+        else "which this model does not have"
+    )
 
 
 def _apply(model: PreTrainedModel, lora: LoraConfig, *, names: list[str], seed: int) -> "PeftModel":
@@ -71,7 +79,9 @@ def _apply(model: PreTrainedModel, lora: LoraConfig, *, names: list[str], seed: 
         # peft uses names that this version of transformers has renamed.
         warnings.simplefilter("ignore", FutureWarning)
         # This concerns patterns that peft itself adds for the experts of some models.
-        warnings.filterwarnings("ignore", r"The following \w+_pattern keys did not match", RuntimeWarning)
+        warnings.filterwarnings(
+            "ignore", r"The following \w+_pattern keys did not match", RuntimeWarning
+        )
         # The weights are drawn on the CPU; the random state of a GPU does not change.
         torch.default_generator.manual_seed(seed)
         adapted = get_peft_model(model, config)
@@ -89,15 +99,21 @@ def load_adapters(model: PreTrainedModel, directory: Path) -> "PeftModel":
             from peft import PeftModel
 
             warnings.simplefilter("ignore", FutureWarning)
-            return cast(PeftModel, PeftModel.from_pretrained(model, str(directory), is_trainable=True))
+            return cast(
+                PeftModel, PeftModel.from_pretrained(model, str(directory), is_trainable=True)
+            )
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         first = " ".join(str(error).split())[:200]
-        raise ModelError(f"the adapters in {directory} cannot be loaded into this model: {first}") from error
+        raise ModelError(
+            f"the adapters in {directory} cannot be loaded into this model: {first}"
+        ) from error
 
 
 _KERNELS_READ_WEIGHTS = {"out_proj", "conv1d"}
 #: Layers whose weights these models give to a kernel without the adapter, so peft refuses them.
-_NOT_BY_PEFT = dict.fromkeys(("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"), _KERNELS_READ_WEIGHTS)
+_NOT_BY_PEFT = dict.fromkeys(
+    ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"), _KERNELS_READ_WEIGHTS
+)
 #: The settings in which adapters of fitune differ from one another, or from peft's defaults.
 _OWN_KEYS = {
     "auto_mapping", "base_model_name_or_path", "fan_in_fan_out", "inference_mode", "lora_alpha",
@@ -123,15 +139,25 @@ def _check_adapters(directory: Path) -> None:
     if not weights.is_file():
         raise ModelError(f"{directory} has no adapter_model.safetensors: copy the adapters again")
     if not isinstance(content, dict) or content.get("peft_type") != "LORA":
-        raise ModelError(f"{path} is not of LoRA adapters, which are the ones that fitune makes: give those")
-    unusual = sorted(key for key, value in content.items() if key not in _OWN_KEYS and not _is_default(key, value))
+        raise ModelError(
+            f"{path} is not of LoRA adapters, which are the ones that fitune makes: give those"
+        )
+    unusual = sorted(
+        key
+        for key, value in content.items()
+        if key not in _OWN_KEYS and not _is_default(key, value)
+    )
     targets, rank = content.get("target_modules"), content.get("r")
     if not isinstance(targets, list) or not all(isinstance(name, str) for name in targets):
         unusual.append("target_modules")
     if unusual:
-        raise ModelError(f"{path} sets {', '.join(unusual[:5])} as fitune's own adapters do not: merge them by peft")
+        raise ModelError(
+            f"{path} sets {', '.join(unusual[:5])} as fitune's own adapters do not: merge them by peft"
+        )
     if rank not in _ranks(weights):
-        raise ModelError(f"{path} says r: {rank}, and the adapters beside it have another rank: copy them again")
+        raise ModelError(
+            f"{path} says r: {rank}, and the adapters beside it have another rank: copy them again"
+        )
 
 
 def _is_default(key: str, value: Any) -> bool:

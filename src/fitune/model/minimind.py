@@ -43,7 +43,9 @@ def read_pth(path: Path) -> Tensors:
     try:
         with warnings.catch_warnings(), torch._C.DisableTorchFunction():
             warnings.filterwarnings("ignore", "Detected pickle protocol", UserWarning)
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            content = torch.load(
+                path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+            )
     except pickle.UnpicklingError as error:
         raise ModelError(
             f"{path} is refused: it is not a plain dictionary of tensors but holds pickled code or "
@@ -52,17 +54,29 @@ def read_pth(path: Path) -> Tensors:
         ) from error
     # Bytes that are no pickle may raise anything in its interpreter.
     except Exception as error:
-        raise ModelError(f"{path} cannot be read as a weights file ({_first_line(error)}); copy it again") from error
+        raise ModelError(
+            f"{path} cannot be read as a weights file ({_first_line(error)}); copy it again"
+        ) from error
     # A training checkpoint contains the weights and the optimizer.
     for key in ("model", "state_dict"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
-    if not isinstance(content, Mapping) or not all(isinstance(value, torch.Tensor) for value in content.values()):
-        raise ModelError(f"{path} holds no dictionary of tensors; save it with torch.save(model.state_dict(), path)")
+    if not isinstance(content, Mapping) or not all(
+        isinstance(value, torch.Tensor) for value in content.values()
+    ):
+        raise ModelError(
+            f"{path} holds no dictionary of tensors; save it with torch.save(model.state_dict(), path)"
+        )
     if odd := [name for name in content if not isinstance(name, str)]:
-        raise ModelError(f"{path} names a tensor {odd[0]!r}, which is no text: it is no model's state dictionary")
+        raise ModelError(
+            f"{path} names a tensor {odd[0]!r}, which is no text: it is no model's state dictionary"
+        )
     tensors = {_bare_name(name): tensor for name, tensor in content.items()}
-    return {name: tensor for name, tensor in tensors.items() if name.split(".")[-1] not in _ROTARY_TABLES}
+    return {
+        name: tensor
+        for name, tensor in tensors.items()
+        if name.split(".")[-1] not in _ROTARY_TABLES
+    }
 
 
 def pth_config(tensors: Tensors, shape: ShapeConfig, *, path: Path) -> PretrainedConfig:
@@ -73,22 +87,34 @@ def pth_config(tensors: Tensors, shape: ShapeConfig, *, path: Path) -> Pretraine
     `shape`, else from the preset with the same shapes. Raises ModelError if that is ambiguous or
     contradictory.
     """
-    missing = [name for name in (_EMBEDDING, f"{_LAYER}self_attn.q_proj.weight") if name not in tensors]
+    missing = [
+        name for name in (_EMBEDDING, f"{_LAYER}self_attn.q_proj.weight") if name not in tensors
+    ]
     if missing:
         first = ", ".join(list(tensors)[:3]) or "nothing"
-        raise ModelError(f"{path} is no minimind weights file: it lacks {missing[0]} and starts with {first}")
+        raise ModelError(
+            f"{path} is no minimind weights file: it lacks {missing[0]} and starts with {first}"
+        )
     if shape.preset is not None and shape.preset not in PRESETS:
-        raise ModelError(f"model.shape.preset is '{shape.preset}'; the presets are {', '.join(PRESETS)}")
+        raise ModelError(
+            f"model.shape.preset is '{shape.preset}'; the presets are {', '.join(PRESETS)}"
+        )
 
     for name, tensor in tensors.items():
         if name.startswith((_EMBEDDING, _LAYER)) and name.endswith("weight"):
             wanted = 1 if "norm" in name else 2
             if tensor.ndim != wanted or not tensor.numel():
-                raise ModelError(f"{path} is no minimind weights file: {name} has the shape {list(tensor.shape)}")
-    numbers = {int(m[1]) for m in map(re.compile(r"model\.layers\.(\d{1,9})\.").match, tensors) if m}
+                raise ModelError(
+                    f"{path} is no minimind weights file: {name} has the shape {list(tensor.shape)}"
+                )
+    numbers = {
+        int(m[1]) for m in map(re.compile(r"model\.layers\.(\d{1,9})\.").match, tensors) if m
+    }
     if numbers != set(range(len(numbers))):
         gap = min(set(range(len(numbers))) - numbers)
-        raise ModelError(f"{path} lacks layer {gap} of {max(numbers) + 1:,}: copy it again, or save the whole model")
+        raise ModelError(
+            f"{path} lacks layer {gap} of {max(numbers) + 1:,}: copy it again, or save the whole model"
+        )
     with told_as(
         ModelError,
         f"{path} holds tensors that no minimind model has",
@@ -105,11 +131,13 @@ def _config_of(tensors: Tensors, shape: ShapeConfig, *, path: Path) -> Pretraine
     found: dict[str, int] = {
         "vocab_size": vocab_size,
         "hidden_size": hidden_size,
-        "num_hidden_layers": 1 + max(int(m[1]) for m in map(re.compile(r"model\.layers\.(\d+)\.").match, tensors) if m),
+        "num_hidden_layers": 1
+        + max(int(m[1]) for m in map(re.compile(r"model\.layers\.(\d+)\.").match, tensors) if m),
         "num_attention_heads": queries // head_dim,
         "num_key_value_heads": keys // head_dim,
         "head_dim": head_dim,
-        "tie_word_embeddings": _HEAD not in tensors or torch.equal(tensors[_HEAD], tensors[_EMBEDDING]),
+        "tie_word_embeddings": _HEAD not in tensors
+        or torch.equal(tensors[_HEAD], tensors[_EMBEDDING]),
     }
     _check_shape(shape, found, path=path)
     if f"{_LAYER}mlp.experts.0.gate_proj.weight" in tensors:
@@ -120,7 +148,9 @@ def _config_of(tensors: Tensors, shape: ShapeConfig, *, path: Path) -> Pretraine
         return qwen3_moe_config(**found, moe_intermediate_size=width, num_experts=router.shape[0])
     gate = tensors.get(f"{_LAYER}mlp.gate_proj.weight")
     if gate is None:
-        raise ModelError(f"{path} lacks {_LAYER}mlp.gate_proj.weight, the first layer's feed-forward weights")
+        raise ModelError(
+            f"{path} lacks {_LAYER}mlp.gate_proj.weight, the first layer's feed-forward weights"
+        )
     build = qwen3_config if f"{_LAYER}self_attn.q_norm.weight" in tensors else llama_config
     return build(**found, intermediate_size=gate.shape[0])
 
@@ -150,7 +180,9 @@ def _head_dim(tensors: Tensors, shape: ShapeConfig, *, path: Path) -> int:
         )
     (num_heads,) = heads
     if queries % num_heads or keys % (queries // num_heads):
-        raise ModelError(f"{path} has {queries} query and {keys} key columns, which {num_heads} heads do not divide")
+        raise ModelError(
+            f"{path} has {queries} query and {keys} key columns, which {num_heads} heads do not divide"
+        )
     return int(queries // num_heads)
 
 
@@ -168,7 +200,9 @@ def _check_shape(shape: ShapeConfig, found: Mapping[str, int], *, path: Path) ->
             (f"preset {shape.preset}", getattr(preset, key, None)),
         ):
             if wanted is not None and wanted != found[key]:
-                raise ModelError(f"{origin} says {flag} {wanted}, but the tensors of {path} have {found[key]}")
+                raise ModelError(
+                    f"{origin} says {flag} {wanted}, but the tensors of {path} have {found[key]}"
+                )
 
 
 def _bare_name(name: str) -> str:

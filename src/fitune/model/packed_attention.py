@@ -67,12 +67,16 @@ class RowBoundaries:
     edges: dict[torch.dtype, torch.Tensor] = field(default_factory=dict, compare=False, repr=False)
 
 
-def row_boundaries(lengths: tuple[int, ...], *, device: torch.device, kernel: Kernel | None = None) -> RowBoundaries:
+def row_boundaries(
+    lengths: tuple[int, ...], *, device: torch.device, kernel: Kernel | None = None
+) -> RowBoundaries:
     """Return boundaries for `model(input_ids, position_ids=..., row_boundaries=...)`."""
     ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
     if device.type == "cuda":
         ends = ends.pin_memory()
-    return RowBoundaries(lengths, ends.to(device, non_blocking=True), max(lengths, default=0), kernel)
+    return RowBoundaries(
+        lengths, ends.to(device, non_blocking=True), max(lengths, default=0), kernel
+    )
 
 
 def attention_name(config: PretrainedConfig, attention: Attention | Auto) -> str | None:
@@ -89,17 +93,27 @@ def attention_name(config: PretrainedConfig, attention: Attention | Auto) -> str
     if model_class is not None and getattr(model_class, "_supports_attention_backend", False):
         return _NAME if attention == "auto" else _FORCED[attention][0]
     if attention == "auto":
-        return None if model_class is None or getattr(model_class, "_supports_sdpa", False) else "eager"
-    raise ModelError(f"model.attention={attention} is not available for '{config.model_type}': use auto or eager")
+        return (
+            None
+            if model_class is None or getattr(model_class, "_supports_sdpa", False)
+            else "eager"
+        )
+    raise ModelError(
+        f"model.attention={attention} is not available for '{config.model_type}': use auto or eager"
+    )
 
 
-def check_attention(attention: Attention | Auto, *, device: torch.device, dtype: torch.dtype) -> None:
+def check_attention(
+    attention: Attention | Auto, *, device: torch.device, dtype: torch.dtype
+) -> None:
     """Raise ModelError if torch has no such kernel for the device and dtype.
 
     dtype: that of matrix products.
     """
     if attention == "efficient" and device.type == "cpu":
-        raise ModelError("model.attention=efficient exists on CUDA only: use auto, flash, math or eager on a CPU")
+        raise ModelError(
+            "model.attention=efficient exists on CUDA only: use auto, flash, math or eager on a CPU"
+        )
     if attention == "flash" and device.type == "cuda" and dtype == torch.float32:
         raise ModelError(
             "model.attention=flash needs 16 bits on CUDA, but model.precision is float32: "
@@ -123,10 +137,16 @@ def can_pack(model: nn.Module) -> str | None:
         return f"layers of kind {', '.join(sorted(strange))} carry state from sample to sample"
     if getattr(config, "attention_chunk_size", None) is not None:
         return "its attention works in chunks"
-    if getattr(config, "use_bidirectional_attention", False) or not getattr(config, "is_causal", True):
+    if getattr(config, "use_bidirectional_attention", False) or not getattr(
+        config, "is_causal", True
+    ):
         return "its attention is not causal"
     mixing = next(
-        (type(part).__name__ for part in model.modules() if isinstance(part, nn.Conv1d | nn.RNNBase)),
+        (
+            type(part).__name__
+            for part in model.modules()
+            if isinstance(part, nn.Conv1d | nn.RNNBase)
+        ),
         None,
     )
     if mixing is not None:
@@ -173,7 +193,9 @@ def rows_attention(
     real tokens, so causal attention never sees it and no mask is needed.
     """
     if position_bias is not None:
-        raise ModelError("this model adds a bias to its attention scores, which fitune cannot compute by samples")
+        raise ModelError(
+            "this model adds a bias to its attention scores, which fitune cannot compute by samples"
+        )
     scoring = Scoring(scaling, dropout, sliding_window, softcap, s_aux, backend)
     if row_boundaries is None:
         attended = attend(query_BHSD, key_BGSD, value_BGSD, scoring=scoring, mask=attention_mask)
@@ -183,7 +205,9 @@ def rows_attention(
     if is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         # Rotary embeddings return float32. Only torch's own attention casts under autocast.
         dtype = torch.get_autocast_dtype(kind)
-        query_BHSD, key_BGSD, value_BGSD = (part.to(dtype) for part in (query_BHSD, key_BGSD, value_BGSD))
+        query_BHSD, key_BGSD, value_BGSD = (
+            part.to(dtype) for part in (query_BHSD, key_BGSD, value_BGSD)
+        )
     kernel = row_boundaries.kernel or _choose_kernel(query_BHSD, value_BGSD, scoring)
     if kernel != "rows":
         query_THD, key_TGD, value_TGD = (
@@ -192,9 +216,14 @@ def rows_attention(
             for part in (query_BHSD, key_BGSD, value_BGSD)
         )
         attend_flat = _varlen if kernel == "varlen" else _flash_attn
-        out_THD = attend_flat(query_THD, key_TGD, value_TGD, scoring=scoring, boundaries=row_boundaries)
+        out_THD = attend_flat(
+            query_THD, key_TGD, value_TGD, scoring=scoring, boundaries=row_boundaries
+        )
         return out_THD[None], None
-    parts = (torch.split(part, list(row_boundaries.lengths), dim=2) for part in (query_BHSD, key_BGSD, value_BGSD))
+    parts = (
+        torch.split(part, list(row_boundaries.lengths), dim=2)
+        for part in (query_BHSD, key_BGSD, value_BGSD)
+    )
     pieces = [
         piece.transpose(1, 2)
         for row in zip(*parts, strict=True)
@@ -221,7 +250,12 @@ def _attend_in_pieces(
     length = query_BHSD.shape[2]
     whole = scoring.needs_steps or scoring.dropout > 0 or scoring.backend is not None
     whole |= scoring.window is not None and scoring.window < length
-    if whole or length < LEAST_CUT or query_BHSD.device.type != "cpu" or compute_capability(query_BHSD) is not None:
+    if (
+        whole
+        or length < LEAST_CUT
+        or query_BHSD.device.type != "cpu"
+        or compute_capability(query_BHSD) is not None
+    ):
         yield attend(query_BHSD, key_BGSD, value_BGSD, scoring=scoring)
         return
     edge = _edge(boundaries, query_BHSD)
@@ -241,7 +275,9 @@ def _edge(boundaries: RowBoundaries, query: torch.Tensor) -> torch.Tensor:
     """
     if query.dtype not in boundaries.edges:
         longest = max(CUT_QUERIES, boundaries.longest)
-        hidden = torch.full((CUT_QUERIES, longest), -torch.inf, dtype=query.dtype, device=query.device)
+        hidden = torch.full(
+            (CUT_QUERIES, longest), -torch.inf, dtype=query.dtype, device=query.device
+        )
         boundaries.edges[query.dtype] = hidden.triu(longest - CUT_QUERIES + 1)
     return boundaries.edges[query.dtype]
 
@@ -260,7 +296,9 @@ def _choose_kernel(
     """
     plain = not scoring.needs_steps and scoring.dropout == 0 and scoring.backend is None
     capability = compute_capability(query)
-    if capability is None or not (plain and query.element_size() == 2 and query.shape[-1] == value.shape[-1] <= 256):
+    if capability is None or not (
+        plain and query.element_size() == 2 and query.shape[-1] == value.shape[-1] <= 256
+    ):
         return "rows"
     if query.is_cuda and (_has_flash_attn() if has_flash_attn is None else has_flash_attn):
         return "flash_attn"
@@ -290,7 +328,9 @@ def _varlen(
         options["enable_gqa"] = query_THD.shape[1] != key_TGD.shape[1]
     else:
         repeats = query_THD.shape[1] // key_TGD.shape[1]
-        key_TGD, value_TGD = (part.repeat_interleave(repeats, dim=1) for part in (key_TGD, value_TGD))
+        key_TGD, value_TGD = (
+            part.repeat_interleave(repeats, dim=1) for part in (key_TGD, value_TGD)
+        )
     if "window_size" in accepted:
         options["window_size"] = (-1 if scoring.window is None else scoring.window - 1, 0)
     else:
@@ -368,8 +408,16 @@ def prepare_for_compilation() -> None:
     returns to uncompiled code, since it would otherwise be compiled again for every set of lengths.
     """
     uncompiled = torch.compiler.disable(rows_attention)
-    has_kernel = torch.cuda.is_available() and not _has_flash_attn() and "window_size" in _varlen_parameters()
-    _register(functools.partial(_attention_in_compiled_layer, uncompiled, _varlen_attn()) if has_kernel else uncompiled)
+    has_kernel = (
+        torch.cuda.is_available()
+        and not _has_flash_attn()
+        and "window_size" in _varlen_parameters()
+    )
+    _register(
+        functools.partial(_attention_in_compiled_layer, uncompiled, _varlen_attn())
+        if has_kernel
+        else uncompiled
+    )
 
 
 def _attention_in_compiled_layer(
@@ -399,7 +447,9 @@ def _attention_in_compiled_layer(
         "row_boundaries": row_boundaries,
     }
     parts = query_BHSD, key_BGSD, value_BGSD
-    is_plain = all(options.get(name) is None for name in ("softcap", "s_aux", "position_bias", "backend"))
+    is_plain = all(
+        options.get(name) is None for name in ("softcap", "s_aux", "position_bias", "backend")
+    )
     scoring = Scoring(scaling, dropout, sliding_window, None, None, None)
     if row_boundaries is None or row_boundaries.kernel is not None or not is_plain:
         return cast(

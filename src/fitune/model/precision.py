@@ -35,7 +35,9 @@ class Precision:
         enabled = self.autocast_dtype is not None
         return cast(
             AbstractContextManager[Any],
-            torch.autocast(device_type, dtype=self.autocast_dtype or torch.float32, enabled=enabled),
+            torch.autocast(
+                device_type, dtype=self.autocast_dtype or torch.float32, enabled=enabled
+            ),
         )
 
 
@@ -53,7 +55,11 @@ def resolve_precision(model: ModelConfig, device_type: str, bfloat16: bool) -> P
     if model.precision != "auto":
         return _precision(model.precision, model.method, reason="as configured")
     if device_type == "cpu":
-        reason = "a CPU without bfloat16 instructions runs bfloat16 about 20 times slower" if not bfloat16 else "a CPU"
+        reason = (
+            "a CPU without bfloat16 instructions runs bfloat16 about 20 times slower"
+            if not bfloat16
+            else "a CPU"
+        )
         return _precision("float32", model.method, reason=reason)
     if not bfloat16:
         return _precision(
@@ -62,8 +68,12 @@ def resolve_precision(model: ModelConfig, device_type: str, bfloat16: bool) -> P
             reason="this GPU has no bfloat16; gradients are scaled",
         )
     if model.method != "full":
-        return _precision("bfloat16", model.method, reason="frozen weights lose nothing by half the memory")
-    return _precision("autocast_bfloat16", model.method, reason="small updates need float32 parameters")
+        return _precision(
+            "bfloat16", model.method, reason="frozen weights lose nothing by half the memory"
+        )
+    return _precision(
+        "autocast_bfloat16", model.method, reason="small updates need float32 parameters"
+    )
 
 
 def device_precision(device: torch.device) -> tuple[str, bool]:

@@ -30,7 +30,9 @@ _MOE: dict[str, Any] = _QWEN3 | {
 def preset_config(name: str) -> PretrainedConfig:
     """Return the configuration of a preset, one of `source.PRESETS`."""
     if name == "minimind-3":
-        return qwen3_config(hidden_size=768, num_hidden_layers=8, head_dim=96, intermediate_size=2432)
+        return qwen3_config(
+            hidden_size=768, num_hidden_layers=8, head_dim=96, intermediate_size=2432
+        )
     if name == "minimind-3-moe":
         return qwen3_moe_config(
             hidden_size=768,
@@ -40,7 +42,9 @@ def preset_config(name: str) -> PretrainedConfig:
             num_experts=4,
         )
     if name == "minimind2":
-        return llama_config(hidden_size=768, num_hidden_layers=16, head_dim=96, intermediate_size=2048)
+        return llama_config(
+            hidden_size=768, num_hidden_layers=16, head_dim=96, intermediate_size=2048
+        )
     assert name == "minimind2-small", name
     return llama_config(hidden_size=512, num_hidden_layers=8, head_dim=64, intermediate_size=1408)
 

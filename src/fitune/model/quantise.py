@@ -32,7 +32,9 @@ _NUM_CODES, _NUM_SCALE_CODES = 16, 256
 _MOST_ELEMENTS = 2**31
 #: a share of the parameters below which `not_quantised` does not mention them
 _LEAST_SHARE = 0.05
-NOT_QUANTISED = "qlora packs linear layers, and experts that transformers computes through its registry"
+NOT_QUANTISED = (
+    "qlora packs linear layers, and experts that transformers computes through its registry"
+)
 
 
 class NF4Linear(nn.Linear):
@@ -107,7 +109,9 @@ def _unpacked(packed: Any, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor
         del scales
         return weight
     kernels = _kernels()
-    outer = kernels.QuantState(packed.outer_scales, code=packed.scale_codes, blocksize=SCALE_BLOCK, dtype=torch.float32)
+    outer = kernels.QuantState(
+        packed.outer_scales, code=packed.scale_codes, blocksize=SCALE_BLOCK, dtype=torch.float32
+    )
     state = kernels.QuantState(
         packed.scales, shape=torch.Size(shape), code=packed.codes, blocksize=BLOCK,
         quant_type="nf4", dtype=dtype, offset=packed.offset, state2=outer,
@@ -142,7 +146,9 @@ def quantise(model: PreTrainedModel) -> PreTrainedModel:
         if isinstance(child, nn.Linear) and child is not head
     ]
     if not found:
-        raise ModelError("model.method=qlora needs linear layers, and this model has none: use lora")
+        raise ModelError(
+            "model.method=qlora needs linear layers, and this model has none: use lora"
+        )
     for parent, name, child in found:
         setattr(parent, name, NF4Linear(child))
     for experts in list(model.modules()):
@@ -159,7 +165,9 @@ def _packable(module: nn.Module) -> list[str]:
     For any other module there are none.
     """
     config = getattr(module, "config", None)
-    if getattr(config, "_experts_implementation", None) != EXPERTS or not hasattr(module, "_is_expert_parallel"):
+    if getattr(config, "_experts_implementation", None) != EXPERTS or not hasattr(
+        module, "_is_expert_parallel"
+    ):
         return []
     return [
         name
@@ -183,7 +191,9 @@ def not_quantised(model: nn.Module) -> str | None:
         and not isinstance(module, nn.Linear | nn.Embedding)
         and not key.startswith("lora_")
     ]
-    share = sum(parameter.numel() for _, parameter in bare) / sum(map(num_weights, model.parameters()))
+    share = sum(parameter.numel() for _, parameter in bare) / sum(
+        map(num_weights, model.parameters())
+    )
     if share < _LEAST_SHARE:
         return None
     names = ", ".join(sorted({name for name, _ in bare}))

@@ -34,7 +34,9 @@ _EXPENSIVE_NAMES = {
 }
 #: Selectively saved tensors stay on the GPU; PyTorch 2.14 warns that its default will change.
 _HOOKS = (
-    {"respect_saved_tensors_hooks": False} if "respect_saved_tensors_hooks" in signature(checkpoint).parameters else {}
+    {"respect_saved_tensors_hooks": False}
+    if "respect_saved_tensors_hooks" in signature(checkpoint).parameters
+    else {}
 )
 _EXPERTS_NAMES = {"aten::_grouped_mm", "transformers::grouped_mm_fallback"}
 #: One layer in so many is recomputed.
@@ -61,7 +63,11 @@ def set_recompute(model: nn.Module, recompute: Recompute, *, offload: bool = Fal
     again = partial(cast(Callable[..., Any], checkpoint), use_reentrant=False, **_HOOKS)
     if recompute == "selective":
         # Experts with a bias add it to their product in place, so that product cannot be saved.
-        experts = set() if any(getattr(part, "has_bias", False) for part in model.modules()) else _EXPERTS_NAMES
+        experts = (
+            set()
+            if any(getattr(part, "has_bias", False) for part in model.modules())
+            else _EXPERTS_NAMES
+        )
         policy = partial(_policy, names=_EXPENSIVE_NAMES | experts)
         again = partial(again, context_fn=partial(create_selective_checkpoint_contexts, policy))
     if offload:
@@ -84,7 +90,9 @@ def recomputable_layers(model: nn.Module) -> list[GradientCheckpointingLayer]:
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
-def _with_inputs_on_host(again: Callable[..., Any], function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+def _with_inputs_on_host(
+    again: Callable[..., Any], function: Callable[..., Any], *args: Any, **options: Any
+) -> Any:
     """Run a checkpointed layer with its saved inputs on the host.
 
     Inside it, `again` has hooks of its own, so only what it saves itself is moved: no weight.
@@ -94,6 +102,9 @@ def _with_inputs_on_host(again: Callable[..., Any], function: Callable[..., Any]
 
 
 def _policy(_: Any, operator: Any, *args: Any, names: set[str], **options: Any) -> CheckpointPolicy:
-    if operator in _EXPENSIVE or str(operator).removesuffix(".default").replace(".", "::", 1) in names:
+    if (
+        operator in _EXPENSIVE
+        or str(operator).removesuffix(".default").replace(".", "::", 1) in names
+    ):
         return CheckpointPolicy.MUST_SAVE
     return CheckpointPolicy.PREFER_RECOMPUTE

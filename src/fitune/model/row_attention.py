@@ -78,7 +78,9 @@ def _attend_in_steps(
     The softmax is in float32, as in transformers' eager attention.
     """
     repeats = query_BHSD.shape[1] // key_BGSD.shape[1]
-    key_BHSD, value_BHSD = (part.repeat_interleave(repeats, dim=1) for part in (key_BGSD, value_BGSD))
+    key_BHSD, value_BHSD = (
+        part.repeat_interleave(repeats, dim=1) for part in (key_BGSD, value_BGSD)
+    )
     scale = scoring.scaling if scoring.scaling is not None else query_BHSD.shape[-1] ** -0.5
     scores = query_BHSD @ key_BHSD.transpose(2, 3) * scale
     if scoring.softcap is not None:
@@ -86,13 +88,21 @@ def _attend_in_steps(
     if mask is not None:
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     if scoring.sinks_H is not None:
-        sinks = scoring.sinks_H.to(scores.dtype).view(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[2], 1)
+        sinks = (
+            scoring.sinks_H.to(scores.dtype)
+            .view(1, -1, 1, 1)
+            .expand(scores.shape[0], -1, scores.shape[2], 1)
+        )
         scores = torch.cat([scores, sinks], dim=-1)
-    weights = scores.softmax(dim=-1, dtype=torch.float32).to(value_BHSD.dtype)[..., : key_BHSD.shape[2]]
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(value_BHSD.dtype)[
+        ..., : key_BHSD.shape[2]
+    ]
     return functional.dropout(weights, scoring.dropout) @ value_BHSD
 
 
-def _band(num_queries: int, num_keys: int, window: int | None, device: torch.device) -> torch.Tensor:
+def _band(
+    num_queries: int, num_keys: int, window: int | None, device: torch.device
+) -> torch.Tensor:
     """Return which keys each query may see, bool [num_queries, num_keys].
 
     The last query is at the position of the last key.

@@ -79,14 +79,26 @@ def model_files(
             plain = _plain(model)
             generation = plain.generation_config
             if generation is not None:
-                known = generation.eos_token_id if generation.eos_token_id is not None else tokenizer.eos_token_id
+                known = (
+                    generation.eos_token_id
+                    if generation.eos_token_id is not None
+                    else tokenizer.eos_token_id
+                )
                 known = known if isinstance(known, list) else [] if known is None else [known]
                 learned = [tokenizer.convert_tokens_to_ids(end) for end in ends]
-                all_ends = list(dict.fromkeys([*known, *(end for end in learned if isinstance(end, int))]))
-                generation.eos_token_id = all_ends if len(all_ends) > 1 else next(iter(all_ends), None)
+                all_ends = list(
+                    dict.fromkeys([*known, *(end for end in learned if isinstance(end, int))])
+                )
+                generation.eos_token_id = (
+                    all_ends if len(all_ends) > 1 else next(iter(all_ends), None)
+                )
             plain.save_pretrained(directory, state_dict={})
         tokenizer.save_pretrained(directory)
-        files = (path for path in Path(directory).rglob("*") if path.is_file() and path.suffix != ".safetensors")
+        files = (
+            path
+            for path in Path(directory).rglob("*")
+            if path.is_file() and path.suffix != ".safetensors"
+        )
         return {path.relative_to(directory).as_posix(): path.read_bytes() for path in files}
 
 
@@ -117,7 +129,9 @@ def saved_tensors(
     left_out = set(plain._keys_to_ignore_on_save or ())
     named = plain_tensors(model) if state is None else state
     tensors = {name: tensor for name, tensor in named.items() if name not in left_out}
-    return "model.safetensors", revert_weight_conversion(plain, remove_tied_weights_from_state_dict(tensors, plain))
+    return "model.safetensors", revert_weight_conversion(
+        plain, remove_tied_weights_from_state_dict(tensors, plain)
+    )
 
 
 def _plain(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
@@ -161,7 +175,9 @@ def export_minimind(
         tensors = _cast(tensors, dtype)
         overflown = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
         if overflown:
-            raise ModelError(f"{overflown[0]} holds values beyond {dtype}: export it in the model's own type")
+            raise ModelError(
+                f"{overflown[0]} holds values beyond {dtype}: export it in the model's own type"
+            )
     unfinished = path.with_name(f".{path.name}.new")
     with _errors_as_model_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -184,7 +200,9 @@ def plain_tensors(model: PreTrainedModel | PeftModel) -> dict[str, torch.Tensor]
         return cast(dict[str, torch.Tensor], model.state_dict())
     plain = model.get_base_model()
     tensors = {
-        name.replace(".base_layer.", "."): tensor for name, tensor in plain.state_dict().items() if ".lora_" not in name
+        name.replace(".base_layer.", "."): tensor
+        for name, tensor in plain.state_dict().items()
+        if ".lora_" not in name
     }
     compute_dtype = plain.get_input_embeddings().weight.dtype
     for name, layer in plain.named_modules():
@@ -199,7 +217,9 @@ def plain_tensors(model: PreTrainedModel | PeftModel) -> dict[str, torch.Tensor]
         if isinstance(layer, BaseTunerLayer):
             weight = tensors[f"{name}.weight"]
             with torch.no_grad():
-                delta = sum(layer.get_delta_weight(adapter).float() for adapter in layer.active_adapters)
+                delta = sum(
+                    layer.get_delta_weight(adapter).float() for adapter in layer.active_adapters
+                )
                 tensors[f"{name}.weight"] = (weight.float() + delta).to(weight.dtype)
     return tensors
 
@@ -215,7 +235,9 @@ def replaced_directory(directory: Path) -> Iterator[Path]:
     recover_directory(directory)
     occupied = directory.exists() and not (directory.is_dir() and not any(directory.iterdir()))
     if occupied and not any((directory / mark).is_file() for mark in _MARKS):
-        raise ModelError(f"{directory} exists and is no model directory: give another name, nothing was overwritten")
+        raise ModelError(
+            f"{directory} exists and is no model directory: give another name, nothing was overwritten"
+        )
     new, old = _temporary_name(directory, "new"), _temporary_name(directory, "old")
     with _errors_as_model_errors(directory):
         shutil.rmtree(new, ignore_errors=True)
@@ -255,7 +277,9 @@ def _not_minimind(model: PreTrainedModel | PeftModel) -> str | None:
         return "it has sliding windows"
     if config.rope_parameters["rope_type"] != "default":
         return f"its positions are scaled ({config.rope_parameters['rope_type']})"
-    if config.model_type == "qwen3_moe" and (config.mlp_only_layers or config.decoder_sparse_step != 1):
+    if config.model_type == "qwen3_moe" and (
+        config.mlp_only_layers or config.decoder_sparse_step != 1
+    ):
         return "some of its layers have experts and some have none"
     return None
 
@@ -284,7 +308,10 @@ def _with_single_experts(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Te
 def _cast(tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """Return the tensors in `dtype`; tied tensors remain tied."""
     done: dict[int, torch.Tensor] = {}
-    return {name: done.setdefault(tensor.data_ptr(), tensor.to(dtype)) for name, tensor in tensors.items()}
+    return {
+        name: done.setdefault(tensor.data_ptr(), tensor.to(dtype))
+        for name, tensor in tensors.items()
+    }
 
 
 @contextmanager
@@ -294,7 +321,9 @@ def _errors_as_model_errors(path: Path) -> Iterator[None]:
         yield
     except (OSError, RuntimeError) as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ModelError(f"{path} cannot be written ({first}); what was there before is untouched") from error
+        raise ModelError(
+            f"{path} cannot be written ({first}); what was there before is untouched"
+        ) from error
 
 
 def _temporary_name(directory: Path, what: str) -> Path:

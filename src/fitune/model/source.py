@@ -37,13 +37,19 @@ def source_kind(source: str) -> Kind:
             raise ModelError(f"model.source '{source}' does not exist")
         return "gguf" if path.suffix == ".gguf" else "pth"
     if path.is_file():
-        raise ModelError(f"model.source '{source}' is a file of unknown kind; give a directory, a .gguf or a .pth")
+        raise ModelError(
+            f"model.source '{source}' is a file of unknown kind; give a directory, a .gguf or a .pth"
+        )
     if source in PRESETS:
         return "preset"
     if source.startswith((".", "~", os.sep)) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source):
-        raise ModelError(f"model.source '{source}' does not exist; presets are {', '.join(PRESETS)}")
+        raise ModelError(
+            f"model.source '{source}' does not exist; presets are {', '.join(PRESETS)}"
+        )
     if "/" not in source and (near := get_close_matches(source, PRESETS, n=1, cutoff=0.8)):
-        raise ModelError(f"model.source '{source}' is neither a path nor a preset: did you mean {near[0]}?")
+        raise ModelError(
+            f"model.source '{source}' is neither a path nor a preset: did you mean {near[0]}?"
+        )
     return "hub"
 
 
@@ -63,9 +69,13 @@ def check_tokenizer(model: ModelConfig) -> None:
     kind = source_kind(source)
     path = Path(source).expanduser()
     if kind == "preset" or (kind == "pth" and not has_tokenizer(path.parent)):
-        raise ModelError(f"{source} carries no tokenizer: set model.tokenizer to a directory or hub id that has one")
+        raise ModelError(
+            f"{source} carries no tokenizer: set model.tokenizer to a directory or hub id that has one"
+        )
     if kind == "directory" and not has_tokenizer(path):
-        raise ModelError(f"{source} has no tokenizer.json: set model.tokenizer to a directory or hub id that has one")
+        raise ModelError(
+            f"{source} has no tokenizer.json: set model.tokenizer to a directory or hub id that has one"
+        )
     if kind == "hub" and source != model.source:
         _check_hub(source, "tokenizer_config.json")
 
@@ -89,6 +99,8 @@ def _check_hub(source: str, file: str = "config.json") -> None:
     try:
         is_cached = isinstance(try_to_load_from_cache(source, file), str)
     except HFValidationError as error:
-        raise ModelError(f"model.source '{source}' is neither a path nor a hub id: {error}") from error
+        raise ModelError(
+            f"model.source '{source}' is neither a path nor a hub id: {error}"
+        ) from error
     if not is_cached and not hub_is_known():
         raise out_of_reach(source)

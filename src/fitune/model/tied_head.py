@@ -33,7 +33,9 @@ def joined_to_embedding(head: Head) -> Iterator[list[Head]]:
     def join(_: nn.Module, args: tuple[Any, ...], embedded: Tensor) -> Tensor | None:
         if len(heads) > 1 or not args:
             return None
-        embedded, weight_VD = _Joined.apply(embedded.detach(), args[0], head.weight, embedding.padding_idx)  # type: ignore[no-untyped-call]
+        embedded, weight_VD = _Joined.apply(
+            embedded.detach(), args[0], head.weight, embedding.padding_idx
+        )  # type: ignore[no-untyped-call]
         heads.append(replace(head, joined_weight=weight_VD))
         return embedded
 
@@ -54,7 +56,9 @@ def _tied_embedding(head: Head) -> nn.Embedding | None:
     embedding = head.decoder.get_input_embeddings()  # type: ignore[operator]
     if type(embedding) is not nn.Embedding or embedding.weight is not head.weight:
         return None
-    is_plain = embedding.max_norm is None and not embedding.scale_grad_by_freq and not embedding.sparse
+    is_plain = (
+        embedding.max_norm is None and not embedding.scale_grad_by_freq and not embedding.sparse
+    )
     return embedding if is_plain else None
 
 
@@ -89,5 +93,7 @@ class _Joined(torch.autograd.Function):
             )
         padding_id = -1 if ctx.padding_id is None else ctx.padding_id
         # On a GPU index_add_ adds in no fixed order, so a run could not be repeated bit for bit.
-        rows_VD = torch.ops.aten.embedding_dense_backward(grad_BSD, ids_BS, ctx.num_words, padding_id, False)
+        rows_VD = torch.ops.aten.embedding_dense_backward(
+            grad_BSD, ids_BS, ctx.num_words, padding_id, False
+        )
         return None, None, rows_VD if grad_VD is None else grad_VD.add_(rows_VD), None

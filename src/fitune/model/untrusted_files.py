@@ -88,9 +88,13 @@ def check_weight_index(directory: Path, *, is_complete: bool = True) -> None:
             raise ModelError(f"{path} has no weight_map from tensors to their files: copy it again")
         for name in files.values():
             if not isinstance(name, str) or Path(name).is_absolute() or ".." in Path(name).parts:
-                raise ModelError(f"{path} names {name!r}, which is no file inside of {directory}: copy the model again")
+                raise ModelError(
+                    f"{path} names {name!r}, which is no file inside of {directory}: copy the model again"
+                )
             if is_complete and not (directory / name).is_file():
-                raise ModelError(f"{path} names {name}, which {directory} does not have: copy the model again")
+                raise ModelError(
+                    f"{path} names {name}, which {directory} does not have: copy the model again"
+                )
         return
 
 
@@ -115,13 +119,19 @@ def _growth(step: dict[str, Any]) -> float:
         return _charsmap_growth(step.get("precompiled_charsmap"))
     pieces = step.get("single")
     return (
-        max(1, sum("Sequence" in each for each in pieces if isinstance(each, dict))) if isinstance(pieces, list) else 1
+        max(1, sum("Sequence" in each for each in pieces if isinstance(each, dict)))
+        if isinstance(pieces, list)
+        else 1
     )
 
 
 def _replacement_growth(pattern: Any, content: Any) -> float:
     length = len(content) if isinstance(content, str) else 0
-    literal, regex = (pattern.get(key) for key in ("String", "Regex")) if isinstance(pattern, dict) else (None, None)
+    literal, regex = (
+        (pattern.get(key) for key in ("String", "Regex"))
+        if isinstance(pattern, dict)
+        else (None, None)
+    )
     if isinstance(literal, str) and literal:
         return max(1, length / len(literal))
     return max(1, length + (not isinstance(regex, str) or _may_be_empty(regex)))
@@ -148,4 +158,6 @@ def _charsmap_growth(charsmap: Any) -> float:
     except (TypeError, ValueError):
         return 1
     replacements = table[4 + int.from_bytes(table[:4], "little") :]
-    return max(1, *(len(each.decode(errors="replace")) for each in (b"", *replacements.split(b"\0"))))
+    return max(
+        1, *(len(each.decode(errors="replace")) for each in (b"", *replacements.split(b"\0")))
+    )

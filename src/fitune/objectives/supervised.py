@@ -57,10 +57,14 @@ def token_loss_sum(model: nn.Module, micro_batch: MicroBatch, settings: LossSett
         return _weighted_cross_entropy(_supervised_logits(model, micro_batch), micro_batch)
     with joined_to_embedding(settings.head) as heads:
         hidden_ND = _supervised_hidden(settings.head, micro_batch)
-    return chunked_cross_entropy(hidden_ND, heads[-1], micro_batch, chunk_tokens=settings.chunk_tokens)
+    return chunked_cross_entropy(
+        hidden_ND, heads[-1], micro_batch, chunk_tokens=settings.chunk_tokens
+    )
 
 
-def losses_and_correct(model: nn.Module, micro_batch: MicroBatch, settings: LossSettings) -> tuple[Tensor, Tensor]:
+def losses_and_correct(
+    model: nn.Module, micro_batch: MicroBatch, settings: LossSettings
+) -> tuple[Tensor, Tensor]:
     """Return the weighted loss of each supervised token and the number of correct predictions.
 
     The losses are float32 [N]. A prediction is correct if the target is the most likely token;
@@ -69,18 +73,24 @@ def losses_and_correct(model: nn.Module, micro_batch: MicroBatch, settings: Loss
     if settings.head is None:
         logits_NV = _supervised_logits(model, micro_batch)
         losses_N = F.cross_entropy(logits_NV.float(), micro_batch.target_ids_N, reduction="none")
-        return losses_N * micro_batch.target_weights_N, _num_correct(logits_NV, micro_batch.target_ids_N)
+        return losses_N * micro_batch.target_weights_N, _num_correct(
+            logits_NV, micro_batch.target_ids_N
+        )
     hidden_ND = _supervised_hidden(settings.head, micro_batch)
     losses_N = hidden_ND.new_empty(hidden_ND.shape[0], dtype=torch.float32)
     correct = torch.zeros((), dtype=torch.int64, device=hidden_ND.device)
     for chunk in _chunks(hidden_ND.shape[0], settings.chunk_tokens):
         logits_NV = settings.head.logits(hidden_ND[chunk])
-        losses_N[chunk] = F.cross_entropy(logits_NV.float(), micro_batch.target_ids_N[chunk], reduction="none")
+        losses_N[chunk] = F.cross_entropy(
+            logits_NV.float(), micro_batch.target_ids_N[chunk], reduction="none"
+        )
         correct += _num_correct(logits_NV, micro_batch.target_ids_N[chunk])
     return losses_N * micro_batch.target_weights_N, correct
 
 
-def chunked_cross_entropy(hidden_ND: Tensor, head: Head, micro_batch: MicroBatch, *, chunk_tokens: int) -> Tensor:
+def chunked_cross_entropy(
+    hidden_ND: Tensor, head: Head, micro_batch: MicroBatch, *, chunk_tokens: int
+) -> Tensor:
     """Return the weighted sum of the cross-entropies of `head.logits(hidden_ND)`, a float32 scalar.
 
     The logits of at most `chunk_tokens` tokens exist at the same time.
@@ -127,7 +137,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 part_ND = hidden_ND[chunk].to(compute_dtype)
                 bias = None if bias_V is None else bias_V.to(compute_dtype)
                 logits_NV = _transform(F.linear(part_ND, matmul_weight_VD, bias).float(), head)
-                losses_N, grad_NV = _losses_and_gradient(logits_NV, target_N[chunk], weights_N[chunk], head)
+                losses_N, grad_NV = _losses_and_gradient(
+                    logits_NV, target_N[chunk], weights_N[chunk], head
+                )
                 loss += losses_N @ weights_N[chunk]
                 if not (needs_hidden or needs_weight or needs_bias):
                     continue
@@ -144,7 +156,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                     grad_bias_V += grad_NV.sum(0)
                 # Free it before the next chunk's logits are allocated.
                 del grad_NV
-        ctx.save_for_backward(*(t for t in (grad_hidden_ND, grad_weight_VD, grad_bias_V) if t is not None))
+        ctx.save_for_backward(
+            *(t for t in (grad_hidden_ND, grad_weight_VD, grad_bias_V) if t is not None)
+        )
         ctx.present = tuple(t is not None for t in (grad_hidden_ND, grad_weight_VD, grad_bias_V))
         return loss
 
@@ -167,17 +181,24 @@ def _compute_dtype(hidden: Tensor) -> torch.dtype:
 
 
 def _chunks(num_positions: int, chunk_tokens: int) -> list[slice]:
-    return [slice(start, min(start + chunk_tokens, num_positions)) for start in range(0, num_positions, chunk_tokens)]
+    return [
+        slice(start, min(start + chunk_tokens, num_positions))
+        for start in range(0, num_positions, chunk_tokens)
+    ]
 
 
 def _transform(raw_NV: Tensor, head: Head) -> Tensor:
     """Apply to the product h @ weight.T + bias what `Head.logits` applies after it, in place."""
     if head.scale != 1:
         raw_NV.mul_(head.scale)
-    return raw_NV if head.soft_cap is None else raw_NV.div_(head.soft_cap).tanh_().mul_(head.soft_cap)
+    return (
+        raw_NV if head.soft_cap is None else raw_NV.div_(head.soft_cap).tanh_().mul_(head.soft_cap)
+    )
 
 
-def _losses_and_gradient(logits_NV: Tensor, target_N: Tensor, weights_N: Tensor, head: Head) -> tuple[Tensor, Tensor]:
+def _losses_and_gradient(
+    logits_NV: Tensor, target_N: Tensor, weights_N: Tensor, head: Head
+) -> tuple[Tensor, Tensor]:
     """Return the cross-entropies [N] and the gradient of their weighted sum.
 
     The gradient is that with respect to `raw_NV` of `_transform`: w * scale * (softmax - target) *
@@ -186,7 +207,9 @@ def _losses_and_gradient(logits_NV: Tensor, target_N: Tensor, weights_N: Tensor,
     target_N1 = target_N.unsqueeze(1)
     picked_N = logits_NV.gather(1, target_N1).squeeze(1)
     largest_N1 = logits_NV.amax(-1, keepdim=True)
-    slope_NV = None if head.soft_cap is None else logits_NV.div(head.soft_cap).square_().neg_().add_(1)
+    slope_NV = (
+        None if head.soft_cap is None else logits_NV.div(head.soft_cap).square_().neg_().add_(1)
+    )
     grad_NV = logits_NV.sub_(largest_N1).exp_()
     total_N1 = grad_NV.sum(-1, keepdim=True)
     factor_N1 = (weights_N * head.scale).unsqueeze(1)
@@ -229,4 +252,8 @@ def _inputs(micro_batch: MicroBatch) -> dict[str, Any]:
     }
     if not micro_batch.packed:
         return inputs
-    return inputs | {"row_boundaries": row_boundaries(micro_batch.row_lengths, device=micro_batch.input_ids_BS.device)}
+    return inputs | {
+        "row_boundaries": row_boundaries(
+            micro_batch.row_lengths, device=micro_batch.input_ids_BS.device
+        )
+    }

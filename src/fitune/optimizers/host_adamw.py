@@ -14,18 +14,24 @@ class HostAdamW(torch.optim.AdamW):
     the updated parameters are copied back, so the card's parameters stay the authoritative ones.
     """
 
-    def __init__(self, groups: list[dict[str, object]], *, lr: float, betas: tuple[float, float], eps: float) -> None:
+    def __init__(
+        self, groups: list[dict[str, object]], *, lr: float, betas: tuple[float, float], eps: float
+    ) -> None:
         super().__init__(groups, lr=lr, betas=betas, eps=eps, foreach=False)
         self._on_host: dict[torch.Tensor, tuple[torch.Tensor, torch.Tensor]] = {}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Update the parameters; `closure` is not called."""
-        with_gradient = [[p for p in group["params"] if p.grad is not None] for group in self.param_groups]
+        with_gradient = [
+            [p for p in group["params"] if p.grad is not None] for group in self.param_groups
+        ]
         for parameter in (p for params in with_gradient for p in params):
             if parameter not in self._on_host:
                 self._on_host[parameter] = (_like_on_host(parameter), _like_on_host(parameter))
-            for host, card in zip(self._on_host[parameter], (parameter, parameter.grad), strict=True):
+            for host, card in zip(
+                self._on_host[parameter], (parameter, parameter.grad), strict=True
+            ):
                 host.copy_(card, non_blocking=True)
             self._put_state_on_host(parameter)
         if torch.cuda.is_available():
@@ -60,7 +66,9 @@ class HostAdamW(torch.optim.AdamW):
             ("exp_avg", parameter.shape),
             ("exp_avg_sq", parameter.shape),
         ):
-            state[name] = state[name].to("cpu", torch.float32) if name in state else torch.zeros(shape)
+            state[name] = (
+                state[name].to("cpu", torch.float32) if name in state else torch.zeros(shape)
+            )
 
 
 def _like_on_host(parameter: torch.Tensor) -> torch.Tensor:

@@ -39,9 +39,14 @@ class StateOf8BitAdamW(torch.optim.Optimizer):
     def _new_state(self, parameter: nn.Parameter) -> dict[str, Any]:
         size, device = parameter.numel(), parameter.device
         if size < _SMALLEST_IN_8_BIT:
-            return {name: torch.zeros_like(parameter, dtype=torch.float32) for name in ("state1", "state2")}
+            return {
+                name: torch.zeros_like(parameter, dtype=torch.float32)
+                for name in ("state1", "state2")
+            }
         if not self._tables:
-            self._tables = {name: torch.zeros(_NUM_CODES, device=device) for name in ("qmap1", "qmap2")}
+            self._tables = {
+                name: torch.zeros(_NUM_CODES, device=device) for name in ("qmap1", "qmap2")
+            }
         state = dict(self._tables)
         for name in ("state1", "state2") if not (self._paged and size >= _SMALLEST_PAGED) else ():
             state[name] = torch.zeros_like(parameter, dtype=torch.uint8)

@@ -79,11 +79,17 @@ def _adamw_host(groups: Groups, optim: OptimizerSettings, lr: float) -> "torch.o
 
 
 def _adamw_8bit(groups: Groups, optim: OptimizerSettings, lr: float) -> "torch.optim.Optimizer":
-    return _of_bitsandbytes("AdamW8bit", "adamw_8bit")(groups, lr=lr, betas=optim.betas, eps=optim.eps)
+    return _of_bitsandbytes("AdamW8bit", "adamw_8bit")(
+        groups, lr=lr, betas=optim.betas, eps=optim.eps
+    )
 
 
-def _adamw_8bit_paged(groups: Groups, optim: OptimizerSettings, lr: float) -> "torch.optim.Optimizer":
-    return _of_bitsandbytes("PagedAdamW8bit", "adamw_8bit_paged")(groups, lr=lr, betas=optim.betas, eps=optim.eps)
+def _adamw_8bit_paged(
+    groups: Groups, optim: OptimizerSettings, lr: float
+) -> "torch.optim.Optimizer":
+    return _of_bitsandbytes("PagedAdamW8bit", "adamw_8bit_paged")(
+        groups, lr=lr, betas=optim.betas, eps=optim.eps
+    )
 
 
 def _of_bitsandbytes(kind: str, name: str) -> Callable[..., "torch.optim.Optimizer"]:
@@ -91,7 +97,9 @@ def _of_bitsandbytes(kind: str, name: str) -> Callable[..., "torch.optim.Optimiz
         from bitsandbytes import optim as bitsandbytes
     except ImportError as error:
         raise ConfigError(
-            [f"optim.name={name} needs bitsandbytes, not installed here: pip install 'fitune[bnb]', or use adamw"]
+            [
+                f"optim.name={name} needs bitsandbytes, not installed here: pip install 'fitune[bnb]', or use adamw"
+            ]
         ) from error
     return cast("Callable[..., torch.optim.Optimizer]", getattr(bitsandbytes, kind))
 
@@ -102,7 +110,9 @@ def _state_of_8bit(groups: Groups, optim: OptimizerSettings, lr: float) -> "torc
     return StateOf8BitAdamW([{**group, "lr": lr} for group in groups])
 
 
-def _state_of_8bit_paged(groups: Groups, optim: OptimizerSettings, lr: float) -> "torch.optim.Optimizer":
+def _state_of_8bit_paged(
+    groups: Groups, optim: OptimizerSettings, lr: float
+) -> "torch.optim.Optimizer":
     from fitune.optimizers.state_of_8bit import StateOf8BitAdamW
 
     return StateOf8BitAdamW([{**group, "lr": lr} for group in groups], paged=True)

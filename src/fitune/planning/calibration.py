@@ -26,7 +26,9 @@ def calibrate(plan: Plan, metrics: Path) -> None:
 
     Does nothing if the run had too few steps.
     """
-    predicted = None if plan.chosen is None else plan.candidates[plan.chosen].predicted_seconds_per_step
+    predicted = (
+        None if plan.chosen is None else plan.candidates[plan.chosen].predicted_seconds_per_step
+    )
     steps = read_metrics(metrics).steps[_WARM_UP_STEPS:]
     if predicted is None or len(steps) < _FEWEST_STEPS:
         return

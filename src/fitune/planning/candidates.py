@@ -64,7 +64,9 @@ def is_upper_bound(forecaster: Forecaster, forecast: Forecast) -> bool:
     return forecaster.config.model.compile and fits_on_host
 
 
-def other_estimates_of(forecaster: Forecaster, choice: Choice, forecast: Forecast) -> Iterator[OtherEstimate]:
+def other_estimates_of(
+    forecaster: Forecaster, choice: Choice, forecast: Forecast
+) -> Iterator[OtherEstimate]:
     """Yield what other estimators say of this setting."""
     return other_estimates(
         forecast.categories,
@@ -104,7 +106,9 @@ def describe_choice(choice: Choice) -> str:
     size = size if choice.micro_rows is None else f"{choice.micro_rows} samples at once, "
     changes = ["offload"] if choice.offloads else []
     changes += [part for part in (choice.method, choice.optimizer, choice.precision) if part]
-    return ", ".join([f"{size}gradient checkpointing {choice.recompute}", f"{choice.loss} loss", *changes])
+    return ", ".join(
+        [f"{size}gradient checkpointing {choice.recompute}", f"{choice.loss} loss", *changes]
+    )
 
 
 def _reason(forecast: Forecast, limits: MemoryLimits, *, is_bound: bool) -> str:

@@ -76,7 +76,9 @@ def same_choices(config: RunConfig, lengths: Lengths, *, on_card: bool) -> Itera
         for loss in losses:
             if loss == losses[0] or recompute == recomputes[0]:
                 for rows, tokens in sizes:
-                    yield Choice(micro_rows=rows, micro_tokens=tokens, recompute=recompute, loss=loss)
+                    yield Choice(
+                        micro_rows=rows, micro_tokens=tokens, recompute=recompute, loss=loss
+                    )
     model = config.model
     if (
         on_card
@@ -99,9 +101,17 @@ def host_choices(config: RunConfig, choices: Sequence[Choice]) -> list[Choice]:
 
     Returns an empty list for another optimizer, and for adapters, whose state is small.
     """
-    if config.optim.name != "adamw" or config.model.method != "full" or config.model.shard != "none":
+    if (
+        config.optim.name != "adamw"
+        or config.model.method != "full"
+        or config.model.shard != "none"
+    ):
         return []
-    return [replace(choice, optimizer=ADAMW_HOST) for choice in choices if choice.loss == choices[0].loss]
+    return [
+        replace(choice, optimizer=ADAMW_HOST)
+        for choice in choices
+        if choice.loss == choices[0].loss
+    ]
 
 
 def proposals(config: RunConfig, choice: Choice, *, float32: bool) -> Iterator[Choice]:
@@ -140,7 +150,9 @@ def micro_sizes(config: RunConfig, lengths: Lengths) -> list[tuple[int | None, i
     longest = lengths.longest_tokens
     if len(set(lengths.sample_tokens)) == 1:
         rows = [1]
-        for size in sorted({-(-batch.rows_per_step // count) for count in range(1, batch.rows_per_step + 1)}):
+        for size in sorted(
+            {-(-batch.rows_per_step // count) for count in range(1, batch.rows_per_step + 1)}
+        ):
             if size >= _LEAST_GROWTH * rows[-1] and size * longest <= MOST_MICRO_TOKENS:
                 rows.append(size)
         return [(None, size * longest) for size in rows]
@@ -180,7 +192,9 @@ def apply_choice(config: RunConfig, choice: Choice) -> RunConfig:
 
 
 def with_routing(config: RunConfig, routing: Routing) -> RunConfig:
-    return config.model_copy(update={"memory": config.memory.model_copy(update={"routing": routing})})
+    return config.model_copy(
+        update={"memory": config.memory.model_copy(update={"routing": routing})}
+    )
 
 
 def settings_of_candidate(candidate: Candidate, config: RunConfig) -> list[str]:

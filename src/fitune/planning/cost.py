@@ -132,7 +132,9 @@ def card_ceilings(device: Device) -> Ceilings | None:
     share = f"{CARD_MATMUL_SHARE:.0%}"
     return Ceilings(
         matmul_flops_per_second={dtype: CARD_MATMUL_SHARE * rate for dtype, rate in rates.items()},
-        attention_flops_per_second={dtype: CARD_ATTENTION_SHARE * rate for dtype, rate in rates.items()},
+        attention_flops_per_second={
+            dtype: CARD_ATTENTION_SHARE * rate for dtype, rate in rates.items()
+        },
         bandwidths=((1.0, CARD_BANDWIDTH_SHARE * bandwidth),),
         exponential_bandwidth=None,
         mapped_bandwidth=None,
@@ -143,7 +145,9 @@ def card_ceilings(device: Device) -> Ceilings | None:
     )
 
 
-def work_of(operators: Sequence[OperatorWork], *, rows: Sequence[tuple[int, int]], packed: bool) -> StepWork:
+def work_of(
+    operators: Sequence[OperatorWork], *, rows: Sequence[tuple[int, int]], packed: bool
+) -> StepWork:
     """Return the work of a step, from a recording whose last step has two equal micro-batches.
 
     rows: (tokens, supervised tokens) of each sample of a micro-batch.
@@ -183,14 +187,18 @@ def update_on_host(update: Sequence[OpCost]) -> tuple[OpCost, ...]:
         num_parameters = work.num_bytes / (7 * (4 if work.dtype == "float32" else 2))
         found += [
             replace(work, op=TRANSFER, num_bytes=3 * 4 * num_parameters),
-            replace(work, op=f"{ON_HOST}{ADAMW_OP}", dtype="float32", num_bytes=7 * 4 * num_parameters),
+            replace(
+                work, op=f"{ON_HOST}{ADAMW_OP}", dtype="float32", num_bytes=7 * 4 * num_parameters
+            ),
         ]
     return tuple(found)
 
 
 def attending(works: Sequence[OpCost], share: float) -> tuple[OpCost, ...]:
     """Return the same work with attention over samples whose length is this share of the former."""
-    return tuple(replace(work, flops=work.flops * share) if _is_attention(work) else work for work in works)
+    return tuple(
+        replace(work, flops=work.flops * share) if _is_attention(work) else work for work in works
+    )
 
 
 def mixed(*terms: tuple[float, Sequence[OpCost]]) -> tuple[OpCost, ...]:
@@ -204,7 +212,9 @@ def mixed(*terms: tuple[float, Sequence[OpCost]]) -> tuple[OpCost, ...]:
             total = sums.setdefault((work.phase, work.op, work.dtype), [0.0, 0.0, 0.0])
             for index, amount in enumerate((work.flops, work.num_bytes, work.launches)):
                 total[index] += weight * amount
-    return tuple(OpCost(*key, *(max(0.0, amount) for amount in total)) for key, total in sums.items())
+    return tuple(
+        OpCost(*key, *(max(0.0, amount) for amount in total)) for key, total in sums.items()
+    )
 
 
 def num_launches(works: Sequence[OpCost]) -> float:
@@ -218,7 +228,9 @@ def seconds_of(works: Sequence[OpCost], ceilings: Ceilings, *, more_launches: fl
     """
     launches = (num_launches(works) + more_launches) * ceilings.launch_seconds
     host = sum(work.num_bytes for work in works if work.op.startswith(ON_HOST)) / HOST_BANDWIDTH
-    kernels = sum(_kernel_seconds(work, ceilings) for work in works if not work.op.startswith(ON_HOST))
+    kernels = sum(
+        _kernel_seconds(work, ceilings) for work in works if not work.op.startswith(ON_HOST)
+    )
     return host + (max(kernels, launches) if ceilings.asynchronous else kernels + launches)
 
 
@@ -227,12 +239,20 @@ def _kernel_seconds(work: OpCost, ceilings: Ceilings) -> float:
         return work.num_bytes / ceilings.link_bandwidth
     call_bytes = work.num_bytes / max(work.launches, 1.0)
     rate = _bandwidth(call_bytes, ceilings.bandwidths)
-    if ceilings.mapped_bandwidth is not None and call_bytes > MAPPED_CALL_BYTES and not work.op.endswith("_"):
+    if (
+        ceilings.mapped_bandwidth is not None
+        and call_bytes > MAPPED_CALL_BYTES
+        and not work.op.endswith("_")
+    ):
         rate = ceilings.mapped_bandwidth
     if ceilings.exponential_bandwidth is not None and work.op in _EXPONENTIALS:
         rate = min(rate, ceilings.exponential_bandwidth)
     moving = work.num_bytes / rate
-    rates = ceilings.attention_flops_per_second if _is_attention(work) else ceilings.matmul_flops_per_second
+    rates = (
+        ceilings.attention_flops_per_second
+        if _is_attention(work)
+        else ceilings.matmul_flops_per_second
+    )
     return max(moving, work.flops / rates.get(work.dtype, rates["float32"]))
 
 

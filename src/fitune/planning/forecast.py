@@ -79,13 +79,17 @@ class Forecaster:
     `known` contains all results so far as JSON values; `save` stores them for the next process.
     """
 
-    def __init__(self, config: RunConfig, limits: MemoryLimits, lengths: Lengths, *, num_shards: int = 1) -> None:
+    def __init__(
+        self, config: RunConfig, limits: MemoryLimits, lengths: Lengths, *, num_shards: int = 1
+    ) -> None:
         self.config, self.limits, self.lengths = config, limits, lengths
         self.num_shards = num_shards
         device = limits.device
         self._key = [
             config.model_dump(mode="json", include={"model", "loss", "eval"}),
-            config.optim.model_dump(mode="json", exclude={"lr", "warmup", "schedule", "final_lr_fraction"}),
+            config.optim.model_dump(
+                mode="json", exclude={"lr", "warmup", "schedule", "final_lr_fraction"}
+            ),
             [config.data.packing, config.batch.rows_per_step],
             [config.memory.allocator, config.memory.routing],
             [device.name, device.total_bytes, device.compute_capability],
@@ -159,7 +163,9 @@ class Forecaster:
         """
         recompute = "off" if self.config.model.recompute == "auto" else self.config.model.recompute
         loss: Loss = "chunked" if self.config.loss == "auto" else self.config.loss
-        simple = replace(choice.variant, recompute=recompute, loss=loss, offloads=False, optimizer=None)
+        simple = replace(
+            choice.variant, recompute=recompute, loss=loss, offloads=False, optimizer=None
+        )
         is_same = (simple.method, simple.precision) == (None, None)
         return replace(simple, result="same" if is_same else choice.result)
 
@@ -232,10 +238,13 @@ class Forecaster:
         # this recording gives the work of a step too if it has two such micro-batches
         if choice.micro_tokens is not None and len(passes[-1].rows) == 2 * len(rows):
             key = _work_key(choice.variant, choice.micro_tokens, 1.0)
-            self.known[key] = asdict(work_of(recorded.work, rows=rows, packed=recorded.layout.packed))
+            self.known[key] = asdict(
+                work_of(recorded.work, rows=rows, packed=recorded.layout.packed)
+            )
         limit_bytes = self.limits.limit_bytes
         unlimited = self.limits.device.kind == "cpu" or (
-            largest.peak_reserved_bytes + prediction.context_bytes <= limit_bytes and not largest.num_alloc_retries
+            largest.peak_reserved_bytes + prediction.context_bytes <= limit_bytes
+            and not largest.num_alloc_retries
         )
         cannot = largest.peak_allocated_bytes + prediction.context_bytes > limit_bytes
         text = load_config(config.model).get_text_config()
@@ -270,7 +279,9 @@ class Forecaster:
         config = apply_choice(self.config, choice)
         whole, rest = divmod(tokens, self.lengths.longest_tokens)
         lengths = [self.lengths.longest_tokens] * whole + [rest] * (rest > 1)
-        rows = tuple((length, max(1, int(supervised_fraction * (length - 1)))) for length in lengths)
+        rows = tuple(
+            (length, max(1, int(supervised_fraction * (length - 1)))) for length in lengths
+        )
         target = cuda_target(config, self.limits.device)
         passes = _passes(config, rows, self.lengths.longest_eval_tokens, 2 * len(rows))
         recorded = recordings.step(config, passes, target=target)
@@ -288,7 +299,10 @@ class Forecaster:
         drawn = np.random.default_rng(0).choice(sample, size=(num_steps, rows_per_step))
         micro_batches = []
         for lengths in drawn:
-            rows = (Row(i, np.zeros(n, np.int32), np.zeros(n, np.float32)) for i, n in enumerate(lengths))
+            rows = (
+                Row(i, np.zeros(n, np.int32), np.zeros(n, np.float32))
+                for i, n in enumerate(lengths)
+            )
             micro_batches += layout.split(Batch(tuple(rows)))
         tokens = int(drawn.sum())
         positions = sum(micro_batch.input_ids_BS.numel() for micro_batch in micro_batches)
@@ -317,7 +331,9 @@ def heaviest_rows(config: RunConfig, choice: Choice, lengths: Lengths) -> Sizes:
     return tuple((size, size - 1) for size in sizes)
 
 
-def _passes(config: RunConfig, rows: Sizes, longest_eval_tokens: int, rows_per_step: int) -> Sequence["Pass"]:
+def _passes(
+    config: RunConfig, rows: Sizes, longest_eval_tokens: int, rows_per_step: int
+) -> Sequence["Pass"]:
     """Return what to record: steps of such micro-batches, and an evaluation of as many samples."""
     from fitune.trace.own_step import Pass, steady_passes
 
@@ -354,5 +370,7 @@ def _forecast(tree: Mapping[str, Any]) -> Forecast:
 
 
 def _step_work(tree: Mapping[str, Any]) -> StepWork:
-    parts = {name: tuple(OpCost(**part) for part in tree[name]) for name in ("first", "later", "update")}
+    parts = {
+        name: tuple(OpCost(**part) for part in tree[name]) for name in ("first", "later", "update")
+    }
     return StepWork(**{**tree, **parts})

@@ -117,11 +117,14 @@ def find_lengths(config: RunConfig) -> Lengths:
     """Return the lengths of the data; if it cannot be read here, all are data.max_length."""
     sources = config.data.train_sources
     paths = [
-        Path(source.path.partition("#")[0]).expanduser() for source in (*sources, *(config.data.eval_sources or ()))
+        Path(source.path.partition("#")[0]).expanduser()
+        for source in (*sources, *(config.data.eval_sources or ()))
     ]
     if not all(path.exists() for path in paths):
         is_named = config.data.train != NO_DATA
-        return uniform_lengths(config, origin="data.max_length, as the data is not here" if is_named else None)
+        return uniform_lengths(
+            config, origin="data.max_length, as the data is not here" if is_named else None
+        )
     tokenizer = config.model.tokenizer or config.model.source
     key = [
         config.data.model_dump(mode="json"),
@@ -137,7 +140,9 @@ def find_lengths(config: RunConfig) -> Lengths:
 def uniform_lengths(config: RunConfig, *, origin: str | None = None) -> Lengths:
     length = config.data.max_length
     evaluated = config.data.eval is not None or config.data.eval_fraction > 0
-    return Lengths((length,), 1.0, length if evaluated else 0, None, None, origin or "data.max_length")
+    return Lengths(
+        (length,), 1.0, length if evaluated else 0, None, None, origin or "data.max_length"
+    )
 
 
 def lengths_of(train: "Examples", held_out: "Examples") -> Lengths:
@@ -163,13 +168,21 @@ def _read_lengths(config: RunConfig) -> Lengths:
     try:
         if source_kind(config.model.tokenizer or config.model.source) != "hub":
             tokenizer = load_tokenizer(config.model)
-            train = load_examples(config.data, tokenizer, split="train", eval_max_rows=config.eval.max_rows)
-            held_out = load_examples(config.data, tokenizer, split="eval", eval_max_rows=config.eval.max_rows)
+            train = load_examples(
+                config.data, tokenizer, split="train", eval_max_rows=config.eval.max_rows
+            )
+            held_out = load_examples(
+                config.data, tokenizer, split="eval", eval_max_rows=config.eval.max_rows
+            )
             if not len(train):
-                return uniform_lengths(config, origin="data.max_length, as the data has no samples to train on")
+                return uniform_lengths(
+                    config, origin="data.max_length, as the data has no samples to train on"
+                )
             return lengths_of(train, held_out)
     except ModelError:
-        return uniform_lengths(config, origin="data.max_length, as the model has no tokenizer to read the data with")
+        return uniform_lengths(
+            config, origin="data.max_length, as the model has no tokenizer to read the data with"
+        )
     except UsageError:
         # a plan does not need the data; `fitune check` and `fitune train` say what is wrong with it
         return uniform_lengths(config, origin="data.max_length, as the data cannot be read")

@@ -74,7 +74,9 @@ def measure_candidate(config: RunConfig, plan: Plan, *, num_steps: int = 3) -> P
     device = choose_device()
     target = find_limits(config).device
     if (target.kind == "cpu") != (device.type == "cpu") or config.memory.gpu is not None:
-        raise UsageError(f"--measure runs on this machine, and the plan is for {target.name}: leave out --gpu")
+        raise UsageError(
+            f"--measure runs on this machine, and the plan is for {target.name}: leave out --gpu"
+        )
     candidate = plan.candidates[plan.chosen]
     lengths = find_lengths(config)
     choice = Choice(
@@ -105,7 +107,9 @@ def measure_candidate(config: RunConfig, plan: Plan, *, num_steps: int = 3) -> P
     )
 
 
-def measure_steps(config: RunConfig, batches: Iterable[Sizes], *, device: torch.device) -> Iterator[MeasuredStep]:
+def measure_steps(
+    config: RunConfig, batches: Iterable[Sizes], *, device: torch.device
+) -> Iterator[MeasuredStep]:
     """Run one step for each batch, and yield what it took.
 
     A step runs when the next result is requested. Before the first, a step with the same batch
@@ -122,12 +126,19 @@ def measure_steps(config: RunConfig, batches: Iterable[Sizes], *, device: torch.
     vocab_size = load_config(config.model).get_text_config().vocab_size
 
     def step(rows: Sizes) -> MeasuredStep:
-        batch = Batch(tuple(_row(i, *size, draw.integers(vocab_size, size=size[0])) for i, size in enumerate(rows)))
+        batch = Batch(
+            tuple(
+                _row(i, *size, draw.integers(vocab_size, size=size[0]))
+                for i, size in enumerate(rows)
+            )
+        )
         micro_batches = setup.layout.split(batch)
         reset_peak(device)
         _wait(device)
         start, cpu_start = time.perf_counter(), time.process_time()
-        train_step(model, setup.optimizer, micro_batches, settings=setup.settings, scaler=setup.scaler)
+        train_step(
+            model, setup.optimizer, micro_batches, settings=setup.settings, scaler=setup.scaler
+        )
         _wait(device)
         seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
         return MeasuredStep(seconds, cpu_seconds, _above(read_peak(device), before))

@@ -67,7 +67,9 @@ def plan_training(config: RunConfig, lengths: Lengths, *, precision: str) -> Pla
     steps = _num_steps(config, lengths, step_tokens)
     has_betas = OPTIMIZERS[config.optim.name].has_betas
     shrink = None if steps is None else shrink_fraction(config.optim, optim, steps=steps)
-    rounds_updates = precision == "bfloat16" and config.model.method == "full"  # adapters are float32
+    rounds_updates = (
+        precision == "bfloat16" and config.model.method == "full"
+    )  # adapters are float32
     return PlannedTraining(
         length=None if steps is None else span(steps),
         supervised_fraction=None if lengths.epoch_rows is None else lengths.supervised_fraction,
@@ -101,7 +103,9 @@ def shrink_fraction(optim: OptimConfig, settings: OptimSettings, *, steps: int) 
     It is 1 - exp(-sum over all steps of rate x decay).
     """
     samples = 1000
-    mean_factor = sum(lr_factor(optim, (number + 0.5) / samples) for number in range(samples)) / samples
+    mean_factor = (
+        sum(lr_factor(optim, (number + 0.5) / samples) for number in range(samples)) / samples
+    )
     return -math.expm1(-settings.lr * mean_factor * settings.weight_decay * steps)
 
 

@@ -79,7 +79,8 @@ def measured_context(here: Circumstances) -> ContextPrior | None:
     found = [
         residual.context_bytes
         for residual in _residuals()
-        if residual.context_bytes is not None and replace(residual.circumstances, model=here.model) == here
+        if residual.context_bytes is not None
+        and replace(residual.circumstances, model=here.model) == here
     ]
     return ContextPrior(min(found), found[-1], max(found)) if found else None
 
@@ -108,7 +109,9 @@ def widen(interval: Interval, residuals: tuple[Residual, ...], *, reserved_bytes
     ratios = [residual.ratio for residual in residuals]
     lowest, highest = min(ratios), max(ratios)
     if len(ratios) == 1:
-        reason = f"an earlier run of this model here differed from its prediction by {lowest - 1:+.1%}"
+        reason = (
+            f"an earlier run of this model here differed from its prediction by {lowest - 1:+.1%}"
+        )
     else:
         reason = (
             f"{len(ratios)} earlier runs of this model here differed from their predictions by {lowest - 1:+.1%} to "

@@ -292,7 +292,9 @@ def _ways_out(plan: Plan, nearest: Candidate) -> Iterator[str]:
                 ("model.method", candidate.method, nearest.method),
                 ("model.precision", candidate.precision, present_precision),
             )
-            names = [f"{key}={value}" for key, value, present in changed if present and value != present]
+            names = [
+                f"{key}={value}" for key, value, present in changed if present and value != present
+            ]
             yield f"{' '.join(names)} ({format_bytes(candidate.predicted_device_bytes)})"
     largest = max(nearest.categories, key=lambda name: nearest.categories[name])
     if largest in ("activation", "temporary", "input"):

@@ -65,7 +65,9 @@ class RunPrediction:
 
 
 @bounded("fitune.predict")
-def predict(config: ConfigSource, *, gpu: str | None = None, overrides: Sequence[str] = ()) -> Prediction:
+def predict(
+    config: ConfigSource, *, gpu: str | None = None, overrides: Sequence[str] = ()
+) -> Prediction:
     """Predict the most memory that the run of `config` needs.
 
     All samples are as long as data.max_length allows. The prediction needs no card, no weights and
@@ -85,7 +87,9 @@ def predict(config: ConfigSource, *, gpu: str | None = None, overrides: Sequence
     check_length(run)
     recordings = Recordings()
     return either_routing(
-        lambda routing: predict_run(with_routing(run, routing), device, recordings=recordings).largest,
+        lambda routing: (
+            predict_run(with_routing(run, routing), device, recordings=recordings).largest
+        ),
         routing=run.memory.routing,
     )
 
@@ -124,7 +128,11 @@ def predict_run(
     Raises ConfigError if model.shard=full is set and num_shards is 1.
     """
     if config.model.shard != "none" and num_shards == 1:
-        raise ConfigError(["model.shard=full shards the weights over cards: say over how many with --gpus, or drop it"])
+        raise ConfigError(
+            [
+                "model.shard=full shards the weights over cards: say over how many with --gpus, or drop it"
+            ]
+        )
     program_bytes = psutil.Process().memory_info().rss if device.kind == "cpu" else None
     passes = passes or heaviest_passes(config, device)
     recorded = (recordings or Recordings()).step(config, passes, target=cuda_target(config, device))
@@ -213,7 +221,9 @@ class _GroupBytes:
         return cls(
             weights=sum(parameter.nbytes for parameter in parameters),
             gradients=sum(parameter.nbytes for parameter in trained),
-            sums=sum(-(-4 * parameter.numel() * (num_shards + 1) // num_shards) for parameter in trained),
+            sums=sum(
+                -(-4 * parameter.numel() * (num_shards + 1) // num_shards) for parameter in trained
+            ),
         )
 
 
@@ -237,7 +247,9 @@ def rows_per_micro_batch(config: RunConfig, device: Device, row_tokens: int) -> 
     return min(max(1, budget_tokens // row_tokens), batch.rows_per_step)
 
 
-def heaviest_passes(config: RunConfig, device: Device, *, row_tokens: int | None = None) -> list[Pass]:
+def heaviest_passes(
+    config: RunConfig, device: Device, *, row_tokens: int | None = None
+) -> list[Pass]:
     """Return what `steady_passes` returns for samples that are all as long as the longest."""
     length = row_tokens or config.data.max_length
     num_rows = min(2 * rows_per_micro_batch(config, device, length), config.batch.rows_per_step)
@@ -250,7 +262,9 @@ def heaviest_passes(config: RunConfig, device: Device, *, row_tokens: int | None
     )
 
 
-def _in_process(prediction: Prediction, config: RunConfig, device: Device, *, program_bytes: int) -> Prediction:
+def _in_process(
+    prediction: Prediction, config: RunConfig, device: Device, *, program_bytes: int
+) -> Prediction:
     """Add to a prediction for the CPU the memory of the process itself.
 
     The process occupies what the C library holds for the tensors, and the memory of the program.

@@ -55,7 +55,9 @@ class Pricer:
         self._forecaster, self._base = forecaster, choices[0].variant
         self._sizes = _two_sizes(choices, forecaster)
         device = forecaster.limits.device
-        self._ceilings: Ceilings | None = cpu_ceilings() if device.kind == "cpu" else card_ceilings(device)
+        self._ceilings: Ceilings | None = (
+            cpu_ceilings() if device.kind == "cpu" else card_ceilings(device)
+        )
         self._seconds: dict[tuple[Choice, Bound | None], float | None] = {}
         self._untimed: TooLongError | None = None
         self._factor = calibration_factor(device.name, forecaster.config.model.source)
@@ -139,7 +141,9 @@ class Pricer:
         if self._untimed is not None:
             return f"time is not predicted of every setting: {self._untimed}"
         how = (
-            "not yet measured by a run" if self._factor is None else f"times {self._factor:.2f}, as the last run had it"
+            "not yet measured by a run"
+            if self._factor is None
+            else f"times {self._factor:.2f}, as the last run had it"
         )
         return f"time by a roofline of the recorded operators, {self._ceilings.origin}, {how}"
 
@@ -159,5 +163,7 @@ def _two_sizes(choices: Sequence[Choice], forecaster: Forecaster) -> tuple[int, 
     """
     longest, rows = forecaster.lengths.longest_tokens, forecaster.config.batch.rows_per_step
     sizes = {choice.micro_tokens for choice in choices if choice.micro_tokens is not None}
-    recorded = [size for size in sizes if 2 * longest <= size <= min(rows / 2, _MOST_ROWS) * longest]
+    recorded = [
+        size for size in sizes if 2 * longest <= size <= min(rows / 2, _MOST_ROWS) * longest
+    ]
     return longest, max(recorded, default=2 * longest)

@@ -139,15 +139,21 @@ class _Search:
         self.num_expected, self.skips_hopeless = len(self.choices), False
         # The first variant is predicted alone: its imports and recordings are of use to both
         # processes that predict the others.
-        self.look_at([choice for choice in self.choices if choice.variant == self.choices[0].variant])
+        self.look_at(
+            [choice for choice in self.choices if choice.variant == self.choices[0].variant]
+        )
         # Gradient checkpointing makes no setting faster, so the fastest of these is the base of
         # the proposals, unless nothing fits.
         self.look_at([*self.choices, *self.proposals(min(self.looked_at, key=self.order))])
         self.look_at(self.worth_updating_on_host(self.fastest()))
         chosen = self.fastest()
-        same = {choice: found for choice, found in self.looked_at.items() if choice.result == "same"}
+        same = {
+            choice: found for choice, found in self.looked_at.items() if choice.result == "same"
+        }
         smallest = min(same, key=lambda choice: same[choice].device_bytes)
-        proposed = self.best_proposals(smallest if chosen is None else min(same, key=self.order), chosen or smallest)
+        proposed = self.best_proposals(
+            smallest if chosen is None else min(same, key=self.order), chosen or smallest
+        )
         self.looked_at = same
         self.look_at(proposed)
         return chosen
@@ -160,7 +166,9 @@ class _Search:
         would change the result are only proposed where nothing fits.
         """
         self.skips_hopeless = True
-        leanest = next(choice for choice in self.choices if choice.variant == self.choices[-1].variant)
+        leanest = next(
+            choice for choice in self.choices if choice.variant == self.choices[-1].variant
+        )
         first = [choice for choice in self.choices if choice.variant == self.choices[0].variant]
         self.num_expected = len({*first, leanest})
         self.look_at(first)
@@ -172,7 +180,11 @@ class _Search:
 
     def fastest(self) -> Choice | None:
         """Return the fastest setting that was predicted to fit and does not change the result."""
-        same = (choice for choice, found in self.looked_at.items() if found.fits and choice.result == "same")
+        same = (
+            choice
+            for choice, found in self.looked_at.items()
+            if found.fits and choice.result == "same"
+        )
         return min(same, key=self.order, default=None)
 
     def nearest(self) -> Choice | None:
@@ -180,7 +192,9 @@ class _Search:
 
         An upper bound that exceeds the limit does not prove that the setting does not fit.
         """
-        same = {choice: found for choice, found in self.looked_at.items() if choice.result == "same"}
+        same = {
+            choice: found for choice, found in self.looked_at.items() if choice.result == "same"
+        }
         return min(same, key=lambda choice: same[choice].device_bytes, default=None)
 
     def worth_updating_on_host(self, chosen: Choice | None) -> list[Choice]:
@@ -192,7 +206,9 @@ class _Search:
             return self.on_host
         if self.pricer.seconds(chosen) is None:
             return []
-        known = [choice for choice in self.on_host if replace(choice, optimizer=None) in self.looked_at]
+        known = [
+            choice for choice in self.on_host if replace(choice, optimizer=None) in self.looked_at
+        ]
         return [choice for choice in known if self.order(choice) < self.order(chosen)]
 
     def proposals(self, choice: Choice) -> list[Choice]:
@@ -210,7 +226,10 @@ class _Search:
         alike = [choice for choice in self.choices if choice.variant == base.variant]
         found = []
         for proposal, fallback in zip(self.proposals(base), self.proposals(marked), strict=True):
-            sizes = [replace(proposal, micro_rows=each.micro_rows, micro_tokens=each.micro_tokens) for each in alike]
+            sizes = [
+                replace(proposal, micro_rows=each.micro_rows, micro_tokens=each.micro_tokens)
+                for each in alike
+            ]
             fitting = [choice for choice in sizes if self.fits(choice)]
             found.append(min(fitting, key=self.order, default=fallback))
         return found
@@ -248,7 +267,9 @@ class _Search:
 
             # Those that take longest are begun first: recordings of more layers, then settings
             # that share no recording with others.
-            parts.sort(key=lambda part: (-recompute_period(part[0].recompute), part[0].result == "same"))
+            parts.sort(
+                key=lambda part: (-recompute_period(part[0].recompute), part[0].result == "same")
+            )
         self.forecaster.learn(divide(parts, here=look, in_copy=look_in_copy) or {})
         for choice in choices:
             if not (self.skips_hopeless and self.is_hopeless(choice)):
@@ -301,7 +322,9 @@ class _Search:
             return False
         size = self.choices[0]
         smallest = replace(variant, micro_rows=size.micro_rows, micro_tokens=size.micro_tokens)
-        return not self.is_hopeless(smallest) and (self.fits(smallest) or not self.is_hopeless(smallest))
+        return not self.is_hopeless(smallest) and (
+            self.fits(smallest) or not self.is_hopeless(smallest)
+        )
 
     def is_hopeless(self, choice: Choice) -> bool:
         """Return whether an earlier prediction shows that the setting cannot fit.
@@ -402,8 +425,12 @@ class _Search:
 
         notes: further assumptions.
         """
-        same = sorted((choice for choice in self.looked_at if choice.result == "same"), key=self.order)
-        order = same + sorted((choice for choice in self.looked_at if choice.result != "same"), key=self.order)
+        same = sorted(
+            (choice for choice in self.looked_at if choice.result == "same"), key=self.order
+        )
+        order = same + sorted(
+            (choice for choice in self.looked_at if choice.result != "same"), key=self.order
+        )
         marked = chosen or min(same, key=lambda choice: self.looked_at[choice].device_bytes)
         shown = self.looked_at[marked]
         device = self.limits.device

@@ -35,7 +35,10 @@ def _notes(model_json: str) -> tuple[str, ...]:
         notes.append(
             f"{UNPACKED} {stored} are held as numbers, in the precision of the run: they cannot be trained on else"
         )
-    if model.method == "qlora" and (clause := not_quantised(load_model(model, torch.device("meta")))) is not None:
+    if (
+        model.method == "qlora"
+        and (clause := not_quantised(load_model(model, torch.device("meta")))) is not None
+    ):
         notes.append(f"{NOT_PACKED} {clause}")
     return tuple(note for note in notes if note is not None)
 

@@ -28,7 +28,9 @@ def choose_action(
     Raises OutOfMemoryError if nothing is left to try.
     """
     if len(failures) + 1 >= MOST_ATTEMPTS:
-        raise OutOfMemoryError(f"{no_room(failure)} after {MOST_ATTEMPTS} attempts: another process takes the memory")
+        raise OutOfMemoryError(
+            f"{no_room(failure)} after {MOST_ATTEMPTS} attempts: another process takes the memory"
+        )
     if failure.place in LATE:
         return _do_again(failure, failures)
     if not attempt.repeated and fits is not None and fits(failure.num_positions):
@@ -44,7 +46,9 @@ def choose_action(
 
 def _do_again(failure: Failure, failures: Sequence[Failure]) -> str:
     if sum(earlier.place in LATE for earlier in failures) + 1 >= MOST_LATE_FAILURES:
-        raise OutOfMemoryError(f"{no_room(failure)}, which no smaller micro-batch needs less for: use optim.name=adamw")
+        raise OutOfMemoryError(
+            f"{no_room(failure)}, which no smaller micro-batch needs less for: use optim.name=adamw"
+        )
     return "the step is done again"
 
 
@@ -57,7 +61,9 @@ def _split(attempt: Attempt[P], failure: Failure) -> str | None:
     attempt.pending = [
         part
         for piece in attempt.pending
-        for part in (split(piece, most_positions) if piece.num_positions > most_positions else [piece])
+        for part in (
+            split(piece, most_positions) if piece.num_positions > most_positions else [piece]
+        )
     ]
     return f"split into micro-batches of at most {most_positions:,} tokens with padding"
 

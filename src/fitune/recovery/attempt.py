@@ -39,7 +39,9 @@ class Attempt(Progress[P]):
         #: whether the failed size was tried once more
         self.repeated = False
         #: row ids of this step that an earlier step has left out
-        self.known_left_out = protection.quarantined & {row for piece in pieces for row in piece.row_ids}
+        self.known_left_out = protection.quarantined & {
+            row for piece in pieces for row in piece.row_ids
+        }
         self._leave_out(self.known_left_out)
         self.lost_weight = 0.0
         self.loss_weight = self.remaining_weight()
@@ -145,7 +147,11 @@ class _Buffers:
         self._protection = protection
         slots = protection.changing_buffers
         if slots is None:
-            slots = [(module, name) for module in protection.work.model.modules() for name in module._buffers]
+            slots = [
+                (module, name)
+                for module in protection.work.model.modules()
+                for name in module._buffers
+            ]
         self._copies = [
             (module, name, buffer, buffer._version, buffer.detach().clone())
             for module, name in slots
@@ -164,7 +170,9 @@ class _Buffers:
                 if module._buffers.get(name) is not buffer or buffer._version != version
             }
             self._copies = [copy for copy in self._copies if copy[0] in moved]
-            self._protection.changing_buffers = [(module, name) for module, name, *_ in self._copies]
+            self._protection.changing_buffers = [
+                (module, name) for module, name, *_ in self._copies
+            ]
 
     @torch.no_grad()
     def put_back(self) -> None:

@@ -83,11 +83,17 @@ def check_model(
         if probe.masked is not None:
             masked, _ = compute(probe.masked, probe.loss_weight)
             if not math.isfinite(masked) or abs(masked) > compute.tolerance:
-                return Verdict(False, f"a sample without targets has the loss {masked:.4g} instead of 0")
+                return Verdict(
+                    False, f"a sample without targets has the loss {masked:.4g} instead of 0"
+                )
         changed = ", ".join(changed_modules())
         error = _additive_error(compute, probe, gradient)
         if error <= compute.tolerance:
-            note = f"{changed} change buffers in every forward, also when samples are only split" if changed else ""
+            note = (
+                f"{changed} change buffers in every forward, also when samples are only split"
+                if changed
+                else ""
+            )
             return Verdict(True, note)
         if changed:
             return Verdict(
@@ -103,7 +109,9 @@ def check_model(
             model.train(was_training)
         if only_in_training:
             return Verdict(True, "dropout draws other masks for another split")
-        return Verdict(False, f"samples of a micro-batch depend on each other: the gradient is {error:.0%} off")
+        return Verdict(
+            False, f"samples of a micro-batch depend on each other: the gradient is {error:.0%} off"
+        )
 
 
 class _Probe(Generic[T]):
@@ -139,7 +147,9 @@ class _Probe(Generic[T]):
                 if self._shards is not None:
                     values = self._shards.whole(values)
                 sample = values.detach().flatten()[:: max(1, parameter.numel() // SAMPLED)].float()
-                samples.append(sample.clone() if parameter.grad is not None else torch.zeros_like(sample))
+                samples.append(
+                    sample.clone() if parameter.grad is not None else torch.zeros_like(sample)
+                )
             parameter.grad = None
         value = loss.item() if self._shards is None else self._shards.peers.exchange(loss.item())[0]
         return value, torch.cat(samples)
@@ -169,9 +179,14 @@ def _not_a_sum(
                 "its loss is a mean of its own samples"
             )
         return "the loss function takes the mean of its own samples, so that parts add up to a mean of means"
-    router = any(getattr(getattr(model, "config", None), name, None) for name in ("output_router_logits", "aux_loss"))
+    router = any(
+        getattr(getattr(model, "config", None), name, None)
+        for name in ("output_router_logits", "aux_loss")
+    )
     what = "the auxiliary loss of a mixture of experts" if router else "something"
-    return f"{what} ({added:.4g}) is added to the loss of every part, whatever its number of targets"
+    return (
+        f"{what} ({added:.4g}) is added to the loss of every part, whatever its number of targets"
+    )
 
 
 def _additive_error(compute: _Probe[T], probe: ProbeSamples[T], gradient: Tensor) -> float:
@@ -196,7 +211,11 @@ def _buffers_restored(model: nn.Module) -> Iterator[Callable[[], list[str]]]:
 
     def changed() -> list[str]:
         return sorted(
-            {type(module).__name__ for module, name, buffer, version, _ in copies if buffer._version != version}
+            {
+                type(module).__name__
+                for module, name, buffer, version, _ in copies
+                if buffer._version != version
+            }
         )
 
     try:

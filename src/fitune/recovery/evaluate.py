@@ -106,12 +106,16 @@ def _at_most(micro_batches: list[MicroBatch], most_positions: int | None) -> lis
         part
         for micro_batch in micro_batches
         for part in (
-            split_again(micro_batch, most_positions) if micro_batch.num_positions > most_positions else [micro_batch]
+            split_again(micro_batch, most_positions)
+            if micro_batch.num_positions > most_positions
+            else [micro_batch]
         )
     ]
 
 
-def _evaluate_one(totals: EvalTotals, micro_batch: MicroBatch | None, shards: Shards | None) -> Failure | None:
+def _evaluate_one(
+    totals: EvalTotals, micro_batch: MicroBatch | None, shards: Shards | None
+) -> Failure | None:
     """Add a micro-batch to the totals, and return the failure if memory runs out.
 
     micro_batch: None if only other processes have samples left.
@@ -128,7 +132,9 @@ def _evaluate_one(totals: EvalTotals, micro_batch: MicroBatch | None, shards: Sh
             shards.leave()
         where = memory_failure(error)
         if where == "host":
-            raise OutOfMemoryError("the machine's own memory ran out in an evaluation: close other programs") from error
+            raise OutOfMemoryError(
+                "the machine's own memory ran out in an evaluation: close other programs"
+            ) from error
         if where is None:
             raise
         return Failure(

@@ -33,13 +33,23 @@ class Failure:
     def where(self) -> str:
         if self.place in LATE or not self.row_ids:
             return self.place
-        samples = f"sample {self.row_ids[0]}" if len(self.row_ids) == 1 else f"{len(self.row_ids)} samples"
+        samples = (
+            f"sample {self.row_ids[0]}"
+            if len(self.row_ids) == 1
+            else f"{len(self.row_ids)} samples"
+        )
         return f"{self.place} of {samples} ({self.num_positions:,} tokens with padding)"
 
     def __str__(self) -> str:
-        needed = "" if self.needed_bytes is None else f", {format_bytes(self.needed_bytes)} at once were missing"
+        needed = (
+            ""
+            if self.needed_bytes is None
+            else f", {format_bytes(self.needed_bytes)} at once were missing"
+        )
         process = f"rank {self.rank}: " if self.rank else ""
-        return f"{process}out of memory in the {self.where}{needed}: {self.action}; no sample is lost"
+        return (
+            f"{process}out of memory in the {self.where}{needed}: {self.action}; no sample is lost"
+        )
 
 
 #: Another process ran out of memory; the details arrive in the next exchange.

@@ -32,8 +32,12 @@ def allowed_fallbacks(
     # Finding the head runs a forward, which a process of a sharded model cannot do alone.
     is_open = head is None and loss == "auto" and settings.shards is None
     found = decoder_and_head(model) if is_open else head
-    if isinstance(found, Head) and (head is None or settings.loss.chunk_tokens > SMALL_CHUNK_TOKENS):
-        smaller = replace(settings, loss=replace(settings.loss, head=found, chunk_tokens=SMALL_CHUNK_TOKENS))
+    if isinstance(found, Head) and (
+        head is None or settings.loss.chunk_tokens > SMALL_CHUNK_TOKENS
+    ):
+        smaller = replace(
+            settings, loss=replace(settings.loss, head=found, chunk_tokens=SMALL_CHUNK_TOKENS)
+        )
         fallbacks.append(
             Fallback(
                 f"a loss of {SMALL_CHUNK_TOKENS} tokens at a time",

@@ -83,7 +83,9 @@ class Guard:
         )
         self._device = self.protection.device
         budget = config.memory.budget
-        self._budget_bytes = parse_bytes(budget) if isinstance(budget, str) and budget != "auto" else None
+        self._budget_bytes = (
+            parse_bytes(budget) if isinstance(budget, str) and budget != "auto" else None
+        )
         self._heaviest = _heaviest(
             examples, setup, rows_per_step=config.batch.rows_per_step, num_ranks=self._ranks.size
         )
@@ -92,7 +94,9 @@ class Guard:
         may_grow = config.memory.grow and is_open and self._device.type == "cuda"
         self.memory = MemoryModel(
             planned=planned,
-            highest=max(0, math.floor(math.log(LARGEST_POSITIONS / planned, RUNG))) if may_grow else 0,
+            highest=max(0, math.floor(math.log(LARGEST_POSITIONS / planned, RUNG)))
+            if may_grow
+            else 0,
             prior_slope=_predicted_slope(predicted, planned),
         )
         self._eval_most_positions: int | None = None
@@ -114,7 +118,9 @@ class Guard:
             self._ranks.connect(self._device)
         optimizer = self.protection.work.optimizer
         with survivable(self._device):
-            complete = try_twice(lambda: create_state(optimizer), device=self._device, what="the optimizer's state")
+            complete = try_twice(
+                lambda: create_state(optimizer), device=self._device, what="the optimizer's state"
+            )
             if self._shards is None:
                 verdict = try_twice(
                     self._check_model,
@@ -134,11 +140,15 @@ class Guard:
             kind = "model_check" if verdict.exact else "not_exact"
             self._report(
                 kind,
-                verdict.reason if verdict.exact else f"warning: not exact in parts: {verdict.reason}",
+                verdict.reason
+                if verdict.exact
+                else f"warning: not exact in parts: {verdict.reason}",
             )
         with self._errors_shared():
             peers = ALONE if self._shards is None else ShardedModel(self._shards)
-            self._observed(lambda: try_pieces(self.protection, self._heaviest, peers=peers), self._free_bytes())
+            self._observed(
+                lambda: try_pieces(self.protection, self._heaviest, peers=peers), self._free_bytes()
+            )
         if self._device.type == "cpu":
             # The C library would keep what the longest samples took; most batches need less.
             release_memory(self._device)
@@ -196,7 +206,9 @@ class Guard:
                 part.num_tokens,
             )
 
-    def read_norms(self, micro_batches: list[MicroBatch], norms: NormRecorder) -> GradientNorms | None:
+    def read_norms(
+        self, micro_batches: list[MicroBatch], norms: NormRecorder
+    ) -> GradientNorms | None:
         """Compute the gradient of these micro-batches together, and return its norms.
 
         Nothing is updated. Returns None if the micro-batches have no target.
@@ -282,7 +294,9 @@ class Guard:
         free_bytes: int | None,
         num_tokens: int | None = None,
     ) -> SafeResult:
-        result = observed(self.memory, action, device=self._device, free_bytes=free_bytes, num_tokens=num_tokens)
+        result = observed(
+            self.memory, action, device=self._device, free_bytes=free_bytes, num_tokens=num_tokens
+        )
         self._report_failures(result.failures)
         return result
 
@@ -318,7 +332,9 @@ class Guard:
         first, second, empty = (lay_out([row], packed=layout.packed) for row in (*rows, masked))
         return check_model(
             self.protection.work.model,
-            lambda part, weight: loss_share(self.protection.work.model, part, loss_weight=weight, settings=settings),
+            lambda part, weight: loss_share(
+                self.protection.work.model, part, loss_weight=weight, settings=settings
+            ),
             ProbeSamples(both, first, second, empty, both.loss_weight),
             shards=self._shards,
         )
@@ -343,7 +359,9 @@ def _probe_row(row_id: int, num_tokens: int, num_targets: int) -> Row:
     return Row(row_id, np.arange(1, num_tokens + 1, dtype=np.int32), weights)
 
 
-def _heaviest(examples: Examples, setup: Setup, *, rows_per_step: int, num_ranks: int) -> list[MicroBatch]:
+def _heaviest(
+    examples: Examples, setup: Setup, *, rows_per_step: int, num_ranks: int
+) -> list[MicroBatch]:
     """Return the largest micro-batch of the longest samples, twice if a step has two or more.
 
     The second one finds the gradients of the first already allocated.
@@ -359,4 +377,6 @@ def _predicted_slope(predicted: Prediction | None, planned: int) -> float:
     """Return the predicted bytes of activations and temporaries per padded token, or 0 if unknown."""
     if predicted is None:
         return 0.0
-    return (predicted.categories.get("activation", 0) + predicted.categories.get("temporary", 0)) / planned
+    return (
+        predicted.categories.get("activation", 0) + predicted.categories.get("temporary", 0)
+    ) / planned

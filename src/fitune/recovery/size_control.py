@@ -102,7 +102,11 @@ class MemoryModel:
     def fits(self, size: int, free_bytes: int | None) -> bool:
         """Return whether a micro-batch of this size is known to fit in what is free."""
         need = self.need_bytes(size)
-        return need is not None and free_bytes is not None and need <= (1 - MARGIN_FRACTION) * free_bytes
+        return (
+            need is not None
+            and free_bytes is not None
+            and need <= (1 - MARGIN_FRACTION) * free_bytes
+        )
 
     def _line(self) -> tuple[float, float]:
         """Return (slope, fixed) by least squares; with one size only, use the predicted slope."""
@@ -156,11 +160,18 @@ def learn(model: MemoryModel, seen: Observation) -> None:
     model.step += 1
     if seen.need_bytes is not None:
         # A successful step needed no more than was free, whatever the measured peak is.
-        most = seen.need_bytes if seen.free_bytes is None else int((1 - MARGIN_FRACTION) * seen.free_bytes)
+        most = (
+            seen.need_bytes
+            if seen.free_bytes is None
+            else int((1 - MARGIN_FRACTION) * seen.free_bytes)
+        )
         _measure(model, seen.size, min(seen.need_bytes, most))
     before = model.rung
     if seen.failed_size is not None:
-        if seen.free_bytes is not None and (model.need_bytes(seen.failed_size) or 0.0) < seen.free_bytes:
+        if (
+            seen.free_bytes is not None
+            and (model.need_bytes(seen.failed_size) or 0.0) < seen.free_bytes
+        ):
             _measure(model, seen.failed_size, seen.free_bytes)  # it needs at least as much
         while model.rung > LOWEST_RUNG and model.size(model.rung) >= seen.failed_size:
             _ban(model, model.rung, seen.free_bytes)
@@ -218,7 +229,11 @@ def _is_lifted(ban: _Ban, free_bytes: int | None) -> bool:
 
     Then another process had taken the memory, and has given it back.
     """
-    return ban.free_bytes is not None and free_bytes is not None and free_bytes >= LIFTED_FACTOR * ban.free_bytes
+    return (
+        ban.free_bytes is not None
+        and free_bytes is not None
+        and free_bytes >= LIFTED_FACTOR * ban.free_bytes
+    )
 
 
 def _ban(model: MemoryModel, rung: int, free_bytes: int | None) -> None:

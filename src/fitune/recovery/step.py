@@ -75,10 +75,14 @@ def safe_step(
     within an update that cannot be undone, or after the gradients of all processes were summed.
     Raises the error of another process that fails.
     """
-    return _survive(Attempt(protection, pieces, step=step, norms=norms, peers=peers), optimizer_step, fits)
+    return _survive(
+        Attempt(protection, pieces, step=step, norms=norms, peers=peers), optimizer_step, fits
+    )
 
 
-def try_pieces(protection: Protection[P], pieces: Sequence[P], *, peers: Alone = ALONE) -> SafeResult:
+def try_pieces(
+    protection: Protection[P], pieces: Sequence[P], *, peers: Alone = ALONE
+) -> SafeResult:
     """Compute forward and backward of these pieces to see whether they fit, and undo their effects."""
 
     def trial(work: Work[P], progress: Progress[P]) -> StepResult:
@@ -91,12 +95,16 @@ def try_pieces(protection: Protection[P], pieces: Sequence[P], *, peers: Alone =
     return result
 
 
-def read_norms(protection: Protection[P], pieces: Sequence[P], norms: NormRecorder, *, fits: Fits | None) -> SafeResult:
+def read_norms(
+    protection: Protection[P], pieces: Sequence[P], norms: NormRecorder, *, fits: Fits | None
+) -> SafeResult:
     """Compute the gradient of these pieces without an update, and return its norms."""
 
     def read(work: Work[P], progress: Progress[P]) -> StepResult:
         clipped = clipped_gradient(work, progress)
-        return NOTHING_TO_LEARN if clipped is None else replace(NOTHING_TO_LEARN, norms=clipped.norms)
+        return (
+            NOTHING_TO_LEARN if clipped is None else replace(NOTHING_TO_LEARN, norms=clipped.norms)
+        )
 
     attempt = Attempt(protection, pieces, step=0, norms=norms)
     result = _survive(attempt, read, fits)
@@ -124,7 +132,9 @@ def _survive(
                     most_positions=max((piece.num_positions for piece in attempt.done), default=0),
                     failures=tuple(failures),
                     quarantined=tuple(sorted(attempt.known_left_out | attempt.left_out)),
-                    fallbacks=(protection.applied,) if attempt.total is None else attempt.total.fallbacks,
+                    fallbacks=(protection.applied,)
+                    if attempt.total is None
+                    else attempt.total.fallbacks,
                 )
             # outside of `except`, where the error's stack frames hold no tensors any more
             attempt.take_back(again=attempt.peers.go_back_together or failed.place in LATE)

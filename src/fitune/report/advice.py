@@ -66,7 +66,9 @@ def _broken(run: RecordedRun) -> Iterator[Advice]:
     micro, _ = last_split(run)
     if num_ooms and micro is not None and micro > 1:
         yield Advice(
-            change=say("micro-batches of {new} samples instead of {old}", new=micro // 2, old=micro),
+            change=say(
+                "micro-batches of {new} samples instead of {old}", new=micro // 2, old=micro
+            ),
             effect_on_result="same",
             evidence=say("{num} times out of memory", num=num_ooms),
             command=command_for(run, *_split_keys(run, micro // 2)),
@@ -85,7 +87,11 @@ def _split_keys(run: RecordedRun, micro: int) -> list[str]:
 
 def _from_other_runs(row: ComparedRun, comparison: Comparison) -> Iterator[Advice]:
     """Advise to train as another run of the comparison that was cheaper or better."""
-    others = {other.name: other for other in comparison.rows if other.name != row.name and other.run.num_steps}
+    others = {
+        other.name: other
+        for other in comparison.rows
+        if other.name != row.name and other.run.num_steps
+    }
     for check in comparison.checks:
         other = others.get(check.second if check.first == row.name else check.first)
         if row.name not in (check.first, check.second) or other is None or not check.same:
@@ -116,20 +122,29 @@ def _from_other_runs(row: ComparedRun, comparison: Comparison) -> Iterator[Advic
         yield _as_run(row, best, comparison, interval=interval)
 
 
-def _as_run(row: ComparedRun, best: ComparedRun, comparison: Comparison, *, interval: ConfidenceInterval) -> Advice:
+def _as_run(
+    row: ComparedRun, best: ComparedRun, comparison: Comparison, *, interval: ConfidenceInterval
+) -> Advice:
     """Advise to train with the settings of a better run.
 
     interval: the difference of the eval losses, best - this one.
     """
-    index, other = (next(i for i, each in enumerate(comparison.rows) if each.name == name.name) for name in (row, best))
+    index, other = (
+        next(i for i, each in enumerate(comparison.rows) if each.name == name.name)
+        for name in (row, best)
+    )
     changed = [
         f"{key}={values[other]}"
         for key, values in comparison.differing.items()
-        if values[index] != values[other] and values[other] is not None and isinstance(values[other], str | int | float)
+        if values[index] != values[other]
+        and values[other] is not None
+        and isinstance(values[other], str | int | float)
     ]
     saved = row.peak_bytes - best.peak_bytes if row.peak_bytes and best.peak_bytes else None
     return Advice(
-        change=say("train as {name} was: {changes}", name=best.name, changes=" ".join(changed)[:100]),
+        change=say(
+            "train as {name} was: {changes}", name=best.name, changes=" ".join(changed)[:100]
+        ),
         effect_on_result="different",
         evidence=say(
             "eval loss {change} (95 %: {low} to {high}) at equal tokens",
@@ -166,7 +181,9 @@ def _memory(row: ComparedRun) -> Iterator[Advice]:
         yield Advice(
             change=say("8-bit AdamW"),
             effect_on_result="close",
-            evidence=say("the optimizer's state is {share} of the peak", share=f"{state / total:.0%}"),
+            evidence=say(
+                "the optimizer's state is {share} of the peak", share=f"{state / total:.0%}"
+            ),
             command=command_for(run, "optim.name=adamw_8bit"),
             # two states of 4 bytes each become 1 byte each, with a scale for every 256 values
             bytes_saved=round(state * 0.74),
@@ -177,7 +194,9 @@ def _memory(row: ComparedRun) -> Iterator[Advice]:
         yield Advice(
             change=say("LoRA instead of all weights"),
             effect_on_result="different",
-            evidence=say("gradients and optimizer are {share} of the peak", share=f"{fixed / total:.0%}"),
+            evidence=say(
+                "gradients and optimizer are {share} of the peak", share=f"{fixed / total:.0%}"
+            ),
             command=command_for(run, "model.method=lora", "optim.lr=2e-4"),
             bytes_saved=round(fixed * 0.95),
             urgency=0,
@@ -211,9 +230,13 @@ def _candidates(run: RecordedRun, chosen: Mapping[str, Any], *, tight: bool) -> 
         )
 
 
-def _as_planned(run: RecordedRun, chosen: Mapping[str, Any], other: Mapping[str, Any], *, urgency: int) -> Advice:
+def _as_planned(
+    run: RecordedRun, chosen: Mapping[str, Any], other: Mapping[str, Any], *, urgency: int
+) -> Advice:
     keys = {"offload_activations": "model.offload_activations", "optimizer": "optim.name"}
-    changed = {key: value for name, key in keys.items() if (value := other.get(name)) != chosen.get(name)}
+    changed = {
+        key: value for name, key in keys.items() if (value := other.get(name)) != chosen.get(name)
+    }
     settings = [f"{key}={str(value).lower()}" for key, value in changed.items()]
     change = say(
         "{micro} x {accumulation}, gradient checkpointing {recompute}",

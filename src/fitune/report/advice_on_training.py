@@ -47,7 +47,9 @@ def _overfitting(run: RecordedRun) -> Advice | None:
     if not (val > FLAT_FRACTION and fit < 0 and best < len(evals) - 1):
         return None
     return Advice(
-        change=say("stop at step {step}: best/ has these weights", step=f"{run.evals['step'][best]:,.0f}"),
+        change=say(
+            "stop at step {step}: best/ has these weights", step=f"{run.evals['step'][best]:,.0f}"
+        ),
         effect_on_result="different",
         evidence=say(
             "eval loss rises from {low} to {last} while training loss falls: it overfits, and no batch helps that",
@@ -106,7 +108,9 @@ def _at_the_floor(run: RecordedRun) -> Iterator[Advice]:
             if effective
             else say("let the rate fall"),
             effect_on_result="different",
-            evidence=say("both losses are flat and the gradient is noisy (rho {ratio})", ratio=f"{ratio:.1f}"),
+            evidence=say(
+                "both losses are flat and the gradient is noisy (rho {ratio})", ratio=f"{ratio:.1f}"
+            ),
             command=command_for(run, f"batch.effective={2 * effective}", "batch.accumulation=auto")
             if effective
             else "",
@@ -161,7 +165,12 @@ def _length(run: RecordedRun) -> Iterator[Advice]:
     A smaller batch makes the gradient noisier, so it is not advised where noise is a problem.
     """
     effective = run.summary.get("effective_batch")
-    if not (0 < run.num_steps < FEW_STEPS and run.state == "finished" and isinstance(effective, int) and effective > 4):
+    if not (
+        0 < run.num_steps < FEW_STEPS
+        and run.state == "finished"
+        and isinstance(effective, int)
+        and effective > 4
+    ):
         return
     evidence = say(
         "only {num} optimizer steps: under {few} the rate's schedule hardly works",
@@ -171,7 +180,9 @@ def _length(run: RecordedRun) -> Iterator[Advice]:
     longer = _longer(run)
     if _is_clipped(run) or (_noise_ratio(run) or 0.0) > 1:
         change, changes = say("a longer run: {changes}", changes=longer), [longer]
-        evidence = say("{evidence}; with fewer samples a step its gradient would be noisier", evidence=evidence)
+        evidence = say(
+            "{evidence}; with fewer samples a step its gradient would be noisier", evidence=evidence
+        )
     else:
         change = say(
             "fewer samples a step ({new}), or a longer run: {changes}",

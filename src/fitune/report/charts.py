@@ -86,7 +86,9 @@ def pictures(comparison: Comparison) -> list[Picture]:
         pareto_picture(comparison),
         lengths_picture(runs),
         curve_picture(runs, "lr", title=say("Learning rate"), y_title=say("learning rate")),
-        curve_picture(runs, "grad_norm", title=say("Gradient norm before clipping"), y_title=say("norm")),
+        curve_picture(
+            runs, "grad_norm", title=say("Gradient norm before clipping"), y_title=say("norm")
+        ),
         noise_picture(runs),
     ]
     return [picture for picture in found if picture is not None and picture.series]
@@ -111,7 +113,9 @@ def loss_picture(comparison: Comparison) -> Picture | None:
     )
 
 
-def curve_picture(runs: Sequence[RecordedRun], name: str, *, title: str, y_title: str) -> Picture | None:
+def curve_picture(
+    runs: Sequence[RecordedRun], name: str, *, title: str, y_title: str
+) -> Picture | None:
     """Draw a column of the runs' metrics, step by step.
 
     name: the column's name in metrics.jsonl.
@@ -121,7 +125,9 @@ def curve_picture(runs: Sequence[RecordedRun], name: str, *, title: str, y_title
     series = []
     for index, run in known:
         rows = thin(run.train[name], share)
-        series.append(Series(run.name, _axes(run.train, rows), run.train[name][rows], "line", index, index))
+        series.append(
+            Series(run.name, _axes(run.train, rows), run.train[name][rows], "line", index, index)
+        )
     if not series:
         return None
     return Picture(
@@ -137,7 +143,11 @@ def curve_picture(runs: Sequence[RecordedRun], name: str, *, title: str, y_title
 def _known_axes(series: Sequence[Series]) -> dict[str, str]:
     """Return the horizontal axes, name -> title, for which all series have values."""
     axes = {"step": say("step"), "tokens": say("tokens"), "hours": say("hours of training")}
-    return {axis: title for axis, title in axes.items() if all(np.isfinite(each.x[axis]).any() for each in series)}
+    return {
+        axis: title
+        for axis, title in axes.items()
+        if all(np.isfinite(each.x[axis]).any() for each in series)
+    }
 
 
 def _loss_series(run: RecordedRun, index: int, share: int) -> Iterator[Series]:
@@ -152,7 +162,9 @@ def _loss_series(run: RecordedRun, index: int, share: int) -> Iterator[Series]:
     if len(run.evals["step"]):
         rows = thin(run.evals["eval_loss"], 200)
         name = say("{name} eval", name=run.name)
-        yield Series(name, _axes(run.evals, rows), run.evals["eval_loss"][rows], "marks", index, index)
+        yield Series(
+            name, _axes(run.evals, rows), run.evals["eval_loss"][rows], "marks", index, index
+        )
 
 
 def _axes(curve: Curve, rows: npt.NDArray[np.int64]) -> dict[str, Numbers]:
@@ -221,7 +233,9 @@ def _layers(curve: Curve) -> Iterator[tuple[str, Numbers]]:
     def highest(name: str) -> Numbers:
         return np.fmax(curve[name], curve[f"peak_{name}"])
 
-    allocated, reserved, process = (highest(f"{name}_bytes") for name in ("allocated", "reserved", "process"))
+    allocated, reserved, process = (
+        highest(f"{name}_bytes") for name in ("allocated", "reserved", "process")
+    )
     state = np.nan_to_num(curve["state_bytes"])
     if np.isfinite(allocated).any():
         allocated, reserved = np.nan_to_num(allocated), np.nan_to_num(reserved)
@@ -366,7 +380,9 @@ def pareto_picture(comparison: Comparison) -> Picture | None:
         )
     return Picture(
         key="pareto",
-        title=say("Peak against loss; a larger point is faster; * nothing else is better all round"),
+        title=say(
+            "Peak against loss; a larger point is faster; * nothing else is better all round"
+        ),
         axes={"x": say("peak GiB")},
         y_title=say("eval loss"),
         series=tuple(series),
@@ -395,7 +411,9 @@ def lengths_picture(runs: Sequence[RecordedRun]) -> Picture | None:
         axes={"x": say("tokens")},
         y_title=say("samples"),
         series=(Series("", {"x": middles}, np.array(counts, float), "bars", 0),),
-        says=say("Lengths of the training samples, cut at {length}", length=data.get("max_length", "n/a")),
+        says=say(
+            "Lengths of the training samples, cut at {length}", length=data.get("max_length", "n/a")
+        ),
     )
 
 

@@ -158,8 +158,14 @@ def compare(runs: Sequence[RecordedRun | Path | str], *, tokens: float | None = 
         raise RunDirectoryError("nothing to compare: give the directories of runs")
     found = _with_names(found)
     if tokens is not None and not tokens > 0:
-        raise RunDirectoryError(f"{tokens:,.0f} tokens are no place to compare at: give more than 0 with --at")
-    reached = [float(run.evals["total_tokens"].max(initial=0)) or run.total_tokens for run in found if run.num_steps]
+        raise RunDirectoryError(
+            f"{tokens:,.0f} tokens are no place to compare at: give more than 0 with --at"
+        )
+    reached = [
+        float(run.evals["total_tokens"].max(initial=0)) or run.total_tokens
+        for run in found
+        if run.num_steps
+    ]
     common = min((tokens for tokens in reached if np.isfinite(tokens)), default=float("nan"))
     if tokens is not None and not tokens <= common:
         raise RunDirectoryError(
@@ -192,7 +198,9 @@ def _with_names(runs: Sequence[RecordedRun]) -> list[RecordedRun]:
     return [replace(run, name=printable_line(name)) for run, name in zip(runs, shown, strict=True)]
 
 
-def _row(run: RecordedRun, first: RecordedRun, place: float | None, *, peak_kind: str | None) -> ComparedRun:
+def _row(
+    run: RecordedRun, first: RecordedRun, place: float | None, *, peak_kind: str | None
+) -> ComparedRun:
     summary = run.summary
     micro, accumulation = last_split(run)
     split = "n/a" if micro is None else f"{micro} x {accumulation}"
@@ -219,11 +227,15 @@ def _common_peak(runs: Sequence[RecordedRun]) -> str | None:
     return next((kind for kind in PEAKS if known and all(kind in peaks for peaks in known)), None)
 
 
-def _train_interval(run: RecordedRun, first: RecordedRun, place: float | None) -> ConfidenceInterval | None:
+def _train_interval(
+    run: RecordedRun, first: RecordedRun, place: float | None
+) -> ConfidenceInterval | None:
     """Return the interval of the difference of the training losses, paired by token stretches."""
     steps = [num_steps_in_window(each, place) for each in (run, first)]
     num_stretches = min(MOST_STRETCHES, *steps)
-    one, other = (stretch_means(each, place, num_stretches=max(num_stretches, 1)) for each in (run, first))
+    one, other = (
+        stretch_means(each, place, num_stretches=max(num_stretches, 1)) for each in (run, first)
+    )
     return None if one is None or other is None else paired_interval(one, other, np.ones(len(one)))
 
 
@@ -238,7 +250,9 @@ def _paired_rows(
     return (one[0], two[0], one[1]) if one and two and one[1] == two[1] else None
 
 
-def _eval_interval(run: RecordedRun, other: RecordedRun, place: float | None) -> ConfidenceInterval | None:
+def _eval_interval(
+    run: RecordedRun, other: RecordedRun, place: float | None
+) -> ConfidenceInterval | None:
     paired = _paired_rows(run, other, place)
     return None if paired is None else paired_interval(*paired)
 
@@ -253,7 +267,9 @@ def differing_settings(runs: Sequence[RecordedRun]) -> Mapping[str, tuple[Any, .
     """Return the settings that differ, without the names and the directories of the runs."""
     keys = sorted({key for run in runs for key in run.settings if not key.startswith("run.")})
     table = {key: tuple(run.settings.get(key) for run in runs) for key in keys}
-    return {key: values for key, values in table.items() if any(value != values[0] for value in values)}
+    return {
+        key: values for key, values in table.items() if any(value != values[0] for value in values)
+    }
 
 
 def _checks(runs: Sequence[RecordedRun]) -> Iterator[CurveCheck]:
@@ -278,13 +294,21 @@ def _curve_check(first: RecordedRun, second: RecordedRun) -> CurveCheck | None:
     if not len(steps) or not np.isfinite(differences).all():
         return None
     worst = int(differences.argmax())
-    return CurveCheck(first.name, second.name, float(differences[worst]), int(steps[worst]), len(steps))
+    return CurveCheck(
+        first.name, second.name, float(differences[worst]), int(steps[worst]), len(steps)
+    )
 
 
 def _with_front(rows: Sequence[ComparedRun], place: float | None) -> tuple[ComparedRun, ...]:
     """Return the runs with `on_front` set for those on the Pareto front."""
-    beaten = {two.name for one in rows for two in rows if one is not two and _beats(one, two, place)}
-    known = [row for row in rows if row.run.num_steps and (row.eval_loss is not None or row.train_loss is not None)]
+    beaten = {
+        two.name for one in rows for two in rows if one is not two and _beats(one, two, place)
+    }
+    known = [
+        row
+        for row in rows
+        if row.run.num_steps and (row.eval_loss is not None or row.train_loss is not None)
+    ]
     front = {row.name for row in known} - beaten or {row.name for row in known}
     return tuple(replace(row, on_front=row.name in front) for row in rows)
 
@@ -321,7 +345,9 @@ def _loss_sign(one: ComparedRun, two: ComparedRun, place: float | None) -> int:
     return _sign(one.train_loss, two.train_loss, SPEED_NOISE_FRACTION)
 
 
-def _notes(runs: Sequence[RecordedRun], place: float | None, *, peak_kind: str | None) -> Iterator[str]:
+def _notes(
+    runs: Sequence[RecordedRun], place: float | None, *, peak_kind: str | None
+) -> Iterator[str]:
     for run in runs:
         yield from run.notes
         if (step := diverged_at(run)) is not None:
@@ -346,8 +372,14 @@ def _notes(runs: Sequence[RecordedRun], place: float | None, *, peak_kind: str |
     if len({run.summary.get("data_hash") for run in runs} - {None}) > 1:
         yield say("the runs were trained on different data")
     if len({(run.data or {}).get("held_out_hash") for run in runs} - {None}) > 1:
-        yield say("the runs were evaluated on different held-out samples: their eval losses cannot be compared")
+        yield say(
+            "the runs were evaluated on different held-out samples: their eval losses cannot be compared"
+        )
     if len({run.settings.get("train.seed") for run in runs} - {None}) > 1:
-        yield say("the runs have different seeds: the difference between seeds is in every difference shown")
+        yield say(
+            "the runs have different seeds: the difference between seeds is in every difference shown"
+        )
     elif len(runs) > 1 and any(run.eval_rows for run in runs):
-        yield say("an interval covers which samples were held out; another seed of training may differ by more")
+        yield say(
+            "an interval covers which samples were held out; another seed of training may differ by more"
+        )

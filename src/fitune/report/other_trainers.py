@@ -56,7 +56,9 @@ _LOG_BYTES = 64 * 1024 * 1024
 _MINIMIND = re.compile(r"Epoch:\s*\[(\d+)/\d+\]\s*\((\d+)/(\d+)\)(.*)")
 _PAIR = re.compile(r"([A-Za-z_]+)\s*:\s*([-+]?(?:\d[\d.]*(?:[eE][-+]?\d+)?|nan|inf))")
 _PRINTED = re.compile(r"\{([^{}]*['\"](?:eval_)?loss['\"]: [^{}]*)\}")
-_PRINTED_PAIR = re.compile(r"['\"](\w+)['\"]: ['\"]?([-+]?(?:\d[\d.]*(?:[eE][-+]?\d+)?|[nN]a[nN]|[iI]nf(?:inity)?))\b")
+_PRINTED_PAIR = re.compile(
+    r"['\"](\w+)['\"]: ['\"]?([-+]?(?:\d[\d.]*(?:[eE][-+]?\d+)?|[nN]a[nN]|[iI]nf(?:inity)?))\b"
+)
 #: the names of the step, in order of preference
 _STEPS = (
     "step",
@@ -108,7 +110,9 @@ def _step_of(file: Path) -> tuple[int, bool]:
     """
     if match := re.fullmatch(r"checkpoint-(\d+)", file.parent.name):
         return int(match[1]), False
-    found = re.findall(r'"(?:global_step|current_steps|global_step/max_steps)": *"?(\d+)', _text(file))
+    found = re.findall(
+        r'"(?:global_step|current_steps|global_step/max_steps)": *"?(\d+)', _text(file)
+    )
     return max(map(int, found), default=0), True
 
 
@@ -117,7 +121,9 @@ def read_trainer_state(path: Path) -> RecordedRun:
     content = _json(path)
     history = content.get("log_history") if isinstance(content, dict) else None
     if not isinstance(history, list):
-        raise RunDirectoryError(f"{path} has no log_history: it is no trainer_state.json of transformers")
+        raise RunDirectoryError(
+            f"{path} has no log_history: it is no trainer_state.json of transformers"
+        )
     entries = [entry for entry in history if isinstance(entry, dict)]
     micro = content.get("train_batch_size")
     settings = {"batch.micro": micro} if isinstance(micro, int) else {}
@@ -182,7 +188,9 @@ def read_exported(path: Path) -> RecordedRun | None:
     Returns None for another csv. Raises RunDirectoryError for a chart of several runs.
     """
     rows = list(csv.DictReader(_text(path).lstrip("\ufeff").splitlines()))
-    names = [name for name in (rows[0] if rows else ()) if name and not name.endswith(("__MIN", "__MAX"))]
+    names = [
+        name for name in (rows[0] if rows else ()) if name and not name.endswith(("__MIN", "__MAX"))
+    ]
     if not any(name in _STEPS for name in names):
         return None
     short = {name: name.rpartition(" - ")[2] for name in names}
@@ -205,7 +213,9 @@ def read_tensorboard(path: Path) -> RecordedRun:
     try:
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     except ImportError as error:
-        raise RunDirectoryError(f"{path} is TensorBoard's: reading it needs pip install tensorboard") from error
+        raise RunDirectoryError(
+            f"{path} is TensorBoard's: reading it needs pip install tensorboard"
+        ) from error
     rows: dict[int, dict[str, Any]] = {}
     files = [path]
     if not path.is_file():
@@ -247,7 +257,9 @@ def read_minimind(path: Path) -> RecordedRun | None:
         entries.append(values | {"step": (epoch - 1) * per_epoch + step})
     if not any("loss" in entry for entry in entries):
         return None
-    return _run(path, "minimind", entries, notes=(f"{path}: a step of minimind's log is a micro-batch",))
+    return _run(
+        path, "minimind", entries, notes=(f"{path}: a step of minimind's log is a micro-batch",)
+    )
 
 
 def read_printed(path: Path) -> RecordedRun | None:
@@ -304,7 +316,9 @@ def _run(
     named = [dict(_named(entry)) for entry in entries if isinstance(entry.get("step"), int)]
     named, restart = _last_pass(named)
     if restart is not None:
-        again = f"{path}: logged again from step {restart:,} on: what stood there before is left out"
+        again = (
+            f"{path}: logged again from step {restart:,} on: what stood there before is left out"
+        )
         notes = (*notes, again)
     trained = [entry for entry in named if "loss" in entry]
     evaluated = [entry for entry in named if "eval_loss" in entry]
@@ -333,7 +347,9 @@ def _run(
 
 def _named(entry: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Yield the values of an entry under our names, without counts of 0."""
-    entry = {name: _number(value) if isinstance(value, str) else value for name, value in entry.items()}
+    entry = {
+        name: _number(value) if isinstance(value, str) else value for name, value in entry.items()
+    }
     found = {name: entry[name] for name in {*TRAIN_COLUMNS, *EVAL_COLUMNS} & entry.keys()}
     has_nan_gradient = "grad_norm" in entry and math.isnan(_number(entry["grad_norm"]))
     # transformers logs a loss of 0 where the loss is not a number
@@ -344,7 +360,9 @@ def _named(entry: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             if name in entry:
                 found[ours] = entry[name]
                 break
-    yield from ((name, value) for name, value in found.items() if name not in _COUNTS or _number(value) > 0)
+    yield from (
+        (name, value) for name, value in found.items() if name not in _COUNTS or _number(value) > 0
+    )
 
 
 def _number(value: Any) -> float:

@@ -128,7 +128,11 @@ def _body(comparison: Comparison, drawn: Sequence[Picture], *, title: str) -> st
 @cache
 def _asset(name: str) -> str:
     file = resources.files("fitune.report") / "assets" / name
-    return gzip.decompress(file.read_bytes()).decode() if name.endswith(".gz") else file.read_text(encoding="utf-8")
+    return (
+        gzip.decompress(file.read_bytes()).decode()
+        if name.endswith(".gz")
+        else file.read_text(encoding="utf-8")
+    )
 
 
 def _script(name: str) -> str:
@@ -146,7 +150,9 @@ def _digest(script: str) -> str:
 
 
 def _json(content: Any) -> str:
-    text = json.dumps(content, ensure_ascii=False, separators=(",", ":"), default=str, allow_nan=False)
+    text = json.dumps(
+        content, ensure_ascii=False, separators=(",", ":"), default=str, allow_nan=False
+    )
     for character, written in (
         ("<", "\\u003c"),
         (">", "\\u003e"),
@@ -214,18 +220,23 @@ def _section(key: str, title: str, content: str) -> str:
     return f"<section aria-labelledby='{key}'><h2 id='{key}'>{_text(title)}</h2>{content}</section>"
 
 
-def _table(heads: Sequence[str], rows: Iterable[Sequence[str]], *, marked: Sequence[bool] = ()) -> str:
+def _table(
+    heads: Sequence[str], rows: Iterable[Sequence[str]], *, marked: Sequence[bool] = ()
+) -> str:
     """Return an HTML table. A heading that starts with '>' marks a column of numbers.
 
     marked: the rows that are highlighted.
     """
     classes = [" class='number'" if head.startswith(">") else "" for head in heads]
     top = "".join(
-        f"<th scope='col'{kind}>{_text(head.removeprefix('>'))}</th>" for head, kind in zip(heads, classes, strict=True)
+        f"<th scope='col'{kind}>{_text(head.removeprefix('>'))}</th>"
+        for head, kind in zip(heads, classes, strict=True)
     )
     lines = []
     for index, row in enumerate(rows):
-        cells = "".join(f"<td{kind}>{_bdi(cell)}</td>" for cell, kind in zip(row, classes, strict=True))
+        cells = "".join(
+            f"<td{kind}>{_bdi(cell)}</td>" for cell, kind in zip(row, classes, strict=True)
+        )
         is_marked = index < len(marked) and marked[index]
         lines.append(f"<tr{' class=front' if is_marked else ''}>{cells}</tr>")
     body = f"<thead><tr>{top}</tr></thead><tbody>{''.join(lines)}</tbody>"

@@ -77,7 +77,9 @@ def _draw(plot: Any, series: Series, *, axis: str, bars: list[Series]) -> None:
         case "marks":
             plot.plot(x, series.y, "D", markersize=4, **style)
         case "points":
-            sizes = 40 + 160 * (series.sizes if series.sizes is not None else np.zeros(len(series.y)))
+            sizes = 40 + 160 * (
+                series.sizes if series.sizes is not None else np.zeros(len(series.y))
+            )
             plot.scatter(x, series.y, s=sizes, **style)
         case "faint":
             plot.plot(x, series.y, color=_colour(series), alpha=0.25, linewidth=0.8)

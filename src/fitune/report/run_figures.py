@@ -124,7 +124,9 @@ def _speeds(run: RecordedRun) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.f
     return (tokens[used], seconds[used]) if used.any() else None
 
 
-def value_at(x: npt.NDArray[np.float64], y: npt.NDArray[np.float64], place: float | None) -> float | None:
+def value_at(
+    x: npt.NDArray[np.float64], y: npt.NDArray[np.float64], place: float | None
+) -> float | None:
     """Return y at x = `place`, interpolated linearly; the last y if `place` is None."""
     known = np.isfinite(y) & (np.isfinite(x) | (place is None))
     if not known.any():
@@ -164,7 +166,9 @@ def train_loss(run: RecordedRun, place: float | None) -> float | None:
     return float(means[0])
 
 
-def stretch_means(run: RecordedRun, place: float | None, *, num_stretches: int) -> npt.NDArray[np.float64] | None:
+def stretch_means(
+    run: RecordedRun, place: float | None, *, num_stretches: int
+) -> npt.NDArray[np.float64] | None:
     """Return the mean training loss of equal stretches of the last third of the tokens."""
     tokens, loss = run.train["total_tokens"], run.train["loss"]
     if place is None or not len(tokens) or not np.isfinite(tokens).all():
@@ -184,7 +188,9 @@ def num_steps_in_window(run: RecordedRun, place: float | None) -> int:
     return int(((tokens > place * (1 - TRAIN_WINDOW_FRACTION)) & (tokens <= place)).sum())
 
 
-def rows_at(run: RecordedRun, place: float | None) -> tuple[npt.NDArray[np.float64], tuple[float, ...]] | None:
+def rows_at(
+    run: RecordedRun, place: float | None
+) -> tuple[npt.NDArray[np.float64], tuple[float, ...]] | None:
     """Return (loss of each held-out sample at `place`, weights), interpolated linearly."""
     if not run.eval_rows:
         return None

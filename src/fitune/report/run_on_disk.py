@@ -122,7 +122,9 @@ def read_fitune_run(path: Path) -> RecordedRun:
     run, notes = record.run, []
     metrics = read_metrics(run.metrics) if run.metrics.exists() else None
     if metrics and metrics.damaged_lines:
-        notes.append(f"{len(metrics.damaged_lines):,} lines of {run.metrics} are damaged and left out")
+        notes.append(
+            f"{len(metrics.damaged_lines):,} lines of {run.metrics} are damaged and left out"
+        )
     steps = metrics.steps if metrics else ()
     train = _step_curve(steps)
     env, data, peak = (_read_json(file, notes) for file in (run.env, run.data, run.peak))
@@ -173,7 +175,11 @@ def _memory_curve(path: Path) -> tuple[Curve, float | None]:
     rows = list(_json_lines(path))
     times = [float(row["time"]) for row in rows if isinstance(row.get("time"), int | float)]
     start = min(times, default=None)
-    rows = [row | {"seconds": row["time"] - start} for row in rows if isinstance(row.get("time"), int | float)]
+    rows = [
+        row | {"seconds": row["time"] - start}
+        for row in rows
+        if isinstance(row.get("time"), int | float)
+    ]
     return make_curve(MEMORY_COLUMNS, rows), start
 
 
@@ -244,7 +250,9 @@ def read_settings(path: Path, notes: list[str]) -> Mapping[str, Any]:
     if not path.exists():
         return {}
     try:
-        content = parse_yaml(read_plain(path, most_bytes=_MAX_CONFIG_BYTES).decode(), str(path)).tree
+        content = parse_yaml(
+            read_plain(path, most_bytes=_MAX_CONFIG_BYTES).decode(), str(path)
+        ).tree
         return dict(flatten(content)) if isinstance(content, dict) else {}
     except (OSError, ValueError, ConfigError, RecursionError, TypeError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
@@ -276,7 +284,9 @@ def embed(run: RecordedRun, *, max_points: int) -> dict[str, Any]:
         """Return fewer points of the curve, with the extremes of the `watched` columns."""
         known = [curve[name] for name in watched if np.isfinite(curve[name]).any()]
         rows = thin_all(known or [curve[watched[0]]], max_points)
-        thinned = {name: column[rows] for name, column in curve.items() if np.isfinite(column).any()}
+        thinned = {
+            name: column[rows] for name, column in curve.items() if np.isfinite(column).any()
+        }
         return {name: [_short(value) for value in column] for name, column in thinned.items()}
 
     plain = ("name", "path", "origin", "state", "summary", "started")
@@ -287,9 +297,12 @@ def embed(run: RecordedRun, *, max_points: int) -> dict[str, Any]:
         "evals": columns(run.evals, "eval_loss"),
         "memory": columns(run.memory, "peak_reserved_bytes", "peak_process_bytes"),
         "eval_rows": [
-            asdict(rows) | {"losses": [round(loss, 4) for loss in rows.losses]} for rows in run.eval_rows[-1:]
+            asdict(rows) | {"losses": [round(loss, 4) for loss in rows.losses]}
+            for rows in run.eval_rows[-1:]
         ],
-        "events": [asdict(event) | {"message": clip(event.message)} for event in run.events[-MAX_EVENTS:]],
+        "events": [
+            asdict(event) | {"message": clip(event.message)} for event in run.events[-MAX_EVENTS:]
+        ],
         "plan": run.plan,
         "env": run.env,
         "data": run.data,
@@ -326,7 +339,9 @@ def read_report(path: Path) -> tuple[RecordedRun, ...]:
         return tuple(_unembed(each) for each in content["runs"])
     # any exception, because anybody may have written the file
     except Exception as error:
-        raise RunDirectoryError(f"{path} holds no runs: it is no report of fitune, or a damaged one") from error
+        raise RunDirectoryError(
+            f"{path} holds no runs: it is no report of fitune, or a damaged one"
+        ) from error
 
 
 def _unembed(content: Mapping[str, Any]) -> RecordedRun:
@@ -335,7 +350,9 @@ def _unembed(content: Mapping[str, Any]) -> RecordedRun:
     def curve(names: Sequence[str], columns: Mapping[str, Sequence[float | None]]) -> Curve:
         length = max(map(len, columns.values()), default=0)
         return {
-            name: np.array([_number(value) for value in columns[name]]) if name in columns else np.full(length, np.nan)
+            name: np.array([_number(value) for value in columns[name]])
+            if name in columns
+            else np.full(length, np.nan)
             for name in names
         }
 

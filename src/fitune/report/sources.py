@@ -41,7 +41,9 @@ def _read(path: Path) -> tuple[RecordedRun, ...]:
     if (path / SWEEP_FILE).is_file():
         return tuple(_sweep(path))
     if path.is_dir():
-        inside = sorted(entry for entry in path.iterdir() if RunDirectory(entry).checkpoints.is_dir())
+        inside = sorted(
+            entry for entry in path.iterdir() if RunDirectory(entry).checkpoints.is_dir()
+        )
         if inside:
             return tuple(read_fitune_run(entry) for entry in inside)
     # last, because a run of fitune may contain TensorBoard's files
@@ -49,7 +51,9 @@ def _read(path: Path) -> tuple[RecordedRun, ...]:
     if foreign is not None:
         return (foreign,)
     if not path.exists():
-        raise RunDirectoryError(f"{path} does not exist: give the directory of a run, such as runs/NAME")
+        raise RunDirectoryError(
+            f"{path} does not exist: give the directory of a run, such as runs/NAME"
+        )
     raise RunDirectoryError(
         f"{path} holds no run: give a run directory, a report of fitune, trainer_state.json, trainer_log.jsonl, "
         "ms-swift's logging.jsonl, a TensorBoard directory, a csv of wandb, or a log that minimind or transformers' "

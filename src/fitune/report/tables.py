@@ -70,7 +70,9 @@ def heading(comparison: Comparison) -> str:
 
 
 def legend() -> str:
-    return say("* nothing else is better all round · ! more than chance (95 %, paired over the held-out samples)")
+    return say(
+        "* nothing else is better all round · ! more than chance (95 %, paired over the held-out samples)"
+    )
 
 
 def markdown(comparison: Comparison) -> str:
@@ -81,8 +83,12 @@ def markdown(comparison: Comparison) -> str:
         rule,
         *(cells(row) for row in comparison.rows),
     ]
-    body = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-    sentences = "\n".join(f"- {translated(sentence)}" for sentence in [*verdicts(comparison), *comparison.notes])
+    body = "\n".join(
+        "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines
+    )
+    sentences = "\n".join(
+        f"- {translated(sentence)}" for sentence in [*verdicts(comparison), *comparison.notes]
+    )
     return f"{heading(comparison)}\n\n{body}\n\n{legend()}\n\n{sentences}\n"
 
 
@@ -131,7 +137,10 @@ def row_json(row: ComparedRun) -> dict[str, Any]:
         "origin": row.run.origin,
         "state": row.run.state,
         **{name: _finite(getattr(row, name)) for name in names},
-        **{name: None if interval is None else asdict(interval) for name, interval in intervals.items()},
+        **{
+            name: None if interval is None else asdict(interval)
+            for name, interval in intervals.items()
+        },
     }
 
 
@@ -144,7 +153,8 @@ def html_table(comparison: Comparison) -> str:
     heads = columns(comparison)
     table = _table(heads, [cells(row) for row in comparison.rows])
     sentences = "".join(
-        f"<li>{html.escape(translated(text))}</li>" for text in [*verdicts(comparison), *comparison.notes]
+        f"<li>{html.escape(translated(text))}</li>"
+        for text in [*verdicts(comparison), *comparison.notes]
     )
     head, foot = html.escape(heading(comparison)), html.escape(legend())
     return f"<p>{head}</p>{table}<p>{foot}</p><ul>{sentences}</ul>"
@@ -165,7 +175,9 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def differing_rows(comparison: Comparison) -> list[list[str]]:
     """Return a row for each setting that differs: its key, and its value in each run as text."""
-    return [[key, *(show(value) for value in values)] for key, values in comparison.differing.items()]
+    return [
+        [key, *(show(value) for value in values)] for key, values in comparison.differing.items()
+    ]
 
 
 def show(value: Any) -> str:

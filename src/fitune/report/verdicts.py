@@ -43,7 +43,9 @@ def _fits(comparison: Comparison) -> Iterator[str]:
     if len(comparison.rows) > 1 and ran and any(row.run_peak_bytes for row in ran):
         listed = ", ".join(f"{row.name} {format_bytes(row.run_peak_bytes)}" for row in ran)
         yield say("fits, by the peak as measured: {listed}", listed=listed)
-    if listed := "; ".join(f"{row.name} {prediction(row)}" for row in ran if row.prediction_error is not None):
+    if listed := "; ".join(
+        f"{row.name} {prediction(row)}" for row in ran if row.prediction_error is not None
+    ):
         yield say("the step that was predicted, predicted and measured: {listed}", listed=listed)
 
 
@@ -103,10 +105,15 @@ def _memory_and_speed(first: ComparedRun, second: ComparedRun) -> str:
 
 def _accumulation(comparison: Comparison) -> Iterator[str]:
     """Compare the best run of each larger batch with the best run of the smallest batch."""
-    batches = sorted({row.effective_batch for row in comparison.rows if row.effective_batch and row.eval_loss})
+    batches = sorted(
+        {row.effective_batch for row in comparison.rows if row.effective_batch and row.eval_loss}
+    )
     if len(batches) < 2:
         return
-    best = {batch: _lowest([row for row in comparison.rows if row.effective_batch == batch]) for batch in batches}
+    best = {
+        batch: _lowest([row for row in comparison.rows if row.effective_batch == batch])
+        for batch in batches
+    }
     small = best[batches[0]]
     for batch in batches[1:]:
         large = best[batch]
@@ -191,9 +198,17 @@ def _noise_rows(row: ComparedRun) -> float | None:
 def _rates(comparison: Comparison) -> Iterator[str]:
     """Say which of the tried rates was best, for each batch."""
     for batch in sorted({row.effective_batch for row in comparison.rows if row.effective_batch}):
-        rows = [row for row in comparison.rows if row.effective_batch == batch and row.lr and row.eval_loss]
+        rows = [
+            row
+            for row in comparison.rows
+            if row.effective_batch == batch and row.lr and row.eval_loss
+        ]
         best = _lowest(rows)
-        others = {row.lr: row for row in sorted(rows, key=_loss, reverse=True) if best and row.lr != best.lr}
+        others = {
+            row.lr: row
+            for row in sorted(rows, key=_loss, reverse=True)
+            if best and row.lr != best.lr
+        }
         if best is None or not others:
             continue
         listed = "; ".join(
@@ -226,7 +241,9 @@ def _best(comparison: Comparison) -> Iterator[str]:
         and not found.excludes_zero
     ]
     rates = {row.lr for row in rows if row.lr}
-    rate = say(" (learning rate {rate})", rate=f"{best.lr:.2g}") if len(rates) > 1 and best.lr else ""
+    rate = (
+        say(" (learning rate {rate})", rate=f"{best.lr:.2g}") if len(rates) > 1 and best.lr else ""
+    )
     yield say(
         "best: {name}{rate}, with the lowest eval loss, {loss}, {speed} tokens/s, {peak}",
         name=best.name,

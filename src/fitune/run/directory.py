@@ -147,16 +147,26 @@ class RunRecord:
 def check_place(output: Path, name: str, *, overwrite: bool = False) -> None:
     """Raise RunDirectoryError for what `create_run` would refuse, as far as reading can tell."""
     if not name or not name.isprintable() or Path(name).name != name or name in (".", ".."):
-        raise RunDirectoryError(f"run.name {name!r} is not the name of a directory: use letters, digits, - and _")
+        raise RunDirectoryError(
+            f"run.name {name!r} is not the name of a directory: use letters, digits, - and _"
+        )
     path = output / name
     with _os_errors_reported(f"{path} cannot be created"):
         for place in (output, *output.parents):
             if place.exists() and not place.is_dir():
-                raise RunDirectoryError(f"{place} is a file, and runs are kept in a directory: give another run.output")
-        if name.endswith("-") or not path.exists() or (path.is_dir() and _never_began(RunDirectory(path))):
+                raise RunDirectoryError(
+                    f"{place} is a file, and runs are kept in a directory: give another run.output"
+                )
+        if (
+            name.endswith("-")
+            or not path.exists()
+            or (path.is_dir() and _never_began(RunDirectory(path)))
+        ):
             return
         if not path.is_dir() or not _is_run(path):
-            raise RunDirectoryError(f"{path} exists and is not a run: choose another run.name, or remove it yourself")
+            raise RunDirectoryError(
+                f"{path} exists and is not a run: choose another run.name, or remove it yourself"
+            )
         if not overwrite:
             raise RunDirectoryError(f"{path} exists: choose another run.name, or give --overwrite")
 
@@ -174,7 +184,11 @@ def create_run(output: Path, name: str, *, overwrite: bool = False) -> RunDirect
     check_place(output, name, overwrite=overwrite)
     with _os_errors_reported(f"{output / name} cannot be created"):
         output.mkdir(parents=True, exist_ok=True)
-        run = _next_number(output, name) if name.endswith("-") else _given_name(output / name, overwrite=overwrite)
+        run = (
+            _next_number(output, name)
+            if name.endswith("-")
+            else _given_name(output / name, overwrite=overwrite)
+        )
         run.lock.touch()
         run.checkpoints.mkdir(exist_ok=True)
     return run
@@ -187,19 +201,26 @@ def name_prefix(model: str, data: str) -> str:
     """
     names = (Path(source.partition("#")[0]).name for source in (model, data))
     return "".join(
-        re.sub(r"[^\w.-]+", "_", re.sub(r"\.[a-z][a-z0-9]{1,6}$", "", name)).strip(".") + "-" for name in names
+        re.sub(r"[^\w.-]+", "_", re.sub(r"\.[a-z][a-z0-9]{1,6}$", "", name)).strip(".") + "-"
+        for name in names
     )
 
 
-BEGIN_ONE = "'fitune train CONFIG' begins one; give the directory where others are kept (run.output)"
+BEGIN_ONE = (
+    "'fitune train CONFIG' begins one; give the directory where others are kept (run.output)"
+)
 
 
 def open_run(path: Path) -> RunDirectory:
     """Return the existing run at this path. Raises RunDirectoryError if there is none."""
     if not path.is_dir():
-        raise RunDirectoryError(f"{path} is not a directory: give the directory of a run, such as runs/NAME")
+        raise RunDirectoryError(
+            f"{path} is not a directory: give the directory of a run, such as runs/NAME"
+        )
     if not _is_run(path):
-        raise RunDirectoryError(f"{path} is not the directory of a run: 'fitune runs {path}' lists the runs in it")
+        raise RunDirectoryError(
+            f"{path} is not the directory of a run: 'fitune runs {path}' lists the runs in it"
+        )
     return RunDirectory(path)
 
 
@@ -210,7 +231,11 @@ def read_run(path: Path) -> RunRecord:
     files is a link or a device, its state is 'damaged'.
     """
     run = open_run(path)
-    times = [file.stat().st_mtime for file in (run.path, run.lock, run.metrics, run.summary) if file.exists()]
+    times = [
+        file.stat().st_mtime
+        for file in (run.path, run.lock, run.metrics, run.summary)
+        if file.exists()
+    ]
     try:
         check_run_files(run)
         summary = read_summary(run.summary) if run.summary.exists() else None
@@ -225,9 +250,13 @@ def list_runs(output: Path) -> list[RunRecord]:
     Raises RunDirectoryError if `output` is not a directory.
     """
     if not output.exists():
-        raise RunDirectoryError(f"{output} is not a directory, so there are no runs yet: {BEGIN_ONE}")
+        raise RunDirectoryError(
+            f"{output} is not a directory, so there are no runs yet: {BEGIN_ONE}"
+        )
     if not output.is_dir():
-        raise RunDirectoryError(f"{output} is not a directory: give the one that runs are kept in (run.output)")
+        raise RunDirectoryError(
+            f"{output} is not a directory: give the one that runs are kept in (run.output)"
+        )
     with _os_errors_reported(f"{output} cannot be read"):
         records = [record for path in output.iterdir() if (record := _listed(path)) is not None]
     return sorted(records, key=lambda record: (record.updated, record.run.name))
@@ -242,7 +271,9 @@ def _listed(path: Path) -> RunRecord | None:
         return read_run(path) if _is_run(path) else None
     except (OSError, RunDirectoryError) as error:
         reason = getattr(error, "strerror", None) or error
-        return RunRecord(RunDirectory(path), "damaged", None, 0.0, f"{path} cannot be read: {reason}")
+        return RunRecord(
+            RunDirectory(path), "damaged", None, 0.0, f"{path} cannot be read: {reason}"
+        )
 
 
 def check_run_files(run: RunDirectory, *, deep: bool = False) -> None:
@@ -255,7 +286,11 @@ def check_run_files(run: RunDirectory, *, deep: bool = False) -> None:
     names = [*_texts(run), run.lock, *_directories(run)]
     found = find_strange(names)
     if deep and found is None:
-        inside = (path for directory in (run.checkpoints, run.best, run.last) for path in directory.rglob("*"))
+        inside = (
+            path
+            for directory in (run.checkpoints, run.best, run.last)
+            for path in directory.rglob("*")
+        )
         found = find_strange(inside)
     if found is not None:
         raise RunDirectoryError(f"{found}: put the file itself there, or leave the run alone")
@@ -307,7 +342,9 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
     Raises ValueError for a number that is not finite, which JSON does not have.
     """
-    write_atomically(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_atomically(
+        path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    )
 
 
 def sync_directory(path: Path) -> None:
@@ -329,7 +366,9 @@ def _os_errors_reported(what: str, *, place: str = OUTPUT_KEY) -> Iterator[None]
     try:
         yield
     except OSError as error:
-        raise RunDirectoryError(f"{what}: {error.strerror or error}; give another place with {place}") from error
+        raise RunDirectoryError(
+            f"{what}: {error.strerror or error}; give another place with {place}"
+        ) from error
 
 
 def _is_run(path: Path) -> bool:

@@ -26,7 +26,9 @@ class EvalRows:
     weights: tuple[float, ...]
 
 
-def append_eval_rows(path: Path, rows: EvalRows, *, append: Callable[[Path, EvalRows], None] = append_line) -> None:
+def append_eval_rows(
+    path: Path, rows: EvalRows, *, append: Callable[[Path, EvalRows], None] = append_line
+) -> None:
     """Write an evaluation, unless its loss is not finite.
 
     append: writes a line.
@@ -55,5 +57,7 @@ def read_eval_rows(path: Path) -> tuple[EvalRows, ...]:
         except (KeyError, TypeError, ValueError, OverflowError):
             continue
         if len(losses) == len(weights):
-            found[step] = EvalRows(step=step, total_tokens=total_tokens, losses=losses, weights=weights)
+            found[step] = EvalRows(
+                step=step, total_tokens=total_tokens, losses=losses, weights=weights
+            )
     return tuple(found[step] for step in sorted(found))

@@ -61,8 +61,12 @@ class RunFollower:
         metrics, memory, events = (lines or [] for lines in new)
         for line in metrics:
             add_line(line, self._steps, self._evals)
-        self._samples += [sample for line in memory if (sample := as_record(MemorySample, line)) is not None]
-        self._run_events += [event for line in events if (event := as_record(RunEvent, line)) is not None]
+        self._samples += [
+            sample for line in memory if (sample := as_record(MemorySample, line)) is not None
+        ]
+        self._run_events += [
+            event for line in events if (event := as_record(RunEvent, line)) is not None
+        ]
         return RunView(
             record=record,
             steps=tuple(self._steps),
@@ -87,7 +91,9 @@ class RunFollower:
         if record.summary is None:
             return None
         written = self._run.summary.stat().st_mtime
-        return record.summary.seconds + max(0.0, self._samples[-1].time - written if self._samples else 0.0)
+        return record.summary.seconds + max(
+            0.0, self._samples[-1].time - written if self._samples else 0.0
+        )
 
     def _device_name(self) -> str | None:
         """Return the card's name if the samples have PyTorch's counters, else the processor's."""

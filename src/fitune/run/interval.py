@@ -59,7 +59,9 @@ def paired_interval(
     if error <= 1e-12 * max(1.0, abs(mean)):
         return ConfidenceInterval(mean, mean, mean, num_pairs, level)
     draw = np.random.default_rng(20260)
-    ratios = np.concatenate([_resampled_t(differences, weights, draw) for _ in range(0, NUM_RESAMPLES, _CHUNK)])
+    ratios = np.concatenate(
+        [_resampled_t(differences, weights, draw) for _ in range(0, NUM_RESAMPLES, _CHUNK)]
+    )
     low, high = np.quantile(ratios[np.isfinite(ratios)], ((1 - level) / 2, (1 + level) / 2))
     least = _student(weights.sum() ** 2 / (weights**2).sum() - 1, level)
     return ConfidenceInterval(

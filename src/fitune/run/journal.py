@@ -115,7 +115,9 @@ def read_journal(path: Path) -> tuple[JournalLine, ...]:
     """
     lines = tuple(_read(path))
     hashes = [CHAIN_START, *(line.hash for line in lines)]
-    for number, (line, (previous, link)) in enumerate(zip(lines, pairwise(hashes), strict=True), start=1):
+    for number, (line, (previous, link)) in enumerate(
+        zip(lines, pairwise(hashes), strict=True), start=1
+    ):
         if chained_hash(previous, line) != link:
             raise RunDirectoryError(
                 f"{path}:{number}: step {line.step} does not follow from the line before it: the journal was changed "
@@ -129,7 +131,9 @@ def _read(path: Path) -> Iterator[JournalLine]:
         try:
             yield _line({} if content is None else content)
         except (KeyError, TypeError, ValueError, OverflowError) as error:
-            raise RunDirectoryError(f"{path}:{number} is not a line of a journal ({error!r})") from error
+            raise RunDirectoryError(
+                f"{path}:{number} is not a line of a journal ({error!r})"
+            ) from error
 
 
 def _line(content: Mapping[str, Any]) -> JournalLine:

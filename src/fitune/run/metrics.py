@@ -173,7 +173,9 @@ class Metrics:
 Record = TypeVar("Record", bound="DataclassInstance")
 
 
-def append_line(path: Path, record: "DataclassInstance", *, leave_out_unknown: bool = False) -> None:
+def append_line(
+    path: Path, record: "DataclassInstance", *, leave_out_unknown: bool = False
+) -> None:
     """Append a record to a file of JSON lines.
 
     leave_out_unknown: leave out fields that are None.
@@ -187,7 +189,11 @@ def append_line(path: Path, record: "DataclassInstance", *, leave_out_unknown: b
 
 
 def as_line(record: "DataclassInstance", *, leave_out_unknown: bool = False) -> bytes:
-    content = {name: value for name, value in as_json(record).items() if value is not None or not leave_out_unknown}
+    content = {
+        name: value
+        for name, value in as_json(record).items()
+        if value is not None or not leave_out_unknown
+    }
     return f"{json.dumps(content, ensure_ascii=False, allow_nan=False)}\n".encode()
 
 
@@ -216,15 +222,23 @@ def read_metrics(path: Path) -> Metrics:
     """
     steps: list[StepMetrics] = []
     evals: list[EvalMetrics] = []
-    damaged = [number for number, content in read_lines(path) if not add_line(content, steps, evals)]
+    damaged = [
+        number for number, content in read_lines(path) if not add_line(content, steps, evals)
+    ]
     return Metrics(tuple(steps), tuple(evals), tuple(damaged))
 
 
-def add_line(content: Mapping[str, Any] | None, steps: list[StepMetrics], evals: list[EvalMetrics]) -> bool:
+def add_line(
+    content: Mapping[str, Any] | None, steps: list[StepMetrics], evals: list[EvalMetrics]
+) -> bool:
     """Add a line of metrics to those before it, and return whether it could be read."""
     record = None
     if content is not None:
-        record = as_record(EvalMetrics, content) if "eval_loss" in content else as_record(StepMetrics, content)
+        record = (
+            as_record(EvalMetrics, content)
+            if "eval_loss" in content
+            else as_record(StepMetrics, content)
+        )
     if isinstance(record, EvalMetrics):
         evals.append(record)
     elif record is not None:
@@ -271,7 +285,9 @@ def read_summary(path: Path) -> Summary:
     try:
         content = parse_json(read_plain(path))
     except (OSError, ValueError) as error:
-        raise RunDirectoryError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+        raise RunDirectoryError(
+            f"{path} cannot be read: {getattr(error, 'strerror', None) or error}"
+        ) from error
     version = content.get("schema") if isinstance(content, dict) else None
     if version != SCHEMA:
         raise RunDirectoryError(f"{path} has schema {version}; this fitune reads schema {SCHEMA}")
@@ -319,7 +335,9 @@ def _fields(kind: type["DataclassInstance"]) -> dict[str, tuple[Any, ...]]:
     """Return the types that each field accepts."""
     wanted = get_type_hints(kind)
     return {
-        field.name: get_args(hint) if isinstance(hint := wanted[field.name], types.UnionType) else (hint,)
+        field.name: get_args(hint)
+        if isinstance(hint := wanted[field.name], types.UnionType)
+        else (hint,)
         for field in fields(kind)
     }
 

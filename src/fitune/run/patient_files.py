@@ -56,13 +56,17 @@ class PatientFiles:
         self._fault: str | None = None
         self._news: deque[str] = deque()
 
-    def append(self, path: Path, record: "DataclassInstance", *, leave_out_unknown: bool = False) -> None:
+    def append(
+        self, path: Path, record: "DataclassInstance", *, leave_out_unknown: bool = False
+    ) -> None:
         """Append a line to a log, now or as soon as there is space.
 
         Raises RunDirectoryError if waiting does not help.
         """
         with self._lock:
-            self._lines.setdefault(path, deque()).append(as_line(record, leave_out_unknown=leave_out_unknown))
+            self._lines.setdefault(path, deque()).append(
+                as_line(record, leave_out_unknown=leave_out_unknown)
+            )
             self._try()
             self._bound()
 
@@ -143,5 +147,7 @@ class PatientFiles:
     def _bound(self) -> None:
         while sum(len(line) for lines in self._lines.values() for line in lines) > self._most_bytes:
             if not self._drops_oldest:
-                raise RunDirectoryError(f"{self._fault}, and {format_bytes(self._most_bytes)} wait to be written")
+                raise RunDirectoryError(
+                    f"{self._fault}, and {format_bytes(self._most_bytes)} wait to be written"
+                )
             max(self._lines.values(), key=len).popleft()

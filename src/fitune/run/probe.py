@@ -64,15 +64,25 @@ class Probe:
     @property
     def cost_tokens(self) -> int:
         """The tokens of the branches that are not continued."""
-        return sum(branch.tokens for number, branch in enumerate(self.branches) if number != self.chosen)
+        return sum(
+            branch.tokens for number, branch in enumerate(self.branches) if number != self.chosen
+        )
 
     @property
     def verdict(self) -> str:
         best, others = self.branches[self.chosen], self.branches[1:]
         if self.chosen:
-            why = "is better by more than chance" if best.is_better else "did not diverge as the configuration did"
+            why = (
+                "is better by more than chance"
+                if best.is_better
+                else "did not diverge as the configuration did"
+            )
             return f"{best.name} {why}: the run goes on with rate {best.lr:.3g} and {best.rows} samples a step"
-        equal = [each.name for each in others if each.difference is not None and not each.difference.excludes_zero]
+        equal = [
+            each.name
+            for each in others
+            if each.difference is not None and not each.difference.excludes_zero
+        ]
         if equal:
             return f"no difference found between the configuration and {' and '.join(equal)}: the run keeps its setting"
         return "the configuration is better than every other setting by more than chance: the run keeps it"
@@ -96,8 +106,11 @@ def choose(branches: Sequence[Branch]) -> int:
 def write_probe(path: Path, probe: Probe) -> None:
     """Write probe.json. Raises RunDirectoryError."""
     branches = [
-        as_json(replace(branch, difference=None)) | {"difference": branch.difference and asdict(branch.difference)}
+        as_json(replace(branch, difference=None))
+        | {"difference": branch.difference and asdict(branch.difference)}
         for branch in probe.branches
     ]
     derived = {"chosen": probe.chosen, "cost_tokens": probe.cost_tokens, "verdict": probe.verdict}
-    write_json(path, {"schema": 1, **as_json(replace(probe, branches=())), "branches": branches, **derived})
+    write_json(
+        path, {"schema": 1, **as_json(replace(probe, branches=())), "branches": branches, **derived}
+    )

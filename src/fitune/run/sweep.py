@@ -84,18 +84,24 @@ def read_sweep(path: Path, typed: Sequence[str] = ()) -> Sweep:
     tree = dict(marked.tree) if isinstance(marked.tree, dict) else {}
     wanted = tree.pop("sweep", None)
     if not isinstance(wanted, list | dict) or not wanted:
-        raise ConfigError([f"{path} has no key 'sweep': give a list of runs, or a grid of keys and their values"])
+        raise ConfigError(
+            [f"{path} has no key 'sweep': give a list of runs, or a grid of keys and their values"]
+        )
     base = read_config(tree, typed).config
     directory = base.run.output / (base.run.name or path.stem)
     if isinstance(wanted, dict) and "search" in wanted:
         return Sweep(directory, tree, tuple(typed), (), _read_search(path, wanted))
     settings = _grid(path, wanted) if isinstance(wanted, dict) else wanted
     if len(settings) > MOST_RUNS:
-        raise ConfigError([f"{path}: this sweep has {len(settings):,} runs; at most {MOST_RUNS} are done in one"])
+        raise ConfigError(
+            [f"{path}: this sweep has {len(settings):,} runs; at most {MOST_RUNS} are done in one"]
+        )
     entries, faults = [], []
     for number, overrides in enumerate(settings, start=1):
         if not isinstance(overrides, dict):
-            faults.append(f"{path}: run {number} of the sweep is no set of keys: write it like {{optim.lr: 3e-5}}")
+            faults.append(
+                f"{path}: run {number} of the sweep is no set of keys: write it like {{optim.lr: 3e-5}}"
+            )
             continue
         try:
             entries.append(make_entry(directory, tree, overrides, typed=typed))
@@ -103,7 +109,9 @@ def read_sweep(path: Path, typed: Sequence[str] = ()) -> Sweep:
             faults += [f"run {number} of the sweep: {fault}" for fault in error.faults]
     names = [entry.name for entry in entries]
     twice = sorted({name for name in names if names.count(name) > 1})
-    faults += [f"{path}: two runs of the sweep are called {name}: give one a run.name" for name in twice]
+    faults += [
+        f"{path}: two runs of the sweep are called {name}: give one a run.name" for name in twice
+    ]
     if faults:
         raise ConfigError(faults)
     return Sweep(directory, tree, tuple(typed), tuple(entries))
@@ -120,13 +128,17 @@ def make_entry(
     """Make a run of the sweep. Raises ConfigError."""
     overrides = dict(overrides)
     chosen = name or str(overrides.pop("run.name", "") or _name(overrides))
-    assignments = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in overrides.items()]
+    assignments = [
+        f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in overrides.items()
+    ]
     given = {assignment.partition("=")[0] for assignment in assignments} | {
         "run.output",
         "run.name",
     }
     remaining = [assignment for assignment in typed if assignment.partition("=")[0] not in given]
-    config = read_config(tree, [*remaining, *assignments, f"run.output={directory}", f"run.name={chosen}"]).config
+    config = read_config(
+        tree, [*remaining, *assignments, f"run.output={directory}", f"run.name={chosen}"]
+    ).config
     return Entry(chosen, overrides, config)
 
 
@@ -150,7 +162,9 @@ def read_states(directory: Path) -> dict[str, dict[str, Any]]:
     try:
         return {str(each["name"]): dict(each) for each in parse_json(read_plain(path))["runs"]}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunDirectoryError(f"{path} is damaged: {error}; remove it to begin the sweep again") from error
+        raise RunDirectoryError(
+            f"{path} is damaged: {error}; remove it to begin the sweep again"
+        ) from error
 
 
 def write_states(directory: Path, states: Mapping[str, Mapping[str, Any]]) -> None:
@@ -166,18 +180,27 @@ def _grid(path: Path, wanted: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
     if faults:
         raise ConfigError(faults)
-    return [dict(zip(wanted, values, strict=True)) for values in itertools.product(*wanted.values())]
+    return [
+        dict(zip(wanted, values, strict=True)) for values in itertools.product(*wanted.values())
+    ]
 
 
 def _read_search(path: Path, wanted: Mapping[str, Any]) -> Search:
     space, trials = wanted["search"], wanted.get("trials", 20)
     unknown = sorted(wanted.keys() - {"search", "trials"})
-    faults = [f"{path}: sweep.{key} is unknown beside 'search': only 'trials' stands there" for key in unknown]
+    faults = [
+        f"{path}: sweep.{key} is unknown beside 'search': only 'trials' stands there"
+        for key in unknown
+    ]
     if not isinstance(space, dict) or not space:
-        faults.append(f"{path}: sweep.search must hold keys with [choices] or {{low: .., high: ..}}")
+        faults.append(
+            f"{path}: sweep.search must hold keys with [choices] or {{low: .., high: ..}}"
+        )
         space = {}
     if not isinstance(trials, int) or not 0 < trials <= MOST_RUNS:
-        faults.append(f"{path}: sweep.trials is {trials}: it must be a whole number from 1 to {MOST_RUNS}")
+        faults.append(
+            f"{path}: sweep.trials is {trials}: it must be a whole number from 1 to {MOST_RUNS}"
+        )
     for key, values in space.items():
         in_range = isinstance(values, dict) and {"low", "high"} <= values.keys() <= {
             "low",
@@ -186,7 +209,9 @@ def _read_search(path: Path, wanted: Mapping[str, Any]) -> Search:
             "step",
         }
         if not in_range and not (isinstance(values, list) and values):
-            faults.append(f"{path}: sweep.search.{key} must be a list of choices, or {{low: .., high: .., log: true}}")
+            faults.append(
+                f"{path}: sweep.search.{key} must be a list of choices, or {{low: .., high: .., log: true}}"
+            )
     if faults:
         raise ConfigError(faults)
     return Search(space, trials)
@@ -202,5 +227,8 @@ def _name(overrides: Mapping[str, Any]) -> str:
     if {"batch.micro", "batch.accumulation"} <= rest.keys():
         parts.append(f"{rest.pop('batch.micro')}x{rest.pop('batch.accumulation')}")
     parts += [f"{key.rpartition('.')[2]}{value}" for key, value in rest.items()]
-    name = "".join(character if character.isalnum() or character in "-._" else "_" for character in "-".join(parts))
+    name = "".join(
+        character if character.isalnum() or character in "-._" else "_"
+        for character in "-".join(parts)
+    )
     return name.strip(".")[:80] or "run"

@@ -66,7 +66,9 @@ class Layout:
         """
         if not self.packed and self.micro_rows is None:
             batch = sort_by_length(batch)
-        return group(batch, packed=self.packed, micro_rows=self.micro_rows, micro_tokens=self.micro_tokens)
+        return group(
+            batch, packed=self.packed, micro_rows=self.micro_rows, micro_tokens=self.micro_tokens
+        )
 
 
 @dataclass(frozen=True)
@@ -132,9 +134,13 @@ def assemble(
     commit = shards is None and _few_are_trained(model)
     return Setup(
         model=model,
-        optimizer=build_optimizer(model, with_settings(config.optim, optim), lr=optim.lr, device=device),
+        optimizer=build_optimizer(
+            model, with_settings(config.optim, optim), lr=optim.lr, device=device
+        ),
         scaler=torch.amp.GradScaler(device.type) if precision.needs_scaler else None,
-        settings=StepSettings(loss, optim.clip, precision.autocast_dtype, commit=commit, shards=shards),
+        settings=StepSettings(
+            loss, optim.clip, precision.autocast_dtype, commit=commit, shards=shards
+        ),
         layout=layout,
         eval_layout=eval_layout,
         optim=optim,
@@ -145,20 +151,30 @@ def assemble(
 
 def _few_are_trained(model: nn.Module) -> bool:
     """Return whether float32 gradients and optimizer state are small compared with the model."""
-    trained = sum(4 * parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    return trained <= COMMIT_FRACTION * sum(p.numel() * p.element_size() for p in model.parameters())
+    trained = sum(
+        4 * parameter.numel() for parameter in model.parameters() if parameter.requires_grad
+    )
+    return trained <= COMMIT_FRACTION * sum(
+        p.numel() * p.element_size() for p in model.parameters()
+    )
 
 
-def choose_layouts(config: RunConfig, device: torch.device, *, packed: bool) -> tuple[Layout, Layout]:
+def choose_layouts(
+    config: RunConfig, device: torch.device, *, packed: bool
+) -> tuple[Layout, Layout]:
     """Return the layouts of training and evaluation, for packed or padded samples."""
     layout = _choose_layout(config, device, packed=packed)
-    return layout, layout if config.eval.micro == "auto" else Layout(packed, config.eval.micro, None)
+    return layout, layout if config.eval.micro == "auto" else Layout(
+        packed, config.eval.micro, None
+    )
 
 
 def _set_layers(model: nn.Module, config: RunConfig, device: torch.device) -> Recompute:
     if config.model.offload_activations and device.type == "cpu":
         raise ConfigError(
-            ["model.offload_activations moves them to the host's memory, where they are on a CPU: drop it"]
+            [
+                "model.offload_activations moves them to the host's memory, where they are on a CPU: drop it"
+            ]
         )
     recompute: Recompute = "off" if config.model.recompute == "auto" else config.model.recompute
     set_recompute(model, recompute, offload=config.model.offload_activations)

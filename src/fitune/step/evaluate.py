@@ -45,7 +45,9 @@ class EvalResult:
         return self.num_correct / self.num_supervised_tokens
 
 
-def evaluate(model: nn.Module, micro_batches: Iterable[MicroBatch], *, settings: StepSettings) -> EvalResult:
+def evaluate(
+    model: nn.Module, micro_batches: Iterable[MicroBatch], *, settings: StepSettings
+) -> EvalResult:
     """Evaluate the model in evaluation mode, and restore its own mode."""
     totals = EvalTotals(model, settings)
     with evaluation_mode(model):
@@ -83,7 +85,9 @@ class EvalTotals:
         self._compute(micro_batch.to(self._device))
 
     def _compute(self, here: MicroBatch) -> tuple[Tensor, Tensor]:
-        return self._settings.run(self._device, lambda: losses_and_correct(self._model, here, self._settings.loss))
+        return self._settings.run(
+            self._device, lambda: losses_and_correct(self._model, here, self._settings.loss)
+        )
 
     def result(self) -> EvalResult:
         host = torch.cat(self._sums_2R, dim=1).cpu()
@@ -103,7 +107,11 @@ def merge_evaluations(parts: Sequence[EvalResult]) -> EvalResult:
     """Merge evaluations of different samples into one."""
     if len(parts) == 1:
         return parts[0]
-    rows = sorted(row for part in parts for row in zip(part.row_ids, part.row_losses, part.row_weights, strict=True))
+    rows = sorted(
+        row
+        for part in parts
+        for row in zip(part.row_ids, part.row_losses, part.row_weights, strict=True)
+    )
     row_ids, row_losses, row_weights = zip(*rows, strict=True) if rows else ((), (), ())
     return EvalResult(
         row_ids=row_ids,
@@ -128,7 +136,11 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 def sum_by_row(values_KN: torch.Tensor, micro_batch: MicroBatch) -> torch.Tensor:
     """Sum K values of each target over the targets of each sample, in float64: [K, samples]."""
     num_rows = len(micro_batch.row_ids)
-    widths = micro_batch.row_lengths if micro_batch.packed else (micro_batch.input_ids_BS.shape[1],) * num_rows
+    widths = (
+        micro_batch.row_lengths
+        if micro_batch.packed
+        else (micro_batch.input_ids_BS.shape[1],) * num_rows
+    )
     ends_R = torch.tensor(list(accumulate(widths)), device=values_KN.device)
     row_N = torch.bucketize(micro_batch.target_index_N, ends_R, right=True)
     sums_KR = values_KN.new_zeros((len(values_KN), num_rows), dtype=torch.float64)

@@ -50,7 +50,9 @@ class CommitBuffer:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._parameters = [
+            parameter for parameter in model.parameters() if parameter.requires_grad
+        ]
         self._sums: list[Tensor | None] = [None] * len(self._parameters)
 
     @torch.no_grad()
@@ -60,11 +62,15 @@ class CommitBuffer:
         What must be allocated is allocated first.
         """
         pairs = list(zip(self._sums, self._parameters, strict=True))
-        new = [p.grad.float() if total is None and p.grad is not None else None for total, p in pairs]
+        new = [
+            p.grad.float() if total is None and p.grad is not None else None for total, p in pairs
+        ]
         old = [(total, p.grad) for total, p in pairs if total is not None and p.grad is not None]
         if old:
             torch._foreach_add_([total for total, _ in old], [gradient for _, gradient in old])
-        self._sums = [total if first is None else first for (total, _), first in zip(pairs, new, strict=True)]
+        self._sums = [
+            total if first is None else first for (total, _), first in zip(pairs, new, strict=True)
+        ]
         for parameter in self._parameters:
             parameter.grad = None
 
@@ -75,7 +81,9 @@ class CommitBuffer:
     def filled(self) -> tuple[list[Tensor], tuple[int, ...]]:
         """Fill missing sums with zeros; return all sums, and the places of the missing ones."""
         missing = tuple(place for place, total in enumerate(self._sums) if total is None)
-        zeros = [torch.zeros_like(self._parameters[place], dtype=torch.float32) for place in missing]
+        zeros = [
+            torch.zeros_like(self._parameters[place], dtype=torch.float32) for place in missing
+        ]
         for place, zero in zip(missing, zeros, strict=True):
             self._sums[place] = zero
         return [total for total in self._sums if total is not None], missing
@@ -98,7 +106,9 @@ def missing_gradients_as_zeros(model: nn.Module) -> tuple[list[Tensor], tuple[in
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     missing = tuple(place for place, parameter in enumerate(trained) if parameter.grad is None)
-    for place, zeros in zip(missing, [torch.zeros_like(trained[place]) for place in missing], strict=True):
+    for place, zeros in zip(
+        missing, [torch.zeros_like(trained[place]) for place in missing], strict=True
+    ):
         trained[place].grad = zeros
     return [parameter.grad for parameter in trained if parameter.grad is not None], missing
 
@@ -131,10 +141,14 @@ def clip_gradients(
         # unscale_ notifies all processes of a sharded model of an overflow in one shard
         peers.ready()
         scaler.unscale_(optimizer)
-    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    parameters = [
+        p for group in optimizer.param_groups for p in group["params"] if p.grad is not None
+    ]
     on_device = [] if norms is None else [norms.values()]
     norm = peers.clip(parameters, max_norm)
-    host = torch.cat((torch.stack((torch.stack(list(losses)).sum(), norm.float())), *on_device)).tolist()
+    host = torch.cat(
+        (torch.stack((torch.stack(list(losses)).sum(), norm.float())), *on_device)
+    ).tolist()
     scale = 1.0 if scaler is None else scaler.get_scale()
     read = None if norms is None else norms.read(host[2:], total_norm=host[1], scale=scale)
     return Clipped(host[0], host[1], read)
@@ -181,12 +195,15 @@ class _Rollback:
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self._optimizer = optimizer
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        parameters = [
+            parameter for group in optimizer.param_groups for parameter in group["params"]
+        ]
         trained = [parameter for parameter in parameters if parameter.requires_grad]
         self._values = [(parameter, torch.empty_like(parameter)) for parameter in trained]
         self._state = {
             parameter: {
-                key: torch.empty_like(value) if isinstance(value, Tensor) else value for key, value in state.items()
+                key: torch.empty_like(value) if isinstance(value, Tensor) else value
+                for key, value in state.items()
             }
             for parameter, state in optimizer.state.items()
         }

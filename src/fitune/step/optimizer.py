@@ -11,7 +11,9 @@ from fitune.errors import ConfigError
 from fitune.optimizers.table import OPTIMIZERS
 
 
-def build_optimizer(model: nn.Module, optim: OptimConfig, *, lr: float, device: torch.device) -> torch.optim.Optimizer:
+def build_optimizer(
+    model: nn.Module, optim: OptimConfig, *, lr: float, device: torch.device
+) -> torch.optim.Optimizer:
     """Build the optimizer at the peak rate `lr`, for a run on `device`.
 
     Vectors (norms, biases) take no weight decay, as is usual since GPT-2. A recording has a model
@@ -28,7 +30,11 @@ def build_optimizer(model: nn.Module, optim: OptimConfig, *, lr: float, device: 
         for params, decay in ((decayed, optim.weight_decay), (plain, 0.0))
         if params
     ]
-    build = kind.stand_in if kind.stand_in is not None and is_fake(next(model.parameters())) else kind.build
+    build = (
+        kind.stand_in
+        if kind.stand_in is not None and is_fake(next(model.parameters()))
+        else kind.build
+    )
     return build(groups, optim, lr)
 
 

@@ -21,7 +21,9 @@ def create_state(optimizer: torch.optim.Optimizer) -> bool:
     and later updates are bit-exactly what they would have been. `.grad` must be None.
     """
     groups = optimizer.param_groups
-    if not isinstance(optimizer, _STARTS_AT_ZERO) or any(group.get("dampening") for group in groups):
+    if not isinstance(optimizer, _STARTS_AT_ZERO) or any(
+        group.get("dampening") for group in groups
+    ):
         return False
     changed = ("lr", "weight_decay", "params")
     before = [{key: group[key] for key in changed if key in group} for group in groups]

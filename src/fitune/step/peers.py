@@ -97,7 +97,9 @@ class ShardedModel(Alone):
     is_alone = False
     go_back_together = True
 
-    def __init__(self, shards: Shards, ranks: ExchangePeers | None = None, loss_weight: float = 0.0) -> None:
+    def __init__(
+        self, shards: Shards, ranks: ExchangePeers | None = None, loss_weight: float = 0.0
+    ) -> None:
         """Create the peers of one step.
 
         ranks, loss_weight: as in `SharedSamples`. Without ranks, all compute the same samples, as a

@@ -84,7 +84,9 @@ class Peers(ClippingPeers, Protocol):
 class Progress(Generic[P]):
     """The state of one optimizer step: finished and pending pieces, their losses and gradients."""
 
-    def __init__(self, work: Work[P], pieces: Sequence[P], *, peers: Peers, norms: NormRecorder | None = None) -> None:
+    def __init__(
+        self, work: Work[P], pieces: Sequence[P], *, peers: Peers, norms: NormRecorder | None = None
+    ) -> None:
         self.peers, self.norms = peers, norms
         self.model = work.model
         self.pending = list(pieces)
@@ -109,7 +111,9 @@ class Progress(Generic[P]):
     @property
     def plan(self) -> tuple[tuple[int, ...], ...]:
         """The row ids of each finished piece, in order; after the sum, those of all processes."""
-        return tuple(piece.row_ids for piece in self.done) if self.total is None else self.total.plan
+        return (
+            tuple(piece.row_ids for piece in self.done) if self.total is None else self.total.plan
+        )
 
     @property
     def is_one_piece(self) -> bool:
@@ -122,7 +126,9 @@ class Progress(Generic[P]):
         return ()
 
     def remaining_weight(self) -> float:
-        return self.peers.loss_weight(sum(piece.loss_weight for piece in self.pending), self.lost_weight)
+        return self.peers.loss_weight(
+            sum(piece.loss_weight for piece in self.pending), self.lost_weight
+        )
 
     def begin(self) -> P:
         """Return the piece that is computed next."""
@@ -148,7 +154,9 @@ class Progress(Generic[P]):
 
         Returns the gradients of all trained parameters, and the places of the zeros.
         """
-        return missing_gradients_as_zeros(self.model) if self.buffer is None else self.buffer.filled()
+        return (
+            missing_gradients_as_zeros(self.model) if self.buffer is None else self.buffer.filled()
+        )
 
     def drop_gradients(self, places: Collection[int] | None = None) -> None:
         """Drop the gradient sums of the trained parameters at these places, or all gradients."""
@@ -158,7 +166,9 @@ class Progress(Generic[P]):
         elif self.buffer is not None:
             self.buffer.drop(places)
         else:
-            trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+            trained = [
+                parameter for parameter in self.model.parameters() if parameter.requires_grad
+            ]
             for place in places:
                 trained[place].grad = None
 

@@ -42,7 +42,9 @@ class StepSettings:
             return compute() if self.shards is None else self.shards.run(compute)
 
 
-def loss_share(model: nn.Module, micro_batch: MicroBatch, *, loss_weight: float, settings: StepSettings) -> Tensor:
+def loss_share(
+    model: nn.Module, micro_batch: MicroBatch, *, loss_weight: float, settings: StepSettings
+) -> Tensor:
     """Return a micro-batch's share of the mean loss of a batch of `loss_weight`, with its graph."""
     device = next(model.parameters()).device
     here = micro_batch.to(device)

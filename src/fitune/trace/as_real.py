@@ -49,7 +49,9 @@ def as_real() -> Iterator[None]:
         pin = patch.object(torch.Tensor, "pin_memory", lambda tensor, *_, **__: tensor)
         stack.enter_context(pin)
         for name, saved in _SAFETENSORS.items():
-            stack.enter_context(patch.object(safetensors.torch, name, partial(_save_nothing, saved), create=True))
+            stack.enter_context(
+                patch.object(safetensors.torch, name, partial(_save_nothing, saved), create=True)
+            )
         stack.enter_context(weight_files(_on_device))
         stack.enter_context(patch.object(DataLoader, "_get_iterator", _in_this_process))
         yield
@@ -129,7 +131,9 @@ def _on_device(tensor: torch.Tensor, device: Any) -> torch.Tensor:
 
 def _numpy(tensor: FakeTensor, *_: Any, **__: Any) -> Any:
     if tensor.requires_grad:
-        raise RuntimeError("Can't call numpy() on Tensor that requires grad. Use tensor.detach().numpy() instead.")
+        raise RuntimeError(
+            "Can't call numpy() on Tensor that requires grad. Use tensor.detach().numpy() instead."
+        )
     return known_array(tensor)
 
 

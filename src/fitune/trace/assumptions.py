@@ -59,7 +59,9 @@ def tell_data(tensor: torch.Tensor, data: torch.Tensor) -> None:
 class Assumptions:
     """Runs operators on real or fake tensors, and answers for the data where there is none."""
 
-    def __init__(self, routing: Routing, shapes: ShapeMemory, patience: Patience | None = None) -> None:
+    def __init__(
+        self, routing: Routing, shapes: ShapeMemory, patience: Patience | None = None
+    ) -> None:
         self._routing = routing
         self._shapes = shapes
         self.used: dict[str, None] = {}
@@ -73,7 +75,9 @@ class Assumptions:
         idle = self._routing == "worst" and ROUTED["worst"] not in self.used
         return [*self.used, *([UNROUTED] if idle else [])]
 
-    def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Call | None]:
+    def call(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, Call | None]:
         """Return the operator's result, and what is remembered of similar calls, if anything is."""
         self.patience.operator()
         traits = traits_of(func)
@@ -91,7 +95,9 @@ class Assumptions:
             result, known = self._shapes.call(func, args, kwargs)
         except _NO_DATA:
             result = (
-                _like(run_on_data(func, args, kwargs)) if is_known(args, kwargs) else self._of_full_size(func, args)
+                _like(run_on_data(func, args, kwargs))
+                if is_known(args, kwargs)
+                else self._of_full_size(func, args)
             )
         if traits.gives_origin:
             self._note_origin(func.overloadpacket, args, result)
@@ -110,13 +116,21 @@ class Assumptions:
         if packet is aten.bincount:
             return self._bincount(func, args, kwargs)
         if packet is aten._grouped_mm and isinstance(args[0], FakeTensor):
-            return _grouped_mm(args[0], args[1], kwargs.get("offs", args[2] if len(args) > 2 else None))
-        if packet is aten.histc and isinstance(args[0], FakeTensor) and not args[0].is_floating_point():
+            return _grouped_mm(
+                args[0], args[1], kwargs.get("offs", args[2] if len(args) > 2 else None)
+            )
+        if (
+            packet is aten.histc
+            and isinstance(args[0], FakeTensor)
+            and not args[0].is_floating_point()
+        ):
             bins = kwargs.get("bins", args[1] if len(args) > 1 else 100)
             # CUDA's histc accepts integers, the CPU's does not.
             return torch.empty(bins, dtype=args[0].dtype)
         if packet is aten.equal:
-            return self._answer(func, args, kwargs, False, "tensors that are compared as a whole differ")
+            return self._answer(
+                func, args, kwargs, False, "tensors that are compared as a whole differ"
+            )
         return NotImplemented
 
     # ---- origins ----
@@ -147,7 +161,11 @@ class Assumptions:
             decisive, other = DECIDED_BY[packet], origin_of(args[1])
             means = [each.mean for each in (origin, other) if each is not None]
             return Origin(decisive) if decisive in means else None
-        if packet in (aten.scatter_, aten.scatter) and (index := origin_of(args[2])) is not None and index.router:
+        if (
+            packet in (aten.scatter_, aten.scatter)
+            and (index := origin_of(args[2])) is not None
+            and index.router
+        ):
             # A scatter of a router's choices makes a one-hot mask of its experts.
             return Origin(self._share(index.router), index.router)
         # isfinite and checks for NaN compare a tensor with itself; values are assumed finite.
@@ -161,7 +179,11 @@ class Assumptions:
             with_zero = not isinstance(args[1], torch.Tensor) and args[1] == 0
             both_zero = with_zero and origin is not None and origin.mean == 0.0
             return Origin(self._share(router) if router else float(both_zero), router)
-        if packet in (aten.sum, aten.count_nonzero, aten.any) and isinstance(result, torch.Tensor) and result.numel():
+        if (
+            packet in (aten.sum, aten.count_nonzero, aten.any)
+            and isinstance(result, torch.Tensor)
+            and result.numel()
+        ):
             mean = 1.0 if origin is None or origin.mean is None else origin.mean
             total = mean * first.numel() / result.numel()
             is_count = router is not None and tuple(result.shape) == (router.num_experts,)
@@ -194,11 +216,15 @@ class Assumptions:
         set_origin(indices, Origin(None, Router(num_experts, top_k, indices.numel(), top_k)))
         if top_k < num_experts and not isinstance(indices, FakeTensor):
             flat = torch.arange(indices.numel(), dtype=indices.dtype)
-            indices.copy_((flat % (top_k if self._routing == "worst" else num_experts)).view(indices.shape))
+            indices.copy_(
+                (flat % (top_k if self._routing == "worst" else num_experts)).view(indices.shape)
+            )
 
     # ---- answers ----
 
-    def _answer(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any, text: str) -> Any:
+    def _answer(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any, text: str
+    ) -> Any:
         """Return the true answer if the data is known, else `value`, and note the assumption."""
         if is_known(args, kwargs):
             return run_on_data(func, args, kwargs)
@@ -252,7 +278,9 @@ class Assumptions:
             found: torch.Tensor = func(tensor)
             return found
         except _NO_DATA:
-            found = torch.empty((self._count(tensor), tensor.dim()), dtype=torch.int64, device=tensor.device)
+            found = torch.empty(
+                (self._count(tensor), tensor.dim()), dtype=torch.int64, device=tensor.device
+            )
             compute_data(func, (tensor,), {}, found)
             return found
 
@@ -265,13 +293,19 @@ class Assumptions:
             self.used[ROUTED[self._routing]] = None
         else:
             self.used["assumed: a mask selects every element"] = None
-        return math.ceil(mask.numel() * (1.0 if origin is None or origin.mean is None else origin.mean) - 1e-9)
+        return math.ceil(
+            mask.numel() * (1.0 if origin is None or origin.mean is None else origin.mean) - 1e-9
+        )
 
     def _without_masks(self, indices: Any) -> list[Any]:
         """Return the index list with each mask replaced by the indices that it selects."""
         out: list[Any] = []
         for index in indices:
-            if isinstance(index, torch.Tensor) and has_no_data(index) and index.dtype in (torch.bool, torch.uint8):
+            if (
+                isinstance(index, torch.Tensor)
+                and has_no_data(index)
+                and index.dtype in (torch.bool, torch.uint8)
+            ):
                 out.extend(self._nonzero(aten.nonzero.default, index).unbind(1))
             else:
                 out.append(index)
@@ -299,7 +333,9 @@ class Assumptions:
         source = args[0]
         size = (source.numel(),)
         outputs = [
-            torch.empty(size, dtype=source.dtype if position == 0 else torch.int64, device=source.device)
+            torch.empty(
+                size, dtype=source.dtype if position == 0 else torch.int64, device=source.device
+            )
             for position in range(len(func._schema.returns))
         ]
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
@@ -333,5 +369,7 @@ def _refuse_meta(func: Any, args: tuple[Any, ...]) -> None:
     FakeTensorMode raises it for fake tensors; on the meta device each operator raises a different
     error.
     """
-    if traits_of(func).needs_data and any(isinstance(each, torch.Tensor) and each.is_meta for each in args):
+    if traits_of(func).needs_data and any(
+        isinstance(each, torch.Tensor) and each.is_meta for each in args
+    ):
         raise DynamicOutputShapeException(func)

@@ -36,7 +36,9 @@ def building(assumptions: Assumptions) -> Iterator[None]:
     The program's own random state stays unchanged.
     """
     with ExitStack() as stack:
-        stack.enter_context(patch.object(PreTrainedModel, "from_pretrained", _shapes_of_pretrained()))
+        stack.enter_context(
+            patch.object(PreTrainedModel, "from_pretrained", _shapes_of_pretrained())
+        )
         stack.enter_context(weight_files(lambda tensor, _: tensor.to("meta")))
         stack.enter_context(torch.random.fork_rng(devices=[]))
         stack.enter_context(_Reads(assumptions))

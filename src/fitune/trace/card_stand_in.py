@@ -56,12 +56,18 @@ class Placement(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if self.default_device is not None and func in self._constructors and kwargs.get("device") is None:
+        if (
+            self.default_device is not None
+            and func in self._constructors
+            and kwargs.get("device") is None
+        ):
             kwargs = {**kwargs, "device": self.default_device}
         if func is Tensor.to:
             return self._to(args[0], args[1:], kwargs)
         if func in self._constructors or kwargs.get("device") is not None:
-            return self._make(func, args, {key: value for key, value in kwargs.items() if key != "pin_memory"})
+            return self._make(
+                func, args, {key: value for key, value in kwargs.items() if key != "pin_memory"}
+            )
         if func is Tensor.cuda:
             return self._to_card(args[0], lambda tensor: tensor)
         if func is Tensor.cpu:
@@ -79,7 +85,11 @@ class Placement(TorchFunctionMode):
         backward, where no mode would translate the device back.
         """
         if not torch._C._len_torch_function_stack() or _is_of_torch(sys._getframe(1)):
-            return torch.device("meta") if tensor.fake_mode.in_kernel_invocation else tensor.fake_device
+            return (
+                torch.device("meta")
+                if tensor.fake_mode.in_kernel_invocation
+                else tensor.fake_device
+            )
         return REPORTED_CARD if self._is_on_card(tensor) else HOST
 
     def _is_on_card(self, tensor: Tensor) -> bool:
@@ -159,7 +169,11 @@ _REAL_DEVICE = torch.device
 
 
 def _is_card(device: Any) -> bool:
-    return device is not None and device != HOST and not (isinstance(device, str) and device.startswith("cpu"))
+    return (
+        device is not None
+        and device != HOST
+        and not (isinstance(device, str) and device.startswith("cpu"))
+    )
 
 
 def as_cpu(value: Any) -> Any:
@@ -189,7 +203,9 @@ class NoCard(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         named = (kwargs.get("device"), *(args[1:2] if func is Tensor.to else ()))
-        if func is Tensor.cuda or any(isinstance(each, str | torch.device) and "cuda" in str(each) for each in named):
+        if func is Tensor.cuda or any(
+            isinstance(each, str | torch.device) and "cuda" in str(each) for each in named
+        ):
             raise UsageError(NAMES_CUDA)
         made = func(*args, **kwargs)
         if func in self._constructors and isinstance(made, FakeTensor):
@@ -202,7 +218,9 @@ def card_stands_in(recorder: Recorder) -> Iterator[None]:
     """Give a loop that names CUDA the CPU tensors that stand for the card."""
     init = torch.amp.autocast_mode.autocast.__init__
 
-    def autocast_init(self: Any, device_type: str, dtype: torch.dtype | None = None, *args: Any, **kwargs: Any) -> None:
+    def autocast_init(
+        self: Any, device_type: str, dtype: torch.dtype | None = None, *args: Any, **kwargs: Any
+    ) -> None:
         # CUDA's default dtype is float16.
         init(self, "cpu", dtype or torch.float16, *args, **kwargs)
 
@@ -225,7 +243,9 @@ def card_stands_in(recorder: Recorder) -> Iterator[None]:
 
     placement, hooks_init = Placement(recorder), torch.autograd.graph.saved_tensors_hooks.__init__
 
-    def saved_tensors_hooks_init(self: Any, pack: Callable[[Any], Any], unpack: Callable[[Any], Any]) -> None:
+    def saved_tensors_hooks_init(
+        self: Any, pack: Callable[[Any], Any], unpack: Callable[[Any], Any]
+    ) -> None:
         hooks_init(self, partial(placement.call_hook, pack), partial(placement.call_hook, unpack))
 
     with ExitStack() as stack:
@@ -233,14 +253,18 @@ def card_stands_in(recorder: Recorder) -> Iterator[None]:
         # Checkpointing sets hooks of its own, which go through the replaced __init__. Torch takes
         # them for the loop's hooks and would warn about them.
         warnings.filterwarnings("ignore", "A saved_tensors_hooks context", FutureWarning)
-        stack.enter_context(patch.object(torch.amp.autocast_mode.autocast, "__init__", autocast_init))
+        stack.enter_context(
+            patch.object(torch.amp.autocast_mode.autocast, "__init__", autocast_init)
+        )
         stack.enter_context(patch.object(torch.amp.GradScaler, "__init__", grad_scaler_init))
         stack.enter_context(patch.object(FakeTensor, "device", property(placement.reported_device)))
         stack.enter_context(patch.object(torch, "device", _DeviceOfLoop("device", (), {})))
         stack.enter_context(patch.object(torch, "Generator", Generator))
         stack.enter_context(_default_device(placement))
         stack.enter_context(patch.object(torch.cuda, "empty_cache", recorder.empty_cache))
-        stack.enter_context(patch.object(torch._C, "_accelerator_emptyCache", recorder.empty_cache, create=True))
+        stack.enter_context(
+            patch.object(torch._C, "_accelerator_emptyCache", recorder.empty_cache, create=True)
+        )
         stack.enter_context(patch.object(Tensor, "record_stream", lambda *_, **__: None))
         hooks = torch.autograd.graph.saved_tensors_hooks
         stack.enter_context(patch.object(hooks, "__init__", saved_tensors_hooks_init))
@@ -260,7 +284,11 @@ def _default_device(placement: Placement) -> Iterator[None]:
         placement.default_device = device
 
     def get_default() -> torch.device:
-        return torch.device("cpu") if placement.default_device is None else torch.device(placement.default_device)
+        return (
+            torch.device("cpu")
+            if placement.default_device is None
+            else torch.device(placement.default_device)
+        )
 
     # torch.get_default_device() would make a tensor, and fail without a card.
     context = getattr(torch._GLOBAL_DEVICE_CONTEXT, "device_context", None)

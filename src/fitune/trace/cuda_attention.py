@@ -22,7 +22,9 @@ _16_BIT = (torch.float16, torch.bfloat16)
 # ---- choosing the kernel ----
 
 
-def choose_attention(target: CudaTarget, query: Tensor, key: Tensor, value: Tensor, **call: Any) -> Kernel:
+def choose_attention(
+    target: CudaTarget, query: Tensor, key: Tensor, value: Tensor, **call: Any
+) -> Kernel:
     """Return the kernel that PyTorch chooses: flash, efficient, cudnn or math.
 
     Source: transformers/cuda/sdp_utils.cpp, select_sdp_backend. Raises UsageError if the target
@@ -32,7 +34,9 @@ def choose_attention(target: CudaTarget, query: Tensor, key: Tensor, value: Tens
     call: mask (Tensor or None), dropout, is_causal, needs_gradient, enable_gqa.
     """
     if target.attention == "flash" and query.dtype not in _16_BIT:
-        raise UsageError(f"flash attention needs 16 bits, but the queries are {query.dtype}: choose another attention")
+        raise UsageError(
+            f"flash attention needs 16 bits, but the queries are {query.dtype}: choose another attention"
+        )
     if target.attention == "flash" or target.attention == "efficient" or target.attention == "math":
         return target.attention
     enabled: dict[Kernel, bool] = {
@@ -52,7 +56,11 @@ def choose_attention(target: CudaTarget, query: Tensor, key: Tensor, value: Tens
         # The math kernel has priority over cuDNN (Context.h, sdp_priority_order).
         order = (*order, "cudnn")
     for kernel in order:
-        if enabled[kernel] and _shapes_allowed(query, key, value) and cases[kernel](target, query, key, value, **call):
+        if (
+            enabled[kernel]
+            and _shapes_allowed(query, key, value)
+            and cases[kernel](target, query, key, value, **call)
+        ):
             return kernel
     return "math"
 
@@ -70,7 +78,9 @@ def _shapes_allowed(query: Tensor, key: Tensor, value: Tensor) -> bool:
     )
 
 
-def _heads_allowed(target: CudaTarget, query: Tensor, key: Tensor, value: Tensor, *, enable_gqa: bool) -> bool:
+def _heads_allowed(
+    target: CudaTarget, query: Tensor, key: Tensor, value: Tensor, *, enable_gqa: bool
+) -> bool:
     """Check the numbers of heads (check_batch_size_and_num_heads_dense).
 
     Since 2.14 a single key and value head is allowed without `enable_gqa`.
@@ -88,7 +98,9 @@ def _flash_allowed(
 ) -> bool:  # fmt: skip
     """Check the conditions of the flash kernel."""
     head_dim = query.shape[-1]
-    narrow = target.compute_capability in ((8, 6), (8, 7), (8, 9), (12, 0), (12, 1)) and needs_gradient
+    narrow = (
+        target.compute_capability in ((8, 6), (8, 7), (8, 9), (12, 0), (12, 1)) and needs_gradient
+    )
     return (
         (8, 0) <= target.compute_capability <= (12, 1)
         and query.dtype in _16_BIT
@@ -159,7 +171,9 @@ def _cudnn_allowed(
         and (backward or not (wide and needs_gradient))
         and lengths[1] != 1
         and not (dropout and lengths[0] == 1)
-        and (not enable_gqa or query.shape[1] % key.shape[1] == query.shape[1] % value.shape[1] == 0)
+        and (
+            not enable_gqa or query.shape[1] % key.shape[1] == query.shape[1] % value.shape[1] == 0
+        )
         and (enable_gqa or _heads_allowed(target, query, key, value, enable_gqa=False))
         and _last_dim_contiguous(query, key, value, mask)
     )
@@ -195,8 +209,12 @@ def scaled_dot_product_attention(target: CudaTarget) -> Callable[..., Tensor]:
         enable_gqa: bool = False,
     ) -> Tensor:
         if not isinstance(query, FakeTensor) or query.dim() != 4:
-            return _math_attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-        needs_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
+            return _math_attention(
+                query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
+            )
+        needs_gradient = torch.is_grad_enabled() and any(
+            t.requires_grad for t in (query, key, value)
+        )
         chosen = choose_attention(
             target, query, key, value, mask=attn_mask, dropout=dropout_p, is_causal=is_causal,
             needs_gradient=needs_gradient, enable_gqa=enable_gqa,
@@ -208,7 +226,9 @@ def scaled_dot_product_attention(target: CudaTarget) -> Callable[..., Tensor]:
             attn_mask = torch.where(attn_mask, zero, infinite)
             del zero, infinite
         if chosen == "flash":
-            return flash_attention(query, key, value, dropout=dropout_p, is_causal=is_causal, scale=scale)
+            return flash_attention(
+                query, key, value, dropout=dropout_p, is_causal=is_causal, scale=scale
+            )
         if chosen == "efficient":
             repeats = query.shape[1] // key.shape[1]
             # Before 2.14 this kernel took no grouped heads: a caller who forced it repeated them.
@@ -235,7 +255,9 @@ def scaled_dot_product_attention(target: CudaTarget) -> Callable[..., Tensor]:
                     scale=scale,
                 )
             )
-        return _math_attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+        return _math_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
+        )
 
     return kernel
 
@@ -300,7 +322,11 @@ def flash_attention(
     scale = head_dim**-0.5 if scale is None else scale
     if padding := -head_dim % 8:
         query, key, value = (torch.nn.functional.pad(t, (0, padding)) for t in (query, key, value))
-    out = _first(aten._scaled_dot_product_flash_attention(query, key, value, dropout, is_causal, False, scale=scale))
+    out = _first(
+        aten._scaled_dot_product_flash_attention(
+            query, key, value, dropout, is_causal, False, scale=scale
+        )
+    )
     return out[..., :head_dim] if padding else out
 
 

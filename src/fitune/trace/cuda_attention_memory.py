@@ -75,7 +75,11 @@ def _flash_backward(target: CudaTarget, args: Sequence[Any]) -> Steps:
     query, key = args[1], args[2]
     batch, heads, length, head_dim = query.shape
     rows = _ceil_to(length, 128)
-    copies = [each.numel() * each.element_size() for each in (args[0], args[4]) if not _is_rows_of_heads(each)]
+    copies = [
+        each.numel() * each.element_size()
+        for each in (args[0], args[4])
+        if not _is_rows_of_heads(each)
+    ]
     expanded = batch * heads * key.shape[2] * head_dim * query.element_size()
     grouped = (expanded, expanded) if key.shape[1] != heads else ()
     results = Output(0), Output(1), Output(2)
@@ -206,7 +210,9 @@ def _efficient_backward(target: CudaTarget, args: Sequence[Any]) -> Steps:
     return *grouped, delta * head_dim, delta, delta, Free(first), Free(first + 1), workspace
 
 
-def _efficient_block(target: CudaTarget, half: bool, head_dim: int, *, dropout: bool) -> tuple[int, int, bool]:
+def _efficient_block(
+    target: CudaTarget, half: bool, head_dim: int, *, dropout: bool
+) -> tuple[int, int, bool]:
     """Return (rows, columns, whether dk and dv stay in registers) of the kernel that is used.
 
     That is the first kernel in kernels/cutlassB.h that takes head_dim and fits the card's shared
@@ -220,7 +226,9 @@ def _efficient_block(target: CudaTarget, half: bool, head_dim: int, *, dropout: 
     if head_dim <= 128:
         if large:
             return 128, 128, True
-        fits = capability < (8, 0) or (head_dim <= 96 and capability in ((8, 6), (8, 9)) and not dropout)
+        fits = capability < (8, 0) or (
+            head_dim <= 96 and capability in ((8, 6), (8, 9)) and not dropout
+        )
         return (128, 64, True) if fits else (64, 64, False)
     return 128, 64, False
 

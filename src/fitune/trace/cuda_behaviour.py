@@ -146,13 +146,19 @@ def _casting(op: Any, dtype_of: Callable[[list[Tensor]], torch.dtype]) -> Callab
         tensors = list(_float_tensors((args, tuple(kwargs.values()))))
         dtype = dtype_of(tensors) if tensors else torch.float32
         with _without_autocast():
-            return op(*_cast(args, dtype), **{key: _cast(value, dtype) for key, value in kwargs.items()})
+            return op(
+                *_cast(args, dtype), **{key: _cast(value, dtype) for key, value in kwargs.items()}
+            )
 
     return kernel
 
 
 def _widest(tensors: list[Tensor]) -> torch.dtype:
-    return torch.float32 if any(tensor.dtype == torch.float32 for tensor in tensors) else tensors[0].dtype
+    return (
+        torch.float32
+        if any(tensor.dtype == torch.float32 for tensor in tensors)
+        else tensors[0].dtype
+    )
 
 
 def _with_float32_output(op: Any) -> Callable[..., Any]:
@@ -181,7 +187,9 @@ def _decomposing(op: Any) -> Callable[..., Any]:
 
 
 def _without_autocast() -> Any:
-    return torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU))
+    return torch._C._ExcludeDispatchKeyGuard(
+        torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
+    )
 
 
 def _float_tensors(tree: Any) -> Iterator[Tensor]:
@@ -236,8 +244,14 @@ class CudaKernels:
         # A frozenset, so that a copy of this object is independent.
         self._threads_with_workspace: frozenset[bool] = frozenset()
 
-    def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Call | None]:
-        if func is _ADD and MathAttention.runs and args[0].shape == torch.broadcast_shapes(*(a.shape for a in args)):
+    def call(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, Call | None]:
+        if (
+            func is _ADD
+            and MathAttention.runs
+            and args[0].shape == torch.broadcast_shapes(*(a.shape for a in args))
+        ):
             self._inner(aten.add_.Tensor, args, kwargs)
             return self._inner(aten.view.default, (args[0], args[0].shape), {})[0], None
         result, known = self._inner(func, args, kwargs)
@@ -350,7 +364,9 @@ class _FusedRmsNorm(torch.autograd.Function):
         return cast(Tensor, out)
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, None, Tensor | None, None]:
+    def backward(
+        ctx: Any, *grad_outputs: Tensor
+    ) -> tuple[Tensor | None, None, Tensor | None, None]:
         hidden, weight, scale = ctx.saved_tensors
         wanted = [ctx.needs_input_grad[0], ctx.needs_input_grad[2]]
         with torch._C._AutoDispatchBelowAutograd():
@@ -370,7 +386,9 @@ def cuda_behaviour(target: CudaTarget) -> Iterator[None]:
         foreach_devices = "_get_foreach_kernels_supported_devices"
         stack.enter_context(patch.object(_optimizer, foreach_devices, lambda: ["cpu", "cuda"]))
         capability = target.compute_capability
-        stack.enter_context(patch.object(rows_attention, "compute_capability", lambda _: capability))
+        stack.enter_context(
+            patch.object(rows_attention, "compute_capability", lambda _: capability)
+        )
         # PyTorch warns that registered kernels are overridden, which is intended.
         with warnings.catch_warnings(action="ignore"):
             for name, kernel in _autocast_rules():

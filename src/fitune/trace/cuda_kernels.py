@@ -33,7 +33,11 @@ _ALIGNED = 255
 def _dims(tensor: Tensor, dims: Any) -> frozenset[int]:
     if isinstance(dims, int):
         dims = (dims,)
-    return frozenset(each % tensor.dim() for each in dims or range(tensor.dim())) if tensor.dim() else frozenset()
+    return (
+        frozenset(each % tensor.dim() for each in dims or range(tensor.dim()))
+        if tensor.dim()
+        else frozenset()
+    )
 
 
 def _reduce(
@@ -53,7 +57,9 @@ def _reduce(
     """
     offset = int(tensor.storage_offset()) if read_as is None else 0
     size = read_as or tensor.element_size()
-    reduction = Reduction(tuple(tensor.shape), tensor.stride(), offset, _dims(tensor, dims), size, partial, output)
+    reduction = Reduction(
+        tuple(tensor.shape), tensor.stride(), offset, _dims(tensor, dims), size, partial, output
+    )
     steps: list[Allocation] = []
     for part in scratch(reduction, Card(target.num_multiprocessors, target.generation.threads)):
         steps += (*part, *(FREE,) * len(part))
@@ -70,7 +76,9 @@ def _sum(target: CudaTarget, args: Sequence[Any]) -> Steps:
     tensor, dims = args[0], args[1] if len(args) == 4 else None
     dtype = args[-1] or (tensor.dtype if tensor.is_floating_point() else torch.int64)
     size, partial = dtype.itemsize, max(4, dtype.itemsize)
-    if dtype == tensor.dtype or (dtype == torch.float32 and tensor.dtype in (torch.float16, torch.bfloat16)):
+    if dtype == tensor.dtype or (
+        dtype == torch.float32 and tensor.dtype in (torch.float16, torch.bfloat16)
+    ):
         return _reduce(target, tensor, dims, partial=partial, output=size)
     converted = _reduce(target, tensor, dims, partial=partial, output=size, read_as=size)
     return [tensor.numel() * size, *converted]
@@ -111,7 +119,9 @@ def _extremum_with_index(target: CudaTarget, args: Sequence[Any]) -> Steps:
 
 def _both_extrema(target: CudaTarget, args: Sequence[Any]) -> Steps:
     """List the allocations of aminmax (native/cuda/ReduceAMinMaxKernel.cu)."""
-    return _reduce(target, args[0], args[1], partial=2 * args[0].element_size(), output=args[0].element_size())
+    return _reduce(
+        target, args[0], args[1], partial=2 * args[0].element_size(), output=args[0].element_size()
+    )
 
 
 def _truth(target: CudaTarget, args: Sequence[Any]) -> Steps:
@@ -170,7 +180,9 @@ def _sort_bytes(target: CudaTarget, number: int, *, num_bits: int) -> int:
         return 1
     passes = ceil(num_bits / 8)
     pairs = 2 * _ceil_to(8 * number, 256) if passes > 1 else 0
-    return _ALIGNED + 256 + passes * 2048 + ceil(number / target.generation.sort_tile) * 1024 + pairs
+    return (
+        _ALIGNED + 256 + passes * 2048 + ceil(number / target.generation.sort_tile) * 1024 + pairs
+    )
 
 
 #: Up to so many pairs are sorted by a single tile, with 1 byte of scratch memory
@@ -252,7 +264,9 @@ def _index(target: CudaTarget, args: Sequence[Any]) -> Steps:
 
 def _expanded_stride(tensor: Tensor, shape: Sequence[int]) -> tuple[int, ...]:
     own = zip(tensor.shape, tensor.stride(), shape[len(shape) - tensor.dim() :], strict=True)
-    return (0,) * (len(shape) - tensor.dim()) + tuple(stride if size == wanted else 0 for size, stride, wanted in own)
+    return (0,) * (len(shape) - tensor.dim()) + tuple(
+        stride if size == wanted else 0 for size, stride, wanted in own
+    )
 
 
 def _cumulative_sum(target: CudaTarget, args: Sequence[Any]) -> Steps:
@@ -302,7 +316,9 @@ def _product(target: CudaTarget, args: Sequence[Any]) -> Steps:
     native/cuda/Blas.cpp and cublasCommonArgs.h, prepare_matrix_for_cublas.
     """
     return tuple(
-        each.numel() * each.element_size() for each in (args if len(args) == 2 else args[1:3]) if not _is_matrix(each)
+        each.numel() * each.element_size()
+        for each in (args if len(args) == 2 else args[1:3])
+        if not _is_matrix(each)
     )
 
 
@@ -412,7 +428,11 @@ def all_arguments(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
 
 def _fill(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Any]:
     for number, argument in enumerate(func._schema.arguments):
-        yield (args[number] if number < len(args) else kwargs.get(argument.name, argument.default_value))
+        yield (
+            args[number]
+            if number < len(args)
+            else kwargs.get(argument.name, argument.default_value)
+        )
 
 
 def temporaries_by_shape(target: CudaTarget, op: str, arguments: Sequence[Any]) -> list[int]:
@@ -426,10 +446,18 @@ def temporaries_by_shape(target: CudaTarget, op: str, arguments: Sequence[Any]) 
 
 
 def _from_shape(value: Any) -> Any:
-    if not isinstance(value, tuple) or len(value) not in (2, 4) or not isinstance(value[1], torch.dtype):
+    if (
+        not isinstance(value, tuple)
+        or len(value) not in (2, 4)
+        or not isinstance(value[1], torch.dtype)
+    ):
         return [_from_shape(each) for each in value] if isinstance(value, tuple) else value
     made = torch.empty(0, dtype=value[1], device="meta")
     if len(value) == 2:
         return made.new_empty(value[0])
-    size = value[3] + 1 + sum((length - 1) * step for length, step in zip(value[0], value[2], strict=True))
+    size = (
+        value[3]
+        + 1
+        + sum((length - 1) * step for length, step in zip(value[0], value[2], strict=True))
+    )
     return made.new_empty(max(size, 0)).as_strided(value[0], value[2], value[3])

@@ -95,7 +95,9 @@ class _Iteration:
                 merged.append([size, read, written])
         columns = zip(*merged, strict=True) if merged else ((), (), ())
         sizes, reads, writes = (tuple(column) for column in columns)
-        return cls(sizes, reads, writes, reduction.offset, reduction.element_bytes, reduction.output_bytes)
+        return cls(
+            sizes, reads, writes, reduction.offset, reduction.element_bytes, reduction.output_bytes
+        )
 
     @property
     def num_reduced(self) -> int:
@@ -111,7 +113,10 @@ class _Iteration:
             (self.outputs, self.output_bytes),
             (self.inputs, self.element_bytes),
         ):
-            yield [(size - 1) * stride * element for size, stride in zip(self.shape, strides, strict=True)]
+            yield [
+                (size - 1) * stride * element
+                for size, stride in zip(self.shape, strides, strict=True)
+            ]
 
 
 def _order(shape: Sequence[int], stride: Sequence[int], outputs: Sequence[int]) -> list[int]:
@@ -164,14 +169,20 @@ def _parts(iteration: _Iteration) -> Iterator[_Iteration]:
     half = iteration.shape[dim] // 2
     for start, size in ((0, half), (half, iteration.shape[dim] - half)):
         shape = (*iteration.shape[:dim], size, *iteration.shape[dim + 1 :])
-        yield from _parts(replace(iteration, shape=shape, offset=iteration.offset + start * iteration.inputs[dim]))
+        yield from _parts(
+            replace(iteration, shape=shape, offset=iteration.offset + start * iteration.inputs[dim])
+        )
 
 
 def _part_scratch(part: _Iteration, reduction: Reduction, card: Card) -> tuple[int, ...]:
     num_outputs = part.num_outputs
     num_inputs = prod(part.shape) // num_outputs
     num_reduced = part.num_reduced
-    is_row = not part.shape or num_reduced == len(part.shape) or part.inputs[0] < part.inputs[num_reduced]
+    is_row = (
+        not part.shape
+        or num_reduced == len(part.shape)
+        or part.inputs[0] < part.inputs[num_reduced]
+    )
     dim0, dim1 = (num_inputs, num_outputs) if is_row else (num_outputs, num_inputs)
     fastest = 1 if not part.shape else part.inputs[0 if is_row else num_reduced]
     output_vector = 1

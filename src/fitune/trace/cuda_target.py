@@ -106,4 +106,6 @@ class CudaTarget:
                 f"assumed: kernels of compute capability {major}.{minor} allocate as those of {its_major}.{its_minor}"
             )
         if self.multiprocessors is None:
-            yield (f"assumed: {self.num_multiprocessors} multiprocessors, as the largest card of its generation has")
+            yield (
+                f"assumed: {self.num_multiprocessors} multiprocessors, as the largest card of its generation has"
+            )

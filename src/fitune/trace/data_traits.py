@@ -116,8 +116,12 @@ class OperatorTraits(NamedTuple):
 def traits_of(func: Any) -> OperatorTraits:
     """Return the operator's traits, computed once for each operator."""
     packet = func.overloadpacket
-    needs_data = not {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}.isdisjoint(func.tags)
+    needs_data = not {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}.isdisjoint(
+        func.tags
+    )
     # Indexing needs data for masks only, and `Assumptions` replaces these by indices.
     needs_data &= packet not in INDEXING
     is_sparse = _MAKES_SPARSE.search(func._schema.name) is not None
-    return OperatorTraits(packet in _SPECIAL, packet in _GIVES_ORIGIN, func._schema.is_mutable, needs_data, is_sparse)
+    return OperatorTraits(
+        packet in _SPECIAL, packet in _GIVES_ORIGIN, func._schema.is_mutable, needs_data, is_sparse
+    )

@@ -87,7 +87,9 @@ def _moments(trace: MemoryTrace) -> Iterator[Moment]:
     yield Moment(allocation, tuple(sorted(frees)))
 
 
-def _around(moments: tuple[Moment, ...], index: int) -> tuple[Moment | None, Moment | None, Moment | None]:
+def _around(
+    moments: tuple[Moment, ...], index: int
+) -> tuple[Moment | None, Moment | None, Moment | None]:
     def at(position: int) -> Moment | None:
         return moments[position] if 0 <= position < len(moments) else None
 

@@ -49,7 +49,10 @@ class LayerList:
         for period in range(step, min(_LARGEST_PERIOD, num_layers // 2 - 1) + 1, step):
             # the last layer must be equal too: in a model of the first few layers, an earlier one
             # takes its place
-            if all(self.signatures[i] == self.signatures[i + period] for i in range(1, num_layers - period)):
+            if all(
+                self.signatures[i] == self.signatures[i + period]
+                for i in range(1, num_layers - period)
+            ):
                 return EqualLayers(self.name, num_layers, period)
         return None
 
@@ -97,7 +100,9 @@ def _listed(config: PretrainedConfig, num_layers: int) -> list[Sequence[Any]]:
     return [
         values
         for name, values in vars(config).items()
-        if isinstance(values, (list, tuple)) and len(values) == num_layers and not name.startswith("_")
+        if isinstance(values, (list, tuple))
+        and len(values) == num_layers
+        and not name.startswith("_")
     ]
 
 
@@ -112,8 +117,13 @@ def _signature(layer: nn.Module) -> tuple[object, ...]:
                 for key, value in vars(part).items()
                 if isinstance(value, _SETTING) and key not in _NUMBER_OF_LAYER
             ),
-            tuple((key, value.shape, value.dtype) for key, value in part.named_parameters(recurse=False)),
-            tuple((key, value.shape, value.dtype) for key, value in part.named_buffers(recurse=False)),
+            tuple(
+                (key, value.shape, value.dtype)
+                for key, value in part.named_parameters(recurse=False)
+            ),
+            tuple(
+                (key, value.shape, value.dtype) for key, value in part.named_buffers(recurse=False)
+            ),
         )
         for name, part in layer.named_modules()
     )

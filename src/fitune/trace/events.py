@@ -10,7 +10,9 @@ from typing import Literal, Protocol, get_args, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
-Category = Literal["parameter", "gradient", "optimizer_state", "activation", "temporary", "input", "workspace"]
+Category = Literal[
+    "parameter", "gradient", "optimizer_state", "activation", "temporary", "input", "workspace"
+]
 CATEGORIES: tuple[Category, ...] = get_args(Category)
 Phase = Literal["load", "forward", "backward", "optimizer"]
 
@@ -20,7 +22,9 @@ ROUTED: Mapping[str, str] = {
     "worst": "assumed: all tokens go to the same experts (routing worst)",
 }
 #: What `MemoryTrace.source` says if the worst routing is wanted, but there are no experts.
-UNROUTED = "routing worst changes nothing: where the tokens go has no part in the memory of this model"
+UNROUTED = (
+    "routing worst changes nothing: where the tokens go has no part in the memory of this model"
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,7 +49,9 @@ def _explain(error: Exception, doing: str, *, assumed: bool) -> str | None:
         return f"{doing} needs a package that cannot be imported here ({cause}): install it in this environment"
     if isinstance(error, StopIteration):
         return f"{doing} ran out of batches at {place}: give the loop one for each of num_steps, or ask for fewer steps"
-    if any(re.search(r"torch/(distributed|nn/parallel)/", frame.filename) for frame in _frames(error)):
+    if any(
+        re.search(r"torch/(distributed|nn/parallel)/", frame.filename) for frame in _frames(error)
+    ):
         return (
             f"{doing} sets up several processes at {place} ({cause}), and a prediction is of one: "
             "leave out init_process_group and what wraps the model (DistributedDataParallel, FSDP)"

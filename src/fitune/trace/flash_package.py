@@ -71,7 +71,9 @@ def _modules(target: CudaTarget, helpers: Any) -> Iterator[ModuleType]:
         """Run flash attention of q: [B, S, H, D]; k and v may have fewer heads."""
         refuse_older_cards()
         heads_first = (part.transpose(1, 2) for part in (q, k, v))
-        return flash_attention(*heads_first, dropout=dropout_p, is_causal=causal, scale=softmax_scale).transpose(1, 2)
+        return flash_attention(
+            *heads_first, dropout=dropout_p, is_causal=causal, scale=softmax_scale
+        ).transpose(1, 2)
 
     def flash_attn_varlen_func(
         q: Tensor,
@@ -94,7 +96,9 @@ def _modules(target: CudaTarget, helpers: Any) -> Iterator[ModuleType]:
 
         window = (window_size[0], 0) if causal else window_size
         lengths = (cu_seqlens_q, cu_seqlens_k, int(max_seqlen_q), int(max_seqlen_k))
-        return varlen_attn(q, k, v, *lengths, scale=softmax_scale, window_size=window, enable_gqa=True)
+        return varlen_attn(
+            q, k, v, *lengths, scale=softmax_scale, window_size=window, enable_gqa=True
+        )
 
     package = _module(
         "flash_attn",
@@ -104,7 +108,10 @@ def _modules(target: CudaTarget, helpers: Any) -> Iterator[ModuleType]:
     )
     yield package
     if helpers is not None:
-        names = {name: getattr(helpers, f"_{name}") for name in ("pad_input", "unpad_input", "index_first_axis")}
+        names = {
+            name: getattr(helpers, f"_{name}")
+            for name in ("pad_input", "unpad_input", "index_first_axis")
+        }
         yield _module("flash_attn.bert_padding", **names)
 
 

@@ -121,7 +121,9 @@ def cuda_answers(target: CudaTarget) -> Iterator[None]:
         "mem_get_info": free_and_total,
         "memory_stats": defaultdict(int),
         "memory_summary": "",
-        **dict.fromkeys(("utilization", "memory_usage", "temperature", "power_draw", "clock_rate"), 0),
+        **dict.fromkeys(
+            ("utilization", "memory_usage", "temperature", "power_draw", "clock_rate"), 0
+        ),
         "cudart": _Runtime(),
         **dict.fromkeys(("memory_allocated", "memory_reserved"), 0),
         **dict.fromkeys(("max_memory_allocated", "max_memory_reserved"), 0),
@@ -155,14 +157,20 @@ def cuda_answers(target: CudaTarget) -> Iterator[None]:
         for name in ("CUDAGraph", "graph", "make_graphed_callables"):
             stack.enter_context(patch.object(torch.cuda, name, _refuse_graphs))
         for name in ("is_autocast_enabled", "get_autocast_dtype"):
-            stack.enter_context(patch.object(torch, name, partial(_query_cpu, getattr(torch, name))))
+            stack.enter_context(
+                patch.object(torch, name, partial(_query_cpu, getattr(torch, name)))
+            )
         stack.enter_context(_caches_cleared())
         yield
 
 
 def _is_function_of_the_card(name: str) -> bool:
     prefixes = ("_cuda_", "_accelerator_", "_host_")
-    return name.startswith(prefixes) and name not in _NOT_REPLACED and not isinstance(getattr(torch._C, name), type)
+    return (
+        name.startswith(prefixes)
+        and name not in _NOT_REPLACED
+        and not isinstance(getattr(torch._C, name), type)
+    )
 
 
 def _caller() -> CodeType:
@@ -187,7 +195,9 @@ def _availability_within(outermost: CodeType) -> Callable[[], bool]:
     def is_available() -> bool:
         frame = sys._getframe(1)
         while frame is not None and frame.f_code is not outermost:
-            if frame.f_code.co_name == "<module>" and _LIBRARIES & set(Path(frame.f_code.co_filename).parts):
+            if frame.f_code.co_name == "<module>" and _LIBRARIES & set(
+                Path(frame.f_code.co_filename).parts
+            ):
                 return False
             frame = frame.f_back  # type: ignore[assignment]
         return True

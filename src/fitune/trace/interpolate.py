@@ -101,13 +101,18 @@ def have_same_structure(one: Recording, other: Recording) -> bool:
     return (
         len(one) == len(other)
         and (one.labels, one.loops) == (other.labels, other.loops)
-        and all(np.array_equal(getattr(one, name), getattr(other, name)) for name in _STRUCTURE_COLUMNS)
+        and all(
+            np.array_equal(getattr(one, name), getattr(other, name)) for name in _STRUCTURE_COLUMNS
+        )
     )
 
 
 def are_equal(one: Recording, other: Recording) -> bool:
     """Return whether two recordings are equal in every allocation and in all work."""
-    rules = ([each.rules[rule] if rule >= 0 else None for rule in each.rule.tolist()] for each in (one, other))
+    rules = (
+        [each.rules[rule] if rule >= 0 else None for rule in each.rule.tolist()]
+        for each in (one, other)
+    )
     return (
         have_same_structure(one, other)
         and np.array_equal(one.num_bytes, other.num_bytes)
@@ -139,8 +144,12 @@ def _fractions(one: Integers, other: Integers, wanted: Integers) -> _Fractions:
 
 def _size_inputs(recording: Recording, sizes: SampleCounts) -> Integers:
     """Return the number that the size of each allocation depends on."""
-    steps = np.array([sizes.by_step.get(label.where.step, 0) for label in recording.labels], dtype=np.int64)
-    of_loop = np.array([*(sizes.last_chunk.get(loop, -1) for loop in recording.loops), -1], dtype=np.int64)
+    steps = np.array(
+        [sizes.by_step.get(label.where.step, 0) for label in recording.labels], dtype=np.int64
+    )
+    of_loop = np.array(
+        [*(sizes.last_chunk.get(loop, -1) for loop in recording.loops), -1], dtype=np.int64
+    )
     of_last = np.where(recording.iteration == NUM_RECORDED_CHUNKS - 1, of_loop[recording.loop], -1)
     return np.where(of_last >= 0, of_last, steps[recording.label])
 
@@ -185,7 +194,9 @@ def _interpolate_arguments(one: Any, other: Any, fraction: _Fraction) -> Any:
             _interpolate_arguments(*pair, fraction) if pair[0] != pair[1] else pair[0]
             for pair in zip(one, other, strict=True)
         ]
-        missing = any(part is None and pair is not None for part, pair in zip(parts, one, strict=True))
+        missing = any(
+            part is None and pair is not None for part, pair in zip(parts, one, strict=True)
+        )
         return None if missing else tuple(parts)
     if type(one) is int and type(other) is int:
         change, rest = divmod((other - one) * fraction[0], fraction[1])
@@ -193,7 +204,9 @@ def _interpolate_arguments(one: Any, other: Any, fraction: _Fraction) -> Any:
     return None
 
 
-def _interpolate_work(one: SizedRecording, other: SizedRecording, sizes: SampleCounts) -> tuple[TraceWork, ...] | None:
+def _interpolate_work(
+    one: SizedRecording, other: SizedRecording, sizes: SampleCounts
+) -> tuple[TraceWork, ...] | None:
     a, b = one.recording.work, other.recording.work
     if [work.place for work in a] != [work.place for work in b]:
         return None
@@ -209,9 +222,12 @@ def _interpolate_work(one: SizedRecording, other: SizedRecording, sizes: SampleC
     fractions = _fractions(*(size_inputs(each) for each in (one.sizes, other.sizes, sizes)))
     sums = np.array([work.sums for work in a], dtype=np.int64).reshape(-1, 3).T
     others = np.array([work.sums for work in b], dtype=np.int64).reshape(-1, 3).T
-    columns = [_interpolate_integers(mine, its, fractions) for mine, its in zip(sums, others, strict=True)]
+    columns = [
+        _interpolate_integers(mine, its, fractions) for mine, its in zip(sums, others, strict=True)
+    ]
     if any(np.any(column < 0) for column in columns):
         return None
     return tuple(
-        TraceWork(*work.place, *values) for work, *values in zip(a, *(c.tolist() for c in columns), strict=True)
+        TraceWork(*work.place, *values)
+        for work, *values in zip(a, *(c.tolist() for c in columns), strict=True)
     )

@@ -15,7 +15,9 @@ class Kernels(Protocol):
     #: whether the kernels run on a card, so that host memory is separate from theirs
     of_card: bool
 
-    def call(self, func: Operator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Call | None]:
+    def call(
+        self, func: Operator, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, Call | None]:
         """Return the operator's result, and the memory of such calls, None without one."""
 
     def workspaces(self, func: Operator, phase: Phase) -> Sequence[int]:

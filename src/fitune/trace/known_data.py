@@ -68,13 +68,23 @@ def set_data(tensor: torch.Tensor, data: torch.Tensor) -> None:
     tensor._fitune_data = data  # type: ignore[attr-defined]
 
 
-def set_factory_data(tensor: torch.Tensor, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def set_factory_data(
+    tensor: torch.Tensor, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
     """Set the data of a tensor that the factory call `func(*args, **kwargs)` returned."""
-    if not has_no_data(tensor) or data_of(tensor) is not None or tensor.numel() > MOST_KNOWN_ELEMENTS:
+    if (
+        not has_no_data(tensor)
+        or data_of(tensor) is not None
+        or tensor.numel() > MOST_KNOWN_ELEMENTS
+    ):
         return
-    if not tree_any(lambda value: isinstance(value, torch.Tensor) and data_of(value) is None, (args, kwargs)):
+    if not tree_any(
+        lambda value: isinstance(value, torch.Tensor) and data_of(value) is None, (args, kwargs)
+    ):
         with torch.no_grad():
-            set_data(tensor, run_on_data(func, args, {**kwargs, "requires_grad": False, "device": "cpu"}))
+            set_data(
+                tensor, run_on_data(func, args, {**kwargs, "requires_grad": False, "device": "cpu"})
+            )
 
 
 def has_no_data(tensor: torch.Tensor) -> bool:
@@ -99,7 +109,9 @@ def is_known(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     first = args[0][0] if isinstance(args[0], (list, tuple)) and args[0] else args[0]
     if not isinstance(first, torch.Tensor) or data_of(first) is None:
         return False
-    return not tree_any(lambda value: isinstance(value, torch.Tensor) and data_of(value) is None, (args, kwargs))
+    return not tree_any(
+        lambda value: isinstance(value, torch.Tensor) and data_of(value) is None, (args, kwargs)
+    )
 
 
 def run_on_data(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -121,7 +133,9 @@ def known_array(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
     """Return `tensor.numpy()`, or zeros where the data is not known."""
     data = data_of(tensor)
     with _disable_current_modes():
-        return (torch.zeros(tensor.shape, dtype=tensor.dtype) if data is None else data.detach()).numpy()
+        return (
+            torch.zeros(tensor.shape, dtype=tensor.dtype) if data is None else data.detach()
+        ).numpy()
 
 
 def compute_data(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
@@ -139,7 +153,11 @@ def compute_data(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], resul
     if not (results or written) or not all(map(has_no_data, results)):
         return
     for each in written:
-        if each.dtype == torch.bool and (origin := origin_of(each)) is not None and origin.router is None:
+        if (
+            each.dtype == torch.bool
+            and (origin := origin_of(each)) is not None
+            and origin.router is None
+        ):
             del each._fitune_origin  # type: ignore[attr-defined]
     if not known or sum(each.numel() for each in results) > MOST_KNOWN_ELEMENTS:
         for each in written:

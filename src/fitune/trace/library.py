@@ -70,7 +70,9 @@ class Recordings:
         self._models: dict[str, RecordedModel] = {}
         self._patience = Patience()
 
-    def step(self, config: RunConfig, passes: Sequence[Pass], *, target: CudaTarget | None) -> RecordedStep:
+    def step(
+        self, config: RunConfig, passes: Sequence[Pass], *, target: CudaTarget | None
+    ) -> RecordedStep:
         """Return what `record_step` returns on fake tensors."""
         columns = self.columns(config, passes, target=target)
         if columns is None:
@@ -78,7 +80,9 @@ class Recordings:
             columns = record_columns_of_step(config, passes, target=target, on=model)
         return columns.to_step()
 
-    def columns(self, config: RunConfig, passes: Sequence[Pass], *, target: CudaTarget | None) -> ColumnsOfStep | None:
+    def columns(
+        self, config: RunConfig, passes: Sequence[Pass], *, target: CudaTarget | None
+    ) -> ColumnsOfStep | None:
         """Return the step from short recordings, None if the whole step has to be recorded."""
         if passes[0].kind == "state" and passes[-1] == passes[-2] and passes[-1].kind == "train":
             once = self.columns(config, passes[:-1], target=target)
@@ -140,7 +144,9 @@ class Recordings:
             return found
         recorded = self._recorded.get(repr((_without_samples(config), target)), [])
         device = device_of(target)
-        if any(family.add_point_from(shape, config, passes, each, device=device) for each in recorded):
+        if any(
+            family.add_point_from(shape, config, passes, each, device=device) for each in recorded
+        ):
             found = family.interpolate(shape, target=target)
         if found is None:
             found = self._add_resized_point(config, passes, family, shape, target=target)
@@ -168,7 +174,9 @@ class Recordings:
             known_families.append(measured)
         return measured
 
-    def _families_of_model(self, config: RunConfig, target: CudaTarget | None) -> list[RecordingFamily]:
+    def _families_of_model(
+        self, config: RunConfig, target: CudaTarget | None
+    ) -> list[RecordingFamily]:
         key = repr((_without_recompute_and_loss(config), target))
         return self._of_one_model.setdefault(key, [])
 
@@ -210,7 +218,9 @@ class Recordings:
         model = self._model(config, target=target, num_layers=num_layers)
         return record_columns_of_step(config, passes, target=target, on=model, skip_chunks=True)
 
-    def _model(self, config: RunConfig, *, target: CudaTarget | None, num_layers: int | None) -> RecordedModel:
+    def _model(
+        self, config: RunConfig, *, target: CudaTarget | None, num_layers: int | None
+    ) -> RecordedModel:
         of_model = (
             _without_recompute(config),
             config.data.packing,

@@ -76,11 +76,17 @@ def transfer_growth(
         at = np.flatnonzero(np.array([each == kind for each in kinds])[recording.label])
         if len(at) != len(expected[kind]):
             return None
-        for num_bytes, (wanted, more) in zip(recording.num_bytes[at].tolist(), expected[kind], strict=True):
+        for num_bytes, (wanted, more) in zip(
+            recording.num_bytes[at].tolist(), expected[kind], strict=True
+        ):
             if more and num_bytes != wanted:
                 return None
         found[at] = [more for _, more in expected[kind]]
-    work = {place: growth.work[of_places[kind]] for kind, place in places.items() if of_places[kind] in growth.work}
+    work = {
+        place: growth.work[of_places[kind]]
+        for kind, place in places.items()
+        if of_places[kind] in growth.work
+    }
     return Growth(found, work)
 
 
@@ -170,7 +176,9 @@ def _growth_of_work(
     result = {}
     for work in recording.work:
         if work.loop != iterations.loop and work.place in before:
-            result[work.place], rest = np.divmod(np.array(work.sums) - before[work.place], iterations.num_left_out)
+            result[work.place], rest = np.divmod(
+                np.array(work.sums) - before[work.place], iterations.num_left_out
+            )
             if rest.any():
                 return None
     return result

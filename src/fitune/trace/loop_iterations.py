@@ -131,7 +131,10 @@ def find_sections(recording: Recording, loop: str, num_iterations: int) -> list[
     cuts = np.flatnonzero((np.diff(iteration) != 0) | (np.diff(phase) != 0)) + 1
     starts = [0, *cuts.tolist()]
     ends = [*cuts.tolist(), len(iteration)]
-    runs = [(int(iteration[start]), int(phase[start]), start, end) for start, end in zip(starts, ends, strict=True)]
+    runs = [
+        (int(iteration[start]), int(phase[start]), start, end)
+        for start, end in zip(starts, ends, strict=True)
+    ]
     sections: list[Section] = []
     i = 0
     while i < len(runs):
@@ -147,7 +150,9 @@ def find_sections(recording: Recording, loop: str, num_iterations: int) -> list[
     return sections
 
 
-def _sweep(runs: Sequence[tuple[int, int, int, int]], first: int, num_iterations: int) -> tuple[Section, int] | None:
+def _sweep(
+    runs: Sequence[tuple[int, int, int, int]], first: int, num_iterations: int
+) -> tuple[Section, int] | None:
     """Return the sweep that begins with run number `first`, and the number of the run after it.
 
     runs: (iteration, phase, start, end) of consecutive allocations that have these in common
@@ -159,7 +164,11 @@ def _sweep(runs: Sequence[tuple[int, int, int, int]], first: int, num_iterations
     current, phase, i = runs[first][0], runs[first][1], first + 1
     while i < len(runs) and runs[i][1] == phase:
         ahead = i + 1 if runs[i][0] < 0 else i
-        if ahead >= len(runs) or runs[ahead][1] != phase or runs[ahead][0] not in (current, current + step):
+        if (
+            ahead >= len(runs)
+            or runs[ahead][1] != phase
+            or runs[ahead][0] not in (current, current + step)
+        ):
             break
         if runs[ahead][0] == current:
             ends[-1] = runs[ahead][3]

@@ -22,7 +22,9 @@ def moved_bytes(func: Operator, args: Any, outputs: tuple[torch.Tensor, ...]) ->
         return own(args, outputs)
     sizes = {}
     for tensor in (*tensors_in(args), *outputs):
-        sizes[id(tensor)] = min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
+        sizes[id(tensor)] = min(
+            tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes()
+        )
     return sum(sizes.values())
 
 
@@ -82,7 +84,11 @@ def _convolution_backward(args: Any, _: Any) -> int:
     """
     gradient, source, weight = args[:3]
     transposed, is_requested = args[7], args[10]
-    return 2 * _size(source if transposed else gradient) * int(sum(is_requested[:2]) * math.prod(weight.shape[1:]))
+    return (
+        2
+        * _size(source if transposed else gradient)
+        * int(sum(is_requested[:2]) * math.prod(weight.shape[1:]))
+    )
 
 
 #: Formulas for what the registry does not have.
@@ -114,7 +120,9 @@ def _added_to(source: int, *, copies: bool) -> Callable[[Any, Any], int]:
     copies: whether the result is new, so that all of the first argument is copied first
     """
     copied = 2 if copies else 0
-    return lambda args, _: copied * bytes_of(args[0]) + bytes_of(args[1:]) + 2 * bytes_of(args[source])
+    return lambda args, _: (
+        copied * bytes_of(args[0]) + bytes_of(args[1:]) + 2 * bytes_of(args[source])
+    )
 
 
 def _updated(num_states: int) -> Callable[[Any, Any], int]:
@@ -134,14 +142,20 @@ _MOVED: dict[str, Callable[[Any, Any], int]] = {
         ),
         lambda _, outputs: bytes_of(outputs),
     ),
-    **dict.fromkeys(("aten::empty_like", "aten::new_empty", "aten::new_empty_strided"), lambda _, __: 0),
-    **dict.fromkeys(("aten::embedding", "aten::gather", "aten::index_select", "aten::index"), _looked_up),
+    **dict.fromkeys(
+        ("aten::empty_like", "aten::new_empty", "aten::new_empty_strided"), lambda _, __: 0
+    ),
+    **dict.fromkeys(
+        ("aten::embedding", "aten::gather", "aten::index_select", "aten::index"), _looked_up
+    ),
     "aten::_fused_adamw_": _updated(2),
     "aten::_fused_sgd_": _updated(1),
     "aten::nll_loss_forward": lambda args, _: 2 * bytes_of(args[1]),
     # the result is filled with zeros, and one element of each row is written
     "aten::nll_loss_backward": lambda args, outputs: bytes_of(outputs) + 2 * bytes_of(args[2]),
-    "aten::embedding_dense_backward": lambda args, outputs: bytes_of(outputs) + 3 * bytes_of(args[:2]),
+    "aten::embedding_dense_backward": lambda args, outputs: (
+        bytes_of(outputs) + 3 * bytes_of(args[:2])
+    ),
     "aten::scatter_": _added_to(3, copies=False),
     "aten::scatter_add_": _added_to(3, copies=False),
     "aten::scatter_add": _added_to(3, copies=True),

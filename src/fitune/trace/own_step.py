@@ -101,7 +101,9 @@ def target_precision(config: RunConfig, target: CudaTarget | None) -> Precision:
     return resolve_precision(config.model, "cuda", target.compute_capability >= FIRST_BFLOAT16)
 
 
-def longest_rows(config: RunConfig, *, num_rows: int, row_tokens: int | None = None) -> tuple[tuple[int, int], ...]:
+def longest_rows(
+    config: RunConfig, *, num_rows: int, row_tokens: int | None = None
+) -> tuple[tuple[int, int], ...]:
     """Return samples as long as they can be, with all tokens supervised that can be.
 
     They are the batch that needs the most memory.
@@ -171,7 +173,9 @@ def model_for(
     def build() -> nn.Module:
         where = torch.device("meta" if mode == "fake" else "cpu")
         seed = config.train.seed
-        model: nn.Module = load_model(config.model, where, precision=precision, seed=seed, config=architecture)
+        model: nn.Module = load_model(
+            config.model, where, precision=precision, seed=seed, config=architecture
+        )
         return model
 
     def prepare(model: Any) -> Packing:
@@ -207,10 +211,14 @@ def record_columns_of_step(
     evaluates = False
     # The micro-batches are laid out before the recording, whose tensors have no data. Whether the
     # model takes packed samples is not known yet, so both layouts are made.
-    laid_out = {packed: _lay_out(config, passes, device=device, packed=packed) for packed in (True, False)}
+    laid_out = {
+        packed: _lay_out(config, passes, device=device, packed=packed) for packed in (True, False)
+    }
 
     def loop(model: Any, here: torch.device) -> Step:
-        setup = assemble(model, config, device=device, precision=precision, packing=recorded.prepared)
+        setup = assemble(
+            model, config, device=device, precision=precision, packing=recorded.prepared
+        )
         num_parameters, num_trainable_parameters = count_parameters(model)
         facts.append(
             {
@@ -275,7 +283,9 @@ def record_columns_of_step(
         recording = recorded.record(loop, num_steps=len(passes), watch=name_chunks)
     return ColumnsOfStep(
         recording=recording,
-        evaluation_step=next((i for i, each in enumerate(passes, start=1) if each.kind == "eval"), None),
+        evaluation_step=next(
+            (i for i, each in enumerate(passes, start=1) if each.kind == "eval"), None
+        ),
         precision=precision,
         **facts[0],
     )
@@ -320,10 +330,14 @@ def shape_of_step(
     of_loop = {loop: next(iter(found)) for loop, found in chunks.items()}
     structure += [(loop, min(number, NUM_RECORDED_CHUNKS)) for loop, (number, _) in of_loop.items()]
     counted = SampleCounts(by_step, {loop: last for loop, (_, last) in of_loop.items()})
-    return StepShape(counted, {loop: number for loop, (number, _) in of_loop.items()}, tuple(structure))
+    return StepShape(
+        counted, {loop: number for loop, (number, _) in of_loop.items()}, tuple(structure)
+    )
 
 
-def first_rows(config: RunConfig, each: Pass, *, device: torch.device, packed: bool) -> list[tuple[int, int]]:
+def first_rows(
+    config: RunConfig, each: Pass, *, device: torch.device, packed: bool
+) -> list[tuple[int, int]]:
     """Return (length, supervised tokens) of each sample of the first micro-batch."""
     ((first, *_),) = _group(config, [each], device=device, packed=packed)
     return [each.rows[row.row_id] for row in first]
@@ -344,14 +358,18 @@ def _group(
     config: RunConfig, passes: Sequence[Pass], *, device: torch.device, packed: bool
 ) -> Iterator[list[list[Row]]]:
     """Yield the samples of these micro-batches for each pass."""
-    layouts = dict(zip(("train", "eval"), choose_layouts(config, device, packed=packed), strict=True))
+    layouts = dict(
+        zip(("train", "eval"), choose_layouts(config, device, packed=packed), strict=True)
+    )
     for each in passes:
         if each.kind == "state":
             yield []
             continue
         batch = Batch(tuple(_row(number, *size) for number, size in enumerate(each.rows)))
         groups = layouts[each.kind].group(batch)
-        positions = [sum(map(len, rows)) if packed else len(rows) * max(map(len, rows)) for rows in groups]
+        positions = [
+            sum(map(len, rows)) if packed else len(rows) * max(map(len, rows)) for rows in groups
+        ]
         largest = sorted(range(len(groups)), key=lambda i: -positions[i])[: each.most_micro_batches]
         yield [groups[number] for number in sorted(largest)]
 
@@ -399,4 +417,6 @@ class _OnHost(MicroBatch):
         type(self).notify()
         if type(self).is_joined:
             return self.views_of(self.whole.to(device, copy=True))
-        return replace(self, **{name: getattr(self, name).to(device, copy=True) for name in TENSORS})
+        return replace(
+            self, **{name: getattr(self, name).to(device, copy=True) for name in TENSORS}
+        )

@@ -76,7 +76,9 @@ class Patience:
             self._reported = now
             log.warning(
                 "%s",
-                translated(f"still recording the step, {now - self._started:.0f} s so far{self._where()}"),
+                translated(
+                    f"still recording the step, {now - self._started:.0f} s so far{self._where()}"
+                ),
             )
 
     def _check(self, now: float) -> None:

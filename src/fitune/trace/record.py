@@ -62,7 +62,9 @@ class RecordSettings:
     routing: Routing = "balanced"
 
 
-def record_loop(build: Build, loop: Loop, settings: RecordSettings = RecordSettings()) -> MemoryTrace:
+def record_loop(
+    build: Build, loop: Loop, settings: RecordSettings = RecordSettings()
+) -> MemoryTrace:
     """Record a training loop as `record_columns` does, and return its events."""
     return to_trace(record_columns(build, loop, settings))
 
@@ -98,7 +100,9 @@ class RecordedModel:
         patience: Patience | None = None,
     ) -> None:
         if settings.mode == "real" and settings.target is not None:
-            raise UsageError("a recording on real CPU tensors cannot behave as CUDA: use mode='fake' or target=None")
+            raise UsageError(
+                "a recording on real CPU tensors cannot behave as CUDA: use mode='fake' or target=None"
+            )
         self._build, self._settings, self._prepare = build, settings, prepare
         self._shapes = shapes or ShapeMemory()
         self._patience = patience or Patience()
@@ -125,7 +129,9 @@ class RecordedModel:
             if target is None:
                 stack.enter_context(_explain_cuda_errors())
                 stack.enter_context(NoCard())
-            stack.enter_context(patch.object(torch.inference_mode, "__enter__", _enter_without_gradients))
+            stack.enter_context(
+                patch.object(torch.inference_mode, "__enter__", _enter_without_gradients)
+            )
             if target is not None:
                 stack.enter_context(cuda_behaviour(target))
                 stack.enter_context(flash_package(target))
@@ -158,7 +164,9 @@ class RecordedModel:
             with self._explained("setting the loop up", parts):
                 step = loop(parts.model, CARD)
             if not callable(step):
-                raise UsageError(f"loop(model, device) must return a function that does one step, not {step!r}")
+                raise UsageError(
+                    f"loop(model, device) must return a function that does one step, not {step!r}"
+                )
             parts.recorder.load(parts.model)
             for number in range(1, num_steps + 1):
                 gc.collect()
@@ -169,7 +177,9 @@ class RecordedModel:
             # no routing is assumed for real tensors
             assumed = parts.assumptions.used if parts.mode is None else parts.assumptions.lines()
             notes = [COMPILED] if compiled or _is_compiled(parts.model) else []
-            recording = parts.recorder.recording((*_describe(self._settings, num_steps), *assumed, *notes))
+            recording = parts.recorder.recording(
+                (*_describe(self._settings, num_steps), *assumed, *notes)
+            )
             # what the loop has made is freed before the next loop
             del step
             gc.collect()
@@ -230,7 +240,8 @@ def _replace_bitsandbytes_layers(model: nn.Module) -> None:
         (parent, name, child)
         for parent in model.modules()
         for name, child in parent.named_children()
-        if type(child).__module__.startswith("bitsandbytes") and type(child).__name__ in ("Linear4bit", "LinearNF4")
+        if type(child).__module__.startswith("bitsandbytes")
+        and type(child).__name__ in ("Linear4bit", "LinearNF4")
     ]
     _refuse_other_quantisation(model)
     if not layers:
@@ -242,7 +253,9 @@ def _replace_bitsandbytes_layers(model: nn.Module) -> None:
         kind, is_double = weight.quant_type, weight.compress_statistics
         if kind != "nf4" or not is_double:
             found = f"{kind}, {'double' if is_double else 'single'} quantisation"
-            raise UsageError(f"4-bit layers are predicted for nf4 with double quantisation, but {name} has {found}")
+            raise UsageError(
+                f"4-bit layers are predicted for nf4 with double quantisation, but {name} has {found}"
+            )
         with torch.device("meta"):
             setattr(parent, name, NF4Linear(cast(nn.Linear, child)))
     share_tables(model)
@@ -279,12 +292,18 @@ def fill(model: nn.Module) -> None:
         if id(tensor) not in replaced:
             storage = tensor.untyped_storage()
             if storage.nbytes() <= tensor.numel() * tensor.element_size():
-                replacement = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+                replacement = torch.empty_strided(
+                    tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu"
+                )
             else:
                 if storage._cdata not in full_storages:
-                    full_storages[storage._cdata] = torch.empty(storage.nbytes(), dtype=torch.uint8, device="cpu")
+                    full_storages[storage._cdata] = torch.empty(
+                        storage.nbytes(), dtype=torch.uint8, device="cpu"
+                    )
                 full_storage = full_storages[storage._cdata].view(tensor.dtype)
-                replacement = full_storage.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+                replacement = full_storage.as_strided(
+                    tensor.shape, tensor.stride(), tensor.storage_offset()
+                )
             if isinstance(tensor, nn.Parameter):
                 replacement = nn.Parameter(replacement, requires_grad=tensor.requires_grad)
             replaced[id(tensor)] = replacement
@@ -293,7 +312,9 @@ def fill(model: nn.Module) -> None:
     # ids stay unique while these live
     originals = list(model.parameters()) + list(model.buffers())
     for module in model.modules():
-        for tensors in cast(tuple[dict[str, Any], ...], (module._parameters, module._buffers, module.__dict__)):
+        for tensors in cast(
+            tuple[dict[str, Any], ...], (module._parameters, module._buffers, module.__dict__)
+        ):
             for name, tensor in tensors.items():
                 if isinstance(tensor, torch.Tensor):
                     tensors[name] = on_cpu(tensor)
@@ -328,13 +349,18 @@ def _without_compilation() -> Iterator[list[Any]]:
         if (frames := sys.modules.get("torch._dynamo.eval_frame")) is not None:
             stack.enter_context(patch.object(frames, "_callback_from_stance", uncompiled))
             # nobody counts what fullgraph=True compiles
-            stack.enter_context(patch.object(frames, "set_fullgraph_compiled_frame_count", lambda _: 0, create=True))
+            stack.enter_context(
+                patch.object(frames, "set_fullgraph_compiled_frame_count", lambda _: 0, create=True)
+            )
         yield ignored
 
 
 def _is_compiled(model: nn.Module) -> bool:
     """Return whether a part of the model was compiled when it was built."""
-    return any(module._compiled_call_impl is not None or hasattr(module, "_orig_mod") for module in model.modules())
+    return any(
+        module._compiled_call_impl is not None or hasattr(module, "_orig_mod")
+        for module in model.modules()
+    )
 
 
 def _describe(settings: RecordSettings, num_steps: int) -> Iterator[str]:
@@ -344,7 +370,9 @@ def _describe(settings: RecordSettings, num_steps: int) -> Iterator[str]:
         yield "kernels of this CPU"
     else:
         major, minor = settings.target.compute_capability
-        yield (f"kernels of CUDA, compute capability {major}.{minor}, attention {settings.target.attention}")
+        yield (
+            f"kernels of CUDA, compute capability {major}.{minor}, attention {settings.target.attention}"
+        )
         yield from settings.target.assumptions()
 
 
@@ -405,7 +433,9 @@ def _fake_tensors_pass_as_real(*, checks_indices: bool) -> Iterator[None]:
             module = import_module(name)
             types = [*module._foreach_supported_types, FakeTensor]
             stack.enter_context(patch.object(module, "_foreach_supported_types", types))
-        stack.enter_context(patch.object(transformers.utils.import_utils, "is_fake_tensor", lambda _: False))
+        stack.enter_context(
+            patch.object(transformers.utils.import_utils, "is_fake_tensor", lambda _: False)
+        )
         stack.enter_context(patch.object(nn.Module, "_apply", _convert_in_place))
         yield
 

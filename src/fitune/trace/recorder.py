@@ -97,7 +97,9 @@ class Recorder(TorchDispatchMode):
         work = {place: tuple(sums) for place, sums in self._work.items()}
         kernels = copy.copy(self._kernels)
         host, workspaces = frozenset(self._host), self._workspaces()
-        return Savepoint(len(self._allocations), len(self._empty_rules), work, live, host, workspaces, kernels)
+        return Savepoint(
+            len(self._allocations), len(self._empty_rules), work, live, host, workspaces, kernels
+        )
 
     def restore(self, savepoint: Savepoint) -> bool:
         """Forget what was recorded after the savepoint.
@@ -172,7 +174,9 @@ class Recorder(TorchDispatchMode):
     def _workspaces(self) -> list[RecordedStorage]:
         """Return the kernels' workspaces that are not freed."""
         return [
-            each for each in self._allocations if each.category == "workspace" and each.num_bytes and not each.freed_at
+            each
+            for each in self._allocations
+            if each.category == "workspace" and each.num_bytes and not each.freed_at
         ]
 
     def input_arrived(self, tensor: torch.Tensor) -> None:
@@ -240,7 +244,9 @@ class Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         traits = traits_of(func)
         if traits.may_be_in_place:
-            func = as_autograd_does(func, args, kwargs, alone=self._alone, is_new_zeros=self._is_new_zeros)
+            func = as_autograd_does(
+                func, args, kwargs, alone=self._alone, is_new_zeros=self._is_new_zeros
+            )
             traits = traits_of(func)
         # before profiler marks are left out: that of zero_grad() begins the next micro-batch
         self._follow_phase(args)
@@ -268,7 +274,9 @@ class Recorder(TorchDispatchMode):
             self._count(func, args, kwargs, written, module=module, known=known, on_host=on_host)
         return result
 
-    def _are_outputs_on_host(self, traits: Traits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    def _are_outputs_on_host(
+        self, traits: Traits, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> bool:
         if self._placing is not None:
             return self._placing == "host"
         is_of_host = traits.is_of_host and self._kernels.of_card
@@ -284,7 +292,9 @@ class Recorder(TorchDispatchMode):
     ) -> None:
         """Record the outputs and what the kernel allocates besides them, in the kernel's order."""
         name = traits_of(func).name
-        modules = [module if source is None else source for source in self._sources(args, len(outputs))]
+        modules = [
+            module if source is None else source for source in self._sources(args, len(outputs))
+        ]
         arguments, steps = self._kernels.allocations(func, args, kwargs) or (None, ())
         named = {step.number for step in steps if isinstance(step, Output)}
         for number, tensor in enumerate(outputs):
@@ -357,7 +367,9 @@ class Recorder(TorchDispatchMode):
         Where no module runs, the outputs of an optimizer, and of an operator on whole lists, belong
         to the modules of the tensors that they are computed from.
         """
-        by_tensor = bool(args) and (self._tracker.phase == "optimizer" or isinstance(args[0], (list, tuple)))
+        by_tensor = bool(args) and (
+            self._tracker.phase == "optimizer" or isinstance(args[0], (list, tuple))
+        )
         if self._tracker.in_module or not by_tensor:
             return (None,) * num_outputs
         inputs = tuple(tensors_in(args[0]))
@@ -379,7 +391,9 @@ class Recorder(TorchDispatchMode):
         if key not in self._live and key not in self._host:
             self._host[key] = weakref.ref(storage, lambda _: self._host.pop(key, None))
 
-    def _record_storage(self, tensor: torch.Tensor, op: str, module: str | None = None) -> RecordedStorage | None:
+    def _record_storage(
+        self, tensor: torch.Tensor, op: str, module: str | None = None
+    ) -> RecordedStorage | None:
         """Return the record of the tensor's storage, and make one if the storage is new.
 
         Returns None for empty storages and those in host memory.
@@ -414,7 +428,9 @@ class Recorder(TorchDispatchMode):
             storage.category = storage.category or "input"
         elif tracker.phase == "forward" and not tracker.forward_began and not tracker.in_module:
             storage.category = "input"
-        elif tracker.phase == "forward" or (tracker.phase == "backward" and torch.is_grad_enabled()):
+        elif tracker.phase == "forward" or (
+            tracker.phase == "backward" and torch.is_grad_enabled()
+        ):
             self._saved_candidates.append(storage)
 
     def _storage_freed(self, key: int) -> None:
@@ -446,7 +462,11 @@ class Recorder(TorchDispatchMode):
         self._tracker.in_optimizer = False
         state = list(optimizer.state.values())
         if self._tracker.creates_state:  # parameter by parameter
-            state = [optimizer.state.get(each, {}) for group in optimizer.param_groups for each in group["params"]]
+            state = [
+                optimizer.state.get(each, {})
+                for group in optimizer.param_groups
+                for each in group["params"]
+            ]
         for tensor in tensors_in(state):
             if (storage := self._find(tensor)) is not None and storage.category in (None, "input"):
                 storage.category = "optimizer_state"

@@ -190,7 +190,9 @@ def make_recording(
         if freed_at is not None:
             free_module, free_iteration, free_loop = place(freed_at.module)
             freed_at = freed_at._replace(module=free_module)
-        label = Label(allocation.category, allocation.where._replace(module=module), allocation.op, freed_at)
+        label = Label(
+            allocation.category, allocation.where._replace(module=module), allocation.op, freed_at
+        )
         rule = -1 if allocation.rule is None else rules.setdefault(allocation.rule, len(rules))
         at_allocation = allocation.num_bytes, labels.setdefault(label, len(labels)), loop, iteration
         at_free = allocation.freed_after, free_loop, free_iteration, rule
@@ -256,7 +258,9 @@ class RecordedEvents(Sequence[MemoryEvent]):
             [(each.where.step, (each.freed_at or each.where).step) for each in recording.labels],
             dtype=np.int64,
         )
-        categories = np.array([CATEGORIES.index(each.category) for each in recording.labels], dtype=np.int64)
+        categories = np.array(
+            [CATEGORIES.index(each.category) for each in recording.labels], dtype=np.int64
+        )
         return EventColumns(
             storage=self._storage[allocation],
             num_bytes=np.where(self._is_free, -1, 1) * recording.num_bytes[allocation],
@@ -275,7 +279,10 @@ class RecordedEvents(Sequence[MemoryEvent]):
         )
         modules = [each.where.module for each in recording.labels]
         labels_and_iterations = (divmod(place, num_iterations) for place in places.tolist())
-        names = [_module_of_iteration(modules[label], iteration - 1) for label, iteration in labels_and_iterations]
+        names = [
+            _module_of_iteration(modules[label], iteration - 1)
+            for label, iteration in labels_and_iterations
+        ]
         return names, which
 
     def __len__(self) -> int:
@@ -313,7 +320,9 @@ def sum_work(recording: Recording) -> tuple[OperatorWork, ...]:
     """Sum the work over all modules, by step, micro-batch, phase, operator and dtype."""
     sums: dict[tuple[int, int, Phase, str, str], list[int]] = {}
     for work in recording.work:
-        total = sums.setdefault((work.step, work.micro_batch, work.phase, work.op, work.dtype), [0, 0, 0])
+        total = sums.setdefault(
+            (work.step, work.micro_batch, work.phase, work.op, work.dtype), [0, 0, 0]
+        )
         for i, number in enumerate(work.sums):
             total[i] += number
     return tuple(OperatorWork(*key, *total) for key, total in sums.items())

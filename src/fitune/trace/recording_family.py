@@ -86,7 +86,9 @@ class RecordingFamily:
         ((_, columns),) = self.points
         loops = [name for name in columns.recording.loops if f".{name}".endswith(f".{layers.loop}")]
         iterations = replace(layers, loop=loops[0]) if len(loops) == 1 else layers
-        growth = find_growth(columns.recording, iterations, fewer=fewer.recording) if loops else None
+        growth = (
+            find_growth(columns.recording, iterations, fewer=fewer.recording) if loops else None
+        )
 
         num_more = layers.num_iterations - layers.num_recorded
 
@@ -99,7 +101,9 @@ class RecordingFamily:
         )
         return RecordingFamily(self.points, iterations, growth, totals)
 
-    def interpolate(self, shape: StepShape, *, target: CudaTarget | None, one_sample: bool = False) -> Recording | None:
+    def interpolate(
+        self, shape: StepShape, *, target: CudaTarget | None, one_sample: bool = False
+    ) -> Recording | None:
         """Return the recording of a step of this shape from two points of the family.
 
         one_sample: whether a micro-batch of one sample is known to be on the line of larger ones
@@ -129,7 +133,11 @@ class RecordingFamily:
         Micro-batches of one sample may have another structure than larger ones, so they are left
         out unless `one_sample` says that they match.
         """
-        routed = any(line in columns.recording.source for line in ROUTED.values() for _, columns in self.points)
+        routed = any(
+            line in columns.recording.source
+            for line in ROUTED.values()
+            for _, columns in self.points
+        )
         if routed or (has_one_sample(shape) and not one_sample):
             return []
         return [each for each in self.points if not has_one_sample(each[0])]
@@ -169,7 +177,11 @@ class RecordingFamily:
         if wanted[:-1] != list(other.passes[:-1]):
             return False
         other_shape = shape_of_step(other.config, wanted, point, device=device)
-        if other_shape is None or other_shape.structure != own_shape.structure or other_shape.sizes == own_shape.sizes:
+        if (
+            other_shape is None
+            or other_shape.structure != own_shape.structure
+            or other_shape.sizes == own_shape.sizes
+        ):
             return False
         found = self.resized_point(point.recording, other.columns.recording, passes)
         if found is None:
@@ -177,7 +189,9 @@ class RecordingFamily:
         self.points.append((other_shape, replace(point, recording=found)))
         return True
 
-    def resized_point(self, recording: Recording, single: Recording, passes: Sequence[Pass]) -> Recording | None:
+    def resized_point(
+        self, recording: Recording, single: Recording, passes: Sequence[Pass]
+    ) -> Recording | None:
         """Return the recording with the sizes of `single`, None if that is not possible."""
         found = resize(recording, single, kinds=[each.kind for each in passes])
         return None if found is None or self._growth_depends_on_samples(recording, found) else found
@@ -224,14 +238,18 @@ class RecordingFamily:
         total, trainable = self.num_parameters
         if repeated is None:
             return None
-        return replace(columns, recording=repeated, num_parameters=total, num_trainable_parameters=trainable)
+        return replace(
+            columns, recording=repeated, num_parameters=total, num_trainable_parameters=trainable
+        )
 
 
 def has_one_sample(shape: StepShape) -> bool:
     return min(shape.sizes.by_step.values()) < 2
 
 
-def does_one_sample_match(families: Sequence[RecordingFamily], *, target: CudaTarget | None) -> bool:
+def does_one_sample_match(
+    families: Sequence[RecordingFamily], *, target: CudaTarget | None
+) -> bool:
     """Return whether recordings of one sample are what larger ones give, where both exist.
 
     Recomputation and the loss call what the model's forward calls, so what is true of one family is

@@ -54,7 +54,9 @@ def repeat_inner_iterations(
     if is_relative is None:
         return None
     grows = growth or Growth(np.zeros(len(recording), dtype=np.int64), {})
-    repeated, source = _repeat(recording, coordinates, iterations, growth=grows.num_bytes, is_relative=is_relative)
+    repeated, source = _repeat(
+        recording, coordinates, iterations, growth=grows.num_bytes, is_relative=is_relative
+    )
     repeated = replace(repeated, work=_repeat_work(recording, iterations, growth=grows.work))
     return repeated, None if outer is None else replace(outer, num_bytes=outer.num_bytes[source])
 
@@ -118,7 +120,8 @@ def _have_same_labels(
     if not len(unequal):
         return True
     return is_first and all(
-        recording.labels[recording.label[one][index]][:3] == recording.labels[recording.label[other][index]][:3]
+        recording.labels[recording.label[one][index]][:3]
+        == recording.labels[recording.label[other][index]][:3]
         and coordinates.free_iteration[one][index] == 0
         for index in unequal.tolist()
     )
@@ -239,7 +242,9 @@ def _repeat_frees(
     freed_after = starts[section, np.maximum(free_iteration, 0)] + offset
     return {
         "freed_after": np.where(section < 0, NEVER, freed_after),
-        "free_iteration": np.where(in_loop, shifted(of_module, free_module_is_near[source]), of_module),
+        "free_iteration": np.where(
+            in_loop, shifted(of_module, free_module_is_near[source]), of_module
+        ),
     }
 
 

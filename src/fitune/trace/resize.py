@@ -73,7 +73,9 @@ def with_last_step_repeated(recording: Recording, step: int) -> Recording | None
     start = int(np.count_nonzero(is_earlier[recording.label]))
     of_last = np.arange(start, len(recording))
     is_never_freed = recording.freed_after[of_last] == NEVER
-    is_workspace = np.array([label.category == "workspace" for label in recording.labels], dtype=bool)
+    is_workspace = np.array(
+        [label.category == "workspace" for label in recording.labels], dtype=bool
+    )
     leaves_tensors = np.any(is_never_freed & ~is_workspace[recording.label[of_last]])
     if leaves_tensors or np.any(recording.freed_after[:start] >= start):
         return None
@@ -81,14 +83,17 @@ def with_last_step_repeated(recording: Recording, step: int) -> Recording | None
     # the number of each allocation when it is repeated
     place = np.cumsum(~is_never_freed) - 1 + len(recording)
     columns: dict[str, Any] = {
-        name: np.concatenate((getattr(recording, name), getattr(recording, name)[source])) for name in COLUMNS
+        name: np.concatenate((getattr(recording, name), getattr(recording, name)[source]))
+        for name in COLUMNS
     }
     # what is freed after a workspace was allocated is freed after the allocation before it
     columns["freed_after"][len(recording) :] = place[recording.freed_after[source] - start]
     labels = {label: number for number, label in enumerate(recording.labels)}
     again = np.zeros(len(labels), dtype=np.int64)
     for number in np.unique(recording.label[source]).tolist():
-        again[number] = labels.setdefault(_with_step(recording.labels[number], step + 1), len(labels))
+        again[number] = labels.setdefault(
+            _with_step(recording.labels[number], step + 1), len(labels)
+        )
     columns["label"][len(recording) :] = again[recording.label[source]]
     return replace(
         recording,
@@ -112,7 +117,9 @@ def _with_step(label: Label, step: int) -> Label:
 
 def _num_in_first_micro_batch(recording: Recording, last_step: int) -> int:
     """Return the number of allocations up to the end of the last step's first micro-batch."""
-    is_later = [where.step == last_step and where.micro_batch > 0 for _, where, _, _ in recording.labels]
+    is_later = [
+        where.step == last_step and where.micro_batch > 0 for _, where, _, _ in recording.labels
+    ]
     return int(np.count_nonzero(~np.array(is_later, dtype=bool)[recording.label]))
 
 
@@ -193,13 +200,19 @@ def _frees(recording: Recording, num_first: int) -> Integers:
     return np.where((after == NEVER) | (after >= num_first - 1), num_first, after)
 
 
-def _resize_empty_rules(recording: Recording, single: Recording) -> tuple[tuple[int, Rule], ...] | None:
+def _resize_empty_rules(
+    recording: Recording, single: Recording
+) -> tuple[tuple[int, Rule], ...] | None:
     """Return the empty rules of `single` if both have those of the same operators in each step."""
-    names, theirs = ([(step, rule.op) for step, rule in each.empty_rules] for each in (recording, single))
+    names, theirs = (
+        [(step, rule.op) for step, rule in each.empty_rules] for each in (recording, single)
+    )
     return single.empty_rules if names == theirs else None
 
 
-def _resize_work(recording: Recording, single: Recording, of_step: Sequence[str]) -> tuple[TraceWork, ...] | None:
+def _resize_work(
+    recording: Recording, single: Recording, of_step: Sequence[str]
+) -> tuple[TraceWork, ...] | None:
     """Return the work with the sums of `single`, None if it has no sums for a later micro-batch."""
     last_step = len(of_step) - 1
 
@@ -215,7 +228,9 @@ def _resize_work(recording: Recording, single: Recording, of_step: Sequence[str]
     first, theirs = list(filter(is_first, recording.work)), list(filter(is_first, single.work))
     if [work.place for work in first] != [work.place for work in theirs]:
         return None
-    replaced = _ReplacedSizes((place(old), old.sums, new.sums) for old, new in zip(first, theirs, strict=True))
+    replaced = _ReplacedSizes(
+        (place(old), old.sums, new.sums) for old, new in zip(first, theirs, strict=True)
+    )
     change = {
         place(old): tuple(more - less for more, less in zip(new.sums, old.sums, strict=True))
         for old, new in zip(first, theirs, strict=True)

@@ -70,7 +70,9 @@ class ShapeMemory:
             empty = torch.empty(0, device="meta")
         self._attributes |= FakeTensor(mode, empty, _CPU).__dict__
 
-    def call(self, func: Operator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Call | None]:
+    def call(
+        self, func: Operator, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, Call | None]:
         """Return the operator's result, and the memory of such calls, None without one."""
         if not _is_by_shape(func):
             return func(*args, **kwargs), None
@@ -93,7 +95,9 @@ class ShapeMemory:
             return lambda _: None
         if isinstance(result, FakeTensor):
             return self._output(args, result)
-        if not isinstance(result, (tuple, list)) or not all(isinstance(each, FakeTensor) for each in result):
+        if not isinstance(result, (tuple, list)) or not all(
+            isinstance(each, FakeTensor) for each in result
+        ):
             return None
         storages = {each.untyped_storage()._cdata for each in result}
         if len(storages) != len(result) and not func.is_view:

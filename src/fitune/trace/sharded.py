@@ -40,7 +40,9 @@ class ShardedEvents(Sequence[MemoryEvent]):
         number = range(len(self))[index]
         if number == 0:
             storage = int(self.whole.columns().storage.max(initial=-1)) + 1
-            return MemoryEvent(storage, self.gathered_bytes, "workspace", "load", module="gathered layers")
+            return MemoryEvent(
+                storage, self.gathered_bytes, "workspace", "load", module="gathered layers"
+            )
         event = self.whole.events[number - 1]
         if event.category not in SHARDED_CATEGORIES:
             return event
@@ -51,7 +53,9 @@ class ShardedEvents(Sequence[MemoryEvent]):
 
     def columns(self) -> EventColumns:
         whole = self.whole.columns()
-        is_sharded = np.isin(whole.category, [CATEGORIES.index(name) for name in SHARDED_CATEGORIES])
+        is_sharded = np.isin(
+            whole.category, [CATEGORIES.index(name) for name in SHARDED_CATEGORIES]
+        )
         num_bytes = np.where(is_sharded, _part(whole.num_bytes, self.num_shards), whole.num_bytes)
         gathered = self[0]
         first = (
@@ -62,7 +66,9 @@ class ShardedEvents(Sequence[MemoryEvent]):
             CATEGORIES.index(gathered.category),
         )
         rest = (whole.storage, num_bytes, whole.step, whole.stream, whole.category)
-        return EventColumns(*(np.concatenate(([one], many)) for one, many in zip(first, rest, strict=True)))
+        return EventColumns(
+            *(np.concatenate(([one], many)) for one, many in zip(first, rest, strict=True))
+        )
 
     def modules(self, indices: npt.NDArray[np.int64]) -> tuple[list[str], npt.NDArray[np.int64]]:
         names, which = self.whole.modules(indices[indices > 0] - 1)

@@ -31,7 +31,9 @@ class _PlainUnpickler(pickle.Unpickler):
     """Unpickles containers and numbers only, so that a file cannot run code."""
 
     def find_class(self, module_name: str, global_name: str, /) -> NoReturn:
-        raise UsageError(f"the snapshot holds {module_name}.{global_name}, not plain containers only; it is not read")
+        raise UsageError(
+            f"the snapshot holds {module_name}.{global_name}, not plain containers only; it is not read"
+        )
 
 
 def read_snapshot(path: Path, *, device: int = 0) -> MemoryTrace:
@@ -44,17 +46,23 @@ def read_snapshot(path: Path, *, device: int = 0) -> MemoryTrace:
         with path.open("rb") as file:
             snapshot = _PlainUnpickler(file).load()
         actions = snapshot["device_traces"][device]
-        segments = [segment for segment in snapshot["segments"] if segment.get("device", 0) == device]
+        segments = [
+            segment for segment in snapshot["segments"] if segment.get("device", 0) == device
+        ]
     except UsageError:
         raise
     # bytes that are no pickle can raise any exception
     except Exception as error:
-        raise UsageError(f"{path} is no snapshot of torch.cuda.memory with device {device}: {error}") from error
+        raise UsageError(
+            f"{path} is no snapshot of torch.cuda.memory with device {device}: {error}"
+        ) from error
     if not actions:
         raise UsageError(
             f"{path} holds no action of device {device}: call torch.cuda.memory._record_memory_history() before the run"
         )
-    with told_as(UsageError, f"{path} is a damaged snapshot of torch.cuda.memory", "record it again"):
+    with told_as(
+        UsageError, f"{path} is a damaged snapshot of torch.cuda.memory", "record it again"
+    ):
         events = tuple(_events(actions, segments))
     return MemoryTrace(
         events,
@@ -65,7 +73,9 @@ def read_snapshot(path: Path, *, device: int = 0) -> MemoryTrace:
     )
 
 
-def _events(actions: Sequence[Mapping[str, Any]], segments: Sequence[Mapping[str, Any]]) -> Iterator[MemoryEvent]:
+def _events(
+    actions: Sequence[Mapping[str, Any]], segments: Sequence[Mapping[str, Any]]
+) -> Iterator[MemoryEvent]:
     numbers = count(1)
     streams: dict[int, int] = {}
     live: dict[int, MemoryEvent] = {}
@@ -142,7 +152,9 @@ def _phase(frames: Sequence[Mapping[str, Any]], before: Phase) -> Phase:
         name, file = frame.get("name", ""), frame.get("filename", "")
         if "/optim/" in file and "step" in name:
             return "optimizer"
-        if name in ("_engine_run_backward", "run_backward") or file.endswith("torch/autograd/__init__.py"):
+        if name in ("_engine_run_backward", "run_backward") or file.endswith(
+            "torch/autograd/__init__.py"
+        ):
             return "backward"
     return "forward"
 

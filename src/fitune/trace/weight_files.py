@@ -35,7 +35,9 @@ def weight_files(put: Put) -> Iterator[None]:
     class Opened:
         """Replaces safetensors.safe_open."""
 
-        def __init__(self, filename: Any, framework: Any, device: Any = "cpu", **options: Any) -> None:
+        def __init__(
+            self, filename: Any, framework: Any, device: Any = "cpu", **options: Any
+        ) -> None:
             self._file: Any = safe_open(filename, framework, "cpu", **options)
             self._device = device
 

@@ -34,7 +34,9 @@ class BatchGrowth:
     supervised_fraction: which fraction of the run's tokens is supervised.
     """
 
-    def __init__(self, config: RunConfig, setup: Setup, *, length: Length, supervised_fraction: float) -> None:
+    def __init__(
+        self, config: RunConfig, setup: Setup, *, length: Length, supervised_fraction: float
+    ) -> None:
         self._config, self._setup, self._length = config, setup, length
         self._supervised_tokens = max(length.total_tokens * supervised_fraction, 1.0)
 
@@ -57,7 +59,9 @@ class BatchGrowth:
             beta1=optim.betas[0],
             clip=optim.clip,
         )
-        preconditioned = observe_preconditioned(state.preconditioned_noise, result.norms, half_life_tokens=half_life)
+        preconditioned = observe_preconditioned(
+            state.preconditioned_noise, result.norms, half_life_tokens=half_life
+        )
         return replace(state, noise=noise, preconditioned_noise=preconditioned)
 
     def decide(self, state: RunState) -> tuple[Change, Situation] | None:

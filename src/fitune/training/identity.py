@@ -37,7 +37,10 @@ def run_identity(config: RunConfig, setup: Setup, *, train: Examples, held_out: 
         "data.eval": _data_hash(held_out),
         "batch.effective": config.batch.rows_per_step,
         **{f"optim.{key}": value for key, value in optim.items()},
-        **{f"train.{key}": getattr(config.train, key) for key in ("seed", "epochs", "steps", "tokens")},
+        **{
+            f"train.{key}": getattr(config.train, key)
+            for key in ("seed", "epochs", "steps", "tokens")
+        },
     }
 
 
@@ -51,19 +54,26 @@ def run_conditions(config: RunConfig, setup: Setup, *, num_ranks: int = 1) -> Js
         "loss": "full" if setup.settings.loss.head is None else "chunked",
         "model.attention": config.model.attention,
         "model.recompute": setup.recompute,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+        "device": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else platform.machine(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
 
 
-def check_identity(saved: Mapping[str, Any], now: Mapping[str, Any], *, allowed: Collection[str]) -> list[str]:
+def check_identity(
+    saved: Mapping[str, Any], now: Mapping[str, Any], *, allowed: Collection[str]
+) -> list[str]:
     """Return a message for each allowed change.
 
     Raises RunDirectoryError with every change that is not allowed, and for a key in `allowed` that
     has not changed.
     """
-    changed = {key: f"{key} {_show(saved.get(key))} -> {_show(now.get(key))}" for key in _differences(saved, now)}
+    changed = {
+        key: f"{key} {_show(saved.get(key))} -> {_show(now.get(key))}"
+        for key in _differences(saved, now)
+    }
     if idle := sorted(set(allowed) - set(changed)):
         raise RunDirectoryError(f"--allow-change {idle[0]}: it has not changed, drop it")
     if stuck := [changed[key] for key in changed if key in NEEDS_NEW_RUN]:
@@ -79,7 +89,9 @@ def check_identity(saved: Mapping[str, Any], now: Mapping[str, Any], *, allowed:
     return [f"declared change: {changed[key]}" for key in changed]
 
 
-def condition_note(saved: Mapping[str, Any], now: Mapping[str, Any], *, dropout: bool) -> str | None:
+def condition_note(
+    saved: Mapping[str, Any], now: Mapping[str, Any], *, dropout: bool
+) -> str | None:
     """Return a message if the resumed run differs in its last bits; None if it is bit-exact."""
     changed = _differences(saved, now)
     if not changed:
@@ -100,7 +112,9 @@ def _show(value: object) -> str:
 
 def _data_hash(examples: Examples) -> str:
     """Hash the samples' tokens and weights, and how often each sample is seen."""
-    return blake2b(examples.data_hash.encode() + examples.repeats.tobytes(), digest_size=8).hexdigest()
+    return blake2b(
+        examples.data_hash.encode() + examples.repeats.tobytes(), digest_size=8
+    ).hexdigest()
 
 
 def _model_hash(setup: Setup) -> str:
@@ -113,7 +127,9 @@ def _model_hash(setup: Setup) -> str:
     shards = setup.settings.shards
     with nullcontext() if shards is None else shards.together():
         for name, parameter in setup.model.named_parameters():
-            digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype} {parameter.requires_grad}".encode())
+            digest.update(
+                f"{name} {tuple(parameter.shape)} {parameter.dtype} {parameter.requires_grad}".encode()
+            )
             if not parameter.requires_grad:
                 whole = parameter.detach() if shards is None else shards.whole(parameter.detach())
                 flat = whole.reshape(-1)

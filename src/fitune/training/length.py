@@ -26,7 +26,9 @@ class Length:
         return min(done, 1.0)
 
     def is_over(self, *, step: int, tokens: int) -> bool:
-        return (self.steps is not None and step >= self.steps) or (self.tokens is not None and tokens >= self.tokens)
+        return (self.steps is not None and step >= self.steps) or (
+            self.tokens is not None and tokens >= self.tokens
+        )
 
 
 def run_length(config: RunConfig, examples: Examples) -> Length:

@@ -183,7 +183,9 @@ class TrainingLoop:
                     break
                 if stops:
                     self.save_last()
-                    self.event("stopped", "interrupted" if caught else f"stopped after {stop_after}")
+                    self.event(
+                        "stopped", "interrupted" if caught else f"stopped after {stop_after}"
+                    )
                     return "stopped"
                 if self.is_evaluation_due():
                     self.evaluate()
@@ -259,16 +261,22 @@ class TrainingLoop:
         start = time.perf_counter()
         keep_plan = self.replay is not None
         if self.replay is not None:
-            self.guard.apply_fallbacks(replayed_fallbacks(self.replay, self.num_replayed, rank=self.ranks.rank))
+            self.guard.apply_fallbacks(
+                replayed_fallbacks(self.replay, self.num_replayed, rank=self.ranks.rank)
+            )
         with self.saved_if_out_of_memory():
-            safe = self.guard.train(batch, micro_batches, step=state.step + 1, keep_plan=keep_plan, norms=norms)
+            safe = self.guard.train(
+                batch, micro_batches, step=state.step + 1, keep_plan=keep_plan, norms=norms
+            )
         result, seconds = safe.step, time.perf_counter() - start
         peak = read_peak(self.device)
         if self.self_check is not None:
             peak = self.self_check.measured(peak)
         self.journal(batch, safe, lr=lr, peak=peak, seconds=seconds)
         if result.loss is None or result.grad_norm is None:
-            self.event("no_target", f"samples {batch.row_ids} have no supervised token: no update, no step")
+            self.event(
+                "no_target", f"samples {batch.row_ids} have no supervised token: no update, no step"
+            )
             return
         state = self.state
         self.state = state = replace(
@@ -284,7 +292,9 @@ class TrainingLoop:
             self.check_update(result)
         self.check_memory(peak)
 
-    def journal(self, batch: Batch, safe: SafeResult, *, lr: float, peak: MemoryPeak, seconds: float) -> None:
+    def journal(
+        self, batch: Batch, safe: SafeResult, *, lr: float, peak: MemoryPeak, seconds: float
+    ) -> None:
         """Write the step to the journal, and advance the counters of the state."""
         state = self.state
         record = step_record(state, batch, safe, lr=lr)
@@ -399,7 +409,9 @@ class TrainingLoop:
         start = time.perf_counter()
         own_samples = range(self.ranks.rank, len(self.data.eval), self.ranks.size)
         rows_at_once = self.config.batch.rows_per_step
-        micro_batches = in_order(self.data.eval, own_samples, self.setup.eval_layout, rows_at_once=rows_at_once)
+        micro_batches = in_order(
+            self.data.eval, own_samples, self.setup.eval_layout, rows_at_once=rows_at_once
+        )
         with self.saved_if_out_of_memory():
             result = self.guard.evaluate(micro_batches)
         state = self.state
@@ -438,7 +450,9 @@ class TrainingLoop:
             return
         self.saver.report(step=self.state.step, wait=True)
         if self.setup.settings.shards is None:  # otherwise each process has its own shard
-            self.ranks.check_same(parameter for parameter in self.setup.model.parameters() if parameter.requires_grad)
+            self.ranks.check_same(
+                parameter for parameter in self.setup.model.parameters() if parameter.requires_grad
+            )
         self.state = replace(self.state, seconds=self.seconds)
         self.saver.begin(self.state, memory_model=self.guard.to_json())
         self.write_summary("running")
@@ -476,7 +490,9 @@ class TrainingLoop:
         return summary
 
 
-def in_order(examples: Examples, numbers: Sequence[int], layout: Layout, *, rows_at_once: int) -> Iterator[MicroBatch]:
+def in_order(
+    examples: Examples, numbers: Sequence[int], layout: Layout, *, rows_at_once: int
+) -> Iterator[MicroBatch]:
     """Yield micro-batches of the samples with these numbers, reading them as they are needed."""
     for start in range(0, len(numbers), rows_at_once):
         rows = tuple(examples[number] for number in numbers[start : start + rows_at_once])

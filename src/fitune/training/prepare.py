@@ -103,7 +103,9 @@ def _prepare(
     data = load_data(
         config,
         tokenizer,
-        on_progress=lambda number: on_stage(say("reading the data: {number} samples tokenised", number=f"{number:,}")),
+        on_progress=lambda number: on_stage(
+            say("reading the data: {number} samples tokenised", number=f"{number:,}")
+        ),
     )
     notes += unseen(config, data.train)  # raises if the run would see no sample
     notes += rows_notes(config, num_rows=len(data.train), num_held_out=len(data.eval))
@@ -126,15 +128,21 @@ def _prepare(
         config = read_config(config.model_dump(mode="json", exclude_defaults=True), settings).config
         held_bytes = reserved_before(device)
         if held_bytes:
-            notes.append(f"memory is not checked: this process already holds {format_bytes(held_bytes)} of the card")
+            notes.append(
+                f"memory is not checked: this process already holds {format_bytes(held_bytes)} of the card"
+            )
         elif ranks.leads:
             on_stage(say("predicting the memory of the second step"))
-            self_check = predict_second_step(config, data.train, device=device, num_ranks=ranks.size)
+            self_check = predict_second_step(
+                config, data.train, device=device, num_ranks=ranks.size
+            )
     except DoesNotFitError:
         raise
     except Exception as error:
         # A model may fail in any way on tensors without data, and the run does not need this.
-        notes.append(f"memory is not predicted: {type(error).__name__}: {' '.join(str(error).split())[:160]}")
+        notes.append(
+            f"memory is not predicted: {type(error).__name__}: {' '.join(str(error).split())[:160]}"
+        )
     on_stage(say("loading the model"))
     smaller = "" if config.model.method == "qlora" else " or model.method=qlora"
     model = try_twice(
@@ -231,7 +239,10 @@ def follow(plan: Plan, config: RunConfig, *, plan_check: bool = True) -> tuple[l
         limit += ", an upper bound: it may run out of memory" if chosen.fits is None else ""
     else:
         chosen = closest(plan)
-        tight = config.memory.budget == "auto" and chosen.predicted_device_bytes <= plan.device.free_bytes
+        tight = (
+            config.memory.budget == "auto"
+            and chosen.predicted_device_bytes <= plan.device.free_bytes
+        )
         if plan_check and not tight:
             raise DoesNotFitError(f"{does_not_fit(plan)}; --no-plan-check runs it anyway")
         limit = f"of {format_bytes(plan.limit_bytes)}: it may run out of memory"
@@ -249,7 +260,9 @@ def unseen(config: RunConfig, examples: Examples) -> list[str]:
     """
     length = run_length(config, examples)
     lengths = Epochs.of(examples.repeats)
-    epochs = length.epochs or length.total_steps * config.batch.rows_per_step / float(lengths.mean_samples)
+    epochs = length.epochs or length.total_steps * config.batch.rows_per_step / float(
+        lengths.mean_samples
+    )
     values, counts = np.unique(examples.repeats, return_counts=True)
     return [
         f"warning: none of the {count:,} samples with weight {weight:g} is seen in {epochs:.3g} epochs: at weight "
@@ -259,13 +272,17 @@ def unseen(config: RunConfig, examples: Examples) -> list[str]:
     ]
 
 
-def load_data(config: RunConfig, tokenizer: Tokenizer, *, on_progress: Callable[[int], None] | None = None) -> Data:
+def load_data(
+    config: RunConfig, tokenizer: Tokenizer, *, on_progress: Callable[[int], None] | None = None
+) -> Data:
     """Load the training and the held-out samples, with one date for both if the template needs it.
 
     Raises DataError if no sample is left to train on.
     """
     if config.data.date is None:
-        config = config.model_copy(update={"data": config.data.model_copy(update={"date": today().isoformat()})})
+        config = config.model_copy(
+            update={"data": config.data.model_copy(update={"date": today().isoformat()})}
+        )
     train = load_examples(
         config.data,
         tokenizer,
@@ -273,7 +290,9 @@ def load_data(config: RunConfig, tokenizer: Tokenizer, *, on_progress: Callable[
         eval_max_rows=config.eval.max_rows,
         on_progress=on_progress,
     )
-    held_out = load_examples(config.data, tokenizer, split="eval", eval_max_rows=config.eval.max_rows)
+    held_out = load_examples(
+        config.data, tokenizer, split="eval", eval_max_rows=config.eval.max_rows
+    )
     if not len(train):
         raise DataError(
             f"{config.data.train_sources[0].path} leaves no sample to train on after holding out {len(held_out)}: "

@@ -113,8 +113,12 @@ def try_settings(
     """
     position = probe_position(config, data)
     shutil.rmtree(run.branches, ignore_errors=True)
-    first = {name: tensor.to("cpu", copy=True) for name, tensor in live_tensors(setup.model).items()}
-    noise = noise_before_training(config, _with_new_optimizer(config, setup, setup.optim), data.train, watcher=watcher)
+    first = {
+        name: tensor.to("cpu", copy=True) for name, tensor in live_tensors(setup.model).items()
+    }
+    noise = noise_before_training(
+        config, _with_new_optimizer(config, setup, setup.optim), data.train, watcher=watcher
+    )
     branches: list[Branch] = []
     configured: EvalResult | None = None
     for number, setting in enumerate(SETTINGS):
@@ -126,7 +130,9 @@ def try_settings(
             create_run(run.branches, str(number)),
             data=data,
             tokenizer=tokenizer,
-            self_check=self_check if number == 0 or self_check is None else replace(self_check, circumstances=None),
+            self_check=self_check
+            if number == 0 or self_check is None
+            else replace(self_check, circumstances=None),
             position=position,
         )
         configured = result if number == 0 else configured
@@ -147,7 +153,9 @@ def try_settings(
             shutil.rmtree(run.branches / str(other), ignore_errors=True)
         _restore_weights(setup, first)
     if not math.isfinite(branches[choose(branches)].eval_loss):
-        raise FituneError(f"every setting of the probe diverged: lower optim.lr ({setup.peak_lr:g})")
+        raise FituneError(
+            f"every setting of the probe diverged: lower optim.lr ({setup.peak_lr:g})"
+        )
     probe = _result(noise, branches, data.train)
     changed, optim, changes = apply_setting(config, setup, SETTINGS[probe.chosen])
     return Tried(probe, changed, changes, _with_new_optimizer(changed, setup, optim))
@@ -196,7 +204,9 @@ def _branch(
         )
     except InterruptedRunError as error:
         whole = run.path.parent.parent
-        interrupted = InterruptedRunError(f"interrupted in the probe: fitune train --resume {whole} begins it anew")
+        interrupted = InterruptedRunError(
+            f"interrupted in the probe: fitune train --resume {whole} begins it anew"
+        )
         interrupted.exit_code = error.exit_code
         raise interrupted from error
     except FituneError as error:
@@ -206,7 +216,9 @@ def _branch(
     micro_batches = in_order(
         data.eval, range(len(data.eval)), setup.eval_layout, rows_at_once=config.batch.rows_per_step
     )
-    result = safe_evaluate(setup.model, micro_batches, settings=setup.settings, room=lambda: None).result
+    result = safe_evaluate(
+        setup.model, micro_batches, settings=setup.settings, room=lambda: None
+    ).result
     return summary, result if math.isfinite(result.loss) else None
 
 
@@ -272,14 +284,24 @@ def noise_before_training(
 
     Returns None if there are too few samples.
     """
-    guard = Guard(config, setup, examples=examples, report=lambda kind, message: watcher.note(message))
+    guard = Guard(
+        config, setup, examples=examples, report=lambda kind, message: watcher.note(message)
+    )
     guard.start()
-    rows = batches(examples, rows_per_step=config.batch.rows_per_step, seed=config.train.seed, epochs=1)
-    parts = islice((part for batch in rows for part in setup.layout.split(batch)), NOISE_MICRO_BATCHES)
+    rows = batches(
+        examples, rows_per_step=config.batch.rows_per_step, seed=config.train.seed, epochs=1
+    )
+    parts = islice(
+        (part for batch in rows for part in setup.layout.split(batch)), NOISE_MICRO_BATCHES
+    )
     averages = NoiseAverages()
     while group := list(islice(parts, MICRO_BATCHES_AT_ONCE)):
         norms = guard.read_norms(group, NormRecorder(setup.optimizer))
-        sample = None if norms is None else pairwise_sample(norms.micro, norms.total, weights=norms.weights)
+        sample = (
+            None
+            if norms is None
+            else pairwise_sample(norms.micro, norms.total, weights=norms.weights)
+        )
         if sample is not None:
             averages = update_averages(averages, sample, half_life_tokens=math.inf)
     return estimate(averages)
@@ -330,7 +352,9 @@ def _with_new_optimizer(config: RunConfig, setup: Setup, optim: OptimSettings) -
     device = next(setup.model.parameters()).device
     return replace(
         setup,
-        optimizer=build_optimizer(setup.model, with_settings(config.optim, optim), lr=optim.lr, device=device),
+        optimizer=build_optimizer(
+            setup.model, with_settings(config.optim, optim), lr=optim.lr, device=device
+        ),
         scaler=None if setup.scaler is None else torch.amp.GradScaler(device.type),
         settings=replace(setup.settings, clip=optim.clip),
         optim=optim,
@@ -343,11 +367,16 @@ def _restore_weights(setup: Setup, first: Mapping[str, torch.Tensor]) -> None:
         tensor.copy_(first[name])
 
 
-def _difference(result: EvalResult | None, configured: EvalResult | None) -> ConfidenceInterval | None:
+def _difference(
+    result: EvalResult | None, configured: EvalResult | None
+) -> ConfidenceInterval | None:
     if result is None or configured is None:
         return None
     own, theirs = (
-        [loss / weight if weight else 0.0 for loss, weight in zip(each.row_losses, each.row_weights, strict=True)]
+        [
+            loss / weight if weight else 0.0
+            for loss, weight in zip(each.row_losses, each.row_weights, strict=True)
+        ]
         for each in (result, configured)
     )
     return paired_interval(own, theirs, configured.row_weights, level=LEVEL)

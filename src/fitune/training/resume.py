@@ -69,7 +69,9 @@ def go_on(
     lost = roll_back(run, checkpoint) if leads else []
     restore(checkpoint, setup)
     where = f"goes on after step {checkpoint.state.step}"
-    return Start(checkpoint.state, (where, *notes, *([note] if note else []), *lost), checkpoint.memory_model)
+    return Start(
+        checkpoint.state, (where, *notes, *([note] if note else []), *lost), checkpoint.memory_model
+    )
 
 
 def pin_precision(config: RunConfig, checkpoint: Checkpoint, device: torch.device) -> RunConfig:
@@ -88,7 +90,9 @@ def read_replay(run: RunDirectory) -> Replay:
     return Replay(run.path, read_journal(run.journal))
 
 
-def replayed_split(batch: Batch, line: JournalLine, *, packed: bool, ranks: Ranks) -> list[MicroBatch]:
+def replayed_split(
+    batch: Batch, line: JournalLine, *, packed: bool, ranks: Ranks
+) -> list[MicroBatch]:
     """Split a batch into this process's micro-batches as that line of the journal lists them.
 
     A sample that is in the batch twice has one id. Raises UsageError if the step was done by
@@ -119,7 +123,13 @@ def check_replayed(replay: Replay, number: int, record: StepRecord) -> None:
     Raises FituneError if they differ.
     """
     line = replay.lines[number]
-    names = [name for name in StepRecord.__dataclass_fields__ if getattr(record, name) != getattr(line, name)]
+    names = [
+        name
+        for name in StepRecord.__dataclass_fields__
+        if getattr(record, name) != getattr(line, name)
+    ]
     if names:
-        listed = "\n".join(f"  {name} {getattr(line, name)} -> {getattr(record, name)}" for name in names)
+        listed = "\n".join(
+            f"  {name} {getattr(line, name)} -> {getattr(record, name)}" for name in names
+        )
         raise FituneError(f"the replay differs from {replay.path} at step {line.step}:\n{listed}")

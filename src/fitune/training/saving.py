@@ -83,6 +83,8 @@ class Saver:
                 return
             if is_late:
                 raise RunDirectoryError(f"{failure}; the checkpoint before it is whole")
-            self._log.note(f"warning: {failure}; it is tried again for up to {LAST_SAVE_SECONDS:.0f} s: make room")
+            self._log.note(
+                f"warning: {failure}; it is tried again for up to {LAST_SAVE_SECONDS:.0f} s: make room"
+            )
             self._saved = None
             time.sleep(SAVE_AGAIN_SECONDS)

@@ -70,7 +70,9 @@ class SelfCheck:
             if found is None:
                 if name == "resident":
                     agrees &= predicted <= CPU_NOISE_BYTES
-                    parts.append(f"resident {format_bytes(predicted)} predicted, nothing measured beside the program")
+                    parts.append(
+                        f"resident {format_bytes(predicted)} predicted, nothing measured beside the program"
+                    )
                 continue
             error = predicted / found - 1
             noise_bytes = 0 if self.program_bytes is None else CPU_NOISE_BYTES
@@ -79,7 +81,9 @@ class SelfCheck:
             difference = f"{error:+.1%}"
             if abs(error) > tolerance and abs(predicted - found) <= noise_bytes:
                 difference = f"differences below {format_bytes(noise_bytes)} are the program's own"
-            parts.append(f"{name} {format_bytes(predicted)} predicted, {format_bytes(found)} measured ({difference})")
+            parts.append(
+                f"{name} {format_bytes(predicted)} predicted, {format_bytes(found)} measured ({difference})"
+            )
         if not agrees and self.predicted.device_interval is not None:
             parts += self.predicted.device_interval.reasons
         warning = "" if agrees else f"warning: more than {tolerance:.0%} off: "
@@ -94,7 +98,9 @@ class SelfCheck:
             return
         context_bytes = _context_bytes() if self.program_bytes is None else None
         predicted_bytes = self.predicted.peak_reserved_bytes
-        add_residual(Residual(self.circumstances, predicted_bytes, measured.reserved_bytes, context_bytes))
+        add_residual(
+            Residual(self.circumstances, predicted_bytes, measured.reserved_bytes, context_bytes)
+        )
 
 
 def _context_bytes() -> int | None:
@@ -135,7 +141,9 @@ def reserved_before(device: torch.device) -> int:
     return torch.cuda.memory_reserved(device)
 
 
-def predict_second_step(config: RunConfig, train: Examples, *, device: torch.device, num_ranks: int = 1) -> SelfCheck:
+def predict_second_step(
+    config: RunConfig, train: Examples, *, device: torch.device, num_ranks: int = 1
+) -> SelfCheck:
     """Predict the memory of the second step, as the first of `num_ranks` processes.
 
     Raises whatever recording the step raises; the run itself does not need the prediction.

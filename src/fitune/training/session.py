@@ -107,14 +107,18 @@ def dry_run(request: NewRun | ResumedRun | ReplayedRun, screen: RunScreen, *, ra
     _prepare(request.resolved.config, screen, plan_check=plan_check, ranks=ranks)
 
 
-def _begin(request: NewRun | ReplayedRun, screen: RunScreen, ranks: Ranks) -> tuple[RunDirectory, Summary]:
+def _begin(
+    request: NewRun | ReplayedRun, screen: RunScreen, ranks: Ranks
+) -> tuple[RunDirectory, Summary]:
     """Do a run that begins, whether a new one or a replay."""
     config = request.resolved.config
     replay, settings = None, None
     existing = _existing_run(request) if isinstance(request, NewRun) and ranks.leads else None
     if isinstance(request, ReplayedRun):
         settings = _settings(request.run)
-    prepared = _prepare(config, screen, plan_check=request.plan_check, settings=settings, ranks=ranks)
+    prepared = _prepare(
+        config, screen, plan_check=request.plan_check, settings=settings, ranks=ranks
+    )
     resolved = _dated(request.resolved, prepared)
     if config.train.probe:
         from fitune.training.probe import probe_position
@@ -135,7 +139,9 @@ def _begin(request: NewRun | ReplayedRun, screen: RunScreen, ranks: Ranks) -> tu
         start = None
         if config.train.probe:
             config, prepared, start = _probe(resolved, prepared, run, screen)
-        summary = _train(config, prepared, run, screen=screen, start=start, replay=replay, ranks=ranks)
+        summary = _train(
+            config, prepared, run, screen=screen, start=start, replay=replay, ranks=ranks
+        )
     if prepared.plan is not None and ranks.size == 1:
         calibrate(prepared.plan, run.metrics)
     if replay is not None:
@@ -240,7 +246,9 @@ def _train(
     from fitune.training.train import train as train_to_the_end
     from fitune.watch.monitor import watched
 
-    watchers = watched(config, prepared.setup, run, watcher=screen) if ranks.leads else nullcontext(screen)
+    watchers = (
+        watched(config, prepared.setup, run, watcher=screen) if ranks.leads else nullcontext(screen)
+    )
     with watchers as watcher:
         return train_to_the_end(
             config,
@@ -320,7 +328,9 @@ def _settings(run: RunDirectory) -> list[str]:
     except FileNotFoundError:
         return []
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunDirectoryError(f"{run.plan} cannot be read, so the run cannot be gone on with as planned") from error
+        raise RunDirectoryError(
+            f"{run.plan} cannot be read, so the run cannot be gone on with as planned"
+        ) from error
 
 
 def _prepare(
@@ -332,12 +342,16 @@ def _prepare(
     ranks: Ranks,
 ) -> "Prepared":
     if config.train.probe and ranks.size > 1:
-        raise UsageError(f"train.probe works in one process and {ranks.size} were started: drop it, or torchrun")
+        raise UsageError(
+            f"train.probe works in one process and {ranks.size} were started: drop it, or torchrun"
+        )
     parse_allocator_config(config.memory.allocator)
     if config.memory.allocator:
         # torch reads it when CUDA starts
         os.environ["PYTORCH_ALLOC_CONF"] = config.memory.allocator
-    screen.note(f"model  {config.model.source} · data {', '.join(s.path for s in config.data.train_sources)}")
+    screen.note(
+        f"model  {config.model.source} · data {', '.join(s.path for s in config.data.train_sources)}"
+    )
     from fitune.data.files import check_files
     from fitune.model.source import check_source, check_tokenizer
 
@@ -352,7 +366,9 @@ def _prepare(
     check_trackers(config)
     if config.run.prometheus is not None:
         check_prometheus(Path(config.run.prometheus))
-    prepared = prepare(config, on_stage=screen.stage, plan_check=plan_check, settings=settings, ranks=ranks)
+    prepared = prepare(
+        config, on_stage=screen.stage, plan_check=plan_check, settings=settings, ranks=ranks
+    )
     screen.stage(say("starting"))
     report = prepared.data.train.report
     trainable, parameters = prepared.num_trainable_parameters, prepared.num_parameters

@@ -44,7 +44,9 @@ def train(
     the weights of the last saved step.
     """
     ranks = ranks or Ranks()
-    loop = TrainingLoop(config, setup, run, data, tokenizer, watcher, self_check, start, replay, ranks, until)
+    loop = TrainingLoop(
+        config, setup, run, data, tokenizer, watcher, self_check, start, replay, ranks, until
+    )
     status: Status = "failed"
     patience = 0.0
     try:
@@ -72,7 +74,9 @@ def train(
         raise RunDirectoryError(f"{lost}; the weights of step {summary.steps} are in {run.last}")
     if caught and status == "stopped":
         where = f"saved after step {summary.steps} in {run.last}"
-        interrupted = InterruptedRunError(f"interrupted: {where}; fitune train --resume {run.path} goes on")
+        interrupted = InterruptedRunError(
+            f"interrupted: {where}; fitune train --resume {run.path} goes on"
+        )
         interrupted.exit_code = 128 + caught[0]
         raise interrupted
     return summary

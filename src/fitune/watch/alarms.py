@@ -94,7 +94,9 @@ class Alarms:
         }
         return list(self._raised(checks, step=metrics.step, now=now))
 
-    def _raised(self, checks: dict[str, str | None], *, step: int, now: float) -> Iterator[RunEvent]:
+    def _raised(
+        self, checks: dict[str, str | None], *, step: int, now: float
+    ) -> Iterator[RunEvent]:
         for kind, message in checks.items():
             if message is None:
                 self._active.discard(kind)
@@ -142,9 +144,7 @@ class Alarms:
         if not (before and self._spilled):
             return None
         if self._settings.on_cpu:
-            return (
-                f"{format_bytes(sample.spill_bytes)} are swapped out, which makes steps slow: lower batch.micro_tokens"
-            )
+            return f"{format_bytes(sample.spill_bytes)} are swapped out, which makes steps slow: lower batch.micro_tokens"
         return (
             f"{format_bytes(sample.spill_bytes)} lie in system memory instead of the card, which makes steps slow: "
             "lower batch.micro_tokens, or forbid it in NVIDIA's control panel (CUDA - Sysmem Fallback Policy)"
@@ -177,7 +177,9 @@ class Alarms:
         if len(self._held) < 3 * LEAK_WINDOW_STEPS:
             return None
         held = list(self._held)
-        first, second, third = (min(held[start : start + LEAK_WINDOW_STEPS]) for start in range(0, 30, 10))
+        first, second, third = (
+            min(held[start : start + LEAK_WINDOW_STEPS]) for start in range(0, 30, 10)
+        )
         least = max(64 * MIB, first // 20) if self._settings.on_cpu else max(MIB, first // 100)
         if second - first < least or third - second < least:
             return None

@@ -40,21 +40,29 @@ STATE_EVERY_STEPS = 100
 
 
 @contextmanager
-def watched(config: RunConfig, setup: Setup, run: RunDirectory, *, watcher: Watcher) -> Iterator[Watcher]:
+def watched(
+    config: RunConfig, setup: Setup, run: RunDirectory, *, watcher: Watcher
+) -> Iterator[Watcher]:
     """Add the monitor and the configured trackers to a watcher.
 
     Raises what a tracker raises that cannot start.
     """
     with ExitStack() as opened:
-        others = Watchers((watcher, *opened.enter_context(open_trackers(config, run, notify=watcher.note))))
+        others = Watchers(
+            (watcher, *opened.enter_context(open_trackers(config, run, notify=watcher.note)))
+        )
         monitor = opened.enter_context(run_monitor(config, setup, run, notify=others.note))
         yield Watchers((*others.watchers, monitor))
 
 
-def run_monitor(config: RunConfig, setup: Setup, run: RunDirectory, *, notify: Callable[[str], None]) -> "Monitor":
+def run_monitor(
+    config: RunConfig, setup: Setup, run: RunDirectory, *, notify: Callable[[str], None]
+) -> "Monitor":
     """Create the monitor of a run that fitune's own loop trains."""
     parameters = list(setup.model.parameters())
-    saved = parameters if config.model.method == "full" else [p for p in parameters if p.requires_grad]
+    saved = (
+        parameters if config.model.method == "full" else [p for p in parameters if p.requires_grad]
+    )
     alarms = AlarmSettings(
         clip=config.optim.clip,
         on_cpu=parameters[0].device.type == "cpu",
@@ -101,7 +109,9 @@ class Monitor:
         self._files = PatientFiles(most_bytes=MOST_WAITING_BYTES, drops_oldest=True)
         self._lock, self._exporting = threading.Lock(), threading.Lock()
         self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._sample_until_stopped, name="monitor", daemon=True)
+        self._thread = threading.Thread(
+            target=self._sample_until_stopped, name="monitor", daemon=True
+        )
         self._messages: deque[str] = deque()
         self._last: StepMetrics | None = None
         self._step = 0
@@ -126,7 +136,9 @@ class Monitor:
         with self._lock:
             self._last = metrics
             self._peaks.append(metrics)
-            self._report(self._alarms.step(metrics, held_bytes=self._sampler.held_bytes(), now=time.time()))
+            self._report(
+                self._alarms.step(metrics, held_bytes=self._sampler.held_bytes(), now=time.time())
+            )
         self._notify_of_alarms()
 
     def reached(self, step: int, *, progress: float) -> None:
@@ -144,7 +156,9 @@ class Monitor:
 
         Raises RunDirectoryError if the sample cannot be written.
         """
-        sample = self._sampler.read(step=self._step, progress=self._progress, state_bytes=self._state_bytes)
+        sample = self._sampler.read(
+            step=self._step, progress=self._progress, state_bytes=self._state_bytes
+        )
         with self._lock:
             for metrics in self._peaks:
                 sample = _with_peaks(sample, metrics)
@@ -161,7 +175,9 @@ class Monitor:
             if self._prometheus is None:
                 return
             try:
-                write_prometheus(self._prometheus, self._run.name, sample=sample, metrics=self._last)
+                write_prometheus(
+                    self._prometheus, self._run.name, sample=sample, metrics=self._last
+                )
                 self._is_exported = True
             except RunDirectoryError:
                 if self._is_exported:
@@ -177,7 +193,9 @@ class Monitor:
             while is_running:
                 start = time.perf_counter()
                 self.sample()
-                is_running = not self._stopped.wait(max(0.0, SAMPLE_SECONDS - (time.perf_counter() - start)))
+                is_running = not self._stopped.wait(
+                    max(0.0, SAMPLE_SECONDS - (time.perf_counter() - start))
+                )
             self._exported = 0.0
             self.sample()
         except Exception as error:  # a driver may fail in any way, which must not end the training
@@ -215,9 +233,15 @@ def _with_peaks(sample: MemorySample, metrics: StepMetrics) -> MemorySample:
     on_cpu = sample.allocated_bytes is None
     return replace(
         sample,
-        peak_allocated_bytes=_larger(sample.peak_allocated_bytes, None if on_cpu else metrics.peak_allocated_bytes),
-        peak_reserved_bytes=_larger(sample.peak_reserved_bytes, None if on_cpu else metrics.peak_reserved_bytes),
-        peak_process_bytes=_larger(sample.peak_process_bytes, metrics.device_used_bytes if on_cpu else None),
+        peak_allocated_bytes=_larger(
+            sample.peak_allocated_bytes, None if on_cpu else metrics.peak_allocated_bytes
+        ),
+        peak_reserved_bytes=_larger(
+            sample.peak_reserved_bytes, None if on_cpu else metrics.peak_reserved_bytes
+        ),
+        peak_process_bytes=_larger(
+            sample.peak_process_bytes, metrics.device_used_bytes if on_cpu else None
+        ),
     )
 
 

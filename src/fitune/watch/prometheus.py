@@ -21,7 +21,9 @@ _STEP_NUMBERS = ("loss", "lr", "grad_norm", "tokens_per_second", "total_tokens")
 def check_prometheus(path: Path) -> None:
     """Raise ConfigError if the file exists and was not written here, since it would be replaced."""
     if (fault := _not_ours(path)) is not None:
-        raise ConfigError([f"run.prometheus {path} {fault}: give the file of another name, which is written anew"])
+        raise ConfigError(
+            [f"run.prometheus {path} {fault}: give the file of another name, which is written anew"]
+        )
 
 
 def _not_ours(path: Path) -> str | None:
@@ -32,10 +34,16 @@ def _not_ours(path: Path) -> str | None:
         return None
     except OSError as error:
         return f"cannot be replaced ({error.strerror})"
-    return None if not content or content.startswith(_START) else "exists and was not written by fitune"
+    return (
+        None
+        if not content or content.startswith(_START)
+        else "exists and was not written by fitune"
+    )
 
 
-def write_prometheus(path: Path, run_name: str, *, sample: MemorySample, metrics: StepMetrics | None) -> None:
+def write_prometheus(
+    path: Path, run_name: str, *, sample: MemorySample, metrics: StepMetrics | None
+) -> None:
     """Write every known number as a gauge `fitune_NAME{run="..."}`.
 
     Raises RunDirectoryError if the file cannot be written or is no longer one that was written
@@ -43,7 +51,9 @@ def write_prometheus(path: Path, run_name: str, *, sample: MemorySample, metrics
     """
     if (fault := _not_ours(path)) is not None:
         raise RunDirectoryError(f"run.prometheus {path} {fault}")
-    numbers = {name: value for name, value in asdict(sample).items() if isinstance(value, int | float)}
+    numbers = {
+        name: value for name, value in asdict(sample).items() if isinstance(value, int | float)
+    }
     if metrics is not None:
         numbers |= {name: getattr(metrics, name) for name in _STEP_NUMBERS}
     write_atomically(path, "".join(_lines(run_name, numbers)))

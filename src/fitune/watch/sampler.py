@@ -48,7 +48,11 @@ class Sampler:
 
     def held_bytes(self) -> int:
         """Return the bytes that the run has allocated (on a CPU: resident) now."""
-        return torch.cuda.memory_allocated(self._device) if self._device.type == "cuda" else self.process_bytes()
+        return (
+            torch.cuda.memory_allocated(self._device)
+            if self._device.type == "cuda"
+            else self.process_bytes()
+        )
 
     def process_bytes(self) -> int:
         return int(self._process.memory_info().rss)
@@ -89,7 +93,10 @@ class Sampler:
         own = {process.pid: process.used_bytes for process in card.processes}.get(os.getpid())
         # unknown on WSL and Windows, or listed with the process id of another container
         if own is None:
-            own = reserved["current"] + context_prior(torch.cuda.get_device_capability(self._device)).expected_bytes
+            own = (
+                reserved["current"]
+                + context_prior(torch.cuda.get_device_capability(self._device)).expected_bytes
+            )
         return numbers | {
             "allocated_bytes": allocated["current"],
             "peak_allocated_bytes": allocated["peak"],

@@ -27,7 +27,9 @@ def check_trackers(config: RunConfig) -> None:
     """Raise ConfigError if a tracker is not installed."""
     missing = [name for name in config.run.trackers if importlib.util.find_spec(name) is None]
     if missing:
-        raise ConfigError([f"run.trackers: {name} is not installed: pip install {name}" for name in missing])
+        raise ConfigError(
+            [f"run.trackers: {name} is not installed: pip install {name}" for name in missing]
+        )
 
 
 @contextmanager
@@ -41,7 +43,10 @@ def open_trackers(
     Raises FituneError if one cannot start.
     """
     with ExitStack() as opened:
-        yield tuple(opened.enter_context(_started(name, config, run, notify=notify)) for name in config.run.trackers)
+        yield tuple(
+            opened.enter_context(_started(name, config, run, notify=notify))
+            for name in config.run.trackers
+        )
 
 
 class Tracker:
@@ -146,7 +151,9 @@ class Tracked:
     notify: is called when the tracker fails for the first time.
     """
 
-    def __init__(self, name: str, tracker: Any, run: RunDirectory, notify: Callable[[str], None]) -> None:
+    def __init__(
+        self, name: str, tracker: Any, run: RunDirectory, notify: Callable[[str], None]
+    ) -> None:
         self._name, self._kind = name, TRACKERS[name]
         self._tracker, self._run, self._notify = tracker, run, notify
         self._step = 0
@@ -157,7 +164,9 @@ class Tracked:
         self._log({f"train/{name}": value for name, value in asdict(metrics).items()})
 
     def evaluation(self, metrics: EvalMetrics, *, best: bool) -> None:
-        self._log({f"eval/{name.removeprefix('eval_')}": value for name, value in asdict(metrics).items()})
+        self._log(
+            {f"eval/{name.removeprefix('eval_')}": value for name, value in asdict(metrics).items()}
+        )
 
     def note(self, text: str) -> None:
         self._log(self._kind.event(text))
@@ -191,7 +200,9 @@ class Tracked:
 
 
 @contextmanager
-def _started(name: str, config: RunConfig, run: RunDirectory, *, notify: Callable[[str], None]) -> Iterator["Tracked"]:
+def _started(
+    name: str, config: RunConfig, run: RunDirectory, *, notify: Callable[[str], None]
+) -> Iterator["Tracked"]:
     tracker = Tracked(name, _start(name, config, run), run, notify)
     try:
         yield tracker
@@ -215,7 +226,11 @@ def _start(name: str, config: RunConfig, run: RunDirectory) -> Any:
 
 
 def _mode(prefix: str) -> str:
-    return os.environ.get(f"{prefix}_MODE", "offline") if f"{prefix}_API_KEY" in os.environ else "offline"
+    return (
+        os.environ.get(f"{prefix}_MODE", "offline")
+        if f"{prefix}_API_KEY" in os.environ
+        else "offline"
+    )
 
 
 def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, bool | int | float | str]:
@@ -228,5 +243,7 @@ def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, bool | int | f
         if isinstance(value, dict):
             flat |= _flat(value, f"{prefix}{key}.")
         elif value is not None:
-            flat[f"{prefix}{key}"] = value if isinstance(value, bool | int | float | str) else str(value)
+            flat[f"{prefix}{key}"] = (
+                value if isinstance(value, bool | int | float | str) else str(value)
+            )
     return flat

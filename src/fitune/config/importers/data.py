@@ -80,7 +80,9 @@ def _put_columns(draft: Draft) -> None:
     for columns, where in draft.columns:
         words = ", ".join(f"{ours}={theirs}" for ours, theirs in columns.items())
         if words:
-            draft.differs.append(f"{where}: columns {words}: data.columns is one for all sources: rename them there")
+            draft.differs.append(
+                f"{where}: columns {words}: data.columns is one for all sources: rename them there"
+            )
 
 
 def _refuse_subsets(draft: Draft) -> None:
@@ -119,7 +121,11 @@ def _sources(draft: Draft, named: Any, max_rows: Any) -> Any:
     named: the other tool's value. Names of LLaMA-Factory's data sets are looked up in its
     dataset_info.json.
     """
-    items: Any = [part.strip() for part in named.split(",")] if isinstance(named, str) and "," in named else named
+    items: Any = (
+        [part.strip() for part in named.split(",")]
+        if isinstance(named, str) and "," in named
+        else named
+    )
     items = items if isinstance(items, list) else [items]
     sources: list[Any] = [path for item in items for path in _paths(draft, item)]
     if max_rows is not None:
@@ -135,8 +141,14 @@ def _paths(draft: Draft, item: Any) -> list[str]:
     if isinstance(item, Mapping):
         return _paths_of_mapping(draft, item)
     if not isinstance(item, str):
-        raise ConfigError([f"{draft.arguments.source}: {format_value(item)} is no path of data: give it with --data"])
-    if draft.tool.startswith("ms-swift") and (match := re.fullmatch(r"(\w[^:\\]*):([^/#]+(?:/[^/#]+)*)(#\d+)?", item)):
+        raise ConfigError(
+            [
+                f"{draft.arguments.source}: {format_value(item)} is no path of data: give it with --data"
+            ]
+        )
+    if draft.tool.startswith("ms-swift") and (
+        match := re.fullmatch(r"(\w[^:\\]*):([^/#]+(?:/[^/#]+)*)(#\d+)?", item)
+    ):
         if match[2] != "default":
             raise ConfigError([f"{draft.arguments.source}: the data {item}: {_ONLY_WHOLE_SOURCES}"])
         return [match[1] + (match[3] or "")]
@@ -151,8 +163,14 @@ def _paths(draft: Draft, item: Any) -> list[str]:
 def _paths_of_mapping(draft: Draft, item: Mapping[str, Any]) -> list[str]:
     path, files = item.get("path"), item.get("data_files")
     options = without(item, "path", "data_files", "ds_type")
-    options = {key: value for key, value in options.items() if value is not None and not is_off(value)}
-    options = {key: value for key, value in options.items() if value not in _KNOWN_SOURCE_OPTIONS.get(key, ())}
+    options = {
+        key: value for key, value in options.items() if value is not None and not is_off(value)
+    }
+    options = {
+        key: value
+        for key, value in options.items()
+        if value not in _KNOWN_SOURCE_OPTIONS.get(key, ())
+    }
     _refuse_axolotl_source(draft, path, item)
     columns = _pop_axolotl_columns(options)
     if isinstance(options.get("type"), str):
@@ -167,7 +185,9 @@ def _paths_of_mapping(draft: Draft, item: Mapping[str, Any]) -> list[str]:
             )
     if options:
         words = ", ".join(f"{key} {format_value(value)}" for key, value in options.items())
-        draft.differs.append(f"data {path}: {words}: all samples are read and their format is told by their keys")
+        draft.differs.append(
+            f"data {path}: {words}: all samples are read and their format is told by their keys"
+        )
     found = _paths_of_entry(draft, path, files)
     draft.columns[-len(found) :] = [(columns, f"data {path}")] * len(found)
     return found
@@ -180,7 +200,9 @@ def _refuse_axolotl_source(draft: Draft, path: Any, item: Mapping[str, Any]) -> 
     key = item.get("message_field_training")
     where = f"{draft.arguments.source}: the data {path}"
     if isinstance(kind, str) and _PREFERENCE_TYPES.match(kind):
-        raise ConfigError([f"{where}, type {format_value(kind)}: fitune is for supervised fine-tuning alone"])
+        raise ConfigError(
+            [f"{where}, type {format_value(kind)}: fitune is for supervised fine-tuning alone"]
+        )
     if kind == "input_output":
         raise ConfigError(
             [
@@ -198,7 +220,9 @@ def _refuse_axolotl_source(draft: Draft, path: Any, item: Mapping[str, Any]) -> 
         )
     if key not in (None, "train", "training", "weight"):
         raise ConfigError(
-            [f"{where}, message_field_training {format_value(key)}: call that key 'train' in the samples"]
+            [
+                f"{where}, message_field_training {format_value(key)}: call that key 'train' in the samples"
+            ]
         )
 
 
@@ -212,7 +236,11 @@ def _pop_axolotl_columns(options: dict[str, Any]) -> dict[str, str]:
             "field_output": "completion",
             "field_input": "input",
         }
-        named = {ours: kind[theirs] for theirs, ours in {**names, "field_system": "system"}.items() if kind.get(theirs)}
+        named = {
+            ours: kind[theirs]
+            for theirs, ours in {**names, "field_system": "system"}.items()
+            if kind.get(theirs)
+        }
         rest = without(kind, *names, "field_system")
         options["type"] = {key: value for key, value in rest.items() if value}
         if not options["type"]:
@@ -241,7 +269,11 @@ def _paths_of_entry(draft: Draft, path: Any, files: Any) -> list[str]:
         draft.columns += [({}, file) for file in found]
         return found
     if not isinstance(path, str):
-        raise ConfigError([f"{draft.arguments.source}: an entry of the data has no path: give the data with --data"])
+        raise ConfigError(
+            [
+                f"{draft.arguments.source}: an entry of the data has no path: give the data with --data"
+            ]
+        )
     return _paths(draft, path)
 
 
@@ -253,7 +285,11 @@ def _path_from_dataset_info(draft: Draft, item: str) -> str:
     directory = Path(str(draft.argument("dataset_dir", "data")))
     try:
         entry = parse_json(read_plain(directory / "dataset_info.json", follow=True))[item]
-        path = str(directory / entry["file_name"]) if "file_name" in entry else str(entry["hf_hub_url"])
+        path = (
+            str(directory / entry["file_name"])
+            if "file_name" in entry
+            else str(entry["hf_hub_url"])
+        )
     except (OSError, ValueError, LookupError, TypeError):
         draft.differs.append(
             f"dataset {item} is a name in {directory}/dataset_info.json, which does not tell it "
@@ -263,15 +299,29 @@ def _path_from_dataset_info(draft: Draft, item: str) -> str:
         return item
     where = f"{directory}/dataset_info.json, {item}"
     if entry.get("ranking"):
-        raise ConfigError([f"{where}: ranking: preferred and rejected answers are no data of supervised fine-tuning"])
+        raise ConfigError(
+            [
+                f"{where}: ranking: preferred and rejected answers are no data of supervised fine-tuning"
+            ]
+        )
     if entry.get("subset") or entry.get("split", "train") != "train":
         raise ConfigError([f"{where}: {_ONLY_WHOLE_SOURCES}"])
     draft.columns.append((_columns_of_dataset_info(entry, where), where))
-    if others := {key: value for key, value in (entry.get("tags") or {}).items() if value not in _KNOWN_TAGS}:
-        words = ", ".join(f"{key} {format_value(value)}" for key, value in others.items() if not key.endswith("_tag"))
-        names = ", ".join(f"{key} {format_value(value)}" for key, value in others.items() if key in _ROLE_TAGS)
+    if others := {
+        key: value for key, value in (entry.get("tags") or {}).items() if value not in _KNOWN_TAGS
+    }:
+        words = ", ".join(
+            f"{key} {format_value(value)}"
+            for key, value in others.items()
+            if not key.endswith("_tag")
+        )
+        names = ", ".join(
+            f"{key} {format_value(value)}" for key, value in others.items() if key in _ROLE_TAGS
+        )
         if words or names:
-            draft.differs.append(f"{where}: {words or names}: roles have the names that 'fitune check' knows")
+            draft.differs.append(
+                f"{where}: {words or names}: roles have the names that 'fitune check' knows"
+            )
     sample = entry.get("num_samples")
     return f"{path}#{sample}" if isinstance(sample, int) and sample > 0 else path
 
@@ -292,7 +342,11 @@ def _columns_of_dataset_info(entry: Mapping[str, Any], where: str) -> dict[str, 
     for key in ("kto_tag", "chosen", "rejected", "images", "videos", "audios"):
         if columns.get(key):
             way_out = "give other data with --data"
-            raise ConfigError([f"{where}: columns: {key}: fitune trains on text and answers to imitate: {way_out}"])
+            raise ConfigError(
+                [
+                    f"{where}: columns: {key}: fitune trains on text and answers to imitate: {way_out}"
+                ]
+            )
     if entry.get("formatting") in ("sharegpt", "openai"):
         named = {
             "messages": columns.get("messages"),
@@ -300,7 +354,11 @@ def _columns_of_dataset_info(entry: Mapping[str, Any], where: str) -> dict[str, 
             "tools": columns.get("tools"),
         }
         named |= {"role": tags.get("role_tag"), "content": tags.get("content_tag")}
-        return {ours: theirs for ours, theirs in named.items() if theirs and theirs not in _SAME_NAMES[ours]}
+        return {
+            ours: theirs
+            for ours, theirs in named.items()
+            if theirs and theirs not in _SAME_NAMES[ours]
+        }
     names = {
         "prompt": ("prompt", "instruction"),
         "completion": ("response", "output"),
@@ -321,9 +379,15 @@ def _paths_from_v1_yaml(draft: Draft, path: Path) -> list[str]:
         tree = parse_yaml(decode(read_bounded(path)), str(path)).tree
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
-            [f"{draft.arguments.source} names the data in {path}, which cannot be read from here: give it with --data"]
+            [
+                f"{draft.arguments.source} names the data in {path}, which cannot be read from here: give it with --data"
+            ]
         ) from error
-    entries = [entry for entry in tree.values() if isinstance(entry, dict)] if isinstance(tree, dict) else []
+    entries = (
+        [entry for entry in tree.values() if isinstance(entry, dict)]
+        if isinstance(tree, dict)
+        else []
+    )
     found = []
     for entry in entries:
         source = entry.get("path")
@@ -399,7 +463,9 @@ def put_mask(draft: Draft) -> None:
 def _mask_of_trl(draft: Draft) -> str:
     answers, prompts = draft.argument("assistant_only_loss"), draft.argument("completion_only_loss")
     if draft.tool == "transformers":
-        draft.differs.append("transformers leaves the labels to the script: data.mask: all, or assistant?")
+        draft.differs.append(
+            "transformers leaves the labels to the script: data.mask: all, or assistant?"
+        )
     elif not answers and prompts is None:
         draft.differs.append(
             "TRL trains on every token of a conversation (data.mask: all), but of samples with "
@@ -423,7 +489,9 @@ def _mask_of_swift(draft: Draft) -> tuple[str, str | None]:
     parts = str(asked).split("+")
     others = [part for part in parts if part not in _LOSS_SCALES]
     if any(not part.startswith("ignore_") for part in others):
-        raise draft.refuse(str(name), "fitune trains with the plain cross-entropy of all supervised tokens")
+        raise draft.refuse(
+            str(name), "fitune trains with the plain cross-entropy of all supervised tokens"
+        )
     if others:
         draft.differs.append(f"{draft.quoted(str(name))}: here no part of an answer is left out")
     return _LOSS_SCALES[next((part for part in parts if part in _LOSS_SCALES), "default")], name

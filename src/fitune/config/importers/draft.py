@@ -27,7 +27,9 @@ _NUMERIC_KEYS = frozenset(
         "quant_bits",
     )
 )
-_TEXT_KEYS = frozenset(("optim.schedule", "optim.name", "model.source", "run.output", "data.too_long"))
+_TEXT_KEYS = frozenset(
+    ("optim.schedule", "optim.name", "model.source", "run.output", "data.too_long")
+)
 _MAPPINGS = frozenset(("peft_config", "lr_scheduler_kwargs", "quant_config"))
 
 # Values that equal what fitune does. transformers writes the last two for unset arguments.
@@ -57,13 +59,21 @@ def check_arguments(arguments: ToolArguments) -> ToolArguments:
             is_number = bool(names & _NUMERIC_KEYS)
             values[name] = parse_scalar(value) if is_number and isinstance(value, str) else value
             origins[name] = arguments.origins[holder]
-            is_text = bool(names & _TEXT_KEYS) or ("model.method" in names and not isinstance(value, bool))
+            is_text = bool(names & _TEXT_KEYS) or (
+                "model.method" in names and not isinstance(value, bool)
+            )
             if is_number and not isinstance(values[name], int | float) and not is_off(value):
-                faults.append(f"{origins[name]} {name}: {format_value(value)}: a number is needed here")
+                faults.append(
+                    f"{origins[name]} {name}: {format_value(value)}: a number is needed here"
+                )
             elif is_text and not isinstance(value, str):
-                faults.append(f"{origins[name]} {name}: {format_value(value)}: a word is needed here")
+                faults.append(
+                    f"{origins[name]} {name}: {format_value(value)}: a word is needed here"
+                )
             elif is_other_training(name, value):
-                faults.append(f"{origins[name]} {name}: {format_value(value)}: {OTHER_TRAINING[name][1]}")
+                faults.append(
+                    f"{origins[name]} {name}: {format_value(value)}: {OTHER_TRAINING[name][1]}"
+                )
             elif name in PREFERENCE_OF_TRL and arguments.tool == "TRL" and not is_off(value):
                 faults.append(
                     f"{origins[name]} {name}: {format_value(value)}: fitune is for supervised fine-tuning alone"
@@ -94,7 +104,11 @@ def _expand_mapping(name: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         return {name: value}
     # LLaMA-Factory v1 selects a plugin by the key `name`.
-    return {f"{name}.name" if key == "name" else key: part for key, part in value.items() if part is not None}
+    return {
+        f"{name}.name" if key == "name" else key: part
+        for key, part in value.items()
+        if part is not None
+    }
 
 
 @dataclass
@@ -134,7 +148,9 @@ class Draft:
 
     def names(self, key: str) -> list[str]:
         """Return the names of the given arguments that correspond to our key."""
-        return [name for name in self.arguments.values if self.arguments.table.keys.get(name) == key]
+        return [
+            name for name in self.arguments.values if self.arguments.table.keys.get(name) == key
+        ]
 
     def name(self, key: str) -> str | None:
         return next(iter(self.names(key)), None)
@@ -168,7 +184,11 @@ class Draft:
             comment = f"default of {found.source if found else self.tool}"
         elif comment is None:
             assert name is not None
-            comment = self.quoted(name) if self.arguments.values[name] != value else f"{self.origin(name)} {name}"
+            comment = (
+                self.quoted(name)
+                if self.arguments.values[name] != value
+                else f"{self.origin(name)} {name}"
+            )
         self.written[key] = (value, comment)
 
     def copy(self, key: str, kind: type | None = None) -> None:

@@ -81,7 +81,11 @@ class ToolArguments:
 
     @property
     def table(self) -> Tool:
-        return MINIMIND_SCRIPTS.get(self.script or "", MINIMIND) if self.tool == "minimind" else TOOLS[self.tool]
+        return (
+            MINIMIND_SCRIPTS.get(self.script or "", MINIMIND)
+            if self.tool == "minimind"
+            else TOOLS[self.tool]
+        )
 
 
 def read_tool_file(path: Path, *, tool: str | None = None) -> ToolArguments:
@@ -97,7 +101,9 @@ def read_tool_file(path: Path, *, tool: str | None = None) -> ToolArguments:
         text = decode(read_bounded(path))
     except UnicodeDecodeError as error:
         raise ConfigError(
-            [f"{path} is not a text file: byte {error.start} is not UTF-8; save it in that encoding"]
+            [
+                f"{path} is not a text file: byte {error.start} is not UTF-8; save it in that encoding"
+            ]
         ) from error
     except OSError as error:
         raise ConfigError([f"{path} cannot be read: {error.strerror}"]) from error
@@ -109,7 +115,9 @@ def read_tool_file(path: Path, *, tool: str | None = None) -> ToolArguments:
                 "json.dump(args.to_dict(), file) and import that file"
             ]
         )
-    is_command = re.search(r"(^|\s)--\w|^\s*(swift|llamafactory-cli|axolotl|trl) ", text, re.MULTILINE)
+    is_command = re.search(
+        r"(^|\s)--\w|^\s*(swift|llamafactory-cli|axolotl|trl) ", text, re.MULTILINE
+    )
     if path.suffix in (".sh", ".bash") or (path.suffix not in _SUFFIXES and is_command):
         return read_command(_command_of_script(text, path), source=str(path), tool=tool)
     values, origins = _read_values(text, path)
@@ -123,7 +131,11 @@ def _read_values(text: str, path: Path) -> tuple[dict[str, Any], dict[str, str]]
     if marked.faults:
         raise ConfigError(marked.faults)
     if isinstance(marked.tree, list) and path.suffix == ".json":
-        raise ConfigError([f"{path} holds {format_value(marked.tree)}, not the keys of a configuration: {DATA_WAY}"])
+        raise ConfigError(
+            [
+                f"{path} holds {format_value(marked.tree)}, not the keys of a configuration: {DATA_WAY}"
+            ]
+        )
     if not isinstance(marked.tree, dict):
         raise ConfigError([_unknown_tool_message(str(path))])
     if "data" in marked.tree and set(marked.tree) <= {*RunConfig.model_fields, "sweep"}:
@@ -144,14 +156,18 @@ def _unsupported_message(source: str, tool: str) -> str:
     )
 
 
-def read_command(words: Sequence[str], *, source: str = "command", tool: str | None = None) -> ToolArguments:
+def read_command(
+    words: Sequence[str], *, source: str = "command", tool: str | None = None
+) -> ToolArguments:
     """Read a command that starts a training: ['python', 'train_full_sft.py', '--batch_size', '16'].
 
     Words before the script belong to its launcher; environment variables may precede all words.
     Raises ConfigError in the same cases as `read_tool_file`.
     """
     if unset := next((word for word in words if "$" in word), None):
-        raise ConfigError([f"{source}: '{unset}' is a variable of the shell: write its value in its place"])
+        raise ConfigError(
+            [f"{source}: '{unset}' is a variable of the shell: write its value in its place"]
+        )
     environment = {}
     while words and (match := re.fullmatch(r"([A-Z]\w*)=(.*)", words[0])):
         environment[match[1]] = match[2]
@@ -164,10 +180,20 @@ def read_command(words: Sequence[str], *, source: str = "command", tool: str | N
     if tool_hint in _TRAINING_SUBCOMMANDS and script is None and ("." not in program or is_sub):
         sub = rest.pop(0) if rest else ""
         if sub not in _TRAINING_SUBCOMMANDS[tool_hint]:
-            raise ConfigError([f"{source}: '{program} {sub}' is no supervised fine-tuning, which fitune is for alone"])
+            raise ConfigError(
+                [
+                    f"{source}: '{program} {sub}' is no supervised fine-tuning, which fitune is for alone"
+                ]
+            )
     flags = _flags(rest)
-    if script is not None and _OTHER_SCRIPT.search(script) and not MINIMIND.unique_names & flags.keys():
-        raise ConfigError([f"{source}: '{script}' is no supervised fine-tuning, which fitune is for alone"])
+    if (
+        script is not None
+        and _OTHER_SCRIPT.search(script)
+        and not MINIMIND.unique_names & flags.keys()
+    ):
+        raise ConfigError(
+            [f"{source}: '{script}' is no supervised fine-tuning, which fitune is for alone"]
+        )
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
     if tool_hint != "minimind" and (file := _configuration(rest, flags)) is not None:
@@ -203,7 +229,11 @@ def _find_program(words: Sequence[str], source: str) -> tuple[int, str, str | No
 def _configuration(rest: Sequence[str], flags: Mapping[str, Any]) -> str | None:
     """Return the file that a command takes its arguments from: its first word, or --config."""
     named = flags.get("config", rest[0] if rest else None)
-    return named if isinstance(named, str) and named.endswith(_SUFFIXES) and not named.startswith("-") else None
+    return (
+        named
+        if isinstance(named, str) and named.endswith(_SUFFIXES) and not named.startswith("-")
+        else None
+    )
 
 
 def _configuration_values(path: Path, source: str) -> tuple[dict[str, Any], dict[str, str]]:
@@ -211,7 +241,9 @@ def _configuration_values(path: Path, source: str) -> tuple[dict[str, Any], dict
         return _read_values(decode(read_bounded(path)), path)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
-            [f"{source} names the configuration {path}, which cannot be read from here: stand where it was started"]
+            [
+                f"{source} names the configuration {path}, which cannot be read from here: stand where it was started"
+            ]
         ) from error
 
 
@@ -221,11 +253,19 @@ def _devices(launcher: Mapping[str, Any], environment: Mapping[str, str], tool: 
     The number is taken from the launcher's flags, else from the environment variables that the
     tool's own launcher reads.
     """
-    counts = [value for name, value in launcher.items() if name in _DEVICE_FLAGS and isinstance(value, int)]
+    counts = [
+        value
+        for name, value in launcher.items()
+        if name in _DEVICE_FLAGS and isinstance(value, int)
+    ]
     nodes = launcher.get("nnodes", environment.get("NNODES", 1))
     if not counts and (processes := environment.get("NPROC_PER_NODE", "")).isdigit():
         counts = [int(processes)]
-    if not counts and tool == "LLaMA-Factory" and (visible := environment.get("CUDA_VISIBLE_DEVICES")):
+    if (
+        not counts
+        and tool == "LLaMA-Factory"
+        and (visible := environment.get("CUDA_VISIBLE_DEVICES"))
+    ):
         # LLaMA-Factory's launcher starts a process for each visible device.
         counts = [len(visible.split(","))]
     if not counts:
@@ -249,8 +289,12 @@ def _command_of_script(text: str, path: Path) -> list[str]:
         pairs = [re.fullmatch(r"(\w+)=(.*)", word, re.DOTALL) for word in assigned]
         if pairs and all(pairs):
             variables |= {pair[1]: pair[2] for pair in pairs if pair}
-            exported += [word for word in assigned if words[0] == "export" and re.match(r"[A-Z]", word)]
-        elif any(word.startswith("--") for word in words) or any(PurePath(word).name in PROGRAMS for word in words):
+            exported += [
+                word for word in assigned if words[0] == "export" and re.match(r"[A-Z]", word)
+            ]
+        elif any(word.startswith("--") for word in words) or any(
+            PurePath(word).name in PROGRAMS for word in words
+        ):
             commands.append(words)
     if len(commands) > 1:
         commands = [words for words in commands if _starts_training(words)] or commands
@@ -311,10 +355,15 @@ def _flags(words: Sequence[str]) -> dict[str, Any]:
         elif match := re.fullmatch(r"(\w+)=(.*)", word, re.DOTALL):
             found[match[1]] = [match[2]]
     plain = {name: [parse_scalar(text) for text in texts] for name, texts in found.items()}
-    return {name: texts if len(texts) > 1 else texts[0] if texts else True for name, texts in plain.items()}
+    return {
+        name: texts if len(texts) > 1 else texts[0] if texts else True
+        for name, texts in plain.items()
+    }
 
 
-def _read_board(values: Mapping[str, Any], origins: Mapping[str, str], source: str) -> ToolArguments:
+def _read_board(
+    values: Mapping[str, Any], origins: Mapping[str, str], source: str
+) -> ToolArguments:
     """Convert a file that LLaMA Board saved into the LLaMA-Factory arguments that it stands for."""
     found: dict[str, Any] = {}
     places: dict[str, str] = {}
@@ -360,17 +409,23 @@ def _detect_tool(names: set[str], source: str, tool_hint: str | None) -> str:
     if "ms-swift 2" in found and "ms-swift" in found:
         found.remove("ms-swift")
     if not found:
-        telling = {name for tool in _TOOLS_WITHOUT_UNIQUE_NAMES for name in TOOLS[tool].keys} & names
+        telling = {
+            name for tool in _TOOLS_WITHOUT_UNIQUE_NAMES for name in TOOLS[tool].keys
+        } & names
         shared = telling & set(TOOLS["transformers"].keys)
         if telling == shared:
             found = ["transformers"] if telling else []
         else:
-            found = [tool for tool in _TOOLS_WITHOUT_UNIQUE_NAMES if telling <= set(TOOLS[tool].keys)]
+            found = [
+                tool for tool in _TOOLS_WITHOUT_UNIQUE_NAMES if telling <= set(TOOLS[tool].keys)
+            ]
     if len(found) == 1:
         return found[0]
     if not found:
         raise ConfigError([_unknown_tool_message(source)])
-    words = " or ".join(f"{tool} ({', '.join(unique[tool][:2])})" if unique[tool] else tool for tool in found)
+    words = " or ".join(
+        f"{tool} ({', '.join(unique[tool][:2])})" if unique[tool] else tool for tool in found
+    )
     flags = " or ".join(f"--from {name}" for name, tool in FROM_NAMES.items() if tool in found)
     raise ConfigError([f"{source} could be of {words}: say which with {flags}"])
 

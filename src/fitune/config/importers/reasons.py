@@ -95,12 +95,16 @@ _OTHER_TRAINING: dict[str, dict[str, tuple[Any, ...]]] = {
     ),
 }
 OTHER_TRAINING: Mapping[str, tuple[tuple[Any, ...], str]] = {
-    name: (plain, reason) for reason, names in _OTHER_TRAINING.items() for name, plain in names.items()
+    name: (plain, reason)
+    for reason, names in _OTHER_TRAINING.items()
+    for name, plain in names.items()
 }
 
 #: Arguments of TRL's preference trainers whose names mean something else in other tools. TRL's
 #: supervised fine-tuning does not have them.
-PREFERENCE_OF_TRL = frozenset(("beta", "num_iterations", "epsilon_high", "scale_rewards", "use_vllm", "vllm_mode"))
+PREFERENCE_OF_TRL = frozenset(
+    ("beta", "num_iterations", "epsilon_high", "scale_rewards", "use_vllm", "vllm_mode")
+)
 
 ANSWERS = {
     "auto_find_batch_size": "fitune always picks batch.micro by the memory: drop it",
@@ -239,6 +243,13 @@ _ONLY_WITH = {
 }
 NOT_NEEDED: Mapping[str, str] = {
     **{name: reason for reason, names in _NOT_NEEDED.items() for name in names.split()},
-    **{name: f"it has an effect only with {other}" for other, names in _ONLY_WITH.items() for name in names.split()},
-    **{name: ANSWERS[name] for name in ("group_by_length", "logging_steps", "auto_find_batch_size", "do_train")},
+    **{
+        name: f"it has an effect only with {other}"
+        for other, names in _ONLY_WITH.items()
+        for name in names.split()
+    },
+    **{
+        name: ANSWERS[name]
+        for name in ("group_by_length", "logging_steps", "auto_find_batch_size", "do_train")
+    },
 }

@@ -49,7 +49,9 @@ class Tool:
     def keys(self) -> Mapping[str, str]:
         """Return {its name: our key}, including the names of its base."""
         inherited = dict(self.base.keys) if self.base else {}
-        return inherited | {name: row[0] for names in self.rows.values() for name, row in names.items()}
+        return inherited | {
+            name: row[0] for names in self.rows.values() for name, row in names.items()
+        }
 
     @cached_property
     def defaults(self) -> Mapping[str, Default]:
@@ -338,7 +340,9 @@ MS_SWIFT = Tool(
             "lr_scheduler_type": ("optim.schedule", "cosine"),
             "optimizer": ("optim.name", "adamw_torch_fused"),
         },
-        "arguments/sft_args.py": {"learning_rate": ("optim.lr", {"full": 1e-5, "lora": 1e-4, "qlora": 1e-4})},
+        "arguments/sft_args.py": {
+            "learning_rate": ("optim.lr", {"full": 1e-5, "lora": 1e-4, "qlora": 1e-4})
+        },
     },
 )
 
@@ -374,7 +378,9 @@ MS_SWIFT_2 = Tool(
 MINIMIND = Tool(
     name="minimind",
     release="minimind of August 2026",
-    unique_names=_names("accumulation_steps from_weight save_weight use_moe grad_clip lora_name from_resume"),
+    unique_names=_names(
+        "accumulation_steps from_weight save_weight use_moe grad_clip lora_name from_resume"
+    ),
     rows={
         "trainer/train_full_sft.py": {
             "epochs": ("train.epochs", 2),

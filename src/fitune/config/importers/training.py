@@ -23,9 +23,13 @@ def put_optimizer(draft: Draft) -> None:
     if asked in _OPTIMIZERS:
         draft.write("optim.name", _OPTIMIZERS[asked])
     elif name is not None:
-        draft.differs.append(f"{draft.quoted(name)} is not offered: AdamW stands in for it, with another best rate")
+        draft.differs.append(
+            f"{draft.quoted(name)} is not offered: AdamW stands in for it, with another best rate"
+        )
     if name is not None and asked == "paged_adamw_32bit":
-        draft.differs.append(f"{draft.quoted(name)}: its state stays on the card; adamw_host keeps it in host memory")
+        draft.differs.append(
+            f"{draft.quoted(name)}: its state stays on the card; adamw_host keeps it in host memory"
+        )
     usual = draft.default("optim.betas")
     given = [name for name in ("adam_beta1", "adam_beta2") if name in draft.arguments.values]
     first, second = usual or (0.9, 0.999)
@@ -59,7 +63,9 @@ def put_schedule(draft: Draft) -> None:
     warmup, steps = draft.value("optim.warmup"), draft.argument("warmup_steps") or 0
     if asked == "constant" and draft.tool != "minimind":
         draft.write("optim.warmup", 0.0, f"{asked} has none")
-        draft.reasons |= dict.fromkeys((*draft.names("optim.warmup"), "warmup_steps"), "a constant rate has no warm-up")
+        draft.reasons |= dict.fromkeys(
+            (*draft.names("optim.warmup"), "warmup_steps"), "a constant rate has no warm-up"
+        )
     elif 0 < steps < 1:  # transformers 5 also accepts a fraction of the run under this name
         draft.write("optim.warmup", steps, f"{draft.origin('warmup_steps')} warmup_steps")
     elif steps and "train.steps" in draft.written:
@@ -86,19 +92,28 @@ def _final_rate(draft: Draft, schedule: str | None) -> None:
     if least is not None and (rate := draft.value("optim.lr")):
         share = least / rate
     if share and schedule != "constant":
-        name = next((name for name in ("min_lr", "min_lr_rate") if name in draft.arguments.values), None)
+        name = next(
+            (name for name in ("min_lr", "min_lr_rate") if name in draft.arguments.values), None
+        )
         draft.write("optim.final_lr_fraction", share, draft.quoted(name) if name else None)
         draft.mentioned.add("lr_scheduler_kwargs")
     if schedule == "wsd":
-        draft.differs.append(f"{draft.tool}'s warmup_stable_decay falls over num_decay_steps; here over the last tenth")
+        draft.differs.append(
+            f"{draft.tool}'s warmup_stable_decay falls over num_decay_steps; here over the last tenth"
+        )
 
 
 def put_saving(draft: Draft) -> None:
-    has_eval = "data.eval" in draft.written or (draft.written.get("data.eval_fraction", (1, ""))[0] or 0) > 0
+    has_eval = (
+        "data.eval" in draft.written
+        or (draft.written.get("data.eval_fraction", (1, ""))[0] or 0) > 0
+    )
     for kind, is_useful in (("eval", has_eval), ("save", True)):
         name = "save_interval" if draft.tool == "minimind" else f"{kind}_steps"
         every = draft.argument(name) if is_useful else None
-        strategy = draft.argument(f"{kind}_strategy", draft.argument("evaluation_strategy") if kind == "eval" else None)
+        strategy = draft.argument(
+            f"{kind}_strategy", draft.argument("evaluation_strategy") if kind == "eval" else None
+        )
         if strategy in (None, "steps") and isinstance(every, int) and every > 0:
             if draft.tool == "minimind":
                 every = max(1, every // whole(draft, "batch.accumulation"))
@@ -120,7 +135,9 @@ def _trackers(draft: Draft) -> None:
     trackers = list(asked) if isinstance(asked, list) else [asked]
     if draft.tool == "axolotl":
         trackers += [
-            name for name in get_args(Tracker) if draft.argument(f"use_{name}") or draft.argument(f"{name}_project")
+            name
+            for name in get_args(Tracker)
+            if draft.argument(f"use_{name}") or draft.argument(f"{name}_project")
         ]
     elif draft.argument("use_swanlab") or draft.argument("use_wandb"):
         trackers.append("swanlab")  # minimind's use_wandb flag imports swanlab under the name wandb

@@ -124,13 +124,23 @@ def translate(
 def _method(draft: Draft) -> None:
     script = draft.arguments.script
     if draft.tool == "minimind" and script is not None and script not in MINIMIND_SCRIPTS:
-        raise ConfigError([f"{script}: of minimind's scripts only {', '.join(MINIMIND_SCRIPTS)} can be carried over"])
+        raise ConfigError(
+            [
+                f"{script}: of minimind's scripts only {', '.join(MINIMIND_SCRIPTS)} can be carried over"
+            ]
+        )
     method = _method_name(draft)
     name = draft.name("model.method")
     draft.write("model.method", method, draft.quoted(name) if name else None)
     if method == "full":
-        lora = [name for name, key in draft.arguments.table.keys.items() if key.startswith("model.lora.")]
-        draft.reasons |= dict.fromkeys((*lora, "lora_target_linear", "use_rslora"), "all weights are trained")
+        lora = [
+            name
+            for name, key in draft.arguments.table.keys.items()
+            if key.startswith("model.lora.")
+        ]
+        draft.reasons |= dict.fromkeys(
+            (*lora, "lora_target_linear", "use_rslora"), "all weights are trained"
+        )
     else:
         _lora(draft)
 
@@ -159,20 +169,30 @@ def _bits(draft: Draft) -> int | None:
     for name in ("load_in_4bit", "load_in_8bit"):
         if draft.argument(name):
             draft.mentioned.add(name)
-    named = [name for name in ("quantization_bit", "quant_bits") if not is_off(draft.argument(name, 0))]
-    bits = draft.arguments.values[named[0]] if named else 8 if draft.argument("load_in_8bit") else None
+    named = [
+        name for name in ("quantization_bit", "quant_bits") if not is_off(draft.argument(name, 0))
+    ]
+    bits = (
+        draft.arguments.values[named[0]] if named else 8 if draft.argument("load_in_8bit") else None
+    )
     if draft.argument("load_in_4bit"):
         bits = 4
     if bits == 8:
         draft.mentioned.update(named)
-        draft.differs.append("frozen weights in 8 bits are not offered: they stay in 16, or take model.method: qlora")
+        draft.differs.append(
+            "frozen weights in 8 bits are not offered: they stay in 16, or take model.method: qlora"
+        )
     elif bits not in (None, 4):
-        raise draft.refuse(named[0], "frozen weights are in 16 bits here, or in 4 with model.method: qlora")
+        raise draft.refuse(
+            named[0], "frozen weights are in 16 bits here, or in 4 with model.method: qlora"
+        )
     elif bits == 4:
         draft.reasons |= dict.fromkeys(("load_in_4bit", *named), "4 bits are model.method: qlora")
         method = draft.argument("quant_method", "bnb")
         if method != "bnb":
-            draft.differs.append(f"{draft.quoted('quant_method')}: 4-bit weights are NF4 with double quantization here")
+            draft.differs.append(
+                f"{draft.quoted('quant_method')}: 4-bit weights are NF4 with double quantization here"
+            )
     return bits
 
 
@@ -252,26 +272,38 @@ def _minimind_model(draft: Draft, weight: str) -> None:
     is_moe = bool(draft.argument("use_moe", 0))
     preset = _MINIMIND_PRESETS.get((width, depth, is_moe))
     if is_moe:
-        draft.differs.append("minimind adds the experts' balance loss (aux_loss), which is not added here")
+        draft.differs.append(
+            "minimind adds the experts' balance loss (aux_loss), which is not added here"
+        )
     if "model.source" in draft.given_elsewhere:
         return
     size = f"hidden_size {width}, num_hidden_layers {depth}, use_moe {int(is_moe)}"
     if weight == "none":
         if preset is None:
-            raise ConfigError([f"{size}: to start from nothing give one of the presets with --model"])
+            raise ConfigError(
+                [f"{size}: to start from nothing give one of the presets with --model"]
+            )
         draft.write("model.source", preset, f"from_weight none, {size}")
     else:
         directory = draft.value("run.output")
         path = f"{directory}/{weight}_{width}{'_moe' if is_moe else ''}.pth"
         draft.write("model.source", path, f"save_dir, from_weight {weight}, {size}")
-        shape: tuple[str, Any] = ("model.shape.preset", preset) if preset else ("model.shape.num_heads", 8)
+        shape: tuple[str, Any] = (
+            ("model.shape.preset", preset) if preset else ("model.shape.num_heads", 8)
+        )
         draft.write(*shape, "a .pth does not tell the heads")
     draft.write("model.tokenizer", "../model", "where minimind's scripts find it")
-    draft.differs.append("paths are those of minimind's trainer/ directory: stand there, or change them")
+    draft.differs.append(
+        "paths are those of minimind's trainer/ directory: stand there, or change them"
+    )
 
 
 def _precision(draft: Draft) -> None:
-    names = [name for name in ("bf16", "fp16", "pure_bf16", "bfloat16", "float16") if name in draft.arguments.values]
+    names = [
+        name
+        for name in ("bf16", "fp16", "pure_bf16", "bfloat16", "float16")
+        if name in draft.arguments.values
+    ]
     kind = next((word for word in ("torch_dtype", "dtype") if word in draft.arguments.values), None)
     names += [kind] if kind else []
     dtype = str(draft.argument(kind) if kind else "").removeprefix("torch.").lower()
@@ -329,7 +361,11 @@ def _recompute(draft: Draft) -> None:
         draft.write("model.recompute", "off", draft.quoted("disable_gradient_checkpointing"))
     elif asked is not None:
         draft.write("model.recompute", "full" if asked else "off")
-    if (offload := draft.name("model.offload_activations")) and draft.argument(offload) and not asked:
+    if (
+        (offload := draft.name("model.offload_activations"))
+        and draft.argument(offload)
+        and not asked
+    ):
         draft.write("model.recompute", "full", f"{draft.origin(offload)} {offload} needs it here")
     for name in draft.names("model.attention"):
         value = draft.argument(name)
@@ -380,7 +416,9 @@ def _general_differences(draft: Draft) -> Iterator[str]:
         yield "minimind's random system prompts and removed empty think blocks are not copied"
     if draft.tool.startswith("ms-swift"):
         if "data.max_length" not in draft.written:
-            yield ("ms-swift takes samples as long as the model allows without max_length; here set data.max_length")
+            yield (
+                "ms-swift takes samples as long as the model allows without max_length; here set data.max_length"
+            )
         source = draft.written["model.source"][0]
         is_hub = "/" in source and source[0] not in "./~" and not Path(source).exists()
         if is_hub and not draft.argument("use_hf") and "model.source" not in draft.given_elsewhere:

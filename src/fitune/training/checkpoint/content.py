@@ -45,11 +45,15 @@ class WholeTensors:
 
         def with_copied_buffers(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             # a forward may change a buffer while the tensors are being written
-            return {name: t.clone() if t.data_ptr() in buffers else t for name, t in tensors.items()}
+            return {
+                name: t.clone() if t.data_ptr() in buffers else t for name, t in tensors.items()
+            }
 
         live = live_tensors(setup.model)
         model_file, model = saved_tensors(setup.model)
-        is_same = live.keys() == model.keys() and all(live[name].data_ptr() == model[name].data_ptr() for name in live)
+        is_same = live.keys() == model.keys() and all(
+            live[name].data_ptr() == model[name].data_ptr() for name in live
+        )
         weights = None if is_same else with_copied_buffers(live)
         optimizer, scalars = optimizer_state(setup)
         return cls(model_file, with_copied_buffers(model), weights, optimizer, scalars)
@@ -81,7 +85,11 @@ def live_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 
     A parameter that several modules share is listed once.
     """
-    trained = {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
+    trained = {
+        name: parameter.detach()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
     saved = model.state_dict().keys()
     return trained | {name: buffer for name, buffer in model.named_buffers() if name in saved}
 

@@ -93,7 +93,9 @@ def verify(path: Path) -> None:
     """
     manifest = parse_json(read_plain(path / "manifest.json"))
     if manifest["schema"] != SCHEMA:
-        raise ValueError(f"it has schema {manifest['schema']}, and this fitune reads schema {SCHEMA}")
+        raise ValueError(
+            f"it has schema {manifest['schema']}, and this fitune reads schema {SCHEMA}"
+        )
     for name, expected in manifest["files"].items():
         if (size := (path / name).stat().st_size) != expected["bytes"]:
             raise ValueError(f"{name} has {size:,} of {expected['bytes']:,} bytes")

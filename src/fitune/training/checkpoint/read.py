@@ -151,7 +151,9 @@ def _truncate_logs(run: RunDirectory, checkpoint: Checkpoint | None) -> list[str
         size = 0 if checkpoint is None else checkpoint.log_bytes.get(log.name, 0)
         present = log.stat().st_size if log.exists() else 0
         if present < size:
-            lost.append(f"{log} has lost {size - present:,} of the {size:,} bytes that were written")
+            lost.append(
+                f"{log} has lost {size - present:,} of the {size:,} bytes that were written"
+            )
         elif log.exists():
             with open(log, "rb+", opener=open_plain) as file:
                 file.truncate(size)
@@ -183,7 +185,9 @@ def _restore_tensors(checkpoint: Checkpoint, setup: Setup) -> None:
     live = live_tensors(setup.model)
     with safe_open(weights, framework="pt") as file:
         if set(file.keys()) != set(live):
-            raise RunDirectoryError(f"{weights} holds other parameters than this model: start a new run from it")
+            raise RunDirectoryError(
+                f"{weights} holds other parameters than this model: start a new run from it"
+            )
         for name, tensor in live.items():
             tensor.copy_(file.get_tensor(name))
     _restore_optimizer(checkpoint, setup)
@@ -192,7 +196,9 @@ def _restore_tensors(checkpoint: Checkpoint, setup: Setup) -> None:
 def _restore_optimizer(checkpoint: Checkpoint, setup: Setup) -> None:
     # `load_state_dict` would cast the tensors to the parameters' dtype
     parameters = dict(setup.model.named_parameters())
-    groups = {parameter: group for group in setup.optimizer.param_groups for parameter in group["params"]}
+    groups = {
+        parameter: group for group in setup.optimizer.param_groups for parameter in group["params"]
+    }
     setup.optimizer.state.clear()
     with safe_open(checkpoint.path / "optimizer.safetensors", framework="pt") as file:
         for name in file.keys():  # noqa: SIM118 (no mapping)

@@ -126,7 +126,9 @@ class CheckpointWriter:
         self.wait()
         self._hook.remove()
 
-    def _content(self, state: RunState, tensors: WholeTensors | ShardedTensors, memory_model: Json | None) -> Json:
+    def _content(
+        self, state: RunState, tensors: WholeTensors | ShardedTensors, memory_model: Json | None
+    ) -> Json:
         scaler = self._setup.scaler
         return {
             "schema": SCHEMA,
@@ -142,7 +144,9 @@ class CheckpointWriter:
     def _wait_until_read(self) -> None:
         self._is_read.wait()
 
-    def _write(self, state: RunState, tensors: WholeTensors | ShardedTensors, content: Json) -> None:
+    def _write(
+        self, state: RunState, tensors: WholeTensors | ShardedTensors, content: Json
+    ) -> None:
         final = checkpoint_path(self._run, state.step)
         new = final.with_name(f".{final.name}")
 
@@ -191,7 +195,9 @@ def check_disk(output: Path, setup: Setup, optimizer_name: str) -> str | None:
     place = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
     one_bytes = _planned_bytes(setup, optimizer_name)
     if not shutil.disk_usage(place).total:  # /proc and similar
-        raise RunDirectoryError(f"{place} is no place for files: its file system has 0 bytes; change run.output")
+        raise RunDirectoryError(
+            f"{place} is no place for files: its file system has 0 bytes; change run.output"
+        )
     check_free_space(place, one_bytes)
     free_bytes, most_bytes = shutil.disk_usage(place).free, one_bytes * (NUM_KEPT + 2)
     if most_bytes + SPARE_BYTES <= free_bytes:
@@ -208,5 +214,7 @@ def _planned_bytes(setup: Setup, optimizer_name: str) -> int:
     tensors = WholeTensors.of(setup) if shards is None else sharded_tensors(setup, shards)
     if isinstance(tensors, WholeTensors) and tensors.optimizer:
         return tensors.num_bytes
-    trained_bytes = sum(parameter.nbytes for parameter in setup.model.parameters() if parameter.requires_grad)
+    trained_bytes = sum(
+        parameter.nbytes for parameter in setup.model.parameters() if parameter.requires_grad
+    )
     return tensors.num_bytes + int(trained_bytes * OPTIMIZERS[optimizer_name].state_share)
