@@ -23,8 +23,8 @@ from fitune.trace.loop_iterations import Iterations, num_recorded_iterations
 from fitune.trace.own_step import (
     ColumnsOfStep,
     Pass,
+    RecordedShape,
     RecordedStep,
-    StepShape,
     model_for,
     record_columns_of_step,
     shape_of_step,
@@ -90,7 +90,7 @@ class Recordings:
                 return None
             again = with_last_step_repeated(once.recording, len(passes) - 1)
             return None if again is None else replace(once, recording=again)
-        device = device_of(target)
+        device = target_device(target)
         key = repr((_without_samples(config), target))
         families = self._families.setdefault(key, [])
         same_structure = []
@@ -127,7 +127,7 @@ class Recordings:
         config: RunConfig,
         passes: Sequence[Pass],
         family: RecordingFamily,
-        shape: StepShape,
+        shape: RecordedShape,
         *,
         target: CudaTarget | None,
     ) -> Recording | None:
@@ -143,7 +143,7 @@ class Recordings:
         if found is not None:
             return found
         recorded = self._recorded.get(repr((_without_samples(config), target)), [])
-        device = device_of(target)
+        device = target_device(target)
         if any(
             family.add_point_from(shape, config, passes, each, device=device) for each in recorded
         ):
@@ -185,7 +185,7 @@ class Recordings:
         config: RunConfig,
         passes: Sequence[Pass],
         family: RecordingFamily,
-        shape: StepShape,
+        shape: RecordedShape,
         *,
         target: CudaTarget | None,
     ) -> Recording | None:
@@ -263,7 +263,7 @@ class Recordings:
         return Iterations(equal.name, equal.period, number, equal.num_layers, num_with_all_kinds)
 
 
-def device_of(target: CudaTarget | None) -> torch.device:
+def target_device(target: CudaTarget | None) -> torch.device:
     return torch.device("cpu" if target is None else "cuda")
 
 

@@ -67,7 +67,7 @@ def num_recorded_iterations(num_iterations: int, period: int) -> int:
 
 
 @dataclass(frozen=True)
-class Section:
+class IterationSection:
     """Consecutive allocations, either outside of the loop or of one sweep over all iterations.
 
     A sweep runs through the iterations in order, or in reverse order as the backward does.
@@ -85,7 +85,7 @@ class Section:
 class Coordinates:
     """The section and iteration of each allocation, and of the allocation that its free follows."""
 
-    sections: tuple[Section, ...]
+    sections: tuple[IterationSection, ...]
     #: index into `sections`
     section: Integers
     #: -1 outside of sweeps
@@ -98,7 +98,7 @@ class Coordinates:
     free_offset: Integers
 
     @classmethod
-    def of(cls, recording: Recording, sections: Sequence[Section]) -> "Coordinates":
+    def of(cls, recording: Recording, sections: Sequence[IterationSection]) -> "Coordinates":
         size = len(recording)
         section, iteration, offset = (np.full(size, -1, dtype=np.int64) for _ in range(3))
         for number, each in enumerate(sections):
@@ -117,7 +117,9 @@ class Coordinates:
         return slice(each.starts[iteration], each.ends[iteration])
 
 
-def find_sections(recording: Recording, loop: str, num_iterations: int) -> list[Section] | None:
+def find_sections(
+    recording: Recording, loop: str, num_iterations: int
+) -> list[IterationSection] | None:
     """Cut the allocations into sweeps over the loop and what lies between them.
 
     An allocation outside of all modules between two iterations of a sweep is counted as part of the
@@ -135,11 +137,11 @@ def find_sections(recording: Recording, loop: str, num_iterations: int) -> list[
         (int(iteration[start]), int(phase[start]), start, end)
         for start, end in zip(starts, ends, strict=True)
     ]
-    sections: list[Section] = []
+    sections: list[IterationSection] = []
     i = 0
     while i < len(runs):
         if runs[i][0] < 0:
-            sections.append(Section((runs[i][2],), (runs[i][3],), is_sweep=False))
+            sections.append(IterationSection((runs[i][2],), (runs[i][3],), is_sweep=False))
             i += 1
             continue
         found = _sweep(runs, i, num_iterations)
@@ -152,7 +154,7 @@ def find_sections(recording: Recording, loop: str, num_iterations: int) -> list[
 
 def _sweep(
     runs: Sequence[tuple[int, int, int, int]], first: int, num_iterations: int
-) -> tuple[Section, int] | None:
+) -> tuple[IterationSection, int] | None:
     """Return the sweep that begins with run number `first`, and the number of the run after it.
 
     runs: (iteration, phase, start, end) of consecutive allocations that have these in common
@@ -182,4 +184,4 @@ def _sweep(
         return None
     if step < 0:
         starts, ends = starts[::-1], ends[::-1]
-    return Section(tuple(starts), tuple(ends), is_sweep=True, reverse=step < 0), i
+    return IterationSection(tuple(starts), tuple(ends), is_sweep=True, reverse=step < 0), i

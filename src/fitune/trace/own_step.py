@@ -292,7 +292,7 @@ def record_columns_of_step(
 
 
 @dataclass(frozen=True)
-class StepShape:
+class RecordedShape:
     """The sizes of the recorded micro-batches, and what else their structure depends on."""
 
     sizes: SampleCounts
@@ -304,7 +304,7 @@ class StepShape:
 
 def shape_of_step(
     config: RunConfig, passes: Sequence[Pass], columns: ColumnsOfStep, *, device: torch.device
-) -> StepShape | None:
+) -> RecordedShape | None:
     """Return the shape of these passes if they are laid out as those of `columns`.
 
     Returns None if the loss has another number of chunks from one micro-batch to the next.
@@ -330,7 +330,7 @@ def shape_of_step(
     of_loop = {loop: next(iter(found)) for loop, found in chunks.items()}
     structure += [(loop, min(number, NUM_RECORDED_CHUNKS)) for loop, (number, _) in of_loop.items()]
     counted = SampleCounts(by_step, {loop: last for loop, (_, last) in of_loop.items()})
-    return StepShape(
+    return RecordedShape(
         counted, {loop: number for loop, (number, _) in of_loop.items()}, tuple(structure)
     )
 

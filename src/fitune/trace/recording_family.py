@@ -20,7 +20,7 @@ from fitune.trace.loop_iterations import NUM_RECORDED_CHUNKS, Iterations
 from fitune.trace.own_step import (
     ColumnsOfStep,
     Pass,
-    StepShape,
+    RecordedShape,
     first_rows,
     shape_of_step,
 )
@@ -43,7 +43,7 @@ class RecordingFamily:
     """Recordings with a few layers and chunks that differ in their samples alone."""
 
     #: The first one has the structure that all share.
-    points: list[tuple[StepShape, ColumnsOfStep]] = field(default_factory=list)
+    points: list[tuple[RecordedShape, ColumnsOfStep]] = field(default_factory=list)
     #: the layers; None, like `growth`, if all of them were recorded
     iterations: Iterations | None = None
     growth: Growth | None = None
@@ -102,7 +102,7 @@ class RecordingFamily:
         return RecordingFamily(self.points, iterations, growth, totals)
 
     def interpolate(
-        self, shape: StepShape, *, target: CudaTarget | None, one_sample: bool = False
+        self, shape: RecordedShape, *, target: CudaTarget | None, one_sample: bool = False
     ) -> Recording | None:
         """Return the recording of a step of this shape from two points of the family.
 
@@ -125,8 +125,8 @@ class RecordingFamily:
         return None
 
     def interpolation_points(
-        self, shape: StepShape, *, one_sample: bool = False
-    ) -> list[tuple[StepShape, ColumnsOfStep]]:
+        self, shape: RecordedShape, *, one_sample: bool = False
+    ) -> list[tuple[RecordedShape, ColumnsOfStep]]:
         """Return the points that can be on a line with a step of this shape.
 
         There are none with a mixture of experts, whose tokens per expert are rounded up.
@@ -142,7 +142,7 @@ class RecordingFamily:
             return []
         return [each for each in self.points if not has_one_sample(each[0])]
 
-    def needs_second_point(self, shape: StepShape, passes: Sequence[Pass]) -> bool:
+    def needs_second_point(self, shape: RecordedShape, passes: Sequence[Pass]) -> bool:
         """Return whether the family lacks a second point that one micro-batch can give.
 
         A family whose steps end with two training steps cannot use one.
@@ -153,7 +153,7 @@ class RecordingFamily:
 
     def add_point_from(
         self,
-        shape: StepShape,
+        shape: RecordedShape,
         config: RunConfig,
         passes: Sequence[Pass],
         other: RecordedConfig,
@@ -217,7 +217,7 @@ class RecordingFamily:
             np.any((self.growth.num_bytes != 0) & (one.num_bytes != other.num_bytes))
         )
 
-    def repeat(self, shape: StepShape, columns: ColumnsOfStep) -> ColumnsOfStep | None:
+    def repeat(self, shape: RecordedShape, columns: ColumnsOfStep) -> ColumnsOfStep | None:
         """Return the columns with all layers and chunks, None if the recorded ones are not equal.
 
         The chunks are repeated first, while there are few layers.
@@ -243,7 +243,7 @@ class RecordingFamily:
         )
 
 
-def has_one_sample(shape: StepShape) -> bool:
+def has_one_sample(shape: RecordedShape) -> bool:
     return min(shape.sizes.by_step.values()) < 2
 
 
