@@ -422,7 +422,7 @@ BY_NAME: Mapping[str, Case] = {case.name: case for case in CASES}
 assert len(BY_NAME) == len(CASES), "two cases have one name"
 
 
-# ---- golden steps: what `tests/test_golden_steps.py` records again in seconds, with models of two layers -------------
+# ---- golden steps: what `tests/trace/test_golden_steps.py` records again in seconds, with models of two layers -------------
 
 GOLDEN_LENGTH = 256
 _OTHER_CARDS = (

@@ -4,7 +4,7 @@
     python -m rehearsal.run python -m rehearsal.golden --cases full-4090   these files alone
     python -m rehearsal.golden --state                                   which of them a recording equals now
 
-`tests/test_golden_steps.py` records the same settings without a card and holds each event against them. A file says
+`tests/trace/test_golden_steps.py` records the same settings without a card and holds each event against them. A file says
 with which versions, on which card and in which setting it was made.
 """
 

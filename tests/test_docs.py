@@ -20,10 +20,10 @@ ROOT = Path(__file__).parent.parent
 READMES = [ROOT / "README.md", ROOT / "README_zh.md"]
 PAGES = [*READMES, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 ELSEWHERE = {
-    "fitune demo": "test_demo.py",
-    "fitune sweep three.yaml": "test_sweep.py",
-    "torchrun --nproc_per_node 2 -m fitune train sft.yaml": "test_ranks.py",
-    "torchrun --nproc_per_node 2 -m fitune train sft.yaml model.shard=full": "test_sharded_runs.py",
+    "fitune demo": "cli/test_demo.py",
+    "fitune sweep three.yaml": "training/test_sweep.py",
+    "torchrun --nproc_per_node 2 -m fitune train sft.yaml": "distributed/test_ranks.py",
+    "torchrun --nproc_per_node 2 -m fitune train sft.yaml model.shard=full": "distributed/test_sharded_runs.py",
 }  # commands that are too slow for here, and the test that runs them
 
 

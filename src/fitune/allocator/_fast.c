@@ -1,7 +1,7 @@
 /* Replays allocations with those rules of rules.py that apply with PyTorch's default settings, on one
    stream.
 
-   tests/memory/test_plain_replay.py compares it with the allocator that implements all rules. Sizes and
+   tests/allocator/test_plain_replay.py compares it with the allocator that implements all rules. Sizes and
    addresses are counted in units of 512 bytes. A list of free blocks is an array of pointers, sorted by
    size, then by address: traces of 80 layers have some hundred free blocks, for which moving a part of
    the array is cheaper than any tree. */
