@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from fitune.data.packing import lay_out
 from fitune.data.rows import MicroBatch, Row
 from fitune.model.head import Head
-from fitune.objectives.supervised import CHUNK_TOKENS, chunked_cross_entropy
+from fitune.objectives.supervised import CHUNK_TOKENS, chunk_slices, chunked_cross_entropy
 
 RESULTS = Path(__file__).parent / "results" / "loss.json"
 
@@ -91,7 +91,8 @@ def full(case: Case) -> Tensor:
 
 def fitune(case: Case) -> Tensor:
     head = Head(nn.Identity(), case.output, 1.0, None)
-    return chunked_cross_entropy(case.hidden_ND, head, case.micro_batch, chunk_tokens=CHUNK_TOKENS)
+    chunks = chunk_slices(len(case.hidden_ND), CHUNK_TOKENS)
+    return chunked_cross_entropy(case.hidden_ND, head, case.micro_batch, chunks=chunks)
 
 
 def in_torch(case: Case, chunk: int | None = CHUNK_TOKENS) -> Tensor:

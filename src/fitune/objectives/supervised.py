@@ -8,6 +8,7 @@ gradient in the same pass. Logits of all tokens therefore never exist at the sam
 suffixes are those of `data/rows.py`.
 """
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -28,6 +29,14 @@ CHUNK_TOKENS = 256
 CHUNK_BYTES = 32 * 2**20
 
 
+def chunk_slices(num_tokens: int, chunk_tokens: int) -> list[slice]:
+    """Return the slices that cut this number of supervised tokens into chunks."""
+    return [
+        slice(start, min(start + chunk_tokens, num_tokens))
+        for start in range(0, num_tokens, chunk_tokens)
+    ]
+
+
 @dataclass(frozen=True, slots=True)
 class LossSettings:
     """How the loss of a micro-batch is computed."""
@@ -37,6 +46,13 @@ class LossSettings:
     head: Head | None = None
     #: supervised tokens whose logits exist at the same time
     chunk_tokens: int = CHUNK_TOKENS
+    #: (supervised tokens, tokens of a chunk) -> the chunks; a recording watches each begin and end
+    chunks: Callable[[int, int], Iterable[slice]] = chunk_slices
+
+    @property
+    def eval_chunk_tokens(self) -> int:
+        """As `chunk_tokens`, of an evaluation, whose peak is its logits alone."""
+        return min(self.chunk_tokens, CHUNK_TOKENS)
 
 
 def choose_chunk_tokens(head: Head, device: torch.device) -> int:
@@ -57,9 +73,8 @@ def token_loss_sum(model: nn.Module, micro_batch: MicroBatch, settings: LossSett
         return _weighted_cross_entropy(_supervised_logits(model, micro_batch), micro_batch)
     with joined_to_embedding(settings.head) as heads:
         hidden_ND = _supervised_hidden(settings.head, micro_batch)
-    return chunked_cross_entropy(
-        hidden_ND, heads[-1], micro_batch, chunk_tokens=settings.chunk_tokens
-    )
+    chunks = settings.chunks(hidden_ND.shape[0], settings.chunk_tokens)
+    return chunked_cross_entropy(hidden_ND, heads[-1], micro_batch, chunks=chunks)
 
 
 def losses_and_correct(
@@ -79,7 +94,7 @@ def losses_and_correct(
     hidden_ND = _supervised_hidden(settings.head, micro_batch)
     losses_N = hidden_ND.new_empty(hidden_ND.shape[0], dtype=torch.float32)
     correct = torch.zeros((), dtype=torch.int64, device=hidden_ND.device)
-    for chunk in _chunks(hidden_ND.shape[0], settings.chunk_tokens):
+    for chunk in settings.chunks(hidden_ND.shape[0], settings.eval_chunk_tokens):
         logits_NV = settings.head.logits(hidden_ND[chunk])
         losses_N[chunk] = F.cross_entropy(
             logits_NV.float(), micro_batch.target_ids_N[chunk], reduction="none"
@@ -89,11 +104,11 @@ def losses_and_correct(
 
 
 def chunked_cross_entropy(
-    hidden_ND: Tensor, head: Head, micro_batch: MicroBatch, *, chunk_tokens: int
+    hidden_ND: Tensor, head: Head, micro_batch: MicroBatch, *, chunks: Iterable[slice]
 ) -> Tensor:
     """Return the weighted sum of the cross-entropies of `head.logits(hidden_ND)`, a float32 scalar.
 
-    The logits of at most `chunk_tokens` tokens exist at the same time.
+    chunks: of the supervised tokens; only the logits of one chunk exist at the same time
     """
     loss = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
         hidden_ND,
@@ -102,7 +117,7 @@ def chunked_cross_entropy(
         micro_batch.target_ids_N,
         micro_batch.target_weights_N,
         head,
-        chunk_tokens,
+        chunks,
     )
     return cast(Tensor, loss)
 
@@ -123,7 +138,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         target_N: Tensor,
         weights_N: Tensor,
         head: Head,
-        chunk_tokens: int,
+        chunks: Iterable[slice],
     ) -> Tensor:
         compute_dtype = _compute_dtype(hidden_ND)
         matmul_weight_VD = weight_VD.to(compute_dtype)
@@ -133,7 +148,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_weight_VD = torch.zeros_like(weight_VD) if needs_weight else None
         grad_bias_V = torch.zeros_like(bias_V) if needs_bias and bias_V is not None else None
         with torch.autocast(hidden_ND.device.type, enabled=False):
-            for chunk in _chunks(hidden_ND.shape[0], chunk_tokens):
+            for chunk in chunks:
                 part_ND = hidden_ND[chunk].to(compute_dtype)
                 bias = None if bias_V is None else bias_V.to(compute_dtype)
                 logits_NV = _transform(F.linear(part_ND, matmul_weight_VD, bias).float(), head)
@@ -178,13 +193,6 @@ def _compute_dtype(hidden: Tensor) -> torch.dtype:
     """
     kind = hidden.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
-
-
-def _chunks(num_positions: int, chunk_tokens: int) -> list[slice]:
-    return [
-        slice(start, min(start + chunk_tokens, num_positions))
-        for start in range(0, num_positions, chunk_tokens)
-    ]
 
 
 def _transform(raw_NV: Tensor, head: Head) -> Tensor:

@@ -9,8 +9,7 @@ import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar, Literal, Self
-from unittest.mock import patch
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
@@ -23,7 +22,7 @@ from fitune.data.rows import TENSORS, Batch, MicroBatch, Row
 from fitune.model.head import two_logits
 from fitune.model.load import count_parameters, load_model
 from fitune.model.precision import Precision, device_precision, resolve_precision
-from fitune.objectives import supervised as loss
+from fitune.objectives.supervised import LossSettings, chunk_slices
 from fitune.optimizers.table import OPTIMIZERS
 from fitune.step.assemble import Layout, Packing, assemble, choose_layouts, choose_packing
 from fitune.step.evaluate import evaluate
@@ -212,19 +211,37 @@ def record_columns_of_step(
     # The micro-batches are laid out before the recording, whose tensors have no data. Whether the
     # model takes packed samples is not known yet, so both layouts are made.
     laid_out = {
-        packed: _lay_out(config, passes, device=device, packed=packed) for packed in (True, False)
+        packed: _lay_out(
+            config,
+            passes,
+            device=device,
+            packed=packed,
+            begin=lambda: recorders[0].begin_micro_batch(),
+        )
+        for packed in (True, False)
     }
+
+    def watched_chunks(num_tokens: int, chunk_tokens: int) -> Iterator[slice]:
+        name = CHUNK_LOOPS["eval" if evaluates else "train"]
+        slices = chunk_slices(num_tokens, chunk_tokens)
+        if skip_chunks:
+            slices = slices[: NUM_RECORDED_CHUNKS - 1] + slices[NUM_RECORDED_CHUNKS - 1 :][-1:]
+        for number, each in enumerate(slices):
+            with recorders[0].running(f"{name}.{number}"):
+                yield each
 
     def loop(model: Any, here: torch.device) -> Step:
         setup = assemble(
             model, config, device=device, precision=precision, packing=recorded.prepared
         )
         num_parameters, num_trainable_parameters = count_parameters(model)
+        loss = replace(setup.settings.loss, chunks=watched_chunks)
+        settings = replace(setup.settings, loss=loss)
         facts.append(
             {
-                "chunk_tokens": setup.settings.loss.chunk_tokens,
+                "chunk_tokens": loss.chunk_tokens,
                 "layout": setup.layout,
-                "chunked": setup.settings.loss.head is not None,
+                "chunked": loss.head is not None,
                 "num_parameters": num_parameters,
                 "num_trainable_parameters": num_trainable_parameters,
                 "notes": setup.notes,
@@ -246,41 +263,25 @@ def record_columns_of_step(
                     # a run empties the cache after its trials
                     recorders[0].empty_cache()
             elif evaluates:
-                evaluate(model, micro_batches, settings=setup.settings)
+                evaluate(model, micro_batches, settings=settings)
             else:
                 train_step(
                     model,
                     setup.optimizer,
                     micro_batches,
-                    settings=setup.settings,
+                    settings=settings,
                     scaler=setup.scaler,
                 )
 
         return step
 
     @contextmanager
-    def name_chunks(recorder: Recorder) -> Iterator[None]:
+    def remember(recorder: Recorder) -> Iterator[None]:
         recorders.append(recorder)
-        slices_of = loss._chunks
-
-        def chunks_of(num_positions: int, chunk_tokens: int) -> Iterator[slice]:
-            name = CHUNK_LOOPS["eval" if evaluates else "train"]
-            slices = slices_of(num_positions, chunk_tokens)
-            if skip_chunks:
-                slices = slices[: NUM_RECORDED_CHUNKS - 1] + slices[NUM_RECORDED_CHUNKS - 1 :][-1:]
-            for number, each in enumerate(slices):
-                with recorder.running(f"{name}.{number}"):
-                    yield each
-
-        with (
-            patch.object(loss, "_chunks", chunks_of),
-            patch.object(_OnHost, "notify", recorder.begin_micro_batch),
-            patch.object(_OnHost, "is_joined", target is not None),
-        ):
-            yield
+        yield
 
     with _existing_objects_frozen():
-        recording = recorded.record(loop, num_steps=len(passes), watch=name_chunks)
+        recording = recorded.record(loop, num_steps=len(passes), watch=remember)
     return ColumnsOfStep(
         recording=recording,
         evaluation_step=next(
@@ -322,7 +323,9 @@ def shape_of_step(
         structure.append((each.kind, len(groups), each.rows[0] if equal else (each.rows, *counts)))
         by_step[step] = max(counts)
         for rows in groups if columns.chunked else ():
-            parts = loss._chunks(Batch(tuple(rows)).num_supervised_tokens, columns.chunk_tokens)
+            loss = LossSettings(chunk_tokens=columns.chunk_tokens)
+            chunk_tokens = loss.eval_chunk_tokens if each.kind == "eval" else loss.chunk_tokens
+            parts = chunk_slices(Batch(tuple(rows)).num_supervised_tokens, chunk_tokens)
             last = parts[-1].stop - parts[-1].start if parts else 0
             chunks.setdefault(CHUNK_LOOPS[each.kind], set()).add((len(parts), last))
     if any(len(found) > 1 for found in chunks.values()):
@@ -344,12 +347,24 @@ def first_rows(
 
 
 def _lay_out(
-    config: RunConfig, passes: Sequence[Pass], *, device: torch.device, packed: bool
+    config: RunConfig,
+    passes: Sequence[Pass],
+    *,
+    device: torch.device,
+    packed: bool,
+    begin: Callable[[], None],
 ) -> list[tuple[Kind, list[MicroBatch]]]:
-    """Return the micro-batches of each pass that are recorded, in the run's order."""
+    """Return the micro-batches of each pass that are recorded, in the run's order.
+
+    begin: called when a micro-batch moves to the device
+    """
     grouped = _group(config, passes, device=device, packed=packed)
+    is_joined = device.type == "cuda"
     return [
-        (each.kind, [_on_host(lay_out(rows, packed=packed)) for rows in groups])
+        (
+            each.kind,
+            [_on_host(lay_out(rows, packed=packed), begin, is_joined) for rows in groups],
+        )
         for each, groups in zip(passes, grouped, strict=True)
     ]
 
@@ -374,10 +389,10 @@ def _group(
         yield [groups[number] for number in sorted(largest)]
 
 
-def _on_host(micro_batch: MicroBatch) -> "_OnHost":
-    made = _OnHost(**{field.name: getattr(micro_batch, field.name) for field in fields(MicroBatch)})
-    object.__setattr__(made, "whole", micro_batch.joined())
-    return made
+def _on_host(micro_batch: MicroBatch, begin: Callable[[], None], is_joined: bool) -> "_OnHost":
+    values = {field.name: getattr(micro_batch, field.name) for field in fields(MicroBatch)}
+    whole = micro_batch.joined() if is_joined else None
+    return _OnHost(**values, begin=begin, whole=whole)
 
 
 def _row(number: int, length: int, num_supervised: int) -> Row:
@@ -400,6 +415,7 @@ def _existing_objects_frozen() -> Iterator[None]:
         gc.unfreeze()
 
 
+@dataclass(frozen=True)
 class _OnHost(MicroBatch):
     """A micro-batch whose move to the device is always a copy, as a move to a card is.
 
@@ -407,16 +423,13 @@ class _OnHost(MicroBatch):
     """
 
     #: is called when the micro-batch begins
-    notify: ClassVar[Callable[[], None]] = staticmethod(lambda: None)
-    #: whether the tensors are copied as one, as they are to a card
-    is_joined: ClassVar[bool] = False
-    #: the joined tensors, made before the recording; see `joined`
-    whole: torch.Tensor
+    begin: Callable[[], None]
+    #: the tensors joined into one before the recording, as they are copied to a card; else None
+    whole: torch.Tensor | None
 
     def to(self, device: torch.device) -> Self:
-        type(self).notify()
-        if type(self).is_joined:
+        self.begin()
+        if self.whole is not None:
             return self.views_of(self.whole.to(device, copy=True))
-        return replace(
-            self, **{name: getattr(self, name).to(device, copy=True) for name in TENSORS}
-        )
+        copies = {name: getattr(self, name).to(device, copy=True) for name in TENSORS}
+        return replace(self, **copies)
