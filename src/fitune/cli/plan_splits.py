@@ -18,7 +18,7 @@ from fitune.cli.output import console, print_json, table
 from fitune.cli.plan_table import fits_text, tokens_per_second
 from fitune.config import RunConfig
 from fitune.errors import UsageError
-from fitune.language import say
+from fitune.language import say, translated
 from fitune.planning.plan import Candidate, Plan, closest, plan_json
 from fitune.units import format_count, format_gib
 
@@ -119,7 +119,8 @@ def _rate_notes(plans: list[Plan], config: RunConfig) -> Iterator[str]:
     reference = optim.reference_batch or plans[0].data["effective_batch"]
     for batch in sorted({plan.data["effective_batch"] for plan in plans} - {reference}):
         if optim.reference_batch is not None:
-            yield scaling_note(optim, settings_of(optim, lr=lr, rows=batch), lr=lr, rows=batch)
+            note = scaling_note(optim, settings_of(optim, lr=lr, rows=batch), lr=lr, rows=batch)
+            yield translated(note)
             continue
         change = batch / reference
         factor = rate_factor("sqrt_gain", change, rho=None, adaptive=is_adaptive(optim))

@@ -35,20 +35,10 @@ MAX_FILE_BYTES = 1_000_000
 DATA_SUFFIXES = (".jsonl", ".parquet", ".csv")
 DATA_WAY = "if it is the data, give it with --data (data.train)"
 _MAIN_KEYS = {
-    "model": "source",
-    "data": "train",
-    "optim": "name",
-    "batch": "effective",
-    "memory": "budget",
-    "run": "name",
-}
-_MAIN_KEYS |= {
-    "train": "epochs",
-    "eval": "max_rows",
-    "lora": "rank",
-    "shape": "preset",
+    "model": "source", "data": "train", "optim": "name", "batch": "effective", "memory": "budget",
+    "run": "name", "train": "epochs", "eval": "max_rows", "lora": "rank", "shape": "preset",
     "columns": "prompt",
-}
+}  # fmt: skip
 _FLAGS = {"model.source": "--model", "data.train": "--data"}
 
 

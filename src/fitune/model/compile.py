@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils._triton import has_triton
 
 from fitune.errors import ModelError
+from fitune.model.fused_linear import cast_weights_before_all_layers
 from fitune.model.packed_attention import prepare_for_compilation
 from fitune.model.recompute import recomputable_layers
 
@@ -34,5 +35,6 @@ def compile_layers(model: nn.Module, device: torch.device) -> None:
             "model.compile needs Triton on CUDA, which is not installed: pip install triton, or drop it"
         )
     prepare_for_compilation()
+    cast_weights_before_all_layers(model)
     for layer in layers:
         layer.compile(dynamic=True)

@@ -44,7 +44,7 @@ def fuse_linear_layers(model: nn.Module) -> None:
     for module in model.modules():
         if type(module) is nn.Linear and "joined" not in module.__dict__:
             module.__dict__["joined"] = _Joined([module])
-    _cast_weights_at_once(model)
+    _cast_weights_by_layer(model)
 
 
 def _share_input(attention: nn.Module) -> None:
@@ -140,62 +140,69 @@ class _SharedInput:
         self._hidden, self._ready = None, []
 
 
-def _cast_weights_at_once(model: nn.Module) -> None:
-    """Cast the weights of many layers in a few launches, before the first layer runs.
+def _cast_weights_by_layer(model: nn.Module) -> None:
+    """Cast the weights of each layer in one launch before it runs.
 
     These are the layers that keep their weights in 16 bits until the backward pass. A layer that is
-    recomputed does not keep them and casts its own.
+    recomputed does not keep them, and casts each weight where it is used.
+    """
+    for layer in recomputable_layers(model):
+        if any(True for _ in _joined_of(layer)):
+            layer.__dict__["cast_hooks"] = (
+                layer.register_forward_pre_hook(lambda layer, _: _cast_weights([layer])),
+                layer.register_forward_hook(lambda layer, *_: _forget(layer), always_call=True),
+            )
+
+
+def cast_weights_before_all_layers(model: nn.Module) -> None:
+    """Cast the weights of all layers in one launch, before the first layer runs.
+
+    For compiled layers, into whose graphs the hooks of `_cast_weights_by_layer` would be traced.
     """
     layers = recomputable_layers(model)
-    holding = (
-        module
-        for module in model.modules()
-        if any(_holds(child, layers) for child in module.children())
+    for layer in layers:
+        for hook in layer.__dict__.pop("cast_hooks", ()):
+            hook.remove()
+    body = next((each for each in model.modules() if _holds(each, layers[0])), model)
+    body.register_forward_pre_hook(lambda *_: _cast_weights(layers))
+    body.register_forward_hook(
+        lambda *_: [_forget(layer) for layer in layers] and None, always_call=True
     )
-    body = next(holding, model)
-    shared = [
-        each
-        for module in model.modules()
-        if (each := module.__dict__.get("shared_input")) is not None
-    ]
-    parts = [(layer, list(_joined_of(layer))) for layer in layers]
 
-    def begin(*_: Any) -> None:
-        if not torch.is_grad_enabled():
-            return
-        without_recompute = [
-            each for layer, of_layer in parts if not _is_recomputed(layer) for each in of_layer
-        ]
-        into: list[Tensor] = []
-        weights: list[Tensor] = []
-        for joined in without_recompute:
+
+def _cast_weights(layers: Sequence[nn.Module]) -> None:
+    if not torch.is_grad_enabled():
+        return
+    into: list[Tensor] = []
+    weights: list[Tensor] = []
+    for layer in layers:
+        for joined in _joined_of(layer) if not _is_recomputed(layer) else ():
             first = joined.layers[0].weight
             dtype = None if isinstance(first, DTensor) else joined.dtype_on(first)
             if dtype is not None:
                 joined.cast = first.new_empty((sum(joined.widths), first.shape[1]), dtype=dtype)
                 into += joined.cast.split(joined.widths)
-                weights += [layer.weight for layer in joined.layers]
-        if weights:
-            with torch.no_grad():
-                torch._foreach_copy_(into, weights)
-
-    def end(*_: Any) -> None:
-        for _, of_layer in parts:
-            for joined in of_layer:
-                joined.cast = None
-        for each in shared:
-            each.forget()
-
-    body.register_forward_pre_hook(begin)
-    body.register_forward_hook(end, always_call=True)
+                weights += [each.weight for each in joined.layers]
+    if weights:
+        with torch.no_grad():
+            torch._foreach_copy_(into, weights)
 
 
-def _holds(module: nn.Module, layers: Sequence[nn.Module]) -> bool:
-    return (
-        isinstance(module, nn.ModuleList) and any(child is layers[0] for child in module)
-        if layers
-        else False
-    )
+def _forget(layer: nn.Module) -> None:
+    """Drop what a forward has left in the layer; autograd holds what the backward needs."""
+    for module in layer.modules():
+        joined: _Joined | None = module.__dict__.get("joined")
+        if joined is not None:
+            joined.cast = None
+        shared: _SharedInput | None = module.__dict__.get("shared_input")
+        if shared is not None:
+            shared.forget()
+
+
+def _holds(module: nn.Module, layer: nn.Module) -> bool:
+    """Return whether the module has the layer in one of its lists of layers."""
+    lists = (child for child in module.children() if isinstance(child, nn.ModuleList))
+    return any(child is layer for each in lists for child in each)
 
 
 def _joined_of(layer: nn.Module) -> Iterator["_Joined"]:

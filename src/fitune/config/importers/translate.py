@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fitune.config.importers.data import put_data, put_mask
+from fitune.config.importers.data import put_data
 from fitune.config.importers.draft import Draft, check_arguments, is_off, whole
+from fitune.config.importers.mask import put_mask
 from fitune.config.importers.read import ToolArguments
 from fitune.config.importers.tools import MINIMIND_SCRIPTS
 from fitune.config.importers.training import put_optimizer, put_run_length, put_saving, put_schedule
