@@ -8,7 +8,8 @@ weights that are trained in float32; other layers run unchanged.
 
 from collections.abc import Callable, Iterator, Sequence
 from types import MethodType
-from typing import Any, cast
+from typing import Any
+from typing import cast as typed
 
 import torch
 from torch import Tensor, nn
@@ -62,7 +63,7 @@ class _Joined:
 
     def __init__(self, layers: Sequence[nn.Linear]) -> None:
         self.layers = layers
-        #: the joined weights in 16 bits, if the model's forward has cast those of all layers
+        #: the joined weights in 16 bits, if they were cast before the layer runs
         self.cast: Tensor | None = None
 
     @property
@@ -99,7 +100,7 @@ class _Joined:
             ]
         parameters = [layer.weight for layer in self.layers] + biases
         args = hidden.to(dtype), self.cast, len(self.layers), *parameters
-        return cast(Tensor, _JoinedProduct.apply(*args))  # type: ignore[no-untyped-call]
+        return typed(Tensor, _JoinedProduct.apply(*args))  # type: ignore[no-untyped-call]
 
 
 def _linear(self: nn.Linear, hidden: Tensor) -> Tensor:
@@ -131,7 +132,7 @@ class _SharedInput:
             # Rotary embeddings copy query and key. Attention saves the value for the backward;
             # as a view it would keep the whole product allocated.
             self._hidden, self._ready = hidden, [*query_and_key, value.contiguous()]
-        product, self._ready[number] = cast(Tensor, self._ready[number]), None
+        product, self._ready[number] = typed(Tensor, self._ready[number]), None
         if not any(each is not None for each in self._ready):
             self.forget()
         return product
@@ -140,63 +141,81 @@ class _SharedInput:
         self._hidden, self._ready = None, []
 
 
-def _cast_weights_by_layer(model: nn.Module) -> None:
-    """Cast the weights of each layer in one launch before it runs.
+class _Cast:
+    """Casts the weights of one layer before it runs, and drops what its forward leaves in it."""
 
-    These are the layers that keep their weights in 16 bits until the backward pass. A layer that is
-    recomputed does not keep them, and casts each weight where it is used.
-    """
+    def __init__(self, layer: nn.Module) -> None:
+        self._layer = layer
+        self.joined = list(_joined_of(layer))
+        self._shared = [
+            shared
+            for module in layer.modules()
+            if (shared := module.__dict__.get("shared_input")) is not None
+        ]
+        self._hooks = (
+            layer.register_forward_pre_hook(lambda *_: _cast_weights([self])),
+            layer.register_forward_hook(lambda *_: self.forget(), always_call=True),
+        )
+
+    def remove_hooks(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def is_needed(self) -> bool:
+        """Return whether the layer keeps its weights in 16 bits until the backward.
+
+        A layer that is recomputed does not, and casts each weight where it is used.
+        """
+        return not (self._layer.training and getattr(self._layer, "gradient_checkpointing", False))
+
+    def forget(self) -> None:
+        """Drop the weights and shared products; autograd holds what the backward needs."""
+        for joined in self.joined:
+            joined.cast = None
+        for shared in self._shared:
+            shared.forget()
+
+
+def _cast_weights_by_layer(model: nn.Module) -> None:
+    """Cast the weights of each layer in one launch before it runs."""
     for layer in recomputable_layers(model):
-        if any(True for _ in _joined_of(layer)):
-            layer.__dict__["cast_hooks"] = (
-                layer.register_forward_pre_hook(lambda layer, _: _cast_weights([layer])),
-                layer.register_forward_hook(lambda layer, *_: _forget(layer), always_call=True),
-            )
+        layer.__dict__["cast"] = _Cast(layer)
 
 
 def cast_weights_before_all_layers(model: nn.Module) -> None:
     """Cast the weights of all layers in one launch, before the first layer runs.
 
-    For compiled layers, into whose graphs the hooks of `_cast_weights_by_layer` would be traced.
+    For compiled layers, into whose graphs the hooks of a layer would be traced.
     """
     layers = recomputable_layers(model)
-    for layer in layers:
-        for hook in layer.__dict__.pop("cast_hooks", ()):
-            hook.remove()
+    casts = [cast for layer in layers if (cast := layer.__dict__.get("cast")) is not None]
+    for cast in casts:
+        cast.remove_hooks()
+
+    def forget(*_: Any) -> None:
+        for cast in casts:
+            cast.forget()
+
     body = next((each for each in model.modules() if _holds(each, layers[0])), model)
-    body.register_forward_pre_hook(lambda *_: _cast_weights(layers))
-    body.register_forward_hook(
-        lambda *_: [_forget(layer) for layer in layers] and None, always_call=True
-    )
+    body.register_forward_pre_hook(lambda *_: _cast_weights(casts))
+    body.register_forward_hook(forget, always_call=True)
 
 
-def _cast_weights(layers: Sequence[nn.Module]) -> None:
+def _cast_weights(casts: Sequence[_Cast]) -> None:
     if not torch.is_grad_enabled():
         return
     into: list[Tensor] = []
     weights: list[Tensor] = []
-    for layer in layers:
-        for joined in _joined_of(layer) if not _is_recomputed(layer) else ():
-            first = joined.layers[0].weight
-            dtype = None if isinstance(first, DTensor) else joined.dtype_on(first)
-            if dtype is not None:
-                joined.cast = first.new_empty((sum(joined.widths), first.shape[1]), dtype=dtype)
-                into += joined.cast.split(joined.widths)
-                weights += [each.weight for each in joined.layers]
+    for joined in (joined for cast in casts if cast.is_needed() for joined in cast.joined):
+        first = joined.layers[0].weight
+        dtype = None if isinstance(first, DTensor) else joined.dtype_on(first)
+        if dtype is not None:
+            joined.cast = first.new_empty((sum(joined.widths), first.shape[1]), dtype=dtype)
+            into += joined.cast.split(joined.widths)
+            weights += [each.weight for each in joined.layers]
     if weights:
         with torch.no_grad():
             torch._foreach_copy_(into, weights)
-
-
-def _forget(layer: nn.Module) -> None:
-    """Drop what a forward has left in the layer; autograd holds what the backward needs."""
-    for module in layer.modules():
-        joined: _Joined | None = module.__dict__.get("joined")
-        if joined is not None:
-            joined.cast = None
-        shared: _SharedInput | None = module.__dict__.get("shared_input")
-        if shared is not None:
-            shared.forget()
 
 
 def _holds(module: nn.Module, layer: nn.Module) -> bool:
@@ -212,10 +231,6 @@ def _joined_of(layer: nn.Module) -> Iterator["_Joined"]:
         if joined is not None and id(joined) not in seen:
             seen.add(id(joined))
             yield joined
-
-
-def _is_recomputed(layer: nn.Module) -> bool:
-    return bool(layer.training and getattr(layer, "gradient_checkpointing", False))
 
 
 class _JoinedProduct(torch.autograd.Function):
@@ -321,13 +336,13 @@ def _fused_mlp_of(module: nn.Module) -> Callable[..., Any] | None:
         layers: _Joined = self.__dict__["joined"]
         dtype = layers.dtype_on(hidden)
         if dtype is None:
-            return cast(Tensor, type(self).forward(self, hidden))
+            return typed(Tensor, type(self).forward(self, hidden))
         joined = layers.product(hidden, dtype)
         if torch.compiler.is_compiling():
             gate, up = joined.chunk(2, dim=-1)
-            return cast(Tensor, self.down_proj(functional.silu(gate) * up))
+            return typed(Tensor, self.down_proj(functional.silu(gate) * up))
         gated = _GatedSilu.apply(joined)  # type: ignore[no-untyped-call]
-        return cast(Tensor, self.down_proj(gated))
+        return typed(Tensor, self.down_proj(gated))
 
     return forward
 
