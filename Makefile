@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 REHEARSED := .venv-rehearsal
 ON_CARD := $(PYTHON) -m rehearsal.run
 
-.PHONY: install demo docs test test-gpu check bench rehearse rehearse-here rehearse-launches rehearsed-driver clean
+.PHONY: install demo docs test test-all test-thorough test-gpu check bench rehearse rehearse-here rehearse-launches rehearsed-driver clean
 
 install: $(STAMP)
 
@@ -29,8 +29,16 @@ check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
 test: check
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(PYTEST) -m "not thorough"
+
+test-all: test test-thorough
+
+# What `make test` leaves out: full products of cases, and the pages in their second language.
+test-thorough: install
+	$(PYTEST) -m thorough
 
 # On a machine with an NVIDIA card; skipped without one.
 test-gpu: install

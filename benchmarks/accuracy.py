@@ -66,7 +66,11 @@ def compare_row(row: dict[str, Any]) -> Compared:
         return Compared(**described, reason=expressed.reason)
     started = time.perf_counter()
     prediction = fitune.predict_loop(
-        expressed.build, expressed.loop, gpu=expressed.gpu, num_steps=expressed.num_steps, attention=expressed.attention
+        expressed.build,
+        expressed.loop,
+        gpu=expressed.gpu,
+        num_steps=expressed.num_steps,
+        attention=expressed.attention,
     )
     predicted = {
         "allocated": prediction.peak_allocated_bytes,
@@ -94,12 +98,20 @@ def compare_apart(row: dict[str, Any], limit_seconds: float) -> Compared:
     process.start()
     sender.close()
     try:
-        answer = receiver.recv() if receiver.poll(limit_seconds) else f"no answer within {limit_seconds:.0f} s"
+        answer = (
+            receiver.recv()
+            if receiver.poll(limit_seconds)
+            else f"no answer within {limit_seconds:.0f} s"
+        )
     except EOFError:
         answer = "the process ended without an answer"
     process.kill()
     process.join()
-    return answer if isinstance(answer, Compared) else Compared(**_describe(row), reason=f"failed: {answer}")
+    return (
+        answer
+        if isinstance(answer, Compared)
+        else Compared(**_describe(row), reason=f"failed: {answer}")
+    )
 
 
 def _send(row: dict[str, Any], sender: Any) -> None:
@@ -111,7 +123,12 @@ def _send(row: dict[str, Any], sender: Any) -> None:
 
 def _describe(row: dict[str, Any]) -> dict[str, Any]:
     recompute = "recompute" if row["checkpointing"] else ""
-    parts = (row["method"], recompute, f"{row['batch']} x {row['seq']}", f"attention {row['attention']}")
+    parts = (
+        row["method"],
+        recompute,
+        f"{row['batch']} x {row['seq']}",
+        f"attention {row['attention']}",
+    )
     return {
         "id": row["id"],
         "group": _group(row["source"]),
@@ -144,7 +161,10 @@ def summarise(rows: Sequence[Compared]) -> list[str]:
     for group in dict.fromkeys(row.group for row in rows):
         of_group = [row for row in rows if row.group == group]
         missing = sum(row.error_fraction is None for row in of_group)
-        kinds = sorted({(row.known, row.metric) for row in of_group if row.error_fraction is not None}, reverse=True)
+        kinds = sorted(
+            {(row.known, row.metric) for row in of_group if row.error_fraction is not None},
+            reverse=True,
+        )
         for known, metric in kinds:
             errors = [
                 row.error_fraction
@@ -176,10 +196,19 @@ def render(rows: Sequence[Compared]) -> str:
     ]
     for group in dict.fromkeys(row.group for row in rows):
         of_group = [row for row in rows if row.group == group]
-        lines += [f"## {group}", "", *_predicted_lines(row for row in of_group if row.error_fraction is not None)]
+        lines += [
+            f"## {group}",
+            "",
+            *_predicted_lines(row for row in of_group if row.error_fraction is not None),
+        ]
         lines += _assumption_lines(row for row in of_group if row.error_fraction is not None)
         lines += _missing_lines(row for row in of_group if row.error_fraction is None)
-    lines += [*trainer_accuracy.section(), *cpu_accuracy.section(), *gpu_accuracy.section(), *fits.section()]
+    lines += [
+        *trainer_accuracy.section(),
+        *cpu_accuracy.section(),
+        *gpu_accuracy.section(),
+        *fits.section(),
+    ]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -214,10 +243,14 @@ def _missing_lines(rows: Iterable[Compared]) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--group", default="", help="only rows whose source contains this")
     parser.add_argument("--rows", default="", help="only these row ids, separated by commas")
-    parser.add_argument("--limit-seconds", type=float, default=120.0, help="time limit of a row (default: 120)")
+    parser.add_argument(
+        "--limit-seconds", type=float, default=120.0, help="time limit of a row (default: 120)"
+    )
     options = parser.parse_args(arguments)
     wanted = {name for name in options.rows.split(",") if name}
     published = read_rows()

@@ -43,8 +43,8 @@ from fitune.model.presets import llama_config, preset_config
 from fitune.run.directory import create_run
 from fitune.run.metrics import StepMetrics, read_metrics
 from fitune.step.assemble import assemble, choose_precision
-from fitune.training.loop import train
 from fitune.training.prepare import load_data
+from fitune.training.train import train
 
 RESULT = Path(__file__).parent / "results" / "batch_size.json"
 PAGE = Path(__file__).parent.parent / "docs" / "batch_size.md"
@@ -117,11 +117,17 @@ class Outcome(Trial):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--task", choices=TASKS, action="append")
-    parser.add_argument("--quick", action="store_true", help="fewer rows, batches and seeds; nothing is written")
+    parser.add_argument(
+        "--quick", action="store_true", help="fewer rows, batches and seeds; nothing is written"
+    )
     parser.add_argument("--output", type=Path, default=RESULT)
-    parser.add_argument("--page", action="store_true", help="only write what was measured into docs/batch_size.md")
+    parser.add_argument(
+        "--page", action="store_true", help="only write what was measured into docs/batch_size.md"
+    )
     arguments = parser.parse_args()
     if arguments.page:
         write_page(json.loads(RESULT.read_text()))
@@ -173,9 +179,13 @@ def save_model(path: Path, shape: Any, data: Path) -> Path:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    trainer = trainers.BpeTrainer(vocab_size=shape.vocab_size, special_tokens=special, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=shape.vocab_size, special_tokens=special, show_progress=False
+    )
     tokenizer.train([str(data)], trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>"
+    )
     fast.chat_template = TEMPLATE
     build_model(shape, seed=0).save_pretrained(path)
     fast.save_pretrained(path)
@@ -196,7 +206,11 @@ class Runner:
         self.start = {name: value.detach().clone() for name, value in self.trained()}
 
     def trained(self) -> Iterable[tuple[str, torch.Tensor]]:
-        return ((name, parameter) for name, parameter in self.model.named_parameters() if parameter.requires_grad)
+        return (
+            (name, parameter)
+            for name, parameter in self.model.named_parameters()
+            if parameter.requires_grad
+        )
 
     def config(self, trial: Trial, rho: float | None = None) -> RunConfig:
         """rho: measured at the smallest batch, for the rules that want it."""
@@ -204,13 +218,17 @@ class Runner:
         optim: dict[str, Any] = {"lr": trial.lr, "warmup": 0.05}
         if trial.kind in RULES:
             rule = trial.kind.removesuffix("_weighted")
-            known = {"noise_scale": rho * task.rows} if rho is not None and rule == "sqrt_gain" else {}
+            known = (
+                {"noise_scale": rho * task.rows} if rho is not None and rule == "sqrt_gain" else {}
+            )
             optim |= {"scaling": rule, "reference_batch": task.rows, **known}
         content = {
             "model": {**task.model, "recompute": "off"},
             "loss": "full",
             "data": {
-                "train": [{"path": str(self.directory / "english.jsonl"), "max_rows": task.max_rows}],
+                "train": [
+                    {"path": str(self.directory / "english.jsonl"), "max_rows": task.max_rows}
+                ],
                 "eval_fraction": 0.1,
                 "max_length": task.max_length,
                 "too_long": "drop" if task.drop_long else "truncate",
@@ -238,7 +256,9 @@ class Runner:
         setup = assemble(self.model, config, device=self.device, precision=self.precision)
         run = create_run(config.run.output, "run", overwrite=True)
         with TrainingProgress(quiet=True) as watcher:
-            summary = train(config, setup, run, data=self.data, tokenizer=self.tokenizer, watcher=watcher)
+            summary = train(
+                config, setup, run, data=self.data, tokenizer=self.tokenizer, watcher=watcher
+            )
         steps = read_metrics(run.metrics).steps
         later = steps[len(steps) // 4 :]
         rhos = [step.noise_ratio for step in later if step.noise_ratio is not None]
@@ -254,7 +274,9 @@ class Runner:
             rho=statistics.median(rhos) if rhos else None,
             rho_weighted=statistics.median(weighted) if weighted else None,
             overhead={
-                str(k): statistics.fmean(token_overhead(times(step.noise_ratio, trial.factor), k) for step in later)
+                str(k): statistics.fmean(
+                    token_overhead(times(step.noise_ratio, trial.factor), k) for step in later
+                )
                 for k in (2, 4, 8)
             },
         )
@@ -278,7 +300,9 @@ def token_overhead(rho: float | None, factor: int) -> float:
 class Ledger:
     """The outcomes so far, in a file: what is in it is not trained again."""
 
-    def __init__(self, task: Task, run: Callable[[Trial, float | None], Outcome], path: Path) -> None:
+    def __init__(
+        self, task: Task, run: Callable[[Trial, float | None], Outcome], path: Path
+    ) -> None:
         self.task, self.run, self.path = task, run, path
         kept = self.content().get(task.name, {})
         same = known_by(kept.get("task", {})) == known_by(json.loads(json.dumps(shown(task))))
@@ -289,13 +313,21 @@ class Ledger:
         return content
 
     def write(self, **more: Any) -> dict[str, Any]:
-        found = {"task": shown(self.task), **more, "outcomes": [asdict(outcome) for outcome in self.outcomes]}
+        found = {
+            "task": shown(self.task),
+            **more,
+            "outcomes": [asdict(outcome) for outcome in self.outcomes],
+        }
         self.path.write_text(json.dumps(self.content() | {self.task.name: found}, indent=1) + "\n")
         return found
 
-    def outcome(self, kind: str, factor: int, lr: float, *, seed: int, rho: float | None = None) -> Outcome:
+    def outcome(
+        self, kind: str, factor: int, lr: float, *, seed: int, rho: float | None = None
+    ) -> Outcome:
         for known in self.outcomes:
-            if (known.kind, known.factor, known.seed) == (kind, factor, seed) and math.isclose(known.lr, lr):
+            if (known.kind, known.factor, known.seed) == (kind, factor, seed) and math.isclose(
+                known.lr, lr
+            ):
                 return known
         outcome = self.run(Trial(kind=kind, factor=factor, lr=lr, seed=seed), rho)
         print(
@@ -323,29 +355,44 @@ def known_by(task: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in task.items() if name not in ("seeds", "factors")}
 
 
-def measure(task: Task, run: Callable[[Trial, float | None], Outcome], output: Path) -> dict[str, Any]:
+def measure(
+    task: Task, run: Callable[[Trial, float | None], Outcome], output: Path
+) -> dict[str, Any]:
     ledger = Ledger(task, run, output)
     grid: dict[int, dict[float, float]] = {}
     lr = task.lr
     for factor in task.factors:
-        grid[factor] = best_inside(lambda rate, factor=factor: mean_loss(ledger.over_seeds("grid", factor, rate)), lr)
+        grid[factor] = best_inside(
+            lambda rate, factor=factor: mean_loss(ledger.over_seeds("grid", factor, rate)), lr
+        )
         lr = best_rate(grid[factor])
     base_lr = best_rate(grid[1])
     base = ledger.over_seeds("grid", 1, base_lr)
-    noise = [of_smallest(each, task.noise_factor) for each in ledger.over_seeds("grid", task.noise_factor, base_lr)]
-    weighted = task.with_more and all(each.rho_weighted is not None for each in noise)  # None in a run too short
+    noise = [
+        of_smallest(each, task.noise_factor)
+        for each in ledger.over_seeds("grid", task.noise_factor, base_lr)
+    ]
+    weighted = task.with_more and all(
+        each.rho_weighted is not None for each in noise
+    )  # None in a run too short
     known_rules = [rule for rule in RULES if weighted or rule != "sqrt_gain_weighted"]
     rules = []
     for rule in known_rules:
         for factor in task.factors[1:]:
             outcomes = [
                 ledger.outcome(
-                    "grid" if rule == "none" else rule, factor, base_lr, seed=each.seed, rho=known_rho(rule, each)
+                    "grid" if rule == "none" else rule,
+                    factor,
+                    base_lr,
+                    seed=each.seed,
+                    rho=known_rho(rule, each),
                 )
                 for each in noise
             ]
             best = ledger.over_seeds("grid", factor, best_rate(grid[factor]))
-            rules.append(judge(rule, outcomes, grid[factor], best=best, reference=optimum(grid[1])[0]))
+            rules.append(
+                judge(rule, outcomes, grid[factor], best=best, reference=optimum(grid[1])[0])
+            )
     found = {
         "reference_lr": base_lr,
         "rho": median_of(each.rho for each in noise),
@@ -367,7 +414,9 @@ def measure(task: Task, run: Callable[[Trial, float | None], Outcome], output: P
 
 def of_smallest(outcome: Outcome, factor: int) -> Outcome:
     """What a run of `factor` times the smallest batch says of the noise of a step of the smallest."""
-    return replace(outcome, rho=times(outcome.rho, factor), rho_weighted=times(outcome.rho_weighted, factor))
+    return replace(
+        outcome, rho=times(outcome.rho, factor), rho_weighted=times(outcome.rho_weighted, factor)
+    )
 
 
 def known_rho(rule: str, outcome: Outcome) -> float | None:
@@ -379,7 +428,11 @@ def best_inside(loss_of: Callable[[float], float], lr: float) -> dict[float, flo
     losses = {lr: loss_of(lr)}
     while len(losses) < MOST_RATES:
         best = best_rate(losses)
-        wanted = [rate for rate in (best * 2, best / 2) if not any(math.isclose(rate, known) for known in losses)]
+        wanted = [
+            rate
+            for rate in (best * 2, best / 2)
+            if not any(math.isclose(rate, known) for known in losses)
+        ]
         if not wanted:
             break
         losses[wanted[0]] = loss_of(wanted[0])
@@ -406,13 +459,20 @@ def optimum(losses: Mapping[float, float]) -> tuple[float, float]:
 
 
 def judge(
-    rule: str, outcomes: list[Outcome], losses: Mapping[float, float], *, best: list[Outcome], reference: float
+    rule: str,
+    outcomes: list[Outcome],
+    losses: Mapping[float, float],
+    *,
+    best: list[Outcome],
+    reference: float,
 ) -> dict[str, Any]:
     """best: at the grid's best rate, seed by seed. reference: the best rate of the smallest batch, between those of its
     grid. *_reach: half the 95 % interval, None for one seed."""
     lr, lowest = optimum(losses)
     rate, loss = statistics.geometric_mean(each.peak_lr for each in outcomes), mean_loss(outcomes)
-    reach = half_width([each.eval_loss - other.eval_loss for each, other in zip(outcomes, best, strict=True)])
+    reach = half_width(
+        [each.eval_loss - other.eval_loss for each, other in zip(outcomes, best, strict=True)]
+    )
     return {
         "factor": outcomes[0].factor,
         "rule": rule,
@@ -438,16 +498,25 @@ def closeness(rule: str, rules: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def overheads(
-    ledger: Ledger, grid: Mapping[int, Mapping[float, float]], *, base: list[Outcome], noise: list[Outcome]
+    ledger: Ledger,
+    grid: Mapping[int, Mapping[float, float]],
+    *,
+    base: list[Outcome],
+    noise: list[Outcome],
 ) -> list[dict[str, Any]]:
     """By factor: times the tokens for the smallest batch's loss, measured in each seed and predicted by the noise."""
     half = ledger.over_seeds("half", 1, base[0].lr)
-    slopes = [(less.eval_loss - each.eval_loss) / math.log(2) for less, each in zip(half, base, strict=True)]
+    slopes = [
+        (less.eval_loss - each.eval_loss) / math.log(2)
+        for less, each in zip(half, base, strict=True)
+    ]
     slope = statistics.fmean(slopes)
     rows = []
     for factor in ledger.task.factors[1:]:
         larger = ledger.over_seeds("grid", factor, best_rate(grid[factor]))
-        logs = [(k.eval_loss - each.eval_loss) / slope for k, each in zip(larger, base, strict=True)]
+        logs = [
+            (k.eval_loss - each.eval_loss) / slope for k, each in zip(larger, base, strict=True)
+        ]
         mean, reach = statistics.fmean(logs), half_width(logs)
         rows.append(
             {
@@ -552,7 +621,11 @@ def _section(found: Mapping[str, Any]) -> str:
             f"x {_number(each['predicted_weighted'])} |"
         )
     if found["modes"]:
-        lines += ["", "| mode | steps | loss beside the fixed run's | spread of the fixed runs |", "|---|---|---|---|"]
+        lines += [
+            "",
+            "| mode | steps | loss beside the fixed run's | spread of the fixed runs |",
+            "|---|---|---|---|",
+        ]
     for each in found["modes"]:
         lines.append(
             f"| `{each['mode']}` | {each['steps']:.0f} instead of {each['fixed_steps']:.0f} | "
@@ -573,21 +646,31 @@ def _number(value: float | None) -> str:
 
 def print_summary(found: Mapping[str, Any]) -> None:
     task = found["task"]
-    print(f"\n{task['name']}: {task['rows']} rows, {len(task['seeds'])} seeds, {found['cpu_seconds']:.0f} s of CPU")
-    print(f"noise over signal of a step: {found['rho']}, weighted as Adam weighs it {found['rho_weighted']}")
+    print(
+        f"\n{task['name']}: {task['rows']} rows, {len(task['seeds'])} seeds, {found['cpu_seconds']:.0f} s of CPU"
+    )
+    print(
+        f"noise over signal of a step: {found['rho']}, weighted as Adam weighs it {found['rho_weighted']}"
+    )
     for factor, losses in found["grid"].items():
         print(f"x{factor:2} " + "  ".join(f"{lr} {loss:.4f}" for lr, loss in losses.items()))
-    print("factor rule                    rate   eval loss  above the grid's best  doublings from the best rate")
+    print(
+        "factor rule                    rate   eval loss  above the grid's best  doublings from the best rate"
+    )
     for each in found["rules"]:
         print(
             f"x{each['factor']:<5} {each['rule']:19} {each['lr']:.2e}  {each['eval_loss']:.4f}     "
             f"{each['above_best_fraction']:+.2%}                 {each['doublings_from_optimum']:+.2f}"
         )
     for rule, close in found["closeness"].items():
-        print(f"on average {rule:19} {close['doublings']:.2f} doublings, {close['above_best_fraction']:+.2%}")
+        print(
+            f"on average {rule:19} {close['doublings']:.2f} doublings, {close['above_best_fraction']:+.2%}"
+        )
     for each in found["overhead"]:
         interval = (
-            "" if each["measured_low"] is None else f" ({each['measured_low']:.2f} to {each['measured_high']:.2f})"
+            ""
+            if each["measured_low"] is None
+            else f" ({each['measured_low']:.2f} to {each['measured_high']:.2f})"
         )
         print(
             f"x{each['factor']} costs {each['measured']:.2f}{interval} times the tokens; the noise predicts "

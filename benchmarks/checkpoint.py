@@ -25,7 +25,8 @@ from fitune.machine.process_memory import read_peak, reset_peak
 from fitune.model.save import model_files
 from fitune.run.directory import create_run
 from fitune.step.work import train_step
-from fitune.training.checkpoint import CheckpointWriter, checkpoint_path
+from fitune.training.checkpoint.files import checkpoint_path
+from fitune.training.checkpoint.write import CheckpointWriter
 from fitune.training.loop import EVALS_PER_RUN
 from fitune.training.prepare import Prepared, prepare
 from fitune.training.state import RunState
@@ -33,7 +34,9 @@ from fitune.units import GIB, MIB
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
@@ -48,7 +51,9 @@ def main() -> None:
 def measure(place: Path, *, rounds: int) -> dict[str, float]:
     data_path = place / "english.jsonl"
     demo.write_dialogues(demo.corpus_directory("english"), data_path)
-    config = read_config(demo.demo_config(demo.smollm2_file(), data_path, output=place, steps=1)).config
+    config = read_config(
+        demo.demo_config(demo.smollm2_file(), data_path, output=place, steps=1)
+    ).config
     prepared = prepare(config, plan_check=False, settings=())
     rows_per_step = config.batch.rows_per_step
     epoch_steps = num_steps(prepared.data.train, rows_per_step=rows_per_step)
@@ -84,8 +89,12 @@ def measure(place: Path, *, rounds: int) -> dict[str, float]:
             )
             if (failure := writer.failure()) is not None:
                 raise RuntimeError(failure)
-    plain, beside = ({key: _median(lines, key) for key in lines[0]} for lines in (timed[False], timed[True]))
-    size = sum(path.stat().st_size for path in checkpoint_path(run, rounds).rglob("*") if path.is_file())
+    plain, beside = (
+        {key: _median(lines, key) for key in lines[0]} for lines in (timed[False], timed[True])
+    )
+    size = sum(
+        path.stat().st_size for path in checkpoint_path(run, rounds).rglob("*") if path.is_file()
+    )
     extra = beside["step_seconds"] - plain["step_seconds"]
     extra_cpu = beside["cpu_seconds"] - plain["cpu_seconds"]
     return {
@@ -105,7 +114,9 @@ def measure(place: Path, *, rounds: int) -> dict[str, float]:
 
 def _step(prepared: Prepared, micro_batches: list[Any]) -> None:
     setup = prepared.setup
-    train_step(setup.model, setup.optimizer, micro_batches, settings=setup.settings, scaler=setup.scaler)
+    train_step(
+        setup.model, setup.optimizer, micro_batches, settings=setup.settings, scaler=setup.scaler
+    )
 
 
 def _median(lines: list[dict[str, float]], key: str) -> float:

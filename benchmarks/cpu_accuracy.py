@@ -79,7 +79,9 @@ SETTINGS = (
     Setting("small-lora", "minimind2-small", 512, 4, (LORA,)),
     Setting("minimind3-full", "minimind-3", 256, 4),
     Setting("minimind3-every-2", "minimind-3", 512, 2, ("model.recompute=every_2",)),
-    Setting("minimind3-selective", "minimind-3", 256, 4, ("model.recompute=selective", FULL_LOGITS)),
+    Setting(
+        "minimind3-selective", "minimind-3", 256, 4, ("model.recompute=selective", FULL_LOGITS)
+    ),
     Setting("minimind3-lora", "minimind-3", 1024, 1, (LORA,)),
     Setting("minimind2-full", "minimind2", 256, 2, accumulation=2),
     Setting("minimind2-recompute", "minimind2", 128, 8, (RECOMPUTE, FULL_LOGITS)),
@@ -139,19 +141,31 @@ def measure_here(setting: Setting) -> dict[str, Any]:
     if setting.source == "smollm2":  # as in a run, the tokenizer comes before the model
         load_tokenizer(config.model)
     before, files_before = program_bytes(device), psutil.Process().memory_info().shared
-    model = load_model(config.model, device, precision=choose_precision(config, device), seed=config.train.seed)
+    model = load_model(
+        config.model, device, precision=choose_precision(config, device), seed=config.train.seed
+    )
     setup = assemble(model, config, device=device, precision=choose_precision(config, device))
     generator = np.random.default_rng(0)
     weights = np.ones(setting.length, np.float32)
     weights[0] = 0
     rows = tuple(
-        Row(number, generator.integers(0, model.config.vocab_size, setting.length).astype(np.int32), weights)
+        Row(
+            number,
+            generator.integers(0, model.config.vocab_size, setting.length).astype(np.int32),
+            weights,
+        )
         for number in range(setting.num_rows)
     )
     micro_batches = setup.layout.split(Batch(rows))
     for _ in range(2):
         reset_peak(device)
-        train_step(setup.model, setup.optimizer, micro_batches, settings=setup.settings, scaler=setup.scaler)
+        train_step(
+            setup.model,
+            setup.optimizer,
+            micro_batches,
+            settings=setup.settings,
+            scaler=setup.scaler,
+        )
     peak = read_peak(device).device_bytes
     assert peak is not None
     assert before is not None
@@ -170,13 +184,18 @@ def _predict(setting: Setting, config: RunConfig) -> dict[str, int]:
     rows = ((setting.length, setting.length - 1),) * setting.num_rows
     passes = [Pass("train", rows, most_micro_batches=setting.accumulation)] * 2
     prediction = predict_run(config, cpu_device(), passes=passes).training
-    return {"live_bytes": prediction.peak_allocated_bytes, "predicted_bytes": prediction.peak_reserved_bytes}
+    return {
+        "live_bytes": prediction.peak_allocated_bytes,
+        "predicted_bytes": prediction.peak_reserved_bytes,
+    }
 
 
 def environment_of(allocator: Allocator) -> dict[str, str] | None:
     """None where the allocator is not installed."""
     own = {"MALLOC_MMAP_THRESHOLD_", "LD_PRELOAD", "MALLOC_ARENA_MAX", "MALLOC_TRIM_THRESHOLD_"}
-    environment = {name: value for name, value in os.environ.items() if name not in own} | {"OMP_NUM_THREADS": "1"}
+    environment = {name: value for name, value in os.environ.items() if name not in own} | {
+        "OMP_NUM_THREADS": "1"
+    }
     if allocator == "mapped":
         return environment | {"MALLOC_MMAP_THRESHOLD_": "65536"}
     if allocator == "tcmalloc":
@@ -209,7 +228,11 @@ def compare(setting: Setting, allocator: Allocator) -> Compared:
 
 
 def read_results() -> list[Compared]:
-    return [Compared(**row) for row in json.loads(RESULTS.read_text())["settings"]] if RESULTS.exists() else []
+    return (
+        [Compared(**row) for row in json.loads(RESULTS.read_text())["settings"]]
+        if RESULTS.exists()
+        else []
+    )
 
 
 def section() -> list[str]:
@@ -237,7 +260,11 @@ def section() -> list[str]:
 def summary(rows: Iterable[Compared]) -> list[str]:
     lines = []
     for allocator in ALLOCATORS:
-        errors = [error for row in rows if row.allocator == allocator and (error := row.error_fraction) is not None]
+        errors = [
+            error
+            for row in rows
+            if row.allocator == allocator and (error := row.error_fraction) is not None
+        ]
         if errors:
             sizes = sorted(errors, key=abs)
             lines.append(
@@ -254,8 +281,12 @@ def _line(row: Compared) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one small setting under each allocator")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="one small setting under each allocator"
+    )
     parser.add_argument("--settings", default="", help="only these, separated by commas")
     parser.add_argument("--allocators", default="", help="only these, separated by commas")
     parser.add_argument("--measure", default="", help=argparse.SUPPRESS)
@@ -267,7 +298,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     kinds = [kind for kind in options.allocators.split(",") if kind]
     if unknown := sorted({*names} - {*BY_NAME}) + sorted({*kinds} - {*ALLOCATORS}):
         parser.error(f"unknown: {', '.join(unknown)}")
-    settings = [QUICK] if options.quick else [each for each in SETTINGS if not names or each.name in names]
+    settings = (
+        [QUICK] if options.quick else [each for each in SETTINGS if not names or each.name in names]
+    )
     pairs = [(each, kind) for kind in ALLOCATORS for each in settings if not kinds or kind in kinds]
     rows = []
     with ThreadPoolExecutor(NUM_AT_ONCE) as pool:
@@ -286,7 +319,9 @@ def keep(row: Compared) -> None:
     """In place of the earlier row of this setting and allocator; the page is written anew."""
     import accuracy
 
-    rows = {(each.name, each.allocator): each for each in read_results()} | {(row.name, row.allocator): row}
+    rows = {(each.name, each.allocator): each for each in read_results()} | {
+        (row.name, row.allocator): row
+    }
     order = [(name, allocator) for name in BY_NAME for allocator in ALLOCATORS]
     kept = [asdict(rows[place]) for place in order if place in rows]
     RESULTS.parent.mkdir(exist_ok=True)

@@ -16,7 +16,9 @@ RESULTS = Path(__file__).parent / "results" / "fits.jsonl"
 def read_tried(path: Path = RESULTS) -> list[dict[str, Any]]:
     if not path.exists():
         return []
-    return list({row["seed"]: row for row in map(json.loads, path.read_text().splitlines())}.values())
+    return list(
+        {row["seed"]: row for row in map(json.loads, path.read_text().splitlines())}.values()
+    )
 
 
 def section(path: Path = RESULTS) -> list[str]:
@@ -37,9 +39,15 @@ def section(path: Path = RESULTS) -> list[str]:
         "|---|---:|---:|---:|---:|---:|",
     ]
     for card in [*sorted({row["card"] for row in known}), "all"]:
-        counted = Counter((row["says_fits"], row["ran_out"]) for row in known if card in (row["card"], "all"))
-        yes, no = (sum(counted[said, ran_out] for ran_out in (True, False)) for said in (True, False))
-        lines.append(f"| {card} | {yes + no} | {yes} | {counted[True, True]} | {no} | {counted[False, False]} |")
+        counted = Counter(
+            (row["says_fits"], row["ran_out"]) for row in known if card in (row["card"], "all")
+        )
+        yes, no = (
+            sum(counted[said, ran_out] for ran_out in (True, False)) for said in (True, False)
+        )
+        lines.append(
+            f"| {card} | {yes + no} | {yes} | {counted[True, True]} | {no} | {counted[False, False]} |"
+        )
     failed = len(tried) - len(known)
     return [*lines, "", *([f"{failed} more could not be tried.", ""] if failed else [])]
 

@@ -27,7 +27,9 @@ MOST_SHOWN = 3
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--inputs", type=int, default=20_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", choices=PARSERS)
@@ -46,7 +48,9 @@ def main() -> int:
             for seed in range(arguments.seed, arguments.seed + num_inputs):
                 start = time.perf_counter()
                 try:
-                    counts["read" if try_input(name, seed, Path(place, "place")) is None else "refused"] += 1
+                    counts[
+                        "read" if try_input(name, seed, Path(place, "place")) is None else "refused"
+                    ] += 1
                 except Exception as error:
                     counts["fault"] += 1
                     faults.append(f"{name} {seed}: {type(error).__name__}: {str(error)[:200]}")
@@ -56,9 +60,14 @@ def main() -> int:
                     counts["slow"] += 1
                     faults.append(f"{name} {seed}: took {seconds:.1f} s")
             results[name] = dict(counts)
-            print(f"{name}: {', '.join(f'{number:,} {what}' for what, number in counts.items())}", flush=True)
+            print(
+                f"{name}: {', '.join(f'{number:,} {what}' for what, number in counts.items())}",
+                flush=True,
+            )
         os.chdir("/")
-    tried = sum(counts.get(what, 0) for counts in results.values() for what in ("read", "refused", "fault"))
+    tried = sum(
+        counts.get(what, 0) for counts in results.values() for what in ("read", "refused", "fault")
+    )
     print(f"{tried:,} inputs, {len(faults)} faults")
     if arguments.output:
         arguments.output.write_text(

@@ -161,7 +161,9 @@ def _against(measured: Measured, prediction: RunPrediction, path: Path) -> dict[
 
 def describe(setting: Setting, device: Device) -> str:
     micro = f"{setting.accumulation} x " if setting.accumulation > 1 else ""
-    return ", ".join((setting.source, f"{micro}{setting.rows(device)} x {setting.length}", *setting.options))
+    return ", ".join(
+        (setting.source, f"{micro}{setting.rows(device)} x {setting.length}", *setting.options)
+    )
 
 
 # ---- in the process that measures -----------------------------------------------------------------------------------
@@ -172,7 +174,9 @@ def measure_apart(setting: Setting, device: Device, path: Path) -> Measured:
     allocator = setting.config(device).memory.allocator
     environment = os.environ | {"PYTORCH_ALLOC_CONF": allocator, "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
     command = [sys.executable, __file__, "--measure", setting.name, "--snapshot", str(path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=LIMIT_SECONDS)
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=LIMIT_SECONDS
+    )
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         raise subprocess.SubprocessError(last[:300])
@@ -206,7 +210,13 @@ def measure_here(setting: Setting, device: Device, path: Path) -> Measured:
     torch.cuda.memory._record_memory_history(stacks="python")
     for _ in range(2):
         torch.cuda.reset_peak_memory_stats(card)
-        train_step(setup.model, setup.optimizer, micro_batches, settings=setup.settings, scaler=setup.scaler)
+        train_step(
+            setup.model,
+            setup.optimizer,
+            micro_batches,
+            settings=setup.settings,
+            scaler=setup.scaler,
+        )
     torch.cuda.synchronize(card)
     measured = Measured(
         allocated_bytes=torch.cuda.max_memory_allocated(card),
@@ -259,7 +269,9 @@ def summary(rows: Sequence[Compared]) -> list[str]:
     for metric in ("allocated", "reserved", "device"):
         errors = [abs(error) for row in rows if (error := row.error(metric)) is not None]
         if errors:
-            lines.append(f"- {metric}: median error {median(errors):.3%}, worst {max(errors):.3%} of {len(errors)}")
+            lines.append(
+                f"- {metric}: median error {median(errors):.3%}, worst {max(errors):.3%} of {len(errors)}"
+            )
     return lines or ["- nothing was measured"]
 
 
@@ -296,7 +308,10 @@ def show(row: Compared) -> None:
         for metric in ("allocated", "reserved", "device")
         if (error := row.error(metric)) is not None
     )
-    print(f"{row.name}: {errors}; {row.num_equal_events:,} of {row.num_events:,} events equal", flush=True)
+    print(
+        f"{row.name}: {errors}; {row.num_equal_events:,} of {row.num_events:,} events equal",
+        flush=True,
+    )
     if row.difference:
         print(row.difference, flush=True)
 
@@ -305,11 +320,16 @@ def plan(device: Device, settings: Sequence[Setting]) -> None:
     for setting in settings:
         prediction = predict_run(setting.config(device), device, passes=setting.passes(device))
         needed = prediction.training.peak_reserved_bytes + prediction.context_bytes
-        print(f"{setting.name}: {describe(setting, device)}: {needed / device.total_bytes:.0%} of the card", flush=True)
+        print(
+            f"{setting.name}: {describe(setting, device)}: {needed / device.total_bytes:.0%} of the card",
+            flush=True,
+        )
 
 
 def main(arguments: Sequence[str] | None = None, *, measure: Measure = measure_apart) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--settings", default="", help="only these, separated by commas")
     parser.add_argument("--plan", default="", help="a card of the catalogue to plan for")
     parser.add_argument("--measure", default="", help=argparse.SUPPRESS)
@@ -324,10 +344,16 @@ def main(arguments: Sequence[str] | None = None, *, measure: Measure = measure_a
         return 0
     device = next(iter(this_machine()), None)
     if device is None:
-        print("no NVIDIA card here: nothing is measured; --plan NAME shows what would be run on a card")
+        print(
+            "no NVIDIA card here: nothing is measured; --plan NAME shows what would be run on a card"
+        )
         return 0
     if options.measure:
-        print(json.dumps(asdict(measure_here(BY_NAME[options.measure], device, Path(options.snapshot)))))
+        print(
+            json.dumps(
+                asdict(measure_here(BY_NAME[options.measure], device, Path(options.snapshot)))
+            )
+        )
         return 0
     rows = []
     for setting in settings:

@@ -45,7 +45,8 @@ from fitune.recovery import guard  # noqa: E402
 from fitune.run.directory import RunDirectory, read_run  # noqa: E402
 from fitune.run.journal import read_journal  # noqa: E402
 from fitune.run.metrics import read_events, read_summary  # noqa: E402
-from fitune.training import checkpoint, loop, prepare, resume  # noqa: E402, F401
+from fitune.training import loop, prepare, resume, train  # noqa: E402, F401
+from fitune.training.checkpoint import write  # noqa: E402
 from fitune.watch import monitor  # noqa: E402, F401
 from tiny_models import TINY_DROPOUT  # noqa: E402
 from tiny_run import save_tiny_model, write_config, write_dialogues  # noqa: E402
@@ -56,7 +57,13 @@ TRAINED = STAGES[3:6]
 POLL_SECONDS = 0.001
 PATIENCE_SECONDS = 300.0
 EXPORTED = "exported"
-GROWING = ("train.steps=null", "train.epochs=1", "data.max_rows=110", "batch.effective=4", "batch.micro=2")
+GROWING = (
+    "train.steps=null",
+    "train.epochs=1",
+    "data.max_rows=110",
+    "batch.effective=4",
+    "batch.micro=2",
+)
 KINDS: dict[str, tuple[str, ...]] = {
     "full": (),
     "lora": ("model.method=lora",),
@@ -66,7 +73,9 @@ KINDS: dict[str, tuple[str, ...]] = {
     "bfloat16": ("model.precision=bfloat16",),
     "autocast": ("model.precision=autocast_bfloat16",),
     "padded": ("data.packing=false",),
-    "mixture": ("data.train=[{path: sft.jsonl, weight: 0.7}, {path: few.jsonl, weight: 0.03}, {path: more.jsonl}]",),
+    "mixture": (
+        "data.train=[{path: sft.jsonl, weight: 0.7}, {path: few.jsonl, weight: 0.03}, {path: more.jsonl}]",
+    ),
     "adafactor": ("optim.name=adafactor",),
     "adamw_8bit": ("optim.name=adamw_8bit",),
     "anneal": ("train.batch_mode=anneal", "optim.schedule=cosine", *GROWING),
@@ -85,14 +94,24 @@ SIGNALS: tuple[tuple[int, ...], ...] = (
     (int(signal.SIGABRT),),
 )
 ANSWERED = {0, 128 + int(signal.SIGINT), 128 + int(signal.SIGTERM)}
-TIMES = {"seconds", "tokens_per_second", "device_used_bytes", "peak_allocated_bytes", "peak_reserved_bytes"}
+TIMES = {
+    "seconds",
+    "tokens_per_second",
+    "device_used_bytes",
+    "peak_allocated_bytes",
+    "peak_reserved_bytes",
+}
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--seconds", type=float, default=math.inf, help="begin no further run after so many")
+    parser.add_argument(
+        "--seconds", type=float, default=math.inf, help="begin no further run after so many"
+    )
     parser.add_argument("--output", type=lambda name: Path(name).resolve())
     arguments = parser.parse_args()
     draw = random.Random(arguments.seed)
@@ -116,7 +135,9 @@ def main() -> int:
     print(f"{killed.stage.total()} kills in {killed.num_runs} runs")
     print(f"{len(killed.faults)} runs differ from the one that was left alone")
     if arguments.output:
-        content: dict[str, Any] = {name: dict(getattr(killed, name)) for name in ("stage", "signal", "kind")}
+        content: dict[str, Any] = {
+            name: dict(getattr(killed, name)) for name in ("stage", "signal", "kind")
+        }
         content |= {"kills": killed.stage.total(), "runs": killed.num_runs, "faults": killed.faults}
         arguments.output.write_text(json.dumps(content, indent=2) + "\n")
     return 1 if killed.faults else 0
@@ -171,12 +192,20 @@ def _kill_all(killed: Kills, num_kills: int, draw: random.Random, until: float) 
         if killed.num_runs % 3 == 0:
             moment = Moment(draw.uniform(0, 0.3), "exporting" if draw.randrange(2) else None)
             _kill(_export("run"), moment, draw, killed, told, kind)
-        if not Path("runs/run", EXPORTED).exists():  # whole or not at all, however its process ended
+        if not Path(
+            "runs/run", EXPORTED
+        ).exists():  # whole or not at all, however its process ended
             _process(_export("run"), None)
         outcome = _outcome(Path("runs/run"))
         if differing := [name for name in expected if outcome[name] != expected[name]]:
-            killed.faults.append(f"{kind}, killed while {' and '.join(told)}: {', '.join(differing)}")
-            shutil.copytree("runs", Path(tempfile.gettempdir()) / f"killed-{killed.num_runs}", dirs_exist_ok=True)
+            killed.faults.append(
+                f"{kind}, killed while {' and '.join(told)}: {', '.join(differing)}"
+            )
+            shutil.copytree(
+                "runs",
+                Path(tempfile.gettempdir()) / f"killed-{killed.num_runs}",
+                dirs_exist_ok=True,
+            )
         shutil.rmtree("runs/run")
         killed.num_runs += 1
 
@@ -191,7 +220,14 @@ def _moment(draw: random.Random, whole: Ended) -> Moment:
     return Moment(draw.uniform(0, 0.02), stage, draw.randint(1, max(whole.entries[stage], 1)))
 
 
-def _kill(arguments: list[str], moment: Moment, draw: random.Random, killed: Kills, told: list[str], kind: str) -> None:
+def _kill(
+    arguments: list[str],
+    moment: Moment,
+    draw: random.Random,
+    killed: Kills,
+    told: list[str],
+    kind: str,
+) -> None:
     numbers = draw.choice(SIGNALS)
     ended = _process(arguments, moment, numbers)
     name = signal.Signals(numbers[0]).name + " twice" * (len(numbers) - 1)
@@ -254,14 +290,20 @@ def _process(arguments: list[str], moment: Moment | None, numbers: tuple[int, ..
         time.sleep(POLL_SECONDS)
     code = os.waitstatus_to_exitcode(status)
     if code != 0 and not numbers:
-        raise RuntimeError(f"fitune {' '.join(arguments)} ended with {code}:\n{Path('stderr').read_text()}")
+        raise RuntimeError(
+            f"fitune {' '.join(arguments)} ended with {code}:\n{Path('stderr').read_text()}"
+        )
     entries = {name: seen[1 + number] for number, name in enumerate(STAGES)}
     return Ended(code, now - start, now - (first_trained or start), entries, stage)
 
 
-def _due(moment: Moment, start: float, first_trained: float | None, seen: mmap.mmap, now: float) -> float | None:
+def _due(
+    moment: Moment, start: float, first_trained: float | None, seen: mmap.mmap, now: float
+) -> float | None:
     if moment.stage is not None:
-        return now + moment.seconds if seen[1 + STAGES.index(moment.stage)] >= moment.entry else None
+        return (
+            now + moment.seconds if seen[1 + STAGES.index(moment.stage)] >= moment.entry else None
+        )
     if moment.once_trained:
         return None if first_trained is None else first_trained + moment.seconds
     return start + moment.seconds
@@ -270,7 +312,11 @@ def _due(moment: Moment, start: float, first_trained: float | None, seen: mmap.m
 def _be_the_run(arguments: list[str], seen: mmap.mmap) -> int:
     """The exit code. Tables are written anew each time, so that tokenising is killed too."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):  # whatever started this may have them ignored
+    for number in (
+        signal.SIGINT,
+        signal.SIGHUP,
+        signal.SIGQUIT,
+    ):  # whatever started this may have them ignored
         signal.signal(number, signal.SIG_DFL)
     for number, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
@@ -283,7 +329,7 @@ def _be_the_run(arguments: list[str], seen: mmap.mmap) -> int:
         _tell_stage(resume, "go_on", seen, "going on")
         _tell_stage(guard, "safe_step", seen, "stepping")
         _tell_stage(guard, "safe_evaluate", seen, "evaluating")
-        _tell_stage(checkpoint.CheckpointWriter, "_write", seen, "saving")
+        _tell_stage(write.CheckpointWriter, "_write", seen, "saving")
         _tell_stage(save, "save_model", seen, "exporting")
         signal.signal(
             signal.SIGINT, signal.default_int_handler
@@ -326,11 +372,20 @@ def _outcome(path: Path) -> dict[str, Any]:
         "weights": _bytes(run.last),
         "best weights": _bytes(run.best),
         "export": _bytes(path / EXPORTED),
-        "metrics": [{key: value for key, value in line.items() if key not in TIMES} for line in lines],
+        "metrics": [
+            {key: value for key, value in line.items() if key not in TIMES} for line in lines
+        ],
         "evaluations": run.eval_rows.read_bytes(),
         "journal": read_journal(run.journal)[-1].hash,
-        "summary": (summary.steps, summary.tokens, summary.eval_loss, summary.best_eval_loss, summary.train_loss),
-        "failed saves": run.events.exists() and any(event.kind == "save_failed" for event in read_events(run.events)),
+        "summary": (
+            summary.steps,
+            summary.tokens,
+            summary.eval_loss,
+            summary.best_eval_loss,
+            summary.train_loss,
+        ),
+        "failed saves": run.events.exists()
+        and any(event.kind == "save_failed" for event in read_events(run.events)),
         "leftovers": [each.name for each in (*path.glob(".*"), *run.checkpoints.glob(".*"))],
     }
 

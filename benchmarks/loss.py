@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from fitune.data.packing import lay_out
 from fitune.data.rows import MicroBatch, Row
 from fitune.model.head import Head
-from fitune.objectives.supervised import CHUNK_TOKENS, chunked_cross_entropy
+from fitune.objectives.supervised import CHUNK_TOKENS, chunk_slices, chunked_cross_entropy
 
 RESULTS = Path(__file__).parent / "results" / "loss.json"
 
@@ -72,7 +72,11 @@ def make_case(shape: Shape, dtype: torch.dtype = torch.float32) -> Case:
     generator = torch.Generator().manual_seed(0)
     hidden_ND = torch.randn(shape.positions, shape.hidden_size, generator=generator)
     weight_VD = torch.randn(shape.vocab_size, shape.hidden_size, generator=generator) * 0.05
-    ids = torch.randint(0, shape.vocab_size, (shape.positions + 1,), generator=generator).int().numpy()
+    ids = (
+        torch.randint(0, shape.vocab_size, (shape.positions + 1,), generator=generator)
+        .int()
+        .numpy()
+    )
     weights = torch.ones(shape.positions + 1).numpy()
     micro_batch = lay_out([Row(0, ids, weights)], packed=True)
     output = nn.Linear(shape.hidden_size, shape.vocab_size, bias=False)
@@ -87,18 +91,29 @@ def full(case: Case) -> Tensor:
 
 def fitune(case: Case) -> Tensor:
     head = Head(nn.Identity(), case.output, 1.0, None)
-    return chunked_cross_entropy(case.hidden_ND, head, case.micro_batch, chunk_tokens=CHUNK_TOKENS)
+    chunks = chunk_slices(len(case.hidden_ND), CHUNK_TOKENS)
+    return chunked_cross_entropy(case.hidden_ND, head, case.micro_batch, chunks=chunks)
 
 
 def in_torch(case: Case, chunk: int | None = CHUNK_TOKENS) -> Tensor:
-    options = nn.LinearCrossEntropyOptions() if chunk is None else nn.LinearCrossEntropyOptions(batch_chunk_size=chunk)
+    options = (
+        nn.LinearCrossEntropyOptions()
+        if chunk is None
+        else nn.LinearCrossEntropyOptions(batch_chunk_size=chunk)
+    )
     loss: Tensor = F.linear_cross_entropy(
-        case.hidden_ND, case.weight_VD, case.micro_batch.target_ids_N, reduction="sum", options=options
+        case.hidden_ND,
+        case.weight_VD,
+        case.micro_batch.target_ids_N,
+        reduction="sum",
+        options=options,
     )
     return loss
 
 
-def measure(way: str, compute: Callable[[Case], Tensor], case: Case, *, repeats: int = 3) -> tuple[Measured, Tensor]:
+def measure(
+    way: str, compute: Callable[[Case], Tensor], case: Case, *, repeats: int = 3
+) -> tuple[Measured, Tensor]:
     """Also the gradients, in one vector."""
     seconds = []
     for _ in range(repeats):
@@ -149,10 +164,16 @@ def compare(shape: Shape, *, repeats: int = 3) -> list[Measured]:
 
 
 def render(shape: Shape, results: Sequence[Measured]) -> str:
-    lines = [f"{shape.positions:,} positions, {shape.vocab_size:,} words, {shape.hidden_size:,} wide"]
+    lines = [
+        f"{shape.positions:,} positions, {shape.vocab_size:,} words, {shape.hidden_size:,} wide"
+    ]
     for each in results:
-        error = "oracle" if each.relative_error is None else f"gradient {each.relative_error:.1e} off"
-        lines.append(f"  {each.way:7} {each.cpu_seconds:6.2f} s {each.peak_bytes / 1e6:7,.0f} MB  {error}")
+        error = (
+            "oracle" if each.relative_error is None else f"gradient {each.relative_error:.1e} off"
+        )
+        lines.append(
+            f"  {each.way:7} {each.cpu_seconds:6.2f} s {each.peak_bytes / 1e6:7,.0f} MB  {error}"
+        )
     return "\n".join(lines)
 
 

@@ -62,7 +62,9 @@ class Norm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x32 = x.float()
-        return self.weight * (x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + 1e-5)).type_as(x)
+        return self.weight * (x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + 1e-5)).type_as(
+            x
+        )
 
 
 class Layer(nn.Module):
@@ -88,7 +90,11 @@ class Layer(nn.Module):
         q, k = (rotate(part, rotation) for part in (q, k))
         k, v = (repeat(part) for part in (k, v))
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True) if self.fused else by_scores(q, k, v)
+        mixed = (
+            F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            if self.fused
+            else by_scores(q, k, v)
+        )
         return self.out(mixed.transpose(1, 2).reshape(x.shape))
 
 
@@ -102,7 +108,9 @@ def repeat(x: Tensor) -> Tensor:
     """Keys and values once for each query head."""
     batch, length, heads, head_dim = x.shape
     return (
-        x[:, :, :, None].expand(batch, length, heads, HEADS // KV_HEADS, head_dim).reshape(batch, length, -1, head_dim)
+        x[:, :, :, None]
+        .expand(batch, length, heads, HEADS // KV_HEADS, head_dim)
+        .reshape(batch, length, -1, head_dim)
     )
 
 
@@ -121,7 +129,9 @@ class Model(nn.Module):
         self.norm = Norm(WIDTH)
         self.head = nn.Linear(WIDTH, VOCABULARY, bias=False)
         self.head.weight = self.embed.weight
-        self.register_buffer("rotation", torch.ones(length, HEAD_DIM // 2, dtype=torch.complex64), persistent=False)
+        self.register_buffer(
+            "rotation", torch.ones(length, HEAD_DIM // 2, dtype=torch.complex64), persistent=False
+        )
 
     def forward(self, ids: Tensor) -> Tensor:
         x = self.embed(ids)
@@ -132,7 +142,12 @@ class Model(nn.Module):
 
 
 def minimind_step(
-    *, fused: bool = True, autocast: bool = True, distributed: bool = False, rows: int = ROWS, length: int = LENGTH
+    *,
+    fused: bool = True,
+    autocast: bool = True,
+    distributed: bool = False,
+    rows: int = ROWS,
+    length: int = LENGTH,
 ) -> Prediction:
     """bfloat16 autocast over float32 weights, cross-entropy of whole logits without reduction and a mask, AdamW as it
     comes (foreach), gradients clipped and set to None. distributed: with the buckets of DistributedDataParallel, into
@@ -141,13 +156,19 @@ def minimind_step(
     def loop(model: nn.Module, device: torch.device) -> Callable[[], None]:
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
         scaler = torch.amp.GradScaler("cuda")
-        buckets = [torch.empty_like(parameter) for parameter in model.parameters()] if distributed else []
+        buckets = (
+            [torch.empty_like(parameter) for parameter in model.parameters()] if distributed else []
+        )
 
         def step() -> None:
-            ids, targets, mask = (torch.ones((rows, length), dtype=torch.int64).to(device) for _ in range(3))
+            ids, targets, mask = (
+                torch.ones((rows, length), dtype=torch.int64).to(device) for _ in range(3)
+            )
             with torch.autocast("cuda", dtype=torch.bfloat16, enabled=autocast):
                 logits = model(ids)
-                losses = F.cross_entropy(logits.view(-1, VOCABULARY), targets.view(-1), reduction="none")
+                losses = F.cross_entropy(
+                    logits.view(-1, VOCABULARY), targets.view(-1), reduction="none"
+                )
                 loss = (losses.view(targets.shape) * mask).sum() / mask.sum()
             scaler.scale(loss).backward()
             scaler.unscale_(optimizer)
@@ -159,15 +180,23 @@ def minimind_step(
         step.buckets = buckets  # type: ignore[attr-defined]  # they live as long as the step does
         return step
 
-    return fitune.predict_loop(partial(Model, fused=fused, length=length), loop, gpu=CARD, num_steps=2)
+    return fitune.predict_loop(
+        partial(Model, fused=fused, length=length), loop, gpu=CARD, num_steps=2
+    )
 
 
 LINES = (
     Line("fitune: logits in chunks, fused norms and AdamW, rows packed", own_step),
     Line("the same, all logits at once", lambda: own_step("loss=full"), 1),
-    Line("the same, AdamW with foreach", lambda: own_step("loss=full", "optim.name=adamw_foreach"), 2),
+    Line(
+        "the same, AdamW with foreach", lambda: own_step("loss=full", "optim.name=adamw_foreach"), 2
+    ),
     Line("minimind's layers, loss and loop, one card", minimind_step, 3),
-    Line("the same on two cards (DistributedDataParallel)", lambda: minimind_step(distributed=True), 4),
+    Line(
+        "the same on two cards (DistributedDataParallel)",
+        lambda: minimind_step(distributed=True),
+        4,
+    ),
     Line("the same in float32 throughout", lambda: minimind_step(autocast=False), 4),
     Line("the same without a fused attention kernel", lambda: minimind_step(fused=False), 4),
 )
@@ -206,13 +235,15 @@ def with_table(page: str, lines: Sequence[str]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(
-        arguments
-    )
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args(arguments)
     predictions = []
     for line in LINES:
         predictions.append((line, line.predict()))
-        print(f"{line.what}: {predictions[-1][1].peak_allocated_bytes:,}", file=sys.stderr, flush=True)
+        print(
+            f"{line.what}: {predictions[-1][1].peak_allocated_bytes:,}", file=sys.stderr, flush=True
+        )
     lines = [
         *table(predictions),
         "",

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from fitune.batch_size.noise import PRECONDITIONED_EVERY
 from fitune.batch_size.norms import NormRecorder
 from fitune.cli.demo import smollm2_file
 from fitune.config import ModelConfig, OptimConfig
@@ -26,7 +27,6 @@ from fitune.model.load import load_model
 from fitune.objectives.supervised import LossSettings
 from fitune.step.optimizer import build_optimizer
 from fitune.step.work import StepSettings, train_step
-from fitune.training.loop import PRECONDITIONED_EVERY
 
 RESULT = Path(__file__).parent / "results" / "noise.json"
 KINDS = ("plain", "noise", "preconditioned")
@@ -48,7 +48,11 @@ def main() -> None:
     seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
     for turn in range(rounds):
         for kind in KINDS if turn % 2 == 0 else KINDS[::-1]:
-            norms = None if kind == "plain" else NormRecorder(optimizer, preconditioned=kind == "preconditioned")
+            norms = (
+                None
+                if kind == "plain"
+                else NormRecorder(optimizer, preconditioned=kind == "preconditioned")
+            )
             start = time.process_time()
             train_step(model, optimizer, micro_batches, settings=settings, norms=norms)
             seconds[kind].append(time.process_time() - start)

@@ -106,7 +106,9 @@ def write_model(directory: Path, config: PretrainedConfig) -> None:
     table = {word: number for number, word in enumerate(["<unk>", "<s>", "</s>", *words])}
     tokenizer = Tokenizer(models.WordLevel(table, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
     fast.save_pretrained(directory)
     with quiet_transformers():
         build_model(config).save_pretrained(directory)
@@ -115,24 +117,37 @@ def write_model(directory: Path, config: PretrainedConfig) -> None:
 def write_rows(path: Path, vocabulary: int, *, num_rows: int = 160) -> None:
     """Rows that are all cut to LENGTH tokens."""
     draw = random.Random(0)
-    rows = (" ".join(f"w{draw.randrange(vocabulary)}" for _ in range(LENGTH + 8)) for _ in range(num_rows))
+    rows = (
+        " ".join(f"w{draw.randrange(vocabulary)}" for _ in range(LENGTH + 8))
+        for _ in range(num_rows)
+    )
     path.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
 
 
 def settings(directory: Path) -> dict[str, Any]:
     return {
         "model": {"source": str(directory)},
-        "data": {"train": str(directory / "rows.jsonl"), "max_length": LENGTH, "eval_fraction": 0.0, "mask": "all"},
+        "data": {
+            "train": str(directory / "rows.jsonl"),
+            "max_length": LENGTH,
+            "eval_fraction": 0.0,
+            "mask": "all",
+        },
         "batch": {"effective": ROWS},
         "train": {"steps": 4, "save_every": 1000},
         "run": {"output": str(directory / "runs")},
     }
 
 
-def measure(plan: Plan, config: RunConfig, program: int, *, num_rounds: int, num_pairs: int) -> list[Measurement]:
+def measure(
+    plan: Plan, config: RunConfig, program: int, *, num_rounds: int, num_pairs: int
+) -> list[Measurement]:
     candidates = [each for each in plan.candidates if each.result == "same"]
     tree = config.model_dump(mode="json", exclude_defaults=True)
-    settled = [read_config(tree, settings_of_candidate(candidate, config)).config for candidate in candidates]
+    settled = [
+        read_config(tree, settings_of_candidate(candidate, config)).config
+        for candidate in candidates
+    ]
     ratios: list[list[float]] = [[] for _ in candidates]
     peaks = [0] * len(candidates)
     with measured_apart(settled[0]) as reference:
@@ -145,7 +160,11 @@ def measure(plan: Plan, config: RunConfig, program: int, *, num_rounds: int, num
                         seen.append(reference().cpu_seconds)
                         ratios[number].append(step.cpu_seconds / mean(seen[-2:]))
                         peaks[number] = max(peaks[number], step.peak.device_bytes or 0)
-                print(f"  {name(candidate)}: x {median(ratios[number]):.3f}", file=sys.stderr, flush=True)
+                print(
+                    f"  {name(candidate)}: x {median(ratios[number]):.3f}",
+                    file=sys.stderr,
+                    flush=True,
+                )
     return [
         Measurement(
             name(candidate),
@@ -163,7 +182,9 @@ def measured_apart(config: RunConfig) -> Iterator[Callable[[], MeasuredStep]]:
     """Each call is a step, in a process of its own: what a heap has been through makes a step slower or faster by a
     tenth, and a training run's heap has seen its own setting alone. All on one core, and one at a time."""
     here, there = multiprocessing.Pipe()
-    process = multiprocessing.get_context("fork").Process(target=_answer, args=(config, there), daemon=True)
+    process = multiprocessing.get_context("fork").Process(
+        target=_answer, args=(config, there), daemon=True
+    )
     process.start()
 
     def step() -> MeasuredStep:
@@ -179,7 +200,9 @@ def measured_apart(config: RunConfig) -> Iterator[Callable[[], MeasuredStep]]:
 
 def _answer(config: RunConfig, pipe: Connection) -> None:
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-    steps = measure_steps(config, repeat(((LENGTH, LENGTH - 1),) * ROWS), device=torch.device("cpu"))
+    steps = measure_steps(
+        config, repeat(((LENGTH, LENGTH - 1),) * ROWS), device=torch.device("cpu")
+    )
     while True:
         pipe.recv()
         pipe.send(next(steps))
@@ -194,7 +217,9 @@ def rank_correlation(first: list[float], second: list[float]) -> float:
     return float(np.corrcoef(*ranks)[0, 1])
 
 
-def train(directory: Path, name: str, *words: str, limit_bytes: int | None = None) -> tuple[int, Path]:
+def train(
+    directory: Path, name: str, *words: str, limit_bytes: int | None = None
+) -> tuple[int, Path]:
     """`fitune train` in a process of its own, which can have no more than the limit: (exit code, run directory)."""
     path = directory / "run.json"
     path.write_text(json.dumps(settings(directory)))
@@ -206,14 +231,18 @@ def train(directory: Path, name: str, *words: str, limit_bytes: int | None = Non
 
     # Arrow's own allocator reserves a gigabyte of addresses that it never touches, and RLIMIT_DATA counts addresses
     environment = os.environ | {"ARROW_DEFAULT_MEMORY_POOL": "system"}
-    done = subprocess.run(command, preexec_fn=limit, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, preexec_fn=limit, env=environment, capture_output=True, text=True, check=False
+    )
     if done.returncode != 0:
         print(done.stderr, file=sys.stderr)
     return done.returncode, directory / "runs" / name
 
 
 def run(directory: Path, budget: int, measured: list[Measurement], number: int) -> Run:
-    exit_code, place = train(directory, f"run{number}", f"memory.budget={budget}B", limit_bytes=budget)
+    exit_code, place = train(
+        directory, f"run{number}", f"memory.budget={budget}B", limit_bytes=budget
+    )
     if exit_code != 0:
         return Run(budget, exit_code, None, None, 0, None)
     plan = json.loads((place / "plan.json").read_text())
@@ -248,7 +277,10 @@ def benchmark(
         sizes = [each.predicted_bytes for each in measured]
         limits = [int(min(sizes) * 1.02 + share * (max(sizes) - min(sizes))) for share in budgets]
         runs = [run(directory, limit, measured, number) for number, limit in enumerate(limits)]
-    predicted, found = ([getattr(each, key) for each in measured] for key in ("predicted_seconds", "measured_seconds"))
+    predicted, found = (
+        [getattr(each, key) for each in measured]
+        for key in ("predicted_seconds", "measured_seconds")
+    )
     return {
         "rank_correlation": rank_correlation(predicted, found),
         "candidates": [asdict(each) for each in measured],
@@ -257,13 +289,21 @@ def benchmark(
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--model", help="only those whose name contains this; the others' results stay")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "plan.json")
+    parser.add_argument(
+        "--model", help="only those whose name contains this; the others' results stay"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path(__file__).parent / "results" / "plan.json"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
-    wanted = QUICK if options.quick else {k: v for k, v in MODELS.items() if (options.model or "") in k}
+    wanted = (
+        QUICK if options.quick else {k: v for k, v in MODELS.items() if (options.model or "") in k}
+    )
     if not wanted:
         parser.error(f"no model's name contains {options.model!r}: there are {', '.join(MODELS)}")
     shares, num_rounds, num_pairs = ((1.0,), 1, 1) if options.quick else ((0.3, 0.6, 1.0), 3, 4)
@@ -272,7 +312,9 @@ def main() -> int:
         results = json.loads(options.output.read_text())["models"]
     options.output.parent.mkdir(exist_ok=True)
     for title, config in wanted.items():
-        results[title] = found = benchmark(config, budgets=shares, num_rounds=num_rounds, num_pairs=num_pairs)
+        results[title] = found = benchmark(
+            config, budgets=shares, num_rounds=num_rounds, num_pairs=num_pairs
+        )
         print(f"{title}: rank correlation {found['rank_correlation']:.3f}")
         for each in found["runs"]:
             slower = "n/a" if each["slower"] is None else f"{each['slower']:+.1%}"
@@ -281,7 +323,9 @@ def main() -> int:
                 f"{each['num_ooms']} times out of memory, {slower} against the fastest that fits"
             )
         if not options.quick:
-            options.output.write_text(json.dumps({"torch": torch.__version__, "models": results}, indent=1) + "\n")
+            options.output.write_text(
+                json.dumps({"torch": torch.__version__, "models": results}, indent=1) + "\n"
+            )
     return 0
 
 

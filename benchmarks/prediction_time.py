@@ -35,9 +35,21 @@ _70B = {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 
 _LLAMA = {"vocab_size": 128256, "num_key_value_heads": 8, "head_dim": 128}
 RUNS: dict[str, tuple[dict[str, Any] | None, dict[str, Any], int]] = {
     "minimind2": (None, {"source": "minimind2"}, 6),
-    "8B LoRA, recompute": (_LLAMA | _8B | {"num_hidden_layers": 32}, {"method": "lora", "recompute": "full"}, 4),
-    "70B QLoRA, recompute": (_LLAMA | _70B | {"num_hidden_layers": 80}, {"method": "qlora", "recompute": "full"}, 2),
-    "the same, 160 layers": (_LLAMA | _70B | {"num_hidden_layers": 160}, {"method": "qlora", "recompute": "full"}, 2),
+    "8B LoRA, recompute": (
+        _LLAMA | _8B | {"num_hidden_layers": 32},
+        {"method": "lora", "recompute": "full"},
+        4,
+    ),
+    "70B QLoRA, recompute": (
+        _LLAMA | _70B | {"num_hidden_layers": 80},
+        {"method": "qlora", "recompute": "full"},
+        2,
+    ),
+    "the same, 160 layers": (
+        _LLAMA | _70B | {"num_hidden_layers": 160},
+        {"method": "qlora", "recompute": "full"},
+        2,
+    ),
 }
 _QWEN = {
     "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "tie_word_embeddings": True, "vocab_size": 151936,
@@ -97,10 +109,16 @@ def measure_plan(name: str) -> PlanTaken:
     return PlanTaken(name=name, import_seconds=imports, **found)
 
 
-def _with_architecture(model: dict[str, Any], architecture: dict[str, Any] | None, directory: Path) -> dict[str, Any]:
+def _with_architecture(
+    model: dict[str, Any], architecture: dict[str, Any] | None, directory: Path
+) -> dict[str, Any]:
     if architecture is None:
         return model
-    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": False}
+    config = {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "tie_word_embeddings": False,
+    }
     (directory / "config.json").write_text(json.dumps(config | architecture))
     return model | {"source": str(directory)}
 
@@ -108,7 +126,9 @@ def _with_architecture(model: dict[str, Any], architecture: dict[str, Any] | Non
 def _in_process(task: dict[str, Any], variables: dict[str, str]) -> dict[str, Any]:
     environment = os.environ | {"OMP_NUM_THREADS": "1"} | variables
     command = [sys.executable, __file__, "--worker", json.dumps(task)]
-    out = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
+    out = subprocess.run(
+        command, check=True, capture_output=True, text=True, env=environment
+    ).stdout
     found: dict[str, Any] = json.loads(out.splitlines()[-1])
     return found
 
@@ -126,12 +146,23 @@ def work_plan(model: dict[str, Any]) -> dict[str, Any]:
     def seconds() -> float:
         return time.process_time() + _children_seconds()
 
-    tree = {"model": model, "data": {"train": "none", "max_length": 2048}, "batch": {"effective": 24}}
+    tree = {
+        "model": model,
+        "data": {"train": "none", "max_length": 2048},
+        "batch": {"effective": 24},
+    }
     first: list[float] = []
     plan = choose_plan(
-        read_config(tree).config, gpu=PLAN_GPU, search="brief", on_first=lambda answer: first.append(seconds())
+        read_config(tree).config,
+        gpu=PLAN_GPU,
+        search="brief",
+        on_first=lambda answer: first.append(seconds()),
     )
-    return {"first_seconds": first[0], "table_seconds": seconds(), "num_candidates": len(plan.candidates)}
+    return {
+        "first_seconds": first[0],
+        "table_seconds": seconds(),
+        "num_candidates": len(plan.candidates),
+    }
 
 
 def work(model: dict[str, Any], rows: int) -> dict[str, Any]:
@@ -229,9 +260,13 @@ def read_results() -> list[Taken]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", choices=RUNS, action="append", help="these models only")
-    parser.add_argument("--plans", action="store_true", help="the first plan of each model of PLANS")
+    parser.add_argument(
+        "--plans", action="store_true", help="the first plan of each model of PLANS"
+    )
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker is not None:

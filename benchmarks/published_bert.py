@@ -26,23 +26,37 @@ class _Softmax(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
         scores, weights = ctx.saved_tensors
-        return cast(Tensor, torch.ops.aten._softmax_backward_data(gradients[0], weights, -1, scores.dtype))
+        return cast(
+            Tensor, torch.ops.aten._softmax_backward_data(gradients[0], weights, -1, scores.dtype)
+        )
 
 
 def attend(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **options: Any,
 ) -> tuple[Tensor, None]:
     scores = torch.matmul(query, key.transpose(-1, -2)) / query.shape[-1] ** 0.5
     if attention_mask is not None:
         scores = scores + attention_mask
     if torch.is_autocast_enabled(scores.device.type):
         scores = scores.float()  # autocast does, and what it made is what was kept
-    weights = nn.functional.dropout(_Softmax.apply(scores), options.get("dropout", 0.0), module.training)  # type: ignore[no-untyped-call]
+    weights = nn.functional.dropout(
+        _Softmax.apply(scores), options.get("dropout", 0.0), module.training
+    )  # type: ignore[no-untyped-call]
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), None
 
 
 def build(row: Row) -> nn.Module:
-    from transformers import AttentionInterface, AttentionMaskInterface, BertConfig, BertForSequenceClassification
+    from transformers import (
+        AttentionInterface,
+        AttentionMaskInterface,
+        BertConfig,
+        BertForSequenceClassification,
+    )
     from transformers.masking_utils import eager_mask
 
     AttentionInterface.register("torch_1_10", attend)
@@ -88,7 +102,10 @@ def loop(row: Row, model: nn.Module, device: torch.device) -> Step:
 def _adafactor(parameters: Any) -> torch.optim.Optimizer:
     from transformers.optimization import Adafactor
 
-    return cast(torch.optim.Optimizer, Adafactor(parameters, lr=5e-5, scale_parameter=False, relative_step=False))
+    return cast(
+        torch.optim.Optimizer,
+        Adafactor(parameters, lr=5e-5, scale_parameter=False, relative_step=False),
+    )
 
 
 _OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {

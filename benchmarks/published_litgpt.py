@@ -58,7 +58,9 @@ class QueriesKeysValues(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.linear(x)
         low = F.linear(self.dropout(x), self.lora_a)
-        high = F.conv1d(low.transpose(-2, -1), self.lora_b.unsqueeze(-1), groups=2).transpose(-2, -1)
+        high = F.conv1d(low.transpose(-2, -1), self.lora_b.unsqueeze(-1), groups=2).transpose(
+            -2, -1
+        )
         out += self._widen(high) * (ALPHA / RANK)
         return out
 
@@ -103,7 +105,10 @@ class Layer(nn.Module):
         qkv = self.qkv(x).view(batch, length, heads, 3, size).permute(0, 2, 3, 1, 4)
         q, k, v = (part.reshape(batch, -1, length, size) for part in qkv.split((1, 1, 1), dim=2))
         turned = cos.shape[-1]
-        q, k = (torch.cat((_turn(part[..., :turned], cos, sin), part[..., turned:]), dim=-1) for part in (q, k))
+        q, k = (
+            torch.cat((_turn(part[..., :turned], cos, sin), part[..., turned:]), dim=-1)
+            for part in (q, k)
+        )
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=size**-0.5)
         return cast(Tensor, self.proj(out.transpose(1, 2).reshape(batch, length, hidden)))
 
@@ -145,15 +150,24 @@ def loop(batch: int, length: int) -> Callable[[nn.Module, torch.device], Step]:
 
     def set_up(model: nn.Module, device: torch.device) -> Step:
         model.train()
-        optimizer = torch.optim.AdamW(parameter for parameter in model.parameters() if parameter.requires_grad)
+        optimizer = torch.optim.AdamW(
+            parameter for parameter in model.parameters() if parameter.requires_grad
+        )
 
         def step() -> None:
-            ids, targets = (torch.zeros((batch, length), dtype=torch.int64).to(device) for _ in range(2))
+            ids, targets = (
+                torch.zeros((batch, length), dtype=torch.int64).to(device) for _ in range(2)
+            )
             logits = [part.float() for part in model(ids)]
             logits[-1] = logits[-1][..., :-1, :]
             parts = zip(logits, targets[..., 1:].split(logits[0].shape[1], dim=1), strict=True)
             losses = [
-                F.cross_entropy(part.reshape(-1, part.shape[-1]), target.reshape(-1), ignore_index=-1, reduction="none")
+                F.cross_entropy(
+                    part.reshape(-1, part.shape[-1]),
+                    target.reshape(-1),
+                    ignore_index=-1,
+                    reduction="none",
+                )
                 for part, target in parts
             ]
             loss = torch.cat(losses).mean()

@@ -65,7 +65,9 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x32 = x.float()
-        return self.weight * (x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + 1e-5)).type_as(x)
+        return self.weight * (x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + 1e-5)).type_as(
+            x
+        )
 
 
 class MiniMindLayer(nn.Module):
@@ -73,14 +75,20 @@ class MiniMindLayer(nn.Module):
 
     def __init__(self, arch: Row) -> None:
         super().__init__()
-        self.num_heads, self.num_kv_heads, self.head_dim = (arch["n_heads"], arch["n_kv_heads"], arch["head_dim"])
+        self.num_heads, self.num_kv_heads, self.head_dim = (
+            arch["n_heads"],
+            arch["n_kv_heads"],
+            arch["head_dim"],
+        )
         hidden = arch["hidden"]
         self.q_proj = nn.Linear(hidden, self.num_heads * self.head_dim, bias=False)
         self.k_proj = nn.Linear(hidden, self.num_kv_heads * self.head_dim, bias=False)
         self.v_proj = nn.Linear(hidden, self.num_kv_heads * self.head_dim, bias=False)
         self.o_proj = nn.Linear(self.num_heads * self.head_dim, hidden, bias=False)
         self.q_norm, self.k_norm = RMSNorm(self.head_dim), RMSNorm(self.head_dim)
-        self.gate_proj, self.up_proj = (nn.Linear(hidden, arch["intermediate"], bias=False) for _ in range(2))
+        self.gate_proj, self.up_proj = (
+            nn.Linear(hidden, arch["intermediate"], bias=False) for _ in range(2)
+        )
         self.down_proj = nn.Linear(arch["intermediate"], hidden, bias=False)
         self.input_norm, self.mlp_norm = RMSNorm(hidden), RMSNorm(hidden)
 
@@ -109,7 +117,11 @@ def _rotate_half(x: Tensor) -> Tensor:
 
 def _repeat_heads(x: Tensor, times: int) -> Tensor:
     batch, length, heads, head_dim = x.shape
-    return x[:, :, :, None, :].expand(batch, length, heads, times, head_dim).reshape(batch, length, -1, head_dim)
+    return (
+        x[:, :, :, None, :]
+        .expand(batch, length, heads, times, head_dim)
+        .reshape(batch, length, -1, head_dim)
+    )
 
 
 class MiniMind(nn.Module):
@@ -142,7 +154,9 @@ def _minimind(row: Row) -> Expressed:
         def step() -> None:
             nonlocal num_done
             optimizer.zero_grad(set_to_none=True)
-            if num_done == 3:  # warm-up steps; what the allocator's cache holds changes how large its blocks come
+            if (
+                num_done == 3
+            ):  # warm-up steps; what the allocator's cache holds changes how large its blocks come
                 torch.cuda.empty_cache()
             num_done += 1
             output = model(ids)  # logits and final hidden states live until the step ends
@@ -178,7 +192,10 @@ class GPT2Layer(nn.Module):
         hidden, block = arch["hidden"], arch["block_size"]
         self.num_heads = arch["n_heads"]
         self.ln_1, self.ln_2 = (nn.LayerNorm(hidden, bias=False), nn.LayerNorm(hidden, bias=False))
-        self.qkv, self.proj = (nn.Linear(hidden, 3 * hidden, bias=False), nn.Linear(hidden, hidden, bias=False))
+        self.qkv, self.proj = (
+            nn.Linear(hidden, 3 * hidden, bias=False),
+            nn.Linear(hidden, hidden, bias=False),
+        )
         self.up = nn.Linear(hidden, arch["intermediate"], bias=False)
         self.down = nn.Linear(arch["intermediate"], hidden, bias=False)
         self.register_buffer("causal", torch.ones(1, 1, block, block))
@@ -190,7 +207,8 @@ class GPT2Layer(nn.Module):
     def attend(self, x: Tensor) -> Tensor:
         batch, length, hidden = x.shape
         q, k, v = (
-            part.view(batch, length, self.num_heads, -1).transpose(1, 2) for part in self.qkv(x).split(hidden, dim=2)
+            part.view(batch, length, self.num_heads, -1).transpose(1, 2)
+            for part in self.qkv(x).split(hidden, dim=2)
         )
         scores = (q @ k.transpose(-2, -1)) * q.shape[-1] ** -0.5
         scores = scores.masked_fill(self.causal[:, :, :length, :length] == 0, float("-inf"))
@@ -238,7 +256,11 @@ def _nanogpt(row: Row) -> Expressed:
 
         return step
 
-    inferred = () if row["quality"] == "exact" else ("the batch size, inferred by the collection from a plot",)
+    inferred = (
+        ()
+        if row["quality"] == "exact"
+        else ("the batch size, inferred by the collection from a plot",)
+    )
     return Expressed(
         build=lambda: GPT2(arch),
         loop=loop,
@@ -265,7 +287,9 @@ def _a6000(row: Row) -> Expressed:
         attention = "eager" if row["attention"] == "eager" else "sdpa"
         model = _llama(arch, dtype=torch.float32 if amp else torch.bfloat16, attention=attention)
         if row["checkpointing"]:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.gradient_checkpointing_enable(
+                gradient_checkpointing_kwargs={"use_reentrant": False}
+            )
         return _with_lora(model, row["lora"]) if row["method"] == "lora" else model
 
     def loop(model: nn.Module, device: torch.device) -> Step:
@@ -364,12 +388,16 @@ def causal_lm_445(model: Any, ids: Tensor, labels: Tensor, cross_entropy: CrossE
     return _shifted_loss(logits, labels, cross_entropy)
 
 
-def causal_lm_16_bit(model: Any, ids: Tensor, labels: Tensor, cross_entropy: CrossEntropy) -> Tensor:
+def causal_lm_16_bit(
+    model: Any, ids: Tensor, labels: Tensor, cross_entropy: CrossEntropy
+) -> Tensor:
     """transformers 4.48, GPTBigCode: the loss is computed in the 16 bits of the logits, and although layers are
     recomputed the key-value cache is kept until then, as views that keep all of c_attn's output alive."""
     decoder, cache = _decoder(model), []
     hooks = [
-        block.attn.c_attn.register_forward_hook(lambda _module, _inputs, output: cache.append(output))
+        block.attn.c_attn.register_forward_hook(
+            lambda _module, _inputs, output: cache.append(output)
+        )
         for block in decoder.h
     ]
     hidden = decoder(input_ids=ids)[0]
@@ -468,14 +496,18 @@ class FusedAdapters(torch.autograd.Function):
     in the backward."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layers: Sequence[Any], *adapters: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, x: Tensor, layers: Sequence[Any], *adapters: Tensor
+    ) -> tuple[Tensor, ...]:
         """adapters: of each layer its first matrix, then its second."""
         ctx.layers = layers
         outputs, kept = [], [x]
         for layer, first, second in zip(layers, adapters[0::2], adapters[1::2], strict=True):
             out = F.linear(x, layer.base_layer.unpacked(x.dtype), layer.base_layer.bias)
             dropped = layer.lora_dropout["default"](x)
-            out += (dropped @ first.t().to(x.dtype)) @ (layer.scaling["default"] * second.t().to(x.dtype))
+            out += (dropped @ first.t().to(x.dtype)) @ (
+                layer.scaling["default"] * second.t().to(x.dtype)
+            )
             outputs.append(out)
             kept.append(dropped)
         ctx.save_for_backward(*kept, *adapters)
@@ -492,7 +524,10 @@ class FusedAdapters(torch.autograd.Function):
         ):
             first, second, scale = first.to(x.dtype), second.to(x.dtype), layer.scaling["default"]
             grad, kept = grad.flatten(0, -2), kept.flatten(0, -2)
-            adapter_grads += [scale * (grad @ second).t() @ kept, scale * grad.t() @ (kept @ first.t())]
+            adapter_grads += [
+                scale * (grad @ second).t() @ kept,
+                scale * grad.t() @ (kept @ first.t()),
+            ]
             x_grad.flatten(0, -2).add_(grad @ layer.base_layer.unpacked(x.dtype))
             x_grad.flatten(0, -2).add_((grad @ second) @ (scale * first))
         return (x_grad, None, *(each.float() for each in adapter_grads))
@@ -537,9 +572,13 @@ def _fms(row: Row) -> Expressed | NotExpressed:
     if not isinstance(row["seq"], int):
         return NotExpressed("the lengths of its batches are not published")
     if "Mixtral" in row["model"]:
-        return NotExpressed("its experts were quantised layer by layer, as transformers of today no longer builds them")
+        return NotExpressed(
+            "its experts were quantised layer by layer, as transformers of today no longer builds them"
+        )
     if "santacoder" in row["model"] and row["method"] == "qlora":
-        return NotExpressed("what 4-bit GPTBigCode keeps is not known: written down as the others it is 8 to 21 % low")
+        return NotExpressed(
+            "what 4-bit GPTBigCode keeps is not known: written down as the others it is 8 to 21 % low"
+        )
     assumed: tuple[str, ...] = ()
     if has_fused_kernels(row):
         assumed = (
@@ -547,11 +586,17 @@ def _fms(row: Row) -> Expressed | NotExpressed:
             "rotary embedding is recorded unfused",
         )
     if is_gptq(row):
-        assumed += ("a GPTQ weight is unpacked for each product, as NF4's (inferred: their rows differ by a constant)",)
+        assumed += (
+            "a GPTQ weight is unpacked for each product, as NF4's (inferred: their rows differ by a constant)",
+        )
     if "70B" in row["model"]:
-        assumed += ("its weights have one group each, as the checkpoint's main branch (the row's source says 128)",)
+        assumed += (
+            "its weights have one group each, as the checkpoint's main branch (the row's source says 128)",
+        )
     if "santacoder" in row["model"]:
-        assumed += ("dropout, activation and extra vocabulary rows of the checkpoint are GPTBigCode's defaults",)
+        assumed += (
+            "dropout, activation and extra vocabulary rows of the checkpoint are GPTBigCode's defaults",
+        )
     return Expressed(
         build=partial(fms_model, row),
         loop=partial(_trainer_loop, row=row, compute_loss=fms_loss(row)),
@@ -577,7 +622,10 @@ def fms_loss(row: Row) -> Forward:
     forward = causal_lm_445 if "transformers 4.45" in row["software"] else causal_lm_448
     if "santacoder" in row["model"]:
         forward = causal_lm_16_bit
-    return partial(forward, cross_entropy=InPlaceCrossEntropy.apply if has_fused_kernels(row) else F.cross_entropy)
+    return partial(
+        forward,
+        cross_entropy=InPlaceCrossEntropy.apply if has_fused_kernels(row) else F.cross_entropy,
+    )
 
 
 def fms_model(row: Row) -> Any:
@@ -601,8 +649,13 @@ def fms_model(row: Row) -> Any:
         biases = {"attention_bias": arch["attention_bias"], "mlp_bias": arch["mlp_bias"]}
         config, model_class = (GraniteConfig(**_sizes(arch), **biases), GraniteForCausalLM)
     else:
-        extra = arch["vocab"] + (2 if "lama-3" in row["model"] else 1)  # rows for the tokenizer's special tokens
-        config, model_class = (MistralConfig(**_sizes(arch, extra), sliding_window=None), MistralForCausalLM)
+        extra = arch["vocab"] + (
+            2 if "lama-3" in row["model"] else 1
+        )  # rows for the tokenizer's special tokens
+        config, model_class = (
+            MistralConfig(**_sizes(arch, extra), sliding_window=None),
+            MistralForCausalLM,
+        )
     config.use_cache = False
     repeats = "istral" in row["model"] and "transformers 4.45" in row["software"]
     config._attn_implementation = _attention_with_repeated_heads() if repeats else "sdpa"
@@ -644,14 +697,19 @@ class GPTQLinear(NF4Linear):
         num_groups = self.in_features // (group or self.in_features)
         self.bias = layer.bias
         self.weight = nn.Parameter(
-            torch.empty((self.in_features // 8, self.out_features), dtype=torch.int32), requires_grad=False
+            torch.empty((self.in_features // 8, self.out_features), dtype=torch.int32),
+            requires_grad=False,
         )
         self.register_buffer("scales", torch.empty((num_groups, self.out_features), dtype=dtype))
-        self.register_buffer("zeros", torch.empty((num_groups, self.out_features // 8), dtype=torch.int32))
+        self.register_buffer(
+            "zeros", torch.empty((num_groups, self.out_features // 8), dtype=torch.int32)
+        )
         self.register_buffer("groups", torch.empty(self.in_features, dtype=torch.int32))
 
     def unpacked(self, dtype: torch.dtype) -> Tensor:
-        return torch.empty((self.out_features, self.in_features), dtype=dtype, device=self.weight.device)
+        return torch.empty(
+            (self.out_features, self.in_features), dtype=dtype, device=self.weight.device
+        )
 
 
 def _as_gptq(model: nn.Module, row: Row) -> None:
@@ -681,23 +739,40 @@ def _attention_with_repeated_heads() -> str:
     return "repeated_heads"
 
 
-def _repeated_heads(module: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
-    key, value = (_repeat_heads(part.transpose(1, 2), module.num_key_value_groups) for part in (key, value))
-    out = F.scaled_dot_product_attention(query, key.transpose(1, 2), value.transpose(1, 2), is_causal=True)
+def _repeated_heads(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any
+) -> tuple[Tensor, None]:
+    key, value = (
+        _repeat_heads(part.transpose(1, 2), module.num_key_value_groups) for part in (key, value)
+    )
+    out = F.scaled_dot_product_attention(
+        query, key.transpose(1, 2), value.transpose(1, 2), is_causal=True
+    )
     return out.transpose(1, 2).contiguous(), None
 
 
-def _trainer_loop(model: nn.Module, device: torch.device, *, row: Row, compute_loss: Forward) -> Step:
+def _trainer_loop(
+    model: nn.Module, device: torch.device, *, row: Row, compute_loss: Forward
+) -> Step:
     """transformers' Trainer: a batch of three int64 tensors, clipping at 1.0, AdamW (foreach) with a group for what
     does not decay, gradients set to None after the step."""
     model.train()
     shape = (row["batch"], row["seq"])
-    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    trainable = {
+        name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
+    }
     # Norms are exempt from decay only where their class is registered as a layer norm: Mistral's is not.
     exempt = ("bias",) if "istral" in row["model"] else ("bias", "norm", "ln_")
     groups = [
-        {"params": [p for name, p in trainable.items() if not any(part in name for part in exempt)]},
-        {"params": [p for name, p in trainable.items() if any(part in name for part in exempt)], "weight_decay": 0.0},
+        {
+            "params": [
+                p for name, p in trainable.items() if not any(part in name for part in exempt)
+            ]
+        },
+        {
+            "params": [p for name, p in trainable.items() if any(part in name for part in exempt)],
+            "weight_decay": 0.0,
+        },
     ]
     optimizer = torch.optim.AdamW([group for group in groups if group["params"]])
     scaler = torch.amp.GradScaler("cuda", enabled=_dtype(row) == torch.float16)
@@ -706,7 +781,9 @@ def _trainer_loop(model: nn.Module, device: torch.device, *, row: Row, compute_l
     def step() -> None:
         nonlocal total_loss
         ids, labels, mask = (torch.ones(shape, dtype=torch.int64).to(device) for _ in range(3))
-        with torch.autocast("cuda", dtype=_dtype(row), enabled="16 autocast on" in row["precision"]):
+        with torch.autocast(
+            "cuda", dtype=_dtype(row), enabled="16 autocast on" in row["precision"]
+        ):
             loss = compute_loss(model, ids, labels)
         scaler.scale(loss).backward()
         total_loss = total_loss + loss.detach()
@@ -730,7 +807,10 @@ def _bert(row: Row) -> Expressed:
         gpu="V100 16GB",
         known=False,
         attention="eager",
-        assumed=("today's BERT is that of January 2022", "PyTorch's AdamW for that of transformers, which is gone"),
+        assumed=(
+            "today's BERT is that of January 2022",
+            "PyTorch's AdamW for that of transformers, which is gone",
+        ),
     )
 
 

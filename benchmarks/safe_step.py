@@ -62,11 +62,15 @@ class Cost:
     extra_peak_bytes: int
 
 
-def compare(name: str, model: nn.Module, micro_batches: list[MicroBatch], *, commit: bool, num_pairs: int) -> Cost:
+def compare(
+    name: str, model: nn.Module, micro_batches: list[MicroBatch], *, commit: bool, num_pairs: int
+) -> Cost:
     head = decoder_and_head(model)
     assert isinstance(head, Head)
     settings = StepSettings(LossSettings(head), commit=commit)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6, fused=True)
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=1e-6, fused=True
+    )
     create_state(optimizer)
     protection = Protection(work=micro_batch_work(model, optimizer, settings))
     memory = MemoryModel(planned=max(micro_batch.num_positions for micro_batch in micro_batches))
@@ -93,7 +97,9 @@ def compare(name: str, model: nn.Module, micro_batches: list[MicroBatch], *, com
         for step in (plain, safe) if number % 2 else (safe, plain):
             measured[step].append(_measure(step))
     ratios = [b[0] / a[0] for a, b in zip(measured[plain], measured[safe], strict=True)]
-    plain_seconds, safe_seconds = (min(seconds for seconds, _ in measured[step]) for step in (plain, safe))
+    plain_seconds, safe_seconds = (
+        min(seconds for seconds, _ in measured[step]) for step in (plain, safe)
+    )
     return Cost(
         name=name,
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
@@ -103,7 +109,9 @@ def compare(name: str, model: nn.Module, micro_batches: list[MicroBatch], *, com
         overhead_fraction=safe_seconds / plain_seconds - 1,
         overhead_of_pairs=statistics.median(ratios) - 1,
         plain_peak_bytes=int(statistics.median(peak for _, peak in measured[plain])),
-        extra_peak_bytes=int(statistics.median(b[1] - a[1] for a, b in zip(*measured.values(), strict=True))),
+        extra_peak_bytes=int(
+            statistics.median(b[1] - a[1] for a, b in zip(*measured.values(), strict=True))
+        ),
     )
 
 
@@ -114,7 +122,9 @@ def _measure(step: Callable[[], None]) -> tuple[float, int]:
     return time.process_time() - start, (read_peak(CPU).device_bytes or 0) - held
 
 
-def packed_rows(*, vocab_size: int, num_rows: int, row_tokens: int, micro_tokens: int) -> list[MicroBatch]:
+def packed_rows(
+    *, vocab_size: int, num_rows: int, row_tokens: int, micro_tokens: int
+) -> list[MicroBatch]:
     draw = np.random.default_rng(0)
     rows = []
     for number in range(num_rows):
@@ -145,7 +155,9 @@ def smollm2_lora() -> nn.Module | None:
     except UsageError:
         return None
     model = load_model(
-        ModelConfig(source=str(source)), CPU, precision=resolve_precision(ModelConfig(source="x"), "cpu", False)
+        ModelConfig(source=str(source)),
+        CPU,
+        precision=resolve_precision(ModelConfig(source="x"), "cpu", False),
     )
     return apply_lora(model, LoraConfig()).train()  # type: ignore[arg-type]
 

@@ -106,7 +106,8 @@ def train(
             preexec_fn=lambda: _be_first_killed(group),
             stdout=output,
             stderr=subprocess.STDOUT,
-            env=os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", "FITUNE_CACHE": "cache"},
+            env=os.environ
+            | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", "FITUNE_CACHE": "cache"},
         )
     used: list[tuple[int, int]] = []
     told = len(_lines(run))
@@ -154,7 +155,9 @@ def measure(
             elif step == give:
                 second.tell(0)
 
-        code, used = train(group, ["sft.yaml", f"run.name={name}"], run=run, after=after, limit_bytes=limit_bytes)
+        code, used = train(
+            group, ["sft.yaml", f"run.name={name}"], run=run, after=after, limit_bytes=limit_bytes
+        )
         kills = 0
         while code == -9 and kills < 3:
             kills += 1
@@ -221,7 +224,10 @@ def measure_all(rates: list[float]) -> list[Outcome]:
     alone = measure("alone")
     show(alone)
     need_bytes = alone.peak_bytes - alone.held_bytes
-    outcomes = [alone, measure("below", alone=alone, limit_bytes=alone.held_bytes + need_bytes // 2)]
+    outcomes = [
+        alone,
+        measure("below", alone=alone, limit_bytes=alone.held_bytes + need_bytes // 2),
+    ]
     show(outcomes[-1])
     for rate in rates:
         outcomes.append(
@@ -239,10 +245,14 @@ def measure_all(rates: list[float]) -> list[Outcome]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", choices=("tiny", "smollm2"), default="tiny")
     parser.add_argument("--steps", type=int, default=24)
-    parser.add_argument("--rates", type=float, nargs="*", default=[50, 200, 1000], help="MiB per second")
+    parser.add_argument(
+        "--rates", type=float, nargs="*", default=[50, 200, 1000], help="MiB per second"
+    )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
         os.chdir(place)
@@ -253,7 +263,9 @@ def main() -> None:
             print(f"nothing measured: {reason}")
             return
     name = "second_process" if options.model == "tiny" else f"second_process_{options.model}"
-    (RESULTS / f"{name}.json").write_text(json.dumps([asdict(outcome) for outcome in outcomes], indent=1) + "\n")
+    (RESULTS / f"{name}.json").write_text(
+        json.dumps([asdict(outcome) for outcome in outcomes], indent=1) + "\n"
+    )
 
 
 def show(each: Outcome) -> None:

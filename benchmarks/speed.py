@@ -7,7 +7,7 @@ python benchmarks/speed.py --table                                      only wri
 
 Each trainer runs in a process of its own, one after another and then all again (A, B, A, B), so that what else the
 machine does meets them alike. Results are kept in benchmarks/results/speed.json, one entry for each comparison, and the
-table in docs/speed.md is written from them. TRL's rows need `pip install trl`.
+tables in docs/speed.md and docs/speed.zh.md are written from them. TRL's rows need `pip install trl`.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from speed_trainers import TRAINERS, Outcome, Task, dialogue_rows
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "speed.json"
-PAGE = HERE.parent / "docs" / "speed.md"
+PAGES = tuple(HERE.parent / "docs" / name for name in ("speed.md", "speed.zh.md"))
 BEGIN, END = "<!-- written by benchmarks/speed.py -->", "<!-- end -->"
 
 TASKS = (
@@ -37,7 +37,9 @@ TASKS = (
 MOST_SECONDS = 1800
 
 
-def compare(task: Task, trainers: Sequence[str], *, rounds: int) -> Iterator[dict[str, list[Outcome]]]:
+def compare(
+    task: Task, trainers: Sequence[str], *, rounds: int
+) -> Iterator[dict[str, list[Outcome]]]:
     """After each process the outcomes so far of each trainer, one for each round. A trainer that fails is left out, and
     stderr says why."""
     outcomes: dict[str, list[Outcome]] = {}
@@ -47,20 +49,30 @@ def compare(task: Task, trainers: Sequence[str], *, rounds: int) -> Iterator[dic
             if outcome is not None:
                 outcomes.setdefault(name, []).append(outcome)
                 said = f"{speed(outcome):.0f} tokens/CPU s, {outcome.peak_bytes / 1e6:,.0f} MB"
-                print(f"{title(task)} round {number + 1} {name}: {said}", file=sys.stderr, flush=True)
+                print(
+                    f"{title(task)} round {number + 1} {name}: {said}", file=sys.stderr, flush=True
+                )
                 yield outcomes
 
 
 def run_apart(task: Task, trainer: str) -> Outcome | None:
     """In a process of its own, with as many threads as the task says."""
-    command = [sys.executable, __file__, "--worker", json.dumps({"task": asdict(task), "trainer": trainer})]
+    command = [
+        sys.executable,
+        __file__,
+        "--worker",
+        json.dumps({"task": asdict(task), "trainer": trainer}),
+    ]
     try:
         process = subprocess.run(command, capture_output=True, text=True, timeout=MOST_SECONDS)
     except subprocess.TimeoutExpired:
         print(f"{trainer}: no answer within {MOST_SECONDS} s", file=sys.stderr)
         return None
     if process.returncode:
-        print(f"{trainer}: failed: {(process.stderr.strip().splitlines() or ['killed'])[-1]}", file=sys.stderr)
+        print(
+            f"{trainer}: failed: {(process.stderr.strip().splitlines() or ['killed'])[-1]}",
+            file=sys.stderr,
+        )
         return None
     return Outcome(**json.loads(process.stdout.splitlines()[-1]))
 
@@ -73,7 +85,9 @@ def work(task: Task, trainer: str) -> Outcome:
 
 
 def title(task: Task) -> str:
-    return f"{task.model}{', LoRA' if task.method == 'lora' else ''}, max_length {task.max_length:,}"
+    return (
+        f"{task.model}{', LoRA' if task.method == 'lora' else ''}, max_length {task.max_length:,}"
+    )
 
 
 def speed(outcome: Outcome) -> float:
@@ -96,12 +110,18 @@ def render(entries: Sequence[dict[str, Any]]) -> str:
     lines = [BEGIN, ""]
     for each in entries:
         task = Task(**each["task"])
-        outcomes = {name: [Outcome(**one) for one in found] for name, found in each["outcomes"].items()}
+        outcomes = {
+            name: [Outcome(**one) for one in found] for name, found in each["outcomes"].items()
+        }
         lines += [
-            f"**{title(task)}**: {task.num_steps} steps of {task.rows_per_step} rows, "
+            f"**{title(task)}**: {task.num_steps} steps of {task.rows_per_step} samples, "
             f"{next(iter(outcomes.values()))[0].tokens:,} real tokens, {task.threads} thread, best of "
             f"{max(map(len, outcomes.values()))} rounds"
-            + (f"; padding with {task.padded_rows} rows at a time, as many as fit" if task.padded_rows else ""),
+            + (
+                f"; padding with {task.padded_rows} samples at a time, as many as fit"
+                if task.padded_rows
+                else ""
+            ),
             "",
             "| trainer | tokens / CPU s | tokens / s | peak above the model, MB | loss of the last step | "
             "fitune's speed | fitune's peak |",
@@ -128,11 +148,11 @@ def _line(name: str, outcomes: Sequence[Outcome], ours: Sequence[Outcome] | None
     )
 
 
-def write_page(entries: Sequence[dict[str, Any]], page: Path = PAGE) -> None:
-    """Replaces what stands between the two marks."""
-    text = page.read_text()
-    before, rest = text.split(BEGIN)
-    page.write_text(before + render(entries) + rest.split(END)[1])
+def write_pages(entries: Sequence[dict[str, Any]]) -> None:
+    """Replace the tables between the two marks in each page."""
+    for page in PAGES:
+        before, rest = page.read_text(encoding="utf-8").split(BEGIN)
+        page.write_text(before + render(entries) + rest.split(END)[1], encoding="utf-8")
 
 
 def read_entries() -> list[dict[str, Any]]:
@@ -145,10 +165,14 @@ def _place(task: Task | argparse.Namespace) -> tuple[str | None, int | None, str
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", choices=sorted({task.model for task in TASKS}))
     parser.add_argument("--method", choices=sorted({task.method for task in TASKS}))
-    parser.add_argument("--max-length", type=int, choices=sorted({task.max_length for task in TASKS}))
+    parser.add_argument(
+        "--max-length", type=int, choices=sorted({task.max_length for task in TASKS})
+    )
     parser.add_argument("--trainer", action="append", choices=list(TRAINERS))
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--table", action="store_true")
@@ -166,10 +190,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         before = entries[place]["outcomes"] if options.trainer and place in entries else {}
         for found in compare(task, options.trainer or list(TRAINERS), rounds=options.rounds):
             known = before | entry(task, found)["outcomes"]
-            entries[place] = entry(task, {}) | {"outcomes": {name: known[name] for name in TRAINERS if name in known}}
+            entries[place] = entry(task, {}) | {
+                "outcomes": {name: known[name] for name in TRAINERS if name in known}
+            }
             RESULTS.parent.mkdir(exist_ok=True)
             RESULTS.write_text(json.dumps(list(entries.values()), indent=1) + "\n")
-    write_page(list(entries.values()))
+    write_pages(list(entries.values()))
 
 
 if __name__ == "__main__":

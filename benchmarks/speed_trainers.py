@@ -111,14 +111,21 @@ def _dialogues() -> list[Row]:
         with path.open("w") as file:
             for corpus in sorted(corpus_directory("english").glob("*.yml")):
                 for turns in yaml.safe_load(corpus.read_text())["conversations"]:
-                    texts = [str(turn) for turn in turns[: len(turns) // 2 * 2] if str(turn).strip()]
+                    texts = [
+                        str(turn) for turn in turns[: len(turns) // 2 * 2] if str(turn).strip()
+                    ]
                     if len(texts) >= 2:
                         roles = ("user", "assistant")
-                        messages = [{"role": roles[i % 2], "content": text} for i, text in enumerate(texts)]
+                        messages = [
+                            {"role": roles[i % 2], "content": text} for i, text in enumerate(texts)
+                        ]
                         file.write(json.dumps({"messages": messages}) + "\n")
         data = DataConfig(train=str(path), eval_fraction=0)
         examples = load_examples(
-            data, load_tokenizer(ModelConfig(source=_tokenizer_source())), split="train", eval_max_rows=0
+            data,
+            load_tokenizer(ModelConfig(source=_tokenizer_source())),
+            split="train",
+            eval_max_rows=0,
         )
         return [examples[index] for index in range(len(examples))]
 
@@ -160,7 +167,9 @@ def run_fitune(task: Task, rows: Sequence[Row], *, recompute: str = "off") -> Ou
     setup = assemble(model, config, device=CPU, precision=precision)
     for batch in _batches(task, rows):
         micro_batches = setup.layout.split(batch)
-        losses.append(train_step(model, setup.optimizer, micro_batches, settings=setup.settings).loss or 0.0)
+        losses.append(
+            train_step(model, setup.optimizer, micro_batches, settings=setup.settings).loss or 0.0
+        )
     return clock.outcome(_num_tokens(rows), losses)
 
 
@@ -174,7 +183,9 @@ def run_padding(task: Task, rows: Sequence[Row]) -> Outcome:
         for first in range(0, len(batch.rows), at_once):
             ids_BS, labels_BS = _padded(batch.rows[first : first + at_once], task.max_length)
             logits_BSV = model(input_ids=ids_BS, use_cache=False).logits
-            losses_T = F.cross_entropy(logits_BSV[:, :-1].flatten(0, 1), labels_BS[:, 1:].flatten(), reduction="sum")
+            losses_T = F.cross_entropy(
+                logits_BSV[:, :-1].flatten(0, 1), labels_BS[:, 1:].flatten(), reduction="sum"
+            )
             loss = losses_T / batch.loss_weight
             loss.backward()
             loss_sum += loss.item()
@@ -220,7 +231,10 @@ def run_trl(task: Task, rows: Sequence[Row], *, packing: bool = False, **options
     }
     if packing:  # one packed row in a forward; TRL flattens them, so more at once are no faster
         num_packed = -(-_num_tokens(rows) // task.max_length)
-        batch = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": max(1, num_packed // task.num_steps)}
+        batch = {
+            "per_device_train_batch_size": 1,
+            "gradient_accumulation_steps": max(1, num_packed // task.num_steps),
+        }
     else:
         batch = {"per_device_train_batch_size": task.rows_per_step}
     with TemporaryDirectory() as directory:
@@ -243,9 +257,13 @@ TRAINERS: dict[str, Callable[[Task, Sequence[Row]], Outcome]] = {
     "padding to max_length": run_padding,
     "TRL, float32": lambda task, rows: run_trl(task, rows),
     "TRL, recompute off": lambda task, rows: run_trl(task, rows, gradient_checkpointing=False),
-    "TRL, padding-free": lambda task, rows: run_trl(task, rows, gradient_checkpointing=False, padding_free=True),
+    "TRL, padding-free": lambda task, rows: run_trl(
+        task, rows, gradient_checkpointing=False, padding_free=True
+    ),
     "TRL, padding-free, recompute": lambda task, rows: run_trl(task, rows, padding_free=True),
-    "TRL, packing": lambda task, rows: run_trl(task, rows, gradient_checkpointing=False, packing=True),
+    "TRL, packing": lambda task, rows: run_trl(
+        task, rows, gradient_checkpointing=False, packing=True
+    ),
 }
 
 
@@ -268,7 +286,9 @@ def _padded(rows: Sequence[Row], width: int) -> tuple[torch.Tensor, torch.Tensor
     for place, row in enumerate(rows):
         ids = torch.from_numpy(row.input_ids.astype(np.int64))
         ids_BS[place, : len(row)] = ids
-        labels_BS[place, : len(row)] = torch.where(torch.from_numpy(row.loss_weights > 0), ids, -100)
+        labels_BS[place, : len(row)] = torch.where(
+            torch.from_numpy(row.loss_weights > 0), ids, -100
+        )
     return ids_BS, labels_BS
 
 

@@ -75,7 +75,9 @@ def measure(task: Task) -> Where:
     seconds, tokens, waited = defaultdict[str, float](float), 0, 0.0
     begin = end = time.perf_counter()
     with _timed_parts(setup, seconds):
-        for batch, micro_batches in prefetch(((batch, setup.layout.split(batch)) for batch in batches), depth=2):
+        for batch, micro_batches in prefetch(
+            ((batch, setup.layout.split(batch)) for batch in batches), depth=2
+        ):
             waited += time.perf_counter() - end
             cpu = time.process_time()
             run_step(setup, micro_batches)
@@ -107,14 +109,20 @@ def useful_flops(model: Any, batch: Batch) -> float:
     config = model.config
     head_weights = config.vocab_size * config.hidden_size
     layer_weights = sum(
-        weight.numel() for layer in model.model.layers for weight in layer.parameters() if weight.ndim == 2
+        weight.numel()
+        for layer in model.model.layers
+        for weight in layer.parameters()
+        if weight.ndim == 2
     )
     query_size = config.num_attention_heads * (
         getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     )
     pairs = sum(len(row) * (len(row) + 1) / 2 for row in batch.rows)
     attention = 3 * 2 * 2 * query_size * pairs * config.num_hidden_layers
-    return 6.0 * (layer_weights * batch.num_tokens + head_weights * batch.num_supervised_tokens) + attention
+    return (
+        6.0 * (layer_weights * batch.num_tokens + head_weights * batch.num_supervised_tokens)
+        + attention
+    )
 
 
 class Probe:
@@ -123,10 +131,19 @@ class Probe:
 
     def __init__(self, model: Any, tokens: int = 1024) -> None:
         rates: list[tuple[float, Callable[[], Any], float]] = []
-        for weight_OI in (weight.detach() for weight in model.model.layers[0].parameters() if weight.ndim == 2):
-            inputs_TI, gradient_TO = torch.randn(tokens, weight_OI.shape[1]), torch.randn(tokens, weight_OI.shape[0])
+        for weight_OI in (
+            weight.detach() for weight in model.model.layers[0].parameters() if weight.ndim == 2
+        ):
+            inputs_TI, gradient_TO = (
+                torch.randn(tokens, weight_OI.shape[1]),
+                torch.randn(tokens, weight_OI.shape[0]),
+            )
             flops = 2.0 * tokens * weight_OI.numel()
-            for first, second in ((inputs_TI, weight_OI.T), (gradient_TO, weight_OI), (gradient_TO.T, inputs_TI)):
+            for first, second in (
+                (inputs_TI, weight_OI.T),
+                (gradient_TO, weight_OI),
+                (gradient_TO.T, inputs_TI),
+            ):
                 product = partial(torch.mm, first, second)
                 rates.append((flops / _fastest(product), product, flops))
         _, self._product, self._flops = max(rates, key=lambda rate: rate[0])
@@ -197,7 +214,9 @@ def _timed_parts(setup: Setup, seconds: dict[str, float]) -> Iterator[None]:
         yield
 
 
-def _profile(setup: Setup, micro_batches: Sequence[MicroBatch], *, largest: int = 12) -> dict[str, float]:
+def _profile(
+    setup: Setup, micro_batches: Sequence[MicroBatch], *, largest: int = 12
+) -> dict[str, float]:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         run_step(setup, micro_batches)
     events = profile.key_averages()
@@ -225,7 +244,9 @@ def render(where: Where) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", choices=("minimind2-small", "SmolLM2-135M"))
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -233,7 +254,11 @@ def main() -> None:
         Task(model="minimind2-small", max_length=768, num_steps=4),
         Task(model="SmolLM2-135M", max_length=768, rows_per_step=4, num_steps=4),
     )
-    results = {each["model"]: each for each in json.loads(RESULTS.read_text())} if RESULTS.exists() else {}
+    results = (
+        {each["model"]: each for each in json.loads(RESULTS.read_text())}
+        if RESULTS.exists()
+        else {}
+    )
     for task in tasks:
         if options.model in (None, task.model):
             where = measure(task)

@@ -76,8 +76,11 @@ def compare_row(row: dict[str, Any], *, today: bool = True) -> Compared:
     return Compared(
         id=row["id"],
         model=row["model"],
-        setting=f"{row['method']}, {row['batch']} x {row['seq']}" + (", fused kernels" if fused else ""),
-        software=next(part for part in row["software"].split(", ") if part.startswith("transformers")),
+        setting=f"{row['method']}, {row['batch']} x {row['seq']}"
+        + (", fused kernels" if fused else ""),
+        software=next(
+            part for part in row["software"].split(", ") if part.startswith("transformers")
+        ),
         measured_bytes=row["measured_bytes"],
         predicted_bytes=_predict(row, today=False),
         today_bytes=_predict(row, today=True) if today and not fused else None,
@@ -91,11 +94,15 @@ def _predict(row: dict[str, Any], *, today: bool) -> int:
     from fitune.integrations.transformers import weightless
 
     with tempfile.TemporaryDirectory() as directory, warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # transformers 6 renames gradient checkpointing
+        warnings.simplefilter(
+            "ignore", FutureWarning
+        )  # transformers 6 renames gradient checkpointing
         with weightless():
             trainer = build_trainer(row, directory, today=today)
         # two steps: the state of the optimizer is born in the first
-        prediction = fitune.predict_trainer(trainer, gpu="A100 80GB", num_steps=2, attention="flash")
+        prediction = fitune.predict_trainer(
+            trainer, gpu="A100 80GB", num_steps=2, attention="flash"
+        )
     return prediction.peak_allocated_bytes
 
 
@@ -141,7 +148,10 @@ def build_trainer(row: dict[str, Any], directory: str, *, today: bool) -> Any:
     causal_lm = published_loops.causal_lm(model)
     causal_lm.forward = types.MethodType(forward, causal_lm)
     return Trainer(
-        model=model, args=TrainingArguments(**arguments), train_dataset=data, data_collator=default_data_collator
+        model=model,
+        args=TrainingArguments(**arguments),
+        train_dataset=data,
+        data_collator=default_data_collator,
     )
 
 
@@ -150,7 +160,9 @@ def _tokenizer() -> Any:
     from transformers import PreTrainedTokenizerFast
 
     made = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1, "<unk>": 2}, unk_token="<unk>"))
-    return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
+    )
 
 
 # ---- the section of docs/accuracy.md ----
@@ -177,7 +189,9 @@ def section(path: Path = RESULTS) -> list[str]:
     ]
     if todays:
         within = sum(abs(error) <= BOUND for error in todays)
-        lines.append(f"- as installed: {within} of {len(todays)} within {BOUND:.0%} of what the old loss needed")
+        lines.append(
+            f"- as installed: {within} of {len(todays)} within {BOUND:.0%} of what the old loss needed"
+        )
     for reason, ids in _reasons(outside).items():
         lines.append(f"- beyond {BOUND:.0%}, since {reason}: {', '.join(ids)}")
     lines += [
@@ -186,7 +200,11 @@ def section(path: Path = RESULTS) -> list[str]:
         "|---|---|---|---|---:|---:|---:|---:|---:|",
     ]
     for row in rows:
-        today = ("", "") if row.today_bytes is None else (f"{row.today_bytes:,}", f"{row.today_fraction:+.3%}")
+        today = (
+            ("", "")
+            if row.today_bytes is None
+            else (f"{row.today_bytes:,}", f"{row.today_fraction:+.3%}")
+        )
         lines.append(
             f"| {row.id} | {row.model} | {row.setting} | {row.software} | {row.measured_bytes:,} | "
             f"{row.predicted_bytes:,} | {row.error_fraction:+.3%} | {' | '.join(today)} |"
@@ -204,7 +222,9 @@ def _reasons(rows: Sequence[Compared]) -> dict[str, list[str]]:
 def read_results(path: Path = RESULTS) -> list[Compared]:
     if not path.exists():
         return []
-    return [Compared(**row | {"assumed": tuple(row["assumed"])}) for row in json.loads(path.read_text())]
+    return [
+        Compared(**row | {"assumed": tuple(row["assumed"])}) for row in json.loads(path.read_text())
+    ]
 
 
 def write(rows: Sequence[Compared]) -> None:
@@ -215,7 +235,9 @@ def write(rows: Sequence[Compared]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rows", default="", help="only these row ids, separated by commas")
     parser.add_argument("--missing", action="store_true", help="only rows that have no result")
     options = parser.parse_args()

@@ -70,7 +70,9 @@ def train(kind: str, *, headroom_bytes: int, quick: bool) -> Outcome:
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             outcome.batch_rows.append(state.train_batch_size)
 
-        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
+        def on_log(
+            self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any
+        ) -> None:
             if "loss" in logs:
                 outcome.losses.append(logs["loss"])
 
@@ -88,9 +90,16 @@ def train(kind: str, *, headroom_bytes: int, quick: bool) -> Outcome:
             num_train_epochs=1, logging_steps=1, save_strategy="no", disable_tqdm=True, dataloader_pin_memory=False,
             learning_rate=3e-4, activation_checkpointing=False, auto_find_batch_size=kind == "auto",
         )  # fmt: skip
-        callbacks = [Watch(), *([FituneCallback(Path(directory) / "runs", "run")] if kind == "callback" else [])]
+        callbacks = [
+            Watch(),
+            *([FituneCallback(Path(directory) / "runs", "run")] if kind == "callback" else []),
+        ]
         trainer = (SafeSFTTrainer if kind == "safe" else SFTTrainer)(
-            model=_model(), args=args, train_dataset=_rows(quick), processing_class=_tokenizer(), callbacks=callbacks
+            model=_model(),
+            args=args,
+            train_dataset=_rows(quick),
+            processing_class=_tokenizer(),
+            callbacks=callbacks,
         )
         device = torch.device("cpu")
         reset_peak(device)
@@ -136,7 +145,9 @@ def _rows(quick: bool) -> Any:
     draw = random.Random(0)
     lengths = [draw.randint(8, 96 if quick else 192) for _ in range(ROWS * (3 if quick else 8))]
     ids = [[draw.randrange(3, 300) for _ in range(length)] for length in lengths]
-    labels = [[-100 if place < len(row) // 3 else token for place, token in enumerate(row)] for row in ids]
+    labels = [
+        [-100 if place < len(row) // 3 else token for place, token in enumerate(row)] for row in ids
+    ]
     return datasets.Dataset.from_dict({"input_ids": ids, "labels": labels})
 
 
@@ -146,7 +157,9 @@ def _tokenizer() -> Any:
 
     words = {"<pad>": 0, "<eos>": 1, "<unk>": 2}
     made = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
+    )
 
 
 def _data_bytes() -> int:
@@ -160,7 +173,14 @@ def measure(kinds: Sequence[str] = tuple(KINDS), *, quick: bool) -> list[Outcome
     for kind in kinds:
         limited = kind in ("plain", "auto", "safe")
         headroom_bytes = int(outcomes[0].need_bytes * HEADROOM_FRACTION) if limited else 0
-        command = [sys.executable, __file__, "--kind", kind, "--headroom-bytes", str(headroom_bytes)]
+        command = [
+            sys.executable,
+            __file__,
+            "--kind",
+            kind,
+            "--headroom-bytes",
+            str(headroom_bytes),
+        ]
         # freed blocks go back to the system at once, so that the limit is one on tensors
         environment = os.environ | {
             "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -168,7 +188,11 @@ def measure(kinds: Sequence[str] = tuple(KINDS), *, quick: bool) -> list[Outcome
             "PYTHONPATH": os.pathsep.join(sys.path),
         }
         ran = subprocess.run(
-            command + ["--quick"] * quick, env=environment, stdout=subprocess.PIPE, text=True, check=True
+            command + ["--quick"] * quick,
+            env=environment,
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
         )
         outcomes.append(Outcome(**json.loads(ran.stdout.splitlines()[-1])))
     return outcomes
@@ -182,24 +206,40 @@ def largest_difference(outcome: Outcome, expected: Outcome) -> float | None:
 
 
 def table(outcomes: Sequence[Outcome]) -> str:
-    lines = ["| run | batch rows | steps | failures survived | loss of the last step | largest difference of a loss |"]
+    lines = [
+        "| run | batch rows | steps | failures survived | loss of the last step | largest difference of a loss |"
+    ]
     lines += ["|---|---|---:|---:|---:|---:|"]
     for outcome in outcomes:
         difference = largest_difference(outcome, outcomes[0])
-        last = f"{outcome.losses[-1]:.6f}" if outcome.losses and outcome.error is None else outcome.error
+        last = (
+            f"{outcome.losses[-1]:.6f}"
+            if outcome.losses and outcome.error is None
+            else outcome.error
+        )
         steps = f"{outcome.num_steps}"
         if len(outcome.batch_rows) > 1:
             steps += f", begun {len(outcome.batch_rows)} times"
-        said = "" if outcome is outcomes[0] else "another run" if difference is None else f"{difference:.1e}"
+        said = (
+            ""
+            if outcome is outcomes[0]
+            else "another run"
+            if difference is None
+            else f"{difference:.1e}"
+        )
         rows = ", ".join(str(rows) for rows in outcome.batch_rows)
-        lines.append(f"| {KINDS[outcome.kind]} | {rows} | {steps} | {outcome.num_failures} | {last} | {said} |")
+        lines.append(
+            f"| {KINDS[outcome.kind]} | {rows} | {steps} | {outcome.num_failures} | {last} | {said} |"
+        )
     return "\n".join(lines)
 
 
 def write(outcomes: Sequence[Outcome]) -> None:
     RESULTS.write_text(json.dumps([asdict(outcome) for outcome in outcomes], indent=1) + "\n")
     old = re.compile(r"^\| run \| batch rows .*?(?=\n\n)", re.MULTILINE | re.DOTALL)
-    PAGE.write_text(old.sub(lambda _: table(outcomes), PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    PAGE.write_text(
+        old.sub(lambda _: table(outcomes), PAGE.read_text(encoding="utf-8")), encoding="utf-8"
+    )
 
 
 def read_results() -> list[Outcome]:
@@ -213,7 +253,13 @@ def main() -> None:
     parser.add_argument("--headroom-bytes", type=int, default=0)
     options = parser.parse_args()
     if options.kind is not None:
-        print(json.dumps(asdict(train(options.kind, headroom_bytes=options.headroom_bytes, quick=options.quick))))
+        print(
+            json.dumps(
+                asdict(
+                    train(options.kind, headroom_bytes=options.headroom_bytes, quick=options.quick)
+                )
+            )
+        )
         return
     outcomes = measure(quick=options.quick)
     print(table(outcomes))

@@ -82,7 +82,9 @@ def _tables(language: str) -> Iterator[str]:
         yield "\n".join([f"## {name}", "", *head, *_rows(name, definition, schema["$defs"]), ""])
     if alone:
         yield "\n".join([f"## {'Others' if language == 'en' else '其他'}", "", *head, *alone, ""])
-    yield "\n".join([*OTHER_NAMES[language], *(f"| `{alias}` | `{key}` |" for alias, key in ALIASES.items())])
+    yield "\n".join(
+        [*OTHER_NAMES[language], *(f"| `{alias}` | `{key}` |" for alias, key in ALIASES.items())]
+    )
 
 
 def _definition(content: Any, definitions: Any) -> Any:

@@ -67,7 +67,12 @@ def run_page(directory: Path) -> Path:
 def draw(page: Path, picture: Path, *, width: int, height: int) -> None:
     """Raises SystemExit where there is no Chromium or the picture is too large for a README."""
     browser = next(
-        (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
+        (
+            path
+            for name in ("chromium", "chromium-browser", "google-chrome")
+            if (path := shutil.which(name))
+        ),
+        None,
     )
     if browser is None:
         raise SystemExit("there is no Chromium to draw with: apt-get install chromium")
@@ -80,20 +85,31 @@ def draw(page: Path, picture: Path, *, width: int, height: int) -> None:
         )  # fmt: skip
     size = picture.stat().st_size
     if size >= MOST_BYTES:
-        raise SystemExit(f"{picture} has {size:,} bytes, {MOST_BYTES:,} or more: draw less of the page")
+        raise SystemExit(
+            f"{picture} has {size:,} bytes, {MOST_BYTES:,} or more: draw less of the page"
+        )
     print(f"{picture}: {size:,} bytes")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("report", nargs="?", type=Path, help="a page that `fitune report` or a sweep has written")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "report", nargs="?", type=Path, help="a page that `fitune report` or a sweep has written"
+    )
     arguments = parser.parse_args()
     text, num_lines = plan_page()
     with TemporaryDirectory() as directory:
         page = Path(directory) / "plan.html"
         page.write_text(text, encoding="utf-8")
         draw(page, DOCS / "plan.png", width=980, height=32 + round(18.2 * (num_lines + 4)))
-        draw(arguments.report or run_page(Path(directory)), DOCS / "report.png", width=1100, height=1250)
+        draw(
+            arguments.report or run_page(Path(directory)),
+            DOCS / "report.png",
+            width=1100,
+            height=1250,
+        )
 
 
 if __name__ == "__main__":

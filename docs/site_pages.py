@@ -16,7 +16,9 @@ def with_tables(markdown: str, pages: Path) -> str:
     def table(asked: re.Match[str]) -> str:
         written = (pages / asked[1]).read_text(encoding="utf-8")
         found = re.search(
-            rf"<!-- {asked[2]}:[^\n]*-->\n(.*?)\n<!-- (?:{asked[2]}: end|end of {asked[2]}) -->", written, re.S
+            rf"<!-- {asked[2]}:[^\n]*-->\n(.*?)\n<!-- (?:{asked[2]}: end|end of {asked[2]}) -->",
+            written,
+            re.S,
         )
         if found is None:
             raise ValueError(f"{asked[1]} has no table {asked[2]}")

@@ -102,21 +102,37 @@ _ENDS = {"bos_token_id": 0, "eos_token_id": 0}
 _EXPERTS = {"num_experts_per_tok": 2, "hidden_size": 384, "num_attention_heads": 6}
 ARCHITECTURES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "llama": ("LlamaConfig", _LLAMA),
-    "llama-wide": ("LlamaConfig", _LLAMA | {"vocab_size": 32000, "hidden_size": 1024, "intermediate_size": 2816}),
+    "llama-wide": (
+        "LlamaConfig",
+        _LLAMA | {"vocab_size": 32000, "hidden_size": 1024, "intermediate_size": 2816},
+    ),
     "llama-all-heads": ("LlamaConfig", _LLAMA | {"num_key_value_heads": 8}),
     "llama-tied": ("LlamaConfig", _LLAMA | {"tie_word_embeddings": True, "vocab_size": 32000}),
     "qwen2": ("Qwen2Config", _LLAMA | {"num_key_value_heads": 4}),
     "mistral": ("MistralConfig", _LLAMA | {"sliding_window": 256}),
-    "gemma2": ("Gemma2Config", _LLAMA | {"head_dim": 64, "sliding_window": 256, "num_key_value_heads": 4}),
+    "gemma2": (
+        "Gemma2Config",
+        _LLAMA | {"head_dim": 64, "sliding_window": 256, "num_key_value_heads": 4},
+    ),
     "gpt2": (
         "GPT2Config",
-        {"vocab_size": 50257, "n_embd": 512, "n_layer": 4, "n_head": 8, "n_positions": 1024, **_ENDS},
+        {
+            "vocab_size": 50257,
+            "n_embd": 512,
+            "n_layer": 4,
+            "n_head": 8,
+            "n_positions": 1024,
+            **_ENDS,
+        },
     ),
     "qwen3-moe": (
         "Qwen3MoeConfig",
         _LLAMA | _EXPERTS | {"moe_intermediate_size": 512, "head_dim": 64, "num_experts": 8},
     ),
-    "mixtral": ("MixtralConfig", _LLAMA | _EXPERTS | {"intermediate_size": 1024, "num_local_experts": 8}),
+    "mixtral": (
+        "MixtralConfig",
+        _LLAMA | _EXPERTS | {"intermediate_size": 1024, "num_local_experts": 8},
+    ),
     "tiny-llama": ("LlamaConfig", _TINY),
     "tiny-llama-tied": ("LlamaConfig", _TINY | {"tie_word_embeddings": True}),
     "tiny-qwen2": ("Qwen2Config", _TINY),
@@ -143,16 +159,44 @@ def varied(number: int, longest: int) -> Rows:
 
 STEPS = (
     StepCase(name="full", model="llama", rows=same(4, 1024), cards=CARDS),
-    StepCase(name="minimind2-small", model="minimind2-small", rows=same(8, 1024), cards=("4090", "T4")),
-    StepCase(name="float32", model="llama", rows=same(4, 1024), options=("model.precision=float32",), cards=CARDS),
     StepCase(
-        name="float16", model="llama", rows=same(4, 1024), options=("model.precision=autocast_float16",), cards=CARDS
+        name="minimind2-small", model="minimind2-small", rows=same(8, 1024), cards=("4090", "T4")
     ),
     StepCase(
-        name="bfloat16", model="llama", rows=same(4, 1024), options=("model.precision=bfloat16",), cards=WITH_BFLOAT16
+        name="float32",
+        model="llama",
+        rows=same(4, 1024),
+        options=("model.precision=float32",),
+        cards=CARDS,
     ),
-    StepCase(name="all-logits", model="llama", rows=same(4, 512), options=("loss=full",), cards=("4090", "T4")),
-    StepCase(name="recompute", model="llama", rows=same(8, 1024), options=("model.recompute=full",), cards=CARDS),
+    StepCase(
+        name="float16",
+        model="llama",
+        rows=same(4, 1024),
+        options=("model.precision=autocast_float16",),
+        cards=CARDS,
+    ),
+    StepCase(
+        name="bfloat16",
+        model="llama",
+        rows=same(4, 1024),
+        options=("model.precision=bfloat16",),
+        cards=WITH_BFLOAT16,
+    ),
+    StepCase(
+        name="all-logits",
+        model="llama",
+        rows=same(4, 512),
+        options=("loss=full",),
+        cards=("4090", "T4"),
+    ),
+    StepCase(
+        name="recompute",
+        model="llama",
+        rows=same(8, 1024),
+        options=("model.recompute=full",),
+        cards=CARDS,
+    ),
     StepCase(
         name="recompute-every-2",
         model="llama",
@@ -174,24 +218,63 @@ STEPS = (
         options=("model.recompute=full", "model.offload_activations=true"),
         cards=("4090", "A100"),
     ),
-    StepCase(name="lora", model="llama", rows=same(4, 1024), options=("model.method=lora",), cards=CARDS),
+    StepCase(
+        name="lora", model="llama", rows=same(4, 1024), options=("model.method=lora",), cards=CARDS
+    ),
     StepCase(
         name="lora-dropout",
         model="llama",
         rows=same(4, 1024),
         options=("model.method=lora", "model.lora.dropout=0.1"),
     ),
-    StepCase(name="qlora", model="llama", rows=same(4, 1024), options=("model.method=qlora",), cards=("4090", "T4")),
-    StepCase(name="packed", model="llama", rows=varied(8, 1024), cards=("4090", "H100")),
-    StepCase(name="padded", model="llama", rows=varied(8, 1024), options=("data.packing=false",), cards=("4090", "T4")),
-    StepCase(name="accumulation", model="llama", rows=same(9, 512), accumulation=3, cards=("4090", "A100")),
-    StepCase(name="evaluation", model="llama", rows=same(4, 1024), kinds=("train", "train", "eval"), cards=CARDS),
-    StepCase(name="evaluation-first", model="llama", rows=same(4, 1024), kinds=("eval", "train", "train")),
-    StepCase(name="adamw-foreach", model="llama", rows=same(4, 512), options=("optim.name=adamw_foreach",)),
     StepCase(
-        name="adamw-8bit", model="llama", rows=same(4, 512), options=("optim.name=adamw_8bit",), cards=("4090", "A100")
+        name="qlora",
+        model="llama",
+        rows=same(4, 1024),
+        options=("model.method=qlora",),
+        cards=("4090", "T4"),
     ),
-    StepCase(name="adamw-host", model="llama", rows=same(4, 512), options=("optim.name=adamw_host",)),
+    StepCase(name="packed", model="llama", rows=varied(8, 1024), cards=("4090", "H100")),
+    StepCase(
+        name="padded",
+        model="llama",
+        rows=varied(8, 1024),
+        options=("data.packing=false",),
+        cards=("4090", "T4"),
+    ),
+    StepCase(
+        name="accumulation",
+        model="llama",
+        rows=same(9, 512),
+        accumulation=3,
+        cards=("4090", "A100"),
+    ),
+    StepCase(
+        name="evaluation",
+        model="llama",
+        rows=same(4, 1024),
+        kinds=("train", "train", "eval"),
+        cards=CARDS,
+    ),
+    StepCase(
+        name="evaluation-first", model="llama", rows=same(4, 1024), kinds=("eval", "train", "train")
+    ),
+    StepCase(
+        name="adamw-foreach",
+        model="llama",
+        rows=same(4, 512),
+        options=("optim.name=adamw_foreach",),
+    ),
+    StepCase(
+        name="adamw-8bit",
+        model="llama",
+        rows=same(4, 512),
+        options=("optim.name=adamw_8bit",),
+        cards=("4090", "A100"),
+    ),
+    StepCase(
+        name="adamw-host", model="llama", rows=same(4, 512), options=("optim.name=adamw_host",)
+    ),
     StepCase(name="adafactor", model="llama", rows=same(4, 512), options=("optim.name=adafactor",)),
     StepCase(name="sgd", model="llama", rows=same(4, 512), options=("optim.name=sgd",)),
     StepCase(name="no-clipping", model="llama", rows=same(4, 512), options=("optim.clip=0",)),
@@ -211,31 +294,59 @@ STEPS = (
     StepCase(name="gemma2", model="gemma2", rows=same(4, 1024), cards=("4090", "A100")),
     StepCase(name="qwen3-moe", model="qwen3-moe", rows=same(4, 512), depends_on_data=BY_ROUTING),
     StepCase(name="mixtral", model="mixtral", rows=same(4, 512), depends_on_data=BY_ROUTING),
-    StepCase(name="minimind-3-moe", model="minimind-3-moe", rows=same(4, 512), depends_on_data=BY_ROUTING),
+    StepCase(
+        name="minimind-3-moe", model="minimind-3-moe", rows=same(4, 512), depends_on_data=BY_ROUTING
+    ),
 )
 
 LOOPS = (
     LoopCase(name="loop-float32", model="llama", cards=CARDS),
     LoopCase(name="loop-float32-odd", model="llama", batch=3, length=333),
-    LoopCase(name="loop-bfloat16", model="llama", dtype="bfloat16", length=1024, cards=WITH_BFLOAT16),
-    LoopCase(name="loop-autocast", model="llama", autocast="bfloat16", length=1024, cards=WITH_BFLOAT16),
-    LoopCase(name="loop-scaler", model="llama", autocast="float16", scaler=True, cards=("4090", "T4")),
+    LoopCase(
+        name="loop-bfloat16", model="llama", dtype="bfloat16", length=1024, cards=WITH_BFLOAT16
+    ),
+    LoopCase(
+        name="loop-autocast", model="llama", autocast="bfloat16", length=1024, cards=WITH_BFLOAT16
+    ),
+    LoopCase(
+        name="loop-scaler", model="llama", autocast="float16", scaler=True, cards=("4090", "T4")
+    ),
     LoopCase(name="loop-fused", model="llama", autocast="bfloat16", optimizer="fused"),
     LoopCase(name="loop-for", model="llama", autocast="bfloat16", optimizer="for"),
     LoopCase(name="loop-sgd", model="llama", dtype="bfloat16", optimizer="sgd"),
     LoopCase(name="loop-accumulation", model="llama", autocast="bfloat16", accumulation=3, clip=0),
     LoopCase(name="loop-keeps-gradients", model="llama", autocast="bfloat16", keeps_gradients=True),
     LoopCase(
-        name="loop-checkpoint", model="llama", autocast="bfloat16", length=1024, checkpoint=True, cards=WITH_BFLOAT16
+        name="loop-checkpoint",
+        model="llama",
+        autocast="bfloat16",
+        length=1024,
+        checkpoint=True,
+        cards=WITH_BFLOAT16,
     ),
-    LoopCase(name="loop-padded", model="llama", dtype="bfloat16", length=1024, padded=True, cards=("4090", "A100")),
+    LoopCase(
+        name="loop-padded",
+        model="llama",
+        dtype="bfloat16",
+        length=1024,
+        padded=True,
+        cards=("4090", "A100"),
+    ),
     LoopCase(name="loop-math", model="llama", dtype="bfloat16", kernel="MATH"),
     LoopCase(name="loop-efficient", model="llama", dtype="bfloat16", kernel="EFFICIENT_ATTENTION"),
     LoopCase(name="loop-flash", model="llama", dtype="bfloat16", kernel="FLASH_ATTENTION"),
-    LoopCase(name="loop-cudnn", model="llama", dtype="bfloat16", kernel="CUDNN_ATTENTION", cards=("H100",)),
+    LoopCase(
+        name="loop-cudnn",
+        model="llama",
+        dtype="bfloat16",
+        kernel="CUDNN_ATTENTION",
+        cards=("H100",),
+    ),
     LoopCase(name="loop-eager", model="llama", dtype="bfloat16", attention="eager"),
     LoopCase(name="loop-evaluates", model="llama", dtype="bfloat16", evaluates=True),
-    LoopCase(name="loop-tied-autocast", model="llama-tied", autocast="bfloat16", cards=("4090", "A100")),
+    LoopCase(
+        name="loop-tied-autocast", model="llama-tied", autocast="bfloat16", cards=("4090", "A100")
+    ),
     LoopCase(name="loop-wide", model="llama-wide", dtype="bfloat16"),
     LoopCase(name="loop-lora-dropout", model="llama", dtype="bfloat16", length=1024, lora=True),
     LoopCase(name="loop-gpt2-dropout", model="gpt2", batch=4, cards=("4090", "T4")),
@@ -244,15 +355,23 @@ LOOPS = (
     LoopCase(name="loop-mistral", model="mistral", dtype="bfloat16", length=1024),
     LoopCase(name="loop-gemma2", model="gemma2", dtype="bfloat16", length=512, attention="eager"),
     LoopCase(name="loop-mixtral", model="mixtral", dtype="bfloat16", depends_on_data=BY_ROUTING),
-    LoopCase(name="loop-qwen3-moe", model="qwen3-moe", dtype="bfloat16", depends_on_data=BY_ROUTING),
+    LoopCase(
+        name="loop-qwen3-moe", model="qwen3-moe", dtype="bfloat16", depends_on_data=BY_ROUTING
+    ),
 )
 
 TRAINERS = (
     TrainerCase(name="trainer", model="llama", cards=CARDS),
-    TrainerCase(name="trainer-bf16", model="llama", arguments=(("bf16", True),), cards=("4090", "H100")),
-    TrainerCase(name="trainer-fp16", model="llama", arguments=(("fp16", True),), cards=("4090", "T4")),
     TrainerCase(
-        name="trainer-checkpointing", model="llama", arguments=(("bf16", True), ("gradient_checkpointing", True))
+        name="trainer-bf16", model="llama", arguments=(("bf16", True),), cards=("4090", "H100")
+    ),
+    TrainerCase(
+        name="trainer-fp16", model="llama", arguments=(("fp16", True),), cards=("4090", "T4")
+    ),
+    TrainerCase(
+        name="trainer-checkpointing",
+        model="llama",
+        arguments=(("bf16", True), ("gradient_checkpointing", True)),
     ),
     TrainerCase(
         name="trainer-accumulation",
@@ -260,21 +379,41 @@ TRAINERS = (
         batch=2,
         arguments=(("bf16", True), ("gradient_accumulation_steps", 3)),
     ),
-    TrainerCase(name="trainer-lora", model="llama", dtype="bfloat16", lora=True, arguments=(("bf16", True),)),
-    TrainerCase(name="sft", model="llama", trl=True, arguments=(("bf16", True),), cards=("4090", "A100", "H100")),
+    TrainerCase(
+        name="trainer-lora", model="llama", dtype="bfloat16", lora=True, arguments=(("bf16", True),)
+    ),
+    TrainerCase(
+        name="sft",
+        model="llama",
+        trl=True,
+        arguments=(("bf16", True),),
+        cards=("4090", "A100", "H100"),
+    ),
     TrainerCase(
         name="sft-no-checkpointing",
         model="llama",
         trl=True,
         arguments=(("bf16", True), ("gradient_checkpointing", False)),
     ),
-    TrainerCase(name="sft-lora", model="llama", trl=True, dtype="bfloat16", lora=True, arguments=(("bf16", True),)),
+    TrainerCase(
+        name="sft-lora",
+        model="llama",
+        trl=True,
+        dtype="bfloat16",
+        lora=True,
+        arguments=(("bf16", True),),
+    ),
     TrainerCase(
         name="sft-padding-free",
         model="llama",
         trl=True,
         packed=True,
-        arguments=(("bf16", True), ("padding_free", True), ("max_length", None), ("gradient_checkpointing", False)),
+        arguments=(
+            ("bf16", True),
+            ("padding_free", True),
+            ("max_length", None),
+            ("gradient_checkpointing", False),
+        ),
     ),
 )
 
@@ -283,10 +422,18 @@ BY_NAME: Mapping[str, Case] = {case.name: case for case in CASES}
 assert len(BY_NAME) == len(CASES), "two cases have one name"
 
 
-# ---- golden steps: what `tests/test_golden_steps.py` records again in seconds, with models of two layers -------------
+# ---- golden steps: what `tests/trace/test_golden_steps.py` records again in seconds, with models of two layers -------------
 
 GOLDEN_LENGTH = 256
-_OTHER_CARDS = ("full", "float32", "recompute", "lora", "loop-float32", "loop-scaler", "loop-autocast")
+_OTHER_CARDS = (
+    "full",
+    "float32",
+    "recompute",
+    "lora",
+    "loop-float32",
+    "loop-scaler",
+    "loop-autocast",
+)
 """Cases whose steps are kept of other cards than the first too."""
 _SAME_STEPS = ("expandable-segments", "evaluation-first")
 """Cases that ask for the same as `full`, of another allocator or after an evaluation."""
@@ -308,13 +455,25 @@ def _cards_of(case: Case) -> tuple[str, ...]:
     """An A100 takes the kernels that the first card takes: one file shows it."""
     if case.name == "full":
         return CARDS
-    return tuple(card for card in CARDS if card != "A100") if case.name in _OTHER_CARDS else case.cards[:1]
+    return (
+        tuple(card for card in CARDS if card != "A100")
+        if case.name in _OTHER_CARDS
+        else case.cards[:1]
+    )
 
 
 def _shrunk(case: StepCase | LoopCase, model: str) -> StepCase | LoopCase:
     """The same setting in small, with two steps more or less alike at the end."""
     if isinstance(case, LoopCase):
-        return replace(case, model=model, batch=min(case.batch, 2), length=min(case.length, GOLDEN_LENGTH), cards=())
-    rows = tuple((length * GOLDEN_LENGTH // 1024, n * GOLDEN_LENGTH // 1024) for length, n in case.rows)
+        return replace(
+            case,
+            model=model,
+            batch=min(case.batch, 2),
+            length=min(case.length, GOLDEN_LENGTH),
+            cards=(),
+        )
+    rows = tuple(
+        (length * GOLDEN_LENGTH // 1024, n * GOLDEN_LENGTH // 1024) for length, n in case.rows
+    )
     kinds = ("train", *case.kinds) if case.kinds[-1] == "train" else case.kinds
     return replace(case, model=model, rows=rows, kinds=kinds, cards=())

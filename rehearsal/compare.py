@@ -24,7 +24,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("FAKE_COPY_MAX", str(1 << 16))  # of contents only what the host looks at: masks, counters
+os.environ.setdefault(
+    "FAKE_COPY_MAX", str(1 << 16)
+)  # of contents only what the host looks at: masks, counters
 
 import torch
 import transformers
@@ -63,7 +65,9 @@ def compare(case: Case, card: str) -> ComparedRow:
 
 def _compare_step(case: StepCase, card: str, directory: Path) -> ComparedRow:
     config = config_of(case, directory)
-    row, expected = _bounded_row(case, card, lambda routing: predicted_step(case, directory, routing=routing))
+    row, expected = _bounded_row(
+        case, card, lambda routing: predicted_step(case, directory, routing=routing)
+    )
     return _with_measured(row, *expected, steps.measure(case, config))
 
 
@@ -90,7 +94,9 @@ def _compare_trainer(case: TrainerCase, card: str, directory: str) -> ComparedRo
         prediction = predict_trainer(trainer, num_steps=NUM_STEPS)
     history = History(num_steps=NUM_STEPS)
     trainer.add_callback(trainers.StepEnds(history))
-    selected = case.batch * (case.length - 1) if case.trl else -1  # the targets that TRL's loss takes
+    selected = (
+        case.batch * (case.length - 1) if case.trl else -1
+    )  # the targets that TRL's loss takes
     with answers(truth=0 if case.packed else 1, selected=selected):
         trainer.train()
     return _with_measured(_row(case, card), prediction, traces[0], history)
@@ -101,11 +107,17 @@ def _compare_trainer(case: TrainerCase, card: str, directory: str) -> ComparedRo
 
 def _row(case: Case, card: str) -> ComparedRow:
     return ComparedRow(
-        name=case.name, card=card, setting=describe(case), depends_on_data=case.depends_on_data, versions=versions()
+        name=case.name,
+        card=card,
+        setting=describe(case),
+        depends_on_data=case.depends_on_data,
+        versions=versions(),
     )
 
 
-def _bounded_row(case: Case, card: str, predicted: Callable[[Routing], Predicted]) -> tuple[ComparedRow, Predicted]:
+def _bounded_row(
+    case: Case, card: str, predicted: Callable[[Routing], Predicted]
+) -> tuple[ComparedRow, Predicted]:
     """With the bounds of what depends on data; and what is predicted with the tokens spread evenly."""
     row, balanced = _row(case, card), predicted("balanced")
     if not case.depends_on_data:
@@ -114,7 +126,9 @@ def _bounded_row(case: Case, card: str, predicted: Callable[[Routing], Predicted
     return replace(row, low_allocated_bytes=min(peaks), high_allocated_bytes=max(peaks)), balanced
 
 
-def _with_measured(row: ComparedRow, prediction: Prediction, trace: MemoryTrace, history: History) -> ComparedRow:
+def _with_measured(
+    row: ComparedRow, prediction: Prediction, trace: MemoryTrace, history: History
+) -> ComparedRow:
     last = history.peaks[-1]
     return replace(
         row,
@@ -139,7 +153,9 @@ def describe(case: Case) -> str:
     words = [case.model, f"{case.batch} x {case.length}"]
     if isinstance(case, TrainerCase):
         words += ["SFTTrainer" if case.trl else "Trainer", case.dtype]
-        return ", ".join([*words, *(["LoRA"] if case.lora else []), *(f"{k}={v}" for k, v in case.arguments)])
+        return ", ".join(
+            [*words, *(["LoRA"] if case.lora else []), *(f"{k}={v}" for k, v in case.arguments)]
+        )
     words += [f"autocast {case.autocast}" if case.autocast else case.dtype]
     plain = LoopCase(name=case.name, model=case.model)
     told = ("name", "model", "batch", "length", "dtype", "autocast", "cards", "depends_on_data")
@@ -151,7 +167,9 @@ def describe(case: Case) -> str:
 
 
 def versions() -> str:
-    return f"torch {torch.__version__}, transformers {version('transformers')}, TRL {version('trl')}"
+    return (
+        f"torch {torch.__version__}, transformers {version('transformers')}, TRL {version('trl')}"
+    )
 
 
 # ---- children --------------------------------------------------------------------------------------------------------
@@ -194,9 +212,14 @@ def compare_apart(case: Case, card: str, *, path: Path, source: str) -> Compared
             sys.stdout.flush()
             os._exit(0)
     _, status = os.waitpid(child, 0)
-    row = next((row for row in read_rows(path) if row.key == (case.name, card) and row.source == source), None)
+    row = next(
+        (row for row in read_rows(path) if row.key == (case.name, card) and row.source == source),
+        None,
+    )
     if row is None:
-        row = replace(_row(case, card), failure=f"the process ended with status {status}", source=source)
+        row = replace(
+            _row(case, card), failure=f"the process ended with status {status}", source=source
+        )
         append_row(row, path)
     return row
 
@@ -209,7 +232,9 @@ def show(row: ComparedRow) -> str:
         error, fraction = row.error_bytes(metric), row.error_fraction(metric)
         assert error is not None
         assert fraction is not None
-        parts.append(f"{metric} {error:+,} ({fraction:+.3%}) of {getattr(row, f'measured_{metric}_bytes'):,}")
+        parts.append(
+            f"{metric} {error:+,} ({fraction:+.3%}) of {getattr(row, f'measured_{metric}_bytes'):,}"
+        )
     equal = "every allocation is equal" if not row.explained else "allocations differ"
     return f"{row.name} on {row.card}: {'; '.join(parts)}; {equal}; {row.seconds:.0f} s"
 
@@ -243,14 +268,22 @@ def compare_all(cases: Sequence[Case], *, path: Path, again: bool, explained: bo
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--cases", default="", help="only these, separated by commas")
-    parser.add_argument("--cards", default="", help="on these, separated by commas; else those that each case names")
-    parser.add_argument("--again", action="store_true", help="also rows that this code has made before")
+    parser.add_argument(
+        "--cards", default="", help="on these, separated by commas; else those that each case names"
+    )
+    parser.add_argument(
+        "--again", action="store_true", help="also rows that this code has made before"
+    )
     parser.add_argument("--explain", action="store_true", help="print what differs")
     parser.add_argument("--to", type=Path, default=KEPT, help="where rows are appended")
     options = parser.parse_args()
-    names, cards = ([word for word in text.split(",") if word] for text in (options.cases, options.cards))
+    names, cards = (
+        [word for word in text.split(",") if word] for text in (options.cases, options.cards)
+    )
     for words, known in ((names, [*BY_NAME]), (cards, [*CARDS])):
         if unknown := sorted({*words} - {*known}):
             parser.error(f"unknown: {', '.join(unknown)}; there are {', '.join(known)}")
@@ -260,12 +293,29 @@ def main() -> None:
     if [card for card, _ in wanted] == [os.environ["FAKE_CARD"]]:
         compare_all(wanted[0][1], path=options.to, again=options.again, explained=options.explain)
         return
-    for card, cases in wanted:  # PyTorch remembers the properties of the first card that a process asks for
-        more = [flag for flag, given in (("--again", options.again), ("--explain", options.explain)) if given]
-        each = ["--cases", ",".join(case.name for case in cases), "--cards", card, "--to", str(options.to), *more]
+    for (
+        card,
+        cases,
+    ) in wanted:  # PyTorch remembers the properties of the first card that a process asks for
+        more = [
+            flag
+            for flag, given in (("--again", options.again), ("--explain", options.explain))
+            if given
+        ]
+        each = [
+            "--cases",
+            ",".join(case.name for case in cases),
+            "--cards",
+            card,
+            "--to",
+            str(options.to),
+            *more,
+        ]
         if cases:
             variables = os.environ | {"FAKE_CARD": card}
-            subprocess.run([sys.executable, "-m", "rehearsal.compare", *each], env=variables, check=True)
+            subprocess.run(
+                [sys.executable, "-m", "rehearsal.compare", *each], env=variables, check=True
+            )
 
 
 if __name__ == "__main__":

@@ -26,8 +26,15 @@ def explain(predicted: Sequence[MemoryEvent], measured: Sequence[MemoryEvent]) -
     ]
     return [
         f"peak predicted at {_place(expected_at)}, measured at {_place(found_at)}",
-        *(alive or ["alive at the peak are the same tensors: what differs is what was not split off their blocks"]),
-        *_one_sided("allocated in the step only as predicted", _births(sides[0]), _births(sides[1])),
+        *(
+            alive
+            or [
+                "alive at the peak are the same tensors: what differs is what was not split off their blocks"
+            ]
+        ),
+        *_one_sided(
+            "allocated in the step only as predicted", _births(sides[0]), _births(sides[1])
+        ),
         *_one_sided("allocated in the step only as measured", _births(sides[1]), _births(sides[0])),
         f"{difference.index:,} of {num_births(MemoryTrace(tuple(sides[0]))):,} allocations are equal before the first "
         f"that is not: predicted {difference.predicted[1] or 'nothing'}; "
@@ -78,7 +85,9 @@ def _births(events: Iterable[MemoryEvent]) -> list[MemoryEvent]:
 def _one_sided(what: str, here: Sequence[MemoryEvent], there: Sequence[MemoryEvent]) -> list[str]:
     sizes = Counter(event.num_bytes for event in here)
     sizes.subtract(event.num_bytes for event in there)
-    surplus = sorted(((size, number) for size, number in sizes.items() if number > 0), key=lambda x: -x[0] * x[1])
+    surplus = sorted(
+        ((size, number) for size, number in sizes.items() if number > 0), key=lambda x: -x[0] * x[1]
+    )
     lines = []
     for size, number in surplus[:MOST_LINES]:
         places = Counter(_place(event) for event in here if event.num_bytes == size)
@@ -88,4 +97,8 @@ def _one_sided(what: str, here: Sequence[MemoryEvent], there: Sequence[MemoryEve
 
 
 def _place(event: MemoryEvent | None) -> str:
-    return "nothing" if event is None else " ".join(word for word in (event.phase, event.op, event.module) if word)
+    return (
+        "nothing"
+        if event is None
+        else " ".join(word for word in (event.phase, event.op, event.module) if word)
+    )

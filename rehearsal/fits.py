@@ -25,7 +25,9 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("FAKE_COPY_MAX", str(1 << 16))
-os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # PyTorch's line for each allocation that fails
+os.environ.setdefault(
+    "TORCH_CPP_LOG_LEVEL", "ERROR"
+)  # PyTorch's line for each allocation that fails
 
 import torch
 import transformers
@@ -88,7 +90,9 @@ def random_case(seed: int) -> tuple[StepCase, str, float]:
     longest = chosen.choice((256, 512, 1024))
     number = accumulation * chosen.choice((1, 2, 4, 6))
     equal = chosen.random() < 0.5
-    lengths = [longest if equal else chosen.randrange(longest // 8, longest + 1) for _ in range(number - 1)]
+    lengths = [
+        longest if equal else chosen.randrange(longest // 8, longest + 1) for _ in range(number - 1)
+    ]
     case = StepCase(
         name=f"seed-{seed}",
         model=model,
@@ -115,7 +119,9 @@ def try_case(seed: int) -> Tried:
         passes = passes_of(case)
         unlimited = predict_run(config, device, passes=passes)
         need = max(
-            each.peak_reserved_bytes for each in (unlimited.largest, unlimited.training, unlimited.evaluation) if each
+            each.peak_reserved_bytes
+            for each in (unlimited.largest, unlimited.training, unlimited.evaluation)
+            if each
         )
         need += context.expected_bytes
         total = int(need * share) // MIB * MIB
@@ -137,7 +143,10 @@ def try_case(seed: int) -> Tried:
 def _runs_out(case: StepCase, config: RunConfig) -> bool:
     try:
         steps.measure(case, config)
-    except (torch.OutOfMemoryError, RestartError):  # the second one: in the middle of the optimizer's update
+    except (
+        torch.OutOfMemoryError,
+        RestartError,
+    ):  # the second one: in the middle of the optimizer's update
         return True
     return False
 
@@ -145,7 +154,9 @@ def _runs_out(case: StepCase, config: RunConfig) -> bool:
 def _describe(case: StepCase) -> str:
     lengths = [length for length, _ in case.rows]
     rows = f"{case.accumulation} x {len(lengths) // case.accumulation} rows of {min(lengths)} to {max(lengths)}"
-    return ", ".join([case.model, rows, *case.options, *(kind for kind in case.kinds if kind == "eval")])
+    return ", ".join(
+        [case.model, rows, *case.options, *(kind for kind in case.kinds if kind == "eval")]
+    )
 
 
 # ---- children and results --------------------------------------------------------------------------------------------
@@ -180,7 +191,11 @@ def try_apart(seed: int) -> Tried:
     with os.fdopen(reads) as pipe:
         told = pipe.read()
     _, status = os.waitpid(child, 0)
-    return Tried(**json.loads(told)) if told else _failed(seed, f"the process ended with status {status}")
+    return (
+        Tried(**json.loads(told))
+        if told
+        else _failed(seed, f"the process ended with status {status}")
+    )
 
 
 def _failed(seed: int, reason: str) -> Tried:
@@ -225,8 +240,12 @@ def _say(tried: Tried) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--number", type=int, default=300, help="settings, with those that are done")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--number", type=int, default=300, help="settings, with those that are done"
+    )
     parser.add_argument("--seed", type=int, help="this setting alone")
     parser.add_argument("--seeds", default="", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -237,10 +256,16 @@ def main() -> None:
     done = {each.seed for each in read_tried() if each.failure is None}
     wanted = [seed for seed in range(options.number) if seed not in done]
     if options.seed is not None or options.seeds:
-        wanted = [options.seed] if options.seed is not None else [int(word) for word in options.seeds.split(",")]
+        wanted = (
+            [options.seed]
+            if options.seed is not None
+            else [int(word) for word in options.seeds.split(",")]
+        )
     mine = [seed for seed in wanted if random_case(seed)[1] == os.environ["FAKE_CARD"]]
     if len(mine) < len(wanted):
-        for card in CARDS:  # PyTorch remembers the properties of the first card that a process asks for
+        for (
+            card
+        ) in CARDS:  # PyTorch remembers the properties of the first card that a process asks for
             seeds = ",".join(str(seed) for seed in wanted if random_case(seed)[1] == card)
             flag = "--seed" if options.seed is not None else "--seeds"
             if seeds:

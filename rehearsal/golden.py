@@ -4,7 +4,7 @@
     python -m rehearsal.run python -m rehearsal.golden --cases full-4090   these files alone
     python -m rehearsal.golden --state                                   which of them a recording equals now
 
-`tests/test_golden_steps.py` records the same settings without a card and holds each event against them. A file says
+`tests/trace/test_golden_steps.py` records the same settings without a card and holds each event against them. A file says
 with which versions, on which card and in which setting it was made.
 """
 
@@ -62,7 +62,9 @@ def read_golden(path: Path) -> Golden:
     kind = {"step": StepCase, "loop": LoopCase}[content["kind"]]
     case = kind(**{name: _tuples(value) for name, value in fields.items()})
     assert isinstance(case, (StepCase, LoopCase))
-    return Golden(case, content["card"], content["versions"], tuple(content["peaks"]), _trace(content))
+    return Golden(
+        case, content["card"], content["versions"], tuple(content["peaks"]), _trace(content)
+    )
 
 
 def write_golden(golden: Golden, path: Path) -> None:
@@ -71,7 +73,9 @@ def write_golden(golden: Golden, path: Path) -> None:
     steps: list[list[list[int]]] = [[] for _ in range(NUM_KEPT)]
     for event in golden.trace.events:
         if event.step:
-            steps[event.step - 1].append([event.storage, *([event.num_bytes] if event.num_bytes > 0 else [])])
+            steps[event.step - 1].append(
+                [event.storage, *([event.num_bytes] if event.num_bytes > 0 else [])]
+            )
     content = {
         "kind": "step" if isinstance(golden.case, StepCase) else "loop",
         "case": asdict(golden.case),
@@ -129,7 +133,13 @@ def last_steps(trace: MemoryTrace, number: int = NUM_KEPT) -> MemoryTrace:
 
 def _moved(event: MemoryEvent, step: int) -> MemoryEvent:
     return MemoryEvent(
-        event.storage, event.num_bytes, event.category, event.phase, step=step, module=event.module, op=event.op
+        event.storage,
+        event.num_bytes,
+        event.category,
+        event.phase,
+        step=step,
+        module=event.module,
+        op=event.op,
     )
 
 
@@ -179,7 +189,11 @@ def make_golden(case: StepCase | LoopCase, card: str) -> Golden:
     else:
         history = compare.measure_loop(case, num_steps=NUM_LOOP_STEPS, keep=NUM_KEPT)
     peaks = tuple(peaks.requested_bytes for peaks in history.peaks[-NUM_KEPT:])
-    versions = {"torch": torch.__version__, "transformers": version("transformers"), "peft": version("peft")}
+    versions = {
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+        "peft": version("peft"),
+    }
     return Golden(case, card, versions, peaks, renumbered(history.events))
 
 
@@ -209,9 +223,17 @@ def _of_card(card: str, names: Sequence[str]) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", default="", help="only these files (case-card), separated by commas")
-    parser.add_argument("--state", action="store_true", help="compare with recordings; needs no card, writes nothing")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--cases", default="", help="only these files (case-card), separated by commas"
+    )
+    parser.add_argument(
+        "--state",
+        action="store_true",
+        help="compare with recordings; needs no card, writes nothing",
+    )
     options = parser.parse_args()
     names = [word for word in options.cases.split(",") if word]
     files = {f"{case.name}-{card}": (case, card) for case, card in golden_cases()}
@@ -226,7 +248,9 @@ def main() -> None:
     if "FAKE_CARD" not in os.environ:
         sys.exit("the stand-in is not loaded: python -m rehearsal.run python -m rehearsal.golden")
     if {files[name][1] for name in wanted} != {os.environ["FAKE_CARD"]}:
-        ended = [_of_card(card, [name for name in wanted if files[name][1] == card]) for card in CARDS]
+        ended = [
+            _of_card(card, [name for name in wanted if files[name][1] == card]) for card in CARDS
+        ]
         sys.exit(max(ended))
     import transformers
 
@@ -235,8 +259,13 @@ def main() -> None:
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
 
-    failed = [name for name in wanted if not _make_apart(*files[name], DIRECTORY / f"{name}{SUFFIX}")]
-    print(f"{os.environ['FAKE_CARD']}: {len(wanted) - len(failed)} of {len(wanted)} files written", flush=True)
+    failed = [
+        name for name in wanted if not _make_apart(*files[name], DIRECTORY / f"{name}{SUFFIX}")
+    ]
+    print(
+        f"{os.environ['FAKE_CARD']}: {len(wanted) - len(failed)} of {len(wanted)} files written",
+        flush=True,
+    )
     if failed:
         sys.exit(f"not made: {', '.join(failed)}")
 

@@ -14,7 +14,12 @@ from fitune.trace.snapshot import _CATEGORY, _FREES, _allocated_before, _phase
 
 NUM_FRAMES = 3
 """Python functions that an allocation is named by, the innermost first."""
-_BETWEEN = ("torch/nn/modules/module.py", "torch/_ops.py", "torch/utils/_contextlib.py", "torch/amp/autocast_mode.py")
+_BETWEEN = (
+    "torch/nn/modules/module.py",
+    "torch/_ops.py",
+    "torch/utils/_contextlib.py",
+    "torch/amp/autocast_mode.py",
+)
 """Files whose functions only call others."""
 
 
@@ -82,7 +87,9 @@ def _events(snapshot: Mapping[str, Any], ends: Sequence[int]) -> Iterator[Memory
         phase: Phase = "forward"
         for action in actions[begin:end]:
             frames = action.get("frames", ())
-            phase = _phase(frames, phase) if frames else "backward"  # autograd's own thread runs no Python
+            phase = (
+                _phase(frames, phase) if frames else "backward"
+            )  # autograd's own thread runs no Python
             if action["action"] == "alloc" and action["size"]:
                 born = MemoryEvent(
                     next(numbers),
@@ -95,11 +102,17 @@ def _events(snapshot: Mapping[str, Any], ends: Sequence[int]) -> Iterator[Memory
                 )
                 alive[action["addr"]] = born
                 yield born
-            elif action["action"] in _FREES and (died := alive.pop(action["addr"], None)) is not None:
-                yield MemoryEvent(died.storage, -died.num_bytes, died.category, phase, step=step, op=died.op)
+            elif (
+                action["action"] in _FREES and (died := alive.pop(action["addr"], None)) is not None
+            ):
+                yield MemoryEvent(
+                    died.storage, -died.num_bytes, died.category, phase, step=step, op=died.op
+                )
         begin = end
 
 
 def _name(frames: Sequence[Mapping[str, Any]]) -> str:
     telling = [frame for frame in frames if not frame["filename"].endswith(_BETWEEN)][:NUM_FRAMES]
-    return " < ".join(f"{frame['name']} ({Path(frame['filename']).name}:{frame['line']})" for frame in telling)
+    return " < ".join(
+        f"{frame['name']} ({Path(frame['filename']).name}:{frame['line']})" for frame in telling
+    )

@@ -48,7 +48,11 @@ def loop(case: LoopCase, model: Any, device: torch.device) -> Step:
             return loss
 
     def step() -> None:
-        with nullcontext() if case.kernel is None else sdpa_kernel(SDPBackend.__members__[case.kernel]):
+        with (
+            nullcontext()
+            if case.kernel is None
+            else sdpa_kernel(SDPBackend.__members__[case.kernel])
+        ):
             for _ in range(case.accumulation):
                 scaler.scale(forward() / case.accumulation).backward()
             if case.clip:

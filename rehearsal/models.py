@@ -8,7 +8,13 @@ import transformers
 
 from rehearsal.cases import ARCHITECTURES
 
-LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.1, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+LORA = {
+    "r": 16,
+    "lora_alpha": 32,
+    "lora_dropout": 0.1,
+    "target_modules": "all-linear",
+    "task_type": "CAUSAL_LM",
+}
 
 
 def architecture(name: str, **more: Any) -> Any:

@@ -28,7 +28,9 @@ class Case:
     prepare: Callable[[torch.device], Step]
 
 
-def _plain(operator: str, name: str, make: Callable[[torch.device], Any], call: Callable[..., Any]) -> Case:
+def _plain(
+    operator: str, name: str, make: Callable[[torch.device], Any], call: Callable[..., Any]
+) -> Case:
     """`call` with what `make` returns."""
 
     def prepare(device: torch.device) -> Step:
@@ -42,7 +44,9 @@ def _plain(operator: str, name: str, make: Callable[[torch.device], Any], call: 
     return Case(operator, f"{operator} {name}", prepare)
 
 
-def _trained(operator: str, name: str, make: Callable[[torch.device], Any], call: Callable[..., Any]) -> Case:
+def _trained(
+    operator: str, name: str, make: Callable[[torch.device], Any], call: Callable[..., Any]
+) -> Case:
     """The same with its backward: the gradients of all inputs that need one."""
 
     def prepare(device: torch.device) -> Step:
@@ -62,17 +66,23 @@ def _trained(operator: str, name: str, make: Callable[[torch.device], Any], call
     return Case(operator, f"{operator} {name}, backward", prepare)
 
 
-def _tensor(shape: Any, dtype: torch.dtype, device: torch.device, *, layout: str = "", grad: bool = False) -> Tensor:
+def _tensor(
+    shape: Any, dtype: torch.dtype, device: torch.device, *, layout: str = "", grad: bool = False
+) -> Tensor:
     """layout: transposed in its last two dims, offset by one element, or a slice of wider rows."""
     if layout == "transposed":
-        made = torch.empty((*shape[:-2], shape[-1], shape[-2]), dtype=dtype, device=device).transpose(-1, -2)
+        made = torch.empty(
+            (*shape[:-2], shape[-1], shape[-2]), dtype=dtype, device=device
+        ).transpose(-1, -2)
     elif layout == "offset":
         size = 1
         for each in shape:
             size *= each
         made = torch.empty(size + 1, dtype=dtype, device=device)[1:].view(shape)
     elif layout == "sliced":
-        made = torch.empty((*shape[:-1], shape[-1] + 24), dtype=dtype, device=device)[..., : shape[-1]]
+        made = torch.empty((*shape[:-1], shape[-1] + 24), dtype=dtype, device=device)[
+            ..., : shape[-1]
+        ]
     elif layout == "expanded":
         made = torch.empty((1, *shape[1:]), dtype=dtype, device=device).expand(shape)
     else:
@@ -101,7 +111,9 @@ def _sizes(shape: Any, dims: Any) -> str:
 
 
 def _reductions() -> Iterator[Case]:
-    def reduce(name: str, call: Any, dtypes: Any, *, every: int = 1, layouts: Any = ("",)) -> Iterator[Case]:
+    def reduce(
+        name: str, call: Any, dtypes: Any, *, every: int = 1, layouts: Any = ("",)
+    ) -> Iterator[Case]:
         for dtype, layout in product(dtypes, layouts):
             for shape, dims in _REDUCED[::every]:
                 if layout == "transposed" and len(shape) < 2:
@@ -119,20 +131,40 @@ def _reductions() -> Iterator[Case]:
         return lambda x, dims: call(x) if dims is None else call(x, dims[0])
 
     yield from reduce("sum", over(torch.sum), (F32, BF16))
-    yield from reduce("sum", over(torch.sum), (F32, BF16), every=4, layouts=("transposed", "sliced", "offset"))
+    yield from reduce(
+        "sum", over(torch.sum), (F32, BF16), every=4, layouts=("transposed", "sliced", "offset")
+    )
     yield from reduce("sum", over(torch.sum), (F16, I64, BOOL), every=3)
-    yield from reduce("sum to float32", lambda x, dims: torch.sum(x, dims, dtype=F32), (BF16, F16), every=2)
-    yield from reduce("sum keepdim", lambda x, dims: torch.sum(x, dims, keepdim=True), (BF16, F32), every=3)
+    yield from reduce(
+        "sum to float32", lambda x, dims: torch.sum(x, dims, dtype=F32), (BF16, F16), every=2
+    )
+    yield from reduce(
+        "sum keepdim", lambda x, dims: torch.sum(x, dims, keepdim=True), (BF16, F32), every=3
+    )
     yield from reduce("mean", over(torch.mean), (F32, BF16), every=2, layouts=("", "transposed"))
-    yield from reduce("amax", lambda x, dims: torch.amax(x, () if dims is None else dims), (F32, BF16), every=2)
-    yield from reduce("amin", lambda x, dims: torch.amin(x, () if dims is None else dims), (F32, I64), every=3)
+    yield from reduce(
+        "amax", lambda x, dims: torch.amax(x, () if dims is None else dims), (F32, BF16), every=2
+    )
+    yield from reduce(
+        "amin", lambda x, dims: torch.amin(x, () if dims is None else dims), (F32, I64), every=3
+    )
     yield from reduce("max", one(torch.max), (F32, BF16, I64), every=2)
     yield from reduce("argmax", one(torch.argmax), (F32, BF16), every=2)
-    yield from reduce("vector_norm", lambda x, dims: torch.linalg.vector_norm(x, 2, dims), (F32, BF16, F16), every=2)
     yield from reduce(
-        "vector_norm inf", lambda x, dims: torch.linalg.vector_norm(x, float("inf"), dims), (F32,), every=3
+        "vector_norm",
+        lambda x, dims: torch.linalg.vector_norm(x, 2, dims),
+        (F32, BF16, F16),
+        every=2,
     )
-    yield from reduce("vector_norm 1", lambda x, dims: torch.linalg.vector_norm(x, 1, dims), (BF16,), every=3)
+    yield from reduce(
+        "vector_norm inf",
+        lambda x, dims: torch.linalg.vector_norm(x, float("inf"), dims),
+        (F32,),
+        every=3,
+    )
+    yield from reduce(
+        "vector_norm 1", lambda x, dims: torch.linalg.vector_norm(x, 1, dims), (BF16,), every=3
+    )
     yield from reduce(
         "norm to float32", lambda x, dims: torch.linalg.vector_norm(x, 2, dims, dtype=F32), (BF16,), every=3)  # fmt: skip
     yield from reduce("var_mean", lambda x, dims: torch.var_mean(x, dims), (F32, BF16), every=2)
@@ -141,7 +173,10 @@ def _reductions() -> Iterator[Case]:
     yield from reduce("any", over(torch.any), (BOOL,), every=3)
     yield from reduce("isfinite all", lambda x, _: torch.isfinite(x).all(), (F32, BF16), every=4)
     yield from reduce(
-        "logsumexp", lambda x, dims: torch.logsumexp(x, (0,) if dims is None else dims), (F32, BF16), every=3
+        "logsumexp",
+        lambda x, dims: torch.logsumexp(x, (0,) if dims is None else dims),
+        (F32, BF16),
+        every=3,
     )
     yield from reduce("count_nonzero", over(torch.count_nonzero), (F32, BOOL), every=4)
     yield from reduce("aminmax", lambda x, _: torch.aminmax(x), (F32,), every=5)
@@ -161,13 +196,17 @@ def _attention(
     def prepare(device: torch.device) -> Step:
         def rows(length: int, number: int) -> Tensor:
             if by_head:
-                return torch.empty(batch, number, length, head, dtype=dtype, device=device, requires_grad=trained)
+                return torch.empty(
+                    batch, number, length, head, dtype=dtype, device=device, requires_grad=trained
+                )
             made = torch.empty(batch, length, number, head, dtype=dtype, device=device)
             return made.transpose(1, 2).requires_grad_(trained)
 
         inputs = rows(num_queries, heads), rows(num_keys, kv_heads), rows(num_keys, kv_heads)
         bias = None if mask is None else mask(device)
-        grad = torch.empty(batch, num_queries, heads, head, dtype=dtype, device=device).transpose(1, 2)
+        grad = torch.empty(batch, num_queries, heads, head, dtype=dtype, device=device).transpose(
+            1, 2
+        )
 
         def step() -> None:
             with sdpa_kernel(backend) if backend is not None else nullcontext():
@@ -191,10 +230,15 @@ def _attentions() -> Iterator[Case]:
             q, k, v, is_causal=is_causal, dropout_p=dropout, enable_gqa=gqa)  # fmt: skip
 
     def masked(gqa: bool) -> Any:
-        return lambda q, k, v, mask: F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=gqa)
+        return lambda q, k, v, mask: F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, enable_gqa=gqa
+        )
 
     for dtype, (batch, heads, kv), length, head in product(
-        (BF16, F32, F16), ((2, 8, 8), (1, 8, 2), (2, 8, 1)), (1, 100, 512), (32, 64, 80, 96, 128, 160, 200, 256)
+        (BF16, F32, F16),
+        ((2, 8, 8), (1, 8, 2), (2, 8, 1)),
+        (1, 100, 512),
+        (32, 64, 80, 96, 128, 160, 200, 256),
     ):
         if (length == 1 and head != 64) or (length == 100 and head not in (64, 80)):
             continue
@@ -202,7 +246,9 @@ def _attentions() -> Iterator[Case]:
             f"{SHORT[dtype]} B{batch} H{heads}/{kv} S{length} D{head}", causal(heads != kv),
             dtype=dtype, shape=(batch, heads, length, length, head), kv_heads=kv,
         )  # fmt: skip
-    for dtype, (name, backend), kv, head in product((BF16, F32, F16), backends.items(), (8, 2), (64, 72, 128, 192)):
+    for dtype, (name, backend), kv, head in product(
+        (BF16, F32, F16), backends.items(), (8, 2), (64, 72, 128, 192)
+    ):
         yield _attention(
             f"{name} {SHORT[dtype]} H8/{kv} S300 D{head}", causal(kv != 8), dtype=dtype,
             shape=(2, 8, 300, 300, head), kv_heads=kv, backend=backend,
@@ -217,7 +263,9 @@ def _attentions() -> Iterator[Case]:
             f"dropout {dropout} {SHORT[dtype]} D{head}", causal(False, dropout), dtype=dtype,
             shape=(2, 8, 256, 256, head), kv_heads=8,
         )  # fmt: skip
-    for dtype, kind, kv, length in product((BF16, F32), ("bool", "same", "f32", "broad"), (8, 2), (256, 300)):
+    for dtype, kind, kv, length in product(
+        (BF16, F32), ("bool", "same", "f32", "broad"), (8, 2), (256, 300)
+    ):
         made = BOOL if kind == "bool" else F32 if kind == "f32" else dtype
         lead = (1, 1) if kind == "broad" else (2, 1)
         yield _attention(
@@ -246,10 +294,17 @@ def _attentions() -> Iterator[Case]:
 def _varlen() -> Iterator[Case]:
     from torch.nn.attention.varlen import varlen_attn
 
-    for dtype, kv, (tokens, rows), head in product((BF16, F16), (8, 2), ((1000, 3), (4096, 9)), (64, 128)):
+    for dtype, kv, (tokens, rows), head in product(
+        (BF16, F16), (8, 2), ((1000, 3), (4096, 9)), (64, 128)
+    ):
 
         def make(
-            device: Any, dtype: Any = dtype, kv: int = kv, tokens: int = tokens, rows: int = rows, head: int = head
+            device: Any,
+            dtype: Any = dtype,
+            kv: int = kv,
+            tokens: int = tokens,
+            rows: int = rows,
+            head: int = head,
         ) -> Any:
             bounds = torch.arange(0, rows + 1, dtype=torch.int32, device=device)
             return (
@@ -257,9 +312,13 @@ def _varlen() -> Iterator[Case]:
 
         def call(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int) -> Tensor:
             more = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
-            return varlen_attn(q, k, v, bounds, bounds, longest, longest, window_size=(-1, 0), **more)
+            return varlen_attn(
+                q, k, v, bounds, bounds, longest, longest, window_size=(-1, 0), **more
+            )
 
-        yield _trained("varlen_attn", f"{SHORT[dtype]} H8/{kv} T{tokens} rows{rows} D{head}", make, call)
+        yield _trained(
+            "varlen_attn", f"{SHORT[dtype]} H8/{kv} T{tokens} rows{rows} D{head}", make, call
+        )
 
 
 # ---- what models are made of -----------------------------------------------------------------------------------------
@@ -268,7 +327,9 @@ def _varlen() -> Iterator[Case]:
 def _layers() -> Iterator[Case]:
     floats = (F32, BF16, F16)
     rows = ((512, 768), (4096, 1024), (1000, 1000), (65536, 512), (2, 4096))
-    for vocab, tokens, dtype in product((100, 6400, 151936), (512, 3072, 3073, 4096, 8192, 20000), (F32, BF16)):
+    for vocab, tokens, dtype in product(
+        (100, 6400, 151936), (512, 3072, 3073, 4096, 8192, 20000), (F32, BF16)
+    ):
         yield _trained(
             "embedding", f"{tokens} of {vocab} {SHORT[dtype]}",
             lambda device, vocab=vocab, tokens=tokens, dtype=dtype: (
@@ -301,11 +362,16 @@ def _layers() -> Iterator[Case]:
             lambda x: torch.cat((-x[..., x.shape[-1] // 2 :], x[..., : x.shape[-1] // 2]), -1),
         )
         yield _trained(
-            "variance norm", name, one, lambda x: x * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-6)
+            "variance norm",
+            name,
+            one,
+            lambda x: x * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-6),
         )
         yield _trained("logsumexp", name, one, lambda x: x.logsumexp(-1))
         yield _trained("bias sum", name, weighted, lambda x, w, b: (x + b) * w)
-    for dtype, (tokens, vocab), smoothing in product(floats, ((512, 6400), (2048, 32000), (1000, 50257)), (0.0, 0.1)):
+    for dtype, (tokens, vocab), smoothing in product(
+        floats, ((512, 6400), (2048, 32000), (1000, 50257)), (0.0, 0.1)
+    ):
         yield _trained(
             "cross_entropy", f"{tokens}x{vocab} {SHORT[dtype]} smoothing {smoothing}",
             lambda device, tokens=tokens, vocab=vocab, dtype=dtype: (
@@ -313,7 +379,9 @@ def _layers() -> Iterator[Case]:
             lambda x, y, smoothing=smoothing: F.cross_entropy(x, y, label_smoothing=smoothing),
         )  # fmt: skip
     for dtype, bias, shape in product(
-        floats, (False, True), (((2, 512), 768, 3072), ((1000,), 64, 64), ((4, 1, 33), 512, 50257), ((8192,), 100, 7))
+        floats,
+        (False, True),
+        (((2, 512), 768, 3072), ((1000,), 64, 64), ((4, 1, 33), 512, 50257), ((8192,), 100, 7)),
     ):
         lead, width, out = shape
         yield _trained(
@@ -352,7 +420,9 @@ def _indexing() -> Iterator[Case]:
     def indices(device: torch.device, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=I64, device=device)
 
-    for dtype, (rows, tokens, width) in product((F32, BF16), ((512, 1024, 64), (6400, 5000, 512), (100, 20000, 32))):
+    for dtype, (rows, tokens, width) in product(
+        (F32, BF16), ((512, 1024, 64), (6400, 5000, 512), (100, 20000, 32))
+    ):
         name = f"{tokens} of {rows}x{width} {SHORT[dtype]}"
         make = lambda device, rows=rows, tokens=tokens, width=width, dtype=dtype: (  # noqa: E731
             _tensor((rows, width), dtype, device, grad=True),
@@ -373,29 +443,67 @@ def _indexing() -> Iterator[Case]:
             _tensor((tokens, width), dtype, device),
         )
         yield _plain("index_add_", name, plain, lambda x, i, y: x.index_add_(0, i, y))
-        yield _plain("index_put accumulate", name, plain, lambda x, i, y: x.index_put_((i,), y, accumulate=True))
+        yield _plain(
+            "index_put accumulate",
+            name,
+            plain,
+            lambda x, i, y: x.index_put_((i,), y, accumulate=True),
+        )
         yield _plain("index_put", name, plain, lambda x, i, y: x.index_put_((i,), y))
     for size, dtype in product((100, 4096, 50000, 1000000), (F32, BF16, I64)):
-        flat = lambda device, size=size, dtype=dtype: (torch.zeros(size, dtype=dtype, device=device),)  # noqa: E731
+        flat = lambda device, size=size, dtype=dtype: (
+            torch.zeros(size, dtype=dtype, device=device),
+        )  # noqa: E731
         yield _plain("cumsum flat", f"{size} {SHORT[dtype]}", flat, lambda x: x.cumsum(0))
         yield _plain("sort", f"{size} {SHORT[dtype]}", flat, torch.sort)
         yield _plain("argsort", f"{size} {SHORT[dtype]}", flat, torch.argsort)
-        yield _plain("argsort stable", f"{size} {SHORT[dtype]}", flat, lambda x: torch.argsort(x, stable=True))
+        yield _plain(
+            "argsort stable",
+            f"{size} {SHORT[dtype]}",
+            flat,
+            lambda x: torch.argsort(x, stable=True),
+        )
         yield _plain("topk", f"{size} {SHORT[dtype]}", flat, lambda x: x.topk(8))
-    for (rows, width), dtype in product(((512, 8), (4096, 64), (4096, 128), (20, 50257)), (F32, BF16)):
-        wide = lambda device, rows=rows, width=width, dtype=dtype: (_tensor((rows, width), dtype, device, grad=True),)  # noqa: E731
-        yield _trained("topk of rows", f"{rows}x{width} {SHORT[dtype]}", wide, lambda x: x.topk(2, -1)[0])
-        yield _plain("sort of rows", f"{rows}x{width} {SHORT[dtype]}", wide, lambda x: torch.sort(x.detach(), -1))
-        yield _trained("masked_fill", f"{rows}x{width} {SHORT[dtype]}", wide, lambda x: x.masked_fill(x > 0, 0.0))
+    for (rows, width), dtype in product(
+        ((512, 8), (4096, 64), (4096, 128), (20, 50257)), (F32, BF16)
+    ):
+        wide = lambda device, rows=rows, width=width, dtype=dtype: (
+            _tensor((rows, width), dtype, device, grad=True),
+        )  # noqa: E731
+        yield _trained(
+            "topk of rows", f"{rows}x{width} {SHORT[dtype]}", wide, lambda x: x.topk(2, -1)[0]
+        )
+        yield _plain(
+            "sort of rows",
+            f"{rows}x{width} {SHORT[dtype]}",
+            wide,
+            lambda x: torch.sort(x.detach(), -1),
+        )
+        yield _trained(
+            "masked_fill",
+            f"{rows}x{width} {SHORT[dtype]}",
+            wide,
+            lambda x: x.masked_fill(x > 0, 0.0),
+        )
     for tokens, experts in product((512, 4096, 20000), (8, 64)):
         make = lambda device, tokens=tokens: (indices(device, tokens),)  # noqa: E731
-        yield _plain("one_hot", f"{tokens} of {experts}", make, lambda i, experts=experts: F.one_hot(i, experts))
         yield _plain(
-            "bincount", f"{tokens} of {experts}", make, lambda i, experts=experts: torch.bincount(i, minlength=experts)
+            "one_hot",
+            f"{tokens} of {experts}",
+            make,
+            lambda i, experts=experts: F.one_hot(i, experts),
+        )
+        yield _plain(
+            "bincount",
+            f"{tokens} of {experts}",
+            make,
+            lambda i, experts=experts: torch.bincount(i, minlength=experts),
         )
         yield _plain("histc", f"{tokens} of {experts}", make,
                      lambda i, experts=experts: torch.histc(i.float(), bins=experts, min=0, max=experts - 1))  # fmt: skip
-    for dtype, (tokens, experts, width, out) in product((BF16, F32), ((512, 8, 256, 512), (4096, 8, 768, 768))):
+    for dtype, (tokens, experts, width, out) in product(
+        (BF16, F32), ((512, 8, 256, 512), (4096, 8, 768, 768))
+    ):
         yield _trained(
             "grouped_mm", f"{tokens} of {experts} {width} to {out} {SHORT[dtype]}",
             lambda device, tokens=tokens, experts=experts, width=width, out=out, dtype=dtype: (
@@ -408,7 +516,9 @@ def _indexing() -> Iterator[Case]:
             _tensor((64, 32), dtype, device, grad=True) for _ in range(number)
         )
         yield _trained("cat", f"{number} {SHORT[dtype]}", parts, lambda *parts: torch.cat(parts))
-        yield _trained("stack", f"{number} {SHORT[dtype]}", parts, lambda *parts: torch.stack(parts))
+        yield _trained(
+            "stack", f"{number} {SHORT[dtype]}", parts, lambda *parts: torch.stack(parts)
+        )
 
 
 # ---- the optimizer ---------------------------------------------------------------------------------------------------
@@ -428,13 +538,27 @@ def _optimizers() -> Iterator[Case]:
         yield _plain("foreach_mul_", name, make, lambda tensors: torch._foreach_mul_(tensors, 0.5))
         yield _plain("foreach_sqrt", name, make, torch._foreach_sqrt)
         yield _plain(
-            "foreach_addcdiv_", name, make, lambda tensors: torch._foreach_addcdiv_(tensors, tensors, tensors, 1.0)
+            "foreach_addcdiv_",
+            name,
+            make,
+            lambda tensors: torch._foreach_addcdiv_(tensors, tensors, tensors, 1.0),
         )
-        yield _plain("foreach_lerp_", name, make, lambda tensors: torch._foreach_lerp_(tensors, tensors, 0.1))
-        yield _plain("foreach_abs_max", name, make, lambda tensors: torch._foreach_max(torch._foreach_abs(tensors)))
-        yield _plain("foreach_copy_", name, make, lambda tensors: torch._foreach_copy_(tensors, tensors))
+        yield _plain(
+            "foreach_lerp_", name, make, lambda tensors: torch._foreach_lerp_(tensors, tensors, 0.1)
+        )
+        yield _plain(
+            "foreach_abs_max",
+            name,
+            make,
+            lambda tensors: torch._foreach_max(torch._foreach_abs(tensors)),
+        )
+        yield _plain(
+            "foreach_copy_", name, make, lambda tensors: torch._foreach_copy_(tensors, tensors)
+        )
 
-        def parameters(device: torch.device, dtype: torch.dtype = dtype, many: int = many) -> list[nn.Parameter]:
+        def parameters(
+            device: torch.device, dtype: torch.dtype = dtype, many: int = many
+        ) -> list[nn.Parameter]:
             made = [nn.Parameter(each) for each in tensors(device, dtype, many)]
             for each in made:
                 each.grad = torch.zeros_like(each)

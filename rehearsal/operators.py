@@ -52,7 +52,11 @@ def _genuine(case: Case) -> Events:
 
 def recorded(cases: Sequence[Case], target: CudaTarget) -> list[Events | str]:
     """What fitune records of them."""
-    return [each for start in range(0, len(cases), 50) for each in _recorded(cases[start : start + 50], target)]
+    return [
+        each
+        for start in range(0, len(cases), 50)
+        for each in _recorded(cases[start : start + 50], target)
+    ]
 
 
 def _recorded(cases: Sequence[Case], target: CudaTarget) -> list[Events | str]:
@@ -77,7 +81,9 @@ def _recorded(cases: Sequence[Case], target: CudaTarget) -> list[Events | str]:
 
         return step
 
-    trace = record_loop(torch.nn.Module, loop, RecordSettings(target=target, num_steps=2 * len(cases)))
+    trace = record_loop(
+        torch.nn.Module, loop, RecordSettings(target=target, num_steps=2 * len(cases))
+    )
     events: list[list[tuple[int, int]]] = [[] for _ in cases]
     for event in trace.events:
         if event.step and event.step % 2 == 0:
@@ -105,7 +111,9 @@ def _in_order(events: Iterable[tuple[int, int]]) -> Events:
             numbers[key] = sum(each > 0 for each in result)
         elif key in numbers:
             result.append(-numbers.pop(key))
-    return [each for _, run in groupby(result, lambda each: each > 0) for each in _settled(list(run))]
+    return [
+        each for _, run in groupby(result, lambda each: each > 0) for each in _settled(list(run))
+    ]
 
 
 def _settled(run: Events) -> Events:
@@ -114,9 +122,13 @@ def _settled(run: Events) -> Events:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", default="", help="operators, separated by commas")
-    parser.add_argument("--show", type=int, default=0, help="how many differences of each operator to print")
+    parser.add_argument(
+        "--show", type=int, default=0, help="how many differences of each operator to print"
+    )
     parser.add_argument("--golden", type=Path, help="where to write what PyTorch did")
     options = parser.parse_args(arguments)
     torch.cuda.init()
@@ -141,12 +153,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"{properties.name}, torch {torch.__version__}")
     for operator, (agree, total) in counts.items():
         print(f"{operator:32} {agree:4} of {total:4} agree")
-    print(f"{'all':32} {sum(a for a, _ in counts.values()):4} of {sum(n for _, n in counts.values()):4} agree")
+    print(
+        f"{'all':32} {sum(a for a, _ in counts.values()):4} of {sum(n for _, n in counts.values()):4} agree"
+    )
     if options.golden:
         _add_golden(options.golden, properties, golden)
 
 
-def _add_golden(path: Path, properties: Any, agreeing: Mapping[str, Sequence[tuple[str, Events]]]) -> None:
+def _add_golden(
+    path: Path, properties: Any, agreeing: Mapping[str, Sequence[tuple[str, Events]]]
+) -> None:
     """Of each operator a few cases, from the first to the last."""
     known = json.loads(path.read_text()) if path.exists() else {}
     known[properties.name] = {

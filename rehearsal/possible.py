@@ -14,9 +14,7 @@ from pathlib import Path
 def why_not_here() -> str | None:
     system, processor = platform.system(), platform.machine()
     if (system, processor) != ("Linux", "x86_64"):
-        return (
-            f"no rehearsal here: this is {system} on {processor}, and the stand-in for the driver needs Linux on x86_64"
-        )
+        return f"no rehearsal here: this is {system} on {processor}, and the stand-in for the driver needs Linux on x86_64"
     for tool in ("g++", "nm"):
         if shutil.which(tool) is None:
             return f"no rehearsal here: {tool} is missing, with which the stand-in for the driver is built"

@@ -27,7 +27,11 @@ Predicted = tuple[Prediction, MemoryTrace]
 def config_of(case: StepCase, directory: Path, *, routing: str = "balanced") -> RunConfig:
     tree = {
         "model": {"source": source(case.model, directory), "init": "random"},
-        "data": {"train": "rows.jsonl", "max_length": max(length for length, _ in case.rows), "eval_fraction": 0.0},
+        "data": {
+            "train": "rows.jsonl",
+            "max_length": max(length for length, _ in case.rows),
+            "eval_fraction": 0.0,
+        },
         "batch": {"micro": len(case.rows) // case.accumulation, "accumulation": case.accumulation},
         "memory": {"routing": routing},
     }
@@ -35,7 +39,10 @@ def config_of(case: StepCase, directory: Path, *, routing: str = "balanced") -> 
 
 
 def passes_of(case: StepCase) -> list[Pass]:
-    return [Pass(kind, case.rows, most_micro_batches=1 if kind == "eval" else case.accumulation) for kind in case.kinds]
+    return [
+        Pass(kind, case.rows, most_micro_batches=1 if kind == "eval" else case.accumulation)
+        for kind in case.kinds
+    ]
 
 
 def predicted_step(case: StepCase, directory: Path, *, routing: Routing = "balanced") -> Predicted:
@@ -48,7 +55,11 @@ def predicted_step(case: StepCase, directory: Path, *, routing: Routing = "balan
 
 
 def predicted_loop(
-    case: LoopCase, *, gpu: str | None = None, num_steps: int = NUM_STEPS, routing: Routing = "balanced"
+    case: LoopCase,
+    *,
+    gpu: str | None = None,
+    num_steps: int = NUM_STEPS,
+    routing: Routing = "balanced",
 ) -> Predicted:
     """gpu: as for `fitune.predict_loop`."""
     with traces_kept() as traces:
@@ -62,7 +73,9 @@ def predicted_loop(
     return prediction, traces[0]
 
 
-def recorded_case(case: StepCase | LoopCase, gpu: str, directory: Path, *, num_steps: int) -> MemoryTrace:
+def recorded_case(
+    case: StepCase | LoopCase, gpu: str, directory: Path, *, num_steps: int
+) -> MemoryTrace:
     """The whole trace, on a card of the catalogue; a step as it is recorded, without what a plan interpolates."""
     if isinstance(case, LoopCase):
         return predicted_loop(case, gpu=gpu, num_steps=num_steps)[1]

@@ -9,7 +9,18 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 KEPT = ROOT / "build" / "rehearsal" / "rows.jsonl"
 """Rows of this checkout's rehearsals."""
-_FOLLOWED = ("answers", "cases", "compare", "explain", "history", "loops", "models", "predicted", "steps", "trainers")
+_FOLLOWED = (
+    "answers",
+    "cases",
+    "compare",
+    "explain",
+    "history",
+    "loops",
+    "models",
+    "predicted",
+    "steps",
+    "trainers",
+)
 """Modules of the rehearsal that a row follows from."""
 
 
@@ -42,7 +53,9 @@ class ComparedRow:
 
     def error_bytes(self, metric: str) -> int | None:
         """predicted - measured. metric: allocated or reserved."""
-        predicted, measured = (getattr(self, f"{side}_{metric}_bytes") for side in ("predicted", "measured"))
+        predicted, measured = (
+            getattr(self, f"{side}_{metric}_bytes") for side in ("predicted", "measured")
+        )
         return None if predicted is None or measured is None else predicted - measured
 
     def error_fraction(self, metric: str) -> float | None:
@@ -77,7 +90,10 @@ def append_row(row: ComparedRow, path: Path) -> None:
 def fingerprint() -> str:
     """Of what a row follows from in this checkout: the same code gives the same row."""
     here = Path(__file__).parent
-    followed = [here / f"{name}.py" for name in _FOLLOWED] + [*here.glob("driver/*.cpp"), *here.glob("driver/*.h")]
+    followed = [here / f"{name}.py" for name in _FOLLOWED] + [
+        *here.glob("driver/*.cpp"),
+        *here.glob("driver/*.h"),
+    ]
     digest = hashlib.sha256()
     for path in sorted([*(ROOT / "src" / "fitune").rglob("*.py"), *followed]):
         digest.update(path.read_bytes())

@@ -43,8 +43,14 @@ def with_card(card: str = "4090", settings: Mapping[str, str] | None = None) -> 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--card", default=os.environ.get("FAKE_CARD", "4090"), help="4090, 3090, A100, H100, T4, 5090")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--card",
+        default=os.environ.get("FAKE_CARD", "4090"),
+        help="4090, 3090, A100, H100, T4, 5090",
+    )
     parser.add_argument("command", nargs=argparse.REMAINDER, help="the command and its arguments")
     options = parser.parse_args()
     if not options.command:

@@ -17,7 +17,9 @@ from rehearsal.history import History
 
 def measure(case: StepCase, config: RunConfig, *, keep: int = 1) -> History:
     """The passes of the case on the card. keep: as in `History`."""
-    if config.memory.allocator:  # a run sets PYTORCH_ALLOC_CONF before CUDA starts, and here it has started
+    if (
+        config.memory.allocator
+    ):  # a run sets PYTORCH_ALLOC_CONF before CUDA starts, and here it has started
         torch._C._accelerator_setAllocatorSettings(config.memory.allocator)
     card = torch.device("cuda", 0)
     precision = choose_precision(config, card)
@@ -30,7 +32,13 @@ def measure(case: StepCase, config: RunConfig, *, keep: int = 1) -> History:
             evaluate(setup.model, setup.eval_layout.split(batch), settings=setup.settings)
         else:
             micro_batches = setup.layout.split(batch)
-            train_step(setup.model, setup.optimizer, micro_batches, settings=setup.settings, scaler=setup.scaler)
+            train_step(
+                setup.model,
+                setup.optimizer,
+                micro_batches,
+                settings=setup.settings,
+                scaler=setup.scaler,
+            )
 
     history = History(num_steps=len(case.kinds), keep=keep)
     history.watch(step)
@@ -45,5 +53,7 @@ def batch_of(rows: Rows, vocab_size: int) -> Batch:
         weights = np.zeros(length, np.float32)
         weights[length - num_supervised :] = 1
         weights[0] = 0
-        made.append(Row(number, generator.integers(0, vocab_size, length).astype(np.int32), weights))
+        made.append(
+            Row(number, generator.integers(0, vocab_size, length).astype(np.int32), weights)
+        )
     return Batch(tuple(made))

@@ -39,7 +39,11 @@ def table(rows: Sequence[ComparedRow]) -> list[str]:
         "|---|---|---|---:|---:|---:|---:|---:|---:|",
         *map(_line, rows),
         "",
-        *(f"- {row.name} on {row.card} was not measured: {row.failure}" for row in rows if row.failure),
+        *(
+            f"- {row.name} on {row.card} was not measured: {row.failure}"
+            for row in rows
+            if row.failure
+        ),
         *(_bounds(row) for row in rows if row.depends_on_data and not row.failure),
     ]
 
@@ -47,7 +51,11 @@ def table(rows: Sequence[ComparedRow]) -> list[str]:
 def summary(rows: Sequence[ComparedRow]) -> list[str]:
     """Errors of fitune's own step and of other loops; rows that depend on data are only bounded."""
     exact = [row for row in rows if not row.failure and not row.depends_on_data]
-    lines = [f"{len(rows)} rows, {len(rows) - len(exact)} of them failed or depending on data. " + _software(rows), ""]
+    lines = [
+        f"{len(rows)} rows, {len(rows) - len(exact)} of them failed or depending on data. "
+        + _software(rows),
+        "",
+    ]
     for title, own in (("fitune's own step", True), ("other loops and Trainers", False)):
         group = [row for row in exact if isinstance(BY_NAME[row.name], StepCase) == own]
         for metric in ("allocated", "reserved"):
@@ -72,15 +80,29 @@ def _line(row: ComparedRow) -> str:
         if error is None or fraction is None:
             cells += ["n/a", "n/a", "n/a"]
             continue
-        predicted, measured = (getattr(row, f"{side}_{metric}_bytes") for side in ("predicted", "measured"))
-        cells += [f"{predicted:,}", f"{measured:,}", "0" if error == 0 else f"{error:+,} ({fraction:+.3%})"]
+        predicted, measured = (
+            getattr(row, f"{side}_{metric}_bytes") for side in ("predicted", "measured")
+        )
+        cells += [
+            f"{predicted:,}",
+            f"{measured:,}",
+            "0" if error == 0 else f"{error:+,} ({fraction:+.3%})",
+        ]
     name = f"{row.name} (depends on data)" if row.depends_on_data else row.name
     return f"| {name} | {row.card} | {row.setting} | {' | '.join(cells)} |"
 
 
 def _bounds(row: ComparedRow) -> str:
-    low, high, measured = row.low_allocated_bytes, row.high_allocated_bytes, row.measured_allocated_bytes
-    where = "inside" if low is not None and high is not None and low <= (measured or 0) <= high else "outside"
+    low, high, measured = (
+        row.low_allocated_bytes,
+        row.high_allocated_bytes,
+        row.measured_allocated_bytes,
+    )
+    where = (
+        "inside"
+        if low is not None and high is not None and low <= (measured or 0) <= high
+        else "outside"
+    )
     return (
         f"- {row.name} on {row.card} depends on data: {row.depends_on_data}, and no kernel computes it here. Allocated "
         f"is predicted between {low or 0:,} (tokens spread evenly) and {high or 0:,} (all at the same experts); what "
@@ -89,7 +111,9 @@ def _bounds(row: ComparedRow) -> str:
 
 
 def write(rows: Sequence[ComparedRow], *, results: Path = RESULTS, page: Path = PAGE) -> None:
-    kept = [asdict(replace(row, explained=row.explained[:MOST_EXPLAINED], seconds=0.0)) for row in rows]
+    kept = [
+        asdict(replace(row, explained=row.explained[:MOST_EXPLAINED], seconds=0.0)) for row in rows
+    ]
     results.write_text(json.dumps(kept, indent=1) + "\n")
     replace_section(page, BEGIN, END, table(rows))
 

@@ -43,7 +43,9 @@ def _built(case: TrainerCase, directory: str, *, num_steps: int) -> Any:
         {"input_ids": [row] * number, "labels": [row] * number, "attention_mask": [row] * number}
     )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # transformers 6 renames gradient checkpointing
+        warnings.simplefilter(
+            "ignore", FutureWarning
+        )  # transformers 6 renames gradient checkpointing
         if case.trl:
             import trl
             from peft import LoraConfig

@@ -23,7 +23,9 @@ STRICT = (
 )
 
 
-def byte_tokenizer(template: str | None = CHATML, *, adds_bos: bool = False) -> PreTrainedTokenizerFast:
+def byte_tokenizer(
+    template: str | None = CHATML, *, adds_bos: bool = False
+) -> PreTrainedTokenizerFast:
     """A token a byte, after <|endoftext|> (bos), <|im_start|> and <|im_end|> (eos)."""
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())

@@ -5,7 +5,9 @@ import os
 import signal
 
 os.environ["FITUNE_LANG"] = "en"
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, and for the processes that tests start
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # before torch is imported, and for the processes that tests start
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 pytest_plugins = ["nvml_stand_in", "disturbed_run"]

@@ -27,7 +27,9 @@ def cuda_build(*, num_cards: int) -> Iterator[list[str]]:
     def raising(name: str) -> Callable[..., NoReturn]:
         def call(*_: Any, **__: Any) -> NoReturn:
             called.append(name)
-            raise RuntimeError(f"{name}: CUDA driver version is insufficient for CUDA runtime version")
+            raise RuntimeError(
+                f"{name}: CUDA driver version is insufficient for CUDA runtime version"
+            )
 
         return call
 
@@ -43,4 +45,8 @@ def cuda_build(*, num_cards: int) -> Iterator[list[str]]:
 
 def _names() -> set[str]:
     files = [path for module in SOURCES for path in Path(str(module.__file__)).parent.glob("*.py")]
-    return {name for path in files for name in re.findall(r"\b_C\.(_(?:cuda|accelerator)_\w+)", path.read_text())}
+    return {
+        name
+        for path in files
+        for name in re.findall(r"\b_C\.(_(?:cuda|accelerator)_\w+)", path.read_text())
+    }

@@ -12,12 +12,18 @@ from fitune.cli.progress import TrainingProgress
 from fitune.run.directory import RunDirectory
 from fitune.run.journal import read_journal
 from fitune.run.metrics import StepMetrics, read_summary
-from fitune.training.checkpoint import newest_checkpoint
+from fitune.training.checkpoint.read import newest_checkpoint
 from tiny_run import save_tiny_model, write_config, write_dialogues
 
 RUN, UNDISTURBED = RunDirectory(Path("runs/run")), RunDirectory(Path("runs/undisturbed"))
 STEPS = 9
-TIMES = {"seconds", "tokens_per_second", "device_used_bytes", "peak_allocated_bytes", "peak_reserved_bytes"}
+TIMES = {
+    "seconds",
+    "tokens_per_second",
+    "device_used_bytes",
+    "peak_allocated_bytes",
+    "peak_reserved_bytes",
+}
 
 
 class Killed(BaseException):
@@ -43,7 +49,8 @@ def disturbed(left_alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     """The current directory: as `left_alone`, without the run that died. There is no prediction, which takes most of
     the time of so small a run, and no waiting for room."""
     monkeypatch.setattr("fitune.training.prepare.choose_plan", None)
-    monkeypatch.setattr("fitune.training.loop.LAST_SAVE_SECONDS", 0.0)
+    for user in ("saving", "train"):
+        monkeypatch.setattr(f"fitune.training.{user}.LAST_SAVE_SECONDS", 0.0)
     monkeypatch.setenv("FITUNE_CACHE", str(left_alone / "cache"))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tiny").symlink_to(left_alone / "tiny")
@@ -63,7 +70,9 @@ def write_run(directory: Path, *, steps: int) -> None:
     """tiny/, sft.jsonl and sft.yaml: a run of so many steps, saved every second one, evaluated every third."""
     save_tiny_model(directory / "tiny")
     write_dialogues(directory / "sft.jsonl")
-    write_config(directory / "sft.yaml", {"train": {"steps": steps, "save_every": 2, "eval_every": 3}})
+    write_config(
+        directory / "sft.yaml", {"train": {"steps": steps, "save_every": 2, "eval_every": 3}}
+    )
 
 
 def train(*arguments: str, exit_code: int = 0) -> None:
@@ -107,7 +116,15 @@ def assert_same(run: RunDirectory = RUN, other: RunDirectory = UNDISTURBED) -> N
     assert log(run) == log(other)
     assert read_journal(run.journal)[-1].hash == read_journal(other.journal)[-1].hash
     summary, expected = read_summary(run.summary), read_summary(other.summary)
-    for name in ("status", "steps", "tokens", "supervised_tokens", "train_loss", "eval_loss", "best_eval_loss"):
+    for name in (
+        "status",
+        "steps",
+        "tokens",
+        "supervised_tokens",
+        "train_loss",
+        "eval_loss",
+        "best_eval_loss",
+    ):
         assert getattr(summary, name) == getattr(expected, name)
 
 

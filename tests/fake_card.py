@@ -7,7 +7,11 @@ from typing import Any
 from fitune.allocator.rules import CachingAllocator
 from fitune.trace.events import MemoryTrace
 
-_STATES = {"allocated": "active_allocated", "inactive": "inactive", "pending": "active_pending_free"}
+_STATES = {
+    "allocated": "active_allocated",
+    "inactive": "inactive",
+    "pending": "active_pending_free",
+}
 
 
 def write_snapshot(trace: MemoryTrace, path: Path) -> None:
@@ -31,7 +35,11 @@ def write_snapshot(trace: MemoryTrace, path: Path) -> None:
             "total_size": segment.num_bytes,
             "stream": segment.stream,
             "blocks": [
-                {"size": block.num_bytes, "requested_size": block.requested_bytes, "state": _STATES[block.state]}
+                {
+                    "size": block.num_bytes,
+                    "requested_size": block.requested_bytes,
+                    "state": _STATES[block.state],
+                }
                 for block in segment.blocks
             ],
         }

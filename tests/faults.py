@@ -21,7 +21,9 @@ PLACES = (
 
 
 def out_of_memory() -> torch.OutOfMemoryError:
-    return torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has 24 GiB in total.")
+    return torch.OutOfMemoryError(
+        "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has 24 GiB in total."
+    )
 
 
 @dataclass
@@ -41,13 +43,17 @@ class Fault:
 def failing(model: nn.Module, place: str, *calls: int, **options: Any) -> Iterator[Fault]:
     """While this holds, `place` runs out of memory on those of its calls."""
     fault = Fault(frozenset(calls), **options)
-    layers = next(part for part in model.modules() if isinstance(part, nn.ModuleList) and len(part) == 2)
+    layers = next(
+        part for part in model.modules() if isinstance(part, nn.ModuleList) and len(part) == 2
+    )
     with ExitStack() as stack:
         if place.startswith("forward"):
             handle = layers[int(place[-1])].register_forward_pre_hook(lambda *_: fault.reach())
             stack.callback(handle.remove)
         elif place.startswith("backward"):
-            handle = layers[int(place[-1])].register_forward_hook(lambda *seen: _fail_in_backward(seen[-1], fault))
+            handle = layers[int(place[-1])].register_forward_hook(
+                lambda *seen: _fail_in_backward(seen[-1], fault)
+            )
             stack.callback(handle.remove)
         else:
             target, name, before = {
@@ -111,7 +117,9 @@ def proving_release(model: nn.Module) -> Iterator[list[int]]:
         assert all(parameter.grad is None for parameter in model.parameters())
         released.append(len(outputs))
 
-    layers = next(part for part in model.modules() if isinstance(part, nn.ModuleList) and len(part) == 2)
+    layers = next(
+        part for part in model.modules() if isinstance(part, nn.ModuleList) and len(part) == 2
+    )
     handles = [layer.register_forward_hook(remember) for layer in layers]
     with mock.patch.object(module, "release_memory", release):
         yield released

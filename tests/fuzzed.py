@@ -26,9 +26,9 @@ import yaml
 from byte_tokenizer import byte_tokenizer
 from fitune.allocator.config import parse_allocator_config
 from fitune.config import ModelConfig, read_config
-from fitune.config.foreign_read import read_command, read_foreign
-from fitune.config.foreign_translate import translate
-from fitune.config.schema import DataConfig, DataSource
+from fitune.config.importers.read import read_command, read_tool_file
+from fitune.config.importers.translate import translate
+from fitune.config.sections import DataConfig, DataSource
 from fitune.data.examples import load_examples
 from fitune.data.files import read_rows
 from fitune.data.formats import RowError, normalise
@@ -45,7 +45,7 @@ from fitune.run.memory import MemorySample, read_run_memory
 from fitune.run.metrics import append_line
 from fitune.run.sweep import read_states, read_sweep
 from fitune.trace.snapshot import read_snapshot
-from fitune.training.checkpoint import newest_checkpoint
+from fitune.training.checkpoint.read import newest_checkpoint
 from tiny_models import TINY_LLAMA, TINY_QWEN3
 from tiny_run import dialogues, save_tiny_model
 from written_runs import Recipe, write_run
@@ -114,7 +114,9 @@ def damaged(content: bytes, draw: random.Random) -> bytes:
         elif how == 3 and at < len(content):
             content = content[:at] + bytes([draw.randrange(256)]) + content[at + 1 :]
         elif how == 4 and at < len(content):
-            content = content[:at] + bytes([content[at] ^ 1 << draw.randrange(8)]) + content[at + 1 :]
+            content = (
+                content[:at] + bytes([content[at] ^ 1 << draw.randrange(8)]) + content[at + 1 :]
+            )
         else:
             end = at + draw.choice((1, 4, 30))
             content = content[:end] + content[at:end] * draw.choice((1, 3)) + content[end:]
@@ -158,22 +160,37 @@ def _rows() -> tuple[bytes, ...]:
     call = {"name": "f", "arguments": {"a": 1}}
     rows: list[Any] = [
         *messages,
-        {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}], "system": "s"},
+        {
+            "conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}],
+            "system": "s",
+        },
         {"instruction": "a", "input": "b", "output": "c", "history": [["d", "e"]]},
         {"prompt": "a", "completion": "b"},
-        {"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": "b"}]},
+        {
+            "prompt": [{"role": "user", "content": "a"}],
+            "completion": [{"role": "assistant", "content": "b"}],
+        },
         {"text": "a b c"},
         {
             "messages": [
                 {"role": "user", "content": [{"type": "text", "text": "a"}]},
-                {"role": "assistant", "content": "", "tool_calls": [{"function": call}], "loss_weight": 0.5},
+                {
+                    "role": "assistant",
+                    "content": "",
+                    "tool_calls": [{"function": call}],
+                    "loss_weight": 0.5,
+                },
                 {"role": "tool", "content": "1"},
                 {"role": "assistant", "content": "b", "reasoning_content": "c", "weight": 1},
             ],
             "tools": json.dumps([{"type": "function", "function": call}]),
         },
     ]
-    return "\n".join(map(json.dumps, rows)).encode(), json.dumps(rows).encode(), json.dumps(rows, indent=1).encode()
+    return (
+        "\n".join(map(json.dumps, rows)).encode(),
+        json.dumps(rows).encode(),
+        json.dumps(rows, indent=1).encode(),
+    )
 
 
 @cache
@@ -186,7 +203,10 @@ def _csv() -> tuple[bytes, ...]:
     file = io.StringIO()
     writer = csv.writer(file)
     writer.writerows([["instruction", "input", "output"], ["a", "", "b"], ['c "d"', "e\nf", "g"]])
-    return (file.getvalue().encode(), b"messages\n" + json.dumps(json.dumps(dialogues(1)[0])).encode())
+    return (
+        file.getvalue().encode(),
+        b"messages\n" + json.dumps(json.dumps(dialogues(1)[0])).encode(),
+    )
 
 
 @cache
@@ -207,7 +227,11 @@ def _parquet() -> tuple[bytes, ...]:
 @cache
 def _configs() -> tuple[bytes, ...]:
     content: dict[str, Any] = {
-        "model": {"source": "minimind2", "method": "lora", "lora": {"rank": 8, "targets": ["q_proj"]}},
+        "model": {
+            "source": "minimind2",
+            "method": "lora",
+            "lora": {"rank": 8, "targets": ["q_proj"]},
+        },
         "data": {"train": [{"path": "a.jsonl", "weight": 2.0}], "max_length": 64},
         "batch": {"effective": 8, "micro": 2},
         "optim": {"lr": 1e-4, "betas": [0.9, 0.95], "warmup": 0.1},
@@ -230,7 +254,12 @@ def _foreign_configs() -> tuple[bytes, ...]:
         "sequence_len": 2048, "micro_batch_size": 2, "num_epochs": 1, "learning_rate": 2e-4, "lora_r": 8,
         "output_dir": "./o", "load_in_4bit": True, "optimizer": "adamw_bnb_8bit",
     }  # fmt: skip
-    trl = {"model_name_or_path": "org/model", "dataset_name": "a", "max_length": 512, "learning_rate": 1e-5}
+    trl = {
+        "model_name_or_path": "org/model",
+        "dataset_name": "a",
+        "max_length": 512,
+        "learning_rate": 1e-5,
+    }
     return tuple(yaml.safe_dump(each).encode() for each in (factory, axolotl, trl))
 
 
@@ -291,7 +320,11 @@ def _run() -> Mapping[str, bytes]:
         )  # fmt: skip
         append_step(run.journal, CHAIN_START, record, seconds=1.0)
         append_line(run.memory, MemorySample(time=1e9, step=1, allocated_bytes=5))
-        run.plan.write_text(json.dumps({"chosen": 0, "candidates": [{"predicted_reserved_bytes": 1}], "settings": []}))
+        run.plan.write_text(
+            json.dumps(
+                {"chosen": 0, "candidates": [{"predicted_reserved_bytes": 1}], "settings": []}
+            )
+        )
         run.env.write_text(json.dumps({"torch": "2", "cards": [{"name": "x", "total_bytes": 1}]}))
         run.peak.write_text(json.dumps({"bytes": {"parameter": 1}}))
         run.data.write_text(json.dumps({"report": {}, "lengths": [1, 2]}))
@@ -299,7 +332,9 @@ def _run() -> Mapping[str, bytes]:
         step = run.checkpoints / "step-00000001"
         step.mkdir()
         (step / "manifest.json").write_text(json.dumps({"schema": 1, "files": {}}))
-        (step / "state.json").write_text(json.dumps({"state": {}, "identity": {}, "conditions": {}, "log_bytes": {}}))
+        (step / "state.json").write_text(
+            json.dumps({"state": {}, "identity": {}, "conditions": {}, "log_bytes": {}})
+        )
         files = [each for each in path.rglob("*") if each.is_file()]
         return {each.relative_to(path).as_posix(): each.read_bytes() for each in files}
 
@@ -323,20 +358,51 @@ MINIMIND = (
 @cache
 def _states() -> tuple[bytes, ...]:
     history = [
-        {"loss": 2.5, "grad_norm": 1.0, "learning_rate": 1e-4, "epoch": 0.5, "step": 1, "num_tokens": 10},
+        {
+            "loss": 2.5,
+            "grad_norm": 1.0,
+            "learning_rate": 1e-4,
+            "epoch": 0.5,
+            "step": 1,
+            "num_tokens": 10,
+        },
         {"eval_loss": 2.0, "eval_runtime": 1.0, "epoch": 1.0, "step": 2},
         {"train_runtime": 5.0, "total_flos": 1e9, "step": 2},
     ]
-    return (json.dumps({"log_history": history, "global_step": 2, "max_steps": 2, "train_batch_size": 4}).encode(),)
+    return (
+        json.dumps(
+            {"log_history": history, "global_step": 2, "max_steps": 2, "train_batch_size": 4}
+        ).encode(),
+    )
 
 
 @cache
 def _logs() -> tuple[bytes, ...]:
     lines = [
-        {"current_steps": 5, "total_steps": 10, "loss": 2.5, "lr": 5e-5, "elapsed_time": "0:00:12", "vram_reserved": 1},
-        {"current_steps": 10, "total_steps": 10, "eval_loss": 2.3, "elapsed_time": "1 day, 0:00:24"},
+        {
+            "current_steps": 5,
+            "total_steps": 10,
+            "loss": 2.5,
+            "lr": 5e-5,
+            "elapsed_time": "0:00:12",
+            "vram_reserved": 1,
+        },
+        {
+            "current_steps": 10,
+            "total_steps": 10,
+            "eval_loss": 2.3,
+            "elapsed_time": "1 day, 0:00:24",
+        },
     ]
-    swift = [{"loss": 2.5, "lr": 1e-4, "global_step/max_steps": "5/10", "elapsed_time": "1m 2s", "memory(GiB)": 10.5}]
+    swift = [
+        {
+            "loss": 2.5,
+            "lr": 1e-4,
+            "global_step/max_steps": "5/10",
+            "elapsed_time": "1m 2s",
+            "memory(GiB)": 10.5,
+        }
+    ]
     return tuple("\n".join(map(json.dumps, each)).encode() for each in (lines, swift))
 
 
@@ -353,17 +419,41 @@ def _snapshots() -> tuple[bytes, ...]:
         "device_traces": [actions],
         "segments": [{"device": 0, "address": 1, "stream": 0, "blocks": blocks}],
     }
-    odd: list[Any] = [whole, [], {"device_traces": 3, "segments": None}, {"device_traces": {0: [1]}, "segments": [{}]}]
-    changes = ({"action": 1}, {"size": "x"}, {"addr": []}, {"frames": 5}, {"frames": [None]}, {"stream": []})
+    odd: list[Any] = [
+        whole,
+        [],
+        {"device_traces": 3, "segments": None},
+        {"device_traces": {0: [1]}, "segments": [{}]},
+    ]
+    changes = (
+        {"action": 1},
+        {"size": "x"},
+        {"addr": []},
+        {"frames": 5},
+        {"frames": [None]},
+        {"stream": []},
+    )
     odd += [{**whole, "device_traces": [[actions[0] | change, *actions]]} for change in changes]
     odd.append({**whole, "device_traces": [[{}]]})
     return tuple(pickle.dumps(each) for each in odd)
 
 
 CARDS = tuple(
-    name.encode() for name in ("RTX 4090", "H100 SXM", "A100 80GB", "cpu", "NVIDIA GeForce RTX 3090", "24GB", "T4 x2")
+    name.encode()
+    for name in (
+        "RTX 4090",
+        "H100 SXM",
+        "A100 80GB",
+        "cpu",
+        "NVIDIA GeForce RTX 3090",
+        "24GB",
+        "T4 x2",
+    )
 )
-ALLOCATORS = (b"expandable_segments:True,max_split_size_mb:128", b"roundup_power2_divisions:[256:1,512:2,>:4]")
+ALLOCATORS = (
+    b"expandable_segments:True,max_split_size_mb:128",
+    b"roundup_power2_divisions:[256:1,512:2,>:4]",
+)
 OVERRIDES = (
     b"memory.budget=20GiB", b"memory.budget=0.9", b"train.stop_after=1h30m", b"data.train=a.jsonl#50",
     b"optim.betas=[0.9,0.95]", b"data.train=[{path: a, weight: 0.5}]", b"run.name=x", b"train.tokens=1e9",
@@ -448,7 +538,9 @@ def _in_run(name: str) -> Mapping[str, bytes]:
 
 
 def _model_file(name: str, read: Callable[[Path], object], share: float) -> Parser:
-    return Parser(read, lambda: (_directory()[name],), f"model/{name}", share, lambda: _in_model(name))
+    return Parser(
+        read, lambda: (_directory()[name],), f"model/{name}", share, lambda: _in_model(name)
+    )
 
 
 def _in_model(name: str) -> Mapping[str, bytes]:
@@ -468,13 +560,19 @@ PARSERS: dict[str, Parser] = {
     "examples": Parser(_read_examples, _messages, "rows.jsonl", 0.2),
     "configuration": Parser(read_config, _configs, "sft.yaml", 2),
     "override": Parser(lambda path: read_config({}, [_text(path)]), lambda: OVERRIDES, "override"),
-    "other tool's configuration": Parser(lambda path: translate(read_foreign(path)), _foreign_configs, "a.yaml"),
+    "other tool's configuration": Parser(
+        lambda path: translate(read_tool_file(path)), _foreign_configs, "a.yaml"
+    ),
     "other tool's command": Parser(
         lambda path: translate(read_command(_text(path).split() or ["x"])), lambda: COMMANDS, "a.sh"
     ),
-    "sweep": Parser(read_sweep, lambda: (b"config: sft.yaml\ngrid: {optim.lr: [1e-4, 1e-5]}\n",), "sweep.yaml"),
+    "sweep": Parser(
+        read_sweep, lambda: (b"config: sft.yaml\ngrid: {optim.lr: [1e-4, 1e-5]}\n",), "sweep.yaml"
+    ),
     "card": Parser(lambda path: find_device(_text(path)), lambda: CARDS, "card"),
-    "allocator's configuration": Parser(lambda path: parse_allocator_config(_text(path)), lambda: ALLOCATORS, "conf"),
+    "allocator's configuration": Parser(
+        lambda path: parse_allocator_config(_text(path)), lambda: ALLOCATORS, "conf"
+    ),
     "pth": Parser(_read_pth, _pth, "w.pth", 0.5),
     "gguf": Parser(_read_pth, _gguf, "w.gguf", 0.2),
     "model's configuration": _model_file("config.json", _read_directory, 0.2),
@@ -491,6 +589,8 @@ PARSERS: dict[str, Parser] = {
         lambda: (b'{"schema": 1, "runs": [{"name": "a", "state": "does not fit", "plan": {}}]}',),
         "sweep.json",
     ),
-    "cached rows": Parser(_read_facts, lambda: (b'{"digest": "0", "facts": {}}',), "facts.json", 0.2),
+    "cached rows": Parser(
+        _read_facts, lambda: (b'{"digest": "0", "facts": {}}',), "facts.json", 0.2
+    ),
     **{f"run's {name}": _run_file(name) for name in RUN_FILES},
 }

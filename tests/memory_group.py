@@ -29,12 +29,16 @@ class MemoryGroup:
         """Beyond it the kernel kills a process of the group; nothing is swapped out instead."""
         (self.path / self.limit_name).write_text(str(limit_bytes))
         with contextlib.suppress(OSError):  # no swap is accounted for
-            (self.path / self.swap_limit_name).write_text(str(limit_bytes if "memsw" in self.swap_limit_name else 0))
+            (self.path / self.swap_limit_name).write_text(
+                str(limit_bytes if "memsw" in self.swap_limit_name else 0)
+            )
 
     @property
     def used_bytes(self) -> int:
         """Without the page cache, which is given up before anything is killed."""
-        statistics = dict(line.split() for line in (self.path / "memory.stat").read_text().splitlines())
+        statistics = dict(
+            line.split() for line in (self.path / "memory.stat").read_text().splitlines()
+        )
         cache = sum(int(statistics[name]) for name in ("active_file", "inactive_file"))
         return max(int((self.path / self.used_name).read_text()) - cache, 0)
 
@@ -44,7 +48,9 @@ def memory_group() -> Iterator[MemoryGroup]:
     """Empty and without a limit. Its processes must have ended when this does. Raises NoControlGroupError."""
     names: tuple[str, str, str]
     lines = (
-        [line.split(":", 2) for line in PROCESS_CGROUPS.read_text().splitlines()] if PROCESS_CGROUPS.exists() else []
+        [line.split(":", 2) for line in PROCESS_CGROUPS.read_text().splitlines()]
+        if PROCESS_CGROUPS.exists()
+        else []
     )
     version_1 = [path for _, controllers, path in lines if "memory" in controllers.split(",")]
     if version_1:
@@ -55,7 +61,9 @@ def memory_group() -> Iterator[MemoryGroup]:
     try:
         path = Path(tempfile.mkdtemp(prefix="fitune-", dir=above))
     except OSError as error:
-        raise NoControlGroupError(f"a memory control group can be made by root alone: {error}") from error
+        raise NoControlGroupError(
+            f"a memory control group can be made by root alone: {error}"
+        ) from error
     group = MemoryGroup(path, *names)
     try:
         if not (path / group.limit_name).exists():

@@ -13,7 +13,9 @@ def main() -> None:
         start, before = time.perf_counter(), len(blocks)
         while len(blocks) * BLOCK_BYTES < wanted:
             blocks.append(b"\1" * BLOCK_BYTES)  # a zero would not be touched
-            time.sleep(max(start + (len(blocks) - before) * BLOCK_BYTES / rate - time.perf_counter(), 0.0))
+            time.sleep(
+                max(start + (len(blocks) - before) * BLOCK_BYTES / rate - time.perf_counter(), 0.0)
+            )
         del blocks[int(wanted / BLOCK_BYTES) :]
 
 

@@ -7,13 +7,67 @@ from pathlib import Path
 TEMPLATES = Path(__file__).parent / "templates"
 EOS = "<eos>"
 TOKENS = (
-    *("<bos>", EOS, "<pad>", "<|im_start|>", "<|im_end|>", "<|im_sep|>", "<|endoftext|>", "<|user|>", "<|assistant|>"),
-    *("<|system|>", "<|observation|>", "<|end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "[INST]"),
-    *("[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[TOOL_CALLS]", "<start_of_turn>", "<end_of_turn>"),
-    *("<｜User｜>", "<｜Assistant｜>", "<｜tool｜>", "[gMASK]", "<sop>", "<think>", "</think>", "<tool_call>"),
-    *("</tool_call>", "<|START_OF_TURN_TOKEN|>", "<|END_OF_TURN_TOKEN|>", "<|USER_TOKEN|>", "<|CHATBOT_TOKEN|>"),
-    *("<|SYSTEM_TOKEN|>", "<|START_RESPONSE|>", "<|END_RESPONSE|>", "<|start|>", "<|message|>", "<|channel|>"),
-    *("<|return|>", "<|call|>", "<reserved_106>", "<reserved_107>", "<|start_of_role|>", "<|end_of_role|>"),
+    *(
+        "<bos>",
+        EOS,
+        "<pad>",
+        "<|im_start|>",
+        "<|im_end|>",
+        "<|im_sep|>",
+        "<|endoftext|>",
+        "<|user|>",
+        "<|assistant|>",
+    ),
+    *(
+        "<|system|>",
+        "<|observation|>",
+        "<|end|>",
+        "<|start_header_id|>",
+        "<|end_header_id|>",
+        "<|eot_id|>",
+        "[INST]",
+    ),
+    *(
+        "[/INST]",
+        "[SYSTEM_PROMPT]",
+        "[/SYSTEM_PROMPT]",
+        "[TOOL_CALLS]",
+        "<start_of_turn>",
+        "<end_of_turn>",
+    ),
+    *(
+        "<｜User｜>",
+        "<｜Assistant｜>",
+        "<｜tool｜>",
+        "[gMASK]",
+        "<sop>",
+        "<think>",
+        "</think>",
+        "<tool_call>",
+    ),
+    *(
+        "</tool_call>",
+        "<|START_OF_TURN_TOKEN|>",
+        "<|END_OF_TURN_TOKEN|>",
+        "<|USER_TOKEN|>",
+        "<|CHATBOT_TOKEN|>",
+    ),
+    *(
+        "<|SYSTEM_TOKEN|>",
+        "<|START_RESPONSE|>",
+        "<|END_RESPONSE|>",
+        "<|start|>",
+        "<|message|>",
+        "<|channel|>",
+    ),
+    *(
+        "<|return|>",
+        "<|call|>",
+        "<reserved_106>",
+        "<reserved_107>",
+        "<|start_of_role|>",
+        "<|end_of_role|>",
+    ),
     *("<|end_of_turn|>", "[|endofturn|]", "<AI>"),
 )
 _THOUGHTLESS = "<think>\n\n</think>\n\n"
@@ -51,7 +105,9 @@ FAMILIES = {
     "chatglm2": Family("\n\n", last=f"\n\n{EOS}", before=" ", starts_with=("user", "system")),
     "chatml": _CHATML,
     "chatml_without_prompt": _CHATML,
-    "command_a": Family("<|END_RESPONSE|><|END_OF_TURN_TOKEN|>", before="<|START_RESPONSE|>", trims=True),
+    "command_a": Family(
+        "<|END_RESPONSE|><|END_OF_TURN_TOKEN|>", before="<|START_RESPONSE|>", trims=True
+    ),
     "command_r": Family("<|END_OF_TURN_TOKEN|>", trims=True),
     "deepseek_r1": Family(EOS),
     "deepseek_v2": Family(EOS, before=" "),
@@ -68,7 +124,9 @@ FAMILIES = {
     "granite": Family(f"{EOS}\n"),
     "harmony": Family("<|end|>", last="<|return|>", before="<|channel|>final<|message|>"),
     "internlm2": _CHATML,
-    "llama2": Family(f" {EOS}", before=" ", is_strict=True, starts_with=("user", "system"), trims=True),
+    "llama2": Family(
+        f" {EOS}", before=" ", is_strict=True, starts_with=("user", "system"), trims=True
+    ),
     "llama3": Family("<|eot_id|>", trims=True),
     "llama31": Family("<|eot_id|>", trims=True),
     "minicpm": Family(EOS, starts_with=("user", "system"), trims=True),

@@ -19,13 +19,21 @@ def failing(error: Exception) -> None:
     [
         (ZeroDivisionError("division by zero"), 1, "ZeroDivisionError at test_boundary.py"),
         (KeyError("x"), 1, "KeyError"),
-        (OSError(5, "Input/output error", "a.json"), 1, "fitune runs cannot go on: a.json: Input/output error"),
+        (
+            OSError(5, "Input/output error", "a.json"),
+            1,
+            "fitune runs cannot go on: a.json: Input/output error",
+        ),
         (MemoryError(), 4, "fitune runs ran out of memory (MemoryError: no more is said)"),
     ],
     ids=str,
 )
 def test_the_command_line_says_what_it_does_not_know_in_a_line(
-    error: Exception, exit_code: int, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    error: Exception,
+    exit_code: int,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.delenv("FITUNE_DEBUG", raising=False)
     monkeypatch.setattr("fitune.cli.runs.list_runs", lambda _: failing(error))
@@ -35,7 +43,9 @@ def test_the_command_line_says_what_it_does_not_know_in_a_line(
     assert said in line
 
 
-def test_its_traceback_is_shown_on_request(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_its_traceback_is_shown_on_request(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("FITUNE_DEBUG", "1")
     monkeypatch.setattr("fitune.cli.runs.list_runs", lambda _: failing(KeyError("x")))
     assert main(["runs", "."]) == 1
@@ -70,7 +80,9 @@ def test_a_parser_says_what_it_was_given() -> None:
         failing(OutOfMemoryError("ours"))
 
 
-@pytest.mark.parametrize("text", ["[" * 100_000, "9" * 5000, "1" + "0" * 400, '{"a": ', b"\xff"], ids=lambda _: "")
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, "9" * 5000, "1" + "0" * 400, '{"a": ', b"\xff"], ids=lambda _: ""
+)
 def test_json_that_cannot_be_read_is_a_value_error(text: str | bytes) -> None:
     with pytest.raises(ValueError, match=r"."):
         parse_json(text)
@@ -83,7 +95,9 @@ def test_json_that_cannot_be_read_is_a_value_error(text: str | bytes) -> None:
         ({"WORLD_SIZE": "2"}, "RANK is not set"),
     ],
 )
-def test_torchruns_variables_are_checked(make: dict[str, str], said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torchruns_variables_are_checked(
+    make: dict[str, str], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from fitune.distributed.processes import joined
 
     for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):

@@ -12,16 +12,31 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("mkdocs", "material", "mkdocs_static_i18n")
 pytestmark = pytest.mark.skipif(
-    any(importlib.util.find_spec(package) is None for package in PACKAGES), reason="mkdocs-material is not installed"
+    any(importlib.util.find_spec(package) is None for package in PACKAGES),
+    reason="mkdocs-material is not installed",
 )
 
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(directory)]
+    command = [
+        sys.executable,
+        "-m",
+        "mkdocs",
+        "build",
+        "--strict",
+        "--quiet",
+        "--site-dir",
+        str(directory),
+    ]
     built = subprocess.run(
-        command, cwd=ROOT, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"}, capture_output=True, text=True, check=False
+        command,
+        cwd=ROOT,
+        env=os.environ | {"NO_MKDOCS_2_WARNING": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert built.returncode == 0, built.stderr
     return directory
@@ -44,7 +59,9 @@ def test_the_first_page_is_the_readme(site: Path) -> None:
 
 
 def test_the_guide_from_other_tools_is_in_chinese_too(site: Path) -> None:
-    assert "Coming from another tool</h1>" not in text(site / "zh" / "from_other_tools" / "index.html")
+    assert "Coming from another tool</h1>" not in text(
+        site / "zh" / "from_other_tools" / "index.html"
+    )
     assert "从其他工具转来" in text(site / "zh" / "from_other_tools" / "index.html")
 
 

@@ -77,7 +77,11 @@ def mentioned(path: Path) -> Iterator[str]:
     for node in ast.walk(tree(path)):
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             words = node.value.split(".")
-            if words[0] == "fitune" and len(words) > 2 and node.value.replace(".", "").isidentifier():
+            if (
+                words[0] == "fitune"
+                and len(words) > 2
+                and node.value.replace(".", "").isidentifier()
+            ):
                 yield node.value
 
 
@@ -92,7 +96,9 @@ def test_imports_point_down() -> None:
         for path in MODULES
         if room(path) not in OUTSIDE
         for imported in {*imports(path), *mentioned(path)}
-        if imported.startswith("fitune.") and (target := imported.split(".")[1]) in FLOORS and target != room(path)
+        if imported.startswith("fitune.")
+        and (target := imported.split(".")[1]) in FLOORS
+        and target != room(path)
         if FLOORS[target] >= FLOORS[room(path)]
     ]
     assert wrong == []
@@ -104,7 +110,11 @@ def test_no_circles_between_modules() -> None:
         if room(path) in OUTSIDE:
             continue
         own = name(path).removesuffix(".py").removesuffix("/__init__").replace("/", ".")
-        targets = {imported.removeprefix("fitune.") for imported in imports(path) if imported.startswith("fitune.")}
+        targets = {
+            imported.removeprefix("fitune.")
+            for imported in imports(path)
+            if imported.startswith("fitune.")
+        }
         graph[own] = targets | {target.rpartition(".")[0] for target in targets}
     done: set[str] = set()
 
@@ -127,7 +137,9 @@ def test_no_public_noun_is_defined_in_two_rooms() -> None:
         for node in tree(path).body if room(path) != "cli" else ():
             if isinstance(node, ast.ClassDef | ast.FunctionDef) and not node.name.startswith("_"):
                 homes[node.name].add(room(path))
-    assert {noun: rooms for noun, rooms in homes.items() if len(rooms) > 1 and not rooms & OUTSIDE} == {}
+    assert {
+        noun: rooms for noun, rooms in homes.items() if len(rooms) > 1 and not rooms & OUTSIDE
+    } == {}
 
 
 def test_some_modules_import_nothing_heavy() -> None:
@@ -143,18 +155,30 @@ def test_some_modules_import_nothing_heavy() -> None:
 
 def test_the_commands_import_nothing_heavy_at_their_top() -> None:
     commands = [path for path in MODULES if room(path) == "cli"]
-    assert [name(p) for p in commands if HEAVY & {i.split(".")[0] for i in imports(p, top_level_only=True)}] == []
+    assert [
+        name(p)
+        for p in commands
+        if HEAVY & {i.split(".")[0] for i in imports(p, top_level_only=True)}
+    ] == []
 
 
 def test_what_measures_fitune_is_no_part_of_it() -> None:
-    assert [name(p) for p in MODULES if {"rehearsal", "benchmarks"} & {i.split(".")[0] for i in imports(p)}] == []
+    assert [
+        name(p)
+        for p in MODULES
+        if {"rehearsal", "benchmarks"} & {i.split(".")[0] for i in imports(p)}
+    ] == []
 
 
 def test_only_the_commands_show_text_and_by_way_of_output_alone() -> None:
     """Which makes text from outside printable: control characters in it never reach a terminal."""
     wrong = []
     for path in MODULES:
-        calls = {getattr(node.func, "id", "") for node in ast.walk(tree(path)) if isinstance(node, ast.Call)}
+        calls = {
+            getattr(node.func, "id", "")
+            for node in ast.walk(tree(path))
+            if isinstance(node, ast.Call)
+        }
         consoles = [each for each in imports(path) if each.endswith(".Console")]
         if name(path) != "cli/output.py" and ("print" in calls or consoles):
             wrong.append(name(path))
@@ -166,7 +190,11 @@ def test_no_module_is_named_after_nothing() -> None:
 
 
 def test_no_file_is_too_long_to_be_read() -> None:
-    long = {name(path): lines for path in MODULES if (lines := len(path.read_text().splitlines())) > MOST_LINES}
+    long = {
+        name(path): lines
+        for path in MODULES
+        if (lines := len(path.read_text().splitlines())) > MOST_LINES
+    }
     assert {file: lines for file, lines in long.items() if file not in LONG_FILES} == {}
 
 
@@ -182,12 +210,16 @@ def measures() -> dict[str, int]:
     found = _ruff()
     return {
         "tokens_of_code": sum(map(_num_tokens, MODULES)),
-        "lines_over_100_columns": sum(len(line) > 100 for text in texts for line in text.splitlines()),
+        "lines_over_100_columns": sum(
+            len(line) > 100 for text in texts for line in text.splitlines()
+        ),
         "functions_with_mccabe_over_10": found["C901"],
         "functions_with_more_than_6_parameters": found["PLR0913"],
         "imports_inside_functions": found["PLC0415"],
         "any_in_annotations": sum(
-            isinstance(node, ast.Name) and node.id == "Any" for path in MODULES for node in ast.walk(tree(path))
+            isinstance(node, ast.Name) and node.id == "Any"
+            for path in MODULES
+            for node in ast.walk(tree(path))
         ),
     }
 
@@ -196,7 +228,11 @@ def _num_tokens(path: Path) -> int:
     """Of the code, without comments and docstrings."""
     docstrings = set()
     for node in ast.walk(tree(path)):
-        for statement in getattr(node, "body", None) or [] if not isinstance(node, ast.Lambda | ast.IfExp) else []:
+        for statement in (
+            getattr(node, "body", None) or []
+            if not isinstance(node, ast.Lambda | ast.IfExp)
+            else []
+        ):
             if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
                 docstrings.update(range(statement.lineno, (statement.end_lineno or 0) + 1))
     skipped = {
@@ -208,8 +244,19 @@ def _num_tokens(path: Path) -> int:
 
 def _ruff() -> Counter[str]:
     options = ["--config", "lint.mccabe.max-complexity=10", "--config", "lint.pylint.max-args=6"]
-    command = [sys.executable, "-m", "ruff", "check", "--select", "C901,PLR0913,PLC0415", "--output-format", "json"]
-    done = subprocess.run([*command, *options, str(SOURCE)], capture_output=True, text=True, cwd=ROOT)
+    command = [
+        sys.executable,
+        "-m",
+        "ruff",
+        "check",
+        "--select",
+        "C901,PLR0913,PLC0415",
+        "--output-format",
+        "json",
+    ]
+    done = subprocess.run(
+        [*command, *options, str(SOURCE)], capture_output=True, text=True, cwd=ROOT
+    )
     return Counter(each["code"] for each in json.loads(done.stdout))
 
 
@@ -217,4 +264,6 @@ if __name__ == "__main__":
     now = measures()
     before = tomllib.loads(CEILINGS.read_text()) if CEILINGS.exists() else now
     lines = [f"{key} = {min(value, before[key])}" for key, value in now.items()]
-    CEILINGS.write_text("# What tests/test_house.py measures; each may only fall.\n" + "\n".join(lines) + "\n")
+    CEILINGS.write_text(
+        "# What tests/test_house.py measures; each may only fall.\n" + "\n".join(lines) + "\n"
+    )

@@ -10,7 +10,7 @@ import pytest
 
 import fitune.cli.config_command  # noqa: F401 (its help is made when it is imported, in English for other tests)
 from fitune.cli.app import main
-from fitune.config.foreign_reasons import ANSWERS, NOT_NEEDED, OTHER_TRAINING
+from fitune.config.importers.reasons import ANSWERS, NOT_NEEDED, OTHER_TRAINING
 from fitune.language import choose_language, pad, say, translated
 from fitune.language.chinese import CHINESE
 from fitune.language.sentences import SENTENCES
@@ -21,7 +21,11 @@ SOURCE = Path(__file__).parent.parent / "src" / "fitune"
 def said() -> Iterator[str]:
     for path in SOURCE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "say":
+            if (
+                isinstance(node, ast.Call)
+                and isinstance(node.func, ast.Name)
+                and node.func.id == "say"
+            ):
                 first = node.args[0]
                 if isinstance(first, ast.Constant):
                     yield str(first.value)
@@ -50,7 +54,9 @@ def test_a_translation_names_the_same_values(english: str) -> None:
         ({"LANG": "zh_CN.UTF-8", "LC_ALL": "C.UTF-8"}, "en"),
     ],
 )
-def test_the_language_is_that_of_fitune_lang_or_of_the_locale(environment: dict[str, str], language: str) -> None:
+def test_the_language_is_that_of_fitune_lang_or_of_the_locale(
+    environment: dict[str, str], language: str
+) -> None:
     assert choose_language(environment) == language
 
 
@@ -63,12 +69,41 @@ def test_a_chinese_character_takes_two_columns() -> None:
     assert pad("预算", 6) == "预算  "
 
 
+@pytest.mark.parametrize(
+    ("written", "shown"),
+    [
+        (
+            "1 samples hold the key 'mood', which is ignored",
+            "1 sample holds the key 'mood', which is ignored",
+        ),
+        (
+            "1 samples of data.train are in data.eval too",
+            "1 sample of data.train is in data.eval too",
+        ),
+        ("1 training samples are copies of others", "1 training sample is a copy of others"),
+        ("finished after 1 steps, 1,021 tokens", "finished after 1 step, 1,021 tokens"),
+        (
+            "batch 1 x 1 samples, 21 samples, 0.1 samples",
+            "batch 1 x 1 sample, 21 samples, 0.1 samples",
+        ),
+        ("learned  ⟦in 1 steps⟧ in the first sample", "learned  ⟦in 1 steps⟧ in the first sample"),
+        ("a.jsonl/1 samples.jsonl: 1 steps.", "a.jsonl/1 samples.jsonl: 1 step."),
+    ],
+)
+def test_a_count_of_one_is_in_the_singular(
+    written: str, shown: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FITUNE_LANG", "en")
+    assert translated(written) == shown
+    assert say("{count} samples", count=1) == "1 sample"
+
+
 ENGLISH_ALONE = {
-    "config/foreign_tools.py": "names of other tools' files and keys",
+    "config/importers/tools.py": "names of other tools' files and keys",
     "allocator/rules.py": "PyTorch's own words for an allocation that fails",
     "report/page.py": "HTML",
     "trace/as_real.py": "PyTorch's own words",
-    "language": "the catalogue",
+    "language": "the catalogue, and the grammar of counts",
 }
 """What holds English sentences that no user of the commands is shown by fitune, and why."""
 _SENTENCE = re.compile(r"[A-Za-z']+[,:;]? [A-Za-z']+[,:;]? [A-Za-z']+")
@@ -88,7 +123,9 @@ def literals(node: ast.AST) -> Iterator[str]:
         if isinstance(child, ast.Expr) and isinstance(child.value, ast.Constant):
             continue
         if isinstance(child, ast.JoinedStr):
-            yield "".join(str(part.value) if isinstance(part, ast.Constant) else "3" for part in child.values)
+            yield "".join(
+                str(part.value) if isinstance(part, ast.Constant) else "3" for part in child.values
+            )
             for part in child.values:
                 if isinstance(part, ast.FormattedValue):
                     yield from literals(part)
@@ -105,7 +142,9 @@ def module(path: Path) -> str:
 
 def sentences(path: Path) -> Iterator[str]:
     for text in literals(ast.parse(path.read_text())):
-        yield from (line for line in text.splitlines() if _SENTENCE.search(line) and "<" not in line)
+        yield from (
+            line for line in text.splitlines() if _SENTENCE.search(line) and "<" not in line
+        )
 
 
 @pytest.mark.parametrize(
@@ -117,7 +156,9 @@ def sentences(path: Path) -> Iterator[str]:
     ],
     ids=lambda path: path.relative_to(SOURCE).as_posix(),
 )
-def test_every_sentence_of_the_code_has_its_chinese(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_sentence_of_the_code_has_its_chinese(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("FITUNE_LANG", "zh")
     missing = [line for line in sentences(path) if line not in CHINESE and translated(line) == line]
     assert [line for line in missing if not re.search("|".join(NOT_SAID), line)] == []
@@ -125,15 +166,22 @@ def test_every_sentence_of_the_code_has_its_chinese(path: Path, monkeypatch: pyt
 
 def test_every_reason_of_an_import_has_its_chinese() -> None:
     reasons = {*(reason for _, reason in OTHER_TRAINING.values()), *ANSWERS.values()}
-    reasons |= {reason for reason in NOT_NEEDED.values() if "it has an effect only with" not in reason}
+    reasons |= {
+        reason for reason in NOT_NEEDED.values() if "it has an effect only with" not in reason
+    }
     assert sorted(reasons - SENTENCES.keys()) == []
 
 
 @pytest.mark.parametrize("english", SENTENCES)
-def test_a_whole_sentence_has_the_same_values_and_is_translated(english: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_whole_sentence_has_the_same_values_and_is_translated(
+    english: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert values_in(SENTENCES[english]) == values_in(english)
     monkeypatch.setenv("FITUNE_LANG", "zh")
-    assert any("\u4e00" <= letter <= "\u9fff" for letter in translated(re.sub(r"\{\w+(:[nw])?\}", "3", english)))
+    assert any(
+        "\u4e00" <= letter <= "\u9fff"
+        for letter in translated(re.sub(r"\{\w+(:[nw])?\}", "3", english))
+    )
 
 
 @pytest.mark.parametrize(
@@ -196,8 +244,14 @@ def test_a_sentence_is_translated_with_what_stands_in_it(
             "2, where it will be measured",
             "预测   模型和训练步用内存 27.5 MiB，连同 Python 和各个库共 546.0 MiB；到第 2 步时实测",
         ),
-        ("warning: more than 5% off: memory of step 2: reserved 2.0 GiB predicted, 1.0 GiB measured (+9.9%)", "已保留"),
-        ("--apply 9 is none of the candidates: give 0 to 4", "--apply 9 不是候选的编号：请给 0 到 4"),
+        (
+            "warning: more than 5% off: memory of step 2: reserved 2.0 GiB predicted, 1.0 GiB measured (+9.9%)",
+            "已保留",
+        ),
+        (
+            "--apply 9 is none of the candidates: give 0 to 4",
+            "--apply 9 不是候选的编号：请给 0 到 4",
+        ),
     ],
 )
 def test_a_sentence_of_a_run_is_translated_to_its_last_word(
@@ -226,14 +280,23 @@ def test_errors_of_the_command_line_are_in_chinese(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("FITUNE_LANG", "zh")
-    for arguments in (["trin"], ["train", "--foo"], ["train", "--batch"], ["check", "--show", "x"], ["compare"]):
+    for arguments in (
+        ["trin"],
+        ["train", "--foo"],
+        ["train", "--batch"],
+        ["check", "--show", "x"],
+        ["compare"],
+    ):
         assert main(arguments) == 2
         told = capsys.readouterr().err
         assert told.startswith("错误：")
         assert not re.search(r"[a-z]+ [a-z]+ [a-z]+", told)
 
 
-DOCUMENTS = [*sorted((SOURCE.parent.parent / "docs").glob("*.zh.md")), SOURCE.parent.parent / "README_zh.md"]
+DOCUMENTS = [
+    *sorted((SOURCE.parent.parent / "docs").glob("*.zh.md")),
+    SOURCE.parent.parent / "README_zh.md",
+]
 OTHER_WORDS = {
     "词元": "token",
     "(?<!梯度)(?<!度)重算": "梯度检查点（激活重计算）",
@@ -261,7 +324,8 @@ OTHER_ENGLISH = {
 """What is not said in English, and what is said instead (docs/glossary.md)."""
 SAID_ALL_THE_SAME = r"steps in a row|embedding of \{\w+\} rows"
 PAGES_FOR_USERS = ("README.md", *(f"docs/{name}.md" for name in (
-    "data", "first_minute", "from_other_tools", "glossary", "llama_factory", "minimind", "mirrors", "oom", "tutorial",
+    "batch_size", "data", "first_minute", "from_other_tools", "glossary", "llama_factory", "minimind", "mirrors", "oom",
+    "speed", "tutorial", "watch",
 )))  # fmt: skip
 
 
@@ -296,9 +360,13 @@ def test_the_glossary_is_the_same_in_both_languages() -> None:
     rows = {}
     for name in ("glossary.md", "glossary.zh.md"):
         lines = (SOURCE.parent.parent / "docs" / name).read_text(encoding="utf-8").splitlines()
-        rows[name] = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")][
-            1:
-        ]
-    assert [row[:2] for row in rows["glossary.md"]] == [row[1::-1] for row in rows["glossary.zh.md"]]
+        rows[name] = [
+            [cell.strip() for cell in line.strip("|").split("|")]
+            for line in lines
+            if line.startswith("| ")
+        ][1:]
+    assert [row[:2] for row in rows["glossary.md"]] == [
+        row[1::-1] for row in rows["glossary.zh.md"]
+    ]
     said = "".join((*CHINESE.values(), *SENTENCES.values()))
     assert [row[1] for row in rows["glossary.md"] if row[1].split("（")[0] not in said] == []

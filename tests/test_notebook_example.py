@@ -29,18 +29,30 @@ def cells() -> list[dict[str, Any]]:
 
 
 def test_every_cell_works_and_shows_what_its_heading_promises(tmp_path: Path) -> None:
-    own = {"FITUNE_CACHE": str(tmp_path / "cache"), "HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "FITUNE_LANG": "en"}
+    own = {
+        "FITUNE_CACHE": str(tmp_path / "cache"),
+        "HOME": str(tmp_path),
+        "HF_HUB_OFFLINE": "1",
+        "FITUNE_LANG": "en",
+    }
     ran = subprocess.run(
         [sys.executable, "-c", EXECUTE, str(NOTEBOOK)],
         cwd=tmp_path, env=os.environ | own, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr
     shown = ran.stdout.splitlines()
-    for begins in ("Prediction: allocated ", "True ", "Plan: ", "Summary: finished after 6 steps", "Comparison: "):
+    for begins in (
+        "Prediction: allocated ",
+        "True ",
+        "Plan: ",
+        "Summary: finished after 6 steps",
+        "Comparison: ",
+    ):
         assert any(line.startswith(begins) for line in shown), (begins, ran.stdout)
     assert "eval at step 6: loss " in ran.stderr  # the run that is not quiet shows its progress
     losses = [
-        json.loads((tmp_path / "runs" / name / "summary.json").read_text())["eval_loss"] for name in ("first", "second")
+        json.loads((tmp_path / "runs" / name / "summary.json").read_text())["eval_loss"]
+        for name in ("first", "second")
     ]
     assert losses[0] < losses[1]  # the higher rate learns more in six steps
 

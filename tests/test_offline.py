@@ -57,7 +57,14 @@ def place(tmp_path: Path) -> Path:
 
 
 def test_no_verb_on_local_paths_asks_the_network(place: Path) -> None:
-    given = ["sft.yaml", "model.method=lora", "train.steps=2", "batch.micro=1", "loss=full", "model.recompute=off"]
+    given = [
+        "sft.yaml",
+        "model.method=lora",
+        "train.steps=2",
+        "batch.micro=1",
+        "loss=full",
+        "model.recompute=off",
+    ]
     run_refused(
         place,
         [
@@ -66,6 +73,14 @@ def test_no_verb_on_local_paths_asks_the_network(place: Path) -> None:
             ["train", *given],
             ["report", "runs/run"],
             ["export", "runs/run", "--to", "hf", "-o", "exported"],
-            ["plan", "exported", "--gpu", "cpu", "batch.micro=1", "loss=full", "model.recompute=off"],
+            [
+                "plan",
+                "exported",
+                "--gpu",
+                "cpu",
+                "batch.micro=1",
+                "loss=full",
+                "model.recompute=off",
+            ],
         ],
     )

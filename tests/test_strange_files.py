@@ -22,14 +22,21 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("words", [["train"], ["config", "import"], ["check"]])
-def test_a_configuration_without_end_is_refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_configuration_without_end_is_refused(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     os.symlink("/dev/zero", "endless.yaml")
     assert main([*words, "endless.yaml"]) == 2
-    assert "endless.yaml has over 1,000,000 bytes, too many for a configuration" in capsys.readouterr().err
+    assert (
+        "endless.yaml has over 1,000,000 bytes, too many for a configuration"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("kind", ["device", "FIFO"])
-def test_a_template_without_end_is_refused(kind: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_template_without_end_is_refused(
+    kind: str, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     save_tiny_model(place / "tiny")
     write_dialogues(place / "sft.jsonl")
     write_config(place / "sft.yaml", {"train": {"steps": 2}})

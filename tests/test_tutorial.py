@@ -33,10 +33,17 @@ def test_the_tutorial_ends_in_an_answer_of_the_exported_model(place: Path) -> No
     assert said["answer"]
 
 
-def test_the_first_minute_shows_what_its_page_explains(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_first_minute_shows_what_its_page_explains(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     page = (DOCS / "first_minute.md").read_text(encoding="utf-8")
     explained = re.findall(r"^\| `([^`]+)` \|", page, re.MULTILINE)
-    assert re.findall(r"^\| `([^`]+)` \|", (DOCS / "first_minute.zh.md").read_text("utf-8"), re.MULTILINE) == explained
+    assert (
+        re.findall(
+            r"^\| `([^`]+)` \|", (DOCS / "first_minute.zh.md").read_text("utf-8"), re.MULTILINE
+        )
+        == explained
+    )
     assert main(shlex.split(commands(DOCS / "first_minute.md")[0])[1:]) == 0
     shown = capsys.readouterr().err
     assert len(explained) > 10

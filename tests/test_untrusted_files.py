@@ -36,10 +36,14 @@ BOUNDARY = {"type": "Replace", "pattern": {"Regex": r"\b"}, "content": "aaa"}
 LONG = {"type": "Replace", "pattern": {"String": "a"}, "content": "b" * 5000}
 GROWING = {
     "texts that double": {"normalizer": sequence("normalizers", 40 * [DOUBLES])},
-    "lists in lists": {"normalizer": sequence("normalizers", 4 * [sequence("normalizers", 10 * [DOUBLES])])},
+    "lists in lists": {
+        "normalizer": sequence("normalizers", 4 * [sequence("normalizers", 10 * [DOUBLES])])
+    },
     "matches of nothing": {"normalizer": sequence("normalizers", 10 * [BOUNDARY])},
     "one long replacement": {"normalizer": LONG},
-    "a table of characters": {"normalizer": {"type": "Precompiled", "precompiled_charsmap": charsmap("b" * 5000)}},
+    "a table of characters": {
+        "normalizer": {"type": "Precompiled", "precompiled_charsmap": charsmap("b" * 5000)}
+    },
     "bytes of bytes": {"normalizer": sequence("normalizers", 40 * [{"type": "ByteLevel"}])},
     "bytes of bytes of words": {"pre_tokenizer": sequence("pretokenizers", 40 * [BYTES])},
     "tokens that double": {"post_processor": sequence("processors", 40 * [TWICE])},
@@ -62,7 +66,10 @@ def change_tokenizer(model: Path, change: dict[str, Any]) -> None:
 @pytest.mark.parametrize("kind", GROWING)
 def test_a_tokenizer_that_makes_texts_longer_and_longer_is_refused(kind: str, model: Path) -> None:
     change_tokenizer(model, GROWING[kind])
-    with pytest.raises(ModelError, match=r"tokenizer\.json may make a text .* times as long, and at most 1,000 times"):
+    with pytest.raises(
+        ModelError,
+        match=r"tokenizer\.json may make a text .* times as long, and at most 1,000 times",
+    ):
         load_tokenizer(ModelConfig(source=str(model)))
 
 
@@ -83,7 +90,10 @@ def test_the_steps_of_usual_tokenizers_are_read(model: Path) -> None:
         {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "},
         {"type": "Replace", "pattern": {"String": "``"}, "content": '"'},
     ]
-    decoder = sequence("decoders", [{"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "Fuse"}])
+    decoder = sequence(
+        "decoders",
+        [{"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "Fuse"}],
+    )
     change_tokenizer(model, {"normalizer": sequence("normalizers", steps), "decoder": decoder})
     load_tokenizer(ModelConfig(source=str(model)))
 
@@ -95,7 +105,9 @@ def write_index(model: Path, file: Any) -> None:
     (model / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-@pytest.mark.parametrize("file", ["../other/part.safetensors", "/etc/passwd", "parts/../../part.safetensors", 7, None])
+@pytest.mark.parametrize(
+    "file", ["../other/part.safetensors", "/etc/passwd", "parts/../../part.safetensors", 7, None]
+)
 def test_an_index_that_leads_outside_is_refused(file: Any, model: Path) -> None:
     write_index(model, file)
     with pytest.raises(ModelError, match=r"no file inside of .*: copy the model again"):
@@ -108,7 +120,9 @@ def test_an_index_of_a_file_that_is_missing_names_it(model: Path) -> None:
         load(model)
 
 
-@pytest.mark.parametrize("text", ["[]", "{}", '{"weight_map": []}', '{"weight_map": {}}', "{", "[" * 100_000])
+@pytest.mark.parametrize(
+    "text", ["[]", "{}", '{"weight_map": []}', '{"weight_map": {}}', "{", "[" * 100_000]
+)
 def test_an_index_that_is_none_is_refused(text: str, model: Path) -> None:
     write_index(model, "part.safetensors")
     (model / "model.safetensors.index.json").write_text(text)

@@ -39,7 +39,9 @@ def dialogues(num_rows: int, *, seed: int = 0) -> list[Dialogue]:
 
 
 def write_dialogues(path: Path, num_rows: int = 60, *, seed: int = 0) -> Path:
-    lines = (json.dumps({"messages": messages}) + "\n" for messages in dialogues(num_rows, seed=seed))
+    lines = (
+        json.dumps({"messages": messages}) + "\n" for messages in dialogues(num_rows, seed=seed)
+    )
     path.write_text("".join(lines))
     return path
 
@@ -51,7 +53,14 @@ def write_long_dialogues(path: Path, num_rows: int) -> None:
     for _ in range(num_rows):
         words = " ".join(f"w{draw.randrange(50)}" for _ in range(draw.randint(20, 60)))
         lines.append(
-            json.dumps({"messages": [{"role": "user", "content": "w1"}, {"role": "assistant", "content": words}]})
+            json.dumps(
+                {
+                    "messages": [
+                        {"role": "user", "content": "w1"},
+                        {"role": "assistant", "content": words},
+                    ]
+                }
+            )
         )
     path.write_text("\n".join(lines) + "\n")
 

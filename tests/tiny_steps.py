@@ -29,7 +29,10 @@ class Capture(torch.optim.Optimizer):
 
     def step(self, closure: Callable[[], float] | None = None) -> None:
         # a parameter without a gradient (an expert that saw no token) has none to compare
-        present = (p.grad if p.grad is not None else torch.zeros_like(p) for p in self.param_groups[0]["params"])
+        present = (
+            p.grad if p.grad is not None else torch.zeros_like(p)
+            for p in self.param_groups[0]["params"]
+        )
         self.gradients = [gradient.double().flatten().clone() for gradient in present]
 
     def vector(self) -> torch.Tensor:
@@ -51,12 +54,16 @@ def make_batch(seed: int = 0) -> Batch:
 
 
 def make_model(family: str = "llama", *, tied: bool = True, lora: bool = False) -> nn.Module:
-    config = TINY[family].__class__.from_dict(TINY[family].to_dict() | {"tie_word_embeddings": tied})
+    config = TINY[family].__class__.from_dict(
+        TINY[family].to_dict() | {"tie_word_embeddings": tied}
+    )
     model = build_model(config, attention=attention_name(config, "auto"), seed=1)
     if lora:
         adapted = apply_lora(model, LoraConfig(rank=4))
         for name, parameter in adapted.named_parameters():
-            if "lora_B" in name:  # zero at the start, which would leave the other factor without gradient
+            if (
+                "lora_B" in name
+            ):  # zero at the start, which would leave the other factor without gradient
                 nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(2))
         return adapted
     return model
@@ -75,7 +82,10 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
 def labelled(*rows: tuple[int, int]) -> dict[str, torch.Tensor]:
     """Padded rows of (tokens, targets), as transformers takes them."""
     width = max(length for length, _ in rows)
-    ids, labels = torch.zeros((len(rows), width), dtype=torch.int64), torch.full((len(rows), width), -100)
+    ids, labels = (
+        torch.zeros((len(rows), width), dtype=torch.int64),
+        torch.full((len(rows), width), -100),
+    )
     mask = torch.zeros((len(rows), width), dtype=torch.int64)
     for place, (length, num_targets) in enumerate(rows):
         ids[place, :length] = torch.arange(1, length + 1)

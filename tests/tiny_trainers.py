@@ -14,7 +14,9 @@ from byte_tokenizer import byte_tokenizer
 from tiny_models import TINY_LLAMA
 
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"  # TRL would send a ping
-needs_trl = pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="TRL is not installed")
+needs_trl = pytest.mark.skipif(
+    importlib.util.find_spec("trl") is None, reason="TRL is not installed"
+)
 LENGTHS = (5, 30, 11, 17, 8, 23, 14, 9, 26, 12, 7, 19)
 
 
@@ -26,7 +28,10 @@ def tiny_model(config: Any = TINY_LLAMA, **changes: Any) -> Any:
 
 def rows(lengths: tuple[int, ...] = LENGTHS, *, masked: bool = True) -> datasets.Dataset:
     """masked: the first third of each row is no target."""
-    ids = [[(7 * row + 3 * place) % 290 + 5 for place in range(length)] for row, length in enumerate(lengths)]
+    ids = [
+        [(7 * row + 3 * place) % 290 + 5 for place in range(length)]
+        for row, length in enumerate(lengths)
+    ]
     labels = [
         [-100 if masked and place < length // 3 else token for place, token in enumerate(row)]
         for row, length in zip(ids, lengths, strict=True)

@@ -13,7 +13,15 @@ from fitune.cli.watch_screen import watch_screen
 from fitune.run.directory import RunDirectory, create_run, write_json
 from fitune.run.follow import RunFollower, RunView
 from fitune.run.memory import MemorySample
-from fitune.run.metrics import EvalMetrics, RunEvent, StepMetrics, Summary, append_line, as_json, summary_json
+from fitune.run.metrics import (
+    EvalMetrics,
+    RunEvent,
+    StepMetrics,
+    Summary,
+    append_line,
+    as_json,
+    summary_json,
+)
 from fitune.units import GIB, MIB
 
 START = 1_795_500_000.0
@@ -62,7 +70,9 @@ def write_lines(path: Path, records: list[object]) -> None:
     path.write_text("".join(json.dumps(as_json(record)) + "\n" for record in records))  # type: ignore[arg-type]
 
 
-def write_watched_run(output: Path, *, status: str = "running", name: str = "minimind2-sft_2048-0007") -> RunDirectory:
+def write_watched_run(
+    output: Path, *, status: str = "running", name: str = "minimind2-sft_2048-0007"
+) -> RunDirectory:
     run = create_run(output, name)
     write_lines(run.metrics, [step_metrics(step) for step in range(1, NUM_STEPS + 1)])
     for step, loss in ((0, 3.95), (200, 2.187), (400, 2.041)):
@@ -74,7 +84,10 @@ def write_watched_run(output: Path, *, status: str = "running", name: str = "min
     samples: list[object] = [sample(second / 2) for second in range(0, 1201, 4)]
     samples[85] = sample(170.0, other_processes_bytes=6 * GIB, device_used_bytes=int(21.1 * GIB))
     write_lines(run.memory, samples)
-    happened = [RunEvent(time=START + step * 1.5, step=step, kind=kind, message=text) for step, kind, text in EVENTS]
+    happened = [
+        RunEvent(time=START + step * 1.5, step=step, kind=kind, message=text)
+        for step, kind, text in EVENTS
+    ]
     write_lines(run.events, list(happened))
     write_json(run.env, CARD)
     write_json(run.plan, {"budget_bytes": int(20.4 * GIB)})
@@ -96,13 +109,18 @@ def screens(output: Path) -> dict[str, str]:
     run = write_watched_run(output)
     for state in ("running", "crashed"):
         for width, height in SIZES:
-            text = watch_screen(view_of(run, state), width=width, height=height - 1, now=START + 600.5)
+            text = watch_screen(
+                view_of(run, state), width=width, height=height - 1, now=START + 600.5
+            )
             found[f"{state}_{width}x{height}.txt"] = text.plain + "\n"
     finished = watch_screen(view_of(run, "finished"), width=100, height=None, now=START + 9000)
     os.environ["FITUNE_LANG"] = "zh"
     chinese = watch_screen(view_of(run, "running"), width=80, height=23, now=START + 600.5)
     os.environ["FITUNE_LANG"] = "en"
-    return found | {"finished.txt": finished.plain + "\n", "running_80x24_zh.txt": chinese.plain + "\n"}
+    return found | {
+        "finished.txt": finished.plain + "\n",
+        "running_80x24_zh.txt": chinese.plain + "\n",
+    }
 
 
 if __name__ == "__main__":

@@ -11,7 +11,14 @@ import yaml
 
 from fitune.run.directory import create_run, write_json
 from fitune.run.eval_rows import EvalRows, append_eval_rows
-from fitune.run.metrics import EvalMetrics, RunEvent, StepMetrics, Summary, append_line, summary_json
+from fitune.run.metrics import (
+    EvalMetrics,
+    RunEvent,
+    StepMetrics,
+    Summary,
+    append_line,
+    summary_json,
+)
 
 GIB = 2**30
 
@@ -61,7 +68,11 @@ def write_run(output: Path, name: str, recipe: Recipe) -> Path:
     lines = []
     loss = recipe.final_loss
     for step in range(1, recipe.steps + 1):
-        loss = recipe.final_loss + np.exp(-4 * step / recipe.steps) + recipe.noise * draw.standard_normal()
+        loss = (
+            recipe.final_loss
+            + np.exp(-4 * step / recipe.steps)
+            + recipe.noise * draw.standard_normal()
+        )
         record = StepMetrics(
             step=step, tokens=tokens, supervised_tokens=tokens // 2, total_tokens=step * tokens, loss=float(loss),
             lr=recipe.lr, grad_norm=1.0, seconds=seconds, tokens_per_second=recipe.tokens_per_second,
@@ -87,9 +98,16 @@ def write_run(output: Path, name: str, recipe: Recipe) -> Path:
         )  # fmt: skip
         append_eval_rows(
             run.eval_rows,
-            EvalRows(step=step, total_tokens=step * tokens, losses=tuple(map(float, losses)), weights=weights),
+            EvalRows(
+                step=step,
+                total_tokens=step * tokens,
+                losses=tuple(map(float, losses)),
+                weights=weights,
+            ),
         )
-    append_line(run.events, RunEvent(time=1e9 + 5, step=2, kind="memory_check", message="as predicted"))
+    append_line(
+        run.events, RunEvent(time=1e9 + 5, step=2, kind="memory_check", message="as predicted")
+    )
     summary = Summary(
         status="finished", steps=recipe.steps, tokens=recipe.steps * tokens, seconds=recipe.steps * seconds,
         tokens_per_second=recipe.tokens_per_second, train_loss=float(loss), eval_loss=eval_loss,
@@ -107,7 +125,14 @@ def three_configurations(output: Path) -> list[Path]:
     small = list(rows + 0.05 + 0.02 * draw.standard_normal(200))
     large = list(rows)
     nearly = list(rows + 1e-4 * draw.standard_normal(200))
-    first = Recipe(accumulation=1, lr=3e-5, steps=160, row_losses=small, peak_bytes=20 * GIB, predicted_bytes=19 * GIB)
+    first = Recipe(
+        accumulation=1,
+        lr=3e-5,
+        steps=160,
+        row_losses=small,
+        peak_bytes=20 * GIB,
+        predicted_bytes=19 * GIB,
+    )
     second = Recipe(row_losses=large, peak_bytes=20 * GIB, tokens_per_second=1050.0)
     third = Recipe(micro=4, accumulation=6, row_losses=nearly, noise=1e-3, peak_bytes=14 * GIB)
     recipes = {"6x1": first, "6x4": second, "4x6": third}

@@ -16,7 +16,9 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 GENERATED = HERE / "generated"
-OF_CUDA = re.compile(r"(cuda|__cuda|cu[A-Z]|cublas|cudnn|cusolver|cusparse|cufft|curand|nccl|cupti)[A-Za-z]\w*$")
+OF_CUDA = re.compile(
+    r"(cuda|__cuda|cu[A-Z]|cublas|cudnn|cusolver|cusparse|cufft|curand|nccl|cupti)[A-Za-z]\w*$"
+)
 OF_DRIVER = re.compile(r"cu(?!File)[A-Z]")
 MATRIX_PRODUCT = re.compile(r"cublas(Lt)?.*(Gemm|gemm|Matmul$)")
 LIBRARY_CALL = re.compile(r"cublas\w*([dD]ot|[gG]emv)|cudnnBackendExecute")
@@ -61,7 +63,9 @@ def imported_symbols(libraries: Iterable[Path]) -> set[str]:
     """Names that these libraries expect of CUDA's."""
     names: set[str] = set()
     for library in libraries:
-        listing = subprocess.run(["nm", "-D", "--undefined-only", library], capture_output=True, text=True, check=True)
+        listing = subprocess.run(
+            ["nm", "-D", "--undefined-only", library], capture_output=True, text=True, check=True
+        )
         last_words = (line.split()[-1].split("@")[0] for line in listing.stdout.splitlines())
         names |= {name for name in last_words if OF_CUDA.match(name)}
     return names
@@ -95,7 +99,10 @@ def version(site: Path, header: str, prefix: str, parts: tuple[str, str, str]) -
 def main() -> None:
     site = Path(sys.argv[1])
     GENERATED.mkdir(exist_ok=True)
-    libraries = [*(site / "torch/lib").glob("lib*.so"), *(site / "bitsandbytes").glob("libbitsandbytes_cuda13*.so")]
+    libraries = [
+        *(site / "torch/lib").glob("lib*.so"),
+        *(site / "bitsandbytes").glob("libbitsandbytes_cuda13*.so"),
+    ]
     wanted = imported_symbols(libraries)
     sources = "".join(path.read_text() for path in HERE.glob("*.cpp"))
     defined = set(re.findall(r"^API [^(\n]*?\b(\w+)\(", sources, re.MULTILINE))

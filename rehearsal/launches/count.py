@@ -72,7 +72,9 @@ def name_operators(loop: Callable[[Callable[[], None]], None], path: Path) -> di
     stack: list[str] = []
 
     def enter(module: torch.nn.Module, *_: Any) -> None:
-        if torch.compiler.is_compiling():  # a hook that is traced would part what is compiled as one
+        if (
+            torch.compiler.is_compiling()
+        ):  # a hook that is traced would part what is compiled as one
             return
         stack.append(type(module).__name__)
         observer.operators_enter(stack[-1].encode())
@@ -162,7 +164,10 @@ def _table(results: dict[str, dict[str, Any]]) -> list[str]:
             continue
         operations = sum(counted[each] for each in OPERATIONS)
         values = [
-            *(counted[each] for each in ("kernels", "matrix_products", "library_calls", "triton_kernels")),
+            *(
+                counted[each]
+                for each in ("kernels", "matrix_products", "library_calls", "triton_kernels")
+            ),
             counted["memsets"] + counted["copies_on_card"],
             operations,
             operations / tokens * 1000,
@@ -177,14 +182,28 @@ def summary(results: dict[str, dict[str, dict[str, Any]]], *, chinese: bool) -> 
     """Operations and waits of each loop for each model; a dash where a loop was not counted."""
     models = [name for name in MODELS if name in results]
     head = ("循环", "主机等待") if chinese else ("loop", "host waits")
-    lines = [f"| {head[0]} | {' | '.join(models)} | {head[1]} |", "|---|" + "---:|" * (len(models) + 1)]
+    lines = [
+        f"| {head[0]} | {' | '.join(models)} | {head[1]} |",
+        "|---|" + "---:|" * (len(models) + 1),
+    ]
     for loop in (name for name in LOOPS if any(name in results[model] for model in models)):
         counted = [results[model].get(loop, {"failure": ""}) for model in models]
         operations = [
-            "-" if "failure" in each else f"{sum(each[name] for name in OPERATIONS):,.0f}" for each in counted
+            "-" if "failure" in each else f"{sum(each[name] for name in OPERATIONS):,.0f}"
+            for each in counted
         ]
-        waits = {sum(each[name] for name in SYNCHRONISATIONS) for each in counted if "failure" not in each}
-        told = "-" if not waits else f"{min(waits):,.0f}" if len(waits) == 1 else f"{min(waits):,.0f}-{max(waits):,.0f}"
+        waits = {
+            sum(each[name] for name in SYNCHRONISATIONS)
+            for each in counted
+            if "failure" not in each
+        }
+        told = (
+            "-"
+            if not waits
+            else f"{min(waits):,.0f}"
+            if len(waits) == 1
+            else f"{min(waits):,.0f}-{max(waits):,.0f}"
+        )
         lines.append(f"| {loop} | {' | '.join(operations)} | {told} |")
     return lines
 
@@ -194,7 +213,9 @@ def write(results: dict[str, dict[str, dict[str, Any]]]) -> None:
     replace_section(PAGE, BEGIN, END, section(results))
     for page in SPEED_PAGES:
         if page.exists() and BEGIN in page.read_text():
-            replace_section(page, BEGIN, END, summary(results, chinese=page.name.endswith(".zh.md")))
+            replace_section(
+                page, BEGIN, END, summary(results, chinese=page.name.endswith(".zh.md"))
+            )
 
 
 def chosen(parser: argparse.ArgumentParser, text: str, known: list[str]) -> list[str]:
@@ -206,14 +227,25 @@ def chosen(parser: argparse.ArgumentParser, text: str, known: list[str]) -> list
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--loops", default="", help="only these, separated by semicolons")
     parser.add_argument("--models", default="", help="only these, separated by semicolons")
-    parser.add_argument("--operators", action="store_true", help="name the operators that launch; nothing is written")
+    parser.add_argument(
+        "--operators",
+        action="store_true",
+        help="name the operators that launch; nothing is written",
+    )
     options = parser.parse_args()
-    models, loops = chosen(parser, options.models, [*MODELS]), chosen(parser, options.loops, [*LOOPS])
+    models, loops = (
+        chosen(parser, options.models, [*MODELS]),
+        chosen(parser, options.loops, [*LOOPS]),
+    )
     if "FAKE_CARD" not in os.environ:
-        sys.exit("the stand-in is not loaded: python -m rehearsal.run python -m rehearsal.launches.count")
+        sys.exit(
+            "the stand-in is not loaded: python -m rehearsal.run python -m rehearsal.launches.count"
+        )
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     import trl  # noqa: F401 (once for all children)

@@ -26,7 +26,14 @@ NAMES = (
     "bytes_to_host",
 )
 """In the order of `enum Counted`."""
-OPERATIONS = ("kernels", "matrix_products", "library_calls", "triton_kernels", "memsets", "copies_on_card")
+OPERATIONS = (
+    "kernels",
+    "matrix_products",
+    "library_calls",
+    "triton_kernels",
+    "memsets",
+    "copies_on_card",
+)
 """What the card has to begin."""
 SYNCHRONISATIONS = (
     "stream_synchronisations",

@@ -56,39 +56,62 @@ def measure(loop: Callable[[Callable[[], None]], None]) -> dict[str, float]:
     torch.set_num_threads(1)
     with suppress(Done):
         loop(ended)
-    steps = sorted(after - before for before, after in zip(ends[NUM_WARM:-1], ends[NUM_WARM + 1 :], strict=True))
+    steps = sorted(
+        after - before
+        for before, after in zip(ends[NUM_WARM:-1], ends[NUM_WARM + 1 :], strict=True)
+    )
     return {"least": steps[0], "median": steps[len(steps) // 2]}
 
 
-def measure_in_turns(model: str, loops: Sequence[str], rounds: int) -> Mapping[str, dict[str, float | str]]:
+def measure_in_turns(
+    model: str, loops: Sequence[str], rounds: int
+) -> Mapping[str, dict[str, float | str]]:
     """By loop; what did not end says why."""
     told: dict[str, dict[str, float | str]] = {}
     for number in range(rounds):
         for name in loops:
-            of_round = apart(partial(measure, partial(LOOPS[name], MODELS[model])), limit=MOST_SECONDS)
+            of_round = apart(
+                partial(measure, partial(LOOPS[name], MODELS[model])), limit=MOST_SECONDS
+            )
             print(f"{model}, round {number + 1}, {name}: {json.dumps(of_round)}", flush=True)
             known = told.get(name)
-            if known is None or "failure" in known or of_round.get("least", 1e9) < float(known["least"]):
+            if (
+                known is None
+                or "failure" in known
+                or of_round.get("least", 1e9) < float(known["least"])
+            ):
                 told[name] = of_round
     return told
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--loops", default=";".join(SAME_MICRO_BATCHES), help="separated by semicolons")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--loops", default=";".join(SAME_MICRO_BATCHES), help="separated by semicolons"
+    )
     parser.add_argument("--models", default="minimind2-small", help="separated by semicolons")
     parser.add_argument("--rounds", type=int, default=2)
     options = parser.parse_args()
-    models, loops = chosen(parser, options.models, [*MODELS]), chosen(parser, options.loops, [*LOOPS])
+    models, loops = (
+        chosen(parser, options.models, [*MODELS]),
+        chosen(parser, options.loops, [*LOOPS]),
+    )
     if "FAKE_CARD" not in os.environ:
-        sys.exit("the stand-in is not loaded: python -m rehearsal.run python -m rehearsal.launches.host_time")
+        sys.exit(
+            "the stand-in is not loaded: python -m rehearsal.run python -m rehearsal.launches.host_time"
+        )
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     import trl  # noqa: F401 (once for all children)
 
     for model in models:
         for name, told in measure_in_turns(model, loops, options.rounds).items():
-            shown = told.get("failure") or f"{told['least'] * 1000:,.1f} ms, median {told['median'] * 1000:,.1f} ms"
+            shown = (
+                told.get("failure")
+                or f"{told['least'] * 1000:,.1f} ms, median {told['median'] * 1000:,.1f} ms"
+            )
             print(f"{model} | {name} | {shown}")
 
 

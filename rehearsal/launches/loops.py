@@ -40,7 +40,11 @@ class Model:
     lora: bool = False
 
     def config(self) -> Any:
-        return transformers.Qwen2Config(**dict(self.arguments)) if self.arguments else preset_config(self.name)
+        return (
+            transformers.Qwen2Config(**dict(self.arguments))
+            if self.arguments
+            else preset_config(self.name)
+        )
 
 
 _QWEN = {
@@ -81,7 +85,10 @@ def rows() -> list[list[int]]:
     """Token ids."""
     generator = np.random.default_rng(SEED)
     lengths = np.exp(generator.normal(np.log(MEAN_TOKENS) - SPREAD**2 / 2, SPREAD, NUM_ROWS))
-    return [generator.integers(5, MOST_TOKEN_ID, int(length)).tolist() for length in np.clip(lengths, 16, LONGEST)]
+    return [
+        generator.integers(5, MOST_TOKEN_ID, int(length)).tolist()
+        for length in np.clip(lengths, 16, LONGEST)
+    ]
 
 
 def num_supervised(row: Sequence[int]) -> int:
@@ -91,11 +98,17 @@ def num_supervised(row: Sequence[int]) -> int:
 # ---- fitune ----------------------------------------------------------------------------------------------------------
 
 
-def fitune_step(model: Model, ended: Ended, *, options: Sequence[str] = (), safe: bool = True) -> None:
+def fitune_step(
+    model: Model, ended: Ended, *, options: Sequence[str] = (), safe: bool = True
+) -> None:
     """safe: as `fitune train` does it, able to begin the step again, with the norms that the gradient noise is read
     from; else the bare step."""
     tree: dict[str, dict[str, Any]] = {
-        "model": {"source": model.name, "init": "random", "method": "lora" if model.lora else "full"},
+        "model": {
+            "source": model.name,
+            "init": "random",
+            "method": "lora" if model.lora else "full",
+        },
         "data": {"train": "rows.jsonl", "max_length": LONGEST, "eval_fraction": 0.0},
         "batch": {"effective": NUM_ROWS},
     }
@@ -117,7 +130,13 @@ def fitune_step(model: Model, ended: Ended, *, options: Sequence[str] = (), safe
         if safe:
             safe_step(protection, micro_batches, step=step, norms=NormRecorder(setup.optimizer))
         else:
-            train_step(setup.model, setup.optimizer, micro_batches, settings=setup.settings, scaler=setup.scaler)
+            train_step(
+                setup.model,
+                setup.optimizer,
+                micro_batches,
+                settings=setup.settings,
+                scaler=setup.scaler,
+            )
         step += 1
         ended()
 
@@ -153,7 +172,9 @@ def minimind(model: Model, ended: Ended, *, width: int | None = None) -> None:
             inputs = _padded(micro_batch, width or max(map(len, micro_batch)))
             input_ids, labels = (tensor.pin_memory().to("cuda") for tensor in inputs)
             with torch.amp.autocast("cuda", dtype=torch.bfloat16):
-                loss = trained(input_ids=input_ids, labels=labels, use_cache=False).loss / len(micro_batches)
+                loss = trained(input_ids=input_ids, labels=labels, use_cache=False).loss / len(
+                    micro_batches
+                )
             scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -193,7 +214,10 @@ def _in_order() -> Iterator[None]:
         return torch.utils.data.SequentialSampler(dataset or self.train_dataset)
 
     selected = sum(map(num_supervised, rows())) * MICRO_ROWS // NUM_ROWS
-    with patch.object(transformers.Trainer, "_get_train_sampler", sampler), answers(truth=0, selected=selected):
+    with (
+        patch.object(transformers.Trainer, "_get_train_sampler", sampler),
+        answers(truth=0, selected=selected),
+    ):
         yield
 
 
@@ -258,7 +282,9 @@ LOOPS: dict[str, Callable[[Model, Ended], None]] = {
     "Trainer, bf16": partial(trainer, bf16=True),
     "SFTTrainer": sft,
     "SFTTrainer, no checkpointing": partial(sft, gradient_checkpointing=False),
-    "SFTTrainer, padding-free, no checkpointing": partial(sft, gradient_checkpointing=False, padding_free=True),
+    "SFTTrainer, padding-free, no checkpointing": partial(
+        sft, gradient_checkpointing=False, padding_free=True
+    ),
     "SFTTrainer, padding-free, Liger, no checkpointing": partial(
         sft, gradient_checkpointing=False, padding_free=True, use_liger_kernel=True
     ),

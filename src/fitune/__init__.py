@@ -1,14 +1,18 @@
-"""fitune: fine-tune a language model inside the memory you have.
+"""Fine-tunes a language model within the memory that is there.
 
-    fitune.predict(config, gpu="RTX 4090")     what a run will need            (planning/predict.py)
-    fitune.plan(config, gpu="RTX 4090")        what fits, and what was chosen  (planning/search.py)
-    fitune.train(config)                       the whole run
-    fitune.compare(runs)                       runs side by side               (report/compare.py)
-    fitune.predict_loop(build, loop)           the same prediction for a loop that is not ours
-    fitune.predict_trainer(trainer)            the same for a Trainer of transformers or TRL, before it trains
-    fitune.SafeStep(model, optimizer)          a step of such a loop that running out of memory does not end
+    fitune.predict(config, gpu="RTX 4090")   predicts the memory of a run (planning/predict.py)
+    fitune.plan(config, gpu="RTX 4090")      finds the settings that fit, and chooses one
+                                             (planning/search.py)
+    fitune.train(config)                     trains
+    fitune.compare(runs)                     compares runs at equal tokens (report/compare.py)
+    fitune.predict_loop(build, loop)         predicts the memory of a loop that is not fitune's
+    fitune.predict_trainer(trainer)          predicts the memory of a Trainer of transformers or
+                                             TRL, before it trains
+    fitune.SafeStep(model, optimizer)        gives such a loop a step that survives running out of
+                                             memory
 
-A config is a mapping, the path of a YAML file or a RunConfig. Nothing heavy is imported before one of these is called.
+A config is a mapping, the path of a YAML file or a RunConfig. Neither torch nor transformers is
+imported before one of these is called.
 """
 
 import importlib
@@ -29,22 +33,39 @@ if TYPE_CHECKING:
     from fitune.run.metrics import Summary
 
 __version__ = "0.1.0"
-__all__ = ["SafeStep", "__version__", "compare", "plan", "predict", "predict_loop", "predict_trainer", "train"]
+__all__ = [
+    "SafeStep",
+    "__version__",
+    "compare",
+    "plan",
+    "predict",
+    "predict_loop",
+    "predict_trainer",
+    "train",
+]
 
 
 def __dir__() -> list[str]:
-    """What there is to call; the packages of the house are found by their own names."""
+    """Return the public names, without the packages."""
     return __all__
 
 
 @bounded("fitune.train")
 def train(
-    config: "RunConfig | Mapping[str, Any] | Path | str", *, overwrite: bool = False, quiet: bool = False
+    config: "RunConfig | Mapping[str, Any] | Path | str",
+    *,
+    overwrite: bool = False,
+    quiet: bool = False,
 ) -> "Summary":
-    """The whole run of `config` (a mapping, a file or a RunConfig), as `fitune train` does it; its files are in the
-    directory that `run.output` and `run.name` say. Progress is shown on stderr unless `quiet`.
+    """Train as `config` says, like the command `fitune train`, and return the summary of the run.
 
-    Raises a FituneError as listed in fitune/errors.py.
+    The files of the run are in the directory `run.output`/`run.name`.
+
+    config: a mapping, the path of a YAML file, or a RunConfig.
+    overwrite: whether an earlier run of that name is replaced.
+    quiet: whether no progress is shown on stderr.
+
+    Raises a FituneError, see fitune/errors.py.
     """
     from fitune.cli.progress import open_progress
     from fitune.config import RunConfig, read_config
@@ -60,15 +81,24 @@ def train(
 
 @bounded("fitune.plan")
 def plan(config: "RunConfig | Mapping[str, Any] | Path | str", *, gpu: str | None = None) -> "Plan":
-    """What each setting of `config` would need and which one was chosen, as `fitune plan` shows it. gpu: a card of the
-    catalogue or 'cpu', this machine's card where left out. `chosen` is None where nothing fits. Raises a UsageError."""
+    """Return what each setting of `config` needs and which one was chosen, as `fitune plan` shows.
+
+    config: a mapping, the path of a YAML file, or a RunConfig.
+    gpu: a card of the catalogue, or 'cpu'; None for this machine's card.
+
+    If no setting fits, the `chosen` of the returned plan is None. Raises UsageError for an unknown
+    card or a wrong configuration.
+    """
     with collections_paused():
         from fitune.config import RunConfig, read_config
         from fitune.planning.search import choose_plan
 
-    return choose_plan(config if isinstance(config, RunConfig) else read_config(config).config, gpu=gpu)
+    return choose_plan(
+        config if isinstance(config, RunConfig) else read_config(config).config, gpu=gpu
+    )
 
 
+#: public names that are imported when they are first used, and their modules
 _ELSEWHERE = {
     "predict": "fitune.planning.predict",
     "compare": "fitune.report.compare",
@@ -77,14 +107,14 @@ _ELSEWHERE = {
 }
 
 
-def _drawn_by(module: str, function: str) -> Callable[[Any], str]:
+def _renderer(module: str, function: str) -> Callable[[Any], str]:
     """Return a renderer that imports its module when it is first needed."""
     return lambda shown: str(getattr(importlib.import_module(module), function)(shown))
 
 
-RENDERERS["Plan"] = _drawn_by("fitune.cli.plan_table", "html_plan")
-RENDERERS["Prediction"] = _drawn_by("fitune.cli.plan_trainer", "html_prediction")
-RENDERERS["Comparison"] = _drawn_by("fitune.report.tables", "html_table")
+RENDERERS["Plan"] = _renderer("fitune.cli.plan_table", "html_plan")
+RENDERERS["Prediction"] = _renderer("fitune.cli.plan_trainer", "html_prediction")
+RENDERERS["Comparison"] = _renderer("fitune.report.tables", "html_table")
 
 if TYPE_CHECKING:
     from fitune.integrations.own_loop import SafeStep as SafeStep
@@ -111,17 +141,22 @@ def predict_loop(
     attention: Literal["auto", "flash", "efficient", "math", "eager"] = "auto",
     routing: Literal["balanced", "worst"] = "balanced",
 ) -> "Prediction":
-    """Predicts the memory of any training loop, without the card and without weights.
+    """Predict the memory of any training loop, without the card and without weights.
 
-    build() returns the model (with adapters, recompute, dtype as it is trained). loop(model, device) sets up what it
-    needs and returns a function that does one step. Both run for real, on tensors without data; what depends on data is
-    answered by stated assumptions (`Prediction.assumptions`). gpu: a card's name, "cpu", or None for this machine's
-    card. attention: "auto" follows PyTorch's choice of kernel for `scaled_dot_product_attention`. routing: the tokens
-    of a mixture of experts are spread evenly, or all go to the same experts; where that matters the other case is
-    recorded too, and `device_interval` spans both.
+    Both functions are really called, with tensors that have no data. Where the loop's behaviour
+    depends on data, assumptions are made, which are listed in `Prediction.assumptions`.
 
-    All figures are of the last of num_steps steps; `step_peaks` has the peaks of each. Raises UsageError for an unknown
-    card.
+    build: returns the model with adapters, gradient checkpointing and dtypes as it is trained.
+    loop: loop(model, device) sets up what training needs and returns a function that does one step.
+    gpu: a card of the catalogue, or "cpu"; None for this machine's card.
+    num_steps: the number of steps to record. All figures are those of the last one; `step_peaks`
+        has the peak of each.
+    attention: the kernel of `scaled_dot_product_attention`; "auto" follows PyTorch's choice.
+    routing: whether the tokens of a mixture of experts are spread evenly over the experts, or all
+        go to the same ones. If the memory depends on it, both are recorded, and `device_interval`
+        spans both.
+
+    Raises UsageError for an unknown card.
     """
     with collections_paused():
         from fitune.allocator.prediction import PredictSettings, either_routing, predict_trace
@@ -133,7 +168,11 @@ def predict_loop(
     target = None
     if device.kind == "cuda":
         target = CudaTarget(
-            device.compute_capability or (8, 0), attention, device.name, device.total_bytes, device.multiprocessors
+            device.compute_capability or (8, 0),
+            attention,
+            device.name,
+            device.total_bytes,
+            device.multiprocessors,
         )
 
     def on_card(model: "torch.nn.Module", stand_in: "torch.device") -> Callable[[], Any]:

@@ -1,4 +1,4 @@
-"""`python -m fitune` is `fitune`."""
+"""Runs the command line for `python -m fitune`."""
 
 import sys
 

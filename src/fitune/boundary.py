@@ -1,11 +1,15 @@
-"""Where what others wrote meets fitune: an exception of theirs becomes one sentence of ours.
+"""Turns exceptions of other libraries into a FituneError with one message.
 
-    with told_as(ModelError, "w.pth cannot be read as weights", "copy it again"):   around a parser
-    @bounded("fitune.plan")                                                          around a public function
-    unexpected(error, doing)                                                         for the command line
+    with told_as(ModelError, "w.pth cannot be read as weights", "copy it again"):
+        around a parser
+    @bounded("fitune.plan")
+        around a public function
+    unexpected(error, doing)
+        for the command line
 
-The first says the true cause, since a parser knows what it was given. The other two are for what nobody foresaw: class,
-place, what was being done and the way out, with the traceback on request (FITUNE_DEBUG=1).
+`told_as` gives the true cause, because a parser's caller knows what was parsed. The other two are
+for exceptions that nobody expected: they give the class, the place, what was being done, and what
+the user can do. FITUNE_DEBUG=1 shows the traceback.
 """
 
 import functools
@@ -23,14 +27,19 @@ from fitune.errors import FituneError, OutOfMemoryError, UnexpectedError
 
 P = ParamSpec("P")
 R = TypeVar("R")
+#: the most characters of another library's message
 MOST_CHARS = 300
+#: the most digits of a whole number in JSON
 MOST_DIGITS = 300
 _MANY_DIGITS = re.compile(rf"\d{{{MOST_DIGITS + 1}}}")
 
 
 @contextmanager
 def told_as(kind: type[FituneError], what: str, way_out: str) -> Iterator[None]:
-    """Any exception in this block but ours and those that end a process is a `kind`: "what (cause); way_out"."""
+    """Raise a `kind` for any exception in this block: "what (cause); way_out".
+
+    A FituneError, and exceptions that end the process, pass unchanged.
+    """
     try:
         yield
     except FituneError:
@@ -40,8 +49,12 @@ def told_as(kind: type[FituneError], what: str, way_out: str) -> Iterator[None]:
 
 
 def bounded(name: str, *, calls_back: bool = False) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """The function raises nothing but FituneError. name: as the caller knows it. calls_back: it calls functions that
-    the caller gave it, in the caller's own training: what these raise is the caller's and goes on as it is."""
+    """Decorate a function so that it raises no Exception but FituneError.
+
+    name: the public name of the function.
+    calls_back: whether the function calls functions of the caller, in the caller's own training.
+        Exceptions of these pass unchanged.
+    """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         @functools.wraps(function)
@@ -61,7 +74,10 @@ def bounded(name: str, *, calls_back: bool = False) -> Callable[[Callable[P, R]]
 
 
 def unexpected(error: Exception, doing: str) -> FituneError:
-    """What to say of an exception that nobody foresaw. doing: the command or function that it ended."""
+    """Return the error to raise for an exception that nobody expected.
+
+    doing: the command or function in which it was raised.
+    """
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return OutOfMemoryError(
             f"{doing} ran out of memory ({cause_of(error)}): close other programs, or give it a smaller model or batch"
@@ -80,13 +96,15 @@ def cause_of(error: BaseException) -> str:
 
 
 def is_panic(error: BaseException) -> bool:
-    """Whether code in Rust gave up, which is no Exception in Python."""
+    """Return whether this is a panic of a library in Rust, which is no subclass of Exception."""
     return type(error).__name__ == "PanicException"
 
 
 def parse_json(text: str | bytes) -> Any:
-    """As json.loads. Whatever is wrong is a ValueError: also what is nested too deeply, and whole numbers that no
-    float can hold."""
+    """Parse JSON as json.loads does, but raise ValueError for everything that is wrong.
+
+    That includes text that is nested too deeply, and whole numbers that are too large for a float.
+    """
     if isinstance(text, bytes):
         text = text.decode(json.detect_encoding(text))
     try:
@@ -96,19 +114,25 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def bounded_int(digits: str) -> int:
+    """Parse a whole number. Raises ValueError if it is too large for a float."""
     if len(digits) > MOST_DIGITS:
         raise ValueError(f"a number of {len(digits):,} digits")
     return int(digits)
 
 
 def _passed_others_code(error: Exception) -> bool:
-    """Whether it came through code that is neither ours, nor torch's, nor Python's."""
-    known = [Path(__file__).parent, *map(Path, sys.modules["torch"].__path__ if "torch" in sys.modules else ())]
+    """Return whether the traceback contains code other than fitune's, torch's and Python's."""
+    known = [
+        Path(__file__).parent,
+        *map(Path, sys.modules["torch"].__path__ if "torch" in sys.modules else ()),
+    ]
     python = Path(sysconfig.get_path("stdlib"))
     for frame in traceback.extract_tb(error.__traceback__)[1:]:
         place = Path(frame.filename)
         of_python = place.is_relative_to(python) and "site-packages" not in place.parts
-        if not (of_python or frame.filename.startswith("<") or any(map(place.is_relative_to, known))):
+        if not (
+            of_python or frame.filename.startswith("<") or any(map(place.is_relative_to, known))
+        ):
             return True
     return False
 
@@ -119,13 +143,14 @@ def _first_line(error: BaseException) -> str:
 
 
 def place_of(error: BaseException) -> str:
-    """The innermost frame, as package and line."""
+    """Return the innermost frame of the traceback as 'package/file.py:line'."""
     frames = traceback.extract_tb(error.__traceback__)
     if not frames:
         return "an unknown place"
     path = Path(frames[-1].filename)
     parts = path.parts
     after = max(
-        (number for number, part in enumerate(parts) if part in ("site-packages", "src")), default=len(parts) - 2
+        (number for number, part in enumerate(parts) if part in ("site-packages", "src")),
+        default=len(parts) - 2,
     )
     return f"{'/'.join(parts[after + 1 :])}:{frames[-1].lineno}"

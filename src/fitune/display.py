@@ -1,14 +1,18 @@
-"""Shows an object in a notebook. What draws it is above it in the house, and is registered here."""
+"""Shows objects in a notebook.
+
+The functions that render an object import its class, so the class cannot import them; they are
+registered here.
+"""
 
 from collections.abc import Callable
 from typing import Any
 
+#: name of a class -> function that returns the HTML of an object; `fitune/__init__.py` fills it
 RENDERERS: dict[str, Callable[[Any], str]] = {}
-"""By the name of a class: returns the HTML of an object. `fitune/__init__.py` fills it."""
 
 
 class HtmlDisplay:
-    """An object that a notebook shows as HTML, where a renderer for its class is registered."""
+    """An object that a notebook shows as HTML if a renderer is registered for its class."""
 
     def _repr_html_(self) -> str | None:
         render = RENDERERS.get(type(self).__name__)

@@ -1,9 +1,9 @@
-"""Every error that a user can cause, and the exit code that it ends with.
+"""Defines every error that a user can cause, and the exit code of each.
 
 FituneError                  1   the run failed
 ├── TooLongError             1   recording what is to be predicted takes too long
-├── UnexpectedError          1   an exception of another library, or of ours, that nobody foresaw
-├── UsageError               2   what was typed, configured or given as data cannot work
+├── UnexpectedError          1   an unexpected exception of another library, or of fitune
+├── UsageError               2   the command line, the configuration or the data is wrong
 │   ├── ConfigError              faults of the configuration, all of them together
 │   ├── DataError                faults of the training data
 │   ├── ModelError               a model or tokenizer that cannot be read or does not fit the request
@@ -13,7 +13,8 @@ FituneError                  1   the run failed
 ├── RestartError            75   the process must be started again to go on
 └── InterruptedRunError    130   stopped by the user; the checkpoint is saved
 
-A message is one clear sentence with the value, the limit and the way out. No traceback is shown for these.
+A message is one clear sentence that gives the value, the limit, and what the user can do. No
+traceback is shown for these errors.
 """
 
 from collections.abc import Sequence
@@ -36,7 +37,7 @@ class UsageError(FituneError):
 
 
 class ConfigError(UsageError):
-    """Carries every fault found, one sentence each."""
+    """Lists every fault of a configuration, one message each."""
 
     def __init__(self, faults: Sequence[str]) -> None:
         self.faults = tuple(faults)

@@ -1,4 +1,7 @@
-"""Numbers as a person reads and writes them; inside the program a quantity is an int of bytes or a float of seconds."""
+"""Parses and formats quantities as users write and read them.
+
+Inside the program a quantity is an int of bytes or a float of seconds.
+"""
 
 import re
 
@@ -12,7 +15,10 @@ _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 def parse_bytes(text: str) -> int:
-    """'20GiB' -> 21474836480. Raises ValueError for anything that is not a number with a unit of bytes."""
+    """Parse a size: '20GiB' -> 21474836480.
+
+    Raises ValueError for anything that is not a number with a unit of bytes.
+    """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", text)
     if match is None or match[2].lower() not in _BYTES:
         raise ValueError(f"'{text}' is not a size in bytes; write it like 20GiB or 512MiB")
@@ -20,7 +26,10 @@ def parse_bytes(text: str) -> int:
 
 
 def parse_seconds(text: str) -> float:
-    """'11h', '90m', '1h30m' or '45s' -> seconds. Raises ValueError for anything else."""
+    """Parse a duration like '11h', '90m', '1h30m' or '45s', and return seconds.
+
+    Raises ValueError for anything else.
+    """
     parts = re.findall(r"(\d+(?:\.\d+)?)([smhd])", text.strip())
     if not parts or "".join(number + unit for number, unit in parts) != text.strip():
         raise ValueError(f"'{text}' is not a duration; write it like 11h, 90m or 1h30m")
@@ -28,19 +37,19 @@ def parse_seconds(text: str) -> float:
 
 
 def format_bytes(num_bytes: int | None) -> str:
-    """21474836480 -> '20.0 GiB'; below one GiB in MiB. Unknown prints as n/a."""
+    """Return a size as text: 21474836480 -> '20.0 GiB', below one GiB in MiB, None -> 'n/a'."""
     if num_bytes is None:
         return "n/a"
     return f"{num_bytes / GIB:.1f} GiB" if abs(num_bytes) >= GIB else f"{num_bytes / MIB:.1f} MiB"
 
 
 def format_gib(num_bytes: int | None, decimals: int = 2) -> str:
-    """Bytes as a bare number of GiB, for tables whose heading names the unit."""
+    """Return a size in GiB without the unit, for tables whose heading has the unit."""
     return "n/a" if num_bytes is None else f"{num_bytes / GIB:.{decimals}f}"
 
 
 def format_count(number: float | None) -> str:
-    """104_000_000 -> '104.0 M'. Unknown prints as n/a."""
+    """Return a count as text: 104_000_000 -> '104.0 M', None -> 'n/a'."""
     if number is None:
         return "n/a"
     for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
@@ -50,7 +59,7 @@ def format_count(number: float | None) -> str:
 
 
 def format_seconds(seconds: float | None) -> str:
-    """3725 -> '1h02m'; 61 -> '1m01s'; 2.5 -> '2.5s'. Unknown prints as n/a."""
+    """Return a duration as text: 3725 -> '1h02m', 61 -> '1m01s', 2.5 -> '2.5s', None -> 'n/a'."""
     if seconds is None:
         return "n/a"
     if seconds < 60:

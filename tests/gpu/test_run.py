@@ -28,7 +28,12 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     write_config(
         Path("sft.yaml"),
         {
-            "model": {"source": "minimind2-small", "init": "random", "tokenizer": "tokenizer", "recompute": "off"},
+            "model": {
+                "source": "minimind2-small",
+                "init": "random",
+                "tokenizer": "tokenizer",
+                "recompute": "off",
+            },
             "batch": {"micro": 4},
             "train": {"steps": 2},
         },
@@ -36,14 +41,18 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("override", ["loss=chunked", "model.method=lora", "model.precision=bfloat16"])
+@pytest.mark.parametrize(
+    "override", ["loss=chunked", "model.method=lora", "model.precision=bfloat16"]
+)
 def test_a_run_reserves_what_it_predicted(place: Path, override: str) -> None:
     subprocess.run([sys.executable, "-m", "fitune", "train", "sft.yaml", override], check=True)
     summary = read_summary(place / "runs" / "run" / "summary.json")
     predicted, measured = summary.predicted_reserved_bytes, summary.measured_reserved_bytes
     assert predicted is not None
     assert measured is not None
-    assert abs(predicted - measured) <= max(0.01 * measured, 2 * MIB)  # 2 MiB: the smallest piece that is reserved
+    assert abs(predicted - measured) <= max(
+        0.01 * measured, 2 * MIB
+    )  # 2 MiB: the smallest piece that is reserved
 
 
 @pytest.mark.usefixtures("place")

@@ -51,7 +51,9 @@ LOSSES: dict[str, Callable[[Tensor], Tensor]] = {
     "rows one by one": lambda y: y[0].exp().sum() + y[1].exp().sum() + y[2].exp().sum(),
     "a hook that keeps the gradient": with_a_kept_gradient,
     "rows by index": lambda y: y.index_select(0, torch.tensor([1, 2])).sum() + y.exp().sum(),
-    "gathered elements": lambda y: y.gather(1, torch.zeros(32, 1, dtype=torch.long)).sum() + y.exp().sum(),
+    "gathered elements": lambda y: (
+        y.gather(1, torch.zeros(32, 1, dtype=torch.long)).sum() + y.exp().sum()
+    ),
     "a largest element": lambda y: y.max(dim=1).values.sum() + y.exp().sum(),
 }
 
@@ -72,14 +74,24 @@ def sums_allocated(loss: Callable[[Tensor], Tensor]) -> int:
         step()
     assert seen.profiler is not None
     events = list(seen.profiler.kineto_results.events())
-    begin = min(event.start_ns() for event in events if event.name().startswith("autograd::engine::evaluate_function"))
-    sizes = Counter(event.nbytes() for event in events if event.name() == "[memory]" and event.start_ns() >= begin)
+    begin = min(
+        event.start_ns()
+        for event in events
+        if event.name().startswith("autograd::engine::evaluate_function")
+    )
+    sizes = Counter(
+        event.nbytes()
+        for event in events
+        if event.name() == "[memory]" and event.start_ns() >= begin
+    )
     return sizes[NUM_BYTES]
 
 
 @pytest.mark.parametrize("mode", ["fake", "real"])
 @pytest.mark.parametrize("name", LOSSES)
-def test_gradients_meet_in_as_many_tensors_as_without_a_recorder(name: str, mode: Literal["fake", "real"]) -> None:
+def test_gradients_meet_in_as_many_tensors_as_without_a_recorder(
+    name: str, mode: Literal["fake", "real"]
+) -> None:
     assert sums_recorded(LOSSES[name], mode) == sums_allocated(LOSSES[name])
 
 
@@ -98,4 +110,6 @@ def test_a_sum_in_the_backward_of_a_function_stays_out_of_place() -> None:
         out: Tensor = Twice.apply(y)
         return out.exp().sum()
 
-    assert sums_recorded(loss, "fake") == sums_allocated(loss) == 3  # exp's gradient, exp and the sum
+    assert (
+        sums_recorded(loss, "fake") == sums_allocated(loss) == 3
+    )  # exp's gradient, exp and the sum

@@ -55,11 +55,15 @@ def saved(tmp_path: Path) -> Path:
     directory = tmp_path
     llama().save_pretrained(directory)
     torch.save(llama().state_dict(), directory / "model.pt")
-    peft.get_peft_model(llama(), peft.LoraConfig(task_type="CAUSAL_LM")).save_pretrained(directory / "adapters")
+    peft.get_peft_model(llama(), peft.LoraConfig(task_type="CAUSAL_LM")).save_pretrained(
+        directory / "adapters"
+    )
     return directory
 
 
-@pytest.mark.parametrize("options", [{}, {"device_map": "cuda"}, {"device_map": "auto"}, {"device_map": {"": 0}}])
+@pytest.mark.parametrize(
+    "options", [{}, {"device_map": "cuda"}, {"device_map": "auto"}, {"device_map": {"": 0}}]
+)
 def test_from_pretrained_needs_no_weights(options: dict[str, Any], saved: Path) -> None:
     assert peak(lambda: AutoModelForCausalLM.from_pretrained(saved, **options)) == peak(llama)
 
@@ -80,7 +84,10 @@ def test_weights_that_a_constructor_loads_are_shapes(saved: Path) -> None:
 
 def test_adapters_that_a_constructor_loads_are_those_that_it_would_make(saved: Path) -> None:
     made = peak(lambda: peft.get_peft_model(llama(), peft.LoraConfig(task_type="CAUSAL_LM")))
-    assert peak(lambda: peft.PeftModel.from_pretrained(llama(), saved / "adapters", is_trainable=True)) == made
+    assert (
+        peak(lambda: peft.PeftModel.from_pretrained(llama(), saved / "adapters", is_trainable=True))
+        == made
+    )
 
 
 def test_a_constructor_reads_what_it_computed_from_constants() -> None:
@@ -158,7 +165,9 @@ def pointing() -> Any:
 def in_8_bits() -> Any:
     model = llama()
     bitsandbytes = pytest.importorskip("bitsandbytes")
-    model.model.layers[0].mlp.up_proj = bitsandbytes.nn.Linear8bitLt(64, 128, has_fp16_weights=False)
+    model.model.layers[0].mlp.up_proj = bitsandbytes.nn.Linear8bitLt(
+        64, 128, has_fp16_weights=False
+    )
     return model
 
 
@@ -167,7 +176,10 @@ def tuned(config: Callable[[], peft.PeftConfig]) -> Build:
 
 
 SAID: dict[str, tuple[Build, str]] = {
-    "import": (imports_what_is_not_there, r"building the model needs a package .*no_such_package_as_this.*: install"),
+    "import": (
+        imports_what_is_not_there,
+        r"building the model needs a package .*no_such_package_as_this.*: install",
+    ),
     "targets": (
         tuned(lambda: peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["nope"])),
         r"fails in PEFT .*Target modules.*: mend the configuration of the adapters",
@@ -176,11 +188,23 @@ SAID: dict[str, tuple[Build, str]] = {
         tuned(lambda: peft.LoraConfig(**Q, init_lora_weights="nope")),
         r"fails in PEFT .*: mend the configuration of the adapters",
     ),
-    "SHiRA": (tuned(lambda: peft.ShiraConfig(**Q, r=1)), r"this tuner is not predicted; LoRA|makes a sparse tensor"),
-    "FRoD": (tuned(lambda: peft.FrodConfig(**Q, progressbar=False)), r"makes a sparse tensor, whose memory is not"),
+    "SHiRA": (
+        tuned(lambda: peft.ShiraConfig(**Q, r=1)),
+        r"this tuner is not predicted; LoRA|makes a sparse tensor",
+    ),
+    "FRoD": (
+        tuned(lambda: peft.FrodConfig(**Q, progressbar=False)),
+        r"makes a sparse tensor, whose memory is not",
+    ),
     "operator": (opaque, r"the step calls the operator fitune_test.opaque.*: register them"),
-    "pointer": (pointing, r"the step reads the memory of a tensor at test_building.py:\d+ .*: leave that out"),
-    "8 bits": (in_8_bits, r"up_proj is a Linear8bitLt of bitsandbytes, which is not predicted: use 4-bit layers"),
+    "pointer": (
+        pointing,
+        r"the step reads the memory of a tensor at test_building.py:\d+ .*: leave that out",
+    ),
+    "8 bits": (
+        in_8_bits,
+        r"up_proj is a Linear8bitLt of bitsandbytes, which is not predicted: use 4-bit layers",
+    ),
 }
 
 
@@ -222,7 +246,9 @@ def test_a_function_that_was_compiled_where_it_is_defined_is_said_to_be(gpu: str
         return lambda: model(torch.randn(8, WIDTH, device=device)).sum().backward()
 
     plain: Callable[[torch.Tensor], torch.Tensor] = doubled._torchdynamo_orig_callable  # type: ignore[attr-defined]
-    compiled, eager = (fitune.predict_loop(partial(Compiled, each), run, gpu=gpu) for each in (doubled, plain))
+    compiled, eager = (
+        fitune.predict_loop(partial(Compiled, each), run, gpu=gpu) for each in (doubled, plain)
+    )
     assert compiled.peak_allocated_bytes == eager.peak_allocated_bytes
     assert any("torch.compile is not predicted" in line for line in compiled.assumptions)
     assert not any("torch.compile" in line for line in eager.assumptions)
@@ -232,7 +258,9 @@ def test_files_that_a_loop_reads_are_read(tmp_path: Path) -> None:
     save_file({"weight": torch.zeros(WIDTH, WIDTH)}, tmp_path / "x.safetensors")
     torch.save({"weight": torch.zeros(WIDTH, WIDTH)}, tmp_path / "x.pt")
 
-    def reading(model: nn.Module, device: torch.device, *, read: Callable[[], Any]) -> Callable[[], Any]:
+    def reading(
+        model: nn.Module, device: torch.device, *, read: Callable[[], Any]
+    ) -> Callable[[], Any]:
         model.to(device)
         kept = read()
         return lambda: (model(torch.randn(8, WIDTH, device=device)).sum().backward(), kept)

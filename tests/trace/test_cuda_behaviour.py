@@ -83,7 +83,11 @@ def test_flash_backward_accumulates_in_float32_over_rows_of_128() -> None:
     events = record_function(attend(is_causal=True), (B, H, S, D))
     rows = 256
     grad = B * H * S * D * 2
-    assert births(events, "flash_attention_backward") == [*[grad] * 5, B * H * rows * 4, B * H * rows * D * 4]
+    assert births(events, "flash_attention_backward") == [
+        *[grad] * 5,
+        B * H * rows * 4,
+        B * H * rows * D * 4,
+    ]
 
 
 def test_flash_backward_of_grouped_heads_expands_the_key_and_value_gradients() -> None:
@@ -91,7 +95,10 @@ def test_flash_backward_of_grouped_heads_expands_the_key_and_value_gradients() -
         key = x[:, :2]
         return functional.scaled_dot_product_attention(x, key, key, is_causal=True, enable_gqa=True)
 
-    assert births(record_function(grouped, (B, H, S, D)), "flash_attention_backward")[-2:] == [B * H * S * D * 2] * 2
+    assert (
+        births(record_function(grouped, (B, H, S, D)), "flash_attention_backward")[-2:]
+        == [B * H * S * D * 2] * 2
+    )
 
 
 def test_heads_that_are_no_multiple_of_8_are_padded_for_flash() -> None:
@@ -115,7 +122,10 @@ def test_efficient_attention_turns_a_boolean_mask_into_a_bias_of_the_queries_dty
 def test_efficient_backward_in_16_bits_needs_delta_and_a_query_accumulator() -> None:
     events = record_function(attend(), (B, H, S, D), target=CudaTarget((8, 0), "efficient"))
     tiles = 3  # of 64 queries, with a lock of 16 bytes each
-    assert births(events, "efficient_attention_backward")[-2:] == [B * H * S * 4, B * H * tiles * (64 * 64 + 4) * 4]
+    assert births(events, "efficient_attention_backward")[-2:] == [
+        B * H * S * 4,
+        B * H * tiles * (64 * 64 + 4) * 4,
+    ]
 
 
 def test_math_attention_materialises_the_scores() -> None:
@@ -141,25 +151,36 @@ def test_packed_rows_of_float32_are_attended_one_by_one() -> None:
         boundaries = row_boundaries((100, 60), device=x.device)
         return rows_attention(nn.Identity(), x, x, x, None, row_boundaries=boundaries)[0]
 
-    assert len(births(record_function(packed, (1, H, S, D), dtype=F32), "efficient_attention.default")) >= 2
+    assert (
+        len(births(record_function(packed, (1, H, S, D), dtype=F32), "efficient_attention.default"))
+        >= 2
+    )
 
 
 # ---- autocast ----
 
 
-@pytest.mark.parametrize("function", [lambda x: x.softmax(-1), lambda x: functional.layer_norm(x, (8,)), torch.exp])
+@pytest.mark.parametrize(
+    "function", [lambda x: x.softmax(-1), lambda x: functional.layer_norm(x, (8,)), torch.exp]
+)
 def test_autocast_computes_cudas_float32_list_in_float32(function: Any) -> None:
     on_cuda = record_function(function, (16, 8), autocast=BF16)
     on_cpu = record_function(function, (16, 8), autocast=BF16, target=None)
     assert 16 * 8 * 4 in [event.num_bytes for event in on_cuda]
-    assert 16 * 8 * 4 not in [event.num_bytes for event in on_cpu if event.module == "" and "_to_copy" not in event.op]
+    assert 16 * 8 * 4 not in [
+        event.num_bytes for event in on_cpu if event.module == "" and "_to_copy" not in event.op
+    ]
 
 
 def test_autocast_softmax_reads_16_bits_without_a_float32_copy() -> None:
-    assert births(record_function(lambda x: x.softmax(-1), (16, 8), autocast=BF16), "_softmax.default") == [16 * 8 * 4]
+    assert births(
+        record_function(lambda x: x.softmax(-1), (16, 8), autocast=BF16), "_softmax.default"
+    ) == [16 * 8 * 4]
 
 
-def test_autocast_takes_the_cross_entropy_apart_into_a_16_bit_log_softmax_and_a_float32_loss() -> None:
+def test_autocast_takes_the_cross_entropy_apart_into_a_16_bit_log_softmax_and_a_float32_loss() -> (
+    None
+):
     def loss(x: Tensor) -> Tensor:
         return functional.cross_entropy(x, torch.zeros(16, dtype=torch.int64, device=x.device))
 
@@ -173,7 +194,10 @@ def test_autocast_of_the_cpu_is_as_before_after_a_recording() -> None:
     record_function(lambda x: x.softmax(-1), (16, 8), autocast=BF16)
     with torch.autocast("cpu", BF16):
         assert torch.ones(2, 2, dtype=BF16).softmax(-1).dtype == BF16
-        assert functional.cross_entropy(torch.ones(2, 2, dtype=BF16), torch.tensor([0, 1])).dtype == F32
+        assert (
+            functional.cross_entropy(torch.ones(2, 2, dtype=BF16), torch.tensor([0, 1])).dtype
+            == F32
+        )
 
 
 # ---- single kernels ----
@@ -189,34 +213,46 @@ def test_dropout_of_zero_allocates_nothing() -> None:
 
 
 @pytest.mark.parametrize(("target", "num_bytes"), [(AMPERE, 8_519_680), (HOPPER, 32 * 2**20)])
-def test_the_first_product_of_each_thread_allocates_a_cublas_workspace(target: CudaTarget, num_bytes: int) -> None:
+def test_the_first_product_of_each_thread_allocates_a_cublas_workspace(
+    target: CudaTarget, num_bytes: int
+) -> None:
     events = record_function(lambda x: (x @ x.T) @ (x @ x.T), (16, 8), target=target)
-    workspaces = [(event.num_bytes, event.phase) for event in events if event.category == "workspace"]
+    workspaces = [
+        (event.num_bytes, event.phase) for event in events if event.category == "workspace"
+    ]
     assert workspaces == [(num_bytes, "forward"), (num_bytes, "backward")]
 
 
 def test_the_output_of_a_product_is_allocated_before_the_workspace() -> None:
     born = [event for event in record_function(lambda x: x @ x.T, (16, 8)) if event.num_bytes > 0]
     (place,) = (
-        number for number, event in enumerate(born) if (event.category, event.phase) == ("workspace", "forward")
+        number
+        for number, event in enumerate(born)
+        if (event.category, event.phase) == ("workspace", "forward")
     )
     assert (born[place - 1].op, born[place - 1].num_bytes) == ("aten.mm.default", 16 * 16 * 2)
 
 
 def test_an_rms_norm_is_one_kernel_that_keeps_a_number_of_each_row() -> None:
-    events = record_function(lambda x: functional.rms_norm(x, (8,), torch.ones(8, dtype=BF16)), (16, 8))
+    events = record_function(
+        lambda x: functional.rms_norm(x, (8,), torch.ones(8, dtype=BF16)), (16, 8)
+    )
     assert births(events, "_fused_rms_norm.default") == [16 * 8 * 2, 16 * 4]
     assert births(events, "_fused_rms_norm_backward.default") == [16 * 8 * 2]
     assert not births(events, "rsqrt")
 
 
 @pytest.mark.parametrize(("target", "limit"), [(AMPERE, 3072), (HOPPER, 3072)])
-def test_the_gradient_of_an_embedding_is_sorted_beyond_a_number_of_tokens(target: CudaTarget, limit: int) -> None:
+def test_the_gradient_of_an_embedding_is_sorted_beyond_a_number_of_tokens(
+    target: CudaTarget, limit: int
+) -> None:
     def temporaries(tokens: int) -> list[int]:
         def look_up(x: Tensor) -> Tensor:
             return functional.embedding(torch.zeros(tokens, dtype=torch.int64, device=x.device), x)
 
-        return births(record_function(look_up, (2000, 8), target=target), "embedding_dense_backward")[1:]
+        return births(
+            record_function(look_up, (2000, 8), target=target), "embedding_dense_backward"
+        )[1:]
 
     assert temporaries(limit) == []
     assert temporaries(limit + 1)[-1] == ((limit + 1) // 10 + 2000) * 8 * 4
@@ -234,7 +270,9 @@ def test_optimizers_are_foreach_by_default_on_cuda_only(target: CudaTarget | Non
 
         return step
 
-    events = record_loop(lambda: nn.Linear(8, 8), loop, RecordSettings(target=target, num_steps=1)).events
+    events = record_loop(
+        lambda: nn.Linear(8, 8), loop, RecordSettings(target=target, num_steps=1)
+    ).events
     assert births(events, op)
 
 

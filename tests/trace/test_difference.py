@@ -8,7 +8,7 @@ from fitune.trace.events import MemoryEvent, MemoryTrace
 
 
 def trace(*sizes: int, step: int = 1) -> MemoryTrace:
-    """Positive: a birth; negative: the death of a storage of that size, whichever it is."""
+    """Return a trace of allocations (positive) and of frees of any storage of that size (negative)."""
     return MemoryTrace(
         tuple(
             MemoryEvent(number, size, "temporary", "forward", step=step, op=f"op{number}")
@@ -22,15 +22,20 @@ def test_the_same_events_do_not_differ() -> None:
 
 
 @given(st.permutations([3, 4, 5]))
-def test_the_order_of_deaths_between_two_births_is_no_difference(order: Sequence[int]) -> None:
-    assert first_difference(trace(3, 4, 5, -3, -4, -5, 6), trace(3, 4, 5, *(-size for size in order), 6)) is None
+def test_the_order_of_frees_between_two_allocations_is_no_difference(order: Sequence[int]) -> None:
+    assert (
+        first_difference(
+            trace(3, 4, 5, -3, -4, -5, 6), trace(3, 4, 5, *(-size for size in order), 6)
+        )
+        is None
+    )
 
 
-def test_a_death_on_the_other_side_of_a_birth_is_a_difference() -> None:
+def test_a_free_on_the_other_side_of_an_allocation_is_a_difference() -> None:
     assert first_difference(trace(3, -3, 4), trace(3, 4, -3)) is not None
 
 
-def test_the_first_difference_comes_with_both_neighbours() -> None:
+def test_the_first_difference_has_both_neighbours() -> None:
     difference = first_difference(trace(1, 2, 3, 4), trace(1, 2, 99, 4))
     assert difference is not None
     assert difference.index == 2
@@ -49,4 +54,7 @@ def test_a_record_that_ends_early_differs_there() -> None:
 
 def test_what_came_before_the_steps_is_not_compared() -> None:
     loaded = MemoryTrace((*trace(8, 9, step=0).events, *trace(1, -9).events))
-    assert first_difference(loaded, MemoryTrace((*trace(9, 8, step=0).events, *trace(1, -9).events))) is None
+    assert (
+        first_difference(loaded, MemoryTrace((*trace(9, 8, step=0).events, *trace(1, -9).events)))
+        is None
+    )

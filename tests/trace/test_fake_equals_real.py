@@ -45,7 +45,9 @@ def llama(**config: Any) -> Build:
 
 
 def lora() -> nn.Module:
-    model = get_peft_model(llama()(), LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    model = get_peft_model(
+        llama()(), LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    )
     assert isinstance(model, nn.Module)
     return model.train()
 
@@ -59,7 +61,9 @@ def recompute() -> nn.Module:
 
 def gpt2() -> nn.Module:
     return GPT2LMHeadModel(
-        GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=VOCABULARY, n_positions=64, use_cache=False)
+        GPT2Config(
+            n_embd=32, n_layer=2, n_head=4, vocab_size=VOCABULARY, n_positions=64, use_cache=False
+        )
     ).train()
 
 
@@ -114,7 +118,9 @@ CASES: dict[str, tuple[Build, Loop]] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # inside peft
+@pytest.mark.filterwarnings(
+    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
+)  # inside peft
 @pytest.mark.parametrize("case", CASES)
 def test_a_recording_on_fake_tensors_equals_one_on_real_tensors(case: str) -> None:
     build, set_up = CASES[case]

@@ -34,7 +34,9 @@ def births(trace: MemoryTrace, op: str) -> list[int]:
     return [event.num_bytes for event in trace.events if op in event.op and event.num_bytes > 0]
 
 
-def record(loop: Callable[[nn.Module, torch.device], Step], build: Callable[[], nn.Module] = embedding) -> MemoryTrace:
+def record(
+    loop: Callable[[nn.Module, torch.device], Step], build: Callable[[], nn.Module] = embedding
+) -> MemoryTrace:
     return record_loop(build, loop, RecordSettings(target=CudaTarget(), num_steps=1))
 
 
@@ -107,7 +109,9 @@ def test_inference_mode_is_recorded_as_no_grad_is(mode: Literal["fake", "real"])
         def loop(model: nn.Module, device: torch.device) -> Step:
             def step() -> None:
                 with without():
-                    hidden = model(torch.zeros(2, 16, dtype=torch.int64, device=device)).unsqueeze(1)
+                    hidden = model(torch.zeros(2, 16, dtype=torch.int64, device=device)).unsqueeze(
+                        1
+                    )
                     F.scaled_dot_product_attention(hidden, hidden, hidden)
                     bool((hidden > 0).all())
 
@@ -138,7 +142,11 @@ def cuda_only(model: nn.Module, device: torch.device) -> Step:
         total = torch.cuda.get_device_properties(0).total_memory
         assert torch.cuda.mem_get_info()[1] == total > 79 * 2**30
         assert torch.cuda.get_device_capability() == (8, 0)
-        print(begin.elapsed_time(end), torch.cuda.memory_summary(), torch.cuda.memory_stats()["num_ooms"])
+        print(
+            begin.elapsed_time(end),
+            torch.cuda.memory_summary(),
+            torch.cuda.memory_stats()["num_ooms"],
+        )
 
     return step
 
@@ -149,9 +157,12 @@ def test_a_loop_that_asks_for_cuda_is_told_that_it_is_there() -> None:
 
 
 @pytest.mark.parametrize(
-    ("file", "expected"), [("/usr/lib/python3/site-packages/library.py", False), ("/home/me/train.py", True)]
+    ("file", "expected"),
+    [("/usr/lib/python3/site-packages/library.py", False), ("/home/me/train.py", True)],
 )
-def test_a_library_that_is_imported_meanwhile_is_told_the_truth_and_a_script_is_not(file: str, expected: bool) -> None:
+def test_a_library_that_is_imported_meanwhile_is_told_the_truth_and_a_script_is_not(
+    file: str, expected: bool
+) -> None:
     def loop(model: nn.Module, device: torch.device) -> Step:
         found: dict[str, Any] = {}
         exec(compile("import torch\nfound = torch.cuda.is_available()", file, "exec"), found)
@@ -165,7 +176,9 @@ def peak_bytes(step: Callable[[nn.Module, torch.device], Any]) -> int:
     def loop(model: nn.Module, device: torch.device) -> Step:
         return lambda: step(model, device)
 
-    return fitune.predict_loop(lambda: nn.Linear(8, 8), loop, gpu=CARD, num_steps=1).peak_allocated_bytes
+    return fitune.predict_loop(
+        lambda: nn.Linear(8, 8), loop, gpu=CARD, num_steps=1
+    ).peak_allocated_bytes
 
 
 KEPT = {
@@ -194,7 +207,8 @@ def test_a_device_object_of_the_host_means_the_host(kind: str, device: str) -> N
 
 
 @pytest.mark.parametrize(
-    "device", ["card", "next(model.parameters()).device", "torch.device('cuda')", "model.weight.device"]
+    "device",
+    ["card", "next(model.parameters()).device", "torch.device('cuda')", "model.weight.device"],
 )
 def test_the_device_of_a_tensor_on_the_card_means_the_card(device: str) -> None:
     def step(model: nn.Module, card: torch.device) -> None:
@@ -225,12 +239,18 @@ def test_a_weight_that_is_a_slice_holds_the_whole_tensor(gpu: str) -> None:
     def loop(model: nn.Module, device: torch.device) -> Step:
         return lambda: None
 
-    assert fitune.predict_loop(build, loop, gpu=gpu, num_steps=1).categories["parameter"] == 64 * 2**20
+    assert (
+        fitune.predict_loop(build, loop, gpu=gpu, num_steps=1).categories["parameter"] == 64 * 2**20
+    )
 
 
 def test_a_model_may_be_built_on_the_card() -> None:
     def build() -> nn.Module:
-        return nn.Sequential(nn.Linear(WIDTH, WIDTH, bias=False, device="cuda"), embedding()).to("cuda").cuda()
+        return (
+            nn.Sequential(nn.Linear(WIDTH, WIDTH, bias=False, device="cuda"), embedding())
+            .to("cuda")
+            .cuda()
+        )
 
     def loop(model: nn.Module, device: torch.device) -> Step:
         return lambda: model.zero_grad()
@@ -241,9 +261,15 @@ def test_a_model_may_be_built_on_the_card() -> None:
 
 def llama(attention: str) -> Callable[[], nn.Module]:
     config = LlamaConfig(
-        hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4, vocab_size=128
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        vocab_size=128,
     )
-    return lambda: LlamaForCausalLM._from_config(config, dtype=torch.bfloat16, attn_implementation=attention)
+    return lambda: LlamaForCausalLM._from_config(
+        config, dtype=torch.bfloat16, attn_implementation=attention
+    )
 
 
 def train(lengths: list[int] | None = None) -> Callable[[nn.Module, torch.device], Step]:
@@ -252,7 +278,9 @@ def train(lengths: list[int] | None = None) -> Callable[[nn.Module, torch.device
         seen = torch.arange(64) < torch.tensor(lengths or [64, 64])[:, None]
 
         def step() -> None:
-            model(input_ids=ids.to(device), attention_mask=seen.long().to(device)).logits.sum().backward()
+            model(
+                input_ids=ids.to(device), attention_mask=seen.long().to(device)
+            ).logits.sum().backward()
 
         return step
 
@@ -262,15 +290,21 @@ def train(lengths: list[int] | None = None) -> Callable[[nn.Module, torch.device
 def test_generation_ends_at_its_length() -> None:
     def loop(model: Any, device: torch.device) -> Step:
         ids = torch.ones((2, 4), dtype=torch.int64, device=device)
-        return lambda: model.generate(ids, max_new_tokens=3, do_sample=False, eos_token_id=2, pad_token_id=0)
+        return lambda: model.generate(
+            ids, max_new_tokens=3, do_sample=False, eos_token_id=2, pad_token_id=0
+        )
 
     token = 2 * 256 * 2  # of two rows
     assert births(record(loop, llama("sdpa")), "aten.embedding") == [4 * token, token, token]
 
 
 def test_flash_attention_2_is_recorded_where_its_package_is_not_installed() -> None:
-    whole = births(record(train(), llama("flash_attention_2")), "_scaled_dot_product_flash_attention_backward")
-    assert whole == births(record(train(), llama("sdpa")), "_scaled_dot_product_flash_attention_backward")
+    whole = births(
+        record(train(), llama("flash_attention_2")), "_scaled_dot_product_flash_attention_backward"
+    )
+    assert whole == births(
+        record(train(), llama("sdpa")), "_scaled_dot_product_flash_attention_backward"
+    )
 
 
 def test_rows_with_padding_go_through_the_kernel_for_several_lengths() -> None:
@@ -278,7 +312,9 @@ def test_rows_with_padding_go_through_the_kernel_for_several_lengths() -> None:
     assert 30 * 256 * 2 in births(trace, "_varlen_attn")
 
 
-def test_what_a_recording_imports_stays_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_recording_imports_stays_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A second import costs its time again, and gives other classes."""
     (tmp_path / "needed_by_a_loop.py").write_text("import flash_attn")
     monkeypatch.syspath_prepend(tmp_path)
@@ -296,7 +332,8 @@ def test_flash_attn_on_a_card_before_ampere_is_refused() -> None:
 def four_bits(double: bool) -> Callable[[], nn.Module]:
     layers = pytest.importorskip("bitsandbytes").nn
     return lambda: nn.Sequential(
-        embedding(), layers.Linear4bit(WIDTH, WIDTH, bias=False, quant_type="nf4", compress_statistics=double)
+        embedding(),
+        layers.Linear4bit(WIDTH, WIDTH, bias=False, quant_type="nf4", compress_statistics=double),
     )
 
 
@@ -308,7 +345,9 @@ def backward(model: nn.Module, device: torch.device) -> Step:
 def test_layers_of_bitsandbytes_are_packed() -> None:
     packed, scales = WIDTH**2 // 2, WIDTH**2 // 64
     tables = 1024 + 3 * 512  # 256, 64 and 16 float32 and an offset, in blocks of 512 bytes
-    parameters = fitune.predict_loop(four_bits(double=True), backward, gpu=CARD).categories["parameter"]
+    parameters = fitune.predict_loop(four_bits(double=True), backward, gpu=CARD).categories[
+        "parameter"
+    ]
     assert parameters == 100 * WIDTH * 4 + packed + scales + tables
 
 

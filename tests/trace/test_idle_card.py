@@ -43,7 +43,9 @@ def predicted(**model: Any) -> int | None:
     return fitune.predict(config, gpu="RTX 4090").peak_allocated_bytes
 
 
-@pytest.mark.parametrize("model", [{"method": "full", "recompute": "full"}, {"method": "lora", "recompute": "off"}])
+@pytest.mark.parametrize(
+    "model", [{"method": "full", "recompute": "full"}, {"method": "lora", "recompute": "off"}]
+)
 def test_a_cuda_build_predicts_what_a_cpu_build_does(model: dict[str, Any]) -> None:
     expected = predicted(**model)
     for num_cards in (0, 1):
@@ -53,12 +55,23 @@ def test_a_cuda_build_predicts_what_a_cpu_build_does(model: dict[str, Any]) -> N
 
 
 CALLS: dict[str, Callable[[], Any]] = {
-    "seeds": lambda: (torch.manual_seed(1), torch.cuda.manual_seed(1), torch.cuda.manual_seed_all(1), torch.seed()),
+    "seeds": lambda: (
+        torch.manual_seed(1),
+        torch.cuda.manual_seed(1),
+        torch.cuda.manual_seed_all(1),
+        torch.seed(),
+    ),
     "random states": lambda: torch.cuda.set_rng_state(torch.cuda.get_rng_state()),
-    "all random states": lambda: torch.cuda.set_rng_state_all(torch.cuda.random.get_rng_state_all()),
+    "all random states": lambda: torch.cuda.set_rng_state_all(
+        torch.cuda.random.get_rng_state_all()
+    ),
     "initial seed": lambda: torch.cuda.initial_seed(),
     "init": lambda: (torch.cuda.init(), torch.cuda._lazy_init(), torch.cuda.is_initialized()),
-    "devices": lambda: (torch.cuda.set_device(0), torch.cuda.current_device(), torch.cuda.can_device_access_peer(0, 0)),
+    "devices": lambda: (
+        torch.cuda.set_device(0),
+        torch.cuda.current_device(),
+        torch.cuda.can_device_access_peer(0, 0),
+    ),
     "memory": lambda: (
         torch.cuda.memory.memory_allocated(),
         torch.cuda.memory.mem_get_info(),
@@ -147,6 +160,11 @@ def test_what_is_seeded_when_cuda_starts_stays_as_it_was() -> None:
 
 
 def test_what_libraries_remember_of_the_device_is_not_the_recordings_answer() -> None:
-    record(lambda: (transformers_imports.is_torch_cuda_available(), DefaultDeviceType.get_device_type()))
+    record(
+        lambda: (
+            transformers_imports.is_torch_cuda_available(),
+            DefaultDeviceType.get_device_type(),
+        )
+    )
     assert transformers_imports.is_torch_cuda_available() == torch.cuda.is_available()
     assert DefaultDeviceType.get_device_type() != "cuda" or torch.cuda.is_available()

@@ -61,7 +61,9 @@ def test_what_a_loop_keeps_on_the_host_is_not_on_the_card(pin_memory: bool) -> N
     def build() -> nn.Module:
         return nn.Sequential(*(nn.Sequential(nn.Linear(64, 64), nn.ReLU()) for _ in range(8)))
 
-    def train_with(keeping: Callable[[], AbstractContextManager[Any]]) -> Callable[..., Callable[[], Any]]:
+    def train_with(
+        keeping: Callable[[], AbstractContextManager[Any]],
+    ) -> Callable[..., Callable[[], Any]]:
         def loop(model: nn.Module, device: torch.device) -> Callable[[], Any]:
             def step() -> None:
                 with keeping():
@@ -74,7 +76,9 @@ def test_what_a_loop_keeps_on_the_host_is_not_on_the_card(pin_memory: bool) -> N
         return loop
 
     kept = fitune.predict_loop(build, train_with(nullcontext), gpu="RTX 4090")
-    moved = fitune.predict_loop(build, train_with(partial(save_on_cpu, pin_memory=pin_memory)), gpu="RTX 4090")
+    moved = fitune.predict_loop(
+        build, train_with(partial(save_on_cpu, pin_memory=pin_memory)), gpu="RTX 4090"
+    )
     assert kept.categories["activation"] >= 7 * MIB
     assert moved.categories["activation"] == 0
 
@@ -100,7 +104,12 @@ def test_a_loop_that_returns_no_step_is_told_so() -> None:
 def test_importing_fitune_imports_no_torch() -> None:
     code = "import sys, fitune; sys.exit('torch' in sys.modules)"
     source = str(Path(fitune.__file__).parent.parent)
-    assert subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": source}, check=False).returncode == 0
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], env={"PYTHONPATH": source}, check=False
+        ).returncode
+        == 0
+    )
 
 
 # ---- our own step ----
@@ -114,7 +123,9 @@ def tiny_llama(dtype: torch.dtype) -> Build:
         )  # fmt: skip
         from transformers import AutoModelForCausalLM
 
-        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention_name(config, "auto"))
+        model = AutoModelForCausalLM.from_config(
+            config, attn_implementation=attention_name(config, "auto")
+        )
         assert isinstance(model, nn.Module)
         return model.to(dtype).train()
 
@@ -142,7 +153,9 @@ def own_loop(lengths: tuple[int, ...]) -> Callable[[nn.Module, torch.device], Ca
     def loop(model: nn.Module, device: torch.device) -> Callable[[], Any]:
         optimizer = build_optimizer(model, OptimConfig(), lr=1e-4, device=torch.device("cuda"))
         micro_batches = [packed(device, lengths), packed(device, lengths)]
-        return lambda: train_step(model, optimizer, micro_batches, settings=StepSettings(LossSettings()))
+        return lambda: train_step(
+            model, optimizer, micro_batches, settings=StepSettings(LossSettings())
+        )
 
     return loop
 
@@ -155,8 +168,12 @@ def test_our_step_is_equal_on_fake_and_real_tensors() -> None:
 
 def test_our_packed_step_attends_by_one_kernel_on_cuda() -> None:
     loop = own_loop((16, 8))
-    events = record_loop(tiny_llama(torch.bfloat16), loop, RecordSettings(target=CudaTarget(), num_steps=1)).events
-    kernels = [event.op for event in events if "attn" in event.op and event.num_bytes == LENGTH * 4 * 8 * 2]
+    events = record_loop(
+        tiny_llama(torch.bfloat16), loop, RecordSettings(target=CudaTarget(), num_steps=1)
+    ).events
+    kernels = [
+        event.op for event in events if "attn" in event.op and event.num_bytes == LENGTH * 4 * 8 * 2
+    ]
     assert kernels.count("torch_attn._varlen_attn.default") == 4  # 2 layers, 2 micro-batches
     assert not [event for event in events if "scaled_dot" in event.op]
 
@@ -183,7 +200,9 @@ def mixtral(experts: str) -> Build:
 
 @pytest.mark.parametrize("experts", ["eager", "grouped_mm", "batched_mm"])
 def test_every_implementation_of_experts_is_recorded_as_on_cuda(experts: str) -> None:
-    trace = record_loop(mixtral(experts), moe_loop, RecordSettings(target=CudaTarget(), num_steps=1))
+    trace = record_loop(
+        mixtral(experts), moe_loop, RecordSettings(target=CudaTarget(), num_steps=1)
+    )
     assert sum(event.num_bytes for event in trace.events if event.category == "gradient") > 0
 
 
@@ -222,7 +241,9 @@ class MaskedExperts(nn.Module):
 
 
 @pytest.mark.parametrize(("routing", "calls", "tokens"), [("balanced", 4, 8), ("worst", 2, 16)])
-def test_experts_behind_masks_are_visited_by_the_same_policy(routing: Any, calls: int, tokens: int) -> None:
+def test_experts_behind_masks_are_visited_by_the_same_policy(
+    routing: Any, calls: int, tokens: int
+) -> None:
     def loop(model: nn.Module, device: torch.device) -> Callable[[], Any]:
         x = torch.ones(16, 8, device=device)
         return lambda: model(x).sum().backward()
@@ -230,6 +251,8 @@ def test_experts_behind_masks_are_visited_by_the_same_policy(routing: Any, calls
     settings = RecordSettings(target=CudaTarget(), num_steps=1, routing=routing)
     events = record_loop(MaskedExperts, loop, settings).events
     outputs = [
-        e.num_bytes for e in events if e.op == "aten.addmm.default" and "experts" in e.module and e.num_bytes > 0
+        e.num_bytes
+        for e in events
+        if e.op == "aten.addmm.default" and "experts" in e.module and e.num_bytes > 0
     ]
     assert outputs == [tokens * 8 * 4] * calls

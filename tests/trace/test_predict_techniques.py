@@ -8,7 +8,7 @@ import pytest
 from fitune.allocator.peaks import Peak, timeline
 from fitune.config import RunConfig, read_config
 from fitune.errors import ConfigError
-from fitune.planning.cost import ADAMW_OP, hosted, work_of
+from fitune.planning.cost import ADAMW_OP, update_on_host, work_of
 from fitune.trace.cuda_target import CudaTarget
 from fitune.trace.events import ON_HOST, TRANSFER
 from fitune.trace.own_step import Pass, RecordedStep, longest_rows, record_step
@@ -37,7 +37,9 @@ def make_config(directory: Path, *overrides: str) -> RunConfig:
 
 def record(directory: Path, *overrides: str, target: CudaTarget | None = CARD) -> RecordedStep:
     config = make_config(directory, *overrides)
-    return record_step(config, [Pass("train", longest_rows(config, num_rows=ROWS))] * 2, target=target)
+    return record_step(
+        config, [Pass("train", longest_rows(config, num_rows=ROWS))] * 2, target=target
+    )
 
 
 def steady_peak(directory: Path, *overrides: str, target: CudaTarget | None = CARD) -> Peak:
@@ -56,7 +58,9 @@ def transfers(recorded: RecordedStep) -> Counter[str]:
 def test_state_on_the_host_takes_no_memory_of_the_card(directory: Path) -> None:
     there, here = steady_peak(directory, "optim.name=adamw_host"), steady_peak(directory)
     assert here.categories["optimizer_state"] > 0
-    assert there.categories["optimizer_state"] < 100  # the count of steps, a number for each parameter
+    assert (
+        there.categories["optimizer_state"] < 100
+    )  # the count of steps, a number for each parameter
     assert here.categories["parameter"] == there.categories["parameter"]
 
 
@@ -64,23 +68,35 @@ def test_offloaded_inputs_of_layers_leave_the_card(directory: Path) -> None:
     kept = steady_peak(directory, "model.recompute=full")
     moved = steady_peak(directory, "model.recompute=full", "model.offload_activations=true")
     saved_bytes = kept.categories["activation"] - moved.categories["activation"]
-    assert saved_bytes == HIDDEN_BYTES * (NUM_LAYERS - 1)  # that of the layer which recomputes has come back
+    assert saved_bytes == HIDDEN_BYTES * (
+        NUM_LAYERS - 1
+    )  # that of the layer which recomputes has come back
 
 
 def test_what_crosses_to_the_host_and_back_is_told_apart(directory: Path) -> None:
-    crossing = transfers(record(directory, "model.recompute=full", "model.offload_activations=true"))
+    crossing = transfers(
+        record(directory, "model.recompute=full", "model.offload_activations=true")
+    )
     inputs = transfers(record(directory, "model.recompute=full"))
-    assert crossing["forward"] - inputs["forward"] == crossing["backward"] == NUM_LAYERS * HIDDEN_BYTES
+    assert (
+        crossing["forward"] - inputs["forward"] == crossing["backward"] == NUM_LAYERS * HIDDEN_BYTES
+    )
     assert inputs["backward"] == inputs["optimizer"] == 0
 
 
 def test_an_update_on_the_host_is_that_of_the_card_moved(directory: Path) -> None:
     """A plan prices the one from a recording of the other."""
     steps = [record(directory, name) for name in ("optim.name=adamw_host", "optim.name=adamw")]
-    there, here = (work_of(step.work, rows=[(LENGTH, LENGTH - 1)] * ROWS, packed=True).update for step in steps)
+    there, here = (
+        work_of(step.work, rows=[(LENGTH, LENGTH - 1)] * ROWS, packed=True).update for step in steps
+    )
     recorded, derived = (
-        {work.op: (work.num_bytes, work.dtype) for work in update if work.op in (TRANSFER, f"{ON_HOST}{ADAMW_OP}")}
-        for update in (there, hosted(here))
+        {
+            work.op: (work.num_bytes, work.dtype)
+            for work in update
+            if work.op in (TRANSFER, f"{ON_HOST}{ADAMW_OP}")
+        }
+        for update in (there, update_on_host(here))
     )
     assert recorded == derived
     assert recorded[TRANSFER][0] == 12 * steps[0].num_trainable_parameters
@@ -88,7 +104,9 @@ def test_an_update_on_the_host_is_that_of_the_card_moved(directory: Path) -> Non
 
 def test_offloading_is_refused_on_a_cpu(directory: Path) -> None:
     with pytest.raises(ConfigError, match="where they are on a CPU"):
-        steady_peak(directory, "model.recompute=full", "model.offload_activations=true", target=None)
+        steady_peak(
+            directory, "model.recompute=full", "model.offload_activations=true", target=None
+        )
 
 
 def test_offloading_without_recompute_is_refused(directory: Path) -> None:
@@ -96,9 +114,14 @@ def test_offloading_without_recompute_is_refused(directory: Path) -> None:
         make_config(directory, "model.offload_activations=true")
 
 
-def test_a_row_that_is_attended_to_in_pieces_has_the_same_peak_on_fake_tensors(directory: Path) -> None:
+def test_a_row_that_is_attended_to_in_pieces_has_the_same_peak_on_fake_tensors(
+    directory: Path,
+) -> None:
     config = make_config(directory, "data.max_length=256")
     passes = [Pass("train", longest_rows(config, num_rows=ROWS))] * 2
     fake, real = (record_step(config, passes, target=None, mode=mode) for mode in ("fake", "real"))
-    assert timeline(fake.trace).last_step_peak.num_bytes == timeline(real.trace).last_step_peak.num_bytes
+    assert (
+        timeline(fake.trace).last_step_peak.num_bytes
+        == timeline(real.trace).last_step_peak.num_bytes
+    )
     assert any("flash_attention" in event.op for event in fake.trace.events)

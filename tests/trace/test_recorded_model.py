@@ -1,4 +1,4 @@
-"""A model that has been recorded once gives the same recording as a new one, whatever was recorded before it."""
+"""Records several loops on one model, and compares each recording with that of a new model."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +10,14 @@ from torch import nn
 
 from fitune.config import RunConfig, read_config
 from fitune.trace.cuda_target import CudaTarget
-from fitune.trace.own_step import ColumnsOfStep, Pass, longest_rows, model_for, record_columns_of_step, steady_passes
+from fitune.trace.own_step import (
+    ColumnsOfStep,
+    Pass,
+    longest_rows,
+    model_for,
+    record_columns_of_step,
+    steady_passes,
+)
 from fitune.trace.record import RecordedModel, RecordSettings, record_columns
 from fitune.trace.recording import Recording, to_trace
 from tiny_models import TINY
@@ -46,13 +53,18 @@ def passes(config: RunConfig) -> list[Pass]:
 
 
 def are_same(one: Recording, other: Recording) -> bool:
-    return to_trace(one) == to_trace(other) and (one.work, one.silent) == (other.work, other.silent)
+    return to_trace(one) == to_trace(other) and (one.work, one.empty_rules) == (
+        other.work,
+        other.empty_rules,
+    )
 
 
 @pytest.mark.parametrize("target", [CudaTarget((8, 0)), None], ids=["card", "cpu"])
 @pytest.mark.parametrize("method", ["full", "lora"])
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_one_configuration_after_the_other(kind: str, method: str, target: CudaTarget | None, tmp_path: Path) -> None:
+def test_one_configuration_after_the_other(
+    kind: str, method: str, target: CudaTarget | None, tmp_path: Path
+) -> None:
     TINY[kind].save_pretrained(tmp_path)
     models: set[int] = set()
     model = model_for(configured(tmp_path, f"model.method={method}"), target=target)
@@ -71,7 +83,7 @@ def test_one_configuration_after_the_other(kind: str, method: str, target: CudaT
 
 
 class Place:
-    """Loops over one small model; what `left` holds outlives its loop."""
+    """Records loops over one small model; the tensors in `left` outlive their loop."""
 
     def __init__(self) -> None:
         self.num_built = 0
@@ -82,7 +94,9 @@ class Place:
         self.num_built += 1
         return nn.Linear(4, 4)
 
-    def loop(self, model: nn.Module, _: torch.device, *, leaves: bool = False, fails: bool = False) -> Any:
+    def loop(
+        self, model: nn.Module, _: torch.device, *, leaves: bool = False, fails: bool = False
+    ) -> Any:
         def step() -> None:
             model(torch.ones(2, 4)).sum().backward()
             if leaves:
@@ -93,7 +107,9 @@ class Place:
         return step
 
     def record(self, **options: bool) -> Recording:
-        return self.model.record(lambda model, device: self.loop(model, device, **options), num_steps=2)
+        return self.model.record(
+            lambda model, device: self.loop(model, device, **options), num_steps=2
+        )
 
 
 def test_gradients_that_a_loop_leaves_are_of_no_next_one() -> None:
@@ -114,7 +130,9 @@ def test_a_loop_that_fails_makes_a_new_model() -> None:
     place = Place()
     with pytest.raises(ArithmeticError):
         place.record(fails=True)
-    assert are_same(place.record(), record_columns(place.build, place.loop, RecordSettings(num_steps=2)))
+    assert are_same(
+        place.record(), record_columns(place.build, place.loop, RecordSettings(num_steps=2))
+    )
 
 
 def test_what_a_loop_replaces_makes_a_new_model() -> None:
@@ -130,11 +148,13 @@ def test_what_a_loop_replaces_makes_a_new_model() -> None:
 
 
 def test_what_a_loop_makes_of_a_tensor_that_was_there_is_of_no_next_one() -> None:
-    """A tensor of the set-up becomes a gradient in one loop, and is none in the next."""
+    """A tensor of the setup becomes a gradient in one loop, and is none in the next."""
     kept: list[torch.Tensor] = []
 
     def new() -> RecordedModel:
-        return RecordedModel(Place().build, RecordSettings(), prepare=lambda _: kept.append(torch.zeros(4, 4)))
+        return RecordedModel(
+            Place().build, RecordSettings(), prepare=lambda _: kept.append(torch.zeros(4, 4))
+        )
 
     def as_gradient(model: Any, _: torch.device) -> Any:
         def step() -> None:

@@ -1,4 +1,4 @@
-"""How storages are named, counted and placed while a loop runs."""
+"""Records loops, and checks how their storages are named, counted and placed."""
 
 from collections.abc import Callable
 from typing import Any
@@ -20,11 +20,15 @@ def build() -> nn.Module:
     return nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH))
 
 
-def record(loop: Loop, *, num_steps: int = 2, target: CudaTarget | None = AMPERE, **settings: Any) -> MemoryTrace:
+def record(
+    loop: Loop, *, num_steps: int = 2, target: CudaTarget | None = AMPERE, **settings: Any
+) -> MemoryTrace:
     return record_loop(build, loop, RecordSettings(target=target, num_steps=num_steps, **settings))
 
 
-def train(model: nn.Module, device: torch.device, *, num_micro_batches: int = 1) -> Callable[[], Any]:
+def train(
+    model: nn.Module, device: torch.device, *, num_micro_batches: int = 1
+) -> Callable[[], Any]:
     optimizer = torch.optim.AdamW(model.parameters())
 
     def step() -> None:
@@ -38,7 +42,7 @@ def train(model: nn.Module, device: torch.device, *, num_micro_batches: int = 1)
 
 
 def at_end(trace: MemoryTrace) -> dict[str, int]:
-    """Bytes by category of what is alive after the last event."""
+    """Return the bytes that are allocated after the last event, by category."""
     alive: dict[str, int] = {}
     for event in trace.events:
         alive[event.category] = alive.get(event.category, 0) + event.num_bytes
@@ -48,7 +52,7 @@ def at_end(trace: MemoryTrace) -> dict[str, int]:
 NUM_PARAMETERS = 2 * (WIDTH * WIDTH + WIDTH)
 
 
-def test_every_death_takes_what_its_birth_requested() -> None:
+def test_every_free_has_the_bytes_of_its_allocation() -> None:
     alive: dict[int, int] = {}
     for event in record(train).events:
         alive[event.storage] = alive.get(event.storage, 0) + event.num_bytes
@@ -62,8 +66,12 @@ def test_parameters_and_their_adam_state_stay() -> None:
     assert "gradient" not in alive
 
 
-def test_gradients_are_born_in_the_backward() -> None:
-    gradients = [event for event in record(train).events if event.category == "gradient" and event.num_bytes > 0]
+def test_gradients_are_allocated_in_the_backward() -> None:
+    gradients = [
+        event
+        for event in record(train).events
+        if event.category == "gradient" and event.num_bytes > 0
+    ]
     assert {event.phase for event in gradients} == {"backward"}
     assert sum(event.num_bytes for event in gradients) == 2 * NUM_PARAMETERS * 4  # two steps
 
@@ -80,20 +88,32 @@ def test_a_tied_weight_counts_once() -> None:
 
 
 def test_activations_are_what_the_backward_needs() -> None:
-    activations = [event for event in record(train).events if event.category == "activation" and event.num_bytes > 4]
+    activations = [
+        event
+        for event in record(train).events
+        if event.category == "activation" and event.num_bytes > 4
+    ]
     assert {(event.op, event.module) for event in activations} == {("aten.relu.default", "1")}
     assert {event.phase for event in activations} == {"forward"}
 
 
 def test_micro_batches_are_counted_by_their_backwards() -> None:
     trace = record(lambda model, device: train(model, device, num_micro_batches=3), num_steps=1)
-    assert {event.micro_batch for event in trace.events if event.op == "aten.relu.default"} == {0, 1, 2}
+    assert {event.micro_batch for event in trace.events if event.op == "aten.relu.default"} == {
+        0,
+        1,
+        2,
+    }
 
 
 def test_modules_are_named_in_forward_and_backward() -> None:
     events = [event for event in record(train).events if event.num_bytes > 0]
-    assert {event.module for event in events if event.phase == "forward" and "addmm" in event.op} == {"0", "2"}
-    assert {event.module for event in events if event.phase == "backward" and "threshold" in event.op} == {"1"}
+    assert {
+        event.module for event in events if event.phase == "forward" and "addmm" in event.op
+    } == {"0", "2"}
+    assert {
+        event.module for event in events if event.phase == "backward" and "threshold" in event.op
+    } == {"1"}
 
 
 def test_an_evaluation_keeps_no_activation() -> None:
@@ -116,12 +136,20 @@ def test_host_tensors_are_not_counted_and_their_copies_are_inputs() -> None:
 
         return step
 
-    inputs = [event.num_bytes for event in record(loop).events if event.category == "input" and event.num_bytes > 0]
+    inputs = [
+        event.num_bytes
+        for event in record(loop).events
+        if event.category == "input" and event.num_bytes > 0
+    ]
     assert inputs == [5 * WIDTH * 4] * 2
 
 
 def test_adams_step_counters_stay_on_the_host() -> None:
-    assert not [event for event in record(train).events if event.num_bytes == 4 and event.category == "optimizer_state"]
+    assert not [
+        event
+        for event in record(train).events
+        if event.num_bytes == 4 and event.category == "optimizer_state"
+    ]
 
 
 def test_a_loop_that_names_cuda_is_recorded_as_one_that_does_not() -> None:
@@ -226,7 +254,9 @@ def train_one(model: nn.Module, device: torch.device) -> Callable[[], Any]:
         (lambda x: torch.unique(x).shape[0], 4),
     ],
 )
-def test_questions_about_data_have_a_stated_answer(question: Callable[[torch.Tensor], Any], answer: Any) -> None:
+def test_questions_about_data_have_a_stated_answer(
+    question: Callable[[torch.Tensor], Any], answer: Any
+) -> None:
     answers = []
 
     def loop(model: nn.Module, device: torch.device) -> Callable[[], Any]:

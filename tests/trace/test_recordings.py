@@ -1,4 +1,4 @@
-"""What a few layers, a few chunks and two micro-batches stand for equals the whole recording, event by event."""
+"""Derives steps from a few layers, a few chunks and two micro-batches, and compares them with whole recordings."""
 
 import copy
 import gc
@@ -15,13 +15,22 @@ from fitune.config import RunConfig, read_config
 from fitune.trace.cuda_target import CudaTarget
 from fitune.trace.equal_layers import EqualLayers, find_layers
 from fitune.trace.library import Recordings
-from fitune.trace.own_step import ColumnsOfStep, Pass, RecordedStep, longest_rows, record_step, steady_passes
+from fitune.trace.own_step import (
+    ColumnsOfStep,
+    Pass,
+    RecordedStep,
+    longest_rows,
+    record_step,
+    steady_passes,
+)
 from tiny_models import TINY, TINY_DBRX
 
 FURTHER = {
     "dbrx": TINY_DBRX,
     "gptj": GPTJConfig(vocab_size=64, n_positions=64, n_embd=32, n_layer=2, n_head=4, rotary_dim=4),
-    "falcon": FalconConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4),
+    "falcon": FalconConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4
+    ),
 }
 AMPERE = CudaTarget((8, 0))
 SHORT, CHUNKED = 40, 512  # tokens of a row: three rows are one chunk of the loss, or six
@@ -29,7 +38,7 @@ SHORT, CHUNKED = 40, 512  # tokens of a row: three rows are one chunk of the los
 
 @pytest.fixture
 def recorded(monkeypatch: pytest.MonkeyPatch) -> list[RunConfig]:
-    """The configurations that were recorded, one entry a recording."""
+    """Return the configurations that were recorded, with one entry for each recording."""
     calls: list[RunConfig] = []
     record = recordings_room.record_columns_of_step
 
@@ -42,11 +51,20 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[RunConfig]:
 
 
 def make_config(
-    directory: Path, kind: str, *overrides: str, num_layers: int = 6, length: int = SHORT, rows: int = 3
+    directory: Path,
+    kind: str,
+    *overrides: str,
+    num_layers: int = 6,
+    length: int = SHORT,
+    rows: int = 3,
 ) -> RunConfig:
     config = copy.deepcopy(FURTHER[kind] if kind in FURTHER else TINY[kind])
     if hasattr(config, "layer_types"):
-        kinds = ["sliding_attention"] * 5 + ["full_attention"] if kind == "gemma3" else config.layer_types
+        kinds = (
+            ["sliding_attention"] * 5 + ["full_attention"]
+            if kind == "gemma3"
+            else config.layer_types
+        )
         config.layer_types = (kinds * num_layers)[:num_layers]
     config.num_hidden_layers = num_layers
     config.save_pretrained(directory)
@@ -74,7 +92,14 @@ def around(config: RunConfig, steady: Pass) -> list[Pass]:
 
 def facts(step: RecordedStep) -> tuple[object, ...]:
     work = sorted(step.work, key=repr)
-    return work, step.layout, step.notes, step.precision, step.num_parameters, step.num_trainable_parameters
+    return (
+        work,
+        step.layout,
+        step.notes,
+        step.precision,
+        step.num_parameters,
+        step.num_trainable_parameters,
+    )
 
 
 def ask(
@@ -83,7 +108,7 @@ def ask(
     target: CudaTarget | None = AMPERE,
     asked: Callable[[RunConfig], list[Pass]] = passes,
 ) -> None:
-    """Asks for the step of `config`, and compares with the whole recording."""
+    """Compare the step of `config` with the whole recording."""
     whole = record_step(config, asked(config), target=target)
     short = recordings.step(config, asked(config), target=target)
     assert len(short.trace.events) == len(whole.trace.events) > 500
@@ -99,7 +124,12 @@ def ask(
         ("llama", 7, AMPERE, ("model.method=lora", "model.recompute=full")),
         ("llama", 7, AMPERE, ("model.recompute=selective", "optim.name=adamw_foreach")),
         ("llama", 10, AMPERE, ("model.recompute=every_2",)),
-        ("llama", 7, AMPERE, ("model.recompute=full", "model.offload_activations=true", "optim.name=adamw_host")),
+        (
+            "llama",
+            7,
+            AMPERE,
+            ("model.recompute=full", "model.offload_activations=true", "optim.name=adamw_host"),
+        ),
         ("gpt2", 7, AMPERE, ("model.precision=autocast_float16", "loss=full")),
         ("gemma2", 11, AMPERE, ("model.precision=bfloat16",)),
         ("qwen3_moe", 6, CudaTarget((9, 0)), ("optim.name=adafactor",)),
@@ -140,7 +170,9 @@ def test_answers_are_not_kept(tmp_path: Path) -> None:
     assert answer() is None
 
 
-def test_a_size_is_recorded_afresh_where_cuda_takes_another_path(tmp_path: Path, recorded: list[RunConfig]) -> None:
+def test_a_size_is_recorded_afresh_where_cuda_takes_another_path(
+    tmp_path: Path, recorded: list[RunConfig]
+) -> None:
     """From 3,072 tokens on the embedding's gradient is sorted."""
     recordings = Recordings()
     for rows in (3, 5, 7):
@@ -151,7 +183,10 @@ def test_a_size_is_recorded_afresh_where_cuda_takes_another_path(tmp_path: Path,
 def test_one_row_is_no_sample(tmp_path: Path, recorded: list[RunConfig]) -> None:
     recordings = Recordings()
     for rows in (1, 2, 3):
-        ask(recordings, make_config(tmp_path, "llama", "data.packing=false", num_layers=2, rows=rows))
+        ask(
+            recordings,
+            make_config(tmp_path, "llama", "data.packing=false", num_layers=2, rows=rows),
+        )
     assert [config.batch.micro for config in recorded] == [1, 2, 3]
 
 
@@ -184,27 +219,46 @@ def test_one_row_is_recorded_where_it_was_something_else_without_recomputing(
     recordings = Recordings()
     for way in ("off", "full"):  # on a CPU each packed row is an operator call
         for rows in (2, 5, 1):
-            ask(recordings, make_config(tmp_path, "llama", f"model.recompute={way}", rows=rows), None)
+            ask(
+                recordings,
+                make_config(tmp_path, "llama", f"model.recompute={way}", rows=rows),
+                None,
+            )
     assert [each.model.recompute for each in recorded if each.batch.micro == 1].count("full") > 0
 
 
-def test_how_a_step_grows_with_its_layers_is_recorded_once(tmp_path: Path, recorded: list[RunConfig]) -> None:
+def test_how_a_step_grows_with_its_layers_is_recorded_once(
+    tmp_path: Path, recorded: list[RunConfig]
+) -> None:
     """A step of one micro-batch takes over what was found for one of two."""
     recordings = Recordings()
     ask(recordings, make_config(tmp_path, "llama", "model.method=lora", rows=2))
-    ask(recordings, make_config(tmp_path, "llama", "model.method=lora", "batch.accumulation=1", rows=4))
+    ask(
+        recordings,
+        make_config(tmp_path, "llama", "model.method=lora", "batch.accumulation=1", rows=4),
+    )
     assert [config.batch.micro for config in recorded] == [2, 2, 4]
 
 
-def test_how_a_step_grows_is_recorded_once_for_all_ways_to_recompute(tmp_path: Path, recorded: list[RunConfig]) -> None:
+def test_how_a_step_grows_is_recorded_once_for_all_ways_to_recompute(
+    tmp_path: Path, recorded: list[RunConfig]
+) -> None:
     recordings = Recordings()
     for recompute in ("off", "every_2", "selective", "full"):
         overrides = ("model.method=lora", f"model.recompute={recompute}")
         ask(recordings, make_config(tmp_path, "llama", *overrides, num_layers=10))
-    assert [config.model.recompute for config in recorded] == ["off", "off", "every_2", "selective", "full"]
+    assert [config.model.recompute for config in recorded] == [
+        "off",
+        "off",
+        "every_2",
+        "selective",
+        "full",
+    ]
 
 
-def test_a_second_size_needs_one_micro_batch_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_size_needs_one_micro_batch_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     micro_batches: list[int] = []
     record = recordings_room.record_columns_of_step
 
@@ -214,14 +268,24 @@ def test_a_second_size_needs_one_micro_batch_only(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(recordings_room, "record_columns_of_step", counted)
     recordings = Recordings()
-    for rows in (3, 5):  # of so few adapters that their update is taken back where it fails, state and all
-        overrides = ("model.method=lora", "model.recompute=full", "model.lora.rank=1", "model.lora.targets=[q_proj]")
+    for rows in (
+        3,
+        5,
+    ):  # of so few adapters that their update is taken back where it fails, state and all
+        overrides = (
+            "model.method=lora",
+            "model.recompute=full",
+            "model.lora.rank=1",
+            "model.lora.targets=[q_proj]",
+        )
         ask(recordings, make_config(tmp_path, "llama", *overrides, rows=rows))
     assert micro_batches == [2, 2, 1]
 
 
-def test_a_step_that_leaves_something_is_not_repeated(tmp_path: Path, recorded: list[RunConfig]) -> None:
-    """Its state comes in its first update, so the second step is another."""
+def test_a_step_that_leaves_something_is_not_repeated(
+    tmp_path: Path, recorded: list[RunConfig]
+) -> None:
+    """The optimizer allocates its state in the first update, so the second step differs."""
 
     def two_steps(config: RunConfig) -> list[Pass]:
         rows = longest_rows(config, num_rows=config.batch.rows_per_step)
@@ -235,18 +299,24 @@ def test_a_step_that_leaves_something_is_not_repeated(tmp_path: Path, recorded: 
 
 
 def largest_micro_batch(config: RunConfig) -> list[Pass]:
-    """Of one and of two micro-batches alike, as a plan asks."""
+    """Return the same passes for one micro-batch and for two, as a plan does."""
     micro = longest_rows(config, num_rows=config.batch.micro or 0)
     return around(config, Pass("train", micro * (config.batch.accumulation or 1)))
 
 
-def test_a_step_in_one_piece_gives_the_second_size_of_one_in_two(tmp_path: Path, recorded: list[RunConfig]) -> None:
+def test_a_step_in_one_piece_gives_the_second_size_of_one_in_two(
+    tmp_path: Path, recorded: list[RunConfig]
+) -> None:
     recordings = Recordings()
     for rows, pieces in ((2, 2), (12, 1), (4, 2), (3, 2), (6, 2)):
         overrides = ("model.method=lora", f"batch.accumulation={pieces}")
         config = make_config(tmp_path, "llama", *overrides, length=CHUNKED, rows=rows)
         ask(recordings, config, asked=largest_micro_batch)
-    assert [config.batch.micro for config in recorded] == [2, 2, 12]  # with a few layers, with fewer; with a few
+    assert [config.batch.micro for config in recorded] == [
+        2,
+        2,
+        12,
+    ]  # with a few layers, with fewer; with a few
 
 
 def test_two_sizes_with_last_chunks_of_one_length_need_a_third(
@@ -256,14 +326,21 @@ def test_two_sizes_with_last_chunks_of_one_length_need_a_third(
     monkeypatch.setattr("fitune.objectives.supervised.CHUNK_BYTES", 0)
     recordings = Recordings()
     for rows in (8, 10, 9, 11):
-        ask(recordings, make_config(tmp_path, "llama", num_layers=3, length=129, rows=rows), target=CudaTarget((9, 0)))
+        ask(
+            recordings,
+            make_config(tmp_path, "llama", num_layers=3, length=129, rows=rows),
+            target=CudaTarget((9, 0)),
+        )
     assert [config.batch.micro for config in recorded] == [8, 10, 9]
 
 
 def test_a_recording_of_one_routing_is_no_answer_for_the_other(tmp_path: Path) -> None:
     recordings = Recordings()
     for routing in ("balanced", "worst"):
-        ask(recordings, make_config(tmp_path, "dbrx", f"memory.routing={routing}", num_layers=2, rows=2))
+        ask(
+            recordings,
+            make_config(tmp_path, "dbrx", f"memory.routing={routing}", num_layers=2, rows=2),
+        )
 
 
 def test_an_odd_layer_leaves_nothing_to_repeat(tmp_path: Path) -> None:
@@ -296,8 +373,8 @@ def test_layers_recomputed_by_turns_have_their_period(tmp_path: Path) -> None:
 
 
 def test_the_work_of_a_step_is_that_of_its_matrix_products(tmp_path: Path) -> None:
-    """6 floating-point operations a parameter of the layers and position (2 forward, 4 backward), as in Kaplan et al.
-    2020 (arXiv 2001.08361)."""
+    """There are 6 floating-point operations for each token and parameter of the layers (2 forward, 4 backward), as in
+    Kaplan et al. 2020 (arXiv 2001.08361)."""
     config = make_config(tmp_path, "llama")
     step = Recordings().step(config, passes(config), target=AMPERE)
     flops = sum(

@@ -8,27 +8,40 @@ from fitune.allocator.replay import ReplaySettings, replay
 from fitune.errors import UsageError
 from fitune.trace.snapshot import read_snapshot
 
-BACKWARD = [{"name": "mul", "filename": "x.py"}, {"name": "_engine_run_backward", "filename": "graph.py"}]
-OPTIMIZER = [{"name": "_adamw", "filename": "adamw.py"}, {"name": "step", "filename": "torch/optim/adamw.py"}]
+BACKWARD = [
+    {"name": "mul", "filename": "x.py"},
+    {"name": "_engine_run_backward", "filename": "graph.py"},
+]
+OPTIMIZER = [
+    {"name": "_adamw", "filename": "adamw.py"},
+    {"name": "step", "filename": "torch/optim/adamw.py"},
+]
 FORWARD = [{"name": "linear", "filename": "model.py"}]
 
 
-def action(kind: str, addr: int, size: int, frames: list[dict[str, str]] = FORWARD, stream: int = 0) -> dict[str, Any]:
+def action(
+    kind: str, addr: int, size: int, frames: list[dict[str, str]] = FORWARD, stream: int = 0
+) -> dict[str, Any]:
     return {"action": kind, "addr": addr, "size": size, "stream": stream, "frames": frames}
 
 
-def write(directory: Path, actions: list[dict[str, Any]], segments: list[dict[str, Any]] | None = None) -> Path:
+def write(
+    directory: Path, actions: list[dict[str, Any]], segments: list[dict[str, Any]] | None = None
+) -> Path:
     path = directory / "snapshot.pickle"
     path.write_bytes(pickle.dumps({"segments": segments or [], "device_traces": [actions]}))
     return path
 
 
-def test_allocations_and_frees_become_births_and_deaths(tmp_path: Path) -> None:
+def test_allocations_and_frees_become_events(tmp_path: Path) -> None:
     actions = [
         action("segment_alloc", 1, 2 << 20), action("alloc", 1, 100), action("free_requested", 1, 100),
         action("free_completed", 1, 100),
     ]  # fmt: skip
-    assert [event.num_bytes for event in read_snapshot(write(tmp_path, actions)).events] == [100, -100]
+    assert [event.num_bytes for event in read_snapshot(write(tmp_path, actions)).events] == [
+        100,
+        -100,
+    ]
 
 
 def test_an_address_used_twice_is_two_storages(tmp_path: Path) -> None:
@@ -48,14 +61,23 @@ def test_phases_and_steps_come_from_the_frames(tmp_path: Path) -> None:
 
 
 def test_what_was_allocated_before_the_recording_comes_first(tmp_path: Path) -> None:
-    blocks = [{"state": "active_allocated", "size": 512, "requested_size": 500}, {"state": "inactive", "size": 512}]
+    blocks = [
+        {"state": "active_allocated", "size": 512, "requested_size": 500},
+        {"state": "inactive", "size": 512},
+    ]
     actions = [action("alloc", 7000, 20), action("free_requested", 9000, 30)]
-    events = read_snapshot(write(tmp_path, actions, [{"device": 0, "address": 5000, "blocks": blocks}])).events
+    events = read_snapshot(
+        write(tmp_path, actions, [{"device": 0, "address": 5000, "blocks": blocks}])
+    ).events
     assert [(event.num_bytes, event.phase) for event in events[:2]] == [(30, "load"), (500, "load")]
 
 
 def test_streams_are_numbered_as_they_appear(tmp_path: Path) -> None:
-    actions = [action("alloc", 1, 10, stream=77), action("alloc", 2, 10, stream=88), action("alloc", 3, 10, stream=77)]
+    actions = [
+        action("alloc", 1, 10, stream=77),
+        action("alloc", 2, 10, stream=88),
+        action("alloc", 3, 10, stream=77),
+    ]
     assert [event.stream for event in read_snapshot(write(tmp_path, actions)).events] == [0, 1, 0]
 
 
@@ -71,7 +93,9 @@ def test_a_file_that_would_run_code_is_refused(tmp_path: Path) -> None:
         read_snapshot(path)
 
 
-@pytest.mark.parametrize("content", [b"", b"no pickle", pickle.dumps([1]), pickle.dumps({"device_traces": []})])
+@pytest.mark.parametrize(
+    "content", [b"", b"no pickle", pickle.dumps([1]), pickle.dumps({"device_traces": []})]
+)
 def test_a_file_that_is_no_snapshot_is_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "x.pickle"
     path.write_bytes(content)

@@ -23,16 +23,28 @@ BATCH = [tensor.expand(2, *tensor.shape).clone() for tensor in (C_MN, A_MK, B_KN
         (ATEN.add_.Tensor, [C_MN, C_MN], 0),
     ],
 )
-def test_a_product_counts_the_same_wherever_its_result_goes(func: Any, args: list[torch.Tensor], flops: int) -> None:
+def test_a_product_counts_the_same_wherever_its_result_goes(
+    func: Any, args: list[torch.Tensor], flops: int
+) -> None:
     assert count_flops(func, args, {}, (func(*args),)) == flops
 
 
-@pytest.mark.parametrize(("asked", "products"), [([True, True, False], 2), ([False, True, False], 1)])
-def test_a_convolution_need_not_have_a_gradient_for_its_input(asked: list[bool], products: int) -> None:
-    source, weight, gradient = torch.ones(2, 3, 16, 16), torch.ones(8, 3, 5, 5), torch.ones(2, 8, 12, 12)
+@pytest.mark.parametrize(
+    ("asked", "products"), [([True, True, False], 2), ([False, True, False], 1)]
+)
+def test_a_convolution_need_not_have_a_gradient_for_its_input(
+    asked: list[bool], products: int
+) -> None:
+    source, weight, gradient = (
+        torch.ones(2, 3, 16, 16),
+        torch.ones(8, 3, 5, 5),
+        torch.ones(2, 8, 12, 12),
+    )
     args = [gradient, source, weight, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1, asked]
     outputs = tuple(each for each in ATEN.convolution_backward.default(*args) if each is not None)
-    assert count_flops(ATEN.convolution_backward.default, args, {}, outputs) == products * 2 * (2 * 8 * 144) * (3 * 25)
+    assert count_flops(ATEN.convolution_backward.default, args, {}, outputs) == products * 2 * (
+        2 * 8 * 144
+    ) * (3 * 25)
 
 
 TABLE_VD, ROWS_ND, PLACES_N = torch.ones(1000, 8), torch.ones(4, 8), torch.arange(4)
@@ -45,7 +57,11 @@ TABLE, ROWS, PLACES = 1000 * 8 * 4, 4 * 8 * 4, 4 * 8  # bytes
         (ATEN.embedding.default, [TABLE_VD, PLACES_N], 2 * ROWS + PLACES),
         (ATEN.index_select.default, [TABLE_VD, 0, PLACES_N], 2 * ROWS + PLACES),
         (ATEN.index.Tensor, [TABLE_VD, [PLACES_N]], 2 * ROWS + PLACES),
-        (ATEN.embedding_dense_backward.default, [ROWS_ND, PLACES_N, 1000, -1, False], TABLE + 3 * (ROWS + PLACES)),
+        (
+            ATEN.embedding_dense_backward.default,
+            [ROWS_ND, PLACES_N, 1000, -1, False],
+            TABLE + 3 * (ROWS + PLACES),
+        ),
         (ATEN.index_add_.default, [TABLE_VD.clone(), 0, PLACES_N, ROWS_ND], 3 * ROWS + PLACES),
         (ATEN.index_add.default, [TABLE_VD, 0, PLACES_N, ROWS_ND], 2 * TABLE + 3 * ROWS + PLACES),
         (ATEN.zeros_like.default, [TABLE_VD], TABLE),
@@ -54,5 +70,7 @@ TABLE, ROWS, PLACES = 1000 * 8 * 4, 4 * 8 * 4, 4 * 8  # bytes
     ],
     ids=str,
 )
-def test_of_a_table_only_the_places_that_are_looked_up_are_moved(func: Any, args: list[Any], num_bytes: int) -> None:
+def test_of_a_table_only_the_places_that_are_looked_up_are_moved(
+    func: Any, args: list[Any], num_bytes: int
+) -> None:
     assert moved_bytes(func, args, (func(*args),)) == num_bytes

@@ -17,7 +17,9 @@ HOPPER = CudaTarget((9, 0), torch_version=(2, 14))
 class Scale(nn.Module):
     """x * weight, then the function under test."""
 
-    def __init__(self, width: int, function: Callable[[Tensor], Tensor], dtype: torch.dtype) -> None:
+    def __init__(
+        self, width: int, function: Callable[[Tensor], Tensor], dtype: torch.dtype
+    ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width, dtype=dtype))
         self.function = function
@@ -31,7 +33,9 @@ def training(shape: tuple[int, ...], dtype: torch.dtype, autocast: torch.dtype |
         x = torch.ones(shape, dtype=dtype, device=device)
 
         def step() -> None:
-            with torch.autocast(device.type, autocast or torch.bfloat16, enabled=autocast is not None):
+            with torch.autocast(
+                device.type, autocast or torch.bfloat16, enabled=autocast is not None
+            ):
                 out = model(x)
             out.float().sum().backward()
 

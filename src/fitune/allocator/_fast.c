@@ -1,8 +1,10 @@
-/* The rules of allocator.py that are at work with PyTorch's default settings, on one stream.
+/* Replays allocations with those rules of rules.py that apply with PyTorch's default settings, on one
+   stream.
 
-   tests/memory/test_fast.py holds them against the allocator that knows all rules. Sizes and addresses are
-   counted in units of 512 bytes. A list of free blocks is an array of pointers, sorted by size, then address: traces
-   of 80 layers keep some hundred free blocks, for which moving a part of the array is cheaper than any tree. */
+   tests/allocator/test_plain_replay.py compares it with the allocator that implements all rules. Sizes and
+   addresses are counted in units of 512 bytes. A list of free blocks is an array of pointers, sorted by
+   size, then by address: traces of 80 layers have some hundred free blocks, for which moving a part of
+   the array is cheaper than any tree. */
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
@@ -14,17 +16,19 @@ enum {
     UNIT_BYTES = 512,
     SMALL = 2048,          /* the largest request of the small pool */
     SMALL_SEGMENT = 4096,
-    MIN_LARGE = 20480,     /* from here on a segment is made to measure */
+    MIN_LARGE = 20480,     /* from this size on, a request gets a segment of its own */
     LARGE_SEGMENT = 40960,
     ROUND_LARGE = 4096,
 };
 
-/* Of one request, and of the addresses before it: no sum below, in units or bytes, can overflow then. */
+/* Limit of one request, and of the addresses in use before it, in units. With it no sum below, in units or
+   in bytes, can overflow. */
 #define MAX_UNITS ((int64_t)1 << 52)
 
 typedef struct Block {
     int64_t address, size;
-    struct Block *before, *after; /* in its segment; of a spare block, `after` is the next spare one */
+    /* The neighbours in the segment. For a spare block, `after` is the next spare one. */
+    struct Block *before, *after;
     struct Pool *pool;
     bool is_free;
 } Block;
@@ -36,7 +40,8 @@ typedef struct Pool {
 
 typedef struct {
     Pool small, large;
-    Block *fresh, *spare; /* the next block never used; those that were merged into a neighbour or given back */
+    Block *fresh; /* the next block that was never used */
+    Block *spare; /* blocks that were merged into a neighbour or released */
     int64_t reserved, next_address, limit;
 } Allocator;
 
@@ -59,7 +64,7 @@ drop(Allocator *self, Block *block)
     self->spare = block;
 }
 
-/* Where in free[low..high) a block of this size and address stands or belongs. */
+/* Returns the index in free[low..high) at which a block of this size and address is or belongs. */
 static Py_ssize_t
 find(const Pool *pool, Py_ssize_t low, Py_ssize_t high, int64_t size, int64_t address)
 {
@@ -80,7 +85,7 @@ move(Pool *pool, Py_ssize_t to, Py_ssize_t from, Py_ssize_t number)
     memmove(pool->free + to, pool->free + from, (size_t)number * sizeof *pool->free);
 }
 
-/* free[at] has another size than before: takes it to its place. */
+/* Moves free[at], whose size has changed, to where it belongs in the order. */
 static void
 reorder(Pool *pool, Py_ssize_t at)
 {
@@ -112,9 +117,9 @@ insert_free(Pool *pool, Block *block)
     pool->num_free++;
 }
 
-/* Lets a block swallow the one behind it. */
+/* Merges the block after `block` into it. */
 static void
-swallow_next(Allocator *self, Block *block)
+merge_next(Allocator *self, Block *block)
 {
     Block *next = block->after;
     block->size += next->size;
@@ -131,35 +136,35 @@ release(Allocator *self, Block *block)
     Block *before = block->before, *after = block->after;
     if (after != NULL && after->is_free) {
         remove_free(pool, find(pool, 0, pool->num_free, after->size, after->address));
-        swallow_next(self, block);
+        merge_next(self, block);
     }
     if (before != NULL && before->is_free) {
         Py_ssize_t at = find(pool, 0, pool->num_free, before->size, before->address);
-        swallow_next(self, before);
+        merge_next(self, before);
         reorder(pool, at);
     } else {
         insert_free(pool, block);
     }
 }
 
-/* Gives back the segments of which every byte is free. */
+/* Releases the segments of which every byte is free. */
 static void
 empty_cache(Allocator *self, Pool *pool)
 {
-    Py_ssize_t num_kept = 0;
+    Py_ssize_t num_remaining = 0;
     for (Py_ssize_t i = 0; i < pool->num_free; i++) {
         Block *block = pool->free[i];
         if (block->before != NULL || block->after != NULL) {
-            pool->free[num_kept++] = block;
+            pool->free[num_remaining++] = block;
         } else {
             self->reserved -= block->size;
             drop(self, block);
         }
     }
-    pool->num_free = num_kept;
+    pool->num_free = num_remaining;
 }
 
-/* The block for `size` units; NULL where none is free and the limit allows no segment. */
+/* Returns a block of `size` units, or NULL if none is free and the limit allows no new segment. */
 static Block *
 allocate(Allocator *self, int64_t size, unsigned char *is_retried)
 {
@@ -208,7 +213,8 @@ typedef struct {
     unsigned char *is_retried;
 } Columns;
 
-/* How many events were carried out: all, or those before the one that failed. -1: a number is out of range. */
+/* Returns the number of events replayed: all, or those before the first that failed. Returns -1 if a
+   number is out of range. */
 static Py_ssize_t
 replay_events(Allocator *self, const Columns *columns, Block **block_of)
 {
@@ -250,7 +256,7 @@ is_column(const Py_buffer *view, Py_ssize_t num_events, size_t item_bytes)
     return view->len == num_events * (Py_ssize_t)item_bytes && (uintptr_t)view->buf % item_bytes == 0;
 }
 
-/* How many events were carried out; NULL with an exception. */
+/* Returns the number of events replayed, or NULL with an exception set. */
 static PyObject *
 replay_columns(const Py_buffer *views, Py_ssize_t num_storages, int64_t limit)
 {
@@ -269,8 +275,8 @@ replay_columns(const Py_buffer *views, Py_ssize_t num_storages, int64_t limit)
         .reserved_bytes = views[RESERVED_BYTES].buf,
         .is_retried = views[IS_RETRIED].buf,
     };
-    /* An allocation makes two blocks at most, its own and what is left of a segment. What is not touched costs nothing,
-       and calloc refuses a product that overflows. */
+    /* An allocation makes at most two blocks, its own and the remainder of a segment. Pages that are never
+       touched cost no memory, and calloc refuses a product that overflows. */
     size_t max_blocks = 2 * (size_t)num_events;
     Block *blocks = PyMem_RawCalloc(max_blocks, sizeof *blocks);
     Block **small = PyMem_RawCalloc(max_blocks, sizeof *small);
@@ -313,12 +319,12 @@ replay(PyObject *Py_UNUSED(module), PyObject *arguments, PyObject *keywords)
 
 static PyMethodDef methods[] = {
     {"replay", (PyCFunction)(void (*)(void))replay, METH_VARARGS | METH_KEYWORDS,
-     "How many events were carried out: all, or those before the one that failed. Writes allocated_changes, "
-     "reserved_bytes and is_retried, which are zeros before."},
+     "Return the number of events replayed: all, or those before the first that failed. Fill in "
+     "allocated_changes, reserved_bytes and is_retried, which must be zeros before."},
     {NULL, NULL, 0, NULL},
 };
 
-/* For plain_replay.py, which compares them with those of allocator.py. */
+/* fast.py compares these with the constants of rules.py. */
 static int
 add_constants(PyObject *module)
 {

@@ -1,8 +1,8 @@
-"""The value of PYTORCH_ALLOC_CONF (older name: PYTORCH_CUDA_ALLOC_CONF), read as PyTorch 2.14 reads it.
+"""Parse the value of PYTORCH_ALLOC_CONF (older name: PYTORCH_CUDA_ALLOC_CONF) as PyTorch 2.14 does.
 
-Keys and limits are those of c10/core/AllocatorConfig and c10/cuda/CUDAAllocatorConfig. Two differences, both on the
-strict side: a number with a tail ("64.5", "64x"), of which PyTorch keeps the leading digits, and a key that is given
-twice are refused, because neither can be what was meant.
+Keys and limits are those of c10/core/AllocatorConfig and c10/cuda/CUDAAllocatorConfig. Two inputs
+that PyTorch accepts are refused, because neither can be what was meant: a number with a tail
+("64.5", "64x"), of which PyTorch uses the leading digits, and a key that is given twice.
 """
 
 import re
@@ -14,30 +14,30 @@ from itertools import pairwise
 from fitune.errors import UsageError
 from fitune.units import MIB
 
-NUM_INTERVALS = 16  # sizes of 1 MiB, 2 MiB, ... 32 GiB and more, each with its own number of divisions
+#: Sizes from 1 MiB, 2 MiB, ... 32 GiB on each have their own number of divisions
+NUM_INTERVALS = 16
 
 
 @dataclass(frozen=True)
 class AllocatorConfig:
-    """What of the configuration changes where device memory goes; the defaults are PyTorch's.
+    """The settings that change where device memory is allocated; the defaults are PyTorch's."""
 
-    max_split_bytes: blocks of this size or larger are never split; None: every block may be.
-    roundup_divisions: for each interval of floor(log2(size in MiB)), into how many steps a power of two is divided
-    when a size is rounded up; 0 and 1 round to 512 bytes.
-    garbage_collection_threshold: share of the memory limit above which old cached blocks are given back; 0: never.
-    memory_fraction: share of the card that may be reserved.
-    """
-
+    #: blocks of this size or larger are never split; with None every block may be
     max_split_bytes: int | None = None
     max_non_split_rounding_bytes: int = 20 * MIB
     large_segment_bytes: int = 20 * MIB
+    #: for each interval of floor(log2(size in MiB)), into how many steps a power of two is divided
+    #: when a size is rounded up; 0 and 1 round to 512 bytes
     roundup_divisions: tuple[int, ...] = (0,) * NUM_INTERVALS
+    #: the share of the memory limit above which old cached blocks are released; 0 for never
     garbage_collection_threshold: float = 0.0
     expandable_segments: bool = False
+    #: the share of the card that may be reserved
     memory_fraction: float = 1.0
 
 
-# Host memory, locks and CUDA graphs: these never move a block of device memory, so they are checked and set aside.
+# Settings of host memory, locks and CUDA graphs. They never move a block of device memory, so they
+# are checked and then ignored.
 _SWITCHES = (
     "graph_capture_record_stream_reuse",
     "pinned_free_catch_all",
@@ -67,9 +67,10 @@ _KEYS = (
 
 
 def parse_allocator_config(text: str) -> AllocatorConfig:
-    """'max_split_size_mb:128,expandable_segments:True' -> AllocatorConfig; '' gives the defaults.
+    """Parse text such as 'max_split_size_mb:128,expandable_segments:True'; '' gives the defaults.
 
-    Raises UsageError for an unknown key, a value out of its range, or a backend that cannot be replayed.
+    Raises UsageError for an unknown key, a value out of its range, or a backend that cannot be
+    replayed.
     """
     settings = dict(_settings(text))
     for key in set(settings) & set(_SWITCHES):
@@ -78,8 +79,8 @@ def parse_allocator_config(text: str) -> AllocatorConfig:
         _whole(key, settings[key])
     if settings.get("backend", "native") != "native":
         raise UsageError(
-            f"allocator setting backend:{settings['backend']} cannot be predicted: only PyTorch's native allocator is "
-            "known exactly; remove it"
+            f"allocator setting backend:{settings['backend']} cannot be predicted: only PyTorch's "
+            "native allocator is known exactly; remove it"
         )
     if _switch("throw_on_cudamalloc_oom", settings.get("throw_on_cudamalloc_oom", "False")):
         raise UsageError(
@@ -87,7 +88,9 @@ def parse_allocator_config(text: str) -> AllocatorConfig:
         )
     segment_mb = _at_least("large_segment_size_mb", settings, smallest=11, default=20)
     split_mb = _at_least("max_split_size_mb", settings, smallest=segment_mb, default=0)
-    rounding_mb = _at_least("max_non_split_rounding_mb", settings, smallest=segment_mb, default=segment_mb)
+    rounding_mb = _at_least(
+        "max_non_split_rounding_mb", settings, smallest=segment_mb, default=segment_mb
+    )
     threshold = _number("garbage_collection_threshold", settings, default=0.0)
     if "garbage_collection_threshold" in settings and not 0 < threshold < 1:
         raise UsageError(
@@ -95,23 +98,32 @@ def parse_allocator_config(text: str) -> AllocatorConfig:
         )
     fraction = _number("per_process_memory_fraction", settings, default=1.0)
     if not 0 <= fraction <= 1:
-        raise UsageError(f"allocator setting per_process_memory_fraction is {fraction:g}, but must be from 0 to 1")
+        raise UsageError(
+            f"allocator setting per_process_memory_fraction is {fraction:g}, but must be from 0 to 1"
+        )
     return AllocatorConfig(
         max_split_bytes=split_mb * MIB or None,
         max_non_split_rounding_bytes=rounding_mb * MIB,
         large_segment_bytes=segment_mb * MIB,
         roundup_divisions=_divisions(settings.get("roundup_power2_divisions")),
         garbage_collection_threshold=threshold,
-        expandable_segments=_switch("expandable_segments", settings.get("expandable_segments", "False")),
+        expandable_segments=_switch(
+            "expandable_segments", settings.get("expandable_segments", "False")
+        ),
         memory_fraction=fraction,
     )
 
 
 def _settings(text: str) -> Iterator[tuple[str, str]]:
-    """The 'key:value' parts of the text, whose separating commas are those outside brackets."""
+    """Yield the key and value of each 'key:value' part of the text.
+
+    Commas inside brackets do not separate parts.
+    """
     compact = "".join(text.split())
     if digits := re.search(r"\d{20}", compact):
-        raise UsageError(f"allocator setting with the number {digits[0]}...: no setting has so many digits")
+        raise UsageError(
+            f"allocator setting with the number {digits[0]}...: no setting has so many digits"
+        )
     depth, cuts = 0, [-1]
     for i, char in enumerate(compact):
         depth += (char == "[") - (char == "]")
@@ -134,8 +146,12 @@ def _settings(text: str) -> Iterator[tuple[str, str]]:
 
 
 def _divisions(value: str | None) -> tuple[int, ...]:
-    """'4' -> 4 everywhere; '[1:2,16:4,>:8]' -> by interval: a key is a size in MiB, '>' is all above the key before it,
-    the first key's value also stands for all below it, and intervals that are not named do not round."""
+    """Return the number of divisions for each size interval.
+
+    '4' means 4 for every interval. In '[1:2,16:4,>:8]' each key is a size in MiB, and '>' stands
+    for all sizes above the key before it. The first key's value also applies to all smaller sizes.
+    Intervals that are not named are not rounded to divisions.
+    """
     key = "roundup_power2_divisions"
     if value is None:
         return (0,) * NUM_INTERVALS
@@ -145,20 +161,26 @@ def _divisions(value: str | None) -> tuple[int, ...]:
             raise UsageError(f"allocator setting {key} is {number}, but must be a power of two")
         return (number,) * NUM_INTERVALS
     if not value.endswith("]"):
-        raise UsageError(f"allocator setting {key}:{value} has no closing bracket; write [256:1,512:2,>:4]")
+        raise UsageError(
+            f"allocator setting {key}:{value} has no closing bracket; write [256:1,512:2,>:4]"
+        )
     table = [0] * NUM_INTERVALS
     last, is_first = 0, True
     for entry in filter(None, value[1:-1].split(",")):
         start, _, text = entry.partition(":")
         number = _whole(key, text)
         if number and not _is_power_of_two(number):
-            raise UsageError(f"allocator setting {key} has {number} divisions, but must have a power of two, or 0")
+            raise UsageError(
+                f"allocator setting {key} has {number} divisions, but must have a power of two, or 0"
+            )
         if start == ">":
             table[last + 1 :] = [number] * (NUM_INTERVALS - last - 1)
             continue
         size_mb = _whole(key, start)
         if not _is_power_of_two(size_mb):
-            raise UsageError(f"allocator setting {key} has the size {size_mb} MiB, but must have a power of two")
+            raise UsageError(
+                f"allocator setting {key} has the size {size_mb} MiB, but must have a power of two"
+            )
         last = min(size_mb.bit_length() - 1, NUM_INTERVALS - 1)
         if is_first:
             table[:last] = [number] * last
@@ -190,7 +212,9 @@ def _number(key: str, settings: dict[str, str], *, default: float) -> float:
     try:
         return float(settings.get(key, default))
     except ValueError:
-        raise UsageError(f"allocator setting {key} is '{settings[key]}', which is not a number") from None
+        raise UsageError(
+            f"allocator setting {key} is '{settings[key]}', which is not a number"
+        ) from None
 
 
 def _switch(key: str, value: str) -> bool:

@@ -1,7 +1,8 @@
-"""The replay of an allocator with PyTorch's default settings, on one stream, in C (_fast.c).
+"""Replay allocations in C (_fast.c), for PyTorch's default allocator settings on one stream.
 
-It is 33 times as fast as `CachingAllocator`, which knows all rules, and against which tests/memory/test_fast.py
-holds it. Where no compiler was there when fitune was installed, `CachingAllocator` does the work.
+This is 33 times as fast as `CachingAllocator`, which implements all rules, and to which
+tests/allocator/test_plain_replay.py compares it. If no compiler was available when fitune was
+installed, `CachingAllocator` is used instead.
 """
 
 from dataclasses import dataclass, replace
@@ -18,8 +19,10 @@ from fitune.allocator.rules import (
 )
 from fitune.trace.recording import Integers
 
+#: Stands for no limit, in units of 512 bytes
 NO_LIMIT = 1 << 62
 
+#: The allocator's sizes in units of 512 bytes; `_fast` must have been compiled with the same values
 CONSTANTS = {
     "UNIT_BYTES": MIN_BLOCK_BYTES,
     "SMALL": SMALL_BYTES // MIN_BLOCK_BYTES,
@@ -28,7 +31,6 @@ CONSTANTS = {
     "LARGE_SEGMENT": AllocatorConfig().large_segment_bytes // MIN_BLOCK_BYTES,
     "ROUND_LARGE": ROUND_LARGE_BYTES // MIN_BLOCK_BYTES,
 }
-"""Those of the rules, in units of 512 bytes: what the loop in C was compiled with."""
 try:
     from fitune.allocator import _fast
 except ImportError:  # installed without a compiler
@@ -39,28 +41,29 @@ else:
 
 @dataclass(frozen=True)
 class PlainReplay:
-    """What the allocator did, up to the first allocation that fails, that one included."""
+    """What the allocator did, up to and including the first allocation that failed."""
 
-    #: by how many bytes each event changed what is allocated
+    #: by how many bytes each event changed allocated memory
     allocated_changes: Integers
-    #: after each event
+    #: reserved bytes after each event
     reserved_bytes: Integers
-    #: the events for which the cache was emptied
+    #: indices of the events for which the cache was emptied
     retries_at: Integers
-    #: the event that failed
+    #: index of the event that failed; None if none did
     failed_at: int | None
 
 
 def is_plain(config: AllocatorConfig) -> bool:
-    """Whether these are PyTorch's default settings, but for the memory limit."""
+    """Return whether these are PyTorch's default settings, apart from the memory limit."""
     return replace(config, memory_fraction=1.0) == AllocatorConfig()
 
 
 def replay_plain(storage: Integers, requested: Integers, *, limit_bytes: int | None) -> PlainReplay:
-    """Replay the events in C, which must be compiled.
+    """Replay the events in C; requires `IS_COMPILED`.
 
-    storage: a number from 0 on for each event, allocated once. requested: the bytes of each event; a free has minus its
-    bytes, and 0 bytes empty the cache. limit_bytes: of reserved memory.
+    storage: for each event, a number from 0 on; no storage is allocated twice.
+    requested: the bytes of each event. A free has minus its bytes; 0 bytes empty the cache.
+    limit_bytes: the limit of reserved memory.
     """
     num_events = len(requested)
     allocated_changes, reserved_bytes = np.zeros((2, num_events), dtype=np.int64)

@@ -1,4 +1,4 @@
-"""From a trace to the live bytes of each category over time, and what is alive at the peaks."""
+"""Compute the live bytes of each category over a trace, and what is live at the peaks."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -11,12 +11,13 @@ from fitune.errors import UsageError
 from fitune.trace.events import CATEGORIES, Category, EventColumns, MemoryTrace, Phase
 from fitune.trace.recording import Integers
 
+#: How many modules and tensors a peak lists
 NUM_TOP = 10
 
 
 @dataclass(frozen=True, slots=True)
 class Living:
-    """Something alive at a peak: a module (`op` is empty) or a tensor."""
+    """A module (`op` is empty) or a tensor that is live at a peak."""
 
     name: str
     op: str
@@ -26,31 +27,39 @@ class Living:
 
 @dataclass(frozen=True, slots=True)
 class Peak:
-    """The first highest point: after event `event`. categories add up to num_bytes; modules and tensors are the largest
-    ones alive, largest first."""
+    """The first point of a trace, or of a step, at which the most bytes are live."""
 
+    #: index of the event after which the peak is reached
     event: int
     step: int
     phase: Phase
     num_bytes: int
+    #: live bytes of each category; they add up to num_bytes
     categories: Mapping[Category, int]
+    #: the largest modules that are live at the peak, largest first
     modules: tuple[Living, ...]
+    #: the largest tensors that are live at the peak, largest first
     tensors: tuple[Living, ...]
 
 
 @dataclass(frozen=True)
 class MemoryTimeline:
-    """categories: live bytes after each event, int64 [events]; total_bytes is their sum. peak: of the whole trace;
-    last_step_peak: of the last step."""
+    """The live bytes after each event of a trace, and its peaks."""
 
+    #: for each category, the live bytes after each event: int64 [events]
     categories: Mapping[Category, Integers]
+    #: the sum of all categories
     total_bytes: Integers
+    #: the peak of the whole trace
     peak: Peak
     last_step_peak: Peak
 
 
 def timeline(trace: MemoryTrace) -> MemoryTimeline:
-    """Live bytes over the trace's events, as requested. Raises UsageError for a trace without events."""
+    """Return the live requested bytes over the trace's events.
+
+    Raises UsageError for a trace without events.
+    """
     columns = _columns(trace)
     sizes = columns.num_bytes
     total_bytes = np.cumsum(sizes)
@@ -69,8 +78,13 @@ def timeline(trace: MemoryTrace) -> MemoryTimeline:
 def step_peaks(
     trace: MemoryTrace, steps: Sequence[int], *, allocated_changes: Integers | None = None
 ) -> dict[int, Peak]:
-    """Of each of these steps. allocated_changes: what the events did in an allocator (`ReplayResult`); without it the
-    requested bytes are counted. Raises UsageError for a trace without events."""
+    """Return the peak of each of these steps.
+
+    allocated_changes: by how many bytes each event changed allocated memory in an allocator (see
+        `ReplayResult`). Without it the requested bytes are counted.
+
+    Raises UsageError for a trace without events.
+    """
     columns = _columns(trace)
     sizes = columns.num_bytes if allocated_changes is None else allocated_changes
     total_bytes = np.cumsum(sizes)
@@ -88,31 +102,38 @@ def _columns(trace: MemoryTrace) -> EventColumns:
 
 
 def _peak(trace: MemoryTrace, columns: EventColumns, sizes: Integers, index: int) -> Peak:
-    is_birth = columns.num_bytes[: index + 1] > 0
-    born = np.flatnonzero(is_birth)
+    is_allocation = columns.num_bytes[: index + 1] > 0
+    allocations = np.flatnonzero(is_allocation)
     storage = number_storages(columns.storage[: index + 1])
-    is_dead = np.zeros(int(storage.max(initial=0)) + 1, dtype=np.bool_)
-    is_dead[storage[~is_birth]] = True
-    alive = born[~is_dead[storage[born]]]
-    living = sizes[alive]
-    names, which = trace.modules(alive)
-    of_modules = np.zeros(len(names), dtype=np.int64)
-    np.add.at(of_modules, which, living)
+    is_freed = np.zeros(int(storage.max(initial=0)) + 1, dtype=np.bool_)
+    is_freed[storage[~is_allocation]] = True
+    live = allocations[~is_freed[storage[allocations]]]
+    live_sizes = sizes[live]
+    names, which = trace.modules(live)
+    module_bytes = np.zeros(len(names), dtype=np.int64)
+    np.add.at(module_bytes, which, live_sizes)
     modules: Counter[str] = Counter()
-    for module, num_bytes in zip(names, of_modules.tolist(), strict=True):
+    for module, num_bytes in zip(names, module_bytes.tolist(), strict=True):
         modules[module] += num_bytes
-    largest = [(trace.events[int(alive[i])], int(living[i])) for i in np.argsort(-living, kind="stable")[:NUM_TOP]]
+    order = np.argsort(-live_sizes, kind="stable")
+    largest = [(trace.events[int(live[i])], int(live_sizes[i])) for i in order[:NUM_TOP]]
     at = trace.events[index]
     return Peak(
         event=index,
         step=at.step,
         phase=at.phase,
-        num_bytes=int(living.sum()),
+        num_bytes=int(live_sizes.sum()),
         categories={
-            category: int(living[columns.category[alive] == number].sum()) for number, category in enumerate(CATEGORIES)
+            category: int(live_sizes[columns.category[live] == number].sum())
+            for number, category in enumerate(CATEGORIES)
         },
         modules=tuple(
-            Living(name, "", None, num_bytes) for name, num_bytes in modules.most_common(NUM_TOP + 1) if name
+            Living(name, "", None, num_bytes)
+            for name, num_bytes in modules.most_common(NUM_TOP + 1)
+            if name
         )[:NUM_TOP],
-        tensors=tuple(Living(event.module, event.op, event.category, num_bytes) for event, num_bytes in largest),
+        tensors=tuple(
+            Living(event.module, event.op, event.category, num_bytes)
+            for event, num_bytes in largest
+        ),
     )

@@ -1,4 +1,7 @@
-"""What a trace will take on a card: allocated and reserved by PyTorch, used on the device, and whether it fits."""
+"""Predict the memory that a trace takes on a card, and whether it fits.
+
+The result covers allocated and reserved memory of PyTorch and the memory used on the device.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -17,28 +20,34 @@ from fitune.machine.cards import Device
 from fitune.trace.events import COMPILED, ROUTED, Category, MemoryTrace, Phase
 from fitune.units import MIB, format_bytes
 
-#: Relative differences between a prediction and a measurement that are no fault of either.
+#: Relative differences between prediction and measurement that are expected
 CUDA_TOLERANCE = 0.02
 CPU_TOLERANCE = 0.12
-#: Code pages, thread stacks and buffers that the first steps of a process touch: 6 MiB for a model of 1 MiB.
+#: Allowance for code pages, thread stacks and buffers that the first steps of a process touch;
+#: these took 6 MiB for a model of 1 MiB
 CPU_NOISE_BYTES = 32 * MIB
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PredictSettings:
-    """The card, the value of PYTORCH_ALLOC_CONF, the share of the card that PyTorch may reserve, and the block that a
-    loader allocates and frees before the trace. device None: no limit, and nothing outside PyTorch is known.
-    find_oom: whether to look for the first allocation that fails, where the tensors alone are too large."""
+    """The card and allocator settings for a prediction."""
 
+    #: with None there is no limit, and nothing outside PyTorch is known
     device: Device | None = None
+    #: the value of PYTORCH_ALLOC_CONF
     allocator: str = ""
+    #: the share of the card that PyTorch may reserve
     memory_fraction: float | None = None
+    #: size of a block that a loader allocates and frees before the trace
     warm_up_bytes: int = 0
+    #: whether to look for the first allocation that fails when the tensors alone are too large
     find_oom: bool = True
 
 
 @dataclass(frozen=True, slots=True)
 class Interval:
+    """The range of device memory that is expected, and why it is not a single number."""
+
     low_bytes: int
     high_bytes: int
     reasons: tuple[str, ...]
@@ -46,7 +55,7 @@ class Interval:
 
 @dataclass(frozen=True, slots=True)
 class StepPeak:
-    """Of one step, for which the peaks are reset when it begins."""
+    """The peaks of one step; they are reset when the step begins."""
 
     step: int
     phase: Phase
@@ -56,43 +65,51 @@ class StepPeak:
 
 @dataclass(frozen=True)
 class Prediction(HtmlDisplay):
-    """All of the last step of the trace, when optimizer state and gradients have settled.
+    """The predicted memory of the last step of a trace.
 
-    device_bytes: what nvidia-smi will show for the process, reserved + CUDA context; None where the context is unknown.
-    categories add up to peak_allocated_bytes. fits: None without a device, and where an upper bound alone is known and
-    exceeds it (torch.compile). num_alloc_retries: how often the cache has
-    to be emptied to fit. first_oom: the allocation that fails where it does not fit.
-    step_peaks: of each step that was asked for, the last one among them.
+    By then gradients and optimizer state have reached their final size.
     """
 
     peak_allocated_bytes: int
     peak_reserved_bytes: int
+    #: what nvidia-smi will show for the process: reserved memory and the CUDA context; None where
+    #: the context is unknown
     device_bytes: int | None
     device_interval: Interval | None
+    #: live bytes of each category; they add up to peak_allocated_bytes
     categories: Mapping[Category, int]
     peak_phase: Phase
     modules: tuple[Living, ...]
     tensors: tuple[Living, ...]
+    #: None without a device, and where only an upper bound is known (torch.compile) and it exceeds
+    #: the device's memory
     fits: bool | None
+    #: how often the allocator has to empty its cache to fit
     num_alloc_retries: int
+    #: the first allocation that fails, if it does not fit
     first_oom: FailedAllocation | None
     assumptions: tuple[str, ...]
+    #: of each step that was to be predicted, the last one included
     step_peaks: tuple[StepPeak, ...] = ()
 
     def __repr__(self) -> str:
-        """In a sentence; the fields hold all of it."""
-        parts = ", ".join(f"{say(name)} {format_bytes(size)}" for name, size in self.categories.items() if size)
+        """Return the prediction in one sentence of text; the fields hold all of it."""
+        parts = ", ".join(
+            f"{say(name)} {format_bytes(size)}" for name, size in self.categories.items() if size
+        )
         sums = [f"{say('allocated')} {format_bytes(self.peak_allocated_bytes)}"]
         sums.append(f"{say('reserved')} {format_bytes(self.peak_reserved_bytes)}")
         if self.device_bytes is not None:
             sums.append(f"{say('device used')} {format_bytes(self.device_bytes)}")
-        verdict = {True: f" · {say('fits')}", False: f" · {say('does not fit')}", None: ""}[self.fits]
+        verdict = {True: f" · {say('fits')}", False: f" · {say('does not fit')}", None: ""}[
+            self.fits
+        ]
         peak = say("at the peak ({phase})", phase=say(self.peak_phase))
         return f"Prediction: {', '.join(sums)}{verdict} · {peak}: {parts}"
 
 
 def peak_json(prediction: Prediction) -> dict[str, Any]:
-    """What is alive at the peak, as `write_json` takes it."""
+    """Return what is live at the peak, for `write_json`."""
     return {
         "schema": 1,
         "peak_phase": prediction.peak_phase,
@@ -103,27 +120,37 @@ def peak_json(prediction: Prediction) -> dict[str, Any]:
 
 
 def predict_trace(trace: MemoryTrace, settings: PredictSettings) -> Prediction:
-    """Of the last step, with the peaks of all steps. Replays the trace without a limit, and against the card's where
-    that does not plainly fit.
+    """Predict the last step of the trace, with the peaks of all steps.
 
-    Raises UsageError for a trace without events or allocator settings that cannot be used.
+    The trace is replayed without a limit first, and again with the card's limit if the first replay
+    does not fit.
+
+    Raises UsageError for a trace without events or for allocator settings that cannot be used.
     """
     last_step = int(trace.columns().step.max()) if trace.events else 0
     *before, last = predict_steps(trace, settings, range(1, last_step + 1) or (0,))
-    return replace(last, step_peaks=tuple(each for step in (*before, last) for each in step.step_peaks))
+    return replace(
+        last, step_peaks=tuple(each for step in (*before, last) for each in step.step_peaks)
+    )
 
 
 def either_routing(predict_routed: Callable[[Routing], Prediction], routing: Routing) -> Prediction:
-    """The prediction with that routing. Where it matters, the interval goes as far as that of the other one."""
+    """Return the prediction for this routing of tokens to experts.
+
+    If the routing changes the memory, the interval is extended to include that of the other
+    routing.
+    """
     prediction = predict_routed(routing)
-    mine = prediction.device_interval
-    if mine is None or ROUTED[routing] not in prediction.assumptions:
+    own = prediction.device_interval
+    if own is None or ROUTED[routing] not in prediction.assumptions:
         return prediction
-    its = predict_routed(other_routing(routing)).device_interval
-    assert its is not None
+    other = predict_routed(other_routing(routing)).device_interval
+    assert other is not None
     reason = "tokens go to the experts evenly or all to the same ones, as the router is trained"
     interval = Interval(
-        min(mine.low_bytes, its.low_bytes), max(mine.high_bytes, its.high_bytes), (*mine.reasons, reason)
+        min(own.low_bytes, other.low_bytes),
+        max(own.high_bytes, other.high_bytes),
+        (*own.reasons, reason),
     )
     return replace(prediction, device_interval=interval)
 
@@ -132,18 +159,25 @@ def other_routing(routing: Routing) -> Routing:
     return "worst" if routing == "balanced" else "balanced"
 
 
-def predict_steps(trace: MemoryTrace, settings: PredictSettings, steps: Sequence[int]) -> list[Prediction]:
+def predict_steps(
+    trace: MemoryTrace, settings: PredictSettings, steps: Sequence[int]
+) -> list[Prediction]:
     """Predict each of these steps as if the loop ended with it.
 
-    A replay that is too large is followed by one against the limit, for all steps at once.
+    If the replay without a limit is too large, one replay with the card's limit serves all steps.
     """
     predictions = _predict_steps(trace, settings, steps)
     if COMPILED not in trace.source:
         return predictions
-    return [each if each.fits is not False else replace(each, fits=None, first_oom=None) for each in predictions]
+    return [
+        each if each.fits is not False else replace(each, fits=None, first_oom=None)
+        for each in predictions
+    ]
 
 
-def _predict_steps(trace: MemoryTrace, settings: PredictSettings, steps: Sequence[int]) -> list[Prediction]:
+def _predict_steps(
+    trace: MemoryTrace, settings: PredictSettings, steps: Sequence[int]
+) -> list[Prediction]:
     device = settings.device
     if device is not None and device.kind == "cpu":
         peaks = step_peaks(trace, steps)
@@ -152,19 +186,21 @@ def _predict_steps(trace: MemoryTrace, settings: PredictSettings, steps: Sequenc
     result = replay_trace(trace, unlimited)
     peaks = step_peaks(trace, steps, allocated_changes=result.allocated_changes)
     if device is None:
-        return [_of_step(result.step_peaks[step][1], trace, None, peaks[step]) for step in steps]
+        return [
+            _step_prediction(result.step_peaks[step][1], trace, None, peaks[step]) for step in steps
+        ]
     context = device.context.expected_bytes if device.context else 0
     limit_bytes = (settings.memory_fraction or 1.0) * device.total_bytes
-    too_large = [
-        step
-        for step in steps
-        if max(reserved for number, (_, reserved) in result.step_peaks.items() if number <= step) + context
-        > limit_bytes
-    ]
+
+    def reserved_until(last: int) -> int:
+        return max(reserved for step, (_, reserved) in result.step_peaks.items() if step <= last)
+
+    too_large = [step for step in steps if reserved_until(step) + context > limit_bytes]
     limited = result
-    hopeless = (
-        [] if settings.find_oom else [step for step in too_large if _least_bytes(trace, step) + context > limit_bytes]
-    )
+    # Steps whose tensors alone exceed the limit need no second replay.
+    hopeless = []
+    if not settings.find_oom:
+        hopeless = [s for s in too_large if _least_bytes(trace, s) + context > limit_bytes]
     if len(too_large) > len(hopeless):
         limited = replay_trace(
             trace,
@@ -179,32 +215,42 @@ def _predict_steps(trace: MemoryTrace, settings: PredictSettings, steps: Sequenc
     predictions = []
     for step in steps:
         if step in hopeless:
-            prediction = _of_step(result.step_peaks[step][1], trace, device, peaks[step])
+            prediction = _step_prediction(result.step_peaks[step][1], trace, device, peaks[step])
             predictions.append(replace(prediction, fits=False))
             continue
         within = limited if step in too_large else result
         failure = within.first_oom
-        if failure is not None and failure.event is not None and trace.events[failure.event].step > step:
+        if (
+            failure is not None
+            and failure.event is not None
+            and trace.events[failure.event].step > step
+        ):
             failure = None
         reserved = (within if failure is None else result).step_peaks[step][1]
         retries = within.step_retries[step] if failure is None else within.num_alloc_retries
-        prediction = _of_step(reserved, trace, device, peaks[step])
-        predictions.append(replace(prediction, fits=failure is None, num_alloc_retries=retries, first_oom=failure))
+        prediction = _step_prediction(reserved, trace, device, peaks[step])
+        predictions.append(
+            replace(prediction, fits=failure is None, num_alloc_retries=retries, first_oom=failure)
+        )
     return predictions
 
 
 def _least_bytes(trace: MemoryTrace, step: int) -> int:
-    """What the allocator holds at the peak up to the end of `step`, whatever it makes of its blocks."""
+    """Return the allocated bytes at the peak up to the end of `step`, without any fragmentation."""
     columns = trace.columns()
     blocks = -(-np.abs(columns.num_bytes) // MIN_BLOCK_BYTES) * MIN_BLOCK_BYTES
     return int(np.cumsum(np.sign(columns.num_bytes) * blocks)[columns.step <= step].max())
 
 
-def _of_step(reserved: int, trace: MemoryTrace, device: Device | None, peak: Peak) -> Prediction:
+def _step_prediction(
+    reserved: int, trace: MemoryTrace, device: Device | None, peak: Peak
+) -> Prediction:
     return Prediction(
         peak_allocated_bytes=peak.num_bytes,
         peak_reserved_bytes=reserved,
-        device_bytes=reserved + device.context.expected_bytes if device and device.context else None,
+        device_bytes=reserved + device.context.expected_bytes
+        if device and device.context
+        else None,
         device_interval=_interval(reserved, device),
         fits=None,
         num_alloc_retries=0,
@@ -219,7 +265,10 @@ def _of_step(reserved: int, trace: MemoryTrace, device: Device | None, peak: Pea
 
 
 def _on_cpu(peak: Peak, trace: MemoryTrace, device: Device) -> Prediction:
-    """The process's memory: no caching allocator, the requested bytes. What the process holds besides is not in it."""
+    """Predict the process's memory on a CPU, where no caching allocator rounds the requested bytes.
+
+    What the process holds apart from tensors is not included.
+    """
     return Prediction(
         peak_allocated_bytes=peak.num_bytes,
         peak_reserved_bytes=peak.num_bytes,

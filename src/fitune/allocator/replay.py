@@ -1,4 +1,4 @@
-"""From the allocations and frees of a trace to the peak of reserved memory, through the `CachingAllocator`."""
+"""Replay a trace in the caching allocator to find the peak of reserved memory."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,27 +15,30 @@ from fitune.trace.recording import Integers
 
 @dataclass(frozen=True)
 class ReplaySettings:
-    """The card and the allocator's settings.
+    """The card and the allocator's settings for a replay."""
 
-    allocator: the value of PYTORCH_ALLOC_CONF. total_bytes: the card's memory; None: no limit.
-    used_by_others_bytes: CUDA context and other processes. memory_fraction: as set_per_process_memory_fraction.
-    warm_up_bytes: a block allocated and freed before the first event, as transformers' loader does with one block of
-    the model's size. on_oom: whether the replay goes on after a failed allocation, as if the caller had caught it.
-    """
-
+    #: the value of PYTORCH_ALLOC_CONF
     allocator: str = ""
+    #: the card's memory; None for no limit
     total_bytes: int | None = None
+    #: memory of the CUDA context and of other processes
     used_by_others_bytes: int = 0
+    #: as in torch.cuda.set_per_process_memory_fraction
     memory_fraction: float | None = None
+    #: size of a block that is allocated and freed before the first event, as transformers' loader
+    #: does with one block of the model's size
     warm_up_bytes: int = 0
+    #: whether the replay goes on after a failed allocation, as if the caller had caught the error
     on_oom: Literal["stop", "continue"] = "stop"
+    #: the last step to replay; None for all steps
     until_step: int | None = None
 
 
 @dataclass(frozen=True)
 class FailedAllocation:
-    """`event` is its index in the trace, None for the warm-up; allocated, reserved and free are those after it."""
+    """An allocation that failed, with the allocator's state after it."""
 
+    #: index in the trace; None for the warm-up block
     event: int | None
     requested_bytes: int
     allocated_bytes: int
@@ -45,30 +48,31 @@ class FailedAllocation:
 
 @dataclass(frozen=True)
 class ReplayResult:
-    """Peaks as torch.cuda.max_memory_allocated and max_memory_reserved, of the whole replay and of the last step, for
-    which they are reset when it begins (None when the replay stopped before it).
-
-    peak_event: index of the event with the first of the highest allocated memory; None when there was none.
-    allocated_changes: by how many bytes each event that was replayed changed what is allocated. step_peaks: by step,
-    (allocated, reserved) of that step, for which the peaks are reset when it begins. step_retries: num_alloc_retries at
-    its end.
-    """
+    """The peaks of a replay, defined as torch.cuda.max_memory_allocated and max_memory_reserved."""
 
     peak_allocated_bytes: int
     peak_reserved_bytes: int
+    #: the peaks are reset when the last step begins; None if the replay stopped before it
     last_step_peak_allocated_bytes: int | None
     last_step_peak_reserved_bytes: int | None
     num_alloc_retries: int
     num_ooms: int
+    #: index of the first event at which allocated memory is highest; None if none was allocated
     peak_event: int | None
     first_oom: FailedAllocation | None
+    #: by how many bytes each replayed event changed allocated memory
     allocated_changes: Integers = field(compare=False)
+    #: step -> (allocated, reserved) peaks in bytes, reset when the step begins
     step_peaks: Mapping[int, tuple[int, int]]
+    #: step -> num_alloc_retries at its end
     step_retries: Mapping[int, int]
 
 
 def replay(trace: MemoryTrace, settings: ReplaySettings) -> ReplayResult:
-    """What the allocator reserves for the trace. Raises UsageError for allocator settings that cannot be used."""
+    """Replay the trace in the allocator.
+
+    Raises UsageError for allocator settings that cannot be used.
+    """
     allocator = CachingAllocator(
         settings.allocator,
         total_bytes=settings.total_bytes,
@@ -76,19 +80,29 @@ def replay(trace: MemoryTrace, settings: ReplaySettings) -> ReplayResult:
         memory_fraction=settings.memory_fraction,
     )
     columns = trace.columns()
-    if IS_COMPILED and settings.on_oom == "stop" and is_plain(allocator.config) and _is_simple(columns):
+    if (
+        IS_COMPILED
+        and settings.on_oom == "stop"
+        and is_plain(allocator.config)
+        and _is_simple(columns)
+    ):
         return _replay_plain(columns, settings, allocator)
     return _replay_by_all_rules(columns, settings, allocator)
 
 
 def _is_simple(columns: EventColumns) -> bool:
-    """One stream, and no storage is allocated twice."""
-    born = number_storages(columns.storage)[columns.num_bytes > 0]
-    return not columns.stream.any() and len(born) > 0 and int(np.bincount(born).max()) == 1
+    """Return whether all events are on one stream and no storage is allocated twice."""
+    allocated = number_storages(columns.storage)[columns.num_bytes > 0]
+    is_one_stream = not columns.stream.any()
+    return is_one_stream and len(allocated) > 0 and int(np.bincount(allocated).max()) == 1
 
 
 def number_storages(storage: Integers) -> Integers:
-    """Numbers from 0 on for them, not many more than there are events."""
+    """Renumber the storages from 0.
+
+    Arrays that are indexed by the new numbers have at most about twice as many elements as the
+    trace has events.
+    """
     lowest, highest = int(storage.min(initial=0)), int(storage.max(initial=0))
     if lowest >= 0 and highest <= 2 * len(storage):
         return storage
@@ -96,10 +110,13 @@ def number_storages(storage: Integers) -> Integers:
     return numbers
 
 
-def _replay_by_all_rules(columns: EventColumns, settings: ReplaySettings, allocator: CachingAllocator) -> ReplayResult:
+def _replay_by_all_rules(
+    columns: EventColumns, settings: ReplaySettings, allocator: CachingAllocator
+) -> ReplayResult:
     last_step = int(columns.step.max()) if len(columns.step) else 0
     addresses: dict[int, int] = {}
-    allocated: list[int] = []  # after each event
+    #: allocated bytes after each event
+    allocated: list[int] = []
     failures: list[FailedAllocation] = []
     step_peaks: dict[int, tuple[int, int]] = {}
     step_retries: dict[int, int] = {}
@@ -110,7 +127,9 @@ def _replay_by_all_rules(columns: EventColumns, settings: ReplaySettings, alloca
             return allocator.allocate(num_bytes, stream)
         except OutOfDeviceMemoryError as error:
             failures.append(
-                FailedAllocation(event, num_bytes, error.allocated_bytes, error.reserved_bytes, error.free_bytes)
+                FailedAllocation(
+                    event, num_bytes, error.allocated_bytes, error.reserved_bytes, error.free_bytes
+                )
             )
             return 0
 
@@ -120,9 +139,14 @@ def _replay_by_all_rules(columns: EventColumns, settings: ReplaySettings, alloca
         allocator.reset_peaks()
 
     allocator.free(allocate(None, settings.warm_up_bytes))
-    numbers = (column.tolist() for column in (columns.storage, columns.num_bytes, columns.step, columns.stream))
+    numbers = (
+        column.tolist()
+        for column in (columns.storage, columns.num_bytes, columns.step, columns.stream)
+    )
     for i, (storage, num_bytes, step, stream) in enumerate(zip(*numbers, strict=True)):
-        if (failures and settings.on_oom == "stop") or (settings.until_step is not None and step > settings.until_step):
+        if failures and settings.on_oom == "stop":
+            break
+        if settings.until_step is not None and step > settings.until_step:
             break
         if step != current_step:
             end_step()
@@ -135,13 +159,13 @@ def _replay_by_all_rules(columns: EventColumns, settings: ReplaySettings, alloca
             allocator.empty_cache()
         allocated.append(allocator.allocated_bytes)
     end_step()
-    of_last = step_peaks.get(last_step, (None, None))
+    last_peaks = step_peaks.get(last_step, (None, None))
     totals: Integers = np.array([0, *allocated], dtype=np.int64)
     return ReplayResult(
         peak_allocated_bytes=max(allocated for allocated, _ in step_peaks.values()),
         peak_reserved_bytes=max(reserved for _, reserved in step_peaks.values()),
-        last_step_peak_allocated_bytes=of_last[0],
-        last_step_peak_reserved_bytes=of_last[1],
+        last_step_peak_allocated_bytes=last_peaks[0],
+        last_step_peak_reserved_bytes=last_peaks[1],
         num_alloc_retries=allocator.num_alloc_retries,
         num_ooms=allocator.num_ooms,
         peak_event=int(np.argmax(allocated)) if any(allocated) else None,
@@ -152,8 +176,10 @@ def _replay_by_all_rules(columns: EventColumns, settings: ReplaySettings, alloca
     )
 
 
-def _replay_plain(columns: EventColumns, settings: ReplaySettings, allocator: CachingAllocator) -> ReplayResult:
-    """allocator: for its limits alone."""
+def _replay_plain(
+    columns: EventColumns, settings: ReplaySettings, allocator: CachingAllocator
+) -> ReplayResult:
+    """Replay in C. `allocator` only provides the memory limits."""
     last_step = int(columns.step.max())
     limits = [limit for limit in (allocator.limit_bytes, allocator.free_bytes) if limit is not None]
     num_events = len(columns.step)
@@ -178,23 +204,28 @@ def _replay_plain(columns: EventColumns, settings: ReplaySettings, allocator: Ca
     cuts = np.flatnonzero(np.diff(step)) + 1
     step_peaks, step_retries = {0: (0, 0)}, {0: 0}
     for begin, stop in pairwise([0, *cuts.tolist(), end]):
-        since = slice(max(begin - 1, 0), stop)  # a peak is reset to what there is
+        # At the step's beginning the peaks are reset to the values after the event before it.
+        since = slice(max(begin - 1, 0), stop)
         peaks = int(allocated[since].max()), int(reserved[since].max())
         step_peaks[int(step[begin])] = peaks
         step_retries[int(step[begin])] = int(np.searchsorted(done.retries_at, stop))
     live = allocated[first:]
     failure = None
     if done.failed_at is not None:
-        at, held = done.failed_at, int(reserved[-1])
-        left = max(allocator.free_bytes - held, 0) if allocator.free_bytes is not None else 0
+        at, reserved_then = done.failed_at, int(reserved[-1])
+        free_bytes = 0
+        if allocator.free_bytes is not None:
+            free_bytes = max(allocator.free_bytes - reserved_then, 0)
         event = at - first if at >= first else None
-        failure = FailedAllocation(event, int(requested[at]), int(allocated[at]), held, left)
-    of_last = step_peaks.get(last_step, (None, None))
+        failure = FailedAllocation(
+            event, int(requested[at]), int(allocated[at]), reserved_then, free_bytes
+        )
+    last_peaks = step_peaks.get(last_step, (None, None))
     return ReplayResult(
         peak_allocated_bytes=max(peak for peak, _ in step_peaks.values()),
         peak_reserved_bytes=max(peak for _, peak in step_peaks.values()),
-        last_step_peak_allocated_bytes=of_last[0],
-        last_step_peak_reserved_bytes=of_last[1],
+        last_step_peak_allocated_bytes=last_peaks[0],
+        last_step_peak_reserved_bytes=last_peaks[1],
         num_alloc_retries=len(done.retries_at),
         num_ooms=int(failure is not None),
         peak_event=int(np.argmax(live)) if len(live) and live.max() > 0 else None,

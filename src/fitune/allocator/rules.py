@@ -1,20 +1,26 @@
-"""PyTorch's CUDA caching allocator, rule by rule, without a card: from allocations and frees to reserved memory.
+"""Reproduce PyTorch's CUDA caching allocator without a GPU.
 
-Behaves as c10/cuda/CUDACachingAllocator.cpp of PyTorch 2.14.1 does for one device (no CUDA graphs, no private pools);
-the recordings of that allocator in tests/golden/allocator are reproduced event by event. The rules:
+It turns allocations and frees into reserved memory, peaks and out-of-memory errors.
 
- 1. A request is rounded up to 512 bytes, or to a division of a power of two where the configuration says so.
- 2. Requests up to 1 MiB live in the small pool, in segments of 2 MiB; larger ones in the large pool, in segments of
-    20 MiB below 10 MiB, above in a segment of their own, rounded up to 2 MiB.
- 3. What is left of a block is split off from 512 bytes on (small pool), or above 1 MiB (large pool).
- 4. Each stream takes the smallest of its free blocks that fits, of equal ones that at the lowest address.
- 5. Blocks of `max_split_size` are not split: small requests do not take them, large ones only when they nearly fit.
- 6. When no block fits: collect garbage, ask the driver; give back oversize blocks and ask; give back everything and
-    ask; fail.
- 7. A memory fraction limits what is reserved.
- 8. Garbage collection gives back the cached segments that were not used for the longest time.
- 9. Expandable segments are one range of addresses for each pool and stream, mapped page by page.
-10. A block used by a second stream stays active after its free, until the next allocation.
+`CachingAllocator` behaves as c10/cuda/CUDACachingAllocator.cpp of PyTorch 2.14.1 does for one
+device, without CUDA graphs and private pools. Recordings of that allocator in
+tests/golden/allocator are reproduced event by event. Its rules:
+ 1. A request is rounded up to 512 bytes, or to a fraction of a power of two where the configuration
+    says so.
+ 2. Requests up to 1 MiB come from the small pool, in segments of 2 MiB. Larger ones come from the
+    large pool: below 10 MiB in segments of 20 MiB, above in a segment of their own, rounded up to
+    2 MiB.
+ 3. The remainder of a block is split off from 512 bytes on (small pool), or above 1 MiB (large
+    pool).
+ 4. Each stream takes its smallest free block that fits; among equal ones, the lowest address.
+ 5. Blocks of `max_split_size` or more ("oversize") are not split: small requests do not take them,
+    large requests take them only when they nearly fit.
+ 6. When no block fits: collect garbage and ask the driver; release oversize blocks and ask again;
+    release the whole cache and ask again; fail.
+ 7. A memory fraction limits how much may be reserved.
+ 8. Garbage collection releases the cached segments that were unused for the longest time.
+ 9. With expandable segments, each pool and stream has one range of addresses, mapped page by page.
+10. A block that a second stream uses stays active after its free, until the next allocation.
 """
 
 from bisect import bisect_left, insort
@@ -26,34 +32,39 @@ from fitune.errors import UsageError
 from fitune.units import GIB, KIB, MIB
 
 MIN_BLOCK_BYTES = 512
-SMALL_BYTES = MIB  # the largest request of the small pool; the large pool splits what leaves more than this
+#: The largest request of the small pool. The large pool splits a block if more than this remains.
+SMALL_BYTES = MIB
 SMALL_SEGMENT_BYTES = 2 * MIB
-MIN_LARGE_ALLOCATION_BYTES = 10 * MIB  # from here on a segment is made to measure
+#: From this size on, a request gets a segment of its own
+MIN_LARGE_ALLOCATION_BYTES = 10 * MIB
+#: Segments for one request are rounded up to a multiple of this
 ROUND_LARGE_BYTES = 2 * MIB
 FIRST_ADDRESS = 0x7F0000000000
 
 State = Literal["allocated", "pending", "inactive", "unmapped"]
 
-# Free blocks are kept in sorted lists of one integer each, size << 64 | address: best fit is one bisection.
+# A free block is one integer, size << 64 | address, in a sorted list: one bisection finds the best
+# fit.
 _ADDRESS_BITS = 64
 _ADDRESS_MASK = (1 << _ADDRESS_BITS) - 1
-_UNLIMITED_ADDRESS_BYTES = 1 << 50  # range of an expandable segment when the card has no limit
+#: Size of an expandable segment's address range when the card has no limit
+_UNLIMITED_ADDRESS_BYTES = 1 << 50
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """A part of a segment. `requested_bytes` is 0 unless the block is allocated or pending (freed, still in use by
-    another stream)."""
+    """A part of a segment."""
 
     address: int
     num_bytes: int
     state: State
+    #: 0 unless the block is allocated or pending (freed, but still used by another stream)
     requested_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Memory got from the driver in one piece; of an expandable segment, one contiguous mapped range."""
+    """Memory got from the driver in one piece, or one mapped range of an expandable segment."""
 
     address: int
     num_bytes: int
@@ -65,7 +76,7 @@ class Segment:
 
 @dataclass(slots=True)
 class DriverCalls:
-    """Calls of the CUDA driver; those that failed are counted in both numbers."""
+    """Counts of calls to the CUDA driver; a failed call counts in both numbers."""
 
     cuda_malloc: int = 0
     cuda_malloc_failed: int = 0
@@ -78,16 +89,26 @@ class DriverCalls:
 
 
 class OutOfDeviceMemoryError(Exception):
-    """No block, no segment and nothing left to give back. Its text is PyTorch's own.
+    """Raised when nothing fits and nothing is left to release; its text is PyTorch's own.
 
-    requested_bytes: what was asked for. segment_bytes: what the driver refused. allocated_bytes, reserved_bytes: of the
-    allocator, after the cache was emptied. free_bytes: of the card.
+    requested_bytes: the size of the request.
+    segment_bytes: the size that the driver refused.
+    allocated_bytes, reserved_bytes: of the allocator, after the cache was emptied.
+    free_bytes: of the card.
     """
 
     def __init__(
-        self, requested_bytes: int, *, segment_bytes: int, allocated_bytes: int, reserved_bytes: int, free_bytes: int,
-        total_bytes: int, limit_bytes: int | None, is_expandable: bool,
-    ) -> None:  # fmt: skip
+        self,
+        requested_bytes: int,
+        *,
+        segment_bytes: int,
+        allocated_bytes: int,
+        reserved_bytes: int,
+        free_bytes: int,
+        total_bytes: int,
+        limit_bytes: int | None,
+        is_expandable: bool,
+    ) -> None:
         self.requested_bytes = requested_bytes
         self.segment_bytes = segment_bytes
         self.allocated_bytes = allocated_bytes
@@ -95,31 +116,48 @@ class OutOfDeviceMemoryError(Exception):
         self.free_bytes = free_bytes
         allowed = "" if limit_bytes is None else f"{_format_size(limit_bytes)} allowed; "
         hint = (
-            " If reserved but unallocated memory is large try setting PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True"
-            " to avoid fragmentation.  See documentation for Memory Management  (https://docs.pytorch.org/docs/stable/"
-            "notes/cuda.html#optimizing-memory-usage-with-pytorch-cuda-alloc-conf)"
+            " If reserved but unallocated memory is large try setting "
+            "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True to avoid fragmentation.  See "
+            "documentation for Memory Management  "
+            "(https://docs.pytorch.org/docs/stable/notes/cuda.html#optimizing-memory-usage-with-pytorch-cuda-alloc-conf)"
         )
         super().__init__(
-            f"CUDA out of memory. Tried to allocate {_format_size(segment_bytes)}. GPU 0 has a total capacity of "
-            f"{_format_size(total_bytes)} of which {_format_size(free_bytes)} is free. Including non-PyTorch memory, "
-            f"this process has {_format_size(total_bytes - free_bytes)} memory in use. {allowed}Of the allocated "
+            f"CUDA out of memory. Tried to allocate {_format_size(segment_bytes)}. GPU 0 has a "
+            f"total capacity of {_format_size(total_bytes)} of which {_format_size(free_bytes)} is "
+            "free. Including non-PyTorch memory, this process has "
+            f"{_format_size(total_bytes - free_bytes)} memory in use. {allowed}Of the allocated "
             f"memory {_format_size(allocated_bytes)} is allocated by PyTorch, and "
-            f"{_format_size(reserved_bytes - allocated_bytes)} is reserved by PyTorch but unallocated."
-            + ("" if is_expandable else hint)
+            f"{_format_size(reserved_bytes - allocated_bytes)} is reserved by PyTorch but "
+            "unallocated." + ("" if is_expandable else hint)
         )
 
 
 def _format_size(num_bytes: int) -> str:
     if num_bytes <= KIB:
         return f"{num_bytes} bytes"
-    unit, name = next((u, n) for u, n in ((KIB, "KiB"), (MIB, "MiB"), (GIB, "GiB")) if num_bytes <= KIB * u or u == GIB)
+    unit, name = next(
+        (u, n)
+        for u, n in ((KIB, "KiB"), (MIB, "MiB"), (GIB, "GiB"))
+        if num_bytes <= KIB * u or u == GIB
+    )
     return f"{num_bytes / unit:.2f} {name}"
 
 
 class _Node:
-    """A block in the chain of its segment."""
+    """A block of memory, linked with its neighbours in the same segment."""
 
-    __slots__ = ("address", "age_base", "next", "num_bytes", "pool", "previous", "range", "requested", "state", "uses")
+    __slots__ = (
+        "address",
+        "age_base",
+        "next",
+        "num_bytes",
+        "pool",
+        "previous",
+        "range",
+        "requested",
+        "state",
+        "uses",
+    )
 
     def __init__(self, address: int, num_bytes: int, pool: "_StreamPool", state: State) -> None:
         self.address = address
@@ -127,11 +165,13 @@ class _Node:
         self.pool = pool
         self.state: State = state
         self.requested = 0
-        self.age_base = 0  # searches of the pool when the block became free
+        #: the pool's `num_searches` when the block became free
+        self.age_base = 0
         self.previous: _Node | None = None
         self.next: _Node | None = None
         self.range: _AddressRange | None = None
-        self.uses: set[int] | None = None  # other streams that work on the block
+        #: streams other than the pool's that use the block
+        self.uses: set[int] | None = None
 
     @property
     def is_split(self) -> bool:
@@ -139,9 +179,11 @@ class _Node:
 
     @property
     def num_expandable_bytes(self) -> int:
-        """Its size with the unmapped addresses behind it."""
+        """Return the block's size together with the unmapped addresses after it."""
         following = self.next
-        return self.num_bytes + (following.num_bytes if following and following.state == "unmapped" else 0)
+        return self.num_bytes + (
+            following.num_bytes if following and following.state == "unmapped" else 0
+        )
 
 
 @dataclass(slots=True, eq=False)
@@ -149,8 +191,10 @@ class _Pool:
     """The small or the large blocks of all streams."""
 
     is_small: bool
-    page_bytes: int  # of an expandable segment
-    num_searches: int = 0  # counted while garbage collection is on
+    #: the page size of expandable segments
+    page_bytes: int
+    #: searches for a free block, counted while garbage collection is on
+    num_searches: int = 0
     allocated: int = 0
     reserved: int = 0
     streams: dict[int, "_StreamPool"] = field(default_factory=dict)
@@ -161,11 +205,13 @@ class _Pool:
 
 @dataclass(slots=True, eq=False)
 class _StreamPool:
-    """The free blocks of one stream: sorted keys of size and address, and sorted addresses of unmapped ranges."""
+    """The free blocks of one stream."""
 
     pool: _Pool
     stream: int
+    #: sorted keys of the free blocks, size << 64 | address
     free: list[int] = field(default_factory=list)
+    #: sorted addresses of the unmapped ranges
     unmapped: list[int] = field(default_factory=list)
 
 
@@ -184,12 +230,15 @@ class _AddressRange:
 
 
 class CachingAllocator:
-    """Allocations and frees of one process on one card.
+    """The caching allocator of one process on one card.
 
-    config: the value of PYTORCH_ALLOC_CONF. total_bytes: the card's memory as the driver reports it; None: no limit, so
-    that nothing is ever given back and no fraction applies. used_by_others_bytes: what the CUDA context and other
-    processes hold. memory_fraction: as set_per_process_memory_fraction, instead of the configuration's. Raises
-    UsageError for a configuration or a fraction that cannot be used.
+    config: the value of PYTORCH_ALLOC_CONF.
+    total_bytes: the card's memory as the driver reports it. With None there is no limit: nothing is
+        ever released and no fraction applies.
+    used_by_others_bytes: held by the CUDA context and by other processes.
+    memory_fraction: as in set_per_process_memory_fraction; replaces the configuration's.
+
+    Raises UsageError for a configuration or a fraction that cannot be used.
     """
 
     def __init__(
@@ -205,16 +254,22 @@ class CachingAllocator:
         fraction = self.config.memory_fraction if memory_fraction is None else memory_fraction
         if not 0 <= fraction <= 1:
             raise UsageError(f"the memory fraction is {fraction:g}, but must be from 0 to 1")
-        # To the nearest byte: a recording says "44.18 MiB allowed" for 0.95 of 46.5 MiB, where truncation gives 44.17.
-        self.limit_bytes = int(fraction * total_bytes + 0.5) if total_bytes is not None and fraction < 1 else None
+        self.limit_bytes: int | None = None
+        if total_bytes is not None and fraction < 1:
+            # Rounded, as a recording says "44.18 MiB allowed" for 0.95 of 46.5 MiB: truncated, that
+            # would be 44.17.
+            self.limit_bytes = int(fraction * total_bytes + 0.5)
         self.driver_calls = DriverCalls()
         self._used_by_others = used_by_others_bytes
         self._next_address = FIRST_ADDRESS
-        self._collects_garbage = self.limit_bytes is not None and self.config.garbage_collection_threshold > 0
+        self._collects_garbage = (
+            self.limit_bytes is not None and self.config.garbage_collection_threshold > 0
+        )
         self._rounds_by_division = any(self.config.roundup_divisions)
         self._small = _Pool(is_small=True, page_bytes=SMALL_SEGMENT_BYTES)
         self._large = _Pool(is_small=False, page_bytes=self.config.large_segment_bytes)
-        self._nodes: dict[int, _Node] = {}  # by address, the unmapped ones too
+        #: all blocks by address, unmapped ranges included
+        self._nodes: dict[int, _Node] = {}
         self._pending: list[_Node] = []
 
         self.allocated_bytes = self.peak_allocated_bytes = 0
@@ -231,22 +286,24 @@ class CachingAllocator:
 
     @property
     def free_bytes(self) -> int | None:
-        """What the driver has left on the card; None without a limit."""
+        """Return the card's free memory as the driver sees it; None without a limit."""
         if self.total_bytes is None:
             return None
         return self.total_bytes - self._used_by_others - self.reserved_bytes
 
     def allocate(self, num_bytes: int, stream: int = 0) -> int:
-        """The address of a block of at least `num_bytes`; 0 for no bytes. Raises OutOfDeviceMemoryError, and stays
-        usable then."""
+        """Allocate a block of at least `num_bytes` and return its address; 0 for no bytes.
+
+        Raises OutOfDeviceMemoryError; the allocator can still be used after that.
+        """
         if num_bytes == 0:
             return 0
         if self._pending:
             self._complete_pending()
         size = self._round(num_bytes)
         pool = self._small if size <= SMALL_BYTES else self._large
-        mine = pool.streams.get(stream) or pool.of_stream(stream)
-        node = self._take_free(mine, size) or self._take_new(mine, size, num_bytes)
+        stream_pool = pool.streams.get(stream) or pool.of_stream(stream)
+        node = self._take_free(stream_pool, size) or self._take_new(stream_pool, size, num_bytes)
 
         remaining = node.num_bytes - size
         expandable = self.config.expandable_segments
@@ -278,7 +335,7 @@ class CachingAllocator:
         return node.address
 
     def free(self, address: int) -> None:
-        """Frees what `allocate` returned; address 0 is nothing. The memory stays reserved."""
+        """Free a block that `allocate` returned; it stays reserved. Address 0 is ignored."""
         if address == 0:
             return
         node = self._nodes[address]
@@ -294,13 +351,16 @@ class CachingAllocator:
             self._cache(node)
 
     def record_stream(self, address: int, stream: int) -> None:
-        """Says that `stream` too works on the block, as torch.Tensor.record_stream does."""
+        """Note that `stream` uses the block too, as torch.Tensor.record_stream does."""
         node = self._nodes[address]
         if stream != node.pool.stream:
             node.uses = {stream} | (node.uses or set())
 
     def empty_cache(self) -> None:
-        """Gives every segment without a live block back to the driver; of expandable segments, every such page."""
+        """Release all segments without an allocated block.
+
+        Of expandable segments, every page without an allocated block is released.
+        """
         self.num_sync_all_streams += 1
         self._complete_pending()
         for pool in (self._large, self._small):
@@ -311,7 +371,7 @@ class CachingAllocator:
                     self._release(node)
 
     def reset_peaks(self) -> None:
-        """Peaks start again from what there is now, as after torch.cuda.reset_peak_memory_stats."""
+        """Set the peaks to the current values, as torch.cuda.reset_peak_memory_stats does."""
         self.peak_allocated_bytes = self.allocated_bytes
         self.peak_reserved_bytes = self.reserved_bytes
         self.peak_active_bytes = self.active_bytes
@@ -320,7 +380,7 @@ class CachingAllocator:
         self.peak_inactive_split_bytes = self.inactive_split_bytes
 
     def memory_stats(self) -> dict[str, int]:
-        """The counters under the names of torch.cuda.memory_stats."""
+        """Return the counters under the names that torch.cuda.memory_stats gives them."""
         stats = {
             "allocation.all.current": self.num_allocations,
             "segment.all.current": self.num_segments,
@@ -334,7 +394,13 @@ class CachingAllocator:
             "oversize_allocations.current": self.num_oversize_allocations,
             "oversize_segments.current": self.num_oversize_segments,
         }
-        for name in ("allocated_bytes", "reserved_bytes", "active_bytes", "requested_bytes", "inactive_split_bytes"):
+        for name in (
+            "allocated_bytes",
+            "reserved_bytes",
+            "active_bytes",
+            "requested_bytes",
+            "inactive_split_bytes",
+        ):
             stats[f"{name}.all.current"] = getattr(self, name)
             stats[f"{name}.all.peak"] = getattr(self, f"peak_{name}")
         for pool, name in ((self._small, "small_pool"), (self._large, "large_pool")):
@@ -343,16 +409,16 @@ class CachingAllocator:
         return stats
 
     def snapshot(self) -> tuple[Segment, ...]:
-        """All segments and their blocks, by address."""
+        """Return all segments with their blocks, sorted by address."""
         heads = (
             node
             for _, node in sorted(self._nodes.items())
-            if node.state != "unmapped" and (node.previous is None or node.previous.state == "unmapped")
+            if node.state != "unmapped"
+            and (node.previous is None or node.previous.state == "unmapped")
         )
         return tuple(self._segment(head) for head in heads)
 
-    # Rule 1
-
+    # Rule 1: rounding
     def _round(self, num_bytes: int) -> int:
         if num_bytes < MIN_BLOCK_BYTES:
             return MIN_BLOCK_BYTES
@@ -364,8 +430,7 @@ class CachingAllocator:
                 return -(-num_bytes // step) * step
         return (num_bytes + MIN_BLOCK_BYTES - 1) // MIN_BLOCK_BYTES * MIN_BLOCK_BYTES
 
-    # Rule 2
-
+    # Rule 2: segment sizes
     def _segment_bytes(self, size: int) -> int:
         if size <= SMALL_BYTES:
             return SMALL_SEGMENT_BYTES
@@ -373,23 +438,22 @@ class CachingAllocator:
             return self.config.large_segment_bytes
         return -(-size // ROUND_LARGE_BYTES) * ROUND_LARGE_BYTES
 
-    # Rules 3 to 5
-
+    # Rules 3 to 5: splitting, best fit, oversize blocks
     def _is_oversize(self, size: int) -> bool:
         limit = self.config.max_split_bytes
         return limit is not None and size >= limit
 
-    def _take_free(self, mine: _StreamPool, size: int) -> _Node | None:
-        """Takes the best free block out of the stream's list."""
+    def _take_free(self, stream_pool: _StreamPool, size: int) -> _Node | None:
+        """Remove the best free block from the stream's list and return it."""
         if self._collects_garbage:
-            mine.pool.num_searches += 1
-        free = mine.free
+            stream_pool.pool.num_searches += 1
+        free = stream_pool.free
         i = bisect_left(free, size << _ADDRESS_BITS)
         if i == len(free):
             return None
         node = self._nodes[free[i] & _ADDRESS_MASK]
         if self.config.expandable_segments:
-            # A block that can grow ranks by the size that it can grow to.
+            # PyTorch compares blocks by the size that they can grow to.
             while i + 1 < len(free):
                 candidate = self._nodes[free[i + 1] & _ADDRESS_MASK]
                 if candidate.num_expandable_bytes >= node.num_expandable_bytes:
@@ -405,7 +469,7 @@ class CachingAllocator:
         return node
 
     def _split(self, node: _Node, size: int) -> _Node:
-        """Cuts `size` bytes off the front of a block that was taken; the rest becomes a free block."""
+        """Split `size` bytes off the front of a taken block; the rest becomes a free block."""
         was_split = node.is_split
         front = _Node(node.address, size, node.pool, "inactive")
         front.range = node.range
@@ -435,7 +499,7 @@ class CachingAllocator:
         del free[bisect_left(free, node.num_bytes << _ADDRESS_BITS | node.address)]
 
     def _cache(self, node: _Node) -> None:
-        """Makes a block free, merged with its free neighbours."""
+        """Mark a block free, merge it with its free neighbours and list it."""
         self.active_bytes -= node.num_bytes
         self.requested_bytes -= node.requested
         node.requested = 0
@@ -445,10 +509,15 @@ class CachingAllocator:
         self._insert_free(node)
         if node.range is None:
             self.num_inactive_split += node.is_split - (before > 0) - (after > 0)
-            self._add_inactive_split_bytes((node.num_bytes if node.is_split else 0) - before - after)
+            self._add_inactive_split_bytes(
+                (node.num_bytes if node.is_split else 0) - before - after
+            )
 
     def _merge(self, node: _Node, other: _Node | None) -> int:
-        """Lets a free or unmapped block swallow its neighbour of the same state; the bytes swallowed."""
+        """Merge a free or unmapped block with a neighbour of the same state.
+
+        Returns the number of bytes gained.
+        """
         if other is None or other.state != node.state:
             return 0
         if other.state == "inactive":
@@ -475,18 +544,17 @@ class CachingAllocator:
         if self.inactive_split_bytes > self.peak_inactive_split_bytes:
             self.peak_inactive_split_bytes = self.inactive_split_bytes
 
-    # Rules 6 and 7
-
-    def _take_new(self, mine: _StreamPool, size: int, requested: int) -> _Node:
+    # Rules 6 and 7: asking the driver
+    def _take_new(self, stream_pool: _StreamPool, size: int, requested: int) -> _Node:
         if self._collects_garbage and not self.config.expandable_segments:
             self._collect_garbage()
-        node = self._reserve(mine, size)
-        if node is None and self._release_oversize(mine, size):
-            node = self._reserve(mine, size)
+        node = self._reserve(stream_pool, size)
+        if node is None and self._release_oversize(stream_pool, size):
+            node = self._reserve(stream_pool, size)
         if node is None:
             self.empty_cache()
             self.num_alloc_retries += 1
-            node = self._reserve(mine, size)
+            node = self._reserve(stream_pool, size)
         if node is None:
             self.num_ooms += 1
             raise OutOfDeviceMemoryError(
@@ -501,27 +569,30 @@ class CachingAllocator:
             )
         return node
 
-    def _reserve(self, mine: _StreamPool, size: int) -> _Node | None:
-        """A new segment, or more pages of the expandable one; None when the limit or the driver refuses."""
+    def _reserve(self, stream_pool: _StreamPool, size: int) -> _Node | None:
+        """Return a new segment, or map more pages; None when the limit or the driver refuses."""
         num_bytes = self._segment_bytes(size)
         if self.limit_bytes is not None and self.reserved_bytes + num_bytes > self.limit_bytes:
             return None
         if self.config.expandable_segments:
-            return self._expand(mine, size)
+            return self._expand(stream_pool, size)
         self.driver_calls.cuda_malloc += 1
         if self.free_bytes is not None and num_bytes > self.free_bytes:
             self.driver_calls.cuda_malloc_failed += 1
             return None
-        node = _Node(self._new_addresses(num_bytes), num_bytes, mine, "inactive")
+        node = _Node(self._new_addresses(num_bytes), num_bytes, stream_pool, "inactive")
         self._nodes[node.address] = node
         self.num_segments += 1
         self.peak_num_segments = max(self.peak_num_segments, self.num_segments)
         self.num_oversize_segments += self._is_oversize(num_bytes)
-        self._add_reserved(mine.pool, num_bytes)
+        self._add_reserved(stream_pool.pool, num_bytes)
         return node
 
     def _new_addresses(self, num_bytes: int) -> int:
-        """Addresses ascend and are never used again, so that the lowest address is the oldest segment."""
+        """Return the start of unused addresses.
+
+        Addresses ascend and are never reused, so the lowest address belongs to the oldest segment.
+        """
         address = self._next_address
         self._next_address += -(-num_bytes // ROUND_LARGE_BYTES) * ROUND_LARGE_BYTES
         return address
@@ -533,7 +604,7 @@ class CachingAllocator:
         self.peak_reserved_bytes = max(self.peak_reserved_bytes, self.reserved_bytes)
 
     def _release(self, node: _Node) -> None:
-        """Gives a whole free segment back to the driver."""
+        """Return a whole free segment to the driver."""
         self._remove_free(node)
         del self._nodes[node.address]
         self.driver_calls.cuda_free += 1
@@ -546,32 +617,39 @@ class CachingAllocator:
         pool.reserved -= num_bytes
         self.reserved_bytes -= num_bytes
 
-    def _release_oversize(self, mine: _StreamPool, size: int) -> bool:
-        """Gives back one oversize block that is large enough, else oversize blocks from the largest down until their
-        sum is; False when it is not, though what was given back stays so."""
+    def _release_oversize(self, stream_pool: _StreamPool, size: int) -> bool:
+        """Release oversize blocks so that `size` bytes may fit; return whether enough was released.
+
+        Releases one block that is large enough, or else blocks from the largest down. What was
+        released stays released even if it is not enough.
+        """
         limit = self.config.max_split_bytes
         if limit is None or self.config.expandable_segments:
             return False
         needed = max(size, limit)
-        i = bisect_left(mine.free, needed << _ADDRESS_BITS)
-        if i < len(mine.free):
-            self._release(self._nodes[mine.free[i] & _ADDRESS_MASK])
+        i = bisect_left(stream_pool.free, needed << _ADDRESS_BITS)
+        if i < len(stream_pool.free):
+            self._release(self._nodes[stream_pool.free[i] & _ADDRESS_MASK])
             return True
         released = 0
-        while released < needed and mine.free and self._is_oversize(mine.free[-1] >> _ADDRESS_BITS):
-            released += mine.free[-1] >> _ADDRESS_BITS
-            self._release(self._nodes[mine.free[-1] & _ADDRESS_MASK])
+        while (
+            released < needed
+            and stream_pool.free
+            and self._is_oversize(stream_pool.free[-1] >> _ADDRESS_BITS)
+        ):
+            released += stream_pool.free[-1] >> _ADDRESS_BITS
+            self._release(self._nodes[stream_pool.free[-1] & _ADDRESS_MASK])
         return released >= needed
 
-    # Rule 8
-
+    # Rule 8: garbage collection
     def _collect_garbage(self) -> None:
         assert self.limit_bytes is not None
         threshold = int(self.config.garbage_collection_threshold * self.limit_bytes)
         to_reclaim = self.reserved_bytes - threshold
         whole = [node for node in self._free_nodes(self._large) if not node.is_split]
         while to_reclaim > 0 and whole:
-            # The age is the number of searches since the block became free: the oldest have the lowest base.
+            # A block's age is the number of searches since it became free, so the oldest have the
+            # lowest `age_base`.
             mean_base = sum(node.age_base for node in whole) / len(whole)
             for node in whole:
                 if node.age_base <= mean_base:
@@ -581,15 +659,19 @@ class CachingAllocator:
 
     def _free_nodes(self, pool: _Pool) -> list[_Node]:
         return [
-            self._nodes[key & _ADDRESS_MASK] for stream in sorted(pool.streams) for key in pool.streams[stream].free
+            self._nodes[key & _ADDRESS_MASK]
+            for stream in sorted(pool.streams)
+            for key in pool.streams[stream].free
         ]
 
-    # Rule 9
+    # Rule 9: expandable segments
+    def _expand(self, stream_pool: _StreamPool, size: int) -> _Node | None:
+        """Return a free block of at least `size`, at the lowest address where it can be mapped.
 
-    def _expand(self, mine: _StreamPool, size: int) -> _Node | None:
-        """A free block of `size` or more at the lowest address that has room, made by mapping what is unmapped there;
-        None when the driver has no page left, and what was mapped until then stays."""
-        node = self._find_room(mine, size)
+        Returns None when the driver has no page left; pages that were mapped until then stay
+        mapped.
+        """
+        node = self._find_address(stream_pool, size)
         if node.state == "unmapped" and not self._map(node, min(node.num_bytes, size)):
             return None
         while node.num_bytes < size:
@@ -597,37 +679,50 @@ class CachingAllocator:
             assert following is not None
             if not self._map(following, min(size - node.num_bytes, following.num_bytes)):
                 return None
-            node = following  # it has swallowed the block before it
+            node = following  # `_map` has merged the block before into it
         self._remove_free(node)
         return node
 
-    def _find_room(self, mine: _StreamPool, size: int) -> _Node:
-        for address in mine.unmapped:
+    def _find_address(self, stream_pool: _StreamPool, size: int) -> _Node:
+        """Return the first block from which `size` bytes can be mapped.
+
+        Reserves a new range of addresses if there is none.
+        """
+        for address in stream_pool.unmapped:
             node = self._nodes[address]
             if node.previous is not None and node.previous.state == "inactive":
                 node = node.previous
-            room, following = node.num_bytes, node.next
-            while room < size and following is not None and following.state in ("inactive", "unmapped"):
-                room += following.num_bytes
+            num_available, following = node.num_bytes, node.next
+            while (
+                num_available < size
+                and following is not None
+                and following.state in ("inactive", "unmapped")
+            ):
+                num_available += following.num_bytes
                 following = following.next
-            if room >= size:
+            if num_available >= size:
                 return node
-        page = mine.pool.page_bytes
+        page = stream_pool.pool.page_bytes
         total = _UNLIMITED_ADDRESS_BYTES if self.total_bytes is None else self.total_bytes
         num_bytes = -(-(total + total // 8) // page) * page
-        node = _Node(self._new_addresses(num_bytes), num_bytes, mine, "unmapped")
+        node = _Node(self._new_addresses(num_bytes), num_bytes, stream_pool, "unmapped")
         node.range = _AddressRange(node.address, page)
         self._nodes[node.address] = node
-        insort(mine.unmapped, node.address)
+        insort(stream_pool.unmapped, node.address)
         return node
 
     def _map(self, node: _Node, num_bytes: int) -> bool:
-        """Backs the first `num_bytes` of an unmapped block with pages, all or none of them."""
+        """Back the first `num_bytes` of an unmapped block with pages.
+
+        Returns False, with nothing mapped, if the driver has too few pages.
+        """
         assert node.range is not None
         page = node.range.page_bytes
         num_bytes = -(-num_bytes // page) * page
         num_pages = num_bytes // page
-        num_possible = num_pages if self.free_bytes is None else min(num_pages, self.free_bytes // page)
+        num_possible = (
+            num_pages if self.free_bytes is None else min(num_pages, self.free_bytes // page)
+        )
         self.driver_calls.mem_create += num_possible
         if num_possible < num_pages:
             self.driver_calls.mem_create += 1
@@ -646,7 +741,7 @@ class CachingAllocator:
         return True
 
     def _unmap(self, node: _Node) -> None:
-        """Gives back the pages that lie wholly in a free block; a range without any page is given up."""
+        """Release the pages that lie wholly in a free block; drop a range without any page left."""
         assert node.range is not None
         begin = node.range.page_above(node.address)
         end = node.range.page_below(node.address + node.num_bytes)
@@ -671,7 +766,10 @@ class CachingAllocator:
             del self._nodes[node.address]
 
     def _cut(self, node: _Node, size: int) -> _Node:
-        """Leaves `size` bytes in the block; the rest becomes a block of its own, not yet listed."""
+        """Leave `size` bytes in the block, and return the rest as a new block.
+
+        The new block is in no list of free or unmapped blocks yet.
+        """
         rest = _Node(node.address + size, node.num_bytes - size, node.pool, node.state)
         rest.range = node.range
         rest.previous, rest.next = node, node.next
@@ -682,8 +780,7 @@ class CachingAllocator:
         self._nodes[rest.address] = rest
         return rest
 
-    # Rule 10
-
+    # Rule 10: blocks that other streams use
     def _complete_pending(self) -> None:
         for node in self._pending:
             node.uses = None

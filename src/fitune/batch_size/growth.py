@@ -1,17 +1,21 @@
-"""When the effective batch grows by itself, and what changes with it.
+"""Decides when the effective batch grows during a run, and what changes with it.
 
-Growing is never a matter of memory. Three modes do it on request, each at a commit and each by doubling:
+The batch never grows because of memory. Three modes of train.batch_mode let it grow, each after a
+whole step and by doubling:
 
-- anneal: whenever the schedule has halved the rate since the last change, the batch doubles and the rate gets back a
-  factor of sqrt(2), so that it falls by sqrt(2) instead of 2: the same temperature with fewer optimizer steps
-  (Seesaw, 2025, arXiv 2510.14717).
-- follow: when the noise scale is known to be far above the batch, so that a batch twice as large costs next to no
-  tokens. The rate grows by the square root of the gain. Fewer optimizer steps, the same path.
-- hold: when training and held-out loss stand still at the noise floor, the batch doubles at a fixed rate. For Adam that
-  is a rate divided by sqrt(2), and it is said so. The only mode that means to change the loss curve.
+- anneal: whenever the schedule has halved the rate since the last change, the batch doubles and the
+    rate is multiplied by sqrt(2). So the rate falls by sqrt(2) instead of 2, which gives the same
+    temperature with fewer optimizer steps (Seesaw, 2025, arXiv 2510.14717).
+- follow: when the noise scale is known to be far above the batch, so that twice the batch takes
+    hardly more tokens. The rate grows by the square root of the gain. It takes fewer optimizer
+    steps along the same path.
+- hold: when training and held-out loss stand still at the noise floor, the batch doubles at a fixed
+    rate. For Adam this equals dividing the rate by sqrt(2), and the message says so. It is the only
+    mode that is meant to change the loss curve.
 
-A batch that chases the noise scale would run away near a minimum, where the signal vanishes whatever the batch: the
-bounce ratio, a cap, the number of steps left and a pause after every change stand against it.
+A batch that follows the noise scale would grow without limit near a minimum, where the signal
+vanishes whatever the batch is. The bounce ratio, a cap, the number of steps left and a pause after
+every change prevent this.
 """
 
 import math
@@ -26,10 +30,11 @@ from fitune.batch_size.scaling import OptimSettings, gain, scale
 from fitune.config import BatchMode
 
 GROWTH = 2
+#: the largest batch as a multiple of the configured one
 MOST_GROWTH = 16
-"""Times the configured batch, over all changes."""
+#: A batch may be this fraction of the noise scale. It then takes a quarter more tokens than the
+#: smallest batch would.
 FOLLOWED_FRACTION = 0.25
-"""A batch may be this share of the noise scale: it then needs a quarter more tokens than the smallest one would."""
 LEAST_EFFECTIVE_STEPS = 20
 LEAST_BOUNCE = 0.3
 LEAST_STEPS_LEFT = 100
@@ -39,27 +44,32 @@ LAST_GROWTH_PROGRESS = 0.9
 
 @dataclass(frozen=True, slots=True)
 class BatchState:
-    """What a checkpoint holds of it. growth: the effective batch over the configured one. optim: the settings since
-    the last change, None before one. changed_tokens, changed_schedule: tokens seen and the schedule's factor then."""
+    """How far the effective batch has grown; a checkpoint stores it."""
 
+    #: the effective batch as a multiple of the configured one
     growth: int = 1
+    #: the optimizer's settings since the last change; None before the first
     optim: OptimSettings | None = None
+    #: supervised tokens seen, and the schedule's factor, at the last change
     changed_tokens: float = 0.0
     changed_schedule: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Situation:
-    """At a commit. step_tokens: of an effective batch now. schedule: the share of the peak rate in use. flat: whether
-    training and held-out loss stand still; None where there is too little to tell."""
+    """Where a run is after a step."""
 
+    #: supervised tokens seen, and those of the whole run
     tokens: float
     total_tokens: float
+    #: of the present effective batch
     step_tokens: float
     half_life_tokens: float
     warmup_fraction: float
+    #: the present rate as a fraction of the peak rate, from the schedule
     schedule: float
     noise: NoiseEstimate | None
+    #: whether the held-out loss stands still; None if there are too few evaluations
     flat: bool | None = None
 
     @property
@@ -68,17 +78,19 @@ class Situation:
 
     @property
     def steps_left(self) -> float:
-        """Of the batch that growing would give."""
+        """The steps that are left for a batch of twice the size."""
         return (self.total_tokens - self.tokens) / (GROWTH * self.step_tokens)
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """The batch doubles. lr_factor: of the rate, now. gain: what Adam's second moment is divided by. reason: one
-    sentence for the person."""
+    """A doubling of the batch."""
 
+    #: by which the rate changes now
     lr_factor: float
+    #: by which Adam's second moments are divided
     gain: float
+    #: a message for the user
     reason: str
 
 
@@ -87,7 +99,10 @@ FLAT_FRACTION = 0.002
 
 
 def is_flat(eval_losses: Sequence[float]) -> bool | None:
-    """Whether the held-out loss has fallen by less than a 500th over the last evaluations; None with fewer."""
+    """Return whether the held-out loss has fallen by less than a 500th over the last evaluations.
+
+    Returns None if there are too few evaluations.
+    """
     if len(eval_losses) < FLAT_EVALS:
         return None
     first, last = eval_losses[-FLAT_EVALS], eval_losses[-1]
@@ -95,7 +110,7 @@ def is_flat(eval_losses: Sequence[float]) -> bool | None:
 
 
 def decide(mode: BatchMode, state: BatchState, now: Situation) -> Change | None:
-    """None: the batch stays as it is."""
+    """Return the change that is due, or None if the batch stays as it is."""
     if mode == "advise" or state.growth * GROWTH > MOST_GROWTH:
         return None
     if now.progress < now.warmup_fraction or now.progress > LAST_GROWTH_PROGRESS:
@@ -112,7 +127,10 @@ def decide(mode: BatchMode, state: BatchState, now: Situation) -> Change | None:
 
 
 def changed(state: BatchState, now: Situation, optim: OptimSettings) -> BatchState:
-    """optim: what `switch_settings` gave."""
+    """Return the state after a change.
+
+    optim: what `switch_settings` returned.
+    """
     return replace(
         state,
         growth=state.growth * GROWTH,
@@ -123,7 +141,10 @@ def changed(state: BatchState, now: Situation, optim: OptimSettings) -> BatchSta
 
 
 def switch_settings(settings: OptimSettings, change: Change, *, steps_left: float) -> OptimSettings:
-    """The optimizer's settings after the change. The rate is what the change says, not what the rule would give."""
+    """Return the optimizer's settings after the change.
+
+    The rate is the change's, which can differ from what the scaling rule `sqrt` would give.
+    """
     scaled = scale(settings, "sqrt", factor=GROWTH, steps_left=steps_left)
     return replace(
         scaled,
@@ -134,7 +155,10 @@ def switch_settings(settings: OptimSettings, change: Change, *, steps_left: floa
 
 
 def set_settings(optimizer: torch.optim.Optimizer, settings: OptimSettings) -> None:
-    """But for the rate, which the schedule sets. Groups without weight decay stay without."""
+    """Set all settings but the rate, which the schedule sets.
+
+    Parameter groups without weight decay stay without.
+    """
     for group in optimizer.param_groups:
         if "betas" in group:
             group["betas"] = settings.betas
@@ -145,8 +169,11 @@ def set_settings(optimizer: torch.optim.Optimizer, settings: OptimSettings) -> N
 
 
 def rescale_memory(optimizer: torch.optim.Optimizer, *, gain: float) -> None:
-    """Adam goes on with its memory as the new batch would have made it: second moments are smaller by the gain, and a
-    step stands for GROWTH of the old ones (arXiv 2205.10287; without the division the path jumps)."""
+    """Change Adam's moments to what they would be if the batch had always had the new size.
+
+    Second moments are smaller by the gain, and a step counts as GROWTH of the old ones (arXiv
+    2205.10287). Without the division the weights' path jumps.
+    """
     for state in optimizer.state.values():
         if "exp_avg_sq" in state:
             state["exp_avg_sq"].div_(gain)
@@ -155,7 +182,7 @@ def rescale_memory(optimizer: torch.optim.Optimizer, *, gain: float) -> None:
 
 
 def batch_state(content: Mapping[str, Any]) -> BatchState:
-    """From what `asdict` made of it, by way of JSON."""
+    """Build the state from the dict that `asdict` made of it, or from its JSON."""
     optim = content["optim"]
     settings = None if optim is None else OptimSettings(**{**optim, "betas": tuple(optim["betas"])})
     return BatchState(**{**content, "optim": settings})
@@ -165,13 +192,19 @@ def _anneal(state: BatchState, now: Situation) -> Change | None:
     if now.schedule > 0.5 * state.changed_schedule:
         return None
     return Change(
-        math.sqrt(GROWTH), float(GROWTH), "the schedule has halved the rate: twice the batch at a rate sqrt(2) higher"
+        math.sqrt(GROWTH),
+        float(GROWTH),
+        "the schedule has halved the rate: twice the batch at a rate sqrt(2) higher",
     )
 
 
 def _follow(state: BatchState, now: Situation) -> Change | None:
     noise = now.noise
-    if noise is None or noise.effective_steps < LEAST_EFFECTIVE_STEPS or now.tokens < _rested(state, now):
+    if (
+        noise is None
+        or noise.effective_steps < LEAST_EFFECTIVE_STEPS
+        or now.tokens < _end_of_pause(state, now)
+    ):
         return None
     if noise.bounce is None or noise.bounce <= LEAST_BOUNCE:
         return None
@@ -190,7 +223,11 @@ def _follow(state: BatchState, now: Situation) -> Change | None:
 
 def _hold(state: BatchState, now: Situation) -> Change | None:
     noise = now.noise
-    if noise is None or noise.effective_steps < LEAST_EFFECTIVE_STEPS or now.tokens < _rested(state, now):
+    if (
+        noise is None
+        or noise.effective_steps < LEAST_EFFECTIVE_STEPS
+        or now.tokens < _end_of_pause(state, now)
+    ):
         return None
     if not now.flat or noise.bounce is None or noise.bounce > 0:
         return None
@@ -205,5 +242,6 @@ def _hold(state: BatchState, now: Situation) -> Change | None:
     )
 
 
-def _rested(state: BatchState, now: Situation) -> float:
+def _end_of_pause(state: BatchState, now: Situation) -> float:
+    """Return the number of tokens at which the pause after the last change ends."""
     return state.changed_tokens + PAUSE_HALF_LIVES * now.half_life_tokens

@@ -1,22 +1,27 @@
-"""The gradient noise of a run, measured from what its steps compute anyway.
+"""Estimates the gradient noise of a run from norms that its steps measure anyway.
 
-A step over micro-batches i = 1..a with loss weights n_i (supervised tokens), N = sum n_i, w_i = n_i / N adds
-c_i = w_i g_i to the gradient. With q_i = |c_i|^2, Q = |sum c_i|^2 before clipping and W2 = sum w_i^2
+A step over micro-batches i = 1..a with loss weights n_i (supervised tokens), N = sum n_i, w_i = n_i
+/ N adds c_i = w_i g_i to the gradient. With q_i = |c_i|^2, Q = |sum c_i|^2 before clipping and W2 =
+sum w_i^2
 
-    signal    U = (Q - sum q_i) / (1 - W2)    unbiased for |G|^2, the squared norm of the true gradient
-    variance  v = Q - U                       unbiased for the variance of the step's gradient;  T = v N per token
+    signal    U = (Q - sum q_i) / (1 - W2)    unbiased for |G|^2, G being the true gradient
+    variance  v = Q - U                       unbiased for the variance of the step's gradient;
+                                              T = v N per token
 
-for any weights and any noise that is independent between micro-batches: U is the weighted mean of g_i . g_j, i != j.
-For equal weights it is the estimator of McCandlish et al. 2018 (arXiv 1812.06162, appendix A); the usual formulas
-assume equal sizes, which micro-batches of real rows never have.
+for any weights, and for any noise that is independent between micro-batches: U is the weighted mean
+of g_i . g_j over i != j. For equal weights it is the estimator of McCandlish et al. 2018 (arXiv
+1812.06162, appendix A). The usual formulas assume equal sizes, which micro-batches of real samples
+never have.
 
-Single values are far too noisy to use. They are averaged over tokens, numerator and denominator apart (the mean of
-ratios is not the ratio of means), and never cut at zero. From the averages follow the ratio of noise to signal of a
-step of N tokens, rho = T / (N U), and the batch at which both are equal, the noise scale T / U in tokens.
+Single values are far too noisy to use. They are averaged over tokens, with numerator and
+denominator apart (the mean of ratios is not the ratio of means), and never clamped at zero. The
+averages give the ratio of noise to signal of a step of N tokens, rho = T / (N U), and the batch at
+which both are equal, the noise scale T / U in tokens.
 
-A step of one micro-batch has no pairs. There |G|^2 is estimated by g_t . m_(t-1), where m is Adam's average of earlier
-gradients, independent of this step's noise. The same product measures whether the run still descends: the bounce ratio
-tau = mean(g . m) / mean(U) is about 1 while successive steps agree and 0 or less once they bounce around a minimum.
+A step of one micro-batch has no pairs. Its |G|^2 is estimated by g_t . m_(t-1), where m is Adam's
+average of earlier gradients, which is independent of this step's noise. The same product shows
+whether the run still descends: the bounce ratio tau = mean(g . m) / mean(U) is about 1 while
+successive steps agree, and 0 or less once they bounce around a minimum.
 """
 
 import math
@@ -25,31 +30,39 @@ from dataclasses import dataclass, replace
 
 from fitune.batch_size.norms import GradientNorms
 
+#: the half-life of the averages, as a fraction of the run's tokens
 HALF_LIFE_FRACTION = 0.02
-"""Of the run's tokens: how long an average remembers."""
 FEWEST_HALF_LIFE_STEPS = 8
+#: Steps between two measurements of the preconditioned norms, which read each gradient once more.
 PRECONDITIONED_EVERY = 50
-"""Steps between two readings of the weighted norms, which cost a second look at each gradient."""
+#: A step with a larger fraction of the data than this is noticeably less noisy than a step drawn
+#: with replacement.
 LARGE_SHARE = 0.05
-"""A step that holds more of the data than this is noticeably less noisy than one drawn with replacement."""
+#: for a one-sided bound at 95 %
 Z = 1.645
-"""Of a one-sided bound at 95 %."""
 
 
 @dataclass(frozen=True, slots=True)
 class NoiseSample:
-    """One step: signal U, variance T (per token), both in squared gradient units; tokens N."""
+    """The noise of one step: signal U and variance T per token, in squared gradient units."""
 
     signal: float
     variance: float
+    #: N, the loss weight of the step
     tokens: float
 
 
 def pairwise_sample(
     squared_norms: Sequence[float], total_squared_norm: float, *, weights: Sequence[float]
 ) -> NoiseSample | None:
-    """squared_norms: q_i of each micro-batch's own contribution to the gradient. total_squared_norm: Q of their sum,
-    before clipping. weights: n_i. None with fewer than two micro-batches that have a target, or a number not finite."""
+    """Estimate the noise from the norms of micro-batches.
+
+    squared_norms: q_i of each micro-batch's own contribution to the gradient.
+    total_squared_norm: Q of their sum, before clipping.
+    weights: n_i.
+
+    Returns None if fewer than two micro-batches have a target, or if a number is not finite.
+    """
     tokens = sum(weights)
     pairs = 1 - sum((weight / tokens) ** 2 for weight in weights) if tokens else 0.0
     if sum(weight > 0 for weight in weights) < 2:
@@ -59,26 +72,36 @@ def pairwise_sample(
 
 
 def momentum_sample(dot: float, total_squared_norm: float, *, tokens: float) -> NoiseSample | None:
-    """dot: g_t . m_(t-1), the bias of Adam's m corrected. None where a number is not finite."""
+    """Estimate the noise of a step of one micro-batch from Adam's average of earlier gradients.
+
+    dot: g_t . m_(t-1), with the bias of m corrected.
+
+    Returns None if a number is not finite.
+    """
     return _finite(NoiseSample(dot, (total_squared_norm - dot) * tokens, tokens))
 
 
 @dataclass(frozen=True, slots=True)
 class NoiseAverages:
-    """Averages over the run so far, weighted by tokens and halved every half-life; JSON numbers, so that a checkpoint
-    holds them as they are. weight and squared_weight give the effective number of steps; *_spread are variances.
-    momentum_gain: by how much Adam's average is smaller than the gradient that it averages, since it starts at zero
-    and takes clipped gradients."""
+    """Averages over the run so far, weighted by tokens and with a half-life.
 
+    The fields are JSON numbers, so a checkpoint stores them as they are.
+    """
+
+    #: with `squared_weight` it gives the effective number of steps
     weight: float = 0.0
     squared_weight: float = 0.0
     signal: float = 0.0
     variance: float = 0.0
+    #: variances of the averaged values
     signal_spread: float = 0.0
     variance_spread: float = 0.0
+    #: of g . m, which is averaged over fewer steps
     dot_weight: float = 0.0
     dot: float = 0.0
     dot_spread: float = 0.0
+    #: by which factor Adam's average is smaller than the gradients that it averages, since it
+    #: starts at zero and averages clipped gradients
     momentum_gain: float = 0.0
 
     @property
@@ -87,13 +110,23 @@ class NoiseAverages:
 
 
 def update_averages(
-    averages: NoiseAverages, sample: NoiseSample, *, half_life_tokens: float, dot: float | None = None
+    averages: NoiseAverages,
+    sample: NoiseSample,
+    *,
+    half_life_tokens: float,
+    dot: float | None = None,
 ) -> NoiseAverages:
-    """dot: g_t . m_(t-1) of the step, for tau; None before Adam has a memory."""
+    """Add a step to the averages.
+
+    dot: g_t . m_(t-1) of the step, for tau; None as long as Adam has no average.
+    """
     decay = 0.5 ** (sample.tokens / half_life_tokens)
     weight = decay * averages.weight + sample.tokens
     share = sample.tokens / weight
-    signal_step, variance_step = sample.signal - averages.signal, sample.variance - averages.variance
+    signal_step, variance_step = (
+        sample.signal - averages.signal,
+        sample.variance - averages.variance,
+    )
     updated = replace(
         averages,
         weight=weight,
@@ -106,13 +139,25 @@ def update_averages(
     if dot is None or not math.isfinite(dot):
         return updated
     dot_weight = decay * averages.dot_weight + sample.tokens
-    return replace(updated, dot_weight=dot_weight, dot=averages.dot + sample.tokens / dot_weight * (dot - averages.dot))
+    return replace(
+        updated,
+        dot_weight=dot_weight,
+        dot=averages.dot + sample.tokens / dot_weight * (dot - averages.dot),
+    )
 
 
 def observe(
-    averages: NoiseAverages, norms: GradientNorms, *, half_life_tokens: float, beta1: float, clip: float
+    averages: NoiseAverages,
+    norms: GradientNorms,
+    *,
+    half_life_tokens: float,
+    beta1: float,
+    clip: float,
 ) -> NoiseAverages:
-    """Take in a step. beta1, clip: that the step was done with; its own average comes after the product was taken."""
+    """Add the norms of a step to the averages.
+
+    beta1, clip: of the step. Its own gradient enters Adam's average after the product was computed.
+    """
     dot = norms.momentum_dot
     if dot is not None:
         dot = dot / averages.momentum_gain if averages.momentum_gain > 0 else None
@@ -121,35 +166,53 @@ def observe(
         sample = momentum_sample(dot, norms.total, tokens=sum(norms.weights))
     if sample is not None:
         averages = update_averages(averages, sample, half_life_tokens=half_life_tokens, dot=dot)
-    kept = min(1.0, clip / (math.sqrt(norms.total) + 1e-6)) if clip else 1.0
-    return replace(averages, momentum_gain=beta1 * averages.momentum_gain + (1 - beta1) * kept)
+    clip_factor = min(1.0, clip / (math.sqrt(norms.total) + 1e-6)) if clip else 1.0
+    return replace(
+        averages, momentum_gain=beta1 * averages.momentum_gain + (1 - beta1) * clip_factor
+    )
 
 
-def observe_preconditioned(averages: NoiseAverages, norms: GradientNorms, *, half_life_tokens: float) -> NoiseAverages:
-    """The same averages of squares weighted as Adam weighs them; unchanged by a step without any, as the first is."""
+def observe_preconditioned(
+    averages: NoiseAverages, norms: GradientNorms, *, half_life_tokens: float
+) -> NoiseAverages:
+    """Add a step to the averages of norms whose squares are weighted as Adam weighs them.
+
+    Returns the averages unchanged if the step has no such norms.
+    """
     if norms.preconditioned_micro is None or not norms.preconditioned_total:
         return averages
-    sample = pairwise_sample(norms.preconditioned_micro, norms.preconditioned_total, weights=norms.weights)
-    return averages if sample is None else update_averages(averages, sample, half_life_tokens=half_life_tokens)
+    sample = pairwise_sample(
+        norms.preconditioned_micro, norms.preconditioned_total, weights=norms.weights
+    )
+    return (
+        averages
+        if sample is None
+        else update_averages(averages, sample, half_life_tokens=half_life_tokens)
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class NoiseEstimate:
-    """scale_tokens: the noise scale, with one-sided 95 % bounds; None where the signal is not known to be above zero,
-    inf where it may be zero. bounce: tau, 1 or -1 where only its sign is known, None where not even that.
-    effective_steps: how many steps these rest on."""
+    """What the averages say about the gradient noise."""
 
     signal: float
     variance: float
+    #: the noise scale; None if the signal is not positive
     scale_tokens: float | None
+    #: one-sided 95 % bounds of the noise scale; the upper one is inf if the signal may be zero
     scale_low_tokens: float
     scale_high_tokens: float
+    #: tau; 1 or -1 if only its sign is known, None if not even that
     bounce: float | None
+    #: how many steps the averages rest on
     effective_steps: float
 
     def ratio(self, step_tokens: float, *, data_tokens: float | None = None) -> float | None:
-        """rho, noise over signal, of a step of that many tokens. data_tokens: of the whole set, from which a step
-        draws without replacement: where it holds much of the set, its noise is smaller by the share left."""
+        """Return rho, noise over signal, of a step of that many tokens.
+
+        data_tokens: of the whole training data, which a step draws from without replacement. The
+            noise of a step that holds much of the data is smaller by the fraction that remains.
+        """
         if self.scale_tokens is None:
             return None
         share = 0.0 if data_tokens is None else step_tokens / data_tokens
@@ -158,7 +221,7 @@ class NoiseEstimate:
 
 
 def estimate(averages: NoiseAverages) -> NoiseEstimate | None:
-    """None before the second step, of which a spread is known."""
+    """Return the estimate, or None before the second step, from which on a spread is known."""
     steps = averages.effective_steps
     if steps < 1.5:
         return None
@@ -178,7 +241,9 @@ def estimate(averages: NoiseAverages) -> NoiseEstimate | None:
         scale_low_tokens=max(variance - variance_error, 0.0) / (signal + signal_error)
         if signal + signal_error > 0
         else 0.0,
-        scale_high_tokens=(variance + variance_error) / surest_signal if surest_signal > 0 else math.inf,
+        scale_high_tokens=(variance + variance_error) / surest_signal
+        if surest_signal > 0
+        else math.inf,
         bounce=bounce,
         effective_steps=steps,
     )
@@ -187,7 +252,7 @@ def estimate(averages: NoiseAverages) -> NoiseEstimate | None:
 def noise_fields(
     averages: NoiseAverages, preconditioned: NoiseAverages, *, step_tokens: float
 ) -> dict[str, float | None]:
-    """Of a step's metrics."""
+    """Return the noise as fields of a step's metrics."""
     noise, weighted = estimate(averages), estimate(preconditioned)
     return {
         "noise_signal": None if noise is None else noise.signal,

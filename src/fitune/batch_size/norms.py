@@ -1,8 +1,9 @@
-"""Squared norms of what each micro-batch adds to the gradient, read while the backward runs.
+"""Computes squared norms of each micro-batch's gradient while the backward runs.
 
-A hook on a parameter sees the gradient of one backward before it is added to `.grad`, once per backward, for tied
-weights and under recomputation too. It costs one read of the gradient, no copy and no wait for the device. From these
-norms and that of their sum follows the gradient noise (see batch_size/noise.py).
+A hook on a parameter sees the gradient of one backward before it is added to `.grad`, once per
+backward, also for tied weights and with gradient checkpointing. It costs one read of the gradient,
+and no copy and no wait for the device. These norms and that of their sum give the gradient noise
+(batch_size/noise.py).
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,45 +16,60 @@ from torch import nn
 
 from fitune.distributed.sharding import Shards, local
 
+#: Weighted norms need two temporaries. They have this size instead of the largest parameter's.
 CHUNK_ELEMENTS = 1 << 18
-"""Weighted norms need two temporaries; they are kept this small instead of as large as the largest parameter."""
+#: A parameter is split into at most so many chunks, because each takes kernel launches.
 MOST_PIECES = 64
-"""Of a parameter: so many launches cost less than the memory of larger temporaries is worth."""
-
+#: cuBLAS's dot product cannot count so many elements.
 CUBLAS_ELEMENTS = 2**31
-"""That its dot product cannot count."""
+#: Smaller than every root of a second moment that matters. Adam's own eps would give coordinates
+#: without gradient a weight that depends on the batch size.
 EPS = 1e-12
-"""Below every root of a second moment that matters; Adam's own eps would weigh dead coordinates by the batch size."""
 
 
 @dataclass(frozen=True, slots=True)
 class GradientNorms:
-    """Of one step. micro: squared norm of each micro-batch's contribution; total: of their sum, before clipping.
-    weights: their loss weights. momentum_dot: gradient . Adam's exp_avg as it was before the step, None without one.
-    preconditioned_*: the same with squares divided by the root of Adam's exp_avg_sq, None where not asked for."""
+    """The squared norms of one step's gradients."""
 
+    #: of each micro-batch's contribution to the gradient
     micro: tuple[float, ...]
+    #: of the whole gradient, before clipping
     total: float
+    #: the loss weight of each micro-batch
     weights: tuple[float, ...]
+    #: gradient . Adam's exp_avg as it was before the step; None if there is no exp_avg
     momentum_dot: float | None = None
+    #: the same with squares divided by the root of Adam's exp_avg_sq; None if not recorded
     preconditioned_micro: tuple[float, ...] | None = None
     preconditioned_total: float | None = None
 
 
 class NormRecorder:
-    """Reads the gradients of one step: made for that step, its hooks gone with it.
+    """Records the gradient norms of one step. A new one is made for each step.
 
-    preconditioned: weighted norms too, where the optimizer has an exp_avg_sq by now. shards: over which it is dealt;
-    weighted norms are then not known, since a process never has exp_avg_sq beside the whole of its own gradient. A
-    state in the host's memory (adamw_host) is not read: it would have to come to the card in every step.
+    preconditioned: record weighted norms too, if the optimizer has an exp_avg_sq by now.
+    shards: if the model is sharded. Weighted norms are then unknown, because no process has both
+        exp_avg_sq and its own gradient as a whole.
+
+    A state in the host's memory (adamw_host) is not read, since it would have to be copied to the
+    GPU in every step.
     """
 
     def __init__(
-        self, optimizer: torch.optim.Optimizer, *, preconditioned: bool = False, shards: Shards | None = None
+        self,
+        optimizer: torch.optim.Optimizer,
+        *,
+        preconditioned: bool = False,
+        shards: Shards | None = None,
     ) -> None:
         self._shards = shards
-        self._parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
-        self._exp_avg, squares = _beside(optimizer, "exp_avg"), _beside(optimizer, "exp_avg_sq")
+        self._parameters = [
+            p for group in optimizer.param_groups for p in group["params"] if p.requires_grad
+        ]
+        self._exp_avg, squares = (
+            _state_on_device(optimizer, "exp_avg"),
+            _state_on_device(optimizer, "exp_avg_sq"),
+        )
         is_whole = shards is None and len(squares) == len(self._parameters)
         self._exp_avg_sq = squares if preconditioned and is_whole else {}
         self._squares: list[torch.Tensor] = []
@@ -64,8 +80,12 @@ class NormRecorder:
 
     @contextmanager
     def reading(self, *, alone: bool = False) -> Iterator[None]:
-        """One micro-batch's backward goes into this. What an earlier one left is forgotten unless it was kept. alone:
-        it is all of the step, whose norms are then its own."""
+        """Record the backward of one micro-batch that runs inside this context.
+
+        What an earlier backward left is dropped, unless `keep` was called.
+
+        alone: the micro-batch is the whole step, so its norm is the step's and needs no hooks.
+        """
         self._squares, self._weighted = [], []
         self._is_alone = alone and self._shards is None
         if self._is_alone:
@@ -75,7 +95,9 @@ class NormRecorder:
             with self._shards.reading(self._add_norm):
                 yield
             return
-        handles = [parameter.register_hook(partial(self._add, parameter)) for parameter in self._parameters]
+        handles = [
+            parameter.register_hook(partial(self._add, parameter)) for parameter in self._parameters
+        ]
         try:
             yield
         finally:
@@ -83,43 +105,73 @@ class NormRecorder:
                 handle.remove()
 
     def keep(self, weight: float) -> None:
-        """The micro-batch that was read is done. weight: its loss weight."""
+        """Keep the norms of the micro-batch that was just recorded.
+
+        weight: its loss weight.
+        """
         self._weights.append(weight)
         if not self._is_alone:
             self._micro.append(torch.stack((self._sum(self._squares), self._sum(self._weighted))))
 
     def forget(self) -> None:
-        """The step begins anew."""
+        """Drop all norms, because the step begins again."""
         self._micro, self._weights = [], []
 
     def kept(self) -> tuple[torch.Tensor, tuple[float, ...]]:
-        """(float32 [2 a] on the device: norm and weighted norm of each of a micro-batches, their loss weights)."""
-        values = torch.cat(self._micro) if self._micro else torch.zeros(0, device=self._parameters[0].device)
+        """Return the norms and weights of the kept micro-batches.
+
+        The norms are float32 [2 a] on the device for a micro-batches: norm and weighted norm of
+        each.
+        """
+        values = (
+            torch.cat(self._micro)
+            if self._micro
+            else torch.zeros(0, device=self._parameters[0].device)
+        )
         return values, tuple(self._weights)
 
     def take(self, values: Sequence[float], weights: Sequence[float]) -> None:
-        """The micro-batches of all processes in place of its own; as `kept` gives them."""
+        """Replace the norms by those of all processes, in the form that `kept` returns."""
         self._micro = list(torch.tensor(values, device=self._parameters[0].device).reshape(-1, 2))
         self._weights = list(weights)
 
     @torch.no_grad()
     def values(self) -> torch.Tensor:
-        """Float32 [2 a + 2] on the device, for a micro-batches (0 for one that was read as alone): norm and weighted
-        norm of each; the weighted norm of their sum, and its product with Adam's average. To be taken after the last
-        backward and before clipping."""
+        """Return all norms as float32 [2 a + 2] on the device, for a micro-batches.
+
+        These are norm and weighted norm of each micro-batch (none for one that was the whole step),
+        the weighted norm of their sum, and its product with Adam's average. Call this after the
+        last backward and before clipping.
+        """
         grads = [(p, p.grad) for p in self._parameters if p.grad is not None]
-        dots = [dot for p, grad in grads if p in self._exp_avg for dot in _dots(local(grad), local(self._exp_avg[p]))]
-        weighted = [_weighted_square(grad, self._exp_avg_sq[p]) for p, grad in grads if self._exp_avg_sq]
+        dots = [
+            dot
+            for p, grad in grads
+            if p in self._exp_avg
+            for dot in _dots(local(grad), local(self._exp_avg[p]))
+        ]
+        weighted = [
+            _weighted_square(grad, self._exp_avg_sq[p]) for p, grad in grads if self._exp_avg_sq
+        ]
         totals = torch.stack((self._sum(weighted), self._sum(dots)))
         if self._shards is not None:
             self._shards.add_up(totals)
         return torch.cat((*self._micro, totals))
 
-    def read(self, host: Sequence[float], *, total_norm: float, scale: float = 1.0) -> GradientNorms:
-        """host: `values()` on the host. scale: a GradScaler's, which is in every backward's gradient and was taken out
-        of their sum."""
+    def read(
+        self, host: Sequence[float], *, total_norm: float, scale: float = 1.0
+    ) -> GradientNorms:
+        """Convert `values()`, copied to the host, to the norms.
+
+        scale: the gradient scaler's factor, which every backward's gradient contains and which has
+            been divided out of their sum.
+        """
         *micro, weighted_total, dot = host
-        norms = [total_norm**2, weighted_total] if self._is_alone else [value / scale**2 for value in micro]
+        norms = (
+            [total_norm**2, weighted_total]
+            if self._is_alone
+            else [value / scale**2 for value in micro]
+        )
         return GradientNorms(
             micro=tuple(norms[0::2]),
             total=total_norm**2,
@@ -140,17 +192,31 @@ class NormRecorder:
         self._squares.append(_square(gradient))
 
     def _sum(self, values: list[torch.Tensor]) -> torch.Tensor:
-        return torch.stack(values).sum() if values else torch.zeros((), device=self._parameters[0].device)
+        return (
+            torch.stack(values).sum()
+            if values
+            else torch.zeros((), device=self._parameters[0].device)
+        )
 
 
-def _beside(optimizer: torch.optim.Optimizer, name: str) -> dict[torch.Tensor, torch.Tensor]:
-    """That part of the state of each parameter, where it is on the parameter's device."""
-    return {p: state[name] for p, state in optimizer.state.items() if name in state and state[name].device == p.device}
+def _state_on_device(
+    optimizer: torch.optim.Optimizer, name: str
+) -> dict[torch.Tensor, torch.Tensor]:
+    """Return that part of each parameter's state, if it is on the parameter's device."""
+    return {
+        p: state[name]
+        for p, state in optimizer.state.items()
+        if name in state and state[name].device == p.device
+    }
 
 
 def _square(gradient: torch.Tensor) -> torch.Tensor:
-    """The squared norm, in float32 and without a copy."""
-    if gradient.dtype == torch.float32 and gradient.is_contiguous() and gradient.numel() < CUBLAS_ELEMENTS:
+    """Return the squared norm, in float32 and without a copy."""
+    if (
+        gradient.dtype == torch.float32
+        and gradient.is_contiguous()
+        and gradient.numel() < CUBLAS_ELEMENTS
+    ):
         flat = gradient.view(-1)
         return torch.dot(flat, flat)  # one launch; a norm takes two
     norm: torch.Tensor = torch.linalg.vector_norm(gradient, dtype=torch.float32)
@@ -158,7 +224,7 @@ def _square(gradient: torch.Tensor) -> torch.Tensor:
 
 
 def _dots(first: torch.Tensor, second: torch.Tensor) -> list[torch.Tensor]:
-    """In float32, of each piece where the two must be converted."""
+    """Return dot products in float32: of each chunk if the tensors must be converted."""
     if first.dtype == second.dtype == torch.float32 and first.numel() < CUBLAS_ELEMENTS:
         return [torch.dot(first.reshape(-1), second.reshape(-1))]
     pieces = zip(_pieces(first), _pieces(second), strict=True)
@@ -166,9 +232,12 @@ def _dots(first: torch.Tensor, second: torch.Tensor) -> list[torch.Tensor]:
 
 
 def _weighted_square(gradient: torch.Tensor, exp_avg_sq: torch.Tensor) -> torch.Tensor:
-    """sum of g^2 / sqrt(v). A constant factor, such as v's missing correction of its bias, cancels in every ratio.
-    Where v is 0, before the first update or in a word's row until the word comes, there is no weight yet and none is
-    made up: 1 / EPS would outweigh everything else for the rest of the run."""
+    """Return sum of g^2 / sqrt(v).
+
+    A constant factor, such as v's missing bias correction, cancels in every ratio. Where v is 0,
+    before the first update or in an embedding row until its token appears, the weight is 0: 1 / EPS
+    would outweigh everything else for the rest of the run.
+    """
     pieces = zip(_pieces(gradient), _pieces(exp_avg_sq), strict=True)
     return torch.stack([_weighted_piece(*piece) for piece in pieces]).sum()
 

@@ -1,14 +1,16 @@
-"""What the optimizer's settings become when the effective batch changes: one gain gives them all.
+"""Scales the optimizer's settings to another effective batch, all of them from one gain.
 
-For a batch k times as large, and noise of rho times the signal at the old one,
+For a batch k times as large, and noise of rho times the signal at the old batch,
 
     r(k) = (1 + rho) / (1 + rho / k)
 
-is how much further one step may go: k where the gradient is all noise, 1 where it has none. It is AdaScale's gain
-(Johnson et al. 2020, arXiv 2007.05105). Adam's rate grows by sqrt(r) (its step is a ratio of gradient and root mean
-square), SGD's by r. What remembers or shrinks per step is kept per token instead: beta -> beta^k, weight decay by
-rate * decay / batch = const (Wang and Aitchison 2024, arXiv 2405.13698). eps goes by 1 / sqrt(k) (Malladi et al. 2022,
-arXiv 2205.10287), the clipping threshold by 1 / sqrt(r), since the norm of a less noisy gradient is smaller.
+is how much farther one step may go: k if the gradient is all noise, 1 if it has none. It is
+AdaScale's gain (Johnson et al. 2020, arXiv 2007.05105). Adam's rate grows by sqrt(r), because its
+step is a ratio of gradient and root mean square, and SGD's by r. Averages and weight decay, which
+act per step, are held constant per token instead: beta -> beta^k, and weight decay by rate * decay
+/ batch = const (Wang and Aitchison 2024, arXiv 2405.13698). eps changes by 1 / sqrt(k) (Malladi et
+al. 2022, arXiv 2205.10287), and the clipping threshold by 1 / sqrt(r), since the norm of a less
+noisy gradient is smaller.
 """
 
 import math
@@ -17,23 +19,24 @@ from dataclasses import asdict, dataclass, replace
 from fitune.config import OptimConfig, RunConfig, Scaling
 from fitune.optimizers.table import OPTIMIZERS
 
+#: LoRA needs about ten times the rate of full fine-tuning (Schulman et al. 2025, "LoRA Without
+#: Regret").
 DEFAULT_LR = {"full": 2e-5, "lora": 2e-4, "qlora": 2e-4}
-"""LoRA wants about ten times the rate of full fine-tuning (Schulman et al. 2025, "LoRA Without Regret")."""
-
+#: The rate changes by at most this factor if the noise was not measured.
 MOST_UNMEASURED = 2.0
-"""The rate is changed by no more than this factor while the noise is not known."""
+#: If beta1 averages over more than this fraction of the remaining steps, it is scaled too.
 LONGEST_LAG_FRACTION = 0.05
-"""Of the remaining steps that beta1 may average over before it, too, is kept per token."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OptimSettings:
-    """Of an optimizer, all of which depend on the batch. clip: 0 for none."""
+    """The settings of an optimizer that depend on the batch."""
 
     lr: float
     betas: tuple[float, float]
     eps: float
     weight_decay: float
+    #: the largest gradient norm; 0 for no clipping
     clip: float
 
 
@@ -42,12 +45,23 @@ def configured_lr(config: RunConfig) -> float:
 
 
 def settings_of(optim: OptimConfig, *, lr: float, rows: int) -> OptimSettings:
-    """For a batch of `rows`: as configured, and carried over where optim.scaling says so."""
-    given = OptimSettings(lr=lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay, clip=optim.clip)
+    """Return the settings for a batch of `rows` samples.
+
+    They are as configured, or scaled from optim.reference_batch if optim.scaling says so.
+    """
+    given = OptimSettings(
+        lr=lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay, clip=optim.clip
+    )
     if optim.reference_batch is None:
         return given
     rho = None if optim.noise_scale is None else optim.noise_scale / optim.reference_batch
-    return scale(given, optim.scaling, factor=rows / optim.reference_batch, rho=rho, adaptive=is_adaptive(optim))
+    return scale(
+        given,
+        optim.scaling,
+        factor=rows / optim.reference_batch,
+        rho=rho,
+        adaptive=is_adaptive(optim),
+    )
 
 
 def with_settings(optim: OptimConfig, settings: OptimSettings) -> OptimConfig:
@@ -55,7 +69,7 @@ def with_settings(optim: OptimConfig, settings: OptimSettings) -> OptimConfig:
 
 
 def scaling_note(optim: OptimConfig, settings: OptimSettings, *, lr: float, rows: int) -> str:
-    """What optim.scaling made of the settings, in one sentence."""
+    """Return a message about what optim.scaling changed."""
     assert optim.reference_batch is not None
     measured = "" if optim.noise_scale is None else f", noise scale {optim.noise_scale:g} samples"
     return (
@@ -67,18 +81,24 @@ def scaling_note(optim: OptimConfig, settings: OptimSettings, *, lr: float, rows
 
 
 def is_adaptive(optim: OptimConfig) -> bool:
-    """Whether the optimizer divides by the gradient's own size."""
+    """Return whether the optimizer divides the gradient by its own size."""
     return OPTIMIZERS[optim.name].is_adaptive
 
 
 def gain(rho: float, factor: float) -> float:
-    """r(k) for a batch that grows by `factor`. rho: noise over signal at the old batch; inf: nothing but noise."""
+    """Return r(k) for a batch that grows by `factor`.
+
+    rho: noise over signal at the old batch; inf if there is nothing but noise.
+    """
     return factor if math.isinf(rho) else (1 + rho) / (1 + rho / factor)
 
 
 def rate_factor(rule: Scaling, factor: float, *, rho: float | None, adaptive: bool = True) -> float:
-    """By how much the rate changes. rho: None where it was not measured, which sqrt_gain answers with caution.
-    adaptive: Adam and its like, not SGD."""
+    """Return the factor by which the rate changes.
+
+    rho: None if it was not measured; the rule sqrt_gain is then bounded.
+    adaptive: for Adam and similar optimizers, not for SGD.
+    """
     match rule:
         case "none":
             return 1.0
@@ -102,8 +122,11 @@ def scale(
     adaptive: bool = True,
     steps_left: float | None = None,
 ) -> OptimSettings:
-    """The settings for a batch `factor` times the one that `reference` was chosen for. steps_left: of the new batch,
-    None where that is not known; beta1 stays as it is unless it would average over too many of them."""
+    """Scale settings to a batch `factor` times as large as the one that they were chosen for.
+
+    steps_left: with the new batch, if known. beta1 stays as it is unless it would average over too
+        many of them.
+    """
     if rule == "none" or factor == 1:
         return reference
     change = rate_factor(rule, factor, rho=rho, adaptive=adaptive)
@@ -121,6 +144,6 @@ def scale(
 
 
 def _implied_gain(change: float, factor: float, *, rho: float | None, adaptive: bool) -> float:
-    """r(k), measured, else the one that the change of the rate takes for granted; between 1 and k."""
+    """Return the measured r(k), or the one that the change of the rate implies, between 1 and k."""
     implied = gain(rho, factor) if rho is not None else change ** (2 if adaptive else 1)
     return min(max(implied, min(1.0, factor)), max(1.0, factor))

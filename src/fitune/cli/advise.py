@@ -1,4 +1,4 @@
-"""`fitune advise`: what to change in a run, best first."""
+"""Implement `fitune advise`, which suggests changes to a run, best first."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -14,13 +14,20 @@ from fitune.language import say
 
 def advise(
     run: Annotated[
-        Path, Parameter(name="RUN", help="the run to advise on, its directory or name, or a report with it first")
+        Path,
+        Parameter(
+            name="RUN",
+            help="the run to advise on, its directory or name, or a report with it first",
+        ),
     ],
     *beside: Runs,
     output_format: Format = "auto",
 ) -> None:
-    """Ranked changes to RUN, each with its memory, its speed, whether the training result stays the same, what that
-    rests on, and the command. Runs beside it are evidence."""
+    """Rank changes to a run by their effect on memory and speed.
+
+    Each change says whether the training result stays the same, on which evidence it rests, and
+    which command makes it. The other runs serve as evidence.
+    """
     from fitune.report.advice import advise as find_advice
     from fitune.report.compare import compare
 
@@ -35,11 +42,17 @@ def advise(
         return
     screen = console(output_format)
     if not found:
-        screen.print(say("nothing to change in {name}, as far as its record tells", name=comparison.rows[0].name))
+        screen.print(
+            say(
+                "nothing to change in {name}, as far as its record tells",
+                name=comparison.rows[0].name,
+            )
+        )
         return
     heads = [say("change"), say(">memory"), say(">speed"), say("result")]
     rows = [
-        [f"{index} {each.change}", each.memory, each.speed, each.effect] for index, each in enumerate(found, start=1)
+        [f"{index} {each.change}", each.memory, each.speed, each.effect]
+        for index, each in enumerate(found, start=1)
     ]
     screen.print(table(heads, rows))
     for index, each in enumerate(found, start=1):

@@ -1,9 +1,11 @@
-"""The command `fitune`: its verbs, and the one place where errors become exit codes.
+"""Define the command `fitune` and its verbs, and turn errors into exit codes.
 
-    0 ok   1 failed   2 usage, configuration or data   3 does not fit   4 out of memory after all retries
-    75 start me again   130 interrupted   141 the reader of our output is gone
+    0 success    1 failure    2 wrong usage, configuration or data    3 does not fit
+    4 out of memory after all retries    75 temporary failure: start again    130 interrupted
+    141 broken pipe
 
-A verb is a module of this package, imported when it is called, so that `fitune --help` imports none of them.
+Each verb is a module of this package. It is imported only when it is called, so that
+`fitune --help` stays fast.
 """
 
 import logging
@@ -21,13 +23,14 @@ from fitune.boundary import unexpected
 from fitune.cli.examples import examples
 from fitune.cli.help_text import HelpText
 from fitune.cli.output import print_aside
-from fitune.config.foreign_names import foreign_hint
+from fitune.config.importers.names import hint_for_name
 from fitune.errors import FituneError
 from fitune.language import say, translated
 
 INTERRUPTED = 130
 BROKEN_PIPE = 141
 
+#: Verb -> its help, in the order in which `fitune --help` lists them.
 VERBS = {
     "env": "The machine: cards, memory, driver, versions.",
     "check": "What the data is: format, template, supervised share, lengths, samples cut or lost.",
@@ -43,14 +46,13 @@ VERBS = {
     "config": "About configuration files.",
     "demo": "The whole story here in minutes: real model, real data.",
 }
-"""What each does, in the order of the help."""
+#: Usage lines of the verbs that take a configuration.
 USAGES = {
     "check": "fitune check DATA|CONFIG [KEY.SUB=VALUE...] [OPTIONS]",
     "plan": "fitune plan [CONFIG] [KEY.SUB=VALUE...] [OPTIONS]",
     "train": "fitune train [CONFIG] [KEY.SUB=VALUE...] [OPTIONS]",
     "sweep": "fitune sweep CONFIG [KEY.SUB=VALUE...] [OPTIONS]",
 }
-"""Of the verbs whose arguments are more than a list of names."""
 
 app = App(
     name="fitune",
@@ -64,7 +66,7 @@ app = App(
     suppress_keyboard_interrupt=False,
 )
 for position, (verb, what) in enumerate(VERBS.items(), start=1):
-    if verb == "config":  # an app of its own, with verbs of its own
+    if verb == "config":  # has verbs of its own
         app.command("fitune.cli.config_command:app", name=verb, help=what, sort_key=position)
         continue
     app.command(
@@ -83,13 +85,16 @@ app.register_install_completion_command(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The exit code of `fitune ARGUMENTS` (sys.argv's by default). What goes wrong is said on stderr, one line a fault,
-    also what nobody foresaw; FITUNE_DEBUG=1 adds the traceback and what libraries warn of."""
+    """Run `fitune ARGUMENTS` (by default those of sys.argv) and return its exit code.
+
+    Prints one line on stderr for each error, including unexpected exceptions. FITUNE_DEBUG=1 adds
+    tracebacks and the warnings of libraries.
+    """
     if arguments is None and not _debugs():
         _silence_libraries()
     try:
         app(
-            _as_meant(sys.argv[1:] if arguments is None else arguments),
+            _normalise(sys.argv[1:] if arguments is None else arguments),
             exit_on_error=False,
             print_error=False,
             result_action="return_value",
@@ -97,17 +102,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return 0
     except CycloptsError as error:
-        return _fail([_usage_sentence(error)], exit_code=2)
+        return _fail([_usage_message(error)], exit_code=2)
     except FituneError as error:
         return _fail(str(error).split("\n") if str(error) else [], error.exit_code)
     except KeyboardInterrupt:
         return _fail(["interrupted"], INTERRUPTED)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more at its end
+        # The interpreter flushes stdout again at exit, which must not fail.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
     except Exception as error:
-        told = unexpected(error, f"fitune {_verb(arguments)}".strip())
-        return _fail(str(told).splitlines(), told.exit_code)
+        failure = unexpected(error, f"fitune {_verb(arguments)}".strip())
+        return _fail(str(failure).splitlines(), failure.exit_code)
 
 
 def _verb(arguments: Sequence[str] | None) -> str:
@@ -116,15 +122,16 @@ def _verb(arguments: Sequence[str] | None) -> str:
 
 
 def _silence_libraries() -> None:
-    """What went wrong is said in a sentence of ours."""
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else a line for each failed allocation, which is survived
+    """Suppress warnings of libraries, because fitune reports what went wrong itself."""
+    # torch warns of each failed allocation, from which training recovers.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
 
 
-def _as_meant(arguments: Sequence[str]) -> list[str]:
-    """'help VERB' and 'version', as other commands have them, are flags here."""
+def _normalise(arguments: Sequence[str]) -> list[str]:
+    """Replace 'help VERB' and 'version', which other programs accept, by the flags for them."""
     match list(arguments):
         case ["help", *verb]:
             return [*verb, "--help"]
@@ -134,12 +141,13 @@ def _as_meant(arguments: Sequence[str]) -> list[str]:
             return words
 
 
-def _fail(sentences: Sequence[str], exit_code: int) -> int:
+def _fail(messages: Sequence[str], exit_code: int) -> int:
     if _debugs():
         print_aside(traceback.format_exc())
-    for sentence in sentences:  # an indented line is a detail of the sentence before it
-        told = translated(sentence)
-        print_aside(told if told.startswith(" ") else say("error: {sentence}", sentence=told))
+    for message in messages:
+        text = translated(message)
+        # An indented line is a detail of the error in the line before it.
+        print_aside(text if text.startswith(" ") else say("error: {sentence}", sentence=text))
     return exit_code
 
 
@@ -147,16 +155,20 @@ def _debugs() -> bool:
     return os.environ.get("FITUNE_DEBUG", "0") not in ("", "0")
 
 
-def _usage_sentence(error: CycloptsError) -> str:
-    sentence = " ".join(str(error).split())
-    if isinstance(error, CoercionError) and error.token is not None and error.token.keyword == "--gpus":
+def _usage_message(error: CycloptsError) -> str:
+    message = " ".join(str(error).split())
+    if (
+        isinstance(error, CoercionError)
+        and error.token is not None
+        and error.token.keyword == "--gpus"
+    ):
         return f"--gpus is how many cards; one by its name is --gpu '{error.token.value}'"
     if isinstance(error, UnknownOptionError):
-        if match := re.match(r"Unknown option: -(\w[\w-]+)", sentence):
+        if match := re.match(r"Unknown option: -(\w[\w-]+)", message):
             return f"Unknown option: -{match[1]}: a flag of several letters begins with two dashes, --{match[1]}"
         name = (error.token.keyword or error.token.value).partition("=")[0]
-        if hint := foreign_hint(name):
-            return f"{sentence} It is {hint}."
+        if hint := hint_for_name(name):
+            return f"{message} It is {hint}."
         if "." in name:
-            return f"{sentence} A key of the configuration is given without dashes: {name.lstrip('-')}=VALUE"
-    return sentence
+            return f"{message} A key of the configuration is given without dashes: {name.lstrip('-')}=VALUE"
+    return message

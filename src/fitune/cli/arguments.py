@@ -1,4 +1,4 @@
-"""What the verbs that take a configuration share: `CONFIG [key.sub=value ...]` and the flags for common keys."""
+"""Read `CONFIG [key.sub=value ...]` and the flags for common keys, which several verbs share."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -15,8 +15,8 @@ ConfigArguments = Annotated[
     str,
     Parameter(
         name="CONFIG",
-        help="A YAML file, then any number of key.sub=value that replace its values: sft.yaml optim.lr=2e-5. "
-        "Without a file, --model and --data are needed.",
+        help="A YAML file, then any number of key.sub=value that replace its values: "
+        "sft.yaml optim.lr=2e-5. Without a file, --model and --data are needed.",
     ),
 ]
 
@@ -25,32 +25,40 @@ CONFIGURATION = Group("Configuration", sort_key=1)
 
 
 def _flag(key: str, kind: str, text: str) -> Parameter:
-    """kind: what the value is, as the help shows it."""
+    """Return the parameter for a configuration key. kind: the placeholder of its value in help."""
     return Parameter(help=f"{text} ({key})", metavar=kind, group=CONFIGURATION)
 
 
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class ConfigFlags:
-    """Short forms of the most used keys. All are text here: the configuration's own checks judge them."""
+    """Holds the flags for common keys as text, which `read_config` parses and checks."""
 
-    model: Annotated[str | None, _flag("model.source", "MODEL", "preset, directory, hub id or file")] = None
-    data: Annotated[tuple[str, ...], _flag("data.train", "PATH", "training data; may be given several times")] = ()
-    max_length: Annotated[str | None, _flag("data.max_length", "TOKENS", "the longest sample; longer ones are cut")] = (
-        None
-    )
+    model: Annotated[
+        str | None, _flag("model.source", "MODEL", "preset, directory, hub id or file")
+    ] = None
+    data: Annotated[
+        tuple[str, ...], _flag("data.train", "PATH", "training data; may be given several times")
+    ] = ()
+    max_length: Annotated[
+        str | None, _flag("data.max_length", "TOKENS", "the longest sample; longer ones are cut")
+    ] = None
     batch: Annotated[
-        str | None, _flag("batch.effective", "SAMPLES", "effective batch: samples of an optimizer step")
+        str | None,
+        _flag("batch.effective", "SAMPLES", "effective batch: samples of an optimizer step"),
     ] = None
     micro: Annotated[
-        str | None, _flag("batch.micro", "SAMPLES", "micro-batch size: samples in one forward and backward")
+        str | None,
+        _flag("batch.micro", "SAMPLES", "micro-batch size: samples in one forward and backward"),
     ] = None
     lr: Annotated[str | None, _flag("optim.lr", "FLOAT", "learning rate")] = None
     epochs: Annotated[str | None, _flag("train.epochs", "FLOAT", "passes over the data")] = None
     steps: Annotated[str | None, _flag("train.steps", "INT", "optimizer steps")] = None
     seed: Annotated[str | None, _flag("train.seed", "INT", "of all random numbers")] = None
     output: Annotated[str | None, _flag("run.output", "PATH", "where runs are kept")] = None
-    name: Annotated[str | None, _flag("run.name", "NAME", "the run's directory below output")] = None
+    name: Annotated[str | None, _flag("run.name", "NAME", "the run's directory below output")] = (
+        None
+    )
 
 
 _KEYS = {
@@ -69,15 +77,26 @@ _KEYS = {
 
 
 def read_arguments(
-    words: tuple[str, ...], flags: ConfigFlags, *, overrides: Sequence[str] = (), source: Path | None = None
+    words: tuple[str, ...],
+    flags: ConfigFlags,
+    *,
+    overrides: Sequence[str] = (),
+    source: Path | None = None,
 ) -> ResolvedConfig:
-    """overrides: of a verb's own flags. source: a run's configuration, in place of a file among the words.
+    """Read the configuration that a command line describes.
 
-    Raises ConfigError with every fault of the file and of what was typed."""
+    words: an optional file, then overrides such as `optim.lr=2e-5`.
+    overrides: additional overrides from the verb's own flags.
+    source: the configuration of an existing run, instead of a file among the words.
+
+    Raises ConfigError with every error of the file and of the command line.
+    """
     own, overrides = overrides, list(words)
     is_file = bool(words) and ("=" not in words[0] or Path(words[0]).exists())
     if source is not None and is_file:
-        raise ConfigError([f"{words[0]}: the run has its configuration; give what changes as key.sub=value"])
+        raise ConfigError(
+            [f"{words[0]}: the run has its configuration; give what changes as key.sub=value"]
+        )
     if is_file:
         source = Path(overrides.pop(0))
     if source is None and not words and flags == ConfigFlags():
@@ -95,8 +114,10 @@ def _overrides(flags: ConfigFlags) -> Iterator[str]:
 
 
 def check_inputs(config: RunConfig) -> None:
-    """What can be told of model and data without an import that takes seconds. Raises ModelError and DataError for what
-    is not there."""
+    """Check that the model and the data exist, without imports that take seconds.
+
+    Raises ModelError or DataError if they do not.
+    """
     from fitune.data.files import check_files
     from fitune.model.source import check_source, check_tokenizer
 
@@ -105,13 +126,15 @@ def check_inputs(config: RunConfig) -> None:
     check_files(config.data)
 
 
+#: Default of run.output.
 RUNS = Path("runs")
-"""Where runs are kept unless run.output says otherwise."""
 
 
 def run_path(run: Path, output: Path = RUNS) -> Path:
-    """`run`, or the directory of that name below `output` where there is nothing at `run`. Raises RunDirectoryError
-    where there is neither."""
+    """Return `run` if it exists, else the directory of that name in `output`.
+
+    Raises RunDirectoryError if neither exists.
+    """
     if run.exists():
         return run
     if (output / run).exists():

@@ -1,4 +1,4 @@
-"""`fitune check`: what the data is, before anything is trained on it."""
+"""Implement `fitune check`, which reports on the data before training."""
 
 import io
 import sys
@@ -25,21 +25,28 @@ from fitune.units import format_count
 if TYPE_CHECKING:
     from fitune.data.examples import Examples
 
-_MASKED = {"assistant": "assistant turns only", "last": "the last assistant turn only", "all": "every token"}
+_MASKED = {
+    "assistant": "assistant turns only",
+    "last": "the last assistant turn only",
+    "all": "every token",
+}
 
 
 def check(
     *words: ConfigArguments,
     flags: ConfigFlags = ConfigFlags(),  # noqa: B008 (frozen)
     show: Annotated[
-        int, Parameter(validator=Number(gte=0), help="also show so many samples as the model will see them")
+        int,
+        Parameter(
+            validator=Number(gte=0), help="also show so many samples as the model will see them"
+        ),
     ] = 0,
     output_format: Format = "auto",
 ) -> None:
-    """What the data is: format, template, supervised share, lengths, rows cut or lost.
+    """Report on the data: format, template, supervised share, lengths, samples cut or dropped.
 
-    Takes a configuration, or a data file and --model (whose tokenizer and chat template are used):
-    fitune check sft.jsonl --model DIRECTORY
+    The first word is a configuration, or a data file that is tokenised with the tokenizer and the
+    chat template of --model.
     """
     if words and "=" not in words[0] and not words[0].endswith((".yaml", ".yml")):
         flags, words = replace(flags, data=(words[0], *flags.data)), words[1:]
@@ -71,16 +78,23 @@ def report_on(
     width: int = 100,
     colour: bool = False,
 ) -> str:
-    """The report on `data` as a table of at most `width` columns, or as one JSON object with `schema: 1`.
+    """Return the report on `data` as a table of at most `width` columns, or as a JSON object.
 
-    show: so many rows as the model will see them; what is supervised is green, or between ⟦ and ⟧ without colour.
-    Raises DataError for data that cannot be trained on.
+    show: number of samples to print as the model sees them. Supervised tokens are green, or
+        between ⟦ and ⟧ without colour.
+
+    Raises DataError if the data cannot be trained on.
     """
     from fitune.data.examples import load_examples
 
-    with tqdm(unit=f" {say('samples')}", desc=say("tokenise"), file=sys.stderr, delay=1, disable=None) as bar:
+    with tqdm(
+        unit=f" {say('samples')}", desc=say("tokenise"), file=sys.stderr, delay=1, disable=None
+    ) as bar:
         examples = load_examples(
-            data, tokenizer, eval_max_rows=eval_max_rows, on_progress=lambda num_rows: bar.update(num_rows - bar.n)
+            data,
+            tokenizer,
+            eval_max_rows=eval_max_rows,
+            on_progress=lambda num_rows: bar.update(num_rows - bar.n),
         )
     report = examples.report
     if output_format == "json":
@@ -100,28 +114,41 @@ def report_on(
     found = "" if data.mask == "all" else f" (found by {report.mask})"
     share = f"{report.supervised_fraction:.1%} of tokens carry loss"
     screen.print(translated(f"loss     {_MASKED[data.mask]} · {share}{found}"))
-    for sentence in _learned(examples, tokenizer, width=width):
-        screen.print(translated(sentence))
+    for message in _loss_lines(examples, tokenizer, width=width):
+        screen.print(translated(message))
     screen.print(_split_table(report))
-    for sentence in _warnings(report):
-        screen.print(f"! {translated(sentence)}")
+    for message in _warnings(report):
+        screen.print(f"! {translated(message)}")
     for title, rows, count in (
         ("bad samples, not used", report.bad_rows, report.num_bad_rows),
-        ("samples dropped", report.dropped_rows, report.train.num_untrainable_rows + report.eval.num_untrainable_rows),
+        (
+            "samples dropped",
+            report.dropped_rows,
+            report.train.num_untrainable_rows + report.eval.num_untrainable_rows,
+        ),
     ):
         if rows:
             screen.print(translated(f"{title}: {count:,}; the first ones"))
-            for sentence in grouped(rows):
-                screen.print(translated(f"  {sentence}"))
+            for message in grouped(rows):
+                screen.print(translated(f"  {message}"))
     for index in range(min(show, len(examples))):
-        screen.print(_shown(examples, index, tokenizer, colour=colour))
+        screen.print(_sample_text(examples, index, tokenizer, colour=colour))
     return screen.file.getvalue()  # type: ignore[attr-defined, no-any-return]
 
 
 def _split_table(report: DataReport) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column(say("split"))
-    for heading in ("samples", "tokens", "p50", "p95", "p99", "max", f"> {report.max_length}", "no target"):
+    for heading in (
+        "samples",
+        "tokens",
+        "p50",
+        "p95",
+        "p99",
+        "max",
+        f"> {report.max_length}",
+        "no target",
+    ):
         table.add_column(say(heading), justify="right", no_wrap=True)
     for name, split in (("train", report.train), ("eval", report.eval)):
         table.add_row(say(name), *_cells(split))
@@ -149,18 +176,22 @@ def _warnings(report: DataReport) -> Iterator[str]:
         yield f"{report.train.num_duplicate_rows:,} training samples are copies of others"
     if (padding := report.train.padding) is not None:
         yield (
-            f"padding every sample to {report.max_length} computes {padding.fixed:.2f} x the real tokens; groups of 8 "
-            f"samples {padding.shuffled:.2f} x, sorted by length {padding.sorted:.2f} x, packing {padding.packed:.2f} x"
+            f"padding every sample to {report.max_length} computes {padding.fixed:.2f} x the "
+            "real tokens; groups of 8 "
+            f"samples {padding.shuffled:.2f} x, sorted by length {padding.sorted:.2f} x, packing "
+            f"{padding.packed:.2f} x"
         )
 
 
-def _learned(examples: "Examples", tokenizer: Any, *, width: int) -> Iterator[str]:
-    """What the first row teaches, what every answer ends with, and how many rows are cut."""
+def _loss_lines(examples: "Examples", tokenizer: Any, *, width: int) -> Iterator[str]:
+    """Yield lines about supervised tokens of the first sample, ends of answers and cut samples."""
     report = examples.report
     row = next(iter(examples), None)
     if row is not None:
         places = row.loss_weights.nonzero()[0]
-        breaks = [number for number in range(1, len(places)) if places[number] != places[number - 1] + 1]
+        breaks = [
+            number for number in range(1, len(places)) if places[number] != places[number - 1] + 1
+        ]
         said = repr(_text(tokenizer, row.input_ids[places[: breaks[0] if breaks else None]]))[1:-1]
         room = width - len("learned  ⟦⟧ in the first sample")
         said = said if len(said) <= room else f"{said[: room // 2 - 3]} ... {said[3 - room // 2 :]}"
@@ -180,12 +211,18 @@ def _text(tokenizer: Any, ids: Any) -> str:
     return in_time(lambda: str(tokenizer.decode(ids)), num_chars=len(ids))
 
 
-def _shown(examples: "Examples", index: int, tokenizer: Any, *, colour: bool) -> Text:
+def _sample_text(examples: "Examples", index: int, tokenizer: Any, *, colour: bool) -> Text:
     row = examples[index]
     text = Text().append(
-        say("sample {number}: {tokens} tokens", number=row.row_id, tokens=f"{len(row):,}") + "\n", style="bold"
+        say("sample {number}: {tokens} tokens", number=row.row_id, tokens=f"{len(row):,}") + "\n",
+        style="bold",
     )
-    for supervised, run in groupby(range(len(row)), key=lambda place: bool(row.loss_weights[place])):
+    for supervised, run in groupby(
+        range(len(row)), key=lambda place: bool(row.loss_weights[place])
+    ):
         part = _text(tokenizer, row.input_ids[list(run)])
-        text.append(part if colour or not supervised else f"⟦{part}⟧", style="green" if supervised else "dim")
+        text.append(
+            part if colour or not supervised else f"⟦{part}⟧",
+            style="green" if supervised else "dim",
+        )
     return text

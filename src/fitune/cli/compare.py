@@ -1,4 +1,4 @@
-"""`fitune compare`: runs side by side, at equal tokens."""
+"""Implement `fitune compare`, which shows runs side by side at equal tokens."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -18,8 +18,9 @@ Runs = Annotated[
     Path,
     Parameter(
         name="RUN",
-        help="a run's directory or name, a directory of runs, a report of fitune, or what another trainer left: "
-        "trainer_state.json, trainer_log.jsonl, TensorBoard events, a log of minimind",
+        help="a run's directory or name, a directory of runs, a report of fitune, or what "
+        "another trainer left: trainer_state.json, trainer_log.jsonl, TensorBoard events, a log "
+        "of minimind",
     ),
 ]
 
@@ -27,7 +28,10 @@ Runs = Annotated[
 def compare(
     *runs: Runs,
     at: Annotated[
-        str | None, Parameter(help="tokens to compare at: 24M; as far as all came where left out", metavar="TOKENS")
+        str | None,
+        Parameter(
+            help="tokens to compare at: 24M; as far as all came where left out", metavar="TOKENS"
+        ),
     ] = None,
     output_format: Annotated[
         Literal["auto", "human", "json", "csv", "md", "quiet"],
@@ -41,14 +45,21 @@ def compare(
     csv: Annotated[bool, Parameter(help="--format csv", group=OUTPUT)] = False,
     md: Annotated[bool, Parameter(help="--format md", group=OUTPUT)] = False,
 ) -> None:
-    """Peak memory, speed and losses of runs, at equal tokens: differences to the first run with their intervals, the
-    settings that differ, and whether runs of one effective batch are the same run."""
+    """Compare peak memory, speed and losses of runs at equal tokens.
+
+    Shows differences to the first run with confidence intervals, the settings that differ, and
+    whether runs with the same effective batch are numerically the same training.
+    """
     from fitune.report import tables
     from fitune.report.compare import compare as compare_runs
 
     if not runs:
-        raise UsageError("give the runs to compare, the first being what the others are compared with")
-    comparison = compare_runs([run_path(run) for run in runs], tokens=None if at is None else _tokens(at))
+        raise UsageError(
+            "give the runs to compare, the first being what the others are compared with"
+        )
+    comparison = compare_runs(
+        [run_path(run) for run in runs], tokens=None if at is None else _tokens(at)
+    )
     chosen = "json" if json else "csv" if csv else "md" if md else output_format
     if chosen == "json":
         print_json(tables.comparison_json(comparison))
@@ -70,29 +81,39 @@ def show_comparison(comparison: "Comparison", screen: Screen) -> None:
 
     heads = tables.columns(comparison)
     rows = [tables.cells(row) for row in comparison.rows]
-    without = {tables.TRAIN_COLUMN} if all(row.eval_loss is not None for row in comparison.rows) else set()
-    used = [index for index in range(len(heads)) if index not in without and _says_something(rows, index)]
+    without = (
+        {tables.TRAIN_COLUMN}
+        if all(row.eval_loss is not None for row in comparison.rows)
+        else set()
+    )
+    used = [
+        index for index in range(len(heads)) if index not in without and _has_values(rows, index)
+    ]
     screen.print(tables.heading(comparison))
-    screen.print(table([heads[index] for index in used], [[row[index] for index in used] for row in rows]))
+    screen.print(
+        table([heads[index] for index in used], [[row[index] for index in used] for row in rows])
+    )
     if len(rows) > 1:
         screen.print(tables.legend())
     differing = tables.differing_rows(comparison)
     if differing:
         screen.print()
         screen.print(table(["", *(row.name for row in comparison.rows)], differing))
-    for sentence in (*verdicts(comparison), *comparison.notes):
-        screen.print(f"· {translated(sentence)}")
+    for message in (*verdicts(comparison), *comparison.notes):
+        screen.print(f"· {translated(message)}")
 
 
-def _says_something(rows: list[list[str]], index: int) -> bool:
+def _has_values(rows: list[list[str]], index: int) -> bool:
     return index == 0 or any(row[index] not in ("", "n/a") for row in rows)
 
 
 def _tokens(text: str) -> float:
-    """'24M' -> 24_000_000."""
+    """Parse a number of tokens: '24M' is 24_000_000. Raises UsageError if it is no number."""
     factors = {"k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "": 1.0}
     digits = text.rstrip("kKMG")
     try:
         return float(digits.replace(",", "")) * factors[text[len(digits) :]]
     except (KeyError, ValueError):
-        raise UsageError(f"--at '{text}' is no number of tokens: write it like 24M or 500k") from None
+        raise UsageError(
+            f"--at '{text}' is no number of tokens: write it like 24M or 500k"
+        ) from None

@@ -1,7 +1,8 @@
-"""Two commands for each verb, which its help begins with."""
+"""Hold two example commands for each verb, which its help begins with."""
 
 from fitune.language import say
 
+#: Verb -> two commands that show its use; '' is `fitune` itself.
 EXAMPLES = {
     "": ('fitune plan minimind2 --gpu "RTX 4090"', "fitune train sft.yaml"),
     "env": ("fitune env", "fitune env --format json"),
@@ -14,13 +15,15 @@ EXAMPLES = {
     "compare": ("fitune compare first second", "fitune compare first second --at 24M --md"),
     "advise": ("fitune advise first", "fitune advise first second"),
     "report": ("fitune report first -o first.html", "fitune report first second -o both.html"),
-    "export": ("fitune export first --to hf -o exported", "fitune export first --to minimind -o exported.pth"),
+    "export": (
+        "fitune export first --to hf -o exported",
+        "fitune export first --to minimind -o exported.pth",
+    ),
     "demo": ("fitune demo", "fitune demo --steps 8 --output elsewhere"),
     "config": ("fitune config import llama_factory.yaml -o sft.yaml", "fitune config schema"),
 }
-"""Two commands that show what a verb is for, by its name; of fitune itself under ''."""
 
 
 def examples(verb: str) -> str:
-    """What the help of that verb begins with."""
+    """Return the text that the help of a verb begins with."""
     return "\n".join([say("Examples:"), *(f"  {command}" for command in EXAMPLES[verb])])

@@ -1,4 +1,4 @@
-"""`fitune export`: a run's weights for use elsewhere."""
+"""Implement `fitune export`, which writes a run's weights for other programs."""
 
 import json
 from pathlib import Path
@@ -17,14 +17,23 @@ def export(
     run: Annotated[Path, Parameter(help="a run's directory or name")],
     *,
     to: Annotated[
-        Literal["hf", "minimind", "pth"], Parameter(help="hf: a whole transformers directory; minimind, or pth: a .pth")
+        Literal["hf", "minimind", "pth"],
+        Parameter(help="hf: a whole transformers directory; minimind, or pth: a .pth"),
     ],
-    output: Annotated[Path | None, Parameter(name=("--output", "-o"), help="where to; must not exist yet")] = None,
-    weights: Annotated[Literal["best", "last"] | None, Parameter(help="best where there is one, else last")] = None,
-    trust_remote_code: Annotated[bool, Parameter(help="run Python code that comes with the run's model")] = False,
-    exact: Annotated[bool, Parameter(help="keep the number format (minimind: float16 is usual)")] = False,
+    output: Annotated[
+        Path | None, Parameter(name=("--output", "-o"), help="where to; must not exist yet")
+    ] = None,
+    weights: Annotated[
+        Literal["best", "last"] | None, Parameter(help="best where there is one, else last")
+    ] = None,
+    trust_remote_code: Annotated[
+        bool, Parameter(help="run Python code that comes with the run's model")
+    ] = False,
+    exact: Annotated[
+        bool, Parameter(help="keep the number format (minimind: float16 is usual)")
+    ] = False,
 ) -> None:
-    """Write a run's weights as a transformers directory with adapters merged, or as minimind's .pth."""
+    """Write a run's weights as a transformers directory with merged adapters, or as a .pth file."""
     opened = open_run(run_path(run))
     check_run_files(opened, deep=True)
     source = opened.path / (weights or ("best" if opened.best.is_dir() else "last"))
@@ -32,7 +41,9 @@ def export(
         raise RunDirectoryError(f"{opened.path} has no {source.name}/ yet: let the run save once")
     target = output or opened.path / ("export-hf" if to == "hf" else "export-minimind.pth")
     if target.exists():
-        raise RunDirectoryError(f"{target} exists: give another place with -o, or remove it yourself")
+        raise RunDirectoryError(
+            f"{target} exists: give another place with -o, or remove it yourself"
+        )
     from fitune.model.save import export_minimind, save_model
 
     model, tokenizer = _load(opened, source, trust_remote_code=trust_remote_code)
@@ -47,7 +58,7 @@ def export(
 
 
 def _ends(run: RunDirectory) -> list[str]:
-    """The tokens that the run's answers end with; a run of an earlier version does not say them."""
+    """Return the tokens that end the run's answers; runs of earlier versions do not record them."""
     try:
         return [str(end) for end in json.loads(run.data.read_text(encoding="utf-8"))["ends"]]
     except (OSError, ValueError, KeyError, TypeError):
@@ -55,8 +66,11 @@ def _ends(run: RunDirectory) -> list[str]:
 
 
 def _load(run: RunDirectory, weights: Path, *, trust_remote_code: bool) -> tuple[Any, Any]:
-    """(model, tokenizer) of saved weights; adapters stand on the base model that the run was configured with. Whoever
-    made the directory need not be who exports it, so its word alone runs no code."""
+    """Load (model, tokenizer) from saved weights; adapters are loaded onto the run's base model.
+
+    Somebody else may have made the directory, so its configuration alone must not allow Python
+    code of the model to run: the user has to allow it too. Raises UsageError if the two differ.
+    """
     import torch
 
     from fitune.model.adapted_model import check_adapted, read_adapted
@@ -66,8 +80,8 @@ def _load(run: RunDirectory, weights: Path, *, trust_remote_code: bool) -> tuple
     base = read_config(run.config).config.model
     if base.trust_remote_code != trust_remote_code:
         raise UsageError(
-            f"{run.path} asks to run the Python code that comes with {base.source}: read that code, then add "
-            "--trust-remote-code"
+            f"{run.path} asks to run the Python code that comes with {base.source}: read that "
+            "code, then add --trust-remote-code"
             if base.trust_remote_code
             else f"{run.path} was trained without its model's own code: drop --trust-remote-code"
         )
@@ -77,7 +91,9 @@ def _load(run: RunDirectory, weights: Path, *, trust_remote_code: bool) -> tuple
         return load_model(saved, cpu), load_tokenizer(saved)
     adapted = read_adapted(weights)
     if Path(adapted.source).is_absolute() and not Path(adapted.source).exists():
-        raise RunDirectoryError(f"{adapted.source}, which {weights} adapts, is no longer there: put it back")
+        raise RunDirectoryError(
+            f"{adapted.source}, which {weights} adapts, is no longer there: put it back"
+        )
     plain = base.model_copy(update={"source": adapted.source, "method": "full"})
     model = load_model(plain, cpu, seed=adapted.seed)
     check_adapted(adapted, model, adapters=weights)

@@ -1,4 +1,4 @@
-"""The help of the verbs in the chosen language: cyclopts renders it, with every text translated."""
+"""Render the help of the verbs in the chosen language, by cyclopts with translated text."""
 
 import re
 from typing import Any
@@ -36,7 +36,10 @@ def _plain(content: Any) -> str:
 
 
 def _translated_entry(entry: HelpEntry) -> HelpEntry:
-    """What cyclopts would say in English of choices and of what is required is said in the description instead."""
+    """Translate a parameter's help, and move choices and 'required' into its description.
+
+    cyclopts would add both in English.
+    """
     text = _plain(entry.description or "")
     with_key = _WITH_KEY.fullmatch(text)
     told = translated(text)

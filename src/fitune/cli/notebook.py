@@ -1,4 +1,4 @@
-"""A run in a notebook: one block that is brought up to date, instead of a log that grows."""
+"""Show a run in a notebook as one block that is updated, instead of a growing log."""
 
 import sys
 import time
@@ -15,16 +15,16 @@ REFRESH_SECONDS = 2.0
 
 
 def in_notebook() -> bool:
-    """Whether this process is a notebook's kernel: Jupyter, Colab, Kaggle, VS Code."""
+    """Return whether this process is a notebook kernel: Jupyter, Colab, Kaggle or VS Code."""
     ipython = sys.modules.get("IPython")
     return ipython is not None and hasattr(ipython.get_ipython(), "kernel")
 
 
 class NotebookProgress:
-    """A watcher of a run: what was said before it begins, then what `fitune watch` shows of it."""
+    """A progress display that shows messages until a run begins, then the `fitune watch` screen."""
 
     def __init__(self) -> None:
-        self._said: list[str] = []
+        self._lines: list[str] = []
         self._stage: str | None = None
         self._follower: RunFollower | None = None
         self._handle: Any = None
@@ -37,26 +37,26 @@ class NotebookProgress:
         self._show()
 
     def note(self, text: str) -> None:
-        """Once the run has begun its files tell it, and the screen with them."""
+        """Show a message. After the run has begun, the screen shows it as an event of the run."""
         if self._follower is None:
-            self._said.append(translated(text))
-        self._show_now_and_then()
+            self._lines.append(translated(text))
+        self._refresh()
 
     def stage(self, name: str) -> None:
         self._stage = translated(name)
-        self._show_now_and_then()
+        self._refresh()
 
     def begin(self, run: RunDirectory) -> None:
         self.note(f"run    {run.path}")
         self._follower = RunFollower(run)
 
     def step(self, metrics: StepMetrics, *, progress: float) -> None:
-        self._show_now_and_then()
+        self._refresh()
 
     def evaluation(self, metrics: EvalMetrics, *, best: bool) -> None:
-        self._show_now_and_then()
+        self._refresh()
 
-    def _show_now_and_then(self) -> None:
+    def _refresh(self) -> None:
         if time.monotonic() - self._shown >= REFRESH_SECONDS:
             self._show()
 
@@ -71,9 +71,11 @@ class NotebookProgress:
             self._handle.update(block)
 
     def _print(self, screen: Screen) -> None:
-        for line in self._said:
+        for line in self._lines:
             screen.print(line)
         if self._follower is None:
             screen.print(f"       {self._stage or ''}".rstrip())
         else:
-            screen.print(watch_screen(self._follower.read(), width=MAX_WIDTH, height=None, now=time.time()))
+            screen.print(
+                watch_screen(self._follower.read(), width=MAX_WIDTH, height=None, now=time.time())
+            )

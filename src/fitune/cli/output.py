@@ -1,4 +1,4 @@
-"""How the verbs speak: data on stdout, progress and warnings on stderr."""
+"""Print the output of the verbs: data on stdout, progress and warnings on stderr."""
 
 import io
 import os
@@ -27,51 +27,55 @@ Format = Annotated[
     Parameter(
         name="--format",
         group=OUTPUT,
-        help="auto: for people, with colours in a terminal only. human: with colours everywhere. json: one object. "
-        "quiet: the least that a script needs.",
+        help="auto: for people, with colours in a terminal only. human: with colours everywhere. "
+        "json: one object. quiet: the least that a script needs.",
     ),
 ]
 
 
 class Screen(Console):
-    """What is shown on it is text: none of it is markup, and control characters in it are shown, not sent."""
+    """A console that prints text without interpreting markup, and escapes control characters."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(markup=False, emoji=False, highlight=False, **options)
 
-    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+    def render(
+        self, renderable: RenderableType, options: ConsoleOptions | None = None
+    ) -> Iterable[Segment]:
         for segment in super().render(renderable, options):
             yield segment if segment.control else Segment(printable(segment.text), segment.style)
 
 
 def console(output_format: str = "auto") -> Screen:
-    """Writes to stdout, at most 100 columns wide, and in a terminal at most as wide as that (or COLUMNS); NO_COLOR is
-    honoured."""
+    """Return a screen on stdout of at most 100 columns and at most the width of the terminal.
+
+    Respects COLUMNS and NO_COLOR.
+    """
     screen = stdout_screen(output_format)
     screen.width = min(screen.width, MAX_WIDTH) if screen.is_terminal else MAX_WIDTH
     return screen
 
 
 def stdout_screen(output_format: str = "auto") -> Screen:
-    """As `console`, as wide as the terminal is."""
+    """Return a screen on stdout that is as wide as the terminal."""
     return Screen(file=sys.stdout, force_terminal=True if output_format == "human" else None)
 
 
 def html_block(show: Callable[[Screen], None]) -> str:
-    """What `show` prints, as one block of a notebook in a font of equal widths. In a notebook rich would show each line
-    by itself as well, which force_jupyter=False prevents."""
+    """Return what `show` prints as one HTML block in a monospaced font, for a notebook."""
+    # force_jupyter=False stops rich from displaying each line in the notebook by itself.
     screen = Screen(file=io.StringIO(), record=True, width=MAX_WIDTH, force_jupyter=False)
     show(screen)
     return screen.export_html(inline_styles=True, code_format=_BLOCK)
 
 
 def print_text(text: object, *, end: str = "\n") -> None:
-    """On stdout, at once."""
+    """Print on stdout and flush it."""
     print(printable(str(text)), end=end, flush=True)
 
 
 def print_aside(text: object) -> None:
-    """On stderr: progress, warnings, errors."""
+    """Print progress, a warning or an error on stderr."""
     print(printable(str(text)), file=sys.stderr, flush=True)
 
 
@@ -80,8 +84,10 @@ def print_json(content: Mapping[str, Any]) -> None:
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """A heading that starts with '>' is a column of numbers, set to the right. The first column folds where the table
-    is too wide, so that no number is ever cut."""
+    """Return a table. A heading that starts with '>' marks a right-aligned column of numbers.
+
+    If the table is too wide, the first column wraps, so that no number is cut off.
+    """
     grid = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for index, heading in enumerate(columns):
         right = heading.startswith(">")
@@ -97,7 +103,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
 
 
 def output_file(text: str, *, example: str) -> Path:
-    """What -o names. Raises UsageError for a directory, be it one that is not there yet."""
+    """Return the path that -o names. Raises UsageError if it is a directory or ends like one."""
     path = Path(text)
     if path.is_dir() or text.endswith(("/", os.sep)):
         raise UsageError(f"{text} names a directory: give a file, such as -o {path / example}")
@@ -105,12 +111,14 @@ def output_file(text: str, *, example: str) -> Path:
 
 
 def make_directory(path: Path, *, flag: str) -> None:
-    """Raises UsageError where it cannot be made."""
+    """Create a directory and its parents. Raises UsageError if that fails."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"{path} cannot be created: {error.strerror}; give another place with {flag}") from error
+        raise UsageError(
+            f"{path} cannot be created: {error.strerror}; give another place with {flag}"
+        ) from error
 
 
-def warn(sentence: str) -> None:
-    print_aside(say("warning: {sentence}", sentence=translated(sentence)))
+def warn(message: str) -> None:
+    print_aside(say("warning: {sentence}", sentence=translated(message)))

@@ -1,4 +1,4 @@
-"""`fitune plan`: what each setting needs and takes, the fastest that fits, and why not the others."""
+"""Implement `fitune plan`, which predicts memory and time of each setting and picks the fastest."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -29,7 +29,11 @@ def plan(
     flags: ConfigFlags = ConfigFlags(),  # noqa: B008 (frozen)
     gpu: Annotated[
         str | None,
-        Parameter(help="a card to plan for, like 'RTX 4090', or cpu (memory.gpu)", metavar="CARD", group=_MEMORY),
+        Parameter(
+            help="a card to plan for, like 'RTX 4090', or cpu (memory.gpu)",
+            metavar="CARD",
+            group=_MEMORY,
+        ),
     ] = None,
     budget: Annotated[
         str | None,
@@ -41,19 +45,27 @@ def plan(
         ),
     ] = None,
     gpus: Annotated[
-        int, Parameter(help="so many cards, which share the samples of a step (torchrun)", group=_MEMORY)
+        int,
+        Parameter(
+            help="so many cards, which share the samples of a step (torchrun)", group=_MEMORY
+        ),
     ] = 1,
-    every: Annotated[bool, Parameter(name="--all", help="predict every setting and show it", group=_SETTINGS)] = False,
+    every: Annotated[
+        bool, Parameter(name="--all", help="predict every setting and show it", group=_SETTINGS)
+    ] = False,
     apply: Annotated[
         int | None,
         Parameter(
-            help="print the configuration with candidate N written into it, by its number in the table",
+            help=(
+                "print the configuration with candidate N written into it, by its number in the table"
+            ),
             metavar="N",
             group=_SETTINGS,
         ),
     ] = None,
     measure: Annotated[
-        bool, Parameter(help="run real steps of the chosen candidate here, and compare", group=_SETTINGS)
+        bool,
+        Parameter(help="run real steps of the chosen candidate here, and compare", group=_SETTINGS),
     ] = False,
     splits: Annotated[
         str | None,
@@ -73,9 +85,11 @@ def plan(
     ] = None,
     output_format: Format = "auto",
 ) -> None:
-    """Predicted memory and time of each setting, and the fastest that fits and leaves the result the same. Needs no
-    card, no weights and no data: instead of a configuration, a preset, a model's directory or its config.json is
-    enough. Exit 3: nothing fits."""
+    """Predict memory and time of each setting, and pick the fastest that fits with the same result.
+
+    Needs no card, no weights and no data: a preset, a model's directory or its config.json may
+    replace the configuration. Raises DoesNotFitError (exit code 3) if nothing fits.
+    """
     if gpus < 1:
         raise UsageError(f"--gpus {gpus} is no number of cards: give 1 or more")
     _check_flags(
@@ -97,21 +111,25 @@ def plan(
             raise UsageError("--trainer takes the place of a configuration: give one of them")
         plan_trainer(trainer, gpu=gpu, output_format=output_format)
         return
-    given = [f"memory.{key}={value}" for key, value in (("gpu", gpu), ("budget", budget)) if value is not None]
-    words, flags, given = _model_alone(words, flags, given)
+    given = [
+        f"memory.{key}={value}"
+        for key, value in (("gpu", gpu), ("budget", budget))
+        if value is not None
+    ]
+    words, flags, given = _accept_model(words, flags, given)
     config = read_arguments(words, flags, overrides=given).config
     check_source(config.model.source)
     with collections_paused():
         from fitune.planning.optimizer_facts import unusual_rate
-    if (sentence := unusual_rate(config)) is not None:
-        warn(sentence)
+    if (message := unusual_rate(config)) is not None:
+        warn(message)
     if splits is not None:
         from fitune.cli.plan_splits import compare_splits
 
         compare_splits(config, splits, output_format)
         return
     with collections_paused():
-        from fitune.cli.plan_table import first_words, show_measured, show_plan
+        from fitune.cli.plan_table import first_answer_text, show_measured, show_plan
         from fitune.planning.choices import settings_of_candidate
         from fitune.planning.plan import does_not_fit, plan_json
         from fitune.planning.search import choose_plan
@@ -124,11 +142,15 @@ def plan(
             num_gpus=gpus,
             search="all" if every else "brief",
             on_stage=status.update,
-            on_first=(lambda answer: screen.print(first_words(answer), soft_wrap=True)) if is_watched else None,
+            on_first=(lambda answer: screen.print(first_answer_text(answer), soft_wrap=True))
+            if is_watched
+            else None,
         )
     if apply is not None:
         wanted = _candidate(found, apply, every=every)
-        chosen = read_arguments(words, flags, overrides=[*given, *settings_of_candidate(wanted, config)])
+        chosen = read_arguments(
+            words, flags, overrides=[*given, *settings_of_candidate(wanted, config)]
+        )
         print_text(format_config(chosen), end="")
         if config.data.train == NO_DATA:
             warn(f"data.train is '{NO_DATA}' in it: put your data there before you train")
@@ -142,7 +164,9 @@ def plan(
         print_json(plan_json(found) | ({} if measured is None else {"measured": asdict(measured)}))
     elif output_format == "quiet":
         print_text(
-            "none" if found.chosen is None else _words(settings_of_candidate(found.candidates[found.chosen], config))
+            "none"
+            if found.chosen is None
+            else _settings_text(settings_of_candidate(found.candidates[found.chosen], config))
         )
     else:
         show_plan(found, console(output_format), every=every)
@@ -152,44 +176,52 @@ def plan(
         raise DoesNotFitError(does_not_fit(found))
 
 
-_NOT_TOGETHER = (
+#: (a flag, other flags that would have no effect with it, the reason).
+_EXCLUSIVE_FLAGS = (
     (
         "--trainer",
         ("--gpus", "--splits", "--measure", "--apply", "--all", "--memory-limit"),
         "predicts a Trainer as it is",
     ),
-    ("--splits", ("--gpus", "--measure", "--apply", "--all"), "compares settings of one card side by side"),
+    (
+        "--splits",
+        ("--gpus", "--measure", "--apply", "--all"),
+        "compares settings of one card side by side",
+    ),
     ("--apply", ("--measure", "--format"), "prints a configuration and nothing else"),
     ("--measure", ("--gpus",), "runs on the one device that is here"),
 )
-"""(a flag, those that would do nothing beside it, why)"""
 
 
 def _check_flags(given: Mapping[str, bool]) -> None:
-    for flag, others, why in _NOT_TOGETHER:
+    for flag, others, why in _EXCLUSIVE_FLAGS:
         useless = [other for other in others if given[other]]
         if given[flag] and useless:
             raise UsageError(f"{flag} {why}: drop {' and '.join(useless)}")
 
 
-def _words(settings: Sequence[str]) -> str:
-    """As `fitune train` takes them; where the configuration has decided all, that is said."""
+def _settings_text(settings: Sequence[str]) -> str:
+    """Format settings as overrides for `fitune train`."""
     return " ".join(settings) or "as configured"
 
 
 def _candidate(plan: "Plan", number: int, *, every: bool) -> "Candidate":
-    """Numbers count from 0, in the table, in the JSON's `chosen` and in Python alike."""
+    """Return a candidate by its number in the table, which counts from 0. Raises UsageError."""
     if not 0 <= number < len(plan.candidates):
         more = "" if every else ", or --all with the number of a table that --all has shown"
-        raise UsageError(f"--apply {number} is none of the candidates: give 0 to {len(plan.candidates) - 1}{more}")
+        raise UsageError(
+            f"--apply {number} is none of the candidates: give 0 to {len(plan.candidates) - 1}{more}"
+        )
     return plan.candidates[number]
 
 
-def _model_alone(
+def _accept_model(
     words: tuple[str, ...], flags: ConfigFlags, given: list[str]
 ) -> tuple[tuple[str, ...], ConfigFlags, list[str]]:
-    """(words, flags, overrides) where the first word is a model instead of a configuration file; no data is needed
-    then."""
+    """Return (words, flags, overrides) after accepting a model in place of the configuration file.
+
+    No data is needed in that case.
+    """
     named = {word.partition("=")[0] for word in words}
     if words and "=" not in words[0]:
         path = Path(words[0])
@@ -197,7 +229,9 @@ def _model_alone(
         if not is_model and (path.is_file() or path.suffix in (".yaml", ".yml")):
             return words, flags, given
         if flags.model is not None:
-            raise UsageError(f"{words[0]} and --model {flags.model} are two models: give one of them")
+            raise UsageError(
+                f"{words[0]} and --model {flags.model} are two models: give one of them"
+            )
         flags = replace(flags, model=str(path.parent) if path.name == "config.json" else words[0])
         words = words[1:]
     if not flags.data and "data.train" not in named:

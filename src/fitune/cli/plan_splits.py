@@ -1,12 +1,21 @@
-"""`fitune plan --splits 6x1,6x4,4x6`: what forced splits need and take, and what each means for the learning rate."""
+"""Implement `fitune plan --splits 6x1,6x4,4x6`, which compares given splits of the batch.
+
+It predicts memory and time of each split, and says what each means for the learning rate.
+"""
 
 import math
 import re
 from collections.abc import Iterator
 
-from fitune.batch_size.scaling import configured_lr, is_adaptive, rate_factor, scaling_note, settings_of
+from fitune.batch_size.scaling import (
+    configured_lr,
+    is_adaptive,
+    rate_factor,
+    scaling_note,
+    settings_of,
+)
 from fitune.cli.output import console, print_json, table
-from fitune.cli.plan_table import fits_words, tokens_per_second
+from fitune.cli.plan_table import fits_text, tokens_per_second
 from fitune.config import RunConfig
 from fitune.errors import UsageError
 from fitune.language import say
@@ -15,10 +24,12 @@ from fitune.units import format_count, format_gib
 
 
 def compare_splits(config: RunConfig, splits: str, output_format: str) -> None:
-    """Raises UsageError for a list that cannot be read."""
+    """Print the comparison of splits. Raises UsageError if `splits` cannot be read."""
     from fitune.planning.search import choose_plan
 
-    plans = [choose_plan(_forced(config, *split), search="fastest") for split in read_splits(splits)]
+    plans = [
+        choose_plan(_force_split(config, *split), search="fastest") for split in read_splits(splits)
+    ]
     if output_format == "json":
         print_json({"plans": [plan_json(plan) for plan in plans]})
         return
@@ -31,21 +42,28 @@ def compare_splits(config: RunConfig, splits: str, output_format: str) -> None:
         f">{say('tok/s')}",
     )
     screen.print(table(columns, [_row(plan) for plan in plans]))
-    for sentence in (*_same_training(plans), *_rates(plans, config)):
-        screen.print(sentence, soft_wrap=True)
+    for message in (*_equal_batch_notes(plans), *_rate_notes(plans, config)):
+        screen.print(message, soft_wrap=True)
 
 
 def read_splits(text: str) -> list[tuple[int, int]]:
-    """'6x1,6x4' -> [(6, 1), (6, 4)]."""
+    """Parse '6x1,6x4' into [(micro-batch, accumulation), ...]: [(6, 1), (6, 4)]."""
     found = [re.fullmatch(r"\s*(\d+)\s*[xX*]\s*(\d+)\s*", part) for part in text.split(",")]
     pairs = [(int(match[1]), int(match[2])) for match in found if match is not None]
     if len(pairs) < len(found) or any(0 in pair for pair in pairs):
-        raise UsageError(f"--splits {text} is no list of micro-batch x accumulation: write it like 6x1,6x4,4x6")
+        raise UsageError(
+            f"--splits {text} is no list of micro-batch x accumulation: write it like 6x1,6x4,4x6"
+        )
     return pairs
 
 
-def _forced(config: RunConfig, rows: int, accumulation: int) -> RunConfig:
-    batch = {"effective": rows * accumulation, "micro": rows, "accumulation": "auto", "micro_tokens": "auto"}
+def _force_split(config: RunConfig, rows: int, accumulation: int) -> RunConfig:
+    batch = {
+        "effective": rows * accumulation,
+        "micro": rows,
+        "accumulation": "auto",
+        "micro_tokens": "auto",
+    }
     return config.model_copy(update={"batch": config.batch.model_copy(update=batch)})
 
 
@@ -53,7 +71,7 @@ def _shown(plan: Plan) -> Candidate:
     return closest(plan) if plan.chosen is None else plan.candidates[plan.chosen]
 
 
-def _words(plan: Plan) -> str:
+def _split_text(plan: Plan) -> str:
     candidate = _shown(plan)
     return f"{candidate.micro_batch} x {plan.data['effective_batch'] // candidate.micro_batch}"
 
@@ -62,33 +80,41 @@ def _row(plan: Plan) -> tuple[str, ...]:
     candidate = _shown(plan)
     left = plan.limit_bytes - candidate.predicted_device_bytes
     return (
-        f"{_words(plan)} = {plan.data['effective_batch']}",
+        f"{_split_text(plan)} = {plan.data['effective_batch']}",
         ", ".join(candidate.techniques),
         format_gib(candidate.predicted_device_bytes, 1),
-        fits_words(candidate, left),
+        fits_text(candidate, left),
         format_count(tokens_per_second(plan, candidate)),
     )
 
 
-def _same_training(plans: list[Plan]) -> Iterator[str]:
-    """Splits of one batch differ in memory and time only."""
+def _equal_batch_notes(plans: list[Plan]) -> Iterator[str]:
+    """Yield a note for splits of the same batch, which differ only in memory and time."""
     for batch in sorted({plan.data["effective_batch"] for plan in plans}):
         same = [plan for plan in plans if plan.data["effective_batch"] == batch]
         if len(same) > 1:
             best = min(
-                same, key=lambda plan: (not _shown(plan).fits, _shown(plan).predicted_seconds_per_step or math.inf)
+                same,
+                key=lambda plan: (
+                    not _shown(plan).fits,
+                    _shown(plan).predicted_seconds_per_step or math.inf,
+                ),
             )
             yield say(
                 "{splits} are one training of {rows} samples a step and take one learning rate; of them, take {best}.",
-                splits=", ".join(map(_words, same)),
+                splits=", ".join(map(_split_text, same)),
                 rows=batch,
-                best=_words(best),
+                best=_split_text(best),
             )
 
 
-def _rates(plans: list[Plan], config: RunConfig) -> Iterator[str]:
-    """Another batch is another training and wants another rate (docs/batch_size.md): as optim.scaling says where it
-    knows the batch that the rate was chosen for, else as much as the rate of the first split allows."""
+def _rate_notes(plans: list[Plan], config: RunConfig) -> Iterator[str]:
+    """Yield the learning rate for each batch other than the one that the rate was chosen for.
+
+    Another batch size is a different training and needs another rate (docs/batch_size.md).
+    optim.scaling gives the rate if optim.reference_batch is set. Otherwise the batch of the first
+    split is the reference.
+    """
     optim, lr = config.optim, configured_lr(config)
     reference = optim.reference_batch or plans[0].data["effective_batch"]
     for batch in sorted({plan.data["effective_batch"] for plan in plans} - {reference}):
@@ -106,8 +132,9 @@ def _rates(plans: list[Plan], config: RunConfig) -> Iterator[str]:
         }
         if change > 1 and is_adaptive(optim):
             yield say(
-                "{rows} samples a step instead of {reference}: at most {factor} times the learning rate ({scaled} for "
-                "{lr}), less where the gradient is not noisy; {whole} times is too much.",
+                "{rows} samples a step instead of {reference}: at most {factor} times the "
+                "learning rate ({scaled} for {lr}), less where the gradient is not noisy; {whole} "
+                "times is too much.",
                 **values,
                 whole=f"{change:.2g}",
             )

@@ -1,4 +1,4 @@
-"""A plan as a person reads it: what there is, what is alive at the peak, the candidates, what others would say."""
+"""Print a plan: the setting, the live memory at the peak, the candidates and other estimates."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +16,7 @@ from fitune.units import format_bytes, format_count, format_gib, format_seconds
 if TYPE_CHECKING:
     from fitune.planning.measure import PlanMeasured
 
+#: Kind of device -> what the four sums of the memory table mean there.
 _MEANINGS = {
     "cuda": (
         "torch.cuda.max_memory_allocated",
@@ -30,15 +31,19 @@ _MEANINGS = {
         "the process in all",
     ),
 }
-"""Of the four sums below the parts, on each kind of device."""
-
 
 MORE_IN_TERMINAL = "--all predicts every setting and shows it, also those that change the result (LoRA, QLoRA, 8-bit)"
 MORE_IN_PYTHON = "these are {shown} of {total} candidates: Plan.candidates holds all"
 
 
-def show_plan(plan: Plan, screen: Screen, *, every: bool = False, more: str = MORE_IN_TERMINAL) -> None:
-    """every: all candidates, else those that answer what most people ask. more: where the others are."""
+def show_plan(
+    plan: Plan, screen: Screen, *, every: bool = False, more: str = MORE_IN_TERMINAL
+) -> None:
+    """Print a plan.
+
+    every: print all candidates, instead of those that answer the most frequent questions.
+    more: the message that says where the other candidates can be found.
+    """
     if (verdict := _verdict(plan)) is not None:
         screen.print(verdict, soft_wrap=True)
         screen.print()
@@ -46,10 +51,15 @@ def show_plan(plan: Plan, screen: Screen, *, every: bool = False, more: str = MO
         screen.print(f"{pad(title, 9)}{line}", soft_wrap=True)
     shown = closest(plan) if plan.chosen is None else plan.candidates[plan.chosen]
     screen.print()
-    headings = (say("at the peak ({phase})", phase=say(shown.peak_phase)), say("how"), ">GiB", f">{say('share')}")
+    headings = (
+        say("at the peak ({phase})", phase=say(shown.peak_phase)),
+        say("how"),
+        ">GiB",
+        f">{say('share')}",
+    )
     screen.print(table(headings, list(_parts(plan, shown))))
     screen.print()
-    labels = dict.fromkeys(range(len(plan.candidates)), "") if every else telling(plan)
+    labels = dict.fromkeys(range(len(plan.candidates)), "") if every else highlighted_settings(plan)
     screen.print(_candidates(plan, labels, every=every))
     if not every:
         screen.print(say(more, shown=len(labels), total=len(plan.candidates)))
@@ -57,8 +67,8 @@ def show_plan(plan: Plan, screen: Screen, *, every: bool = False, more: str = MO
         screen.print(line, soft_wrap=True)
 
 
-def first_words(answer: FirstAnswer) -> str:
-    """What is known before the rest is planned, in a sentence."""
+def first_answer_text(answer: FirstAnswer) -> str:
+    """Return the message that is shown before the other candidates are planned."""
     return say(
         "your setting, {split}: {needed} of {limit} GiB, which fits"
         if answer.is_configured and answer.fits
@@ -74,7 +84,7 @@ def first_words(answer: FirstAnswer) -> str:
 
 
 def _verdict(plan: Plan) -> str | None:
-    """The answer in one sentence; None where nothing fits, which is said as an error."""
+    """Return the answer of the plan in one line; None if nothing fits, which is an error."""
     if plan.chosen is None:
         return None
     chosen = plan.candidates[plan.chosen]
@@ -86,17 +96,26 @@ def _verdict(plan: Plan) -> str | None:
     per_step, length = chosen.predicted_seconds_per_step, plan.training.length
     if per_step is None or length is None:
         return say("{split}: {needed} of {limit} GiB", **words)
-    return say("{split}: {needed} of {limit} GiB, about {time}", **words, time=about_seconds(per_step * length.steps))
+    return say(
+        "{split}: {needed} of {limit} GiB, about {time}",
+        **words,
+        time=about_seconds(per_step * length.steps),
+    )
 
 
 def html_plan(plan: Plan) -> str:
-    """For a notebook."""
+    """Return the plan as an HTML block for a notebook."""
     return html_block(lambda screen: show_plan(plan, screen, more=MORE_IN_PYTHON))
 
 
 def show_measured(plan: Plan, measured: "PlanMeasured", screen: Screen) -> None:
     screen.print()
-    screen.print(say("{steps} real steps of the chosen one, predicted beside measured:", steps=measured.num_steps))
+    screen.print(
+        say(
+            "{steps} real steps of the chosen one, predicted beside measured:",
+            steps=measured.num_steps,
+        )
+    )
     seconds = measured.predicted_seconds_per_step
     rows = [
         (
@@ -114,10 +133,12 @@ def show_measured(plan: Plan, measured: "PlanMeasured", screen: Screen) -> None:
     screen.print(table(("", f">{say('predicted')}", f">{say('measured')}"), rows))
 
 
-def telling(plan: Plan) -> dict[int, str]:
-    """The settings that answer what most people ask, by their number, each with what it is called: the configured one,
-    the fastest that fits, the leanest and one between them. Where nothing fits, the closest, and what would change the
-    result."""
+def highlighted_settings(plan: Plan) -> dict[int, str]:
+    """Return {number: label} of the candidates that answer the most frequent questions.
+
+    They are the configured candidate, the fastest that fits, the one with the least memory and one
+    in between. If nothing fits, they are the closest one and those that change the result.
+    """
     found: dict[int, list[str]] = {}
 
     def call(number: int, name: str) -> None:
@@ -141,7 +162,10 @@ def telling(plan: Plan) -> dict[int, str]:
 
 
 def _leaner(plan: Plan, fastest: int) -> tuple[int | None, int | None]:
-    """(one about halfway in memory, that of the least memory), of those that fit and that no faster one undercuts."""
+    """Return (a candidate about halfway in memory, the one with the least memory), by number.
+
+    Considers candidates that fit and that need less memory than all faster ones.
+    """
     sizes = [candidate.predicted_device_bytes for candidate in plan.candidates]
     least, front = sizes[fastest], []
     for number, candidate in enumerate(plan.candidates):
@@ -152,7 +176,9 @@ def _leaner(plan: Plan, fastest: int) -> tuple[int | None, int | None]:
         return None, None
     *others, leanest = front
     halfway = math.sqrt(sizes[fastest] * sizes[leanest])
-    return min(others, key=lambda number: abs(math.log(sizes[number] / halfway)), default=None), leanest
+    return min(
+        others, key=lambda number: abs(math.log(sizes[number] / halfway)), default=None
+    ), leanest
 
 
 def tokens_per_second(plan: Plan, candidate: Candidate) -> float | None:
@@ -161,8 +187,15 @@ def tokens_per_second(plan: Plan, candidate: Candidate) -> float | None:
 
 
 def about_seconds(seconds: float) -> str:
-    """In the largest unit, as no prediction is better: '3 hours', '40 minutes', '20 seconds'."""
-    for size, unit in ((86400, "{number} days"), (3600, "{number} hours"), (60, "{number} minutes")):
+    """Format a predicted time in its largest unit: '3 hours', '40 minutes', '20 seconds'.
+
+    A prediction is not more precise than that.
+    """
+    for size, unit in (
+        (86400, "{number} days"),
+        (3600, "{number} hours"),
+        (60, "{number} minutes"),
+    ):
         if seconds >= 1.5 * size:
             return say(unit, number=f"{seconds / size:.0f}")
     return say("{number} seconds", number=f"{seconds:.0f}") if seconds >= 1.5 else say("a second")
@@ -171,9 +204,16 @@ def about_seconds(seconds: float) -> str:
 def _heading(plan: Plan) -> Iterator[tuple[str, str]]:
     first, model, device, data = plan.candidates[0], plan.model, plan.device, plan.data
     whole = model.num_trainable_parameters == model.num_parameters
-    trained = "" if whole else f" · {say('{count} trained', count=format_count(model.num_trainable_parameters))}"
+    trained = (
+        ""
+        if whole
+        else f" · {say('{count} trained', count=format_count(model.num_trainable_parameters))}"
+    )
     shape = f"{model.num_layers} x {model.hidden_size:,} · {say('vocabulary {number}', number=f'{model.vocab_size:,}')}"
-    yield say("model"), f"{model.name} · {format_count(model.num_parameters)}{trained} · {shape} · {first.method}"
+    yield (
+        say("model"),
+        f"{model.name} · {format_count(model.num_parameters)}{trained} · {shape} · {first.method}",
+    )
     yield (
         say("target"),
         say(
@@ -186,7 +226,13 @@ def _heading(plan: Plan) -> Iterator[tuple[str, str]]:
         + f" · {first.optimizer} · {first.precision}",
     )
     if data["gpus"] > 1:
-        yield say("cards"), say("{number}, which share the samples of a step; memory is of each", number=data["gpus"])
+        yield (
+            say("cards"),
+            say(
+                "{number}, which share the samples of a step; memory is of each",
+                number=data["gpus"],
+            ),
+        )
     yield (
         say("memory"),
         say(
@@ -196,7 +242,11 @@ def _heading(plan: Plan) -> Iterator[tuple[str, str]]:
             free=format_bytes(device.free_bytes),
             budget=format_bytes(plan.budget_bytes),
         )
-        + ("" if plan.budget_bytes <= plan.device.free_bytes else say(", more than there is: what is free counts")),
+        + (
+            ""
+            if plan.budget_bytes <= plan.device.free_bytes
+            else say(", more than there is: what is free counts")
+        ),
     )
 
 
@@ -214,7 +264,9 @@ def _parts(plan: Plan, shown: Candidate) -> Iterator[tuple[str, str, str, str]]:
         if name in counts:
             how = f"{format_count(counts[name])} x {size / counts[name]:.1f} B"
         elif name == "activation":
-            how = say("{tokens} tokens x {size}", tokens=f"{positions:,}", size=_small(size / positions))
+            how = say(
+                "{tokens} tokens x {size}", tokens=f"{positions:,}", size=_kib(size / positions)
+            )
         if size:
             yield say(name), how, format_gib(size), f"{size / total:.0%}"
     sums = (
@@ -227,12 +279,15 @@ def _parts(plan: Plan, shown: Candidate) -> Iterator[tuple[str, str, str, str]]:
         yield say(title), say(meaning), gib, share
 
 
-def _small(num_bytes: float) -> str:
+def _kib(num_bytes: float) -> str:
     return f"{num_bytes / 1024:,.0f} KiB"
 
 
 def _candidates(plan: Plan, labels: Mapping[int, str], *, every: bool) -> Table:
-    """Columns that would say the same of all are left out where only some candidates are shown."""
+    """Return the table of candidates.
+
+    Unless all candidates are shown, the columns that say nothing for any of them are left out.
+    """
     rows = [_row(plan, number, label, labels) for number, label in labels.items()]
     headings = (
         f"   {say('micro-batch x accumulation, gradient checkpointing')}",
@@ -243,12 +298,14 @@ def _candidates(plan: Plan, labels: Mapping[int, str], *, every: bool) -> Table:
         say("result"),
     )
     empty = {"n/a", say("same")}
-    kept = [i for i in range(len(headings)) if every or i < 4 or not {row[i] for row in rows} <= empty]
+    kept = [
+        i for i in range(len(headings)) if every or i < 4 or not {row[i] for row in rows} <= empty
+    ]
     return table([headings[i] for i in kept], [[row[i] for i in kept] for row in rows])
 
 
 def _row(plan: Plan, index: int, label: str, labels: Mapping[int, str]) -> Sequence[str]:
-    """label: padded to the longest of `labels`."""
+    """Return the cells of a candidate. labels: the labels of all rows, which set the padding."""
     width = max(map(cell_len, labels.values()))
     name = f"{pad(label, width)}  " if width else ""
     candidate = plan.candidates[index]
@@ -265,17 +322,18 @@ def _row(plan: Plan, index: int, label: str, labels: Mapping[int, str]) -> Seque
         if getattr(candidate, name) != getattr(reference, name)
     ]
     return (
-        f"{index:>2}{'*' if index == plan.chosen else ' '} {name}{split_of(plan, candidate).product}, "
+        f"{index:>2}{'*' if index == plan.chosen else ' '} "
+        f"{name}{split_of(plan, candidate).product}, "
         f"{', '.join(changes)}",
         format_gib(candidate.predicted_device_bytes, 1),
-        fits_words(candidate, left),
+        fits_text(candidate, left),
         format_count(rate),
         format_seconds(epoch),
         say(candidate.result),
     )
 
 
-def fits_words(candidate: Candidate, left_bytes: int) -> str:
+def fits_text(candidate: Candidate, left_bytes: int) -> str:
     if candidate.fits:
         return say("yes, {left} left", left=format_gib(left_bytes, 1))
     if candidate.fits is None:

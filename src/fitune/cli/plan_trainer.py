@@ -1,4 +1,4 @@
-"""`fitune plan --trainer module:function`: what a Trainer of transformers or TRL needs, which the function builds."""
+"""Implement `fitune plan --trainer module:function`, which predicts a Trainer's memory."""
 
 import importlib
 import sys
@@ -15,9 +15,12 @@ if TYPE_CHECKING:
 
 
 def plan_trainer(name: str, *, gpu: str | None, output_format: str) -> None:
-    """name: 'module:function', importable from here; the function takes nothing and returns the Trainer.
+    """Print the prediction for the Trainer that a function builds.
 
-    Raises UsageError for a function that cannot be found, and DoesNotFitError.
+    name: 'module:function', importable from the current directory. The function takes no arguments
+        and returns the Trainer.
+
+    Raises UsageError if the function cannot be found, and DoesNotFitError.
     """
     from fitune.integrations.transformers import predict_trainer
 
@@ -30,44 +33,58 @@ def plan_trainer(name: str, *, gpu: str | None, output_format: str) -> None:
         show_prediction(prediction, console(output_format))
     if prediction.fits is False:
         raise DoesNotFitError(
-            f"the Trainer of {name} does not fit: it needs {format_bytes(_whole_bytes(prediction))}; lower "
-            "per_device_train_batch_size and raise gradient_accumulation_steps, or set activation_checkpointing=True"
+            f"the Trainer of {name} does not fit: it needs "
+            f"{format_bytes(_whole_bytes(prediction))}; lower per_device_train_batch_size and "
+            "raise gradient_accumulation_steps, or set activation_checkpointing=True"
         )
 
 
 def _build(name: str) -> Any:
-    """Raises UsageError with what went wrong in there."""
+    """Call the function. Raises UsageError with the exception that it raised."""
     function = find_function(name)
     try:
         return function()
     except FituneError:
         raise
-    except Exception as error:  # whatever a Trainer refuses, as bf16=True on a machine without a card
-        said = " ".join(str(error).split())
-        raise UsageError(f"--trainer {name} built no Trainer: {type(error).__name__}: {said}") from error
+    # A Trainer may refuse its arguments by any exception, such as bf16=True without a card.
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise UsageError(
+            f"--trainer {name} built no Trainer: {type(error).__name__}: {reason}"
+        ) from error
 
 
 def find_function(name: str) -> Any:
-    """Raises UsageError where there is no such module, or nothing in it that can be called."""
+    """Import a function. Raises UsageError if the module does not exist or has no such function."""
     module_name, _, function_name = name.partition(":")
     sys.path.insert(0, "")
     try:
-        function = getattr(importlib.import_module(module_name), function_name, None) if module_name else None
+        function = (
+            getattr(importlib.import_module(module_name), function_name, None)
+            if module_name
+            else None
+        )
     except ModuleNotFoundError as error:
         raise UsageError(f"--trainer {name}: there is no module {error.name} here") from error
     finally:
         sys.path.remove("")
     if not callable(function):
-        raise UsageError(f"--trainer {name} names no function: write module:function, which returns the Trainer")
+        raise UsageError(
+            f"--trainer {name} names no function: write module:function, which returns the Trainer"
+        )
     return function
 
 
 def _whole_bytes(prediction: "Prediction") -> int:
-    return prediction.peak_reserved_bytes if prediction.device_bytes is None else prediction.device_bytes
+    return (
+        prediction.peak_reserved_bytes
+        if prediction.device_bytes is None
+        else prediction.device_bytes
+    )
 
 
 def html_prediction(prediction: "Prediction") -> str:
-    """For a notebook."""
+    """Return the prediction as an HTML block for a notebook."""
     return html_block(lambda screen: show_prediction(prediction, screen))
 
 
@@ -80,6 +97,8 @@ def show_prediction(prediction: "Prediction", screen: Screen) -> None:
     ]
     if prediction.device_bytes is not None:
         rows.append((say("device used"), format_gib(prediction.device_bytes, 2)))
-    screen.print(table((say("at the peak ({phase})", phase=say(prediction.peak_phase)), ">GiB"), rows))
+    screen.print(
+        table((say("at the peak ({phase})", phase=say(prediction.peak_phase)), ">GiB"), rows)
+    )
     for assumption in prediction.assumptions:
         screen.print(translated(assumption), soft_wrap=True)

@@ -1,4 +1,4 @@
-"""What a plan says of the optimizer: its settings in steps and in tokens, and which of them do nothing, or harm."""
+"""Describe the optimizer of a plan in steps and tokens, and warn of settings without effect."""
 
 from collections.abc import Iterator
 
@@ -6,16 +6,15 @@ from fitune.language import say
 from fitune.planning.optimizer_facts import PlannedTraining, Span
 from fitune.units import format_count
 
-FEWEST_STEPS, FEW_STEPS = 100, 1000
-INERT_FRACTION = 0.005
-"""Weight decay that shrinks the weights by less over the whole run does nothing that anyone would see."""
-
-LOST_FRACTION = 0.01
-"""Of the updates; fewer are no reason to change the precision."""
+TOO_FEW_STEPS, FEW_STEPS = 100, 1000
+#: Weight decay has no visible effect if it shrinks a weight by less than this over the whole run.
+MIN_DECAY_FRACTION = 0.005
+#: A smaller share of updates lost to rounding is no reason to change the precision.
+MIN_LOST_FRACTION = 0.01
 
 
 def training_lines(training: PlannedTraining) -> Iterator[tuple[str, str]]:
-    """(title, line), for the heading of a plan."""
+    """Yield (title, line) for the heading of a plan."""
     optim, length, share, shrink = (
         training.optim, training.length, training.supervised_fraction, training.shrink_fraction
     )  # fmt: skip
@@ -25,22 +24,33 @@ def training_lines(training: PlannedTraining) -> Iterator[tuple[str, str]]:
     parts += [] if training.warmup is None else [say("warm-up {span}", span=_span(training.warmup))]
     yield say("training"), " · ".join(parts)
     parts = [
-        say("beta{number} {beta} halves in {span}", number=number, beta=f"{beta:.4g}", span=_span(span))
-        for number, (beta, span) in enumerate(zip(optim.betas, training.half_lives, strict=False), start=1)
+        say(
+            "beta{number} {beta} halves in {span}",
+            number=number,
+            beta=f"{beta:.4g}",
+            span=_span(span),
+        )
+        for number, (beta, span) in enumerate(
+            zip(optim.betas, training.half_lives, strict=False), start=1
+        )
     ]
     decay = say("weight decay {decay}", decay=f"{optim.weight_decay:.3g}")
-    parts.append(decay if shrink is None else say("{decay} takes {shrink} in all", decay=decay, shrink=f"{shrink:.2%}"))
+    parts.append(
+        decay
+        if shrink is None
+        else say("{decay} takes {shrink} in all", decay=decay, shrink=f"{shrink:.2%}")
+    )
     yield "", " · ".join([*parts, say("clip {clip}", clip=f"{optim.clip:.3g}")])
 
 
 def training_warnings(training: PlannedTraining) -> Iterator[str]:
-    """One sentence each."""
+    """Yield a message for each setting of the optimizer that has no effect or does harm."""
     optim, length, shrink = training.optim, training.length, training.shrink_fraction
-    if length is not None and length.steps < FEWEST_STEPS:
+    if length is not None and length.steps < TOO_FEW_STEPS:
         yield say(
             "warning: only {steps} optimizer steps, under {few}: take fewer samples a step, or more epochs",
             steps=_count(length.steps),
-            few=FEWEST_STEPS,
+            few=TOO_FEW_STEPS,
         )
     elif length is not None and length.steps < FEW_STEPS:
         yield say(
@@ -48,14 +58,14 @@ def training_warnings(training: PlannedTraining) -> Iterator[str]:
             steps=_count(length.steps),
             few=f"{FEW_STEPS:,}",
         )
-    if (training.lost_updates_fraction or 0.0) >= LOST_FRACTION:
+    if (training.lost_updates_fraction or 0.0) >= MIN_LOST_FRACTION:
         yield say(
             "warning: weights in bfloat16 lose at least {share} of the updates at a rate of {lr}: "
             "model.precision=autocast_bfloat16 keeps them",
             share=f"{training.lost_updates_fraction:.0%}",
             lr=f"{optim.lr:.3g}",
         )
-    if optim.weight_decay and shrink is not None and shrink < INERT_FRACTION:
+    if optim.weight_decay and shrink is not None and shrink < MIN_DECAY_FRACTION:
         yield say(
             "note: weight decay {decay} is inert: it takes {shrink} off a weight in the whole run",
             decay=f"{optim.weight_decay:.3g}",
@@ -68,4 +78,8 @@ def _count(number: float) -> str:
 
 
 def _span(span: Span) -> str:
-    return say("{steps} steps = {tokens} tokens", steps=_count(span.steps), tokens=format_count(round(span.tokens)))
+    return say(
+        "{steps} steps = {tokens} tokens",
+        steps=_count(span.steps),
+        tokens=format_count(round(span.tokens)),
+    )

@@ -1,4 +1,4 @@
-"""What a run shows on stderr: a bar on a terminal, plain lines elsewhere (nohup, logs, notebooks' shells)."""
+"""Show the progress of a run on stderr: a bar on a terminal, lines elsewhere (nohup, log files)."""
 
 import time
 from collections import deque
@@ -20,8 +20,11 @@ _BAR_COLUMNS, _SHARE_COLUMNS = 12, 4
 
 
 class TrainingProgress:
-    """A watcher of a run. The rate and the time left are those of the last steps of *this* process, so that
-    they are right after a resume."""
+    """A progress display on stderr.
+
+    Speed and remaining time are computed from the last steps of this process, so that they are
+    right after a resume.
+    """
 
     def __init__(self, *, quiet: bool, screen: Screen | None = None) -> None:
         self._console = screen or Screen(stderr=True, quiet=quiet)
@@ -31,7 +34,9 @@ class TrainingProgress:
             TextColumn("{task.description}", table_column=Column(no_wrap=True)),
             BarColumn(bar_width=_BAR_COLUMNS),
             TaskProgressColumn(table_column=Column(no_wrap=True, min_width=_SHARE_COLUMNS)),
-            TextColumn("{task.fields[text]}", table_column=Column(no_wrap=True, overflow="ellipsis")),
+            TextColumn(
+                "{task.fields[text]}", table_column=Column(no_wrap=True, overflow="ellipsis")
+            ),
             console=self._console,
             disable=quiet or not self._console.is_terminal,
         )
@@ -45,15 +50,15 @@ class TrainingProgress:
         self._bar.stop()
 
     def note(self, text: str) -> None:
-        """One line that stays: what is being done, a warning, an event."""
+        """Print a line above the bar: a message, a warning or an event."""
         self._bar.console.print(translated(text), soft_wrap=True)
 
     def begin(self, run: RunDirectory) -> None:
-        """The run has its directory, and what follows is part of it."""
+        """Print the directory of the run, once it exists."""
         self.note(f"run    {run.path}")
 
     def stage(self, name: str) -> None:
-        """What is done before the first step. Shown in the bar, or as a line now and then."""
+        """Show what happens before the first step, in the bar or as a line every ten seconds."""
         name = translated(name)
         self._bar.update(self._task, description=name, total=None, text="")
         now = time.monotonic()
@@ -62,7 +67,7 @@ class TrainingProgress:
             self.note(f"       {name}")
 
     def step(self, metrics: StepMetrics, *, progress: float) -> None:
-        """progress: the share (0 to 1) of the run that is done after this step."""
+        """Show a step. progress: the share of the run (0 to 1) that is done after it."""
         now = time.monotonic()
         self._recent.append((now, metrics.total_tokens, progress))
         parts = self._parts(metrics)
@@ -71,7 +76,9 @@ class TrainingProgress:
         room = self._console.width - cell_len(training) - _BAR_COLUMNS - _SHARE_COLUMNS - 3
         while len(parts) > 1 and cell_len(" | ".join(parts)) > room:
             parts.pop()
-        self._bar.update(self._task, description=training, total=1.0, completed=progress, text=" | ".join(parts))
+        self._bar.update(
+            self._task, description=training, total=1.0, completed=progress, text=" | ".join(parts)
+        )
         plain = not self._console.is_terminal
         if plain and (progress >= 1 or now - self._last_line >= PLAIN_EVERY_SECONDS):
             self._last_line = now
@@ -79,13 +86,17 @@ class TrainingProgress:
 
     def evaluation(self, metrics: EvalMetrics, *, best: bool) -> None:
         self.note(
-            f"eval at step {metrics.step}: loss {metrics.eval_loss:.4f} | perplexity {metrics.eval_perplexity:.2f} | "
+            f"eval at step {metrics.step}: loss {metrics.eval_loss:.4f} | perplexity "
+            f"{metrics.eval_perplexity:.2f} | "
             f"accuracy {metrics.eval_accuracy:.1%}{' | best, saved' if best else ''}"
         )
 
     def _parts(self, metrics: StepMetrics) -> list[str]:
-        """What is said of a step, the most wanted first: where there is little room the last parts are left out."""
-        (start, first_tokens, first_progress), (end, last_tokens, last_progress) = self._recent[0], self._recent[-1]
+        """Return the parts of a step's text, most important first: a narrow bar drops the last."""
+        (start, first_tokens, first_progress), (end, last_tokens, last_progress) = (
+            self._recent[0],
+            self._recent[-1],
+        )
         rate = left = None
         if end > start:
             rate = (last_tokens - first_tokens) / (end - start)
@@ -108,5 +119,5 @@ RunProgress = TrainingProgress | NotebookProgress
 
 
 def open_progress(*, quiet: bool) -> RunProgress:
-    """As fits the place: a block in a notebook, a bar on a terminal, lines elsewhere."""
+    """Return the progress display that suits a notebook, a terminal or a log file."""
     return NotebookProgress() if in_notebook() and not quiet else TrainingProgress(quiet=quiet)

@@ -1,4 +1,4 @@
-"""`fitune report`: runs as one offline HTML file, and their pictures as PNG."""
+"""Implement `fitune report`, which writes runs as one offline HTML file and charts as PNG."""
 
 import os
 from pathlib import Path
@@ -25,18 +25,24 @@ def report(
         ),
     ] = None,
     png: Annotated[
-        Path | None, Parameter(help="a directory for each picture as PNG (needs matplotlib)", group=OUTPUT)
+        Path | None,
+        Parameter(help="a directory for each picture as PNG (needs matplotlib)", group=OUTPUT),
     ] = None,
     lang: Annotated[
-        Literal["en", "zh"] | None, Parameter(help="the page's language (FITUNE_LANG)", group=OUTPUT)
+        Literal["en", "zh"] | None,
+        Parameter(help="the page's language (FITUNE_LANG)", group=OUTPUT),
     ] = None,
     output_format: Format = "auto",
 ) -> None:
-    """One HTML file that needs no network: losses, memory, what was predicted, comparison, advice, events, settings.
-    Its data is in it: `fitune compare` reads it again."""
+    """Write one HTML file that needs no network.
+
+    It shows losses, memory, predictions, a comparison, advice, events and settings, and contains
+    its data, so that `fitune compare` can read it again.
+    """
     if not runs:
         raise UsageError("give the runs to report on: fitune report runs/NAME -o report.html")
-    asked = None if output is None else output_file(output, example="report.html")  # before the runs are read
+    # Check -o before reading the runs, which may take long.
+    given = None if output is None else output_file(output, example="report.html")
     if lang is not None:
         os.environ["FITUNE_LANG"] = lang
     from fitune.report.charts import pictures
@@ -47,7 +53,7 @@ def report(
     runs = tuple(map(run_path, runs))
     comparison = compare(runs)
     inside = RunDirectory(runs[0]).report if runs[0].is_dir() else Path("report.html")
-    path = asked or (inside if len(runs) == 1 else Path("report.html"))
+    path = given or (inside if len(runs) == 1 else Path("report.html"))
     write_page(comparison, path, place="-o")
     drawn = []
     if png is not None:

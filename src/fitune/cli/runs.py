@@ -1,4 +1,4 @@
-"""`fitune runs`: the runs here, one line each."""
+"""Implement `fitune runs`, which lists runs, one line each."""
 
 import time
 from pathlib import Path
@@ -16,7 +16,13 @@ from fitune.run.metrics import Summary, summary_json
 from fitune.units import format_count, format_gib, format_seconds
 
 TAIL_BYTES = 2**18
-_COLOURS = {"running": "cyan", "finished": "green", "failed": "red", "crashed": "red", "damaged": "red"}
+_COLOURS = {
+    "running": "cyan",
+    "finished": "green",
+    "failed": "red",
+    "crashed": "red",
+    "damaged": "red",
+}
 
 
 def runs(
@@ -25,10 +31,10 @@ def runs(
     *,
     output_format: Format = "auto",
 ) -> None:
-    """The runs in a directory, the latest last; of those that run, the present step and the time left.
+    """List the runs in a directory, the latest last, with the remaining time of running ones.
 
-    States: running, finished, stopped (by its user or by stop_after), failed (it said why), crashed (its process
-    ended without a word), damaged (its summary cannot be read).
+    The states are running, finished, stopped (by the user or by stop_after), failed (with an
+    error message), crashed (the process ended without one) and damaged (unreadable summary).
     """
     records = list_runs(directory)
     for record in records:
@@ -42,7 +48,9 @@ def runs(
     elif not records:
         warn(f"there are no runs in {directory}: {BEGIN_ONE}")
     else:
-        columns = tuple(map(say, ("run", "state", ">steps", ">train", ">eval", ">peak GiB", ">tok/s", ">time")))
+        columns = tuple(
+            map(say, ("run", "state", ">steps", ">train", ">eval", ">peak GiB", ">tok/s", ">time"))
+        )
         grid = table(columns, [_row(record) for record in records])
         for row, record in enumerate(records):
             grid.rows[row].style = _COLOURS.get(record.state)
@@ -51,12 +59,18 @@ def runs(
 
 def _json(record: RunRecord) -> dict[str, object]:
     summary = None if record.summary is None else summary_json(record.summary)
-    return {"name": record.run.name, "state": record.state, "updated": record.updated, "summary": summary}
+    return {
+        "name": record.run.name,
+        "state": record.state,
+        "updated": record.updated,
+        "summary": summary,
+    }
 
 
 def _row(record: RunRecord) -> tuple[str, ...]:
     summary = record.summary or Summary()
-    if record.state in ("running", "crashed"):  # its summary is as old as its last save
+    # The summary of such a run is as old as its last save.
+    if record.state in ("running", "crashed"):
         view = RunFollower(record.run, tail_bytes=TAIL_BYTES).read()
         if view.steps:
             return _unsaved_row(view, summary)
@@ -73,7 +87,7 @@ def _row(record: RunRecord) -> tuple[str, ...]:
 
 
 def _unsaved_row(view: RunView, summary: Summary) -> tuple[str, ...]:
-    """Of a run that is ahead of its summary."""
+    """Return the row of a run whose metrics are newer than its summary."""
     record, last, done = view.record, view.steps[-1], progress_fraction(view)
     is_on = record.state == "running"
     return (
@@ -83,13 +97,15 @@ def _unsaved_row(view: RunView, summary: Summary) -> tuple[str, ...]:
         _loss(last.loss),
         _loss(view.evals[-1].eval_loss if view.evals else summary.eval_loss),
         format_gib(_peak_bytes(view, summary)),
-        format_count(last.tokens_per_second if is_on else summary.tokens_per_second or last.tokens_per_second),
+        format_count(
+            last.tokens_per_second if is_on else summary.tokens_per_second or last.tokens_per_second
+        ),
         say("{time} left", time=format_seconds(seconds_left(view))) if is_on else _ago(record),
     )
 
 
 def _peak_bytes(view: RunView, summary: Summary) -> int | None:
-    """The run's peak up to its last step, as `Summary.peak_bytes` means it."""
+    """Return the peak memory up to the last step, defined like `Summary.peak_bytes`."""
     reserved = (summary.peak_reserved_bytes, *(step.peak_reserved_bytes for step in view.steps))
     device = (summary.peak_device_bytes, *(step.device_used_bytes for step in view.steps))
     return max(filter(None, reserved), default=None) or max(filter(None, device), default=None)

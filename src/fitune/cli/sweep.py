@@ -1,4 +1,4 @@
-"""`fitune sweep`: several configurations one after another, each in its own process, then compared."""
+"""Implement `fitune sweep`, which trains several configurations in turn and compares them."""
 
 import multiprocessing
 import os
@@ -19,7 +19,16 @@ from fitune.config import RunConfig, config_hash
 from fitune.errors import ConfigError, DoesNotFitError, FituneError, InterruptedRunError, UsageError
 from fitune.language import translated
 from fitune.run.directory import RunDirectory, read_run, write_json
-from fitune.run.sweep import Entry, Search, Sweep, make_entry, read_states, read_sweep, write_entry, write_states
+from fitune.run.sweep import (
+    Entry,
+    Search,
+    Sweep,
+    make_entry,
+    read_states,
+    read_sweep,
+    write_entry,
+    write_states,
+)
 from fitune.units import format_bytes
 
 if TYPE_CHECKING:
@@ -33,10 +42,12 @@ def sweep(
     dry_run: Annotated[bool, Parameter(help="plan every run and stop")] = False,
     output_format: Format = "auto",
 ) -> None:
-    """Run every configuration of CONFIG's key `sweep`, each in its own process on the same data and held-out rows.
+    """Train every configuration of the key `sweep`, each in its own process.
 
-    All are planned first: what does not fit is said before anything runs. A run that fails does not end the sweep. The
-    same command goes on where a sweep was stopped. At its end the runs are compared, and a report is written.
+    All runs use the same data and held-out samples. They are planned first, so that a run that
+    does not fit is reported before any run starts. A failed run does not end the sweep. The same
+    command continues a sweep that was stopped. At the end the runs are compared and a report is
+    written.
     """
     if not words:
         raise ConfigError(["nothing to sweep: give a configuration file with the key 'sweep'"])
@@ -45,7 +56,9 @@ def sweep(
     states = read_states(found.directory)
     if found.search is not None:
         if dry_run:
-            raise UsageError("a search chooses each run by those before it: there is nothing to plan ahead")
+            raise UsageError(
+                "a search chooses each run by those before it: there is nothing to plan ahead"
+            )
         _search(found, found.search, states)
     else:
         entries = list(found.entries)
@@ -59,52 +72,69 @@ def sweep(
 
 
 def _plan(found: Sweep, entries: Sequence[Entry], states: States) -> None:
-    """Plans what is not planned yet, all in one process of its own, and says what each needs."""
+    """Plan the runs that are not planned yet, in one child process, and print what each needs."""
     for entry in entries:
         known = states.get(entry.name, {})
         if known.get("config_hash") != config_hash(entry.config):
-            states[entry.name] = {"state": "waiting", "config_hash": config_hash(entry.config), "plan": None}
-    ordered = {entry.name: states[entry.name] for entry in entries}  # without what the sweep no longer holds
+            states[entry.name] = {
+                "state": "waiting",
+                "config_hash": config_hash(entry.config),
+                "plan": None,
+            }
+    # Drop the runs that the sweep no longer contains.
+    ordered = {entry.name: states[entry.name] for entry in entries}
     states.clear()
     states.update(ordered)
     names = [entry.name for entry in entries if states[entry.name]["plan"] is None]
     configs = {entry.name: entry.config for entry in entries}
     if names:
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            for name, plan in zip(names, pool.map(plan_content, [configs[name] for name in names]), strict=True):
+            for name, plan in zip(
+                names, pool.map(plan_content, [configs[name] for name in names]), strict=True
+            ):
                 states[name] |= plan
                 write_states(found.directory, states)
     for entry in entries:
-        _note(f"plan  {entry.name}: {_planned(states[entry.name])}")
+        _note(f"plan  {entry.name}: {_plan_text(states[entry.name])}")
     if all(states[entry.name]["state"] == "does not fit" for entry in entries):
-        raise DoesNotFitError(f"no run of this sweep fits: {found.directory / 'sweep.json'} holds the plans")
+        raise DoesNotFitError(
+            f"no run of this sweep fits: {found.directory / 'sweep.json'} holds the plans"
+        )
 
 
 def plan_content(config: RunConfig) -> dict[str, Any]:
-    """{plan, state}, or {plan_fault} where it cannot be planned: that run is tried all the same."""
+    """Return {plan, state}, or {plan, plan_fault} if planning fails. The run is still tried then."""
     from fitune.planning.plan import plan_json
     from fitune.planning.search import choose_plan
 
     try:
         plan = choose_plan(config, search="fastest")
-    except Exception as error:  # a model that cannot be recorded can still be trained
-        return {"plan": None, "plan_fault": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
+    # Any exception will do: a model that cannot be recorded can still be trained.
+    except Exception as error:
+        return {
+            "plan": None,
+            "plan_fault": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}",
+        }
     return {"plan": plan_json(plan)} | ({"state": "does not fit"} if plan.chosen is None else {})
 
 
-def _planned(state: dict[str, Any]) -> str:
+def _plan_text(state: dict[str, Any]) -> str:
     plan = state["plan"]
     if plan is None:
         return f"not planned ({state.get('plan_fault', 'n/a')})"
     candidate = plan["candidates"][plan["chosen"] or 0]
-    needed, budget = format_bytes(candidate["predicted_device_bytes"]), format_bytes(plan["budget_bytes"])
+    needed = format_bytes(candidate["predicted_device_bytes"])
+    budget = format_bytes(plan["budget_bytes"])
     if state["state"] == "does not fit":
         return f"does not fit: it needs {needed} of {budget}; it is left out"
     return f"fits: {needed} of {budget}"
 
 
 def _run(found: Sweep, entry: Entry, states: States) -> None:
-    """Trains one entry in a process of its own, unless it is done or does not fit; notes how it ended."""
+    """Train one entry in a child process and record how it ended.
+
+    Skips an entry that is finished or does not fit. Raises InterruptedRunError on Ctrl-C.
+    """
     state = states[entry.name]
     run = RunDirectory(found.directory / entry.name)
     if state["state"] == "does not fit":
@@ -115,10 +145,15 @@ def _run(found: Sweep, entry: Entry, states: States) -> None:
         write_states(found.directory, states)
         return
     command = [sys.executable, "-m", "fitune", "train", *_arguments(found, entry, run)]
-    here = str(Path(__file__).parents[2])  # the run is done by this fitune, also where it is not installed
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))}
-    with _left_to_the_child():
-        code = subprocess.run(command, stdout=subprocess.DEVNULL, env=environment, check=False).returncode
+    # The child process must import this fitune, even if it is not installed.
+    here = str(Path(__file__).parents[2])
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))
+    }
+    with _ignore_interrupts():
+        code = subprocess.run(
+            command, stdout=subprocess.DEVNULL, env=environment, check=False
+        ).returncode
     if code == 0 and state["plan"] is not None and not run.plan.exists():
         write_json(run.plan, state["plan"])
     states[entry.name] |= {"state": "finished" if code == 0 else "failed", "exit_code": code}
@@ -130,11 +165,11 @@ def _run(found: Sweep, entry: Entry, states: States) -> None:
 
 
 def _is_done(run: RunDirectory, entry: Entry) -> bool:
-    return _is_of(run, entry) and read_run(run.path).state == "finished"
+    return _has_same_config(run, entry) and read_run(run.path).state == "finished"
 
 
-def _is_of(run: RunDirectory, entry: Entry) -> bool:
-    """Whether the run there is of this configuration, and not one of an earlier version of the sweep."""
+def _has_same_config(run: RunDirectory, entry: Entry) -> bool:
+    """Return whether the run has this configuration, and not one of an earlier sweep file."""
     if not run.checkpoints.is_dir():
         return False
     summary = read_run(run.path).summary
@@ -142,16 +177,16 @@ def _is_of(run: RunDirectory, entry: Entry) -> bool:
 
 
 def _arguments(found: Sweep, entry: Entry, run: RunDirectory) -> list[str]:
-    """Of `fitune train`: a run that was stopped goes on from its checkpoint; without one it begins again."""
-    if _is_of(run, entry) and any(run.checkpoints.iterdir()):
+    """Return the arguments of `fitune train`, which resume a stopped run if it has a checkpoint."""
+    if _has_same_config(run, entry) and any(run.checkpoints.iterdir()):
         return ["--resume", str(run.path)]
     arguments = [str(write_entry(found.directory, entry))]
     return [*arguments, "--overwrite"] if run.path.exists() else arguments
 
 
 @contextmanager
-def _left_to_the_child() -> Iterator[None]:
-    """An interrupt reaches the whole process group: the run saves, and this process waits for it."""
+def _ignore_interrupts() -> Iterator[None]:
+    """Ignore Ctrl-C in this process. The child receives it too and saves; this process waits."""
     previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         yield
@@ -169,7 +204,9 @@ def _finish(found: Sweep, states: States, output_format: str) -> None:
     if output_format == "json":
         from fitune.report.tables import comparison_json
 
-        print_json({"sweep": str(found.directory), "report": str(page), **comparison_json(comparison)})
+        print_json(
+            {"sweep": str(found.directory), "report": str(page), **comparison_json(comparison)}
+        )
     elif output_format == "quiet":
         print_text(page)
     else:
@@ -180,11 +217,16 @@ def _finish(found: Sweep, states: States, output_format: str) -> None:
     failed = [name for name, state in states.items() if state["state"] == "failed"]
     if failed:
         names = ", ".join(failed)
-        raise FituneError(f"{len(failed)} of {len(states)} runs failed ({names}): the same command tries them again")
+        raise FituneError(
+            f"{len(failed)} of {len(states)} runs failed ({names}): the same command tries them again"
+        )
 
 
 def _search(found: Sweep, search: Search, states: States) -> None:
-    """Optuna chooses; its study is kept in the sweep's directory, so that a search goes on too."""
+    """Let Optuna choose the settings of each run.
+
+    Its study is stored in the sweep's directory, so that a search can be continued.
+    """
     try:
         import optuna
     except ImportError as error:
@@ -200,17 +242,33 @@ def _search(found: Sweep, search: Search, states: States) -> None:
         direction="minimize",
         load_if_exists=True,
     )
-    ended = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED, optuna.trial.TrialState.FAIL)
+    ended = (
+        optuna.trial.TrialState.COMPLETE,
+        optuna.trial.TrialState.PRUNED,
+        optuna.trial.TrialState.FAIL,
+    )
 
     def objective(trial: Any) -> float:
         overrides = {key: _suggest(trial, key, values) for key, values in search.space.items()}
-        entry = make_entry(found.directory, found.tree, overrides, name=f"trial-{trial.number:04d}", typed=found.typed)
+        entry = make_entry(
+            found.directory,
+            found.tree,
+            overrides,
+            name=f"trial-{trial.number:04d}",
+            typed=found.typed,
+        )
         _note(f"trial {trial.number + 1} of {search.trials}: {overrides}")
-        states.setdefault(entry.name, {"state": "waiting", "config_hash": config_hash(entry.config), "plan": None})
+        states.setdefault(
+            entry.name, {"state": "waiting", "config_hash": config_hash(entry.config), "plan": None}
+        )
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
             states[entry.name] |= pool.submit(plan_content, entry.config).result()
         _run(found, entry, states)
-        summary = read_run(found.directory / entry.name).summary if states[entry.name]["state"] == "finished" else None
+        summary = (
+            read_run(found.directory / entry.name).summary
+            if states[entry.name]["state"] == "finished"
+            else None
+        )
         if summary is None or summary.eval_loss is None:
             raise optuna.TrialPruned
         return summary.eval_loss
@@ -229,5 +287,5 @@ def _suggest(trial: Any, key: str, values: Any) -> Any:
     return trial.suggest_float(key, low, high, **rest)
 
 
-def _note(sentence: str) -> None:
-    print_aside(translated(sentence))
+def _note(message: str) -> None:
+    print_aside(translated(message))

@@ -1,4 +1,4 @@
-"""`fitune train`: train by a configuration."""
+"""Implement `fitune train`."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,30 +38,51 @@ def train(
     flags: ConfigFlags = ConfigFlags(),  # noqa: B008 (frozen)
     resume: Annotated[
         str | None,
-        Parameter(help="go on with this run: its directory or name, or latest", metavar="RUN", group=_EARLIER),
+        Parameter(
+            help="go on with this run: its directory or name, or latest",
+            metavar="RUN",
+            group=_EARLIER,
+        ),
     ] = None,
     allow_change: Annotated[
-        tuple[str, ...], Parameter(help="what may differ from the run that goes on", metavar="KEY", group=_EARLIER)
+        tuple[str, ...],
+        Parameter(help="what may differ from the run that goes on", metavar="KEY", group=_EARLIER),
     ] = (),
     replay: Annotated[
         Path | None,
-        Parameter(help="do this run's steps once more and compare each one", metavar="RUN", group=_EARLIER),
+        Parameter(
+            help="do this run's steps once more and compare each one", metavar="RUN", group=_EARLIER
+        ),
     ] = None,
     probe: Annotated[
-        bool, Parameter(help="first try other learning rates and twice the batch (train.probe)", group=_START)
+        bool,
+        Parameter(
+            help="first try other learning rates and twice the batch (train.probe)", group=_START
+        ),
     ] = False,
-    overwrite: Annotated[bool, Parameter(help="replace an existing run of this name", group=_START)] = False,
-    print_config: Annotated[bool, Parameter(help="print the resolved configuration, and stop", group=_START)] = False,
+    overwrite: Annotated[
+        bool, Parameter(help="replace an existing run of this name", group=_START)
+    ] = False,
+    print_config: Annotated[
+        bool, Parameter(help="print the resolved configuration, and stop", group=_START)
+    ] = False,
     dry_run: Annotated[
-        bool, Parameter(help="load and check everything, and stop before the first step", group=_START)
+        bool,
+        Parameter(help="load and check everything, and stop before the first step", group=_START),
     ] = False,
     no_plan_check: Annotated[
-        bool, Parameter(help="start even where the prediction exceeds the memory limit", group=_START)
+        bool,
+        Parameter(help="start even where the prediction exceeds the memory limit", group=_START),
     ] = False,
     output_format: Format = "auto",
 ) -> None:
-    """Train by a configuration, or go on with a run. An existing run is refused unless --overwrite."""
-    _check_flags(resume=resume, replay=replay, overwrite=overwrite, allow_change=allow_change, probe=probe)
+    """Train a configuration, or continue or replay a run.
+
+    Refuses to replace an existing run without --overwrite.
+    """
+    _check_flags(
+        resume=resume, replay=replay, overwrite=overwrite, allow_change=allow_change, probe=probe
+    )
     earlier = _earlier_run(resume, replay, output=flags.output)
     resolved = read_arguments(
         words,
@@ -84,7 +105,9 @@ def train(
         request = ReplayedRun(run=earlier, resolved=resolved, plan_check=not no_plan_check)
     else:
         is_changed = bool(words) or flags != ConfigFlags(output=flags.output)
-        request = ResumedRun(run=earlier, resolved=resolved, allow_change=allow_change, is_changed=is_changed)
+        request = ResumedRun(
+            run=earlier, resolved=resolved, allow_change=allow_change, is_changed=is_changed
+        )
     with joined() as ranks, open_progress(quiet=quiet or not ranks.leads) as progress:
         if dry_run:
             session.dry_run(request, progress, ranks=ranks)
@@ -101,19 +124,30 @@ def train(
 
 
 def _check_trust(run: RunDirectory, resolved: ResolvedConfig) -> None:
-    """Whoever made the directory need not be who goes on with it, so its word alone runs no code."""
+    """Raise UsageError unless the command line itself allows Python code of the model to run.
+
+    Somebody else may have made the run directory, so its configuration alone must not allow it.
+    """
     if resolved.origins["model.trust_remote_code"] != COMMAND_LINE:
         raise UsageError(
-            f"{run.path} asks to run the Python code that comes with {resolved.config.model.source}: read that code, "
-            "then add model.trust_remote_code=true to this command"
+            f"{run.path} asks to run the Python code that comes with "
+            f"{resolved.config.model.source}: read that code, then add "
+            "model.trust_remote_code=true to this command"
         )
 
 
 def _check_flags(
-    *, resume: str | None, replay: Path | None, overwrite: bool, allow_change: tuple[str, ...], probe: bool
+    *,
+    resume: str | None,
+    replay: Path | None,
+    overwrite: bool,
+    allow_change: tuple[str, ...],
+    probe: bool,
 ) -> None:
     if resume is not None and replay is not None:
-        raise UsageError("--resume and --replay exclude each other: go on with a run, or do it once more")
+        raise UsageError(
+            "--resume and --replay exclude each other: go on with a run, or do it once more"
+        )
     if overwrite and (resume is not None or replay is not None):
         raise UsageError("--overwrite begins a run anew: drop it, or --resume and --replay")
     if probe and (resume is not None or replay is not None):
@@ -122,21 +156,29 @@ def _check_flags(
         raise UsageError("--allow-change is for --resume: drop it, or name the run that goes on")
 
 
-def _earlier_run(resume: str | None, replay: Path | None, *, output: str | None) -> RunDirectory | None:
-    """The run that goes on or is replayed. Raises RunDirectoryError where there is none."""
+def _earlier_run(
+    resume: str | None, replay: Path | None, *, output: str | None
+) -> RunDirectory | None:
+    """Return the run to continue or replay, if any. Raises RunDirectoryError if it is missing."""
     if resume == "latest":
         directory = Path(output or "runs")
         records = list_runs(directory)
         if not records:
-            raise RunDirectoryError(f"there are no runs in {directory}: give the directory of one, or --output")
+            raise RunDirectoryError(
+                f"there are no runs in {directory}: give the directory of one, or --output"
+            )
         run = records[-1].run
     elif resume is not None or replay is not None:
-        run = open_run(run_path(Path(resume) if resume is not None else replay or Path(), Path(output or RUNS)))
+        run = open_run(
+            run_path(Path(resume) if resume is not None else replay or Path(), Path(output or RUNS))
+        )
     else:
         return None
     check_run_files(run, deep=True)
     if not run.config.exists():
-        raise RunDirectoryError(f"{run.path} was stopped before it began: start it again as it was started")
+        raise RunDirectoryError(
+            f"{run.path} was stopped before it began: start it again as it was started"
+        )
     return run
 
 
@@ -154,7 +196,7 @@ def _report(run: RunDirectory, summary: Summary, progress: RunProgress) -> None:
 
 
 def next_commands(run: RunDirectory, weights: Path, *, is_finished: bool) -> Iterator[str]:
-    """What can be done with the run now."""
+    """Yield messages with the commands that a user may want to run next."""
     name = run.name if run.path.parent == RUNS else str(run.path)
     if not is_finished:
         yield say("next: {command} goes on with it", command=f"fitune train --resume {name}")
@@ -167,12 +209,21 @@ def next_commands(run: RunDirectory, weights: Path, *, is_finished: bool) -> Ite
             command=export,
         )
     else:
-        yield say("{weights} is a transformers directory; {command} copies it", weights=weights, command=export)
-    yield say("next: {commands}", commands=f"fitune report {name}   fitune advise {name}   fitune watch {name} --once")
+        yield say(
+            "{weights} is a transformers directory; {command} copies it",
+            weights=weights,
+            command=export,
+        )
+    yield say(
+        "next: {commands}",
+        commands=f"fitune report {name}   fitune advise {name}   fitune watch {name} --once",
+    )
 
 
 def _print_config(resolved: ResolvedConfig, output_format: str) -> None:
     if output_format == "json":
-        print_json({"config": resolved.config.model_dump(mode="json"), "origins": dict(resolved.origins)})
+        print_json(
+            {"config": resolved.config.model_dump(mode="json"), "origins": dict(resolved.origins)}
+        )
     else:
         print_text(format_config(resolved), end="")

@@ -1,4 +1,4 @@
-"""`fitune watch`: a run live, from its files alone, in any terminal that can read them."""
+"""Implement `fitune watch`, which shows a run live by reading its files."""
 
 import os
 import sys
@@ -27,19 +27,23 @@ PLAIN_EVERY_SECONDS = 10.0
 
 
 def watch(
-    run: Annotated[Path | None, Parameter(help="a run's directory or name; the latest where left out")] = None,
+    run: Annotated[
+        Path | None, Parameter(help="a run's directory or name; the latest where left out")
+    ] = None,
     /,
     *,
     output: Annotated[Path, Parameter(help="where runs are kept")] = RUNS,
     once: Annotated[bool, Parameter(help="show it once, and leave")] = False,
     as_json: Annotated[
-        bool, Parameter(name="--json", help="the same as --format json: a line a second", group=OUTPUT)
+        bool,
+        Parameter(name="--json", help="the same as --format json: a line a second", group=OUTPUT),
     ] = False,
     output_format: Format = "auto",
 ) -> None:
-    """A run live, or as it ended. In a terminal q leaves, and the run goes on; elsewhere it is told in plain lines.
+    """Show a run live, or how it ended: a screen in a terminal, plain lines elsewhere.
 
-    Only the run's files are read: it works over ssh, on a copy, and for a run of another machine on a shared disk.
+    In a terminal, q leaves the screen without stopping the run. Only the run's files are read, so
+    it works over ssh, on a copy, and for a run on another machine with a shared disk.
     """
     follower = RunFollower(find_run(run, output))
     console = stdout_screen(output_format)
@@ -48,7 +52,9 @@ def watch(
     elif output_format == "quiet":
         print_text(follower.read().record.state)
     elif once or _is_over(view := follower.read()):
-        console.print(_shown(follower.read() if once else view, console, height=None), soft_wrap=True)
+        console.print(
+            _shown(follower.read() if once else view, console, height=None), soft_wrap=True
+        )
     elif console.is_terminal:
         _live(follower, console)
     else:
@@ -56,8 +62,13 @@ def watch(
 
 
 def find_run(run: Path | None, output: Path) -> RunDirectory:
-    """`run` as a directory, or as the name of one below `output`. Where it is left out or holds runs: the one that
-    runs, else the latest. Raises RunDirectoryError where there is none."""
+    """Find the run to watch.
+
+    run: the run's directory, or its name in `output`. If it is None or a directory of runs, the
+        running one is taken, else the latest.
+
+    Raises RunDirectoryError if there is no run.
+    """
     if run is not None and not run.exists():
         return open_run(run_path(run, output))
     place = output if run is None else run
@@ -82,13 +93,16 @@ def _shown(view: RunView, console: Screen, *, height: int | None) -> Text:
 
 
 def _live(follower: RunFollower, console: Screen) -> None:
-    """The run as it stood last stays in the terminal when it ends."""
+    """Show the screen until the run ends or q is pressed; print the final state at the end."""
     view = follower.read()
     with Live(console=console, screen=True, auto_refresh=False) as live, _keys() as pressed:
         try:
             while not _is_over(view):
                 text = _shown(view, console, height=console.height - 1)
-                live.update(Text("\n").join([text, Text(say("q leaves; the run goes on"), style="dim")]), refresh=True)
+                live.update(
+                    Text("\n").join([text, Text(say("q leaves; the run goes on"), style="dim")]),
+                    refresh=True,
+                )
                 due = time.monotonic() + REFRESH_SECONDS
                 while time.monotonic() < due:
                     if pressed() in ("q", "Q"):
@@ -110,12 +124,12 @@ def _print_json_lines(follower: RunFollower, *, once: bool) -> None:
 
 
 def _print_plain_lines(follower: RunFollower, console: Screen) -> None:
-    """For logs: where it stands now and then, each event once, and the whole picture at its end."""
-    told, last = 0, -PLAIN_EVERY_SECONDS
+    """Print a status line every ten seconds, each event once, and the final state at the end."""
+    num_printed, last = 0, -PLAIN_EVERY_SECONDS
     while not _is_over(view := follower.read()):
-        for event in view.events[told:]:
+        for event in view.events[num_printed:]:
             print_text(f"{say('step')} {event.step}: {translated(printable_line(event.message))}")
-        told = len(view.events)
+        num_printed = len(view.events)
         if time.monotonic() - last >= PLAIN_EVERY_SECONDS:
             last = time.monotonic()
             print_text(_shown(view, console, height=1).plain)
@@ -125,7 +139,7 @@ def _print_plain_lines(follower: RunFollower, console: Screen) -> None:
 
 @contextmanager
 def _keys() -> Iterator[Callable[[], str]]:
-    """What returns the key pressed within KEY_SECONDS, '' for none."""
+    """Provide a function that returns the key pressed within KEY_SECONDS, or '' if none is."""
     if sys.platform == "win32":
         import msvcrt
 
@@ -150,7 +164,11 @@ def _keys() -> Iterator[Callable[[], str]]:
     stdin = sys.stdin.fileno()
 
     def key() -> str:
-        return os.read(stdin, 1).decode(errors="ignore") if select.select([stdin], [], [], KEY_SECONDS)[0] else ""
+        return (
+            os.read(stdin, 1).decode(errors="ignore")
+            if select.select([stdin], [], [], KEY_SECONDS)[0]
+            else ""
+        )
 
     before = termios.tcgetattr(stdin)
     tty.setcbreak(stdin)

@@ -1,5 +1,8 @@
-"""What `fitune watch` shows of a run, for a terminal of any size: who it is, where it stands, what holds the memory of
-its device, how the loss goes, what happened. Nothing here reads or waits."""
+"""Lay out the screen of `fitune watch` for a terminal of any size.
+
+It shows the name and the progress of a run, what holds the memory of its device, the loss, and its
+events. Nothing here reads files or waits.
+"""
 
 import math
 import statistics
@@ -20,30 +23,35 @@ from fitune.run.metrics import as_json
 from fitune.units import format_bytes, format_count, format_gib, format_seconds
 
 STATE_STYLES = {"running": "bold cyan", "finished": "bold green", "stopped": "bold yellow"}
-RATE_SECONDS = 600.0
+ETA_WINDOW_SECONDS = 600.0
 SILENCE_SECONDS = 15.0
 SPEED_STEPS = 20
-FEWEST_EVENT_LINES = 6
-TALLEST_CHART = 12
-WIDEST_STEP = 4
-ASCII = str.maketrans({"█": "#", "▌": "#", "·": ".", "│": "|", "°": " ", "…": "~", "×": "x"}) | str.maketrans(
-    "▁▂▃▄▅▆▇", "..::++*"
-)
+MIN_EVENT_LINES = 6
+MAX_CHART_HEIGHT = 12
+MAX_COLUMNS_PER_STEP = 4
+ASCII = str.maketrans(
+    {"█": "#", "▌": "#", "·": ".", "│": "|", "°": " ", "…": "~", "×": "x"}
+) | str.maketrans("▁▂▃▄▅▆▇", "..::++*")
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryClass:
-    """A part of the device's memory. peak_bytes: the most it held; of what is free, the least."""
+    """A part of the device's memory."""
 
     name: str
+    #: The name on the screen, in the chosen language.
     label: str
     now_bytes: int
+    #: The most that this part has held; for free memory, the least.
     peak_bytes: int
     style: str
 
 
 def watch_screen(view: RunView, *, width: int, height: int | None, now: float) -> Text:
-    """At most `height` lines of at most `width` columns; height None: as many as there is to say."""
+    """Return the screen, of at most `height` lines of at most `width` columns.
+
+    height: None for as many lines as needed.
+    """
     head, numbers = list(_head(view, width=width, now=now)), list(_numbers(view))
     memory, events = list(_memory(view, width=width)), list(_events(view, width=width))
     chart_height, room = 1, sum(map(len, events))
@@ -51,19 +59,21 @@ def watch_screen(view: RunView, *, width: int, height: int | None, now: float) -
         left = height - len(head) - len(numbers) - len(memory)
         if left < 1:
             memory, left = [], left + len(memory)
-        chart_height = max(1, min(TALLEST_CHART, left - FEWEST_EVENT_LINES, left // 2))
+        chart_height = max(1, min(MAX_CHART_HEIGHT, left - MIN_EVENT_LINES, left // 2))
         room = left - chart_height
     while events and sum(map(len, events)) > room:
         events.pop(0)
     chart = _chart(view, width=width, height=chart_height)
-    lines = [*head, *memory, *chart, *numbers, *(line for event in events for line in event)][:height]
+    lines = [*head, *memory, *chart, *numbers, *(line for event in events for line in event)][
+        :height
+    ]
     text = Text("\n").join(_cut(line, width) for line in lines)
     text.no_wrap = True
     return text
 
 
 def watch_json(view: RunView, *, now: float) -> dict[str, Any]:
-    """The same as one object: sizes in bytes, unknown is None."""
+    """Return the content of the screen as a JSON object: sizes in bytes, None for unknown."""
     progress = progress_fraction(view)
     return {
         "run": str(view.record.run.path),
@@ -75,7 +85,10 @@ def watch_json(view: RunView, *, now: float) -> dict[str, Any]:
         "seconds_left": seconds_left(view),
         "budget_bytes": view.budget_bytes,
         "device": view.device_name,
-        "memory": {part.name: {"now_bytes": part.now_bytes, "peak_bytes": part.peak_bytes} for part in classes(view)},
+        "memory": {
+            part.name: {"now_bytes": part.now_bytes, "peak_bytes": part.peak_bytes}
+            for part in memory_classes(view)
+        },
         "step": as_json(view.steps[-1]) if view.steps else None,
         "eval": as_json(view.evals[-1]) if view.evals else None,
         "sample": as_json(view.samples[-1]) if view.samples else None,
@@ -83,14 +96,20 @@ def watch_json(view: RunView, *, now: float) -> dict[str, Any]:
     }
 
 
-def classes(view: RunView) -> list[MemoryClass]:
-    """Who holds the device's memory now, in the order in which the bars stand; empty before the first sample."""
+def memory_classes(view: RunView) -> list[MemoryClass]:
+    """Return the parts of the device's memory in the order of their bars.
+
+    Returns an empty list before the first memory sample.
+    """
     if not view.samples or view.samples[-1].device_total_bytes is None:
         return []
     if view.samples[-1].allocated_bytes is None:
         table, peak = _on_cpu, max((step.device_used_bytes or 0 for step in view.steps), default=0)
     else:
-        table, peak = _on_card, max((step.peak_allocated_bytes or 0 for step in view.steps), default=0)
+        table, peak = (
+            _on_card,
+            max((step.peak_allocated_bytes or 0 for step in view.steps), default=0),
+        )
     labels = _labels()
     history = [table(sample) for sample in view.samples]
     now, found = history[-1], []
@@ -145,7 +164,11 @@ def _on_cpu(sample: MemorySample) -> dict[str, int]:
 
 def _peak_activations(sample: MemorySample) -> int:
     if sample.allocated_bytes is None:
-        return (sample.peak_process_bytes or 0) - (sample.program_bytes or 0) - (sample.state_bytes or 0)
+        return (
+            (sample.peak_process_bytes or 0)
+            - (sample.program_bytes or 0)
+            - (sample.state_bytes or 0)
+        )
     return (sample.peak_allocated_bytes or 0) - (sample.state_bytes or 0)
 
 
@@ -171,11 +194,13 @@ def _head(view: RunView, *, width: int, now: float) -> Iterator[Text]:
     if record.state == "running" and view.samples:
         silence = now - view.samples[-1].time
         if silence >= SILENCE_SECONDS:
-            yield Text(say("no word for {seconds}", seconds=format_seconds(silence)), style="yellow")
+            yield Text(
+                say("no word for {seconds}", seconds=format_seconds(silence)), style="yellow"
+            )
 
 
 def _memory(view: RunView, *, width: int) -> Iterator[Text]:
-    parts = classes(view)
+    parts = memory_classes(view)
     if not parts:
         yield Text(say("memory: no sample yet"), style="dim")
         return
@@ -186,19 +211,29 @@ def _memory(view: RunView, *, width: int) -> Iterator[Text]:
     heading = f"{_fit(title, label_width)}{_right(say('now'), 8)}{_right(say('peak'), 8)}  "
     yield Text(heading + _scale(total, bar_width), style="bold")
     start = 0
-    budget = None if view.budget_bytes is None else min(bar_width - 1, round(view.budget_bytes / total * bar_width))
+    budget = (
+        None
+        if view.budget_bytes is None
+        else min(bar_width - 1, round(view.budget_bytes / total * bar_width))
+    )
     for part in parts:
-        line = Text(pad(part.label, label_width) + f"{format_gib(part.now_bytes):>8}{format_gib(part.peak_bytes):>8}  ")
+        line = Text(
+            pad(part.label, label_width)
+            + f"{format_gib(part.now_bytes):>8}{format_gib(part.peak_bytes):>8}  "
+        )
         first, last = start / total * bar_width, (start + part.now_bytes) / total * bar_width
         line.append_text(_bar(first, last, width=bar_width, part=part, budget=budget))
         start += part.now_bytes
         yield line
     if view.budget_bytes is not None:
-        yield Text(" " * (label_width + 18) + _marker(budget or 0, bar_width, say("memory limit"), view.budget_bytes))
+        yield Text(
+            " " * (label_width + 18)
+            + _marker(budget or 0, bar_width, say("memory limit"), view.budget_bytes)
+        )
 
 
 def _bar(first: float, last: float, *, width: int, part: MemoryClass, budget: int | None) -> Text:
-    """From column `first` to `last`; what holds anything is seen, be it in half a column."""
+    """Return a bar from column `first` to `last`. A part that is not empty fills half a column."""
     left, right = min(int(first), width - 1), min(round(last), width)
     cells = [" "] * width
     if part.now_bytes:
@@ -213,7 +248,7 @@ def _bar(first: float, last: float, *, width: int, part: MemoryClass, budget: in
 
 
 def _scale(total: int, width: int) -> str:
-    """0 at the left, the device's memory at the right, quarters between where there is room for them."""
+    """Return the axis from 0 to the device's memory, with quarters if there is space for them."""
     marks = [0, 4] if width < 40 else [0, 1, 2, 3, 4]
     cells = [" "] * width
     for mark in marks:
@@ -231,7 +266,10 @@ def _marker(column: int, width: int, word: str, size: int) -> str:
 
 
 def _chart(view: RunView, *, width: int, height: int) -> Iterator[Text]:
-    """The loss over the whole run, each column the mean of its steps, and the last evaluation behind it."""
+    """Yield a chart of the loss over the whole run, with the last evaluation to its right.
+
+    Each column is the mean of several steps.
+    """
     behind = _evaluation(view)
     if not view.steps:
         yield Text(say("loss: no step yet"), style="dim").append(behind, style="green")
@@ -239,13 +277,14 @@ def _chart(view: RunView, *, width: int, height: int) -> Iterator[Text]:
     label = f"{say('loss')} {view.steps[-1].loss:.3f} "
     room = max(8, width - cell_len(label) - cell_len(behind) - 1)
     means = _columns([step.loss for step in view.steps], min(room, len(view.steps)))
-    means = [mean for mean in means for _ in range(min(WIDEST_STEP, room // len(means)))]
+    means = [mean for mean in means for _ in range(min(MAX_COLUMNS_PER_STEP, room // len(means)))]
     highest = max((mean for mean in means if math.isfinite(mean)), default=math.nan)
     for number, row in enumerate(_blocks(means, height)):
         is_last = number == height - 1
         line = Text(label if is_last else " " * cell_len(label)).append(row, style="cyan")
         line.append(
-            behind if is_last else f" {highest:.3f}" if number == 0 else "", style="green" if is_last else "dim"
+            behind if is_last else f" {highest:.3f}" if number == 0 else "",
+            style="green" if is_last else "dim",
         )
         yield line
 
@@ -255,37 +294,45 @@ def _evaluation(view: RunView) -> str:
         return ""
     newest = view.evals[-1]
     text = f" {say('eval {loss:.3f} at step {step:,}', loss=newest.eval_loss, step=newest.step)}"
-    best = min((evaluation.eval_loss for evaluation in view.evals if evaluation.step > 0), default=None)
+    best = min(
+        (evaluation.eval_loss for evaluation in view.evals if evaluation.step > 0), default=None
+    )
     return text if best is None or newest.eval_loss > best else f"{text}, {say('best')}"
 
 
 def _columns(values: Sequence[float], count: int) -> list[float]:
-    """Means of `count` parts of equal length; one value that is not finite makes its part so."""
+    """Return the means of `count` parts of equal length; NaN for a part with a non-finite value."""
     bounds = [round(index * len(values) / count) for index in range(count + 1)]
     parts = [values[first:end] for first, end in pairwise(bounds)]
     return [statistics.fmean(part) if all(map(math.isfinite, part)) else math.nan for part in parts]
 
 
 def _blocks(values: Sequence[float], height: int) -> list[str]:
-    """Columns of eighths, the lowest value one eighth high; '!' for a value that is not finite."""
+    """Return lines of block characters that draw the values, with '!' for a non-finite value.
+
+    The height of a column is a multiple of an eighth of a line; the lowest value is one eighth.
+    """
     finite = [value for value in values if math.isfinite(value)]
     low, high = min(finite, default=0.0), max(finite, default=0.0)
     scale = (8 * height - 1) / (high - low) if high > low else 0.0
-    eighths = [1 + round((value - low) * scale) if math.isfinite(value) else None for value in values]
-    return [
-        "".join(
-            "!" if filled is None else " ▁▂▃▄▅▆▇█"[max(0, min(8, filled - 8 * (height - 1 - row)))]
-            for filled in eighths
-        )
-        for row in range(height)
+    eighths = [
+        1 + round((value - low) * scale) if math.isfinite(value) else None for value in values
     ]
+    lines = []
+    for row in range(height):
+        eighths_below = 8 * (height - 1 - row)
+        fills = [None if each is None else max(0, min(8, each - eighths_below)) for each in eighths]
+        lines.append("".join("!" if fill is None else " ▁▂▃▄▅▆▇█"[fill] for fill in fills))
+    return lines
 
 
 def _numbers(view: RunView) -> Iterator[Text]:
     if view.steps:
         last = view.steps[-1]
         recent = view.steps[-SPEED_STEPS:]
-        speed = sum(step.tokens for step in recent) / max(sum(step.seconds for step in recent), 1e-9)
+        speed = sum(step.tokens for step in recent) / max(
+            sum(step.seconds for step in recent), 1e-9
+        )
         parts = [
             f"{format_count(speed)} {say('tokens/s')}",
             f"{last.micro_batch} × {last.num_micro_batches} {say('samples')}",
@@ -300,7 +347,9 @@ def _numbers(view: RunView) -> Iterator[Text]:
 
 def _device_parts(sample: MemorySample) -> Iterator[str]:
     kind = "CPU" if sample.allocated_bytes is None else "GPU"
-    yield f"{kind} {'n/a' if sample.utilisation_fraction is None else f'{sample.utilisation_fraction:.0%}'}"
+    yield (
+        f"{kind} {'n/a' if sample.utilisation_fraction is None else f'{sample.utilisation_fraction:.0%}'}"
+    )
     if sample.temperature_celsius is not None:
         yield f"{sample.temperature_celsius:.0f} °C"
     if sample.power_watts is not None:
@@ -317,12 +366,15 @@ def _device_parts(sample: MemorySample) -> Iterator[str]:
 
 
 def _events(view: RunView, *, width: int) -> Iterator[list[Text]]:
-    """The lines of each: what does not fit on the first goes on below it."""
+    """Yield the lines of each event, wrapped to the width."""
     for event in view.events:
         at = f"{time.strftime('%H:%M:%S', time.localtime(event.time))} {event.step:>6,}  "
         style = "yellow" if event.message.startswith("warning") else ""
         first, *others = _wrapped(printable(event.message), max(20, width - len(at)))
-        yield [Text(at + first, style=style), *(Text(" " * len(at) + line, style=style) for line in others)]
+        yield [
+            Text(at + first, style=style),
+            *(Text(" " * len(at) + line, style=style) for line in others),
+        ]
 
 
 def _wrapped(message: str, width: int) -> list[str]:
@@ -335,7 +387,7 @@ def _wrapped(message: str, width: int) -> list[str]:
 
 
 def progress_fraction(view: RunView) -> float | None:
-    """The share of the run (0 to 1) that is done."""
+    """Return the share of the run (0 to 1) that is done, or None if unknown."""
     if view.record.state == "finished":
         return 1.0
     if (known := _known_total_steps(view)) is not None:
@@ -348,32 +400,37 @@ def _known_total_steps(view: RunView) -> int | None:
 
 
 def _total_steps(view: RunView) -> int | None:
-    """As the run noted it, else an estimate from its tokens."""
+    """Return the number of steps that the run recorded, else an estimate from its progress."""
     if view.record.state == "finished":
         return view.steps[-1].step if view.steps else None
     if (known := _known_total_steps(view)) is not None:
         return known
-    newest = view.samples[-1] if view.samples else None  # with its own step: the metrics may be ahead of it
+    # Use the step of the same sample, because the metrics may be newer.
+    newest = view.samples[-1] if view.samples else None
     progress = None if newest is None else newest.progress_fraction
     return round(newest.step / progress) if newest is not None and progress else None
 
 
 def _elapsed_seconds(view: RunView, now: float) -> float | None:
     is_on = view.record.state == "running" and view.samples
-    return None if view.seconds is None else view.seconds + (max(0.0, now - view.samples[-1].time) if is_on else 0.0)
+    return (
+        None
+        if view.seconds is None
+        else view.seconds + (max(0.0, now - view.samples[-1].time) if is_on else 0.0)
+    )
 
 
 def seconds_left(view: RunView) -> float | None:
-    """By the steps of the last minutes, evaluations and saves included."""
+    """Return the remaining time at the speed of the last minutes, with evaluations and saves."""
     if view.record.state != "running" or not view.samples:
         return None
     newest = view.samples[-1]
     changes: list[MemorySample] = []
     for sample in view.samples:
-        if sample.progress_fraction is None or newest.time - sample.time > RATE_SECONDS:
+        if sample.progress_fraction is None or newest.time - sample.time > ETA_WINDOW_SECONDS:
             continue
         if changes and sample.progress_fraction < (changes[-1].progress_fraction or 0):
-            changes.clear()  # resumed from an earlier step
+            changes.clear()  # the run was resumed from an earlier step
         if not changes or sample.step != changes[-1].step:
             changes.append(sample)
     if len(changes) < 2:
@@ -390,7 +447,7 @@ def _right(text: str, width: int) -> str:
 
 
 def _fit(text: str, width: int) -> str:
-    """Exactly `width` columns, one of them for the mark that something is missing."""
+    """Pad or cut text to exactly `width` columns, with an ellipsis if it is cut."""
     return pad(text, width) if cell_len(text) < width else set_cell_size(text, width - 2) + "… "
 
 

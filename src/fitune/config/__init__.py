@@ -1,27 +1,34 @@
-"""A run's configuration: what may be written (`schema`), how it is read and checked (`read`), its text (`write`)."""
+"""Define, read, check and write a run's configuration.
+
+`schema` defines the whole configuration, `sections` the keys of its sections and `values` the types
+of their values. `read` reads and checks a configuration, `write` turns it back into text, and
+`importers` translates the configurations of other trainers.
+"""
 
 from fitune.config.read import ResolvedConfig, read_config
-from fitune.config.schema import (
-    Attention,
-    Auto,
+from fitune.config.schema import RunConfig
+from fitune.config.sections import (
     BatchConfig,
-    BatchMode,
     DataConfig,
     DataSource,
     EvalConfig,
     LoraConfig,
-    Loss,
     MemoryConfig,
     ModelConfig,
     OptimConfig,
     OutputConfig,
+    ShapeConfig,
+    TrainConfig,
+)
+from fitune.config.values import (
+    Attention,
+    Auto,
+    BatchMode,
+    Loss,
     Precision,
     Recompute,
     Routing,
-    RunConfig,
     Scaling,
-    ShapeConfig,
-    TrainConfig,
 )
 from fitune.config.write import config_hash, format_config, json_schema
 

@@ -1,6 +1,6 @@
-"""The names that transformers, peft and trl give to our keys: they are read as the keys that they stand for.
+"""Accept the names that transformers, peft and trl use as aliases of our keys.
 
-Own keys stay valid. `config schema` and the page of all keys list these names too.
+Our keys stay valid. `fitune config schema` and the documentation list the aliases too.
 """
 
 from collections.abc import Mapping
@@ -8,6 +8,7 @@ from typing import Any
 
 from fitune.config.yaml_lines import KeyPath
 
+#: Alias -> our key, in the same section.
 ALIASES: Mapping[str, str] = {
     "model.gradient_checkpointing": "model.recompute",
     "data.max_samples": "data.max_rows",
@@ -21,24 +22,27 @@ ALIASES: Mapping[str, str] = {
     "eval.micro_batch_size": "eval.micro",
     "eval.max_samples": "eval.max_rows",
 }
-"""A name of the field -> our key, in the same section."""
 
-OWN_PATHS: Mapping[KeyPath, KeyPath] = {tuple(name.split(".")): tuple(key.split(".")) for name, key in ALIASES.items()}
+OWN_PATHS: Mapping[KeyPath, KeyPath] = {
+    tuple(name.split(".")): tuple(key.split(".")) for name, key in ALIASES.items()
+}
 _CHECKPOINTING = {True: "full", False: "off", "true": "full", "false": "off"}
 
 
 def own_value(alias: KeyPath, value: Any) -> Any:
-    """`value` as our key takes it: transformers' gradient_checkpointing is true or false."""
+    """Convert the value of an alias: transformers' gradient_checkpointing is true or false."""
     is_switch = alias == ("model", "gradient_checkpointing") and isinstance(value, bool | str)
     return _CHECKPOINTING.get(value, value) if is_switch else value
 
 
 def with_aliases(schema: dict[str, Any]) -> dict[str, Any]:
-    """The JSON schema of a configuration in which every alias stands beside its key."""
+    """Add every alias to the JSON schema of a configuration, next to its key."""
     for alias, key in OWN_PATHS.items():
         reference = schema["properties"][key[0]]["$ref"].rpartition("/")[2]
         properties = schema["$defs"][reference]["properties"]
-        told = dict(properties[key[1]]) | {"description": f"another name of {'.'.join(map(str, key))}"}
+        told = dict(properties[key[1]]) | {
+            "description": f"another name of {'.'.join(map(str, key))}"
+        }
         if alias == ("model", "gradient_checkpointing"):
             told["anyOf"] = [*told["anyOf"], {"type": "boolean"}]
         properties[alias[1]] = told

@@ -1,8 +1,9 @@
-"""YAML and overrides -> `RunConfig`, with the origin of every value. All faults are found before any is reported.
+"""Read YAML and overrides into a `RunConfig`, with the origin of every value.
 
-Order: the defaults, the file, then what was typed on the command line. Keys are checked against the schema first, so
-that an unknown one is answered with the right one; values next, by pydantic, whose errors are said in our own words;
-what cannot go together last.
+The file overrides the defaults and the command line overrides the file. All errors are collected
+before any is reported. Keys are checked against the schema first, so that an unknown key is
+answered with the right one. pydantic then checks the values, and its errors are rephrased. Keys
+that exclude each other are checked last.
 """
 
 import codecs
@@ -20,17 +21,18 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from fitune.config.aliases import OWN_PATHS, own_value
-from fitune.config.foreign_names import FOREIGN_NAMES, foreign_hint
-from fitune.config.schema import DataSource, RunConfig, Section
-from fitune.config.wording import describe_fault, shown
+from fitune.config.importers.names import NAMES_OF_OTHER_TOOLS, hint_for_name
+from fitune.config.schema import RunConfig
+from fitune.config.sections import DataSource, Section
+from fitune.config.wording import describe_fault, format_value
 from fitune.config.yaml_lines import KeyPath, Position, parse_scalar, parse_yaml
 from fitune.errors import ConfigError
 
 COMMAND_LINE = "command line"
 PYTHON = "Python"
 MAX_FILE_BYTES = 1_000_000
+#: Suffixes that no configuration has. A configuration may be written in JSON, so .json is missing.
 DATA_SUFFIXES = (".jsonl", ".parquet", ".csv")
-"""Not .json: a configuration may be written in JSON."""
 DATA_WAY = "if it is the data, give it with --data (data.train)"
 _MAIN_KEYS = {
     "model": "source",
@@ -40,25 +42,37 @@ _MAIN_KEYS = {
     "memory": "budget",
     "run": "name",
 }
-_MAIN_KEYS |= {"train": "epochs", "eval": "max_rows", "lora": "rank", "shape": "preset", "columns": "prompt"}
+_MAIN_KEYS |= {
+    "train": "epochs",
+    "eval": "max_rows",
+    "lora": "rank",
+    "shape": "preset",
+    "columns": "prompt",
+}
 _FLAGS = {"model.source": "--model", "data.train": "--data"}
 
 
 @dataclass(frozen=True)
 class ResolvedConfig:
-    """origins: every key of the schema, dotted -> 'default', 'sft.yaml:12', 'command line' or 'Python'."""
+    """Holds a checked configuration and the origin of each of its values."""
 
     config: RunConfig
+    #: Every dotted key -> 'default', 'sft.yaml:12', 'command line' or 'Python'.
     origins: Mapping[str, str]
 
 
-def read_config(source: Path | str | Mapping[str, Any] | None, overrides: Sequence[str] = ()) -> ResolvedConfig:
-    """A YAML file (or a mapping, or nothing) and `key.sub=value` on top of it -> the checked configuration.
+def read_config(
+    source: Path | str | Mapping[str, Any] | None, overrides: Sequence[str] = ()
+) -> ResolvedConfig:
+    """Read and check a configuration.
 
-    Values of overrides are YAML scalars, or lists in brackets: `optim.lr=5e-7`, `data.train=[a.jsonl,b.jsonl]`.
-    Raises ConfigError with every fault found, one sentence each.
+    source: a YAML file, a mapping, or None for the defaults alone.
+    overrides: texts such as `optim.lr=5e-7` or `data.train=[a.jsonl,b.jsonl]`; a value is a YAML
+        scalar, or a list in brackets.
+
+    Raises ConfigError with a message for each error.
     """
-    draft = _draft(source)
+    draft = _start_draft(source)
     _rename_aliases(draft)
     for override in overrides:
         _apply_override(draft, override)
@@ -77,28 +91,35 @@ def _line_number(fault: str) -> int:
 
 @dataclass
 class _Draft:
-    """What was written so far: the tree, where each value stands, and the faults found in it."""
+    """Holds a configuration while it is read, and the errors found in it so far."""
 
     tree: dict[str, Any]
+    #: Path of a value -> where it was written.
     marks: dict[KeyPath, Position]
+    #: The file that it is read from.
     name: str | None = None
     faults: list[str] = field(default_factory=list)
+    #: Sections whose value was removed because it was not a mapping.
     lost_sections: set[KeyPath] = field(default_factory=set)
 
     def origin(self, path: KeyPath) -> str | None:
-        """Where the value at `path` stands; for a part of a value, where the value does."""
+        """Return where the value at `path` was written, or where the list that contains it was."""
         for length in range(len(path), 0, -1):
             if path[:length] in self.marks:
                 part = _get(self.tree, path[:length])
-                return self.marks[path[:length]].origin if length == len(path) or not isinstance(part, dict) else None
+                return (
+                    self.marks[path[:length]].origin
+                    if length == len(path) or not isinstance(part, dict)
+                    else None
+                )
         return None
 
-    def fault(self, path: KeyPath, sentence: str) -> None:
+    def fault(self, path: KeyPath, message: str) -> None:
         origin = self.origin(path) or self.name
-        self.faults.append(f"{origin}: {sentence}" if origin and origin != PYTHON else sentence)
+        self.faults.append(f"{origin}: {message}" if origin and origin != PYTHON else message)
 
 
-def _draft(source: Path | str | Mapping[str, Any] | None) -> _Draft:
+def _start_draft(source: Path | str | Mapping[str, Any] | None) -> _Draft:
     if source is None:
         return _Draft({}, {})
     if isinstance(source, Mapping):
@@ -107,42 +128,57 @@ def _draft(source: Path | str | Mapping[str, Any] | None) -> _Draft:
     path = Path(source)
     marked = parse_yaml(_read_text(path), str(path))
     if not isinstance(marked.tree, dict):
-        what = "is empty" if marked.tree is None else f"holds {shown(marked.tree)}"
+        what = "is empty" if marked.tree is None else f"holds {format_value(marked.tree)}"
         needed = "it needs at least model.source and data.train"
         if isinstance(marked.tree, list) and path.suffix == ".json":
             needed = DATA_WAY
-        sentence = f"{path} {what}, not the keys of a configuration: {needed}"
-        raise ConfigError([*marked.faults, sentence])
+        message = f"{path} {what}, not the keys of a configuration: {needed}"
+        raise ConfigError([*marked.faults, message])
     return _Draft(marked.tree, dict(marked.marks), str(path), list(marked.faults))
 
 
 def check_is_configuration(path: Path) -> None:
-    """Raises ConfigError for what is taken for one: data, by its name, and directories."""
+    """Raise ConfigError if the path is a directory or has the suffix of a data file."""
     if path.is_dir():
         own = path / "config.yaml"
         if not (own.is_file() and (path / "checkpoints").is_dir()):
             raise ConfigError([f"{path} is a directory, not a configuration file"])
         goes_on = f"'fitune train --resume {path}' goes on with it"
-        raise ConfigError([f"{path} is the directory of a run: {goes_on}, and {own} is its configuration"])
+        raise ConfigError(
+            [f"{path} is the directory of a run: {goes_on}, and {own} is its configuration"]
+        )
     if path.suffix in DATA_SUFFIXES and path.is_file():
-        raise ConfigError([f"{path} is data by its name, not a configuration: give it with --data (data.train)"])
+        raise ConfigError(
+            [f"{path} is data by its name, not a configuration: give it with --data (data.train)"]
+        )
 
 
 def decode(content: bytes) -> str:
-    """UTF-8, or UTF-16 where the mark at its start says so, as editors on Windows write it. Lines end in a newline."""
+    """Decode UTF-8, or UTF-16 if it starts with a byte order mark, as editors on Windows write it.
+
+    Normalises the ends of lines to newlines.
+    """
     is_utf_16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    return content.decode("utf-16" if is_utf_16 else "utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+    return (
+        content.decode("utf-16" if is_utf_16 else "utf-8-sig")
+        .replace("\r\n", "\n")
+        .replace("\r", "\n")
+    )
 
 
 def read_bounded(path: Path) -> bytes:
-    """A configuration of ours or another tool's; a device may give more than any memory holds. Raises ConfigError for
-    more than MAX_FILE_BYTES, and OSError."""
+    """Read a configuration file of fitune or of another tool.
+
+    The size is limited because a device file may never end. Raises ConfigError if the file is
+    larger than MAX_FILE_BYTES, and OSError if it cannot be read.
+    """
     with path.open("rb") as file:
         content = file.read(MAX_FILE_BYTES + 1)
     if len(content) > MAX_FILE_BYTES:
         raise ConfigError(
             [
-                f"{path} has over {MAX_FILE_BYTES:,} bytes, too many for a configuration: is it the data? "
+                f"{path} has over {MAX_FILE_BYTES:,} bytes, too many for a configuration: is it "
+                "the data? "
                 "That is data.train"
             ]
         )
@@ -155,7 +191,9 @@ def _read_text(path: Path) -> str:
         return decode(read_bounded(path))
     except UnicodeDecodeError as error:
         raise ConfigError(
-            [f"{path} is not a text file: byte {error.start} is not UTF-8; save it in that encoding"]
+            [
+                f"{path} is not a text file: byte {error.start} is not UTF-8; save it in that encoding"
+            ]
         ) from error
     except FileNotFoundError as error:
         twin = path.with_suffix({".yml": ".yaml", ".yaml": ".yml"}.get(path.suffix, ".yaml"))
@@ -166,7 +204,7 @@ def _read_text(path: Path) -> str:
 
 
 def _rename_aliases(draft: _Draft) -> None:
-    """What is written with another name of a key becomes the value of the key; both beside each other are a fault."""
+    """Move the value of each alias to its key, and report an error if both are set."""
     for alias, path in OWN_PATHS.items():
         section = _get(draft.tree, alias[:-1])
         if not isinstance(section, dict) or alias[-1] not in section:
@@ -187,22 +225,24 @@ def _two_names(alias: KeyPath, path: KeyPath) -> str:
 def _apply_override(draft: _Draft, override: str) -> None:
     key, equals, text = override.partition("=")
     key = key.strip()
-    path: KeyPath = tuple(int(part) if part.isdecimal() and len(part) < 10 else part for part in key.split("."))
+    path: KeyPath = tuple(
+        int(part) if part.isdecimal() and len(part) < 10 else part for part in key.split(".")
+    )
     alias, path = path, OWN_PATHS.get(path, path)
     text = str(own_value(alias, text.strip()))
     if not equals or not all(isinstance(part, int) or part.isidentifier() for part in path):
-        sentence = f"'{override}' is not an override: write it like optim.lr=2e-5"
+        message = f"'{override}' is not an override: write it like optim.lr=2e-5"
     elif path in draft.marks and draft.marks[path].origin == COMMAND_LINE:
-        sentence = f"'{key}' is given twice: keep one" if alias == path else _two_names(alias, path)
+        message = f"'{key}' is given twice: keep one" if alias == path else _two_names(alias, path)
     elif (schema := _schema_at(path)) is None:
-        sentence = f"unknown key '{key}'{_suggestion(str(path[-1]))}"
+        message = f"unknown key '{key}'{_suggestion(str(path[-1]))}"
     elif isinstance(schema, type) and not text.strip().startswith("{"):
-        sentence = _section_sentence(path)
+        message = _section_message(path)
     elif isinstance(schema, type):
         try:
             section = parse_yaml(text.strip(), COMMAND_LINE).tree
         except ConfigError as error:
-            sentence = f"'{key}' cannot be set: {error}"
+            message = f"'{key}' cannot be set: {error}"
         else:
             assert isinstance(section, dict)
             for name, value in section.items():
@@ -213,25 +253,31 @@ def _apply_override(draft: _Draft, override: str) -> None:
             _set(draft, path, text.strip())
             return
         except ValueError as error:
-            sentence = f"'{key}' cannot be set: {error}"
-    draft.faults.append(f"{COMMAND_LINE}: {sentence}")
+            message = f"'{key}' cannot be set: {error}"
+    draft.faults.append(f"{COMMAND_LINE}: {message}")
 
 
 def _set(draft: _Draft, path: KeyPath, text: str) -> None:
-    """Raises ValueError, in words, where there is no place for the value."""
+    """Set a value in the tree. Raises ValueError with a message if its parent is no section."""
     value, mark = parse_scalar(text), Position(COMMAND_LINE, text)
     if text.startswith(("[", "{", '"', "'")):
         try:
             value, mark = parse_yaml(text, COMMAND_LINE).tree, Position(COMMAND_LINE)
         except ConfigError as error:
-            raise ValueError(f"'{text}' is not a value of YAML: {str(error).rpartition(': ')[2]}") from error
+            raise ValueError(
+                f"'{text}' is not a value of YAML: {str(error).rpartition(': ')[2]}"
+            ) from error
     holder: Any = draft.tree
     for depth, part in enumerate(path[:-1], start=1):
         if isinstance(holder, dict) and holder.get(part) is None:
             holder[part] = {}
         holder = _get(holder, (part,))
-        if not isinstance(holder, dict | list) or (depth == len(path) - 1 and isinstance(holder, list)):
-            raise ValueError(f"{_dotted(path[:depth])} is {shown(holder)}, which has no '{path[depth]}'")
+        if not isinstance(holder, dict | list) or (
+            depth == len(path) - 1 and isinstance(holder, list)
+        ):
+            raise ValueError(
+                f"{_dotted(path[:depth])} is {format_value(holder)}, which has no '{path[depth]}'"
+            )
     holder[path[-1]] = value
     for below in [other for other in draft.marks if other[: len(path)] == path]:
         del draft.marks[below]
@@ -250,7 +296,7 @@ def _remove_unknown_keys(draft: _Draft, tree: Any, model: type[Section], path: K
             if value is None:
                 tree[key] = {}
             elif not isinstance(value, dict):
-                draft.fault(here, _section_sentence(here))
+                draft.fault(here, _section_message(here))
                 draft.lost_sections.add(here)
                 del tree[key]
             else:
@@ -262,37 +308,41 @@ def _remove_unknown_keys(draft: _Draft, tree: Any, model: type[Section], path: K
 
 
 def _suggestion(name: str) -> str:
-    """': did you mean ...', or what the name is called here if it is another tool's or stands in another section."""
+    """Return the end of the message about an unknown key, such as ": did you mean 'optim.lr'?".
+
+    Looks for the name in other sections and in other tools, then for similar names.
+    """
     known = {path[-1]: _dotted(path) for path in reversed(list(_leaves(RunConfig)))}
     if name == "sweep":
         return ": several runs in one file are for 'fitune sweep'"
     if name in known:
         return f": did you mean '{known[name]}'?"
-    if hint := foreign_hint(name):
+    if hint := hint_for_name(name):
         return f": {hint}"
-    close = difflib.get_close_matches(name, [*known, *FOREIGN_NAMES], n=1, cutoff=0.75)
+    close = difflib.get_close_matches(name, [*known, *NAMES_OF_OTHER_TOOLS], n=1, cutoff=0.75)
     if not close:
         return ": 'fitune config schema' lists the keys"
     return (
         f": did you mean '{known[close[0]]}'?"
         if close[0] in known
-        else f": like '{close[0]}', {foreign_hint(close[0])}"
+        else f": like '{close[0]}', {hint_for_name(close[0])}"
     )
 
 
-def _section_sentence(path: KeyPath) -> str:
+def _section_message(path: KeyPath) -> str:
     key = _dotted(path)
     return f"'{key}' is a section of keys, not a value: did you mean '{key}.{_MAIN_KEYS[str(path[-1])]}'?"
 
 
 def _validate(draft: _Draft) -> RunConfig | None:
-    for section in ("model", "data"):  # they hold required keys: those are missing, not the section
+    # These sections have required keys. Errors should name a missing key, not the missing section.
+    for section in ("model", "data"):
         draft.tree.setdefault(section, {})
     try:
         return RunConfig.model_validate(draft.tree)
     except ValidationError as error:
         errors = error.errors()
-    if _take_letters(draft, errors):
+    if _restore_text(draft, errors):
         return _validate(draft)
     by_key: dict[KeyPath, list[ErrorDetails]] = {}
     for detail in errors:
@@ -301,30 +351,46 @@ def _validate(draft: _Draft) -> RunConfig | None:
         if path[:-1] in draft.lost_sections:
             continue
         if any(other[: len(path)] == path and len(other) > len(path) for other in by_key if path):
-            continue  # a part of this value is at fault: the other branches of the union say nothing
-        for where, sentence in _sentences(draft, path, details):
-            draft.fault(where, sentence)
+            # The error is in an item of this value; errors of the other union types are noise.
+            continue
+        for where, message in _messages(draft, path, details):
+            draft.fault(where, message)
     return None
 
 
-def _take_letters(draft: _Draft, errors: list[ErrorDetails]) -> bool:
-    """Give keys that want text the letters of a bare scalar that reads as something else: `name: 007`."""
-    taken = False
+def _restore_text(draft: _Draft, errors: list[ErrorDetails]) -> bool:
+    """Replace a number by the text that it was read from where a key needs text: `name: 007`.
+
+    Returns whether any value was replaced.
+    """
+    is_changed = False
     for detail in errors:
         path = _key_of(detail["loc"])
         mark = draft.marks.get(path)
-        if detail["type"] == "string_type" and mark and mark.text and isinstance(detail["input"], int | float):
+        if (
+            detail["type"] == "string_type"
+            and mark
+            and mark.text
+            and isinstance(detail["input"], int | float)
+        ):
             _get(draft.tree, path[:-1])[path[-1]] = mark.text
-            taken = True
-    return taken
+            is_changed = True
+    return is_changed
 
 
-def _sentences(draft: _Draft, path: KeyPath, details: list[ErrorDetails]) -> Iterator[tuple[KeyPath, str]]:
-    """Where each fault stands, and its sentence."""
+def _messages(
+    draft: _Draft, path: KeyPath, details: list[ErrorDetails]
+) -> Iterator[tuple[KeyPath, str]]:
+    """Yield (path, message) for the errors of the value at `path`."""
     key, value = _dotted(path), _get(draft.tree, path)
-    if ours := [str(detail["ctx"]["error"]) for detail in details if detail["type"] == "value_error"]:
-        if isinstance(_schema_at(path), type):  # values that cannot go together name their keys
-            yield from ((_first_named_key(draft, line), line) for text in ours for line in text.splitlines())
+    if ours := [
+        str(detail["ctx"]["error"]) for detail in details if detail["type"] == "value_error"
+    ]:
+        # Messages about keys that exclude each other already name the keys.
+        if isinstance(_schema_at(path), type):
+            yield from (
+                (_first_named_key(draft, line), line) for text in ours for line in text.splitlines()
+            )
         else:
             yield path, f"{key}: {ours[0]}"
     elif value is None and any(detail["type"] == "missing" for detail in details):
@@ -336,12 +402,13 @@ def _sentences(draft: _Draft, path: KeyPath, details: list[ErrorDetails]) -> Ite
         close = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.7)
         yield (
             path,
-            f"{key} is {shown(value)}: it must be {wanted}" + (f"; did you mean {close[0]}?" if close else ""),
+            f"{key} is {format_value(value)}: it must be {wanted}"
+            + (f"; did you mean {close[0]}?" if close else ""),
         )
 
 
 def _key_of(location: tuple[int | str, ...]) -> KeyPath:
-    """pydantic's location, which names branches of unions too -> the path of the key at fault."""
+    """Convert a location of pydantic, which includes types of unions, to the path of the key."""
     path: KeyPath = ()
     model: type[Section] | None = RunConfig
     index: int | None = None
@@ -356,7 +423,7 @@ def _key_of(location: tuple[int | str, ...]) -> KeyPath:
 
 
 def _schema_at(path: KeyPath) -> type[Section] | Mapping[str, Any] | None:
-    """A section's class, a key's JSON schema, or None where the schema has no such key."""
+    """Return the class of a section, the JSON schema of a key, or None for an unknown path."""
     model: type[Section] = RunConfig
     for depth, part in enumerate(path):
         if isinstance(part, int) or part not in model.model_fields:
@@ -367,7 +434,9 @@ def _schema_at(path: KeyPath) -> type[Section] | Mapping[str, Any] | None:
         elif depth == len(path) - 1:
             schema: Mapping[str, Any] = _properties(model)[part]
             return schema
-        elif path[:depth] == ("data",) and isinstance(path[depth + 1], int) and len(path) > depth + 2:
+        elif (
+            path[:depth] == ("data",) and isinstance(path[depth + 1], int) and len(path) > depth + 2
+        ):
             item: Mapping[str, Any] | None = _properties(DataSource).get(str(path[depth + 2]))
             return item if len(path) == depth + 3 else None
         else:
@@ -389,9 +458,9 @@ def _leaves(model: type[Section], path: tuple[str, ...] = ()) -> Iterator[tuple[
             yield (*path, name)
 
 
-def _first_named_key(draft: _Draft, sentence: str) -> KeyPath:
-    """A fault of several keys stands where the first of them does that was given."""
-    named = [path for path in _leaves(RunConfig) if _dotted(path) in sentence]
+def _first_named_key(draft: _Draft, message: str) -> KeyPath:
+    """Return the first key that the message names and the user has set, or ()."""
+    named = [path for path in _leaves(RunConfig) if _dotted(path) in message]
     return next((path for path in named if draft.origin(path)), ())
 
 
@@ -409,7 +478,7 @@ def _get(tree: Any, path: KeyPath) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """Mappings and sequences as dict and list, so that a caller's objects are never changed."""
+    """Copy mappings and sequences to dicts and lists, so that the caller's stay unchanged."""
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
@@ -417,6 +486,12 @@ def _plain(value: Any) -> Any:
 
 def _paths(tree: Any, path: KeyPath = ()) -> Iterator[KeyPath]:
     yield path
-    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    items = (
+        tree.items()
+        if isinstance(tree, dict)
+        else enumerate(tree)
+        if isinstance(tree, list)
+        else ()
+    )
     for key, item in items:
         yield from _paths(item, (*path, key))

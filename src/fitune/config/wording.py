@@ -1,15 +1,22 @@
-"""What a key wants and what it got, in words: from its JSON schema and from the value."""
+"""Describe in English which values a key accepts, from its JSON schema, and which value it got."""
 
 from collections.abc import Mapping
 from typing import Any
 
 
 def describe_fault(schema: Mapping[str, Any] | type | None) -> str:
-    """{'type': 'integer', 'exclusiveMinimum': 0} -> 'a whole number above 0'; unions joined by 'or'."""
+    """Return what values a JSON schema accepts, joining the types of a union with 'or'.
+
+    For {'type': 'integer', 'exclusiveMinimum': 0}: 'a whole number above 0'.
+    """
     assert isinstance(schema, Mapping)
     branches = schema.get("anyOf", [schema])
-    words = [_one(branch) for branch in branches]
-    choices = [word for branch, word in zip(branches, words, strict=True) if "const" in branch or "enum" in branch]
+    words = [_describe_type(branch) for branch in branches]
+    choices = [
+        word
+        for branch, word in zip(branches, words, strict=True)
+        if "const" in branch or "enum" in branch
+    ]
     rest = [word for word in words if word not in choices]
     if not choices:
         return " or ".join(rest)
@@ -17,8 +24,8 @@ def describe_fault(schema: Mapping[str, Any] | type | None) -> str:
     return " or ".join([*rest, *([", ".join(listed[:-1])] if len(listed) > 1 else []), listed[-1]])
 
 
-def shown(value: object) -> str:
-    """The value as a person would write it, cut where it is long."""
+def format_value(value: object) -> str:
+    """Format a value as a user would write it, and shorten a long one."""
     words = {None: "null", True: "true", False: "false"}
     if value is None or isinstance(value, bool):
         return words[value]
@@ -30,7 +37,7 @@ def shown(value: object) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _one(schema: Mapping[str, Any]) -> str:
+def _describe_type(schema: Mapping[str, Any]) -> str:
     if "const" in schema:
         return str(schema["const"])
     if "enum" in schema:

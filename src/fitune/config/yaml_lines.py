@@ -1,7 +1,8 @@
-"""YAML that remembers where each value stands: text -> a tree of plain values and, beside it, the line of each of them.
+"""Parse YAML into a tree of plain values and the line of each value.
 
-Scalars follow YAML 1.2's core schema instead of PyYAML's 1.1, where `5e-7` is text, `off` is false, `1:30` is 90 and
-`010` is 8. Anchors work. Duplicate keys are a fault: YAML forbids them, PyYAML keeps the last one without a word.
+Scalars follow the core schema of YAML 1.2. PyYAML follows YAML 1.1, where `5e-7` is text, `off` is
+false, `1:30` is 90 and `010` is 8. Anchors work. Duplicate keys are an error, as YAML demands;
+PyYAML silently takes the last one.
 """
 
 import re
@@ -27,10 +28,12 @@ _SPECIAL_FLOAT = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """Where a value was written, such as 'sft.yaml:12' or 'command line', and, for a bare scalar, its letters: a key
-    that wants text takes them, so that `name: 007` needs no quotes."""
+    """Holds where a value was written, and its text."""
 
+    #: Such as 'sft.yaml:12' or 'command line'.
     origin: str
+    #: The text of a scalar without quotes; None for other values. A key that needs text uses it, so
+    #: that `name: 007` needs no quotes.
     text: str | None = None
 
 
@@ -42,9 +45,13 @@ class MarkedTree:
 
 
 def parse_yaml(text: str, source: str) -> MarkedTree:
-    """The first document of `text`; `source` names it in the marks. Raises ConfigError where it is not YAML; duplicate
-    keys are returned as faults so that they are reported with all others."""
-    if _DEEP.search(text):  # PyYAML would look at each bracket for long before it gives up
+    """Parse the first document of `text`. source: its name in the origins of the values.
+
+    Raises ConfigError if the text is not YAML. Duplicate keys are returned in `faults` instead, so
+    that they are reported together with all other errors.
+    """
+    # PyYAML takes time quadratic in the depth of nested brackets before it gives up.
+    if _DEEP.search(text):
         raise ConfigError([f"{source}: this is nested too deeply for a configuration"])
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
@@ -56,15 +63,19 @@ def parse_yaml(text: str, source: str) -> MarkedTree:
             problem += "; a path with \\ stands without quotes, or in single ones"
         raise ConfigError([f"{where}: this is not valid YAML: {problem}"]) from error
     except yaml.reader.ReaderError as error:
-        raise ConfigError([f"{source}: not a text file: character {error.position} is not printable"]) from error
+        raise ConfigError(
+            [f"{source}: not a text file: character {error.position} is not printable"]
+        ) from error
     except RecursionError as error:
         raise ConfigError([f"{source}: this is nested too deeply for a configuration"]) from error
     reading = _Reading(source)
-    return MarkedTree(None if node is None else reading.value(node, ()), reading.marks, tuple(reading.faults))
+    return MarkedTree(
+        None if node is None else reading.value(node, ()), reading.marks, tuple(reading.faults)
+    )
 
 
 def parse_scalar(text: str) -> Tree:
-    """A bare scalar by YAML 1.2's core schema: '5e-7' -> 5e-07, 'off' -> 'off', '' -> None."""
+    """Parse a scalar without quotes: '5e-7' is 5e-07, 'off' is 'off' and '' is None."""
     if _NULL.fullmatch(text):
         return None
     if _BOOL.fullmatch(text):
@@ -87,11 +98,16 @@ class _Reading:
 
     def value(self, node: yaml.Node, path: KeyPath) -> Tree:
         self.marks.setdefault(path, Position(self._where(node)))
-        if len(self.marks) > MAX_VALUES:  # a few anchors that repeat one another grow beyond any memory
-            raise ConfigError([f"{self.source}: more than {MAX_VALUES:,} values are too many for a configuration"])
+        # A few anchors that refer to each other can expand to more values than memory holds.
+        if len(self.marks) > MAX_VALUES:
+            raise ConfigError(
+                [f"{self.source}: more than {MAX_VALUES:,} values are too many for a configuration"]
+            )
         if isinstance(node, yaml.ScalarNode):
             if not node.tag.startswith("tag:yaml.org,2002:"):
-                self.faults.append(f"{self._where(node)}: tags such as {node.tag} are not read: write the value itself")
+                self.faults.append(
+                    f"{self._where(node)}: tags such as {node.tag} are not read: write the value itself"
+                )
             if node.style is not None:
                 return str(node.value)
             self.marks[path] = Position(self.marks[path].origin, node.value)
@@ -100,7 +116,11 @@ class _Reading:
             self.faults.append(f"{self._where(node)}: this anchor contains itself")
             return None
         self.open_nodes.append(node)
-        tree = self._mapping(node, path) if isinstance(node, yaml.MappingNode) else self._sequence(node, path)
+        tree = (
+            self._mapping(node, path)
+            if isinstance(node, yaml.MappingNode)
+            else self._sequence(node, path)
+        )
         self.open_nodes.pop()
         return tree
 
@@ -111,13 +131,17 @@ class _Reading:
         tree: dict[str, Tree] = {}
         for key_node, value_node in node.value:
             if not isinstance(key_node, yaml.ScalarNode):
-                self.faults.append(f"{self._where(key_node)}: a key must be a word, not a list or a mapping")
+                self.faults.append(
+                    f"{self._where(key_node)}: a key must be a word, not a list or a mapping"
+                )
                 continue
             key = str(key_node.value)
             if key in tree:
                 first = self.marks[(*path, key)].origin
                 dotted = ".".join(str(part) for part in (*path, key))
-                self.faults.append(f"{self._where(key_node)}: '{dotted}' is given twice, first at {first}: keep one")
+                self.faults.append(
+                    f"{self._where(key_node)}: '{dotted}' is given twice, first at {first}: keep one"
+                )
                 continue
             self.marks[(*path, key)] = Position(self._where(key_node))
             tree[key] = self.value(value_node, (*path, key))

@@ -1,7 +1,7 @@
-"""Examples -> the batches that the optimizer steps see.
+"""Yield the batches that the optimizer steps train on.
 
-The order is a function of (seed, epoch) and a place in it is a count of samples, so a run can be continued at any
-sample without any generator's state.
+The order is a function of (seed, epoch), and a position in it is a number of samples. A run can
+therefore be continued at any sample without the state of a random number generator.
 """
 
 import bisect
@@ -25,18 +25,21 @@ from fitune.errors import OutOfMemoryError
 from fitune.machine.threads import start_thread
 
 T = TypeVar("T")
+#: the epochs that `num_steps` counts one by one
 MOST_COUNTED = 10_000
 
 
 @dataclass(frozen=True)
 class Epochs:
-    """Where each epoch begins, in samples from the run's start.
+    """Where each epoch begins, in samples since the start of the run.
 
-    A row that repeats r times is seen floor(r) times in an epoch and, of all R rows with the same r, the share
-    (r - floor(r)) R once more, summed up over the epochs: 100 rows that repeat 0.004 times are 0.4 samples an epoch,
-    one in each second or third. groups: (samples of each epoch, further samples an epoch).
+    A sample that repeats r times is seen floor(r) times in every epoch. Of all R samples with the
+    same r, a further (r - floor(r)) R are seen once more, and fractions add up over the epochs: 100
+    samples that repeat 0.004 times give 0.4 samples an epoch, which is one sample in every second
+    or third epoch.
     """
 
+    #: for all samples with the same r: (samples of every epoch, further samples of an epoch)
     groups: tuple[tuple[int, Fraction], ...]
 
     @classmethod
@@ -54,8 +57,8 @@ class Epochs:
         return sum((whole + further for whole, further in self.groups), Fraction(0))
 
     def start(self, epoch: int) -> int:
-        """Samples before that epoch."""
-        return sum(whole * epoch + _turns(further, epoch) for whole, further in self.groups)
+        """Return the number of samples before that epoch."""
+        return sum(whole * epoch + _num_further(further, epoch) for whole, further in self.groups)
 
     def num_samples(self, epochs: float) -> int:
         whole = int(epochs)
@@ -63,45 +66,58 @@ class Epochs:
         return before + round((epochs - whole) * (self.start(whole + 1) - before))
 
     def find(self, position: int) -> int:
-        """The epoch of the sample at that position. There must be samples at all."""
+        """Return the epoch that contains the sample at that position.
+
+        There must be at least one sample.
+        """
         beyond = 1
         while self.start(beyond) <= position:
             beyond *= 2
         return bisect.bisect_right(range(beyond + 1), position, key=self.start) - 1
 
 
-def _turns(further: Fraction, epoch: int) -> int:
-    """How many further samples are seen before that epoch: rounded, so that no share of a sample is lost."""
+def _num_further(further: Fraction, epoch: int) -> int:
+    """Return how many further samples are seen before that epoch.
+
+    The number is rounded at each epoch, not accumulated, so no fraction of a sample is lost.
+    """
     return math.floor(further * epoch + Fraction(1, 2))
 
 
-def row_order(repeats_R: npt.NDArray[np.float32], *, seed: int, epoch: int) -> npt.NDArray[np.int64]:
-    """The row ids of one epoch in the order in which they are seen. int64 [samples of that epoch].
+def row_order(
+    repeats_R: npt.NDArray[np.float32], *, seed: int, epoch: int
+) -> npt.NDArray[np.int64]:
+    """Return the row ids of one epoch in the order in which they are seen, int64 [samples].
 
-    The rows that are seen once more move on with each epoch, so that every row gets its turn before any gets a second
-    one.
+    The samples that are seen once more change from epoch to epoch: every sample is among them once
+    before any is a second time.
     """
     parts = []
     for repeats in np.unique(repeats_R):
         rows = np.flatnonzero(repeats_R == repeats)
         parts += [rows] * int(repeats)
         further = (Fraction(float(repeats)) % 1) * len(rows)
-        first = _turns(further, epoch)
-        if share := _turns(further, epoch + 1) - first:
-            turn = shuffled(len(rows), seed, int(rows[0]))
-            parts.append(rows[turn[np.arange(first % len(rows), first % len(rows) + share) % len(rows)]])
+        first = _num_further(further, epoch)
+        if share := _num_further(further, epoch + 1) - first:
+            rotation = shuffled(len(rows), seed, int(rows[0]))
+            parts.append(
+                rows[rotation[np.arange(first % len(rows), first % len(rows) + share) % len(rows)]]
+            )
     samples = np.concatenate([np.zeros(0, np.int64), *parts])
     return samples[shuffled(len(samples), seed, epoch)]
 
 
 def num_samples(examples: Examples, *, epochs: float = 1) -> int:
-    """Rows seen in so many epochs, by the sources' weights."""
+    """Return the samples seen in so many epochs, with the weights of the sources."""
     return Epochs.of(examples.repeats).num_samples(epochs)
 
 
 def num_steps(examples: Examples, *, rows_per_step: int, epochs: float = 1) -> int:
-    """Batches in so many epochs: the last, shorter batch of each epoch counts as one. Of more than MOST_COUNTED epochs
-    in proportion."""
+    """Return the number of batches in so many epochs.
+
+    The last, shorter batch of each epoch counts as one. Beyond MOST_COUNTED epochs the number is
+    extrapolated.
+    """
     lengths = Epochs.of(examples.repeats)
     whole = int(epochs)
     counted = min(whole, MOST_COUNTED)
@@ -113,11 +129,19 @@ def num_steps(examples: Examples, *, rows_per_step: int, epochs: float = 1) -> i
 
 
 def batches(
-    examples: Examples, *, rows_per_step: int, seed: int, position: int = 0, epochs: float | None = None
+    examples: Examples,
+    *,
+    rows_per_step: int,
+    seed: int,
+    position: int = 0,
+    epochs: float | None = None,
 ) -> Iterator[Batch]:
-    """The batches from `position` on, a number of samples seen since the run's start; endless unless epochs is given.
+    """Yield the batches from `position` on; without end unless `epochs` is given.
 
-    The last, shorter batch of an epoch is one of its own, and an epoch's fraction ends after its share of samples.
+    position: the number of samples seen since the start of the run.
+
+    The last, shorter batch of an epoch is not filled up from the next one. A fraction of an epoch
+    ends after that fraction of its samples.
     """
     lengths = Epochs.of(examples.repeats)
     end = None if epochs is None else lengths.num_samples(epochs)
@@ -127,15 +151,17 @@ def batches(
         order = row_order(examples.repeats, seed=seed, epoch=epoch)
         stop = len(order) if end is None else min(len(order), end - begin)
         for first in range(position - begin, stop, rows_per_step):
-            yield Batch(tuple(examples[int(row)] for row in order[first : min(first + rows_per_step, stop)]))
+            yield Batch(
+                tuple(examples[int(row)] for row in order[first : min(first + rows_per_step, stop)])
+            )
         position = begin + stop
 
 
 def prefetch(items: Iterator[T], *, depth: int) -> Iterator[T]:
-    """The same items in the same order, made ahead by a thread, at most `depth` of them waiting.
+    """Yield the same items in the same order while a thread prepares up to `depth` of them ahead.
 
-    What `items` raises is raised here, in its place. Closing or dropping this iterator ends the thread and closes
-    `items`.
+    An exception of `items` is raised here at the same place. When this iterator is closed or
+    deleted, the thread ends and `items` is closed.
     """
     ready: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(depth)
     closed = threading.Event()
@@ -160,7 +186,8 @@ def prefetch(items: Iterator[T], *, depth: int) -> Iterator[T]:
                 items.close()
 
     thread = threading.Thread(target=produce, name="fitune-prefetch", daemon=True)
-    if not start_thread(thread):  # the items are then made when they are asked for
+    # Without a thread each item is prepared when it is requested.
+    if not start_thread(thread):
         yield from items
         return
     try:
@@ -168,8 +195,11 @@ def prefetch(items: Iterator[T], *, depth: int) -> Iterator[T]:
             try:
                 item, error = ready.get(timeout=1)
             except queue.Empty:
-                if not thread.is_alive() and ready.empty():  # not even its error found memory to be told with
-                    raise OutOfMemoryError("the machine's own memory ran out while a batch was prepared") from None
+                # Memory was too short for the thread even to report its error.
+                if not thread.is_alive() and ready.empty():
+                    raise OutOfMemoryError(
+                        "the machine's own memory ran out while a batch was prepared"
+                    ) from None
                 continue
             if isinstance(error, StopIteration):
                 return

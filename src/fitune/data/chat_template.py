@@ -1,9 +1,10 @@
-"""A tokenizer's chat template: chosen, made ready, and rendered. This is the one place where a template runs.
+"""Choose, prepare and render the chat template of a tokenizer; no other module runs a template.
 
-A template is a program that comes with a model, and each has its own idea of its input. Tool calls are given in the
-shape that the template writes well (also their ids and the tools' frame), as transformers chooses the one named
-`tool_use` for rows with tools, and the date that a template may write is that of the run, so that the same rows have
-the same tokens on the next day.
+A template is a program that comes with a model, and each expects its own form of input. Tool calls
+are given in the form that this template writes well, including their ids and the `function` wrapper
+of tools. Like transformers, the template named `tool_use` is taken for rows with tools. The date
+that a template may write is the date of the run, so the same rows have the same tokens on the next
+day.
 """
 
 import datetime
@@ -25,26 +26,39 @@ from fitune.plain_files import read_plain
 
 CharSpan = tuple[int, int]
 
+#: a call of strftime_now with a literal format
 _DATE_CALL = re.compile(r"strftime_now\(\s*(?:format\s*=\s*)?(\"[^\"]*\"|'[^']*')\s*\)")
+#: the directives of strftime that `_date_macro` knows
 _DIRECTIVES = "aAbBdeFHIjmMpSuUVwWxXyY"
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _KEY, _VALUE = "akey", "avalue"
-PROBE: tuple[Message, ...] = ({"role": "user", "content": "Question"}, {"role": "assistant", "content": "Answer"})
-_PROBE_CALL = {"id": "abcdefghi", "type": "function", "function": {"name": "fname", "arguments": {_KEY: _VALUE}}}
+#: a conversation that every template should render
+PROBE: tuple[Message, ...] = (
+    {"role": "user", "content": "Question"},
+    {"role": "assistant", "content": "Answer"},
+)
+_PROBE_CALL = {
+    "id": "abcdefghi",
+    "type": "function",
+    "function": {"name": "fname", "arguments": {_KEY: _VALUE}},
+}
 
 
 class TemplateError(ValueError):
-    """The template refused a conversation; the text is the template's own."""
+    """Raised when a template refuses a conversation; its text is the template's own message."""
 
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """text: Jinja, with the date written into it. name: where it comes from, for a reader. special_tokens: bos_token
-    and the like, which templates name. date: the one that it writes, None where it writes none."""
+    """A Jinja chat template that is ready to render."""
 
+    #: Jinja source, with the date already written into it
     text: str
+    #: where it comes from, for messages to the user
     name: str
+    #: variables such as bos_token that templates refer to
     special_tokens: Mapping[str, Any]
+    #: the date that the template writes, None if it writes none
     date: datetime.date | None
 
     @property
@@ -59,9 +73,18 @@ class ChatTemplate:
         arguments: Mapping[str, Any] | None = None,
         add_generation_prompt: bool = False,
     ) -> str:
-        """The messages as one text. arguments: what the row itself gives the template. Raises TemplateError."""
+        """Render the messages as one text.
+
+        arguments: the variables that the row itself gives the template.
+
+        Raises TemplateError.
+        """
         return self.render_generation(
-            messages, tools=tools, arguments=arguments, add_generation_prompt=add_generation_prompt, marks=False
+            messages,
+            tools=tools,
+            arguments=arguments,
+            add_generation_prompt=add_generation_prompt,
+            marks=False,
         )[0]
 
     def render_generation(
@@ -73,13 +96,20 @@ class ChatTemplate:
         add_generation_prompt: bool = False,
         marks: bool = True,
     ) -> tuple[str, list[CharSpan]]:
-        """The text and the ranges of its {% generation %} blocks. Raises TemplateError."""
+        """Render the messages and return the text and the ranges of its {% generation %} blocks.
+
+        The ranges are empty without `marks`. Raises TemplateError.
+        """
         if self._wants_parts:
             messages = [_with_parts(message) for message in messages]
         if tools and self._wants_framed_tools:
             tools = [_framed(tool) for tool in tools]
         return self._render(
-            messages, tools=tools, arguments=arguments, add_generation_prompt=add_generation_prompt, marks=marks
+            messages,
+            tools=tools,
+            arguments=arguments,
+            add_generation_prompt=add_generation_prompt,
+            marks=marks,
         )
 
     def _render(
@@ -105,18 +135,24 @@ class ChatTemplate:
                 )
             if len(texts[0]) > MOST_CHARS:
                 check_size(texts[0], len(json.dumps([list(messages), tools], default=str)))
-        except LimitError as error:  # for the next row it would take as long
+        # The next row would take as long, so the whole data is refused.
+        except LimitError as error:
             raise DataError(
-                f"the chat template ({self.name}) goes beyond its bounds with one conversation: {error}; give another "
+                f"the chat template ({self.name}) goes beyond its bounds with one conversation: "
+                f"{error}; give another "
                 "one with data.template"
             ) from error
-        except Exception as error:  # a template is a program: anything may go wrong in it
+        # A template is a program, which may raise anything.
+        except Exception as error:
             raise TemplateError(str(error).split("\n")[0] or type(error).__name__) from error
         return texts[0], spans[0] if marks else []
 
     @cached_property
     def _wants_parts(self) -> bool:
-        """Whether it wants a text as a list of typed parts, as templates of models that see pictures may."""
+        """Return whether the template expects each text as a list of typed parts.
+
+        Templates of models that take images may expect that.
+        """
         for wrap in (dict, _with_parts):
             try:
                 text, _ = self._render([wrap(message) for message in PROBE])
@@ -128,9 +164,15 @@ class ChatTemplate:
 
     @cached_property
     def _wants_framed_tools(self) -> bool:
-        """Whether it writes a tool that stands under `function`, and not one that is described without that frame, as
-        OpenAI's older `functions` are."""
-        bare = {"name": "fname", "description": "d", "parameters": {"type": "object", "properties": {}}}
+        """Return whether the template writes only tools that are wrapped in `function`.
+
+        OpenAI's older `functions` lack that wrapper.
+        """
+        bare = {
+            "name": "fname",
+            "description": "d",
+            "parameters": {"type": "object", "properties": {}},
+        }
         for tool in (bare, {"type": "function", "function": bare}):
             try:
                 text, _ = self._render(PROBE[:1], tools=[tool])
@@ -141,7 +183,10 @@ class ChatTemplate:
         return False
 
     def prepared(self, messages: Sequence[Message]) -> Sequence[Message]:
-        """The messages with their tool calls in the form that this template writes well. Raises TemplateError."""
+        """Return the messages with their tool calls in the form that this template writes well.
+
+        Raises TemplateError.
+        """
         if not any("tool_calls" in message for message in messages):
             return messages
         prepared = []
@@ -155,24 +200,31 @@ class ChatTemplate:
 
     @cached_property
     def _wants_short_ids(self) -> bool:
-        """Whether it takes a tool call only with an id of nine letters and digits, as Mistral's do."""
-        takes = []
+        """Return whether tool calls need ids of nine letters and digits, as Mistral's do."""
+        accepted = []
         for call_id in (_PROBE_CALL["id"], "call_abcdefghijkl", None):
             call = {**_PROBE_CALL, "id": call_id}
-            answer = {"role": "assistant", "content": "", "tool_calls": [_in_form(call, self._call_form)]}
+            answer = {
+                "role": "assistant",
+                "content": "",
+                "tool_calls": [_in_form(call, self._call_form)],
+            }
             result = {"role": "tool", "content": "Result", "name": "fname", "tool_call_id": call_id}
             rows = (PROBE[0], answer, result, PROBE[1])
             try:
                 self.render([without_none(message) for message in rows])
             except TemplateError:
-                takes.append(False)
+                accepted.append(False)
             else:
-                takes.append(True)
-        return takes[0] and not all(takes)
+                accepted.append(True)
+        return accepted[0] and not all(accepted)
 
     @cached_property
     def _call_form(self) -> "_CallForm":
-        """The first of those that the template writes best, and of its choices only those that make a difference."""
+        """The form of tool calls that the template writes best.
+
+        Of equally good forms the first is taken. A choice that makes no difference is None.
+        """
         choices = (True, False)
         forms = [_CallForm(*form) for form in itertools.product((False, True), choices, choices)]
         scores = {form: self._score(form) for form in forms}
@@ -188,9 +240,13 @@ class ChatTemplate:
         )
 
     def _score(self, form: "_CallForm") -> int:
-        """How well the template writes a call in this form: 0 not at all, 1 quoted once more than is right, 2 well."""
+        """Return how well the template writes such a call: 2 well, 1 quoted twice, 0 not at all."""
         content = None if form.without_content else ""
-        answer = {"role": "assistant", "content": content, "tool_calls": [_in_form(_PROBE_CALL, form)]}
+        answer = {
+            "role": "assistant",
+            "content": content,
+            "tool_calls": [_in_form(_PROBE_CALL, form)],
+        }
         best = 0
         for before in ((PROBE[0],), ()):
             try:
@@ -205,68 +261,97 @@ class ChatTemplate:
 
 @dataclass(frozen=True)
 class _CallForm:
-    """How a tool call is given: its message without content (None) or with an empty one, under `function` or not, its
-    arguments as JSON text or as an object. None: as it is."""
+    """The form in which a template gets a tool call; None leaves a choice as the row has it."""
 
+    #: whether the content of a message with tool calls is None, not ''
     without_content: bool
+    #: whether name and arguments are inside `function`
     nested: bool | None
+    #: whether the arguments are JSON text, not an object
     as_text: bool | None
 
 
 def _in_form(call: Mapping[str, Any], form: _CallForm) -> dict[str, Any]:
-    """Raises TemplateError where the arguments are no JSON."""
+    """Return a tool call in this form.
+
+    Raises TemplateError if the arguments are not valid JSON.
+    """
     function = call.get("function")
-    inner = dict(function) if function else {key: call[key] for key in ("name", "arguments") if key in call}
+    inner = (
+        dict(function)
+        if function
+        else {key: call[key] for key in ("name", "arguments") if key in call}
+    )
     if form.as_text is not None:
         inner["arguments"] = _arguments(inner.get("arguments", {}), as_text=form.as_text)
-    outer = {key: value for key, value in call.items() if key not in ("name", "arguments", "function")}
+    outer = {
+        key: value for key, value in call.items() if key not in ("name", "arguments", "function")
+    }
     nested = bool(function) if form.nested is None else form.nested
     return {"type": "function", **outer, "function": inner} if nested else {**outer, **inner}
 
 
 def with_short_ids(messages: Sequence[Message]) -> list[Message]:
-    """The messages with ids of nine letters and digits for tool calls and their answers, where they have others. An
-    answer without an id is that of the first call that has none yet."""
+    """Replace the ids of tool calls and their results by ids of nine letters and digits.
+
+    Ids that already have this form stay. A result without an id gets that of the first call without
+    a result.
+    """
     short: dict[Any, str] = {}
-    open_ids: list[str] = []
+    unanswered_ids: list[str] = []
     renamed: list[Message] = []
     for number, message in enumerate(messages):
         if "tool_calls" in message:
             calls = []
             for place, call in enumerate(message["tool_calls"]):
-                told = call.get("id")
-                short[told] = own = _short_id(told, f"{number} {place}")
-                open_ids.append(own)
+                given_id = call.get("id")
+                short[given_id] = own = _short_id(given_id, f"{number} {place}")
+                unanswered_ids.append(own)
                 calls.append({**call, "id": own})
             message = {**message, "tool_calls": calls}
         elif message["role"] == "tool":
-            told = message.get("tool_call_id")
-            own = short[told] if told is not None and told in short else (open_ids[:1] or [_short_id(told, "0")])[0]
-            if own in open_ids:
-                open_ids.remove(own)
+            given_id = message.get("tool_call_id")
+            own = (
+                short[given_id]
+                if given_id is not None and given_id in short
+                else (unanswered_ids[:1] or [_short_id(given_id, "0")])[0]
+            )
+            if own in unanswered_ids:
+                unanswered_ids.remove(own)
             message = {**message, "tool_call_id": own}
         renamed.append(message)
     return renamed
 
 
-def _short_id(told: Any, place: str) -> str:
-    if isinstance(told, str) and re.fullmatch(r"[A-Za-z0-9]{9}", told):
-        return told
-    return blake2b(str(place if told is None else told).encode(), digest_size=5).hexdigest()[:9]
+def _short_id(given_id: Any, place: str) -> str:
+    if isinstance(given_id, str) and re.fullmatch(r"[A-Za-z0-9]{9}", given_id):
+        return given_id
+    return blake2b(
+        str(place if given_id is None else given_id).encode(), digest_size=5
+    ).hexdigest()[:9]
 
 
 def _framed(tool: Mapping[str, Any]) -> dict[str, Any]:
-    """A tool under `function`, where it is described without that."""
+    """Return a tool wrapped in `function`, if it is not yet."""
     if "function" in tool or not isinstance(tool.get("name"), str):
         return dict(tool)
-    return {"type": "function", "function": {key: value for key, value in tool.items() if key != "type"}}
+    return {
+        "type": "function",
+        "function": {key: value for key, value in tool.items() if key != "type"},
+    }
 
 
 def _date_macro(day: datetime.date) -> str:
-    """A macro in the place of the function that tells the time, for templates that compute what they ask it for."""
-    known = {**{f"%{letter}": day.strftime(f"%{letter}") for letter in _DIRECTIVES}, "%-d": f"{day.day}"}
-    replaced = "".join(f" | replace({told!r}, {value!r})" for told, value in known.items())
-    return f"{{%- macro strftime_now(format) -%}}{{{{ format{replaced} }}}}{{%- endmacro -%}}{{{{ '' }}}}"
+    """Return a Jinja macro in place of strftime_now, for templates that compute its format."""
+    known = {
+        **{f"%{letter}": day.strftime(f"%{letter}") for letter in _DIRECTIVES},
+        "%-d": f"{day.day}",
+    }
+    replaced = "".join(
+        f" | replace({directive!r}, {value!r})" for directive, value in known.items()
+    )
+    body = f"{{{{ format{replaced} }}}}"
+    return f"{{%- macro strftime_now(format) -%}}{body}{{%- endmacro -%}}{{{{ '' }}}}"
 
 
 def today() -> datetime.date:
@@ -276,10 +361,12 @@ def today() -> datetime.date:
 def read_template(
     tokenizer: Any, path: str | None, *, date: datetime.date | None = None
 ) -> tuple[ChatTemplate | None, ChatTemplate | None]:
-    """(the template, the one for rows with tools), None where the tokenizer has none.
+    """Return (the template, the template for rows with tools); None if the tokenizer has none.
 
-    path: of a Jinja file, or the name of one of the tokenizer's templates; None for its own. date: that a template may
-    write, today when left out. Raises DataError where the file cannot be read or it is unclear which template is meant.
+    path: a Jinja file or the name of one of the tokenizer's templates; None for its own.
+    date: the date that the template may write; today if None.
+
+    Raises DataError if the file cannot be read or it is unclear which template is meant.
     """
 
     def template(text: str, name: str) -> ChatTemplate:
@@ -287,8 +374,10 @@ def read_template(
         written = _DATE_CALL.sub(lambda call: repr(day.strftime(call[1][1:-1])), text)
         if "strftime_now(" in written:
             written = _date_macro(day) + written
-        asks = "strftime_now" in text
-        return ChatTemplate(written, name, tokenizer.special_tokens_map, day if asks else None)
+        writes_date = "strftime_now" in text
+        return ChatTemplate(
+            written, name, tokenizer.special_tokens_map, day if writes_date else None
+        )
 
     own = tokenizer.chat_template
     named = own if isinstance(own, dict) else {}
@@ -308,7 +397,8 @@ def read_template(
         return chosen, chosen
     if "default" not in named:
         raise DataError(
-            f"the tokenizer has several chat templates ({', '.join(sorted(named))}) and none named default: name the "
+            f"the tokenizer has several chat templates ({', '.join(sorted(named))}) and none named "
+            "default: name the "
             "one to use with data.template"
         )
     default = template(named["default"], "the tokenizer's chat template")
@@ -319,7 +409,11 @@ def read_template(
 
 def _with_parts(message: Message) -> Message:
     content = message["content"]
-    return {**message, "content": [{"type": "text", "text": content}]} if isinstance(content, str) else message
+    return (
+        {**message, "content": [{"type": "text", "text": content}]}
+        if isinstance(content, str)
+        else message
+    )
 
 
 def _arguments(arguments: Any, *, as_text: bool) -> Any:
@@ -335,7 +429,7 @@ def _arguments(arguments: Any, *, as_text: bool) -> Any:
 
 
 def merged_system(messages: Sequence[Message]) -> tuple[Message, ...]:
-    """The messages with each system message put at the front of the next one of the user."""
+    """Return the messages with each system message put at the front of the next user message."""
     merged: list[Message] = []
     held: list[str] = []
     for message in messages:

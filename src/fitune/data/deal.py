@@ -1,21 +1,23 @@
-"""The rows of a batch -> the rows that each of several processes computes."""
+"""Shard the samples of a batch over several processes."""
 
 from fitune.data.rows import Batch
 
 
 def deal(batch: Batch, size: int) -> list[Batch]:
-    """Every row in one of `size` parts of nearly equal tokens, a function of the rows' lengths and order alone. A part
-    keeps the batch's order; some are empty where rows are too few.
+    """Split a batch into `size` shards of nearly equal numbers of tokens, one for each rank.
 
-    The longest row first, each to the part with the fewest tokens so far: the fullest part has at most 4/3 of the
-    tokens of the best deal (Graham, 1969).
+    The result is a function of the samples' lengths and order alone. Each shard keeps the order of
+    the batch. If the samples are too few, some shards are empty.
+
+    The longest samples are assigned first, each to the shard with the fewest tokens so far; the
+    largest shard then has at most 4/3 of the tokens that it has in the best split (Graham, 1969).
     """
     if size == 1:
         return [batch]
-    numbers: list[list[int]] = [[] for _ in range(size)]
-    tokens = [0] * size
+    members: list[list[int]] = [[] for _ in range(size)]
+    shard_tokens = [0] * size
     for number in sorted(range(len(batch.rows)), key=lambda number: -len(batch.rows[number])):
-        part = tokens.index(min(tokens))
-        numbers[part].append(number)
-        tokens[part] += len(batch.rows[number])
-    return [Batch(tuple(batch.rows[number] for number in sorted(part))) for part in numbers]
+        shard = shard_tokens.index(min(shard_tokens))
+        members[shard].append(number)
+        shard_tokens[shard] += len(batch.rows[number])
+    return [Batch(tuple(batch.rows[number] for number in sorted(shard))) for shard in members]

@@ -1,15 +1,15 @@
-"""A data configuration and a tokenizer -> the examples to train on or to evaluate with.
+"""Load the examples to train on or to evaluate with, from a data configuration and a tokenizer.
 
-Every row is tokenised once, into the cache (data/table.py); what is held out is decided when the table is opened, from
-the hash of each row's content alone: the same rows in every run, on every machine and in every order, and copies of one
-row on the same side.
+Every row is tokenised once, into the cache (data/table.py). Which samples are held out is decided
+when the table is opened, from the hash of each row's content alone. The same samples are therefore
+held out in every run, on every machine and in every order, and copies of a row are on the same
+side.
 """
 
 import datetime
 import json
-import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from itertools import islice
@@ -19,48 +19,50 @@ import numpy as np
 import numpy.typing as npt
 
 from fitune.config import DataConfig, DataSource
-from fitune.data.files import RawRow, fingerprint, read_rows, split_sample
+from fitune.data.files import fingerprint, read_rows
 from fitune.data.formats import Conversation, Format, RowError, normalise
-from fitune.data.marked import NOT_SHOWN, writes_reasoning
+from fitune.data.notices import notices_of
+from fitune.data.raw_rows import RawRow
 from fitune.data.report import (
     BadRow,
     DataReport,
     SourceReport,
-    SplitReport,
     grouped,
     length_histogram,
-    length_quantiles,
-    padding_report,
 )
 from fitune.data.rows import Row
-from fitune.data.splits import Split, other_splits
+from fitune.data.splits import Split
+from fitune.data.summary import data_report
 from fitune.data.table import Table, TableRow, TableWriter, cached_table
 from fitune.data.tokenise import Encoded, Encoder, encode, read_encoder
 from fitune.errors import DataError
 from fitune.units import MIB
 
-_DATA_VERSION = 3  # counted up whenever the same files would be tokenised or masked in another way
+#: increased whenever the same files would be tokenised or masked in another way
+_DATA_VERSION = 3
+#: the bad rows, and the dropped rows, that the report lists
 _NUM_LISTED = 10
 _CHUNK_ROWS = 1024
 _CHUNK_CHARS = 4 * MIB
-_HOPELESS_ROWS = 1000  # bad ones, when they are at least a third of what was read: no use in reading on
+#: Reading stops at so many bad rows if they are at least a third of the rows read so far.
+_HOPELESS_ROWS = 1000
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Examples:
-    """Tokenised rows, mapped from the cache: examples[i] reads one.
+    """Tokenised samples, memory-mapped from the cache; examples[i] reads one of them."""
 
-    lengths: int32 [rows], tokens of each row. repeats: float32 [rows], how many times it is seen in an epoch.
-    data_hash: of these rows' tokens and loss weights, the same on every machine.
-    """
-
+    #: int32 [samples]: the tokens of each sample
     lengths: npt.NDArray[np.int32]
+    #: float32 [samples]: how many times each sample is seen in an epoch
     repeats: npt.NDArray[np.float32]
     num_tokens: int
     num_supervised_tokens: int
+    #: a hash of the samples' tokens and loss weights, the same on every machine
     data_hash: str
     report: DataReport
     table: Table
+    #: int64 [samples]: where each sample is in the table
     rows: npt.NDArray[np.int64]
 
     def __len__(self) -> int:
@@ -76,7 +78,10 @@ class Examples:
 
 
 def data_json(train: Examples, held_out: Examples) -> dict[str, Any]:
-    """What a run keeps of its data, as `write_json` takes it: the report, the lengths and the hashes of both sides."""
+    """Return what a run stores about its data, as `write_json` takes it.
+
+    It contains the report, the histogram of lengths and the hashes of both sides.
+    """
     return {
         "schema": 1,
         **asdict(train.report),
@@ -95,11 +100,14 @@ def load_examples(
     eval_max_rows: int = 2000,
     on_progress: Callable[[int], None] | None = None,
 ) -> Examples:
-    """The examples of one side of the held-out split.
+    """Return the examples of one side of the held-out split.
 
-    eval_max_rows: at most so many are held out or, of data.eval, used: those with the smallest hashes.
-    on_progress: called with the number of rows tokenised so far, while they are.
-    Raises DataError for what cannot be read or trained on; the first bad rows are in its message.
+    eval_max_rows: the most samples that are held out or taken of data.eval: those with the smallest
+        hashes.
+    on_progress: called with the number of rows tokenised so far.
+
+    Raises DataError for data that cannot be read or trained on; the message includes the first bad
+    rows.
     """
     encoder = read_encoder(
         tokenizer,
@@ -117,17 +125,21 @@ def load_examples(
         eval_table = _table(data.eval_sources, None, data, encoder, on_progress, split="eval")
         train_rows = np.arange(len(train_table.lengths))
         eval_rows = np.flatnonzero(_smallest(eval_table, eval_max_rows))
-    report = _data_report(data, (train_table, train_rows), (eval_table, eval_rows))
+    report = data_report(data, (train_table, train_rows), (eval_table, eval_rows))
     table, rows = (train_table, train_rows) if split == "train" else (eval_table, eval_rows)
     rows = rows[table.lengths[rows] > 0]
-    sources = data.train_sources if split == "train" or data.eval_sources is None else data.eval_sources
+    sources = (
+        data.train_sources if split == "train" or data.eval_sources is None else data.eval_sources
+    )
     repeats = np.array([source.weight for source in sources], np.float32)[table.sources[rows]]
     return Examples(
         lengths=table.lengths[rows],
         repeats=repeats if split == "train" else np.ones(len(rows), np.float32),
         num_tokens=int(table.lengths[rows].sum(dtype=np.int64)),
         num_supervised_tokens=int(table.num_supervised[rows].sum(dtype=np.int64)),
-        data_hash=blake2b(table.digest.encode() + rows.astype("<i8").tobytes(), digest_size=16).hexdigest(),
+        data_hash=blake2b(
+            table.digest.encode() + rows.astype("<i8").tobytes(), digest_size=16
+        ).hexdigest(),
         report=report,
         table=table,
         rows=rows,
@@ -135,7 +147,11 @@ def load_examples(
 
 
 def _held_out(table: Table, fraction: float, max_rows: int) -> npt.NDArray[np.bool_]:
-    """bool [rows]: the hash lies below `fraction` of its range; at least the smallest one, at most max_rows."""
+    """Return which samples are held out, bool [samples]: those with a hash in the first `fraction`.
+
+    At least the sample with the smallest hash is held out, at most max_rows samples, and none if
+    that would leave nothing to train on.
+    """
     if not fraction:
         return np.zeros(len(table.digests), bool)
     below = table.digests < np.uint64(fraction * 2.0**64)
@@ -146,8 +162,13 @@ def _held_out(table: Table, fraction: float, max_rows: int) -> npt.NDArray[np.bo
     return held_out if keeps_some else np.zeros(len(table.digests), bool)
 
 
-def _smallest(table: Table, max_rows: int, among: npt.NDArray[np.bool_] | None = None) -> npt.NDArray[np.bool_]:
-    """Rows with the smallest hashes, at most max_rows of them that can be trained on; copies all or none."""
+def _smallest(
+    table: Table, max_rows: int, among: npt.NDArray[np.bool_] | None = None
+) -> npt.NDArray[np.bool_]:
+    """Return which samples have the smallest hashes, bool [samples]: at most max_rows.
+
+    Dropped samples do not count. Copies of one row are all taken, or none of them.
+    """
     usable = table.lengths > 0 if among is None else among & (table.lengths > 0)
     digests = np.sort(table.digests[usable])
     if len(digests) <= max_rows:
@@ -171,7 +192,9 @@ def _table(
         "sources": prints,
         "tokenizer": _tokenizer_hash(encoder.tokenizer),
         "templates": [
-            None if finder is None else (finder.template.name, finder.template.text, str(finder.template.date))
+            None
+            if finder is None
+            else (finder.template.name, finder.template.text, str(finder.template.date))
             for finder in (encoder.finder, encoder.tool_finder)
         ],
         "mask": data.mask,
@@ -185,10 +208,14 @@ def _table(
     }
 
     def write(writer: TableWriter) -> dict[str, Any]:
-        rows = ((i, raw) for i, source in enumerate(sources) for raw in read_rows(source, split=split))
+        rows = (
+            (i, raw) for i, source in enumerate(sources) for raw in read_rows(source, split=split)
+        )
         facts = _tokenise(writer, sources, islice(rows, max_rows), data, encoder, on_progress)
         if [fingerprint(source, split=split) for source in sources] != prints:
-            raise DataError(f"{sources[0].path} changed while it was read: start again when it is complete")
+            raise DataError(
+                f"{sources[0].path} changed while it was read: start again when it is complete"
+            )
         return facts
 
     return cached_table(key, write)
@@ -196,9 +223,10 @@ def _table(
 
 @dataclass
 class _Tally:
-    """What has been seen so far while a table is written; becomes its facts."""
+    """Counts and lists what was seen while a table is written."""
 
     max_bad_fraction: float
+    #: for each source by number, as in num_bad_rows and formats
     num_rows: Counter[int]
     num_bad_rows: Counter[int]
     formats: dict[int, list[str]]
@@ -208,20 +236,29 @@ class _Tally:
     ends: set[str]
 
     def bad(self, source: int, row: BadRow) -> None:
+        """Record a row that cannot be used.
+
+        Raises DataError early if the data is hopeless.
+        """
         self.num_bad_rows[source] += 1
         if len(self.bad_rows) < _NUM_LISTED:
             self.bad_rows.append(row)
-        if self.num_bad_rows.total() == _HOPELESS_ROWS and self.num_rows.total() <= 3 * _HOPELESS_ROWS:
+        if (
+            self.num_bad_rows.total() == _HOPELESS_ROWS
+            and self.num_rows.total() <= 3 * _HOPELESS_ROWS
+        ):
             self.check()
 
     def check(self) -> None:
+        """Raise DataError if more rows are bad than data.max_bad_fraction allows."""
         num_rows, num_bad = self.num_rows.total(), self.num_bad_rows.total()
         if num_bad <= self.max_bad_fraction * num_rows:
             return
-        listed = "\n".join(f"  {sentence}" for sentence in grouped(self.bad_rows))
+        listed = "\n".join(f"  {message}" for message in grouped(self.bad_rows))
         raise DataError(
             f"{num_bad:,} of {num_rows:,} samples cannot be used, more than "
-            f"data.max_bad_fraction={self.max_bad_fraction:g} allows: mend them or raise it. The first ones:\n{listed}"
+            f"data.max_bad_fraction={self.max_bad_fraction:g} allows: mend them or raise it. The "
+            f"first ones:\n{listed}"
         )
 
 
@@ -233,8 +270,12 @@ def _tokenise(
     encoder: Encoder,
     on_progress: Callable[[int], None] | None,
 ) -> dict[str, Any]:
+    """Write the samples of all rows into the table and return its facts.
+
+    Raises DataError if too many rows are bad, or no sample has a supervised token.
+    """
     tally = _Tally(data.max_bad_fraction, Counter(), Counter(), {}, [], [], Counter(), set())
-    num_kept = 0
+    num_trainable = 0
     for chunk in _chunks(_conversations(raw_rows, data, tally)):
         rows = []
         for (source, place, conversation), encoded in zip(
@@ -246,49 +287,72 @@ def _tokenise(
             row, reason = _cut(encoded, conversation.digest, source, data)
             if reason is not None and len(tally.dropped_rows) < _NUM_LISTED:
                 tally.dropped_rows.append(BadRow(place.path, place.line, reason))
-            num_kept += reason is None
+            num_trainable += reason is None
             rows.append(row)
-            tally.noticed.update(_notices(conversation, encoder, data) | encoded.notices)
+            tally.noticed.update(notices_of(conversation, encoder, data) | encoded.notices)
             tally.ends |= encoded.ends
         if rows:
             writer.append(rows)
         if on_progress:
             on_progress(tally.num_rows.total())
     tally.check()
-    if not num_kept:
-        first = f"; the first one, {grouped(tally.dropped_rows[:1])[0]}" if tally.dropped_rows else ""
+    if not num_trainable:
+        first = (
+            f"; the first one, {grouped(tally.dropped_rows[:1])[0]}" if tally.dropped_rows else ""
+        )
         raise DataError(
-            f"{sources[0].path}: training on it would learn from nothing, since none of its {tally.num_rows.total():,} "
-            f"samples has a supervised token (mask by {encoder.kind}){first}. Try a larger data.max_length, another "
+            f"{sources[0].path}: training on it would learn from nothing, since none of its "
+            f"{tally.num_rows.total():,} "
+            f"samples has a supervised token (mask by {encoder.kind}){first}. Try a larger "
+            "data.max_length, another "
             "data.template, or data.mask=all"
         )
     return {
         "sources": [
-            asdict(SourceReport(source.path, tuple(tally.formats.get(i, ())), tally.num_rows[i], tally.num_bad_rows[i]))
+            asdict(
+                SourceReport(
+                    source.path,
+                    tuple(tally.formats.get(i, ())),
+                    tally.num_rows[i],
+                    tally.num_bad_rows[i],
+                )
+            )
             for i, source in enumerate(sources)
         ],
         "bad_rows": [asdict(row) for row in tally.bad_rows],
         "dropped_rows": [asdict(row) for row in tally.dropped_rows],
         "noticed": dict(tally.noticed),
         "template": "none" if encoder.template is None else encoder.template.name,
-        "date": None if encoder.template is None or encoder.template.date is None else str(encoder.template.date),
+        "date": None
+        if encoder.template is None or encoder.template.date is None
+        else str(encoder.template.date),
         "mask": encoder.kind,
         "ends": sorted(tally.ends),
     }
 
 
-def _cut(encoded: Encoded, digest: int, source: int, data: DataConfig) -> tuple[TableRow, str | None]:
-    """The row as it is kept, and why nothing of it is."""
+def _cut(
+    encoded: Encoded, digest: int, source: int, data: DataConfig
+) -> tuple[TableRow, str | None]:
+    """Return the sample as it is stored, and the reason if it is dropped."""
     full_length = len(encoded.input_ids)
     is_long = full_length > data.max_length
-    spans = tuple((a, min(b, data.max_length), weight) for a, b, weight in encoded.spans if a < data.max_length)
+    spans = tuple(
+        (a, min(b, data.max_length), weight)
+        for a, b, weight in encoded.spans
+        if a < data.max_length
+    )
     reason = None
     if is_long and data.too_long == "drop":
         reason = "too long"
     elif not spans:
-        reason = "no supervised token left after the cut" if encoded.spans else "no supervised token"
+        reason = (
+            "no supervised token left after the cut" if encoded.spans else "no supervised token"
+        )
     if reason is None:
-        return TableRow(encoded.input_ids[: data.max_length], spans, full_length, digest, source), None
+        return TableRow(
+            encoded.input_ids[: data.max_length], spans, full_length, digest, source
+        ), None
     return (
         TableRow([], (), full_length, digest, source),
         f"{reason} ({full_length:,} tokens, data.max_length {data.max_length:,})",
@@ -298,12 +362,13 @@ def _cut(encoded: Encoded, digest: int, source: int, data: DataConfig) -> tuple[
 def _conversations(
     rows: Iterator[tuple[int, RawRow]], data: DataConfig, tally: _Tally
 ) -> Iterator[tuple[int, RawRow, Conversation]]:
-    """The usable rows of all sources with the number of their source; bad ones go to the tally.
+    """Yield the conversations of all usable rows with the number of their source.
 
-    Raises DataError when one file holds rows of two formats.
+    Bad rows are added to the tally. Raises DataError if one file contains rows of two formats.
     """
     columns = data.columns.named
-    formats: dict[str, tuple[Format, int]] = {}  # of each file, with the line that showed it
+    # The format of each file, and the line that it was detected in.
+    formats: dict[str, tuple[Format, int]] = {}
     for source, raw in rows:
         tally.num_rows[source] += 1
         try:
@@ -313,12 +378,17 @@ def _conversations(
             expected, line = formats.setdefault(raw.path, (found, raw.line))
             if found != expected:
                 raise DataError(
-                    f"{raw.path} mixes two formats: line {line} is '{expected}', line {raw.line} is '{found}'; "
+                    f"{raw.path} mixes two formats: line {line} is '{expected}', line {raw.line} "
+                    f"is '{found}'; "
                     "split it into two files and give both"
                 )
             if found not in (known := tally.formats.setdefault(source, [])):
                 known.append(found)
-            if data.mask != "all" and not conversation.assistant_weights and conversation.text is None:
+            if (
+                data.mask != "all"
+                and not conversation.assistant_weights
+                and conversation.text is None
+            ):
                 raise RowError("it has no assistant message, so nothing to learn from")
         except RowError as error:
             tally.bad(source, BadRow(raw.path, raw.line, str(error)))
@@ -326,13 +396,17 @@ def _conversations(
             yield source, raw, conversation
 
 
-def _chunks(rows: Iterator[tuple[int, RawRow, Conversation]]) -> Iterator[list[tuple[int, RawRow, Conversation]]]:
-    """Rows together as many as are worth one call of the tokenizer, bounded in number and in characters."""
+def _chunks(
+    rows: Iterator[tuple[int, RawRow, Conversation]],
+) -> Iterator[list[tuple[int, RawRow, Conversation]]]:
+    """Group rows into chunks for one call of the tokenizer, limited in number and in characters."""
     chunk: list[tuple[int, RawRow, Conversation]] = []
     num_chars = 0
     for row in rows:
         chunk.append(row)
-        num_chars += len(row[2].text or "") + sum(len(message["content"]) for message in row[2].messages)
+        num_chars += len(row[2].text or "") + sum(
+            len(message["content"]) for message in row[2].messages
+        )
         if len(chunk) == _CHUNK_ROWS or num_chars > _CHUNK_CHARS:
             yield chunk
             chunk, num_chars = [], 0
@@ -340,147 +414,17 @@ def _chunks(rows: Iterator[tuple[int, RawRow, Conversation]]) -> Iterator[list[t
         yield chunk
 
 
-def _notices(conversation: Conversation, encoder: Encoder, data: DataConfig) -> frozenset[str]:
-    """What a row holds that has no effect, or an unexpected one; each kind becomes a warning with its count."""
-    noticed = {_IGNORED.format(key=key) for key in conversation.ignored}
-    if conversation.text is not None and _WRITTEN_CHAT.search(conversation.text, 0, 4096):
-        noticed.add(
-            "are texts in which a conversation is written out already: every token of them is learned, the questions "
-            "too; samples in the messages format teach the answers alone"
-        )
-    if conversation.text is None:
-        template = encoder.finder_of(conversation).template.text
-        keys = {key for message in conversation.messages for key in message}
-        if "reasoning_content" in keys and not writes_reasoning(template):
-            noticed.add(NOT_SHOWN.format(what="reasoning_content"))
-        if "tool_calls" in keys and "tool_calls" not in template:
-            noticed.add(NOT_SHOWN.format(what="tool_calls"))
-        if conversation.tools and "tools" not in template:
-            noticed.add(NOT_SHOWN.format(what="tools"))
-        for key in keys - _KNOWN_IN_A_MESSAGE:
-            if key not in template:
-                noticed.add(f"hold the key '{key}' in a message, which is ignored")
-        for key in conversation.template_arguments or ():
-            if key not in template:
-                noticed.add(NOT_SHOWN.format(what=f"the template argument '{key}'"))
-    pairs = zip(conversation.messages, conversation.weights, strict=True)
-    if data.mask == "all":
-        if any(weight is not None for weight in conversation.weights):
-            noticed.add("hold loss weights, which data.mask=all leaves out")
-    elif any(weight and message["role"] != "assistant" for message, weight in pairs):
-        noticed.add(f"weigh messages that are not the assistant's, which data.mask={data.mask} never supervises")
-    return frozenset(noticed)
-
-
-_IGNORED = "hold the key '{key}', which is ignored"
-_IGNORED_PATTERN = re.compile(_IGNORED.format(key="(.*)"), re.DOTALL)
-_WRITTEN_CHAT = re.compile(
-    r"<\|im_start\|>|<\|start_header_id\|>|<start_of_turn>|<\|(?:user|assistant)\|>|\[INST\]|"
-    r"#{2,3} ?(?:Human|User|Assistant|Instruction|Response)\b|^(?:USER|ASSISTANT|Human|Assistant): ",
-    re.MULTILINE,
-)
-
-
-def _grouped_notices(noticed: Mapping[str, int]) -> Iterator[str]:
-    """A sentence for each kind; three keys or more that as many rows hold stand in one."""
-    ignored: dict[int, list[str]] = {}
-    for notice, count in sorted(noticed.items()):
-        if match := _IGNORED_PATTERN.fullmatch(notice):
-            ignored.setdefault(count, []).append(match[1])
-        else:
-            yield f"{count:,} samples {notice}"
-    for count, keys in ignored.items():
-        if len(keys) < 3:
-            yield from (f"{count:,} samples {_IGNORED.format(key=key)}" for key in keys)
-        else:
-            yield f"{count:,} samples hold the keys {', '.join(keys)}, which are ignored"
-
-
-_KNOWN_IN_A_MESSAGE = {"role", "content", "reasoning_content", "tool_calls", "tool_call_id", "name", "id"}
-
-
 def _tokenizer_hash(tokenizer: Any) -> str:
-    """Of everything that decides which ids a text becomes; not of the padding that earlier calls have left in it."""
+    """Return a hash of everything that decides which ids a text becomes.
+
+    The padding and truncation that earlier calls have set in the tokenizer are not part of it.
+    """
     if tokenizer.is_fast:
-        content = json.loads(tokenizer.backend_tokenizer.to_str()) | {"padding": None, "truncation": None}
+        content = json.loads(tokenizer.backend_tokenizer.to_str()) | {
+            "padding": None,
+            "truncation": None,
+        }
     else:
         content = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}
     content = [content, {name: str(token) for name, token in tokenizer.special_tokens_map.items()}]
     return blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
-
-
-def _data_report(
-    data: DataConfig, train: tuple[Table, npt.NDArray[np.int64]], eval: tuple[Table, npt.NDArray[np.int64]]
-) -> DataReport:
-    tables = [train[0]] if eval[0] is train[0] else [train[0], eval[0]]
-    facts = [table.facts for table in tables]
-    sources = tuple(
-        SourceReport(**source | {"formats": tuple(source["formats"])}) for f in facts for source in f["sources"]
-    )
-    noticed = sum((Counter(f["noticed"]) for f in facts), Counter[str]())
-    train_report, eval_report = _split_report(*train, data.max_length), _split_report(*eval, data.max_length)
-    return DataReport(
-        sources=sources,
-        template=facts[0]["template"],
-        mask=facts[0]["mask"],
-        date=facts[0]["date"],
-        ends=tuple(sorted({end for f in facts for end in f["ends"]})),
-        max_length=data.max_length,
-        num_rows=sum(source.num_rows for source in sources),
-        num_bad_rows=sum(source.num_bad_rows for source in sources),
-        bad_rows=tuple(BadRow(**row) for f in facts for row in f["bad_rows"]),
-        dropped_rows=tuple(BadRow(**row) for f in facts for row in f["dropped_rows"]),
-        train=train_report,
-        eval=eval_report,
-        warnings=(
-            *_grouped_notices(noticed),
-            *_split_warnings(data, train, eval),
-            *_other_split_warnings(data),
-            *(
-                f"{source.path} gives no sample: data.max_rows is reached before it"
-                for source in sources
-                if not source.num_rows
-            ),
-        ),
-    )
-
-
-def _split_report(table: Table, rows: npt.NDArray[np.int64], max_length: int) -> SplitReport:
-    lengths, full_lengths = table.lengths[rows], table.full_lengths[rows]
-    kept = lengths > 0
-    return SplitReport(
-        num_rows=int(kept.sum()),
-        num_tokens=int(lengths.sum(dtype=np.int64)),
-        num_supervised_tokens=int(table.num_supervised[rows].sum(dtype=np.int64)),
-        quantiles=length_quantiles(full_lengths),
-        num_long_rows=int((full_lengths > max_length).sum()),
-        num_untrainable_rows=int((~kept).sum()),
-        num_duplicate_rows=int(kept.sum()) - len(np.unique(table.digests[rows][kept])),
-        padding=padding_report(lengths[kept], max_length),
-    )
-
-
-def _other_split_warnings(data: DataConfig) -> Iterator[str]:
-    """What lies in a source's directory and is not used for what the source is for."""
-    for source in data.train_sources:
-        for name, count in other_splits(split_sample(source.path)[0]).items():
-            what = f"{count:,} files of the split {name}" if name else f"{count:,} files whose names tell no split"
-            hint = f": data.eval={source.path} evaluates with them" if name and data.eval is None else ""
-            yield f"{source.path} holds {what}, not used for training{hint}"
-    for source in data.eval_sources or ():
-        for name, count in other_splits(split_sample(source.path)[0], split="eval").items():
-            if name in ("validation", "test"):
-                yield f"{source.path} holds {count:,} files of the split {name}, not used for evaluation"
-
-
-def _split_warnings(
-    data: DataConfig, train: tuple[Table, npt.NDArray[np.int64]], eval: tuple[Table, npt.NDArray[np.int64]]
-) -> Iterator[str]:
-    (train_table, train_rows), (eval_table, eval_rows) = train, eval
-    num_eval = int((eval_table.lengths[eval_rows] > 0).sum())
-    if data.eval_sources is None and data.eval_fraction and not num_eval:
-        yield "no sample is held out: the samples are too few or all alike, so there is no evaluation"
-    if data.eval_sources is not None:
-        both = np.isin(train_table.digests[train_rows], eval_table.digests[eval_rows])
-        if both.any():
-            yield f"{int(both.sum()):,} samples of data.train are in data.eval too, which makes the evaluation too good"

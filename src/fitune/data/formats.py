@@ -1,21 +1,28 @@
-"""A row in any of the formats people have -> a conversation: messages for a chat template and a loss weight for each.
+"""Convert a row in any known format into a conversation: messages, and a loss weight for each.
 
-    format              told by these keys                           becomes
-    messages            messages: [{role, content}]                  itself
-    conversations       conversations: [{role, content}]             itself (minimind; looks like ShareGPT, is not)
-    sharegpt            conversations or messages: [{from, value}]   human -> user, gpt -> assistant, ...
-    pairs               conversations or messages: [[asked, said]]   user and assistant messages (Vicuna)
-    alpaca              instruction, output [input history system]   user and assistant messages
-    prompt_completion   prompt, completion (text or messages)        the prompt's messages get the loss weight 0
-    question_answer     one of instruction, prompt, query, question, user and assistant messages (Dolly, ms-swift,
-                        input and one of response, answer, output,   GSM8K, Firefly)
-                        completion, target
-    text                text                                         plain text, no template, every token supervised
+    format              found by these keys                        becomes
+    messages            messages: [{role, content}]                itself
+    conversations       conversations: [{role, content}]           itself (minimind; looks like
+                                                                   ShareGPT, but is not)
+    sharegpt            conversations or messages:                 human -> user,
+                        [{from, value}]                            gpt -> assistant, ...
+    pairs               conversations or messages:                 user and assistant messages
+                        [[question, answer]]                       (Vicuna)
+    alpaca              instruction, output                        user and assistant messages
+                        [input history system]
+    prompt_completion   prompt, completion (text or messages)      messages; those of the prompt
+                                                                   get the loss weight 0
+    question_answer     one of instruction, prompt, query,         user and assistant messages
+                        question, input and one of response,       (Dolly, ms-swift, GSM8K,
+                        answer, output, completion, target         Firefly)
+    text                text                                       plain text without a template,
+                                                                   every token supervised
 
-The keys of the row decide, never the name of the file; `data.columns` names those that are called otherwise. Texts may
-be lists of typed parts; tools and tool_calls may be JSON strings; a None stands for a missing key, since tables
-(parquet, csv) have no other way to say so. Keys that would change what a row means (a preference, a label, pictures)
-refuse it; those that mean nothing here are counted.
+The keys of the row decide, never the name of the file; `data.columns` names keys that have other
+names. Texts may be lists of typed parts; tools and tool_calls may be JSON strings. None stands for
+a missing key, since tables (parquet, csv) have no other way to express that. Keys that would change
+the meaning of a row (a preference, a label, images) refuse it; keys without a meaning here are
+counted.
 """
 
 import json
@@ -58,26 +65,46 @@ from fitune.data.messages import (
     text_of,
 )
 
-__all__ = ["LEAST_WEIGHT", "MOST_WEIGHT", "Conversation", "Format", "Message", "RowError", "detect_format", "normalise"]
+__all__ = [
+    "LEAST_WEIGHT",
+    "MOST_WEIGHT",
+    "Conversation",
+    "Format",
+    "Message",
+    "RowError",
+    "detect_format",
+    "normalise",
+]
 
 Format = Literal[
-    "messages", "conversations", "sharegpt", "pairs", "alpaca", "prompt_completion", "question_answer", "text"
+    "messages",
+    "conversations",
+    "sharegpt",
+    "pairs",
+    "alpaca",
+    "prompt_completion",
+    "question_answer",
+    "text",
 ]
 
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """messages: as a chat template takes them. weights: one per message, None where the row gives none.
-    text: set for the format `text`, which has no messages. digest: 64 bits of a hash of all this, the same for the same
-    content in any format, file, order or run. template_arguments: what the row gives the template beside them.
-    ignored: keys of the row that have no meaning here, for a report."""
+    """A conversation that is ready for a chat template, or a plain text."""
 
+    #: in the form that chat templates take
     messages: tuple[Message, ...]
+    #: the loss weight of each message, None where the row gives none
     weights: tuple[float | None, ...]
     tools: list[dict[str, Any]] | None
+    #: only in the format `text`, which has no messages
     text: str | None
+    #: 64 bits of a hash of all this; the same content has the same digest in any format, file,
+    #: order or run
     digest: int
+    #: the variables other than messages and tools that the row gives the template
     template_arguments: dict[str, Any] | None = None
+    #: the keys of the row that have no meaning here, for the report
     ignored: tuple[str, ...] = ()
 
     @property
@@ -87,7 +114,7 @@ class Conversation:
 
 
 def detect_format(row: Mapping[str, Any]) -> Format | None:
-    """The format of one row, None when its keys fit none."""
+    """Return the format of one row, or None if its keys fit no format."""
     for key in TURN_KEYS:
         turns = parsed(row.get(key))
         if isinstance(turns, list) and turns and isinstance(turns[0], dict):
@@ -109,7 +136,7 @@ def detect_format(row: Mapping[str, Any]) -> Format | None:
 
 
 def _are_pairs(turns: Any) -> bool:
-    """Whether they are lists of two texts, objects of a question and its answer, or texts that take turns."""
+    """Return whether these are pairs of texts, question-answer objects, or alternating texts."""
     if not isinstance(turns, list) or not turns:
         return False
     if all(isinstance(turn, str) for turn in turns):
@@ -117,7 +144,9 @@ def _are_pairs(turns: Any) -> bool:
     return all(
         question_and_answer(pair) is not None
         if isinstance(pair, dict)
-        else isinstance(pair, (list, tuple)) and len(pair) == 2 and all(isinstance(side, str) for side in pair)
+        else isinstance(pair, (list, tuple))
+        and len(pair) == 2
+        and all(isinstance(side, str) for side in pair)
         for pair in turns
     )
 
@@ -125,13 +154,17 @@ def _are_pairs(turns: Any) -> bool:
 def normalise(
     row: Any, *, columns: Mapping[str, str] | None = None, ignored: Sequence[str] = ()
 ) -> tuple[Format, Conversation]:
-    """One row -> its format and its conversation.
+    """Convert one row into its format and its conversation.
 
-    columns: our name of a column -> what the rows call it. ignored: keys to leave out of account, even where
-    they would change the row's meaning. Raises RowError with the reason when it cannot be used.
+    columns: our name of a column -> its name in the rows.
+    ignored: keys to ignore, even where they would change the meaning of the row.
+
+    Raises RowError with the reason if the row cannot be used.
     """
     row = _object_of(row)
-    row = {key: None if is_none(value) else value for key, value in row.items() if key not in ignored}
+    row = {
+        key: None if is_none(value) else value for key, value in row.items() if key not in ignored
+    }
     if columns:
         row = _renamed(row, columns)
     found = detect_format(row)
@@ -150,7 +183,11 @@ def normalise(
     unknown = unknown_keys(row, found)
     if found == "text":
         if not isinstance(row["text"], str) or not row["text"]:
-            raise RowError("'text' is empty" if row["text"] == "" else f"'text' is {kind_of(row['text'])}, not a text")
+            raise RowError(
+                "'text' is empty"
+                if row["text"] == ""
+                else f"'text' is {kind_of(row['text'])}, not a text"
+            )
         return found, _conversation([], None, row["text"], unknown=unknown)
     turns = [part for turn in _TURNS[found](row) for part in split_results(turn)]
     first = turns[0] if turns and isinstance(turns[0], dict) else {}
@@ -158,16 +195,26 @@ def normalise(
         system = next((row[key] for key in SYSTEM_KEYS if row.get(key)), None)
         turns = turns if system is None else [{"role": "system", "content": system}, *turns]
     tools = read_tools(next((row[key] for key in TOOL_KEYS if row.get(key)), None))
-    if turns and isinstance(turns[0], dict) and turns[0].get("role") == "system":  # minimind's place for tools
-        tools = tools or read_tools(next((turns[0][key] for key in TOOL_KEYS if turns[0].get(key)), None))
-        if len(turns) > 1 and all(turns[0].get(key) is None for key in ("content", "value", "text")):
+    # minimind has the tools in its system message.
+    if turns and isinstance(turns[0], dict) and turns[0].get("role") == "system":
+        tools = tools or read_tools(
+            next((turns[0][key] for key in TOOL_KEYS if turns[0].get(key)), None)
+        )
+        if len(turns) > 1 and all(
+            turns[0].get(key) is None for key in ("content", "value", "text")
+        ):
             turns = turns[1:]
     messages = [read_message(turn, number) for number, turn in enumerate(joined_calls(turns), 1)]
-    return found, _conversation(messages, tools, None, arguments=template_arguments(row), unknown=unknown)
+    return found, _conversation(
+        messages, tools, None, arguments=template_arguments(row), unknown=unknown
+    )
 
 
 def _object_of(row: Any) -> dict[str, Any]:
-    """A row that is no object: a list of messages, a text, or an object that was written as a text once more."""
+    """Return a row as an object, also if it is a list of messages, a text, or JSON text.
+
+    Raises RowError for anything else.
+    """
     if isinstance(row, str) and row.lstrip().startswith(("{", "[")):
         try:
             row = parse_json(row)
@@ -175,7 +222,11 @@ def _object_of(row: Any) -> dict[str, Any]:
             return {"text": row}
     if isinstance(row, str):
         return {"text": row}
-    if isinstance(row, list) and row and all(isinstance(turn, dict) and role_of(turn) is not None for turn in row):
+    if (
+        isinstance(row, list)
+        and row
+        and all(isinstance(turn, dict) and role_of(turn) is not None for turn in row)
+    ):
         return {"messages": row}
     if not isinstance(row, dict):
         raise RowError(f"it is {kind_of(row)}, not an object")
@@ -183,18 +234,35 @@ def _object_of(row: Any) -> dict[str, Any]:
 
 
 def _renamed(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
-    """The row under our names; what it calls so itself and is not meant stands aside."""
+    """Return the row with its columns under our names.
+
+    Keys that would decide the format are dropped if `columns` maps other keys to their meaning.
+    """
     named = {ours: theirs for ours, theirs in columns.items() if ours not in ("role", "content")}
-    missing = [theirs for ours, theirs in named.items() if row.get(theirs) is None and ours not in _OPTIONAL_COLUMNS]
+    missing = [
+        theirs
+        for ours, theirs in named.items()
+        if row.get(theirs) is None and ours not in _OPTIONAL_COLUMNS
+    ]
     if missing:
-        raise RowError(f"it has no '{missing[0]}', which data.columns names; its keys are {', '.join(map(str, row))}")
-    telling = {*TURN_KEYS, *QUESTION_KEYS, *ANSWER_KEYS, "text"} if named else set()
+        raise RowError(
+            f"it has no '{missing[0]}', which data.columns names; its keys are {', '.join(map(str, row))}"
+        )
+    format_keys = {*TURN_KEYS, *QUESTION_KEYS, *ANSWER_KEYS, "text"} if named else set()
     if {"prompt", "completion"} & named.keys():
-        telling -= {"prompt", "completion"}
-    if set(PREFERENCE_KEYS) & set(named.values()):  # one answer of a preference is chosen
-        telling |= set(PREFERENCE_KEYS)
-    rest = {key: value for key, value in row.items() if key not in telling and key not in named.values()}
-    renamed = {**rest, **{ours: row[theirs] for ours, theirs in named.items() if row.get(theirs) is not None}}
+        format_keys -= {"prompt", "completion"}
+    # One answer of a preference was selected by data.columns.
+    if set(PREFERENCE_KEYS) & set(named.values()):
+        format_keys |= set(PREFERENCE_KEYS)
+    rest = {
+        key: value
+        for key, value in row.items()
+        if key not in format_keys and key not in named.values()
+    }
+    renamed = {
+        **rest,
+        **{ours: row[theirs] for ours, theirs in named.items() if row.get(theirs) is not None},
+    }
     role, content = columns.get("role"), columns.get("content")
     key = next((key for key in TURN_KEYS if isinstance(parsed(renamed.get(key)), list)), None)
     if key is None or (role is None and content is None):
@@ -230,9 +298,14 @@ def _conversation(
         content = json.dumps([messages, tools, text], sort_keys=True, ensure_ascii=False)
         digest = int.from_bytes(blake2b(content.encode(), digest_size=8).digest(), "big")
     except UnicodeEncodeError:
-        raise RowError("its text is not valid Unicode (bytes that are not UTF-8, or a lone surrogate)") from None
-    except (TypeError, ValueError, RecursionError) as error:  # what a parquet file may hold and JSON cannot say
-        raise RowError(f"it holds values that are no text, number, list or object ({error})") from None
+        raise RowError(
+            "its text is not valid Unicode (bytes that are not UTF-8, or a lone surrogate)"
+        ) from None
+    # A parquet file may contain values that JSON cannot express.
+    except (TypeError, ValueError, RecursionError) as error:
+        raise RowError(
+            f"it holds values that are no text, number, list or object ({error})"
+        ) from None
     return Conversation(
         tuple(message for message, _ in messages),
         tuple(weight for _, weight in messages),
@@ -266,27 +339,37 @@ def _pairs(pairs: Sequence[Any]) -> list[Any]:
             turns += [] if system is None else [{"role": "system", "content": system}]
             turns += _turns_of_question(pair)
         else:
-            turns += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
+            turns += [
+                {"role": "user", "content": pair[0]},
+                {"role": "assistant", "content": pair[1]},
+            ]
     return turns
 
 
 def _turns_of_question(row: Mapping[str, Any]) -> list[Any]:
-    asked, said = question_and_answer(row) or ("", "")
+    question_key, answer_key = question_and_answer(row) or ("", "")
     if detect_format(row) == "alpaca":
-        asked, said = "instruction", "output"
-    return [*_asked_turns(row, asked), *_said(row, said)]
+        question_key, answer_key = "instruction", "output"
+    return [*_turns_before_answer(row, question_key), *_answer_turns(row, answer_key)]
 
 
 def _turns_of_prompt(row: Mapping[str, Any]) -> list[Any]:
-    turns = [{**turn, "loss_weight": 0} for turn in _asked_turns(row, "prompt", is_weighed=True)]
-    return [*turns, *_said(row, "completion")]
+    turns = [
+        {**turn, "loss_weight": 0} for turn in _turns_before_answer(row, "prompt", is_weighed=True)
+    ]
+    return [*turns, *_answer_turns(row, "completion")]
 
 
-def _asked_turns(row: Mapping[str, Any], asked: str, *, is_weighed: bool = False) -> list[Any]:
-    """What stands before the answer: messages, of which none is learned, or the history and the question."""
-    if (messages := _messages_in(row[asked])) is not None:
+def _turns_before_answer(
+    row: Mapping[str, Any], question_key: str, *, is_weighed: bool = False
+) -> list[Any]:
+    """Return the messages before the answer: those of a list, or the history and the question.
+
+    The messages of a list get the loss weight 0, unless `is_weighed`.
+    """
+    if (messages := _messages_in(row[question_key])) is not None:
         return messages if is_weighed else [{**turn, "loss_weight": 0} for turn in messages]
-    return [*_history(row), {"role": "user", "content": _question(row, asked)}]
+    return [*_history(row), {"role": "user", "content": _question(row, question_key)}]
 
 
 def _history(row: Mapping[str, Any]) -> list[Any]:
@@ -300,28 +383,41 @@ def _history(row: Mapping[str, Any]) -> list[Any]:
     return _pairs(history)
 
 
-def _question(row: Mapping[str, Any], asked: str) -> str:
-    """The question, and under it what it is about."""
-    keys = (asked, *(key for key in CONTEXT_KEYS if key != asked))
+def _question(row: Mapping[str, Any], question_key: str) -> str:
+    """Return the question, followed by its context."""
+    keys = (question_key, *(key for key in CONTEXT_KEYS if key != question_key))
     return "\n".join(part for key in keys if (part := text_of(row.get(key) or "", f"'{key}'")))
 
 
-def _said(row: Mapping[str, Any], said: str) -> list[Any]:
-    answer = row[said]
+def _answer_turns(row: Mapping[str, Any], answer_key: str) -> list[Any]:
+    answer = row[answer_key]
     if (messages := _messages_in(answer)) is not None:
         return messages
-    if isinstance(answer, list) and len(answer) > 1 and any(isinstance(part, str) for part in answer):
-        raise RowError(f"'{said}' is a list of {len(answer)} answers, not one")
-    thought = next((row[key] for key in REASONING_KEYS if isinstance(row.get(key), str) and row[key]), None)
-    if thought is not None and isinstance(answer, str) and ("</think>" in answer or thought.strip() in answer):
-        thought = None  # the answer holds it already
+    if (
+        isinstance(answer, list)
+        and len(answer) > 1
+        and any(isinstance(part, str) for part in answer)
+    ):
+        raise RowError(f"'{answer_key}' is a list of {len(answer)} answers, not one")
+    thought = next(
+        (row[key] for key in REASONING_KEYS if isinstance(row.get(key), str) and row[key]), None
+    )
+    if (
+        thought is not None
+        and isinstance(answer, str)
+        and ("</think>" in answer or thought.strip() in answer)
+    ):
+        # The answer already contains the reasoning.
+        thought = None
     turn = {"role": "assistant", "content": answer}
     return [turn if thought is None else {**turn, "reasoning_content": thought}]
 
 
 def _messages_in(value: Any) -> list[Any] | None:
     turns = parsed(value)
-    is_messages = isinstance(turns, list) and turns and all(isinstance(turn, dict) for turn in turns)
+    is_messages = (
+        isinstance(turns, list) and turns and all(isinstance(turn, dict) for turn in turns)
+    )
     return turns if is_messages and role_of(turns[0]) is not None else None
 
 

@@ -1,7 +1,8 @@
-"""One message of a row -> as chat templates take it, with its loss weight.
+"""Read one message of a row into the form that chat templates take, with its loss weight.
 
-Roles are read in any case and by the names that public data has for them; a content may be a text, a list of typed
-parts, or of a tool's answer any value. Tool calls and tools may be JSON texts.
+Roles are accepted in any case and under the names that public data uses for them. The content may
+be a text, a list of typed parts or, for the result of a tool, any value. Tool calls and tools may
+be JSON text.
 """
 
 import ast
@@ -15,17 +16,31 @@ Message = dict[str, Any]
 
 _ROLES = {
     **dict.fromkeys(("system", "developer", "系统"), "system"),
-    **dict.fromkeys(("user", "human", "prompter", "customer", "question", "instruction", "用户"), "user"),
-    **dict.fromkeys(("assistant", "gpt", "chatgpt", "model", "bot", "ai", "chatbot", "agent", "robot"), "assistant"),
-    **dict.fromkeys(("answer", "claude", "bard", "bing", "助手", "function_call", "tool_call"), "assistant"),
-    **dict.fromkeys(("tool", "function", "observation", "function_response", "tool_response", "ipython"), "tool"),
-    **dict.fromkeys(("tool_result", "function_result", "tool_output", "environment", "execution"), "tool"),
+    **dict.fromkeys(
+        ("user", "human", "prompter", "customer", "question", "instruction", "用户"), "user"
+    ),
+    **dict.fromkeys(
+        ("assistant", "gpt", "chatgpt", "model", "bot", "ai", "chatbot", "agent", "robot"),
+        "assistant",
+    ),
+    **dict.fromkeys(
+        ("answer", "claude", "bard", "bing", "助手", "function_call", "tool_call"), "assistant"
+    ),
+    **dict.fromkeys(
+        ("tool", "function", "observation", "function_response", "tool_response", "ipython"), "tool"
+    ),
+    **dict.fromkeys(
+        ("tool_result", "function_result", "tool_output", "environment", "execution"), "tool"
+    ),
 }
 CALL_ROLES = ("function_call", "tool_call")
-_WEIGHT_KEYS = ("loss_weight", "weight", "loss", "train", "training", "trainable", "loss_scale", "learn")
+_WEIGHT_KEYS = (
+    "loss_weight", "weight", "loss", "train", "training", "trainable", "loss_scale", "learn",
+)  # fmt: skip
 _MASKED_KEYS = ("masked", "mask")
+#: The range of the loss weight of a message that is trained on. Squares and sums of such weights
+#: are still far within the range of float32.
 LEAST_WEIGHT, MOST_WEIGHT = 1e-6, 1e6
-"""Of a message that is trained on: far within float32, also squared and summed up."""
 TOOL_KEYS = ("tools", "functions")
 _REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 _CONTENT_KEYS = ("content", "value", "text")
@@ -33,37 +48,47 @@ _ARGUMENT_KEYS = ("arguments", "parameters", "input", "args")
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _CALL_PARTS = ("tool_call", "function_call", "tool_use")
 MEDIA_KEYS = (
-    *("image", "images", "image_path", "image_paths", "image_url", "image_urls", "video", "videos", "video_path"),
-    *("audio", "audios", "audio_path", "pixel_values"),
-)
-TRAINED_PARTS_KEYS = ("train_detail", "train_on_input", "train_on_turn", "labels", "loss_mask", "assistant_masks")
+    "image", "images", "image_path", "image_paths", "image_url", "image_urls", "video", "videos",
+    "video_path", "audio", "audios", "audio_path", "pixel_values",
+)  # fmt: skip
+TRAINED_PARTS_KEYS = (
+    "train_detail", "train_on_input", "train_on_turn", "labels", "loss_mask", "assistant_masks",
+)  # fmt: skip
 PREFERENCE_KEYS = (
-    *("chosen", "rejected", "chosen_response", "rejected_response", "rejected_responses", "rejected_messages"),
-    *("rejected_images", "rejected_answer", "chosen_answer", "preference", "preferred", "winner"),
-)
+    "chosen", "rejected", "chosen_response", "rejected_response", "rejected_responses",
+    "rejected_messages", "rejected_images", "rejected_answer", "chosen_answer", "preference",
+    "preferred", "winner",
+)  # fmt: skip
 
 
 class RowError(ValueError):
-    """One row that cannot be used, and why; counted and listed by the reader."""
+    """Raised for one row that cannot be used; the reader counts and lists such rows."""
 
 
 def role_of(turn: Mapping[str, Any]) -> Any:
-    """What a message calls its role."""
+    """Return the value under the key that holds the role."""
     return turn.get("role") if turn.get("role") is not None else turn.get("from")
 
 
 def is_call(turn: Any) -> bool:
-    """Whether a message is a tool call by its role, as ShareGPT and ms-swift write one."""
+    """Return whether a message is a tool call by its role, as ShareGPT and ms-swift write one."""
     named = role_of(turn) if isinstance(turn, dict) else None
     return isinstance(named, str) and named.strip().lower() in CALL_ROLES
 
 
 def joined_calls(turns: Sequence[Any]) -> list[Any]:
-    """With tool calls that follow each other, or an answer's text, in one message: the model says them in one turn."""
+    """Merge tool calls that follow each other, or the text of an answer, into one message.
+
+    The model generates them in one turn.
+    """
     joined: list[Any] = []
     for turn in turns:
         before = joined[-1] if joined else None
-        if not is_call(turn) or not isinstance(before, dict) or _ROLES.get(str(role_of(before)).lower()) != "assistant":
+        if (
+            not is_call(turn)
+            or not isinstance(before, dict)
+            or _ROLES.get(str(role_of(before)).lower()) != "assistant"
+        ):
             joined.append(turn)
             continue
         calls = _calls_of(turn)
@@ -71,8 +96,14 @@ def joined_calls(turns: Sequence[Any]) -> list[Any]:
             before = {**before, "content": [*_calls_of(before), *calls]}
             before.pop("value", None)
         else:
-            held = parsed(before.get("tool_calls")) or []
-            before = {**before, "tool_calls": [*(held if isinstance(held, list) else [held]), *calls]}
+            earlier_calls = parsed(before.get("tool_calls")) or []
+            before = {
+                **before,
+                "tool_calls": [
+                    *(earlier_calls if isinstance(earlier_calls, list) else [earlier_calls]),
+                    *calls,
+                ],
+            }
         joined[-1] = before
     return joined
 
@@ -87,22 +118,33 @@ def content_of(turn: Mapping[str, Any]) -> Any:
 
 
 def split_results(turn: Any) -> list[Any]:
-    """A message of the user that holds answers of tools as parts -> one message for each, and what is left of it."""
+    """Split a user message with tool results into one message for each result.
+
+    The remaining parts follow as a user message.
+    """
     content = turn.get("content") if isinstance(turn, dict) else None
     if not isinstance(content, list):
         return [turn]
-    results = [part for part in content if isinstance(part, dict) and part.get("type") == "tool_result"]
+    results = [
+        part for part in content if isinstance(part, dict) and part.get("type") == "tool_result"
+    ]
     if not results:
         return [turn]
     rest = [part for part in content if part not in results]
     split: list[Any] = [
-        {"role": "tool", "content": part.get("content"), "tool_call_id": part.get("tool_use_id")} for part in results
+        {"role": "tool", "content": part.get("content"), "tool_call_id": part.get("tool_use_id")}
+        for part in results
     ]
     return [*split, *([{**turn, "content": rest}] if rest else [])]
 
 
 def read_message(turn: Any, number: int) -> tuple[Message, float | None]:
-    """number: of the message in its row, from 1. Raises RowError."""
+    """Return a message in the form that chat templates take, and its loss weight if it has one.
+
+    number: the position of the message in its row, from 1, for error messages.
+
+    Raises RowError if the message cannot be used.
+    """
     if not isinstance(turn, dict):
         raise RowError(f"message {number} is {kind_of(turn)}, not an object")
     named = role_of(turn)
@@ -110,7 +152,11 @@ def read_message(turn: Any, number: int) -> tuple[Message, float | None]:
     if role is None:
         raise RowError(
             f"message {number} has the role {named!r}; known are {', '.join(_ROLES)}"
-            + ("" if "role" in turn or "from" in turn else ": data.columns.role=KEY names the key that holds it")
+            + (
+                ""
+                if "role" in turn or "from" in turn
+                else ": data.columns.role=KEY names the key that holds it"
+            )
         )
     place = f"message {number} ({role})"
     _refuse_other_parts(turn, place)
@@ -122,7 +168,8 @@ def read_message(turn: Any, number: int) -> tuple[Message, float | None]:
     calls = turn.get("tool_calls")
     if is_call(turn):
         content, calls = "", content
-    elif calls is None and isinstance(turn.get("function_call"), (dict, str)):  # as OpenAI wrote it before 2024
+    # OpenAI's format before 2024.
+    elif calls is None and isinstance(turn.get("function_call"), (dict, str)):
         calls = turn["function_call"]
     thoughts = [turn[key] for key in _REASONING_KEYS if turn.get(key)][:1]
     if role == "tool":
@@ -139,7 +186,11 @@ def read_message(turn: Any, number: int) -> tuple[Message, float | None]:
     says = bool(message.get("tool_calls") or message.get("reasoning_content"))
     if content is None and not says:
         others = ", ".join(str(key) for key in turn if key not in _READ_OF_A_MESSAGE)
-        hint = f"; its other keys are {others}: data.columns.content=KEY names the one" if others else ""
+        hint = (
+            f"; its other keys are {others}: data.columns.content=KEY names the one"
+            if others
+            else ""
+        )
         raise RowError(f"{place} has no content{hint}")
     message["content"] = "" if content is None else text_of(content, f"the content of {place}")
     if role == "assistant" and not message["content"] and not says:
@@ -166,14 +217,22 @@ def _refuse_other_parts(turn: Mapping[str, Any], place: str) -> None:
 
 
 def _result_text(content: Any) -> Any:
-    """What a tool answers, as text: its JSON where it is neither a text nor a list of texts."""
+    """Return the result of a tool as text.
+
+    Values other than a text or a list of texts become JSON.
+    """
     if content is None:
         return ""
     is_parts = isinstance(content, list) and all(
-        isinstance(part, str) or (isinstance(part, dict) and part.get("type", "text") in _TEXT_PARTS and _is_text(part))
+        isinstance(part, str)
+        or (isinstance(part, dict) and part.get("type", "text") in _TEXT_PARTS and _is_text(part))
         for part in content
     )
-    return content if isinstance(content, str) or is_parts else json.dumps(without_none(content), ensure_ascii=False)
+    return (
+        content
+        if isinstance(content, str) or is_parts
+        else json.dumps(without_none(content), ensure_ascii=False)
+    )
 
 
 def _is_text(part: Mapping[str, Any]) -> bool:
@@ -181,16 +240,22 @@ def _is_text(part: Mapping[str, Any]) -> bool:
 
 
 def _sorted_parts(parts: Sequence[Any], place: str) -> tuple[list[Any], list[Any], list[Any]]:
-    """(texts, reasoning, tool calls) of a content that is a list of typed parts."""
+    """Split a content that is a list of typed parts into (texts, reasoning, tool calls)."""
     texts, thoughts, calls = [], [], []
     for part in parts:
         kind = part.get("type", "text") if isinstance(part, dict) else "text"
         if kind in ("reasoning", "thinking"):
-            thoughts.append(next((part[key] for key in ("value", "text", kind) if part.get(key) is not None), ""))
+            thoughts.append(
+                next(
+                    (part[key] for key in ("value", "text", kind) if part.get(key) is not None), ""
+                )
+            )
         elif kind in _CALL_PARTS:
-            value = next((part[key] for key in ("value", "text", kind) if part.get(key) is not None), part)
+            value = next(
+                (part[key] for key in ("value", "text", kind) if part.get(key) is not None), part
+            )
             if value is part:
-                value = {key: held for key, held in part.items() if key != "type"}
+                value = {key: item for key, item in part.items() if key != "type"}
             calls += _tool_calls(value, place)
         else:
             texts.append(part)
@@ -198,7 +263,10 @@ def _sorted_parts(parts: Sequence[Any], place: str) -> tuple[list[Any], list[Any
 
 
 def text_of(content: Any, place: str) -> str:
-    """Raises RowError for what is neither a text nor a list of texts."""
+    """Return a text, or a list of texts joined into one.
+
+    Raises RowError for anything else.
+    """
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
@@ -209,7 +277,9 @@ def text_of(content: Any, place: str) -> str:
             part = part.get("text") if part.get("text") is not None else part.get("value")
         if not isinstance(part, str):
             kind = (
-                f"of type {part['type']!r}" if isinstance(part, dict) and "type" in part else f"that is {kind_of(part)}"
+                f"of type {part['type']!r}"
+                if isinstance(part, dict) and "type" in part
+                else f"that is {kind_of(part)}"
             )
             raise RowError(f"{place} has a part {kind}; only text can be trained on")
         parts.append(part)
@@ -217,24 +287,36 @@ def text_of(content: Any, place: str) -> str:
 
 
 def _weight(turn: Mapping[str, Any], place: str) -> float | None:
+    """Return the loss weight of a message; None if it has none.
+
+    Raises RowError if the value is not a valid weight.
+    """
     key = next((key for key in (*_WEIGHT_KEYS, *_MASKED_KEYS) if turn.get(key) is not None), None)
     if key is None:
         return None
     value = turn[key]
     if key in _MASKED_KEYS:
         if value not in (True, False):
-            raise RowError(f"{place} has {key} {str(value)[:40]!r}, which is neither true nor false")
+            raise RowError(
+                f"{place} has {key} {str(value)[:40]!r}, which is neither true nor false"
+            )
         return float(not value)
-    if not isinstance(value, (bool, int, float)) or not (value == 0 or LEAST_WEIGHT <= value <= MOST_WEIGHT):
+    if not isinstance(value, (bool, int, float)) or not (
+        value == 0 or LEAST_WEIGHT <= value <= MOST_WEIGHT
+    ):
         raise RowError(
-            f"{place} has {key} {value if isinstance(value, (int, float)) else str(value)[:40]!r}; a loss weight is 0, "
+            f"{place} has {key} {value if isinstance(value, (int, float)) else str(value)[:40]!r}; "
+            "a loss weight is 0, "
             f"a number from {LEAST_WEIGHT:g} to {MOST_WEIGHT:g}, or true or false"
         )
     return float(value)
 
 
 def read_tools(value: Any) -> list[dict[str, Any]] | None:
-    """The tools of a row, each as it is there. Raises RowError."""
+    """Return the tool definitions of a row unchanged, without keys that are None.
+
+    Raises RowError if they are not a list of objects.
+    """
     tools = parsed(value, "tools")
     tools = [tools] if isinstance(tools, dict) else tools
     if not tools:
@@ -255,7 +337,10 @@ def _tool_calls(value: Any, place: str) -> list[dict[str, Any]]:
 
 
 def _tool_call(call: dict[str, Any], place: str) -> dict[str, Any]:
-    """With its arguments under that name; some data calls them parameters or input."""
+    """Return a tool call with its arguments under "arguments".
+
+    Some data names them parameters, input or args.
+    """
     function = call.get("function") or call
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise RowError(f"a tool call of {place} has no name")
@@ -267,8 +352,11 @@ def _tool_call(call: dict[str, Any], place: str) -> dict[str, Any]:
 
 
 def parsed(value: Any, what: str | None = None) -> Any:
-    """Lists and objects given as JSON text, or as Python writes them; other texts stay as they are unless `what` names
-    what must be one."""
+    """Parse a list or an object that is given as JSON text or as a Python literal.
+
+    what: the name of a value that must be a list or an object. Raises RowError if it is neither;
+        without `what` such a text is returned unchanged.
+    """
     if not isinstance(value, str) or not (what or value.lstrip().startswith("[")):
         return value
     if not value.strip():
@@ -284,7 +372,7 @@ def parsed(value: Any, what: str | None = None) -> Any:
 
 
 def _python_literal(text: str) -> Any:
-    """[{'role': 'user', ...}], which pandas writes into a csv for a list; None for anything else."""
+    """Parse [{'role': 'user', ...}], which pandas writes for a list in csv; None for other text."""
     if not text.lstrip().startswith(("[{", "[[", "{")):
         return None
     try:
@@ -302,5 +390,12 @@ def without_none(value: Any) -> Any:
 def kind_of(value: Any) -> str:
     if value is None:
         return "empty"
-    names = {bool: "a boolean", int: "a number", float: "a number", str: "a text", list: "a list", dict: "an object"}
+    names = {
+        bool: "a boolean",
+        int: "a number",
+        float: "a number",
+        str: "a text",
+        list: "a list",
+        dict: "an object",
+    }
     return names.get(type(value), f"a {type(value).__name__}")

@@ -1,7 +1,8 @@
-"""Orders that are functions of their key alone.
+"""Compute pseudo-random orders that are functions of their key alone.
 
-Nothing here holds a generator: a position in an order can be found again after any restart, on any machine and with
-any version of NumPy, whose own generators may change their streams between releases.
+No random number generator has state here: an order, and a position in it, can be computed again
+after any restart, on any machine and with any version of NumPy, whose own generators may change
+their streams between releases.
 """
 
 import numpy as np
@@ -12,14 +13,17 @@ _MASK = 2**64 - 1
 
 
 def mix(values_N: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """The finaliser of SplitMix64 (Steele, Lea and Flood, 2014): a bijection of 64 bits that scatters them."""
+    """Apply the finaliser of SplitMix64, a bijection of 64-bit integers that scatters them.
+
+    Source: Steele, Lea and Flood, 2014.
+    """
     values_N = (values_N ^ (values_N >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values_N = (values_N ^ (values_N >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values_N ^ (values_N >> np.uint64(31))
 
 
 def shuffled(num: int, *key: int) -> npt.NDArray[np.int64]:
-    """A permutation of range(num) that depends on the key's integers alone. int64 [num]."""
+    """Return a permutation of range(num) that depends on the key's integers alone, int64 [num]."""
     state = np.zeros(1, np.uint64)
     for word in key:
         state = mix(state + np.array([(word * _GOLDEN + _GOLDEN) & _MASK], np.uint64))

@@ -1,8 +1,9 @@
-"""A batch -> the micro-batches that it is computed in.
+"""Split a batch into the micro-batches that it is computed in.
 
-The sampler has fixed which rows are in the step; here it is only decided how they are laid out. Packed rows lie one
-after another without padding; padded rows are filled up on the right. Both leave out the targets that cross a row's
-border, so every supervised token is a target once, in whichever layout.
+The sampler has decided which samples are in the step; this module only decides their layout. Packed
+samples follow one another without padding; padded samples are filled up on the right. Neither
+layout has targets across the border of two samples, so every supervised token is a target exactly
+once in both.
 """
 
 from collections.abc import Sequence
@@ -15,9 +16,14 @@ from fitune.data.rows import Batch, MicroBatch, Row
 
 
 def split(
-    batch: Batch, *, packed: bool, micro_rows: int | None = None, micro_tokens: int | None = None, pad_id: int = 0
+    batch: Batch,
+    *,
+    packed: bool,
+    micro_rows: int | None = None,
+    micro_tokens: int | None = None,
+    pad_id: int = 0,
 ) -> list[MicroBatch]:
-    """The rows of `batch`, each in one micro-batch, as `group` divides them."""
+    """Return micro-batches that contain each sample of `batch` once, grouped by `group`."""
     groups = group(batch, packed=packed, micro_rows=micro_rows, micro_tokens=micro_tokens)
     return [lay_out(rows, packed=packed, pad_id=pad_id) for rows in groups]
 
@@ -25,27 +31,35 @@ def split(
 def group(
     batch: Batch, *, packed: bool, micro_rows: int | None = None, micro_tokens: int | None = None
 ) -> list[list[Row]]:
-    """Exactly one of the two sizes is given.
+    """Divide the samples of a batch into groups, by one of the two sizes.
 
-    micro_rows: consecutive rows, so many at a time.
-    micro_tokens: at most so many positions, never fewer than the longest row has. Packed: first-fit decreasing over the
-    lengths, the largest first. Padded: consecutive rows, as many as fit when filled up to their longest.
+    micro_rows: so many consecutive samples in each group.
+    micro_tokens: at most so many tokens (with padding) in each group, but never fewer than the
+        longest sample has. Packed samples are assigned by first-fit decreasing over their lengths,
+        the longest first. Padded groups are as many consecutive samples as fit when padded to the
+        longest of them.
     """
     assert (micro_rows is None) != (micro_tokens is None), "give micro_rows or micro_tokens"
     if micro_rows is not None:
-        return [list(batch.rows[first : first + micro_rows]) for first in range(0, len(batch.rows), micro_rows)]
+        return [
+            list(batch.rows[first : first + micro_rows])
+            for first in range(0, len(batch.rows), micro_rows)
+        ]
     assert micro_tokens is not None
     budget_tokens = max([micro_tokens, *map(len, batch.rows)])
     return (_first_fit if packed else _consecutive)(batch.rows, budget_tokens)
 
 
 def sort_by_length(batch: Batch) -> Batch:
-    """The same rows, the longest first; padded groups of neighbours then waste little. Ties keep their order."""
+    """Return the batch with the longest samples first, so that padded groups need little padding.
+
+    Samples of the same length keep their order.
+    """
     return Batch(tuple(sorted(batch.rows, key=len, reverse=True)))
 
 
 def lay_out(rows: Sequence[Row], *, packed: bool, pad_id: int = 0) -> MicroBatch:
-    """One micro-batch of all these rows, of which there is at least one."""
+    """Return one micro-batch of all these samples, which must be at least one."""
     lengths = [len(row) for row in rows]
     width = sum(lengths) if packed else max(lengths)
     starts = np.cumsum([0, *lengths[:-1]]) if packed else np.arange(len(rows)) * width
@@ -76,17 +90,20 @@ def lay_out(rows: Sequence[Row], *, packed: bool, pad_id: int = 0) -> MicroBatch
 
 
 def _first_fit(rows: Sequence[Row], budget_tokens: int) -> list[list[Row]]:
-    """First-fit decreasing (Johnson, 1973: at most 11/9 of the fewest bins, plus one). In a bin the batch's order."""
+    """Assign samples to bins by first-fit decreasing; bins keep the order of the batch.
+
+    It needs at most 11/9 of the fewest possible bins, plus one (Johnson, 1973).
+    """
     bins: list[list[int]] = []
-    room: list[int] = []
+    free_tokens: list[int] = []
     for number in sorted(range(len(rows)), key=lambda number: -len(rows[number])):
         size = len(rows[number])
-        place = next((i for i, free in enumerate(room) if size <= free), len(room))
-        if place == len(room):
+        place = next((i for i, free in enumerate(free_tokens) if size <= free), len(bins))
+        if place == len(bins):
             bins.append([])
-            room.append(budget_tokens)
+            free_tokens.append(budget_tokens)
         bins[place].append(number)
-        room[place] -= size
+        free_tokens[place] -= size
     return [[rows[number] for number in sorted(numbers)] for numbers in bins]
 
 

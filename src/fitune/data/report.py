@@ -1,4 +1,4 @@
-"""What the data is, in numbers: the report that comes with the examples and that `fitune check` shows."""
+"""Describe the data in numbers, for the report with the examples and for `fitune check`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,15 +11,16 @@ from fitune.data.order import shuffled
 
 @dataclass(frozen=True, slots=True)
 class BadRow:
-    """A row that is not trained on. line: from 1; the row's number where its format has no lines."""
+    """A row that is not trained on, with the reason."""
 
     path: str
+    #: from 1; the number of the row where its format has no lines
     line: int
     reason: str
 
 
 def grouped(rows: Sequence[BadRow]) -> list[str]:
-    """One sentence for the rows of a file that have the same reason."""
+    """Return one message for all rows of a file that have the same reason."""
     lines: dict[tuple[str, str], list[int]] = {}
     for row in rows:
         lines.setdefault((row.path, row.reason), []).append(row.line)
@@ -31,9 +32,10 @@ def grouped(rows: Sequence[BadRow]) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class SourceReport:
-    """What was read of one source. formats: usually one; a directory may hold files of several."""
+    """What was read from one source."""
 
     path: str
+    #: usually one; a directory may contain files of several formats
     formats: tuple[str, ...]
     num_rows: int
     num_bad_rows: int
@@ -41,7 +43,7 @@ class SourceReport:
 
 @dataclass(frozen=True, slots=True)
 class LengthQuantiles:
-    """Tokens of a row before it is cut."""
+    """Quantiles of the samples' tokens before they are cut to max_length."""
 
     p50_tokens: int
     p95_tokens: int
@@ -51,29 +53,33 @@ class LengthQuantiles:
 
 @dataclass(frozen=True, slots=True)
 class PaddingReport:
-    """Positions computed for each real token, under four ways to lay rows out. fixed: each row padded to max_length.
-    shuffled and sorted: groups of 8 rows padded to their longest, in random order and by length over the whole data.
-    packed: rows one after another, without padding."""
+    """Tokens computed, padding included, for each real token under four layouts."""
 
+    #: each sample padded to max_length
     fixed: float
+    #: groups of 8 samples in random order, padded to the longest of the group
     shuffled: float
+    #: groups of 8 samples sorted by length over the whole data, padded to the longest of the
+    #: group
     sorted: float
+    #: samples one after another, without padding
     packed: float
 
 
 @dataclass(frozen=True, slots=True)
 class SplitReport:
-    """One side of the held-out split. Token counts are of the rows as they are trained on: cut, none dropped.
+    """One side of the held-out split.
 
-    num_long_rows: longer than max_length, which are cut, or dropped with data.too_long=drop.
-    num_untrainable_rows: dropped, because no supervised token is left after the cut.
+    Token counts are those of the samples as they are trained on: after the cut to max_length.
     """
 
     num_rows: int
     num_tokens: int
     num_supervised_tokens: int
     quantiles: LengthQuantiles | None
+    #: longer than max_length: these are cut, or dropped with data.too_long=drop
     num_long_rows: int
+    #: dropped because no supervised token remains after the cut
     num_untrainable_rows: int
     num_duplicate_rows: int
     padding: PaddingReport | None
@@ -81,19 +87,23 @@ class SplitReport:
 
 @dataclass(frozen=True, slots=True)
 class DataReport:
-    """sources: of train, then of eval where data.eval names some. num_rows counts the rows read, the bad ones included;
-    bad_rows and dropped_rows list the first of each. train and eval: the two sides of the split. date: the one that the
-    chat template writes into the rows, None where it writes none. ends: the tokens that answers end with."""
+    """What was read and what is trained on."""
 
+    #: those of train, then those of eval where data.eval names some
     sources: tuple[SourceReport, ...]
     template: str
     mask: str
+    #: the date that the chat template writes into the samples, None where it writes none
     date: str | None
+    #: the tokens that answers end with
     ends: tuple[str, ...]
     max_length: int
+    #: all rows that were read, including the bad ones
     num_rows: int
     num_bad_rows: int
+    #: the first ones only
     bad_rows: tuple[BadRow, ...]
+    #: the first ones only
     dropped_rows: tuple[BadRow, ...]
     train: SplitReport
     eval: SplitReport
@@ -101,20 +111,29 @@ class DataReport:
 
     @property
     def supervised_fraction(self) -> float:
-        """Of the training tokens, those that carry loss."""
-        return self.train.num_supervised_tokens / self.train.num_tokens if self.train.num_tokens else 0.0
+        """Return the fraction of the training tokens that contribute to the loss."""
+        return (
+            self.train.num_supervised_tokens / self.train.num_tokens
+            if self.train.num_tokens
+            else 0.0
+        )
 
 
 def length_quantiles(lengths_R: npt.NDArray[np.int32]) -> LengthQuantiles | None:
-    """Quantiles that are lengths of real rows, None of no rows."""
+    """Return quantiles that are lengths of real samples; None if there are no samples."""
     if not len(lengths_R):
         return None
-    p50, p95, p99 = (int(q) for q in np.quantile(lengths_R, (0.5, 0.95, 0.99), method="inverted_cdf"))
+    p50, p95, p99 = (
+        int(q) for q in np.quantile(lengths_R, (0.5, 0.95, 0.99), method="inverted_cdf")
+    )
     return LengthQuantiles(p50, p95, p99, int(lengths_R.max()))
 
 
 def padding_report(lengths_R: npt.NDArray[np.int32], max_length: int) -> PaddingReport | None:
-    """lengths_R: of the rows as trained on. None of no rows."""
+    """Return the padding under each layout; None if there are no tokens.
+
+    lengths_R: the samples' tokens as trained on.
+    """
     num_tokens = int(lengths_R.sum(dtype=np.int64))
     if not num_tokens:
         return None
@@ -126,9 +145,14 @@ def padding_report(lengths_R: npt.NDArray[np.int32], max_length: int) -> Padding
     )
 
 
-def length_histogram(lengths_R: npt.NDArray[np.int32], max_length: int, *, num_bins: int = 40) -> dict[str, list[int]]:
-    """How many rows have how many tokens: `counts[i]` rows of at least `edges[i]` and less than `edges[i + 1]`, the
-    last bin with both its edges."""
+def length_histogram(
+    lengths_R: npt.NDArray[np.int32], max_length: int, *, num_bins: int = 40
+) -> dict[str, list[int]]:
+    """Return how many samples have how many tokens.
+
+    `counts[i]` samples have at least `edges[i]` and fewer than `edges[i + 1]` tokens; the last bin
+    includes both of its edges.
+    """
     edges = np.unique(np.linspace(1, max(max_length, 2), num_bins + 1).round().astype(np.int64))
     counts, _ = np.histogram(lengths_R, bins=edges)
     return {"edges": edges.tolist(), "counts": counts.tolist()}

@@ -1,9 +1,11 @@
-"""The nouns of the data path: one tokenised row, the rows of an optimizer step, the tensors of one forward.
+"""Define the data types of training: a tokenised sample, a batch, and a micro-batch of tensors.
 
-Shape suffixes here and in `step/`:
-    B  rows of a micro-batch                    S  positions of a padded row
-    T  positions of a micro-batch, flattened (B * S when padded, the sum of the row lengths when packed)
-    N  supervised targets of a micro-batch      D  hidden size        V  vocabulary
+Shape suffixes here, in `objectives/` and in `step/`:
+
+    B  samples of a micro-batch            S  tokens of a padded sample
+    T  tokens of a micro-batch, flattened: B * S when padded, the sum of the lengths when packed
+    N  supervised targets of a micro-batch
+    D  hidden size                         V  vocabulary size
 """
 
 from dataclasses import dataclass, replace
@@ -16,14 +18,14 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One tokenised row.
-
-    input_ids: int32 [length]. loss_weights: float32 [length], the weight of token i *as a target*: 0 where it is not
-    supervised, 1 for ordinary supervised tokens. loss_weights[0] is 0, since nothing comes before the first token.
-    """
+    """One tokenised sample."""
 
     row_id: int
+    #: int32 [length]
     input_ids: npt.NDArray[np.int32]
+    #: float32 [length]: the weight of token i *as a target*, 1 for an ordinary supervised token
+    #: and 0 for one that is not supervised. loss_weights[0] is 0, because no token predicts the
+    #: first one.
     loss_weights: npt.NDArray[np.float32]
 
     def __len__(self) -> int:
@@ -32,7 +34,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """The rows that one optimizer step sees, in the sampler's order."""
+    """The samples that one optimizer step trains on, in the sampler's order."""
 
     rows: tuple[Row, ...]
 
@@ -50,46 +52,55 @@ class Batch:
 
     @property
     def loss_weight(self) -> float:
-        """The N of STEP: what the sum of the token losses is divided by. Equals num_supervised_tokens unless messages
-        carry loss weights of their own."""
+        """Return N, by which the optimizer step divides the sum of the token losses.
+
+        It equals `num_supervised_tokens` unless messages have loss weights of their own.
+        """
         return float(sum(row.loss_weights.sum(dtype=np.float64) for row in self.rows))
 
 
+#: The tensor fields of `MicroBatch`. The types with the widest elements come first, so that each
+#: tensor is aligned when their bytes are joined.
 TENSORS = ("input_ids_BS", "position_ids_BS", "target_index_N", "target_ids_N", "target_weights_N")
-"""Of a micro-batch; the widest numbers first, so that each begins where its type may when they are joined."""
 
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """What one forward and backward sees: tensors, and the same facts as host numbers, so that the step needs no shape
-    that depends on data and never waits for the device.
+    """The input of one forward and backward pass.
 
-    input_ids_BS, position_ids_BS: int64. Packed: B = 1 and S = T, the rows one after another, positions restart in each
-    row. Padded: right-padded rows; the causal mask makes an attention mask unnecessary.
-    target_index_N: int64, the flat positions (of B * S) whose *next* token of the same row is supervised.
-    target_ids_N: int64. target_weights_N: float32.
-    row_lengths: of the rows, host numbers; when packed they are the boundaries between rows.
-    loss_weight: host number, the sum of target_weights_N.
+    It contains tensors, and the same facts as Python numbers. With those, no shape in the step
+    depends on tensor data, and the step never waits for the device.
+
+    A packed micro-batch has B = 1 and S = T: its samples follow one another, and the positions
+    restart at each sample. A padded one has its samples padded on the right; the causal mask makes
+    an attention mask unnecessary.
     """
 
     row_ids: tuple[int, ...]
+    #: the tokens of each sample; when packed they define the boundaries between samples
     row_lengths: tuple[int, ...]
     packed: bool
+    #: int64
     input_ids_BS: torch.Tensor
+    #: int64
     position_ids_BS: torch.Tensor
+    #: int64: the flat positions (of B * S) whose *next* token in the same sample is supervised
     target_index_N: torch.Tensor
+    #: int64
     target_ids_N: torch.Tensor
+    #: float32
     target_weights_N: torch.Tensor
+    #: the sum of target_weights_N
     loss_weight: float
 
     @property
     def num_tokens(self) -> int:
-        """Real tokens, without padding."""
+        """Return the number of tokens without padding."""
         return sum(self.row_lengths)
 
     @property
     def num_positions(self) -> int:
-        """Tokens with padding."""
+        """Return the number of tokens with padding."""
         return self.input_ids_BS.numel()
 
     @property
@@ -97,19 +108,28 @@ class MicroBatch:
         return self.target_ids_N.shape[0]
 
     def to(self, device: torch.device) -> Self:
-        """The same on `device`, in one copy; from pinned memory it does not wait (CUDA)."""
+        """Return the micro-batch on `device`, transferred in one copy.
+
+        The copy starts from pinned memory, so the host does not wait for it (CUDA).
+        """
         if self.input_ids_BS.device == device:
             return self
         return self.views_of(self.joined().pin_memory().to(device, non_blocking=True))
 
     def joined(self) -> torch.Tensor:
-        """The bytes of all tensors, uint8 [bytes]."""
+        """Return the bytes of all tensors one after another, uint8 [bytes]."""
         whole = bytearray().join(getattr(self, name).numpy().tobytes() for name in TENSORS)
         return torch.frombuffer(whole, dtype=torch.uint8)
 
     def views_of(self, joined: torch.Tensor) -> Self:
-        """The same micro-batch, its tensors views of what `joined` gave, wherever that is now."""
+        """Return the same micro-batch with tensors that are views of `joined`.
+
+        joined: the result of `self.joined()`, on any device.
+        """
         parts: list[torch.Tensor] = [getattr(self, name) for name in TENSORS]
         pieces = joined.split([part.nbytes for part in parts])
-        views = [piece.view(part.dtype).view(part.shape) for piece, part in zip(pieces, parts, strict=True)]
+        views = [
+            piece.view(part.dtype).view(part.shape)
+            for piece, part in zip(pieces, parts, strict=True)
+        ]
         return replace(self, **dict(zip(TENSORS, views, strict=True)))

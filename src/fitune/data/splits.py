@@ -1,7 +1,8 @@
-"""A path of data -> its files, sorted into splits as `datasets` does.
+"""Find the data files of a path, sorted into splits as `datasets` does.
 
-The README.md of a data set says them under `configs`; without it the names of the files and of their directories tell.
-Those of training are read, and where a source is to be evaluated with those of validation, else of test.
+If the README.md of a data set names its splits under `configs`, those are taken. Otherwise the
+names of the files and their directories decide. Training reads the training split. Evaluation reads
+the validation split, or else the test split.
 """
 
 import itertools
@@ -27,12 +28,13 @@ _SPLIT_NAMES = {
     "validation": ("validation", "valid", "val", "dev", "holdout", "heldout"),
     "test": ("test", "testing", "eval", "evaluation"),
 }
+#: what may follow the name of a split within a word, as in traindata.jsonl and testset.json
 _AFTER_SPLIT = ("", "data", "dataset", "set", "file", "split", "s")  # traindata.jsonl, testset.json
 _SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}")
 
 
 def suffix_of(path: Path) -> str:
-    """The ending that tells the format, in small letters and without that of a compression."""
+    """Return the suffix that names the format, in lower case, without that of a compression."""
     return (Path(path.stem).suffix if path.suffix.lower() in COMPRESSIONS else path.suffix).lower()
 
 
@@ -41,8 +43,11 @@ def endings() -> str:
 
 
 def find_files(path: str, *, split: Split = "train") -> tuple[Path, ...]:
-    """The data files of a path, sorted: the file itself, those that a pattern with * names, or those of `split`
-    anywhere below a directory. Raises DataError."""
+    """Return the data files of a path, sorted.
+
+    The path may be a file, a pattern with *, or a directory, in which the files of `split` are
+    found at any depth. Raises DataError if there are none.
+    """
     root = Path(path).expanduser()
     if root.is_dir():
         by_split = _split_files(root)
@@ -52,19 +57,24 @@ def find_files(path: str, *, split: Split = "train") -> tuple[Path, ...]:
         name = next((name for name in wanted if name in by_split), None)
         if name is None:
             raise DataError(
-                f"the directory {path} holds no training data, only files of the split {' and '.join(by_split)}: name "
+                f"the directory {path} holds no training data, only files of the split "
+                f"{' and '.join(by_split)}: name "
                 f"the file to train on, such as {next(iter(by_split.values()))[0]}"
             )
         return by_split[name]
     if is_pattern(path):
-        found = tuple(sorted(file for name in glob(str(root), recursive=True) if _is_data(file := Path(name))))
+        found = tuple(
+            sorted(file for name in glob(str(root), recursive=True) if _is_data(file := Path(name)))
+        )
         if not found:
             raise DataError(f"no data at {path}: no file of that pattern ends in {endings()}")
         return found
     if not root.exists():
         raise DataError(f"no data at {path}: there is no such file or directory")
     if suffix_of(root) not in SUFFIXES:
-        raise DataError(f"{path} has an unknown ending '{root.suffix}': data is read from {endings()} files")
+        raise DataError(
+            f"{path} has an unknown ending '{root.suffix}': data is read from {endings()} files"
+        )
     return (root,)
 
 
@@ -73,7 +83,10 @@ def is_pattern(path: str) -> bool:
 
 
 def other_splits(path: str, *, split: Split = "train") -> dict[str, int]:
-    """The splits of a directory that are not read for `split`, with their numbers of files; '' are files of none."""
+    """Return the splits of a directory that are not read for `split`, with their numbers of files.
+
+    The split '' stands for files that belong to no split.
+    """
     root = Path(path).expanduser()
     if not root.is_dir():
         return {}
@@ -82,21 +95,31 @@ def other_splits(path: str, *, split: Split = "train") -> dict[str, int]:
 
 
 def _is_data(file: Path) -> bool:
-    is_cache = file.name.startswith("cache-") and file.suffix == ".arrow"  # of datasets' map and filter
-    return suffix_of(file) in SUFFIXES and file.name not in _NOT_DATA and not is_cache and file.is_file()
+    # `datasets` caches the results of map and filter in such files.
+    is_cache = file.name.startswith("cache-") and file.suffix == ".arrow"
+    return (
+        suffix_of(file) in SUFFIXES
+        and file.name not in _NOT_DATA
+        and not is_cache
+        and file.is_file()
+    )
 
 
 def _split_files(root: Path) -> dict[str, tuple[Path, ...]]:
-    """The data files anywhere below a directory, sorted, by split."""
-    if (told := _splits_of_card(root)) is not None:
-        return told
+    """Return the data files at any depth of a directory, sorted, for each split."""
+    if (named := _splits_of_card(root)) is not None:
+        return named
     by_split: dict[str, list[Path]] = {}
     for file in sorted(root.rglob("*")):
         relative = file.relative_to(root)
         hidden = any(part.startswith(".") for part in relative.parts)
         if not hidden and _is_data(file):
             by_split.setdefault(_split_of(relative), []).append(file)
-    shards = {(file.parent, match[1]) for file in by_split.get("train", ()) if (match := _SHARD.match(file.name))}
+    shards = {
+        (file.parent, match[1])
+        for file in by_split.get("train", ())
+        if (match := _SHARD.match(file.name))
+    }
     _check_only_one(root, {name for _, name in shards if name != "train"})
     return {name: tuple(files) for name, files in by_split.items()}
 
@@ -104,53 +127,76 @@ def _split_files(root: Path) -> dict[str, tuple[Path, ...]]:
 def _check_only_one(root: Path, names: set[str]) -> None:
     if len(names) > 1:
         raise DataError(
-            f"the directory {root} has several splits for training ({', '.join(sorted(names))}): name the files of "
+            f"the directory {root} has several splits for training ({', '.join(sorted(names))}): "
+            "name the files of "
             f"one, as in '{root}/**/{min(names)}*'"
         )
 
 
 def _split_of(relative: Path) -> str:
-    """'data/train-00000-of-00001.parquet' -> 'train'. The file's own name counts before its directories'. Numbers and
-    capital letters divide words, as in dev1 and myTest."""
+    """Return the split that a path belongs to: 'data/train-00000-of-00001.parquet' -> 'train'.
+
+    The name of the file takes precedence over those of its directories. Digits and capital letters
+    separate words, as in dev1 and myTest.
+    """
     for part in (relative.name.split(".")[0], *reversed(relative.parent.parts)):
         words = re.findall(r"[a-z]+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", part).lower())
-        pairs = [f"{one}{other}" for one, other in itertools.pairwise(words)]  # held_out
+        # "held_out" is two words.
+        pairs = [f"{one}{other}" for one, other in itertools.pairwise(words)]
         for name, keywords in _SPLIT_NAMES.items():
             if any(word in pairs for word in keywords if word.endswith("out")):
                 return name
-            if any(word == keyword + after for word in words for keyword in keywords for after in _AFTER_SPLIT):
+            if any(
+                word == keyword + after
+                for word in words
+                for keyword in keywords
+                for after in _AFTER_SPLIT
+            ):
                 return name
     return ""
 
 
 def _splits_of_card(root: Path) -> dict[str, tuple[Path, ...]] | None:
-    """The files of each split as a data set's README.md says, None where it does not. Raises DataError where it tells
-    of several data sets and of none that it is the usual one."""
+    """Return the files of each split that the README.md of a data set names, None if it names none.
+
+    Raises DataError if it describes several data sets, none of which is the default one.
+    """
     configs = [config for config in _configs(root / "README.md") if _patterns(config)]
-    usual = [config for config in configs if config.get("default") is True or config.get("config_name") == "default"]
-    chosen = configs if len(configs) < 2 else usual[:1]
+    default = [
+        config
+        for config in configs
+        if config.get("default") is True or config.get("config_name") == "default"
+    ]
+    chosen = configs if len(configs) < 2 else default[:1]
     if configs and not chosen:
         names = [str(config.get("config_name")) for config in configs]
         raise DataError(
-            f"the directory {root} holds several data sets ({', '.join(names)}), as its README.md says: name the files "
+            f"the directory {root} holds several data sets ({', '.join(names)}), as its README.md "
+            "says: name the files "
             f"of one, such as '{root}/{next(iter(_patterns(configs[0]).values()))[0]}'"
         )
     found: dict[str, list[Path]] = {}
     names = []
     for name, patterns in (_patterns(chosen[0]) if chosen else {}).items():
-        files = [file for pattern in patterns for file in sorted(root.glob(pattern)) if _is_data(file)]
+        files = [
+            file for pattern in patterns for file in sorted(root.glob(pattern)) if _is_data(file)
+        ]
         if files:
             split = _split_of(Path(name))
             names += [name] if split == "train" else []
-            found.setdefault(split, []).extend(file for file in files if file not in found.get(split, ()))
+            found.setdefault(split, []).extend(
+                file for file in files if file not in found.get(split, ())
+            )
     _check_only_one(root, set(names))
     return {name: tuple(files) for name, files in found.items()} or None
 
 
 def _configs(card: Path) -> Iterator[Mapping[str, Any]]:
-    """What stands under `configs` at the head of a data set's README.md."""
+    """Yield the entries of `configs` in the front matter of a data set's README.md."""
     try:
-        head = re.match(r"---\s*\n(.*?)\n---", read_plain(card, follow=True).decode(errors="replace"), re.DOTALL)
+        head = re.match(
+            r"---\s*\n(.*?)\n---", read_plain(card, follow=True).decode(errors="replace"), re.DOTALL
+        )
         tree = yaml.safe_load(head[1]) if head else None
     except (OSError, yaml.YAMLError):
         return
@@ -159,7 +205,7 @@ def _configs(card: Path) -> Iterator[Mapping[str, Any]]:
 
 
 def _patterns(config: Mapping[str, Any]) -> dict[str, list[str]]:
-    """`data_files` in each of its forms -> the patterns of files by split."""
+    """Return the file patterns of each split from any form of `data_files`."""
     files, directory = config.get("data_files"), config.get("data_dir")
     entries = files.items() if isinstance(files, dict) else [("train", files)]
     if isinstance(files, list) and all(isinstance(entry, dict) for entry in files):
@@ -167,6 +213,13 @@ def _patterns(config: Mapping[str, Any]) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for split, paths in entries:
         for path in paths if isinstance(paths, list) else [paths]:
-            if isinstance(path, str) and path and not path.startswith(("/", "..")) and "://" not in path:
-                found.setdefault(str(split), []).append(f"{directory}/{path}" if directory else path)
+            if (
+                isinstance(path, str)
+                and path
+                and not path.startswith(("/", ".."))
+                and "://" not in path
+            ):
+                found.setdefault(str(split), []).append(
+                    f"{directory}/{path}" if directory else path
+                )
     return found

@@ -1,8 +1,8 @@
-"""Rows of any number, tokenised once and kept in an Arrow file that is mapped, not read.
+"""Store tokenised samples once, in an Arrow file that is memory-mapped.
 
-A table lies in a directory of the cache named by a hash of everything that its content depends on. It is written
-beside that place and renamed as a whole, so a table that is there is complete; a lock lets one process write while the
-others wait.
+A table is a directory of the cache, named by a hash of everything that its content depends on. It
+is written under a temporary name and renamed as a whole, so an existing table is complete. A lock
+lets one process write while the others wait.
 """
 
 import json
@@ -44,19 +44,23 @@ _FACTS = "facts.json"
 
 @dataclass(frozen=True, slots=True)
 class TableRow:
-    """input_ids: cut to max_length; empty when the row is dropped. spans: supervised (start, end, weight).
-    full_length: tokens before the cut. digest: of the row's content. source: number of its source."""
+    """One sample as it is written into a table."""
 
+    #: cut to max_length; empty if the sample is dropped
     input_ids: Sequence[int]
+    #: the supervised ranges as (start, end, weight)
     spans: Sequence[tuple[int, int, float]]
+    #: tokens before the cut
     full_length: int
+    #: a hash of the row's content
     digest: int
+    #: the number of its source
     source: int
 
 
 @dataclass(frozen=True, slots=True)
 class _Column:
-    """A list column of one record batch, as two mapped arrays."""
+    """A list column of one record batch, as two memory-mapped arrays."""
 
     offsets: npt.NDArray[np.int32]
     values: npt.NDArray[Any]
@@ -67,23 +71,29 @@ class _Column:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Table:
-    """lengths: tokens kept of each row, 0 where it is dropped. facts: what was written beside the rows.
-    digest: hash of all the rows."""
+    """The samples of a table, mapped into memory, and the facts that were written with them."""
 
+    #: stored tokens of each sample, 0 if it is dropped
     lengths: npt.NDArray[np.int32]
     full_lengths: npt.NDArray[np.int32]
     num_supervised: npt.NDArray[np.int32]
     digests: npt.NDArray[np.uint64]
     sources: npt.NDArray[np.int16]
+    #: a hash of all samples
     digest: str
+    #: what `write` returned when the table was made
     facts: dict[str, Any]
+    #: the first sample of each record batch
     starts: list[int]
+    #: for each record batch its list columns: ids, and starts, ends and weights of the spans
     columns: list[tuple[_Column, ...]]
 
     def row(self, index: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
-        """input_ids [length] and loss_weights [length] of one row, copied out of the map."""
+        """Return input_ids [length] and loss_weights [length] of one sample, copied."""
         number = bisect_right(self.starts, index) - 1
-        ids, starts, ends, weights = (column[index - self.starts[number]] for column in self.columns[number])
+        ids, starts, ends, weights = (
+            column[index - self.starts[number]] for column in self.columns[number]
+        )
         loss_weights = np.zeros(len(ids), np.float32)
         for start, end, weight in zip(starts, ends, weights, strict=True):
             loss_weights[start:end] = weight
@@ -91,9 +101,10 @@ class Table:
 
 
 def cached_table(key: object, write: Callable[["TableWriter"], dict[str, Any]]) -> Table:
-    """The table of `key`, any value that JSON can write; `write` makes it when there is none, and returns its facts.
+    """Return the table of `key`, any value that JSON can represent.
 
-    The cache lies in FITUNE_CACHE, else in the user's cache directory. Raises DataError when it cannot be written.
+    If there is none, `write` writes its samples and returns its facts. The cache is in
+    FITUNE_CACHE, or else in the user's cache directory. Raises DataError if it cannot be written.
     """
     name = blake2b(json.dumps(key, sort_keys=True).encode(), digest_size=16).hexdigest()
     root = Path(os.environ.get("FITUNE_CACHE") or platformdirs.user_cache_path("fitune")) / "data"
@@ -104,9 +115,10 @@ def cached_table(key: object, write: Callable[["TableWriter"], dict[str, Any]]) 
         with filelock.FileLock(root / f"{name}.lock"):
             if (table := _open(root / name)) is not None:
                 return table
-            unfinished = root / f"{name}.unfinished"  # of a process that was killed, or damaged
-            for left in (unfinished, root / name):
-                shutil.rmtree(left, ignore_errors=True)
+            unfinished = root / f"{name}.unfinished"
+            # Left by a process that was killed, or damaged since it was written.
+            for remains in (unfinished, root / name):
+                shutil.rmtree(remains, ignore_errors=True)
             unfinished.mkdir()
             _write(unfinished, write)
             unfinished.rename(root / name)
@@ -120,7 +132,7 @@ def cached_table(key: object, write: Callable[["TableWriter"], dict[str, Any]]) 
 
 
 class TableWriter:
-    """Appends rows to the file of a table, a record batch at a time."""
+    """Appends samples to the file of a table, one record batch at a time."""
 
     def __init__(self, sink: Any) -> None:
         self._sink = sink
@@ -152,10 +164,14 @@ class TableWriter:
 
 
 def _write(directory: Path, write: Callable[[TableWriter], dict[str, Any]]) -> None:
-    with pyarrow.OSFile(str(directory / _ROWS), "wb") as file, pyarrow.ipc.new_file(file, _SCHEMA) as sink:
+    with (
+        pyarrow.OSFile(str(directory / _ROWS), "wb") as file,
+        pyarrow.ipc.new_file(file, _SCHEMA) as sink,
+    ):
         writer = TableWriter(sink)
         facts = write(writer)
-    record = json.loads(json.dumps({"digest": writer.digest, "facts": facts}))  # as it will be read
+    # JSON changes some values (tuples become lists), so the hash is taken of what will be read.
+    record = json.loads(json.dumps({"digest": writer.digest, "facts": facts}))
     hashes = {"rows_hash": _file_hash(directory / _ROWS), "facts_hash": _facts_hash(record)}
     (directory / _FACTS).write_text(json.dumps(record | hashes), encoding="utf-8")
     for name in (_ROWS, _FACTS):
@@ -164,18 +180,30 @@ def _write(directory: Path, write: Callable[[TableWriter], dict[str, Any]]) -> N
 
 
 def _open(directory: Path) -> Table | None:
-    """None when there is no table, or one that is not as it was written: the disk has damaged it, or somebody."""
+    """Return the table in a directory; None if it is missing, or its files are not as written."""
     try:
         record = parse_json((directory / _FACTS).read_text(encoding="utf-8"))
-        if record["facts_hash"] != _facts_hash(record) or record["rows_hash"] != _file_hash(directory / _ROWS):
+        if record["facts_hash"] != _facts_hash(record):
+            return None
+        if record["rows_hash"] != _file_hash(directory / _ROWS):
             return None
         reader = pyarrow.ipc.open_file(pyarrow.memory_map(str(directory / _ROWS)))
         batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
         digest, facts = record["digest"], record["facts"]
-    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, pyarrow.ArrowException):
+    except (
+        FileNotFoundError,
+        NotADirectoryError,
+        ValueError,
+        KeyError,
+        TypeError,
+        pyarrow.ArrowException,
+    ):
         return None
     columns = [
-        tuple(_Column(column.offsets.to_numpy(), column.values.to_numpy()) for column in batch.columns[:4])
+        tuple(
+            _Column(column.offsets.to_numpy(), column.values.to_numpy())
+            for column in batch.columns[:4]
+        )
         for batch in batches
     ]
     return Table(
@@ -197,7 +225,8 @@ def _facts_hash(record: Mapping[str, Any]) -> str:
 
 
 def _file_hash(path: Path) -> str:
-    """As fast as the disk is read, before the rows are used: a flipped bit would be trained on."""
+    # The file is hashed before each use, since a flipped bit would be trained on. It takes no
+    # longer than the disk takes to read the file.
     digest = xxhash.xxh3_128()
     with path.open("rb", buffering=0) as file:
         while piece := file.read(16 * MIB):

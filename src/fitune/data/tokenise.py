@@ -1,9 +1,12 @@
-"""Conversations -> token ids and the ranges of them that are supervised.
+"""Convert conversations into token ids and the ranges of them that are supervised.
 
-A conversation becomes text by the chat template and then ids, without special tokens of the tokenizer's own: the
-template writes them. What the model learns to say is found in the text by the template's own {% generation %} blocks
-where it has some, else by marks around the messages (data/turns.py). A token is supervised when it holds a character of
-what is said and, where it reaches beyond, nothing but white space there: no token of anybody else's words is.
+The chat template makes a text of a conversation; the tokenizer makes ids of it without adding
+special tokens, since the template writes them. The assistant's turns are found in the text by the
+template's own {% generation %} blocks if it has any, else by marks around the messages
+(data/turns.py).
+
+A token is supervised if it contains a character of an assistant's turn and, beyond the turn, only
+white space. A token that contains text of anybody else is never supervised.
 """
 
 import datetime
@@ -11,9 +14,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from fitune.data.chat_template import PROBE, CharSpan, ChatTemplate, TemplateError, merged_system, read_template
+from fitune.data.chat_template import (
+    PROBE,
+    CharSpan,
+    ChatTemplate,
+    TemplateError,
+    merged_system,
+    read_template,
+)
 from fitune.data.formats import Conversation, Message
-from fitune.data.marked import LOST_THOUGHT, NOT_SHOWN, loses_thought, writes_reasoning
+from fitune.data.lost_parts import LOST_THOUGHT, NOT_SHOWN, loses_thought, writes_reasoning
 from fitune.data.template_limits import limited
 from fitune.data.tokenizer_limits import in_time
 from fitune.data.turns import TurnFinder, Turns
@@ -21,30 +31,37 @@ from fitune.errors import DataError, ModelError
 
 Mask = Literal["assistant", "last", "all"]
 MaskKind = Literal["generation markers", "marked messages", "all"]
-Span = tuple[int, int, float]  # first token, token after the last, loss weight
+#: first token, token after the last, loss weight
+Span = tuple[int, int, float]
 
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """One tokenised conversation. spans: the supervised ranges, in order, without overlap, never token 0, which nothing
-    comes before. ends: the tokens that its answers end with. notices: what a person must know of it."""
+    """One tokenised conversation."""
 
     input_ids: list[int]
+    #: the supervised ranges in order, without overlap; never token 0, since no token predicts
+    #: it
     spans: tuple[Span, ...]
+    #: the tokens that its answers end with
     ends: frozenset[str] = frozenset()
+    #: what the user should know about it
     notices: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
 class Encoder:
-    """A tokenizer with everything decided that depends on its template. finder and tool_finder, for rows without and
-    with tools, are None where there is no template: then only plain text can be encoded."""
+    """A tokenizer with all decisions that depend on its chat template."""
 
     tokenizer: Any
+    #: for conversations without tools; None if there is no template, so only plain text can be
+    #: encoded
     finder: TurnFinder | None
+    #: for conversations with tools
     tool_finder: TurnFinder | None
     mask: Mask
     kind: MaskKind
+    #: whether a system message is put at the front of the next user message
     merges_system: bool = False
 
     @property
@@ -52,11 +69,12 @@ class Encoder:
         return None if self.finder is None else self.finder.template
 
     def finder_of(self, chat: Conversation) -> TurnFinder:
-        """Raises DataError where there is none."""
+        """Return the finder for a conversation; raises DataError if there is no template."""
         finder = self.tool_finder if chat.tools else self.finder
         if finder is None:
             raise DataError(
-                "the tokenizer has no chat template, and these samples are conversations: give a Jinja template file "
+                "the tokenizer has no chat template, and these samples are conversations: give a "
+                "Jinja template file "
                 "with data.template, or plain text in 'text'"
             )
         return finder
@@ -70,14 +88,25 @@ def read_encoder(
     merges_system: bool = False,
     date: datetime.date | None = None,
 ) -> Encoder:
-    """template: the path of a Jinja file, None for the tokenizer's own. merges_system: whether a system message becomes
-    the front of the user's next one. date: what a template writes as today's, if it does.
+    """Read the chat template and check that it renders a question and its answer.
 
-    Raises DataError when the file cannot be read or the template cannot render a question and its answer.
+    template: the path of a Jinja file or the name of a template of the tokenizer; None for its own.
+    merges_system: put each system message at the front of the next user message.
+    date: the date that the template writes as today's, if it writes one.
+
+    Raises DataError if the file cannot be read or the template cannot render the question and its
+    answer.
     """
     chosen, for_tools = read_template(tokenizer, template, date=date)
     if chosen is None:
-        return Encoder(tokenizer, None, None, mask, "all" if mask == "all" else "marked messages", merges_system)
+        return Encoder(
+            tokenizer,
+            None,
+            None,
+            mask,
+            "all" if mask == "all" else "marked messages",
+            merges_system,
+        )
     try:
         chosen.render(PROBE)
     except TemplateError as error:
@@ -91,14 +120,16 @@ def read_encoder(
     tool_finder = finder
     if for_tools is not None and for_tools is not chosen:
         tool_finder = TurnFinder(for_tools, special, tokenizer.eos_token)
-    return Encoder(tokenizer, finder, tool_finder, mask, "all" if mask == "all" else kind, merges_system)
+    return Encoder(
+        tokenizer, finder, tool_finder, mask, "all" if mask == "all" else kind, merges_system
+    )
 
 
 def encode(encoder: Encoder, conversations: Sequence[Conversation]) -> list[Encoded | str]:
-    """Each conversation tokenised, or the sentence that says why it cannot be.
+    """Tokenise each conversation; the result is a message where one cannot be tokenised.
 
-    Raises DataError when there are messages but no template or one that goes beyond its bounds, ModelError when the
-    mask needs a fast tokenizer, or the tokenizer takes too long.
+    Raises DataError if there are messages but no template, or the template exceeds its limits.
+    Raises ModelError if the mask needs a fast tokenizer, or the tokenizer takes too long.
     """
     with limited():
         return _encode(encoder, conversations)
@@ -117,7 +148,9 @@ def _encode(encoder: Encoder, conversations: Sequence[Conversation]) -> list[Enc
             except TemplateError as error:
                 results[index] = str(error)
     if found:
-        encoding = _tokenised(encoder.tokenizer, [turns.text for turns in found.values()], add_special_tokens=False)
+        encoding = _tokenised(
+            encoder.tokenizer, [turns.text for turns in found.values()], add_special_tokens=False
+        )
         for place, (index, turns) in enumerate(found.items()):
             ids = encoding["input_ids"][place]
             parts = encoding.encodings[place] if encoder.tokenizer.is_fast else None
@@ -126,9 +159,14 @@ def _encode(encoder: Encoder, conversations: Sequence[Conversation]) -> list[Enc
 
 
 def _find(encoder: Encoder, chat: Conversation) -> Turns:
-    """The text of a conversation and what is said in it. Raises TemplateError with the reason where there is none."""
+    """Render a conversation and find the assistant's turns in the text.
+
+    Raises TemplateError if the template refuses it or the turns cannot be found.
+    """
     finder = encoder.finder_of(chat)
-    messages: Sequence[Message] = merged_system(chat.messages) if encoder.merges_system else chat.messages
+    messages: Sequence[Message] = (
+        merged_system(chat.messages) if encoder.merges_system else chat.messages
+    )
     try:
         messages = finder.template.prepared(messages)
         text, spans = finder.template.render_generation(
@@ -138,7 +176,9 @@ def _find(encoder: Encoder, chat: Conversation) -> Turns:
             marks=finder.template.marks_generation and encoder.mask != "all",
         )
     except TemplateError as error:
-        raise TemplateError(f"the chat template refuses it: {error}{_way_out(encoder, chat)}") from error
+        raise TemplateError(
+            f"the chat template refuses it: {error}{_suggestion(encoder, chat)}"
+        ) from error
     if finder.template.marks_generation and encoder.mask != "all":
         return _generated(chat, finder, text, spans)
     if encoder.mask == "all" and not (messages and messages[-1]["role"] == "assistant"):
@@ -151,9 +191,18 @@ def _find(encoder: Encoder, chat: Conversation) -> Turns:
         raise
 
 
-def _generated(chat: Conversation, finder: TurnFinder, text: str, spans: Sequence[CharSpan]) -> Turns:
-    """The turns are those that the template marks itself. Raises TemplateError where weights have no turns."""
-    ends = [tokens[-1] for first, end in spans[-1:] if (tokens := finder.special.findall(text[first:end]))]
+def _generated(
+    chat: Conversation, finder: TurnFinder, text: str, spans: Sequence[CharSpan]
+) -> Turns:
+    """Return the turns that the template marks by {% generation %} blocks.
+
+    Raises TemplateError if the sample has loss weights for other turns than those.
+    """
+    ends = [
+        tokens[-1]
+        for first, end in spans[-1:]
+        if (tokens := finder.special.findall(text[first:end]))
+    ]
     answers = [message for message in chat.messages if message["role"] == "assistant"]
     num_answers = len(answers)
     if len(spans) != num_answers and any(weight is not None for weight in chat.assistant_weights):
@@ -162,61 +211,78 @@ def _generated(chat: Conversation, finder: TurnFinder, text: str, spans: Sequenc
         )
     if len(spans) != num_answers:
         return Turns(text, tuple(spans), frozenset(ends))
-    kept: list[CharSpan | None] = []
+    shown: list[CharSpan | None] = []
     notices = set()
     for message, (first, end) in zip(answers, spans, strict=True):
-        thought, said = message.get("reasoning_content", "").strip(), text[first:end]
-        loses = loses_thought(message["content"], said)
-        if thought not in said:
+        thought, rendered = message.get("reasoning_content", "").strip(), text[first:end]
+        loses_thinking = loses_thought(message["content"], rendered)
+        if thought not in rendered:
             if writes_reasoning(finder.template.text):
-                loses = True
+                loses_thinking = True
             else:
                 notices.add(NOT_SHOWN.format(what="reasoning_content"))
         calls = [call.get("function") or call for call in message.get("tool_calls", ())]
-        is_mute = any(call["name"] not in said for call in calls)
+        lacks_call = any(call["name"] not in rendered for call in calls)
         is_last = message is answers[-1]
-        if is_mute:
+        if lacks_call:
             notices.add(NOT_SHOWN.format(what="tool_calls"))
-        if loses:
+        if loses_thinking:
             notices.add(NOT_SHOWN.format(what="thinking") if is_last else LOST_THOUGHT)
-        kept.append(None if is_mute or (loses and not is_last) else (first, end))
-    return Turns(text, tuple(kept), frozenset(ends), frozenset(notices))
+        shown.append(None if lacks_call or (loses_thinking and not is_last) else (first, end))
+    return Turns(text, tuple(shown), frozenset(ends), frozenset(notices))
 
 
-def _way_out(encoder: Encoder, chat: Conversation) -> str:
-    """What else could be done with a row that the template refuses, tried before it is said."""
+def _suggestion(encoder: Encoder, chat: Conversation) -> str:
+    """Return what would make the template accept a conversation, or '' if nothing known does.
+
+    It is tried before it is suggested.
+    """
     if encoder.merges_system or not any(message["role"] == "system" for message in chat.messages):
         return ""
     template = encoder.finder_of(chat).template
     try:
         template.render(
-            template.prepared(merged_system(chat.messages)), tools=chat.tools, arguments=chat.template_arguments
+            template.prepared(merged_system(chat.messages)),
+            tools=chat.tools,
+            arguments=chat.template_arguments,
         )
     except TemplateError:
         return ""
     return ". data.system=merge puts the system message at the front of the user's first one, which it takes"
 
 
-def _encoded(encoder: Encoder, chat: Conversation, turns: Turns, ids: list[int], parts: Any) -> Encoded:
+def _encoded(
+    encoder: Encoder, chat: Conversation, turns: Turns, ids: list[int], parts: Any
+) -> Encoded:
+    """Return the ids with the supervised ranges that the mask selects.
+
+    parts: the tokenizers.Encoding of the text; None with a slow tokenizer.
+    """
     if encoder.mask == "all":
         return Encoded(ids, _weighted([(0, len(ids))], [None]), turns.ends, turns.notices)
     weights = chat.assistant_weights
     if len(weights) != len(turns.spans):
         weights = (None,) * len(turns.spans)
-    said = [(span, weight) for span, weight in zip(turns.spans, weights, strict=True) if span is not None]
+    answers = [
+        (span, weight)
+        for span, weight in zip(turns.spans, weights, strict=True)
+        if span is not None
+    ]
     if encoder.mask == "last":
-        said = said[-1:]
-    spans = [span for span, _ in said]
+        answers = answers[-1:]
+    spans = [span for span, _ in answers]
     found = (
         [_tokens_of(parts, turns.text, span) for span in spans]
         if parts is not None
-        else _pieces(encoder, turns.text, spans, ids)
+        else _tokens_of_parts(encoder, turns.text, spans, ids)
     )
-    return Encoded(ids, _weighted(found, [weight for _, weight in said]), turns.ends, turns.notices)
+    return Encoded(
+        ids, _weighted(found, [weight for _, weight in answers]), turns.ends, turns.notices
+    )
 
 
 def _tokens_of(parts: Any, text: str, span: CharSpan) -> tuple[int, int]:
-    """The tokens that hold characters of `span` and, beyond it, white space only."""
+    """Return the range of tokens with characters of `span` and, beyond it, only white space."""
     first_char, end_char = span
     first = last = None
     while first_char < end_char and (first := parts.char_to_token(first_char)) is None:
@@ -226,7 +292,8 @@ def _tokens_of(parts: Any, text: str, span: CharSpan) -> tuple[int, int]:
     if first is None or last is None:
         return 0, 0
     num_tokens = len(parts)
-    while last + 1 < num_tokens:  # a character may be several tokens
+    # A character may be several tokens.
+    while last + 1 < num_tokens:
         start, end = parts.token_to_chars(last + 1)
         if not start < end or start >= end_char:
             break
@@ -238,9 +305,14 @@ def _tokens_of(parts: Any, text: str, span: CharSpan) -> tuple[int, int]:
     return first, last + 1
 
 
-def _pieces(encoder: Encoder, text: str, spans: Sequence[CharSpan], ids: list[int]) -> list[tuple[int, int]]:
-    """For tokenizers that do not say which characters a token is of: the text is cut at the borders of the turns, which
-    must give the same tokens as the whole. Raises ModelError where it does not."""
+def _tokens_of_parts(
+    encoder: Encoder, text: str, spans: Sequence[CharSpan], ids: list[int]
+) -> list[tuple[int, int]]:
+    """Return the ranges of tokens for a tokenizer that does not map characters to tokens.
+
+    The text is cut at the borders of the turns, and the parts are tokenised separately. Raises
+    ModelError if that gives other tokens than the whole text.
+    """
     found, joined, position = [], [], 0
     for first_char, end_char in spans:
         joined += _ids(encoder.tokenizer, [text[position:first_char]], add_special_tokens=False)[0]
@@ -251,14 +323,16 @@ def _pieces(encoder: Encoder, text: str, spans: Sequence[CharSpan], ids: list[in
     joined += _ids(encoder.tokenizer, [text[position:]], add_special_tokens=False)[0]
     if joined != ids:
         raise ModelError(
-            f"the mask by {encoder.kind} needs a fast tokenizer, which {type(encoder.tokenizer).__name__} is not: "
-            "give another tokenizer with model.tokenizer, or train on every token with data.mask=all"
+            f"the mask by {encoder.kind} needs a fast tokenizer, which "
+            f"{type(encoder.tokenizer).__name__} is not: "
+            "give another tokenizer with model.tokenizer, or train on every token with "
+            "data.mask=all"
         )
     return found
 
 
 def _framed(tokenizer: Any, ids: list[int]) -> Encoded:
-    """Plain text as the tokenizer frames it, with its end-of-text token after it; neither that nor the first twice."""
+    """Add the end-of-text token to plain text; neither it nor the first token is doubled."""
     if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:
         ids = ids[1:]
     if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
@@ -269,7 +343,9 @@ def _framed(tokenizer: Any, ids: list[int]) -> Encoded:
 def _ids(tokenizer: Any, texts: list[str], *, add_special_tokens: bool = True) -> list[list[int]]:
     if not texts:
         return []
-    ids: list[list[int]] = _tokenised(tokenizer, texts, add_special_tokens=add_special_tokens)["input_ids"]
+    ids: list[list[int]] = _tokenised(tokenizer, texts, add_special_tokens=add_special_tokens)[
+        "input_ids"
+    ]
     return ids
 
 
@@ -286,7 +362,9 @@ def _tokenised(tokenizer: Any, texts: list[str], *, add_special_tokens: bool) ->
     return in_time(call, num_chars=sum(map(len, texts))) if tokenizer.is_fast else call()
 
 
-def _weighted(turns: Sequence[tuple[int, int]], weights: Sequence[float | None]) -> tuple[Span, ...]:
+def _weighted(
+    turns: Sequence[tuple[int, int]], weights: Sequence[float | None]
+) -> tuple[Span, ...]:
     spans = []
     for (first, end), weight in zip(turns, weights, strict=True):
         weight = 1.0 if weight is None else weight

@@ -1,10 +1,11 @@
-"""The tensors of a sharded run on the disk and back, by torch.distributed.checkpoint.
+"""Save the tensors of a sharded run to disk and read them back, by torch.distributed.checkpoint.
 
-    shards/     the trained parameters, buffers and the optimizer's tensors: a file of each process with what it holds
-    model/      the whole model as transformers or peft read it, gathered by the first process in its host's memory
+    shards/     trained parameters, buffers and optimizer tensors; each process writes its parts
+    model/      the whole model as transformers or peft load it, gathered in the first process's
+                host memory
 
-All processes write at the same time and the training waits. What fails in one of them is a failed save in all. The
-files can be read by another number of processes.
+All processes write at the same time, and training waits for them. If the save fails in one process,
+it fails in all. A different number of processes can read the files.
 """
 
 from collections.abc import Callable, Mapping
@@ -32,27 +33,39 @@ SHARDS = "shards"
 
 @dataclass(frozen=True)
 class ShardedTensors:
-    """What is saved of a commit. tensors: by the names that they have in the checkpoint."""
+    """What one checkpoint of a sharded run saves."""
 
     model: PreTrainedModel | PeftModel
     shards: Shards
+    #: by name in the checkpoint
     tensors: Mapping[str, torch.Tensor]
     optimizer_scalars: dict[str, Any]
 
     @property
     def num_bytes(self) -> int:
-        """Of all processes' files together."""
+        """Return the size of all processes' files together."""
         parameters = list(self.model.parameters())
-        saved = [p for p in parameters if p.requires_grad] if isinstance(self.model, PeftModel) else parameters
+        saved = (
+            [p for p in parameters if p.requires_grad]
+            if isinstance(self.model, PeftModel)
+            else parameters
+        )
         return sum(t.numel() * t.element_size() for t in (*saved, *self.tensors.values()))
 
     def write(self, directory: Path, *, begin: Callable[[], None]) -> dict[str, str]:
-        """Path in the directory -> hash, of the first process's file. begin: makes the directory; done by the first
-        process. All processes call this. Raises RunDirectoryError in all."""
+        """Write the checkpoint; all processes call this.
+
+        Returns the hash of each file that this process wrote, by path in the directory; empty for
+        all but the first process. Raises RunDirectoryError in all processes if one fails.
+
+        begin: creates the directory; called in the first process only.
+        """
         leads = self.shards.peers.rank == 0
         self._agreed(begin if leads else lambda: None)
         state = self._agreed(self._whole_state)
-        hashes = self._agreed(lambda: self._write_model(directory / "model", state) if leads else {})
+        hashes = self._agreed(
+            lambda: self._write_model(directory / "model", state) if leads else {}
+        )
         try:
             save(dict(self.tensors), storage_writer=FileSystemWriter(directory / SHARDS))
         except CheckpointException as error:  # in all processes
@@ -65,13 +78,13 @@ class ShardedTensors:
         return {f"model/{name}": write_tensors(directory / name, tensors)}
 
     def _agreed(self, action: Callable[[], T]) -> T:
-        """Where it fails in one process it fails in all."""
+        """Return action(). If it fails in one process, raise RunDirectoryError in all of them."""
         fault, results = None, []
         try:
             results.append(action())
         except AbortedError:
-            pass  # another one has more to say
-        except Exception as error:  # of whatever kind: the others wait to be told
+            pass  # the process that failed reports the reason
+        except Exception as error:  # of any kind: the others wait for this process's report
             fault = said_of(error)
         faults = [each for each in self.shards.peers.exchange(fault) if each is not None]
         if faults:
@@ -79,8 +92,11 @@ class ShardedTensors:
         return results[0]
 
     def _whole_state(self) -> dict[str, torch.Tensor]:
-        """The model's state dictionary, of adapters their part; nothing but in the first process. One parameter at a
-        time is whole on the device."""
+        """Gather the model's state dictionary in the first process; the others return an empty one.
+
+        For a peft model it holds the trained parameters only. One parameter at a time is whole on
+        the device.
+        """
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
         wholes: dict[int, torch.Tensor] = {}
         state = {}
@@ -91,17 +107,24 @@ class ShardedTensors:
                     continue
                 if id(parameter) not in wholes:
                     whole = self.shards.whole(parameter.detach())
-                    wholes[id(parameter)] = whole.cpu() if self.shards.peers.rank == 0 else whole.new_empty(0)
+                    wholes[id(parameter)] = (
+                        whole.cpu() if self.shards.peers.rank == 0 else whole.new_empty(0)
+                    )
                 state[name] = wholes[id(parameter)]
         return state if self.shards.peers.rank == 0 else {}
 
 
 def read_shards(directory: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Into these tensors, in all processes. Raises RunDirectoryError where one of them is not there."""
+    """Read the shards into these tensors, in all processes.
+
+    Raises RunDirectoryError if one of them is missing.
+    """
     try:
         load(dict(tensors), storage_reader=FileSystemReader(directory))
     except CheckpointException as error:
-        raise RunDirectoryError(f"{directory} does not hold this model and optimizer: {_first(error)}") from error
+        raise RunDirectoryError(
+            f"{directory} does not hold this model and optimizer: {_first(error)}"
+        ) from error
 
 
 def _first(error: CheckpointException) -> str:

@@ -1,12 +1,12 @@
-"""The processes that train one model together, started by torchrun: which one this is, and how they agree.
+"""Start, identify and coordinate the data-parallel processes of one training run (torchrun).
 
-Each has the whole model and the optimizer's state, and a device of its own. They do the same steps and differ only in
-the rows that they compute (data/deal.py). Decisions go through a group on the CPU, gradients through one on the
-devices.
-
-A process that stops says why in place of what it was to give next, so that all stop with its sentence. One that dies
-says nothing: the others find its connections closed. Without torchrun there is one process, `Ranks()`, which exchanges
-with itself; nothing of torch.distributed is then touched.
+Each process has the whole model and optimizer state, and its own device. All do the same steps and
+differ only in the samples that they compute. Decisions are exchanged through a process group on the
+CPU, gradients through one on the devices.
+A process that stops with an error sends that error in place of its next value, so that all
+processes stop with the same message. A process that dies sends nothing: the others notice that its
+connections are closed. Without torchrun there is a single process, `Ranks()`, which exchanges with
+itself and never touches torch.distributed.
 """
 
 import os
@@ -26,22 +26,27 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-#: of the float32 buffer in which the gradients of all cards are summed piece by piece
+#: Size of the float32 buffer through which the gradients of all processes are summed
 BUCKET_BYTES = 32 * MIB
+#: How long to wait for a process that is busy, such as tokenising; one that died is noticed at once
 MOST_WAIT = timedelta(hours=2)
-"""For what another process does meanwhile, such as tokenising; one that died is noticed at once."""
+#: How many elements of each tensor `Ranks.check_same` compares, at most
 SAMPLED_ELEMENTS = 4096
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 class Ranks:
-    """The group of processes. rank: of this one, from 0; the first leads and alone writes. size: how many there are."""
+    """The group of processes, seen from one of them.
+
+    rank: of this process, from 0; rank 0 leads and is the only one that writes files.
+    size: the number of processes.
+    """
 
     def __init__(self, rank: int = 0, size: int = 1) -> None:
         self.rank, self.size = rank, size
         self._group: Any = None
         self._bucket: Tensor | None = None
-        self._heard: BaseException | None = None
+        self._known_error: BaseException | None = None
         self.is_broken = False
 
     @property
@@ -49,45 +54,55 @@ class Ranks:
         return self.rank == 0
 
     def exchange(self, value: T) -> list[T]:
-        """What each process gave, by rank. All processes call this in the same order.
+        """Return the value of each process, by rank. All processes call this in the same order.
 
-        Raises the error that another one stops with, or RestartError where one is gone.
+        Raises the error that another process stops with, or RestartError where one is gone.
         """
         if self.size == 1:
             return [value]
         entries = self._gather((value, None))
         for rank, (_, fault) in enumerate(entries):
             if fault is not None:
-                kind, exit_code, sentence = fault
-                error = kind(f"rank {rank}: {sentence}")
+                kind, exit_code, message = fault
+                error = kind(f"rank {rank}: {message}")
                 error.exit_code = exit_code
-                self._heard = error
+                self._known_error = error
                 raise error
         return [given for given, _ in entries]
 
     def tell(self, error: BaseException) -> bool:
-        """Give this error in place of what is exchanged next, so that the others raise it too. Whether they know of it;
-        an error that one of them told is known already."""
+        """Send this error in place of the next exchanged value, so that the others raise it too.
+
+        Returns whether the others know of the error. An error that came from one of them is not
+        sent.
+        """
         if self.size == 1 or self.is_broken:
             return False
         if not self._is_known(error):
             try:
-                self._gather((None, _fault(error)))
+                self._gather((None, _sendable(error)))
             except RestartError:
                 return False
-            self._heard = error
+            self._known_error = error
         return True
 
     def group(self, device: "torch.device") -> Any:
-        """The group that tensors on this device go through; the same at every call."""
+        """Return the process group for tensors on this device; the same at every call."""
         from torch import distributed
 
         if self._group is None:
-            self._group = distributed.new_group(backend="nccl") if device.type == "cuda" else distributed.group.WORLD
+            self._group = (
+                distributed.new_group(backend="nccl")
+                if device.type == "cuda"
+                else distributed.group.WORLD
+            )
         return self._group
 
     def connect(self, device: "torch.device") -> None:
-        """Make what `sum` needs, before anything else takes its memory."""
+        """Allocate the buffer that `sum` needs and open NCCL's connections.
+
+        This is called before the model and optimizer take the device's memory.
+        """
         if self.size == 1:
             return
         import torch
@@ -96,13 +111,16 @@ class Ranks:
         self._bucket = torch.empty(BUCKET_BYTES // 4, dtype=torch.float32, device=device)
         self.sum([torch.zeros(1, device=device)])  # NCCL connects at its first call
 
-    def vote(self, word: int, *, about: int) -> int:
-        """The largest word that a process gave. about: what they vote on, which must be the same unless one has said
-        a word of 2 or more, and is where it is not expected."""
+    def vote(self, vote: int, *, about: int) -> int:
+        """Return the largest vote of all processes.
+
+        about: what they vote on. It must be the same in all processes, unless one has voted 2 or
+            more: such a process has failed and may be anywhere in its step.
+        """
         import torch
         from torch import distributed
 
-        ballot = torch.tensor([word, about, -about])
+        ballot = torch.tensor([vote, about, -about])
         try:
             distributed.all_reduce(ballot, distributed.ReduceOp.MAX)
         except RuntimeError as error:
@@ -111,13 +129,16 @@ class Ranks:
         if largest < 2 and most != -least:
             self.is_broken = True
             raise RestartError(
-                f"rank {self.rank}: the {self.size} processes no longer compute the same layers: start all of them "
-                "again with fitune train --resume"
+                f"rank {self.rank}: the {self.size} processes no longer compute the same layers: "
+                "start all of them again with fitune train --resume"
             )
         return int(largest)
 
     def sum(self, tensors: "Sequence[Tensor]") -> None:
-        """Each tensor becomes the sum over all processes, formed in float32. Takes no memory."""
+        """Replace each tensor by its sum over all processes, computed in float32.
+
+        The only memory used is the buffer that `connect` has allocated.
+        """
         if self.size == 1:
             return
         import torch
@@ -126,7 +147,7 @@ class Ranks:
         assert self._bucket is not None, "connect() first"
         try:
             with torch.no_grad():
-                for pieces in _fills(tensors, self._bucket.numel()):
+                for pieces in _in_buckets(tensors, self._bucket.numel()):
                     ends = [0]
                     for piece in pieces:
                         ends.append(ends[-1] + piece.numel())
@@ -138,7 +159,10 @@ class Ranks:
             raise self.lost(error) from error
 
     def check_same(self, tensors: "Iterable[Tensor]") -> None:
-        """Raises FituneError where the processes hold other values: a few thousand elements of each are compared."""
+        """Raise FituneError if the processes hold different values.
+
+        Compares at most `SAMPLED_ELEMENTS` elements of each tensor.
+        """
         if self.size == 1:
             return
         digest = blake2b(digest_size=8)
@@ -148,8 +172,8 @@ class Ranks:
             digest.update(sample.float().cpu().numpy().tobytes())
         if len(set(self.exchange(digest.hexdigest()))) > 1:
             raise FituneError(
-                "the processes no longer have the same weights: give all of them the same device, versions and number "
-                "of threads, and go on from the last checkpoint with --resume"
+                "the processes no longer have the same weights: give all of them the same device, "
+                "versions and number of threads, and go on from the last checkpoint with --resume"
             )
 
     def _gather(self, entry: Any) -> list[Any]:
@@ -163,18 +187,22 @@ class Ranks:
         return entries
 
     def lost(self, error: BaseException) -> RestartError:
-        """From now on nothing can be said to the others."""
+        """Return the error to raise after a process closed its connections.
+
+        From then on this process can send nothing to the others.
+        """
         self.is_broken = True
         lost = RestartError(
-            f"rank {self.rank}: another of the {self.size} processes is gone ({' '.join(str(error).split())[:120]}): "
-            "start all of them again with fitune train --resume"
+            f"rank {self.rank}: another of the {self.size} processes is gone "
+            f"({' '.join(str(error).split())[:120]}): start all of them again with fitune train "
+            "--resume"
         )
-        self._heard = lost
+        self._known_error = lost
         return lost
 
     def _is_known(self, error: BaseException | None) -> bool:
         while error is not None:
-            if error is self._heard:
+            if error is self._known_error:
                 return True
             error = error.__cause__
         return False
@@ -182,10 +210,10 @@ class Ranks:
 
 @contextmanager
 def joined() -> Iterator[Ranks]:
-    """The processes that torchrun has started, connected until this ends; one alone without it.
+    """Connect the processes that torchrun has started until the block ends; one without torchrun.
 
-    An error goes to all of them, and rank 0 says it for all. Raises UsageError where torchrun's variables are not whole
-    or this machine has too few cards.
+    An error goes to all processes, and rank 0 reports it for all. Raises UsageError if torchrun's
+    variables are incomplete or this machine has too few GPUs.
     """
     size = _number("WORLD_SIZE", 1)
     if size <= 1:
@@ -203,16 +231,19 @@ def joined() -> Iterator[Ranks]:
             raise silent from error
         raise
     else:
-        distributed.destroy_process_group()  # after an error the end of the process closes the connections, unasked
+        # After an error the connections are closed by the end of the process instead.
+        distributed.destroy_process_group()
 
 
 def _number(name: str, default: int) -> int:
-    """A variable of torchrun; one that is set to nothing is as one that is not set."""
+    """Return a variable of torchrun as a number; `default` if it is unset or empty."""
     text = os.environ.get(name, "").strip()
     if not text:
         return default
     if not text.isdecimal() or len(text) > 9:
-        raise UsageError(f"{name} is {text[:40]!r} and not a whole number: start with torchrun, or unset {name}")
+        raise UsageError(
+            f"{name} is {text[:40]!r} and not a whole number: start with torchrun, or unset {name}"
+        )
     return int(text)
 
 
@@ -221,33 +252,37 @@ def _join(size: int) -> Ranks:
     from torch import distributed
 
     if missing := [name for name in VARIABLES if not os.environ.get(name, "").strip()]:
-        raise UsageError(f"WORLD_SIZE is {size} and {missing[0]} is not set: start with torchrun, or unset WORLD_SIZE")
+        raise UsageError(
+            f"WORLD_SIZE is {size} and {missing[0]} is not set: start with torchrun, or unset WORLD_SIZE"
+        )
     rank = _number("RANK", 0)
     if torch.cuda.is_available():
         local, num_cards = _number("LOCAL_RANK", rank), torch.cuda.device_count()
         if local >= num_cards:
             raise UsageError(
-                f"{local + 1} processes are started here and {num_cards} cards are visible: give torchrun "
-                f"--nproc_per_node {num_cards}"
+                f"{local + 1} processes are started here and {num_cards} cards are visible: give "
+                f"torchrun --nproc_per_node {num_cards}"
             )
         torch.cuda.set_device(local)
     distributed.init_process_group("gloo", rank=rank, world_size=size, timeout=MOST_WAIT)
     return Ranks(rank, size)
 
 
-def _fault(error: BaseException) -> tuple[type[FituneError], int, str]:
+def _sendable(error: BaseException) -> tuple[type[FituneError], int, str]:
+    """Return the error as (class, exit code, message), from which a receiver rebuilds it."""
     if not isinstance(error, FituneError):
         return FituneError, FituneError.exit_code, f"{type(error).__name__}: {error}"
-    kind = UsageError if isinstance(error, ConfigError) else type(error)  # which takes its sentences one by one
+    # ConfigError takes a list of messages instead of one.
+    kind = UsageError if isinstance(error, ConfigError) else type(error)
     return kind, error.exit_code, str(error)
 
 
-def _fills(tensors: "Sequence[Tensor]", room: int) -> "Iterator[list[Tensor]]":
-    """The elements of all tensors, as flat views in lists of at most `room` elements."""
+def _in_buckets(tensors: "Sequence[Tensor]", most_elements: int) -> "Iterator[list[Tensor]]":
+    """Yield lists of flat views that cover all tensors, `most_elements` elements in each list."""
     pieces: list[Tensor] = []
-    left = room
+    left = most_elements
     for tensor in tensors:
-        # in the order of the memory, which is that of the parameter, so the same in all processes
+        # The memory order of a gradient follows its parameter, so it is the same in all processes.
         flat = tensor.as_strided((tensor.numel(),), (1,))
         while flat.numel():
             piece, flat = flat[:left], flat[left:]
@@ -255,6 +290,6 @@ def _fills(tensors: "Sequence[Tensor]", room: int) -> "Iterator[list[Tensor]]":
             left -= piece.numel()
             if left == 0:
                 yield pieces
-                pieces, left = [], room
+                pieces, left = [], most_elements
     if pieces:
         yield pieces

@@ -1,13 +1,18 @@
-"""A model whose parameters, gradients and optimizer state are dealt over several processes (FSDP2, `fully_shard`).
+"""Shard a model over several processes with FSDP2, so that no failure leaves a process waiting.
 
-Each layer is gathered before it is computed, forward and backward, and its gradient is summed and dealt again behind
-it. So the processes meet within every layer, and none may wait there for one that has failed. Therefore
+Each process holds a part of every parameter, gradient and optimizer state (`fully_shard`). A
+layer's parameters are gathered before the layer runs, in forward and in backward, and its gradient
+is reduce-scattered after its backward. So the processes meet in collectives inside of every layer,
+and a process that has run out of memory would leave the others waiting there. Three rules prevent
+that:
 
-announced   before each of these meetings all say on the CPU that they have come this far, and for what. Where one has
-            run out of memory instead, it says so there, and all leave the pass together (`AbortedError`)
-in step     a pass, forward and backward, is begun by all or by none: who has no rows left computes `idle`, which has no
-            target and so a gradient of zeros
-taken back  forward and backward change no parameter. What they left is dropped, and the step is done again
+1. Before each collective all processes vote, on the CPU, that they have reached it. A process that
+   failed votes that it failed, and then all of them leave the forward and backward pass
+   (`AbortedError`).
+2. Either all processes begin a pass (a forward and its backward) or none does. A process that has
+   no samples left computes `idle`, a sample without targets, whose gradient is zero.
+3. Forward and backward change no parameter. After an aborted pass its gradients are dropped, and
+   the step is computed again.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -29,83 +34,101 @@ if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
 
 T = TypeVar("T")
+#: A process's vote: it has reached this collective; it has samples left; it failed and takes part
+#: in no further collective
 HERE, MORE, FAILED = 0, 1, 2
-"""What a process says at a meeting: that it is there; that it has rows left; that it will not come any more."""
 
+#: The epsilon of `torch.nn.utils.clip_grad_norm_`
 CLIP_EPS = 1e-6
-"""That of torch's own clipping."""
 
 
 class AbortedError(Exception):
-    """Another process has left the pass: why, it tells next."""
+    """Raised where another process has left the pass; that process reports its error next."""
 
 
 class ShardPeers(Protocol):
-    """The processes that hold the shards, this one among them."""
+    """The processes that hold the shards, this one included."""
 
     @property
     def rank(self) -> int: ...
 
     def exchange(self, value: T) -> list[T]:
-        """What each process gave, in their order. Raises FituneError where one of them stops instead."""
+        """Return the value of each process, by rank. Raises FituneError where one stops instead."""
         ...
 
-    def vote(self, word: int, *, about: int) -> int:
-        """The largest word of all. Raises FituneError where they are not about the same, unless one has FAILED."""
+    def vote(self, vote: int, *, about: int) -> int:
+        """Return the largest vote of all processes.
+
+        Raises FituneError where they name a different `about`, unless one has voted FAILED.
+        """
         ...
 
     def lost(self, error: BaseException) -> Exception:
-        """The error of a process whose connections are closed."""
+        """Return the error to raise after a process closed its connections."""
         ...
 
     @property
     def is_broken(self) -> bool: ...
 
     def group(self, device: torch.device) -> Any:
-        """The group that tensors on this device go through."""
+        """Return the process group for tensors on this device."""
         ...
 
 
 class Shards:
-    """The processes' agreement on one sharded model, made by `shard_model`."""
+    """A sharded model and what its processes do together; made by `shard_model`."""
 
     def __init__(self, model: nn.Module, peers: ShardPeers, group: Any, *, packed: bool) -> None:
         self.peers = peers
-        self.idle = lay_out([Row(0, np.array([1, 2], np.int32), np.zeros(2, np.float32))], packed=packed)
+        self.idle = lay_out(
+            [Row(0, np.array([1, 2], np.int32), np.zeros(2, np.float32))], packed=packed
+        )
         self._model, self._group = cast("FSDPModule", model), group
         self._on_gradient: Callable[[Tensor], None] | None = None
 
     def run(self, function: Callable[[], T]) -> T:
-        """What the function computes with the model's parts, as the model's own forward: what does not belong to a
-        layer (embedding, last norm, head) is gathered from before it to the end of the backward."""
+        """Return function(), called as if it were the forward of the whole model.
+
+        Parameters outside of the layers (embedding, final norm, head) are gathered before the call
+        and stay gathered until the backward ends.
+        """
         return cast(T, self._model.run_whole(function))  # type: ignore[attr-defined]
 
     def more(self, has_rows: bool) -> bool:
-        """Whether another pass begins, since a process has rows left. Raises AbortedError."""
-        return self._meet(MORE if has_rows else HERE, "pass") == MORE
+        """Return whether another pass begins, as any process has samples left.
+
+        Raises AbortedError.
+        """
+        return self._agree(MORE if has_rows else HERE, "pass") == MORE
 
     def ready(self) -> None:
-        """Every process has come here. Raises AbortedError."""
-        self._meet(HERE, "ready")
+        """Wait until every process gets here. Raises AbortedError."""
+        self._agree(HERE, "ready")
 
     def leave(self) -> None:
-        """This process has failed and comes to no meeting before the others know why."""
+        """Make the others raise AbortedError at their next vote, since this process has failed."""
         if not self.peers.is_broken:
             self.peers.vote(FAILED, about=0)
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Of what is not done again: where it fails in one process it fails in all, with that one's error."""
+        """Make a failure of this block in one process raise that process's error in all of them.
+
+        This is for work that is not repeated after a failure.
+        """
         try:
             with self.announced():
                 yield
         except AbortedError:
-            self.peers.exchange(None)  # raises what the other one tells
+            self.peers.exchange(None)  # raises the error that the failed process reports
             raise
 
     @contextmanager
     def announced(self) -> Iterator[None]:
-        """Its failure is known to all before they leave it: raises AbortedError in the others."""
+        """Make a failure of this block in one process raise AbortedError in the others.
+
+        No process leaves the block before all have finished it.
+        """
         try:
             yield
         except AbortedError:
@@ -116,11 +139,14 @@ class Shards:
         self.ready()
 
     def add_up(self, tensor: Tensor) -> None:
-        """It becomes the sum of all processes' tensors."""
+        """Replace the tensor by the sum of all processes' tensors."""
         self.collective("sum", tensor, lambda: distributed.all_reduce(tensor, group=self._group))
 
     def clip(self, parameters: Sequence[nn.Parameter], most: float) -> Tensor:
-        """As torch's `clip_grad_norm_`: the norm of the whole gradient before it was cut to `most`."""
+        """Clip the gradients of sharded parameters as torch's `clip_grad_norm_` does.
+
+        Returns the norm of the whole gradient before it was clipped to `most`.
+        """
         shards = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
         square = nn.utils.get_total_norm(shards).float().square()
         self.add_up(square)
@@ -129,14 +155,17 @@ class Shards:
         return norm
 
     def whole(self, tensor: Tensor) -> Tensor:
-        """The tensor itself, or what all shards of it make."""
+        """Return the unsharded tensor, gathered from all processes if it is sharded."""
         if not hasattr(tensor, "full_tensor"):
             return tensor
         return cast(Tensor, self.collective("whole", tensor, tensor.full_tensor))
 
     def collective(self, kind: str, tensor: Tensor, action: Callable[[], object]) -> Any:
-        """A meeting on the device, announced. Raises AbortedError, and RestartError where a process is gone."""
-        self._meet(HERE, f"{kind} {tensor.numel()}")
+        """Run a collective after all processes have agreed to.
+
+        Raises AbortedError where another process failed, and RestartError where one is gone.
+        """
+        self._agree(HERE, f"{kind} {tensor.numel()}")
         try:
             return action()
         except RuntimeError as error:
@@ -145,18 +174,23 @@ class Shards:
             raise self.peers.lost(error) from error
 
     def take_back(self) -> None:
-        """What an aborted pass left: gathered parameters, gradients, and where FSDP thinks it stands."""
-        self._drop_gradients()  # of the parameters that are gathered now
+        """Drop what an aborted pass left.
+
+        That is the gathered parameters, the gradients and FSDP's record of its progress.
+        """
+        # Before the reset the model's parameters are the gathered ones, after it the shards; both
+        # can have gradients.
+        self._drop_gradients()
         self._model.reset_iter_state()
         self._drop_gradients()
 
     def rest(self) -> None:
-        """After forwards without a backward: nothing stays gathered."""
+        """Free the gathered parameters after forwards that had no backward."""
         self._model.reshard()
 
     @contextmanager
     def reading(self, on_gradient: Callable[[Tensor], None]) -> Iterator[None]:
-        """Within it the function sees this process's own gradients, layer by layer and flat, before they are summed."""
+        """Call `on_gradient` with each layer's flat local gradient, before the processes sum it."""
         self._on_gradient = on_gradient
         try:
             yield
@@ -167,8 +201,8 @@ class Shards:
         if self._on_gradient is not None:
             self._on_gradient(gradient)
 
-    def _meet(self, word: int, what: str) -> int:
-        largest = self.peers.vote(word, about=crc32(what.encode()))
+    def _agree(self, vote: int, what: str) -> int:
+        largest = self.peers.vote(vote, about=crc32(what.encode()))
         if largest == FAILED:
             raise AbortedError(what)
         return largest
@@ -178,11 +212,21 @@ class Shards:
             parameter.grad = None
 
 
-def shard_model(model: nn.Module, peers: ShardPeers, *, device: torch.device, packed: bool) -> Shards:
-    """Deal the parameters, layer by layer, and put the shards on `device`. The model may be in the host's memory until
-    then. Gradients are summed in float32 and never divided. Raises ModelError for a model that this does not fit."""
+def shard_model(
+    model: nn.Module, peers: ShardPeers, *, device: torch.device, packed: bool
+) -> Shards:
+    """Shard the parameters layer by layer, and put the shards on `device`.
+
+    The model may be in host memory until then. Gradients are summed in float32 and never divided by
+    the number of processes. Raises ModelError for a model that cannot be sharded.
+    """
     from torch.distributed.device_mesh import DeviceMesh  # not in every build of torch
-    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+    from torch.distributed.fsdp import (
+        FSDPModule,
+        MixedPrecisionPolicy,
+        fully_shard,
+        register_fsdp_forward_method,
+    )
 
     from fitune.distributed.announced import AnnouncedGather, AnnouncedReduction
 
@@ -190,28 +234,35 @@ def shard_model(model: nn.Module, peers: ShardPeers, *, device: torch.device, pa
     dtypes = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
     if len(dtypes) > 1:
         listed = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
-        raise ModelError(f"model.shard=full needs trained parameters of one type and this model has {listed}")
+        raise ModelError(
+            f"model.shard=full needs trained parameters of one type and this model has {listed}"
+        )
     group = peers.group(device)
     mesh = DeviceMesh.from_group(group, device.type)
-    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)  # what is computed in which format, autocast decides
+    # Autocast, not FSDP, decides which operation computes in which dtype.
+    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
     for part in (*layers, model):
         fully_shard(part, mesh=mesh, mp_policy=policy)
     shards = Shards(model, peers, group, packed=packed)
-    gather, reduction = AnnouncedGather(shards.collective), AnnouncedReduction(shards.collective, shards.read)
+    gather, reduction = (
+        AnnouncedGather(shards.collective),
+        AnnouncedReduction(shards.collective, shards.read),
+    )
     for part in (*layers, model):
         assert isinstance(part, FSDPModule)
         part.set_custom_all_gather(gather)
         part.set_custom_reduce_scatter(reduction)
         part.set_gradient_divide_factor(1.0)
         part.set_force_sum_reduction_for_comms(True)
-        part.set_reduce_scatter_unused_params(True, recurse=False)  # an expert that saw no token here
+        # An expert may get tokens in one process and none in another, which then has no gradient.
+        part.set_reduce_scatter_unused_params(True, recurse=False)
     model.run_whole = lambda function: function()  # type: ignore[assignment]
     register_fsdp_forward_method(model, "run_whole")
     return shards
 
 
 def dealt_layers(model: nn.Module) -> list[nn.Module]:
-    """Which are gathered one by one. Raises ModelError where there are none."""
+    """Return the layers that are gathered one at a time. Raises ModelError where there are none."""
     layers: list[nn.Module] = list(recomputable_layers(model))
     if not layers:
         raise ModelError(
@@ -221,17 +272,23 @@ def dealt_layers(model: nn.Module) -> list[nn.Module]:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This process's part of a sharded tensor; any other tensor itself."""
+    """Return this process's part of a sharded tensor, or any other tensor itself."""
     return cast(Tensor, tensor.to_local()) if hasattr(tensor, "to_local") else tensor
 
 
 def check_torch() -> None:
-    """Raises ConfigError where this torch cannot take an aborted pass back."""
+    """Raise ConfigError if this torch cannot reset FSDP after an aborted pass."""
     try:
         from torch.distributed.fsdp import FSDPModule
     except ImportError as error:
-        raise ConfigError(["model.shard=full needs a torch that is built with torch.distributed: drop it"]) from error
-    if not hasattr(FSDPModule, "reset_iter_state") or not hasattr(FSDPModule, "set_reduce_scatter_unused_params"):
         raise ConfigError(
-            [f"model.shard=full needs a newer torch than {torch.__version__}: pip install -U torch, or drop it"]
+            ["model.shard=full needs a torch that is built with torch.distributed: drop it"]
+        ) from error
+    if not hasattr(FSDPModule, "reset_iter_state") or not hasattr(
+        FSDPModule, "set_reduce_scatter_unused_params"
+    ):
+        raise ConfigError(
+            [
+                f"model.shard=full needs a newer torch than {torch.__version__}: pip install -U torch, or drop it"
+            ]
         )

@@ -1,8 +1,9 @@
-"""Sums the gradients of several processes that each compute their own samples of a batch.
+"""Sum the gradients of several processes that each compute their own samples of a batch.
 
-Each process divides its losses by the weight N of the whole batch, and may have had to leave samples out, which the
-others do not know until they meet. So they exchange a report first, correct N, and then sum gradients in float32. From
-there on every process does the same.
+Each process divides its losses by the weight N of the whole batch. A process may have to leave
+samples out, which the others learn only at the end of the step. So the processes exchange a report
+first, correct N, and then sum the gradients in float32. After that all processes have the same
+gradients.
 """
 
 from collections.abc import Sequence
@@ -18,14 +19,14 @@ _ROUNDING = 1e-9
 
 
 class ExchangePeers(Protocol):
-    """The processes of a step, this one among them."""
+    """The processes of a step, this one included."""
 
     def exchange(self, value: T) -> list[T]:
-        """Return what each process gave, in their order. Raises FituneError where one of them stops instead."""
+        """Return the value of each process, by rank. Raises FituneError where one stops instead."""
         ...
 
     def sum(self, tensors: Sequence[Tensor]) -> None:
-        """Replace each tensor by the sum of all processes' tensors in its place, computed in float32.
+        """Replace each tensor by its sum over all processes, computed in float32.
 
         Raises RestartError where a process is lost.
         """
@@ -34,52 +35,61 @@ class ExchangePeers(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """What a process has computed in a step, or what all have computed together."""
+    """What one process has computed in a step, or all of them together."""
 
-    #: the row ids of each micro-batch; those of several processes one after another, with an empty one between them
+    #: the row ids of each micro-batch; those of several processes one after another, with an empty
+    #: tuple between two processes
     plan: tuple[tuple[int, ...], ...]
-    #: of each micro-batch
+    #: the loss of each micro-batch
     losses: tuple[float, ...]
-    #: of each micro-batch, as `NormRecorder` has them
+    #: the squared gradient norm of each micro-batch, as `NormRecorder` records it
     norms: tuple[float, ...]
+    #: the loss weight of each micro-batch
     weights: tuple[float, ...]
-    #: samples newly left out, and their loss weight
+    #: row ids of the samples that were newly left out
     left_out: tuple[int, ...]
+    #: the loss weight of those samples
     lost_weight: float
-    #: places of the trained parameters that have no gradient
+    #: indices of the trained parameters that have no gradient
     missing: tuple[int, ...]
-    #: by process: what saves memory there
+    #: for each process, the names of the fallbacks that save memory there
     fallbacks: tuple[tuple[str, ...], ...]
 
 
 def remaining_weight(loss_weight: float, lost_weight: float) -> float:
-    """Return N without the samples that were left out; 0 where nothing is left."""
+    """Return N without the samples that were left out; 0 if no sample remains."""
     left = loss_weight - lost_weight
     return left if left > _ROUNDING * loss_weight else 0.0
 
 
-def sum_gradients(own: StepReport, gradients: Sequence[Tensor], peers: ExchangePeers, loss_weight: float) -> StepReport:
-    """Sum the gradients of all processes in place, and return what all have reported.
+def sum_gradients(
+    own: StepReport, gradients: Sequence[Tensor], peers: ExchangePeers, loss_weight: float
+) -> StepReport:
+    """Sum the gradients of all processes in place, and return all processes' reports as one.
 
-    loss_weight: of the whole batch. Where no target is left, gradients stay as they are. gradients: empty where they
-    are summed already, as those of a sharded model are.
+    loss_weight: of the whole batch, left-out samples included. If no target remains, the gradients
+        stay as they are.
+    gradients: empty if they are summed already, as those of a sharded model are.
     """
     reports = peers.exchange(own)
     left = remaining_weight(loss_weight, sum(each.lost_weight for each in reports))
     if left == 0:
-        return _together(reports, [1.0] * len(reports))
-    # each process has divided by N without its own lost samples only
+        return _combined(reports, [1.0] * len(reports))
+    # Each process has divided by N without its own left-out samples, but with those of the others.
     factors = [remaining_weight(loss_weight, each.lost_weight) / left for each in reports]
     own_factor = remaining_weight(loss_weight, own.lost_weight) / left
     if own_factor != 1:
         torch._foreach_mul_(list(gradients), own_factor)
     if gradients:
         peers.sum(gradients)
-    return _together(reports, factors)
+    return _combined(reports, factors)
 
 
-def _together(reports: Sequence[StepReport], factors: Sequence[float]) -> StepReport:
-    """factors: what each process's gradients were multiplied by; norms are squares."""
+def _combined(reports: Sequence[StepReport], factors: Sequence[float]) -> StepReport:
+    """Return one report of all processes, with losses and norms scaled to the corrected N.
+
+    factors: what each process's gradients were multiplied by. The norms are squares.
+    """
     plan = reports[0].plan
     for each in reports[1:]:
         plan = (*plan, (), *each.plan)

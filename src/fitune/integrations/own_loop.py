@@ -1,9 +1,12 @@
-"""The safe step for a training loop that is not fitune's: in the place of forward, backward, clipping and update."""
+"""Gives a training loop that is not fitune's an optimizer step that survives running out of memory.
+
+`SafeStep` takes the place of forward, backward, clipping and update in such a loop.
+"""
 
 import inspect
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fitune.boundary import bounded
 from fitune.errors import UsageError
+from fitune.integrations.rows import Samples, most_different_samples, without_targets
 from fitune.language import translated
 from fitune.machine.out_of_memory import memory_failure, release_memory, try_twice
 from fitune.recovery.divisibility import ProbeSamples, Verdict, check_model
@@ -23,69 +27,75 @@ from fitune.step.optimizer_state import create_state
 from fitune.step.progress import Work
 
 Tensors = Mapping[str, Tensor]
+#: loss(model, samples, num_targets) returns the sum of the samples' target losses / num_targets
 Loss = Callable[[nn.Module, Tensors, float], Tensor]
-"""loss(model, rows, num_targets): the sum of these rows' target losses, divided by num_targets."""
 
 
 @dataclass(frozen=True)
-class _Part:
-    """Some rows of a batch. num_positions: elements of its first tensor."""
+class _Part(Samples):
+    """Some samples of a batch, weighted by their number of targets."""
 
-    rows: tuple[int, ...]
-    tensors: Tensors
-    loss_weight: float
+    count_targets: Callable[[Tensors], float]
+    loss_weight: float = field(init=False)
 
-    @property
-    def row_ids(self) -> tuple[int, ...]:
-        return self.rows
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "loss_weight", float(self.count_targets(self.tensors)))
 
     @property
     def num_positions(self) -> int:
-        return next(iter(self.tensors.values())).numel()
+        """The number of elements of the first tensor."""
+        first: Tensor = next(iter(self.tensors.values()))
+        return first.numel()
 
 
 @dataclass
 class SafeStep:
-    """One optimizer step on one batch that running out of memory neither changes nor ends.
+    """An optimizer step on one batch that running out of memory neither changes nor ends.
 
         safe_step = fitune.SafeStep(model, optimizer)
         for batch in loader:
             safe_step(batch)
 
-    A batch is a mapping of tensors whose first dimension is its rows. It is computed whole if it fits, else in as many
-    parts as needed, with the gradient of the whole. loss: as `Loss`; the model's own, as transformers computes it with
-    num_items_in_batch, where left out. num_targets: of rows; the labels[:, 1:] that are not -100 where left out. clip:
-    the largest gradient norm, 0 for none. commit: see `StepSettings`. most_rows: of a part, where the whole batch shall
-    not be tried.
+    A batch is a mapping of tensors whose first dimension is the samples. SafeStep computes it
+    whole if it fits, else in as many parts as needed, and the parts' gradients add up to the
+    gradient of the whole batch.
 
-    The first call with two rows to learn from looks at them whether the loss may be computed in parts, and warns where
-    it may not (`verdict`). Raises OutOfMemoryError where one row alone does not fit; nothing is changed then. Raises
-    UsageError for a model, optimizer or batch that cannot be done again in parts. What the model, the loss or
-    num_targets raise comes through as it is.
+    The first call that gets two samples with targets checks on them whether the loss may be
+    computed in parts, and warns if it may not (see `verdict`). Raises OutOfMemoryError where one
+    sample alone does not fit; nothing is changed then. Raises UsageError for a model, optimizer
+    or batch that cannot be computed again in parts. An exception raised by the model, by `loss`
+    or by `num_targets` passes through unchanged.
     """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
+    #: see `Loss`; None for the model's own, which transformers computes with num_items_in_batch
     loss: Loss | None = None
+    #: counts the targets of some samples; None counts the labels[:, 1:] that are not -100
     num_targets: Callable[[Tensors], float] | None = None
+    #: the largest gradient norm, 0 for no clipping
     clip: float = 1.0
+    #: see `StepSettings.commit`
     commit: bool = False
+    #: the most samples that a part may have; None tries the whole batch first
     most_rows: int | None = None
     scaler: torch.amp.GradScaler | None = None
     seed: int = 0
+    #: whether the loss may be computed in parts; None until two samples were checked
     verdict: Verdict | None = field(default=None, init=False)
+    #: the number of calls so far
     steps: int = field(default=0, init=False)
 
     @bounded("fitune.SafeStep", calls_back=True)
     def __post_init__(self) -> None:
-        self._refuse_what_cannot_be_done_again()
-        work = Work(
+        self._refuse_what_cannot_be_repeated()
+        work: Work[_Part] = Work(
             model=self.model,
             optimizer=self.optimizer,
             scaler=self.scaler,
             loss_share=self._loss_share,
-            split=self._split,
-            without=self._without,
+            split=_Part.split,
+            without=_Part.without,
             clip=self.clip,
             commit=self.commit,
         )
@@ -96,21 +106,28 @@ class SafeStep:
 
     @bounded("fitune.SafeStep", calls_back=True)
     def __call__(self, batch: Mapping[str, Any]) -> SafeResult:
-        """`.grad` is None before and after. A learning rate schedule is the caller's, after each call."""
+        """Compute the gradients of the batch and update the model.
+
+        Every `.grad` is None before and after. The caller steps a learning rate schedule itself,
+        after each call.
+        """
         self._drop_gradients()
         device, num_rows = self._protection.device, _num_rows(batch)
-        whole = self._part(tuple(range(num_rows)), {name: value.to(device) for name, value in batch.items()})
+        tensors = {name: value.to(device) for name, value in batch.items()}
+        whole = _Part(tuple(range(num_rows)), tensors, self.num_targets or _num_labels)
         if self._memory is None:
-            try_twice(lambda: create_state(self.optimizer), device=device, what="the optimizer's state")
+            try_twice(
+                lambda: create_state(self.optimizer), device=device, what="the optimizer's state"
+            )
             self._memory = MemoryModel(planned=1)
         if self.verdict is None:
-            self.verdict = self._checked(whole)
+            self.verdict = self._check_if_it_fits(whole)
         self.steps += 1
         row_positions = whole.num_positions // num_rows
         result = fitted_step(
             self._memory,
             self._protection,
-            lambda most_positions: self._split(whole, most_positions),
+            whole.split,
             step=self.steps,
             most_positions=row_positions * min(self.most_rows or num_rows, num_rows),
             row_positions=row_positions,
@@ -121,8 +138,14 @@ class SafeStep:
     def _loss_share(self, part: _Part, weight: float) -> Tensor:
         loss = (self.loss or _own_loss)(self.model, part.tensors, weight)
         if not isinstance(loss, Tensor) or loss.numel() != 1:
-            found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
-            raise UsageError(f"the loss of SafeStep is {found}: return a tensor of one element, with its graph")
+            found = (
+                f"a tensor of shape {tuple(loss.shape)}"
+                if isinstance(loss, Tensor)
+                else f"a {type(loss).__name__}"
+            )
+            raise UsageError(
+                f"the loss of SafeStep is {found}: return a tensor of one element, with its graph"
+            )
         if torch.is_grad_enabled() and not loss.requires_grad:
             raise UsageError(
                 "the loss of SafeStep leads to no parameter that is trained: compute it without detach(), .item() and "
@@ -131,19 +154,27 @@ class SafeStep:
         return loss
 
     def _drop_gradients(self) -> None:
-        """Also those that the optimizer does not know, or that another backward has left."""
+        # of the model, not of the optimizer: another backward may have left gradients in
+        # parameters that the optimizer does not update
         self.model.zero_grad(set_to_none=True)
 
-    def _refuse_what_cannot_be_done_again(self) -> None:
+    def _refuse_what_cannot_be_repeated(self) -> None:
+        """Raise UsageError for a model or optimizer whose step cannot be computed again."""
         if isinstance(self.model, DistributedDataParallel):
             raise UsageError(
                 "SafeStep got a DistributedDataParallel, whose processes wait for each other in every backward, so "
                 "that none can repeat one alone: use `torchrun -m fitune train`, or its .module in one process"
             )
         if isinstance(self.optimizer, torch.optim.LBFGS):
-            raise UsageError("SafeStep got LBFGS, which computes the loss several times in an update: use AdamW or SGD")
+            raise UsageError(
+                "SafeStep got LBFGS, which computes the loss several times in an update: use AdamW or SGD"
+            )
         known = {id(parameter) for parameter in self.model.parameters()}
-        others = sum(id(each) not in known for group in self.optimizer.param_groups for each in group["params"])
+        others = sum(
+            id(each) not in known
+            for group in self.optimizer.param_groups
+            for each in group["params"]
+        )
         if others:
             raise UsageError(
                 f"the optimizer trains {others} parameters that are not the model's, whose gradients SafeStep could "
@@ -158,28 +189,8 @@ class SafeStep:
                 "give SafeStep loss=f, where f(model, samples, num_targets) is the sum of their losses over num_targets"
             )
 
-    def _part(self, rows: tuple[int, ...], tensors: Tensors) -> _Part:
-        return _Part(rows, tensors, float((self.num_targets or _num_labels)(tensors)))
-
-    def _take(self, part: _Part, places: Sequence[int]) -> _Part:
-        return self._part(
-            tuple(part.rows[place] for place in places),
-            {name: value[list(places)] for name, value in part.tensors.items()},
-        )
-
-    def _split(self, part: _Part, most_positions: int) -> list[_Part]:
-        at_once = max(most_positions * len(part.rows) // part.num_positions, 1)
-        places = range(len(part.rows))
-        if at_once >= len(places):
-            return [part]
-        return [self._take(part, places[first : first + at_once]) for first in range(0, len(places), at_once)]
-
-    def _without(self, part: _Part, row_ids: Collection[int]) -> _Part | None:
-        kept = [place for place, row in enumerate(part.rows) if row not in row_ids]
-        return self._take(part, kept) if kept else None
-
-    def _checked(self, whole: _Part) -> Verdict | None:
-        """None where it has still to be found out: two rows at once may not fit where one does."""
+    def _check_if_it_fits(self, whole: _Part) -> Verdict | None:
+        """Return what `_check` returns, or None where two samples at once do not fit."""
         try:
             return self._check(whole)
         except Exception as error:
@@ -190,17 +201,20 @@ class SafeStep:
         return None
 
     def _check(self, whole: _Part) -> Verdict | None:
-        """Of the two rows that differ most in their number of targets; None where there are no two with targets."""
-        rows = sorted((self._take(whole, [place]) for place in range(len(whole.rows))), key=lambda row: row.loss_weight)
-        rows = [row for row in rows if row.loss_weight]
-        if len(rows) < 2:
+        """Check on two samples whether the loss may be computed in parts.
+
+        Takes the two that differ most in their number of targets. Returns None where fewer than
+        two samples have targets. Warns where the loss may not be computed in parts.
+        """
+        chosen = most_different_samples(whole, lambda part: part.loss_weight)
+        if chosen is None:
             return None
-        first, second = rows[0], rows[-1]
-        both = self._take(whole, [whole.rows.index(part.rows[0]) for part in (first, second)])
+        both, first, second = chosen
         masked = None
         if self.loss is None:
-            empty = {**first.tensors, "labels": torch.full_like(first.tensors["labels"], -100)}
-            masked = _Part(first.rows, empty, 0.0)
+            masked = replace(
+                first, tensors=without_targets(first.tensors), count_targets=lambda _: 0.0
+            )
         verdict = check_model(
             self.model,
             self._protection.work.loss_share,
@@ -213,7 +227,7 @@ class SafeStep:
 
 
 def _num_rows(batch: Mapping[str, Any]) -> int:
-    """Raises UsageError for what has no rows that can be taken apart."""
+    """Return the number of samples. Raises UsageError for a batch that has no samples to split."""
     if not isinstance(batch, Mapping):
         raise UsageError(
             f"a batch of SafeStep is a mapping of names to tensors, and this is a {type(batch).__name__}: give names, "
@@ -237,8 +251,9 @@ def _num_rows(batch: Mapping[str, Any]) -> int:
     return num_rows
 
 
-def _own_loss(model: nn.Module, rows: Tensors, num_targets: float) -> Tensor:
-    output = model(**rows, num_items_in_batch=num_targets)
+def _own_loss(model: nn.Module, samples: Tensors, num_targets: float) -> Tensor:
+    """Return the loss that a model of transformers computes itself, see `Loss`."""
+    output = model(**samples, num_items_in_batch=num_targets)
     loss = getattr(output, "loss", None)
     if not isinstance(loss, Tensor):
         raise UsageError(
@@ -248,9 +263,11 @@ def _own_loss(model: nn.Module, rows: Tensors, num_targets: float) -> Tensor:
     return loss
 
 
-def _num_labels(rows: Tensors) -> float:
-    labels = rows.get("labels")
+def _num_labels(samples: Tensors) -> float:
+    labels = samples.get("labels")
     if labels is None or labels.dim() < 2:
         shape = "has no labels" if labels is None else "has labels of one dimension"
-        raise UsageError(f"the batch {shape}, so its targets cannot be counted: give SafeStep num_targets=f(samples)")
+        raise UsageError(
+            f"the batch {shape}, so its targets cannot be counted: give SafeStep num_targets=f(samples)"
+        )
     return float((labels[:, 1:] != -100).sum())

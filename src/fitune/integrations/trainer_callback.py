@@ -1,11 +1,13 @@
-"""A callback that keeps a run directory of a Trainer's run, which `fitune watch`, `compare` and `report` read.
+"""Writes a run directory for a Trainer's run, which `fitune watch`, `compare` and `report` read.
 
-    metrics.jsonl            a line at each log of the Trainer, with the gradient noise, and at each evaluation
-    memory.jsonl             memory, card and machine twice a second, by a thread beside the training
-    events.jsonl             alarms: little memory left, other processes, a leak, a loss that jumps
-    peak.json, summary.json  the prediction, where one was given, beside what was measured
+    metrics.jsonl   a line at each log of the Trainer (with the gradient noise) and each evaluation
+    memory.jsonl    memory, card and machine twice a second, written by a thread of its own
+    events.jsonl    alarms: little memory left, other processes, a leak, a loss that jumps
+    peak.json       the prediction, if one was given
+    summary.json    what was measured, and the predicted peaks
 
-It reads and never writes what the Trainer computes with: the run is the same, bit for bit, as without it.
+The callback reads what the Trainer computes with and never changes it: the run's results are the
+same, bit for bit, as without the callback.
 """
 
 import logging
@@ -16,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from fitune.allocator.prediction import Prediction, peak_json
 from fitune.batch_size.noise import (
@@ -38,7 +40,9 @@ from fitune.watch.monitor import Monitor, MonitorSettings
 
 log = logging.getLogger(__name__)
 
+#: how long the end of training waits for a file system that refuses writes
 LAST_WRITE_SECONDS = 20.0
+#: the Trainer's name of each setting that an alarm names as fitune's configuration does
 TRAINERS_NAMES = {
     "batch.micro_tokens or batch.micro": "per_device_train_batch_size",
     "batch.micro_tokens": "per_device_train_batch_size",
@@ -46,16 +50,21 @@ TRAINERS_NAMES = {
     "optim.clip": "max_grad_norm",
     "optim.lr": "learning_rate",
 }
-"""Of what the alarms name as fitune's configuration does."""
 
 
 class FituneCallback(TrainerCallback):  # type: ignore[misc]
-    """`trainer.add_callback(FituneCallback("runs", "first"))`, or among the Trainer's `callbacks`.
+    """A Trainer callback that writes a run directory.
 
-    output, name: where the run is kept; a name that ends in '-' is numbered. overwrite: an earlier run of that name.
-    prediction: of `predict_trainer`, to stand beside what is measured. Raises RunDirectoryError when training begins,
-    where the directory exists or cannot be written. The noise is read on one device; of several the first alone keeps
-    the run. Where training ends in an error, `close()` ends the thread that watches memory.
+        trainer.add_callback(FituneCallback("runs", "first"))
+
+    output, name: the run directory is `output`/`name`; a name that ends in '-' gets a number.
+    overwrite: whether an earlier run of that name is replaced.
+    prediction: the result of `predict_trainer`, stored for comparison with the measured memory.
+
+    When training begins, RunDirectoryError is raised if the directory exists or cannot be
+    written. The gradient noise is measured only if training uses one device. With several
+    processes, only the first writes the run. After training that ended in an error, call
+    `close()` to end the thread that watches memory.
     """
 
     def __init__(
@@ -75,7 +84,9 @@ class FituneCallback(TrainerCallback):  # type: ignore[misc]
         self._is_open = False
         self._open.close()
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
+    ) -> None:
         self.close()
         if not state.is_world_process_zero:
             return
@@ -90,10 +101,14 @@ class FituneCallback(TrainerCallback):  # type: ignore[misc]
         self._device = args.device
         parameters = list(model.parameters())
         held = program_bytes(self._device)
-        self._program_bytes = None if held is None else max(held - sum(each.nbytes for each in parameters), 0)
-        settings = self._monitor_settings(args, sum(each.nbytes for each in parameters if each.requires_grad))
+        self._program_bytes = (
+            None if held is None else max(held - sum(each.nbytes for each in parameters), 0)
+        )
+        settings = self._monitor_settings(
+            args, sum(each.nbytes for each in parameters if each.requires_grad)
+        )
         self._monitor = self._open.enter_context(
-            Monitor(self.run, model, optimizer, settings=settings, tell=log.warning)
+            Monitor(self.run, model, optimizer, settings=settings, notify=log.warning)
         )
         reset_peak(self._device)
         self._began = self._logged = time.perf_counter()
@@ -104,14 +119,18 @@ class FituneCallback(TrainerCallback):  # type: ignore[misc]
         predicted = self._prediction
         self._summary = Summary(
             total_steps=state.max_steps if state.max_steps > 0 else None,
-            effective_batch=args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+            effective_batch=args.train_batch_size
+            * args.gradient_accumulation_steps
+            * args.world_size,
             predicted_allocated_bytes=None if predicted is None else predicted.peak_allocated_bytes,
             predicted_reserved_bytes=None if predicted is None else predicted.peak_reserved_bytes,
         )
         self._write_summary()
         self._is_open = True
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
+    ) -> None:
         if not self._is_open:
             return
         seen = self._reader.take()
@@ -123,24 +142,39 @@ class FituneCallback(TrainerCallback):  # type: ignore[misc]
         half_life = step_tokens * max(HALF_LIFE_FRACTION * state.max_steps, FEWEST_HALF_LIFE_STEPS)
         beta1 = objects["optimizer"].param_groups[0].get("betas", (0.0,))[0]
         clip = args.max_grad_norm or 0.0
-        self._noise = observe(self._noise, seen.norms, half_life_tokens=half_life, beta1=beta1, clip=clip)
-        self._preconditioned = observe_preconditioned(self._preconditioned, seen.norms, half_life_tokens=half_life)
+        self._noise = observe(
+            self._noise, seen.norms, half_life_tokens=half_life, beta1=beta1, clip=clip
+        )
+        self._preconditioned = observe_preconditioned(
+            self._preconditioned, seen.norms, half_life_tokens=half_life
+        )
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
+    ) -> None:
         if not self._is_open:
             return
         self._peak = larger_peak(self._peak, read_peak(self._device).beside(self._program_bytes))
         self._monitor.reached(state.global_step, progress=_progress(state))
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **objects: Any) -> None:
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **objects: Any,
+    ) -> None:
         if not self._is_open or logs is None:
             return
         if "eval_loss" in logs:
-            self._evaluated(state.global_step, logs)
+            self._log_evaluation(state.global_step, logs)
         if "loss" in logs and state.global_step > self._logged_step:
             self._log_step(state, logs)
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
+    ) -> None:
         if not self._is_open:
             return
         self._summary = replace(self._summary, status="finished")
@@ -149,8 +183,11 @@ class FituneCallback(TrainerCallback):  # type: ignore[misc]
             log.warning(lost)
         self.close()
 
-    def _log_step(self, state: Any, logs: dict[str, Any]) -> None:
-        """loss: the Trainer's, the mean over the steps since its last log, as are tokens and seconds."""
+    def _log_step(self, state: TrainerState, logs: dict[str, Any]) -> None:
+        """Write a line of metrics.
+
+        Loss, tokens and seconds are means over the steps since the Trainer's last log.
+        """
         assert self.run is not None
         now, seen, peak = time.perf_counter(), self._seen, self._peak
         num_steps = state.global_step - self._logged_step
@@ -191,8 +228,12 @@ class FituneCallback(TrainerCallback):  # type: ignore[misc]
         )
         self._write_summary()
 
-    def _evaluated(self, step: int, logs: dict[str, Any]) -> None:
-        """eval_loss: the Trainer's, the mean of its batches' means. The accuracy is told by TRL alone."""
+    def _log_evaluation(self, step: int, logs: dict[str, Any]) -> None:
+        """Write a line of evaluation metrics.
+
+        The loss is the Trainer's: the mean over the batches of each batch's mean. Only TRL reports
+        an accuracy; for other Trainers it is NaN.
+        """
         assert self.run is not None
         loss = float(logs["eval_loss"])
         metrics = EvalMetrics(
@@ -206,15 +247,18 @@ class FituneCallback(TrainerCallback):  # type: ignore[misc]
         )
         self._files.append(self.run.metrics, metrics)
         best = self._summary.best_eval_loss
-        self._summary = replace(self._summary, eval_loss=loss, best_eval_loss=loss if best is None else min(best, loss))
+        self._summary = replace(
+            self._summary, eval_loss=loss, best_eval_loss=loss if best is None else min(best, loss)
+        )
         self._write_summary()
 
-    def _monitor_settings(self, args: Any, trainable_bytes: int) -> MonitorSettings:
+    def _monitor_settings(self, args: TrainingArguments, trainable_bytes: int) -> MonitorSettings:
+        predicted = self._prediction
         alarms = AlarmSettings(
             clip=args.max_grad_norm or 0.0,
             on_cpu=self._device.type == "cpu",
             save_bytes=trainable_bytes,
-            predicted_bytes=None if self._prediction is None else self._prediction.peak_reserved_bytes,
+            predicted_bytes=None if predicted is None else predicted.peak_reserved_bytes,
         )
         return MonitorSettings(alarms, names=TRAINERS_NAMES)
 
@@ -225,5 +269,5 @@ class FituneCallback(TrainerCallback):  # type: ignore[misc]
             log.warning(news)
 
 
-def _progress(state: Any) -> float:
+def _progress(state: TrainerState) -> float:
     return min(float(state.global_step / max(state.max_steps, 1)), 1.0)

@@ -1,8 +1,9 @@
-"""What a built `Trainer` or `SFTTrainer` will need, before `.train()` and without a GPU.
+"""Predicts the memory of a built `Trainer` or `SFTTrainer`, before `.train()` and without a GPU.
 
-A copy of the trainer, with a model of fake tensors, runs the Trainer's own set-up and one-step epochs of its own loop:
-`training_step`, clipping, optimizer and schedule are its, nothing of them is repeated here. The trainer itself, its
-model, its optimizer and the streams of random numbers are left as they are.
+A copy of the trainer, with a model of fake tensors, runs the Trainer's own set-up and epochs of
+one step of its own loop. `training_step`, clipping, optimizer and schedule are therefore the
+Trainer's; none of them is reimplemented here. The trainer itself, its model, its optimizer and the
+states of the random number generators remain unchanged.
 """
 
 import copy
@@ -20,7 +21,13 @@ import pyarrow.compute
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
-from transformers import DefaultFlowCallback, Trainer, TrainerControl, TrainerState
+from transformers import (
+    DefaultFlowCallback,
+    Trainer,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.trainer_callback import CallbackHandler
 
 import fitune
@@ -33,8 +40,9 @@ from fitune.step.random_state import streams_kept
 from fitune.trace.assumptions import tell_data
 from fitune.trace.record import Build, Loop, Step
 
+#: The micro-batches that are recorded of a step: the first begins without gradients, the second
+#: adds to them, and any further one does the same as the second.
 RECORDED_MICRO_BATCHES = 2
-"""Of a step: the first without gradients, the second with them. Any further one is like the second."""
 
 
 @bounded("fitune.predict_trainer")
@@ -46,12 +54,16 @@ def predict_trainer(
     attention: Literal["auto", "flash", "efficient", "math", "eager"] = "auto",
     routing: Literal["balanced", "worst"] = "balanced",
 ) -> Prediction:
-    """The memory of the trainer's heaviest step: the longest rows of its dataset, by its own collator, in every
-    micro-batch. gpu, num_steps, attention, routing: as for `fitune.predict_loop`. A trainer whose model has no weights
-    (`weightless`) is predicted the same.
+    """Predict the memory of the trainer's heaviest step.
 
-    What callbacks, logging, evaluation and saving allocate is not included. Raises UsageError for an unknown card, a
-    version that is not supported, several devices, a quantised model, and a trainer with a second model.
+    Every micro-batch of that step consists of the longest samples of the train dataset, batched by
+    the trainer's own collator. A trainer whose model has no weights (see `weightless`) gets the
+    same prediction. What callbacks, logging, evaluation and saving allocate is not included.
+
+    gpu, num_steps, attention, routing: as for `fitune.predict_loop`.
+
+    Raises UsageError for an unknown card, an unsupported version of transformers or TRL, several
+    devices, a quantised model, and a trainer with a second model.
     """
     check_trainer(trainer)
     check_alone(trainer)
@@ -61,29 +73,41 @@ def predict_trainer(
         on_card = gpu != "cpu" if gpu is not None else bool(list(this_machine()))
         with _triton_kernels() if on_card else nullcontext():
             prediction = fitune.predict_loop(
-                recorded.build, recorded.loop, gpu=gpu, num_steps=num_steps, attention=attention, routing=routing
+                recorded.build,
+                recorded.loop,
+                gpu=gpu,
+                num_steps=num_steps,
+                attention=attention,
+                routing=routing,
             )
     return replace(prediction, assumptions=(recorded.rows, *prediction.assumptions))
 
 
 @contextmanager
 def weightless() -> Iterator[None]:
-    """A Trainer for `predict_trainer` of a model that need not fit here: models built inside are shapes without weights
-    (PyTorch's meta device), and a Trainer built inside leaves them so. It cannot train."""
+    """Build models without weights in this block, for `predict_trainer`.
+
+    The model then need not fit into this machine's memory: it is built on PyTorch's meta device,
+    and a Trainer built in the block leaves it there. Such a Trainer cannot train.
+    """
     with torch.device("meta"), patch.object(Trainer, "_move_model_to_device", lambda *_: None):
         yield
 
 
 @dataclass(frozen=True)
 class HeaviestBatch:
-    """What the collator made of the longest rows, on the host. rows: which ones, as a clause."""
+    """The batch that the collator makes of the longest samples, on the host."""
 
     values: dict[str, Any]
+    #: which samples they are, as text for the assumptions of the prediction
     rows: str
 
     def place(self, device: torch.device) -> dict[str, Any]:
-        """As a DataLoader makes it: on the host, then on the device. The data are told, since models look at them:
-        whether a mask masks anything, where packed rows begin."""
+        """Return the batch on `device`, copied from the host as a DataLoader does.
+
+        A fake tensor is registered with its real data, because models read them: whether a mask
+        masks anything, and where packed samples begin.
+        """
         placed = dict(self.values)
         for name, value in self.values.items():
             if isinstance(value, torch.Tensor):
@@ -95,15 +119,20 @@ class HeaviestBatch:
 
 @dataclass(frozen=True)
 class RecordedTrainer:
-    """A trainer as `trace.record.record_loop` takes it. rows: which ones it sees, as a clause."""
+    """A trainer in the form that `trace.record.record_loop` takes."""
 
     build: Build
     loop: Loop
+    #: which samples it trains on, as text for the assumptions of the prediction
     rows: str
 
 
 def record_trainer(trainer: Trainer, *, mode: Literal["fake", "real"] = "fake") -> RecordedTrainer:
-    """mode: "real" copies the model with its values, to be run."""
+    """Return functions that build the trainer's model and run its steps.
+
+    mode: "fake" copies only the shapes of the model; "real" copies its values too, so that the
+    steps can be run.
+    """
     shadow = _shadow(trainer, to_meta=mode == "fake")
     batch = _heaviest_batch(shadow, trainer.train_dataset)
     unused = [shadow]
@@ -113,12 +142,16 @@ def record_trainer(trainer: Trainer, *, mode: Literal["fake", "real"] = "fake") 
         shadow = unused.pop() if unused else _shadow(trainer, to_meta=mode == "fake")
         return shadow.model
 
-    return RecordedTrainer(build, lambda model, _: _set_up(shadow, trainer, batch, model=model), batch.rows)
+    return RecordedTrainer(
+        build, lambda model, _: _set_up(shadow, trainer, batch, model=model), batch.rows
+    )
 
 
 def _check_model(trainer: Trainer) -> None:
     if getattr(trainer.model, "is_quantized", False):
-        raise UsageError("a quantised model cannot be recorded from its Trainer: use fitune plan model.method=qlora")
+        raise UsageError(
+            "a quantised model cannot be recorded from its Trainer: use fitune plan model.method=qlora"
+        )
     for name, value in vars(trainer).items():
         if isinstance(value, nn.Module) and value not in (trainer.model, trainer.model_wrapped):
             raise UsageError(
@@ -131,11 +164,15 @@ def _check_model(trainer: Trainer) -> None:
 # ---- a copy of the trainer ----
 
 
-def _shadow(trainer: Trainer, *, to_meta: bool) -> Any:
-    """The trainer, with a model, counters and bookkeeping of its own and without callbacks, data and optimizer."""
+def _shadow(trainer: Trainer, *, to_meta: bool) -> Trainer:
+    """Copy the trainer without callbacks, data and optimizer.
+
+    The copy has its own model, counters and bookkeeping, so that its steps leave the trainer as
+    it is.
+    """
     memo: dict[int, Any] = {}
     model = copy_model(trainer.model, memo, to_meta=to_meta)
-    shadow: Any = copy.copy(trainer)
+    shadow: Trainer = copy.copy(trainer)
     shadow.train_dataset = shadow.eval_dataset = None
     for name, value in vars(shadow).items():
         if isinstance(value, (dict, list, set)):
@@ -150,22 +187,35 @@ def _shadow(trainer: Trainer, *, to_meta: bool) -> Any:
     for name in ("_models", "_optimizers", "_schedulers", "_dataloaders"):
         setattr(shadow.accelerator, name, [])
     shadow.state, shadow.control = TrainerState(), TrainerControl()
-    shadow.callback_handler = CallbackHandler([_NoFlow()], model, trainer.processing_class, None, None)
+    shadow.callback_handler = CallbackHandler(
+        [_NoFlow()], model, trainer.processing_class, None, None
+    )
     return shadow
 
 
 class _NoFlow(DefaultFlowCallback):  # type: ignore[misc]
-    """No logging, evaluation and saving, and no warning that this is missing."""
+    """A callback that never logs, evaluates or saves.
 
-    def on_step_end(self, args: Any, state: Any, control: TrainerControl, **unused: Any) -> TrainerControl:
+    It is a DefaultFlowCallback because the Trainer warns where it has none.
+    """
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **unused: Any
+    ) -> TrainerControl:
         return control
 
     on_epoch_end = on_step_end
 
 
 def copy_model(model: nn.Module, memo: dict[int, Any], *, to_meta: bool) -> nn.Module:
-    """A deep copy; to_meta: of shapes and dtypes alone. What was shared stays shared, also through functions that were
-    put in the place of a forward. memo: as for `copy.deepcopy`."""
+    """Return a deep copy of the model.
+
+    Tensors and modules that the model shares are shared in the copy too, also where a function
+    that replaced a module's forward refers to them.
+
+    memo: as for `copy.deepcopy`.
+    to_meta: copy shapes and dtypes alone, to PyTorch's meta device.
+    """
     if to_meta:
         for module in model.modules():
             for tensors in (module._parameters, module._buffers, module.__dict__):
@@ -190,16 +240,25 @@ def _on_meta(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _rebound(function: Any, memo: dict[int, Any]) -> types.FunctionType | None:
-    """The function with the copies of the modules that it closes over; None where it closes over none."""
+    """Return the function with its closure over the copies of the modules.
+
+    Returns None where the function closes over no module.
+    """
     cells = getattr(function, "__closure__", None) or ()
     contents = [cell.cell_contents for cell in cells]
-    if not any(isinstance(each, nn.Module) or isinstance(_owner(each), nn.Module) for each in contents):
+    if not any(
+        isinstance(each, nn.Module) or isinstance(_owner(each), nn.Module) for each in contents
+    ):
         return None
     bound = tuple(
-        types.CellType(copy.deepcopy(each, memo) if isinstance(each, (nn.Module, types.MethodType)) else each)
+        types.CellType(
+            copy.deepcopy(each, memo) if isinstance(each, (nn.Module, types.MethodType)) else each
+        )
         for each in contents
     )
-    made = types.FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__, bound)
+    made = types.FunctionType(
+        function.__code__, function.__globals__, function.__name__, function.__defaults__, bound
+    )
     made.__kwdefaults__ = function.__kwdefaults__
     return made
 
@@ -208,19 +267,22 @@ def _owner(value: Any) -> Any:
     return value.__self__ if isinstance(value, types.MethodType) else None
 
 
-# ---- its loop ----
+# ---- the trainer's loop ----
 
 
-def _set_up(shadow: Any, trainer: Trainer, batch: HeaviestBatch, *, model: nn.Module) -> Step:
-    """The Trainer's own preparation, and one of its epochs of one step."""
+def _set_up(shadow: Trainer, trainer: Trainer, batch: HeaviestBatch, *, model: nn.Module) -> Step:
+    """Run the Trainer's own preparation, and return a function that runs an epoch of one step."""
     num_micro_batches = trainer.args.gradient_accumulation_steps
     num_recorded = min(num_micro_batches, RECORDED_MICRO_BATCHES)
     if trainer.optimizer is not None:
         originals = map(id, trainer.model.parameters())
-        shadow.optimizer = _copy_optimizer(trainer.optimizer, dict(zip(originals, model.parameters(), strict=True)))
+        shadow.optimizer = _copy_optimizer(
+            trainer.optimizer, dict(zip(originals, model.parameters(), strict=True))
+        )
     if shadow.accelerator.scaler is not None:
         shadow.accelerator.scaler = torch.amp.GradScaler("cuda")
-    # all that .train() does before its loop: recompute, noise on embeddings, the optimizer, autocast
+    # so that .train() does all that precedes its loop, and no more: it sets up gradient
+    # checkpointing, noise on embeddings, the optimizer and autocast
     shadow._inner_training_loop = lambda **_: shadow._prepare_for_training(1000, None, None)[0]
     prepared = shadow.train()
     shadow._tr_loss = torch.tensor(0.0, device=trainer.args.device)
@@ -260,32 +322,40 @@ class _Loader:
 
 
 def _copy_optimizer(optimizer: Any, twins: dict[int, torch.Tensor]) -> torch.optim.Optimizer:
-    """The same optimizer, without state, of the copied parameters."""
+    """Return the same optimizer, without state, for the copied parameters.
+
+    twins: the copy of each parameter, by the parameter's id.
+    """
     while hasattr(optimizer, "optimizer"):  # accelerate's wrapper, once the trainer has trained
         optimizer = optimizer.optimizer
     copied: torch.optim.Optimizer = copy.copy(optimizer)
     copied.state = defaultdict(dict)
     copied.param_groups = [
-        {**group, "params": [twins[id(parameter)] for parameter in group["params"]]} for group in optimizer.param_groups
+        {**group, "params": [twins[id(parameter)] for parameter in group["params"]]}
+        for group in optimizer.param_groups
     ]
     return copied
 
 
-# ---- its heaviest batch ----
+# ---- the trainer's heaviest batch ----
 
 
-def _heaviest_batch(shadow: Any, dataset: Any) -> HeaviestBatch:
+def _heaviest_batch(shadow: Trainer, dataset: Any) -> HeaviestBatch:
+    """Collate the longest samples of the dataset, or the first ones if it is only an iterable.
+
+    Raises UsageError if the lengths of the samples cannot be found.
+    """
     size = shadow.args.per_device_train_batch_size
     if dataset is None:
-        raise UsageError("the Trainer has no train_dataset, whose longest samples the prediction is made from")
+        raise UsageError(
+            "the Trainer has no train_dataset, whose longest samples the prediction is made from"
+        )
     collate = shadow.data_collator
     if hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__"):
         lengths = _row_lengths(dataset)
         order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
         rows = [order[place % len(order)] for place in range(size)]
-        what = (
-            f"recorded with the {size} longest samples of {len(lengths):,}, the longest of {lengths[order[0]]:,} tokens"
-        )
+        what = f"recorded with the {size} longest samples of {len(lengths):,}, the longest of {lengths[order[0]]:,} tokens"
         if hasattr(dataset, "select"):
             dataset = shadow._remove_unused_columns(dataset.select(rows), description="training")
             features = [dataset[place] for place in range(size)]
@@ -303,26 +373,30 @@ def _heaviest_batch(shadow: Any, dataset: Any) -> HeaviestBatch:
 
 
 def _row_lengths(dataset: Any) -> Sequence[int]:
-    """Tokens of each row. Raises UsageError where no column tells them."""
+    """Return the number of tokens of each sample. Raises UsageError if there are no input_ids."""
     if len(dataset) == 0:
         raise UsageError("the Trainer's train_dataset has no samples")
     columns = getattr(dataset, "column_names", None)
     if columns is not None and "input_ids" in columns and hasattr(dataset, "with_format"):
         lengths: list[int] = []
-        for table in dataset.select_columns(["input_ids"]).with_format("arrow").iter(batch_size=10_000):
+        for table in (
+            dataset.select_columns(["input_ids"]).with_format("arrow").iter(batch_size=10_000)
+        ):
             lengths += pyarrow.compute.list_value_length(table["input_ids"]).to_pylist()
         return lengths
     first = dataset[0]
     if not hasattr(first, "__getitem__") or "input_ids" not in first:
-        raise UsageError("the samples of the Trainer's train_dataset have no input_ids: tokenise them first")
+        raise UsageError(
+            "the samples of the Trainer's train_dataset have no input_ids: tokenise them first"
+        )
     return [len(dataset[place]["input_ids"]) for place in range(len(dataset))]
 
 
-# ---- TRL on a card ----
+# ---- TRL's kernels on a card ----
 
 
 class _InPlace:
-    """Stands for a Triton kernel, which writes into the tensors that it is given and allocates nothing."""
+    """A stand-in for a Triton kernel, which writes into its arguments and allocates nothing."""
 
     def __getitem__(self, _: Any) -> Callable[..., None]:
         return lambda *unused, **named: None
@@ -330,8 +404,14 @@ class _InPlace:
 
 @contextmanager
 def _triton_kernels() -> Iterator[None]:
-    """TRL's loss as it runs on a card: kernels that work in place, over the targets alone."""
-    kernels, user = sys.modules.get("trl.kernels.chunked_logprob"), sys.modules.get("trl.trainer.utils")
+    """Let TRL compute its loss as it does on a card.
+
+    There it uses Triton kernels that work in place and compute logits for the targets alone.
+    """
+    kernels, user = (
+        sys.modules.get("trl.kernels.chunked_logprob"),
+        sys.modules.get("trl.trainer.utils"),
+    )
     with ExitStack() as stack:
         if kernels is not None and user is not None:
             for module in (kernels, user):

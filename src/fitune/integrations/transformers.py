@@ -1,9 +1,13 @@
-"""fitune inside the `Trainer` of transformers and the `SFTTrainer` of TRL.
+"""Provides fitune inside the `Trainer` of transformers and the `SFTTrainer` of TRL.
 
-predict_trainer(trainer, gpu="RTX 4090")     what it will need, before it trains           (trainer_prediction.py)
-with weightless(): trainer = build()         the same for a model too large to be here
-class Mine(SafeSteps, SFTTrainer): pass      steps that running out of memory does not end (safe_trainer.py)
-    FituneCallback("runs", "first")              a run directory for watch, compare and report (trainer_callback.py)
+predict_trainer(trainer, gpu="RTX 4090")
+    predicts the memory of a trainer before it trains (trainer_prediction.py)
+with weightless(): trainer = build()
+    builds a trainer for that prediction whose model does not fit into this machine's memory
+class Mine(SafeSteps, SFTTrainer): pass
+    makes a Trainer whose steps survive running out of memory (safe_trainer.py)
+FituneCallback("runs", "first")
+    writes a run directory for watch, compare and report (trainer_callback.py)
 """
 
 from fitune.integrations.safe_trainer import SafeSteps as SafeSteps

@@ -1,5 +1,8 @@
-"""The cards as CUDA's driver library names them, for machines without NVML: a container that was given `compute` alone
-has a card and no management library. Nothing is started on a card, so its free memory stays unknown."""
+"""Lists the cards through CUDA's driver library, for machines without NVML.
+
+A container with only the driver capability `compute` has a card but no NVML. Nothing is started on
+a card, so its free memory stays unknown.
+"""
 
 import ctypes
 import sys
@@ -13,16 +16,20 @@ _LIBRARY = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
 
 @dataclass(frozen=True, slots=True)
 class DriverCard:
-    """uuid: as NVML writes it."""
+    """A card as CUDA's driver describes it."""
 
     name: str
+    #: as NVML writes it
     uuid: str
     total_bytes: int
     compute_capability: tuple[int, int]
 
 
 def driver_cards() -> tuple[DriverCard, ...]:
-    """Those that CUDA_VISIBLE_DEVICES leaves, in CUDA's order; none without the driver or where it fails."""
+    """Return the cards that CUDA_VISIBLE_DEVICES selects, in CUDA's order.
+
+    Returns none if the driver is missing or fails.
+    """
     try:
         driver = ctypes.CDLL(_LIBRARY)
         count = ctypes.c_int()
@@ -34,7 +41,11 @@ def driver_cards() -> tuple[DriverCard, ...]:
 
 def _card(driver: ctypes.CDLL, number: int) -> DriverCard:
     device, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
-    name, total, own = ctypes.create_string_buffer(256), ctypes.c_size_t(), ctypes.create_string_buffer(16)
+    name, total, own = (
+        ctypes.create_string_buffer(256),
+        ctypes.c_size_t(),
+        ctypes.create_string_buffer(16),
+    )
     _check(
         driver.cuDeviceGet(byref(device), number),
         driver.cuDeviceGetName(name, len(name), device),
@@ -44,10 +55,12 @@ def _card(driver: ctypes.CDLL, number: int) -> DriverCard:
         driver.cuDeviceGetAttribute(byref(minor), _MINOR, device),
     )
     found = f"GPU-{uuid.UUID(bytes=own.raw)}"
-    return DriverCard(name.value.decode(errors="replace"), found, total.value, (major.value, minor.value))
+    return DriverCard(
+        name.value.decode(errors="replace"), found, total.value, (major.value, minor.value)
+    )
 
 
 def _check(*results: int) -> None:
-    """Raises OSError where one of the calls was not a success (0)."""
+    """Raise OSError if one of the calls did not return 0 (success)."""
     if any(results):
         raise OSError(f"CUDA's driver answers {max(results)}")

@@ -1,6 +1,6 @@
-"""The devices of this machine: its NVIDIA cards, and its own memory.
+"""Describes the devices of this machine: its NVIDIA cards, and its own memory.
 
-The real machine overrides the catalogue: name and memory come from NVML, the rest from the row that fits.
+Name and memory of a card come from NVML, and everything else from the catalogue.
 """
 
 import contextlib
@@ -15,20 +15,30 @@ import psutil
 
 from fitune.machine.cards import Device, find_card, named_card
 from fitune.machine.cuda_driver import driver_cards
-from fitune.machine.nvml import ask, nvml_session, read_memory, read_name, read_uuid, visible_handles
+from fitune.machine.nvml import (
+    ask,
+    nvml_session,
+    read_memory,
+    read_name,
+    read_uuid,
+    visible_handles,
+)
 
 CGROUP_ROOT = Path("/sys/fs/cgroup")
 PROCESS_CGROUPS = Path("/proc/self/cgroup")
 
 
 def find_device(text: str) -> Device:
-    """Find a card of the catalogue by its name, see `find_card`; 'cpu' is this machine's own memory."""
+    """Find a card of the catalogue by its name with `find_card`; 'cpu' is this machine's memory."""
     return cpu_device() if text.strip().lower() == "cpu" else find_card(text)
 
 
 def this_machine() -> tuple[Device, ...]:
-    """The NVIDIA cards that this process may use, in its order, with their free memory now; without NVML as the driver
-    names them, their free memory unknown. None without a driver or a card."""
+    """Return the NVIDIA cards that this process may use, in its order, with their free memory now.
+
+    Without NVML the driver lists them, and their free memory is unknown. The result is empty
+    without a driver or a card.
+    """
     with nvml_session() as nvml:
         if nvml is not None:
             return tuple(_real_device(nvml, handle) for handle in visible_handles(nvml, os.environ))
@@ -39,8 +49,10 @@ def this_machine() -> tuple[Device, ...]:
 
 
 def cpu_device() -> Device:
-    """This machine's memory, or what its control group leaves of it. Page cache counts as free: the kernel gives it up
-    when memory is asked for."""
+    """Describe this machine's memory, within the limits of the process's control groups.
+
+    Page cache counts as free, because the kernel gives it up when memory is allocated.
+    """
     memory = psutil.virtual_memory()
     total, free = memory.total, memory.available
     for limit, used in _cgroup_limits(CGROUP_ROOT, PROCESS_CGROUPS):
@@ -57,19 +69,30 @@ def cpu_device() -> Device:
 
 
 def _cgroup_limits(root: Path, process_cgroups: Path) -> Iterator[tuple[int, int]]:
-    """Limits and use (without page cache) in bytes of the process's control groups and those above them, versions 1 and
-    2. Those that lie outside the mounted tree, as in a container, are not seen. Beyond memory.high nothing is killed,
-    but all that allocates is slowed down to a crawl."""
+    """Yield limit and use (without page cache) of the process's control groups and their parents.
+
+    Both are in bytes, for versions 1 and 2. Groups outside the mounted tree are not seen, as in a
+    container. Above memory.high nothing is killed, but every allocation is slowed down extremely.
+    """
     try:
         lines = process_cgroups.read_text().splitlines()
     except OSError:
         return
     for _, controllers, path in (line.split(":", 2) for line in lines):
         if controllers == "":
-            top, limit_names, used_name, prefix = root, ["memory.max", "memory.high"], "memory.current", ""
+            top, limit_names, used_name, prefix = (
+                root,
+                ["memory.max", "memory.high"],
+                "memory.current",
+                "",
+            )
         elif "memory" in controllers.split(","):
-            top, limit_names, used_name = root / "memory", ["memory.limit_in_bytes"], "memory.usage_in_bytes"
-            prefix = "total_"  # with the groups below, as the use is
+            top, limit_names, used_name = (
+                root / "memory",
+                ["memory.limit_in_bytes"],
+                "memory.usage_in_bytes",
+            )
+            prefix = "total_"  # includes the child groups, as the use does
         else:
             continue
         inner = top / path.lstrip("/")
@@ -84,7 +107,7 @@ def _cgroup_limits(root: Path, process_cgroups: Path) -> Iterator[tuple[int, int
 
 
 def _page_cache_bytes(statistics: Path, prefix: str) -> int:
-    """Pages of files in a control group's memory.stat; those of shared memory are not among them."""
+    """Return the bytes of files' pages in a control group's memory.stat, without shared memory."""
     try:
         numbers = dict(line.split() for line in statistics.read_text().splitlines())
     except (OSError, ValueError):

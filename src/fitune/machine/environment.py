@@ -1,5 +1,8 @@
-"""The machine a run happens on: what `fitune env` shows and a run keeps as env.json. Nothing heavy is imported:
-versions are read from the packages' metadata. No name of the user or of a directory is in it."""
+"""Describes the machine that a run happens on, for `fitune env` and a run's env.json.
+
+Nothing heavy is imported: versions are read from the packages' metadata. The description contains
+no name of the user or of a directory.
+"""
 
 import os
 import platform
@@ -17,13 +20,26 @@ from fitune import __version__
 from fitune.machine.cards import Device
 from fitune.machine.devices import cpu_device, this_machine
 
-PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "peft", "accelerate", "safetensors", "numpy")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "datasets",
+    "peft",
+    "accelerate",
+    "safetensors",
+    "numpy",
+)
 OPTIONAL_PACKAGES = ("bitsandbytes", "gguf", "liger-kernel", "torchao")
 
 
 def environment(output: Path) -> dict[str, Any]:
-    """The machine as JSON holds it: sizes in bytes, unknown is None. `output`: where runs are kept, for the free disk
-    space. Memory is what other processes and this one leave now: a run asks before it uses the card."""
+    """Describe the machine as JSON, with sizes in bytes and None for what is unknown.
+
+    output: the directory of the runs, for the free disk space.
+
+    Free memory is what all processes leave free now; a run measures it before it uses the card.
+    """
     memory = cpu_device()
     return {
         "fitune": __version__,
@@ -48,8 +64,10 @@ def environment(output: Path) -> dict[str, Any]:
 
 
 def c_allocator(maps: Path = Path("/proc/self/maps")) -> str | None:
-    """'tcmalloc', 'jemalloc' or 'mimalloc' where one is loaded into this process, else the C library's: 'glibc' or
-    'musl'. None where that cannot be seen (no Linux)."""
+    """Return 'tcmalloc', 'jemalloc' or 'mimalloc' if loaded, or else 'glibc' or 'musl'.
+
+    Returns None if the process's libraries are unknown (not on Linux).
+    """
     try:
         libraries = maps.read_text()
     except OSError:
@@ -61,8 +79,13 @@ def c_allocator(maps: Path = Path("/proc/self/maps")) -> str | None:
 
 
 def find_tcmalloc() -> str | None:
-    """The path of an installed tcmalloc, which LD_PRELOAD takes; None where the usual places have none."""
-    places = [Path("/usr/lib"), Path("/usr/lib64"), Path("/usr/local/lib"), *Path("/usr/lib").glob("*-linux-gnu")]
+    """Return the path of an installed tcmalloc for LD_PRELOAD, or None if there is none."""
+    places = [
+        Path("/usr/lib"),
+        Path("/usr/lib64"),
+        Path("/usr/local/lib"),
+        *Path("/usr/lib").glob("*-linux-gnu"),
+    ]
     found = (path for place in places for path in sorted(place.glob("libtcmalloc*.so*")))
     return next((str(path) for path in found), None)
 
@@ -76,7 +99,9 @@ def _version(package: str) -> str | None:
 
 def _cpu_name() -> str | None:
     try:
-        match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        match = re.search(
+            r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE
+        )
     except OSError:
         match = None
     return match[1].strip() if match else platform.processor() or None
@@ -87,7 +112,7 @@ def _num_usable_cpus() -> int | None:
 
 
 def _free_disk_bytes(output: Path) -> int | None:
-    """`output` need not exist yet: its nearest parent that does counts."""
+    """Return the free bytes of the nearest parent of `output` that exists."""
     place = output.absolute()
     while not place.exists() and place != place.parent:
         place = place.parent
@@ -104,12 +129,13 @@ def _card(device: Device) -> dict[str, Any]:
         "total_bytes": device.total_bytes,
         "free_bytes": device.free_bytes,
         "used_bytes": device.used_bytes,
-        "compute_capability": device.compute_capability and ".".join(map(str, device.compute_capability)),
+        "compute_capability": device.compute_capability
+        and ".".join(map(str, device.compute_capability)),
     }
 
 
 def driver_version() -> str | None:
-    """Of the NVIDIA driver; None without one."""
+    """Return the version of the NVIDIA driver, or None if there is none."""
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError:

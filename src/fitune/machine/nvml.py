@@ -1,7 +1,7 @@
-"""NVIDIA's management library: which cards this process may use, and what each of them does now.
+"""Reads NVIDIA's management library: the cards that this process may use, and their state now.
 
-Every call is guarded. A card, a driver or a platform that does not know an answer (MIG has no utilisation, WSL and
-Windows no memory by process) leaves it None: no question ends a run.
+Every call is guarded. If a card, driver or platform does not support a query (MIG has no
+utilisation, WSL and Windows have no memory per process), the value is None. So no query ends a run.
 """
 
 import os
@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
+#: No card has so much. WSL reports 2**64 bytes for unknown values (nvtop #432).
 NOT_AVAILABLE_BYTES = 2**60
-"""No card has as much. WSL reports 2**64 bytes where it knows nothing (nvtop #432)."""
 
-_SLOWED_BY = (  # bits of nvmlDeviceGetCurrentClocksEventReasons that mean that the card could be faster
+#: bits of nvmlDeviceGetCurrentClocksEventReasons that mean that the card could be faster
+_SLOWED_BY = (
     ("nvmlClocksEventReasonSwPowerCap", "power limit"),
     ("nvmlClocksEventReasonSwThermalSlowdown", "heat"),
     ("nvmlClocksEventReasonHwThermalSlowdown", "heat"),
@@ -24,24 +25,27 @@ _SLOWED_BY = (  # bits of nvmlDeviceGetCurrentClocksEventReasons that mean that 
 
 @dataclass(frozen=True, slots=True)
 class CardMemory:
-    """total_bytes: as CUDA sees it, without what the driver keeps for itself. used_bytes: by all processes."""
+    """The memory of a card."""
 
+    #: as CUDA reports it, without what the driver reserves for itself
     total_bytes: int
     free_bytes: int
+    #: by all processes
     used_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
 class CardProcess:
-    """used_bytes: None where the platform does not tell."""
+    """A process that uses a card."""
 
     pid: int
+    #: None if the platform does not report it
     used_bytes: int | None
 
 
 @dataclass(frozen=True, slots=True)
 class CardState:
-    """A card, or a part of one (MIG), now; unknown is None. throttled: what slows it down, '' for nothing."""
+    """A card, or an instance of one (MIG), now; unknown values are None."""
 
     name: str | None = None
     uuid: str | None = None
@@ -50,17 +54,18 @@ class CardState:
     utilisation_fraction: float | None = None
     power_watts: float | None = None
     temperature_celsius: float | None = None
+    #: what slows the card down; '' for nothing
     throttled: str | None = None
 
 
 @contextmanager
 def nvml_session() -> Iterator[ModuleType | None]:
-    """NVML while it is open; None without the library, the driver, or one that answers."""
+    """Open NVML, and yield None if the library or the driver is missing or does not respond."""
     try:
         import pynvml
 
         pynvml.nvmlInit()
-    except Exception:  # whatever a broken installation raises: it means that there is no card to ask
+    except Exception:  # a broken installation may raise anything, and then no card can be queried
         yield None
         return
     try:
@@ -71,26 +76,37 @@ def nvml_session() -> Iterator[ModuleType | None]:
 
 
 def read_cards() -> tuple[CardState, ...]:
-    """The cards that this process may use, in its order."""
+    """Read the cards that this process may use, in its order."""
     with nvml_session() as nvml:
-        return tuple(read_card(nvml, handle) for handle in visible_handles(nvml, os.environ)) if nvml else ()
+        return (
+            tuple(read_card(nvml, handle) for handle in visible_handles(nvml, os.environ))
+            if nvml
+            else ()
+        )
 
 
 @contextmanager
 def card_reader(uuid: str, index: int) -> Iterator[Callable[[], CardState] | None]:
-    """What reads one card again and again: the one with this UUID (with or without its GPU- or MIG- in front), else
-    the visible one of this number. None where there is no such card."""
+    """Yield a function that reads one card, or None if there is no such card.
+
+    The card has this UUID (with or without GPU- or MIG- in front); if none has it, it is the
+    visible card with this index.
+    """
     with nvml_session() as nvml:
         handle = None
         if nvml is not None:
             handles = visible_handles(nvml, os.environ)
-            same = [handle for handle in handles if (read_uuid(nvml, handle) or "").endswith(uuid.lower())]
+            same = [
+                handle
+                for handle in handles
+                if (read_uuid(nvml, handle) or "").endswith(uuid.lower())
+            ]
             handle = next(iter(same or handles[index : index + 1]), None)
         yield None if nvml is None or handle is None else lambda: read_card(nvml, handle)
 
 
 def ask(nvml: ModuleType, function: str, *arguments: Any) -> Any:
-    """What a call of NVML returns; None when the card, the driver or the library does not know it."""
+    """Return what a function of NVML returns, or None if card, driver or library lack it."""
     try:
         return getattr(nvml, function)(*arguments)
     except (nvml.NVMLError, AttributeError):
@@ -98,15 +114,18 @@ def ask(nvml: ModuleType, function: str, *arguments: Any) -> Any:
 
 
 def visible_handles(nvml: ModuleType, environment: Mapping[str, str]) -> list[Any]:
-    """Handles in the order of CUDA_VISIBLE_DEVICES, which lists numbers or (beginnings of) UUIDs and ends at the first
-    entry that is none; what is named twice leaves no card at all, as in CUDA. Numbers count in the order of the bus, as
-    with CUDA_DEVICE_ORDER=PCI_BUS_ID. A card that is divided (MIG)
-    stands for its first part: CUDA uses no other unless one is named."""
+    """Return the handles of the cards that CUDA_VISIBLE_DEVICES selects, in its order.
+
+    The variable lists numbers or (prefixes of) UUIDs, and ends at the first invalid entry; if it
+    names a card twice, no card is visible, as in CUDA. Numbers follow the bus order, as with
+    CUDA_DEVICE_ORDER=PCI_BUS_ID. A card that is divided (MIG) stands for its first instance, the
+    only one that CUDA uses unless one is named.
+    """
     count = ask(nvml, "nvmlDeviceGetCount") or 0
     handles = [ask(nvml, "nvmlDeviceGetHandleByIndex", i) for i in range(count)]
     visible = environment.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
-        return [_first_part(nvml, handle) for handle in handles if handle is not None]
+        return [_first_instance(nvml, handle) for handle in handles if handle is not None]
     chosen: list[Any] = []
     entries = [part.strip() for part in visible.split(",")]
     if len(set(entries)) < len(entries):
@@ -115,12 +134,14 @@ def visible_handles(nvml: ModuleType, environment: Mapping[str, str]) -> list[An
         if entry.startswith("MIG-"):
             found = [ask(nvml, "nvmlDeviceGetHandleByUUID", entry)]
         elif entry.startswith("GPU-"):
-            found = [h for h in handles if h is not None and (read_uuid(nvml, h) or "").startswith(entry)]
+            found = [
+                h for h in handles if h is not None and (read_uuid(nvml, h) or "").startswith(entry)
+            ]
         else:
             found = handles[int(entry) :][:1] if entry.isdecimal() else []
         if len(found) != 1 or found[0] is None:
             break
-        chosen.append(_first_part(nvml, found[0]))
+        chosen.append(_first_instance(nvml, found[0]))
     return chosen
 
 
@@ -134,10 +155,12 @@ def read_uuid(nvml: ModuleType, handle: Any) -> str | None:
 
 def read_memory(nvml: ModuleType, handle: Any) -> CardMemory | None:
     version = getattr(nvml, "nvmlMemory_v2", None)
-    memory = ask(nvml, "nvmlDeviceGetMemoryInfo", handle, version) or ask(nvml, "nvmlDeviceGetMemoryInfo", handle)
+    memory = ask(nvml, "nvmlDeviceGetMemoryInfo", handle, version) or ask(
+        nvml, "nvmlDeviceGetMemoryInfo", handle
+    )
     if memory is None or max(memory.total, memory.free, memory.used) >= NOT_AVAILABLE_BYTES:
         return None
-    # What the driver keeps for itself is part of NVML's total (and apart from `used`), but not of CUDA's.
+    # What the driver reserves for itself is in NVML's total (and not in `used`), but not in CUDA's.
     return CardMemory(memory.total - getattr(memory, "reserved", 0), memory.free, memory.used)
 
 
@@ -158,7 +181,7 @@ def read_card(nvml: ModuleType, handle: Any) -> CardState:
     )
 
 
-def _first_part(nvml: ModuleType, handle: Any) -> Any:
+def _first_instance(nvml: ModuleType, handle: Any) -> Any:
     mode = ask(nvml, "nvmlDeviceGetMigMode", handle)  # (now, after a restart); 1: divided
     if not mode or mode[0] != 1:
         return handle
@@ -168,7 +191,7 @@ def _first_part(nvml: ModuleType, handle: Any) -> Any:
 
 
 def _processes(nvml: ModuleType, handle: Any) -> tuple[CardProcess, ...]:
-    """Those that compute and those that draw; one that does both is listed twice by NVML, with the same memory."""
+    """Return the processes that compute or draw; NVML lists one that does both twice."""
     used: dict[int, int | None] = {}
     for kind in ("Compute", "Graphics"):
         for process in ask(nvml, f"nvmlDeviceGet{kind}RunningProcesses", handle) or ():
@@ -180,10 +203,13 @@ def _processes(nvml: ModuleType, handle: Any) -> tuple[CardProcess, ...]:
 def _throttled(nvml: ModuleType, handle: Any) -> str | None:
     bits = ask(nvml, "nvmlDeviceGetCurrentClocksEventReasons", handle)
     if bits is None:
-        bits = ask(nvml, "nvmlDeviceGetCurrentClocksThrottleReasons", handle)  # its name in drivers before 535
+        # the function's name in drivers before 535
+        bits = ask(nvml, "nvmlDeviceGetCurrentClocksThrottleReasons", handle)
     if bits is None:
         return None
-    return ", ".join(dict.fromkeys(words for name, words in _SLOWED_BY if bits & getattr(nvml, name)))
+    return ", ".join(
+        dict.fromkeys(reason for name, reason in _SLOWED_BY if bits & getattr(nvml, name))
+    )
 
 
 def _text(value: Any) -> str | None:

@@ -1,4 +1,4 @@
-"""Which errors mean that memory ran out, what they say of it, and giving back what is no longer needed."""
+"""Recognises errors that mean that memory ran out, describes them, and frees unused memory."""
 
 import gc
 import re
@@ -18,36 +18,43 @@ _DEVICE = re.compile(
     r"out of memory|_ALLOC_FAILED|cudaErrorMemoryAllocation|DefaultCPUAllocator: (can't allocate|not enough) memory",
     re.IGNORECASE,
 )
+#: After these errors the device's state is unknown, so nothing that is repeated can be trusted.
 _NEVER = re.compile(
-    r"illegal memory access|illegal address|device-side assert|unspecified launch failure", re.IGNORECASE
+    r"illegal memory access|illegal address|device-side assert|unspecified launch failure",
+    re.IGNORECASE,
 )
-"""After these the device's state is unknown: nothing that is done again can be believed."""
+
 _NEEDED = re.compile(r"tr(?:ied|ying) to allocate ([\d.]+ ?(?:bytes|[KMGT]i?B))", re.IGNORECASE)
 
 
 def memory_failure(error: BaseException) -> Where | None:
-    """Where memory ran out, or None for any other error. Causes and contexts are looked through, since libraries wrap
-    what they catch.
+    """Return where memory ran out, or None for any other error.
 
-    "device": of the tensors, which giving up a part of the work may cure. "host": Python's own MemoryError, which it
-    cannot. Torch reports the first by type or by these words in a RuntimeError, by device and library: "CUDA out of
-    memory", "CUBLAS_STATUS_ALLOC_FAILED", "DefaultCPUAllocator: can't allocate memory".
+    Causes and contexts are searched too, because libraries wrap exceptions. "device" is the memory
+    of tensors, of which a part of the work may need less. "host" is Python's own MemoryError, for
+    which that does not help. Torch reports the first by type or, depending on device and library,
+    by the text of a RuntimeError: "CUDA out of memory", "CUBLAS_STATUS_ALLOC_FAILED",
+    "DefaultCPUAllocator: can't allocate memory".
     """
     if isinstance(error, FituneError) and not isinstance(error, UsageError):
-        return None  # it has been judged already; one that calls a file unreadable may be mistaken
+        # It was classified when it was raised. A UsageError that calls a file unreadable may have
+        # been caused by a lack of memory.
+        return None
     chain = list(_causes(error))
     if any(isinstance(each, RuntimeError) and _NEVER.search(str(each)) for each in chain):
         return None
     for each in chain:
         if isinstance(each, MemoryError):
             return "host"
-        if isinstance(each, torch.OutOfMemoryError) or (isinstance(each, RuntimeError) and _DEVICE.search(str(each))):
+        if isinstance(each, torch.OutOfMemoryError) or (
+            isinstance(each, RuntimeError) and _DEVICE.search(str(each))
+        ):
             return "device"
     return None
 
 
 def needed_bytes(error: BaseException) -> int | None:
-    """The allocation that failed, as the error or one of its causes tells it."""
+    """Return the size of the failed allocation, if the error or one of its causes names it."""
     for each in _causes(error):
         if match := _NEEDED.search(str(each)):
             return parse_bytes(match[1].replace("bytes", "B"))
@@ -55,9 +62,13 @@ def needed_bytes(error: BaseException) -> int | None:
 
 
 def release_memory(device: torch.device) -> None:
-    """Give the system back what no tensor uses any more. To be called when the failed work's error, frames and tensors
-    are gone, thus never in an `except` block."""
-    gc.collect()  # autograd nodes of custom functions and recomputed layers may hold each other
+    """Give memory that no tensor uses back to the system.
+
+    Call this when the failed work's error, stack frames and tensors are gone, and thus never in an
+    `except` block.
+    """
+    # autograd nodes of custom functions and of gradient checkpointing may form reference cycles
+    gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
     else:
@@ -65,23 +76,38 @@ def release_memory(device: torch.device) -> None:
 
 
 def release_workspaces(device: torch.device) -> None:
-    """As `release_memory`, and what cuBLAS was given for ever: on a card there is then no more than tensors hold."""
+    """Release memory, including cuBLAS's workspaces, which PyTorch never frees by itself."""
     if device.type == "cuda":
         torch._C._cuda_clearCublasWorkspaces()
     release_memory(device)
 
 
 def said_of(error: BaseException) -> str:
-    """The error in one line, that memory ran out in a few words."""
+    """Describe the error in one line, and a lack of memory in a few words."""
     if memory_failure(error) is None:
         return " ".join(str(error).split()) or type(error).__name__
     needed = needed_bytes(error)
-    return "out of memory" if needed is None else f"out of memory, {format_bytes(needed)} at once were missing"
+    return (
+        "out of memory"
+        if needed is None
+        else f"out of memory, {format_bytes(needed)} at once were missing"
+    )
 
 
-def try_twice(action: Callable[[], T], *, device: torch.device, what: str, way_out: str = "close other programs") -> T:
-    """For what is too small to be cut. Raises OutOfMemoryError where the second time fails as well. what: the action as
-    the subject of a sentence. way_out: what a person can do, as a clause."""
+def try_twice(
+    action: Callable[[], T],
+    *,
+    device: torch.device,
+    what: str,
+    way_out: str = "close other programs",
+) -> T:
+    """Do an action that cannot be split, and repeat it once if memory runs out.
+
+    what: the action as the subject of a sentence.
+    way_out: what the user can do, as a clause.
+
+    Raises OutOfMemoryError if the second attempt fails as well.
+    """
     for last in (False, True):
         try:
             return action()

@@ -1,6 +1,7 @@
-"""The device that a run uses, and what it says of its own memory: the only place that asks which kind it is.
+"""Measures the memory of the device that a run uses; nothing else distinguishes CUDA and CPU.
 
-On a CPU the process is the device: its resident set is what `device` means there, and its peak can be reset (Linux).
+On a CPU the process is the device: `device` means its resident set, whose peak can be reset (on
+Linux).
 """
 
 import ctypes
@@ -18,31 +19,36 @@ from fitune.machine.threads import start_thread
 
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
-_KEPT_FREE_BYTES = 16 * 1024**2
-"""Of what the process may still take: for page tables, for what a moment takes between two looks, and for what threads
-and the interpreter map between steps, since the holes that tensors leave in the heap are of no use to them."""
-_LOOK_SECONDS = (0.1, 1.0)
-"""The shortest and the longest time between two looks at what is free."""
-_FASTEST_TAKING = 16 * 1024**3
-"""Bytes a second that another process could take: nothing is missed where so much more is free."""
+#: Bytes that stay free: for page tables, for allocations between two checks, and for what threads
+#: and the interpreter map between steps, which cannot use the holes that tensors leave in the heap.
+_SPARE_FREE_BYTES = 16 * 1024**2
+#: the shortest and the longest time between two checks of the free memory
+_CHECK_SECONDS = (0.1, 1.0)
+#: How many bytes per second another process could allocate. With more free memory, the next check
+#: may come later.
+_FASTEST_ALLOCATION = 16 * 1024**3
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryPeak:
-    """Largest values since `reset_peak`. None where the device does not tell it.
+    """The largest values since `reset_peak`. None if the device does not report them."""
 
-    allocated_bytes, reserved_bytes: PyTorch's allocator (CUDA). device_bytes: on CUDA what the whole card has in use
-    now, as nvidia-smi shows it (reserved memory does not shrink by itself); on a CPU the peak of the resident set.
-    """
-
+    #: of PyTorch's CUDA allocator
     allocated_bytes: int | None = None
     reserved_bytes: int | None = None
+    #: on CUDA, what the whole card has in use now, as nvidia-smi shows it (reserved memory does not
+    #: shrink by itself); on a CPU, the peak of the resident set
     device_bytes: int | None = None
 
     def beside(self, program_bytes: int | None) -> "MemoryPeak":
-        """On a CPU, what is resident beside the program, which stands for what PyTorch reserves on a card; None where
-        it is too little to be seen: a program gives back more than a very small model takes.
-        program_bytes: None on a card."""
+        """Return the peak without the program's own memory, on a CPU.
+
+        There the resident memory above the program takes the place of what PyTorch reserves on a
+        card. It is None if it is too small to be seen, because a program can give back more than a
+        very small model takes.
+
+        program_bytes: None on a card.
+        """
         if program_bytes is None or self.device_bytes is None:
             return self
         beside_bytes = self.device_bytes - program_bytes
@@ -50,7 +56,11 @@ class MemoryPeak:
 
 
 def choose_device() -> torch.device:
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    return (
+        torch.device("cuda", torch.cuda.current_device())
+        if torch.cuda.is_available()
+        else torch.device("cpu")
+    )
 
 
 def reset_peak(device: torch.device) -> None:
@@ -64,31 +74,45 @@ def read_peak(device: torch.device) -> MemoryPeak:
     if device.type == "cuda":
         free_bytes, total_bytes = torch.cuda.mem_get_info(device)
         return MemoryPeak(
-            torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device), total_bytes - free_bytes
+            torch.cuda.max_memory_allocated(device),
+            torch.cuda.max_memory_reserved(device),
+            total_bytes - free_bytes,
         )
     return MemoryPeak(device_bytes=_resident_peak_bytes())
 
 
 def program_bytes(device: torch.device) -> int | None:
-    """What the process holds now, on a CPU, where it shares the device with the tensors; None on a card."""
+    """Return the process's resident memory on a CPU, where tensors are part of it; else None."""
     return psutil.Process().memory_info().rss if device.type == "cpu" else None
 
 
 def trim_heap() -> None:
-    """glibc keeps what was freed below the top of its heaps until it is asked; other C libraries lack the call."""
-    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+    """Make glibc give back what was freed below the top of its heaps.
+
+    Other C libraries do not have this call.
+    """
+    if (
+        sys.platform == "linux"
+        and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None
+    ):
         trim(0)
 
 
+#: of mallopt(3)
 _M_MMAP_THRESHOLD = -3
-"""Of mallopt(3)."""
 _LARGE_BYTES = 1024**2
 
 
 def map_large_blocks() -> None:
-    """From now on glibc maps large blocks apart and gives each back when it is freed. By itself it learns to keep those
-    of up to 32 MiB in its heap, which is faster, and leaves holes there into which the next ones do not fit."""
-    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
+    """Make glibc map large blocks separately and give each back when it is freed, from now on.
+
+    By default it adapts to put blocks of up to 32 MiB on its heap, which is faster, but leaves
+    holes into which the next blocks do not fit.
+    """
+    if (
+        sys.platform == "linux"
+        and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None
+    ):
         mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)
 
 
@@ -106,21 +130,34 @@ def _resident_peak_bytes() -> int | None:
 
 
 def held_bytes(device: torch.device) -> int:
-    """What tensors hold now (CUDA), or the process without what its heap has free (CPU): what a peak is compared
-    with."""
+    """Return the bytes of allocated tensors (CUDA), or of the process without free heap (CPU).
+
+    A peak is compared with this.
+    """
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     return max(int(psutil.Process().memory_info().rss) - resident_free_in_heap(), 0)
 
 
 def num_alloc_retries(device: torch.device) -> int:
-    """How often PyTorch had to give cached blocks back to find memory. 0 on a CPU, which has no cache."""
-    return int(torch.cuda.memory_stats(device).get("num_alloc_retries", 0)) if device.type == "cuda" else 0
+    """Return how often PyTorch had to give cached blocks back to find memory.
+
+    It is 0 on a CPU, which has no cache.
+    """
+    return (
+        int(torch.cuda.memory_stats(device).get("num_alloc_retries", 0))
+        if device.type == "cuda"
+        else 0
+    )
 
 
 def usable_bytes(device: torch.device) -> int | None:
-    """What this process can still allocate. CUDA: what the card has free and what PyTorch holds without using it. CPU:
-    what the machine has available, or what the process's own limits (RLIMIT_DATA, RLIMIT_AS) leave."""
+    """Return how many bytes this process can still allocate.
+
+    On CUDA this is what the card has free, plus what PyTorch has reserved and does not use. On a
+    CPU it is what the machine has available, within the process's own limits (RLIMIT_DATA,
+    RLIMIT_AS).
+    """
     if device.type == "cuda":
         free_bytes, _ = torch.cuda.mem_get_info(device)
         return free_bytes + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -133,22 +170,35 @@ class _MallocState(ctypes.Structure):
     _fields_ = tuple(
         (name, ctypes.c_size_t)
         for name in (
-            *("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks"),
+            *(
+                "arena",
+                "ordblks",
+                "smblks",
+                "hblks",
+                "hblkhd",
+                "usmblks",
+                "fsmblks",
+                "uordblks",
+                "fordblks",
+            ),
             "keepcost",
         )
     )
 
 
 def free_in_heap() -> int:
-    """What glibc holds without using it; 0 with other C libraries."""
-    if sys.platform != "linux" or (mallinfo := getattr(ctypes.CDLL(None), "mallinfo2", None)) is None:
+    """Return the bytes that glibc holds without using them; 0 with other C libraries."""
+    if (
+        sys.platform != "linux"
+        or (mallinfo := getattr(ctypes.CDLL(None), "mallinfo2", None)) is None
+    ):
         return 0
     mallinfo.restype = _MallocState
     return int(mallinfo().fordblks)
 
 
 def resident_free_in_heap() -> int:
-    """Of what glibc holds without using it, what the system has not had back."""
+    """Return the bytes that glibc holds without using them and that are resident."""
     if sys.platform != "linux":
         return 0
     return max(free_in_heap() - max(_untouched_bytes() - _least_untouched_bytes, 0), 0)
@@ -156,10 +206,15 @@ def resident_free_in_heap() -> int:
 
 @contextmanager
 def refusing(free_bytes: Callable[[], int | None]) -> Iterator[None]:
-    """Within it the process is refused what is not there. Linux grants it, and kills when it is used; a refusal can be
-    survived. free_bytes: what the machine or the control group has left, looked at again while this lasts, since
-    others take from it too. Something of it, or of the limit that the process had, is left to what comes afterwards.
-    Elsewhere than on Linux of no effect."""
+    """Make allocations fail, inside this context, that exceed the free memory.
+
+    By default Linux grants an allocation and kills the process when it uses the memory; a failed
+    allocation can be survived. It does nothing on other systems.
+
+    free_bytes: returns what the machine or the control group has free. It is called again and
+        again, because other processes allocate too. A part of it, or of the process's own limit, is
+        left for what follows the context.
+    """
     if sys.platform != "linux":
         yield
         return
@@ -169,31 +224,31 @@ def refusing(free_bytes: Callable[[], int | None]) -> Iterator[None]:
     ended = threading.Event()
 
     def bound() -> float:
-        """Returns how many seconds that holds for."""
+        """Set the limit, and return after how many seconds it must be checked again."""
         free = free_bytes()
         bounds = [] if free is None else [_most_data_bytes(free)]
         if before != resource.RLIM_INFINITY:
-            bounds.append(max(before - _KEPT_FREE_BYTES, 0))
+            bounds.append(max(before - _SPARE_FREE_BYTES, 0))
         if bounds and not ended.is_set():
             resource.setrlimit(resource.RLIMIT_DATA, (min(bounds), hard))
         if free is None:
-            return _LOOK_SECONDS[1]
-        return min(max(free / _FASTEST_TAKING, _LOOK_SECONDS[0]), _LOOK_SECONDS[1])
+            return _CHECK_SECONDS[1]
+        return min(max(free / _FASTEST_ALLOCATION, _CHECK_SECONDS[0]), _CHECK_SECONDS[1])
 
-    def look() -> None:
-        seconds = _LOOK_SECONDS[0]
+    def check() -> None:
+        seconds = _CHECK_SECONDS[0]
         while not ended.wait(seconds):
             seconds = bound()
 
-    looking = threading.Thread(target=look, name="fitune-memory", daemon=True)
-    looks = start_thread(looking)  # else what was seen at the beginning holds
+    checking = threading.Thread(target=check, name="fitune-memory", daemon=True)
+    is_checking = start_thread(checking)  # without the thread, the first limit stays
     bound()
     try:
         yield
     finally:
         ended.set()
-        if looks:
-            looking.join()
+        if is_checking:
+            checking.join()
         resource.setrlimit(resource.RLIMIT_DATA, (before, hard))
 
 
@@ -201,12 +256,15 @@ _least_untouched_bytes = sys.maxsize
 
 
 def _most_data_bytes(free_bytes: int) -> int:
-    """Of VmData, with which as much is resident as is free. Of what is mapped some is never touched, as the stacks of
-    threads are: the least that was seen. The rest is what the heap has given back, and will take again."""
+    """Return the VmData at which as much more is resident as is free.
+
+    Some mapped memory is never touched, such as thread stacks: the least untouched memory seen so
+    far. The other untouched memory is what the heap has given back and will use again.
+    """
     global _least_untouched_bytes
     mapped, resident = _status_bytes("VmData:", "RssAnon:")
     _least_untouched_bytes = min(_least_untouched_bytes, max(mapped - resident, 0))
-    return resident + _least_untouched_bytes + max(free_bytes - _KEPT_FREE_BYTES, 0)
+    return resident + _least_untouched_bytes + max(free_bytes - _SPARE_FREE_BYTES, 0)
 
 
 def _untouched_bytes() -> int:
@@ -225,7 +283,7 @@ def _left_by_limits() -> Iterator[int]:
 
 
 def _status_bytes(*names: str) -> list[int]:
-    """Of proc(5)'s status file, as it is at one moment. 0 where a line is missing."""
+    """Read values from proc(5)'s status file at one moment; 0 if a line is missing."""
     found = dict.fromkeys(names, 0)
     for line in _STATUS.read_text().splitlines():
         if (name := line.partition("\t")[0]) in found:

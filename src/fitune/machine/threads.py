@@ -1,18 +1,19 @@
-"""Threads beside the one that trains, started only where there is memory for them."""
+"""Starts threads only if there is memory for them."""
 
 import mmap
 import sys
 import threading
 
+#: for a stack, usually of 8 MiB, and the interpreter's first frame
 _NEEDED_BYTES = 12 * 1024**2
-"""A stack, of 8 MiB as a rule, and the interpreter's first frame in it."""
 
 
 def start_thread(thread: threading.Thread) -> bool:
-    """Whether it runs now; what it would do is else to be done without it.
+    """Start the thread, and return whether it runs; if not, the caller must do its work.
 
-    Where memory ends, `Thread.start` may never return: it waits for a sign from the new thread, and one that gets a
-    stack that was kept of an earlier thread, but no memory for its first frame, ends without giving it.
+    If memory runs out, `Thread.start` may never return. It waits for a signal from the new thread,
+    and a thread that gets the cached stack of an earlier one, but no memory for its first frame,
+    ends without the signal.
     """
     if sys.platform == "linux":
         try:
@@ -21,6 +22,6 @@ def start_thread(thread: threading.Thread) -> bool:
             return False
     try:
         thread.start()
-    except RuntimeError:  # so many threads are not allowed
+    except RuntimeError:  # the limit of threads is reached
         return False
     return True

@@ -1,7 +1,8 @@
-"""Which model adapters belong to, kept beside them: on another one they are worth nothing, and merge in silence.
+"""Record which model adapters belong to.
 
-`adapted_model.json` beside adapter_model.safetensors: where the model was (an absolute path, a hub id or a preset), and
-a hash of its weights.
+Adapters are useless on another model, and merging them into one would not fail. The file
+`adapted_model.json`, next to adapter_model.safetensors, has the place of the model (an absolute
+path, a hub id or a preset) and a hash of its weights.
 """
 
 import json
@@ -25,40 +26,54 @@ _ATTRIBUTE = "_fitune_adapted_model"
 
 @dataclass(frozen=True, slots=True)
 class AdaptedModel:
-    """dtype: that the weights were held in, in which the hash was taken. seed: of weights that were drawn."""
+    """Identifies the model that adapters were trained on."""
 
+    #: an absolute path, a hub id or a preset
     source: str
+    #: that of the weights when the hash was taken
     dtype: str
     weights_hash: str
+    #: the seed of random weights
     seed: int
 
 
 def note_adapted(adapted: nn.Module, noted: AdaptedModel) -> None:
-    """`adapted_json` finds it again."""
+    """Attach the record to a model with adapters, where `adapted_json` finds it."""
     setattr(adapted, _ATTRIBUTE, noted)
 
 
 def describe(model: ModelConfig, built: nn.Module, *, seed: int) -> AdaptedModel:
-    """built: before adapters, and before its weights are quantised."""
+    """Return the record of a model without adapters.
+
+    built: before adapters are added, and before its weights are quantised.
+    """
     path = Path(model.source).expanduser()
     source = str(path.resolve()) if path.exists() else model.source
     dtype = next(parameter.dtype for parameter in built.parameters())
-    return AdaptedModel(source, str(dtype).removeprefix("torch."), _weights_hash(built, dtype), seed)
+    return AdaptedModel(
+        source, str(dtype).removeprefix("torch."), _weights_hash(built, dtype), seed
+    )
 
 
 def adapted_json(adapted: nn.Module) -> bytes | None:
-    """The content of FILE; None where the adapters were not made by fitune."""
+    """Return the content of `adapted_model.json`; None if fitune did not make the adapters."""
     noted = getattr(adapted, _ATTRIBUTE, None)
-    return None if noted is None else json.dumps(asdict(cast(AdaptedModel, noted)), indent=2).encode()
+    return (
+        None if noted is None else json.dumps(asdict(cast(AdaptedModel, noted)), indent=2).encode()
+    )
 
 
 def read_adapted(adapters: Path) -> AdaptedModel:
-    """Raises ModelError where it cannot be read."""
+    """Read the record of saved adapters; raises ModelError if it cannot be read."""
     path = adapters / FILE
     try:
         content: dict[str, Any] = parse_json(read_plain(path, follow=True))
-        found = AdaptedModel(**{key: content[key] for key in ("source", "dtype", "weights_hash", "seed")})
-        if not isinstance(getattr(torch, found.dtype), torch.dtype) or not isinstance(found.seed, int):
+        found = AdaptedModel(
+            **{key: content[key] for key in ("source", "dtype", "weights_hash", "seed")}
+        )
+        if not isinstance(getattr(torch, found.dtype), torch.dtype) or not isinstance(
+            found.seed, int
+        ):
             raise TypeError("it names no number format")
         return found
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -68,16 +83,20 @@ def read_adapted(adapters: Path) -> AdaptedModel:
 
 
 def check_adapted(found: AdaptedModel, built: nn.Module, *, adapters: Path) -> None:
-    """Raises ModelError where `built` is another model than the adapters were trained on."""
+    """Raise ModelError if `built` is another model than the adapters were trained on."""
     if _weights_hash(built, getattr(torch, found.dtype)) != found.weights_hash:
         raise ModelError(
-            f"{found.source} has other weights than the model that {adapters} was trained on: put that model back, or "
+            f"{found.source} has other weights than the model that {adapters} was trained on: put "
+            "that model back, or "
             "use the adapters as they are, with peft"
         )
 
 
 def _weights_hash(model: nn.Module, dtype: torch.dtype) -> str:
-    """Of the names and shapes of all parameters and a thousand elements of each, in `dtype`."""
+    """Return a hash of the names and shapes of all parameters and a sample of their elements.
+
+    About a thousand elements of each are hashed, in `dtype`.
+    """
     digest = blake2b(digest_size=8)
     for name, parameter in model.named_parameters():
         digest.update(f"{name} {tuple(parameter.shape)}".encode())

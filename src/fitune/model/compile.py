@@ -1,6 +1,7 @@
-"""torch.compile, layer by layer: one compiled function serves all layers of a kind, and any number of tokens.
+"""Compile a model layer by layer with torch.compile.
 
-Row lengths, which are others in every micro-batch, compile nothing anew: see `prepare_for_compilation`.
+One compiled function serves all layers of a kind, with any number of tokens. The lengths of samples
+differ in every micro-batch, but do not cause compilation: see `prepare_for_compilation`.
 """
 
 import shutil
@@ -15,14 +16,23 @@ from fitune.model.recompute import recomputable_layers
 
 
 def compile_layers(model: nn.Module, device: torch.device) -> None:
-    """Each layer is compiled at its first forward. Raises ModelError where the model or the machine cannot do that."""
+    """Make each layer compile at its first forward.
+
+    Raises ModelError if the model or the machine does not support that.
+    """
     layers = recomputable_layers(model)
     if not layers:
-        raise ModelError("model.compile needs layers that transformers marks as such, which this model lacks: drop it")
+        raise ModelError(
+            "model.compile needs layers that transformers marks as such, which this model lacks: drop it"
+        )
     if device.type == "cpu" and not (shutil.which("g++") or shutil.which("clang++")):
-        raise ModelError("model.compile needs a C++ compiler on a CPU, and none is installed: install g++, or drop it")
+        raise ModelError(
+            "model.compile needs a C++ compiler on a CPU, and none is installed: install g++, or drop it"
+        )
     if device.type == "cuda" and not has_triton():
-        raise ModelError("model.compile needs Triton on CUDA, which is not installed: pip install triton, or drop it")
+        raise ModelError(
+            "model.compile needs Triton on CUDA, which is not installed: pip install triton, or drop it"
+        )
     prepare_for_compilation()
     for layer in layers:
         layer.compile(dynamic=True)

@@ -1,7 +1,8 @@
-"""Checkpoints whose weights are stored in fewer bits than they are computed in (quantization_config in config.json).
+"""Handle checkpoints with weights in fewer bits than they are computed in.
 
-Two formats are unpacked by transformers while it reads them, and trained as numbers. Others would stay packed, in
-layers that have no gradient and other sizes than a plan counts: they are refused.
+`quantization_config` in config.json describes them. transformers unpacks two formats while it reads
+them, and their weights are trained as ordinary numbers. Weights in other formats would stay packed,
+in layers without gradients and with other sizes than a plan assumes, so they are refused.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,14 +17,15 @@ _UNPACKED: dict[str, Callable[..., Any]] = {"mxfp4": Mxfp4Config, "fp8": FineGra
 
 
 def weights_format(config: PretrainedConfig) -> str | None:
-    """How the weights are stored where that is not as numbers, such as 'mxfp4'."""
+    """Return the packed format of the weights, such as 'mxfp4'; None for ordinary numbers."""
     stored = _stored(config)
-    method = stored.get("quant_method") or ("bitsandbytes" if stored else None)  # it did not always name itself
+    # Early files of bitsandbytes do not name the method.
+    method = stored.get("quant_method") or ("bitsandbytes" if stored else None)
     return None if method is None else str(getattr(method, "value", method))
 
 
 def unpacking(config: PretrainedConfig) -> Any:
-    """What makes transformers unpack the weights; None where they are stored as numbers."""
+    """Return the configuration that makes transformers unpack the weights; None if not needed."""
     stored = weights_format(config)
     if stored not in _UNPACKED:
         return None
@@ -32,11 +34,15 @@ def unpacking(config: PretrainedConfig) -> Any:
 
 
 def check_format(config: PretrainedConfig, model: ModelConfig) -> None:
-    """Raises ModelError for weights that training could not hold; without weights the format does not matter."""
+    """Raise ModelError for weights in a format that fitune can neither train nor unpack.
+
+    With random weights the format is irrelevant.
+    """
     stored = weights_format(config)
     if stored is not None and stored not in _UNPACKED and model.init != "random":
         raise ModelError(
-            f"the weights of {model.source} are stored as {stored}, which fitune neither trains nor unpacks: give the "
+            f"the weights of {model.source} are stored as {stored}, which fitune neither trains "
+            "nor unpacks: give the "
             "model that they were made of, and model.method=qlora to hold it in 4 bits"
         )
 

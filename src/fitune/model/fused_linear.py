@@ -1,8 +1,9 @@
-"""Linear layers under autocast in fewer kernels: those that share an input as one product, its gradients in float32.
+"""Compute linear layers under autocast in fewer kernels, with their weight gradients in float32.
 
-Autocast casts the input and the weight of each layer for itself, and rounds the gradient of each weight to 16 bits to
-cast it back. Here one cast and one product serve all layers of an input, and a product writes the gradient of their
-weights in float32. Only weights that are trained in float32 are concerned; other layers run as they are.
+Autocast casts the input and the weight of each layer separately, and rounds the gradient of each
+weight to 16 bits before casting it back. Here layers with the same input share one cast and one
+matrix product, and the product for the weight gradients writes float32. This applies only to
+weights that are trained in float32; other layers run unchanged.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -18,12 +19,12 @@ from fitune.model import packed_attention as kernels
 from fitune.model.recompute import recomputable_layers
 
 _16_BIT = (torch.float16, torch.bfloat16)
+#: Linear layers of one module that all take the module's input.
 _ATTENTION, _MLP = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
-"""Linear layers of one module that are all given the module's input."""
 
 
 def fuse_linear_layers(model: nn.Module) -> None:
-    """In place."""
+    """Replace the forwards of linear layers and gated MLPs, in place."""
     mlps: dict[type[nn.Module], Callable[..., Any] | None] = {}
     for module in model.modules():
         if type(module) is nn.Linear:
@@ -57,11 +58,11 @@ def _has_linear(module: nn.Module, names: Sequence[str]) -> bool:
 
 
 class _Joined:
-    """Linear layers whose weights make one product. cast: the weights in 16 bits, where the model's forward has made
-    them for all of its layers."""
+    """Linear layers with the same input, whose weights are joined for one matrix product."""
 
     def __init__(self, layers: Sequence[nn.Linear]) -> None:
         self.layers = layers
+        #: the joined weights in 16 bits, if the model's forward has cast those of all layers
         self.cast: Tensor | None = None
 
     @property
@@ -69,20 +70,29 @@ class _Joined:
         return [layer.out_features for layer in self.layers]
 
     def dtype_on(self, device: Tensor) -> torch.dtype | None:
-        """What autocast casts to on the device of that tensor; None where these layers run as they are: off a card, in
-        float32, without autocast, or with weights that are not trained or not in float32."""
+        """Return the dtype that autocast casts to on the tensor's device.
+
+        Returns None if these layers run unchanged: off a GPU, without autocast to 16 bits, or with
+        weights that are not trained or not float32.
+        """
         kind = device.device.type
         if kernels.compute_capability(device) is None or not torch.is_autocast_enabled(kind):
             return None
         dtype = torch.get_autocast_dtype(kind)
-        parameters = (each for layer in self.layers for each in (layer.weight, layer.bias) if each is not None)
+        parameters = (
+            each for layer in self.layers for each in (layer.weight, layer.bias) if each is not None
+        )
         trained = all(each.requires_grad and each.dtype == torch.float32 for each in parameters)
         return dtype if trained and dtype in _16_BIT else None
 
     def product(self, hidden: Tensor, dtype: torch.dtype) -> Tensor:
-        """[..., D] -> [..., F], F of all layers one after another."""
+        """Return the product with the joined weights, [..., D] -> [..., F].
+
+        F is that of all layers in order.
+        """
         biases = [layer.bias for layer in self.layers if layer.bias is not None]
-        if biases and len(biases) < len(self.layers):  # zeros in the place of those that are missing
+        # Zeros for the layers without a bias.
+        if biases and len(biases) < len(self.layers):
             biases = [
                 layer.weight.new_zeros(layer.out_features) if layer.bias is None else layer.bias
                 for layer in self.layers
@@ -93,7 +103,7 @@ class _Joined:
 
 
 def _linear(self: nn.Linear, hidden: Tensor) -> Tensor:
-    """[..., D] -> [..., F]."""
+    """Compute the forward of a linear layer: [..., D] -> [..., F]."""
     joined: _Joined = self.__dict__["joined"]
     dtype = joined.dtype_on(hidden)
     if dtype is None:
@@ -105,7 +115,7 @@ def _linear(self: nn.Linear, hidden: Tensor) -> Tensor:
 
 
 class _SharedInput:
-    """Query, key and value of one attention layer: the first that is called computes all three."""
+    """Query, key and value of an attention layer; the first one called computes all three."""
 
     def __init__(self, layers: Sequence[nn.Linear]) -> None:
         self.joined = _Joined(layers)
@@ -115,9 +125,12 @@ class _SharedInput:
     def product_of(self, layer: nn.Linear, hidden: Tensor, dtype: torch.dtype) -> Tensor:
         number = next(number for number, each in enumerate(self.joined.layers) if each is layer)
         if self._hidden is not hidden or self._ready[number] is None:
-            *turned, value = self.joined.product(hidden, dtype).split(self.joined.widths, dim=-1)
-            # query and key are turned into new tensors; attention keeps the value, and with it all of the product
-            self._hidden, self._ready = hidden, [*turned, value.contiguous()]
+            *query_and_key, value = self.joined.product(hidden, dtype).split(
+                self.joined.widths, dim=-1
+            )
+            # Rotary embeddings copy query and key. Attention saves the value for the backward;
+            # as a view it would keep the whole product allocated.
+            self._hidden, self._ready = hidden, [*query_and_key, value.contiguous()]
         product, self._ready[number] = cast(Tensor, self._ready[number]), None
         if not any(each is not None for each in self._ready):
             self.forget()
@@ -128,21 +141,34 @@ class _SharedInput:
 
 
 def _cast_weights_at_once(model: nn.Module) -> None:
-    """All layers that keep their weights in 16 bits for the backward have them made in a few launches, before the first
-    layer runs. A layer that is recomputed keeps none, and casts its own."""
+    """Cast the weights of many layers in a few launches, before the first layer runs.
+
+    These are the layers that keep their weights in 16 bits until the backward pass. A layer that is
+    recomputed does not keep them and casts its own.
+    """
     layers = recomputable_layers(model)
-    holding = (module for module in model.modules() if any(_holds(child, layers) for child in module.children()))
+    holding = (
+        module
+        for module in model.modules()
+        if any(_holds(child, layers) for child in module.children())
+    )
     body = next(holding, model)
-    shared = [each for module in model.modules() if (each := module.__dict__.get("shared_input")) is not None]
+    shared = [
+        each
+        for module in model.modules()
+        if (each := module.__dict__.get("shared_input")) is not None
+    ]
     parts = [(layer, list(_joined_of(layer))) for layer in layers]
 
     def begin(*_: Any) -> None:
         if not torch.is_grad_enabled():
             return
-        kept = [each for layer, of_layer in parts if not _is_recomputed(layer) for each in of_layer]
+        without_recompute = [
+            each for layer, of_layer in parts if not _is_recomputed(layer) for each in of_layer
+        ]
         into: list[Tensor] = []
         weights: list[Tensor] = []
-        for joined in kept:
+        for joined in without_recompute:
             first = joined.layers[0].weight
             dtype = None if isinstance(first, DTensor) else joined.dtype_on(first)
             if dtype is not None:
@@ -165,7 +191,11 @@ def _cast_weights_at_once(model: nn.Module) -> None:
 
 
 def _holds(module: nn.Module, layers: Sequence[nn.Module]) -> bool:
-    return isinstance(module, nn.ModuleList) and any(child is layers[0] for child in module) if layers else False
+    return (
+        isinstance(module, nn.ModuleList) and any(child is layers[0] for child in module)
+        if layers
+        else False
+    )
 
 
 def _joined_of(layer: nn.Module) -> Iterator["_Joined"]:
@@ -182,12 +212,20 @@ def _is_recomputed(layer: nn.Module) -> bool:
 
 
 class _JoinedProduct(torch.autograd.Function):
-    """The product in 16 bits of one input with the weights, [F, D] in float32, of `num_layers` layers, after which
-    their biases follow or none. cast_FD: those weights in 16 bits, where they exist. The gradients of the weights are
-    written in float32 at once."""
+    """Multiplies one input in 16 bits with the joined weights of several layers.
+
+    The gradients of the weights are written in float32. The arguments of `forward` are:
+
+    hidden: [..., D] in 16 bits.
+    cast_FD: the joined weights in 16 bits, if they exist already.
+    num_layers: the number of weights in `parameters`.
+    parameters: the weights, [F, D] in float32 each, then as many biases or none.
+    """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, cast_FD: Tensor | None, num_layers: int, *parameters: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, cast_FD: Tensor | None, num_layers: int, *parameters: Tensor
+    ) -> Tensor:
         weights, biases = parameters[:num_layers], parameters[num_layers:]
         weight_FD = _join(weights, hidden.dtype) if cast_FD is None else cast_FD
         ctx.save_for_backward(hidden, weight_FD)
@@ -206,7 +244,7 @@ class _JoinedProduct(torch.autograd.Function):
 
 
 def _join(parameters: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """One after another along their first dimension, cast."""
+    """Return the parameters joined along their first dimension and cast."""
     if len(parameters) == 1:
         return parameters[0].to(dtype)
     if torch.compiler.is_compiling():
@@ -218,12 +256,18 @@ def _join(parameters: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
 
 
 def _float32_product(first: Tensor, second: Tensor) -> Tensor:
-    """Of two matrices in 16 bits. CPUs have no such product."""
+    """Return the float32 product of two matrices in 16 bits; CPUs have no such kernel."""
     return torch.mm(first, second, out_dtype=torch.float32)
 
 
-def _cast_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Under autocast each linear layer would cast the module's input for itself, and each cast its gradient back."""
+def _cast_input(
+    _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Cast the input of a module under autocast, as a forward pre-hook.
+
+    Otherwise each linear layer would cast it separately, and each cast would cast its gradient
+    back.
+    """
     hidden = args[0] if args else kwargs.get("hidden_states")
     if not isinstance(hidden, Tensor) or kernels.compute_capability(hidden) is None:
         return args, kwargs
@@ -234,13 +278,17 @@ def _cast_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})
 
 
-# ---- gated MLPs ------------------------------------------------------------------------------------------------------
+# ---- gated MLPs ----------------------------------------------------------------------------------
 
 
 def _fused_mlp_of(module: nn.Module) -> Callable[..., Any] | None:
-    """A forward with one product for gate and up; None where the module's own is not seen, on random numbers, to be
-    down(silu(gate) * up)."""
-    if {*module._modules} != {*_MLP, "down_proj", "act_fn"} or not _has_linear(module, (*_MLP, "down_proj")):
+    """Return a forward with one matrix product for gate and up, None if it does not fit.
+
+    On random numbers the module's own forward must compute down(silu(gate) * up).
+    """
+    if {*module._modules} != {*_MLP, "down_proj", "act_fn"} or not _has_linear(
+        module, (*_MLP, "down_proj")
+    ):
         return None
     probe = object.__new__(type(module))
     probe.__dict__.update(module.__dict__)
@@ -254,9 +302,12 @@ def _fused_mlp_of(module: nn.Module) -> Callable[..., Any] | None:
         gate, up = (layers[name](hidden) for name in _MLP)
         expected = layers["down_proj"](functional.silu(gate) * up)
         try:
-            if not torch.allclose(type(module).forward(probe, hidden), expected, rtol=1e-5, atol=1e-6):
+            if not torch.allclose(
+                type(module).forward(probe, hidden), expected, rtol=1e-5, atol=1e-6
+            ):
                 return None
-        except Exception:  # an MLP of another kind
+        # An MLP of another kind may raise anything.
+        except Exception:
             return None
 
     def forward(self: Any, hidden: Tensor) -> Tensor:
@@ -268,14 +319,18 @@ def _fused_mlp_of(module: nn.Module) -> Callable[..., Any] | None:
         if torch.compiler.is_compiling():
             gate, up = joined.chunk(2, dim=-1)
             return cast(Tensor, self.down_proj(functional.silu(gate) * up))
-        return cast(Tensor, self.down_proj(_GatedSilu.apply(joined)))  # type: ignore[no-untyped-call]
+        gated = _GatedSilu.apply(joined)  # type: ignore[no-untyped-call]
+        return cast(Tensor, self.down_proj(gated))
 
     return forward
 
 
 class _GatedSilu(torch.autograd.Function):
-    """[..., 2 F], of which the first half is the gate -> [..., F]. The activated gate is computed again in the backward
-    instead of being kept, and both gradients are written into one tensor."""
+    """Computes silu(gate) * up from [..., 2 F], whose first half is the gate; returns [..., F].
+
+    The activated gate is recomputed in the backward instead of being saved, and both gradients are
+    written into one tensor.
+    """
 
     @staticmethod
     def forward(ctx: Any, joined: Tensor) -> Tensor:

@@ -1,4 +1,7 @@
-"""A language model cut before its last matrix product, so that a loss computes logits only where it needs them."""
+"""Split a causal language model before its last matrix product.
+
+A loss can then compute logits only for the tokens that need them.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,19 +18,24 @@ from fitune.model.finite import weights_not_finite
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """decoder(input_ids=..., position_ids=..., use_cache=False, ...).last_hidden_state is the hidden state h, and
+    """The decoder of a causal language model and what makes logits of its hidden states.
+
+    decoder(input_ids=..., position_ids=..., use_cache=False, ...).last_hidden_state is the hidden
+    state h, and
 
         logits = soft_cap * tanh(scale * (h @ weight.T + bias) / soft_cap)
 
-    without the cap where soft_cap is None. weight: [V, D]. bias: [V] or None. Both are read off `output` when they are
-    used, since a sharded model holds the whole weight only while it computes. joined_weight: the same weight with
-    another way back for its gradient (model/tied_head.py), in its place.
+    without the cap if soft_cap is None.
     """
 
     decoder: nn.Module
+    #: Weight [V, D] and bias [V] or None are read from it when they are used, since a sharded
+    #: model has the whole weight only while it computes.
     output: nn.Linear
     scale: float
     soft_cap: float | None
+    #: the same weight as the output of an autograd function that joins its gradient with that
+    #: of the embedding (model/tied_head.py); used instead of `output.weight` if given
     joined_weight: torch.Tensor | None = None
 
     @property
@@ -39,19 +47,24 @@ class Head:
         return self.output.bias
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[..., D] -> [..., V], exactly the model's own logits. The oracle of every leaner loss."""
+        """Return exactly the model's own logits, [..., D] -> [..., V].
+
+        Tests compare every more economical loss with them.
+        """
         logits = nn.functional.linear(hidden, self.weight, self.bias)
         if self.scale != 1:
             logits = logits * self.scale
-        return logits if self.soft_cap is None else self.soft_cap * torch.tanh(logits / self.soft_cap)
+        return (
+            logits if self.soft_cap is None else self.soft_cap * torch.tanh(logits / self.soft_cap)
+        )
 
 
 def decoder_and_head(model: nn.Module) -> Head | str:
-    """The parts of a causal language model, adapters left in place, or why they are unknown, as one clause.
+    """Return the parts of a causal language model, or why they are unknown, as one clause.
 
-    The parts are believed only if they give the model's own logits for two tokens. Where weights carry no data (meta
-    and fake tensors) that cannot be seen, and the structure alone decides. Raises ModelError for weights that are not
-    finite, with which nothing can be computed.
+    Adapters stay in place. The parts are accepted only if they give the model's own logits for two
+    tokens. If weights have no data (meta and fake tensors), the structure alone decides. Raises
+    ModelError for weights that are not finite, with which nothing can be computed.
     """
     whole = cast(PreTrainedModel, getattr(model, "get_base_model", lambda: model)())
     decoder = getattr(whole, whole.base_model_prefix, None)
@@ -65,34 +78,49 @@ def decoder_and_head(model: nn.Module) -> Head | str:
         return head
     if (name := weights_not_finite(whole)) is not None:
         raise ModelError(
-            f"{name} of the model holds values that are not finite: the file is damaged or of a run that diverged; "
+            f"{name} of the model holds values that are not finite: the file is damaged or of a "
+            "run that diverged; "
             "take weights from before that"
         )
     return f"{type(whole).__name__} computes its logits in a way that fitune does not know"
 
 
 def _scale(config: Any) -> float:
-    """Cohere and Falcon-H1 multiply their logits, Granite divides them."""
-    factor = getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None) or 1.0
+    """Return the factor of the logits: Cohere and Falcon-H1 multiply them, Granite divides them."""
+    factor = (
+        getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None) or 1.0
+    )
     return float(factor) / float(getattr(config, "logits_scaling", None) or 1.0)
 
 
 def _gives_the_logits(whole: PreTrainedModel, head: Head) -> bool:
     expected = two_logits(whole)
     found = two_logits(
-        whole, lambda tokens: head.logits(head.decoder(input_ids=tokens, use_cache=False).last_hidden_state)
+        whole,
+        lambda tokens: head.logits(
+            head.decoder(input_ids=tokens, use_cache=False).last_hidden_state
+        ),
     )
-    return found.shape == expected.shape and bool((found - expected).abs().max() <= 1e-2 * expected.abs().max())
+    return found.shape == expected.shape and bool(
+        (found - expected).abs().max() <= 1e-2 * expected.abs().max()
+    )
 
 
-def two_logits(whole: nn.Module, forward: Callable[[torch.Tensor], torch.Tensor] | None = None) -> torch.Tensor:
-    """[1, 2, V], of two tokens, in evaluation mode and without gradients. forward: instead of the model's own."""
+def two_logits(
+    whole: nn.Module, forward: Callable[[torch.Tensor], torch.Tensor] | None = None
+) -> torch.Tensor:
+    """Return the logits of two tokens, [1, 2, V], in evaluation mode and without gradients.
+
+    forward: called instead of the model's own forward.
+    """
     tokens = torch.tensor([[1, 2]], device=next(whole.parameters()).device)
     was_training = whole.training
     whole.eval()
     try:
         with torch.no_grad():
-            logits: torch.Tensor = forward(tokens) if forward else whole(input_ids=tokens, use_cache=False).logits
+            logits: torch.Tensor = (
+                forward(tokens) if forward else whole(input_ids=tokens, use_cache=False).logits
+            )
             return logits
     finally:
         whole.train(was_training)

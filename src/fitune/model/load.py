@@ -1,15 +1,17 @@
-"""From what `model.source` names to a model and its tokenizer: a preset, a directory, a hub id, a GGUF or a .pth file.
+"""Load the model and the tokenizer that `model.source` names.
 
-One path for every use: `load_config` needs no weights, `build_model` makes the modules (on the meta device too, which
-is how a step is recorded without a GPU), and `load_model` fills them. Weights are mapped from the file, not read into
-memory twice: a parameter whose type on disk is the wanted one stays a view of the file until it is written to.
+The source is a preset, a directory, a hub id, a GGUF file or a .pth file. Every use takes the same
+path: `load_config` needs no weights, `build_model` makes the modules (on the meta device too, which
+is how a step is recorded without a GPU), and `load_model` fills them. Weights are memory-mapped,
+not read into memory twice: a parameter whose dtype in the file is the wanted one remains a view of
+the file until it is written to.
 
-A local path never touches the network. Hub ids go through huggingface_hub, which honours HF_ENDPOINT and its cache.
+A local path never leads to network access. Hub ids go through huggingface_hub, which honours
+HF_ENDPOINT and its cache.
 """
 
 import copy
 import logging
-import pickle
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,9 +19,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -39,47 +46,55 @@ from fitune.model.experts import EXPERTS
 from fitune.model.formats import check_format, unpacking, weights_format
 from fitune.model.fused import fuse_layers
 from fitune.model.gguf import check_gguf, gguf_parts, gguf_read_once, read_gguf
+from fitune.model.load_errors import brings_code, unreadable
 from fitune.model.lora import apply_lora
 from fitune.model.minimind import pth_config, read_pth
-from fitune.model.own_code import SWITCH, drop_references, named_code, own_class
+from fitune.model.own_code import drop_references, named_code, own_class
 from fitune.model.packed_attention import attention_name, check_attention
 from fitune.model.precision import Precision, device_precision, resolve_precision
 from fitune.model.presets import preset_config
 from fitune.model.quantise import num_weights, quantise, share_tables
-from fitune.model.source import Kind, check_source, check_tokenizer, out_of_reach, source_kind
-from fitune.model.untrusted_files import check_cached_index, check_tokenizer_files, check_weight_index
+from fitune.model.source import Kind, check_source, check_tokenizer, source_kind
+from fitune.model.untrusted_files import (
+    check_cached_index,
+    check_tokenizer_files,
+    check_weight_index,
+)
 
 if TYPE_CHECKING:
-    from peft import PeftModel  # half a second, needed for adapters only
+    # The import takes half a second and is needed for adapters only.
+    from peft import PeftModel
 
+# transformers imports bitsandbytes, which then warns about kernels that it would take from the hub.
 if not (logger := logging.getLogger("bitsandbytes")).level:
-    logger.setLevel(
-        logging.ERROR
-    )  # transformers imports it, and it then warns of kernels that it would take from the hub
+    logger.setLevel(logging.ERROR)
 
+#: tensors in older files that a model computes itself: rotary frequencies and causal masks
 _COMPUTED = re.compile(r"\.(inv_freq|masked_bias|attn\.bias|attention\.bias)$")
-"""Tensors that older files hold although a model computes them: rotary frequencies and causal masks."""
 _MOST_LAYERS = 10_000
+#: For a damaged file transformers, tokenizers, gguf and safetensors raise exceptions without a
+#: common class.
 _READ_ERRORS = (Exception,)
-"""What transformers, tokenizers, gguf and safetensors raise for a damaged file has no common class."""
 
 
 def check_length(config: RunConfig) -> None:
-    """Raises ConfigError where rows may be longer than the positions that a model with learned positions has."""
+    """Raise ConfigError if samples may exceed the positions that a model has learned."""
     positions = getattr(load_config(config.model).get_text_config(), "n_positions", None)
     if positions is not None and config.data.max_length > positions:
         raise ConfigError(
             [
-                f"data.max_length {config.data.max_length:,} exceeds the {positions:,} positions of "
+                f"data.max_length {config.data.max_length:,} exceeds the {positions:,} positions "
+                "of "
                 f"{config.model.source}: set data.max_length={positions}"
             ]
         )
 
 
 def load_config(model: ModelConfig) -> PretrainedConfig:
-    """The model's architecture, without its weights: of a hub id config.json is fetched, of a file its header read.
+    """Return the model's configuration, without its weights.
 
-    Raises ModelError for what cannot be read and for architectures that are no causal language models.
+    Of a hub id config.json is fetched, of a file its header is read. Raises ModelError if it cannot
+    be read or is no causal language model.
     """
     kind = check_source(model.source)
     if kind == "preset":
@@ -92,9 +107,11 @@ def load_config(model: ModelConfig) -> PretrainedConfig:
         try:
             if kind == "gguf":
                 check_gguf(Path(model.source).expanduser())
-            config = AutoConfig.from_pretrained(name, trust_remote_code=model.trust_remote_code, **files)
+            config = AutoConfig.from_pretrained(
+                name, trust_remote_code=model.trust_remote_code, **files
+            )
         except _READ_ERRORS as error:
-            raise _unreadable(model, kind, error) from error
+            raise unreadable(model, kind, error) from error
     _check_causal(config, model)
     if not model.trust_remote_code:
         drop_references(config)
@@ -104,7 +121,7 @@ def load_config(model: ModelConfig) -> PretrainedConfig:
 
 
 def ignored_code(model: ModelConfig) -> list[str]:
-    """The classes that come with the model as code and do not run."""
+    """Return the classes that come with the model as Python code and do not run."""
     kind = source_kind(model.source)
     if model.trust_remote_code or kind not in ("directory", "hub"):
         return []
@@ -112,7 +129,8 @@ def ignored_code(model: ModelConfig) -> list[str]:
     try:
         config, _ = PretrainedConfig.get_config_dict(name, **files)
         return named_code(config, get_tokenizer_config(name, **files))
-    except _READ_ERRORS:  # told by who loads it
+    # Loading the model reports the error.
+    except _READ_ERRORS:
         return []
 
 
@@ -124,25 +142,31 @@ def build_model(
     seed: int = 0,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """The modules with random weights, on the current default device; under torch.device('meta') without any memory.
+    """Build the modules with random weights on the current default device.
 
-    attention: a name of transformers' attention registry. On a real device the weights are a function of `seed` alone:
-    they are drawn on the CPU in float32, and the global random state stays as it was. trust_remote_code: build the
-    class that the configuration names in code of its own, where it names one.
+    Under torch.device('meta') they take no memory. On a real device the weights are a function of
+    `seed` alone: they are drawn on the CPU in float32, and the global random state does not change.
+
+    attention: a name in transformers' attention registry.
+    trust_remote_code: build the class that the configuration names in the model's own code, if any.
     """
     meta = torch.get_default_device().type == "meta"
     with torch.random.fork_rng(devices=[], enabled=not meta), quiet_transformers():
         if not meta:
             torch.default_generator.manual_seed(seed)
         own = own_class(config) if trust_remote_code else None
-        options: dict[str, Any] = {"dtype": dtype if meta else torch.float32, "attn_implementation": attention}
+        options: dict[str, Any] = {
+            "dtype": dtype if meta else torch.float32,
+            "attn_implementation": attention,
+        }
         options |= {"experts_implementation": EXPERTS}
         if own is not None:
             model = own._from_config(config, **options)
         else:
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, **options)
     if not meta and dtype != torch.float32:
-        for parameter in model.parameters():  # not the buffers: rotary frequencies need float32
+        # Not the buffers: rotary frequencies need float32.
+        for parameter in model.parameters():
             parameter.data = parameter.data.to(dtype)
     return cast(PreTrainedModel, model)
 
@@ -157,13 +181,15 @@ def load_model(
     stay_on_host: bool = False,
     tell: Callable[[str], None] | None = None,
 ) -> "PreTrainedModel | PeftModel":
-    """The model that `model` describes on `device`, in training mode, with its adapters where it has any.
+    """Return the model that `model` describes on `device`, in training mode, with any adapters.
 
-    On the meta device nothing is read but the configuration: that model is the planner's and the recorder's. precision:
-    as decided by `resolve_precision`; where left out it is resolved for `device` (for meta: as on a CPU). config: an
-    architecture instead of the one that `model` names, on the meta device only. stay_on_host: made for `device` and
-    left in the host's memory, for a caller who puts it there in parts. tell: given a sentence on what the files hold
-    and the model has no place for.
+    On the meta device only the configuration is read; the planner and the recorder use that model.
+
+    precision: the result of `resolve_precision`; if None it is resolved for `device` (for meta as
+        on a CPU).
+    config: another architecture than the one that `model` names, on the meta device only.
+    stay_on_host: leave the model in host memory, for a caller who moves it to `device` in parts.
+    tell: called with a message about tensors in the files that the model has no place for.
     """
     precision = precision or resolve_precision(model, *device_precision(device))
     config = config or load_config(model)
@@ -172,7 +198,11 @@ def load_model(
     meta = device.type == "meta"
     if meta or model.init == "random" or source_kind(model.source) == "preset":
         with (
-            told_as(ModelError, f"{model.source} cannot be built from its configuration", "mend its config.json"),
+            told_as(
+                ModelError,
+                f"{model.source} cannot be built from its configuration",
+                "mend its config.json",
+            ),
             torch.device("meta" if meta else "cpu"),
         ):
             built = build_model(
@@ -183,7 +213,9 @@ def load_model(
                 trust_remote_code=model.trust_remote_code,
             )
     else:
-        built = load_weights(model, config, dtype=precision.parameter_dtype, attention=attention, tell=tell)
+        built = load_weights(
+            model, config, dtype=precision.parameter_dtype, attention=attention, tell=tell
+        )
     noted = None if meta or model.method == "full" else describe(model, built, seed=seed)
     if model.method == "qlora":
         built = quantise(built)
@@ -205,22 +237,33 @@ def load_weights(
     attention: str | None = None,
     tell: Callable[[str], None] | None = None,
 ) -> PreTrainedModel:
-    """The model with the weights of `model.source`, on the CPU. Raises ModelError where weights are missing, do not fit
-    `config`, or cannot be read: nothing is ever left at a random value, and nothing of a layer is dropped. tell: as in
-    `load_model`."""
+    """Return the model with the weights of `model.source`, on the CPU.
+
+    Raises ModelError if weights are missing, do not fit `config`, or cannot be read: no weight ever
+    stays random, and no weight of a layer is ignored.
+
+    tell: as in `load_model`.
+    """
     kind = source_kind(model.source)
     assert kind != "preset", "a preset has no weights"
     name, files = _location(model.source, kind)
     options: dict[str, Any] = {"config": config, "dtype": dtype, "output_loading_info": True}
-    options |= {"attn_implementation": attention, "experts_implementation": EXPERTS, "ignore_mismatched_sizes": True}
+    options |= {
+        "attn_implementation": attention,
+        "experts_implementation": EXPERTS,
+        "ignore_mismatched_sizes": True,
+    }
     with quiet_transformers(), gguf_read_once():
         try:
             if kind in ("pth", "gguf"):
                 if kind == "pth":
                     tensors = read_pth(Path(name))
                 else:
-                    tensors, report = read_gguf(config, dtype, pretrained_model_name_or_path=name, **files)
-                    _check_complete(model, report)  # below all are there, be it at a random value
+                    tensors, report = read_gguf(
+                        config, dtype, pretrained_model_name_or_path=name, **files
+                    )
+                    # Only this report names missing tensors; `tensors` has random ones for them.
+                    _check_complete(model, report)
                 model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
                 built, report = model_class.from_pretrained(None, state_dict=tensors, **options)
             else:
@@ -233,36 +276,55 @@ def load_weights(
                 if (unpacked := unpacking(config)) is not None:
                     options["quantization_config"] = unpacked
                 built, report = load.from_pretrained(
-                    name, trust_remote_code=model.trust_remote_code, adapter_kwargs=dict(files), **files, **options
+                    name,
+                    trust_remote_code=model.trust_remote_code,
+                    adapter_kwargs=dict(files),
+                    **files,
+                    **options,
                 )
         except _READ_ERRORS as error:
-            raise _unreadable(model, kind, error) from error
-    surplus = sorted(name for name in report["unexpected_keys"] if kind == "pth" or not _COMPUTED.search(name))
+            raise unreadable(model, kind, error) from error
+    surplus = sorted(
+        name for name in report["unexpected_keys"] if kind == "pth" or not _COMPUTED.search(name)
+    )
     if weights_format(config) is not None:
         built = _without_format(built, config, options)
     _check_complete(model, report, surplus if kind == "pth" else _of_layers(built, surplus))
     if surplus and tell is not None:
-        tell(f"{model.source} holds {_listed('tensors that its architecture has no place for', surplus)}: left out")
+        tell(
+            f"{model.source} holds {_listed('tensors that its architecture has no place for', surplus)}: left out"
+        )
     return cast(PreTrainedModel, built)
 
 
-def _without_format(built: PreTrainedModel, config: PretrainedConfig, options: Mapping[str, Any]) -> PreTrainedModel:
-    """A model that transformers unpacked remembers how it was stored, and would be saved under those names: its tensors
-    are ordinary, so only they are kept."""
+def _without_format(
+    built: PreTrainedModel, config: PretrainedConfig, options: Mapping[str, Any]
+) -> PreTrainedModel:
+    """Return a plain model with the tensors of one that transformers unpacked.
+
+    The unpacked model records its packed format and would be saved under the names of that format,
+    although its tensors are ordinary.
+    """
     plain = copy.deepcopy(config)
     del plain.quantization_config
-    kept = {
-        name: value for name, value in options.items() if name not in ("quantization_config", "output_loading_info")
+    others = {
+        name: value
+        for name, value in options.items()
+        if name not in ("quantization_config", "output_loading_info")
     }
     tensors = built.state_dict()
-    return cast(PreTrainedModel, type(built).from_pretrained(None, state_dict=tensors, **(kept | {"config": plain})))
+    return cast(
+        PreTrainedModel,
+        type(built).from_pretrained(None, state_dict=tensors, **(others | {"config": plain})),
+    )
 
 
 def load_tokenizer(model: ModelConfig) -> Tokenizer:
-    """The tokenizer of `model.tokenizer`, else the model's own, with a padding token that is in the vocabulary.
+    """Return the tokenizer, with a padding token that is in the vocabulary.
 
-    Padding needs no token of its own: which tokens are trained on is decided by position, never by id, so an existing
-    special token serves. Raises ModelError where there is no tokenizer and where its ids exceed the model's vocabulary.
+    It is that of `model.tokenizer`, else the model's own. Padding needs no token of its own:
+    positions decide which tokens are trained on, never ids, so an existing special token is used.
+    Raises ModelError if there is no tokenizer or its ids exceed the model's vocabulary.
     """
     source = model.tokenizer or model.source
     kind = source_kind(source)
@@ -273,38 +335,46 @@ def load_tokenizer(model: ModelConfig) -> Tokenizer:
     with quiet_transformers(), gguf_read_once():
         try:
             if kind == "hub":
-                fetched = cached_file(name, "tokenizer.json", _raise_exceptions_for_missing_entries=False, **files)
+                fetched = cached_file(
+                    name, "tokenizer.json", _raise_exceptions_for_missing_entries=False, **files
+                )
                 check_tokenizer_files(Path(name if fetched is None else fetched).parent)
             elif kind != "gguf":
                 check_tokenizer_files(Path(name))
-            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=model.trust_remote_code, **files)
-        except BaseException as error:  # the tokenizers library raises no narrower class for a damaged file
+            tokenizer = AutoTokenizer.from_pretrained(
+                name, trust_remote_code=model.trust_remote_code, **files
+            )
+        # The tokenizers library raises no narrower class for a damaged file.
+        except BaseException as error:
             if not isinstance(error, Exception) and not is_panic(error):
                 raise
-            raise _unreadable(model.model_copy(update={"source": source}), kind, error) from error
+            raise unreadable(model.model_copy(update={"source": source}), kind, error) from error
     vocab_size = load_config(model).get_text_config().vocab_size
     needed = 1 + max(tokenizer.get_vocab().values(), default=-1)
     if not 0 < needed <= vocab_size:
         raise ModelError(
-            f"the tokenizer of {source} has ids up to {needed - 1:,}, but {model.source} has an embedding of "
+            f"the tokenizer of {source} has ids up to {needed - 1:,}, but {model.source} has an "
+            "embedding of "
             f"{vocab_size:,} rows: set model.tokenizer to the one that the model was trained with"
         )
     if not model.trust_remote_code:
         tokenizer.init_kwargs.pop("auto_map", None)
         tokenizer._auto_map = None
     if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
+        tokenizer.pad_token = (
+            tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
+        )
     return cast(Tokenizer, tokenizer)
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """(all, trainable) parameters, tied ones once."""
+    """Return the numbers of all and of trainable parameters; tied ones count once."""
     sizes = [(num_weights(parameter), parameter.requires_grad) for parameter in model.parameters()]
     return sum(size for size, _ in sizes), sum(size for size, trainable in sizes if trainable)
 
 
 def _location(source: str, kind: Kind) -> tuple[str, dict[str, Any]]:
-    """What transformers calls the source, and the arguments that keep a local path local."""
+    """Return the name that transformers takes, and the arguments that keep a local path local."""
     if kind == "hub":
         return source, {} if hub_is_known() else {"local_files_only": True}
     path = Path(source).expanduser()
@@ -326,7 +396,7 @@ def _check_causal(config: PretrainedConfig, model: ModelConfig) -> None:
         and kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
         and getattr(config, "auto_map", None)
     ):
-        raise _brings_code(model)
+        raise brings_code(model)
     if encoder or (kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not remote):
         what = "an encoder" if encoder else "no causal language model that this transformers knows"
         raise ModelError(
@@ -339,40 +409,62 @@ def _check_sizes(config: PretrainedConfig, model: ModelConfig) -> None:
     layers = getattr(text, "num_hidden_layers", None)
     if isinstance(layers, int) and layers > _MOST_LAYERS:
         raise ModelError(
-            f"{model.source} says that it has {layers:,} layers, and at most {_MOST_LAYERS:,} are built: mend its "
+            f"{model.source} says that it has {layers:,} layers, and at most {_MOST_LAYERS:,} are "
+            "built: mend its "
             "config.json"
         )
     padding, vocab_size = getattr(text, "pad_token_id", None), getattr(text, "vocab_size", None)
-    if isinstance(padding, int) and isinstance(vocab_size, int) and not -vocab_size <= padding < vocab_size:
+    if (
+        isinstance(padding, int)
+        and isinstance(vocab_size, int)
+        and not -vocab_size <= padding < vocab_size
+    ):
         raise ModelError(
-            f"{model.source} has the pad_token_id {padding:,}, beyond its vocabulary of {vocab_size:,}: set it to null "
+            f"{model.source} has the pad_token_id {padding:,}, beyond its vocabulary of "
+            f"{vocab_size:,}: set it to null "
             "or to a token's id in its config.json"
         )
 
 
-def _check_complete(model: ModelConfig, report: dict[str, Any], surplus: Sequence[str] = ()) -> None:
-    """surplus: tensors of the file which must have a place in the model."""
+def _check_complete(
+    model: ModelConfig, report: dict[str, Any], surplus: Sequence[str] = ()
+) -> None:
+    """Raise ModelError if weights are missing, have another shape, or are left over.
+
+    surplus: tensors of the file that must have a place in the model.
+    """
     faults = [
         f"{name} is {list(found)} in the file and {list(wanted)} in the model"
         for name, found, wanted in sorted(report["mismatched_keys"])
     ]
     faults += [
-        _listed(what, names) for what, names in (("missing", report["missing_keys"]), ("unexpected", surplus)) if names
+        _listed(what, names)
+        for what, names in (("missing", report["missing_keys"]), ("unexpected", surplus))
+        if names
     ]
     if faults:
-        raise ModelError(f"the weights of {model.source} do not fit its architecture: {'; '.join(faults[:4])}")
+        raise ModelError(
+            f"the weights of {model.source} do not fit its architecture: {'; '.join(faults[:4])}"
+        )
 
 
 def _of_layers(model: nn.Module, names: Sequence[str]) -> list[str]:
-    """Those of these tensors that belong to a decoder layer: one that the configuration leaves out, or one that it has
-    without such a part. Not what a whole model may carry besides: a vision tower, the head of another task."""
-    num_layers = getattr(cast(PretrainedConfig, model.config).get_text_config(), "num_hidden_layers", None)
+    """Return the names among these that belong to a decoder layer.
+
+    It may be a layer that the configuration omits, or one that lacks such a part in the model.
+    Other parts that a file may contain do not count: a vision tower, or the head of another task.
+    """
+    num_layers = getattr(
+        cast(PretrainedConfig, model.config).get_text_config(), "num_hidden_layers", None
+    )
     lists = [
         name.removeprefix(f"{getattr(model, 'base_model_prefix', '')}.")
         for name, part in model.named_modules()
         if isinstance(part, nn.ModuleList) and len(part) == num_layers
     ]
-    of_layer = re.compile(rf"(?:\w+\.)?(?:{'|'.join(map(re.escape, lists))})\.\d+\." if lists else r"(?!)")
+    of_layer = re.compile(
+        rf"(?:\w+\.)?(?:{'|'.join(map(re.escape, lists))})\.\d+\." if lists else r"(?!)"
+    )
     return [name for name in names if of_layer.match(name)]
 
 
@@ -381,47 +473,13 @@ def _listed(what: str, names: Collection[str]) -> str:
     return f"{len(names)} {what} ({first}{', ...' if len(names) > 3 else ''})"
 
 
-def _brings_code(model: ModelConfig) -> ModelError:
-    return ModelError(f"{model.source} works by its own code alone: read it, then set {SWITCH}=true to run it")
-
-
-def _unreadable(model: ModelConfig, kind: Kind, error: BaseException) -> ModelError:
-    if isinstance(error, ModelError):
-        return error
-    chain = [error]
-    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
-        chain.append(cause)
-    first = " ".join(str(error).split())[:200] or type(error).__name__
-    text = " ".join(str(link) for link in chain)
-    if "trust_remote_code" in text:
-        return _brings_code(model)
-    if kind == "gguf" and "gguf" in text and isinstance(error, ImportError):
-        return ModelError(f"{model.source} needs the gguf package: pip install 'fitune[gguf]'")
-    if kind == "hub" and isinstance(error, OSError):
-        names = {type(link).__name__ for link in chain}
-        if names & {"RepositoryNotFoundError", "GatedRepoError"}:
-            return ModelError(f"the hub has no {model.source} that this account may read: {first}")
-        return out_of_reach(model.source)
-    if any(isinstance(link, pickle.UnpicklingError) or "weights_only" in str(link) for link in chain):
-        return ModelError(
-            f"the weights of {model.source} are pickled and hold code or are damaged, so they are not read: give "
-            "safetensors"
-        )
-    if isinstance(error, SafetensorError):
-        return ModelError(f"the weights of {model.source} are damaged or incomplete ({first}): copy them again")
-    if kind == "directory" and "no file named" in text:
-        return ModelError(
-            f"{model.source} holds no weights (model.safetensors): set model.init=random to train from scratch"
-        )
-    if "model type" in text and ("not recognize" in text or "should have" in text.lower()):
-        return ModelError(f"{model.source} has an architecture that this transformers does not know ({first})")
-    return ModelError(f"{model.source} cannot be read: {first}")
-
-
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """No progress bars and no advice from transformers on standard error; its errors become ours."""
-    bars, level = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
+    """Suppress the progress bars and warnings of transformers; its errors become ModelErrors."""
+    bars, level = (
+        transformers_logging.is_progress_bar_enabled(),
+        transformers_logging.get_verbosity(),
+    )
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     try:

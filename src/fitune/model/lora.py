@@ -1,4 +1,4 @@
-"""Low-rank adapters beside frozen weights, by peft."""
+"""Add low-rank adapters to a frozen model, with peft."""
 
 import sys
 import warnings
@@ -20,21 +20,24 @@ from fitune.model.quantise import num_weights
 from fitune.plain_files import read_plain
 
 if TYPE_CHECKING:
-    from peft import PeftModel  # half a second, needed for adapters only
+    # The import takes half a second and is needed for adapters only.
+    from peft import PeftModel
 
 
 def apply_lora(model: PreTrainedModel, lora: LoraConfig, *, seed: int = 0) -> "PeftModel":
-    """Freeze `model` and add trainable adapters to the layers that `lora.targets` names, on whatever device it is.
+    """Freeze `model` and add trainable adapters to the layers that `lora.targets` names.
 
-    Adapters are float32 whatever the model's format. The second factor starts at zero, so the model computes what it
-    did before; the first is drawn from `seed`. Raises ModelError for targets that the model does not have.
+    Adapters are float32 whatever the model's dtype is, on the device of the model. The second
+    factor starts at zero, so the model computes the same as before; the first is drawn from `seed`.
+    Raises ModelError for targets that the model does not have.
     """
     targets = [lora.targets] if isinstance(lora.targets, str) else list(lora.targets)
     names = adaptable_names(model)
     unknown = sorted(set(targets) - set(names) - {"all-linear"})
     if unknown:
         raise ModelError(
-            f"model.lora.targets names {'; '.join(f'{name}, {_why_not(model, name)}' for name in unknown)}: "
+            "model.lora.targets names "
+            f"{'; '.join(f'{name}, {_why_not(model, name)}' for name in unknown)}: "
             f"choose from {', '.join(names)}, or all-linear"
         )
     with bitsandbytes_unseen():
@@ -42,13 +45,21 @@ def apply_lora(model: PreTrainedModel, lora: LoraConfig, *, seed: int = 0) -> "P
 
 
 def _why_not(model: PreTrainedModel, target: str) -> str:
-    """Why no adapter goes on `target`: it is the head, it is no linear layer, or nothing is named so."""
+    """Return why `target` gets no adapter: it is the head, no linear layer, or does not exist."""
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     found = [module for name, module in model.named_modules() if name.rpartition(".")[2] == target]
     if head is not None and any(module is head for module in found):
         is_tied = getattr(head, "weight", None) is getattr(embedding, "weight", None)
-        return "the head, whose weight is also the embedding's" if is_tied else "the head, which gets no adapter here"
-    return f"of the kind {type(found[0]).__name__} and no linear layer" if found else "which this model does not have"
+        return (
+            "the head, whose weight is also the embedding's"
+            if is_tied
+            else "the head, which gets no adapter here"
+        )
+    return (
+        f"of the kind {type(found[0]).__name__} and no linear layer"
+        if found
+        else "which this model does not have"
+    )
 
 
 def _apply(model: PreTrainedModel, lora: LoraConfig, *, names: list[str], seed: int) -> "PeftModel":
@@ -58,49 +69,67 @@ def _apply(model: PreTrainedModel, lora: LoraConfig, *, names: list[str], seed: 
     config = PeftLoraConfig(
         task_type="CAUSAL_LM",
         r=lora.rank,
-        lora_alpha=cast(int, lora.alpha),  # peft divides it by the rank; a float is as good
+        # peft divides it by the rank, so a float is as good as an integer.
+        lora_alpha=cast(int, lora.alpha),
         lora_dropout=lora.dropout,
         target_modules=names,
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
     )
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by names that this one renames
-        # what peft itself has put there for the experts of some models
-        warnings.filterwarnings("ignore", r"The following \w+_pattern keys did not match", RuntimeWarning)
-        torch.default_generator.manual_seed(seed)  # the weights are drawn on the CPU; a card's random numbers stay
+        # peft uses names that this version of transformers has renamed.
+        warnings.simplefilter("ignore", FutureWarning)
+        # This concerns patterns that peft itself adds for the experts of some models.
+        warnings.filterwarnings(
+            "ignore", r"The following \w+_pattern keys did not match", RuntimeWarning
+        )
+        # The weights are drawn on the CPU; the random state of a GPU does not change.
+        torch.default_generator.manual_seed(seed)
         adapted = get_peft_model(model, config)
     return cast("PeftModel", adapted)
 
 
 def load_adapters(model: PreTrainedModel, directory: Path) -> "PeftModel":
-    """`model` with the saved adapters of `directory`, trainable. Raises ModelError where they cannot be read or do not
-    fit."""
+    """Return `model` with the saved adapters of `directory`, trainable.
+
+    Raises ModelError if they cannot be read or do not fit.
+    """
     _check_adapters(directory)
     try:
         with bitsandbytes_unseen(), warnings.catch_warnings():
             from peft import PeftModel
 
             warnings.simplefilter("ignore", FutureWarning)
-            return cast(PeftModel, PeftModel.from_pretrained(model, str(directory), is_trainable=True))
+            return cast(
+                PeftModel, PeftModel.from_pretrained(model, str(directory), is_trainable=True)
+            )
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         first = " ".join(str(error).split())[:200]
-        raise ModelError(f"the adapters in {directory} cannot be loaded into this model: {first}") from error
+        raise ModelError(
+            f"the adapters in {directory} cannot be loaded into this model: {first}"
+        ) from error
 
 
 _KERNELS_READ_WEIGHTS = {"out_proj", "conv1d"}
-_NOT_BY_PEFT = dict.fromkeys(("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"), _KERNELS_READ_WEIGHTS)
-"""Layers whose weights these models give to a kernel, past the adapter, so that peft refuses them."""
+#: Layers whose weights these models give to a kernel without the adapter, so peft refuses them.
+_NOT_BY_PEFT = dict.fromkeys(
+    ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"), _KERNELS_READ_WEIGHTS
+)
+#: The settings in which adapters of fitune differ from one another, or from peft's defaults.
 _OWN_KEYS = {
-    *("auto_mapping", "base_model_name_or_path", "fan_in_fan_out", "inference_mode", "lora_alpha", "lora_dropout"),
-    *("peft_type", "peft_version", "r", "revision", "target_modules", "task_type", "megatron_core"),
-}
-"""What differs between the adapters of one run and another; peft's other settings are what they are by default."""
+    "auto_mapping", "base_model_name_or_path", "fan_in_fan_out", "inference_mode", "lora_alpha",
+    "lora_dropout", "peft_type", "peft_version", "r", "revision", "target_modules", "task_type",
+    "megatron_core",
+}  # fmt: skip
 
 
 def _check_adapters(directory: Path) -> None:
-    """Somebody else may have made the directory. peft imports whatever module `megatron_core` names, asks the hub for a
-    directory that lacks its weights, and for other methods than LoRA for more; it makes adapters of any rank before it
-    looks at the weights, and matches a text of target_modules as a regular expression, which can take for ever."""
+    """Raise ModelError if the adapters in a directory are not ones that fitune makes.
+
+    Somebody else may have made the directory, and peft trusts it. It imports any module that
+    `megatron_core` names. It queries the hub if the directory lacks the weights, and for methods
+    other than LoRA for more. It creates adapters of any rank before it reads the weights. It
+    matches a text in target_modules as a regular expression, which can take forever.
+    """
     path = directory / "adapter_config.json"
     try:
         content = parse_json(read_plain(path, follow=True))
@@ -110,15 +139,25 @@ def _check_adapters(directory: Path) -> None:
     if not weights.is_file():
         raise ModelError(f"{directory} has no adapter_model.safetensors: copy the adapters again")
     if not isinstance(content, dict) or content.get("peft_type") != "LORA":
-        raise ModelError(f"{path} is not of LoRA adapters, which are the ones that fitune makes: give those")
-    others = sorted(key for key, value in content.items() if key not in _OWN_KEYS and not _is_default(key, value))
+        raise ModelError(
+            f"{path} is not of LoRA adapters, which are the ones that fitune makes: give those"
+        )
+    unusual = sorted(
+        key
+        for key, value in content.items()
+        if key not in _OWN_KEYS and not _is_default(key, value)
+    )
     targets, rank = content.get("target_modules"), content.get("r")
     if not isinstance(targets, list) or not all(isinstance(name, str) for name in targets):
-        others.append("target_modules")
-    if others:
-        raise ModelError(f"{path} sets {', '.join(others[:5])} as fitune's own adapters do not: merge them by peft")
+        unusual.append("target_modules")
+    if unusual:
+        raise ModelError(
+            f"{path} sets {', '.join(unusual[:5])} as fitune's own adapters do not: merge them by peft"
+        )
     if rank not in _ranks(weights):
-        raise ModelError(f"{path} says r: {rank}, and the adapters beside it have another rank: copy them again")
+        raise ModelError(
+            f"{path} says r: {rank}, and the adapters beside it have another rank: copy them again"
+        )
 
 
 def _is_default(key: str, value: Any) -> bool:
@@ -130,52 +169,61 @@ def _is_default(key: str, value: Any) -> bool:
 def _ranks(weights: Path) -> set[int]:
     try:
         with safe_open(weights, "pt") as file:
-            return {file.get_slice(name).get_shape()[0] for name in file.keys() if ".lora_A." in name}  # noqa: SIM118
+            names = [name for name in file.keys() if ".lora_A." in name]  # noqa: SIM118
+            return {file.get_slice(name).get_shape()[0] for name in names}
     except (OSError, SafetensorError, IndexError) as error:
         raise ModelError(f"{weights} cannot be read ({error}): copy the adapters again") from error
 
 
 @contextmanager
 def bitsandbytes_unseen() -> Iterator[None]:
-    """peft imports an installed bitsandbytes to look for its layers, which a model of ours never has: those in 4 bits
-    are `NF4Linear`. That import brings the whole of torch._inductor and takes five times as long as peft's own. Where
-    it is there already nothing is hidden; afterwards everyone, peft too, finds it as before."""
+    """Hide an installed bitsandbytes from peft inside this block.
+
+    peft imports it to look for its layers, which a fitune model never has: its 4-bit layers are
+    `NF4Linear`. That import loads all of torch._inductor and takes five times as long as the rest
+    of peft. Nothing is hidden if it is already imported. Afterwards everyone, peft too, finds it as
+    before.
+    """
     if "bitsandbytes" in sys.modules:
         yield
         return
-    _forget_answers()
-    sys.modules["bitsandbytes"] = None  # type: ignore[assignment]  # Python's own way to say: not importable
+    _clear_import_checks()
+    # None makes Python raise ImportError on import.
+    sys.modules["bitsandbytes"] = None  # type: ignore[assignment]
     try:
         yield
     finally:
         del sys.modules["bitsandbytes"]
-        _forget_answers()
+        _clear_import_checks()
 
 
-def _forget_answers() -> None:
-    """peft remembers whether bitsandbytes is there."""
+def _clear_import_checks() -> None:
+    """Make peft check again whether bitsandbytes is installed; it caches the result."""
     if (asked := sys.modules.get("peft.import_utils")) is not None:
         for name in ("is_bnb_available", "is_bnb_4bit_available"):
             getattr(asked, name).cache_clear()
 
 
 def adaptable_names(model: PreTrainedModel) -> list[str]:
-    """The last names of the linear layers, without the head: q_proj, gate_proj, ... Not those that peft refuses: it
-    takes each module of a name, of whatever kind."""
+    """Return the last names of the linear layers without the head: q_proj, gate_proj, ...
+
+    Names that peft refuses are not among them: it adapts every module of a name, of any kind.
+    """
     head = model.get_output_embeddings()
     linear: set[str] = set()
-    others = set(_NOT_BY_PEFT.get(model.config.model_type, ()))
+    refused = set(_NOT_BY_PEFT.get(model.config.model_type, ()))
     for name, module in model.named_modules():
         if module is not head:
-            names = linear if isinstance(module, nn.Linear | Conv1D) else others
+            names = linear if isinstance(module, nn.Linear | Conv1D) else refused
             names.add(name.rpartition(".")[2])
-    return sorted(linear - others)
+    return sorted(linear - refused)
 
 
 def not_adapted(model: PreTrainedModel) -> str | None:
-    """What stays frozen although all linear layers are adapted, as one clause for the log; None if nothing does.
+    """Return what stays frozen although all linear layers are adapted, as one clause for the log.
 
-    Fused experts and their router are bare parameters of three and two dimensions, no linear layers.
+    Returns None if nothing does. Fused experts and their router are parameters of three and two
+    dimensions, not linear layers.
     """
     linear = (nn.Linear, Conv1D, nn.Embedding)
     bare = [

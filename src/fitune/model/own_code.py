@@ -1,8 +1,8 @@
-"""Python code that comes with a model (`auto_map` in its config.json), which runs only where
-model.trust_remote_code says so.
+"""Control Python code that comes with a model: it runs only with model.trust_remote_code.
 
-Where it does not, a model of a type that transformers knows is built from transformers' class, and one of another type
-is refused. Where it does, the same class of the model's own is taken for a plan and for the run.
+`auto_map` in config.json names that code. Without the switch, a model of a type that transformers
+knows is built from transformers' class, and any other model is refused. With it, the same class of
+the model's own code is used for a plan and for the run.
 """
 
 from collections.abc import Mapping
@@ -21,16 +21,16 @@ _MODEL = "AutoModelForCausalLM"
 
 
 def drop_references(config: PretrainedConfig) -> None:
-    """The configuration names no code any more, so that nothing that is given it runs any."""
+    """Remove the names of code from a configuration, so that nothing that gets it runs any."""
     for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
         vars(part or config).pop("auto_map", None)
 
 
 def own_class(config: PretrainedConfig) -> type[PreTrainedModel] | None:
-    """The model class that the configuration names in code of its own, which runs here; None where it names none.
+    """Return the model class in the model's own code, which runs here; None if none is named.
 
-    Raises ModelError where there is no such class. A local path's code is taken from that path and from the hub's
-    cache, never from the network.
+    The code of a local path is taken from that path and from the hub's cache, never from the
+    network. Raises ModelError if there is no such class.
     """
     names = getattr(config, "auto_map", None)
     reference = names.get(_MODEL) if isinstance(names, Mapping) else None
@@ -44,16 +44,18 @@ def own_class(config: PretrainedConfig) -> type[PreTrainedModel] | None:
         if not issubclass(found, PreTrainedModel):
             raise TypeError(f"{reference} is no model class of transformers")
         return add_generation_mixin_to_remote_model(found)  # type: ignore[no-any-return]
-    except Exception as error:  # code of somebody else, and every name in it
+    # The model's code may raise anything.
+    except Exception as error:
         first = " ".join(str(error).split())[:160] or type(error).__name__
         raise ModelError(
-            f"{source} names {reference} as its own code, which cannot be loaded ({first}): set {SWITCH}=false for "
+            f"{source} names {reference} as its own code, which cannot be loaded ({first}): set "
+            f"{SWITCH}=false for "
             "the class of transformers, or get the whole repository"
         ) from error
 
 
 def named_code(*contents: Mapping[str, Any]) -> list[str]:
-    """The classes of a model's own code that these JSON files name."""
+    """Return the classes of a model's own code that these JSON files name."""
     found: dict[str, None] = {}
     for content in contents:
         names = content.get("auto_map")

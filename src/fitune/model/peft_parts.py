@@ -1,4 +1,7 @@
-"""What fitune takes of peft at import time, without the bitsandbytes that peft would import first."""
+"""Import from peft what fitune needs at import time, without bitsandbytes.
+
+peft would import bitsandbytes first, which is slow (see `bitsandbytes_unseen`).
+"""
 
 from fitune.model.lora import bitsandbytes_unseen
 

@@ -1,11 +1,14 @@
-"""Linear layers and experts whose frozen weights are held in 4 bits: NF4 with double quantisation, as QLoRA has it
-(Dettmers et al. 2023, arXiv 2305.14314). bitsandbytes has the kernels, for cards and for CPUs.
+"""Store frozen weights of linear layers and experts in 4 bits: NF4 with double quantisation.
 
-A weight of n elements takes n / 2 bytes, a byte of scale for each 64 elements, a float32 for each 256 of these scales,
-a code table of 64 bytes and an offset: bitsandbytes' layout (functional.py: quantize_4bit with compress_statistics).
-For a product the whole weight is unpacked into the format of the product, in the forward and again in the backward
-(autograd/_functions.py: MatMul4Bit), and dropped. Without data the same is allocated by arithmetic, so a step is
-recorded without the library.
+This is the format of QLoRA (Dettmers et al. 2023, arXiv 2305.14314). bitsandbytes has the kernels,
+for GPUs and CPUs.
+
+A weight of n elements takes n / 2 bytes, one byte of scale for each 64 elements, a float32 for each
+256 of these scales, a code table of 64 bytes and an offset: the layout of bitsandbytes
+(functional.py: quantize_4bit with compress_statistics). For a matrix product the whole weight is
+unpacked into the dtype of the product, in the forward and again in the backward
+(autograd/_functions.py: MatMul4Bit), and then freed. For tensors without data the same sizes are
+allocated by arithmetic, so a step can be recorded without bitsandbytes.
 """
 
 from importlib import import_module
@@ -20,20 +23,25 @@ from transformers import PreTrainedModel
 from fitune.errors import ModelError
 from fitune.model.experts import EXPERTS, STACKED
 
+#: elements that share a scale
 BLOCK = 64
-"""Elements that share a scale."""
+#: scales that share a scale of their own
 SCALE_BLOCK = 256
-"""Scales that share a scale of their own."""
 _NUM_CODES, _NUM_SCALE_CODES = 16, 256
+#: bitsandbytes counts the elements of a tensor in 32 bits.
 _MOST_ELEMENTS = 2**31
-"""bitsandbytes counts a tensor's elements in 32 bits."""
+#: a share of the parameters below which `not_quantised` does not mention them
 _LEAST_SHARE = 0.05
-NOT_QUANTISED = "qlora packs linear layers, and experts that transformers computes through its registry"
+NOT_QUANTISED = (
+    "qlora packs linear layers, and experts that transformers computes through its registry"
+)
 
 
 class NF4Linear(nn.Linear):
-    """A linear layer with a frozen 4-bit weight: uint8 [n / 2, 1], two elements a byte. On the meta device it has the
-    same tensors and no content. Its bias stays as it is."""
+    """A linear layer with a frozen 4-bit weight: uint8 [n / 2, 1], two elements in a byte.
+
+    On the meta device it has the same tensors without data. The bias is not quantised.
+    """
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
@@ -47,13 +55,16 @@ class NF4Linear(nn.Linear):
         return cast(Tensor, _Product.apply(input, self))  # type: ignore[no-untyped-call]
 
     def unpacked(self, dtype: torch.dtype) -> Tensor:
-        """The weight [out, in]."""
+        """Return the weight [out, in]."""
         return _unpacked(self, (self.out_features, self.in_features), dtype)
 
 
 class NF4Experts(nn.Module):
-    """The frozen weights of all experts of a layer, which transformers holds in one tensor of three dimensions, in 4
-    bits like `NF4Linear`. It stands in the module of the experts under the name of the tensor."""
+    """The frozen weights of all experts of a layer in 4 bits, in the same format as `NF4Linear`.
+
+    transformers has them in one tensor of three dimensions. This module replaces the tensor, under
+    its name, in the experts module.
+    """
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
@@ -65,7 +76,7 @@ class NF4Experts(nn.Module):
 
 
 def _pack(module: nn.Module, weight: Tensor) -> None:
-    """Give `module` the packed weight as a parameter, and its scales as buffers."""
+    """Give `module` the packed weight as a parameter and its scales as buffers."""
     size = weight.numel()
     num_blocks = -(-size // BLOCK)
     if weight.device.type == "meta":
@@ -90,17 +101,20 @@ def _pack(module: nn.Module, weight: Tensor) -> None:
 
 
 def _unpacked(packed: Any, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """The whole weight. functional.py: dequantize_4bit makes the scales float32 first."""
+    """Return the whole unpacked weight."""
     if packed.weight.is_meta or is_fake(packed.weight):
+        # dequantize_4bit of functional.py first makes the scales float32.
         scales = torch.empty(packed.scales.shape, dtype=torch.float32, device=packed.weight.device)
         weight = torch.empty(shape, dtype=dtype, device=packed.weight.device)
         del scales
         return weight
     kernels = _kernels()
-    outer = kernels.QuantState(packed.outer_scales, code=packed.scale_codes, blocksize=SCALE_BLOCK, dtype=torch.float32)
+    outer = kernels.QuantState(
+        packed.outer_scales, code=packed.scale_codes, blocksize=SCALE_BLOCK, dtype=torch.float32
+    )
     state = kernels.QuantState(
-        packed.scales, shape=torch.Size(shape), code=packed.codes, blocksize=BLOCK, quant_type="nf4", dtype=dtype,
-        offset=packed.offset, state2=outer,
+        packed.scales, shape=torch.Size(shape), code=packed.codes, blocksize=BLOCK,
+        quant_type="nf4", dtype=dtype, offset=packed.offset, state2=outer,
     )  # fmt: skip
     return cast(Tensor, kernels.dequantize_4bit(packed.weight, state))
 
@@ -119,8 +133,11 @@ class _Product(torch.autograd.Function):
 
 
 def quantise(model: PreTrainedModel) -> PreTrainedModel:
-    """The model with its linear layers but the head, and its experts where they are computed here, in 4 bits, one after
-    the other, in place. Raises ModelError where bitsandbytes is missing or the model has no linear layers."""
+    """Quantise the linear layers of a model except its head, and its experts, in place.
+
+    Experts are quantised if fitune computes them. One layer is quantised after the other. Raises
+    ModelError if bitsandbytes is missing or the model has no linear layers.
+    """
     head = model.get_output_embeddings()
     found = [
         (parent, name, child)
@@ -129,7 +146,9 @@ def quantise(model: PreTrainedModel) -> PreTrainedModel:
         if isinstance(child, nn.Linear) and child is not head
     ]
     if not found:
-        raise ModelError("model.method=qlora needs linear layers, and this model has none: use lora")
+        raise ModelError(
+            "model.method=qlora needs linear layers, and this model has none: use lora"
+        )
     for parent, name, child in found:
         setattr(parent, name, NF4Linear(child))
     for experts in list(model.modules()):
@@ -141,9 +160,14 @@ def quantise(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _packable(module: nn.Module) -> list[str]:
-    """The names of an experts module's weights that `grouped_experts` reads; none of any other module."""
+    """Return the names of an experts module's weights that `grouped_experts` reads.
+
+    For any other module there are none.
+    """
     config = getattr(module, "config", None)
-    if getattr(config, "_experts_implementation", None) != EXPERTS or not hasattr(module, "_is_expert_parallel"):
+    if getattr(config, "_experts_implementation", None) != EXPERTS or not hasattr(
+        module, "_is_expert_parallel"
+    ):
         return []
     return [
         name
@@ -153,9 +177,10 @@ def _packable(module: nn.Module) -> list[str]:
 
 
 def not_quantised(model: nn.Module) -> str | None:
-    """What of a quantised model's layers stays as it is, as one clause; None where little does.
+    """Return which weights of a quantised model's layers are not quantised, as one clause.
 
-    Some architectures compute their experts by code of their own, which reads the weights as they are.
+    Returns None if they are few. Some architectures compute their experts with code of their own,
+    which needs ordinary weights.
     """
     bare = [
         (f"{name.rpartition('.')[2] or type(module).__name__}.{key}", parameter)
@@ -166,7 +191,9 @@ def not_quantised(model: nn.Module) -> str | None:
         and not isinstance(module, nn.Linear | nn.Embedding)
         and not key.startswith("lora_")
     ]
-    share = sum(parameter.numel() for _, parameter in bare) / sum(map(num_weights, model.parameters()))
+    share = sum(parameter.numel() for _, parameter in bare) / sum(
+        map(num_weights, model.parameters())
+    )
     if share < _LEAST_SHARE:
         return None
     names = ", ".join(sorted({name for name, _ in bare}))
@@ -175,15 +202,18 @@ def not_quantised(model: nn.Module) -> str | None:
 
 
 def share_tables(model: nn.Module) -> None:
-    """All layers read the scales' code table from one tensor, as bitsandbytes has one in the process; moving a model to
-    a device gives each layer its own."""
+    """Make all layers read the code table of the scales from one tensor.
+
+    bitsandbytes has one table in the process, whereas moving a model to a device gives each layer
+    its own.
+    """
     layers = [module for module in model.modules() if isinstance(module, NF4Linear | NF4Experts)]
     for layer in layers:
         layer.scale_codes = layers[0].scale_codes
 
 
 def num_weights(parameter: nn.Parameter) -> int:
-    """How many numbers a parameter holds; packed ones hold two a byte."""
+    """Return the number of weights in a parameter; a packed one has two in each byte."""
     return parameter.numel() * (2 if parameter.dtype == torch.uint8 else 1)
 
 

@@ -1,4 +1,4 @@
-"""Activation checkpointing: which layers keep what they computed for the backward, and which compute it again."""
+"""Configure gradient checkpointing: which layers recompute their activations in the backward."""
 
 from collections.abc import Callable
 from functools import partial
@@ -8,14 +8,18 @@ from typing import Any, cast
 import torch
 from torch import nn
 from torch.autograd.graph import save_on_cpu
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fitune.config import Auto, Recompute
 from fitune.errors import ModelError
 
 _aten = torch.ops.aten
-# Matrix products and attention are nearly all of a layer's arithmetic; what lies between them is cheap to repeat.
+# Matrix products and attention are nearly all of a layer's arithmetic; the rest is cheap to repeat.
 _EXPENSIVE: set[Any] = {
     *(_aten.mm.default, _aten.addmm.default, _aten.bmm.default, _aten.baddbmm.default),
     _aten._scaled_dot_product_flash_attention.default,
@@ -23,24 +27,33 @@ _EXPENSIVE: set[Any] = {
     _aten._scaled_dot_product_efficient_attention.default,
     _aten._scaled_dot_product_cudnn_attention.default,
 }
-_EXPENSIVE_NAMES = {  # of operators that exist only once their module is imported
+#: The names of operators that exist only once their module is imported.
+_EXPENSIVE_NAMES = {
     "torch_attn::_varlen_attn",
     "flash_attn::_flash_attn_varlen_forward",
 }
+#: Selectively saved tensors stay on the GPU; PyTorch 2.14 warns that its default will change.
 _HOOKS = (
-    {"respect_saved_tensors_hooks": False} if "respect_saved_tensors_hooks" in signature(checkpoint).parameters else {}
+    {"respect_saved_tensors_hooks": False}
+    if "respect_saved_tensors_hooks" in signature(checkpoint).parameters
+    else {}
 )
-"""What is kept of a layer stays on the card; PyTorch 2.14 warns that this will not be so by itself."""
 _EXPERTS_NAMES = {"aten::_grouped_mm", "transformers::grouped_mm_fallback"}
+#: One layer in so many is recomputed.
 _EVERY: dict[Recompute, int] = {"full": 1, "selective": 1, "every_2": 2, "every_4": 4}
 
 
 def set_recompute(model: nn.Module, recompute: Recompute, *, offload: bool = False) -> None:
-    """Make the model's layers recompute: none (off), all (full), every second or fourth, or all except their matrix
-    products and attention (selective). Gradients are the same in each. Acts in training mode only; may be called again.
+    """Select the layers that are recomputed in the backward.
 
-    offload: keep the inputs of recomputed layers, which the recomputation starts from, in pinned memory of the host.
-    Raises ModelError where the model's layers cannot be recomputed.
+    off: none. full: all. every_2, every_4: every second or fourth. selective: all, except their
+        matrix products and attention. Gradients are the same in each case. It acts in training mode
+        only, and may be called again.
+
+    offload: save the inputs of recomputed layers, from which the recomputation starts, in pinned
+        host memory.
+
+    Raises ModelError if the model's layers cannot be recomputed.
     """
     layers = recomputable_layers(model)
     if recompute != "off" and not layers:
@@ -49,8 +62,12 @@ def set_recompute(model: nn.Module, recompute: Recompute, *, offload: bool = Fal
         )
     again = partial(cast(Callable[..., Any], checkpoint), use_reentrant=False, **_HOOKS)
     if recompute == "selective":
-        # experts with a bias add it into their product in place, so that product cannot be kept
-        experts = set() if any(getattr(part, "has_bias", False) for part in model.modules()) else _EXPERTS_NAMES
+        # Experts with a bias add it to their product in place, so that product cannot be saved.
+        experts = (
+            set()
+            if any(getattr(part, "has_bias", False) for part in model.modules())
+            else _EXPERTS_NAMES
+        )
         policy = partial(_policy, names=_EXPENSIVE_NAMES | experts)
         again = partial(again, context_fn=partial(create_selective_checkpoint_contexts, policy))
     if offload:
@@ -61,22 +78,33 @@ def set_recompute(model: nn.Module, recompute: Recompute, *, offload: bool = Fal
 
 
 def recompute_period(recompute: Recompute | Auto) -> int:
-    """How many layers apart the same is done again; auto means off, as long as nothing has decided."""
+    """Return the period with which recomputed and other layers alternate.
+
+    auto counts as off, as long as nothing has been decided.
+    """
     return 1 if recompute == "auto" else _EVERY.get(recompute, 1)
 
 
 def recomputable_layers(model: nn.Module) -> list[GradientCheckpointingLayer]:
-    """The model's repeated layers, in order; empty for a model whose code does not mark them."""
+    """Return the model's repeated layers in order; none if its code does not mark them."""
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
-def _with_inputs_on_host(again: Callable[..., Any], function: Callable[..., Any], *args: Any, **options: Any) -> Any:
-    """Inside, `again` has hooks of its own, so that only what it keeps itself is moved: no weight."""
+def _with_inputs_on_host(
+    again: Callable[..., Any], function: Callable[..., Any], *args: Any, **options: Any
+) -> Any:
+    """Run a checkpointed layer with its saved inputs on the host.
+
+    Inside it, `again` has hooks of its own, so only what it saves itself is moved: no weight.
+    """
     with save_on_cpu(pin_memory=True):
         return again(function, *args, **options)
 
 
 def _policy(_: Any, operator: Any, *args: Any, names: set[str], **options: Any) -> CheckpointPolicy:
-    if operator in _EXPENSIVE or str(operator).removesuffix(".default").replace(".", "::", 1) in names:
+    if (
+        operator in _EXPENSIVE
+        or str(operator).removesuffix(".default").replace(".", "::", 1) in names
+    ):
         return CheckpointPolicy.MUST_SAVE
     return CheckpointPolicy.PREFER_RECOMPUTE

@@ -1,7 +1,8 @@
-"""From a trained model to files: a transformers directory, adapters, or minimind's `.pth`.
+"""Save a trained model: as a transformers directory, as adapters, or as minimind's `.pth`.
 
-Whatever is written appears under its name complete or not at all: it is written beside it, flushed to the disk, and
-renamed. Saving never changes the model, so a run can go on afterwards bit for bit.
+Files are written under a temporary name, flushed to the disk, and renamed, so they appear under
+their final name complete or not at all. Saving never changes the model, so a run continues
+afterwards bit for bit.
 """
 
 import os
@@ -26,9 +27,10 @@ from fitune.model.quantise import NF4Experts, NF4Linear
 from fitune.model.tensor_file import write_tensors
 from fitune.units import MIB
 
+#: `link_model` copies files below this size.
 LINKED_BYTES = 64 * MIB
-"""Files below it are copied by `link_model`."""
-_MARKS = ("config.json", "adapter_config.json")  # what tells a model's directory from somebody's documents
+#: Only a directory with one of these files is a model, which may be replaced.
+_MARKS = ("config.json", "adapter_config.json")
 
 
 def save_model(
@@ -39,12 +41,15 @@ def save_model(
     merge: bool = False,
     ends: Sequence[str] = (),
 ) -> None:
-    """Write a directory that plain transformers loads: weights, configuration, generation settings, tokenizer and chat
-    template.
+    """Write a directory that plain transformers loads, with tokenizer and chat template.
 
-    Of a model with adapters only the adapters are written (peft's layout), or with `merge` the whole model with the
-    adapters added in. ends: the tokens that it has learned to end with. An earlier model in `directory` is replaced
-    once the new one is complete. Raises ModelError where `directory` holds something else or cannot be written.
+    Of a model with adapters only the adapters are written (in peft's layout), or with `merge` the
+    whole model with merged adapters. An earlier model in `directory` is replaced once the new one
+    is complete.
+
+    ends: the tokens with which the model has learned to end.
+
+    Raises ModelError if `directory` contains something else or cannot be written.
     """
     with replaced_directory(directory) as unfinished:
         write_files(unfinished, model_files(model, tokenizer=tokenizer, merge=merge, ends=ends))
@@ -53,28 +58,47 @@ def save_model(
 
 
 def model_files(
-    model: PreTrainedModel | PeftModel, *, tokenizer: Tokenizer, merge: bool = False, ends: Sequence[str] = ()
+    model: PreTrainedModel | PeftModel,
+    *,
+    tokenizer: Tokenizer,
+    merge: bool = False,
+    ends: Sequence[str] = (),
 ) -> dict[str, bytes]:
-    """Every file of a saved model's directory but the weights, by name. They are the same all through a run.
+    """Return every file of a saved model except the weights, by name; a run never changes them.
 
-    ends: the tokens that the model has learned to end with, at which a generation stops beside where it did before."""
+    ends: the tokens with which the model has learned to end. A generation stops at them in addition
+        to the tokens where it stopped before.
+    """
     with TemporaryDirectory() as directory, quiet_transformers():
         if isinstance(model, PeftModel) and not merge:
-            model.save_pretrained(directory, state_dict={}, save_embedding_layers=False)  # "auto" would ask the hub
+            # save_embedding_layers="auto" would query the hub.
+            model.save_pretrained(directory, state_dict={}, save_embedding_layers=False)
             if (noted := adapted_json(model)) is not None:
                 (Path(directory) / FILE).write_bytes(noted)
         else:
             plain = _plain(model)
             generation = plain.generation_config
             if generation is not None:
-                known = generation.eos_token_id if generation.eos_token_id is not None else tokenizer.eos_token_id
+                known = (
+                    generation.eos_token_id
+                    if generation.eos_token_id is not None
+                    else tokenizer.eos_token_id
+                )
                 known = known if isinstance(known, list) else [] if known is None else [known]
                 learned = [tokenizer.convert_tokens_to_ids(end) for end in ends]
-                all_ends = list(dict.fromkeys([*known, *(end for end in learned if isinstance(end, int))]))
-                generation.eos_token_id = all_ends if len(all_ends) > 1 else next(iter(all_ends), None)
+                all_ends = list(
+                    dict.fromkeys([*known, *(end for end in learned if isinstance(end, int))])
+                )
+                generation.eos_token_id = (
+                    all_ends if len(all_ends) > 1 else next(iter(all_ends), None)
+                )
             plain.save_pretrained(directory, state_dict={})
         tokenizer.save_pretrained(directory)
-        files = (path for path in Path(directory).rglob("*") if path.is_file() and path.suffix != ".safetensors")
+        files = (
+            path
+            for path in Path(directory).rglob("*")
+            if path.is_file() and path.suffix != ".safetensors"
+        )
         return {path.relative_to(directory).as_posix(): path.read_bytes() for path in files}
 
 
@@ -85,12 +109,19 @@ def write_files(directory: Path, files: Mapping[str, bytes]) -> None:
 
 
 def saved_tensors(
-    model: PreTrainedModel | PeftModel, *, merge: bool = False, state: dict[str, torch.Tensor] | None = None
+    model: PreTrainedModel | PeftModel,
+    *,
+    merge: bool = False,
+    state: dict[str, torch.Tensor] | None = None,
 ) -> tuple[str, dict[str, torch.Tensor]]:
-    """(name of the weights file, its tensors under the names that transformers or peft gives them there). Tied weights
-    stand in it once. The tensors are the model's own memory but where its layout on disk is another (experts).
+    """Return the name of the weights file and its tensors, named as in transformers or peft.
 
-    state: the model's state dictionary, where the model itself holds a share of it only; of adapters their part."""
+    Tied weights are in it once. The tensors share the model's memory, except where the layout in
+    files is another (experts).
+
+    state: the model's state dictionary, where the model itself holds only a shard of it; for
+        adapters their part of it.
+    """
     if isinstance(model, PeftModel) and not merge:
         tensors = get_peft_model_state_dict(model, state_dict=state, save_embedding_layers=False)
         return "adapter_model.safetensors", tensors
@@ -98,7 +129,9 @@ def saved_tensors(
     left_out = set(plain._keys_to_ignore_on_save or ())
     named = plain_tensors(model) if state is None else state
     tensors = {name: tensor for name, tensor in named.items() if name not in left_out}
-    return "model.safetensors", revert_weight_conversion(plain, remove_tied_weights_from_state_dict(tensors, plain))
+    return "model.safetensors", revert_weight_conversion(
+        plain, remove_tied_weights_from_state_dict(tensors, plain)
+    )
 
 
 def _plain(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
@@ -106,10 +139,13 @@ def _plain(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
 
 
 def link_model(source: Path, directory: Path) -> None:
-    """`directory` becomes a copy of the saved model `source`. Files of LINKED_BYTES and more are the same files under
-    another name, where the file system can: there, nobody may write into one. Smaller ones are copied, since people
-    edit a template or a configuration in place, and libraries write adapters over the file that is there."""
-    with _said_plainly(directory), replaced_directory(directory) as new:
+    """Make `directory` a copy of the saved model `source`, with hard links to its large files.
+
+    Files of LINKED_BYTES and more are linked if the file system can do that; nobody may write into
+    those. Smaller files are copied, since users edit a template or a configuration in place, and
+    libraries overwrite adapters in place.
+    """
+    with _errors_as_model_errors(directory), replaced_directory(directory) as new:
         for file in (path for path in source.rglob("*") if path.is_file()):
             target = new / file.relative_to(source)
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -125,10 +161,11 @@ def link_model(source: Path, directory: Path) -> None:
 def export_minimind(
     model: PreTrainedModel | PeftModel, path: Path, *, dtype: torch.dtype | None = torch.float16
 ) -> None:
-    """Write the weights as minimind's own scripts do: one dictionary under its names, in float16.
+    """Write the weights as minimind's own scripts do: one dictionary with its names, in float16.
 
-    dtype None keeps the model's own type, and reading the file back then gives the same bits. Adapters are merged.
-    Raises ModelError for architectures that minimind does not compute and for weights that float16 cannot hold.
+    With dtype None the model's dtype is kept, and reading the file gives the same bits. Adapters
+    are merged. Raises ModelError for architectures that minimind does not compute and for weights
+    that float16 cannot represent.
     """
     reason = _not_minimind(model)
     if reason is not None:
@@ -138,9 +175,11 @@ def export_minimind(
         tensors = _cast(tensors, dtype)
         overflown = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
         if overflown:
-            raise ModelError(f"{overflown[0]} holds values beyond {dtype}: export it in the model's own type")
+            raise ModelError(
+                f"{overflown[0]} holds values beyond {dtype}: export it in the model's own type"
+            )
     unfinished = path.with_name(f".{path.name}.new")
-    with _said_plainly(path):
+    with _errors_as_model_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             torch.save({name: tensor.cpu() for name, tensor in tensors.items()}, unfinished)
@@ -152,13 +191,18 @@ def export_minimind(
 
 
 def plain_tensors(model: PreTrainedModel | PeftModel) -> dict[str, torch.Tensor]:
-    """The state dictionary under transformers' names, adapters added into the weights that they adapt. The model itself
-    stays as it is: adding and subtracting adapters in place would leave rounding behind."""
+    """Return the state dictionary with transformers' names and merged adapters.
+
+    The model itself does not change: to merge and unmerge adapters in place would leave rounding
+        errors.
+    """
     if not isinstance(model, PeftModel):
         return cast(dict[str, torch.Tensor], model.state_dict())
     plain = model.get_base_model()
     tensors = {
-        name.replace(".base_layer.", "."): tensor for name, tensor in plain.state_dict().items() if ".lora_" not in name
+        name.replace(".base_layer.", "."): tensor
+        for name, tensor in plain.state_dict().items()
+        if ".lora_" not in name
     }
     compute_dtype = plain.get_input_embeddings().weight.dtype
     for name, layer in plain.named_modules():
@@ -173,24 +217,29 @@ def plain_tensors(model: PreTrainedModel | PeftModel) -> dict[str, torch.Tensor]
         if isinstance(layer, BaseTunerLayer):
             weight = tensors[f"{name}.weight"]
             with torch.no_grad():
-                delta = sum(layer.get_delta_weight(adapter).float() for adapter in layer.active_adapters)
+                delta = sum(
+                    layer.get_delta_weight(adapter).float() for adapter in layer.active_adapters
+                )
                 tensors[f"{name}.weight"] = (weight.float() + delta).to(weight.dtype)
     return tensors
 
 
 @contextmanager
 def replaced_directory(directory: Path) -> Iterator[Path]:
-    """A fresh directory to write into, which becomes `directory` when the block ends without an error.
+    """Yield a new directory, which becomes `directory` when the block ends without an error.
 
-    Only one name can change at once, so replacing is two renames: after a crash between them the earlier directory
-    still lies beside as `.NAME.old`, and `recover_directory` puts it back.
+    Only one name can change atomically, so a replacement takes two renames. After a crash between
+    them the earlier directory still exists as `.NAME.old`, and `recover_directory` restores it.
+    Raises ModelError if `directory` is no model, or cannot be written.
     """
     recover_directory(directory)
     occupied = directory.exists() and not (directory.is_dir() and not any(directory.iterdir()))
     if occupied and not any((directory / mark).is_file() for mark in _MARKS):
-        raise ModelError(f"{directory} exists and is no model directory: give another name, nothing was overwritten")
-    new, old = _beside(directory, "new"), _beside(directory, "old")
-    with _said_plainly(directory):
+        raise ModelError(
+            f"{directory} exists and is no model directory: give another name, nothing was overwritten"
+        )
+    new, old = _temporary_name(directory, "new"), _temporary_name(directory, "old")
+    with _errors_as_model_errors(directory):
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir(parents=True)
         try:
@@ -199,7 +248,8 @@ def replaced_directory(directory: Path) -> Iterator[Path]:
                 _flush(file)
             _flush(new)
             if directory.exists():
-                shutil.rmtree(old, ignore_errors=True)  # left by a crash after both renames
+                # Left by a crash after both renames.
+                shutil.rmtree(old, ignore_errors=True)
                 directory.rename(old)
             new.rename(directory)
             _flush(directory.parent)
@@ -209,8 +259,8 @@ def replaced_directory(directory: Path) -> Iterator[Path]:
 
 
 def recover_directory(directory: Path) -> None:
-    """Put back what a crash left between the two renames of `replaced_directory`; does nothing otherwise."""
-    old = _beside(directory, "old")
+    """Restore what a crash left between the two renames of `replaced_directory`, if it did."""
+    old = _temporary_name(directory, "old")
     if old.is_dir() and not directory.exists():
         old.rename(directory)
 
@@ -227,13 +277,18 @@ def _not_minimind(model: PreTrainedModel | PeftModel) -> str | None:
         return "it has sliding windows"
     if config.rope_parameters["rope_type"] != "default":
         return f"its positions are scaled ({config.rope_parameters['rope_type']})"
-    if config.model_type == "qwen3_moe" and (config.mlp_only_layers or config.decoder_sparse_step != 1):
+    if config.model_type == "qwen3_moe" and (
+        config.mlp_only_layers or config.decoder_sparse_step != 1
+    ):
         return "some of its layers have experts and some have none"
     return None
 
 
 def _with_single_experts(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """transformers holds a layer's experts in two tensors, [E, 2F, D] (gate above up) and [E, D, F]; minimind in 3E."""
+    """Split the tensors of a layer's experts into one tensor for each expert, as minimind has them.
+
+    transformers has two tensors, [E, 2F, D] (gate before up) and [E, D, F]; minimind has 3E.
+    """
     single: dict[str, torch.Tensor] = {}
     for name, tensor in tensors.items():
         stem, _, kind = name.rpartition("experts.")
@@ -251,21 +306,27 @@ def _with_single_experts(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Te
 
 
 def _cast(tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Tied tensors stay tied."""
+    """Return the tensors in `dtype`; tied tensors remain tied."""
     done: dict[int, torch.Tensor] = {}
-    return {name: done.setdefault(tensor.data_ptr(), tensor.to(dtype)) for name, tensor in tensors.items()}
+    return {
+        name: done.setdefault(tensor.data_ptr(), tensor.to(dtype))
+        for name, tensor in tensors.items()
+    }
 
 
 @contextmanager
-def _said_plainly(path: Path) -> Iterator[None]:
+def _errors_as_model_errors(path: Path) -> Iterator[None]:
+    """Raise ModelError with one message where a file cannot be written."""
     try:
         yield
     except (OSError, RuntimeError) as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ModelError(f"{path} cannot be written ({first}); what was there before is untouched") from error
+        raise ModelError(
+            f"{path} cannot be written ({first}); what was there before is untouched"
+        ) from error
 
 
-def _beside(directory: Path, what: str) -> Path:
+def _temporary_name(directory: Path, what: str) -> Path:
     return directory.with_name(f".{directory.name}.{what}")
 
 

@@ -1,8 +1,9 @@
-"""Tensors -> a safetensors file, a piece at a time.
+"""Write tensors to a safetensors file, one piece at a time.
 
-The format is that of safetensors: 8 bytes of length, a JSON header, the bytes of the tensors. Its own writer copies all
-tensors first and holds the interpreter's lock meanwhile; this one holds one piece and lets other threads work, so that
-a checkpoint can be written beside the training step and its memory is not needed twice.
+The format is 8 bytes of length, a JSON header, and the bytes of the tensors. The writer of
+safetensors copies all tensors first and holds the interpreter's lock meanwhile. This one has one
+piece in memory and lets other threads run, so a checkpoint can be written during a training step
+without allocating its memory twice.
 """
 
 import json
@@ -19,22 +20,27 @@ PIECE_BYTES = 16 * MIB
 _NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
     torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
-    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
+    torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> str:
-    """Write a new file and flush it to the disk; gives the hash that `file_hash` gives. Raises OSError.
+    """Write a new file, flush it to the disk, and return the same hash as `file_hash`.
 
-    The tensors may be on any device; none may change before this returns.
+    The tensors may be on any device; none may change before this returns. Raises OSError.
     """
-    # the widest first, so that each tensor starts where its elements may
+    # The widest elements first, so that each tensor is aligned.
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, tensor in ordered:
         start, end = end, end + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+        header[name] = {
+            "dtype": _NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     digest = xxhash.xxh3_128()
@@ -48,7 +54,10 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> str:
 
 
 def file_hash(path: Path) -> str:
-    """XXH3 (128 bits) of the file's bytes, against torn and rotten files: memory is read no faster."""
+    """Return the XXH3 hash (128 bits) of a file, which detects torn and damaged files.
+
+    It is as fast as memory can be read.
+    """
     digest = xxhash.xxh3_128()
     with path.open("rb", buffering=0) as file:
         while piece := file.read(PIECE_BYTES):
@@ -63,7 +72,7 @@ def _write(descriptor: int, piece: memoryview, digest: "xxhash.xxh3_128") -> Non
 
 
 def _pieces(tensor: torch.Tensor) -> Iterator[memoryview]:
-    """The tensor's bytes, on the host."""
+    """Yield the tensor's bytes on the host."""
     flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
     for piece in flat.split(PIECE_BYTES):
         yield memoryview(piece.cpu().numpy())

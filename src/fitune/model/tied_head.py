@@ -1,7 +1,8 @@
-"""A head that is the embedding too: both uses of the weight add to one gradient.
+"""Add both gradients of a weight that is head and embedding into one tensor.
 
-Autograd would make the embedding's gradient as a matrix of its own, of the vocabulary's size and nearly all zeros. For
-a small model with a large vocabulary that is the peak of a step with recomputation.
+Autograd would allocate the embedding's gradient as a matrix of its own, of the size of the
+vocabulary and nearly all zeros. For a small model with a large vocabulary that is the memory peak
+of a step with gradient checkpointing.
 """
 
 from collections.abc import Iterator
@@ -18,8 +19,11 @@ from fitune.model.head import Head
 
 @contextmanager
 def joined_to_embedding(head: Head) -> Iterator[list[Head]]:
-    """Inside, the decoder runs once; afterwards the last of the heads that are given is the one to take for the loss:
-    `head`, or one whose weight's gradient the embedding's rows are added to, where they are one parameter."""
+    """Yield a list of heads, whose last one is the head for the loss after the decoder has run.
+
+    Inside the block the decoder runs once. If the head's weight is also the embedding's, a head is
+    appended to the list: its weight has a gradient to which that of the embedding is added.
+    """
     heads = [head]
     embedding = _tied_embedding(head)
     if embedding is None:
@@ -29,7 +33,9 @@ def joined_to_embedding(head: Head) -> Iterator[list[Head]]:
     def join(_: nn.Module, args: tuple[Any, ...], embedded: Tensor) -> Tensor | None:
         if len(heads) > 1 or not args:
             return None
-        embedded, weight_VD = _Joined.apply(embedded.detach(), args[0], head.weight, embedding.padding_idx)  # type: ignore[no-untyped-call]
+        embedded, weight_VD = _Joined.apply(
+            embedded.detach(), args[0], head.weight, embedding.padding_idx
+        )  # type: ignore[no-untyped-call]
         heads.append(replace(head, joined_weight=weight_VD))
         return embedded
 
@@ -41,18 +47,23 @@ def joined_to_embedding(head: Head) -> Iterator[list[Head]]:
 
 
 def _tied_embedding(head: Head) -> nn.Embedding | None:
-    """Where it only picks rows, as Gemma's, which scales them, does not."""
+    """Return the embedding that shares the head's weight, if it only selects rows of it.
+
+    Returns None otherwise: Gemma's embedding, for example, scales them.
+    """
     if not (torch.is_grad_enabled() and head.weight.requires_grad):
         return None
     embedding = head.decoder.get_input_embeddings()  # type: ignore[operator]
     if type(embedding) is not nn.Embedding or embedding.weight is not head.weight:
         return None
-    is_plain = embedding.max_norm is None and not embedding.scale_grad_by_freq and not embedding.sparse
+    is_plain = (
+        embedding.max_norm is None and not embedding.scale_grad_by_freq and not embedding.sparse
+    )
     return embedding if is_plain else None
 
 
 class _Joined(torch.autograd.Function):
-    """(embedded rows, ids, weight) -> (the rows, the weight), so that the backward gets both gradients at once."""
+    """Passes on (embedded tokens, weight), so that the backward gets both gradients at once."""
 
     @staticmethod
     def forward(
@@ -65,7 +76,8 @@ class _Joined(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[None, None, Tensor | None, None]:
-        """The head's gradient is changed in place: it comes from the loss alone, which has no more use for it."""
+        # The head's gradient is changed in place: only the loss has made it, and does not use it
+        # any more.
         grad_BSD, grad_VD = grad_outputs
         (ids_BS,) = ctx.saved_tensors
         if grad_BSD is None:
@@ -73,8 +85,15 @@ class _Joined(torch.autograd.Function):
         if grad_VD is not None and attention.compute_capability(grad_VD) is None:
             if ctx.padding_id is not None:
                 grad_BSD = grad_BSD.masked_fill((ids_BS == ctx.padding_id).unsqueeze(-1), 0)
-            return None, None, grad_VD.index_add_(0, ids_BS.flatten(), grad_BSD.flatten(0, -2)), None
+            return (
+                None,
+                None,
+                grad_VD.index_add_(0, ids_BS.flatten(), grad_BSD.flatten(0, -2)),
+                None,
+            )
         padding_id = -1 if ctx.padding_id is None else ctx.padding_id
-        # on a card index_add_ adds in no fixed order, and a run would not be repeated bit for bit
-        rows_VD = torch.ops.aten.embedding_dense_backward(grad_BSD, ids_BS, ctx.num_words, padding_id, False)
+        # On a GPU index_add_ adds in no fixed order, so a run could not be repeated bit for bit.
+        rows_VD = torch.ops.aten.embedding_dense_backward(
+            grad_BSD, ids_BS, ctx.num_words, padding_id, False
+        )
         return None, None, rows_VD if grad_VD is None else grad_VD.add_(rows_VD), None

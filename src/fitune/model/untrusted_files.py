@@ -1,5 +1,8 @@
-"""Files of a model that transformers would follow wherever they lead: a tokenizer whose parts make each text longer and
-longer, and an index of weights that names files outside of the model's directory. Both are looked at beforehand."""
+"""Check files of a model that transformers trusts, before it reads them.
+
+A tokenizer may have steps that make each text longer and longer, and an index of weights may name
+files outside the directory of the model.
+"""
 
 import base64
 import math
@@ -13,23 +16,25 @@ from huggingface_hub import try_to_load_from_cache
 from fitune.boundary import parse_json
 from fitune.errors import ModelError
 
+#: Real tokenizers stay below 50: one of them replaces a symbol by 18 characters.
 MOST_GROWTH = 1000
-"""Tokenizers in use stay below 50: a symbol that one of them writes out becomes 18 characters."""
+#: in the order in which transformers takes them: each as one file, else by its index
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-"""In the order in which transformers takes them: each whole, else by its index."""
+#: the types of step that may make a text longer, in each part of a tokenizer
 _GROWING = {
     "normalizer": ("Replace", "ByteLevel", "Precompiled"),
     "pre_tokenizer": ("ByteLevel",),
     "post_processor": ("TemplateProcessing",),
     "decoder": ("Replace",),
 }
-"""The kinds of step that make more of a text, in each part of a tokenizer."""
 _BYTES_OF_A_CHARACTER = 4
 
 
 def check_tokenizer_files(directory: Path) -> None:
-    """Raises ModelError for a tokenizer that may make a text over MOST_GROWTH times as long. Whoever reads the files
-    tells of those that are no JSON."""
+    """Raise ModelError for a tokenizer that may make a text over MOST_GROWTH times as long.
+
+    Files that are not valid JSON are skipped: loading the tokenizer reports them.
+    """
     for path in filter(Path.is_file, sorted(directory.glob("tokenizer*.json"))):
         try:
             parts = parse_json(path.read_bytes())
@@ -46,13 +51,17 @@ def check_tokenizer_files(directory: Path) -> None:
         if growth > MOST_GROWTH:
             times = f"{growth:,.0f}" if growth < 1e15 else "over 1e15"
             raise ModelError(
-                f"{path} may make a text {times} times as long, and at most {MOST_GROWTH:,} times is allowed: take the "
+                f"{path} may make a text {times} times as long, and at most {MOST_GROWTH:,} times "
+                "is allowed: take the "
                 "steps that replace characters by longer ones out of its normalizer"
             )
 
 
 def check_cached_index(hub_id: str) -> None:
-    """As `check_weight_index`, of what the hub's cache holds; what it does not hold yet can be fetched."""
+    """Check the index of weights in the hub's cache, as `check_weight_index` does.
+
+    Files that are not in the cache yet can be downloaded.
+    """
     for whole in _WEIGHTS:
         path = try_to_load_from_cache(hub_id, f"{whole}.index.json")
         if isinstance(path, str):
@@ -60,8 +69,10 @@ def check_cached_index(hub_id: str) -> None:
 
 
 def check_weight_index(directory: Path, *, is_complete: bool = True) -> None:
-    """Raises ModelError for an index of weights that names anything but files inside of the directory. is_complete:
-    whether these must be there."""
+    """Raise ModelError for an index of weights that names anything but files in the directory.
+
+    is_complete: whether the files must exist.
+    """
     for whole in _WEIGHTS:
         path = directory / f"{whole}.index.json"
         if (directory / whole).is_file():
@@ -77,14 +88,18 @@ def check_weight_index(directory: Path, *, is_complete: bool = True) -> None:
             raise ModelError(f"{path} has no weight_map from tensors to their files: copy it again")
         for name in files.values():
             if not isinstance(name, str) or Path(name).is_absolute() or ".." in Path(name).parts:
-                raise ModelError(f"{path} names {name!r}, which is no file inside of {directory}: copy the model again")
+                raise ModelError(
+                    f"{path} names {name!r}, which is no file inside of {directory}: copy the model again"
+                )
             if is_complete and not (directory / name).is_file():
-                raise ModelError(f"{path} names {name}, which {directory} does not have: copy the model again")
+                raise ModelError(
+                    f"{path} names {name}, which {directory} does not have: copy the model again"
+                )
         return
 
 
 def _steps(value: Any) -> Iterator[dict[str, Any]]:
-    """Each step, however deep in lists of steps."""
+    """Yield each step at any depth of nested lists."""
     if isinstance(value, dict):
         yield value
     if isinstance(value, dict | list):
@@ -93,30 +108,40 @@ def _steps(value: Any) -> Iterator[dict[str, Any]]:
 
 
 def _growth(step: dict[str, Any]) -> float:
-    """The most characters, or tokens, that this step makes of one."""
+    """Return the most characters, or tokens, that this step makes of one."""
     kind = step["type"]
     if kind == "Replace":
         return _replacement_growth(step.get("pattern"), step.get("content"))
-    if kind == "ByteLevel":  # a second one writes out what the first one wrote
+    # A second ByteLevel step encodes the output of the first one again.
+    if kind == "ByteLevel":
         return _BYTES_OF_A_CHARACTER
     if kind == "Precompiled":
         return _charsmap_growth(step.get("precompiled_charsmap"))
     pieces = step.get("single")
     return (
-        max(1, sum("Sequence" in each for each in pieces if isinstance(each, dict))) if isinstance(pieces, list) else 1
+        max(1, sum("Sequence" in each for each in pieces if isinstance(each, dict)))
+        if isinstance(pieces, list)
+        else 1
     )
 
 
 def _replacement_growth(pattern: Any, content: Any) -> float:
     length = len(content) if isinstance(content, str) else 0
-    literal, regex = (pattern.get(key) for key in ("String", "Regex")) if isinstance(pattern, dict) else (None, None)
+    literal, regex = (
+        (pattern.get(key) for key in ("String", "Regex"))
+        if isinstance(pattern, dict)
+        else (None, None)
+    )
     if isinstance(literal, str) and literal:
         return max(1, length / len(literal))
     return max(1, length + (not isinstance(regex, str) or _may_be_empty(regex)))
 
 
 def _may_be_empty(regex: str) -> bool:
-    """Whether it may match no character at all, so that the text keeps its own beside what is put in."""
+    """Return whether the regular expression may match no character at all.
+
+    The text then keeps its own characters in addition to the inserted ones.
+    """
     try:
         return "(?" in regex or "\\b" in regex.lower() or re.search(regex, "") is not None
     except (re.error, RecursionError, OverflowError):
@@ -124,10 +149,15 @@ def _may_be_empty(regex: str) -> bool:
 
 
 def _charsmap_growth(charsmap: Any) -> float:
-    """sentencepiece's table: the size of a trie, the trie, and the replacements, each ended by a zero."""
+    """Return the longest replacement in sentencepiece's table, in characters.
+
+    The table has the size of a trie, the trie, and the replacements, each with a zero at its end.
+    """
     try:
         table = base64.b64decode(charsmap)
     except (TypeError, ValueError):
         return 1
     replacements = table[4 + int.from_bytes(table[:4], "little") :]
-    return max(1, *(len(each.decode(errors="replace")) for each in (b"", *replacements.split(b"\0"))))
+    return max(
+        1, *(len(each.decode(errors="replace")) for each in (b"", *replacements.split(b"\0")))
+    )

@@ -1,11 +1,14 @@
-"""The loss of a micro-batch: the weighted *sum* of its token losses, so that it can be divided once by the weight of
-the whole effective batch.
+"""Compute the loss of a micro-batch: the weighted *sum* of its token losses.
 
-`full` takes the model's own logits; it is the oracle. `chunked` applies the head only at supervised positions, a few at
-a time, and forms the gradient in the same pass, so that logits of all positions never exist together.
-Shape suffixes as in `data/rows.py`.
+The optimizer step divides that sum once, by the weight of the whole effective batch.
+
+The `full` loss takes the model's own logits; tests compare the other one with it. The `chunked`
+loss applies the head only at supervised tokens, a chunk of them at a time, and computes the
+gradient in the same pass. Logits of all tokens therefore never exist at the same time. Shape
+suffixes are those of `data/rows.py`.
 """
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -18,55 +21,95 @@ from fitune.model.head import Head
 from fitune.model.packed_attention import row_boundaries
 from fitune.model.tied_head import joined_to_embedding
 
+#: The supervised tokens whose logits exist at the same time, at least. 256 tokens with a vocabulary
+#: of 151,936 take 148 MiB in float32.
 CHUNK_TOKENS = 256
-"""Supervised positions whose logits exist at the same time, at least. 256 x 151,936 words of float32 are 148 MiB."""
+#: The bytes of float32 logits that exist at the same time on a GPU, where a small vocabulary allows
+#: larger chunks.
 CHUNK_BYTES = 32 * 2**20
-"""Of float32 logits that exist at the same time on a card, where a small vocabulary leaves room for more positions."""
+
+
+def chunk_slices(num_tokens: int, chunk_tokens: int) -> list[slice]:
+    """Return the slices that cut this number of supervised tokens into chunks."""
+    return [
+        slice(start, min(start + chunk_tokens, num_tokens))
+        for start in range(0, num_tokens, chunk_tokens)
+    ]
 
 
 @dataclass(frozen=True, slots=True)
 class LossSettings:
-    """head: where the model's body ends and its logits begin; None for the model's own logits (the `full` loss)."""
+    """How the loss of a micro-batch is computed."""
 
+    #: where the model's body ends and its logits begin; None for the model's own logits (`full`
+    #: loss)
     head: Head | None = None
+    #: supervised tokens whose logits exist at the same time
     chunk_tokens: int = CHUNK_TOKENS
+    #: (supervised tokens, tokens of a chunk) -> the chunks; a recording watches each begin and end
+    chunks: Callable[[int, int], Iterable[slice]] = chunk_slices
+
+    @property
+    def eval_chunk_tokens(self) -> int:
+        """As `chunk_tokens`, of an evaluation, whose peak is its logits alone."""
+        return min(self.chunk_tokens, CHUNK_TOKENS)
 
 
 def choose_chunk_tokens(head: Head, device: torch.device) -> int:
-    """Supervised positions of a chunk. A card waits for the launches of small chunks; a CPU does not."""
+    """Return the number of supervised tokens of a chunk.
+
+    Small chunks leave a GPU waiting for kernel launches, but not a CPU.
+    """
     of_card = CHUNK_BYTES // (4 * head.weight.shape[0])
     return CHUNK_TOKENS if device.type == "cpu" else max(CHUNK_TOKENS, of_card)
 
 
 def token_loss_sum(model: nn.Module, micro_batch: MicroBatch, settings: LossSettings) -> Tensor:
-    """Weighted sum of the token losses of a micro-batch: a float32 scalar, 0 with zero gradients without targets."""
+    """Return the weighted sum of the token losses of a micro-batch, a float32 scalar.
+
+    Without targets it is 0, with zero gradients.
+    """
     if settings.head is None:
         return _weighted_cross_entropy(_supervised_logits(model, micro_batch), micro_batch)
     with joined_to_embedding(settings.head) as heads:
         hidden_ND = _supervised_hidden(settings.head, micro_batch)
-    return chunked_cross_entropy(hidden_ND, heads[-1], micro_batch, chunk_tokens=settings.chunk_tokens)
+    chunks = settings.chunks(hidden_ND.shape[0], settings.chunk_tokens)
+    return chunked_cross_entropy(hidden_ND, heads[-1], micro_batch, chunks=chunks)
 
 
-def losses_and_correct(model: nn.Module, micro_batch: MicroBatch, settings: LossSettings) -> tuple[Tensor, Tensor]:
-    """(weighted loss of each supervised token, number of them whose most likely word is right): float32 [N] and an
-    int64 scalar, for an evaluation."""
+def losses_and_correct(
+    model: nn.Module, micro_batch: MicroBatch, settings: LossSettings
+) -> tuple[Tensor, Tensor]:
+    """Return the weighted loss of each supervised token and the number of correct predictions.
+
+    The losses are float32 [N]. A prediction is correct if the target is the most likely token;
+    their number is an int64 scalar. An evaluation uses both.
+    """
     if settings.head is None:
         logits_NV = _supervised_logits(model, micro_batch)
         losses_N = F.cross_entropy(logits_NV.float(), micro_batch.target_ids_N, reduction="none")
-        return losses_N * micro_batch.target_weights_N, _num_correct(logits_NV, micro_batch.target_ids_N)
+        return losses_N * micro_batch.target_weights_N, _num_correct(
+            logits_NV, micro_batch.target_ids_N
+        )
     hidden_ND = _supervised_hidden(settings.head, micro_batch)
     losses_N = hidden_ND.new_empty(hidden_ND.shape[0], dtype=torch.float32)
     correct = torch.zeros((), dtype=torch.int64, device=hidden_ND.device)
-    for chunk in _chunks(hidden_ND.shape[0], settings.chunk_tokens):
+    for chunk in settings.chunks(hidden_ND.shape[0], settings.eval_chunk_tokens):
         logits_NV = settings.head.logits(hidden_ND[chunk])
-        losses_N[chunk] = F.cross_entropy(logits_NV.float(), micro_batch.target_ids_N[chunk], reduction="none")
+        losses_N[chunk] = F.cross_entropy(
+            logits_NV.float(), micro_batch.target_ids_N[chunk], reduction="none"
+        )
         correct += _num_correct(logits_NV, micro_batch.target_ids_N[chunk])
     return losses_N * micro_batch.target_weights_N, correct
 
 
-def chunked_cross_entropy(hidden_ND: Tensor, head: Head, micro_batch: MicroBatch, *, chunk_tokens: int) -> Tensor:
-    """The weighted sum of cross-entropies of `head.logits(hidden_ND)`, with the logits of `chunk_tokens` positions at a
-    time. float32 scalar."""
+def chunked_cross_entropy(
+    hidden_ND: Tensor, head: Head, micro_batch: MicroBatch, *, chunks: Iterable[slice]
+) -> Tensor:
+    """Return the weighted sum of the cross-entropies of `head.logits(hidden_ND)`, a float32 scalar.
+
+    chunks: of the supervised tokens; only the logits of one chunk exist at the same time
+    """
     loss = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
         hidden_ND,
         head.weight,
@@ -74,14 +117,17 @@ def chunked_cross_entropy(hidden_ND: Tensor, head: Head, micro_batch: MicroBatch
         micro_batch.target_ids_N,
         micro_batch.target_weights_N,
         head,
-        chunk_tokens,
+        chunks,
     )
     return cast(Tensor, loss)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Forward and gradient in one pass over chunks of rows, as in the fused losses of Liger and of Apple's CCE
-    (arXiv 2411.09009): the gradient of the sum does not depend on what follows but for one factor."""
+    """Computes the loss and its gradient in one pass over chunks of tokens.
+
+    This is possible because whatever follows changes the gradient of the sum by one factor only.
+    The fused losses of Liger and Apple's CCE (arXiv 2411.09009) do the same.
+    """
 
     @staticmethod
     def forward(
@@ -92,7 +138,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         target_N: Tensor,
         weights_N: Tensor,
         head: Head,
-        chunk_tokens: int,
+        chunks: Iterable[slice],
     ) -> Tensor:
         compute_dtype = _compute_dtype(hidden_ND)
         matmul_weight_VD = weight_VD.to(compute_dtype)
@@ -102,11 +148,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_weight_VD = torch.zeros_like(weight_VD) if needs_weight else None
         grad_bias_V = torch.zeros_like(bias_V) if needs_bias and bias_V is not None else None
         with torch.autocast(hidden_ND.device.type, enabled=False):
-            for chunk in _chunks(hidden_ND.shape[0], chunk_tokens):
+            for chunk in chunks:
                 part_ND = hidden_ND[chunk].to(compute_dtype)
                 bias = None if bias_V is None else bias_V.to(compute_dtype)
                 logits_NV = _transform(F.linear(part_ND, matmul_weight_VD, bias).float(), head)
-                losses_N, grad_NV = _losses_and_gradient(logits_NV, target_N[chunk], weights_N[chunk], head)
+                losses_N, grad_NV = _losses_and_gradient(
+                    logits_NV, target_N[chunk], weights_N[chunk], head
+                )
                 loss += losses_N @ weights_N[chunk]
                 if not (needs_hidden or needs_weight or needs_bias):
                     continue
@@ -121,8 +169,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                         grad_weight_VD += grad_NV.T @ part_ND
                 if grad_bias_V is not None:
                     grad_bias_V += grad_NV.sum(0)
-                del grad_NV  # before the next chunk's logits are made
-        ctx.save_for_backward(*(t for t in (grad_hidden_ND, grad_weight_VD, grad_bias_V) if t is not None))
+                # Free it before the next chunk's logits are allocated.
+                del grad_NV
+        ctx.save_for_backward(
+            *(t for t in (grad_hidden_ND, grad_weight_VD, grad_bias_V) if t is not None)
+        )
         ctx.present = tuple(t is not None for t in (grad_hidden_ND, grad_weight_VD, grad_bias_V))
         return loss
 
@@ -130,35 +181,43 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (factor,) = grad_outputs
         saved = iter(ctx.saved_tensors)
-        # In place: they are this function's own, and nobody can come a second time (no double backward).
+        # In place: only this function has these tensors, and there is no double backward.
         grads = [next(saved).mul_(factor) if present else None for present in ctx.present]
         return (*grads, None, None, None, None)
 
 
 def _compute_dtype(hidden: Tensor) -> torch.dtype:
-    """What a linear layer would compute in: a custom function does not see autocast by itself."""
+    """Return the dtype that a linear layer would compute in.
+
+    Autocast does not act inside a custom autograd function, so it is queried here.
+    """
     kind = hidden.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
 
 
-def _chunks(num_positions: int, chunk_tokens: int) -> list[slice]:
-    return [slice(start, min(start + chunk_tokens, num_positions)) for start in range(0, num_positions, chunk_tokens)]
-
-
 def _transform(raw_NV: Tensor, head: Head) -> Tensor:
-    """What `Head.logits` does after its matrix product, in place."""
+    """Apply to the product h @ weight.T + bias what `Head.logits` applies after it, in place."""
     if head.scale != 1:
         raw_NV.mul_(head.scale)
-    return raw_NV if head.soft_cap is None else raw_NV.div_(head.soft_cap).tanh_().mul_(head.soft_cap)
+    return (
+        raw_NV if head.soft_cap is None else raw_NV.div_(head.soft_cap).tanh_().mul_(head.soft_cap)
+    )
 
 
-def _losses_and_gradient(logits_NV: Tensor, target_N: Tensor, weights_N: Tensor, head: Head) -> tuple[Tensor, Tensor]:
-    """The cross-entropies [N], and the gradient of their weighted sum with respect to `raw_NV` of `_transform`:
-    w * scale * (softmax - target) * (1 - tanh^2). The logits are used up."""
+def _losses_and_gradient(
+    logits_NV: Tensor, target_N: Tensor, weights_N: Tensor, head: Head
+) -> tuple[Tensor, Tensor]:
+    """Return the cross-entropies [N] and the gradient of their weighted sum.
+
+    The gradient is that with respect to `raw_NV` of `_transform`: w * scale * (softmax - target) *
+    (1 - tanh^2). The logits are overwritten.
+    """
     target_N1 = target_N.unsqueeze(1)
     picked_N = logits_NV.gather(1, target_N1).squeeze(1)
     largest_N1 = logits_NV.amax(-1, keepdim=True)
-    slope_NV = None if head.soft_cap is None else logits_NV.div(head.soft_cap).square_().neg_().add_(1)
+    slope_NV = (
+        None if head.soft_cap is None else logits_NV.div(head.soft_cap).square_().neg_().add_(1)
+    )
     grad_NV = logits_NV.sub_(largest_N1).exp_()
     total_N1 = grad_NV.sum(-1, keepdim=True)
     factor_N1 = (weights_N * head.scale).unsqueeze(1)
@@ -178,20 +237,31 @@ def _num_correct(logits_NV: Tensor, target_N: Tensor) -> Tensor:
 
 
 def _supervised_logits(model: nn.Module, micro_batch: MicroBatch) -> Tensor:
-    """The model's own logits [N, V] at the supervised positions."""
+    """Return the model's own logits [N, V] at the supervised tokens."""
     logits_BSV = model(**_inputs(micro_batch)).logits
     return cast(Tensor, logits_BSV.flatten(0, 1).index_select(0, micro_batch.target_index_N))
 
 
 def _supervised_hidden(head: Head, micro_batch: MicroBatch) -> Tensor:
-    """The last hidden states [N, D] at the supervised positions."""
+    """Return the last hidden states [N, D] at the supervised tokens."""
     hidden_BSD = head.decoder(**_inputs(micro_batch)).last_hidden_state
     return cast(Tensor, hidden_BSD.flatten(0, 1).index_select(0, micro_batch.target_index_N))
 
 
 def _inputs(micro_batch: MicroBatch) -> dict[str, Any]:
-    """No attention mask: packed rows have boundaries, and right padding is hidden by the causal order."""
-    inputs = {"input_ids": micro_batch.input_ids_BS, "position_ids": micro_batch.position_ids_BS, "use_cache": False}
+    """Return the arguments of the model's forward, without an attention mask.
+
+    Packed samples have boundaries instead, and causal attention never sees padding on the right.
+    """
+    inputs = {
+        "input_ids": micro_batch.input_ids_BS,
+        "position_ids": micro_batch.position_ids_BS,
+        "use_cache": False,
+    }
     if not micro_batch.packed:
         return inputs
-    return inputs | {"row_boundaries": row_boundaries(micro_batch.row_lengths, device=micro_batch.input_ids_BS.device)}
+    return inputs | {
+        "row_boundaries": row_boundaries(
+            micro_batch.row_lengths, device=micro_batch.input_ids_BS.device
+        )
+    }

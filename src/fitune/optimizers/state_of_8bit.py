@@ -1,8 +1,9 @@
-"""bitsandbytes' 8-bit AdamW for a recording: its state and nothing else, so that the library need not be here.
+"""Allocates the state of bitsandbytes' 8-bit AdamW in a recording, without that library.
 
-bitsandbytes 0.50, optim/optimizer.py (Optimizer2State.init_state): two states of a byte an element, two float32 for
-each 256 elements, and two code tables that all parameters share; parameters below 4,096 elements keep two float32
-states. A paged state of 100,000 elements and more is managed memory, outside PyTorch's allocator (get_state_buffer).
+The sizes are those of bitsandbytes 0.50, optim/optimizer.py (Optimizer2State.init_state): two
+states of one byte per element, two float32 for each 256 elements, and two code tables that all
+parameters share. Parameters below 4,096 elements have two float32 states. A paged state of 100,000
+elements or more is managed memory, outside of PyTorch's allocator (get_state_buffer).
 """
 
 from collections.abc import Callable
@@ -18,7 +19,10 @@ _NUM_CODES = 256
 
 
 class StateOf8BitAdamW(torch.optim.Optimizer):
-    """Its steps change no parameter. paged: large states are outside of the allocator."""
+    """An optimizer whose steps allocate state but change no parameter.
+
+    paged: large states are outside of PyTorch's allocator.
+    """
 
     def __init__(self, groups: list[dict[str, object]], *, paged: bool = False) -> None:
         super().__init__(groups, {})
@@ -35,9 +39,14 @@ class StateOf8BitAdamW(torch.optim.Optimizer):
     def _new_state(self, parameter: nn.Parameter) -> dict[str, Any]:
         size, device = parameter.numel(), parameter.device
         if size < _SMALLEST_IN_8_BIT:
-            return {name: torch.zeros_like(parameter, dtype=torch.float32) for name in ("state1", "state2")}
+            return {
+                name: torch.zeros_like(parameter, dtype=torch.float32)
+                for name in ("state1", "state2")
+            }
         if not self._tables:
-            self._tables = {name: torch.zeros(_NUM_CODES, device=device) for name in ("qmap1", "qmap2")}
+            self._tables = {
+                name: torch.zeros(_NUM_CODES, device=device) for name in ("qmap1", "qmap2")
+            }
         state = dict(self._tables)
         for name in ("state1", "state2") if not (self._paged and size >= _SMALLEST_PAGED) else ():
             state[name] = torch.zeros_like(parameter, dtype=torch.uint8)

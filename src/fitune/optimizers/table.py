@@ -1,8 +1,8 @@
-"""Every optimizer that fitune trains with, as one entry each: how it is built, and what the rest of fitune must know.
+"""Lists every optimizer that fitune trains with: how it is built, and what fitune must know of it.
 
-Nothing heavy is imported before an optimizer is built, since the configuration reads this table too. Optimizers are
-fused where torch has it: the same arithmetic without a parameter-sized temporary, which the `foreach` variant has and
-which can itself be the peak of a step.
+Nothing heavy is imported before an optimizer is built, because the configuration reads this table
+too. Optimizers are fused if torch has a fused version. It computes the same without a temporary of
+the parameters' size, which the `foreach` version needs and which can be the peak of a step.
 """
 
 from collections.abc import Callable
@@ -27,34 +27,36 @@ class OptimizerSettings(Protocol):
     def eps(self) -> float: ...
 
 
+#: Builds an optimizer from parameter groups, settings and the learning rate. Raises ConfigError if
+#: the optimizer's library is missing.
 Builder = Callable[[Groups, OptimizerSettings, float], "torch.optim.Optimizer"]
-"""(parameter groups, settings, learning rate) -> the optimizer. Raises ConfigError where its library is missing."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerKind:
-    """What is known of an optimizer. The defaults are those of AdamW."""
+    """The facts about an optimizer. The defaults are those of AdamW."""
 
     build: Builder
     #: how its result differs from that of `adamw`
     result: Literal["same", "close", "different"] = "same"
-    #: bytes of its state for each byte of the trained parameters, for the size of a checkpoint
+    #: bytes of its state per byte of the trained parameters, for the size of a checkpoint
     state_share: float = 2.0
     #: whether it averages gradients and their squares with `optim.betas`
     has_betas: bool = True
     #: whether it divides by the gradient's own size, as Adam does and SGD does not
     is_adaptive: bool = True
-    #: whether it treats every element alone, so that a process can update its shard
+    #: whether it updates every element independently, so that a process can update its shard
     can_shard: bool = False
-    #: why it cannot be used on a CPU, and what can, as the end of a sentence
+    #: why it cannot be used on a CPU, and what can be used, as the end of a sentence
     needs_card: str | None = None
-    #: whether its state is allocated in the first update, and cannot be made before it
+    #: whether its state is allocated in the first update and cannot be allocated before
     state_comes_late: bool = False
     #: whether state and update are in the host's memory
     is_on_host: bool = False
     #: whether a plan for AdamW proposes it to save memory
     is_proposed: bool = False
-    #: builds what allocates the same state in a recording, where the library need not be installed
+    #: builds an optimizer that allocates the same state in a recording, where the library may be
+    #: missing
     stand_in: Builder | None = None
 
 
@@ -77,11 +79,17 @@ def _adamw_host(groups: Groups, optim: OptimizerSettings, lr: float) -> "torch.o
 
 
 def _adamw_8bit(groups: Groups, optim: OptimizerSettings, lr: float) -> "torch.optim.Optimizer":
-    return _of_bitsandbytes("AdamW8bit", "adamw_8bit")(groups, lr=lr, betas=optim.betas, eps=optim.eps)
+    return _of_bitsandbytes("AdamW8bit", "adamw_8bit")(
+        groups, lr=lr, betas=optim.betas, eps=optim.eps
+    )
 
 
-def _adamw_8bit_paged(groups: Groups, optim: OptimizerSettings, lr: float) -> "torch.optim.Optimizer":
-    return _of_bitsandbytes("PagedAdamW8bit", "adamw_8bit_paged")(groups, lr=lr, betas=optim.betas, eps=optim.eps)
+def _adamw_8bit_paged(
+    groups: Groups, optim: OptimizerSettings, lr: float
+) -> "torch.optim.Optimizer":
+    return _of_bitsandbytes("PagedAdamW8bit", "adamw_8bit_paged")(
+        groups, lr=lr, betas=optim.betas, eps=optim.eps
+    )
 
 
 def _of_bitsandbytes(kind: str, name: str) -> Callable[..., "torch.optim.Optimizer"]:
@@ -89,7 +97,9 @@ def _of_bitsandbytes(kind: str, name: str) -> Callable[..., "torch.optim.Optimiz
         from bitsandbytes import optim as bitsandbytes
     except ImportError as error:
         raise ConfigError(
-            [f"optim.name={name} needs bitsandbytes, not installed here: pip install 'fitune[bnb]', or use adamw"]
+            [
+                f"optim.name={name} needs bitsandbytes, not installed here: pip install 'fitune[bnb]', or use adamw"
+            ]
         ) from error
     return cast("Callable[..., torch.optim.Optimizer]", getattr(bitsandbytes, kind))
 
@@ -100,7 +110,9 @@ def _state_of_8bit(groups: Groups, optim: OptimizerSettings, lr: float) -> "torc
     return StateOf8BitAdamW([{**group, "lr": lr} for group in groups])
 
 
-def _state_of_8bit_paged(groups: Groups, optim: OptimizerSettings, lr: float) -> "torch.optim.Optimizer":
+def _state_of_8bit_paged(
+    groups: Groups, optim: OptimizerSettings, lr: float
+) -> "torch.optim.Optimizer":
     from fitune.optimizers.state_of_8bit import StateOf8BitAdamW
 
     return StateOf8BitAdamW([{**group, "lr": lr} for group in groups], paged=True)
@@ -147,6 +159,11 @@ OPTIMIZERS: dict[str, OptimizerKind] = {
         build=_adafactor, result="different", state_share=0.1, has_betas=False, is_proposed=True
     ),
     "sgd": OptimizerKind(
-        build=_sgd, result="different", state_share=1.0, has_betas=False, is_adaptive=False, can_shard=True
+        build=_sgd,
+        result="different",
+        state_share=1.0,
+        has_betas=False,
+        is_adaptive=False,
+        can_shard=True,
     ),
 }

@@ -1,7 +1,8 @@
-"""What a plan has found out once, kept as JSON: so that a second plan needs neither the model nor torch.
+"""Caches the results of a plan as JSON, so that a second plan needs neither the model nor torch.
 
-The files lie in FITUNE_CACHE, else in the user's cache directory. A key names everything that the value depends on;
-the versions of fitune and of what it records with are part of each. A cache that cannot be read or written is none.
+The files are in FITUNE_CACHE, else in the user's cache directory. A key contains everything that
+the value depends on; the versions of fitune and of the packages that it records with are part of
+every key. A cache that cannot be read or written is treated as empty.
 """
 
 import contextlib
@@ -23,7 +24,10 @@ _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
 
 
 def cached(kind: str, key: Any, make: Callable[[], Any]) -> Any:
-    """The JSON value of `key` in the part `kind` of the cache; `make` makes it where there is none."""
+    """Return the JSON value of `key` from the directory `kind` of the cache.
+
+    If there is none, `make` computes it, and it is stored.
+    """
     found = read_cached(kind, key)
     if found is None:
         found = make()
@@ -48,7 +52,7 @@ def write_cached(kind: str, key: Any, value: Any) -> None:
 
 
 def file_state(path: str | Path) -> list[Any]:
-    """What tells that a file, or the files of a directory, are no longer what they were."""
+    """Return a value that changes when the file, or a file of the directory, changes."""
     root = Path(path).expanduser()
     files = sorted(file for file in root.iterdir() if file.is_file()) if root.is_dir() else [root]
     states = []
@@ -67,7 +71,8 @@ def _path(kind: str, key: Any) -> Path:
 
 @cache
 def _versions() -> list[str]:
-    """fitune's own by the newest change of its files too, for who works on it."""
+    """Return the versions of fitune and of the packages that it records with."""
+    # the newest change of fitune's files counts too, for those who develop it
     own = max(file.stat().st_mtime_ns for file in Path(fitune.__file__).parent.rglob("*.py"))
     found = [fitune.__version__, str(own)]
     for package in _PACKAGES:

@@ -1,8 +1,9 @@
-"""The settings that a plan looks at, as changes of a configuration.
+"""Lists the settings that a plan considers, as changes of a configuration.
 
-The rows of an optimizer step stay as configured: how they are cut into micro-batches, what is kept for the backward and
-how the loss is formed leave the result the same, so these are varied. What would change it is proposed beside them,
-never chosen. What the configuration forces is not varied.
+The samples of an optimizer step are always those of the configuration. A plan varies how they are
+split into micro-batches, which activations are saved for the backward, and how the loss is
+computed: none of these changes the training result. Settings that would change the result are
+proposed but never chosen. Settings that the configuration forces are not varied.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,45 +16,59 @@ from fitune.planning.limits import Lengths
 from fitune.planning.plan import ADAMW_HOST, Candidate
 
 Result = Literal["same", "close", "different"]
+#: no card is faster with more tokens at once, so a larger micro-batch is never proposed
 MOST_MICRO_TOKENS = 65536
-"""No card gets faster above; a larger micro-batch is never proposed."""
+#: roughly from the fastest, which needs the most memory, to the slowest, which needs the least
 RECOMPUTES: tuple[Recompute, ...] = ("off", "every_4", "selective", "every_2", "full")
-"""From the fastest and largest to the slowest and smallest, roughly."""
+#: between the sizes of two micro-batches that are considered: nearer ones differ too little
 _LEAST_GROWTH = 1.2
-"""Between two numbers of rows: nearer ones tell nothing new."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
-    """One of micro_rows and micro_tokens. method, optimizer, precision: None as configured. offloads: whether inputs of
-    recomputed layers go to the host though that is not configured. result: what it does to what is learnt. num_changes:
-    how many settings differ from the simplest."""
+    """A setting that a plan considers."""
 
+    #: the samples or the tokens of a micro-batch; the other one is None
     micro_rows: int | None
     micro_tokens: int | None
     recompute: Recompute
     loss: Loss
+    #: None for the configured one
     method: str | None = None
+    #: None for the configured one
     optimizer: str | None = None
+    #: None for the configured one
     precision: Precision | None = None
+    #: whether the inputs of checkpointed layers are offloaded to the host without being configured
     offloads: bool = False
+    #: how the training result compares with that of the configuration
     result: Result = "same"
 
     @property
     def num_changes(self) -> int:
-        changed = (self.recompute != "off", self.loss != "chunked", self.offloads, self.method, self.optimizer)
+        """The number of settings that differ from the simplest."""
+        changed = (
+            self.recompute != "off",
+            self.loss != "chunked",
+            self.offloads,
+            self.method,
+            self.optimizer,
+        )
         return sum(map(bool, (*changed, self.precision)))
 
     @property
     def variant(self) -> "Choice":
-        """The same but for its size."""
+        """The setting without the size of its micro-batch."""
         return replace(self, micro_rows=None, micro_tokens=None)
 
 
 def same_choices(config: RunConfig, lengths: Lengths, *, on_card: bool) -> Iterator[Choice]:
-    """The settings that leave the result the same, from few changes to many. Full logits, which never need less
-    memory, are looked at without recomputation only; what recomputing starts from goes to the host of a card where all
-    layers recompute, which needs the least."""
+    """Yield the settings that do not change the result, from few changes to many.
+
+    Full logits, which never need less memory than a chunked loss, are considered without gradient
+    checkpointing only. Offloading the inputs of checkpointed layers to the host is considered on a
+    card with all layers checkpointed, which needs the least memory.
+    """
     recomputes = RECOMPUTES if config.model.recompute == "auto" else (config.model.recompute,)
     losses: tuple[Loss, ...] = ("chunked", "full") if config.loss == "auto" else (config.loss,)
     sizes = micro_sizes(config, lengths)
@@ -61,7 +76,9 @@ def same_choices(config: RunConfig, lengths: Lengths, *, on_card: bool) -> Itera
         for loss in losses:
             if loss == losses[0] or recompute == recomputes[0]:
                 for rows, tokens in sizes:
-                    yield Choice(micro_rows=rows, micro_tokens=tokens, recompute=recompute, loss=loss)
+                    yield Choice(
+                        micro_rows=rows, micro_tokens=tokens, recompute=recompute, loss=loss
+                    )
     model = config.model
     if (
         on_card
@@ -70,21 +87,40 @@ def same_choices(config: RunConfig, lengths: Lengths, *, on_card: bool) -> Itera
         and "offload_activations" not in model.model_fields_set
     ):
         for rows, tokens in sizes:
-            yield Choice(micro_rows=rows, micro_tokens=tokens, recompute="full", loss=losses[0], offloads=True)
+            yield Choice(
+                micro_rows=rows,
+                micro_tokens=tokens,
+                recompute="full",
+                loss=losses[0],
+                offloads=True,
+            )
 
 
 def host_choices(config: RunConfig, choices: Sequence[Choice]) -> list[Choice]:
-    """`choices` with AdamW's state and update on the host of the card. None where the optimizer is another or trains an
-    adapter, whose state is small."""
-    if config.optim.name != "adamw" or config.model.method != "full" or config.model.shard != "none":
+    """Return `choices` with AdamW's state and update on the host.
+
+    Returns an empty list for another optimizer, and for adapters, whose state is small.
+    """
+    if (
+        config.optim.name != "adamw"
+        or config.model.method != "full"
+        or config.model.shard != "none"
+    ):
         return []
-    return [replace(choice, optimizer=ADAMW_HOST) for choice in choices if choice.loss == choices[0].loss]
+    return [
+        replace(choice, optimizer=ADAMW_HOST)
+        for choice in choices
+        if choice.loss == choices[0].loss
+    ]
 
 
 def proposals(config: RunConfig, choice: Choice, *, float32: bool) -> Iterator[Choice]:
-    """What would need less memory or time beside `choice` and is for the user to decide. float32: whether the model
-    computes in float32 though the device has bfloat16."""
-    is_sharded = config.model.shard != "none"  # which leaves some out
+    """Yield variants of `choice` that need less memory or time but change the result.
+
+    The user decides on them. float32: whether the model computes in float32 though the device has
+    bfloat16.
+    """
+    is_sharded = config.model.shard != "none"  # not every variant can be sharded
     if config.optim.name in ("adamw", "adamw_foreach") and not is_sharded:
         for name, kind in OPTIMIZERS.items():
             if kind.is_proposed:
@@ -98,11 +134,13 @@ def proposals(config: RunConfig, choice: Choice, *, float32: bool) -> Iterator[C
 
 
 def micro_sizes(config: RunConfig, lengths: Lengths) -> list[tuple[int | None, int | None]]:
-    """(rows, tokens) of a micro-batch, one of the two, ascending.
+    """Return the sizes of micro-batches to consider, ascending.
 
-    Rows of one length: the fewest rows for each number of micro-batches that a step can have, so 24 rows are cut into
-    24, 12, 8, 6, 5, 4, 3, 2 and 1 at a time. Others: 1, 1.5, 2, 3, 4, 6, 8, ... times the longest row, up to the whole
-    step: whole rows, so that two recordings tell of all the others.
+    A size is (samples, None) or (None, tokens). If all samples have one length, there is a size
+    for each number of micro-batches that a step can have, the smallest that gives this number: 24
+    samples are split into 24, 12, 8, 6, 5, 4, 3, 2 and 1 at a time. Else the sizes are 1, 1.5, 2,
+    3, 4, 6, 8, ... times the longest sample, up to the whole step. They are multiples of half a
+    sample, so that the work of all sizes follows from two recordings.
     """
     batch = config.batch
     if batch.micro_rows is not None:
@@ -112,7 +150,9 @@ def micro_sizes(config: RunConfig, lengths: Lengths) -> list[tuple[int | None, i
     longest = lengths.longest_tokens
     if len(set(lengths.sample_tokens)) == 1:
         rows = [1]
-        for size in sorted({-(-batch.rows_per_step // count) for count in range(1, batch.rows_per_step + 1)}):
+        for size in sorted(
+            {-(-batch.rows_per_step // count) for count in range(1, batch.rows_per_step + 1)}
+        ):
             if size >= _LEAST_GROWTH * rows[-1] and size * longest <= MOST_MICRO_TOKENS:
                 rows.append(size)
         return [(None, size * longest) for size in rows]
@@ -122,9 +162,12 @@ def micro_sizes(config: RunConfig, lengths: Lengths) -> list[tuple[int | None, i
     return [(None, half * longest // 2) for half in halves[:-1]]
 
 
-def settle(config: RunConfig, choice: Choice) -> RunConfig:
-    """The configuration with the choice written into it. A chunked loss that is not forced stays `auto`: a model
-    without a separate head then takes full logits."""
+def apply_choice(config: RunConfig, choice: Choice) -> RunConfig:
+    """Return the configuration with the settings of the choice.
+
+    A chunked loss that is not forced remains `auto`, because a model without a separate head then
+    computes full logits.
+    """
     model: dict[str, Any] = {"recompute": choice.recompute}
     if choice.method is not None:
         model["method"] = choice.method
@@ -149,19 +192,24 @@ def settle(config: RunConfig, choice: Choice) -> RunConfig:
 
 
 def with_routing(config: RunConfig, routing: Routing) -> RunConfig:
-    return config.model_copy(update={"memory": config.memory.model_copy(update={"routing": routing})})
+    return config.model_copy(
+        update={"memory": config.memory.model_copy(update={"routing": routing})}
+    )
 
 
 def settings_of_candidate(candidate: Candidate, config: RunConfig) -> list[str]:
-    """As overrides of the configuration; what it forces already is left out."""
-    batch = config.batch
+    """Return the settings of a candidate as overrides of the configuration.
+
+    Settings that the configuration has already are left out.
+    """
+    batch, model = config.batch, config.model
+    offloads = candidate.offload_activations and not model.offload_activations
+    is_other_precision = model.precision not in ("auto", candidate.precision)
     settings = {
-        "model.recompute": candidate.recompute if config.model.recompute == "auto" else None,
-        "model.method": candidate.method if candidate.method != config.model.method else None,
-        "model.offload_activations": "true"
-        if candidate.offload_activations and not config.model.offload_activations
-        else None,
-        "model.precision": candidate.precision if config.model.precision not in ("auto", candidate.precision) else None,
+        "model.recompute": candidate.recompute if model.recompute == "auto" else None,
+        "model.method": candidate.method if candidate.method != model.method else None,
+        "model.offload_activations": "true" if offloads else None,
+        "model.precision": candidate.precision if is_other_precision else None,
         "loss": candidate.loss if config.loss == "auto" else None,
         "optim.name": candidate.optimizer if candidate.optimizer != config.optim.name else None,
     }
@@ -171,7 +219,10 @@ def settings_of_candidate(candidate: Candidate, config: RunConfig) -> list[str]:
 
 
 def still_open(settings: Iterable[str], config: RunConfig) -> list[str]:
-    """Of the overrides that a plan once gave, those that the configuration, which may be another now, leaves open."""
+    """Return those overrides of an earlier plan that the configuration leaves open.
+
+    The configuration may have changed since that plan.
+    """
     batch = config.batch
     is_open = {
         "model.recompute": config.model.recompute == "auto",

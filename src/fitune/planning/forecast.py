@@ -1,7 +1,7 @@
-"""What a candidate needs and does: its prediction reduced to numbers, remembered in this process and on disk.
+"""Forecasts the memory and the work of a setting, and caches the forecasts in memory and on disk.
 
-Nothing heavy is imported before something has to be recorded, so a second plan of the same model is a matter of reading
-a file.
+A forecast is a prediction reduced to numbers. Neither torch nor transformers is imported before
+something has to be recorded, so a second plan of the same model only reads a file.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ from fitune.errors import ConfigError, ModelError
 from fitune.importing import collections_paused
 from fitune.machine.libc import allocator_name
 from fitune.planning.cache import file_state, read_cached, write_cached
-from fitune.planning.choices import Choice, settle, with_routing
+from fitune.planning.choices import Choice, apply_choice, with_routing
 from fitune.planning.cost import OpCost, StepShape, StepWork, work_of
 from fitune.planning.limits import Lengths, MemoryLimits
 from fitune.planning.plan import ADAMW_HOST
@@ -25,15 +25,15 @@ from fitune.trace.events import TRANSFER, Category
 if TYPE_CHECKING:
     from fitune.trace.own_step import Pass, RecordedStep
 
+#: (tokens, supervised tokens) of each sample of a micro-batch
 Sizes = tuple[tuple[int, int], ...]
+#: the number of steps over which the mean shape of a step is taken
 _NUM_SHAPED_STEPS = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Forecast:
-    """Of one choice on one device. micro_batch: rows of the longest length in its largest micro-batch. positions: of
-    that micro-batch. limit_bytes: what it was replayed against; None where the limit made no difference. host_bytes: as
-    `Candidate.predicted_host_bytes`."""
+    """What one setting needs on one device."""
 
     num_parameters: int
     num_trainable_parameters: int
@@ -43,7 +43,9 @@ class Forecast:
     precision: str
     packed: bool
     chunked: bool
+    #: samples of the longest length in the largest micro-batch
     micro_batch: int
+    #: tokens of the largest micro-batch, padding included
     positions: int
     allocated_bytes: int
     reserved_bytes: int
@@ -52,8 +54,10 @@ class Forecast:
     peak_phase: str
     num_alloc_retries: int
     fits: bool
+    #: the limit that the allocations were replayed against; None if it made no difference
     limit_bytes: int | None
     notes: tuple[str, ...]
+    #: see `Candidate.predicted_host_bytes`
     host_bytes: int
 
     @property
@@ -61,7 +65,7 @@ class Forecast:
         return self.reserved_bytes + self.context_bytes
 
     def within(self, limit_bytes: int) -> "Forecast | None":
-        """The same against that limit; None where it has to be replayed for it."""
+        """Return the forecast for another limit, or None if the allocations must be replayed."""
         if self.limit_bytes is not None:
             return self if self.limit_bytes == limit_bytes else None
         if self.device_bytes > limit_bytes >= self.allocated_bytes + self.context_bytes:
@@ -70,15 +74,22 @@ class Forecast:
 
 
 class Forecaster:
-    """Forecasts of one configuration's choices on one device. known: all that was found out, as JSON has it; `save`
-    keeps it for the next process."""
+    """Forecasts the settings of one configuration on one device.
 
-    def __init__(self, config: RunConfig, limits: MemoryLimits, lengths: Lengths, *, num_shards: int = 1) -> None:
-        self.config, self.limits, self.lengths, self.num_shards = config, limits, lengths, num_shards
+    `known` contains all results so far as JSON values; `save` stores them for the next process.
+    """
+
+    def __init__(
+        self, config: RunConfig, limits: MemoryLimits, lengths: Lengths, *, num_shards: int = 1
+    ) -> None:
+        self.config, self.limits, self.lengths = config, limits, lengths
+        self.num_shards = num_shards
         device = limits.device
         self._key = [
             config.model_dump(mode="json", include={"model", "loss", "eval"}),
-            config.optim.model_dump(mode="json", exclude={"lr", "warmup", "schedule", "final_lr_fraction"}),
+            config.optim.model_dump(
+                mode="json", exclude={"lr", "warmup", "schedule", "final_lr_fraction"}
+            ),
             [config.data.packing, config.batch.rows_per_step],
             [config.memory.allocator, config.memory.routing],
             [device.name, device.total_bytes, device.compute_capability],
@@ -94,7 +105,10 @@ class Forecaster:
         self._program_bytes = psutil.Process().memory_info().rss
 
     def forecast(self, choice: Choice) -> Forecast:
-        """Raises what recording it raises; ModelError and ConfigError are remembered too."""
+        """Return the forecast of a setting, from the cache if it is there.
+
+        Raises what the recording raises; ModelError and ConfigError are cached too.
+        """
         limit_bytes = self.limits.limit_bytes
         for key in (f"{choice}", f"{choice} {limit_bytes}"):
             tree = self.known.get(key)
@@ -107,26 +121,34 @@ class Forecaster:
         except (ModelError, ConfigError) as error:
             self.known[f"{choice}"] = {"refused": str(error)}
             raise
-        self.known[f"{choice}" if found.limit_bytes is None else f"{choice} {limit_bytes}"] = asdict(found)
+        key = f"{choice}" if found.limit_bytes is None else f"{choice} {limit_bytes}"
+        self.known[key] = asdict(found)
         return self._within(found) or found
 
     def knows(self, choice: Choice) -> bool:
         return f"{choice}" in self.known or f"{choice} {self.limits.limit_bytes}" in self.known
 
     def learn(self, known: Mapping[str, Any]) -> None:
-        """What another process has found out for the same questions."""
+        """Add the results of another process, for the same configuration and device."""
         self.known = {**known, **self.known}
 
     def work(self, variant: Choice, *, tokens: int, supervised_fraction: float = 1.0) -> StepWork:
-        """Of micro-batches with so many tokens in rows of the longest length."""
+        """Return the work of a step whose micro-batches have `tokens` tokens.
+
+        All samples have the longest length, but for a shorter one that makes up the rest.
+        supervised_fraction: the fraction of their tokens that are targets.
+        """
         key = _work_key(variant, tokens, supervised_fraction)
         if key not in self.known:
             self.known[key] = asdict(self._record(variant, tokens, supervised_fraction))
         return _step_work(self.known[key])
 
     def shape(self, choice: Choice, *, packed: bool | None = None) -> StepShape:
-        """The mean over a few steps of rows drawn from the lengths, cut as the run will cut them. packed: whether rows
-        are packed, where that is known."""
+        """Return the mean shape of a few steps of samples drawn from the lengths of the data.
+
+        They are split into micro-batches as the run will split them.
+        packed: whether samples are packed, if that is known; else it is found by recording.
+        """
         if packed is None:
             packed = self.work(self._simplest(choice), tokens=self.lengths.longest_tokens).packed
         key = f"shape {packed} {choice.micro_rows} {choice.micro_tokens}"
@@ -135,19 +157,25 @@ class Forecaster:
         return StepShape(**self.known[key])
 
     def _simplest(self, choice: Choice) -> Choice:
-        """The variant of the same model that is recorded anyway: whether rows are packed is the model's."""
+        """Return a variant of the same model that is recorded in any case.
+
+        Whether samples are packed depends on the model alone, so this variant tells it.
+        """
         recompute = "off" if self.config.model.recompute == "auto" else self.config.model.recompute
         loss: Loss = "chunked" if self.config.loss == "auto" else self.config.loss
-        simple = replace(choice.variant, recompute=recompute, loss=loss, offloads=False, optimizer=None)
-        return replace(simple, result="same" if (simple.method, simple.precision) == (None, None) else choice.result)
+        simple = replace(
+            choice.variant, recompute=recompute, loss=loss, offloads=False, optimizer=None
+        )
+        is_same = (simple.method, simple.precision) == (None, None)
+        return replace(simple, result="same" if is_same else choice.result)
 
     def other_routing_bytes(self, choice: Choice) -> int:
-        """Allocated at the peak where the tokens go to the experts in the other way."""
+        """Return the allocated bytes at the peak with the other routing of tokens to experts."""
         key = f"other routing {choice}"
         if key not in self.known:
             config = with_routing(self.config, other_routing(self.config.memory.routing))
             other = Forecaster(config, self.limits, self.lengths, num_shards=self.num_shards)
-            other._recordings = self.load()  # what they take is limited together
+            other._recordings = self.load()  # shared, since their time has one limit together
             self.known[key] = other.forecast(choice).allocated_bytes
         return int(self.known[key])
 
@@ -156,8 +184,11 @@ class Forecaster:
             write_cached("plans", self._key, self.known)
 
     def _within(self, forecast: Forecast) -> Forecast | None:
-        """Against the limit. On a CPU there is nothing to replay, and the program takes its part of the same memory:
-        what a process holds that has loaded all it needs."""
+        """Return the forecast for this forecaster's limits, or None if it must be replayed.
+
+        On a CPU nothing is replayed, but the program occupies a part of the same memory: what a
+        process holds after it has loaded all that it needs.
+        """
         limit_bytes = self.limits.limit_bytes
         if self.limits.device.kind != "cpu":
             found = forecast.within(limit_bytes)
@@ -170,8 +201,10 @@ class Forecaster:
         return replace(forecast, context_bytes=program_bytes, fits=fits)
 
     def load(self) -> Any:
-        """Imports what records, and returns the recordings of this process. What the program itself holds is measured
-        before the first."""
+        """Import torch and transformers, and return the recordings of this process.
+
+        Before the first recording the memory of the program itself is measured.
+        """
         with collections_paused():
             from fitune.model.load import check_length
             from fitune.trace.library import Recordings
@@ -188,11 +221,12 @@ class Forecaster:
         from fitune.model.load import load_config
         from fitune.planning.predict import predict_run
 
-        settled = settle(self.config, choice)
-        rows = heaviest_rows(settled, choice, self.lengths)
-        passes = _passes(settled, rows, self.lengths.longest_eval_tokens, settled.batch.rows_per_step)
+        config = apply_choice(self.config, choice)
+        rows = heaviest_rows(config, choice, self.lengths)
+        eval_tokens = self.lengths.longest_eval_tokens
+        passes = _passes(config, rows, eval_tokens, config.batch.rows_per_step)
         prediction = predict_run(
-            settled,
+            config,
             self.limits.device,
             passes=passes,
             limit_bytes=self.limits.limit_bytes,
@@ -201,15 +235,19 @@ class Forecaster:
             num_shards=self.num_shards,
         )
         recorded, largest = prediction.recorded, prediction.largest
+        # this recording gives the work of a step too if it has two such micro-batches
         if choice.micro_tokens is not None and len(passes[-1].rows) == 2 * len(rows):
             key = _work_key(choice.variant, choice.micro_tokens, 1.0)
-            self.known[key] = asdict(work_of(recorded.work, rows=rows, packed=recorded.layout.packed))
+            self.known[key] = asdict(
+                work_of(recorded.work, rows=rows, packed=recorded.layout.packed)
+            )
         limit_bytes = self.limits.limit_bytes
         unlimited = self.limits.device.kind == "cpu" or (
-            largest.peak_reserved_bytes + prediction.context_bytes <= limit_bytes and not largest.num_alloc_retries
+            largest.peak_reserved_bytes + prediction.context_bytes <= limit_bytes
+            and not largest.num_alloc_retries
         )
         cannot = largest.peak_allocated_bytes + prediction.context_bytes > limit_bytes
-        text = load_config(settled.model).get_text_config()
+        text = load_config(config.model).get_text_config()
         return Forecast(
             num_parameters=recorded.num_parameters,
             num_trainable_parameters=recorded.num_trainable_parameters,
@@ -230,7 +268,7 @@ class Forecaster:
             fits=bool(largest.fits),
             limit_bytes=None if unlimited or cannot else limit_bytes,
             notes=(*largest.assumptions, *recorded.notes),
-            host_bytes=_host_bytes(settled, recorded),
+            host_bytes=_host_bytes(config, recorded),
         )
 
     def _record(self, variant: Choice, tokens: int, supervised_fraction: float) -> StepWork:
@@ -238,15 +276,15 @@ class Forecaster:
         from fitune.planning.predict import cuda_target
 
         choice = replace(variant, micro_tokens=tokens)
-        settled = settle(self.config, choice)
-        longest = self.lengths.longest_tokens
+        config = apply_choice(self.config, choice)
+        whole, rest = divmod(tokens, self.lengths.longest_tokens)
+        lengths = [self.lengths.longest_tokens] * whole + [rest] * (rest > 1)
         rows = tuple(
-            (length, max(1, int(supervised_fraction * (length - 1))))
-            for length in [longest] * (tokens // longest) + [tokens % longest] * (tokens % longest > 1)
+            (length, max(1, int(supervised_fraction * (length - 1)))) for length in lengths
         )
-        target = cuda_target(settled, self.limits.device)
-        passes = _passes(settled, rows, self.lengths.longest_eval_tokens, 2 * len(rows))
-        recorded = recordings.step(settled, passes, target=target)
+        target = cuda_target(config, self.limits.device)
+        passes = _passes(config, rows, self.lengths.longest_eval_tokens, 2 * len(rows))
+        recorded = recordings.step(config, passes, target=target)
         return work_of(recorded.work, rows=rows, packed=recorded.layout.packed)
 
     def _shape(self, choice: Choice, *, packed: bool) -> StepShape:
@@ -261,19 +299,23 @@ class Forecaster:
         drawn = np.random.default_rng(0).choice(sample, size=(num_steps, rows_per_step))
         micro_batches = []
         for lengths in drawn:
-            rows = (Row(i, np.zeros(n, np.int32), np.zeros(n, np.float32)) for i, n in enumerate(lengths))
+            rows = (
+                Row(i, np.zeros(n, np.int32), np.zeros(n, np.float32))
+                for i, n in enumerate(lengths)
+            )
             micro_batches += layout.split(Batch(tuple(rows)))
         tokens = int(drawn.sum())
+        positions = sum(micro_batch.input_ids_BS.numel() for micro_batch in micro_batches)
         return StepShape(
             num_micro_batches=len(micro_batches) / num_steps,
-            positions=sum(micro_batch.input_ids_BS.numel() for micro_batch in micro_batches) / num_steps,
+            positions=positions / num_steps,
             supervised=tokens * self.lengths.supervised_fraction / num_steps,
             row_tokens=float((drawn.astype(float) ** 2).sum() / tokens),
         )
 
 
 def heaviest_rows(config: RunConfig, choice: Choice, lengths: Lengths) -> Sizes:
-    """(tokens, supervised) of the rows of the heaviest micro-batch there can be."""
+    """Return (tokens, supervised tokens) of each sample of the heaviest possible micro-batch."""
     longest, most = lengths.longest_tokens, config.batch.rows_per_step
     if choice.micro_rows is not None:
         sizes = [longest] * choice.micro_rows
@@ -289,26 +331,33 @@ def heaviest_rows(config: RunConfig, choice: Choice, lengths: Lengths) -> Sizes:
     return tuple((size, size - 1) for size in sizes)
 
 
-def _passes(settled: RunConfig, rows: Sizes, longest_eval_tokens: int, rows_per_step: int) -> Sequence["Pass"]:
-    """Of micro-batches of these rows, and an evaluation of as many."""
+def _passes(
+    config: RunConfig, rows: Sizes, longest_eval_tokens: int, rows_per_step: int
+) -> Sequence["Pass"]:
+    """Return what to record: steps of such micro-batches, and an evaluation of as many samples."""
     from fitune.trace.own_step import Pass, steady_passes
 
     evaluation = ((longest_eval_tokens, longest_eval_tokens - 1),) * len(rows)
     return steady_passes(
-        settled.optim,
+        config.optim,
         Pass("train", (rows * 2)[: max(rows_per_step, len(rows))]),
         evaluation=Pass("eval", evaluation, most_micro_batches=1) if longest_eval_tokens else None,
     )
 
 
-def _host_bytes(settled: RunConfig, recorded: "RecordedStep") -> int:
-    """HostAdamW's copy of parameters and gradients, and its state; what a micro-batch's forward sends to the host."""
+def _host_bytes(config: RunConfig, recorded: "RecordedStep") -> int:
+    """Return the bytes that a run on a card stores in the host's memory.
+
+    These are HostAdamW's copies of parameters and gradients with its state, and the activations
+    that the forward of one micro-batch offloads.
+    """
     sent: dict[tuple[int, int], int] = {}
-    for work in recorded.work if settled.model.offload_activations else ():
+    for work in recorded.work if config.model.offload_activations else ():
         if work.op == TRANSFER and work.phase == "forward":
             place = work.step, work.micro_batch
             sent[place] = sent.get(place, 0) + work.num_bytes
-    state = 16 * recorded.num_trainable_parameters if settled.optim.name == ADAMW_HOST else 0
+    # parameter, gradient and two moments of AdamW, in float32
+    state = 16 * recorded.num_trainable_parameters if config.optim.name == ADAMW_HOST else 0
     return state + max(sent.values(), default=0)
 
 
@@ -321,5 +370,7 @@ def _forecast(tree: Mapping[str, Any]) -> Forecast:
 
 
 def _step_work(tree: Mapping[str, Any]) -> StepWork:
-    parts = {name: tuple(OpCost(**part) for part in tree[name]) for name in ("first", "later", "update")}
+    parts = {
+        name: tuple(OpCost(**part) for part in tree[name]) for name in ("first", "later", "update")
+    }
     return StepWork(**{**tree, **parts})

@@ -1,4 +1,4 @@
-"""What a plan has to stay within, and what rows it has to serve: the memory that is free, and how long rows are."""
+"""Finds the limits of a plan: the memory that it may use, and the lengths of the samples."""
 
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -14,24 +14,30 @@ from fitune.units import format_bytes, parse_bytes
 if TYPE_CHECKING:
     from fitune.data.examples import Examples
 
+#: the fraction of the free memory that is used if no budget is given: the rest is for other
+#: processes and for the uncertainty of the CUDA context
 AUTO_SHARE = 0.9
-"""Of the free memory, where no budget is given: other processes and the context's uncertainty need room."""
+#: the value of data.train if a plan is made for a model without data
 NO_DATA = "none"
-"""data.train of a plan that is asked for a model alone."""
+#: the most samples whose lengths are stored
 SAMPLED_ROWS = 1024
 
 
 @dataclass(frozen=True, slots=True)
 class Lengths:
-    """How long the rows are. sample_tokens: ascending, at most SAMPLED_ROWS of them evenly spaced in rank, the longest
-    always among them. supervised_fraction: of all tokens. longest_eval_tokens: 0 where nothing is evaluated.
-    epoch_rows, epoch_tokens: of an epoch; None where the data is not known. origin: of the longest row, in words."""
+    """The lengths of the samples, in tokens."""
 
+    #: ascending: at most SAMPLED_ROWS lengths, evenly spaced in rank, the longest always included
     sample_tokens: tuple[int, ...]
+    #: the fraction of all tokens that are targets
     supervised_fraction: float
+    #: 0 where nothing is evaluated
     longest_eval_tokens: int
+    #: None where the data is not known
     epoch_rows: int | None
+    #: None where the data is not known
     epoch_tokens: int | None
+    #: where the longest length is from, as text
     origin: str
 
     @property
@@ -47,24 +53,31 @@ class Lengths:
 
 @dataclass(frozen=True, slots=True)
 class MemoryLimits:
-    """The device, what a run may use of it, and whether the configuration says how much. kept_bytes: of that, for what
-    is not predicted step by step. limit_bytes: of the whole device; what other processes hold is not in it.
-    host_bytes: free in the host's memory; None where the card is not here."""
+    """A device, and the memory that a run may use on it."""
 
     device: Device
     budget_bytes: int
+    #: whether the configuration gives the budget
     given: bool
+    #: the part of the budget that is reserved for what is not predicted step by step
     kept_bytes: int = 0
+    #: the free memory of the host; None if the card is not in this machine
     host_bytes: int | None = None
 
     @property
     def limit_bytes(self) -> int:
+        """The most bytes that the process may use on the device, its CUDA context included."""
         return min(self.budget_bytes, free_bytes(self.device)) - self.kept_bytes
 
 
 def find_limits(config: RunConfig, *, gpu: str | None = None) -> MemoryLimits:
-    """gpu: a card of the catalogue or 'cpu'; else memory.gpu, else this machine's card, else its CPU. Without a card,
-    here or by name, memory.budget as a size stands for any card with so much memory. Raises UsageError."""
+    """Return the device and the memory that a run of the configuration may use.
+
+    gpu: a card of the catalogue, or 'cpu'. None for memory.gpu, else this machine's card, else its
+        CPU. If there is no card and memory.budget is a size, then any card with so much memory.
+
+    Raises UsageError for an unknown card.
+    """
     named = gpu or config.memory.gpu
     budget = config.memory.budget
     size = parse_bytes(budget) if isinstance(budget, str) and budget != "auto" else None
@@ -88,7 +101,7 @@ def limits_of(config: RunConfig, device: Device) -> MemoryLimits:
 
 
 def budget_bytes(config: RunConfig, device: Device) -> int:
-    """Of memory.budget on that device; auto is a share of what is free now."""
+    """Return the bytes of memory.budget on that device; auto is a fraction of what is free now."""
     budget = config.memory.budget
     if isinstance(budget, str) and budget != "auto":
         return parse_bytes(budget)
@@ -96,19 +109,22 @@ def budget_bytes(config: RunConfig, device: Device) -> int:
 
 
 def free_bytes(device: Device) -> int:
-    """Of a card that is not here, all of it."""
+    """Return the free memory of the device; for a card that is not in this machine, all of it."""
     return device.total_bytes if device.free_bytes is None else device.free_bytes
 
 
 def find_lengths(config: RunConfig) -> Lengths:
-    """Of the data where it is here and can be read, else every row as long as data.max_length."""
+    """Return the lengths of the data; if it cannot be read here, all are data.max_length."""
     sources = config.data.train_sources
     paths = [
-        Path(source.path.partition("#")[0]).expanduser() for source in (*sources, *(config.data.eval_sources or ()))
+        Path(source.path.partition("#")[0]).expanduser()
+        for source in (*sources, *(config.data.eval_sources or ()))
     ]
     if not all(path.exists() for path in paths):
         is_named = config.data.train != NO_DATA
-        return uniform_lengths(config, origin="data.max_length, as the data is not here" if is_named else None)
+        return uniform_lengths(
+            config, origin="data.max_length, as the data is not here" if is_named else None
+        )
     tokenizer = config.model.tokenizer or config.model.source
     key = [
         config.data.model_dump(mode="json"),
@@ -124,11 +140,13 @@ def find_lengths(config: RunConfig) -> Lengths:
 def uniform_lengths(config: RunConfig, *, origin: str | None = None) -> Lengths:
     length = config.data.max_length
     evaluated = config.data.eval is not None or config.data.eval_fraction > 0
-    return Lengths((length,), 1.0, length if evaluated else 0, None, None, origin or "data.max_length")
+    return Lengths(
+        (length,), 1.0, length if evaluated else 0, None, None, origin or "data.max_length"
+    )
 
 
 def lengths_of(train: "Examples", held_out: "Examples") -> Lengths:
-    """train: at least one row."""
+    """Return the lengths of these data. train must contain at least one sample."""
     ordered = sorted(train.lengths.tolist())
     step = max(1, -(-len(ordered) // SAMPLED_ROWS))
     repeats = train.repeats.astype("float64")
@@ -150,16 +168,23 @@ def _read_lengths(config: RunConfig) -> Lengths:
     try:
         if source_kind(config.model.tokenizer or config.model.source) != "hub":
             tokenizer = load_tokenizer(config.model)
-            train = load_examples(config.data, tokenizer, split="train", eval_max_rows=config.eval.max_rows)
-            held_out = load_examples(config.data, tokenizer, split="eval", eval_max_rows=config.eval.max_rows)
+            train = load_examples(
+                config.data, tokenizer, split="train", eval_max_rows=config.eval.max_rows
+            )
+            held_out = load_examples(
+                config.data, tokenizer, split="eval", eval_max_rows=config.eval.max_rows
+            )
             if not len(train):
-                return uniform_lengths(config, origin="data.max_length, as the data has no samples to train on")
+                return uniform_lengths(
+                    config, origin="data.max_length, as the data has no samples to train on"
+                )
             return lengths_of(train, held_out)
     except ModelError:
-        return uniform_lengths(config, origin="data.max_length, as the model has no tokenizer to read the data with")
-    except (
-        UsageError
-    ):  # the data is no condition of a plan; `fitune check` and `fitune train` say what is wrong with it
+        return uniform_lengths(
+            config, origin="data.max_length, as the model has no tokenizer to read the data with"
+        )
+    except UsageError:
+        # a plan does not need the data; `fitune check` and `fitune train` say what is wrong with it
         return uniform_lengths(config, origin="data.max_length, as the data cannot be read")
     return uniform_lengths(config, origin="data.max_length, as the tokenizer is not here")
 

@@ -1,5 +1,8 @@
-"""What a configuration asks of the optimizer, in steps and in tokens: most of it is a share of a run's length, which
-nobody has in mind when writing it down."""
+"""Computes what a configuration means for the optimizer, in steps and in tokens.
+
+Most of its settings are fractions of the run's length, which users do not have in mind when they
+write them down.
+"""
 
 import math
 from dataclasses import dataclass
@@ -11,14 +14,13 @@ from fitune.optimizers.table import OPTIMIZERS
 from fitune.planning.limits import Lengths
 from fitune.step.schedule import lr_factor
 
+#: the standard deviation with which most language models initialise their weights
 WEIGHT_STD = 0.02
-"""Of the weights of most language models, which are initialised so."""
+#: the bits of the mantissa
 BFLOAT16_BITS = 7
-"""Of the mantissa."""
-
-
+#: the highest usual learning rate of AdamW and Adafactor: published runs of language models stay
+#: below it; for plain SGD it is a hundred times as large
 HIGHEST_USUAL_RATE = 0.01
-"""Of AdamW and Adafactor; published runs of language models stay below it. Of plain SGD a hundred times as much."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,23 +33,30 @@ class Span:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlannedTraining:
-    """length, warmup, shrink_fraction: None where the run's length is not known. supervised_fraction: of the tokens,
-    None where the data is not known. half_lives: after which a gradient counts half in beta1's and beta2's average,
-    empty for an optimizer without betas. shrink_fraction: of a weight, by weight decay alone, over the run.
-    lost_updates_fraction: see the function; None where what is trained is not in bfloat16."""
+    """What the optimizer does over a run."""
 
+    #: None where the run's length is not known
     length: Span | None
+    #: the fraction of all tokens that are targets; None where the data is not known
     supervised_fraction: float | None
     schedule: str
+    #: None where the run's length is not known
     warmup: Span | None
     optim: OptimSettings
+    #: the time after which a gradient has half its weight in the averages of beta1 and beta2;
+    #: empty for an optimizer without betas
     half_lives: tuple[Span, ...]
+    #: what weight decay alone takes off a weight over the run; None where its length is not known
     shrink_fraction: float | None
+    #: see `lost_updates_fraction`; None where what is trained is not in bfloat16
     lost_updates_fraction: float | None
 
 
 def plan_training(config: RunConfig, lengths: Lengths, *, precision: str) -> PlannedTraining:
-    """precision: of the candidate that is chosen."""
+    """Compute what the configuration means for the optimizer.
+
+    precision: the precision of the plan's chosen candidate.
+    """
     rows = config.batch.rows_per_step
     optim = settings_of(config.optim, lr=configured_lr(config), rows=rows)
     step_tokens = lengths.mean_tokens * rows
@@ -57,7 +66,10 @@ def plan_training(config: RunConfig, lengths: Lengths, *, precision: str) -> Pla
 
     steps = _num_steps(config, lengths, step_tokens)
     has_betas = OPTIMIZERS[config.optim.name].has_betas
-    rounds_updates = precision == "bfloat16" and config.model.method == "full"  # adapters are float32
+    shrink = None if steps is None else shrink_fraction(config.optim, optim, steps=steps)
+    rounds_updates = (
+        precision == "bfloat16" and config.model.method == "full"
+    )  # adapters are float32
     return PlannedTraining(
         length=None if steps is None else span(steps),
         supervised_fraction=None if lengths.epoch_rows is None else lengths.supervised_fraction,
@@ -65,14 +77,15 @@ def plan_training(config: RunConfig, lengths: Lengths, *, precision: str) -> Pla
         warmup=None if steps is None else span(config.optim.warmup * steps),
         optim=optim,
         half_lives=tuple(span(_half_life(beta)) for beta in (optim.betas if has_betas else ())),
-        shrink_fraction=None if steps is None else shrink_fraction(config.optim, optim, steps=steps),
+        shrink_fraction=shrink,
         lost_updates_fraction=lost_updates_fraction(optim.lr) if rounds_updates else None,
     )
 
 
 def unusual_rate(config: RunConfig) -> str | None:
-    """A sentence about a learning rate that was surely not meant, such as 3 for 3e-5."""
-    rate, highest = configured_lr(config), HIGHEST_USUAL_RATE * (1 if is_adaptive(config.optim) else 100)
+    """Return a warning about a learning rate that is surely a mistake, such as 3 for 3e-5."""
+    rate = configured_lr(config)
+    highest = HIGHEST_USUAL_RATE * (1 if is_adaptive(config.optim) else 100)
     if rate <= highest:
         return None
     return say(
@@ -85,15 +98,24 @@ def unusual_rate(config: RunConfig) -> str | None:
 
 
 def shrink_fraction(optim: OptimConfig, settings: OptimSettings, *, steps: int) -> float:
-    """1 - exp(-sum of rate x decay): what AdamW takes off a weight whose gradient is zero."""
+    """Return the fraction that AdamW takes off a weight whose gradient is zero.
+
+    It is 1 - exp(-sum over all steps of rate x decay).
+    """
     samples = 1000
-    mean_factor = sum(lr_factor(optim, (number + 0.5) / samples) for number in range(samples)) / samples
+    mean_factor = (
+        sum(lr_factor(optim, (number + 0.5) / samples) for number in range(samples)) / samples
+    )
     return -math.expm1(-settings.lr * mean_factor * settings.weight_decay * steps)
 
 
 def lost_updates_fraction(lr: float) -> float:
-    """The share of updates as large as the rate that bfloat16 rounds away: of normal weights, those so large that half
-    a unit in the last place exceeds it. Adam's updates are rarely larger, so at least this share is lost."""
+    """Return the fraction of updates of size `lr` that bfloat16 rounds away.
+
+    An update is lost if half a unit in the last place of its weight exceeds it; the weights are
+    taken to be normally distributed. Adam's updates are rarely larger than the rate, so at least
+    this fraction is lost.
+    """
     smallest = 2.0 ** (math.floor(math.log2(lr * 2 ** (BFLOAT16_BITS + 1))) + 1)
     return math.erfc(smallest / (WEIGHT_STD * math.sqrt(2)))
 
@@ -110,5 +132,5 @@ def _num_steps(config: RunConfig, lengths: Lengths, step_tokens: float) -> int |
 
 
 def _half_life(beta: float) -> float:
-    """In steps."""
+    """Return the number of steps after which beta ** steps is one half."""
     return math.log(0.5) / math.log(beta) if beta else 0.0

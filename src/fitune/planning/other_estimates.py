@@ -1,11 +1,15 @@
-"""What other estimators say of the same setting: formulas over the model's shape, for comparison only.
+"""Computes what other estimators say of the same setting, for comparison only.
 
-- accelerate 1.x, `accelerate estimate-memory` (commands/estimate.py, `estimate_training_usage`): the model's bytes in
-  float32; 4 times that for Adam in float32, 2 times in mixed precision, where what is largest counts.
+They are formulas over the model's shape:
+
+- accelerate 1.x, `accelerate estimate-memory` (commands/estimate.py, `estimate_training_usage`):
+  the model's bytes in float32, times 4 for Adam in float32, times 2 in mixed precision, where it
+  takes the largest of its parts.
 - DeepSpeed, ZeRO-2 without offload on one card (runtime/zero/stage_1_and_2.py,
   `estimate_zero2_model_states_mem_needs`): 4 + 16 bytes for each parameter, without activations.
-- Korthikanti et al. 2022 (arXiv 2205.05198): 16-bit activations of a transformer layer with attention that keeps no
-  scores take 34 s b h bytes (equation 1 without its 5 a s / h term), 2 s b h where the layer is recomputed.
+- Korthikanti et al. 2022 (arXiv 2205.05198): the 16-bit activations of a transformer layer whose
+  attention saves no scores take 34 s b h bytes (equation 1 without its 5 a s / h term), and 2 s b h
+  bytes with gradient checkpointing.
 """
 
 from collections.abc import Iterator, Mapping
@@ -28,14 +32,23 @@ def other_estimates(
     hidden_size: int,
     num_layers: int,
 ) -> Iterator[OtherEstimate]:
-    """categories: predicted, at the peak. positions: tokens of the largest micro-batch, s b. Each beside what is
-    predicted of the same: all of the peak, the model's states, its activations."""
+    """Yield each estimate together with our prediction of the same quantity.
+
+    The quantities are the whole peak, the model's states, and its activations.
+
+    categories: the predicted bytes of each category at the peak.
+    positions: the tokens of the largest micro-batch, padding included (s b in the formulas).
+    """
     total = sum(categories.values())
     states = sum(categories[name] for name in _STATES)
     full = 4 * num_parameters * (4 if precision == "float32" else 2)
-    if method == "full":  # both count all parameters as trained, which says nothing of adapters
+    # both count all parameters as trained, which is wrong for adapters
+    if method == "full":
         yield OtherEstimate(
-            name="accelerate estimate-memory", quantity="peak, any batch", num_bytes=full, predicted_bytes=total
+            name="accelerate estimate-memory",
+            quantity="peak, any batch",
+            num_bytes=full,
+            predicted_bytes=total,
         )
         yield OtherEstimate(
             name="DeepSpeed ZeRO-2, one card",

@@ -1,8 +1,8 @@
-"""What earlier runs on this machine took beside what had been predicted for them, kept in the user's cache.
+"""Stores how far the predictions of earlier runs on this machine were off, in the user's cache.
 
-A run's self-check adds a line. Later predictions of the same model, on the same device with the same driver and torch,
-widen their interval by these lines and say so; the prediction itself is never corrected by them. What the CUDA context
-was measured to take stands in for the catalogue's interval.
+A run's self-check adds a line. Later predictions of the same model, on the same device with the
+same driver and torch, widen their interval by these errors and say so; the prediction itself is
+never corrected by them. The measured size of the CUDA context replaces the catalogue's interval.
 """
 
 import json
@@ -22,30 +22,33 @@ from fitune.machine.cards import ContextPrior, Device
 from fitune.machine.environment import driver_version
 from fitune.machine.libc import allocator_name
 
+#: the most lines that are stored
 KEPT = 200
+#: increased whenever the way to predict or to measure the checked step changes
 METHOD = 2
-"""Of predicting and measuring the checked step; raised where either changes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Circumstances:
-    """device: its name. driver: of a card NVIDIA's version, of the CPU the C allocator. model: the last part of its
-    source."""
+    """What must be equal for the error of one run to say something about another."""
 
+    #: the name of the device
     device: str
+    #: the version of NVIDIA's driver, or the C allocator on a CPU
     driver: str
     torch: str
+    #: the last part of the model's source
     model: str
 
 
 @dataclass(frozen=True, slots=True)
 class Residual:
-    """What one step reserved (on a CPU: kept resident), and its prediction. context_bytes: what the process had on the
-    card besides, None where that cannot be told."""
+    """The memory that one step reserved (on a CPU: that was resident), and its prediction."""
 
     circumstances: Circumstances
     predicted_bytes: int
     measured_bytes: int
+    #: what the process held on the card outside of PyTorch; None where that cannot be measured
     context_bytes: int | None = None
 
     @property
@@ -60,40 +63,55 @@ def circumstances(device: Device, model_source: str) -> Circumstances:
 
 
 def read_residuals(wanted: Circumstances) -> tuple[Residual, ...]:
-    """Those of earlier runs under the same circumstances, oldest first; damaged lines are passed over."""
+    """Return the errors of earlier runs under the same circumstances, oldest first.
+
+    Damaged lines are skipped.
+    """
     return tuple(residual for residual in _residuals() if residual.circumstances == wanted)
 
 
 def measured_context(here: Circumstances) -> ContextPrior | None:
-    """The CUDA context as earlier runs found it with this device, driver and torch, whatever their model; the latest is
-    the expected one. None where none of them could tell."""
+    """Return the size of the CUDA context as earlier runs measured it.
+
+    Runs with the same device, driver and torch count, whatever their model; the latest one gives
+    the expected size. Returns None where no run could measure it.
+    """
     found = [
         residual.context_bytes
         for residual in _residuals()
-        if residual.context_bytes is not None and replace(residual.circumstances, model=here.model) == here
+        if residual.context_bytes is not None
+        and replace(residual.circumstances, model=here.model) == here
     ]
     return ContextPrior(min(found), found[-1], max(found)) if found else None
 
 
 def add_residual(residual: Residual) -> None:
-    """Keeps the latest 200 of all. A cache that cannot be written is left as it is: the run's own files hold both
-    sides too."""
+    """Add the error of a run, and drop the oldest lines beyond 200.
+
+    A cache that cannot be written remains as it is: the run's own files contain the prediction and
+    the measurement too.
+    """
     path, made_by = _path(), _made_by()
-    kept = [*_residuals(), residual][-KEPT:]
-    beside = path.with_suffix(f".{os.getpid()}")
+    remaining = [*_residuals(), residual][-KEPT:]
+    unfinished = path.with_suffix(f".{os.getpid()}")
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        lines = (json.dumps(asdict(each) | {"made_by": made_by}) for each in kept)
-        beside.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-        beside.replace(path)
+        lines = (json.dumps(asdict(each) | {"made_by": made_by}) for each in remaining)
+        unfinished.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        unfinished.replace(path)
 
 
 def widen(interval: Interval, residuals: tuple[Residual, ...], *, reserved_bytes: int) -> Interval:
-    """The interval with what these runs, one or more, needed more or less than their predictions."""
+    """Return the interval widened by the largest errors of these runs (at least one).
+
+    reserved_bytes: the predicted reserved memory, to which the errors are relative.
+    """
     ratios = [residual.ratio for residual in residuals]
     lowest, highest = min(ratios), max(ratios)
     if len(ratios) == 1:
-        reason = f"an earlier run of this model here differed from its prediction by {lowest - 1:+.1%}"
+        reason = (
+            f"an earlier run of this model here differed from its prediction by {lowest - 1:+.1%}"
+        )
     else:
         reason = (
             f"{len(ratios)} earlier runs of this model here differed from their predictions by {lowest - 1:+.1%} to "
@@ -111,10 +129,12 @@ def _made_by() -> str:
 
 
 def _path() -> Path:
-    return Path(os.environ.get("FITUNE_CACHE") or platformdirs.user_cache_path("fitune")) / "residuals.jsonl"
+    directory = os.environ.get("FITUNE_CACHE") or platformdirs.user_cache_path("fitune")
+    return Path(directory) / "residuals.jsonl"
 
 
 def _residuals() -> Iterator[Residual]:
+    """Yield the errors that this version of fitune stored, oldest first."""
     try:
         lines = _path().read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError):
@@ -123,10 +143,11 @@ def _residuals() -> Iterator[Residual]:
     for line in lines:
         with suppress(ValueError, TypeError, KeyError):
             content = parse_json(line)
+            # the errors of another version's predictions say nothing about this one's
             if content["made_by"] != made_by:
-                continue  # the error of another version's predictions tells nothing of this one's
+                continue
             predicted, measured = int(content["predicted_bytes"]), int(content["measured_bytes"])
             context = content.get("context_bytes")
             if predicted > 0 and measured > 0:
-                kept = Circumstances(**content["circumstances"])
-                yield Residual(kept, predicted, measured, None if context is None else int(context))
+                then = Circumstances(**content["circumstances"])
+                yield Residual(then, predicted, measured, None if context is None else int(context))

@@ -1,4 +1,7 @@
-"""A plan: the settings that were looked at, what each would need, and the one that was chosen. Pure data."""
+"""Defines a plan: the settings that were considered, what each needs, and the one that was chosen.
+
+A plan is pure data; `planning/search.py` makes it.
+"""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -16,22 +19,28 @@ ADAMW_HOST = "adamw_host"
 CODE_IGNORED = "code that comes with"
 NOT_PACKED = "qlora:"
 UNPACKED = "weights stored as"
-SHOWN = (*ROUTED.values(), UNROUTED, "memory.routing=", CODE_IGNORED, NOT_PACKED, UNPACKED, COMPILED, VERSIONS)
-"""Begins those assumptions that the table of a plan shows; its JSON holds all."""
+#: the beginnings of the assumptions that the table of a plan shows; its JSON contains all
+SHOWN = (
+    *ROUTED.values(),
+    UNROUTED,
+    "memory.routing=",
+    CODE_IGNORED,
+    NOT_PACKED,
+    UNPACKED,
+    COMPILED,
+    VERSIONS,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """One setting and its prediction. micro_batch: rows of the longest length in one forward and backward.
-    micro_tokens: the token budget of a micro-batch, None where rows are counted. accumulation: micro-batches of the
-    mean step. predicted_seconds_per_step: of the mean step, None where it is not predicted. fits: None where
-    what is predicted is an upper bound (model.compile) that exceeds the budget. reason: why it does not fit, or on what
-    condition it does; empty otherwise. result: what it does to what is learnt beside the configuration:
-    same, close, or different. predicted_host_bytes: what a card's run keeps in the host's memory by a technique; pinned
-    blocks are rounded up to powers of two there, so up to twice as much is taken."""
+    """A setting and its prediction."""
 
+    #: samples of the longest length in one forward and backward
     micro_batch: int
+    #: the most tokens of a micro-batch; None where samples are counted
     micro_tokens: int | None
+    #: micro-batches of the mean step
     accumulation: int
     recompute: str
     loss: str
@@ -45,24 +54,32 @@ class Candidate:
     predicted_device_bytes: int
     categories: Mapping[Category, int]
     peak_phase: str
+    #: of the mean step; None where it is not predicted
     predicted_seconds_per_step: float | None = None
+    #: None where the prediction is an upper bound (model.compile) that exceeds the budget
     fits: bool | None
+    #: why it does not fit, or on what condition it fits; otherwise empty
     reason: str = ""
+    #: how the training result compares with that of the configuration: same, close or different
     result: str = "same"
     offload_activations: bool = False
+    #: what a run on a card stores in the host's memory to save memory on the card. PyTorch rounds
+    #: pinned blocks up to powers of two, so the run may occupy up to twice as much.
     predicted_host_bytes: int = 0
 
     @property
     def techniques(self) -> tuple[str, ...]:
-        """What it does for memory that leaves the result the same: how it recomputes, and what the host holds."""
+        """The names of the techniques that save memory without changing the result."""
         offloads = ("offload",) if self.offload_activations else ()
-        return self.recompute, *offloads, *((self.optimizer,) if self.optimizer == ADAMW_HOST else ())
+        on_host = (self.optimizer,) if self.optimizer == ADAMW_HOST else ()
+        return (self.recompute, *offloads, *on_host)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedModel:
-    """name: its source, as configured."""
+    """The model of a plan."""
 
+    #: the source of the model, as configured
     name: str
     num_parameters: int
     num_trainable_parameters: int
@@ -73,30 +90,35 @@ class PlannedModel:
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedDevice:
-    """free_bytes: of a card that is not here, all of it. context_bytes: what the process holds outside PyTorch."""
+    """The device of a plan."""
 
     name: str
     kind: Literal["cuda", "cpu"]
     total_bytes: int
+    #: all memory, for a card that is not in this machine
     free_bytes: int
+    #: what the process holds outside PyTorch
     context_bytes: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class OtherEstimate:
-    """What another estimator says of a quantity: num_bytes beside our predicted_bytes."""
+    """The estimate of another program for one quantity, and our prediction of the same."""
 
+    #: the name of the other program
     name: str
     quantity: str
+    #: the other program's estimate
     num_bytes: int
+    #: our prediction
     predicted_bytes: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class FirstAnswer:
-    """Whether a setting fits, told before the rest is planned. is_configured: whether it is the configuration's own.
-    sizes: its micro-batches, as `sizes_of` has them."""
+    """The answer whether one setting fits, reported before the rest is planned."""
 
+    #: whether the setting is the configuration's own
     is_configured: bool
     sizes: "Sizes"
     recompute: str
@@ -107,20 +129,23 @@ class FirstAnswer:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan(HtmlDisplay):
-    """data: what is known of the rows (`planner`). training: what is asked of the optimizer. candidates: by predicted
-    time, the fastest first. chosen: an index, None if nothing fits. configured: the index of the setting that the
-    configuration itself gives, None where it leaves the micro-batch open. others: what other estimators say for the
-    chosen candidate, or the closest. assumptions: what the predictions rest on, one sentence each."""
+    """The settings that were considered, what each needs, and the one that was chosen."""
 
     model: PlannedModel
     device: PlannedDevice
     budget_bytes: int
+    #: lengths and numbers of the samples, see `planned_data` in `planning/candidates.py`
     data: Mapping[str, Any]
     training: PlannedTraining
+    #: by predicted time, the fastest first
     candidates: tuple[Candidate, ...]
+    #: the index of the chosen candidate; None if none fits
     chosen: int | None
+    #: the index of the configuration's own setting; None if that leaves the micro-batch open
     configured: int | None = None
+    #: for the chosen candidate, or for the one that needs the least memory if none is chosen
     others: tuple[OtherEstimate, ...] = ()
+    #: what the predictions assume, one message each
     assumptions: tuple[str, ...] = ()
 
     @property
@@ -129,7 +154,7 @@ class Plan(HtmlDisplay):
         return min(self.budget_bytes, self.device.free_bytes)
 
     def __repr__(self) -> str:
-        """In a sentence; the fields hold all of it."""
+        """Return a summary in one line."""
         if self.chosen is None:
             return f"Plan: {does_not_fit(self)}"
         chosen = self.candidates[self.chosen]
@@ -148,27 +173,34 @@ def plan_json(plan: Plan) -> dict[str, Any]:
 
 
 def closest(plan: Plan) -> Candidate:
-    """The candidate with the same result that needs the least memory."""
+    """Return the candidate that needs the least memory and does not change the result."""
     same = (candidate for candidate in plan.candidates if candidate.result == "same")
     return min(same, key=lambda candidate: candidate.predicted_device_bytes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sizes:
-    """How the samples of an optimizer step are cut into micro-batches on one device. tokens: of a micro-batch at most,
-    where samples differ in length; None where samples are counted. rest: samples of the last micro-batch where it is
-    smaller than the others, else 0."""
+    """How the samples of an optimizer step are split into micro-batches on one device."""
 
     micro_batch: int
     accumulation: int
+    #: the samples of the last micro-batch if it is smaller than the others, else 0
     rest: int = 0
+    #: the most tokens of a micro-batch if samples differ in length; None if samples are counted
     tokens: int | None = None
 
     @property
     def product(self) -> str:
-        """'6 x 4', for 16 samples '6 + 6 + 4', for many '6 x 20 + 4'; '8,192 tokens x 3'."""
+        """The split as a product or sum.
+
+        For example '6 x 4', '6 + 6 + 4' for 16 samples, '6 x 20 + 4' for many, '8,192 tokens x 3'.
+        """
         if self.tokens is not None:
-            return say("{tokens} tokens x {accumulation}", tokens=f"{self.tokens:,}", accumulation=self.accumulation)
+            return say(
+                "{tokens} tokens x {accumulation}",
+                tokens=f"{self.tokens:,}",
+                accumulation=self.accumulation,
+            )
         if not self.rest:
             return f"{self.micro_batch} x {self.accumulation}"
         whole = self.accumulation - 1
@@ -178,7 +210,10 @@ class Sizes:
 
     @property
     def sentence(self) -> str:
-        """'micro-batch 6, accumulation 4', 'micro-batches of 6 + 6 + 4 samples'."""
+        """The split as text.
+
+        For example 'micro-batch 6, accumulation 4' or 'micro-batches of 6 + 6 + 4 samples'.
+        """
         if self.tokens is not None:
             return say(
                 "micro-batch of {tokens} tokens, accumulation {accumulation}",
@@ -188,19 +223,29 @@ class Sizes:
         if self.rest:
             return say("micro-batches of {sizes} samples", sizes=self.product)
         return say(
-            "micro-batch {size}, accumulation {accumulation}", size=self.micro_batch, accumulation=self.accumulation
+            "micro-batch {size}, accumulation {accumulation}",
+            size=self.micro_batch,
+            accumulation=self.accumulation,
         )
 
 
+#: a sum of more micro-batches is abbreviated
 _MOST_SUMMANDS = 5
-"""That are written one by one."""
 
 
 def sizes_of(
-    micro_batch: int, micro_tokens: int | None, accumulation: int, *, num_samples: int, is_uniform: bool
+    micro_batch: int,
+    micro_tokens: int | None,
+    accumulation: int,
+    *,
+    num_samples: int,
+    is_uniform: bool,
 ) -> Sizes:
-    """num_samples: of an optimizer step on one device. is_uniform: whether all samples are equally long, so that tokens
-    are samples."""
+    """Return how the samples of an optimizer step are split.
+
+    num_samples: the samples of an optimizer step on one device.
+    is_uniform: whether all samples are equally long, so that tokens can be shown as samples.
+    """
     if micro_tokens is not None and not is_uniform:
         return Sizes(micro_batch=micro_batch, accumulation=accumulation, tokens=micro_tokens)
     rest = num_samples % micro_batch if micro_batch < num_samples else 0
@@ -208,6 +253,7 @@ def sizes_of(
 
 
 def split_of(plan: Plan, candidate: Candidate) -> Sizes:
+    """Return how the candidate splits the samples of an optimizer step on one device."""
     return sizes_of(
         candidate.micro_batch,
         candidate.micro_tokens,
@@ -218,7 +264,11 @@ def split_of(plan: Plan, candidate: Candidate) -> Sizes:
 
 
 def does_not_fit(plan: Plan) -> str:
-    """What does not fit, the closest candidate, its largest parts, and what would make room."""
+    """Return the message for a plan in which nothing fits.
+
+    It names the limit, the candidate that needs the least memory, that candidate's largest parts,
+    and changes that would help.
+    """
     nearest = closest(plan)
     parts = sorted(nearest.categories.items(), key=lambda part: -part[1])
     named = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts[:4] if size)
@@ -230,20 +280,21 @@ def does_not_fit(plan: Plan) -> str:
 
 
 def _ways_out(plan: Plan, nearest: Candidate) -> Iterator[str]:
+    """Yield changes with which something would fit."""
     same = (candidate for candidate in plan.candidates if candidate.result == "same")
     configured = next((each.optimizer for each in same if each.optimizer != ADAMW_HOST), ADAMW_HOST)
     for candidate in plan.candidates:
         if candidate.result != "same" and candidate.fits:
+            is_same_method = candidate.method == nearest.method
+            present_precision = nearest.precision if is_same_method else None
             changed = (
                 ("optim.name", candidate.optimizer, configured),
                 ("model.method", candidate.method, nearest.method),
-                (
-                    "model.precision",
-                    candidate.precision,
-                    nearest.precision if candidate.method == nearest.method else None,
-                ),
+                ("model.precision", candidate.precision, present_precision),
             )
-            names = [f"{key}={value}" for key, value, present in changed if present and value != present]
+            names = [
+                f"{key}={value}" for key, value, present in changed if present and value != present
+            ]
             yield f"{' '.join(names)} ({format_bytes(candidate.predicted_device_bytes)})"
     largest = max(nearest.categories, key=lambda name: nearest.categories[name])
     if largest in ("activation", "temporary", "input"):
@@ -256,6 +307,7 @@ def _ways_out(plan: Plan, nearest: Candidate) -> Iterator[str]:
         yield "a smaller model"
     if nearest.predicted_device_bytes <= plan.device.free_bytes:
         yield f"a memory.budget of {format_bytes(nearest.predicted_device_bytes)}"
-    else:  # of a card, too, the budget is a share
+    else:
+        # the budget is a fraction of the memory of the larger card too
         share = min(1.0, max(AUTO_SHARE, plan.budget_bytes / plan.device.free_bytes))
         yield f"a card with {format_bytes(math.ceil(nearest.predicted_device_bytes / share))}"

@@ -1,5 +1,8 @@
-"""The memory that a configured run will need on a device, before it runs: its own step recorded, the card's allocator
-replayed, and what lies outside of PyTorch added."""
+"""Predicts the memory that a configured run will need on a device, before it runs.
+
+It records the run's own step, replays the allocations in a model of the card's allocator, and adds
+the memory that the process holds outside of PyTorch.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -9,7 +12,13 @@ from typing import Any, Literal
 import psutil
 import torch
 
-from fitune.allocator.prediction import Interval, Prediction, PredictSettings, either_routing, predict_steps
+from fitune.allocator.prediction import (
+    Interval,
+    Prediction,
+    PredictSettings,
+    either_routing,
+    predict_steps,
+)
 from fitune.boundary import bounded
 from fitune.config import ModelConfig, RunConfig, read_config
 from fitune.distributed.sharding import dealt_layers
@@ -24,26 +33,30 @@ from fitune.planning.past_errors import circumstances, measured_context, read_re
 from fitune.planning.stated import stated
 from fitune.step.assemble import CPU_MICRO_TOKENS, CUDA_MICRO_TOKENS
 from fitune.trace.cuda_target import CudaTarget
+from fitune.trace.events import MemoryTrace
 from fitune.trace.library import Recordings
 from fitune.trace.own_step import Pass, RecordedStep, longest_rows, steady_passes
 from fitune.trace.sharded import sharded
 from fitune.units import format_bytes
 
 ConfigSource = RunConfig | Mapping[str, Any] | Path | str
+#: assumed for a card whose compute capability is unknown
 OLDEST_FLASH = (8, 0)
-"""Taken for a card that does not tell its compute capability."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunPrediction:
-    """largest: of the steady training step, or of the evaluation where that needs more. evaluation: None where the run
-    has none. context_bytes: what the process holds outside PyTorch's allocator."""
+    """The predictions of one run's training step and evaluation."""
 
+    #: the training step's, or the evaluation's if that needs more
     largest: Prediction
+    #: of a step after the first ones, when the optimizer's state exists
     training: Prediction
+    #: None where the run has no evaluation
     evaluation: Prediction | None
     recorded: RecordedStep
     device: Device
+    #: what the process holds outside PyTorch's allocator
     context_bytes: int
 
     @property
@@ -52,25 +65,37 @@ class RunPrediction:
 
 
 @bounded("fitune.predict")
-def predict(config: ConfigSource, *, gpu: str | None = None, overrides: Sequence[str] = ()) -> Prediction:
-    """What the run of `config` needs at most, with rows as long as data.max_length allows.
+def predict(
+    config: ConfigSource, *, gpu: str | None = None, overrides: Sequence[str] = ()
+) -> Prediction:
+    """Predict the most memory that the run of `config` needs.
 
-    config: a RunConfig, a mapping, or the path of a YAML file. overrides: 'key.sub=value'. gpu: a card of the
-    catalogue, or 'cpu'; else memory.gpu, else this machine's card, else its CPU. Needs no card, no weights and no data.
-    Where it matters which experts get the tokens, `device_interval` spans both of memory.routing.
-    Raises UsageError for an unknown card, and what the configuration's and the model's checks raise.
+    All samples are as long as data.max_length allows. The prediction needs no card, no weights and
+    no data. If the memory depends on which experts get the tokens, `device_interval` spans both
+    values of memory.routing.
+
+    config: a RunConfig, a mapping, or the path of a YAML file.
+    gpu: a card of the catalogue, or 'cpu'. None for memory.gpu, else this machine's card, else its
+        CPU.
+    overrides: changes of the configuration, each written 'key.sub=value'.
+
+    Raises UsageError for an unknown card, and what the checks of the configuration and of the model
+    raise.
     """
     run = config if isinstance(config, RunConfig) else read_config(config, overrides).config
     device = choose_target(run, gpu=gpu)
     check_length(run)
     recordings = Recordings()
     return either_routing(
-        lambda routing: predict_run(with_routing(run, routing), device, recordings=recordings).largest,
+        lambda routing: (
+            predict_run(with_routing(run, routing), device, recordings=recordings).largest
+        ),
         routing=run.memory.routing,
     )
 
 
 def choose_target(config: RunConfig, *, gpu: str | None = None) -> Device:
+    """Return the card `gpu`, else memory.gpu, else this machine's card, else its CPU."""
     named = gpu or config.memory.gpu
     if named is not None:
         return find_device(named)
@@ -87,28 +112,38 @@ def predict_run(
     find_oom: bool = True,
     num_shards: int = 1,
 ) -> RunPrediction:
-    """passes: what is recorded; the heaviest steps of the configuration where left out. limit_bytes: of the whole
-    device, less than it has. On a CPU the program is counted as it is now, so ask before a model is loaded.
+    """Predict the memory of a run's training step and evaluation.
 
-    recordings: shared by calls that predict many settings of one configuration (micro-batch, recompute, ...) for one
-    device: what was recorded for one is then used for the others, with the same answers as without it.
-    find_oom: as in `PredictSettings`. num_shards: the processes that model.shard=full deals the weights over; raises
-    ConfigError where it is set and there is one.
+    On a CPU, call it before a model is loaded: the memory that the process holds now is counted as
+    the program's.
+
+    passes: the steps to record; None for the heaviest ones of the configuration.
+    limit_bytes: a limit on the memory of the whole device, where it is less than the device has.
+    recordings: give the same object to calls that predict many settings (micro-batch, gradient
+        checkpointing, ...) of one configuration on one device. Recordings of one setting are then
+        used for others. The results are the same as without it.
+    find_oom: as in `PredictSettings`.
+    num_shards: the number of processes that model.shard=full shards the weights over.
+
+    Raises ConfigError if model.shard=full is set and num_shards is 1.
     """
     if config.model.shard != "none" and num_shards == 1:
-        raise ConfigError(["model.shard=full shards the weights over cards: say over how many with --gpus, or drop it"])
+        raise ConfigError(
+            [
+                "model.shard=full shards the weights over cards: say over how many with --gpus, or drop it"
+            ]
+        )
     program_bytes = psutil.Process().memory_info().rss if device.kind == "cpu" else None
     passes = passes or heaviest_passes(config, device)
     recorded = (recordings or Recordings()).step(config, passes, target=cuda_target(config, device))
-    trace = replace(recorded.trace, source=(*recorded.trace.source, *stated(config)))
-    if config.model.shard != "none":
-        held_bytes = gathered_bytes(config.model, recorded.precision, num_shards=num_shards)
-        trace = sharded(trace, num_shards=num_shards, gathered_bytes=held_bytes)
+    trace = _complete_trace(config, recorded, num_shards=num_shards)
     is_here = device.kind == "cpu" or device.uuid is not None
     here = circumstances(device, config.model.source) if is_here else None
     residuals = read_residuals(here) if here else ()
     device = replace(device, context=(measured_context(here) if here else None) or device.context)
-    limited = device if limit_bytes is None else replace(device, total_bytes=min(limit_bytes, device.total_bytes))
+    limited = device
+    if limit_bytes is not None:
+        limited = replace(device, total_bytes=min(limit_bytes, device.total_bytes))
 
     def complete(prediction: Prediction) -> Prediction:
         if program_bytes is not None:
@@ -139,13 +174,27 @@ def predict_run(
     )
 
 
-def gathered_bytes(model: ModelConfig, precision: Precision, *, num_shards: int) -> int:
-    """What a process holds at most, beside its own shards, of a model that `shard_model` deals.
+def _complete_trace(config: RunConfig, recorded: RecordedStep, *, num_shards: int) -> MemoryTrace:
+    """Return the recorded trace with the notes on the run, and with its weights sharded."""
+    trace = replace(recorded.trace, source=(*recorded.trace.source, *stated(config)))
+    if config.model.shard == "none":
+        return trace
+    held_bytes = gathered_bytes(config.model, recorded.precision, num_shards=num_shards)
+    return sharded(trace, num_shards=num_shards, gathered_bytes=held_bytes)
 
-    What belongs to no layer (embedding, last norm, head) is gathered from the first forward to the end of the backward,
-    and its gradient is there as long. Beside it there is the layer that computes: forward its weights, the flat buffer
-    that they arrived in and that of the next one; backward its weights, the next one's buffer, its gradient and the
-    float32 buffers that the gradient is summed through. At the end the sum of what belongs to no layer.
+
+def gathered_bytes(model: ModelConfig, precision: Precision, *, num_shards: int) -> int:
+    """Return the most bytes that a process holds in addition to its own shards of the model.
+
+    The parameters outside of the layers (embedding, last norm, head) are gathered from the first
+    forward to the end of the backward, and so long their gradients exist too. In addition there is
+    the layer that is being computed:
+
+    - forward: its weights, the flat buffer that they were gathered into, and the next layer's;
+    - backward: its weights, the next layer's buffer, its gradients, and the float32 buffers in
+      which the gradients are summed.
+
+    At the end, the gradients of the parameters outside of the layers are summed.
     """
     built = load_model(model, torch.device("meta"), precision=precision)
     layers = dealt_layers(built)
@@ -159,10 +208,11 @@ def gathered_bytes(model: ModelConfig, precision: Precision, *, num_shards: int)
 
 @dataclass(frozen=True)
 class _GroupBytes:
-    """Of what is gathered together: its weights, its gradients, and what they are summed through."""
+    """The bytes of parameters that are gathered together."""
 
     weights: int
     gradients: int
+    #: the float32 buffers in which the gradients are summed
     sums: int
 
     @classmethod
@@ -171,7 +221,9 @@ class _GroupBytes:
         return cls(
             weights=sum(parameter.nbytes for parameter in parameters),
             gradients=sum(parameter.nbytes for parameter in trained),
-            sums=sum(-(-4 * parameter.numel() * (num_shards + 1) // num_shards) for parameter in trained),
+            sums=sum(
+                -(-4 * parameter.numel() * (num_shards + 1) // num_shards) for parameter in trained
+            ),
         )
 
 
@@ -179,12 +231,14 @@ def cuda_target(config: RunConfig, device: Device) -> CudaTarget | None:
     if device.kind == "cpu":
         return None
     return CudaTarget(
-        device.compute_capability or OLDEST_FLASH, config.model.attention, multiprocessors=device.multiprocessors
+        device.compute_capability or OLDEST_FLASH,
+        config.model.attention,
+        multiprocessors=device.multiprocessors,
     )
 
 
 def rows_per_micro_batch(config: RunConfig, device: Device, row_tokens: int) -> int:
-    """Of rows that are all as long as the longest."""
+    """Return how many samples a micro-batch has if all are as long as the longest."""
     batch = config.batch
     if batch.micro_rows is not None:
         return min(batch.micro_rows, batch.rows_per_step)
@@ -193,8 +247,10 @@ def rows_per_micro_batch(config: RunConfig, device: Device, row_tokens: int) -> 
     return min(max(1, budget_tokens // row_tokens), batch.rows_per_step)
 
 
-def heaviest_passes(config: RunConfig, device: Device, *, row_tokens: int | None = None) -> list[Pass]:
-    """As `steady_passes`, of rows as long as the longest."""
+def heaviest_passes(
+    config: RunConfig, device: Device, *, row_tokens: int | None = None
+) -> list[Pass]:
+    """Return what `steady_passes` returns for samples that are all as long as the longest."""
     length = row_tokens or config.data.max_length
     num_rows = min(2 * rows_per_micro_batch(config, device, length), config.batch.rows_per_step)
     rows = longest_rows(config, num_rows=num_rows, row_tokens=length)
@@ -206,20 +262,25 @@ def heaviest_passes(config: RunConfig, device: Device, *, row_tokens: int | None
     )
 
 
-def _in_process(prediction: Prediction, config: RunConfig, device: Device, *, program_bytes: int) -> Prediction:
-    """On a CPU the process is the device: live bytes as the C library holds them, and the program itself."""
+def _in_process(
+    prediction: Prediction, config: RunConfig, device: Device, *, program_bytes: int
+) -> Prediction:
+    """Add to a prediction for the CPU the memory of the process itself.
+
+    The process occupies what the C library holds for the tensors, and the memory of the program.
+    """
     method: Literal["full", "lora"] = "full" if config.model.method == "full" else "lora"
     habit = allocator_habit(method, recomputes=config.model.recompute not in ("auto", "off"))
     live = prediction.peak_allocated_bytes
     low, expected, high = habit.resident_bytes(live)
     device_bytes = expected + program_bytes
-    reason = (
-        f"{habit.name} was measured to keep {format_bytes(low - live)} to {format_bytes(high - live)} beside tensors"
-    )
+    least, most = format_bytes(low - live), format_bytes(high - live)
+    reason = f"{habit.name} was measured to keep {least} to {most} beside tensors"
+    does_not_fit = None if config.model.compile else False
     return replace(
         prediction,
         peak_reserved_bytes=expected,
         device_bytes=device_bytes,
         device_interval=Interval(low + program_bytes, high + program_bytes, (reason,)),
-        fits=True if device_bytes <= device.total_bytes else None if config.model.compile else False,
+        fits=True if device_bytes <= device.total_bytes else does_not_fit,
     )

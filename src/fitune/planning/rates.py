@@ -1,6 +1,7 @@
-"""What this machine's CPU does at most: measured once, in about a second, and remembered for the number of threads.
+"""Measures the highest rates of this machine's CPU, in about a second, and caches them.
 
-Each probe is short and repeated, and the best time counts: what else the machine does at the moment is no ceiling.
+The cached rates hold for one number of threads. Each probe is short and repeated, and the best time
+counts, because other work of the machine at the moment must not lower the rates.
 """
 
 import os
@@ -14,22 +15,26 @@ from fitune.machine.environment import c_allocator
 from fitune.planning.cache import read_cached, write_cached
 from fitune.planning.cost import Ceilings
 
+# The fractions of the probes' rates that a training step reaches. A step's matrix products and
+# attention have other shapes, its launches pass through the model's Python, and its operators read
+# tensors that are not in a warm cache. The fractions come from torch.profiler's seconds for each
+# operator in four settings of the first model of benchmarks/plan.py, compared with probes in the
+# same process. The resulting order was then compared with the measured order of 72 settings of
+# three models; after that the fraction of exponentials was changed from 0.68 to 1.
 MATMUL_SHARE, ATTENTION_SHARE, LAUNCH_SHARE = 0.75, 0.84, 0.175
 SMALL_SHARE, LARGE_SHARE, EXPONENTIAL_SHARE, MAPPED_SHARE = 0.2, 0.5, 1.0, 0.72
-"""Of what the probes reach, what a training step does: matrix products and attention of its shapes, launches through
-the model's Python; operators on tensors that come from elsewhere than a warm cache. Read off torch.profiler's seconds
-for each operator in four settings of the first model of benchmarks/plan.py, beside probes in the same process; the
-order that this gives was then compared with the measured one of 72 settings of three models, for which exponentials
-were moved from 0.68 to 1."""
-_SMALL_ELEMENTS, _EXPONENTIAL_ELEMENTS, _LARGE_ELEMENTS, _MAPPED_ELEMENTS = 2**16, 2**18, 2**22, 2**23 + 2**20
+_SMALL_ELEMENTS, _EXPONENTIAL_ELEMENTS = 2**16, 2**18
+_LARGE_ELEMENTS, _MAPPED_ELEMENTS = 2**22, 2**23 + 2**20
+#: elements of the largest float32 block that glibc allocates on its heap once such a block was
+#: freed: 32 MiB with the allocator's own header
 _MOST_ON_HEAP = 2**23 - 2**12
-"""Elements of the largest float32 block that glibc keeps on its heap once one was freed: 32 MiB with what is around."""
 _REPEATS = 15
 _NUM_LAUNCHES = 100
 
 
 @cache
 def cpu_ceilings() -> Ceilings:
+    """Return the cached rates of this CPU, or measure them."""
     threads = os.environ.get("OMP_NUM_THREADS") or os.cpu_count()
     key = [platform.processor(), platform.node(), threads, c_allocator()]
     found = read_cached("ceilings", key)
@@ -42,7 +47,9 @@ def cpu_ceilings() -> Ceilings:
 def _measure() -> Ceilings:
     import torch
 
-    torch.empty(_MOST_ON_HEAP)  # glibc's threshold follows the largest freed block; a training process has had it
+    # glibc raises its threshold to the size of the largest freed block, and a training process
+    # has freed such a block early
+    torch.empty(_MOST_ON_HEAP)
     left, right = torch.randn(256, 512), torch.randn(512, 512)
     matmul = 2 * 256 * 512 * 512 / _best(lambda: left @ right)
     small, large, mapped = map(_bandwidth, (_SMALL_ELEMENTS, _LARGE_ELEMENTS, _MAPPED_ELEMENTS))
@@ -59,7 +66,7 @@ def _measure() -> Ceilings:
 
 
 def _bandwidth(num_elements: int) -> float:
-    """Of a product, of which two elements are read and one is written."""
+    """Measure the bytes per second of an elementwise product: two reads and a write per element."""
     import torch
 
     values = torch.randn(num_elements)
@@ -67,7 +74,7 @@ def _bandwidth(num_elements: int) -> float:
 
 
 def _exponential_bandwidth() -> float:
-    """An element is read and one is written."""
+    """Measure the bytes per second of SiLU, which reads and writes each element once."""
     import torch
     from torch.nn.functional import silu
 
@@ -76,7 +83,11 @@ def _exponential_bandwidth() -> float:
 
 
 def _attention_rate() -> float:
-    """Forward and backward, counted as PyTorch counts them: 4 and 10 times heads x head_dim x tokens squared."""
+    """Measure the FLOP/s of attention, forward and backward.
+
+    The FLOPs are counted as PyTorch counts them: heads x head_dim x tokens squared, times 4 in the
+    forward and times 10 in the backward.
+    """
     import torch
     from torch.nn.functional import scaled_dot_product_attention
 
@@ -90,7 +101,7 @@ def _attention_rate() -> float:
 
 
 def _launches() -> None:
-    """A forward operator and two of the backward each."""
+    """Run 100 forward operators, each with two operators in the backward."""
     import torch
 
     value = torch.ones(8, requires_grad=True)
@@ -101,7 +112,10 @@ def _launches() -> None:
 
 
 def _best(function: Callable[[], object]) -> float:
-    """Seconds of the fastest of a few calls, after one that warms up; of a single thread only while it ran."""
+    """Return the seconds of the fastest of a few calls, after one that warms up.
+
+    With a single thread the thread's CPU time counts, which excludes the time of other programs.
+    """
     import torch
 
     clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter

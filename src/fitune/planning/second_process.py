@@ -1,5 +1,7 @@
-"""Work divided between this process and a copy of it, where the machine has a second core: a plan records twice as
-fast."""
+"""Divides work between this process and a copy of it, where the machine has a second core.
+
+A plan records twice as fast this way.
+"""
 
 import contextlib
 import io
@@ -12,14 +14,18 @@ from typing import TypeVar
 
 T = TypeVar("T")
 R = TypeVar("R")
+#: a part's number is one byte in a pipe, which one process reads whole and the other not at all
 MOST_PARTS = 256
-"""The number of a part is one byte in a pipe, which a read takes whole or not at all."""
 
 
-def divide(parts: Sequence[T], *, here: Callable[[T], None], beside: Callable[[T], R]) -> R | None:
-    """Each process takes the next part that neither has begun. Returns what `beside` returned last; None where the copy
-    took nothing or failed, and where forking is not safe (Windows, macOS) or there is no second core, so that all is
-    done here: whoever asks looks at what is missing."""
+def divide(parts: Sequence[T], *, here: Callable[[T], None], in_copy: Callable[[T], R]) -> R | None:
+    """Process the parts with `here` in this process and with `in_copy` in a forked copy.
+
+    Each process takes the next part that neither has begun. Returns the last value that `in_copy`
+    returned in the copy. Returns None if the copy took no part or failed; its parts may then be
+    missing, and the caller must check. Also returns None where this process does all parts: where
+    forking is not safe (Windows, macOS), and where there is no second core.
+    """
     if len(parts) < 2 or len(parts) > MOST_PARTS or not _can_fork():
         for part in parts:
             here(part)
@@ -30,9 +36,10 @@ def divide(parts: Sequence[T], *, here: Callable[[T], None], beside: Callable[[T
     os.write(filled, bytes(range(len(parts))))
     os.close(filled)
     mine = (parts[number] for number in _taken(numbers))
-    process = context.Process(target=_work, args=(mine, beside, sender), daemon=True)
+    process = context.Process(target=_work, args=(mine, in_copy, sender), daemon=True)
     try:
-        with contextlib.suppress(OSError):  # no room for another process
+        # the machine may have no memory for another process
+        with contextlib.suppress(OSError):
             process.start()
         sender.close()
         for part in mine:
@@ -54,17 +61,24 @@ def _can_fork() -> bool:
 
 
 def _taken(numbers: int) -> Iterator[int]:
+    """Yield the numbers of the parts that this process takes from the pipe, until it is empty."""
     while number := os.read(numbers, 1):
         yield number[0]
 
 
-def _work(mine: Iterator[T], beside: Callable[[T], R], sender: Connection) -> None:
+def _work(mine: Iterator[T], in_copy: Callable[[T], R], sender: Connection) -> None:
+    """Process parts in the copy, send the last result to the parent, and end the copy."""
     if "torch" in sys.modules:
-        sys.modules["torch"].set_num_threads(1)  # the parent's pool of threads is not in this process
-    # Ctrl-C reaches this process too, and is for the parent to answer
-    with contextlib.suppress(Exception, KeyboardInterrupt), contextlib.redirect_stderr(io.StringIO()):
+        # a fork does not copy the parent's thread pool
+        sys.modules["torch"].set_num_threads(1)
+    # Ctrl-C reaches this process too, but the parent handles it
+    with (
+        contextlib.suppress(Exception, KeyboardInterrupt),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):
         last = None
         for part in mine:
-            last = beside(part)
+            last = in_copy(part)
         sender.send(last)
-    os._exit(0)  # nothing of the parent's is to be wound up here
+    # without the parent's exit handlers, which would run twice
+    os._exit(0)

@@ -1,4 +1,7 @@
-"""What several cards change in a plan: each computes its share of the rows, and sums its gradients in a buffer."""
+"""Adapts a plan to several cards.
+
+Each card computes its share of the samples, and sums its gradients with the others' in a buffer.
+"""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -13,7 +16,10 @@ from fitune.units import format_bytes, format_count
 
 
 def share_of(config: RunConfig, num_gpus: int) -> RunConfig:
-    """The configuration of one card. The rows are dealt by tokens, so that a card with short ones may have more."""
+    """Return the configuration of one card, with its share of the samples.
+
+    The run splits the samples by tokens, so a card with short samples may get more than this.
+    """
     if num_gpus == 1:
         return config
     batch = config.batch
@@ -24,16 +30,17 @@ def share_of(config: RunConfig, num_gpus: int) -> RunConfig:
 
 
 def shards_of(config: RunConfig, num_gpus: int) -> int:
-    """The cards that the weights are dealt over."""
+    """Return the number of cards that the weights are sharded over."""
     return 1 if config.model.shard == "none" else num_gpus
 
 
 def keep_bucket(limits: MemoryLimits, num_gpus: int) -> MemoryLimits:
+    """Return limits that reserve the gradient buffer of several cards."""
     return limits if num_gpus == 1 else replace(limits, kept_bytes=BUCKET_BYTES)
 
 
 def candidate_with_bucket(candidate: Candidate, num_gpus: int) -> Candidate:
-    """Which was predicted without it, within limits that leave it out."""
+    """Add the gradient buffer of several cards to a candidate that was predicted without it."""
     if num_gpus == 1:
         return candidate
     return replace(
@@ -46,9 +53,10 @@ def candidate_with_bucket(candidate: Candidate, num_gpus: int) -> Candidate:
 
 
 def with_bucket(prediction: Prediction, num_gpus: int) -> Prediction:
-    """Of a step that was predicted without it. It is a segment of the allocator's own, so both peaks grow alike."""
+    """Add the gradient buffer of several cards to a step that was predicted without it."""
     if num_gpus == 1:
         return prediction
+    # the buffer has a segment of its own, so allocated and reserved memory grow by the same
     device_bytes = prediction.device_bytes
     return replace(
         prediction,
@@ -64,7 +72,7 @@ def _with_workspace(categories: Mapping[Category, int]) -> dict[Category, int]:
 
 
 def not_modelled_sharded(num_parameters: int, num_gpus: int) -> str:
-    """What the time of a sharded model lacks."""
+    """Return a text that says what the predicted time of a sharded model lacks."""
     return (
         f"gathering {format_count(num_parameters)} parameters over {num_gpus} cards, before each layer's forward and "
         "again before its backward, is not in the time, nor is the sum of their gradients behind each micro-batch: the "
@@ -73,7 +81,10 @@ def not_modelled_sharded(num_parameters: int, num_gpus: int) -> str:
 
 
 def not_modelled(num_trainable_parameters: int, num_gpus: int) -> str:
-    """What the time lacks. A ring sends 2 (n - 1) / n of the data from each card (Patarasuk and Yuan, 2009)."""
+    """Return a text that says what the predicted time of several cards lacks.
+
+    In a ring all-reduce each of n cards sends 2 (n - 1) / n of the data (Patarasuk and Yuan, 2009).
+    """
     sent = 4 * num_trainable_parameters * 2 * (num_gpus - 1) // num_gpus
     return (
         f"the sum of the gradients over {num_gpus} cards is not in the time, since the rate of their links is not "

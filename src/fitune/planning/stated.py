@@ -1,4 +1,4 @@
-"""What a prediction of a configured run says beside its numbers, one sentence each."""
+"""Collects the notes that accompany the prediction of a configured run, one message each."""
 
 from collections.abc import Iterator
 from functools import lru_cache
@@ -14,33 +14,37 @@ from fitune.trace.events import COMPILED
 
 
 def stated(config: RunConfig) -> Iterator[str]:
+    """Yield the notes on a run of this configuration."""
     yield from model_notes(config.model)
     if config.model.compile:
         yield COMPILED
 
 
 def model_notes(model: ModelConfig) -> Iterator[str]:
-    """What the run of a model is besides what its configuration says."""
+    """Yield what is special about a run of this model, though its configuration does not say it."""
     yield from _notes(model.model_dump_json(include={"source", "tokenizer", "method", "precision", "shape", "lora"} | {
         "trust_remote_code"}))  # fmt: skip
 
 
 @lru_cache(maxsize=8)
 def _notes(model_json: str) -> tuple[str, ...]:
-    """Found once for all settings of a model that are predicted."""
+    # cached, since all predicted settings of a model have the same notes
     model = ModelConfig.model_validate_json(model_json)
     notes = [code_note(model)]
     if (stored := weights_format(load_config(model))) is not None:
         notes.append(
             f"{UNPACKED} {stored} are held as numbers, in the precision of the run: they cannot be trained on else"
         )
-    if model.method == "qlora" and (clause := not_quantised(load_model(model, torch.device("meta")))) is not None:
+    if (
+        model.method == "qlora"
+        and (clause := not_quantised(load_model(model, torch.device("meta")))) is not None
+    ):
         notes.append(f"{NOT_PACKED} {clause}")
     return tuple(note for note in notes if note is not None)
 
 
 def code_note(model: ModelConfig) -> str | None:
-    """None where the model comes without code, or with code that runs."""
+    """Return a note if the model brings code that does not run, else None."""
     names = ignored_code(model)
     if not names:
         return None

@@ -1,4 +1,4 @@
-"""The progress of a step that can be taken back."""
+"""Keeps the progress of a step in a form that can be undone."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import replace
@@ -18,7 +18,10 @@ from fitune.step.random_state import micro_batch_seed, seed_streams
 
 
 class Attempt(Progress[P]):
-    """A step's progress, and what undoes it: each piece draws from a seed of its own, and buffers are kept."""
+    """The progress of a step that can be undone after running out of memory.
+
+    Each piece draws its random numbers from a seed of its own, and the buffers' values are saved.
+    """
 
     peers: Alone
 
@@ -35,8 +38,10 @@ class Attempt(Progress[P]):
         self.protection, self._step = protection, step
         #: whether the failed size was tried once more
         self.repeated = False
-        #: rows of this step that were left out by an earlier one
-        self.known_left_out = protection.quarantined & {row for piece in pieces for row in piece.row_ids}
+        #: row ids of this step that an earlier step has left out
+        self.known_left_out = protection.quarantined & {
+            row for piece in pieces for row in piece.row_ids
+        }
         self._leave_out(self.known_left_out)
         self.lost_weight = 0.0
         self.loss_weight = self.remaining_weight()
@@ -49,7 +54,8 @@ class Attempt(Progress[P]):
     def begin(self) -> P:
         piece = super().begin()
         seed_streams(
-            micro_batch_seed(self.protection.seed, step=self._step, first_row_id=piece.row_ids[0]), self.device
+            micro_batch_seed(self.protection.seed, step=self._step, first_row_id=piece.row_ids[0]),
+            self.device,
         )
         return piece
 
@@ -64,8 +70,11 @@ class Attempt(Progress[P]):
         self.protection.quarantined |= set(total.left_out)
 
     def take_back(self, *, again: bool) -> None:
-        """Undo what the failed attempt did: the piece alone where its gradients were apart, unless `again`, where the
-        whole step is done again."""
+        """Undo what the failed attempt did.
+
+        That is only the failed piece if finished gradients are in a buffer of their own. Otherwise,
+        or if `again`, it is the whole step.
+        """
         self.peers.take_back(self)
         if again:
             self._forget_scaling()
@@ -78,7 +87,7 @@ class Attempt(Progress[P]):
         release_memory(self.device)
 
     def restart(self) -> None:
-        """Begin the step anew."""
+        """Set the progress back to the beginning of the step."""
         self.pending = self.done + self.pending
         self.done, self.losses = [], []
         self.is_summed, self.total = False, None
@@ -89,19 +98,22 @@ class Attempt(Progress[P]):
         self._at_piece = self._at_start
 
     def forget(self) -> None:
-        """Leave no gradient, changed buffer or unscaling behind: after a trial, or where another process ends it."""
+        """Drop gradients and restore buffers and the scaler.
+
+        For a step that was a trial, or that another process's error ends.
+        """
         self.drop_gradients()
         self._forget_scaling()
         self._at_start.put_back()
 
     def leave_out(self, row_id: int) -> None:
-        """Leave this row out of the step, and out of later ones."""
+        """Leave this sample out of the step and of later ones."""
         self.protection.quarantined.add(row_id)
         self.left_out.add(row_id)
         self._leave_out({row_id})
 
     def with_free_bytes(self, failure: Failure) -> Failure:
-        """Add what is free now, once everything was given back."""
+        """Return the failure with the bytes that are free after everything was given back."""
         free_bytes = self.protection.free_bytes()
         if free_bytes is None:
             return failure
@@ -112,29 +124,34 @@ class Attempt(Progress[P]):
         if not row_ids:
             return
         before = sum(piece.loss_weight for piece in self.pending)
-        kept = [self.protection.work.without(piece, row_ids) for piece in self.pending]
-        self.pending = [piece for piece in kept if piece is not None]
+        remaining = [self.protection.work.without(piece, row_ids) for piece in self.pending]
+        self.pending = [piece for piece in remaining if piece is not None]
         self.lost_weight += before - sum(piece.loss_weight for piece in self.pending)
         self.loss_weight = self.remaining_weight()
 
     def _forget_scaling(self) -> None:
-        """The scaler keeps its scale and forgets that it has unscaled."""
+        """Reset the gradient scaler so that it may unscale again, without changing its scale."""
         if (scaler := self.protection.work.scaler) is not None:
             scaler.update(new_scale=scaler.get_scale())
 
 
 class _Buffers:
-    """A copy of the buffers that forwards change, as a batch norm does.
+    """A copy of the buffers that a forward changes, such as a batch norm's running mean.
 
-    Which they are is seen at the first piece, for which all are copied. A change raises a tensor's version, and some
-    kernels change a module's other buffers without that, so a module's buffers are taken together.
+    The first piece copies all buffers and shows which ones change. A change raises a tensor's
+    version, but some kernels change a module's other buffers without that, so all buffers of a
+    changed module count as changed.
     """
 
     def __init__(self, protection: Protection[P]) -> None:
         self._protection = protection
         slots = protection.changing_buffers
         if slots is None:
-            slots = [(module, name) for module in protection.work.model.modules() for name in module._buffers]
+            slots = [
+                (module, name)
+                for module in protection.work.model.modules()
+                for name in module._buffers
+            ]
         self._copies = [
             (module, name, buffer, buffer._version, buffer.detach().clone())
             for module, name in slots
@@ -145,7 +162,7 @@ class _Buffers:
         return bool(self._copies)
 
     def narrow(self) -> None:
-        """Keep only what the run's first piece changed."""
+        """Drop the copies of modules whose buffers the run's first piece did not change."""
         if self._protection.changing_buffers is None:
             moved = {
                 module
@@ -153,7 +170,9 @@ class _Buffers:
                 if module._buffers.get(name) is not buffer or buffer._version != version
             }
             self._copies = [copy for copy in self._copies if copy[0] in moved]
-            self._protection.changing_buffers = [(module, name) for module, name, *_ in self._copies]
+            self._protection.changing_buffers = [
+                (module, name) for module, name, *_ in self._copies
+            ]
 
     @torch.no_grad()
     def put_back(self) -> None:

@@ -1,6 +1,7 @@
-"""An evaluation that running out of memory does not end.
+"""Evaluates a model without ending when memory runs out.
 
-It finds its own size of micro-batches: what fits here says nothing of training, which keeps activations.
+The evaluation has its own size of micro-batches. What fits here says nothing about training, which
+stores activations for the backward.
 """
 
 from collections.abc import Callable, Iterable
@@ -21,13 +22,13 @@ from fitune.step.work import StepSettings
 
 @dataclass(frozen=True, slots=True)
 class SafeEvaluation:
-    """What an evaluation found, and what it met with."""
+    """The result of an evaluation, and the failures that it survived."""
 
     result: EvalResult
-    #: of a micro-batch, once one did not fit
+    #: the largest micro-batch in padded tokens; None if no micro-batch was too large
     most_positions: int | None
     failures: tuple[Failure, ...] = ()
-    #: samples that did not fit alone
+    #: row ids of the samples that did not fit alone
     left_out: tuple[int, ...] = ()
 
 
@@ -41,11 +42,15 @@ def safe_evaluate(
     quarantine: bool = False,
     shards: Shards | None = None,
 ) -> SafeEvaluation:
-    """Evaluate as `evaluate` does, in smaller micro-batches where memory runs out.
+    """Evaluate as `evaluate` does, with smaller micro-batches each time memory runs out.
 
-    room: returns the bytes that are free. most_positions: what an earlier evaluation has found to fit. shards: of a
-    model that several processes evaluate together, pass by pass; a process that fails repeats its samples. Raises
-    OutOfMemoryError where a single sample does not fit, unless such are to be left out (quarantine).
+    room: returns the free bytes.
+    most_positions: the size that an earlier evaluation found to fit.
+    shards: if the model is sharded, its processes compute each pass together, and a process that
+        fails repeats its samples.
+
+    Raises OutOfMemoryError if a single sample does not fit, unless `quarantine` leaves such samples
+    out.
     """
     device = next(model.parameters()).device
     totals = EvalTotals(model, settings)
@@ -89,7 +94,7 @@ def safe_evaluate(
 
 
 def _all_failures(own: Failure, shards: Shards) -> list[Failure]:
-    """What has failed in all processes. Raises what ends one of them."""
+    """Return the failures of all processes. Raises the error of a process that ends."""
     every = shards.peers.exchange(replace(own, rank=shards.peers.rank))
     return [failure for failure in every if failure.place != ELSEWHERE.place]
 
@@ -101,13 +106,20 @@ def _at_most(micro_batches: list[MicroBatch], most_positions: int | None) -> lis
         part
         for micro_batch in micro_batches
         for part in (
-            split_again(micro_batch, most_positions) if micro_batch.num_positions > most_positions else [micro_batch]
+            split_again(micro_batch, most_positions)
+            if micro_batch.num_positions > most_positions
+            else [micro_batch]
         )
     ]
 
 
-def _evaluate_one(totals: EvalTotals, micro_batch: MicroBatch | None, shards: Shards | None) -> Failure | None:
-    """micro_batch: None where only other processes have rows left."""
+def _evaluate_one(
+    totals: EvalTotals, micro_batch: MicroBatch | None, shards: Shards | None
+) -> Failure | None:
+    """Add a micro-batch to the totals, and return the failure if memory runs out.
+
+    micro_batch: None if only other processes have samples left.
+    """
     try:
         if micro_batch is not None:
             totals.add(micro_batch)
@@ -120,7 +132,9 @@ def _evaluate_one(totals: EvalTotals, micro_batch: MicroBatch | None, shards: Sh
             shards.leave()
         where = memory_failure(error)
         if where == "host":
-            raise OutOfMemoryError("the machine's own memory ran out in an evaluation: close other programs") from error
+            raise OutOfMemoryError(
+                "the machine's own memory ran out in an evaluation: close other programs"
+            ) from error
         if where is None:
             raise
         return Failure(

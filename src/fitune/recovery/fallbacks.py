@@ -1,4 +1,4 @@
-"""What may be given up to save memory, where a single sample does not fit: each changes no gradient."""
+"""Lists the ways to save memory if a single sample does not fit. None of them changes the gradient."""
 
 from dataclasses import replace
 
@@ -18,10 +18,10 @@ SMALL_CHUNK_TOKENS = 32
 def allowed_fallbacks(
     model: nn.Module, settings: StepSettings, *, recompute: Recompute | Auto, loss: Loss | Auto
 ) -> list[Fallback[MicroBatch]]:
-    """List what saves memory and is left open by these keys of the configuration.
+    """List the fallbacks that these keys of the configuration leave open.
 
-    recompute=auto allows gradient checkpointing of every layer, and at last keeping what it starts from in the host's
-    memory. loss=auto, or a loss in chunks, allows smaller chunks.
+    recompute=auto allows gradient checkpointing of every layer and, as the last resort, moving the
+    checkpointed inputs to the host's memory. loss=auto, or a chunked loss, allows smaller chunks.
     """
     fallbacks: list[Fallback[MicroBatch]] = []
     layers = recomputable_layers(model)
@@ -29,15 +29,21 @@ def allowed_fallbacks(
     if may_recompute and not all(layer.gradient_checkpointing for layer in layers):
         fallbacks.append(Fallback("model.recompute=full", _recompute))
     head = settings.loss.head
-    is_open = head is None and loss == "auto" and settings.shards is None  # a sharded model is not tried on its own
+    # Finding the head runs a forward, which a process of a sharded model cannot do alone.
+    is_open = head is None and loss == "auto" and settings.shards is None
     found = decoder_and_head(model) if is_open else head
-    if isinstance(found, Head) and (head is None or settings.loss.chunk_tokens > SMALL_CHUNK_TOKENS):
-        smaller = replace(settings, loss=replace(settings.loss, head=found, chunk_tokens=SMALL_CHUNK_TOKENS))
+    if isinstance(found, Head) and (
+        head is None or settings.loss.chunk_tokens > SMALL_CHUNK_TOKENS
+    ):
+        smaller = replace(
+            settings, loss=replace(settings.loss, head=found, chunk_tokens=SMALL_CHUNK_TOKENS)
+        )
         fallbacks.append(
             Fallback(
                 f"a loss of {SMALL_CHUNK_TOKENS} tokens at a time",
                 lambda work: replace(
-                    micro_batch_work(work.model, work.optimizer, smaller, scaler=work.scaler), clip=work.clip
+                    micro_batch_work(work.model, work.optimizer, smaller, scaler=work.scaler),
+                    clip=work.clip,
                 ),
             )
         )

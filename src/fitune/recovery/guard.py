@@ -1,10 +1,14 @@
-"""What stands between the loop of a run and its device's memory: steps and evaluations that survive running out of it,
-and the size of micro-batches as memory comes and goes.
+"""Protects a run's steps and evaluations from running out of memory, and sizes its micro-batches.
 
-    start     optimizer state made, the model checked on two rows, the heaviest micro-batch tried: before step 1
-    train     one safe step, in micro-batches of the size that fits now; what it showed is learned
-    settle    the card as it is predicted: with no more than the weights and the optimizer's state
-    evaluate  with a ladder of its own
+The training loop calls these methods of `Guard`:
+
+    start                 before step 1: allocate the optimizer's state, check the model on two
+                          samples, and try the heaviest micro-batch
+    release_trial_memory  on a GPU: give back what was tried, so that the first step begins as
+                          predicted
+    train                 do one safe step, in micro-batches of a size that fits now, and learn
+                          from it
+    evaluate              evaluate, in micro-batches of a size that is learned separately
 """
 
 import math
@@ -41,15 +45,18 @@ from fitune.step.peers import ALONE, Alone, ShardedModel, SharedSamples
 from fitune.step.work import loss_share, micro_batch_work
 from fitune.units import format_bytes, parse_bytes
 
+#: The largest micro-batch, in padded tokens; beyond it no GPU gets faster.
 LARGEST_POSITIONS = 65536
-"""Of a micro-batch; beyond that no card gets faster."""
+#: (tokens, targets) of the two samples that the model is checked with
 PROBE_ROWS = ((3, 1), (12, 10))
-"""(tokens, targets) of the two rows that the model is checked with."""
 
 
 class Guard:
-    """tell(kind, sentence): told of every event. ranks: the processes that the rows of a step are dealt over.
-    free_bytes: before the last step; None before the first."""
+    """Does a run's steps and evaluations so that running out of memory does not end them.
+
+    report: is called with the kind and the message of every event.
+    ranks: the processes that the samples of a step are sharded over.
+    """
 
     def __init__(
         self,
@@ -57,11 +64,11 @@ class Guard:
         setup: Setup,
         *,
         examples: Examples,
-        tell: Callable[[str, str], None],
+        report: Callable[[str, str], None],
         predicted: Prediction | None = None,
         ranks: Ranks | None = None,
     ) -> None:
-        self._setup, self._tell, self._ranks = setup, tell, ranks or Ranks()
+        self._setup, self._report, self._ranks = setup, report, ranks or Ranks()
         self._shards = setup.settings.shards
         work = micro_batch_work(setup.model, setup.optimizer, setup.settings, scaler=setup.scaler)
         self.protection = Protection(
@@ -76,7 +83,9 @@ class Guard:
         )
         self._device = self.protection.device
         budget = config.memory.budget
-        self._budget_bytes = parse_bytes(budget) if isinstance(budget, str) and budget != "auto" else None
+        self._budget_bytes = (
+            parse_bytes(budget) if isinstance(budget, str) and budget != "auto" else None
+        )
         self._heaviest = _heaviest(
             examples, setup, rows_per_step=config.batch.rows_per_step, num_ranks=self._ranks.size
         )
@@ -85,11 +94,14 @@ class Guard:
         may_grow = config.memory.grow and is_open and self._device.type == "cuda"
         self.memory = MemoryModel(
             planned=planned,
-            highest=max(0, math.floor(math.log(LARGEST_POSITIONS / planned, RUNG))) if may_grow else 0,
+            highest=max(0, math.floor(math.log(LARGEST_POSITIONS / planned, RUNG)))
+            if may_grow
+            else 0,
             prior_slope=_predicted_slope(predicted, planned),
         )
         self._eval_most_positions: int | None = None
-        self._told_rung = 0
+        self._reported_level = 0
+        #: before the last step; None before the first
         self.free_bytes: int | None = None
 
     @property
@@ -98,34 +110,55 @@ class Guard:
         return self.memory.rung == 0
 
     def start(self) -> None:
-        """Raises OutOfMemoryError where not even the optimizer's state, or a single row, fits."""
+        """Prepare the first step, and report what the check of the model found.
+
+        Raises OutOfMemoryError if the optimizer's state or a single sample does not fit.
+        """
         if self._shards is None:
             self._ranks.connect(self._device)
         optimizer = self.protection.work.optimizer
         with survivable(self._device):
-            complete = try_twice(lambda: create_state(optimizer), device=self._device, what="the optimizer's state")
+            complete = try_twice(
+                lambda: create_state(optimizer), device=self._device, what="the optimizer's state"
+            )
             if self._shards is None:
                 verdict = try_twice(
-                    self._check_model, device=self._device, what="the check of the model on two samples"
+                    self._check_model,
+                    device=self._device,
+                    what="the check of the model on two samples",
                 )
             else:
-                self._ranks.exchange(None)  # all have their state
+                self._ranks.exchange(None)  # wait until all have allocated their state
                 with self._shards.together():
                     verdict = self._check_model()
         if not complete and not self.protection.work.commit:
-            self._tell("unprotected", "the optimizer makes its state in its first update, which cannot be undone")
+            self._report(
+                "unprotected",
+                "the optimizer makes its state in its first update, which cannot be undone",
+            )
         if verdict.reason:
             kind = "model_check" if verdict.exact else "not_exact"
-            self._tell(kind, verdict.reason if verdict.exact else f"warning: not exact in parts: {verdict.reason}")
-        with self._telling():  # of a sharded model in every process at once
+            self._report(
+                kind,
+                verdict.reason
+                if verdict.exact
+                else f"warning: not exact in parts: {verdict.reason}",
+            )
+        with self._errors_shared():
             peers = ALONE if self._shards is None else ShardedModel(self._shards)
-            self._observed(lambda: try_pieces(self.protection, self._heaviest, peers=peers), self._free_bytes())
+            self._observed(
+                lambda: try_pieces(self.protection, self._heaviest, peers=peers), self._free_bytes()
+            )
         if self._device.type == "cpu":
-            release_memory(self._device)  # the C library would keep what the longest rows took; most batches need less
+            # The C library would keep what the longest samples took; most batches need less.
+            release_memory(self._device)
 
-    def settle(self) -> None:
-        """A card's reserved memory depends on all that was done before. What was tried out is given back, so that the
-        first step begins as it was predicted; the next steps allocate it again, in milliseconds."""
+    def release_trial_memory(self) -> None:
+        """Give back the memory of everything tried, so that the first step begins as predicted.
+
+        On a GPU the reserved memory depends on everything that was allocated before. The next steps
+        allocate it again within milliseconds.
+        """
         if self._device.type == "cuda":
             release_workspaces(self._device)
 
@@ -138,28 +171,48 @@ class Guard:
         keep_plan: bool = False,
         norms: NormRecorder | None = None,
     ) -> SafeResult:
-        """micro_batches: this process's part of the batch as it was laid out ahead, taken where it is still of the
-        right size. keep_plan: take it in any case, as a replay does. norms: reads the step's gradients. Raises what
-        `safe_step` raises."""
+        """Do one optimizer step on a batch, in micro-batches of a size that fits now.
+
+        micro_batches: this process's samples as they were split ahead of time; split again if their
+            size does not fit any more.
+        keep_plan: use `micro_batches` as they are in any case, as a replay does.
+        norms: reads the step's gradients.
+
+        Raises what `safe_step` raises.
+        """
         self.free_bytes = self._free_bytes()
         part = deal(batch, self._ranks.size)[self._ranks.rank]
         if not keep_plan:
             size = choose_size(self.memory, self.free_bytes)
             if self._shards is not None:
-                size = min(self._ranks.exchange(size))  # passes are common, so one larger than the others gains nothing
-            self._tell_size(self.free_bytes)
+                # The processes compute each pass together, so a larger size in one gains nothing.
+                size = min(self._ranks.exchange(size))
+            self._report_size(self.free_bytes)
             if size != self.memory.planned:
-                micro_batches = replace(self._setup.layout, micro_rows=None, micro_tokens=size).split(part)
+                layout = replace(self._setup.layout, micro_rows=None, micro_tokens=size)
+                micro_batches = layout.split(part)
         peers = self._peers(batch)
-        with self._telling():
+        with self._errors_shared():
             return self._observed(
-                lambda: safe_step(self.protection, micro_batches, step=step, fits=self._fits, norms=norms, peers=peers),
+                lambda: safe_step(
+                    self.protection,
+                    micro_batches,
+                    step=step,
+                    fits=self._fits,
+                    norms=norms,
+                    peers=peers,
+                ),
                 self.free_bytes,
                 part.num_tokens,
             )
 
-    def read_norms(self, micro_batches: list[MicroBatch], norms: NormRecorder) -> GradientNorms | None:
-        """Of the gradient that these micro-batches have together, without a step. None where they have no target."""
+    def read_norms(
+        self, micro_batches: list[MicroBatch], norms: NormRecorder
+    ) -> GradientNorms | None:
+        """Compute the gradient of these micro-batches together, and return its norms.
+
+        Nothing is updated. Returns None if the micro-batches have no target.
+        """
         return self._observed(
             lambda: read_norms(self.protection, micro_batches, norms, fits=self._fits),
             self._free_bytes(),
@@ -169,13 +222,13 @@ class Guard:
         self.protection.work = replace(self.protection.work, clip=clip)
 
     def apply_fallbacks(self, names: Iterable[str]) -> None:
-        """Save memory from now on in these ways, as a run did that is resumed or replayed."""
+        """Apply these fallbacks from now on, as the run did that is resumed or replayed."""
         for name in names:
             self.protection.apply(name)
 
     def evaluate(self, micro_batches: Iterable[MicroBatch]) -> EvalResult:
-        """micro_batches: this process's part. Of all parts."""
-        with self._telling(), survivable(self._device):
+        """Evaluate this process's micro-batches, and return the result over all processes."""
+        with self._errors_shared(), survivable(self._device):
             found = safe_evaluate(
                 self.protection.work.model,
                 micro_batches,
@@ -186,11 +239,11 @@ class Guard:
                 shards=self._shards,
             )
         self._eval_most_positions = found.most_positions
-        self._tell_failures(found.failures)
+        self._report_failures(found.failures)
         return merge_evaluations(self._ranks.exchange(found.result))
 
     def to_json(self) -> dict[str, Any]:
-        """What it has learned, for a checkpoint; what each has, where there are several processes."""
+        """Return what was learned, for a checkpoint: of every process if there are several."""
         own = {
             "memory": asdict(self.memory),
             "quarantined": sorted(self.protection.quarantined),
@@ -201,19 +254,22 @@ class Guard:
         return own if len(every) == 1 else {"ranks": every}
 
     def restore(self, content: Mapping[str, Any]) -> None:
-        """What `to_json` gave. Under another plan the sizes that were learned mean nothing and are not taken."""
+        """Restore what `to_json` returned.
+
+        Learned sizes are meaningless under another plan, and are then ignored.
+        """
         every = content.get("ranks", [content])
         content = every[self._ranks.rank if self._ranks.rank < len(every) else 0]
         if content["memory"]["planned"] == self.memory.planned:
             self.memory = memory_model(content["memory"])
-            self._told_rung = self.memory.rung
+            self._reported_level = self.memory.rung
         self.protection.quarantined = set(content["quarantined"])
         self.apply_fallbacks(content["reliefs"])
         self._eval_most_positions = content["eval_most_positions"]
 
     @contextmanager
-    def _telling(self) -> Iterator[None]:
-        """What ends this process's part ends the others', who wait for it."""
+    def _errors_shared(self) -> Iterator[None]:
+        """Send an error that ends this process's step to the other processes, which wait for it."""
         try:
             yield
         except FituneError as error:
@@ -228,27 +284,32 @@ class Guard:
         return ShardedModel(self._shards, self._ranks, self._loss_weight(batch))
 
     def _loss_weight(self, batch: Batch) -> float:
-        """N of the batch, without the rows that are left out; the same in all processes."""
+        """Return N of the batch without quarantined samples; it is the same in all processes."""
         left_out = self.protection.quarantined
         return Batch(tuple(row for row in batch.rows if row.row_id not in left_out)).loss_weight
 
     def _observed(
-        self, action: Callable[[], SafeResult], free_bytes: int | None, num_tokens: int | None = None
+        self,
+        action: Callable[[], SafeResult],
+        free_bytes: int | None,
+        num_tokens: int | None = None,
     ) -> SafeResult:
-        result = observed(self.memory, action, device=self._device, free_bytes=free_bytes, num_tokens=num_tokens)
-        self._tell_failures(result.failures)
+        result = observed(
+            self.memory, action, device=self._device, free_bytes=free_bytes, num_tokens=num_tokens
+        )
+        self._report_failures(result.failures)
         return result
 
-    def _tell_failures(self, failures: Iterable[Failure]) -> None:
+    def _report_failures(self, failures: Iterable[Failure]) -> None:
         for failure in failures if self._shards is None or self._ranks.leads else ():
-            self._tell("out_of_memory", str(failure))
+            self._report("out_of_memory", str(failure))
 
-    def _tell_size(self, free_bytes: int | None) -> None:
-        before, now = self._told_rung, self.memory.rung
+    def _report_size(self, free_bytes: int | None) -> None:
+        before, now = self._reported_level, self.memory.rung
         if now != before:
-            self._told_rung = now
+            self._reported_level = now
             size = self.memory.size(now)
-            self._tell(
+            self._report(
                 "micro_batch",
                 f"micro-batches {'shrink' if now < before else 'grow'} to at most {size:,} tokens with padding, "
                 f"with {format_bytes(free_bytes)} free; the effective batch stays",
@@ -271,14 +332,16 @@ class Guard:
         first, second, empty = (lay_out([row], packed=layout.packed) for row in (*rows, masked))
         return check_model(
             self.protection.work.model,
-            lambda part, weight: loss_share(self.protection.work.model, part, loss_weight=weight, settings=settings),
+            lambda part, weight: loss_share(
+                self.protection.work.model, part, loss_weight=weight, settings=settings
+            ),
             ProbeSamples(both, first, second, empty, both.loss_weight),
             shards=self._shards,
         )
 
 
 def _way_out(config: RunConfig) -> str:
-    """What would make room for a row that does not fit alone."""
+    """Return what the user can do about a sample that does not fit alone."""
     ways = [f"lower data.max_length (now {config.data.max_length:,})"]
     if config.model.recompute not in ("auto", "full"):
         ways.append("allow model.recompute=auto")
@@ -296,9 +359,13 @@ def _probe_row(row_id: int, num_tokens: int, num_targets: int) -> Row:
     return Row(row_id, np.arange(1, num_tokens + 1, dtype=np.int32), weights)
 
 
-def _heaviest(examples: Examples, setup: Setup, *, rows_per_step: int, num_ranks: int) -> list[MicroBatch]:
-    """The largest micro-batch that the longest rows make, twice where a step has two: the second finds the gradients
-    there already."""
+def _heaviest(
+    examples: Examples, setup: Setup, *, rows_per_step: int, num_ranks: int
+) -> list[MicroBatch]:
+    """Return the largest micro-batch of the longest samples, twice if a step has two or more.
+
+    The second one finds the gradients of the first already allocated.
+    """
     longest = np.argsort(-examples.lengths, kind="stable")[:rows_per_step]
     part = deal(Batch(tuple(examples[int(row)] for row in longest)), num_ranks)[0]
     micro_batches = setup.layout.split(part)
@@ -307,7 +374,9 @@ def _heaviest(examples: Examples, setup: Setup, *, rows_per_step: int, num_ranks
 
 
 def _predicted_slope(predicted: Prediction | None, planned: int) -> float:
-    """Bytes of activations and temporaries per position, at the predicted peak; 0 where there is none."""
+    """Return the predicted bytes of activations and temporaries per padded token, or 0 if unknown."""
     if predicted is None:
         return 0.0
-    return (predicted.categories.get("activation", 0) + predicted.categories.get("temporary", 0)) / planned
+    return (
+        predicted.categories.get("activation", 0) + predicted.categories.get("temporary", 0)
+    ) / planned

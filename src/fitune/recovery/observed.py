@@ -1,4 +1,4 @@
-"""A safe step while it is watched: what was free before it, what it needed, and what that teaches the memory model."""
+"""Measures the memory and speed of a safe step, and teaches the memory model what it showed."""
 
 import time
 from collections.abc import Callable
@@ -24,7 +24,10 @@ from fitune.step.progress import P
 
 
 def room_bytes(device: torch.device) -> int | None:
-    """What the process can still allocate; on a CPU within its control group too. None where nothing tells it."""
+    """Return how many bytes the process can still allocate, or None if that is unknown.
+
+    On a CPU the limit of the process's control group counts too.
+    """
     found = [usable_bytes(device)]
     if device.type == "cpu" and (free_bytes := cpu_device().free_bytes) is not None:
         found.append(free_bytes + resident_free_in_heap())
@@ -32,7 +35,7 @@ def room_bytes(device: torch.device) -> int | None:
 
 
 def survivable(device: torch.device) -> AbstractContextManager[None]:
-    """Within it running out of memory is an error, which can be survived, and not the end of the process."""
+    """Turn running out of memory on a CPU into an error, which would otherwise end the process."""
     return refusing(lambda: cpu_device().free_bytes) if device.type == "cpu" else nullcontext()
 
 
@@ -44,7 +47,11 @@ def observed(
     free_bytes: int | None,
     num_tokens: int | None = None,
 ) -> SafeResult:
-    """What `action` returns, learned by `memory`. free_bytes: before it. num_tokens: None: its speed is not."""
+    """Return the result of `action`, after teaching `memory` what its peak and its speed show.
+
+    free_bytes: before the action.
+    num_tokens: of the action; None if its speed is not to be learned.
+    """
     reset_peak(device)
     held, retries, start = held_bytes(device), num_alloc_retries(device), time.perf_counter()
     with survivable(device):
@@ -53,10 +60,12 @@ def observed(
     peak = read_peak(device)
     peak_bytes = peak.device_bytes if peak.allocated_bytes is None else peak.allocated_bytes
     failures = [each for each in result.failures if each.place not in LATE]
-    failed = [each for each in failures if each.num_positions > result.most_positions]  # others fitted when done again
+    # smaller ones fitted when they were done again
+    failed = [each for each in failures if each.num_positions > result.most_positions]
     smallest = min(failed, key=lambda each: each.num_positions, default=None)
     if free_bytes is not None and smallest is not None and smallest.left_bytes is not None:
-        free_bytes = min(free_bytes, smallest.left_bytes)  # another process may have taken from it since the step began
+        # another process may have taken memory since the step began
+        free_bytes = min(free_bytes, smallest.left_bytes)
     learn(
         memory,
         Observation(
@@ -80,10 +89,15 @@ def fitted_step(
     most_positions: int,
     row_positions: int,
 ) -> SafeResult:
-    """A safe step of a loop that is not fitune's, in pieces of a size that should fit, from which `memory` learns.
+    """Do a safe step of a training loop that is not fitune's, in pieces that should fit.
 
-    split(most_positions): its pieces. most_positions: of the largest that is wanted. row_positions: of the longest row,
-    which alone is tried again in any case: there is nothing else to try. Raises what `safe_step` raises."""
+    split: splits the step into pieces of at most so many padded tokens.
+    most_positions: padded tokens of the largest piece that is wanted.
+    row_positions: padded tokens of the longest sample. Pieces up to this size are tried again in
+        any case, since they cannot be split.
+
+    `memory` learns from the step. Raises what `safe_step` raises.
+    """
     raise_plan(memory, most_positions)
     free_bytes = protection.free_bytes()
     pieces = split(choose_size(memory, free_bytes))

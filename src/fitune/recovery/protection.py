@@ -1,4 +1,4 @@
-"""What safe steps carry from one to the next."""
+"""Holds what safe steps carry from one step to the next."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,31 +13,33 @@ from fitune.step.progress import P, Work
 
 @dataclass(frozen=True)
 class Fallback(Generic[P]):
-    """Something that saves memory and changes no gradient. name: as the user would configure it."""
+    """A way to save memory that does not change the gradient."""
 
+    #: as the user would configure it
     name: str
     apply: Callable[[Work[P]], Work[P]]
 
 
 @dataclass(kw_only=True)
 class Protection(Generic[P]):
-    """The work of a run's steps, and what is done where memory runs out."""
+    """The work of a run's steps, and what is done if memory runs out."""
 
     work: Work[P]
-    #: of the run; with a step's number it seeds what the step draws
+    #: the run's seed; with a step's number it seeds the random draws of the step
     seed: int = 0
-    #: tried in this order where a single sample does not fit
+    #: tried in this order if a single sample does not fit
     fallbacks: list[Fallback[P]] = field(default_factory=list)
-    #: the names of the fallbacks that are in force
+    #: names of the fallbacks in force
     applied: tuple[str, ...] = ()
-    #: leave a sample out from now on that does not fit even then, instead of ending the run
+    #: leave out a sample that does not fit even then, instead of ending the run
     quarantine: bool = False
+    #: row ids of the samples that are left out
     quarantined: set[int] = field(default_factory=set)
-    #: returns the bytes that are free; asks the device where it is None
+    #: returns the free bytes; if None, the device is queried
     room: Callable[[], int | None] | None = None
     #: the buffers that a forward changes, once they are known
     changing_buffers: list[tuple[nn.Module, str]] | None = None
-    #: what a person can do where nothing helps, as a clause
+    #: what the user can do if nothing helps, as a clause
     way_out: str = "give shorter samples or a smaller model"
 
     @property
@@ -48,7 +50,7 @@ class Protection(Generic[P]):
         return usable_bytes(self.device) if self.room is None else self.room()
 
     def apply(self, name: str) -> None:
-        """Apply the fallback of this name from now on; of no effect where it is in force or not among them."""
+        """Apply the fallback of this name from now on, if there is one that is not in force yet."""
         for fallback in [each for each in self.fallbacks if each.name == name]:
             self.fallbacks.remove(fallback)
             self.work = fallback.apply(self.work)

@@ -1,14 +1,16 @@
-"""How large micro-batches are while a run goes on: the memory model, and what it learns from each step.
+"""Chooses the size of micro-batches during a run, from a memory model that learns from each step.
 
-A size is the number of positions (tokens with padding) of a micro-batch. Sizes form a ladder of rungs, a factor of the
-root of 2 apart; rung 0 is what was planned. What a step needs above what is held before it is taken as
+A size is the number of padded tokens of a micro-batch. Sizes have levels, each sqrt(2) times as
+large as the one below; level 0 is the planned size. (Checkpoints store a level under the name
+`rung`.) The bytes that a step needs, in addition to what is allocated before it, are modelled as
 
     need(size) = fixed + slope * size
 
-fitted to measured peaks, and to what was free where a size failed, and lifted until no recent one lies above it. The
-next size is the present rung if that fits in what is free now, a lower one if not. A rung that failed is banned for a
-while; each time that it fails again the ban is twice as long. Below the plan the way back up is taken when memory is
-there; above it only while tokens per second gain.
+The line is fitted to measured peaks and to the free bytes with which a size failed, and raised
+until no recent measurement lies above it. The next size is the present level if that fits in what
+is free now, and a lower one otherwise. A level that failed is banned for a while, and twice as long
+each time it fails again. Below the plan the size grows again as soon as memory is free. Above the
+plan it grows only while tokens per second increase.
 """
 
 import math
@@ -16,62 +18,74 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+#: This fraction of the free memory is never planned for, because free memory varies in a step.
 MARGIN_FRACTION = 0.03
-"""Of the free memory, never planned for: what else moves in a step."""
+#: A larger size must be predicted to need less than this fraction of the free memory.
 GROW_FRACTION = 0.9
-"""A larger size must be predicted to need less than this share of the free memory."""
+#: steps without a failure before a larger size is tried
 CLEAN_STEPS = 8
-"""Steps without a failure before a larger size is tried."""
 FIRST_BAN_STEPS = 64
 LONGEST_BAN_STEPS = 4096
+#: A ban ends early if so many times more memory is free than when the level failed.
 LIFTED_FACTOR = 1.5
-"""A ban ends early when so many times the memory is free as when the rung failed."""
+#: The weight of earlier measurements decays by this factor per measurement: about 20 steps count.
 FORGET = 0.95
-"""Weight of the earlier measurements at each new one: about 20 steps count."""
+#: A level above the plan must increase tokens per second by this fraction.
 LEAST_GAIN_FRACTION = 0.02
-"""Of tokens per second, for which a rung above the plan is worth its memory."""
 LOWEST_RUNG = -24
+#: the ratio of the sizes of neighbouring levels
 RUNG = 2**0.5
 
 
 @dataclass(frozen=True, slots=True)
 class Observation:
-    """One step. size: its largest micro-batch. need_bytes: the step's peak above what was held before it, None where
-    it was not measured. failed_size: the smallest that did not fit, None where all did. free_bytes: before the step,
-    or for the step when that size failed, if that was less. num_alloc_retries: how often the allocator had to give
-    cached blocks back."""
+    """What was measured in one step."""
 
+    #: padded tokens of the largest micro-batch
     size: int
+    #: the step's peak above what was allocated before it; None if it was not measured
     need_bytes: int | None = None
     tokens_per_second: float | None = None
+    #: the smallest size that did not fit
     failed_size: int | None = None
+    #: before the step, or when `failed_size` failed if that was less
     free_bytes: int | None = None
+    #: how often the allocator had to give cached blocks back
     num_alloc_retries: int = 0
 
 
 @dataclass
 class _Ban:
-    """free_bytes: when it failed."""
+    """A size level that is not used for a number of steps, because it failed."""
 
     until_step: int
     num_steps: int
+    #: when the level failed
     free_bytes: int | None = None
 
 
 @dataclass
 class MemoryModel:
-    """planned: the size of rung 0. highest: the rung that is never exceeded, 0 unless the run may grow. prior_slope:
-    predicted bytes per position, 0 where there is no prediction. The rest is learned."""
+    """What is known about the memory that a step needs at each size level."""
 
+    #: the size of level 0
     planned: int
+    #: the level that is never exceeded; 0 unless the run may grow
     highest: int = 0
+    #: the present level
     rung: int = 0
     step: int = 0
+    #: steps in a row without a failure
     clean_steps: int = 0
+    #: by level
     bans: dict[int, _Ban] = field(default_factory=dict)
+    #: mean tokens per second, by level
     speeds: dict[int, float] = field(default_factory=dict)
+    #: decaying sums of 1, size, need, size^2 and size * need
     sums: list[float] = field(default_factory=lambda: [0.0] * 5)
+    #: how far the fitted line is raised
     lift_bytes: float = 0.0
+    #: predicted bytes per padded token; 0 without a prediction
     prior_slope: float = 0.0
     num_changes: int = 0
 
@@ -79,19 +93,23 @@ class MemoryModel:
         return max(int(self.planned * RUNG**rung), 1)
 
     def need_bytes(self, size: int) -> float | None:
-        """None before anything was measured."""
+        """Return the bytes that a step at this size needs, or None before anything was measured."""
         if self.sums[0] == 0:
             return None
         slope, fixed = self._line()
         return fixed + slope * size + self.lift_bytes
 
     def fits(self, size: int, free_bytes: int | None) -> bool:
-        """Whether a micro-batch of this size is known to fit in what is free."""
+        """Return whether a micro-batch of this size is known to fit in what is free."""
         need = self.need_bytes(size)
-        return need is not None and free_bytes is not None and need <= (1 - MARGIN_FRACTION) * free_bytes
+        return (
+            need is not None
+            and free_bytes is not None
+            and need <= (1 - MARGIN_FRACTION) * free_bytes
+        )
 
     def _line(self) -> tuple[float, float]:
-        """(slope, fixed) by least squares; through one size alone, with the slope that was predicted."""
+        """Return (slope, fixed) by least squares; with one size only, use the predicted slope."""
         n, x, y, xx, xy = self.sums
         spread = n * xx - x * x
         slope = (n * xy - x * y) / spread if spread > 1e-6 * n * xx else self.prior_slope or y / x
@@ -100,7 +118,7 @@ class MemoryModel:
 
 
 def memory_model(content: Mapping[str, Any]) -> MemoryModel:
-    """What `dataclasses.asdict` made of one, also by way of JSON, whose keys are text."""
+    """Build the model from the dict that `dataclasses.asdict` made of it, or from its JSON."""
     model = MemoryModel(**content)
     model.bans = {int(rung): _Ban(**ban) for rung, ban in content["bans"].items()}
     model.speeds = {int(rung): speed for rung, speed in content["speeds"].items()}
@@ -108,8 +126,11 @@ def memory_model(content: Mapping[str, Any]) -> MemoryModel:
 
 
 def raise_plan(model: MemoryModel, size: int) -> None:
-    """A micro-batch larger than any before is the plan from now on; what was learned of smaller sizes stays, to a rung.
-    For batches that come from elsewhere, above whose size nothing grows."""
+    """Make a micro-batch that is larger than any before the plan from now on.
+
+    What was learned about smaller sizes moves to their new levels. For training loops that are not
+    fitune's, whose sizes never grow above the largest batch.
+    """
     if size <= model.planned:
         return
     shift = math.ceil(math.log(size / model.planned, RUNG))
@@ -120,13 +141,14 @@ def raise_plan(model: MemoryModel, size: int) -> None:
 
 
 def choose_size(model: MemoryModel, free_bytes: int | None) -> int:
-    """The largest size that a micro-batch of the next step may have."""
+    """Return the largest size that a micro-batch of the next step may have."""
     before = model.rung
     if (grown := _grown(model, free_bytes)) > before:
         model.rung, model.clean_steps = grown, 0
     elif free_bytes is not None and not _may_fit(model, model.rung, free_bytes):
         lower = range(model.rung - 1, LOWEST_RUNG - 1, -1)
-        # where no size would fit, what is held regardless of the size is the matter, and a smaller one is only slower
+        # If no size would fit, memory that does not depend on the size is the problem, and a
+        # smaller size would only be slower.
         model.rung = next((rung for rung in lower if _may_fit(model, rung, free_bytes)), model.rung)
         model.clean_steps = 0
     model.num_changes += model.rung != before
@@ -134,16 +156,23 @@ def choose_size(model: MemoryModel, free_bytes: int | None) -> int:
 
 
 def learn(model: MemoryModel, seen: Observation) -> None:
-    """Take in what a step showed."""
+    """Update the model by what was measured in a step."""
     model.step += 1
     if seen.need_bytes is not None:
-        # a step that went well needed no more than was free, whatever the peak seems to say
-        most = seen.need_bytes if seen.free_bytes is None else int((1 - MARGIN_FRACTION) * seen.free_bytes)
+        # A successful step needed no more than was free, whatever the measured peak is.
+        most = (
+            seen.need_bytes
+            if seen.free_bytes is None
+            else int((1 - MARGIN_FRACTION) * seen.free_bytes)
+        )
         _measure(model, seen.size, min(seen.need_bytes, most))
     before = model.rung
     if seen.failed_size is not None:
-        if seen.free_bytes is not None and (model.need_bytes(seen.failed_size) or 0.0) < seen.free_bytes:
-            _measure(model, seen.failed_size, seen.free_bytes)  # it needs at least that
+        if (
+            seen.free_bytes is not None
+            and (model.need_bytes(seen.failed_size) or 0.0) < seen.free_bytes
+        ):
+            _measure(model, seen.failed_size, seen.free_bytes)  # it needs at least as much
         while model.rung > LOWEST_RUNG and model.size(model.rung) >= seen.failed_size:
             _ban(model, model.rung, seen.free_bytes)
             model.rung -= 1
@@ -171,7 +200,11 @@ def _may_fit(model: MemoryModel, rung: int, free_bytes: int) -> bool:
 
 
 def _grown(model: MemoryModel, free_bytes: int | None) -> int:
-    """Below the plan the highest rung up to it that fits; above it the next one, while the last one was a gain."""
+    """Return the present level, or a higher one that may be tried in the next step.
+
+    Below the plan it is the highest level up to the plan that fits. Above the plan it is the next
+    level, as long as the last one was faster.
+    """
     if model.clean_steps < CLEAN_STEPS or model.rung >= model.highest:
         return model.rung
     if model.rung > 0 and not _gained(model):
@@ -192,12 +225,22 @@ def _has_room(model: MemoryModel, rung: int, free_bytes: int | None) -> bool:
 
 
 def _is_lifted(ban: _Ban, free_bytes: int | None) -> bool:
-    """What another process had taken is given back: its failure says nothing of what is free now."""
-    return ban.free_bytes is not None and free_bytes is not None and free_bytes >= LIFTED_FACTOR * ban.free_bytes
+    """Return whether much more is free than at the failure, so that it does not count any more.
+
+    Then another process had taken the memory, and has given it back.
+    """
+    return (
+        ban.free_bytes is not None
+        and free_bytes is not None
+        and free_bytes >= LIFTED_FACTOR * ban.free_bytes
+    )
 
 
 def _ban(model: MemoryModel, rung: int, free_bytes: int | None) -> None:
-    """A rung that held out for four times its last ban starts again with a short one."""
+    """Ban a level, twice as long as before if it failed again soon.
+
+    A level that succeeded for four times as long as its last ban starts with a short ban again.
+    """
     last = model.bans.get(rung)
     num_steps = FIRST_BAN_STEPS
     if last is not None and model.step - last.until_step < 4 * last.num_steps:
@@ -211,6 +254,6 @@ def _time(model: MemoryModel, tokens_per_second: float) -> None:
 
 
 def _gained(model: MemoryModel) -> bool:
-    """Whether the present rung is faster than the one below, as far as both were seen."""
+    """Return whether the present level is faster than the one below, if both were measured."""
     now, below = model.speeds.get(model.rung), model.speeds.get(model.rung - 1)
     return now is None or below is None or now >= (1 + LEAST_GAIN_FRACTION) * below

@@ -1,13 +1,14 @@
-"""An optimizer step that running out of memory neither changes nor ends.
+"""Does an optimizer step that survives running out of memory.
 
-`safe_step` calls `optimizer_step`. Where memory runs out inside it, the error and its frames are dropped, gradients and
-buffers are put back, memory is given back to the device, `ladder.choose_action` decides what changes, and the step goes
-on. The samples of the step, the weight N that they are divided by and the learning rate stay what they are, so the
-gradient does too.
+`safe_step` calls `optimizer_step`. If memory runs out inside it, the error and its stack frames are
+dropped, gradients and buffers are restored, memory is given back to the device,
+`actions.choose_action` decides what changes, and the step goes on. Its samples, the weight N that
+their losses are divided by, and the learning rate stay the same, so the gradient does too.
 
-A step either repeats the failed piece alone, where the gradients of complete pieces have a buffer of their own
-(`StepSettings.commit`), or begins again. Of a model that is sharded over several processes every pass is one of all: a
-failure in one of them is told to all, and all begin the step again.
+A failed step repeats only the failed piece if the gradients of finished pieces are in a buffer of
+their own (`StepSettings.commit`); otherwise it begins again. If the model is sharded over several
+processes, they compute each pass together: a failure in one of them is reported to all, and all
+begin the step again.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,32 +18,39 @@ from fitune.batch_size.norms import NormRecorder
 from fitune.distributed.sharding import AbortedError
 from fitune.errors import OutOfMemoryError, RestartError
 from fitune.machine.out_of_memory import memory_failure, needed_bytes
+from fitune.recovery.actions import choose_action
 from fitune.recovery.attempt import Attempt
 from fitune.recovery.failure import ELSEWHERE, LATE, Failure
-from fitune.recovery.ladder import choose_action
 from fitune.recovery.protection import Protection
 from fitune.step.peers import ALONE, Alone
 from fitune.step.progress import P, Progress, Work
 from fitune.step.random_state import streams_kept
-from fitune.step.step import NOTHING_TO_LEARN, StepResult, accumulate, clipped_gradient, optimizer_step
+from fitune.step.step import (
+    NOTHING_TO_LEARN,
+    StepResult,
+    accumulate,
+    clipped_gradient,
+    optimizer_step,
+)
 
+#: Tells whether a piece of so many padded tokens should fit in what is free now, so that it may
+#: succeed if it is done again.
 Fits = Callable[[int], bool]
-"""(positions) -> whether a piece of this size should fit in what is free now, so that its failure will pass."""
 
 
 @dataclass(frozen=True, slots=True)
 class SafeResult:
-    """What a step did, and what it met with."""
+    """The result of a safe step."""
 
     step: StepResult
     #: the row ids of each piece that the update is made of, in order; see `StepReport.plan`
     plan: tuple[tuple[int, ...], ...]
-    #: of the largest piece of this process
+    #: padded tokens of this process's largest piece
     most_positions: int
     failures: tuple[Failure, ...] = ()
-    #: rows left out of this step
+    #: row ids of the samples left out of this step
     quarantined: tuple[int, ...] = ()
-    #: what saves memory from now on, by process
+    #: names of the fallbacks in force from now on, by process
     fallbacks: tuple[tuple[str, ...], ...] = ()
 
 
@@ -55,20 +63,27 @@ def safe_step(
     norms: NormRecorder | None = None,
     peers: Alone = ALONE,
 ) -> SafeResult:
-    """Do one optimizer step on these pieces, whatever memory does.
+    """Do one optimizer step on these pieces, and adapt it each time memory runs out.
 
-    step: its number, which with the run's seed and a piece's first row seeds what the piece draws. norms: reads this
-    step's gradients. peers: the processes that compute the other rows of the batch; there may be no piece for this one.
+    step: its number. With the run's seed and a piece's first row id it seeds the piece's random
+        draws.
+    norms: reads this step's gradients.
+    peers: the processes that compute the other samples of the batch. This one may have no piece.
 
-    Raises OutOfMemoryError where a single row does not fit and is not to be left out: parameters, optimizer and
-    schedule are then those before the step. Raises RestartError where an unprotected update is torn, or memory runs
-    out after the processes' gradients were summed; and what ends another process.
+    Raises OutOfMemoryError if a single sample does not fit and must not be left out; parameters,
+    optimizer and schedule are then as before the step. Raises RestartError if memory runs out
+    within an update that cannot be undone, or after the gradients of all processes were summed.
+    Raises the error of another process that fails.
     """
-    return _survive(Attempt(protection, pieces, step=step, norms=norms, peers=peers), optimizer_step, fits)
+    return _survive(
+        Attempt(protection, pieces, step=step, norms=norms, peers=peers), optimizer_step, fits
+    )
 
 
-def try_pieces(protection: Protection[P], pieces: Sequence[P], *, peers: Alone = ALONE) -> SafeResult:
-    """Compute forward and backward of these pieces to see whether they fit. Nothing of it stays."""
+def try_pieces(
+    protection: Protection[P], pieces: Sequence[P], *, peers: Alone = ALONE
+) -> SafeResult:
+    """Compute forward and backward of these pieces to see whether they fit, and undo their effects."""
 
     def trial(work: Work[P], progress: Progress[P]) -> StepResult:
         accumulate(work, progress)
@@ -80,12 +95,16 @@ def try_pieces(protection: Protection[P], pieces: Sequence[P], *, peers: Alone =
     return result
 
 
-def read_norms(protection: Protection[P], pieces: Sequence[P], norms: NormRecorder, *, fits: Fits | None) -> SafeResult:
-    """Compute the gradient of these pieces for its norms, `SafeResult.step.norms`, without an update."""
+def read_norms(
+    protection: Protection[P], pieces: Sequence[P], norms: NormRecorder, *, fits: Fits | None
+) -> SafeResult:
+    """Compute the gradient of these pieces without an update, and return its norms."""
 
     def read(work: Work[P], progress: Progress[P]) -> StepResult:
         clipped = clipped_gradient(work, progress)
-        return NOTHING_TO_LEARN if clipped is None else replace(NOTHING_TO_LEARN, norms=clipped.norms)
+        return (
+            NOTHING_TO_LEARN if clipped is None else replace(NOTHING_TO_LEARN, norms=clipped.norms)
+        )
 
     attempt = Attempt(protection, pieces, step=0, norms=norms)
     result = _survive(attempt, read, fits)
@@ -113,9 +132,11 @@ def _survive(
                     most_positions=max((piece.num_positions for piece in attempt.done), default=0),
                     failures=tuple(failures),
                     quarantined=tuple(sorted(attempt.known_left_out | attempt.left_out)),
-                    fallbacks=(protection.applied,) if attempt.total is None else attempt.total.fallbacks,
+                    fallbacks=(protection.applied,)
+                    if attempt.total is None
+                    else attempt.total.fallbacks,
                 )
-            # outside of `except`, so that the error's frames hold no tensor any more
+            # outside of `except`, where the error's stack frames hold no tensors any more
             attempt.take_back(again=attempt.peers.go_back_together or failed.place in LATE)
             failed, fits_now = attempt.with_free_bytes(failed), fits
             if attempt.peers.go_back_together:
@@ -125,7 +146,10 @@ def _survive(
 
 
 def _failure(error: Exception, attempt: Attempt[P]) -> Failure | None:
-    """Describe an error that came of a lack of memory; None for any other. Raises what cannot be recovered from."""
+    """Describe an error that was caused by a lack of memory; return None for any other error.
+
+    Raises OutOfMemoryError or RestartError if the step cannot recover from it.
+    """
     if isinstance(error, AbortedError):
         return ELSEWHERE
     place, peers = attempt.place, attempt.peers
@@ -157,7 +181,10 @@ def _failure(error: Exception, attempt: Attempt[P]) -> Failure | None:
 
 
 def _first_failure(peers: Alone, own: Failure, fits: Fits | None) -> tuple[Failure, Fits | None]:
-    """Agree on the failure for which all processes go back; of several that of the first process."""
+    """Exchange the processes' failures, and return that of the first process that failed.
+
+    All processes then go back because of the same failure.
+    """
     fits_again = own.place != ELSEWHERE.place and fits is not None and fits(own.num_positions)
     reported = peers.exchange((replace(own, rank=peers.rank), fits_again))
     failure, fits_again = next(each for each in reported if each[0].place != ELSEWHERE.place)

@@ -1,1 +1,1 @@
-"""What runs measured, side by side: run directories in, a Comparison out, and tables, pictures and pages of it."""
+"""Reads recorded runs, compares them, and shows the comparison as tables, pictures and pages."""

@@ -1,7 +1,8 @@
-"""What is drawn, as data: series with their axes. `page.py` gives a Picture to plotly, `png.py` to matplotlib.
+"""Describes the pictures of a comparison as data: series with their axes.
 
-Colours are Okabe and Ito's eight, which people with any kind of colour blindness tell apart; runs differ in their
-dashes too. Nothing here is longer than MAX_POINTS points over all runs, and thinning keeps every extreme.
+`page.py` draws a Picture with plotly, `png.py` with matplotlib. The colours are the eight of Okabe
+and Ito, which are distinguishable with any kind of colour blindness; runs differ in their dashes
+too. A picture has at most MAX_POINTS points over all runs, and thinning keeps every extreme.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,7 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from fitune.language import say
-from fitune.report.compare import Comparison, planned_candidate
+from fitune.report.compare import Comparison
+from fitune.report.run_figures import planned_candidate
 from fitune.report.run_on_disk import Curve, RecordedRun
 from fitune.report.thin import thin, thin_all
 from fitune.units import GIB
@@ -23,48 +25,58 @@ Numbers = npt.NDArray[np.float64]
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999", "#F0E442")
 MAX_POINTS = 6000
 MOST_TIMELINES = 4
+#: the half-life of the smoothed loss as a fraction of the run, so that runs of equal tokens are
+#: smoothed equally
 SMOOTHED_FRACTION = 0.03
-"""Half-life of the smoothed loss as a share of the run, so that runs of equal tokens are smoothed alike."""
-_CATEGORIES = ("parameter", "gradient", "optimizer_state", "activation", "temporary", "input", "workspace")
+_CATEGORIES = (
+    "parameter", "gradient", "optimizer_state", "activation", "temporary", "input", "workspace",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """x: by axis, where the picture has several; else under 'x', and there it may be text. colour: an index into
-    COLOURS; dash likewise. sizes: of points, 0 to 1. labels: said of each point."""
+    """A line, area, group of bars or group of points in a picture."""
 
     name: str
+    #: the values for each axis of the picture; text is allowed on an axis 'x'
     x: Mapping[str, Sequence[Any] | Numbers]
     y: Numbers
     kind: Kind = "line"
+    #: an index into COLOURS
     colour: int = 0
+    #: the number of the line's dash pattern
     dash: int = 0
+    #: of points, between 0 and 1
     sizes: Numbers | None = None
+    #: a text for each point
     labels: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """key: its name in the page and as a file. axes: key -> title. lines: what is drawn across, (label, y). says: the
-    picture in a sentence, for those who do not see it."""
+    """A picture of a comparison."""
 
+    #: the name of the picture in the page and of its file
     key: str
     title: str
+    #: the horizontal axes: name -> title
     axes: Mapping[str, str]
     y_title: str
     series: tuple[Series, ...]
+    #: (label, y) of horizontal lines
     lines: tuple[tuple[str, float], ...] = ()
     stacked: bool = False
+    #: what the picture shows, as text for users who cannot see it
     says: str = field(default="")
 
     @property
     def y_from(self) -> str:
-        """Bytes and counts from zero; losses and noise from where they begin (plotly's names)."""
+        """Where the vertical axis begins, in plotly's words: at zero for bytes and counts."""
         return "normal" if self.key in ("loss", "pareto", "noise", "grad_norm") else "tozero"
 
 
 def pictures(comparison: Comparison) -> list[Picture]:
-    """Those for which there is something to draw, in the order of the page."""
+    """Return the pictures for which there is data, in the order of the page."""
     runs = [row.run for row in comparison.rows]
     found = [
         loss_picture(comparison),
@@ -74,7 +86,9 @@ def pictures(comparison: Comparison) -> list[Picture]:
         pareto_picture(comparison),
         lengths_picture(runs),
         curve_picture(runs, "lr", title=say("Learning rate"), y_title=say("learning rate")),
-        curve_picture(runs, "grad_norm", title=say("Gradient norm before clipping"), y_title=say("norm")),
+        curve_picture(
+            runs, "grad_norm", title=say("Gradient norm before clipping"), y_title=say("norm")
+        ),
         noise_picture(runs),
     ]
     return [picture for picture in found if picture is not None and picture.series]
@@ -92,18 +106,28 @@ def loss_picture(comparison: Comparison) -> Picture | None:
         axes=_known_axes(series),
         y_title=say("nats per token"),
         series=tuple(series),
-        says=say("Training loss, raw and smoothed, and loss on the held-out samples, of {num} runs", num=len(ran)),
+        says=say(
+            "Training loss, raw and smoothed, and loss on the held-out samples, of {num} runs",
+            num=len(ran),
+        ),
     )
 
 
-def curve_picture(runs: Sequence[RecordedRun], name: str, *, title: str, y_title: str) -> Picture | None:
-    """A figure of each step, as metrics.jsonl has it. key: its name there."""
+def curve_picture(
+    runs: Sequence[RecordedRun], name: str, *, title: str, y_title: str
+) -> Picture | None:
+    """Draw a column of the runs' metrics, step by step.
+
+    name: the column's name in metrics.jsonl.
+    """
     known = [(index, run) for index, run in enumerate(runs) if np.isfinite(run.train[name]).any()]
     share = max(MAX_POINTS // (4 * max(len(known), 1)), 40)
     series = []
     for index, run in known:
         rows = thin(run.train[name], share)
-        series.append(Series(run.name, _axes(run.train, rows), run.train[name][rows], "line", index, index))
+        series.append(
+            Series(run.name, _axes(run.train, rows), run.train[name][rows], "line", index, index)
+        )
     if not series:
         return None
     return Picture(
@@ -117,14 +141,20 @@ def curve_picture(runs: Sequence[RecordedRun], name: str, *, title: str, y_title
 
 
 def _known_axes(series: Sequence[Series]) -> dict[str, str]:
+    """Return the horizontal axes, name -> title, for which all series have values."""
     axes = {"step": say("step"), "tokens": say("tokens"), "hours": say("hours of training")}
-    return {axis: title for axis, title in axes.items() if all(np.isfinite(each.x[axis]).any() for each in series)}
+    return {
+        axis: title
+        for axis, title in axes.items()
+        if all(np.isfinite(each.x[axis]).any() for each in series)
+    }
 
 
 def _loss_series(run: RecordedRun, index: int, share: int) -> Iterator[Series]:
     loss = run.train["loss"]
     if len(loss):
-        rows, smooth = thin(loss, share), smoothed(loss, 0.5 ** (1 / max(len(loss) * SMOOTHED_FRACTION, 1)))
+        rows = thin(loss, share)
+        smooth = smoothed(loss, 0.5 ** (1 / max(len(loss) * SMOOTHED_FRACTION, 1)))
         yield Series(run.name, _axes(run.train, rows), loss[rows], "faint", index, index)
         rows = thin(smooth, share)
         name = say("{name} train, smoothed", name=run.name)
@@ -132,7 +162,9 @@ def _loss_series(run: RecordedRun, index: int, share: int) -> Iterator[Series]:
     if len(run.evals["step"]):
         rows = thin(run.evals["eval_loss"], 200)
         name = say("{name} eval", name=run.name)
-        yield Series(name, _axes(run.evals, rows), run.evals["eval_loss"][rows], "marks", index, index)
+        yield Series(
+            name, _axes(run.evals, rows), run.evals["eval_loss"][rows], "marks", index, index
+        )
 
 
 def _axes(curve: Curve, rows: npt.NDArray[np.int64]) -> dict[str, Numbers]:
@@ -144,7 +176,10 @@ def _axes(curve: Curve, rows: npt.NDArray[np.int64]) -> dict[str, Numbers]:
 
 
 def smoothed(values: Numbers, factor: float) -> Numbers:
-    """Exponential mean, corrected at its start as Adam's are; what is not finite is passed over."""
+    """Return the exponential moving average, with the bias correction of Adam.
+
+    Values that are not finite are skipped.
+    """
     found = np.full(len(values), np.nan)
     mean = weight = 0.0
     for index, value in enumerate(values):
@@ -155,9 +190,13 @@ def smoothed(values: Numbers, factor: float) -> Numbers:
 
 
 def memory_picture(run: RecordedRun, *, most_points: int) -> Picture | None:
-    """Stacked: what adds up to the memory that is used. From memory.jsonl; without it the peaks of the steps."""
+    """Draw the memory over time, stacked by what occupies it.
+
+    The data is memory.jsonl; if there is none, the peaks of the steps are drawn.
+    """
     curve = run.memory
-    card = np.nanmax(curve["device_total_bytes"]) if np.isfinite(curve["device_total_bytes"]).any() else None
+    totals = curve["device_total_bytes"]
+    card = np.nanmax(totals) if np.isfinite(totals).any() else None
     layers = dict(_layers(curve))
     if not layers:
         return _step_peaks(run, most_points)
@@ -182,7 +221,11 @@ def memory_picture(run: RecordedRun, *, most_points: int) -> Picture | None:
 
 
 def _layers(curve: Curve) -> Iterator[tuple[str, Numbers]]:
-    """From the bottom: state, the rest of what PyTorch allocated, its cache, other processes. On a CPU the process."""
+    """Yield the layers of the stack from the bottom, as (name, bytes).
+
+    On a card: the model's state, other allocated memory, PyTorch's cache, other processes. On a
+    CPU: the model's state and the rest of the process.
+    """
     if not len(curve["seconds"]):
         return
     zero = np.zeros(len(curve["seconds"]))
@@ -190,7 +233,9 @@ def _layers(curve: Curve) -> Iterator[tuple[str, Numbers]]:
     def highest(name: str) -> Numbers:
         return np.fmax(curve[name], curve[f"peak_{name}"])
 
-    allocated, reserved, process = (highest(f"{name}_bytes") for name in ("allocated", "reserved", "process"))
+    allocated, reserved, process = (
+        highest(f"{name}_bytes") for name in ("allocated", "reserved", "process")
+    )
     state = np.nan_to_num(curve["state_bytes"])
     if np.isfinite(allocated).any():
         allocated, reserved = np.nan_to_num(allocated), np.nan_to_num(reserved)
@@ -219,8 +264,9 @@ def _step_peaks(run: RecordedRun, most_points: int) -> Picture | None:
     if not known:
         return None
     rows = thin_all([run.train[name] for name in known], most_points)
+    steps = {"x": run.train["step"][rows]}
     series = [
-        Series(names[name], {"x": run.train["step"][rows]}, run.train[name][rows] / GIB, "line", index, index)
+        Series(names[name], steps, run.train[name][rows] / GIB, "line", index, index)
         for index, name in enumerate(known)
     ]
     highest = max(float(np.nanmax(run.train[name])) for name in known)
@@ -236,6 +282,7 @@ def _step_peaks(run: RecordedRun, most_points: int) -> Picture | None:
 
 
 def _limits(run: RecordedRun, card_bytes: float | None) -> Iterator[tuple[str, float]]:
+    """Yield the device's memory and the memory limit as (label, GiB)."""
     plan = run.plan or {}
     device = plan.get("device") or {}
     total = card_bytes or device.get("total_bytes")
@@ -246,20 +293,22 @@ def _limits(run: RecordedRun, card_bytes: float | None) -> Iterator[tuple[str, f
 
 
 def _on_card(run: RecordedRun) -> bool:
-    """As its plan says; else what only PyTorch's allocator on a card counts tells."""
+    """Return whether the run trained on a card."""
     kind = ((run.plan or {}).get("device") or {}).get("kind")
     if kind is not None:
         return bool(kind == "cuda")
+    # without a plan: allocated memory is recorded on a card only
     return bool(np.isfinite(run.memory["allocated_bytes"]).any())
 
 
 def _event_marks(run: RecordedRun, minutes: Numbers, top: Numbers) -> list[Series]:
-    """On the curve, where they happened."""
+    """Return marks on the curve at the times of the run's events."""
     if run.started is None or not run.events or not len(minutes):
         return []
     times = np.array([(event.time - run.started) / 60 for event in run.events[-200:]])
     labels = tuple(f"{event.kind}: {event.message}"[:120] for event in run.events[-200:])
-    return [Series(say("events"), {"x": times}, np.interp(times, minutes, top), "marks", 5, labels=labels)]
+    heights = np.interp(times, minutes, top)
+    return [Series(say("events"), {"x": times}, heights, "marks", 5, labels=labels)]
 
 
 def predicted_picture(comparison: Comparison) -> Picture | None:
@@ -286,14 +335,18 @@ def predicted_picture(comparison: Comparison) -> Picture | None:
 
 
 def microscope_picture(run: RecordedRun) -> Picture | None:
-    """What is predicted to be alive at the peak, by category: of the run's own rows, else of the plan's longest."""
+    """Draw the tensors that are predicted to be live at the peak, by category.
+
+    The prediction is that of the run's own samples, else the plan's for the longest samples.
+    """
     peak = run.peak or planned_candidate(run) or {}
     categories = peak.get("categories")
     if not isinstance(categories, Mapping):
         return None
     known = [(name, float(categories[name])) for name in _CATEGORIES if categories.get(name)]
     phase = str(peak.get("peak_phase", "n/a"))
-    series = Series("", {"x": [name for name, _ in known]}, np.array([size for _, size in known]) / GIB, "bars", 0)
+    names, sizes = [name for name, _ in known], np.array([size for _, size in known])
+    series = Series("", {"x": names}, sizes / GIB, "bars", 0)
     return Picture(
         key=f"microscope-{run.name}",
         title=say("Alive at the peak, in {phase}: {name}", phase=phase, name=run.name),
@@ -305,7 +358,7 @@ def microscope_picture(run: RecordedRun) -> Picture | None:
 
 
 def pareto_picture(comparison: Comparison) -> Picture | None:
-    """Peak against eval loss, the size of a point being its speed."""
+    """Draw the peak memory against the eval loss; the size of a point is the speed of the run."""
     rows = [row for row in comparison.rows if row.peak_bytes and (row.eval_loss or row.train_loss)]
     if len(rows) < 2:
         return None
@@ -327,7 +380,9 @@ def pareto_picture(comparison: Comparison) -> Picture | None:
         )
     return Picture(
         key="pareto",
-        title=say("Peak against loss; a larger point is faster; * nothing else is better all round"),
+        title=say(
+            "Peak against loss; a larger point is faster; * nothing else is better all round"
+        ),
         axes={"x": say("peak GiB")},
         y_title=say("eval loss"),
         series=tuple(series),
@@ -336,8 +391,11 @@ def pareto_picture(comparison: Comparison) -> Picture | None:
 
 
 def lengths_picture(runs: Sequence[RecordedRun]) -> Picture | None:
-    """Of the first run that tells."""
-    data = next((run.data for run in runs if run.data and isinstance(run.data.get("lengths"), Mapping)), None)
+    """Draw the lengths of the training samples, of the first run that recorded them."""
+    data = next(
+        (run.data for run in runs if run.data and isinstance(run.data.get("lengths"), Mapping)),
+        None,
+    )
     if data is None:
         return None
     edges, counts = data["lengths"]["edges"], data["lengths"]["counts"]
@@ -347,23 +405,27 @@ def lengths_picture(runs: Sequence[RecordedRun]) -> Picture | None:
     return Picture(
         key="lengths",
         title=say(
-            "Tokens of a sample; tokens computed, padding included, for a real one: {waste}", waste=waste or "n/a"
+            "Tokens of a sample; tokens computed, padding included, for a real one: {waste}",
+            waste=waste or "n/a",
         ),
         axes={"x": say("tokens")},
         y_title=say("samples"),
         series=(Series("", {"x": middles}, np.array(counts, float), "bars", 0),),
-        says=say("Lengths of the training samples, cut at {length}", length=data.get("max_length", "n/a")),
+        says=say(
+            "Lengths of the training samples, cut at {length}", length=data.get("max_length", "n/a")
+        ),
     )
 
 
 def noise_picture(runs: Sequence[RecordedRun]) -> Picture | None:
-    """The noise scale beside the batch in tokens."""
+    """Draw the noise scale of the gradient over the run, in tokens."""
     series = []
     for index, run in enumerate(runs):
         scale = run.train["noise_scale_tokens"]
         if np.isfinite(scale).any():
             rows = thin(scale, max(MAX_POINTS // (4 * len(runs)), 40))
-            series.append(Series(run.name, {"x": run.train["total_tokens"][rows]}, scale[rows], "line", index, index))
+            tokens = {"x": run.train["total_tokens"][rows]}
+            series.append(Series(run.name, tokens, scale[rows], "line", index, index))
     if not series:
         return None
     return Picture(

@@ -1,9 +1,10 @@
-"""A comparison as one HTML file that needs nothing else: its pictures, tables, data and the code that draws them.
+"""Writes a comparison as one HTML file that contains all it needs: tables, data, pictures, scripts.
 
-Safe with any data: text from a run is escaped, JSON is embedded with every '<' written as \\u003c, names reach plotly
-as escaped text, and the content security policy lets only the two scripts of this page run, by their hashes, and
-nothing be fetched. The pictures are plotly's JSON, drawn by its basic bundle (MIT), which is shipped with this package:
-the Python package of plotly carries only the full one, which alone is larger than a page may be.
+The page is safe with any data: text from a run is escaped, JSON is embedded with every '<' written
+as \\u003c, names are escaped before plotly gets them, and the content security policy allows only
+the two scripts of this page, by their hashes, and no requests. The pictures are plotly's JSON,
+drawn by its basic bundle (MIT), which this package contains: plotly's own Python package has only
+the full bundle, which alone is larger than a page may be.
 """
 
 import base64
@@ -24,10 +25,11 @@ from fitune.errors import RunDirectoryError
 from fitune.language import choose_language, say, translated
 from fitune.language.printable import printable
 from fitune.report import tables
-from fitune.report.advice import Advice, advise
+from fitune.report.advice import advise
 from fitune.report.charts import COLOURS, MAX_POINTS, Picture, Series, pictures
 from fitune.report.compare import ComparedRun, Comparison
 from fitune.report.run_on_disk import EMBEDDED_ID, MAX_EVENTS, RecordedRun, clip, embed
+from fitune.report.suggestion import Advice
 from fitune.report.verdicts import outcome, verdicts
 from fitune.run.directory import OUTPUT_KEY, write_atomically
 from fitune.units import format_bytes, format_count, format_seconds
@@ -38,13 +40,19 @@ _MOST_NAME_CHARS = 40
 
 
 def write_page(comparison: Comparison, path: Path, *, place: str = OUTPUT_KEY) -> None:
-    """place: where the user said it is to be. Raises RunDirectoryError where it cannot be written."""
+    """Write the page to `path`.
+
+    place: the option with which the user gave the path, for error messages.
+    Raises RunDirectoryError if the page cannot be written.
+    """
     write_atomically(path, page(comparison), place=place)
 
 
 def page(comparison: Comparison) -> str:
-    """In the language of `choose_language`. Raises RunDirectoryError where the runs' files hold other things than a run
-    writes."""
+    """Return the HTML of the page, in the language of `choose_language`.
+
+    Raises RunDirectoryError if the runs' files contain other values than a run writes.
+    """
     names = ", ".join(row.run.path for row in comparison.rows)
     with told_as(
         RunDirectoryError,
@@ -56,30 +64,15 @@ def page(comparison: Comparison) -> str:
 
 def _page(comparison: Comparison) -> str:
     drawn = pictures(comparison)
-    advised = next(iter(sorted(comparison.rows, key=_eval_loss)), None)
-    advice = [] if advised is None else advise(advised.run, comparison)
     runs = [row.run for row in comparison.rows]
     scripts = {name: _script(name) for name in ("plotly", "page")}
     hashes = " ".join(f"'sha256-{_digest(text)}'" for text in scripts.values())
     policy = f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data: blob:; base-uri 'none'"
     title = runs[0].name if len(runs) == 1 else say("{num} runs of fitune", num=len(runs))
-    body = "\n".join(
-        [
-            f"<header><h1>{_bdi(title)}</h1>{_header(comparison)}</header>",
-            _navigation(),
-            "<main id='main'>",
-            _section("comparison", say("Comparison"), _comparison(comparison) + _plots(drawn, "pareto")),
-            _section("loss", say("Loss"), _axis_switch(drawn) + _plots(drawn, "loss", "lr", "grad_norm", "noise")),
-            _section("memory", say("Memory"), _plots(drawn, "memory", "predicted")),
-            _section("peak", say("One step under the microscope"), _plots(drawn, "microscope") + _largest(runs)),
-            _section("data", say("Data"), _plots(drawn, "lengths")),
-            _section("advice", say("Advice"), _advice(advised, advice)),
-            _section("events", say("Events"), "".join(_events(run) for run in runs)),
-            _section("settings", say("Settings"), "".join(_settings(run) for run in runs)),
-            "</main>",
-        ]
-    )
-    data = {"schema": 1, "runs": [embed(run, max_points=max(MAX_POINTS // len(runs), 60)) for run in runs]}
+    data = {
+        "schema": 1,
+        "runs": [embed(run, max_points=max(MAX_POINTS // len(runs), 60)) for run in runs],
+    }
     figures = {
         "words": {"fault": say("a picture could not be drawn")},
         "pictures": [_figure(picture) for picture in drawn],
@@ -96,7 +89,7 @@ def _page(comparison: Comparison) -> str:
 </head>
 <body>
 <a class="skip" href="#main">{_text(say("to the content"))}</a>
-{body}
+{_body(comparison, drawn, title=title)}
 <p id="fault" role="alert"></p>
 <script type="application/json" id="{EMBEDDED_ID}">{_json(data)}</script>
 <script type="application/json" id="fitune-figures">{_json(figures)}</script>
@@ -107,14 +100,46 @@ def _page(comparison: Comparison) -> str:
 """
 
 
+def _body(comparison: Comparison, drawn: Sequence[Picture], *, title: str) -> str:
+    runs = [row.run for row in comparison.rows]
+    best = next(iter(sorted(comparison.rows, key=_eval_loss)), None)
+    advice = [] if best is None else advise(best.run, comparison)
+    losses = _axis_switch(drawn) + _plots(drawn, "loss", "lr", "grad_norm", "noise")
+    peak = _plots(drawn, "microscope") + _largest(runs)
+    table = _comparison(comparison) + _plots(drawn, "pareto")
+    return "\n".join(
+        [
+            f"<header><h1>{_bdi(title)}</h1>{_header(comparison)}</header>",
+            _navigation(),
+            "<main id='main'>",
+            _section("comparison", say("Comparison"), table),
+            _section("loss", say("Loss"), losses),
+            _section("memory", say("Memory"), _plots(drawn, "memory", "predicted")),
+            _section("peak", say("One step under the microscope"), peak),
+            _section("data", say("Data"), _plots(drawn, "lengths")),
+            _section("advice", say("Advice"), _advice(best, advice)),
+            _section("events", say("Events"), "".join(_events(run) for run in runs)),
+            _section("settings", say("Settings"), "".join(_settings(run) for run in runs)),
+            "</main>",
+        ]
+    )
+
+
 @cache
 def _asset(name: str) -> str:
     file = resources.files("fitune.report") / "assets" / name
-    return gzip.decompress(file.read_bytes()).decode() if name.endswith(".gz") else file.read_text(encoding="utf-8")
+    return (
+        gzip.decompress(file.read_bytes()).decode()
+        if name.endswith(".gz")
+        else file.read_text(encoding="utf-8")
+    )
 
 
 def _script(name: str) -> str:
-    """Without what would end the element early (plotly has '</script' in a string, or may have one day)."""
+    """Return a script without text that would end its element early.
+
+    The text '</script' may be in one of plotly's strings.
+    """
     text = _asset(PLOTLY if name == "plotly" else f"{name}.js")
     return text.replace("</script", "<\\/script").replace("<!--", "<\\!--")
 
@@ -125,26 +150,34 @@ def _digest(script: str) -> str:
 
 
 def _json(content: Any) -> str:
-    text = json.dumps(content, ensure_ascii=False, separators=(",", ":"), default=str, allow_nan=False)
-    for character, written in (("<", "\\u003c"), (">", "\\u003e"), ("\u2028", "\\u2028"), ("\u2029", "\\u2029")):
+    text = json.dumps(
+        content, ensure_ascii=False, separators=(",", ":"), default=str, allow_nan=False
+    )
+    for character, written in (
+        ("<", "\\u003c"),
+        (">", "\\u003e"),
+        ("\u2028", "\\u2028"),
+        ("\u2029", "\\u2029"),
+    ):
         text = text.replace(character, written)
     return text.encode("utf-8", "replace").decode()
 
 
 def _text(value: Any) -> str:
-    """Escaped, without control characters, and not longer than a paragraph."""
+    """Return the value as escaped text, without control characters and of limited length."""
     return html.escape(printable(str(clip(value))))
 
 
 def _bdi(value: Any) -> str:
-    """Isolated, so that text from right to left does not turn what stands beside it."""
+    """Return the value in an element that isolates right-to-left text from the text around it."""
     return f"<bdi>{_text(value)}</bdi>"
 
 
 def _header(comparison: Comparison) -> str:
     if len(comparison.rows) == 1:
         row = comparison.rows[0]
-        sentences, cards = [outcome(row)], "".join(_card(name, value) for name, value in _facts(row))
+        sentences = [outcome(row)]
+        cards = "".join(_card(name, value) for name, value in _facts(row))
     else:
         sentences, cards = verdicts(comparison), ""
     items = "".join(f"<li>{_text(sentence)}</li>" for sentence in sentences)
@@ -156,7 +189,10 @@ def _facts(row: ComparedRun) -> Iterator[tuple[str, str]]:
     yield say("state"), say(row.run.state)
     yield say("peak memory"), format_bytes(row.run_peak_bytes)
     if row.prediction_error is not None:
-        yield say("predicted, for a step"), f"{format_bytes(row.predicted_bytes)} ({row.prediction_error:+.1%})"
+        yield (
+            say("predicted, for a step"),
+            f"{format_bytes(row.predicted_bytes)} ({row.prediction_error:+.1%})",
+        )
     yield say("eval loss"), tables.number(row.eval_loss)
     yield say("tokens/s"), format_count(row.tokens_per_second)
     yield say("tokens"), format_count(summary.get("tokens"))
@@ -171,8 +207,8 @@ def _card(name: str, value: str) -> str:
 
 def _navigation() -> str:
     names = {
-        "comparison": say("Comparison"), "loss": say("Loss"), "memory": say("Memory"), "advice": say("Advice"),
-        "events": say("Events"), "settings": say("Settings"),
+        "comparison": say("Comparison"), "loss": say("Loss"), "memory": say("Memory"),
+        "advice": say("Advice"), "events": say("Events"), "settings": say("Settings"),
     }  # fmt: skip
     links = "".join(f"<a href='#{key}'>{_text(name)}</a>" for key, name in names.items())
     return f"<nav>{links}</nav>"
@@ -184,17 +220,27 @@ def _section(key: str, title: str, content: str) -> str:
     return f"<section aria-labelledby='{key}'><h2 id='{key}'>{_text(title)}</h2>{content}</section>"
 
 
-def _table(heads: Sequence[str], rows: Iterable[Sequence[str]], *, marked: Sequence[bool] = ()) -> str:
-    """A heading that starts with '>' is a column of numbers."""
+def _table(
+    heads: Sequence[str], rows: Iterable[Sequence[str]], *, marked: Sequence[bool] = ()
+) -> str:
+    """Return an HTML table. A heading that starts with '>' marks a column of numbers.
+
+    marked: the rows that are highlighted.
+    """
     classes = [" class='number'" if head.startswith(">") else "" for head in heads]
     top = "".join(
-        f"<th scope='col'{kind}>{_text(head.removeprefix('>'))}</th>" for head, kind in zip(heads, classes, strict=True)
+        f"<th scope='col'{kind}>{_text(head.removeprefix('>'))}</th>"
+        for head, kind in zip(heads, classes, strict=True)
     )
     lines = []
     for index, row in enumerate(rows):
-        cells = "".join(f"<td{kind}>{_bdi(cell)}</td>" for cell, kind in zip(row, classes, strict=True))
-        lines.append(f"<tr{' class=front' if index < len(marked) and marked[index] else ''}>{cells}</tr>")
-    return f"<div class='wide'><table><thead><tr>{top}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
+        cells = "".join(
+            f"<td{kind}>{_bdi(cell)}</td>" for cell, kind in zip(row, classes, strict=True)
+        )
+        is_marked = index < len(marked) and marked[index]
+        lines.append(f"<tr{' class=front' if is_marked else ''}>{cells}</tr>")
+    body = f"<thead><tr>{top}</tr></thead><tbody>{''.join(lines)}</tbody>"
+    return f"<div class='wide'><table>{body}</table></div>"
 
 
 def _comparison(comparison: Comparison) -> str:
@@ -211,11 +257,13 @@ def _comparison(comparison: Comparison) -> str:
         parts.append(f"<h3>{_text(say('Settings that differ'))}</h3>")
         parts.append(_table([say("key"), *(row.name for row in comparison.rows)], differing))
     if comparison.notes:
-        parts.append(f"<ul>{''.join(f'<li>{_text(translated(note))}</li>' for note in comparison.notes)}</ul>")
+        notes = "".join(f"<li>{_text(translated(note))}</li>" for note in comparison.notes)
+        parts.append(f"<ul>{notes}</ul>")
     return "".join(parts)
 
 
 def _axis_switch(drawn: Sequence[Picture]) -> str:
+    """Return radio buttons for the horizontal axis of the losses, if there are several axes."""
     picture = next((picture for picture in drawn if picture.key == "loss"), None)
     if picture is None or len(picture.axes) < 2:
         return ""
@@ -231,7 +279,8 @@ def _axis_switch(drawn: Sequence[Picture]) -> str:
 def _plots(drawn: Sequence[Picture], *prefixes: str) -> str:
     return "".join(
         f"<h3>{_text(picture.title)}</h3>"
-        f"<div class='plot' id='{_plot_id(picture)}' role='img' tabindex='0' aria-label='{_text(picture.says)}'></div>"
+        f"<div class='plot' id='{_plot_id(picture)}' role='img' tabindex='0' "
+        f"aria-label='{_text(picture.says)}'></div>"
         for prefix in prefixes
         for picture in drawn
         if picture.key.startswith(prefix)
@@ -239,15 +288,18 @@ def _plots(drawn: Sequence[Picture], *prefixes: str) -> str:
 
 
 def _plot_id(picture: Picture) -> str:
-    """Of letters and digits, whatever the run is called."""
+    """Return an id of letters and digits, whatever the name of the run."""
     return f"plot-{hashlib.sha256(picture.key.encode('utf-8', 'replace')).hexdigest()[:12]}"
 
 
 def _largest(runs: Sequence[RecordedRun]) -> str:
-    """The largest modules and tensors alive at the predicted peak."""
+    """Return tables of the largest modules and tensors that are live at the predicted peak."""
     parts = []
     for run in runs:
-        for key, title in (("modules", say("largest modules")), ("tensors", say("largest tensors"))):
+        for key, title in (
+            ("modules", say("largest modules")),
+            ("tensors", say("largest tensors")),
+        ):
             found = (run.peak or {}).get(key)
             rows = [
                 [str(each.get("name") or each.get("op") or "n/a"), str(each.get("op") or ""),
@@ -257,9 +309,8 @@ def _largest(runs: Sequence[RecordedRun]) -> str:
             ]  # fmt: skip
             if rows:
                 heads = [title, say("made by"), say("category"), say(">size")]
-                parts.append(
-                    f"<details><summary>{_bdi(run.name)}: {_text(title)}</summary>{_table(heads, rows)}</details>"
-                )
+                summary = f"<summary>{_bdi(run.name)}: {_text(title)}</summary>"
+                parts.append(f"<details>{summary}{_table(heads, rows)}</details>")
     return "".join(parts)
 
 
@@ -267,11 +318,13 @@ def _advice(row: ComparedRun | None, advice: Sequence[Advice]) -> str:
     if row is None:
         return ""
     if not advice:
-        return f"<p>{_text(say('nothing to change in {name}, as far as its record tells', name=row.name))}</p>"
+        nothing = say("nothing to change in {name}, as far as its record tells", name=row.name)
+        return f"<p>{_text(nothing)}</p>"
     rows = [[each.change, each.memory, each.speed, each.effect, each.evidence] for each in advice]
     heads = [say("change"), say(">memory"), say(">speed"), say("training result"), say("evidence")]
     commands = "\n".join(_text(each.command) for each in advice if each.command)
-    return f"<p class='soft'>{_text(say('for {name}', name=row.name))}</p>{_table(heads, rows)}<pre>{commands}</pre>"
+    whose = f"<p class='soft'>{_text(say('for {name}', name=row.name))}</p>"
+    return f"{whose}{_table(heads, rows)}<pre>{commands}</pre>"
 
 
 def _events(run: RecordedRun) -> str:
@@ -279,11 +332,17 @@ def _events(run: RecordedRun) -> str:
         return ""
     start = run.events[0].time
     rows = [
-        [format_seconds(max(event.time - start, 0.0)), f"{event.step:,}", say(event.kind), translated(event.message)]
+        [
+            format_seconds(max(event.time - start, 0.0)),
+            f"{event.step:,}",
+            say(event.kind),
+            translated(event.message),
+        ]
         for event in run.events[-MAX_EVENTS:]
     ]
     heads = [say(">after"), say(">step"), say("kind"), say("what")]
-    return f"<details open><summary>{_bdi(run.name)} ({len(run.events):,})</summary>{_table(heads, rows)}</details>"
+    summary = f"<summary>{_bdi(run.name)} ({len(run.events):,})</summary>"
+    return f"<details open>{summary}{_table(heads, rows)}</details>"
 
 
 def _settings(run: RecordedRun) -> str:
@@ -297,7 +356,7 @@ def _settings(run: RecordedRun) -> str:
 
 
 def _machine(run: RecordedRun) -> Iterator[str]:
-    """The versions and cards that env.json names."""
+    """Yield the versions and devices that env.json contains."""
     env = run.env or {}
     yield from (f"{key} {env[key]}" for key in ("fitune", "python", "driver") if env.get(key))
     if env.get("system"):
@@ -311,26 +370,27 @@ def _machine(run: RecordedRun) -> Iterator[str]:
 
 
 def _eval_loss(row: ComparedRun) -> float:
-    return row.eval_loss if row.eval_loss is not None and np.isfinite(row.eval_loss) else float("inf")
-
-
-# A picture as plotly takes it: names as escaped text, numbers with six digits.
+    """Return a sort key: the eval loss, or infinity if it is unknown."""
+    loss = row.eval_loss
+    return loss if loss is not None and np.isfinite(loss) else float("inf")
 
 
 def _figure(picture: Picture) -> dict[str, Any]:
+    """Return the picture as plotly takes it, with escaped names and numbers of six digits."""
     first = next(iter(picture.axes))
     layout: dict[str, Any] = {
         "xaxis": {"title": {"text": _text(picture.axes[first])}, "automargin": True},
-        "yaxis": {"title": {"text": _text(picture.y_title)}, "automargin": True, "rangemode": picture.y_from,
-                  "exponentformat": "e"},
+        "yaxis": {"title": {"text": _text(picture.y_title)}, "automargin": True,
+                  "rangemode": picture.y_from, "exponentformat": "e"},
         "modebar": {"bgcolor": "rgba(0,0,0,0)", "color": "#888888", "activecolor": "#0072B2"},
-        "margin": {"l": 60, "r": 20, "t": 34, "b": 50},  # t: the mode bar, which would cover a line's label
+        # without the top margin the mode bar would cover the label of a line
+        "margin": {"l": 60, "r": 20, "t": 34, "b": 50},
         "hovermode": "closest",
         "legend": {"orientation": "h", "yref": "container", "yanchor": "bottom", "y": 0},
         "showlegend": any(series.name for series in picture.series),
         "shapes": [
-            {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": y, "y1": y, "line": {"dash": "dot", "width": 1.5,
-             "color": "#888888"}}
+            {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": y, "y1": y,
+             "line": {"dash": "dot", "width": 1.5, "color": "#888888"}}
             for _, y in picture.lines
         ],
         "annotations": [
@@ -339,12 +399,11 @@ def _figure(picture: Picture) -> dict[str, Any]:
             for label, y in picture.lines
         ],
     }  # fmt: skip
+    switchable = picture.series if len(picture.axes) > 1 else ()
     return {
         "id": _plot_id(picture),
         "axes": {axis: _text(title) for axis, title in picture.axes.items()},
-        "xs": [{axis: _numbers(series.x[axis]) for axis in picture.axes} for series in picture.series]
-        if len(picture.axes) > 1
-        else [],
+        "xs": [{axis: _numbers(series.x[axis]) for axis in picture.axes} for series in switchable],
         "data": [_trace(series, first) for series in picture.series],
         "layout": layout,
     }
@@ -352,8 +411,13 @@ def _figure(picture: Picture) -> dict[str, Any]:
 
 def _trace(series: Series, axis: str) -> dict[str, Any]:
     colour = COLOURS[series.colour % len(COLOURS)]
-    name = _text(series.name if len(series.name) <= _MOST_NAME_CHARS else f"{series.name[:_MOST_NAME_CHARS]}…")
-    trace: dict[str, Any] = {"type": "scatter", "name": name, "x": _numbers(series.x[axis]), "y": _numbers(series.y)}
+    is_short = len(series.name) <= _MOST_NAME_CHARS
+    trace: dict[str, Any] = {
+        "type": "scatter",
+        "name": _text(series.name if is_short else f"{series.name[:_MOST_NAME_CHARS]}…"),
+        "x": _numbers(series.x[axis]),
+        "y": _numbers(series.y),
+    }
     if series.labels:
         trace |= {"text": [_text(label) for label in series.labels], "hoverinfo": "text"}
     match series.kind:
@@ -367,12 +431,20 @@ def _trace(series: Series, axis: str) -> dict[str, Any]:
                 "fillcolor": colour,
             }
         case "marks":
-            trace |= {"mode": "markers", "marker": {"symbol": "diamond", "size": 8, "color": colour}}
+            trace |= {
+                "mode": "markers",
+                "marker": {"symbol": "diamond", "size": 8, "color": colour},
+            }
         case "points":
             size = 14 + 26 * float(series.sizes[0] if series.sizes is not None else 0)
             trace |= {"mode": "markers", "marker": {"size": size, "color": colour, "opacity": 0.85}}
         case "faint":
-            trace |= {"mode": "lines", "opacity": 0.3, "line": {"width": 1, "color": colour}, "showlegend": False}
+            trace |= {
+                "mode": "lines",
+                "opacity": 0.3,
+                "line": {"width": 1, "color": colour},
+                "showlegend": False,
+            }
         case _:
             dash = _DASHES[series.dash % len(_DASHES)]
             trace |= {"mode": "lines", "line": {"width": 2, "color": colour, "dash": dash}}
@@ -380,8 +452,12 @@ def _trace(series: Series, axis: str) -> dict[str, Any]:
 
 
 def _numbers(values: Any) -> list[Any]:
-    """Six digits; null where it is unknown or not finite, which leaves a gap. Text is escaped."""
-    return [
-        _text(value) if isinstance(value, str) else float(f"{value:.6g}") if np.isfinite(value) else None
-        for value in values
-    ]
+    """Return the values with six digits; text is escaped.
+
+    A value that is not finite becomes null, which leaves a gap in the picture.
+    """
+
+    def number(value: float) -> float | None:
+        return float(f"{value:.6g}") if np.isfinite(value) else None
+
+    return [_text(value) if isinstance(value, str) else number(value) for value in values]

@@ -1,4 +1,4 @@
-"""A Picture as a PNG, by matplotlib (optional): for a README or a paper."""
+"""Writes a Picture as a PNG with matplotlib, which is optional, for a README or a paper."""
 
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,11 @@ _WIDTH_INCHES, _HEIGHT_INCHES, _DPI = 8.0, 4.5, 150
 
 
 def write_png(picture: Picture, path: Path, *, axis: str | None = None) -> None:
-    """axis: one of the picture's, its first where left out. Raises UsageError without matplotlib."""
+    """Write the picture as a PNG.
+
+    axis: the horizontal axis; None for the picture's first.
+    Raises UsageError if matplotlib is not installed.
+    """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -28,7 +32,11 @@ def write_png(picture: Picture, path: Path, *, axis: str | None = None) -> None:
     for series in picture.series:
         if series.kind == "area":
             plot.fill_between(
-                series.x[chosen], bottom, bottom + series.y, color=_colour(series), label=_plain(series.name)
+                series.x[chosen],
+                bottom,
+                bottom + series.y,
+                color=_colour(series),
+                label=_plain(series.name),
             )
             bottom = bottom + series.y
         else:
@@ -36,7 +44,12 @@ def write_png(picture: Picture, path: Path, *, axis: str | None = None) -> None:
     for label, y in picture.lines:
         plot.axhline(y, color="black", linewidth=0.8, linestyle=":")
         plot.annotate(
-            _plain(label), (0.995, y), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8
+            _plain(label),
+            (0.995, y),
+            xycoords=("axes fraction", "data"),
+            ha="right",
+            va="bottom",
+            fontsize=8,
         )
     plot.set_title(_plain(picture.title), fontsize=10)
     plot.set_xlabel(_plain(picture.axes[chosen]))
@@ -53,13 +66,20 @@ def _draw(plot: Any, series: Series, *, axis: str, bars: list[Series]) -> None:
         case "bars":
             places = np.arange(len(x)) if len(x) and isinstance(x[0], str) else np.asarray(x)
             width = 0.8 * (np.diff(places).min() if len(places) > 1 else 1) / len(bars)
-            plot.bar(places + (bars.index(series) - (len(bars) - 1) / 2) * width, series.y, width, **style)
+            plot.bar(
+                places + (bars.index(series) - (len(bars) - 1) / 2) * width,
+                series.y,
+                width,
+                **style,
+            )
             if len(x) and isinstance(x[0], str):
                 plot.set_xticks(places, [_plain(str(name))[:20] for name in x])
         case "marks":
             plot.plot(x, series.y, "D", markersize=4, **style)
         case "points":
-            sizes = 40 + 160 * (series.sizes if series.sizes is not None else np.zeros(len(series.y)))
+            sizes = 40 + 160 * (
+                series.sizes if series.sizes is not None else np.zeros(len(series.y))
+            )
             plot.scatter(x, series.y, s=sizes, **style)
         case "faint":
             plot.plot(x, series.y, color=_colour(series), alpha=0.25, linewidth=0.8)
@@ -72,5 +92,5 @@ def _colour(series: Series) -> str:
 
 
 def _plain(text: str) -> str:
-    """Without matplotlib's mathematics, and not longer than a line."""
+    """Return the text without what matplotlib reads as mathematics, at most 80 characters."""
     return text.replace("$", r"\$").lstrip("_")[:80]

@@ -1,10 +1,12 @@
-"""A run as it was recorded, by fitune or by another trainer: the noun that everything in this room works on.
+"""Defines a recorded run, of fitune or of another trainer, and reads it.
 
-    read_fitune_run(path)   a run directory        read_report(path)   the runs that a report.html carries
-    (`sources.py` finds out what a path is, `foreign.py` reads other trainers)
+    read_fitune_run(path)   reads a run directory
+    read_report(path)       reads the runs that a report.html contains
 
-A curve is a mapping of columns, one float64 array each, all of one length; what is unknown is nan. Names and units are
-those of `run/metrics.py`, and `seconds` is the time at work since the run began.
+`sources.py` finds out what a path is, and `other_trainers.py` reads the runs of other trainers.
+
+A curve is a mapping of columns: float64 arrays of one length, with nan for unknown values. Names
+and units are those of `run/metrics.py`, but `seconds` is the time of training since the run began.
 """
 
 import json
@@ -25,52 +27,68 @@ from fitune.plain_files import MAX_LOG_BYTES, read_plain
 from fitune.report.thin import thin_all
 from fitune.run.directory import read_run
 from fitune.run.eval_rows import EvalRows, read_eval_rows
-from fitune.run.metrics import EvalMetrics, RunEvent, StepMetrics, read_events, read_metrics, summary_json
+from fitune.run.metrics import (
+    EvalMetrics,
+    RunEvent,
+    StepMetrics,
+    read_events,
+    read_metrics,
+    summary_json,
+)
 
 Column = npt.NDArray[np.float64]
 Curve = Mapping[str, Column]
 
 TRAIN_COLUMNS = (
-    "step", "total_tokens", "seconds", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "micro_batch",
-    "num_micro_batches", "peak_allocated_bytes", "peak_reserved_bytes", "device_used_bytes", "noise_ratio",
-    "noise_scale_tokens",
+    "step", "total_tokens", "seconds", "loss", "lr", "grad_norm", "tokens", "tokens_per_second",
+    "micro_batch", "num_micro_batches", "peak_allocated_bytes", "peak_reserved_bytes",
+    "device_used_bytes", "noise_ratio", "noise_scale_tokens",
 )  # fmt: skip
 EVAL_COLUMNS = ("step", "total_tokens", "seconds", "eval_loss", "eval_accuracy")
 MEMORY_COLUMNS = (
-    "seconds", "state_bytes", "allocated_bytes", "peak_allocated_bytes", "reserved_bytes", "peak_reserved_bytes",
-    "process_bytes", "peak_process_bytes", "device_used_bytes", "peak_device_used_bytes", "device_total_bytes",
-    "other_processes_bytes",
+    "seconds", "state_bytes", "allocated_bytes", "peak_allocated_bytes", "reserved_bytes",
+    "peak_reserved_bytes", "process_bytes", "peak_process_bytes", "device_used_bytes",
+    "peak_device_used_bytes", "device_total_bytes", "other_processes_bytes",
 )  # fmt: skip
+#: a larger config.yaml is not read, because YAML is parsed at 50,000 bytes per second; a run's own
+#: has about 10,000 bytes
 _MAX_CONFIG_BYTES = 100_000
-"""Of a run's own, which has 10,000: YAML is read at 50,000 bytes a second."""
+#: no quantity of a run is larger
 _MOST = 1e30
-"""No quantity of a run is larger."""
+#: the id of the HTML element of a report that contains its runs as JSON
 EMBEDDED_ID = "fitune-runs"
-"""The id of the element of a report that holds its runs as JSON."""
+#: the most events of a run that a report contains
+MAX_EVENTS = 200
+#: the most characters of a text that a report contains
+MAX_CHARS = 300
 
 
 @dataclass(frozen=True, kw_only=True)
 class RecordedRun:
-    """origin: fitune, transformers, llama-factory, tensorboard or minimind. settings: dotted key -> value, as far as
-    known. summary: as in summary.json. plan, env, data, peak: the files of these names, None where there are none.
-    notes: what could not be read, one sentence each. started: seconds since 1970, None where unknown."""
+    """A run as it was recorded."""
 
     name: str
     path: str
+    #: fitune, transformers, llama-factory, ms-swift, wandb, tensorboard, minimind or json
     origin: str
     state: str
+    #: dotted key -> value, as far as they are known
     settings: Mapping[str, Any]
+    #: the content of summary.json
     summary: Mapping[str, Any]
     train: Curve
     evals: Curve
     memory: Curve
     eval_rows: tuple[EvalRows, ...] = ()
     events: tuple[RunEvent, ...] = ()
+    #: the content of plan.json, env.json, data.json and peak.json; None if there is no such file
     plan: Mapping[str, Any] | None = None
     env: Mapping[str, Any] | None = None
     data: Mapping[str, Any] | None = None
     peak: Mapping[str, Any] | None = None
+    #: seconds since 1970; None where unknown
     started: float | None = None
+    #: what could not be read, one message each
     notes: tuple[str, ...] = field(default=())
 
     @property
@@ -79,12 +97,12 @@ class RecordedRun:
 
     @property
     def total_tokens(self) -> float:
-        """nan where a trainer did not count them."""
+        """The tokens up to the last step; nan if the trainer did not count them."""
         return float(self.train["total_tokens"][-1]) if self.num_steps else float("nan")
 
 
 def make_curve(names: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> Curve:
-    """Columns `names` of rows; a value that is missing or no number is nan."""
+    """Return the columns `names` of the rows; a value that is missing or no number becomes nan."""
     curve = {name: np.full(len(rows), np.nan) for name in names}
     for index, row in enumerate(rows):
         for name in names:
@@ -96,12 +114,17 @@ def make_curve(names: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> Curve
 
 
 def read_fitune_run(path: Path) -> RecordedRun:
-    """A run directory, also of a run that is going on. Raises RunDirectoryError where it is none."""
+    """Read a run directory, also of a run that is going on.
+
+    Raises RunDirectoryError if `path` is no run directory.
+    """
     record = read_run(path)
     run, notes = record.run, []
     metrics = read_metrics(run.metrics) if run.metrics.exists() else None
     if metrics and metrics.damaged_lines:
-        notes.append(f"{len(metrics.damaged_lines):,} lines of {run.metrics} are damaged and left out")
+        notes.append(
+            f"{len(metrics.damaged_lines):,} lines of {run.metrics} are damaged and left out"
+        )
     steps = metrics.steps if metrics else ()
     train = _step_curve(steps)
     env, data, peak = (_read_json(file, notes) for file in (run.env, run.data, run.peak))
@@ -142,20 +165,26 @@ def _eval_curve(evals: Sequence[EvalMetrics], train: Curve) -> Curve:
 
 
 def seconds_at(train: Curve, steps: Column) -> Column:
-    """Time at work when each of `steps` was done; 0 before the first."""
+    """Return the time of training at the end of each of `steps`; 0 before the first."""
     place = np.searchsorted(train["step"], steps, side="right")
     return np.concatenate(([0.0], train["seconds"]))[place]
 
 
 def _memory_curve(path: Path) -> tuple[Curve, float | None]:
+    """Return the curve of memory.jsonl, and the time of its first line."""
     rows = list(_json_lines(path))
     times = [float(row["time"]) for row in rows if isinstance(row.get("time"), int | float)]
     start = min(times, default=None)
-    rows = [row | {"seconds": row["time"] - start} for row in rows if isinstance(row.get("time"), int | float)]
+    rows = [
+        row | {"seconds": row["time"] - start}
+        for row in rows
+        if isinstance(row.get("time"), int | float)
+    ]
     return make_curve(MEMORY_COLUMNS, rows), start
 
 
 def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the objects of a JSON Lines file; damaged lines are skipped."""
     if not path.exists():
         return
     try:
@@ -172,12 +201,14 @@ def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _read_json(path: Path, notes: list[str]) -> Mapping[str, Any] | None:
+    """Return the object of a JSON file; if it cannot be read, add a message to `notes`."""
     if not path.exists():
         return None
     try:
         content = parse_json(read_plain(path))
         if isinstance(content, dict):
-            json.dumps(content, allow_nan=False)  # JSON has no such numbers, and a report carries this on
+            # a ValueError for nan and infinite numbers: JSON has none, and a report contains this
+            json.dumps(content, allow_nan=False)
             return content
         notes.append(f"{path} holds no object and is left out")
     except (OSError, ValueError) as error:
@@ -186,7 +217,7 @@ def _read_json(path: Path, notes: list[str]) -> Mapping[str, Any] | None:
 
 
 def _read_plan(path: Path, notes: list[str]) -> Mapping[str, Any] | None:
-    """Only one whose numbers are numbers: everything that is said of a plan counts on it."""
+    """Return the plan of a run, if its numbers are numbers: all readers of a plan rely on that."""
     plan = _read_json(path, notes)
     if plan is None:
         return None
@@ -212,11 +243,16 @@ def _has_numbers(content: Mapping[str, Any]) -> bool:
 
 
 def read_settings(path: Path, notes: list[str]) -> Mapping[str, Any]:
-    """Dotted key -> value of a config.yaml; what cannot be read is added to `notes`."""
+    """Return dotted key -> value of a config.yaml.
+
+    If it cannot be read, a message is added to `notes`.
+    """
     if not path.exists():
         return {}
     try:
-        content = parse_yaml(read_plain(path, most_bytes=_MAX_CONFIG_BYTES).decode(), str(path)).tree
+        content = parse_yaml(
+            read_plain(path, most_bytes=_MAX_CONFIG_BYTES).decode(), str(path)
+        ).tree
         return dict(flatten(content)) if isinstance(content, dict) else {}
     except (OSError, ValueError, ConfigError, RecursionError, TypeError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
@@ -225,7 +261,7 @@ def read_settings(path: Path, notes: list[str]) -> Mapping[str, Any]:
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """{'optim': {'lr': 1}} -> ('optim.lr', 1)."""
+    """Yield the leaves of a tree with dotted keys: {'optim': {'lr': 1}} -> ('optim.lr', 1)."""
     for name, value in tree.items():
         if isinstance(value, Mapping):
             yield from flatten(value, f"{prefix}{name}.")
@@ -237,29 +273,36 @@ def _number(value: Any) -> float:
     return float("nan") if value is None else float(value)
 
 
-# A report carries its runs, thinned out, so that it can be compared again.
-
-
 def embed(run: RecordedRun, *, max_points: int) -> dict[str, Any]:
-    """`run` as JSON: curves of at most `max_points`, the rows of its last evaluation, its last events."""
+    """Return the run as JSON, for a report that can be compared again.
+
+    It contains curves of at most `max_points`, the samples' losses of the last evaluation, and the
+    last events.
+    """
 
     def columns(curve: Curve, *watched: str) -> dict[str, list[float | None]]:
-        """Thinned so that the extremes of the `watched` ones are kept."""
-        known = [curve[name] for name in watched if np.isfinite(curve[name]).any()] or [curve[watched[0]]]
-        rows = thin_all(known, max_points)
-        kept = {name: column[rows] for name, column in curve.items() if np.isfinite(column).any()}
-        return {name: [_short(value) for value in column] for name, column in kept.items()}
+        """Return fewer points of the curve, with the extremes of the `watched` columns."""
+        known = [curve[name] for name in watched if np.isfinite(curve[name]).any()]
+        rows = thin_all(known or [curve[watched[0]]], max_points)
+        thinned = {
+            name: column[rows] for name, column in curve.items() if np.isfinite(column).any()
+        }
+        return {name: [_short(value) for value in column] for name, column in thinned.items()}
 
+    plain = ("name", "path", "origin", "state", "summary", "started")
     return {
-        **{name: getattr(run, name) for name in ("name", "path", "origin", "state", "summary", "started")},
+        **{name: getattr(run, name) for name in plain},
         "settings": {key: clip(value) for key, value in run.settings.items()},
         "train": columns(run.train, "loss", "peak_reserved_bytes", "device_used_bytes"),
         "evals": columns(run.evals, "eval_loss"),
         "memory": columns(run.memory, "peak_reserved_bytes", "peak_process_bytes"),
         "eval_rows": [
-            asdict(rows) | {"losses": [round(loss, 4) for loss in rows.losses]} for rows in run.eval_rows[-1:]
+            asdict(rows) | {"losses": [round(loss, 4) for loss in rows.losses]}
+            for rows in run.eval_rows[-1:]
         ],
-        "events": [asdict(event) | {"message": clip(event.message)} for event in run.events[-MAX_EVENTS:]],
+        "events": [
+            asdict(event) | {"message": clip(event.message)} for event in run.events[-MAX_EVENTS:]
+        ],
         "plan": run.plan,
         "env": run.env,
         "data": run.data,
@@ -268,12 +311,11 @@ def embed(run: RecordedRun, *, max_points: int) -> dict[str, Any]:
     }
 
 
-MAX_EVENTS = 200
-MAX_CHARS = 300
-
-
 def clip(value: Any) -> Any:
-    """Text of at most MAX_CHARS characters; anything else as it is, or as clipped text where it is no plain value."""
+    """Cut a text to MAX_CHARS characters.
+
+    Numbers, booleans and None are returned unchanged; any other value is returned as cut text.
+    """
     if isinstance(value, bool | int | float) or value is None:
         return value
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
@@ -281,31 +323,42 @@ def clip(value: Any) -> Any:
 
 
 def _short(value: float) -> float | None:
-    """Seven digits; unknown as null, and infinite as null too, since JSON has neither."""
+    """Return the value with seven digits, or None for nan and infinity, which JSON lacks."""
     return float(f"{value:.7g}") if np.isfinite(value) else None
 
 
 def read_report(path: Path) -> tuple[RecordedRun, ...]:
-    """The runs that a report of fitune carries. Raises RunDirectoryError where it carries none."""
+    """Return the runs that a report of fitune contains.
+
+    Raises RunDirectoryError if there are none.
+    """
     finder = _Embedded()
     try:
         finder.feed(read_plain(path, follow=True).decode())
         content = parse_json("".join(finder.parts))
         return tuple(_unembed(each) for each in content["runs"])
-    except Exception as error:  # of a file that anybody may have written
-        raise RunDirectoryError(f"{path} holds no runs: it is no report of fitune, or a damaged one") from error
+    # any exception, because anybody may have written the file
+    except Exception as error:
+        raise RunDirectoryError(
+            f"{path} holds no runs: it is no report of fitune, or a damaged one"
+        ) from error
 
 
 def _unembed(content: Mapping[str, Any]) -> RecordedRun:
+    """Return the run that `embed` returned as JSON."""
+
     def curve(names: Sequence[str], columns: Mapping[str, Sequence[float | None]]) -> Curve:
         length = max(map(len, columns.values()), default=0)
         return {
-            name: np.array([_number(value) for value in columns[name]]) if name in columns else np.full(length, np.nan)
+            name: np.array([_number(value) for value in columns[name]])
+            if name in columns
+            else np.full(length, np.nan)
             for name in names
         }
 
+    plain = ("name", "path", "origin", "state", "summary", "settings", "started")
     return RecordedRun(
-        **{name: content[name] for name in ("name", "path", "origin", "state", "summary", "settings", "started")},
+        **{name: content[name] for name in plain},
         **{name: content[name] for name in ("plan", "env", "data", "peak")},
         train=curve(TRAIN_COLUMNS, content["train"]),
         evals=curve(EVAL_COLUMNS, content["evals"]),

@@ -1,4 +1,8 @@
-"""What a path holds -> its runs: a run directory, a sweep, a directory of runs, a report, another trainer's record."""
+"""Finds and reads the runs in a path.
+
+The path may be a run directory, a sweep, a directory of runs, a report of fitune, or the record of
+another trainer.
+"""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +25,10 @@ from fitune.run.sweep import SWEEP_FILE, read_states
 
 
 def read_recorded(path: Path) -> tuple[RecordedRun, ...]:
-    """The runs in `path`: one, or those of a report or of a directory of runs. Raises RunDirectoryError."""
+    """Return the run in `path`, or the runs of a report, a sweep or a directory of runs.
+
+    Raises RunDirectoryError if there is none, or if it cannot be read.
+    """
     with told_as(RunDirectoryError, f"{path} cannot be read as a run", "mend it, or leave it out"):
         return _read(path)
 
@@ -34,14 +41,19 @@ def _read(path: Path) -> tuple[RecordedRun, ...]:
     if (path / SWEEP_FILE).is_file():
         return tuple(_sweep(path))
     if path.is_dir():
-        inside = sorted(entry for entry in path.iterdir() if RunDirectory(entry).checkpoints.is_dir())
+        inside = sorted(
+            entry for entry in path.iterdir() if RunDirectory(entry).checkpoints.is_dir()
+        )
         if inside:
             return tuple(read_fitune_run(entry) for entry in inside)
-    foreign = find_foreign(path)  # last: a run of ours may hold TensorBoard's files
+    # last, because a run of fitune may contain TensorBoard's files
+    foreign = find_foreign(path)
     if foreign is not None:
         return (foreign,)
     if not path.exists():
-        raise RunDirectoryError(f"{path} does not exist: give the directory of a run, such as runs/NAME")
+        raise RunDirectoryError(
+            f"{path} does not exist: give the directory of a run, such as runs/NAME"
+        )
     raise RunDirectoryError(
         f"{path} holds no run: give a run directory, a report of fitune, trainer_state.json, trainer_log.jsonl, "
         "ms-swift's logging.jsonl, a TensorBoard directory, a csv of wandb, or a log that minimind or transformers' "
@@ -50,7 +62,10 @@ def _read(path: Path) -> tuple[RecordedRun, ...]:
 
 
 def _sweep(path: Path) -> Iterator[RecordedRun]:
-    """In its order; a run that does not fit stands there with its plan alone, one that has not begun does not."""
+    """Yield the runs of a sweep in its order.
+
+    A run that does not fit has its plan only; a run that has not begun is left out.
+    """
     for name, state in read_states(path).items():
         if RunDirectory(path / name).checkpoints.is_dir():
             yield read_fitune_run(path / name)

@@ -1,4 +1,4 @@
-"""A comparison as rows of text: for a terminal, Markdown, CSV, JSON and a notebook."""
+"""Writes a comparison as a table: for a terminal, Markdown, CSV, JSON and a notebook."""
 
 import csv
 import html
@@ -14,19 +14,20 @@ from fitune.report.verdicts import verdicts
 from fitune.run.interval import ConfidenceInterval
 from fitune.units import format_count, format_gib
 
+#: the index of the training loss in `columns`: a narrow screen shows the eval loss alone
 TRAIN_COLUMN = 5
-"""Where the training loss stands in `columns`: a narrow screen leaves it out beside the eval loss."""
 
 
 def columns(comparison: Comparison) -> list[str]:
-    """Headings; one that starts with '>' is a column of numbers."""
+    """Return the headings. One that starts with '>' marks a column of numbers."""
     return [
-        say("run"), say("micro x accum"), say(">lr"), say(">peak GiB"), say(">tok/s"), say(">train loss"),
-        say(">eval loss"), say(">to the first"),
+        say("run"), say("micro x accum"), say(">lr"), say(">peak GiB"), say(">tok/s"),
+        say(">train loss"), say(">eval loss"), say(">to the first"),
     ]  # fmt: skip
 
 
 def cells(row: ComparedRun) -> list[str]:
+    """Return a run's texts for the columns."""
     return [
         f"* {row.name}" if row.on_front else row.name,
         "n/a" if row.effective_batch is None else row.split,
@@ -40,7 +41,7 @@ def cells(row: ComparedRun) -> list[str]:
 
 
 def peak(row: ComparedRun) -> str:
-    """'16.9', of the whole run; '(16.7)' where there is the prediction alone."""
+    """Return the peak of the whole run in GiB: '16.9', or '(16.7)' if it is only predicted."""
     if row.run_peak_bytes is None and row.predicted_bytes is not None:
         return f"({format_gib(row.predicted_bytes)})"
     return format_gib(row.run_peak_bytes)
@@ -51,7 +52,11 @@ def number(value: float | None, decimals: int = 3) -> str:
 
 
 def difference(interval: ConfidenceInterval | None) -> str:
-    """'-0.041 ±0.004 !' where it is more than chance; the half-width is the larger side of the interval."""
+    """Return a difference with its interval: '-0.041 ±0.004 !'.
+
+    The '!' is there if the difference is more than chance. The interval may be asymmetric; its
+    larger side is shown.
+    """
     if interval is None:
         return ""
     half = max(interval.high - interval.mean, interval.mean - interval.low)
@@ -65,37 +70,47 @@ def heading(comparison: Comparison) -> str:
 
 
 def legend() -> str:
-    return say("* nothing else is better all round · ! more than chance (95 %, paired over the held-out samples)")
+    return say(
+        "* nothing else is better all round · ! more than chance (95 %, paired over the held-out samples)"
+    )
 
 
 def markdown(comparison: Comparison) -> str:
     heads = columns(comparison)
     rule = ["---:" if head.startswith(">") else "---" for head in heads]
-    lines = [[head.removeprefix(">") for head in heads], rule, *(cells(row) for row in comparison.rows)]
-    body = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-    sentences = "\n".join(f"- {translated(sentence)}" for sentence in [*verdicts(comparison), *comparison.notes])
+    lines = [
+        [head.removeprefix(">") for head in heads],
+        rule,
+        *(cells(row) for row in comparison.rows),
+    ]
+    body = "\n".join(
+        "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines
+    )
+    sentences = "\n".join(
+        f"- {translated(sentence)}" for sentence in [*verdicts(comparison), *comparison.notes]
+    )
     return f"{heading(comparison)}\n\n{body}\n\n{legend()}\n\n{sentences}\n"
 
 
 def csv_text(comparison: Comparison) -> str:
-    """One line a run, numbers in full and in the units of their names; then the settings that differ."""
+    """Return a line for each run, with all digits, and with the settings that differ.
+
+    Units are in the names of the columns.
+    """
     out = io.StringIO()
     rows = [row_json(row) for row in comparison.rows]
-    flat = [
-        {key: value for key, value in row.items() if not isinstance(value, dict)}
-        | {
-            f"{key}_{part}": each
-            for key, value in row.items()
-            if isinstance(value, dict)
-            for part, each in value.items()
-        }
-        for row in rows
-    ]
+    flat: list[dict[str, Any]] = []
+    for row in rows:
+        line = {key: value for key, value in row.items() if not isinstance(value, dict)}
+        for key, value in row.items():
+            if isinstance(value, dict):
+                line |= {f"{key}_{part}": each for part, each in value.items()}
+        flat.append(line)
     names = list(dict.fromkeys(key for row in flat for key in row))
     writer = csv.DictWriter(out, [*names, *comparison.differing], restval="", lineterminator="\n")
     writer.writeheader()
-    for index, row in enumerate(flat):
-        writer.writerow(row | {key: values[index] for key, values in comparison.differing.items()})
+    for index, line in enumerate(flat):
+        writer.writerow(line | {key: values[index] for key, values in comparison.differing.items()})
     return out.getvalue()
 
 
@@ -112,8 +127,8 @@ def comparison_json(comparison: Comparison) -> dict[str, Any]:
 
 def row_json(row: ComparedRun) -> dict[str, Any]:
     names = (
-        "effective_batch", "split", "lr", "predicted_bytes", "measured_bytes", "run_peak_bytes", "tokens_per_second",
-        "seconds", "train_loss", "eval_loss", "on_front",
+        "effective_batch", "split", "lr", "predicted_bytes", "measured_bytes", "run_peak_bytes",
+        "tokens_per_second", "seconds", "train_loss", "eval_loss", "on_front",
     )  # fmt: skip
     intervals = {name: getattr(row, name) for name in ("train_difference", "eval_difference")}
     return {
@@ -122,7 +137,10 @@ def row_json(row: ComparedRun) -> dict[str, Any]:
         "origin": row.run.origin,
         "state": row.run.state,
         **{name: _finite(getattr(row, name)) for name in names},
-        **{name: None if interval is None else asdict(interval) for name, interval in intervals.items()},
+        **{
+            name: None if interval is None else asdict(interval)
+            for name, interval in intervals.items()
+        },
     }
 
 
@@ -131,13 +149,15 @@ def _finite(value: Any) -> Any:
 
 
 def html_table(comparison: Comparison) -> str:
-    """For a notebook: the table, what differs, and what it says. Everything is escaped."""
+    """Return the table and the verdicts as HTML for a notebook, with all text escaped."""
     heads = columns(comparison)
     table = _table(heads, [cells(row) for row in comparison.rows])
     sentences = "".join(
-        f"<li>{html.escape(translated(text))}</li>" for text in [*verdicts(comparison), *comparison.notes]
+        f"<li>{html.escape(translated(text))}</li>"
+        for text in [*verdicts(comparison), *comparison.notes]
     )
-    return f"<p>{html.escape(heading(comparison))}</p>{table}<p>{html.escape(legend())}</p><ul>{sentences}</ul>"
+    head, foot = html.escape(heading(comparison)), html.escape(legend())
+    return f"<p>{head}</p>{table}<p>{foot}</p><ul>{sentences}</ul>"
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -154,8 +174,10 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def differing_rows(comparison: Comparison) -> list[list[str]]:
-    """[key, value of each run ...], text."""
-    return [[key, *(show(value) for value in values)] for key, values in comparison.differing.items()]
+    """Return a row for each setting that differs: its key, and its value in each run as text."""
+    return [
+        [key, *(show(value) for value in values)] for key, values in comparison.differing.items()
+    ]
 
 
 def show(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""What a comparison says, in sentences."""
+"""Writes the results of a comparison as sentences."""
 
 import math
 from collections.abc import Iterator
@@ -8,13 +8,17 @@ import numpy as np
 from fitune.batch_size.scaling import rate_factor
 from fitune.language import say
 from fitune.optimizers.table import OPTIMIZERS
-from fitune.report.compare import ComparedRun, Comparison, CurveCheck, eval_interval, last_split
+from fitune.report.compare import ComparedRun, Comparison, CurveCheck, eval_interval
+from fitune.report.run_figures import last_split
 from fitune.units import format_bytes, format_count
 
 
 def verdicts(comparison: Comparison) -> list[str]:
-    """Which run is best, what fits, what is the same run, what accumulation cost and gained, which rate was right: a
-    sentence each."""
+    """Return what the comparison shows, one sentence each.
+
+    They say which run is best, which fit, which are the same training, what a larger batch cost and
+    gained, and which rate was best.
+    """
     return [
         *_best(comparison),
         *_fits(comparison),
@@ -39,17 +43,20 @@ def _fits(comparison: Comparison) -> Iterator[str]:
     if len(comparison.rows) > 1 and ran and any(row.run_peak_bytes for row in ran):
         listed = ", ".join(f"{row.name} {format_bytes(row.run_peak_bytes)}" for row in ran)
         yield say("fits, by the peak as measured: {listed}", listed=listed)
-    if listed := "; ".join(f"{row.name} {prediction(row)}" for row in ran if row.prediction_error is not None):
+    if listed := "; ".join(
+        f"{row.name} {prediction(row)}" for row in ran if row.prediction_error is not None
+    ):
         yield say("the step that was predicted, predicted and measured: {listed}", listed=listed)
 
 
 def prediction(row: ComparedRun) -> str:
-    """Of the step that was predicted: '19.0 GiB, 20.0 GiB (-5.0%)'."""
+    """Return the predicted and the measured memory of a step: '19.0 GiB, 20.0 GiB (-5.0%)'."""
     error = "" if row.prediction_error is None else f" ({row.prediction_error:+.1%})"
     return f"{format_bytes(row.predicted_bytes)}, {format_bytes(row.measured_bytes)}{error}"
 
 
 def _same(comparison: Comparison, check: CurveCheck) -> str:
+    """Return whether two runs that should be the same training have the same losses."""
     rows = {row.name: row for row in comparison.rows}
     first, second = rows[check.first], rows[check.second]
     values = {
@@ -69,18 +76,23 @@ def _same(comparison: Comparison, check: CurveCheck) -> str:
         "{first} and {second} are the same run: their losses differ by at most {difference} over {num_steps} steps. "
         "Choose by memory and speed: {facts}",
         **values,
-        facts=_beside(first, second),
+        facts=_memory_and_speed(first, second),
     )
 
 
-def _beside(first: ComparedRun, second: ComparedRun) -> str:
+def _memory_and_speed(first: ComparedRun, second: ComparedRun) -> str:
+    """Return which of two runs needs less memory, and which is faster."""
     parts = []
     if first.peak_bytes and second.peak_bytes:
         lower, higher = sorted((first, second), key=lambda row: row.peak_bytes or 0)
         assert lower.peak_bytes is not None
         assert higher.peak_bytes is not None
         parts.append(
-            say("{name} takes {less} less", name=lower.name, less=format_bytes(higher.peak_bytes - lower.peak_bytes))
+            say(
+                "{name} takes {less} less",
+                name=lower.name,
+                less=format_bytes(higher.peak_bytes - lower.peak_bytes),
+            )
         )
     if first.tokens_per_second and second.tokens_per_second:
         slower, faster = sorted((first, second), key=lambda row: row.tokens_per_second or 0.0)
@@ -92,11 +104,16 @@ def _beside(first: ComparedRun, second: ComparedRun) -> str:
 
 
 def _accumulation(comparison: Comparison) -> Iterator[str]:
-    """The best run of each larger batch beside the best of the smallest."""
-    batches = sorted({row.effective_batch for row in comparison.rows if row.effective_batch and row.eval_loss})
+    """Compare the best run of each larger batch with the best run of the smallest batch."""
+    batches = sorted(
+        {row.effective_batch for row in comparison.rows if row.effective_batch and row.eval_loss}
+    )
     if len(batches) < 2:
         return
-    best = {batch: _lowest([row for row in comparison.rows if row.effective_batch == batch]) for batch in batches}
+    best = {
+        batch: _lowest([row for row in comparison.rows if row.effective_batch == batch])
+        for batch in batches
+    }
     small = best[batches[0]]
     for batch in batches[1:]:
         large = best[batch]
@@ -123,17 +140,25 @@ def _accumulation(comparison: Comparison) -> Iterator[str]:
 
 
 def _allowed_rates(comparison: Comparison) -> Iterator[str]:
-    """What the measured noise says of the rate of each larger batch, from the best rate of the smallest."""
+    """Say which rate the gradient noise allows for each larger batch.
+
+    The rates are relative to the best rate of the smallest batch.
+    """
     batches = sorted({row.effective_batch for row in comparison.rows if row.effective_batch})
+    # The noise is that of a run with the smallest batch: with a larger batch a run gets less far in
+    # the same number of tokens, and the noise is smaller there. A measurement over two or more
+    # micro-batches is more accurate.
     measured = sorted(
         (row for row in comparison.rows if row.effective_batch and _noise_rows(row) is not None),
         key=lambda row: (row.effective_batch, (last_split(row.run)[1] or 1) < 2, _loss(row)),
-    )  # the larger the batch, the less far a run comes in the same tokens, where there is less noise; pairs are surer
-    small = _lowest([row for row in comparison.rows if row.effective_batch == batches[0]]) if batches else None
+    )
+    smallest = [row for row in comparison.rows if batches and row.effective_batch == batches[0]]
+    small = _lowest(smallest)
     if not measured or small is None or small.lr is None:
         return
     noise = _noise_rows(measured[0])
-    kind = OPTIMIZERS.get(small.run.settings.get("optim.name", "adamw"))  # a run of another tool may have any name
+    # the run of another trainer may have an optimizer with any name
+    kind = OPTIMIZERS.get(small.run.settings.get("optim.name", "adamw"))
     adaptive = kind is None or kind.is_adaptive
     assert noise is not None
     for batch in batches[1:]:
@@ -156,8 +181,11 @@ def _allowed_rates(comparison: Comparison) -> Iterator[str]:
 
 
 def _noise_rows(row: ComparedRun) -> float | None:
-    """The noise scale of a run in rows: the median over its last three quarters, as far as there was a signal. None
-    where it was not measured or the batch did not stay."""
+    """Return the noise scale of a run in samples: the median over the last three quarters.
+
+    Steps whose noise could not be measured do not count. Returns None if no step was measured, or
+    if the batch changed during the run.
+    """
     ratios = row.run.train["noise_ratio"]
     later = ratios[len(ratios) // 4 :]
     known = later[np.isfinite(later)]
@@ -168,14 +196,27 @@ def _noise_rows(row: ComparedRun) -> float | None:
 
 
 def _rates(comparison: Comparison) -> Iterator[str]:
+    """Say which of the tried rates was best, for each batch."""
     for batch in sorted({row.effective_batch for row in comparison.rows if row.effective_batch}):
-        rows = [row for row in comparison.rows if row.effective_batch == batch and row.lr and row.eval_loss]
+        rows = [
+            row
+            for row in comparison.rows
+            if row.effective_batch == batch and row.lr and row.eval_loss
+        ]
         best = _lowest(rows)
-        others = {row.lr: row for row in sorted(rows, key=_loss, reverse=True) if best and row.lr != best.lr}
+        others = {
+            row.lr: row
+            for row in sorted(rows, key=_loss, reverse=True)
+            if best and row.lr != best.lr
+        }
         if best is None or not others:
             continue
         listed = "; ".join(
-            say("{rate} {difference}", rate=f"{lr:.2g}", difference=_difference(comparison, row, best))
+            say(
+                "{rate} {difference}",
+                rate=f"{lr:.2g}",
+                difference=_difference(comparison, row, best),
+            )
             for lr, row in sorted(others.items())
         )
         yield say(
@@ -200,7 +241,9 @@ def _best(comparison: Comparison) -> Iterator[str]:
         and not found.excludes_zero
     ]
     rates = {row.lr for row in rows if row.lr}
-    rate = say(" (learning rate {rate})", rate=f"{best.lr:.2g}") if len(rates) > 1 and best.lr else ""
+    rate = (
+        say(" (learning rate {rate})", rate=f"{best.lr:.2g}") if len(rates) > 1 and best.lr else ""
+    )
     yield say(
         "best: {name}{rate}, with the lowest eval loss, {loss}, {speed} tokens/s, {peak}",
         name=best.name,
@@ -212,20 +255,26 @@ def _best(comparison: Comparison) -> Iterator[str]:
 
 
 def _difference(comparison: Comparison, row: ComparedRun, other: ComparedRun) -> str:
-    """row - other, with its interval where there is one."""
+    """Return the difference of the eval losses, row - other, with its interval if there is one."""
     interval = eval_interval(comparison, row.name, other.name)
     if interval is None:
         assert row.eval_loss is not None
         assert other.eval_loss is not None
         return say("{change} (no interval)", change=f"{row.eval_loss - other.eval_loss:+.4f}")
-    values = {"change": f"{interval.mean:+.4f}", "low": f"{interval.low:+.4f}", "high": f"{interval.high:+.4f}"}
+    values = {
+        "change": f"{interval.mean:+.4f}",
+        "low": f"{interval.low:+.4f}",
+        "high": f"{interval.high:+.4f}",
+    }
     if interval.excludes_zero:
         return say("{change} (95 %: {low} to {high})", **values)
     return say("{change} (95 %: {low} to {high}, within chance)", **values)
 
 
 def _loss(row: ComparedRun) -> float:
-    return float("inf") if row.eval_loss is None or not np.isfinite(row.eval_loss) else row.eval_loss
+    """Return the eval loss, or infinity if it is unknown."""
+    loss = row.eval_loss
+    return loss if loss is not None and np.isfinite(loss) else float("inf")
 
 
 def _lowest(rows: list[ComparedRun]) -> ComparedRun | None:
@@ -234,7 +283,7 @@ def _lowest(rows: list[ComparedRun]) -> ComparedRun | None:
 
 
 def outcome(row: ComparedRun) -> str:
-    """One run in a sentence."""
+    """Return the results of one run as a sentence."""
     evals = row.run.evals["eval_loss"]
     finite = evals[np.isfinite(evals)]
     change = say("no evaluation") if not len(finite) else f"{finite[0]:.3f} → {finite[-1]:.3f}"

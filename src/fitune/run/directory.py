@@ -1,48 +1,51 @@
-"""A run on disk: one directory, plain files, each written by one stage and readable while the run goes on.
+"""A run on the disk: one directory with plain files, which can be read while the run goes on.
 
-    config.yaml     what was asked for, with the origin of each value
-    env.json        the machine          plan.json      what was chosen, and why
-    data.json       what the data is     peak.json      what is alive at the predicted peak
-    eval_rows.jsonl  each evaluation, row by row
-    metrics.jsonl   one line a step      memory.jsonl   memory over time
-    events.jsonl    what happened        journal.jsonl  what each step did, for resume and replay
-    summary.json    the run in numbers   report.html    the run in pictures
-    probe.json      what was tried before it (train.probe)
-    checkpoints/    to resume from       best/ last/    to use: transformers directories
-    trackers/       what the trackers of run.trackers keep here
-    lock            held while a process works on the run; its time is the heartbeat
+    config.yaml      the configuration, with the origin of each value
+    env.json         the machine
+    data.json        the data
+    plan.json        what was chosen, and why
+    peak.json        what is allocated at the predicted peak
+    metrics.jsonl    one line per step and evaluation
+    eval_rows.jsonl  one line per evaluation, with the loss of each sample
+    memory.jsonl     memory over time
+    events.jsonl     what happened
+    journal.jsonl    what each step did, for resume and replay
+    summary.json     the run in numbers
+    report.html      the run in charts
+    probe.json       what was tried before the run (train.probe)
+    checkpoints/     to resume from
+    best/ last/      to use: transformers directories
+    trackers/        files of the trackers in run.trackers
+    lock             locked while a process works on the run; its mtime is the heartbeat
 
-Whole files are written atomically: a reader sees the old one or the new one, also after a power cut. A process that
-dies, however it dies, loses its lock, so that a crashed run is told from a running one.
+Whole files are written atomically: a reader sees the old or the new one, even after a power cut. A
+process that dies in any way loses its lock, which distinguishes a crashed run from a running one.
 """
 
 import json
 import os
 import re
 import shutil
-import socket
 import sys
-import threading
-import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from fitune.boundary import parse_json
 from fitune.errors import RunDirectoryError
-from fitune.plain_files import find_strange, open_plain, read_plain
+from fitune.plain_files import find_strange, open_plain
+from fitune.run.lock import has_heartbeat, heartbeat, is_locked, lock_holder, try_lock
 from fitune.run.metrics import Summary, read_summary
 
 State = Literal["running", "finished", "stopped", "failed", "crashed", "damaged"]
-HEARTBEAT_SECONDS = 10.0
-SILENCE_SECONDS = 60.0
 OUTPUT_KEY = "run.output"
 
 
 @dataclass(frozen=True, slots=True)
 class RunDirectory:
+    """The paths of a run's files."""
+
     path: Path
 
     @property
@@ -99,7 +102,7 @@ class RunDirectory:
 
     @property
     def branches(self) -> Path:
-        """While a probe goes on: a run directory for each setting that is tried."""
+        """During a probe: a run directory for each setting that is tried."""
         return self.path / "probe"
 
     @property
@@ -129,74 +132,110 @@ class RunDirectory:
 
 @dataclass(frozen=True, slots=True)
 class RunRecord:
-    """A run as it stands now. summary: None before the first one is written. updated: the time of its last sign of
-    life, in seconds since 1970. fault: why a damaged run cannot be read."""
+    """A run as it is now."""
 
     run: RunDirectory
     state: State
+    #: None before the first one is written
     summary: Summary | None
+    #: when it last showed a sign of life, in seconds since 1970
     updated: float
+    #: why a damaged run cannot be read
     fault: str | None = None
 
 
 def check_place(output: Path, name: str, *, overwrite: bool = False) -> None:
-    """Raises RunDirectoryError for what `create_run` would refuse, as far as that is seen without writing."""
+    """Raise RunDirectoryError for what `create_run` would refuse, as far as reading can tell."""
     if not name or not name.isprintable() or Path(name).name != name or name in (".", ".."):
-        raise RunDirectoryError(f"run.name {name!r} is not the name of a directory: use letters, digits, - and _")
+        raise RunDirectoryError(
+            f"run.name {name!r} is not the name of a directory: use letters, digits, - and _"
+        )
     path = output / name
-    with _said(f"{path} cannot be created"):
+    with _os_errors_reported(f"{path} cannot be created"):
         for place in (output, *output.parents):
             if place.exists() and not place.is_dir():
-                raise RunDirectoryError(f"{place} is a file, and runs are kept in a directory: give another run.output")
-        if name.endswith("-") or not path.exists() or (path.is_dir() and _never_began(RunDirectory(path))):
+                raise RunDirectoryError(
+                    f"{place} is a file, and runs are kept in a directory: give another run.output"
+                )
+        if (
+            name.endswith("-")
+            or not path.exists()
+            or (path.is_dir() and _never_began(RunDirectory(path)))
+        ):
             return
         if not path.is_dir() or not _is_run(path):
-            raise RunDirectoryError(f"{path} exists and is not a run: choose another run.name, or remove it yourself")
+            raise RunDirectoryError(
+                f"{path} exists and is not a run: choose another run.name, or remove it yourself"
+            )
         if not overwrite:
             raise RunDirectoryError(f"{path} exists: choose another run.name, or give --overwrite")
 
 
 def create_run(output: Path, name: str, *, overwrite: bool = False) -> RunDirectory:
-    """A fresh directory `output/name` with an empty checkpoints/. Where `name` ends in '-', the next free number is
-    added, as in `name-0001`; two processes never get the same.
+    """Create the directory `output/name` with an empty checkpoints/.
 
-    Raises RunDirectoryError where it exists and not `overwrite`, where it is no run or a run that still works, and
-    where it cannot be written. `overwrite` removes the files of a run, and only those.
+    If `name` ends in '-', the next free number is appended, as in `name-0001`; two processes never
+    get the same number.
+
+    Raises RunDirectoryError if the directory exists and `overwrite` is not set, if it is not a run
+    or a process works on it, or if it cannot be written. `overwrite` removes the files of the run
+    and no others.
     """
     check_place(output, name, overwrite=overwrite)
-    with _said(f"{output / name} cannot be created"):
+    with _os_errors_reported(f"{output / name} cannot be created"):
         output.mkdir(parents=True, exist_ok=True)
-        run = _next_number(output, name) if name.endswith("-") else _given_name(output / name, overwrite=overwrite)
+        run = (
+            _next_number(output, name)
+            if name.endswith("-")
+            else _given_name(output / name, overwrite=overwrite)
+        )
         run.lock.touch()
         run.checkpoints.mkdir(exist_ok=True)
     return run
 
 
 def name_prefix(model: str, data: str) -> str:
-    """('org/MiniMind2', 'data/sft_2048.jsonl#500') -> 'MiniMind2-sft_2048-', which `create_run` numbers."""
+    """Make a name that `create_run` numbers from model and data.
+
+    Example: ('org/MiniMind2', 'data/sft_2048.jsonl#500') -> 'MiniMind2-sft_2048-'.
+    """
     names = (Path(source.partition("#")[0]).name for source in (model, data))
     return "".join(
-        re.sub(r"[^\w.-]+", "_", re.sub(r"\.[a-z][a-z0-9]{1,6}$", "", name)).strip(".") + "-" for name in names
+        re.sub(r"[^\w.-]+", "_", re.sub(r"\.[a-z][a-z0-9]{1,6}$", "", name)).strip(".") + "-"
+        for name in names
     )
 
 
-BEGIN_ONE = "'fitune train CONFIG' begins one; give the directory where others are kept (run.output)"
+BEGIN_ONE = (
+    "'fitune train CONFIG' begins one; give the directory where others are kept (run.output)"
+)
 
 
 def open_run(path: Path) -> RunDirectory:
-    """An existing run. Raises RunDirectoryError where there is none."""
+    """Return the existing run at this path. Raises RunDirectoryError if there is none."""
     if not path.is_dir():
-        raise RunDirectoryError(f"{path} is not a directory: give the directory of a run, such as runs/NAME")
+        raise RunDirectoryError(
+            f"{path} is not a directory: give the directory of a run, such as runs/NAME"
+        )
     if not _is_run(path):
-        raise RunDirectoryError(f"{path} is not the directory of a run: 'fitune runs {path}' lists the runs in it")
+        raise RunDirectoryError(
+            f"{path} is not the directory of a run: 'fitune runs {path}' lists the runs in it"
+        )
     return RunDirectory(path)
 
 
 def read_run(path: Path) -> RunRecord:
-    """Raises RunDirectoryError where there is no run. A summary that cannot be read, or a file that is none of the
-    run's own, makes its state 'damaged'."""
+    """Read the state of the run at this path.
+
+    Raises RunDirectoryError if there is no run. If the summary cannot be read, or one of the run's
+    files is a link or a device, its state is 'damaged'.
+    """
     run = open_run(path)
-    times = [file.stat().st_mtime for file in (run.path, run.lock, run.metrics, run.summary) if file.exists()]
+    times = [
+        file.stat().st_mtime
+        for file in (run.path, run.lock, run.metrics, run.summary)
+        if file.exists()
+    ]
     try:
         check_run_files(run)
         summary = read_summary(run.summary) if run.summary.exists() else None
@@ -206,34 +245,52 @@ def read_run(path: Path) -> RunRecord:
 
 
 def list_runs(output: Path) -> list[RunRecord]:
-    """The runs directly below `output`, the one with the latest sign of life last. Raises RunDirectoryError where
-    `output` is not a directory."""
+    """Return the runs directly below `output`, with the latest sign of life last.
+
+    Raises RunDirectoryError if `output` is not a directory.
+    """
     if not output.exists():
-        raise RunDirectoryError(f"{output} is not a directory, so there are no runs yet: {BEGIN_ONE}")
+        raise RunDirectoryError(
+            f"{output} is not a directory, so there are no runs yet: {BEGIN_ONE}"
+        )
     if not output.is_dir():
-        raise RunDirectoryError(f"{output} is not a directory: give the one that runs are kept in (run.output)")
-    with _said(f"{output} cannot be read"):
+        raise RunDirectoryError(
+            f"{output} is not a directory: give the one that runs are kept in (run.output)"
+        )
+    with _os_errors_reported(f"{output} cannot be read"):
         records = [record for path in output.iterdir() if (record := _listed(path)) is not None]
     return sorted(records, key=lambda record: (record.updated, record.run.name))
 
 
 def _listed(path: Path) -> RunRecord | None:
-    """None where there is no run. What cannot even be looked into is listed as damaged, as the oldest."""
+    """Return the run at this path, or None if there is none.
+
+    A directory that cannot be read is listed as damaged, and as the oldest.
+    """
     try:
         return read_run(path) if _is_run(path) else None
     except (OSError, RunDirectoryError) as error:
         reason = getattr(error, "strerror", None) or error
-        return RunRecord(RunDirectory(path), "damaged", None, 0.0, f"{path} cannot be read: {reason}")
+        return RunRecord(
+            RunDirectory(path), "damaged", None, 0.0, f"{path} cannot be read: {reason}"
+        )
 
 
 def check_run_files(run: RunDirectory, *, deep: bool = False) -> None:
-    """Raises RunDirectoryError where something in the run directory that fitune reads and writes is neither a file nor
-    a directory of its own: a symbolic link leads out of the run, a FIFO or a device has no end. deep: also in the
-    directories of weights and checkpoints."""
+    """Raise RunDirectoryError if a file of the run is not a regular file or directory.
+
+    A symbolic link leads out of the run, and a FIFO or a device has no end.
+
+    deep: check the directories of weights and checkpoints too.
+    """
     names = [*_texts(run), run.lock, *_directories(run)]
     found = find_strange(names)
     if deep and found is None:
-        inside = (path for directory in (run.checkpoints, run.best, run.last) for path in directory.rglob("*"))
+        inside = (
+            path
+            for directory in (run.checkpoints, run.best, run.last)
+            for path in directory.rglob("*")
+        )
         found = find_strange(inside)
     if found is not None:
         raise RunDirectoryError(f"{found}: put the file itself there, or leave the run alone")
@@ -241,33 +298,33 @@ def check_run_files(run: RunDirectory, *, deep: bool = False) -> None:
 
 @contextmanager
 def working_on(run: RunDirectory) -> Iterator[None]:
-    """Hold the run's lock and keep its heartbeat. Raises RunDirectoryError where another process holds it."""
-    with _said(f"{run.lock} cannot be written"):
+    """Hold the run's lock and update its heartbeat.
+
+    Raises RunDirectoryError if another process holds the lock.
+    """
+    with _os_errors_reported(f"{run.lock} cannot be written"):
         descriptor = open_plain(run.lock, os.O_RDWR | os.O_CREAT)
     try:
-        if (locked := _try_lock(descriptor)) is False or _beats(run, elsewhere=locked is not None):
-            raise RunDirectoryError(f"{run.path} is being worked on by {_holder(run)}: wait for it, or stop it first")
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode())
-        stopped = threading.Event()
-        heart = threading.Thread(target=_beat, args=(run.lock, stopped), name="heartbeat", daemon=True)
-        heart.start()
-        try:
+        locked = try_lock(descriptor)
+        if locked is False or has_heartbeat(run.lock, elsewhere=locked is not None):
+            raise RunDirectoryError(
+                f"{run.path} is being worked on by {lock_holder(run.lock)}: wait for it, or stop it first"
+            )
+        with heartbeat(run.lock, descriptor):
             yield
-        finally:
-            stopped.set()
-            heart.join()
-            with suppress(OSError):
-                os.utime(run.lock, (0, 0))  # no heartbeat: other machines need not wait for its silence
     finally:
         os.close(descriptor)
 
 
 def write_atomically(path: Path, text: str, *, place: str = OUTPUT_KEY) -> None:
-    """The whole file or, after any failure, the old one. place: where the user said it is to be. Raises
-    RunDirectoryError (no space, no permission)."""
+    """Write the whole file, or leave the old one after any failure.
+
+    place: the configuration key that the user can change.
+
+    Raises RunDirectoryError (no space, no permission).
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with _said(f"{path} cannot be written", place=place):
+    with _os_errors_reported(f"{path} cannot be written", place=place):
         try:
             temporary.unlink(missing_ok=True)
             with temporary.open("x", encoding="utf-8") as file:
@@ -281,12 +338,20 @@ def write_atomically(path: Path, text: str, *, place: str = OUTPUT_KEY) -> None:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """As `write_atomically`. Raises ValueError for a number that is not finite: JSON has none."""
-    write_atomically(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    """Write JSON with `write_atomically`.
+
+    Raises ValueError for a number that is not finite, which JSON does not have.
+    """
+    write_atomically(
+        path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    )
 
 
 def sync_directory(path: Path) -> None:
-    """Make the renames in a directory survive a power cut. Windows has no such call and needs none."""
+    """Make the renames in a directory survive a power cut.
+
+    Windows has no such call and does not need it.
+    """
     if sys.platform != "win32":
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -296,12 +361,14 @@ def sync_directory(path: Path) -> None:
 
 
 @contextmanager
-def _said(what: str, *, place: str = OUTPUT_KEY) -> Iterator[None]:
-    """An OSError as one sentence of ours."""
+def _os_errors_reported(what: str, *, place: str = OUTPUT_KEY) -> Iterator[None]:
+    """Turn an OSError into a RunDirectoryError that says what failed."""
     try:
         yield
     except OSError as error:
-        raise RunDirectoryError(f"{what}: {error.strerror or error}; give another place with {place}") from error
+        raise RunDirectoryError(
+            f"{what}: {error.strerror or error}; give another place with {place}"
+        ) from error
 
 
 def _is_run(path: Path) -> bool:
@@ -325,7 +392,7 @@ def _given_name(path: Path, *, overwrite: bool) -> RunDirectory:
     run = RunDirectory(path)
     if path.is_dir() and _never_began(run):
         if run.lock.exists():
-            with working_on(run):  # refused where another process is about to begin it
+            with working_on(run):  # raises if another process is about to begin the run
                 pass
         return run
     if path.exists():
@@ -336,7 +403,7 @@ def _given_name(path: Path, *, overwrite: bool) -> RunDirectory:
 
 
 def _never_began(run: RunDirectory) -> bool:
-    """Whether it is empty, or its process died before anything was written: there is nothing to lose."""
+    """Return whether the run is empty, because its process died before it wrote anything."""
     names = {path.name for path in run.path.iterdir()} - {run.lock.name, run.checkpoints.name}
     saved = run.checkpoints.is_dir() and any(run.checkpoints.iterdir())
     return not saved and all(name.startswith(f".{run.config.name}.") for name in names)
@@ -364,67 +431,7 @@ def _texts(run: RunDirectory) -> tuple[Path, ...]:
 
 
 def _state(run: RunDirectory, summary: Summary | None) -> State:
-    locked = _is_locked(run)
-    if locked or _beats(run, elsewhere=locked is not None):
+    locked = is_locked(run.lock)
+    if locked or has_heartbeat(run.lock, elsewhere=locked is not None):
         return "running"
     return summary.status if summary and summary.status != "running" else "crashed"
-
-
-def _is_locked(run: RunDirectory) -> bool | None:
-    """None where the file system has no locks."""
-    try:
-        descriptor = open_plain(run.lock, os.O_RDONLY if sys.platform != "win32" else os.O_RDWR)
-    except OSError:
-        return False
-    try:
-        got = _try_lock(descriptor, attempts=1)
-        return None if got is None else not got
-    finally:
-        os.close(descriptor)
-
-
-def _try_lock(descriptor: int, attempts: int = 5) -> bool | None:
-    """Several attempts, since a reader that asks for the state holds the lock for a moment. The system releases a lock
-    when its process ends. None where a file system has no locks: there is the heartbeat alone."""
-    for attempt in range(attempts):
-        try:
-            if sys.platform == "win32":
-                import msvcrt
-
-                msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
-            else:
-                import fcntl
-
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        except (BlockingIOError, PermissionError):
-            if attempt + 1 < attempts:
-                time.sleep(0.05)
-        except OSError:
-            return None
-    return False
-
-
-def _beats(run: RunDirectory, *, elsewhere: bool) -> bool:
-    """Whether a process has shown a sign of life of late. elsewhere: only one of another machine counts, whose locks
-    may be invisible here."""
-    try:
-        silence = time.time() - run.lock.stat().st_mtime
-        host = parse_json(read_plain(run.lock))["host"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-    return bool(host != socket.gethostname() or not elsewhere) and silence < SILENCE_SECONDS
-
-
-def _holder(run: RunDirectory) -> str:
-    try:
-        holder = parse_json(read_plain(run.lock))
-        return f"process {holder['pid']} on {holder['host']}"
-    except (OSError, ValueError, KeyError, TypeError):
-        return "another process"
-
-
-def _beat(lock: Path, stopped: threading.Event) -> None:
-    while not stopped.wait(HEARTBEAT_SECONDS):
-        with suppress(OSError):  # a disk that is away for a while: the next beat may be heard
-            os.utime(lock)

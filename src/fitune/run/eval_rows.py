@@ -1,4 +1,7 @@
-"""eval_rows.jsonl: each evaluation row by row, so that two runs can be compared in pairs of the same held-out rows."""
+"""Reads and writes eval_rows.jsonl: each evaluation with the loss of each held-out sample.
+
+So two runs can be compared in pairs of the same samples.
+"""
 
 import math
 from collections.abc import Callable
@@ -13,25 +16,34 @@ from fitune.run.metrics import append_line
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvalRows:
-    """losses: the mean over the supervised tokens of each held-out row, in the order of the rows; weights: the sums of
-    their tokens' loss weights. A row without supervised token has loss 0 and weight 0."""
+    """One evaluation, sample by sample in the order of the held-out data."""
 
     step: int
     total_tokens: int
+    #: the mean over the supervised tokens of each sample; 0 for a sample without any
     losses: tuple[float, ...]
+    #: the sum of each sample's loss weights; 0 for a sample without supervised tokens
     weights: tuple[float, ...]
 
 
-def append_eval_rows(path: Path, rows: EvalRows, *, append: Callable[[Path, EvalRows], None] = append_line) -> None:
-    """Nothing is written of an evaluation whose loss is not finite. append: what writes a line. Raises
-    RunDirectoryError as `append_line`."""
+def append_eval_rows(
+    path: Path, rows: EvalRows, *, append: Callable[[Path, EvalRows], None] = append_line
+) -> None:
+    """Write an evaluation, unless its loss is not finite.
+
+    append: writes a line.
+
+    Raises RunDirectoryError like `append_line`.
+    """
     if all(map(math.isfinite, rows.losses)):
         append(path, rows)
 
 
 def read_eval_rows(path: Path) -> tuple[EvalRows, ...]:
-    """By step; of a step that was evaluated twice the last time. Damaged lines are left out. Raises RunDirectoryError
-    where the file cannot be read."""
+    """Read the evaluations by step; if a step was evaluated twice, the last one counts.
+
+    Damaged lines are skipped. Raises RunDirectoryError if the file cannot be read.
+    """
     found: dict[int, EvalRows] = {}
     try:
         lines = read_plain(path, most_bytes=MAX_LOG_BYTES).decode("utf-8", "replace").splitlines()
@@ -45,5 +57,7 @@ def read_eval_rows(path: Path) -> tuple[EvalRows, ...]:
         except (KeyError, TypeError, ValueError, OverflowError):
             continue
         if len(losses) == len(weights):
-            found[step] = EvalRows(step=step, total_tokens=total_tokens, losses=losses, weights=weights)
+            found[step] = EvalRows(
+                step=step, total_tokens=total_tokens, losses=losses, weights=weights
+            )
     return tuple(found[step] for step in sorted(found))

@@ -1,4 +1,4 @@
-"""A run as its files tell it while they grow: read once, then only what was added."""
+"""Reads a run's files while they grow, each time only what was added."""
 
 import os
 from collections.abc import Mapping
@@ -12,28 +12,34 @@ from fitune.run.directory import RunDirectory, RunRecord, read_run
 from fitune.run.memory import MemorySample
 from fitune.run.metrics import EvalMetrics, RunEvent, StepMetrics, add_line, as_record
 
+#: of memory.jsonl, about an hour; reading ten hours would take a second
 TAIL_BYTES = 2**21
-"""Of memory.jsonl, about an hour; reading ten hours of it would take a second."""
 
 
 @dataclass(frozen=True, slots=True)
 class RunView:
-    """samples: of the last hour. seconds: at work up to the last sign of it, over all sessions. budget_bytes: what the
-    run's plan allowed itself. device_name: None where the run did not note it."""
+    """What is known about a run at one moment."""
 
     record: RunRecord
     steps: tuple[StepMetrics, ...]
     evals: tuple[EvalMetrics, ...]
     events: tuple[RunEvent, ...]
+    #: of the last hour
     samples: tuple[MemorySample, ...]
+    #: of work up to the last sign of life, over all sessions
     seconds: float | None
+    #: the memory budget of the run's plan
     budget_bytes: int | None
+    #: None if the run did not record it
     device_name: str | None
 
 
 class RunFollower:
-    """Reads a run again and again. tail_bytes: of each file, at first; all of it
-    where left out, but for memory.jsonl."""
+    """Reads a run again and again.
+
+    tail_bytes: how much of each file is read at first. By default that is all of it, except for
+        memory.jsonl.
+    """
 
     def __init__(self, run: RunDirectory, *, tail_bytes: int | None = None) -> None:
         self._run = run
@@ -45,22 +51,27 @@ class RunFollower:
         self._forget()
 
     def read(self) -> RunView:
-        """The run now. Raises RunDirectoryError where it is gone."""
+        """Return the run as it is now. Raises RunDirectoryError if it is gone."""
         record = read_run(self._run.path)
         new = [file.new_lines() for file in (self._metrics, self._memory, self._events)]
-        if any(lines is None for lines in new):  # one became shorter: the run was begun again, or from a checkpoint
+        # A file became shorter: the run was started again, or resumed from a checkpoint.
+        if any(lines is None for lines in new):
             self._forget()
             new = [file.new_lines() for file in (self._metrics, self._memory, self._events)]
         metrics, memory, events = (lines or [] for lines in new)
         for line in metrics:
             add_line(line, self._steps, self._evals)
-        self._samples += [sample for line in memory if (sample := as_record(MemorySample, line)) is not None]
-        self._happened += [event for line in events if (event := as_record(RunEvent, line)) is not None]
+        self._samples += [
+            sample for line in memory if (sample := as_record(MemorySample, line)) is not None
+        ]
+        self._run_events += [
+            event for line in events if (event := as_record(RunEvent, line)) is not None
+        ]
         return RunView(
             record=record,
             steps=tuple(self._steps),
             evals=tuple(self._evals),
-            events=tuple(self._happened),
+            events=tuple(self._run_events),
             samples=tuple(self._samples),
             seconds=self._seconds(record),
             budget_bytes=_read_json(self._run.plan).get("budget_bytes"),
@@ -70,20 +81,22 @@ class RunFollower:
     def _forget(self) -> None:
         self._steps: list[StepMetrics] = []
         self._evals: list[EvalMetrics] = []
-        self._happened: list[RunEvent] = []
+        self._run_events: list[RunEvent] = []
         self._samples: list[MemorySample] = []
         for file in (self._metrics, self._memory, self._events):
             file.rewind()
 
     def _seconds(self, record: RunRecord) -> float | None:
-        """What the summary says, and what was sampled since it was written."""
+        """Return the summary's seconds plus the time sampled since it was written."""
         if record.summary is None:
             return None
         written = self._run.summary.stat().st_mtime
-        return record.summary.seconds + max(0.0, self._samples[-1].time - written if self._samples else 0.0)
+        return record.summary.seconds + max(
+            0.0, self._samples[-1].time - written if self._samples else 0.0
+        )
 
     def _device_name(self) -> str | None:
-        """Of the card that samples with PyTorch's counters come from, else of the processor."""
+        """Return the card's name if the samples have PyTorch's counters, else the processor's."""
         machine = _read_json(self._run.env)
         on_card = bool(self._samples) and self._samples[-1].allocated_bytes is not None
         cards = machine.get("cards") or []
@@ -92,6 +105,8 @@ class RunFollower:
 
 
 class _GrowingFile:
+    """A file of JSON lines that is read from where the previous read ended."""
+
     def __init__(self, path: Path, *, tail_bytes: int | None = None) -> None:
         self._path, self._tail_bytes = path, tail_bytes
         self._offset = 0
@@ -100,7 +115,7 @@ class _GrowingFile:
         self._offset = 0
 
     def new_lines(self) -> list[Mapping[str, Any]] | None:
-        """The complete lines since the call before that hold an object; None where the file became shorter."""
+        """Return the objects in complete lines since the last call; None if the file shrank."""
         try:
             with open(self._path, "rb", opener=open_plain) as file:
                 size = os.fstat(file.fileno()).st_size

@@ -1,10 +1,11 @@
-"""What each step did: the rows it saw, how they were split, what came out. With (seed, data, configuration) it is all
-that a run is a function of, so a run can be replayed from it and two runs can be told apart at the first step where
-they differ.
+"""Reads and writes the journal: which samples each step saw, how they were split, and the result.
 
-Each line carries a hash of itself and of the line before it. What the memory and the clock did (attempts, bytes,
-seconds) stands in the line but not in the hash: a run that was killed and resumed ends with the hash of one that was
-not. The chain starts at `CHAIN_START`.
+Together with seed, data and configuration it is everything that a run is a function of. So a run
+can be replayed from it, and two runs can be compared up to the first step where they differ.
+
+Each line has a hash of itself and of the line before. Memory and time (attempts, bytes, seconds)
+are in the line but not in the hash: a run that was killed and resumed ends with the same hash as
+one that was not. The chain begins with `CHAIN_START`.
 """
 
 import json
@@ -26,34 +27,37 @@ Plan = tuple[tuple[int, ...], ...]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepRecord:
-    """One batch that was consumed, as far as it is decided by seed, data, configuration and plan.
+    """One consumed batch, as far as seed, data, configuration and plan decide it."""
 
-    step: optimizer steps after it, one more than before unless the batch had no target. position: samples consumed
-    after it. ids_hash: of its row ids in the sampler's order, as `ids_hash` makes it. loss_weight: N. plan: the row ids
-    of each micro-batch, in the order in which they were computed; of several processes one after another, with an empty
-    micro-batch between them (`plan_parts`). loss_sum and grad_norm (before clipping): None where
-    N is 0. updated: whether the weights moved. reliefs: what saved memory beyond the configuration, by process; empty
-    where nothing did.
-    """
-
+    #: optimizer steps after the batch, one more than before unless the batch had no target
     step: int
+    #: samples consumed after the batch
     position: int
+    #: of the row ids in the sampler's order, as `ids_hash` makes it
     ids_hash: str
+    #: N, the sum of the batch's loss weights
     loss_weight: float
+    #: the row ids of each micro-batch, in the order of computation; several processes follow each
+    #: other, separated by an empty micro-batch (`plan_parts`)
     plan: Plan
     lr: float
+    #: None if N is 0
     loss_sum: float | None
+    #: before clipping; None if N is 0
     grad_norm: float | None
+    #: whether the weights changed
     updated: bool
+    #: the fallbacks in force beyond the configuration, by process; empty if there are none
     reliefs: tuple[tuple[str, ...], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JournalLine(StepRecord):
-    """A step record with what it took and its place in the chain. attempts: how often the step was begun, 1 where
-    nothing failed. peak_bytes, free_bytes: of the device, None where it does not tell them."""
+    """A step record with its measurements and its place in the chain."""
 
+    #: how often the step was begun; 1 if nothing failed
     attempts: int = 1
+    #: of the device; None if the device does not report it
     peak_bytes: int | None = None
     free_bytes: int | None = None
     seconds: float
@@ -61,18 +65,21 @@ class JournalLine(StepRecord):
 
 
 def plan_parts(plan: Plan) -> tuple[Plan, ...]:
-    """A plan -> that of each process, by rank; one part where there was one process."""
+    """Split a plan into those of the processes, by rank; it has one part for one process."""
     borders = [-1, *(place for place, row_ids in enumerate(plan) if not row_ids), len(plan)]
     return tuple(plan[before + 1 : after] for before, after in pairwise(borders))
 
 
 def ids_hash(row_ids: Sequence[int]) -> str:
-    """16 hexadecimal digits."""
+    """Hash row ids to 16 hexadecimal digits."""
     return blake2b(np.array(row_ids, "<i8").tobytes(), digest_size=8).hexdigest()
 
 
 def chained_hash(previous: str, record: StepRecord) -> str:
-    """16 hexadecimal digits of `previous` and of every field of a StepRecord; floats with all their bits."""
+    """Hash `previous` and all fields of a StepRecord to 16 hexadecimal digits.
+
+    Floats are hashed with all their bits.
+    """
     content = [previous, *(getattr(record, field.name) for field in fields(StepRecord))]
     return blake2b(json.dumps(content).encode(), digest_size=8).hexdigest()
 
@@ -83,26 +90,34 @@ def append_step(
     record: StepRecord,
     *,
     append: Callable[[Path, JournalLine], None] = append_line,
-    **taken: Any,
+    **measured: Any,
 ) -> str:
-    """Append the record with the fields that only a JournalLine has, but for `hash`, which is returned. path: None in a
-    process beside the one that writes. append: what writes a line.
+    """Append a step to the journal, and return its hash.
 
-    Raises RunDirectoryError where the line cannot be written whole.
+    path: None in a process that does not write.
+    append: writes a line.
+    measured: the fields that only a JournalLine has, except `hash`.
+
+    Raises RunDirectoryError if the line cannot be written as a whole.
     """
     link = chained_hash(previous, record)
     values = {field.name: getattr(record, field.name) for field in fields(StepRecord)}
     if path is not None:
-        append(path, JournalLine(**values, **taken, hash=link))
+        append(path, JournalLine(**values, **measured, hash=link))
     return link
 
 
 def read_journal(path: Path) -> tuple[JournalLine, ...]:
-    """Every line, the chain verified. Raises RunDirectoryError where the file cannot be opened, a line cannot be read
-    or is not the one that followed the line before it."""
+    """Read every line and verify the chain.
+
+    Raises RunDirectoryError if the file cannot be opened, a line cannot be read, or a line does not
+    continue the one before.
+    """
     lines = tuple(_read(path))
     hashes = [CHAIN_START, *(line.hash for line in lines)]
-    for number, (line, (previous, link)) in enumerate(zip(lines, pairwise(hashes), strict=True), start=1):
+    for number, (line, (previous, link)) in enumerate(
+        zip(lines, pairwise(hashes), strict=True), start=1
+    ):
         if chained_hash(previous, line) != link:
             raise RunDirectoryError(
                 f"{path}:{number}: step {line.step} does not follow from the line before it: the journal was changed "
@@ -116,7 +131,9 @@ def _read(path: Path) -> Iterator[JournalLine]:
         try:
             yield _line({} if content is None else content)
         except (KeyError, TypeError, ValueError, OverflowError) as error:
-            raise RunDirectoryError(f"{path}:{number} is not a line of a journal ({error!r})") from error
+            raise RunDirectoryError(
+                f"{path}:{number} is not a line of a journal ({error!r})"
+            ) from error
 
 
 def _line(content: Mapping[str, Any]) -> JournalLine:

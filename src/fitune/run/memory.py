@@ -1,4 +1,4 @@
-"""memory.jsonl: memory over time and what the machine did meanwhile, two lines a second while a run goes on."""
+"""Reads memory.jsonl: memory over time and the state of the device, two lines a second."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,44 +8,49 @@ from fitune.run.metrics import read_records
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemorySample:
-    """One moment of a run. Unknown is None, or left out of the line.
+    """One moment of a run. What is unknown is None, or left out of the line."""
 
-    time: seconds since 1970. step: the last one done. progress_fraction: the share of the run that is done.
-    allocated_bytes, reserved_bytes: PyTorch's, now. peak_*: the largest of the step that is going on and of those that
-    ended since the line before. num_retries, num_ooms: PyTorch's, since the process started. state_bytes: parameters,
-    gradients and optimizer state.
-    process_bytes: what the process holds in the host's memory. program_bytes: the part of it that was there before
-    training, without the parameters; on a CPU only, where it shares the device with the tensors.
-    device_*: the card as NVML tells it; on a CPU the host, within the limit of its control group.
-    other_processes_bytes: of the device. spill_bytes: of this process, in system memory instead of the card (Windows,
-    WSL) or swapped out (CPU). throttled: why the card is slowed down, '' where it is not. disk_free_bytes: where the
-    run is kept.
-    """
-
+    #: seconds since 1970
     time: float
+    #: the last finished step
     step: int
+    #: the fraction of the run that is done
     progress_fraction: float | None = None
+    #: PyTorch's, now
     allocated_bytes: int | None = None
     reserved_bytes: int | None = None
+    #: the largest in the present step and in those that ended since the line before
     peak_allocated_bytes: int | None = None
     peak_reserved_bytes: int | None = None
+    #: PyTorch's counters since the process started
     num_retries: int | None = None
     num_ooms: int | None = None
+    #: parameters, gradients and optimizer state
     state_bytes: int | None = None
+    #: of the host's memory
     process_bytes: int | None = None
     peak_process_bytes: int | None = None
+    #: on a CPU: what the process used before training, without the parameters
     program_bytes: int | None = None
+    #: the card as NVML reports it; on a CPU the host, within the limit of its control group
     device_used_bytes: int | None = None
     device_total_bytes: int | None = None
+    #: of the device
     other_processes_bytes: int | None = None
+    #: of this process, in system memory instead of the card (Windows, WSL), or swapped out (CPU)
     spill_bytes: int | None = None
     utilisation_fraction: float | None = None
     power_watts: float | None = None
     temperature_celsius: float | None = None
+    #: why the card is slowed down; '' if it is not
     throttled: str | None = None
+    #: of the disk with the run's directory
     disk_free_bytes: int | None = None
 
 
 def read_run_memory(path: Path) -> tuple[MemorySample, ...]:
-    """In the order written; damaged lines are left out. Raises RunDirectoryError where the file cannot be opened."""
+    """Read the samples in the order written, without damaged lines.
+
+    Raises RunDirectoryError if the file cannot be opened.
+    """
     return tuple(read_records(path, MemorySample))

@@ -1,8 +1,9 @@
-"""What a run measured: one JSON object a line while it goes on, one summary at its end.
+"""Reads and writes what a run measured: one JSON object per line during the run, and one summary.
 
-A line is one write, handed to the system at once: it survives the death of the process, not that of the machine (no
-fsync: a checkpoint has its own). Readers skip a last line that is not complete yet. A number that is not finite is
-written as "nan", "inf" or "-inf", since JSON has none and a diverged loss must stay visible; unknown is null.
+A line is one write, handed to the system at once. It survives the death of the process but not that
+of the machine (there is no fsync; a checkpoint has its own). Readers skip an incomplete last line.
+A number that is not finite is written as "nan", "inf" or "-inf", because JSON has no such numbers
+and a diverged loss must stay visible. Unknown values are null.
 """
 
 import errno
@@ -28,35 +29,37 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 SCHEMA = 1
+#: Truncating a half-written line must not truncate another thread's line.
 _WRITING = threading.Lock()
-"""Taking back half a line must not take another thread's."""
 Status = Literal["running", "finished", "stopped", "failed"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepMetrics:
-    """One optimizer step. Tokens, seconds and peaks are of this step alone; total_tokens of the run up to it.
-
-    loss: mean over the supervised tokens of the step. lr: the rate that the step was done with. grad_norm: before
-    clipping. micro_batch: rows of the largest micro-batch. noise_signal (U), noise_variance (T, in tokens), noise_ratio
-    (rho) and noise_scale_tokens (B_noise), averages over the last steps, also with squares weighted as Adam weighs them
-    (preconditioned), and noise_bounce (tau): None where they cannot be measured.
-    """
+    """One optimizer step. Tokens, seconds and peaks are of this step alone."""
 
     step: int
     tokens: int
     supervised_tokens: int
+    #: of the run up to this step
     total_tokens: int
+    #: mean over the supervised tokens of the step
     loss: float
+    #: the rate of the step
     lr: float
+    #: before clipping
     grad_norm: float
     seconds: float
     tokens_per_second: float
     num_micro_batches: int
+    #: samples of the largest micro-batch
     micro_batch: int
     peak_allocated_bytes: int | None = None
     peak_reserved_bytes: int | None = None
     device_used_bytes: int | None = None
+    #: Averages over the last steps; None if they cannot be measured. signal is U, variance is T (in
+    #: tokens), ratio is rho, scale is B_noise, and bounce is tau (batch_size/noise.py). For
+    #: `preconditioned`, squares are weighted as Adam weighs them.
     noise_signal: float | None = None
     noise_variance: float | None = None
     noise_ratio: float | None = None
@@ -67,13 +70,15 @@ class StepMetrics:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvalMetrics:
-    """One evaluation, after `step` steps. eval_loss: mean over all supervised tokens of the held-out rows;
-    eval_perplexity is its exponential. eval_accuracy: share of these tokens that are the model's first choice."""
+    """One evaluation, after `step` steps."""
 
     step: int
     total_tokens: int
+    #: mean over all supervised tokens of the held-out samples
     eval_loss: float
+    #: the exponential of the loss
     eval_perplexity: float
+    #: the fraction of these tokens that the model predicts as most likely
     eval_accuracy: float
     eval_tokens: int
     seconds: float
@@ -82,34 +87,39 @@ class EvalMetrics:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunEvent:
-    """Something worth a line in the run's log. time: seconds since 1970. kind: one word with underscores, such as
-    out_of_memory, retry, micro_batch, checkpoint, resume. message: one sentence for a person."""
+    """Something that is worth a line in the run's log."""
 
+    #: seconds since 1970
     time: float
     step: int
+    #: in lower case with underscores, such as out_of_memory, retry, micro_batch, resume
     kind: str
+    #: for the user
     message: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Summary:
-    """The run in numbers; unknown is None. train_loss: of the last step. seconds: at work, over all sessions, with
-    evaluations and saving; tokens_per_second: of all of them.
+    """The run in numbers; unknown values are None.
 
-    predicted_*_bytes and measured_*_bytes: both of the second optimizer step; measured ones are None until it is done.
-    peak_*_bytes: the largest that was measured in the whole run, evaluations included. On a CPU "reserved" is what is
-    resident above the state before the model was loaded, "device" all that is resident. total_steps: how many the run
-    is to have; None where its length is in tokens or its batch grows.
+    predicted_*_bytes and measured_*_bytes are of the second optimizer step; the measured ones are
+    None until it is done. peak_*_bytes are the largest measured in the whole run, with evaluations.
+    On a CPU "reserved" is what is resident above the state before the model was loaded, and
+    "device" is all that is resident.
     """
 
     schema: int = SCHEMA
     status: Status = "running"
     steps: int = 0
+    #: how many the run will have; None if its length is in tokens or its batch grows
     total_steps: int | None = None
     tokens: int = 0
     supervised_tokens: int = 0
+    #: of training, evaluation and saving, over all sessions
     seconds: float = 0.0
+    #: over all these seconds
     tokens_per_second: float | None = None
+    #: of the last step
     train_loss: float | None = None
     eval_loss: float | None = None
     best_eval_loss: float | None = None
@@ -130,11 +140,11 @@ class Summary:
 
     @property
     def peak_bytes(self) -> int | None:
-        """The run's peak wherever one number stands for it: reserved, where that was not measured the device's."""
+        """The run's peak in one number: reserved memory, or the device's if that is unknown."""
         return self.peak_reserved_bytes or self.peak_device_bytes
 
     def __repr__(self) -> str:
-        """In a sentence; the fields hold all of it."""
+        """Return the summary in one line."""
         loss = "n/a" if self.eval_loss is None else f"{self.eval_loss:.4f}"
         return say(
             "Summary: {status} after {steps} steps, {tokens} tokens, {time} | eval loss {loss} | peak memory {peak}",
@@ -152,19 +162,26 @@ class Summary:
 
 @dataclass(frozen=True, slots=True)
 class Metrics:
-    """What a metrics file holds. damaged_lines: the numbers, from 1, of complete lines that could not be read."""
+    """The content of a metrics file."""
 
     steps: tuple[StepMetrics, ...]
     evals: tuple[EvalMetrics, ...]
+    #: the numbers, from 1, of complete lines that could not be read
     damaged_lines: tuple[int, ...] = ()
 
 
 Record = TypeVar("Record", bound="DataclassInstance")
 
 
-def append_line(path: Path, record: "DataclassInstance", *, leave_out_unknown: bool = False) -> None:
-    """leave_out_unknown: a field that is None is not written. Raises RunDirectoryError where the line cannot be written
-    whole."""
+def append_line(
+    path: Path, record: "DataclassInstance", *, leave_out_unknown: bool = False
+) -> None:
+    """Append a record to a file of JSON lines.
+
+    leave_out_unknown: leave out fields that are None.
+
+    Raises RunDirectoryError if the line cannot be written as a whole.
+    """
     try:
         write_line(path, as_line(record, leave_out_unknown=leave_out_unknown))
     except OSError as error:
@@ -172,17 +189,22 @@ def append_line(path: Path, record: "DataclassInstance", *, leave_out_unknown: b
 
 
 def as_line(record: "DataclassInstance", *, leave_out_unknown: bool = False) -> bytes:
-    content = {name: value for name, value in as_json(record).items() if value is not None or not leave_out_unknown}
+    content = {
+        name: value
+        for name, value in as_json(record).items()
+        if value is not None or not leave_out_unknown
+    }
     return f"{json.dumps(content, ensure_ascii=False, allow_nan=False)}\n".encode()
 
 
 def write_line(path: Path, line: bytes) -> None:
-    """Append it whole or not at all. Raises OSError."""
+    """Append a line as a whole, or leave the file as it was. Raises OSError."""
     with _WRITING, open(path, "ab+", buffering=0, opener=open_plain) as file:
         size = file.seek(0, os.SEEK_END)
         if size > 0:
             file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":  # what a killed writer left: end it, so that it spoils one line only
+            # End a line that a killed process left incomplete, so that only this line is damaged.
+            if file.read(1) != b"\n":
                 line = b"\n" + line
         try:
             if file.write(line) != len(line):
@@ -193,21 +215,30 @@ def write_line(path: Path, line: bytes) -> None:
 
 
 def read_metrics(path: Path) -> Metrics:
-    """A run that was resumed from an earlier step did the later ones again: the lines of the second time count.
+    """Read a metrics file. Raises RunDirectoryError if it cannot be opened.
 
-    Raises RunDirectoryError where the file cannot be opened.
+    A run that was resumed from an earlier step did later steps again; the last line of a step
+    counts.
     """
     steps: list[StepMetrics] = []
     evals: list[EvalMetrics] = []
-    damaged = [number for number, content in read_lines(path) if not add_line(content, steps, evals)]
+    damaged = [
+        number for number, content in read_lines(path) if not add_line(content, steps, evals)
+    ]
     return Metrics(tuple(steps), tuple(evals), tuple(damaged))
 
 
-def add_line(content: Mapping[str, Any] | None, steps: list[StepMetrics], evals: list[EvalMetrics]) -> bool:
-    """Add a line of metrics to those before it; False where it cannot be read."""
+def add_line(
+    content: Mapping[str, Any] | None, steps: list[StepMetrics], evals: list[EvalMetrics]
+) -> bool:
+    """Add a line of metrics to those before it, and return whether it could be read."""
     record = None
     if content is not None:
-        record = as_record(EvalMetrics, content) if "eval_loss" in content else as_record(StepMetrics, content)
+        record = (
+            as_record(EvalMetrics, content)
+            if "eval_loss" in content
+            else as_record(StepMetrics, content)
+        )
     if isinstance(record, EvalMetrics):
         evals.append(record)
     elif record is not None:
@@ -219,25 +250,30 @@ def add_line(content: Mapping[str, Any] | None, steps: list[StepMetrics], evals:
 
 
 def read_events(path: Path) -> tuple[RunEvent, ...]:
-    """In the order written; damaged lines are left out. Raises RunDirectoryError where the file cannot be opened."""
+    """Read the events in the order written, without damaged lines.
+
+    Raises RunDirectoryError if the file cannot be opened.
+    """
     return tuple(read_records(path, RunEvent))
 
 
 def read_records(path: Path, kind: type[Record]) -> Iterator[Record]:
-    """The lines of a file that hold a `kind`, in the order written. Raises RunDirectoryError where it cannot be
-    opened."""
+    """Yield the lines of a file that hold a `kind`, in the order written.
+
+    Raises RunDirectoryError if the file cannot be opened.
+    """
     for _, content in read_lines(path):
         if content is not None and (record := as_record(kind, content)) is not None:
             yield record
 
 
 def summary_json(summary: Summary) -> dict[str, Any]:
-    """As `write_json` takes it."""
+    """Convert the summary for `write_json`."""
     return as_json(summary)
 
 
 def as_json(record: "DataclassInstance") -> dict[str, Any]:
-    """As it is written: a number that is not finite as a word."""
+    """Convert a record to JSON values, with numbers that are not finite as text."""
     return {
         name: repr(value) if isinstance(value, float) and not math.isfinite(value) else value
         for name, value in asdict(record).items()
@@ -245,11 +281,13 @@ def as_json(record: "DataclassInstance") -> dict[str, Any]:
 
 
 def read_summary(path: Path) -> Summary:
-    """Raises RunDirectoryError where it is missing, damaged or of another version."""
+    """Read a summary. Raises RunDirectoryError if it is missing, damaged or of another version."""
     try:
         content = parse_json(read_plain(path))
     except (OSError, ValueError) as error:
-        raise RunDirectoryError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+        raise RunDirectoryError(
+            f"{path} cannot be read: {getattr(error, 'strerror', None) or error}"
+        ) from error
     version = content.get("schema") if isinstance(content, dict) else None
     if version != SCHEMA:
         raise RunDirectoryError(f"{path} has schema {version}; this fitune reads schema {SCHEMA}")
@@ -260,7 +298,10 @@ def read_summary(path: Path) -> Summary:
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any] | None]]:
-    """Each complete line, numbered from 1, as an object; None where it is not one."""
+    """Yield each complete line's number, from 1, and its object; None if the line is damaged.
+
+    Raises RunDirectoryError if the file cannot be read.
+    """
     try:
         data = read_plain(path, most_bytes=MAX_LOG_BYTES)
     except OSError as error:
@@ -274,7 +315,10 @@ def read_lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any] | None]]:
 
 
 def as_record(kind: type[Record], content: Mapping[str, Any]) -> Record | None:
-    """None where a needed field is missing or one is of the wrong type; fields of a later version are passed over."""
+    """Build a record from a line, without fields that only a later version knows.
+
+    Returns None if a field is missing or has the wrong type.
+    """
     known = {}
     try:
         for name, accepted in _fields(kind).items():
@@ -288,17 +332,21 @@ def as_record(kind: type[Record], content: Mapping[str, Any]) -> Record | None:
 
 @cache
 def _fields(kind: type["DataclassInstance"]) -> dict[str, tuple[Any, ...]]:
-    """The types that each field accepts."""
+    """Return the types that each field accepts."""
     wanted = get_type_hints(kind)
     return {
-        field.name: get_args(hint) if isinstance(hint := wanted[field.name], types.UnionType) else (hint,)
+        field.name: get_args(hint)
+        if isinstance(hint := wanted[field.name], types.UnionType)
+        else (hint,)
         for field in fields(kind)
     }
 
 
 def _value(accepted: tuple[Any, ...], value: Any) -> Any:
-    """Of another type than those in the record: a number without decimals, a word for one that is not finite, one of
-    several words."""
+    """Convert a value whose type differs from the field's, or raise ValueError.
+
+    Allowed are a whole number or a text like "nan" for a float, and a text for a literal.
+    """
     if float in accepted and (value in ("nan", "inf", "-inf") or type(value) is int):
         return float(value)
     if isinstance(value, str) and int not in accepted:

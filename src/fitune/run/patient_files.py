@@ -1,7 +1,7 @@
-"""A run's logs and summary on a disk that may be full, or away, for a while.
+"""Writes a run's logs and summary, even if the disk is full or unavailable for a while.
 
-What cannot be written waits in memory, in its order, and is written together with what comes next. Other faults (no
-permission, a directory that is gone) are told at once: waiting does not mend them.
+What cannot be written waits in memory, in order, and is written with the next line. Other faults
+(no permission, a missing directory) are raised at once, because waiting does not help.
 """
 
 import errno
@@ -20,19 +20,33 @@ from fitune.units import MIB, format_bytes
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
+#: some hundred thousand steps
 MOST_WAITING_BYTES = 64 * MIB
-"""Some hundred thousand steps."""
 TRY_SECONDS = 0.5
 _PASSING = frozenset(
     getattr(errno, name)
-    for name in ("ENOSPC", "EDQUOT", "EIO", "ESTALE", "ETIMEDOUT", "EAGAIN", "EBUSY", "EMFILE", "ENFILE", "ENOMEM")
+    for name in (
+        "ENOSPC",
+        "EDQUOT",
+        "EIO",
+        "ESTALE",
+        "ETIMEDOUT",
+        "EAGAIN",
+        "EBUSY",
+        "EMFILE",
+        "ENFILE",
+        "ENOMEM",
+    )
     if hasattr(errno, name)
 )
 
 
 class PatientFiles:
-    """Writes lines and whole files, from several threads. most_bytes: how much may wait. drops_oldest: beyond it the
-    oldest lines are given up, else RunDirectoryError is raised."""
+    """Writes lines and whole files, and may be called from several threads.
+
+    most_bytes: how much may wait in memory.
+    drops_oldest: beyond that, drop the oldest lines instead of raising RunDirectoryError.
+    """
 
     def __init__(self, *, most_bytes: int = MOST_WAITING_BYTES, drops_oldest: bool = False) -> None:
         self._most_bytes, self._drops_oldest = most_bytes, drops_oldest
@@ -42,34 +56,44 @@ class PatientFiles:
         self._fault: str | None = None
         self._news: deque[str] = deque()
 
-    def append(self, path: Path, record: "DataclassInstance", *, leave_out_unknown: bool = False) -> None:
-        """Append a line to a log, now or when there is room. Raises RunDirectoryError where it never will be."""
+    def append(
+        self, path: Path, record: "DataclassInstance", *, leave_out_unknown: bool = False
+    ) -> None:
+        """Append a line to a log, now or as soon as there is space.
+
+        Raises RunDirectoryError if waiting does not help.
+        """
         with self._lock:
-            self._lines.setdefault(path, deque()).append(as_line(record, leave_out_unknown=leave_out_unknown))
+            self._lines.setdefault(path, deque()).append(
+                as_line(record, leave_out_unknown=leave_out_unknown)
+            )
             self._try()
             self._bound()
 
     def replace(self, path: Path, content: Mapping[str, Any]) -> None:
-        """Write a JSON file, now or when there is room; of several that wait for one place the last."""
+        """Write a JSON file, now or as soon as there is space.
+
+        Of several versions that wait, only the last is written.
+        """
         with self._lock:
             self._whole[path] = content
             self._try()
 
     def size(self, path: Path) -> int:
-        """Of a log, with the lines that wait."""
+        """Return the size of a log, with the lines that wait."""
         with self._lock:
             written = path.stat().st_size if path.exists() else 0
             return written + sum(map(len, self._lines.get(path, ())))
 
     def flush(self) -> None:
-        """Raises RunDirectoryError where something still waits."""
+        """Write what waits. Raises RunDirectoryError if something still waits."""
         with self._lock:
             self._try()
             if self._fault is not None:
                 raise RunDirectoryError(self._fault)
 
     def close(self, *, patience: float) -> str | None:
-        """Try for so many seconds to write what waits; a sentence where that fails, None where nothing is lost."""
+        """Try for `patience` seconds to write what waits; return a message if something is lost."""
         until = time.monotonic() + patience
         while True:
             try:
@@ -81,7 +105,7 @@ class PatientFiles:
             time.sleep(TRY_SECONDS)
 
     def take_news(self) -> list[str]:
-        """What happened since the last call, a sentence each: that writing fails, and that it works again."""
+        """Return messages since the last call: that writing fails, and that it works again."""
         with self._lock:
             news = list(self._news)
             self._news.clear()
@@ -113,15 +137,17 @@ class PatientFiles:
         self._fault = fault
 
     def _passing(self, error: OSError, path: Path) -> str:
-        sentence = f"{path} cannot be written: {error.strerror or error}"
+        message = f"{path} cannot be written: {error.strerror or error}"
         if error.errno not in _PASSING:
             self._lines.pop(path, None)
             self._whole.pop(path, None)
-            raise RunDirectoryError(sentence) from error
-        return sentence
+            raise RunDirectoryError(message) from error
+        return message
 
     def _bound(self) -> None:
         while sum(len(line) for lines in self._lines.values() for line in lines) > self._most_bytes:
             if not self._drops_oldest:
-                raise RunDirectoryError(f"{self._fault}, and {format_bytes(self._most_bytes)} wait to be written")
+                raise RunDirectoryError(
+                    f"{self._fault}, and {format_bytes(self._most_bytes)} wait to be written"
+                )
             max(self._lines.values(), key=len).popleft()

@@ -1,4 +1,4 @@
-"""probe.json: settings that were tried from the same state before a run began, and which one the run goes on with."""
+"""Describes a probe (probe.json): the settings that were tried before a run, and the chosen one."""
 
 import math
 from collections.abc import Sequence
@@ -10,23 +10,27 @@ from fitune.run.interval import ConfidenceInterval
 from fitune.run.metrics import as_json
 
 NUM_COMPARED = 3
+#: The level of one interval, so that all intervals together are right in 95 % of probes
+#: (Bonferroni).
 LEVEL = 1 - 0.05 / NUM_COMPARED
-"""Of one interval, so that all of them together are right in 95 % of probes (Bonferroni)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Branch:
-    """A setting and what it came to. lr, rows: its peak rate and effective batch. eval_loss: on the held-out rows
-    after `tokens` tokens; inf where it diverged. difference: of the rows' losses to the first branch, which is the
-    configuration; None for that one, and where one of the two diverged."""
+    """A setting that was tried, and its result."""
 
     name: str
+    #: the peak rate
     lr: float
+    #: samples in the effective batch
     rows: int
     steps: int
     tokens: int
     seconds: float
+    #: on the held-out samples after `tokens` tokens; inf if the branch diverged
     eval_loss: float
+    #: of the samples' losses from those of the first branch, which has the configured setting; None
+    #: for the first branch, and if one of the two diverged
     difference: ConfidenceInterval | None = None
 
     def __str__(self) -> str:
@@ -37,18 +41,20 @@ class Branch:
 
     @property
     def is_better(self) -> bool:
-        """Than the configuration, by more than chance."""
+        """Whether it is better than the configured setting by more than chance."""
         return self.difference is not None and self.difference.high < 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Probe:
-    """noise_*_rows: the noise scale before training with its one-sided 95 % bounds, None where no signal was seen or
-    it may be endless. branches: the configuration first."""
+    """The result of a probe."""
 
+    #: the noise scale before training, in samples, with one-sided 95 % bounds; None if it is
+    #: unknown or may be infinite
     noise_scale_rows: float | None
     noise_low_rows: float | None
     noise_high_rows: float | None
+    #: the configured setting first
     branches: tuple[Branch, ...]
 
     @property
@@ -57,24 +63,37 @@ class Probe:
 
     @property
     def cost_tokens(self) -> int:
-        """Spent on the branches that do not go on."""
-        return sum(branch.tokens for number, branch in enumerate(self.branches) if number != self.chosen)
+        """The tokens of the branches that are not continued."""
+        return sum(
+            branch.tokens for number, branch in enumerate(self.branches) if number != self.chosen
+        )
 
     @property
     def verdict(self) -> str:
         best, others = self.branches[self.chosen], self.branches[1:]
         if self.chosen:
-            why = "is better by more than chance" if best.is_better else "did not diverge as the configuration did"
+            why = (
+                "is better by more than chance"
+                if best.is_better
+                else "did not diverge as the configuration did"
+            )
             return f"{best.name} {why}: the run goes on with rate {best.lr:.3g} and {best.rows} samples a step"
-        equal = [each.name for each in others if each.difference is not None and not each.difference.excludes_zero]
+        equal = [
+            each.name
+            for each in others
+            if each.difference is not None and not each.difference.excludes_zero
+        ]
         if equal:
             return f"no difference found between the configuration and {' and '.join(equal)}: the run keeps its setting"
         return "the configuration is better than every other setting by more than chance: the run keeps it"
 
 
 def choose(branches: Sequence[Branch]) -> int:
-    """The index of the one with the lowest loss among those that are better than the first by more than chance; 0, the
-    configuration, where none is. Where the configuration diverged, any that did not is better."""
+    """Return the index of the best branch: the configured one (0) unless another is clearly better.
+
+    Among those that are better by more than chance, it is the one with the lowest loss. If the
+    configured setting diverged, any branch that did not is better.
+    """
     diverged = not math.isfinite(branches[0].eval_loss)
     better = [
         number
@@ -85,10 +104,13 @@ def choose(branches: Sequence[Branch]) -> int:
 
 
 def write_probe(path: Path, probe: Probe) -> None:
-    """Raises RunDirectoryError."""
+    """Write probe.json. Raises RunDirectoryError."""
     branches = [
-        as_json(replace(branch, difference=None)) | {"difference": branch.difference and asdict(branch.difference)}
+        as_json(replace(branch, difference=None))
+        | {"difference": branch.difference and asdict(branch.difference)}
         for branch in probe.branches
     ]
     derived = {"chosen": probe.chosen, "cost_tokens": probe.cost_tokens, "verdict": probe.verdict}
-    write_json(path, {"schema": 1, **as_json(replace(probe, branches=())), "branches": branches, **derived})
+    write_json(
+        path, {"schema": 1, **as_json(replace(probe, branches=())), "branches": branches, **derived}
+    )

@@ -1,4 +1,4 @@
-"""Who is told what happens in a run, while it happens: a screen, a tracker, the monitor."""
+"""Defines what follows a run while it happens: a screen, a tracker, the monitor."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -7,7 +7,7 @@ from fitune.run.metrics import EvalMetrics, StepMetrics
 
 
 class Watcher(Protocol):
-    """Is told of every step, evaluation and event of a run."""
+    """Is called with every step, evaluation and event of a run."""
 
     def step(self, metrics: StepMetrics, *, progress: float) -> None: ...
 
@@ -18,7 +18,7 @@ class Watcher(Protocol):
 
 @dataclass(frozen=True)
 class Watchers:
-    """Several watchers as one."""
+    """Several watchers that act as one."""
 
     watchers: tuple[Watcher, ...]
 

@@ -1,4 +1,4 @@
-"""Evaluation: loss and accuracy over micro-batches, sample by sample."""
+"""Computes loss and accuracy over micro-batches, sample by sample."""
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,14 +16,16 @@ from fitune.step.work import StepSettings
 
 @dataclass(frozen=True, slots=True)
 class EvalResult:
-    """num_correct: tokens predicted right, of num_supervised_tokens. row_losses, row_weights: the weighted sum of token
-    losses and the sum of weights of each row, in the order of the row ids, however the rows were laid out."""
+    """The result of an evaluation, in the order of the sample ids, however samples were batched."""
 
     row_ids: tuple[int, ...]
     loss_weight: float
+    #: tokens predicted correctly, of `num_supervised_tokens`
     num_correct: int
     num_supervised_tokens: int
+    #: of each sample, the weighted sum of its tokens' losses
     row_losses: tuple[float, ...]
+    #: of each sample, the sum of its tokens' loss weights
     row_weights: tuple[float, ...]
 
     @property
@@ -43,8 +45,10 @@ class EvalResult:
         return self.num_correct / self.num_supervised_tokens
 
 
-def evaluate(model: nn.Module, micro_batches: Iterable[MicroBatch], *, settings: StepSettings) -> EvalResult:
-    """Loss and token accuracy over micro-batches, in evaluation mode; the model's own mode is restored."""
+def evaluate(
+    model: nn.Module, micro_batches: Iterable[MicroBatch], *, settings: StepSettings
+) -> EvalResult:
+    """Evaluate the model in evaluation mode, and restore its own mode."""
     totals = EvalTotals(model, settings)
     with evaluation_mode(model):
         for micro_batch in micro_batches:
@@ -53,7 +57,7 @@ def evaluate(model: nn.Module, micro_batches: Iterable[MicroBatch], *, settings:
 
 
 class EvalTotals:
-    """Sums over the micro-batches of an evaluation, row by row. They stay on the device until `result`."""
+    """Sums over the micro-batches of an evaluation, which stay on the device until `result`."""
 
     def __init__(self, model: nn.Module, settings: StepSettings) -> None:
         self._model, self._settings = model, settings
@@ -65,7 +69,7 @@ class EvalTotals:
 
     @torch.no_grad()
     def add(self, micro_batch: MicroBatch) -> None:
-        """All of the micro-batch or, where that fails, nothing of it."""
+        """Add a micro-batch to the sums; if it fails, leave the sums unchanged."""
         here = micro_batch.to(self._device)
         losses_N, num_correct = self._compute(here)
         sums_2R = sum_by_row(torch.stack((losses_N, here.target_weights_N)), here)
@@ -77,11 +81,13 @@ class EvalTotals:
 
     @torch.no_grad()
     def pass_by(self, micro_batch: MicroBatch) -> None:
-        """Computed and not counted."""
+        """Compute a micro-batch without adding it to the sums."""
         self._compute(micro_batch.to(self._device))
 
     def _compute(self, here: MicroBatch) -> tuple[Tensor, Tensor]:
-        return self._settings.run(self._device, lambda: losses_and_correct(self._model, here, self._settings.loss))
+        return self._settings.run(
+            self._device, lambda: losses_and_correct(self._model, here, self._settings.loss)
+        )
 
     def result(self) -> EvalResult:
         host = torch.cat(self._sums_2R, dim=1).cpu()
@@ -98,10 +104,14 @@ class EvalTotals:
 
 
 def merge_evaluations(parts: Sequence[EvalResult]) -> EvalResult:
-    """Of different rows, as one evaluation."""
+    """Merge evaluations of different samples into one."""
     if len(parts) == 1:
         return parts[0]
-    rows = sorted(row for part in parts for row in zip(part.row_ids, part.row_losses, part.row_weights, strict=True))
+    rows = sorted(
+        row
+        for part in parts
+        for row in zip(part.row_ids, part.row_losses, part.row_weights, strict=True)
+    )
     row_ids, row_losses, row_weights = zip(*rows, strict=True) if rows else ((), (), ())
     return EvalResult(
         row_ids=row_ids,
@@ -124,9 +134,13 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 def sum_by_row(values_KN: torch.Tensor, micro_batch: MicroBatch) -> torch.Tensor:
-    """K values of each target -> their float64 sums over the targets of each row [K, rows]."""
+    """Sum K values of each target over the targets of each sample, in float64: [K, samples]."""
     num_rows = len(micro_batch.row_ids)
-    widths = micro_batch.row_lengths if micro_batch.packed else (micro_batch.input_ids_BS.shape[1],) * num_rows
+    widths = (
+        micro_batch.row_lengths
+        if micro_batch.packed
+        else (micro_batch.input_ids_BS.shape[1],) * num_rows
+    )
     ends_R = torch.tensor(list(accumulate(widths)), device=values_KN.device)
     row_N = torch.bucketize(micro_batch.target_index_N, ends_R, right=True)
     sums_KR = values_KN.new_zeros((len(values_KN), num_rows), dtype=torch.float64)

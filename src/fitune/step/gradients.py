@@ -1,4 +1,4 @@
-"""The parts of an optimizer step that deal with gradients: backward, their sum, clipping and the update."""
+"""The parts of an optimizer step that work on gradients: backward, sum, clipping and update."""
 
 import math
 from collections.abc import Collection, Sequence
@@ -14,10 +14,10 @@ from fitune.machine.out_of_memory import memory_failure
 
 
 class ClippingPeers(Protocol):
-    """The processes that a gradient is spread over; see `progress.Peers`."""
+    """The processes that share or shard a gradient; see `progress.Peers`."""
 
     def ready(self) -> None:
-        """Wait until every process has come here."""
+        """Wait until every process has reached this point."""
         ...
 
     def clip(self, parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor:
@@ -26,34 +26,51 @@ class ClippingPeers(Protocol):
 
 
 def backward(
-    loss: Tensor, scaler: torch.amp.GradScaler | None, norms: NormRecorder | None = None, *, alone: bool = False
+    loss: Tensor,
+    scaler: torch.amp.GradScaler | None,
+    norms: NormRecorder | None = None,
+    *,
+    alone: bool = False,
 ) -> Tensor:
-    """Compute the gradients and return the loss without its graph. alone: as `NormRecorder.reading` takes it."""
+    """Compute the gradients, and return the loss without its graph.
+
+    alone: the micro-batch is the whole step; see `NormRecorder.reading`.
+    """
     with nullcontext() if norms is None else norms.reading(alone=alone):
         torch.autograd.backward(loss if scaler is None else scaler.scale(loss))
     return loss.detach()
 
 
 class CommitBuffer:
-    """Sums of the gradients of *complete* micro-batches, in float32.
+    """Sums of the gradients of finished micro-batches, in float32.
 
-    `.grad` is None before each micro-batch and added after it, so that a backward that fails half-way spoils nothing
-    but what is in `.grad`. Costs a gradient's memory, which is little where few parameters are trained.
+    `.grad` is None before each micro-batch and is added to the sums after it, so a backward that
+    fails midway spoils only `.grad`. The sums take a gradient's memory, which is little if few
+    parameters are trained.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._parameters = [
+            parameter for parameter in model.parameters() if parameter.requires_grad
+        ]
         self._sums: list[Tensor | None] = [None] * len(self._parameters)
 
     @torch.no_grad()
     def add(self) -> None:
-        """All of `.grad` or, after any failure, nothing of it: what must be allocated is allocated first."""
+        """Add `.grad` to the sums; after a failure, nothing of it has been added.
+
+        What must be allocated is allocated first.
+        """
         pairs = list(zip(self._sums, self._parameters, strict=True))
-        new = [p.grad.float() if total is None and p.grad is not None else None for total, p in pairs]
+        new = [
+            p.grad.float() if total is None and p.grad is not None else None for total, p in pairs
+        ]
         old = [(total, p.grad) for total, p in pairs if total is not None and p.grad is not None]
         if old:
             torch._foreach_add_([total for total, _ in old], [gradient for _, gradient in old])
-        self._sums = [total if first is None else first for (total, _), first in zip(pairs, new, strict=True)]
+        self._sums = [
+            total if first is None else first for (total, _), first in zip(pairs, new, strict=True)
+        ]
         for parameter in self._parameters:
             parameter.grad = None
 
@@ -62,9 +79,11 @@ class CommitBuffer:
         return sum(total.nbytes for total in self._sums if total is not None)
 
     def filled(self) -> tuple[list[Tensor], tuple[int, ...]]:
-        """(the sum of each parameter, zeros where no micro-batch gave a gradient, the places of those)."""
+        """Fill missing sums with zeros; return all sums, and the places of the missing ones."""
         missing = tuple(place for place, total in enumerate(self._sums) if total is None)
-        zeros = [torch.zeros_like(self._parameters[place], dtype=torch.float32) for place in missing]
+        zeros = [
+            torch.zeros_like(self._parameters[place], dtype=torch.float32) for place in missing
+        ]
         for place, zero in zip(missing, zeros, strict=True):
             self._sums[place] = zero
         return [total for total in self._sums if total is not None], missing
@@ -74,24 +93,30 @@ class CommitBuffer:
             self._sums[place] = None
 
     def hand_over(self) -> None:
-        """The sums become `.grad`, in the parameters' data type; this buffer is empty then."""
+        """Move the sums to `.grad`, in the parameters' dtype, which empties this buffer."""
         for place, parameter in enumerate(self._parameters):
             total, self._sums[place] = self._sums[place], None
             parameter.grad = None if total is None else total.to(parameter.dtype)
 
 
 def missing_gradients_as_zeros(model: nn.Module) -> tuple[list[Tensor], tuple[int, ...]]:
-    """Give trained parameters without a gradient one of zeros. Returns all gradients, and the places of the zeros."""
+    """Give trained parameters without a gradient one of zeros.
+
+    Returns all gradients, and the places of the zeros.
+    """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     missing = tuple(place for place, parameter in enumerate(trained) if parameter.grad is None)
-    for place, zeros in zip(missing, [torch.zeros_like(trained[place]) for place in missing], strict=True):
+    for place, zeros in zip(
+        missing, [torch.zeros_like(trained[place]) for place in missing], strict=True
+    ):
         trained[place].grad = zeros
     return [parameter.grad for parameter in trained if parameter.grad is not None], missing
 
 
 class Clipped(NamedTuple):
-    """What is known of a step's gradient once it is clipped."""
+    """What is known about a step's gradient after clipping."""
 
+    #: mean loss of the step
     loss: float
     #: before clipping
     grad_norm: float
@@ -107,29 +132,41 @@ def clip_gradients(
     norms: NormRecorder | None,
     peers: ClippingPeers,
 ) -> Clipped:
-    """Clip `.grad` in place and return loss and norms as host numbers, in the step's one transfer.
+    """Clip `.grad` in place, and return loss and norms, with one transfer to the host.
 
-    losses: each piece's share of the mean loss. norms: of the micro-batches, read here where they are given.
+    losses: each piece's share of the mean loss.
+    norms: has recorded the micro-batches' norms, if they are wanted.
     """
     if scaler is not None:
-        peers.ready()  # unscale_ tells all processes of a sharded model of an overflow in one shard
+        # unscale_ notifies all processes of a sharded model of an overflow in one shard
+        peers.ready()
         scaler.unscale_(optimizer)
-    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    parameters = [
+        p for group in optimizer.param_groups for p in group["params"] if p.grad is not None
+    ]
     on_device = [] if norms is None else [norms.values()]
     norm = peers.clip(parameters, max_norm)
-    host = torch.cat((torch.stack((torch.stack(list(losses)).sum(), norm.float())), *on_device)).tolist()
+    host = torch.cat(
+        (torch.stack((torch.stack(list(losses)).sum(), norm.float())), *on_device)
+    ).tolist()
     scale = 1.0 if scaler is None else scaler.get_scale()
     read = None if norms is None else norms.read(host[2:], total_norm=host[1], scale=scale)
     return Clipped(host[0], host[1], read)
 
 
 def update(
-    optimizer: torch.optim.Optimizer, grad_norm: float, *, scaler: torch.amp.GradScaler | None, protected: bool
+    optimizer: torch.optim.Optimizer,
+    grad_norm: float,
+    *,
+    scaler: torch.amp.GradScaler | None,
+    protected: bool,
 ) -> bool:
-    """Whether the parameters were updated; not by a gradient that is not finite. `.grad` is None afterwards.
+    """Update the parameters unless the gradient is not finite; return whether they were updated.
 
-    protected: parameters and optimizer state are copied first and put back if the update fails in its middle. Without
-    a copy, running out of memory there raises RestartError, since half an update cannot be undone.
+    `.grad` is None afterwards.
+
+    protected: copy parameters and optimizer state first, and restore them if the update fails
+        midway. Without a copy, running out of memory midway raises RestartError.
     """
     updated = math.isfinite(grad_norm)
     if scaler is not None or updated:
@@ -154,16 +191,19 @@ def update(
 
 
 class _Rollback:
-    """A copy of what an optimizer's update changes. Putting it back allocates nothing."""
+    """A copy of what an optimizer's update changes. Restoring it allocates nothing."""
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self._optimizer = optimizer
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        parameters = [
+            parameter for group in optimizer.param_groups for parameter in group["params"]
+        ]
         trained = [parameter for parameter in parameters if parameter.requires_grad]
         self._values = [(parameter, torch.empty_like(parameter)) for parameter in trained]
         self._state = {
             parameter: {
-                key: torch.empty_like(value) if isinstance(value, Tensor) else value for key, value in state.items()
+                key: torch.empty_like(value) if isinstance(value, Tensor) else value
+                for key, value in state.items()
             }
             for parameter, state in optimizer.state.items()
         }
@@ -188,7 +228,7 @@ class _Rollback:
 
 @torch.no_grad()
 def _copy_all(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
-    """Each first one becomes what the second one is, in a few launches for each device."""
+    """Copy each second tensor into the first, with a few launches per device."""
     for device in {source.device for _, source in pairs}:
         of_device = [(into, source) for into, source in pairs if source.device == device]
         torch._foreach_copy_([into for into, _ in of_device], [source for _, source in of_device])

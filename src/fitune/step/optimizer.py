@@ -11,12 +11,14 @@ from fitune.errors import ConfigError
 from fitune.optimizers.table import OPTIMIZERS
 
 
-def build_optimizer(model: nn.Module, optim: OptimConfig, *, lr: float, device: torch.device) -> torch.optim.Optimizer:
+def build_optimizer(
+    model: nn.Module, optim: OptimConfig, *, lr: float, device: torch.device
+) -> torch.optim.Optimizer:
     """Build the optimizer at the peak rate `lr`, for a run on `device`.
 
-    Vectors (norms, biases) take no weight decay, as is usual since GPT-2. A model of fake tensors, in a recording, gets
-    the stand-in of an optimizer that has one. Raises ConfigError if the optimizer's library is not installed, and for
-    one that makes no sense on a CPU.
+    Vectors (norms, biases) take no weight decay, as is usual since GPT-2. A recording has a model
+    of fake tensors; its optimizer is the stand-in, if the optimizer has one. Raises ConfigError if
+    the optimizer's library is not installed, or if the optimizer needs a GPU and `device` is a CPU.
     """
     kind = OPTIMIZERS[optim.name]
     if device.type == "cpu" and kind.needs_card is not None:
@@ -28,7 +30,11 @@ def build_optimizer(model: nn.Module, optim: OptimConfig, *, lr: float, device: 
         for params, decay in ((decayed, optim.weight_decay), (plain, 0.0))
         if params
     ]
-    build = kind.stand_in if kind.stand_in is not None and is_fake(next(model.parameters())) else kind.build
+    build = (
+        kind.stand_in
+        if kind.stand_in is not None and is_fake(next(model.parameters()))
+        else kind.build
+    )
     return build(groups, optim, lr)
 
 

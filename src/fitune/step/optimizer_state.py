@@ -1,7 +1,8 @@
-"""The optimizer's state made before the first step, so that no later update has to allocate it.
+"""Allocates the optimizer's state before the first step, so that no later update has to.
 
-Torch makes it in the first update, parameter by parameter, when memory is at its fullest; a failure there leaves some
-parameters moved and others without state (`KeyError: 'exp_avg_sq'` in the next update).
+Torch allocates it in the first update, parameter by parameter, when memory is fullest. A failure
+there leaves some parameters updated and others without state (`KeyError: 'exp_avg_sq'` in the next
+update).
 """
 
 import torch
@@ -12,13 +13,17 @@ _STARTS_AT_ZERO = (Adam, AdamW, Adafactor, SGD)
 
 
 def create_state(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether the state of every parameter exists now. False for an optimizer that is not known to start from zeros.
+    """Allocate the state of every parameter, and return whether that was possible.
 
-    An update with a gradient of zeros and a rate of 0, one parameter at a time, so it needs one parameter's gradient.
-    Afterwards the counters are 0 and parameters and later updates the same, bit for bit. `.grad` must be None.
+    It is not possible for an optimizer that is not known to start from zeros. The state is
+    allocated by an update with a gradient of zeros and a rate of 0, one parameter at a time, so it
+    takes the memory of one parameter's gradient. Afterwards the step counters are 0, and parameters
+    and later updates are bit-exactly what they would have been. `.grad` must be None.
     """
     groups = optimizer.param_groups
-    if not isinstance(optimizer, _STARTS_AT_ZERO) or any(group.get("dampening") for group in groups):
+    if not isinstance(optimizer, _STARTS_AT_ZERO) or any(
+        group.get("dampening") for group in groups
+    ):
         return False
     changed = ("lr", "weight_decay", "params")
     before = [{key: group[key] for key in changed if key in group} for group in groups]
@@ -27,7 +32,7 @@ def create_state(optimizer: torch.optim.Optimizer) -> bool:
     try:
         for group, values in zip(groups, before, strict=True):
             for parameter in values["params"]:
-                group["params"] = [parameter]  # an update looks at all that are there
+                group["params"] = [parameter]  # an update would process all parameters of the group
                 if parameter.requires_grad and not optimizer.state.get(parameter):
                     _create(optimizer, parameter)
             group["params"] = []
@@ -38,12 +43,13 @@ def create_state(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def _create(optimizer: torch.optim.Optimizer, parameter: Tensor) -> None:
-    """By an update of this parameter, the only one that the optimizer has."""
+    """Allocate the state of this parameter, which the groups must contain alone."""
     parameter.grad = torch.zeros_like(parameter)
     try:
         optimizer.step()
     except BaseException:
-        optimizer.state.pop(parameter, None)  # a part of it, which a later update would take for the whole
+        # A later update would take an incomplete state for a complete one.
+        optimizer.state.pop(parameter, None)
         raise
     finally:
         parameter.grad = None

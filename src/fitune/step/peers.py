@@ -1,4 +1,4 @@
-"""The processes of a step: one alone, several that each hold the model, or several that hold its shards."""
+"""Implements `Peers`: for one process, for several with the whole model, and for several shards."""
 
 from collections.abc import Iterator, Sequence
 from typing import TypeVar, cast
@@ -7,7 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from fitune.distributed.sharding import Shards
-from fitune.distributed.shared_step import ExchangePeers, StepReport, remaining_weight, sum_gradients
+from fitune.distributed.shared_step import (
+    ExchangePeers,
+    StepReport,
+    remaining_weight,
+    sum_gradients,
+)
 from fitune.step.gradients import backward
 from fitune.step.progress import P, Progress, Work
 
@@ -15,14 +20,14 @@ T = TypeVar("T")
 
 
 class Alone:
-    """One process, which waits for nobody."""
+    """A single process, which waits for no other."""
 
     is_alone = True
     go_back_together = False
     rank = 0
 
     def exchange(self, value: T) -> list[T]:
-        """Return what each process gave, in their order."""
+        """Return what each process passed, by rank."""
         return [value]
 
     def loss_weight(self, own: float, lost: float) -> float:
@@ -33,16 +38,16 @@ class Alone:
             yield progress.begin()
 
     def sum_up(self, progress: Progress[P]) -> None:
-        """The gradients of this process are those of the step."""
+        """Do nothing: the gradients of this process are those of the step."""
 
     def ready(self) -> None:
-        """There is nobody to wait for."""
+        """Do nothing: there is no process to wait for."""
 
     def leave(self) -> None:
-        """There is nobody to tell of a failure."""
+        """Do nothing: there is no process to notify of a failure."""
 
     def take_back(self, progress: Progress[P]) -> None:
-        """Drop what the failed attempt left on the model."""
+        """Drop the gradients that the failed attempt left on the model."""
         progress.drop_gradients()
 
     def clip(self, parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor:
@@ -53,22 +58,30 @@ ALONE = Alone()
 
 
 class SharedSamples(Alone):
-    """Processes that each hold the whole model and compute their own samples of the batch.
+    """Processes that each have the whole model, and compute their own samples of the batch.
 
-    Each runs out of memory, splits and tries again by itself; they meet when all samples are done.
+    Each one runs out of memory, splits and repeats independently. They wait for each other when all
+    samples are done.
     """
 
     is_alone = False
 
     def __init__(self, ranks: ExchangePeers, loss_weight: float) -> None:
-        """loss_weight: of the whole batch, without the samples that are left out already; the same in all."""
+        """Create the peers of one step.
+
+        loss_weight: of the whole batch without quarantined samples; the same in all processes.
+        """
         self._ranks, self._loss_weight = ranks, loss_weight
 
     def loss_weight(self, own: float, lost: float) -> float:
         return remaining_weight(self._loss_weight, lost)
 
     def sum_up(self, progress: Progress[P]) -> None:
-        """Allocate what this needs before the others hear of this process, so that it cannot fail after that."""
+        """Sum gradients, losses and norms over the processes.
+
+        What this needs is allocated before the others are notified, so that it cannot fail
+        afterwards.
+        """
         gradients, missing = progress.gradients()
         report = _report(progress, missing)
         progress.is_summed = True
@@ -76,13 +89,22 @@ class SharedSamples(Alone):
 
 
 class ShardedModel(Alone):
-    """Processes that hold the shards of one model (FSDP2). They compute every pass together and go back together."""
+    """Processes that each have a shard of the model (FSDP2).
+
+    They compute every pass together, and a failure in one makes all begin the step again.
+    """
 
     is_alone = False
     go_back_together = True
 
-    def __init__(self, shards: Shards, ranks: ExchangePeers | None = None, loss_weight: float = 0.0) -> None:
-        """ranks, loss_weight: as of `SharedSamples`. Without ranks all compute the same samples, in a trial."""
+    def __init__(
+        self, shards: Shards, ranks: ExchangePeers | None = None, loss_weight: float = 0.0
+    ) -> None:
+        """Create the peers of one step.
+
+        ranks, loss_weight: as in `SharedSamples`. Without ranks, all compute the same samples, as a
+            trial.
+        """
         self._shards, self._ranks, self._loss_weight = shards, ranks, loss_weight
         self.rank = shards.peers.rank
 
@@ -93,7 +115,10 @@ class ShardedModel(Alone):
         return own if self._ranks is None else remaining_weight(self._loss_weight, lost)
 
     def passes(self, work: Work[P], progress: Progress[P]) -> Iterator[P]:
-        """A process without samples computes `Shards.idle`, whose gradient is zero, while others have some left."""
+        """Yield this process's pieces, as long as any process has some left.
+
+        A process without pieces computes `Shards.idle`, whose gradient is zero.
+        """
         while self._shards.more(bool(progress.pending)):
             if progress.pending:
                 yield progress.begin()
@@ -102,7 +127,7 @@ class ShardedModel(Alone):
                 backward(work.loss_share(cast("P", self._shards.idle), 1.0), work.scaler)
 
     def sum_up(self, progress: Progress[P]) -> None:
-        """The backward has summed gradients already; losses and norms are still those of this process."""
+        """Sum losses and norms over the processes; the backward has summed the gradients."""
         if self._ranks is None:
             return
         report = _report(progress, missing=())
@@ -124,7 +149,7 @@ class ShardedModel(Alone):
 
 
 def _report(progress: Progress[P], missing: tuple[int, ...]) -> StepReport:
-    """Bring losses and norms to the host in one transfer, for the other processes."""
+    """Move losses and norms to the host in one transfer, to send them to the other processes."""
     none = torch.zeros(0, device=progress.device)
     norms, weights = (none, ()) if progress.norms is None else progress.norms.kept()
     losses = progress.losses

@@ -1,4 +1,4 @@
-"""What one optimizer step computes, and how far it has come."""
+"""Describes what one optimizer step computes, and how far it has progressed."""
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,12 +11,12 @@ from fitune.batch_size.norms import NormRecorder
 from fitune.distributed.shared_step import StepReport
 from fitune.step.gradients import ClippingPeers, CommitBuffer, missing_gradients_as_zeros
 
+#: what a step was doing when it failed
 Place = Literal["forward", "backward", "commit", "sum", "clip", "update", "evaluation", "elsewhere"]
-"""What a step was doing when it failed."""
 
 
 class Piece(Protocol):
-    """What one forward and backward computes: a micro-batch, or some samples of a user's own batch."""
+    """What one forward and backward computes: a micro-batch, or samples of a user's own batch."""
 
     @property
     def row_ids(self) -> tuple[int, ...]: ...
@@ -35,25 +35,26 @@ P = TypeVar("P", bound=Piece)
 
 @dataclass(frozen=True, kw_only=True)
 class Work(Generic[P]):
-    """What a step computes, and how its pieces are made smaller."""
+    """What a step computes, and how its pieces are split."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler | None
-    #: (piece, loss_weight) -> what the piece adds to the mean loss of a batch of that weight, with its graph
+    #: (piece, loss_weight) -> the piece's share of the mean loss of a batch of that weight, with
+    #: its graph
     loss_share: Callable[[P, float], Tensor]
-    #: (piece, most_positions) -> its samples in pieces of at most so many positions, or of one sample
+    #: (piece, most_positions) -> pieces of at most so many padded tokens, or of one sample
     split: Callable[[P, int], list[P]]
-    #: (piece, row_ids) -> the piece without these samples, None where no sample is left
+    #: (piece, row_ids) -> the piece without these samples, or None if no sample is left
     without: Callable[[P, Collection[int]], P | None]
     #: the largest gradient norm, 0 for no clipping
     clip: float
-    #: sum the gradients of complete pieces in a buffer of their own, see `StepSettings.commit`
+    #: sum the gradients of finished pieces in a buffer of their own, see `StepSettings.commit`
     commit: bool
 
 
 class Peers(ClippingPeers, Protocol):
-    """The processes that compute a step together, this one among them; `Alone` where there is only this one."""
+    """The processes that compute a step together, including this one; `Alone` is a single one."""
 
     @property
     def is_alone(self) -> bool: ...
@@ -64,11 +65,15 @@ class Peers(ClippingPeers, Protocol):
         ...
 
     def loss_weight(self, own: float, lost: float) -> float:
-        """The weight N that the losses are divided by. own: of this process's pieces. lost: of samples left out."""
+        """Return the weight N that the losses are divided by.
+
+        own: the weight of this process's pieces.
+        lost: the weight of the samples that were left out.
+        """
         ...
 
     def passes(self, work: Work[P], progress: "Progress[P]") -> Iterator[P]:
-        """Yield the pieces that this process has still to compute."""
+        """Yield the pieces that this process still has to compute."""
         ...
 
     def sum_up(self, progress: "Progress[P]") -> None:
@@ -77,9 +82,11 @@ class Peers(ClippingPeers, Protocol):
 
 
 class Progress(Generic[P]):
-    """State of one optimizer step: the pieces that are done and those still to do, their losses and gradients."""
+    """The state of one optimizer step: finished and pending pieces, their losses and gradients."""
 
-    def __init__(self, work: Work[P], pieces: Sequence[P], *, peers: Peers, norms: NormRecorder | None = None) -> None:
+    def __init__(
+        self, work: Work[P], pieces: Sequence[P], *, peers: Peers, norms: NormRecorder | None = None
+    ) -> None:
         self.peers, self.norms = peers, norms
         self.model = work.model
         self.pending = list(pieces)
@@ -103,21 +110,25 @@ class Progress(Generic[P]):
 
     @property
     def plan(self) -> tuple[tuple[int, ...], ...]:
-        """The row ids of each piece that is done, in order; those of all processes once they have summed."""
-        return tuple(piece.row_ids for piece in self.done) if self.total is None else self.total.plan
+        """The row ids of each finished piece, in order; after the sum, those of all processes."""
+        return (
+            tuple(piece.row_ids for piece in self.done) if self.total is None else self.total.plan
+        )
 
     @property
     def is_one_piece(self) -> bool:
-        """Whether the pending piece is the whole step, of this process and of all others."""
+        """Whether the pending piece is the whole step, over all processes."""
         return len(self.pending) == 1 and not self.done and self.peers.is_alone
 
     @property
     def fallbacks(self) -> tuple[str, ...]:
-        """What saves memory in this process beyond the configuration, by name."""
+        """The names of the fallbacks that this process has applied."""
         return ()
 
     def remaining_weight(self) -> float:
-        return self.peers.loss_weight(sum(piece.loss_weight for piece in self.pending), self.lost_weight)
+        return self.peers.loss_weight(
+            sum(piece.loss_weight for piece in self.pending), self.lost_weight
+        )
 
     def begin(self) -> P:
         """Return the piece that is computed next."""
@@ -125,7 +136,7 @@ class Progress(Generic[P]):
         return self.pending[0]
 
     def finish(self, loss: Tensor) -> None:
-        """Add the gradients of the piece that was computed to the step's."""
+        """Add the gradients of the computed piece to the step's."""
         self.place = "commit"
         if self.buffer is not None:
             self.buffer.add()
@@ -135,22 +146,29 @@ class Progress(Generic[P]):
             self.norms.keep(self.done[-1].loss_weight)
 
     def skip(self) -> None:
-        """Count all pieces as done without computing them: they have no target."""
+        """Count all pieces as done without computing them, because they have no target."""
         self.done, self.pending = self.done + self.pending, []
 
     def gradients(self) -> tuple[list[Tensor], tuple[int, ...]]:
-        """The gradient of each trained parameter, zeros where it has none, and the places of those."""
-        return missing_gradients_as_zeros(self.model) if self.buffer is None else self.buffer.filled()
+        """Give trained parameters without a gradient one of zeros.
+
+        Returns the gradients of all trained parameters, and the places of the zeros.
+        """
+        return (
+            missing_gradients_as_zeros(self.model) if self.buffer is None else self.buffer.filled()
+        )
 
     def drop_gradients(self, places: Collection[int] | None = None) -> None:
-        """Drop the sums of the trained parameters at these places, or all gradients."""
+        """Drop the gradient sums of the trained parameters at these places, or all gradients."""
         if places is None:
             for parameter in self.model.parameters():
                 parameter.grad = None
         elif self.buffer is not None:
             self.buffer.drop(places)
         else:
-            trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+            trained = [
+                parameter for parameter in self.model.parameters() if parameter.requires_grad
+            ]
             for place in places:
                 trained[place].grad = None
 
@@ -168,6 +186,6 @@ class Progress(Generic[P]):
             self.norms.take(total.norms, total.weights)
 
     def hand_over(self) -> None:
-        """Make the sums of the buffer the gradients that the optimizer sees."""
+        """Move the buffer's sums to `.grad`, where the optimizer reads them."""
         if self.buffer is not None:
             self.buffer.hand_over()

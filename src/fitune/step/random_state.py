@@ -1,7 +1,7 @@
-"""Random numbers in a step: each micro-batch draws from a seed of its own, and the program's streams stay in place.
+"""Seeds the random numbers of each micro-batch, and restores the program's generators after a step.
 
-So a micro-batch that is done again draws the same dropout masks, and neither a retry nor another split shifts what the
-next step draws.
+A micro-batch that is computed again draws the same dropout masks, and neither a retry nor another
+split changes what the next step draws.
 """
 
 import random
@@ -18,16 +18,17 @@ _MASK = 2**64 - 1
 
 
 def micro_batch_seed(run_seed: int, *, step: int, first_row_id: int) -> int:
-    """A function of these three alone, in 64 bits."""
+    """Return a 64-bit seed that depends only on these three numbers."""
     state = np.zeros(1, np.uint64)
-    for word in (run_seed, step, first_row_id):
-        state = mix(state + np.array([(word * _GOLDEN + _GOLDEN) & _MASK], np.uint64))
+    for number in (run_seed, step, first_row_id):
+        state = mix(state + np.array([(number * _GOLDEN + _GOLDEN) & _MASK], np.uint64))
     return int(state[0])
 
 
 def seed_streams(seed: int, device: torch.device) -> None:
-    """The streams that a model's forward may draw from: torch's of the CPU and of `device`, Python's and NumPy's."""
-    torch.default_generator.manual_seed(seed)  # torch.manual_seed asks every kind of device, which takes 0.3 ms
+    """Seed all generators a forward may draw from: torch's (CPU, `device`), Python's, NumPy's."""
+    # torch.manual_seed would query every kind of device, which takes 0.3 ms
+    torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         torch.cuda.manual_seed(seed)
     random.seed(seed)
@@ -36,7 +37,7 @@ def seed_streams(seed: int, device: torch.device) -> None:
 
 @contextmanager
 def streams_kept(device: torch.device) -> Iterator[None]:
-    """All of these streams are afterwards where they were before, also after an error."""
+    """Restore these generators afterwards, also after an error."""
     python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
     cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
     try:

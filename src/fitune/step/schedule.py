@@ -1,17 +1,23 @@
-"""The learning rate as a function of the share of the run that is done, so that it is the same for every split of the
-same tokens into steps or micro-batches."""
+"""Computes the learning rate from the fraction of the run that is done.
+
+So the rate does not depend on how tokens are split into steps or micro-batches.
+"""
 
 import math
 
 from fitune.config import OptimConfig
 
+#: The last fraction of the run, in which warm-up-stable-decay decays (Hägele et al. 2024,
+#: arXiv 2405.18392).
 WSD_DECAY_FRACTION = 0.1
-"""Share of the run over which warm-up-stable-decay falls at its end (Hägele et al. 2024, arXiv 2405.18392)."""
 
 
 def lr_factor(optim: OptimConfig, progress: float) -> float:
-    """The share of optim.lr in use at `progress`, the share (0 to 1) of the run's tokens seen in the *middle* of the
-    step, so that neither the first step of a warm-up nor the last one of a decay is done with a rate of 0."""
+    """Return the factor of optim.lr at `progress`.
+
+    progress: the fraction (0 to 1) of the run's tokens seen in the *middle* of the step, so that
+        neither the first step of a warm-up nor the last one of a decay has a rate of 0.
+    """
     progress = min(max(progress, 0.0), 1.0)
     if progress < optim.warmup:
         return progress / optim.warmup

@@ -1,10 +1,11 @@
 """The optimizer step: the one function that goes from forward to update.
 
-It trains, it is recorded for the prediction of memory, and it is measured. `recovery.step.safe_step` calls it again
-where memory runs out inside it; several processes stand behind `Progress.peers`, whose lone form does nothing.
+The same code trains, is recorded to predict memory, and is measured. `recovery.step.safe_step`
+calls it again if memory runs out inside it. `Progress.peers` connects several processes; for a
+single process it does nothing.
 
-The loss of every piece is its sum of token losses divided by the weight N of the *whole* effective batch, so the
-gradient does not depend on how the samples are split into micro-batches.
+The loss of every piece is its sum of token losses divided by the weight N of the *whole* effective
+batch, so the gradient does not depend on how the samples are split into micro-batches.
 """
 
 import math
@@ -17,16 +18,17 @@ from fitune.step.progress import P, Progress, Work
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What an optimizer step did."""
+    """The result of an optimizer step."""
 
-    #: mean over the loss weight N of the effective batch; None where the batch had no target (N = 0)
+    #: mean over the loss weight N of the effective batch; None if the batch had no target (N = 0)
     loss: float | None
-    #: of the whole gradient, before clipping; None where the batch had no target
+    #: of the whole gradient before clipping; None if the batch had no target
     grad_norm: float | None
     loss_weight: float
-    #: False where the batch had no target, the gradient was not finite, or a float16 gradient overflowed
+    #: False if the batch had no target, the gradient was not finite, or a float16 gradient
+    #: overflowed
     updated: bool
-    #: of each micro-batch's gradient, where a recorder was given
+    #: of each micro-batch's gradient, if a recorder was given
     norms: GradientNorms | None = None
 
 
@@ -34,10 +36,11 @@ NOTHING_TO_LEARN = StepResult(loss=None, grad_norm=None, loss_weight=0.0, update
 
 
 def optimizer_step(work: Work[P], progress: Progress[P]) -> StepResult:
-    """Compute the gradient of the pending pieces, clip it and update the parameters.
+    """Compute the gradient of the pending pieces, clip it, and update the parameters.
 
-    `.grad` is None before and after. `progress.place` says how far it came where it raises. Losses and norms come to
-    the host in one transfer before the update, so that a gradient that is not finite never reaches the weights.
+    `.grad` is None before and after. If the step raises, `progress.place` says how far it had come.
+    Losses and norms are moved to the host in one transfer before the update, so that a gradient
+    that is not finite never reaches the weights.
     """
     clipped = clipped_gradient(work, progress)
     if clipped is None:
@@ -49,7 +52,10 @@ def optimizer_step(work: Work[P], progress: Progress[P]) -> StepResult:
 
 
 def clipped_gradient(work: Work[P], progress: Progress[P]) -> Clipped | None:
-    """Compute the gradient of the pending pieces, of all processes, and clip it. None where they have no target."""
+    """Compute the gradient of the pending pieces over all processes, and clip it.
+
+    Returns None if the pieces have no target.
+    """
     accumulate(work, progress)
     progress.place = "sum"
     progress.peers.sum_up(progress)

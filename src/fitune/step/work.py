@@ -1,4 +1,4 @@
-"""fitune's own training step: micro-batches, and the loss of the configuration."""
+"""Describes fitune's own training step: micro-batches, and the loss of the configuration."""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -25,24 +25,27 @@ class StepSettings:
     """How fitune's own step computes loss and update."""
 
     loss: LossSettings
-    #: the largest gradient norm, 0 for no clipping
+    #: the largest gradient norm; 0 for no clipping
     clip: float = 1.0
-    #: the data type of matrix products, None for that of the parameters
+    #: the dtype of matrix products; None for that of the parameters
     autocast: torch.dtype | None = None
-    #: Sum the gradients of complete micro-batches in a buffer of their own, so that one that fails is repeated alone
-    #: and the update can be undone; else a failure begins the step again. For few trainable parameters.
+    #: Sum the gradients of finished micro-batches in a buffer of their own. Then a failed
+    #: micro-batch is repeated alone, and the update can be undone; otherwise a failure begins the
+    #: step again. For few trainable parameters.
     commit: bool = False
-    #: of a model that is sharded over several processes
+    #: if the model is sharded over several processes
     shards: Shards | None = None
 
     def run(self, device: torch.device, compute: Callable[[], T]) -> T:
-        """Return what `compute` does with the model, under these settings."""
+        """Run `compute`, which uses the model, under these settings, and return its result."""
         with autocast(device, self.autocast):
             return compute() if self.shards is None else self.shards.run(compute)
 
 
-def loss_share(model: nn.Module, micro_batch: MicroBatch, *, loss_weight: float, settings: StepSettings) -> Tensor:
-    """Return what this micro-batch adds to the mean loss of a batch of weight `loss_weight`, with its graph."""
+def loss_share(
+    model: nn.Module, micro_batch: MicroBatch, *, loss_weight: float, settings: StepSettings
+) -> Tensor:
+    """Return a micro-batch's share of the mean loss of a batch of `loss_weight`, with its graph."""
     device = next(model.parameters()).device
     here = micro_batch.to(device)
     return settings.run(device, lambda: token_loss_sum(model, here, settings.loss) / loss_weight)
@@ -59,7 +62,10 @@ def micro_batch_work(
     *,
     scaler: torch.amp.GradScaler | None = None,
 ) -> Work[MicroBatch]:
-    """Describe fitune's own step. scaler: for float16 autocast only."""
+    """Describe fitune's own step.
+
+    scaler: for float16 autocast only.
+    """
     return Work(
         model=model,
         optimizer=optimizer,
@@ -83,6 +89,6 @@ def train_step(
     scaler: torch.amp.GradScaler | None = None,
     norms: NormRecorder | None = None,
 ) -> StepResult:
-    """Do one optimizer step on these micro-batches, without recovery from running out of memory."""
+    """Do one optimizer step on these micro-batches, without surviving a lack of memory."""
     work = micro_batch_work(model, optimizer, settings, scaler=scaler)
     return optimizer_step(work, Progress(work, micro_batches, peers=ALONE, norms=norms))

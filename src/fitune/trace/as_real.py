@@ -1,8 +1,9 @@
-"""What a loop does with tensors, loaders and interrupts that fake tensors do not answer by themselves.
+"""Make tensors, data loaders and interrupts behave in a recording as they do in the real run.
 
-A loop that prints its loss, copies its model, saves it or reads its rows by worker processes does so here too, with the
-same allocations: none for a printed number or a saved file, a clone for a copy, and rows read in this process, since
-what worker processes hold is not of the card.
+A loop may print its loss, copy its model, save it or read its samples in worker processes. It can
+do so in a recording too, with the same allocations on the card: none for a printed number or a
+saved file, and a clone for a copy. Samples are read in this process, since the memory of worker
+processes is not on the card.
 """
 
 import _thread
@@ -21,39 +22,55 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.data import DataLoader
 from torch.utils.data.dataloader import _SingleProcessDataLoaderIter
 
-from fitune.trace.assumptions import known_array
+from fitune.trace.known_data import known_array
 from fitune.trace.weight_files import weight_files
 
+#: After this time a lost interrupt is raised again
 AGAIN_SECONDS = 0.05
-_SAFETENSORS: dict[str, Any] = {"_flatten": {}, "_flatten_as_ptr": {}, "serialize": b"", "serialize_file": None}
-"""What safetensors calls to save, in one version or another, and what it returns where nothing is saved."""
+#: The functions that some version of safetensors calls to save, with what they return here, where
+#: nothing is saved
+_SAFETENSORS: dict[str, Any] = {
+    "_flatten": {},
+    "_flatten_as_ptr": {},
+    "serialize": b"",
+    "serialize_file": None,
+}
 
 
 @contextmanager
 def as_real() -> Iterator[None]:
+    """Replace what fake tensors do not support by themselves, for as long as the block lasts."""
     with ExitStack() as stack:
         stack.enter_context(patch.object(FakeTensor, "__format__", _format))
         stack.enter_context(patch.object(FakeTensor, "__deepcopy__", _deepcopy))
         stack.enter_context(patch.object(FakeTensor, "numpy", _numpy, create=True))
         stack.enter_context(patch.object(torch, "save", partial(_save_nothing, None)))
-        stack.enter_context(patch.object(torch.Tensor, "pin_memory", lambda tensor, *_, **__: tensor))  # in threads too
+        # Data loaders pin memory in threads, which function modes do not reach.
+        pin = patch.object(torch.Tensor, "pin_memory", lambda tensor, *_, **__: tensor)
+        stack.enter_context(pin)
         for name, saved in _SAFETENSORS.items():
-            stack.enter_context(patch.object(safetensors.torch, name, partial(_save_nothing, saved), create=True))
-        stack.enter_context(weight_files(_where_asked))
+            stack.enter_context(
+                patch.object(safetensors.torch, name, partial(_save_nothing, saved), create=True)
+            )
+        stack.enter_context(weight_files(_on_device))
         stack.enter_context(patch.object(DataLoader, "_get_iterator", _in_this_process))
         yield
 
 
 @contextmanager
 def interrupts_heard() -> Iterator[None]:
-    """A Ctrl-C that arrives while Python is in the callback of a weak reference ends there unheard: it comes once more,
-    a moment later."""
+    """Raise a KeyboardInterrupt again that Python lost.
+
+    An interrupt that arrives while Python runs the callback of a weak reference is only printed. It
+    is raised again a moment later.
+    """
     before = sys.unraisablehook
     again: list[threading.Timer] = []
 
-    def hear(told: Any) -> None:
-        if told.exc_type is None or not issubclass(told.exc_type, KeyboardInterrupt):
-            before(told)
+    def hear(unraisable: Any) -> None:
+        kind = unraisable.exc_type
+        if kind is None or not issubclass(kind, KeyboardInterrupt):
+            before(unraisable)
         elif not any(timer.is_alive() for timer in again):
             again.append(threading.Timer(AGAIN_SECONDS, _thread.interrupt_main))
             again[-1].start()
@@ -68,7 +85,7 @@ def interrupts_heard() -> Iterator[None]:
 
 @contextmanager
 def states_kept() -> Iterator[None]:
-    """accelerate keeps for the whole process which device it found: what it finds here ends here."""
+    """Restore accelerate's state, which stores for the whole process which device it found."""
     name = "accelerate.state"
     before = [dict(each) for each in _shared_states(sys.modules.get(name))]
     try:
@@ -89,7 +106,7 @@ def _format(tensor: FakeTensor, spec: str) -> str:
 
 
 def _deepcopy(tensor: FakeTensor, memo: dict[int, Any]) -> Any:
-    """As Tensor.__deepcopy__; tensors that share memory no longer do."""
+    """Copy as Tensor.__deepcopy__ does; copies of tensors that share memory do not share it."""
     if id(tensor) in memo:
         return memo[id(tensor)]
     if not tensor.is_leaf:
@@ -108,13 +125,15 @@ def _deepcopy(tensor: FakeTensor, memo: dict[int, Any]) -> Any:
     return copied
 
 
-def _where_asked(tensor: torch.Tensor, device: Any) -> torch.Tensor:
+def _on_device(tensor: torch.Tensor, device: Any) -> torch.Tensor:
     return tensor.to(device) if isinstance(device, (str, int, torch.device)) else tensor
 
 
 def _numpy(tensor: FakeTensor, *_: Any, **__: Any) -> Any:
     if tensor.requires_grad:
-        raise RuntimeError("Can't call numpy() on Tensor that requires grad. Use tensor.detach().numpy() instead.")
+        raise RuntimeError(
+            "Can't call numpy() on Tensor that requires grad. Use tensor.detach().numpy() instead."
+        )
     return known_array(tensor)
 
 

@@ -1,10 +1,12 @@
-"""Carries out in place what autograd carries out in place where nothing records it.
+"""Run in place, during a recording, what autograd runs in place without one.
 
-PyTorch takes every tensor for one of a subclass while a dispatch mode is on, and every fake tensor always
-(ATen/TensorSubclassLikeUtils.h). For those, autograd writes into no tensor: where two gradients of one tensor meet it
-allocates their sum (torch/csrc/autograd/input_buffer.cpp: accumulate), and where a formula of a backward fills a tensor
-of zeros it allocates another one (FunctionsManual.cpp, native/TensorAdvancedIndexing.cpp, native/ReduceOps.cpp). A
-recorder is such a mode, so it would see more memory than the loop takes, unless it calls the operators in place itself.
+PyTorch treats every tensor as one of a subclass while a dispatch mode is on, and every fake tensor
+always (ATen/TensorSubclassLikeUtils.h). For such tensors, autograd does not write in place: where
+two gradients of one tensor meet it allocates their sum (torch/csrc/autograd/input_buffer.cpp:
+accumulate), and where a backward formula fills a tensor of zeros it allocates another one
+(FunctionsManual.cpp, native/TensorAdvancedIndexing.cpp, native/ReduceOps.cpp). A recorder is such a
+mode, so it would see more memory than the loop takes, unless it calls the in-place operators
+itself.
 """
 
 import sys
@@ -18,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 aten = torch.ops.aten
 _ADD = aten.add.Tensor
+#: operator -> its in-place variant
 IN_PLACE = {
     _ADD: aten.add_.Tensor,
     aten.index_add.default: aten.index_add_.default,
@@ -28,15 +31,17 @@ IN_PLACE = {
 
 
 class Holders(NamedTuple):
-    """How often a tensor is referred to, as counted inside a dispatch mode.
+    """The numbers of references to a tensor, counted inside a dispatch mode."""
 
-    engine: the Python function that called the mode. Where autograd itself calls an operator, it is the one that
-    started the backward; in the backward of a `torch.autograd.Function` or in a hook it is another.
-    """
-
+    #: references to the C++ tensor
     tensor: int
+    #: references to its storage
     storage: int
+    #: references to its Python object
     python: int
+    #: the Python function that called the mode. If autograd itself calls an operator, that is the
+    #: function that started the backward; in the backward of a `torch.autograd.Function` or in a
+    #: hook it is another
     engine: CodeType
 
 
@@ -48,10 +53,12 @@ def as_autograd_does(
     alone: Holders,
     is_new_zeros: Callable[[torch.Tensor], bool],
 ) -> Any:
-    """Returns the operator of `IN_PLACE` that autograd would have called instead of `func` for these arguments, or
-    `func`, which is one of its keys.
+    """Return the operator that autograd would have called without a recording.
 
-    It is to be called by `__torch_dispatch__` itself, whose caller and arguments it counts. alone: from `count_alone`.
+    That is an in-place operator of `IN_PLACE`, or `func`, which must be one of its keys. Must be
+    called by `__torch_dispatch__` itself, since its caller and its arguments are counted.
+
+    alone: from `count_alone`.
     is_new_zeros: whether a tensor's memory was allocated by an operator that makes zeros.
     """
     if kwargs or torch.is_grad_enabled() or torch._C._current_graph_task_id() == -1:
@@ -69,7 +76,10 @@ def as_autograd_does(
 
 
 def _is_dense(tensor: torch.Tensor) -> bool:
-    """Whether the elements fill one block of memory, each once, in whatever order (is_non_overlapping_and_dense)."""
+    """Return whether the elements fill one block of memory without gaps or overlaps, in any order.
+
+    This is is_non_overlapping_and_dense.
+    """
     expected = 1
     sizes = zip(tensor.stride(), tensor.shape, strict=True)
     for stride, size in sorted((stride, size) for stride, size in sizes if size > 1):
@@ -87,23 +97,32 @@ def _count_holders(tensor: torch.Tensor, caller: CodeType) -> Holders:
 
 @cache
 def count_alone() -> Holders:
-    """Counts the holders of a gradient that only autograd holds: in a small backward, since each version of PyTorch
-    counts in its own way. Not to be called inside an operator, where autograd is off."""
+    """Count the references to a gradient that only autograd holds.
+
+    They are counted in a small backward, since each version of PyTorch counts in its own way. Must
+    not be called inside an operator, where autograd is off.
+    """
     found: list[Holders] = []
 
     class Counting(TorchDispatchMode):
         @classmethod
         def _should_skip_dynamo(cls) -> bool:
-            return False  # a wrapper around the mode would be the caller that is counted
+            # Dynamo would wrap the mode, and the wrapper would be counted as the caller.
+            return False
 
         def __torch_dispatch__(
-            self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+            self,
+            func: Any,
+            types: Any,
+            args: tuple[Any, ...] = (),
+            kwargs: dict[str, Any] | None = None,
         ) -> Any:
             if func is _ADD:
                 count_first_of(func, args)
             return func(*args, **(kwargs or {}))
 
-    def count_first_of(_: Any, args: Sequence[Any]) -> None:  # the same variables refer to it as in `as_autograd_does`
+    # As many variables refer to the tensor here as in `as_autograd_does`.
+    def count_first_of(_: Any, args: Sequence[Any]) -> None:
         caller = sys._getframe(2).f_code
         first, _ = args[0], args[1]
         found.append(_count_holders(first, caller))

@@ -1,7 +1,8 @@
-"""A model is built on the meta device: with its shapes and without its weights, which may be larger than this machine.
+"""Build a model on the meta device: with its shapes but without its weights.
 
-What a constructor reads (the length of a schedule that it has computed, the places of a mask) is computed where it
-follows from constants, and assumed elsewhere, as in a loop. Files of weights are read for their shapes alone.
+The weights may be larger than this machine's memory. Values that a constructor reads, such as the
+length of a computed schedule or the indices of a mask, are computed if they follow from constants,
+and assumed otherwise, as in a recorded loop. Weight files are read for their shapes only.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,23 +17,28 @@ from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
-from fitune.trace.assumptions import Assumptions, known_array, tell_made
+from fitune.trace.assumptions import Assumptions
 from fitune.trace.card_stand_in import CARD, as_cpu
+from fitune.trace.known_data import known_array, set_factory_data
 from fitune.trace.weight_files import weight_files
 
 _META = torch.device("meta")
+#: Factories that wrap existing memory, which cannot be on the meta device
 _STORED = (torch.asarray, torch.frombuffer)
-"""They make tensors of memory that is there, which is never that of the meta device."""
+#: Parts of the names of factories whose values no constructor depends on
 _WITHOUT_DATA = ("rand", "normal", "empty", "bernoulli", "multinomial")
-"""In the names of factories whose values nobody counts on."""
 
 
 @contextmanager
 def building(assumptions: Assumptions) -> Iterator[None]:
-    """The block makes a model on the meta device, whatever devices it names, and draws no number of the program's own
-    random state."""
+    """Build the models of this block on the meta device, whatever devices they name.
+
+    The program's own random state stays unchanged.
+    """
     with ExitStack() as stack:
-        stack.enter_context(patch.object(PreTrainedModel, "from_pretrained", _shapes_of_pretrained()))
+        stack.enter_context(
+            patch.object(PreTrainedModel, "from_pretrained", _shapes_of_pretrained())
+        )
         stack.enter_context(weight_files(lambda tensor, _: tensor.to("meta")))
         stack.enter_context(torch.random.fork_rng(devices=[]))
         stack.enter_context(_Reads(assumptions))
@@ -51,14 +57,18 @@ def _shapes_of_pretrained() -> Any:
 
 
 class OnMeta(TorchFunctionMode):
-    """A model that is built on the card is built on the meta device."""
+    """A function mode that builds on the meta device what would be built on the card."""
 
     def __init__(self) -> None:
         super().__init__()
         self._constructors = _device_constructors()
 
     def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = dict(kwargs or {})
         if func in (Tensor.cuda, Tensor.cpu):
@@ -74,19 +84,23 @@ class OnMeta(TorchFunctionMode):
             kwargs["device"] = _as_meta(kwargs["device"])
         made = func(*args, **kwargs)
         if func in self._constructors and not any(word in func.__name__ for word in _WITHOUT_DATA):
-            tell_made(made, func, args, kwargs)
+            set_factory_data(made, func, args, kwargs)
         return made
 
 
 class _Reads(TorchDispatchMode):
-    """Answers what is read of tensors that have no data."""
+    """A dispatch mode that answers reads of tensors without data."""
 
     def __init__(self, assumptions: Assumptions) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._assumptions = assumptions
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         return self._assumptions.call(func, args, kwargs or {})[0]
 

@@ -1,9 +1,10 @@
-"""Which tensors of a loop live on the host and which on the card, while both are CPU tensors for the recorder.
+"""Track which tensors of a recorded loop are on the host and which on the card.
 
-A factory call without a device makes a host tensor, as it does in the real run; the device handed to the loop, or
-"cuda" in any spelling, means the card. What is computed from host tensors alone stays on the host. `.to(device)` of a
-host tensor is an allocation on the card, `.cpu()` of a card's tensor none. Host tensors have their true values as far
-as these come from the host alone: a loop that draws the rows of its batch draws them here too.
+To the recorder both are CPU tensors. A factory call without a device makes a host tensor, as it
+does in the real run; the device that the loop is given, or "cuda" in any spelling, means the card.
+What is computed from host tensors only stays on the host. `.to(device)` of a host tensor allocates
+on the card, `.cpu()` of a tensor on the card does not. Host tensors have their true values where
+these depend on the host only: a loop that draws random indices for its batch draws them here too.
 """
 
 import sys
@@ -22,22 +23,25 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
 
 from fitune.errors import UsageError
-from fitune.trace.assumptions import tell_made
+from fitune.trace.known_data import set_factory_data
 from fitune.trace.recorder import Place, Recorder
 
 NAMES_CUDA = (
-    "the loop names CUDA and is predicted for a CPU: let it use the device that it is given, or name a card, such as "
+    "the loop names CUDA and is predicted for a CPU: let it use the device that it is given, or "
+    "name a card, such as "
     'gpu="RTX 4090"'
 )
+#: The device that stands for the card; torch itself sees it as the device of every tensor
 CARD = torch.device("cpu")
-"""What stands for the card, and what every tensor says to torch that it is on."""
-TOLD_CARD = torch.device("cuda", 0)
-"""What a tensor on the card says to the loop and to the model; it means the card wherever it is given back."""
+#: The device that a tensor on the card reports to the loop and the model, and that they may pass on
+REPORTED_CARD = torch.device("cuda", 0)
+#: The device that a loop gets if it makes a device "cpu"
 HOST = torch.device("cpu", 0)
-"""What a loop gets that makes a device "cpu" itself."""
 
 
 class Placement(TorchFunctionMode):
+    """A function mode that places each tensor on the host or on the card."""
+
     def __init__(self, recorder: Recorder) -> None:
         super().__init__()
         self._recorder = recorder
@@ -45,36 +49,57 @@ class Placement(TorchFunctionMode):
         self.default_device: Any = None
 
     def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if self.default_device is not None and func in self._constructors and kwargs.get("device") is None:
+        if (
+            self.default_device is not None
+            and func in self._constructors
+            and kwargs.get("device") is None
+        ):
             kwargs = {**kwargs, "device": self.default_device}
         if func is Tensor.to:
             return self._to(args[0], args[1:], kwargs)
         if func in self._constructors or kwargs.get("device") is not None:
-            return self._make(func, args, {key: value for key, value in kwargs.items() if key != "pin_memory"})
+            return self._make(
+                func, args, {key: value for key, value in kwargs.items() if key != "pin_memory"}
+            )
         if func is Tensor.cuda:
             return self._to_card(args[0], lambda tensor: tensor)
         if func is Tensor.cpu:
             return self._to_host(args[0])
-        if func in _ASKS_WHERE and not _is_of_torch(sys._getframe(1)):
+        if func in _DEVICE_QUERIES and not _is_of_torch(sys._getframe(1)):
             is_card = self._is_on_card(args[0])
             return (0 if is_card else -1) if func is Tensor.get_device else is_card
         return func(*args, **kwargs)
 
-    def told_device(self, tensor: FakeTensor) -> torch.device:
-        """As FakeTensor.device; a loop or a model, but not torch, is told where the tensor really is. Inside of an
-        operator, and in the backward's hooks, nobody would translate what is told."""
+    def reported_device(self, tensor: FakeTensor) -> torch.device:
+        """Return FakeTensor.device as the caller should see it.
+
+        A loop or a model gets the device where the tensor is in the real run, torch itself the
+        device of the recording. So does every caller inside of an operator and in hooks of the
+        backward, where no mode would translate the device back.
+        """
         if not torch._C._len_torch_function_stack() or _is_of_torch(sys._getframe(1)):
-            return torch.device("meta") if tensor.fake_mode.in_kernel_invocation else tensor.fake_device
-        return TOLD_CARD if self._is_on_card(tensor) else HOST
+            return (
+                torch.device("meta")
+                if tensor.fake_mode.in_kernel_invocation
+                else tensor.fake_device
+            )
+        return REPORTED_CARD if self._is_on_card(tensor) else HOST
 
     def _is_on_card(self, tensor: Tensor) -> bool:
         return isinstance(tensor, FakeTensor) and not self._recorder.is_on_host(tensor)
 
-    def over(self, hook: Callable[[Any], Any], value: Any) -> Any:
-        """Torch calls the hooks of saved tensors outside of any mode; they may be what moves a tensor to the host."""
+    def call_hook(self, hook: Callable[[Any], Any], value: Any) -> Any:
+        """Call a saved-tensor hook in this mode.
+
+        Torch calls these hooks outside of any mode, but they may move a tensor to the host.
+        """
         if torch._C._len_torch_function_stack():
             return hook(value)
         with self:
@@ -87,7 +112,7 @@ class Placement(TorchFunctionMode):
         with self._recorder.placing(place):
             made = func(*args, **kwargs)
         if place == "host":
-            tell_made(made, func, args, kwargs)
+            set_factory_data(made, func, args, kwargs)
         return made
 
     def _to(self, tensor: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -118,16 +143,19 @@ class Placement(TorchFunctionMode):
             return tensor.clone()
 
 
-_ASKS_WHERE = (Tensor.is_cuda.__get__, Tensor.get_device)  # type: ignore[attr-defined]
+_DEVICE_QUERIES = (Tensor.is_cuda.__get__, Tensor.get_device)  # type: ignore[attr-defined]
 
 
 def _is_of_torch(caller: FrameType) -> bool:
-    """torch's own code, and ours, compares the devices of tensors, which are all the same here."""
+    """Return whether the caller is torch or fitune.
+
+    They compare the devices of tensors, which are all the same during a recording.
+    """
     return str(caller.f_globals.get("__name__")).startswith(("torch.", "fitune."))
 
 
 class _DeviceOfLoop(type):
-    """What a loop finds as `torch.device`: the same, but for "cpu", which is the host."""
+    """Replaces `torch.device` for a loop: the same type, except that "cpu" makes `HOST`."""
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         device = _REAL_DEVICE(*args, **kwargs)
@@ -141,44 +169,60 @@ _REAL_DEVICE = torch.device
 
 
 def _is_card(device: Any) -> bool:
-    return device is not None and device != HOST and not (isinstance(device, str) and device.startswith("cpu"))
+    return (
+        device is not None
+        and device != HOST
+        and not (isinstance(device, str) and device.startswith("cpu"))
+    )
 
 
 def as_cpu(value: Any) -> Any:
-    """Any spelling of a CUDA device as the CPU; everything else as it is."""
+    """Return `CARD` for any spelling of a CUDA device, and any other value unchanged."""
     if isinstance(value, _REAL_DEVICE) or (isinstance(value, str) and value.startswith("cuda")):
         return CARD
     return CARD if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 class NoCard(TorchFunctionMode):
-    """A recording for a CPU refuses what would be on a card: torch has no tensors there, and may abort. What the loop
-    makes has its true values, as on the host beside a card."""
+    """A function mode for recordings of a CPU that refuses CUDA devices.
+
+    Torch has no tensors there, and may abort. Tensors that the loop makes have their true values,
+    as host tensors have in a recording of a card.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self._constructors = _device_constructors()
 
     def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
         named = (kwargs.get("device"), *(args[1:2] if func is Tensor.to else ()))
-        if func is Tensor.cuda or any(isinstance(each, str | torch.device) and "cuda" in str(each) for each in named):
+        if func is Tensor.cuda or any(
+            isinstance(each, str | torch.device) and "cuda" in str(each) for each in named
+        ):
             raise UsageError(NAMES_CUDA)
         made = func(*args, **kwargs)
         if func in self._constructors and isinstance(made, FakeTensor):
-            tell_made(made, func, args, kwargs)
+            set_factory_data(made, func, args, kwargs)
         return made
 
 
 @contextmanager
 def card_stands_in(recorder: Recorder) -> Iterator[None]:
-    """A loop that names CUDA gets the CPU tensors that stand for it."""
+    """Give a loop that names CUDA the CPU tensors that stand for the card."""
     init = torch.amp.autocast_mode.autocast.__init__
 
-    def autocast_init(self: Any, device_type: str, dtype: torch.dtype | None = None, *args: Any, **kwargs: Any) -> None:
-        init(self, "cpu", dtype or torch.float16, *args, **kwargs)  # CUDA's default dtype is float16
+    def autocast_init(
+        self: Any, device_type: str, dtype: torch.dtype | None = None, *args: Any, **kwargs: Any
+    ) -> None:
+        # CUDA's default dtype is float16.
+        init(self, "cpu", dtype or torch.float16, *args, **kwargs)
 
     scaler_init = torch.amp.GradScaler.__init__
 
@@ -195,25 +239,32 @@ def card_stands_in(recorder: Recorder) -> Iterator[None]:
             return isinstance(instance, generator)
 
     class Generator(metaclass=GeneratorType):
-        """Of the card's random numbers, drawn on the CPU; a type, since libraries ask what is one."""
+        """Stands for a CUDA generator but draws on the CPU; libraries use it with isinstance."""
 
     placement, hooks_init = Placement(recorder), torch.autograd.graph.saved_tensors_hooks.__init__
 
-    def saved_tensors_hooks_init(self: Any, pack: Callable[[Any], Any], unpack: Callable[[Any], Any]) -> None:
-        hooks_init(self, partial(placement.over, pack), partial(placement.over, unpack))
+    def saved_tensors_hooks_init(
+        self: Any, pack: Callable[[Any], Any], unpack: Callable[[Any], Any]
+    ) -> None:
+        hooks_init(self, partial(placement.call_hook, pack), partial(placement.call_hook, unpack))
 
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
-        # the hooks that checkpointing sets for itself, which are seen to here, are taken for the loop's
+        # Checkpointing sets hooks of its own, which go through the replaced __init__. Torch takes
+        # them for the loop's hooks and would warn about them.
         warnings.filterwarnings("ignore", "A saved_tensors_hooks context", FutureWarning)
-        stack.enter_context(patch.object(torch.amp.autocast_mode.autocast, "__init__", autocast_init))
+        stack.enter_context(
+            patch.object(torch.amp.autocast_mode.autocast, "__init__", autocast_init)
+        )
         stack.enter_context(patch.object(torch.amp.GradScaler, "__init__", grad_scaler_init))
-        stack.enter_context(patch.object(FakeTensor, "device", property(placement.told_device)))
+        stack.enter_context(patch.object(FakeTensor, "device", property(placement.reported_device)))
         stack.enter_context(patch.object(torch, "device", _DeviceOfLoop("device", (), {})))
         stack.enter_context(patch.object(torch, "Generator", Generator))
         stack.enter_context(_default_device(placement))
         stack.enter_context(patch.object(torch.cuda, "empty_cache", recorder.empty_cache))
-        stack.enter_context(patch.object(torch._C, "_accelerator_emptyCache", recorder.empty_cache, create=True))
+        stack.enter_context(
+            patch.object(torch._C, "_accelerator_emptyCache", recorder.empty_cache, create=True)
+        )
         stack.enter_context(patch.object(Tensor, "record_stream", lambda *_, **__: None))
         hooks = torch.autograd.graph.saved_tensors_hooks
         stack.enter_context(patch.object(hooks, "__init__", saved_tensors_hooks_init))
@@ -223,16 +274,24 @@ def card_stands_in(recorder: Recorder) -> Iterator[None]:
 
 @contextmanager
 def _default_device(placement: Placement) -> Iterator[None]:
-    """What `torch.set_default_device` sets, before the recording or in the loop, is the placement's matter: torch's own
-    mode would make tensors on a card that is not there."""
+    """Let the placement handle torch.set_default_device.
+
+    It may be called before the recording or in the loop. Torch's own mode would make tensors on a
+    card that is not there.
+    """
 
     def set_default(device: Any) -> None:
         placement.default_device = device
 
     def get_default() -> torch.device:
-        return torch.device("cpu") if placement.default_device is None else torch.device(placement.default_device)
+        return (
+            torch.device("cpu")
+            if placement.default_device is None
+            else torch.device(placement.default_device)
+        )
 
-    context = getattr(torch._GLOBAL_DEVICE_CONTEXT, "device_context", None)  # to ask makes a tensor, on no card here
+    # torch.get_default_device() would make a tensor, and fail without a card.
+    context = getattr(torch._GLOBAL_DEVICE_CONTEXT, "device_context", None)
     before = None if context is None else context.device
     torch.set_default_device(None)
     placement.default_device = before if before is not None and before.type == "cuda" else None

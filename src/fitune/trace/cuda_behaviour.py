@@ -1,8 +1,9 @@
-"""What a CUDA device does otherwise than the CPU tensors that a recording runs on: each rule once, with its source.
+"""Make the CPU tensors of a recording behave as CUDA tensors; each rule names its source.
 
-`cuda_behaviour(target)` makes the process behave as CUDA for the length of a recording: autocast's lists, the fused
-attention kernels, dropout, the optimizers' foreach default. `CudaKernels` adds what the kernels allocate without
-showing it to a dispatch mode (`cuda_kernels`). Sources are files of PyTorch 2.13 unless another version is named.
+`cuda_behaviour(target)` changes autocast's operator lists, the fused attention kernels, dropout and
+the optimizers' foreach default for as long as a recording lasts. `CudaKernels` adds what the
+kernels allocate without showing it to a dispatch mode (`cuda_kernels`). Sources are files of
+PyTorch 2.13, unless another version is named.
 """
 
 import warnings
@@ -17,19 +18,25 @@ from torch import Tensor
 
 from fitune.model import packed_attention as rows_attention
 from fitune.trace.allocation import Allocation
-from fitune.trace.cuda_attention import MathAttention, scaled_dot_product_attention, with_grouped_heads
+from fitune.trace.cuda_attention import (
+    MathAttention,
+    scaled_dot_product_attention,
+    with_grouped_heads,
+)
 from fitune.trace.cuda_kernels import all_arguments, rule_of
 from fitune.trace.cuda_target import CudaTarget
 from fitune.trace.events import Phase
 from fitune.trace.shape_cache import Call
 
 aten = torch.ops.aten
-_optimizer = import_module("torch.optim.optimizer")  # torch.optim does not show it
+# torch.optim deletes its attribute `optimizer`, so the module must be imported by name.
+_optimizer = import_module("torch.optim.optimizer")
 _16_BIT = (torch.float16, torch.bfloat16)
 
 
-# ---- autocast -------------------------------------------------------------------------------------------------------
-# ATen/autocast_mode.h: AT_FORALL_FP32, AT_FORALL_FP32_SET_OPT_DTYPE, AT_FORALL_PROMOTE. CPU's own lists are shorter.
+# ---- autocast ----
+# ATen/autocast_mode.h: AT_FORALL_FP32, AT_FORALL_FP32_SET_OPT_DTYPE, AT_FORALL_PROMOTE. The CPU's
+# lists are shorter.
 
 _FLOAT32 = [
     "acos",
@@ -113,7 +120,8 @@ _PROMOTE = [
     "tensordot",
     "scatter_add",
 ]
-# In CPU's float32 list and in none of CUDA's (autocast_mode.cpp): CUDA decomposes or runs them as they come.
+# These are in the CPU's float32 list and in none of CUDA's (autocast_mode.cpp): CUDA decomposes
+# them or runs them in the dtype of their inputs.
 _NOT_IN_CUDA = ("cross_entropy_loss",)
 
 
@@ -138,17 +146,26 @@ def _casting(op: Any, dtype_of: Callable[[list[Tensor]], torch.dtype]) -> Callab
         tensors = list(_float_tensors((args, tuple(kwargs.values()))))
         dtype = dtype_of(tensors) if tensors else torch.float32
         with _without_autocast():
-            return op(*_cast(args, dtype), **{key: _cast(value, dtype) for key, value in kwargs.items()})
+            return op(
+                *_cast(args, dtype), **{key: _cast(value, dtype) for key, value in kwargs.items()}
+            )
 
     return kernel
 
 
 def _widest(tensors: list[Tensor]) -> torch.dtype:
-    return torch.float32 if any(tensor.dtype == torch.float32 for tensor in tensors) else tensors[0].dtype
+    return (
+        torch.float32
+        if any(tensor.dtype == torch.float32 for tensor in tensors)
+        else tensors[0].dtype
+    )
 
 
 def _with_float32_output(op: Any) -> Callable[..., Any]:
-    """fp32_set_opt_dtype: the kernel reads 16 bit and writes float32 unless the call names another dtype."""
+    """Wrap an operator as fp32_set_opt_dtype does.
+
+    Its kernel reads 16 bits and writes float32, unless the call names another dtype.
+    """
 
     def kernel(*args: Any, **kwargs: Any) -> Any:
         names = [argument.name for argument in op._schema.arguments]
@@ -164,13 +181,15 @@ def _with_float32_output(op: Any) -> Callable[..., Any]:
 
 def _decomposing(op: Any) -> Callable[..., Any]:
     def kernel(*args: Any, **kwargs: Any) -> Any:
-        return op.decompose(*args, **kwargs)  # its parts meet autocast again
+        return op.decompose(*args, **kwargs)  # autocast applies to the parts
 
     return kernel
 
 
 def _without_autocast() -> Any:
-    return torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU))
+    return torch._C._ExcludeDispatchKeyGuard(
+        torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
+    )
 
 
 def _float_tensors(tree: Any) -> Iterator[Tensor]:
@@ -190,41 +209,66 @@ def _cast(tree: Any, dtype: torch.dtype) -> Any:
     return tree
 
 
-# ---- hidden allocations ---------------------------------------------------------------------------------------------
+# ---- hidden allocations ----
 
-_GEMMS = {aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten._addmm_activation, aten.mv, aten.addmv, aten.dot}
+_GEMMS = {
+    aten.mm,
+    aten.addmm,
+    aten.bmm,
+    aten.baddbmm,
+    aten._addmm_activation,
+    aten.mv,
+    aten.addmv,
+    aten.dot,
+}
 
 
 _ADD, _LAYER_NORM = aten.add.Tensor, aten.native_layer_norm.default
+#: No kernel splits its work for fewer elements. A rule without allocations at one such size
+#: therefore has none at a similar size either.
 _SMALL = 2**14
-"""Elements below which no kernel splits its work, so that a rule that gives nothing gives nothing for near sizes."""
 _EFFICIENT_BACKWARD = aten._scaled_dot_product_efficient_attention_backward.default
 
 
 class CudaKernels:
-    """What CUDA's kernels allocate inside. `inner` carries the operators out."""
+    """Runs operators and adds what CUDA's kernels do otherwise than the CPU's.
+
+    inner: carries out an operator.
+    """
 
     of_card = True
 
     def __init__(self, target: CudaTarget, inner: Callable[..., Any]) -> None:
         self.target = target
         self._inner = inner
-        self._threads_with_workspace: frozenset[bool] = frozenset()  # a copy goes on by itself
+        # A frozenset, so that a copy of this object is independent.
+        self._threads_with_workspace: frozenset[bool] = frozenset()
 
-    def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Call | None]:
-        if func is _ADD and MathAttention.runs and args[0].shape == torch.broadcast_shapes(*(a.shape for a in args)):
+    def call(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, Call | None]:
+        if (
+            func is _ADD
+            and MathAttention.runs
+            and args[0].shape == torch.broadcast_shapes(*(a.shape for a in args))
+        ):
             self._inner(aten.add_.Tensor, args, kwargs)
             return self._inner(aten.view.default, (args[0], args[0].shape), {})[0], None
         result, known = self._inner(func, args, kwargs)
-        if func is _LAYER_NORM and result[1].dtype in _16_BIT:  # cuda/layer_norm_kernel.cu: acc_type
+        if func is _LAYER_NORM and result[1].dtype in _16_BIT:
+            # cuda/layer_norm_kernel.cu: mean and rstd have acc_type, which is float32.
             result = (result[0], *(each.float() for each in result[1:]))
         elif func is _EFFICIENT_BACKWARD and result[1].shape != args[2].shape:
             result = with_grouped_heads(args, result)
         return result, known
 
     def workspaces(self, func: Any, phase: Phase) -> Sequence[int]:
-        """cuda/CUDABlas.cpp, CublasHandlePool.cpp: one workspace per handle and stream through the caching allocator,
-        at the first matrix product; the autograd thread has a handle of its own."""
+        """Return the bytes of the cuBLAS workspace, if this operator is the first to need it.
+
+        Sources: cuda/CUDABlas.cpp, CublasHandlePool.cpp. The first matrix product of each handle
+        and stream allocates one workspace through the caching allocator, and the autograd thread
+        has a handle of its own.
+        """
         autograd_thread = phase == "backward"
         if autograd_thread in self._threads_with_workspace or func.overloadpacket not in _GEMMS:
             return ()
@@ -237,12 +281,14 @@ class CudaKernels:
     def allocations(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], Sequence[Allocation]] | None:
+        """Return the operator's arguments and its allocation steps; None if no rule applies."""
         rule = rule_of(func)
         if rule is None:
             return None
         arguments = all_arguments(func, args, kwargs)
         if func is aten.index_put_.default and torch._C._current_graph_task_id() != -1:
-            arguments = (*arguments, True)  # _index_put_impl_ of indices that the forward has looked at
+            # The backward calls _index_put_impl_ with indices whose range the forward has checked.
+            arguments = (*arguments, True)
         steps = rule(self.target, arguments)
         first = arguments[0]
         if not steps and isinstance(first, Tensor) and first.numel() < _SMALL:
@@ -251,7 +297,7 @@ class CudaKernels:
 
 
 class CpuKernels:
-    """The recording machine's own kernels: nothing is added."""
+    """Runs operators on the CPU; the same interface as `CudaKernels`, with nothing added."""
 
     of_card = False
 
@@ -268,11 +314,11 @@ class CpuKernels:
         return None
 
 
-# ---- for the length of a recording ----------------------------------------------------------------------------------
+# ---- replaced operators ----
 
 
 def _dropout(tensor: Tensor, p: float, train: bool) -> Tensor:
-    """Dropout.cpp: CUDA's fused kernel keeps a mask of one byte per element."""
+    """Run CUDA's fused dropout, which stores a mask of one byte per element (Dropout.cpp)."""
     if p == 0 or not train or not tensor.numel():
         return tensor
     dropped: Tensor = aten.native_dropout(tensor, p, True)[0]
@@ -280,22 +326,36 @@ def _dropout(tensor: Tensor, p: float, train: bool) -> Tensor:
 
 
 def _rms_norm(
-    hidden: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
+    hidden: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
 ) -> Tensor:
-    """layer_norm.cpp, rms_norm_symint: one kernel where the weight has the input's type, since 2.9."""
+    """Run RMSNorm as CUDA does (layer_norm.cpp, rms_norm_symint).
+
+    Since 2.9 it is one kernel if the weight has the input's dtype.
+    """
+    call = (hidden, normalized_shape, weight, eps)
     if weight is not None and weight.dtype != hidden.dtype:
-        return aten.rms_norm.default.decompose(hidden, normalized_shape, weight, eps)  # type: ignore[no-any-return]
-    out: Tensor = _FusedRmsNorm.apply(hidden, normalized_shape, weight, eps)  # type: ignore[no-untyped-call]
+        return aten.rms_norm.default.decompose(*call)  # type: ignore[no-any-return]
+    out: Tensor = _FusedRmsNorm.apply(*call)  # type: ignore[no-untyped-call]
     return out
 
 
 class _FusedRmsNorm(torch.autograd.Function):
-    """cuda/layer_norm_kernel.cu: keeps its input and, in float32, one number of each row. The operator of a CPU is made
-    of others already where autograd is."""
+    """The fused RMSNorm of CUDA (cuda/layer_norm_kernel.cu).
+
+    It stores its input and one float32 number for each row. On a CPU autograd decomposes the
+    operator before it is run.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, normalized_shape: Sequence[int], weight: Tensor | None, eps: float | None
+        ctx: Any,
+        hidden: Tensor,
+        normalized_shape: Sequence[int],
+        weight: Tensor | None,
+        eps: float | None,
     ) -> Tensor:
         with torch._C._AutoDispatchBelowAutograd():
             out, scale = aten._fused_rms_norm.default(hidden, normalized_shape, weight, eps)
@@ -304,27 +364,33 @@ class _FusedRmsNorm(torch.autograd.Function):
         return cast(Tensor, out)
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, None, Tensor | None, None]:
+    def backward(
+        ctx: Any, *grad_outputs: Tensor
+    ) -> tuple[Tensor | None, None, Tensor | None, None]:
         hidden, weight, scale = ctx.saved_tensors
         wanted = [ctx.needs_input_grad[0], ctx.needs_input_grad[2]]
         with torch._C._AutoDispatchBelowAutograd():
-            of_hidden, of_weight = aten._fused_rms_norm_backward.default(
+            grad_hidden, grad_weight = aten._fused_rms_norm_backward.default(
                 grad_outputs[0].contiguous(), hidden, ctx.normalized_shape, scale, weight, wanted
             )
-        return of_hidden, None, of_weight, None
+        return grad_hidden, None, grad_weight, None
 
 
 @contextmanager
 def cuda_behaviour(target: CudaTarget) -> Iterator[None]:
-    """Fake CPU tensors behave as CUDA tensors inside, in this process; everything is undone afterwards."""
+    """Make fake CPU tensors behave as CUDA tensors in this process until the block ends."""
     library = torch.library.Library("aten", "IMPL")
     with ExitStack() as stack:
         stack.callback(library._destroy)
-        # optim/optimizer.py: optimizers take their foreach path by default on CUDA only
-        stack.enter_context(patch.object(_optimizer, "_get_foreach_kernels_supported_devices", lambda: ["cpu", "cuda"]))
+        # optim/optimizer.py: optimizers take their foreach path by default on CUDA only.
+        foreach_devices = "_get_foreach_kernels_supported_devices"
+        stack.enter_context(patch.object(_optimizer, foreach_devices, lambda: ["cpu", "cuda"]))
         capability = target.compute_capability
-        stack.enter_context(patch.object(rows_attention, "compute_capability", lambda _: capability))
-        with warnings.catch_warnings(action="ignore"):  # that a registered kernel is overridden is meant
+        stack.enter_context(
+            patch.object(rows_attention, "compute_capability", lambda _: capability)
+        )
+        # PyTorch warns that registered kernels are overridden, which is intended.
+        with warnings.catch_warnings(action="ignore"):
             for name, kernel in _autocast_rules():
                 library.impl(name, kernel, "AutocastCPU", allow_override=True)
             for name, kernel in (

@@ -1,7 +1,7 @@
-"""What CUDA's kernels allocate besides and between their outputs: one table by operator, each rule with its source.
+"""List what CUDA's kernels allocate besides and between their outputs.
 
-A rule answers with the steps of `allocation`. Sources are files of aten/src/ATen in PyTorch 2.14 unless another version
-is named.
+There is one table of rules by operator. A rule returns its steps as `allocation` defines them. Each
+rule names its source: a file of aten/src/ATen in PyTorch 2.14, unless another version is named.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fitune.trace.allocation import FREE, Allocation, Free, Output, resolve
-from fitune.trace.cuda_attention import ATTENTION_RULES
+from fitune.trace.cuda_attention_memory import ATTENTION_RULES
 from fitune.trace.cuda_reductions import Card, Reduction, scratch
 from fitune.trace.cuda_target import CudaTarget
 from fitune.trace.operators import by_operator
@@ -21,26 +21,45 @@ aten = torch.ops.aten
 Steps = Sequence[Allocation]
 Rule = Callable[[CudaTarget, Sequence[Any]], Steps]
 
-_PARTIALS = 256  # beside the states of its tiles, what cub's scans align their scratch to
-_ALIGNED = 255  # so that cub can begin at a multiple of 256
+#: cub's scans align their scratch memory to this, apart from the states of the tiles
+_PARTIALS = 256
+#: added by cub so that it can begin at a multiple of 256 bytes
+_ALIGNED = 255
 
 
-# ---- reductions ------------------------------------------------------------------------------------------------------
+# ---- reductions ----
 
 
 def _dims(tensor: Tensor, dims: Any) -> frozenset[int]:
     if isinstance(dims, int):
         dims = (dims,)
-    return frozenset(each % tensor.dim() for each in dims or range(tensor.dim())) if tensor.dim() else frozenset()
+    return (
+        frozenset(each % tensor.dim() for each in dims or range(tensor.dim()))
+        if tensor.dim()
+        else frozenset()
+    )
 
 
 def _reduce(
-    target: CudaTarget, tensor: Tensor, dims: Any, *, partial: int, output: int = 4, read_as: int | None = None
+    target: CudaTarget,
+    tensor: Tensor,
+    dims: Any,
+    *,
+    partial: int,
+    output: int = 4,
+    read_as: int | None = None,
 ) -> list[Allocation]:
-    """read_as: bytes of an element, where the kernel reads a converted copy."""
+    """List the scratch memory of a reduction over `dims`.
+
+    partial: bytes of what a thread accumulates.
+    output: bytes of an output element.
+    read_as: bytes of an input element, if the kernel reads a converted copy.
+    """
     offset = int(tensor.storage_offset()) if read_as is None else 0
     size = read_as or tensor.element_size()
-    reduction = Reduction(tuple(tensor.shape), tensor.stride(), offset, _dims(tensor, dims), size, partial, output)
+    reduction = Reduction(
+        tuple(tensor.shape), tensor.stride(), offset, _dims(tensor, dims), size, partial, output
+    )
     steps: list[Allocation] = []
     for part in scratch(reduction, Card(target.num_multiprocessors, target.generation.threads)):
         steps += (*part, *(FREE,) * len(part))
@@ -48,85 +67,128 @@ def _reduce(
 
 
 def _sum(target: CudaTarget, args: Sequence[Any]) -> Steps:
-    """native/cuda/ReduceSumProdKernel.cu and ReduceMomentKernel.cu. What is no number of the output's type is converted
-    before (native/ReduceOps.cpp, make_reduction_from_out_ty); 16 bits in, float32 out is one kernel."""
+    """List the allocations of sum and mean.
+
+    Sources: native/cuda/ReduceSumProdKernel.cu and ReduceMomentKernel.cu. An input that is not of
+    the output's dtype is converted first (native/ReduceOps.cpp, make_reduction_from_out_ty), but
+    one kernel reads 16 bits and writes float32.
+    """
     tensor, dims = args[0], args[1] if len(args) == 4 else None
     dtype = args[-1] or (tensor.dtype if tensor.is_floating_point() else torch.int64)
     size, partial = dtype.itemsize, max(4, dtype.itemsize)
-    if dtype == tensor.dtype or (dtype == torch.float32 and tensor.dtype in (torch.float16, torch.bfloat16)):
+    if dtype == tensor.dtype or (
+        dtype == torch.float32 and tensor.dtype in (torch.float16, torch.bfloat16)
+    ):
         return _reduce(target, tensor, dims, partial=partial, output=size)
     converted = _reduce(target, tensor, dims, partial=partial, output=size, read_as=size)
     return [tensor.numel() * size, *converted]
 
 
 def _moments(target: CudaTarget, args: Sequence[Any]) -> Steps:
-    """native/cuda/ReduceMomentKernel.cu: mean, square sum and counts of 16 bytes."""
+    """List the allocations of var and std (native/cuda/ReduceMomentKernel.cu).
+
+    A thread accumulates mean, sum of squares and counts, 16 bytes in all.
+    """
     dims = args[1] if not isinstance(args[1], bool) else None
     return _reduce(target, args[0], dims, partial=16, output=args[0].element_size())
 
 
 def _norm(target: CudaTarget, args: Sequence[Any]) -> Steps:
-    """native/cuda/ReduceNormKernel.cu"""
+    """List the allocations of a vector norm (native/cuda/ReduceNormKernel.cu)."""
     output = (args[4] or args[0].dtype).itemsize
     return _reduce(target, args[0], args[2], partial=4, output=output)
 
 
 def _extremum(target: CudaTarget, args: Sequence[Any]) -> Steps:
-    """native/cuda/ReduceMaxValuesKernel.cu, ReduceMinValuesKernel.cu: of the input's type."""
+    """List the allocations of max and min, which accumulate in the input's dtype.
+
+    Sources: native/cuda/ReduceMaxValuesKernel.cu, ReduceMinValuesKernel.cu.
+    """
     size = args[0].element_size()
     return _reduce(target, args[0], args[1] if len(args) > 1 else None, partial=size, output=size)
 
 
 def _extremum_with_index(target: CudaTarget, args: Sequence[Any]) -> Steps:
-    """native/cuda/ReduceArgMaxKernel.cu and ReduceMaxValuesKernel.cu: a value and an index of 64 bits."""
+    """List the allocations of max, min, argmax and argmin over a dimension.
+
+    They accumulate a value and a 64-bit index. Sources: native/cuda/ReduceArgMaxKernel.cu and
+    ReduceMaxValuesKernel.cu.
+    """
     return _reduce(target, args[0], args[1], partial=16, output=8)
 
 
 def _both_extrema(target: CudaTarget, args: Sequence[Any]) -> Steps:
-    """native/cuda/ReduceAMinMaxKernel.cu"""
-    return _reduce(target, args[0], args[1], partial=2 * args[0].element_size(), output=args[0].element_size())
+    """List the allocations of aminmax (native/cuda/ReduceAMinMaxKernel.cu)."""
+    return _reduce(
+        target, args[0], args[1], partial=2 * args[0].element_size(), output=args[0].element_size()
+    )
 
 
 def _truth(target: CudaTarget, args: Sequence[Any]) -> Steps:
-    """native/cuda/ReduceLogicKernel.cu"""
+    """List the allocations of any and all (native/cuda/ReduceLogicKernel.cu)."""
     return _reduce(target, args[0], args[1] if len(args) > 1 else None, partial=1, output=1)
 
 
 def _count_nonzero(target: CudaTarget, args: Sequence[Any]) -> Steps:
-    """native/TensorAdvancedIndexing.cpp: what is not zero, as 64-bit numbers that are summed up."""
+    """List the allocations of count_nonzero (native/TensorAdvancedIndexing.cpp).
+
+    The mask of nonzero elements is converted to 64-bit numbers, which are summed.
+    """
     number = args[0].numel()
-    return [number, Output(0), 8 * number, *_reduce(target, args[0], args[1], partial=8, output=8, read_as=8)]
+    return [
+        number,
+        Output(0),
+        8 * number,
+        *_reduce(target, args[0], args[1], partial=8, output=8, read_as=8),
+    ]
 
 
 def _log_sum_exp(target: CudaTarget, args: Sequence[Any]) -> Steps:
-    """native/ReduceOps.cpp, logsumexp_out_impl: maxima, where they are infinite, and exponentials."""
+    """List the allocations of logsumexp (native/ReduceOps.cpp, logsumexp_out_impl).
+
+    They are the maxima, the mask of infinite maxima, and the exponentials.
+    """
     tensor, dims = args[0], args[1]
     size = tensor.element_size()
-    kept = tensor.numel() // max(1, prod(tensor.shape[dim] for dim in _dims(tensor, dims)))
+    num_outputs = tensor.numel() // max(1, prod(tensor.shape[dim] for dim in _dims(tensor, dims)))
     maxima = _reduce(target, tensor, dims, partial=size, output=size)
     sums = _reduce(target, tensor, dims, partial=4, output=size)
-    return [kept * size, *maxima, kept * size, kept, FREE, FREE, tensor.numel() * size, Output(0), *sums]
+    return [
+        num_outputs * size, *maxima, num_outputs * size, num_outputs, FREE, FREE,
+        tensor.numel() * size, Output(0), *sums,
+    ]  # fmt: skip
 
 
-# ---- cub -------------------------------------------------------------------------------------------------------------
+# ---- cub ----
 
 
 def _scan_bytes(number: int, *, tile: int, state: int = 16) -> int:
-    """cub::DeviceScan and DeviceSelect: the state of each tile, and of a warp before the first."""
+    """Return the scratch bytes of cub::DeviceScan and DeviceSelect.
+
+    They hold the state of each tile, and of one warp before the first tile.
+    """
     return _ALIGNED + _PARTIALS + _ceil_to(state * (ceil(number / tile) + 32), 256)
 
 
 def _sort_bytes(target: CudaTarget, number: int, *, num_bits: int) -> int:
-    """cub::DeviceRadixSort (dispatch_radix_sort.cuh, onesweep) of pairs of 64-bit numbers: 256 counts in each of the
-    passes over 8 bits and in each tile, and a copy of the pairs where there are several passes."""
+    """Return the scratch bytes of cub::DeviceRadixSort for pairs of 64-bit numbers.
+
+    Source: dispatch_radix_sort.cuh, onesweep. Each pass covers 8 bits and has 256 counts, in all
+    and for each tile. Several passes also need a copy of the pairs.
+    """
     if number <= _SINGLE_TILE:
         return 1
     passes = ceil(num_bits / 8)
     pairs = 2 * _ceil_to(8 * number, 256) if passes > 1 else 0
-    return _ALIGNED + 256 + passes * 2048 + ceil(number / target.generation.sort_tile) * 1024 + pairs
+    return (
+        _ALIGNED + 256 + passes * 2048 + ceil(number / target.generation.sort_tile) * 1024 + pairs
+    )
 
 
-_SINGLE_TILE, _SCAN_TILE = 2304, 896
+#: Up to so many pairs are sorted by a single tile, with 1 byte of scratch memory
+_SINGLE_TILE = 2304
+#: Elements in a tile of a scan of 64-bit numbers
+_SCAN_TILE = 896
 
 
 def _num_bits(largest: int) -> int:
@@ -134,31 +196,42 @@ def _num_bits(largest: int) -> int:
 
 
 def _embedding_backward(target: CudaTarget, args: Sequence[Any]) -> Steps:
-    """native/cuda/Embedding.cu and EmbeddingBackwardKernel.cu: many tokens are sorted and summed per segment in
-    float32; in several parts of a segment at once where there are few of them."""
+    """List the allocations of the embedding's backward.
+
+    Sources: native/cuda/Embedding.cu and EmbeddingBackwardKernel.cu. More than 3,072 tokens are
+    sorted, and summed per segment in float32; if there are few segments, each is split into parts
+    that are summed at the same time.
+    """
     grad, indices, num_weights = args[0], args[1], args[2]
     tokens = indices.numel()
     if tokens <= 3072:
         return ()
-    of_tokens = tokens * 8
+    token_bytes = tokens * 8
     segments = min(tokens, num_weights)
     partial = tokens // 10 + segments  # NROWS_PER_THREAD
     sums = (partial * grad.shape[-1] * max(4, grad.element_size()),)
     if partial > 4 * segments and segments < 4 * target.num_multiprocessors:
-        sums = (partial * 8, *((segments * grad.shape[-1] * 4,) if grad.element_size() == 2 else ()))
+        sums = (
+            partial * 8,
+            *((segments * grad.shape[-1] * 4,) if grad.element_size() == 2 else ()),
+        )
     return (
-        of_tokens, of_tokens,
-        of_tokens, _sort_bytes(target, tokens, num_bits=_num_bits(num_weights)), FREE, FREE,
+        token_bytes, token_bytes,
+        token_bytes, _sort_bytes(target, tokens, num_bits=_num_bits(num_weights)), FREE, FREE,
         Output(0),
-        of_tokens, 8, of_tokens, _scan_bytes(tokens, tile=target.generation.unique_tile), FREE, FREE,
+        token_bytes, 8, token_bytes,
+        _scan_bytes(tokens, tile=target.generation.unique_tile), FREE, FREE,
         segments * 8, segments * 8, _scan_bytes(segments, tile=_SCAN_TILE), FREE,
         8, partial * 8, *sums,
     )  # fmt: skip
 
 
 def _index_put(target: CudaTarget, args: Sequence[Any]) -> Steps:
-    """native/cuda/Indexing.cu, index_put_with_sort_kernel: where values are added up, the indices are sorted. unsafe:
-    whether they are known to be inside; else the smallest and the largest are looked at."""
+    """List the allocations of index_put with accumulation, which sorts the indices.
+
+    Source: native/cuda/Indexing.cu, index_put_with_sort_kernel. Unless the caller says that the
+    indices are in range (`unsafe`), their minimum and maximum are computed first.
+    """
     tensor, indices, _, accumulates, *rest = args
     unsafe = bool(rest and rest[0])
     known = [each for each in indices if each is not None]
@@ -174,8 +247,11 @@ def _index_put(target: CudaTarget, args: Sequence[Any]) -> Steps:
 
 
 def _index(target: CudaTarget, args: Sequence[Any]) -> Steps:
-    """native/TensorAdvancedIndexing.cpp, make_info: several indices that are laid out differently when they are
-    expanded to their common shape are copied to contiguous ones first."""
+    """List the allocations of indexing by several tensors.
+
+    Source: native/TensorAdvancedIndexing.cpp, make_info. If the indices differ in layout after they
+    are expanded to their common shape, they are copied to contiguous ones first.
+    """
     indices = [each for each in args[1] if each is not None]
     shape = torch.broadcast_shapes(*(each.shape for each in indices))
     strides = [_expanded_stride(each, shape) for each in indices]
@@ -188,12 +264,17 @@ def _index(target: CudaTarget, args: Sequence[Any]) -> Steps:
 
 def _expanded_stride(tensor: Tensor, shape: Sequence[int]) -> tuple[int, ...]:
     own = zip(tensor.shape, tensor.stride(), shape[len(shape) - tensor.dim() :], strict=True)
-    return (0,) * (len(shape) - tensor.dim()) + tuple(stride if size == wanted else 0 for size, stride, wanted in own)
+    return (0,) * (len(shape) - tensor.dim()) + tuple(
+        stride if size == wanted else 0 for size, stride, wanted in own
+    )
 
 
 def _cumulative_sum(target: CudaTarget, args: Sequence[Any]) -> Steps:
-    """native/ReduceOps.cpp: what is of another type than the sum is converted; ScanKernels.cpp and cuda/cub.cuh: a flat
-    tensor is scanned by cub."""
+    """List the allocations of cumsum.
+
+    Sources: native/ReduceOps.cpp converts an input of another dtype than the sum. ScanKernels.cpp
+    and cuda/cub.cuh scan a flat tensor with cub.
+    """
     tensor, dim = args[0], args[1]
     dtype = args[2] or (tensor.dtype if tensor.is_floating_point() else torch.int64)
     converted = () if dtype == tensor.dtype else (tensor.numel() * dtype.itemsize,)
@@ -201,11 +282,17 @@ def _cumulative_sum(target: CudaTarget, args: Sequence[Any]) -> Steps:
         return converted
     if dtype == torch.float32:
         return (*converted, _scan_bytes(tensor.numel(), tile=1920, state=8))
-    return (*converted, _scan_bytes(tensor.numel(), tile=7680 if dtype.itemsize == 2 else _SCAN_TILE))
+    return (
+        *converted,
+        _scan_bytes(tensor.numel(), tile=7680 if dtype.itemsize == 2 else _SCAN_TILE),
+    )
 
 
 def _sort(target: CudaTarget, args: Sequence[Any]) -> Steps:
-    """native/cuda/Sort.cpp, SortStable.cu: the places of a row; beyond 4,096 a radix sort."""
+    """List the allocations of sort (native/cuda/Sort.cpp, SortStable.cu).
+
+    They hold the indices of a row; rows of more than 4,096 elements are sorted by radix sort.
+    """
     tensor = args[0]
     dim = args[2] if isinstance(args[1], bool) or args[1] is None else args[1]
     length = tensor.shape[dim] if tensor.dim() else 1
@@ -215,18 +302,23 @@ def _sort(target: CudaTarget, args: Sequence[Any]) -> Steps:
 
 
 def _bincount(target: CudaTarget, args: Sequence[Any]) -> Steps:
-    """native/cuda/SummaryOps.cu: the smallest and the largest."""
+    """List the allocations of bincount: minimum and maximum (native/cuda/SummaryOps.cu)."""
     return 8, 8, Output(0)
 
 
-# ---- products --------------------------------------------------------------------------------------------------------
+# ---- products ----
 
 
 def _product(target: CudaTarget, args: Sequence[Any]) -> Steps:
-    """native/cuda/Blas.cpp and cublasCommonArgs.h, prepare_matrix_for_cublas: a matrix whose rows and columns both do
-    not lie one behind the other is copied."""
+    """List the allocations of a matrix product: copies of operands that cuBLAS cannot read.
+
+    Those are matrices in which neither rows nor columns are contiguous. Sources:
+    native/cuda/Blas.cpp and cublasCommonArgs.h, prepare_matrix_for_cublas.
+    """
     return tuple(
-        each.numel() * each.element_size() for each in (args if len(args) == 2 else args[1:3]) if not _is_matrix(each)
+        each.numel() * each.element_size()
+        for each in (args if len(args) == 2 else args[1:3])
+        if not _is_matrix(each)
     )
 
 
@@ -235,28 +327,37 @@ def _is_matrix(tensor: Tensor) -> bool:
     return (down == 1 and across >= max(1, rows)) or (across == 1 and down >= max(1, columns))
 
 
-# ---- others ----------------------------------------------------------------------------------------------------------
+# ---- others ----
 
 
 def _softmax_backward(target: CudaTarget, args: Sequence[Any]) -> Steps:
-    """native/cuda/SoftMax.cu, softmax_backward_cuda_out: the gradient times the output."""
+    """List the allocations of softmax's backward: the gradient times the output.
+
+    Source: native/cuda/SoftMax.cu, softmax_backward_cuda_out.
+    """
     return (args[1].numel() * args[1].element_size(),)
 
 
 def _dropout(target: CudaTarget, args: Sequence[Any]) -> Steps:
-    """native/cuda/Dropout.cu: the mask comes first."""
+    """List the allocations of dropout: the mask is allocated first (native/cuda/Dropout.cu)."""
     return Output(1), Output(0)
 
 
 def _foreach_norm(target: CudaTarget, args: Sequence[Any]) -> Steps:
-    """native/cuda/ForeachReduceOp.cu: one partial norm per chunk of 65,536 elements of the largest tensor, for each
-    tensor, before the norms."""
+    """List the allocations of _foreach_norm (native/cuda/ForeachReduceOp.cu).
+
+    Before the norms it allocates one partial norm for each tensor and each chunk of 65,536 elements
+    of the largest tensor.
+    """
     num_bytes = _num_chunks(args[0]) * max(4, args[0][0].element_size())
     return num_bytes, *(Output(number) for number in range(len(args[0])))
 
 
 def _foreach_max(target: CudaTarget, args: Sequence[Any]) -> Steps:
-    """The same of the largest elements, after the outputs."""
+    """List the allocations of _foreach_max: partial maxima like those of `_foreach_norm`.
+
+    They are allocated after the outputs.
+    """
     return (_num_chunks(args[0]) * args[0][0].element_size(),)
 
 
@@ -321,28 +422,42 @@ def rule_of(func: Any) -> Rule | None:
 
 
 def all_arguments(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-    """Also those that were named, or have their default."""
+    """Return all arguments in the operator's order, including keyword arguments and defaults."""
     return tuple(_fill(func, args, kwargs))
 
 
 def _fill(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Any]:
     for number, argument in enumerate(func._schema.arguments):
-        yield args[number] if number < len(args) else kwargs.get(argument.name, argument.default_value)
+        yield (
+            args[number]
+            if number < len(args)
+            else kwargs.get(argument.name, argument.default_value)
+        )
 
 
 def temporaries_by_shape(target: CudaTarget, op: str, arguments: Sequence[Any]) -> list[int]:
-    """Bytes of what operator `op` allocates besides its outputs, one after the other. arguments: tensors as (shape,
-    dtype), and (shape, dtype, stride, offset) where their elements do not lie one behind the other from the
-    beginning of their storage."""
+    """Return the bytes of each temporary that operator `op` allocates, in order.
+
+    arguments: tensors as (shape, dtype), or as (shape, dtype, stride, offset) if their elements are
+        not contiguous from the beginning of their storage.
+    """
     steps = _RULES[op](target, [_from_shape(value) for value in arguments])
     return [step for step in steps if isinstance(step, int)]
 
 
 def _from_shape(value: Any) -> Any:
-    if not isinstance(value, tuple) or len(value) not in (2, 4) or not isinstance(value[1], torch.dtype):
+    if (
+        not isinstance(value, tuple)
+        or len(value) not in (2, 4)
+        or not isinstance(value[1], torch.dtype)
+    ):
         return [_from_shape(each) for each in value] if isinstance(value, tuple) else value
     made = torch.empty(0, dtype=value[1], device="meta")
     if len(value) == 2:
         return made.new_empty(value[0])
-    size = value[3] + 1 + sum((length - 1) * step for length, step in zip(value[0], value[2], strict=True))
+    size = (
+        value[3]
+        + 1
+        + sum((length - 1) * step for length, step in zip(value[0], value[2], strict=True))
+    )
     return made.new_empty(max(size, 0)).as_strided(value[0], value[2], value[3])

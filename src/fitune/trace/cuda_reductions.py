@@ -1,9 +1,10 @@
-"""Scratch memory of CUDA's reductions over dims, as PyTorch's launcher sizes it.
+"""Compute the scratch memory of CUDA's reductions over dims, as PyTorch's launcher does.
 
-native/cuda/Reduce.cuh (setReduceConfig, gpu_reduce_kernel) splits a long reduction over several blocks, which leave
-partial results and a semaphore for each output in global memory. How many blocks there are follows from the shape, its
-layout and the card's size. The dims come in the order, and merged as, native/TensorIterator.cpp does it
-(reorder_dimensions, coalesce_dimensions); what spans more than 2 GiB is reduced in parts (with_32bit_indexing).
+native/cuda/Reduce.cuh (setReduceConfig, gpu_reduce_kernel) splits a long reduction over several
+blocks. These leave partial results, and a semaphore for each output, in global memory. The number
+of blocks follows from the shape, its layout and the card's size. As in native/TensorIterator.cpp,
+the dims are sorted and merged first (reorder_dimensions, coalesce_dimensions), and an input that
+spans more than 2 GiB is reduced in parts (with_32bit_indexing).
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,50 +12,64 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import NamedTuple
 
-_MOST_THREADS = 512  # mnt_wrapper
+#: The most threads in a block (mnt_wrapper)
+_MOST_THREADS = 512
 _WARP = 32
+#: The most elements or bytes that can be indexed by 32 bits
 _LONGEST = 2**31 - 1
 
 
 class Card(NamedTuple):
-    """Streaming multiprocessors, and the threads that one of them holds."""
+    """The size of a card."""
 
+    #: the number of streaming multiprocessors
     multiprocessors: int
+    #: resident threads of one multiprocessor
     threads: int
 
 
 @dataclass(frozen=True, slots=True)
 class Reduction:
-    """shape, stride, offset: of the input, in elements. dims: those that are reduced. partial_bytes: of what a thread
-    accumulates (arg_t). output_bytes: of an element."""
+    """One reduction of a strided input."""
 
+    #: shape, stride and offset of the input, in elements
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     offset: int
+    #: the dims that are reduced
     dims: frozenset[int]
+    #: bytes of an input element
     element_bytes: int
+    #: bytes of what a thread accumulates (arg_t)
     partial_bytes: int
+    #: bytes of an output element
     output_bytes: int
 
 
 def scratch(reduction: Reduction, card: Card) -> list[tuple[int, ...]]:
-    """Bytes of what is allocated for each part, one part after the other; of a buffer for all parts, once before."""
+    """Return the bytes of the scratch allocations of each part, one part after the other.
+
+    A buffer that all parts share is listed first.
+    """
     if prod(reduction.shape) == 0:
         return []
     whole = _Iteration.of(reduction)
     parts = list(_parts(whole))
     found = [sizes for part in parts if (sizes := _part_scratch(part, reduction, card))]
-    if len(parts) > 1 and reduction.output_bytes < reduction.partial_bytes:  # 16 bits keep no sum of parts
+    # An output of 16 bits cannot hold the sums of parts, so these need a buffer of their own.
+    if len(parts) > 1 and reduction.output_bytes < reduction.partial_bytes:
         return [(whole.num_outputs * reduction.partial_bytes,), *found]
     return found
 
 
 @dataclass(frozen=True, slots=True)
 class _Iteration:
-    """Dims from the fastest to the slowest, strides in elements; outputs have stride 0 in those that are reduced."""
+    """The sorted and merged dims of a reduction, from the fastest to the slowest."""
 
     shape: tuple[int, ...]
+    #: strides of the input, in elements
     inputs: tuple[int, ...]
+    #: strides of the output, in elements; 0 for dims that are reduced
     outputs: tuple[int, ...]
     offset: int
     element_bytes: int
@@ -63,11 +78,11 @@ class _Iteration:
     @classmethod
     def of(cls, reduction: Reduction) -> "_Iteration":
         shape, stride = reduction.shape, reduction.stride
-        kept, outputs = 1, [0] * len(shape)
+        num_outputs, outputs = 1, [0] * len(shape)
         for dim in reversed(range(len(shape))):
             if dim not in reduction.dims:
-                outputs[dim] = kept
-                kept *= shape[dim]
+                outputs[dim] = num_outputs
+                num_outputs *= shape[dim]
         order = _order(shape, stride, outputs)
         merged: list[list[int]] = []
         for dim in order:
@@ -80,7 +95,9 @@ class _Iteration:
                 merged.append([size, read, written])
         columns = zip(*merged, strict=True) if merged else ((), (), ())
         sizes, reads, writes = (tuple(column) for column in columns)
-        return cls(sizes, reads, writes, reduction.offset, reduction.element_bytes, reduction.output_bytes)
+        return cls(
+            sizes, reads, writes, reduction.offset, reduction.element_bytes, reduction.output_bytes
+        )
 
     @property
     def num_reduced(self) -> int:
@@ -91,13 +108,23 @@ class _Iteration:
         return prod(size for size, stride in zip(self.shape, self.outputs, strict=True) if stride)
 
     def spans(self) -> Iterator[list[int]]:
-        """Bytes between the first and the last element along each dim, of the output and of the input."""
-        for strides, element in ((self.outputs, self.output_bytes), (self.inputs, self.element_bytes)):
-            yield [(size - 1) * stride * element for size, stride in zip(self.shape, strides, strict=True)]
+        """Yield the bytes between first and last element along each dim, of output and of input."""
+        for strides, element in (
+            (self.outputs, self.output_bytes),
+            (self.inputs, self.element_bytes),
+        ):
+            yield [
+                (size - 1) * stride * element
+                for size, stride in zip(self.shape, strides, strict=True)
+            ]
 
 
 def _order(shape: Sequence[int], stride: Sequence[int], outputs: Sequence[int]) -> list[int]:
-    """Reduced dims first, then by stride: an insertion sort in which equal dims keep their places."""
+    """Sort the dims: reduced ones first, then by stride.
+
+    This is a stable insertion sort, as in TensorIterator: its comparison is not a total order, so
+    another sort could give another result.
+    """
     order = list(reversed(range(len(shape))))
 
     def should_swap(first: int, second: int) -> int:
@@ -132,7 +159,7 @@ def _can_merge(before: Sequence[int], size: int, read: int, written: int) -> boo
 
 
 def _parts(iteration: _Iteration) -> Iterator[_Iteration]:
-    """Halves of the dim that spans the most, until each part can be indexed by 32 bits."""
+    """Halve the dim that spans the most bytes until 32 bits can index each part."""
     spans = list(iteration.spans())
     if prod(iteration.shape) <= _LONGEST and all(sum(each) < _LONGEST for each in spans):
         yield iteration
@@ -142,36 +169,42 @@ def _parts(iteration: _Iteration) -> Iterator[_Iteration]:
     half = iteration.shape[dim] // 2
     for start, size in ((0, half), (half, iteration.shape[dim] - half)):
         shape = (*iteration.shape[:dim], size, *iteration.shape[dim + 1 :])
-        yield from _parts(replace(iteration, shape=shape, offset=iteration.offset + start * iteration.inputs[dim]))
+        yield from _parts(
+            replace(iteration, shape=shape, offset=iteration.offset + start * iteration.inputs[dim])
+        )
 
 
 def _part_scratch(part: _Iteration, reduction: Reduction, card: Card) -> tuple[int, ...]:
     num_outputs = part.num_outputs
     num_inputs = prod(part.shape) // num_outputs
     num_reduced = part.num_reduced
-    is_row = not part.shape or num_reduced == len(part.shape) or part.inputs[0] < part.inputs[num_reduced]
+    is_row = (
+        not part.shape
+        or num_reduced == len(part.shape)
+        or part.inputs[0] < part.inputs[num_reduced]
+    )
     dim0, dim1 = (num_inputs, num_outputs) if is_row else (num_outputs, num_inputs)
     fastest = 1 if not part.shape else part.inputs[0 if is_row else num_reduced]
     output_vector = 1
     if fastest == 1:
         if is_row and dim0 >= 128 and num_reduced == 1:
-            dim0 //= 4  # elements that a thread reads at once
+            dim0 //= 4  # a thread reads 4 elements at once
         elif not is_row:
             output_vector = _output_vector(part, num_reduced)
             dim0 //= output_vector
     width, height = _block(dim0, dim1, _MOST_THREADS // output_vector)
     step_input, step_output = (width, 1) if is_row else (1, width)
-    splits_warps = _over(num_inputs, step_input) >= min(height * 16, 256)
+    splits_warps = _ceil_div(num_inputs, step_input) >= min(height * 16, 256)
     if splits_warps:
         step_input *= height
     else:
         step_output *= height
     blocks = card.multiprocessors * (card.threads // (width * height))
-    grid = _over(num_outputs // output_vector, step_output)
-    values = _over(num_inputs, step_input)
+    grid = _ceil_div(num_outputs // output_vector, step_output)
+    values = _ceil_div(num_inputs, step_input)
     if not splits_warps or values < 256 or grid > blocks:
         return ()
-    num_splits = max(_over(values, 256), min(_over(blocks, grid), _over(values, 16)))
+    num_splits = max(_ceil_div(values, 256), min(_ceil_div(blocks, grid), _ceil_div(values, 16)))
     if num_splits <= 1:
         return ()
     partial = reduction.partial_bytes * num_outputs * num_splits
@@ -201,5 +234,5 @@ def _power_of_2(number: int) -> int:
     return 1 << max(number.bit_length() - 1, 0)
 
 
-def _over(number: int, step: int) -> int:
+def _ceil_div(number: int, step: int) -> int:
     return -(-number // step)

@@ -1,4 +1,4 @@
-"""The card that is recorded for, and what follows from its compute capability: one table."""
+"""Describe the card that a recording predicts, and what follows from its compute capability."""
 
 import re
 from collections.abc import Iterator
@@ -13,23 +13,31 @@ Capability = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """threads: that one multiprocessor holds, and multiprocessors: of its largest card (CUDA programming guide, compute
-    capabilities; NVIDIA's data sheets). large_shared_memory: whether a block can have 160 KiB and more; the others have
-    about 100, and 64 before Ampere. cublas_workspace_kib: cuda/CublasHandlePool.cpp, getChosenWorkspaceSize.
-    prefers_cudnn: transformers/cuda/sdp_utils.cpp, check_prefer_cudnn_attention. sort_tile: keys of 8 bytes with values
-    of 8 that a block sorts at once, single_sort_tile: that are sorted by one block alone, unique_tile: that it looks
-    through for the first of each key (CCCL, cub/device/dispatch/tuning)."""
+    """What cards of one compute capability have in common.
 
+    Sources: CUDA programming guide, compute capabilities; NVIDIA's data sheets; CCCL,
+    cub/device/dispatch/tuning, for the tiles.
+    """
+
+    #: resident threads of one multiprocessor
     threads: int
+    #: multiprocessors of the generation's largest card
     multiprocessors: int
+    #: whether a block can have 160 KiB of shared memory or more; others have about 100 KiB, and 64
+    #: KiB before Ampere
     large_shared_memory: bool
+    #: cuda/CublasHandlePool.cpp, getChosenWorkspaceSize
     cublas_workspace_kib: int
+    #: transformers/cuda/sdp_utils.cpp, check_prefer_cudnn_attention
     prefers_cudnn: bool
+    #: pairs of 8-byte keys and 8-byte values that a block sorts at once
     sort_tile: int
+    #: keys that a block searches at once for the first of each key
     unique_tile: int
 
 
-_SMALL = 2 * 4096 + 8 * 16  # :4096:2:16:8
+# The default CUBLAS_WORKSPACE_CONFIG, :4096:2:16:8
+_SMALL = 2 * 4096 + 8 * 16
 _LARGE = 32 * 1024
 GENERATIONS: dict[Capability, Generation] = {
     (6, 0): Generation(2048, 56, False, _SMALL, False, 2816, 320),
@@ -55,36 +63,49 @@ def _installed_torch() -> tuple[int, int]:
 
 @dataclass(frozen=True, slots=True)
 class CudaTarget:
-    """The card that is recorded for. attention: "auto" follows PyTorch's own choice; "flash", "efficient" and "math"
-    force one for `scaled_dot_product_attention`; "eager" says that the model itself materialises scores, so it
-    changes nothing here. name, total_bytes: what a loop is told that asks. multiprocessors: None where they are not
-    known. torch_version: whose kernels run there."""
+    """The card that a recording predicts."""
 
     compute_capability: Capability = (8, 0)
+    #: "auto" follows PyTorch's own choice. "flash", "efficient" and "math" force a kernel of
+    #: `scaled_dot_product_attention`. "eager" changes nothing here: it says that the model itself
+    #: computes the attention scores.
     attention: Attention = "auto"
+    #: the name and memory that a loop gets when it queries them
     name: str = field(default="CUDA", compare=False)
     total_bytes: int = field(default=0, compare=False)
+    #: None if unknown
     multiprocessors: int | None = None
+    #: the PyTorch version whose kernels run on the card
     torch_version: tuple[int, int] = field(default_factory=lambda: _installed_torch())
 
     @property
     def generation(self) -> Generation:
-        """Of the card's compute capability, or of the nearest known one below it."""
+        """Return the generation of the card's compute capability.
+
+        For an unknown capability, that is the nearest known one below it.
+        """
         return GENERATIONS[self._known_capability]
 
     @property
     def num_multiprocessors(self) -> int:
-        """Of this card, or of the largest of its generation."""
+        """Return the multiprocessors of this card, or of the largest card of its generation."""
         return self.multiprocessors or self.generation.multiprocessors
 
     @property
     def _known_capability(self) -> Capability:
-        return max((each for each in GENERATIONS if each <= self.compute_capability), default=min(GENERATIONS))
+        return max(
+            (each for each in GENERATIONS if each <= self.compute_capability),
+            default=min(GENERATIONS),
+        )
 
     def assumptions(self) -> Iterator[str]:
-        """What is taken for granted about a card that is not known well."""
+        """Yield what is assumed about a card that is not fully known."""
         if self._known_capability != self.compute_capability:
             (major, minor), (its_major, its_minor) = self.compute_capability, self._known_capability
-            yield f"assumed: kernels of compute capability {major}.{minor} allocate as those of {its_major}.{its_minor}"
+            yield (
+                f"assumed: kernels of compute capability {major}.{minor} allocate as those of {its_major}.{its_minor}"
+            )
         if self.multiprocessors is None:
-            yield f"assumed: {self.num_multiprocessors} multiprocessors, as the largest card of its generation has"
+            yield (
+                f"assumed: {self.num_multiprocessors} multiprocessors, as the largest card of its generation has"
+            )

@@ -1,4 +1,4 @@
-"""Two records of the same steps, held against each other event by event: a prediction and a card's own."""
+"""Compares two traces of the same steps event by event: a prediction and what a card recorded."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,33 +9,39 @@ from fitune.trace.events import MemoryEvent, MemoryTrace
 
 @dataclass(frozen=True, slots=True)
 class Moment:
-    """A birth, and the deaths between it and the next one, which an allocator cannot tell apart in their order.
+    """An allocation, and the frees between it and the next allocation.
 
-    birth: None for the deaths before the first birth. deaths: their bytes, ascending.
+    The order of these frees makes no difference to an allocator.
     """
 
-    birth: MemoryEvent | None
-    deaths: tuple[int, ...]
+    #: None for the frees before the first allocation
+    allocation: MemoryEvent | None
+    #: their bytes in ascending order
+    frees: tuple[int, ...]
 
     @property
     def sizes(self) -> tuple[int, tuple[int, ...]]:
-        return (self.birth.num_bytes if self.birth else 0), self.deaths
+        return (self.allocation.num_bytes if self.allocation else 0), self.frees
 
     def __str__(self) -> str:
         words = []
-        if self.birth is not None:
-            birth = self.birth
-            named = [f"step {birth.step} {birth.phase}", birth.op, birth.module]
-            words.append(f"+{birth.num_bytes:,} ({', '.join(word for word in named if word)})")
-        words += [f"-{num_bytes:,}" for num_bytes in self.deaths]
+        if self.allocation is not None:
+            allocation = self.allocation
+            named = [f"step {allocation.step} {allocation.phase}", allocation.op, allocation.module]
+            words.append(f"+{allocation.num_bytes:,} ({', '.join(word for word in named if word)})")
+        words += [f"-{num_bytes:,}" for num_bytes in self.frees]
         return ", ".join(words) or "nothing"
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """The first moment that differs. index: the number of births before it. Each side: the moment before, the one that
-    differs and the one after; None where that side has ended or not begun."""
+    """The first moment in which two traces differ.
 
+    On each side, these are the moment before, the one that differs and the one after. None stands
+    for a moment before the beginning or after the end.
+    """
+
+    #: the number of allocations before it
     index: int
     predicted: tuple[Moment | None, Moment | None, Moment | None]
     measured: tuple[Moment | None, Moment | None, Moment | None]
@@ -49,8 +55,11 @@ class Difference:
 
 
 def first_difference(predicted: MemoryTrace, measured: MemoryTrace) -> Difference | None:
-    """Of what happens in the steps: bytes asked for, in order, and the bytes given back between them. What was there
-    before step 1 may be in any order. None where there is no difference."""
+    """Return the first difference in the steps, None if there is none.
+
+    Compared are the requested bytes in order, and the bytes that are freed between them. What was
+    allocated before step 1 may be in any order.
+    """
     sides = tuple(tuple(_moments(trace)) for trace in (predicted, measured))
     for index, (expected, found) in enumerate(zip_longest(*sides)):
         if expected is None or found is None or expected.sizes != found.sizes:
@@ -60,25 +69,27 @@ def first_difference(predicted: MemoryTrace, measured: MemoryTrace) -> Differenc
 
 
 def num_births(trace: MemoryTrace) -> int:
-    """In the steps."""
+    """Return the number of allocations in the steps."""
     return sum(event.num_bytes > 0 for event in trace.events if event.step >= 1)
 
 
 def _moments(trace: MemoryTrace) -> Iterator[Moment]:
-    birth: MemoryEvent | None = None
-    deaths: list[int] = []
+    allocation: MemoryEvent | None = None
+    frees: list[int] = []
     for event in trace.events:
         if event.step < 1 or event.num_bytes == 0:
             continue
         if event.num_bytes < 0:
-            deaths.append(-event.num_bytes)
+            frees.append(-event.num_bytes)
             continue
-        yield Moment(birth, tuple(sorted(deaths)))
-        birth, deaths = event, []
-    yield Moment(birth, tuple(sorted(deaths)))
+        yield Moment(allocation, tuple(sorted(frees)))
+        allocation, frees = event, []
+    yield Moment(allocation, tuple(sorted(frees)))
 
 
-def _around(moments: tuple[Moment, ...], index: int) -> tuple[Moment | None, Moment | None, Moment | None]:
+def _around(
+    moments: tuple[Moment, ...], index: int
+) -> tuple[Moment | None, Moment | None, Moment | None]:
     def at(position: int) -> Moment | None:
         return moments[position] if 0 <= position < len(moments) else None
 

@@ -1,7 +1,7 @@
-"""Which layers of a model are equal, so that a recording of a few of them stands for all.
+"""Finds out which layers of a model are equal, so that a recording of a few stands for all.
 
-Two layers are equal when their modules, their parameters' shapes, the settings that the modules hold and what the
-configuration lists for each layer are equal.
+Two layers are equal if their modules, the shapes of their parameters, the settings that the modules
+hold and what the configuration lists for each layer are equal.
 """
 
 import copy
@@ -17,16 +17,19 @@ from fitune.config import Auto, ModelConfig, Recompute
 from fitune.model.load import build_model, load_config
 from fitune.model.recompute import recompute_period
 
+#: The largest distance between equal layers that is looked for.
 _LARGEST_PERIOD = 8
+#: Attributes with a layer's own number, which is not compared.
 _NUMBER_OF_LAYER = ("layer_idx", "layer_index", "layer_id", "layer_number", "block_idx")
+#: Types of the attributes that are compared.
 _SETTING = (bool, int, float, str, type(None))
 
 
 @dataclass(frozen=True, slots=True)
 class EqualLayers:
-    """name: of the list of layers in the model without adapters. From the second on, layer i
-    equals layer i + period."""
+    """A list of layers in which, from the second layer on, layer i equals layer i + period."""
 
+    #: the path of the list in the model without adapters
     name: str
     num_layers: int
     period: int
@@ -34,23 +37,31 @@ class EqualLayers:
 
 @dataclass(frozen=True, slots=True)
 class LayerList:
-    """The one list of a model's layers. signatures: of each layer, equal for equal ones."""
+    """The only list of layers that a model has."""
 
     name: str
+    #: one for each layer; equal layers have equal ones
     signatures: Sequence[object]
 
     def find_equal(self, recompute: Recompute | Auto) -> EqualLayers | None:
-        """None where the layers do not repeat."""
+        """Return the shortest period of the layers, None if they do not repeat."""
         num_layers, step = len(self.signatures), recompute_period(recompute)
         for period in range(step, min(_LARGEST_PERIOD, num_layers // 2 - 1) + 1, step):
-            # the last one too: in a model of the first few layers an earlier one takes its place
-            if all(self.signatures[i] == self.signatures[i + period] for i in range(1, num_layers - period)):
+            # the last layer must be equal too: in a model of the first few layers, an earlier one
+            # takes its place
+            if all(
+                self.signatures[i] == self.signatures[i + period]
+                for i in range(1, num_layers - period)
+            ):
                 return EqualLayers(self.name, num_layers, period)
         return None
 
 
 def find_layers(model: ModelConfig) -> LayerList | None:
-    """None where the model has no such list, or several. Raises what `load_config` and `build_model` raise."""
+    """Return the model's list of layers, None if it has none or several.
+
+    Raises what `load_config` and `build_model` raise.
+    """
     config = load_config(model)
     num_layers = getattr(config.get_text_config(), "num_hidden_layers", None)
     if not isinstance(num_layers, int):
@@ -62,11 +73,14 @@ def find_layers(model: ModelConfig) -> LayerList | None:
         return None
     ((name, layers),) = lists
     listed = _listed(config.get_text_config(), num_layers)
-    return LayerList(name, [(_signature(layer), *(values[i] for values in listed)) for i, layer in enumerate(layers)])
+    return LayerList(
+        name,
+        [(_signature(layer), *(values[i] for values in listed)) for i, layer in enumerate(layers)],
+    )
 
 
 def first_layers(config: PretrainedConfig, num_layers: int) -> PretrainedConfig:
-    """The configuration of a model of the first `num_layers` layers."""
+    """Return the configuration of a model that has the first `num_layers` layers alone."""
     config = copy.deepcopy(config)
     text = config.get_text_config()
     total = text.num_hidden_layers
@@ -82,14 +96,18 @@ def _is_layers(part: nn.Module, num_layers: int) -> bool:
 
 
 def _listed(config: PretrainedConfig, num_layers: int) -> list[Sequence[Any]]:
+    """Return the settings of which the configuration lists one for each layer."""
     return [
         values
         for name, values in vars(config).items()
-        if isinstance(values, (list, tuple)) and len(values) == num_layers and not name.startswith("_")
+        if isinstance(values, (list, tuple))
+        and len(values) == num_layers
+        and not name.startswith("_")
     ]
 
 
 def _signature(layer: nn.Module) -> tuple[object, ...]:
+    """Return what two equal layers have in common."""
     return tuple(
         (
             name,
@@ -99,8 +117,13 @@ def _signature(layer: nn.Module) -> tuple[object, ...]:
                 for key, value in vars(part).items()
                 if isinstance(value, _SETTING) and key not in _NUMBER_OF_LAYER
             ),
-            tuple((key, value.shape, value.dtype) for key, value in part.named_parameters(recurse=False)),
-            tuple((key, value.shape, value.dtype) for key, value in part.named_buffers(recurse=False)),
+            tuple(
+                (key, value.shape, value.dtype)
+                for key, value in part.named_parameters(recurse=False)
+            ),
+            tuple(
+                (key, value.shape, value.dtype) for key, value in part.named_buffers(recurse=False)
+            ),
         )
         for name, part in layer.named_modules()
     )

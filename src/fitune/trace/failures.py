@@ -1,7 +1,8 @@
-"""What is said of a model or a loop of somebody else that fails while it is recorded.
+"""Explain errors of a user's model or loop that fails while it is recorded.
 
-What fails without a recording too keeps its own words, with the way out where it is known. What fails because there are
-shapes and no data says so, and what can be predicted instead.
+An error that would occur without a recording too keeps its own text, with the way out where it is
+known. An error that occurs because there are shapes and no data says so, and what can be predicted
+instead.
 """
 
 import pickle
@@ -18,23 +19,28 @@ from fitune.errors import FituneError, UsageError
 
 _OURS = {"fitune", "torch", "contextlib.py"}
 _READS_DATA = re.compile(
-    r"can't pickle|meta (tensor|storage|device)|no data|fake ?tensor|data pointer|data_ptr|access storage",
+    r"can't pickle|meta (tensor|storage|device)|no data|fake ?tensor|data pointer|data_ptr|"
+    r"access storage",
     re.IGNORECASE,
 )
 
 
 @contextmanager
 def explained(doing: str, assumed: Callable[[], bool]) -> Iterator[None]:
-    """Errors of the block become a sentence as far as their cause is known here; others go on. assumed: whether data
-    was read that was not there."""
+    """Raise UsageError with an explanation for errors of the block whose cause is known here.
+
+    Other errors are raised unchanged.
+
+    assumed: whether the recording has answered for data that was not there.
+    """
     try:
         yield
     except FituneError:
         raise
     except Exception as error:
-        if (sentence := _explain(error, doing, assumed=assumed())) is None:
+        if (message := _explain(error, doing, assumed=assumed())) is None:
             raise
-        raise UsageError(sentence) from error
+        raise UsageError(message) from error
 
 
 def _explain(error: Exception, doing: str, *, assumed: bool) -> str | None:
@@ -43,26 +49,31 @@ def _explain(error: Exception, doing: str, *, assumed: bool) -> str | None:
         return f"{doing} needs a package that cannot be imported here ({cause}): install it in this environment"
     if isinstance(error, StopIteration):
         return f"{doing} ran out of batches at {place}: give the loop one for each of num_steps, or ask for fewer steps"
-    if any(re.search(r"torch/(distributed|nn/parallel)/", frame.filename) for frame in _frames(error)):
+    if any(
+        re.search(r"torch/(distributed|nn/parallel)/", frame.filename) for frame in _frames(error)
+    ):
         return (
-            f"{doing} sets up several processes at {place} ({cause}), and a prediction is of one: leave out "
-            "init_process_group and what wraps the model (DistributedDataParallel, FSDP)"
+            f"{doing} sets up several processes at {place} ({cause}), and a prediction is of one: "
+            "leave out init_process_group and what wraps the model (DistributedDataParallel, FSDP)"
         )
     if isinstance(error, UnsupportedOperatorException):
         return (
-            f"{doing} calls the operator {error}, which does not tell the shapes of what it returns: register them "
-            "(torch.library.register_fake), or predict the loop with PyTorch's own operators in its place"
+            f"{doing} calls the operator {error}, which does not tell the shapes of what it "
+            "returns: register them (torch.library.register_fake), or predict the loop with "
+            "PyTorch's own operators in its place"
         )
     by_peft = _of_package(error, "peft")
     if by_peft and assumed:
         return (
-            f"{doing} fails in PEFT at {place} ({cause}), which reads the weights, and a prediction has their shapes "
-            "alone: this tuner is not predicted; LoRA with as many trainable parameters needs about as much"
+            f"{doing} fails in PEFT at {place} ({cause}), which reads the weights, and a "
+            "prediction has their shapes alone: this tuner is not predicted; LoRA with as many "
+            "trainable parameters needs about as much"
         )
     if isinstance(error, pickle.PicklingError) or _READS_DATA.search(str(error)):
         return (
-            f"{doing} reads the memory of a tensor at {place} ({cause}), and a prediction has shapes alone: leave that "
-            "out of the loop that is predicted, or give a kernel of PyTorch's own in its place"
+            f"{doing} reads the memory of a tensor at {place} ({cause}), and a prediction has "
+            "shapes alone: leave that out of the loop that is predicted, or give a kernel of "
+            "PyTorch's own in its place"
         )
     if by_peft and isinstance(error, (ValueError, TypeError, KeyError, AttributeError)):
         return f"{doing} fails in PEFT at {place} ({cause}): mend the configuration of the adapters"
@@ -74,13 +85,13 @@ def _frames(error: Exception) -> list[traceback.FrameSummary]:
 
 
 def _place(error: Exception) -> str:
-    """The innermost line of code that is neither torch's nor ours."""
+    """Return the innermost line of code that is neither torch's nor fitune's."""
     own = [frame for frame in _frames(error) if not _OURS & set(Path(frame.filename).parts)]
     return f"{Path(own[-1].filename).name}:{own[-1].lineno}" if own else "an unknown place"
 
 
 def _of_package(error: Exception, name: str) -> bool:
-    """Whether the innermost code that is neither Python's nor PyTorch's is of this package."""
+    """Return whether the innermost code outside of Python and PyTorch is this package's."""
     for frame in reversed(_frames(error)):
         parts = Path(frame.filename).parts
         if "site-packages" in parts:

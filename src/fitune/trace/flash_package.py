@@ -1,8 +1,9 @@
-"""The flash-attn package, for recordings on a machine that has none.
+"""Provide the flash-attn package for recordings on a machine that does not have it.
 
-`attn_implementation="flash_attention_2"` and a loop's own `from flash_attn import flash_attn_func` find the functions
-of this module. They call the kernels that PyTorch took over from that package: the same tensors are kept for the
-backward and the same temporaries are needed in it (csrc/flash_attn/flash_api.cpp of both).
+`attn_implementation="flash_attention_2"` and a loop's own `from flash_attn import flash_attn_func`
+get the functions of this module. They call the kernels that PyTorch adopted from that package: the
+backward needs the same saved tensors and the same temporaries (csrc/flash_attn/flash_api.cpp of
+both).
 """
 
 import sys
@@ -23,7 +24,10 @@ from fitune.trace.cuda_target import CudaTarget
 
 @contextmanager
 def flash_package(target: CudaTarget) -> Iterator[None]:
-    """Lets flash-attn be imported inside, and transformers believe in it where its models are loaded already."""
+    """Make flash-attn importable in this block, and make transformers accept it.
+
+    The latter is needed where transformers' models have been imported already.
+    """
     if find_spec("flash_attn") is not None:
         yield
         return
@@ -31,7 +35,8 @@ def flash_package(target: CudaTarget) -> Iterator[None]:
     with ExitStack() as stack:
         for module in _modules(target, helpers):
             sys.modules[module.__name__] = module
-            stack.callback(sys.modules.pop, module.__name__)  # alone: what else is imported inside stays imported
+            # Only these modules are removed: others that the block imports stay imported.
+            stack.callback(sys.modules.pop, module.__name__)
         if helpers is not None:
             stack.enter_context(patch.object(helpers, "is_flash_attn_2_available", _available))
             stack.enter_context(patch.object(helpers, "_loaded_implementation", None))
@@ -63,10 +68,12 @@ def _modules(target: CudaTarget, helpers: Any) -> Iterator[ModuleType]:
         softcap: float = 0.0,
         deterministic: bool = False,
     ) -> Tensor:
-        """q: [B, S, H, D]; k, v may have fewer heads."""
+        """Run flash attention of q: [B, S, H, D]; k and v may have fewer heads."""
         refuse_older_cards()
         heads_first = (part.transpose(1, 2) for part in (q, k, v))
-        return flash_attention(*heads_first, dropout=dropout_p, is_causal=causal, scale=softmax_scale).transpose(1, 2)
+        return flash_attention(
+            *heads_first, dropout=dropout_p, is_causal=causal, scale=softmax_scale
+        ).transpose(1, 2)
 
     def flash_attn_varlen_func(
         q: Tensor,
@@ -83,13 +90,15 @@ def _modules(target: CudaTarget, helpers: Any) -> Iterator[ModuleType]:
         softcap: float = 0.0,
         deterministic: bool = False,
     ) -> Any:
-        """q: [T, H, D], rows one after the other; k, v may have fewer heads."""
+        """Run flash attention of packed samples, q: [T, H, D]; k and v may have fewer heads."""
         refuse_older_cards()
         from torch.nn.attention.varlen import varlen_attn
 
         window = (window_size[0], 0) if causal else window_size
         lengths = (cu_seqlens_q, cu_seqlens_k, int(max_seqlen_q), int(max_seqlen_k))
-        return varlen_attn(q, k, v, *lengths, scale=softmax_scale, window_size=window, enable_gqa=True)
+        return varlen_attn(
+            q, k, v, *lengths, scale=softmax_scale, window_size=window, enable_gqa=True
+        )
 
     package = _module(
         "flash_attn",
@@ -99,7 +108,10 @@ def _modules(target: CudaTarget, helpers: Any) -> Iterator[ModuleType]:
     )
     yield package
     if helpers is not None:
-        names = {name: getattr(helpers, f"_{name}") for name in ("pad_input", "unpad_input", "index_first_axis")}
+        names = {
+            name: getattr(helpers, f"_{name}")
+            for name in ("pad_input", "unpad_input", "index_first_axis")
+        }
         yield _module("flash_attn.bert_padding", **names)
 
 

@@ -1,8 +1,9 @@
-"""While a step is recorded, PyTorch answers as if the target were there, idle and empty; CUDA itself is never asked.
+"""Let PyTorch answer queries about the GPU as if the target card were there, idle and empty.
 
-Libraries ask torch.cuda and torch.accelerator. Both end in functions of torch._C, whose first call would start CUDA:
-that takes a context's memory on a machine with a card, and fails on one without. So the functions of torch._C are
-replaced too, also those that a CPU build of PyTorch lacks.
+The answers hold while a step is recorded, and CUDA itself is never called. Libraries query
+torch.cuda and torch.accelerator. Both end in functions of torch._C, whose first call would start
+CUDA: that takes a context's memory on a machine with a card, and fails on one without. So the
+functions of torch._C are replaced too, including those that a CPU build of PyTorch lacks.
 """
 
 import sys
@@ -22,23 +23,46 @@ from torch.utils.checkpoint import DefaultDeviceType
 from fitune.errors import UsageError
 from fitune.trace.cuda_target import CudaTarget
 
+#: (stream, device, device type) of the default stream, as PyTorch represents it
 _CARD_0 = (0, 0, 1)
-"""(stream, device, kind of device) of the default stream, as PyTorch writes it."""
-_KEPT = (
-    *("_cuda_isInBadFork", "_cuda_getCompiledVersion", "_cuda_getArchFlags", "_cuda_getAllocatorBackend"),
+#: Functions of torch._C that are not replaced: they describe the process or the build, whatever the
+#: card, and do not start CUDA
+_NOT_REPLACED = (
+    *(
+        "_cuda_isInBadFork",
+        "_cuda_getCompiledVersion",
+        "_cuda_getArchFlags",
+        "_cuda_getAllocatorBackend",
+    ),
     *("_cuda_get_cudnn_benchmark_limit", "_cuda_set_cudnn_benchmark_limit"),
 )
-"""They tell of the process or of the build, whatever the card, and start nothing."""
-_DONE = (
+#: Functions of torch._C that do nothing and return None
+_NO_EFFECT = (
     *("_accelerator_setDeviceIndex", "_accelerator_setStream", "_accelerator_synchronizeDevice"),
-    *("_accelerator_resetAccumulatedStats", "_accelerator_resetPeakStats", "_accelerator_emptyCache"),
-    *("_accelerator_emptyHostCache", "_cuda_setDevice", "_cuda_setStream", "_cuda_synchronize", "_cuda_sleep"),
+    *(
+        "_accelerator_resetAccumulatedStats",
+        "_accelerator_resetPeakStats",
+        "_accelerator_emptyCache",
+    ),
+    *(
+        "_accelerator_emptyHostCache",
+        "_cuda_setDevice",
+        "_cuda_setStream",
+        "_cuda_synchronize",
+        "_cuda_sleep",
+    ),
     *("_cuda_emptyCache", "_cuda_resetPeakMemoryStats", "_cuda_resetAccumulatedMemoryStats"),
-    *("_cuda_clearCublasWorkspaces", "_cuda_set_sync_debug_mode", "_cuda_attach_out_of_memory_observer"),
+    *(
+        "_cuda_clearCublasWorkspaces",
+        "_cuda_set_sync_debug_mode",
+        "_cuda_attach_out_of_memory_observer",
+    ),
     *("_cuda_record_memory_history", "_cuda_setMemoryFraction", "_cuda_ipc_collect"),
 )
+#: function of torch._C -> its return value; functions of a CUDA build that are not named here
+#: return None as well
 _ANSWERS: dict[str, Any] = {
-    **dict.fromkeys(_DONE),
+    **dict.fromkeys(_NO_EFFECT),
     "_accelerator_getAccelerator": torch.device("cuda"),
     "_accelerator_getDeviceIndex": 0,
     "_accelerator_exchangeDevice": 0,
@@ -69,12 +93,14 @@ _ANSWERS: dict[str, Any] = {
     "_cuda_hostMemoryStats": {},
     "_cuda_memorySnapshot": {"segments": [], "device_traces": []},
 }
-"""Of functions of torch._C. Those of a CUDA build that are not named here return None as well."""
 
 
 @contextmanager
 def cuda_answers(target: CudaTarget) -> Iterator[None]:
-    """torch.cuda, torch.accelerator and the functions of torch._C below them say that the target is there."""
+    """Answer as if the target card were there, for as long as the block lasts.
+
+    The answers are those of torch.cuda, torch.accelerator and the functions of torch._C below them.
+    """
     capability = target.compute_capability
     properties = SimpleNamespace(
         name=target.name, major=capability[0], minor=capability[1], total_memory=target.total_bytes
@@ -95,26 +121,33 @@ def cuda_answers(target: CudaTarget) -> Iterator[None]:
         "mem_get_info": free_and_total,
         "memory_stats": defaultdict(int),
         "memory_summary": "",
-        **dict.fromkeys(("utilization", "memory_usage", "temperature", "power_draw", "clock_rate"), 0),
+        **dict.fromkeys(
+            ("utilization", "memory_usage", "temperature", "power_draw", "clock_rate"), 0
+        ),
         "cudart": _Runtime(),
-        **dict.fromkeys(("memory_allocated", "memory_reserved", "max_memory_allocated", "max_memory_reserved"), 0),
-        **dict.fromkeys(("synchronize", "set_device", "init", "ipc_collect", "set_per_process_memory_fraction")),
-        **dict.fromkeys(("reset_peak_memory_stats", "reset_max_memory_allocated", "reset_accumulated_memory_stats")),
+        **dict.fromkeys(("memory_allocated", "memory_reserved"), 0),
+        **dict.fromkeys(("max_memory_allocated", "max_memory_reserved"), 0),
+        **dict.fromkeys(("synchronize", "set_device", "init", "ipc_collect")),
+        **dict.fromkeys(("set_per_process_memory_fraction", "reset_peak_memory_stats")),
+        **dict.fromkeys(("reset_max_memory_allocated", "reset_accumulated_memory_stats")),
         "check_error": None,
     }
-    below = dict.fromkeys(filter(_is_function_of_the_card, dir(torch._C)))
-    below |= _ANSWERS | {"_accelerator_getMemoryInfo": free_and_total, "_accelerator_getStream": _Stream()}
+    torch_c_answers = dict.fromkeys(filter(_is_function_of_the_card, dir(torch._C)))
+    torch_c_answers |= _ANSWERS | {
+        "_accelerator_getMemoryInfo": free_and_total,
+        "_accelerator_getStream": _Stream(),
+    }
     with ExitStack() as stack:
-        for name, answer in below.items():
+        for name, answer in torch_c_answers.items():
             stack.enter_context(patch.object(torch._C, name, partial(_answer, answer), create=True))
         for name, answer in answers.items():
             for module in (torch.cuda, torch.cuda.memory, torch.cuda.random):
                 if hasattr(module, name):
                     stack.enter_context(patch.object(module, name, partial(_answer, answer)))
-        is_available = _available_to_what_runs_in(_caller())
+        is_available = _availability_within(_caller())
         for module in (torch.cuda, torch.accelerator):
             stack.enter_context(patch.object(module, "is_available", is_available))
-        # whoever seeds the card seeds this, and the program's own random numbers stay as they are
+        # Code that seeds the card seeds this generator, and the CPU's random state is unchanged.
         stack.enter_context(patch.object(torch.cuda, "default_generators", (torch.Generator(),)))
         for name in ("range_push", "range_pop", "mark"):
             stack.enter_context(patch.object(torch.cuda.nvtx, name, partial(_answer, 0)))
@@ -124,35 +157,47 @@ def cuda_answers(target: CudaTarget) -> Iterator[None]:
         for name in ("CUDAGraph", "graph", "make_graphed_callables"):
             stack.enter_context(patch.object(torch.cuda, name, _refuse_graphs))
         for name in ("is_autocast_enabled", "get_autocast_dtype"):
-            stack.enter_context(patch.object(torch, name, partial(_of_cpu, getattr(torch, name))))
-        stack.enter_context(_nothing_remembered())
+            stack.enter_context(
+                patch.object(torch, name, partial(_query_cpu, getattr(torch, name)))
+            )
+        stack.enter_context(_caches_cleared())
         yield
 
 
 def _is_function_of_the_card(name: str) -> bool:
     prefixes = ("_cuda_", "_accelerator_", "_host_")
-    return name.startswith(prefixes) and name not in _KEPT and not isinstance(getattr(torch._C, name), type)
+    return (
+        name.startswith(prefixes)
+        and name not in _NOT_REPLACED
+        and not isinstance(getattr(torch._C, name), type)
+    )
 
 
 def _caller() -> CodeType:
-    """The function that entered the context manager whose frame calls this."""
+    """Return the code of the function that entered the context manager which calls this."""
     frame = sys._getframe(2)
     while frame.f_globals.get("__name__") in ("contextlib", __name__) and frame.f_back is not None:
         frame = frame.f_back
     return frame.f_code
 
 
+#: The folders in which libraries are installed; modules elsewhere are the user's own
 _LIBRARIES = {"site-packages", "dist-packages"}
-"""Where they are installed; the user's own modules are told of the card."""
 
 
-def _available_to_what_runs_in(outermost: CodeType) -> Callable[[], bool]:
-    """True, except for a library that is imported within: it would look for CUDA's own libraries."""
+def _availability_within(outermost: CodeType) -> Callable[[], bool]:
+    """Return an is_available() for calls inside `outermost`: true, except to imported libraries.
+
+    A library that finds a card while it is imported looks for CUDA's own libraries. The user's own
+    modules find the card.
+    """
 
     def is_available() -> bool:
         frame = sys._getframe(1)
         while frame is not None and frame.f_code is not outermost:
-            if frame.f_code.co_name == "<module>" and _LIBRARIES & set(Path(frame.f_code.co_filename).parts):
+            if frame.f_code.co_name == "<module>" and _LIBRARIES & set(
+                Path(frame.f_code.co_filename).parts
+            ):
                 return False
             frame = frame.f_back  # type: ignore[assignment]
         return True
@@ -161,8 +206,8 @@ def _available_to_what_runs_in(outermost: CodeType) -> Callable[[], bool]:
 
 
 @contextmanager
-def _nothing_remembered() -> Iterator[None]:
-    """transformers and torch.utils.checkpoint keep what they were told of the device; these answers end here."""
+def _caches_cleared() -> Iterator[None]:
+    """Clear what transformers and torch.utils.checkpoint cached about the device in this block."""
     cached = [each for each in vars(transformers_imports).values() if hasattr(each, "cache_info")]
     misses = [each.cache_info().misses for each in cached]
     with patch.object(DefaultDeviceType, "_default_device_type", "cuda"):
@@ -178,26 +223,26 @@ def _answer(value: Any, *_: Any, **__: Any) -> Any:
     return value
 
 
-def _of_cpu(ask: Callable[[str], Any], device_type: str = "cuda") -> Any:
-    return ask("cpu" if device_type == "cuda" else device_type)
+def _query_cpu(query: Callable[[str], Any], device_type: str = "cuda") -> Any:
+    return query("cpu" if device_type == "cuda" else device_type)
 
 
 def _refuse_graphs(*_: Any, **__: Any) -> Any:
     raise UsageError(
-        "the loop captures a CUDA graph, which keeps its memory in a pool of its own and is not predicted: predict the "
-        "loop without it, which needs no more than with it but for that pool"
+        "the loop captures a CUDA graph, which keeps its memory in a pool of its own and is not "
+        "predicted: predict the loop without it, which needs no more than with it but for that pool"
     )
 
 
 class _Runtime:
-    """CUDA's runtime functions, as torch.cuda.cudart() gives them; each succeeds and does nothing."""
+    """CUDA's runtime functions, as torch.cuda.cudart() returns them; all succeed and do nothing."""
 
     def __getattr__(self, name: str) -> Callable[..., int]:
         return partial(_answer, 0)
 
 
 class _Event:
-    """A CUDA event that has happened."""
+    """A CUDA event that has already happened."""
 
     def __init__(self, *_: Any, **__: Any) -> None: ...
 
@@ -215,7 +260,7 @@ class _Event:
 
 
 class _Stream:
-    """A CUDA stream on which nothing waits."""
+    """A CUDA stream without pending work."""
 
     stream_id, device_index, device_type = _CARD_0
     cuda_stream = native_handle = 0

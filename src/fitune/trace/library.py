@@ -1,15 +1,14 @@
-"""Recordings of one process, kept, so that further settings of one configuration cost little.
+"""Keeps the recordings of one process, so that further settings of one configuration cost little.
 
-A model of many equal layers is recorded with a few of them, a loss of many chunks with four; what is between is
-repeated. Two sizes of micro-batch give all others. Where the structure is not as expected (`extrapolate`), the step is
-recorded afresh, in the end as a whole.
+A model of many equal layers is recorded with a few of them, and a loss of many chunks with four;
+what lies between is repeated (`repeat_layers`). Two sizes of micro-batch determine all others
+(`interpolate`). Where the structure is not as expected, the step is recorded anew, if necessary as
+a whole.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from itertools import combinations
+from dataclasses import replace
 
-import numpy as np
 import torch
 
 from fitune.config import ModelConfig, RunConfig
@@ -17,348 +16,269 @@ from fitune.model.load import load_config
 from fitune.step.assemble import choose_layouts
 from fitune.trace.cuda_target import CudaTarget
 from fitune.trace.equal_layers import LayerList, find_layers, first_layers
-from fitune.trace.events import ROUTED
-from fitune.trace.extrapolate import (
-    NUM_RECORDED_CHUNKS,
-    Growth,
-    Iterations,
-    Sample,
-    are_equal,
-    find_growth,
+from fitune.trace.interpolate import (
     have_same_structure,
-    interpolate_rows,
-    num_recorded_turns,
-    repeat_inner_turns,
-    repeat_turns,
-    transfer_growth,
 )
+from fitune.trace.loop_iterations import Iterations, num_recorded_iterations
 from fitune.trace.own_step import (
     ColumnsOfStep,
-    Counts,
     Pass,
+    RecordedShape,
     RecordedStep,
-    count_rows,
-    first_rows,
     model_for,
     record_columns_of_step,
+    shape_of_step,
 )
 from fitune.trace.patience import Patience
 from fitune.trace.record import RecordedModel
 from fitune.trace.recording import Recording
-from fitune.trace.resize import resize, with_last_step_again
+from fitune.trace.recording_family import (
+    RecordedConfig,
+    RecordingFamily,
+    does_one_sample_match,
+    has_one_sample,
+)
+from fitune.trace.resize import with_last_step_repeated
 from fitune.trace.shape_cache import ShapeMemory
 
+#: The number of models that are kept for further recordings.
 _MOST_MODELS = 4
-"""Models that are kept for the next recording."""
-
-
-@dataclass
-class _Family:
-    """Recordings that differ in their rows alone, with a few layers and chunks. turns and growth: None where all layers
-    were recorded. resists: whether a short recording did not do for another number of rows."""
-
-    samples: list[tuple[Counts, ColumnsOfStep]] = field(default_factory=list)
-    turns: Iterations | None = None
-    growth: Growth | None = None
-    num_parameters: tuple[int, int] = (0, 0)
-    resists: bool = False
-    one_row_follows: bool | None = None
-
-
-@dataclass(frozen=True)
-class _Recorded:
-    """A step as it was recorded, with a few layers and chunks."""
-
-    config: RunConfig
-    passes: Sequence[Pass]
-    columns: ColumnsOfStep
 
 
 class Recordings:
-    """What was recorded is kept, answers are not. They are equal to those of `record_step`, event by event. What takes
-    long is limited over all recordings together (`Patience`)."""
+    """Records steps, and derives them from earlier recordings where that gives the same result.
+
+    The results are equal to those of `record_step`, event by event. Recordings are kept, results
+    are not. The time that slow models may take is limited over all recordings together
+    (`Patience`).
+    """
 
     def __init__(self) -> None:
+        #: by model: its equal layers
         self._layers: dict[str, LayerList | None] = {}
-        self._families: dict[str, list[_Family]] = {}
-        self._grown: dict[str, list[_Family]] = {}
-        self._recorded: dict[str, list[_Recorded]] = {}
-        self._of_one_model: dict[str, list[_Family]] = {}
+        #: by configuration without samples
+        self._families: dict[str, list[RecordingFamily]] = {}
+        #: by configuration without samples, recomputation and loss: families whose growth was
+        #: measured
+        self._with_growth: dict[str, list[RecordingFamily]] = {}
+        #: by configuration without samples
+        self._recorded: dict[str, list[RecordedConfig]] = {}
+        #: by configuration without samples, recomputation and loss
+        self._of_one_model: dict[str, list[RecordingFamily]] = {}
         self._shapes: dict[CudaTarget | None, ShapeMemory] = {}
+        #: the models of the last recordings
         self._models: dict[str, RecordedModel] = {}
         self._patience = Patience()
 
-    def step(self, config: RunConfig, passes: Sequence[Pass], *, target: CudaTarget | None) -> RecordedStep:
-        """As `record_step` on fake tensors."""
+    def step(
+        self, config: RunConfig, passes: Sequence[Pass], *, target: CudaTarget | None
+    ) -> RecordedStep:
+        """Return what `record_step` returns on fake tensors."""
         columns = self.columns(config, passes, target=target)
         if columns is None:
             model = model_for(config, target=target, patience=self._patience)
             columns = record_columns_of_step(config, passes, target=target, on=model)
         return columns.to_step()
 
-    def columns(self, config: RunConfig, passes: Sequence[Pass], *, target: CudaTarget | None) -> ColumnsOfStep | None:
-        """The step from a short recording; None where the whole has to be recorded."""
+    def columns(
+        self, config: RunConfig, passes: Sequence[Pass], *, target: CudaTarget | None
+    ) -> ColumnsOfStep | None:
+        """Return the step from short recordings, None if the whole step has to be recorded."""
         if passes[0].kind == "state" and passes[-1] == passes[-2] and passes[-1].kind == "train":
             once = self.columns(config, passes[:-1], target=target)
-            again = None if once is None else with_last_step_again(once.recording, len(passes) - 1)
-            return None if once is None or again is None else replace(once, recording=again)
-        device = torch.device("cpu" if target is None else "cuda")
-        key = repr((_without_rows(config), target))
-        families, recorded = self._families.setdefault(key, []), self._recorded.setdefault(key, [])
-        of_one_model = self._of_one_model.setdefault(repr((_without_layers(config), target)), [])
-        alike = []
+            if once is None:
+                return None
+            again = with_last_step_repeated(once.recording, len(passes) - 1)
+            return None if again is None else replace(once, recording=again)
+        device = target_device(target)
+        key = repr((_without_samples(config), target))
+        families = self._families.setdefault(key, [])
+        same_structure = []
         for family in families:
-            columns = family.samples[0][1]
-            counts = count_rows(config, passes, columns, device=device)
-            if counts is not None and counts.structure == family.samples[0][0].structure:
-                alike.append(family)
-                one_row = _has_one_row(counts) and _one_row_follows(of_one_model, target=target)
-                found = _interpolate(family, counts, target=target, one_row=one_row)
-                if found is None and any(
-                    _borrow(family, counts, config, passes, each, device=device) for each in recorded
-                ):
-                    found = _interpolate(family, counts, target=target)
-                if found is None:
-                    found = self._resize(config, passes, family, counts, target=target)
-                if found is not None:
-                    layout, _ = choose_layouts(config, device, packed=columns.layout.packed)
-                    return _repeat(family, counts, replace(columns, recording=found, layout=layout))
+            family_shape, columns = family.points[0]
+            shape = shape_of_step(config, passes, columns, device=device)
+            if shape is None or shape.structure != family_shape.structure:
+                continue
+            same_structure.append(family)
+            found = self._derive(config, passes, family, shape, target=target)
+            if found is not None:
+                layout, _ = choose_layouts(config, device, packed=columns.layout.packed)
+                return family.repeat(shape, replace(columns, recording=found, layout=layout))
         layers = self._layers_to_record(config.model)
-        columns = self._record(
-            config, passes, target=target, num_layers=None if layers is None else layers.num_recorded
-        )
-        recorded.append(_Recorded(config, passes, columns))
-        counts = count_rows(config, passes, columns, device=device)
-        if counts is None:
+        num_layers = None if layers is None else layers.num_recorded
+        columns = self._record(config, passes, target=target, num_layers=num_layers)
+        self._recorded.setdefault(key, []).append(RecordedConfig(config, passes, columns))
+        shape = shape_of_step(config, passes, columns, device=device)
+        if shape is None:
             return None
-        for family in alike:
-            if have_same_structure(family.samples[0][1].recording, columns.recording):
-                family.samples.append((counts, columns))
-                return _repeat(family, counts, columns)
-        new = _Family([(counts, columns)])
+        for family in same_structure:
+            if have_same_structure(family.points[0][1].recording, columns.recording):
+                family.points.append((shape, columns))
+                return family.repeat(shape, columns)
+        new = RecordingFamily([(shape, columns)])
         if layers is not None:
-            grown = self._grown.setdefault(repr((_without_layers(config), target)), [])
-            known = _with_known_growth(new, layers, grown)
-            if known is None:
-                fewer = self._record(
-                    config, passes, target=target, num_layers=layers.num_recorded - layers.num_left_out
-                )
-                known = _with_growth(new, layers, fewer)
-                if known.growth is not None:
-                    grown.append(known)
-            new = known
+            new = self._with_known_growth(config, passes, new, layers, target=target)
         families.append(new)
-        of_one_model.append(new)
-        return _repeat(new, counts, columns)
+        self._families_of_model(config, target).append(new)
+        return new.repeat(shape, columns)
 
-    def _resize(
-        self, config: RunConfig, passes: Sequence[Pass], family: _Family, counts: Counts, *, target: CudaTarget | None
+    def _derive(
+        self,
+        config: RunConfig,
+        passes: Sequence[Pass],
+        family: RecordingFamily,
+        shape: RecordedShape,
+        *,
+        target: CudaTarget | None,
     ) -> Recording | None:
-        """A second sample, of which one micro-batch is recorded alone. None where that does not do."""
-        if not _needs_second(family, counts, passes):
-            return None
-        ((_, sample),) = _samples(family, counts)
-        layers = self._layers_to_record(config.model)
-        single = self._record(
-            config,
-            [*passes[:-1], replace(passes[-1], most_micro_batches=1)],
-            target=target,
-            num_layers=None if layers is None else layers.num_recorded,
+        """Return the recording of a step of this shape from those of its family.
+
+        Where the family lacks a point and another recording has it, it is added to the family.
+        Returns None where the step itself has to be recorded.
+        """
+        one_sample = has_one_sample(shape) and does_one_sample_match(
+            self._families_of_model(config, target), target=target
         )
-        found = _resized(family, sample.recording, single.recording, passes)
+        found = family.interpolate(shape, target=target, one_sample=one_sample)
+        if found is not None:
+            return found
+        recorded = self._recorded.get(repr((_without_samples(config), target)), [])
+        device = target_device(target)
+        if any(
+            family.add_point_from(shape, config, passes, each, device=device) for each in recorded
+        ):
+            found = family.interpolate(shape, target=target)
         if found is None:
-            family.resists = True
+            found = self._add_resized_point(config, passes, family, shape, target=target)
+        return found
+
+    def _with_known_growth(
+        self,
+        config: RunConfig,
+        passes: Sequence[Pass],
+        family: RecordingFamily,
+        layers: Iterations,
+        *,
+        target: CudaTarget | None,
+    ) -> RecordingFamily:
+        """Return the family with the growth of each layer, which is transferred or measured."""
+        key = repr((_without_recompute_and_loss(config), target))
+        known_families = self._with_growth.setdefault(key, [])
+        transferred = family.with_growth_of(layers, known_families)
+        if transferred is not None:
+            return transferred
+        num_layers = layers.num_recorded - layers.num_left_out
+        fewer = self._record(config, passes, target=target, num_layers=num_layers)
+        measured = family.with_measured_growth(layers, fewer)
+        if measured.growth is not None:
+            known_families.append(measured)
+        return measured
+
+    def _families_of_model(
+        self, config: RunConfig, target: CudaTarget | None
+    ) -> list[RecordingFamily]:
+        key = repr((_without_recompute_and_loss(config), target))
+        return self._of_one_model.setdefault(key, [])
+
+    def _add_resized_point(
+        self,
+        config: RunConfig,
+        passes: Sequence[Pass],
+        family: RecordingFamily,
+        shape: RecordedShape,
+        *,
+        target: CudaTarget | None,
+    ) -> Recording | None:
+        """Add a second point to the family, recording only one of its micro-batches.
+
+        Returns the point's recording, None where this is not possible.
+        """
+        if not family.needs_second_point(shape, passes):
             return None
-        family.samples.append((counts, replace(sample, recording=found)))
+        ((_, point),) = family.interpolation_points(shape)
+        layers = self._layers_to_record(config.model)
+        num_layers = None if layers is None else layers.num_recorded
+        shorter = [*passes[:-1], replace(passes[-1], most_micro_batches=1)]
+        single = self._record(config, shorter, target=target, num_layers=num_layers)
+        found = family.resized_point(point.recording, single.recording, passes)
+        if found is None:
+            family.resize_failed = True
+            return None
+        family.points.append((shape, replace(point, recording=found)))
         return found
 
     def _record(
-        self, config: RunConfig, passes: Sequence[Pass], *, target: CudaTarget | None, num_layers: int | None = None
+        self,
+        config: RunConfig,
+        passes: Sequence[Pass],
+        *,
+        target: CudaTarget | None,
+        num_layers: int | None = None,
     ) -> ColumnsOfStep:
         model = self._model(config, target=target, num_layers=num_layers)
         return record_columns_of_step(config, passes, target=target, on=model, skip_chunks=True)
 
-    def _model(self, config: RunConfig, *, target: CudaTarget | None, num_layers: int | None) -> RecordedModel:
-        of_model = (_without_recompute(config), config.data.packing, config.loss, config.memory.routing)
+    def _model(
+        self, config: RunConfig, *, target: CudaTarget | None, num_layers: int | None
+    ) -> RecordedModel:
+        of_model = (
+            _without_recompute(config),
+            config.data.packing,
+            config.loss,
+            config.memory.routing,
+        )
         key = repr((of_model, target, num_layers))
         model = self._models.pop(key, None)
         if model is None:
-            architecture = None if num_layers is None else first_layers(load_config(config.model), num_layers)
+            architecture = None
+            if num_layers is not None:
+                architecture = first_layers(load_config(config.model), num_layers)
             shapes = self._shapes.setdefault(target, ShapeMemory())
-            model = model_for(config, target=target, architecture=architecture, shapes=shapes, patience=self._patience)
-        self._models[key] = model  # the latest last
+            model = model_for(
+                config,
+                target=target,
+                architecture=architecture,
+                shapes=shapes,
+                patience=self._patience,
+            )
+        # the models are in the order of their last use
+        self._models[key] = model
         if len(self._models) > _MOST_MODELS:
             del self._models[next(iter(self._models))]
         return model
 
     def _layers_to_record(self, model: ModelConfig) -> Iterations | None:
-        """None where a few layers do not stand for all."""
+        """Return how few of the model's layers are enough, None if all have to be recorded."""
         key = repr((model.source, model.shape, model.trust_remote_code))
         if key not in self._layers:
             self._layers[key] = find_layers(model)
         found = self._layers[key]
         if found is None or (equal := found.find_equal(model.recompute)) is None:
             return None
-        number = num_recorded_turns(equal.num_layers, equal.period)
+        number = num_recorded_iterations(equal.num_layers, equal.period)
         if number >= equal.num_layers:
             return None
         kinds = found.signatures
-        within = 1 + max(kinds.index(kind) for kind in kinds)
-        return Iterations(equal.name, equal.period, number, equal.num_layers, within)
+        num_with_all_kinds = 1 + max(kinds.index(kind) for kind in kinds)
+        return Iterations(equal.name, equal.period, number, equal.num_layers, num_with_all_kinds)
 
 
-def _with_known_growth(family: _Family, layers: Iterations, grown: Sequence[_Family]) -> _Family | None:
-    """Of another family, whose rows or recomputing are others."""
-    ((_, columns),) = family.samples
-    for known in grown:
-        assert known.turns is not None
-        assert known.growth is not None
-        turns = replace(layers, loop=known.turns.loop)
-        of = known.samples[0][1].recording
-        growth = transfer_growth(columns.recording, turns, growth=known.growth, of=of, of_turns=known.turns)
-        if growth is not None:
-            return _Family(family.samples, turns, growth, known.num_parameters)
-    return None
+def target_device(target: CudaTarget | None) -> torch.device:
+    return torch.device("cpu" if target is None else "cuda")
 
 
-def _with_growth(family: _Family, layers: Iterations, fewer: ColumnsOfStep) -> _Family:
-    """layers: whose loop is named as in the model without adapters."""
-    ((_, columns),) = family.samples
-    loops = [name for name in columns.recording.loops if f".{name}".endswith(f".{layers.loop}")]
-    turns = replace(layers, loop=loops[0]) if len(loops) == 1 else layers
-    growth = find_growth(columns.recording, turns, fewer=fewer.recording) if loops else None
-
-    def grown(one: int, other: int) -> int:
-        return one + (one - other) * (layers.num_turns - layers.num_recorded) // layers.num_left_out
-
-    totals = (
-        grown(columns.num_parameters, fewer.num_parameters),
-        grown(columns.num_trainable_parameters, fewer.num_trainable_parameters),
-    )
-    return _Family(family.samples, turns, growth, totals)
-
-
-def _interpolate(
-    family: _Family, counts: Counts, *, target: CudaTarget | None, one_row: bool = False
-) -> Recording | None:
-    """one_row: whether `counts`, of one row, is known to be on the line of several."""
-    samples = [Sample(columns.recording, mine.rows) for mine, columns in _samples(family, counts, one_row=one_row)]
-    for one, other in combinations(samples, 2):  # two whose last chunks are equal tell nothing of another's
-        if _growth_sees(family, one.recording, other.recording):
-            return None
-        found = interpolate_rows(one, other, rows=counts.rows, target=target)
-        if found is not None:
-            return found
-    return None
-
-
-def _needs_second(family: _Family, counts: Counts, passes: Sequence[Pass]) -> bool:
-    """Whether a recording of one micro-batch can be a second sample of the family, which does two at the end."""
-    kinds = [each.kind for each in passes]
-    is_short = kinds[-1] == "train" and kinds.count("train") == 1
-    return is_short and not family.resists and len(_samples(family, counts)) == 1
-
-
-def _borrow(
-    family: _Family, counts: Counts, config: RunConfig, passes: Sequence[Pass], other: _Recorded, *,
-    device: torch.device,
-) -> bool:  # fmt: skip
-    """Whether `other`, with more rows in its first micro-batch, made a second sample of the family."""
-    if not _needs_second(family, counts, passes) or len(other.passes) != len(passes):
-        return False
-    ((mine, sample),) = _samples(family, counts)
-    packed = sample.layout.packed
-    rows = first_rows(config, passes[-1], device=device, packed=packed)
-    times, rest = divmod(len(first_rows(other.config, other.passes[-1], device=device, packed=packed)), len(rows))
-    wanted = [replace(each, rows=each.rows * times) for each in passes]
-    if rest or times < 2 or wanted[:-1] != list(other.passes[:-1]) or other.passes[-1].kind != "train":
-        return False
-    theirs = count_rows(other.config, wanted, sample, device=device)
-    if theirs is None or theirs.structure != mine.structure or theirs.rows == mine.rows:
-        return False
-    found = _resized(family, sample.recording, other.columns.recording, passes)
-    if found is None:
-        return False
-    family.samples.append((theirs, replace(sample, recording=found)))
-    return True
-
-
-def _resized(family: _Family, recording: Recording, single: Recording, passes: Sequence[Pass]) -> Recording | None:
-    found = resize(recording, single, kinds=[each.kind for each in passes])
-    return None if found is None or _growth_sees(family, recording, found) else found
-
-
-def _samples(family: _Family, counts: Counts, *, one_row: bool = False) -> list[tuple[Counts, ColumnsOfStep]]:
-    """Those that can be on a line with `counts`: one row may have another structure than several, and tokens per expert
-    are rounded up."""
-    routed = any(line in columns.recording.source for line in ROUTED.values() for _, columns in family.samples)
-    if routed or (_has_one_row(counts) and not one_row):
-        return []
-    return [each for each in family.samples if not _has_one_row(each[0])]
-
-
-def _has_one_row(counts: Counts) -> bool:
-    return min(counts.rows.by_step.values()) < 2
-
-
-def _one_row_follows(families: Sequence[_Family], *, target: CudaTarget | None) -> bool:
-    """Whether a recording of one row was what follows from those of several, wherever both are known. Recomputing and
-    the loss call what the model's forward calls, so what is seen of one holds for the others."""
-    for family in families:
-        if family.one_row_follows is None:
-            family.one_row_follows = _compare_one_row(family, target=target)
-    known = {family.one_row_follows for family in families}
-    return True in known and False not in known
-
-
-def _compare_one_row(family: _Family, *, target: CudaTarget | None) -> bool | None:
-    recorded = next((each for each in family.samples if _has_one_row(each[0])), None)
-    if recorded is None or len(_samples(family, recorded[0], one_row=True)) < 2:
-        return None
-    counts, columns = recorded
-    found = _interpolate(family, counts, target=target, one_row=True)
-    return found is not None and are_equal(found, columns.recording)
-
-
-def _growth_sees(family: _Family, one: Recording, other: Recording) -> bool:
-    """A product of rows and layers: its growth was measured for other rows."""
-    return family.growth is not None and bool(
-        np.any((family.growth.num_bytes != 0) & (one.num_bytes != other.num_bytes))
-    )
-
-
-def _without_rows(config: RunConfig) -> tuple[object, ...]:
-    """What a recording depends on besides its rows."""
+def _without_samples(config: RunConfig) -> tuple[object, ...]:
+    """Return all that a recording depends on but its samples."""
     return config.model, config.data.packing, config.optim, config.loss, config.memory.routing
 
 
-def _without_layers(config: RunConfig) -> tuple[object, ...]:
-    """What that depends on besides recomputing and the loss: which layers there are, and what is done with each."""
+def _without_recompute_and_loss(config: RunConfig) -> tuple[object, ...]:
+    """Return what a recording depends on besides its samples, recomputation and loss.
+
+    This is which layers there are, and what is done with each.
+    """
     return _without_recompute(config), config.data.packing, config.optim, config.memory.routing
 
 
 def _without_recompute(config: RunConfig) -> ModelConfig:
     return config.model.model_copy(update={"recompute": "off", "offload_activations": False})
-
-
-def _repeat(family: _Family, counts: Counts, columns: ColumnsOfStep) -> ColumnsOfStep | None:
-    """With all layers and chunks; None where those that were recorded are not equal. The chunks come first, while there
-    are few layers."""
-    if family.turns is not None and family.growth is None:
-        return None
-    recording, growth = columns.recording, family.growth
-    for loop, number in counts.num_chunks.items():
-        if number > NUM_RECORDED_CHUNKS:
-            found = repeat_inner_turns(recording, Iterations(loop, 1, NUM_RECORDED_CHUNKS, number), outer=growth)
-            if found is None:
-                return None
-            recording, growth = found
-    if family.turns is None:
-        return replace(columns, recording=recording)
-    repeated = repeat_turns(recording, family.turns, growth=growth)
-    total, trainable = family.num_parameters
-    return (
-        None
-        if repeated is None
-        else replace(columns, recording=repeated, num_parameters=total, num_trainable_parameters=trainable)
-    )

@@ -13,7 +13,10 @@ def by_operator(find: Callable[[Any], T]) -> Callable[[Any], T]:
     def look_up(func: Any) -> T:
         known = found.get(id(func))
         if known is None:
-            known = found[id(func)] = func, find(func)  # with the operator, so that its id stays its own
+            known = found[id(func)] = (
+                func,
+                find(func),
+            )  # with the operator, so that its id stays its own
         return known[1]
 
     return look_up

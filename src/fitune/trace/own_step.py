@@ -1,15 +1,15 @@
-"""Records fitune's own training step: the model, the optimizer and the step that train, on fake tensors.
+"""Records fitune's own training step: the model, the optimizer and the step, on fake tensors.
 
-Nothing is rebuilt here: `load_model` makes the model, `assemble` what is around it, `train_step` and `evaluate` run.
-Only the rows are made up, since what they hold moves no memory, and how long they are does.
+Nothing is rebuilt here: `load_model` makes the model, `assemble` makes what surrounds it, and
+`train_step` and `evaluate` run. Only the samples are made up, since memory depends on their
+lengths, and not on their content.
 """
 
 import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar, Literal, Self
-from unittest.mock import patch
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from fitune.data.rows import TENSORS, Batch, MicroBatch, Row
 from fitune.model.head import two_logits
 from fitune.model.load import count_parameters, load_model
 from fitune.model.precision import Precision, device_precision, resolve_precision
-from fitune.objectives import supervised as loss
+from fitune.objectives.supervised import LossSettings, chunk_slices
 from fitune.optimizers.table import OPTIMIZERS
 from fitune.step.assemble import Layout, Packing, assemble, choose_layouts, choose_packing
 from fitune.step.evaluate import evaluate
@@ -30,13 +30,15 @@ from fitune.step.optimizer_state import create_state
 from fitune.step.work import train_step
 from fitune.trace.cuda_target import CudaTarget
 from fitune.trace.events import MemoryTrace, OperatorWork
-from fitune.trace.extrapolate import NUM_RECORDED_CHUNKS, Rows
+from fitune.trace.interpolate import SampleCounts
+from fitune.trace.loop_iterations import NUM_RECORDED_CHUNKS
 from fitune.trace.patience import Patience
 from fitune.trace.record import RecordedModel, RecordSettings, Step
 from fitune.trace.recorder import Recorder
 from fitune.trace.recording import Recording, sum_work, to_trace
 from fitune.trace.shape_cache import ShapeMemory
 
+#: The first compute capability that has bfloat16.
 FIRST_BFLOAT16 = (8, 0)
 Kind = Literal["state", "train", "eval"]
 CHUNK_LOOPS: Mapping[Kind, str] = {"train": "loss.chunks", "eval": "loss.eval_chunks"}
@@ -44,21 +46,27 @@ CHUNK_LOOPS: Mapping[Kind, str] = {"train": "loss.chunks", "eval": "loss.eval_ch
 
 @dataclass(frozen=True)
 class Pass:
-    """What one recorded step does: the optimizer step of an effective batch, or an evaluation, of rows this long. Or
-    it makes the optimizer's state, as a run does first.
+    """What one recorded step does: an optimizer step, an evaluation, or the creation of the state.
 
-    rows: (length, supervised tokens) of each. most_micro_batches: only the largest so many of those that the layout
-    makes are recorded; from the third on they only repeat the second.
+    The optimizer step is that of an effective batch. A run creates the optimizer's state first.
     """
 
     kind: Kind
+    #: (length, supervised tokens) of each sample
     rows: tuple[tuple[int, int], ...] = ()
+    #: only this many of the micro-batches are recorded, the largest ones; from the third on, they
+    #: only repeat the second
     most_micro_batches: int = 2
 
 
 def steady_passes(optim: OptimConfig, steady: Pass, *, evaluation: Pass | None) -> list[Pass]:
-    """What a run does until its steps are all alike. steady: a training step, with two micro-batches where it can have
-    them, since the second finds the gradients of the first. One is enough where only the optimizer's state is born."""
+    """Return the passes that a run makes until all of its steps are alike.
+
+    steady: a training step, with two micro-batches where it can have them, since the gradients of
+        the first one are in memory while the second one runs
+
+    One micro-batch is enough for a step that only allocates the optimizer's state.
+    """
     evaluations = [evaluation] if evaluation is not None else []
     if OPTIMIZERS[optim.name].state_comes_late:
         return [replace(steady, most_micro_batches=1), *evaluations, steady]
@@ -67,30 +75,38 @@ def steady_passes(optim: OptimConfig, steady: Pass, *, evaluation: Pass | None) 
 
 @dataclass(frozen=True)
 class RecordedStep:
-    """layout: how rows became micro-batches. evaluation_step: the number of the step of the trace that is an
-    evaluation, None without one. notes: what `assemble` decided. work: what the operators compute and move, summed by
-    step, phase, operator and format."""
+    """The recorded memory events and operators of some passes."""
 
     trace: MemoryTrace
+    #: what the operators compute and move, summed by step, phase, operator and dtype
     work: tuple[OperatorWork, ...]
+    #: how samples became micro-batches
     layout: Layout
+    #: whether the loss is computed in chunks
     chunked: bool
+    #: the step of the trace that is an evaluation, None without one
     evaluation_step: int | None
     num_parameters: int
     num_trainable_parameters: int
     precision: Precision
+    #: what `assemble` decided
     notes: tuple[str, ...]
 
 
 def target_precision(config: RunConfig, target: CudaTarget | None) -> Precision:
-    """What `model.precision` means on the target: a card, or this machine's CPU where it is None."""
+    """Return what `model.precision` means on the target, which is this machine's CPU if None."""
     if target is None:
         return resolve_precision(config.model, *device_precision(torch.device("cpu")))
     return resolve_precision(config.model, "cuda", target.compute_capability >= FIRST_BFLOAT16)
 
 
-def longest_rows(config: RunConfig, *, num_rows: int, row_tokens: int | None = None) -> tuple[tuple[int, int], ...]:
-    """Rows as long as they can be, every token supervised that can be: the heaviest batch there is."""
+def longest_rows(
+    config: RunConfig, *, num_rows: int, row_tokens: int | None = None
+) -> tuple[tuple[int, int], ...]:
+    """Return samples as long as they can be, with all tokens supervised that can be.
+
+    They are the batch that needs the most memory.
+    """
     length = row_tokens or config.data.max_length
     return ((length, length - 1),) * num_rows
 
@@ -102,20 +118,23 @@ def record_step(
     target: CudaTarget | None = CudaTarget(),  # noqa: B008 (frozen)
     mode: Literal["fake", "real"] = "fake",
 ) -> RecordedStep:
-    """The memory events of these passes, in order, as the steps 1, 2, ... of the trace.
+    """Record the memory events of these passes as the steps 1, 2, ... of a trace.
 
-    target: the card, None for this machine's CPU. Without a pass for it the optimizer's state is born in the first
-    training pass. Gradients are resident from a pass's second micro-batch on. Raises
-    what `load_model` and `assemble` raise. Everything is recorded; `Recordings` gives the same for less.
+    target: the card, None for this machine's CPU
+
+    Without a pass that creates the optimizer's state, the first training pass allocates it.
+    Gradients are in memory from the second micro-batch of a pass on. Everything is recorded;
+    `Recordings` gives the same result at less cost. Raises what `load_model` and `assemble` raise.
     """
     return record_columns_of_step(config, passes, target=target, mode=mode).to_step()
 
 
 @dataclass(frozen=True)
 class ColumnsOfStep:
-    """A recorded step before it is written as events. chunk_tokens: of a chunk of the loss."""
+    """A recorded step before it is turned into events."""
 
     recording: Recording
+    #: the number of tokens of a chunk of the loss
     chunk_tokens: int
     layout: Layout
     chunked: bool
@@ -141,24 +160,32 @@ def model_for(
     shapes: ShapeMemory | None = None,
     patience: Patience | None = None,
 ) -> RecordedModel:
-    """For recordings of this configuration, and of others with the same model, packing, loss and routing. architecture:
-    of a model with fewer layers, instead of the configured one. shapes, patience: as in `RecordedModel`."""
+    """Return a model for recordings of this configuration.
+
+    It also serves configurations with the same model, packing, loss and routing.
+
+    architecture: that of a model with fewer layers, to be recorded instead of the configured one
+    shapes, patience: as in `RecordedModel`
+    """
     precision = target_precision(config, target)
 
     def build() -> nn.Module:
         where = torch.device("meta" if mode == "fake" else "cpu")
         seed = config.train.seed
-        model: nn.Module = load_model(config.model, where, precision=precision, seed=seed, config=architecture)
+        model: nn.Module = load_model(
+            config.model, where, precision=precision, seed=seed, config=architecture
+        )
         return model
 
-    def ask(model: Any) -> Packing:
+    def prepare(model: Any) -> Packing:
         packing = choose_packing(model, config)
         if mode == "fake" and not packing[0] and config.loss != "full":
-            two_logits(model)  # `assemble` asks for them where there is data, and cuBLAS' workspace stays from then on
+            # `assemble` asks for them where there is data; cuBLAS keeps its workspace from then on
+            two_logits(model)
         return packing
 
     settings = RecordSettings(mode=mode, target=target, routing=config.memory.routing)
-    return RecordedModel(build, settings, prepare=ask, shapes=shapes, patience=patience)
+    return RecordedModel(build, settings, prepare=prepare, shapes=shapes, patience=patience)
 
 
 def record_columns_of_step(
@@ -170,96 +197,119 @@ def record_columns_of_step(
     on: RecordedModel | None = None,
     skip_chunks: bool = False,
 ) -> ColumnsOfStep:
-    """As `record_step`. on: the model, as `model_for` makes it. skip_chunks: of the loss's chunks only the first three
-    and the last are done."""
+    """Record the passes as `record_step` does, and return the columns.
+
+    on: the model, as `model_for` returns it
+    skip_chunks: compute only the first three chunks of the loss and the last
+    """
     recorded = on or model_for(config, target=target, mode=mode)
     precision = target_precision(config, target)
     device = torch.device("cpu" if target is None else "cuda")
     facts: list[dict[str, Any]] = []
     recorders: list[Recorder] = []
     evaluates = False
-    # laid out before the recording, whose tensors have no data, both ways: whether it packs the model tells later
-    laid_out = {packed: _lay_out(config, passes, device=device, packed=packed) for packed in (True, False)}
+    # The micro-batches are laid out before the recording, whose tensors have no data. Whether the
+    # model takes packed samples is not known yet, so both layouts are made.
+    laid_out = {
+        packed: _lay_out(
+            config,
+            passes,
+            device=device,
+            packed=packed,
+            begin=lambda: recorders[0].begin_micro_batch(),
+        )
+        for packed in (True, False)
+    }
+
+    def watched_chunks(num_tokens: int, chunk_tokens: int) -> Iterator[slice]:
+        name = CHUNK_LOOPS["eval" if evaluates else "train"]
+        slices = chunk_slices(num_tokens, chunk_tokens)
+        if skip_chunks:
+            slices = slices[: NUM_RECORDED_CHUNKS - 1] + slices[NUM_RECORDED_CHUNKS - 1 :][-1:]
+        for number, each in enumerate(slices):
+            with recorders[0].running(f"{name}.{number}"):
+                yield each
 
     def loop(model: Any, here: torch.device) -> Step:
-        setup = assemble(model, config, device=device, precision=precision, packing=recorded.prepared)
+        setup = assemble(
+            model, config, device=device, precision=precision, packing=recorded.prepared
+        )
         num_parameters, num_trainable_parameters = count_parameters(model)
+        loss = replace(setup.settings.loss, chunks=watched_chunks)
+        settings = replace(setup.settings, loss=loss)
         facts.append(
             {
-                "chunk_tokens": setup.settings.loss.chunk_tokens,
+                "chunk_tokens": loss.chunk_tokens,
                 "layout": setup.layout,
-                "chunked": setup.settings.loss.head is not None,
+                "chunked": loss.head is not None,
                 "num_parameters": num_parameters,
                 "num_trainable_parameters": num_trainable_parameters,
                 "notes": setup.notes,
             }
         )
-        remaining = iter(laid_out[setup.layout.packed])
+        remaining_steps = iter(laid_out[setup.layout.packed])
 
         def step() -> None:
             nonlocal evaluates
-            kind, micro_batches = next(remaining)
+            kind, micro_batches = next(remaining_steps)
             evaluates = kind == "eval"
             if kind == "state":
-                with recorders[0].making_state():
+                with recorders[0].creating_state():
                     create_state(setup.optimizer)
                     if setup.scaler is not None:
-                        setup.scaler.scale(torch.zeros((), device=here))  # in a run the trial before the first step
+                        # a run scales a loss in its trial before the first step
+                        setup.scaler.scale(torch.zeros((), device=here))
                 if target is not None:
-                    recorders[0].empty_cache()  # a run gives back what it tried out so far
+                    # a run empties the cache after its trials
+                    recorders[0].empty_cache()
             elif evaluates:
-                evaluate(model, micro_batches, settings=setup.settings)
+                evaluate(model, micro_batches, settings=settings)
             else:
-                train_step(model, setup.optimizer, micro_batches, settings=setup.settings, scaler=setup.scaler)
+                train_step(
+                    model,
+                    setup.optimizer,
+                    micro_batches,
+                    settings=settings,
+                    scaler=setup.scaler,
+                )
 
         return step
 
     @contextmanager
-    def name_chunks(recorder: Recorder) -> Iterator[None]:
+    def remember(recorder: Recorder) -> Iterator[None]:
         recorders.append(recorder)
-        slices_of = loss._chunks
+        yield
 
-        def chunks_of(num_positions: int, chunk_tokens: int) -> Iterator[slice]:
-            name = CHUNK_LOOPS["eval" if evaluates else "train"]
-            slices = slices_of(num_positions, chunk_tokens)
-            if skip_chunks:
-                slices = slices[: NUM_RECORDED_CHUNKS - 1] + slices[NUM_RECORDED_CHUNKS - 1 :][-1:]
-            for number, each in enumerate(slices):
-                with recorder.running(f"{name}.{number}"):
-                    yield each
-
-        with (
-            patch.object(loss, "_chunks", chunks_of),
-            patch.object(_OnHost, "told", recorder.begin_micro_batch),
-            patch.object(_OnHost, "is_joined", target is not None),
-        ):
-            yield
-
-    with _older_objects_set_aside():
-        recording = recorded.record(loop, num_steps=len(passes), watch=name_chunks)
+    with _existing_objects_frozen():
+        recording = recorded.record(loop, num_steps=len(passes), watch=remember)
     return ColumnsOfStep(
         recording=recording,
-        evaluation_step=next((i for i, each in enumerate(passes, start=1) if each.kind == "eval"), None),
+        evaluation_step=next(
+            (i for i, each in enumerate(passes, start=1) if each.kind == "eval"), None
+        ),
         precision=precision,
         **facts[0],
     )
 
 
 @dataclass(frozen=True)
-class Counts:
-    """Of the micro-batches that are recorded. rows: by step. num_chunks: by loop over the loss's chunks. structure:
-    what else is equal where two recordings have the same structure."""
+class RecordedShape:
+    """The sizes of the recorded micro-batches, and what else their structure depends on."""
 
-    rows: Rows
+    sizes: SampleCounts
+    #: the number of chunks of the loss, by loop over them
     num_chunks: Mapping[str, int]
+    #: two recordings with the same structure have this in common
     structure: tuple[object, ...]
 
 
-def count_rows(
+def shape_of_step(
     config: RunConfig, passes: Sequence[Pass], columns: ColumnsOfStep, *, device: torch.device
-) -> Counts | None:
-    """Of such passes, laid out as those of `columns`. None where the loss has another number of chunks from one
-    micro-batch to the next."""
+) -> RecordedShape | None:
+    """Return the shape of these passes if they are laid out as those of `columns`.
+
+    Returns None if the loss has another number of chunks from one micro-batch to the next.
+    """
     by_step: dict[int, int] = {}
     chunks: dict[str, set[tuple[int, int]]] = {}
     structure: list[object] = [columns.chunked]
@@ -273,30 +323,48 @@ def count_rows(
         structure.append((each.kind, len(groups), each.rows[0] if equal else (each.rows, *counts)))
         by_step[step] = max(counts)
         for rows in groups if columns.chunked else ():
-            parts = loss._chunks(Batch(tuple(rows)).num_supervised_tokens, columns.chunk_tokens)
+            loss = LossSettings(chunk_tokens=columns.chunk_tokens)
+            chunk_tokens = loss.eval_chunk_tokens if each.kind == "eval" else loss.chunk_tokens
+            parts = chunk_slices(Batch(tuple(rows)).num_supervised_tokens, chunk_tokens)
             last = parts[-1].stop - parts[-1].start if parts else 0
             chunks.setdefault(CHUNK_LOOPS[each.kind], set()).add((len(parts), last))
     if any(len(found) > 1 for found in chunks.values()):
         return None
     of_loop = {loop: next(iter(found)) for loop, found in chunks.items()}
     structure += [(loop, min(number, NUM_RECORDED_CHUNKS)) for loop, (number, _) in of_loop.items()]
-    counted = Rows(by_step, {loop: last for loop, (_, last) in of_loop.items()})
-    return Counts(counted, {loop: number for loop, (number, _) in of_loop.items()}, tuple(structure))
+    counted = SampleCounts(by_step, {loop: last for loop, (_, last) in of_loop.items()})
+    return RecordedShape(
+        counted, {loop: number for loop, (number, _) in of_loop.items()}, tuple(structure)
+    )
 
 
-def first_rows(config: RunConfig, each: Pass, *, device: torch.device, packed: bool) -> list[tuple[int, int]]:
-    """(length, supervised tokens) of those of the first micro-batch."""
+def first_rows(
+    config: RunConfig, each: Pass, *, device: torch.device, packed: bool
+) -> list[tuple[int, int]]:
+    """Return (length, supervised tokens) of each sample of the first micro-batch."""
     ((first, *_),) = _group(config, [each], device=device, packed=packed)
     return [each.rows[row.row_id] for row in first]
 
 
 def _lay_out(
-    config: RunConfig, passes: Sequence[Pass], *, device: torch.device, packed: bool
+    config: RunConfig,
+    passes: Sequence[Pass],
+    *,
+    device: torch.device,
+    packed: bool,
+    begin: Callable[[], None],
 ) -> list[tuple[Kind, list[MicroBatch]]]:
-    """The micro-batches of each pass that are recorded, in the run's order."""
+    """Return the micro-batches of each pass that are recorded, in the run's order.
+
+    begin: called when a micro-batch moves to the device
+    """
     grouped = _group(config, passes, device=device, packed=packed)
+    is_joined = device.type == "cuda"
     return [
-        (each.kind, [_on_host(lay_out(rows, packed=packed)) for rows in groups])
+        (
+            each.kind,
+            [_on_host(lay_out(rows, packed=packed), begin, is_joined) for rows in groups],
+        )
         for each, groups in zip(passes, grouped, strict=True)
     ]
 
@@ -304,23 +372,27 @@ def _lay_out(
 def _group(
     config: RunConfig, passes: Sequence[Pass], *, device: torch.device, packed: bool
 ) -> Iterator[list[list[Row]]]:
-    """The rows of these micro-batches."""
-    layouts = dict(zip(("train", "eval"), choose_layouts(config, device, packed=packed), strict=True))
+    """Yield the samples of these micro-batches for each pass."""
+    layouts = dict(
+        zip(("train", "eval"), choose_layouts(config, device, packed=packed), strict=True)
+    )
     for each in passes:
         if each.kind == "state":
             yield []
             continue
         batch = Batch(tuple(_row(number, *size) for number, size in enumerate(each.rows)))
         groups = layouts[each.kind].group(batch)
-        positions = [sum(map(len, rows)) if packed else len(rows) * max(map(len, rows)) for rows in groups]
+        positions = [
+            sum(map(len, rows)) if packed else len(rows) * max(map(len, rows)) for rows in groups
+        ]
         largest = sorted(range(len(groups)), key=lambda i: -positions[i])[: each.most_micro_batches]
         yield [groups[number] for number in sorted(largest)]
 
 
-def _on_host(micro_batch: MicroBatch) -> "_OnHost":
-    made = _OnHost(**{field.name: getattr(micro_batch, field.name) for field in fields(MicroBatch)})
-    object.__setattr__(made, "whole", micro_batch.joined())
-    return made
+def _on_host(micro_batch: MicroBatch, begin: Callable[[], None], is_joined: bool) -> "_OnHost":
+    values = {field.name: getattr(micro_batch, field.name) for field in fields(MicroBatch)}
+    whole = micro_batch.joined() if is_joined else None
+    return _OnHost(**values, begin=begin, whole=whole)
 
 
 def _row(number: int, length: int, num_supervised: int) -> Row:
@@ -331,9 +403,11 @@ def _row(number: int, length: int, num_supervised: int) -> Row:
 
 
 @contextmanager
-def _older_objects_set_aside() -> Iterator[None]:
-    """What exists already is of no matter to the collections between steps, which would spend most of their time on
-    it."""
+def _existing_objects_frozen() -> Iterator[None]:
+    """Leave older objects out of the collections between steps.
+
+    The collections would spend most of their time on them.
+    """
     gc.freeze()
     try:
         yield
@@ -341,17 +415,21 @@ def _older_objects_set_aside() -> Iterator[None]:
         gc.unfreeze()
 
 
+@dataclass(frozen=True)
 class _OnHost(MicroBatch):
-    """Its move to the device is always a copy, as to a card. On a CPU it stands for the rows that the process holds.
-    told: that it begins. whole: as `joined` gives it, made before the recording. is_joined: whether that is copied, as
-    to a card."""
+    """A micro-batch whose move to the device is always a copy, as a move to a card is.
 
-    told: ClassVar[Callable[[], None]] = staticmethod(lambda: None)
-    is_joined: ClassVar[bool] = False
-    whole: torch.Tensor
+    On a CPU it stands for the samples in the memory of the process.
+    """
+
+    #: is called when the micro-batch begins
+    begin: Callable[[], None]
+    #: the tensors joined into one before the recording, as they are copied to a card; else None
+    whole: torch.Tensor | None
 
     def to(self, device: torch.device) -> Self:
-        type(self).told()
-        if type(self).is_joined:
+        self.begin()
+        if self.whole is not None:
             return self.views_of(self.whole.to(device, copy=True))
-        return replace(self, **{name: getattr(self, name).to(device, copy=True) for name in TENSORS})
+        copies = {name: getattr(self, name).to(device, copy=True) for name in TENSORS}
+        return replace(self, **copies)

@@ -1,7 +1,8 @@
-"""How long the recordings of one prediction or plan may take, and what is said while they do.
+"""Limit how long the recordings of one prediction or plan may take, and report their progress.
 
-A model that goes through the positions of a row one by one, in Python (RWKV, Mamba and linear attention without their
-kernels), has a thousand times the operators of one that does not, and its recording would not end in any useful time.
+A model that computes the tokens of a sequence one by one, in Python (RWKV, Mamba and linear
+attention without their kernels), runs a thousand times as many operators as one that does not, and
+its recording would not end in any useful time.
 """
 
 import logging
@@ -17,20 +18,25 @@ from types import FrameType
 from fitune.errors import TooLongError, UsageError
 from fitune.language import translated
 
+#: Environment variable that replaces `MOST_SECONDS`
 VARIABLE = "FITUNE_RECORD_SECONDS"
+#: Nearly three times the time of the slowest architecture whose recording ends, a Qwen3.5 of
+#: default size on one slow core
 MOST_SECONDS = 180.0
-"""Nearly three times what the slowest architecture that ends took, a Qwen3.5 of default size on one slow core."""
-TOLD_EVERY_SECONDS = 30.0
+REPORT_EVERY_SECONDS = 30.0
 _EVERY_OPERATORS = 1024
 _OURS = ("torch", "fitune")
+#: (module, function) of the outermost frame that belongs to a recording
 _RECORDS = ("fitune.trace.record", "record")
 
 log = logging.getLogger("fitune")
 
 
 class Patience:
-    """Asked for each operator of the recordings that share it. Its clock is the processor time of this thread within
-    `recording` blocks, all of them together."""
+    """Counts the operators of the recordings that share it, and checks their time.
+
+    The time is the processor time of this thread within all `recording` blocks together.
+    """
 
     def __init__(self) -> None:
         self._spent = 0.0
@@ -38,7 +44,10 @@ class Patience:
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Raises TooLongError where earlier blocks have used the time up."""
+        """Measure the time of this block.
+
+        Raises TooLongError if earlier blocks have used the time up.
+        """
         self._reset()
         self._check(self._started)
         try:
@@ -47,35 +56,40 @@ class Patience:
             self._spent += time.thread_time() - self._started
 
     def _reset(self) -> None:
-        self._num_operators, self._until_asked = 0, _EVERY_OPERATORS
+        self._num_operators, self._until_check = 0, _EVERY_OPERATORS
         self._limit = _limit()
-        self._started = self._told = time.thread_time()
+        self._started = self._reported = time.thread_time()
         self._places: Counter[str] = Counter()
 
     def operator(self) -> None:
-        """One more. Raises TooLongError where the recordings take too long."""
-        self._until_asked -= 1
-        if self._until_asked:
+        """Count one operator. Raises TooLongError if the recordings take too long."""
+        self._until_check -= 1
+        if self._until_check:
             return
         self._num_operators += _EVERY_OPERATORS
-        self._until_asked = _EVERY_OPERATORS
+        self._until_check = _EVERY_OPERATORS
         now = time.thread_time()
         if (place := _place(sys._getframe(1))) is not None:
             self._places[place] += 1
         self._check(now)
-        if now - self._told > TOLD_EVERY_SECONDS:
-            self._told = now
+        if now - self._reported > REPORT_EVERY_SECONDS:
+            self._reported = now
             log.warning(
-                "%s", translated(f"still recording the step, {now - self._started:.0f} s so far{self._where()}")
+                "%s",
+                translated(
+                    f"still recording the step, {now - self._started:.0f} s so far{self._where()}"
+                ),
             )
 
     def _check(self, now: float) -> None:
         if self._spent + now - self._started > self._limit:
             raise TooLongError(
-                f"recording the step took more than {self._limit:.0f} s of processor time{self._where()}: a model that "
-                "goes through positions one by one is recorded with each of them. Install the kernels that it has for "
-                "that (mamba-ssm, causal-conv1d, flash-linear-attention), predict it with a smaller data.max_length, "
-                f"to which its memory is nearly proportional, or wait longer with {VARIABLE}"
+                f"recording the step took more than {self._limit:.0f} s of processor "
+                f"time{self._where()}: a model that goes through positions one by one is recorded "
+                "with each of them. Install the kernels that it has for that (mamba-ssm, "
+                "causal-conv1d, flash-linear-attention), predict it with a smaller "
+                "data.max_length, to which its memory is nearly proportional, or wait longer with "
+                f"{VARIABLE}"
             )
 
     def _where(self) -> str:
@@ -97,8 +111,11 @@ def _limit() -> float:
 
 
 def _place(frame: FrameType | None) -> str | None:
-    """The function that calls for the operator, of a module that is neither torch's nor ours. None in a backward, which
-    calls none of them: what stands further out called for the recording."""
+    """Return the innermost function outside of torch and fitune that calls the operator.
+
+    Returns None in a backward, which calls no such function: frames further out are those that
+    called for the recording.
+    """
     while frame is not None and (frame.f_globals.get("__name__"), frame.f_code.co_name) != _RECORDS:
         if frame.f_globals.get("__name__", "").partition(".")[0] not in _OURS:
             return f"{frame.f_code.co_name} of {Path(frame.f_code.co_filename).name}"

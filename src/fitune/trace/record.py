@@ -1,8 +1,9 @@
-"""Records what a training loop allocates and frees, step by step, without a GPU and without weights.
+"""Records what a training loop allocates and frees, without a GPU and without weights.
 
-The model is built on the meta device, moved to fake CPU tensors (shapes and dtypes, no data) and trained for a few
-steps by the loop's own code under a `Recorder`. With a CUDA target the process behaves as CUDA meanwhile. The same
-recorder runs on real CPU tensors (mode="real"), which is how its truth is checked: the events are equal.
+The model is built on the meta device, moved to fake CPU tensors (shapes and dtypes, no data) and
+trained for a few steps by the loop's own code under a `Recorder`. With a CUDA target, the process
+behaves meanwhile as if it used CUDA. The same recorder runs on real CPU tensors (mode="real").
+Tests check that its events are equal to those of fake tensors.
 """
 
 import gc
@@ -35,46 +36,58 @@ from fitune.trace.failures import explained
 from fitune.trace.flash_package import flash_package
 from fitune.trace.idle_card import cuda_answers
 from fitune.trace.patience import Patience
-from fitune.trace.recorder import Recorder, Savepoint
+from fitune.trace.recorded_storage import Savepoint
+from fitune.trace.recorder import Recorder
 from fitune.trace.recording import Recording, to_trace
 from fitune.trace.shape_cache import ShapeMemory
 
+#: Returns the model that is trained.
 Build = Callable[[], nn.Module]
 Step = Callable[[], Any]
+#: (model, device) -> the function that does one step.
 Loop = Callable[[nn.Module, torch.device], Step]
 Watch = Callable[[Recorder], AbstractContextManager[Any]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecordSettings:
-    """mode: "fake" needs neither memory nor data; "real" runs the loop on CPU tensors. target: the card that is
-    recorded for, None for what the CPU itself does. routing: tokens per expert of a mixture of experts, spread evenly
-    or all to the same experts."""
+    """How a training loop is recorded."""
 
+    #: "fake" needs neither memory nor data; "real" runs the loop on CPU tensors
     mode: Literal["fake", "real"] = "fake"
+    #: the card whose memory is recorded, None for this machine's CPU
     target: CudaTarget | None = None
     num_steps: int = 3
+    #: how a mixture of experts distributes the tokens: evenly, or all to the same experts
     routing: Routing = "balanced"
 
 
-def record_loop(build: Build, loop: Loop, settings: RecordSettings = RecordSettings()) -> MemoryTrace:
-    """The events of a training loop, as `record_columns` says."""
+def record_loop(
+    build: Build, loop: Loop, settings: RecordSettings = RecordSettings()
+) -> MemoryTrace:
+    """Record a training loop as `record_columns` does, and return its events."""
     return to_trace(record_columns(build, loop, settings))
 
 
 def record_columns(build: Build, loop: Loop, settings: RecordSettings) -> Recording:
-    """Builds the model with `build()`, sets the loop up with `loop(model, device)` and records `num_steps` calls of
-    the step that it returns. Raises UsageError for a real recording with a CUDA target, and for
-    a loop that returns no function."""
+    """Record `num_steps` steps of a training loop.
+
+    The model is what `build()` returns, and a step is a call of what `loop(model, device)` returns.
+    Raises UsageError for a real recording with a CUDA target, and for a loop that returns no
+    function.
+    """
     return RecordedModel(build, settings).record(loop, num_steps=settings.num_steps)
 
 
 class RecordedModel:
-    """A model on which one loop after the other is recorded, each as if the model were new.
+    """A model on which several loops are recorded one after the other, each as if it were new.
 
-    prepare(model): done once with a new model, and recorded before each loop; `prepared` is what it returned. shapes:
-    of earlier recordings for the same target, which make these faster. patience: shared with other models. Raises what
-    `record_columns` raises.
+    prepare: is called once with a new model, and recorded before each loop; its result is
+        `prepared`
+    shapes: of earlier recordings for the same target, which make these recordings faster
+    patience: shared with other models
+
+    Raises what `record_columns` raises.
     """
 
     def __init__(
@@ -87,7 +100,9 @@ class RecordedModel:
         patience: Patience | None = None,
     ) -> None:
         if settings.mode == "real" and settings.target is not None:
-            raise UsageError("a recording on real CPU tensors cannot behave as CUDA: use mode='fake' or target=None")
+            raise UsageError(
+                "a recording on real CPU tensors cannot behave as CUDA: use mode='fake' or target=None"
+            )
         self._build, self._settings, self._prepare = build, settings, prepare
         self._shapes = shapes or ShapeMemory()
         self._patience = patience or Patience()
@@ -101,7 +116,10 @@ class RecordedModel:
         num_steps: int,
         watch: Callable[[Recorder], AbstractContextManager[Any]] | None = None,
     ) -> Recording:
-        """As `record_columns`. watch: entered with the recorder for the length of the loop."""
+        """Record a loop as `record_columns` does.
+
+        watch: is entered with the recorder while the loop runs
+        """
         target = self._settings.target
         with ExitStack() as stack:
             stack.enter_context(self._patience.recording())
@@ -109,25 +127,29 @@ class RecordedModel:
             stack.enter_context(interrupts_heard())
             stack.enter_context(states_kept())
             if target is None:
-                stack.enter_context(_names_no_card())
+                stack.enter_context(_explain_cuda_errors())
                 stack.enter_context(NoCard())
-            stack.enter_context(patch.object(torch.inference_mode, "__enter__", _enter_without_gradients))
+            stack.enter_context(
+                patch.object(torch.inference_mode, "__enter__", _enter_without_gradients)
+            )
             if target is not None:
                 stack.enter_context(cuda_behaviour(target))
                 stack.enter_context(flash_package(target))
                 stack.enter_context(cuda_answers(target))
-            compiled = stack.enter_context(_compilation_left_out())
-            known = self._parts if self._parts is not None and self._parts.go_back() else None
-            self._parts = None  # until all went well; an old model is gone before there is a new one
+            compiled = stack.enter_context(_without_compilation())
+            known = self._parts if self._parts is not None and self._parts.restore() else None
+            # None until the recording has succeeded; an old model is freed before a new one is made
+            self._parts = None
             parts = known or self._new_parts()
             if parts.mode is not None:
-                stack.enter_context(_as_real_tensors(checks_indices=target is None))
+                stack.enter_context(_fake_tensors_pass_as_real(checks_indices=target is None))
                 stack.enter_context(as_real())
-                stack.enter_context(torch.random.fork_rng(devices=[]))  # what is drawn on the host is drawn for real
+                # random numbers on the host are really drawn
+                stack.enter_context(torch.random.fork_rng(devices=[]))
                 self._shapes.serve(stack.enter_context(parts.mode))
             if known is None:
                 if parts.mode is not None:
-                    _pack(parts.model)
+                    _replace_bitsandbytes_layers(parts.model)
                     fill(parts.model)
                 parts.recorder.load(parts.model)
             stack.enter_context(parts.recorder.hooks())
@@ -136,13 +158,15 @@ class RecordedModel:
                 stack.enter_context(card_stands_in(parts.recorder))
             if known is None:
                 self.prepared = None if self._prepare is None else self._prepare(parts.model)
-                parts.remember()
+                parts.save()
             if watch is not None:
                 stack.enter_context(watch(parts.recorder))
             with self._explained("setting the loop up", parts):
                 step = loop(parts.model, CARD)
             if not callable(step):
-                raise UsageError(f"loop(model, device) must return a function that does one step, not {step!r}")
+                raise UsageError(
+                    f"loop(model, device) must return a function that does one step, not {step!r}"
+                )
             parts.recorder.load(parts.model)
             for number in range(1, num_steps + 1):
                 gc.collect()
@@ -150,17 +174,22 @@ class RecordedModel:
                 with self._explained("the step", parts):
                     step()
                 parts.recorder.end_step(parts.model)
-            # real tensors ask for no routing
+            # no routing is assumed for real tensors
             assumed = parts.assumptions.used if parts.mode is None else parts.assumptions.lines()
             notes = [COMPILED] if compiled or _is_compiled(parts.model) else []
-            recording = parts.recorder.recording((*_describe(self._settings, num_steps), *assumed, *notes))
+            recording = parts.recorder.recording(
+                (*_describe(self._settings, num_steps), *assumed, *notes)
+            )
+            # what the loop has made is freed before the next loop
             del step
-            gc.collect()  # what the loop made is of no next one
+            gc.collect()
             self._parts = parts
             return recording
 
     def _explained(self, doing: str, parts: "_Parts") -> AbstractContextManager[None]:
-        return explained(doing, lambda: bool(parts.assumptions.used)) if parts.mode is not None else nullcontext()
+        if parts.mode is None:
+            return nullcontext()
+        return explained(doing, lambda: bool(parts.assumptions.used))
 
     def _new_parts(self) -> "_Parts":
         assumptions = Assumptions(self._settings.routing, self._shapes, self._patience)
@@ -175,34 +204,44 @@ class RecordedModel:
 
 @dataclass
 class _Parts:
-    """A model and what records it. mode: None on real tensors. mark, used: as they were before the first loop."""
+    """A model and the objects that record it."""
 
     model: nn.Module
     assumptions: Assumptions
     recorder: Recorder
+    #: None on real tensors
     mode: FakeTensorMode | None
-    mark: Savepoint | None = None
+    #: the state before the first loop
+    savepoint: Savepoint | None = None
+    #: the assumptions that were used before the first loop
     used: dict[str, None] = field(default_factory=dict)
 
-    def remember(self) -> None:
-        """What is so now is so before each loop."""
-        self.mark, self.used = self.recorder.mark(), dict(self.assumptions.used)
+    def save(self) -> None:
+        """Take the present state as that before each loop."""
+        self.savepoint, self.used = self.recorder.savepoint(), dict(self.assumptions.used)
 
-    def go_back(self) -> bool:
-        """False where a loop has left something, or changed the model."""
+    def restore(self) -> bool:
+        """Return to the saved state.
+
+        Returns False if a loop has left something, or has changed the model.
+        """
         for parameter in self.model.parameters():
             parameter.grad = None
         self.assumptions.used = dict(self.used)
-        return self.mark is not None and self.recorder.back_to(self.mark)
+        return self.savepoint is not None and self.recorder.restore(self.savepoint)
 
 
-def _pack(model: nn.Module) -> None:
-    """Layers of bitsandbytes pack their weight when it comes to the card; here they are replaced by what is packed."""
+def _replace_bitsandbytes_layers(model: nn.Module) -> None:
+    """Replace 4-bit layers of bitsandbytes by layers whose weights are packed.
+
+    bitsandbytes packs a weight when it moves to the card.
+    """
     layers = [
         (parent, name, child)
         for parent in model.modules()
         for name, child in parent.named_children()
-        if type(child).__module__.startswith("bitsandbytes") and type(child).__name__ in ("Linear4bit", "LinearNF4")
+        if type(child).__module__.startswith("bitsandbytes")
+        and type(child).__name__ in ("Linear4bit", "LinearNF4")
     ]
     _refuse_other_quantisation(model)
     if not layers:
@@ -214,106 +253,137 @@ def _pack(model: nn.Module) -> None:
         kind, is_double = weight.quant_type, weight.compress_statistics
         if kind != "nf4" or not is_double:
             found = f"{kind}, {'double' if is_double else 'single'} quantisation"
-            raise UsageError(f"4-bit layers are predicted for nf4 with double quantisation, but {name} has {found}")
+            raise UsageError(
+                f"4-bit layers are predicted for nf4 with double quantisation, but {name} has {found}"
+            )
         with torch.device("meta"):
             setattr(parent, name, NF4Linear(cast(nn.Linear, child)))
     share_tables(model)
 
 
 def _refuse_other_quantisation(model: nn.Module) -> None:
-    """bitsandbytes quantises when the model comes to the card, into sizes that no shape here tells."""
+    """Raise UsageError for other quantised layers of bitsandbytes.
+
+    They are quantised when they move to the card, into sizes that no shape here shows.
+    """
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
         kind = type(module).__name__
-        if type(weight).__name__ in ("Int8Params", "Params4bit") and kind not in ("Linear4bit", "LinearNF4"):
+        if type(weight).__name__ in ("Int8Params", "Params4bit") and kind not in (
+            "Linear4bit",
+            "LinearNF4",
+        ):
             raise UsageError(
-                f"{name} is a {kind} of bitsandbytes, which is not predicted: use 4-bit layers (nf4, double "
-                "quantisation), or leave the layer as it is, which needs more"
+                f"{name} is a {kind} of bitsandbytes, which is not predicted: use 4-bit layers "
+                "(nf4, double quantisation), or leave the layer as it is, which needs more"
             )
 
 
 def fill(model: nn.Module) -> None:
-    """Puts the model's meta tensors on the CPU, in place: parameters, buffers and plain attributes. Inside
-    FakeTensorMode they become fake. What was shared stays shared, and a slice of a larger tensor holds all of it."""
-    made: dict[int, torch.Tensor] = {}
-    wholes: dict[int, torch.Tensor] = {}
+    """Replace the model's meta tensors by empty CPU tensors, which are fake inside FakeTensorMode.
+
+    These are parameters, buffers and plain attributes. What was shared remains shared, and a slice
+    of a larger tensor holds all of that tensor's storage.
+    """
+    replaced: dict[int, torch.Tensor] = {}
+    full_storages: dict[int, torch.Tensor] = {}
 
     def on_cpu(tensor: torch.Tensor) -> torch.Tensor:
-        if id(tensor) not in made:
+        if id(tensor) not in replaced:
             storage = tensor.untyped_storage()
             if storage.nbytes() <= tensor.numel() * tensor.element_size():
-                empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+                replacement = torch.empty_strided(
+                    tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu"
+                )
             else:
-                if storage._cdata not in wholes:
-                    wholes[storage._cdata] = torch.empty(storage.nbytes(), dtype=torch.uint8, device="cpu")
-                whole = wholes[storage._cdata].view(tensor.dtype)
-                empty = whole.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+                if storage._cdata not in full_storages:
+                    full_storages[storage._cdata] = torch.empty(
+                        storage.nbytes(), dtype=torch.uint8, device="cpu"
+                    )
+                full_storage = full_storages[storage._cdata].view(tensor.dtype)
+                replacement = full_storage.as_strided(
+                    tensor.shape, tensor.stride(), tensor.storage_offset()
+                )
             if isinstance(tensor, nn.Parameter):
-                empty = nn.Parameter(empty, requires_grad=tensor.requires_grad)
-            made[id(tensor)] = empty
-        return made[id(tensor)]
+                replacement = nn.Parameter(replacement, requires_grad=tensor.requires_grad)
+            replaced[id(tensor)] = replacement
+        return replaced[id(tensor)]
 
-    keep = list(model.parameters()) + list(model.buffers())  # ids stay unique while these live
+    # ids stay unique while these live
+    originals = list(model.parameters()) + list(model.buffers())
     for module in model.modules():
-        for tensors in cast(tuple[dict[str, Any], ...], (module._parameters, module._buffers, module.__dict__)):
+        for tensors in cast(
+            tuple[dict[str, Any], ...], (module._parameters, module._buffers, module.__dict__)
+        ):
             for name, tensor in tensors.items():
                 if isinstance(tensor, torch.Tensor):
                     tensors[name] = on_cpu(tensor)
-    del keep
+    del originals
 
 
 @contextmanager
-def _compilation_left_out() -> Iterator[list[Any]]:
-    """torch.compile and Module.compile leave what they are given as it is, and what was compiled before runs as it was
-    written; each is put into the list."""
-    left_out: list[Any] = []
+def _without_compilation() -> Iterator[list[Any]]:
+    """Let torch.compile and Module.compile do nothing inside.
+
+    What was compiled before runs uncompiled. Everything that was not compiled is put into the list.
+    """
+    ignored: list[Any] = []
 
     def compile_function(function: Any = None, **_: Any) -> Any:
         if function is None:
             return compile_function
-        left_out.append(function)
+        ignored.append(function)
         return function
 
     def compile_module(module: nn.Module, *_: Any, **__: Any) -> None:
-        left_out.append(module)
+        ignored.append(module)
 
-    def as_written(callback: Any) -> Any:
+    def uncompiled(callback: Any) -> Any:
         if callback not in (None, False):
-            left_out.append(callback)
+            ignored.append(callback)
         return None
 
     with ExitStack() as stack:
         stack.enter_context(patch.object(torch, "compile", compile_function))
         stack.enter_context(patch.object(nn.Module, "compile", compile_module))
         if (frames := sys.modules.get("torch._dynamo.eval_frame")) is not None:
-            stack.enter_context(patch.object(frames, "_callback_from_stance", as_written))
-            # 0: nobody counts what fullgraph=True compiles
-            stack.enter_context(patch.object(frames, "set_fullgraph_compiled_frame_count", lambda _: 0, create=True))
-        yield left_out
+            stack.enter_context(patch.object(frames, "_callback_from_stance", uncompiled))
+            # nobody counts what fullgraph=True compiles
+            stack.enter_context(
+                patch.object(frames, "set_fullgraph_compiled_frame_count", lambda _: 0, create=True)
+            )
+        yield ignored
 
 
 def _is_compiled(model: nn.Module) -> bool:
-    """Whether a part was compiled when it was built."""
-    return any(module._compiled_call_impl is not None or hasattr(module, "_orig_mod") for module in model.modules())
+    """Return whether a part of the model was compiled when it was built."""
+    return any(
+        module._compiled_call_impl is not None or hasattr(module, "_orig_mod")
+        for module in model.modules()
+    )
 
 
 def _describe(settings: RecordSettings, num_steps: int) -> Iterator[str]:
+    """Yield the lines of `MemoryTrace.source` on how the loop was recorded."""
     yield f"recorded {num_steps} optimizer steps on {settings.mode} tensors"
     if settings.target is None:
         yield "kernels of this CPU"
     else:
         major, minor = settings.target.compute_capability
-        yield f"kernels of CUDA, compute capability {major}.{minor}, attention {settings.target.attention}"
+        yield (
+            f"kernels of CUDA, compute capability {major}.{minor}, attention {settings.target.attention}"
+        )
         yield from settings.target.assumptions()
 
 
 @contextmanager
 def _collected_at_step_ends() -> Iterator[None]:
-    """Reference cycles would die whenever Python's collector happens to run."""
+    """Disable Python's collector inside, which would free reference cycles at arbitrary times."""
     was_enabled = gc.isenabled()
     gc.disable()
     gc.collect()
-    gc.freeze()  # what is there already need not be looked at again
+    # existing objects need not be looked at again
+    gc.freeze()
     try:
         yield
     finally:
@@ -323,29 +393,38 @@ def _collected_at_step_ends() -> Iterator[None]:
 
 
 @contextmanager
-def _names_no_card() -> Iterator[None]:
+def _explain_cuda_errors() -> Iterator[None]:
+    """Raise UsageError for an error that says that there is no CUDA here."""
     try:
         yield
     except FituneError:
         raise
     except Exception as error:
-        asks_card = place_of(error).startswith("torch/cuda/") or "dummy base class" in str(error)
-        if not asks_card and re.search(r"\bcuda\b", str(error), re.IGNORECASE) is None:
+        is_from_cuda = place_of(error).startswith("torch/cuda/")
+        is_about_cuda = is_from_cuda or "dummy base class" in str(error)
+        if not is_about_cuda and re.search(r"\bcuda\b", str(error), re.IGNORECASE) is None:
             raise
         raise UsageError(f"{NAMES_CUDA} ({cause_of(error)})") from error
 
 
 def _enter_without_gradients(mode: Any) -> None:
-    """Memory is the same as under `no_grad`. In inference mode itself an operator made of others comes whole to a
-    recorder, which would not see what is allocated inside."""
+    """Disable gradients in place of entering inference mode; the memory is the same.
+
+    In inference mode, a composite operator reaches the recorder as a whole, which would not see
+    what is allocated inside.
+    """
     mode._inference_mode_context = torch.set_grad_enabled(not mode.mode)
 
 
 @contextmanager
-def _as_real_tensors(*, checks_indices: bool) -> Iterator[None]:
-    """Fake tensors stand for real ones: the paths that PyTorch and transformers keep for compilers stay closed, and a
-    module converts its parameters in place (`Module._apply` swaps fake ones, which fails while anything refers to
-    them)."""
+def _fake_tensors_pass_as_real(*, checks_indices: bool) -> Iterator[None]:
+    """Let PyTorch and transformers treat fake tensors as real ones.
+
+    The code paths for compilers are not taken, and a module converts its parameters in place.
+    `Module._apply` would swap fake tensors, which fails while anything refers to them.
+
+    checks_indices: whether one_hot looks at its indices, as a CPU does
+    """
     library = torch.library.Library("aten", "IMPL")
     with ExitStack() as stack:
         stack.callback(library._destroy)
@@ -354,13 +433,18 @@ def _as_real_tensors(*, checks_indices: bool) -> Iterator[None]:
             module = import_module(name)
             types = [*module._foreach_supported_types, FakeTensor]
             stack.enter_context(patch.object(module, "_foreach_supported_types", types))
-        stack.enter_context(patch.object(transformers.utils.import_utils, "is_fake_tensor", lambda _: False))
+        stack.enter_context(
+            patch.object(transformers.utils.import_utils, "is_fake_tensor", lambda _: False)
+        )
         stack.enter_context(patch.object(nn.Module, "_apply", _convert_in_place))
         yield
 
 
 def _one_hot(tensor: torch.Tensor, num_classes: int = -1, *, checks_indices: bool) -> torch.Tensor:
-    """Onehot.cpp, the branch for real tensors: a CPU looks at the smallest and largest index, CUDA at neither."""
+    """Compute torch.one_hot as the branch for real tensors in Onehot.cpp does.
+
+    A CPU looks at the smallest and the largest index, CUDA at neither.
+    """
     if checks_indices:
         smallest, largest = tensor.aminmax()
         smallest.item()

@@ -1,9 +1,9 @@
-"""Carries operators out on fake tensors, and remembers by shapes what came out.
+"""Runs operators on fake tensors, and remembers the results by the shapes of the arguments.
 
-A training step calls the same operators with the same shapes over and over. FakeTensorMode has a cache of its own,
-whose keys cover symbolic shapes and devices that do not occur here, and take three quarters of a recording. What this
-one makes is compared with what FakeTensorMode made the first time, down to the dispatch keys; what it cannot
-imitate is left to FakeTensorMode.
+A training step calls the same operators with the same shapes over and over. FakeTensorMode has a
+cache of its own, but its keys cover symbolic shapes and devices that do not occur here, and take
+three quarters of a recording's time. A result of this cache is compared with that of FakeTensorMode
+the first time, down to the dispatch keys. What cannot be imitated is left to FakeTensorMode.
 """
 
 from collections.abc import Callable
@@ -14,11 +14,18 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from fitune.trace.operator_cost import Operator
 from fitune.trace.operators import by_operator
 
 _CPU = torch.device("cpu")
+#: Makes the result of an operator from its arguments.
 _Make = Callable[[tuple[Any, ...]], Any]
-_NOT_BY_SHAPE = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.inplace_view)
+#: Tags of operators whose result depends on more than the shapes of the arguments.
+_NOT_BY_SHAPE = (
+    torch.Tag.data_dependent_output,
+    torch.Tag.dynamic_output_shape,
+    torch.Tag.inplace_view,
+)
 _NOT_REMEMBERED = {
     torch.ops.aten.lift_fresh.default,
     torch.ops.aten.lift.default,
@@ -27,45 +34,54 @@ _NOT_REMEMBERED = {
 
 
 @by_operator
-def _is_by_shape(func: Any) -> bool:
+def _is_by_shape(func: Operator) -> bool:
     return func not in _NOT_REMEMBERED and not any(tag in func.tags for tag in _NOT_BY_SHAPE)
 
 
 class _CannotRememberError(Exception):
-    pass
+    """The arguments cannot be part of a key."""
 
 
 @dataclass(slots=True, eq=False)
 class Call:
-    """An operator with arguments of such shapes, which stands in a key by its id. make: its result; None where
-    FakeTensorMode has to. work: bytes that it moves and floating-point operations, once they were counted."""
+    """What is remembered of the calls of an operator with arguments of the same shapes."""
 
-    func: Any
+    #: held here because its id is part of the key
+    func: Operator
+    #: makes the result, None where FakeTensorMode has to
     make: _Make | None
+    #: the bytes that it moves and its floating-point operations, once they were counted
     work: tuple[int, int] | None = None
 
 
 class ShapeMemory:
-    """What operators make of which shapes: for one recording after the other, if all have the same target."""
+    """The results of operators by the shapes of their arguments.
+
+    It serves any number of recordings for the same target.
+    """
 
     def __init__(self) -> None:
         self._calls: dict[tuple[Any, ...], Call] = {}
         self._attributes: dict[str, Any] = {}
 
     def serve(self, mode: FakeTensorMode) -> None:
-        """What is made from now on are fake tensors of `mode`."""
+        """Make fake tensors of `mode` from now on."""
         with torch._C._DisableTorchDispatch():
             empty = torch.empty(0, device="meta")
         self._attributes |= FakeTensor(mode, empty, _CPU).__dict__
 
-    def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Call | None]:
-        """The result, and what is remembered of such calls; None where nothing can be."""
+    def call(
+        self, func: Operator, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, Call | None]:
+        """Return the operator's result, and the memory of such calls, None without one."""
         if not _is_by_shape(func):
             return func(*args, **kwargs), None
         try:
-            key = (id(func), *_key(args), _num_distinct(args), *((name, *_key((its,))) for name, its in kwargs.items()))
+            named = ((name, *_key((value,))) for name, value in kwargs.items())
+            key = id(func), *_key(args), _num_distinct(args), *named
             known = self._calls.get(key)
-        except (_CannotRememberError, TypeError):  # TypeError: an argument that is not hashable
+        # TypeError: an argument is not hashable
+        except (_CannotRememberError, TypeError):
             return func(*args, **kwargs), None
         if known is None:
             result = func(*args, **kwargs)
@@ -73,15 +89,18 @@ class ShapeMemory:
             return result, known
         return func(*args, **kwargs) if known.make is None else known.make(args), known
 
-    def _imitate(self, func: Any, args: tuple[Any, ...], result: Any) -> _Make | None:
-        """How to make such a result from such arguments; None where this is not known."""
+    def _imitate(self, func: Operator, args: tuple[Any, ...], result: Any) -> _Make | None:
+        """Return how to make such a result from such arguments, None if it cannot be imitated."""
         if result is None:
             return lambda _: None
         if isinstance(result, FakeTensor):
             return self._output(args, result)
-        if not isinstance(result, (tuple, list)) or not all(isinstance(each, FakeTensor) for each in result):
+        if not isinstance(result, (tuple, list)) or not all(
+            isinstance(each, FakeTensor) for each in result
+        ):
             return None
-        if len({each.untyped_storage()._cdata for each in result}) != len(result) and not func.is_view:
+        storages = {each.untyped_storage()._cdata for each in result}
+        if len(storages) != len(result) and not func.is_view:
             return None
         makes = [self._output(args, each) for each in result]
         if any(make is None for make in makes):
@@ -90,6 +109,7 @@ class ShapeMemory:
         return lambda args: kind(make(args) for make in makes if make is not None)
 
     def _output(self, args: tuple[Any, ...], result: FakeTensor) -> _Make | None:
+        """Return how to make one output, None if it differs from that of FakeTensorMode."""
         for position, value in enumerate(args):
             if value is result:
                 return lambda args: args[position]
@@ -97,13 +117,13 @@ class ShapeMemory:
         if make is None or result.constant is not None or result.is_conj() or result.is_neg():
             return None
         made = make(args)
-        same = torch._C._dispatch_key_set(made) == torch._C._dispatch_key_set(result) and _key((made,)) == _key(
-            (result,)
-        )
-        return make if same and made.untyped_storage().nbytes() == result.untyped_storage().nbytes() else None
+        same_dispatch = torch._C._dispatch_key_set(made) == torch._C._dispatch_key_set(result)
+        same_bytes = made.untyped_storage().nbytes() == result.untyped_storage().nbytes()
+        same = same_dispatch and _key((made,)) == _key((result,)) and same_bytes
+        return make if same else None
 
     def _tensor(self, args: tuple[Any, ...], result: FakeTensor) -> _Make | None:
-        """A view of an argument, or a tensor of its own."""
+        """Return how to make a tensor as a view of an argument, or with a storage of its own."""
         attributes, shape, stride = self._attributes, tuple(result.shape), result.stride()
         offset, dtype = result.storage_offset(), result.dtype
         storage = result.untyped_storage()._cdata
@@ -138,13 +158,18 @@ class ShapeMemory:
 
 
 def _key(values: Any) -> list[Any]:
+    """Return what the result of a call depends on.
+
+    Raises _CannotRememberError for real tensors, and for fake ones with a known value.
+    """
     key: list[Any] = []
     for value in values:
         if isinstance(value, FakeTensor):
             if value.constant is not None:
                 raise _CannotRememberError
             stride = value.stride()
-            held = value.untyped_storage().nbytes() if 0 in stride else None  # of a broadcast tensor
+            # the bytes that a broadcast tensor really holds
+            held = value.untyped_storage().nbytes() if 0 in stride else None
             key.append((value.shape, stride, value.storage_offset(), value.dtype, held))
         elif isinstance(value, Tensor):
             raise _CannotRememberError
@@ -156,5 +181,5 @@ def _key(values: Any) -> list[Any]:
 
 
 def _num_distinct(values: tuple[Any, ...]) -> int:
-    """Tensors among the arguments, of which one may stand in two places."""
+    """Return the number of different tensors among the arguments: one may occur twice."""
     return len({id(value) for value in values if isinstance(value, FakeTensor)})

@@ -1,8 +1,9 @@
-"""What one of N processes allocates, from what one alone would: model.shard=full (FSDP2) predicted, not recorded.
+"""Computes what one of N processes allocates, from what a single process would.
 
-Parameters, gradients and optimizer state become the N-th part of what was recorded. What a process gathers while it
-computes is added as one block that lives through the whole trace: more than there is at any time, since a layer's
-gathered weights and the sum of its gradients are not there in every moment.
+This predicts model.shard=full (FSDP2), which is not recorded. Parameters, gradients and optimizer
+state become the N-th part of what was recorded. What a process gathers while it computes is added
+as one block that stays allocated through the whole trace. This is more than there is at any time,
+since the gathered weights of a layer and the sum of its gradients are not always allocated.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,12 +15,13 @@ import numpy.typing as npt
 
 from fitune.trace.events import CATEGORIES, EventColumns, MemoryEvent, MemoryTrace
 
-DEALT = ("parameter", "gradient", "optimizer_state")
+#: What is split by rank.
+SHARDED_CATEGORIES = ("parameter", "gradient", "optimizer_state")
 
 
 @dataclass(frozen=True)
 class ShardedEvents(Sequence[MemoryEvent]):
-    """The events of `whole`, behind the birth of what is gathered."""
+    """The events of `whole` with smaller parameters, after the allocation of what is gathered."""
 
     whole: MemoryTrace
     num_shards: int
@@ -38,9 +40,11 @@ class ShardedEvents(Sequence[MemoryEvent]):
         number = range(len(self))[index]
         if number == 0:
             storage = int(self.whole.columns().storage.max(initial=-1)) + 1
-            return MemoryEvent(storage, self.gathered_bytes, "workspace", "load", module="gathered layers")
+            return MemoryEvent(
+                storage, self.gathered_bytes, "workspace", "load", module="gathered layers"
+            )
         event = self.whole.events[number - 1]
-        if event.category not in DEALT:
+        if event.category not in SHARDED_CATEGORIES:
             return event
         return replace(event, num_bytes=int(_part(np.array(event.num_bytes), self.num_shards)))
 
@@ -49,12 +53,22 @@ class ShardedEvents(Sequence[MemoryEvent]):
 
     def columns(self) -> EventColumns:
         whole = self.whole.columns()
-        is_dealt = np.isin(whole.category, [CATEGORIES.index(name) for name in DEALT])
-        num_bytes = np.where(is_dealt, _part(whole.num_bytes, self.num_shards), whole.num_bytes)
-        born = self[0]
-        first = (born.storage, born.num_bytes, born.step, born.stream, CATEGORIES.index(born.category))
+        is_sharded = np.isin(
+            whole.category, [CATEGORIES.index(name) for name in SHARDED_CATEGORIES]
+        )
+        num_bytes = np.where(is_sharded, _part(whole.num_bytes, self.num_shards), whole.num_bytes)
+        gathered = self[0]
+        first = (
+            gathered.storage,
+            gathered.num_bytes,
+            gathered.step,
+            gathered.stream,
+            CATEGORIES.index(gathered.category),
+        )
         rest = (whole.storage, num_bytes, whole.step, whole.stream, whole.category)
-        return EventColumns(*(np.concatenate(([one], many)) for one, many in zip(first, rest, strict=True)))
+        return EventColumns(
+            *(np.concatenate(([one], many)) for one, many in zip(first, rest, strict=True))
+        )
 
     def modules(self, indices: npt.NDArray[np.int64]) -> tuple[list[str], npt.NDArray[np.int64]]:
         names, which = self.whole.modules(indices[indices > 0] - 1)
@@ -64,17 +78,23 @@ class ShardedEvents(Sequence[MemoryEvent]):
 
 
 def sharded(trace: MemoryTrace, *, num_shards: int, gathered_bytes: int) -> MemoryTrace:
-    """gathered_bytes: what a process holds at most of what is not its own."""
+    """Return the trace of one of `num_shards` processes.
+
+    gathered_bytes: the most that a process holds of what belongs to other processes
+    """
     events = ShardedEvents(trace, num_shards, gathered_bytes)
     source = (
         f"weights, gradients and optimizer state are the {num_shards}th part of one card's",
-        "what is gathered is counted through the whole step, which is more than there ever is; it has not been "
-        "measured on cards",
+        "what is gathered is counted through the whole step, which is more than there ever is; "
+        "it has not been measured on cards",
     )
     return MemoryTrace(events, (*trace.source, *source))
 
 
 def _part(num_bytes: npt.NDArray[np.int64], num_shards: int) -> npt.NDArray[np.int64]:
-    """A death frees what its birth took. Rows that do not divide evenly are padded."""
+    """Return the bytes of one rank's part of each allocation or free.
+
+    Rows that do not divide evenly are padded.
+    """
     part: npt.NDArray[np.int64] = np.sign(num_bytes) * -(-np.abs(num_bytes) // num_shards)
     return part

@@ -1,8 +1,9 @@
-"""Reads what a real card recorded: a pickle of `torch.cuda.memory._snapshot()`, as `MemoryTrace`.
+"""Reads what a real card recorded: a pickle of `torch.cuda.memory._snapshot()`.
 
-The file is a list of allocator actions by device, with addresses, requested sizes, streams and, where they were
-recorded, Python frames. Phases are read off the frames; categories are those of what was alive before the recording
-(parameter) and otherwise of the phase, since an allocator does not know what it allocates for.
+The file lists allocator actions by device, with addresses, requested sizes, streams and, where they
+were recorded, Python frames. The frames show the phases. An allocator does not know what it
+allocates for, so the category is guessed: storages from before the recording are parameters, and
+others have the category of their phase.
 """
 
 import pickle
@@ -15,7 +16,9 @@ from fitune.boundary import told_as
 from fitune.errors import UsageError
 from fitune.trace.events import Category, MemoryEvent, MemoryTrace, Phase
 
-_FREES = ("free_requested", "free")  # freed for the allocator's statistics; "free_completed" when streams are done
+#: "free_requested" is the free for the allocator's statistics; "free_completed" follows when the
+#: streams are done.
+_FREES = ("free_requested", "free")
 _CATEGORY: Mapping[Phase, Category] = {
     "load": "parameter",
     "forward": "activation",
@@ -25,45 +28,66 @@ _CATEGORY: Mapping[Phase, Category] = {
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Containers and numbers only: a file cannot run code here."""
+    """Unpickles containers and numbers only, so that a file cannot run code."""
 
     def find_class(self, module_name: str, global_name: str, /) -> NoReturn:
-        raise UsageError(f"the snapshot holds {module_name}.{global_name}, not plain containers only; it is not read")
+        raise UsageError(
+            f"the snapshot holds {module_name}.{global_name}, not plain containers only; it is not read"
+        )
 
 
 def read_snapshot(path: Path, *, device: int = 0) -> MemoryTrace:
-    """The allocations and frees of one device, in order; blocks that were allocated before the recording began come
-    first, in phase load. Raises UsageError for a file that is no snapshot or holds no action of that device."""
+    """Return the allocations and frees of one device, in order.
+
+    Blocks from before the recording are first, in phase load. Raises UsageError for a file that is
+    no snapshot, or that has no action of this device.
+    """
     try:
         with path.open("rb") as file:
             snapshot = _PlainUnpickler(file).load()
         actions = snapshot["device_traces"][device]
-        segments = [segment for segment in snapshot["segments"] if segment.get("device", 0) == device]
+        segments = [
+            segment for segment in snapshot["segments"] if segment.get("device", 0) == device
+        ]
     except UsageError:
         raise
-    except Exception as error:  # bytes that are no pickle end in whatever its machine stumbles over
-        raise UsageError(f"{path} is no snapshot of torch.cuda.memory with device {device}: {error}") from error
+    # bytes that are no pickle can raise any exception
+    except Exception as error:
+        raise UsageError(
+            f"{path} is no snapshot of torch.cuda.memory with device {device}: {error}"
+        ) from error
     if not actions:
         raise UsageError(
             f"{path} holds no action of device {device}: call torch.cuda.memory._record_memory_history() before the run"
         )
-    with told_as(UsageError, f"{path} is a damaged snapshot of torch.cuda.memory", "record it again"):
+    with told_as(
+        UsageError, f"{path} is a damaged snapshot of torch.cuda.memory", "record it again"
+    ):
         events = tuple(_events(actions, segments))
     return MemoryTrace(
         events,
-        (f"recorded by PyTorch's allocator on device {device}", "categories are guessed from the phase"),
+        (
+            f"recorded by PyTorch's allocator on device {device}",
+            "categories are guessed from the phase",
+        ),
     )
 
 
-def _events(actions: Sequence[Mapping[str, Any]], segments: Sequence[Mapping[str, Any]]) -> Iterator[MemoryEvent]:
+def _events(
+    actions: Sequence[Mapping[str, Any]], segments: Sequence[Mapping[str, Any]]
+) -> Iterator[MemoryEvent]:
     numbers = count(1)
     streams: dict[int, int] = {}
-    alive: dict[int, MemoryEvent] = {}
+    live: dict[int, MemoryEvent] = {}
     for address, num_bytes, stream in _allocated_before(actions, segments):
         event = MemoryEvent(
-            next(numbers), num_bytes, "parameter", "load", stream=streams.setdefault(stream, len(streams))
+            next(numbers),
+            num_bytes,
+            "parameter",
+            "load",
+            stream=streams.setdefault(stream, len(streams)),
         )
-        alive[address] = event
+        live[address] = event
         yield event
     phase: Phase = "forward"
     step = 1
@@ -73,19 +97,39 @@ def _events(actions: Sequence[Mapping[str, Any]], segments: Sequence[Mapping[str
         if action["action"] == "alloc" and action["size"]:
             stream = streams.setdefault(action.get("stream", 0), len(streams))
             op = _innermost(action.get("frames", ()))
-            event = MemoryEvent(next(numbers), action["size"], _CATEGORY[phase], phase, step=step, op=op, stream=stream)
-            alive[action["addr"]] = event
+            event = MemoryEvent(
+                next(numbers),
+                action["size"],
+                _CATEGORY[phase],
+                phase,
+                step=step,
+                op=op,
+                stream=stream,
+            )
+            live[action["addr"]] = event
             yield event
-        elif action["action"] in _FREES and (born := alive.pop(action["addr"], None)) is not None:
+        elif action["action"] in _FREES:
+            allocated = live.pop(action["addr"], None)
+            if allocated is None:
+                continue
             yield MemoryEvent(
-                born.storage, -born.num_bytes, born.category, phase, step=step, op=born.op, stream=born.stream
+                allocated.storage,
+                -allocated.num_bytes,
+                allocated.category,
+                phase,
+                step=step,
+                op=allocated.op,
+                stream=allocated.stream,
             )
 
 
 def _allocated_before(
     actions: Sequence[Mapping[str, Any]], segments: Sequence[Mapping[str, Any]]
 ) -> Iterator[tuple[int, int, int]]:
-    """Address, bytes and stream of what was there at the start: freed without having been allocated, or still there."""
+    """Yield address, bytes and stream of what was allocated before the recording began.
+
+    These are the blocks that are freed without having been allocated, or that are still allocated.
+    """
     seen: set[int] = set()
     for action in actions:
         if action["action"] in _FREES and action["addr"] not in seen:
@@ -101,14 +145,16 @@ def _allocated_before(
 
 
 def _phase(frames: Sequence[Mapping[str, Any]], before: Phase) -> Phase:
-    """Of the outermost frame that tells it; the phase before where no frames were recorded."""
+    """Return the phase that the outermost frame shows; the phase before if there are no frames."""
     if not frames:
         return before
     for frame in reversed(frames):
         name, file = frame.get("name", ""), frame.get("filename", "")
         if "/optim/" in file and "step" in name:
             return "optimizer"
-        if name in ("_engine_run_backward", "run_backward") or file.endswith("torch/autograd/__init__.py"):
+        if name in ("_engine_run_backward", "run_backward") or file.endswith(
+            "torch/autograd/__init__.py"
+        ):
             return "backward"
     return "forward"
 

@@ -1,7 +1,8 @@
-"""Files of weights that a loop or a model's constructor reads while there is no card.
+"""Read weight files for a loop or a model's constructor while there is no card.
 
-torch.load refuses to put a tensor where there is none, and safetensors, which reads straight into a card's memory,
-ends the process. Both read into the host's memory here; where the tensors go from there is the caller's matter.
+torch.load refuses to put a tensor on a missing device. safetensors reads straight into a card's
+memory and ends the process. Here both read into host memory, and the caller decides where the
+tensors go.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,13 +17,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map_only
 
+#: (tensor, device) -> the tensor as the reader of the file gets it. The device is any map_location
+#: that torch.load accepts.
 Put = Callable[[Tensor, Any], Tensor]
-"""put(tensor, device): the tensor where the file's reader wants it; a map_location may be what torch.load takes."""
 
 
 @contextmanager
 def weight_files(put: Put) -> Iterator[None]:
-    """What files hold is read for real, outside of any mode, and comes as `put` gives it."""
+    """Read the files that this block opens into host memory; return tensors through `put`."""
     load, safe_open = torch.load, safetensors.safe_open
 
     def load_on_host(file: Any, map_location: Any = None, *args: Any, **options: Any) -> Any:
@@ -31,9 +33,11 @@ def weight_files(put: Put) -> Iterator[None]:
         return tree_map_only(Tensor, lambda tensor: put(tensor, map_location), content)
 
     class Opened:
-        """As safetensors.safe_open."""
+        """Replaces safetensors.safe_open."""
 
-        def __init__(self, filename: Any, framework: Any, device: Any = "cpu", **options: Any) -> None:
+        def __init__(
+            self, filename: Any, framework: Any, device: Any = "cpu", **options: Any
+        ) -> None:
             self._file: Any = safe_open(filename, framework, "cpu", **options)
             self._device = device
 
@@ -67,6 +71,6 @@ def weight_files(put: Put) -> Iterator[None]:
 
 @contextmanager
 def _on_host() -> Iterator[None]:
-    """Modes of dispatch and of functions, which would put a tensor elsewhere, are left for a moment."""
+    """Leave all dispatch and function modes for this block, since they would move the tensors."""
     with _disable_current_modes(), torch._C.DisableTorchFunction():
         yield

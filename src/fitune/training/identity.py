@@ -1,8 +1,9 @@
-"""What makes a run this run, and what may change when it goes on.
+"""Describes what makes two runs the same, and what may differ when a run is resumed.
 
-identity: what the result is a function of, named by the configuration's keys and held by content: rows by their hash,
-weights by shape. No path, device or version is in it, so a run goes on on another machine with its data elsewhere.
-conditions: what changes the last bits only.
+The identity holds everything that the result is a function of, by the configuration's keys and by
+content: samples by their hash, weights by shape. It contains no path, device or version, so a run
+can be resumed on another machine, with its data elsewhere. The conditions hold what changes only
+the last bits of the result.
 """
 
 import platform
@@ -19,8 +20,8 @@ from fitune.errors import RunDirectoryError
 from fitune.step.assemble import Setup, choose_precision
 
 Json = dict[str, Any]
+#: If one of these changes, the saved tensors do not fit.
 NEEDS_NEW_RUN = ("model", "model.method", "optim.name")
-"""A change of these has no place for the saved tensors."""
 _SAMPLED_ELEMENTS = 4096
 
 
@@ -32,11 +33,14 @@ def run_identity(config: RunConfig, setup: Setup, *, train: Examples, held_out: 
         "model.method": config.model.method,
         **{f"model.lora.{key}": value for key, value in lora.items()},
         "model.precision": choose_precision(config, next(setup.model.parameters()).device).name,
-        "data.train": _rows_hash(train),
-        "data.eval": _rows_hash(held_out),
+        "data.train": _data_hash(train),
+        "data.eval": _data_hash(held_out),
         "batch.effective": config.batch.rows_per_step,
         **{f"optim.{key}": value for key, value in optim.items()},
-        **{f"train.{key}": getattr(config.train, key) for key in ("seed", "epochs", "steps", "tokens")},
+        **{
+            f"train.{key}": getattr(config.train, key)
+            for key in ("seed", "epochs", "steps", "tokens")
+        },
     }
 
 
@@ -50,16 +54,26 @@ def run_conditions(config: RunConfig, setup: Setup, *, num_ranks: int = 1) -> Js
         "loss": "full" if setup.settings.loss.head is None else "chunked",
         "model.attention": config.model.attention,
         "model.recompute": setup.recompute,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+        "device": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else platform.machine(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
 
 
-def check_identity(saved: Mapping[str, Any], now: Mapping[str, Any], *, allowed: Collection[str]) -> list[str]:
-    """The allowed changes, one sentence each. Raises RunDirectoryError with every change that is not allowed, and for a
-    name in `allowed` that has not changed."""
-    changed = {key: f"{key} {_show(saved.get(key))} -> {_show(now.get(key))}" for key in _differences(saved, now)}
+def check_identity(
+    saved: Mapping[str, Any], now: Mapping[str, Any], *, allowed: Collection[str]
+) -> list[str]:
+    """Return a message for each allowed change.
+
+    Raises RunDirectoryError with every change that is not allowed, and for a key in `allowed` that
+    has not changed.
+    """
+    changed = {
+        key: f"{key} {_show(saved.get(key))} -> {_show(now.get(key))}"
+        for key in _differences(saved, now)
+    }
     if idle := sorted(set(allowed) - set(changed)):
         raise RunDirectoryError(f"--allow-change {idle[0]}: it has not changed, drop it")
     if stuck := [changed[key] for key in changed if key in NEEDS_NEW_RUN]:
@@ -75,8 +89,10 @@ def check_identity(saved: Mapping[str, Any], now: Mapping[str, Any], *, allowed:
     return [f"declared change: {changed[key]}" for key in changed]
 
 
-def condition_note(saved: Mapping[str, Any], now: Mapping[str, Any], *, dropout: bool) -> str | None:
-    """One sentence where the run goes on with other last bits; None where it goes on bit for bit."""
+def condition_note(
+    saved: Mapping[str, Any], now: Mapping[str, Any], *, dropout: bool
+) -> str | None:
+    """Return a message if the resumed run differs in its last bits; None if it is bit-exact."""
     changed = _differences(saved, now)
     if not changed:
         return None
@@ -94,19 +110,26 @@ def _show(value: object) -> str:
     return "none" if value is None else str(value)
 
 
-def _rows_hash(examples: Examples) -> str:
-    """Of the rows' tokens and weights, and of how often each is seen."""
-    return blake2b(examples.data_hash.encode() + examples.repeats.tobytes(), digest_size=8).hexdigest()
+def _data_hash(examples: Examples) -> str:
+    """Hash the samples' tokens and weights, and how often each sample is seen."""
+    return blake2b(
+        examples.data_hash.encode() + examples.repeats.tobytes(), digest_size=8
+    ).hexdigest()
 
 
 def _model_hash(setup: Setup) -> str:
-    """Of the names, shapes and types of all parameters and, of the frozen ones, which a checkpoint does not hold, of a
-    few thousand elements each: a different model differs everywhere."""
+    """Hash the names, shapes and dtypes of all parameters, and some elements of the frozen ones.
+
+    A checkpoint does not store frozen parameters. A few thousand elements of each identify them,
+    because a different model differs everywhere.
+    """
     digest = blake2b(digest_size=8)
     shards = setup.settings.shards
     with nullcontext() if shards is None else shards.together():
         for name, parameter in setup.model.named_parameters():
-            digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype} {parameter.requires_grad}".encode())
+            digest.update(
+                f"{name} {tuple(parameter.shape)} {parameter.dtype} {parameter.requires_grad}".encode()
+            )
             if not parameter.requires_grad:
                 whole = parameter.detach() if shards is None else shards.whole(parameter.detach())
                 flat = whole.reshape(-1)

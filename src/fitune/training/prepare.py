@@ -1,4 +1,7 @@
-"""Loads what a run needs, in the order in which mistakes are cheapest to find: tokenizer, data, then weights."""
+"""Loads what a run needs and chooses its plan, with the cheapest ways to find a mistake first.
+
+The order is tokenizer, data, plan, weights.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -26,21 +29,22 @@ from fitune.planning.plan import Plan, closest, does_not_fit, split_of
 from fitune.planning.search import choose_plan
 from fitune.planning.stated import model_notes
 from fitune.step.assemble import Setup, assemble, choose_precision
-from fitune.training.loop import Data, run_length
+from fitune.training.length import run_length
+from fitune.training.loop import Data
 from fitune.training.self_check import SelfCheck, predict_second_step, reserved_before, run_device
 from fitune.units import format_bytes
 
+#: The mean loss of fewer samples depends on which samples they are more than on the training.
 FEW_EVAL_ROWS = 20
-"""The mean loss of fewer rows moves with which rows they are more than with the training."""
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """plan: what the run follows; None where it could not be made or an earlier one is followed. settings: what it
-    decides, as overrides. self_check: the prediction of the second step, None
-    where it could not be made."""
+    """What a run needs before its first step."""
 
+    #: what the run follows; None if no plan could be made or an earlier one is followed
     plan: Plan | None
+    #: what the plan decides, as overrides of the configuration
     settings: tuple[str, ...]
     setup: Setup
     data: Data
@@ -48,6 +52,7 @@ class Prepared:
     device: torch.device
     num_parameters: int
     num_trainable_parameters: int
+    #: the prediction of the second step; None if it could not be made
     self_check: SelfCheck | None
     notes: tuple[str, ...]
 
@@ -60,27 +65,30 @@ def prepare(
     settings: Sequence[str] | None = None,
     ranks: Ranks | None = None,
 ) -> Prepared:
-    """on_stage: told in words what is being done. plan_check: whether a setting that is predicted to
-    need more than memory.budget is refused. settings: what an earlier plan decided, which is followed instead of a new
-    one, as far as the configuration still leaves it open. ranks: the processes that do this together, of which the
-    first goes ahead: it tokenises and plans for all.
+    """Load tokenizer, data and model, and choose a plan.
 
-    Raises a UsageError of the room concerned, and DoesNotFitError.
+    on_stage: is called with a text that says what is being done.
+    plan_check: refuse a setting that is predicted to need more than memory.budget.
+    settings: what an earlier plan decided. It is followed instead of a new plan, as far as the
+        configuration leaves it open.
+    ranks: the processes that do this together. The first one tokenises and plans for all.
+
+    Raises DoesNotFitError, and the errors of loading.
     """
     ranks = ranks or Ranks()
     if not ranks.leads:
         settings = ranks.exchange(settings)[0]
-    tell = on_stage or (lambda name: None)
-    prepared = _prepare(config, tell, plan_check=plan_check, settings=settings, ranks=ranks)
+    report = on_stage or (lambda name: None)
+    prepared = _prepare(config, report, plan_check=plan_check, settings=settings, ranks=ranks)
     if ranks.leads:
         ranks.exchange(prepared.settings)
-    ranks.exchange(None)  # before anything is written all have loaded what they need
+    ranks.exchange(None)  # nothing is written before all processes have loaded what they need
     return prepared
 
 
 def _prepare(
     config: RunConfig,
-    tell: Callable[[str], None],
+    on_stage: Callable[[str], None],
     *,
     plan_check: bool,
     settings: Sequence[str] | None,
@@ -89,22 +97,17 @@ def _prepare(
     device = choose_device()
     check_shard(config, num_ranks=ranks.size)
     is_sharded = config.model.shard != "none"
-    notes = []
-    if config.memory.allocator and device.type == "cpu":
-        notes.append("memory.allocator has no effect here: it sets CUDA's allocator, and this run is on the CPU")
-    if config.memory.gpu is not None:
-        notes.append("memory.gpu is for plans: a run uses the card that is there")
-    notes.extend(model_notes(config.model))
-    if (note := unusual_rate(config)) is not None:
-        notes.append(note)
-    tell(say("reading the data"))
+    notes = list(_configuration_notes(config, device))
+    on_stage(say("reading the data"))
     tokenizer = load_tokenizer(config.model)
     data = load_data(
         config,
         tokenizer,
-        on_progress=lambda number: tell(say("reading the data: {number} samples tokenised", number=f"{number:,}")),
+        on_progress=lambda number: on_stage(
+            say("reading the data: {number} samples tokenised", number=f"{number:,}")
+        ),
     )
-    notes += unseen(config, data.train)  # refuses a run without a sample
+    notes += unseen(config, data.train)  # raises if the run would see no sample
     notes += rows_notes(config, num_rows=len(data.train), num_held_out=len(data.eval))
     precision = choose_precision(config, device)
     check_length(config)
@@ -117,7 +120,7 @@ def _prepare(
                 lengths=lengths_of(data.train, data.eval),
                 search="fastest",
                 num_gpus=ranks.size,
-                on_stage=tell,
+                on_stage=on_stage,
             )
             settings, note = follow(plan, config, plan_check=plan_check)
             notes.append(note)
@@ -125,15 +128,23 @@ def _prepare(
         config = read_config(config.model_dump(mode="json", exclude_defaults=True), settings).config
         held_bytes = reserved_before(device)
         if held_bytes:
-            notes.append(f"memory is not checked: this process already holds {format_bytes(held_bytes)} of the card")
+            notes.append(
+                f"memory is not checked: this process already holds {format_bytes(held_bytes)} of the card"
+            )
         elif ranks.leads:
-            tell(say("predicting the memory of the second step"))
-            self_check = predict_second_step(config, data.train, device=device, num_ranks=ranks.size)
+            on_stage(say("predicting the memory of the second step"))
+            self_check = predict_second_step(
+                config, data.train, device=device, num_ranks=ranks.size
+            )
     except DoesNotFitError:
         raise
-    except Exception as error:  # whatever a model does on tensors without data: the run itself needs none of this
-        notes.append(f"memory is not predicted: {type(error).__name__}: {' '.join(str(error).split())[:160]}")
-    tell(say("loading the model"))
+    except Exception as error:
+        # A model may fail in any way on tensors without data, and the run does not need this.
+        notes.append(
+            f"memory is not predicted: {type(error).__name__}: {' '.join(str(error).split())[:160]}"
+        )
+    on_stage(say("loading the model"))
+    smaller = "" if config.model.method == "qlora" else " or model.method=qlora"
     model = try_twice(
         lambda: load_model(
             config.model,
@@ -145,14 +156,13 @@ def _prepare(
         ),
         device=device,
         what=f"the model {config.model.source}",
-        way_out="close other programs, or take a smaller model"
-        + ("" if config.model.method == "qlora" else " or model.method=qlora"),
+        way_out=f"close other programs, or take a smaller model{smaller}",
     )
     if config.model.method != "full" and (clause := not_adapted(model)) is not None:
         notes.append(clause)
     peers = ranks if is_sharded else None
     if peers is not None:
-        peers.exchange(None)  # all have loaded it, and can deal it
+        peers.exchange(None)  # the model is sharded only after all have loaded it
     setup = assemble(model, config, device=device, precision=precision, peers=peers)
     num_parameters, num_trainable = count_parameters(model)
     return Prepared(
@@ -169,8 +179,19 @@ def _prepare(
     )
 
 
+def _configuration_notes(config: RunConfig, device: torch.device) -> Iterator[str]:
+    """Yield notes on settings that have no effect or are unusual."""
+    if config.memory.allocator and device.type == "cpu":
+        yield "memory.allocator has no effect here: it sets CUDA's allocator, and this run is on the CPU"
+    if config.memory.gpu is not None:
+        yield "memory.gpu is for plans: a run uses the card that is there"
+    yield from model_notes(config.model)
+    if (note := unusual_rate(config)) is not None:
+        yield note
+
+
 def rows_notes(config: RunConfig, *, num_rows: int, num_held_out: int) -> Iterator[str]:
-    """About a batch or an evaluation that the number of rows makes another than it looks."""
+    """Yield notes on a number of samples with which a batch or an evaluation is not what it seems."""
     if config.batch.rows_per_step > num_rows:
         yield say(
             "batch.effective {batch} is more than the {rows} samples of the data: a step takes all of them, and an "
@@ -192,7 +213,7 @@ def rows_notes(config: RunConfig, *, num_rows: int, num_held_out: int) -> Iterat
 
 
 def check_shard(config: RunConfig, *, num_ranks: int) -> None:
-    """Raises ConfigError where these processes cannot carry model.shard out."""
+    """Raise ConfigError if this number of processes cannot do what model.shard asks for."""
     if config.model.shard == "none":
         return
     if num_ranks == 1:
@@ -206,34 +227,42 @@ def check_shard(config: RunConfig, *, num_ranks: int) -> None:
 
 
 def follow(plan: Plan, config: RunConfig, *, plan_check: bool = True) -> tuple[list[str], str]:
-    """(the plan's choice as overrides of the configuration, what was chosen in a sentence).
+    """Return the plan's choice as overrides of the configuration, and a message about it.
 
-    Where nothing fits, the closest candidate runs if a budget was not given and it only exceeds the share of the free
-    memory that is kept back, or if plan_check is off. Raises DoesNotFitError else.
+    If nothing fits, the closest candidate runs if `plan_check` is off, or if no budget was given
+    and it only exceeds the fraction of the free memory that is not planned for. Otherwise
+    DoesNotFitError is raised.
     """
     if plan.chosen is not None:
         chosen = plan.candidates[plan.chosen]
-        room = f"of {format_bytes(plan.limit_bytes)}"
-        room += ", an upper bound: it may run out of memory" if chosen.fits is None else ""
+        limit = f"of {format_bytes(plan.limit_bytes)}"
+        limit += ", an upper bound: it may run out of memory" if chosen.fits is None else ""
     else:
         chosen = closest(plan)
-        tight = config.memory.budget == "auto" and chosen.predicted_device_bytes <= plan.device.free_bytes
+        tight = (
+            config.memory.budget == "auto"
+            and chosen.predicted_device_bytes <= plan.device.free_bytes
+        )
         if plan_check and not tight:
             raise DoesNotFitError(f"{does_not_fit(plan)}; --no-plan-check runs it anyway")
-        room = f"of {format_bytes(plan.limit_bytes)}: it may run out of memory"
+        limit = f"of {format_bytes(plan.limit_bytes)}: it may run out of memory"
     return settings_of_candidate(chosen, config), (
         f"plan: {split_of(plan, chosen).sentence}, gradient checkpointing {', '.join(chosen.techniques)}, "
         f"{chosen.loss} loss: "
-        f"{format_bytes(chosen.predicted_device_bytes)} in all {room}"
+        f"{format_bytes(chosen.predicted_device_bytes)} in all {limit}"
     )
 
 
 def unseen(config: RunConfig, examples: Examples) -> list[str]:
-    """A sentence for each weight of data.train that is too small for one of its rows to be seen in the run. Raises
-    ConfigError where that holds for all of them."""
+    """Return a warning for each weight of data.train so small that no sample with it is ever seen.
+
+    Raises ConfigError if the run would see no sample at all.
+    """
     length = run_length(config, examples)
     lengths = Epochs.of(examples.repeats)
-    epochs = length.epochs or length.total_steps * config.batch.rows_per_step / float(lengths.mean_samples)
+    epochs = length.epochs or length.total_steps * config.batch.rows_per_step / float(
+        lengths.mean_samples
+    )
     values, counts = np.unique(examples.repeats, return_counts=True)
     return [
         f"warning: none of the {count:,} samples with weight {weight:g} is seen in {epochs:.3g} epochs: at weight "
@@ -243,15 +272,27 @@ def unseen(config: RunConfig, examples: Examples) -> list[str]:
     ]
 
 
-def load_data(config: RunConfig, tokenizer: Tokenizer, *, on_progress: Callable[[int], None] | None = None) -> Data:
-    """Both sides of the held-out split, with one date where the template writes it. Raises DataError where nothing is
-    left to train on."""
+def load_data(
+    config: RunConfig, tokenizer: Tokenizer, *, on_progress: Callable[[int], None] | None = None
+) -> Data:
+    """Load the training and the held-out samples, with one date for both if the template needs it.
+
+    Raises DataError if no sample is left to train on.
+    """
     if config.data.date is None:
-        config = config.model_copy(update={"data": config.data.model_copy(update={"date": today().isoformat()})})
+        config = config.model_copy(
+            update={"data": config.data.model_copy(update={"date": today().isoformat()})}
+        )
     train = load_examples(
-        config.data, tokenizer, split="train", eval_max_rows=config.eval.max_rows, on_progress=on_progress
+        config.data,
+        tokenizer,
+        split="train",
+        eval_max_rows=config.eval.max_rows,
+        on_progress=on_progress,
     )
-    held_out = load_examples(config.data, tokenizer, split="eval", eval_max_rows=config.eval.max_rows)
+    held_out = load_examples(
+        config.data, tokenizer, split="eval", eval_max_rows=config.eval.max_rows
+    )
     if not len(train):
         raise DataError(
             f"{config.data.train_sources[0].path} leaves no sample to train on after holding out {len(held_out)}: "

@@ -1,18 +1,21 @@
-"""Which rate and which batch, asked of the run itself: `train.probe`.
+"""Tries learning rates and batch sizes at the beginning of a run, as `train.probe` asks.
 
-Before the run, its gradient noise is measured without a step. Then each setting trains the run's own first share: the
-same weights, the same rows in the same order, the same schedule in tokens. Their losses on the held-out rows are
-compared in pairs of rows. The run goes on from the branch that is better than the configuration by more than chance,
-or from the configuration's. Either way it is the run that the chosen setting would have been from the beginning, and
-`config.yaml` holds that setting before anything else of it is kept: killed at any place, it ends in the same weights.
+First the gradient noise is measured without a step. Then each setting trains a branch: the first
+part of the run, with the same weights, the same samples in the same order, and the same schedule in
+tokens. The branches' losses on the held-out samples are compared sample by sample. The run
+continues from a branch that is better than the configured setting by more than chance, or else from
+the configured one. Either way it is the run that the chosen setting would have been from the
+beginning. `config.yaml` stores the chosen setting before anything else of it is stored, so a run
+that is killed at any point ends with the same weights.
 
-A short branch judges the beginning: a high rate that wins early may lose at the end, when the schedule has lowered it,
-and the other way round (short-horizon bias, Wu et al. 2018, arXiv 1803.02021).
+A short branch judges only the beginning. A high rate that is ahead early may be behind at the end,
+when the schedule has lowered it, and the other way round (short-horizon bias, Wu et al. 2018, arXiv
+1803.02021).
 """
 
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from typing import Any
@@ -20,7 +23,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from fitune.batch_size.noise import NoiseAverages, NoiseEstimate, estimate, pairwise_sample, update_averages
+from fitune.batch_size.noise import (
+    NoiseAverages,
+    NoiseEstimate,
+    estimate,
+    pairwise_sample,
+    update_averages,
+)
 from fitune.batch_size.norms import NormRecorder
 from fitune.batch_size.scaling import OptimSettings, scale, with_settings
 from fitune.config import RunConfig, TrainConfig
@@ -37,14 +46,18 @@ from fitune.run.watcher import Watcher, Watchers
 from fitune.step.assemble import Setup
 from fitune.step.evaluate import EvalResult
 from fitune.step.optimizer import build_optimizer
-from fitune.training.checkpoint import live_tensors, newest_checkpoint
+from fitune.training.checkpoint.content import live_tensors
+from fitune.training.checkpoint.read import newest_checkpoint
 from fitune.training.identity import run_conditions, run_identity
-from fitune.training.loop import Data, in_order, run_length, train
+from fitune.training.length import run_length
+from fitune.training.loop import Data, in_order
 from fitune.training.resume import Start, go_on
 from fitune.training.self_check import SelfCheck
+from fitune.training.train import train
 
+#: The fewest steps of a branch with the configured batch. With fewer, the branch with twice the
+#: batch would have three or less, which say nothing.
 FEWEST_STEPS = 8
-"""Of the configured batch, in a branch: fewer say nothing, and twice the batch would have three or less."""
 NOISE_MICRO_BATCHES = 32
 MICRO_BATCHES_AT_ONCE = 4
 FEWEST_EVAL_ROWS = 5
@@ -52,7 +65,7 @@ FEWEST_EVAL_ROWS = 5
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """Factors of the configured rate and batch."""
+    """Factors that are applied to the configured rate and batch."""
 
     name: str
     lr_factor: float
@@ -69,12 +82,14 @@ SETTINGS = (
 
 @dataclass(frozen=True)
 class Tried:
-    """probe: what was found. config: of the run that goes on, which is no probe any more; changes: its keys that differ
-    from what was asked for. setup: of the chosen setting, its optimizer new."""
+    """The result of trying the settings."""
 
     probe: Probe
+    #: of the run that continues, in which train.probe is off
     config: RunConfig
+    #: the keys and values that differ from the configuration before
     changes: Mapping[str, Any]
+    #: of the chosen setting, with a new optimizer
     setup: Setup
 
 
@@ -88,26 +103,36 @@ def try_settings(
     watcher: Watcher,
     self_check: SelfCheck | None = None,
 ) -> Tried:
-    """The branches, each a run of its own in `run.branches`, of which the chosen one's stays there. `setup` is as new:
-    its model is in its first state again afterwards.
+    """Train a branch with each setting, and choose one of them.
 
-    Raises ConfigError as `probe_position`, FituneError where every setting diverges, and what `train` raises."""
+    Each branch is a run of its own in `run.branches`; only the chosen one stays there. `setup` must
+    be new, and its model is restored to its first state afterwards.
+
+    Raises ConfigError like `probe_position`, FituneError if every setting diverges, and what
+    `train` raises.
+    """
     position = probe_position(config, data)
     shutil.rmtree(run.branches, ignore_errors=True)
-    first = {name: tensor.to("cpu", copy=True) for name, tensor in live_tensors(setup.model).items()}
-    noise = noise_before_training(config, _renewed(config, setup, setup.optim), data.train, watcher=watcher)
+    first = {
+        name: tensor.to("cpu", copy=True) for name, tensor in live_tensors(setup.model).items()
+    }
+    noise = noise_before_training(
+        config, _with_new_optimizer(config, setup, setup.optim), data.train, watcher=watcher
+    )
     branches: list[Branch] = []
     configured: EvalResult | None = None
     for number, setting in enumerate(SETTINGS):
         changed, optim, _ = apply_setting(config, setup, setting)
-        own = _renewed(changed, setup, optim)
+        own = _with_new_optimizer(changed, setup, optim)
         summary, result = _branch(
             changed,
             own,
             create_run(run.branches, str(number)),
             data=data,
             tokenizer=tokenizer,
-            self_check=self_check if number == 0 or self_check is None else replace(self_check, circumstances=None),
+            self_check=self_check
+            if number == 0 or self_check is None
+            else replace(self_check, circumstances=None),
             position=position,
         )
         configured = result if number == 0 else configured
@@ -126,22 +151,29 @@ def try_settings(
         watcher.note(f"probe  {branches[-1]}")
         for other in set(range(number + 1)) - {choose(branches)}:
             shutil.rmtree(run.branches / str(other), ignore_errors=True)
-        _put_back(setup, first)
+        _restore_weights(setup, first)
     if not math.isfinite(branches[choose(branches)].eval_loss):
-        raise FituneError(f"every setting of the probe diverged: lower optim.lr ({setup.peak_lr:g})")
-    tokens_per_row = data.train.report.train.num_supervised_tokens / len(data.train)
+        raise FituneError(
+            f"every setting of the probe diverged: lower optim.lr ({setup.peak_lr:g})"
+        )
+    probe = _result(noise, branches, data.train)
+    changed, optim, changes = apply_setting(config, setup, SETTINGS[probe.chosen])
+    return Tried(probe, changed, changes, _with_new_optimizer(changed, setup, optim))
 
-    def in_rows(tokens: float | None) -> float | None:
-        return None if tokens is None or math.isinf(tokens) else tokens / tokens_per_row
 
-    probe = Probe(
-        noise_scale_rows=None if noise is None else in_rows(noise.scale_tokens),
-        noise_low_rows=None if noise is None else in_rows(noise.scale_low_tokens),
-        noise_high_rows=None if noise is None else in_rows(noise.scale_high_tokens),
+def _result(noise: NoiseEstimate | None, branches: Sequence[Branch], train: Examples) -> Probe:
+    """Describe the branches and the noise scale, which is converted from tokens to samples."""
+    tokens_per_sample = train.report.train.num_supervised_tokens / len(train)
+
+    def in_samples(tokens: float | None) -> float | None:
+        return None if tokens is None or math.isinf(tokens) else tokens / tokens_per_sample
+
+    return Probe(
+        noise_scale_rows=None if noise is None else in_samples(noise.scale_tokens),
+        noise_low_rows=None if noise is None else in_samples(noise.scale_low_tokens),
+        noise_high_rows=None if noise is None else in_samples(noise.scale_high_tokens),
         branches=tuple(branches),
     )
-    changed, optim, changes = apply_setting(config, setup, SETTINGS[probe.chosen])
-    return Tried(probe, changed, changes, _renewed(changed, setup, optim))
 
 
 def _branch(
@@ -154,8 +186,11 @@ def _branch(
     self_check: SelfCheck | None,
     position: int,
 ) -> tuple[Summary, EvalResult | None]:
-    """None where it diverged. The evaluation is in neither its state nor its logs: the run that goes on has not done
-    it."""
+    """Train one branch and evaluate it; the result is None if it diverged.
+
+    The evaluation is neither in the branch's state nor in its logs, because the run that continues
+    has not done it.
+    """
     try:
         summary = train(
             config,
@@ -163,28 +198,35 @@ def _branch(
             run,
             data=data,
             tokenizer=tokenizer,
-            watcher=Watchers(()),  # what a branch comes to is told when it is done
+            watcher=Watchers(()),  # the branch's result is shown when it is finished
             self_check=self_check,
             until=position,
         )
     except InterruptedRunError as error:
         whole = run.path.parent.parent
-        interrupted = InterruptedRunError(f"interrupted in the probe: fitune train --resume {whole} begins it anew")
+        interrupted = InterruptedRunError(
+            f"interrupted in the probe: fitune train --resume {whole} begins it anew"
+        )
         interrupted.exit_code = error.exit_code
         raise interrupted from error
     except FituneError as error:
-        if type(error) is not FituneError:  # a plain one is of a gradient that stays not finite
+        if type(error) is not FituneError:  # FituneError itself means a gradient that is not finite
             raise
         return read_summary(run.summary), None
     micro_batches = in_order(
         data.eval, range(len(data.eval)), setup.eval_layout, rows_at_once=config.batch.rows_per_step
     )
-    result = safe_evaluate(setup.model, micro_batches, settings=setup.settings, room=lambda: None).result
+    result = safe_evaluate(
+        setup.model, micro_batches, settings=setup.settings, room=lambda: None
+    ).result
     return summary, result if math.isfinite(result.loss) else None
 
 
 def adopt(run: RunDirectory, tried: Tried, *, data: Data) -> Start:
-    """The chosen branch becomes the run. The configuration of `tried` must be in the run's directory by now."""
+    """Make the chosen branch the run.
+
+    The run's directory must have the configuration of `tried` already.
+    """
     branch = RunDirectory(run.branches / str(tried.probe.chosen))
     for source, target in (
         (branch.metrics, run.metrics),
@@ -208,8 +250,11 @@ def adopt(run: RunDirectory, tried: Tried, *, data: Data) -> Start:
 
 
 def probe_position(config: RunConfig, data: Data) -> int:
-    """Samples that each branch sees: whole batches of twice the configured size, so that all see the same ones. Raises
-    ConfigError where these, or the held-out rows, are too few to tell settings apart."""
+    """Return how many samples each branch sees: whole batches of twice the configured size.
+
+    So all branches see the same samples. Raises ConfigError if these, or the held-out samples, are
+    too few to tell settings apart.
+    """
     rows, fraction = 2 * config.batch.rows_per_step, config.train.probe_fraction
     total_steps = run_length(config, data.train).total_steps
     steps = int(fraction * total_steps)
@@ -235,15 +280,28 @@ def probe_position(config: RunConfig, data: Data) -> int:
 def noise_before_training(
     config: RunConfig, setup: Setup, examples: Examples, *, watcher: Watcher
 ) -> NoiseEstimate | None:
-    """Of the untrained weights, from the rows that the run sees first; no step is done. None with too few rows."""
-    guard = Guard(config, setup, examples=examples, tell=lambda kind, sentence: watcher.note(sentence))
+    """Measure the gradient noise of the untrained weights on the first samples, without a step.
+
+    Returns None if there are too few samples.
+    """
+    guard = Guard(
+        config, setup, examples=examples, report=lambda kind, message: watcher.note(message)
+    )
     guard.start()
-    rows = batches(examples, rows_per_step=config.batch.rows_per_step, seed=config.train.seed, epochs=1)
-    parts = islice((part for batch in rows for part in setup.layout.split(batch)), NOISE_MICRO_BATCHES)
+    rows = batches(
+        examples, rows_per_step=config.batch.rows_per_step, seed=config.train.seed, epochs=1
+    )
+    parts = islice(
+        (part for batch in rows for part in setup.layout.split(batch)), NOISE_MICRO_BATCHES
+    )
     averages = NoiseAverages()
     while group := list(islice(parts, MICRO_BATCHES_AT_ONCE)):
         norms = guard.read_norms(group, NormRecorder(setup.optimizer))
-        sample = None if norms is None else pairwise_sample(norms.micro, norms.total, weights=norms.weights)
+        sample = (
+            None
+            if norms is None
+            else pairwise_sample(norms.micro, norms.total, weights=norms.weights)
+        )
         if sample is not None:
             averages = update_averages(averages, sample, half_life_tokens=math.inf)
     return estimate(averages)
@@ -252,19 +310,32 @@ def noise_before_training(
 def apply_setting(
     config: RunConfig, setup: Setup, setting: Setting
 ) -> tuple[RunConfig, OptimSettings, Mapping[str, Any]]:
-    """(the configuration of the setting's run, the optimizer's settings at its batch, the keys that differ).
+    """Return the setting's configuration, the optimizer's settings, and the keys that differ.
 
-    The values are those in use, so optim.scaling has done its work and is left out. Twice the batch takes the rule
-    `sqrt` for everything that depends on it; micro-batches keep their size."""
+    The optimizer's values are those in use, so optim.scaling is applied already and left out. For
+    twice the batch, everything that depends on it is scaled by the rule `sqrt`; micro-batches stay
+    the same size.
+    """
     optim, content = setup.optim, config.model_dump()
-    content["train"] |= {"probe": False, "probe_fraction": TrainConfig.model_fields["probe_fraction"].default}
+    content["train"] |= {
+        "probe": False,
+        "probe_fraction": TrainConfig.model_fields["probe_fraction"].default,
+    }
     if setting.batch_factor > 1:
         optim = scale(optim, "sqrt", factor=setting.batch_factor)
         rows = config.batch.rows_per_step * setting.batch_factor
-        content["batch"] |= {"effective": rows, "micro": config.batch.micro_rows or "auto", "accumulation": "auto"}
+        content["batch"] |= {
+            "effective": rows,
+            "micro": config.batch.micro_rows or "auto",
+            "accumulation": "auto",
+        }
     optim = replace(optim, lr=setup.optim.lr * setting.lr_factor)
     if setting.lr_factor != 1:
-        content["optim"] |= asdict(optim) | {"scaling": "none", "reference_batch": None, "noise_scale": None}
+        content["optim"] |= asdict(optim) | {
+            "scaling": "none",
+            "reference_batch": None,
+            "noise_scale": None,
+        }
     changed = RunConfig.model_validate(content)
     before = config.model_dump()
     changes = {
@@ -276,12 +347,14 @@ def apply_setting(
     return changed, optim, changes
 
 
-def _renewed(config: RunConfig, setup: Setup, optim: OptimSettings) -> Setup:
-    """With an optimizer that has done nothing yet."""
+def _with_new_optimizer(config: RunConfig, setup: Setup, optim: OptimSettings) -> Setup:
+    """Return the setup with a new optimizer and a new gradient scaler."""
     device = next(setup.model.parameters()).device
     return replace(
         setup,
-        optimizer=build_optimizer(setup.model, with_settings(config.optim, optim), lr=optim.lr, device=device),
+        optimizer=build_optimizer(
+            setup.model, with_settings(config.optim, optim), lr=optim.lr, device=device
+        ),
         scaler=None if setup.scaler is None else torch.amp.GradScaler(device.type),
         settings=replace(setup.settings, clip=optim.clip),
         optim=optim,
@@ -289,16 +362,21 @@ def _renewed(config: RunConfig, setup: Setup, optim: OptimSettings) -> Setup:
 
 
 @torch.no_grad()
-def _put_back(setup: Setup, first: Mapping[str, torch.Tensor]) -> None:
+def _restore_weights(setup: Setup, first: Mapping[str, torch.Tensor]) -> None:
     for name, tensor in live_tensors(setup.model).items():
         tensor.copy_(first[name])
 
 
-def _difference(result: EvalResult | None, configured: EvalResult | None) -> ConfidenceInterval | None:
+def _difference(
+    result: EvalResult | None, configured: EvalResult | None
+) -> ConfidenceInterval | None:
     if result is None or configured is None:
         return None
     own, theirs = (
-        [loss / weight if weight else 0.0 for loss, weight in zip(each.row_losses, each.row_weights, strict=True)]
+        [
+            loss / weight if weight else 0.0
+            for loss, weight in zip(each.row_losses, each.row_weights, strict=True)
+        ]
         for each in (result, configured)
     )
     return paired_interval(own, theirs, configured.row_weights, level=LEVEL)

@@ -1,4 +1,4 @@
-"""From a run's directory to the place where it goes on: its last commit, checked against what is asked for now."""
+"""Brings a run from its directory to where it continues: its newest checkpoint, if that matches."""
 
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -15,23 +15,25 @@ from fitune.errors import FituneError, UsageError
 from fitune.run.directory import RunDirectory
 from fitune.run.journal import JournalLine, StepRecord, plan_parts, read_journal
 from fitune.step.assemble import Setup, choose_precision
-from fitune.training.checkpoint import Checkpoint, restore, roll_back
+from fitune.training.checkpoint.read import Checkpoint, restore, roll_back
 from fitune.training.identity import Json, check_identity, condition_note
 from fitune.training.state import RunState
 
 
 @dataclass(frozen=True)
 class Start:
-    """Where a run goes on. notes: what a person must know of it, one sentence each. memory_model: opaque."""
+    """Where a run continues."""
 
     state: RunState
+    #: what the user must know about it, one message each
     notes: tuple[str, ...]
+    #: what `Guard.to_json` returned
     memory_model: Json | None = None
 
 
 @dataclass(frozen=True)
 class Replay:
-    """The journal of a run that is done once more."""
+    """The journal of a run whose steps are repeated."""
 
     path: Path
     lines: tuple[JournalLine, ...]
@@ -47,11 +49,14 @@ def go_on(
     allowed: Collection[str] = (),
     ranks: Ranks | None = None,
 ) -> Start:
-    """Bring directory, weights, optimizer and random numbers to `checkpoint` (None: to the beginning).
+    """Roll the directory back to `checkpoint`, and restore weights, optimizer and random numbers.
 
-    facts: identity and conditions of what is asked for now. allowed: the keys of the identity that may have changed.
-    ranks: the processes that do so together, of which the first alone changes the directory. Raises RunDirectoryError,
-    before anything is changed, where something else has.
+    checkpoint: None for a run of which nothing was saved; it starts from the beginning.
+    facts: identity and conditions of the present configuration.
+    allowed: keys of the identity that may have changed.
+    ranks: the processes that do this together, of which only the first changes the directory.
+
+    Raises RunDirectoryError, before anything is changed, if anything else in the identity differs.
     """
     identity, conditions = facts
     leads = ranks is None or ranks.leads
@@ -64,11 +69,16 @@ def go_on(
     lost = roll_back(run, checkpoint) if leads else []
     restore(checkpoint, setup)
     where = f"goes on after step {checkpoint.state.step}"
-    return Start(checkpoint.state, (where, *notes, *([note] if note else []), *lost), checkpoint.memory_model)
+    return Start(
+        checkpoint.state, (where, *notes, *([note] if note else []), *lost), checkpoint.memory_model
+    )
 
 
 def pin_precision(config: RunConfig, checkpoint: Checkpoint, device: torch.device) -> RunConfig:
-    """What `auto` chose when the run began: another device would choose otherwise."""
+    """Replace model.precision=auto by what it chose when the run began.
+
+    Another device could choose differently.
+    """
     saved = checkpoint.identity["model.precision"]
     if config.model.precision != "auto" or choose_precision(config, device).name == saved:
         return config
@@ -76,13 +86,18 @@ def pin_precision(config: RunConfig, checkpoint: Checkpoint, device: torch.devic
 
 
 def read_replay(run: RunDirectory) -> Replay:
-    """Raises RunDirectoryError where the journal is missing, damaged or changed."""
+    """Read the journal of a run. Raises RunDirectoryError if it is missing, damaged or changed."""
     return Replay(run.path, read_journal(run.journal))
 
 
-def replayed_split(batch: Batch, line: JournalLine, *, packed: bool, ranks: Ranks) -> list[MicroBatch]:
-    """This process's micro-batches of that line. A row that is in the batch twice is the same row. Raises UsageError
-    where the line is of another number of processes."""
+def replayed_split(
+    batch: Batch, line: JournalLine, *, packed: bool, ranks: Ranks
+) -> list[MicroBatch]:
+    """Split a batch into this process's micro-batches as that line of the journal lists them.
+
+    A sample that is in the batch twice has one id. Raises UsageError if the step was done by
+    another number of processes.
+    """
     parts = plan_parts(line.plan)
     if len(parts) != ranks.size:
         raise UsageError(
@@ -92,19 +107,29 @@ def replayed_split(batch: Batch, line: JournalLine, *, packed: bool, ranks: Rank
     try:
         return lay_out_as(batch, parts[ranks.rank], packed=packed)
     except KeyError:
-        return [lay_out(batch.rows, packed=packed)]  # another batch: the comparison of the step says so
+        # The batch differs from the line's, and the comparison after the step will report it.
+        return [lay_out(batch.rows, packed=packed)]
 
 
-def replayed_reliefs(replay: Replay, number: int, *, rank: int) -> tuple[str, ...]:
-    """What saved memory in this process in that line."""
-    reliefs = replay.lines[number].reliefs if number < len(replay.lines) else ()
-    return reliefs[rank] if reliefs else ()
+def replayed_fallbacks(replay: Replay, number: int, *, rank: int) -> tuple[str, ...]:
+    """Return the fallbacks that this process used in line `number` (from 0) of the journal."""
+    fallbacks = replay.lines[number].reliefs if number < len(replay.lines) else ()
+    return fallbacks[rank] if fallbacks else ()
 
 
 def check_replayed(replay: Replay, number: int, record: StepRecord) -> None:
-    """Raises FituneError where line `number` (from 0) of the journal was another step."""
+    """Compare a repeated step with line `number` (from 0) of the journal.
+
+    Raises FituneError if they differ.
+    """
     line = replay.lines[number]
-    names = [name for name in StepRecord.__dataclass_fields__ if getattr(record, name) != getattr(line, name)]
+    names = [
+        name
+        for name in StepRecord.__dataclass_fields__
+        if getattr(record, name) != getattr(line, name)
+    ]
     if names:
-        listed = "\n".join(f"  {name} {getattr(line, name)} -> {getattr(record, name)}" for name in names)
+        listed = "\n".join(
+            f"  {name} {getattr(line, name)} -> {getattr(record, name)}" for name in names
+        )
         raise FituneError(f"the replay differs from {replay.path} at step {line.step}:\n{listed}")

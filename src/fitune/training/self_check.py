@@ -1,9 +1,9 @@
-"""The run checks its own prediction: the first two steps are predicted from the rows that they will see, and the second
-one is measured.
+"""Predicts the memory of a run's second step, so that the run can compare it with the measurement.
 
-On CUDA PyTorch's own counters are compared. On a CPU it is the resident peak above the state before the model was
-loaded, where the C library's habits are part of the number. What is found is kept for later predictions
-(planning/past_errors.py).
+The first two steps are predicted from the samples that they will see. On CUDA, the counters of
+PyTorch's allocator are compared. On a CPU, it is the resident peak above what was resident before
+the model was loaded, which includes the C library's own behaviour. The difference is stored for
+later predictions (planning/past_errors.py).
 """
 
 import os
@@ -37,21 +37,26 @@ CHECKED_STEP = 2
 
 @dataclass(frozen=True)
 class SelfCheck:
-    """predicted: of the second optimizer step. program_bytes: resident before the model was loaded, on a CPU.
-    circumstances: under which its outcome is kept; None: it is not. is_bound: less may be measured, as of a sharded
-    model, of which more is counted than there is at any time."""
+    """The prediction of the second optimizer step."""
 
     predicted: Prediction
+    #: on a CPU: resident before the model was loaded
     program_bytes: int | None
+    #: under which the outcome is stored; None if it is not stored
     circumstances: Circumstances | None = None
+    #: whether less may be measured. The prediction for a sharded model counts tensors together that
+    #: are not allocated at the same time.
     is_bound: bool = False
 
     def measured(self, peak: MemoryPeak) -> MemoryPeak:
-        """The peak in the terms of the prediction: on a CPU the program itself is taken off."""
+        """Convert a measured peak to what is predicted: on a CPU, subtract the program itself."""
         return peak.beside(self.program_bytes)
 
     def compare(self, measured: MemoryPeak) -> tuple[str, bool]:
-        """(predicted beside measured, whether they agree). measured: as the method of that name gives it."""
+        """Return a message with prediction and measurement, and whether they agree.
+
+        measured: as `measured` returns it.
+        """
         sides = {
             "allocated": (self.predicted.peak_allocated_bytes, measured.allocated_bytes),
             "reserved" if self.program_bytes is None else "resident": (
@@ -59,13 +64,15 @@ class SelfCheck:
                 measured.reserved_bytes,
             ),
         }
-        words, agrees = [], True
+        parts, agrees = [], True
         tolerance = CUDA_TOLERANCE if self.program_bytes is None else CPU_TOLERANCE
         for name, (predicted, found) in sides.items():
             if found is None:
                 if name == "resident":
                     agrees &= predicted <= CPU_NOISE_BYTES
-                    words.append(f"resident {format_bytes(predicted)} predicted, nothing measured beside the program")
+                    parts.append(
+                        f"resident {format_bytes(predicted)} predicted, nothing measured beside the program"
+                    )
                 continue
             error = predicted / found - 1
             noise_bytes = 0 if self.program_bytes is None else CPU_NOISE_BYTES
@@ -74,24 +81,33 @@ class SelfCheck:
             difference = f"{error:+.1%}"
             if abs(error) > tolerance and abs(predicted - found) <= noise_bytes:
                 difference = f"differences below {format_bytes(noise_bytes)} are the program's own"
-            words.append(f"{name} {format_bytes(predicted)} predicted, {format_bytes(found)} measured ({difference})")
+            parts.append(
+                f"{name} {format_bytes(predicted)} predicted, {format_bytes(found)} measured ({difference})"
+            )
         if not agrees and self.predicted.device_interval is not None:
-            words += self.predicted.device_interval.reasons
+            parts += self.predicted.device_interval.reasons
         warning = "" if agrees else f"warning: more than {tolerance:.0%} off: "
-        return f"{warning}memory of step {CHECKED_STEP}: {'; '.join(words)}", agrees
+        return f"{warning}memory of step {CHECKED_STEP}: {'; '.join(parts)}", agrees
 
     def keep(self, measured: MemoryPeak) -> None:
-        """Adds both sides to the residuals of this machine. measured: as the method of that name gives it."""
+        """Store prediction and measurement with the past errors of this machine.
+
+        measured: as `measured` returns it.
+        """
         if self.circumstances is None or measured.reserved_bytes is None:
             return
         context_bytes = _context_bytes() if self.program_bytes is None else None
         predicted_bytes = self.predicted.peak_reserved_bytes
-        add_residual(Residual(self.circumstances, predicted_bytes, measured.reserved_bytes, context_bytes))
+        add_residual(
+            Residual(self.circumstances, predicted_bytes, measured.reserved_bytes, context_bytes)
+        )
 
 
 def _context_bytes() -> int | None:
-    """What this process has on its card besides what PyTorch has reserved; None where NVML cannot tell, as in most
-    containers."""
+    """Return the bytes that this process uses on its card in addition to what PyTorch has reserved.
+
+    Returns None if NVML does not report them, as in most containers.
+    """
     for process in (process for card in read_cards() for process in card.processes):
         if process.pid == os.getpid() and process.used_bytes is not None:
             return max(process.used_bytes - torch.cuda.memory_reserved(), 0) or None
@@ -99,49 +115,67 @@ def _context_bytes() -> int | None:
 
 
 def run_device(device: torch.device) -> Device:
-    """The card that torch means by `device`, found by its UUID: torch may count cards in another order than NVML."""
+    """Return the card that torch means by `device`, found by its UUID.
+
+    torch may count cards in another order than NVML.
+    """
     cards = this_machine()
     if device.type == "cpu" or not cards:
         return cpu_device()
     uuid = str(torch.cuda.get_device_properties(device).uuid)
     card = next((card for card in cards if (card.uuid or "").endswith(uuid)), cards[0])
-    if card.free_bytes is None:  # without NVML; the run starts CUDA in any case
+    if card.free_bytes is None:  # There is no NVML. Asking CUDA is fine, since the run starts it.
         free_bytes, total_bytes = torch.cuda.mem_get_info(device)
         return replace(card, free_bytes=free_bytes, used_bytes=total_bytes - free_bytes)
     return card
 
 
 def reserved_before(device: torch.device) -> int:
-    """What PyTorch has reserved on the card before the run's own: of tensors that a notebook, say, still has. Beside it
-    what the run reserves is not what is predicted. 0 on a CPU."""
+    """Return what PyTorch has reserved on the card before the run, for example in a notebook.
+
+    What the run reserves in addition then differs from the prediction. 0 on a CPU.
+    """
     if device.type == "cpu":
         return 0
     release_workspaces(device)
     return torch.cuda.memory_reserved(device)
 
 
-def predict_second_step(config: RunConfig, train: Examples, *, device: torch.device, num_ranks: int = 1) -> SelfCheck:
-    """num_ranks: of which this is the first. Raises what a recording raises; a run without its prediction is still a
-    run."""
+def predict_second_step(
+    config: RunConfig, train: Examples, *, device: torch.device, num_ranks: int = 1
+) -> SelfCheck:
+    """Predict the memory of the second step, as the first of `num_ranks` processes.
+
+    Raises whatever recording the step raises; the run itself does not need the prediction.
+    """
     target = run_device(device)
-    config = with_routing(config, "balanced")  # near to what is measured, of which the worst is only a bound
+    # Balanced routing is close to what is measured; the worst case would be only an upper bound.
+    config = with_routing(config, "balanced")
     passes, num_shards = list(_passes(config, train, num_ranks)), shards_of(config, num_ranks)
     training = predict_run(config, target, passes=passes, num_shards=num_shards).training
-    if device.type == "cuda" and num_shards == 1:  # on a CPU only what is used of it is resident
+    if device.type == "cuda" and num_shards == 1:
+        # on a CPU only the used part of the bucket is resident
         training = with_bucket(training, num_ranks)
     else:
-        trim_heap()  # what the preparation freed is not the program's, and is given back before the first step
-    if num_shards > 1:  # tells nothing of other predictions
+        # What the preparation freed is given back before the first step, so it must not count as
+        # the program's memory.
+        trim_heap()
+    if num_shards > 1:  # the outcome says nothing about other predictions
         return SelfCheck(training, program_bytes(device), is_bound=True)
     return SelfCheck(training, program_bytes(device), circumstances(target, config.model.source))
 
 
 def _passes(config: RunConfig, train: Examples, num_ranks: int) -> Iterator[Pass]:
-    """As the run will do them: the optimizer's state, then its first two steps. A card has forgotten what was between
-    (`Guard.settle`)."""
+    """Yield the passes that the run will do: the optimizer's state, and then its first two steps.
+
+    `Guard.release_trial_memory` has given back what a card allocates before them.
+    """
     if not OPTIMIZERS[config.optim.name].state_comes_late:
         yield Pass("state")
-    seen = islice(batches(train, rows_per_step=config.batch.rows_per_step, seed=config.train.seed), CHECKED_STEP)
+    seen = islice(
+        batches(train, rows_per_step=config.batch.rows_per_step, seed=config.train.seed),
+        CHECKED_STEP,
+    )
     yield from (Pass("train", _sizes(deal(batch, num_ranks)[0])) for batch in seen)
 
 

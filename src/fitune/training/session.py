@@ -1,7 +1,8 @@
-"""A run from its configuration to its summary: a new one, one that goes on, or one whose steps are done once more.
+"""Does a run from its configuration to its summary: a new run, a resumed one, or a replay.
 
-Nothing is written before model and data are loaded, so that what cannot work leaves no trace; only a run that would be
-refused is refused at once. Nothing heavy is imported before that either.
+Nothing is written before model and data are loaded, so a run that cannot work leaves no trace. A
+run whose directory must not be replaced is refused before that. Nothing heavy is imported at the
+top, so that this refusal is quick.
 """
 
 import os
@@ -42,42 +43,43 @@ if TYPE_CHECKING:
 
 
 class RunScreen(Watcher, Protocol):
-    """Shows a run to a person, from its loading on."""
+    """Shows a run to the user, beginning with its loading."""
 
     def begin(self, run: RunDirectory) -> None:
-        """The run has its directory, and what follows is part of it."""
+        """Show that the run has its directory now."""
         ...
 
     def stage(self, name: str) -> None:
-        """This is done now, before the first step."""
+        """Show what is being done before the first step."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class NewRun:
-    """A run that begins. overwrite: replaces an existing run of this name."""
+    """A run that begins."""
 
     resolved: ResolvedConfig
+    #: replace an existing run of this name
     overwrite: bool = False
-    #: refuse what the prediction says does not fit
+    #: refuse a setting that is predicted not to fit
     plan_check: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
 class ResumedRun:
-    """A run that goes on behind its newest checkpoint."""
+    """A run that continues from its newest checkpoint."""
 
     run: RunDirectory
     resolved: ResolvedConfig
     #: keys of the configuration that may differ from the run's own
     allow_change: tuple[str, ...] = ()
-    #: whether the configuration is another than the run's own, and is written to it
+    #: whether the configuration differs from the run's own and replaces it
     is_changed: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReplayedRun:
-    """A run whose steps are done once more and compared, in a directory of its own beside it."""
+    """A run whose steps are repeated and compared, in a new directory next to its own."""
 
     run: RunDirectory
     resolved: ResolvedConfig
@@ -87,7 +89,7 @@ class ReplayedRun:
 def run_session(
     request: NewRun | ResumedRun | ReplayedRun, screen: RunScreen, *, ranks: Ranks | None = None
 ) -> tuple[RunDirectory, Summary]:
-    """Do the run. ranks: the processes that do it together, of which the first alone writes.
+    """Do the run, together with the processes of `ranks`, of which only the first writes.
 
     Raises a FituneError for everything that a user can cause.
     """
@@ -105,55 +107,41 @@ def dry_run(request: NewRun | ResumedRun | ReplayedRun, screen: RunScreen, *, ra
     _prepare(request.resolved.config, screen, plan_check=plan_check, ranks=ranks)
 
 
-def _begin(request: NewRun | ReplayedRun, screen: RunScreen, ranks: Ranks) -> tuple[RunDirectory, Summary]:
-    resolved = request.resolved
-    replayed = request.run if isinstance(request, ReplayedRun) else None
-    overwrite = isinstance(request, NewRun) and request.overwrite
-    config = resolved.config
-    name = config.run.name
-    run = None
-    if replayed is not None:
-        name = f"{replayed.name}-replay-"
-    elif ranks.leads:
-        _check_place(config, overwrite=overwrite)
-        if name is not None and (config.run.output / name).exists() and not overwrite:
-            run = create_run(config.run.output, name)
-    settings = None if replayed is None else _settings(replayed)
-    prepared = _prepare(config, screen, plan_check=request.plan_check, settings=settings, ranks=ranks)
-    resolved = _dated(resolved, prepared)
-    from fitune.allocator.prediction import peak_json
-    from fitune.data.examples import data_json
-    from fitune.training.checkpoint import check_disk
-    from fitune.training.resume import read_replay
-
+def _begin(
+    request: NewRun | ReplayedRun, screen: RunScreen, ranks: Ranks
+) -> tuple[RunDirectory, Summary]:
+    """Do a run that begins, whether a new one or a replay."""
+    config = request.resolved.config
+    replay, settings = None, None
+    existing = _existing_run(request) if isinstance(request, NewRun) and ranks.leads else None
+    if isinstance(request, ReplayedRun):
+        settings = _settings(request.run)
+    prepared = _prepare(
+        config, screen, plan_check=request.plan_check, settings=settings, ranks=ranks
+    )
+    resolved = _dated(request.resolved, prepared)
     if config.train.probe:
         from fitune.training.probe import probe_position
 
-        probe_position(config, prepared.data)  # refuses what is too short for one
+        probe_position(config, prepared.data)  # raises if the run is too short for a probe
+    if isinstance(request, ReplayedRun):
+        from fitune.training.resume import read_replay
 
-    replay = None if replayed is None else read_replay(replayed)
+        replay = read_replay(request.run)
     if not ranks.leads:
         run = RunDirectory(ranks.exchange(Path())[0])
         return run, _train(config, prepared, run, screen=screen, replay=replay, ranks=ranks)
-    output = config.run.output if replayed is None else replayed.path.parent
-    if (note := check_disk(output, prepared.setup, config.optim.name)) is not None:
-        screen.note(f"warn   {note}")
-    if run is None:
-        run = create_run(output, name or _prefix(config), overwrite=overwrite)
+    run = _new_directory(request, prepared, screen, existing=existing)
     screen.begin(run)
     with working_on(run):
-        write_atomically(run.config, format_config(resolved))
-        write_json(run.env, environment(config.run.output))
-        write_json(run.data, data_json(prepared.data.train, prepared.data.eval))
-        if prepared.self_check is not None:
-            write_json(run.peak, peak_json(prepared.self_check.predicted))
-        if prepared.plan is not None:
-            write_json(run.plan, {"schema": SCHEMA, **plan_json(prepared.plan), "settings": prepared.settings})
+        _write_start(run, resolved, prepared)
         ranks.exchange(run.path)
         start = None
         if config.train.probe:
             config, prepared, start = _probe(resolved, prepared, run, screen)
-        summary = _train(config, prepared, run, screen=screen, start=start, replay=replay, ranks=ranks)
+        summary = _train(
+            config, prepared, run, screen=screen, start=start, replay=replay, ranks=ranks
+        )
     if prepared.plan is not None and ranks.size == 1:
         calibrate(prepared.plan, run.metrics)
     if replay is not None:
@@ -161,13 +149,59 @@ def _begin(request: NewRun | ReplayedRun, screen: RunScreen, ranks: Ranks) -> tu
     return run, summary
 
 
+def _existing_run(request: NewRun) -> RunDirectory | None:
+    """Check the place of the run, and return its directory if that exists and may be used."""
+    config = request.resolved.config
+    name = config.run.name
+    _check_place(config, overwrite=request.overwrite)
+    if name is None or request.overwrite or not (config.run.output / name).exists():
+        return None
+    return create_run(config.run.output, name)
+
+
+def _new_directory(
+    request: NewRun | ReplayedRun,
+    prepared: "Prepared",
+    screen: RunScreen,
+    *,
+    existing: RunDirectory | None,
+) -> RunDirectory:
+    """Create the run's directory, unless it exists, on a disk with space for a checkpoint."""
+    from fitune.training.checkpoint.write import check_disk
+
+    config, overwrite = request.resolved.config, False
+    if isinstance(request, ReplayedRun):
+        output, name = request.run.path.parent, f"{request.run.name}-replay-"
+    else:
+        output, name = config.run.output, config.run.name or _prefix(config)
+        overwrite = request.overwrite
+    if (note := check_disk(output, prepared.setup, config.optim.name)) is not None:
+        screen.note(f"warn   {note}")
+    return existing or create_run(output, name, overwrite=overwrite)
+
+
+def _write_start(run: RunDirectory, resolved: ResolvedConfig, prepared: "Prepared") -> None:
+    """Write what is known before the first step: configuration, environment, data and plan."""
+    from fitune.allocator.prediction import peak_json
+    from fitune.data.examples import data_json
+
+    write_atomically(run.config, format_config(resolved))
+    write_json(run.env, environment(resolved.config.run.output))
+    write_json(run.data, data_json(prepared.data.train, prepared.data.eval))
+    if prepared.self_check is not None:
+        write_json(run.peak, peak_json(prepared.self_check.predicted))
+    if prepared.plan is not None:
+        plan = {"schema": SCHEMA, **plan_json(prepared.plan), "settings": prepared.settings}
+        write_json(run.plan, plan)
+
+
 def _resume(request: ResumedRun, screen: RunScreen, ranks: Ranks) -> Summary:
-    """Change nothing in the directory before everything is loaded and found to be the same run."""
+    """Resume a run. Its directory is not changed before everything is loaded and found to match."""
     run, resolved = request.run, request.resolved
     with working_on(run) if ranks.leads else nullcontext():
         screen.begin(run)
         from fitune.machine.process_memory import choose_device
-        from fitune.training.checkpoint import newest_checkpoint
+        from fitune.training.checkpoint.read import newest_checkpoint
         from fitune.training.identity import run_conditions, run_identity
         from fitune.training.resume import go_on, pin_precision
 
@@ -181,7 +215,15 @@ def _resume(request: ResumedRun, screen: RunScreen, ranks: Ranks) -> Summary:
         setup, data = prepared.setup, prepared.data
         identity = run_identity(config, setup, train=data.train, held_out=data.eval)
         facts = (identity, run_conditions(config, setup, num_ranks=ranks.size))
-        start = go_on(run, checkpoint, setup, config=config, facts=facts, allowed=request.allow_change, ranks=ranks)
+        start = go_on(
+            run,
+            checkpoint,
+            setup,
+            config=config,
+            facts=facts,
+            allowed=request.allow_change,
+            ranks=ranks,
+        )
         if request.is_changed and ranks.leads:
             write_atomically(run.config, format_config(resolved))
         start = replace(start, notes=(*faults, *start.notes))
@@ -200,13 +242,15 @@ def _train(
     replay: "Replay | None" = None,
     ranks: Ranks,
 ) -> Summary:
-    """Train. Trackers and the monitor watch the first process only."""
-    from fitune.training.loop import train as train_loop
+    """Train, with trackers and the monitor in the first process only."""
+    from fitune.training.train import train as train_to_the_end
     from fitune.watch.monitor import watched
 
-    watchers = watched(config, prepared.setup, run, watcher=screen) if ranks.leads else nullcontext(screen)
+    watchers = (
+        watched(config, prepared.setup, run, watcher=screen) if ranks.leads else nullcontext(screen)
+    )
     with watchers as watcher:
-        return train_loop(
+        return train_to_the_end(
             config,
             prepared.setup,
             run,
@@ -223,10 +267,10 @@ def _train(
 def _probe(
     resolved: ResolvedConfig, prepared: "Prepared", run: RunDirectory, screen: RunScreen
 ) -> tuple[RunConfig, "Prepared", "Start"]:
-    """Try other settings first, and return what the run goes on with.
+    """Try other settings first, and return what the run continues with.
 
-    Its configuration is written before the chosen branch becomes the run: killed between the two, it begins anew with
-    the chosen setting and ends in the same weights.
+    The chosen configuration is written before the chosen branch becomes the run. A run that is
+    killed between the two begins anew with the chosen setting and ends with the same weights.
     """
     from fitune.run.probe import write_probe
     from fitune.training.probe import adopt, try_settings
@@ -247,8 +291,8 @@ def _probe(
     tokens, scale = format_count(tried.probe.cost_tokens), tried.probe.noise_scale_rows
     noise = "n/a" if scale is None else f"{scale:,.0f} samples"
     verdict = f"{tried.probe.verdict}; noise scale before training {noise}; {tokens} tokens on the other branches"
-    for sentence in (*map(str, tried.probe.branches), verdict):
-        append_line(run.events, RunEvent(time=time.time(), step=0, kind="probe", message=sentence))
+    for message in (*map(str, tried.probe.branches), verdict):
+        append_line(run.events, RunEvent(time=time.time(), step=0, kind="probe", message=message))
     screen.note(f"probe  {verdict}")
     return tried.config, replace(prepared, setup=tried.setup), start
 
@@ -256,14 +300,15 @@ def _probe(
 def _dated(resolved: ResolvedConfig, prepared: "Prepared") -> ResolvedConfig:
     """Return the configuration with the date that the chat template has written into the samples.
 
-    So the run goes on with the same tokens on another day.
+    The run can then be resumed on another day with the same tokens.
     """
     date = prepared.data.train.report.date
     if date is None or resolved.config.data.date == date:
         return resolved
     data = resolved.config.data.model_copy(update={"date": date})
     return ResolvedConfig(
-        resolved.config.model_copy(update={"data": data}), {**resolved.origins, "data.date": "the run's start"}
+        resolved.config.model_copy(update={"data": data}),
+        {**resolved.origins, "data.date": "the run's start"},
     )
 
 
@@ -276,14 +321,16 @@ def _prefix(config: RunConfig) -> str:
 
 
 def _settings(run: RunDirectory) -> list[str]:
-    """Read what the plan of that run decided; nothing where it had none."""
+    """Return what the plan of that run decided, which is nothing if it had no plan."""
     try:
         content = parse_json(read_plain(run.plan))
         return [str(setting) for setting in content["settings"]]
     except FileNotFoundError:
         return []
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunDirectoryError(f"{run.plan} cannot be read, so the run cannot be gone on with as planned") from error
+        raise RunDirectoryError(
+            f"{run.plan} cannot be read, so the run cannot be gone on with as planned"
+        ) from error
 
 
 def _prepare(
@@ -295,11 +342,16 @@ def _prepare(
     ranks: Ranks,
 ) -> "Prepared":
     if config.train.probe and ranks.size > 1:
-        raise UsageError(f"train.probe works in one process and {ranks.size} were started: drop it, or torchrun")
+        raise UsageError(
+            f"train.probe works in one process and {ranks.size} were started: drop it, or torchrun"
+        )
     parse_allocator_config(config.memory.allocator)
     if config.memory.allocator:
-        os.environ["PYTORCH_ALLOC_CONF"] = config.memory.allocator  # read when CUDA starts, so before torch is used
-    screen.note(f"model  {config.model.source} · data {', '.join(s.path for s in config.data.train_sources)}")
+        # torch reads it when CUDA starts
+        os.environ["PYTORCH_ALLOC_CONF"] = config.memory.allocator
+    screen.note(
+        f"model  {config.model.source} · data {', '.join(s.path for s in config.data.train_sources)}"
+    )
     from fitune.data.files import check_files
     from fitune.model.source import check_source, check_tokenizer
 
@@ -314,7 +366,9 @@ def _prepare(
     check_trackers(config)
     if config.run.prometheus is not None:
         check_prometheus(Path(config.run.prometheus))
-    prepared = prepare(config, on_stage=screen.stage, plan_check=plan_check, settings=settings, ranks=ranks)
+    prepared = prepare(
+        config, on_stage=screen.stage, plan_check=plan_check, settings=settings, ranks=ranks
+    )
     screen.stage(say("starting"))
     report = prepared.data.train.report
     trainable, parameters = prepared.num_trainable_parameters, prepared.num_parameters
@@ -324,17 +378,21 @@ def _prepare(
         f"{report.supervised_fraction:.1%} supervised · {len(prepared.data.eval):,} samples held out"
     )
     if prepared.self_check is not None:
-        screen.note(f"memory {_memory_words(prepared.self_check)}, predicted for step 2, where it will be measured")
-    for sentence in (*prepared.setup.notes, *prepared.notes):
-        screen.note(f"note   {sentence}")
-    for sentence in report.warnings:
-        screen.note(f"warn   {sentence}")
+        memory = _memory_text(prepared.self_check)
+        screen.note(f"memory {memory}, predicted for step 2, where it will be measured")
+    for message in (*prepared.setup.notes, *prepared.notes):
+        screen.note(f"note   {message}")
+    for message in report.warnings:
+        screen.note(f"warn   {message}")
     return prepared
 
 
-def _memory_words(check: "SelfCheck") -> str:
-    """Name two figures: what the lines of the steps show as their peak, and what a monitor of the system shows."""
-    whole, part = format_bytes(check.predicted.device_bytes), format_bytes(check.predicted.peak_reserved_bytes)
+def _memory_text(check: "SelfCheck") -> str:
+    """Name what the lines of the steps show as their peak, and what a monitor of the system shows."""
+    whole, part = (
+        format_bytes(check.predicted.device_bytes),
+        format_bytes(check.predicted.peak_reserved_bytes),
+    )
     if check.program_bytes is None:
         return f"{part} reserved by PyTorch, {whole} with what else nvidia-smi shows"
     return f"{part} for the model and its steps, {whole} with Python and its libraries"

@@ -1,4 +1,4 @@
-"""What changes while a run goes on, in one noun: what a checkpoint holds beside tensors and random numbers."""
+"""The state of a run: what a checkpoint stores besides tensors and random numbers."""
 
 from dataclasses import dataclass, field
 
@@ -10,44 +10,55 @@ from fitune.run.journal import CHAIN_START
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunState:
-    """After a commit: a whole optimizer step, or a batch without targets that was passed over.
+    """The state after an optimizer step, or after a batch that was skipped for want of targets."""
 
-    step: optimizer steps. position: samples consumed, the sampler's cursor. tokens, supervised_tokens: seen.
-    bad_steps: steps without an update in a row. train_loss: of the last step. best_step: the step of best_eval_loss,
-    whose weights are best/. evaluated_step: of the last evaluation, -1 before the first. peak: of the whole
-    run. checked_*: what the step took that the self-check looks at. seconds: at work, over all sessions. journal_hash:
-    of the last line of the journal. noise,
-    preconditioned_noise: averages of the gradient noise. batch: how far the effective batch has grown. eval_losses: the
-    last ones since it did.
-    """
-
+    #: optimizer steps
     step: int = 0
+    #: samples consumed: the sampler's position
     position: int = 0
+    #: seen so far
     tokens: int = 0
     supervised_tokens: int = 0
+    #: steps in a row, up to this one, without an update
     bad_steps: int = 0
+    #: of the last step
     train_loss: float | None = None
+    #: of the last evaluation
     eval_loss: float | None = None
     best_eval_loss: float | None = None
+    #: the step of `best_eval_loss`, whose weights are in best/
     best_step: int | None = None
+    #: of the last evaluation; -1 before the first
     evaluated_step: int = -1
     num_ooms: int = 0
     num_retries: int = 0
     micro_batch_changes: int = 0
+    #: of the whole run
     peak: MemoryPeak = field(default_factory=MemoryPeak)
+    #: the measured memory of the step that the self-check predicts
     checked_allocated_bytes: int | None = None
     checked_reserved_bytes: int | None = None
     checked_device_bytes: int | None = None
+    #: of training, evaluation and saving, over all sessions of the run
     seconds: float = 0.0
+    #: of the journal's last line
     journal_hash: str = CHAIN_START
+    #: averages of the gradient noise, without and with Adam's preconditioning
     noise: NoiseAverages = field(default_factory=NoiseAverages)
     preconditioned_noise: NoiseAverages = field(default_factory=NoiseAverages)
+    #: how far the effective batch has grown
     batch: BatchState = field(default_factory=BatchState)
+    #: the last ones since the effective batch has grown
     eval_losses: tuple[float, ...] = ()
+
+    @property
+    def commit(self) -> tuple[int, int]:
+        """Identify the states worth a checkpoint: a step, before and after its evaluation."""
+        return self.step, self.evaluated_step
 
 
 def larger_peak(first: MemoryPeak, second: MemoryPeak) -> MemoryPeak:
-    """The larger of each number; of an unknown one the other."""
+    """Return the larger of each number; if one is unknown, the other."""
 
     def larger(a: int | None, b: int | None) -> int | None:
         return max((value for value in (a, b) if value is not None), default=None)

@@ -1,8 +1,8 @@
-"""What is worth a warning while a run goes on, judged from its samples and steps alone.
+"""Decides what is worth a warning during a run, from its memory samples and steps alone.
 
-An alarm rings when its condition begins, not as long as it lasts, and not again within QUIET_SECONDS. A loss that is
-not a number is the loop's own matter (`not_finite`), and so is the second step against its prediction
-(`memory_differs`).
+An alarm is raised when its condition begins, not as long as it lasts, and not again within
+QUIET_SECONDS. Two conditions are checked by the training loop instead: a loss that is not a number
+(`not_finite`), and a second step that differs from its prediction (`memory_differs`).
 """
 
 import math
@@ -17,8 +17,9 @@ from fitune.run.metrics import RunEvent, StepMetrics
 from fitune.units import GIB, MIB, format_bytes
 
 QUIET_SECONDS = 300.0
+#: The fraction of a card's reserved memory that may be fragmented by steps of different lengths.
+#: The planned steps all have the same length.
 FRAGMENTATION = 0.03
-"""Of what a card has reserved, in pieces that steps of other lengths leave; the planned steps are all alike."""
 WINDOW_STEPS = 50
 FEWEST_STEPS = 20
 WARM_UP_STEPS = 5
@@ -27,31 +28,37 @@ LEAK_WINDOW_STEPS = 10
 
 @dataclass(frozen=True, kw_only=True)
 class AlarmSettings:
-    """clip: the largest gradient norm, 0 for none. on_cpu: the device is the host, whose numbers are less quiet.
-    predicted_bytes: what PyTorch will reserve at most (on a CPU: the tensors' share of the resident peak), where the
-    run has a plan. save_bytes: what one save takes on the disk."""
+    """What the alarms need to know about a run."""
 
+    #: the largest gradient norm; 0 for no clipping
     clip: float
+    #: whether the device is the host, whose numbers fluctuate more
     on_cpu: bool
+    #: the size of one save on the disk
     save_bytes: int
+    #: what PyTorch will reserve at most (on a CPU: the tensors' part of the resident peak), if the
+    #: run has a plan
     predicted_bytes: int | None = None
 
     @property
     def most_bytes(self) -> float:
-        """What a step may take: the prediction, and what it promises to be within."""
+        """The largest memory of a step that the prediction and its tolerance allow."""
         if self.predicted_bytes is None:
             return math.inf
         tolerance = CPU_TOLERANCE if self.on_cpu else CUDA_TOLERANCE + FRAGMENTATION
-        return max(self.predicted_bytes * (1 + tolerance), self.predicted_bytes + CPU_NOISE_BYTES * self.on_cpu)
+        return max(
+            self.predicted_bytes * (1 + tolerance),
+            self.predicted_bytes + CPU_NOISE_BYTES * self.on_cpu,
+        )
 
 
 class Alarms:
-    """Told of every sample and every step; answers with what rings now."""
+    """Checks every sample and every step, and returns the alarms that they raise."""
 
     def __init__(self, settings: AlarmSettings) -> None:
         self._settings = settings
-        self._ringing: set[str] = set()
-        self._rang: dict[str, float] = {}
+        self._active: set[str] = set()
+        self._last_raised: dict[str, float] = {}
         self._step_peak_bytes = 0
         self._others_bytes: int | None = None
         self._num_retries = 0
@@ -70,10 +77,13 @@ class Alarms:
             "retry": self._retries(sample),
             "disk": self._disk(sample),
         }
-        return list(self._ring(checks, step=sample.step, now=sample.time))
+        return list(self._raised(checks, step=sample.step, now=sample.time))
 
     def step(self, metrics: StepMetrics, *, held_bytes: int | None, now: float) -> list[RunEvent]:
-        """held_bytes: what is allocated (on a CPU: resident) between this step and the next one."""
+        """Check a step.
+
+        held_bytes: what is allocated (on a CPU: resident) between this step and the next one.
+        """
         self._step_peak_bytes = metrics.peak_allocated_bytes or 0
         checks = {
             "leak": self._leak(held_bytes) if metrics.step > WARM_UP_STEPS else None,
@@ -82,20 +92,22 @@ class Alarms:
             "loss_spike": self._loss_spike(metrics),
             "clipping": self._clipping(metrics),
         }
-        return list(self._ring(checks, step=metrics.step, now=now))
+        return list(self._raised(checks, step=metrics.step, now=now))
 
-    def _ring(self, checks: dict[str, str | None], *, step: int, now: float) -> Iterator[RunEvent]:
-        for kind, sentence in checks.items():
-            if sentence is None:
-                self._ringing.discard(kind)
-            elif kind not in self._ringing:
-                self._ringing.add(kind)
-                if now - self._rang.get(kind, -math.inf) >= QUIET_SECONDS:
-                    self._rang[kind] = now
-                    yield RunEvent(time=now, step=step, kind=kind, message=f"warning: {sentence}")
+    def _raised(
+        self, checks: dict[str, str | None], *, step: int, now: float
+    ) -> Iterator[RunEvent]:
+        for kind, message in checks.items():
+            if message is None:
+                self._active.discard(kind)
+            elif kind not in self._active:
+                self._active.add(kind)
+                if now - self._last_raised.get(kind, -math.inf) >= QUIET_SECONDS:
+                    self._last_raised[kind] = now
+                    yield RunEvent(time=now, step=step, kind=kind, message=f"warning: {message}")
 
     def _headroom(self, sample: MemorySample) -> str | None:
-        """What the cache can give back counts as free."""
+        """Check the free memory, in which cached memory that PyTorch can give back is included."""
         if sample.device_total_bytes is None or sample.device_used_bytes is None:
             return None
         needed = max(self._step_peak_bytes, sample.peak_allocated_bytes or 0)
@@ -105,8 +117,8 @@ class Alarms:
         if left >= margin:
             return None
         return (
-            f"only {format_bytes(left)} of {format_bytes(sample.device_total_bytes)} are left: end what else uses this "
-            "memory, or lower batch.micro_tokens or batch.micro"
+            f"only {format_bytes(left)} of {format_bytes(sample.device_total_bytes)} are left: "
+            "end what else uses this memory, or lower batch.micro_tokens or batch.micro"
         )
 
     def _other_processes(self, sample: MemorySample) -> str | None:
@@ -124,14 +136,15 @@ class Alarms:
         return f"other processes took {format_bytes(others - before)} more: they now hold {format_bytes(others)}"
 
     def _spill(self, sample: MemorySample) -> str | None:
-        """In two samples in a row: what is asked for one after the other does not always fit together."""
+        """Check for memory that spilled into system memory, in two samples in a row.
+
+        Device and process are not read at the same instant, so a single sample may be inconsistent.
+        """
         before, self._spilled = self._spilled, (sample.spill_bytes or 0) >= 64 * MIB
         if not (before and self._spilled):
             return None
         if self._settings.on_cpu:
-            return (
-                f"{format_bytes(sample.spill_bytes)} are swapped out, which makes steps slow: lower batch.micro_tokens"
-            )
+            return f"{format_bytes(sample.spill_bytes)} are swapped out, which makes steps slow: lower batch.micro_tokens"
         return (
             f"{format_bytes(sample.spill_bytes)} lie in system memory instead of the card, which makes steps slow: "
             "lower batch.micro_tokens, or forbid it in NVIDIA's control panel (CUDA - Sysmem Fallback Policy)"
@@ -154,14 +167,19 @@ class Alarms:
         )
 
     def _leak(self, held_bytes: int | None) -> str | None:
-        """The least that is held in a window of steps grows from one window to the next, twice."""
+        """Check whether the minimum held in a window of steps grows from window to window.
+
+        It must grow twice.
+        """
         if held_bytes is None:
             return None
         self._held.append(held_bytes)
         if len(self._held) < 3 * LEAK_WINDOW_STEPS:
             return None
         held = list(self._held)
-        first, second, third = (min(held[start : start + LEAK_WINDOW_STEPS]) for start in range(0, 30, 10))
+        first, second, third = (
+            min(held[start : start + LEAK_WINDOW_STEPS]) for start in range(0, 30, 10)
+        )
         least = max(64 * MIB, first // 20) if self._settings.on_cpu else max(MIB, first // 100)
         if second - first < least or third - second < least:
             return None
@@ -169,8 +187,10 @@ class Alarms:
         return f"what is held between steps grows by {format_bytes(growth)} a step: something keeps what it should free"
 
     def _fragmentation(self, metrics: StepMetrics) -> str | None:
-        """The share of the reserved memory that no step of a window uses, against that of the first steps: a single
-        short step uses little of it."""
+        """Compare the fraction of reserved memory that no step uses with that of the first steps.
+
+        It is the minimum over a window of steps, because a single short step uses little memory.
+        """
         allocated, reserved = metrics.peak_allocated_bytes, metrics.peak_reserved_bytes
         if not allocated or not reserved:
             return None
@@ -197,8 +217,11 @@ class Alarms:
         )
 
     def _loss_spike(self, metrics: StepMetrics) -> str | None:
-        """Far above the median of the steps before: by six standard deviations, as the median deviation tells them
-        (x 1.4826 for a normal distribution), and by 30 %."""
+        """Check whether the loss is far above the median of the steps before.
+
+        Far means six standard deviations and 30 %. The standard deviation is estimated by the
+        median absolute deviation (times 1.4826 for a normal distribution).
+        """
         before = list(self._losses)
         if math.isfinite(metrics.loss):
             self._losses.append(metrics.loss)

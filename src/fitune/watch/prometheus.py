@@ -1,5 +1,8 @@
-"""The present numbers of a run as a text file in Prometheus' exposition format, for node_exporter's textfile collector:
-https://prometheus.io/docs/instrumenting/exposition_formats/."""
+"""Writes a run's present numbers for Prometheus.
+
+The file has the exposition format (https://prometheus.io/docs/instrumenting/exposition_formats/)
+and is read by node_exporter's textfile collector.
+"""
 
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -16,28 +19,41 @@ _STEP_NUMBERS = ("loss", "lr", "grad_norm", "tokens_per_second", "total_tokens")
 
 
 def check_prometheus(path: Path) -> None:
-    """Raises ConfigError where there is something else already: it would be replaced with the first sample."""
+    """Raise ConfigError if the file exists and was not written here, since it would be replaced."""
     if (fault := _not_ours(path)) is not None:
-        raise ConfigError([f"run.prometheus {path} {fault}: give the file of another name, which is written anew"])
+        raise ConfigError(
+            [f"run.prometheus {path} {fault}: give the file of another name, which is written anew"]
+        )
 
 
 def _not_ours(path: Path) -> str | None:
-    """None where nothing is lost if the file is written: it is not there, is empty, or was written here."""
+    """Return why the file must not be replaced; None if it is missing, empty, or fitune's."""
     try:
         content = read_plain(path)
     except FileNotFoundError:
         return None
     except OSError as error:
         return f"cannot be replaced ({error.strerror})"
-    return None if not content or content.startswith(_START) else "exists and was not written by fitune"
+    return (
+        None
+        if not content or content.startswith(_START)
+        else "exists and was not written by fitune"
+    )
 
 
-def write_prometheus(path: Path, run_name: str, *, sample: MemorySample, metrics: StepMetrics | None) -> None:
-    """Every number that is known, as a gauge `fitune_NAME{run="..."}`. Raises RunDirectoryError where it cannot, or
-    where something else has come to lie there."""
+def write_prometheus(
+    path: Path, run_name: str, *, sample: MemorySample, metrics: StepMetrics | None
+) -> None:
+    """Write every known number as a gauge `fitune_NAME{run="..."}`.
+
+    Raises RunDirectoryError if the file cannot be written or is no longer one that was written
+    here.
+    """
     if (fault := _not_ours(path)) is not None:
         raise RunDirectoryError(f"run.prometheus {path} {fault}")
-    numbers = {name: value for name, value in asdict(sample).items() if isinstance(value, int | float)}
+    numbers = {
+        name: value for name, value in asdict(sample).items() if isinstance(value, int | float)
+    }
     if metrics is not None:
         numbers |= {name: getattr(metrics, name) for name in _STEP_NUMBERS}
     write_atomically(path, "".join(_lines(run_name, numbers)))

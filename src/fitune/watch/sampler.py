@@ -1,7 +1,7 @@
-"""Reads what a run's device and process hold now: PyTorch's counters, the card's own, the host's.
+"""Reads the memory that a run's device and process use now, from PyTorch, the driver and the host.
 
-On CUDA the card is read through NVML, and where that is not there (AMD) through PyTorch. On a CPU the host is the
-device, and the process's resident set is what training holds of it.
+A CUDA card is read through NVML or, where that is missing (AMD), through PyTorch. On a CPU the host
+is the device, and the process's resident set is what the training uses of it.
 """
 
 import os
@@ -26,26 +26,33 @@ _STATUS = Path("/proc/self/status")
 
 
 class Sampler:
-    """Open while a run goes on. program_bytes: what the process held before training, without the parameters."""
+    """Reads memory samples during a run.
+
+    place: a directory on the disk whose free space is sampled.
+    """
 
     def __init__(self, device: torch.device, *, place: Path, parameter_bytes: int) -> None:
-        """place: a directory on the disk whose free space is told."""
         self._device, self._place = device, place
         self._process = psutil.Process()
+        # what the process used before training, without the parameters
         self._program_bytes = max(0, self.process_bytes() - parameter_bytes)
         self._opened = ExitStack()
         self._read_card: Callable[[], CardState] | None = None
         if device.type == "cuda":
             uuid = str(getattr(torch.cuda.get_device_properties(device), "uuid", "unknown"))
             self._read_card = self._opened.enter_context(card_reader(uuid, device.index or 0))
-        psutil.cpu_percent()  # its first answer means nothing
+        psutil.cpu_percent()  # the first value is meaningless
 
     def close(self) -> None:
         self._opened.close()
 
     def held_bytes(self) -> int:
-        """What the run holds at this moment."""
-        return torch.cuda.memory_allocated(self._device) if self._device.type == "cuda" else self.process_bytes()
+        """Return the bytes that the run has allocated (on a CPU: resident) now."""
+        return (
+            torch.cuda.memory_allocated(self._device)
+            if self._device.type == "cuda"
+            else self.process_bytes()
+        )
 
     def process_bytes(self) -> int:
         return int(self._process.memory_info().rss)
@@ -84,8 +91,12 @@ class Sampler:
             free, total = torch.cuda.mem_get_info(self._device)
             used = total - free
         own = {process.pid: process.used_bytes for process in card.processes}.get(os.getpid())
-        if own is None:  # not told (WSL, Windows), or under the number of another container
-            own = reserved["current"] + context_prior(torch.cuda.get_device_capability(self._device)).expected_bytes
+        # unknown on WSL and Windows, or listed with the process id of another container
+        if own is None:
+            own = (
+                reserved["current"]
+                + context_prior(torch.cuda.get_device_capability(self._device)).expected_bytes
+            )
         return numbers | {
             "allocated_bytes": allocated["current"],
             "peak_allocated_bytes": allocated["peak"],
@@ -113,7 +124,7 @@ class Sampler:
 
 
 def _amd(device: torch.device) -> dict[str, Any]:
-    """PyTorch asks amdsmi, which need not be installed."""
+    """Read an AMD card; PyTorch uses amdsmi, which may not be installed."""
     numbers: dict[str, Any] = {}
     with suppress(Exception):
         numbers["utilisation_fraction"] = torch.cuda.utilization(device) / 100
@@ -123,7 +134,7 @@ def _amd(device: torch.device) -> dict[str, Any]:
 
 
 def _mps() -> dict[str, Any]:
-    """Apple's memory is the host's; the limit is what the system recommends for its graphics."""
+    """Read Apple's unified memory; its total is what the system recommends for the GPU."""
     held = torch.mps.driver_allocated_memory()
     return {
         "allocated_bytes": torch.mps.current_allocated_memory(),
@@ -134,7 +145,7 @@ def _mps() -> dict[str, Any]:
 
 
 def _swapped_bytes() -> int | None:
-    """Of this process, on Linux."""
+    """Return how much of this process is swapped out, on Linux."""
     with suppress(OSError):
         for line in _STATUS.read_text().splitlines():
             if line.startswith("VmSwap:"):

@@ -1,8 +1,9 @@
-"""Experiment trackers, through accelerate's adapters: they are told the configuration, every step and evaluation, the
-events, and at the end the run's small files.
+"""Sends a run to experiment trackers, through accelerate's adapters.
 
-All of them stay on this machine and none asks a question: wandb and swanlab write for a later `sync` unless their key
-is in the environment beside their mode (WANDB_API_KEY and WANDB_MODE, SWANLAB_API_KEY and SWANLAB_MODE).
+A tracker gets the configuration, every step, evaluation and event, and at the end the run's small
+files. All trackers stay on this machine and none asks a question: wandb and swanlab write for a
+later `sync`, unless both their key and their mode are in the environment (WANDB_API_KEY and
+WANDB_MODE, SWANLAB_API_KEY and SWANLAB_MODE).
 """
 
 import importlib.util
@@ -23,35 +24,44 @@ PROJECT = "fitune"
 
 
 def check_trackers(config: RunConfig) -> None:
-    """Raise ConfigError where a tracker is not installed."""
+    """Raise ConfigError if a tracker is not installed."""
     missing = [name for name in config.run.trackers if importlib.util.find_spec(name) is None]
     if missing:
-        raise ConfigError([f"run.trackers: {name} is not installed: pip install {name}" for name in missing])
+        raise ConfigError(
+            [f"run.trackers: {name} is not installed: pip install {name}" for name in missing]
+        )
 
 
 @contextmanager
 def open_trackers(
-    config: RunConfig, run: RunDirectory, *, tell: Callable[[str], None]
+    config: RunConfig, run: RunDirectory, *, notify: Callable[[str], None]
 ) -> Iterator[tuple["Tracked", ...]]:
-    """Those of `run.trackers`, as watchers. tell: called when one of them fails, which does not end the run. Raises
-    FituneError where one cannot start."""
+    """Start the trackers of `run.trackers`, and yield them as watchers.
+
+    notify: is called when one of them fails, which does not end the run.
+
+    Raises FituneError if one cannot start.
+    """
     with ExitStack() as opened:
-        yield tuple(opened.enter_context(_started(name, config, run, tell=tell)) for name in config.run.trackers)
+        yield tuple(
+            opened.enter_context(_started(name, config, run, notify=notify))
+            for name in config.run.trackers
+        )
 
 
 class Tracker:
-    """What is particular to one tracker. The others are as accelerate's adapter for it."""
+    """What differs between trackers; everything else is the same through accelerate's adapters."""
 
     def options(self, config: RunConfig, run: RunDirectory) -> dict[str, Any]:
-        """Return what accelerate's adapter is made with."""
+        """Return the arguments for accelerate's adapter."""
         raise NotImplementedError
 
     def event(self, text: str) -> dict[str, Any] | None:
-        """Return what is logged of an event, None where the tracker takes numbers alone."""
+        """Return what is logged for an event; None if the tracker takes only numbers."""
         return {"event": text}
 
     def save(self, tracker: Any, path: Path, run: RunDirectory) -> None:
-        """Give the tracker a file of the run, where it keeps files."""
+        """Give a file of the run to the tracker, if it stores files."""
 
     def finish(self, tracker: Any) -> None:
         tracker.finish()
@@ -59,7 +69,8 @@ class Tracker:
 
 class TensorBoard(Tracker):
     def options(self, config: RunConfig, run: RunDirectory) -> dict[str, Any]:
-        return {"run_name": "tensorboard", "logging_dir": run.trackers}  # `tensorboard --logdir runs` shows every run
+        # so that `tensorboard --logdir runs` shows every run
+        return {"run_name": "tensorboard", "logging_dir": run.trackers}
 
 
 class Trackio(Tracker):
@@ -69,13 +80,19 @@ class Trackio(Tracker):
     def finish(self, tracker: Any) -> None:
         import trackio
 
-        trackio.finish()  # accelerate's finish leaves it to end, and to say so, once more
+        # after accelerate's `finish`, trackio would finish and print a second time at exit
+        trackio.finish()
 
 
 class Wandb(Tracker):
     def options(self, config: RunConfig, run: RunDirectory) -> dict[str, Any]:
         run.trackers.mkdir(exist_ok=True)
-        return {"run_name": PROJECT, "name": run.name, "dir": str(run.trackers), "mode": _mode("WANDB")}
+        return {
+            "run_name": PROJECT,
+            "name": run.name,
+            "dir": str(run.trackers),
+            "mode": _mode("WANDB"),
+        }
 
     def save(self, tracker: Any, path: Path, run: RunDirectory) -> None:
         tracker.tracker.save(str(path), base_path=str(run.path), policy="now")
@@ -85,7 +102,12 @@ class SwanLab(Tracker):
     def options(self, config: RunConfig, run: RunDirectory) -> dict[str, Any]:
         place = run.trackers / "swanlab"
         place.mkdir(parents=True, exist_ok=True)
-        return {"run_name": PROJECT, "name": run.name, "log_dir": str(place), "mode": _mode("SWANLAB")}
+        return {
+            "run_name": PROJECT,
+            "name": run.name,
+            "log_dir": str(place),
+            "mode": _mode("SWANLAB"),
+        }
 
     def event(self, text: str) -> dict[str, Any]:
         import swanlab
@@ -100,10 +122,14 @@ class MLflow(Tracker):
         output = config.run.output.absolute()
         if "MLFLOW_TRACKING_URI" not in os.environ:
             mlflow.set_tracking_uri(f"sqlite:///{output / 'mlflow.db'}")
-        return {"experiment_name": PROJECT, "run_name": run.name, "logging_dir": (output / "mlartifacts").as_uri()}
+        return {
+            "experiment_name": PROJECT,
+            "run_name": run.name,
+            "logging_dir": (output / "mlartifacts").as_uri(),
+        }
 
     def event(self, text: str) -> None:
-        """It takes numbers alone, and gets events.jsonl at the end."""
+        """Log nothing: MLflow takes only numbers, and gets events.jsonl at the end."""
 
     def save(self, tracker: Any, path: Path, run: RunDirectory) -> None:
         tracker.log_artifact(str(path))
@@ -119,12 +145,17 @@ TRACKERS: dict[str, Tracker] = {
 
 
 class Tracked:
-    """A watcher that tells one tracker."""
+    """A watcher that passes everything on to one tracker.
 
-    def __init__(self, name: str, tracker: Any, run: RunDirectory, tell: Callable[[str], None]) -> None:
-        """tracker: accelerate's adapter. tell: called when it fails for the first time."""
+    tracker: accelerate's adapter.
+    notify: is called when the tracker fails for the first time.
+    """
+
+    def __init__(
+        self, name: str, tracker: Any, run: RunDirectory, notify: Callable[[str], None]
+    ) -> None:
         self._name, self._kind = name, TRACKERS[name]
-        self._tracker, self._run, self._tell = tracker, run, tell
+        self._tracker, self._run, self._notify = tracker, run, notify
         self._step = 0
         self._works = True
 
@@ -133,7 +164,9 @@ class Tracked:
         self._log({f"train/{name}": value for name, value in asdict(metrics).items()})
 
     def evaluation(self, metrics: EvalMetrics, *, best: bool) -> None:
-        self._log({f"eval/{name.removeprefix('eval_')}": value for name, value in asdict(metrics).items()})
+        self._log(
+            {f"eval/{name.removeprefix('eval_')}": value for name, value in asdict(metrics).items()}
+        )
 
     def note(self, text: str) -> None:
         self._log(self._kind.event(text))
@@ -156,19 +189,21 @@ class Tracked:
 
     @contextmanager
     def _guarded(self) -> Iterator[None]:
-        """Send what the tracker prints to stderr. One that failed once is left alone, but for its end."""
+        """Redirect what the tracker prints to stderr, and report only the first of its failures."""
         try:
             with redirect_stdout(sys.stderr):
                 yield
-        except Exception as error:  # a full disk, a network, a fault of the tracker: not worth the run
+        except Exception as error:  # a full disk, the network, a bug: nothing that may end the run
             if self._works:
-                self._tell(f"warning: {self._name} failed and may be incomplete: {error}")
+                self._notify(f"warning: {self._name} failed and may be incomplete: {error}")
             self._works = False
 
 
 @contextmanager
-def _started(name: str, config: RunConfig, run: RunDirectory, *, tell: Callable[[str], None]) -> Iterator["Tracked"]:
-    tracker = Tracked(name, _start(name, config, run), run, tell)
+def _started(
+    name: str, config: RunConfig, run: RunDirectory, *, notify: Callable[[str], None]
+) -> Iterator["Tracked"]:
+    tracker = Tracked(name, _start(name, config, run), run, notify)
     try:
         yield tracker
     finally:
@@ -191,15 +226,24 @@ def _start(name: str, config: RunConfig, run: RunDirectory) -> Any:
 
 
 def _mode(prefix: str) -> str:
-    return os.environ.get(f"{prefix}_MODE", "offline") if f"{prefix}_API_KEY" in os.environ else "offline"
+    return (
+        os.environ.get(f"{prefix}_MODE", "offline")
+        if f"{prefix}_API_KEY" in os.environ
+        else "offline"
+    )
 
 
 def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, bool | int | float | str]:
-    """{'optim': {'lr': 1e-4}} -> {'optim.lr': 1e-4}; what is no plain value as text, what is not set left out."""
+    """Flatten nested keys: {'optim': {'lr': 1e-4}} -> {'optim.lr': 1e-4}.
+
+    Unset values are left out, and lists and other nested values become text.
+    """
     flat: dict[str, bool | int | float | str] = {}
     for key, value in content.items():
         if isinstance(value, dict):
             flat |= _flat(value, f"{prefix}{key}.")
         elif value is not None:
-            flat[f"{prefix}{key}"] = value if isinstance(value, bool | int | float | str) else str(value)
+            flat[f"{prefix}{key}"] = (
+                value if isinstance(value, bool | int | float | str) else str(value)
+            )
     return flat

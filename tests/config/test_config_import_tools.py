@@ -1,0 +1,621 @@
+"""Which tool a configuration is of, what that tool does where its file is silent, and what is another training."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fitune.cli.app import main
+from fitune.config import RunConfig, read_config
+from fitune.config.importers.read import read_command, read_tool_file
+from fitune.config.importers.tools import TOOLS
+from fitune.config.importers.translate import ImportedConfig, translate
+from fitune.errors import ConfigError
+
+CASES = Path(__file__).parents[1] / "foreign" / "configs"
+SWIFT = "swift sft --model m --dataset d.jsonl "
+LF = "llamafactory-cli train --model_name_or_path m --dataset d.json "
+V1 = "model: m\ntrain_dataset: d.jsonl\n"
+
+
+def case(name: str, **options: Any) -> ImportedConfig:
+    return translate(read_tool_file(CASES / name), **options)
+
+
+def command(text: str) -> ImportedConfig:
+    return translate(read_command(text.split()))
+
+
+def imported(tmp_path: Path, text: str, name: str = "other.yaml", **options: Any) -> ImportedConfig:
+    (tmp_path / name).write_text(text)
+    return translate(read_tool_file(tmp_path / name), **options)
+
+
+def value(config: RunConfig, key: str) -> Any:
+    found: Any = config
+    for part in key.split("."):
+        found = getattr(found, part)
+    return found
+
+
+def test_a_script_of_ms_swift_is_read_as_its_own() -> None:
+    found = case("swift.sh")
+    config = found.resolved.config
+    assert found.tool == "ms-swift"
+    assert (config.model.source, config.model.method, config.model.precision) == (
+        "my-model",
+        "lora",
+        "bfloat16",
+    )
+    lora = config.model.lora
+    assert (lora.rank, lora.alpha, lora.dropout, lora.targets) == (8, 32, 0.05, "all-linear")
+    assert (config.data.train, config.data.max_length, config.data.too_long) == (
+        "sft.jsonl#500",
+        2048,
+        "drop",
+    )
+    assert (config.data.mask, config.data.eval_fraction) == ("assistant", 0.0)
+    assert (config.batch.effective, config.optim.lr, config.optim.schedule) == (16, 1e-4, "cosine")
+    assert (config.optim.betas, config.optim.weight_decay, config.optim.warmup) == (
+        (0.9, 0.95),
+        0.1,
+        0.05,
+    )
+    assert any("system: 'You are a helpful assistant.'" in sentence for sentence in found.dropped)
+
+
+def test_ms_swift_is_silent_and_its_defaults_hold() -> None:
+    found = case("swift_defaults.sh")
+    config = found.resolved.config
+    assert (config.optim.lr, config.model.lora.alpha) == (1e-4, 32)
+    assert any("as long as the model allows" in sentence for sentence in found.differs)
+
+
+def test_the_names_of_ms_swift_2_have_its_defaults() -> None:
+    found = case("swift_model_given.sh")
+    config = found.resolved.config
+    assert (found.tool, config.model.source, config.batch.effective) == (
+        "ms-swift 2",
+        "my-model",
+        16,
+    )
+    assert (config.data.eval_fraction, config.optim.warmup, config.train.epochs) == (0.01, 0.05, 1)
+    assert any("target modules are not named" in sentence for sentence in found.differs)
+
+
+def test_version_1_of_llama_factory_is_read() -> None:
+    found = case("lf_v1.yaml")
+    config = found.resolved.config
+    assert (found.tool, config.model.source, config.model.method) == (
+        "LLaMA-Factory v1",
+        "my-model",
+        "lora",
+    )
+    lora = config.model.lora
+    assert (lora.rank, lora.alpha, lora.dropout, lora.targets) == (16, 32, 0.05, "all-linear")
+    assert (config.data.train, config.data.max_length, config.batch.effective) == (
+        "sft.jsonl",
+        2048,
+        1,
+    )
+    assert (config.optim.lr, config.optim.schedule, config.optim.weight_decay) == (
+        1e-4,
+        "constant",
+        0.01,
+    )
+    assert (config.train.steps, config.run.name) == (10, "test_lora")
+
+
+def test_what_llama_board_saves_is_read_as_llama_factory() -> None:
+    found = case("llamaboard.yaml", data="sft.jsonl")
+    config = found.resolved.config
+    assert (found.tool, config.model.source, config.model.method) == (
+        "LLaMA-Factory",
+        "my-model",
+        "lora",
+    )
+    assert (config.model.lora.rank, config.model.lora.alpha, config.data.max_length) == (
+        8,
+        16,
+        2048,
+    )
+    assert (config.batch.effective, config.optim.lr, config.optim.schedule) == (16, 5e-5, "cosine")
+    assert config.train.epochs == 3
+    assert "top.model_name" in found.not_needed
+
+
+@pytest.mark.parametrize(
+    ("name", "sentences"),
+    [
+        ("torchtune.yaml", ["is of torchtune, whose recipes are not read"]),
+        ("litgpt.yaml", ["is of litgpt, whose recipes are not read"]),
+        ("axolotl_lora_save.yml", [":6 lora_modules_to_save", ":8 tokens"]),
+        (
+            "lf_two_sources.yaml",
+            [":11 additional_target", ":12 new_special_tokens", ":13 resize_vocab", ":14 use_dora"],
+        ),
+        ("trl_config.yaml", [":12 loss_type: 'dft': fitune trains with the plain cross-entropy"]),
+    ],
+)
+def test_what_is_another_training_or_not_read_is_named(name: str, sentences: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        case(name)
+    faults = caught.value.faults
+    assert all(sentence in fault for sentence, fault in zip(sentences, faults, strict=True))
+
+
+def test_a_part_of_the_data_is_refused_unless_the_data_is_given_otherwise(tmp_path: Path) -> None:
+    text = (CASES / "trl_config.yaml").read_text().replace("loss_type: dft\n", "")
+    with pytest.raises(
+        ConfigError, match=r"dataset_train_split: 'train\[:10%\]': .* give it with --data"
+    ):
+        imported(tmp_path, text)
+    found = imported(tmp_path, text, data="mine.jsonl")
+    assert found.resolved.config.data.train == "mine.jsonl"
+    assert {"dataset_name", "dataset_config", "dataset_train_split"} <= found.not_needed.keys()
+    assert [sentence.split()[1] for sentence in found.dropped] == [
+        "chat_template_kwargs:", "neftune_noise_alpha:", "early_stopping_patience:",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("words", "key", "expected"),
+    [
+        (SWIFT, "optim.lr", 1e-4),
+        (SWIFT, "batch.effective", 16),
+        (SWIFT, "train.epochs", 3),
+        (SWIFT, "model.method", "lora"),
+        (SWIFT, "data.eval_fraction", 0),
+        (SWIFT, "optim.weight_decay", 0.1),
+        (SWIFT, "optim.betas", (0.9, 0.95)),
+        (SWIFT, "model.lora.rank", 8),
+        (SWIFT, "model.lora.alpha", 32),
+        (SWIFT, "model.lora.dropout", 0.05),
+        (SWIFT, "model.lora.targets", "all-linear"),
+        (SWIFT, "optim.schedule", "cosine"),
+        (SWIFT, "optim.warmup", 0),
+        (SWIFT, "model.precision", "bfloat16"),
+        (SWIFT + "--tuner_type full", "optim.lr", 1e-5),
+        (SWIFT + "--per_device_train_batch_size 5", "batch.effective", 20),
+        (SWIFT + "--torch_dtype float32", "model.precision", "autocast_float16"),
+        (SWIFT + "--torch_dtype float32 --bf16 true", "model.precision", "autocast_bfloat16"),
+        (SWIFT + "--loss_scale all", "data.mask", "all"),
+        (SWIFT + "--quant_bits 4 --quant_method bnb", "model.method", "qlora"),
+        (SWIFT + "--truncation_strategy right", "data.too_long", "truncate"),
+        (SWIFT + "--target_modules q_proj v_proj", "model.lora.targets", ("q_proj", "v_proj")),
+        (SWIFT + "--val_dataset e.jsonl", "data.eval", "e.jsonl"),
+        ("NPROC_PER_NODE=2 " + SWIFT + "--gradient_accumulation_steps 3", "batch.effective", 6),
+        ("NPROC_PER_NODE=4 NNODES=2 " + SWIFT, "batch.effective", 16),
+        ("torchrun --nproc_per_node 4 swift/cli/sft.py --model m --dataset d.jsonl", "optim.weight_decay", 0.1),
+        ("swift pt --model m --dataset d.jsonl", "data.mask", "all"),
+        (LF, "model.precision", "bfloat16"),
+        (LF + "--finetuning_type full", "model.precision", "float32"),
+        (LF + "--bf16 true --finetuning_type full", "model.precision", "autocast_bfloat16"),
+        (LF + "--lora_rank 4", "model.lora.alpha", 8),
+        (LF, "data.max_length", 2048),
+        ("CUDA_VISIBLE_DEVICES=0,1 " + LF, "batch.effective", 16),
+        (LF + "--train_from_scratch true", "model.init", "random"),
+        (LF + "--flash_attn disabled", "model.attention", "eager"),
+    ],
+)  # fmt: skip
+def test_a_default_is_the_tool_s(words: str, key: str, expected: object) -> None:
+    assert value(command(words).resolved.config, key) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "expected"),
+    [
+        ("base_model: m\ndatasets: [a.jsonl]\n", "model.precision", "bfloat16"),
+        ("base_model: m\ndatasets: [a.jsonl]\nadapter: lora\n", "model.precision", "auto"),
+        ("base_model: m\ndatasets: [a.jsonl]\nbf16: false\n", "model.precision", "float32"),
+        ("base_model: m\ndatasets: [a.jsonl]\n", "data.too_long", "drop"),
+        ("base_model: m\ndatasets: [a.jsonl]\n", "data.max_length", 512),
+        ("base_model: m\ndatasets: [a.jsonl]\n", "optim.warmup", 0.03),
+        (
+            "base_model: m\ndatasets: [a.jsonl]\nexcess_length_strategy: truncate\n",
+            "data.too_long",
+            "truncate",
+        ),
+        (
+            "base_model: m\ndatasets: [a.jsonl]\nuse_tensorboard: true\n",
+            "run.trackers",
+            ("tensorboard",),
+        ),
+        (V1, "model.precision", "float32"),
+        (V1 + "dist_config: {name: fsdp2}\n", "model.precision", "autocast_bfloat16"),
+        (V1, "optim.lr", 1e-4),
+        (V1, "train.epochs", 3),
+        (V1 + "global_batch_size: 32\n", "batch.effective", 32),
+        (
+            V1 + "peft_config: {name: lora}\nquant_config: {name: bnb, quantization_bit: 4}\n",
+            "model.method",
+            "qlora",
+        ),
+        (
+            "model: m\ndataset: [d.jsonl, 'e.jsonl#5']\ntuner_type: lora\n",
+            "optim.weight_decay",
+            0.1,
+        ),
+        ("model: m\ndataset: d.jsonl\nlora_rank: 4\n", "model.lora.alpha", 32),
+    ],
+)
+def test_a_default_of_a_file_is_the_tool_s(
+    text: str, key: str, expected: object, tmp_path: Path
+) -> None:
+    assert value(imported(tmp_path, text).resolved.config, key) == expected
+
+
+def test_the_defaults_of_transformers_are_those_of_the_library() -> None:
+    transformers = pytest.importorskip("transformers")
+    fields = {
+        field.name: field.default for field in dataclasses.fields(transformers.TrainingArguments)
+    }
+    rows = TOOLS["transformers"].rows["training_args.py"]
+    assert {
+        name: fields[name]
+        for name, (_, default) in rows.items()
+        if default is not None and name in fields
+    } == {
+        name: default
+        for name, (_, default) in rows.items()
+        if default is not None and name in fields
+    }
+
+
+def test_the_defaults_of_trl_are_those_of_the_library() -> None:
+    trl = pytest.importorskip("trl")
+    fields = {
+        f.name: f.default
+        for kind in (trl.SFTConfig, trl.ModelConfig)
+        for f in dataclasses.fields(kind)
+    }
+    rows = {name: row for file in TOOLS["TRL"].rows.values() for name, row in file.items()}
+    told = {
+        name: default
+        for name, (_, default) in rows.items()
+        if default is not None and name in fields
+    }
+    assert fields["bf16"] is None  # which its __post_init__ makes true
+    assert told == {name: fields[name] for name in told} | {"bf16": True}
+
+
+@pytest.mark.parametrize("tool", TOOLS.values(), ids=lambda tool: tool.name)
+def test_every_default_names_its_source_and_no_own_name_is_another_s(tool: Any) -> None:
+    assert all(tool.defaults[key].source.partition(", ")[2] for key in tool.defaults)
+    others = [
+        other for other in TOOLS.values() if other.name != tool.name and tool.name not in other.name
+    ]
+    taken = {name for other in others for name in (*other.unique_names, *other.keys)}
+    assert not tool.unique_names & taken
+
+
+@pytest.mark.parametrize(
+    ("text", "tool"),
+    [
+        ("model: m\ndataset: d.jsonl\nlora_rank: 8\nmax_length: 100\n", "ms-swift"),
+        (
+            "model_name_or_path: m\ndataset: d.json\ncutoff_len: 100\nlora_rank: 8\n",
+            "LLaMA-Factory",
+        ),
+        ("model_name_or_path: m\nmax_length: 100\ndatasets: [d]\n", "TRL"),
+        (V1 + "cutoff_len: 100\n", "LLaMA-Factory v1"),
+        ("model_id_or_path: m\ndataset: d\nlora_rank: 8\n", "ms-swift 2"),
+    ],
+)
+def test_names_that_several_tools_share_tell_by_which_has_them_all(
+    text: str, tool: str, tmp_path: Path
+) -> None:
+    assert imported(tmp_path, text).tool == tool
+
+
+def test_where_two_could_be_meant_from_decides(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.yaml").write_text("model_name_or_path: m\nlearning_rate: 1.0e-4\n")
+    words = ["config", "import", str(tmp_path / "a.yaml"), "--data", "d.jsonl"]
+    assert main(words) == 2
+    assert (
+        "could be of LLaMA-Factory or TRL: say which with --from llama-factory or --from trl"
+        in capsys.readouterr().err
+    )
+    assert main([*words, "--from", "llama-factory"]) == 0
+    assert "method: lora" in capsys.readouterr().out
+    assert main([*words, "--from", "elsewhere"]) == 2
+    assert "--from elsewhere: give one of llama-factory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ("swift rlhf --rlhf_type dpo --model m --dataset d", "'swift rlhf' is no supervised fine-tuning"),
+        ("swift infer --model m", "'swift infer' is no supervised fine-tuning"),
+        ("megatron sft --load m", "is of Megatron-SWIFT"),
+        ("tune run lora_finetune_single_device --config c", "is of torchtune"),
+        ("litgpt finetune_lora m", "is of litgpt"),
+        ("trl dpo --model_name_or_path m", "'trl dpo' is no supervised fine-tuning"),
+        (SWIFT + "--tuner_type adalora", "all weights .full. or adapters"),
+        (SWIFT + "--task_type seq_cls", "supervised fine-tuning alone"),
+        (SWIFT + "--loss_scale hermes", "plain cross-entropy"),
+        (SWIFT + "--enable_dft_loss true", "plain cross-entropy"),
+        (SWIFT + "--freeze_parameters_ratio 0.5", "all weights .full. or adapters"),
+        (SWIFT + "--adapters out/checkpoint-5", "merge the adapter first"),
+        (SWIFT + "--quant_bits 3 --quant_method hqq", "in 16 bits here, or in 4"),
+        (LF + "--additional_target embed_tokens", "plain LoRA"),
+        (LF + "--pissa_init true", "plain LoRA"),
+        (LF + "--use_galore true", "AdamW, Adafactor and SGD"),
+        (LF + "--add_tokens <a>", "the vocabulary as it is"),
+        (LF + "--rope_scaling linear", "config.json describes it"),
+        (LF + "--label_smoothing_factor 0.1", "plain cross-entropy"),
+        ("swift sft --model m --dataset org/d:zh#5", "a hub's split 'train' and default subset"),
+        ("swift sft gone.yaml", "names the configuration gone.yaml, which cannot be read"),
+    ],
+)  # fmt: skip
+def test_another_training_is_refused(words: str, sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        command(words)
+
+
+@pytest.mark.parametrize(
+    "switched_off",
+    [
+        "--use_dora false",
+        "--stage sft",
+        "--label_smoothing_factor 0",
+        "--use_galore false",
+        "--resize_vocab false",
+    ],
+)
+def test_another_training_that_is_switched_off_is_none(switched_off: str) -> None:
+    name = switched_off.split()[0].removeprefix("--")
+    assert name in command(LF + switched_off).not_needed
+
+
+def test_the_attention_of_the_file_is_named_with_the_reason_why_it_is_not_used() -> None:
+    assert "the fastest kernel" in command(LF + "--flash_attn fa2").not_needed["flash_attn"]
+
+
+def test_a_command_takes_the_rest_from_the_file_that_it_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(CASES / "lf_v1.yaml", tmp_path)
+    (tmp_path / "lf.yaml").write_text(
+        "model_name_or_path: m\ndataset: d.json\nlearning_rate: 1.0e-4\n"
+    )
+    assert (
+        command("llamafactory-cli train lf.yaml learning_rate=3e-5").resolved.config.optim.lr
+        == 3e-5
+    )
+    assert command("accelerate launch src/train.py lf.yaml").tool == "LLaMA-Factory"
+
+
+def test_variables_and_sums_of_a_shell_script_are_put_in(tmp_path: Path) -> None:
+    text = (
+        "export NPROC_PER_NODE=2\nnproc=4\nMODEL=my-model\nARGS='--lora_rank 4 --lora_alpha 8'\n"
+        "swift sft \\\n  --model $MODEL --dataset d.jsonl $ARGS \\\n"
+        "  --gradient_accumulation_steps $(expr 32 / $nproc)\n"
+        "swift infer --adapters out\n"
+    )
+    config = imported(tmp_path, text, "run.sh").resolved.config
+    assert (config.model.source, config.model.lora.rank, config.batch.effective) == (
+        "my-model",
+        4,
+        16,
+    )
+
+
+@pytest.mark.parametrize(
+    ("entry", "sentence"),
+    [
+        ({"file_name": "d.json", "ranking": True}, "ranking: preferred and rejected"),
+        ({"hf_hub_url": "org/d", "split": "test"}, "a hub's split 'train'"),
+        ({"hf_hub_url": "org/d", "subset": "zh"}, "a hub's split 'train'"),
+    ],
+)
+def test_the_list_of_llama_factory_s_data_is_read_with_what_it_says_of_them(
+    entry: dict[str, Any], sentence: str, tmp_path: Path
+) -> None:
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"d": entry}))
+    text = f"model_name_or_path: m\ndataset: d\ndataset_dir: {tmp_path}\n"
+    with pytest.raises(ConfigError, match=sentence):
+        imported(tmp_path, text)
+
+
+def test_a_sample_of_llama_factory_s_data_stays_one(tmp_path: Path) -> None:
+    (tmp_path / "dataset_info.json").write_text(
+        json.dumps({"d": {"file_name": "d.json", "num_samples": 7}})
+    )
+    text = f"model_name_or_path: m\ndataset: d\ndataset_dir: {tmp_path}\n"
+    assert imported(tmp_path, text).resolved.config.data.train == f"{tmp_path}/d.json#7"
+
+
+def test_the_list_of_version_1_s_data_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data.yaml").write_text(
+        "one: {path: a.json, source: local, size: 5}\ntwo: {path: org/b}\n"
+    )
+    config = imported(tmp_path, "model: m\ntrain_dataset: data.yaml\n").resolved.config
+    assert [source.path for source in config.data.train_sources] == ["a.json#5", "org/b"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_a_configuration_is_read_as_windows_writes_it(encoding: str, tmp_path: Path) -> None:
+    text = "model: {source: 模型}\r\ndata: {train: sft.jsonl}\r\n"
+    (tmp_path / "a.yaml").write_bytes(text.encode(encoding))
+    assert read_config(tmp_path / "a.yaml").config.model.source == "模型"
+
+
+def test_another_encoding_and_a_windows_path_in_quotes_are_refused_with_the_way_out(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "gbk.yaml").write_bytes("# 模型\nmodel: {source: m}\n".encode("gbk"))
+    with pytest.raises(ConfigError, match="byte 4 is not UTF-8; save it in that encoding"):
+        read_config(tmp_path / "gbk.yaml")
+    (tmp_path / "path.yaml").write_text('model: {source: "D:\\models\\qwen"}\n')
+    with pytest.raises(ConfigError, match="stands without quotes, or in single ones"):
+        read_config(tmp_path / "path.yaml")
+
+
+AXOLOTL = "base_model: m\nmicro_batch_size: 1\nlearning_rate: 1e-5\ndatasets:\n  - path: a.jsonl\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "columns"),
+    [
+        (
+            f"{AXOLOTL}    type: {{field_instruction: ask, field_output: reply, field_input: about}}\n",
+            {"prompt": "ask", "completion": "reply", "input": "about"},
+        ),
+        (
+            f"{AXOLOTL}    type: chat_template\n    field_messages: talk\n"
+            "    message_property_mappings: {role: who, content: what}\n",
+            {"messages": "talk", "role": "who", "content": "what"},
+        ),
+        (f"{AXOLOTL}    type: completion\n    field: body\n", {"text": "body"}),
+        (f"{AXOLOTL}    type: chat_template\n    field_messages: messages\n", {}),
+    ],
+)
+def test_the_columns_that_axolotl_names_are_ours(
+    text: str, columns: dict[str, str], tmp_path: Path
+) -> None:
+    assert imported(tmp_path, text, "a.yml").resolved.config.data.columns.named == columns
+
+
+def test_the_columns_of_several_sources_are_told_where_they_differ(tmp_path: Path) -> None:
+    text = f"{AXOLOTL}    type: completion\n    field: body\n  - path: b.jsonl\n    type: alpaca\n"
+    found = imported(tmp_path, text, "a.yml")
+    assert not found.resolved.config.data.columns.named
+    assert any(
+        "columns text=body: data.columns is one for all sources" in sentence
+        for sentence in found.differs
+    )
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        ("type: bradley_terry.chat_template", "fitune is for supervised fine-tuning alone"),
+        ("type: chatml.intel", "fitune is for supervised fine-tuning alone"),
+        ("type: input_output", "segments with labels of their own"),
+        ("roles_to_train: [user, assistant]", "here the assistant's messages are learned"),
+        ("message_field_training: keep", "call that key 'train' in the samples"),
+    ],
+)
+def test_rows_of_axolotl_that_are_learned_otherwise_are_refused(
+    more: str, sentence: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        imported(tmp_path, f"{AXOLOTL}    {more}\n", "a.yml")
+
+
+@pytest.mark.parametrize(
+    ("entry", "columns"),
+    [
+        (
+            {
+                "columns": {
+                    "prompt": "ask",
+                    "response": "reply",
+                    "query": "about",
+                    "history": "before",
+                }
+            },
+            {"prompt": "ask", "completion": "reply", "input": "about", "history": "before"},
+        ),
+        (
+            {
+                "formatting": "sharegpt",
+                "columns": {"messages": "talk"},
+                "tags": {"role_tag": "who"},
+            },
+            {"messages": "talk", "role": "who"},
+        ),
+        ({"columns": {"prompt": "instruction", "query": "input", "response": "output"}}, {}),
+        ({"columns": {"prompt": "body"}}, {"text": "body"}),
+    ],
+)
+def test_the_columns_in_llama_factory_s_list_are_ours(
+    entry: dict[str, Any], columns: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "dataset_info.json").write_text(
+        json.dumps({"mine": {"file_name": "a.json", **entry}})
+    )
+    found = command(LF.replace("d.json", "mine"))
+    assert found.resolved.config.data.columns.named == columns
+
+
+@pytest.mark.parametrize("key", ["kto_tag", "images"])
+def test_data_of_other_training_in_llama_factory_s_list_is_refused(
+    key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    entry = {"file_name": "a.json", "columns": {"prompt": "a", "response": "b", key: "c"}}
+    (tmp_path / "data" / "dataset_info.json").write_text(json.dumps({"mine": entry}))
+    with pytest.raises(ConfigError, match=f"columns: {key}"):
+        command(LF.replace("d.json", "mine"))
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        "num_generations: 8",
+        "beta: 0.1",
+        "max_prompt_length: 512",
+        "center_rewards_coefficient: 0.01",
+    ],
+)
+def test_preference_and_reward_training_of_trl_is_refused(more: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="fitune is for supervised fine-tuning alone"):
+        imported(tmp_path, f"model_name_or_path: m\ndataset_name: d.jsonl\n{more}\n")
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "sentence"),
+    [
+        (
+            "torchrun train.py --model_name_or_path m --data_path d.json\n",
+            "a.sh",
+            "could be of LLaMA-Factory or TRL",
+        ),
+        ("python train_dpo.py --epochs 2\n", "a.sh", "'train_dpo.py' is no supervised fine-tuning"),
+        (
+            "python unsloth-cli.py --model_name m\n",
+            "a.sh",
+            "is of Unsloth, whose recipes are not read",
+        ),
+        (
+            "from trl import SFTConfig\n",
+            "a.py",
+            "is a program, whose arguments only running it tells",
+        ),
+    ],
+)
+def test_a_program_that_is_not_read_is_named_as_what_it_is(
+    text: str, name: str, sentence: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        imported(tmp_path, text, name)
+
+
+def test_a_module_of_llama_factory_takes_its_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x.yaml").write_text("model_name_or_path: m\ndataset: d.json\nstage: sft\n")
+    found = imported(
+        tmp_path, "CUDA_VISIBLE_DEVICES=0,1 python -m llamafactory.cli train x.yaml\n", "run.sh"
+    )
+    assert (found.tool, found.resolved.config.batch.effective) == ("LLaMA-Factory", 16)
+
+
+def test_names_of_other_scripts_of_transformers_tell_no_tool(tmp_path: Path) -> None:
+    text = "model_name_or_path: m\ndataset_name: d.jsonl\npreprocessing_num_workers: 2\nmax_seq_length: 512\n"
+    assert imported(tmp_path, text).tool == "TRL"
