@@ -246,7 +246,7 @@ def test_a_card_is_settled_between_what_is_tried_out_and_the_first_step(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     done: list[str] = []
-    for name in ("start", "evaluate", "settle", "train"):
+    for name in ("start", "evaluate", "release_trial_memory", "train"):
         real = getattr(Guard, name)
 
         def noting(
@@ -257,7 +257,7 @@ def test_a_card_is_settled_between_what_is_tried_out_and_the_first_step(
 
         monkeypatch.setattr(Guard, name, noting)
     assert main(["train", "sft.yaml", "train.steps=2", "train.eval_every=2"]) == 0
-    assert done[:5] == ["start", "evaluate", "settle", "train", "train"]
+    assert done[:5] == ["start", "evaluate", "release_trial_memory", "train", "train"]
 
 
 @pytest.mark.parametrize(
