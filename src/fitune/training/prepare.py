@@ -144,7 +144,6 @@ def _prepare(
             f"memory is not predicted: {type(error).__name__}: {' '.join(str(error).split())[:160]}"
         )
     on_stage(say("loading the model"))
-    smaller = "" if config.model.method == "qlora" else " or model.method=qlora"
     model = try_twice(
         lambda: load_model(
             config.model,
@@ -156,7 +155,8 @@ def _prepare(
         ),
         device=device,
         what=f"the model {config.model.source}",
-        way_out=f"close other programs, or take a smaller model{smaller}",
+        way_out="close other programs, or take a smaller model"
+        + ("" if config.model.method == "qlora" else " or model.method=qlora"),
     )
     if config.model.method != "full" and (clause := not_adapted(model)) is not None:
         notes.append(clause)
