@@ -150,6 +150,13 @@ def test_the_supervised_text_is_what_the_assistant_says_and_its_end_in_every_con
     assert supervised(encoder(name), results[-1]) == expected(name, turns)
 
 
+def test_white_space_that_a_template_writes_is_not_taken_for_that_which_it_strips() -> None:
+    """The system's text and two newlines stand before an answer that begins with one."""
+    turns = (("system", "ж"), ("assistant", "\nX "))
+    (result,) = encode(encoder("gemma3"), [conversation(*turns)])
+    assert supervised(encoder("gemma3"), result) == expected("gemma3", turns)
+
+
 @pytest.mark.parametrize("kind", ["sentencepiece", "wordpiece"])
 @given(chat=chats())
 @settings(max_examples=150, deadline=None)

@@ -162,7 +162,16 @@ class MarkedConversation(MarkedRendering):
         """Return how many white-space characters before the first anchor belong to the message."""
         content = self.messages[number]["content"] or ""
         spaces = content[: len(content) - len(content.lstrip())]
-        return len(spaces) if self.style != "empty" and lead.endswith(spaces) else 0
+        if not spaces or self.style == "empty" or not lead.endswith(spaces):
+            return 0
+        # A template that strips the message may itself write such white space before it.
+        message = self.marked[number]
+        stripped = {**message, "content": message["content"].lstrip()}
+        try:
+            is_stripped = self.render(number, message)[0] == self.render(number, stripped)[0]
+        except TemplateError:
+            is_stripped = False
+        return 0 if is_stripped else len(spaces)
 
     def _opening(self, number: int, previous: Anchor | None) -> str | None:
         """Return what the template writes between the previous message and an answer.
