@@ -207,7 +207,7 @@ def largest_difference(outcome: Outcome, expected: Outcome) -> float | None:
 
 def table(outcomes: Sequence[Outcome]) -> str:
     lines = [
-        "| run | batch rows | steps | failures survived | loss of the last step | largest difference of a loss |"
+        "| run | batch samples | steps | failures survived | loss of the last step | largest difference of a loss |"
     ]
     lines += ["|---|---|---:|---:|---:|---:|"]
     for outcome in outcomes:

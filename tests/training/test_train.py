@@ -727,7 +727,7 @@ def test_python_gets_an_error_as_an_exception() -> None:
         )
 
 
-@pytest.mark.parametrize("first", ["import fitune", "import fitune.train as train"])
+@pytest.mark.parametrize("first", ["import fitune", "from fitune import train"])
 def test_importing_fitune_imports_nothing_heavy(first: str) -> None:
     code = (
         f"{first}; import fitune, sys; assert callable(fitune.train); print('torch' in sys.modules)"
