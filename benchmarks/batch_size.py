@@ -43,6 +43,7 @@ from fitune.model.presets import llama_config, preset_config
 from fitune.run.directory import create_run
 from fitune.run.metrics import StepMetrics, read_metrics
 from fitune.step.assemble import assemble, choose_precision
+from fitune.training.loop import TrainingLoop
 from fitune.training.prepare import load_data
 from fitune.training.train import train
 
@@ -256,9 +257,10 @@ class Runner:
         setup = assemble(self.model, config, device=self.device, precision=self.precision)
         run = create_run(config.run.output, "run", overwrite=True)
         with TrainingProgress(quiet=True) as watcher:
-            summary = train(
+            loop = TrainingLoop(
                 config, setup, run, data=self.data, tokenizer=self.tokenizer, watcher=watcher
             )
+            summary = train(loop)
         steps = read_metrics(run.metrics).steps
         later = steps[len(steps) // 4 :]
         rhos = [step.noise_ratio for step in later if step.noise_ratio is not None]

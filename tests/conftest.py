@@ -7,11 +7,11 @@ import signal
 from hypothesis import settings
 
 os.environ["FITUNE_LANG"] = "en"
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # before torch is imported, and for the processes that tests start
+# before torch is imported, and for the processes that tests start
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 signal.signal(signal.SIGINT, signal.default_int_handler)
-settings.register_profile("untimed", deadline=None)  # a busy machine is no fault of the code
+# a test that takes longer on a busy machine shows no fault of the code
+settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
 
 pytest_plugins = ["nvml_stand_in", "disturbed_run"]

@@ -1,6 +1,6 @@
 """Replay allocations in C (_fast.c), for PyTorch's default allocator settings on one stream.
 
-This is 33 times as fast as `CachingAllocator`, which implements all rules, and to which
+It saves the time of `CachingAllocator`, which implements all rules, and to which
 tests/allocator/test_plain_replay.py compares it. If no compiler was available when fitune was
 installed, `CachingAllocator` is used instead.
 """

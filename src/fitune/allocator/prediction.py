@@ -269,21 +269,8 @@ def _on_cpu(peak: Peak, trace: MemoryTrace, device: Device) -> Prediction:
 
     What the process holds apart from tensors is not included.
     """
-    return Prediction(
-        peak_allocated_bytes=peak.num_bytes,
-        peak_reserved_bytes=peak.num_bytes,
-        device_bytes=None,
-        device_interval=None,
-        fits=None if device.free_bytes is None else peak.num_bytes <= device.free_bytes,
-        num_alloc_retries=0,
-        first_oom=None,
-        assumptions=trace.source,
-        categories=peak.categories,
-        peak_phase=peak.phase,
-        modules=peak.modules,
-        tensors=peak.tensors,
-        step_peaks=(StepPeak(peak.step, peak.phase, peak.num_bytes, peak.num_bytes),),
-    )
+    fits = None if device.free_bytes is None else peak.num_bytes <= device.free_bytes
+    return replace(_step_prediction(peak.num_bytes, trace, None, peak), fits=fits)
 
 
 def _interval(reserved_bytes: int, device: Device | None) -> Interval | None:

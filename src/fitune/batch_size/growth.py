@@ -199,12 +199,8 @@ def _anneal(state: BatchState, now: Situation) -> Change | None:
 
 
 def _follow(state: BatchState, now: Situation) -> Change | None:
-    noise = now.noise
-    if (
-        noise is None
-        or noise.effective_steps < LEAST_EFFECTIVE_STEPS
-        or now.tokens < _end_of_pause(state, now)
-    ):
+    noise = _settled_noise(state, now)
+    if noise is None:
         return None
     if noise.bounce is None or noise.bounce <= LEAST_BOUNCE:
         return None
@@ -222,12 +218,8 @@ def _follow(state: BatchState, now: Situation) -> Change | None:
 
 
 def _hold(state: BatchState, now: Situation) -> Change | None:
-    noise = now.noise
-    if (
-        noise is None
-        or noise.effective_steps < LEAST_EFFECTIVE_STEPS
-        or now.tokens < _end_of_pause(state, now)
-    ):
+    noise = _settled_noise(state, now)
+    if noise is None:
         return None
     if not now.flat or noise.bounce is None or noise.bounce > 0:
         return None
@@ -242,6 +234,12 @@ def _hold(state: BatchState, now: Situation) -> Change | None:
     )
 
 
-def _end_of_pause(state: BatchState, now: Situation) -> float:
-    """Return the number of tokens at which the pause after the last change ends."""
-    return state.changed_tokens + PAUSE_HALF_LIVES * now.half_life_tokens
+def _settled_noise(state: BatchState, now: Situation) -> NoiseEstimate | None:
+    """Return the measured noise, None before it covers enough steps or while a pause lasts.
+
+    Each change of the batch is followed by a pause.
+    """
+    noise, pause = now.noise, PAUSE_HALF_LIVES * now.half_life_tokens
+    if noise is None or noise.effective_steps < LEAST_EFFECTIVE_STEPS:
+        return None
+    return None if now.tokens < state.changed_tokens + pause else noise

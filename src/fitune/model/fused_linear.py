@@ -8,8 +8,7 @@ weights that are trained in float32; other layers run unchanged.
 
 from collections.abc import Callable, Iterator, Sequence
 from types import MethodType
-from typing import Any
-from typing import cast as typed
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -100,7 +99,7 @@ class _Joined:
             ]
         parameters = [layer.weight for layer in self.layers] + biases
         args = hidden.to(dtype), self.cast, len(self.layers), *parameters
-        return typed(Tensor, _JoinedProduct.apply(*args))  # type: ignore[no-untyped-call]
+        return cast(Tensor, _JoinedProduct.apply(*args))  # type: ignore[no-untyped-call]
 
 
 def _linear(self: nn.Linear, hidden: Tensor) -> Tensor:
@@ -132,7 +131,7 @@ class _SharedInput:
             # Rotary embeddings copy query and key. Attention saves the value for the backward;
             # as a view it would keep the whole product allocated.
             self._hidden, self._ready = hidden, [*query_and_key, value.contiguous()]
-        product, self._ready[number] = typed(Tensor, self._ready[number]), None
+        product, self._ready[number] = cast(Tensor, self._ready[number]), None
         if not any(each is not None for each in self._ready):
             self.forget()
         return product
@@ -141,7 +140,7 @@ class _SharedInput:
         self._hidden, self._ready = None, []
 
 
-class _Cast:
+class _WeightCast:
     """Casts the weights of one layer before it runs, and drops what its forward leaves in it."""
 
     def __init__(self, layer: nn.Module) -> None:
@@ -179,7 +178,7 @@ class _Cast:
 def _cast_weights_by_layer(model: nn.Module) -> None:
     """Cast the weights of each layer in one launch before it runs."""
     for layer in recomputable_layers(model):
-        layer.__dict__["cast"] = _Cast(layer)
+        layer.__dict__["weight_cast"] = _WeightCast(layer)
 
 
 def cast_weights_before_all_layers(model: nn.Module) -> None:
@@ -188,31 +187,31 @@ def cast_weights_before_all_layers(model: nn.Module) -> None:
     For compiled layers, into whose graphs the hooks of a layer would be traced.
     """
     layers = recomputable_layers(model)
-    casts = [cast for layer in layers if (cast := layer.__dict__.get("cast")) is not None]
-    for cast in casts:
-        cast.remove_hooks()
+    casts = [each for layer in layers if (each := layer.__dict__.get("weight_cast")) is not None]
+    for each in casts:
+        each.remove_hooks()
 
     def forget(*_: Any) -> None:
-        for cast in casts:
-            cast.forget()
+        for each in casts:
+            each.forget()
 
     body = next((each for each in model.modules() if _holds(each, layers[0])), model)
     body.register_forward_pre_hook(lambda *_: _cast_weights(casts))
     body.register_forward_hook(forget, always_call=True)
 
 
-def _cast_weights(casts: Sequence[_Cast]) -> None:
+def _cast_weights(casts: Sequence[_WeightCast]) -> None:
     if not torch.is_grad_enabled():
         return
     into: list[Tensor] = []
     weights: list[Tensor] = []
-    for joined in (joined for cast in casts if cast.is_needed() for joined in cast.joined):
+    for joined in (joined for each in casts if each.is_needed() for joined in each.joined):
         first = joined.layers[0].weight
         dtype = None if isinstance(first, DTensor) else joined.dtype_on(first)
         if dtype is not None:
             joined.cast = first.new_empty((sum(joined.widths), first.shape[1]), dtype=dtype)
             into += joined.cast.split(joined.widths)
-            weights += [each.weight for each in joined.layers]
+            weights += [layer.weight for layer in joined.layers]
     if weights:
         with torch.no_grad():
             torch._foreach_copy_(into, weights)
@@ -336,13 +335,13 @@ def _fused_mlp_of(module: nn.Module) -> Callable[..., Any] | None:
         layers: _Joined = self.__dict__["joined"]
         dtype = layers.dtype_on(hidden)
         if dtype is None:
-            return typed(Tensor, type(self).forward(self, hidden))
+            return cast(Tensor, type(self).forward(self, hidden))
         joined = layers.product(hidden, dtype)
         if torch.compiler.is_compiling():
             gate, up = joined.chunk(2, dim=-1)
-            return typed(Tensor, self.down_proj(functional.silu(gate) * up))
+            return cast(Tensor, self.down_proj(functional.silu(gate) * up))
         gated = _GatedSilu.apply(joined)  # type: ignore[no-untyped-call]
-        return typed(Tensor, self.down_proj(gated))
+        return cast(Tensor, self.down_proj(gated))
 
     return forward
 

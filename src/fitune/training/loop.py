@@ -6,7 +6,7 @@ run stops after the step; a second one ends the process at once.
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -18,7 +18,6 @@ from fitune.batch_size.norms import NormRecorder
 from fitune.config import RunConfig
 from fitune.data.batches import batches, prefetch
 from fitune.data.deal import deal
-from fitune.data.examples import Examples
 from fitune.data.rows import Batch, MicroBatch
 from fitune.distributed.processes import Ranks
 from fitune.errors import FituneError, OutOfMemoryError, RunDirectoryError
@@ -30,7 +29,7 @@ from fitune.recovery.step import SafeResult
 from fitune.run.directory import RunDirectory
 from fitune.run.metrics import EvalMetrics, Status, Summary
 from fitune.run.watcher import Watcher
-from fitune.step.assemble import Layout, Setup
+from fitune.step.assemble import Setup
 from fitune.step.optimizer import set_lr
 from fitune.step.schedule import lr_factor
 from fitune.step.step import StepResult
@@ -41,6 +40,7 @@ from fitune.training.identity import run_conditions, run_identity
 from fitune.training.length import run_length
 from fitune.training.log import RunLog, run_summary, step_metrics, step_record
 from fitune.training.resume import Replay, Start, check_replayed, replayed_fallbacks, replayed_split
+from fitune.training.samples import Data, in_order
 from fitune.training.saving import Saver
 from fitune.training.self_check import CHECKED_STEP, SelfCheck
 from fitune.training.state import RunState, larger_peak
@@ -52,12 +52,6 @@ MOST_BAD_STEPS = 3
 #: A float16 loss scale of 2^16 reaches 1 after 16 halvings; more overflows in a row than this are
 #: not caused by the scale.
 MOST_OVERFLOWS = 30
-
-
-@dataclass(frozen=True)
-class Data:
-    train: Examples
-    eval: Examples
 
 
 @dataclass(frozen=True)
@@ -84,15 +78,25 @@ class TrainingLoop:
         config: RunConfig,
         setup: Setup,
         run: RunDirectory,
+        *,
         data: Data,
         tokenizer: Tokenizer,
         watcher: Watcher,
-        self_check: SelfCheck | None,
-        start: Start | None,
-        replay: Replay | None,
-        ranks: Ranks,
-        until: int | None,
+        self_check: SelfCheck | None = None,
+        start: Start | None = None,
+        replay: Replay | None = None,
+        ranks: Ranks | None = None,
+        until: int | None = None,
     ) -> None:
+        """Make the parts of a run.
+
+        self_check: the prediction of the second step, to compare with the measured memory.
+        start: where a resumed run continues; weights and random numbers are restored already.
+        replay: the steps to repeat, and the results that they must have.
+        ranks: the processes that train together, of which only the first one writes.
+        until: the number of samples after which the run saves and stops, as after a signal.
+        """
+        ranks = ranks or Ranks()
         self.config, self.setup, self.run, self.data = config, setup, run, data
         self.watcher, self.self_check, self.start = watcher, self_check, start
         self.replay, self.ranks, self.until = replay, ranks, until
@@ -488,12 +492,3 @@ class TrainingLoop:
         )
         self.log.summary(summary)
         return summary
-
-
-def in_order(
-    examples: Examples, numbers: Sequence[int], layout: Layout, *, rows_at_once: int
-) -> Iterator[MicroBatch]:
-    """Yield micro-batches of the samples with these numbers, reading them as they are needed."""
-    for start in range(0, len(numbers), rows_at_once):
-        rows = tuple(examples[number] for number in numbers[start : start + rows_at_once])
-        yield from layout.split(Batch(rows))

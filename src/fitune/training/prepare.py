@@ -30,7 +30,7 @@ from fitune.planning.search import choose_plan
 from fitune.planning.stated import model_notes
 from fitune.step.assemble import Setup, assemble, choose_precision
 from fitune.training.length import run_length
-from fitune.training.loop import Data
+from fitune.training.samples import Data
 from fitune.training.self_check import SelfCheck, predict_second_step, reserved_before, run_device
 from fitune.units import format_bytes
 

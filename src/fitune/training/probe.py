@@ -50,8 +50,9 @@ from fitune.training.checkpoint.content import live_tensors
 from fitune.training.checkpoint.read import newest_checkpoint
 from fitune.training.identity import run_conditions, run_identity
 from fitune.training.length import run_length
-from fitune.training.loop import Data, in_order
+from fitune.training.loop import TrainingLoop
 from fitune.training.resume import Start, go_on
+from fitune.training.samples import Data, in_order
 from fitune.training.self_check import SelfCheck
 from fitune.training.train import train
 
@@ -192,7 +193,7 @@ def _branch(
     has not done it.
     """
     try:
-        summary = train(
+        loop = TrainingLoop(
             config,
             setup,
             run,
@@ -202,6 +203,7 @@ def _branch(
             self_check=self_check,
             until=position,
         )
+        summary = train(loop)
     except InterruptedRunError as error:
         whole = run.path.parent.parent
         interrupted = InterruptedRunError(

@@ -243,14 +243,14 @@ def _train(
     ranks: Ranks,
 ) -> Summary:
     """Train, with trackers and the monitor in the first process only."""
-    from fitune.training.train import train as train_to_the_end
+    from fitune.training import loop, train
     from fitune.watch.monitor import watched
 
     watchers = (
         watched(config, prepared.setup, run, watcher=screen) if ranks.leads else nullcontext(screen)
     )
     with watchers as watcher:
-        return train_to_the_end(
+        running = loop.TrainingLoop(
             config,
             prepared.setup,
             run,
@@ -262,6 +262,7 @@ def _train(
             replay=replay,
             ranks=ranks,
         )
+        return train.train(running)
 
 
 def _probe(
