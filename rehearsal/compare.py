@@ -32,7 +32,7 @@ import torch
 import transformers
 
 from fitune.allocator.prediction import Prediction
-from fitune.trace.events import MemoryTrace
+from fitune.recorder.events import MemoryTrace
 from rehearsal import loops, steps
 from rehearsal.answers import answers
 from rehearsal.cases import BY_NAME, CARDS, CASES, Case, LoopCase, StepCase, TrainerCase

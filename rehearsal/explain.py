@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from fitune.allocator.rules import MIN_BLOCK_BYTES
+from fitune.recorder.events import MemoryEvent, MemoryTrace
 from fitune.trace.difference import first_difference, num_births
-from fitune.trace.events import MemoryEvent, MemoryTrace
 
 MOST_LINES = 6
 """Sizes that are named of each kind of difference."""

@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from fitune.trace import cuda_target
+from fitune.recorder import cuda_target
+from fitune.recorder.events import MemoryEvent, MemoryTrace
 from fitune.trace.difference import first_difference
-from fitune.trace.events import MemoryEvent, MemoryTrace
 from rehearsal.cases import CARDS, LoopCase, StepCase, golden_cases
 from rehearsal.predicted import recorded_case
 from rehearsal.rows import ROOT

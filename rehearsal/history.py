@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fitune.trace.events import MemoryEvent, Phase
+from fitune.recorder.events import MemoryEvent, Phase
 from fitune.trace.snapshot import _CATEGORY, _FREES, _allocated_before, _phase
 
 NUM_FRAMES = 3

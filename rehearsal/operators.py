@@ -21,8 +21,8 @@ from typing import Any
 
 import torch
 
-from fitune.trace.cuda_target import CudaTarget
-from fitune.trace.record import RecordSettings, record_loop
+from fitune.recorder.cuda_target import CudaTarget
+from fitune.recorder.record import RecordSettings, record_loop
 from rehearsal.operator_cases import CASES, Case
 
 Events = list[int]

@@ -12,7 +12,7 @@ from fitune.allocator.prediction import Prediction, PredictSettings
 from fitune.config import RunConfig, read_config
 from fitune.machine.devices import find_device, this_machine
 from fitune.planning.predict import cuda_target, predict_run
-from fitune.trace.events import MemoryTrace
+from fitune.recorder.events import MemoryTrace
 from fitune.trace.own_step import Pass, record_step
 from rehearsal import loops
 from rehearsal.cases import LoopCase, StepCase

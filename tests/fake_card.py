@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from fitune.allocator.rules import CachingAllocator
-from fitune.trace.events import MemoryTrace
+from fitune.recorder.events import MemoryTrace
 
 _STATES = {
     "allocated": "active_allocated",

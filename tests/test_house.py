@@ -19,18 +19,19 @@ MODULES = sorted(SOURCE.rglob("*.py"))
 FLOORS = {
     "errors": 0, "units": 0,
     "boundary": 1, "display": 1, "importing": 1, "language": 1, "optimizers": 1, "plain_files": 1,
-    "config": 2, "machine": 2,
-    "data": 3, "run": 3,
-    "model": 4,
-    "distributed": 5, "objectives": 5,
-    "batch_size": 6,
-    "step": 7,
-    "trace": 8,
-    "allocator": 9,
-    "planning": 10, "recovery": 10, "watch": 10,
-    "training": 11,
-    "integrations": 12, "report": 12,
-    "cli": 13,
+    "recorder": 2,
+    "config": 3, "machine": 3,
+    "data": 4, "run": 4,
+    "model": 5,
+    "distributed": 6, "objectives": 6,
+    "batch_size": 7,
+    "step": 8,
+    "trace": 9,
+    "allocator": 10,
+    "planning": 11, "recovery": 11, "watch": 11,
+    "training": 12,
+    "integrations": 13, "report": 13,
+    "cli": 14,
 }  # fmt: skip
 #: What stands outside of the rooms: the public verbs, and `python -m fitune`.
 OUTSIDE = {"__init__", "__main__"}
@@ -38,7 +39,7 @@ OUTSIDE = {"__init__", "__main__"}
 WITHOUT_TORCH = (
     "allocator/", "boundary.py", "config/", "errors.py", "importing.py", "machine/cards.py", "machine/cuda_driver.py",
     "machine/devices.py", "machine/environment.py", "machine/libc.py", "machine/nvml.py", "machine/threads.py",
-    "planning/plan.py", "report/", "run/", "trace/events.py", "training/session.py", "units.py",
+    "planning/plan.py", "report/", "run/", "recorder/events.py", "training/session.py", "units.py",
 )  # fmt: skip
 HEAVY = {"torch", "transformers", "datasets", "peft", "accelerate"}
 FORBIDDEN_NAMES = {"utils", "common", "helpers", "misc", "base", "core", "manager"}

@@ -102,7 +102,7 @@ ENGLISH_ALONE = {
     "config/importers/tools.py": "names of other tools' files and keys",
     "allocator/rules.py": "PyTorch's own words for an allocation that fails",
     "report/page.py": "HTML",
-    "trace/as_real.py": "PyTorch's own words",
+    "recorder/as_real.py": "PyTorch's own words",
     "language": "the catalogue, and the grammar of counts",
 }
 """What holds English sentences that no user of the commands is shown by fitune, and why."""

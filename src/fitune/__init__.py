@@ -161,8 +161,9 @@ def predict_loop(
     with collections_paused():
         from fitune.allocator.prediction import PredictSettings, either_routing, predict_trace
         from fitune.machine.devices import cpu_device, find_device, this_machine
-        from fitune.trace.cuda_target import CudaTarget
-        from fitune.trace.record import RecordSettings, record_loop
+        from fitune.model.quantise import replace_bitsandbytes_layers
+        from fitune.recorder.cuda_target import CudaTarget
+        from fitune.recorder.record import RecordSettings, record_loop
 
     device = find_device(gpu) if gpu is not None else next(iter(this_machine()), cpu_device())
     target = None
@@ -179,7 +180,12 @@ def predict_loop(
         return loop(model, stand_in if target is None else type(stand_in)("cuda"))
 
     def predict_routed(routing: Literal["balanced", "worst"]) -> "Prediction":
-        settings = RecordSettings(target=target, num_steps=num_steps, routing=routing)
+        settings = RecordSettings(
+            target=target,
+            num_steps=num_steps,
+            routing=routing,
+            adapt=replace_bitsandbytes_layers,
+        )
         return predict_trace(record_loop(build, on_card, settings), PredictSettings(device=device))
 
     return either_routing(predict_routed, routing)

@@ -19,7 +19,7 @@ from fitune.allocator.config import parse_allocator_config
 from fitune.allocator.fast import IS_COMPILED, is_plain, replay_plain
 from fitune.allocator.replay import ReplaySettings, replay
 from fitune.allocator.rules import CachingAllocator
-from fitune.trace.events import MemoryEvent, MemoryTrace
+from fitune.recorder.events import MemoryEvent, MemoryTrace
 from fitune.units import MIB
 
 SEVERAL_STREAMS = ("micro_streams", "micro_expandable_oom", "gpt_ddp_buckets")

@@ -6,7 +6,7 @@ from fitune.allocator.prediction import PredictSettings, predict_steps, predict_
 from fitune.allocator.replay import ReplaySettings, replay
 from fitune.machine.cards import Device
 from fitune.machine.devices import cpu_device, find_device
-from fitune.trace.events import MemoryEvent, MemoryTrace, Phase
+from fitune.recorder.events import MemoryEvent, MemoryTrace, Phase
 from fitune.units import MIB
 
 

@@ -9,7 +9,7 @@ from golden_recordings import compare_with_recording, main, read_recording
 
 from fitune.allocator.replay import FailedAllocation, ReplaySettings, replay
 from fitune.errors import UsageError
-from fitune.trace.events import MemoryEvent, MemoryTrace
+from fitune.recorder.events import MemoryEvent, MemoryTrace
 from fitune.units import MIB
 
 ROOT = Path(__file__).parents[2]

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from fitune.allocator.peaks import step_peaks, timeline
 from fitune.errors import UsageError
-from fitune.trace.events import CATEGORIES, Category, MemoryEvent, MemoryTrace, Phase
+from fitune.recorder.events import CATEGORIES, Category, MemoryEvent, MemoryTrace, Phase
 
 
 def event(

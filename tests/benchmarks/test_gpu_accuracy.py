@@ -13,7 +13,7 @@ from fake_card import write_snapshot
 from fitune.machine.cards import Device
 from fitune.machine.devices import find_device
 from fitune.planning.predict import predict_run
-from fitune.trace.events import MemoryTrace
+from fitune.recorder.events import MemoryTrace
 from gpu_accuracy import BY_NAME, SETTINGS, Measured, Setting
 
 TINY = Setting("tiny", "minimind2-small", 64, 1)

@@ -8,7 +8,7 @@ import pytest
 
 import fits as fits_section
 from fitune.machine.devices import find_device
-from fitune.trace.events import MemoryEvent
+from fitune.recorder.events import MemoryEvent
 from rehearsal import possible
 from rehearsal.cases import ARCHITECTURES, BY_NAME, CARDS, CASES, LoopCase, StepCase, TrainerCase
 from rehearsal.explain import explain

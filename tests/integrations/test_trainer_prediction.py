@@ -18,14 +18,14 @@ from fitune.errors import UsageError
 from fitune.integrations import versions
 from fitune.integrations.trainer_prediction import record_trainer
 from fitune.integrations.transformers import weightless
-from fitune.trace.assumptions import Assumptions
-from fitune.trace.cuda_behaviour import CpuKernels
+from fitune.recorder.assumptions import Assumptions
+from fitune.recorder.cuda_behaviour import CpuKernels
+from fitune.recorder.events import MemoryTrace
+from fitune.recorder.record import RecordSettings, _collected_at_step_ends, record_loop
+from fitune.recorder.recorder import Recorder
+from fitune.recorder.recording import to_trace
+from fitune.recorder.shape_cache import ShapeMemory
 from fitune.trace.difference import first_difference
-from fitune.trace.events import MemoryTrace
-from fitune.trace.record import RecordSettings, _collected_at_step_ends, record_loop
-from fitune.trace.recorder import Recorder
-from fitune.trace.recording import to_trace
-from fitune.trace.shape_cache import ShapeMemory
 from tiny_models import TINY, TINY_GPT2
 from tiny_trainers import hf_trainer, needs_trl, rows, sft_trainer, tiny_model
 

@@ -17,7 +17,7 @@ from fitune.config import ModelConfig, ShapeConfig
 from fitune.errors import ModelError
 from fitune.model.load import build_model, count_parameters, load_config, load_model, load_tokenizer
 from fitune.model.source import PRESETS
-from fitune.trace.building import OnMeta
+from fitune.recorder.building import OnMeta
 from tiny_models import TINY_LLAMA, TINY_MOE, TINY_QWEN3, save_tokenizer
 
 CPU, META = torch.device("cpu"), torch.device("meta")

@@ -14,7 +14,7 @@ from fitune.model.experts import EXPERTS
 from fitune.model.load import count_parameters, load_model
 from fitune.model.quantise import NF4Linear, not_quantised, quantise
 from fitune.model.save import plain_tensors
-from fitune.trace.events import MemoryEvent
+from fitune.recorder.events import MemoryEvent
 from fitune.trace.own_step import Pass, longest_rows, record_step
 from tiny_models import TINY, TINY_DBRX, TINY_JETMOE
 

@@ -16,7 +16,7 @@ from fitune.planning.cost import (
     mixed,
     seconds_of,
 )
-from fitune.trace.events import ON_HOST, TRANSFER
+from fitune.recorder.events import ON_HOST, TRANSFER
 
 CPU = Ceilings(
     matmul_flops_per_second={"float32": 1e9},

@@ -44,8 +44,8 @@ from fitune.planning.predict import predict
 from fitune.planning.pricing import Bound
 from fitune.planning.search import Search, _Search, choose_plan
 from fitune.planning.second_process import divide
+from fitune.recorder.events import CATEGORIES, ROUTED, UNROUTED
 from fitune.trace import library as recordings
-from fitune.trace.events import CATEGORIES, ROUTED, UNROUTED
 from fitune.units import format_bytes, format_gib, parse_bytes
 from tiny_models import TINY, TINY_DBRX
 

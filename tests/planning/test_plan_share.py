@@ -12,7 +12,7 @@ from fitune.config import read_config
 from fitune.planning.plan import Plan
 from fitune.planning.search import choose_plan
 from fitune.planning.several_cards import BUCKET_BYTES, share_of
-from fitune.trace.events import MemoryEvent, MemoryTrace
+from fitune.recorder.events import MemoryEvent, MemoryTrace
 from fitune.trace.sharded import sharded
 from fitune.units import GIB
 from tiny_models import TINY

@@ -24,7 +24,7 @@ from fitune.model.save import save_model
 from fitune.planning.plan import closest
 from fitune.planning.search import choose_plan
 from fitune.planning.stated import model_notes
-from fitune.trace.events import COMPILED
+from fitune.recorder.events import COMPILED
 from fitune.training.prepare import follow
 from tiny_models import TINY_DBRX, TINY_LLAMA, save_tokenizer
 

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from fitune.data.packing import split
+from fitune.recorder.record import RecordSettings, Step, record_loop
 from fitune.recovery.protection import Protection
 from fitune.recovery.step import safe_step
 from fitune.step.work import micro_batch_work, train_step
-from fitune.trace.record import RecordSettings, Step, record_loop
 from tiny_steps import make_batch, make_model, settings_for
 
 STREAM_BYTES = torch.get_rng_state().nbytes

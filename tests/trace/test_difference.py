@@ -3,8 +3,8 @@ from collections.abc import Sequence
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fitune.recorder.events import MemoryEvent, MemoryTrace
 from fitune.trace.difference import first_difference
-from fitune.trace.events import MemoryEvent, MemoryTrace
 
 
 def trace(*sizes: int, step: int = 1) -> MemoryTrace:

@@ -17,8 +17,8 @@ from functools import cache
 
 import pytest
 
+from fitune.recorder.events import MemoryTrace
 from fitune.trace.difference import first_difference
-from fitune.trace.events import MemoryTrace
 from rehearsal.golden import DIRECTORY, SUFFIX, Golden, peaks, read_golden, record
 
 pytestmark = pytest.mark.filterwarnings(

@@ -9,8 +9,8 @@ from fitune.allocator.peaks import Peak, timeline
 from fitune.config import RunConfig, read_config
 from fitune.errors import ConfigError
 from fitune.planning.cost import ADAMW_OP, update_on_host, work_of
-from fitune.trace.cuda_target import CudaTarget
-from fitune.trace.events import ON_HOST, TRANSFER
+from fitune.recorder.cuda_target import CudaTarget
+from fitune.recorder.events import ON_HOST, TRANSFER
 from fitune.trace.own_step import Pass, RecordedStep, longest_rows, record_step
 from tiny_models import TINY
 

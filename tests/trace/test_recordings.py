@@ -12,7 +12,7 @@ from transformers import FalconConfig, GPTJConfig
 
 import fitune.trace.library as recordings_room
 from fitune.config import RunConfig, read_config
-from fitune.trace.cuda_target import CudaTarget
+from fitune.recorder.cuda_target import CudaTarget
 from fitune.trace.equal_layers import EqualLayers, find_layers
 from fitune.trace.library import Recordings
 from fitune.trace.own_step import (

@@ -5,9 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from fitune.trace.loop_growth import Growth, transfer_growth
-from fitune.trace.loop_iterations import Iterations
-from fitune.trace.recording import (
+from fitune.recorder.recording import (
     COLUMNS,
     RecordedAllocation,
     Recording,
@@ -15,6 +13,8 @@ from fitune.trace.recording import (
     Where,
     make_recording,
 )
+from fitune.trace.loop_growth import Growth, transfer_growth
+from fitune.trace.loop_iterations import Iterations
 from fitune.trace.repeat_layers import repeat_iterations
 
 NEVER = -1

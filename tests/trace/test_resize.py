@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from fitune.trace.recording import (
+from fitune.recorder.recording import (
     NEVER,
     RecordedAllocation,
     Recording,

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from fitune.config import RunConfig, read_config
-from fitune.trace.cuda_target import CudaTarget
-from fitune.trace.events import MemoryTrace
+from fitune.recorder.cuda_target import CudaTarget
+from fitune.recorder.events import MemoryTrace
 from fitune.trace.own_step import Pass, longest_rows, record_step
 from tiny_models import TINY
 

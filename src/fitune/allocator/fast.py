@@ -17,7 +17,7 @@ from fitune.allocator.rules import (
     SMALL_BYTES,
     SMALL_SEGMENT_BYTES,
 )
-from fitune.trace.recording import Integers
+from fitune.recorder.recording import Integers
 
 #: Stands for no limit, in units of 512 bytes
 NO_LIMIT = 1 << 62

@@ -8,8 +8,8 @@ import numpy as np
 
 from fitune.allocator.replay import number_storages
 from fitune.errors import UsageError
-from fitune.trace.events import CATEGORIES, Category, EventColumns, MemoryTrace, Phase
-from fitune.trace.recording import Integers
+from fitune.recorder.events import CATEGORIES, Category, EventColumns, MemoryTrace, Phase
+from fitune.recorder.recording import Integers
 
 #: How many modules and tensors a peak lists
 NUM_TOP = 10

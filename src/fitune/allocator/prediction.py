@@ -17,7 +17,7 @@ from fitune.config import Routing
 from fitune.display import HtmlDisplay
 from fitune.language import say
 from fitune.machine.cards import Device
-from fitune.trace.events import COMPILED, ROUTED, Category, MemoryTrace, Phase
+from fitune.recorder.events import COMPILED, ROUTED, Category, MemoryTrace, Phase
 from fitune.units import MIB, format_bytes
 
 #: Relative differences between prediction and measurement that are expected

@@ -9,8 +9,8 @@ import numpy as np
 
 from fitune.allocator.fast import IS_COMPILED, is_plain, replay_plain
 from fitune.allocator.rules import CachingAllocator, OutOfDeviceMemoryError
-from fitune.trace.events import EventColumns, MemoryTrace
-from fitune.trace.recording import Integers
+from fitune.recorder.events import EventColumns, MemoryTrace
+from fitune.recorder.recording import Integers
 
 
 @dataclass(frozen=True)

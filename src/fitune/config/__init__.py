@@ -27,10 +27,10 @@ from fitune.config.values import (
     Loss,
     Precision,
     Recompute,
-    Routing,
     Scaling,
 )
 from fitune.config.write import config_hash, format_config, json_schema
+from fitune.recorder.routing import Routing
 
 __all__ = [
     "Attention",

@@ -24,12 +24,12 @@ from fitune.config.values import (
     PositiveFloat,
     Precision,
     Recompute,
-    Routing,
     Scaling,
     Shard,
     Tracker,
     WholeNumber,
 )
+from fitune.recorder.routing import Routing
 
 
 def _source_from_path(value: object) -> object:

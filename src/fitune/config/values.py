@@ -68,4 +68,3 @@ else:
 
 Scaling = Literal["none", "sqrt_gain", "sqrt", "linear"]
 BatchMode = Literal["advise", "anneal", "follow", "hold"]
-Routing = Literal["balanced", "worst"]

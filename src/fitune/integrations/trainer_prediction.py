@@ -36,9 +36,9 @@ from fitune.boundary import bounded
 from fitune.errors import UsageError
 from fitune.integrations.versions import check_alone, check_trainer
 from fitune.machine.devices import this_machine
+from fitune.recorder.assumptions import tell_data
+from fitune.recorder.record import Build, Loop, Step
 from fitune.step.random_state import streams_kept
-from fitune.trace.assumptions import tell_data
-from fitune.trace.record import Build, Loop, Step
 
 #: The micro-batches that are recorded of a step: the first begins without gradients, the second
 #: adds to them, and any further one does the same as the second.

@@ -17,8 +17,6 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Literal
 
-from rich.cells import cell_len
-
 from fitune.language.chinese import CHINESE
 from fitune.language.counts import agree_with_counts
 from fitune.language.sentences import SENTENCES
@@ -117,4 +115,7 @@ def _pattern(english: str) -> re.Pattern[str]:
 
 def pad(text: str, width: int) -> str:
     """Pad `text` to `width` columns of a terminal, where a Chinese character takes two columns."""
+    # a recording in another program's environment has messages, but no rich
+    from rich.cells import cell_len
+
     return text + " " * max(0, width - cell_len(text))

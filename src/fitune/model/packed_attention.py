@@ -33,6 +33,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from fitune.config import Attention, Auto
 from fitune.errors import ModelError
 from fitune.model.row_attention import Scoring, attend
+from fitune.recorder.recorded_card import recorded_capability
 
 Kernel = Literal["rows", "varlen", "flash_attn"]
 
@@ -308,9 +309,11 @@ def _choose_kernel(
 def compute_capability(tensor: torch.Tensor) -> tuple[int, int] | None:
     """Return the compute capability of the tensor's GPU, None off CUDA.
 
-    To record a step for a GPU that is not there, the recorder replaces this function.
+    In a recording for a GPU that is not there, it is that of this GPU.
     """
-    return torch.cuda.get_device_capability(tensor.device) if tensor.is_cuda else None
+    return (
+        torch.cuda.get_device_capability(tensor.device) if tensor.is_cuda else recorded_capability()
+    )
 
 
 def _varlen(

@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import is_fake
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from fitune.errors import ModelError
+from fitune.errors import ModelError, UsageError
 from fitune.model.experts import EXPERTS, STACKED
 
 #: elements that share a scale
@@ -224,3 +224,49 @@ def _kernels() -> Any:
         raise ModelError(
             "model.method=qlora needs bitsandbytes, not installed here: pip install 'fitune[bnb]', or use lora"
         ) from error
+
+
+def replace_bitsandbytes_layers(model: nn.Module) -> None:
+    """Replace 4-bit layers of bitsandbytes by layers whose weights are packed.
+
+    bitsandbytes packs a weight when it moves to the card.
+    """
+    layers = [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if type(child).__module__.startswith("bitsandbytes")
+        and type(child).__name__ in ("Linear4bit", "LinearNF4")
+    ]
+    _refuse_other_quantisation(model)
+    if not layers:
+        return
+    for parent, name, child in layers:
+        weight: Any = child.weight
+        kind, is_double = weight.quant_type, weight.compress_statistics
+        if kind != "nf4" or not is_double:
+            found = f"{kind}, {'double' if is_double else 'single'} quantisation"
+            raise UsageError(
+                f"4-bit layers are predicted for nf4 with double quantisation, but {name} has {found}"
+            )
+        with torch.device("meta"):
+            setattr(parent, name, NF4Linear(cast(nn.Linear, child)))
+    share_tables(model)
+
+
+def _refuse_other_quantisation(model: nn.Module) -> None:
+    """Raise UsageError for other quantised layers of bitsandbytes.
+
+    They are quantised when they move to the card, into sizes that no shape here shows.
+    """
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        kind = type(module).__name__
+        if type(weight).__name__ in ("Int8Params", "Params4bit") and kind not in (
+            "Linear4bit",
+            "LinearNF4",
+        ):
+            raise UsageError(
+                f"{name} is a {kind} of bitsandbytes, which is not predicted: use 4-bit layers "
+                "(nf4, double quantisation), or leave the layer as it is, which needs more"
+            )

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from fitune.machine.cards import Device
-from fitune.trace.events import ON_HOST, TRANSFER, OperatorWork
+from fitune.recorder.events import ON_HOST, TRANSFER, OperatorWork
 
 # The fractions of the data sheet's rates that large kernels reach. FlashAttention-2 reaches 50 to
 # 73 % of an A100's FLOP/s in forward and backward (Dao 2023, arXiv 2307.08691), less with short

@@ -20,7 +20,7 @@ from fitune.planning.choices import Choice, apply_choice, with_routing
 from fitune.planning.cost import OpCost, StepShape, StepWork, work_of
 from fitune.planning.limits import Lengths, MemoryLimits
 from fitune.planning.plan import ADAMW_HOST
-from fitune.trace.events import TRANSFER, Category
+from fitune.recorder.events import TRANSFER, Category
 
 if TYPE_CHECKING:
     from fitune.trace.own_step import Pass, RecordedStep

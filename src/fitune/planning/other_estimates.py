@@ -15,7 +15,7 @@ They are formulas over the model's shape:
 from collections.abc import Iterator, Mapping
 
 from fitune.planning.plan import OtherEstimate
-from fitune.trace.events import Category
+from fitune.recorder.events import Category
 
 _STATES: tuple[Category, ...] = ("parameter", "gradient", "optimizer_state")
 _RECOMPUTED_SHARE = {"off": 0.0, "every_4": 0.25, "every_2": 0.5, "selective": 0.0, "full": 1.0}

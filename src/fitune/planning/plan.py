@@ -12,7 +12,7 @@ from fitune.display import HtmlDisplay
 from fitune.language import say
 from fitune.planning.limits import AUTO_SHARE
 from fitune.planning.optimizer_facts import PlannedTraining
-from fitune.trace.events import COMPILED, ROUTED, UNROUTED, VERSIONS, Category
+from fitune.recorder.events import COMPILED, ROUTED, UNROUTED, VERSIONS, Category
 from fitune.units import format_bytes
 
 ADAMW_HOST = "adamw_host"

@@ -31,9 +31,9 @@ from fitune.model.precision import Precision
 from fitune.planning.choices import with_routing
 from fitune.planning.past_errors import circumstances, measured_context, read_residuals, widen
 from fitune.planning.stated import stated
+from fitune.recorder.cuda_target import CudaTarget
+from fitune.recorder.events import MemoryTrace
 from fitune.step.assemble import CPU_MICRO_TOKENS, CUDA_MICRO_TOKENS
-from fitune.trace.cuda_target import CudaTarget
-from fitune.trace.events import MemoryTrace
 from fitune.trace.library import Recordings
 from fitune.trace.own_step import Pass, RecordedStep, longest_rows, steady_passes
 from fitune.trace.sharded import sharded

@@ -36,7 +36,7 @@ from fitune.planning.several_cards import (
     shards_of,
     share_of,
 )
-from fitune.trace.events import ROUTED
+from fitune.recorder.events import ROUTED
 from fitune.units import format_bytes
 
 Search = Literal["all", "brief", "fastest"]

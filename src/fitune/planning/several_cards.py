@@ -11,7 +11,7 @@ from fitune.config import BatchConfig, RunConfig
 from fitune.distributed.processes import BUCKET_BYTES
 from fitune.planning.limits import MemoryLimits
 from fitune.planning.plan import Candidate
-from fitune.trace.events import Category
+from fitune.recorder.events import Category
 from fitune.units import format_bytes, format_count
 
 

@@ -10,7 +10,7 @@ from fitune.model.formats import weights_format
 from fitune.model.load import ignored_code, load_config, load_model
 from fitune.model.quantise import not_quantised
 from fitune.planning.plan import CODE_IGNORED, NOT_PACKED, UNPACKED
-from fitune.trace.events import COMPILED
+from fitune.recorder.events import COMPILED
 
 
 def stated(config: RunConfig) -> Iterator[str]:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import zip_longest
 
-from fitune.trace.events import MemoryEvent, MemoryTrace
+from fitune.recorder.events import MemoryEvent, MemoryTrace
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from fitune.trace.cuda_kernels import temporaries_by_shape
-from fitune.trace.cuda_target import CudaTarget
+from fitune.recorder.cuda_kernels import temporaries_by_shape
+from fitune.recorder.cuda_target import CudaTarget
+from fitune.recorder.recording import COLUMNS, Integers, Recording, Rule, TraceWork
 from fitune.trace.loop_iterations import NUM_RECORDED_CHUNKS
-from fitune.trace.recording import COLUMNS, Integers, Recording, Rule, TraceWork
 
 #: (numerator, denominator): the part of the way from one recording to the other.
 _Fraction = tuple[int, int]

@@ -13,8 +13,12 @@ import torch
 
 from fitune.config import ModelConfig, RunConfig
 from fitune.model.load import load_config
+from fitune.recorder.cuda_target import CudaTarget
+from fitune.recorder.patience import Patience
+from fitune.recorder.record import RecordedModel
+from fitune.recorder.recording import Recording
+from fitune.recorder.shape_cache import ShapeMemory
 from fitune.step.assemble import choose_layouts
-from fitune.trace.cuda_target import CudaTarget
 from fitune.trace.equal_layers import LayerList, find_layers, first_layers
 from fitune.trace.interpolate import (
     have_same_structure,
@@ -29,9 +33,6 @@ from fitune.trace.own_step import (
     record_columns_of_step,
     shape_of_step,
 )
-from fitune.trace.patience import Patience
-from fitune.trace.record import RecordedModel
-from fitune.trace.recording import Recording
 from fitune.trace.recording_family import (
     RecordedConfig,
     RecordingFamily,
@@ -39,7 +40,6 @@ from fitune.trace.recording_family import (
     has_one_sample,
 )
 from fitune.trace.resize import with_last_step_repeated
-from fitune.trace.shape_cache import ShapeMemory
 
 #: The number of models that are kept for further recordings.
 _MOST_MODELS = 4

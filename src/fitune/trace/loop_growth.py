@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from fitune.recorder.recording import Integers, Recording
 from fitune.trace.loop_iterations import Coordinates, Iterations, find_sections
-from fitune.trace.recording import Integers, Recording
 
 
 @dataclass(frozen=True)

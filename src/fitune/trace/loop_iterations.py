@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fitune.trace.recording import NEVER, Integers, Recording
+from fitune.recorder.recording import NEVER, Integers, Recording
 
 #: The chunks of a loss that are recorded if most are left out: the first three and the last.
 NUM_RECORDED_CHUNKS = 4

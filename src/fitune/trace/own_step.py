@@ -24,19 +24,19 @@ from fitune.model.load import count_parameters, load_model
 from fitune.model.precision import Precision, device_precision, resolve_precision
 from fitune.objectives.supervised import LossSettings, chunk_slices
 from fitune.optimizers.table import OPTIMIZERS
+from fitune.recorder.cuda_target import CudaTarget
+from fitune.recorder.events import MemoryTrace, OperatorWork
+from fitune.recorder.patience import Patience
+from fitune.recorder.record import RecordedModel, RecordSettings, Step
+from fitune.recorder.recorder import Recorder
+from fitune.recorder.recording import Recording, sum_work, to_trace
+from fitune.recorder.shape_cache import ShapeMemory
 from fitune.step.assemble import Layout, Packing, assemble, choose_layouts, choose_packing
 from fitune.step.evaluate import evaluate
 from fitune.step.optimizer_state import create_state
 from fitune.step.work import train_step
-from fitune.trace.cuda_target import CudaTarget
-from fitune.trace.events import MemoryTrace, OperatorWork
 from fitune.trace.interpolate import SampleCounts
 from fitune.trace.loop_iterations import NUM_RECORDED_CHUNKS
-from fitune.trace.patience import Patience
-from fitune.trace.record import RecordedModel, RecordSettings, Step
-from fitune.trace.recorder import Recorder
-from fitune.trace.recording import Recording, sum_work, to_trace
-from fitune.trace.shape_cache import ShapeMemory
 
 #: The first compute capability that has bfloat16.
 FIRST_BFLOAT16 = (8, 0)

@@ -8,8 +8,9 @@ import numpy as np
 import torch
 
 from fitune.config import RunConfig
-from fitune.trace.cuda_target import CudaTarget
-from fitune.trace.events import ROUTED
+from fitune.recorder.cuda_target import CudaTarget
+from fitune.recorder.events import ROUTED
+from fitune.recorder.recording import Recording
 from fitune.trace.interpolate import (
     SizedRecording,
     are_equal,
@@ -24,7 +25,6 @@ from fitune.trace.own_step import (
     first_rows,
     shape_of_step,
 )
-from fitune.trace.recording import Recording
 from fitune.trace.repeat_layers import repeat_inner_iterations, repeat_iterations
 from fitune.trace.resize import resize
 

@@ -13,9 +13,9 @@ from functools import partial
 import numpy as np
 import numpy.typing as npt
 
+from fitune.recorder.recording import COLUMNS, NEVER, Integers, Recording, TraceWork
 from fitune.trace.loop_growth import Growth
 from fitune.trace.loop_iterations import Coordinates, Iterations, find_sections
-from fitune.trace.recording import COLUMNS, NEVER, Integers, Recording, TraceWork
 
 Bools = npt.NDArray[np.bool_]
 

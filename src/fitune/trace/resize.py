@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from fitune.trace.recording import COLUMNS, NEVER, Integers, Label, Recording, Rule, TraceWork
+from fitune.recorder.recording import COLUMNS, NEVER, Integers, Label, Recording, Rule, TraceWork
 
 #: Phase, kind of step, operator, module and iteration of an allocation, or similar for work.
 _Place = tuple[object, ...]

@@ -13,7 +13,7 @@ from typing import overload
 import numpy as np
 import numpy.typing as npt
 
-from fitune.trace.events import CATEGORIES, EventColumns, MemoryEvent, MemoryTrace
+from fitune.recorder.events import CATEGORIES, EventColumns, MemoryEvent, MemoryTrace
 
 #: What is split by rank.
 SHARDED_CATEGORIES = ("parameter", "gradient", "optimizer_state")

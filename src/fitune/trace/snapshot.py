@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from fitune.boundary import told_as
 from fitune.errors import UsageError
-from fitune.trace.events import Category, MemoryEvent, MemoryTrace, Phase
+from fitune.recorder.events import Category, MemoryEvent, MemoryTrace, Phase
 
 #: "free_requested" is the free for the allocator's statistics; "free_completed" follows when the
 #: streams are done.

@@ -1,0 +1,156 @@
+"""Make tensors, data loaders and interrupts behave in a recording as they do in the real run.
+
+A loop may print its loss, copy its model, save it or read its samples in worker processes. It can
+do so in a recording too, with the same allocations on the card: none for a printed number or a
+saved file, and a clone for a copy. Samples are read in this process, since the memory of worker
+processes is not on the card.
+"""
+
+import _thread
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils.data import DataLoader
+from torch.utils.data.dataloader import _SingleProcessDataLoaderIter
+
+from fitune.recorder.known_data import known_array
+from fitune.recorder.library_patches import when_imported
+from fitune.recorder.weight_files import weight_files
+
+#: After this time a lost interrupt is raised again
+AGAIN_SECONDS = 0.05
+#: The functions that some version of safetensors calls to save, with what they return here, where
+#: nothing is saved
+_SAFETENSORS: dict[str, Any] = {
+    "_flatten": {},
+    "_flatten_as_ptr": {},
+    "serialize": b"",
+    "serialize_file": None,
+}
+
+
+@contextmanager
+def as_real() -> Iterator[None]:
+    """Replace what fake tensors do not support by themselves, for as long as the block lasts."""
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(FakeTensor, "__format__", _format))
+        stack.enter_context(patch.object(FakeTensor, "__deepcopy__", _deepcopy))
+        stack.enter_context(patch.object(FakeTensor, "numpy", _numpy, create=True))
+        stack.enter_context(patch.object(torch, "save", partial(_save_nothing, None)))
+        # Data loaders pin memory in threads, which function modes do not reach.
+        pin = patch.object(torch.Tensor, "pin_memory", lambda tensor, *_, **__: tensor)
+        stack.enter_context(pin)
+        stack.enter_context(when_imported({"safetensors.torch": _saves_nothing}))
+        stack.enter_context(weight_files(_on_device))
+        stack.enter_context(patch.object(DataLoader, "_get_iterator", _in_this_process))
+        yield
+
+
+@contextmanager
+def interrupts_heard() -> Iterator[None]:
+    """Raise a KeyboardInterrupt again that Python lost.
+
+    An interrupt that arrives while Python runs the callback of a weak reference is only printed. It
+    is raised again a moment later.
+    """
+    before = sys.unraisablehook
+    again: list[threading.Timer] = []
+
+    def hear(unraisable: Any) -> None:
+        kind = unraisable.exc_type
+        if kind is None or not issubclass(kind, KeyboardInterrupt):
+            before(unraisable)
+        elif not any(timer.is_alive() for timer in again):
+            again.append(threading.Timer(AGAIN_SECONDS, _thread.interrupt_main))
+            again[-1].start()
+
+    with patch.object(sys, "unraisablehook", hear):
+        yield
+    if any(timer.is_alive() for timer in again):
+        for timer in again:
+            timer.cancel()
+        raise KeyboardInterrupt
+
+
+@contextmanager
+def states_kept() -> Iterator[None]:
+    """Restore accelerate's state, which stores for the whole process which device it found."""
+    name = "accelerate.state"
+    before = [dict(each) for each in _shared_states(sys.modules.get(name))]
+    try:
+        yield
+    finally:
+        for number, state in enumerate(_shared_states(sys.modules.get(name))):
+            state.clear()
+            state.update(before[number] if before else {})
+
+
+def _shared_states(module: Any) -> list[dict[str, Any]]:
+    names = ("PartialState", "AcceleratorState", "GradientState")
+    return [] if module is None else [getattr(module, name)._shared_state for name in names]
+
+
+def _format(tensor: FakeTensor, spec: str) -> str:
+    return format(tensor.item(), spec) if tensor.dim() == 0 else object.__format__(tensor, spec)
+
+
+def _deepcopy(tensor: FakeTensor, memo: dict[int, Any]) -> Any:
+    """Copy as Tensor.__deepcopy__ does; copies of tensors that share memory do not share it."""
+    if id(tensor) in memo:
+        return memo[id(tensor)]
+    if not tensor.is_leaf:
+        raise RuntimeError(
+            "Only Tensors created explicitly by the user (graph leaves) support the deepcopy protocol at the moment"
+        )
+    with torch.no_grad():
+        copied: Any = tensor.clone(memory_format=torch.preserve_format)
+    if isinstance(tensor, nn.Parameter):
+        copied = nn.Parameter(copied, requires_grad=tensor.requires_grad)
+    else:
+        copied.requires_grad_(tensor.requires_grad)
+    if tensor.grad is not None:
+        copied.grad = _deepcopy(tensor.grad, memo)  # type: ignore[arg-type]
+    memo[id(tensor)] = copied
+    return copied
+
+
+def _on_device(tensor: torch.Tensor, device: Any) -> torch.Tensor:
+    return tensor.to(device) if isinstance(device, (str, int, torch.device)) else tensor
+
+
+def _numpy(tensor: FakeTensor, *_: Any, **__: Any) -> Any:
+    if tensor.requires_grad:
+        raise RuntimeError(
+            "Can't call numpy() on Tensor that requires grad. Use tensor.detach().numpy() instead."
+        )
+    return known_array(tensor)
+
+
+def _saves_nothing(safetensors_torch: Any) -> AbstractContextManager[Any]:
+    stack = ExitStack()
+    for name, saved in _SAFETENSORS.items():
+        stack.enter_context(
+            patch.object(safetensors_torch, name, partial(_save_nothing, saved), create=True)
+        )
+    return stack
+
+
+def _save_nothing(saved: Any, *_: Any, **__: Any) -> Any:
+    return saved
+
+
+def _in_this_process(loader: Any) -> Any:
+    workers, pins = loader.num_workers, loader.pin_memory
+    loader.num_workers, loader.pin_memory = 0, False
+    try:
+        return _SingleProcessDataLoaderIter(loader)
+    finally:
+        loader.num_workers, loader.pin_memory = workers, pins
