@@ -7,12 +7,11 @@ states of the random number generators remain unchanged.
 """
 
 import copy
-import sys
 import time
 import types
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 from unittest.mock import patch
@@ -38,6 +37,7 @@ from fitune.integrations.versions import check_alone, check_trainer
 from fitune.machine.devices import this_machine
 from fitune.recorder.assumptions import tell_data
 from fitune.recorder.record import Build, Loop, Step
+from fitune.recorder.triton_kernels import triton_kernels
 from fitune.step.random_state import streams_kept
 
 #: The micro-batches that are recorded of a step: the first begins without gradients, the second
@@ -71,7 +71,7 @@ def predict_trainer(
     with streams_kept(trainer.args.device):
         recorded = record_trainer(trainer)
         on_card = gpu != "cpu" if gpu is not None else bool(list(this_machine()))
-        with _triton_kernels() if on_card else nullcontext():
+        with triton_kernels() if on_card else nullcontext():
             prediction = fitune.predict_loop(
                 recorded.build,
                 recorded.loop,
@@ -390,35 +390,3 @@ def _row_lengths(dataset: Any) -> Sequence[int]:
             "the samples of the Trainer's train_dataset have no input_ids: tokenise them first"
         )
     return [len(dataset[place]["input_ids"]) for place in range(len(dataset))]
-
-
-# ---- TRL's kernels on a card ----
-
-
-class _InPlace:
-    """A stand-in for a Triton kernel, which writes into its arguments and allocates nothing."""
-
-    def __getitem__(self, _: Any) -> Callable[..., None]:
-        return lambda *unused, **named: None
-
-
-@contextmanager
-def _triton_kernels() -> Iterator[None]:
-    """Let TRL compute its loss as it does on a card.
-
-    There it uses Triton kernels that work in place and compute logits for the targets alone.
-    """
-    kernels, user = (
-        sys.modules.get("trl.kernels.chunked_logprob"),
-        sys.modules.get("trl.trainer.utils"),
-    )
-    with ExitStack() as stack:
-        if kernels is not None and user is not None:
-            for module in (kernels, user):
-                stack.enter_context(patch.object(module, "_use_triton", lambda _: True))
-            for name in ("_forward_kernel", "_backward_kernel"):
-                stack.enter_context(patch.object(kernels, name, _InPlace()))
-            stack.enter_context(patch.object(kernels, "_addmm_fp32", lambda *_: None))
-            grid = types.SimpleNamespace(cdiv=lambda *_: 1)
-            stack.enter_context(patch.object(kernels, "triton", grid, create=True))
-        yield

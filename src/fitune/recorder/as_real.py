@@ -15,18 +15,21 @@ from functools import partial
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.data import DataLoader
 from torch.utils.data.dataloader import _SingleProcessDataLoaderIter
 
-from fitune.recorder.known_data import known_array
+from fitune.recorder.known_data import data_of, known_array
 from fitune.recorder.library_patches import when_imported
-from fitune.recorder.weight_files import weight_files
+from fitune.recorder.weight_files import on_host, weight_files
 
 #: After this time a lost interrupt is raised again
 AGAIN_SECONDS = 0.05
+#: Unknown elements of a tensor that are read one by one; of a larger one, all are taken to be alike
+_MOST_READ = 2**12
 #: The functions that some version of safetensors calls to save, with what they return here, where
 #: nothing is saved
 _SAFETENSORS: dict[str, Any] = {
@@ -44,6 +47,7 @@ def as_real() -> Iterator[None]:
         stack.enter_context(patch.object(FakeTensor, "__format__", _format))
         stack.enter_context(patch.object(FakeTensor, "__deepcopy__", _deepcopy))
         stack.enter_context(patch.object(FakeTensor, "numpy", _numpy, create=True))
+        stack.enter_context(patch.object(FakeTensor, "tolist", _tolist, create=True))
         stack.enter_context(patch.object(torch, "save", partial(_save_nothing, None)))
         # Data loaders pin memory in threads, which function modes do not reach.
         pin = patch.object(torch.Tensor, "pin_memory", lambda tensor, *_, **__: tensor)
@@ -132,6 +136,16 @@ def _numpy(tensor: FakeTensor, *_: Any, **__: Any) -> Any:
             "Can't call numpy() on Tensor that requires grad. Use tensor.detach().numpy() instead."
         )
     return known_array(tensor)
+
+
+def _tolist(tensor: FakeTensor) -> Any:
+    """Return what Tensor.tolist returns; indices that are known need not be read one by one."""
+    if (data := data_of(tensor)) is not None:
+        with on_host():
+            return data.tolist()
+    if tensor.numel() <= _MOST_READ:
+        return torch.Tensor.tolist(tensor)
+    return np.full(tensor.shape, tensor.reshape(-1)[0].item()).tolist()
 
 
 def _saves_nothing(safetensors_torch: Any) -> AbstractContextManager[Any]:

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib import import_module
+from inspect import signature
 from typing import Any, cast
 from unittest.mock import patch
 
@@ -380,6 +381,9 @@ class _FusedRmsNorm(torch.autograd.Function):
 def cuda_behaviour(target: CudaTarget) -> Iterator[None]:
     """Make fake CPU tensors behave as CUDA tensors in this process until the block ends."""
     library = torch.library.Library("aten", "IMPL")
+    # versions before 2.8 override without being asked
+    can_be_told = "allow_override" in signature(library.impl).parameters
+    overrides = {"allow_override": True} if can_be_told else {}
     with ExitStack() as stack:
         stack.callback(library._destroy)
         # optim/optimizer.py: optimizers take their foreach path by default on CUDA only.
@@ -390,11 +394,11 @@ def cuda_behaviour(target: CudaTarget) -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             for name, kernel in _autocast_rules():
-                library.impl(name, kernel, "AutocastCPU", allow_override=True)
+                library.impl(name, kernel, "AutocastCPU", **overrides)
             for name, kernel in (
                 ("scaled_dot_product_attention", scaled_dot_product_attention(target)),
                 ("dropout", _dropout),
                 ("rms_norm", _rms_norm),
             ):
-                library.impl(name, kernel, "AutogradCPU", allow_override=True)
+                library.impl(name, kernel, "AutogradCPU", **overrides)
         yield

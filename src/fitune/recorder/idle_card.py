@@ -153,8 +153,9 @@ def cuda_answers(target: CudaTarget) -> Iterator[None]:
         for module in (torch, torch.cuda):
             stack.enter_context(patch.object(module, "Event", _Event))
             stack.enter_context(patch.object(module, "Stream", _Stream))
-        for name in ("CUDAGraph", "graph", "make_graphed_callables"):
-            stack.enter_context(patch.object(torch.cuda, name, _refuse_graphs))
+        for name in ("CUDAGraph", "graph"):
+            stack.enter_context(patch.object(torch.cuda, name, _RefusedGraph))
+        stack.enter_context(patch.object(torch.cuda, "make_graphed_callables", _RefusedGraph))
         for name in ("is_autocast_enabled", "get_autocast_dtype"):
             stack.enter_context(
                 patch.object(torch, name, partial(_query_cpu, getattr(torch, name)))
@@ -232,11 +233,15 @@ def _query_cpu(query: Callable[[str], Any], device_type: str = "cuda") -> Any:
     return query("cpu" if device_type == "cuda" else device_type)
 
 
-def _refuse_graphs(*_: Any, **__: Any) -> Any:
-    raise UsageError(
-        "the loop captures a CUDA graph, which keeps its memory in a pool of its own and is not "
-        "predicted: predict the loop without it, which needs no more than with it but for that pool"
-    )
+class _RefusedGraph:
+    """A CUDA graph; a class, since libraries name it in annotations."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        raise UsageError(
+            "the loop captures a CUDA graph, which keeps its memory in a pool of its own and is "
+            "not predicted: predict the loop without it, which needs no more than with it but for "
+            "that pool"
+        )
 
 
 class _Runtime:

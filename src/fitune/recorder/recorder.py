@@ -201,6 +201,11 @@ class Recorder(TorchDispatchMode):
         """Attribute what happens inside to `module`, which may be a name of its own."""
         return self._tracker.running(module)
 
+    @property
+    def is_in_module(self) -> bool:
+        """Whether the forward of any module is running."""
+        return self._tracker.in_module
+
     def is_on_host(self, tensor: torch.Tensor) -> bool:
         return tensor.untyped_storage()._cdata in self._host
 

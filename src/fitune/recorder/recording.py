@@ -211,11 +211,11 @@ def make_recording(
 
 def to_trace(recording: Recording) -> MemoryTrace:
     """Return the events that the recording stands for."""
-    return MemoryTrace(RecordedEvents(recording), (*recording.source, _versions()))
+    return MemoryTrace(RecordedEvents(recording), (*recording.source, versions()))
 
 
 @cache
-def _versions() -> str:
+def versions() -> str:
     """Return the line of `MemoryTrace.source` that names the versions of the recorded packages.
 
     The memory of a step depends on their code, which differs between versions.

@@ -30,7 +30,7 @@ def weight_files(put: Put) -> Iterator[None]:
     load = torch.load
 
     def load_on_host(file: Any, map_location: Any = None, *args: Any, **options: Any) -> Any:
-        with _on_host():
+        with on_host():
             content = load(file, "cpu", *args, **options)
         return tree_map_only(Tensor, lambda tensor: put(tensor, map_location), content)
 
@@ -66,7 +66,7 @@ def _reads_to_host(put: Put, safetensors: Any) -> Iterator[None]:
             return getattr(self._file, name)
 
         def get_tensor(self, name: str) -> Any:
-            with _on_host():
+            with on_host():
                 tensor = self._file.get_tensor(name)
             return put(tensor, self._device) if isinstance(tensor, Tensor) else tensor
 
@@ -85,7 +85,7 @@ def _reads_to_host(put: Put, safetensors: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _on_host() -> Iterator[None]:
+def on_host() -> Iterator[None]:
     """Leave all dispatch and function modes for this block, since they would move the tensors."""
     with _disable_current_modes(), torch._C.DisableTorchFunction():
         yield

@@ -1,0 +1,213 @@
+"""Stand in for data and weights that a script reads and that are not on this machine.
+
+A prediction needs shapes alone. Each use is named in the assumptions of the prediction.
+"""
+
+import copy
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+
+from fitune.errors import UsageError
+from fitune.recorder.library_patches import when_imported
+
+#: More than a script keeps of a sample, so that it cuts each one to its own longest length
+LONG_TEXT = "All samples are as long as the script lets them be. " * 2500
+#: Keys of a sample whose value is a list of messages
+_CONVERSATIONS = ("conversations", "messages", "conversation", "chosen", "rejected")
+#: Keys of a sample whose value is text
+_TEXTS = (
+    *("text", "content", "prompt", "completion", "response", "instruction", "input", "output"),
+    *("question", "answer", "query", "system", "article", "document", "story", "code"),
+)
+_NUM_ROWS = 100_000
+#: Numbers in place of a file of token ids
+_NUM_TOKENS = 2**24
+
+#: Adds an assumption to the prediction
+Note = Callable[[str], None]
+
+
+@contextmanager
+def absent_data(note: Note) -> Iterator[None]:
+    """Let the script of this block read files that are not here."""
+    with ExitStack() as stack:
+        stack.enter_context(_weights(note))
+        stack.enter_context(_token_files(note))
+        stack.enter_context(
+            when_imported(
+                {
+                    "datasets": lambda module: _datasets(module, note),
+                    "transformers.tokenization_utils_base": _equal_texts_tokenised_once,
+                }
+            )
+        )
+        yield
+
+
+class AbsentRow(dict[str, Any]):
+    """A sample of a file that is not here; each key has a value that fits its name."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__()
+        self._source = source
+
+    def __missing__(self, key: str) -> Any:
+        if key in _CONVERSATIONS:
+            return [
+                {"role": "user", "content": "How long is the longest answer?"},
+                {"role": "assistant", "content": LONG_TEXT},
+            ]
+        if key in _TEXTS:
+            return LONG_TEXT
+        raise UsageError(
+            f"{self._source} is not here, and the script asks its samples for '{key}', whose form "
+            "is not known: put a file with one line of it there"
+        )
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return self[key] if key in _CONVERSATIONS or key in _TEXTS else default
+
+    def __reduce__(self) -> Any:
+        return AbsentRow, (self._source,)
+
+
+class AbsentRows(Dataset[AbsentRow]):
+    """The samples of a file that is not here."""
+
+    def __init__(self, source: str) -> None:
+        self._source = source
+
+    def __len__(self) -> int:
+        return _NUM_ROWS
+
+    def __getitem__(self, index: Any) -> AbsentRow:
+        return AbsentRow(self._source)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise UsageError(
+            f"{self._source} is not here, and the script does more with it than to read its "
+            f"samples (.{name}): put a file with a few lines there"
+        )
+
+
+class AbsentWeights(dict[str, Any]):
+    """The content of a file of weights that is not here; it fits every model."""
+
+    def __missing__(self, key: str) -> Any:
+        return AbsentWeights()
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return default
+
+
+@contextmanager
+def _weights(note: Note) -> Iterator[None]:
+    """Let torch.load return weights that fit every model where the file is not here."""
+    load, load_into_module = torch.load, nn.Module.load_state_dict
+    load_into_optimizer = torch.optim.Optimizer.load_state_dict
+
+    def load_or_absent(file: Any, *arguments: Any, **options: Any) -> Any:
+        if isinstance(file, (str, os.PathLike)) and not os.path.exists(file):
+            note(f"assumed: {os.fspath(file)}, which is not here, holds weights that fit the model")
+            return AbsentWeights()
+        return load(file, *arguments, **options)
+
+    def load_module(self: nn.Module, state: Any, *arguments: Any, **options: Any) -> Any:
+        if isinstance(state, AbsentWeights):
+            return nn.modules.module._IncompatibleKeys([], [])
+        return load_into_module(self, state, *arguments, **options)
+
+    def load_optimizer(self: torch.optim.Optimizer, state: Any) -> None:
+        if not isinstance(state, AbsentWeights):
+            load_into_optimizer(self, state)
+
+    with (
+        patch.object(torch, "load", load_or_absent),
+        patch.object(nn.Module, "load_state_dict", load_module),
+        patch.object(torch.optim.Optimizer, "load_state_dict", load_optimizer),
+    ):
+        yield
+
+
+@contextmanager
+def _token_files(note: Note) -> Iterator[None]:
+    """Let numpy.memmap and numpy.fromfile return zeros where the file is not here."""
+
+    memmap, fromfile = np.memmap, np.fromfile
+
+    def zeros(file: Any, dtype: Any) -> Any:
+        if not isinstance(file, (str, os.PathLike)) or os.path.exists(file):
+            return None
+        note(f"assumed: {os.fspath(file)}, which is not here, holds {_NUM_TOKENS:,} tokens")
+        return np.zeros(_NUM_TOKENS, dtype)
+
+    class MemoryMap(memmap):  # type: ignore[misc, type-arg, valid-type]
+        """numpy.memmap, which is a class that libraries name in annotations."""
+
+        def __new__(cls, filename: Any, dtype: Any = np.uint8, *args: Any, **options: Any) -> Any:
+            absent = zeros(filename, dtype)
+            return memmap(filename, dtype, *args, **options) if absent is None else absent
+
+    def from_file(file: Any, dtype: Any = float, *args: Any, **options: Any) -> Any:
+        absent = zeros(file, dtype)
+        return fromfile(file, dtype, *args, **options) if absent is None else absent
+
+    with patch.object(np, "memmap", MemoryMap), patch.object(np, "fromfile", from_file):
+        yield
+
+
+def _datasets(module: Any, note: Note) -> AbstractContextManager[Any]:
+    """Let load_dataset of the package datasets return samples where the file is not here."""
+    load_dataset = module.load_dataset
+
+    def load_or_absent(path: str, *arguments: Any, **options: Any) -> Any:
+        files = options.get("data_files")
+        wanted = list(files.values()) if isinstance(files, dict) else files
+        names = wanted if isinstance(wanted, list) else [path if wanted is None else wanted]
+        absent = [each for each in names if isinstance(each, str) and not os.path.exists(each)]
+        if not absent:
+            return load_dataset(path, *arguments, **options)
+        if wanted is None:
+            try:
+                return load_dataset(path, *arguments, **options)  # from the hub's cache
+            except Exception:
+                absent = [path]
+        source = absent[0]
+        note(
+            f"assumed: the samples of {source}, which is not here, are as long as the script keeps"
+        )
+        rows = AbsentRows(source)
+        return rows if options.get("split") else dict.fromkeys(("train", "validation"), rows)
+
+    return patch.object(module, "load_dataset", load_or_absent)
+
+
+def _equal_texts_tokenised_once(tokenization: Any) -> AbstractContextManager[Any]:
+    """Let a tokenizer remember long texts: samples that are not here are all alike."""
+    call = tokenization.PreTrainedTokenizerBase.__call__
+    known: dict[Any, Any] = {}
+
+    def call_once(self: Any, text: Any = None, *arguments: Any, **options: Any) -> Any:
+        if not isinstance(text, str) or len(text) < len(LONG_TEXT):
+            return call(self, text, *arguments, **options)
+        key = (id(self), text, repr(arguments), repr(sorted(options.items())))
+        if key not in known:
+            known[key] = call(self, text, *arguments, **options)
+        copied = copy.copy(known[key])
+        copied.data = {
+            name: list(value) if isinstance(value, list) else value
+            for name, value in known[key].data.items()
+        }
+        return copied
+
+    return patch.object(tokenization.PreTrainedTokenizerBase, "__call__", call_once)

@@ -1,0 +1,95 @@
+"""Record a script in the process that the user's own interpreter runs for it.
+
+This process has the user's versions of torch and of everything else. Of fitune it imports the
+recorder and the messages alone (`BOOT`), from the directory of the fitune that started it.
+"""
+
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+#: Python code that starts this process with (directory of fitune, file of the request)
+BOOT = """
+import importlib.util, sys
+directory, request = sys.argv[1:]
+spec = importlib.util.spec_from_file_location(
+    "fitune", directory + "/__init__.py", submodule_search_locations=[directory]
+)
+sys.modules["fitune"] = module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+from fitune.recorder.child import main
+main(request)
+"""
+#: The oldest PyTorch in which scripts are recorded
+OLDEST_TORCH = (2, 6)
+
+
+def main(request_path: str) -> None:
+    """Record the script of a request and write the recording, or why there is none, to files.
+
+    The request is JSON: the fields of `ScriptSettings` and "result", the path of the recording. An
+    error is written as JSON to the same path with ".error" behind it.
+    """
+    request = json.loads(Path(request_path).read_text(encoding="utf-8"))
+    result = Path(request.pop("result"))
+    error = result.with_name(result.name + ".error")
+    try:
+        _record(request, result)
+    except SystemExit as exit_:
+        _write(error, f"the script called sys.exit({exit_.code!r}) before its first optimizer step")
+    except BaseException as reason:
+        if os.environ.get("FITUNE_DEBUG", "0") not in ("", "0"):
+            traceback.print_exc()
+        from fitune.errors import FituneError
+
+        if isinstance(reason, FituneError):
+            _write(error, str(reason), type(reason).__name__)
+        else:
+            _write(error, f"{type(reason).__name__}: {reason}", "UnexpectedError")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # threads and hooks that the script has left behind are not waited for
+    os._exit(0)
+
+
+def _record(request: dict[str, Any], result: Path) -> None:
+    try:
+        import numpy  # noqa: F401
+        import torch
+    except ImportError as error:
+        from fitune.errors import UsageError
+
+        raise UsageError(
+            f"{sys.executable} cannot import {error.name}: name the Python that runs the script "
+            "with --python"
+        ) from error
+    found = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    if found < OLDEST_TORCH:
+        from fitune.errors import UsageError
+
+        raise UsageError(
+            f"{sys.executable} has torch {torch.__version__}: scripts are predicted with torch 2.6 "
+            "and later; name another Python with --python"
+        )
+    from fitune.recorder.cuda_target import CudaTarget
+    from fitune.recorder.script import ScriptSettings, record_script
+    from fitune.recorder.transfer import write_recording
+
+    target = request.pop("target")
+    target["compute_capability"] = tuple(target["compute_capability"])
+    settings = ScriptSettings(
+        **request
+        | {
+            "target": CudaTarget(**target),
+            "arguments": tuple(request["arguments"]),
+            "scratch": Path(request["scratch"]),
+        }
+    )
+    record_script(settings, done=lambda recording: write_recording(recording, result))
+
+
+def _write(path: Path, message: str, kind: str = "UsageError") -> None:
+    path.write_text(json.dumps({"kind": kind, "message": message}), encoding="utf-8")

@@ -1,0 +1,241 @@
+"""Record somebody else's training script, unchanged, until it has made some optimizer steps.
+
+The script runs whole, as `__main__`, on tensors without data in a process that behaves as if the
+card were there. What the script needs and this machine lacks is stood in for, and each stand-in is
+named in `MemoryTrace.source`.
+"""
+
+import os
+import runpy
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+from unittest.mock import patch
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map_only
+
+from fitune.boundary import cause_of
+from fitune.errors import FituneError, UsageError
+from fitune.recorder.absent_data import absent_data
+from fitune.recorder.assumptions import Assumptions
+from fitune.recorder.card_stand_in import card_stands_in
+from fitune.recorder.cuda_behaviour import CudaKernels
+from fitune.recorder.cuda_target import CudaTarget
+from fitune.recorder.events import COMPILED
+from fitune.recorder.failures import explained
+from fitune.recorder.patience import Patience
+from fitune.recorder.record import fake_tensors, is_compiled, process_as_recorded
+from fitune.recorder.recorder import Recorder
+from fitune.recorder.recording import Recording, versions
+from fitune.recorder.scratch_files import ScratchFiles
+from fitune.recorder.script_libraries import script_libraries
+from fitune.recorder.shape_cache import ShapeMemory
+from fitune.recorder.step_ends import EnoughStepsError, StepEnds
+
+#: Passes without gradients on inputs of the same shapes that are recorded; the others change
+#: nothing in the allocator
+_EQUAL_PASSES = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScriptSettings:
+    """A script, its arguments, and how it is recorded."""
+
+    #: the file of the script, or the name of a module
+    name: str
+    is_module: bool = False
+    arguments: tuple[str, ...] = ()
+    target: CudaTarget
+    num_steps: int = 2
+    #: whether data loaders begin with the longest samples, or with those that the script takes
+    rows: Literal["longest", "as-they-come"] = "longest"
+    #: an empty directory for all files that the script writes
+    scratch: Path
+
+
+def record_script(settings: ScriptSettings, *, done: Callable[[Recording], None]) -> None:
+    """Run the script and hand over the recording of its first `num_steps` optimizer steps.
+
+    The recording is shorter if the script ends earlier. The process is of no further use: what the
+    script has started or replaced in it stays.
+
+    done: is called with the recording, before the script is ended.
+
+    Raises UsageError for a script that fails, or that makes no optimizer step.
+    """
+    noted: dict[str, None] = {}
+
+    def note(assumption: str) -> None:
+        noted.setdefault(assumption)
+
+    patience, shapes = Patience(), ShapeMemory()
+    assumptions = Assumptions("balanced", shapes, patience)
+    recorder = Recorder(CudaKernels(settings.target, assumptions.call))
+    files = ScratchFiles(settings.scratch)
+    with ExitStack() as stack:
+        compiled = stack.enter_context(process_as_recorded(settings.target, patience))
+
+        def hand_over() -> None:
+            notes = [*noted, *(_written(files))]
+            models = ends.models.values()
+            if compiled or any(is_compiled(model) for model in models):
+                notes.append(COMPILED)
+            done(
+                recorder.recording(
+                    (
+                        f"recorded {ends.num_steps} optimizer steps of the script itself",
+                        *_card(settings.target),
+                        *assumptions.lines(),
+                        *notes,
+                        versions(),
+                    )
+                )
+            )
+
+        ends = StepEnds(
+            recorder,
+            settings.num_steps,
+            done=hand_over,
+            # the recording is handed over, and a script that catches everything never ends
+            give_up=lambda: os._exit(0),
+        )
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        stack.enter_context(fake_tensors(mode, shapes, of_card=True))
+        stack.enter_context(absent_data(note))
+        stack.enter_context(script_libraries(note, longest=settings.rows == "longest"))
+        stack.enter_context(ends.hooks())
+        stack.enter_context(recorder.hooks())
+        stack.enter_context(recorder)
+        stack.enter_context(card_stands_in(recorder))
+        stack.enter_context(_equal_passes_skipped(note))
+        stack.enter_context(files.redirected())
+        files.refuse_others()
+        try:
+            with explained("the script", lambda: bool(assumptions.used)):
+                _run(settings)
+        except EnoughStepsError:
+            return
+        except (SystemExit, KeyboardInterrupt, FituneError):
+            if ends.num_steps < 1:
+                raise
+        except BaseException as error:
+            if ends.num_steps < 1:
+                raise UsageError(_failure(error, settings)) from error
+        if ends.num_steps < 1:
+            raise UsageError(
+                f"{_shown(settings)} ended after {ends.num_forwards} forward passes without an "
+                "optimizer.step() of torch.optim, by which fitune sees where a training step ends"
+            )
+        ends.end()
+        hand_over()
+
+
+def _run(settings: ScriptSettings) -> None:
+    argv = [settings.name, *settings.arguments]
+    first = os.getcwd() if settings.is_module else str(Path(settings.name).resolve().parent)
+    with patch.object(sys, "argv", argv), patch.object(sys, "path", [first, *sys.path[1:]]):
+        if settings.is_module:
+            runpy.run_module(settings.name, run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(settings.name, run_name="__main__")
+
+
+def _shown(settings: ScriptSettings) -> str:
+    return settings.name if settings.is_module else Path(settings.name).name
+
+
+def _failure(error: BaseException, settings: ScriptSettings) -> str:
+    """Return the message for an exception of the script: what happened, and on which line."""
+    frames = traceback.extract_tb(error.__traceback__)
+    libraries = {"site-packages", "dist-packages", "fitune", "torch"}
+    own = [
+        frame
+        for frame in frames
+        if not libraries & set(Path(frame.filename).parts)
+        and not frame.filename.startswith("<")
+        and "lib" not in Path(frame.filename).parts
+    ]
+    place = f"{Path(own[-1].filename).name}:{own[-1].lineno}" if own else _shown(settings)
+    if isinstance(error, FileNotFoundError) and error.filename is not None:
+        return (
+            f"the script needs {error.filename} at {place}, which is not here: give --cwd the "
+            "directory that the command is run in, or put the file there"
+        )
+    cause = cause_of(error) if isinstance(error, Exception) else type(error).__name__
+    return (
+        f"the script stopped at {place} before its first optimizer step: {cause}; run it once "
+        "without fitune to see whether its arguments and files are right, and with FITUNE_DEBUG=1 "
+        "for all that it printed"
+    )
+
+
+def _card(target: CudaTarget) -> Iterator[str]:
+    major, minor = target.compute_capability
+    yield f"kernels of CUDA, compute capability {major}.{minor}, attention {target.attention}"
+    yield from target.assumptions()
+
+
+def _written(files: ScratchFiles) -> Sequence[str]:
+    return ["what the script saves is not kept"] if files.written else []
+
+
+# ---- evaluation ----
+
+
+@contextmanager
+def _equal_passes_skipped(note: Callable[[str], None]) -> Iterator[None]:
+    """Skip passes of a model without gradients once two with the same shapes have been recorded.
+
+    An evaluation runs hundreds of them. Each one takes from the allocator what the one before has
+    given back. A skipped pass returns empty tensors of the shapes that the others returned.
+    """
+    call = nn.Module.__call__
+    counts: dict[Any, int] = {}
+    results: dict[Any, Any] = {}
+    depth = 0
+
+    def call_or_skip(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        nonlocal depth
+        if depth or torch.is_grad_enabled():
+            depth += 1
+            try:
+                return call(self, *args, **kwargs)
+            finally:
+                depth -= 1
+        key = (id(self), self.training, _shapes(args), _shapes(kwargs))
+        if counts.get(key, 0) >= _EQUAL_PASSES:
+            note("passes without gradients on equal shapes are recorded twice, others skipped")
+            return tree_map_only(_Blank, _Blank.tensor, results[key])
+        depth += 1
+        try:
+            result = call(self, *args, **kwargs)
+        finally:
+            depth -= 1
+        counts[key] = counts.get(key, 0) + 1
+        if counts[key] == _EQUAL_PASSES:
+            results[key] = tree_map_only(torch.Tensor, _Blank, result)
+        return result
+
+    with patch.object(nn.Module, "__call__", call_or_skip):
+        yield
+
+
+class _Blank:
+    """The shape, dtype and device of a tensor that a pass returned."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.shape, self.dtype, self.device = tensor.shape, tensor.dtype, tensor.device
+
+    def tensor(self) -> torch.Tensor:
+        return torch.empty(self.shape, dtype=self.dtype, device=self.device)
+
+
+def _shapes(tree: Any) -> str:
+    return repr(tree_map_only(torch.Tensor, lambda tensor: (tensor.shape, tensor.dtype), tree))

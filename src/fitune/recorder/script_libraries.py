@@ -1,0 +1,293 @@
+"""Make libraries that a script uses behave without weights, network and trackers.
+
+Libraries whose kernels are not PyTorch's are refused, since their memory is not known.
+"""
+
+import importlib.abc
+import importlib.machinery
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any, ClassVar
+from unittest.mock import patch
+
+import torch
+from torch.utils.data import DataLoader
+
+from fitune.errors import UsageError
+from fitune.recorder.absent_data import Note
+from fitune.recorder.library_patches import when_imported
+from fitune.recorder.triton_kernels import triton_kernels
+
+_TRACKERS = ("wandb", "swanlab", "trackio", "comet_ml", "mlflow", "neptune", "clearml", "aim")
+_LIBRARIES = {"site-packages", "dist-packages"}
+#: What a script cannot use while it is predicted -> what to do
+_REFUSED = {
+    "unsloth": "Unsloth's kernels",
+    "deepspeed": "DeepSpeed, which divides a model over processes,",
+    "vllm": "vLLM",
+    "megatron": "Megatron's kernels",
+    "transformer_engine": "Transformer Engine's kernels",
+}
+
+
+@contextmanager
+def script_libraries(note: Note, *, longest: bool) -> Iterator[None]:
+    """Let the libraries of this block need nothing that is not here.
+
+    note: is called with each assumption that is made.
+    longest: whether a DataLoader over tokenised samples begins with the longest ones.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(_trackers_do_nothing(note))
+        stack.enter_context(_kernel_libraries_refused())
+        stack.enter_context(_saves_touch_files())
+        stack.enter_context(_one_process())
+        if longest:
+            stack.enter_context(_longest_samples_first(note))
+        stack.enter_context(
+            when_imported(
+                {
+                    "transformers.modeling_utils": lambda module: _models_of_configs(module, note),
+                    "kernels": lambda module: patch.object(
+                        module, "get_kernel", lambda name, *_, **__: _hub_kernel(name, note)
+                    ),
+                }
+            )
+        )
+        stack.enter_context(triton_kernels())
+        yield
+
+
+# ---- models ----
+
+
+def _models_of_configs(modeling: Any, note: Note) -> AbstractContextManager[Any]:
+    """Let from_pretrained build the model of its configuration, and read no weights."""
+
+    def from_pretrained(cls: Any, name: Any, *_: Any, config: Any = None, **options: Any) -> Any:
+        _refuse_quantised(options)
+        if config is None or isinstance(config, (str, os.PathLike)):
+            config = cls.config_class.from_pretrained(name if config is None else config)
+        for key in [key for key in options if hasattr(config, key) and key not in _MODEL_OPTIONS]:
+            setattr(config, key, options[key])
+        if getattr(config, "quantization_config", None) is not None:
+            _refuse_quantised({"quantization_config": config.quantization_config})
+        attention = options.get("attn_implementation")
+        chosen = {} if attention is None else {"attn_implementation": attention}
+        dtype = _dtype(options.get("dtype", options.get("torch_dtype")), config)
+        note(f"{name}: built from its configuration, no weights are read")
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            model = cls._from_config(config, **chosen)
+        finally:
+            torch.set_default_dtype(before)
+        model.eval()
+        place = options.get("device_map")
+        return model if place in (None, "cpu") else model.to("cuda")
+
+    return patch.object(modeling.PreTrainedModel, "from_pretrained", classmethod(from_pretrained))
+
+
+#: Arguments of from_pretrained that are no settings of the model's configuration
+_MODEL_OPTIONS = ("dtype", "torch_dtype", "attn_implementation", "device_map")
+
+
+def _dtype(named: Any, config: Any) -> torch.dtype:
+    if named is None:
+        # transformers 5 loads in the dtype of the weights, earlier versions in float32
+        import transformers
+
+        named = "auto" if int(transformers.__version__.partition(".")[0]) >= 5 else torch.float32
+    if named == "auto":
+        named = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None)
+    dtype = getattr(torch, named) if isinstance(named, str) else named
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32
+
+
+def _refuse_quantised(options: Mapping[str, Any]) -> None:
+    if any(options.get(key) for key in ("quantization_config", "load_in_4bit", "load_in_8bit")):
+        raise UsageError(
+            "the script loads a quantised model, whose weights are packed on the card: predict it "
+            "with fitune plan MODEL model.method=qlora"
+        )
+
+
+def _hub_kernel(name: str, note: Note) -> Any:
+    """Return the functions of a kernel of the hub. Raises UsageError for an unknown one."""
+    if "flash-attn" not in name and "flash-attention" not in name:
+        raise UsageError(
+            f"the script loads the compiled kernel {name}, whose memory is not known: predict it "
+            "with PyTorch's own attention"
+        )
+    flash_attn: Any = __import__("flash_attn")
+    note(f"{name}: allocates as PyTorch's flash attention")
+    return SimpleNamespace(flash_attn_interface=flash_attn, **vars(flash_attn))
+
+
+# ---- data loaders ----
+
+
+@contextmanager
+def _longest_samples_first(note: Note) -> Iterator[None]:
+    """Let each batch of tokenised samples be of the longest ones.
+
+    A sampler of the script's own that makes whole batches stays as it is.
+    """
+    init = DataLoader.__init__
+
+    def heaviest_batches(
+        self: Any, dataset: Any, batch_size: Any = 1, *arguments: Any, **options: Any
+    ) -> None:
+        lengths = None if arguments or options.get("batch_sampler") else _lengths(dataset)
+        if lengths and isinstance(batch_size, int):
+            order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
+            heaviest = order[:batch_size]
+            note(
+                f"every batch has the {len(heaviest)} longest samples of {len(lengths):,}, the "
+                f"longest of {lengths[order[0]]:,} tokens"
+            )
+            options["sampler"] = [heaviest[place % len(heaviest)] for place in range(len(order))]
+            options.pop("shuffle", None)
+        init(self, dataset, batch_size, *arguments, **options)
+
+    with patch.object(DataLoader, "__init__", heaviest_batches):
+        yield
+
+
+def _lengths(dataset: Any) -> list[int] | None:
+    """Return the number of tokens of each sample, None if the data set does not show it."""
+    columns = getattr(dataset, "column_names", None)
+    if not isinstance(columns, list) or not hasattr(dataset, "select_columns"):
+        return None
+    ids = [column for column in columns if column.endswith("input_ids")]
+    if not ids:
+        return None
+    rows = dataset.select_columns(ids).with_format(None)
+    return [sum(len(row[column]) for column in ids) for row in rows]
+
+
+# ---- what leaves this machine, or stays on it ----
+
+
+class _Anything(ModuleType):
+    """A module, object or function that takes everything and does nothing."""
+
+    __path__: ClassVar[list[str]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return _Anything(name)
+
+    def __call__(self, *_: Any, **__: Any) -> Any:
+        return self
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(())
+
+    def __bool__(self) -> bool:
+        return False
+
+    def __setitem__(self, key: Any, value: Any) -> None: ...
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    def __init__(self, find: Callable[[str], importlib.machinery.ModuleSpec | None]) -> None:
+        self._find = find
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        return self._find(fullname)
+
+
+class _AnythingLoader(importlib.abc.Loader):
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
+        return _Anything(spec.name)
+
+    def exec_module(self, module: ModuleType) -> None: ...
+
+
+@contextmanager
+def _finding(find: Callable[[str], importlib.machinery.ModuleSpec | None]) -> Iterator[None]:
+    finder = _Finder(find)
+    sys.meta_path.insert(0, finder)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(finder)
+
+
+def _trackers_do_nothing(note: Note) -> AbstractContextManager[None]:
+    def find(name: str) -> importlib.machinery.ModuleSpec | None:
+        if name.partition(".")[0] not in _TRACKERS or not _is_imported_by_script():
+            return None
+        note(f"{name.partition('.')[0]} does nothing")
+        return importlib.machinery.ModuleSpec(name, _AnythingLoader(), is_package=True)
+
+    return _finding(find)
+
+
+def _kernel_libraries_refused() -> AbstractContextManager[None]:
+    def find(name: str) -> importlib.machinery.ModuleSpec | None:
+        if name in _REFUSED and _is_imported_by_script():
+            raise UsageError(
+                f"the script uses {_REFUSED[name]} whose memory is not known here: fitune config "
+                "import reads the settings of many trainers, and fitune plan predicts the same "
+                "training without it"
+            )
+        return None
+
+    return _finding(find)
+
+
+def _is_imported_by_script() -> bool:
+    """Return whether the innermost import statement that runs is not a library's."""
+    frame = sys._getframe(2)
+    while frame is not None:
+        file = frame.f_code.co_filename
+        is_machinery = file.startswith("<frozen") or "importlib" in file or file == __file__
+        if not is_machinery and not file.endswith("library_patches.py"):
+            return not _LIBRARIES & set(Path(file).parts)
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
+
+
+@contextmanager
+def _saves_touch_files() -> Iterator[None]:
+    """Let torch.save and safetensors make an empty file, which the script may then move."""
+
+    def touch(content: Any, file: Any, *_: Any, **__: Any) -> None:
+        if isinstance(file, (str, os.PathLike)):
+            open(file, "wb").close()
+
+    with (
+        patch.object(torch, "save", touch),
+        when_imported(
+            {"safetensors.torch": lambda module: patch.object(module, "serialize_file", touch)}
+        ),
+    ):
+        yield
+
+
+@contextmanager
+def _one_process() -> Iterator[None]:
+    """Raise UsageError where the script starts or joins several processes."""
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise UsageError(
+            "the script trains in several processes, and a prediction is of one: start it without "
+            "torchrun, or with --nproc_per_node=1"
+        )
+
+    with ExitStack() as stack:
+        distributed = torch.distributed
+        if distributed.is_available():
+            stack.enter_context(patch.object(distributed, "init_process_group", refuse))
+        stack.enter_context(patch.object(torch.multiprocessing, "spawn", refuse))
+        yield
