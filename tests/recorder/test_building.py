@@ -157,7 +157,7 @@ def opaque() -> Any:
 def pointing() -> Any:
     class Pointing(LlamaForCausalLM):  # type: ignore[misc]
         def forward(self, *args: Any, **options: Any) -> Any:
-            self.lm_head.weight.data_ptr()
+            self.lm_head.weight.untyped_storage().data_ptr()
 
     return Pointing(TINY_LLAMA)
 

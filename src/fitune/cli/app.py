@@ -46,10 +46,12 @@ VERBS = {
     "config": "About configuration files.",
     "demo": "The whole story here in minutes: real model, real data.",
 }
+#: The command behind `fitune plan ... -- COMMAND`; its module is imported when it is called
+SCRIPT_VERB = "plan-script"
 #: Usage lines of the verbs that take a configuration.
 USAGES = {
     "check": "fitune check DATA|CONFIG [KEY.SUB=VALUE...] [OPTIONS]",
-    "plan": "fitune plan [CONFIG] [KEY.SUB=VALUE...] [OPTIONS]",
+    "plan": "fitune plan [CONFIG] [KEY.SUB=VALUE...] [OPTIONS] [-- COMMAND OF A TRAINING SCRIPT]",
     "train": "fitune train [CONFIG] [KEY.SUB=VALUE...] [OPTIONS]",
     "sweep": "fitune sweep CONFIG [KEY.SUB=VALUE...] [OPTIONS]",
 }
@@ -78,6 +80,14 @@ for position, (verb, what) in enumerate(VERBS.items(), start=1):
     )
 
 
+app.command(
+    "fitune.cli.plan_script:plan_script",
+    name=SCRIPT_VERB,
+    help_prologue=examples("plan"),
+    usage="fitune plan --gpu CARD [OPTIONS] -- python SCRIPT.py [ARGUMENTS]",
+    help="Predicted memory of a training script of your own, unchanged.",
+    show=False,
+)
 app.register_install_completion_command(
     group="Shell completion",
     help="Install completion for this shell (bash, zsh, fish, PowerShell); then open a new one.",
@@ -131,12 +141,17 @@ def _silence_libraries() -> None:
 
 
 def _normalise(arguments: Sequence[str]) -> list[str]:
-    """Replace 'help VERB' and 'version', which other programs accept, by the flags for them."""
+    """Replace 'help VERB' and 'version', which other programs accept, by the flags for them.
+
+    `plan ... -- COMMAND` predicts a script, which is a command of its own here.
+    """
     match list(arguments):
         case ["help", *verb]:
             return [*verb, "--help"]
         case ["version"]:
             return ["--version"]
+        case ["plan", *words] if "--" in words:
+            return [SCRIPT_VERB, *words]
         case words:
             return words
 

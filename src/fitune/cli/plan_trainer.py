@@ -34,7 +34,7 @@ def plan_trainer(name: str, *, gpu: str | None, output_format: str) -> None:
     if prediction.fits is False:
         raise DoesNotFitError(
             f"the Trainer of {name} does not fit: it needs "
-            f"{format_bytes(_whole_bytes(prediction))}; lower per_device_train_batch_size and "
+            f"{format_bytes(whole_bytes(prediction))}; lower per_device_train_batch_size and "
             "raise gradient_accumulation_steps, or set activation_checkpointing=True"
         )
 
@@ -75,7 +75,8 @@ def find_function(name: str) -> Any:
     return function
 
 
-def _whole_bytes(prediction: "Prediction") -> int:
+def whole_bytes(prediction: "Prediction") -> int:
+    """Return what the card must have: the memory used on it, or what PyTorch reserves."""
     return (
         prediction.peak_reserved_bytes
         if prediction.device_bytes is None

@@ -67,6 +67,16 @@ class ScriptCommand:
     #: variables that stand before the command, such as CUDA_VISIBLE_DEVICES=0
     variables: tuple[tuple[str, str], ...] = ()
 
+    def words(self) -> list[str]:
+        """Return the command as words, without a launcher."""
+        return [
+            *(f"{name}={value}" for name, value in self.variables),
+            *([self.python] if self.python is not None else []),
+            *(["-m"] if self.is_module else []),
+            self.name,
+            *self.arguments,
+        ]
+
     def with_argument(self, name: str, value: str) -> "ScriptCommand":
         """Return the command with another value of an argument, as `--name=value` or `--name value`.
 
@@ -121,6 +131,8 @@ def read_command(words: Sequence[str]) -> ScriptCommand:
         if rest and rest[0] in ("-m", "--module"):
             is_module = True
             rest.pop(0)
+            break
+        if python is not None:
             break
     if not rest:
         raise UsageError("no script behind --: write fitune plan --gpu CARD -- python SCRIPT.py")

@@ -28,6 +28,9 @@ from fitune.recorder.weight_files import on_host, weight_files
 
 #: After this time a lost interrupt is raised again
 AGAIN_SECONDS = 0.05
+#: Packages whose kernels take addresses
+_READ_MEMORY = ("bitsandbytes", "triton", "flash_attn", "xformers", "apex", "ctypes")
+_read_all = FakeTensor.tolist
 #: Unknown elements of a tensor that are read one by one; of a larger one, all are taken to be alike
 _MOST_READ = 2**12
 #: The functions that some version of safetensors calls to save, with what they return here, where
@@ -48,6 +51,7 @@ def as_real() -> Iterator[None]:
         stack.enter_context(patch.object(FakeTensor, "__deepcopy__", _deepcopy))
         stack.enter_context(patch.object(FakeTensor, "numpy", _numpy, create=True))
         stack.enter_context(patch.object(FakeTensor, "tolist", _tolist, create=True))
+        stack.enter_context(patch.object(FakeTensor, "data_ptr", _data_ptr, create=True))
         stack.enter_context(patch.object(torch, "save", partial(_save_nothing, None)))
         # Data loaders pin memory in threads, which function modes do not reach.
         pin = patch.object(torch.Tensor, "pin_memory", lambda tensor, *_, **__: tensor)
@@ -138,13 +142,24 @@ def _numpy(tensor: FakeTensor, *_: Any, **__: Any) -> Any:
     return known_array(tensor)
 
 
+def _data_ptr(tensor: FakeTensor) -> int:
+    """Return a number that differs between tensors, by which scripts tell shared ones apart.
+
+    Libraries with kernels of their own, which would read from there, get the usual error.
+    """
+    caller = str(sys._getframe(1).f_globals.get("__name__")).partition(".")[0]
+    if caller in _READ_MEMORY:
+        return torch.Tensor.data_ptr(tensor)
+    return tensor.untyped_storage()._cdata + tensor.storage_offset() * tensor.element_size()
+
+
 def _tolist(tensor: FakeTensor) -> Any:
     """Return what Tensor.tolist returns; indices that are known need not be read one by one."""
     if (data := data_of(tensor)) is not None:
         with on_host():
             return data.tolist()
     if tensor.numel() <= _MOST_READ:
-        return torch.Tensor.tolist(tensor)
+        return _read_all(tensor)
     return np.full(tensor.shape, tensor.reshape(-1)[0].item()).tolist()
 
 

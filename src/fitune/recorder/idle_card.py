@@ -11,8 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from pathlib import Path
-from types import CodeType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -21,6 +20,7 @@ from torch.utils.checkpoint import DefaultDeviceType
 
 from fitune.errors import UsageError
 from fitune.recorder.cuda_target import CudaTarget
+from fitune.recorder.library_patches import is_library_import
 
 #: (stream, device, device type) of the default stream, as PyTorch represents it
 _CARD_0 = (0, 0, 1)
@@ -143,9 +143,8 @@ def cuda_answers(target: CudaTarget) -> Iterator[None]:
             for module in (torch.cuda, torch.cuda.memory, torch.cuda.random):
                 if hasattr(module, name):
                     stack.enter_context(patch.object(module, name, partial(_answer, answer)))
-        is_available = _availability_within(_caller())
         for module in (torch.cuda, torch.accelerator):
-            stack.enter_context(patch.object(module, "is_available", is_available))
+            stack.enter_context(patch.object(module, "is_available", _is_available))
         # Code that seeds the card seeds this generator, and the CPU's random state is unchanged.
         stack.enter_context(patch.object(torch.cuda, "default_generators", (torch.Generator(),)))
         for name in ("range_push", "range_pop", "mark"):
@@ -173,37 +172,13 @@ def _is_function_of_the_card(name: str) -> bool:
     )
 
 
-def _caller() -> CodeType:
-    """Return the code of the function that asked for the recording which this is part of."""
-    frame = sys._getframe(2)
-    ours = ("contextlib", __name__, "fitune.recorder.record")
-    while frame.f_globals.get("__name__") in ours and frame.f_back is not None:
-        frame = frame.f_back
-    return frame.f_code
-
-
-#: The folders in which libraries are installed; modules elsewhere are the user's own
-_LIBRARIES = {"site-packages", "dist-packages"}
-
-
-def _availability_within(outermost: CodeType) -> Callable[[], bool]:
-    """Return an is_available() for calls inside `outermost`: true, except to imported libraries.
+def _is_available() -> bool:
+    """Return True, except to libraries that are being imported.
 
     A library that finds a card while it is imported looks for CUDA's own libraries. The user's own
     modules find the card.
     """
-
-    def is_available() -> bool:
-        frame = sys._getframe(1)
-        while frame is not None and frame.f_code is not outermost:
-            if frame.f_code.co_name == "<module>" and _LIBRARIES & set(
-                Path(frame.f_code.co_filename).parts
-            ):
-                return False
-            frame = frame.f_back  # type: ignore[assignment]
-        return True
-
-    return is_available
+    return not is_library_import()
 
 
 @contextmanager

@@ -68,6 +68,11 @@ def set_data(tensor: torch.Tensor, data: torch.Tensor) -> None:
     tensor._fitune_data = data  # type: ignore[attr-defined]
 
 
+def forget_data(tensor: torch.Tensor) -> None:
+    """Let nothing be known of a fake tensor's elements."""
+    tensor.__dict__.pop("_fitune_data", None)
+
+
 def set_factory_data(
     tensor: torch.Tensor, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:

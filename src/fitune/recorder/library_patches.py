@@ -10,11 +10,30 @@ import importlib.util
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from types import ModuleType
+from pathlib import Path
+from types import FrameType, ModuleType
 from typing import Any
 
+#: The directories in which libraries are installed; modules elsewhere are the user's own
+LIBRARIES = {"site-packages", "dist-packages"}
 #: Patches a module for as long as the context lasts
 Patch = Callable[[Any], AbstractContextManager[Any]]
+
+
+def is_library_import() -> bool:
+    """Return whether a library is being imported by the code that is recorded."""
+    frame: FrameType | None = sys._getframe(2)
+    # code of fitune calls what is recorded
+    while frame is not None and not _is_of_fitune(frame):
+        code = frame.f_code
+        if code.co_name == "<module>" and LIBRARIES & set(Path(code.co_filename).parts):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _is_of_fitune(frame: FrameType) -> bool:
+    return str(frame.f_globals.get("__name__")).startswith("fitune.")
 
 
 @contextmanager

@@ -33,7 +33,7 @@ from fitune.recorder.events import COMPILED, MemoryTrace
 from fitune.recorder.failures import explained
 from fitune.recorder.flash_package import flash_package
 from fitune.recorder.idle_card import cuda_answers
-from fitune.recorder.library_patches import when_imported
+from fitune.recorder.library_patches import is_library_import, when_imported
 from fitune.recorder.patience import Patience
 from fitune.recorder.recorded_storage import Savepoint
 from fitune.recorder.recorder import Recorder
@@ -307,7 +307,9 @@ def _without_compilation() -> Iterator[list[Any]]:
     def compile_function(function: Any = None, **_: Any) -> Any:
         if function is None:
             return compile_function
-        ignored.append(function)
+        # what a library compiles when it is imported need not be a part of the step
+        if not is_library_import():
+            ignored.append(function)
         return function
 
     def compile_module(module: nn.Module, *_: Any, **__: Any) -> None:

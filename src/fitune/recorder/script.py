@@ -19,6 +19,7 @@ from unittest.mock import patch
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.utils._pytree import tree_map_only
 
 from fitune.boundary import cause_of
@@ -30,6 +31,7 @@ from fitune.recorder.cuda_behaviour import CudaKernels
 from fitune.recorder.cuda_target import CudaTarget
 from fitune.recorder.events import COMPILED
 from fitune.recorder.failures import explained
+from fitune.recorder.known_data import forget_data
 from fitune.recorder.patience import Patience
 from fitune.recorder.record import fake_tensors, is_compiled, process_as_recorded
 from fitune.recorder.recorder import Recorder
@@ -115,6 +117,7 @@ def record_script(settings: ScriptSettings, *, done: Callable[[Recording], None]
         stack.enter_context(recorder)
         stack.enter_context(card_stands_in(recorder))
         stack.enter_context(_equal_passes_skipped(note))
+        stack.enter_context(_weights_unknown())
         stack.enter_context(files.redirected())
         files.refuse_others()
         try:
@@ -184,6 +187,21 @@ def _card(target: CudaTarget) -> Iterator[str]:
 
 def _written(files: ScratchFiles) -> Sequence[str]:
     return ["what the script saves is not kept"] if files.written else []
+
+
+@contextmanager
+def _weights_unknown() -> Iterator[None]:
+    """Forget the numbers that a model is initialised with, so that no pass is computed with them."""
+
+    def forget(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+        if isinstance(parameter, nn.Parameter):
+            forget_data(parameter)
+
+    handle = register_module_parameter_registration_hook(forget)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 # ---- evaluation ----

@@ -19,11 +19,10 @@ from torch.utils.data import DataLoader
 
 from fitune.errors import UsageError
 from fitune.recorder.absent_data import Note
-from fitune.recorder.library_patches import when_imported
+from fitune.recorder.library_patches import LIBRARIES, when_imported
 from fitune.recorder.triton_kernels import triton_kernels
 
 _TRACKERS = ("wandb", "swanlab", "trackio", "comet_ml", "mlflow", "neptune", "clearml", "aim")
-_LIBRARIES = {"site-packages", "dist-packages"}
 #: What a script cannot use while it is predicted -> what to do
 _REFUSED = {
     "unsloth": "Unsloth's kernels",
@@ -253,7 +252,7 @@ def _is_imported_by_script() -> bool:
         file = frame.f_code.co_filename
         is_machinery = file.startswith("<frozen") or "importlib" in file or file == __file__
         if not is_machinery and not file.endswith("library_patches.py"):
-            return not _LIBRARIES & set(Path(file).parts)
+            return not LIBRARIES & set(Path(file).parts)
         frame = frame.f_back  # type: ignore[assignment]
     return False
 
