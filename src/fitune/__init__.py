@@ -8,6 +8,8 @@
     fitune.predict_loop(build, loop)         predicts the memory of a loop that is not fitune's
     fitune.predict_trainer(trainer)          predicts the memory of a Trainer of transformers or
                                              TRL, before it trains
+    fitune.predict_script(command, gpu=...)  predicts the memory of a training script, unchanged
+                                             (planning/script.py)
     fitune.SafeStep(model, optimizer)        gives such a loop a step that survives running out of
                                              memory
 
@@ -40,6 +42,7 @@ __all__ = [
     "plan",
     "predict",
     "predict_loop",
+    "predict_script",
     "predict_trainer",
     "train",
 ]
@@ -102,6 +105,7 @@ def plan(config: "RunConfig | Mapping[str, Any] | Path | str", *, gpu: str | Non
 _ELSEWHERE = {
     "predict": "fitune.planning.predict",
     "compare": "fitune.report.compare",
+    "predict_script": "fitune.planning.script",
     "predict_trainer": "fitune.integrations.transformers",
     "SafeStep": "fitune.integrations.own_loop",
 }
@@ -120,6 +124,7 @@ if TYPE_CHECKING:
     from fitune.integrations.own_loop import SafeStep as SafeStep
     from fitune.integrations.transformers import predict_trainer as predict_trainer
     from fitune.planning.predict import predict as predict
+    from fitune.planning.script import predict_script as predict_script
     from fitune.report.compare import compare as compare
 
 else:

@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from cyclopts import Group, Parameter
 
 from fitune.cli.output import Format, Screen, console, print_json, print_text, table
+from fitune.cli.plan_trainer import show_prediction, whole_bytes
 from fitune.errors import DoesNotFitError, UsageError
 from fitune.importing import collections_paused
 from fitune.language import say, translated
 from fitune.units import format_bytes, format_gib
 
 if TYPE_CHECKING:
+    from fitune.allocator.prediction import Prediction
+    from fitune.machine.cards import Device
     from fitune.planning.script import Variation
 
 _SCRIPT = Group("The script", sort_key=2)
@@ -58,21 +61,19 @@ def plan_script(
     Raises DoesNotFitError (exit code 3) if it does not fit.
     """
     with collections_paused():
-        from fitune.allocator.prediction import Prediction
-        from fitune.cli.plan_trainer import show_prediction, whole_bytes
-        from fitune.planning.script import predict_script, read_command, vary_script
+        from fitune.planning.script import card_of, predict_script, read_command, vary_script
 
     parsed = read_command(command)
     screen = Screen(stderr=True)
 
-    def predict(words: list[str]) -> Prediction:
+    def predict(words: list[str]) -> "Prediction":
         return predict_script(words, gpu=gpu, python=python, cwd=cwd, num_steps=steps, rows=rows)
 
     if vary is not None:
         name, values, is_range = read_values(vary)
-        with screen.status(say("planning")) as status:
+        with screen.status(say("recording the script")) as status:
 
-            def predict_value(value: int) -> Prediction:
+            def predict_value(value: int) -> "Prediction":
                 status.update(f"{name}={value}")
                 return predict(parsed.with_argument(name, str(value)).words())
 
@@ -85,19 +86,36 @@ def plan_script(
                 f"{format_bytes(whole_bytes(least.prediction))}; {_WAYS_OUT}"
             )
         return
-    with screen.status(say("planning")):
+    with screen.status(say("recording the script")):
         prediction = predict(list(command))
     if output_format == "json":
         print_json({"command": list(command), "prediction": asdict(prediction)})
     elif output_format == "quiet":
         print_text(prediction.peak_reserved_bytes)
     else:
-        show_prediction(prediction, console(output_format))
+        shown = console(output_format)
+        shown.print(_verdict(prediction, card_of(gpu)), soft_wrap=True)
+        show_prediction(prediction, shown)
     if prediction.fits is False:
         raise DoesNotFitError(
             f"{shlex.join(command)} does not fit: it needs "
             f"{format_bytes(whole_bytes(prediction))}; {_WAYS_OUT}"
         )
+
+
+def _verdict(prediction: "Prediction", device: "Device") -> str:
+    """Return the sentence that the answer begins with."""
+    sentences = {
+        True: "this script fits {card}: it needs {need} of {total}",
+        False: "this script does not fit {card}: it needs {need} of {total}",
+        None: "this script needs at most {need} of {total} on {card}: how much less is not known",
+    }
+    return say(
+        sentences[prediction.fits],
+        card=device.name,
+        need=format_bytes(whole_bytes(prediction)),
+        total=format_bytes(device.total_bytes),
+    )
 
 
 _WAYS_OUT = (
@@ -157,7 +175,13 @@ def _show_variations(name: str, found: "list[Variation]", output_format: str) ->
         )
         for each in found
     ]
-    columns = (name, f">{say('allocated')}", f">{say('reserved')}", f">{say('device used')}", "")
+    columns = (
+        name,
+        f">{say('allocated')} GiB",
+        f">{say('reserved')} GiB",
+        f">{say('device used')} GiB",
+        "",
+    )
     screen = console(output_format)
     screen.print(table(columns, rows))
     if largest is not None:

@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 from fitune import errors
 from fitune.allocator.prediction import Prediction, PredictSettings, predict_trace
+from fitune.boundary import bounded
 from fitune.errors import FituneError, UnexpectedError, UsageError
 from fitune.machine.cards import Device
 from fitune.machine.devices import find_device, this_machine
@@ -36,6 +37,7 @@ _LAUNCHERS = {
     "torchrun": {"--standalone", "--no-python", "--no_python", "-m", "--module"},
     "accelerate": {"--cpu", "--multi_gpu", "--quiet", "-q", "-m", "--module"},
 }
+_LAUNCHER_MODULES = {"torch.distributed.run": "torchrun", "torch.distributed.launch": "torchrun"}
 _ONE_PROCESS = ("nproc_per_node", "nproc-per-node", "num_processes", "nnodes", "num_machines")
 #: Environment variables by which a script would take itself for one of several processes
 _PROCESS_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -128,7 +130,10 @@ def read_command(words: Sequence[str]) -> ScriptCommand:
             )
         else:
             break
-        if rest and rest[0] in ("-m", "--module"):
+        if rest[1:] and rest[0] in ("-m", "--module"):
+            if rest[1] in _LAUNCHER_MODULES:
+                rest = [_LAUNCHER_MODULES[rest[1]], *rest[2:]]
+                continue
             is_module = True
             rest.pop(0)
             break
@@ -160,6 +165,7 @@ def _after_launcher(words: list[str]) -> list[str]:
     return rest
 
 
+@bounded("fitune.predict_script")
 def predict_script(
     command: Sequence[str] | str,
     *,
@@ -185,14 +191,15 @@ def predict_script(
     script that fails before it has made an optimizer step.
     """
     words = [command] if isinstance(command, str) else list(command)
-    device = _card(gpu)
+    device = card_of(gpu)
     recorded = record_command(
         read_command(words), device, python=python, cwd=cwd, num_steps=num_steps, rows=rows
     )
     return predict_trace(recorded, PredictSettings(device=device))
 
 
-def _card(gpu: str | None) -> Device:
+def card_of(gpu: str | None) -> Device:
+    """Return the card of this name, or this machine's. Raises UsageError if there is none."""
     device = find_device(gpu) if gpu is not None else next(iter(this_machine()), None)
     if device is None or device.kind != "cuda":
         raise UsageError(

@@ -71,6 +71,7 @@ def _models_of_configs(modeling: Any, note: Note) -> AbstractContextManager[Any]
         _refuse_quantised(options)
         if config is None or isinstance(config, (str, os.PathLike)):
             config = cls.config_class.from_pretrained(name if config is None else config)
+        config.name_or_path = str(name)
         for key in [key for key in options if hasattr(config, key) and key not in _MODEL_OPTIONS]:
             setattr(config, key, options[key])
         if getattr(config, "quantization_config", None) is not None:

@@ -1,0 +1,316 @@
+"""Somebody else's training scripts are predicted as they are: to the byte, leaving nothing behind, refused in a sentence."""
+
+import ast
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fitune.allocator.prediction import Prediction
+from fitune.cli.app import main
+from fitune.cli.plan_script import read_values
+from fitune.errors import FituneError, UsageError
+from fitune.planning import script as script_room
+from fitune.planning.script import ScriptCommand, predict_script, read_command, vary_script
+from tiny_run import save_tiny_model
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+SOURCE = Path(__file__).parents[2] / "src" / "fitune"
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """A directory with the scripts and nothing of what they need."""
+    shutil.copytree(SCRIPTS, tmp_path / "trainer", ignore=shutil.ignore_patterns("__pycache__"))
+    return tmp_path / "trainer"
+
+
+def predict(place: Path, *words: str, **options: Any) -> Prediction:
+    return predict_script(list(words), gpu="RTX 4090", cwd=place, **options)
+
+
+def write(place: Path, code: str) -> str:
+    (place / "own.py").write_text(code)
+    return "own.py"
+
+
+STEP = """
+import torch
+model = torch.nn.Linear(64, 64).to("cuda")
+optimizer = torch.optim.SGD(model.parameters(), 0.1)
+for _ in range(9):
+    model(torch.ones(8, 64, device="cuda")).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+"""
+
+
+# Peaks of PyTorch's own allocator on the rehearsed RTX 4090: `python -m rehearsal.run python -m rehearsal.script -- ...`
+# with the same arguments (torch 2.14.1), and with files of samples there.
+@pytest.mark.parametrize(
+    ("words", "allocated", "reserved", "assumed"),
+    [
+        (
+            ["chat_trainer.py", "--dtype", "float16", "--use_wandb"],
+            (35_766_784, 40_625_664),
+            46_137_344,
+            [
+                "../out/pretrain.pth, which is not here",
+                "../dataset/sft.jsonl",
+                "wandb does nothing",
+            ],
+        ),
+        (
+            ["pretrainer.py", "--dropout=0.1", "--dtype=float16"],
+            (33_905_152, 38_273_536),
+            62_914_560,
+            ["data/corpus/val.bin, which is not here", "recorded twice, others skipped"],
+        ),
+    ],
+    ids=["chat", "pretrain"],
+)
+def test_a_script_needs_what_it_takes_on_the_rehearsed_card_and_leaves_nothing_behind(
+    place: Path, words: list[str], allocated: tuple[int, int], reserved: int, assumed: list[str]
+) -> None:
+    before = sorted(place.parent.rglob("*"))
+    found = predict(place, *words)
+    assert tuple(step.allocated_bytes for step in found.step_peaks) == allocated
+    assert found.peak_reserved_bytes == reserved
+    assert found.fits
+    told = "\n".join(found.assumptions)
+    assert all(each in told for each in [*assumed, "what the script saves is not kept"]), told
+    assert sorted(place.parent.rglob("*")) == before
+
+
+def test_a_script_of_the_trainer_is_predicted_with_its_longest_samples(place: Path) -> None:
+    save_tiny_model(place / "tiny")
+    rows = [{"text": "some words of text " * (5 + i % 40)} for i in range(60)]
+    (place / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["clm_trainer.py", "--model_name_or_path", "tiny", "--train_file", "text.jsonl"]
+    words += ["--output_dir", "out", "--per_device_train_batch_size", "4", "--report_to", "none"]
+    before = sorted(place.rglob("*"))
+    found = predict(place, "torchrun", "--nproc_per_node=1", *words, "--bf16", "true")
+    assert "every batch has the 4 longest samples" in "\n".join(found.assumptions)
+    assert "tiny: built from its configuration, no weights are read" in found.assumptions
+    assert found.categories["workspace"] > 0
+    assert sorted(place.rglob("*")) == before
+
+
+def test_what_is_compiled_is_an_upper_bound(place: Path) -> None:
+    words = ["chat_trainer.py", "--compile", "--width", "8192", "--layers", "8"]
+    found = predict(place, *words, num_steps=1)
+    assert found.fits is None
+    assert any("torch.compile is not predicted" in each for each in found.assumptions)
+
+
+def test_a_notebook_is_predicted_by_its_cells(place: Path) -> None:
+    cells = [
+        {"cell_type": "markdown", "source": ["# training"]},
+        {"cell_type": "code", "source": ["!pip install torch\n", "%matplotlib inline\n"]},
+        {"cell_type": "code", "source": STEP},
+    ]
+    (place / "train.ipynb").write_text(json.dumps({"cells": cells}))
+    found = predict_script("train.ipynb", gpu="RTX 4090", cwd=place, num_steps=3)
+    assert [step.step for step in found.step_peaks] == [1, 2, 3]
+
+
+REFUSED = {
+    "no step": (
+        STEP.replace("optimizer.step()", "pass"),
+        r"own.py ended after 9 forward passes without an optimizer.step\(\)",
+    ),
+    "fails": (
+        "import torch\nraise ValueError('wrong')",
+        r"stopped at own.py:2 .*ValueError: wrong",
+    ),
+    "ends": ("import sys\nsys.exit(3)", r"called sys.exit\(3\) before its first optimizer step"),
+    "file": ("open('absent.txt')", r"needs absent.txt at own.py:1, which is not here: give --cwd"),
+    "kernels": ("import unsloth", r"uses Unsloth's kernels whose memory is not known"),
+    "processes": (
+        "import torch.distributed as d\nd.init_process_group('gloo')",
+        "trains in several processes, and a prediction is of one",
+    ),
+    "network": (
+        "import socket\nsocket.create_connection(('127.0.0.1', 9))",
+        "a script that is predicted has no network",
+    ),
+    "samples": (
+        "from datasets import load_dataset\n"
+        "load_dataset('json', data_files='a.jsonl', split='train')[0]['gt']",
+        r"a.jsonl is not here, and the script asks its samples for 'gt', .*put a file",
+    ),
+    "quantised": (
+        "from transformers import LlamaForCausalLM\n"
+        "LlamaForCausalLM.from_pretrained('x', load_in_4bit=True)",
+        "loads a quantised model, .*model.method=qlora",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_not_predicted_is_said_in_one_sentence(case: str, place: Path) -> None:
+    code, said = REFUSED[case]
+    with pytest.raises(FituneError, match=said) as refused:
+        predict(place, write(place, code))
+    assert "\n" not in str(refused.value)
+
+
+def test_a_script_that_catches_everything_is_ended(place: Path) -> None:
+    """It goes on after the end of its last step, and what was recorded until then counts."""
+    forward = "    model(torch.ones(8, 64, device='cuda')).sum().backward()"
+    code = STEP.replace("range(9)", "iter(int, 1)").replace(
+        forward, f"    try:\n    {forward}\n    except BaseException:\n        pass"
+    )
+    assert len(predict(place, write(place, code)).step_peaks) == 2
+
+
+def test_an_interpreter_without_torch_is_named(place: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(bare)], check=True)
+    with pytest.raises(UsageError, match=r"cannot import (torch|numpy): name the Python"):
+        predict(place, "chat_trainer.py", python=str(bare / "bin" / "python"))
+
+
+COMMANDS = {
+    "train.py --a 1": ScriptCommand(None, "train.py", False, ("--a", "1")),
+    "python -u train.py": ScriptCommand("python", "train.py", False, ()),
+    "python3.11 -m pkg.train x": ScriptCommand("python3.11", "pkg.train", True, ("x",)),
+    "CUDA_VISIBLE_DEVICES=1 python t.py": ScriptCommand(
+        "python", "t.py", False, (), (("CUDA_VISIBLE_DEVICES", "1"),)
+    ),
+    "torchrun --standalone --nproc_per_node 1 t.py -x": ScriptCommand(None, "t.py", False, ("-x",)),
+    "accelerate launch --mixed_precision bf16 t.py": ScriptCommand(None, "t.py", False, ()),
+    "python -m torch.distributed.run --nproc-per-node=1 t.py": ScriptCommand(
+        "python", "t.py", False, ()
+    ),
+    "uv run python t.py": ScriptCommand("python", "t.py", False, ()),
+}
+
+
+@pytest.mark.parametrize("text", COMMANDS)
+def test_a_command_is_read_as_it_is_typed(text: str) -> None:
+    assert read_command(text.split()) == COMMANDS[text]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("torchrun --nproc_per_node=4 t.py", r"starts 4 processes \(--nproc_per_node\)"),
+        ("accelerate launch --num_processes 2 t.py", "starts 2 processes"),
+        ("deepspeed t.py", "deepspeed starts several processes"),
+        ("accelerate config", "accelerate config trains nothing"),
+        ("python -c pass", "python -c has no script"),
+        ("python", "no script behind --"),
+        ("python absent.py", "there is no script absent.py in .*: give --cwd"),
+    ],
+)
+def test_a_command_that_cannot_be_predicted_is_refused(text: str, said: str, place: Path) -> None:
+    with pytest.raises(UsageError, match=said):
+        predict(place, *text.split())
+
+
+def test_an_argument_is_replaced_however_it_is_written() -> None:
+    for given in (["--batch_size", "4"], ["--batch-size", "4"], ["--batch_size=4"]):
+        command = ScriptCommand(None, "t.py", False, (*given, "--other", "4"))
+        changed = command.with_argument("batch_size", "8").arguments
+        assert changed == (*(word.replace("4", "8") for word in given), "--other", "4")
+    assert ScriptCommand(None, "t.py", False, ()).with_argument("n", "2").arguments == ("--n", "2")
+
+
+def test_the_largest_value_that_fits_is_found_by_bisection() -> None:
+    asked: list[int] = []
+
+    def predict_value(value: int) -> Any:
+        asked.append(value)
+        return type("P", (), {"fits": value <= 37})()
+
+    found = vary_script(predict_value, [1, 64], search=True)
+    assert max(each.value for each in found if each.prediction.fits) == 37
+    assert [each.value for each in found] == sorted(asked)
+    assert len(asked) <= 8
+
+
+@pytest.mark.parametrize("text", ["batch_size", "batch_size=", "=4", "n=4..2", "n=0,1", "n=a"])
+def test_values_that_cannot_be_read_are_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="names no values: write it like batch_size=4,6,8"):
+        read_values(text)
+
+
+def test_the_command_shows_each_value_and_marks_the_largest(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(script_room, "record_command", _recorded_once(script_room.record_command))
+    words = ["plan", "--gpu", "RTX 4090", "--vary", "batch_size=2,4"]
+    assert main([*words, "--", "chat_trainer.py", "--batch_size", "1"]) == 0
+    shown = capsys.readouterr().out
+    assert "→ 4" in shown
+    assert "largest batch_size that fits: 4" in shown
+    monkeypatch.setenv("FITUNE_LANG", "zh")
+    assert main([*words, "--format", "quiet", "--", "chat_trainer.py"]) == 0
+    assert capsys.readouterr().out == "4\n"
+    assert main(["plan", "--gpu", "RTX 4090", "--", "chat_trainer.py"]) == 0
+    assert "放得下" in capsys.readouterr().out
+
+
+def _recorded_once(record: Any) -> Any:
+    """Recording, which takes seconds, is done once: what is shown of it is tested here."""
+    known: list[Any] = []
+
+    def record_once(*arguments: Any, **options: Any) -> Any:
+        if not known:
+            known.append(record(*arguments, **options))
+        return known[0]
+
+    return record_once
+
+
+def test_what_does_not_fit_ends_with_exit_code_3(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["plan", "--gpu", "RTX 4090", "--cwd", str(place), "--steps", "1"]
+    assert main([*words, "--", "chat_trainer.py", "--width", "8192", "--layers", "8"]) == 3
+    assert "does not fit: it needs" in capsys.readouterr().err
+
+
+ALONE = """
+import sys
+class Only:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {"rich", "pydantic", "transformers", "datasets", "psutil", "yaml", "safetensors"}:
+            raise ImportError(f"{name} is not there")
+sys.meta_path.insert(0, Only())
+"""
+
+
+def test_the_recorder_needs_torch_and_numpy_alone(place: Path) -> None:
+    (place / "sitecustomize.py").write_text(ALONE)
+    script = write(place, STEP)
+    wrapper = place / "python"
+    wrapper.write_text(f'#!/bin/sh\nPYTHONPATH={place} exec {sys.executable} "$@"\n')
+    wrapper.chmod(0o755)
+    assert predict(place, script, python=str(wrapper)).peak_allocated_bytes > 0
+
+
+def test_the_recorder_is_written_for_python_3_10() -> None:
+    """A script's own environment may have an older Python than fitune's."""
+    rooms = ["recorder", "language"]
+    files = [
+        SOURCE / "__init__.py",
+        *(SOURCE / f"{name}.py" for name in ("boundary", "display", "errors", "importing")),
+        *(path for each in rooms for path in (SOURCE / each).glob("*.py")),
+    ]
+    newer = {"Self", "assert_never", "StrEnum", "ExceptionGroup", "tomllib", "LiteralString"}
+    for path in files:
+        tree = ast.parse(path.read_text(encoding="utf-8"), feature_version=(3, 10))
+        names = {
+            name
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Import | ast.ImportFrom)
+            for name in (*(alias.name for alias in node.names), getattr(node, "module", ""))
+        }
+        assert not names & newer, path
