@@ -1,7 +1,6 @@
 """model/packed_attention.py: packed rows compute what they compute alone, whatever the architecture."""
 
 import copy
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,10 +12,10 @@ from transformers import BloomConfig, Lfm2Config, LlamaConfig
 from fitune.config import LoraConfig, ModelConfig
 from fitune.errors import ModelError
 from fitune.model import packed_attention as attention
+from fitune.model import varlen
 from fitune.model.load import build_model, load_model
 from fitune.model.lora import apply_lora
 from fitune.model.packed_attention import (
-    Scoring,
     attention_name,
     can_pack,
     check_attention,
@@ -263,11 +262,9 @@ def test_the_variable_length_kernel_of_this_torch_takes_our_arguments(window: in
     with FakeTensorMode():
         query_THD = torch.empty(sum(LENGTHS), 4, 8, dtype=torch.bfloat16, requires_grad=True)
         keys_TGD = torch.empty(sum(LENGTHS), 2, 8, dtype=torch.bfloat16, requires_grad=True)
-        boundaries = row_boundaries(LENGTHS, device=torch.device("cpu"))
-        scoring = Scoring(None, 0.0, window, None, None, None)
-        out_THD = attention._varlen(
-            query_THD, keys_TGD, keys_TGD, scoring=scoring, boundaries=boundaries
-        )
+        cumulative = row_boundaries(LENGTHS, device=torch.device("cpu")).cumulative
+        samples = varlen.Samples(cumulative, max(LENGTHS), None, window)
+        out_THD = varlen.attend_packed(query_THD, keys_TGD, keys_TGD, samples)
         out_THD.sum().backward()
     assert out_THD.shape == query_THD.shape
     assert keys_TGD.grad is not None
@@ -282,16 +279,14 @@ def test_torch_before_windows_is_told_that_rows_are_causal(monkeypatch: pytest.M
         assert key.shape == query.shape
         return query
 
-    monkeypatch.setattr(attention, "_varlen_attn", lambda: varlen_attn)
-    monkeypatch.setattr(attention, "_varlen_parameters", lambda: frozenset(("is_causal", "scale")))
+    monkeypatch.setattr(varlen, "kernels", lambda: None)
+    monkeypatch.setattr(varlen, "varlen_attn", lambda: varlen_attn)
     query_THD, keys_TGD = torch.zeros(28, 4, 8), torch.zeros(28, 2, 8)
-    boundaries = row_boundaries(LENGTHS, device=torch.device("cpu"))
-    scoring = Scoring(None, 0.0, 64, None, None, None)
-    attention._varlen(query_THD, keys_TGD, keys_TGD, scoring=scoring, boundaries=boundaries)
+    cumulative = row_boundaries(LENGTHS, device=torch.device("cpu")).cumulative
+    samples = varlen.Samples(cumulative, max(LENGTHS), None, 64)
+    varlen.attend_packed(query_THD, keys_TGD, keys_TGD, samples)
     with pytest.raises(ModelError, match="sliding window"):
-        attention._varlen(
-            query_THD, keys_TGD, keys_TGD, scoring=replace(scoring, window=4), boundaries=boundaries
-        )
+        varlen.attend_packed(query_THD, keys_TGD, keys_TGD, samples._replace(window=4))
 
 
 @pytest.mark.gpu

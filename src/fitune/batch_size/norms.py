@@ -95,8 +95,12 @@ class NormRecorder:
             with self._shards.reading(self._add_norm):
                 yield
             return
+        # Autograd calls hooks without gradients enabled; `torch.no_grad` would only add Python.
         handles = [
-            parameter.register_hook(partial(self._add, parameter)) for parameter in self._parameters
+            parameter.register_hook(
+                partial(self._add, parameter) if self._exp_avg_sq else self._add_norm
+            )
+            for parameter in self._parameters
         ]
         try:
             yield
@@ -181,13 +185,10 @@ class NormRecorder:
             preconditioned_total=weighted_total if self._exp_avg_sq else None,
         )
 
-    @torch.no_grad()
     def _add(self, parameter: nn.Parameter, gradient: torch.Tensor) -> None:
         self._add_norm(gradient)
-        if self._exp_avg_sq:
-            self._weighted.append(_weighted_square(gradient, self._exp_avg_sq[parameter]))
+        self._weighted.append(_weighted_square(gradient, self._exp_avg_sq[parameter]))
 
-    @torch.no_grad()
     def _add_norm(self, gradient: torch.Tensor) -> None:
         self._squares.append(_square(gradient))
 

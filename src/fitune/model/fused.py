@@ -15,14 +15,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fitune.model import packed_attention as kernels
-from fitune.model.fused_linear import fuse_linear_layers
+from fitune.model.fused_attention import fuse_attention
+from fitune.model.fused_linear import cast_inputs, fuse_linear_layers
+from fitune.model.rotary import angles_of, random_tensors, rotate_back, rotate_heads
 
 
 def fuse_layers(model: nn.Module) -> None:
     """Replace parts of a model by fused kernels, in place.
 
     RMS norms become torch's fused kernel, rotary embeddings one kernel for query and key together,
-    and linear layers are replaced as `fused_linear` describes.
+    and linear layers and attention are replaced as `fused_linear` and `fused_attention` describe.
     """
     forwards: dict[object, Callable[..., Any] | None] = {}
     for module in model.modules():
@@ -39,6 +41,8 @@ def fuse_layers(model: nn.Module) -> None:
             module.forward = MethodType(forward, module)
     with torch._C.DisableTorchFunction():
         fuse_linear_layers(model)
+        fuse_attention(model)
+        cast_inputs(model)
 
 
 # ---- RMS norms -----------------------------------------------------------------------------------
@@ -64,7 +68,7 @@ def _fused_norm_of(module: nn.Module, eps: float) -> Callable[..., Any] | None:
     """
     probe = object.__new__(type(module))
     probe.__dict__.update(module.__dict__)
-    hidden, weight = _random((4, 16), (16,))
+    hidden, weight = random_tensors((4, 16), (16,))
     # So small that an epsilon added elsewhere in the formula changes the result.
     hidden *= 0.01
     probe._parameters = {"weight": nn.Parameter(weight, requires_grad=False)}
@@ -82,19 +86,13 @@ def _fused_norm_of(module: nn.Module, eps: float) -> Callable[..., Any] | None:
         weight = self.weight
         if hidden.dtype != weight.dtype or kernels.compute_capability(hidden) is None:
             return cast(Tensor, type(self).forward(self, hidden))
+        if hidden.dtype == torch.float32:
+            return functional.rms_norm(hidden, weight.shape, weight, eps)
         # Under autocast the kernel would return float32 for 16 bits.
         with torch.autocast(hidden.device.type, enabled=False):
             return functional.rms_norm(hidden, weight.shape, weight, eps)
 
     return forward
-
-
-def _random(*shapes: tuple[int, ...]) -> list[Tensor]:
-    generator = torch.Generator("cpu").manual_seed(0)
-    return [
-        torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32)
-        for shape in shapes
-    ]
 
 
 # ---- rotary embeddings ---------------------------------------------------------------------------
@@ -152,13 +150,12 @@ def _is_whole(q: Tensor, k: Tensor, cos: Tensor) -> bool:
 
 def _is_plain_rotary(own: Any) -> bool:
     """Return whether the function rotates the halves of each head, tested on random numbers."""
-    q, k, cos, sin = _random((1, 4, 3, 8), (1, 2, 3, 8), (1, 3, 8), (1, 3, 8))
-    first, second = sin.chunk(2, dim=-1)
-    rotated = _rotate(q, k, cos, (-1, first), (1, second), torch.float32)
+    q, k, cos, sin = random_tensors((1, 4, 3, 8), (1, 2, 3, 8), (1, 3, 8), (1, 3, 8))
+    rotated = rotate_heads(_heads(q, k), angles_of(cos, sin), torch.float32).transpose(1, 2)
     try:
         return all(
             torch.allclose(a, b, atol=1e-6)
-            for a, b in zip(own(q, k, cos, sin), rotated, strict=True)
+            for a, b in zip(own(q, k, cos, sin), rotated.split((4, 2), dim=1), strict=True)
         )
     # A function of another kind may raise anything.
     except Exception:
@@ -178,35 +175,17 @@ class _FusedRotary(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(cos, sin)
-        ctx.dtype = q.dtype
-        first, second = sin.chunk(2, dim=-1)
-        return _rotate(q, k, cos, (-1, first), (1, second), dtype)
+        ctx.dtype, ctx.num_queries = q.dtype, q.shape[1]
+        rotated = rotate_heads(_heads(q, k), angles_of(cos, sin), dtype).transpose(1, 2)
+        return rotated[:, : ctx.num_queries], rotated[:, ctx.num_queries :]
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        of_q, of_k = grad_outputs
-        cos, sin = ctx.saved_tensors
-        first, second = sin.chunk(2, dim=-1)
-        of_q, of_k = _rotate(of_q, of_k, cos, (1, second), (-1, first), ctx.dtype)
-        return of_q, of_k, None, None, None
+        angles = angles_of(*ctx.saved_tensors)
+        found = rotate_back(_heads(*grad_outputs), angles).to(ctx.dtype).transpose(1, 2)
+        return found[:, : ctx.num_queries], found[:, ctx.num_queries :], None, None, None
 
 
-def _rotate(
-    q: Tensor,
-    k: Tensor,
-    cos: Tensor,
-    upper: tuple[int, Tensor],
-    lower: tuple[int, Tensor],
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    """Return q and k times cos plus, in each half of D, the other half times a sign and a sine.
-
-    upper, lower: (sign, sine) for the first and the second half.
-    """
-    both_BSHD = torch.cat((q.transpose(1, 2), k.transpose(1, 2)), dim=2)
-    rotated_BSHD = both_BSHD * cos.unsqueeze(2)
-    halves, rotated = both_BSHD.chunk(2, dim=-1), rotated_BSHD.chunk(2, dim=-1)
-    for into, other, (sign, sine) in zip(rotated, reversed(halves), (upper, lower), strict=True):
-        into.addcmul_(other, sine.unsqueeze(2), value=sign)
-    rotated_BHSD = rotated_BSHD.to(dtype).transpose(1, 2)
-    return rotated_BHSD[:, : q.shape[1]], rotated_BHSD[:, q.shape[1] :]
+def _heads(q: Tensor, k: Tensor) -> Tensor:
+    """Return query and key, [B, H, S, D] each, as heads of one tensor [B, S, H, D]."""
+    return torch.cat((q.transpose(1, 2), k.transpose(1, 2)), dim=2)

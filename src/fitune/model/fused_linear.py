@@ -20,7 +20,7 @@ from fitune.model.recompute import recomputable_layers
 
 _16_BIT = (torch.float16, torch.bfloat16)
 #: Linear layers of one module that all take the module's input.
-_ATTENTION, _MLP = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
+ATTENTION, _MLP = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
 
 
 def fuse_linear_layers(model: nn.Module) -> None:
@@ -29,45 +29,48 @@ def fuse_linear_layers(model: nn.Module) -> None:
     for module in model.modules():
         if type(module) is nn.Linear:
             module.forward = MethodType(_linear, module)  # type: ignore[method-assign]
-        is_attention, is_mlp = _has_linear(module, _ATTENTION), _has_linear(module, _MLP)
-        if is_attention:
+        if has_linear(module, ATTENTION):
             _share_input(module)
-        if is_attention or is_mlp:
-            module.register_forward_pre_hook(_cast_input, with_kwargs=True)
-        if is_mlp:
+        if has_linear(module, _MLP):
             if type(module) not in mlps:
                 mlps[type(module)] = _fused_mlp_of(module)
             forward = mlps[type(module)]
             if forward is not None:
-                module.__dict__["joined"] = _Joined([getattr(module, name) for name in _MLP])
+                module.__dict__["joined"] = Joined([getattr(module, name) for name in _MLP])
+                module.__dict__["casts_input"] = True
                 module.forward = MethodType(forward, module)
     for module in model.modules():
         if type(module) is nn.Linear and "joined" not in module.__dict__:
-            module.__dict__["joined"] = _Joined([module])
+            module.__dict__["joined"] = Joined([module])
     _cast_weights_by_layer(model)
 
 
+def cast_inputs(model: nn.Module) -> None:
+    """Cast the input of each module whose linear layers share it, if its forward does not."""
+    for module in model.modules():
+        shares_input = has_linear(module, ATTENTION) or has_linear(module, _MLP)
+        if shares_input and "casts_input" not in module.__dict__:
+            module.register_forward_pre_hook(cast_input, with_kwargs=True)
+
+
 def _share_input(attention: nn.Module) -> None:
-    shared = _SharedInput([getattr(attention, name) for name in _ATTENTION])
+    shared = _SharedInput([getattr(attention, name) for name in ATTENTION])
     for layer in shared.joined.layers:
         layer.__dict__["shared_input"], layer.__dict__["joined"] = shared, shared.joined
 
 
-def _has_linear(module: nn.Module, names: Sequence[str]) -> bool:
+def has_linear(module: nn.Module, names: Sequence[str]) -> bool:
     return all(type(getattr(module, name, None)) is nn.Linear for name in names)
 
 
-class _Joined:
+class Joined:
     """Linear layers with the same input, whose weights are joined for one matrix product."""
 
     def __init__(self, layers: Sequence[nn.Linear]) -> None:
         self.layers = layers
+        self.widths = [layer.out_features for layer in layers]
         #: the joined weights in 16 bits, if they were cast before the layer runs
         self.cast: Tensor | None = None
-
-    @property
-    def widths(self) -> list[int]:
-        return [layer.out_features for layer in self.layers]
 
     def dtype_on(self, device: Tensor) -> torch.dtype | None:
         """Return the dtype that autocast casts to on the tensor's device.
@@ -78,47 +81,55 @@ class _Joined:
         kind = device.device.type
         if kernels.compute_capability(device) is None or not torch.is_autocast_enabled(kind):
             return None
+        for layer in self.layers:
+            # Module.__getattr__ takes longer than all of this loop.
+            for each in layer._parameters.values():
+                if each is not None and not (each.requires_grad and each.dtype == torch.float32):
+                    return None
         dtype = torch.get_autocast_dtype(kind)
-        parameters = (
-            each for layer in self.layers for each in (layer.weight, layer.bias) if each is not None
-        )
-        trained = all(each.requires_grad and each.dtype == torch.float32 for each in parameters)
-        return dtype if trained and dtype in _16_BIT else None
+        return dtype if dtype in _16_BIT else None
 
     def product(self, hidden: Tensor, dtype: torch.dtype) -> Tensor:
         """Return the product with the joined weights, [..., D] -> [..., F].
 
         F is that of all layers in order.
         """
-        biases = [layer.bias for layer in self.layers if layer.bias is not None]
-        # Zeros for the layers without a bias.
-        if biases and len(biases) < len(self.layers):
-            biases = [
-                layer.weight.new_zeros(layer.out_features) if layer.bias is None else layer.bias
-                for layer in self.layers
-            ]
-        parameters = [layer.weight for layer in self.layers] + biases
-        args = hidden.to(dtype), self.cast, len(self.layers), *parameters
+        args = hidden, self, dtype, *self.parameters()
         return cast(Tensor, _JoinedProduct.apply(*args))  # type: ignore[no-untyped-call]
+
+    def weights(self) -> list[Tensor]:
+        # Module.__getattr__, which `layer.weight` calls, takes longer than all else here.
+        return [cast(Tensor, layer._parameters["weight"]) for layer in self.layers]
+
+    def parameters(self) -> list[Tensor]:
+        """Return the weights, and after them as many biases or none."""
+        weights, biases = self.weights(), [layer._parameters["bias"] for layer in self.layers]
+        if all(bias is None for bias in biases):
+            return weights
+        # Zeros for the layers without a bias.
+        return weights + [
+            weight.new_zeros(len(weight)) if bias is None else bias
+            for weight, bias in zip(weights, biases, strict=True)
+        ]
 
 
 def _linear(self: nn.Linear, hidden: Tensor) -> Tensor:
     """Compute the forward of a linear layer: [..., D] -> [..., F]."""
-    joined: _Joined = self.__dict__["joined"]
+    joined: Joined = self.__dict__["joined"]
     dtype = joined.dtype_on(hidden)
     if dtype is None:
         return functional.linear(hidden, self.weight, self.bias)
     shared: _SharedInput | None = self.__dict__.get("shared_input")
     if shared is not None:
         return shared.product_of(self, hidden, dtype)
-    return (joined if joined.layers[0] is self else _Joined([self])).product(hidden, dtype)
+    return (joined if joined.layers[0] is self else Joined([self])).product(hidden, dtype)
 
 
 class _SharedInput:
     """Query, key and value of an attention layer; the first one called computes all three."""
 
     def __init__(self, layers: Sequence[nn.Linear]) -> None:
-        self.joined = _Joined(layers)
+        self.joined = Joined(layers)
         self._hidden: Tensor | None = None
         self._ready: list[Tensor | None] = []
 
@@ -201,17 +212,16 @@ def cast_weights_before_all_layers(model: nn.Module) -> None:
 
 
 def _cast_weights(casts: Sequence[_WeightCast]) -> None:
-    if not torch.is_grad_enabled():
-        return
+    needed = [each for each in casts if each.is_needed()] if torch.is_grad_enabled() else ()
     into: list[Tensor] = []
     weights: list[Tensor] = []
-    for joined in (joined for each in casts if each.is_needed() for joined in each.joined):
-        first = joined.layers[0].weight
-        dtype = None if isinstance(first, DTensor) else joined.dtype_on(first)
+    for joined in (joined for each in needed for joined in each.joined):
+        own = joined.weights()
+        dtype = None if isinstance(own[0], DTensor) else joined.dtype_on(own[0])
         if dtype is not None:
-            joined.cast = first.new_empty((sum(joined.widths), first.shape[1]), dtype=dtype)
-            into += joined.cast.split(joined.widths)
-            weights += [layer.weight for layer in joined.layers]
+            joined.cast = own[0].new_empty((sum(joined.widths), own[0].shape[1]), dtype=dtype)
+            into += joined.cast.split_with_sizes(joined.widths)
+            weights += own
     if weights:
         with torch.no_grad():
             torch._foreach_copy_(into, weights)
@@ -223,7 +233,7 @@ def _holds(module: nn.Module, layer: nn.Module) -> bool:
     return any(child is layer for each in lists for child in each)
 
 
-def _joined_of(layer: nn.Module) -> Iterator["_Joined"]:
+def _joined_of(layer: nn.Module) -> Iterator["Joined"]:
     seen = set()
     for module in layer.modules():
         joined = module.__dict__.get("joined")
@@ -233,35 +243,63 @@ def _joined_of(layer: nn.Module) -> Iterator["_Joined"]:
 
 
 class _JoinedProduct(torch.autograd.Function):
-    """Multiplies one input in 16 bits with the joined weights of several layers.
+    """Multiplies one input with the joined weights of several layers, in 16 bits.
 
     The gradients of the weights are written in float32. The arguments of `forward` are:
 
-    hidden: [..., D] in 16 bits.
-    cast_FD: the joined weights in 16 bits, if they exist already.
-    num_layers: the number of weights in `parameters`.
-    parameters: the weights, [F, D] in float32 each, then as many biases or none.
+    hidden: [..., D].
+    joined: the layers.
+    dtype: of the product.
+    parameters: those of the layers, float32; weights are [F, D].
     """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, cast_FD: Tensor | None, num_layers: int, *parameters: Tensor
+        ctx: Any, hidden: Tensor, joined: Joined, dtype: torch.dtype, *parameters: Tensor
     ) -> Tensor:
-        weights, biases = parameters[:num_layers], parameters[num_layers:]
-        weight_FD = _join(weights, hidden.dtype) if cast_FD is None else cast_FD
+        hidden, weight_FD, bias_F = joined_inputs(ctx, hidden, joined, dtype, parameters)
         ctx.save_for_backward(hidden, weight_FD)
-        ctx.widths = [weight.shape[0] for weight in weights]
-        ctx.has_bias = len(biases) > 0
-        return functional.linear(hidden, weight_FD, _join(biases, hidden.dtype) if biases else None)
+        return functional.linear(hidden, weight_FD, bias_F)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight_FD = ctx.saved_tensors
-        grad_TF, hidden_TD = (each.reshape(-1, each.shape[-1]) for each in (*grad_outputs, hidden))
-        of_hidden = (grad_TF @ weight_FD).view(hidden.shape) if ctx.needs_input_grad[0] else None
-        of_weights = _float32_product(grad_TF.T, hidden_TD).split(ctx.widths)
-        of_biases = grad_TF.sum(0, dtype=torch.float32).split(ctx.widths) if ctx.has_bias else ()
-        return of_hidden, None, None, *of_weights, *of_biases
+        of_hidden, *of_parameters = input_gradients(ctx, *grad_outputs, *ctx.saved_tensors)
+        return of_hidden, None, None, *of_parameters
+
+
+def joined_inputs(
+    ctx: Any,
+    hidden: Tensor,
+    joined: Joined,
+    dtype: torch.dtype,
+    parameters: Sequence[Tensor],
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return the input, the joined weights and the joined biases in 16 bits.
+
+    ctx: of an autograd function, which notes what `input_gradients` needs.
+    """
+    ctx.widths, ctx.dtype = joined.widths, hidden.dtype
+    weights, biases = parameters[: len(ctx.widths)], parameters[len(ctx.widths) :]
+    ctx.has_bias = len(biases) > 0
+    weight_FD = _join(weights, dtype) if joined.cast is None else joined.cast
+    return hidden.to(dtype), weight_FD, _join(biases, dtype) if biases else None
+
+
+def input_gradients(
+    ctx: Any, grad: Tensor, hidden: Tensor, weight_FD: Tensor
+) -> Iterator[Tensor | None]:
+    """Yield the gradients of the input and of each layer's parameters.
+
+    grad: [..., F], of the product.
+    hidden, weight_FD: as `joined_inputs` returned them.
+    """
+    grad_TF, hidden_TD = grad.reshape(-1, grad.shape[-1]), hidden.reshape(-1, hidden.shape[-1])
+    yield (
+        (grad_TF @ weight_FD).view(hidden.shape).to(ctx.dtype) if ctx.needs_input_grad[0] else None
+    )
+    yield from _float32_product(grad_TF.T, hidden_TD).split_with_sizes(ctx.widths)
+    if ctx.has_bias:
+        yield from grad_TF.sum(0, dtype=torch.float32).split_with_sizes(ctx.widths)
 
 
 def _join(parameters: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
@@ -281,7 +319,7 @@ def _float32_product(first: Tensor, second: Tensor) -> Tensor:
     return torch.mm(first, second, out_dtype=torch.float32)
 
 
-def _cast_input(
+def cast_input(
     _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Cast the input of a module under autocast, as a forward pre-hook.
@@ -307,7 +345,7 @@ def _fused_mlp_of(module: nn.Module) -> Callable[..., Any] | None:
 
     On random numbers the module's own forward must compute down(silu(gate) * up).
     """
-    if {*module._modules} != {*_MLP, "down_proj", "act_fn"} or not _has_linear(
+    if {*module._modules} != {*_MLP, "down_proj", "act_fn"} or not has_linear(
         module, (*_MLP, "down_proj")
     ):
         return None
@@ -332,16 +370,16 @@ def _fused_mlp_of(module: nn.Module) -> Callable[..., Any] | None:
             return None
 
     def forward(self: Any, hidden: Tensor) -> Tensor:
-        layers: _Joined = self.__dict__["joined"]
+        layers: Joined = self.__dict__["joined"]
         dtype = layers.dtype_on(hidden)
         if dtype is None:
+            (hidden,), _ = cast_input(self, (hidden,), {})
             return cast(Tensor, type(self).forward(self, hidden))
-        joined = layers.product(hidden, dtype)
+        joined = layers.product(hidden.to(dtype), dtype)
         if torch.compiler.is_compiling():
             gate, up = joined.chunk(2, dim=-1)
             return cast(Tensor, self.down_proj(functional.silu(gate) * up))
-        gated = _GatedSilu.apply(joined)  # type: ignore[no-untyped-call]
-        return cast(Tensor, self.down_proj(gated))
+        return cast(Tensor, self.down_proj(_GatedSilu.apply(joined)))  # type: ignore[no-untyped-call]
 
     return forward
 
@@ -350,7 +388,8 @@ class _GatedSilu(torch.autograd.Function):
     """Computes silu(gate) * up from [..., 2 F], whose first half is the gate; returns [..., F].
 
     The activated gate is recomputed in the backward instead of being saved, and both gradients are
-    written into one tensor.
+    written into one tensor. It is no part of the product before it, whose backward would then find
+    what is saved here still allocated.
     """
 
     @staticmethod
@@ -360,7 +399,7 @@ class _GatedSilu(torch.autograd.Function):
         return functional.silu(gate).mul_(up)
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grad_outputs
         (joined,) = ctx.saved_tensors
         gate, up = joined.chunk(2, dim=-1)

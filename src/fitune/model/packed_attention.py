@@ -17,7 +17,6 @@ which models cannot be packed: it checks that each of their layers really receiv
 
 import functools
 import importlib.util
-import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -32,7 +31,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from fitune.config import Attention, Auto
 from fitune.errors import ModelError
+from fitune.model.rotary import Angles, angles_of
 from fitune.model.row_attention import Scoring, attend
+from fitune.model.varlen import Samples, attend_packed, has_window, varlen_attn
 from fitune.recorder.recorded_card import recorded_capability
 
 Kernel = Literal["rows", "varlen", "flash_attn"]
@@ -41,12 +42,13 @@ Kernel = Literal["rows", "varlen", "flash_attn"]
 LEAST_CUT = 192
 #: queries of such a piece
 CUT_QUERIES = 128
-_NAME = "fitune_rows"
+#: the entry of transformers' attention registry that takes the best kernel
+NAME = "fitune_rows"
 # transformers looks for a package if a name contains "flash", so that kernel is named "tiled".
 _FORCED: dict[str, tuple[str, SDPBackend]] = {
-    "flash": (f"{_NAME}_tiled", SDPBackend.FLASH_ATTENTION),
-    "efficient": (f"{_NAME}_efficient", SDPBackend.EFFICIENT_ATTENTION),
-    "math": (f"{_NAME}_math", SDPBackend.MATH),
+    "flash": (f"{NAME}_tiled", SDPBackend.FLASH_ATTENTION),
+    "efficient": (f"{NAME}_efficient", SDPBackend.EFFICIENT_ATTENTION),
+    "math": (f"{NAME}_math", SDPBackend.MATH),
 }
 
 
@@ -66,6 +68,16 @@ class RowBoundaries:
     visits: list[int] = field(default_factory=list, compare=False, repr=False)
     #: the masks that `_edge` has made, by dtype
     edges: dict[torch.dtype, torch.Tensor] = field(default_factory=dict, compare=False, repr=False)
+    #: the last result of `angles`, with the cosines that it was made of
+    known_angles: list[tuple[torch.Tensor, Angles]] = field(
+        default_factory=list, compare=False, repr=False
+    )
+
+    def angles(self, cos: torch.Tensor, sin: torch.Tensor) -> Angles:
+        """Return the angles of these rotary embeddings, made once for all layers."""
+        if not self.known_angles or self.known_angles[0][0] is not cos:
+            self.known_angles[:] = [(cos, angles_of(cos, sin))]
+        return self.known_angles[0][1]
 
 
 def row_boundaries(
@@ -92,7 +104,7 @@ def attention_name(config: PretrainedConfig, attention: Attention | Auto) -> str
     if attention == "eager":
         return "eager"
     if model_class is not None and getattr(model_class, "_supports_attention_backend", False):
-        return _NAME if attention == "auto" else _FORCED[attention][0]
+        return NAME if attention == "auto" else _FORCED[attention][0]
     if attention == "auto":
         return (
             None
@@ -130,7 +142,7 @@ def can_pack(model: nn.Module) -> str | None:
     """
     config = cast(PretrainedConfig, model.config).get_text_config()
     implementation = config._attn_implementation or ""
-    if not implementation.startswith(_NAME):
+    if not implementation.startswith(NAME):
         return f"attention '{implementation}' does not take sample boundaries"
     layers: list[str] = getattr(config, "layer_types", None) or []
     strange = set(layers) - {"full_attention", "sliding_attention"}
@@ -209,17 +221,19 @@ def rows_attention(
         query_BHSD, key_BGSD, value_BGSD = (
             part.to(dtype) for part in (query_BHSD, key_BGSD, value_BGSD)
         )
-    kernel = row_boundaries.kernel or _choose_kernel(query_BHSD, value_BGSD, scoring)
+    sizes = query_BHSD.shape[-1], value_BGSD.shape[-1]
+    kernel = row_boundaries.kernel or choose_kernel(query_BHSD, query_BHSD.dtype, sizes, scoring)
     if kernel != "rows":
         query_THD, key_TGD, value_TGD = (
             # Not part[0]: the backward of indexing would fill a tensor with zeros first.
             part.squeeze(0).transpose(0, 1)
             for part in (query_BHSD, key_BGSD, value_BGSD)
         )
-        attend_flat = _varlen if kernel == "varlen" else _flash_attn
-        out_THD = attend_flat(
-            query_THD, key_TGD, value_TGD, scoring=scoring, boundaries=row_boundaries
+        samples = Samples(
+            row_boundaries.cumulative, row_boundaries.longest, scoring.scaling, scoring.window
         )
+        attend_flat = attend_packed if kernel == "varlen" else _flash_attn
+        out_THD = attend_flat(query_THD, key_TGD, value_TGD, samples)
         return out_THD[None], None
     parts = (
         torch.split(part, list(row_boundaries.lengths), dim=2)
@@ -283,25 +297,29 @@ def _edge(boundaries: RowBoundaries, query: torch.Tensor) -> torch.Tensor:
     return boundaries.edges[query.dtype]
 
 
-def _choose_kernel(
-    query: torch.Tensor,
-    value: torch.Tensor,
+def choose_kernel(
+    where: torch.Tensor,
+    dtype: torch.dtype,
+    sizes: tuple[int, int],
     scoring: Scoring,
     *,
     has_flash_attn: bool | None = None,
 ) -> Kernel:
-    """Return the kernel for these tensors.
+    """Return the kernel for queries, keys and values of this dtype.
 
     The variable-length kernels need CUDA, 16 bits, heads of at most 256 numbers, and the same size
     of query and value.
+
+    where: a tensor on the device.
+    sizes: of the heads of queries and of values.
     """
     plain = not scoring.needs_steps and scoring.dropout == 0 and scoring.backend is None
-    capability = compute_capability(query)
+    capability = compute_capability(where)
     if capability is None or not (
-        plain and query.element_size() == 2 and query.shape[-1] == value.shape[-1] <= 256
+        plain and dtype.itemsize == 2 and sizes[0] == sizes[1] and sizes[0] <= 256
     ):
         return "rows"
-    if query.is_cuda and (_has_flash_attn() if has_flash_attn is None else has_flash_attn):
+    if where.is_cuda and (_has_flash_attn() if has_flash_attn is None else has_flash_attn):
         return "flash_attn"
     return "varlen" if capability >= (8, 0) else "rows"
 
@@ -311,52 +329,22 @@ def compute_capability(tensor: torch.Tensor) -> tuple[int, int] | None:
 
     In a recording for a GPU that is not there, it is that of this GPU.
     """
-    return (
-        torch.cuda.get_device_capability(tensor.device) if tensor.is_cuda else recorded_capability()
-    )
+    if not tensor.is_cuda:
+        return recorded_capability()
+    number = tensor.get_device()
+    if number not in _CAPABILITIES:
+        _CAPABILITIES[number] = torch.cuda.get_device_capability(number)
+    return _CAPABILITIES[number]
 
 
-def _varlen(
-    query_THD: torch.Tensor,
-    key_TGD: torch.Tensor,
-    value_TGD: torch.Tensor,
-    *,
-    scoring: Scoring,
-    boundaries: RowBoundaries,
-) -> torch.Tensor:
-    longest, cumulative = boundaries.longest, boundaries.cumulative
-    accepted = _varlen_parameters()
-    options: dict[str, Any] = {"scale": scoring.scaling}
-    if "enable_gqa" in accepted:
-        options["enable_gqa"] = query_THD.shape[1] != key_TGD.shape[1]
-    else:
-        repeats = query_THD.shape[1] // key_TGD.shape[1]
-        key_TGD, value_TGD = (
-            part.repeat_interleave(repeats, dim=1) for part in (key_TGD, value_TGD)
-        )
-    if "window_size" in accepted:
-        options["window_size"] = (-1 if scoring.window is None else scoring.window - 1, 0)
-    else:
-        if scoring.window is not None and scoring.window < longest:
-            raise ModelError(
-                "this torch has no sliding window for packed samples on CUDA: update torch or add flash-attn"
-            )
-        options["is_causal"] = True
-    lengths = (cumulative, cumulative, longest, longest)
-    return cast(torch.Tensor, _varlen_attn()(query_THD, key_TGD, value_TGD, *lengths, **options))
+#: by the number of the GPU: each layer asks several times, and torch answers by way of its Python
+_CAPABILITIES: dict[int, tuple[int, int]] = {}
 
 
 def _flash_attn(
-    query_THD: torch.Tensor,
-    key_TGD: torch.Tensor,
-    value_TGD: torch.Tensor,
-    *,
-    scoring: Scoring,
-    boundaries: RowBoundaries,
+    query_THD: torch.Tensor, key_TGD: torch.Tensor, value_TGD: torch.Tensor, samples: Samples
 ) -> torch.Tensor:
-    longest, cumulative = boundaries.longest, boundaries.cumulative
-    lengths = (cumulative, cumulative, longest, longest)
-    window = (-1 if scoring.window is None else scoring.window - 1, 0)
+    lengths = (samples.cumulative, samples.cumulative, samples.longest, samples.longest)
     flash = importlib.import_module("flash_attn").flash_attn_varlen_func
     return cast(
         torch.Tensor,
@@ -365,9 +353,9 @@ def _flash_attn(
             key_TGD,
             value_TGD,
             *lengths,
-            softmax_scale=scoring.scaling,
+            softmax_scale=samples.scale,
             causal=True,
-            window_size=window,
+            window_size=samples.window_size,
         ),
     )
 
@@ -377,29 +365,13 @@ def _has_flash_attn() -> bool:
     return importlib.util.find_spec("flash_attn") is not None
 
 
-@functools.cache
-def _varlen_attn() -> Callable[..., Any]:
-    from torch.nn.attention.varlen import varlen_attn
-
-    return varlen_attn
-
-
-@functools.cache
-def _varlen_parameters() -> frozenset[str]:
-    """Return the parameters of torch's kernel, which differ between versions.
-
-    is_causal came in 2.10, window_size and enable_gqa later.
-    """
-    return frozenset(inspect.signature(_varlen_attn()).parameters)
-
-
 def _register(attend: Callable[..., Any]) -> None:
     """Register an attention function under each of fitune's names.
 
     No mask function is registered for these names, so transformers builds no mask: this attention
     is causal by itself.
     """
-    AttentionInterface.register(_NAME, attend)
+    AttentionInterface.register(NAME, attend)
     for name, backend in _FORCED.values():
         AttentionInterface.register(name, functools.partial(attend, backend=backend))
 
@@ -411,13 +383,9 @@ def prepare_for_compilation() -> None:
     returns to uncompiled code, since it would otherwise be compiled again for every set of lengths.
     """
     uncompiled = torch.compiler.disable(rows_attention)
-    has_kernel = (
-        torch.cuda.is_available()
-        and not _has_flash_attn()
-        and "window_size" in _varlen_parameters()
-    )
+    has_kernel = torch.cuda.is_available() and not _has_flash_attn() and has_window()
     _register(
-        functools.partial(_attention_in_compiled_layer, uncompiled, _varlen_attn())
+        functools.partial(_attention_in_compiled_layer, uncompiled, varlen_attn())
         if has_kernel
         else uncompiled
     )
@@ -462,7 +430,9 @@ def _attention_in_compiled_layer(
     if torch.is_autocast_enabled("cuda"):
         dtype = torch.get_autocast_dtype("cuda")
         parts = query_BHSD.to(dtype), key_BGSD.to(dtype), value_BGSD.to(dtype)
-    if _choose_kernel(parts[0], parts[2], scoring, has_flash_attn=False) != "varlen":
+    sizes = parts[0].shape[-1], parts[2].shape[-1]
+    kernel = choose_kernel(parts[0], parts[0].dtype, sizes, scoring, has_flash_attn=False)
+    if kernel != "varlen":
         return cast(
             tuple[torch.Tensor, None],
             uncompiled(module, *parts, attention_mask, **given, **options),
