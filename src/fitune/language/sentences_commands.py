@@ -196,6 +196,8 @@ COMMANDS: dict[str, str] = {
     "a memory limit of 0 bytes holds nothing": "0 字节的上限什么也放不下",
     "{value} is neither a size like 20GiB nor a share above 0 and at most 1": "{value} 既不是 20GiB 这样的大小，也不是大于 0、至多为 1 的比例",
     "'{value}' is no date: write it like 2026-01-31": "'{value}' 不是日期：请写成 2026-01-31",
+    "it must be at most {days} days: leave it out for no limit": "最多 {days} 天：不要限制时请去掉它",
+    "it must be at most {gib} GiB": "最多 {gib} GiB",
     "a run of 0 seconds does nothing": "0 秒的运行什么也做不了",
     "the adapter's output is scaled by alpha / rank": "适配器的输出按 alpha / rank 缩放",
     "module names, or all-linear": "模块名，或 all-linear",
