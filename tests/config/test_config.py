@@ -143,7 +143,10 @@ def test_a_round_float_is_a_count() -> None:
 )  # fmt: skip
 def test_a_number_without_sense_is_refused_with_its_limits(override: str) -> None:
     with pytest.raises(ConfigError, match=r"of at most|at least|must be at most") as caught:
-        read_config(None, [*NEEDED, "model.method=lora", override])
+        read_config(
+            {"model": {"source": "minimind2"}, "data": {"train": "a"}},
+            ["model.method=lora", override],
+        )
     assert override.partition("=")[0] in str(caught.value)
 
 
