@@ -342,7 +342,8 @@ class TrainConfig(Section):
         0, description="seed of all random numbers"
     )
     eval_every: Positive | Auto = Field(
-        "auto", description="optimizer steps between evaluations; auto: ten in a run"
+        "auto",
+        description="optimizer steps between evaluations; auto: ten in a run, and at least five steps apart",
     )
     save_every: Positive | Auto = Field(
         "auto", description="optimizer steps between saves; auto: with each evaluation"

@@ -253,7 +253,7 @@ COMMANDS: dict[str, str] = {
     "larger micro-batches than planned where a GPU has room and gains speed": "GPU 有余量且能变快时，用比规划更大的微批",
     "PYTORCH_ALLOC_CONF of the run and of its prediction": "运行及其预测所用的 PYTORCH_ALLOC_CONF",
     "for predictions alone: tokens go to a mixture's experts evenly, or all to the same ones (worst)": "仅用于预测：token 均匀分给 MoE 各专家，或全部分给同一些专家（worst）",
-    "optimizer steps between evaluations; auto: ten in a run": "两次评估之间的优化步数；auto：一次运行十次",
+    "optimizer steps between evaluations; auto: ten in a run, and at least five steps apart": "两次评估之间的优化步数；auto：一次运行十次，且至少间隔五步",
     "optimizer steps between saves; auto: with each evaluation": "两次保存之间的优化步数；auto：与评估同时",
     "save and stop after this time: 11h, 90m": "到这个时间后保存并停止：11h、90m",
     "when the effective batch grows by itself; advise: never": "有效批大小何时自行增大；advise：从不",
