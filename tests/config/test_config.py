@@ -181,6 +181,16 @@ def test_an_item_of_a_list_can_be_replaced() -> None:
     assert config.data.train_sources[0].max_rows == 7
 
 
+def test_a_length_on_the_command_line_replaces_that_of_the_file(tmp_path: Path) -> None:
+    path = write(tmp_path, "model: {source: m}\ndata: {train: a}\ntrain: {epochs: 3}\n")
+    resolved = read_config(path, ["train.steps=20"])
+    assert (resolved.config.train.steps, resolved.config.train.epochs) == (20, None)
+    assert resolved.origins["train.epochs"] == "default"
+    assert read_config(path, ["train.steps=null"]).config.train.epochs == 3
+    with pytest.raises(ConfigError, match=r"epochs and train\.steps exclude each other"):
+        read_config(path, ["train.steps=20", "train.epochs=2"])
+
+
 def test_all_faults_are_reported_in_the_order_of_the_file(tmp_path: Path) -> None:
     path = write(
         tmp_path,
