@@ -511,10 +511,17 @@ def test_a_dry_run_writes_nothing(place: Path, capsys: pytest.CaptureFixture[str
     assert sorted(place.rglob("*")) == before
 
 
+def test_a_run_that_was_cut_off_is_offered_to_go_on(capsys: pytest.CaptureFixture[str]) -> None:
+    train("train.steps=1")
+    RUN.summary.unlink()
+    error = error_of(capsys, "train", "sft.yaml", "--dry-run", exit_code=2)
+    assert "runs/run exists and is not finished: --resume runs/run goes on with it" in error
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["run.name=taken"], "runs/taken exists: choose another run.name, or give --overwrite"),
+        (["run.name=taken"], "runs/taken exists and is not finished: --resume runs/taken goes on"),
         (["run.name=../escaped"], "is not the name of a directory"),
         (
             ["run.output=sft.jsonl"],

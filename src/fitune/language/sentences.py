@@ -162,8 +162,8 @@ _NOTES = {
     "bad samples, not used: {count:n}; the first ones": "不能用的样本：{count} 个；前几个",
     "samples dropped: {count:n}; the first ones": "去掉的样本：{count} 个；前几个",
     "data     {path}: {formats}, {count:n} samples": "数据     {path}：{formats}，{count} 个样本",
-    "format   as messages through {template}": "格式     消息，用 {template} 转成文本",
-    "format   as messages through {template}, which writes the date {date}": "格式     消息，用 {template} 转成文本，其中写入日期 {date}",
+    "format   as messages through {template}": "格式     消息，模板：{template}",
+    "format   as messages through {template}, which writes the date {date}": "格式     消息，模板：{template}，其中写入日期 {date}",
     "loss     {mask} · {share} of tokens carry loss": "损失     {mask} · {share} 的 token 计入损失",
     "loss     {mask} · {share} of tokens carry loss (found by {kind})": "损失     {mask} · {share} 的 token 计入损失（依据 {kind}）",
     "assistant turns only": "只学助手的轮次",
@@ -191,7 +191,8 @@ _LOGS = {
 }
 
 _IMPORTS = {
-    "{source:w} is of {tool}": "{source} 属于 {tool}",
+    "{source:w} is of {tool}": "{source} 是 {tool} 的配置",
+    "the command is of {tool}": "这是 {tool} 的命令",
     "means something else here:": "在这里含义不同：",
     "has no counterpart here, and is left out:": "这里没有对应项，已略去：",
     "makes no difference here:": "在这里没有影响：",

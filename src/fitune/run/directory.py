@@ -169,6 +169,11 @@ def check_place(output: Path, name: str, *, overwrite: bool = False) -> None:
             raise RunDirectoryError(
                 f"{path} exists and is not a run: choose another run.name, or remove it yourself"
             )
+        if not overwrite and read_run(path).state in ("stopped", "failed", "crashed"):
+            raise RunDirectoryError(
+                f"{path} exists and is not finished: --resume {path} goes on with it; else choose "
+                "another run.name, or give --overwrite"
+            )
         if not overwrite:
             raise RunDirectoryError(f"{path} exists: choose another run.name, or give --overwrite")
 
