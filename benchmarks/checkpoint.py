@@ -27,7 +27,7 @@ from fitune.run.directory import create_run
 from fitune.step.work import train_step
 from fitune.training.checkpoint.files import checkpoint_path
 from fitune.training.checkpoint.write import CheckpointWriter
-from fitune.training.loop import EVALS_PER_RUN
+from fitune.training.length import EVALS_PER_RUN
 from fitune.training.prepare import Prepared, prepare
 from fitune.training.state import RunState
 from fitune.units import GIB, MIB

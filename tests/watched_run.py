@@ -37,8 +37,9 @@ CARD = {
 EVENTS = (
     (2, "memory_check", "memory of step 2: allocated 15.1 GiB predicted, 15.1 GiB measured (+0.1%)"),
     (113, "other_processes", "warning: other processes took 5.1 GiB more: they now hold 6.0 GiB"),
-    (113, "micro_batch", "micro-batch 4 -> 2 rows, accumulation 6 -> 12: the effective batch of 24 rows stays"),
-    (250, "micro_batch", "micro-batch 2 -> 4 rows: there is room again"),
+    (113, "micro_batch", "micro-batches shrink to at most 4,096 tokens with padding, with 2.5 GiB free; "
+        "the effective batch stays"),
+    (250, "micro_batch", "micro-batches grow to at most 8,192 tokens with padding, with 7.6 GiB free; the effective batch stays"),
     (333, "loss_spike", "warning: the loss of step 333 is 4.21, after a median of 2.12 in the 50 steps before: look at "
      "its samples, or lower optim.lr"),
 )  # fmt: skip

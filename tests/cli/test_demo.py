@@ -37,6 +37,12 @@ def test_the_dialogues_are_whole_exchanges(tmp_path: Path) -> None:
         assert roles == ["user", "assistant"] * (len(roles) // 2)
 
 
+def test_a_place_that_holds_no_files_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", "--output", "/proc/demo"]) == 2
+    said = "error: /proc is no place for files: its file system has 0 bytes; change --output"
+    assert capsys.readouterr().err.splitlines() == [said]
+
+
 def test_an_unknown_language_is_refused_with_those_that_exist(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -49,8 +49,9 @@ def plan_of(model: str, *overrides: str) -> Plan:
     tree: dict[str, Any] = {
         "model": {"source": model},
         "data": {"train": "none", "max_length": 1024},
+        "batch": {"effective": 16},
     }
-    config = read_config(tree, ["batch.effective=16", *overrides]).config
+    config = read_config(tree, overrides).config
     return choose_plan(config, gpu="RTX 4090", search="brief")
 
 
@@ -150,6 +151,32 @@ def test_four_settings_stay_within_80_columns(
     rows = [line for line in shown(open_plan, width=80) if re.match(r" *\d+[* ] ", line)]
     assert len(rows) == 3
     assert max(map(cell_len, rows)) <= 80
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_rows_and_headings_fold_between_their_parts_in_a_narrow_terminal(
+    model: str, monkeypatch: pytest.MonkeyPatch, language: str
+) -> None:
+    from rich.cells import cell_len
+
+    plan = plan_of(model, "batch.effective=1000", "batch.micro=300")
+    monkeypatch.setenv("FITUNE_LANG", language)
+    page = io.StringIO()
+    show_plan(plan, Screen(file=page, width=80, force_terminal=True, color_system=None))
+    lines = page.getvalue().splitlines()
+    assert max(cell_len(line.rstrip()) for line in lines) <= 80
+    starts = [line[:9].strip() for line in lines[2 : lines.index("", 2)]]
+    assert len(starts) > 4
+    assert set(starts[-2:]) == {""}
+    rows = [number for number, line in enumerate(lines) if re.match(r" *\d+[* ] ", line)]
+    column = lines[rows[1]].index("300 + 300")
+    assert lines[rows[1] + 1].strip() == "offload"
+    assert cell_len(lines[rows[1] + 1].split("offload")[0]) == cell_len(lines[rows[1]][:column])
+    if language == "en":
+        assert [line.split("  GiB")[0].strip() for line in lines[rows[0] - 3 : rows[0] - 1]] == [
+            "micro-batch x accumulation,",
+            "gradient checkpointing",
+        ]
 
 
 @pytest.mark.parametrize(

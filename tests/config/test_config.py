@@ -128,6 +128,42 @@ def test_a_round_float_is_a_count() -> None:
     assert read_config(None, [*NEEDED, "train.tokens=1e9"]).config.train.tokens == 10**9
 
 
+@pytest.mark.parametrize(
+    "override",
+    [
+        "optim.lr=1e300", "optim.lr=1e-300", "optim.eps=1e300", "optim.eps=1e-300", "optim.clip=1e300",
+        "optim.weight_decay=1e300", "optim.noise_scale=1e300", "optim.reference_batch=1e30",
+        "model.lora.alpha=1e300", "model.lora.rank=1e30", "model.shape.hidden_size=1e30",
+        "train.steps=12345678901234567890123", "train.tokens=1e30", "train.epochs=1e300",
+        "train.eval_every=1e30", "train.save_every=1e30", "train.stop_after=99999999999999h",
+        "batch.effective=1e9", "batch.micro=1e9", "batch.micro_tokens=1e30", "batch.accumulation=1e9",
+        "data.max_length=1e30", "data.max_rows=1e30", "data.train=[{path: a, max_rows: 1e30}]",
+        "eval.max_rows=1e30", "eval.micro=1e30", "memory.budget=99999999999999999GiB",
+    ],
+)  # fmt: skip
+def test_a_number_without_sense_is_refused_with_its_limits(override: str) -> None:
+    with pytest.raises(ConfigError, match=r"of at most|at least|must be at most") as caught:
+        read_config(
+            {"model": {"source": "minimind2"}, "data": {"train": "a"}},
+            ["model.method=lora", override],
+        )
+    assert override.partition("=")[0] in str(caught.value)
+
+
+def test_every_number_of_the_schema_has_a_largest_value() -> None:
+    numbers = {
+        key: branch
+        for name, section in read_config(None, NEEDED).config.model_json_schema()["$defs"].items()
+        for key, schema in section["properties"].items()
+        for branch in schema.get("anyOf", [schema])
+        if branch.get("type") in ("integer", "number") and (name, key) != ("MemoryConfig", "budget")
+    }
+    assert len(numbers) > 20
+    assert not [
+        key for key, schema in numbers.items() if not {"maximum", "exclusiveMaximum"} & set(schema)
+    ]
+
+
 def test_the_home_directory_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
     config = read_config(
@@ -143,6 +179,16 @@ def test_an_item_of_a_list_can_be_replaced() -> None:
         None, ["model.source=m", "data.train=[{path: a}]", "data.train.0.max_rows=7"]
     ).config
     assert config.data.train_sources[0].max_rows == 7
+
+
+def test_a_length_on_the_command_line_replaces_that_of_the_file(tmp_path: Path) -> None:
+    path = write(tmp_path, "model: {source: m}\ndata: {train: a}\ntrain: {epochs: 3}\n")
+    resolved = read_config(path, ["train.steps=20"])
+    assert (resolved.config.train.steps, resolved.config.train.epochs) == (20, None)
+    assert resolved.origins["train.epochs"] == "default"
+    assert read_config(path, ["train.steps=null"]).config.train.epochs == 3
+    with pytest.raises(ConfigError, match=r"epochs and train\.steps exclude each other"):
+        read_config(path, ["train.steps=20", "train.epochs=2"])
 
 
 def test_all_faults_are_reported_in_the_order_of_the_file(tmp_path: Path) -> None:

@@ -57,6 +57,14 @@ def test_the_switch_that_runs_code_comes_from_who_calls(
     assert not (place / "ran").exists()
 
 
+def test_the_switch_is_not_asked_for_where_no_code_comes_with_the_model(run: Path) -> None:
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["model"]["trust_remote_code"] = True
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    assert main(["export", "runs/run", "--to", "hf", "-o", "merged"]) == 0
+    assert Path("merged", "model.safetensors").is_file()
+
+
 def test_a_switch_of_export_that_has_no_effect_is_refused(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -190,11 +190,15 @@ SAID: dict[str, tuple[Build, str]] = {
     ),
     "SHiRA": (
         tuned(lambda: peft.ShiraConfig(**Q, r=1)),
-        r"this tuner is not predicted; LoRA|makes a sparse tensor",
+        r"PEFT's SHiRA is not predicted, because it trains sparse tensors. Predict LoRA",
     ),
     "FRoD": (
         tuned(lambda: peft.FrodConfig(**Q, progressbar=False)),
-        r"makes a sparse tensor, whose memory is not",
+        r"PEFT's FRoD is not predicted, because it computes with sparse tensors. Predict LoRA",
+    ),
+    "AdaMSS": (
+        tuned(lambda: peft.AdamssConfig(**Q)),
+        r"PEFT's AdaMSS is not predicted, because the shapes of its adapters follow from the values",
     ),
     "operator": (opaque, r"the step calls the operator fitune_test.opaque.*: register them"),
     "pointer": (

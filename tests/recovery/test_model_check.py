@@ -1,5 +1,6 @@
 """A model whose loss may not be computed in parts is named before the first step; the usual ones pass."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -43,6 +44,22 @@ def test_our_own_loss_passes(family: str, packed: bool) -> None:
         lay_out([row(0, 3, 0)], packed=packed),
     )  # fmt: skip
     settings = settings_for(model, "chunked")
+
+    def share(part: MicroBatch, weight: float) -> Tensor:
+        return loss_share(model, part, loss_weight=weight, settings=settings)
+
+    assert check_model(
+        model, share, ProbeSamples(both, first, second, masked, both.loss_weight)
+    ) == Verdict(True)
+
+
+def test_the_rounding_of_autocast_inside_of_the_forward_is_no_fault() -> None:
+    model = make_model("llama").train()
+    rows = [row(0, 3, 1), row(1, 12, 10)]
+    both, first, second, masked = (
+        lay_out(some, packed=True) for some in (rows, rows[:1], rows[1:], [row(0, 3, 0)])
+    )
+    settings = replace(settings_for(model, "chunked"), autocast=torch.bfloat16)
 
     def share(part: MicroBatch, weight: float) -> Tensor:
         return loss_share(model, part, loss_weight=weight, settings=settings)

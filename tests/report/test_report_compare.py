@@ -414,8 +414,9 @@ def test_clipping_of_most_steps_is_told(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("steps", "noise_ratio", "clip", "advised"),
     [
-        (40, None, 0.5, ["a lower rate: 3e-05", "a longer run: train.epochs=3"]),
-        (40, 4.0, 0.5, ["a lower rate: 3e-05", "a longer run: train.epochs=3"]),
+        (15, None, 0.5, ["a longer run: train.epochs=7"]),
+        (40, None, 0.5, ["a longer run: train.epochs=3"]),
+        (40, 4.0, 0.5, ["a longer run: train.epochs=3"]),
         (40, 4.0, 2.0, ["a longer run: train.epochs=3"]),
         (40, 0.2, 2.0, ["fewer samples a step (12), or a longer run: train.epochs=3"]),
         (200, 4.0, 0.5, ["a lower rate: 3e-05, or twice the samples at the same rate"]),

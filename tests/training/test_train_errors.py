@@ -69,7 +69,7 @@ DATA: dict[str, Case] = {
         nothing,
         ("data.train=[{path: sft.jsonl, weight: 1e300}]",),
         (
-            "data.train.0.weight is 1e+300: it must be a number of at least 1e-06 and of at most 10000",
+            "data.train.0.weight is 1e+300: it must be a number of at least 1e-06 and of at most 10,000",
         ),
     ),
     "no directory": (nothing, ("data.train=gone/",), ("no data at gone/: there is no such file",)),
@@ -374,7 +374,22 @@ PLACES: dict[str, Case] = {
     "below a file": (
         nothing,
         ("run.output=sft.jsonl/runs",),
-        ("sft.jsonl is a file, and runs are kept in a directory",),
+        ("sft.jsonl is not a directory, and run.output needs one",),
+    ),
+    "a directory of another name, for the metrics": (
+        nothing,
+        ("run.prometheus=gone/now.prom",),
+        ("gone does not exist, and run.prometheus is written there",),
+    ),
+    "metrics where no file can be": (
+        nothing,
+        ("run.prometheus=/proc/now.prom",),
+        ("/proc is no place for files: its file system has 0 bytes; change run.prometheus",),
+    ),
+    "a name that is too long": (
+        nothing,
+        (f"run.name={'x' * 300}",),
+        ("run.name has 300 bytes and may have 240: give a shorter one",),
     ),
     "a name that is a path": (
         nothing,
@@ -493,13 +508,49 @@ def test_a_full_disk_ends_the_run_in_one_sentence(
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
-def test_a_place_that_holds_no_files_is_not_called_full(
-    place: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("dry", [["--dry-run"], []])
+@pytest.mark.parametrize("output", ["/proc/runs", "/proc/self/runs", "/sys/fs/a/b"])
+def test_a_place_that_holds_no_files_is_refused_before_anything_is_loaded(
+    output: str, dry: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["train", "sft.yaml", "run.output=/proc/runs"]) == 2
+    assert main(["train", "sft.yaml", f"run.output={output}", *dry]) == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 1
+    assert "is no place for files: its file system has 0 bytes; change run.output" in errors[0]
+
+
+@pytest.mark.parametrize("fault", ["mounted read-only", "of somebody else"])
+def test_a_place_that_cannot_be_written_to_is_refused_by_a_dry_run(
+    fault: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if fault == "of somebody else":  # asked of the system, which lets root write everywhere
+        monkeypatch.setattr(os, "access", lambda path, mode: False)
+    else:
+        real = os.statvfs
+
+        def read_only(path: Path) -> object:
+            found = real(path)
+            return os.statvfs_result((*found[:8], found.f_flag | os.ST_RDONLY, *found[9:10]))
+
+        monkeypatch.setattr(os, "statvfs", read_only)
+    assert main(["train", "sft.yaml", "--dry-run"]) == 2
     assert (
-        "error: /proc is no place for files: its file system has 0 bytes" in capsys.readouterr().err
+        "error: . cannot be written to by this user: change run.output" in capsys.readouterr().err
     )
+
+
+def test_a_dry_run_says_that_no_checkpoint_fits(
+    small_disk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", "sft.yaml", f"run.output={small_disk}", "--dry-run"]) == 2
+    assert "no space" in capsys.readouterr().err.lower()
+
+
+def test_a_long_name_of_model_and_data_is_cut(place: Path) -> None:
+    long = place / ("数" * 80 + ".jsonl")
+    (place / "sft.jsonl").rename(long)
+    assert main(["train", "sft.yaml", f"data.train={long}", "run.name=null", "train.steps=1"]) == 0
+    assert [len(path.name.encode()) < 255 for path in Path("runs").iterdir()] == [True]
 
 
 def test_a_full_cache_says_how_to_name_another_place(

@@ -103,7 +103,8 @@ def next_commands(path: Path) -> str:
 
 
 def _print_report(imported: ImportedConfig, source: str) -> None:
-    print_aside(translated(f"{source} is of {imported.tool}"))
+    what = "the command" if source == "command" else source
+    print_aside(translated(f"{what} is of {imported.tool}"))
     by_reason: dict[str, list[str]] = {}
     for name, reason in imported.not_needed.items():
         by_reason.setdefault(reason, []).append(name)

@@ -20,6 +20,7 @@ from fitune.cli.progress import TrainingProgress
 from fitune.config import read_config
 from fitune.errors import UsageError
 from fitune.language import translated
+from fitune.run.directory import check_directory
 from fitune.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ def demo(
     """Fine-tune SmolLM2-135M on dialogues and print loss, an answer and the peak memory."""
     start = time.perf_counter()
     model_path, corpus = smollm2_file(), corpus_directory(language)
+    check_directory(output, key="--output")
     output.mkdir(parents=True, exist_ok=True)
     data_path = output / f"{language}.jsonl"
     num_dialogues = write_dialogues(corpus, data_path)

@@ -74,10 +74,14 @@ def _load(run: RunDirectory, weights: Path, *, trust_remote_code: bool) -> tuple
     import torch
 
     from fitune.model.adapted_model import check_adapted, read_adapted
-    from fitune.model.load import load_model, load_tokenizer
+    from fitune.model.load import ignored_code, load_model, load_tokenizer
     from fitune.model.lora import load_adapters
 
     base = read_config(run.config).config.model
+    if base.trust_remote_code and not trust_remote_code:
+        without = base.model_copy(update={"trust_remote_code": False})
+        # Configurations of other tools often set the switch for models that need none.
+        base = base if ignored_code(without) else without
     if base.trust_remote_code != trust_remote_code:
         raise UsageError(
             f"{run.path} asks to run the Python code that comes with {base.source}: read that "

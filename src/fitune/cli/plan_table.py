@@ -32,6 +32,12 @@ _MEANINGS = {
     ),
 }
 
+_TITLE_WIDTH = 9
+#: columns of a candidate's number and of its mark
+_NUMBER_WIDTH = 4
+#: columns between two columns of a table
+_GAP = 3
+
 MORE_IN_TERMINAL = "--all predicts every setting and shows it, also those that change the result (LoRA, QLoRA, 8-bit)"
 MORE_IN_PYTHON = "these are {shown} of {total} candidates: Plan.candidates holds all"
 
@@ -44,11 +50,16 @@ def show_plan(
     every: print all candidates, instead of those that answer the most frequent questions.
     more: the message that says where the other candidates can be found.
     """
+    # A file or a pipe gets whole lines, which are easier to search.
+    whole = not screen.is_terminal
     if (verdict := _verdict(plan)) is not None:
-        screen.print(verdict, soft_wrap=True)
+        screen.print(verdict, soft_wrap=whole)
         screen.print()
     for title, line in (*_heading(plan), *training_lines(plan.training)):
-        screen.print(f"{pad(title, 9)}{line}", soft_wrap=True)
+        text = f"{pad(title, _TITLE_WIDTH)}{line}"
+        if not whole:
+            text = _folded(text, screen.width, separator=" · ", indent=_TITLE_WIDTH)
+        screen.print(text, soft_wrap=True)
     shown = closest(plan) if plan.chosen is None else plan.candidates[plan.chosen]
     screen.print()
     headings = (
@@ -60,11 +71,26 @@ def show_plan(
     screen.print(table(headings, list(_parts(plan, shown))))
     screen.print()
     labels = dict.fromkeys(range(len(plan.candidates)), "") if every else highlighted_settings(plan)
-    screen.print(_candidates(plan, labels, every=every))
+    screen.print(_candidates(plan, labels, every=every, width=screen.width))
     if not every:
         screen.print(say(more, shown=len(labels), total=len(plan.candidates)))
     for line in (*_footnotes(plan), *training_warnings(plan.training)):
-        screen.print(line, soft_wrap=True)
+        screen.print(line, soft_wrap=whole)
+
+
+def _folded(text: str, width: int, *, separator: str, indent: int) -> str:
+    """Break a text at its separators into lines of at most `width` columns, the later ones indented."""
+    first, *others = text.split(separator)
+    lines = [first]
+    for number, part in enumerate(others, start=1):
+        joined = f"{lines[-1]}{separator}{part}"
+        end = "" if number == len(others) else separator.rstrip()
+        if cell_len(joined + end) <= width:
+            lines[-1] = joined
+        else:
+            lines[-1] += separator.rstrip()
+            lines.append(" " * indent + part)
+    return "\n".join(lines)
 
 
 def first_answer_text(answer: FirstAnswer) -> str:
@@ -283,8 +309,8 @@ def _kib(num_bytes: float) -> str:
     return f"{num_bytes / 1024:,.0f} KiB"
 
 
-def _candidates(plan: Plan, labels: Mapping[int, str], *, every: bool) -> Table:
-    """Return the table of candidates.
+def _candidates(plan: Plan, labels: Mapping[int, str], *, every: bool, width: int) -> Table:
+    """Return the table of candidates, in which the settings fold where `width` is too small.
 
     Unless all candidates are shown, the columns that say nothing for any of them are left out.
     """
@@ -301,7 +327,17 @@ def _candidates(plan: Plan, labels: Mapping[int, str], *, every: bool) -> Table:
     kept = [
         i for i in range(len(headings)) if every or i < 4 or not {row[i] for row in rows} <= empty
     ]
-    return table([headings[i] for i in kept], [[row[i] for i in kept] for row in rows])
+    lines = [[row[i] for i in kept] for row in (headings, *rows)]
+    others = (
+        max(cell_len(cell.removeprefix(">")) for cell in column)
+        for column in [*zip(*lines, strict=True)][1:]
+    )
+    left = width - sum(column + _GAP for column in others)
+    label_width = max(map(cell_len, labels.values()))
+    indent = _NUMBER_WIDTH + (label_width + 2 if label_width else 0)
+    for line in lines:
+        line[0] = _folded(line[0], left, separator=", ", indent=3 if line is lines[0] else indent)
+    return table(lines[0], lines[1:])
 
 
 def _row(plan: Plan, index: int, label: str, labels: Mapping[int, str]) -> Sequence[str]:

@@ -5,6 +5,7 @@ events. Nothing here reads files or waits.
 """
 
 import math
+import re
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -15,7 +16,7 @@ from typing import Any
 from rich.cells import cell_len, set_cell_size
 from rich.text import Text
 
-from fitune.language import pad, say
+from fitune.language import pad, say, translated
 from fitune.language.printable import printable, printable_line
 from fitune.run.follow import RunView
 from fitune.run.memory import MemorySample
@@ -29,6 +30,8 @@ SPEED_STEPS = 20
 MIN_EVENT_LINES = 6
 MAX_CHART_HEIGHT = 12
 MAX_COLUMNS_PER_STEP = 4
+#: Spaces, words, and single Chinese characters with the punctuation behind them.
+_PARTS = re.compile(r"\s+|[\u2e80-\uffef][，。：；、）]*|[^\s\u2e80-\uffef]+")
 ASCII = str.maketrans(
     {"█": "#", "▌": "#", "·": ".", "│": "|", "°": " ", "…": "~", "×": "x"}
 ) | str.maketrans("▁▂▃▄▅▆▇", "..::++*")
@@ -370,7 +373,7 @@ def _events(view: RunView, *, width: int) -> Iterator[list[Text]]:
     for event in view.events:
         at = f"{time.strftime('%H:%M:%S', time.localtime(event.time))} {event.step:>6,}  "
         style = "yellow" if event.message.startswith("warning") else ""
-        first, *others = _wrapped(printable(event.message), max(20, width - len(at)))
+        first, *others = _wrapped(printable(translated(event.message)), max(20, width - len(at)))
         yield [
             Text(at + first, style=style),
             *(Text(" " * len(at) + line, style=style) for line in others),
@@ -378,11 +381,17 @@ def _events(view: RunView, *, width: int) -> Iterator[list[Text]]:
 
 
 def _wrapped(message: str, width: int) -> list[str]:
-    lines = [""]
-    for word in message.split():
-        if lines[-1] and cell_len(lines[-1]) + 1 + cell_len(word) > width:
-            lines.append("")
-        lines[-1] += f" {word}" if lines[-1] else word
+    """Break a message at its spaces and between Chinese characters."""
+    lines, gap = [""], ""
+    for part in _PARTS.findall(message):
+        if part.isspace():
+            gap = " "
+        elif lines[-1] and cell_len(lines[-1] + gap + part) > width:
+            lines.append(part)
+            gap = ""
+        else:
+            lines[-1] += gap + part if lines[-1] else part
+            gap = ""
     return lines
 
 

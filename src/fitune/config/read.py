@@ -39,6 +39,7 @@ _MAIN_KEYS = {
     "run": "name", "train": "epochs", "eval": "max_rows", "lora": "rank", "shape": "preset",
     "columns": "prompt",
 }  # fmt: skip
+_LENGTHS = (("train", "epochs"), ("train", "steps"), ("train", "tokens"))
 _FLAGS = {"model.source": "--model", "data.train": "--data"}
 
 
@@ -241,10 +242,21 @@ def _apply_override(draft: _Draft, override: str) -> None:
     else:
         try:
             _set(draft, path, text.strip())
+            _drop_other_lengths(draft, path)
             return
         except ValueError as error:
             message = f"'{key}' cannot be set: {error}"
     draft.faults.append(f"{COMMAND_LINE}: {message}")
+
+
+def _drop_other_lengths(draft: _Draft, path: KeyPath) -> None:
+    """Let a length on the command line replace the file's, which is in another unit."""
+    if path not in _LENGTHS or _get(draft.tree, path) is None:
+        return
+    for other in _LENGTHS:
+        mark = draft.marks.get(other)
+        if mark is not None and mark.origin != COMMAND_LINE:
+            del draft.tree[other[0]][other[1]], draft.marks[other]
 
 
 def _set(draft: _Draft, path: KeyPath, text: str) -> None:

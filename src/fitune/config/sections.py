@@ -21,11 +21,14 @@ from fitune.config.values import (
     OptimizerName,
     PathText,
     Positive,
-    PositiveFloat,
     Precision,
+    Rate,
     Recompute,
+    Samples,
+    Scale,
     Scaling,
     Shard,
+    Tokens,
     Tracker,
     WholeNumber,
 )
@@ -42,7 +45,7 @@ class Section(BaseModel):
 
 class LoraConfig(Section):
     rank: Positive = Field(16, description="rank of the adapters")
-    alpha: PositiveFloat = Field(32, description="the adapter's output is scaled by alpha / rank")
+    alpha: Scale = Field(32, description="the adapter's output is scaled by alpha / rank")
     dropout: BelowOne = Field(0.0, description="dropout before the adapters, in training")
     targets: str | tuple[str, ...] = Field("all-linear", description="module names, or all-linear")
 
@@ -147,7 +150,7 @@ class DataConfig(Section):
     eval_fraction: BelowOne = Field(
         0.01, description="share of the training samples held out; 0 means no evaluation"
     )
-    max_length: Annotated[int, Field(strict=True, ge=8), WholeNumber] = Field(
+    max_length: Annotated[int, Field(strict=True, ge=8, le=10**9), WholeNumber] = Field(
         2048, description="tokens of a sample; longer ones are cut or dropped"
     )
     template: PathText | None = Field(
@@ -196,12 +199,12 @@ class DataConfig(Section):
 
 
 class BatchConfig(Section):
-    effective: Positive | Auto = Field(
+    effective: Samples | Auto = Field(
         "auto", description="samples in an optimizer step, over all devices"
     )
-    micro: Positive | Auto = Field("auto", description="samples in one forward and backward")
+    micro: Samples | Auto = Field("auto", description="samples in one forward and backward")
     micro_tokens: Positive | Auto = Field("auto", description="tokens in one forward and backward")
-    accumulation: Positive | Auto = Field("auto", description="micro-batches in an optimizer step")
+    accumulation: Samples | Auto = Field("auto", description="micro-batches in an optimizer step")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -273,15 +276,17 @@ class OptimConfig(Section):
     name: OptimizerName = Field(
         "adamw", description="the optimizer; adamw_host keeps its state in the host's memory"
     )
-    lr: PositiveFloat | Auto = Field("auto", description="2e-5 for full fine-tuning, 2e-4 for LoRA")
+    lr: Rate | Auto = Field("auto", description="2e-5 for full fine-tuning, 2e-4 for LoRA")
     betas: tuple[BelowOne, BelowOne] = Field(
         (0.9, 0.999), description="how long AdamW averages gradients and their squares"
     )
-    eps: PositiveFloat = Field(1e-8, description="added to AdamW's root of squares")
-    weight_decay: Annotated[Float, Field(ge=0)] = Field(
+    eps: Annotated[Float, Field(ge=1e-30, le=1)] = Field(
+        1e-8, description="added to AdamW's root of squares"
+    )
+    weight_decay: Annotated[Float, Field(ge=0, le=1000)] = Field(
         0.01, description="share of a weight that is taken off, times the learning rate"
     )
-    clip: Annotated[Float, Field(ge=0)] = Field(
+    clip: Annotated[Float, Field(ge=0, le=1e9)] = Field(
         1.0, description="largest gradient norm; 0 switches clipping off"
     )
     warmup: Fraction = Field(
@@ -296,10 +301,10 @@ class OptimConfig(Section):
     scaling: Scaling = Field(
         "none", description="how the rate is carried from reference_batch to batch.effective"
     )
-    reference_batch: Positive | None = Field(
+    reference_batch: Samples | None = Field(
         None, description="samples of the batch that lr was chosen for"
     )
-    noise_scale: PositiveFloat | None = Field(
+    noise_scale: Scale | None = Field(
         None, description="measured noise scale in samples, for sqrt_gain"
     )
 
@@ -328,16 +333,17 @@ class MemoryConfig(Section):
 
 
 class TrainConfig(Section):
-    epochs: PositiveFloat | None = Field(
+    epochs: Annotated[Float, Field(gt=0, le=1e6)] | None = Field(
         None, description="length: passes over the data; one where no length is given"
     )
     steps: Positive | None = Field(None, description="length: optimizer steps")
-    tokens: Positive | None = Field(None, description="length: tokens, padding not counted")
+    tokens: Tokens | None = Field(None, description="length: tokens, padding not counted")
     seed: Annotated[int, Field(strict=True, ge=0, lt=2**63), WholeNumber] = Field(
         0, description="seed of all random numbers"
     )
     eval_every: Positive | Auto = Field(
-        "auto", description="optimizer steps between evaluations; auto: ten in a run"
+        "auto",
+        description="optimizer steps between evaluations; auto: ten in a run, and at least five steps apart",
     )
     save_every: Positive | Auto = Field(
         "auto", description="optimizer steps between saves; auto: with each evaluation"

@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from fitune.optimizers.table import OPTIMIZERS
-from fitune.units import parse_bytes, parse_seconds
+from fitune.units import GIB, parse_bytes, parse_seconds
+
+MAX_DAYS = 36_500
+MAX_MEMORY_GIB = 1_000_000
 
 
 def _whole_number(value: object) -> object:
@@ -17,8 +20,11 @@ def _whole_number(value: object) -> object:
 
 def _memory_limit(value: object) -> object:
     if isinstance(value, str) and value != "auto":
-        if parse_bytes(value) == 0:
+        limit = parse_bytes(value)
+        if limit == 0:
             raise ValueError("a memory limit of 0 bytes holds nothing")
+        if limit > MAX_MEMORY_GIB * GIB:
+            raise ValueError(f"it must be at most {MAX_MEMORY_GIB:,} GiB")
     elif isinstance(value, bool) or not (
         value == "auto" or (isinstance(value, int | float) and 0 < value <= 1)
     ):
@@ -35,8 +41,11 @@ def _date(value: object) -> object:
 
 
 def _duration(value: str) -> str:
-    if parse_seconds(value) == 0:
+    seconds = parse_seconds(value)
+    if seconds == 0:
         raise ValueError("a run of 0 seconds does nothing")
+    if seconds > MAX_DAYS * 86400:
+        raise ValueError(f"it must be at most {MAX_DAYS:,} days: leave it out for no limit")
     return value
 
 
@@ -44,8 +53,13 @@ Auto = Literal["auto"]
 WholeNumber = BeforeValidator(_whole_number)
 Float = Annotated[float, Field(strict=True)]
 Bool = Annotated[bool, Field(strict=True)]
-Positive = Annotated[int, Field(strict=True, gt=0), WholeNumber]
-PositiveFloat = Annotated[Float, Field(gt=0)]
+# A number above these limits is a slip of the hand: nothing can be done with it, and many would
+# overflow the 64 bits of an array or the 32 bits of a weight long after the start.
+Positive = Annotated[int, Field(strict=True, gt=0, le=10**9), WholeNumber]
+Samples = Annotated[int, Field(strict=True, gt=0, le=10**6), WholeNumber]
+Tokens = Annotated[int, Field(strict=True, gt=0, le=10**15), WholeNumber]
+Rate = Annotated[Float, Field(ge=1e-15, le=1000)]
+Scale = Annotated[Float, Field(ge=1e-6, le=1e9)]
 Fraction = Annotated[Float, Field(ge=0, le=1)]
 BelowOne = Annotated[Float, Field(ge=0, lt=1)]
 ColumnName = Annotated[str, Field(min_length=1)]

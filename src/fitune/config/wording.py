@@ -58,5 +58,9 @@ def _describe_type(schema: Mapping[str, Any]) -> str:
 def _limits(schema: Mapping[str, Any]) -> str:
     limits = [("minimum", "of at least"), ("exclusiveMinimum", "above"), ("maximum", "of at most")]
     limits.append(("exclusiveMaximum", "below"))
-    parts = [f"{words} {schema[name]:g}" for name, words in limits if name in schema]
+    parts = [f"{words} {_number(schema[name])}" for name, words in limits if name in schema]
     return f" {' and '.join(parts)}" if parts else ""
+
+
+def _number(limit: float) -> str:
+    return f"{limit:,.0f}" if limit >= 1000 else f"{limit:g}"

@@ -162,8 +162,8 @@ _NOTES = {
     "bad samples, not used: {count:n}; the first ones": "不能用的样本：{count} 个；前几个",
     "samples dropped: {count:n}; the first ones": "去掉的样本：{count} 个；前几个",
     "data     {path}: {formats}, {count:n} samples": "数据     {path}：{formats}，{count} 个样本",
-    "format   as messages through {template}": "格式     作为消息经过 {template}",
-    "format   as messages through {template}, which writes the date {date}": "格式     作为消息经过 {template}，它写入日期 {date}",
+    "format   as messages through {template}": "格式     消息，模板：{template}",
+    "format   as messages through {template}, which writes the date {date}": "格式     消息，模板：{template}，其中写入日期 {date}",
     "loss     {mask} · {share} of tokens carry loss": "损失     {mask} · {share} 的 token 计入损失",
     "loss     {mask} · {share} of tokens carry loss (found by {kind})": "损失     {mask} · {share} 的 token 计入损失（依据 {kind}）",
     "assistant turns only": "只学助手的轮次",
@@ -191,7 +191,8 @@ _LOGS = {
 }
 
 _IMPORTS = {
-    "{source:w} is of {tool}": "{source} 属于 {tool}",
+    "{source:w} is of {tool}": "{source} 是 {tool} 的配置",
+    "the command is of {tool}": "这是 {tool} 的命令",
     "means something else here:": "在这里含义不同：",
     "has no counterpart here, and is left out:": "这里没有对应项，已略去：",
     "makes no difference here:": "在这里没有影响：",
@@ -220,7 +221,7 @@ _IMPORTS = {
     "it is switched off": "它是关闭的",
     "it is what is done here, or has no effect beside the others": "这里本来就这样做，或者有了其他参数它不起作用",
     "fitune has nothing like it": "fitune 没有类似的功能",
-    "train.eval_every and train.save_every: ten in a run where they are not set": "train.eval_every 和 train.save_every：不设时一次运行各十次",
+    "train.eval_every and train.save_every: ten in a run, at least five steps apart, where they are not set": "train.eval_every 和 train.save_every：不设时一次运行各十次，且至少间隔五步",
     "samples are read from a hub's split 'train' and default subset: save those samples to a file and give it with --data": "只读取 hub 的 'train' 划分和默认子集：请把那些样本存成文件，用 --data 给出",
     "{said}: TRL evaluates on the split {split} of the data; here give data.eval, or samples are held out with data.eval_fraction": "{said}：TRL 用数据的 {split} 划分评估；这里请给出 data.eval，或用 data.eval_fraction 留出样本",
     "data {path}: {words}: all samples are read and their format is told by their keys": "数据 {path}：{words}：读取全部样本，格式由样本的键判断",

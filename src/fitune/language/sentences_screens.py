@@ -56,6 +56,7 @@ SCREENS: dict[str, str] = {
     "fitune: micro-batches stay whole: {reason}": "fitune：微批保持完整：{reason}",
     "still recording the step, {seconds} s so far{where}": "仍在录制这一步，已用 {seconds} 秒{where}",
     "moves its state between a card and the host, and here is no card: use adamw_8bit": "在显卡和主机之间移动状态，而这里没有显卡：请用 adamw_8bit",
+    "as configured": "按配置",
     "text": "文本",
     "a mapping": "映射",
     "a list": "列表",

@@ -48,8 +48,7 @@ aten = torch.ops.aten
 
 _SPARSE = (
     "makes a sparse tensor, whose memory is not predicted (nn.Embedding with sparse=True makes "
-    "them, and so do PEFT's SHiRA and FRoD): predict the loop with dense tensors in their place, "
-    "which need more, or another tuner"
+    "them): predict the loop with dense tensors in their place, which need more"
 )
 _NO_DATA = (DataDependentOutputException, DynamicOutputShapeException)
 

@@ -23,6 +23,15 @@ _READS_DATA = re.compile(
     r"access storage",
     re.IGNORECASE,
 )
+#: module of PEFT -> the name of the tuner, and why it cannot be recorded
+_NOT_PREDICTED = {
+    "shira": ("SHiRA", "it trains sparse tensors"),
+    "frod": ("FRoD", "it computes with sparse tensors"),
+    "adamss": (
+        "AdaMSS",
+        "the shapes of its adapters follow from the values of the weights",
+    ),
+}
 
 
 @contextmanager
@@ -35,9 +44,11 @@ def explained(doing: str, assumed: Callable[[], bool]) -> Iterator[None]:
     """
     try:
         yield
-    except FituneError:
-        raise
     except Exception as error:
+        if (message := _tuner_not_predicted(error, doing)) is not None:
+            raise UsageError(message) from error
+        if isinstance(error, FituneError):
+            raise
         if (message := _explain(error, doing, assumed=assumed())) is None:
             raise
         raise UsageError(message) from error
@@ -77,6 +88,22 @@ def _explain(error: Exception, doing: str, *, assumed: bool) -> str | None:
         )
     if by_peft and isinstance(error, (ValueError, TypeError, KeyError, AttributeError)):
         return f"{doing} fails in PEFT at {place} ({cause}): mend the configuration of the adapters"
+    return None
+
+
+def _tuner_not_predicted(error: Exception, doing: str) -> str | None:
+    """Return a message if the error comes from a tuner of PEFT that cannot be recorded."""
+    for frame in _frames(error):
+        path = Path(frame.filename)
+        found = _NOT_PREDICTED.get(path.parent.name) if "peft" in path.parts else None
+        # A wrong configuration is another fault, and keeps its own message.
+        if found is not None and (path.name != "config.py" or isinstance(error, ImportError)):
+            name, reason = found
+            return (
+                f"{doing} cannot go on at {_place(error)}: PEFT's {name} is not predicted, because "
+                f"{reason}. Predict LoRA with as many trainable parameters in its place, for an "
+                "estimate"
+            )
     return None
 
 

@@ -13,6 +13,7 @@ from typing import Any, Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from fitune.distributed.sharding import Shards
 from fitune.step.random_state import seed_streams, streams_kept
@@ -135,8 +136,12 @@ class _Probe(Generic[T]):
 
     def __call__(self, part: T, loss_weight: float) -> tuple[float, Tensor]:
         seed_streams(0, self._device)
-        loss = self._loss_share(part, loss_weight)
-        if loss.dtype != torch.float32 or torch.is_autocast_enabled(self._device.type):
+        hook = register_module_forward_pre_hook(self._notice_autocast)
+        try:
+            loss = self._loss_share(part, loss_weight)
+        finally:
+            hook.remove()
+        if loss.dtype != torch.float32:
             self.tolerance = max(self.tolerance, COARSE_TOLERANCE)
         if loss.requires_grad:
             loss.backward()
@@ -153,6 +158,11 @@ class _Probe(Generic[T]):
             parameter.grad = None
         value = loss.item() if self._shards is None else self._shards.peers.exchange(loss.item())[0]
         return value, torch.cat(samples)
+
+    def _notice_autocast(self, module: nn.Module, args: Any) -> None:
+        """Allow for the rounding of 16-bit products, which is seen inside of the forward alone."""
+        if torch.is_autocast_enabled(self._device.type):
+            self.tolerance = max(self.tolerance, COARSE_TOLERANCE)
 
 
 def _not_a_sum(

@@ -31,7 +31,8 @@ def advise_on_training(run: RecordedRun) -> Iterator[Advice]:
         yield stop
     else:
         yield from _at_the_floor(run)
-    if _is_clipped(run):
+    # at the start of a run most gradients are clipped at any useful rate
+    if _is_clipped(run) and run.num_steps >= FEW_STEPS:
         yield from _clipping(run, may_grow=stop is None)
     if stop is None:
         yield from _length(run)

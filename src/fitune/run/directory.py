@@ -40,6 +40,8 @@ from fitune.run.metrics import Summary, read_summary
 
 State = Literal["running", "finished", "stopped", "failed", "crashed", "damaged"]
 OUTPUT_KEY = "run.output"
+#: file systems allow 255, and a number may follow
+MAX_NAME_BYTES = 240
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,12 +153,12 @@ def check_place(output: Path, name: str, *, overwrite: bool = False) -> None:
             f"run.name {name!r} is not the name of a directory: use letters, digits, - and _"
         )
     path = output / name
+    if len(os.fsencode(name)) > MAX_NAME_BYTES:
+        raise RunDirectoryError(
+            f"run.name has {len(os.fsencode(name)):,} bytes and may have {MAX_NAME_BYTES}: give a shorter one"
+        )
     with _os_errors_reported(f"{path} cannot be created"):
-        for place in (output, *output.parents):
-            if place.exists() and not place.is_dir():
-                raise RunDirectoryError(
-                    f"{place} is a file, and runs are kept in a directory: give another run.output"
-                )
+        check_directory(output)
         if (
             name.endswith("-")
             or not path.exists()
@@ -167,8 +169,33 @@ def check_place(output: Path, name: str, *, overwrite: bool = False) -> None:
             raise RunDirectoryError(
                 f"{path} exists and is not a run: choose another run.name, or remove it yourself"
             )
+        if not overwrite and read_run(path).state in ("stopped", "failed", "crashed"):
+            raise RunDirectoryError(
+                f"{path} exists and is not finished: --resume {path} goes on with it; else choose "
+                "another run.name, or give --overwrite"
+            )
         if not overwrite:
             raise RunDirectoryError(f"{path} exists: choose another run.name, or give --overwrite")
+
+
+def check_directory(directory: Path, *, key: str = OUTPUT_KEY) -> None:
+    """Raise RunDirectoryError if no file can be written into this directory, which need not exist yet.
+
+    key: the configuration key that the user can change.
+    """
+    place = next((place for place in (directory, *directory.parents) if place.exists()), Path("."))
+    if not place.is_dir():
+        raise RunDirectoryError(
+            f"{place} is not a directory, and {key} needs one: give another {key}"
+        )
+    if not shutil.disk_usage(place).total:  # /proc and similar
+        raise RunDirectoryError(
+            f"{place} is no place for files: its file system has 0 bytes; change {key}"
+        )
+    # Root may write into every directory, but not on a disk that is mounted read-only.
+    is_read_only = sys.platform != "win32" and os.statvfs(place).f_flag & os.ST_RDONLY
+    if is_read_only or not os.access(place, os.W_OK | os.X_OK):
+        raise RunDirectoryError(f"{place} cannot be written to by this user: change {key}")
 
 
 def create_run(output: Path, name: str, *, overwrite: bool = False) -> RunDirectory:
@@ -200,9 +227,12 @@ def name_prefix(model: str, data: str) -> str:
     Example: ('org/MiniMind2', 'data/sft_2048.jsonl#500') -> 'MiniMind2-sft_2048-'.
     """
     names = (Path(source.partition("#")[0]).name for source in (model, data))
-    return "".join(
-        re.sub(r"[^\w.-]+", "_", re.sub(r"\.[a-z][a-z0-9]{1,6}$", "", name)).strip(".") + "-"
+    parts = (
+        re.sub(r"[^\w.-]+", "_", re.sub(r"\.[a-z][a-z0-9]{1,6}$", "", name)).strip(".")
         for name in names
+    )
+    return "".join(
+        part.encode()[: MAX_NAME_BYTES // 2 - 10].decode(errors="ignore") + "-" for part in parts
     )
 
 

@@ -8,6 +8,10 @@ from fitune.data.batches import Epochs, num_steps
 from fitune.data.examples import Examples
 from fitune.errors import ConfigError
 
+EVALS_PER_RUN = 10
+#: An evaluation and a save after every other step would take most of the time of a run of 20 steps.
+LEAST_STEPS_BETWEEN_EVALS = 5
+
 
 @dataclass(frozen=True)
 class Length:
@@ -59,3 +63,12 @@ def run_length(config: RunConfig, examples: Examples) -> Length:
     steps = num_steps(examples, rows_per_step=samples_per_step, epochs=epochs)
     total_tokens = max(round(epoch_tokens * samples / lengths.mean_samples), 1)
     return Length(epochs, None, None, total_tokens, steps)
+
+
+def steps_between_evals(total_steps: int) -> int:
+    """Return the steps between two evaluations of a run for which none are configured.
+
+    A run of fewer than ten steps is evaluated half-way.
+    """
+    least = min(LEAST_STEPS_BETWEEN_EVALS, -(-total_steps // 2))
+    return max(least, total_steps // EVALS_PER_RUN, 1)

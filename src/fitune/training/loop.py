@@ -37,7 +37,7 @@ from fitune.training.checkpoint.content import seed_everything
 from fitune.training.checkpoint.write import CheckpointWriter
 from fitune.training.growth import BatchGrowth
 from fitune.training.identity import run_conditions, run_identity
-from fitune.training.length import run_length
+from fitune.training.length import run_length, steps_between_evals
 from fitune.training.log import RunLog, run_summary, step_metrics, step_record
 from fitune.training.resume import Replay, Start, check_replayed, replayed_fallbacks, replayed_split
 from fitune.training.samples import Data, in_order
@@ -46,7 +46,6 @@ from fitune.training.self_check import CHECKED_STEP, SelfCheck
 from fitune.training.state import RunState, larger_peak
 from fitune.units import parse_seconds
 
-EVALS_PER_RUN = 10
 PREFETCHED_BATCHES = 2
 MOST_BAD_STEPS = 3
 #: A float16 loss scale of 2^16 reaches 1 after 16 halvings; more overflows in a row than this are
@@ -125,7 +124,7 @@ class TrainingLoop:
         self.num_replayed = 0
         #: loss and step of the best evaluation before the one whose weights are being saved
         self.previous_best: tuple[float | None, int | None] = (None, None)
-        every = max(1, self.length.total_steps // EVALS_PER_RUN)
+        every = steps_between_evals(self.length.total_steps)
         eval_every, save_every = config.train.eval_every, config.train.save_every
         self.eval_every = every if eval_every == "auto" else eval_every
         self.save_every = self.eval_every if save_every == "auto" else save_every

@@ -104,7 +104,10 @@ def dry_run(request: NewRun | ResumedRun | ReplayedRun, screen: RunScreen, *, ra
     if isinstance(request, NewRun) and ranks.leads:
         _check_place(request.resolved.config, overwrite=request.overwrite)
     plan_check = not isinstance(request, ResumedRun) and request.plan_check
-    _prepare(request.resolved.config, screen, plan_check=plan_check, ranks=ranks)
+    prepared = _prepare(request.resolved.config, screen, plan_check=plan_check, ranks=ranks)
+    if isinstance(request, NewRun):
+        config = request.resolved.config
+        _check_disk(config.run.output, config, prepared, screen)
 
 
 def _begin(
@@ -167,17 +170,22 @@ def _new_directory(
     existing: RunDirectory | None,
 ) -> RunDirectory:
     """Create the run's directory, unless it exists, on a disk with space for a checkpoint."""
-    from fitune.training.checkpoint.write import check_disk
-
     config, overwrite = request.resolved.config, False
     if isinstance(request, ReplayedRun):
         output, name = request.run.path.parent, f"{request.run.name}-replay-"
     else:
         output, name = config.run.output, config.run.name or _prefix(config)
         overwrite = request.overwrite
+    _check_disk(output, config, prepared, screen)
+    return existing or create_run(output, name, overwrite=overwrite)
+
+
+def _check_disk(output: Path, config: RunConfig, prepared: "Prepared", screen: RunScreen) -> None:
+    """Warn if not all checkpoints fit on the disk. Raises RunDirectoryError if not even one does."""
+    from fitune.training.checkpoint.write import check_disk
+
     if (note := check_disk(output, prepared.setup, config.optim.name)) is not None:
         screen.note(f"warn   {note}")
-    return existing or create_run(output, name, overwrite=overwrite)
 
 
 def _write_start(run: RunDirectory, resolved: ResolvedConfig, prepared: "Prepared") -> None:

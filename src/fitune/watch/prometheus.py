@@ -10,7 +10,7 @@ from pathlib import Path
 
 from fitune.errors import ConfigError, RunDirectoryError
 from fitune.plain_files import read_plain
-from fitune.run.directory import write_atomically
+from fitune.run.directory import check_directory, write_atomically
 from fitune.run.memory import MemorySample
 from fitune.run.metrics import StepMetrics
 
@@ -19,11 +19,19 @@ _STEP_NUMBERS = ("loss", "lr", "grad_norm", "tokens_per_second", "total_tokens")
 
 
 def check_prometheus(path: Path) -> None:
-    """Raise ConfigError if the file exists and was not written here, since it would be replaced."""
+    """Raise ConfigError if the file exists and was not written here, since it would be replaced.
+
+    Raises RunDirectoryError if its directory is missing or cannot be written to.
+    """
     if (fault := _not_ours(path)) is not None:
         raise ConfigError(
             [f"run.prometheus {path} {fault}: give the file of another name, which is written anew"]
         )
+    if not path.parent.exists():
+        raise RunDirectoryError(
+            f"{path.parent} does not exist, and run.prometheus is written there: make it, or change run.prometheus"
+        )
+    check_directory(path.parent, key="run.prometheus")
 
 
 def _not_ours(path: Path) -> str | None:

@@ -38,7 +38,7 @@ _SAME_AS_HERE = {
     "eos_token": "<EOS_TOKEN>",
     "pad_token": "<PAD_TOKEN>",
 }
-_INTERVAL_REASON = "train.eval_every and train.save_every: ten in a run where they are not set"
+_INTERVAL_REASON = "train.eval_every and train.save_every: ten in a run, at least five steps apart, where they are not set"
 _INTERVAL_REASONS = dict.fromkeys(
     ("eval_steps", "save_steps", "eval_strategy", "save_strategy", "evaluation_strategy"),
     _INTERVAL_REASON,

@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from fitune.distributed.checkpoint import ShardedTensors
-from fitune.errors import RunDirectoryError
 from fitune.machine.out_of_memory import said_of, try_twice
 from fitune.machine.threads import start_thread
 from fitune.model.save import link_model, write_files
@@ -194,10 +193,6 @@ def check_disk(output: Path, setup: Setup, optimizer_name: str) -> str | None:
     """
     place = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
     one_bytes = _planned_bytes(setup, optimizer_name)
-    if not shutil.disk_usage(place).total:  # /proc and similar
-        raise RunDirectoryError(
-            f"{place} is no place for files: its file system has 0 bytes; change run.output"
-        )
     check_free_space(place, one_bytes)
     free_bytes, most_bytes = shutil.disk_usage(place).free, one_bytes * (NUM_KEPT + 2)
     if most_bytes + SPARE_BYTES <= free_bytes:
