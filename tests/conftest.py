@@ -4,6 +4,8 @@ heard, although a shell that starts something in the background has it ignored."
 import gc
 import os
 import signal
+from collections.abc import Iterator
+from unittest import mock
 
 import pytest
 from hypothesis import settings
@@ -20,7 +22,13 @@ pytest_plugins = ["nvml_stand_in", "disturbed_run"]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _imported_objects_frozen() -> None:
-    """Leave what was imported out of garbage collections, which took a third of the time of all tests."""
+def _older_objects_frozen() -> Iterator[None]:
+    """Leave what was imported out of garbage collections, which took a third of the time of all tests.
+
+    Recordings freeze what is there, too, and would unfreeze all at their end.
+    """
     gc.collect()
     gc.freeze()
+    with mock.patch.object(gc, "unfreeze"):
+        yield
+    gc.unfreeze()

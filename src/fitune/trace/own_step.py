@@ -5,6 +5,7 @@ Nothing is rebuilt here: `load_model` makes the model, `assemble` makes what sur
 lengths, and not on their content.
 """
 
+import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
@@ -32,7 +33,7 @@ from fitune.trace.events import MemoryTrace, OperatorWork
 from fitune.trace.interpolate import SampleCounts
 from fitune.trace.loop_iterations import NUM_RECORDED_CHUNKS
 from fitune.trace.patience import Patience
-from fitune.trace.record import RecordedModel, RecordSettings, Step, existing_objects_frozen
+from fitune.trace.record import RecordedModel, RecordSettings, Step
 from fitune.trace.recorder import Recorder
 from fitune.trace.recording import Recording, sum_work, to_trace
 from fitune.trace.shape_cache import ShapeMemory
@@ -279,7 +280,7 @@ def record_columns_of_step(
         recorders.append(recorder)
         yield
 
-    with existing_objects_frozen():
+    with _existing_objects_frozen():
         recording = recorded.record(loop, num_steps=len(passes), watch=remember)
     return ColumnsOfStep(
         recording=recording,
@@ -399,6 +400,19 @@ def _row(number: int, length: int, num_supervised: int) -> Row:
     weights[length - num_supervised :] = 1
     weights[0] = 0
     return Row(number, np.zeros(length, np.int32), weights)
+
+
+@contextmanager
+def _existing_objects_frozen() -> Iterator[None]:
+    """Leave older objects out of the collections between steps.
+
+    The collections would spend most of their time on them.
+    """
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 @dataclass(frozen=True)

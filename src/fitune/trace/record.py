@@ -382,28 +382,14 @@ def _collected_at_step_ends() -> Iterator[None]:
     was_enabled = gc.isenabled()
     gc.disable()
     gc.collect()
-    try:
-        with existing_objects_frozen():
-            yield
-    finally:
-        if was_enabled:
-            gc.enable()
-
-
-@contextmanager
-def existing_objects_frozen() -> Iterator[None]:
-    """Leave the objects that exist now out of garbage collections inside.
-
-    The collections would spend most of their time on them. What the caller has frozen stays frozen.
-    """
-    if gc.get_freeze_count():
-        yield
-        return
+    # existing objects need not be looked at again
     gc.freeze()
     try:
         yield
     finally:
         gc.unfreeze()
+        if was_enabled:
+            gc.enable()
 
 
 @contextmanager
