@@ -65,7 +65,7 @@ def test_two_processes_have_the_losses_and_evaluations_of_one() -> None:
     assert_close(TWO, ONE)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_torchrun_starts_it() -> None:
     torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "fitune"]
     command = [sys.executable, *torchrun, "train", *SHARDED, "run.name=torchrun"]

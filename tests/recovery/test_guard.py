@@ -242,7 +242,7 @@ def test_a_run_goes_on_with_what_it_has_learned(place: Path, limit: Callable[...
 
 
 @on_linux
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_memory_that_is_taken_and_given_back_shrinks_micro_batches_and_lets_them_grow(
     tmp_path: Path,
 ) -> None:

@@ -61,7 +61,7 @@ def test_a_long_recording_says_that_it_goes_on(
 ) -> None:
     monkeypatch.setattr(patience, "REPORT_EVERY_SECONDS", 0.01)
     with caplog.at_level(logging.WARNING, "fitune"):
-        predict(500)
+        predict(150)
     assert "still recording the step" in caplog.text
 
 
