@@ -333,7 +333,7 @@ def test_a_signal_that_comes_while_the_others_are_asked_counts_at_the_next_step(
     assert loop.TrainingLoop.agree_to_stop(trainer, caught, None)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_torchrun_ends_all_after_the_same_step_when_it_is_told_to_end() -> None:
     """As a scheduler does it: SIGTERM to torchrun, which sends it on."""
     torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "fitune"]

@@ -775,10 +775,10 @@ def test_one_process_and_two_make_the_same_plan(
     few = config(tree, "batch.effective=2", "model.recompute=full", "model.method=lora")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
     monkeypatch.setenv("FITUNE_CACHE", str(tmp_path / "one"))
-    alone = choose_plan(few, gpu="RTX 4090")
+    alone = choose_plan(few, gpu="RTX 4090", search="brief")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
     monkeypatch.setenv("FITUNE_CACHE", str(tmp_path / "two"))
-    assert choose_plan(few, gpu="RTX 4090") == alone
+    assert choose_plan(few, gpu="RTX 4090", search="brief") == alone
 
 
 @pytest.fixture

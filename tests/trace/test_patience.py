@@ -87,6 +87,7 @@ def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     }
 
 
+@pytest.mark.thorough
 def test_recordings_of_a_plan_have_a_limit_together_and_what_was_found_is_told(
     tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
