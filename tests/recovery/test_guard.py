@@ -14,6 +14,7 @@ import pytest
 import yaml
 from torch._subclasses.fake_tensor import is_fake
 
+from disturbed_run import predict_nothing
 from faults import out_of_memory
 from fitune.cli.app import main
 from fitune.data.rows import MicroBatch
@@ -83,6 +84,7 @@ def consumed(run: RunDirectory) -> list[tuple[int, str, list[int]]]:
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A directory with tiny/ and sft.jsonl, which is the current one."""
+    predict_nothing(monkeypatch)
     monkeypatch.setenv("FITUNE_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     save_tiny_model(tmp_path / "tiny")
