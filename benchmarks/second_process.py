@@ -19,6 +19,7 @@ benchmarks/results/second_process.json, or second_process_smollm2.json.
 import argparse
 import json
 import os
+import select
 import subprocess
 import sys
 import tempfile
@@ -27,7 +28,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
@@ -74,15 +75,24 @@ class SecondProcess:
         self._process = subprocess.Popen(
             [sys.executable, str(ROOT / "tests" / "memory_hog.py")],
             stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
             preexec_fn=group.enter,
-            text=True,
         )
 
     def tell(self, taken_bytes: int, rate: float = 0.0) -> None:
-        pipe: IO[str] | None = self._process.stdin
+        pipe = self._process.stdin
         assert pipe is not None
-        pipe.write(f"{taken_bytes} {rate}\n")
+        pipe.write(f"{taken_bytes} {rate}\n".encode())
         pipe.flush()
+
+    def has_done_it(self) -> bool:
+        """Whether it has done something since this was True: taken or given back what it was told to."""
+        pipe = self._process.stdout
+        assert pipe is not None
+        done = bool(select.select([pipe], [], [], 0)[0])
+        if done:
+            pipe.readline()
+        return done
 
     def end(self) -> None:
         self._process.kill()
@@ -143,17 +153,26 @@ def measure(
     rate: float = 0.0,
     take: int = TAKE,
     give: int = GIVE,
+    hold: int | None = None,
 ) -> Outcome:
-    """In the current directory, which `prepare` has filled. rate: bytes per second at which the memory is taken."""
+    """In the current directory, which `prepare` has filled. rate: bytes per second at which the memory is taken. hold:
+    for so many steps after the second process has taken all it keeps it, instead of until step `give`."""
     run = RunDirectory(Path("runs", name))
     used: list[tuple[int, int]] = []
+    held_steps = 0
     with memory_group() as group, _second_process(group) as second:
 
         def after(step: int) -> None:
+            nonlocal held_steps
             if taken_bytes and step == take:
                 second.tell(taken_bytes, rate)
-            elif step == give:
-                second.tell(0)
+            elif hold is None:
+                if step == give:
+                    second.tell(0)
+            elif held_steps or second.has_done_it():
+                held_steps += 1
+                if held_steps == hold:
+                    second.tell(0)
 
         code, used = train(
             group, ["sft.yaml", f"run.name={name}"], run=run, after=after, limit_bytes=limit_bytes

@@ -36,7 +36,7 @@ def left_alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("left_alone")
     write_run(directory, steps=STEPS)
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("fitune.training.prepare.choose_plan", None)
+        predict_nothing(patched)
         patched.chdir(directory)
         patched.setenv("FITUNE_CACHE", str(directory / "cache"))
         train("sft.yaml", "run.name=undisturbed")
@@ -48,7 +48,7 @@ def left_alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def disturbed(left_alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The current directory: as `left_alone`, without the run that died. There is no prediction, which takes most of
     the time of so small a run, and no waiting for room."""
-    monkeypatch.setattr("fitune.training.prepare.choose_plan", None)
+    predict_nothing(monkeypatch)
     for user in ("saving", "train"):
         monkeypatch.setattr(f"fitune.training.{user}.LAST_SAVE_SECONDS", 0.0)
     monkeypatch.setenv("FITUNE_CACHE", str(left_alone / "cache"))
@@ -64,6 +64,12 @@ def disturbed(left_alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def crashed(left_alone: Path, disturbed: Path) -> None:
     """runs/run died in step 5, after the checkpoint of step 4."""
     shutil.copytree(left_alone / RUN.path, RUN.path)
+
+
+def predict_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run says that its memory is not predicted, and trains as it is configured."""
+    for name in ("choose_plan", "predict_second_step"):
+        monkeypatch.setattr(f"fitune.training.prepare.{name}", None)
 
 
 def write_run(directory: Path, *, steps: int) -> None:

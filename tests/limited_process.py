@@ -14,6 +14,7 @@ import fitune
 from fitune.cli.progress import TrainingProgress
 from fitune.recovery.guard import Guard
 from fitune.run.metrics import StepMetrics
+from fitune.training import prepare
 from fitune.units import MIB
 
 
@@ -41,6 +42,10 @@ def main(config: str, headroom_mib: str, *hog: str) -> None:
             resource.setrlimit(resource.RLIMIT_DATA, (left, hard))
         step(watcher, metrics, **options)
 
+    for prediction in ("choose_plan", "predict_second_step"):
+        setattr(
+            prepare, prediction, None
+        )  # they take longer than the training, and change nothing here
     Guard.start, TrainingProgress.step = limited_start, hogged_step  # type: ignore[method-assign]
     fitune.train(config, overwrite=True)
 

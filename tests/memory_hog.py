@@ -1,4 +1,5 @@
-"""A second process: reads lines of the bytes to hold and the bytes per second at which to take them, and does so."""
+"""A second process: reads lines of the bytes to hold and the bytes per second at which to take them, does so, and writes a
+line when it holds them."""
 
 import sys
 import time
@@ -17,6 +18,7 @@ def main() -> None:
                 max(start + (len(blocks) - before) * BLOCK_BYTES / rate - time.perf_counter(), 0.0)
             )
         del blocks[int(wanted / BLOCK_BYTES) :]
+        print("done", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Parameters for every combination of some values, of which `make test` takes as many as cover every pair."""
+"""Parameters of which `make test` takes a part, for example as many combinations as cover every pair of values."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from itertools import combinations as pairs_of
 from itertools import product
 from typing import Any
@@ -29,6 +29,13 @@ def combinations(
         for row in all_rows
     ]
     return pytest.mark.parametrize(list(values), rows)
+
+
+def some_of(rows: Iterable[tuple[Any, ...]], quick: Container[tuple[Any, ...]]) -> list[Any]:
+    """Return all rows as parameters of a test, those beyond `quick` marked `thorough`."""
+    return [
+        pytest.param(*row, marks=() if row in quick else (pytest.mark.thorough,)) for row in rows
+    ]
 
 
 def _covering_pairs(rows: Sequence[tuple[int, ...]]) -> set[tuple[int, ...]]:

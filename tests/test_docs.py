@@ -50,7 +50,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def place(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where a reader stands: their model, their data."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("FITUNE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("FITUNE_CACHE", str(model.parent / "cache"))  # of all pages
     (tmp_path / "my-model").symlink_to(model)
     for seed, name in enumerate(("sft.jsonl", "more.jsonl")):
         write_dialogues(tmp_path / name, seed=seed)
@@ -179,9 +179,12 @@ def test_the_documentation_speaks_of_nothing_but_fitune() -> None:
         assert not re.search(r"/(?:work|root|tmp)/", page.read_text(encoding="utf-8")), page.name
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("page", "language"), [(READMES[0], "en"), (READMES[1], "zh")], ids=["en", "zh"]
+    ("page", "language"),
+    [
+        pytest.param(READMES[0], "en", id="en"),
+        pytest.param(READMES[1], "zh", id="zh", marks=pytest.mark.thorough),
+    ],
 )
 @pytest.mark.parametrize(
     "words", [[], ["batch.effective=16", "batch.micro=6"]], ids=["open", "own"]

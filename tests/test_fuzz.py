@@ -9,20 +9,22 @@ from hypothesis import strategies as st
 
 from fuzzed import PARSERS, try_input
 
-BUDGET = 2500
+#: Inputs of all parsers together, in `make test` and in `make test-all`.
+BUDGETS = (600, pytest.param(2500, marks=pytest.mark.thorough))
 TOTAL = sum(parser.share for parser in PARSERS.values())
 
 
+@pytest.mark.parametrize("budget", BUDGETS)
 @pytest.mark.parametrize("name", PARSERS)
 def test_what_is_damaged_is_read_or_refused_in_a_sentence(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, budget: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FITUNE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.chdir(tmp_path)
 
     @settings(
-        max_examples=max(int(BUDGET * PARSERS[name].share / TOTAL), 3),
+        max_examples=max(int(budget * PARSERS[name].share / TOTAL), 3),
         derandomize=True,
         database=None,
         deadline=None,

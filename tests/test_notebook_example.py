@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 NOTEBOOK = Path(__file__).parent.parent / "examples" / "fitune.ipynb"
 EXECUTE = """
 import ast, json, sys
@@ -28,6 +30,7 @@ def cells() -> list[dict[str, Any]]:
     return found
 
 
+@pytest.mark.thorough
 def test_every_cell_works_and_shows_what_its_heading_promises(tmp_path: Path) -> None:
     own = {
         "FITUNE_CACHE": str(tmp_path / "cache"),

@@ -1,5 +1,6 @@
 """Processes that train together as torchrun would start them, forked from a server that has everything imported."""
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -67,6 +68,7 @@ def run_ranks(target: Callable[..., int], *arguments: Any, size: int = 2) -> lis
 def _be(
     variables: Mapping[str, str], place: str, target: Callable[..., int], arguments: tuple[Any, ...]
 ) -> None:
+    gc.freeze()  # what the server has imported is not looked at in every garbage collection
     os.chdir(place)
     os.environ.update(variables)
     for number, kind in ((1, "out"), (2, "err")):

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from disturbed_run import predict_nothing
 from fitune.batch_size.growth import rescale_memory
 from fitune.cli.app import main
 from fitune.cli.progress import TrainingProgress
@@ -31,6 +32,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def place(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    predict_nothing(monkeypatch)
     monkeypatch.setenv("FITUNE_CACHE", str(shared / "cache"))
     monkeypatch.setattr("fitune.batch_size.growth.LEAST_STEPS_LEFT", 3)
     monkeypatch.chdir(tmp_path)

@@ -41,7 +41,7 @@ def test_packing_has_the_loss_curve_of_padding(task: Task) -> None:
     assert ours.losses[0] != pytest.approx(ours.losses[-1], abs=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.filterwarnings("ignore")
 def test_trl_has_the_same_loss_curve(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("trl")

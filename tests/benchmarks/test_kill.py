@@ -9,7 +9,7 @@ import pytest
 KILL = Path(__file__).parents[2] / "benchmarks" / "kill.py"
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.skipif(sys.platform == "win32", reason="forks")
 def test_a_killed_run_goes_on_as_if_it_had_not_been() -> None:
     done = subprocess.run(

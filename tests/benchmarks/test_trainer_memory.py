@@ -28,7 +28,7 @@ def test_what_was_measured_is_what_the_page_says() -> None:
 
 
 @needs_trl
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_real_failures_change_no_loss_where_the_trainers_own_remedy_changes_the_batch() -> None:
     free, auto, safe = measure(("free", "auto", "safe"), quick=True)
     assert safe.num_failures > 0

@@ -65,7 +65,7 @@ def test_two_processes_have_the_losses_and_evaluations_of_one() -> None:
     assert_close(TWO, ONE)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_torchrun_starts_it() -> None:
     torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "fitune"]
     command = [sys.executable, *torchrun, "train", *SHARDED, "run.name=torchrun"]
@@ -141,6 +141,7 @@ def test_a_signal_to_one_process_stops_all_and_one_alone_cannot_go_on() -> None:
     assert_same(RunDirectory(Path("runs/stopped")))
 
 
+@pytest.mark.thorough
 def test_three_go_on_with_what_two_have_saved() -> None:
     assert train(*SHARDED, "run.name=three", fault=told_to_end) == [143, 143]
     assert train("--resume", "runs/three", size=3) == [0, 0, 0], (
@@ -151,6 +152,7 @@ def test_three_go_on_with_what_two_have_saved() -> None:
     assert_close(run, TWO)
 
 
+@pytest.mark.thorough
 def test_the_journal_of_two_processes_is_replayed_by_two() -> None:
     assert train("--replay", str(TWO.path)) == [0, 0], (
         Path("0.err").read_text() + Path("1.err").read_text()

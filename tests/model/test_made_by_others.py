@@ -1,12 +1,14 @@
 """A run's directory that somebody else made runs no code, asks no hub and hangs no command."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from disturbed_run import predict_nothing
 from fitune.cli.app import main
 from tiny_run import save_tiny_model, write_config, write_dialogues
 
@@ -17,13 +19,24 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a finished run of adapters."""
+    directory = tmp_path_factory.mktemp("finished")
+    save_tiny_model(directory / "tiny")
+    write_dialogues(directory / "sft.jsonl")
+    write_config(directory / "sft.yaml", {"train": {"steps": 2}, "model": {"method": "lora"}})
+    with pytest.MonkeyPatch.context() as patched:
+        predict_nothing(patched)
+        patched.chdir(directory)
+        assert main(["train", "sft.yaml"]) == 0
+    return directory
+
+
 @pytest.fixture
-def run(place: Path) -> Path:
-    """A finished run of adapters."""
-    save_tiny_model(place / "tiny")
-    write_dialogues(place / "sft.jsonl")
-    write_config(place / "sft.yaml", {"train": {"steps": 2}, "model": {"method": "lora"}})
-    assert main(["train", "sft.yaml"]) == 0
+def run(finished: Path, place: Path) -> Path:
+    """A copy of the finished run."""
+    shutil.copytree(finished, place, dirs_exist_ok=True)
     return place / "runs" / "run"
 
 

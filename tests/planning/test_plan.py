@@ -297,7 +297,7 @@ def heavy(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
 @pytest.fixture(scope="module")
 def tight(heavy: RunConfig) -> MemoryLimits:
     """Of a card on which it fits with its state in the host's memory alone."""
-    roomy = choose_plan(heavy, gpu="RTX 4090")
+    roomy = choose_plan(heavy, gpu="RTX 4090", search="brief")
     assert "adamw_host" not in {
         each.optimizer for each in roomy.candidates
     }  # none of them would be faster
@@ -342,12 +342,13 @@ def test_a_host_without_room_is_no_way_out(heavy: RunConfig, tight: MemoryLimits
         )
 
 
-def test_inputs_that_wait_on_the_host_are_a_candidate_of_a_card(tree: dict[str, Any]) -> None:
-    plan = choose_plan(config(tree), gpu="RTX 4060")
+def test_inputs_that_wait_on_the_host_are_a_candidate_of_a_card(
+    wide: Plan, tree: dict[str, Any]
+) -> None:
     kept, moved = (
         next(
             each
-            for each in plan.candidates
+            for each in wide.candidates
             if each.techniques == techniques and each.micro_batch == 4
         )
         for techniques in (("full",), ("full", "offload"))
@@ -357,7 +358,7 @@ def test_inputs_that_wait_on_the_host_are_a_candidate_of_a_card(tree: dict[str, 
     assert "model.offload_activations=true" in settings_of_candidate(moved, config(tree))
     forced = config(tree, "model.recompute=full")
     assert not any(
-        each.offload_activations for each in choose_plan(forced, gpu="RTX 4060").candidates
+        choice.offloads for choice in same_choices(forced, uniform_lengths(forced), on_card=True)
     )
     assert not any(
         choice.offloads
@@ -438,10 +439,11 @@ def test_where_nothing_fits_the_closest_is_what_is_shown(
 
 
 def test_a_budget_beyond_the_card_is_cut_to_it_and_no_way_out(
-    tree: dict[str, Any], capsys: pytest.CaptureFixture[str]
+    heavy: RunConfig, tree: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tree["data"] |= {"max_length": 2**20}
-    forced = ("batch.micro=4", "model.recompute=off", "loss=full", "optim.name=sgd")
+    tree["model"] = {"source": heavy.model.source}
+    tree["data"] |= {"max_length": 2**13}
+    forced = ("batch.micro=4", "model.recompute=off", "loss=full", "model.method=lora")
     assert main(command(tree, "--gpu", "RTX 4060", "--budget", "200GiB", *forced)) == 3
     out, err = capsys.readouterr()
     free = format_bytes(find_device("RTX 4060").total_bytes)
@@ -770,12 +772,13 @@ def test_another_card_cannot_be_measured_here(
 def test_one_process_and_two_make_the_same_plan(
     tree: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    few = config(tree, "batch.effective=2", "model.recompute=full", "model.method=lora")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
     monkeypatch.setenv("FITUNE_CACHE", str(tmp_path / "one"))
-    alone = choose_plan(config(tree), gpu="RTX 4090")
+    alone = choose_plan(few, gpu="RTX 4090", search="brief")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
     monkeypatch.setenv("FITUNE_CACHE", str(tmp_path / "two"))
-    assert choose_plan(config(tree), gpu="RTX 4090") == alone
+    assert choose_plan(few, gpu="RTX 4090", search="brief") == alone
 
 
 @pytest.fixture

@@ -61,7 +61,7 @@ def test_a_long_recording_says_that_it_goes_on(
 ) -> None:
     monkeypatch.setattr(patience, "REPORT_EVERY_SECONDS", 0.01)
     with caplog.at_level(logging.WARNING, "fitune"):
-        predict(500)
+        predict(150)
     assert "still recording the step" in caplog.text
 
 
@@ -87,6 +87,7 @@ def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     }
 
 
+@pytest.mark.thorough
 def test_recordings_of_a_plan_have_a_limit_together_and_what_was_found_is_told(
     tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

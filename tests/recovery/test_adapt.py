@@ -84,13 +84,16 @@ def simulate(memory: Memory, num_steps: int, *, highest: int = 0) -> Outcome:
 @pytest.mark.parametrize(
     ("memory", "most_retried", "most_changed", "least_used"),
     [
-        (Memory(), 1e-4, 0.002, 0.75),
-        (Memory(noise=0.1), 0.002, 0.01, 0.6),
-        (Memory(spike_chance=0.01), 0.001, 0.005, 0.7),
-        (Memory(blip_chance=0.01), 0.005, 0.01, 0.4),
-        (Memory(jump_steps=100), 0.001, 0.03, 0.7),
+        pytest.param(Memory(), 1e-4, 0.002, 0.75, id="usual"),
+        pytest.param(Memory(noise=0.1), 0.002, 0.01, 0.6, id="noisy", marks=pytest.mark.thorough),
+        pytest.param(
+            Memory(spike_chance=0.01), 0.001, 0.005, 0.7, id="spikes", marks=pytest.mark.thorough
+        ),
+        pytest.param(Memory(blip_chance=0.01), 0.005, 0.01, 0.4, id="blips"),
+        pytest.param(
+            Memory(jump_steps=100), 0.001, 0.03, 0.7, id="jumps", marks=pytest.mark.thorough
+        ),
     ],
-    ids=["usual", "noisy", "spikes", "blips", "jumps"],
 )
 def test_in_a_million_steps_few_are_retried_and_little_is_left_unused(
     memory: Memory, most_retried: float, most_changed: float, least_used: float

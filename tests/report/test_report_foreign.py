@@ -252,7 +252,7 @@ def test_a_real_record_of_tensorboard_is_read(
     )
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.filterwarnings("ignore")
 def test_a_real_run_of_trl_is_read(tmp_path: Path) -> None:
     trl = pytest.importorskip("trl")

@@ -1,6 +1,7 @@
 """Models that are no plain transformers are predicted too: recurrent ones, hybrids, and those that ask a tensor for
 its device."""
 
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 import transformers
 
 import fitune
+from products import some_of
 from tiny_models import TINY_QWEN3_NEXT
 
 SIZES = {
@@ -95,8 +97,19 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("method", ["full", "lora"])
-@pytest.mark.parametrize("name", MODELS)
+#: One of each kind of layers: linear attention, state spaces of both versions, recurrences, hybrids.
+QUICK = {
+    ("qwen3_next", "full"),
+    ("mamba", "lora"),
+    ("mamba2", "full"),
+    ("rwkv", "full"),
+    ("recurrent_gemma", "lora"),
+    ("nemotron_h", "lora"),
+    ("xlstm", "full"),
+}
+
+
+@pytest.mark.parametrize(("name", "method"), some_of(product(MODELS, ("full", "lora")), QUICK))
 def test_a_model_of_another_kind_is_predicted(name: str, method: str, tmp_path: Path) -> None:
     config_class, sizes = MODELS[name]
     getattr(transformers, config_class)(**sizes).save_pretrained(tmp_path)

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import pytest
 
+from disturbed_run import predict_nothing
 from fitune.batch_size.scaling import OptimSettings, scale
 from fitune.cli.app import main
 from fitune.cli.progress import TrainingProgress
@@ -51,7 +52,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         },
     )
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("fitune.training.prepare.choose_plan", None)
+        predict_nothing(patched)
         patched.setenv("FITUNE_CACHE", str(directory / "cache"))
         patched.chdir(directory)
         assert main(["train", "sft.yaml", LOW, "run.name=probed"]) == 0

@@ -186,7 +186,10 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         tmp_path / "tiny", WIDE_VOCABULARY
     )  # whose step takes more than a program gives back meanwhile
     write_dialogues(tmp_path / "sft.jsonl")
-    write_config(tmp_path / "sft.yaml")
+    # with nothing left open, a plan looks at one candidate
+    write_config(tmp_path / "sft.yaml", {"model": {"recompute": "off"}, "batch": {"micro": 8}})
+    with (tmp_path / "sft.yaml").open("a") as file:
+        file.write("loss: full\n")
     return tmp_path
 
 

@@ -244,7 +244,7 @@ class Result:
         return self.value
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_whole_sweep_trains_in_processes_and_finds_two_splits_to_be_one_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,6 +11,7 @@ import psutil
 import pytest
 import torch
 
+from disturbed_run import predict_nothing
 from fitune.cli.app import main
 from fitune.cli.progress import TrainingProgress
 from fitune.cli.watch_screen import watch_screen
@@ -54,6 +55,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def place(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    predict_nothing(monkeypatch)
     monkeypatch.setenv("FITUNE_CACHE", str(shared / "cache"))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tiny").symlink_to(shared / "tiny")
