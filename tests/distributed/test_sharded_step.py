@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -22,6 +23,7 @@ from fitune.model.load import build_model
 from fitune.model.lora import apply_lora
 from fitune.model.packed_attention import attention_name
 from fitune.model.recompute import set_recompute
+from fitune.objectives.supervised import Supervised
 from fitune.recovery.evaluate import safe_evaluate
 from fitune.recovery.protection import Protection
 from fitune.recovery.step import SafeResult, safe_step
@@ -149,13 +151,17 @@ def settings(model: nn.Module, case: Case) -> StepSettings:
     return replace(settings_for(model, case.loss, clip=case.clip), autocast=autocast)
 
 
+def idle(packed: bool) -> MicroBatch:
+    return lay_out([Supervised().made_up_row(0, np.array([1, 2]), 0)], packed=packed)
+
+
 def protect(
     case: Case, ranks: Ranks | None = None
 ) -> tuple[Protection[MicroBatch], Whole, Shards | None]:
     model = make(case)
     step_settings = settings(model, case)
     if ranks is not None:
-        shards = shard_model(model, ranks, device=torch.device("cpu"), packed=case.packed)
+        shards = shard_model(model, ranks, device=torch.device("cpu"), idle=idle(case.packed))
         step_settings = replace(step_settings, shards=shards)
     optimizer = Whole([p for p in model.parameters() if p.requires_grad])
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8) if case.scaled else None
@@ -241,7 +247,7 @@ def updated(ranks: Ranks) -> tuple[list[torch.Tensor], float]:
     model = make(CASES["untied"])
     step_settings = settings(model, CASES["untied"])
     shards = (
-        shard_model(model, ranks, device=torch.device("cpu"), packed=True)
+        shard_model(model, ranks, device=torch.device("cpu"), idle=idle(packed=True))
         if ranks.size > 1
         else None
     )

@@ -11,11 +11,10 @@ from statistics import median
 from typing import cast
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from fitune.config import Loss, Recompute, RunConfig
-from fitune.data.rows import Batch, Row
+from fitune.data.rows import Batch
 from fitune.errors import UsageError
 from fitune.machine.out_of_memory import release_memory
 from fitune.machine.process_memory import (
@@ -128,8 +127,10 @@ def measure_steps(
     def step(rows: Sizes) -> MeasuredStep:
         batch = Batch(
             tuple(
-                _row(i, *size, draw.integers(vocab_size, size=size[0]))
-                for i, size in enumerate(rows)
+                setup.settings.objective.made_up_row(
+                    i, draw.integers(vocab_size, size=length), num_targets
+                )
+                for i, (length, num_targets) in enumerate(rows)
             )
         )
         micro_batches = setup.layout.split(batch)
@@ -154,12 +155,6 @@ def _above(peak: MemoryPeak, program: int | None) -> MemoryPeak:
     if program is None or peak.device_bytes is None:
         return peak
     return replace(peak, device_bytes=peak.device_bytes - program)
-
-
-def _row(number: int, length: int, num_supervised: int, ids: npt.NDArray[np.int64]) -> Row:
-    weights = np.zeros(length, np.float32)
-    weights[max(1, length - num_supervised) :] = 1
-    return Row(number, ids.astype(np.int32), weights)
 
 
 def _wait(device: torch.device) -> None:

@@ -25,7 +25,7 @@ from fitune.config import RunConfig
 from fitune.data.deal import deal
 from fitune.data.examples import Examples
 from fitune.data.packing import lay_out
-from fitune.data.rows import Batch, MicroBatch, Row
+from fitune.data.rows import Batch, MicroBatch
 from fitune.distributed.processes import Ranks
 from fitune.errors import FituneError
 from fitune.machine.out_of_memory import release_memory, release_workspaces, try_twice
@@ -326,8 +326,11 @@ class Guard:
 
     def _check_model(self) -> Verdict:
         settings, layout = self._setup.settings, self._setup.layout
-        rows = [_probe_row(number, *size) for number, size in enumerate(PROBE_ROWS)]
-        masked = Row(0, rows[0].input_ids, np.zeros_like(rows[0].loss_weights))
+        rows = [
+            settings.objective.made_up_row(row_id, np.arange(1, num_tokens + 1), num_targets)
+            for row_id, (num_tokens, num_targets) in enumerate(PROBE_ROWS)
+        ]
+        masked = settings.objective.made_up_row(0, rows[0].input_ids, 0)
         both = lay_out(rows, packed=layout.packed)
         first, second, empty = (lay_out([row], packed=layout.packed) for row in (*rows, masked))
         return check_model(
@@ -351,12 +354,6 @@ def _way_out(config: RunConfig) -> str:
         ways.append("set model.method=lora")
     ways.append("leave such samples out with memory.on_oom=quarantine")
     return f"{', '.join(ways[:-1])} or {ways[-1]}"
-
-
-def _probe_row(row_id: int, num_tokens: int, num_targets: int) -> Row:
-    weights = np.zeros(num_tokens, np.float32)
-    weights[num_tokens - num_targets :] = 1
-    return Row(row_id, np.arange(1, num_tokens + 1, dtype=np.int32), weights)
 
 
 def _heaviest(

@@ -7,6 +7,7 @@ recorded for a prediction is assembled by the same code as the step that trains.
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import is_fake
@@ -23,13 +24,12 @@ from fitune.config import Recompute, RunConfig
 from fitune.data.packing import group, lay_out, sort_by_length
 from fitune.data.rows import Batch, MicroBatch, Row
 from fitune.distributed.sharding import ShardPeers, shard_model
-from fitune.errors import ConfigError, ModelError
+from fitune.errors import ConfigError
 from fitune.model.compile import compile_layers
-from fitune.model.head import Head, decoder_and_head
 from fitune.model.packed_attention import can_pack
 from fitune.model.precision import Precision, device_precision, resolve_precision
 from fitune.model.recompute import set_recompute
-from fitune.objectives.supervised import LossSettings, choose_chunk_tokens
+from fitune.objectives.supervised import supervised
 from fitune.step.optimizer import build_optimizer
 from fitune.step.work import StepSettings
 
@@ -115,21 +115,21 @@ def assemble(
     notes = [f"precision {precision.name}: {precision.reason}"]
     packed, note = packing or choose_packing(model, config)
     recompute = _set_layers(model, config, device)
-    head, head_note = _choose_head(model, config)
-    notes += [line for line in (note, head_note) if line]
+    objective, loss_note = supervised(model, loss=config.loss, device=device)
+    notes += [line for line in (note, loss_note) if line]
     # Compiling and sharding follow the checks above, which run forwards: these would be compiled
     # too, and need the whole model in the host's memory. A recording needs the layers uncompiled.
     if config.model.compile and not is_fake(next(model.parameters())):
         compile_layers(model, device)
     shards = None
     if peers is not None:
-        shards = shard_model(model, peers, device=device, packed=packed)
+        idle = objective.made_up_row(0, np.array([1, 2]), 0)
+        shards = shard_model(model, peers, device=device, idle=lay_out([idle], packed=packed))
     lr = configured_lr(config)
     optim = settings_of(config.optim, lr=lr, rows=config.batch.rows_per_step)
     if config.optim.scaling != "none":
         notes.append(scaling_note(config.optim, optim, lr=lr, rows=config.batch.rows_per_step))
     layout, eval_layout = choose_layouts(config, device, packed=packed)
-    loss = LossSettings() if head is None else LossSettings(head, choose_chunk_tokens(head, device))
     # A failure in one process of a sharded model makes all of them begin the step again.
     commit = shards is None and _few_are_trained(model)
     return Setup(
@@ -139,7 +139,7 @@ def assemble(
         ),
         scaler=torch.amp.GradScaler(device.type) if precision.needs_scaler else None,
         settings=StepSettings(
-            loss, optim.clip, precision.autocast_dtype, commit=commit, shards=shards
+            objective, optim.clip, precision.autocast_dtype, commit=commit, shards=shards
         ),
         layout=layout,
         eval_layout=eval_layout,
@@ -187,17 +187,6 @@ def choose_packing(model: nn.Module, config: RunConfig) -> Packing:
     if reason is not None:
         return False, f"samples are padded, not packed: {reason}"
     return config.data.packing, None
-
-
-def _choose_head(model: nn.Module, config: RunConfig) -> tuple[Head | None, str | None]:
-    if config.loss == "full":
-        return None, None
-    head = decoder_and_head(model)
-    if isinstance(head, Head):
-        return head, None
-    if config.loss == "chunked":
-        raise ModelError(f"loss=chunked does not fit this model: {head}; use loss=full")
-    return None, f"full logits: {head}"
 
 
 def _choose_layout(config: RunConfig, device: torch.device, *, packed: bool) -> Layout:

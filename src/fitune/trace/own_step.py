@@ -22,7 +22,8 @@ from fitune.data.rows import TENSORS, Batch, MicroBatch, Row
 from fitune.model.head import two_logits
 from fitune.model.load import count_parameters, load_model
 from fitune.model.precision import Precision, device_precision, resolve_precision
-from fitune.objectives.supervised import LossSettings, chunk_slices
+from fitune.objectives.objective import Chunking
+from fitune.objectives.supervised import Supervised
 from fitune.optimizers.table import OPTIMIZERS
 from fitune.recorder.cuda_target import CudaTarget
 from fitune.recorder.events import MemoryTrace, OperatorWork
@@ -134,10 +135,9 @@ class ColumnsOfStep:
     """A recorded step before it is turned into events."""
 
     recording: Recording
-    #: the number of tokens of a chunk of the loss
-    chunk_tokens: int
+    #: how the loss is computed in chunks, if it is
+    chunking: Chunking | None
     layout: Layout
-    chunked: bool
     evaluation_step: int | None
     num_parameters: int
     num_trainable_parameters: int
@@ -146,9 +146,13 @@ class ColumnsOfStep:
 
     def to_step(self) -> RecordedStep:
         same = {field.name: getattr(self, field.name) for field in fields(self)}
-        del same["chunk_tokens"]
-        recording = same.pop("recording")
-        return RecordedStep(trace=to_trace(recording), work=sum_work(recording), **same)
+        recording, chunking = same.pop("recording"), same.pop("chunking")
+        return RecordedStep(
+            trace=to_trace(recording),
+            work=sum_work(recording),
+            chunked=chunking is not None,
+            **same,
+        )
 
 
 def model_for(
@@ -207,7 +211,6 @@ def record_columns_of_step(
     device = torch.device("cpu" if target is None else "cuda")
     facts: list[dict[str, Any]] = []
     recorders: list[Recorder] = []
-    evaluates = False
     # The micro-batches are laid out before the recording, whose tensors have no data. Whether the
     # model takes packed samples is not known yet, so both layouts are made.
     laid_out = {
@@ -221,9 +224,8 @@ def record_columns_of_step(
         for packed in (True, False)
     }
 
-    def watched_chunks(num_tokens: int, chunk_tokens: int) -> Iterator[slice]:
+    def watched_chunks(slices: list[slice], evaluates: bool) -> Iterator[slice]:
         name = CHUNK_LOOPS["eval" if evaluates else "train"]
-        slices = chunk_slices(num_tokens, chunk_tokens)
         if skip_chunks:
             slices = slices[: NUM_RECORDED_CHUNKS - 1] + slices[NUM_RECORDED_CHUNKS - 1 :][-1:]
         for number, each in enumerate(slices):
@@ -235,13 +237,12 @@ def record_columns_of_step(
             model, config, device=device, precision=precision, packing=recorded.prepared
         )
         num_parameters, num_trainable_parameters = count_parameters(model)
-        loss = replace(setup.settings.loss, chunks=watched_chunks)
-        settings = replace(setup.settings, loss=loss)
+        objective = setup.settings.objective
+        settings = replace(setup.settings, objective=objective.watched(watched_chunks))
         facts.append(
             {
-                "chunk_tokens": loss.chunk_tokens,
+                "chunking": objective.chunking,
                 "layout": setup.layout,
-                "chunked": loss.head is not None,
                 "num_parameters": num_parameters,
                 "num_trainable_parameters": num_trainable_parameters,
                 "notes": setup.notes,
@@ -250,9 +251,7 @@ def record_columns_of_step(
         remaining_steps = iter(laid_out[setup.layout.packed])
 
         def step() -> None:
-            nonlocal evaluates
             kind, micro_batches = next(remaining_steps)
-            evaluates = kind == "eval"
             if kind == "state":
                 with recorders[0].creating_state():
                     create_state(setup.optimizer)
@@ -262,7 +261,7 @@ def record_columns_of_step(
                 if target is not None:
                     # a run empties the cache after its trials
                     recorders[0].empty_cache()
-            elif evaluates:
+            elif kind == "eval":
                 evaluate(model, micro_batches, settings=settings)
             else:
                 train_step(
@@ -312,7 +311,8 @@ def shape_of_step(
     """
     by_step: dict[int, int] = {}
     chunks: dict[str, set[tuple[int, int]]] = {}
-    structure: list[object] = [columns.chunked]
+    chunking = columns.chunking
+    structure: list[object] = [chunking is not None]
     grouped = _group(config, passes, device=device, packed=columns.layout.packed)
     for step, (each, groups) in enumerate(zip(passes, grouped, strict=True), start=1):
         if each.kind == "state":
@@ -322,10 +322,11 @@ def shape_of_step(
         equal = len(set(each.rows)) == 1 and len(set(counts)) == 1
         structure.append((each.kind, len(groups), each.rows[0] if equal else (each.rows, *counts)))
         by_step[step] = max(counts)
-        for rows in groups if columns.chunked else ():
-            loss = LossSettings(chunk_tokens=columns.chunk_tokens)
-            chunk_tokens = loss.eval_chunk_tokens if each.kind == "eval" else loss.chunk_tokens
-            parts = chunk_slices(Batch(tuple(rows)).num_supervised_tokens, chunk_tokens)
+        if chunking is None:
+            continue
+        for rows in groups:
+            num_tokens = Batch(tuple(rows)).num_supervised_tokens
+            parts = chunking.slices(num_tokens, evaluates=each.kind == "eval")
             last = parts[-1].stop - parts[-1].start if parts else 0
             chunks.setdefault(CHUNK_LOOPS[each.kind], set()).add((len(parts), last))
     if any(len(found) > 1 for found in chunks.values()):
@@ -380,7 +381,12 @@ def _group(
         if each.kind == "state":
             yield []
             continue
-        batch = Batch(tuple(_row(number, *size) for number, size in enumerate(each.rows)))
+        batch = Batch(
+            tuple(
+                Supervised().made_up_row(number, np.zeros(length, np.int32), num_targets)
+                for number, (length, num_targets) in enumerate(each.rows)
+            )
+        )
         groups = layouts[each.kind].group(batch)
         positions = [
             sum(map(len, rows)) if packed else len(rows) * max(map(len, rows)) for rows in groups
@@ -393,13 +399,6 @@ def _on_host(micro_batch: MicroBatch, begin: Callable[[], None], is_joined: bool
     values = {field.name: getattr(micro_batch, field.name) for field in fields(MicroBatch)}
     whole = micro_batch.joined() if is_joined else None
     return _OnHost(**values, begin=begin, whole=whole)
-
-
-def _row(number: int, length: int, num_supervised: int) -> Row:
-    weights = np.zeros(length, np.float32)
-    weights[length - num_supervised :] = 1
-    weights[0] = 0
-    return Row(number, np.zeros(length, np.int32), weights)
 
 
 @contextmanager

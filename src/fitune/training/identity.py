@@ -51,7 +51,7 @@ def run_conditions(config: RunConfig, setup: Setup, *, num_ranks: int = 1) -> Js
         "batch.micro_tokens": setup.layout.micro_tokens,
         "batch.ranks": num_ranks if num_ranks > 1 else None,
         "data.packing": setup.layout.packed,
-        "loss": "full" if setup.settings.loss.head is None else "chunked",
+        "loss": "full" if setup.settings.objective.chunking is None else "chunked",
         "model.attention": config.model.attention,
         "model.recompute": setup.recompute,
         "device": torch.cuda.get_device_name(device)

@@ -424,11 +424,15 @@ class TrainingLoop:
             step=state.step,
             total_tokens=state.tokens,
             eval_loss=result.loss,
-            eval_perplexity=result.perplexity,
-            eval_accuracy=result.accuracy,
             eval_tokens=result.num_supervised_tokens,
             seconds=time.perf_counter() - start,
             peak_allocated_bytes=peak.allocated_bytes,
+            **self.setup.settings.objective.metrics(
+                result.loss,
+                result.totals,
+                loss_weight=result.loss_weight,
+                num_targets=result.num_supervised_tokens,
+            ),
         )
         self.log.evaluation(metrics, result)
         # neither the untrained model nor a loss that is not a number is a result of this run
