@@ -195,7 +195,7 @@ def measure_here(setting: Setting, device: Device, path: Path) -> Measured:
     card = torch.device("cuda", 0)
     free_before, _ = torch.cuda.mem_get_info(card)
     config = setting.config(device)
-    precision = choose_precision(config, card)
+    precision = choose_precision(config.model, card)
     model = load_model(config.model, card, precision=precision, seed=config.train.seed)
     setup = assemble(model, config, device=card, precision=precision)
     generator = np.random.default_rng(0)

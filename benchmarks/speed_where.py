@@ -67,7 +67,7 @@ class Where:
 
 def measure(task: Task) -> Where:
     config = task_config(task)
-    precision = choose_precision(config, CPU)
+    precision = choose_precision(config.model, CPU)
     model = load_model(config.model, CPU, precision=precision).train()
     setup = assemble(model, config, device=CPU, precision=precision)
     batches = list(_batches(dialogue_rows(task), task.rows_per_step))

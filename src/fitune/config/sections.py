@@ -96,6 +96,11 @@ class ModelConfig(Section):
     shape: ShapeConfig = ShapeConfig()
     trust_remote_code: Bool = Field(False, description="run Python code that comes with the model")
 
+    @property
+    def has_dropout(self) -> bool:
+        """Whether training draws random masks."""
+        return self.method != "full" and self.lora.dropout > 0
+
 
 class DataSource(Section):
     path: PathText = Field(description="file, directory or hub id; '#n' at its end draws n samples")

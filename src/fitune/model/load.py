@@ -38,7 +38,7 @@ from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from fitune.boundary import is_panic, told_as
-from fitune.config import ModelConfig, RunConfig
+from fitune.config import ModelConfig
 from fitune.data.hub import hub_is_known
 from fitune.errors import ConfigError, ModelError
 from fitune.model.adapted_model import describe, note_adapted
@@ -77,15 +77,15 @@ _MOST_LAYERS = 10_000
 _READ_ERRORS = (Exception,)
 
 
-def check_length(config: RunConfig) -> None:
+def check_length(model: ModelConfig, max_length: int) -> None:
     """Raise ConfigError if samples may exceed the positions that a model has learned."""
-    positions = getattr(load_config(config.model).get_text_config(), "n_positions", None)
-    if positions is not None and config.data.max_length > positions:
+    positions = getattr(load_config(model).get_text_config(), "n_positions", None)
+    if positions is not None and max_length > positions:
         raise ConfigError(
             [
-                f"data.max_length {config.data.max_length:,} exceeds the {positions:,} positions "
+                f"data.max_length {max_length:,} exceeds the {positions:,} positions "
                 "of "
-                f"{config.model.source}: set data.max_length={positions}"
+                f"{model.source}: set data.max_length={positions}"
             ]
         )
 

@@ -71,7 +71,7 @@ def measure_candidate(config: RunConfig, plan: Plan, *, num_steps: int = 3) -> P
     """
     assert plan.chosen is not None
     device = choose_device()
-    target = find_limits(config).device
+    target = find_limits(config.memory).device
     if (target.kind == "cpu") != (device.type == "cpu") or config.memory.gpu is not None:
         raise UsageError(
             f"--measure runs on this machine, and the plan is for {target.name}: leave out --gpu"
@@ -87,7 +87,15 @@ def measure_candidate(config: RunConfig, plan: Plan, *, num_steps: int = 3) -> P
         offloads=candidate.offload_activations and not config.model.offload_activations,
     )
     run_config = apply_choice(config, choice)
-    heaviest = heaviest_rows(run_config, choice, lengths) * 2
+    heaviest = (
+        heaviest_rows(
+            choice,
+            lengths,
+            most_rows=run_config.batch.rows_per_step,
+            packing=run_config.data.packing,
+        )
+        * 2
+    )
     draw = np.random.default_rng(0)
     drawn = draw.choice(lengths.sample_tokens, size=(num_steps, config.batch.rows_per_step))
     supervised = lengths.supervised_fraction
@@ -118,7 +126,7 @@ def measure_steps(
     release_memory(device)
     before = program_bytes(device)
     model_config = config.model.model_copy(update={"init": "random"})
-    precision = choose_precision(config, device)
+    precision = choose_precision(config.model, device)
     model = load_model(model_config, device, precision=precision, seed=config.train.seed)
     setup = assemble(model, config, device=device, precision=precision)
     draw = np.random.default_rng(config.train.seed)

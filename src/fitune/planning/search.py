@@ -70,8 +70,8 @@ def choose_plan(
     Raises what the checks of the configuration and of the model raise.
     """
     notify = on_stage or _ignore
-    num_shards = shards_of(config, num_gpus)
-    limits = limits or find_limits(config, gpu=gpu)
+    num_shards = shards_of(config.model, num_gpus)
+    limits = limits or find_limits(config.memory, gpu=gpu)
     if num_shards == 1:
         limits = keep_bucket(limits, num_gpus)
     if lengths is None:
@@ -122,7 +122,9 @@ class _Search:
         #: the settings that do not change the result, and those of them whose optimizer updates
         #: on the host
         self.choices = list(same_choices(self.config, self.lengths, on_card=on_card))
-        self.on_host = host_choices(self.config, self.choices) if on_card else []
+        self.on_host = (
+            host_choices(self.config.model, self.config.optim, self.choices) if on_card else []
+        )
         self.pricer = Pricer(forecaster, self.choices)
         self.looked_at: dict[Choice, Forecast] = {}
         #: why settings were left out, in order (a dict, so that each message is there once)
@@ -215,7 +217,7 @@ class _Search:
         """Return variants of `choice` that would change the result, for the user to decide on."""
         half_is_fast = self.limits.device.bfloat16_flops_per_second is not None
         float32 = self.looked_at[choice].precision == "float32" and half_is_fast
-        return list(proposals(self.config, choice, float32=float32))
+        return list(proposals(self.config.model, self.config.optim, choice, float32=float32))
 
     def best_proposals(self, base: Choice, marked: Choice) -> list[Choice]:
         """Return each proposal with the fastest of its micro-batches that fits.
@@ -451,7 +453,12 @@ class _Search:
                 context_bytes=shown.context_bytes,
             ),
             budget_bytes=self.limits.budget_bytes,
-            data=planned_data(self.whole, self.lengths, num_gpus=self.num_gpus),
+            data=planned_data(
+                self.lengths,
+                max_length=self.whole.data.max_length,
+                rows_per_step=self.whole.batch.rows_per_step,
+                num_gpus=self.num_gpus,
+            ),
             training=plan_training(self.whole, self.lengths, precision=shown.precision),
             candidates=tuple(
                 candidate_of(

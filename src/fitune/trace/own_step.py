@@ -16,13 +16,13 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
-from fitune.config import OptimConfig, RunConfig
+from fitune.config import ModelConfig, OptimConfig, RunConfig
 from fitune.data.packing import lay_out
 from fitune.data.rows import TENSORS, Batch, MicroBatch, Row
 from fitune.model.head import two_logits
 from fitune.model.load import count_parameters, load_model
 from fitune.model.precision import Precision, device_precision, resolve_precision
-from fitune.objectives.objective import Chunking
+from fitune.objectives.objective import Chunking, Objective
 from fitune.objectives.supervised import Supervised
 from fitune.optimizers.table import OPTIMIZERS
 from fitune.recorder.cuda_target import CudaTarget
@@ -60,6 +60,37 @@ class Pass:
     most_micro_batches: int = 2
 
 
+@dataclass(frozen=True)
+class PassLayouts:
+    """What the samples of a pass are, and how they become micro-batches."""
+
+    train: Layout
+    eval: Layout
+    #: makes up the samples; it is not bound to a model
+    objective: Objective = Supervised()  # noqa: RUF009 (frozen)
+
+    def group(self, each: Pass) -> list[list[Row]]:
+        """Return the samples of each micro-batch of a pass that is recorded."""
+        if each.kind == "state":
+            return []
+        rows = (
+            self.objective.made_up_row(number, np.zeros(length, np.int32), num_targets)
+            for number, (length, num_targets) in enumerate(each.rows)
+        )
+        layout = self.train if each.kind == "train" else self.eval
+        groups = layout.group(Batch(tuple(rows)))
+        positions = [
+            sum(map(len, rows)) if layout.packed else len(rows) * max(map(len, rows))
+            for rows in groups
+        ]
+        largest = sorted(range(len(groups)), key=lambda i: -positions[i])[: each.most_micro_batches]
+        return [groups[number] for number in sorted(largest)]
+
+
+def pass_layouts(config: RunConfig, device: torch.device, *, packed: bool) -> PassLayouts:
+    return PassLayouts(*choose_layouts(config.batch, config.eval, device, packed=packed))
+
+
 def steady_passes(optim: OptimConfig, steady: Pass, *, evaluation: Pass | None) -> list[Pass]:
     """Return the passes that a run makes until all of its steps are alike.
 
@@ -94,21 +125,15 @@ class RecordedStep:
     notes: tuple[str, ...]
 
 
-def target_precision(config: RunConfig, target: CudaTarget | None) -> Precision:
+def target_precision(model: ModelConfig, target: CudaTarget | None) -> Precision:
     """Return what `model.precision` means on the target, which is this machine's CPU if None."""
     if target is None:
-        return resolve_precision(config.model, *device_precision(torch.device("cpu")))
-    return resolve_precision(config.model, "cuda", target.compute_capability >= FIRST_BFLOAT16)
+        return resolve_precision(model, *device_precision(torch.device("cpu")))
+    return resolve_precision(model, "cuda", target.compute_capability >= FIRST_BFLOAT16)
 
 
-def longest_rows(
-    config: RunConfig, *, num_rows: int, row_tokens: int | None = None
-) -> tuple[tuple[int, int], ...]:
-    """Return samples as long as they can be, with all tokens supervised that can be.
-
-    They are the batch that needs the most memory.
-    """
-    length = row_tokens or config.data.max_length
+def longest_rows(length: int, *, num_rows: int) -> tuple[tuple[int, int], ...]:
+    """Return samples of this length, with all tokens supervised that can be."""
     return ((length, length - 1),) * num_rows
 
 
@@ -171,7 +196,7 @@ def model_for(
     architecture: that of a model with fewer layers, to be recorded instead of the configured one
     shapes, patience: as in `RecordedModel`
     """
-    precision = target_precision(config, target)
+    precision = target_precision(config.model, target)
 
     def build() -> nn.Module:
         where = torch.device("meta" if mode == "fake" else "cpu")
@@ -182,7 +207,7 @@ def model_for(
         return model
 
     def prepare(model: Any) -> Packing:
-        packing = choose_packing(model, config)
+        packing = choose_packing(model, wanted=config.data.packing)
         if mode == "fake" and not packing[0] and config.loss != "full":
             # `assemble` asks for them where there is data; cuBLAS keeps its workspace from then on
             two_logits(model)
@@ -207,7 +232,7 @@ def record_columns_of_step(
     skip_chunks: compute only the first three chunks of the loss and the last
     """
     recorded = on or model_for(config, target=target, mode=mode)
-    precision = target_precision(config, target)
+    precision = target_precision(config.model, target)
     device = torch.device("cpu" if target is None else "cuda")
     facts: list[dict[str, Any]] = []
     recorders: list[Recorder] = []
@@ -215,11 +240,10 @@ def record_columns_of_step(
     # model takes packed samples is not known yet, so both layouts are made.
     laid_out = {
         packed: _lay_out(
-            config,
             passes,
-            device=device,
-            packed=packed,
+            pass_layouts(config, device, packed=packed),
             begin=lambda: recorders[0].begin_micro_batch(),
+            is_joined=device.type == "cuda",
         )
         for packed in (True, False)
     }
@@ -303,9 +327,9 @@ class RecordedShape:
 
 
 def shape_of_step(
-    config: RunConfig, passes: Sequence[Pass], columns: ColumnsOfStep, *, device: torch.device
+    passes: Sequence[Pass], columns: ColumnsOfStep, layouts: PassLayouts
 ) -> RecordedShape | None:
-    """Return the shape of these passes if they are laid out as those of `columns`.
+    """Return the shape of these passes if their loss is computed as that of `columns`.
 
     Returns None if the loss has another number of chunks from one micro-batch to the next.
     """
@@ -313,8 +337,8 @@ def shape_of_step(
     chunks: dict[str, set[tuple[int, int]]] = {}
     chunking = columns.chunking
     structure: list[object] = [chunking is not None]
-    grouped = _group(config, passes, device=device, packed=columns.layout.packed)
-    for step, (each, groups) in enumerate(zip(passes, grouped, strict=True), start=1):
+    for step, each in enumerate(passes, start=1):
+        groups = layouts.group(each)
         if each.kind == "state":
             structure.append("state")
             continue
@@ -339,60 +363,35 @@ def shape_of_step(
     )
 
 
-def first_rows(
-    config: RunConfig, each: Pass, *, device: torch.device, packed: bool
-) -> list[tuple[int, int]]:
+def first_rows(each: Pass, layouts: PassLayouts) -> list[tuple[int, int]]:
     """Return (length, supervised tokens) of each sample of the first micro-batch."""
-    ((first, *_),) = _group(config, [each], device=device, packed=packed)
+    first, *_ = layouts.group(each)
     return [each.rows[row.row_id] for row in first]
 
 
 def _lay_out(
-    config: RunConfig,
     passes: Sequence[Pass],
+    layouts: PassLayouts,
     *,
-    device: torch.device,
-    packed: bool,
     begin: Callable[[], None],
+    is_joined: bool,
 ) -> list[tuple[Kind, list[MicroBatch]]]:
     """Return the micro-batches of each pass that are recorded, in the run's order.
 
     begin: called when a micro-batch moves to the device
+    is_joined: whether its tensors move there in one copy
     """
-    grouped = _group(config, passes, device=device, packed=packed)
-    is_joined = device.type == "cuda"
+    packed = layouts.train.packed
     return [
         (
             each.kind,
-            [_on_host(lay_out(rows, packed=packed), begin, is_joined) for rows in groups],
+            [
+                _on_host(lay_out(rows, packed=packed), begin, is_joined)
+                for rows in layouts.group(each)
+            ],
         )
-        for each, groups in zip(passes, grouped, strict=True)
+        for each in passes
     ]
-
-
-def _group(
-    config: RunConfig, passes: Sequence[Pass], *, device: torch.device, packed: bool
-) -> Iterator[list[list[Row]]]:
-    """Yield the samples of these micro-batches for each pass."""
-    layouts = dict(
-        zip(("train", "eval"), choose_layouts(config, device, packed=packed), strict=True)
-    )
-    for each in passes:
-        if each.kind == "state":
-            yield []
-            continue
-        batch = Batch(
-            tuple(
-                Supervised().made_up_row(number, np.zeros(length, np.int32), num_targets)
-                for number, (length, num_targets) in enumerate(each.rows)
-            )
-        )
-        groups = layouts[each.kind].group(batch)
-        positions = [
-            sum(map(len, rows)) if packed else len(rows) * max(map(len, rows)) for rows in groups
-        ]
-        largest = sorted(range(len(groups)), key=lambda i: -positions[i])[: each.most_micro_batches]
-        yield [groups[number] for number in sorted(largest)]
 
 
 def _on_host(micro_batch: MicroBatch, begin: Callable[[], None], is_joined: bool) -> "_OnHost":

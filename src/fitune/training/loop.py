@@ -102,7 +102,7 @@ class TrainingLoop:
         self.replay, self.ranks, self.until = replay, ranks, until
         self.log = RunLog(run, watcher, ranks)
         self.device = next(setup.model.parameters()).device
-        self.length = run_length(config, data.train)
+        self.length = run_length(config.train, data.train, rows_per_step=config.batch.rows_per_step)
         self.state = RunState() if start is None else start.state
         self.guard = Guard(
             config,
@@ -135,7 +135,9 @@ class TrainingLoop:
             files=model_files(setup.model, tokenizer=tokenizer, ends=data.train.report.ends),
             facts={
                 "identity": run_identity(config, setup, train=data.train, held_out=data.eval),
-                "conditions": run_conditions(config, setup, num_ranks=ranks.size),
+                "conditions": run_conditions(
+                    setup, attention=config.model.attention, num_ranks=ranks.size
+                ),
             },
             logs=self.log.files,
             writes=ranks.leads,

@@ -151,7 +151,7 @@ def predict_second_step(
     target = run_device(device)
     # Balanced routing is close to what is measured; the worst case would be only an upper bound.
     config = with_routing(config, "balanced")
-    passes, num_shards = list(_passes(config, train, num_ranks)), shards_of(config, num_ranks)
+    passes, num_shards = list(_passes(config, train, num_ranks)), shards_of(config.model, num_ranks)
     training = predict_run(config, target, passes=passes, num_shards=num_shards).training
     if device.type == "cuda" and num_shards == 1:
         # on a CPU only the used part of the bucket is resident
@@ -180,4 +180,4 @@ def _passes(config: RunConfig, train: Examples, num_ranks: int) -> Iterator[Pass
 
 
 def _sizes(batch: Batch) -> tuple[tuple[int, int], ...]:
-    return tuple((len(row), int((row.loss_weights[1:] != 0).sum())) for row in batch.rows)
+    return tuple((len(row), row.num_targets) for row in batch.rows)

@@ -214,12 +214,15 @@ def _resume(request: ResumedRun, screen: RunScreen, ranks: Ranks) -> Summary:
         prepared = _prepare(config, screen, plan_check=False, settings=_settings(run), ranks=ranks)
         setup, data = prepared.setup, prepared.data
         identity = run_identity(config, setup, train=data.train, held_out=data.eval)
-        facts = (identity, run_conditions(config, setup, num_ranks=ranks.size))
+        facts = (
+            identity,
+            run_conditions(setup, attention=config.model.attention, num_ranks=ranks.size),
+        )
         start = go_on(
             run,
             checkpoint,
             setup,
-            config=config,
+            dropout=config.model.has_dropout,
             facts=facts,
             allowed=request.allow_change,
             ranks=ranks,
@@ -364,7 +367,7 @@ def _prepare(
     from fitune.watch.prometheus import check_prometheus
     from fitune.watch.trackers import check_trackers
 
-    check_trackers(config)
+    check_trackers(config.run.trackers)
     if config.run.prometheus is not None:
         check_prometheus(Path(config.run.prometheus))
     prepared = prepare(
