@@ -196,6 +196,11 @@ class DataConfig(Section):
         return _sources(self.train)
 
     @property
+    def is_evaluated(self) -> bool:
+        """Whether some samples are held out, or given, to evaluate with."""
+        return self.eval is not None or self.eval_fraction > 0
+
+    @property
     def eval_sources(self) -> tuple[DataSource, ...] | None:
         return None if self.eval is None else _sources(self.eval)
 
@@ -272,6 +277,11 @@ class BatchConfig(Section):
         if self.accumulation != "auto":
             return -(-self.rows_per_step // self.accumulation)
         return None
+
+    @property
+    def is_micro_open(self) -> bool:
+        """Whether the size of micro-batches is left to the plan."""
+        return self.micro_rows is None and self.micro_tokens == "auto"
 
 
 class OptimConfig(Section):

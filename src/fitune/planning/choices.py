@@ -219,7 +219,7 @@ def settings_of_candidate(candidate: Candidate, config: RunConfig) -> list[str]:
         "loss": candidate.loss if config.loss == "auto" else None,
         "optim.name": candidate.optimizer if candidate.optimizer != config.optim.name else None,
     }
-    if batch.micro_rows is None and batch.micro_tokens == "auto":
+    if batch.is_micro_open:
         settings["batch.micro_tokens"] = str(candidate.micro_tokens)
     return [f"{key}={value}" for key, value in settings.items() if value is not None]
 
@@ -229,13 +229,12 @@ def still_open(settings: Iterable[str], config: RunConfig) -> list[str]:
 
     The configuration may have changed since that plan.
     """
-    batch = config.batch
     is_open = {
         "model.recompute": config.model.recompute == "auto",
         "model.offload_activations": config.model.recompute == "auto",
         "optim.name": config.optim.name == "adamw",
         "model.precision": config.model.precision == "auto",
         "loss": config.loss == "auto",
-        "batch.micro_tokens": batch.micro_rows is None and batch.micro_tokens == "auto",
+        "batch.micro_tokens": config.batch.is_micro_open,
     }
     return [setting for setting in settings if is_open.get(setting.partition("=")[0], False)]

@@ -137,9 +137,8 @@ def find_lengths(config: RunConfig) -> Lengths:
 
 def uniform_lengths(data: DataConfig, *, origin: str | None = None) -> Lengths:
     length = data.max_length
-    evaluated = data.eval is not None or data.eval_fraction > 0
     return Lengths(
-        (length,), 1.0, length if evaluated else 0, None, None, origin or "data.max_length"
+        (length,), 1.0, length if data.is_evaluated else 0, None, None, origin or "data.max_length"
     )
 
 

@@ -256,11 +256,10 @@ def heaviest_passes(
         2 * rows_per_micro_batch(config.batch, device, length), config.batch.rows_per_step
     )
     rows = longest_rows(length, num_rows=num_rows)
-    evaluated = config.data.eval is not None or config.data.eval_fraction > 0
     return steady_passes(
         config.optim,
         Pass("train", rows),
-        evaluation=Pass("eval", rows, most_micro_batches=1) if evaluated else None,
+        evaluation=Pass("eval", rows, most_micro_batches=1) if config.data.is_evaluated else None,
     )
 
 

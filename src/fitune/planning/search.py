@@ -130,9 +130,7 @@ class _Search:
         #: why settings were left out, in order (a dict, so that each message is there once)
         self.refused: dict[str, None] = {}
         self.too_long: TooLongError | None = None
-        batch = self.config.batch
-        is_open = batch.micro_rows is None and batch.micro_tokens == "auto"
-        self.configured = None if is_open else self.choices[0]
+        self.configured = None if self.config.batch.is_micro_open else self.choices[0]
         self.num_expected = 0
         self.skips_hopeless = False
 
@@ -141,17 +139,13 @@ class _Search:
         self.num_expected, self.skips_hopeless = len(self.choices), False
         # The first variant is predicted alone: its imports and recordings are of use to both
         # processes that predict the others.
-        self.look_at(
-            [choice for choice in self.choices if choice.variant == self.choices[0].variant]
-        )
+        self.look_at(self.of_variant(self.choices[0]))
         # Gradient checkpointing makes no setting faster, so the fastest of these is the base of
         # the proposals, unless nothing fits.
         self.look_at([*self.choices, *self.proposals(min(self.looked_at, key=self.order))])
         self.look_at(self.worth_updating_on_host(self.fastest()))
         chosen = self.fastest()
-        same = {
-            choice: found for choice, found in self.looked_at.items() if choice.result == "same"
-        }
+        same = self.same_result()
         smallest = min(same, key=lambda choice: same[choice].device_bytes)
         proposed = self.best_proposals(
             smallest if chosen is None else min(same, key=self.order), chosen or smallest
@@ -168,10 +162,7 @@ class _Search:
         would change the result are only proposed where nothing fits.
         """
         self.skips_hopeless = True
-        leanest = next(
-            choice for choice in self.choices if choice.variant == self.choices[-1].variant
-        )
-        first = [choice for choice in self.choices if choice.variant == self.choices[0].variant]
+        leanest, first = self.of_variant(self.choices[-1])[0], self.of_variant(self.choices[0])
         self.num_expected = len({*first, leanest})
         self.look_at(first)
         chosen = self.lean()
@@ -180,13 +171,19 @@ class _Search:
         self.look_at([leanest])
         return chosen
 
+    def of_variant(self, wanted: Choice) -> list[Choice]:
+        """Return the settings that differ from `wanted` in the size of micro-batches alone."""
+        return [choice for choice in self.choices if choice.variant == wanted.variant]
+
+    def same_result(self) -> dict[Choice, Forecast]:
+        """Return the settings predicted so far that do not change the result."""
+        return {
+            choice: found for choice, found in self.looked_at.items() if choice.result == "same"
+        }
+
     def fastest(self) -> Choice | None:
         """Return the fastest setting that was predicted to fit and does not change the result."""
-        same = (
-            choice
-            for choice, found in self.looked_at.items()
-            if found.fits and choice.result == "same"
-        )
+        same = (choice for choice, found in self.same_result().items() if found.fits)
         return min(same, key=self.order, default=None)
 
     def nearest(self) -> Choice | None:
@@ -194,9 +191,7 @@ class _Search:
 
         An upper bound that exceeds the limit does not prove that the setting does not fit.
         """
-        same = {
-            choice: found for choice, found in self.looked_at.items() if choice.result == "same"
-        }
+        same = self.same_result()
         return min(same, key=lambda choice: same[choice].device_bytes, default=None)
 
     def worth_updating_on_host(self, chosen: Choice | None) -> list[Choice]:

@@ -90,8 +90,7 @@ class Guard:
             examples, setup, rows_per_step=config.batch.rows_per_step, num_ranks=self._ranks.size
         )
         planned = setup.layout.micro_tokens or self._heaviest[0].num_positions
-        is_open = config.batch.micro_rows is None and config.batch.micro_tokens == "auto"
-        may_grow = config.memory.grow and is_open and self._device.type == "cuda"
+        may_grow = config.memory.grow and config.batch.is_micro_open and self._device.type == "cuda"
         self.memory = MemoryModel(
             planned=planned,
             highest=max(0, math.floor(math.log(LARGEST_POSITIONS / planned, RUNG)))

@@ -105,17 +105,14 @@ def steady_passes(optim: OptimConfig, steady: Pass, *, evaluation: Pass | None) 
     return [Pass("state"), *evaluations, steady, steady]
 
 
-@dataclass(frozen=True)
-class RecordedStep:
-    """The recorded memory events and operators of some passes."""
+@dataclass(frozen=True, kw_only=True)
+class StepFacts:
+    """What a recording of some passes found beside memory events and operators."""
 
-    trace: MemoryTrace
-    #: what the operators compute and move, summed by step, phase, operator and dtype
-    work: tuple[OperatorWork, ...]
     #: how samples became micro-batches
     layout: Layout
-    #: whether the loss is computed in chunks
-    chunked: bool
+    #: how the loss is computed in chunks, if it is
+    chunking: Chunking | None
     #: the step of the trace that is an evaluation, None without one
     evaluation_step: int | None
     num_parameters: int
@@ -123,6 +120,19 @@ class RecordedStep:
     precision: Precision
     #: what `assemble` decided
     notes: tuple[str, ...]
+
+    @property
+    def chunked(self) -> bool:
+        return self.chunking is not None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordedStep(StepFacts):
+    """The recorded memory events and operators of some passes."""
+
+    trace: MemoryTrace
+    #: what the operators compute and move, summed by step, phase, operator and dtype
+    work: tuple[OperatorWork, ...]
 
 
 def target_precision(model: ModelConfig, target: CudaTarget | None) -> Precision:
@@ -155,29 +165,16 @@ def record_step(
     return record_columns_of_step(config, passes, target=target, mode=mode).to_step()
 
 
-@dataclass(frozen=True)
-class ColumnsOfStep:
+@dataclass(frozen=True, kw_only=True)
+class ColumnsOfStep(StepFacts):
     """A recorded step before it is turned into events."""
 
     recording: Recording
-    #: how the loss is computed in chunks, if it is
-    chunking: Chunking | None
-    layout: Layout
-    evaluation_step: int | None
-    num_parameters: int
-    num_trainable_parameters: int
-    precision: Precision
-    notes: tuple[str, ...]
 
     def to_step(self) -> RecordedStep:
-        same = {field.name: getattr(self, field.name) for field in fields(self)}
-        recording, chunking = same.pop("recording"), same.pop("chunking")
-        return RecordedStep(
-            trace=to_trace(recording),
-            work=sum_work(recording),
-            chunked=chunking is not None,
-            **same,
-        )
+        facts = {field.name: getattr(self, field.name) for field in fields(StepFacts)}
+        trace, work = to_trace(self.recording), sum_work(self.recording)
+        return RecordedStep(trace=trace, work=work, **facts)
 
 
 def model_for(
@@ -336,7 +333,7 @@ def shape_of_step(
     by_step: dict[int, int] = {}
     chunks: dict[str, set[tuple[int, int]]] = {}
     chunking = columns.chunking
-    structure: list[object] = [chunking is not None]
+    structure: list[object] = [columns.chunked]
     for step, each in enumerate(passes, start=1):
         groups = layouts.group(each)
         if each.kind == "state":

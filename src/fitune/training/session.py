@@ -356,12 +356,7 @@ def _prepare(
     screen.note(
         f"model  {config.model.source} · data {', '.join(s.path for s in config.data.train_sources)}"
     )
-    from fitune.data.files import check_files
-    from fitune.model.source import check_source, check_tokenizer
-
-    check_source(config.model.source)
-    check_tokenizer(config.model)
-    check_files(config.data)
+    check_inputs(config)
     screen.stage(say("loading torch and transformers"))
     from fitune.training.prepare import prepare
     from fitune.watch.prometheus import check_prometheus
@@ -389,6 +384,19 @@ def _prepare(
     for message in report.warnings:
         screen.note(f"warn   {message}")
     return prepared
+
+
+def check_inputs(config: RunConfig) -> None:
+    """Check that the model and the data exist, without imports that take seconds.
+
+    Raises ModelError or DataError if they do not.
+    """
+    from fitune.data.files import check_files
+    from fitune.model.source import check_source, check_tokenizer
+
+    check_source(config.model.source)
+    check_tokenizer(config.model)
+    check_files(config.data)
 
 
 def _memory_text(check: "SelfCheck") -> str:
