@@ -1,4 +1,4 @@
-"""Says what fitune asks of an objective: a step, an evaluation, a recording and a recovery use no more.
+"""Says what a step, an evaluation, a recording and a recovery ask of the objective of a run.
 
 The loss of an effective batch is the sum over its micro-batches of `loss_sum`, divided once by the
 loss weights of all its samples (`Row.loss_weight`). So an objective trains alike in every split if
@@ -99,7 +99,7 @@ class Objective(Protocol):
         ...
 
     def watched(self, watch: Callable[[list[slice], bool], Iterable[slice]]) -> Self:
-        """Return the same objective with `watch` between it and its chunks, as a recording needs it.
+        """Return the same objective with `watch` between it and its chunks, for a recording.
 
         watch: gets the chunks of one micro-batch and whether an evaluation computes them, and
             yields those to compute.

@@ -115,7 +115,7 @@ class Supervised:
         return slices if self.watch is None else self.watch(slices, evaluates)
 
 
-def supervised(
+def choose_objective(
     model: nn.Module, *, loss: Loss | Auto, device: torch.device
 ) -> tuple[Supervised, str | None]:
     """Return the supervised objective for a model, and a note for the user.

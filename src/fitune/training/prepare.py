@@ -266,7 +266,7 @@ def follow(plan: Plan, config: RunConfig, *, plan_check: bool = True) -> tuple[l
 
 
 def unseen(length: Length, examples: Examples, *, rows_per_step: int) -> list[str]:
-    """Return a warning for each weight of data.train so small that no sample with it is ever seen."""
+    """Return a warning for each weight of data.train that is too small for any of its samples."""
     lengths = Epochs.of(examples.repeats)
     epochs = length.epochs or length.total_steps * rows_per_step / float(lengths.mean_samples)
     values, counts = np.unique(examples.repeats, return_counts=True)
