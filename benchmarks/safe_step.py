@@ -34,7 +34,7 @@ from fitune.model.packed_attention import attention_name
 from fitune.model.precision import resolve_precision
 from fitune.model.presets import llama_config
 from fitune.objectives.supervised import Supervised
-from fitune.recovery.observed import observed, room_bytes
+from fitune.recovery.observed import allocatable_bytes, observed
 from fitune.recovery.protection import Protection
 from fitune.recovery.size_control import MemoryModel, choose_size
 from fitune.recovery.step import safe_step
@@ -80,7 +80,7 @@ def compare(
         train_step(model, optimizer, micro_batches, settings=settings)
 
     def safe() -> None:
-        free_bytes = room_bytes(CPU)
+        free_bytes = allocatable_bytes(CPU)
         choose_size(memory, free_bytes)
         observed(
             memory,

@@ -13,9 +13,9 @@ from torch import nn
 from faults import failing, failing_call
 from fitune.batch_size.norms import GradientNorms, NormRecorder
 from fitune.config import LoraConfig, Recompute
-from fitune.data.deal import deal
 from fitune.data.packing import lay_out, split
 from fitune.data.rows import Batch, MicroBatch
+from fitune.data.split_by_rank import split_by_rank
 from fitune.distributed.processes import Ranks, joined
 from fitune.distributed.sharding import Shards, local, shard_model
 from fitune.errors import FituneError, OutOfMemoryError
@@ -215,7 +215,7 @@ def evaluated(ranks: Ranks) -> Any:
             model,
             parts_of(Case(rows=(1, 7)))[ranks.rank],
             settings=replace(settings_for(model, "chunked"), shards=shards),
-            room=lambda: None,
+            query_free_bytes=lambda: None,
             shards=shards,
         )
     return found, all(hasattr(parameter, "full_tensor") for parameter in model.parameters())
@@ -237,7 +237,7 @@ def sentence(ranks: Ranks, place: str, error: Any) -> str:
                 peers=ShardedModel(shards, ranks, BATCH.loss_weight),
             )
     except Exception as found:
-        ranks.tell(found)
+        ranks.send_error(found)
         return f"{type(found).__name__}: {found}"
     return "nothing"
 
@@ -256,7 +256,7 @@ def updated(ranks: Ranks) -> tuple[list[torch.Tensor], float]:
     work = micro_batch_work(model, optimizer, replace(step_settings, clip=1.0, shards=shards))
     protection = Protection(work=work)
     for step in range(3):
-        pieces = split(deal(BATCH, ranks.size)[ranks.rank], packed=True, micro_rows=2)
+        pieces = split(split_by_rank(BATCH, ranks.size)[ranks.rank], packed=True, micro_rows=2)
         peers = ALONE if shards is None else ShardedModel(shards, ranks, BATCH.loss_weight)
         safe_step(protection, pieces, step=step, peers=peers)
     held = [*model.parameters(), *(t for state in optimizer.state.values() for t in state.values())]
@@ -307,7 +307,7 @@ def overflown(ranks: Ranks) -> tuple[bool, float, bool]:
 
 
 def parts_of(case: Case) -> list[list[MicroBatch]]:
-    parts = zip(deal(case.batch, 2), case.rows, strict=True)
+    parts = zip(split_by_rank(case.batch, 2), case.rows, strict=True)
     return [split(part, packed=case.packed, micro_rows=rows) for part, rows in parts]
 
 
@@ -386,7 +386,7 @@ def test_an_evaluation_that_fails_in_one_process_is_that_of_all_rows(
             model,
             parts_of(Case(rows=(1, 7)))[rank],
             settings=settings_for(model, "chunked"),
-            room=lambda: None,
+            query_free_bytes=lambda: None,
         ).result
         assert found.result.row_ids == expected.row_ids
         assert found.result.row_losses == pytest.approx(expected.row_losses, rel=1e-5)

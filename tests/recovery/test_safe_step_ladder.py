@@ -70,7 +70,7 @@ def test_a_size_is_banned_with_what_was_left_for_the_step_when_it_failed(
 ) -> None:
     """Another process takes 60 MiB within the step, which itself holds 30 more for gradients when it fails."""
     batch, model = make_batch(), make_model()
-    protection = protected(model, commit=True, room=lambda: 10 * MIB)
+    protection = protected(model, commit=True, query_free_bytes=lambda: 10 * MIB)
     fails_above(protection, 45, out_of_memory)
     monkeypatch.setattr(CommitBuffer, "num_bytes", 30 * MIB)
     memory = MemoryModel(planned=80)
@@ -229,7 +229,7 @@ def test_a_row_that_does_not_fit_alone_stops_the_run_with_its_number_and_changes
     optimizer = torch.optim.AdamW(model.parameters())
     protection = Protection(
         work=micro_batch_work(model, optimizer, StepSettings(Supervised())),
-        room=lambda: 2**20,
+        query_free_bytes=lambda: 2**20,
         way_out="give up",
     )
     fails_above(protection, 39, out_of_memory)
@@ -442,7 +442,9 @@ def test_an_evaluation_has_its_own_ladder() -> None:
     settings = settings_for(model, "full")
     expected = evaluate(model, pieces(batch), settings=settings)
     with failing(model, "evaluation", 0):
-        found = safe_evaluate(model, pieces(batch), settings=settings, room=lambda: None)
+        found = safe_evaluate(
+            model, pieces(batch), settings=settings, query_free_bytes=lambda: None
+        )
     assert found.result.loss == pytest.approx(expected.loss, rel=1e-6)
     assert found.result.totals == expected.totals
     assert found.result.num_supervised_tokens == expected.num_supervised_tokens
@@ -458,10 +460,14 @@ def test_a_row_that_cannot_be_evaluated_is_named() -> None:
         failing(model, "evaluation", *EVERY_CALL),
         pytest.raises(OutOfMemoryError, match="sample 1"),
     ):
-        safe_evaluate(model, pieces(batch), settings=settings, room=lambda: None)
+        safe_evaluate(model, pieces(batch), settings=settings, query_free_bytes=lambda: None)
     assert model.training
     with failing(model, "evaluation", 0):
         found = safe_evaluate(
-            model, pieces(make_batch(), 1), settings=settings, room=lambda: None, quarantine=True
+            model,
+            pieces(make_batch(), 1),
+            settings=settings,
+            query_free_bytes=lambda: None,
+            quarantine=True,
         )
     assert found.left_out == (0,)

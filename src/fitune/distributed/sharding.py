@@ -229,7 +229,7 @@ def shard_model(
 
     from fitune.distributed.announced import AnnouncedGather, AnnouncedReduction
 
-    layers = dealt_layers(model)
+    layers = gathered_layers(model)
     dtypes = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
     if len(dtypes) > 1:
         listed = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
@@ -260,7 +260,7 @@ def shard_model(
     return shards
 
 
-def dealt_layers(model: nn.Module) -> list[nn.Module]:
+def gathered_layers(model: nn.Module) -> list[nn.Module]:
     """Return the layers that are gathered one at a time. Raises ModelError where there are none."""
     layers: list[nn.Module] = list(recomputable_layers(model))
     if not layers:

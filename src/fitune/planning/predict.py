@@ -21,7 +21,7 @@ from fitune.allocator.prediction import (
 )
 from fitune.boundary import bounded
 from fitune.config import BatchConfig, ModelConfig, RunConfig, read_config
-from fitune.distributed.sharding import dealt_layers
+from fitune.distributed.sharding import gathered_layers
 from fitune.errors import ConfigError
 from fitune.machine.cards import Device, context_prior
 from fitune.machine.devices import cpu_device, find_device, this_machine
@@ -198,7 +198,7 @@ def gathered_bytes(model: ModelConfig, precision: Precision, *, num_shards: int)
     At the end, the gradients of the parameters outside of the layers are summed.
     """
     built = load_model(model, torch.device("meta"), precision=precision)
-    layers = dealt_layers(built)
+    layers = gathered_layers(built)
     inside = {id(parameter) for layer in layers for parameter in layer.parameters()}
     rest = _GroupBytes.of([p for p in built.parameters() if id(p) not in inside], num_shards)
     every = (_GroupBytes.of(list(layer.parameters()), num_shards) for layer in layers)

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from fitune.boundary import told_as
+from fitune.boundary import raised_as
 from fitune.errors import RunDirectoryError
 from fitune.language import choose_language, say, translated
 from fitune.language.printable import printable
@@ -54,7 +54,7 @@ def page(comparison: Comparison) -> str:
     Raises RunDirectoryError if the runs' files contain other values than a run writes.
     """
     names = ", ".join(row.run.path for row in comparison.rows)
-    with told_as(
+    with raised_as(
         RunDirectoryError,
         f"what {names} holds cannot be shown",
         "remove the damaged one of data.json, env.json, peak.json and plan.json",

@@ -17,8 +17,8 @@ from fitune.batch_size.noise import PRECONDITIONED_EVERY
 from fitune.batch_size.norms import NormRecorder
 from fitune.config import RunConfig
 from fitune.data.batches import batches, prefetch
-from fitune.data.deal import deal
 from fitune.data.rows import Batch, MicroBatch
+from fitune.data.split_by_rank import split_by_rank
 from fitune.distributed.processes import Ranks
 from fitune.errors import FituneError, OutOfMemoryError, RunDirectoryError
 from fitune.machine.process_memory import MemoryPeak, read_peak, reset_peak
@@ -40,7 +40,7 @@ from fitune.training.identity import run_conditions, run_identity
 from fitune.training.length import run_length
 from fitune.training.log import RunLog, run_summary, step_metrics, step_record
 from fitune.training.resume import Replay, Start, check_replayed, replayed_fallbacks, replayed_split
-from fitune.training.samples import Data, in_order
+from fitune.training.samples import Data, micro_batches_of
 from fitune.training.saving import Saver
 from fitune.training.self_check import CHECKED_STEP, SelfCheck
 from fitune.training.state import RunState, larger_peak
@@ -251,7 +251,7 @@ class TrainingLoop:
                 yield batch, replayed_split(batch, line, packed=layout.packed, ranks=ranks)
             return
         for batch in following:
-            yield batch, layout.split(deal(batch, ranks.size)[ranks.rank])
+            yield batch, layout.split(split_by_rank(batch, ranks.size)[ranks.rank])
 
     def train_batch(self, batch: Batch, micro_batches: list[MicroBatch]) -> None:
         state, setup = self.state, self.setup
@@ -415,7 +415,7 @@ class TrainingLoop:
         start = time.perf_counter()
         own_samples = range(self.ranks.rank, len(self.data.eval), self.ranks.size)
         rows_at_once = self.config.batch.rows_per_step
-        micro_batches = in_order(
+        micro_batches = micro_batches_of(
             self.data.eval, own_samples, self.setup.eval_layout, rows_at_once=rows_at_once
         )
         with self.saved_if_out_of_memory():

@@ -158,7 +158,7 @@ def _prepare(
             precision=precision,
             seed=config.train.seed,
             stay_on_host=is_sharded,
-            tell=notes.append,
+            notify=notes.append,
         ),
         device=device,
         what=f"the model {config.model.source}",

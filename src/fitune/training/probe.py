@@ -52,7 +52,7 @@ from fitune.training.identity import run_conditions, run_identity
 from fitune.training.length import run_length
 from fitune.training.loop import TrainingLoop
 from fitune.training.resume import Start, go_on
-from fitune.training.samples import Data, in_order
+from fitune.training.samples import Data, micro_batches_of
 from fitune.training.self_check import SelfCheck
 from fitune.training.train import train
 
@@ -215,11 +215,11 @@ def _branch(
         if type(error) is not FituneError:  # FituneError itself means a gradient that is not finite
             raise
         return read_summary(run.summary), None
-    micro_batches = in_order(
+    micro_batches = micro_batches_of(
         data.eval, range(len(data.eval)), setup.eval_layout, rows_at_once=config.batch.rows_per_step
     )
     result = safe_evaluate(
-        setup.model, micro_batches, settings=setup.settings, room=lambda: None
+        setup.model, micro_batches, settings=setup.settings, query_free_bytes=lambda: None
     ).result
     return summary, result if math.isfinite(result.loss) else None
 

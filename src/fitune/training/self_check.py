@@ -16,9 +16,9 @@ import torch
 from fitune.allocator.prediction import CPU_NOISE_BYTES, CPU_TOLERANCE, CUDA_TOLERANCE, Prediction
 from fitune.config import RunConfig
 from fitune.data.batches import batches
-from fitune.data.deal import deal
 from fitune.data.examples import Examples
 from fitune.data.rows import Batch
+from fitune.data.split_by_rank import split_by_rank
 from fitune.machine.cards import Device
 from fitune.machine.devices import cpu_device, this_machine
 from fitune.machine.nvml import read_cards
@@ -176,7 +176,7 @@ def _passes(config: RunConfig, train: Examples, num_ranks: int) -> Iterator[Pass
         batches(train, rows_per_step=config.batch.rows_per_step, seed=config.train.seed),
         CHECKED_STEP,
     )
-    yield from (Pass("train", _sizes(deal(batch, num_ranks)[0])) for batch in seen)
+    yield from (Pass("train", _sizes(split_by_rank(batch, num_ranks)[0])) for batch in seen)
 
 
 def _sizes(batch: Batch) -> tuple[tuple[int, int], ...]:
